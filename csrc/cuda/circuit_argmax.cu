@@ -1,12 +1,12 @@
-// The most probable tokens and latents of each row, one launch.
+// The most probable tokens and latents of each row, in one launch.
 //
 // Block per row of the batch; values and choices stay in shared memory.
-//   best     a group of lanes per row of leaves: log p of its mode, or of the token given
-//   upward   latent by latent, children first: a warp per row of the matrix into it takes the row's
-//            norm, then the best of log softmax + value below, and its place
-//   downward one thread follows the choices, a warp per position takes the token
+//   best      a group of lanes per row of leaves: log p of its mode or of the given token
+//   upward    latent by latent, children first: a warp per row of the latent's matrix computes the
+//             row's norm, then the maximum of log softmax + value below and its index
+//   downward  one thread follows the choices; a warp per position selects the token
 // Bound: the logits of one row of the batch through one multiprocessor, then a chain of M short
-// steps, each reading its matrix twice, the second time from cache.
+// steps. Each step reads its matrix twice, the second time from cache.
 #include "circuit_decode.cuh"
 
 namespace lora_ext {
@@ -20,8 +20,8 @@ int64_t shared_bytes(const CircuitParams& c) {
     return 4 * (c.n_token * C + 2 * M * C + C + M + 1);
 }
 
-// The best of log softmax(logits) + below and its first place, the same on every lane of the warp;
-// logits nullptr: all alike.
+// Returns the maximum of log softmax(logits) + below and its first index, the same on every lane of
+// the warp. logits nullptr: uniform.
 template <class P>
 LX_DEVICE Largest best_step(const P* logits, bool aligned, const float* below, int n) {
     const int lane = lx::lane_id();
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float* const stepped = best + K * C;                     // (M, C), given the parent's state
     float* const value = stepped + M * C;                    // (C,)
     int* const choices = reinterpret_cast<int*>(value + C);  // (M, C)
-    int* const states = choices + M * C + 1;                 // (M,), and the root's in front
+    int* const states = choices + M * C + 1;                 // (M,), preceded by the root's
     const int64_t* const evidence = args.evidence ? args.evidence + row * K : nullptr;
     const auto given = [&](int k) { return evidence ? evidence[k] : int64_t{-1}; };
 
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     if (const Norm* norms = norms_of(args.logits, row))
         for (int i = lx::thread_rank(); i < K * C; i += kThreads) take_best(i, norms[i]);
-    else  // the rows of all positions lie behind each other
+    else  // the rows of all positions are contiguous
         for_norms(leaves.rows(row, 0), K * C, warp, kWarps, take_best);
     for (int m = M - 1; m >= -1; --m) {
         lx::syncthreads();

@@ -1,10 +1,10 @@
 // log q(v | x_<k) of one position of each row, for the whole vocabulary: one launch, a block per
 // row.
 //
-// The walk goes to position k and leaves cur[z] - norm[k, z] of that position in shared memory;
-// then lanes run over the vocabulary, and the C logits of a token are read twice, for their maximum
-// and for their exponentials: a sum of probabilities would lose what is below the smallest number.
-// Bound: the logits of k + 1 positions through one multiprocessor, C exponentials per token.
+// The walk to position k leaves cur[z] - norm[k, z] of that position in shared memory. Then lanes
+// iterate over the vocabulary and read the C logits of a token twice, for their maximum and for
+// their exponentials: a sum of probabilities would underflow. Bound: the logits of k + 1 positions
+// through one multiprocessor, C exponentials per token.
 #include "circuit_row.cuh"
 
 namespace lora_ext {
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
             const Norm* const norms = k <= last ? own.norms_at(k) : nullptr;
             if (k == last) {
                 const float total = posterior_of(walk, cur, own.state);
-                // What the exponents of the mixture end with.
+                // Constant part of each component's exponent in the mixture.
                 walk.for_own([&](int z) {
                     const bool none = cur[z] == kImpossible || norms[z].log_sum == kImpossible;
                     own.state[z] = none ? kImpossible : cur[z] - total - norms[z].log_sum;

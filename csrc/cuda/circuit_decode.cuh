@@ -1,8 +1,8 @@
-// What the decoding kernels share: rows of logits of any dtype, and the draw.
+// Code shared by the decoding kernels: reading rows of logits of any dtype, and the draw.
 //
-// A row of V logits is read by a group of lanes in 16-byte loads; how many lanes depends on V
-// alone, and so does the order of every sum. Leaves may have another dtype than the rest of an op;
-// which one is a branch that all threads take together.
+// A group of lanes reads a row of V logits in 16-byte loads. The number of lanes and the order of
+// every sum depend only on V and the dtype. Leaves may differ in dtype from the other arguments of
+// an op; all threads take the same branch on it.
 #pragma once
 
 #include "circuit_kernels.cuh"
@@ -12,13 +12,13 @@ namespace lora_ext {
 
 constexpr int kDrawChunks = 1024;  // partial sums of a draw, in shared memory
 
-// Lanes that read a row of V logits, so that each has a few loads in flight at a time.
+// Returns the number of lanes that read a row of V logits; each has a few loads in flight.
 template <class T>
 LX_DEVICE int lanes_of_row(int vocabulary) {
     const int pieces = vocabulary / kPiece<T>;
     return pieces >= 128 ? 32 : pieces >= 64 ? 16 : pieces >= 16 ? 8 : 4;
 }
-// Over the group of lanes that this one belongs to, in a fixed tree.
+// Returns the reduction over this lane's group of lanes, in a fixed tree.
 template <class X, class Op>
 LX_DEVICE X reduce_lanes(X x, int lanes, Op op) {
     for (int mask = lanes / 2; mask > 0; mask /= 2)
@@ -26,14 +26,14 @@ LX_DEVICE X reduce_lanes(X x, int lanes, Op op) {
     return x;
 }
 
-// The C rows of a position, of a circuit's leaves.
+// The C rows of leaf logits of one position.
 struct LeafRows {
     const void* first;
     DType dtype;
     int vocabulary;
     bool aligned;
 
-    // f(row z) with its C++ type.
+    // Calls f(row z) with its C++ type.
     template <class F>
     LX_DEVICE auto with_row(int z, F&& f) const {
         const int64_t at = int64_t{z} * vocabulary;
@@ -46,7 +46,7 @@ struct LeafRows {
                 return f(static_cast<const float*>(first) + at);
         }
     }
-    // Logits i to i + 4 of row z; what lies beyond the row reads as -inf.
+    // Loads logits i to i + 4 of row z; logits beyond the row are -inf.
     LX_DEVICE void load_four(int z, int i, float (&v)[4]) const {
         with_row(z, [&]<class T>(const T* row) {
             if (!aligned) {
@@ -69,10 +69,10 @@ struct LeafRows {
         return with_row(z, [&](const auto* row) { return lx::to_float(lx::load_nc(row + v)); });
     }
 };
-// Every position's rows lie behind each other.
+// The leaves of a batch; the rows of all positions are contiguous.
 struct Leaves {
     const void* leaf;
-    int64_t stride;  // of a row of the batch, elements
+    int64_t stride;  // between rows of the batch, in elements
     int64_t components;
     DType dtype;
     int vocabulary;
@@ -99,11 +99,11 @@ inline void declare_leaves(const Leaves& leaves, int64_t rows, int64_t n_token) 
                   leaves.stride * size, lx::Access::kConstant);
 }
 
-// Rows of the transitions lie on 16 bytes.
+// Returns whether the rows of the transitions are aligned to 16 bytes.
 inline bool trans_aligned(const CircuitParams& c) {
     return aligned_16(c.trans, {c.trans_stride, c.components}, element_size(c.dtype));
 }
-// What a kernel reads of a circuit.
+// Declares the buffers of a circuit that a kernel reads.
 inline void declare_circuit(const CircuitLogits& logits, const Leaves& leaves) {
     const CircuitParams& c = logits.circuit;
     const int64_t size = element_size(c.dtype), C = c.components;
@@ -118,21 +118,21 @@ inline void declare_circuit(const CircuitLogits& logits, const Leaves& leaves) {
         LX_BUF(logits.workspace, circuit_workspace_bytes(logits), lx::Access::kRead);
 }
 
-// log p = logit - top - log_sum: large logits lose no digits. log_sum -inf: nothing is possible.
+// log p = logit - top - log_sum keeps the digits of large logits. log_sum -inf: no possible token.
 struct Norm {
     float top, log_sum;
     LX_DEVICE float log_p(float logit) const {
         return log_sum == kImpossible ? kImpossible : logit - top - log_sum;
     }
 };
-// From what the lanes of a group have read of a row; every lane of the group gets it.
+// Returns the norm from the partial sums of a group of lanes, on every lane of the group.
 LX_DEVICE Norm norm_of(const OnlineSum& mine, int lanes) {
     const float shift = shift_of(reduce_lanes(mine.top, lanes, larger));
     return {shift, logf(reduce_lanes(mine.sum * lx::exp_approx(mine.top - shift), lanes, add))};
 }
 
-// f(z, norm) for the rows z in [0, count) of `rows`, on one lane each. The warps `warp`, `warp +
-// warps`, ... of a block share the rows; all their lanes call this.
+// Calls f(z, norm) for the rows z in [0, count) of `rows`, each on one lane. The warps `warp`,
+// `warp + warps`, ... of a block share the rows; all their lanes call this.
 template <class F>
 LX_DEVICE void for_norms(const LeafRows& rows, int count, int warp, int warps, F&& f) {
     rows.with_row(0, [&]<class T>(const T* first) {
@@ -149,19 +149,19 @@ LX_DEVICE void for_norms(const LeafRows& rows, int count, int warp, int warps, F
         }
     });
 }
-// A kernel of their own takes the norms of all leaves, (B, K, C), before a kernel that walks: where
-// the logits of a row of the batch are too many for one multiprocessor. With `last`, of the
-// positions up to last[row] alone. Nothing to do without a workspace.
+// Launches a separate kernel that computes the norms of all leaves, (B, K, C), before a kernel that
+// walks, if the logits of a row of the batch are too many for one multiprocessor. With `last`, only
+// of the positions up to last[row]. Does nothing without a workspace.
 LaunchStatus run_norms(const CircuitLogits& logits, const Leaves& leaves, const int64_t* last,
                        void* stream);
-// What it has left for a row of the batch, or nullptr.
+// Returns the norms of a row of the batch from the workspace, or nullptr.
 LX_DEVICE const Norm* norms_of(const CircuitLogits& logits, int64_t row) {
     const int64_t states = logits.circuit.n_token * logits.circuit.components;
     return logits.workspace ? static_cast<const Norm*>(logits.workspace) + row * states : nullptr;
 }
 
-// The largest of n numbers and the first place where it stands, the same on every lane of the warp,
-// of which each brings the largest of its own.
+// The largest of n numbers and its first index, the same on every lane of the warp. Each lane
+// passes the largest of its own numbers.
 struct Largest {
     float value;
     int index;
@@ -169,7 +169,7 @@ struct Largest {
 LX_DEVICE Largest largest_among(int n, float top, int index) {
     const float best = reduce_lanes(top, lx::kWarpSize, larger);
     index = lx::reduce_min_sync(lx::kFullMask, top == best ? index : 0x7fffffff);
-    return {best, index < n ? index : 0};  // nothing but -inf, or NaN
+    return {best, index < n ? index : 0};  // all numbers are -inf or NaN
 }
 template <class T>
 LX_DEVICE Largest largest_of(const T* row, int n, bool aligned) {
@@ -188,10 +188,10 @@ LX_DEVICE Largest largest_of(const T* row, int n, bool aligned) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The draw. Each warp comes to the same result by itself. Weights are float, their sums double: a
-// weight counts however small it is beside those in front of it.
+// The draw. Each warp computes the same result. Weights are float and their sums double, so that a
+// small weight counts after large ones.
 
-// Over the lanes up to this one.
+// Returns the sum over the lanes up to this one.
 LX_DEVICE double running_sum(double x) {
 #pragma unroll
     for (int delta = 1; delta < lx::kWarpSize; delta *= 2) {
@@ -203,19 +203,18 @@ LX_DEVICE double running_sum(double x) {
 LX_DEVICE double last_lane(double x) {
     return lx::shfl_sync(lx::kFullMask, x, lx::kWarpSize - 1);
 }
-// Of two ballots, the first lane of `hit`, or else the last of `has`.
+// Returns the first lane of the ballot `hit`, or the last of `has` if `hit` is empty.
 LX_DEVICE int pick_lane(unsigned hit, unsigned has) {
     return hit ? lx::ffs(hit) - 1 : lx::kWarpSize - 1 - lx::clz(has);
 }
 
-// The first index whose running sum exceeds `limit`, or else the last with weight; -1 if there is
-// none.
+// The first index whose running sum exceeds `limit`, else the last with a positive weight, else -1.
 struct Place {
     int index = -1;
-    double before = 0;  // the running sum in front of it
+    double before = 0;  // the running sum before it
     double limit = 0;   // uniform * total
 };
-// Among n numbers, of which at(i) gives a lane its own of i to i + 31, zero beyond the end.
+// Finds the place among n numbers. at(i) returns this lane's number of i to i + 31, 0 beyond n.
 template <class At>
 LX_DEVICE Place find_among(int n, double uniform, At&& at) {
     Place place;
@@ -238,7 +237,7 @@ LX_DEVICE Place find_among(int n, double uniform, At&& at) {
     }
     return place;
 }
-// Among n numbers in shared memory, float or double.
+// Finds the place among n numbers in shared memory, float or double.
 template <class X>
 LX_DEVICE Place find(const X* values, int n, float uniform) {
     const int lane = lx::lane_id();
@@ -246,10 +245,11 @@ LX_DEVICE Place find(const X* values, int n, float uniform) {
                       [&](int i) -> double { return i + lane < n ? values[i + lane] : X{0}; });
 }
 
-// Among n weights of which weights(i, w) gives i to i + kCount, zero beyond the end. A chunk is
-// what a warp takes at a time, `steps` loads of kCount to a lane: first the sums of chunks, each in
-// a fixed tree, to `sums`, kDrawChunks numbers of shared memory; then, in the chunk that is found,
-// the weights computed once more. All threads of the team call this and get the same index.
+// Draws among n weights; weights(i, w) sets w to weights i to i + kCount, zero beyond the end. A
+// chunk is what a warp reads at a time, `steps` loads of kCount per lane. The first pass writes the
+// sums of chunks, each in a fixed tree, to `sums`, kDrawChunks numbers of shared memory. The second
+// pass recomputes the weights of the selected chunk. All threads of the team call this and return
+// the same index.
 template <int kCount, class Team, class Weights>
 LX_DEVICE int draw(const Team& team, double* sums, int n, float uniform, Weights&& weights) {
     constexpr int kStep = kCount * lx::kWarpSize;
@@ -268,7 +268,7 @@ LX_DEVICE int draw(const Team& team, double* sums, int n, float uniform, Weights
         return sum;
     };
     float w[kCount];
-    team.sync();  // the sums of the last draw have been read
+    team.sync();  // the sums of the previous draw have been read
     for (int c = team.rank() / lx::kWarpSize; c < chunks; c += team.size() / lx::kWarpSize) {
         double sum = 0;
         for (int s = 0; s < steps; ++s) sum += sum_at(c, s, w);
@@ -305,7 +305,7 @@ LX_DEVICE int draw(const Team& team, double* sums, int n, float uniform, Weights
     return found;
 }
 
-// A token from the softmax of row z, whose largest logit is `top`.
+// Draws a token from the softmax of row z, whose largest logit is `top`.
 template <class Team>
 LX_DEVICE int draw_token(const Team& team, double* sums, const LeafRows& rows, int z, float top,
                          float uniform) {

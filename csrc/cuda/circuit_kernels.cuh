@@ -1,5 +1,5 @@
-// What the circuit kernels of the training path share beyond the walk: stores of rows of logits,
-// and what a launch may touch.
+// Code shared by the circuit kernels of the training path besides the walk: stores of rows of
+// logits, and declarations of buffers.
 #pragma once
 
 #include "circuit_walk.cuh"
@@ -7,7 +7,7 @@
 
 namespace lora_ext {
 
-// The first n of a piece's values, each rounded once. `aligned`: all of them, by one store.
+// Stores the first n values of a piece, each rounded once. `aligned`: all of them, in one store.
 template <class T>
 LX_DEVICE void store_values(T* p, int n, bool aligned, const float (&v)[kPiece<T>]) {
     if (aligned) {
@@ -28,7 +28,7 @@ LX_DEVICE void store_values(T* p, int n, bool aligned, const float (&v)[kPiece<T
     }
 }
 
-// Rows of a batch; a stride of 0 is one row for all.
+// Declares the rows of a batch; a stride of 0 is one row for all.
 inline void declare_batch([[maybe_unused]] const void* p, [[maybe_unused]] int64_t rows,
                           [[maybe_unused]] int64_t row_bytes, [[maybe_unused]] int64_t stride_bytes,
                           [[maybe_unused]] lx::Access access) {

@@ -1,16 +1,15 @@
-// Values of all units of a circuit, from those of its leaves; formulas in circuit_layers.h.
+// Values of all units of a circuit from the values of its leaves; formulas in circuit_layers.h.
 //
-//   weights   a warp per row: scaled to maximum 1, as the sum layers do it
+//   weights   a warp per row scales it to maximum 1, as the sum layers do
 //   leaves    rows of data become lanes
-//   up        a block per tile of 16 lanes walks all nodes, one after another: what it reads it has
-//             written itself, so no block waits for another. Where a node has more than 2^14
-//             weights, and in lower precisions, stages follow one another, on tensor cores:
-//             circuit_layers_{terms,product,run}.cu. Then weights are in parts. The
-//             max-product of such nodes has a launch per stage here, a block for each part of
-//             their results
+//   up        a block per tile of 16 lanes walks all nodes in order. It reads only values that it
+//             has written, so no block waits for another. If a node has more than 2^14 weights,
+//             and in lower precisions, stages run one after another on tensor cores
+//             (circuit_layers_{terms,product,run}.cu), with weights in parts. The max-product of
+//             such nodes has a launch per stage here, a block for each part of their results
 //
-// A product takes its terms from shared memory and its weights from L2, four lanes and one sum to a
-// thread. Bound: the bytes of the weights from L2 per tile, and the latency of the nodes.
+// A product reads its terms from shared memory and its weights from L2; a thread computes one sum
+// for four lanes. Bound: the bytes of the weights from L2 per tile, and the latency of the nodes.
 #include "circuit_layers_parts.cuh"
 
 namespace lora_ext {
@@ -18,7 +17,7 @@ namespace {
 
 constexpr int kRowWarps = 4;
 
-// kParts: of a weight; 0: it stays a float.
+// kParts: number of parts of a weight; 0: weights remain floats.
 template <int kParts>
 __global__ void __launch_bounds__(kRowWarps * 32, 4)
     layers_weights_kernel(const __grid_constant__ LayersArgs args) {
@@ -52,7 +51,7 @@ __global__ void __launch_bounds__(kRowWarps * 32, 4)
             for (int j = 0; j < 4; ++j) total += e[j] = weights.scaled(v[j]);
             store_parts<kParts>(to, i, e[0], e[1], e[2], e[3]);
         });
-        const int end = (m.width + 3) / 4 * 4;  // of the row's own pieces of four
+        const int end = (m.width + 3) / 4 * 4;  // end of the last piece of four
         if (end < part_width(m.width) && lx::lane_id() == 0)
             store_parts<kParts>(to, end, 0, 0, 0, 0);
     }
@@ -74,8 +73,8 @@ __global__ void __launch_bounds__(kLayerThreads, 4)
     static_cast<float*>(args.val)[at] = l;
 }
 
-// Nodes begin + blockIdx.y, ... below `end`; of each the results that blockIdx.z owns. kMax: of the
-// max-product, whose terms and weights stay logarithms.
+// Nodes begin + blockIdx.y, ... below `end`, and the share blockIdx.z of their results. kMax:
+// max-product, whose terms and weights remain logarithms.
 template <bool kMax>
 __global__ void __launch_bounds__(kLayerThreads, 2)
     layers_up_kernel(const __grid_constant__ LayersArgs args, int64_t begin, int64_t end) {
@@ -101,7 +100,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
         const int64_t parts = int64_t{gridDim.z} * kGroups;
         const int64_t share = (m.units + parts - 1) / parts * kGroups;
         const int64_t first = blockIdx.z * share;
-        unsigned lost = 0;  // results that have to be taken again
+        unsigned lost = 0;  // bits of results to recompute
         layer_product<kMax>(
             static_cast<const float*>(args.weight) + m.weight, m.width, 1,
             m.width % 4 == 0 && m.weight % 4 == 0, first, lx::min<int64_t>(first + share, m.units),

@@ -1,7 +1,8 @@
-// What the kernels of whole circuits share: nodes on a tile of lanes, and the product of a node.
+// Code shared by the kernels of whole circuits: nodes on a tile of lanes, and the product of a
+// node.
 //
-// A block of 256 threads holds kTile lanes, that is rows of data; lane and thread % kTile go
-// together wherever a number belongs to one lane.
+// A block of 256 threads holds kTile lanes, that is rows of data. If a number belongs to one lane,
+// thread % kTile is that lane.
 #pragma once
 
 #include "circuit_sum.cuh"
@@ -13,10 +14,10 @@ namespace lora_ext {
 constexpr int kTile = static_cast<int>(kLaneGroup);
 constexpr int kLayerThreads = 256;
 constexpr int kLayerWarps = kLayerThreads / 32;
-constexpr int kQuads = kTile / 4;                // a thread of a product has four lanes
-constexpr int kGroups = kLayerThreads / kQuads;  // and one result of so many at a time
+constexpr int kQuads = kTile / 4;                // each thread of a product has four lanes
+constexpr int kGroups = kLayerThreads / kQuads;  // results computed at a time, one per thread
 constexpr int kChunk = 512;                      // terms in shared memory
-constexpr int kOwnResults = 4;                   // of a thread in one pass
+constexpr int kOwnResults = 4;                   // results per thread in one pass
 constexpr int kPass = kGroups * kOwnResults;
 
 struct LayerTile {
@@ -36,7 +37,7 @@ struct LayerTile {
     LX_DEVICE float shift_of(const LayersMatrix& m, int64_t o) const {
         return static_cast<const float*>(args.shift)[m.row + o];
     }
-    // Term k of a part.
+    // Returns term k of a part.
     LX_DEVICE float term_of(const LayersPart& part, const LayersChild* child, int k,
                             int lane) const {
         if (part.kronecker) {
@@ -49,7 +50,7 @@ struct LayerTile {
             l += at(args.val, child[c].column + k)[lane];
         return l;
     }
-    // f(term, its log-value) for the terms first, first + step, ... below `end`, on one lane.
+    // Calls f(term, log-value) for the terms first, first + step, ... below `end`, on one lane.
     template <class F>
     LX_DEVICE void for_terms(const LayersNode& node, int lane, int first, int end, int step,
                              F&& f) const {
@@ -63,29 +64,29 @@ struct LayerTile {
             for (; i < stop; i += step) f(i, term_of(part, child, i - part.term, lane));
         }
     }
-    // The largest term of each lane, for the thread's own lane; all threads call it.
+    // Returns the largest term of the thread's lane; all threads call it.
     LX_DEVICE float top_of(const LayersNode& node, float* partial) const {
         const int rank = lx::thread_rank(), lane = rank % kTile;
         float top = kImpossible;
         for_terms(node, lane, rank / kTile, node.width, kLayerThreads / kTile,
                   [&](int, float l) { top = fmaxf(top, l); });
         top = fmaxf(top, lx::shfl_xor_sync(lx::kFullMask, top, kTile));
-        lx::syncthreads();  // the last call's have been read
+        lx::syncthreads();  // the values of the previous call have been read
         if (lx::lane_id() < kTile) partial[lx::warp_id() * kTile + lane] = top;
         lx::syncthreads();
         for (int w = 0; w < kLayerWarps; ++w) top = fmaxf(top, partial[w * kTile + lane]);
         return top;
     }
-    // A node without a matrix is its products.
+    // Copies the products of a node without a matrix to its values.
     LX_DEVICE void copy_products(const LayersNode& node) const {
         const int rank = lx::thread_rank(), lane = rank % kTile;
         for_terms(node, lane, rank / kTile, node.width, kLayerThreads / kTile,
                   [&](int i, float l) { at(args.val, node.out + i)[lane] = l; });
     }
-    // log sum W_i exp(l_i) of one sum and lane, its terms shifted by their maximum.
+    // Returns log sum W_i exp(l_i) of one sum and lane, with terms shifted by their maximum.
     LX_DEVICE float rescued_sum(const LayersNode& node, const LayersMatrix& m, int64_t o,
                                 int lane) const;
-    // What term i, of log-value l, is owed by the sums of a lane that were taken again.
+    // Returns the flow of term i, of log-value l, from the sums of a lane that were recomputed.
     LX_DEVICE float owed_flow(const LayersNode& node, const LayersMatrix& m, int64_t i, int lane,
                               float l, float top) const;
 };
@@ -97,13 +98,13 @@ LX_DEVICE float4 four_at(const float* p) {
     return *reinterpret_cast<const float4*>(p);
 }
 
-constexpr int kBatch = 4;  // terms of a thread on their way
+constexpr int kBatch = 4;  // terms per thread in flight
 
-// Four lanes to a thread.
+// A tile with four lanes per thread.
 struct QuadTile : LayerTile {
     using LayerTile::LayerTile;
 
-    // f(term, its values on lanes quad .. + 3) for the terms first, first + step, ... below `end`.
+    // Calls f(term, values on lanes quad .. + 3) for terms first, first + step, ... below `end`.
     template <class F>
     LX_DEVICE void for_quads(const LayersNode& node, int quad, int first, int end, int step,
                              F&& f) const {
@@ -112,12 +113,12 @@ struct QuadTile : LayerTile {
             const LayersPart part = program.parts()[p];
             const LayersChild* child = program.children() + part.child_begin;
             const int count = part.child_end - part.child_begin;
-            // Both of them are on their way at once; column 0 is 0.
+            // The loads of both are in flight at once; column 0 is 0.
             const LayersChild one = child[0], two = count > 1 ? child[1] : LayersChild{0, 0};
             const int pairs = part.kronecker ? two.units : 1;
             const int stop = lx::min(end, part.term + one.units * pairs);
             while (i < stop) {
-                // Terms of this batch beyond the thread's own: it stands in for others.
+                // Last valid term of this batch; the slots after it repeat it.
                 const int last = lx::min(kBatch - 1, (stop - 1 - i) / step);
                 float4 l[kBatch], r[kBatch];
 #pragma unroll
@@ -146,17 +147,17 @@ struct QuadTile : LayerTile {
     }
 };
 
-// A weight and a term come to a result.
+// Returns `result` with one weight and term accumulated.
 template <bool kMax>
 LX_DEVICE float meet(float w, float term, float result) {
     return kMax ? fmaxf(w + term, result) : fmaf(w, term, result);
 }
 
-// Results [begin, end) of a product: f(m, number, sums of the thread's four lanes) with
-// sums[lane] = sum over k of a[m am + k ak] b(k, lane). fill(k0, count) writes b of `count` k into
-// the chunk in shared memory; terms are added in ascending order. A pass has results with numbers
-// up to kOwnResults, and done(its first one) follows it.
-// `vector`: ak is 1 and rows lie on 16 bytes. kMax: sums[lane] = max over k of a[..] + b(k, lane).
+// Computes results [begin, end) of a product and calls f(m, number, sums of the thread's four
+// lanes), with sums[lane] = sum over k of a[m am + k ak] b(k, lane). fill(k0, count) writes b of
+// `count` k into the chunk in shared memory; terms are added in ascending order. A pass has results
+// with numbers below kOwnResults and ends with done(its first result). `vector`: ak is 1 and rows
+// are aligned to 16 bytes. kMax: sums[lane] = max over k of a[..] + b(k, lane).
 template <bool kMax = false, class Fill, class F, class Done>
 LX_DEVICE void layer_product(const float* a, int64_t am, int64_t ak, bool vector, int64_t begin,
                              int64_t end, int64_t depth, float* chunk, Fill&& fill, F&& f,
@@ -172,7 +173,7 @@ LX_DEVICE void layer_product(const float* a, int64_t am, int64_t ak, bool vector
         for (int64_t k0 = 0; k0 < depth; k0 += kChunk) {
             const int count = static_cast<int>(lx::min<int64_t>(kChunk, depth - k0));
             if (depth > kChunk || pass == begin) {
-                lx::syncthreads();  // the last chunk has been read
+                lx::syncthreads();  // the previous chunk has been read
                 fill(k0, count);
                 lx::syncthreads();
             }
@@ -222,11 +223,11 @@ LX_DEVICE void layer_product(const float* a, int64_t am, int64_t ak, bool vector
     lx::syncthreads();  // the chunk is free
 }
 
-// Whether a sum was taken again, its terms lying so far below `top`.
+// Returns whether a sum was recomputed because its terms are too far below `top`.
 LX_DEVICE bool lost_sum(float top, float shift, float out) {
     return out != kImpossible && top + shift - out >= kTrustLog;
 }
-// The last matrix that starts at this row of all rows, or above it.
+// Returns the matrix that contains this row, counted over all matrices.
 LX_DEVICE LayersMatrix matrix_of_row(const LayersProgram& program, int64_t row) {
     int low = 0, high = program.num_matrices() - 1;
     while (low < high) {
@@ -239,7 +240,7 @@ LX_DEVICE LayersMatrix matrix_of_row(const LayersProgram& program, int64_t row) 
     return program.matrices()[low];
 }
 
-// The terms of a part that unit u of a child is in: u own + k step, k below count.
+// The terms of a part that contain unit u of a child: u own + k step, k below count.
 struct ChildTerms {
     int count, own, step;
 
@@ -249,7 +250,7 @@ struct ChildTerms {
         return sum;
     }
 };
-// f(child, its ChildTerms) for the children of a part.
+// Calls f(child, ChildTerms) for the children of a part.
 template <class F>
 LX_DEVICE void for_children(const LayersProgram& program, const LayersPart& part, F&& f) {
     const LayersChild* child = program.children() + part.child_begin;
@@ -263,7 +264,7 @@ LX_DEVICE void for_children(const LayersProgram& program, const LayersPart& part
     }
 }
 
-// The largest entry of a row of weights, or 0 if it has no possible term.
+// Returns the largest entry of a row of weights, or 0 if the row has no possible term.
 LX_DEVICE float row_base(const float* w, int n) {
     float top = kImpossible;
     for (int i = 0; i < n; ++i) top = fmaxf(top, w[i]);
@@ -296,7 +297,7 @@ LX_DEVICE float LayerTile::owed_flow(const LayersNode& node, const LayersMatrix&
     return sum;
 }
 
-// Blocks along the nodes of a stage, or along the results of one of them.
+// Returns the number of blocks along the nodes of a stage, or along the results of a node.
 inline unsigned along_grid(int64_t items) {
     return static_cast<unsigned>(lx::min<int64_t>(items, kMaxGridY));
 }
@@ -310,14 +311,14 @@ LaunchStatus launch_layers_terms(const LayersArgs& args, const LayersStage& stag
                                  void* stream);
 LaunchStatus launch_layers_product(const LayersArgs& args, const LayersStage& stage,
                                    LayersProduct product, void* stream);
-// The end of a run of stages from `begin` on that fit into one launch, `begin` where none do.
+// Returns the end of a run of stages from `begin` that fit into one launch, or `begin`.
 int64_t end_of_run(const LayersArgs& args, int64_t begin);
 LaunchStatus launch_layers_run(const LayersArgs& args, int64_t begin, int64_t end, void* stream);
 LaunchStatus launch_layers_children(const LayersArgs& args, const LayersStage& stage, void* stream);
-// Flows of weights, which products have left in args.dw, to gradients.
+// Converts flows of weights, which products have written to args.dw, to gradients.
 LaunchStatus launch_layers_owed(const LayersArgs& args, void* stream);
 
-// float values (rows, columns) of any strides, read alone.
+// Declares float values (rows, columns) of any strides, read-only.
 inline void declare_strided([[maybe_unused]] const void* values, int64_t rows, int64_t row,
                             int64_t columns, int64_t column) {
     if (row < column) return declare_strided(values, columns, column, rows, row);

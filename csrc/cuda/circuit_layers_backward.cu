@@ -1,21 +1,21 @@
-// Flows of all units and weights of a circuit, from those of its roots; formulas in
+// Flows of all units and weights of a circuit from the flows of its roots; formulas in
 // circuit_layers.h.
 //
 //   terms     per node, from the last to the first: ratio = g / s of each sum, and the flows of its
-//             products, which lie in memory of their own until
+//             products, stored in a separate buffer
 //   children  a block per tile of lanes adds them to the units below, product after product, so
-//             that units with several parents get their flows in one order
-//   weights   a block per tile of 32 x 32 weights goes through the lanes in order
+//             that units with several parents receive their flows in a fixed order
+//   weights   a block per tile of 32 x 32 weights iterates over the lanes in order
 //
-// Circuits of small nodes are walked by one launch of terms and children, as going up. Of others,
-// stages follow one another on tensor cores: terms, the two products, children
+// Circuits of small nodes use one launch that walks terms and children, as in the forward pass.
+// Other circuits run stage after stage on tensor cores: terms, the two products, children
 // (circuit_layers_terms.cu, circuit_layers_product.cu).
 #include "circuit_layers.cuh"
 
 namespace lora_ext {
 namespace {
 
-constexpr int kSide = 32;  // of a tile of weights, and lanes of a step
+constexpr int kSide = 32;  // side of a tile of weights, and lanes per step
 
 LX_DEVICE float shift_or_zero(float top) {
     return top == kImpossible ? 0.0f : top;
@@ -24,7 +24,7 @@ LX_DEVICE float shift_or_zero(float top) {
 struct DownTile : LayerTile {
     using LayerTile::LayerTile;
 
-    // The flows of the products of a node.
+    // Computes the flows of the products of a node.
     LX_DEVICE void terms(const LayersNode& node, int64_t n, float* chunk, float* partial,
                          float* tops) const {
         const int rank = lx::thread_rank(), lane = rank % kTile, quad = rank % kQuads * 4;
@@ -71,15 +71,15 @@ struct DownTile : LayerTile {
             d[i * args.lanes + lane] = flow;
         });
     }
-    // Adds the flows of a node's products to its children. Within a part each thread has a child
-    // unit of its own; parts follow one another.
+    // Adds the flows of a node's products to its children. Within a part each child unit belongs to
+    // one thread; parts follow one another.
     LX_DEVICE void children(const LayersNode& node) const {
         const int rank = lx::thread_rank(), lane = rank % kTile;
         constexpr int kStep = kLayerThreads / kTile;
         for (int p = node.part_begin; p < node.part_end; ++p) {
             const LayersPart part = program.parts()[p];
             const float* d = at(args.terms, part.term) + lane;
-            lx::syncthreads();  // the part before has been added
+            lx::syncthreads();  // the previous part has been added
             for_children(program, part, [&](const LayersChild& child, const ChildTerms& terms) {
                 for (int u = rank / kTile; u < child.units; u += kStep)
                     at(args.grad, child.column + u)[lane] += terms.sum(d, u, args.lanes);
@@ -113,8 +113,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
     }
 }
 
-// Block (tile of sums, tile of terms, matrix): a thread has four of the 32 x 32 weights, of one
-// column.
+// Block (tile of sums, tile of terms, matrix). A thread has four of 32 x 32 weights, in one column.
 __global__ void __launch_bounds__(kLayerThreads, 2)
     layers_dweights_kernel(const __grid_constant__ LayersArgs args) {
     LX_SHARED(float, ratios, kSide*(kSide + 1));
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
                 const bool inside = lane < args.lanes;
                 const LayerTile tile(args, inside ? lane : 0);
                 const float top = inside ? tile.at(args.tops, n)[0] : kImpossible;
-                lx::syncthreads();  // the last step's numbers have been read
+                lx::syncthreads();  // the numbers of the previous step have been read
                 bool lost = false;
 #pragma unroll
                 for (int j = 0; j < kOwn; ++j) {

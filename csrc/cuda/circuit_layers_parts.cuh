@@ -1,15 +1,16 @@
-// Numbers in 16-bit parts, which tensor cores multiply, and the tile of a product of them.
+// Numbers split into 16-bit parts for tensor cores, and the tile of a product of such numbers.
 //
 //   3 parts   bfloat16, together all 24 bits of a float; the six products of at least 2^-16
 //   2 parts   bfloat16, 16 bits; three products
 //   1 part    float16 of the number times 2^14: 11 bits, terms below 2^-38 of the largest vanish
 //
-// The parts of eight numbers of a row lie together: eight first parts, eight second ones, ...
+// The parts of eight numbers of a row are contiguous: eight first parts, eight second parts, ...
 //
-// A stage of a tile is kStep of k, of both sides; cp.async fills a ring of stages of 72 KiB at
-// most, so that one block fits any device and three a multiprocessor of 227 KiB. A side lies in
-// shared memory as it lies in memory: row by row, or k by k where ldmatrix.trans turns it. Its
-// 16-byte pieces are permuted within a row such that eight lanes of an ldmatrix meet no bank twice.
+// A stage of a tile is kStep of k, of both sides. cp.async fills a ring of stages of at most 72
+// KiB, so that one block fits any device and three fit a multiprocessor of 227 KiB. A side has the
+// same layout in shared memory as in global memory: row by row, or k by k if ldmatrix.trans
+// transposes it. Its 16-byte pieces are permuted within a row so that the eight lanes of an
+// ldmatrix have no bank conflict.
 #pragma once
 
 #include "circuit_layers.cuh"
@@ -18,12 +19,12 @@ namespace lora_ext {
 
 constexpr float kHalfScale = 0x1p14f;
 constexpr int kProductThreads = 128;
-constexpr int kPartPiece = 8;  // numbers of 16 bytes
+constexpr int kPartPiece = 8;  // numbers per 16 bytes
 
 template <int kParts>
 using PartOf = std::conditional_t<kParts == 1, lx::f16, lx::bf16>;
 
-// Two numbers as one word of each part.
+// Splits two numbers into one word per part.
 template <int kParts>
 LX_DEVICE void part_pair(float a, float b, uint32_t (&words)[kParts]) {
     if constexpr (kParts == 1) a *= kHalfScale, b *= kHalfScale;
@@ -34,12 +35,12 @@ LX_DEVICE void part_pair(float a, float b, uint32_t (&words)[kParts]) {
         a -= rounded.x, b -= rounded.y;
     }
 }
-// Where the first part of number `at` of a row lies; its other parts lie kPartPiece apart.
+// Returns the index of the first part of number `at` of a row; the others are kPartPiece apart.
 template <int kParts>
 LX_DEVICE int64_t part_at(int64_t at) {
     return at / kPartPiece * (kPartPiece * kParts) + at % kPartPiece;
 }
-// Four numbers, `at` a multiple of four.
+// Stores four numbers in parts; `at` is a multiple of four.
 template <int kParts>
 LX_DEVICE void store_parts(uint16_t* row, int64_t at, float a, float b, float c, float d) {
     uint32_t first[kParts], second[kParts];
@@ -50,7 +51,7 @@ LX_DEVICE void store_parts(uint16_t* row, int64_t at, float a, float b, float c,
         *reinterpret_cast<uint2*>(row + part_at<kParts>(at) + p * kPartPiece) = {first[p],
                                                                                  second[p]};
 }
-// Two numbers of three parts, bit for bit, the first part of the first of them at `first`.
+// Returns two numbers of three parts, bit for bit; `first` points to the first part of the first.
 LX_DEVICE float2 joined_pair(const uint16_t* first) {
     float2 sum = {0, 0};
 #pragma unroll
@@ -62,7 +63,7 @@ LX_DEVICE float2 joined_pair(const uint16_t* first) {
     return sum;
 }
 
-// Numbers in memory that are one side of a tile: `rows` and `columns` of them from `first` on,
+// Numbers in memory that are one side of a tile: `rows` x `columns` of them starting at `first`,
 // columns in whole pieces of eight. Rows are `stride` numbers apart.
 struct PartRows {
     const void* first;
@@ -70,8 +71,8 @@ struct PartRows {
     int rows, columns;
 };
 
-// One side of a product, kSize rows or columns of a tile: (kSize, k) or, turned, (k, kSize). A
-// thread copies the same piece of every kRowStep-th row, step after step of k.
+// One side of a product, kSize rows or columns of a tile: (kSize, k) or, transposed, (k, kSize). A
+// thread copies the same piece of every kRowStep-th row, one step of k after another.
 template <int kParts, bool kTurned, int kSize, int kStep>
 struct ProductSide {
     static constexpr int kRows = kTurned ? kStep : kSize;
@@ -81,13 +82,14 @@ struct ProductSide {
     static constexpr int kBytes = kParts * kPlaneBytes;
     static constexpr int kRowStep = kProductThreads / kPieces;
     static constexpr int kCopies = kRows / kRowStep;
-    static_assert(kRowStep % 8 == 0 && kCopies * kRowStep == kRows);  // a thread permutes alike
+    // same permutation for all rows of a thread
+    static_assert(kRowStep % 8 == 0 && kCopies * kRowStep == kRows);
 
     const unsigned char *origin, *own;  // own: the thread's first piece of the next step
-    int64_t row_step, step;             // bytes between its rows, and between steps
-    int to;                             // where it goes
-    int left;                           // k there is, from the next step on
-    int others;                         // rows or columns there are; turned: of the thread's piece
+    int64_t row_step, step;             // bytes between its rows and between steps
+    int to;                             // destination offset
+    int left;                           // remaining k from the next step on
+    int others;                         // remaining rows or columns; transposed: of the piece
 
     LX_DEVICE explicit ProductSide(const PartRows& in)
         : origin(static_cast<const unsigned char*>(in.first)) {
@@ -104,7 +106,7 @@ struct ProductSide {
         return row * kRowBytes + (piece ^ (kPieces >= 8 ? row % 8 : row / 2 % kPieces)) * 16;
     }
 
-    // The next step of k, zeros beyond the end.
+    // Copies the next step of k, zeros beyond the end.
     LX_DEVICE void fill(unsigned char* stage) {
         constexpr int kLastRow = (kCopies - 1) * kRowStep;
         const bool whole = kTurned ? left > kLastRow && others > 0 : left > 0 && others > kLastRow;
@@ -133,7 +135,7 @@ struct ProductSide {
         own += step;
         left -= kStep;
     }
-    // Operand A of part p, rows `first` .. + 15, of the 16 k from k on.
+    // Loads operand A of part p, rows `first` .. + 15, for 16 k starting at k.
     LX_DEVICE static void load_rows(uint32_t (&a)[4], const unsigned char* stage, int p, int first,
                                     int k) {
         const int lane = lx::lane_id();
@@ -144,7 +146,7 @@ struct ProductSide {
         else
             lx::ldmatrix_x4(a, stage + offset(first + lane % 16, k / kPartPiece + lane / 16));
     }
-    // Operand B of part p, of two tiles of eight columns from `first` on.
+    // Loads operand B of part p, two tiles of eight columns starting at `first`.
     LX_DEVICE static void load_columns(uint32_t (&b)[2], uint32_t (&next)[2],
                                        const unsigned char* stage, int p, int first, int k) {
         const int lane = lx::lane_id();
@@ -161,7 +163,7 @@ struct ProductSide {
     }
 };
 
-// Tiles of kRows rows and kColumns columns; four warps have a quarter each.
+// A tile of kRows rows and kColumns columns; each of four warps has a quarter.
 template <int kNumParts, bool kLeftTurned, bool kRightTurned, bool kLarge>
 struct ProductShape {
     static constexpr int kParts = kNumParts;
@@ -174,19 +176,19 @@ struct ProductShape {
     static constexpr int kRingBytes = kStages * kStageBytes;
     static constexpr int kTilesM = kRows / 32, kTilesN = kColumns / 16;
     static constexpr int kWarpRows = kRows / 2, kWarpColumns = kColumns / 2;
-    static constexpr int kOwn = kTilesM * kTilesN * 4;  // results of a thread
-    // Tensor cores cut a sum off where float32 would round it, which takes from sums of positive
-    // terms again and again (Fasi et al. 2021). So where all bits count, sums of 128 terms are
-    // added by ordinary cores.
+    static constexpr int kOwn = kTilesM * kTilesN * 4;  // results per thread
+    // Tensor cores truncate a sum where float32 would round it, which biases long sums of positive
+    // terms (Fasi et al. 2021). With three parts, where all bits count, sums of 128 terms are
+    // therefore added by ordinary instructions.
     static constexpr int kRun = kParts == 3 ? 128 / kStep : 1 << 30;
     static constexpr int kTogether = kTilesN >= 4 ? 1 : 2;  // row tiles whose products alternate
-    static constexpr int kUnroll = kParts == 3 && kLarge ? 1 : kStep / 16;  // registers allow it
+    static constexpr int kUnroll = kParts == 3 && kLarge ? 1 : kStep / 16;  // limited by registers
     using Sums = float[kTilesM][kTilesN][4];
     static_assert(kStages >= 2);
 
     LX_DEVICE static int warp_row() { return lx::warp_id() % 2 * kWarpRows; }
     LX_DEVICE static int warp_column() { return lx::warp_id() / 2 * kWarpColumns; }
-    // Where result i of a thread lies in the tile; those of i and i + 1, i even, are neighbours.
+    // Row and column of result i of a thread in the tile; i and i + 1, i even, are neighbours.
     LX_DEVICE static int row_of(int i) {
         return warp_row() + i / (4 * kTilesN) * 16 + i / 2 % 2 * 8 + lx::lane_id() / 4;
     }
@@ -229,7 +231,7 @@ struct ProductShape {
             }
         }
     }
-    // sums += left right, over `depth` of k. Only `right` is of a kernel that may be running yet.
+    // sums += left right, over `depth` of k. The kernel that writes `right` may still be running.
     LX_DEVICE static void add_product(Sums& sums, unsigned char* ring, const PartRows& left_rows,
                                       const PartRows& right_rows, int depth) {
         Left left(left_rows);
@@ -244,7 +246,7 @@ struct ProductShape {
             if (s < steps) right.fill(ring + s * kStageBytes + Left::kBytes);
             lx::cp_async_commit();
         }
-        int filled = kStages - 1, stage = 0, next = kRingBytes - kStageBytes;  // to be filled
+        int filled = kStages - 1, stage = 0, next = kRingBytes - kStageBytes;  // next stage to fill
         const auto fill = [&] {
             if (filled++ < steps) {
                 left.fill(ring + next);
@@ -258,7 +260,7 @@ struct ProductShape {
             const int end = kParts == 3 ? lx::min(steps, step + kRun) : steps;
             for (; step < end; ++step) {
                 lx::cp_async_wait_group<kStages - 2>();
-                lx::syncthreads();  // this stage is complete, and all have read the one before
+                lx::syncthreads();  // stage complete, previous stage read by all threads
                 fill();
                 multiply(run, ring + stage, ring + stage + Left::kBytes);
                 stage = stage == kRingBytes - kStageBytes ? 0 : stage + kStageBytes;
@@ -280,12 +282,12 @@ LX_DEVICE float trusted(int n) {
     return kParts == 1 ? static_cast<float>(n) * 0x1p-28f : kSumTrusted;
 }
 
-// Sums of a tile become values; `tops` has the shifts of its lanes.
+// Converts the sums of a tile to values; `tops` contains the shifts of its lanes.
 template <class G>
 LX_DEVICE void finish_up(const LayersArgs& args, const LayersNode& node, const LayersMatrix& m,
                          int row0, int64_t lane0, const float* tops, const typename G::Sums& sums) {
     const LayerTile tile(args, 0);
-    unsigned lost[(G::kOwn + 31) / 32] = {};  // results that have to be taken again
+    unsigned lost[(G::kOwn + 31) / 32] = {};  // bits of results to recompute
 #pragma unroll
     for (int i = 0; i < G::kOwn; i += 2) {
         const int o = row0 + G::row_of(i);

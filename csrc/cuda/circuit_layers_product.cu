@@ -5,13 +5,14 @@
 //   down      d[i, lane] = E[i, lane] sum_o W[o, i] R[o, lane]: flows of the products of a node
 //   weights   f[o, i] = sum over lanes of R[o, lane] E[i, lane], over the nodes that share a matrix
 //
-// Each launch may begin before the one in front of it ends, with its weights (parted by a launch
-// before all of these): what a stage has made is read after grid_dependency_wait().
-//
 // with E = exp(term - its maximum) and R = flow / s of circuit_layers_terms.cu. Block (tile of
-// columns, tile of rows, node). Results that the mode cannot be trusted with are taken again by
-// their thread, in float32. k goes through one order whatever the tile, so a row's bits do not
-// depend on its batch. Bound: tensor cores, and at 512 states the latency of a stage.
+// columns, tile of rows, node). Results below the precision of the mode are recomputed by their
+// thread in float32. The order of k does not depend on the tile, so the bits of a row do not depend
+// on its batch. Bound: tensor cores, and at 512 states the latency of a stage.
+//
+// Each launch may start before the previous one ends and load its weights, which a launch before
+// all of these has split into parts. Results of earlier stages are read after
+// grid_dependency_wait().
 #include "circuit_layers_parts.cuh"
 
 namespace lora_ext {
@@ -21,13 +22,13 @@ template <LayersProduct kProduct, int kParts, bool kLarge>
 using Shape = ProductShape<kParts, kProduct == LayersProduct::kDown,
                            kProduct != LayersProduct::kWeights, kLarge>;
 
-// A node of a stage, and where its parts lie.
+// A node of a stage and the addresses of its parts.
 struct ProductNode {
     LayersNode node;
     LayersMatrix m;
     const uint16_t *weight = nullptr, *term = nullptr, *ratio = nullptr;
     int weight_row = 0;
-    int64_t slot;  // of its first term among those of the stage
+    int64_t slot;  // index of its first term among the terms of the stage
 
     LX_DEVICE ProductNode(const LayersArgs& args, const LayersStage& stage, int64_t n)
         : node(args.program.nodes()[n]), m{}, slot((n - stage.begin) * stage.width) {
@@ -48,7 +49,7 @@ LX_DEVICE void finish_down(const LayersArgs& args, const LayersStage& stage, int
     const ProductNode own(args, stage, n);
     const LayerTile tile(args, 0);
     const float* flags = tile.at(args.lost, n * kNodeShares);
-    // The thread's first result; tiles of eight columns are a constant apart.
+    // The thread's first result; tiles of eight columns are a constant distance apart.
     const int64_t first_lane = lane0 + G::column_of(0);
     const uint16_t* term_parts =
         own.term + (row0 + G::row_of(0)) * args.lanes * 3 + part_at<3>(first_lane);
@@ -56,7 +57,7 @@ LX_DEVICE void finish_down(const LayersArgs& args, const LayersStage& stage, int
 #pragma unroll
     for (int i = 0; i < G::kOwn; i += 2) {
         const int down = G::row_of(i) - G::row_of(0), across = G::column_of(i) - G::column_of(0);
-        if (i % 8 == 0) lx::syncwarp();  // for the compiler, which else loads all E at once
+        if (i % 8 == 0) lx::syncwarp();  // keeps the compiler from loading all E at once
         if (row0 + G::row_of(i) >= own.m.width || first_lane + across >= args.lanes) continue;
         const float2 e = joined_pair(term_parts + down * args.lanes * 3 + across * 3);
         *reinterpret_cast<float2*>(flows + down * args.lanes + across) = {G::at(sums, i) * e.x,
@@ -78,7 +79,7 @@ LX_DEVICE void finish_down(const LayersArgs& args, const LayersStage& stage, int
     }
 }
 
-// The users of a matrix among the nodes of a stage, which come in order.
+// The users of a matrix among the nodes of a stage, in ascending order.
 struct Users {
     int begin, end;
 
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
                  m.units - row0, own.weight_row},
                 {own.term + column0 * kParts, lanes, m.width, lanes - static_cast<int>(column0)},
                 m.width);
-            const ProductNode again(args, stage, n);  // registers were needed
+            const ProductNode again(args, stage, n);  // reloaded to save registers
             finish_up<G>(args, again.node, again.m, row0, column0,
                          LayerTile(args, column0).at(args.tops, n), sums);
         } else if constexpr (kProduct == LayersProduct::kDown) {
@@ -155,11 +156,11 @@ __global__ void __launch_bounds__(kProductThreads, 2)
                      m.width - static_cast<int>(column0), lanes},
                     lanes);
             }
-            const bool first = users.end == m.user_end;  // stages go from last to first
+            const bool first = users.end == m.user_end;  // stages run from last to first
             finish_weights<G>(args, own, first, row0, static_cast<int>(column0), sums);
         }
     }
-    lx::grid_dependency_wait();  // no end before that of the launch in front
+    lx::grid_dependency_wait();  // must not end before the previous launch has ended
 }
 
 template <LayersProduct kProduct, int kParts, bool kLarge>
@@ -174,7 +175,7 @@ LaunchStatus launch_shape(const LayersArgs& args, const LayersStage& stage, int6
                          G::kRingBytes, stream, args, stage);
 }
 
-// The large tile where it gives most multiprocessors a block. No bit depends on it.
+// Launches the large tile if it occupies most multiprocessors. The result has the same bits.
 template <LayersProduct kProduct, int kParts>
 LaunchStatus launch_parts(const LayersArgs& args, const LayersStage& stage, void* stream) {
     constexpr int64_t kEnoughBlocks = 96;

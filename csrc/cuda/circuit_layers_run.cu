@@ -1,19 +1,19 @@
 // A run of stages of one node each, in one launch; formulas in circuit_layers.h, the tile in
 // circuit_layers_parts.cuh.
 //
-// Block (64 sums and 64 terms of every node, 32 lanes). Nothing leads from one lane to another, so
-// only blocks of the same lanes wait for each other, and at most once for the terms of a stage:
+// Block (64 sums and 64 terms of every node, 32 lanes). Lanes are independent, so only blocks of
+// the same lanes wait for each other, and at most once per stage for its terms:
 //
-//   terms     E[i, lane] = exp(term[i] - t) of its own terms, t their own largest, in parts, to L2
+//   terms     E[i, lane] = exp(term[i] - t) of the block's terms, t their maximum, in parts, to L2
 //   product   s[o, lane] = sum over blocks b of exp(t_b - t) (sum over its i of W[o, i] E[i, lane])
 //
-// and then its own values, of which the next stage's own terms are made where a term goes with the
-// sum of its number, as in a chain. The block's rows of the weights stay in shared memory as long
-// as stages share their matrix. Terms lie twice in memory: a block that has finished a stage may
-// write those of the next while another reads. A sum goes through blocks of terms in their order,
-// so a row's bits depend neither on its batch nor on how many launches there are.
+// The block then computes its values. If each term uses the sum of the same number, as in a chain,
+// the block computes its next terms from these values. Its rows of the weights stay in shared
+// memory while stages share their matrix. Terms are double-buffered: a block that has finished a
+// stage may write terms of the next stage while another block reads. A sum adds the blocks of terms
+// in order, so the bits of a row depend neither on its batch nor on the number of launches.
 //
-// Bound: tensor cores, and once a stage the way to L2 and back, for a count and for terms.
+// Bound: tensor cores, and once per stage the latency of L2 for a counter and for terms.
 #include "circuit_layers_parts.cuh"
 #include "lx/resident.h"
 
@@ -27,11 +27,11 @@ struct RunShape : ProductShape<kParts, false, true, false> {
     using Right = typename Tile::Right;
     static constexpr int kStages = 4;
     static constexpr int kRingBytes = kStages * Right::kBytes;
-    static constexpr int kSteps = kRunTerms / Tile::kStep;  // of k, of the terms of a block
+    static constexpr int kSteps = kRunTerms / Tile::kStep;  // steps of k in the terms of a block
     static constexpr int kTermBytes = kRunTerms * kRunLanes * 4;
     static_assert(Tile::kRows == kRunTerms && Tile::kColumns == kRunLanes);
 
-    // Shared memory: terms of the block, before them those on their way; weights; factors.
+    // Shared memory: the block's terms or, during a product, the ring of terms; weights; factors.
     static constexpr int kWeightsAt = lx::max(kRingBytes, kTermBytes);
     LX_HOST_DEVICE static constexpr int blocks(int width) {
         return (width + kRunTerms - 1) / kRunTerms;
@@ -43,14 +43,14 @@ struct RunShape : ProductShape<kParts, false, true, false> {
 
 struct Run {
     int begin, end;      // stages
-    int width;           // the most terms of a node
-    int64_t first_lane;  // of the launch
-    int64_t lane_tiles;  // of all launches
-    int64_t tops_apart;  // numbers between the largest terms of one stage and of the next
+    int width;           // maximum number of terms of a node
+    int64_t first_lane;  // first lane of the launch
+    int64_t lane_tiles;  // total of all launches
+    int64_t tops_apart;  // numbers between the maxima of consecutive stages
 };
 
-// Whether the terms of a node that belong to a block are made of values of earlier stages, and of
-// those sums of the node before that have their numbers, which the same block has made.
+// Returns whether a block can compute its terms of a node without waiting: they use values of
+// earlier stages and, of the preceding node, only the block's sums with the same numbers.
 LX_DEVICE bool of_own_sums(const LayersProgram& program, const LayersNode& node,
                            const LayersNode& before) {
     if (before.matrix < 0 || node.part_end - node.part_begin != 1) return false;
@@ -79,14 +79,14 @@ template <int kParts>
 struct RunBlock : QuadTile {
     using G = RunShape<kParts>;
     static constexpr int kLaneQuads = kRunLanes / 4;
-    static constexpr int kRows = kProductThreads / kLaneQuads;  // of terms at a time
+    static constexpr int kRows = kProductThreads / kLaneQuads;  // rows of terms at a time
 
     const Run& run;
     unsigned char* shared;
     float *partial, *tops;  // (4, kRunLanes), (kRunLanes)
     unsigned* arrivals;
     unsigned arrived = 0;
-    int row0, matrix = -1;  // matrix: the one whose weights are there
+    int row0, matrix = -1;  // matrix: whose weights are in shared memory
 
     LX_DEVICE RunBlock(const LayersArgs& args, const Run& run, unsigned char* shared,
                        float* partial, float* tops)
@@ -109,8 +109,8 @@ struct RunBlock : QuadTile {
         return args.run_tops + stage % 2 * run.tops_apart + lane0;
     }
 
-    // All blocks of these lanes come here. Behind wait() they see what the others have written in
-    // front of arrive().
+    // All blocks of these lanes call both. After wait() they see the data that the others wrote
+    // before arrive().
     LX_DEVICE void arrive() {
         arrived += gridDim.x;
         lx::syncthreads();
@@ -139,7 +139,7 @@ struct RunBlock : QuadTile {
         lx::cp_async_commit();
     }
 
-    // The block's own terms; of a node without a matrix they are its values.
+    // Computes the block's terms; for a node without a matrix they are its values.
     LX_DEVICE void make_terms(const LayersNode& node, int stage) {
         const int rank = lx::thread_rank(), quad = rank % kLaneQuads * 4;
         const int first = row0 + rank / kLaneQuads, end = lx::min(row0 + kRunTerms, node.width);
@@ -185,7 +185,7 @@ struct RunBlock : QuadTile {
         }
     }
 
-    // The largest term of each lane, and what those of each block are worth beside it.
+    // Computes the largest term of each lane and the factor exp(t_b - t) of each block.
     LX_DEVICE void make_factors(int stage, int blocks) {
         const int lane = lx::lane_id();
         const float* own = tops_of(stage) + lane;
@@ -221,7 +221,7 @@ struct RunBlock : QuadTile {
             typename G::Sums part = {};
             for (const int end = lx::min(steps, step + G::kSteps); step < end; ++step) {
                 lx::cp_async_wait_group<G::kStages - 2>();
-                lx::syncthreads();  // this step is there, and all have read the one before
+                lx::syncthreads();  // step complete, previous step read by all threads
                 if (step + G::kStages - 1 < steps) right.fill(shared + next);
                 lx::cp_async_commit();
                 next = next == G::kRingBytes - kBytes ? 0 : next + kBytes;
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         block.load_weights(now);
         block.make_terms(now.node, s);
         if (now.node.matrix >= 0) block.arrive();
-        // Read while others are on their way.
+        // Loaded while waiting for the other blocks.
         const RunNode next = s + 1 < run.end ? RunNode(args.program, s + 1, now.node) : now;
         if (now.node.matrix >= 0) {
             block.wait();
@@ -287,7 +287,7 @@ auto with_parts(int parts, F&& f) {
                         : f.template operator()<3>();
 }
 
-// How many blocks share lanes, and the bytes of shared memory that each takes.
+// Number of blocks that share lanes, and the bytes of shared memory per block.
 struct RunSize {
     int64_t rows = 0, width = 0;
 
@@ -300,14 +300,14 @@ struct RunSize {
         return static_cast<size_t>(RunShape<kParts>::bytes(static_cast<int>(width)));
     }
     bool fits(int parts) const {
-        return width < 1 << 20 && rows <= kMaxGridY &&  // bytes() counts in int
+        return width < 1 << 20 && rows <= kMaxGridY &&  // bytes() returns int
                with_parts(
                    parts,
                    [&]<int kParts>() {
                        return static_cast<int64_t>(bytes<kParts>()) <= most_dynamic_bytes();
                    });
     }
-    // Tiles of lanes that a launch may have.
+    // Returns the maximum number of lane tiles of a launch.
     int64_t lane_tiles(int parts) const {
         return with_parts(parts, [&]<int kParts>() -> int64_t {
             return lx::resident_blocks(layers_run_kernel<kParts>, kProductThreads,

@@ -1,24 +1,26 @@
-// What stands around the products of one stage of a circuit; formulas in circuit_layers.h.
+// The kernels before and after the products of one stage of a circuit; formulas in
+// circuit_layers.h.
 //
-//   terms      E = exp(term - its maximum over the node) of each lane, once, in parts; going down
-//              also R = flow / s of each sum: block (16 lanes, node, share of its terms)
-//   children   flows of terms are added to the units below. A thread owns columns, so products
-//              follow one another without a barrier, in one order: block (16 lanes, 16 columns)
-//   owed       flows of weights become gradients, with what rescued sums owe: a block a row
+//   terms      E = exp(term - its maximum over the node) of each lane, once, in parts; in the
+//              backward pass also R = flow / s of each sum: block (16 lanes, node, share of terms)
+//   children   adds flows of terms to the units below. A thread owns columns, so products follow
+//              one another without a barrier, in a fixed order: block (16 lanes, 16 columns)
+//   owed       converts flows of weights to gradients and adds the flows of rescued sums: a block
+//              per row
 //
-// Bound: bytes, and the latency of the maximum, which every share takes for itself.
+// Bound: bytes, and the latency of the maximum, which every share computes.
 #include "circuit_layers_parts.cuh"
 
 namespace lora_ext {
 namespace {
 
-constexpr int kSums = 2;  // of a thread on their way
+constexpr int kSums = 2;  // per thread in flight
 constexpr int kOwedThreads = 128;
 
 struct TermTile : QuadTile {
     using QuadTile::QuadTile;
 
-    // The largest term of each of the thread's four lanes; all threads call it.
+    // Returns the largest term of each of the thread's four lanes; all threads call it.
     LX_DEVICE float4 tops_of(const LayersNode& node, float* partial) const {
         const int rank = lx::thread_rank(), quad = rank % kQuads * 4;
         float top[4] = {kImpossible, kImpossible, kImpossible, kImpossible};
@@ -43,7 +45,7 @@ struct TermTile : QuadTile {
         }
         return {top[0], top[1], top[2], top[3]};
     }
-    // The ratios of a share of a node's sums, and which lanes have lost one.
+    // Computes the ratios of a share of a node's sums, and which lanes have sums to rescue.
     LX_DEVICE void ratios(const LayersNode& node, const LayersMatrix& m, int64_t n, int64_t slot,
                           float4 top, float* partial) const {
         const int rank = lx::thread_rank(), quad = rank % kQuads * 4;
@@ -107,7 +109,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
     const int rank = lx::thread_rank(), quad = rank % kQuads * 4;
     for (int64_t n = stage.begin + blockIdx.y; n < stage.end; n += gridDim.y) {
         const LayersNode node = args.program.nodes()[n];
-        lx::grid_dependency_wait();  // there is a node for each block
+        lx::grid_dependency_wait();  // every block has a node
         const int first = static_cast<int>(blockIdx.z) * kGroups + rank / kQuads;
         const int step = static_cast<int>(gridDim.z) * kGroups;
         if (node.matrix < 0) {
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
                 });
             continue;
         }
-        lx::syncthreads();  // the node before has read
+        lx::syncthreads();  // the previous node's maxima have been read
         const float4 top = tile.tops_of(node, partial);
         if (blockIdx.z == 0 && rank < kQuads)
             *reinterpret_cast<float4*>(tile.at(args.tops, n) + quad) = top;
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(kLayerThreads, 4)
             const float* d = (node.matrix < 0 ? tile.at(args.grad, node.out + part.term)
                                               : tile.at(args.terms, slot + part.term)) +
                              lane;
-            // The columns of a thread are those of one remainder.
+            // A thread owns the columns with one remainder modulo `step`.
             for_children(
                 args.program, part, [&](const LayersChild& child, const ChildTerms& terms) {
                     for (int u = (own + step - child.column % step) % step; u < child.units;
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(kLayerThreads, 4)
     }
 }
 
-// Row o of a matrix: totals of its flows, and shares of sums that were rescued.
+// Row o of a matrix: the total of its flows, and the flows of rescued sums.
 __global__ void __launch_bounds__(kOwedThreads, 8)
     layers_owed_kernel(const __grid_constant__ LayersArgs args) {
     LX_SHARED(float, debts, kOwedThreads);   // flows of rescued sums
@@ -229,7 +231,7 @@ __global__ void __launch_bounds__(kOwedThreads, 8)
                         debt = tile.at(args.grad, node.out + o)[first + rank];
                     depth = shift - out;
                 }
-                lx::syncthreads();  // the last lanes have been read
+                lx::syncthreads();  // the previous lanes have been read
                 debts[rank] = debt, depths[rank] = depth;
                 if (!lx::syncthreads_or(debt != 0)) continue;
                 for (int k = 0; k < kOwedThreads; ++k) {

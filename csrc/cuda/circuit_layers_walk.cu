@@ -1,9 +1,10 @@
-// From a root of a circuit to a leaf of every variable; formulas in circuit_layers.h.
+// Sampled or most probable walks from a root of a circuit to a leaf of every variable; formulas in
+// circuit_layers.h.
 //
-// One launch; a warp has a walk to itself and goes through the nodes from the last to the first,
-// 32 at a time, for those that it has come to. Its lanes share the terms of a node, which they
-// compute twice: for their largest, and for the sums of a draw. No walk waits for another.
-// Bound: a sector of values per term from L2, and the latency of the nodes one after another.
+// One launch with one warp per walk. The warp searches the nodes from the last to the first, 32 at
+// a time, for nodes that the walk has reached. Its lanes share the terms of a node and compute them
+// twice: for their maximum, and for the sums of a draw. Walks are independent. Bound: a sector of
+// values per term from L2, and the latency of consecutive nodes.
 #include "circuit_decode.cuh"
 #include "circuit_layers.cuh"
 
@@ -36,12 +37,12 @@ struct WarpWalk : LayerTile {
             args.leaves[walk * variables + v] = -1;
         lx::syncwarp();
         const int64_t root = args.root[row];
-        const bool possible = root >= 0 && root < program.num_roots();  // nobody has checked it
+        const bool possible = root >= 0 && root < program.num_roots();  // the op does not check it
         if (lane == 0 && possible)
             take(program.owners()[program.num_children() + root], program.roots()[root]);
         lx::syncwarp();
     }
-    // A term of sum o.
+    // Returns the chosen term of sum o.
     LX_DEVICE int choose(const LayersNode& node, int64_t n, int o) const {
         const LayersMatrix m = program.matrices()[node.matrix];
         const float* w = weights_of(m, o);
@@ -70,7 +71,7 @@ struct WarpWalk : LayerTile {
         });
         return lx::max(place.index, 0);
     }
-    // The part of term i, which is no earlier one than `part`.
+    // Returns the part of term i, searching from `part` on.
     LX_DEVICE int part_of(const LayersNode& node, int i, int part) const {
         while (part + 1 < node.part_end && program.parts()[part + 1].term <= i) ++part;
         return part;
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kWalkWarps * 32, 4)
     for (int64_t end = args.program.num_nodes(); end > 0;) {
         const int64_t n = end - 1 - walk.lane;
         const int at = n >= 0 ? walk.chosen(n) : -1;
-        lx::syncwarp();  // all have read, before any writes
+        lx::syncwarp();  // all lanes have read before any lane writes
         const unsigned reached = lx::ballot_sync(lx::kFullMask, at >= 0);
         if (!reached) {
             end -= lx::kWarpSize;
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kWalkWarps * 32, 4)
         end -= first + 1;
         const LayersNode node = args.program.nodes()[end];
         walk.descend(node, node.matrix < 0 ? unit : walk.choose(node, end, unit));
-        lx::syncwarp();  // what it has come to, before the lanes look for it
+        lx::syncwarp();  // makes the reached units visible to the next search
     }
 }
 

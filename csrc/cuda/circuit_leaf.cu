@@ -1,24 +1,24 @@
-// Leaves of circuits: e = log softmax(logits)[x] of each row of V logits, and the way back,
+// Leaves of circuits: e = log softmax(logits)[x] of each row of V logits, and the backward pass,
 // dlogit[v] = de (1[v = x] - softmax(logits)[v]). Logits (B, K, C, V); x (B, K); e, de (B, K, C).
 //
-// One warp per row of V logits, 16 bytes per lane and load. Maximum and sum are kept as the logits
-// come, so they are read once; the gradient is written once, and where it is zero, the logits are
-// not read at all. Bound: bytes of the logits, forward once, backward twice.
+// One warp per row of V logits, 16 bytes per lane and load. Maximum and sum are updated online, so
+// the logits are read once. The gradient is written once; if de is zero, the logits are not read.
+// Bound: bytes of the logits, forward once, backward twice.
 #include "circuit_kernels.cuh"
 
 namespace lora_ext {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kBatch = 2;  // loads of a lane that are in flight together
-// All the warps that a multiprocessor holds; fewer on the way back, which keeps more at hand.
+constexpr int kBatch = 2;  // loads per lane in flight
+// Forward: all warps that fit on a multiprocessor. Backward: fewer, since it uses more registers.
 constexpr int kMinBlocks = 8, kMinBlocksBackward = 5;
 
-// Which row of V logits a warp has, and which token stands there.
+// The row of V logits of a warp, and its token.
 struct LeafRow {
-    int64_t index, at;  // index: of logits in order; at: of e and its like
-    int64_t logits;     // offset of the first
-    int64_t token;      // -1: none to look at
+    int64_t index, at;  // index: of the row of logits; at: in e, top and log_sum
+    int64_t logits;     // offset of the first logit
+    int64_t token;      // -1: no valid token
 };
 LX_DEVICE bool find_row(const CircuitLeafArgs& args, LeafRow& row) {
     row.index = int64_t{blockIdx.x} * kWarps + lx::warp_id();
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocksBackward)
     });
 }
 
-// 16-byte accesses to rows of V logits.
+// Returns whether rows of V logits allow 16-byte accesses.
 bool rows_aligned(const CircuitLeafArgs& args, const void* logits, int64_t stride) {
     return aligned_16(logits, {stride, args.vocab}, element_size(args.dtype));
 }

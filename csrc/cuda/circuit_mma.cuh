@@ -1,12 +1,12 @@
-// What makes the sums of a sum layer on tensor cores: operands of two precisions, and the product
-// of 16 rows of values with the weights of a warp.
+// The sums of a sum layer on tensor cores: operands of two precisions, and the product of 16 rows
+// of values with the weights of a warp.
 //
 //   fp16s  both operands times 2^14 in float16: 11 bits, terms below 2^-38 of the largest vanish
 //   high   both as high + low bfloat16, three products: 16 bits, the range of float32
 //
-// Rows of values lie in shared memory, 64 bytes off a multiple of 128, so that the eight lanes of a
-// 16-byte access meet no bank twice. Weights become operands in registers, eight to a lane (see
-// lora_tile.cuh on the order of k).
+// Rows of values in shared memory are 64 bytes off a multiple of 128, so that the eight lanes of a
+// 16-byte access have no bank conflict. Weights become operands in registers, eight per lane (see
+// lora_tile.cuh for the order of k).
 #pragma once
 
 #include "circuit_sum.cuh"
@@ -16,20 +16,20 @@ namespace lora_ext {
 constexpr int kMmaRows = 16;
 constexpr int kTileSums = 8;
 constexpr int kWarpTiles = 2;
-constexpr int kWarpSums = kWarpTiles * kTileSums;  // of a warp in one product
+constexpr int kWarpSums = kWarpTiles * kTileSums;  // sums per warp in one product
 constexpr int kStep = 32;                          // terms that four lanes read together
 constexpr float kHalfScale = 0x1p14f;
 
 template <bool kHigh>
 using MmaHalf = std::conditional_t<kHigh, lx::bf16, lx::f16>;
 
-// Bytes between rows of values: whole steps, then 64 off a multiple of 128.
+// Returns the bytes between rows of values: whole steps, 64 off a multiple of 128.
 LX_HOST_DEVICE constexpr int value_row_bytes(int64_t terms) {
     const int bytes = (static_cast<int>(terms) + kStep - 1) / kStep * kStep * 2;
     return bytes % 128 == 0 ? bytes + 64 : bytes;
 }
 
-// Eight numbers as operand words; `low` is what rounding left over.
+// Eight numbers as operand words; `low` is the rounding error of `high`.
 template <bool kHigh>
 struct Operand {
     uint4 high, low;
@@ -52,7 +52,7 @@ struct Operand {
     }
 };
 
-// The eight numbers from k on, zero beyond n.
+// Loads the eight numbers starting at k, zero beyond n.
 LX_DEVICE void load_eight(const float* p, int k, int n, bool aligned, float (&v)[8]) {
     if (aligned && k + 8 <= n) {
         const float4 a = lx::load_nc(reinterpret_cast<const float4*>(p + k));
@@ -65,8 +65,8 @@ LX_DEVICE void load_eight(const float* p, int k, int n, bool aligned, float (&v)
     }
 }
 
-// The 16 rows of values in `shared`, high parts then low ones, with the weights (sums, n) of the
-// sums from `first_sum` on. Result i of a lane belongs to row mma_row(i) and to sum
+// Multiplies the 16 rows of values in `shared`, high parts then low parts, by the weights (sums, n)
+// of the sums starting at `first_sum`. Result i of a lane belongs to row mma_row(i) and to sum
 // mma_sum(i, first_sum).
 template <bool kHigh>
 LX_DEVICE void mma_products(const unsigned char* shared, const float* weight, int n, int sums,
@@ -105,7 +105,7 @@ template <bool kHigh>
 LX_DEVICE float mma_result(const float (&acc)[kWarpTiles][4], int i) {
     return kHigh ? acc[i / 4][i % 4] : acc[i / 4][i % 4] * 0x1p-28f;
 }
-// Sums of n terms above this are trusted.
+// Returns the bound above which sums of n terms are trusted.
 template <bool kHigh>
 LX_DEVICE float mma_trusted(int n) {
     return kHigh ? kSumTrusted : static_cast<float>(n) * 0x1p-28f;

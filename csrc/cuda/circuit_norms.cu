@@ -1,6 +1,6 @@
-// Norms of leaves, for windows whose logits would keep one multiprocessor busy for too long: eight
-// warps of a block take rows of V logits, in 16-byte loads, in the order that a walking block
-// would. Bound: bytes of the logits.
+// Norms of leaves, for windows whose logits would occupy one multiprocessor for too long. Eight
+// warps of a block read rows of V logits, in 16-byte loads, in the same order as a walking block.
+// Bound: bytes of the logits.
 #include "circuit_decode.cuh"
 
 namespace lora_ext {
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / lx::kWarpSize;
-// Logits of one row of the batch that a block reads in about the time of another launch.
+// Bytes of logits of one row of the batch that a block reads in about the time of another launch.
 constexpr int64_t kBlockBytes = 512 * 1024;
 
 __global__ void __launch_bounds__(kThreads)

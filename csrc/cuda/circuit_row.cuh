@@ -1,22 +1,22 @@
 // A block that walks one row of the batch with the leaves of its positions.
 //
-// Up to 32 states and 4096 tokens a warp walks: all warps take the norms of the leaves first, every
-// position's, then the first walks alone and never waits for a block. Otherwise the block walks,
-// and takes a position's norms when it comes there.
+// Up to 32 states and 4096 tokens a warp walks: all warps first compute the norms of the leaves of
+// every position, then the first warp walks alone without block barriers. Otherwise the block walks
+// and computes a position's norms when it reaches the position.
 #pragma once
 
 #include "circuit_decode.cuh"
 
 namespace lora_ext {
 
-constexpr int kMaxWarpTokens = 4096;  // beyond it one warp would read a row for too long
+constexpr int kMaxWarpTokens = 4096;  // above it one warp would read a row for too long
 
 template <class Team>
 constexpr bool kByWarp = Team::kScratch == 0;
 template <class Team>
 constexpr int kRowThreads = kByWarp<Team> ? 512 : 256;
 
-// Floats in front of the walk's own: the sums of a draw, which are double, norms, state and e.
+// Returns the floats before the walk's vectors: sums of a draw (double), norms, state and e.
 template <class Team>
 LX_HOST_DEVICE constexpr int64_t own_floats(const CircuitParams& c) {
     const int64_t norms = kByWarp<Team> ? c.n_token * c.components : c.components;
@@ -26,18 +26,18 @@ template <class Team>
 int64_t shared_bytes(const CircuitParams& c) {
     return 4 * (own_floats<Team>(c) + circuit_walk_floats(c, Team::kScratch));
 }
-// A warp walks few states, if the norms of all positions have room in shared memory.
+// Returns whether a warp walks: few states, and the norms of all positions fit in shared memory.
 inline bool walks_by_warp(const CircuitLogits& logits) {
     const CircuitParams& c = logits.circuit;
     return c.components <= kWarpStates && logits.vocabulary <= kMaxWarpTokens &&
            shared_bytes<WarpTeam>(c) <= most_dynamic_bytes();
 }
 
-// What a block holds in shared memory, and how it gets its norms.
+// The shared memory of a block, and access to the norms.
 template <class Team>
 struct Row {
     const Leaves& leaves;
-    const Norm* given;  // by run_norms
+    const Norm* given;  // norms from run_norms
     int64_t row;
     int components;
     double* sums;
@@ -57,37 +57,38 @@ struct Row {
         e = state + c.components;
         walk = shared + own_floats<Team>(c);
     }
-    // The rows of all positions lie behind each other.
+    // Computes `count` norms from position k on; the rows of all positions are contiguous.
     LX_DEVICE void take_norms(int64_t k, int count) const {
         for_norms(leaves.rows(row, k), count, lx::warp_id(), kRowThreads<Team> / lx::kWarpSize,
                   [&](int z, const Norm& norm) { norms[z] = norm; });
     }
-    // Before the walk: all there will be, if a warp walks.
+    // Computes the norms of all positions before the walk, if a warp walks.
     LX_DEVICE void prepare(int64_t positions) const {
         if (kByWarp<Team> && !given) {
             take_norms(0, static_cast<int>(positions) * components);
             lx::syncthreads();
         }
     }
-    // At position k of the walk.
+    // Returns the norms of position k during the walk.
     LX_DEVICE const Norm* norms_at(int64_t k) const {
         if (given) return given + k * components;
         if constexpr (kByWarp<Team>) {
             return norms + k * components;
         } else {
-            lx::syncthreads();  // those of the last position have been read
+            lx::syncthreads();  // the norms of the previous position have been read
             take_norms(k, components);
             lx::syncthreads();
             return norms;
         }
     }
-    // Once more, of the last position of which norms_at was called.
+    // Returns the norms of position k, the last argument of norms_at, without computing them.
     LX_DEVICE const Norm* last_norms(int64_t k) const {
         return given ? given + k * components : norms + (kByWarp<Team> ? k * components : 0);
     }
 };
 
-// state = softmax(cur), the logarithm of what cur was divided by; the team has synchronised.
+// Computes state = softmax(cur) and returns the logarithm of its denominator; the team is
+// synchronised at the end.
 template <class Walk>
 LX_DEVICE float posterior_of(const Walk& walk, const float* cur, float* state) {
     const float shift = shift_of(walk.max_of(cur));
@@ -99,8 +100,8 @@ LX_DEVICE float posterior_of(const Walk& walk, const float* cur, float* state) {
     return logf(sum) + shift;
 }
 
-// f<P, Team>(leaves, aligned) with the types of these logits, behind the norms where they are taken
-// first. declare() names what else the kernel touches.
+// Calls f<P, Team>(leaves, aligned) with the types of these logits, after the launch of run_norms.
+// declare() declares the other buffers of the kernel.
 template <class Declare, class F>
 LaunchStatus with_circuit(const CircuitLogits& logits, const int64_t* last, void* stream,
                           Declare&& declare, F&& f) {

@@ -1,8 +1,8 @@
 // A window drawn from a circuit: one launch, a block per row of the batch. At a position
 //   state ~ softmax(cur), token ~ softmax(leaf[k, state]), e[z] = leaf[k, z, token] - norm[k, z]
-// so a row of logits is read once for its norm; C words and one row of each position once more,
-// from cache. circuit_row.cuh says who walks. Bound: the logits of one row of the batch through one
-// multiprocessor, then a chain of K short steps.
+// A row of logits is read once for its norm; C words and one row of each position are read again,
+// from cache. See circuit_row.cuh for the team that walks. Bound: the logits of one row of the
+// batch through one multiprocessor, then a chain of K short steps.
 #include "circuit_row.cuh"
 
 namespace lora_ext {
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
             token = lx::max(
                 draw_token(walk.team, own.sums, rows, z, norms[z].top, uniforms[2 * k + 1]), 0);
         }
-        const bool possible = token < leaves.vocabulary;  // nobody has checked it
+        const bool possible = token < leaves.vocabulary;  // the op does not check it
         walk.for_own(
             [&](int z) { own.e[z] = possible ? norms[z].log_p(rows.at(z, token)) : kImpossible; });
         const float top =

@@ -1,29 +1,29 @@
 // The scan of circuits: prefix[k] = logsumexp(cur_k + e_k), posterior[k] = softmax(cur_k),
-// conditional[k] = logsumexp(log posterior[k] + e_k); and the way back from right to left.
+// conditional[k] = logsumexp(log posterior[k] + e_k); and its backward pass from right to left.
 //
-// A warp walks a row of the batch with up to 32 states, four rows a block; a block of up to 256
-// threads a row with more. Bound: bytes of the transition logits; forward they are read once from
-// memory, backward once, and their gradient is written once.
+// With up to 32 states a warp walks a row of the batch, four rows per block; with more, a block of
+// up to 256 threads walks a row. Bound: bytes of the transition logits, read from memory once
+// forward and once backward; their gradient is written once.
 //
 // Backward, with A = log softmax of trans, and the gradients g of a prefix and h of a conditional;
-// what is impossible has none:
-//   at a position  de = (g + h) softmax(cur + e) + what comes from the right
+// impossible states have no gradient:
+//   at a position  de = (g + h) softmax(cur + e) + the gradient from the right
 //                  dcur = de - h softmax(cur)
 //   a step         X[z, z'] = dout[z'] exp(cur[z] + A[z, z'] - out[z'])    dcur[z] = sum_z' X
 //   a projection   Y[z, z'] = du[z] exp(A[z, z'] + up[z'] - u[z])          dup[z'] = sum_z Y
 //   the logits     X + Y - softmax(trans[z]) sum_z' (X + Y)[z, z']
-// X is p[z] P[z, z'] ratio[z'] with P = exp(A), as long as exp(out[z'] - top) is not below
-// kTrusted; otherwise it is taken from the logarithms, whose difference is at most 0. Y likewise,
-// row by row.
+// X is computed as p[z] P[z, z'] ratio[z'] with P = exp(A) if exp(out[z'] - top) is at least
+// kTrusted. Otherwise it is computed from the logarithms, whose difference is at most 0. Y
+// likewise, row by row.
 #include "circuit_kernels.cuh"
 
 namespace lora_ext {
 namespace {
 
-constexpr int kRowsPerBlock = 4;  // of warps
+constexpr int kRowsPerBlock = 4;  // if a warp walks a row
 constexpr float kNotExact = __builtin_huge_valf();
 
-// The row of this team and its share of shared memory; false: no row.
+// Finds the row of this team and its share of shared memory; returns false if there is no row.
 template <class Team>
 LX_DEVICE bool find_row(const CircuitParams& c, int64_t floats, unsigned char* shared, int64_t& row,
                         float*& scratch) {
@@ -33,7 +33,7 @@ LX_DEVICE bool find_row(const CircuitParams& c, int64_t floats, unsigned char* s
     return row < c.rows;
 }
 
-// "One block at least": without it the compiler aims at 64 registers and spills.
+// The minimum of one block keeps the compiler from limiting itself to 64 registers and spilling.
 template <class P, class Team>
 __global__ void __launch_bounds__(256, 1)
     circuit_scan_kernel(const __grid_constant__ CircuitScanArgs args, int64_t floats,
@@ -80,13 +80,13 @@ __global__ void __launch_bounds__(256, 1)
 // ------------------------------------------------------------------------------------------------
 // Backward
 
-constexpr int64_t kReverseVectors = 8;  // of shared memory, besides those of the walk
+constexpr int64_t kReverseVectors = 8;  // in shared memory, besides the vectors of the walk
 
 template <class P, class Team>
 struct CircuitReverse {
     const CircuitScanArgs& args;
     const CircuitParams& c;
-    CircuitWalk<P, Team> walk;  // its vectors hold dup and dcur of each level
+    CircuitWalk<P, Team> walk;  // its vectors contain dup and dcur of each level
     int64_t row;
     int n;
     const float *e, *states;
@@ -122,8 +122,8 @@ struct CircuitReverse {
         walk.for_own([&](int z) { x[z] = 0; });
     }
 
-    // From x = cur and the gradients at position k: gradient becomes that of cur, de_k that of
-    // cur + e_k, to which dup adds what e_k is part of.
+    // Computes the gradients at position k from x = cur: `gradient` becomes the gradient of cur,
+    // and de_k the gradient of cur + e_k plus dup, the gradient of `up`, which includes e_k.
     LX_DEVICE void position(int64_t k, const float* x, float* gradient, const float* dup) const {
         const float* at = e + k * n;
         const float before = shift_of(walk.max_of(x));
@@ -144,7 +144,7 @@ struct CircuitReverse {
         });
     }
 
-    // up, its exponentials, and the coefficients of the rows of Y: see y_at.
+    // Loads up, its exponentials, and the coefficients of the rows of Y: see y_at.
     LX_DEVICE void load_projection(int64_t m, const float* du) const {
         const float *up_state = states + (3 * m + 1) * n, *u_state = up_state + n;
         const float shift =
@@ -167,7 +167,7 @@ struct CircuitReverse {
         return ratio[j] * lx::exp_approx(cur[z] + log_p - out[j]);
     }
 
-    // dup = the sum of Y over its rows.
+    // dup = sum of Y over its rows.
     LX_DEVICE void project(int64_t m, const float* du, float* dup) const {
         walk.for_own([&](int z) { walk.take_norms(m, z); });
         load_projection(m, du);
@@ -181,8 +181,8 @@ struct CircuitReverse {
         walk.team.sync();
     }
 
-    // Where the state behind matrix m came from: dcur += the sums of X over its columns, and the
-    // gradient of the logits. du: of the matrix' projection, or nullptr.
+    // Backward pass of the step through matrix m: dcur += sums of X over its columns, and the
+    // gradient of the logits. du: gradient of the matrix' projection, or nullptr.
     LX_DEVICE void trace(int64_t m, int64_t slot, const float* dout, const float* du,
                          float* dcur) const {
         const float shift = shift_of(walk.max_of(cur));
@@ -197,7 +197,7 @@ struct CircuitReverse {
         if (du) load_projection(m, du);
         walk.team.sync();
         const P* a = walk.matrix_row(m, 0);
-        float* const total = d;  // of each row; du has served
+        float* const total = d;  // of each row; du is no longer needed
         walk.for_own([&](int z) {
             float sum_x = 0, sum_y = 0;
             for_pieces(walk.matrix_row(m, z), n, walk.aligned, 0, 1, [&](int i, const auto& v) {
@@ -256,7 +256,7 @@ struct CircuitReverse {
         store_prior_gradient(dcur);
     }
 
-    // cur of `node` before its left or right child.
+    // Loads cur of `node` before its left or right child.
     LX_DEVICE void load_cur(const CircuitNode& node, bool right) const {
         const CircuitNode left = node.child(false);
         const float* from = node.matrix < 0 ? prior : states + 3 * node.matrix * n;
@@ -268,13 +268,13 @@ struct CircuitReverse {
             walk.team.sync();
     }
 
-    // Level l of the way to position k: dup at vectors + 2 l n, the gradient of its up; behind it
-    // dcur, what has come so far to its cur.
+    // Level l of the path to position k: dup, the gradient of its up, at vectors + 2 l n, followed
+    // by dcur, the accumulated gradient of its cur.
     LX_DEVICE void tree() {
         const CircuitNode root{0, c.n_token, -1};
         const auto dup_at = [&](int level) { return walk.vectors + 2 * level * n; };
         const auto dcur_at = [&](int level) { return walk.vectors + (2 * level + 1) * n; };
-        // The gradient of u: of what a child adds both to up and to cur.
+        // Gradient of u, which a child adds to both up and cur.
         const auto load_du = [&](int level) {
             walk.for_own([&](int z) { d[z] = dup_at(level)[z] + dcur_at(level)[z]; });
         };

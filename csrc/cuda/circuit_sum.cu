@@ -1,7 +1,7 @@
-// The steps around the library's products for sum layers with shared weights, each bound by the
-// bytes of what it reads and writes once. A warp owns a row: (g, o) of weights, (g, b) of values.
-// Every sum runs over the lanes' pieces in order and then through one tree, so no bit depends on
-// the launch.
+// The steps before and after the library's products for sum layers with shared weights. Each is
+// bound by the bytes of its inputs and outputs, once. A warp owns a row: (g, o) of weights, (g, b)
+// of values. Every sum adds the lanes' pieces in order and then in a fixed tree, so no bit depends
+// on the launch.
 #include "circuit_sum.cuh"
 
 namespace lora_ext {
@@ -20,7 +20,7 @@ bool fits_grid(int64_t items) {
     return ceil_div(items, kWarps) <= kMaxGridX;
 }
 
-// Writes the weight of each row of w and its shift. Values come here as weights of norm kLog.
+// Writes the weight of each row of w and its shift. Values are passed as weights of norm kLog.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_scale_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (lx::lane_id() == 0) static_cast<float*>(args.weight_shift)[item] = row.shift(total);
 }
 
-// Turns the sums that lie in out into their logarithms.
+// Replaces the sums in out by their logarithms.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_finish_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
 }
 
-// ratio = dout / s, 0 where the result is impossible or was rescued.
+// ratio = dout / s, 0 if the result is impossible or was rescued.
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_ratios_kernel(const __grid_constant__ LogSumArgs args) {
     const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         none ? 0.0f : static_cast<const float*>(args.dout)[at] * expf(depth);
 }
 
-// dvalues *= value, and the shares of what was rescued.
+// dvalues *= value, plus the shares of rescued sums.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_dvalues_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     float* d = static_cast<float*>(args.dvalues) + item * n;
     const float* value = static_cast<const float*>(args.value) + item * n;
     for (int i = lx::lane_id(); i < n; i += lx::kWarpSize) d[i] *= value[i];
-    lx::syncwarp();  // add_shares deals the terms to the lanes in pieces
+    lx::syncwarp();  // add_shares distributes the terms over the lanes in pieces
     const float* shifts = static_cast<const float*>(args.weight_shift) + g * sums;
     const float shift = static_cast<const float*>(args.value_shift)[item];
     const float* out = static_cast<const float*>(args.out) + item * sums;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
 }
 
-// flow *= weight, the shares of what was rescued, and dw from it.
+// flow *= weight, plus the shares of rescued sums; then dw from flow.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_dweights_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         store_dw(dw + i, flow[i], lx::to_float(w[i]), weight[i], factor, args.norm);
 }
 
-// The largest term and the lowest index that has it.
+// Finds the largest term and the lowest index that has it.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_max_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
@@ -212,7 +212,7 @@ int64_t weight_items(const LogSumArgs& args) {
 int64_t value_items(const LogSumArgs& args) {
     return args.groups * args.rows;
 }
-// Declares what backward and finish read.
+// Declares the buffers that backward and finish read.
 void declare_shifts(const LogSumArgs& args) {
     declare_weights(args);
     declare_values(args);

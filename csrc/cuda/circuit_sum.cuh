@@ -1,5 +1,5 @@
-// What the kernels of the sum layers share: rows of weights by a warp, the rescue, what a launcher
-// declares.
+// Code shared by the kernels of the sum layers: rows of weights of a warp, the rescue, and
+// declarations of buffers.
 #pragma once
 
 #include "circuit_walk.cuh"
@@ -8,19 +8,19 @@
 
 namespace lora_ext {
 
-// Sums above this are trusted, terms below 2^-126 being lost; kTrustLog is the log of its inverse.
+// Sums above kSumTrusted are trusted: terms below 2^-126 are lost. kTrustLog = -log(kSumTrusted).
 constexpr float kSumTrusted = 0x1p-80f;
 constexpr float kTrustLog = 55.451774f;
 
-// One row of n weights in the hands of a warp: W_i = scaled(w_i) * exp(shift).
+// One row of n weights, read by a warp: W_i = scaled(w_i) * exp(shift).
 template <class T>
 struct WarpWeights {
     const T* w;
     int n;
     bool aligned, probs, logits;
-    float base = 0;     // the largest entry, or what leaves a row without possible terms at zero
-    float inverse = 1;  // of a weight
-    float lifted = 0;   // its logarithm, if it is a weight
+    float base = 0;     // the largest entry; neutral for a row without possible terms
+    float inverse = 1;  // 1 / base
+    float lifted = 0;   // log(base) of probabilities, else base
 
     LX_DEVICE WarpWeights(const LogSumArgs& args, const T* w, int n, bool aligned)
         : w(w),
@@ -35,7 +35,7 @@ struct WarpWeights {
     }
     LX_DEVICE void set_top(float top) {
         base = probs ? (top >= 0x1p-126f ? top : 1.0f) : shift_of(top);
-        inverse = lx::reciprocal_approx(base);  // a true division brings a call and a stack
+        inverse = lx::reciprocal_approx(base);  // an exact division would need a call and a stack
         lifted = probs ? logf(base) : base;
     }
     LX_DEVICE void find_top() {
@@ -50,16 +50,16 @@ struct WarpWeights {
         if (probs) return v <= 0 ? 0.0f : v * inverse;
         return lx::exp_approx(v - base);
     }
-    // log W_i - shift; at most 0.
+    // Returns log W_i - shift, which is at most 0.
     LX_DEVICE float log_scaled(float v) const {
         return probs ? logf(v <= 0 ? 0.0f : v) - lifted : v - base;
     }
-    // From the sum over `scaled`.
+    // Returns the shift from the sum of `scaled`.
     LX_DEVICE float shift(float total) const {
         if (total == 0) return kImpossible;
         return logits ? -logf(total) : lifted;
     }
-    // log sum W_i exp(l_i), the terms shifted by their own maximum.
+    // Returns log sum W_i exp(l_i), with the terms shifted by their maximum.
     LX_DEVICE float rescue(const float* l, float row_shift) const {
         const WarpTeam warp(nullptr);
         float top = kImpossible;
@@ -76,7 +76,7 @@ struct WarpWeights {
         });
         return top + logf(warp.reduce(sum, add)) + row_shift;
     }
-    // into[i] += g * share of term i, for an `out` that was rescued.
+    // into[i] += g * share of term i, for a rescued `out`.
     LX_DEVICE void add_shares(const float* l, float row_shift, float out, float g,
                               float* into) const {
         for_own([&](int i, const float (&v)[kPiece<T>]) {
@@ -86,7 +86,7 @@ struct WarpWeights {
     }
 };
 
-// What sums relative to `top` are worth relative to `base`; a sum without terms stays as it is.
+// Returns the factor from sums relative to `top` to sums relative to `base`; 1 without terms.
 LX_DEVICE float fade(float top, float base) {
     return top == kImpossible ? 1.0f : lx::exp_approx(top - base);
 }
@@ -103,7 +103,7 @@ LX_DEVICE const float* values_of(const LogSumArgs& args, int64_t g, int64_t b) {
     return static_cast<const float*>(args.values) + g * args.values_group + b * args.values_row;
 }
 
-// Gradient of one row of weights from its flow; the softmax of logits is scaled * factor.
+// Stores the gradient of one weight from its flow; the softmax of logits is scaled * factor.
 template <class T>
 LX_DEVICE void store_dw(T* dw, float flow, float w, float scaled, float factor, WeightNorm norm) {
     float d = flow;
@@ -129,7 +129,7 @@ inline void declare_values(const LogSumArgs& args) {
         LX_BUF_ROWS(static_cast<const float*>(args.values) + g * args.values_group, args.rows,
                     args.terms * 4, args.values_row * 4, lx::Access::kConstant);
 }
-// Numbers of the op's own layout: count floats.
+// Declares `count` contiguous floats.
 inline void declare_floats(const void* p, int64_t count, lx::Access access) {
     LX_BUF(p, count * 4, access);
 }

@@ -1,13 +1,13 @@
 // Sum layers with shared weights in one kernel, for up to 256 sums and terms, on tensor cores:
 //   out[b, o] = log(sum_i value[b, i] weight[o, i]) + weight_shift[o] + value_shift[b]
-// where value = exp(l - its maximum) is made in the block and weight is the step before this one.
+// where the block computes value = exp(l - its maximum), and a previous launch has computed weight.
 //
-// Block (16 rows, 128 sums, group), eight warps. They make two rows of values each, as 16-bit
-// numbers in shared memory, then take two tiles of eight sums each: every weight is read from L2
-// once per block (circuit_mma.cuh). Bound: bytes of weights from L2, until rows fill the machine.
+// Block (16 rows, 128 sums, group), eight warps. Each warp computes two rows of values, as 16-bit
+// numbers in shared memory, then two tiles of eight sums: every weight is read from L2 once per
+// block (circuit_mma.cuh). Bound: bytes of weights from L2, until the rows fill the machine.
 //
-// A sum below what its mode can be trusted with is taken again by the warp, in float32, from
-// shifted terms. Source: scaled operands and rescue are ours (docs/notes/circuit_engine.md).
+// A sum below the trusted bound of its mode is recomputed by the warp, in float32, from shifted
+// terms. Scaled operands and rescue are our choice (docs/notes/circuit_engine.md).
 #include "circuit_mma.cuh"
 
 namespace lora_ext {

@@ -1,12 +1,14 @@
 // Sum layers with one matrix per row: out[b, o] = log sum_i W[b, o, i] exp(l[b, i]).
 //
-// Forward: block (row, band of sums). The block keeps exp(l - max) in shared memory; a warp takes a
-// sum and reads its weights once, 16 bytes a lane, with a running maximum. Bound: bytes of W.
-// Backward: block (row), because dl sums over o. A warp reads its weights twice, the second time
-// from L1, writes dw once and adds to its own dl in shared memory; the warps' parts meet in order.
-// Bound: bytes of W and dw.
+// Forward: block (row, band of sums). The block keeps exp(l - max) in shared memory. A warp
+// computes a sum and reads its weights once, 16 bytes per lane, with a running maximum. Bound:
+// bytes of W.
 //
-// The arithmetic of a sum depends on its own row alone, so a row's bits do not depend on its batch.
+// Backward: block (row), because dl sums over o. A warp reads its weights twice, the second time
+// from L1, writes dw once and accumulates its part of dl in shared memory; the warps' parts are
+// added in order. Bound: bytes of W and dw.
+//
+// The arithmetic of a sum depends only on its row, so a row's bits do not depend on its batch.
 #include "circuit_sum.cuh"
 
 namespace lora_ext {
@@ -14,9 +16,9 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kBand = 64;  // sums of a forward block
+constexpr int kBand = 64;  // sums per forward block
 
-// exp(l - shift) into shared memory; returns the maximum, which the whole block knows.
+// Writes exp(l - shift) to shared memory; returns the maximum to all threads of the block.
 LX_DEVICE float scale_values(const float* l, int n, float* value, float* partial) {
     const BlockTeam block(partial);
     float top = kImpossible;
@@ -28,7 +30,7 @@ LX_DEVICE float scale_values(const float* l, int n, float* value, float* partial
     return top;
 }
 
-// sum W_i value_i and sum W_i, shifted by the largest weight so far.
+// sum W_i value_i and sum W_i, shifted by the running maximum of the weights.
 template <class T>
 struct OnlineDot {
     float top = kImpossible, dot = 0, total = 0;
@@ -52,7 +54,7 @@ struct OnlineDot {
         }
         top = most;
     }
-    // Over the warp; sets the row's base. Afterwards both sums are relative to it.
+    // Merges the lanes of the warp and sets the row's base; both sums are then relative to it.
     LX_DEVICE void merge(WarpWeights<T>& row) {
         const WarpTeam warp(nullptr);
         row.set_top(warp.reduce(top, larger));
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const int warps = static_cast<int>(blockDim.x) / lx::kWarpSize, lane = lx::lane_id();
     float* value = reinterpret_cast<float*>(shared);
     float* parts = value + n;
-    float* flow = parts + lx::warp_id() * 2 * n;  // of the sum at hand
+    float* flow = parts + lx::warp_id() * 2 * n;  // of the current sum
     float* d = flow + n;                          // of all sums of this warp
     const int64_t b = blockIdx.x;
     const float* l = values_of(args, 0, b);
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         const bool rescued = was_rescued(value_shift, shift, out);
         const float ratio = rescued ? 0.0f : dout * expf(value_shift + shift - out);
         const float factor = dout * expf(shift);
-        lx::syncwarp();  // flow of the last sum has been read
+        lx::syncwarp();  // the flow of the previous sum has been read
         row.for_own([&](int i, const float (&v)[kPiece<T>]) {
             for (int j = 0; j < kPiece<T> && i + j < n; ++j)
                 flow[i + j] = ratio * row.scaled(v[j]) * value[i + j];

@@ -1,8 +1,9 @@
 // Leaves of finite families, looked up in a table; formula in circuit_layers.h.
 //
 // Forward: a thread per unit and lane, bound by the bytes written. Backward: a thread per entry of
-// the table goes through the rows of data in order, which are few beside it. Of logits, a warp per
-// row of the table takes its norm before the lookup, and the softmax's share after the flows.
+// the table iterates over the rows of data in order, which are few compared with the table. For
+// logits, a warp per row of the table computes its norm before the lookup, and subtracts the
+// softmax's share after the flows.
 #include "circuit_layers.cuh"
 
 namespace lora_ext {
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     static_cast<float*>(args.dtable)[at] = sum;
 }
 
-// Flows become gradients of logits: less the softmax of the row times their sum.
+// Converts flows to gradients of logits: subtracts the row's softmax times the sum of its flows.
 __global__ void __launch_bounds__(kRowWarps * 32, 4)
     circuit_table_finish_kernel(const __grid_constant__ CircuitTableArgs args) {
     const int64_t row = int64_t{blockIdx.x} * kRowWarps + lx::warp_id();

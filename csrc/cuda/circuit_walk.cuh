@@ -1,19 +1,19 @@
-// The walk of a circuit from left to right for every kernel that needs it: all kinds, one template,
-// a functor for what happens at a position. csrc/cpu/circuit_walk.h tells the same to vectors.
+// The walk of a circuit from left to right for all kernels: one template for all kinds, with a
+// functor per position. csrc/cpu/circuit_walk.h is the vectorised CPU counterpart.
 //
 // A team walks one row of the batch: a warp for up to 32 states, a block for more. Thread i of a
-// team of size s owns the states i, i + s, ... of every vector. Of a matrix it reads
+// team of size s owns the states i, i + s, ... of every vector. It reads two parts of a matrix:
 //
-//   first the rows of its states       for the normalisers, and for the way back up the tree,
-//   then the columns of its states     for the step log sum_z exp(cur[z]) softmax(a[z])[z'],
+//   first the rows of its states       for the normalisers, and for the path back up the tree,
+//   then the columns of its states     for the step log sum_z exp(cur[z]) softmax(a[z])[z'].
 //
-// so the sums need no exchange between threads, and the second reading of a matrix comes from L1.
-// The bound is the bytes of the matrices, once from memory. A sum below kTrusted may have lost
-// terms to underflow; its owner takes it again as log-sum-exp of exact logarithms.
+// The sums therefore need no exchange between threads, and the second read of a matrix hits L1. The
+// bound is the bytes of the matrices, once from memory. A sum below kTrusted may have lost terms to
+// underflow; its owner recomputes it as log-sum-exp of exact logarithms.
 //
-// Vectors lie in shared memory and belong to the team once it has synchronised, which every
-// function here does before it returns. Control flow around synchronisation depends on (kind, K, C)
-// alone.
+// Vectors are in shared memory and may be read by the whole team after it has synchronised; every
+// function here synchronises before it returns. Control flow around synchronisation depends only on
+// (kind, K, C).
 #pragma once
 
 #include "lora_ext/circuit.h"
@@ -21,7 +21,7 @@
 
 namespace lora_ext {
 
-constexpr int kWarpStates = 32;  // up to so many states, a warp walks a row
+constexpr int kWarpStates = 32;  // maximum number of states of a row walked by a warp
 constexpr float kTrusted = 0x1p-90f;
 constexpr float kImpossible = -__builtin_huge_valf();
 
@@ -41,7 +41,7 @@ struct WarpTeam {
     LX_DEVICE int rank() const { return lx::lane_id(); }
     LX_DEVICE int size() const { return lx::kWarpSize; }
     LX_DEVICE void sync() const { lx::syncwarp(); }
-    // Over all threads, in a fixed tree; every thread gets the result.
+    // Returns the reduction over all threads, in a fixed tree, on every thread.
     template <class Op>
     LX_DEVICE float reduce(float x, Op op) const {
 #pragma unroll
@@ -61,7 +61,7 @@ struct BlockTeam {
     template <class Op>
     LX_DEVICE float reduce(float x, Op op) const {
         x = WarpTeam(nullptr).reduce(x, op);
-        lx::syncthreads();  // the partial results of the last call have been read
+        lx::syncthreads();  // the partial results of the previous call have been read
         if (lx::lane_id() == 0) partial[lx::warp_id()] = x;
         lx::syncthreads();
         float total = partial[0];
@@ -74,7 +74,7 @@ inline unsigned block_team_size(int64_t components) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Rows of numbers, 16 bytes at a time where they lie on 16 bytes
+// Rows of numbers, read 16 bytes at a time if they are aligned
 
 template <class T>
 constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
@@ -93,10 +93,10 @@ LX_DEVICE void unpack_piece(uint4 words, float (&v)[kPiece<T>]) {
         }
     }
 }
-// Calls f(index, values) for pieces `first`, `first + step`, ... of n elements; what lies beyond n
-// reads as -inf. `aligned`: p lies on 16 bytes and n is a multiple of a piece. Then kBatch pieces
-// are on their way at once: a lane's own piece stands in for those beyond the end, which f never
-// sees. Nobody else's is touched, so f may write where it has read.
+// Calls f(index, values) for pieces `first`, `first + step`, ... of n elements; values beyond n are
+// -inf. `aligned`: p is aligned to 16 bytes and n is a multiple of a piece. Then kBatch pieces are
+// in flight at once; beyond the end a lane loads its own first piece again, without calling f. It
+// loads no piece of another lane, so f may overwrite what it has read.
 template <int kBatch = 4, class T, class F>
 LX_DEVICE void for_pieces(const T* p, int n, bool aligned, int first, int step, F&& f) {
     constexpr int kSize = kPiece<T>;
@@ -127,7 +127,7 @@ LX_DEVICE void for_pieces(const T* p, int n, bool aligned, int first, int step, 
     }
 }
 
-// log sum exp of numbers as they come.
+// Online log sum exp.
 struct OnlineSum {
     float top = kImpossible, sum = 0;
 
@@ -148,7 +148,7 @@ struct OnlineSum {
 // ------------------------------------------------------------------------------------------------
 // One row of the batch
 
-// Floats of a team's share of dynamic shared memory, a multiple of four.
+// Returns the number of floats of a team's share of dynamic shared memory, a multiple of four.
 LX_HOST_DEVICE constexpr int64_t circuit_walk_floats(const CircuitParams& c, int64_t team_scratch) {
     const int64_t levels = c.kind == CircuitKind::kBTree ? circuit_tree_levels(c.n_token) : 1;
     return (4 * levels + (2 * levels + 4) * c.components + team_scratch + 3) / 4 * 4;
@@ -161,7 +161,7 @@ struct CircuitWalk {
     const P* prior;
     const P* trans;
     int n;
-    bool aligned;  // rows of trans lie on 16 bytes
+    bool aligned;  // rows of trans are aligned to 16 bytes
     double* bases;
     float *vectors, *weights, *top, *log_sum, *u;
 
@@ -181,12 +181,12 @@ struct CircuitWalk {
         u = log_sum + n;
     }
 
-    // f(state) for the states that this thread owns.
+    // Calls f(state) for the states that this thread owns.
     template <class F>
     LX_DEVICE void for_own(F&& f) const {
         for (int z = team.rank(); z < n; z += team.size()) f(z);
     }
-    // op over f(state), the same for every thread.
+    // Returns the reduction of f(state) by op, the same for every thread.
     template <class Op, class F>
     LX_DEVICE float reduce(float neutral, Op op, F&& f) const {
         float mine = neutral;
@@ -198,14 +198,14 @@ struct CircuitWalk {
     }
     LX_DEVICE const P* matrix_row(int64_t m, int z) const { return trans + (m * n + z) * n; }
 
-    // x minus its maximum, which is returned; impossible states stay so.
+    // Subtracts the maximum from x and returns it; impossible states remain impossible.
     LX_DEVICE float normalise(float* x) const {
         const float shift = shift_of(max_of(x));
         for_own([&](int z) { x[z] -= shift; });
         team.sync();
         return shift;
     }
-    // x += y, normalised; y may be memory of any kind.
+    // x += y, normalised; y may be in any memory.
     LX_DEVICE float add_to(float* x, const float* y) const {
         for_own([&](int z) { x[z] += y[z]; });
         return normalise(x);
@@ -219,12 +219,12 @@ struct CircuitWalk {
         team.sync();
     }
 
-    // The maximum of row z of matrix m, and the logarithm of what exp(a - top) is divided by.
+    // Computes the maximum of row z of matrix m, and the log of the sum of exp(a - top).
     LX_DEVICE void take_norms(int64_t m, int z) const {
         OnlineSum row;
         for_pieces(matrix_row(m, z), n, aligned, 0, 1, [&](int, const auto& v) { row.add(v); });
         top[z] = shift_of(row.top);
-        log_sum[z] = row.sum == 0 ? 0 : logf(row.sum);  // nothing there: every term is 0 anyway
+        log_sum[z] = row.sum == 0 ? 0 : logf(row.sum);  // no possible term: every term is 0
     }
     LX_DEVICE float log_p(const P* a, int z, int j) const {
         return lx::to_float(a[int64_t{z} * n + j]) - top[z] - log_sum[z];
@@ -293,11 +293,11 @@ struct CircuitWalk {
 
     // Visits the positions in order.
     //
-    //   observe(k, cur, base) -> e   is told log p(state at k = z, x_<k) = base + cur[z], and
-    //                                returns e[z] = log p(x_k | z), in memory of any kind;
-    //   save(slot, vector)           is given what a backward needs: cur of position k in slot k,
-    //                                or, in the tree, three vectors for each matrix m: cur behind
-    //                                it in slot 3m, up in 3m + 1, its projection in 3m + 2.
+    //   observe(k, cur, base) -> e   receives log p(state at k = z, x_<k) = base + cur[z] and
+    //                                returns e[z] = log p(x_k | z), in any memory;
+    //   save(slot, vector)           receives the vectors for the backward pass: cur of position k
+    //                                in slot k or, in the tree, three vectors for each matrix m:
+    //                                cur after m in 3m, up in 3m + 1, its projection in 3m + 2.
     //
     // The whole team calls both, each thread for the states that it owns.
     template <class Observe, class Save>
@@ -329,7 +329,7 @@ struct CircuitWalk {
         }
     }
 
-    // Level l of the way to position k: cur at vectors + 2 l n, up behind it, their bases.
+    // Level l of the path to position k: cur at vectors + 2 l n, followed by up, and their bases.
     template <class Observe, class Save>
     LX_DEVICE void run_tree(Observe&& observe, Save&& save) const {
         const CircuitNode root{0, c.n_token, -1};

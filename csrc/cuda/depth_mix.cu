@@ -1,13 +1,14 @@
 // Mixes of normed hidden states: mixed[t] = sum_e w[t, e] n_e[t], n_e = gamma_e (h_e - m_e) r_e +
 // beta_e; with a router w[t] = softmax(R n_{k-1}[t] + c).
 //
-// A block takes a row; a thread holds two pieces of 16 bytes of one hidden state at a time. While
-// its mean square is added up over the block, the next one is on its way; what is mixed so far sits
-// in registers. So each hidden state is read once, and the router's, which decides the weights of
-// all, comes first. Bound: bytes of the hidden states and of the mix.
+// A block computes a row; a thread holds two pieces of 16 bytes of one hidden state at a time. The
+// next hidden state is loaded while the block sums the squares of the current one; the mix
+// accumulates in registers. Each hidden state is thus read once. With a router, the last hidden
+// state is read first because it determines all weights. Bound: bytes of the hidden states and of
+// the mix.
 //
-// Rows that are not of whole pieces, or too wide to be held, go element by element, and are read
-// again from the cache.
+// Rows that are not whole pieces, or too wide for the registers, are processed element by element
+// and read again from the cache.
 #include "depth_mix.cuh"
 
 namespace lora_ext {
@@ -15,8 +16,8 @@ namespace {
 
 constexpr int kAnyThreads = 256;
 
-// The weights of a row: those that are given, or softmax(R n + c), where partial(e) is what this
-// thread adds to the product of n with row e of R.
+// The weights of a row: given, or softmax(R n + c), where partial(e) is this thread's part of the
+// product of n with row e of R.
 class Weights {
   public:
     static constexpr int kScratch = kMaxDepths * (kMixWarps + 1);
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
     const float width = static_cast<float>(args.width);
     const int64_t row = blockIdx.x;
     const int depths = args.depths;
-    // With a router the last hidden state comes first.
+    // With a router the last hidden state is read first.
     const auto depth_at = [&](int step) {
         if (!kRouted) return step;
         return step == 0 ? depths - 1 : step - 1;

@@ -1,5 +1,5 @@
-// What the kernels of mixes share: which elements of a row a thread holds, sums over a block, and
-// what a launch may touch.
+// Code shared by the kernels of mixes: the elements of a row that a thread holds, sums over a
+// block, and declarations of buffers.
 #pragma once
 
 #include "circuit_kernels.cuh"  // pieces of 16 bytes
@@ -8,11 +8,11 @@
 namespace lora_ext {
 
 constexpr int kMixThreads = 512;  // of the largest block
-constexpr int kHeld = 2;          // pieces of 16 bytes of a row that a thread holds
+constexpr int kHeld = 2;          // pieces of 16 bytes of a row per thread
 constexpr int kMixWarps = kMixThreads / lx::kWarpSize;
 
-// Sums over a block, in a fixed order; every thread gets them. Two buffers take turns, so one
-// barrier a call is enough: who writes the first again has passed the barrier of the second.
+// Sums over a block, in a fixed order, on every thread. Two buffers alternate, so one barrier per
+// call suffices: a thread that writes the first again has passed the barrier of the second.
 template <int kMost>
 class BlockSums {
   public:
@@ -49,7 +49,7 @@ class BlockSums {
 };
 
 // The elements of a row that this thread holds: pieces `rank`, `rank + threads`. Beyond the row it
-// reads the last piece, and what it reads there counts as zero.
+// reads the last piece, which counts as zero.
 template <class T>
 struct Columns {
     int width;
@@ -61,7 +61,7 @@ struct Columns {
     LX_DEVICE int reading(int i) const { return lx::min(at(i), width - kPiece<T>); }
 };
 
-// A row's pieces as they lie in memory.
+// A row's pieces as stored in memory.
 template <class T>
 struct Pieces {
     uint4 words[kHeld];
@@ -78,7 +78,7 @@ struct Pieces {
     }
 };
 
-// Factors of the same columns: G is T, or float beside 16-bit values.
+// Factors of the same columns: G is T, or float with 16-bit values.
 template <class T, class G>
 struct Scales {
     static constexpr int kWords = kPiece<T> / kPiece<G>;
@@ -112,7 +112,7 @@ template <class T>
 LX_DEVICE const T* dmixed_row(const DepthMixArgs& args, int64_t row) {
     return static_cast<const T*>(args.dmixed) + row * args.width;
 }
-// Numbers (N, k).
+// Returns entry (row, e) of numbers (N, k).
 LX_DEVICE float& number_of(const DepthMixArgs& args, const void* numbers, int64_t row, int e) {
     return static_cast<float*>(const_cast<void*>(numbers))[row * args.depths + e];
 }
@@ -122,7 +122,7 @@ LX_DEVICE float mean_of(const DepthMixArgs& args, int64_t row, int e) {
 LX_DEVICE const float* router_row(const DepthMixArgs& args, int e) {
     return static_cast<const float*>(args.router) + e * args.width;
 }
-// Its numbers for the piece of T from `column` on.
+// Loads the router's entries for the piece of T that starts at `column`.
 template <class T>
 LX_DEVICE void load_router(const DepthMixArgs& args, int e, int column, float (&v)[kPiece<T>]) {
     const auto* const from = reinterpret_cast<const uint4*>(router_row(args, e) + column);
@@ -136,7 +136,7 @@ LX_DEVICE void load_router(const DepthMixArgs& args, int e, int column, float (&
     }
 }
 
-// Calls f(T, G) for the types of values, and of gammas and betas.
+// Calls f<T, G>() for the types of values and of gammas and betas.
 template <class F>
 LaunchStatus with_mix_types(const DepthMixArgs& args, F&& f) {
     return with_dtype(args.dtype, [&]<class T>() {
@@ -145,7 +145,7 @@ LaunchStatus with_mix_types(const DepthMixArgs& args, F&& f) {
     });
 }
 
-// Whether a block holds its row in registers: rows of whole pieces, not too many.
+// Returns whether a block can hold its row in registers: aligned whole pieces, not too many.
 inline bool row_is_held(const DepthMixArgs& args) {
     const int64_t size = element_size(args.dtype), piece = 16 / size;
     bool held = args.width % piece == 0 && args.width <= kMixThreads * kHeld * piece &&
@@ -157,14 +157,14 @@ inline bool row_is_held(const DepthMixArgs& args) {
                aligned_16(args.dhidden[e], {}, 1);
     return held;
 }
-// Threads of a block that holds its row.
+// Returns the number of threads of a block that holds its row.
 inline unsigned mix_threads(const DepthMixArgs& args) {
     const int64_t held = kHeld * 16 / element_size(args.dtype);
     return static_cast<unsigned>(ceil_div(ceil_div(args.width, held), lx::kWarpSize) *
                                  lx::kWarpSize);
 }
 
-// What all of them read.
+// Declares the buffers that all kernels read.
 inline void declare_mix(const DepthMixArgs& args) {
     const int64_t size = element_size(args.dtype);
     [[maybe_unused]] const int64_t scale = args.wide_scales ? 4 : size;

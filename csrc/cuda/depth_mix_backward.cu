@@ -1,17 +1,17 @@
-// The way back through a mix of normed hidden states; lora_ext/depth_mix.h has the formulas.
+// Backward pass of a mix of normed hidden states; lora_ext/depth_mix.h has the formulas.
 //
-// A block takes one hidden state of the rows of a part, row after row. Of each row a thread holds
-// two pieces of g and of h, while those of the next row are on their way; its shares of dgamma and
-// dbeta stay in registers until the part ends. So each hidden state is read once, its gradient
-// written once, and g read once for each hidden state, by blocks that run beside each other, mostly
-// from L2. Bound: these bytes. A last kernel adds the parts up in their order.
+// A block processes one hidden state of the rows of a part, row after row. A thread holds two
+// pieces of g and of h of a row while those of the next row are loaded. Its shares of dgamma and
+// dbeta stay in registers until the part ends. Each hidden state is thus read once and its gradient
+// written once. g is read once per hidden state, mostly from L2, since these blocks run
+// concurrently. Bound: these bytes. A last kernel adds the parts in order.
 //
-// A router needs all dw of a row before its gradient can reach n_{k-1}. So the first launch makes
-// no more than dw of the last hidden state, a second one does the rest of it, and a third adds up
-// dR = sum dl n_{k-1}, a column a thread.
+// A router needs all dw of a row before the gradient of n_{k-1} is known. The first launch
+// therefore computes only dw of the last hidden state, a second one the rest of it, and a third
+// dR = sum dl n_{k-1}, one column per thread.
 //
-// Rows that are not of whole pieces, or too wide to be held, go element by element; shares of
-// dgamma and dbeta are then kept in the part's own memory.
+// Rows that are not whole pieces, or too wide for the registers, are processed element by element;
+// shares of dgamma and dbeta are then accumulated in the part's memory.
 #include "depth_mix.cuh"
 
 namespace lora_ext {
@@ -19,9 +19,9 @@ namespace {
 
 constexpr int kAnyThreads = 256;
 constexpr int kSumThreads = 128;
-constexpr int kSumBatch = 8;  // parts that a thread asks for at a time
+constexpr int kSumBatch = 8;  // parts per thread in flight
 
-// Which rows of which hidden state a block has.
+// The rows and the hidden state of a block.
 struct Task {
     int64_t begin, end;
     int e;
@@ -38,8 +38,8 @@ LX_DEVICE float* partial_of(const DepthMixArgs& args) {
     return static_cast<float*>(args.partial) + blockIdx.x * mix_sums(args);
 }
 
-// Gradients of the router's logits of one row, from those of its weights: into shared memory, and
-// in their place. A barrier keeps those that read apart from those that write.
+// Computes gradients of the router's logits of one row from the gradients of its weights, and
+// writes them to shared memory and over the latter. A barrier separates reads from writes.
 LX_DEVICE void turn_to_logits(const DepthMixArgs& args, int64_t row, float* dl) {
     const int own = lx::thread_rank();
     float mine = 0, mean = 0;
@@ -54,8 +54,7 @@ LX_DEVICE void turn_to_logits(const DepthMixArgs& args, int64_t row, float* dl) 
     if (own < args.depths) number_of(args, args.dweights, row, own) = mine;
 }
 
-// A row's numbers and what they make of its sums: dh = factor t - slope (h - mean) - level with
-// t = G gamma.
+// The numbers of a row, and dh = factor t - slope (h - mean) - level with t = G gamma.
 struct RowNumbers {
     float weight, rinv, mean;
 
@@ -85,7 +84,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
     Scales<T, G> gamma;
     gamma.load(args.gamma[e], columns);
     float of_gamma[kHeld][P] = {}, of_beta[kHeld][P] = {};
-    // The next row is on its way while one is at hand; with a router no registers are left for it.
+    // The next row is loaded during the current one; with a router there are not enough registers.
     Pieces<T> now_g, now_h, next_g, next_h;
     const auto load = [&](int64_t row, Pieces<T>& g, Pieces<T>& h) {
         g.load(dmixed_row<T>(args, row), columns);
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
             next = load(lx::min(row + 1, task.end - 1), next_g, next_h);
         }
 
-        // The gradient of n_e, but for its weight.
+        // Gradient of n_e without its weight.
         float up[kHeld][P];
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) now_g.unpack(i, columns, up[i]);
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
                     for (int j = 0; j < P; ++j) up[i][j] += dl[other] * r[j];
                 }
         }
-        float sums[3] = {};  // of G gamma (h - mean), G gamma, G beta
+        float sums[3] = {};  // sums of G gamma (h - mean), G gamma, G beta
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
             float h[P], scale[P];
@@ -245,7 +244,7 @@ __global__ void __launch_bounds__(kAnyThreads, 2)
     }
 }
 
-// dR and dc of a part: a thread has a column of n_{k-1}.
+// dR and dc of a part; a thread computes a column of n_{k-1}.
 template <class T, class G>
 __global__ void __launch_bounds__(kSumThreads, 8)
     depth_mix_router_kernel(const __grid_constant__ DepthMixArgs args) {
@@ -278,7 +277,7 @@ __global__ void __launch_bounds__(kSumThreads, 8)
             partial[mix_router_at(args) + other * args.width + column] = sums[other];
 }
 
-// sums[i] = sum over parts, in their order.
+// sums[i] = sum over parts, in order.
 __global__ void __launch_bounds__(kSumThreads, 8)
     depth_mix_sums_kernel(const float* partial, float* sums, int64_t count, int parts) {
     const int64_t i = int64_t{blockIdx.x} * kSumThreads + lx::thread_rank();

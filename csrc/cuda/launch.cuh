@@ -12,8 +12,8 @@ constexpr LaunchStatus kInvalidValue = 1;  // cudaErrorInvalidValue
 
 constexpr int64_t kMaxGridX = INT32_MAX;
 
-// Dynamic shared memory that a block may have on this device beside its static arrays, which take
-// less than 2 KiB in every kernel that asks (the plan: 4.2).
+// Returns the maximum dynamic shared memory of a block on this device. Static arrays take less than
+// 2 KiB in every kernel that uses it (the plan: 4.2).
 inline int64_t most_dynamic_bytes(int64_t static_bytes = 2048) {
     return lx::shared_memory_per_block() - static_bytes;
 }
@@ -27,7 +27,7 @@ inline bool aligned_16(const void* p, std::initializer_list<int64_t> strides, in
     return aligned;
 }
 
-// f.template operator()<T>() for the C++ type of `dtype`.
+// Calls f.template operator()<T>() with the C++ type of `dtype`.
 template <class F>
 LaunchStatus with_dtype(DType dtype, F&& f) {
     switch (dtype) {

@@ -1,10 +1,10 @@
-// The LoRA launchers: which kernels run, from host-known sizes alone, so that a captured graph
-// always holds the same ones. Nothing here allocates or waits.
+// The LoRA launchers. The kernels depend only on sizes known to the host, so a captured graph
+// always contains the same ones. Nothing here allocates or waits.
 //
 //   T <= 256   chunks of 16 rows     shrink_decode, expand with four warps along the outputs
 //   T >  256   chunks of 64 or 128   shrink, expand with a warp per 16 rows
 //   bank of rank > 256               run_gemm_* (lora_gemm.cuh) for reduce and expand, and for
-//                                    shrink where T > 256
+//                                    shrink if T > 256
 #include "lora_train.cuh"
 
 namespace lora_ext {
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kDecodeTokens = 256;
 
-// Large ranks at prefill: until there are 198 blocks, one and a half per multiprocessor of an H100,
+// Large ranks at prefill: split until there are 198 blocks, 1.5 per multiprocessor of an H100,
 // which holds two; more would be a second wave.
 SumOrder gemm_order(const LoraArgs& args) {
     const int64_t in = args.bank.in_features;
@@ -28,12 +28,12 @@ bool is_decode(const LoraArgs& args) {
     return args.num_tokens <= kDecodeTokens;
 }
 
-// Splits as they are laid out in the workspace: rows padded to whole pages.
+// Layout of the splits in the workspace: rows padded to whole pages.
 Partials partials(const LoraArgs& args) {
     const int64_t row = int64_t{kPageRanks} * args.bank.pages_per_slot;
     const bool gemm = large_rank(args.bank);
     SumOrder order = gemm && !is_decode(args) ? gemm_order(args) : sum_order(args.bank.in_features);
-    bool scaled = gemm && order.count == 1;  // a GEMM takes v as it is
+    bool scaled = gemm && order.count == 1;  // a GEMM reads v without scaling it
     if (!gemm && !is_decode(args) && projection_slices(args, false).finished) {
         order.count = 1;
         scaled = true;
@@ -47,8 +47,8 @@ Partials partials(const LoraArgs& args) {
             scaled};
 }
 
-// Prefill: every 512 outputs read all splits of v. From 16 MB of such reading on, they are summed
-// once: an estimate of what a launch is worth, not a measurement. No bit depends on it.
+// Prefill: every 512 outputs read all splits of v. From 16 MB of such reads on, the splits are
+// summed first; the threshold is an estimate, not a measurement. No bit depends on it.
 bool sums_splits_first(const LoraArgs& args, const Partials& v) {
     const int64_t again = ceil_div(args.bank.out_features, 512) - 1;
     if (large_rank(args.bank)) return v.splits > 1;
@@ -89,9 +89,9 @@ bool adds_nothing(const LoraArgs& args) {
     return empty(args) || args.bank.out_features == 0 || args.bank.in_features == 0;
 }
 
-// Whether a module may share launches with siblings. Prefill and large ranks take launches of their
-// own, since their blocks fill the machine; so do unaligned modules, whose kernels have no register
-// to spare.
+// Returns whether a module may share launches with siblings. Prefill and large ranks use separate
+// launches, since their blocks fill the machine. So do unaligned modules, whose kernels have no
+// spare registers.
 bool shares_launches(const LoraArgs& args) {
     return is_decode(args) && !large_rank(args.bank) && shrink_aligned(args) &&
            expand_aligned(args);
@@ -102,7 +102,7 @@ LaunchStatus apply_one(const LoraArgs& args, void* stream) {
     Partials& v = module.v;
     if (const LaunchStatus status = run_shrink(module, stream)) return status;
     if (sums_splits_first(args, v)) {
-        LoraArgs sum = args;  // in place: a warp writes what it alone has read
+        LoraArgs sum = args;  // in place: only the same warp has read what it writes
         sum.v = v.data;
         sum.v_row_stride = v.row_stride;
         if (const LaunchStatus status = run_reduce(sum, v, stream)) return status;
@@ -165,7 +165,7 @@ LaunchStatus launch_lora_apply(std::span<const LoraArgs> modules, void* stream) 
 }
 
 // ------------------------------------------------------------------------------------------------
-// Buffers of the emulator. Its "device" pointers are ordinary memory, so the host may follow them.
+// Buffers of the emulator. Its "device" pointers are ordinary memory, so the host may read them.
 
 #ifdef LX_EMULATE
 namespace {
@@ -174,7 +174,7 @@ int32_t rank_of(const LoraBank& bank, int slot) {
     return bank.ranks ? lx::min(lx::max(bank.ranks[slot], 0), bank.max_rank) : bank.max_rank;
 }
 
-// f(page's first element, its number of ranks that belong to the adapter)
+// Calls f(first element of a page, number of its ranks that belong to the adapter).
 template <class F>
 void for_each_page(const LoraBank& bank, const void* base, int64_t slot_stride, int64_t page_stride,
                    int64_t size, F&& f) {

@@ -1,38 +1,36 @@
 // Expand: y[t, :] = round(y[t, :] + b[s] v[t, :]), and the sum of v over its splits.
 //
 // Block (tile, range of outputs, module). A warp owns 16 rows of one adapter and 32 outputs at a
-// time: v is operand A of mma, the rows of the B pages are operand B, straight from 16-byte loads
-// as lora_tile.cuh explains. Columns are numbered such that a lane ends up with 8 adjacent outputs
-// of rows g and g + 8, so y is read and written once, 16 bytes per access.
-// Decode: the warps of a block share 16 rows and part the outputs; two memory trips (find_tile)
-// stand before the first byte of B. Prefill: they part the rows of a chunk, and B comes from L1 for
-// all but the first; where a chunk is short, the outputs as well.
-// Bound: bytes of the B pages (decode), of y (prefill).
+// time: v is operand A of mma, the rows of the B pages are operand B, loaded as in lora_tile.cuh.
+// Columns are numbered so that a lane holds 8 adjacent outputs of rows g and g + 8; y is read and
+// written once, 16 bytes per access. Decode: the warps of a block share 16 rows and divide the
+// outputs; two memory round trips (find_tile) precede the first byte of B. Prefill: the warps
+// divide the rows of a chunk, and all but the first read B from L1; in a short chunk they also
+// divide the outputs. Bound: bytes of the B pages (decode), of y (prefill).
 //
-// v is float32. For 16-bit types it enters as high + low, two products instead of one, which keeps
-// 16 bits of it (bfloat16) or 22 (float16, whose rows are first brought to [2^14, 2^15) by a power
-// of two, so that neither a large v overflows nor a small one loses its low part).
+// v is float32. For 16-bit types it is split into high + low, two products instead of one, which
+// keeps 16 bits (bfloat16) or 22 (float16). float16 rows are first scaled to [2^14, 2^15) by a
+// power of two, so that a large v does not overflow and a small one does not lose its low part.
 #include "lora_kernels.cuh"
 
 namespace lora_ext {
 namespace {
 
-// Ranks of a block: what four lanes load. A lane's 16 bytes are a page row, or half of one
-// (float32).
+// Ranks per block: what four lanes load. A lane loads a page row, or half of one (float32).
 template <class T>
 constexpr int kBlockRanks = 4 * kVec<T>;
 template <class T>
 constexpr int kParts = sizeof(T) == 2 ? 2 : 1;  // high and low, or the float itself
 
 constexpr int kWarpOutputs = 32;
-constexpr int kDecodeShared = 6 * 1024;  // bytes of a block, at least
+constexpr int kDecodeShared = 6 * 1024;  // minimum bytes per block
 template <class T, int kRows>
 constexpr int fragment_bytes(int max_rank) {
     return kRows / kTileRows * static_cast<int>(ceil_div(max_rank, kBlockRanks<T>)) * kParts<T> *
            2 * 32 * 16;
 }
 
-// Fragment (row tile, block, part, half) of v: 16 bytes per lane, ready for mma_words.
+// Returns fragment (row tile, block, part, half) of v: 16 bytes per lane, ready for mma_words.
 template <class T>
 LX_DEVICE uint4* fragment(unsigned char* fragments, int blocks, int tile, int block, int part,
                           int half) {
@@ -40,8 +38,7 @@ LX_DEVICE uint4* fragment(unsigned char* fragments, int blocks, int tile, int bl
            (((tile * blocks + block) * kParts<T> + part) * 2 + half) * 32;
 }
 
-// Sums the splits of v, scales, and stores the fragments. `unscale` undoes the power of two of a
-// row.
+// Sums the splits of v, scales, and stores the fragments. `unscale` inverts a row's power of two.
 template <class T, int kRows>
 LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float scale,
                                const int32_t (&row_of)[kRows], unsigned char* fragments,
@@ -53,13 +50,13 @@ LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float sca
         for (int i = lx::thread_rank(); i < kRows; i += threads) row_max[i] = 0;
         lx::syncthreads();
     }
-    // Item (row, block, t): what lane t of the row holds.
+    // Item (row, block, t): the data of lane t of the row.
     const int items = (tile.rows + kTileRows - 1) / kTileRows * kTileRows * blocks * 4;
     auto slot_of = [&](int row, int block, int t, int part) {
         return fragment<T>(fragments, blocks, row / kTileRows, block, part, row / 8 % 2) +
                row % 8 * 4 + t;
     };
-    // Four ranks at a time: a whole float's item, half of a 16-bit one.
+    // Four ranks at a time: an item of float32, half of a 16-bit item.
     constexpr int kHalves = kVec<T> / 4;
     auto store = [&](int row, int block, int t, int half, const float (&value)[4]) {
         if constexpr (kHalves == 1) {
@@ -82,7 +79,7 @@ LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float sca
         const int half = quad % kHalves, item = quad / kHalves;
         const int t = item % 4, block = item / 4 % blocks, row = item / 4 / blocks;
         const int rank = block * kBlockRanks<T> + t * kVec<T> + half * 4;
-        // Where there is no row or rank, the tile's first ones stand in.
+        // Missing rows and ranks read the tile's first ones.
         const int n = row < tile.rows ? tile.rank - rank : 0;
         const float* p = v.data + row_of[n > 0 ? row : 0] * v.row_stride + (n > 0 ? rank : 0);
         float value[4] = {};
@@ -102,11 +99,12 @@ LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float sca
 #pragma unroll
         for (int i = 0; i < 4; ++i) value[i] = i < n ? value[i] * scale : 0.0f;
         if constexpr (kNormalise) {
-            // A row must know its largest entry first: until then the item's floats wait where its
-            // two parts will be.
+            // The row's largest entry must be found first. Until then the floats of the item are
+            // stored in place of its two parts.
             const float largest = fmaxf(fmaxf(fabsf(value[0]), fabsf(value[1])),
                                         fmaxf(fabsf(value[2]), fabsf(value[3])));
-            lx::atomic_max(&row_max[row], lx::bit_cast<unsigned>(largest));  // order of bits
+            // the bits have the order of the floats
+            lx::atomic_max(&row_max[row], lx::bit_cast<unsigned>(largest));
             *reinterpret_cast<float4*>(slot_of(row, block, t, half)) = {value[0], value[1],
                                                                         value[2], value[3]};
         } else {
@@ -151,7 +149,7 @@ struct Outputs {
             }
         }
     }
-    // Adds d[0..8) and stores.
+    // Adds d[0..8) and stores the result.
     LX_DEVICE void add_store(T* p, int n, const float (&d)[8]) const {
         if (n <= 0) return;
 #pragma unroll
@@ -186,7 +184,7 @@ struct Outputs {
     }
 };
 
-// Blocks on a multiprocessor: what hides the latency of decode.
+// Minimum blocks per multiprocessor, to hide the latency of decode.
 template <class T, bool kAligned, int kWarpsM>
 constexpr int kMinBlocks = kWarpsM > 1      ? 2
                            : !kAligned      ? 3
@@ -217,17 +215,16 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
         if (!v.scaled && bank.scale) scale = bank.scale[slot];
     };
     const RowTile tile = find_tile<kRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
-    // A sibling may have more outputs.
+    // Another sibling may have more outputs.
     if (tile.rank == 0 || (kModules > 1 && begin >= bank.out_features)) {
-        lx::grid_dependency_wait();  // the end of this grid must not come before that of its
-                                     // producer
+        lx::grid_dependency_wait();  // this grid must not end before its producer
         return;
     }
     static_assert(kFusedPages == lx::kWarpSize);
     const T* const page =
         page_at<T>(bank, bank.b, tile.slot, number, bank.b_slot_stride, bank.b_page_stride);
     if (lx::warp_id() == 0) page_of[lane] = page;
-    // One bit for each page that is there.
+    // One bit for each page that exists.
     const unsigned pages = lx::ballot_sync(lx::kFullMask, lane * kPageRanks < tile.rank && page);
     lx::syncthreads();  // row_of, page_of
     if (pages == 0) {
@@ -235,7 +232,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
         return;
     }
     const T* const stand_in = page_of[lx::ffs(pages) - 1];
-    // As many warps along the rows as there are row tiles, to a power of two; the others part the
+    // Power of two of warps along the rows that covers the row tiles; the others divide the
     // outputs.
     int log_m = 0;
     while ((1 << log_m) < kWarpsM && (kTileRows << log_m) < tile.rows) ++log_m;
@@ -248,8 +245,8 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
 
     // Column c of the j-th of four mma is output 8 (c / 2) + 2j + c % 2 of the warp's 32.
     const int lane_output = 8 * (g / 2) + g % 2;
-    // Loads have no condition: where an output, a rank, a page or a row is not there, something
-    // that may be read stands in, and what of it must not count becomes zero where it is used.
+    // Loads have no condition: a missing output, rank, page or row reads another valid address, and
+    // its value is replaced by zero when used.
     const auto ranks_here = [&](int block) {
         const int rank = block * kBlockRanks<T> + t * kVec<T>;
         return pages >> rank / kPageRanks & 1 ? tile.rank - rank : 0;
@@ -266,7 +263,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
                 b[j] = load_words<T, false>(row, n);
         }
     };
-    // Eight outputs of row g + 8 h from o + 8 t on, and how many of them there are.
+    // Returns the address of outputs o + 8 t .. + 7 of row g + 8 h; n: how many of them exist.
     const auto y_at = [&](int h, int o, int& n) {
         const int row = warp_m * kTileRows + g + 8 * h;
         n = row < tile.rows ? end - o - 8 * t : 0;
@@ -282,7 +279,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
         }
     };
 
-    // What does not depend on v is on its way before v is waited for.
+    // Loads that do not depend on v are issued before the wait for v.
     int o = begin + warp_n * kWarpOutputs;
     uint4 b[4];
     load_b(b, o, 0);
@@ -295,7 +292,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     for (; o < end; o += stride) {
         float acc[4][4] = {};
         for (int block = 0; block < blocks; ++block) {
-            // The next step's B, while this one is multiplied.
+            // The next step's B is loaded during this product.
             uint4 next[4];
             const bool last = block + 1 == blocks;
             load_b(next, last ? o + stride : o, last ? 0 : block + 1);
@@ -338,9 +335,8 @@ LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool de
                     static_cast<unsigned>(modules.size()));
     const int fragments = fragment_bytes<T, kRows>(
         static_cast<int>(largest(modules, [](const LoraBank& bank) { return bank.max_rank; })));
-    // Five blocks of decode then want as much shared memory as four of shrink, which takes 37 KiB:
-    // a multiprocessor that has divided its memory for one need not wait until it is empty to run
-    // the other beside it.
+    // Five blocks of decode then use as much shared memory as four blocks of shrink, 37 KiB in
+    // total. A multiprocessor configured for one kernel can run the other without draining first.
     const int bytes = lx::max(fragments, kWarpsM == 1 ? kDecodeShared : 0);
     constexpr int kThreads = kWarpsM * kWarpsN * 32;
     const Modules<kModules> all(modules);
@@ -351,8 +347,8 @@ LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool de
                            kThreads, bytes, stream, all, tiling(args, kRows), outputs);
 }
 
-// Outputs of a block at decode: 256, or 128 while that leaves fewer than two blocks to each of the
-// 132 multiprocessors of an H100. A sum does not depend on who its neighbours are.
+// Returns the outputs per block at decode: 256, or 128 if 256 gives fewer than two blocks per
+// multiprocessor of an H100 (132). A sum does not depend on its neighbours.
 int decode_outputs(std::span<const Module> modules) {
     const int64_t out = largest(modules, [](const LoraBank& bank) { return bank.out_features; });
     const int64_t tiles =
@@ -371,10 +367,10 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
         declare_common(each);
         declare_b(each);
         declare_v(each, partials, lx::Access::kRead);
-        // y is read before the wait. That is legal because the chain of early starters begins with
-        // a shrink that starts in order, when whatever wrote y has ended; shrink and reduce do not
-        // write it. If shrink started early too, y might still be in the making: the emulator would
-        // report it where two calls in a row add to one y.
+        // y is read before the wait. The chain of early launches starts with a shrink that starts
+        // in order, after every earlier writer of y has ended; shrink and reduce do not write y. If
+        // shrink also started early, y might not be complete: the emulator would report this for
+        // two consecutive calls that add to the same y.
         if (dependent)
             LX_BUF_ROWS(each.y, each.num_tokens, each.bank.out_features * size,
                         each.y_row_stride * size, lx::Access::kConstant);
@@ -383,7 +379,7 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
     }
     if (large_rank(bank)) return run_gemm_expand(args, modules[0].v, dependent, stream);
     return with_dtype(args.dtype, [&]<class T>() {
-        // Decode: enough blocks to fill the machine. Prefill: enough outputs to earn the fragments.
+        // Decode: enough blocks to fill the machine. Prefill: enough outputs per fragment.
         const int chunk_rows = lora_chunk_rows(args.num_tokens);
         const int few = chunk_rows == 16 ? decode_outputs(modules) : 256;
         if (modules.size() > 1)
@@ -391,7 +387,7 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
         if (!aligned) return launch_expand<T, false, 1, 4, 1>(modules, few, dependent, stream);
         if (chunk_rows == 16)
             return launch_expand<T, true, 1, 4, 1>(modules, few, dependent, stream);
-        // 128 rows of a large rank are more than some devices have for a block.
+        // 128 rows of a large rank exceed the shared memory per block of some devices.
         const bool small = chunk_rows == 64 ||
                            fragment_bytes<T, 8 * kTileRows>(bank.max_rank) > most_dynamic_bytes();
         if (small) return launch_expand<T, true, 4, 2, 1>(modules, 512, dependent, stream);

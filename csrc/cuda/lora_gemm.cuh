@@ -1,5 +1,5 @@
-// Products of gathered rows for large ranks (lora_kernels.cuh: large_rank). Where a rank is as long
-// as a row, all four are matrix products that arithmetic bounds:
+// Products of gathered rows for large ranks (lora_kernels.cuh: large_rank). If a rank is as long as
+// a row, all four are matrix products bound by arithmetic:
 //
 //   kShrink    v[t, :]  = c * a[s] (mask * x[t, :])                  columns are ranks
 //   kProject   dv[t, :] = c * dy[t, :] b[s]                          columns are ranks
@@ -8,21 +8,21 @@
 //
 // One kernel, four kinds: left (x, dy, v or dv, its rows gathered through the plan) times right (a
 // or b). Block (16, 64 or 128 rows of one adapter, 128 columns), four warps of up to 64 x 64. A
-// stage is 128 bytes of each row of left and as many k of right; cp.async fills a ring of stages
-// of 96 KiB at most, so that two blocks fit a multiprocessor and one fits any device. Ranks are
-// walked or parted like any other axis: no array grows with them, and a block ends where the
-// adapter's own rank ends.
+// stage is 128 bytes of each row of left and as many k of right. cp.async fills a ring of stages of
+// at most 96 KiB, so that two blocks fit a multiprocessor and one fits any device. Ranks are
+// iterated over or divided like any other axis: no array grows with them, and a block stops at the
+// adapter's rank.
 //
-// Right lies in shared memory as it lies in memory: column by column (a for kShrink, b for
-// kExpand), or k by k (kProject, kInput), where ldmatrix.trans turns it. 16-byte pieces are
-// permuted within a row such that neither cp.async nor what reads them meets a bank twice.
+// Right has the same layout in shared memory as in global memory: column by column (a for kShrink,
+// b for kExpand), or k by k (kProject, kInput), transposed by ldmatrix.trans. 16-byte pieces are
+// permuted within a row so that neither cp.async nor the reads have bank conflicts.
 //
-// v and dv are float32. Beside a 16-bit right each warp parts its own floats in registers:
+// v and dv are float32. With a 16-bit right each warp splits its floats in registers:
 //   bfloat16   v = high + low, two m16n8k16
 //   float16    right as floats, exact in tf32; v = high + low in tf32: any size of v
 //
-// An element's products are added in the order of k, to one sum for each slice of k, and the
-// slices in order: no bit depends on the tile, nor on who shares the batch.
+// The products of an element are added in the order of k, to one sum for each slice of k, and the
+// slices in order: no bit depends on the tile or on the other rows of the batch.
 #pragma once
 
 #include "lora_gemm_tile.cuh"
@@ -31,14 +31,14 @@ namespace lora_ext {
 
 struct Gemm {
     LoraArgs lora;        // the bank and the rows
-    LoraDropout dropout;  // of x (kShrink) or of dx (kInput); inverse_keep is a part of c
+    LoraDropout dropout;  // of x (kShrink) or of dx (kInput); inverse_keep is a factor of c
     const void* left;     // rows of `width` elements (kShrink, kProject), or of ranks
     int64_t left_row_stride;
     int width;  // in- or out-features: k of a projection, columns of an update
     void* out;  // v or dv, or their partial sums; y or dx
     int64_t out_row_stride;
-    int row_tiles;  // block x is row tile x % row_tiles, column tile x / row_tiles
-    // Projections: a block walks over so many slices of k, and block y begins at slice y * count.
+    int row_tiles;  // block x: row tile x % row_tiles, column tile x / row_tiles
+    // Projections: slices of k per block; block y starts at slice y * slice_count.
     int slice_width, slice_count;
     int64_t split_stride;  // of partial sums
     bool finished;         // no partial sums: the block applies c
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     using Left = typename G::Left;
     if constexpr (kProduct == Product::kShrink) lx::grid_dependency_launch();
     LX_SHARED(int32_t, row_of, kRows);
-    LX_SHARED(const Left*, left_of, kRows);      // rows of left; the first where there is none
-    LX_SHARED(const T*, rank_of, kGemmColumns);  // kShrink: rows of a, nullptr where there is none
+    LX_SHARED(const Left*, left_of, kRows);      // rows of left; missing ones: the first row
+    LX_SHARED(const T*, rank_of, kGemmColumns);  // kShrink: rows of a, nullptr if missing
     LX_DYN_SHARED(ring);
     const LoraBank& bank = args.lora.bank;
     const int thread = lx::thread_rank(), lane = lx::lane_id(), warp = lx::warp_id();
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     const int first_column = index / args.row_tiles * kGemmColumns;
     const int columns = lx::min((G::kUpdate ? args.width : tile.rank) - first_column, kGemmColumns);
     if (tile.rank == 0 || columns <= 0) {
-        // The end of this grid must not come before that of its producer.
+        // This grid must not end before its producer.
         if constexpr (kProduct == Product::kExpand) lx::grid_dependency_wait();
         return;
     }
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
                                   : nullptr;
         rank_of[thread] = page ? page + thread % kPageRanks * bank.a_row_stride : nullptr;
     }
-    // After it left_of and rank_of are written.
+    // The barrier also completes left_of and rank_of.
     const bool all_ranks = lx::syncthreads_and(kProduct != Product::kShrink || rank_of[thread]);
 
     // This block sums k from begin to end.
@@ -92,12 +92,12 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     const int warp_column = warp / G::kWarpsM * G::kWarpColumns;
     const bool active = warp_row < tile.rows && warp_column < columns;
 
-    // A thread copies the same piece of every kLeftRowStep-th row. The rows' addresses are made
-    // once: what a stage adds is k. Where left has no row, the tile's first one stands in: nobody
-    // stores what comes of it.
+    // A thread copies the same piece of every kLeftRowStep-th row. The rows' addresses are computed
+    // once; a stage only adds k. A missing row reads the tile's first row; its results are not
+    // stored.
     const int left_piece = thread % G::kLeftPieces, left_row = thread / G::kLeftPieces;
     constexpr int kLeftRowStep = kGemmThreads / G::kLeftPieces;
-    static_assert(kLeftRowStep % 8 == 0);  // all rows of a thread permute alike
+    static_assert(kLeftRowStep % 8 == 0);  // same permutation for all rows of a thread
     const auto stage_of = [&](int step) { return ring + step % G::kStages * G::kStageBytes; };
     const auto left_at = [&](int step, int row) {
         return stage_of(step) + row * G::kLeftRow + G::left_piece(row, left_piece) * kPieceBytes;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
                 return Piece<T>{from + i * kRowStep * bank.b_row_stride, row < columns ? n : 0};
             });
         } else {
-            // Plain tensors: the ranks of a and the outputs of b lie at a constant distance.
+            // Plain tensors: the ranks of a and the outputs of b have a constant stride.
             constexpr bool kOfB = kProduct == Product::kProject;
             const int n = columns - element, k = k0 + first_row;
             const int64_t stride = kOfB ? bank.b_row_stride : bank.a_row_stride;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
             });
         }
     };
-    // Elements of x by the thread that copied them.
+    // The thread that copied elements of x applies their mask.
     const auto drop = [&](int step) {
         if (kProduct != Product::kShrink || args.dropout.threshold == 0) return;
         const Mask mask = mask_of(args.dropout, args.lora, tiling, tile);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
             drop_piece<Left>(left_at(step, row), mask, mask.row(row, row_of[row]), k);
     };
 
-    // What does not depend on v is on its way before v is waited for.
+    // Loads that do not depend on v are issued before the wait for v.
 #pragma unroll
     for (int s = 0; s < G::kStages - 1; ++s)
         if (s < steps) fill_right(s);
@@ -182,13 +182,13 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
 
     typename G::Sums sums = {};
     for (int slice = 0, step = 0; step < steps; ++slice) {
-        lx::syncwarp();  // for the compiler, which else makes one loop of the two
+        lx::syncwarp();  // keeps the compiler from merging the two loops
         const int slice_end =
             G::kUpdate ? steps : lx::min(steps, step + args.slice_width / G::kStep);
         for (; step < slice_end; ++step) {
             lx::cp_async_wait_group<G::kStages - 2>();
             drop(step);
-            lx::syncthreads();  // this stage is complete, and the previous one has been read by all
+            lx::syncthreads();  // stage complete, previous stage read by all threads
             if (const int next = step + G::kStages - 1; next < steps) {
                 fill_right(next);
                 fill_left(next);
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
         }
         if constexpr (!G::kUpdate) {
             if (!active) continue;
-            // The sum of the slices so far lies where it belongs; only this lane reads it again.
+            // The sum of the slices so far is stored in the output; only this lane reads it again.
             float factor = 1.0f;
             if (step == steps && args.finished)
                 factor = args.dropout.inverse_keep * (bank.scale ? bank.scale[tile.slot] : 1.0f);
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
             uint4 words[kBatch];
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
-                // Past the last row the thread's own first one stands in: nobody else writes it.
+                // Past the last row, reload the thread's first row, which no other thread writes.
                 const int row = first + i * kRowStep < tile.rows ? first + i * kRowStep : first;
                 words[i] = load_piece(out + row_of[row] * args.out_row_stride, n, args.out_aligned);
             }
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
                     if (args.dropout.threshold != 0) {
                         bool keep[kVec<T>];
                         keep_elements_of(mask, mask.row(row, row_of[row]), column, keep);
-                        // Adding -0 changes no bit, not even that of another -0.
+                        // Adding -0 changes no bit, not even of another -0.
 #pragma unroll
                         for (int e = 0; e < kVec<T>; ++e) d[e] = keep[e] ? d[e] : -0.0f;
                     }
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     }
 }
 
-// Rows of a tile: a chunk, or half of one where a float becomes two tf32, which takes registers.
+// Rows of a tile: a chunk, or half of one if a float becomes two tf32, which needs more registers.
 template <class T, Product kProduct>
 constexpr int kMostRows = GemmShape<T, kProduct, 64>::kTf32 ? 64 : 128;
 
@@ -343,8 +343,8 @@ LaunchStatus launch_tile(Gemm args, int64_t splits, bool dependent, void* stream
                                  G::kRingBytes, stream, args, tiling(args.lora, kRows));
 }
 
-// Up to 256 rows expand has a tile of 16; training's shrink, the only other product of so few rows,
-// takes that of 64.
+// Up to 256 rows, expand uses a tile of 16 rows. The shrink of training, the only other product of
+// so few rows, uses a tile of 64.
 template <Product kProduct>
 LaunchStatus launch_gemm(const Gemm& args, int64_t splits, bool dependent, void* stream) {
     return with_dtype(args.lora.dtype, [&]<class T>() {

@@ -1,12 +1,12 @@
-// The projections onto large ranks, x -> v and dy -> dv (lora_gemm.cuh), and the sum over their
-// splits.
+// The projections to large ranks, x -> v and dy -> dv (lora_gemm.cuh), and the sum of their splits.
 #include "lora_gemm.cuh"
 
 namespace lora_ext {
 namespace {
 
-// v[t, j] = c * sum of the splits, which v may lie in: a warp reads the splits of its elements and
-// then writes them. Block: 16 rows of one adapter, 128 ranks; the splits are on their way together.
+// v[t, j] = c * sum of the splits. v may overlap the splits: a warp reads the splits of its
+// elements and then writes them. Block: 16 rows of one adapter, 128 ranks; the loads of the splits
+// are in flight together.
 __global__ void __launch_bounds__(kGemmThreads)
     lora_gemm_reduce_kernel(const __grid_constant__ LoraArgs args,
                             const __grid_constant__ Tiling tiling,
@@ -16,13 +16,12 @@ __global__ void __launch_bounds__(kGemmThreads)
     const RowTile tile = find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
     const int first = static_cast<int>(blockIdx.y) * kGemmColumns;
     if (tile.rank <= first) {
-        lx::grid_dependency_wait();  // the end of this grid must not come before that of its
-                                     // producer
+        lx::grid_dependency_wait();  // this grid must not end before its producer
         return;
     }
     lx::syncthreads();  // row_of
     const float factor = inverse_keep * (args.bank.scale ? args.bank.scale[tile.slot] : 1.0f);
-    // Four ranks a lane. Where there are none, the block's first ones stand in.
+    // Four ranks per lane. Missing ranks read the block's first ones.
     const int rank = first + lx::lane_id() * 4, n = tile.rank - rank;
     lx::grid_dependency_wait();
     for (int i = lx::warp_id(); i < tile.rows; i += kGemmThreads / lx::kWarpSize) {

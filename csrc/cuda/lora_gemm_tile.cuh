@@ -1,5 +1,5 @@
-// The tile of lora_gemm.cuh: its shape for each product, how pieces of it come to shared memory,
-// and what a warp makes of a stage.
+// The tile of lora_gemm.cuh: its shape for each product, the copies of its pieces to shared memory,
+// and the product of a warp over one stage.
 #pragma once
 
 #include "lora_train.cuh"
@@ -14,12 +14,12 @@ template <class T, Product kProduct, int kRows>
 struct GemmShape {
     static constexpr bool kUpdate = kProduct == Product::kExpand || kProduct == Product::kInput;
     static constexpr bool kTurned = kProduct == Product::kProject || kProduct == Product::kInput;
-    static constexpr bool kParted = kUpdate && sizeof(T) == 2;  // floats beside a 16-bit right
+    static constexpr bool kParted = kUpdate && sizeof(T) == 2;  // floats with a 16-bit right
     using Left = std::conditional_t<kUpdate, float, T>;
 
     static constexpr int kLeftPieces = 8;
     static constexpr int kLeftRow = kLeftPieces * kPieceBytes;
-    static constexpr int kStep = kLeftRow / static_cast<int>(sizeof(Left));  // k of a stage
+    static constexpr int kStep = kLeftRow / static_cast<int>(sizeof(Left));  // k per stage
     static constexpr int kMmaK = sizeof(T) == 2 ? 16 : 8;
     static constexpr int kRightRows = kTurned ? kStep : kGemmColumns;
     static constexpr int kRightPieces = (kTurned ? kGemmColumns : kStep) / kVec<T>;
@@ -27,7 +27,7 @@ struct GemmShape {
     static constexpr int kStageBytes = kRows * kLeftRow + kRightRows * kRightRow;
     static constexpr int kStages = lx::min(4, 98304 / kStageBytes);
     static constexpr int kRingBytes = kStages * kStageBytes;
-    // An update goes through the ring's memory as floats; a warp's stores meet no bank twice.
+    // An update passes through the ring as floats; the stores of a warp have no bank conflict.
     static constexpr int kDeltaRow = kGemmColumns + 8;
     static_assert(!kUpdate || kRows * kDeltaRow * 4 <= kRingBytes);
 
@@ -41,12 +41,12 @@ struct GemmShape {
                                       : kTf32       ? 3
                                                     : 4;
 
-    // Mma steps of a stage in one piece of code: what the registers allow.
+    // Mma steps of a stage that are unrolled; limited by registers.
     static constexpr int kUnroll = kTf32 || (kUpdate && kRows == 128) ? 1 : kRows == 128 ? 2 : 4;
     using Sums = float[kTilesM][kTilesN][4];
 
-    // Where piece `piece` of a row lies. Left that is parted is read as float2, 32 bytes of each of
-    // four rows at once; right of floats that is turned as floats, 32 bytes of each of four rows.
+    // Position of piece `piece` in a row. A split left is read as float2, 32 bytes of each of four
+    // rows at once; a transposed right of floats as floats, 32 bytes of each of four rows.
     __host__ __device__ static constexpr int left_piece(int row, int piece) {
         return piece ^ (kParted ? 2 * row : row) % 8;
     }
@@ -56,15 +56,15 @@ struct GemmShape {
     }
 };
 
-// 16 bytes to copy: the first n elements, then zeros. With n <= 0 `from` is only an address.
+// 16 bytes to copy: the first n elements, then zeros. If n <= 0, `from` is not read.
 template <class T>
 struct Piece {
     const T* from;
     int n;
 };
 
-// piece_of(i) to to(i): by cp.async if aligned, else at once. In the steady state all pieces of a
-// thread are whole, and a copy is one instruction and an address.
+// Copies piece_of(i) to to(i): by cp.async if aligned, otherwise synchronously. In the steady state
+// all pieces of a thread are whole, and a copy is one instruction and an address.
 template <class T, int kCount, class To, class PieceOf>
 LX_DEVICE void copy_pieces(bool whole, bool aligned, To&& to, PieceOf&& piece_of) {
     if (whole && aligned) {
@@ -79,7 +79,7 @@ LX_DEVICE void copy_pieces(bool whole, bool aligned, To&& to, PieceOf&& piece_of
     }
 }
 
-// Operand B of the warp's column tiles for kMmaK of a stage.
+// Loads operand B of the warp's column tiles for kMmaK of a stage.
 template <class G, class T>
 LX_DEVICE void load_right(uint32_t (&w)[G::kTilesN][2], const unsigned char* right, int column,
                           int k) {

@@ -1,18 +1,18 @@
-// Gradients of adapters of large ranks, sums over the rows t of one adapter alone:
+// Gradients of adapters of large ranks, sums over the rows t of one adapter:
 //   db[s] = sum_t dy[t, :]^T v[t, :]            da[s] = sum_t dv[t, :]^T (mask * x[t, :])
 //
-// As lora_train_weights_kernel, with tiles for which arithmetic is the bound, as in lora_gemm.cuh:
+// Like lora_train_weights_kernel, but with tiles that are bound by arithmetic, as in lora_gemm.cuh:
 // block (adapter, 128 columns of x or dy, 128 ranks of v or dv), four warps of 64 x 64. A stage is
-// 32 rows, gathered through the plan; cp.async fills a ring of four, and the rows' numbers are read
-// a stage ahead of that. x is turned by ldmatrix.trans on its way to operand A; the floats of v
-// become operand B in registers, by parts:
+// 32 rows, gathered through the plan. cp.async fills a ring of four stages, and the row numbers are
+// read one stage earlier. ldmatrix.trans transposes x to operand A; the floats of v are split into
+// operand B in registers:
 //   bfloat16   v = high + low, two m16n8k16
 //   float16    as floats, exact in tf32; v = high + low in tf32: any size of v
 //   float32    three tf32 products of parts
-// A float that becomes two tf32 takes registers: for these, 64 columns.
+// Splitting a float into two tf32 needs registers: these types use 64 columns.
 //
-// One sum for all rows of the adapter, in their order. The choice between the two kernels follows
-// from (R, width) alone, so a gradient depends on its adapter's own rows.
+// One sum for all rows of the adapter, in order. The choice between the two kernels depends only on
+// (R, width), so a gradient depends only on the rows of its adapter.
 #include "lora_train.cuh"
 
 namespace lora_ext {
@@ -20,10 +20,10 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kRanks = kGemmColumns;
-constexpr int kStep = 32;  // rows of a stage
+constexpr int kStep = 32;  // rows per stage
 constexpr int kStages = 4;
-constexpr int kRowSlots = 8;  // stages whose row numbers are kept; kStages + 1 would do
-constexpr int kTilesN = 8;    // of eight ranks, of a warp
+constexpr int kRowSlots = 8;  // stages of row numbers in the buffer, at least kStages + 1
+constexpr int kTilesN = 8;    // tiles of eight ranks per warp
 constexpr int kVPieces = kRanks / 4;
 constexpr int kVRow = kVPieces * kPieceBytes;
 constexpr int kStoreRow = kRanks + 1;  // floats
@@ -36,13 +36,13 @@ struct Shape {
     static constexpr int kXRow = kXPieces * kPieceBytes;
     static constexpr int kStageBytes = kStep * (kXRow + kVRow);
     static constexpr int kRingBytes = kStages * kStageBytes;
-    static constexpr int kTilesM = kColumns / 2 / 16;  // of 16 columns, of a warp
+    static constexpr int kTilesM = kColumns / 2 / 16;  // tiles of 16 columns per warp
     static constexpr int kUnroll = kTf32 ? 1 : 2;
     using Sums = float[kTilesM][kTilesN][4];
     static_assert(kColumns * kStoreRow * 4 <= kRingBytes && kRingBytes <= 98304);
 
-    // Where a piece of row `row` lies: ldmatrix reads 16 bytes of eight rows at once, floats are
-    // read as 32 bytes of every other of eight rows.
+    // Position of a piece of row `row`: ldmatrix reads 16 bytes of eight rows at once; floats are
+    // read as 32 bytes of every second of eight rows.
     __host__ __device__ static constexpr int x_piece(int row, int piece) {
         return piece ^ (sizeof(T) == 2 ? row % 8 : row & 6);
     }
@@ -61,7 +61,7 @@ LX_DEVICE float float_at(const unsigned char* row, int piece, int element) {
     return reinterpret_cast<const float*>(row + piece * kPieceBytes)[element];
 }
 
-// sums += the rows [0, rows) of a stage, whole sixteens of them, zeros where there is no row.
+// sums += the rows [0, rows) of a stage, a multiple of sixteen, with zeros for missing rows.
 template <class T>
 LX_DEVICE void multiply(typename Shape<T>::Sums& sums, const unsigned char* x,
                         const unsigned char* v, int rows, int warp_column, int warp_rank) {
@@ -77,7 +77,7 @@ LX_DEVICE void multiply(typename Shape<T>::Sums& sums, const unsigned char* x,
         if constexpr (sizeof(T) == 2) {
 #pragma unroll
             for (int m = 0; m < S::kTilesM; ++m) {
-                // Matrices: rows 0-7 of columns 0-7 and 8-15, then rows 8-15 of both; turned.
+                // Matrices: rows 0-7 of columns 0-7 and 8-15, then rows 8-15 of both; transposed.
                 const int row = k + lane / 16 * 8 + lane % 8;
                 const int piece = warp_column / 8 + 2 * m + lane / 8 % 2;
                 lx::ldmatrix_x4_trans(xf[m],
@@ -153,7 +153,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int slot = static_cast<int>(index / grid.bands);
     const int rank =
         args.ranks ? lx::min(lx::max(args.ranks[slot], 0), args.max_rank) : args.max_rank;
-    const int ranks = lx::min(lx::max(rank - first_rank, 0), kRanks);  // that the adapter has here
+    // ranks of the adapter in this block
+    const int ranks = lx::min(lx::max(rank - first_rank, 0), kRanks);
     const int columns = lx::min(args.width - first_column, S::kColumns);
     const int32_t* rows = nullptr;
     int num_rows = 0;
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                 grid.v_aligned);
         }
     };
-    // Elements of x by the thread that copied them.
+    // The thread that copied elements of x applies their mask.
     const auto drop = [&](int step) {
         if (args.dropout.threshold == 0) return;
         const Mask mask = mask_of(args.dropout, slot, 0);
@@ -227,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int32_t next_row = row_index(step + kStages);
         lx::cp_async_wait_group<kStages - 2>();
         drop(step);
-        lx::syncthreads();  // this stage is ready, and the previous one has been read by all
+        lx::syncthreads();  // stage complete, previous stage read by all threads
         if (step + kStages - 1 < steps) fill(step + kStages - 1);
         lx::cp_async_commit();
         if (active)
@@ -238,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     lx::cp_async_wait_all();
     lx::syncthreads();  // the ring has been read
 
-    // Through shared memory, so that neighbouring threads write neighbouring elements.
+    // Stored through shared memory, so that neighbouring threads write neighbouring elements.
     float* const delta = reinterpret_cast<float*>(ring);
     if (active) {
 #pragma unroll
@@ -262,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             args.rank_major
                 ? int64_t{first_rank + at_rank} * args.width + first_column + at_column
                 : int64_t{first_column + at_column} * args.max_rank + first_rank + at_rank;
-        // Beyond the adapter's rank there is no sum.
+        // Gradients beyond the adapter's rank are zero.
         out[at] =
             lx::from_float<T>(at_rank < ranks ? delta[at_column * kStoreRow + at_rank] : 0.0f);
     }

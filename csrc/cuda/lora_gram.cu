@@ -1,24 +1,23 @@
-// Gram matrices of adapters, and the inner products that follow from them, for all adapters of a
-// model in one launch:
+// Gram matrices of adapters, and inner products computed from them, for all adapters of a model in
+// one launch:
 //
 //   gram_a[i, j] = sum over k of a[i, k] a[j, k]         a (r, I)
 //   gram_b[i, j] = sum over k of b[k, i] b[k, j]         b (O, r)
 //   stats        = sum over (i, j) of gram_a .* (b^T b, p^T p, p^T b, (p - b)^T (p - b))
 //
-// Block (item, adapter), an item being a tile of 64 x 64 ranks; of gram_a and gram_b the lower half
-// of tiles. The table of adapters comes by value, 500 to a launch: nothing is copied to the device,
-// and a captured graph needs no memory of the host.
+// Block (item, adapter). An item is a tile of 64 x 64 ranks, of gram_a and gram_b only in the lower
+// half. The table of adapters is passed by value, 500 per launch: nothing is copied to the device,
+// and a captured graph needs no host memory.
 //
-// A block walks the long axis in steps of 4096 elements (16-bit types with float sums: 8192,
-// doubles: 2048). All threads fetch the next step, in pieces of 16 bytes, while the sums of this
-// one are taken from shared memory, where elements have the type of sums. A thread has 4 x 4 sums;
-// on the diagonal only pairs with i >= j are there. A tile of few ranks leaves threads over, so
-// they form groups, between which the elements are dealt out four by four: 25 groups at 16 ranks,
-// 7 at 32, one at 64.
+// A block iterates over the long axis in steps of 4096 elements (16-bit types with float sums:
+// 8192, doubles: 2048). All threads load the next step, in pieces of 16 bytes, while the sums of
+// the current step read shared memory, where elements have the type of the sums. A thread has 4 x 4
+// sums; on the diagonal only pairs with i >= j exist. A tile of few ranks has spare threads. They
+// form groups that divide the elements four by four: 25 groups at 16 ranks, 7 at 32, one at 64.
 //
-// Every sum goes four by four within a step, then step after step, then over the groups in a tree:
-// an order that depends on the rank and the length alone. The bytes of the factors are the bound:
-// each is read once up to 64 ranks; above, and by the four products of stats, again, from L2.
+// Every sum runs four by four within a step, then over the steps, then over the groups in a tree:
+// an order that depends only on the rank and the length. Bound: the bytes of the factors. Each is
+// read once up to 64 ranks; above, and by the four products of stats, it is read again from L2.
 #include "lora_ext/lora_gram.h"
 
 #include "launch.cuh"
@@ -28,25 +27,25 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTile = static_cast<int>(kGramTile);
-constexpr int kPad = 4;    // behind each rank of a: eight ranks in a row are in different banks
-constexpr int kSums = 16;  // of a thread, 4 x 4
+constexpr int kPad = 4;    // after each rank of a: eight consecutive ranks are in different banks
+constexpr int kSums = 16;  // per thread, 4 x 4
 
 constexpr int kMostAdapters = 500;
 struct GramTable {
     GramAdapter adapters[kMostAdapters];
 };
-static_assert(sizeof(GramTable) <= 32764);  // parameters that a kernel may have
+static_assert(sizeof(GramTable) <= 32764);  // maximum size of the parameters of a kernel
 
 template <class T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));
-// Elements of a step, of both sides together.
+// Log2 of the elements of a step, of both sides together.
 template <class T, class S>
 constexpr int kLogStep = sizeof(T) == 8                     ? 11
                          : sizeof(T) == 2 && sizeof(S) == 4 ? 13
                                                             : 12;
 template <class T, class S>
-constexpr int kPieces = (1 << kLogStep<T, S>) / kVec<T> / kThreads;  // of a thread in a step, even
-// Numbers in shared memory: those of a step, or what the groups leave.
+constexpr int kPieces = (1 << kLogStep<T, S>) / kVec<T> / kThreads;  // per thread and step, even
+// Numbers in shared memory: the elements of a step, or the sums of the groups.
 template <class T, class S>
 constexpr int kShared = lx::max(1 << kLogStep<T, S>, kThreads* kSums) + 2 * kTile * kPad;
 
@@ -72,10 +71,10 @@ LX_DEVICE S widen(T x) {
 template <class T>
 struct Side {
     const T* data;             // of its first rank
-    const T* minus;            // what is taken from each element, or nullptr
+    const T* minus;            // subtracted from each element, or nullptr
     int stride, minus_stride;  // elements between rows
     int ranks;
-    bool aligned;  // pieces lie on 16 bytes, and none of them crosses the end of a row
+    bool aligned;  // pieces are aligned to 16 bytes, and none crosses the end of a row
 
     LX_DEVICE Side(const void* factor, int row_stride, int first, int rank, int row,
                    bool ranks_in_row)
@@ -94,15 +93,15 @@ template <class T>
 struct Sides {
     Side<T> x, y;
     int length;  // of the long axis
-    bool of_b;   // else of a
+    bool of_b;   // otherwise of a
     bool same;   // y is x
 };
 
-// What a thread does in a product: the sums (4 i + m, 4 j + n) over the elements of its group.
+// The part of a thread in a product: the sums (4 i + m, 4 j + n) over the elements of its group.
 struct Part {
     int i, j, group, groups, lanes;
 
-    // lower: of a diagonal tile, i >= j alone.
+    // lower: only i >= j of a diagonal tile.
     LX_DEVICE Part(int rows, int columns, bool lower) {
         const int thread = lx::thread_rank();
         const int down = (rows + 3) / 4, across = (columns + 3) / 4;
@@ -121,11 +120,11 @@ struct Part {
     }
 };
 
-// Sums of all groups, in the threads of group 0. shared: kThreads * kCount numbers.
+// Adds the sums of all groups, in the threads of group 0. shared: kThreads * kCount numbers.
 template <class S, int kCount>
 LX_DEVICE void add_groups(S (&sum)[kCount], int group, int groups, int lanes, S* shared) {
     const int thread = lx::thread_rank();
-    lx::syncthreads();  // what was there has been read
+    lx::syncthreads();  // the previous contents have been read
     for (int n = groups; n > 1;) {
         const int half = (n + 1) / 2;
         if (group >= half && group < n) {
@@ -142,7 +141,7 @@ LX_DEVICE void add_groups(S (&sum)[kCount], int group, int groups, int lanes, S*
 }
 
 // sum[4 m + n] = sum over k of x[4 i + m, k] y[4 j + n, k], in the threads of group 0. All threads
-// of the block call this. kMoved: the sides may have something taken away.
+// of the block call this. kMoved: the sides may have a `minus`.
 template <class T, class S, bool kMoved, bool kOfB, bool kAligned>
 LX_DEVICE void multiply(const Sides<T>& sides, const Part& part, S* shared, S (&sum)[kSums]) {
     constexpr int V = kVec<T>;
@@ -155,21 +154,21 @@ LX_DEVICE void multiply(const Sides<T>& sides, const Part& part, S* shared, S (&
     const int row = kOfB ? width : depth + kPad;
     const int side_size = kOfB ? depth * width : width * row;
 
-    // A line is a rank of a, or an element of the long axis of b; no line is longer than the pieces
-    // of all threads together. So those of one thread lie below each other: at one place `within`
-    // their lines, `hop` lines apart, y's after x's.
+    // A line is a rank of a, or an element of the long axis of b. No line is longer than the pieces
+    // of all threads together. The pieces of one thread are therefore in one column: at the same
+    // place `within` their lines, `hop` lines apart, y's after x's.
     const int log_line = kOfB ? log_width : log_depth;
     const int within = thread * V & ((1 << log_line) - 1), across = thread * V >> log_line;
     const int hop = kThreads * V >> log_line;
     auto of_y = [&](int v) { return !sides.same && v >= kPieces<T, S> / 2; };
     auto line_of = [&](int v) { return across + (of_y(v) ? v - kPieces<T, S> / 2 : v) * hop; };
-    // How many numbers of piece v count.
+    // Returns how many numbers of piece v are valid.
     auto count_of = [&](int v, int begin) {
         const int ranks = of_y(v) ? y.ranks : x.ranks, left = length - begin, line = line_of(v);
         const bool there = kOfB ? line < left : line < ranks;
         return there ? lx::min((kOfB ? ranks : left) - within, V) : 0;
     };
-    // Where nothing counts, the side's first piece stands in.
+    // A piece without valid numbers reads the side's first piece.
     auto load = [&](const T* data, int stride, int v, int begin) {
         const int64_t line = kOfB ? begin + line_of(v) : line_of(v);
         const int count = count_of(v, begin);
@@ -194,8 +193,8 @@ LX_DEVICE void multiply(const Sides<T>& sides, const Part& part, S* shared, S (&
 #pragma unroll
         for (int v = 0; v < kPieces<T, S>; ++v) pieces[v] = load_side(v, begin);
     };
-    // Ranks of a lie in the order 0, 4, 8, ..., 1, 5, ...: those that lanes read together are
-    // neighbours.
+    // Ranks of a are stored in the order 0, 4, 8, ..., 1, 5, ..., so that ranks that lanes read
+    // together are neighbours.
     auto put = [&](int begin) {
 #pragma unroll
         for (int v = 0; v < kPieces<T, S>; ++v) {
@@ -268,13 +267,13 @@ LX_DEVICE void multiply(const Sides<T>& sides, const Part& part, S* shared, S (&
     for (int s = 0; s < kSums; ++s) sum[s] = 0;
     if (kAligned && length > 0) fetch(0);
     for (int begin = 0; begin < length; begin += depth) {
-        lx::syncthreads();  // the step before has been read
+        lx::syncthreads();  // the previous step has been read
         put(begin);
         lx::syncthreads();
         if (kAligned && begin + depth < length) fetch(begin + depth);
         const int fours = (lx::min(depth, length - begin) + 3) / 4;
         const int first = part.group < part.groups ? part.group : fours;
-        // A float sum of a step begins anew, so that no chain of roundings is long.
+        // A float sum of each step starts at zero, so that no chain of roundings is long.
         S step[kSums];
 #pragma unroll
         for (int s = 0; s < kSums; ++s) step[s] = sizeof(S) == 4 ? 0 : sum[s];
@@ -385,7 +384,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int s = 0; s < kSums; ++s) {
             if (product == 0) gram_a[s] = sum[s];
-            // Beyond the ranks there are zeros, which an infinity would turn into NaN.
+            // Elements beyond the ranks are zeros, and zero times infinity would be NaN.
             const bool there =
                 4 * part.i + s / 4 < sides.x.ranks && 4 * part.j + s % 4 < sides.y.ranks;
             total += there ? sum[s] * gram_a[s] : 0;
@@ -402,7 +401,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int k = 0; k < 4; ++k) out[k] = stats[k];
 }
 
-// Launches for 500 adapters at a time: launch(T, grid, table), T being of the dtype of factors.
+// Launches a kernel for 500 adapters at a time: launch.operator()<T>(grid, table), T of the
+// factors.
 template <class F>
 LaunchStatus launch_tables(const GramArgs& args, int64_t (*items_of)(int64_t), int64_t result_bytes,
                            F&& launch) {

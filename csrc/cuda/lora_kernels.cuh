@@ -1,4 +1,4 @@
-// Host side shared by the LoRA launchers: which kernel runs where, and what it may touch.
+// Host code shared by the LoRA launchers: choice of kernels and declarations of buffers.
 #pragma once
 
 #include <span>
@@ -10,12 +10,12 @@ namespace lora_ext {
 
 constexpr int kMaxGridY = 65535;
 
-// One module of a launch. `v` says where the products go and where they are taken from.
+// One module of a launch. `v` describes where the products are written and read.
 struct Module {
     LoraArgs args;
     Partials v;
 };
-// What a kernel is given: one module, or as many as siblings may be.
+// Argument of a kernel: one module, or up to the maximum number of siblings.
 template <int kCount>
 struct Modules {
     Module each[kCount];
@@ -25,17 +25,16 @@ struct Modules {
     }
 };
 
-// The stages. Several modules see the same rows, at most 256 of them, and are all aligned.
+// The stages. Several modules share the same rows, at most 256, and are all aligned.
 LaunchStatus run_shrink_decode(std::span<const Module> modules, void* stream);
-// args.v: the sum of the splits `v`, or their first one.
+// args.v: the sum of the splits `v`, or the first split.
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream);
 LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* stream);
 
-// The same for banks of a large rank: grouped products of matrices, lora_gemm.cuh. What they touch
-// has been declared.
-constexpr int kGemmColumns = 128;  // of a block
+// The same for large ranks: grouped products of lora_gemm.cuh. The caller has declared the buffers.
+constexpr int kGemmColumns = 128;  // per block
 LaunchStatus run_gemm_shrink(const LoraArgs& args, const Partials& v, void* stream);
-// inverse_keep: 1 / (1 - p) of training. The rows of v lie on 16 bytes and have whole pages.
+// inverse_keep: 1 / (1 - p) of training. The rows of v are 16-byte aligned and have whole pages.
 LaunchStatus run_gemm_reduce(const LoraArgs& args, const Partials& v, float inverse_keep,
                              bool dependent, void* stream);
 LaunchStatus run_gemm_expand(const LoraArgs& args, const Partials& v, bool dependent, void* stream);
@@ -48,14 +47,14 @@ inline Tiling tiling(const LoraArgs& args, int rows) {
     const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
     return {args.plan ? lx::max(1, layout.chunk_rows() / rows) : 1, layout.perm()};
 }
-// Blocks that cover every chunk there can be, in tiles of `rows` rows.
+// Returns the number of blocks that cover every possible chunk in tiles of `rows` rows.
 inline unsigned num_tiles(const LoraArgs& args, int rows) {
     const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
     return static_cast<unsigned>(layout.max_chunks() * tiling(args, rows).per_chunk);
 }
 
-// Whether shrink may read x and a in 16-byte loads. A row must also end on 16 bytes, so that no
-// load crosses its end.
+// Returns whether shrink may read x and a in 16-byte loads. A row must also end on 16 bytes, so
+// that no load crosses its end.
 inline bool shrink_aligned(const LoraArgs& args) {
     const LoraBank& bank = args.bank;
     const int64_t size = element_size(args.dtype);
@@ -63,7 +62,8 @@ inline bool shrink_aligned(const LoraArgs& args) {
            aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size);
 }
 
-// Whether expand may take y in pieces of eight outputs, and b in whole page rows, which must exist.
+// Returns whether expand may access y in pieces of eight outputs, and b in whole, existing page
+// rows.
 inline bool expand_aligned(const LoraArgs& args) {
     const LoraBank& bank = args.bank;
     const int64_t size = element_size(args.dtype);
@@ -73,9 +73,10 @@ inline bool expand_aligned(const LoraArgs& args) {
 }
 
 // The order of a row's sum over the in-features, up to rank 256: slices of `width`, each of four
-// segments, in order. It follows from the in-features alone, so that a row's v has the same bits in
-// any batch, in serving and in training: slices of 512 or more, since few rows must still fill the
-// machine; their quarters are whole stages of lora_shrink.cu, whole steps of lora_shrink_decode.cu.
+// segments, in order. It depends only on the in-features, so that a row's v has the same bits in
+// any batch, in serving and in training. Slices have 512 or more in-features, since few rows must
+// still fill the machine. Their quarters are whole stages of lora_shrink.cu and whole steps of
+// lora_shrink_decode.cu.
 constexpr int kSliceSegments = 4;
 struct SumOrder {
     int count, width;
@@ -95,8 +96,8 @@ int64_t largest(std::span<const Module> modules, F&& f) {
     return found;
 }
 
-// What find_tile and the page functions read. On a GPU this is nothing; in the emulator it
-// declares, page by page, exactly the rows and ranks that an adapter owns.
+// Declares the data that find_tile and the page functions read. It is empty on a GPU; in the
+// emulator it declares, page by page, exactly the rows and ranks that an adapter owns.
 void declare_common(const LoraArgs& args);
 void declare_a(const LoraArgs& args);
 void declare_b(const LoraArgs& args);

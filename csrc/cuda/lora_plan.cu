@@ -1,12 +1,12 @@
 // Plan: the rows of a batch grouped by adapter, stable; and adapter ids from contiguous segments.
 //
-// One block of 1024 threads. Rows are sorted in shared memory, a tile of 8192 at a time (fewer
-// where shared memory is small), by a radix sort with digits of five bits: 32 digits x 32 warps
-// are 1024 counters, one per thread to scan. A warp owns a contiguous range of rows and places
-// them in order, so the sort is stable and no result depends on timing. Slot boundaries are then
-// found by bisection of the sorted ids. More rows than fit go through the same sort tile by tile,
-// with the slots' running ends in the plan itself; only there are atomics used, to count integers.
-// Bound: latency, not bytes.
+// One block of 1024 threads. Rows are sorted in shared memory, a tile of 8192 at a time (fewer if
+// shared memory is small), by a radix sort with digits of five bits: 32 digits x 32 warps are 1024
+// counters, one per thread to scan. A warp owns a contiguous range of rows and places them in
+// order, so the sort is stable and no result depends on timing. Slot boundaries are then found by
+// bisection of the sorted ids. If the rows exceed one tile, the same sort runs tile by tile, with
+// the slots' running ends in the plan; only this case uses atomics, to count integers. Bound:
+// latency, not bytes.
 #include "lora_kernels.cuh"
 
 namespace lora_ext {
@@ -19,7 +19,7 @@ constexpr int kMaxTile = 8192;
 constexpr int kRowBytes = 2 * (sizeof(uint32_t) + sizeof(uint16_t));  // shared memory per row
 constexpr int kStaticBytes = (kThreads + kWarps) * 4;
 
-// Sum of `x` over the threads before this one; `total` over all. Every thread calls it.
+// Returns the sum of `x` over the threads before this one; `total` over all. Every thread calls it.
 LX_DEVICE int block_scan(int x, int (&warp_sums)[kWarps], int& total) {
     const int lane = lx::lane_id(), warp = lx::warp_id();
     auto warp_scan = [lane](int y) {  // inclusive
@@ -40,25 +40,25 @@ LX_DEVICE int block_scan(int x, int (&warp_sums)[kWarps], int& total) {
     return before + inclusive - x;
 }
 
-// Rows of a tile, and where the next pass of the sort puts them.
+// Rows of a tile, and their destination in the next pass of the sort.
 struct Sorted {
     uint32_t *keys, *next_keys;  // slot; num_adapters for rows without one
-    uint16_t *rows, *next_rows;  // counted from the start of the tile
+    uint16_t *rows, *next_rows;  // relative to the start of the tile
 };
 
-// Stable sort of s.keys[0 .. n) with s.rows beside it. Ends with a barrier.
+// Stable sort of s.keys[0 .. n) together with s.rows. Ends with a barrier.
 LX_DEVICE void sort_tile(Sorted& s, int n, int passes, int (&counters)[kThreads],
                          int (&warp_sums)[kWarps]) {
     const int lane = lx::lane_id(), warp = lx::warp_id();
     const int per_warp = (n + kThreads - 1) / kThreads * 32;
     const int begin = warp * per_warp;
-    // The 32 counters of a digit lie in a row, one per warp, turned by the digit: lanes that scan a
-    // row and lanes of one warp that count different digits both meet every bank once.
+    // The 32 counters of a digit form a row, one per warp, rotated by the digit. Lanes that scan a
+    // row and lanes of one warp that count different digits both have no bank conflict.
     auto counter = [&](int digit, int of_warp) -> int& {
         return counters[digit * kWarps + (of_warp + digit) % kWarps];
     };
     for (int pass = 0; pass < passes; ++pass) {
-        auto digit_of = [&](int i) {  // kWarps: no row here
+        auto digit_of = [&](int i) {  // 32: no row
             return i < n ? static_cast<int>(s.keys[i] >> (pass * kDigitBits)) % 32 : 32;
         };
         counter(lane, warp) = 0;
@@ -96,7 +96,7 @@ LX_DEVICE void sort_tile(Sorted& s, int n, int passes, int (&counters)[kThreads]
     }
 }
 
-// First position in keys[0 .. n), sorted, that is not below `key`.
+// Returns the first position in the sorted keys[0 .. n) that is not below `key`.
 LX_DEVICE int lower_bound(const uint32_t* keys, int n, uint32_t key) {
     int low = 0, high = n;
     while (low < high) {
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
         bad_ids += bad;
         return static_cast<uint32_t>(slot < 0 ? slots : slot);
     };
-    // Keys of the rows from `first` on, sorted; returns how many.
+    // Loads and sorts the keys of the rows from `first` on; returns their number.
     auto load_tile = [&](int64_t first) {
         const int n = static_cast<int>(lx::min<int64_t>(num_rows - first, at.tile_rows));
         for (int i = thread; i < n; i += kThreads) {
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads)
                 identity && (tile.rows[i] == i || tile.keys[i] == static_cast<uint32_t>(slots));
         }
     } else {
-        // ends[s]: rows of s, then where they begin, and, row by row, where they end.
+        // ends[s]: number of rows of s, then its start, and finally, advanced row by row, its end.
         int32_t* ends = slot_begin + 1;
         for (int s = thread; s <= slots; s += kThreads) ends[s] = 0;
         if (thread == 0) slot_begin[0] = 0;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         bad_ids = bad_once;
     }
-    identity = lx::syncthreads_and(identity);  // slot_begin is complete, too
+    identity = lx::syncthreads_and(identity);  // also completes slot_begin
     int bad_total;
     block_scan(bad_ids, warp_sums, bad_total);
 
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// ids[t] = seg_adapter[s] with the last s whose segment starts at or before t.
+// ids[t] = seg_adapter[s] for the last s whose segment starts at or before t.
 __global__ void __launch_bounds__(256)
     lora_segment_ids_kernel(const int32_t* seg_indptr, const int32_t* seg_adapter,
                             int32_t num_segments, int32_t* ids, int64_t num_tokens) {

@@ -3,17 +3,17 @@
 //
 // Block (row tile, slices, 64 ranks): the 64 or 128 rows of a tile x one slice of the in-features,
 // or all slices one after another. 128 bytes of each row of x and of each rank of A pass through a
-// ring of four stages that cp.async fills; rows past the tile, ranks past the adapter and
-// in-features past the row are filled with zeros and never read. Four warps part the rows. Bound:
+// ring of four stages filled by cp.async. Rows past the tile, ranks past the adapter and
+// in-features past the row are filled with zeros and never read. Four warps divide the rows. Bound:
 // bytes of x, streamed once per 64 ranks.
 //
-// A row has the bits that lora_shrink_decode.cu gives it, whatever the batch (sum_order):
-//   * a lane reads 16 bytes of a row of x or of A and feeds them to mma as they are, as decode does
-//     from global memory. The pieces of odd rows have changed places with those four further on, so
-//     that the eight lanes of a phase, which read two rows, meet no bank twice;
-//   * a segment is one chain of mma; segments are added in order, and so are slices.
-// A mask is applied by the thread that copied a piece, before the barrier that shows it to the
-// others: one Philox call per four elements, none twice.
+// A row has the same bits as in lora_shrink_decode.cu, whatever the batch (sum_order):
+// * a lane reads 16 bytes of a row of x or of A as mma operands, as decode does from global memory.
+//   In odd rows, pieces are swapped with those four further on, so that the eight lanes of a phase,
+//   which read two rows, have no bank conflict;
+// * a segment is one chain of mma; segments are added in order, and so are slices.
+// The thread that copied a piece applies the mask to it, before the barrier that makes it visible
+// to the others: one Philox call per four elements, none twice.
 #include "lora_train.cuh"
 
 namespace lora_ext {
@@ -22,7 +22,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kStages = 4;
-constexpr int kPieces = 8;  // of a row in a stage
+constexpr int kPieces = 8;  // per row and stage
 constexpr int kStageRow = kPieces * kPieceBytes;
 constexpr int kGroupPages = 8;
 
@@ -30,14 +30,14 @@ LX_DEVICE int place_of(int row, int piece) {
     return row * kStageRow + (piece ^ row % 2 * 4) * kPieceBytes;
 }
 
-// kWalk: all slices of a row, one after another; else one of them.
+// kWalk: all slices of a row, one after another; otherwise one of them.
 template <class T, int kRows, bool kWalk>
 __global__ void __launch_bounds__(kThreads, 2)
     lora_shrink_kernel(const __grid_constant__ Projection args,
                        const __grid_constant__ Tiling tiling,
                        const __grid_constant__ Slices slices) {
     constexpr int kWarpTiles = kRows / kTileRows / kWarps;
-    constexpr int kWidth = kPieces * kVec<T>;  // in-features of a stage
+    constexpr int kWidth = kPieces * kVec<T>;  // in-features per stage
     constexpr int kRowStep = kThreads / kPieces;
     lx::grid_dependency_launch();
     LX_SHARED(int32_t, row_of, kRows);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int step = 0; step < steps; ++step) {
         lx::cp_async_wait_group<kStages - 2>();
         drop(step);
-        lx::syncthreads();  // this stage is complete, and the previous one has been read by all
+        lx::syncthreads();  // stage complete, previous stage read by all threads
         if (step + kStages - 1 < steps) fill(step + kStages - 1);
         lx::cp_async_commit();
         if (!has_rows) continue;
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const float factor = slices.finished ? projection_factor(args, tile.slot) : 1.0f;
     const Sums& sums = kWalk ? total : slice_sum;
     const bool paired = ranks_paired(args.out, args.out_row_stride);
-    bool here[kGroupPages];  // an absent page counts as zero, even beside an x that is not finite
+    bool here[kGroupPages];  // an absent page counts as zero, even if x is not finite
 #pragma unroll
     for (int p = 0; p < kGroupPages; ++p) here[p] = p < pages && page_of[p];
 #pragma unroll
@@ -199,7 +199,7 @@ LaunchStatus run_shrink_rows(const Projection& args, const Slices& slices, void*
     const LoraArgs& lora = args.lora;
     if (large_rank(lora.bank)) return run_gemm_projection(args, false, slices, stream);
     return with_dtype(lora.dtype, [&]<class T>() {
-        // Three sums for every element leave no registers for 128 rows, nor do two of float32.
+        // 128 rows do not fit in registers with three sums per element, nor with two of float32.
         if (slices.per_block > 1) return launch<T, 64, true>(args, slices, stream);
         if constexpr (sizeof(T) == 2) {
             const bool wide = lora_chunk_rows(lora.num_tokens) == 128 &&

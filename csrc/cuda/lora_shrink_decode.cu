@@ -1,14 +1,14 @@
 // Shrink for few rows per adapter: v[t, :] = a[s] x[t, :], and the sum over its splits.
 //
 // Block (tile, split, rank group of a module): up to 16 rows of one adapter x split_width
-// in-features x 32 ranks. Four warps share the in-features; a warp feeds mma from 16-byte loads as
-// lora_tile.cuh explains: rows of x are A, the eight rows of an A page are B. Tensor cores serve
-// one row as well as sixteen: at 16 bytes per load they save the unpacking, and a row's sum does
-// not depend on its neighbours, so one kernel covers every batch. Bound: bytes of the A pages,
+// in-features x 32 ranks. Four warps share the in-features. A warp feeds mma from 16-byte loads as
+// described in lora_tile.cuh: rows of x are A, the eight rows of an A page are B. Tensor cores suit
+// one row as well as sixteen: with 16-byte loads they save the unpacking, and a row's sum does not
+// depend on its neighbours. One kernel therefore covers every batch. Bound: bytes of the A pages,
 // each read once per tile.
 //
-// Splits come from (I) alone, so a row's v does not depend on the batch either. Partial sums go to
-// the workspace and are added in the order of the splits, here or in the expand kernel.
+// Splits depend only on (I), so a row's v does not depend on the batch. Partial sums are written to
+// the workspace and added in the order of the splits, here or in the expand kernel.
 #include "lora_kernels.cuh"
 
 namespace lora_ext {
@@ -18,11 +18,11 @@ constexpr int kWarps = 4;
 constexpr int kGroupPages = 4;
 
 template <class T>
-constexpr int kBlock = 4 * kVec<T>;  // in-features that a warp reads of a row at once: 64 bytes
+constexpr int kBlock = 4 * kVec<T>;  // in-features of a row that a warp reads at once: 64 bytes
 
-// acc += x a over the in-features [begin, end), for the first kPages pages. A step asks for the
-// bytes of kUnroll blocks before it multiplies any: no load has a condition, because what lies
-// beyond the end is read at the last place before it, and becomes zero where it is used.
+// acc += x a over the in-features [begin, end), for the first kPages pages. A step loads the bytes
+// of kUnroll blocks before it multiplies any. The loads have no condition: beyond the end they read
+// the last position before it, and the value is replaced by zero when used.
 template <class T, bool kAligned, int kPages, int kUnroll>
 LX_DEVICE void multiply(const T* const (&x)[2], const T* const (&a)[kGroupPages], int begin,
                         int end, float (&acc)[kGroupPages][4]) {
@@ -42,7 +42,7 @@ LX_DEVICE void multiply(const T* const (&x)[2], const T* const (&a)[kGroupPages]
 #pragma unroll
             for (int p = 0; p < kPages; ++p) aw[u][p] = load(a[p]);
         }
-        lx::syncwarp();  // the compiler moves no load beyond this to save registers
+        lx::syncwarp();  // keeps the compiler from moving loads down to save registers
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const auto keep = [&](const uint4& words) {
@@ -55,7 +55,7 @@ LX_DEVICE void multiply(const T* const (&x)[2], const T* const (&a)[kGroupPages]
     }
 }
 
-// Four blocks on a multiprocessor; three where a float becomes two tf32.
+// Four blocks per multiprocessor; three for float32, since a float becomes two tf32.
 template <class T>
 constexpr int kMinBlocks = sizeof(T) == 2 ? 4 : 3;
 
@@ -90,9 +90,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     const int begin = static_cast<int>(blockIdx.y) * v.split_width + warp * width;
     const int end = lx::min(begin + width, bank.in_features);
 
-    // Where this lane reads: rows g and g + 8 of x, rank row g of each page. Where there is no row
-    // or rank, the tile's first row of x stands in: nobody stores what comes of it. A page that is
-    // absent counts as zero, which its sums learn at the end.
+    // Addresses of this lane: rows g and g + 8 of x, rank row g of each page. Missing rows and
+    // ranks read the tile's first row of x; their results are not stored. The sums of an absent
+    // page are set to zero at the end.
     const T* x[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     }
 }
 
-// v[t, j] = scale[s] * sum of the splits, which v may lie in: a warp reads the splits of its
-// elements and then writes them. For callers that want v itself, and before many blocks of expand.
+// v[t, j] = scale[s] * sum of the splits. v may overlap the splits: a warp reads the splits of its
+// elements and then writes them. For callers that need v, and before many blocks of expand.
 __global__ void __launch_bounds__(128)
     lora_reduce_kernel(const __grid_constant__ LoraArgs args, const __grid_constant__ Tiling tiling,
                        const __grid_constant__ Partials v) {
@@ -161,8 +161,7 @@ __global__ void __launch_bounds__(128)
     const RowTile tile =
         find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     if (tile.rank == 0) {
-        lx::grid_dependency_wait();  // the end of this grid must not come before that of its
-                                     // producer
+        lx::grid_dependency_wait();  // this grid must not end before its producer
         return;
     }
     lx::syncthreads();  // row_of

@@ -1,11 +1,11 @@
-// What the LoRA kernels share: the rows and the pages of a block, and 16-byte loads whose words are
-// mma operands as they are.
+// Code shared by the LoRA kernels: the rows and pages of a block, and 16-byte loads whose words are
+// mma operands without conversion.
 //
-// mma.m16n8k16 wants of lane (g, t), g = lane / 4, t = lane % 4, from row g of A and column g of B
-// the k pairs 2t and 2t + 8. The order in which a contraction visits k is free, so the kernels
-// number k such that these are the first two words of the 16 bytes that lane t reads, and the last
-// two words belong to a second mma. Four lanes read 64 contiguous bytes of one row, and nothing
-// passes through shared memory. For float32 the same words serve two mma.m16n8k8.
+// mma.m16n8k16 needs from lane (g, t), g = lane / 4, t = lane % 4, the k pairs 2t and 2t + 8 of row
+// g of A and of column g of B. A contraction may visit k in any order. The kernels number k so that
+// these pairs are the first two words of the 16 bytes that lane t reads; the last two words belong
+// to a second mma. Four lanes read 64 contiguous bytes of one row, and no data passes through
+// shared memory. For float32 the same words serve two mma.m16n8k8.
 #pragma once
 
 #include "lora_ext/lora.h"
@@ -15,37 +15,37 @@ namespace lora_ext {
 
 constexpr int kTileRows = 16;  // rows of an mma
 constexpr int kPageRanks = 8;
-// Banks of a larger rank take the kernels of lora_gemm.cuh, which know no limit.
+// Banks of a larger rank use the kernels of lora_gemm.cuh, which have no limit.
 constexpr int kFusedRank = 256;
 constexpr int kFusedPages = kFusedRank / kPageRanks;
 
 template <class T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));  // elements of a 16-byte load
 
-// v, or the partial sums it consists of: element (split, row, rank) at
-// data[split * split_stride + row * row_stride + rank].
+// v, or its partial sums: element (split, row, rank) is data[split * split_stride + row *
+// row_stride + rank].
 struct Partials {
     float* data;
     int64_t row_stride, split_stride;
     int splits;
     int split_width;  // in-features per split
-    int row_floats;   // of a row, so many may be read, whatever lies beyond a rank
-    bool scaled;      // scale[slot] is already in there
+    int row_floats;   // floats per row that may be read, beyond the rank too
+    bool scaled;      // scale[slot] is already applied
 };
 
 constexpr int kMaxSplits = 16;
-constexpr int kSplitBatch = 8;  // splits of v whose loads are on their way together
+constexpr int kSplitBatch = 8;  // splits of v whose loads are in flight together
 
-// How the chunks of a plan are cut into row tiles.
+// The division of the chunks of a plan into row tiles.
 struct Tiling {
     int per_chunk;  // tiles of a full chunk
-    int64_t perm;   // where perm starts in the plan
+    int64_t perm;   // start of perm in the plan
 };
 
 // ------------------------------------------------------------------------------------------------
 // Rows
 
-// The adapter of a row, -1 if it has none; `bad` if its id is out of range.
+// Returns the adapter of a row, or -1; `bad` is set if its id is out of range.
 LX_DEVICE int adapter_of_row(const LoraPlanArgs& ids, int64_t row, int64_t num_valid, bool& bad) {
     bad = false;
     if (row >= num_valid) return -1;
@@ -59,14 +59,14 @@ LX_DEVICE int64_t valid_rows(const LoraPlanArgs& ids) {
     return ids.num_valid ? lx::min<int64_t>(*ids.num_valid, ids.num_tokens) : ids.num_tokens;
 }
 
-// Up to kRows rows that share an adapter. Rank 0: nothing to do.
+// Up to kRows rows that share an adapter. Rank 0: no work.
 struct RowTile {
     int slot, rows, rank;
-    int first;  // with a plan: where its rows begin in perm
+    int first;  // with a plan: start of its rows in perm
 };
 
-// Tile `index` of the plan, or, without a plan, of at most 32 ids that each warp groups for itself.
-// All threads of the block call this; row_of[0 .. rows) is complete after the caller's barrier.
+// Finds tile `index` of the plan or, without a plan, of at most 32 ids that each warp groups. All
+// threads of the block call this; row_of[0 .. rows) is complete after the caller's barrier.
 template <int kRows>
 LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int index,
                             int32_t (&row_of)[kRows]) {
@@ -75,7 +75,8 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     if (args.plan) {
         const int chunk = index / tiling.per_chunk;
         const int skip = index % tiling.per_chunk * kRows;
-        // Every block has an entry, used or not: it is read beside the number of those in use.
+        // Every block has an entry, used or not: it is loaded together with the number of used
+        // ones.
         const int32_t* entry = args.plan + kPlanHeader + int64_t{4} * chunk;
         const int num_chunks = args.plan[kPlanNumChunks];
         const int slot = entry[0], start = entry[1], len = entry[2];
@@ -91,7 +92,7 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
         const int id = adapter_of_row(args.ids, lane, valid_rows(args.ids), bad);
         const unsigned group = lx::match_any_sync(lx::kFullMask, id);
         const int order = lx::popc(group & ((1u << lane) - 1));
-        // A tile starts at every sixteenth member of a group.
+        // A tile starts at every kRows-th member of a group.
         unsigned starts = lx::ballot_sync(lx::kFullMask, id >= 0 && order % kRows == 0);
         for (int i = 0; i < index; ++i) starts &= starts - 1;
         if (starts == 0) return tile;
@@ -103,18 +104,18 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
         if (mine && thread < lx::kWarpSize) row_of[place] = lane;
     }
     const LoraBank& bank = args.bank;
-    // Ranks live on the device and nobody has checked them.
+    // Ranks are on the device and unchecked.
     tile.rank =
         bank.ranks ? lx::min(lx::max(bank.ranks[tile.slot], 0), bank.max_rank) : bank.max_rank;
     return tile;
 }
 
-// The same for decode, where nothing hides what stands before the first byte of a factor: in two
-// memory trips. The first brings the chunk's entry, or the ids; the second everything that hangs on
-// the slot, asked for before any of it is looked at: rows, rank, and what also(slot) asks for, page
-// numbers and a scale. Behind each trip, the compiler moves no load beyond syncwarp to save
-// registers. (The kernels of the form above have none to spare, and other work to hide behind.)
-// A block has at least kRows threads.
+// The same for decode, where no other work hides the latency before the first byte of a factor, in
+// two memory round trips. The first loads the chunk's entry, or the ids. The second loads
+// everything that depends on the slot before any of it is used: rows, rank, and the loads of
+// also(slot), page numbers and a scale. syncwarp after each trip keeps the compiler from moving
+// loads down to save registers. (Kernels of the form above have no spare registers, and other work
+// to hide the latency.) A block has at least kRows threads.
 template <int kRows, class Also>
 LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int index,
                             int32_t (&row_of)[kRows], Also&& also) {
@@ -144,7 +145,7 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     } else {
         const int lane = thread % lx::kWarpSize;
         const LoraPlanArgs& ids = args.ids;
-        // Asked for beside the number of valid rows, not behind it.
+        // Loaded together with the number of valid rows, not after it.
         const int64_t at = lx::min<int64_t>(lane, ids.num_tokens - 1);
         const int64_t asked = ids.ids_are_int64 ? static_cast<const int64_t*>(ids.adapter_ids)[at]
                                                 : static_cast<const int32_t*>(ids.adapter_ids)[at];
@@ -152,7 +153,7 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
         const int id = is_none ? -1 : static_cast<int>(asked);
         const unsigned group = lx::match_any_sync(lx::kFullMask, id);
         const int order = lx::popc(group & ((1u << lane) - 1));
-        // A tile starts at every sixteenth member of a group.
+        // A tile starts at every kRows-th member of a group.
         unsigned starts = lx::ballot_sync(lx::kFullMask, id >= 0 && order % kRows == 0);
         for (int i = 0; i < index; ++i) starts &= starts - 1;
         if (starts == 0) return tile;
@@ -164,12 +165,12 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
         tile.rows = lx::popc(lx::ballot_sync(lx::kFullMask, mine));
         if (mine && thread < lx::kWarpSize) row_of[place] = lane;
     }
-    // Ranks live on the device and nobody has checked them.
+    // Ranks are on the device and unchecked.
     tile.rank = lx::min(lx::max(rank, 0), bank.max_rank);
     return tile;
 }
 
-// Two adjacent ranks of v, n of which there are; in one store where they lie on eight bytes.
+// Stores two adjacent ranks of v, of which n exist; in one store if aligned to eight bytes.
 LX_DEVICE void store_ranks(float* p, int n, bool paired, float first, float second) {
     if (paired && n >= 2) {
         *reinterpret_cast<float2*>(p) = {first, second};
@@ -182,9 +183,9 @@ LX_DEVICE bool ranks_paired(const float* data, int64_t row_stride) {
     return reinterpret_cast<uintptr_t>(data) % 8 == 0 && row_stride % 2 == 0;
 }
 
-// sum += load(split, part) over the splits, in their order; the whole warp calls it. A batch, all
-// splits up to eight of them, is asked for without a condition, to a power of two: the last split
-// stands in for those beyond it.
+// sum += load(split, part) over the splits, in order; the whole warp calls it. Up to eight splits,
+// rounded up to a power of two, are loaded at once without a condition: the last split is loaded in
+// place of those beyond it.
 template <int kBatch = 1, int kCount, class Load>
 LX_DEVICE void add_splits(int splits, float (&sum)[kCount], Load&& load) {
     if constexpr (kBatch < kSplitBatch) {
@@ -197,7 +198,7 @@ LX_DEVICE void add_splits(int splits, float (&sum)[kCount], Load&& load) {
         float part[kBatch][kCount];
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) load(lx::min(first + k, splits - 1), part[k]);
-        lx::syncwarp();  // the compiler moves no load beyond this to save registers
+        lx::syncwarp();  // keeps the compiler from moving loads down to save registers
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
 #pragma unroll
@@ -208,7 +209,7 @@ LX_DEVICE void add_splits(int splits, float (&sum)[kCount], Load&& load) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Pages. nullptr where the page table has none: such ranks count as zero.
+// Pages. nullptr if the page table has no page: such ranks count as zero.
 
 LX_DEVICE int64_t page_offset(const LoraBank& bank, int slot, int page, int64_t slot_stride,
                               int64_t page_stride) {
@@ -228,14 +229,14 @@ LX_DEVICE const T* b_page(const LoraBank& bank, int slot, int page) {
     return at < 0 ? nullptr : static_cast<const T*>(bank.b) + at;
 }
 
-// The same in two steps. The table's number of a page of the slot; one that may be read stands in
-// for those beyond its end. Without a table nothing is read, and pages are their own numbers.
+// The same in two steps. Returns the table's number of a page of the slot; beyond the table's end
+// it reads a valid entry. Without a table nothing is read, and pages are their own numbers.
 LX_DEVICE int page_number(const LoraBank& bank, int slot, int page) {
     if (!bank.page_table) return page;
     const int here = lx::max(lx::min(page, bank.pages_per_slot - 1), 0);
     return bank.page_table[int64_t{slot} * bank.pages_per_slot + here];
 }
-// And where the page of this number begins, in what `base` is.
+// Returns the address of the page of this number in `base`.
 template <class T>
 LX_DEVICE const T* page_at(const LoraBank& bank, const void* base, int slot, int number,
                            int64_t slot_stride, int64_t page_stride) {
@@ -248,7 +249,7 @@ LX_DEVICE const T* page_at(const LoraBank& bank, const void* base, int slot, int
 // ------------------------------------------------------------------------------------------------
 // Words
 
-// 16 bytes of which the first n elements are wanted, the rest zero. What is not wanted may be NaN.
+// Returns the first n elements of 16 bytes, the rest zero. The removed elements may be NaN.
 template <class T>
 LX_DEVICE uint4 keep_elements(uint4 words, int n) {
     uint32_t w[4] = {words.x, words.y, words.z, words.w};
@@ -278,8 +279,8 @@ LX_DEVICE uint4 words_of(const T (&e)[kVec<T>]) {
     return {w[0], w[1], w[2], w[3]};
 }
 
-// The n elements at p, n cut to [0, kVec], and zeros. kAligned: all 16 bytes if n > 0, in one load;
-// otherwise only the n wanted elements, one by one.
+// Returns the n elements at p, n clamped to [0, kVec], then zeros. kAligned: one load of all 16
+// bytes if n > 0; otherwise only the n elements, one by one.
 template <class T, bool kAligned>
 LX_DEVICE uint4 load_words(const T* p, int n) {
     if constexpr (kAligned) {
@@ -292,7 +293,7 @@ LX_DEVICE uint4 load_words(const T* p, int n) {
     }
 }
 
-// 16 bytes of y, each element rounded once from its float and d.
+// Returns 16 bytes of y + d, each element rounded once from float.
 template <class T>
 LX_DEVICE uint4 add_to_words(const uint4& words, const float (&d)[kVec<T>]) {
     const uint32_t w[4] = {words.x, words.y, words.z, words.w};
@@ -312,15 +313,15 @@ LX_DEVICE uint4 add_to_words(const uint4& words, const float (&d)[kVec<T>]) {
 // ------------------------------------------------------------------------------------------------
 // Products
 
-// d += part, rounded to nearest. A tensor core rounds its sum toward zero, so what needs all bits
-// of a float begins a sum of its own in every step.
+// d += part, rounded to nearest. A tensor core rounds its sum toward zero, so products that need
+// all bits of a float start a new sum in every step.
 LX_DEVICE void add_part(float (&d)[4], const float (&part)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] += part[i];
 }
 
-// d += a b for one k step: 16 k of a 16-bit type, 8 of float32. float32 goes through three tf32
-// products, x = high + low with 11 bits each; what is dropped is below 2^-22 |a| |b|.
+// d += a b for one k step: 16 k of a 16-bit type, 8 of float32. float32 uses three tf32 products, x
+// = high + low with 11 bits each; the dropped product is below 2^-22 |a| |b|.
 template <class T>
 LX_DEVICE void mma_step(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (sizeof(T) == 2) {

@@ -1,13 +1,13 @@
-// The training launchers: which kernels run, from host-known sizes alone. Nothing here allocates or
-// waits.
+// The training launchers. The kernels depend only on host-known sizes. Nothing allocates or waits.
 //
-//   shrink     x -> v            projection on the side of A, with the mask
-//   backward   dy -> dv          projection on the side of B       if da or dx is wanted
+//   shrink     x -> v            projection of side A, with the mask
+//   backward   dy -> dv          projection of side B              if da or dx is needed
 //              dy, v -> db       gradient of the weights           with dv in one pass over dy
 //              x, dv -> da       the same kernel, with the mask
 //              dv -> dx          in place, with the mask
-// Large ranks take the kernels of lora_gemm.cuh and lora_gemm_weights.cu.
-// The stages of the backward run one after another on one stream and share one workspace.
+//
+// Large ranks use the kernels of lora_gemm.cuh and lora_gemm_weights.cu. The stages of the backward
+// pass run one after another on one stream and share one workspace.
 #include "lora_train.cuh"
 
 namespace lora_ext {
@@ -20,7 +20,7 @@ LoraArgs side_b(const LoraTrainArgs& args) {
     return lora;
 }
 
-// dy^T v, or (mask x)^T dv.
+// Returns the arguments of dy^T v, or of (mask x)^T dv.
 Gradient gradient(const LoraTrainArgs& args, bool of_b) {
     const LoraArgs& lora = args.lora;
     Gradient g{};
@@ -49,7 +49,7 @@ bool no_adapters(const LoraTrainArgs& args) {
     return args.lora.bank.max_rank == 0 || args.lora.bank.num_adapters == 0;
 }
 
-// 16 bytes of a row; y lies without gaps.
+// Each thread writes 16 bytes of a row; y is contiguous.
 template <class T>
 __global__ void __launch_bounds__(256)
     lora_dropout_kernel(const T* x, int64_t x_row_stride, T* y, int64_t rows, int width, int pieces,
@@ -107,7 +107,7 @@ LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream)
     if (no_adapters(args)) return 0;
     const bool rows = args.lora.num_tokens > 0;
     LoraDropout factor = args.dropout;
-    factor.threshold = 0;  // dy has no mask, but its factor 1 / (1 - p)
+    factor.threshold = 0;  // dy has no mask but the factor 1 / (1 - p)
     const Projection dv{side_b(args), factor, static_cast<float*>(args.dv), args.dv_row_stride};
     const Gradient db = gradient(args, true);
     const bool wants_dv = rows && (args.da || args.dx);

@@ -1,5 +1,5 @@
-// What the training kernels share: the dropout mask, 16-byte pieces with guards, the rows of v in
-// shared memory, and products of float32 by parts.
+// Code shared by the training kernels: the dropout mask, 16-byte pieces with guards, the rows of v
+// in shared memory, and products of float32 in parts.
 #pragma once
 
 #include "lora_ext/lora_train.h"
@@ -8,34 +8,35 @@
 namespace lora_ext {
 
 constexpr int kPieceBytes = 16;
-constexpr int kTrainRows = 64;   // rows of a step
-constexpr int kBandBytes = 256;  // of a row in a step: 128 columns, 64 of float32
+constexpr int kTrainRows = 64;   // rows per step
+constexpr int kBandBytes = 256;  // bytes per row and step: 128 columns, 64 of float32
 constexpr int kBandPieces = kBandBytes / kPieceBytes;
-// Eight rows in a row lie in eight different banks of 16 bytes when their distance is odd.
+// With an odd distance, eight consecutive rows are in eight different banks of 16 bytes.
 constexpr int kBandRow = kBandBytes + kPieceBytes;
 template <class T>
 constexpr int kBandColumns = kBandBytes / static_cast<int>(sizeof(T));
 
 // The stages of training; `float*` results and inputs are v, dv, or partial sums.
+//
 // x A^T or dy B, by the rows of each adapter, times scale / (1 - p).
 struct Projection {
-    LoraArgs lora;  // x is dy on the side of B
+    LoraArgs lora;  // x is dy for side B
     LoraDropout dropout;
     float* out;
     int64_t out_row_stride;
 };
-// The sum over the features, by slices of fixed width. On the side of A up to rank 256 it has
-// sum_order, elsewhere a slice is one chain of mma.
+// The sum over the features, by slices of fixed width. On side A up to rank 256 it uses sum_order;
+// otherwise a slice is one chain of mma.
 struct Slices {
     int width, count;
-    int per_block;         // all of them, or one
+    int per_block;         // slices per block: all or one
     int64_t split_stride;  // of partial sums
     bool finished;         // no partial sums: the block applies c
     bool x_aligned, w_aligned;
     int ranks_per_stage;
 };
-// One pass over dy gives db and dv, from slices of 1024 bytes, for up to 64 ranks of 16 bits. A
-// slice of dv is as wide whether it takes that pass or not.
+// One pass over dy computes db and dv, from slices of 1024 bytes, for up to 64 ranks of 16 bits.
+// The width of a slice of dv does not depend on whether that pass is used.
 constexpr int kPassBytes = 1024, kPassRanks = 64;
 __host__ __device__ constexpr int pass_slice(int ranks) {
     return ranks <= 16 ? 256 : 512;
@@ -43,15 +44,15 @@ __host__ __device__ constexpr int pass_slice(int ranks) {
 inline bool pass_sliced(const LoraArgs& args, bool side_b) {
     return side_b && args.dtype != DType::kFloat32 && args.bank.max_rank <= kPassRanks;
 }
-constexpr int kProjectedRanks = 64;  // of a block
-// in_pass: every slice has a block, and partial sums where there are several.
+constexpr int kProjectedRanks = 64;  // per block
+// in_pass: every slice has a block, and there are partial sums if there are several slices.
 Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass = false);
 int64_t slices_bytes(const Slices& slices);
 int64_t projection_workspace(const LoraArgs& args, bool side_b);
 LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream);
-// Side A without the sum afterwards: serving has its own, in expand.
+// Side A without the final sum: serving computes it in expand.
 LaunchStatus run_shrink_rows(const Projection& args, const Slices& slices, void* stream);
-// The parts: where the kernel writes to, what it touches, and the sum afterwards.
+// The steps of run_projection: the kernel's output, its buffers, and the final sum.
 Projection projection_step(const Projection& args, const Slices& slices, void* workspace);
 void declare_projection(const Projection& step, const Slices& slices, bool side_b);
 LaunchStatus sum_slices(const Projection& args, const Projection& step, const Slices& slices,
@@ -60,7 +61,7 @@ LX_DEVICE float projection_factor(const Projection& args, int slot) {
     return args.dropout.inverse_keep * (args.lora.bank.scale ? args.lora.bank.scale[slot] : 1.0f);
 }
 
-// sum over the rows t of each adapter of v[t, :]^T x[t, :].
+// The sum over the rows t of each adapter of v[t, :]^T x[t, :].
 struct Gradient {
     const void* x;  // x with its mask, or dy
     int64_t x_row_stride;
@@ -77,26 +78,27 @@ struct Gradient {
     bool rank_major;
 };
 int64_t gradient_workspace(const Gradient& args);
-// beside: the projection on the side of B, in the same pass over dy.
+// beside: the projection of side B, in the same pass over dy.
 LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream,
                           const Projection* beside = nullptr);
-constexpr int64_t kMostParts = 256 << 20;  // bytes of partial sums; above, two passes without dv's
+constexpr int64_t kMostParts = 256 << 20;  // bytes of partial sums; above: two passes, no parts of
+                                           // dv
 int64_t one_pass_workspace(const Gradient& args, const LoraArgs& side_b);
 bool takes_one_pass(const Gradient& args, const LoraArgs& side_b);
 
 // dx[t, :] += mask * (dv[t, :] A)
 LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream);
 
-// The same with large ranks, where there are enough rows or tiles: lora_gemm.cuh and
-// lora_gemm_weights.cu. What it touches has been declared.
+// The same for large ranks with enough rows or tiles: lora_gemm.cuh and lora_gemm_weights.cu. The
+// caller has declared the buffers.
 LaunchStatus run_gemm_projection(const Projection& args, bool side_b, const Slices& slices,
                                  void* stream);
 LaunchStatus run_gemm_input_gradient(const LoraTrainArgs& args, void* stream);
 
 LaunchStatus run_gemm_gradient(const Gradient& args, void* stream);
 
-// Columns of a block of that kernel, which gives its adapter's rows to no second block. So it needs
-// as many blocks for one adapter as half of an H100's multiprocessors: an estimate.
+// Columns per block of that kernel. One block sums all rows of its adapter, so one adapter needs as
+// many blocks as half of an H100's multiprocessors: an estimate.
 constexpr int gradient_columns(bool tf32) {
     return tf32 ? 64 : 128;
 }
@@ -115,7 +117,7 @@ inline bool takes_gemm(const LoraArgs& args) {
 struct Philox {
     uint32_t key[2];
 
-    // Ten rounds on the counter {row, quad, 0, 0}.
+    // Returns the result of ten rounds on the counter {row, quad, 0, 0}.
     LX_DEVICE uint4 operator()(uint32_t row, uint32_t quad) const {
         uint32_t c0 = row, c1 = quad, c2 = 0, c3 = 0, k0 = key[0], k1 = key[1];
 #pragma unroll
@@ -132,12 +134,12 @@ struct Philox {
     }
 };
 
-// The mask of some rows of one adapter.
+// The mask of rows of one adapter.
 struct Mask {
     Philox philox;
-    uint32_t threshold;  // 0: everything is kept
-    bool by_place;       // a row is counted by its place among the adapter's, not in the batch
-    int first;           // the place of the first one
+    uint32_t threshold;  // 0: all elements are kept
+    bool by_place;       // rows are counted within the adapter, not within the batch
+    int first;           // index of the first row within the adapter
 
     LX_DEVICE uint32_t row(int i, int in_batch) const {
         return static_cast<uint32_t>(by_place ? first + i : in_batch);
@@ -152,7 +154,7 @@ LX_DEVICE Mask mask_of(const LoraDropout& dropout, int slot, int first) {
             dropout.per_adapter,
             first};
 }
-// Of the rows of a tile.
+// Returns the mask of the rows of a tile.
 LX_DEVICE Mask mask_of(const LoraDropout& dropout, const LoraArgs& args, const Tiling& tiling,
                        const RowTile& tile) {
     if (!dropout.per_adapter) return mask_of(dropout, tile.slot, 0);
@@ -166,7 +168,7 @@ inline void declare_seed([[maybe_unused]] const LoraDropout& dropout,
         LX_BUF(dropout.seed, 8 * (dropout.per_adapter ? num_adapters : 1), lx::Access::kConstant);
 }
 
-// Which of the elements from `column`, a multiple of 4, on are kept.
+// Computes which elements from `column`, a multiple of 4, on are kept.
 template <int kCount>
 LX_DEVICE void keep_elements_of(const Mask& mask, uint32_t row, int column, bool (&keep)[kCount]) {
     const uint32_t threshold = mask.threshold;
@@ -180,7 +182,7 @@ LX_DEVICE void keep_elements_of(const Mask& mask, uint32_t row, int column, bool
     }
 }
 
-// Zeros where an element is dropped, whatever was there: a dropped NaN is gone.
+// Returns the words with dropped elements set to zero, even if they are NaN.
 template <class T>
 LX_DEVICE uint4 drop_elements(const uint4& words, const bool (&keep)[kVec<T>]) {
     uint32_t w[4] = {words.x, words.y, words.z, words.w};
@@ -195,7 +197,7 @@ LX_DEVICE uint4 drop_elements(const uint4& words, const bool (&keep)[kVec<T>]) {
     return {w[0], w[1], w[2], w[3]};
 }
 
-// The mask on 16 bytes of shared memory, by the thread that copied them there.
+// Applies the mask to 16 bytes of shared memory; called by the thread that copied them.
 template <class T>
 LX_DEVICE void drop_piece(void* piece, const Mask& mask, uint32_t row, int column) {
     bool keep[kVec<T>];
@@ -207,8 +209,8 @@ LX_DEVICE void drop_piece(void* piece, const Mask& mask, uint32_t row, int colum
 // ------------------------------------------------------------------------------------------------
 // Pieces
 
-// To shared memory: n elements, n cut to [0, kVec], then zeros. `aligned` is the same for all
-// pieces of a tensor: by cp.async if set, else at once. With n <= 0 `from` is only an address.
+// Copies n elements, n clamped to [0, kVec], then zeros to shared memory: by cp.async if `aligned`,
+// which is the same for all pieces of a tensor. If n <= 0, `from` is not read.
 template <class T>
 LX_DEVICE void copy_piece(void* to, const T* from, int n, bool aligned) {
     n = lx::min(lx::max(n, 0), kVec<T>);
@@ -219,7 +221,7 @@ LX_DEVICE void copy_piece(void* to, const T* from, int n, bool aligned) {
     }
 }
 
-// From and to memory that this launch also writes: the first n elements of 16 bytes.
+// Loads and stores of the first n elements of 16 bytes, in memory that this launch also writes.
 template <class T>
 LX_DEVICE uint4 load_piece(const T* p, int n, bool aligned) {
     if (n >= kVec<T> && aligned) return *reinterpret_cast<const uint4*>(p);
@@ -247,8 +249,8 @@ LX_DEVICE void store_piece(T* p, int n, bool aligned, const uint4& words) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// v in shared memory: kTrainRows rows, per page of ranks 32 bytes, eight floats. bfloat16 turns
-// them, in place, into eight high parts and eight low ones.
+// v in shared memory: kTrainRows rows with 32 bytes, eight floats, per page of ranks. bfloat16
+// replaces them, in place, by eight high parts and eight low parts.
 
 __host__ __device__ constexpr int v_row_bytes(int pages) {
     return (2 * pages + 1) * kPieceBytes;
@@ -264,8 +266,8 @@ struct VTile {
     LX_DEVICE unsigned char* at(int row, int page) const {
         return data + row * row_bytes + page * 2 * kPieceBytes;
     }
-    // Item (row, page) by its own thread: copied, and after the wait for the copy, split.
-    // `ranks` counts from the page's first.
+    // A thread copies its item (row, page), and splits it after the wait for the copy. `ranks`
+    // counts from the first rank of the page.
     LX_DEVICE void copy(int row, int page, const float* from, int ranks, bool aligned) const {
         copy_piece<float>(at(row, page), from, ranks, aligned);
         copy_piece<float>(at(row, page) + kPieceBytes, ranks > 4 ? from + 4 : from, ranks - 4,
@@ -292,7 +294,7 @@ struct VTile {
 };
 
 // ------------------------------------------------------------------------------------------------
-// Products of floats: each is high + low in tf32. A float16 value is its own high part.
+// Products of floats: each is high + low in tf32. A float16 value is equal to its high part.
 
 // d += a b, m16n8k8. An exact operand has no low part; the product of two low parts is dropped.
 template <bool kExactA, bool kExactB>

@@ -1,11 +1,11 @@
 // dx[t, :] = round(dx[t, :] + mask * (dv[t, :] a[s])), in place; a dropped element keeps its bits.
 //
-// Block (64 rows of one adapter, range of columns), eight warps: four part the rows, two the
-// columns of a band of 256 bytes. The rows of dv stay in shared memory; per band the ranks of A
-// come by cp.async while the previous band is written. Where a block has no room for all ranks,
-// they and dv come in stages, in their order, so that no bit depends on the room. The product goes
-// through shared memory as floats, so that a thread ends up with 16 bytes of dx in a row: one load,
-// issued before the product, two Philox calls for its mask, one rounding, one store.
+// Block (64 rows of one adapter, range of columns), eight warps: four along the rows, two along the
+// columns of a band of 256 bytes. The rows of dv stay in shared memory. The ranks of A for the next
+// band are loaded by cp.async while the current band is written. If a block has no space for all
+// ranks, they and dv are loaded in stages, in order, so that no bit depends on the space. The
+// product is written to shared memory as floats, so that a thread holds 16 bytes of dx in a row:
+// one load, issued before the product, two Philox calls for its mask, one rounding, one store.
 //   bfloat16   dv = high + low, two m16n8k16
 //   float16    A as floats, exact in tf32; dv = high + low in tf32
 //   float32    three tf32 products of parts
@@ -17,15 +17,15 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarpsN = 2;      // times four warps of 16 rows
-constexpr int kRangeBands = 4;  // bands of a block
+constexpr int kRangeBands = 4;  // bands per block
 template <class T>
 constexpr int kWarpColumns = kBandColumns<T> / kWarpsN;
 template <class T>
-constexpr int kDeltaRow = kBandColumns<T> + 8;  // floats; a warp's float2 stores meet no bank twice
+constexpr int kDeltaRow = kBandColumns<T> + 8;  // floats; no bank conflict of float2 stores
 
 struct Width {
-    int range;  // columns of a block
-    int pages;  // of a stage, even: those of the largest rank, or as many as have room
+    int range;  // columns per block
+    int pages;  // per stage, even: those of the largest rank, or as many as fit
     bool dv_aligned, a_aligned, dx_aligned;
 };
 
@@ -126,13 +126,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
         for (int stage = 0; stage < stages; ++stage) {
             if (stage > 0) {
-                lx::syncthreads();  // the stage before has been read
+                lx::syncthreads();  // the previous stage has been read
                 fill_dv(stage);
                 fill_a(column0, stage);
             }
             lx::cp_async_wait_all();
             if constexpr (kStaged) split_dv(stage);
-            lx::syncthreads();  // dv and this band of A are here; delta has been read by all
+            lx::syncthreads();  // dv and this band of A are complete, delta has been read
             const int pages = has_rows ? pages_of(stage) : 0;
             for (int page = 0; page < pages; page += std::is_same_v<T, lx::bf16> ? 2 : 1) {
                 if constexpr (std::is_same_v<T, lx::bf16>) {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                     lx::ldmatrix_x4(low, p + kPieceBytes);
 #pragma unroll
                     for (int j = 0; j < kTiles; j += 2) {
-                        // Matrices: both pages of eight columns, then of the next eight; turned.
+                        // Matrices: both pages of eight columns, then of eight more; transposed.
                         uint32_t af[4];
                         lx::ldmatrix_x4_trans(af, a_band +
                                                       (page * kPageRanks + lane % 16) * kBandRow +
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                     if constexpr (sizeof(T) == 2) {
 #pragma unroll
                         for (int j = 0; j < kTiles; j += 4) {
-                            // Matrices: four times eight columns; turned.
+                            // Matrices: four times eight columns; transposed.
                             uint32_t af[4];
                             lx::ldmatrix_x4_trans(af, a_page_rows + lane % 8 * kBandRow +
                                                           (warp_column + 8 * (j + lane / 8)) * 2);
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             for (int q = 0; q < kVec<T> / 4; ++q) {
                 const float4 part = from[q];
                 const float four[4] = {part.x, part.y, part.z, part.w};
-                // Adding -0 changes no bit, not even that of another -0.
+                // Adding -0 changes no bit, not even of another -0.
 #pragma unroll
                 for (int e = 0; e < 4; ++e) d[4 * q + e] = keep[4 * q + e] ? four[e] : -0.0f;
             }
@@ -264,7 +264,7 @@ LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream) {
     const dim3 grid(static_cast<unsigned>(layout.max_chunks() * tiling.per_chunk),
                     static_cast<unsigned>(ceil_div(bank.in_features, width.range)));
     declare_common(lora);
-    LoraArgs weights = lora;  // declares the pages of a, but no x
+    LoraArgs weights = lora;  // declares the pages of a; x is replaced by dx
     weights.x = args.dx;
     weights.x_row_stride = args.dx_row_stride;
     declare_a(weights);

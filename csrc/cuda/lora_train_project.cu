@@ -1,13 +1,14 @@
-// The projections onto the ranks, with c = scale[s] / (1 - p):
+// The projections to the ranks, with c = scale[s] / (1 - p):
 //   side A:  v[t, :]  = c * a[s] (mask * x[t, :])      lora_shrink.cu
 //   side B:  dv[t, :] = c * dy[t, :] b[s]              here
 //
-// As lora_shrink_kernel: block (row tile, slices, 64 ranks), a ring of four stages that cp.async
-// fills with 128 bytes of each row and with 64 outputs of each page of B, mma. What differs:
-//   * pages of B hold eight ranks of one output side by side; ldmatrix.trans turns them.
-//   * the sum is over slices of fixed width, each from zero, added in order, whether one block
-//     walks over all slices of its rows or each slice has a block and a second kernel adds. So dv
-//     does not depend on how many rows there are, nor does a gradient on who shares the batch.
+// Like lora_shrink_kernel: block (row tile, slices, 64 ranks), and a ring of four stages that
+// cp.async fills with 128 bytes of each row and with 64 outputs of each page of B. Differences:
+// * Pages of B contain eight ranks of one output side by side; ldmatrix.trans transposes them.
+// * The sum is over slices of fixed width, each starting at zero, added in order. Either one block
+//   iterates over all slices of its rows, or each slice has a block and a second kernel adds them.
+//   dv therefore does not depend on the number of rows, nor a gradient on the other rows of the
+//   batch.
 // Bound: bytes of dy, streamed once per 64 ranks.
 #include "lora_train.cuh"
 
@@ -15,9 +16,9 @@ namespace lora_ext {
 namespace {
 
 constexpr int kStages = 4;
-constexpr int kPieces = 8;                              // of a row in a stage
+constexpr int kPieces = 8;                              // per row and stage
 constexpr int kStageRow = (kPieces + 1) * kPieceBytes;  // odd: eight rows in eight banks
-// A page: 1024 bytes, and 64 more so that the pages of a pair meet no bank twice.
+// A page: 1024 bytes, plus 64 so that the pages of a pair have no bank conflict.
 constexpr int kStagePage = kPieces * 128 + 64;
 constexpr int kGroupPages = 8;
 
@@ -26,8 +27,8 @@ __global__ void __launch_bounds__(kRows * 2, 2)
     lora_train_project_kernel(const __grid_constant__ Projection args,
                               const __grid_constant__ Tiling tiling,
                               const __grid_constant__ Slices slices) {
-    constexpr int kThreads = kRows * 2;        // a warp for 16 rows
-    constexpr int kWidth = kPieces * kVec<T>;  // of dy in a stage
+    constexpr int kThreads = kRows * 2;        // a warp per 16 rows
+    constexpr int kWidth = kPieces * kVec<T>;  // columns of dy per stage
     LX_SHARED(int32_t, row_of, kRows);
     LX_DYN_SHARED(ring);
     const LoraArgs& lora = args.lora;
@@ -65,14 +66,13 @@ __global__ void __launch_bounds__(kRows * 2, 2)
         }
         unsigned char* const w_stage = ring + step % kStages * stage_bytes + kRows * kStageRow;
         // A page of the stage: kWidth outputs of 8 ranks, one piece each (float32: two).
-        // Neighbouring lanes read what two pages have of an output, which lies side by side.
+        // Neighbouring lanes read the parts of an output in two pages, which are adjacent.
         constexpr int kPerRow = kPageRanks / kVec<T>, kPairPieces = 2 * kWidth * kPerRow;
         for (int i = thread; i < page_pairs * kPairPieces; i += kThreads) {
             const int row = i % kPairPieces / (2 * kPerRow), at = i % (2 * kPerRow);
             const int page = i / kPairPieces * 2 + at / kPerRow, part = at % kPerRow;
             const int rank = page * kPageRanks + part * kVec<T>, output = k0 + row;
-            // Ranks past the adapter's, where a whole page row is loaded, end in sums that
-            // nobody reads.
+            // If a whole page row is loaded, the sums of ranks past the adapter's are not read.
             int n = lx::min(ranks - rank, kPageRanks);
             if (n > 0 && slices.w_aligned) n = kVec<T>;
             if (output >= end) n = 0;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kRows * 2, 2)
     const int steps_per_slice = slices.width / kWidth;
     for (int step = 0; step < steps; ++step) {
         lx::cp_async_wait_group<kStages - 2>();
-        lx::syncthreads();  // this stage is complete, and the previous one has been read by all
+        lx::syncthreads();  // stage complete, previous stage read by all threads
         if (step + kStages - 1 < steps) fill(step + kStages - 1);
         lx::cp_async_commit();
         if (!has_rows) continue;
@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(kRows * 2, 2)
 #pragma unroll
             for (int page = 0; page < kGroupPages; page += 2) {
                 if (page >= pages) continue;
-                // Matrices, or what stands for them: k of both pieces of one page, then of the
-                // next.
+                // Matrices, or equivalent loads: k of both pieces of one page, then of the next.
                 uint32_t wf[4];
                 if constexpr (sizeof(T) == 2) {
                     lx::ldmatrix_x4_trans(wf, w_stage + (page + lane / 16) * kStagePage +
@@ -194,7 +193,7 @@ LaunchStatus launch(const Projection& args, const Slices& slices, void* stream) 
 
 }  // namespace
 
-// Their width is fixed by that of the sum, the largest rank and the dtype.
+// The width of a slice depends only on the length of the sum, the largest rank and the dtype.
 Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass) {
     const LoraBank& bank = args.bank;
     const int64_t features = side_b ? bank.out_features : bank.in_features;
@@ -207,11 +206,11 @@ Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass) {
     int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
     if (takes_gemm(args)) {
         tiles *= ceil_div(bank.max_rank, kGemmColumns);
-    } else if (!side_b) {  // whose walk takes tiles of 64 rows
+    } else if (!side_b) {  // its loop over slices uses tiles of 64 rows
         tiles *= lx::max(1, lora_chunk_rows(args.num_tokens) / kTrainRows) *
                  ceil_div(bank.max_rank, kProjectedRanks);
     }
-    // Two blocks for each of the 132 multiprocessors of an H100 come from them alone?
+    // True if the tiles alone give two blocks per multiprocessor of an H100 (132).
     const bool walk = s.count == 1 || (!in_pass && tiles >= 264);
     s.per_block = walk ? s.count : 1;
     s.finished = walk;
@@ -248,7 +247,7 @@ namespace {
 void declare_slices([[maybe_unused]] const Projection& step, const Slices& slices,
                     [[maybe_unused]] lx::Access access) {
     const LoraArgs& lora = step.lora;
-    // Partial sums are read by whole pages.
+    // Partial sums are read in whole pages.
     [[maybe_unused]] const int64_t ranks =
         access == lx::Access::kRead ? step.out_row_stride : lora.bank.max_rank;
     for (int s = 0; s < slices.count / slices.per_block; ++s)
@@ -305,7 +304,7 @@ LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace
         declare_projection(step, slices, true);
         status = with_dtype(lora.dtype, [&]<class T>() {
             if (takes_gemm(lora)) return run_gemm_projection(step, true, slices, stream);
-            // 128 rows of a large rank are more than some devices have for a block.
+            // 128 rows of a large rank exceed the shared memory per block of some devices.
             const bool wide = lora_chunk_rows(lora.num_tokens) == 128 &&
                               ring_bytes(128, slices.ranks_per_stage) <= most_dynamic_bytes();
             return wide ? launch<T, 128>(step, slices, stream)

@@ -1,24 +1,24 @@
-// Gradients of the adapters, sums over the rows t of one adapter alone:
+// Gradients of the adapters, sums over the rows t of one adapter:
 //   db[s] = sum_t dy[t, :]^T v[t, :]            da[s] = sum_t dv[t, :]^T (mask * x[t, :])
-// Both are columns of x (or dy) times ranks of v (or dv), with the rows as contraction. With
-// kProject the same pass over dy also gives, beside db,
+// Both are columns of x (or dy) times ranks of v (or dv), contracted over the rows. With kProject
+// the same pass over dy also computes
 //   dv[t, :] = c * dy[t, :] b[s]                with c = scale[s] / (1 - p)
 //
 // Block (range of an adapter's rows, slice of 1024 bytes of columns, 16 or 64 ranks), eight warps.
-// Two stages of 32 rows of x and v; cp.async fills one while the other is multiplied, perm is read
-// two steps ahead. A thread then prepares what it copied itself: it drops elements of x, and parts
-// v into high and low bfloat16. ldmatrix.trans turns both. A warp has 16 columns of each band of
-// 128 and all ranks, and keeps their sums for the whole range.
+// Two stages of 32 rows of x and v; cp.async fills one while the other is multiplied, and perm is
+// read two steps ahead. A thread then prepares the elements that it copied: it drops elements of x,
+// and splits v into high and low bfloat16. ldmatrix.trans transposes both. A warp has 16 columns of
+// each band of 128 and all ranks, and keeps their sums for the whole range.
 //   bfloat16   v = high + low, two m16n8k16: 16 bits of v
 //   float16    as floats, exact in tf32; v = high + low in tf32, two m16n8k8: any size of v
 //   float32    three tf32 products of parts
-// The rows of an adapter are summed in ranges of a fixed length counted from its first, each range
-// from zero, the ranges in order: a block for each, and a second kernel that adds those of adapters
-// with several. So the bits depend on the adapter's own rows alone.
+// The rows of an adapter are summed in ranges of a fixed length counted from its first row, each
+// range starting at zero, the ranges in order. Each range has a block, and a second kernel adds the
+// ranges of adapters with several. The bits therefore depend only on the rows of the adapter.
 //
-// dv: the block's part of B stays in shared memory. Of a step a warp has 16 rows and one or two
-// pages of ranks, sums over its slice of the columns, and the slices are added in order, as
-// lora_train_project.cu does it, whose bits these are. Bound: bytes of x (dy), read once.
+// dv: the block's part of B stays in shared memory. In a step a warp computes 16 rows and one or
+// two pages of ranks, summed over its slice of the columns. The slices are added in order, with the
+// same bits as in lora_train_project.cu. Bound: bytes of x (dy), read once.
 #include "lora_train.cuh"
 
 namespace lora_ext {
@@ -28,18 +28,18 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / lx::kWarpSize;
 constexpr int kStages = 2;
 constexpr int kStepRows = 32;
-constexpr int kRowSlots = 4;  // steps whose row numbers are kept
+constexpr int kRowSlots = 4;  // steps of row numbers in the buffer
 constexpr int kPieces = kPassBytes / kPieceBytes;
-constexpr int kPassRow = kPassBytes + kPieceBytes;  // an odd number of pieces, as kBandRow
-constexpr int kBand = 16 * kWarps;                  // columns, 16 of each warp
-constexpr int kRowStep = kThreads / kPieces;        // a thread copies one piece of each fourth row
+constexpr int kPassRow = kPassBytes + kPieceBytes;  // an odd number of pieces, like kBandRow
+constexpr int kBand = 16 * kWarps;                  // columns, 16 per warp
+constexpr int kRowStep = kThreads / kPieces;        // a thread copies one piece of every fourth row
 template <class T>
 constexpr int kColumns = kPassBytes / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kBands = kColumns<T> / kBand;
 template <int kPages>
 constexpr int kStageBytes = kStepRows * (kPassRow + v_row_bytes(kPages));
-// Of B, a row for each output.
+// B has one row per output.
 template <int kPages>
 constexpr int kFactorRow = (kPages + 1) * kPieceBytes;
 
@@ -47,19 +47,19 @@ struct Shape {
     int slices, groups, range_rows;
     bool x_aligned, v_aligned;
     int64_t perm, slot_begin;  // in the plan
-    float4* partials;          // of adapters with several ranges
+    float4* partials;          // for adapters with several ranges
 };
 
-// What a block of either kernel is about.
+// The work of a block of either kernel.
 struct Block {
-    int slot, range, first_rank, ranks, column;  // ranks that the adapter has here; first column
+    int slot, range, first_rank, ranks, column;  // ranks of the adapter in this block; first column
     const int32_t* rows;                         // of the adapter
-    int num_rows, first_row;                     // of the adapter; where its rows begin
+    int num_rows, first_row;                     // of the adapter; start of its rows
 };
 
-// Range `index` of all: slot s owns those from slot_begin[s] / range_rows + s on, which leaves each
-// of its ceil(n / range_rows) ranges a number of its own, and a slot without rows one. The warp
-// searches 32 slots at a time.
+// Returns the slot of range `index`. Slot s owns the indices from slot_begin[s] / range_rows + s
+// on, at least one for each of its ceil(n / range_rows) ranges and one for a slot without rows. The
+// warp searches 32 slots at a time.
 LX_DEVICE int slot_of_range(const int32_t* slot_begin, int range_rows, int num_adapters,
                             int index) {
     int low = 0;
@@ -108,8 +108,8 @@ using BandSums = float[kPages][4];
 template <class T, int kPages>
 using Sums = BandSums<kPages>[kBands<T>];
 
-// Where the parts of a block lie. An adapter of n > range_rows rows, which has less than twice
-// n / range_rows ranges, begins at twice slot_begin / range_rows.
+// Returns the address of the parts of a block. An adapter of n > range_rows rows, which has fewer
+// than 2 n / range_rows ranges, starts at 2 (slot_begin / range_rows).
 template <class T, int kPages>
 LX_DEVICE float4* parts_of(const Shape& shape, const Block& block, unsigned tile) {
     const int first = 2 * (block.first_row / shape.range_rows) + block.range;
@@ -122,8 +122,7 @@ __host__ __device__ constexpr int store_row(int pages) {
     return pages * kPageRanks + 1;
 }
 
-// A band of results, through shared memory, so that neighbouring threads write neighbouring
-// elements.
+// Stores a band of results through shared memory: neighbouring threads write neighbouring elements.
 template <class T, int kPages>
 LX_DEVICE void store(const Gradient& args, const Block& block, int band,
                      const BandSums<kPages>& total, float* columns) {
@@ -149,7 +148,7 @@ LX_DEVICE void store(const Gradient& args, const Block& block, int band,
         const int64_t at = args.rank_major
                                ? int64_t{block.first_rank + rank} * args.width + first + column
                                : int64_t{first + column} * args.max_rank + block.first_rank + rank;
-        // Beyond the adapter's rank the sum is 0 * x, which is NaN where x is not finite.
+        // Beyond the adapter's rank the sum is 0 * x, which is NaN if x is not finite.
         out[at] = lx::from_float<T>(rank < block.ranks ? columns[column * kRow + rank] : 0.0f);
     }
 }
@@ -161,10 +160,10 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
     const int lane = lx::lane_id(), warp = lx::warp_id();
     const auto has = [&](int page) { return kPages == 2 || page < pages; };
     if constexpr (std::is_same_v<T, lx::bf16>) {
-        constexpr int kTogether = lx::min(kPages, 4);  // pages that are in registers
+        constexpr int kTogether = lx::min(kPages, 4);  // pages in registers at a time
 #pragma unroll
         for (int first = 0; first < kPages; first += kTogether) {
-            // Matrices: high parts of rows 0-7 and 8-15, then low parts; turned.
+            // Matrices: high parts of rows 0-7 and 8-15, then low parts; transposed.
             uint32_t vf[kTogether][4];
 #pragma unroll
             for (int j = 0; j < kTogether; ++j)
@@ -174,7 +173,7 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
 #pragma unroll
             for (int m = 0; m < kBands<T>; ++m) {
                 if (!has(first)) continue;
-                // Matrices: rows 0-7 of columns 0-7 and 8-15, then rows 8-15 of both; turned.
+                // Matrices: rows 0-7 of columns 0-7 and 8-15, then rows 8-15 of both; transposed.
                 uint32_t xf[4];
                 lx::ldmatrix_x4_trans(
                     xf, x + (row + lane / 16 * 8 + lane % 8) * kPassRow +
@@ -198,7 +197,7 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
             if constexpr (sizeof(T) == 2) {
 #pragma unroll
                 for (int m = 0; m < kBands<T>; m += 2) {
-                    // Matrices: columns 0-7 and 8-15 of a band, then of the next; turned.
+                    // Matrices: columns 0-7 and 8-15 of a band, then of the next; transposed.
                     uint32_t xf[4];
                     lx::ldmatrix_x4_trans(
                         xf, x + (row + 8 * half + lane % 8) * kPassRow +
@@ -239,8 +238,8 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
 // dv of the rows of a step: a warp sums 16 rows and its pages over its slice of the columns.
 template <class T, int kPages>
 struct Projecting {
-    static constexpr int kShares = kPages == 2 ? 2 : 1;  // slices of a block
-    static constexpr int kOwn = kPages == 2 ? 1 : 2;     // pages of a warp
+    static constexpr int kShares = kPages == 2 ? 2 : 1;  // slices per block
+    static constexpr int kOwn = kPages == 2 ? 1 : 2;     // pages per warp
     static constexpr int kWidth = kColumns<T> / kShares;
     static_assert(kStepRows / kTileRows * kShares * kPages / kOwn == kWarps);
     static_assert(kWidth == pass_slice(kPages * kPageRanks));
@@ -259,7 +258,7 @@ struct Projecting {
 #pragma unroll
         for (int k0 = 0; k0 < kWidth; k0 += kStep) {
             const int k = share * kWidth + k0;
-            // Matrices: 32 columns of the one page; or 16 of one page, then of the next; turned.
+            // Matrices: 32 columns of one page; or 16 of one page, then of the next; transposed.
             uint32_t bf[4];
             lx::ldmatrix_x4_trans(bf, b + (k + lane % kStep) * kFactorRow<kPages> +
                                           (page + lane / kStep) * kPieceBytes);
@@ -275,7 +274,7 @@ struct Projecting {
         }
     }
 
-    // The rows of the step have numbers row_of[0, rows).
+    // Stores dv; row_of[0, rows) are the numbers of the rows of the step.
     LX_DEVICE void store(const float (&acc)[kOwn][4], const Projection& to, const Slices& slices,
                          const Block& block, const int32_t* row_of, int rows, float factor,
                          bool paired) const {
@@ -297,8 +296,8 @@ struct Projecting {
     }
 };
 
-// The block's columns of B, zeros where there is no output or rank; ranks past the adapter's, where
-// a whole page row is loaded, end in sums that nobody stores.
+// Copies the block's columns of B, zeros for missing outputs or ranks. If a whole page row is
+// loaded, the sums of ranks past the adapter's are not stored.
 template <class T, int kPages>
 LX_DEVICE void fill_factor(unsigned char* to, const LoraBank& bank, const Block& block,
                            bool aligned) {
@@ -314,7 +313,7 @@ LX_DEVICE void fill_factor(unsigned char* to, const LoraBank& bank, const Block&
     }
 }
 
-// On a multiprocessor. Parts of float16 take registers, as do the sums of 64 ranks.
+// Blocks per multiprocessor. Parts of float16 and the sums of 64 ranks need many registers.
 template <class T, int kPages>
 constexpr int kBlocks = kPages == 2 && !std::is_same_v<T, lx::f16> ? 2 : 1;
 
@@ -324,13 +323,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kPages>)
                               const __grid_constant__ Projection to,
                               const __grid_constant__ Slices slices,
                               const __grid_constant__ Shape shape) {
-    LX_SHARED(int32_t, row_of, kRowSlots* kStepRows);  // a ring of its own, a step ahead
+    LX_SHARED(int32_t, row_of, kRowSlots* kStepRows);  // a separate ring, filled a step ahead
     LX_DYN_SHARED(ring);
     Block block = find_block<T, kPages>(args, shape, blockIdx.x, true);
     const int thread = lx::thread_rank();
     const int first = block.range * shape.range_rows;
     const bool empty = block.num_rows <= first || block.ranks == 0;
-    if (empty && block.range > 0) return;  // the first one writes the zeros
+    if (empty && block.range > 0) return;  // the first range writes the zeros
     const bool partial = !empty && block.num_rows > shape.range_rows;
     const int num_rows = empty ? 0 : lx::min(block.num_rows - first, shape.range_rows);
     const int32_t* const rows_from = block.rows + first;
@@ -341,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kPages>)
     const Mask mask = mask_of(args.dropout, block.slot, first);
     unsigned char* const factor_b = ring + kStages * kStageBytes<kPages>;
 
-    // Thread: one piece of every fourth row of x; of v one item (row, page), if any.
+    // A thread has one piece of every fourth row of x and at most one item (row, page) of v.
     const int piece = thread % kPieces, first_row = thread / kPieces;
     const int column = block.column + piece * kVec<T>;
     const int v_row = thread / kPages, v_page = thread % kPages;
@@ -359,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kPages>)
     auto keep_row_index = [&](int step, int32_t row) {
         if (thread < kStepRows) numbers(step)[thread] = row;
     };
-    // Rows that are not there have number 0 and count no bytes: a copy of zeros.
+    // Missing rows have number 0 and a count of 0 bytes: the copy writes zeros.
     const int x_count = lx::min(lx::max(args.width - column, 0), kVec<T>);
     const T* const x_from = x_count > 0 ? x + column : x;
     auto fill = [&](int step) {
@@ -410,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kPages>)
         const int32_t next_row = row_index(step + kStages);
         lx::cp_async_wait_group<0>();
         prepare(step);
-        lx::syncthreads();  // this stage is ready, and the other has been read by all
+        lx::syncthreads();  // stage complete, the other stage read by all threads
         if (step + 1 < steps) fill(step + 1);
         lx::cp_async_commit();
         const int rows = rows_of_step(step);
@@ -448,7 +447,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kPages>)
     }
 }
 
-// Adapters of several ranges, a band of 128 columns a block.
+// Adds the ranges of adapters with several, one band of 128 columns per block.
 template <class T, int kPages>
 __global__ void __launch_bounds__(kThreads, 3)
     lora_train_weights_reduce_kernel(const __grid_constant__ Gradient args,
@@ -464,7 +463,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     const float4* from = parts_of<T, kPages>(shape, block, index % static_cast<unsigned>(tiles)) +
                          band * kPages * kThreads;
     const int64_t stride = tiles * (kBands<T> * kPages * kThreads);
-    // Eight loads on their way together. Where a page or a range is not there, another stands in.
+    // Eight loads are in flight together. A missing page or range reads another one.
     constexpr int kBatch = 8 / kPages;
     BandSums<kPages> total = {};
 #pragma unroll 1
@@ -477,7 +476,7 @@ __global__ void __launch_bounds__(kThreads, 3)
                 part[k][j] = from[lx::min(first + k, ranges - 1) * stride +
                                   (kPages == 2 || j < pages ? j : 0) * kThreads];
         }
-        lx::syncwarp();  // the compiler moves no load beyond this
+        lx::syncwarp();  // keeps the compiler from moving loads down
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
 #pragma unroll
@@ -506,7 +505,7 @@ Shape shape_of(const Gradient& args) {
     Shape shape{};
     shape.slices = static_cast<int>(ceil_div(args.width * element_size(args.dtype), kPassBytes));
     shape.groups = static_cast<int>(ceil_div(args.max_rank, pages_of(args) * kPageRanks));
-    // 8192 rows are at least 128 blocks: an H100 has 132 multiprocessors.
+    // 8192 rows give at least 128 blocks: an H100 has 132 multiprocessors.
     const int tiles = shape.slices * shape.groups;
     shape.range_rows = tiles >= 32 ? 2048 : tiles >= 16 ? 1024 : 512;
     const LoraPlanLayout layout{args.num_tokens, args.num_adapters};
@@ -520,7 +519,7 @@ int64_t part_bytes(const Gradient& args, const Shape& shape) {
            (kPassBytes / element_size(args.dtype) / kBand) * kThreads * int64_t{sizeof(float4)};
 }
 
-// f.template operator()<T, kPages>().
+// Calls f.template operator()<T, kPages>().
 template <class F>
 LaunchStatus with_pages(const Gradient& args, F&& f) {
     return with_dtype(args.dtype, [&]<class T>() {

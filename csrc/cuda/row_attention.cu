@@ -1,12 +1,13 @@
-// Attention with one query row at a time over its own keys: row_attention.h has the formula.
+// Attention in which each query row has a separate range of keys; row_attention.h has the formula.
 //
 // A block has 16 rows of the heads that share keys, ordered (t, head), and up to 128 features of
-// their values. A warp has four of the rows and 32 keys at a time, a lane a key: keys and queries
-// come through shared memory, 64 features at a time. The keys are gone over twice, for the largest
-// score of each row and for the weights. So each score, each sum of weights and each element of the
-// result is one chain in ascending order of what the row sees, whatever stands beside it: with the
-// running maximum of one sweep a row's bits would follow from where its keys are cut. No tensor
-// cores for the same reason. Bound: multiply-adds, three for each feature of a key and a row.
+// their values. A warp has four of the rows and 32 keys at a time, one key per lane. Keys and
+// queries are loaded to shared memory, 64 features at a time. Two passes over the keys compute the
+// largest score of each row and then the weights. Each score, sum of weights and element of the
+// result is therefore one chain in ascending order of the row's keys, independent of other rows.
+// With a running maximum in one pass, a row's bits would depend on the boundaries of key tiles.
+// Tensor cores are not used for the same reason. Bound: multiply-adds, three for each feature of a
+// key and a row.
 #include "lora_ext/row_attention.h"
 
 #include "launch.cuh"
@@ -15,29 +16,29 @@ namespace lora_ext {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * lx::kWarpSize;
-constexpr int kOwn = 4;  // rows of a warp
+constexpr int kOwn = 4;  // rows per warp
 constexpr int kRows = kWarps * kOwn;
 constexpr int kKeys = lx::kWarpSize;
 constexpr int kDepth = 64;
-constexpr int kKeyStride = kDepth + 1;  // lanes read different banks
+constexpr int kKeyStride = kDepth + 1;  // the lanes of a warp read different banks
 
-// A row of a block: where its numbers are, and what it sees; no keys where there is no such row.
+// A row of a block: the offsets of its data, and its range of keys, empty beyond the last row.
 struct alignas(16) Row {
-    int64_t q = 0, out = 0, mask = 0;  // elements from the first
+    int64_t q = 0, out = 0, mask = 0;  // offsets in elements
     int first = 0, end = 0;
 };
 
-// What a block works on, and the pieces of its queries and keys that are at hand.
+// The data of a block, and the pieces of its queries and keys in shared memory.
 template <class T>
 struct Tile {
-    const T *q_data, *k_data;  // k of this group
+    const T *q_data, *k_data;  // k_data: of this group
     int64_t k_stride;
     int num_keys, width;
     const Row* rows;
     float *q, *keys;   // shared: kRows x kDepth, kKeys x kKeyStride
-    int q_depth = -1;  // where the queries at hand begin
+    int q_depth = -1;  // first feature of the queries in shared memory
 
-    // s[i] = q . k of the lane's key, first + lane, and row i of the warp.
+    // Computes s[i] = q . k of the lane's key, first + lane, and row i of the warp.
     LX_DEVICE void score(int first, float (&s)[kOwn]) {
         const int rank = lx::thread_rank(), lane = lx::lane_id();
 #pragma unroll
@@ -45,7 +46,7 @@ struct Tile {
 #pragma unroll 1
         for (int at = 0; at < width; at += kDepth) {
             const int depth = lx::min(kDepth, width - at), d = rank % kDepth;
-            lx::syncthreads();  // what was at hand has been used
+            lx::syncthreads();  // the previous pieces have been used
             if (q_depth != at)
 #pragma unroll 4
                 for (int r = rank / kDepth; r < kRows; r += kThreads / kDepth) {
@@ -86,7 +87,7 @@ LX_DEVICE bool sees(const Row& row, const bool* mask, int key) {
     return key >= row.first && key < row.end && (!mask || mask[row.mask + key]);
 }
 
-template <class T, int kColumns>  // of a lane: kColumns * 32 of a block
+template <class T, int kColumns>  // columns per lane: kColumns * 32 per block
 __global__ void __launch_bounds__(kThreads, 4)
     row_attention_kernel(const __grid_constant__ RowAttentionArgs args) {
     constexpr int kWidth = kColumns * lx::kWarpSize;
@@ -145,9 +146,9 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int j = first_key; j < end_key; j += kKeys) {
         tile.score(j, s);
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i)  // from scores to weights; -1: no key of this row
+        for (int i = 0; i < kOwn; ++i)  // from scores to weights; -1: not a key of this row
             s[i] = sees(own_rows[i], args.mask, j + lane) ? expf(s[i] * scale - top[i]) : -1.0f;
-        if (args.width == 0) lx::syncthreads();  // else score has seen the last values used
+        if (args.width == 0) lx::syncthreads();  // otherwise score() has synchronised since
 #pragma unroll 4
         for (int k = lx::warp_id(); k < kKeys; k += kWarps)
 #pragma unroll
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
             for (int i = 0; i < kOwn; ++i) {
                 const float weight = lx::shfl_sync(lx::kFullMask, s[i], k);
-                if (weight < 0) continue;  // all lanes alike
+                if (weight < 0) continue;  // the same on all lanes
                 total[i] += weight;
 #pragma unroll
                 for (int c = 0; c < kColumns; ++c) sum[i][c] += weight * own[c];
@@ -180,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
             const int at = column + c * lx::kWarpSize + lane;
-            // A key's weight is 1 where its score is the largest: no sum is 0 but that of no key,
-            // and of scores beyond every float, whose result is no number.
+            // The weight of the largest score is 1. A sum is therefore 0 only without a key, or if
+            // scores overflow; the result is then NaN.
             const bool no_key = total[i] == 0 && top[i] == -INFINITY;
             const float y = no_key ? 0.0f : sum[i][c] / total[i];
             if (at < width) static_cast<T*>(args.out)[own_rows[i].out + at] = lx::from_float<T>(y);

@@ -1,15 +1,15 @@
-// Verifies the drafts of all rows: accept while u_k < p_k(x_k) / q(x_k | x_<k), never where q is 0
-// (p / q is no probability then, and the circuit cannot have drawn x_k); then draw from
-// max(0, p - q) at the first position rejected, from p after the last.
+// Verification of the drafts of all rows: accept while u_k < p_k(x_k) / q(x_k | x_<k), never if q
+// is 0 (p / q is then not a probability, and the circuit cannot have drawn x_k). Then draw from
+// max(0, p - q) at the first rejected position, or from p after the last.
 //
-// Here: one launch, a block per row of the batch. A warp per row of target: its maximum, then the
-// sum of exp((logit - max) / T), the second reading from cache; all positions at once, since the
-// rows are few and the block would idle. After one barrier every thread knows the rejected
-// position. Its leaves: norms by groups of lanes, then lanes run over the vocabulary, and a weight
-// of the draw is C exponentials; a chunk of 32 is computed once more by the warps that look for the
-// index in it.
-// Bound: latency of a load, a barrier and C exponentials. More than 32768 logits are a matter of
-// bytes, and for the grid of spec_verify_grid.cu.
+// This file: one launch, a block per row of the batch. A warp per row of target computes its
+// maximum, then the sum of exp((logit - max) / T), reading from cache the second time. All
+// positions are processed at once, since the rows are few and the block would idle. After one
+// barrier every thread has the rejected position. Groups of lanes compute the norms of its leaves.
+// Then lanes iterate over the vocabulary, and a weight of the draw costs C exponentials; the warps
+// that search a chunk of 32 for the index recompute its weights. Bound: latency of a load, a
+// barrier and C exponentials. Above 32768 logits the bound is bytes, and spec_verify_grid.cu is
+// used.
 #include "spec_verify.cuh"
 
 namespace lora_ext {
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int lane = lx::lane_id(), warp = lx::warp_id();
     double* const sums = reinterpret_cast<double*>(shared);
     Tested* const tested = reinterpret_cast<Tested*>(sums + kDrawChunks);
-    Norm* const weights = reinterpret_cast<Norm*>(tested + K + 1);  // log_sum less log posterior
+    Norm* const weights = reinterpret_cast<Norm*>(tested + K + 1);  // log_sum minus log posterior
     const BlockTeam team(reinterpret_cast<float*>(weights + C));
     const T* const target = static_cast<const T*>(args.target) + row * args.target_stride;
     const int given = given_tokens(args, row);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             });
         });
         if (whole) break;
-        whole = true;  // nothing is left of p - q: all of p, then
+        whole = true;  // p - q is zero everywhere: draw from p
     }
     if (lx::thread_rank() == 0) args.next_token[row] = lx::max(token, 0);
 }

@@ -1,30 +1,30 @@
-// What both ways of verifying share: one block a row of the batch (spec_verify.cu), and a grid of
-// blocks a row where the logits are too many for one multiprocessor (spec_verify_grid.cu).
+// Code shared by both variants of verification: one block per row of the batch (spec_verify.cu), or
+// a grid of blocks per row if the logits are too many for one multiprocessor (spec_verify_grid.cu).
 #pragma once
 
 #include "circuit_decode.cuh"
 
 namespace lora_ext {
 
-// Of one row of target.
+// Statistics of one row of target.
 struct Stats {
-    float top, sum;  // of exp((logit - top) * scale)
+    float top, sum;  // sum of exp((logit - top) * scale)
     int argmax;
 };
 
-// How many leading tokens of a row are evidence.
+// Returns the number of leading tokens of a row that are evidence.
 LX_DEVICE int given_tokens(const SpecVerifyArgs& args, int64_t row) {
     const int64_t given = args.num_evidence ? args.num_evidence[row] : 0;
     return static_cast<int>(lx::min(lx::max<int64_t>(given, 0), args.n_token));
 }
 
-// A token drafted: what decides about it, beside the statistics of its row of target.
+// A drafted token and its inputs to the test, besides the statistics of its row of target.
 struct Draft {
     int64_t token;
-    float logit;  // -inf if the token is none
+    float logit;  // -inf if the token is invalid
     float log_q, uniform;
 };
-// At position k < K. logit(token): of the row of target.
+// Returns the draft at position k < K. logit(token) reads the row of target.
 template <class Logit>
 LX_DEVICE Draft draft_of(const SpecVerifyArgs& args, int64_t row, int k, Logit&& logit) {
     const int64_t at = row * args.n_token + k, token = args.tokens[at];
@@ -32,26 +32,26 @@ LX_DEVICE Draft draft_of(const SpecVerifyArgs& args, int64_t row, int k, Logit&&
             static_cast<const float*>(args.conditional)[at],
             static_cast<const float*>(args.uniforms)[at + row]};
 }
-// Whether it stands; a scale of 0 is greedy.
+// Returns whether the draft is accepted; a scale of 0 is greedy.
 LX_DEVICE bool stands(const Draft& draft, const Stats& stats, float scale) {
     if (scale == 0) return draft.token == stats.argmax;
     const float log_p = (draft.logit - stats.top) * scale - logf(stats.sum);
     return stats.sum > 0 && draft.log_q != kImpossible && draft.uniform < expf(log_p - draft.log_q);
 }
 
-// Of the residual: p[z] exp(logit - top - log sum), as exp(logit - top - log_sum). A state without
-// weight, or without tokens, gives none to any token.
+// Returns the norm of a state of the residual: p[z] exp(logit - top - log sum) = exp(logit - top -
+// log_sum). A state without weight, or without tokens, contributes 0 to every token.
 LX_DEVICE Norm weight_of_state(const Norm& norm, float posterior) {
     const bool none = !(posterior > 0) || norm.log_sum == kImpossible;
     return {norm.top, none ? -kImpossible : norm.log_sum - logf(posterior)};
 }
 
-// The grid's way: see spec_verify_grid.cu.
+// The grid variant, see spec_verify_grid.cu.
 bool verified_by_grid(const SpecVerifyArgs& args);
 LaunchStatus run_verify_grid(const SpecVerifyArgs& args, const Leaves& leaves, bool aligned,
                              void* stream);
 
-// What a kernel of either way reads.
+// Declares the buffers that the kernels of both variants read.
 inline void declare_verify(const SpecVerifyArgs& args, const Leaves& leaves) {
     const int64_t B = args.rows, K = args.n_token, size = element_size(args.target_dtype);
     declare_leaves(leaves, B, K);

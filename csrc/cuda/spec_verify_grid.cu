@@ -1,22 +1,21 @@
-// Verifying where the logits of a row of the batch are too many for one multiprocessor: four
-// kernels that each take the whole machine, each started early and waiting for the one in front.
+// Verification if the logits of a row of the batch are too many for one multiprocessor: four
+// kernels that each use the whole machine. Each starts early and waits for the previous one.
 //
-//   verify_target   (row, position, span)  largest and sum of exp of 2048 logits of target
-//   verify_leaves   (row, state, span)     all blocks: the position rejected, from those sums;
-//                                          then largest and sum of 2048 of its leaves' logits
-//   verify_weights  (row, 512 tokens)      p - q of each token, kept, and their sum
+//   verify_target   (row, position, span)  maximum and sum of exp of 2048 logits of target
+//   verify_leaves   (row, state, span)     all blocks: the rejected position, from those sums;
+//                                          then maximum and sum of 2048 logits of its leaves
+//   verify_weights  (row, 512 tokens)      p - q of each token, stored, and their sum
 //   verify_pick     (row)                  the index, from the sums and then from the weights
 //
-// The four cannot be fewer: which leaves count is known when a position has been rejected, q when
-// all of its leaves have been read, and the token when all weights have been added. So a row's
-// leaves are read twice, from memory and then from L2, and p - q is computed once.
+// All four are needed: the leaves depend on the rejected position, q on all of these leaves, and
+// the token on the sum of all weights. A row's leaves are thus read twice, from memory and then
+// from L2, and p - q is computed once.
 //
-// Sums: a warp owns a span of 2048 logits, 16 bytes a lane and load, all of them on their way at
-// once; spans are combined as maximum and sum, in a tree. In verify_weights a block's eight warps
-// part the states, so that a lane asks for eight leaves at once; parts of q are added in the order
-// of the warps. Weights are float32, sums of weights double. No order depends on anything but
-// (V, C) and the types.
-// Bound: bytes of K + 1 rows of target and of C rows of leaves; 2 C V exponentials.
+// Sums: a warp owns a span of 2048 logits, 16 bytes per lane and load, all in flight at once; spans
+// are combined as maximum and sum, in a tree. In verify_weights a block's eight warps divide the
+// states, so that a lane loads eight leaves at once; parts of q are added in the order of the
+// warps. Weights are float32, sums of weights double. Every order depends only on (V, C) and the
+// types. Bound: bytes of K + 1 rows of target and of C rows of leaves; 2 C V exponentials.
 #include "spec_verify.cuh"
 
 namespace lora_ext {
@@ -24,29 +23,29 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / lx::kWarpSize;
-constexpr int64_t kBlockLogits = 32768;  // what one block reads in about the time of three launches
-constexpr int kSpan = 2048;              // logits of a row that a warp takes
-constexpr int kTokens = 512;             // of a block of verify_weights
-constexpr int kLaneTokens = 8;           // that a lane of it takes at once
+constexpr int64_t kBlockLogits = 32768;  // one block reads them in about the time of three launches
+constexpr int kSpan = 2048;              // logits of a row per warp
+constexpr int kTokens = 512;             // per block of verify_weights
+constexpr int kLaneTokens = 8;           // of them per lane at once
 constexpr int kHalves = kTokens / (kLaneTokens * lx::kWarpSize);
 
-// What was decided for a row of the batch.
+// The decision for a row of the batch.
 struct Decision {
-    Stats stats;  // of the row of target that the token is drawn from
+    Stats stats;  // of the row of target from which the token is drawn
     int accepted;
 };
 
-// Results that one kernel leaves for the next, in the workspace.
+// Workspace: results that one kernel writes for the next.
 struct Space {
     int spans, blocks;
     OnlineSum* target;   // (B, K + 1, spans)
-    int* argmax;         // likewise, for a greedy choice alone
+    int* argmax;         // likewise, only if greedy
     OnlineSum* leaves;   // (B, C, spans)
     Decision* decision;  // (B,)
-    double* sums;        // (B, 2, blocks): of what is left of p - q, and of p
-    float* weights;      // (B, V): what is left of p - q
+    double* sums;        // (B, 2, blocks): of max(0, p - q), and of p
+    float* weights;      // (B, V): max(0, p - q)
 };
-// And where it ends.
+// Returns the layout of the workspace, and its end.
 Space space_of(const SpecVerifyArgs& args, uintptr_t& end) {
     Space space{};
     end = reinterpret_cast<uintptr_t>(args.workspace);
@@ -69,7 +68,7 @@ Space space_of(const SpecVerifyArgs& args, uintptr_t& end) {
 // ------------------------------------------------------------------------------------------------
 // Spans
 
-// Numbers of which a largest and a sum of exp((x - largest) * scale) are known, together.
+// Adds `next` to `own`; each is a maximum and a sum of exp((x - maximum) * scale).
 template <int kCount>
 LX_DEVICE void add_sums(OnlineSum& own, const OnlineSum (&next)[kCount], float scale) {
     float most = own.top;
@@ -82,13 +81,13 @@ LX_DEVICE void add_sums(OnlineSum& own, const OnlineSum (&next)[kCount], float s
         own.sum += next[u].sum * lx::exp_approx((next[u].top - shift) * scale);
     own.top = most;
 }
-// Of what the lanes of a group bring; all of them get it.
+// Returns the combined sum of a group of lanes, on all of them.
 LX_DEVICE OnlineSum sum_of_lanes(const OnlineSum& own, int lanes, float scale) {
     const float top = shift_of(reduce_lanes(own.top, lanes, larger));
     const float sum = own.sum * lx::exp_approx((own.top - top) * scale);
     return {top, reduce_lanes(sum, lanes, add)};
 }
-// Of a row's spans, eight of them to each of eight lanes at once; the whole warp calls it.
+// Returns the sum of a row's spans, loaded eight per lane by eight lanes; the whole warp calls it.
 constexpr int kGroup = 8, kGroups = lx::kWarpSize / kGroup, kRowsAtOnce = kWarps * kGroups;
 LX_DEVICE OnlineSum sum_of_spans(const OnlineSum* part, int spans, float scale) {
     constexpr int kBatch = 8;
@@ -103,7 +102,7 @@ LX_DEVICE OnlineSum sum_of_spans(const OnlineSum* part, int spans, float scale) 
                 reinterpret_cast<const uint2*>(part + lx::min(at + u * kGroup, spans - 1)));
             next[u] = {lx::bit_cast<float>(words.x), lx::bit_cast<float>(words.y)};
         }
-        lx::syncwarp();  // the compiler moves no load beyond this to save registers
+        lx::syncwarp();  // keeps the compiler from moving loads down to save registers
 #pragma unroll
         for (int u = 0; u < kBatch; ++u)
             if (at + u * kGroup >= spans) next[u] = OnlineSum{};
@@ -112,7 +111,7 @@ LX_DEVICE OnlineSum sum_of_spans(const OnlineSum* part, int spans, float scale) 
     return sum_of_lanes(own, kGroup, scale);
 }
 
-// A lane's own of a span: `n` logits from p on.
+// Calls f for a lane's pieces of a span of `n` logits starting at p.
 template <class T, class F>
 LX_DEVICE void for_span(const T* p, int n, bool aligned, F&& f) {
     for_pieces<8>(p, n, aligned, lx::lane_id(), lx::kWarpSize, f);
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // ------------------------------------------------------------------------------------------------
-// The position that is rejected, and norms of its leaves
+// The rejected position, and norms of its leaves
 
 struct Tested {
     Draft draft;
@@ -175,7 +174,7 @@ struct Tested {
     bool stands;
 };
 
-// The first of the largest of a row of target, from its spans; the whole warp calls it.
+// Returns the first index of the largest logit of a row of target; the whole warp calls it.
 LX_DEVICE int argmax_of_spans(const Space& space, int64_t first, int vocabulary) {
     float top = kImpossible;
     int index = 0x7fffffff;
@@ -191,7 +190,7 @@ LX_DEVICE int argmax_of_spans(const Space& space, int64_t first, int vocabulary)
     return largest_among(vocabulary, top, index).index;
 }
 
-// Tests all positions of a row from `given` on; their drafts have been loaded. Ends with a barrier.
+// Tests all positions of a row from `given` on; their drafts must be loaded. Ends with a barrier.
 LX_DEVICE void test_positions(const Space& space, int64_t row, int given, int K, int vocabulary,
                               float scale, Tested* tested) {
     const int lane = lx::lane_id(), group = lane / kGroup, warp = lx::warp_id();
@@ -260,8 +259,8 @@ __global__ void __launch_bounds__(kThreads)
 // ------------------------------------------------------------------------------------------------
 // Weights
 
-// kLaneTokens logits from `at` on, in 16-byte loads where rows lie on 16 bytes. Something of the
-// row stands in for what lies beyond its n: whoever uses the words leaves it out.
+// kLaneTokens logits starting at `at`, in 16-byte loads if rows are aligned. Words beyond n contain
+// other elements of the row; the caller ignores them.
 template <class L, bool kAligned>
 struct LaneLogits {
     static constexpr int kWords = kLaneTokens / kPiece<L>;
@@ -294,13 +293,13 @@ struct LaneLogits {
     }
 };
 
-// What a token of the row has in p.
+// Returns the probability p of a token of the row.
 LX_DEVICE float p_of(float logit, const Stats& stats, float scale) {
     const float factor = stats.sum > 0 ? lx::reciprocal_approx(stats.sum) : 0.0f;
     return lx::exp_approx((logit - stats.top) * scale) * factor;
 }
 
-// states[z], from the spans of a row's leaves. Ends with a barrier.
+// Computes states[z] from the spans of a row's leaves. Ends with a barrier.
 LX_DEVICE void weigh_states(const Space& space, const float* posterior, int64_t row, int C,
                             Norm* states) {
     const int lane = lx::lane_id();
@@ -315,11 +314,11 @@ LX_DEVICE void weigh_states(const Space& space, const float* posterior, int64_t 
     lx::syncthreads();
 }
 
-// A warp's share of q of the block's tokens, over its states: warp, warp + 8, ...; to shared
-// memory, with a barrier behind it.
+// Computes a warp's share of q of the block's tokens, over its states warp, warp + 8, ..., and
+// writes it to shared memory. Ends with a barrier.
 template <class L, bool kAligned>
 LX_DEVICE void share_q(const L* leaf, const Norm* states, int C, int V, int base, float* q_of) {
-    constexpr int kBatch = sizeof(L) == 2 ? 4 : 2;  // 128 bytes a lane on their way
+    constexpr int kBatch = sizeof(L) == 2 ? 4 : 2;  // 128 bytes per lane in flight
     const int warp = lx::warp_id();
     const int first = lx::lane_id() * kLaneTokens, half = lx::kWarpSize * kLaneTokens;
     float q[kHalves][kLaneTokens] = {};
@@ -332,7 +331,7 @@ LX_DEVICE void share_q(const L* leaf, const Norm* states, int C, int V, int base
 #pragma unroll
             for (int h = 0; h < kHalves; ++h) logits[u][h].load(row, base + h * half + first, V);
         }
-        lx::syncwarp();  // the compiler moves no load beyond this to save registers
+        lx::syncwarp();  // keeps the compiler from moving loads down to save registers
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
             const int z = z0 + u * kWarps;
@@ -423,9 +422,9 @@ __global__ void __launch_bounds__(kThreads)
 // ------------------------------------------------------------------------------------------------
 // The index
 
-// Among n numbers of which a lane owns ceil(n / 32) neighbours: the first whose running sum, of
-// `before` and those up to it, exceeds `limit`, or else the last with weight. `limit` below 0:
-// that of `uniform`.
+// Finds the place among n numbers, of which a lane owns ceil(n / 32) neighbours: the first whose
+// running sum, starting at `before`, exceeds `limit`, else the last with a positive weight. If
+// `limit` is below 0, it is `uniform` times the total.
 template <class At>
 LX_DEVICE Place find_among_runs(int n, double before, double limit, double uniform, At&& at) {
     const int lane = lx::lane_id(), run = (n + lx::kWarpSize - 1) / lx::kWarpSize;
@@ -472,7 +471,7 @@ __global__ void __launch_bounds__(lx::kWarpSize)
     const int64_t logits =
         row * args.target_stride + int64_t{decision.accepted} * target.vocabulary;
     int token = -1;
-    for (int way = 0; way < 2 && token < 0; ++way) {  // nothing is left of p - q: all of p, then
+    for (int way = 0; way < 2 && token < 0; ++way) {  // p - q is zero everywhere: draw from p
         const double* const sums = space.sums + (row * 2 + way) * space.blocks;
         const Place block =
             find_among_runs(space.blocks, 0, -1, uniform, [&](int i) { return sums[i]; });

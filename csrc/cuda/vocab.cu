@@ -1,11 +1,10 @@
 // Losses over a vocabulary, a chunk of logits at a time: vocab.h has the formulas.
 //
-// A block has a row of the batch, with all its hidden states. It looks for the largest logit of a
-// chunk first, then takes the exponentials: the second reading comes from L1 or L2, since a row of
-// a chunk is some 16 KiB. The teacher's row is read once more for each student, likewise. A thread
-// reads and writes its own pieces alone, so what it leaves in place is nobody else's to read. Sums
-// go through the block in a fixed tree. Bound: bytes of the logits, once in and, with weights, once
-// out.
+// A block has a row of the batch, with all its hidden states. It first finds the largest logit of a
+// chunk, then computes the exponentials; the second read is from L1 or L2, since a row of a chunk
+// is about 16 KiB. The teacher's row is read once more for each student, also from cache. A thread
+// reads and writes only its own pieces, so it can overwrite them in place. Sums over the block use
+// a fixed tree. Bound: bytes of the logits, read once and, with weights, written once.
 #include "lora_ext/vocab.h"
 
 #include "circuit_kernels.cuh"
@@ -15,13 +14,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMinBlocks = 4;
-constexpr int kMinBlocksTwice =
-    3;  // of the divergence, which has two rows at hand, or with softcap
+constexpr int kMinBlocksTwice = 3;  // for the divergence, which reads two rows, and with softcap
 constexpr int kFinishThreads = 128;
 
 // Calls f(index, values of each row, whole) for the pieces of kRows rows that this thread owns.
-// `whole`, a type: rows lie on 16 bytes and n is a multiple of a piece. Else values beyond n are
-// -inf.
+// `whole` is a type: true if rows are aligned to 16 bytes and n is a multiple of a piece; otherwise
+// values beyond n are -inf.
 template <class T, int kRows, class F>
 LX_DEVICE void for_own_pieces(const T* const (&rows)[kRows], int n, bool aligned, F&& f) {
     constexpr int kSize = kPiece<T>, kStep = kThreads * kSize, kBatch = 4 / kRows;
@@ -33,7 +31,7 @@ LX_DEVICE void for_own_pieces(const T* const (&rows)[kRows], int n, bool aligned
 #pragma unroll
             for (int k = 0; k < kBatch; ++k)
 #pragma unroll
-                for (int r = 0; r < kRows; ++r)  // beyond the end, the first piece stands in
+                for (int r = 0; r < kRows; ++r)  // beyond the end: reload the first piece
                     words[k][r] = lx::load_global(reinterpret_cast<const uint4*>(
                         rows[r] + (i + k * kStep < n ? i + k * kStep : i)));
 #pragma unroll
@@ -58,7 +56,7 @@ LX_DEVICE void for_own_pieces(const T* const (&rows)[kRows], int n, bool aligned
     }
 }
 
-// What a product with W becomes: z = softcap(raw) / tau.
+// z = softcap(raw) / tau for a product `raw` with W.
 template <bool kCapped>
 struct Logit {
     float cap, inverse_cap, inverse_tau;
@@ -84,7 +82,7 @@ struct Logit {
     }
 };
 
-// One row of logits of the chunk, and what is known of its whole row so far.
+// One row of logits of the chunk, and the running state of its whole row.
 template <class T, bool kCapped>
 struct Row {
     const Logit<kCapped>& logit;
@@ -93,7 +91,7 @@ struct Row {
     int columns;
     bool aligned;
     float *top_at, *sum_at, *third_at;
-    float* products;  // none to fade: nullptr
+    float* products;  // nullptr: nothing to rescale
     int width;
     float top, shift, fade;
 
@@ -120,7 +118,7 @@ struct Row {
             for (int j = 0; j < kPiece<T>; ++j) most = fmaxf(most, v[0][j]);
         });
         most = team.reduce(most, larger);
-        top = fmaxf(before, logit.of(most));  // it grows with raw
+        top = fmaxf(before, logit.of(most));  // z increases with raw
         shift = shift_of(top);
         fade = lx::exp_approx(before - shift);
     }
@@ -128,7 +126,7 @@ struct Row {
     LX_DEVICE void store(int i, const float (&v)[kPiece<T>], Whole) const {
         store_values(logits + i, columns - i, Whole::value, v);
     }
-    // The chunk's sum joins those before. Every thread has read what is written here.
+    // Adds the chunk's sum to the previous ones. All threads have read the overwritten values.
     LX_DEVICE void keep(bool start, float sum) const {
         sum = team.reduce(sum, add);
         if (lx::thread_rank() == 0) {
@@ -143,7 +141,7 @@ struct Row {
 // ------------------------------------------------------------------------------------------------
 // Cross entropy
 
-// The label's column in this chunk, -1 if it is not there.
+// Returns the label's column in this chunk, or -1.
 LX_DEVICE int label_column(const VocabArgs& args) {
     const int64_t y = args.labels[blockIdx.x] - args.first;
     return y >= 0 && y < args.columns ? static_cast<int>(y) : -1;
@@ -163,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kCapped ? kMinBlocksTwice : kMinBloc
         if (y >= 0)
             *row.third_at = logit.of(lx::to_float(row.logits[y]));
         else if (start)
-            *row.third_at = __builtin_nanf("");  // until the label's chunk comes
+            *row.third_at = __builtin_nanf("");  // until the chunk with the label
     }
     lx::syncthreads();  // the label's logit has been read
     float sum = 0;
@@ -242,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 LX_DEVICE bool counts(const VocabArgs& args) {
     return !args.mask || args.mask[blockIdx.x];
 }
-LX_HOST_DEVICE inline float share_of(const VocabArgs& args) {  // of a student, tau times too small
+LX_HOST_DEVICE inline float share_of(const VocabArgs& args) {  // per student, without a factor tau
     return static_cast<float>(args.tau / static_cast<double>(args.hiddens - 1));
 }
 
@@ -360,11 +358,11 @@ void declare_rows(const VocabArgs& args) {
     if (args.labels) LX_BUF(args.labels, args.rows * 8, lx::Access::kConstant);
     if (args.mask) LX_BUF(args.mask, args.rows, lx::Access::kConstant);
 }
-// Kernels over a chunk of logits: launch.operator()<T, kCapped>(grid, aligned).
+// Launches a kernel over a chunk of logits: launch.operator()<T, kCapped>(grid, aligned).
 template <class Launch>
 LaunchStatus over_logits(const VocabArgs& args, Launch&& launch) {
     if (args.rows == 0) return 0;
-    // A thread's index goes beyond the end by a batch of pieces at most.
+    // A thread's index exceeds the end by at most a batch of pieces.
     if (args.rows > kMaxGridX || args.columns > INT32_MAX - 32 * kThreads) return kInvalidValue;
     const int64_t size = element_size(args.dtype);
     [[maybe_unused]] const int64_t all = args.hiddens * args.rows;

@@ -1,15 +1,16 @@
-// Every access of a kernel passes touch(). Bounds, permission and alignment are questions about the
-// address; races and initialisation are answered from a shadow: one Cell for two bytes of memory.
+// Every access of a kernel calls touch(). Bounds, permission and alignment depend on the address
+// only. Races and initialisation are checked with shadow memory: one Cell per two bytes.
 //
-// Order. Two accesses to a cell of which one writes (and not both are atomic) must be ordered:
-//   same thread                     program order
-//   lanes of one warp               syncwarp, by a vector clock over the warp's lanes
-//   warps of one block              syncthreads and named barriers, by a vector clock over the
-//   block's warps blocks of one launch            only: barrier, fence_device, atomic | atomic on
-//   the same address, fence_device
-// Shuffles, votes, ldmatrix and mma order nothing. Lanes share their warp's clock towards other
-// warps, so an access by a lane after its bar_arrive may count as before that of a later lane: a
-// missed report, never a false one.
+// Order. Two accesses to a cell, at least one of them a write and not both atomic, must be ordered:
+//   same thread             program order
+//   lanes of one warp       syncwarp, by a vector clock over the warp's lanes
+//   warps of one block      syncthreads and named barriers, by a vector clock over the block's
+//                           warps
+//   blocks of one launch    only: barrier, fence_device, atomic | atomic on the same address,
+//                           fence_device
+// Shuffles, votes, ldmatrix and mma order nothing. All lanes share their warp's clock towards other
+// warps. An access by a lane after its bar_arrive may therefore count as before the bar_arrive of a
+// later lane: the checker can miss a report but never makes a false one.
 #include <dlfcn.h>
 #include <link.h>
 
@@ -31,12 +32,12 @@ const char* verb(Touch how) {
     return how == Touch::kRead ? "reads" : how == Touch::kWrite ? "writes" : "atomically updates";
 }
 
-// --- Between blocks: what fence and atomic have published
-// By a block, from others. Only blocks of a resident launch come again.
+// --- Between blocks: clocks published by fence and atomic
+// Clocks that each block has acquired. Only blocks of a resident launch resume.
 std::unordered_map<uint32_t, BlockClocks> acquired;
 std::unordered_map<const void*, BlockClocks> released;  // by address
-// The same by the values that a count has had: whoever waits for one is behind those that have led
-// to it, and not behind those that happen to have come since.
+// The same per value of a counter. A thread that waits for a value is ordered after the atomics
+// that led to this value, but not after later ones.
 std::unordered_map<const void*, std::vector<std::pair<uint64_t, BlockClocks>>> counted;
 
 bool ordered(const Record& before, const Thread& now) {
@@ -70,8 +71,8 @@ Record record_of(const Thread& t, bool atomic) {
             static_cast<uint16_t>(t.rank), atomic,           false};
 }
 
-// One access to the cells [first, last] of `cells`. `shared`: records of earlier blocks mean
-// nothing.
+// Checks and records an access to cells [first, last]; records of earlier blocks do not count if
+// `shared`.
 void shadow(Cell* cells, size_t first, size_t last, Touch how, bool shared, bool must_be_written,
             const char* name, const Place& place) {
     const Thread& t = *machine.current;
@@ -95,7 +96,7 @@ void shadow(Cell* cells, size_t first, size_t last, Touch how, bool shared, bool
         }
         if (must_be_written && how != Touch::kWrite && !exists(c.writer)) {
             report("initialisation", place,
-                   describe(t) + " " + verb(how) + " " + name + " where nobody has written");
+                   describe(t) + " " + verb(how) + " " + name + " before a thread has written it");
         }
         conflict(c.writer, "written");
         if (writes) {
@@ -112,7 +113,7 @@ void shadow(Cell* cells, size_t first, size_t last, Touch how, bool shared, bool
 }
 
 Cell* make_cells(size_t count) {
-    return static_cast<Cell*>(calloc(count, sizeof(Cell)));  // untouched pages cost nothing
+    return static_cast<Cell*>(calloc(count, sizeof(Cell)));  // untouched pages use no memory
 }
 
 const SharedArray* find_shared(size_t offset, size_t bytes) {
@@ -152,7 +153,7 @@ std::string nearest(uintptr_t p) {
             best_gap = gap;
         }
     }
-    if (!best) return "an address near no declared buffer";
+    if (!best) return "an address that is not near a declared buffer";
     const auto offset = static_cast<intptr_t>(p - best->begin);
     return std::string(best->name) + (offset < 0 ? " - " : " + ") +
            std::to_string(std::abs(offset)) + " of " + bytes_text(best->end - best->begin) +
@@ -161,7 +162,7 @@ std::string nearest(uintptr_t p) {
                            : "");
 }
 
-// Read-only data of the object that holds the kernel: tables, string literals.
+// Returns whether p is read-only data (tables, string literals) of the kernel's object file.
 bool in_program(uintptr_t p, const void* code) {
     struct Query {
         uintptr_t code, p;
@@ -262,7 +263,7 @@ void touch(const void* pointer, size_t bytes, Touch how, bool must_align, const 
     if (must_align && p % bytes != 0) {
         report("alignment", place,
                describe(t) + " " + verb(how) + " " + bytes_text(bytes) + " of " + name +
-                   " at an address that is not a multiple of that");
+                   " at an address that is not a multiple of their number");
     }
     if (cells) {
         shadow(cells, (p - base) / kCellBytes, (p + bytes - 1 - base) / kCellBytes, how, shared,
@@ -290,7 +291,7 @@ void touch_async(const void* pointer, size_t bytes, AsyncStep step, const Place&
     Machine& m = machine;
     if (!m.checked()) return;
     const size_t offset = static_cast<size_t>(static_cast<const unsigned char*>(pointer) - m.arena);
-    if (step == AsyncStep::kLand) {  // what other threads did in between is a conflict of its own
+    if (step == AsyncStep::kLand) {  // conflicts since the issue are reported separately
         for (size_t i = offset / kCellBytes; i <= (offset + bytes - 1) / kCellBytes; ++i) {
             m.arena_cells[i].writer.in_flight = false;
         }
@@ -367,7 +368,7 @@ void order_fence() {
     Warp& w = *t.warp;
     t.fenced = true;
     t.fence_clock = w.clock;
-    ++w.clock[w.index];  // what follows is not published
+    ++w.clock[w.index];  // later accesses are not published
     if (!machine.resident && !acquired.count(machine.block_serial)) acquired.clear();
     join(acquired[machine.block_serial], t.seen);
     t.seen.clear();

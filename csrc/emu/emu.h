@@ -1,4 +1,4 @@
-// What a program that links the emulator may ask of it. docs/emulator.md explains runs and reports.
+// Public interface of the emulator. docs/emulator.md explains runs and reports.
 #pragma once
 
 #include <cstdint>
@@ -7,26 +7,26 @@
 
 namespace lx::emu {
 
-// When the bytes of a cp.async land: as late as its wait allows (a forgotten wait leaves poison),
-// at issue (a stage that others still read is overwritten), or one of the two, by the seed.
+// When a cp.async writes its bytes: as late as its wait allows (a missing wait leaves poison), at
+// issue (overwrites a stage that is still being read), or one of the two, chosen by the seed.
 enum class CpAsync { kBySeed, kLate, kEarly };
 
 struct Options {
     uint64_t seed =
-        0;  // 0: threads run first in, first out; any other: in random order, blocks too
+        0;  // 0: threads run first in, first out; otherwise threads and blocks run in random order
     CpAsync cp_async = CpAsync::kBySeed;  // even seeds late, odd seeds early
-    bool races = true;                    // of the check flavour: races and initialisation
+    bool races = true;                    // races and initialisation, check flavour only
     int max_reports = 20;                 // per launch
-    int multiprocessors = 132;            // what lx::multiprocessors() answers
-    int shared_memory = 227 * 1024;       // bytes that a block may have; at most so many
+    int multiprocessors = 132;            // return value of lx::multiprocessors()
+    int shared_memory = 227 * 1024;       // bytes per block, and the maximum
 };
 
-// For the launches that follow. State is per process; a launch holds a lock.
+// Options of the following launches. State is per process; a launch holds a lock.
 void set_options(const Options& options);
 Options options();
 inline void set_shared_memory(int bytes) {
     Options changed = options();
-    changed.shared_memory = bytes < 227 * 1024 ? bytes : 227 * 1024;  // there is no more
+    changed.shared_memory = bytes < 227 * 1024 ? bytes : 227 * 1024;  // capacity of the arena
     set_options(changed);
 }
 inline void set_seed(uint64_t seed) {
@@ -35,11 +35,11 @@ inline void set_seed(uint64_t seed) {
     set_options(changed);
 }
 
-// The reports of all launches since the last call. A launch with a report has returned an error,
+// Returns the reports of all launches since the last call. A launch with a report returns an error,
 // and lx::status_string() of that error repeats its reports until the next launch.
 std::vector<std::string> take_reports();
 
-// Launches so far, and CUDA threads run: a test can make sure that its kernel was emulated at all.
+// Numbers of launches and of CUDA threads run: a test can check that its kernel was emulated.
 struct Counters {
     int64_t launches = 0, threads = 0;
 };

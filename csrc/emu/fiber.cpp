@@ -10,7 +10,7 @@
 
 namespace lx::emu {
 
-// AddressSanitizer, in programs that are built with it, wants to hear of every change of stack.
+// AddressSanitizer, if the program is built with it, must be notified of every change of stack.
 extern "C" {
 [[gnu::weak]] void __sanitizer_start_switch_fiber(void** fake_stack, const void* low, size_t size);
 [[gnu::weak]] void __sanitizer_finish_switch_fiber(void* fake_stack, const void** low,
@@ -54,7 +54,7 @@ void fiber_entered() {
 
 namespace {
 
-void unpoison(const Stack& stack) {  // what the frames of the last thread here have left
+void unpoison(const Stack& stack) {  // clears the poison of the previous thread's frames
     if (__asan_unpoison_memory_region) {
         __asan_unpoison_memory_region(stack.low, static_cast<size_t>(stack.high - stack.low));
     }
@@ -73,7 +73,7 @@ Stack fiber_stack(int index) {
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) abort();
         stack.low = static_cast<unsigned char*>(memory) + page;
-        // Tops at one distance would put the hot lines of all stacks into the same cache sets.
+        // Equal offsets of the stack tops would map all hot lines to the same cache sets.
         stack.high = static_cast<unsigned char*>(memory) + kStackBytes - 64 * (index % 32);
     }
     return stack;
@@ -114,7 +114,7 @@ static void switch_context(Context* from, Context* to) {
 void fiber_prepare(Context* context, const Stack& stack, void (*entry)()) {
     unpoison(stack);
     auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack.high) & ~uintptr_t{15});
-    *--top = nullptr;  // where a return address of `entry` would be: keeps the alignment of a call
+    *--top = nullptr;  // in place of a return address of `entry`: keeps the call alignment
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     *context = top;

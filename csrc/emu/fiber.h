@@ -1,5 +1,4 @@
-// Stackful coroutines, one per CUDA thread: a switch saves the registers that a call preserves,
-// nothing else.
+// Stackful coroutines, one per CUDA thread. A switch saves only the callee-saved registers.
 #pragma once
 
 #include <cstddef>
@@ -9,25 +8,25 @@ namespace lx::emu {
 constexpr size_t kStackBytes = 64 * 1024;  // the lowest page of each stack is a guard
 
 #if defined(__x86_64__) && !defined(LX_EMU_PORTABLE_FIBERS)
-using Context = void*;  // the saved stack pointer; the registers lie on the stack
+using Context = void*;  // the saved stack pointer; the registers are on the stack
 #else
 }  // namespace lx::emu
 #include <ucontext.h>
 namespace lx::emu {
-using Context = ucontext_t;  // slow (a system call per switch), and runs everywhere
+using Context = ucontext_t;  // portable but slow: a system call per switch
 #endif
 
-// Memory for stack `index`; the same one on every call.
+// Returns the memory of stack `index`, the same on every call.
 struct Stack {
     unsigned char *low, *high;  // usable range
 };
 Stack fiber_stack(int index);
 
-// Makes `context` start in `entry`, which must not return, on an unused stack.
+// Prepares `context` to start in `entry`, which must not return, on an unused stack.
 void fiber_prepare(Context* context, const Stack& stack, void (*entry)());
-// `stack`: of `to`; nullptr: the stack of the program that launches kernels.
+// `stack` is the stack of `to`, or nullptr for the stack of the program that launches kernels.
 void fiber_switch(Context* from, Context* to, const Stack* stack);
-// The first thing in `entry`.
+// Must be called first in `entry`.
 void fiber_entered();
 
 }  // namespace lx::emu

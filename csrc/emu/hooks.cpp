@@ -1,5 +1,5 @@
-// The entry points that code compiled with -fsanitize=thread calls before each load and store, and
-// the memory functions that instrumented.h sends here. No ThreadSanitizer library is linked.
+// Entry points that code compiled with -fsanitize=thread calls before each load and store, and the
+// memory functions to which instrumented.h redirects. No ThreadSanitizer library is linked.
 #include <cstring>
 
 #include "emu/machine.h"
@@ -33,7 +33,7 @@ inline void hook(const void* p, size_t bytes, Touch how, bool must_align, const 
 extern "C" {
 
 void __tsan_init() {}
-// Deep or large frames: stop before the guard page does.
+// Stops the launch before a deep or large frame reaches the guard page.
 void __tsan_func_entry(void*) {
     if (!machine.current) return;
     const auto* here = static_cast<const unsigned char*>(__builtin_frame_address(0));

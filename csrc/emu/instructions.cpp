@@ -1,5 +1,5 @@
-// Host bodies of the special instructions: warp collectives, atomics, what is left. matrix.cpp has
-// ldmatrix, mma and cp.async.
+// Host implementation of the special instructions: warp collectives, atomics and others. matrix.cpp
+// contains ldmatrix, mma and cp.async.
 #include <algorithm>
 #include <cstring>
 
@@ -58,7 +58,7 @@ void compute_shuffle(Warp&, const Slot& slot) {
         if (!(slot.arrived >> source & 1)) {
             report("divergence", Place(o.site),
                    "lane " + std::to_string(lane) + " shuffles from lane " +
-                       std::to_string(source) + ", which does not take part");
+                       std::to_string(source) + ", which does not participate");
             memset(o.value, 0xff, static_cast<size_t>(o.bytes));
             return;
         }
@@ -197,7 +197,7 @@ void wait_at_least(const unsigned* counter, unsigned least, Site site) {
     if (!machine.resident)
         fatal("deadlock", Place(site),
               describe(*machine.current) +
-                  " waits for other blocks in a launch that does not run all at once");
+                  " waits for other blocks; launch the kernel with LX_LAUNCH_RESIDENT");
     touch(counter, sizeof(unsigned), Touch::kAtomic, true, Place(site));
     while (*counter < least) wait_for_blocks(counter, least, site);
     order_waited(counter, least);
@@ -237,7 +237,7 @@ void grid_dependency_wait() {
     emu::machine.any_dependency_wait = true;
 }
 void grid_dependency_launch() {
-}  // the emulator starts nothing early; the dependent kernel is checked
+}  // no early start in the emulator; accesses of dependent kernels are checked
 
 uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emu::machine.arena);

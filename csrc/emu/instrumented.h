@@ -1,5 +1,5 @@
-// Included before everything else in the check flavour. Copies and fills that the compiler turns
-// into calls are not reported by -fsanitize=thread; under these names they come to hooks.cpp.
+// Included before everything else in the check flavour. -fsanitize=thread does not report copies
+// and fills that the compiler turns into calls. These names redirect them to hooks.cpp.
 #pragma once
 
 #include <stddef.h>

@@ -1,5 +1,6 @@
-// The state of the emulated machine: one block at a time, one fiber per thread. Those of a resident
-// launch take turns: one that can do no more before another has is put aside. Internal to csrc/emu.
+// State of the emulated machine: one block at a time, one fiber per thread. The blocks of a
+// resident launch take turns: a block that must wait for another block is suspended. Internal to
+// csrc/emu.
 #pragma once
 
 #include <array>
@@ -17,12 +18,12 @@ namespace lx::emu {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kWarpSize;
-constexpr size_t kArenaBytes = 227 * 1024;  // what a block may have on an H100
+constexpr size_t kArenaBytes = 227 * 1024;  // maximum per block on an H100
 constexpr size_t kArenaSlack = 16 * 1024;   // room for the gaps between allocations
 constexpr size_t kGap = 64;                 // bytes between two shared allocations
 constexpr size_t kStaticSharedBytes = 48 * 1024;
 
-// A line of kernel source: known from a wrapper's default argument, or as a code address.
+// A line of kernel source, given by a wrapper's default argument or by a code address.
 struct Place {
     const char* file = nullptr;
     unsigned line = 0;
@@ -35,7 +36,8 @@ struct Place {
 
 struct Warp;
 
-// How much of each warp of other blocks lies before something, by the number of the block.
+// Per warp of another block, the clock up to which its accesses are ordered before a given point.
+// BlockClocks maps the serial number of a block to it.
 using BlockClock = std::array<uint32_t, kMaxWarps>;
 using BlockClocks = std::unordered_map<uint32_t, BlockClock>;
 
@@ -47,7 +49,7 @@ struct Copy {
 };
 
 struct Thread {
-    Self self;  // first member: what the kernel reads as threadIdx and so on
+    Self self;  // first member: threadIdx, blockIdx, ...
     Warp* warp;
     int rank, lane;
     Context context;
@@ -55,17 +57,17 @@ struct Thread {
     const char* waits_in;
     Site site;
     bool live;
-    bool dependency_met;  // of a dependent launch: grid_dependency_wait() lies behind
+    bool dependency_met;  // dependent launch: grid_dependency_wait() has been called
     bool vote;
     std::vector<std::vector<Copy>> copy_groups;  // committed
     std::vector<Copy> open_copies;
-    // Release and acquire through a fence and an atomic, see checker.cpp
+    // Release and acquire through a fence and an atomic, see checker.cpp.
     bool fenced;
     std::array<uint32_t, kMaxWarps> fence_clock;
-    BlockClocks seen;  // published where the atomics since the last fence have found it
+    BlockClocks seen;  // clocks read by the atomics since the last fence
 };
 
-// Lanes of one warp that have arrived in one collective.
+// Lanes of one warp that have arrived at one collective.
 struct Slot {
     unsigned mask = 0, arrived = 0;
     const char* name = nullptr;
@@ -78,7 +80,7 @@ struct Warp {
     unsigned live;
     int num_slots;
     std::array<Slot, kWarpSize> slots;
-    // Vector clocks. clock[w]: how much of warp w lies before whatever this warp does next.
+    // Vector clocks. clock[w]: accesses of warp w up to it precede this warp's next access.
     std::array<uint32_t, kMaxWarps> clock;
     // The same between the lanes of this warp, advanced by syncwarp.
     std::array<std::array<uint32_t, kWarpSize>, kWarpSize> lane_clock;
@@ -98,11 +100,11 @@ struct SharedArray {
 };
 
 struct Record {
-    uint32_t block = 0;  // serial number, 0: none
+    uint32_t block = 0;  // serial number, 0: no access
     uint32_t clock = 0, lane_clock = 0;
     uint16_t thread = 0;
     bool atomic = false;
-    bool in_flight = false;  // writer: a cp.async that nobody has waited for
+    bool in_flight = false;  // writer: a cp.async without a completed wait
 };
 struct Cell {  // two bytes of memory
     Record writer, reader, reader_of_other_warp;
@@ -117,7 +119,7 @@ struct Buffer {
     uintptr_t begin, end;
     int64_t rows, row_bytes, row_stride;
     Access access;
-    std::unique_ptr<Cell[], FreeDeleter> cells;  // of writable buffers, made on first use
+    std::unique_ptr<Cell[], FreeDeleter> cells;  // writable buffers only, allocated on first use
 };
 
 // A thread that waits for other blocks.
@@ -146,11 +148,10 @@ struct Block {
     std::unique_ptr<Cell[], FreeDeleter> arena_cells;
 };
 
-struct Machine : Block {  // the block that runs
+struct Machine : Block {  // base: the running block
     Options options;
     std::vector<std::string> reports;  // since take_reports()
-    // Of this launch. Their places are looked up when it has ended: a fiber's stack may be too
-    // small.
+    // Reports of this launch. Places are resolved after it ends: a fiber's stack may be too small.
     std::vector<std::pair<std::string, Place>> pending_reports;
     std::string last_error;  // of the last launch
     Counters counters;
@@ -173,7 +174,7 @@ struct Machine : Block {  // the block that runs
     std::vector<size_t> reported;  // hashes of (category, place)
 
     int num_threads, num_warps;  // of a block
-    uint32_t last_serial = 0;    // of a block
+    uint32_t last_serial = 0;    // of the last block
 
     // Fibers
     Thread* current = nullptr;  // nullptr: not inside a kernel
@@ -194,12 +195,12 @@ inline Thread& thread_of(const Warp& warp, int lane) {
 
 // --- scheduler.cpp
 void make_ready(Thread* thread);
-void block(const char* what, Site site);  // until somebody makes the current thread ready
+void block(const char* what, Site site);  // until another thread calls make_ready
 void yield();
 void wait_for_blocks(const unsigned* counter, unsigned least, Site site);
-[[noreturn]] void stop_launch();  // back to run(), no fiber continues
+[[noreturn]] void stop_launch();  // returns to run(); no fiber continues
 
-// The lanes of `mask` meet; the last one computes for all, with every lane's operand in its slot.
+// Joins the lanes of `mask`. The last lane computes for all, with every lane's operand in its slot.
 void collective(const char* name, unsigned mask, void* operand, void (*compute)(Warp&, const Slot&),
                 Site site);
 
@@ -214,8 +215,8 @@ void finish_reports();
 
 // --- checker.cpp
 enum class Touch { kRead, kWrite, kAtomic };
-// Before each access: bounds, permission, alignment always; races and initialisation in the check
-// flavour.
+// Checks an access before it happens: bounds, permission and alignment always, races and
+// initialisation in the check flavour.
 void touch(const void* p, size_t bytes, Touch how, bool must_align, const Place& place);
 enum class AsyncStep { kIssue, kLand };
 void touch_async(const void* shared, size_t bytes, AsyncStep step, const Place& place);
@@ -225,7 +226,8 @@ void order_arrive(NamedBarrier& barrier);
 void order_wait(NamedBarrier& barrier, Thread& thread);
 void order_syncwarp(Warp& warp, unsigned mask);
 void order_atomic(const void* p);
-// An atomic has left `value` at p; and a thread has waited there for at least `least`.
+// order_count: an atomic has stored `value` at p. order_waited: the current thread has waited for a
+// value of at least `least` at p.
 void order_count(const void* p, uint64_t value);
 void order_waited(const void* p, uint64_t least);
 void order_fence();

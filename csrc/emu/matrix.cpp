@@ -1,5 +1,5 @@
-// Host bodies of what moves and multiplies tiles. Notation of the fragment layouts: lane L,
-// g = L / 4, t = L % 4.
+// Host implementation of the instructions that move and multiply tiles. Notation of the fragment
+// layouts: lane L, g = L / 4, t = L % 4.
 #include <cmath>
 #include <cstring>
 
@@ -27,7 +27,7 @@ void compute_ldmatrix(Warp& warp, const Slot& slot) {
     uint16_t rows[32][8];
     for (int lane = 0; lane < 8 * o0.matrices; ++lane) {
         const auto& o = *static_cast<LdmatrixOperand*>(slot.operands[lane]);
-        machine.current = &thread_of(warp, lane);  // the lane that gave the address reads
+        machine.current = &thread_of(warp, lane);  // the lane that passed the address reads
         check_shared(o.row, 16, "ldmatrix", Place(o.site));
         touch(o.row, 16, Touch::kRead, true, Place(o.site));
         memcpy(rows[lane], o.row, 16);
@@ -51,7 +51,7 @@ float bf16_value(uint32_t bits) {
 
 float f16_value(uint32_t bits) {
     const uint32_t magnitude = (bits & 0x7fff) << 13;
-    // Exponent bias 15 to 127, for subnormals too; infinity and NaN keep the largest exponent.
+    // Exponent bias 15 to 127, also for subnormals; infinity and NaN keep the largest exponent.
     uint32_t value = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
     if (magnitude >= 0x7c00u << 13) value = magnitude | 0x7f800000u;
     return bit_cast<float>(value | (bits & 0x8000) << 16);
@@ -62,15 +62,15 @@ struct MmaOperand {
     const uint32_t *a, *b;
 };
 
-// Rounded toward zero, as a tensor core rounds its sum; what exceeds every float is infinite.
+// Returns x rounded toward zero, as a tensor core rounds its sum; too large values are infinite.
 float toward_zero(double x) {
     const float nearest = static_cast<float>(x);
     const bool away = std::fabs(nearest) > std::fabs(x) && std::isfinite(nearest);
     return away ? bit_cast<float>(bit_cast<uint32_t>(nearest) - 1) : nearest;
 }
 
-// d += a b for kColumns = 8 and all lanes; element k of A and B come in registers of the layouts
-// below. Products are exact in double, their sum is as good as exact.
+// d += a b for 8 columns and all lanes. The callers gather A and B from the registers by the
+// layouts below. Products are exact in double, and the error of their sum is negligible.
 template <int kDepth>
 void multiply(const Slot& slot, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
     double d[16][8];
@@ -129,12 +129,12 @@ void compute_mma_tf32(Warp&, const Slot& slot) {
     multiply(slot, a, b);
 }
 
-// ldmatrix and mma are .sync.aligned: all 32 lanes, none of them gone.
+// Stops the launch unless all 32 lanes are live: ldmatrix and mma are .sync.aligned.
 void require_whole_warp(const char* name, Site site) {
     Thread& t = *machine.current;
     if (t.warp->live != kFullMask) {
         fatal("divergence", Place(site),
-              describe(t) + " executes " + name + " in a warp that misses lanes");
+              describe(t) + " executes " + name + " in a warp with fewer than 32 live lanes");
     }
 }
 
@@ -204,7 +204,7 @@ void cp_async(void* shared, const void* global, int bytes, int source_bytes, Sit
         memcpy(c.shared, c.global, static_cast<size_t>(source_bytes));
         memset(c.shared + source_bytes, 0, static_cast<size_t>(bytes - source_bytes));
     } else {
-        memset(c.shared, 0xff, static_cast<size_t>(bytes));  // undefined until they land
+        memset(c.shared, 0xff, static_cast<size_t>(bytes));  // undefined until the copies complete
     }
     machine.current->open_copies.push_back(c);
 }

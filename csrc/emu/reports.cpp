@@ -1,4 +1,4 @@
-// Reports: text, places, and the surface of emu.h.
+// Reports: text, places, and the interface of emu.h.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -42,7 +42,8 @@ std::string describe(const Place& place) {
     Dl_info info;
     if (!place.code || !dladdr(place.code, &info) || !info.dli_fname) return "unknown place";
     const auto offset = reinterpret_cast<uintptr_t>(place.code) -
-                        reinterpret_cast<uintptr_t>(info.dli_fbase) - 1;  // inside the call
+                        // an address inside the call instruction
+                        reinterpret_cast<uintptr_t>(info.dli_fbase) - 1;
     char hex[32];
     snprintf(hex, sizeof hex, "0x%zx", static_cast<size_t>(offset));
     std::string answer;

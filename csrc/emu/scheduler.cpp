@@ -17,7 +17,7 @@ constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719
               kTooManyBlocks = 720;  // cudaError_t
 
 std::mutex launch_lock;
-thread_local std::vector<Buffer> declared;  // by LX_BUF, for this thread's next launch
+thread_local std::vector<Buffer> declared;  // by LX_BUF, for the next launch of this thread
 
 Thread* next_ready() {
     Machine& m = machine;
@@ -31,7 +31,7 @@ Thread* next_ready() {
 void run_next() {
     Machine& m = machine;
     Thread* from = m.current;
-    if (m.ready_head == m.ready_tail && !m.waits.empty()) {  // it is another block's turn
+    if (m.ready_head == m.ready_tail && !m.waits.empty()) {  // switch to another block
         m.current = nullptr;
         fiber_switch(&from->context, &m.host, nullptr);
         return;
@@ -89,7 +89,7 @@ void complete_block_barrier() {
     m.at_barrier = 0;
 }
 
-// What lanes that have gone no longer hold up.
+// Completes the collectives that only lanes that have ended were missing from.
 void release_collectives(Warp& warp);
 
 [[noreturn]] void exit_thread() {
@@ -125,12 +125,12 @@ void allocate(Block& block) {
     block.arena = static_cast<unsigned char*>(aligned_alloc(1024, kArenaBytes + kArenaSlack));
 }
 
-// The block at `index` is ready to run, on the stacks from first_stack on.
+// Makes the block at `index` ready to run, on the stacks from first_stack on.
 void prepare_block(uint3 index, int first_stack) {
     Machine& m = machine;
     m.block_serial = ++m.last_serial;
-    // NaN in every float type, an absurd index otherwise. Blocks that take turns have arrays that
-    // the first of them will name.
+    // NaN in every float type, an invalid index otherwise. Blocks that take turns share the array
+    // offsets, which any of them may allocate, so their whole arena is filled.
     const bool turns = m.resident;
     memset(m.arena, 0xff, turns ? kArenaBytes + kArenaSlack : m.shared_used);
     m.waits.clear();
@@ -174,7 +174,7 @@ void prepare_block(uint3 index, int first_stack) {
     }
 }
 
-// Until the block ends or waits for others.
+// Runs the current block until it ends or waits for others.
 void enter_block() {
     Machine& m = machine;
     m.current = next_ready();
@@ -191,7 +191,7 @@ void enter_block() {
     }
 }
 
-// Blocks that run at once, in turns.
+// Runs resident blocks in turns.
 void take_turns(const std::vector<uint3>& order) {
     Machine& m = machine;
     std::vector<Block> blocks(order.size());
@@ -243,7 +243,7 @@ int configuration_error(const Launch& l) {
     }
     if (machine.resident && blocks > static_cast<uint64_t>(resident_blocks(l.dynamic_bytes))) {
         report("resources", Place(),
-               std::to_string(blocks) + " blocks at once, of which the machine runs " +
+               std::to_string(blocks) + " blocks at once, the limit is " +
                    std::to_string(resident_blocks(l.dynamic_bytes)));
         return kTooManyBlocks;
     }
@@ -284,8 +284,9 @@ void prepare(const Launch& launch, void (*body)(void*), void* arguments, size_t 
     m.last_error.clear();
 }
 
-// A dependent launch may run beside those before it, back to the last ordinary one, which began
-// when everything before it had ended. What one of them writes is no constant of this launch.
+// A dependent launch may overlap earlier launches, back to the last ordinary one, which started
+// after everything before it had ended. Buffers that these launches write are not constant for this
+// launch.
 struct Written {
     std::string by;
     uintptr_t begin, end;
@@ -303,8 +304,8 @@ void check_chain(const Launch& launch) {
             if (!covers(b, w.begin, w.end)) continue;
             report("dependency", Place(),
                    std::string("a dependent launch may read ") + b.name +
-                       " before grid_dependency_wait(), and " + w.by +
-                       ", beside which it may run, writes there");
+                       " before grid_dependency_wait(), while " + w.by +
+                       " may still be running and writes there");
             break;
         }
     }
@@ -332,8 +333,7 @@ int run_as(bool resident, const Launch& launch, void (*body)(void*), void* argum
     m.num_threads = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
     m.num_warps = (m.num_threads + kWarpSize - 1) / kWarpSize;
     const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
-    // A random order of blocks, without a list of them: steps of a size that shares no factor with
-    // their number.
+    // Random order of blocks without a list: the step has no common factor with their number.
     uint64_t step = 1, start = 0;
     if (m.options.seed != 0 && blocks > 1) {
         start = m.random() % blocks;
@@ -387,7 +387,7 @@ void declare(const char* name, const void* pointer, int64_t rows, int64_t row_by
     declared.push_back({name, begin, end, rows, row_bytes, row_stride_bytes, access, nullptr});
 }
 
-// A block to a multiprocessor: how many more an H100 would take is not the emulator's to know.
+// One block per multiprocessor; the emulator does not model the occupancy of an H100.
 int resident_blocks(size_t dynamic_bytes) {
     const bool fits = dynamic_bytes <= static_cast<size_t>(machine.options.shared_memory);
     return fits ? machine.options.multiprocessors : 0;
@@ -485,7 +485,7 @@ void named_barrier(int id, int threads, bool wait, Site site) {
     if (id < 1 || id > 15 || threads <= 0 || threads % kWarpSize != 0) {
         fatal("divergence", Place(site),
               "barrier " + std::to_string(id) + " for " + std::to_string(threads) +
-                  " threads; ids are 1 to 15, and threads come in whole warps");
+                  " threads; expected an id of 1 to 15 and a multiple of 32 threads");
     }
     NamedBarrier& b = m.named[id];
     if (b.arrived == 0) {
@@ -545,7 +545,7 @@ void collective(const char* name, unsigned mask, void* operand, void (*compute)(
     Warp& w = *t.warp;
     const unsigned bit = 1u << t.lane;
     if (!(mask & bit)) {
-        fatal("divergence", Place(site), describe(t) + " is not in its own mask of " + name);
+        fatal("divergence", Place(site), describe(t) + " is not in its mask of " + name);
     }
     Slot* slot = nullptr;
     Slot* empty = nullptr;

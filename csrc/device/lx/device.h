@@ -1,25 +1,25 @@
-// The only door between a kernel and the machine.
+// The only header through which a kernel uses CUDA.
 //
-// A file under csrc/cuda includes this header and csrc/include, nothing of CUDA or torch, and
-// contains no `asm`. nvcc then compiles it for a GPU (lx/hardware.h: one intrinsic or PTX
-// instruction per wrapper), and g++ with -DLX_EMULATE compiles the very same text for the emulator
-// (lx/emulated.h, csrc/emu). docs/emulator.md says how to write such a kernel and what a run of it
-// in the emulator proves.
+// A file under csrc/cuda includes this header and csrc/include, no header of CUDA or torch, and
+// contains no `asm`. nvcc compiles it for a GPU (lx/hardware.h: one intrinsic or PTX instruction
+// per wrapper). g++ with -DLX_EMULATE compiles the same text for the emulator (lx/emulated.h,
+// csrc/emu). docs/emulator.md explains how to write such a kernel and what a run in the emulator
+// proves.
 //
-// Both bodies offer, besides CUDA's qualifiers, vector types, threadIdx, blockIdx, blockDim and
-// gridDim:
+// Both implementations provide CUDA's qualifiers, vector types, threadIdx, blockIdx, blockDim and
+// gridDim, and:
 //
 //   LX_SHARED(type, name, count)
 //       declares the array `name` in static shared memory, aligned to 16 bytes.
 //   LX_DYN_SHARED(name)
-//       declares `name`, the first byte of dynamic shared memory, aligned to 128 bytes.
+//       declares `name`, a pointer to dynamic shared memory, aligned to 128 bytes.
 //   LX_LAUNCH(kernel, grid, block, dynamic_bytes, stream, args...)
-//       launches the kernel; returns 0, or the code of the CUDA error that kept it from starting.
+//       launches the kernel; returns 0 or the code of the CUDA error that prevented the launch.
 //   LX_LAUNCH_PDL(kernel, grid, block, dynamic_bytes, stream, args...)
-//       does the same, and the kernel may start before the previous one in the stream ends: every
-//       access to that one's results must follow lx::grid_dependency_wait().
+//       does the same, but the kernel may start before the previous kernel in the stream ends. It
+//       must call lx::grid_dependency_wait() before every access to the results of that kernel.
 //   LX_BUF(pointer, bytes, access)
-//       tells the emulator, before a launch, that the next kernel may touch these bytes; it is
+//       declares to the emulator, before a launch, that the next kernel may access these bytes;
 //       empty on a GPU.
 //   LX_BUF_ROWS(pointer, rows, row_bytes, row_stride_bytes, access)
 //       does the same for rows, without the gaps between them.
@@ -46,12 +46,12 @@ using f16x2 = __half2;
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 
-// What a kernel may do with a declared buffer.
+// How a kernel may access a declared buffer.
 enum class Access {
-    // It is read, and no kernel in flight writes it: it may be read before grid_dependency_wait().
+    // Read-only and written by no kernel in flight: may be read before grid_dependency_wait().
     kConstant,
     kRead,
-    // It is written, and read only where this launch has written.
+    // Written; a location may be read only after this launch has written it.
     kWrite,
     kReadWrite,
 };
@@ -74,7 +74,7 @@ enum class Access {
                  stream __VA_OPT__(, ) __VA_ARGS__)
 
 // ------------------------------------------------------------------------------------------------
-// Written once for both machines
+// Common to GPU and emulator
 namespace lx {
 
 LX_DEVICE int thread_rank() {
@@ -127,8 +127,7 @@ LX_DEVICE T from_float(float x) {
     }
 }
 
-// Two 16-bit values in one register, `low` in bits 0-15: the element order of memory, of ldmatrix
-// and of mma.
+// Two 16-bit values in one register, `low` in bits 0-15: the order of memory, ldmatrix and mma.
 template <class T>
 struct PackedOf;
 template <>

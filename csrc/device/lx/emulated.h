@@ -1,6 +1,5 @@
-// Host bodies of lx/device.h for the emulator. Declarations and one-line forwards only: what does
-// the work lives in csrc/emu, compiled without instrumentation. lx/hardware.h documents each
-// wrapper.
+// Emulator implementation of lx/device.h: declarations and one-line forwards only. The work is done
+// in csrc/emu, which is compiled without instrumentation. lx/hardware.h documents each wrapper.
 #pragma once
 
 #include <cstring>
@@ -8,7 +7,7 @@
 #include <tuple>
 #include <utility>
 
-// The half-precision headers have defined CUDA's qualifiers; plain g++ knows no launch bounds.
+// The half-precision headers define CUDA's qualifiers; plain g++ has no launch bounds.
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __grid_constant__
@@ -21,8 +20,7 @@
 #define blockDim (::lx::emu::self().block_dim)
 #define gridDim (::lx::emu::self().grid_dim)
 
-// The key tells the arrays of one block apart; as a static local it exists once per kernel
-// instantiation.
+// The key distinguishes the arrays of a block. A static local exists once per kernel instantiation.
 #define LX_SHARED(type, name, count)             \
     static const char name##_lx_key = 0;         \
     auto& name = *static_cast<type(*)[(count)]>( \
@@ -38,14 +36,14 @@
 namespace lx {
 namespace emu {
 
-// Where the kernel source calls a wrapper; the default argument of those that can fail or block.
+// Source location of a call of a wrapper: the default argument of wrappers that can fail or block.
 using Site = std::source_location;
 
 struct Self {
     uint3 thread_idx, block_idx;
     dim3 block_dim, grid_dim;
 };
-[[gnu::const]] const Self& self();  // const: one stack frame belongs to one CUDA thread
+[[gnu::const]] const Self& self();  // const: each stack frame belongs to one CUDA thread
 
 void* shared_array(const void* key, const char* name, size_t bytes);
 unsigned char* dynamic_shared();
@@ -156,7 +154,7 @@ inline void bar_sync(int id, int threads, emu::Site site = emu::Site::current())
 inline void bar_arrive(int id, int threads, emu::Site site = emu::Site::current()) {
     emu::named_barrier(id, threads, false, site);
 }
-inline void fence_block() {}  // orders nothing that the race rule would not order by a barrier
+inline void fence_block() {}  // no-op: the race checker orders within a block by barriers only
 inline void fence_device() {
     emu::fence();
 }
@@ -269,7 +267,7 @@ inline T atomic_compare_exchange(T* p, T expected, T desired,
     return emu::atomic_as(emu::Atomic::kCompareExchange, p, desired, expected, site);
 }
 
-// Loads and stores with cache hints: plain ones, which the check flavour sees at their full width.
+// Loads and stores with cache hints are plain here; the check flavour checks their full width.
 template <class T>
 inline T load_global(const T* p) {
     return *p;
@@ -358,7 +356,7 @@ void cp_async_wait_all();
 void grid_dependency_wait();
 void grid_dependency_launch();
 
-// Math: the approximations are computed exactly; tolerances belong to the tests.
+// Math. The approximations are computed exactly; the tests set their tolerances.
 inline float exp_approx(float x) {
     return std::exp(x);
 }

@@ -1,4 +1,4 @@
-// Device bodies of lx/device.h: one intrinsic or one PTX instruction each. Needs sm_80.
+// GPU implementation of lx/device.h: one intrinsic or PTX instruction per wrapper. Requires sm_80.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,7 +25,7 @@ inline const char* status_string(int status) {
     return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
 
-// An attribute of the current device, 0 if there is none.
+// Returns an attribute of the current device, or 0 on failure.
 inline int device_attribute(cudaDeviceAttr attribute) {
     int device = 0, value = 0;
     if (cudaGetDevice(&device) != cudaSuccess) return 0;
@@ -37,8 +37,8 @@ inline int multiprocessors() {
 }
 
 namespace detail {
-// value(), asked once for each key. One that has failed is asked again: memory may be short while a
-// kernel is loaded, and plenty later.
+// Returns value(), computed once per key. A failed result is not cached: memory may be short while
+// a kernel is loaded and sufficient later.
 template <class Key, class F, class Failed>
 auto kept(const Key& key, F&& value, Failed&& failed) {
     static std::mutex lock;
@@ -55,7 +55,7 @@ inline int current_device() {
 }
 }  // namespace detail
 
-// Bytes of shared memory that a block of the current device may have at most, static arrays
+// Returns the maximum bytes of shared memory per block on the current device, static arrays
 // included: 227 KiB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120.
 inline int shared_memory_per_block() {
     return detail::kept(
@@ -73,9 +73,9 @@ struct KernelFacts {
     cudaError_t error;
     bool can_wait;  // its code was built for sm_90 or later
 };
-// Of a kernel on the current device, asked for once. Above 48 KiB of shared memory, static arrays
-// included, a kernel must ask. It asks here, for all that it may ever have: the limit belongs to
-// the function, and another thread may be launching it with another size.
+// Returns the facts of a kernel on the current device, queried once. Above 48 KiB of shared memory,
+// static arrays included, a kernel must opt in. The opt-in here requests the maximum: the limit is
+// a property of the function, and another thread may be launching it with another size.
 inline KernelFacts kernel_facts(const void* kernel) {
     const auto ask = [&] {
         cudaFuncAttributes built{};
@@ -84,8 +84,8 @@ inline KernelFacts kernel_facts(const void* kernel) {
                          static_cast<int>(built.sharedSizeBytes);
         if (error == cudaSuccess && built.maxDynamicSharedSizeBytes < most)
             error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-        // The code decides, not the card: PTX of an older architecture has no wait in it, whatever
-        // it is compiled for at load time.
+        // The version of the code matters, not the card: PTX of an older architecture contains no
+        // wait, whatever it is compiled for at load time.
         return KernelFacts{error, built.ptxVersion >= 90};
     };
     return kept(std::pair(kernel, current_device()), ask,
@@ -113,7 +113,7 @@ int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, di
         config.numAttrs = dependent && facts.can_wait ? 1 : 0;
         error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
     }
-    // The caller gets the code; left in place it would surface in somebody else's next check.
+    // The caller receives the code; otherwise the next unrelated check would report it too.
     if (error != cudaSuccess) cudaGetLastError();
     return error;
 }
@@ -122,7 +122,7 @@ int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, di
 // Bits
 
 template <class To, class From>
-LX_INLINE To bit_cast(const From& from) {  // not std's: bf16x2 and f16x2 are not trivially copyable
+LX_INLINE To bit_cast(const From& from) {  // std::bit_cast rejects bf16x2 and f16x2
     static_assert(sizeof(To) == sizeof(From));
     To to;
     __builtin_memcpy(static_cast<void*>(&to), &from, sizeof(To));
@@ -166,8 +166,7 @@ LX_INLINE void syncwarp(unsigned mask = kFullMask) {
     __syncwarp(mask);
 }
 
-// Named barriers 1 to 15 (0 is syncthreads); `threads` counts both kinds of arrivals, a multiple
-// of 32.
+// Named barriers 1 to 15 (0 is syncthreads); `threads` of both calls, a multiple of 32.
 LX_INLINE void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -235,7 +234,7 @@ LX_INLINE bool any_sync(unsigned mask, bool p) {
 LX_INLINE bool all_sync(unsigned mask, bool p) {
     return __all_sync(mask, p);
 }
-template <class T>  // the lanes of `mask` that hold the same value
+template <class T>  // Returns the mask of lanes in `mask` with the same value.
 LX_INLINE unsigned match_any_sync(unsigned mask, T x) {
     return __match_any_sync(mask, detail::to_bits(x));
 }
@@ -264,8 +263,8 @@ LX_INLINE unsigned reduce_xor_sync(unsigned mask, unsigned x) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Atomics on shared or global integers, relaxed; each returns the old value. T: int, unsigned, and
-// for add, exchange and compare-and-swap also unsigned long long.
+// Relaxed atomics on shared or global integers; each returns the old value. T: int, unsigned; add,
+// exchange and compare-and-swap also take unsigned long long.
 
 template <class T>
 LX_INLINE T atomic_add(T* p, T x) {
@@ -299,8 +298,8 @@ LX_INLINE T atomic_compare_exchange(T* p, T expected, T desired) {
 // ------------------------------------------------------------------------------------------------
 // Loads and stores with cache hints. T has 4, 8 or 16 bytes (load_nc: also 2).
 
-// Of global memory, even where the compiler cannot see that a pointer leads there: one that has
-// passed through shared memory, or been chosen among several.
+// Access to global memory if the compiler cannot deduce the address space of the pointer, for
+// example after a selection or a round trip through shared memory.
 template <class T>
 LX_INLINE T load_global(const T* p) {
     __builtin_assume(__isGlobal(p));
@@ -311,7 +310,7 @@ LX_INLINE void store_global(T* p, const T& x) {
     __builtin_assume(__isGlobal(p));
     *p = x;
 }
-// Through the read-only path: nobody may write these bytes while the kernel runs.
+// Load through the read-only path: the bytes must not change while the kernel runs.
 template <class T>
 LX_INLINE T load_nc(const T* p) {
     static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -325,7 +324,7 @@ LX_INLINE T load_nc(const T* p) {
         return bit_cast<T>(__ldg(reinterpret_cast<const uint4*>(p)));
     }
 }
-// As load_nc, for data read once: leaves nothing in L1.
+// Like load_nc, for data read once: does not allocate in L1.
 template <class T>
 LX_INLINE T load_stream(const T* p) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -347,7 +346,7 @@ LX_INLINE T load_stream(const T* p) {
         return bit_cast<T>(x);
     }
 }
-// From L2, never from a stale line of L1: for what another block of this launch has written.
+// Load from L2, not from a stale line of L1: for data of another block of this launch.
 template <class T>
 LX_INLINE T load_l2(const T* p) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -359,7 +358,7 @@ LX_INLINE T load_l2(const T* p) {
         return bit_cast<T>(__ldcg(reinterpret_cast<const uint4*>(p)));
     }
 }
-// For data nobody reads soon: first to leave the caches.
+// Store for data that is not read soon: evicted first from the caches.
 template <class T>
 LX_INLINE void store_stream(T* p, T x) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -376,16 +375,16 @@ LX_INLINE void prefetch_l2(const void* p) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Programmatic dependent launch; nothing to do before sm_90.
+// Programmatic dependent launch; no-ops before sm_90.
 
-// The results of the previous kernel in the stream are visible after this.
+// Waits until the results of the previous kernel in the stream are visible.
 LX_INLINE void grid_dependency_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// A dependent kernel may be scheduled once every block has called this or ended. It promises no
-// memory.
+// Allows a dependent kernel to be scheduled once every block has called this or ended. It gives no
+// guarantee about memory.
 LX_INLINE void grid_dependency_launch() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -394,8 +393,7 @@ LX_INLINE void grid_dependency_launch() {
 
 // ------------------------------------------------------------------------------------------------
 // Math. *_approx: a few units in the last place, see the CUDA programming guide. The rest of
-// <cmath> (fmaf, fmaxf, fminf, expf, log1pf, ...) is the same on both machines and needs no
-// wrapper.
+// <cmath> (fmaf, fmaxf, fminf, expf, log1pf, ...) is available on both and needs no wrapper.
 
 LX_INLINE float exp_approx(float x) {
     return __expf(x);

@@ -1,4 +1,4 @@
-// The device bodies of lx/device.h that move and multiply tiles: tensor cores and asynchronous
+// GPU implementation of the wrappers that move and multiply tiles: tensor cores and asynchronous
 // copies to shared memory.
 #pragma once
 
@@ -13,8 +13,8 @@ LX_INLINE uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// n 8x8 matrices of 16-bit elements; lane 8i+r gives the address of row r of matrix i (16-byte
-// aligned).
+// Loads n 8x8 matrices of 16 bits. Lane 8i+r passes the address of row r of matrix i, aligned to 16
+// bytes.
 LX_INLINE void ldmatrix_x1(uint32_t (&r)[1], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
                  : "=r"(r[0])
@@ -52,7 +52,7 @@ LX_INLINE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                  : "memory");
 }
 
-// d += a b, A 16x16 row-major, B 16x8 column-major, T bf16 or f16, sums in float.
+// d += a b, A 16x16 row-major, B 16x8 column-major, T bf16 or f16, accumulated in float.
 template <class T>
 LX_INLINE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
@@ -68,14 +68,14 @@ LX_INLINE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
 }
-// d += a b, A 16x8, B 8x8, each register the bits of a float of which tf32 keeps the upper 19.
+// d += a b, A 16x8, B 8x8. Each register holds the bits of a float; tf32 uses the upper 19.
 LX_INLINE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, "
         "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// Nearest tf32, ties away from zero, as the bits of a float.
+// Returns the nearest tf32, ties away from zero, as the bits of a float.
 LX_INLINE uint32_t to_tf32(float x) {
     uint32_t bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
@@ -83,8 +83,8 @@ LX_INLINE uint32_t to_tf32(float x) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// cp.async: global to shared memory, kBytes = 4, 8 or 16, both addresses aligned to it. The first
-// `source_bytes` (0 .. kBytes) are read, the rest becomes zero.
+// cp.async: global to shared memory, kBytes = 4, 8 or 16, both addresses aligned to kBytes. The
+// first `source_bytes` (0 .. kBytes) are read; the rest is zero-filled.
 
 template <int kBytes>
 LX_INLINE void cp_async(void* shared, const void* global, int source_bytes = kBytes) {
@@ -102,7 +102,7 @@ LX_INLINE void cp_async(void* shared, const void* global, int source_bytes = kBy
 LX_INLINE void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits until at most kPending of this thread's groups are open. Others see the data after a
+// Waits until at most kPending groups of this thread are pending. Others see the data after a
 // barrier.
 template <int kPending>
 LX_INLINE void cp_async_wait_group() {

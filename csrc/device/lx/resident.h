@@ -1,13 +1,14 @@
-// Launches whose blocks all run at once, so that they may wait for each other; lx/device.h has what
-// every kernel needs.
+// Launches whose blocks all run at the same time, so that they can wait for each other. An addition
+// to lx/device.h.
 //
 //   LX_LAUNCH_RESIDENT(kernel, grid, block, dynamic_bytes, stream, args...)
-//       launches the kernel; no more blocks than lx::resident_blocks() of it, else an error.
+//       launches the kernel; fails if the grid has more than lx::resident_blocks() blocks.
 //   lx::resident_blocks(kernel, threads, dynamic_bytes)
-//       on the host: blocks that the current device runs at once, 0 if it cannot promise that.
+//       host: returns the number of blocks that the current device runs at once, 0 if unknown.
 //   lx::wait_at_least(counter, least)
-//       in the kernel: until *counter, to which blocks add by atomic_add, is at least so much. What
-//       they wrote before a fence_device() in front of that is read after another one behind this.
+//       kernel: waits until *counter, which blocks increase by atomic_add, is at least `least`.
+//       Data that a block writes before a fence_device() and its atomic_add is visible after this
+//       call and another fence_device().
 #pragma once
 
 #include "lx/device.h"
