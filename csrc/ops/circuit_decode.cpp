@@ -1,4 +1,4 @@
-// Drafting from circuits and verifying: tensors in, checks, allocation, choice of twin or kernel.
+// Drafting from circuits and verification: checks, allocation, choice of twin or kernel.
 //
 // Shapes: leaf (B, K, C, V); prior (B, C); trans (B, M, C, C); tokens (B, K); target (B, K + 1, V).
 #include "ops/circuit_decode.h"
@@ -20,14 +20,14 @@ namespace {
 
 thread_local Scratch row_scratch;
 
-// The circuit of one op, checked, and the tensors that keep it alive.
+// Checked circuit of one op, and the tensors that own its memory.
 struct Circuit {
     const char* op;
     CircuitLogits logits;
     CircuitWeights weights;
     Tensor leaf, workspace;
 
-    // block_bytes: of shared memory that a kernel's block needs for one row.
+    // block_bytes: returns the shared memory that a kernel's block needs for one row.
     Circuit(const char* op, std::string_view kind, const Tensor& leaf_in,
             const OptionalTensor& prior, const OptionalTensor& trans,
             int64_t (*block_bytes)(const CircuitLogits&) = circuit_row_bytes)
@@ -87,7 +87,7 @@ const int64_t* data_or_null(const Tensor& t) {
     return t.defined() ? t.const_data_ptr<int64_t>() : nullptr;
 }
 
-// Uniforms are float32, and may be float64 where the logits are.
+// Uniforms are float32; they may be float64 if the logits are.
 Tensor checked_uniforms(const char* op, const Tensor& uniforms, const char* letters,
                         at::IntArrayRef sizes, const Tensor& logits) {
     check_shape(op, "uniforms", uniforms, letters, sizes, logits.device());
@@ -101,7 +101,7 @@ Tensor checked_uniforms(const char* op, const Tensor& uniforms, const char* lett
 const CircuitDecodeCpu& twin() {
     return chosen_twins<CircuitDecodeCpu>();
 }
-// Below so many logits a parallel region costs more than a second thread saves.
+// Smallest number of logits per thread: below it a parallel region costs more than it saves.
 constexpr int64_t kSerialLogits = 1 << 13;
 
 template <typename Args>
@@ -251,7 +251,7 @@ std::tuple<Tensor, Tensor> spec_verify(const Tensor& target_in, const Tensor& to
     args.posterior = posterior.const_data_ptr();
     args.uniforms = uniforms.const_data_ptr();
     args.num_evidence = data_or_null(num_evidence);
-    // Finite, so that the largest logit, which is 0 by then, stays 0.
+    // Finite, so that the largest logit, which has been shifted to 0, stays 0.
     args.inverse_temperature = temperature == 0 ? 0 : std::clamp(1 / temperature, 1e-37, 1e38);
     args.accepted = accepted.mutable_data_ptr<int64_t>();
     args.next_token = next_token.mutable_data_ptr<int64_t>();

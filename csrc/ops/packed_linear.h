@@ -1,5 +1,5 @@
-// Products with packed weights as functions of tensors; lora_ext/ops/packed_linear.py has the
-// contract.
+// Products with packed weights as functions of tensors; lora_ext/ops/packed_linear.py documents
+// them.
 #pragma once
 
 #include "ops/call.h"
