@@ -71,8 +71,7 @@ void register_ops(const char* library) {
 }
 
 void define_ops(pybind11::module_& m) {
-    m.doc() =
-        "Kernels of lora_ext: every op as a function, the same that torch.ops.lora_ext holds.";
+    m.doc() = "Ops of lora_ext as functions, the same as in torch.ops.lora_ext.";
     for_each_op([&]<class Row>(const Row& op) { m.def(op.name, Row::kernel); });
     m.def("cpu_isa", &cpu_isa);
     m.def("set_cpu_isa", &set_cpu_isa);

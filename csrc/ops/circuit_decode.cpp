@@ -47,8 +47,8 @@ struct Circuit {
         require(weights.params.n_token * weights.params.components <= kMaxSize &&
                     block_bytes(logits) <= circuit_block_bytes(),
                 op, "leaf",
-                expected("positions and components for which a block has room in ",
-                         circuit_block_bytes(), " bytes of shared memory"),
+                expected("positions and components that fit in ", circuit_block_bytes(),
+                         " bytes of shared memory"),
                 found("shape ", leaf.sizes(), ", which needs ", block_bytes(logits)));
         if (const int64_t bytes = circuit_workspace_bytes(logits)) {
             workspace = at::empty({bytes}, leaf.options().dtype(at::kByte));
@@ -78,7 +78,7 @@ struct Circuit {
         for (int64_t i = 0; i < tokens.numel(); ++i)
             require(i % c.n_token == 0 || token[i] < 0 || token[i - 1] >= 0, op,
                     words("evidence[", i / c.n_token, ", ", i % c.n_token, "]"),
-                    expected("-1 behind a -1: evidence comes first in its row"), found(token[i]));
+                    expected("-1 after a -1, as evidence is a prefix of its row"), found(token[i]));
         return tokens;
     }
 };
@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor> spec_verify(const Tensor& target_in, const Tensor& to
     args.target_dtype = dtype_of(op, "target", target_in);
     check_shape(op, "target", target_in, "(B, K + 1, V)", {B, K + 1, V}, device);
     require((args.target_dtype == DType::kFloat64) == (args.leaf_dtype == DType::kFloat64), op,
-            "target", expected("float64 where leaf is, and only there"),
+            "target", expected("float64 if and only if leaf is float64"),
             found(target_in.scalar_type()));
     check_shape(op, "tokens", tokens_in, "(B, K)", {B, K}, device);
     check_dtype(op, "tokens", tokens_in, at::kLong);
