@@ -5,7 +5,7 @@
 //   y[t, :] = y[t, :] + B v[t, :]     expand: vector lanes run over outputs
 //
 // Order of every sum, so that a row's bits depend neither on threads nor on other rows:
-//   v[t, r]           up to kRankSpan ranks one vector accumulator: lane l adds k = l, l + L, l + 2L ...
+//   v[t, r]           up to kRankSpan ranks one vector accumulator: lane l adds k = l, l + L, ...
 //                     ascending (pair products of the hardware: 2l, 2l + 1, then 2L further), then
 //                     the tree of sum_lanes(). Above, one accumulator, k ascending.
 //   delta of y[t, o]  one accumulator, ranks ascending; then y + delta, rounded once.
@@ -51,8 +51,7 @@ void shrink_few(const Slot<T>& slot, const Rows<const T>& x, const Rows<Acc<T>>&
     for (int64_t r = 0; r < slot.rank; r += kDotRanks)
         with_constant<kDotRanks>(min(slot.rank - r, kDotRanks), [&](auto ranks) {
             Vec<T> acc[kRows][ranks.value] = {};
-            const int64_t after = r + kDotRanks;  // only whole tiles, so that no unused line is
-                                                  // prefetched
+            const int64_t after = r + kDotRanks;  // whole tiles only: no unused lines
             const T* next = after + kDotRanks <= slot.rank ? slot.a_at(after) : nullptr;
             dot_tile<T, kRows, ranks.value>(xs, slot.a_at(r), slot.a_row, 0, slot.in, acc, next);
             write_v<T>(acc, slot.scale, v, 0, r);

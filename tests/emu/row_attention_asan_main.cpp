@@ -1,5 +1,5 @@
-// The kernel of attention by rows in the asan flavour, in buffers that end where contents end,
-// against a loop in double.
+// The kernel of row attention in the asan flavour, in buffers of exact size, against a loop in
+// double.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
