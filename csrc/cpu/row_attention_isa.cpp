@@ -253,8 +253,8 @@ struct Block {
         });
     }
 
-    // Computes the weights of all heads of row t + i at the positions of their keys; masked keys
-    // are removed meanwhile.
+    // Replaces the scores of all heads of row t + i by weights. Scores with holes are packed for
+    // the sum and moved back to the positions of their keys.
     void weigh_rows(int64_t i) const {
         for (int64_t row = i * room.alike; row < (i + 1) * room.alike; ++row) {
             A *const own = scores(row), *const packed = scratch + room.packed;

@@ -278,7 +278,7 @@ void kl_update(const VocabArgs& args, int64_t n) {
 }
 
 template <typename T>
-LX_INLINE Acc<T> share_of(const VocabArgs& args) {  // factor of a student, without one tau
+LX_INLINE Acc<T> share_of(const VocabArgs& args) {  // tau^2 / students, divided by tau
     return static_cast<Acc<T>>(args.tau / static_cast<double>(args.hiddens - 1));
 }
 

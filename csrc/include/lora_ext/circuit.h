@@ -68,7 +68,7 @@ LX_HOST_DEVICE constexpr int64_t circuit_tree_levels(int64_t n_token) {
 }
 
 // Input of the walk. A btree over at most two positions and an hmm over one have no matrix.
-// csrc/ops passes them as cp, because the walks require a matrix for every tree and chain.
+// csrc/ops passes them as cp, because the walks do not support a tree without a matrix.
 struct CircuitParams {
     CircuitKind kind = CircuitKind::kCP;
     DType dtype = DType::kFloat32;  // of prior and trans; kFloat64 only with float64 leaves

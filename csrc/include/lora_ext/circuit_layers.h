@@ -209,8 +209,8 @@ struct LayersArgs {
     int64_t* leaves = nullptr;   // (walks, plan.variables()): columns of val, or -1
 };
 
-// Return how many 16-bit numbers each kind of parts has. The padding of stored_weights is what
-// first_part adds for padded rows.
+// Return how many 16-bit numbers each kind of parts has. stored_weights includes the padding that
+// first_part assumes.
 inline int64_t stored_weights(const LayersArgs& args) {
     return args.parts * ((args.num_weights + 7 * args.plan.rows() + 7) / 8 * 8);
 }

@@ -1,5 +1,5 @@
 // Losses over a vocabulary of V tokens. Logits are processed in chunks of columns: a library's GEMM
-// computes a chunk, a function below reads it, and its memory is reused.
+// computes a chunk, a function below reads it, and it is then discarded.
 //
 // Row n of hidden state e has the logits z[e, n, v] = softcap(raw[e, n, v]) / tau, where softcap is
 // x -> c tanh(x / c), or the identity. With q = softmax(z):
