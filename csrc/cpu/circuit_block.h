@@ -12,8 +12,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// Vectors of a block of lanes. They determine the rows of a tile: 24 accumulators of 32 registers,
-// or 12 of 16.
+// Vectors of a block of lanes, and rows of its tile: 24 accumulators of 32 registers, or 12 of 16.
 constexpr int kMostVecs = 4;
 #if defined(__AVX512F__)
 constexpr int kTileRows[] = {12, 12, 0, 6};
@@ -51,8 +50,7 @@ LX_INLINE bool any(I mask) {
     return found != 0;
 }
 
-// acc[row][vector] = max(acc[row][vector], s(row, k) + b[k][vector]) over k in [0, depth); NaN is
-// skipped.
+// acc[row][vector] = max(acc[row][vector], s(row, k) + b[k][vector]), k in [0, depth); skips NaN.
 template <typename A, int kRows, int kVecs, typename S>
 LX_INLINE void max_tile(const A* b, int64_t depth, S&& s, Vec<A> (&acc)[kRows][kVecs]) {
     for (int64_t k = 0; k < depth; ++k, b += kVecs * kLanes<A>)
@@ -240,8 +238,7 @@ struct Block {
             rescue(m, o, p, tops, s, out);
         }
     }
-    // Recomputes log sum W_i exp(l_i) if s is too small to be accurate, with terms shifted by their
-    // maximum.
+    // Recomputes log sum W_i exp(l_i) for too small s, with terms shifted by their maximum.
     void rescue(const LayersMatrix& m, int64_t o, const A* l, const V (&tops)[kVecs],
                 const V (&s)[kVecs], A* out) const {
         const A* w = weights_of(m, o);
@@ -262,8 +259,7 @@ struct Block {
         const A top = row_max(w, n);
         return top == -kInfinity<A> ? A(0) : top;
     }
-    // Requires the complete dl of the node; adds its shares to its children and writes `ratio` for
-    // dweights.
+    // Distributes the complete dl of the node to its children; writes `ratio` for dweights.
     void backward(const LayersNode& node, A* p, A* d, A* ratio) const {
         if (node.matrix < 0) {
             for (int64_t o = 0; o < node.units; ++o)

@@ -27,8 +27,7 @@ namespace {
 // ------------------------------------------------------------------------------------------------
 // Leaves
 
-constexpr int64_t kLeafBytes = 16384;  // size of logits that are still in the L1 cache when read
-                                       // again
+constexpr int64_t kLeafBytes = 16384;  // size of logits that L1 holds for a second read
 
 template <typename T>
 LX_INLINE Acc<T> max_of_logits(const T* x, int64_t n) {
@@ -210,8 +209,7 @@ struct Reverse {
     using A = Acc<P>;
     using V = Vec<P>;
     static constexpr int L = kLanes<P>;
-    static constexpr int64_t kVectors = CircuitStep<P>::kVectors + 10;  // in addition to two per
-                                                                        // level
+    static constexpr int64_t kVectors = CircuitStep<P>::kVectors + 10;  // besides two per level
 
     const CircuitScanArgs& args;
     const CircuitParams& c;
@@ -281,8 +279,7 @@ struct Reverse {
         exp_of(up, shift, width, up_weight);
         exp_of(u, shift, width, u_weight);
     }
-    // Row z of Y: `linear` is the factor of E times up_weight, or 0 if the exact logarithms are
-    // used.
+    // Row z of Y: `linear` is the factor of E times up_weight; 0: use the exact logarithms.
     struct RowOfY {
         A linear, exact, minus, top;
     };

@@ -86,8 +86,7 @@ void backward(const LayersArgs& args, int64_t begin, int64_t end, void* scratch)
                 to[b] += static_cast<const A*>(args.droots)[(lane + b) * roots + r];
         }
         A* p = static_cast<A*>(scratch);
-        A *d = p + args.max_width * kWidth, *ratio = d + args.max_width * kWidth;  // ratio:
-                                                                                   // max_units
+        A *d = p + args.max_width * kWidth, *ratio = d + args.max_width * kWidth;  // max_units
         for (int64_t n = args.program.num_nodes() - 1; n >= 0; --n)
             block.backward(args.program.nodes()[n], p, d, ratio);
     });

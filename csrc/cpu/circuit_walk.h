@@ -7,8 +7,7 @@
 //   out = top + log sum_z p[z] E[z, z']
 //   p[z] = exp(cur[z] - top) / sum E[z, :],  E = exp(a - max a)
 // so a transition costs one exponential. A sum below kTrusted may have lost terms to underflow: its
-// vector of states is recomputed as log-sum-exp of exact logarithms. If all terms are -inf, so is
-// the result.
+// vector of states is recomputed as log-sum-exp of exact logarithms. If all terms are -inf, it is -inf.
 //
 // Logarithms are relative to a base in double, so that a chain of thousands of positions loses no
 // digits. A vector of states is padded with -inf to whole vectors.
@@ -21,8 +20,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// Terms that underflow are below the smallest normal number; 2^10 of them are negligible beside
-// this.
+// Terms that underflow are below the smallest normal number; 2^10 of them are negligible here.
 template <typename A>
 constexpr A kTrusted = sizeof(A) == 4 ? A(0x1p-90) : A(0x1p-900);
 template <typename A>
@@ -183,9 +181,8 @@ struct CircuitStep {
             }
         }
     }
-    // out += sum_z weights[z] E[z, :] / sum E[z, :] over `count` rows. All maxima are computed
-    // before all exponentials, so that the rows' chains of operations overlap; the rows that follow
-    // are prefetched.
+    // out += sum_z weights[z] E[z, :] / sum E[z, :] over `count` rows. Maxima precede exponentials,
+    // so that the rows' chains of operations overlap; the next rows are prefetched.
     void add_rows(int64_t m, int64_t first, int64_t count, A* out) const {
         const P* const a = matrix_row(m, first);
         for (int64_t z = 0; z < count; ++z) {

@@ -42,8 +42,7 @@ template <typename T>
 LX_INLINE void give(T* p, Vec<T> v, int64_t n) {
     store_n(p, v, n);
 }
-// Stores a whole vector past the caches, to an aligned address. 16-bit values use an ordinary
-// store.
+// Stores a whole vector past the caches, to an aligned address; ordinary stores for 16-bit values.
 template <typename T>
 LX_INLINE void stream(T* p, Vec<T> v) {
 #if defined(__AVX512F__)

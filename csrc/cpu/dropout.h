@@ -38,8 +38,7 @@ LX_INLINE Acc<T> inverse_keep(const LoraDropout& d) {
         return d.inverse_keep;
 }
 
-// Each lane holds a counter word in its low half. The upper half may hold anything: multiplications
-// read only low halves.
+// Each lane holds a counter word in its low half. Multiplications ignore the upper half.
 constexpr int kCounters = kF / 2;
 using Words = VecN<uint64_t, kCounters>;
 
@@ -77,8 +76,7 @@ LX_INLINE uint64_t spread(uint64_t bits) {
 
 // Return the mask of the columns [column, column + 64); column is a multiple of four.
 inline uint64_t keep_bits(const DropoutKey& key, uint32_t row, int64_t column) {
-    constexpr int kChains = kCounters < 8 ? 2 : 1;  // in flight at once, to hide the multiplier's
-                                                    // latency
+    constexpr int kChains = kCounters < 8 ? 2 : 1;  // in flight, to hide multiplier latency
     uint64_t kept[4] = {};
     for (int done = 0; done < 16; done += kChains * kCounters) {
         Words c0[kChains], c1[kChains], c2[kChains] = {}, c3[kChains] = {};

@@ -117,8 +117,8 @@ LX_INLINE void add_to(T* y, Vec<T> delta, int64_t n) {
         store(y, load(y) + delta);
 }
 
-// Outputs of a tile: whole vectors of adjacent outputs in full pages, whole vectors, or the first n
-// of one vector.
+// Outputs of a tile: whole vectors of adjacent outputs in full pages, whole vectors, or n lanes of
+// one.
 enum class Outputs { kDense, kWhole, kPart };
 
 // If a bank has room for larger ranks, the rows of B of an adapter have gaps, which must not be
@@ -286,8 +286,7 @@ template <typename T>
 Rows<T> y_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<T*>(args.y), args.y_row_stride, chunk.rows};
 }
-// Return the most rows that merged items may have: with several spans, many rows share a packed
-// block.
+// Return the most rows of merged items: with several spans, many rows share a packed block.
 int64_t most_rows(const LoraArgs& args) {
     return rank_spans(args.bank.max_rank) > 1 ? kSumRows : 0;
 }

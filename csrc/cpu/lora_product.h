@@ -188,8 +188,7 @@ Span span_of(const Slot<T>& slot, int64_t index) {
 }
 
 // v and dv: out[t][r] = factor * sum_k left[t][k] * right[k][r] for the ranks of a span.
-// pack_right(k, n, first, count, to, row) packs a block of right; `key` masks the same rows of
-// left.
+// pack_right(k, n, first, count, to, row) packs a block of right; `key` masks left.
 template <typename T, typename Pack>
 void project(const Rows<const T>& left, int64_t rows, int64_t features, const DropoutKey* key,
              Span span, Acc<T> factor, const Rows<Acc<T>>& out, Pack&& pack_right) {

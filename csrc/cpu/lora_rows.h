@@ -35,8 +35,7 @@ struct Slot {
           b_row(bank.b_row_stride),
           in(bank.in_features),
           out(bank.out_features),
-          // Clamped as in the kernels: da and db visit slots without rows, whose ranks are not
-          // checked.
+          // Clamped as in kernels: da and db visit slots without rows, with unchecked ranks.
           rank(bank.ranks ? clamp_rank(bank.ranks[slot], bank.max_rank) : bank.max_rank),
           full_pages(bank.full_pages),
           scale(bank.scale ? bank.scale[slot] : 1) {

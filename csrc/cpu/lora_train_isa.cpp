@@ -258,8 +258,7 @@ void dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     });
 }
 
-// Items are the bands of dA, which include dx if one span has all ranks; otherwise the items of dx
-// follow.
+// Items are the bands of dA, which include dx if one span has all ranks, then any items of dx.
 template <typename T>
 void da_dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     const bool together = rank_spans(args.lora.bank.max_rank) == 1;

@@ -17,8 +17,7 @@ constexpr int64_t kTileColumns = 2 * kF;
 constexpr int64_t kHalves = kPanel / kTileColumns;  // adjacent tiles of a panel
 constexpr int64_t kChunk = 128;                     // steps
 constexpr int64_t kStepBytes = kPanel * 4;          // two cache lines
-constexpr int64_t kAhead = 4096;                    // prefetch distance in bytes if a panel is one
-                                                    // pass
+constexpr int64_t kAhead = 4096;                    // prefetch distance in bytes of a single pass
 constexpr int64_t kRows = 32;                       // rows per pass over W
 
 using Word = VecN<uint32_t, kF>;
@@ -144,8 +143,7 @@ void multiply(const PackedLinearArgs& args, int64_t begin, int64_t end) {
 
 template <typename T>
 void lay_out(const PackedLinearArgs& args, int64_t begin, int64_t end) {
-    constexpr int64_t kFeatures = 4 / sizeof(T), kBlock = 64;  // kBlock: steps; input and output
-                                                               // stay in L1
+    constexpr int64_t kFeatures = 4 / sizeof(T), kBlock = 64;  // kBlock: steps in L1
     const int64_t steps = panel_steps(args);
     for (int64_t p = begin; p < end; ++p) {
         T* panel = static_cast<T*>(args.packed) + p * steps * kPanel * kFeatures;

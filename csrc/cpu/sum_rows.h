@@ -1,8 +1,8 @@
 // Rows of weights and of log-values, for sum layers and whole circuits; formulas in circuit_sum.h.
 // Compiled per instruction set like vec_math.h.
 //
-// A sum over a row has one accumulator vector, folded once: its order depends only on the
-// instruction set.
+// A sum over a row has one accumulator vector, folded once: only the instruction set sets its
+// order.
 #pragma once
 
 #include "lora_ext/circuit_sum.h"

@@ -52,8 +52,7 @@ LX_INLINE V interleave(V a, V b, LaneList<kLane...>) {
     return __builtin_shufflevector(
         a, b, (kLane / kPer * kPer + (kUpper * kPer + kLane % kPer) / 2 + (kLane % 2 ? L : 0))...);
 }
-// 4x4 transposes in every 128 bits of four vectors: first of lanes in pairs, then of pairs of
-// lanes.
+// 4x4 transposes in every 128 bits of four vectors: of lanes in pairs, then of pairs of lanes.
 template <typename V>
 LX_INLINE void transpose_quads(const V* r, V* out) {
     using Pairs = VecN<uint64_t, sizeof(V) / 8>;

@@ -251,8 +251,7 @@ LX_INLINE void store(Half* p, Vec<float> v) {
     using F = Vec<float>;
     const U u = bit_cast<U>(v), magnitude = u & 0x7fffffffu;
     const U normal = (magnitude + 0xfffu + (magnitude >> 13 & 1) - 0x38000000u) >> 13;
-    // Below 2^-14 the addition rounds: the last place of 0.5 is 2^-24, the step of fp16's
-    // subnormals.
+    // Below 2^-14 the addition rounds: the last place of 0.5 is 2^-24, fp16's subnormal step.
     const U subnormal = bit_cast<U>(bit_cast<F>(magnitude) + 0.5f) - 0x3f000000u;
     U h = select<U>(magnitude < 0x38800000u, subnormal, normal);
     h = select<U>(magnitude >= 0x477ff000u, U{} + 0x7c00u, h);

@@ -52,8 +52,7 @@ LX_INLINE V or_impossible(V v, int64_t count) {
                : splat<V>(kImpossible<E>);
 }
 
-// Adds the sums over n columns that add_terms(index, count, parts) accumulates, to one or two
-// numbers.
+// Sums add_terms(index, count, parts) over n columns, into one or two numbers.
 template <typename T, typename F>
 LX_INLINE void add_up(int64_t n, Acc<T>& first, Acc<T>& second, F&& add_terms) {
     Vec<T> totals[2] = {};

@@ -1,5 +1,4 @@
-// Checks of tensors that all families share. Each raises before memory is accessed, with a message
-// of require.h.
+// Checks of tensors that all families share. Each raises before memory is accessed; see require.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -43,8 +42,7 @@ struct Argument {
 // Checks that y, which passed check_output, shares no byte with any of the arguments.
 void check_apart(const char* op, const Tensor& y, std::initializer_list<Argument> others);
 
-// Return the data of a small vector of integers or scales on the device of the weights, after
-// checks.
+// Return the data of a small vector of integers or scales on the device of the weights.
 template <class T>
 const T* vector_data(const char* op, const char* name, const Tensor& t, int64_t size,
                      at::ScalarType dtype, at::Device device) {

@@ -10,8 +10,7 @@
 
 namespace lora_ext {
 
-// Return t itself if each row of its batch is contiguous, with any stride between rows, else a
-// copy.
+// Return t itself if each row of its batch is contiguous, with any batch stride, else a copy.
 Tensor batch_of_rows(const Tensor& t);
 
 // Checks that values are in [least, most): on the CPU always, on a device in debug mode.

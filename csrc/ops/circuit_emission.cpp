@@ -62,8 +62,7 @@ struct Emission {
 
     Tensor weights(int64_t k) const { return emit.select(0, k).view({components * vocab, width}); }
 
-    // Calls f(k, first row, h of the chunk, its logits, arguments of the leaf kernels) for each
-    // chunk.
+    // Calls f(k, first row, h of the chunk, its logits, arguments of leaf kernels) per chunk.
     template <typename F>
     void for_chunks(F&& f) {
         for (int64_t k = 0; k < n_token; ++k) {

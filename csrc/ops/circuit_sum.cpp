@@ -258,8 +258,7 @@ std::tuple<Tensor, Tensor> log_einsum_exp_backward(const Tensor& dout_in, const 
     }
     if (need_dw) {
         if (!kernels && dw.scalar_type() == values.scalar_type())
-            args.flow = dw.mutable_data_ptr();  // the twin reads each element of flow before it
-                                                // writes dw
+            args.flow = dw.mutable_data_ptr();  // the twin reads flow before it writes dw
         else
             flow = call.take(args.flow, {args.groups, args.sums, args.terms});
         if (kernels) at::bmm_out(flow, ratio.transpose(1, 2), scaled.value);

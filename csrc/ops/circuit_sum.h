@@ -8,8 +8,7 @@
 
 namespace lora_ext {
 
-// Returns the weights scaled to row maximum 1 and the logarithms of the scales, for reuse by later
-// calls.
+// Returns the weights scaled to row maximum 1 and the logarithms of the scales, for reuse.
 std::tuple<Tensor, Tensor> log_einsum_weights(const Tensor& w, std::string_view norm);
 Tensor log_einsum_exp(const Tensor& w, const Tensor& values, std::string_view norm,
                       std::string_view precision, const OptionalTensor& weight,

@@ -66,8 +66,7 @@ struct DepthMix : torch::autograd::Function<DepthMix> {
             dmixed, or_none(grads[1]), in.hiddens, in.gammas, in.betas,
             in.weights ? *in.weights : chosen, in.router, rinv, mean, need_hiddens);
 
-        // `sums` has rows of d numbers for gammas, betas and the router, in the order of the
-        // inputs.
+        // `sums` has rows of d numbers for gammas, betas and router, in the order of inputs.
         const auto width = in.hiddens[0].sym_size(-1);
         const auto give = [&](size_t i, const Tensor& gradient) {
             if (wanted(i)) out[i] = gradient.to(all[i].scalar_type());

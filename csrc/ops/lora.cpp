@@ -26,8 +26,8 @@ thread_local Scratch plan_scratch, v_scratch;
 
 enum class Step { kShrink, kExpand, kApply };
 
-// A parallel region costs a few microseconds: one thread is faster below this size of all adapters
-// of a call.
+// A parallel region costs a few microseconds: one thread is faster for fewer bytes of adapters per
+// call.
 constexpr int64_t kSerialBytes = 128 * 1024;
 
 void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size) {
@@ -68,9 +68,8 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
         });
     };
     if (step == Step::kApply && one_span && (threads == 1 || chunks >= 4 * threads)) {
-        // Loops over modules outside. Looping over chunks outside would read x once for all
-        // modules, but change to the pages of another module at every chunk; which is faster has
-        // not been measured.
+        // The outer loop runs over modules. The other order would read x once, but change pages at
+        // every chunk; which is faster has not been measured.
         split(chunks, [&](int64_t begin, int64_t end) {
             for (const LoraArgs& args : modules) cpu.apply(args, begin, end);
         });
@@ -146,8 +145,7 @@ void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tenso
         return;
     }
 
-    // Workspaces use torch's caching allocator, which follows stream order and supports graph
-    // capture.
+    // Workspaces use torch's caching allocator: stream-ordered, and legal under graph capture.
     const auto ints = x.options().dtype(at::kInt);
     Tensor own_plan, workspace;
     if (!plan && (rows > kPlanlessTokens || debug_mode())) {

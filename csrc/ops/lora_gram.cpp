@@ -109,8 +109,7 @@ class Call {
                     for (size_t i = 0; i < chosen.size(); ++i)
                         if (item < items_of(chosen[i].rank))
                             items.push_back(static_cast<int64_t>(i) * args.items + item);
-                // Thread i takes items i, i + hands, ..., so that each gets its share of a large
-                // adapter.
+                // Thread i takes items i, i + hands, ..., to share the items of a large adapter.
                 const auto count = static_cast<int64_t>(items.size());
                 const int64_t hands = std::min<int64_t>(at::get_num_threads(), count);
                 for_items(hands, work / hands, kSerialWork, [&](int64_t begin, int64_t end) {

@@ -135,9 +135,8 @@ struct Call {
         args.workspace = workspace.mutable_data_ptr();
     }
 
-    // Return left weight^T + bias: the base layer of x, or, from dy and weight^T, the initial dx. A
-    // row without adapter must keep the bits of the base layer, so a call with such a row uses the
-    // base layer's library.
+    // Return left weight^T + bias: the base layer of x, or, from dy and weight^T, the initial dx.
+    // Rows without adapter keep the base layer's bits, so a call with such rows uses its library.
     Tensor base_product(const Tensor& left, const Tensor& weight,
                         const OptionalTensor& bias = {}) const {
         const bool base_bits = !active() || launches_kernels(x) || idle_rows();

@@ -1,5 +1,4 @@
-// Memory reuse for large, short-lived results of CPU ops: fresh pages cost more than writing the
-// result.
+// Memory reuse for large, short-lived CPU results: fresh pages cost more than writing the result.
 #pragma once
 
 #include "ops/call.h"

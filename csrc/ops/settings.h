@@ -12,8 +12,7 @@ std::string cpu_isa();
 void set_cpu_isa(const std::string& isa);
 // True if the CUDA kernels were compiled into this module.
 bool has_kernels();
-// In debug mode, a launch with an adapter id out of range synchronises and raises; twins always
-// raise.
+// In debug mode, a launch with an id out of range synchronises and raises; twins always raise.
 void set_debug(bool on);
 bool debug_mode();
 Isa chosen_isa();

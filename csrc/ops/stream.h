@@ -1,5 +1,5 @@
-// Choice between twin and kernel for a tensor, and its stream. module.cpp implements both per
-// module.
+// Choice between twin and kernel for a tensor, and its stream; implemented per module in
+// module.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>

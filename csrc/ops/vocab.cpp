@@ -176,8 +176,7 @@ struct Call {
         return {loss, lse};
     }
 
-    // Return (dhidden of the first `students` hidden states, dweight, dbias) from recomputed
-    // logits.
+    // Return (dhidden of the first `students` hidden states, dweight, dbias), recomputing logits.
     ThreeTensors backward(const Step& gradient, int64_t students, const Tensor& dloss,
                           at::ScalarType hidden_dtype, bool need_dhidden, bool need_dweight,
                           bool need_dbias) {

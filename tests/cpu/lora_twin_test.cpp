@@ -22,8 +22,7 @@ namespace scalar {
 extern const LoraCpu lora_table;
 }
 #ifdef LX_WIDE_TABLE
-// The 64-byte-wide source compiled for 32-byte vectors, to test the avx512 code on machines without
-// it.
+// The 64-byte-wide source compiled for 32-byte vectors tests the avx512 code without avx512.
 namespace avx2_wide {
 extern const LoraCpu lora_table;
 }

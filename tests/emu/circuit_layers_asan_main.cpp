@@ -158,8 +158,7 @@ void check_layers(int32_t n, int32_t m, int64_t rows) {
                 close("low precision", found[u * lanes + b], val[u * lanes + b], bound);
     }
 
-    // A walk leads from the copy to a pair, and from s to one of its terms. l has two variables, r
-    // one.
+    // A walk leads from the copy to a pair, and from s to one of its terms. l has two variables.
     for (const bool drawn : {false, true}) {
         a.walks_per_row = drawn ? 2 : 1;
         a.walks = rows * a.walks_per_row;

@@ -1,5 +1,4 @@
-// The kernel of row attention in the asan flavour, in buffers of exact size, against a loop in
-// double.
+// The kernel of row attention in the asan flavour, in exact buffers, against a loop in double.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -101,7 +101,7 @@ struct CircuitLeafArgs {
 };
 
 // Scan: prefix[k] = logsumexp(cur_k + e_k), posterior[k] = softmax(cur_k), conditional[k] =
-// logsumexp(cur_k + e_k) - logsumexp(cur_k). The backward takes the gradients of prefix and
+// logsumexp(cur_k + e_k) - logsumexp(cur_k). Backward, from the gradients of prefix and
 // conditional.
 struct CircuitScanArgs {
     CircuitParams params;

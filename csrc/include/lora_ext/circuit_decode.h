@@ -73,8 +73,7 @@ struct SpecVerifyArgs {
 };
 
 // Children of a latent: adjacent positions and up to two latents. The number of a latent is that of
-// the matrix that leads into it, -1 for the root. Child latents have larger numbers than their
-// parent.
+// the matrix that leads into it, -1 for the root; child latents have larger numbers.
 struct CircuitLatent {
     int64_t first_leaf, num_leaves;
     int64_t inner[2];  // -1: no latent
@@ -93,8 +92,8 @@ LX_HOST_DEVICE constexpr CircuitLatent circuit_latent(CircuitKind kind, int64_t 
             {left.is_leaf() ? -1 : left.matrix, right.is_leaf() ? -1 : right.matrix}};
 }
 
-// CPU twins: one table per instruction set, from isa.h. Items are rows of the batch; `scratch` is
-// aligned to 64 bytes.
+// CPU twins: one table per instruction set, from isa.h. Items are rows; `scratch` is 64-byte
+// aligned.
 struct CircuitDecodeCpu {
     const char* isa;
     int64_t (*sample_scratch)(const CircuitLogits&);  // of sample and conditional_dist

@@ -87,13 +87,10 @@ struct LayersProgram {
     LX_HOST_DEVICE const LayersMatrix* matrices() const {
         return items<LayersMatrix>(matrices_at());
     }
-    LX_HOST_DEVICE const int32_t* users() const { return at + users_at(); }    // nodes that use a
-                                                                               // matrix
+    LX_HOST_DEVICE const int32_t* users() const { return at + users_at(); }    // nodes of a matrix
     LX_HOST_DEVICE const int32_t* roots() const { return at + roots_at(); }    // columns
-    LX_HOST_DEVICE const int32_t* stages() const { return at + stages_at(); }  // first node of each
-                                                                               // stage
-    // For each child, then each root: the node that owns its units, or -1 - the variable of its
-    // leaves.
+    LX_HOST_DEVICE const int32_t* stages() const { return at + stages_at(); }  // their first nodes
+    // For each child, then each root: the node that owns its units, or -1 - the variable of leaves.
     LX_HOST_DEVICE const int32_t* owners() const { return at + owners_at(); }
     // For each node with a matrix, the index of its uniform among the uniforms of a walk.
     LX_HOST_DEVICE const int32_t* draws() const { return at + draws_at(); }
@@ -154,9 +151,8 @@ constexpr int parts_of(LayersPrecision precision) {
 }
 
 // Kernels run by stages, on tensor cores, if nodes are too large for one launch that walks all
-// nodes. They store numbers as 16-bit parts; the parts of eight numbers of a row are adjacent. A
-// row of weights is padded to part_width numbers, a multiple of eight; a matrix begins at number
-// first_part.
+// nodes. They store numbers as 16-bit parts, those of eight numbers of a row together. A row of
+// weights has part_width numbers, a multiple of eight; a matrix begins at number first_part.
 LX_HOST_DEVICE constexpr int64_t part_width(int64_t width) {
     return (width + 7) / 8 * 8;
 }
@@ -209,8 +205,7 @@ struct LayersArgs {
     int64_t* leaves = nullptr;   // (walks, plan.variables()): columns of val, or -1
 };
 
-// Return how many 16-bit numbers each kind of parts has. stored_weights includes the padding that
-// first_part assumes.
+// Return how many 16-bit numbers each kind of parts has, with the padding of first_part.
 inline int64_t stored_weights(const LayersArgs& args) {
     return args.parts * ((args.num_weights + 7 * args.plan.rows() + 7) / 8 * 8);
 }
@@ -221,10 +216,9 @@ inline int64_t stored_ratios(const LayersArgs& args) {
     return args.parts * args.plan.most_sums() * args.lanes;
 }
 
-// Consecutive stages of one node each run in one launch if it fits: each block computes kRunTerms
-// sums and terms on kRunLanes lanes. stored_run_tops counts the largest terms per block and lane,
-// in two buffers as for term parts. stored_arrivals counts the barrier counters, one per stage and
-// lane tile.
+// Consecutive stages of one node each run in one launch if it fits: a block computes kRunTerms sums
+// and terms on kRunLanes lanes. stored_run_tops counts the largest terms per block and lane, in two
+// buffers; stored_arrivals counts the barrier counters per stage and lane tile.
 constexpr int kRunTerms = 64, kRunLanes = 32;
 inline int64_t stored_run_tops(const LayersArgs& args) {
     return 2 * ((args.plan.most_terms() + kRunTerms - 1) / kRunTerms) * args.lanes;

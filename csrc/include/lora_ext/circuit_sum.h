@@ -55,8 +55,7 @@ struct LogSumArgs {
     // Backward.
     const void* dout = nullptr;  // (G, B, O) float
     void* dvalues = nullptr;     // (G, B, I) float; input of the shared kernels: ratio weight
-    // (G, O, I) float, overwritten. Input of the shared kernels: ratio^T value. For twins it may be
-    // dw.
+    // (G, O, I) float, overwritten. Input of shared kernels: ratio^T value. For twins it may be dw.
     void* flow = nullptr;
     void* dw = nullptr;  // layout of w, contiguous, dtype of w
 };
@@ -65,8 +64,7 @@ struct LogSumArgs {
 // the split changes no bit.
 struct LogSumCpu {
     const char* isa;
-    // Shared regime. Items: (g, o) for weights and dweights, forward_items() for forward, else (g,
-    // b).
+    // Shared regime. Items: (g, o) for weights and dweights, (g, b) for the others except forward.
     void (*weights)(const LogSumArgs&, int64_t begin, int64_t end);  // w -> weight, weight_shift
     void (*values)(const LogSumArgs&, int64_t begin, int64_t end);   // l -> value, value_shift
     // value and w, or value and scaled weights -> out; also the weights if they were not given.

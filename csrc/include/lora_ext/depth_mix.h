@@ -83,8 +83,7 @@ struct DepthMixCpu {
     void (*sums)(const DepthMixArgs&, int64_t begin, int64_t end);  // elements of `sums`
 };
 
-// CUDA launchers: asynchronous, on `stream`, no allocation, no float64. One call computes the whole
-// backward.
+// CUDA launchers: asynchronous, on `stream`, no allocation, no float64. The backward is one call.
 LaunchStatus launch_depth_mix(const DepthMixArgs& args, void* stream);
 LaunchStatus launch_depth_mix_backward(const DepthMixArgs& args, void* stream);
 

@@ -77,8 +77,7 @@ enum PlanField : int32_t {
     kPlanHeader = 8,
 };
 
-// Return the rows per chunk from numbers known on the host: few for decode, a matrix tile for
-// prefill.
+// Return the rows per chunk from host-known numbers: few for decode, a matrix tile for prefill.
 constexpr int32_t lora_chunk_rows(int64_t num_tokens) {
     return num_tokens <= 256 ? 16 : num_tokens < 4096 ? 64 : 128;
 }
@@ -147,8 +146,7 @@ struct LoraCpu {
     void (*shrink)(const LoraArgs&, int64_t begin, int64_t end);
     int64_t (*expand_items)(const LoraArgs&);
     void (*expand)(const LoraArgs&, int64_t begin, int64_t end);
-    // Shrink and expand of chunks [begin, end) of the plan in one region; the bank must have one
-    // span.
+    // Shrink and expand of chunks [begin, end) of the plan in one region; one span of ranks only.
     void (*apply)(const LoraArgs&, int64_t begin, int64_t end);
 };
 

@@ -14,8 +14,7 @@
 
 namespace lora_ext {
 
-// Keys that a query row sees: [first, end); with holes, those of [first, end) that the mask
-// selects.
+// Keys that a query row sees: [first, end); with holes, only the keys that the mask selects there.
 struct SeenKeys {
     int64_t first = 0, end = 0;
     bool holes = false;
@@ -34,8 +33,7 @@ struct RowAttentionArgs {
     void* out = nullptr;  // (B, T, H, E), contiguous
 
     // A row sees a key if all given conditions hold: causal, at least T - t - 1 positions from the
-    // last key; spans, inside [first, end); mask, true. Strides over b are 0 if that axis has size
-    // 1.
+    // last key; spans, in [first, end); mask, true. Strides over b are 0 for size 1.
     bool causal = false;
     const int64_t* spans = nullptr;  // (B or 1, T, 2)
     int64_t spans_stride = 0;
@@ -74,8 +72,8 @@ constexpr int64_t attention_block(const RowAttentionArgs& args) {
 struct RowAttentionCpu {
     // Items are rows of seen.
     void (*see)(const RowAttentionArgs&, int64_t begin, int64_t end);
-    // Items are blocks of rows t of a group, (B, G, blocks). `scratch` is per thread and aligned to
-    // 64 bytes.
+    // Items are blocks of rows t of a group, (B, G, blocks). `scratch` is per thread, 64-byte
+    // aligned.
     void (*attend)(const RowAttentionArgs&, int64_t begin, int64_t end, void* scratch);
     int64_t (*scratch_bytes)(const RowAttentionArgs&);
 };
