@@ -7,7 +7,7 @@
 //   out = top + log sum_z p[z] E[z, z']
 //   p[z] = exp(cur[z] - top) / sum E[z, :],  E = exp(a - max a)
 // so a transition costs one exponential. A sum below kTrusted may have lost terms to underflow: its
-// vector of states is recomputed as log-sum-exp of exact logarithms. If all terms are -inf, it is -inf.
+// vector of states is recomputed as log-sum-exp of exact logarithms. If all are -inf, it is -inf.
 //
 // Logarithms are relative to a base in double, so that a chain of thousands of positions loses no
 // digits. A vector of states is padded with -inf to whole vectors.

@@ -1,8 +1,7 @@
 // Rows of weights and of log-values, for sum layers and whole circuits; formulas in circuit_sum.h.
 // Compiled per instruction set like vec_math.h.
 //
-// A sum over a row has one accumulator vector, folded once: only the instruction set sets its
-// order.
+// A sum over a row has one accumulator vector, folded once. Its order is that of the instruction set.
 #pragma once
 
 #include "lora_ext/circuit_sum.h"

@@ -14,8 +14,8 @@ namespace {
 using at::Tensor;
 
 // In float32 at::linear calls the BLAS that torch was built with. It is usually MKL, which does not
-// use AVX-512 on processors of other vendors. torch also contains oneDNN, called by an operator of its
-// compiler. Without AVX-512, MKL is faster.
+// use AVX-512 on processors of other vendors. torch also contains oneDNN, called by an operator
+// of its compiler. Without AVX-512, MKL is faster.
 using OneDnnLinear = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&,
                             std::string_view, c10::List<std::optional<at::Scalar>>,
                             std::optional<std::string_view>);
