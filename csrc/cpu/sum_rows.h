@@ -1,7 +1,7 @@
 // Rows of weights and of log-values, for sum layers and whole circuits; formulas in circuit_sum.h.
 // Compiled per instruction set like vec_math.h.
 //
-// A sum over a row has one accumulator vector, folded once. Its order is that of the instruction set.
+// A sum over a row has one accumulator vector, folded once, in the instruction set's order.
 #pragma once
 
 #include "lora_ext/circuit_sum.h"

@@ -1,4 +1,4 @@
-// Shared by the circuit ops: check tensors and convert them to the structs of lora_ext/circuit.h.
+// Helpers of the circuit ops that check tensors and convert them to structs of lora_ext/circuit.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,8 +23,8 @@ void check_uniforms(const char* op, const Tensor& uniforms);
 void check_tokens(const char* op, const Tensor& x, int64_t rows, int64_t n_token, int64_t vocab,
                   at::Device device);
 
-// Structure, prior and transitions of one op, and the tensors that own their memory. `leaf` is (B,
-// K, C) or (B, K, C, V).
+// Structure, prior and transitions of one op, and the tensors that own their memory. The shape of
+// `leaf` is (B, K, C) or (B, K, C, V).
 struct CircuitWeights {
     CircuitParams params;
     Tensor prior, trans;

@@ -1,4 +1,4 @@
-// Shared by the LoRA ops: check tensors and convert them to the structs of lora_ext/lora.h.
+// Helpers of the LoRA ops that check tensors and convert them to the structs of lora_ext/lora.h.
 #pragma once
 
 #include <initializer_list>
@@ -39,9 +39,10 @@ void check_plan(const char* op, const LoraPlanLayout& layout, const Tensor& ids,
 // slots at the same time.
 void check_slots(const char* op, const LoraBank& w, const int32_t* plan);
 
-// Return arguments with contiguous `ids`; the caller sets the memory of the plan.
+// Requires contiguous `ids`; the caller sets the memory of the plan.
 LoraPlanArgs plan_args(const Tensor& ids, int32_t num_adapters);
-// Fills `plan` and raises for an id out of range: always on the CPU, in debug mode on a device.
+// Fills `plan`; raises for an id out of range on the CPU. On a device the caller checks in debug
+// mode.
 void build_plan(const char* op, const Tensor& ids, LoraPlanArgs args, const Tensor& like);
 [[noreturn]] void raise_bad_id(const char* op, const Tensor& ids, int64_t num_adapters);
 

@@ -92,8 +92,8 @@ LX_HOST_DEVICE constexpr CircuitLatent circuit_latent(CircuitKind kind, int64_t 
             {left.is_leaf() ? -1 : left.matrix, right.is_leaf() ? -1 : right.matrix}};
 }
 
-// CPU twins: one table per instruction set, from isa.h. Items are rows; `scratch` is 64-byte
-// aligned.
+// CPU twins: one table per instruction set, from isa.h. Items are rows of the batch; `scratch`
+// is 64-byte aligned.
 struct CircuitDecodeCpu {
     const char* isa;
     int64_t (*sample_scratch)(const CircuitLogits&);  // of sample and conditional_dist

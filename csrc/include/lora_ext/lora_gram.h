@@ -13,8 +13,8 @@
 // set), never on threads or on other adapters. An element of a Gram matrix and its mirror image are
 // one sum.
 //
-// Source: SPLoRA (TACL 2025), the distance of an update to its projection, by the identity <b1 a1,
-// b2 a2> = <b2^T b1, a2 a1^T>.
+// Source: SPLoRA (TACL 2025), the distance of an update to its projection, by the identity
+// <b1 a1, b2 a2> = <b2^T b1, a2 a1^T>.
 #pragma once
 
 #include "lora_ext/common.h"

@@ -32,7 +32,8 @@ namespace lora_ext {
 // so that forward, backward, twins and kernels drop the same elements without storing a mask. `row`
 // is the row's number in the batch. With a seed per adapter it is the row's position among the rows
 // of its adapter, counted from slot_begin[s]: the mask then depends neither on the rest of the
-// batch nor on the slot. Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+// batch nor on the slot.
+// Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 struct LoraDropout {
     const int64_t* seed = nullptr;  // on the device of x: a captured graph may change it
     uint32_t threshold = 0;         // round(p * 2^32); 0: keep everything, the seed is not read
