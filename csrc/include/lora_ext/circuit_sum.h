@@ -11,8 +11,8 @@
 //   W[o, i] = weight[o, i] exp(weight_shift[o]),   weight with row maximum 1
 //   exp(l[b, i]) = value[b, i] exp(value_shift[b]), value with row maximum 1
 //   s = value weight^T,   out = log s + weight_shift + value_shift
-// On CUDA the product is the library's GEMM, or one fused kernel computes everything. Otherwise
-// each row has its own matrix, and each weight is read once.
+// On CUDA the product is the library's GEMM, or one fused kernel computes everything.
+// Nonzero: each row has its own matrix, and each weight is read once.
 //
 // -inf is legal in l and in w. A row without possible terms has shift -inf and scaled entries 0,
 // and out is -inf. A product that underflows although both rows have possible terms (s < 2^-80;
