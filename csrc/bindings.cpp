@@ -1,6 +1,6 @@
-// Each op is one C++ function, reachable by two doors: the module itself, and the dispatcher, which
-// is the one Python uses (torch.compile, fake tensors and autograd come with it). Both are made
-// from ops/table.h, here and nowhere else; module.cpp opens them under the name of its module.
+// Registration of every op from ops/table.h, as a function of the Python module and in the
+// dispatcher. Python calls the dispatcher, because torch.compile, fake tensors and autograd need
+// it. module.cpp calls the two functions below with the name of its library.
 #include "bindings.h"
 
 #include <torch/extension.h>
@@ -15,7 +15,7 @@ namespace {
 using lora_ext::table::for_each_op;
 using torch::Library;
 
-// The function as part of the type: the dispatcher then calls it without a pointer.
+// Passes the function as part of the type, so that the dispatcher calls it without a pointer.
 template <auto kFunction>
 constexpr auto fixed() {
     return c10::CompileTimeFunctionPointer<std::remove_pointer_t<decltype(kFunction)>, kFunction>();
@@ -49,9 +49,9 @@ void in_place(Library& m) {
 
 namespace lora_ext {
 
-// What TORCH_LIBRARY and TORCH_LIBRARY_IMPL do, for a name that this file does not know.
+// Does the work of TORCH_LIBRARY and TORCH_LIBRARY_IMPL for a library name given at run time.
 void register_ops(const char* library) {
-    static std::list<Library> kept;  // an op is known for as long as its Library lives
+    static std::list<Library> kept;  // an op is registered while its Library object exists
     Library& ops = kept.emplace_back(Library::DEF, library, std::nullopt, __FILE__, __LINE__);
     autograd::library = library;
     for_each_op([&]<class Row>(const Row& op) {
@@ -71,8 +71,7 @@ void register_ops(const char* library) {
 }
 
 void define_ops(pybind11::module_& m) {
-    m.doc() =
-        "Kernels of lora_ext: every op as a function, the same that torch.ops.lora_ext holds.";
+    m.doc() = "Ops of lora_ext as functions, the same as in torch.ops.lora_ext.";
     for_each_op([&]<class Row>(const Row& op) { m.def(op.name, Row::kernel); });
     m.def("cpu_isa", &cpu_isa);
     m.def("set_cpu_isa", &set_cpu_isa);

@@ -1,5 +1,6 @@
-// What one module has to itself: its name and its library's, and the road of its tensors. Compiled
-// for each of _C, _emu and _emu_check; all else of csrc/ops is compiled once, for all of them.
+// The parts specific to one module: its name, its library's name, and the choice between twin and
+// kernel for a tensor. Compiled once for each of _C, _emu and _emu_check; the modules share all
+// other objects of csrc/ops.
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <pybind11/pybind11.h>
@@ -29,8 +30,8 @@ bool launches_kernels(const at::Tensor& t) {
     return t.is_cuda();
 }
 
-// c10's virtual guard answers for any backend without a CUDA header, so this file compiles beside a
-// CPU-only torch.
+// c10's virtual guard works for any backend without a CUDA header, so this file also compiles
+// against a CPU-only torch.
 void* current_stream(const at::Tensor& t) {
     const c10::impl::VirtualGuardImpl guard(t.device().type());
     return guard.getStream(t.device()).native_handle();
@@ -47,7 +48,7 @@ bool has_kernels() {
 
 namespace {
 
-// As the library is loaded, whether Python imports it or torch.ops.load_library does.
+// Registration runs when the library is loaded, by a Python import or by torch.ops.load_library.
 const bool registered = (register_ops(LX_STRING(LORA_EXT_LIBRARY)), true);
 
 }  // namespace

@@ -1,4 +1,4 @@
-// From the DType of values, known at run time, to the C++ type in which they are stored.
+// Mapping from a runtime DType to the C++ storage type.
 #pragma once
 
 #include "lora_ext/common.h"
@@ -8,7 +8,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// f.operator()<T>() with the storage type of `dtype`.
+// Calls f.operator()<T>() with the storage type of `dtype`.
 template <typename F>
 LX_INLINE void with_dtype(DType dtype, F&& f) {
     switch (dtype) {
@@ -23,7 +23,7 @@ LX_INLINE void with_dtype(DType dtype, F&& f) {
     }
 }
 
-// The dtype that chooses among a table's functions, wherever a family's arguments have it.
+// Return the dtype that selects among a table's functions, for the arguments of any family.
 template <typename Args>
 LX_INLINE DType dtype_of(const Args& args) {
     if constexpr (requires { args.lora.dtype; })
@@ -34,7 +34,7 @@ LX_INLINE DType dtype_of(const Args& args) {
         return args.dtype;
 }
 
-// The one of four instances of a template that dtype_of(args) asks for.
+// Calls the instance of a template that dtype_of(args) selects.
 template <auto kFloat, auto kHalf, auto kBFloat, auto kDouble, typename Args, typename... Rest>
 void by_dtype(const Args& args, Rest... rest) {
     switch (dtype_of(args)) {
@@ -49,7 +49,7 @@ void by_dtype(const Args& args, Rest... rest) {
     }
 }
 
-// An entry of a table. No lambda: in a table, which has a symbol, it would have one too.
+// Entry of a table. A lambda would get a symbol there, because the table has one.
 #define LX_BY_DTYPE(f) by_dtype<f<float>, f<Half>, f<BFloat>, f<double>>
 
 }  // namespace

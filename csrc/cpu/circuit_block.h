@@ -1,8 +1,8 @@
-// A node of a circuit on a block of lanes: products, sums, and the way back; formulas in
-// circuit_layers.h. Built on sum_rows.h and, as that, per instruction set.
+// A node of a circuit on a block of lanes: products, sums, and their backward; formulas in
+// circuit_layers.h. Compiled per instruction set like sum_rows.h.
 //
-// Vectors lie along the lanes, so that maxima, exponentials and logarithms of a row of data meet no
-// other row, and a product of matrices takes the weights as they are: one number for all lanes.
+// Vectors run along the lanes, so that maxima, exponentials and logarithms of a row of data use no
+// other row. A matrix product broadcasts each weight to all lanes.
 #pragma once
 
 #include "lora_ext/circuit_layers.h"
@@ -12,8 +12,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// Vectors of a block of lanes, and with them rows of a tile: 24 accumulators of 32 registers, or 12
-// of 16.
+// Vectors of a block of lanes, and rows of its tile: 24 accumulators of 32 registers, or 12 of 16.
 constexpr int kMostVecs = 4;
 #if defined(__AVX512F__)
 constexpr int kTileRows[] = {12, 12, 0, 6};
@@ -21,7 +20,7 @@ constexpr int kTileRows[] = {12, 12, 0, 6};
 constexpr int kTileRows[] = {8, 6, 0, 3};
 #endif
 
-// f(Int<vectors>, first lane) for blocks of the lanes of groups [begin, end).
+// Calls f(Int<vectors>, first lane) for blocks of the lanes of groups [begin, end).
 template <typename A, typename F>
 LX_INLINE void for_blocks(int64_t begin, int64_t end, F&& f) {
     constexpr int L = kLanes<A>;
@@ -51,8 +50,7 @@ LX_INLINE bool any(I mask) {
     return found != 0;
 }
 
-// acc[row][vector] = the largest of itself and of s(row, k) + b[k][vector], k in [0, depth); passes
-// over NaN.
+// acc[row][vector] = max(acc[row][vector], s(row, k) + b[k][vector]), k in [0, depth); skips NaN.
 template <typename A, int kRows, int kVecs, typename S>
 LX_INLINE void max_tile(const A* b, int64_t depth, S&& s, Vec<A> (&acc)[kRows][kVecs]) {
     for (int64_t k = 0; k < depth; ++k, b += kVecs * kLanes<A>)
@@ -64,7 +62,7 @@ LX_INLINE void max_tile(const A* b, int64_t depth, S&& s, Vec<A> (&acc)[kRows][k
 }
 
 // c[m] (kVecs vectors, rows `c_row` apart) = sum over k of a[m am + k ak] b[k], ascending; added to
-// what c holds if `add`. kMax: the largest a[m am + k ak] + b[k] instead.
+// c if `add`. kMax: the maximum of a[m am + k ak] + b[k] instead.
 template <typename A, int kVecs, bool kMax = false>
 LX_INLINE void multiply(const A* a, int64_t am, int64_t ak, int64_t rows, int64_t depth, const A* b,
                         A* c, int64_t c_row, bool add) {
@@ -116,7 +114,7 @@ struct Block {
         for (int v = 0; v < kVecs; ++v) f(v, v * L);
     }
 
-    // The log-values of the products, kWidth lanes each, and their largest.
+    // Computes the log-values of the products, kWidth lanes each, and their maximum.
     void terms(const LayersNode& node, A* l, V (&tops)[kVecs]) const {
         for (int v = 0; v < kVecs; ++v) tops[v] = broadcast<A>(-kInfinity<A>);
         for (int64_t p = node.part_begin; p < node.part_end; ++p) {
@@ -153,7 +151,7 @@ struct Block {
             }
         }
     }
-    // The terms relative to the largest, between 0 and 1.
+    // Computes exp(term - maximum), between 0 and 1.
     void scaled_terms(const LayersNode& node, A* p, V (&tops)[kVecs]) const {
         terms(node, p, tops);
         V base[kVecs];
@@ -163,7 +161,7 @@ struct Block {
                 store(p + x, exp<false>(load(p + x) - base[v]));
             });
     }
-    // d of a product is d of each of its factors.
+    // The flow d of a product is added to each of its factors.
     void add_to_children(const LayersNode& node, const A* d) const {
         for (int64_t p = node.part_begin; p < node.part_end; ++p) {
             const LayersPart part = program.parts()[p];
@@ -240,7 +238,7 @@ struct Block {
             rescue(m, o, p, tops, s, out);
         }
     }
-    // log sum W_i exp(l_i) where s is too small to be trusted, its terms shifted by their maximum.
+    // Recomputes log sum W_i exp(l_i) for too small s, with terms shifted by their maximum.
     void rescue(const LayersMatrix& m, int64_t o, const A* l, const V (&tops)[kVecs],
                 const V (&s)[kVecs], A* out) const {
         const A* w = weights_of(m, o);
@@ -261,7 +259,7 @@ struct Block {
         const A top = row_max(w, n);
         return top == -kInfinity<A> ? A(0) : top;
     }
-    // dl of the node is complete: its shares to its children, and `ratio` to dweights.
+    // Distributes the complete dl of the node to its children; writes `ratio` for dweights.
     void backward(const LayersNode& node, A* p, A* d, A* ratio) const {
         if (node.matrix < 0) {
             for (int64_t o = 0; o < node.units; ++o)
@@ -298,7 +296,7 @@ struct Block {
         }
         add_to_children(node, d);
     }
-    // d[i] += g times the share of term i in sum o, of the lanes in which it was rescued.
+    // d[i] += g times the share of term i in sum o, for lanes in which the sum was rescued.
     void add_shares(const LayersNode& node, const LayersMatrix& m, int64_t o, const A* l,
                     const V (&tops)[kVecs], A* d) const {
         const A* w = weights_of(m, o);

@@ -1,7 +1,7 @@
 // Drafting from a circuit and verifying the draft, compiled once per instruction set.
 //
-// Lanes run over the vocabulary, or over the states. Sums of exponentials run in one order that
-// depends on the length of a row alone.
+// Lanes run over the vocabulary, or over the states. The order of a sum of exponentials depends
+// only on the length of the row.
 #include "lora_ext/circuit_decode.h"
 
 #include "by_dtype.h"
@@ -11,7 +11,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// Scratch of one row of the batch, handed out in whole cache lines, so that whole vectors fit.
+// Scratch of one row of the batch, allocated in whole cache lines, so that whole vectors fit.
 struct Scratch {
     char* next;
     static int64_t bytes(int64_t size) { return (size + 63) / 64 * 64; }
@@ -38,7 +38,7 @@ Acc<T> largest(const T* row, int64_t n) {
     for (int64_t i = kLanes<T>; i < n; i += kLanes<T>) top = max(top, load_padded(row + i, n - i));
     return max_lane(top);
 }
-// The first of the largest.
+// Return the first index of the maximum.
 template <typename T>
 int64_t argmax_of(const T* row, int64_t n) {
     const Acc<T> top = largest(row, n);
@@ -50,7 +50,7 @@ int64_t argmax_of(const T* row, int64_t n) {
 // ------------------------------------------------------------------------------------------------
 // The leaves of one position, C rows of V logits of any dtype.
 
-// log p = logit - top - log_sum: large logits lose no digits. log_sum -inf: nothing is possible.
+// log p = logit - top - log_sum loses no digits of large logits. log_sum -inf: nothing is possible.
 template <typename A>
 struct Norms {
     A *top, *log_sum;
@@ -61,7 +61,7 @@ struct Norms {
 
 template <typename A>
 struct LeafOps {
-    // `w` is scratch of a row, here and below.
+    // `w` is scratch for one row, here and below.
     void (*norms)(const void* rows, int64_t C, int64_t V, A* w, Norms<A> norms);
     // e[z] = log p(v | z)
     void (*at)(const void* rows, int64_t C, int64_t V, int64_t v, Norms<A> norms, A* e);
@@ -115,7 +115,7 @@ struct Leaf {
     static constexpr LeafOps<A> ops{norms, at, draw_from, mixture, argmax, sizeof(T)};
 };
 
-// The leaves of one row of the batch.
+// Leaves of one row of the batch.
 template <typename A>
 struct Leaves {
     const LeafOps<A>& ops;
@@ -141,7 +141,7 @@ struct Leaves {
 // ------------------------------------------------------------------------------------------------
 // Sampling and conditionals
 
-// softmax(cur) into `state`, padded with zeros; the logarithm of what cur was divided by.
+// Writes softmax(cur) to `state`, padded with zeros, and returns the logarithm of the divisor.
 template <typename A>
 A posterior_of(const A* cur, int64_t width, A* state) {
     const A shift = shift_of(max_of(cur, width)), sum = exp_of(cur, shift, width, state);
@@ -224,10 +224,10 @@ int64_t sample_scratch(const CircuitLogits& l) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Max-product. Upward, the best value of what hangs below a latent, and what each transition
-// chooses; downward, the choices.
+// Max-product. The upward pass computes the best value below a latent and the choice of each
+// transition; the downward pass reads the choices.
 
-// log softmax(logits) + below, to `out`; the first of the largest.
+// Writes log softmax(logits) + below to `out` and returns the first index of the maximum.
 template <typename P>
 int64_t best_step(const P* logits, const Acc<P>* below, int64_t n, Acc<P>* out) {
     using A = Acc<P>;
@@ -246,8 +246,8 @@ void argmax_row(const CircuitArgmaxArgs& args, int64_t row, Scratch scratch) {
     const int64_t K = circuit.n_token, C = leaves.C, V = leaves.V;
     const int64_t M = circuit_num_transitions(circuit.kind, K);
     const int64_t* const evidence = args.evidence ? args.evidence + row * K : nullptr;
-    A* const best = scratch.take<A>(K * C);     // of a position given its state
-    A* const stepped = scratch.take<A>(M * C);  // of a latent given the state of its parent
+    A* const best = scratch.take<A>(K * C);     // best of a position given its state
+    A* const stepped = scratch.take<A>(M * C);  // best of a latent given its parent's state
     A *const value = scratch.take<A>(C), *const sums = scratch.take<A>(C),
              *const w = scratch.take<A>(V);
     const Norms<A> norms{scratch.take<A>(C), scratch.take<A>(C)};
@@ -271,7 +271,7 @@ void argmax_row(const CircuitArgmaxArgs& args, int64_t row, Scratch scratch) {
                 sum += best[(latent.first_leaf + k) * C + z];
             value[z] = sum;
         }
-        if (m < 0) break;  // no matrix leads to the root
+        if (m < 0) break;  // the root has no matrix
         const P* const matrix =
             static_cast<const P*>(circuit.trans) + row * circuit.trans_stride + m * C * C;
         for (int64_t z = 0; z < C; ++z) {
@@ -309,7 +309,7 @@ int64_t argmax_scratch(const CircuitLogits& l) {
 // ------------------------------------------------------------------------------------------------
 // Verification
 
-// p = max(0, p - sum_z posterior[z] softmax(leaf[z])); `e`, `q` are scratch of a row.
+// p = max(0, p - sum_z posterior[z] softmax(leaf[z])); `e` and `q` are scratch for one row.
 template <typename L>
 void subtract_mixture(const void* leaf, const Acc<L>* posterior, int64_t C, int64_t V, Acc<L>* e,
                       Acc<L>* q, Acc<L>* p) {
@@ -389,7 +389,7 @@ int64_t verify_scratch(const SpecVerifyArgs& args) {
 // ------------------------------------------------------------------------------------------------
 // The table
 
-// f<P>(args, row) for all rows, P the C++ type of `dtype`.
+// Calls f<P>(row) for all rows, P the C++ type of `dtype`.
 template <typename F>
 void for_rows(DType dtype, int64_t begin, int64_t end, F&& f) {
     with_dtype(dtype, [&]<typename P>() {

@@ -6,18 +6,18 @@
 //   scan_backward  the walk in reverse                                   lanes over states
 //
 // Backward, with A = log softmax of trans, and the gradients g of a prefix and h of a conditional,
-// which is logsumexp(cur + e) - logsumexp(cur); what is impossible has none:
-//   at a position  de = (g + h) softmax(cur + e) + what comes from the right
+// which is logsumexp(cur + e) - logsumexp(cur); impossible values have gradient 0:
+//   at a position  de = (g + h) softmax(cur + e) + the gradient from the right
 //                  dcur = de - h softmax(cur)
 //   a step         X[z, z'] = dout[z'] exp(cur[z] + A[z, z'] - out[z'])    dcur[z] = sum_z' X
 //   a projection   Y[z, z'] = du[z] exp(A[z, z'] + up[z'] - u[z])          dup[z'] = sum_z Y
 //   the logits     X + Y - softmax(trans[z]) sum_z' (X + Y)[z, z']
-// X is p[z] E[z, z'] r[z'] with r = dout / exp(out - top), as long as no exp(out - top) is below
-// kTrusted; otherwise that vector of states is taken from the logarithms, whose difference is at
-// most 0. Y likewise, row by row.
+// X is p[z] E[z, z'] r[z'] with r = dout / exp(out - top), if no exp(out - top) is below kTrusted;
+// otherwise that vector of states is computed from the logarithms, whose difference is at most 0.
+// The same holds for Y, row by row.
 //
-// Each row of the batch, and of V logits, is one thread's, in one order: no bit depends on threads
-// or on the batch.
+// One thread computes each row of the batch, and of V logits, in one order: no bit depends on
+// threads or on the batch.
 #include "by_dtype.h"
 #include "circuit_walk.h"
 
@@ -27,7 +27,7 @@ namespace {
 // ------------------------------------------------------------------------------------------------
 // Leaves
 
-constexpr int64_t kLeafBytes = 16384;  // of logits whose second reading comes from the L1 cache
+constexpr int64_t kLeafBytes = 16384;  // size of logits that L1 holds for a second read
 
 template <typename T>
 LX_INLINE Acc<T> max_of_logits(const T* x, int64_t n) {
@@ -41,8 +41,8 @@ LX_INLINE Acc<T> max_of_logits(const T* x, int64_t n) {
     for (; i < n; i += L) most = max(most, load_padded(x + i, n - i));
     return max_lane(max(most, other));
 }
-// exp(x - top) for their maximum; where that is -inf, 0, or NaN if one is among them, which maxima
-// pass over. Brings what the next maxima will read into the cache.
+// Return the sum of exp(x - top), top their maximum. If top is -inf, return 0, or NaN if x contains
+// NaN, which the maximum skips. Prefetches the input of the next maximum.
 template <typename T>
 LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> top) {
     constexpr int L = kLanes<T>;
@@ -64,8 +64,8 @@ LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> top) {
     return lane_sum(even + odd);
 }
 
-// log sum exp of `rows` rows of n logits as top and sum. Short rows in groups, maxima first, so
-// that one row's chain of operations hides another's; long ones block by block.
+// log sum exp of `rows` rows of n logits, as top and sum. Short rows run in groups, maxima first,
+// so that the rows' chains of operations overlap; long rows run block by block.
 template <typename T>
 void log_sums(const T* x, int64_t rows, int64_t n, Acc<T>* top, Acc<T>* sum) {
     using A = Acc<T>;
@@ -203,7 +203,7 @@ void scan(const CircuitScanArgs& args, int64_t begin, int64_t end, void* scratch
 // ------------------------------------------------------------------------------------------------
 // Backward of the scan
 
-// One row of the batch, walked from right to left.
+// Backward of one row of the batch, from right to left.
 template <typename P>
 struct Reverse {
     using A = Acc<P>;
@@ -248,8 +248,8 @@ struct Reverse {
         return of ? static_cast<const A*>(of)[b * c.n_token + k] : A(0);
     }
 
-    // From x = cur and the gradients at position k: gradient becomes that of cur, de_k that of
-    // cur + e_k, to which dup adds what e_k is part of. x becomes cur + e_k.
+    // From x = cur and the gradients at position k: `gradient` becomes that of cur, de_k that of
+    // cur + e_k plus dup, if given, since e_k is also part of up. x becomes cur + e_k.
     void position(int64_t k, A* x, A* gradient, const A* dup) {
         A* const before = ratio;
         const A weight = exp_of(x, shift_of(max_of(x, width)), width, before);
@@ -271,7 +271,7 @@ struct Reverse {
         add_to(x, terms, width);
     }
 
-    // up and u of a matrix, and their exponentials relative to one maximum.
+    // Loads up and u of a matrix, and their exponentials relative to one maximum.
     void load_projection(int64_t m) const {
         load_state(3 * m + 1, up);
         load_state(3 * m + 2, u);
@@ -279,7 +279,7 @@ struct Reverse {
         exp_of(up, shift, width, up_weight);
         exp_of(u, shift, width, u_weight);
     }
-    // Row z of Y: `linear` for E times up_weight, or 0 and the exact logarithms.
+    // Row z of Y: `linear` is the factor of E times up_weight; 0: use the exact logarithms.
     struct RowOfY {
         A linear, exact, minus, top;
     };
@@ -293,7 +293,7 @@ struct Reverse {
         return exp(load_padded(a + i, n - i) - y.top + load(up + i) - y.minus) * y.exact;
     }
 
-    // dup = the sum of Y over its rows; load_projection came first.
+    // dup = the sum of Y over its rows; requires load_projection.
     void project(int64_t m, const A* du, A* dup) const {
         clear(dup);
         for (int64_t z = 0; z < n; ++z) {
@@ -304,12 +304,12 @@ struct Reverse {
         }
     }
 
-    // Where out came from: dcur += the sums of X over its columns, and the gradient of the logits
-    // of matrix m. du: of the projection that load_projection has loaded, or nullptr.
+    // Backward of a step: dcur += the sums of X over its columns; also writes the gradient of the
+    // logits of matrix m. du belongs to the projection loaded by load_projection, or is nullptr.
     void trace(int64_t m, const A* from, const A* dout, const A* du, A* dcur) const {
         const A shift = shift_of(max_of(from, width));
         exp_of(from, shift, width, step.weights);
-        // exact[i]: this vector of columns from its logarithms.
+        // exact[i] is nonzero if this vector of columns is computed from its logarithms.
         A* const exact = step.u;
         for (int64_t i = 0; i < width; i += L) {
             const V value = load(out + i), weight = exp(value - shift);
@@ -390,7 +390,7 @@ struct Reverse {
         store_prior_gradient(d);
     }
 
-    // cur of `node` before its left or right child.
+    // Loads cur of `node` before its left or right child.
     void load_cur(const CircuitNode& node, bool right, A* to) const {
         if (node.matrix < 0)
             for (int64_t i = 0; i < width; i += L) store(to + i, load(prior + i));
@@ -404,13 +404,13 @@ struct Reverse {
         normalise(to, width);
     }
 
-    // Level l of the way to position k: dup at levels + 2 l width, the gradient of its up; behind
-    // it dcur, what has come so far to its cur.
+    // Level l of the path to position k: dup, the gradient of its up, at levels + 2 l width,
+    // followed by dcur, the gradient of its cur so far.
     void tree() {
         const CircuitNode root{0, c.n_token, -1};
         const auto dup_at = [&](int64_t l) { return levels + 2 * l * width; };
         const auto dcur_at = [&](int64_t l) { return levels + (2 * l + 1) * width; };
-        // The gradient of u: of what a child adds both to up and to cur.
+        // The gradient of u: a child adds u to both up and cur.
         const auto load_du = [&](int64_t l) {
             for (int64_t i = 0; i < width; i += L)
                 store(d + i, load(dup_at(l) + i) + load(dcur_at(l) + i));

@@ -1,6 +1,6 @@
 // Whole circuits on the CPU, compiled once per instruction set; formulas in circuit_layers.h.
 //
-// A thread walks the whole program for a block of lanes, whose terms stay in its cache.
+// A thread runs the whole program for a block of lanes, whose terms stay in its cache.
 #include "lora_ext/circuit_layers.h"
 
 #include "circuit_block.h"
@@ -38,7 +38,7 @@ void weights(const LayersArgs& args, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------
 
-// Rows of data become lanes; those beyond the data are zero.
+// Copies rows of data to lanes; lanes beyond the data are zero.
 template <typename A, int kVecs>
 void load_leaves(const Block<A, kVecs>& block) {
     constexpr int kWidth = Block<A, kVecs>::kWidth, L = kLanes<A>;
@@ -95,7 +95,7 @@ void backward(const LayersArgs& args, int64_t begin, int64_t end, void* scratch)
 // ------------------------------------------------------------------------------------------------
 // Flows of weights: sums over the lanes, block by block, with vectors along the terms
 
-// f(first column, Int<vectors>) for panels of `n` columns; the last one may reach beyond n.
+// Calls f(first column, Int<vectors>) for panels of n columns; the last one may extend beyond n.
 template <typename A, typename F>
 LX_INLINE void for_panels(int64_t n, F&& f) {
     constexpr int L = kLanes<A>;
@@ -109,14 +109,14 @@ LX_INLINE int64_t padded(int64_t width) {
     return blocks_of(width, 4 * kLanes<A>) * 4 * kLanes<A>;
 }
 
-// Sums of one matrix: rows [o, o_end) of its flows, over all nodes that use it.
+// Flows of the weights of one matrix: rows [o, o_end), summed over all nodes that use it.
 template <typename A>
 struct Flows {
-    static constexpr int64_t kDepth = kMostVecs * kLanes<A>;  // lanes of a block at most
-    static constexpr int64_t kPanel = 4 * kLanes<A>;          // columns of a panel at most
+    static constexpr int64_t kDepth = kMostVecs * kLanes<A>;  // most lanes of a block
+    static constexpr int64_t kPanel = 4 * kLanes<A>;          // most columns of a panel
     const LayersArgs& args;
     const LayersMatrix& m;
-    int64_t o, o_end, row;  // row: between rows of the flows
+    int64_t o, o_end, row;  // row: stride of the flows
     A *p, *across, *flow;
 
     LX_INLINE Flows(const LayersArgs& args, const LayersMatrix& m, int64_t o, int64_t o_end,
@@ -139,7 +139,7 @@ struct Flows {
         }
         finish(total);
     }
-    // Over the lanes of which the result is possible.
+    // Return the sum of flows over the lanes whose result is possible.
     A total_of(const LayersNode& node, int64_t r) const {
         const A* out = static_cast<const A*>(args.val) + (node.out + r) * args.lanes;
         const A* g = static_cast<const A*>(args.grad) + (node.out + r) * args.lanes;
@@ -183,7 +183,7 @@ struct Flows {
                 add_rescued(args.program.nodes()[args.program.users()[u]], r, dw);
         }
     }
-    // A sum was rescued where its ratio is zero although it has a flow and is possible.
+    // A sum was rescued if its ratio is zero although its flow is nonzero and it is possible.
     void add_rescued(const LayersNode& node, int64_t r, A* dw) const {
         constexpr int L = kLanes<A>;
         const int64_t at = (node.out + r) * args.lanes;
@@ -223,7 +223,7 @@ void dweights(const LayersArgs& args, int64_t begin, int64_t end, void* scratch)
 }
 
 // ------------------------------------------------------------------------------------------------
-// Walks, of which all are at one node before any goes on: they share its terms and its weights
+// Walks. All walks visit a node before the next node, so that they share its terms and its weights.
 
 template <typename A>
 struct Walks {
@@ -279,7 +279,7 @@ struct Walks {
             descend(node, term, walk);
         }
     }
-    // A term of sum o of which l has the values.
+    // Return a term of sum o; l holds the values of the terms.
     int64_t choose(const LayersNode& node, int64_t o, int64_t uniform) const {
         const LayersMatrix& m = program.matrices()[node.matrix];
         const WeightRow<A> w(static_cast<const A*>(args.w) + m.weight + o * m.width, m.width,

@@ -1,6 +1,6 @@
 // Sum layers on the CPU, compiled once per instruction set; formulas in circuit_sum.h.
 //
-// Lanes run over the terms i of a row, except in what visits a row of sums.
+// Lanes run over the terms i of a row, except in functions that visit a row of sums.
 #include "lora_ext/circuit_sum.h"
 
 #include "by_dtype.h"
@@ -40,8 +40,8 @@ void values(const LogSumArgs& args, int64_t begin, int64_t end) {
                       WeightNorm::kLog, static_cast<A*>(args.value) + item * args.terms);
 }
 
-constexpr int64_t kSums = 16;     // of an item of forward
-constexpr int64_t kTogether = 4;  // items: the rows are read once for so many
+constexpr int64_t kSums = 16;     // sums per item of forward
+constexpr int64_t kTogether = 4;  // items that share one pass over the rows
 
 // out[b, o] = value[b] . weight[o] for rows of `terms` numbers
 template <typename A>
@@ -84,7 +84,7 @@ void finish(const LogSumArgs& args, int64_t g, int64_t b, int64_t o, int64_t o_e
     });
 }
 
-// Weights are scaled where they are used, in L2 until all rows have met them.
+// Weights are scaled just before use and stay in L2 until all rows have used them.
 template <typename T>
 void forward(const LogSumArgs& args, int64_t begin, int64_t end) {
     using A = Acc<T>;
@@ -146,9 +146,9 @@ void scale_dvalues(const LogSumArgs& args, int64_t item) {
     }
 }
 
-constexpr int64_t kDepth = 128;  // rows of a strip of b that are copied, so that they stay in L1
+constexpr int64_t kDepth = 128;  // rows of a strip of b copied at a time, to stay in L1
 
-// kVecs vectors of multiply_across, of which the last has `count` lanes.
+// kVecs vectors of multiply_across; the last has `count` lanes.
 template <int kVecs, typename A, typename S>
 LX_INLINE void multiply_strip(int64_t rows, int64_t depth, S&& s, const A* b, int64_t columns,
                               int64_t count, A* out) {
@@ -275,7 +275,7 @@ void dweights(const LogSumArgs& args, int64_t begin, int64_t end) {
 // ------------------------------------------------------------------------------------------------
 // One matrix per row
 
-constexpr int64_t kBand = 64;  // sums whose logarithms are taken together
+constexpr int64_t kBand = 64;  // sums whose logarithms are computed together
 
 template <typename T>
 void per_row(const LogSumArgs& args, int64_t begin, int64_t end) {
@@ -386,7 +386,7 @@ LX_INLINE void max_of(const LogSumArgs& args, int64_t g, int64_t b, int64_t o, c
     args.indices[to] = static_cast<int32_t>(index);
 }
 
-// log sum exp of logits; nothing otherwise.
+// Return log sum exp of logits; 0 for other norms.
 template <typename T>
 Acc<T> normaliser_of(const LogSumArgs& args, const T* w) {
     using A = Acc<T>;

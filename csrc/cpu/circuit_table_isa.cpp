@@ -1,10 +1,10 @@
 // Tables of finite leaves on the CPU, compiled once per instruction set; formulas in
 // circuit_layers.h.
 //
-// Forward: up to 64 values of a unit wait in four registers, from which one permutation takes those
-// of 16 rows of data; longer tables, and other instruction sets, are read number by number.
-// Backward: vectors lie along the units of a block, so that a row of data is one addition for all
-// of them, and are turned back when their rows of the table are complete.
+// Forward: up to 64 values of a unit are held in four registers, and one permutation looks up 16
+// rows of data. Longer tables and other instruction sets read one number at a time. Backward:
+// vectors run along the units of a block, so that a row of data is one addition for all of them.
+// They are transposed back when their rows of the table are complete.
 #include "lora_ext/circuit_layers.h"
 
 #include "sum_rows.h"
@@ -41,7 +41,7 @@ struct Entries {
     }
 };
 
-// to[i] is the entry at[i], or 0 where that is negative; `count` is a multiple of kLaneGroup.
+// to[i] is entry at[i], or 0 if at[i] is negative; `count` is a multiple of kLaneGroup.
 template <typename A>
 LX_INLINE void look_up(const Entries<A>& row, const int32_t* at, int64_t count, A* to) {
 #if defined(__AVX512F__)
@@ -86,12 +86,12 @@ void forward(const CircuitTableArgs& args, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------
 
-// The flows of `count` units of a block at a time, values by units.
+// Flows of `count` units of a block, values by units.
 template <typename A>
 struct TableFlows {
     static constexpr int L = kLanes<A>;
     const CircuitTableArgs& args;
-    int64_t j, count, padded;  // padded: values, as whole vectors
+    int64_t j, count, padded;  // padded: number of values in whole vectors
     A* sums;                   // (padded, L)
 
     void add(int64_t m) const {
@@ -113,7 +113,7 @@ struct TableFlows {
             }
         }
     }
-    // Into rows row + j, ... of the table; empties the sums.
+    // Adds the sums to rows row + j, ... of the table and clears them.
     void flush(int64_t row) const {
         alignas(64) A turned[L * L];
         for (int64_t v = 0; v < args.values; v += L) {
@@ -147,7 +147,7 @@ void backward(const CircuitTableArgs& args, int64_t begin, int64_t end, void* sc
     }
 }
 
-// Less the softmax of each row times its sum of flows.
+// Subtracts the softmax of each row times its sum of flows.
 template <typename A>
 void finish(const CircuitTableArgs& args, int64_t begin, int64_t end, void* scratch) {
     constexpr int64_t kRows = 4;

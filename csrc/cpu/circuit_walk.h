@@ -1,17 +1,16 @@
-// The walk of a circuit from left to right, one row of the batch at a time, for every twin that
-// needs it: all kinds, one template, a functor for what happens at a position.
+// Walk of a circuit from left to right, one row of the batch at a time, shared by the twins: one
+// template for all kinds, with a functor that is called at each position.
 //
 //   step     out[z'] = log sum_z exp(cur[z] + A[z, z'])         cur before the latent z'
-//   project  u[z]    = log sum_z' exp(A[z, z'] + up[z'])        the way back up the tree
-// with A = log softmax of a row of trans. Both work on numbers relative to a maximum,
-//   out = top + log sum_z p[z] E[z, z'],  p[z] = exp(cur[z] - top) / sum E[z, :],  E = exp(a - max
-//   a),
+//   project  u[z]    = log sum_z' exp(A[z, z'] + up[z'])        the return up the tree
+// with A = log softmax of a row of trans. Both compute with numbers relative to a maximum,
+//   out = top + log sum_z p[z] E[z, z']
+//   p[z] = exp(cur[z] - top) / sum E[z, :],  E = exp(a - max a)
 // so a transition costs one exponential. A sum below kTrusted may have lost terms to underflow: its
-// vector of states is computed again as log-sum-exp of exact logarithms. Nothing but -inf gives
-// -inf.
+// vector of states is recomputed as log-sum-exp of exact logarithms. If all are -inf, it is -inf.
 //
-// Logarithms are kept relative to a base in double, so that a chain of thousands of positions loses
-// no digits; a vector of states is padded with -inf to whole vectors.
+// Logarithms are relative to a base in double, so that a chain of thousands of positions loses no
+// digits. A vector of states is padded with -inf to whole vectors.
 #pragma once
 
 #include "lora_ext/circuit.h"
@@ -21,16 +20,16 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// Terms that underflow are below the smallest normal number; 2^10 of them do not show beside this.
+// Terms that underflow are below the smallest normal number; 2^10 of them are negligible here.
 template <typename A>
 constexpr A kTrusted = sizeof(A) == 4 ? A(0x1p-90) : A(0x1p-900);
 template <typename A>
 constexpr A kImpossible = -A(__builtin_inf());
 
 template <typename A>
-using VecA = Vec<A>;  // A is float or double: an accumulator's vector
+using VecA = Vec<A>;  // A is float or double, the accumulator type
 
-// Lanes below n as they are, the rest `other`.
+// Return v with lanes from n on set to `other`.
 template <typename V>
 LX_INLINE V keep_first(V v, int64_t n, Element<V> other) {
     using I = Ints<V>;
@@ -39,30 +38,30 @@ LX_INLINE V keep_first(V v, int64_t n, Element<V> other) {
     for (int i = 0; i < kCount; ++i) lane[i] = i;
     return lane < static_cast<typename Float<Element<V>>::Int>(n) ? v : splat<V>(other);
 }
-// kLanes elements of which n are there; the others read as -inf.
+// Loads kLanes elements; lanes from n on are -inf.
 template <typename T>
 LX_INLINE Vec<T> load_padded(const T* p, int64_t n) {
     if (n >= kLanes<T>) return load(p);
     return keep_first(load_n(p, n), n, kImpossible<Acc<T>>);
 }
-// n >= 1 elements to whole vectors of padding.
+// Copies n >= 1 elements, padded to whole vectors.
 template <typename T>
 LX_INLINE void copy_padded(const T* from, int64_t n, Acc<T>* to) {
     for (int64_t i = 0; i < n; i += kLanes<T>) store(to + i, load_padded(from + i, n - i));
 }
-// Below, `width` counts whole vectors' elements.
+// Below, `width` is a number of elements in whole vectors.
 template <typename A>
 LX_INLINE A max_of(const A* x, int64_t width) {
     VecA<A> top = load(x);
     for (int64_t i = kLanes<A>; i < width; i += kLanes<A>) top = max(top, load(x + i));
     return max_lane(top);
 }
-// What to subtract before exp: the maximum, or 0 where all is impossible.
+// Return the number to subtract before exp: the maximum, or 0 if all states are impossible.
 template <typename A>
 LX_INLINE A shift_of(A top) {
     return top == kImpossible<A> ? A(0) : top;
 }
-// out = exp(x - shift); their sum.
+// out = exp(x - shift); returns the sum of out.
 template <typename A>
 LX_INLINE A exp_of(const A* x, A shift, int64_t width, A* out) {
     VecA<A> sum{};
@@ -77,7 +76,7 @@ template <typename A>
 LX_INLINE A log_of(A x) {
     return log(splat<VecA<A>>(x))[0];
 }
-// x -= its maximum, which is returned; impossible states stay so.
+// Subtracts the maximum from x and returns it; impossible states remain -inf.
 template <typename A>
 LX_INLINE A normalise(A* x, int64_t width) {
     const A shift = shift_of(max_of(x, width));
@@ -89,7 +88,7 @@ LX_INLINE void add_to(A* x, const A* y, int64_t width) {
     for (int64_t i = 0; i < width; i += kLanes<A>) store(x + i, load(x + i) + load(y + i));
 }
 
-// exp(a - top) of one row of logits into `out`, which is padded with zeros; top and the sum.
+// exp(a - top) of one row of logits, written to `out` and padded with zeros; top and the sum.
 template <typename P>
 struct SoftmaxRow {
     Acc<P> top, sum;  // sum 0: nothing is possible
@@ -107,11 +106,11 @@ struct SoftmaxRow {
         }
         sum = lane_sum(total);
     }
-    // exp(a - top) is divided by this.
+    // Return the logarithm of the divisor of exp(a - top).
     LX_INLINE Acc<P> log_sum() const { return log_of(sum); }
 };
 
-// Elements of the accumulator's type that a walk needs for itself.
+// Return the scratch of a walk, in elements of the accumulator type.
 template <typename A>
 LX_INLINE int64_t circuit_walk_scratch(const CircuitParams& c) {
     const int64_t levels =
@@ -145,8 +144,8 @@ template <typename P>
 struct CircuitStep {
     using A = Acc<P>;
     static constexpr int L = kLanes<P>;
-    static constexpr int64_t kRows = kLanes<P>;     // of a matrix, which a step takes at once
-    static constexpr int64_t kVectors = 4 + kRows;  // of scratch
+    static constexpr int64_t kRows = kLanes<P>;     // rows of a matrix per step
+    static constexpr int64_t kVectors = 4 + kRows;  // vectors of scratch
 
     const P* trans;  // of this row of the batch
     int64_t n, width;
@@ -182,9 +181,8 @@ struct CircuitStep {
             }
         }
     }
-    // out += sum_z weights[z] E[z, :] / sum E[z, :] over `count` rows: all maxima, then all
-    // exponentials, so that no row's chain of operations waits for another's; meanwhile the rows
-    // behind them come into the cache.
+    // out += sum_z weights[z] E[z, :] / sum E[z, :] over `count` rows. Maxima precede exponentials,
+    // so that the rows' chains of operations overlap; the next rows are prefetched.
     void add_rows(int64_t m, int64_t first, int64_t count, A* out) const {
         const P* const a = matrix_row(m, first);
         for (int64_t z = 0; z < count; ++z) {
@@ -213,7 +211,7 @@ struct CircuitStep {
             store(out + i, sum_of_rows);
         }
     }
-    // sum[z] becomes its logarithm.
+    // Replaces sum[z] by its logarithm.
     void take_logarithms(const A* cur) const {
         for (int64_t z = 0; z < n; ++z)
             if (cur[z] != kImpossible<A>) sum[z] = log_of(sum[z]);
@@ -272,10 +270,9 @@ struct SaveNothing {
 
 // Visits the positions of one row of the batch in order.
 //
-//   observe(k, cur, base) -> e    log p(state at k = z, x_<k) = base + cur[z]; e[z] = log p(x_k |
-//   z) save(slot, vector)            what a backward needs: cur at slot k; in the tree, for matrix
-//   m,
-//                                 cur behind it at 3m, up at 3m + 1, its projection at 3m + 2
+//   observe(k, cur, base) -> e   log p(state at k = z, x_<k) = base + cur[z]; e[z] = log p(x_k | z)
+//   save(slot, vector)           states for a backward: cur at slot k; in the tree, for matrix m,
+//                                cur after it at 3m, up at 3m + 1, its projection at 3m + 2
 // All vectors have whole_vectors(C) elements: cur is -inf beyond C, and e must not be NaN or
 // infinite there.
 template <typename P, typename Observe, typename Save = SaveNothing>
@@ -302,7 +299,7 @@ void circuit_walk(const CircuitParams& c, int64_t batch_row, Acc<P>* scratch, Ob
         return;
     }
 
-    // Level l of the way to position k: cur at vectors + 2 l width, up behind it.
+    // Level l of the path to position k: cur at vectors + 2 l width, followed by up.
     constexpr int kMaxLevels = 64;
     double bases[kMaxLevels] = {}, up_bases[kMaxLevels] = {};
     const CircuitNode root{0, c.n_token, -1};

@@ -1,5 +1,5 @@
-// Eight ranks of a vector of outputs, transposed in registers where B lies densely. Built on vec.h
-// and, as that, per instruction set.
+// Transposition in registers of eight ranks by a vector of outputs, for dense B. Compiled per
+// instruction set like vec.h.
 #pragma once
 
 #include "transpose.h"
@@ -7,9 +7,9 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// As load_transposed of outputs that lie side by side, but in an order of its own, which in_order()
-// undoes: whole vectors are loaded, and most shuffles stay within 128 bits. It takes fewer of them
-// than joining two blocks of eight outputs.
+// load_transposed for adjacent outputs, in a permuted order that in_order() restores. It loads
+// whole vectors, and most shuffles stay within 128 bits. It needs fewer shuffles than joining two
+// blocks of eight outputs.
 template <typename T>
 constexpr bool kQuick = false;
 #if LX_VEC_BYTES == 64
@@ -20,7 +20,7 @@ constexpr bool kQuick<BFloat> = true;
 
 LX_INLINE void load_quick(const float* b, Vec<float>* out) {
     using V = Vec<float>;
-    V low[4], high[4];  // columns of rows i, i + 8 and those after them
+    V low[4], high[4];  // columns of rows i, i + 8 and of the rows after them
     for (int i = 0; i < 4; ++i) {
         const V r = load(b + 16 * i), s = load(b + 16 * (i + 4));
         low[i] =

@@ -1,8 +1,8 @@
-// Mixes of normed hidden states on the CPU, compiled once per instruction set.
+// Mixes of normalised hidden states on the CPU, compiled once per instruction set.
 //
-// Vector lanes run along a row. Up to four rows go together: gamma, and what is summed over rows,
-// is then met once for four of them. Each hidden state comes from memory once, when its mean square
-// is taken; the second time it is in a cache.
+// Vector lanes run along a row. Up to four rows run together, which read gamma and the sums over
+// rows once for all four. Each hidden state is read from memory once, for its mean square; the
+// second read is from a cache.
 //
 // Order of every sum: over a row, one vector of sums, then its lanes in a fixed tree; over depths
 // ascending; over the rows of a part ascending, four at a time, then over the parts.
@@ -15,15 +15,15 @@ namespace lora_ext::LX_ISA {
 namespace {
 
 constexpr int kTogether = 4;
-constexpr int64_t kTile = 512;  // columns that are mixed at a time, in L1
+constexpr int64_t kTile = 512;  // columns mixed at a time, in L1
 constexpr int kMax = kMaxDepths;
-// A mix of so many bytes is written past the caches, which it would not stay in: the lines that a
-// common store reads first are a fifth of all traffic of three states. Measured: 1.3 times faster.
+// A mix of at least this size is stored past the caches, which could not hold it. Ordinary stores
+// first read their lines, a fifth of all traffic with three states. Measured: 1.3 times faster.
 constexpr int64_t kStreamed = 4 << 20;
-constexpr int64_t kAhead = 256;  // elements of a row that are asked for ahead: measured, 8 % of it
+constexpr int64_t kAhead = 256;  // prefetch distance in elements of a row; measured gain 8 %
 
 // ------------------------------------------------------------------------------------------------
-// Rows of any width: whole vectors, then the rest of one
+// Rows of any width: whole vectors, then a partial one
 
 struct Whole {};
 template <typename T>
@@ -42,7 +42,7 @@ template <typename T>
 LX_INLINE void give(T* p, Vec<T> v, int64_t n) {
     store_n(p, v, n);
 }
-// A whole vector past the caches, to an address that it divides. 16-bit values go the common way.
+// Stores a whole vector past the caches, to an aligned address; ordinary stores for 16-bit values.
 template <typename T>
 LX_INLINE void stream(T* p, Vec<T> v) {
 #if defined(__AVX512F__)
@@ -61,7 +61,7 @@ LX_INLINE void end_streams() {
     _mm_sfence();
 #endif
 }
-// Zero where there is no column.
+// Zeroes lanes without a column.
 template <typename T>
 LX_INLINE Vec<T> only(Vec<T> v, Whole) {
     return v;
@@ -71,7 +71,7 @@ LX_INLINE Vec<T> only(Vec<T> v, int64_t n) {
     for (int64_t i = n; i < kLanes<T>; ++i) v[i] = 0;
     return v;
 }
-// Calls f(column, Whole) for whole vectors, f(column, n) for what is left.
+// Calls f(column, Whole) for whole vectors, f(column, n) for the remaining n columns.
 template <typename T, typename F>
 LX_INLINE void for_vectors(int64_t width, F&& f) {
     int64_t c = 0;
@@ -79,7 +79,7 @@ LX_INLINE void for_vectors(int64_t width, F&& f) {
     if (c < width) f(c, width - c);
 }
 
-// Up to four sums over rows.
+// Computes up to four sums over rows.
 template <typename T, int kRows>
 LX_INLINE void total(const Vec<T> (&sum)[kRows], Acc<T> (&out)[kTogether]) {
     Vec<T> all[kTogether] = {};
@@ -95,7 +95,7 @@ LX_INLINE double square_root(double x) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// kRows rows from `first` on; T of values, A of gamma, beta, and sums.
+// kRows rows from `first` on; T is the type of values, A that of gamma, beta, and sums.
 template <typename T, int kRows>
 struct Rows {
     using A = Acc<T>;
@@ -115,14 +115,14 @@ struct Rows {
     LX_INLINE const A* router(int e) const {
         return static_cast<const A*>(args.router) + e * width;
     }
-    // Numbers (N, k) of row i and depth e.
+    // Return the number of row i and depth e in an array (N, k).
     LX_INLINE A& at(const void* numbers, int e, int i) const {
         return static_cast<A*>(const_cast<void*>(numbers))[(first + i) * depths + e];
     }
     LX_INLINE A mean(int e, int i) const { return args.layer ? at(args.mean, e, i) : A(0); }
 
-    // What a loop reads of depth e, where no store can make the compiler read it again: the rows,
-    // those that follow them, to be asked for ahead, and the means.
+    // Local copies of the row pointers of depth e, the pointers to prefetch, and the means, so that
+    // the compiler does not reload them after stores.
     struct Hidden {
         const T *row[kRows], *ahead[kRows];
         V mean[kRows];
@@ -166,7 +166,7 @@ struct Rows {
             at(args.rinv, e, i) = A(1) / square_root(sums[i] / A(width) + A(args.eps));
     }
 
-    // Calls f(i, column, n, normed) for the vectors of n_e.
+    // Calls f(i, column, n, normalised) for the vectors of n_e.
     template <typename F>
     LX_INLINE void for_normed(int e, F&& f) const {
         const Hidden h(*this, e);
@@ -182,7 +182,7 @@ struct Rows {
         });
     }
 
-    // Writes the weights that the router chooses.
+    // Writes the weights of the router.
     LX_INLINE void route() const {
         V sum[kMax][kRows] = {};
         for_normed(depths - 1,
@@ -231,8 +231,8 @@ struct Rows {
         }
     }
 
-    // The share of depth e in columns from `begin` on. While it is added, the rows that come next
-    // are on their way from memory, which would have nothing to do.
+    // Adds the share of depth e in columns from `begin` on and prefetches the next rows, because
+    // memory would otherwise be idle.
     LX_INLINE void add_depth(int e, int64_t begin, int64_t columns, A (&tile)[kRows][kTile]) const {
         const Hidden h(*this, e);
         V weight[kRows], factor[kRows];
@@ -259,9 +259,9 @@ struct Rows {
     }
 
     // --------------------------------------------------------------------------------------------
-    // Backward. g is a gradient, rows g_row elements apart: dmixed, or that of n_e itself.
+    // Backward. g is a gradient, g_row elements between rows: dmixed, or that of n_e itself.
 
-    // Over each row, of g gamma times (h - m), of g gamma ("layer"), and of g beta.
+    // Sums over each row of g gamma (h - m), of g gamma ("layer"), and of g beta.
     struct Products {
         A scaled[kTogether] = {}, plain[kTogether] = {}, shifted[kTogether] = {};
     };
@@ -291,7 +291,7 @@ struct Rows {
         return sums;
     }
 
-    // dh_e where G_e = weight g, and what the rows add to dgamma_e and dbeta_e of their part.
+    // Writes dh_e for G_e = weight g, and adds the rows to dgamma_e and dbeta_e of their part.
     template <typename U>
     LX_INLINE void finish(const U* g, int64_t g_row, int e, const A (&weight)[kRows],
                           const Products& sums, A* dgamma, A* dbeta) const {
@@ -345,7 +345,7 @@ struct Rows {
         if (!args.router) return;
         turn_to_logits();
         add_router(part);
-        // The gradient of n_{k-1}, which comes on two ways.
+        // Gradient of n_{k-1}, from the mix and from the router.
         for_vectors<T>(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
             for (int i = 0; i < kRows; ++i) {
                 V up = take(g + i * width + c, n) * broadcast<T>(at(args.weights, last, i));
@@ -366,7 +366,7 @@ struct Rows {
         return beta(e) ? part + mix_betas_at(args) + e * width : nullptr;
     }
 
-    // Gradients of the weights become those of the router's logits.
+    // Converts gradients of the weights to those of the router's logits.
     LX_INLINE void turn_to_logits() const {
         for (int i = 0; i < kRows; ++i) {
             A mean_of = 0;

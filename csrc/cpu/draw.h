@@ -1,4 +1,4 @@
-// A draw in proportion to weights, which every op that samples makes.
+// Draw in proportion to weights, shared by all ops that sample.
 #pragma once
 
 #include "vec.h"
@@ -6,7 +6,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-constexpr int64_t kDrawn = 32;  // weights whose sum is taken at once
+constexpr int64_t kDrawn = 32;  // weights summed at once
 
 template <typename A>
 LX_INLINE double sum_of(const A* p, int64_t n) {
@@ -19,9 +19,9 @@ LX_INLINE double sum_of(const A* p, int64_t n) {
     return sums[0];
 }
 
-// The first index whose running sum exceeds uniform * total, never one of weight zero; where
-// rounding runs off the end, the last with weight, or 0. Sums are double: a weight counts however
-// small it is beside those in front of it.
+// Return the first index whose running sum exceeds uniform * total, never one of weight zero. If
+// rounding leaves no such index, return the last index with weight, or 0. Sums are double, so that
+// a small weight counts beside a large sum.
 template <typename A>
 int64_t draw(const A* p, int64_t n, double uniform) {
     const auto sum_from = [&](int64_t i) { return sum_of(p + i, min(kDrawn, n - i)); };

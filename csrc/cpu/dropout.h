@@ -1,5 +1,5 @@
-// Dropout masks by Philox4x32-10: bit c of a 64-bit word says whether column c of 64 is kept.
-// lora_train.h has the key, the counter and the threshold.
+// Dropout masks by Philox4x32-10: bit c of a 64-bit word is set if column c of 64 is kept.
+// lora_train.h defines the key, the counter and the threshold.
 #pragma once
 
 #include "lora_ext/lora_train.h"
@@ -11,13 +11,13 @@ namespace {
 
 constexpr int64_t kMaskColumns = 64;
 
-// The masks of some rows of one adapter.
+// Dropout key of some rows of one adapter.
 struct DropoutKey {
     uint32_t low = 0, high = 0, threshold;
-    const int32_t* rows;  // their numbers in the batch; nullptr: they are counted from `first` on
+    const int32_t* rows;  // row numbers in the batch; nullptr: row i is number first + i
     int64_t first;
 
-    // `first`: the place of rows[0] among the adapter's rows.
+    // `first`: the position of rows[0] among the adapter's rows.
     DropoutKey(const LoraDropout& d, int64_t slot, const int32_t* rows, int64_t first)
         : threshold(d.threshold), rows(d.per_adapter ? nullptr : rows), first(first) {
         if (threshold == 0) return;
@@ -38,8 +38,7 @@ LX_INLINE Acc<T> inverse_keep(const LoraDropout& d) {
         return d.inverse_keep;
 }
 
-// A word of a counter in the low half of each lane; what the upper half holds does not matter,
-// since a multiplication reads low halves only and its result is used as it comes.
+// Each lane holds a counter word in its low half. Multiplications ignore the upper half.
 constexpr int kCounters = kF / 2;
 using Words = VecN<uint64_t, kCounters>;
 
@@ -67,7 +66,7 @@ LX_INLINE uint64_t lanes_at_least(Words words, uint32_t threshold) {
 #endif
 }
 
-// Bit l of a 16-bit number to bit 4l.
+// Moves bit l of a 16-bit number to bit 4l.
 LX_INLINE uint64_t spread(uint64_t bits) {
     bits = (bits | bits << 24) & 0x000000ff000000ffu;
     bits = (bits | bits << 12) & 0x000f000f000f000fu;
@@ -75,9 +74,9 @@ LX_INLINE uint64_t spread(uint64_t bits) {
     return (bits | bits << 3) & 0x1111111111111111u;
 }
 
-// The mask of the columns [column, column + 64); column is a multiple of four.
+// Return the mask of the columns [column, column + 64); column is a multiple of four.
 inline uint64_t keep_bits(const DropoutKey& key, uint32_t row, int64_t column) {
-    constexpr int kChains = kCounters < 8 ? 2 : 1;  // in flight at once, to hide the multiplier
+    constexpr int kChains = kCounters < 8 ? 2 : 1;  // in flight, to hide multiplier latency
     uint64_t kept[4] = {};
     for (int done = 0; done < 16; done += kChains * kCounters) {
         Words c0[kChains], c1[kChains], c2[kChains] = {}, c3[kChains] = {};
@@ -112,7 +111,7 @@ inline uint64_t keep_bits(const DropoutKey& key, uint32_t row, int64_t column) {
     return spread(kept[0]) | spread(kept[1]) << 1 | spread(kept[2]) << 2 | spread(kept[3]) << 3;
 }
 
-// The lanes whose bit is set; the others become zero, whatever they held.
+// Keeps lanes whose bit is set and zeroes the others, including NaN.
 template <typename T>
 LX_INLINE Vec<T> keep_lanes(Vec<T> v, uint64_t bits) {
     using Lanes = decltype(v == v);

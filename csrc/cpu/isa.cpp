@@ -1,4 +1,4 @@
-// The choice of instruction set, for the twins of every family.
+// Choice of the instruction set for the twins of every family.
 #include "lora_ext/isa.h"
 
 #include "lora_ext/circuit.h"
@@ -16,7 +16,7 @@
 
 namespace lora_ext {
 
-// Tables that the *_isa.cpp define in the namespace of an instruction set.
+// Tables defined by the *_isa.cpp files in the namespace of an instruction set.
 #define LX_DECLARE_TABLE(Family, table) extern const Family table;
 #define LX_DECLARE_TABLES(isa)               \
     namespace isa {                          \

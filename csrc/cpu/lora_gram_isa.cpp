@@ -1,11 +1,11 @@
 // Gram matrices of adapters on the CPU, compiled once per instruction set.
 //
-// A tile of 64 x 64 ranks is an item. The long axis is walked in spans of 256: those of both sides
-// are packed into rows per rank, in the type of sums (a that has it already is read where it
-// lies), and each element of the tile gets the span's sum of products, lanes along the span. One
-// side serves for both where they are the same, and then the lower half alone is computed.
+// An item is a tile of 64 x 64 ranks. The long axis is processed in spans of 256. The span of each
+// side is packed into one row per rank, in the type of sums; `a` is read in place if it has that
+// type. Each element of the tile adds the span's sum of products, lanes along the span. If both
+// sides are the same, one is packed and only the lower half is computed.
 //
-// Every sum goes along the lanes of a span, then over the lanes in a fixed tree, then span by span.
+// Every sum runs along the lanes of a span, then over the lanes in a fixed tree, then span by span.
 #include "lora_ext/lora_gram.h"
 
 #include "by_dtype.h"
@@ -31,7 +31,7 @@ LX_INLINE void put(S* to, V v) {
     __builtin_memcpy(to, &wide, sizeof(wide));
 }
 
-// The ranks of a tile of a, which is (r, I): rows of the long axis.
+// Ranks of a tile of a (r, I): rows of the long axis.
 template <typename T, typename S>
 struct SideA {
     const T* data;
@@ -59,7 +59,7 @@ struct SideA {
     }
 };
 
-// The ranks of a tile of b or p, which are (O, r): columns of the long axis, turned.
+// Ranks of a tile of b or p (O, r): columns of the long axis, transposed.
 template <typename T, typename S>
 struct SideB {
     const T* data;
@@ -111,7 +111,7 @@ struct Tile {
     alignas(64) S at[kGramTile][kGramTile];
 };
 
-// tile += x y^T over n elements; kLower: y is x, and so is the upper half, which is left out.
+// tile += x y^T over n elements; kLower: y is x, and the upper half is skipped.
 template <typename S, bool kLower>
 void add_span(const Panel<S>& x, int64_t rows, const Panel<S>& y, int64_t columns, int64_t n,
               Tile<S>& tile) {
@@ -131,7 +131,7 @@ void add_span(const Panel<S>& x, int64_t rows, const Panel<S>& y, int64_t column
     }
 }
 
-// tile = x y^T. y is not looked at where kLower says that it is x.
+// tile = x y^T; kLower: y is x and is not read.
 template <typename S, bool kLower = false, typename X, typename Y>
 void multiply(const X& x, const Y& y, Tile<S>& tile) {
     alignas(64) S left[kGramTile * kSpan], right[kLower ? 1 : kGramTile * kSpan];
@@ -147,7 +147,7 @@ void multiply(const X& x, const Y& y, Tile<S>& tile) {
     }
 }
 
-// tile = x x^T, of which the lower half is computed.
+// tile = x x^T; the upper half is copied from the lower.
 template <typename X>
 void square(const X& x, Tile<double>& tile) {
     multiply<double, true>(x, x, tile);
@@ -191,7 +191,7 @@ void pair_stats(const GramArgs& args, int64_t begin, int64_t end) {
         const int64_t row = gram_tile(place, adapter.rank).row;
         const int64_t column = gram_tile(place, adapter.rank).column;
         const bool diagonal = row == column;
-        const double times = diagonal ? 1 : 2;  // the mirror image of a product has the same sum
+        const double times = diagonal ? 1 : 2;  // a tile and its mirror image have the same sum
         double* const stats = static_cast<double*>(adapter.gram_a) + 4 * place;
         const auto b = [&](int64_t first) {
             return SideB<T, double>(adapter, adapter.b, adapter.b_stride, first);
@@ -200,7 +200,7 @@ void pair_stats(const GramArgs& args, int64_t begin, int64_t end) {
             return SideB<T, double>(adapter, adapter.p, adapter.p_stride, first);
         };
         const auto moved = [&](int64_t first) { return Moved<T>{p(first), b(first)}; };
-        // The tile of x^T x that is at (row, column).
+        // Computes the tile (row, column) of x^T x.
         const auto gram_of = [&](const auto& side, Tile<double>& to) {
             if (diagonal)
                 square(side(row), to);

@@ -4,16 +4,16 @@
 //   v[t, :] = scale * A x[t, :]       shrink: dot products along I
 //   y[t, :] = y[t, :] + B v[t, :]     expand: vector lanes run over outputs
 //
-// Order of every sum, so that a row's bits depend neither on threads nor on the rows beside it:
-//   v[t, r]: up to kRankSpan ranks one vector accumulator, lane l takes k = l, l + L, l + 2L ...
-//   ascending (where the hardware multiplies pairs: 2l, 2l + 1, then 2L further); then the tree of
-//   sum_lanes(). Above, one accumulator, k ascending. delta of y[t, o]: one accumulator, ranks
-//   ascending; then y + delta, rounded once.
+// Order of every sum, so that a row's bits depend neither on threads nor on other rows:
+//   v[t, r]           up to kRankSpan ranks one vector accumulator: lane l adds k = l, l + L, ...
+//                     ascending (pair products of the hardware: 2l, 2l + 1, then 2L further), then
+//                     the tree of sum_lanes(). Above, one accumulator, k ascending.
+//   delta of y[t, o]  one accumulator, ranks ascending; then y + delta, rounded once.
 //
-// Bound by bytes while a chunk has few rows: A and B stream through the core once, x, v and y stay
-// in cache. With many rows both products are small GEMMs: shrink holds kDotRows x 4 dot products in
-// registers, expand transposes a block of B into a stack buffer and holds kTileRows rows x 2
-// vectors of y. Ranks above kRankSpan are large GEMMs, of packed blocks (lora_product.h).
+// Bound by bytes if a chunk has few rows: A and B are read once; x, v and y stay in cache. With
+// many rows both products are small GEMMs: shrink holds kDotRows x 4 dot products in registers;
+// expand transposes a block of B into a stack buffer and holds kTileRows rows x 2 vectors of y.
+// Ranks above kRankSpan are large GEMMs of packed blocks (lora_product.h).
 #include "dense_pages.h"
 #include "lora_product.h"
 #include "tiles.h"
@@ -21,16 +21,16 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-constexpr int kGroupRows = 24;     // shrink: rows and ranks whose accumulators wait on the stack
-constexpr int kGroupRanks = 32;    // between two blocks of I
+constexpr int kGroupRows = 24;     // shrink: rows and ranks whose accumulators are kept
+constexpr int kGroupRanks = 32;    // on the stack between two blocks of I
 constexpr int kDotBlock = 1024;    // of I; 4 ranks of float are half of a 32 KiB L1
-constexpr int kDirectRows = 3;     // expand: up to so many rows, B is transposed in registers
-constexpr int kWideTileRank = 16;  // and up to this rank pages are read several vectors at a time
+constexpr int kDirectRows = 3;     // expand: most rows for which B is transposed in registers
+constexpr int kWideTileRank = 16;  // and largest rank for which several vectors of pages are read
 constexpr int kPackColumns = 128;
 constexpr int kPackSize = 8192;      // elements of the transposed block of B
 constexpr int kVSize = 8192;         // elements of v in apply
-constexpr int64_t kOutBlock = 1024;  // outputs of an item of expand
-// Bytes, rows, and vectors of y: how far ahead of use pages of B, rows of B and y are prefetched.
+constexpr int64_t kOutBlock = 1024;  // outputs per item of expand
+// Prefetch distances: bytes of pages of B, rows of B, and vectors of y.
 constexpr int64_t kAheadB = 2048, kAheadRows = 64, kAheadY = 16;
 
 // ------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ LX_INLINE void write_v(const Vec<T> (&acc)[kRows][kRanks], Acc<T> scale, const R
                          __attribute__((always_inline)) { v[row + i][rank + j] = scale * sum; });
 }
 
-// Few rows: one pass over A, nothing waits in memory.
+// Few rows: one pass over A, without accumulators in memory.
 template <typename T, int kRows>
 void shrink_few(const Slot<T>& slot, const Rows<const T>& x, const Rows<Acc<T>>& v) {
     const T* xs[kRows];
@@ -51,7 +51,7 @@ void shrink_few(const Slot<T>& slot, const Rows<const T>& x, const Rows<Acc<T>>&
     for (int64_t r = 0; r < slot.rank; r += kDotRanks)
         with_constant<kDotRanks>(min(slot.rank - r, kDotRanks), [&](auto ranks) {
             Vec<T> acc[kRows][ranks.value] = {};
-            const int64_t after = r + kDotRanks;  // a whole tile, or lines that nobody reads come
+            const int64_t after = r + kDotRanks;  // whole tiles only: no unused lines
             const T* next = after + kDotRanks <= slot.rank ? slot.a_at(after) : nullptr;
             dot_tile<T, kRows, ranks.value>(xs, slot.a_at(r), slot.a_row, 0, slot.in, acc, next);
             write_v<T>(acc, slot.scale, v, 0, r);
@@ -59,8 +59,8 @@ void shrink_few(const Slot<T>& slot, const Rows<const T>& x, const Rows<Acc<T>>&
 }
 
 // kGroupRows x kGroupRanks dot products, block by block of I: the block of A stays in L1 or L2 for
-// all rows, the rows of x stay in L2 for all ranks. Accumulators wait as vectors, so the blocks do
-// not change the order of the sum.
+// all rows, the rows of x stay in L2 for all ranks. Accumulators are saved as vectors, so the
+// blocks do not change the order of the sum.
 template <typename T>
 void shrink_group(const Slot<T>& slot, const Rows<const T>& x, int64_t rows, int64_t rank_begin,
                   int64_t rank_end, const Rows<Acc<T>>& v) {
@@ -90,7 +90,7 @@ void shrink_group(const Slot<T>& slot, const Rows<const T>& x, int64_t rows, int
     }
 }
 
-// One span of the ranks.
+// Computes one span of the ranks.
 template <typename T>
 void shrink_rows(const Slot<T>& slot, int64_t span, const Rows<const T>& x, int64_t rows,
                  const Rows<Acc<T>>& v) {
@@ -117,15 +117,15 @@ LX_INLINE void add_to(T* y, Vec<T> delta, int64_t n) {
         store(y, load(y) + delta);
 }
 
-// How a tile finds its outputs: whole vectors of them side by side in full pages, whole vectors, or
-// the first n of one vector.
+// Outputs of a tile: whole vectors of adjacent outputs in full pages, whole vectors, or n lanes of
+// one.
 enum class Outputs { kDense, kWhole, kPart };
 
-// Where a bank has room for larger ranks, an adapter's rows of B lie apart, and what lies between
-// them is not to be read; and rows may have many lines. The first page in each cache line of a row
-// prefetches that line of later rows: of the next tile to L1, and far ahead to L2, where more lines
-// can be under way. Measured on Zen 4, rows of 64: by L1 alone, ranks 32 and 64 take twice as long;
-// by L2 alone, or in turns, single lines are at times not fetched at all.
+// If a bank has room for larger ranks, the rows of B of an adapter have gaps, which must not be
+// read; rows may also span many lines. The first page in each cache line of a row prefetches that
+// line of later rows: of the next tile to L1, and far ahead to L2, which allows more outstanding
+// lines. Measured on Zen 4, rows of 64: with L1 alone, ranks 32 and 64 take twice as long; with L2
+// alone, or alternating, some single lines are not fetched at all.
 template <int kCount, typename T>
 LX_INLINE void prefetch_rows(const T* b, int64_t row, bool one_line) {
     if (one_line)
@@ -136,8 +136,8 @@ LX_INLINE void prefetch_rows(const T* b, int64_t row, bool one_line) {
     }
 }
 
-// kVecs vectors of outputs from o on, B transposed in registers: one where there are many pages, or
-// the lines that a tile touches and prefetches in all of them leave L1 before they are used.
+// kVecs vectors of outputs from o on, B transposed in registers. With many pages kVecs is 1,
+// because the lines that a tile reads and prefetches in all pages would leave L1 before use.
 template <typename T, int kRows, int kVecs, Outputs kOutputs>
 LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const* y, int64_t o,
                            int64_t n) {
@@ -151,16 +151,16 @@ LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const
         const T* b = slot.b_page(p) + o * slot.b_row;
         const bool whole = ranks == 8 || slot.full_pages;
         if constexpr (!kPart) {
-            if (kVecs > 1 || slot.table)  // several vectors are read of tables alone
+            if (kVecs > 1 || slot.table)  // only tables read several vectors
                 for (int i = 0; i < kTile * 8; i += kLine)
                     __builtin_prefetch(b + kAheadB / sizeof(T) + i, 0, kToL2);
-            else if (dense)  // pages fill the rows: each prefetches its share of the next tile
+            else if (dense)  // full rows: each page prefetches its share of the next tile
                 for (int i = 0; i < kTile * 8; i += kLine)
                     __builtin_prefetch(bank + p * (kTile * 8) + i);
             else if (8 * p % kLine == 0)
                 prefetch_rows<kTile>(b, slot.b_row, slot.rank <= kLine);
         }
-        // Unrolled, or sums wait in memory between two pages.
+        // Unrolled, because otherwise sums are stored to memory between two pages.
 #pragma GCC unroll 4
         for (int c = 0; c < kVecs; ++c) {
             Vec<T> bt[8];
@@ -286,8 +286,7 @@ template <typename T>
 Rows<T> y_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<T*>(args.y), args.y_row_stride, chunk.rows};
 }
-// Rows that an item may have in common with the items after it: with several spans, what is packed
-// serves many.
+// Return the most rows of merged items: with several spans, many rows share a packed block.
 int64_t most_rows(const LoraArgs& args) {
     return rank_spans(args.bank.max_rank) > 1 ? kSumRows : 0;
 }
@@ -312,7 +311,7 @@ void expand(const LoraArgs& args, int64_t begin, int64_t end) {
     });
 }
 
-// v stays on the stack; args.v is not used. Ranks of one span only.
+// v stays on the stack; args.v is unused. Ranks of one span only.
 template <typename T>
 void apply(const LoraArgs& args, int64_t begin, int64_t end) {
     alignas(64) Acc<T> buffer[kVSize];

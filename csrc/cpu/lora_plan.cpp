@@ -1,5 +1,4 @@
-// The plan of a batch on the CPU, which is a stable counting sort of its rows by slot; ids from
-// segments.
+// CPU plan of a batch, a stable counting sort of its rows by slot, and row ids from segments.
 #include "lora_ext/lora.h"
 
 #include <algorithm>

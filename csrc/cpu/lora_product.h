@@ -1,14 +1,14 @@
-// Products of packed blocks: what the twins of LoRA's training are made of, and those of inference
-// at ranks above kRankSpan.
+// Products of packed blocks, used by the training twins of LoRA, and by inference at ranks above
+// kRankSpan.
 //
-// Both factors are packed into stack buffers, widened, masked, turned so that lanes run along a row
-// of the result, and laid out densely: rows whole powers of two apart would share one set of the L1
-// cache. kTileRows x 2 vectors of the result sit in registers; a block of kSumRows rows and
-// kRankSpan columns waits on the stack while the depth passes by, so many that the right factor,
-// which comes from memory in short pieces, is packed seldom.
+// Both factors are packed into stack buffers: widened, masked, transposed so that lanes run along a
+// row of the result, and dense, because rows whole powers of two apart would share one set of the
+// L1 cache. Registers hold kTileRows x 2 vectors of the result. The stack holds the sums of a block
+// of kSumRows rows and kRankSpan columns while the loop over depth runs. The block has that many
+// rows so that the right factor, read from memory in short pieces, is packed rarely.
 //
-// An element of the result has one accumulator, and takes up its products in ascending order: its
-// bits depend on nothing but its row, its column and the depth.
+// An element of the result has one accumulator and adds its products in ascending order: its bits
+// depend only on its row, its column and the depth.
 #pragma once
 
 #include "dropout.h"
@@ -19,10 +19,10 @@ namespace lora_ext::LX_ISA {
 namespace {
 
 constexpr int kTileRows = 6;       // x 2 vectors: 12 accumulators
-constexpr int64_t kRowBlock = 64;  // rows packed at a time, along which sums run
+constexpr int64_t kRowBlock = 64;  // rows packed at a time, for sums over rows
 constexpr int64_t kSumRows = 256;  // rows of a block of sums
-constexpr int64_t kDepth = 128;    // of a sum, packed at a time
-constexpr int64_t kColumns = 64;   // of the right factor, packed at a time
+constexpr int64_t kDepth = 128;    // depth of a sum packed at a time
+constexpr int64_t kColumns = 64;   // columns of the right factor packed at a time
 static_assert(kColumns == kMaskColumns && kDepth % kMaskColumns == 0);
 
 // Calls f(Int<rows>, Int<vectors>, row, column) for tiles that cover rows x columns; columns is a
@@ -57,7 +57,7 @@ LX_INLINE void multiply_add(const Acc<T>* left, int64_t left_row, int64_t left_s
     }
 }
 
-// acc += left * right, of rows x columns; the sums go on from what acc holds.
+// acc += left * right for rows x columns; the sums continue from the values in acc.
 template <typename T>
 void add_product(const Acc<T>* left, int64_t left_row, int64_t left_step, const Acc<T>* right,
                  int64_t right_row, int64_t depth, Acc<T>* acc, int64_t acc_row, int64_t rows,
@@ -79,7 +79,7 @@ void add_product(const Acc<T>* left, int64_t left_row, int64_t left_step, const 
 // ------------------------------------------------------------------------------------------------
 // Packing
 
-// The masks of rows x columns: word(i, c) is that of the 64 columns from c on.
+// Masks of rows x columns; words[i][j] is the mask of the 64 columns from 64 j on.
 template <int64_t kWidth, int64_t kRows = kRowBlock>
 struct Masks {
     uint64_t words[kRows][kWidth / kMaskColumns];
@@ -91,13 +91,13 @@ struct Masks {
             for (int64_t c = 0; c < width; c += kMaskColumns)
                 words[i][c / kMaskColumns] = keep_bits(key, key.row(first + i), begin + c);
     }
-    // The mask of row i, shifted so that bit 0 is that of column c.
+    // Return the mask of row i, shifted so that bit 0 is column c.
     LX_INLINE uint64_t bits(int64_t i, int64_t c) const {
         return words[i][c / kMaskColumns] >> c % kMaskColumns;
     }
 };
 
-// to[i][c] = from[i][begin + c], widened, zero where a mask says so; zero up to a whole vector.
+// to[i][c] = from[i][begin + c], widened, zero if masked; padded with zeros to a whole vector.
 template <typename T, typename E, typename M = Masks<kColumns>>
 void pack_rows(const Rows<E>& from, int64_t rows, int64_t begin, int64_t width, Acc<T>* to,
                int64_t to_row, const M* masks = nullptr) {
@@ -112,9 +112,9 @@ void pack_rows(const Rows<E>& from, int64_t rows, int64_t begin, int64_t width, 
     }
 }
 
-// to[k][r] = A[first + r][begin + k], zero up to a whole vector. A vector's ranks are copied to the
-// stack first, row by row: from rows whole powers of two apart, a transposition would load lines
-// that push each other out of the cache.
+// to[k][r] = A[first + r][begin + k], padded with zeros to a whole vector. The ranks of a vector
+// are first copied to the stack, row by row: transposing directly from rows whole powers of two
+// apart would load lines that evict each other from the cache.
 template <typename T>
 void pack_a(const Slot<T>& slot, int64_t begin, int64_t depth, int64_t first, int64_t ranks,
             Acc<T>* to, int64_t to_row) {
@@ -137,8 +137,8 @@ void pack_a(const Slot<T>& slot, int64_t begin, int64_t depth, int64_t first, in
     }
 }
 
-// to[r][c] = B[o + c][first + r] of a slot's pages, first a multiple of eight; zero up to a whole
-// vector.
+// to[r][c] = B[o + c][first + r] of a slot's pages, first a multiple of eight; padded with zeros to
+// a whole vector.
 template <typename T>
 void pack_b_turned(const Slot<T>& slot, int64_t first, int64_t ranks, int64_t o, int64_t width,
                    Acc<T>* to, int64_t to_row) {
@@ -158,8 +158,8 @@ void pack_b_turned(const Slot<T>& slot, int64_t first, int64_t ranks, int64_t o,
 }
 
 // ------------------------------------------------------------------------------------------------
-// sums = left * right for up to kSumRows rows and kRankSpan columns, of any depth; its rows have
-// `sums_row` columns, whole vectors. pack_left(k, n, to) packs left[:, k : k + n] into rows of
+// sums = left * right for up to kSumRows rows and kRankSpan columns, of any depth; a row of sums
+// has `sums_row` columns, whole vectors. pack_left(k, n, to) packs left[:, k : k + n] into rows of
 // kDepth, pack_right(k, n, first, count, to, row) packs right[k : k + n, first : first + count].
 template <typename T, typename PackLeft, typename PackRight>
 void sum_products(int64_t rows, int64_t depth, int64_t columns, Acc<T>* sums, int64_t sums_row,
@@ -177,7 +177,7 @@ void sum_products(int64_t rows, int64_t depth, int64_t columns, Acc<T>* sums, in
     }
 }
 
-// The ranks that an item of a twin takes up.
+// Ranks that one item of a twin processes.
 struct Span {
     int64_t first, ranks;
 };
@@ -187,13 +187,12 @@ Span span_of(const Slot<T>& slot, int64_t index) {
     return {first, left > 0 ? min(kRankSpan, left) : 0};
 }
 
-// v and dv: out[t][r] = factor * sum_k left[t][k] * right[k][r] for the ranks of a span, where
-// pack_right(k, n, first, count, to, row) packs a block of right; masked where there is a key, of
-// the same rows.
+// v and dv: out[t][r] = factor * sum_k left[t][k] * right[k][r] for the ranks of a span.
+// pack_right(k, n, first, count, to, row) packs a block of right; `key` masks left.
 template <typename T, typename Pack>
 void project(const Rows<const T>& left, int64_t rows, int64_t features, const DropoutKey* key,
              Span span, Acc<T> factor, const Rows<Acc<T>>& out, Pack&& pack_right) {
-    if (span.ranks == 0) return;  // or left would be packed for nothing
+    if (span.ranks == 0) return;  // left would be packed needlessly
     alignas(64) Acc<T> sums[kSumRows * kRankSpan];
     Masks<kDepth, kSumRows> masks;
     const int64_t sums_row = whole_vectors<T>(span.ranks);

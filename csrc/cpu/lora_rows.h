@@ -1,5 +1,5 @@
-// What every twin of the LoRA family walks over: the pages of a slot, the chunks of a plan, rows
-// picked by an index. Compiled once per instruction set, as vec.h is.
+// Iteration shared by the twins of the LoRA family: the pages of a slot, the chunks of a plan,
+// indexed rows. Compiled per instruction set like vec.h.
 #pragma once
 
 #include "lora_ext/lora_train.h"
@@ -14,7 +14,7 @@ LX_INLINE int32_t clamp_rank(int32_t rank, int32_t max_rank) {
     return rank < 0 ? 0 : rank > max_rank ? max_rank : rank;
 }
 
-// The pages of one slot.
+// Pages of one slot.
 template <typename T>
 struct Slot {
     const T* a;
@@ -35,7 +35,7 @@ struct Slot {
           b_row(bank.b_row_stride),
           in(bank.in_features),
           out(bank.out_features),
-          // Clamped, as kernels do: da and db visit slots without rows, whose ranks nobody checks.
+          // Clamped as in kernels: da and db visit slots without rows, with unchecked ranks.
           rank(bank.ranks ? clamp_rank(bank.ranks[slot], bank.max_rank) : bank.max_rank),
           full_pages(bank.full_pages),
           scale(bank.scale ? bank.scale[slot] : 1) {
@@ -61,8 +61,8 @@ Chunk chunk_at(const LoraArgs& args, int64_t c) {
     return {chunk[0], chunk[2], args.plan + layout.perm() + chunk[1]};
 }
 
-// f(chunk, part) for the items [begin, end) of parts that have all chunks each: item is part times
-// the number of chunks, plus the chunk. Adjacent chunks of one slot come as one, up to `most` rows.
+// Calls f(chunk, part) for items [begin, end); item = part * number of chunks + chunk. Adjacent
+// chunks of one slot are merged up to `most` rows.
 template <typename F>
 void for_chunks(const LoraArgs& args, int64_t begin, int64_t end, int64_t most, F&& f) {
     const int64_t chunks = args.plan[kPlanNumChunks];
@@ -78,7 +78,7 @@ void for_chunks(const LoraArgs& args, int64_t begin, int64_t end, int64_t most, 
     }
 }
 
-// Rows of a matrix, picked by an index or in order.
+// Rows of a matrix, by index or in order.
 template <typename E>
 struct Rows {
     E* base;

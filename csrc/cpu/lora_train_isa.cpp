@@ -1,29 +1,29 @@
 // Training of batched LoRA on the CPU, compiled once per instruction set.
 //
-//   v[t, :]  = c * A (m * x[t, :])            vector lanes run over ranks; with dropout, as without
-//                                             it serving's shrink is called (lora_isa.cpp)
+//   v[t, :]  = c * A (m * x[t, :])            vector lanes run over ranks; without dropout csrc/ops
+//                                             calls serving's shrink (lora_isa.cpp)
 //   dv[t, :] = c * dy[t, :] B                 ranks
 //   dB       = sum_t dy[t, :]^T v[t, :]       ranks
 //   dA       = sum_t dv[t, :]^T (m * x)[t, :] inputs
 //   dx[t, :] = dx[t, :] + m * (dv[t, :] A)    inputs
 //
-// Order of every sum, so that no bit depends on threads or on the adapters beside it: one
-// accumulator each, features ascending in v and dv (then times c), the adapter's rows ascending in
-// dA and dB, ranks ascending in dx (then dx + sum, rounded once).
+// Order of every sum, so that no bit depends on threads or on other adapters: one accumulator each,
+// features ascending in v and dv (then times c), the adapter's rows ascending in dA and dB, ranks
+// ascending in dx (then dx + sum, rounded once).
 //
-// All five are products of packed blocks (lora_product.h). Ranks go in spans of kRankSpan, so that
-// no buffer grows with them.
+// All five are products of packed blocks (lora_product.h). Ranks are processed in spans of
+// kRankSpan, so that no buffer grows with them.
 #include "lora_product.h"
 
 namespace lora_ext::LX_ISA {
 namespace {
 
-constexpr int64_t kAccumulators = kRankSpan * kColumns;  // dA, dB: of one band
+constexpr int64_t kAccumulators = kRankSpan * kColumns;  // dA, dB: accumulators of one band
 
 // ------------------------------------------------------------------------------------------------
 // v and dv: items are (span of ranks, chunk).
 
-// to[o][r] = B[begin + o][first + r], zero up to a whole vector.
+// to[o][r] = B[begin + o][first + r], padded with zeros to a whole vector.
 template <typename T>
 void pack_b(const Slot<T>& slot, int64_t begin, int64_t depth, int64_t first, int64_t ranks,
             Acc<T>* to, int64_t to_row) {
@@ -40,7 +40,7 @@ Rows<Acc<T>> dv_rows(const LoraTrainArgs& args, const int32_t* rows) {
     return {static_cast<Acc<T>*>(args.dv), args.dv_row_stride, rows};
 }
 
-// f(chunk, slot, span) for the items [begin, end), where the span has ranks.
+// Calls f(chunk, slot, span) for the items [begin, end) whose span has ranks.
 template <typename T, typename F>
 void for_spans(const LoraArgs& args, int64_t begin, int64_t end, F&& f) {
     for_chunks(args, begin, end, kSumRows, [&](const Chunk& chunk, int64_t index) {
@@ -85,8 +85,8 @@ void dv(const LoraTrainArgs& args, int64_t begin, int64_t end) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// dA, dB, dx: items are kColumns features of one span of one adapter; adjacent items of a thread
-// are walked as one band, as wide as the accumulators allow.
+// dA, dB, dx: items are kColumns features of one span of one adapter. Adjacent items of a thread
+// form one band, as wide as the accumulators allow.
 struct Band {
     int32_t slot;
     int64_t span;
@@ -108,7 +108,7 @@ int64_t band_items(const LoraTrainArgs& args, int64_t features) {
     return bank.num_adapters * rank_spans(bank.max_rank) * blocks_of(features, kColumns);
 }
 
-// A span's last ranks of a row of dA or dB, beyond the adapter's, are zero.
+// Return the row width of a span in dA or dB; ranks beyond the adapter's are zero.
 int64_t span_width(const LoraBank& bank, const Span& span) {
     return min(kRankSpan, bank.max_rank - span.first);
 }
@@ -151,7 +151,7 @@ Rows<T> dx_rows(const LoraTrainArgs& args, const int32_t* rows) {
     return {static_cast<T*>(args.dx), args.dx_row_stride, rows};
 }
 
-// dx[i][begin + c] += sum over ranks of left[i][r] * right[r][c], where kept; rounded once.
+// dx[i][begin + c] += sum over ranks of left[i][r] * right[r][c], if kept; rounded once.
 template <typename T>
 void add_to_dx(const Rows<T>& dx, int64_t rows, int64_t begin, int64_t width, const Acc<T>* left,
                int64_t left_row, const Acc<T>* right, int64_t rank, const Masks<kColumns>* masks) {
@@ -173,8 +173,8 @@ void add_to_dx(const Rows<T>& dx, int64_t rows, int64_t begin, int64_t width, co
     });
 }
 
-// Blocks of kColumns features, each dense: the accumulators of dA, and A itself. dx is added to
-// where one span has all ranks.
+// Blocks of kColumns features, each dense: the accumulators of dA, and A itself. with_dx requires
+// that one span has all ranks.
 template <typename T>
 void da_bands(const LoraTrainArgs& args, bool with_dx, int64_t begin, int64_t end) {
     alignas(64) Acc<T> sums[kAccumulators], a[kAccumulators], xs[kRowBlock * kColumns],
@@ -232,7 +232,7 @@ void da_bands(const LoraTrainArgs& args, bool with_dx, int64_t begin, int64_t en
     }
 }
 
-// dx of ranks that have several spans: items are (kRankSpan features, chunk).
+// dx for ranks of several spans: items are (kRankSpan features, chunk).
 int64_t dx_items(const LoraTrainArgs& args) {
     return args.lora.plan[kPlanNumChunks] * blocks_of(args.lora.bank.in_features, kRankSpan);
 }
@@ -258,7 +258,7 @@ void dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     });
 }
 
-// Items of dA's bands, which take dx along where one span has all ranks; then those of dx.
+// Items are the bands of dA, which include dx if one span has all ranks, then any items of dx.
 template <typename T>
 void da_dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     const bool together = rank_spans(args.lora.bank.max_rank) == 1;

@@ -1,9 +1,9 @@
 // Products of few rows on the CPU, compiled once per instruction set.
 //
 // A panel of W streams through the L1 cache in chunks of 16 KiB, and every tile of rows x columns
-// takes up a chunk before the next one comes: W is read from memory once for any number of rows.
-// Meanwhile the tiles fetch the chunk after it, a cache line per step, so that memory is never
-// idle: without it 16 rows took 1.3 times as long (Zen 5, W in the L3 cache).
+// uses a chunk before the next one: W is read from memory once for any number of rows. The tiles
+// prefetch the next chunk, one cache line per step, so that memory is never idle. Without prefetch
+// 16 rows took 1.3 times as long (Zen 5, W in the L3 cache).
 #include "lora_ext/packed_linear.h"
 
 #include "parts.h"
@@ -14,15 +14,15 @@ namespace {
 
 constexpr int kTileRows = LX_VEC_BYTES == 64 ? 8 : 6;  // x 2 vectors of sums, in registers
 constexpr int64_t kTileColumns = 2 * kF;
-constexpr int64_t kHalves = kPanel / kTileColumns;  // tiles beside each other in a panel
+constexpr int64_t kHalves = kPanel / kTileColumns;  // adjacent tiles of a panel
 constexpr int64_t kChunk = 128;                     // steps
 constexpr int64_t kStepBytes = kPanel * 4;          // two cache lines
-constexpr int64_t kAhead = 4096;                    // bytes, where a panel passes in one go
-constexpr int64_t kRows = 32;                       // that share one reading of W
+constexpr int64_t kAhead = 4096;                    // prefetch distance in bytes of a single pass
+constexpr int64_t kRows = 32;                       // rows per pass over W
 
 using Word = VecN<uint32_t, kF>;
 
-// What lanes of a step are multiplied with: one in-feature of float32, two of bfloat16.
+// Return the factor of a step's lanes: one in-feature of float32, two of bfloat16.
 LX_INLINE uint32_t step_of(const float* x) {
     return load_bits<uint32_t>(x);
 }
@@ -30,7 +30,7 @@ LX_INLINE uint32_t step_of(const BFloat* x) {
     return load_bits<uint32_t>(x);
 }
 
-// sum += w x, lane by lane.
+// Return sum + w x, lane by lane.
 template <typename T>
 LX_INLINE Vec<float> add_step(Word w, uint32_t x, Vec<float> sum) {
     if constexpr (sizeof(T) == 4) {
@@ -44,15 +44,15 @@ LX_INLINE Vec<float> add_step(Word w, uint32_t x, Vec<float> sum) {
     }
 }
 
-// A tile's share of fetching what comes next: `lines` of each step, from byte `first` on.
+// Prefetches of a tile: `lines` per step, from byte `first` on.
 template <int kLines>
 struct Fetch {
     static constexpr int lines = kLines;
     int64_t first;
 };
 
-// sums (rows x kPanel) += x W for `steps` steps of a tile. `last`, where it is not null, is the
-// step that comes after them, of a single in-feature for each row.
+// sums (rows x kPanel) += x W for `steps` steps of a tile. `last`, if not null, is one more step
+// with a single in-feature per row.
 template <typename T, int kCount, typename Ahead>
 LX_INLINE void add_tile(const char* w, const T* x, int64_t x_stride, int64_t steps,
                         const uint32_t* last, Ahead ahead, float* sums) {
@@ -77,7 +77,7 @@ LX_INLINE void add_tile(const char* w, const T* x, int64_t x_stride, int64_t ste
         for (int j = 0; j < 2; ++j) store(sums + i * kPanel + j * kF, sum[i][j]);
 }
 
-// sums += x W of all rows and all columns of a panel.
+// sums += x W for all rows and all columns of a panel.
 template <typename T>
 void add_panel(const char* panel, const T* x, int64_t x_stride, int64_t rows, int64_t in_features,
                float* sums) {
@@ -143,7 +143,7 @@ void multiply(const PackedLinearArgs& args, int64_t begin, int64_t end) {
 
 template <typename T>
 void lay_out(const PackedLinearArgs& args, int64_t begin, int64_t end) {
-    constexpr int64_t kFeatures = 4 / sizeof(T), kBlock = 64;  // steps; both sides stay in L1
+    constexpr int64_t kFeatures = 4 / sizeof(T), kBlock = 64;  // kBlock: steps in L1
     const int64_t steps = panel_steps(args);
     for (int64_t p = begin; p < end; ++p) {
         T* panel = static_cast<T*>(args.packed) + p * steps * kPanel * kFeatures;

@@ -1,4 +1,4 @@
-// Rows of any length as whole vectors and one part of a vector.
+// Iteration over rows of any length, in whole vectors and a partial last one.
 #pragma once
 
 #include "vec.h"
@@ -6,7 +6,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// Calls f(index, count) for [begin, end), a vector at a time; only the last count may be less.
+// Calls f(index, count) for [begin, end), a vector at a time; only the last count may be smaller.
 template <typename T, typename F>
 LX_INLINE void for_vectors(int64_t begin, int64_t end, F&& f) {
     constexpr int L = kLanes<T>;

@@ -14,7 +14,7 @@ constexpr int kHalf = kF / 2;
 LX_INLINE V magnitude(V x) {
     return bit_cast<V>(bit_cast<Words<V>>(x) & 0x7fffffffu);
 }
-// The magnitude of y with the sign of x.
+// Return the magnitude of y with the sign of x.
 LX_INLINE V with_sign_of(V x, V y) {
     return bit_cast<V>(bit_cast<Words<V>>(magnitude(y)) | (bit_cast<Words<V>>(x) & 0x80000000u));
 }
@@ -30,8 +30,8 @@ LX_INLINE V expm1_of_negative(V u) {
     return u < splat<V>(0.34657359f) ? small : large;
 }
 
-// The probability of a standard normal variable below -t, t >= 0, is exp(-t^2 / 2) s P(s) with
-// s = 1 / (1 + 0.35 t). P interpolates it at Chebyshev's nodes for t up to 14.5, to 4e-8.
+// Return the probability that a standard normal variable is below -t, t >= 0: exp(-t^2 / 2) s P(s)
+// with s = 1 / (1 + 0.35 t). P interpolates it at Chebyshev nodes for t up to 14.5, to 4e-8.
 LX_INLINE V normal_tail(V t) {
     constexpr float kTail[] = {0x1.1df06p-3f,   0x1.1e8b68p-3f,  0x1.e92a4ap-4f,
                                0x1.b72474p-4f,  -0x1.bfa466p-6f, 0x1.52f6fep-3f,
@@ -43,7 +43,7 @@ LX_INLINE V normal_tail(V t) {
     return p * s * exp(square * -0.5f);
 }
 
-// Cosine, or sine, in double: x = n pi / 2 + r with |r| <= pi / 4, then Taylor's series.
+// Cosine, or sine, in double: x = n pi / 2 + r with |r| <= pi / 4, then a Taylor series.
 template <bool kSine>
 LX_INLINE VecN<double, kHalf> circular(VecN<double, kHalf> x) {
     using W = VecN<uint64_t, kHalf>;

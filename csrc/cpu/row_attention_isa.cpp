@@ -1,10 +1,10 @@
 // Attention of one query row at a time on the CPU, compiled once per instruction set.
 //
-// A block of query rows, those of the heads that share keys beside each other, goes over the keys
+// A block contains adjacent query rows and all heads that share keys. It passes over the keys
 // twice, in chunks that stay in the L1 cache: for the scores, with keys in lanes, and for the
-// values, with features in lanes. Between the two each row is weighed by itself. Tiles of rows
-// share what they load of keys and values; each element stays one chain of multiply-adds in the
-// row's own order, so that no bit shows what it was computed beside.
+// values, with features in lanes. In between the weights of each row are computed separately. The
+// rows of a tile share the loads of keys and values. Each element is one chain of multiply-adds in
+// the row's own order, so no bit depends on the other rows of the tile.
 #include "lora_ext/row_attention.h"
 
 #include "by_dtype.h"
@@ -24,10 +24,10 @@ LX_INLINE int64_t whole_panels(int64_t n) {
     return blocks_of(n, kPanel<A>) * kPanel<A>;
 }
 
-// Sizes of a block, and where its numbers stand in the scratch memory of a thread.
+// Sizes of a block, and offsets in the scratch memory of a thread.
 template <typename A>
 struct Room {
-    int64_t alike, rows, chunk, features, score_stride;  // alike: heads of a group
+    int64_t alike, rows, chunk, features, score_stride;  // alike: heads per group
     int64_t q, scores, panels, values, sums, totals, packed, numbers;
 
     LX_INLINE explicit Room(const RowAttentionArgs& args) {
@@ -37,7 +37,7 @@ struct Room {
         const int64_t wide = args.width > features ? args.width : features;
         const int64_t fit = kChunkBytes / (static_cast<int64_t>(sizeof(A)) * (wide > 0 ? wide : 1));
         chunk = fit < kPanel<A> ? kPanel<A> : fit / kPanel<A> * kPanel<A>;
-        // A chunk may begin anywhere, and a row's last vector ends behind its last score.
+        // A chunk may begin at any key, and the last vector of a row ends beyond its last score.
         score_stride = whole_panels<A>(args.keys) + 2 * kPanel<A>;
         int64_t at = 0;
         const auto take = [&](int64_t numbers) {
@@ -56,7 +56,7 @@ struct Room {
     }
 };
 
-// scores (kCount x kPanel) = scale q . k, of rows of q and one panel of keys (D, kPanel).
+// scores (kCount x kPanel) = scale q . k, for rows of q and one panel of keys (D, kPanel).
 template <typename A, int kCount>
 LX_INLINE void score_tile(const A* q, int64_t width, const A* panel, A scale, A* scores,
                           int64_t stride) {
@@ -95,9 +95,9 @@ LX_INLINE void value_tile(const A* p, int64_t p_stride, const A* v, int64_t v_st
         for (int c = 0; c < kVecs; ++c) store(sums + i * sums_stride + c * L, sum[i][c]);
 }
 
-// Scores become weights, e^(s - the largest), and their sum comes back. Its order counts from the
-// first score; what stands behind the last one, to the end of a vector, is overwritten. Compiled
-// once, lest two places contract its sums differently.
+// Replaces scores by weights, e^(s - max), and returns their sum. Its order counts from the first
+// score; numbers after the last one, up to a whole vector, are overwritten. Not inlined, because
+// two copies could contract its sums differently.
 template <typename A>
 __attribute__((noinline)) A weigh(A* scores, int64_t count) {
     constexpr int L = kLanes<A>;
@@ -114,7 +114,7 @@ __attribute__((noinline)) A weigh(A* scores, int64_t count) {
     return lane_sum(sum);
 }
 
-// Keys that stand together in memory, one panel after the other; what is beyond the last is zero.
+// Packs adjacent keys into consecutive panels; entries beyond the last key are zero.
 template <typename T>
 void lay_out(const T* k, int64_t stride, int64_t keys, int64_t width, Acc<T>* panels) {
     constexpr int L = kLanes<T>;
@@ -135,7 +135,7 @@ void lay_out(const T* k, int64_t stride, int64_t keys, int64_t width, Acc<T>* pa
         }
 }
 
-// Rows of numbers of the type of sums, the rest of each row zero.
+// Widens rows of numbers to the type of sums; the rest of each row is zero.
 template <typename T>
 void widen(const T* from, int64_t from_stride, int64_t rows, int64_t width, Acc<T>* to,
            int64_t to_stride) {
@@ -154,7 +154,7 @@ void widen(const T* from, int64_t from_stride, int64_t rows, int64_t width, Acc<
     }
 }
 
-// Rows t of the heads of one group; its rows, q's and those of scores and sums, are (t, head).
+// Rows t of the heads of one group; rows of q, scores and sums are (t, head).
 template <typename T>
 struct Block {
     using A = Acc<T>;
@@ -163,7 +163,7 @@ struct Block {
     const Room<A> room;
     A* const scratch;
     int64_t b = 0, g = 0, t = 0, times = 0;
-    int64_t first_key = 0, end_key = 0;  // of all of the block
+    int64_t first_key = 0, end_key = 0;  // range over all rows of the block
 
     LX_INLINE Block(const RowAttentionArgs& args, void* scratch)
         : args(args), room(args), scratch(static_cast<A*>(scratch)) {}
@@ -176,7 +176,7 @@ struct Block {
     }
     LX_INLINE A* sums(int64_t row) const { return scratch + room.sums + row * room.features; }
 
-    // Calls f(begin, end) for runs of the keys in [begin, end) that time i sees.
+    // Calls f(begin, end) for runs of the keys in [begin, end) that row t + i sees.
     template <typename F>
     LX_INLINE void for_runs(int64_t i, int64_t begin, int64_t end, F&& f) const {
         const SeenKeys& own = seen(i);
@@ -253,7 +253,8 @@ struct Block {
         });
     }
 
-    // Of all heads of time i, where each keeps its keys' places; holes are closed meanwhile.
+    // Replaces the scores of all heads of row t + i by weights. Scores with holes are packed for
+    // the sum and moved back to the positions of their keys.
     void weigh_rows(int64_t i) const {
         for (int64_t row = i * room.alike; row < (i + 1) * room.alike; ++row) {
             A *const own = scores(row), *const packed = scratch + room.packed;
@@ -290,8 +291,8 @@ struct Block {
             add_run(row, count, v + (run - begin) * v_stride, v_stride, run, run_end - run);
         };
         for_tiles(0, times * room.alike, [&](int64_t row, int64_t count) {
-            // The keys that all rows of the tile see in a row are theirs together; each row has
-            // those before and behind by itself.
+            // Keys that all rows of the tile see without holes are added together; the keys before
+            // and after them are added row by row.
             const int64_t i_first = row / room.alike, i_last = (row + count - 1) / room.alike;
             int64_t common = begin, common_end = end;
             for (int64_t i = i_first; i <= i_last; ++i) {
@@ -321,7 +322,7 @@ struct Block {
         with_constant<kTileRows>(count, [&](auto rows) {
             const A* const p = scores(row) + key;
             int64_t c = 0;
-            if constexpr (rows.value <= 3)  // two vectors of each would wait for their sums
+            if constexpr (rows.value <= 3)  // for more rows two vectors suffice to hide latency
                 for (; c + 4 * L <= room.features; c += 4 * L)
                     value_tile<A, rows.value, 4>(p, room.score_stride, v + c, v_stride, keys,
                                                  sums(row) + c, room.features);
@@ -337,7 +338,7 @@ struct Block {
         for (int64_t head = 0; head < room.alike; ++head, out += args.value_width) {
             A* const own = sums(i * room.alike + head);
             const A total = scratch[room.totals + i * room.alike + head];
-            const bool none = total == 0;  // a seen key's weight is 1 where it is the largest
+            const bool none = total == 0;  // no key seen: the largest score has weight 1
             for (int64_t c = 0; c < args.value_width; ++c) own[c] = none ? 0 : own[c] / total;
             store_rounded<T>(out, own, args.value_width);
         }

@@ -1,8 +1,7 @@
-// Rows of weights and of log-values, which sum layers and whole circuits are made of; formulas in
-// circuit_sum.h. Built on vec_math.h and, as that, per instruction set.
+// Rows of weights and of log-values, for sum layers and whole circuits; formulas in circuit_sum.h.
+// Compiled per instruction set like vec_math.h.
 //
-// A sum over a row has one accumulator vector, folded once: its order depends on the instruction
-// set alone.
+// A sum over a row has one accumulator vector, folded once, in the instruction set's order.
 #pragma once
 
 #include "lora_ext/circuit_sum.h"
@@ -14,7 +13,7 @@ namespace {
 
 template <typename A>
 constexpr A kInfinity = static_cast<A>(__builtin_inf());
-// Sums above 2^-80 (2^-900) are trusted, terms below 2^-126 being lost: log of the inverse.
+// Logarithm of 2^80 (2^900). Larger sums are accurate although terms below 2^-126 are lost.
 template <typename A>
 constexpr A kTrust = sizeof(A) == 4 ? A(55.451774) : A(623.8324625);
 template <typename A>
@@ -29,7 +28,7 @@ LX_INLINE A exp_of(A x) {
     return exp(splat<Vec<A>>(x))[0];
 }
 
-// Lanes beyond `count` read as `fill`.
+// Loads `count` lanes and sets the others to `fill`.
 template <typename T>
 LX_INLINE Vec<T> load_or(const T* p, int64_t count, Acc<T> fill) {
     if (count == kLanes<T>) return load(p);
@@ -47,8 +46,8 @@ LX_INLINE Acc<T> row_max(const T* p, int64_t n) {
     return max_lane(top);
 }
 
-// The largest of n numbers, which f(first, count) gives a vector at a time, and the first that
-// attains it; -inf and 0 where there is none. Passes over NaN.
+// Largest of n numbers and the first index that attains it, or -inf and 0 if all are -inf. f(first,
+// count) returns them a vector at a time. NaN is skipped.
 template <typename T>
 struct Best {
     Acc<T> value;
@@ -82,8 +81,8 @@ struct WeightRow {
     using A = Acc<T>;
     const T* w;
     WeightNorm norm;
-    A base;    // the largest entry, or what leaves a row without possible terms at zero
-    A lifted;  // its logarithm, if it is a weight
+    A base;    // largest entry; for a row without possible terms a value that scales it to 0
+    A lifted;  // for norm kProbs the logarithm of base, else base
 
     LX_INLINE WeightRow(const T* w, int64_t n, WeightNorm norm) : w(w), norm(norm) {
         const A top = row_max(w, n);
@@ -105,7 +104,7 @@ struct WeightRow {
         if (norm == WeightNorm::kProbs) return log(v <= Vec<T>{} ? Vec<T>{} : v) - lifted;
         return v - base;
     }
-    // From the sum over `scaled`.
+    // Return the shift, from the sum over `scaled`.
     LX_INLINE A shift(A total) const {
         if (total == 0) return -kInfinity<A>;
         return norm == WeightNorm::kLogits ? -log_of(total) : lifted;
@@ -125,9 +124,9 @@ LX_INLINE Acc<T> scale_row(const T* w, int64_t n, WeightNorm norm, Acc<T>* scale
     return row.shift(lane_sum(total));
 }
 
-// Consecutive rows of n logits or log-weights, relative to their largest: written to `to`, and
-// their maxima and sums per row; each of the three may be null. Four rows at a time, because a
-// single one waits for its maximum and its sum.
+// Scales consecutive rows of n logits or log-weights by their largest entry. Writes the scaled rows
+// to `to`, and maxima and sums per row; each output may be null. Four rows at a time hide the
+// latency of the maximum and the sum.
 template <typename A, int kRows>
 LX_INLINE void scale_tile(const A* w, int64_t n, A* to, A* tops, A* totals) {
     Vec<A> top[kRows], total[kRows] = {};
@@ -163,7 +162,7 @@ LX_INLINE void scale_rows(const A* w, int64_t rows, int64_t n, A* to, A* tops, A
     for (; r < rows; ++r)
         scale_tile<A, 1>(w + r * n, n, from(to, r * n), from(tops, r), from(totals, r));
 }
-// Sums of scaled logits become shifts; that of a row without possible terms is -inf.
+// Converts sums of scaled logits to shifts; a row without possible terms has shift -inf.
 template <typename A>
 LX_INLINE void shifts_of(A* totals, int64_t count) {
     for_vectors<A>(0, count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
@@ -172,7 +171,7 @@ LX_INLINE void shifts_of(A* totals, int64_t count) {
     });
 }
 
-// log sum W_i exp(l_i), the terms shifted by their own maximum.
+// log sum W_i exp(l_i), with the terms shifted by their own maximum.
 template <typename T>
 Acc<T> rescue(const WeightRow<T>& row, const Acc<T>* l, int64_t n, Acc<T> shift) {
     using A = Acc<T>;
@@ -202,7 +201,7 @@ void add_shares(const WeightRow<T>& row, const Acc<T>* l, int64_t n, Acc<T> shif
     });
 }
 
-// The logarithm of the inverse of s.
+// Return -log s.
 template <typename A>
 LX_INLINE A depth_of(A value_shift, A weight_shift, A out) {
     return value_shift + weight_shift - out;

@@ -1,7 +1,6 @@
-// Small products of matrices in registers, which the LoRA ops and the sum layers of circuits are
-// made of: dot_tile along the axis that is contiguous in both factors, sum_tile across it. Built on
-// vec.h and, as that, per instruction set. Each result is one accumulator, in ascending order,
-// whatever the tile.
+// Small matrix products in registers for the LoRA ops and the sum layers of circuits: dot_tile
+// along the axis that is contiguous in both factors, sum_tile across it. Compiled per instruction
+// set like vec.h. Each result is one accumulator, in ascending order, for any tile.
 #pragma once
 
 #include "vec.h"
@@ -15,16 +14,16 @@ constexpr int kDotRows = 6;  // 24 accumulators of 32 registers
 constexpr int kDotRows = 3;  // 12 accumulators of 16 registers
 #endif
 constexpr int kDotRanks = 4;
-constexpr int64_t kAheadA = 512;  // bytes ahead of use at which `a` is prefetched
-constexpr int kToL2 = 2;          // of __builtin_prefetch
+constexpr int64_t kAheadA = 512;  // prefetch distance of `a` in bytes
+constexpr int kToL2 = 2;          // locality argument of __builtin_prefetch
 
-// acc[row][rank] += x[row] . a[rank] over [k, k_end). With few rows, reading `a` takes the time:
-// the ranks that follow these are prefetched where their rows are known as `next`.
+// acc[row][rank] += x[row] . a[rank] over [k, k_end). With few rows, reading `a` dominates the
+// time. The ranks that follow are therefore prefetched, from `next` if it is known.
 template <typename T, int kRows, int kRanks>
 LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k, int64_t k_end,
                         Vec<T> (&acc)[kRows][kRanks], const T* next = nullptr) {
     constexpr int L = kLanes<T>;
-    // Inlined, or the sums go through memory at every step.
+    // Inlined, because otherwise each step would store the sums to memory.
     const auto step = [&](auto&& get) __attribute__((always_inline)) {
         Vec<T> xs[kRows];
         for (int i = 0; i < kRows; ++i) xs[i] = get(x[i] + k);
@@ -60,7 +59,7 @@ LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k,
         step([n = k_end - k](const T* p) __attribute__((always_inline)) { return load_n(p, n); });
 }
 
-// f(row, rank, sum of lanes)
+// Calls f(row, rank, sum of lanes).
 template <typename T, int kRows, int kRanks, typename F>
 LX_INLINE void for_sums(const Vec<T> (&acc)[kRows][kRanks], F&& f) {
     for (int i = 0; i < kRows; ++i) {

@@ -1,5 +1,5 @@
-// Blocks of numbers, transposed in registers: square ones, as many rows as a vector has lanes, and
-// eight ranks of a vector of outputs. Built on vec.h and, as that, per instruction set.
+// Transposition in registers of square blocks, as many rows as a vector has lanes, and of eight
+// ranks by a vector of outputs. Compiled per instruction set like vec.h.
 #pragma once
 
 #include "vec.h"
@@ -16,7 +16,7 @@ struct LanesBelow<0, kLane...> {
     using type = LaneList<kLane...>;
 };
 
-// Of two rows whose numbers differ in bit kBit, what belongs to the one without it and with it.
+// Exchanges the lanes of two rows whose indices differ in bit kBit, one step of a transposition.
 template <int kBit, typename V, int... kLane>
 LX_INLINE void exchange(V& low, V& high, LaneList<kLane...>) {
     constexpr int L = sizeof...(kLane);
@@ -45,7 +45,7 @@ LX_INLINE void transpose(const A* from, int64_t from_row, A* to, int64_t to_row)
 }
 
 // ------------------------------------------------------------------------------------------------
-// The lower or the upper halves of every 128 bits of two vectors, lane by lane in turn.
+// Interleaves the lower or the upper halves of every 128 bits of two vectors.
 template <int kUpper, typename V, int... kLane>
 LX_INLINE V interleave(V a, V b, LaneList<kLane...>) {
     constexpr int L = sizeof...(kLane), kPer = 16 * L / sizeof(V);
@@ -67,8 +67,8 @@ LX_INLINE void transpose_quads(const V* r, V* out) {
     finish(interleave<1>(r[0], r[1], lanes), interleave<1>(r[2], r[3], lanes), out + 2);
 }
 
-// out[j][o] = b[o * stride + j]: eight ranks of one vector of outputs, transposed.
-// Reads num_out rows and num_ranks of their eight ranks; what it does not read is zero.
+// out[j][o] = b[o * stride + j]: eight ranks of one vector of outputs, transposed. Reads num_out
+// rows and num_ranks of their eight ranks; the other entries are zero.
 template <typename T>
 inline void load_transposed_part(const T* b, int64_t stride, int64_t num_out, int num_ranks,
                                  Vec<T>* out) {
@@ -79,7 +79,7 @@ inline void load_transposed_part(const T* b, int64_t stride, int64_t num_out, in
 }
 
 #if defined(__AVX2__)
-// Both halves of a vector by one load each: cheaper than shuffles across the halves.
+// Loads the two halves of a vector separately: cheaper than shuffles across the halves.
 LX_INLINE VecN<float, 8> load_half_rows(const float* low, const float* high) {
     return (VecN<float, 8>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)),
                                                 _mm_loadu_ps(high), 1);

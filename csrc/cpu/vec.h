@@ -1,6 +1,6 @@
-// Vectors of kVecBytes for one instruction set, on GCC's vector extensions (clang has them too).
+// Vectors of kVecBytes for one instruction set, with GCC's vector extensions (clang has them too).
 //
-// Everything sits in an unnamed namespace inside LX_ISA: nothing here may get a symbol that the
+// Everything is in an unnamed namespace inside LX_ISA: nothing here may get a symbol that the
 // linker could merge with the same function built for another instruction set. For the same reason
 // no header of the C++ library is used.
 #pragma once
@@ -22,7 +22,7 @@
 #endif
 #endif
 
-// The name of the instruction set, as the tables give it.
+// Name of the instruction set, as stored in the tables.
 #define LX_STRING_(x) #x
 #define LX_STRING(x) LX_STRING_(x)
 #define LX_ISA_NAME LX_STRING(LX_ISA)
@@ -78,7 +78,7 @@ struct VecOf {
 template <typename E, int kCount>
 using VecN = typename VecOf<E, kCount>::type;
 
-// The vector in which T is computed: float lanes, or double for double.
+// Vector in which T is computed: float lanes, or double for double.
 template <typename T>
 constexpr int kLanes = LX_VEC_BYTES / sizeof(Acc<T>);
 template <typename T>
@@ -109,9 +109,8 @@ LX_INLINE V select(VecN<int32_t, sizeof(V) / 4> mask, V yes, V no) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// One rounding per multiply-add where the hardware has it, in every instantiation alike: left to
-// contraction, the compiler may fuse in one loop and not in another, and a row's bits would depend
-// on its path.
+// Explicit fused multiply-add with one rounding, if the hardware has it. With contraction left to
+// the compiler, one loop may fuse and another not, and the bits of a row would depend on its path.
 template <typename V>
 LX_INLINE V fma(V a, V b, V c) {
 #if defined(__FMA__)
@@ -144,9 +143,8 @@ LX_INLINE V fma(V a, V b, V c) {
 #endif
 }
 
-// Pairs of bfloat16 multiplied and added to float lanes: lane l gains a[2l] b[2l] + a[2l+1]
-// b[2l+1], where the hardware does that, twice as much per instruction as widening. Subnormals
-// count as zero.
+// Products of bfloat16 pairs added to float lanes, if the hardware has them: lane l gains a[2l]
+// b[2l] + a[2l+1] b[2l+1], twice the work per instruction of widening. Subnormals count as zero.
 #if defined(__AVX512BF16__)
 template <typename T>
 constexpr bool kPairs = false;
@@ -199,8 +197,8 @@ LX_INLINE VecN<float, kCount> widen_half(VecN<uint16_t, kCount> bits) {
     if constexpr (kCount == 16) return (VecN<float, 16>)_mm512_cvtph_ps((__m256i)bits);
 #endif
 #endif
-    // Exponent and mantissa moved into place read 2^112 too small; subnormals come out right as
-    // well.
+    // Exponent and mantissa, shifted into place, represent a value 2^112 too small. The product is
+    // also right for subnormals.
     using F = VecN<float, kCount>;
     using U = VecN<uint32_t, kCount>;
     const U wide = __builtin_convertvector(bits, U), magnitude = wide & 0x7fffu;
@@ -253,7 +251,7 @@ LX_INLINE void store(Half* p, Vec<float> v) {
     using F = Vec<float>;
     const U u = bit_cast<U>(v), magnitude = u & 0x7fffffffu;
     const U normal = (magnitude + 0xfffu + (magnitude >> 13 & 1) - 0x38000000u) >> 13;
-    // Below 2^-14 the adder rounds: the last place of 0.5 is 2^-24, the step of fp16's subnormals.
+    // Below 2^-14 the addition rounds: the last place of 0.5 is 2^-24, fp16's subnormal step.
     const U subnormal = bit_cast<U>(bit_cast<F>(magnitude) + 0.5f) - 0x3f000000u;
     U h = select<U>(magnitude < 0x38800000u, subnormal, normal);
     h = select<U>(magnitude >= 0x477ff000u, U{} + 0x7c00u, h);
@@ -263,8 +261,8 @@ LX_INLINE void store(Half* p, Vec<float> v) {
     __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
-// The first n lanes only, 0 <= n <= kLanes; the rest of a load is zero, the rest of a store stays
-// in memory.
+// Only the first n lanes, 0 <= n <= kLanes. The other lanes of a load are zero; a store leaves the
+// memory of the other lanes unchanged.
 #if defined(__AVX512F__) && LX_VEC_BYTES == 64
 LX_INLINE __mmask16 first_lanes(int64_t n) {
     return static_cast<__mmask16>((1u << n) - 1);
@@ -307,7 +305,7 @@ inline void store_n(T* p, Vec<T> v, int64_t n) {
 }
 #endif
 
-// n numbers, each rounded once.
+// Stores n numbers, each rounded once.
 template <typename T>
 LX_INLINE void store_rounded(T* to, const Acc<T>* from, int64_t n) {
     constexpr int L = kLanes<T>;

@@ -1,13 +1,14 @@
-// exp and log of vectors, float and double lanes; built on vec.h and, as that, per instruction set.
+// exp and log of vectors with float and double lanes, compiled per instruction set like vec.h.
 //
-// Worst error in units in the last place, measured on every float (their log: on the sample of
+// Worst error in units in the last place, measured on every float (log: on the sample of
 // tests/cpu/vec_math_test.cpp), and on 2^24 vectors of doubles:
 //             exp     log
 //   float     1.09    0.79
 //   double    1.01    0.85
-// exp: -inf and all below the logarithm of the smallest normal number give exactly 0; a little
-// below the largest finite result (float 88.37, double 709.4) infinity. log: 0 gives -inf, below 0
-// NaN, subnormal numbers count. NaN propagates through both.
+// exp: -inf and all arguments below the logarithm of the smallest normal number give exactly 0.
+// Arguments from slightly below that of the largest finite result (float 88.37, double 709.4) give
+// infinity. log: 0 gives -inf, negative numbers NaN; subnormal numbers are handled. NaN
+// propagates through both.
 #pragma once
 
 #include "vec.h"
@@ -15,7 +16,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// What depends on the width of a lane.
+// Constants that depend on the lane type.
 template <typename E>
 struct Float;
 template <>
@@ -23,14 +24,14 @@ struct Float<float> {
     using Int = int32_t;
     using Unsigned = uint32_t;
     static constexpr int kMantissa = 23, kBias = 127;
-    static constexpr float kLowest = -87.336544f, kHighest = 88.37f;  // of exp
-    static constexpr float kMagic = 0x1.8p23f;  // plus this, a number is rounded to an integer
+    static constexpr float kLowest = -87.336544f, kHighest = 88.37f;  // range of exp
+    static constexpr float kMagic = 0x1.8p23f;  // adding this number rounds to an integer
     static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-    // exp(r) = 1 + r + r^2 q(r) on |r| <= log(2) / 2; interpolated at Chebyshev's nodes.
+    // exp(r) = 1 + r + r^2 q(r) on |r| <= log(2) / 2; interpolated at Chebyshev nodes.
     static constexpr float kExp[] = {0x1p-1f, 0x1.5554dcp-3f, 0x1.555518p-5f, 0x1.120be2p-7f,
                                      0x1.6d117cp-10f};
     // log(1 + f) = f - f^2 / 2 + f^3 p(f) on [sqrt(1/2) - 1, sqrt(2) - 1], to 0.1 units. A division
-    // takes longer than the terms that it saves.
+    // would take longer than the terms that it saves.
     static constexpr float kLog[] = {0x1.555554p-2f,  -0x1.000228p-2f, 0x1.99a008p-3f,
                                      -0x1.547242p-3f, 0x1.22da28p-3f,  -0x1.0d856ep-3f,
                                      0x1.055b24p-3f,  -0x1.38b3dep-4f};
@@ -43,7 +44,7 @@ struct Float<double> {
     static constexpr double kLowest = -708.3964185322641, kHighest = 709.4;
     static constexpr double kMagic = 0x1.8p52;
     static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
-    // Taylor's: the next term is below 2^-58.
+    // Taylor series: the next term is below 2^-58.
     static constexpr double kExp[] = {1.0 / 2,        1.0 / 6,         1.0 / 24,
                                       1.0 / 120,      1.0 / 720,       1.0 / 5040,
                                       1.0 / 40320,    1.0 / 362880,    1.0 / 3628800,
@@ -62,11 +63,11 @@ template <typename V>
 LX_INLINE V splat(Element<V> s) {
     return s - V{};
 }
-// Where b is NaN it is a.
+// The result is a if b is NaN.
 template <typename V>
 LX_INLINE V max(V a, V b) {
 #if defined(__AVX512F__)
-    // GCC 12 makes a comparison and a masked move of the line below.
+    // GCC 12 compiles the line below to a comparison and a masked move.
     if constexpr (sizeof(V) == 64 && sizeof(a[0]) == 4)
         return (V)_mm512_max_ps((__m512)b, (__m512)a);
     else if constexpr (sizeof(V) == 64)
@@ -75,8 +76,8 @@ LX_INLINE V max(V a, V b) {
     return b > a ? b : a;
 }
 
-// y 2^n, 0 where x is below the logarithm of the smallest normal number. n is whole, and sits in
-// the low bits of `shifted` too.
+// Return y 2^n, or 0 if x is below the logarithm of the smallest normal number. n is an integer,
+// also held in the low bits of `shifted`.
 template <typename V>
 LX_INLINE V scale_exp(V x, V y, [[maybe_unused]] V n, [[maybe_unused]] V shifted) {
     using F = Float<Element<V>>;
@@ -97,7 +98,7 @@ LX_INLINE V scale_exp(V x, V y, [[maybe_unused]] V n, [[maybe_unused]] V shifted
     return x < lowest ? V{} : y * scale;
 }
 
-// kHigh: x may be large. Without, it is promised to be small enough for a finite result, or NaN.
+// kHigh: x may be large. Otherwise x must be NaN or small enough for a finite result.
 template <bool kHigh = true, typename V>
 LX_INLINE V exp(V x) {
     using E = Element<V>;
@@ -116,15 +117,15 @@ LX_INLINE V exp(V x) {
     return x > splat<V>(F::kHighest) ? splat<V>(E(__builtin_inf())) : out;
 }
 
-// exp(x - shift), x <= shift, for a sum of such terms: exact at 0, else off by at most
-// (2 + shift - x) units in the last place, fewer operations than exp. What is less than e^-86 (-inf
-// too) may be any number below 1e-37: beside the largest term, which is 1, that does not show.
+// exp(x - shift), x <= shift, for a sum of such terms, with fewer operations than exp. It is exact
+// at 0, else within 2 + shift - x units in the last place. A term below e^-86 (also -inf) may be
+// any number below 1e-37, which is lost beside the largest term, 1.
 template <typename V>
 LX_INLINE V exp_below(V x, V shift) {
     if constexpr (sizeof(x[0]) == 8) {
         return exp<false>(x - shift);
     } else {
-        // 2^t, t = n + r. The polynomial has the least worst error that its degree allows.
+        // 2^t, t = n + r. The polynomial is the minimax polynomial of its degree.
         const V t = max((x - shift) * 1.44269504f, splat<V>(-124.0f));
         const auto power = [](V r) __attribute__((always_inline)) {
             V q = splat<V>(0x1.5bba12p-10f);
@@ -178,11 +179,11 @@ LX_INLINE V log(V x) {
     V out = fma(n, splat<V>(F::kLn2High), f + low);
     out = x == V{} ? splat<V>(E(-__builtin_inf())) : out;
     out = x < V{} ? splat<V>(E(__builtin_nan(""))) : out;
-    // Infinity and NaN are their own logarithms.
+    // Infinity and NaN are returned unchanged.
     return x < splat<V>(E(__builtin_inf())) ? out : x;
 }
 
-// Over all lanes, halves first: one order for one instruction set.
+// Folds all lanes, halves first: one order per instruction set.
 template <typename V, typename F>
 LX_INLINE Element<V> fold_lanes(V v, F&& f) {
     constexpr int kCount = sizeof(V) / sizeof(Element<V>);

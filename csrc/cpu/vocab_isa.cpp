@@ -1,8 +1,8 @@
-// Losses over a vocabulary on the CPU, compiled once per instruction set: vocab.h has the formulas.
+// Losses over a vocabulary on the CPU, compiled once per instruction set; formulas in vocab.h.
 //
-// An item is a row of the batch, with all its hidden states. Of a chunk, its largest logit is
-// looked for first, then the exponentials are taken: the second reading finds the row in the cache.
-// Sums go along lanes for a block of columns, then over blocks, then over lanes.
+// An item is a row of the batch, with all its hidden states. The first pass over a chunk finds the
+// largest logit, the second computes exponentials from the cached row. Sums run along lanes for a
+// block of columns, then over blocks, then over lanes.
 #include "lora_ext/vocab.h"
 
 #include "by_dtype.h"
@@ -12,7 +12,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // columns that are added up before they join the others
+constexpr int64_t kBlock = 1024;  // columns summed before they are added to the total
 
 template <typename A>
 constexpr A kImpossible = -A(__builtin_huge_val());
@@ -21,7 +21,7 @@ template <typename A>
 LX_INLINE A shift_of(A top) {
     return top == kImpossible<A> ? 0 : top;
 }
-// Of one number, by the functions of vectors.
+// Return exp of one number, computed as a vector.
 template <typename T>
 LX_INLINE Acc<T> exp_of(Acc<T> x) {
     return exp(splat<Vec<T>>(x))[0];
@@ -32,7 +32,7 @@ LX_INLINE Acc<T> log_of(Acc<T> x) {
 }
 template <typename T>
 LX_INLINE Acc<T> log1p_of(Acc<T> x) {
-    const Acc<T> u = 1 + x;  // log(u) / (u - 1) hardly feels that u was rounded
+    const Acc<T> u = 1 + x;  // log(u) / (u - 1) is insensitive to the rounding of u
     return u == 1 ? x : log_of<T>(u) * (x / (u - 1));
 }
 
@@ -42,7 +42,7 @@ LX_INLINE Ints<V> lane_numbers() {
     for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(V{}[0])); ++i) numbers[i] = i;
     return numbers;
 }
-// The first `count` lanes of v, -inf in the others.
+// Return v with -inf in the lanes from `count` on.
 template <typename V>
 LX_INLINE V or_impossible(V v, int64_t count) {
     using E = Element<V>;
@@ -52,7 +52,7 @@ LX_INLINE V or_impossible(V v, int64_t count) {
                : splat<V>(kImpossible<E>);
 }
 
-// The sum over n columns of term(index, count), one number or two of them.
+// Sums add_terms(index, count, parts) over n columns, into one or two numbers.
 template <typename T, typename F>
 LX_INLINE void add_up(int64_t n, Acc<T>& first, Acc<T>& second, F&& add_terms) {
     Vec<T> totals[2] = {};
@@ -68,7 +68,7 @@ LX_INLINE void add_up(int64_t n, Acc<T>& first, Acc<T>& second, F&& add_terms) {
     second += lane_sum(totals[1]);
 }
 
-// What a product with W becomes: z = softcap(raw) / tau.
+// Conversion of a product with W: z = softcap(raw) / tau.
 template <typename T, bool kCapped>
 struct Logit {
     using V = Vec<T>;
@@ -97,13 +97,13 @@ struct Logit {
     }
     LX_INLINE Acc<T> of_one(const T* p) const { return of(load_n(p, 1))[0]; }
 
-    // The largest of the row's logits and `top`.
+    // Return the largest of the row's logits and `top`.
     LX_INLINE Acc<T> largest(const T* row, int64_t n, Acc<T> top) const {
         V most = splat<V>(kImpossible<Acc<T>>);
         for_vectors<T>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
             most = max(most, or_impossible(load_part(row + i, count), count));
         });
-        const Acc<T> z = of(splat<V>(max_lane(most)))[0];  // it grows with raw
+        const Acc<T> z = of(splat<V>(max_lane(most)))[0];  // z increases with raw
         return z > top ? z : top;
     }
 };
@@ -123,7 +123,7 @@ struct State {
         sum = top + stride;
         third = sum + stride;
     }
-    // A larger top: what the sums so far are to be multiplied by.
+    // Sets a larger top and returns the factor that rescales the sums so far.
     LX_INLINE Acc<T> raise(Acc<T> largest) const {
         const Acc<T> fade = exp_of<T>(*top - shift_of(largest));
         *top = largest;
@@ -144,7 +144,7 @@ LX_INLINE void fade_products(const VocabArgs& args, int64_t e, int64_t n, Acc<T>
     if (args.products && args.first > 0 && fade != 1)
         scale_row(products_of<T>(args, e, n), args.width, fade);
 }
-// The label's column in this chunk, -1 if it is not there.
+// Return the label's column in this chunk, or -1.
 LX_INLINE int64_t label_column(const VocabArgs& args, int64_t n) {
     const int64_t y = args.labels[n] - args.first;
     return y >= 0 && y < args.columns ? y : -1;
@@ -163,7 +163,7 @@ void cross_entropy_update(const VocabArgs& args, int64_t n) {
     if (args.first == 0) {
         *state.top = kImpossible<Acc<T>>;
         *state.sum = 0;
-        *state.third = Acc<T>(__builtin_nan(""));  // until the label's chunk comes
+        *state.third = Acc<T>(__builtin_nan(""));  // until the label's chunk
     }
     const int64_t y = label_column(args, n);
     if (y >= 0) *state.third = logit.of_one(row + y);
@@ -277,7 +277,7 @@ void kl_update(const VocabArgs& args, int64_t n) {
 }
 
 template <typename T>
-LX_INLINE Acc<T> share_of(const VocabArgs& args) {  // of a student, tau times too small
+LX_INLINE Acc<T> share_of(const VocabArgs& args) {  // tau^2 / students, divided by tau
     return static_cast<Acc<T>>(args.tau / static_cast<double>(args.hiddens - 1));
 }
 

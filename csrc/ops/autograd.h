@@ -1,9 +1,9 @@
-// What stands above a kernel in the dispatcher: calls of ops by handle, refusals of gradients that
-// an op does not have. Included by bindings.cpp alone.
+// Dispatcher layer above the kernels: handles of ops, and errors for missing gradients. Only
+// bindings.cpp includes it.
 //
 // Backwards that run hundreds of times per step are in C++ (lora_train_autograd.h,
-// circuit_autograd.h); every op inside them is called through the dispatcher, so torch.compile
-// traces them like any operator of torch.
+// circuit_autograd.h). They call ops through the dispatcher, so torch.compile traces them like any
+// operator of torch.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -23,10 +23,10 @@ namespace lora_ext::autograd {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The library's name, which register_ops sets.
+// Name of the library, set by register_ops.
 inline const char* library = nullptr;
 
-// The op of this library whose kernel is kOp; register_ops gives it its name.
+// Handle of the op whose kernel is kOp; register_ops sets the name.
 template <auto kOp>
 struct Handle;
 template <class Result, class... Args, Result (*kOp)(Args...)>
@@ -48,7 +48,7 @@ inline OptionalTensor or_none(const Tensor& t) {
     return t.defined() ? OptionalTensor(t) : std::nullopt;
 }
 
-// Arguments that are no tensors want no gradient and have no tangent.
+// Arguments other than tensors have neither gradient nor tangent.
 template <class T>
 bool wants_grad(const T&) {
     return false;
@@ -78,7 +78,7 @@ inline bool has_tangent(const std::vector<Tensor>& tensors) {
                        [](const Tensor& t) { return has_tangent(t); });
 }
 
-// A change in place is counted.
+// Increments the version counter after a change in place.
 inline void count_change(const Tensor& t) {
     torch::autograd::impl::bump_version(t);
 }
@@ -86,16 +86,16 @@ inline void count_change(const std::vector<Tensor>& tensors) {
     for (const Tensor& t : tensors) count_change(t);
 }
 
-// Refuses a tangent instead of dropping it. torch.func wraps tensors, and no kernel sees what its
-// wrappers carry, so this is asked above the kernels.
+// Raises for a tangent instead of dropping it. The check runs above the kernels, because torch.func
+// wraps tensors and a kernel does not see the tangent of a wrapper.
 template <class... Args>
 void refuse_tangents(const char* op, const Args&... args) {
     TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(args) || ...), op, " has no forward-mode derivative");
 }
 
-// What torch's own operators do above their kernels, for an op without a backward: it refuses a
-// gradient or a tangent, and counts a change in place, so that autograd notices a tensor that it
-// had saved. kRemedy says what to do instead.
+// Autograd layer of an op without a backward, as torch has it for its own operators: it raises for
+// a gradient or a tangent, and increments the version of a tensor changed in place, so that
+// autograd detects a stale saved tensor. kRemedy names the alternative in the message.
 template <auto kOp, const char* kRemedy, class Signature = std::remove_pointer_t<decltype(kOp)>>
 struct Refusal;
 template <auto kOp, const char* kRemedy, class Result, class... Args>

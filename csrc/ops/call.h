@@ -1,4 +1,4 @@
-// What the ops of every family do around a twin or a kernel.
+// Helpers for calling a twin or a kernel, shared by the ops of all families.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -13,18 +13,17 @@ namespace lora_ext {
 using at::Tensor;
 using OptionalTensor = std::optional<at::Tensor>;
 
-// The type in which values of t are added up: float32, or float64 for float64.
+// Return the dtype in which values of t are accumulated: float32, or float64 for float64.
 inline at::ScalarType accumulator_of(const Tensor& t) {
     return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// While one lives, a library's GEMM keeps the dtype that it is given, whatever autocast the caller
-// is in.
+// Excludes autocast while it exists, so that a library's GEMM keeps the dtype of its operands.
 struct NoAutocast {
     c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
-// The exponentials that are worth a thread of their own.
+// Smallest number of exponentials per thread.
 constexpr int64_t kSerialExps = 1 << 13;
 
 // Calls f(begin, end) for parts of [0, items) on torch's threads. A thread gets at least

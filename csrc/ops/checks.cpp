@@ -72,11 +72,11 @@ void check_output(const char* op, const Tensor& y) {
 
 namespace {
 
-// The bytes of a tensor: a lattice of elements between the first and the last.
+// Byte addresses of a tensor: a lattice of elements between the first and the last.
 struct Bytes {
     const Tensor& t;
     uintptr_t begin;
-    uint64_t length;  // from the first byte to behind the last
+    uint64_t length;  // from the first byte to one past the last
 
     explicit Bytes(const Tensor& t)
         : t(t), begin(reinterpret_cast<uintptr_t>(t.const_data_ptr())), length(t.element_size()) {
@@ -84,7 +84,7 @@ struct Bytes {
     }
     uint64_t stride(int64_t d) const { return t.stride(d) * t.element_size(); }
 
-    // As `length`, of what is left when all dimensions but those of whole periods are walked.
+    // Return the length spanned by the dimensions whose stride is not a multiple of `period`.
     uint64_t length_within(uint64_t period) const {
         uint64_t within = t.element_size();
         for (int64_t d = 0; d < t.dim(); ++d)
@@ -93,22 +93,22 @@ struct Bytes {
     }
 };
 
-// True if one of the strides of `rows` is a period in which the two occupy different bytes: columns
-// of one packed buffer, or rows between rows.
+// Return whether some stride of `rows` is a period in which a and b occupy different bytes, as
+// columns of one packed buffer or interleaved rows do.
 bool interleaved(const Bytes& rows, const Bytes& a, const Bytes& b) {
     for (int64_t d = 0; d < rows.t.dim(); ++d) {
         const uint64_t period = rows.stride(d);
         if (rows.t.size(d) <= 1 || period == 0) continue;
         const uint64_t a_length = a.length_within(period), b_length = b.length_within(period);
-        // Where b begins behind the beginning of a, in the circle of a period.
+        // Offset from the beginning of a to the beginning of b, modulo the period.
         const uint64_t behind = (b.begin % period + period - a.begin % period) % period;
         if (a_length <= behind && behind + b_length <= period) return true;
     }
     return false;
 }
 
-// Exact for two matrices with rows of one pitch; two lattices that share no period are said to
-// overlap where the one begins before the other ends.
+// Exact for two matrices with the same row pitch. Two lattices without a common period are reported
+// to overlap if their address ranges do.
 bool overlap(const Bytes& a, const Bytes& b) {
     if (a.begin + a.length <= b.begin || b.begin + b.length <= a.begin) return false;
     return !interleaved(a, a, b) && !interleaved(b, a, b);

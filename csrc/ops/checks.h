@@ -1,5 +1,4 @@
-// Checks of tensors that every family shares. Each raises before memory is touched, in the words of
-// require.h.
+// Checks of tensors that all families share. Each raises before memory is accessed; see require.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,28 +11,27 @@
 
 namespace lora_ext {
 
-// The largest number of rows, features or pages: kernels count in int32, and a little beyond the
-// end.
+// Largest number of rows, features or pages: kernels count in int32, and slightly beyond the end.
 constexpr int64_t kMaxSize = (int64_t{1} << 31) - (1 << 16);
 
-// The dtype of a tensor of values; float64 is refused where kernels run.
+// Return the dtype of a tensor of values; raise for float64 if the tensor launches kernels.
 DType dtype_of(const char* op, const char* name, const Tensor& t);
 void check_dtype(const char* op, const char* name, const Tensor& t, at::ScalarType dtype);
 void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* shape);
-// Shape and device; `letters` are those of the sizes, as in "(B, K)".
+// Checks shape and device; `letters` names the sizes, as in "(B, K)".
 void check_shape(const char* op, const char* name, const Tensor& t, const char* letters,
                  at::IntArrayRef sizes, at::Device device);
 void check_device(const char* op, const char* name, const Tensor& t, at::Device device);
-// Device and dtype are those of x.
+// Checks that t has the device and dtype of x.
 void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x,
                 const char* x_name);
-// Below autograd a tangent would be dropped without a word.
+// Raises for a tangent, which would be dropped silently below autograd.
 void check_no_tangents(const char* op, std::initializer_list<const Tensor*> tensors);
 void check_launch(const char* op, LaunchStatus status);
 
-// Rows (T, O) that are added to in place: each contiguous, none overlapping another.
+// Checks rows (T, O) that are added to in place: each contiguous, without overlap.
 void check_output(const char* op, const Tensor& y);
-// Another argument of an op in place, by its name.
+// Another argument of an in-place op, with its name.
 struct Argument {
     const char* name;
     const Tensor* tensor;  // nullptr: not given
@@ -41,10 +39,10 @@ struct Argument {
     Argument(const char* name, const Tensor& t) : name(name), tensor(&t) {}
     Argument(const char* name, const OptionalTensor& t) : name(name), tensor(t ? &*t : nullptr) {}
 };
-// y, which check_output has seen, shares no byte with any of the arguments.
+// Checks that y, which passed check_output, shares no byte with any of the arguments.
 void check_apart(const char* op, const Tensor& y, std::initializer_list<Argument> others);
 
-// Small integer and scale vectors that sit beside the weights.
+// Return the data of a small vector of integers or scales on the device of the weights.
 template <class T>
 const T* vector_data(const char* op, const char* name, const Tensor& t, int64_t size,
                      at::ScalarType dtype, at::Device device) {
@@ -57,11 +55,11 @@ const T* vector_data(const char* op, const char* name, const Tensor& t, int64_t 
     return t.const_data_ptr<T>();
 }
 
-// One number beside the tensors of values.
+// Checks a tensor with a single number.
 void check_one(const char* op, const char* name, const Tensor& t, at::ScalarType dtype,
                at::Device device);
 
-// The tensor itself if each row is contiguous, else a copy.
+// Return t itself if each row is contiguous, else a copy.
 Tensor rows_contiguous(const Tensor& t);
 
 }  // namespace lora_ext

@@ -23,7 +23,7 @@ const CircuitCpu& twin() {
 // ------------------------------------------------------------------------------------------------
 // Leaves
 
-// Checks leaf and x; `leaf` and `x` keep alive what the arguments point at.
+// Checks leaf and x; `leaf` and `x` own the memory that the arguments point to.
 CircuitLeafArgs leaf_args(const char* op, Tensor& leaf, Tensor& x) {
     CircuitLeafArgs args;
     args.dtype = dtype_of(op, "leaf", leaf);
@@ -108,7 +108,7 @@ namespace {
 
 thread_local Scratch walk_scratch;
 
-// One op under way: what the twins and launchers read, and the tensors that keep it alive.
+// Arguments of one call, and the tensors that own their memory.
 struct Call {
     const char* op;
     CircuitScanArgs args;

@@ -8,23 +8,23 @@
 
 namespace lora_ext {
 
-// Returns e (B, K, C), and what each row of logits was normalised by (2, B, K, C): its maximum, and
-// the logarithm of its sum.
+// Returns e (B, K, C) and the normalisers (2, B, K, C) of the rows of logits: the maximum, and the
+// logarithm of the sum.
 std::tuple<Tensor, Tensor> circuit_leaf(const Tensor& leaf, const Tensor& x);
 Tensor circuit_leaf_backward(const Tensor& de, const Tensor& leaf, const Tensor& x,
                              const Tensor& norm);
 // Returns e of leaves whose logits are emit[k, z] @ h[b]: h (B, D), emit (K, C, V, D), x (B, K).
 Tensor emission_gather(const Tensor& h, const Tensor& emit, const Tensor& x);
-// Returns dh and demit; one that is not needed comes back empty.
+// Returns dh and demit; a gradient that is not needed is empty.
 std::tuple<Tensor, Tensor> emission_gather_backward(const Tensor& de, const Tensor& h,
                                                     const Tensor& emit, const Tensor& x,
                                                     bool need_h, bool need_emit);
-// Returns prefix (B, K), conditional (B, K), posterior (B, K, C), and what the backward wants,
-// which is empty without `save`.
+// Returns prefix (B, K), conditional (B, K), posterior (B, K, C), and the states for the backward,
+// empty without `save`.
 std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_scan(std::string_view kind, const Tensor& e,
                                                         const OptionalTensor& prior,
                                                         const OptionalTensor& trans, bool save);
-// Returns de, dprior and dtrans; one that is not needed comes back empty.
+// Returns de, dprior and dtrans; a gradient that is not needed is empty.
 std::tuple<Tensor, Tensor, Tensor> circuit_scan_backward(
     const OptionalTensor& dprefix, const OptionalTensor& dconditional, std::string_view kind,
     const Tensor& e, const OptionalTensor& prior, const OptionalTensor& trans, const Tensor& states,

@@ -81,7 +81,7 @@ CircuitWeights circuit_weights(const char* op, std::string_view kind_name, const
     require(matrices == 0 || trans, op, "trans",
             expected("the transitions of kind '", kind_name, "' over ", c.n_token, " positions"),
             found("None"));
-    // Parameters stay float64 beside float64 leaves only: all else is computed in float32.
+    // Parameters are float64 only with float64 leaves; everything else is computed in float32.
     const auto given = prior   ? prior->scalar_type()
                        : trans ? trans->scalar_type()
                                : leaf.scalar_type();

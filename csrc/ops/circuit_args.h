@@ -1,5 +1,4 @@
-// What the circuit ops have in common: tensors checked and turned into the structs of
-// lora_ext/circuit.h.
+// Helpers of the circuit ops that check tensors and convert them to structs of lora_ext/circuit.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,21 +10,21 @@
 
 namespace lora_ext {
 
-// The tensor itself if each row of its batch is contiguous, whatever lies between the rows, or a
-// copy.
+// Return t itself if each row of its batch is contiguous, with any batch stride, else a copy.
 Tensor batch_of_rows(const Tensor& t);
 
-// Values in [least, most): on the CPU, and in debug mode anywhere.
+// Checks that values are in [least, most): on the CPU always, on a device in debug mode.
 void check_range(const char* op, const char* name, const Tensor& t, int64_t least, int64_t most);
-// Float32 or float64 in [0, 1], looked at likewise: 1 is what a double below it may round to.
+// Checks that float32 or float64 uniforms are in [0, 1], in the same cases. 1 is allowed because a
+// double below 1 may round to it.
 void check_uniforms(const char* op, const Tensor& uniforms);
 
-// Refuses x that is not (B, K) int64 in [-1, vocab).
+// Raises unless x is (B, K) int64 in [-1, vocab).
 void check_tokens(const char* op, const Tensor& x, int64_t rows, int64_t n_token, int64_t vocab,
                   at::Device device);
 
-// Structure, prior and transitions of one op, and the tensors that keep their memory alive. `leaf`
-// is (B, K, C) or (B, K, C, V).
+// Structure, prior and transitions of one op, and the tensors that own their memory. The shape of
+// `leaf` is (B, K, C) or (B, K, C, V).
 struct CircuitWeights {
     CircuitParams params;
     Tensor prior, trans;

@@ -1,4 +1,4 @@
-// Drafting from circuits and verifying: tensors in, checks, allocation, choice of twin or kernel.
+// Drafting from circuits and verification: checks, allocation, choice of twin or kernel.
 //
 // Shapes: leaf (B, K, C, V); prior (B, C); trans (B, M, C, C); tokens (B, K); target (B, K + 1, V).
 #include "ops/circuit_decode.h"
@@ -20,14 +20,14 @@ namespace {
 
 thread_local Scratch row_scratch;
 
-// The circuit of one op, checked, and the tensors that keep it alive.
+// Checked circuit of one op, and the tensors that own its memory.
 struct Circuit {
     const char* op;
     CircuitLogits logits;
     CircuitWeights weights;
     Tensor leaf, workspace;
 
-    // block_bytes: of shared memory that a kernel's block needs for one row.
+    // block_bytes: returns the shared memory that a kernel's block needs for one row.
     Circuit(const char* op, std::string_view kind, const Tensor& leaf_in,
             const OptionalTensor& prior, const OptionalTensor& trans,
             int64_t (*block_bytes)(const CircuitLogits&) = circuit_row_bytes)
@@ -47,8 +47,8 @@ struct Circuit {
         require(weights.params.n_token * weights.params.components <= kMaxSize &&
                     block_bytes(logits) <= circuit_block_bytes(),
                 op, "leaf",
-                expected("positions and components for which a block has room in ",
-                         circuit_block_bytes(), " bytes of shared memory"),
+                expected("positions and components that fit in ", circuit_block_bytes(),
+                         " bytes of shared memory"),
                 found("shape ", leaf.sizes(), ", which needs ", block_bytes(logits)));
         if (const int64_t bytes = circuit_workspace_bytes(logits)) {
             workspace = at::empty({bytes}, leaf.options().dtype(at::kByte));
@@ -78,7 +78,7 @@ struct Circuit {
         for (int64_t i = 0; i < tokens.numel(); ++i)
             require(i % c.n_token == 0 || token[i] < 0 || token[i - 1] >= 0, op,
                     words("evidence[", i / c.n_token, ", ", i % c.n_token, "]"),
-                    expected("-1 behind a -1: evidence comes first in its row"), found(token[i]));
+                    expected("-1 after a -1, as evidence is a prefix of its row"), found(token[i]));
         return tokens;
     }
 };
@@ -87,7 +87,7 @@ const int64_t* data_or_null(const Tensor& t) {
     return t.defined() ? t.const_data_ptr<int64_t>() : nullptr;
 }
 
-// Uniforms are float32, and may be float64 where the logits are.
+// Uniforms are float32; they may be float64 if the logits are.
 Tensor checked_uniforms(const char* op, const Tensor& uniforms, const char* letters,
                         at::IntArrayRef sizes, const Tensor& logits) {
     check_shape(op, "uniforms", uniforms, letters, sizes, logits.device());
@@ -101,7 +101,7 @@ Tensor checked_uniforms(const char* op, const Tensor& uniforms, const char* lett
 const CircuitDecodeCpu& twin() {
     return chosen_twins<CircuitDecodeCpu>();
 }
-// Below so many logits a parallel region costs more than a second thread saves.
+// Smallest number of logits per thread: below it a parallel region costs more than it saves.
 constexpr int64_t kSerialLogits = 1 << 13;
 
 template <typename Args>
@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor> spec_verify(const Tensor& target_in, const Tensor& to
     args.target_dtype = dtype_of(op, "target", target_in);
     check_shape(op, "target", target_in, "(B, K + 1, V)", {B, K + 1, V}, device);
     require((args.target_dtype == DType::kFloat64) == (args.leaf_dtype == DType::kFloat64), op,
-            "target", expected("float64 where leaf is, and only there"),
+            "target", expected("float64 if and only if leaf is float64"),
             found(target_in.scalar_type()));
     check_shape(op, "tokens", tokens_in, "(B, K)", {B, K}, device);
     check_dtype(op, "tokens", tokens_in, at::kLong);
@@ -251,7 +251,7 @@ std::tuple<Tensor, Tensor> spec_verify(const Tensor& target_in, const Tensor& to
     args.posterior = posterior.const_data_ptr();
     args.uniforms = uniforms.const_data_ptr();
     args.num_evidence = data_or_null(num_evidence);
-    // Finite, so that the largest logit, which is 0 by then, stays 0.
+    // Finite, so that the largest logit, which has been shifted to 0, stays 0.
     args.inverse_temperature = temperature == 0 ? 0 : std::clamp(1 / temperature, 1e-37, 1e38);
     args.accepted = accepted.mutable_data_ptr<int64_t>();
     args.next_token = next_token.mutable_data_ptr<int64_t>();

@@ -1,4 +1,4 @@
-// Drafting from circuits and verifying as C++ functions of tensors; ops/table.h has a row for each.
+// Drafting and verification as C++ functions of tensors; ops/table.h has a row for each.
 #pragma once
 
 #include <string_view>

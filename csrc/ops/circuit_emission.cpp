@@ -1,4 +1,4 @@
-// Leaves of a linear head, without its logits in memory: products of the library, and the leaf
+// Leaves of a linear head without its full logits in memory: products of the library, and the leaf
 // kernels in place.
 //
 // Shapes: h (B, D); emit (K, C, V, D); x (B, K); e (B, K, C).
@@ -21,14 +21,14 @@
 namespace lora_ext {
 namespace {
 
-// The logits of one chunk take up to so many bytes.
+// Largest size of the logits of one chunk.
 constexpr int64_t kLogitBytes = int64_t{64} << 20;
 
 const CircuitCpu& twin() {
     return chosen_twins<CircuitCpu>();
 }
 
-// One op under way. For each position and as many rows as fit: logits = h @ emit[k].T by the
+// Arguments of one call. For each position and chunk of rows: logits = h @ emit[k].T by the
 // library, then the leaf kernels in place.
 struct Emission {
     const char* op;
@@ -62,8 +62,7 @@ struct Emission {
 
     Tensor weights(int64_t k) const { return emit.select(0, k).view({components * vocab, width}); }
 
-    // Calls f(k, first row, h of the chunk, its logits, arguments of the leaf kernels) for each
-    // chunk.
+    // Calls f(k, first row, h of the chunk, its logits, arguments of leaf kernels) per chunk.
     template <typename F>
     void for_chunks(F&& f) {
         for (int64_t k = 0; k < n_token; ++k) {
@@ -88,12 +87,12 @@ struct Emission {
             }
         }
     }
-    // The address of element (first, k, 0) of a tensor (B, K, C).
+    // Return the address of element (first, k, 0) of a tensor (B, K, C).
     char* at(const Tensor& t, int64_t first, int64_t k) const {
         return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) +
                (first * n_token + k) * components * t.element_size();
     }
-    // Computes e of a chunk, and the norms beside it.
+    // Computes e and the norms of a chunk.
     void gather(CircuitLeafArgs& args, const Tensor& e, const Tensor& norm, int64_t first,
                 int64_t k) const {
         args.e = at(e, first, k);

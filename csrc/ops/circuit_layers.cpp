@@ -1,7 +1,7 @@
-// Whole circuits: tensors in, checks, allocation, choice of twins or kernels.
+// Whole circuits: checks, allocation, choice of twins or kernels.
 //
-// Shapes: leaf (B, N), val (B, U), w (W,), root (B,), uniforms (M, draws); program and plan as
-// circuit_layers.h has them.
+// Shapes: leaf (B, N), val (B, U), w (W,), root (B,), uniforms (M, draws). circuit_layers.h has the
+// layouts of program and plan.
 #include "ops/circuit_layers.h"
 
 #include <ATen/ops/empty.h>
@@ -22,7 +22,7 @@
 namespace lora_ext {
 namespace {
 
-// What one thread does in 30 us (AVX-512): a second one is not worth waking for less.
+// Work of one thread in 30 us (AVX-512); a second thread costs more than it saves below that.
 constexpr int64_t kSerialProducts = 1 << 20, kSerialWeights = 1 << 16;
 
 int64_t lanes_of(int64_t rows) {
@@ -36,11 +36,11 @@ Tensor rows_of(const Tensor& t, int64_t rows) {
     return t.narrow(1, 0, rows).t();
 }
 
-// The numbers of a program lie within each other's ranges, so no twin leaves its memory. Only the
-// host can look; a kernel trusts what the same compiler made.
+// Checks that the numbers of a program are within each other's ranges, so that no twin leaves its
+// memory. Only the host can read them; kernels rely on programs from the same compiler.
 void check_program(const char* op, const LayersProgram& p, int64_t size, int64_t weights) {
     const auto check = [&](bool holds, const char* what, int64_t i) {
-        require(holds, op, "program", expected(what), found("another at index ", i));
+        require(holds, op, "program", expected(what), found("a mismatch at index ", i));
     };
     require(size >= LayersProgram::kHeader, op, "program", expected("a header"),
             found(size, " numbers"));
@@ -60,7 +60,7 @@ void check_program(const char* op, const LayersProgram& p, int64_t size, int64_t
         check(shape && m.row <= p.rows() - m.units &&
                   m.weight + int64_t{m.units} * m.width <= weights,
               "matrices within the weights", i);
-        // One at least: its node makes room for the matrix in max_width and max_units.
+        // At least one user: max_width and max_units are taken over nodes.
         check(m.user_begin >= 0 && m.user_begin < m.user_end && m.user_end <= p.num_users(),
               "users of a matrix within the list", i);
         for (int64_t u = m.user_begin; u < m.user_end; ++u)
@@ -103,12 +103,13 @@ void check_program(const char* op, const LayersProgram& p, int64_t size, int64_t
         check(p.roots()[i] >= 0 && p.roots()[i] < p.units(), "roots within the units", i);
 }
 
-// Nor does a walk: what it comes to is a unit of an earlier node, or a leaf of one of `variables`.
+// Checks that a walk stays within its memory: every child and root is a unit of an earlier node, or
+// a leaf of one of `variables`.
 void check_walk(const char* op, const LayersProgram& p, const LayersPlan& plan) {
     const auto check = [&](bool holds, const char* what, int64_t i) {
-        require(holds, op, "program", expected(what), found("another at index ", i));
+        require(holds, op, "program", expected(what), found("a mismatch at index ", i));
     };
-    // Columns [column, column + units) belong to `owner`, which comes before node n.
+    // Checks that columns [column, column + units) belong to `owner`, which precedes node n.
     const auto check_owner = [&](int64_t i, int64_t n, int64_t column, int64_t units) {
         const int64_t owner = p.owners()[i];
         const bool leaf = owner < 0;
@@ -129,13 +130,13 @@ void check_walk(const char* op, const LayersProgram& p, const LayersPlan& plan) 
         check_owner(p.num_children() + r, p.num_nodes(), p.roots()[r], 1);
 }
 
-// A call of any of the ops: what twins and launchers read, and the tensors that keep it alive.
+// Arguments of one call of any of the ops, and the tensors that own their memory.
 struct Call {
     const char* op;
     LayersArgs args;
     LayersPlan plan;
     Tensor w, weight, shift;
-    std::vector<Tensor> memory;  // of kernels that go by stages
+    std::vector<Tensor> memory;  // buffers of kernels that run by stages
     at::TensorOptions options;
     bool kernels;
 
@@ -158,7 +159,7 @@ struct Call {
                 expected("contiguous numbers"), found(program.sizes()));
         check_plan(plan_in);
         require(program.numel() == plan.numbers(), op, "program",
-                expected(plan.numbers(), " numbers, as the plan has it"), found(program.numel()));
+                expected(plan.numbers(), " numbers, the size in the plan"), found(program.numel()));
         args.program.at = program.const_data_ptr<int32_t>();
         if (values.is_cpu()) {
             check_program(op, args.program, program.numel(), w.numel());
@@ -190,9 +191,9 @@ struct Call {
     }
 
     int64_t groups() const { return args.lanes / kLaneGroup; }
-    // Each weight meets each lane once.
+    // Each weight is used once per lane.
     int64_t work() const { return w.numel() * kLaneGroup; }
-    // At most: one sum of every node, whose terms each cost an exponential.
+    // Upper bound: one sum per node, with one exponential per term.
     int64_t walk_work() const { return plan.nodes() * args.max_width * kLaneGroup; }
 
     static const LayersCpu& twin() { return chosen_twins<LayersCpu>(); }
@@ -208,7 +209,7 @@ struct Call {
     void* held(at::IntArrayRef sizes, at::ScalarType dtype) {
         return memory.emplace_back(at::empty(sizes, options.dtype(dtype))).mutable_data_ptr();
     }
-    // Memory for numbers in parts, which kernels that go by stages need.
+    // Allocates the parts of numbers for kernels that run by stages.
     void go_by_stages(LayersPrecision precision, bool down) {
         args.parts = parts_of(precision);
         args.weight_parts = held({stored_weights(args)}, at::kShort);
@@ -237,7 +238,7 @@ struct Call {
     }
 };
 
-// Values as the forward leaves them, or a copy of that layout.
+// Return values in the forward's layout, without a copy if they have it.
 Tensor unit_major_values(const Tensor& val) {
     const int64_t rows = val.size(0), units = val.size(1), lanes = lanes_of(rows);
     const bool as_made = (rows == 1 || val.stride(0) == 1) && val.stride(1) == lanes &&
@@ -247,7 +248,7 @@ Tensor unit_major_values(const Tensor& val) {
     if (as_made) return val.as_strided({units, lanes}, {lanes, 1});
     Tensor copy = at::empty({units, lanes}, val.options());
     rows_of(copy, rows).copy_(val);
-    // Values that fit each other, as the forward leaves them: flows of zero stay zero.
+    // Padding lanes get consistent values, as in the forward, so that zero flows remain zero.
     copy.narrow(1, rows, lanes - rows).copy_(copy.narrow(1, rows - 1, 1));
     return copy;
 }

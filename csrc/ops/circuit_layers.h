@@ -8,25 +8,25 @@
 
 namespace lora_ext {
 
-// e (B, M * block) of table (R, V), x (B, M) and the first rows (M,) of the blocks.
+// Returns e (B, M * block); table (R, V), x (B, M), row (M,) the first table row of each block.
 Tensor circuit_table(const Tensor& table, const Tensor& x, const Tensor& row, int64_t block,
                      std::string_view norm);
 Tensor circuit_table_backward(const Tensor& de, const Tensor& table, const Tensor& x,
                               const Tensor& row, int64_t block, std::string_view norm);
 
-// val (B, U) of leaf (B, N) and w (W,), of which the memory is unit-major. `plan` repeats the
-// program's sizes for the host: circuit_layers.h.
+// Returns val (B, U) in unit-major memory; leaf (B, N), w (W,). `plan` has the program's sizes for
+// the host; see circuit_layers.h.
 Tensor circuit_layers(const Tensor& leaf, const Tensor& w, const Tensor& program,
                       at::IntArrayRef plan, std::string_view norm, std::string_view semiring,
                       std::string_view precision);
-// Flows (B, U) and dw, empty if it is not needed, of droots (B, roots).
+// Returns flows (B, U) and dw, empty if not needed; droots (B, roots).
 std::tuple<Tensor, Tensor> circuit_layers_backward(const Tensor& droots, const Tensor& val,
                                                    const Tensor& w, const Tensor& program,
                                                    at::IntArrayRef plan, std::string_view norm,
                                                    bool need_dw);
-// Leaf units (M, variables) that M walks come to, or -1, those of a row of val (B, U) following one
-// another; each starts from its row's root (B,). Given uniforms (M, draws) they draw their terms;
-// else M is B, and they take the heaviest.
+// Returns the leaf units (M, variables) of M walks, or -1. The walks of one row of val (B, U) are
+// consecutive and start at its root (B,). With uniforms (M, draws) terms are drawn; otherwise M is
+// B and the heaviest terms are taken.
 Tensor circuit_layers_walk(const Tensor& val, const Tensor& w, const Tensor& program,
                            at::IntArrayRef plan, const Tensor& root,
                            const OptionalTensor& uniforms);

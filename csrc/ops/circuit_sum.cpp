@@ -1,5 +1,5 @@
-// Sum layers: tensors in, checks, allocation, choice of twin or kernel. Products of shared weights
-// are at::bmm on CUDA; all else is a twin or a kernel.
+// Sum layers: checks, allocation, choice of twin or kernel. On CUDA the products of shared weights
+// are at::bmm; all else is a twin or a kernel.
 //
 // Shapes: w (O, I) with values (B, I), (G, O, I) with (G, B, I), or (B, O, I) with (B, I).
 #include "ops/circuit_sum.h"
@@ -29,7 +29,7 @@ Tensor last_contiguous(const Tensor& t) {
     return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
 }
 
-// One op under way: what the twins and launchers read, and the tensors that keep it alive.
+// Arguments of one call, and the tensors that own their memory.
 struct Call {
     const char* op;
     LogSumArgs args;
@@ -111,7 +111,7 @@ struct Call {
     }
 };
 
-// The weights that a product takes: those given, or made here, or room for them.
+// Scaled weights of a product: given, computed here, or uninitialised memory for the twin.
 struct Weights {
     Tensor weight, shift;
 
@@ -128,7 +128,7 @@ struct Weights {
         }
         const auto check = [&](const char* name, const OptionalTensor& t, const char* shape,
                                at::IntArrayRef expected_sizes) {
-            require(t.has_value(), call.op, name, expected("weight and shift both"), found("None"));
+            require(t.has_value(), call.op, name, expected("both weight and shift"), found("None"));
             check_dtype(call.op, name, *t, call.values.scalar_type());
             check_shape(call.op, name, *t, shape, expected_sizes, call.values.device());
             require(t->is_contiguous(), call.op, name, expected("a contiguous tensor"),
@@ -146,7 +146,7 @@ struct Weights {
     }
 };
 
-// The values of a product.
+// Scaled values of a product.
 struct Values {
     Tensor value, shift;
 
@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor> log_einsum_exp_backward(const Tensor& dout_in, const 
     }
     if (need_dw) {
         if (!kernels && dw.scalar_type() == values.scalar_type())
-            args.flow = dw.mutable_data_ptr();  // a twin goes over each element once more
+            args.flow = dw.mutable_data_ptr();  // the twin reads flow before it writes dw
         else
             flow = call.take(args.flow, {args.groups, args.sums, args.terms});
         if (kernels) at::bmm_out(flow, ratio.transpose(1, 2), scaled.value);

@@ -1,4 +1,4 @@
-// Tables of finite leaves: tensors in, checks, allocation, choice of twins or kernels.
+// Tables of finite leaves: checks, allocation, choice of twins or kernels.
 //
 // Shapes: table (R, V), x (B, M), row (M,), e (B, M * block).
 #include <ATen/ops/empty.h>
@@ -16,10 +16,10 @@
 namespace lora_ext {
 namespace {
 
-// What one thread does in 20 to 30 us (AVX-512): a second one is not worth waking for less.
+// Work of one thread in 20 to 30 us (AVX-512); a second thread costs more than it saves below that.
 constexpr int64_t kSerialEntries = 1 << 16, kSerialLookups = 1 << 17;
 
-// Everything but what comes out.
+// Return checked arguments without outputs.
 CircuitTableArgs table_args(const char* op, const Tensor& table, const Tensor& x, const Tensor& row,
                             int64_t block, std::string_view norm) {
     CircuitTableArgs args;

@@ -1,4 +1,4 @@
-// Work dealt out to torch's threads in hands, for items of very unlike cost.
+// Dynamic distribution of items of very different cost over torch's threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -8,8 +8,9 @@
 
 namespace lora_ext {
 
-// Calls f(begin, end) for parts of [0, items): a thread that is done with its hand gets another. A
-// hand is a multiple of `together` items, which share work, where all threads get a few of those.
+// Calls f(begin, end) for parts of [0, items); a thread that finishes a part takes the next one.
+// The size of a part is a multiple of `together` items, which share work, if there are enough items
+// for four such parts per thread.
 template <typename F>
 void deal_items(int64_t items, int64_t together, const F& f) {
     const int64_t threads = at::get_num_threads();

@@ -1,4 +1,4 @@
-// Mixes of normed hidden states: tensors in, checks, allocation, choice of twin or kernel.
+// Mixes of normalised hidden states: checks, allocation, choice of twin or kernel.
 #include "ops/depth_mix.h"
 
 #include <ATen/ops/empty.h>
@@ -14,10 +14,10 @@
 namespace lora_ext {
 namespace {
 
-// Numbers whose reading is worth a thread of their own.
+// Smallest count of numbers read per thread.
 constexpr int64_t kSerialWork = 1 << 14;
 
-// One op under way: what the twins and launchers read, and the tensors that keep it alive.
+// Arguments of one call, and the tensors that own their memory.
 class Call {
   public:
     DepthMixArgs args;
@@ -64,7 +64,7 @@ class Call {
         }
     }
 
-    // A tensor of floats as sums see it: (..., k) or one of the router's.
+    // Return the data of t, (..., k) or a tensor of the router, in the dtype of sums.
     const void* take_floats(const char* name, const Tensor& t, const char* letters,
                             at::IntArrayRef sizes) {
         check(name, t, letters, sizes);
@@ -91,7 +91,7 @@ class Call {
         require(t.device() == options_.device(), op, name,
                 expected("a tensor on ", options_.device()), found(t.device()));
     }
-    // Its values are those of sums.
+    // Checks that the dtype of sums represents every value of t exactly.
     template <class Name>
     void check_exact(const Name& name, const Tensor& t) {
         require(at::isFloatingType(t.scalar_type()) &&

@@ -1,4 +1,4 @@
-// Mixes of normed hidden states as C++ functions of tensors; ops/table.h has a row for each.
+// Mixes of normalised hidden states as C++ functions of tensors; ops/table.h has a row for each.
 #pragma once
 
 #include <string_view>
@@ -9,16 +9,16 @@
 
 namespace lora_ext {
 
-// Weights are given, or a router and its bias. Returns the mix, the weights that a router chose
-// (else nothing), and what the backward needs: 1 / rms (N, k), and the means of norm "layer".
+// Takes either weights, or a router and its bias. Returns the mix, the router's weights (else
+// empty), and values for the backward: 1 / rms (N, k), and the means for norm "layer".
 std::tuple<Tensor, Tensor, Tensor, Tensor> depth_mix_forward(
     const std::vector<Tensor>& hiddens, const std::vector<Tensor>& gammas,
     const std::vector<Tensor>& betas, const OptionalTensor& weights, const OptionalTensor& router,
     const OptionalTensor& bias, double eps, std::string_view norm);
 
-// Returns dhiddens (nothing where they are not needed), all sums over rows, as DepthMixArgs::sums
-// has them, and dweights (..., k), with a router those of its logits. `weights` are those that
-// mixed, `dweights` what their other users add.
+// Returns dhiddens (empty if not needed), all sums over rows in the layout of DepthMixArgs::sums,
+// and dweights (..., k), with a router those of its logits. `weights` are the mixing weights,
+// `dweights` the gradient from their other uses.
 std::tuple<std::vector<Tensor>, Tensor, Tensor> depth_mix_backward(
     const Tensor& dmixed, const OptionalTensor& dweights, const std::vector<Tensor>& hiddens,
     const std::vector<Tensor>& gammas, const std::vector<Tensor>& betas, const Tensor& weights,

@@ -1,4 +1,4 @@
-// The backward of mixes of hidden states. Included by bindings.cpp alone, as autograd.h is.
+// Backward of mixes of hidden states. Only bindings.cpp includes it, like autograd.h.
 #pragma once
 
 #include "ops/autograd.h"
@@ -6,13 +6,13 @@
 
 namespace lora_ext::autograd {
 
-// It saves what it is given, the weights that mixed, and a number or two for each row and depth.
+// Saves its inputs, the mixing weights, and one or two numbers per row and depth.
 struct DepthMix : torch::autograd::Function<DepthMix> {
     using Forward = Handle<&depth_mix_forward>;
     using Backward = Handle<&depth_mix_backward>;
 
-    // All tensors in one list, so that gradients are counted as they are: hiddens, gammas, betas,
-    // then the weights, or the router and its bias.
+    // All tensors in one list, in which needs_input_grad counts: hiddens, gammas, betas, then the
+    // weights, or the router and its bias.
     struct Inputs {
         std::vector<Tensor> hiddens, gammas, betas;
         OptionalTensor weights, router, bias;
@@ -56,7 +56,7 @@ struct DepthMix : torch::autograd::Function<DepthMix> {
         all.resize(all.size() - 3);
         const int64_t depths = ctx->saved_data["depths"].toInt();
         const Inputs in(all, depths, ctx->saved_data["has_betas"].toBool());
-        variable_list out(all.size() + 4);  // and what are no tensors
+        variable_list out(all.size() + 4);  // tensors, then the other arguments
         if (!grads[0].defined() && !grads[1].defined()) return out;
         const auto wanted = [&](size_t i) { return ctx->needs_input_grad(i); };
         bool need_hiddens = false;
@@ -66,7 +66,7 @@ struct DepthMix : torch::autograd::Function<DepthMix> {
             dmixed, or_none(grads[1]), in.hiddens, in.gammas, in.betas,
             in.weights ? *in.weights : chosen, in.router, rinv, mean, need_hiddens);
 
-        // Rows of d sums each: those of gammas, betas, the router, in the order of the inputs.
+        // `sums` has rows of d numbers for gammas, betas and router, in the order of inputs.
         const auto width = in.hiddens[0].sym_size(-1);
         const auto give = [&](size_t i, const Tensor& gradient) {
             if (wanted(i)) out[i] = gradient.to(all[i].scalar_type());
@@ -96,7 +96,7 @@ struct DepthMix : torch::autograd::Function<DepthMix> {
         const bool fits =
             gammas.size() == hiddens.size() && (betas.empty() || betas.size() == hiddens.size()) &&
             weights.has_value() != router.has_value() && router.has_value() == bias.has_value();
-        // What does not fit is refused below.
+        // The op below raises for inputs that do not fit.
         if (fits && c10::GradMode::is_enabled() &&
             (wants_grad(hiddens) || wants_grad(gammas) || wants_grad(betas) ||
              wants_grad(weights) || wants_grad(router) || wants_grad(bias))) {

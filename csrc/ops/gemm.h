@@ -14,8 +14,8 @@ namespace lora_ext {
 // dtype has 16 bits; otherwise it is `left`. lora_ext._torch.spaced is the same in Python.
 at::Tensor spaced(const at::Tensor& left);
 
-// What at::linear computes, x (T, I), weight (O, I), bias (O,) or none -> (T, O), by whichever
-// library of torch's is the faster. The two do not give the same bits.
+// Returns at::linear(x, weight, bias), x (T, I), weight (O, I), bias (O,) or none -> (T, O), from
+// the faster of torch's two libraries. The two do not give the same bits.
 at::Tensor fast_linear(const at::Tensor& x, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias);
 

@@ -1,4 +1,4 @@
-// The LoRA ops: tensors in, checks, allocation, choice of twin or kernel. Writes no math.
+// The LoRA ops: checks, allocation, choice of twin or kernel.
 //
 // Shapes: x (T, I); bank a (A, R, I), b (A, O, R), or pool a (P, 8, I), b (P, O, 8) with page_table
 // (A, R/8); adapter_ids (T,); v (T, R); y (T, O). lora_ext/lora.h has the layouts.
@@ -26,8 +26,8 @@ thread_local Scratch plan_scratch, v_scratch;
 
 enum class Step { kShrink, kExpand, kApply };
 
-// A parallel region costs a few microseconds: below so many bytes of adapters per call, one thread
-// is faster.
+// A parallel region costs a few microseconds: one thread is faster for fewer bytes of adapters per
+// call.
 constexpr int64_t kSerialBytes = 128 * 1024;
 
 void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size) {
@@ -52,7 +52,7 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
             deal_items(items, kChunksTogether, f);
         }
     };
-    // The items of all modules, one module after the other.
+    // Items of all modules, one module after the other.
     auto run = [&](auto items_of, auto part) {
         int64_t items = 0;
         for (const LoraArgs& args : modules) items += items_of(args);
@@ -68,8 +68,8 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
         });
     };
     if (step == Step::kApply && one_span && (threads == 1 || chunks >= 4 * threads)) {
-        // Module by module. Chunk by chunk would read x once for all of them, but go from the pages
-        // of one module to those of the next at every chunk: which is faster is not measured.
+        // The outer loop runs over modules. The other order would read x once, but change pages at
+        // every chunk; which is faster has not been measured.
         split(chunks, [&](int64_t begin, int64_t end) {
             for (const LoraArgs& args : modules) cpu.apply(args, begin, end);
         });
@@ -79,7 +79,7 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
     if (step != Step::kShrink) run(cpu.expand_items, cpu.expand);
 }
 
-// Memory for each of some parts, cut from one piece that `get` returns for all of them.
+// Allocates memory for each module, as slices of one block from `get`.
 template <class Get, class Give>
 void cut(std::span<LoraArgs> modules, int64_t (*bytes_of)(const LoraArgs&), Get&& get,
          Give&& give) {
@@ -99,8 +99,8 @@ int64_t bytes_of_v(const LoraArgs& args) {
     return args.num_tokens * 8 * args.bank.pages_per_slot * size;
 }
 
-// The common end of every op: plan, scratch, launch or loop. The modules see the same rows: one, or
-// siblings, whose names for messages are `names`.
+// Common part of all ops: plan, scratch, launch or loop. Several modules are siblings, and share
+// their rows; `names` are their names in messages.
 void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tensor& x,
              const Tensor& ids_in, const OptionalTensor& plan_in,
              const char* const* names = nullptr) {
@@ -145,8 +145,7 @@ void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tenso
         return;
     }
 
-    // Workspaces come from torch's caching allocator, in the order of the stream and under graph
-    // capture too.
+    // Workspaces use torch's caching allocator: stream-ordered, and legal under graph capture.
     const auto ints = x.options().dtype(at::kInt);
     Tensor own_plan, workspace;
     if (!plan && (rows > kPlanlessTokens || debug_mode())) {
@@ -241,7 +240,7 @@ void lora_expand_(Tensor y, const Tensor& v_in, const Tensor& b, const Tensor& a
 
 namespace {
 
-// One module of an apply: its arguments, and its bank, which is to live as long.
+// Return the arguments of one module of an apply; `bank` must outlive them.
 LoraArgs apply_args(const char* op, const Tensor& y, const Tensor& x, const Tensor& a,
                     const Tensor& b, const OptionalTensor& scale, const OptionalTensor& ranks,
                     const OptionalTensor& page_table, Bank& bank) {

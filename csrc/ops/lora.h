@@ -22,7 +22,7 @@ void lora_apply_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b,
                  const Tensor& adapter_ids, const OptionalTensor& scale,
                  const OptionalTensor& ranks, const OptionalTensor& page_table,
                  const OptionalTensor& plan);
-// One of each per module, or none of scale, ranks and page_table.
+// scale, ranks and page_table have one tensor per module, or are empty.
 void lora_apply_siblings_(const std::vector<Tensor>& y, const Tensor& x,
                           const std::vector<Tensor>& a, const std::vector<Tensor>& b,
                           const Tensor& adapter_ids, const std::vector<Tensor>& scale,

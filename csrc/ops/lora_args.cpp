@@ -132,7 +132,7 @@ bool plan_fits(const LoraPlanLayout& layout, const Id* ids, const int32_t* plan)
                 slot_begin[layout.num_adapters + 1] == rows;
     for (int64_t s = 0; fits && s < layout.num_adapters; ++s)
         fits = slot_begin[s] <= slot_begin[s + 1] && slot_begin[s + 1] <= rows;
-    int64_t covered = 0;  // by chunks, which are in order of (slot, start)
+    int64_t covered = 0;  // rows covered by chunks, which are in order of (slot, start)
     for (int64_t c = 0; fits && c < chunks; ++c, chunk += 4) {
         const int64_t slot = chunk[0], start = chunk[1], len = chunk[2];
         fits = slot >= 0 && slot < layout.num_adapters && start == covered && len > 0 &&
@@ -153,7 +153,7 @@ void check_plan(const char* op, const LoraPlanLayout& layout, const Tensor& ids,
                           ? plan_fits(layout, ids.const_data_ptr<int64_t>(), plan)
                           : plan_fits(layout, ids.const_data_ptr<int32_t>(), plan);
     require(fits, op, "plan", expected("lora_plan() of these adapter_ids"),
-            found("that of others"));
+            found("a plan of other ids"));
 }
 
 void check_slots(const char* op, const LoraBank& w, const int32_t* plan) {

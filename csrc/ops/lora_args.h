@@ -1,4 +1,4 @@
-// What the LoRA ops have in common: tensors checked and turned into the structs of lora_ext/lora.h.
+// Helpers of the LoRA ops that check tensors and convert them to the structs of lora_ext/lora.h.
 #pragma once
 
 #include <initializer_list>
@@ -9,38 +9,40 @@
 namespace lora_ext {
 
 constexpr int64_t kMaxAdapters = 1 << 24;
-// Adjacent items of a twin, which are chunks of one adapter as a rule, share what is packed of it.
+// Adjacent items of a twin are usually chunks of one adapter and share its packed factors.
 constexpr int64_t kChunksTogether = 4;
 
-// The adapters of one op, and the tensors that keep their memory alive.
+// Adapters of one op, and the tensors that own their memory.
 struct Bank {
     LoraBank view;
     Tensor a, b;
 };
 
-// Each op names the factors it uses; `in` and `out` are what the activations say their widths are.
+// Return the checked bank. An op passes the factors that it uses; `in` and `out` are the widths of
+// the activations.
 Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTensor& scale,
              const OptionalTensor& ranks, const OptionalTensor& page_table, const Tensor& x,
              const char* x_name, int64_t in, int64_t out);
 
-// An op without backward must not be part of a graph.
+// Raises if an op without backward would become part of a graph.
 void check_inference(const char* op, std::initializer_list<const Tensor*> tensors);
-// One id per row, int64 or int32, on the device; their values are read by plans alone.
+// Checks for one id per row, int64 or int32, on the device; only plans read the values.
 void check_ids(const char* op, const Tensor& ids, int64_t rows, at::Device device);
-// A caller's plan has the size and place of one for these rows and adapters.
+// Checks that a caller's plan has the size and device of a plan for these rows and adapters.
 void check_plan_tensor(const char* op, const LoraPlanLayout& layout, const Tensor& plan,
                        at::Device device);
-// A caller's plan on the CPU is one of these ids: every row that it groups carries the id of its
-// chunk, or memory outside the tensors would be touched.
+// Checks that a caller's plan on the CPU was made for these ids: every grouped row must have the id
+// of its chunk, otherwise a twin would access memory outside the tensors.
 void check_plan(const char* op, const LoraPlanLayout& layout, const Tensor& ids,
                 const int32_t* plan);
-// Ranks and pages of the slots that a plan on the CPU uses. Slots it does not use may be changing
-// under a pool's hands at this moment.
+// Checks ranks and pages of the slots that a plan on the CPU uses. A pool may be changing other
+// slots at the same time.
 void check_slots(const char* op, const LoraBank& w, const int32_t* plan);
 
-// `ids` contiguous; the plan's memory is the caller's to add.
+// Requires contiguous `ids`; the caller sets the memory of the plan.
 LoraPlanArgs plan_args(const Tensor& ids, int32_t num_adapters);
-// Fills `plan` and raises on an id out of range: at once on the CPU, in debug mode on a device.
+// Fills `plan`; raises for an id out of range on the CPU. On a device the caller checks in debug
+// mode.
 void build_plan(const char* op, const Tensor& ids, LoraPlanArgs args, const Tensor& like);
 [[noreturn]] void raise_bad_id(const char* op, const Tensor& ids, int64_t num_adapters);
 

@@ -1,6 +1,6 @@
-// Inner products of adapters: tensors in, checks, allocation, choice of twin or kernel.
+// Inner products of adapters: checks, allocation, choice of twin or kernel.
 //
-// The adapters of a call may differ in dtype. Those of one dtype go together, in their order.
+// The adapters of a call may differ in dtype; adapters of one dtype run together, in order.
 #include "ops/lora_gram.h"
 
 #include <ATen/ops/empty.h>
@@ -19,10 +19,10 @@
 namespace lora_ext {
 namespace {
 
-// Below so many multiplications a parallel region costs more than a second thread saves.
+// Below this number of multiplications a parallel region costs more than a second thread saves.
 constexpr int64_t kSerialWork = 1 << 17;
 
-// float64 is among them on every device.
+// Includes float64 on every device.
 constexpr std::pair<at::ScalarType, DType> kDTypes[] = {{at::kFloat, DType::kFloat32},
                                                         {at::kHalf, DType::kFloat16},
                                                         {at::kBFloat16, DType::kBFloat16},
@@ -40,7 +40,7 @@ void check_factor(const char* op, const char* name, size_t i, const Tensor& t, a
             expected("at most ", kMaxSize, " rows and columns"), found(t.sizes()));
 }
 
-// One call under way: its adapters, and copies that keep their factors alive.
+// Adapters of one call, and the copies that own their factors.
 class Call {
   public:
     Call(const char* op, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
@@ -78,7 +78,7 @@ class Call {
     GramAdapter& operator[](size_t i) { return adapters_[i]; }
     at::ScalarType dtype(size_t i) const { return dtypes_[i]; }
 
-    // Runs the adapters of each dtype that there is: items_of(rank) is how many items one has.
+    // Runs the adapters, one dtype at a time; items_of(rank) returns the items of an adapter.
     template <class Launch>
     void run(const Tensor& like, bool float64, int64_t (*items_of)(int64_t),
              void (*GramCpu::*twin)(const GramArgs&, int64_t, int64_t), Launch&& launch) const {
@@ -104,13 +104,12 @@ class Call {
                 check_launch(op_, launch(args, current_stream(like)));
             } else {
                 const GramCpu& cpu = chosen_twins<GramCpu>();
-                std::vector<int64_t> items;  // those that there are, like beside like
+                std::vector<int64_t> items;  // existing items, ordered by item, then by adapter
                 for (int64_t item = 0; item < args.items; ++item)
                     for (size_t i = 0; i < chosen.size(); ++i)
                         if (item < items_of(chosen[i].rank))
                             items.push_back(static_cast<int64_t>(i) * args.items + item);
-                // They are dealt out like cards, so that each hand, which is a thread's, has its
-                // share of a large adapter.
+                // Thread i takes items i, i + hands, ..., to share the items of a large adapter.
                 const auto count = static_cast<int64_t>(items.size());
                 const int64_t hands = std::min<int64_t>(at::get_num_threads(), count);
                 for_items(hands, work / hands, kSerialWork, [&](int64_t begin, int64_t end) {
@@ -138,7 +137,7 @@ class Call {
                 expected("shape (O, r) with r = ", a.size(0)), found(t.sizes()));
         check_factor(op_, name, i, t, a.device());
     }
-    // The rows of t in that dtype, no further apart than an int32 tells.
+    // Return the rows of t in `dtype`, copied if the stride exceeds int32.
     const void* rows_of(const Tensor& t, at::ScalarType dtype, int32_t& stride) {
         Tensor rows = rows_contiguous(t.scalar_type() == dtype ? t : t.to(dtype));
         if (rows.stride(0) > kMaxSize) rows = rows.contiguous();
@@ -169,7 +168,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> lora_gram(
     }
     if (a.empty()) return {gram_a, gram_b};
     call.run(a[0], dtype == at::kDouble, gram_items, &GramCpu::gram, launch_lora_gram);
-    if (dtype == at::kFloat)  // of float64 factors the sums are in float64, rounded once
+    if (dtype == at::kFloat)  // sums of float64 factors are float64, rounded here once
         for (auto* grams : {&gram_a, &gram_b})
             for (Tensor& gram : *grams) gram = gram.to(at::kFloat);
     return {gram_a, gram_b};
@@ -188,8 +187,8 @@ Tensor lora_pair_stats(const std::vector<Tensor>& a, const std::vector<Tensor>& 
     for (int64_t i = 0; i < count; ++i)
         call[i].gram_a = parts.mutable_data_ptr<double>() + i * tiles * 4;
     call.run(a[0], true, pair_items, &GramCpu::pair_stats, launch_lora_pair_stats);
-    // Neighbours are added up, then the neighbours among their sums. The order does not depend on
-    // the other adapters: the tiles that an adapter does not have are zero.
+    // Pairwise sums. The order does not depend on other adapters, because tiles that an adapter
+    // lacks are zero.
     for (; tiles > 1; tiles /= 2)
         parts = parts.slice(1, 0, tiles, 2).add(parts.slice(1, 1, tiles, 2));
     return parts.select(1, 0).contiguous();

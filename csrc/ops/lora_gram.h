@@ -8,11 +8,11 @@
 
 namespace lora_ext {
 
-// (gram_a, gram_b), (r, r) each, in float32 (float64 for float64), or in the dtype asked for.
+// Returns (gram_a, gram_b), (r, r) each, in float32 (float64 for float64), or in `dtype`.
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> lora_gram(
     const std::vector<Tensor>& a, const std::vector<Tensor>& b,
     const std::optional<at::ScalarType>& dtype);
-// (L, 4) float64, for adapters of scale one.
+// Returns (L, 4) float64, for adapters with scale 1.
 Tensor lora_pair_stats(const std::vector<Tensor>& a, const std::vector<Tensor>& b,
                        const std::vector<Tensor>& projected_b);
 

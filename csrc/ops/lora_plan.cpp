@@ -1,4 +1,4 @@
-// Plans of the LoRA ops: rows grouped by adapter, and ids of rows from segments.
+// Plans of the LoRA ops, which group rows by adapter, and row ids from segments.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -25,7 +25,7 @@ Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const Optional
         args.num_valid = num_valid->const_data_ptr<int32_t>();
     }
     const LoraPlanLayout layout{args.num_tokens, args.num_adapters};
-    // Zeros, so that entries no one reads are equal from call to call.
+    // Zeros make unused entries equal in all calls.
     Tensor plan = at::zeros({layout.size()}, ids.options().dtype(at::kInt));
     args.plan = plan.mutable_data_ptr<int32_t>();
     build_plan(op, ids, args, ids);

@@ -1,5 +1,5 @@
-// The training ops: tensors in, checks, allocation, choice of twin or kernel. The products with the
-// base weight are a library's; all else is a twin or a kernel.
+// The training ops: checks, allocation, choice of twin or kernel. The products with the base weight
+// are a library's; all else is a twin or a kernel.
 //
 // Shapes: x (T, I); weight (O, I); bank a (A, R, I), b (A, O, R), or a (R, I), b (O, R) of one
 // adapter; v (T, R); y, dy (T, O).
@@ -28,10 +28,10 @@ namespace {
 
 thread_local Scratch plan_scratch, dv_scratch;
 
-// Below so many multiplications a parallel region costs more than a second thread saves.
+// Below this number of multiplications a parallel region costs more than a second thread saves.
 constexpr int64_t kSerialWork = 1 << 17;
 
-// num_adapters: seed may have one number for each of them; -1: it has but one.
+// num_adapters: seed may have one number per adapter; -1: seed has exactly one number.
 LoraDropout dropout_of(const char* op, const char* p_name, double p, const OptionalTensor& seed,
                        at::Device device, int64_t num_adapters) {
     require(p >= 0 && p < 1, op, p_name, expected("a probability in [0, 1)"), found(p));
@@ -55,7 +55,7 @@ LoraDropout dropout_of(const char* op, const char* p_name, double p, const Optio
     return dropout;
 }
 
-// One op under way: what the twins and launchers read, and the tensors that keep it alive.
+// Arguments of one call, and the tensors that own their memory.
 struct Call {
     const char* op;
     LoraTrainArgs args;
@@ -68,8 +68,8 @@ struct Call {
          double dropout_p, const OptionalTensor& seed)
         : op(op) {
         check_dim(op, "x", x_in, 2, "(T, I)");
-        // A layer gives its one adapter as the parameters are: views made outside would be nodes of
-        // the graph, which at small batches take as long as the op.
+        // A layer passes its one adapter as 2-d parameters. Views made by the layer would be graph
+        // nodes, which take as long as the op at small batches.
         const bool one = a_in.dim() == 2 && b_in.dim() == 2;
         const Tensor a = one ? a_in.unsqueeze(0) : a_in, b = one ? b_in.unsqueeze(0) : b_in;
         check_dim(op, "b", b, 3, "(A, O, R)");
@@ -88,7 +88,7 @@ struct Call {
         ids = adapter_ids.contiguous();
     }
 
-    // False: no row or no rank, so that every product with an adapter is zero.
+    // Return false if there are no rows or no ranks, so that every product with an adapter is zero.
     bool active() const {
         return args.lora.num_tokens > 0 && args.lora.bank.max_rank > 0 &&
                args.lora.bank.in_features > 0;
@@ -99,7 +99,7 @@ struct Call {
         args.lora.v_row_stride = v.stride(0);
     }
 
-    // The caller's plan, checked, or one of its own.
+    // Takes the caller's plan after checks, or builds one.
     void set_plan(const OptionalTensor& given) {
         LoraArgs& lora = args.lora;
         const LoraPlanLayout layout{lora.num_tokens, lora.bank.num_adapters};
@@ -135,16 +135,15 @@ struct Call {
         args.workspace = workspace.mutable_data_ptr();
     }
 
-    // left weight^T + bias: the base layer of x, and, with dy and weight^T, what dx starts from. A
-    // row without adapter keeps the bits of the base layer, so a call that has one takes the base
-    // layer's library.
+    // Return left weight^T + bias: the base layer of x, or, from dy and weight^T, the initial dx.
+    // Rows without adapter keep the base layer's bits, so a call with such rows uses its library.
     Tensor base_product(const Tensor& left, const Tensor& weight,
                         const OptionalTensor& bias = {}) const {
         const bool base_bits = !active() || launches_kernels(x) || idle_rows();
         return base_bits ? at::linear(spaced(left), weight, bias) : fast_linear(left, weight, bias);
     }
 
-    // Whether any row has no adapter, or one of rank 0; on the CPU, where the plan can be read.
+    // Return whether any row has no adapter or one of rank 0; CPU only, since it reads the plan.
     bool idle_rows() const {
         const LoraArgs& lora = args.lora;
         if (lora.plan[kPlanNumActive] < lora.num_tokens) return true;
@@ -213,7 +212,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     if (launches_kernels(x)) {
         call.set_workspace(lora_train_shrink_workspace_bytes(args));
         void* stream = current_stream(x);
-        // Its sums have serving's order, whatever the number of rows, and db takes them up.
+        // Its sums have serving's order for any number of rows, and db reads them from v.
         check_launch(op, launch_lora_train_shrink(args, stream));
         check_launch(op, launch_lora_expand(args.lora, stream));
         return {y, v};
@@ -221,7 +220,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     const LoraCpu& lora = chosen_twins<LoraCpu>();
     if (dropout_p > 0)
         call.run(args, twin().shrink_items(args), twin().shrink, x.size(1));
-    else  // in serving's order of sums: a row has the same bits in training and from a pool
+    else  // serving's order of sums: a row has the same bits in training and from a pool
         call.run(args.lora, lora.shrink_items(args.lora), lora.shrink, x.size(1));
     call.run(args.lora, lora.expand_items(args.lora), lora.expand, out);
     return {y, v};

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const OptionalTe
                                                const OptionalTensor& ranks, double dropout_p,
                                                const OptionalTensor& seed,
                                                const OptionalTensor& plan);
-// Returns dx, da and db; one that is not needed comes back empty.
+// Returns dx, da and db; a gradient that is not needed is empty.
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& v, const OptionalTensor& weight,
     const Tensor& a, const Tensor& b, const Tensor& adapter_ids, const OptionalTensor& scale,

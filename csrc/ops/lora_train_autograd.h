@@ -1,4 +1,4 @@
-// The backward of the training ops. Included by bindings.cpp alone, as autograd.h is.
+// Backwards of the training ops. Only bindings.cpp includes it, like autograd.h.
 #pragma once
 
 #include <ATen/autocast_mode.h>
@@ -9,9 +9,9 @@
 
 namespace lora_ext::autograd {
 
-// It saves x, v, the plan and the parameters, and computes the mask of dropout again from its seed.
-// Ids on the CPU that are one number for all rows (stride 0) keep 4 bytes and no plan: it is made
-// again, in the time that checking one would take.
+// Saves x, v, the plan and the parameters; the backward recomputes the dropout mask from its seed.
+// If all rows share one id on the CPU (stride 0), 4 bytes are saved and no plan: rebuilding the
+// plan takes as long as checking a saved one.
 struct Linear : torch::autograd::Function<Linear> {
     using Forward = Handle<&lora_linear_forward>;
     using Backward = Handle<&lora_linear_backward>;
@@ -34,7 +34,7 @@ struct Linear : torch::autograd::Function<Linear> {
                                    std::nullopt);
         auto [y, v] = Forward::get().call(x, weight, bias, a, b, adapter_ids, scale, ranks,
                                           dropout_p, seed, plan);
-        // The weight is saved for dx alone.
+        // The weight is needed only for dx.
         ctx->save_for_backward({x, v, x.requires_grad() ? or_undefined(weight) : Tensor(), a, b,
                                 adapter_ids, or_undefined(scale), or_undefined(ranks),
                                 or_undefined(plan), or_undefined(seed)});
@@ -52,7 +52,7 @@ struct Linear : torch::autograd::Function<Linear> {
         if (!dy.defined()) return out;
         const variable_list saved = ctx->get_saved_variables();
         const Tensor &x = saved[0], &weight = saved[2];
-        // Edges are counted over the tensors that were given.
+        // Indices of needs_input_grad count only the tensors that were given.
         const bool has_weight = ctx->saved_data["weight"].toBool();
         const bool has_bias = ctx->saved_data["bias"].toBool();
         const size_t after = 1 + has_weight + has_bias;
@@ -91,7 +91,8 @@ struct Linear : torch::autograd::Function<Linear> {
                                          adapter_ids, scale, ranks, dropout_p, seed, plan);
     }
 
-    // As torch's linear: x and the parameters in autocast's dtype, each gradient in its own.
+    // As in torch's linear, x and the parameters are cast to autocast's dtype, and gradients have
+    // the dtype of their input.
     template <c10::DeviceType kDevice>
     static std::tuple<Tensor, Tensor> autocast(const Tensor& x, const OptionalTensor& weight,
                                                const OptionalTensor& bias, const Tensor& a,
@@ -110,7 +111,7 @@ struct Linear : torch::autograd::Function<Linear> {
     }
 };
 
-// It is its own backward, with the same mask.
+// The gradient is the same function with the same mask.
 struct Dropout : torch::autograd::Function<Dropout> {
     using Forward = Handle<&lora_dropout>;
 

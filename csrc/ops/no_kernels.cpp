@@ -1,5 +1,5 @@
-// A module without kernels, which alone is linked with this: every launcher exists and says why it
-// cannot launch.
+// Launchers of a module without kernels: each returns an error that explains why it cannot launch.
+// Linked only into such modules.
 #include "lora_ext/circuit.h"
 #include "lora_ext/circuit_decode.h"
 #include "lora_ext/circuit_layers.h"

@@ -1,4 +1,4 @@
-// Products with packed weights: tensors in, checks, allocation. On the CPU alone.
+// Products with packed weights: checks and allocation. CPU only.
 #include "ops/packed_linear.h"
 
 #include <ATen/ops/empty.h>
@@ -10,7 +10,7 @@
 namespace lora_ext {
 namespace {
 
-// Bytes of a weight whose reading is worth a thread of its own.
+// Smallest number of bytes of a weight read per thread.
 constexpr int64_t kSerialBytes = 128 * 1024;
 
 DType packed_dtype(const char* op, const char* name, const Tensor& t) {
@@ -21,7 +21,7 @@ DType packed_dtype(const char* op, const char* name, const Tensor& t) {
     return wide ? DType::kFloat32 : DType::kBFloat16;
 }
 
-// Pairs of an odd I have one axis less: only by that are they told from those of I + 1.
+// With odd I the pairs have one axis fewer, which distinguishes them from those of I + 1.
 at::DimVector packed_sizes(const PackedLinearArgs& args) {
     const int64_t panels = ceil_div(args.out_features, kPanel), steps = panel_steps(args);
     if (args.dtype == DType::kFloat32) return {panels, steps, kPanel};

@@ -1,5 +1,5 @@
-// Products with packed weights as functions of tensors; lora_ext/ops/packed_linear.py has the
-// contract.
+// Products with packed weights as functions of tensors, documented in
+// lora_ext/ops/packed_linear.py.
 #pragma once
 
 #include "ops/call.h"

@@ -1,8 +1,8 @@
-// How an op refuses an argument: one helper, and with it one dialect of messages,
+// Errors for invalid arguments. All messages have one format,
 //
 //   <op>: <argument>: expected <what the op takes>, found <what was given>
 //
-// raised as ValueError before any memory is touched.
+// and are raised as ValueError before any memory is accessed.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -12,7 +12,7 @@
 
 namespace lora_ext {
 
-// Words of a message. They are put together only if the message is raised.
+// Parts of a message. They are joined only if the message is raised.
 template <class... Parts>
 struct Words {
     std::tuple<Parts...> parts;
@@ -35,7 +35,7 @@ Words<Parts...> found(Parts... parts) {
     return {{parts...}};
 }
 
-// `argument` is a name, or words() where it has an index.
+// `argument` is a name, or words() if it has an index.
 template <class Argument, class... Expected, class... Found>
 [[noreturn]] void refuse(const char* op, const Argument& argument,
                          const Words<Expected...>& expected, const Words<Found...>& found) {

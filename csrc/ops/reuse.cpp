@@ -13,7 +13,7 @@ namespace {
 
 class Blocks {
   public:
-    // A block of `bytes` to twice as many, or none.
+    // Return a block of `bytes` to twice that size, or nullptr; set `bytes` to its size.
     void* take(size_t& bytes) {
         const std::lock_guard<std::mutex> lock(mutex_);
         for (size_t i = blocks_.size(); i-- > 0;) {
@@ -26,7 +26,7 @@ class Blocks {
         }
         return nullptr;
     }
-    // The oldest blocks make room.
+    // Adds a block; the oldest blocks are freed if the total exceeds kMost.
     void give(void* memory, size_t bytes) {
         const std::lock_guard<std::mutex> lock(mutex_);
         blocks_.push_back({memory, bytes});
@@ -48,7 +48,7 @@ class Blocks {
 };
 
 Blocks& blocks() {
-    static auto* all = new Blocks;  // tensors may outlive whatever the process destroys at its end
+    static auto* all = new Blocks;  // never destroyed: tensors may outlive static objects
     return *all;
 }
 

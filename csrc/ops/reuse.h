@@ -1,13 +1,12 @@
-// Results of the CPU ops that are large and short-lived, in memory that outlives them: fresh pages
-// cost more than what is written to them.
+// Memory reuse for large, short-lived CPU results: fresh pages cost more than writing the result.
 #pragma once
 
 #include "ops/call.h"
 
 namespace lora_ext {
 
-// An uninitialised tensor. On the CPU its memory goes back to a list when the last tensor on it
-// dies, and the next one of about its size takes it from there; the list holds 128 MiB at most.
+// Return an uninitialised tensor. On the CPU its memory returns to a list when the last tensor on
+// it is destroyed, and the next tensor of similar size reuses it. The list holds at most 128 MiB.
 Tensor reused_memory(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 }  // namespace lora_ext

@@ -1,4 +1,4 @@
-// Attention with one query row at a time: tensors in, checks, memory, choice of twin or kernel.
+// Attention of one query row at a time: checks, memory, choice of twin or kernel.
 #include "ops/row_attention.h"
 
 #include <ATen/ops/empty.h>
@@ -18,10 +18,10 @@ namespace lora_ext {
 namespace {
 
 constexpr const char* kOp = "row_attention";
-// Products of numbers that are worth a thread of their own.
+// Smallest number of multiplications per thread.
 constexpr int64_t kSerialProducts = 1 << 18;
 
-// The tensor itself where its last axis is contiguous, else a copy; then where it lies.
+// Return t if its last axis is contiguous, else a copy; set its data and strides.
 Tensor lie(const Tensor& t, const void*& data, int64_t (&stride)[3]) {
     const Tensor kept = t.size(3) <= 1 || t.stride(3) == 1 ? t : t.contiguous();
     data = kept.const_data_ptr();
@@ -29,7 +29,7 @@ Tensor lie(const Tensor& t, const void*& data, int64_t (&stride)[3]) {
     return kept;
 }
 
-// Of spans or a mask: (B or 1, T, last).
+// Checks spans or a mask: (B or 1, T, last).
 void check_rows(const char* name, const Tensor& t, const char* letters,
                 const RowAttentionArgs& args, int64_t last, at::ScalarType dtype,
                 at::Device device) {

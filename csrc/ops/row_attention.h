@@ -1,4 +1,4 @@
-// Attention with one query row at a time over the keys that it sees.
+// Attention of one query row at a time over the keys that the row sees.
 #pragma once
 
 #include "ops/call.h"

@@ -8,13 +8,13 @@
 
 namespace lora_ext {
 
-// Memory that lives as long as its thread, so that a call on the CPU allocates only its result.
+// Memory that a thread keeps until it ends, so that a CPU call allocates only its result.
 class Scratch {
   public:
     void* get(size_t bytes) {
         if (bytes > capacity_) {
             const size_t wanted = (std::max(bytes, 2 * capacity_) + 63) / 64 * 64;
-            capacity_ = 0;  // until there is memory: the next call must not believe in it
+            capacity_ = 0;  // reset before the allocation, which may fail
             memory_.reset(static_cast<char*>(std::aligned_alloc(64, wanted)));
             TORCH_CHECK(memory_ != nullptr, "lora_ext: out of memory for ", wanted,
                         " bytes of scratch");

@@ -23,7 +23,7 @@ std::string cpu_isa() {
 void set_cpu_isa(const std::string& name) {
     const std::optional<Isa> isa = name.empty() ? best_isa() : isa_named(name);
     require(isa && isa_runs(*isa), "set_cpu_isa", "isa",
-            expected("an instruction set that this machine and this build have"),
+            expected("an instruction set that this machine and this build support"),
             found("'", name, "'"));
     chosen = *isa;
 }

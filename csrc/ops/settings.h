@@ -1,4 +1,4 @@
-// Process-wide settings of the ops, and what this build can do.
+// Process-wide settings of the ops, and properties of the build.
 #pragma once
 
 #include <string>
@@ -7,16 +7,16 @@
 
 namespace lora_ext {
 
-// The instruction set the CPU twins run on, and a way for tests to choose a lesser one ("" = best).
+// Instruction set of the CPU twins. Tests may set a lesser one; "" selects the best.
 std::string cpu_isa();
 void set_cpu_isa(const std::string& isa);
 // True if the CUDA kernels were compiled into this module.
 bool has_kernels();
-// With debug on, a launch with an adapter id out of range synchronises and raises; twins always do.
+// In debug mode, a launch with an id out of range synchronises and raises; twins always raise.
 void set_debug(bool on);
 bool debug_mode();
 Isa chosen_isa();
-// The twins of one family for the chosen instruction set.
+// Return the twins of one family for the chosen instruction set.
 template <class Family>
 const Family& chosen_twins() {
     return twins<Family>(chosen_isa());

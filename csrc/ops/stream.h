@@ -1,16 +1,15 @@
-// Which road a tensor takes, and the stream it takes it on. module.cpp, the one place that knows
-// what a device is, answers for its module.
+// Choice between twin and kernel for a tensor, and its stream; implemented per module in
+// module.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 namespace lora_ext {
 
-// True for tensors whose ops are kernel launches. In the emulated build every tensor is such a
-// tensor.
+// Return whether ops on t launch kernels. In the emulated build this is true for every tensor.
 bool launches_kernels(const at::Tensor& t);
 
-// The current stream of the tensor's device, as the cudaStream_t that launchers expect.
+// Return the current stream of the tensor's device, as the cudaStream_t that launchers expect.
 void* current_stream(const at::Tensor& t);
 
 }  // namespace lora_ext

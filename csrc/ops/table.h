@@ -1,6 +1,5 @@
-// Every op of the library, one row each: its name, its schema, its function, and what stands above
-// the function in the dispatcher. bindings.cpp makes both doors from this table; nothing else lists
-// the ops. Included by bindings.cpp alone.
+// Table of all ops, one row each: name, schema, function, and the dispatcher layers above the
+// function. bindings.cpp registers the ops from this table, and only bindings.cpp includes it.
 #pragma once
 
 #include <tuple>
@@ -24,7 +23,7 @@
 
 namespace lora_ext::table {
 
-// An op with nothing above it: it handles integers alone, or Python registers its backward.
+// Op without autograd layer: it handles only integers, or Python registers its backward.
 template <auto kOp>
 struct Op {
     static constexpr auto kernel = kOp;
@@ -32,21 +31,21 @@ struct Op {
     const char* schema;
 };
 
-// An op whose backward is in C++: Formula::call stands above the kernel, Formula::autocast<device>,
-// where there is one, above that.
+// Op with a backward in C++: Formula::call is the layer above the kernel;
+// Formula::autocast<device>, if defined, is the layer above that.
 template <auto kOp, class Formula_>
 struct Differentiable : Op<kOp> {
     using Formula = Formula_;
     static constexpr auto above = &Formula::call;
 };
 
-// An op that refuses gradients and tangents; kRemedy says what to do instead.
+// Op that raises for gradients and tangents; kRemedy names the alternative.
 template <auto kOp, const char* kRemedy>
 struct NoGradient : Op<kOp> {
     static constexpr auto above = &autograd::Refusal<kOp, kRemedy>::call;
 };
 
-// One that also changes its first argument.
+// The same for an op that also changes its first argument.
 template <auto kOp, const char* kRemedy>
 struct InPlace : NoGradient<kOp, kRemedy> {
     static constexpr auto in_place = &autograd::Refusal<kOp, kRemedy>::in_place;
@@ -70,7 +69,7 @@ inline constexpr char kMixOnce[] = LX_ONCE("depth_mix");
 inline constexpr char kCrossEntropyOnce[] = LX_ONCE("chunked_cross_entropy");
 inline constexpr char kDivergenceOnce[] = LX_ONCE("chunked_kl");
 
-// The ends and beginnings that signatures share.
+// Common beginnings and ends of signatures.
 #define LX_ADAPTERS "Tensor? ranks=None, Tensor? page_table=None, Tensor? plan=None"
 #define LX_CIRCUIT "str kind, Tensor leaf, Tensor? prior, Tensor? trans"
 

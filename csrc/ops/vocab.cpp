@@ -1,5 +1,5 @@
-// Losses over a vocabulary: tensors in, checks, allocation, the sweep over chunks, choice of twin
-// or kernel. The products with the weight are a library's; all else is a twin or a kernel.
+// Losses over a vocabulary: checks, allocation, the sweep over chunks, choice of twin or kernel.
+// The products with the weight are a library's; all else is a twin or a kernel.
 #include "ops/vocab.h"
 
 #include <ATen/ops/empty.h>
@@ -36,13 +36,13 @@ Tensor nothing(const Tensor& like) {
     return at::empty({0}, like.options());
 }
 
-// One call under way: k hidden states of each row, (k N, d) together, and the output layer.
+// Arguments of one call: k hidden states per row, (k N, d) together, and the output layer.
 struct Call {
     const char* op;
     VocabArgs args;
     Tensor hidden, weight;  // hidden: in the dtype of the products
     OptionalTensor bias;
-    Tensor labels, mask;  // of one of the two losses
+    Tensor labels, mask;  // labels for cross entropy, mask for the divergence
     int64_t chunk;
     at::ScalarType sums;
 
@@ -66,7 +66,7 @@ struct Call {
         require(chunk_in > 0, op, "chunk", expected("at least 1"), found(chunk_in));
         require(softcap >= 0 && std::isfinite(softcap), op, "softcap",
                 expected("None or a number above 0"), found(softcap));
-        // torch multiplies halves on the CPU an order of magnitude slower than floats.
+        // On the CPU torch multiplies float16 an order of magnitude slower than float32.
         if (dtype == at::kHalf && !launches_kernels(h)) dtype = at::kFloat;
         hidden = rows_contiguous(h.to(dtype));
         args.dtype = dtype_of(op, hidden_name, hidden);
@@ -99,7 +99,7 @@ struct Call {
         mask = t->contiguous();
         args.mask = mask.const_data_ptr<bool>();
     }
-    // The lse of the forward.
+    // Sets the lse of the forward.
     Tensor set_lse(const Tensor& t) {
         check_dtype(op, "lse", t, sums);
         require(t.numel() == args.hiddens * args.rows, op, "lse", expected("shape (k, N)"),
@@ -124,7 +124,7 @@ struct Call {
         for_items(args.rows, args.hiddens * work, kSerialExps,
                   [&](int64_t begin, int64_t end) { (twin.*step.twin)(args, begin, end); });
     }
-    // Calls f(rows of the weight, logits) for chunk after chunk, once the step is through with it.
+    // Runs the step on each chunk, then calls f(rows of the weight, logits).
     template <class F>
     void sweep(const Step& step, F&& f) {
         if (args.rows == 0) return;
@@ -140,8 +140,8 @@ struct Call {
             f(rows, logits);
         }
     }
-    // totals += left b, in the dtype of sums. A product in float16 would overflow beyond 65504; the
-    // library of a GPU can write its float32 sums, that of the CPU never sees a float16.
+    // totals += left b, in the dtype of sums. A float16 product would overflow beyond 65504. The
+    // GPU's library can write its float32 sums; on the CPU there is no float16 here.
     void add_product(Tensor& totals, const Tensor& left, const Tensor& b) const {
         const Tensor a = spaced(left);
         if (a.scalar_type() == sums)
@@ -152,7 +152,7 @@ struct Call {
             totals.add_(at::mm(a, b));
     }
 
-    // (loss, lse) of a forward, and in `products` what finish makes of them.
+    // Return (loss, lse) of a forward; if `products` is defined, finish writes its result there.
     std::array<Tensor, 2> forward(const Step& update, const Step& finish, Tensor& products) {
         const int64_t k = args.hiddens;
         const Tensor state = new_sums({3, k, args.rows});
@@ -176,7 +176,7 @@ struct Call {
         return {loss, lse};
     }
 
-    // (dhidden of the first `students` hidden states, dweight, dbias), computing logits again.
+    // Return (dhidden of the first `students` hidden states, dweight, dbias), recomputing logits.
     ThreeTensors backward(const Step& gradient, int64_t students, const Tensor& dloss,
                           at::ScalarType hidden_dtype, bool need_dhidden, bool need_dweight,
                           bool need_dbias) {
@@ -214,7 +214,7 @@ struct Call {
 void check_dloss(const char* op, const Tensor& dloss, const Call& call) {
     check_shape(op, "dloss", dloss, "(N,)", {call.args.rows}, call.hidden.device());
 }
-// What the forward has made already, where it has.
+// Return whether the forward has already computed the only gradient needed.
 bool ready(const Tensor& gradient, bool need_dweight, bool need_dbias) {
     return gradient.dim() > 1 && !need_dweight && !need_dbias;
 }
@@ -271,7 +271,7 @@ ThreeTensors vocab_kl(const Tensor& hiddens, const Tensor& weight, const Optiona
     require(students >= 0, op, "hiddens", expected("at least the teacher"), found("none"));
     require(tau > 0 && std::isfinite(tau), op, "tau", expected("a number above 0"), found(tau));
     require(!with_gradient || softcap == 0, op, "with_gradient",
-            expected("false with a softcap, which wants products of its own for each student"),
+            expected("false with a softcap, as each student then needs separate products"),
             found("true"));
     Call call(op, "hiddens", hiddens, students + 1, weight, bias, chunk, softcap, dtype);
     call.args.tau = tau;
@@ -306,7 +306,7 @@ ThreeTensors vocab_kl_backward(const Tensor& dloss, const Tensor& hiddens, const
     const c10::DeviceGuard guard(hiddens.device());
     const NoAutocast no_autocast;
     Tensor all = nothing(hiddens);
-    if (need_dhiddens) all = at::zeros(hiddens.sizes(), hiddens.options());  // the teacher's stays
+    if (need_dhiddens) all = at::zeros(hiddens.sizes(), hiddens.options());  // zero for the teacher
     if (ready(dhiddens, need_dweight, need_dbias)) {
         all.narrow(0, 0, students).copy_(dhiddens.mul(dloss.unsqueeze(1)));
         return {all, nothing(weight), nothing(weight)};

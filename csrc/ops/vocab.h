@@ -1,8 +1,8 @@
-// Losses over a vocabulary, in chunks of its columns; the loss of each row, and ways back.
+// Losses over a vocabulary, in chunks of its columns: the loss per row, and the gradients.
 //
-// softcap 0 means none. `dtype` is what the products with the weight take; sums are in float32, or
-// float64 for float64. with_gradient: dloss/dhidden is made in the same sweep, for a backward that
-// wants no gradient of weight or bias; else it is one empty tensor of one dimension.
+// softcap 0 means no softcap. `dtype` is that of the products with the weight; sums are in float32,
+// or float64 for float64. with_gradient: the same sweep computes dloss/dhidden, for a backward
+// without gradients of weight and bias; otherwise dloss/dhidden is an empty one-dimensional tensor.
 #pragma once
 
 #include <tuple>
@@ -31,7 +31,7 @@ ThreeTensors vocab_cross_entropy_backward(const Tensor& dloss, const Tensor& hid
 ThreeTensors vocab_kl(const Tensor& hiddens, const Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& mask, double tau, int64_t chunk, double softcap,
                       at::ScalarType dtype, bool with_gradient);
-// dloss (N,) -> dhiddens (k, N, d), the teacher's zero, dweight (V, d), dbias (V,).
+// dloss (N,) -> dhiddens (k, N, d), zero for the teacher, dweight (V, d), dbias (V,).
 ThreeTensors vocab_kl_backward(const Tensor& dloss, const Tensor& hiddens, const Tensor& weight,
                                const OptionalTensor& bias, const OptionalTensor& mask,
                                const Tensor& lse, const Tensor& dhiddens, double tau, int64_t chunk,

@@ -1,4 +1,4 @@
-// The decoding twins under the laws of circuit_decode_laws.h, with scratch of exact size.
+// Laws of circuit_decode_laws.h for the decoding twins, with scratch of exact size.
 #include "circuit_decode_laws.h"
 
 using namespace lora_ext;

@@ -1,4 +1,4 @@
-// The twins of the sum layers against loops: every instruction set that was compiled in.
+// Twins of the sum layers against loops, for every instruction set that was compiled.
 #include <cstdio>
 
 #include "circuit_sum_laws.h"

@@ -1,4 +1,4 @@
-// The laws of circuit_laws.h for the twins of every instruction set that is linked.
+// Laws of circuit_laws.h for the twins of every instruction set that is linked.
 #include <cstdlib>
 
 #include "circuit_laws.h"

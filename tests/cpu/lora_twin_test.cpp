@@ -22,8 +22,7 @@ namespace scalar {
 extern const LoraCpu lora_table;
 }
 #ifdef LX_WIDE_TABLE
-// The 64-byte-wide source, compiled for 32-byte vectors: what avx512 computes, on machines without
-// it.
+// The 64-byte-wide source compiled for 32-byte vectors tests the avx512 code without avx512.
 namespace avx2_wide {
 extern const LoraCpu lora_table;
 }
@@ -91,7 +90,7 @@ struct Problem {
             a_size = num * bank.a_slot_stride;
             b_size = num * bank.b_slot_stride;
         }
-        // Everything that is not a legal operand is NaN, so a use of it shows in the result.
+        // Everything but the operands is NaN, so that any use of it shows in the result.
         a.assign(a_size, Ty::nan());
         b.assign(b_size, Ty::nan());
         bank.a = a.data();
@@ -112,7 +111,7 @@ struct Problem {
         args.v_row_stride = s.max_rank + below(2);
         x.assign(s.tokens * args.x_row_stride + 1, Ty::nan());
         y.assign(s.tokens * args.y_row_stride + 1, Ty::nan());
-        args.x = x.data() + 1;  // rows start off every alignment
+        args.x = x.data() + 1;  // rows are unaligned
         args.y = y.data() + 1;
         for (int64_t t = 0; t < s.tokens; ++t) {
             for (int64_t k = 0; k < s.in; ++k)
@@ -154,8 +153,8 @@ struct Problem {
                o * k.b_row_stride + r % 8;
     }
 
-    // Spec section 5 with h = 0 (v stays in the accumulation type): one rounding of y, and c = 16 +
-    // sqrt(I)/2 roundings of the accumulation type spread over the sums.
+    // Error bound, with v in the accumulation type: one rounding of y, and c = 16 + sqrt(I)/2
+    // roundings of the accumulation type spread over the sums.
     void check(const std::vector<S>& got, const std::string& what) const {
         const double c = 16 + std::sqrt(static_cast<double>(shape.in)) / 2;
         std::vector<double> vs(shape.max_rank), vmag(shape.max_rank);
@@ -251,7 +250,7 @@ void check_shape(const LoraCpu& isa, const Shape& shape) {
          }),
          "apply differs from shrink and expand in pieces");
 
-    // Each row alone: other rows become inactive.
+    // One row at a time: all other rows become inactive.
     const auto ids = p.ids;
     for (int64_t n = 0; n < 8 && n < shape.tokens; ++n) {
         const int64_t t = below(shape.tokens);
@@ -307,8 +306,8 @@ void check_isa(const LoraCpu& isa) {
     }
 }
 
-// Every 16-bit pattern through y += 0 * ..., which loads, adds zero and stores: the bits must
-// survive (NaN stays NaN); and random float32 sums must round as Type::put does.
+// Every 16-bit pattern passes through y += 0 * ..., which loads, adds zero and stores: the bits
+// must not change (NaN remains NaN). Random float32 sums must round as Type::put does.
 template <DType kType>
 void check_conversion(const LoraCpu& isa) {
     using Ty = Type<kType>;

@@ -12,7 +12,7 @@ extern "C" int matmul_tf32(const float* x, const float* w, float* y, int64_t m, 
 int main(int count, char**) {
     constexpr int64_t kM = 17, kN = 9, kK = 12;
     const int64_t missing =
-        count > 1 ? 1 : 0;  // the launcher declares what it believes: only asan knows
+        count > 1 ? 1 : 0;  // the launcher declares the full size: only asan detects the overrun
     for (uint64_t seed = 0; seed < 3; ++seed) {
         lx::emu::set_seed(seed);
         auto x = std::make_unique<float[]>(kM * kK - missing);

@@ -1,5 +1,5 @@
-// The decoding launchers on the emulator, under AddressSanitizer, in buffers that end where their
-// contents end. With the argument "overread" the last row of the leaves is one element too long.
+// The decoding launchers on the emulator, under AddressSanitizer, in buffers of exact size. With
+// the argument "overread" the launchers get a vocabulary with one token too many.
 #include <string_view>
 
 #include "../cpu/circuit_decode_laws.h"
@@ -18,7 +18,7 @@ void require(LaunchStatus status) {
     std::exit(3);
 }
 
-// The launcher with a workspace of the size that it asks for.
+// Calls the launcher with a workspace of the exact size.
 template <class Args>
 std::function<void(const Args&)> with_workspace(LaunchStatus (*launch)(const Args&, void*)) {
     return [launch](Args args) {
@@ -31,7 +31,7 @@ std::function<void(const Args&)> with_workspace(LaunchStatus (*launch)(const Arg
 
 }  // namespace
 
-// A fake stack per thread of a kernel would take ten times as long as all else.
+// A fake stack per thread of a kernel would take ten times as long as everything else.
 extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
     return "detect_stack_use_after_return=0";
 }

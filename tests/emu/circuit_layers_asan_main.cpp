@@ -1,6 +1,6 @@
-// The kernels of whole circuits in the asan flavour, in buffers that end where their contents end:
-// values, flows and gradients against loops in double, for a walk in one launch and for a launch a
-// stage. Walks by the heaviest terms, and drawn. And tables of leaves.
+// The kernels of whole circuits in the asan flavour, in buffers of exact size. Values, flows and
+// gradients are compared with loops in double, for one launch and for one launch per stage. Also
+// tests walks, by the heaviest terms and drawn, and tables of leaves.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -28,7 +28,7 @@ ExactBuffer<T> exact(const std::vector<T>& values) {
     return copy;
 }
 
-// Memory of kernels that go by stages, of one precision.
+// Buffers of kernels that run by stages, for one precision.
 struct Parts {
     ExactBuffer<int16_t> weights, terms, next_terms, ratios;
     ExactBuffer<float> lost, run_tops;
@@ -158,7 +158,7 @@ void check_layers(int32_t n, int32_t m, int64_t rows) {
                 close("low precision", found[u * lanes + b], val[u * lanes + b], bound);
     }
 
-    // From the copy to a pair, from s to one of its terms; l is two variables, r another.
+    // A walk leads from the copy to a pair, and from s to one of its terms. l has two variables.
     for (const bool drawn : {false, true}) {
         a.walks_per_row = drawn ? 2 : 1;
         a.walks = rows * a.walks_per_row;
@@ -173,7 +173,7 @@ void check_layers(int32_t n, int32_t m, int64_t rows) {
         launched(launch_layers_walk(a, nullptr));
         for (int64_t walk = 0; walk < a.walks; ++walk) {
             const int64_t b = walk / a.walks_per_row;
-            // Term i of `terms` was the right one to take.
+            // Return whether term i of `terms` was the right choice.
             const auto taken = [&](const std::vector<double>& terms, int64_t i, float uniform) {
                 double total = 0, below = 0, most = 0;
                 for (const double term : terms) total += term, most = std::max(most, term);
@@ -249,8 +249,8 @@ void check_tables(WeightNorm norm) {
 
 int main() {
     check_layers(1, 1, 1);
-    check_layers(5, 7, 19);     // one walk
-    check_layers(129, 128, 3);  // a launch a stage
+    check_layers(5, 7, 19);     // one launch
+    check_layers(129, 128, 3);  // one launch per stage
     check_tables(WeightNorm::kLog);
     check_tables(WeightNorm::kLogits);
     std::puts("exact");

@@ -1,5 +1,5 @@
-// The kernels of the sum layers in the asan flavour: every launcher, in buffers that end where
-// their contents end, against loops.
+// The kernels of the sum layers in the asan flavour: every launcher, in exact buffers, against
+// loops.
 #include <cstdio>
 #include <cstdlib>
 
@@ -60,7 +60,7 @@ struct Kernels {
 
 }  // namespace
 
-// More blocks than a grid may have are refused before anything is declared or touched.
+// A grid with too many blocks must be rejected before anything is declared or accessed.
 void refuses_grids_beyond_the_limit() {
     constexpr LaunchStatus kInvalidValue = 1;
     LogSumArgs a;

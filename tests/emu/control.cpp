@@ -1,4 +1,4 @@
-// emu.h for ctypes.
+// C interface to emu.h for ctypes.
 #include "emu/emu.h"
 
 #include <cstring>
@@ -13,7 +13,7 @@ LX_EXPORT void emu_configure(uint64_t seed, int cp_async, int max_reports) {
     lx::emu::set_options(options);
 }
 
-// Reports separated by newlines, cut to `size`.
+// Writes the reports, separated by newlines and truncated to `size`.
 LX_EXPORT void emu_take_reports(char* text, int64_t size) {
     std::string all;
     for (const std::string& report : lx::emu::take_reports()) all += report + "\n";

@@ -1,6 +1,6 @@
-// The kernels of mixes of hidden states in the asan flavour: both launchers, in buffers that end
-// where their contents end, against the formulas of depth_mix.h in double. With the argument
-// "overread" each hidden state is one element too short.
+// The kernels of mixes of hidden states in the asan flavour: both launchers, in buffers of exact
+// size, against the formulas of depth_mix.h in double. With the argument "overread" each hidden
+// state is one element too short.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -30,7 +30,7 @@ double value(const T& x) {
 
 using Doubles = std::vector<double>;
 
-// T of values, G of gamma and beta.
+// T is the type of values, G that of gamma and beta.
 template <class T, class G>
 struct Problem {
     const Case c;
@@ -89,7 +89,7 @@ struct Problem {
 
     double gamma_at(int e, int j) const { return value(gamma[e][j]); }
 
-    // What one row is to be, and what it adds to the sums.
+    // Expected result of one row, and what it adds to the sums.
     struct Row {
         Doubles mixed, dweights, dhidden;
     };
@@ -151,7 +151,7 @@ struct Problem {
         return row;
     }
 
-    // The largest error, against one and the value.
+    // Return the largest error, relative to 1 + |value|.
     double run() {
         const std::vector<float> given = weights;
         for (const auto launch : {launch_depth_mix, launch_depth_mix_backward})
@@ -159,7 +159,7 @@ struct Problem {
                 std::printf("%s\n", lx::status_string(status));
                 std::exit(2);
             }
-        weights = given;  // where there is a router, the formulas make their own
+        weights = given;  // with a router, the formulas compute their own weights
         double worst = 0;
         const auto compare = [&](double found, double expected) {
             const double gap = std::abs(found - expected) / (1 + std::abs(expected));

@@ -1,11 +1,11 @@
-// The LoRA kernels in the asan flavour: every launcher on every path, in buffers that end where
-// their contents end, against a double loop. All numbers are small integers, so sums are exact in
-// any order, and y is the exact sum rounded once. Memory that an adapter does not own (ranks beyond
-// its own, pages of nobody, gaps between rows) is poisoned as far as asan's eight-byte shadow can
-// say; the workspace has exactly lora_workspace_bytes().
+// The LoRA kernels in the asan flavour: every launcher on every path, in buffers of exact size,
+// against a double loop. All numbers are small integers, so sums are exact in any order, and y is
+// the exact sum rounded once. Memory that an adapter does not own (ranks beyond its own, free
+// pages, gaps between rows) is poisoned at the eight-byte granularity of asan; the workspace has
+// exactly lora_workspace_bytes().
 //
-// With the argument "workspace" the workspace is one float too short, with "overread" the launchers
-// are told one in-feature too many: only asan can know.
+// With the argument "workspace" the workspace is one float too short; with "overread" the launchers
+// get one in-feature too many. Only asan detects either.
 #include <sanitizer/asan_interface.h>
 
 #include <cstdio>
@@ -24,8 +24,8 @@ namespace {
 
 bool short_workspace = false, overread = false;
 
-// Exactly `size` elements on the heap: the next byte is asan's. `shift` elements are left out at
-// the front, so that data() is aligned to its elements only.
+// Exactly `size` elements on the heap, followed by asan's redzone. `shift` elements are skipped at
+// the front, so that data() is aligned only to its elements.
 template <class T>
 struct Exact {
     std::unique_ptr<T[]> memory;
@@ -85,13 +85,13 @@ void run(const Shape& s) {
             to[i] = lx::from_float<T>(static_cast<float>(below(2 * largest + 1) - largest));
     };
     const Exact<T> y_too(y.size, s.shift), y_three(y.size, s.shift);
-    // Of a sibling with half of the outputs.
+    // Output of a sibling with half of the outputs.
     const int64_t half = s.out < 16 ? s.out / 2 : s.out / 16 * 8, half_row = half + s.pad;
     const Exact<T> y_half(half > 0 ? (s.tokens - 1) * half_row + half : 0, s.shift);
     fill(x, 2), fill(y, 9), fill(a, 1), fill(b, 1);
     for (int64_t t = 0; t < s.tokens; ++t) ids[t] = below(slots + 1) - 1;
     for (int i = 0; i < slots; ++i) ranks[i] = s.ranks[i], scale[i] = i % 2 ? 2.0f : 0.5f;
-    for (int i = 0; i < slots * pages; ++i)  // from the end; what no rank needs is absent
+    for (int i = 0; i < slots * pages; ++i)  // pages from the end; unneeded ones are absent
         table[i] = i % pages * 8 < ranks[i / pages] ? num_pages - 1 - i : -1;
 
     LoraArgs args;
@@ -121,7 +121,7 @@ void run(const Shape& s) {
     for (int64_t i = 0; i < y.size; ++i) y_too[i] = y_three[i] = y[i];
     for (int64_t t = 0; t < s.tokens; ++t)
         for (int64_t o = 0; o < half; ++o) y_half[t * half_row + o] = y[t * y_row + o];
-    // What belongs to no rank is poisoned, or NaN where rows are loaded whole.
+    // Memory outside the ranks is poisoned, or NaN if rows are loaded whole.
     std::vector<bool> a_owned(a_rows), b_owned(b.size);
     for (int slot = 0; slot < slots; ++slot)
         for (int r = 0; r < ranks[slot]; ++r) {
@@ -132,7 +132,7 @@ void run(const Shape& s) {
         if (!a_owned[row]) ASAN_POISON_MEMORY_REGION(&a[row * s.in], s.in * sizeof(T));
     for (int64_t i = 0; i < b.size; ++i)
         if (!b_owned[i]) b[i] = nan;
-    if (s.paged) ASAN_POISON_MEMORY_REGION(b.data(), s.out * 8 * sizeof(T));  // the page of nobody
+    if (s.paged) ASAN_POISON_MEMORY_REGION(b.data(), s.out * 8 * sizeof(T));  // the free page
     for (int64_t t = 0; s.pad > 0 && t + 1 < s.tokens; ++t) {
         ASAN_POISON_MEMORY_REGION(&x[t * x_row + s.in], s.pad * sizeof(T));
         ASAN_POISON_MEMORY_REGION(&y[t * y_row + s.out], s.pad * sizeof(T));
@@ -151,7 +151,7 @@ void run(const Shape& s) {
         args.plan = plan.data();
     }
 
-    // The double loop.
+    // Expected result by a double loop.
     std::vector<float> want_v(s.tokens * s.max_rank), want_y(s.tokens * s.out);
     for (int64_t t = 0; t < s.tokens; ++t) {
         const int slot = static_cast<int>(ids[t]), rank = slot < 0 ? 0 : ranks[slot];
@@ -185,7 +185,7 @@ void run(const Shape& s) {
         check_rows(got, y_row, s.out, what);
     };
 
-    // The halves, then the whole; rows of v end with their rank.
+    // Shrink and expand first, then apply; the last row of v ends with its rank.
     Exact<float> v((s.tokens - 1) * (s.max_rank + 1) + s.max_rank);
     args.v = v.data(), args.v_row_stride = s.max_rank + 1;
     LoraArgs shrink = args, expand = args;
@@ -217,7 +217,7 @@ void run(const Shape& s) {
 
 }  // namespace
 
-// A fake stack per thread of a kernel would take ten times as long as all else.
+// A fake stack per thread of a kernel would take ten times as long as everything else.
 extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
     return "detect_stack_use_after_return=0";
 }
@@ -227,7 +227,7 @@ int main(int count, char** words) {
     short_workspace = mode == "workspace";
     overread = mode == "overread";
     const std::vector<Shape> shapes = {
-        // planless decode: one row; odd everything; more splits than one; aligned
+        // planless decode: one row; odd sizes and offsets; several splits; aligned
         {1, 1, 1, {1}, 1, false, false, 0, 0},
         {7, 65, 33, {0, 1, 7, 8}, 8, true, false, 3, 1},
         {19, 2049, 65, {7, 16}, 16, false, false, 1, 0},

@@ -1,8 +1,7 @@
-// The training kernels in the asan flavour: both launchers, in buffers and a workspace that end
-// where their contents end, against loops. Numbers are small integers, so sums are exact in any
-// order; masks are those of launch_lora_dropout on ones, with one seed for all adapters, then with
-// one for each. With the argument "workspace" the
-// workspace is one float too short.
+// The training kernels in the asan flavour: both launchers, in buffers and a workspace of exact
+// size, against loops. Numbers are small integers, so sums are exact in any order. Masks are those
+// of launch_lora_dropout on ones, with one seed for all adapters, then with one per adapter. With
+// the argument "workspace" the workspace is one float too short.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -69,7 +68,7 @@ void run(const Shape& s, bool per_adapter) {
     fill(x), fill(a), fill(b), fill(dy), fill(dx);
     for (int64_t i = 0; i < ones.size; ++i) ones[i] = lx::from_float<T>(1.0f);
     for (int64_t t = 0; t < s.tokens; ++t) ids[t] = below(slots + 1) - 1;
-    ids[s.tokens - 1] = 0;  // the last float of the workspace counts
+    ids[s.tokens - 1] = 0;  // makes the last float of the workspace count
     for (int i = 0; i < slots; ++i) ranks[i] = s.ranks[i];
     for (int i = 0; i < seeds; ++i) seed[i] = i - s.tokens;
 
@@ -101,10 +100,10 @@ void run(const Shape& s, bool per_adapter) {
     args.dy = dy.data(), args.dy_row_stride = dy_row, args.dx = dx.data();
     args.da = da.data(), args.db = db.data();
 
-    // The loops.
+    // Expected results by loops.
     std::vector<float> want_dx(dx.size), want_da(a.size), want_db(b.size);
     for (int64_t i = 0; i < dx.size; ++i) want_dx[i] = lx::to_float(dx[i]);
-    std::vector<int64_t> rows(slots);  // of each adapter, so far
+    std::vector<int64_t> rows(slots);  // rows of each adapter so far
     for (int64_t t = 0; t < s.tokens; ++t) {
         const int64_t slot = ids[t];
         const int64_t place = slot >= 0 ? rows[slot]++ : 0;
@@ -153,7 +152,7 @@ void run(const Shape& s, bool per_adapter) {
 
 }  // namespace
 
-// A fake stack per thread of a kernel would take ten times as long as all else.
+// A fake stack per thread of a kernel would take ten times as long as everything else.
 extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
     return "detect_stack_use_after_return=0";
 }

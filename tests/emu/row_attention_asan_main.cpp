@@ -1,5 +1,4 @@
-// The kernel of attention by rows in the asan flavour, in buffers that end where contents end,
-// against a loop in double.
+// The kernel of row attention in the asan flavour, in exact buffers, against a loop in double.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

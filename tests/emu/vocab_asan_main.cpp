@@ -1,5 +1,5 @@
-// The kernels of losses over a vocabulary in the asan flavour: every launcher, in buffers that end
-// where their contents end, against loops in double.
+// The kernels of losses over a vocabulary in the asan flavour: every launcher, in buffers of exact
+// size, against loops in double.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -15,7 +15,7 @@ using namespace lora_ext;
 
 namespace {
 
-constexpr int kWidth = 5, kIgnored = 1;  // d; the row that does not count
+constexpr int kWidth = 5, kIgnored = 1;  // d; the ignored row
 
 void launched(LaunchStatus status) {
     if (status == 0) return;
@@ -69,7 +69,7 @@ struct Problem {
         for (int v = 0; v < vocab; ++v) sum += std::exp(z(e, n, v));
         return std::log(sum);
     }
-    // What `loss` and the gradient by the logits are to be.
+    // Expected loss and gradient with respect to the logits.
     double loss_of(int n) const {
         if (n == kIgnored) return 0;
         if (!divergence) return log_sum(0, n) - z(0, n, static_cast<int>(labels[n]));

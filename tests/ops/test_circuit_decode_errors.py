@@ -75,7 +75,7 @@ EVIDENCE: list[tuple[str, Change]] = [
     (r"evidence\[1, 0\]: expected .* in \[-1, 5\), found 5", of_evidence(1, 0, 5)),
     (r"evidence\[2, 3\]: expected .* in \[-1, 5\), found -2", of_evidence(2, 3, -2)),
     (
-        r"evidence\[1, 2\]: expected -1 behind a -1: .* first in its row, found 4",
+        r"evidence\[1, 2\]: expected -1 after a -1, .* prefix of its row, found 4",
         of_evidence(1, 2, 4),
     ),
 ]
@@ -100,7 +100,7 @@ SAMPLE: list[tuple[str, Change]] = [
 TEMPERATURE = "temperature: expected a finite number of at least 0"
 VERIFY: list[tuple[str, Change]] = [
     (r"target: expected shape \(B, K \+ 1, V\) = \[3, 5, 5\], found \[3, 4", with_draft(0, less)),
-    (r"target: expected float64 where leaf is, and only there, found Double", with_draft(0, wide)),
+    (r"target: expected float64 if and only if leaf is float64, found Double", with_draft(0, wide)),
     (r"tokens: expected shape \(B, K\) = \[3, 4\], found \[3, 3\]", with_draft(1, less)),
     (r"tokens\[0, 0\]: expected .* in \[0, 5\), found -1", with_draft(1, lambda t: t * 0 - 1)),
     (r"conditional: expected Float, found Double", with_draft(2, wide)),

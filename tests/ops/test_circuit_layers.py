@@ -393,7 +393,7 @@ def test_wrong_input_raises() -> None:
             lambda: up(leaf, w, spoiled(program, end_of_users, 0)),
         ),
         (
-            "program: expected .* as the plan has it",
+            "program: expected .* the size in the plan",
             lambda: up(leaf, w, program._replace(plan=[*program.plan[:6], 5, *program.plan[7:]])),
         ),
         (

@@ -1,5 +1,5 @@
-// The driver's virtual memory on the host, declared by the real cuda.h: what no piece backs, or
-// what nobody may access, ends the process when it is touched.
+// The driver's virtual memory on the host, declared by the real cuda.h. Accessing memory that is
+// not mapped, or without access rights, ends the process.
 
 #include <cuda.h>
 #include <sys/mman.h>

@@ -1,21 +1,21 @@
-// Probabilistic circuits whose parameters a network emits per row: kinds, structure, layouts.
+// Probabilistic circuits whose parameters are emitted per row by a network.
 //
 //   ff     p(x) = prod_k leaf_k(x_k); C = 1 and M = 0.
 //   cp     p(x) = sum_z prior_z prod_k leaf_{k,z}(x_k): one latent for the whole window; M = 0.
-//   hmm    A chain of latents; trans[k] leads from position k to k + 1; M = K - 1.
-//   btree  A balanced binary tree of latents, one per inner node, seen by both its children;
-//          trans[m] leads from a parent into inner node m, pre-order without the root; M = K - 2.
+//   hmm    A chain of latents; trans[k] is the transition from position k to k + 1; M = K - 1.
+//   btree  A balanced binary tree with one latent per inner node, the parent of both children.
+//          trans[m] is the transition into inner node m, in pre-order without the root; M = K - 2.
 //
 // Letters: B rows, K positions, C components (states), V vocabulary, M transition matrices.
 // Layouts, row-major: leaf (B, K, C, V); prior (B, C); trans (B, M, C, C), row = parent state,
-// column = child state; all logits, normalised over the last axis inside the kernels. The stride of
-// a batch may be 0: one set of parameters for all rows. x (B, K) int64, -1 = marginalised.
+// column = child state. All are logits; the kernels normalise them over the last axis. The batch
+// stride may be 0: all rows then share the parameters. x (B, K) int64, -1 = marginalised.
 //
-// Everything is one walk from left to right that keeps cur[z] = log p(state at k = z, x_<k):
+// All functions use one walk from left to right that keeps cur[z] = log p(state at k = z, x_<k):
 //
 //   observe position k    L_k = logsumexp(cur + e_k), then cur += e_k
 //   step of a chain       cur'[z'] = logsumexp_z(cur[z] + A[z, z'])
-//   node of a tree        go down with the same step, come back with
+//   node of a tree        descend with the same step, return with
 //                         u[z] = logsumexp_z'(A[z, z'] + up[z'])
 //
 // Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (2511.11346).
@@ -34,13 +34,13 @@ LX_HOST_DEVICE constexpr int64_t circuit_num_transitions(CircuitKind kind, int64
     return steps > 0 ? steps : 0;
 }
 
-// Positions of a tree node that go to its left child: half, rounded to even at a tie.
+// Return how many positions of a tree node belong to its left child: half, ties rounded to even.
 LX_HOST_DEVICE constexpr int64_t circuit_left_size(int64_t length) {
     return length % 4 == 3 ? (length + 1) / 2 : length / 2;
 }
 
-// A node of the tree: its positions, and the matrix that leads into it if it is an inner one.
-// The numbers are those of a pre-order: a subtree of n positions has n - 1 inner nodes.
+// Node of the tree: its positions and, for an inner node, the matrix that leads into it. Matrices
+// are numbered in pre-order: a subtree of n positions has n - 1 inner nodes.
 struct CircuitNode {
     int64_t lo, hi;
     int64_t matrix;  // -1: the root
@@ -51,60 +51,61 @@ struct CircuitNode {
         return right ? CircuitNode{middle(), hi, matrix + middle() - lo}
                      : CircuitNode{lo, middle(), matrix + 1};
     }
-    // The child that holds position k.
+    // Return the child that contains position k.
     LX_HOST_DEVICE constexpr CircuitNode toward(int64_t k) const { return child(k >= middle()); }
-    // The node `level` steps below this one on the way to position k.
+    // Return the node `level` steps below this one on the path to position k.
     LX_HOST_DEVICE constexpr CircuitNode below(int64_t k, int64_t level) const {
         CircuitNode node = *this;
         for (; level > 0; --level) node = node.toward(k);
         return node;
     }
 };
-// Levels of inner nodes of a tree over n_token positions.
+// Return the number of levels of inner nodes of a tree over n_token positions.
 LX_HOST_DEVICE constexpr int64_t circuit_tree_levels(int64_t n_token) {
     int64_t levels = 0;
     for (; n_token > 1; n_token = (n_token + 1) / 2) ++levels;
     return levels;
 }
 
-// What the walk reads. btree over two positions or fewer, and hmm over one, have no matrix and are
-// cp: csrc/ops says so, the walks know no tree without a matrix.
+// Input of the walk. A btree over at most two positions and an hmm over one have no matrix.
+// csrc/ops passes them as cp, because the walks do not support a tree without a matrix.
 struct CircuitParams {
     CircuitKind kind = CircuitKind::kCP;
-    DType dtype = DType::kFloat32;  // of prior and trans; kFloat64 only beside float64 leaves
+    DType dtype = DType::kFloat32;  // of prior and trans; kFloat64 only with float64 leaves
     int64_t rows = 0, n_token = 0, components = 0;
-    const void* prior = nullptr;  // (B, C), C contiguous; nullptr: all states alike
+    const void* prior = nullptr;  // (B, C), C contiguous; nullptr: uniform
     int64_t prior_stride = 0;
     const void* trans = nullptr;  // (B, M, C, C), each row of the batch contiguous
     int64_t trans_stride = 0;
 };
 
 // ------------------------------------------------------------------------------------------------
-// Leaves: e = log softmax(logits)[x], one reading of each row of V logits. Where x is -1: e = 0,
-// and the logits are not read. Backward, from de:
+// Leaves: e = log softmax(logits)[x]; each row of V logits is read once. If x is -1, e is 0 and the
+// logits are not read. Backward, from de:
 //   dlogit[v] = de (1[v = x] - softmax(logits)[v]), every element written once; 0 where de is 0.
-// What a row is normalised by is kept as top, its maximum (0 for one of nothing but -inf), and
-// log_sum = log sum exp(logit - top): their sum would lose the digits of large logits.
-// "float" below is double for float64 logits.
+// The normaliser of a row is stored as top, its maximum (0 if all logits are -inf), and log_sum =
+// log sum exp(logit - top): adding the two would lose digits of large logits. "float" below is
+// double for float64 logits.
 struct CircuitLeafArgs {
     DType dtype = DType::kFloat32;
     int64_t rows = 0, n_token = 0, components = 0, vocab = 0;
-    const void* logits = nullptr;  // (B, K, C, V), rows of the batch `logits_stride` apart
+    const void* logits = nullptr;  // (B, K, C, V); logits_stride elements between rows of the batch
     int64_t logits_stride = 0;
-    const int64_t* x = nullptr;  // (B, K), rows x_stride apart, each in [-1, V)
+    const int64_t* x = nullptr;  // (B, K), each in [-1, V); x_stride elements between rows
     int64_t x_stride = 0;
-    void* e = nullptr;                        // (B, K, C) float, rows e_stride apart
+    void* e = nullptr;                        // (B, K, C) float; e_stride elements between rows
     void *top = nullptr, *log_sum = nullptr;  // likewise
     int64_t e_stride = 0;
     const void* de = nullptr;  // likewise
     void* dlogits = nullptr;   // (B, K, C, V) contiguous, or the logits themselves
 };
 
-// The scan: prefix[k] = logsumexp(cur_k + e_k), posterior[k] = softmax(cur_k), conditional[k] =
-// logsumexp(cur_k + e_k) - logsumexp(cur_k); backward from the gradients of prefix and conditional.
+// Scan: prefix[k] = logsumexp(cur_k + e_k), posterior[k] = softmax(cur_k), conditional[k] =
+// logsumexp(cur_k + e_k) - logsumexp(cur_k). Backward, from the gradients of prefix and
+// conditional.
 struct CircuitScanArgs {
     CircuitParams params;
-    const void* e = nullptr;  // (B, K, C) float, rows e_stride apart
+    const void* e = nullptr;  // (B, K, C) float; e_stride elements between rows
     int64_t e_stride = 0;
     void* prefix = nullptr;         // (B, K) float
     void* conditional = nullptr;    // (B, K) float
@@ -113,22 +114,22 @@ struct CircuitScanArgs {
     const void* dprefix = nullptr;  // (B, K) float, contiguous
     const void* dconditional = nullptr;  // likewise
     void* de = nullptr;                  // (B, K, C) float
-    void* dprior = nullptr;              // (B, C) of the dtype of prior; nullptr: not wanted
+    void* dprior = nullptr;              // (B, C), dtype of prior; nullptr: not wanted
     void* dtrans = nullptr;              // (B, M, C, C) likewise, every element written once
 };
-// Vectors of states that a backward wants of each row: see the walks.
+// Return the number of state vectors that the forward stores per row for the backward.
 LX_HOST_DEVICE constexpr int64_t circuit_num_states(CircuitKind kind, int64_t n_token) {
     return kind == CircuitKind::kBTree ? 3 * (n_token - 2) : n_token;
 }
 
-// CPU twins: one table per instruction set, from isa.h. ops splits [0, items) over threads, where
-// items are positions (b, k) of the leaves and rows of the scan; no bit depends on how. `scratch`
-// belongs to one thread.
+// CPU twins: one table per instruction set, from isa.h. csrc/ops splits [0, items) over threads;
+// the split changes no bit. Items are positions (b, k) for the leaves and rows for the scan. Each
+// thread has its own `scratch`.
 struct CircuitCpu {
     const char* isa;
     void (*leaf)(const CircuitLeafArgs&, int64_t begin, int64_t end);
     void (*leaf_backward)(const CircuitLeafArgs&, int64_t begin, int64_t end);
-    int64_t (*scan_scratch)(const CircuitScanArgs&);  // bytes, of scan and of scan_backward
+    int64_t (*scan_scratch)(const CircuitScanArgs&);  // bytes, for scan and scan_backward
     void (*scan)(const CircuitScanArgs&, int64_t begin, int64_t end, void* scratch);
     void (*scan_backward)(const CircuitScanArgs&, int64_t begin, int64_t end, void* scratch);
 };

@@ -1,19 +1,19 @@
-// Drafting from a circuit and verifying the draft: what csrc/ops may call beyond circuit.h.
+// Drafting from a circuit and verifying the draft: the part of the interface beyond circuit.h.
 //
-//   sample            z ~ posterior_k, x_k ~ leaf_{k,z}, position by position; evidence stays
+//   sample            z ~ posterior_k, x_k ~ leaf_{k,z}, position by position; evidence is kept
 //   conditional_dist  log q(v | x_<k) = log sum_z posterior_k[z] softmax(leaf_{k,z})[v]
-//   argmax            the most probable tokens and latents together, by max-product
+//   argmax            the most probable tokens and latents jointly, by max-product
 //   verify            accept x_k while u_k < p_k(x_k) / q(x_k | x_<k), never where q is 0; then
 //                     one token from max(0, p - q), or from p after the last position
 //
-// The draw: the smallest index whose running sum exceeds u * total, never one of weight zero; the
-// last index with weight where rounding runs off the end, 0 where there is no weight. Sums are
-// double, so that a weight counts however small it is beside the sum in front of it. Weights are
-// float32, and exponentials of a twin and of a kernel differ in their last bits; so the two may
-// differ where |sum - u * total| <= 1e-5 total, and nowhere else.
+// A draw returns the smallest index whose running sum exceeds u * total, never one of weight zero.
+// If rounding leaves no such index, it returns the last index with weight, or 0 if all weights are
+// zero. Sums are double, so that a small weight counts beside a large sum. Weights are float32, and
+// the exponentials of a twin and of a kernel differ in their last bits. The two may therefore draw
+// different indices, but only where |sum - u * total| <= 1e-5 total.
 //
-// One row of the batch, one item, one block: nothing of a row depends on its batch. Results are in
-// the accumulator's type, float32 (float64 for float64).
+// One row of the batch is one item and one block: a row's result does not depend on its batch.
+// Results have the accumulator's type, float32 (float64 for float64).
 //
 // Sources: arXiv 2511.11346; speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
 #pragma once
@@ -22,7 +22,7 @@
 
 namespace lora_ext {
 
-// A circuit with the logits of its leaves; a stride of 0 serves all rows of the batch.
+// Circuit with the logits of its leaves. With a stride of 0 all rows of the batch share them.
 struct CircuitLogits {
     CircuitParams circuit;
     DType dtype = DType::kFloat32;
@@ -35,7 +35,7 @@ struct CircuitLogits {
 struct CircuitSampleArgs {
     CircuitLogits logits;
     const void* uniforms = nullptr;     // (B, K, 2) in [0, 1): for the state, for the token
-    const int64_t* evidence = nullptr;  // (B, K), -1: to be drawn; nullptr: all
+    const int64_t* evidence = nullptr;  // (B, K), -1: to be drawn; nullptr: draw all
     int64_t* tokens = nullptr;          // (B, K)
     void* conditional = nullptr;        // (B, K)
     void* posterior = nullptr;          // (B, K, C)
@@ -43,7 +43,7 @@ struct CircuitSampleArgs {
 
 struct CircuitConditionalArgs {
     CircuitLogits logits;
-    const int64_t* x = nullptr;  // (B, K), -1 marginalises; what stands from k on is not read
+    const int64_t* x = nullptr;  // (B, K), -1: marginalised; entries from k on are not read
     const int64_t* k = nullptr;  // (B,)
     void* out = nullptr;         // (B, V)
 };
@@ -56,7 +56,7 @@ struct CircuitArgmaxArgs {
 };
 
 struct SpecVerifyArgs {
-    DType target_dtype = DType::kFloat32, leaf_dtype = DType::kFloat32;  // float64: both
+    DType target_dtype = DType::kFloat32, leaf_dtype = DType::kFloat32;  // both float64 or neither
     int64_t rows = 0, n_token = 0, components = 0, vocabulary = 0;
     const void* target = nullptr;  // (B, K + 1, V) logits, each row of the batch contiguous
     const void* leaf = nullptr;    // (B, K, C, V) logits, likewise
@@ -66,18 +66,17 @@ struct SpecVerifyArgs {
     const void* posterior = nullptr;        // (B, K, C)
     const void* uniforms = nullptr;         // (B, K + 1)
     const int64_t* num_evidence = nullptr;  // (B,) or nullptr
-    double inverse_temperature = 1;         // 0: greedy, nothing is drawn
+    double inverse_temperature = 1;         // 0: greedy, without a draw
     int64_t* accepted = nullptr;            // (B,)
     int64_t* next_token = nullptr;          // (B,)
     void* workspace = nullptr;              // spec_verify_workspace_bytes(); CUDA only
 };
 
-// What hangs below a latent of a circuit: some positions next to each other, and up to two latents.
-// A latent has the number of the matrix that leads into it, the root -1; those below have larger
-// ones.
+// Children of a latent: adjacent positions and up to two latents. The number of a latent is that of
+// the matrix that leads into it, -1 for the root; child latents have larger numbers.
 struct CircuitLatent {
     int64_t first_leaf, num_leaves;
-    int64_t inner[2];  // -1: none
+    int64_t inner[2];  // -1: no latent
 };
 LX_HOST_DEVICE constexpr CircuitLatent circuit_latent(CircuitKind kind, int64_t n_token,
                                                       int64_t matrix) {
@@ -87,17 +86,17 @@ LX_HOST_DEVICE constexpr CircuitLatent circuit_latent(CircuitKind kind, int64_t 
     CircuitNode node{0, n_token, -1};
     while (node.matrix != matrix) node = node.child(matrix >= node.child(true).matrix);
     const CircuitNode left = node.child(false), right = node.child(true);
-    const int64_t leaves = left.is_leaf() + right.is_leaf();  // a left one has a right one beside
+    const int64_t leaves = left.is_leaf() + right.is_leaf();  // a left leaf implies a right leaf
     return {node.hi - leaves,
             leaves,
             {left.is_leaf() ? -1 : left.matrix, right.is_leaf() ? -1 : right.matrix}};
 }
 
-// CPU twins: one table per instruction set, from isa.h. Items are rows of the batch; `scratch` is
-// aligned to 64 bytes.
+// CPU twins: one table per instruction set, from isa.h. Items are rows of the batch; `scratch`
+// is 64-byte aligned.
 struct CircuitDecodeCpu {
     const char* isa;
-    int64_t (*sample_scratch)(const CircuitLogits&);  // of conditional_dist as well
+    int64_t (*sample_scratch)(const CircuitLogits&);  // of sample and conditional_dist
     void (*sample)(const CircuitSampleArgs&, int64_t begin, int64_t end, void* scratch);
     void (*conditional_dist)(const CircuitConditionalArgs&, int64_t begin, int64_t end,
                              void* scratch);
@@ -107,19 +106,19 @@ struct CircuitDecodeCpu {
     void (*verify)(const SpecVerifyArgs&, int64_t begin, int64_t end, void* scratch);
 };
 
-// CUDA launchers: asynchronous, no allocation. One kernel each; where the leaves of a row are many
-// bytes, a first one takes their norms with all multiprocessors. Verifying more than 32768 logits a
-// row takes four kernels, each on all of them.
+// CUDA launchers: asynchronous, no allocation. Each launches one kernel. If the leaves of a row are
+// many bytes, another kernel first computes their norms on all multiprocessors. Verifying more than
+// 32768 logits per row takes four kernels, each on all multiprocessors.
 int64_t circuit_workspace_bytes(const CircuitLogits& logits);  // reads sizes only
-// Shared memory that a block may have on the current device, and that it needs for a row: to sample
-// or for a conditional distribution, and for the most probable tokens.
+// Shared memory in bytes: what a block may use on the current device, what sample and
+// conditional_dist need for a row, and what argmax needs for a row.
 int64_t circuit_block_bytes();
 int64_t circuit_row_bytes(const CircuitLogits& logits);
 int64_t circuit_argmax_bytes(const CircuitLogits& logits);
 LaunchStatus launch_circuit_sample(const CircuitSampleArgs& args, void* stream);
 LaunchStatus launch_circuit_conditional_dist(const CircuitConditionalArgs& args, void* stream);
 LaunchStatus launch_circuit_argmax(const CircuitArgmaxArgs& args, void* stream);
-// Reads sizes only. The memory is to be aligned to 16 bytes.
+// Reads sizes only. The memory must be aligned to 16 bytes.
 int64_t spec_verify_workspace_bytes(const SpecVerifyArgs& args);
 LaunchStatus launch_spec_verify(const SpecVerifyArgs& args, void* stream);
 

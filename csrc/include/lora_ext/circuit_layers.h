@@ -1,28 +1,28 @@
 // Circuits over region graphs: all sums and products of one circuit in one call, and the tables of
 // its finite input distributions.
 //
-//   up     l[u] of all units u, from those of the leaves
-//   down   flows dl[u], from those of the roots, and the flows of weights
-//   walk   from a root to a leaf of every variable, one term of every sum on the way
+//   up     l[u] of all units u, from l of the leaves
+//   down   flows dl[u], from the flows of the roots, and the flows of weights
+//   walk   from a root to a leaf of every variable, choosing one term of every sum on the way
 //
-// A program of int32 says what is computed. Its nodes are regions in an order in which children
-// come first; a node has products, each the sum of log-values of child units, and sums over them:
+// A program of int32 numbers describes the computation. Its nodes are regions, children before
+// parents. A node has products, each the sum of log-values of child units, and sums over them:
 //
-//   l[out + o] = log sum_i W[o, i] exp(term[i])            circuit_sum.h has W, -inf and the rescue
+//   l[out + o] = log sum_i W[o, i] exp(term[i])     W, -inf and the rescue: see circuit_sum.h
 //
-// or, of the max-product, max_i (log W[o, i] + term[i]).
+// or, for the max-product, max_i (log W[o, i] + term[i]).
 //
-// Nodes without a matrix are their products. Products come in parts: `hadamard`, unit by unit of
-// any number of children, or `kronecker`, all pairs of the units of two. Nodes of one stage read
-// none of each other. Values are unit-major, val (U, L): lanes are the rows of data, filled up to
-// a multiple of kLaneGroup with rows of zeros. Column 0 of the values is always 0, column 1 always
-// -inf, and leaves follow from column kFirstLeaf on.
+// The units of a node without a matrix are its products. Products consist of parts: `hadamard`,
+// unit by unit over any number of children, or `kronecker`, all pairs of the units of two children.
+// Nodes of one stage do not read each other. Values are unit-major, val (U, L): lanes are the rows
+// of data, padded with rows of zeros to a multiple of kLaneGroup. Column 0 of the values is always
+// 0, column 1 always -inf, and the leaves begin at column kFirstLeaf.
 //
-// A walk that comes to sum o weighs its terms by W[o, i] exp(term[i]). It takes the heaviest, of
-// several the first, or draws one: the first whose running sum exceeds its uniform times the total,
-// never one of weight zero, or the last with weight where rounding runs off the end.
+// At sum o a walk weighs its terms by W[o, i] exp(term[i]). It takes the heaviest term (the first
+// of several), or draws one: the first whose running sum exceeds its uniform times the total, never
+// one of weight zero. If rounding leaves no such term, it takes the last term with weight.
 //
-// A row's bits depend neither on its batch nor on threads; sums over rows go through the lanes in
+// The bits of a row depend neither on its batch nor on threads. Sums over rows add the lanes in
 // order.
 //
 // Source: expected flows, Darwiche 2003; layers of one shape, Peharz et al. 2020.
@@ -39,23 +39,24 @@ struct LayersNode {
     int32_t out, units, width, matrix, part_begin, part_end;
 };
 struct LayersPart {
-    int32_t term, kronecker, child_begin, child_end;  // term: the first of its products
+    int32_t term, kronecker, child_begin, child_end;  // term: index of the part's first product
 };
 struct LayersChild {
     int32_t column, units;
 };
 struct LayersMatrix {
-    int32_t weight, units, width, row, user_begin, user_end;  // row: the first of its rows of all
+    int32_t weight, units, width, row, user_begin, user_end;  // row: index of its first row among
+                                                              // the rows of all matrices
 };
 
-// The int32 numbers of a program, in their order.
+// The int32 numbers of a program, in order.
 struct LayersProgram {
     static constexpr int32_t kHeader = 10;
     const int32_t* at;
 
     LX_HOST_DEVICE int32_t units() const { return at[0]; }
     LX_HOST_DEVICE int32_t leaves() const { return at[1]; }
-    LX_HOST_DEVICE int32_t rows() const { return at[2]; }  // of all matrices
+    LX_HOST_DEVICE int32_t rows() const { return at[2]; }  // rows of all matrices
     LX_HOST_DEVICE int32_t num_nodes() const { return at[3]; }
     LX_HOST_DEVICE int32_t num_parts() const { return at[4]; }
     LX_HOST_DEVICE int32_t num_children() const { return at[5]; }
@@ -89,20 +90,18 @@ struct LayersProgram {
     LX_HOST_DEVICE const int32_t* users() const { return at + users_at(); }    // nodes of a matrix
     LX_HOST_DEVICE const int32_t* roots() const { return at + roots_at(); }    // columns
     LX_HOST_DEVICE const int32_t* stages() const { return at + stages_at(); }  // their first nodes
-    // Of each child, then of each root: the node whose units it has, or -1 - the variable of its
-    // leaves.
+    // For each child, then each root: the node that owns its units, or -1 - the variable of leaves.
     LX_HOST_DEVICE const int32_t* owners() const { return at + owners_at(); }
-    // Of each node with a matrix, the place of its uniform among those of a walk.
+    // For each node with a matrix, the index of its uniform among the uniforms of a walk.
     LX_HOST_DEVICE const int32_t* draws() const { return at + draws_at(); }
 };
 
-// What a launcher knows of a program, which lies where the values are: units, leaves, rows, nodes,
-// matrices, roots, numbers of the program, stages, variables, uniforms of a walk, then four numbers
-// for each stage.
+// Launch plan of a program, in host memory: units, leaves, rows, nodes, matrices, roots, numbers of
+// the program, stages, variables, uniforms of a walk, then four numbers per stage.
 struct LayersStage {
-    int64_t begin, end, units, width;  // nodes, and the most that one of them has
+    int64_t begin, end, units, width;  // range of nodes; largest units and width of a node
 };
-constexpr int64_t kWalkedWeights = 1 << 14;  // of a node, at most: one launch walks all nodes
+constexpr int64_t kWalkedWeights = 1 << 14;  // most weights of a node if one launch walks all nodes
 struct LayersPlan {
     static constexpr int64_t kHeader = 10;
     const int64_t* at;
@@ -113,18 +112,18 @@ struct LayersPlan {
     int64_t nodes() const { return at[3]; }
     int64_t matrices() const { return at[4]; }
     int64_t roots() const { return at[5]; }
-    int64_t numbers() const { return at[6]; }  // of the program
+    int64_t numbers() const { return at[6]; }  // size of the program
     int64_t num_stages() const { return at[7]; }
     int64_t variables() const { return at[8]; }
     int64_t draws() const { return at[9]; }
     int64_t size() const { return kHeader + 4 * num_stages(); }
-    int64_t most_terms() const {  // of the nodes of a stage
+    int64_t most_terms() const {  // most terms of all nodes of a stage
         return most([](const LayersStage& s) { return (s.end - s.begin) * s.width; });
     }
     int64_t most_sums() const {
         return most([](const LayersStage& s) { return (s.end - s.begin) * s.units; });
     }
-    // No node has more than kWalkedWeights.
+    // Return whether every node has at most kWalkedWeights weights.
     bool small_nodes() const {
         return most([](const LayersStage& s) { return s.units * s.width; }) <= kWalkedWeights;
     }
@@ -143,70 +142,70 @@ struct LayersPlan {
     }
 };
 
-// What sums are made of where kernels run by stages: of numbers in three bfloat16 parts, which are
-// all 24 bits of a float, in two (kHigh), or of one scaled float16 (kHalf). Twins know one
-// precision, and so do flows.
+// Precision of sums when kernels run by stages. Each number is split into three bfloat16 parts,
+// which hold all 24 bits of a float, into two (kHigh), or is one scaled float16 (kHalf). Twins and
+// flows have only one precision.
 enum class LayersPrecision { kFloat32, kHigh, kHalf };
 constexpr int parts_of(LayersPrecision precision) {
     return precision == LayersPrecision::kFloat32 ? 3 : precision == LayersPrecision::kHigh ? 2 : 1;
 }
 
-// Kernels go by stages, on tensor cores, where nodes are too large for one launch that walks them.
-// They keep numbers in 16-bit parts, those of eight numbers of a row together: weights in rows of
-// part_width numbers, a multiple of eight, those of a matrix from number first_part on.
+// Kernels run by stages, on tensor cores, if nodes are too large for one launch that walks all
+// nodes. They store numbers as 16-bit parts, those of eight numbers of a row together. A row of
+// weights has part_width numbers, a multiple of eight; a matrix begins at number first_part.
 LX_HOST_DEVICE constexpr int64_t part_width(int64_t width) {
     return (width + 7) / 8 * 8;
 }
 LX_HOST_DEVICE inline int64_t first_part(const LayersMatrix& m) {
     return (m.weight + int64_t{7} * m.row + 7) / 8 * 8;
 }
-constexpr int kNodeShares = 4;  // blocks that make the terms of one node and lane
+constexpr int kNodeShares = 4;  // blocks that compute the terms of one node and lane
 
-// Everything but leaf and uniforms is contiguous, float or double as `dtype` says.
+// Everything but leaf and uniforms is contiguous, float or double according to `dtype`.
 struct LayersArgs {
     DType dtype = DType::kFloat32;
     WeightNorm norm = WeightNorm::kLogits;
     bool max_product = false;
     LayersPrecision precision = LayersPrecision::kFloat32;  // of the forward
-    LayersProgram program = {nullptr};                      // where the values are
+    LayersProgram program = {nullptr};                      // on the device of the values
     LayersPlan plan = {nullptr};
     int64_t rows = 0, lanes = 0;
     const void* leaf = nullptr;  // (B, N)
     int64_t leaf_row = 0, leaf_unit = 0;
     const void* w = nullptr;  // flat, each matrix (O, I)
     int64_t num_weights = 0;
-    void* weight = nullptr;  // as w, each row with maximum 1; max-product: its logarithm
+    void* weight = nullptr;  // layout of w, each row with maximum 1; max-product: its logarithm
     void* shift = nullptr;   // one per row
     void* val = nullptr;     // (U, L)
-    int64_t max_width = 0, max_units = 0;  // of a node
+    int64_t max_width = 0, max_units = 0;  // largest of any node
     // Backward.
     const void* droots = nullptr;  // (B, roots)
     void* grad = nullptr;          // (U, L)
-    void* ratio = nullptr;         // (U, L), of sums
-    void* dw = nullptr;            // as w
-    // Kernels alone.
-    void* terms = nullptr;  // (plan.most_terms(), L), of a backward
+    void* ratio = nullptr;         // (U, L), for sums
+    void* dw = nullptr;            // layout of w
+    // Kernels only.
+    void* terms = nullptr;  // (plan.most_terms(), L), for a backward
     void* tops = nullptr;   // (nodes, L)
-    // By stages, `parts` of each number; 0: one launch walks all nodes.
+    // By stages: parts per number. 0: one launch walks all nodes.
     int parts = 0;
     void* weight_parts = nullptr;  // stored_weights
     void* term_parts = nullptr;    // stored_terms
-    void* ratio_parts = nullptr;   // stored_ratios, of a backward
-    void* lost = nullptr;          // (nodes, kNodeShares, L), of a backward
-    void* next_parts = nullptr;    // as term_parts, of a forward
-    float* run_tops = nullptr;     // stored_run_tops, of a forward
-    uint32_t* arrivals = nullptr;  // stored_arrivals, of a forward
-    // Walks: those of a row of data follow one another.
+    void* ratio_parts = nullptr;   // stored_ratios, for a backward
+    void* lost = nullptr;          // (nodes, kNodeShares, L), for a backward
+    void* next_parts = nullptr;    // layout of term_parts, for a forward
+    float* run_tops = nullptr;     // stored_run_tops, for a forward
+    uint32_t* arrivals = nullptr;  // stored_arrivals, for a forward
+    // Walks; the walks of one row of data are consecutive.
     int64_t walks = 0, walks_per_row = 0;
     const int64_t* root = nullptr;   // (B,) in [0, roots)
-    const void* uniforms = nullptr;  // (walks, plan.draws()), or null: the heaviest terms
+    const void* uniforms = nullptr;  // (walks, plan.draws()); nullptr: take the heaviest terms
     int64_t uniforms_row = 0;
-    bool wide_uniforms = false;  // double
-    int32_t* chosen = nullptr;   // (nodes, walks), scratch: the unit that a walk is at, or -1
+    bool wide_uniforms = false;  // uniforms are double
+    int32_t* chosen = nullptr;   // (nodes, walks), scratch: the current unit of a walk, or -1
     int64_t* leaves = nullptr;   // (walks, plan.variables()): columns of val, or -1
 };
 
-// 16-bit numbers of each kind of parts. first_part leaves room for the padded rows before it.
+// Return how many 16-bit numbers each kind of parts has, with the padding of first_part.
 inline int64_t stored_weights(const LayersArgs& args) {
     return args.parts * ((args.num_weights + 7 * args.plan.rows() + 7) / 8 * 8);
 }
@@ -217,9 +216,9 @@ inline int64_t stored_ratios(const LayersArgs& args) {
     return args.parts * args.plan.most_sums() * args.lanes;
 }
 
-// Stages of one node each follow one another in one launch where it fits: blocks of kRunTerms sums
-// and terms on kRunLanes lanes. Numbers of the largest term of each block, as often as terms, and
-// of what blocks of the same lanes count, stage by stage.
+// Consecutive stages of one node each run in one launch if it fits: a block computes kRunTerms sums
+// and terms on kRunLanes lanes. stored_run_tops counts the largest terms per block and lane, in two
+// buffers; stored_arrivals counts the barrier counters per stage and lane tile.
 constexpr int kRunTerms = 64, kRunLanes = 32;
 inline int64_t stored_run_tops(const LayersArgs& args) {
     return 2 * ((args.plan.most_terms() + kRunTerms - 1) / kRunTerms) * args.lanes;
@@ -228,16 +227,16 @@ inline int64_t stored_arrivals(const LayersArgs& args) {
     return args.plan.num_stages() * ((args.lanes + kRunLanes - 1) / kRunLanes);
 }
 
-// CPU twins: `ops` splits [0, items) over threads; no bit depends on how. `scratch` holds
-// scratch_bytes of the thread.
+// CPU twins: csrc/ops splits [0, items) over threads; the split changes no bit. `scratch` has
+// scratch_bytes bytes per thread.
 struct LayersCpu {
     const char* isa;
     void (*weights)(const LayersArgs&, int64_t begin, int64_t end);  // items: rows of matrices
     int64_t (*scratch_bytes)(const LayersArgs&);
-    // Items: groups of lanes. Backward leaves `ratio` to dweights.
+    // Items: groups of lanes. backward writes the `ratio` that dweights reads.
     void (*forward)(const LayersArgs&, int64_t begin, int64_t end, void* scratch);
     void (*backward)(const LayersArgs&, int64_t begin, int64_t end, void* scratch);
-    // Items: bands of kBandRows rows of the matrices, each matrix from a band of its own on.
+    // Items: bands of kBandRows rows of a matrix; no band contains rows of two matrices.
     void (*dweights)(const LayersArgs&, int64_t begin, int64_t end, void* scratch);
     void (*walk)(const LayersArgs&, int64_t begin, int64_t end, void* scratch);  // items: walks
 };
@@ -246,31 +245,32 @@ constexpr int64_t kBandRows = 128;
 // CUDA launchers: asynchronous, on `stream`, no allocation, no float64.
 LaunchStatus launch_layers_weights(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream);
-// Flows of units, and ratio. By stages also those of weights, where `dw` is; dweights ends them.
+// Computes the flows of units and ratio. By stages it also starts the flows of weights if `dw` is
+// given; dweights finishes them.
 LaunchStatus launch_layers_backward(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_dweights(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_walk(const LayersArgs& args, void* stream);
 
-// Leaves of finite families: e[b, m, j] = log p[row[m] + j, x[b, m]], 0 where x is -1; m counts
-// blocks of `block` units, whose first rows are multiples of `block`. With norm kLog the table has
-// log p; with kLogits log p = table - base + shift, the log-softmax of its rows.
+// Leaves of finite families: e[b, m, j] = log p[row[m] + j, x[b, m]], 0 if x is -1. m counts blocks
+// of `block` units; every row[m] is a multiple of `block`. With norm kLog the table holds log p.
+// With kLogits log p = table - base + shift, the log-softmax of its rows.
 struct CircuitTableArgs {
     DType dtype = DType::kFloat32;
     WeightNorm norm = WeightNorm::kLog;
     int64_t rows = 0, lanes = 0, blocks = 0, block = 0;
     int64_t table_rows = 0, values = 0;
-    const void* table = nullptr;   // (R, V) float or double; backward: of logits alone
+    const void* table = nullptr;   // (R, V) float or double; the backward reads it only for logits
     const int64_t* x = nullptr;    // (B, M)
     const int64_t* row = nullptr;  // (M,)
-    void* base = nullptr;          // (R,) of logits: the largest entry, or 0 for rows of -inf
-    void* shift = nullptr;         // (R,) of logits
-    void* e = nullptr;             // (M * block, L), lanes beyond the rows 0
+    void* base = nullptr;          // (R,) for logits: the largest entry, or 0 for rows of -inf
+    void* shift = nullptr;         // (R,) for logits
+    void* e = nullptr;             // (M * block, L), 0 in lanes beyond the rows
     // Backward.
-    const void* de = nullptr;  // (B, M * block), strides
+    const void* de = nullptr;  // (B, M * block), strided
     int64_t de_row = 0, de_unit = 0;
-    void* dtable = nullptr;  // (R, V); zero before
+    void* dtable = nullptr;  // (R, V); the caller fills it with zeros
 };
-// Of logits, `norms` goes before `forward`, and `finish` after `backward`.
+// For logits the caller runs `norms` before `forward`, and `finish` after `backward`.
 struct CircuitTableCpu {
     const char* isa;
     void (*norms)(const CircuitTableArgs&, int64_t begin, int64_t end);    // items: rows

@@ -2,26 +2,27 @@
 //
 //   out[g, b, o] = log sum_i W[g, b, o, i] exp(l[g, b, i])
 //
-// Letters: G groups, B rows, O sums, I terms. W comes as logits, log-weights or weights:
+// Letters: G groups, B rows, O sums, I terms. W is given as logits, log-weights or weights:
 //   logits    W = softmax(w) over i
 //   log       W = exp(w)
 //   probs     W = w
-// Its stride over rows decides the regime. Zero: shared weights, a product of matrices,
+// The stride of w over rows selects the regime. Zero: the rows share the weights, and the sum is a
+// product of matrices,
 //   W[o, i] = weight[o, i] exp(weight_shift[o]),   weight with row maximum 1
 //   exp(l[b, i]) = value[b, i] exp(value_shift[b]), value with row maximum 1
 //   s = value weight^T,   out = log s + weight_shift + value_shift
-// where on CUDA the product is the library's GEMM, or one fused kernel does it all.
-// Otherwise one matrix per row, each weight read once.
+// On CUDA the product is the library's GEMM, or one fused kernel computes everything.
+// Nonzero: each row has its own matrix, and each weight is read once.
 //
-// -inf is legal in l and in w. A row without possible terms has shift -inf, everything scaled is 0,
-// and out is -inf. A product that underflows though both rows have possible terms (s < 2^-80;
+// -inf is legal in l and in w. A row without possible terms has shift -inf and scaled entries 0,
+// and out is -inf. A product that underflows although both rows have possible terms (s < 2^-80;
 // double: 2^-900) is rescued: the terms w + l are summed again, shifted by their own maximum.
 //
 // Backward, from g = dout, with the terms' shares t_i = W_i exp(l_i - out), which sum to 1:
 //   dl[b, i]    = sum_o g t_i
-//   dlog W[o, i] = sum_b g t_i;   logits: less softmax(w) sum_b g;   probs: divided by w
-// Shared: t_i = ratio weight value with ratio = g / s, two more products. Where out is -inf nothing
-// has a gradient; where s was rescued, ratio is 0 and the shares are added one by one.
+//   dlog W[o, i] = sum_b g t_i;   logits: minus softmax(w) sum_b g;   probs: divided by w
+// Shared: t_i = ratio weight value with ratio = g / s, two more products. If out is -inf, all
+// gradients are 0. If s was rescued, ratio is 0 and the shares are added one by one.
 //
 // Source: expected flows, Darwiche 2003; the log-einsum-exp trick, Peharz et al. 2020.
 #pragma once
@@ -32,8 +33,8 @@ namespace lora_ext {
 
 enum class WeightNorm : int32_t { kLogits, kLog, kProbs };
 
-// "float" is double for float64 weights. The last axis is contiguous everywhere; what has no stride
-// here is contiguous altogether.
+// "float" is double for float64 weights. The last axis is always contiguous; a tensor without
+// stride fields is contiguous.
 struct LogSumArgs {
     DType dtype = DType::kFloat32;  // of w and dw
     WeightNorm norm = WeightNorm::kLogits;
@@ -42,42 +43,42 @@ struct LogSumArgs {
     int64_t w_group = 0, w_row = 0, w_sum = 0;  // strides
     const void* values = nullptr;               // float l
     int64_t values_group = 0, values_row = 0;
-    void* out = nullptr;         // (G, B, O) float; shared: s before, the result after
-    int32_t* indices = nullptr;  // (G, B, O) of the max-product form
+    void* out = nullptr;         // (G, B, O) float; shared: s on input, the result on output
+    int32_t* indices = nullptr;  // (G, B, O), for the max-product form
     // Shared regime, float.
-    bool scaled = false;           // weight and weight_shift are given
+    bool scaled = false;           // true if weight and weight_shift are given
     void* weight = nullptr;        // (G, O, I)
     void* weight_shift = nullptr;  // (G, O)
-    void* value = nullptr;         // (G, B, I); scratch of the other regime
+    void* value = nullptr;         // (G, B, I); scratch in the per-row regime
     void* value_shift = nullptr;   // (G, B)
     void* ratio = nullptr;         // (G, B, O)
     // Backward.
     const void* dout = nullptr;  // (G, B, O) float
-    void* dvalues = nullptr;     // (G, B, I) float; shared kernels: ratio weight before
-    // (G, O, I) float, overwritten. Shared kernels find ratio^T value in it; twins may get dw.
+    void* dvalues = nullptr;     // (G, B, I) float; input of the shared kernels: ratio weight
+    // (G, O, I) float, overwritten. Input of shared kernels: ratio^T value. For twins it may be dw.
     void* flow = nullptr;
-    void* dw = nullptr;  // as w, contiguous, dtype of w
+    void* dw = nullptr;  // layout of w, contiguous, dtype of w
 };
 
-// CPU twins: one table per instruction set, from isa.h. ops splits [0, items) over threads;
-// no bit depends on how.
+// CPU twins: one table per instruction set, from isa.h. csrc/ops splits [0, items) over threads;
+// the split changes no bit.
 struct LogSumCpu {
     const char* isa;
-    // Shared regime. Items: (g, o) of weights and dweights, (g, b) of the others but forward.
-    void (*weights)(const LogSumArgs&, int64_t begin, int64_t end);  // w -> weight, its shift
-    void (*values)(const LogSumArgs&, int64_t begin, int64_t end);   // l -> value, its shift
-    // value and w, or value and scaled weights -> out, and the weights if they were not given.
+    // Shared regime. Items: (g, o) for weights and dweights, (g, b) for the others except forward.
+    void (*weights)(const LogSumArgs&, int64_t begin, int64_t end);  // w -> weight, weight_shift
+    void (*values)(const LogSumArgs&, int64_t begin, int64_t end);   // l -> value, value_shift
+    // value and w, or value and scaled weights -> out; also the weights if they were not given.
     int64_t (*forward_items)(const LogSumArgs&);
     void (*forward)(const LogSumArgs&, int64_t begin, int64_t end);
     void (*ratios)(const LogSumArgs&, int64_t begin, int64_t end);  // dout, out -> ratio
     void (*dvalues)(const LogSumArgs&, int64_t begin, int64_t end);
     void (*dweights)(const LogSumArgs&, int64_t begin, int64_t end);
-    // One matrix per row; items are (g, b). Both use `value` as scratch, the backward `weight` too,
-    // (G, B, I) each.
+    // One matrix per row; items are (g, b). Both use `value` as scratch, and the backward also
+    // `weight`, each (G, B, I).
     void (*per_row)(const LogSumArgs&, int64_t begin, int64_t end);
     void (*per_row_backward)(const LogSumArgs&, int64_t begin, int64_t end);
-    // max_i (log W + l) into `out` and the lowest i that attains it, 0 where it is -inf. Items are
-    // (g, o) of shared weights, else (g, b).
+    // Writes max_i (log W + l) to `out` and the lowest i that attains it to `indices`, 0 if it is
+    // -inf. Items are (g, o) with shared weights, else (g, b).
     void (*max)(const LogSumArgs&, int64_t begin, int64_t end);
 };
 
@@ -90,7 +91,7 @@ LaunchStatus launch_log_sum_dvalues(const LogSumArgs& args, void* stream);
 LaunchStatus launch_log_sum_dweights(const LogSumArgs& args, void* stream);
 LaunchStatus launch_log_sum_per_row(const LogSumArgs& args, void* stream);
 LaunchStatus launch_log_sum_per_row_backward(const LogSumArgs& args, void* stream);
-// Values, product and finish in one kernel, on tensor cores; `high`: bfloat16 by parts, otherwise
+// Values, product and finish in one kernel, on tensor cores. `high`: parts in bfloat16, otherwise
 // scaled float16.
 bool log_sum_fused_fits(const LogSumArgs& args);
 LaunchStatus launch_log_sum_fused(const LogSumArgs& args, bool high, void* stream);

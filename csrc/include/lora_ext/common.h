@@ -1,10 +1,10 @@
-// Types shared by every family of kernels. No torch header, no CUDA header: the contract between
-// csrc/ops, which knows tensors, and csrc/cuda and csrc/cpu, which know pointers.
+// Types shared by all kernel families. The header includes neither torch nor CUDA: csrc/ops handles
+// tensors, csrc/cuda and csrc/cpu handle pointers.
 #pragma once
 
 #include <cstdint>
 
-// Functions that kernels and host code share.
+// Marks functions shared by kernels and host code.
 #ifdef __CUDACC__
 #define LX_HOST_DEVICE __host__ __device__
 #else
@@ -19,10 +19,10 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
-// A launcher returns 0, or the code of the CUDA error that kept it from launching.
+// Return type of launchers: 0, or the code of the CUDA error that prevented the launch.
 using LaunchStatus = int;
 
-// The words of the CUDA runtime for a code that a launcher returned.
+// Return the CUDA runtime's message for a code that a launcher returned.
 const char* launch_status_string(LaunchStatus status);
 
 }  // namespace lora_ext

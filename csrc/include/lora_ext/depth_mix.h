@@ -1,20 +1,20 @@
-// Hidden states of several depths, each normed, mixed to one by weights of each row.
+// Weighted mix of the normalised hidden states of several depths, with weights per row.
 //
 //   n_e   = gamma_e (h_e - m_e) r_e + beta_e      r_e = 1 / sqrt(mean((h_e - m_e)^2) + eps)
 //   mixed = sum_e w_e n_e
 //
 // per row, e = 0 .. k-1; m_e is the mean of h_e ("layer") or 0 ("rms"). With a router the weights
-// are made here, from the last hidden state: w = softmax(R n_{k-1} + c).
+// are computed here, from the last hidden state: w = softmax(R n_{k-1} + c).
 //
 // Backward, from g = dmixed, with x_e = (h_e - m_e) r_e and G_e the gradient of n_e:
 //   G_e      = w_e g;  routed, e = k-1: plus sum_i dl_i R_i
 //   dw_e     = sum_j g n_e
-//   dl_e     = w_e (dw_e - sum_i w_i dw_i)        dw with what the weights' own users add
+//   dl_e     = w_e (dw_e - sum_i w_i dw_i)        dw includes the incoming gradient of the weights
 //   dh_e     = r_e (G_e gamma_e - x_e mean(G_e gamma_e x_e) - ["layer"] mean(G_e gamma_e))
 //   dgamma_e = sum_rows G_e x_e     dbeta_e = sum_rows G_e
 //   dR_e     = sum_rows dl_e n_{k-1}     dc_e = sum_rows dl_e
-// Sums over rows go in two stages: over the rows of a part, ascending, then over the parts. What a
-// part is depends on the number of rows alone, so no bit depends on threads.
+// Sums over rows have two stages: over the rows of a part, ascending, then over the parts. The size
+// of a part depends only on the number of rows, so threads change no bit.
 //
 // Source: mixture-of-depths ensembles (arXiv 2410.13077), mixed before the head.
 #pragma once
@@ -25,13 +25,13 @@ namespace lora_ext {
 
 constexpr int64_t kMaxDepths = 8;
 
-// "float" is double for float64. h_e have rows of their own stride; all else is contiguous.
+// "float" is double for float64. The rows of each h_e have a stride; all else is contiguous.
 struct DepthMixArgs {
     DType dtype = DType::kFloat32;  // of h_e, mixed, dmixed, dh_e
-    bool wide_scales = false;     // gamma_e and beta_e are float, as twins want them; else `dtype`
-    bool layer = false;           // the norm
-    int64_t rows = 0, width = 0;  // of every h_e
-    int32_t depths = 0;           // k
+    bool wide_scales = false;       // gamma_e and beta_e are float, required by twins; else `dtype`
+    bool layer = false;             // "layer" norm, else "rms"
+    int64_t rows = 0, width = 0;    // of every h_e
+    int32_t depths = 0;             // k
     double eps = 0;
     const void* hidden[kMaxDepths] = {};
     int64_t hidden_stride[kMaxDepths] = {};  // elements between rows
@@ -41,7 +41,7 @@ struct DepthMixArgs {
     const void* bias = nullptr;              // (k,) float, with a router
     void* weights = nullptr;                 // (N, k) float; the forward writes them with a router
     void* rinv = nullptr;                    // (N, k) float
-    void* mean = nullptr;                    // (N, k) float of "layer"
+    void* mean = nullptr;                    // (N, k) float, for "layer"
     void* mixed = nullptr;                   // (N, d)
     // Backward.
     const void* dmixed = nullptr;       // (N, d)
@@ -49,18 +49,18 @@ struct DepthMixArgs {
     void* dweights = nullptr;        // (N, k) float; with a router the gradients dl of its logits
     void* dhidden[kMaxDepths] = {};  // (N, d), or all nullptr
     void* partial = nullptr;         // (parts, mix_sums()) float
-    void* sums = nullptr;            // (mix_sums(),) float: dgamma (k, d), and where there are
-                                     // betas dbeta (k, d), and with a router dR (k, d), dc (k,)
+    void* sums = nullptr;            // (mix_sums(),) float: dgamma (k, d); with betas dbeta (k, d);
+                                     // with a router dR (k, d) and dc (k,)
 };
 
-// Rows that are added up before parts are.
+// Return how many rows a part has.
 LX_HOST_DEVICE constexpr int64_t mix_part_rows(int64_t rows) {
     return rows <= 16 * 256 ? 16 : (rows + 255) / 256;
 }
 LX_HOST_DEVICE constexpr int64_t mix_parts(int64_t rows) {
     return (rows + mix_part_rows(rows) - 1) / mix_part_rows(rows);
 }
-// What is summed over rows, and where each kind begins.
+// Layout of `sums`: offset of each gradient, and the total size.
 LX_HOST_DEVICE inline int64_t mix_betas_at(const DepthMixArgs& args) {
     return args.depths * args.width;
 }
@@ -74,16 +74,16 @@ LX_HOST_DEVICE inline int64_t mix_sums(const DepthMixArgs& args) {
     return args.router ? mix_bias_at(args) + args.depths : mix_router_at(args);
 }
 
-// CPU twins. No bit depends on how items are split.
+// CPU twins. The split of items changes no bit.
 struct DepthMixCpu {
     void (*forward)(const DepthMixArgs&, int64_t begin, int64_t end);  // rows
-    // Parts. `scratch` has backward_scratch() bytes of the calling thread.
+    // Parts. `scratch` has backward_scratch() bytes per thread.
     void (*backward)(const DepthMixArgs&, void* scratch, int64_t begin, int64_t end);
     int64_t (*backward_scratch)(const DepthMixArgs&);
     void (*sums)(const DepthMixArgs&, int64_t begin, int64_t end);  // elements of `sums`
 };
 
-// Asynchronous, on `stream`, no allocation, no float64. The backward is all of it.
+// CUDA launchers: asynchronous, on `stream`, no allocation, no float64. The backward is one call.
 LaunchStatus launch_depth_mix(const DepthMixArgs& args, void* stream);
 LaunchStatus launch_depth_mix_backward(const DepthMixArgs& args, void* stream);
 

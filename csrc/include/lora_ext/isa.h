@@ -1,4 +1,4 @@
-// The instruction sets that the CPU twins are compiled for, and the choice among them.
+// Instruction sets of the CPU twins, and the choice among them.
 //
 // Every csrc/cpu/*_isa.cpp is compiled once per instruction set. Each object file defines one table
 // of functions, in the namespace of its instruction set. csrc/cpu/isa.cpp chooses among the tables.
@@ -10,18 +10,18 @@
 
 namespace lora_ext {
 
-// In ascending order: a machine that runs one of them runs all before it.
+// In ascending order: a machine that supports one supports all before it.
 enum class Isa : int32_t { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
 const char* isa_name(Isa isa);  // "scalar", "avx2", "avx512", "avx512bf16"
 std::optional<Isa> isa_named(std::string_view name);
 // Return whether this library has twins for `isa` and this machine can run them.
 bool isa_runs(Isa isa);
-// Return the best instruction set that runs here; chosen once.
+// Return the best instruction set that runs here; the choice is made once.
 Isa best_isa();
 
-// Every family of twins: the type of its table, which its header defines, and the table's name in
-// the namespace of an instruction set. A family in the second list is also compiled for
+// All families of twins: the type of the table, defined by the family's header, and the table's
+// name in the namespace of an instruction set. Families of the second list are also compiled for
 // AVX-512-bf16, which multiplies pairs of bfloat16 (dot_pairs in vec.h).
 #define LX_FAMILIES(X)                      \
     X(LoraTrainCpu, train_table)            \
@@ -39,7 +39,8 @@ Isa best_isa();
     X(LoraCpu, lora_table)        \
     X(PackedLinearCpu, packed_linear_table)
 
-// The table of one family, as in twins<LoraCpu>(best_isa()), for an instruction set that runs here.
+// Return the table of one family for an instruction set that runs here, e.g.
+// twins<LoraCpu>(best_isa()).
 template <class Family>
 const Family& twins(Isa isa);
 

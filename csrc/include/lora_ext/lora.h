@@ -1,11 +1,11 @@
-// Batched multi-adapter LoRA: what csrc/ops may call, and the layouts that both sides agree on.
+// Batched multi-adapter LoRA: the interface and data layouts of kernels and twins.
 //
 //   s       = adapter_ids[t]
 //   v[t, :] = scale[s] * a[s] x[t, :]             rank-of-s entries, float32 (float64 for float64)
 //   y[t, :] = round(y[t, :] + b[s] v[t, :])       rounded once, to the dtype of y
 //
-// Rows with id -1, and rows whose adapter has rank 0, keep every bit of y, and their row of v is
-// not touched.
+// Rows with id -1 and rows whose adapter has rank 0 keep every bit of y, and their row of v is not
+// accessed.
 //
 // Letters: T tokens, I in, O out, R largest rank, A adapters (slots), P pages.
 #pragma once
@@ -26,45 +26,45 @@ namespace lora_ext {
 //   a B page has O rows of 8 contiguous elements, one per rank; row o starts at
 //       b_page + o * b_row_stride.
 //
-// Plain tensors a (A, R, I), b (A, O, R) are such pages already, and so is the pool, a (P, 8, I), b
-// (P, O, 8): only the way to a page's first element differs. That is all the address functors know.
+// Plain tensors a (A, R, I), b (A, O, R) consist of such pages, and so does the pool, a (P, 8, I),
+// b (P, O, 8). The two differ only in the address of a page's first element:
 //
 //   bank (page_table == nullptr):
 //       a_page = a + s * a_slot_stride + p * a_page_stride
 //   pool:
 //       a_page = a + page_table[s * pages_per_slot + p] * a_page_stride
 //
-// and the same for b. Strides count elements.
+// and likewise for b. Strides count elements.
 //
-// Ranks at or beyond an adapter's rank are not read, with one exception: a whole 8-wide row of a B
-// page (and a whole A page) may be loaded where `full_pages` says that the memory is there; its
-// surplus lanes must then be discarded, not multiplied by zero, because they may hold NaN.
+// Ranks at or beyond an adapter's rank are not read, with one exception: if `full_pages` is true,
+// the memory exists and a whole 8-wide row of a B page (or a whole A page) may be loaded. Discard
+// its surplus lanes; do not multiply them by zero, because they may hold NaN.
 struct LoraBank {
     const void* a = nullptr;
     const void* b = nullptr;
     const int32_t* page_table = nullptr;  // (A, pages_per_slot) or nullptr for plain tensors
-    const int32_t* ranks = nullptr;       // (A,) each in [0, max_rank]; nullptr: all are max_rank
-    const float* scale = nullptr;         // (A,); nullptr: all are 1
+    const int32_t* ranks = nullptr;       // (A,) each in [0, max_rank]; nullptr: all max_rank
+    const float* scale = nullptr;         // (A,); nullptr: all 1
     int64_t a_slot_stride = 0, a_page_stride = 0, a_row_stride = 0;
     int64_t b_slot_stride = 0, b_page_stride = 0, b_row_stride = 0;
     int32_t num_adapters = 0;
     int32_t max_rank = 0;
     int32_t pages_per_slot = 0;  // ceil(max_rank / 8)
-    int32_t num_pages = 0;  // of the pool; entries of the table outside [0, num_pages) are absent
+    int32_t num_pages = 0;  // of the pool; table entries outside [0, num_pages) mark absent pages
     int32_t in_features = 0;
     int32_t out_features = 0;
-    // Every page has all 8 ranks in memory: those of a pool, or where max_rank % 8 == 0.
+    // Every page has all 8 ranks in memory: true for a pool, and if max_rank % 8 == 0.
     bool full_pages = false;
 };
 
 // ------------------------------------------------------------------------------------------------
 // Plan: rows grouped by adapter
 //
-// One int32 tensor, so that a model's layers can share it. Its size depends on (T, A) alone.
+// One int32 tensor, so that a model's layers can share it. Its size depends only on (T, A).
 //   header[kPlanHeader]        the numbers of PlanField
 //   chunks[max_chunks][4]      {slot, start, len, 0}: the rows perm[start .. start+len) all use
 //                              this slot, and len is at most chunk_rows()
-//   perm[T]                    the row numbers sorted by slot, stably; inactive rows come last
+//   perm[T]                    the row numbers sorted by slot, stably; inactive rows are last
 //   slot_begin[A + 2]          slot s owns perm[slot_begin[s] .. slot_begin[s+1]);
 //                              slot_begin[A] = active rows, slot_begin[A+1] = T
 //
@@ -77,7 +77,7 @@ enum PlanField : int32_t {
     kPlanHeader = 8,
 };
 
-// Rows per chunk, from host-known numbers only: small for decode, a matrix tile for prefill.
+// Return the rows per chunk from host-known numbers: few for decode, a matrix tile for prefill.
 constexpr int32_t lora_chunk_rows(int64_t num_tokens) {
     return num_tokens <= 256 ? 16 : num_tokens < 4096 ? 64 : 128;
 }
@@ -99,11 +99,11 @@ struct LoraPlanLayout {
 struct LoraPlanArgs {
     const void* adapter_ids = nullptr;  // (T,) int64 or int32
     bool ids_are_int64 = true;
-    // One number beside the ids, or nullptr: rows at or beyond it count as -1.
+    // One number on the device of the ids, or nullptr: rows at or beyond it count as -1.
     const int32_t* num_valid = nullptr;
     int64_t num_tokens = 0;
     int32_t num_adapters = 0;
-    int32_t* plan = nullptr;  // LoraPlanLayout::size() entries, all written where defined
+    int32_t* plan = nullptr;  // LoraPlanLayout::size() entries; all defined ones are written
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ struct LoraArgs {
     DType dtype = DType::kFloat32;  // of x, y, a, b
     LoraBank bank;
     int64_t num_tokens = 0;
-    // (T, I) and (T, O): rows so many elements apart, each contiguous, of any alignment.
+    // (T, I) and (T, O); rows are contiguous, of any alignment, row_stride elements apart.
     const void* x = nullptr;
     int64_t x_row_stride = 0;
     void* y = nullptr;
@@ -120,33 +120,33 @@ struct LoraArgs {
     // (T, >= max_rank) float32 (float64): exactly `rank` entries of an active row are used.
     void* v = nullptr;
     int64_t v_row_stride = 0;
-    // nullptr: decoding without a plan; the kernel itself groups `ids` (CUDA).
+    // nullptr: decoding without a plan; the CUDA kernel groups `ids` itself.
     const int32_t* plan = nullptr;
     LoraPlanArgs ids;
     void* workspace = nullptr;  // lora_workspace_bytes(); CUDA only
 };
 
-// Modules of one call that see the same rows (q, k, v): everything of their LoraArgs but bank, y, v
-// and workspace is the same, and so is the number of adapters. Each y gets the bits that it would
-// get alone.
+// Modules of one call that share their rows (q, k, v): their LoraArgs differ only in bank, y, v and
+// workspace, with the same number of adapters. Each y has the bits of a call with that module
+// alone.
 constexpr int kMaxSiblings = 8;
 
-// The twins take ranks in spans of so many: no buffer of theirs grows with a rank.
+// Largest number of ranks that the twins process at once: no buffer grows with the rank.
 constexpr int64_t kRankSpan = 256;
 constexpr int64_t rank_spans(int64_t max_rank) {
     return max_rank <= kRankSpan ? 1 : (max_rank - 1) / kRankSpan + 1;
 }
 
-// CPU twins: one table per instruction set, from isa.h. ops splits [0, items) over threads, and the
-// result does not depend on how it is split. Items of shrink are (span of ranks, chunk); items of
-// expand are (block of outputs, chunk).
+// CPU twins: one table per instruction set, from isa.h. csrc/ops splits [0, items) over threads;
+// the split changes no bit. Items of shrink are (span of ranks, chunk); items of expand are (block
+// of outputs, chunk).
 struct LoraCpu {
     const char* isa;  // "scalar", "avx2", "avx512", "avx512bf16"
     int64_t (*shrink_items)(const LoraArgs&);
     void (*shrink)(const LoraArgs&, int64_t begin, int64_t end);
     int64_t (*expand_items)(const LoraArgs&);
     void (*expand)(const LoraArgs&, int64_t begin, int64_t end);
-    // Shrink and expand of [begin, end) of the plan's chunks in one region: banks of one span only.
+    // Shrink and expand of chunks [begin, end) of the plan in one region; one span of ranks only.
     void (*apply)(const LoraArgs&, int64_t begin, int64_t end);
 };
 
@@ -160,14 +160,14 @@ LaunchStatus launch_lora_plan(const LoraPlanArgs& args, void* stream);
 LaunchStatus launch_lora_segment_ids(const int32_t* seg_indptr, const int32_t* seg_adapter,
                                      int32_t num_segments, int32_t* ids, int64_t num_tokens,
                                      void* stream);
-// Up to so many rows, plan may be nullptr.
+// Largest number of rows for which plan may be nullptr.
 constexpr int64_t kPlanlessTokens = 32;
-// Reads sizes only, never pointers. The memory is to be aligned to 16 bytes.
+// Reads sizes only, never pointers. The memory must be aligned to 16 bytes.
 int64_t lora_workspace_bytes(const LoraArgs& args);
 LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream);  // x -> v
 LaunchStatus launch_lora_expand(const LoraArgs& args, void* stream);  // v -> y +=
-// x -> y +=; v stays inside each module's own workspace, v of the arguments is not used. Siblings
-// whose kernels are the same take the launches of one module.
+// x -> y +=; v of the arguments is unused, each module's workspace holds its v. Siblings with the
+// same kernels share the launches of one module.
 LaunchStatus launch_lora_apply(std::span<const LoraArgs> modules, void* stream);
 
 }  // namespace lora_ext

@@ -1,9 +1,9 @@
-// Products of few rows with a weight that is laid out for them: y[t] = W x[t] + bias, on the CPU.
+// Products of few rows with a prepacked weight on the CPU: y[t] = W x[t] + bias.
 //
-// Such a product is bound by the bytes of W, which it reads once. W (O, I) is kept in panels of
-// kPanel outputs, one after the other: (ceil(O / kPanel), I, kPanel) in float32; in bfloat16 two
-// in-features stand together, (ceil(O / kPanel), ceil(I / 2), kPanel, 2), the last two axes as one
-// where I is odd. What is beyond O or I is zero. The layout is that of every instruction set.
+// Such a product is bound by the bytes of W, which are read once. W (O, I) is stored in consecutive
+// panels of kPanel outputs: (ceil(O / kPanel), I, kPanel) in float32. In bfloat16 two in-features
+// are adjacent, (ceil(O / kPanel), ceil(I / 2), kPanel, 2); if I is odd, the last two axes are one.
+// Entries beyond O or I are zero. All instruction sets use this layout.
 #pragma once
 
 #include "lora_ext/common.h"
@@ -13,25 +13,25 @@ namespace lora_ext {
 constexpr int64_t kPanel = 32;
 
 struct PackedLinearArgs {
-    DType dtype = DType::kFloat32;  // or kBFloat16: of everything here
+    DType dtype = DType::kFloat32;  // kFloat32 or kBFloat16, of all tensors
     int64_t rows = 0, in_features = 0, out_features = 0;
     const void* x = nullptr;       // (T, I)
     int64_t x_stride = 0;          // elements between rows
     const void* bias = nullptr;    // (O,), or nullptr
     void* y = nullptr;             // (T, O)
-    const void* weight = nullptr;  // (O, I), of pack
+    const void* weight = nullptr;  // (O, I), input of pack
     int64_t weight_stride = 0;     // elements between rows
     void* packed = nullptr;        // written by pack, read by product
 };
 
-// Steps that a panel takes along I, kPanel x 4 bytes each.
+// Return the steps of a panel along I, kPanel x 4 bytes each.
 constexpr int64_t panel_steps(const PackedLinearArgs& args) {
     return args.dtype == DType::kFloat32 ? args.in_features : ceil_div(args.in_features, 2);
 }
 
-// CPU twins. Items are panels; no bit depends on how they are split. A row's bits depend on that
-// row, W and bias alone: each element starts at the bias and takes up its products in ascending
-// order, in float32, and is rounded once.
+// CPU twins. Items are panels; the split changes no bit. The bits of a row depend only on that row,
+// W and bias: each element starts at the bias and adds its products in ascending order, in float32,
+// and is rounded once.
 struct PackedLinearCpu {
     void (*pack)(const PackedLinearArgs&, int64_t begin, int64_t end);
     void (*product)(const PackedLinearArgs&, int64_t begin, int64_t end);

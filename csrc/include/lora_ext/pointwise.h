@@ -1,7 +1,7 @@
 // Functions of one number, y[i] = f(x[i]), on the CPU.
 //
-// The bits of y[i] depend only on x[i]. torch computes whole vectors of a thread's share with one
-// approximation and the rest with another, so its bits depend on the position and on the threads.
+// The bits of y[i] depend only on x[i]. torch computes the whole vectors of a thread's range with
+// one approximation and the rest with another, so its bits depend on position and threads.
 #pragma once
 
 #include "lora_ext/common.h"
@@ -9,9 +9,9 @@
 namespace lora_ext {
 
 enum class Pointwise : int32_t {
-    kCos,  // both up to 2^24 in magnitude; NaN above
+    kCos,  // cos and sin: up to 2^24 in magnitude, NaN above
     kSin,
-    kGelu,      // x Phi(x), Phi the normal distribution
+    kGelu,      // x Phi(x), Phi the standard normal distribution function
     kGeluTanh,  // x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))
     kRsqrt,     // 1 / sqrt(x)
     kSigmoid,   // 1 / (1 + exp(-x))

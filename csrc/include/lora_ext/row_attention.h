@@ -1,20 +1,20 @@
-// Attention with one query row at a time over the keys that it sees:
+// Attention of one query row at a time over the keys that the row sees:
 //
 //   out[b, t, h] = sum_j p[j] v[b, g, j],  p = softmax over seen j of scale q[b, h, t] . k[b, g, j]
 //
-// with g = h / (H / G), the group of heads that shares keys. A row without keys gives zeros.
+// with g = h / (H / G), the group of heads that shares keys. A row without keys yields zeros.
 //
-// A row's bits depend on its q and on the keys and values that it sees, in their order, alone: a
-// score is one sum in ascending order of D; the weights are added up in lanes that count seen keys;
-// an element of the result takes up its products key by key. So neither other rows nor keys that a
-// row does not see, nor the number of either, nor threads change a bit.
+// The bits of a row depend only on its q and on the keys and values that it sees, in their order. A
+// score is one sum in ascending order of D; weights are added up in lanes that count seen keys; an
+// element of the result adds its products key by key. Other rows, unseen keys, their number and
+// threads change no bit.
 #pragma once
 
 #include "lora_ext/common.h"
 
 namespace lora_ext {
 
-// The keys that a row of queries sees: [first, end), or those of them that the mask names.
+// Keys that a query row sees: [first, end); with holes, only the keys that the mask selects there.
 struct SeenKeys {
     int64_t first = 0, end = 0;
     bool holes = false;
@@ -28,24 +28,24 @@ struct RowAttentionArgs {
     const void* q = nullptr;  // (B, H, T, D)
     const void* k = nullptr;  // (B, G, L, D)
     const void* v = nullptr;  // (B, G, L, E)
-    // Elements between entries of the first three axes; the last one is contiguous.
+    // Elements between entries of the first three axes; the last axis is contiguous.
     int64_t q_stride[3] = {}, k_stride[3] = {}, v_stride[3] = {};
     void* out = nullptr;  // (B, T, H, E), contiguous
 
-    // What each row sees: of the keys up to T - t - 1 from the last (causal), of [first, end) in
-    // spans, of those that are true in mask, all that hold. Strides of b are 0 where B is 1 there.
+    // A row sees a key if all given conditions hold: causal, at least T - t - 1 positions from the
+    // last key; spans, in [first, end); mask, true. Strides over b are 0 for size 1.
     bool causal = false;
     const int64_t* spans = nullptr;  // (B or 1, T, 2)
     int64_t spans_stride = 0;
     const bool* mask = nullptr;  // (B or 1, T, L)
     int64_t mask_stride[2] = {};
 
-    // Of the twins: (B, T), or (1, T) where all sequences see alike; written by see.
+    // Twins only: (B, T), or (1, T) if all sequences see the same keys; written by see.
     SeenKeys* seen = nullptr;
     bool seen_alike = true;
 };
 
-// What causal and spans let row t of sequence b see.
+// Return the keys that causal and spans let row t of sequence b see.
 LX_HOST_DEVICE constexpr SeenKeys span_of(const RowAttentionArgs& args, int64_t b, int64_t t) {
     SeenKeys span{0, args.keys, false};
     const int64_t last = t + 1 + args.keys - args.rows;
@@ -58,8 +58,8 @@ LX_HOST_DEVICE constexpr SeenKeys span_of(const RowAttentionArgs& args, int64_t 
     return span.first < span.end ? span : SeenKeys{};
 }
 
-// Rows t that one item of attend takes: as many as share a reading of the keys while their scores
-// stay in the cache.
+// Return how many rows t one item of attend takes: rows share each load of the keys while their
+// scores fit in the cache.
 constexpr int64_t attention_block(const RowAttentionArgs& args) {
     constexpr int64_t kMost = 48, kLeast = 12, kScores = 1 << 16;
     const int64_t fit = kScores / (args.keys > 0 ? args.keys : 1);
@@ -68,12 +68,12 @@ constexpr int64_t attention_block(const RowAttentionArgs& args) {
     return rows > alike ? rows / alike : 1;
 }
 
-// CPU twins. No bit depends on how items are split.
+// CPU twins. The split of items changes no bit.
 struct RowAttentionCpu {
     // Items are rows of seen.
     void (*see)(const RowAttentionArgs&, int64_t begin, int64_t end);
-    // Items are blocks of rows t of a group, (B, G, blocks). `scratch`, on 64 bytes, is the calling
-    // thread's.
+    // Items are blocks of rows t of a group, (B, G, blocks). `scratch` is per thread, 64-byte
+    // aligned.
     void (*attend)(const RowAttentionArgs&, int64_t begin, int64_t end, void* scratch);
     int64_t (*scratch_bytes)(const RowAttentionArgs&);
 };

@@ -1,19 +1,19 @@
-// Losses over a vocabulary of V tokens whose logits come in chunks of columns, each computed by a
-// library's GEMM, read here, and forgotten.
+// Losses over a vocabulary of V tokens. Logits are processed in chunks of columns: a library's GEMM
+// computes a chunk, a function below reads it, and it is then discarded.
 //
-// A hidden state e of row n has the logits z[e, n, v] = softcap(raw[e, n, v]) / tau, where softcap
-// is x -> c tanh(x / c), or nothing. With q = softmax(z):
+// Row n of hidden state e has the logits z[e, n, v] = softcap(raw[e, n, v]) / tau, where softcap is
+// x -> c tanh(x / c), or the identity. With q = softmax(z):
 //
 //   cross entropy, k = 1      loss[n] = log sum_v exp z[n, v] - z[n, y_n]
 //   divergence, teacher k-1   loss[n] = tau^2 mean_{e < k-1} KL(q[k-1, n] || q[e, n])
 //
-// update   takes one chunk up into the running state of its rows (FlashAttention's online softmax):
-//          the largest logit, the sum of exp(z - top), and z[y] or sum_v exp(z_k - top_k) (z_k -
-//          z_e). With `products` it leaves the weights exp(z - top) dz/draw in place of the logits,
-//          and fades what the products with W have come to: the caller adds weights W to them. Of
-//          cross entropy, sum and weights leave the label's own column out: q - 1 would cancel.
-// finish   makes loss and lse of the state, and of the products dloss/dhidden.
-// gradient turns logits that were computed again into dloss/draw, in place; teachers keep theirs.
+// update   adds one chunk to the running state of its rows (FlashAttention's online softmax): the
+//          largest logit, the sum of exp(z - top), and z[y] or sum_v exp(z_k - top_k) (z_k - z_e).
+//          With `products` it replaces the logits by the weights exp(z - top) dz/draw and rescales
+//          the products so far; the caller then adds weights W to them. For cross entropy, sum and
+//          weights exclude the label's own column: q - 1 would cancel.
+// finish   computes loss and lse from the state, and dloss/dhidden from the products.
+// gradient replaces recomputed logits by dloss/draw; teachers keep theirs.
 #pragma once
 
 #include "lora_ext/common.h"
@@ -25,20 +25,20 @@ struct VocabArgs {
     int64_t rows = 0, hiddens = 1;   // N, k
     int64_t first = 0, columns = 0;  // the chunk: columns [first, first + columns) of V
     int64_t width = 0;               // d
-    double softcap = 0;              // 0: none
+    double softcap = 0;              // 0: no softcap
     double tau = 1;
     const int64_t* labels = nullptr;  // (N,), cross entropy
     int64_t ignore_index = -100;      // rows with this label have loss and gradient 0
-    const bool* mask = nullptr;       // (N,), divergence: other rows have loss and gradient 0
+    const bool* mask = nullptr;       // (N,), divergence: rows with false have loss and gradient 0
     void* logits = nullptr;           // (k, N, columns) contiguous
     void* state = nullptr;            // (3, k, N): top; sum; target, or cross
-    void* products = nullptr;         // (k, N, d), or none wanted
-    const void* targets = nullptr;    // (N, d), rows y_n of W; beside products of cross entropy
+    void* products = nullptr;         // (k, N, d); nullptr: not wanted
+    const void* targets = nullptr;    // (N, d), rows y_n of W; with products of cross entropy
     void* loss = nullptr;             // (N,)
     void* lse = nullptr;              // (k, N)
 };
 
-// Rows [begin, end); no result depends on how the rows are split.
+// Rows [begin, end); the split changes no bit.
 struct VocabCpu {
     void (*cross_entropy_update)(const VocabArgs&, int64_t begin, int64_t end);
     void (*cross_entropy_finish)(const VocabArgs&, int64_t begin, int64_t end);
