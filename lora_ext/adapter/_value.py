@@ -231,7 +231,7 @@ def same_values(left: Any, right: Any) -> bool:
 
 
 class _Unknown(BaseWeights):
-    """Weights of an unknown base model: any weight or bias in a file may be one of them."""
+    """Base weights if no model is given: every weight or bias in a file is accepted as one."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__(nn.Module())

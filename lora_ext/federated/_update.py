@@ -138,7 +138,7 @@ def need(holds: bool, name: str, expected: object, found: object) -> None:
 
 
 def by_client(updates: Iterable[Update]) -> dict[Client, list[Update]]:
-    """Return the replies of each client, sorted by client; raise `TypeError` for other types than
+    """Return the replies of each client, sorted by client; raise `TypeError` unless all are
     :class:`Update`."""
     found: dict[Client, list[Update]] = {}
     for update in updates:

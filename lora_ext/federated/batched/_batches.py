@@ -122,7 +122,7 @@ class Losses(NamedTuple):
     owners: Tensor  # (roots.shape[0],), index of the client
 
     def gradients(self, leaves: Sequence[Tensor], going: Sequence[bool]) -> list[Tensor | None]:
-        """Return the gradients of the summed loss of the clients in ``going`` for each leaf."""
+        """Return the gradients of the summed loss of the clients with a True in ``going``."""
         if not (leaves and any(going) and self.roots.requires_grad):
             return [None] * len(leaves)
         weights = self.weights
