@@ -110,8 +110,8 @@ class ModelIndex:
                 execution device of accelerate's hooks.
 
         Raises:
-            TypeError: ``model`` is not a module.
-            ValueError: a module already has adapters; no module matches; a weight is on ``meta``
+            TypeError: If ``model`` is not a module.
+            ValueError: If a module already has adapters; no module matches; a weight is on ``meta``
                 and no hook loads it.
         """
         known = (None, *PAGE_DTYPES)

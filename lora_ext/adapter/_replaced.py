@@ -84,8 +84,8 @@ def find_rows(
     read.
 
     Raises:
-        ValueError: a key, shape or token does not fit.
-        NotImplementedError: rows of another module than a plain input embedding.
+        ValueError: If a key, shape or token does not fit.
+        NotImplementedError: If the rows are not those of a plain input embedding.
     """
     given: Any = config.trainable_token_indices
     field = "trainable_token_indices"

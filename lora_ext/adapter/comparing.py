@@ -61,8 +61,8 @@ def compare_adapters(
         one entry per module of either adapter: those of the first in its order, then the others.
 
     Raises:
-        ValueError: a module has another shape in the second adapter; values are not finite.
-        NotImplementedError: grouped convolutions.
+        ValueError: If a module has another shape in the second adapter; values are not finite.
+        NotImplementedError: If a module is a grouped convolution.
 
     Source: Bjorck and Golub, "Numerical methods for computing angles between linear subspaces",
     1973.

@@ -167,8 +167,8 @@ def accept(
     client the factor of an update that was too long.
 
     Raises:
-        ValueError: a value is not finite, and ``nan_policy="raise"``.
-        TypeError: an element is not an :class:`Update`.
+        ValueError: If a value is not finite, and ``nan_policy="raise"``.
+        TypeError: If an element is not an :class:`Update`.
     """
     replies: list[Reply] = []
     reasons: dict[Client, str] = {}

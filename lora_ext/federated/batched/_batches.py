@@ -41,7 +41,7 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
         the model's arguments, as a mapping of keywords or as x; and the segment of each client.
 
     Raises:
-        ValueError: the batches differ in type, names or shapes.
+        ValueError: If the batches differ in type, names or shapes.
     """
     kinds = {isinstance(batch, Mapping) for batch in batches}
     require(len(kinds) == 1, where, "batches", "mappings, or none of them", "both")

@@ -64,7 +64,7 @@ class MtpcConfig:
         draft_rank: rank of that LoRA. draft_alpha: its alpha.
 
     Raises:
-        ValueError: a value out of range; the message names the field.
+        ValueError: If a value is out of range; the message names the field.
 
     Source: arXiv 2511.11346; the defaults of gamma, beta, rank and alpha are the published ones.
     """

@@ -28,8 +28,8 @@ class DraftTail(nn.Module):
         model: a transformers causal LM. num_layers: K, at least 1. rank, alpha: of the LoRA.
 
     Raises:
-        ValueError: more layers than the model has, layers that have a draft tail already, or a
-            model that is attached to a pool.
+        ValueError: If the model has fewer layers, the layers already have a draft tail, or the
+            model is attached to a pool.
 
     Source: arXiv 2511.11346; the authors use a merged copy of the layers instead (docs/mtpc.md).
     """
@@ -69,7 +69,7 @@ class DraftTail(nn.Module):
         """Restore the model's own layers; a second call does nothing.
 
         Raises:
-            RuntimeError: a layer was replaced since; the model is unchanged.
+            RuntimeError: If a layer was replaced since; the model is unchanged.
         """
         if self._swap is not None:
             self._swap.restore(self._model, "DraftTail.remove")
