@@ -268,7 +268,7 @@ def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) 
         alone = [n for n in names if n not in reference.modules or n not in adapter.modules]
         if equal and alone:
             owner = first if alone[0] in reference.modules else label
-            found = f"{alone[0]} in {owner} alone"
+            found = f"{alone[0]} only in {owner}"
             raise ValueError(f"{at}: expected the modules of {first}, found {found}")
         for name, factors in adapter.modules.items():
             origin, other = seen.setdefault(name, (label, factors))

@@ -300,4 +300,4 @@ def _check_carried(name: str, layer: Any, adapter: str) -> None:
         found = f"those of a {type(layer).__name__}"
     elif getattr(layer, "num_experts", 1) > 1:  # their rows are grouped by expert, not by rank
         found = f"a pair for each of {layer.num_experts} experts"
-    require(found is None, where, repr(adapter), "lora_A and lora_B alone", found)
+    require(found is None, where, repr(adapter), "only lora_A and lora_B", found)

@@ -180,7 +180,7 @@ def _name_of(key: str, array: Any, brain: bool, where: str) -> str:
 
 def _flat_entries(payload: Payload, where: str) -> dict[str, tuple[str, np.ndarray]]:
     keys = [*payload.arrays]
-    require(keys == [_PACKED], where, "arrays", f"{_PACKED!r} alone", keys[:3])
+    require(keys == [_PACKED], where, "arrays", f"only {_PACKED!r}", keys[:3])
     packed = payload.arrays[_PACKED]
     require(isinstance(packed, np.ndarray), where, _PACKED, "an array", type(packed).__name__)
     plain = packed.dtype == np.uint8 and packed.ndim == 1

@@ -92,8 +92,7 @@ def circuit_sample(
         C)``, ``q(state at k | x_<k)``, zero where the prefix is impossible.
 
     Raises:
-        ValueError: as :func:`circuit_conditional_dist`; on the CPU also if a token follows a -1 in
-            ``evidence``.
+        ValueError: as :func:`circuit_conditional_dist`; on the CPU also for evidence behind a -1.
     """
     return CircuitSample(*_c.circuit_sample(kind, leaf, prior, trans, uniforms, evidence))
 

@@ -58,7 +58,7 @@ def lora_linear(
     Args:
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. Under
             autocast it is cast with the parameters, as torch's linear does.
-        weight: ``(O, I)``, or None to return only the update, for bases that are not a matrix.
+        weight: ``(O, I)``, or None: the result is the update alone, for bases that are no matrix.
         bias: ``(O,)`` or None.
         a: ``(A, R, I)``, dtype and device of ``x``; ``(R, I)`` beside a b of ``(O, R)``: one
             adapter, whose gradients then have these shapes.

@@ -55,8 +55,8 @@ def row_attention(
         v: ``(B, G, L, E)``, likewise.
         scale: of the scores; None: ``1 / sqrt(D)``.
         causal: row ``t`` sees keys up to ``t + L - T``: the last row all of them.
-        spans: ``(B or 1, T, 2)`` int64: a row sees keys ``[first, end)``; indices outside
-            ``[0, L)`` are ignored.
+        spans: ``(B or 1, T, 2)`` int64: a row sees keys ``[first, end)``; what lies outside
+            ``[0, L)`` is no key.
         mask: ``(B or 1, T, L)`` bool: True where a row sees a key. Of causal, spans and mask all
             that are given must hold.
 

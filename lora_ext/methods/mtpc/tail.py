@@ -44,7 +44,7 @@ class DraftTail(nn.Module):
         fits = 1 <= num_layers <= len(stack)
         count = f"1 to {len(stack)}"
         require(fits, "DraftTail", "num_layers", count, num_layers)
-        found = "an attached one; detach it, or draft with a head alone (draft_layers=0)"
+        found = "an attached one; detach it, or draft with only a head (draft_layers=0)"
         require(pool_of(model) is None, "DraftTail", "model", "a model that is not attached", found)
         # Not registered as children: they belong to the model.
         self.__dict__["_model"], self.__dict__["_layers"] = model, list(stack)[-num_layers:]
