@@ -129,9 +129,9 @@ def effective_rank(
         wide_a, wide_b = _factors(where, a, b)
     if method == "qr":
         return _rank(_spectrum(wide_a, wide_b, scale), kind, tau, k)
-    require(kind in _BY_GRAM, where, "kind", f"one of {_BY_GRAM} by method 'gram'", repr(kind))
+    require(kind in _BY_GRAM, where, "kind", f"one of {_BY_GRAM} for method 'gram'", repr(kind))
     reaches = kind != "threshold" or tau >= GRAM_TAU
-    require(reaches, where, "tau", f"at least {GRAM_TAU} by method 'gram'", tau)
+    require(reaches, where, "tau", f"at least {GRAM_TAU} for method 'gram'", tau)
     (gram_a,), (gram_b,) = lora_gram([wide_a], [wide_b])
     if kind == "participation":
         return gram_figures(gram_a, gram_b)[1].item() if scale else 0.0

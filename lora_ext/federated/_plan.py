@@ -24,7 +24,7 @@ class LayerPlan:
     """The layers that a client trains, and the rank of each.
 
     Attributes:
-        layers: indices from 0, in rising order; the argument may have any order.
+        layers: indices from 0, in ascending order; the argument may have any order.
         ranks: one for each layer, ``ranks[j]`` for ``layers[j]``; None if every layer has the rank
             of the global adapter.
 

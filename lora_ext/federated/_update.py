@@ -167,7 +167,7 @@ def accept(
     client the factor of an update that was too long.
 
     Raises:
-        ValueError: If a value is not finite, and ``nan_policy="raise"``.
+        ValueError: If a value is not finite and ``nan_policy="raise"``.
         TypeError: If an element is not an :class:`Update`.
     """
     replies: list[Reply] = []

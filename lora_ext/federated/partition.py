@@ -30,7 +30,7 @@ def partition_pathological(
         min_per_share: minimum number of samples that a client has of each of its classes.
 
     Returns:
-        for each client the indices of its samples, rising. Each sample has exactly one client.
+        for each client the indices of its samples, ascending. Each sample has exactly one client.
 
     Raises:
         ValueError: If settings are out of range; there are more classes per client than classes, or
@@ -80,7 +80,7 @@ def partition_dirichlet(
             it is reached.
 
     Returns:
-        for each client the indices of its samples, rising. Each sample has exactly one client.
+        for each client the indices of its samples, ascending. Each sample has exactly one client.
 
     Raises:
         ValueError: If settings are out of range; no draw gave every client ``min_size`` samples.

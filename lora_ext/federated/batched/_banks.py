@@ -34,7 +34,7 @@ class Bank:
 
     Attributes:
         a, b: ``(A, R, I)`` and ``(A, O, R)``, zero above a client's rank.
-        members: places of the clients that train the module, rising.
+        members: places of the clients that train the module, ascending.
         num_global: number of global entries in A: 1, or with dropout one per client that needs
             them, since each client has separate masks.
         table: index in the bank for each place, -1 for no factors.

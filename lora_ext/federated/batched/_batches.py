@@ -75,7 +75,7 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
 def logits_of(output: Any, segments: Sequence[Segment], where: str) -> Tensor:
     """Return the model's output, ``(rows, ...)``, or its ``logits``; raise if rows differ."""
     logits = getattr(output, "logits", output)
-    require(isinstance(logits, Tensor), where, "model", "a tensor or logits", type(output).__name__)
+    require(isinstance(logits, Tensor), where, "model", "logits", type(output).__name__)
     rows = sum(segment.rows for segment in segments)
     holds = logits.dim() > 0 and logits.shape[0] == rows
     require(holds, where, "model", f"an output of {rows} rows", list(logits.shape))

@@ -278,11 +278,11 @@ class LoraStrategy(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Compute the new global adapter from the replies, and the mean of the clients' metrics.
 
-        If the round is skipped, the adapter is the previous record. Flower calls this method, with
-        error messages among the replies.
+        If the round is skipped, the adapter does not change. Flower calls this method; ``replies``
+        include error messages.
 
         Raises:
-            ValueError: If no round is in progress; a value is not finite with
+            ValueError: If no round is in progress, or a value is not finite and
                 ``nan_policy="raise"``.
         """
         current, self._current = self._current, None
