@@ -205,8 +205,8 @@ class AdapterConfig(LoraConfig):
         for name in sorted(found & index.unsupported.keys()):
             other = f"{name!r}, a {index.unsupported[name]}"
             raise NotImplementedError(
-                f"{self.where}: target_modules: expected Linear, Conv1D and plain Embedding "
-                f"modules alone, found {other}"
+                f"{self.where}: target_modules: expected only Linear, Conv1D and plain Embedding "
+                f"modules, found {other}"
             )
         return found | parameters
 
@@ -278,7 +278,7 @@ def alpha_of(scaling: float, rank: int, rslora: bool) -> float:
 
 
 def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
-    """Return the most frequent value, and PEFT's pattern for each name with another value."""
+    """Return the most frequent value, and the other values by PEFT's pattern for each name."""
     common = Counter(values.values()).most_common(1)[0][0]
 
     def pattern(name: str) -> str:
@@ -315,7 +315,7 @@ class BaseModels:
         self.meet("", expected, 1)
 
     def meet(self, where: str, name: Any, stacklevel: int) -> None:
-        """Warn, once per name, if ``name`` is another model than the first; ``stacklevel`` is
+        """Warn, once per name, if ``name`` differs from the first model; ``stacklevel`` is
         relative to the caller of this method."""
         short = _short(name)
         if short is None or short in self._met:

@@ -27,8 +27,9 @@ def live_adapter(
     its fields, and the tensors share the model's memory.
 
     Raises:
-        ValueError: the model has no such adapter, or several are active; its layers have settings
-            that PEFT's configuration cannot express. ``where`` is the prefix of the message.
+        ValueError: If the model has no such adapter, or several are active; its layers have
+            settings that PEFT's configuration cannot express. ``where`` is the prefix of the
+            message.
     """
     configs = getattr(model, "peft_config", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}

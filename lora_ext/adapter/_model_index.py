@@ -2,7 +2,7 @@
 
 PEFT saves the whole weight of an adapted or resized embedding or output head. All adapters of a
 pool share one base model, so such a weight is accepted only if it equals the model's. A different
-weight means that the adapter was trained with another head than the one that would serve it.
+weight means that the adapter was trained with a head that differs from the one that would serve it.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class ModelIndex:
                 execution device of accelerate's hooks.
 
         Raises:
-            TypeError: ``model`` is not a module.
-            ValueError: a module already has adapters; no module matches; a weight is on ``meta``
+            TypeError: If ``model`` is not a module.
+            ValueError: If a module already has adapters; no module matches; a weight is on ``meta``
                 and no hook loads it.
         """
         known = (None, *PAGE_DTYPES)

@@ -118,8 +118,9 @@ def read_adapter(
         strict: raise for unused keys, config fields and patterns, instead of listing them.
 
     Raises:
-        ValueError: the adapter is invalid; the message names file, key, expected and found.
-        NotImplementedError: a feature of PEFT that is not supported here, such as convolutions.
+        ValueError: If the adapter is invalid; the message names file, key, expected and found.
+        NotImplementedError: If the adapter uses an unsupported feature of PEFT, such as
+            convolutions.
     """
     with open_adapter(source) as (config, tensors):
         yield check_adapter(config, tensors, index, max_rank, strict)

@@ -156,9 +156,9 @@ def directory_names(path: Path, expected: str) -> set[str]:
     """Return the names in a directory.
 
     Raises:
-        ValueError: it cannot be opened, or looks like a name on the Hub; ``expected`` is part of
+        ValueError: If it cannot be opened, or looks like a name on the Hub; ``expected`` is part of
             the message.
-        NotADirectoryError: it is a file.
+        NotADirectoryError: If it is a file.
     """
     try:
         return set(os.listdir(path))

@@ -52,8 +52,8 @@ def lora_singular_values(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
         ``(min(r, m, n),)`` float64 on the CPU.
 
     Raises:
-        ValueError: shapes do not fit or are empty; values are NaN or infinite.
-        TypeError: a factor is not a floating tensor.
+        ValueError: If shapes do not fit or are empty; values are NaN or infinite.
+        TypeError: If a factor is not a floating tensor.
     """
     where = "lora_singular_values"
     return _spectrum(*_factors(where, a, b), abs(number(where, "scaling", scaling)))
@@ -102,9 +102,9 @@ def effective_rank(
         An int for "threshold" and "absolute", else a float.
 
     Raises:
-        ValueError: an argument is out of range, or ``method`` does not allow it; shapes do not fit
-            or are empty; values are NaN or infinite.
-        TypeError: a factor is not a floating tensor.
+        ValueError: If an argument is out of range, or ``method`` does not allow it; shapes do not
+            fit or are empty; values are NaN or infinite.
+        TypeError: If a factor is not a floating tensor.
 
     Sources: "entropy": Roy and Vetterli, "The effective rank: a measure of effective
     dimensionality" (EUSIPCO 2007); "threshold", "absolute" and "top_k_share": the code of "Planning
@@ -129,9 +129,9 @@ def effective_rank(
         wide_a, wide_b = _factors(where, a, b)
     if method == "qr":
         return _rank(_spectrum(wide_a, wide_b, scale), kind, tau, k)
-    require(kind in _BY_GRAM, where, "kind", f"one of {_BY_GRAM} by method 'gram'", repr(kind))
+    require(kind in _BY_GRAM, where, "kind", f"one of {_BY_GRAM} for method 'gram'", repr(kind))
     reaches = kind != "threshold" or tau >= GRAM_TAU
-    require(reaches, where, "tau", f"at least {GRAM_TAU} by method 'gram'", tau)
+    require(reaches, where, "tau", f"at least {GRAM_TAU} for method 'gram'", tau)
     (gram_a,), (gram_b,) = lora_gram([wide_a], [wide_b])
     if kind == "participation":
         return gram_figures(gram_a, gram_b)[1].item() if scale else 0.0
@@ -222,10 +222,10 @@ def rank_report(
         DoRA's magnitudes and of biases are not included.
 
     Raises:
-        KeyError: a lora_A lacks its lora_B, or the reverse; the message names it.
-        ValueError: there is no adapter of this name; an argument is out of range; shapes do not
+        KeyError: If a lora_A lacks its lora_B, or the reverse; the message names it.
+        ValueError: If there is no adapter of this name; an argument is out of range; shapes do not
             fit; values of a named module are NaN or infinite.
-        TypeError: a factor is not floating.
+        TypeError: If a factor is not floating.
 
     Source: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv
     2412.00029).

@@ -67,7 +67,7 @@ def find_replaced(
             raise NotImplementedError(f"{where}: modules_to_save is not supported {refusal}")
         expected = "weights that the base model has"
         require(name in index.weights, tensors.where, key, expected, f"{name}, which it lacks")
-        remedy = "; a head with another number of labels needs a model of its own"
+        remedy = "; a head with another number of labels needs its own model"
         check_header(tensors, key, index.weights.shape(name), " as in the base model", remedy)
         found.setdefault(module, {})[role] = key
     return found
@@ -84,8 +84,8 @@ def find_rows(
     read.
 
     Raises:
-        ValueError: a key, shape or token does not fit.
-        NotImplementedError: rows of another module than a plain input embedding.
+        ValueError: If a key, shape or token does not fit.
+        NotImplementedError: If the rows are not those of a plain input embedding.
     """
     given: Any = config.trainable_token_indices
     field = "trainable_token_indices"
@@ -95,7 +95,7 @@ def find_rows(
     ((name, tokens), *others) = by_name.items()
     module, spec = index.input_embedding, index.embedding.get(index.input_embedding or "")
     fits = module is not None and spec is not None and module.endswith(name) and not others
-    expected = "the input embedding, a plain nn.Embedding that the pool serves (targets=), alone"
+    expected = "only the input embedding, a plain nn.Embedding that the pool serves (targets=)"
     require(fits, config.where, field, expected, f"{list(by_name)}", NotImplementedError)
     assert spec is not None and module is not None
     with_head = [module, *([index.tied_head] if index.tied_head else [])]

@@ -60,10 +60,10 @@ class LoraAdapter:
             strict: False skips unused tensors and fields.
 
         Raises:
-            TypeError: ``strict`` is neither True nor False.
-            ValueError: the files are invalid; the message names file, key, expected and found.
-            NotImplementedError: a feature of PEFT that is not supported here: rows of embeddings,
-                bare parameters, initialisations that change the base weight.
+            TypeError: If ``strict`` is neither True nor False.
+            ValueError: If the files are invalid; the message names file, key, expected and found.
+            NotImplementedError: If the adapter uses an unsupported feature of PEFT: rows of
+                embeddings, bare parameters, initialisations that change the base weight.
         """
         require_flags("LoraAdapter.load", strict=strict)
         with open_adapter(source) as (config, tensors):
@@ -74,7 +74,7 @@ class LoraAdapter:
         """Copy an adapter from a PEFT model, or from layers of :mod:`lora_ext.nn`.
 
         Raises:
-            ValueError: the model has no such adapter; its layers differ in a setting that PEFT's
+            ValueError: If the model has no such adapter; its layers differ in a setting that PEFT's
                 configuration has only once (``use_dora``, ``lora_bias``).
             NotImplementedError: see :meth:`load`.
         """
@@ -145,8 +145,8 @@ class LoraAdapter:
             folder: created if it does not exist. Either both of its files are written, or neither.
 
         Raises:
-            ValueError: the configuration gives other modules, ranks or scales than ``modules``.
-            OSError: the folder cannot be written; previous files stay intact.
+            ValueError: If the configuration gives other modules, ranks or scales than ``modules``.
+            OSError: If the folder cannot be written; previous files stay intact.
         """
         config = self.config
         if config.target_modules is None:  # PEFT would choose by the model's type
@@ -231,7 +231,7 @@ def same_values(left: Any, right: Any) -> bool:
 
 
 class _Unknown(BaseWeights):
-    """Weights of an unknown base model: any weight or bias in a file may be one of them."""
+    """Base weights if no model is given: every weight or bias in a file is accepted as one."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__(nn.Module())

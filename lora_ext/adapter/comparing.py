@@ -30,8 +30,8 @@ class ModuleDifference:
         distance: ``||D_1 - D_2||``, Frobenius.
         cosine: ``<D_1, D_2> / (||D_1|| ||D_2||)``; None if an update is zero.
         angles: the principal angles between the column spaces of the two updates, in radians, in
-            rising order: 0 is a direction that both contain, pi / 2 one that is orthogonal to the
-            other space. Their number is the smaller of the two dimensions.
+            ascending order: 0 is a direction that both contain, pi / 2 one that is orthogonal to
+            the other space. Their number is the smaller of the two dimensions.
     """
 
     module: str
@@ -61,8 +61,8 @@ def compare_adapters(
         one entry per module of either adapter: those of the first in its order, then the others.
 
     Raises:
-        ValueError: a module has another shape in the second adapter; values are not finite.
-        NotImplementedError: grouped convolutions.
+        ValueError: If a module has another shape in the second adapter; values are not finite.
+        NotImplementedError: If a module is a grouped convolution.
 
     Source: Bjorck and Golub, "Numerical methods for computing angles between linear subspaces",
     1973.

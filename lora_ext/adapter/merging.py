@@ -73,12 +73,13 @@ def merge_adapters(
         the merged adapter, with the first one's configuration; it names the modules in full.
 
     Raises:
-        ValueError: no adapter; a wrong number of weights, or one that is not finite; modules of
-            different shapes; with "factors", different modules or ranks (the first is named);
-            values that are not finite; different weights of the base model beside the factors;
-            activated adapters with different invocations, or beside ordinary ones.
-        NotImplementedError: DoRA, whose magnitudes cannot be summed; weights that replace the base
-            model's (modules_to_save, trained biases); grouped convolutions.
+        ValueError: If there is no adapter; the number of weights is wrong, or one is not finite;
+            the shapes of a module differ; with "factors", modules or ranks differ (the message
+            names the first); values are not finite; the adapters have different weights of the base
+            model; activated adapters have different invocations, or are merged with ordinary ones.
+        NotImplementedError: If an adapter uses DoRA, whose magnitudes cannot be summed, replaces
+            weights of the base model (modules_to_save, trained biases), or adapts grouped
+            convolutions.
 
     Source: CopRA (arXiv 2410.22911), "factors" and "delta"; TIES-Merging (arXiv 2306.01708); DARE
     (arXiv 2311.03099). Weights in TIES: as PEFT's ``ties_svd``, which is this mode.
@@ -267,7 +268,7 @@ def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) 
         alone = [n for n in names if n not in reference.modules or n not in adapter.modules]
         if equal and alone:
             owner = first if alone[0] in reference.modules else label
-            found = f"{alone[0]} in {owner} alone"
+            found = f"{alone[0]} only in {owner}"
             raise ValueError(f"{at}: expected the modules of {first}, found {found}")
         for name, factors in adapter.modules.items():
             origin, other = seen.setdefault(name, (label, factors))

@@ -58,8 +58,8 @@ class ModelWeights:
         where: prefix of error messages: caller and argument.
 
     Raises:
-        TypeError: another type of source.
-        ValueError: there is no such folder, or it has no safetensors; a file or index is damaged
+        TypeError: If ``source`` has another type.
+        ValueError: If there is no such folder, or it has no safetensors; a file or index is damaged
             (the message names file, expected and found).
     """
 
@@ -86,9 +86,9 @@ class ModelWeights:
         """Return the key of the weight of each module, for :meth:`shape` and :meth:`read`.
 
         Raises:
-            KeyError: modules have no weight; the message lists up to five.
-            ValueError: two weights match one module.
-            TypeError: a weight is quantised.
+            KeyError: If modules have no weight; the message lists up to five.
+            ValueError: If two weights match one module.
+            TypeError: If a weight is quantised.
         """
         found: dict[str, str] = {}
         missing: list[str] = []

@@ -43,9 +43,9 @@ def resize_adapter(
         not fall.
 
     Raises:
-        ValueError: a rank is not an integer of at least 0; the adapter lacks a module; values are
-            not finite.
-        NotImplementedError: grouped convolutions.
+        ValueError: If a rank is not an integer of at least 0; the adapter lacks a module; values
+            are not finite.
+        NotImplementedError: If a module is a grouped convolution.
 
     Source: LEGEND, re-ranking between rounds; Eckart and Young, 1936.
     """
@@ -101,9 +101,9 @@ def prune_adapter(
         the adapter; with "remove" its configuration names the remaining modules in full.
 
     Raises:
-        ValueError: the adapter lacks a name.
-        TypeError: ``keep`` is neither names nor a function.
-        NotImplementedError: "zero" on DoRA, whose magnitude would remain.
+        ValueError: If the adapter lacks a name.
+        TypeError: If ``keep`` is neither names nor a function.
+        NotImplementedError: If "zero" is used on DoRA, whose magnitude would remain.
     """
     where = "prune_adapter"
     adapter = LoraAdapter.of(adapter)

@@ -278,7 +278,7 @@ def chow_liu_parents(x: Tensor, num_categories: int) -> list[int]:
         Parents for ``RegionGraph.hclt``; variable 0 is the root.
 
     Raises:
-        ValueError: If ``x`` is no integer tensor of that shape and range, or has no rows.
+        ValueError: If ``x`` is not an integer tensor of that shape and range, or has no rows.
 
     Source: Chow and Liu 1968.
     """

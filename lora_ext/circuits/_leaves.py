@@ -1,12 +1,12 @@
 """Input distributions of circuits.
 
 A family is a frozen dataclass that defines parameters and computations with them. A circuit keeps
-the parameters of all leaf units of one family in one table, with one row per distribution. Letters:
-``R`` rows of the table, ``N`` leaf units, each with a row of the table, ``B`` rows of data. Leaf
-units form blocks of equal size that see one variable and have consecutive rows.
+the parameters of all leaf units of one family in one table, with one row per distribution. Shape
+letters: ``R`` rows of the table, ``N`` leaf units, each with a row of the table, ``B`` rows of
+data. Leaf units form blocks of equal size that see one variable and have consecutive rows.
 
-A family never gets a missing value (-1, or NaN in floating data). Only ``MultivariateGaussian``
-does, whose units see several variables.
+Except for ``MultivariateGaussian``, whose units see several variables, a family never receives
+missing values (-1, or NaN in floating data).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Leaf:
         return None
 
     def table(self, rows: int) -> Table:
-        """Return initial parameters of ``rows`` distributions, all different: tensors by name whose
-        first axis is R, float32 on the CPU.
+        """Return different initial parameters for each of ``rows`` distributions: float32 tensors
+        on the CPU by name, with ``rows`` as the first dimension.
         """
         return {}
 

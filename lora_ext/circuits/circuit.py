@@ -291,11 +291,11 @@ class Circuit(Parameters):
             k: Number of pairs, at least 1.
             evidence: ``(B, n)`` or None, see the class.
             lengths: ``(B,)`` integers in ``1 .. n``, the lengths of shorter sequences: variables
-                behind the end stay missing.
+                after the end stay missing.
             root: Index of a root unit, or one per row, see the class.
 
         Raises:
-            ValueError: If the graph is no chain, a leaf is external, a continuous variable is
+            ValueError: If the graph is not a chain, a leaf is external, a continuous variable is
                 missing with k above 1, or an argument is out of range.
 
         Source: list Viterbi decoding, Seshadri and Sundberg 1994.

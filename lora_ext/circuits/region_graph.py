@@ -195,8 +195,8 @@ class RegionGraph:
             homogeneous: Whether all edges share transitions, and all variables share leaves.
 
         Raises:
-            PCStructureError: If ``parents`` is no tree, ``rank`` is below 1, the number of families
-                is wrong, or a homogeneous circuit has several families.
+            PCStructureError: If ``parents`` is not a tree, ``rank`` is below 1, the number of
+                families is wrong, or a homogeneous circuit has several families.
 
         Source: Liu and Van den Broeck 2021.
         """

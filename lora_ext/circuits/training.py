@@ -179,7 +179,7 @@ def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None)
     """Return sequences of different lengths as rows of data, padded with missing values.
 
     A chain whose transitions sum to one gives a padded row the probability that a shorter chain
-    gives its sequence. EM learns the same from both.
+    gives its sequence. EM gives the same parameters for both.
 
     Args:
         sequences: Tensors of one dimension and one dtype.

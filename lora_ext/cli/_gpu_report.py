@@ -190,7 +190,7 @@ def _measured(run: Any, device: torch.device) -> list[float]:
 
 
 def _write(out: Path, report: dict[str, Any]) -> None:
-    """Write the report and its page, after every entry because a kernel may crash the process."""
+    """Write the report and its page. Called after every entry, since a kernel may crash."""
     text = json.dumps(report, indent=1)
     if len(text) > MOST_BYTES:
         raise ValueError(f"--out: expected a report below {MOST_BYTES} bytes, found {len(text)}")

@@ -109,10 +109,10 @@ def aggregate(
         shared: additional names of the state that every client sends, such as a head.
 
     Raises:
-        ValueError: settings are out of range; the state has no layers, or factors do not fit; a
+        ValueError: If settings are out of range; the state has no layers, or factors do not fit; a
             value is not finite with ``nan_policy="raise"``.
-        TypeError: an element of ``updates`` is not an :class:`Update`.
-        KeyError: a factor of the state lacks its partner.
+        TypeError: If an element of ``updates`` is not an :class:`Update`.
+        KeyError: If a factor of the state lacks its partner.
 
     Sources: Fed-HeLLo (arXiv 2506.12213), "covered"; HetLoRA, "zero_pad"; FlexLoRA, "svd"; FLoRA,
     "stack".

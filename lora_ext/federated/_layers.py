@@ -43,10 +43,10 @@ class LoraLayerManager:
             :meth:`apply`.
 
     Raises:
-        LayerNotFound: the pattern matches no module of the adapter, or finds indices with gaps or
-            two blocks with one index.
-        ValueError: there is no such adapter; a named layer has DoRA, a bias, an embedding or routed
-            experts, which payloads do not support.
+        LayerNotFound: If the pattern matches no module of the adapter, or finds indices with gaps
+            or two blocks with one index.
+        ValueError: If there is no such adapter; a named layer has DoRA, a bias, an embedding or
+            routed experts, which payloads do not support.
 
     Source: Fed-HeLLo (arXiv 2506.12213), local training of the planned layers.
     """
@@ -103,7 +103,7 @@ class LoraLayerManager:
                 (LEGEND).
 
         Raises:
-            ValueError: the model lacks a layer or a rank; the mode is unknown; the adapter is
+            ValueError: If the model lacks a layer or a rank; the mode is unknown; the adapter is
                 merged into the base weight, or not active in a planned layer. No layer has changed.
         """
         where = "LoraLayerManager.apply"
@@ -161,7 +161,8 @@ class LoraLayerManager:
             by PEFT's names in files: A ``(r, I)``, B ``(O, r)``.
 
         Raises:
-            ValueError, TypeError: :class:`LayerPlan` raises; the model lacks a layer or a rank.
+            ValueError, TypeError: If :class:`LayerPlan` raises, or the model lacks a layer or a
+                rank.
         """
         plan = LayerPlan(tuple(range(self.num_layers)) if layers is None else layers, ranks)  # pyright: ignore[reportArgumentType]
         self._check_plan("LoraLayerManager.state_slice", plan)
@@ -187,9 +188,9 @@ class LoraLayerManager:
                 module of each layer in ``state``.
 
         Raises:
-            KeyError: a factor lacks its partner.
-            ValueError: the model lacks a name, a module is missing, a shape or dtype does not fit.
-                The model has not changed.
+            KeyError: If a factor lacks its partner.
+            ValueError: If the model lacks a name, a module is missing, a shape or dtype does not
+                fit. The model has not changed.
         """
         where = "LoraLayerManager.load_slice"
         by_module = {pair.module: pair for pair in self._pairs}
@@ -299,4 +300,4 @@ def _check_carried(name: str, layer: Any, adapter: str) -> None:
         found = f"those of a {type(layer).__name__}"
     elif getattr(layer, "num_experts", 1) > 1:  # their rows are grouped by expert, not by rank
         found = f"a pair for each of {layer.num_experts} experts"
-    require(found is None, where, repr(adapter), "lora_A and lora_B alone", found)
+    require(found is None, where, repr(adapter), "only lora_A and lora_B", found)

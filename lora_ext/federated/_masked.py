@@ -40,7 +40,7 @@ def masked_payload(
         ``(r,)``; float64 if the state is float64, else float32.
 
     Raises:
-        ValueError: :func:`aggregate` would reject the update; the message contains the reason.
+        ValueError: If :func:`aggregate` would reject the update; the message contains the reason.
     """
     pairs = layer_pairs("masked_payload: state", state, pattern)
     with renamed("masked_payload"):
@@ -92,8 +92,8 @@ def aggregate_masked(
         the state; a tensor that no client trained is the original object.
 
     Raises:
-        ValueError: a name is missing or unknown, a shape or dtype differs, weights are negative, or
-            values are not finite or overflow the state's dtype.
+        ValueError: If a name is missing or unknown, a shape or dtype differs, weights are negative,
+            or values are not finite or overflow the state's dtype.
     """
     where = "aggregate_masked"
     number(where, "server_lr", server_lr, above=0, expected="a finite number above 0")

@@ -63,7 +63,7 @@ def plan_shapes(
         pattern: regular expression for the index of a layer in a name.
 
     Raises:
-        ValueError: the state lacks a layer or a rank, or is invalid as in :func:`aggregate`.
+        ValueError: If the state lacks a layer or a rank, or is invalid as in :func:`aggregate`.
     """
     return shapes_of(layer_pairs("plan_shapes: state", state, pattern), state, plan)
 
@@ -108,7 +108,7 @@ def pack_tensors(tensors: Mapping[str, Tensor], flat: bool = False) -> Payload:
             bytes of framing, which is much compared with factors of small ranks.
 
     Raises:
-        ValueError: a tensor has another dtype; the message names it.
+        ValueError: If a tensor has another dtype; the message names it.
     """
     arrays: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
@@ -145,7 +145,7 @@ def unpack_tensors(
         where: prefix of error messages, such as the node.
 
     Raises:
-        ValueError: the payload is invalid; the message names key, expected and found.
+        ValueError: If the payload is invalid; the message names key, expected and found.
     """
     manifest = payload.manifest
     found: dict[str, Tensor] = {}
@@ -180,7 +180,7 @@ def _name_of(key: str, array: Any, brain: bool, where: str) -> str:
 
 def _flat_entries(payload: Payload, where: str) -> dict[str, tuple[str, np.ndarray]]:
     keys = [*payload.arrays]
-    require(keys == [_PACKED], where, "arrays", f"{_PACKED!r} alone", keys[:3])
+    require(keys == [_PACKED], where, "arrays", f"only {_PACKED!r}", keys[:3])
     packed = payload.arrays[_PACKED]
     require(isinstance(packed, np.ndarray), where, _PACKED, "an array", type(packed).__name__)
     plain = packed.dtype == np.uint8 and packed.ndim == 1
@@ -232,7 +232,8 @@ def read_npy(data: bytes, where: str = "read_npy") -> np.ndarray:
         a read-only array that shares the bytes' memory.
 
     Raises:
-        ValueError: the bytes are not a .npy file of numbers; the message names expected and found.
+        ValueError: If the bytes are not a .npy file of numbers; the message names expected and
+            found.
     """
     file = io.BytesIO(data)
     try:

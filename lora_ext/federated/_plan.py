@@ -24,14 +24,14 @@ class LayerPlan:
     """The layers that a client trains, and the rank of each.
 
     Attributes:
-        layers: indices from 0, in rising order; the argument may have any order.
+        layers: indices from 0, in ascending order; the argument may have any order.
         ranks: one for each layer, ``ranks[j]`` for ``layers[j]``; None if every layer has the rank
             of the global adapter.
 
     Raises:
-        TypeError: an index or a rank is not an integer.
-        ValueError: an index is below 0 or repeated, a rank is below 1, or the numbers of ranks and
-            layers differ.
+        TypeError: If an index or a rank is not an integer.
+        ValueError: If an index is below 0 or repeated, a rank is below 1, or the numbers of ranks
+            and layers differ.
 
     Sources: Fed-HeLLo (arXiv 2506.12213), S_i^t; LEGEND (arXiv 2412.20004), r_l.
     """
@@ -75,7 +75,7 @@ class LayerPlan:
             config: lists of integers, "layers" and optionally "ranks".
 
         Raises:
-            ValueError, TypeError: ``layers`` is missing, or :class:`LayerPlan` raises.
+            ValueError, TypeError: If ``layers`` is missing, or :class:`LayerPlan` raises.
         """
         require("layers" in config, "LayerPlan", "config", "layers", sorted(map(str, config)))
         return cls(config["layers"], config.get("ranks"))
@@ -118,9 +118,9 @@ def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[P
         pattern: a regular expression whose first group is the index of the layer.
 
     Raises:
-        KeyError: a factor lacks its partner.
-        LayerNotFound: no name has an index.
-        ValueError: factors have different ranks, or are not floating matrices.
+        KeyError: If a factor lacks its partner.
+        LayerNotFound: If no name has an index.
+        ValueError: If factors have different ranks, or are not floating matrices.
     """
     found: list[Pair] = []
     for module, (a, b) in factor_keys(where, state).items():

@@ -138,7 +138,7 @@ def need(holds: bool, name: str, expected: object, found: object) -> None:
 
 
 def by_client(updates: Iterable[Update]) -> dict[Client, list[Update]]:
-    """Return the replies of each client, sorted by client; raise `TypeError` for other types than
+    """Return the replies of each client, sorted by client; raise `TypeError` unless all are
     :class:`Update`."""
     found: dict[Client, list[Update]] = {}
     for update in updates:
@@ -167,8 +167,8 @@ def accept(
     client the factor of an update that was too long.
 
     Raises:
-        ValueError: a value is not finite, and ``nan_policy="raise"``.
-        TypeError: an element is not an :class:`Update`.
+        ValueError: If a value is not finite and ``nan_policy="raise"``.
+        TypeError: If an element is not an :class:`Update`.
     """
     replies: list[Reply] = []
     reasons: dict[Client, str] = {}

@@ -60,8 +60,8 @@ class CommLog:
             full: up and down if all layers were sent.
 
         Raises:
-            ValueError: a number is below 0.
-            TypeError: a number is not an int.
+            ValueError: If a number is below 0.
+            TypeError: If a number is not an int.
         """
         row = self._rows.get((round, client), CommRow(round, client))
         more = {"up": up, "down": down, "frames": frames, "full": full}
@@ -78,7 +78,7 @@ class CommLog:
             round: only this round; None is all of them.
 
         Raises:
-            ValueError: ``name`` is unknown.
+            ValueError: If ``name`` is unknown.
         """
         require(name in CommRow._fields[2:], "CommLog.total", "name", CommRow._fields[2:], name)
         return sum(getattr(r, name) for r in self.rows if round is None or r.round == round)
@@ -104,7 +104,7 @@ class CommLog:
         """Replace the rows by those of :meth:`state_dict`.
 
         Raises:
-            ValueError, TypeError: rows are invalid; the log has not changed.
+            ValueError, TypeError: If rows are invalid; the log has not changed.
         """
         fresh = CommLog()
         for row in state["rows"]:

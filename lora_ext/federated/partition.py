@@ -30,11 +30,11 @@ def partition_pathological(
         min_per_share: minimum number of samples that a client has of each of its classes.
 
     Returns:
-        for each client the indices of its samples, rising. Each sample has exactly one client.
+        for each client the indices of its samples, ascending. Each sample has exactly one client.
 
     Raises:
-        ValueError: settings are out of range; there are more classes per client than classes, or so
-            few that some class has no client; a class has too few samples for its clients.
+        ValueError: If settings are out of range; there are more classes per client than classes, or
+            so few that some class has no client; a class has too few samples for its clients.
 
     Source: the partition in the logs of Fed-HeLLo (arXiv 2506.12213); the balance is our choice.
     """
@@ -80,10 +80,10 @@ def partition_dirichlet(
             it is reached.
 
     Returns:
-        for each client the indices of its samples, rising. Each sample has exactly one client.
+        for each client the indices of its samples, ascending. Each sample has exactly one client.
 
     Raises:
-        ValueError: settings are out of range; no draw gave every client ``min_size`` samples.
+        ValueError: If settings are out of range; no draw gave every client ``min_size`` samples.
     """
     where = "partition_dirichlet"
     _, members = _by_class(where, labels)

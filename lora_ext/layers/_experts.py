@@ -70,7 +70,7 @@ def obstacle_of(experts: nn.Module) -> str | None:
     if getattr(experts, "_is_expert_parallel", False):
         return "expert parallelism"
     if not is_plain(experts):
-        return "hooks, or a forward of its own, as accelerate's offloading leaves them"
+        return "hooks, or a replaced forward, as with accelerate's offloading"
     return None
 
 

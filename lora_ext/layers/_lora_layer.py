@@ -43,7 +43,7 @@ class LoraLayer(Participants):
     #: seed in each forward.
     dropout_seed: dict[str, Tensor]
 
-    #: True if its adapters may begin in mid-sequence.
+    #: True if the layer supports activated adapters (aLoRA).
     takes_invocation = False
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False):

@@ -65,7 +65,7 @@ class HostCache(UserDict[str, PackedAdapter]):
         self.limit = limit
         self.nbytes = 0  # size of all adapters
         self.dropped = 0  # number of dropped adapters so far
-        self.let_go: OrderedDict[str, None] = OrderedDict()  # names of the last dropped ones
+        self.let_go: OrderedDict[str, None] = OrderedDict()  # names dropped last
 
     def __setitem__(self, name: str, adapter: PackedAdapter) -> None:
         super().__setitem__(name, adapter)
@@ -76,7 +76,7 @@ class HostCache(UserDict[str, PackedAdapter]):
         super().__delitem__(name)
 
     def put(self, name: str, adapter: PackedAdapter) -> None:
-        """Add an adapter; drop the least recently used until all fit, at last this one."""
+        """Add an adapter; drop the least recently used until the rest fits, this one last."""
         self[name] = adapter
         while self.nbytes > self.limit:
             gone = next(iter(self))

@@ -33,7 +33,8 @@ Written = list[tuple[Transfer, Any]]  # copies that may still be queued
 
 @dataclass
 class Resident:
-    """Adapter in a slot. After publication only copies, last use, pins and retirement change."""
+    """Adapter in a slot. After publication only ``written``, ``last_use``, ``pins`` and ``retired``
+    change."""
 
     name: str
     slot: int

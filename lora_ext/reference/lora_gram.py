@@ -11,7 +11,8 @@ from ._lora import accumulator
 def lora_gram(
     a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Compute ``a @ a^T`` and ``b^T @ b`` of every adapter, ``(r, r)`` each, not rounded."""
+    """Compute ``a @ a^T`` and ``b^T @ b`` of every adapter, ``(r, r)`` each, in the accumulation
+    dtype."""
     wide_a = [t.to(dtype or accumulator(t.dtype)) for t in a]
     wide_b = [t.to(dtype or accumulator(t.dtype)) for t in b]
     return [t @ t.T for t in wide_a], [t.T @ t for t in wide_b]
@@ -49,7 +50,7 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
 
 
 def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """Compute ``|| weight + scale * b @ a ||`` of every row, ``(O,)``, not rounded.
+    """Compute ``|| weight + scale * b @ a ||`` of every row, ``(O,)``, in the accumulation dtype.
 
     Source: DoRA (Liu et al. 2024), eq. 5.
     """

@@ -1,4 +1,4 @@
-"""Adapters that begin in mid-sequence: the start in each row, and the tokens that have them.
+"""Activated adapters: their start in each row, and the tokens that use them.
 
 An activated adapter (aLoRA) serves a row from the last occurrence of its *invocation*, a sequence
 of tokens, in the row's prompt. The tokens before that position, the *start*, are the base model's,

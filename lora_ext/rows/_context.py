@@ -301,8 +301,7 @@ def forward_of(batch: Batch | None) -> contextlib.AbstractContextManager[None]:
 #: True while a block is open in any thread. Compiled graphs are guarded by it: one graph without
 #: blocks, one with.
 any_block = False
-#: True while an open block has adapters that begin in mid-sequence, which compiled graphs do not
-#: support.
+#: True while an open block has activated adapters, which compiled graphs do not support.
 any_activated = False
 _open: dict[int, Block] = {}  # by id
 _open_lock = threading.Lock()
@@ -344,8 +343,8 @@ def adapters(
         ValueError: If there are no names, lists have unequal lengths, ``token_ids`` are not
             integers in ``[-1, len(names))``, more than one of ``token_ids``, ``input_ids`` and
             ``starts`` is given, or there are several pools. The model's forward raises it if the
-            batch has another size than ``names`` or another shape than ``token_ids``, or a start is
-            not known.
+            size of the batch differs from that of ``names``, its shape differs from that of
+            ``token_ids``, or a start is not known.
     """
     with of_call(names, token_ids, pool=pool, input_ids=input_ids, starts=starts) as block:
         if block.outer is not None:

@@ -67,7 +67,7 @@ def _mapped(block: Block | None, change: Callable[[Block], Block]) -> Block | No
 
 
 def has_activated() -> bool:
-    """Return whether a current block has adapters that begin in mid-sequence."""
+    """Return whether a current block has activated adapters."""
     blocks = outwards(innermost()) if _context.any_activated else ()
     return any(isinstance(block.assignment, Activated) for block in blocks)
 

@@ -33,12 +33,12 @@ class _Noted:
 noted = _Noted()
 
 
-#: The default of a layer whose active adapter begins in mid-sequence.
+#: ``default`` of a layer whose active adapter is an activated one, which requires a block.
 NOBODY = -2
 
 
 def no_rows(name: str) -> ValueError:
-    """Return the error for an adapter that begins in mid-sequence, outside every block."""
+    """Return the error for an activated adapter outside every block."""
     return ValueError(
         f"adapters: input_ids: expected the rows in which {name} is invoked, as it begins in "
         "mid-sequence (alora_invocation_tokens), found no block around the layer; enter "
@@ -72,7 +72,7 @@ def layer_rows(
 ) -> Rows:
     """Return the rows of a layer with these adapters, all of which are in use.
 
-    Outside a block every row has the adapter at position ``default``; with :data:`NOBODY` this is a
+    Outside a block every row has the adapter at position ``default``; :data:`NOBODY` raises
     ValueError.
     """
     ids = _layer_adapter_ids(list(names), default, leading, device, tokens_first, of_tokens)

@@ -127,7 +127,7 @@ def _of_vllm(given: Mapping[str, Any]) -> Format:
     for name in _REFUSED:
         if name in named:
             raise NotImplementedError(
-                f"{where}: {name}: expected {', '.join(_KINDS)}, which automata support, found it"
+                f"{where}: {name}: expected {', '.join(_KINDS)}, found a field without an automaton"
             )
     require(len(named) == 1, where, "fields", f"one of {_KINDS}", sorted(named)[:5])
     ((kind, content),) = named.items()

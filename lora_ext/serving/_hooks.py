@@ -1,7 +1,7 @@
 """Methods of an attached model that lora_ext replaces on its instances; no class is changed.
 
-The replacements pass ``adapter_names=`` to the layers, keep the rows of a block equal to those of
-the batch through beams and returned sequences, and reject calls that cannot be served.
+The replacements pass ``adapter_names=`` to the layers, repeat the adapters of a block for beams and
+returned sequences, and reject calls that cannot be served.
 """
 
 from __future__ import annotations

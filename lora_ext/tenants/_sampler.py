@@ -102,7 +102,7 @@ class SamplingModel:
         how |= {"request_id": name, "adapter_name": adapter, "logprobs": asked.logprobs}
         try:
             accepted = self.manager.add_request(prompt, max_new_tokens=count, **how)
-            require(accepted, _ERROR, "sampler", "a running manager", "it stopped", RuntimeError)
+            require(accepted, _ERROR, "sampler", "a running manager", "a stopped one", RuntimeError)
         except BaseException:
             self.asked.pop(name, None)  # a manager that has just failed may have removed it
             raise

@@ -18,7 +18,7 @@ from ._batch import BatchStep, Call, Part
 
 #: Tokens that a tenant gains with each step in which it has to wait.
 QUANTUM = 1024
-_MAX_WAIT_SHARE = 1 / 3  # part of the last step's time that a step waits for recent tenants
+_MAX_WAIT_SHARE = 1 / 3  # maximum wait for recent tenants over the last step's duration
 _MAX_ROUNDS = 8  # most rounds of other items between two steps, so that they cannot delay calls
 
 

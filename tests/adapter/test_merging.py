@@ -292,11 +292,9 @@ def test_error_for_different_modules_or_ranks_names_the_first_difference():
     one, fewer = adapter(), adapter(shapes={Q: SHAPES[Q]})
     wider = adapter(ranks={Q: 4, V: 6})
     for lam in (0.0, 0.5, 1.0):
-        with pytest.raises(
-            ValueError, match=rf"interpolate_adapters: second: .*{V} in first alone"
-        ):
+        with pytest.raises(ValueError, match=rf"interpolate_adapters: second: .*{V} only in first"):
             interpolate_adapters(one, fewer, lam)
-        with pytest.raises(ValueError, match=rf"second: .*{V} in second alone"):
+        with pytest.raises(ValueError, match=rf"second: .*{V} only in second"):
             interpolate_adapters(fewer, one, lam)
         with pytest.raises(ValueError, match=rf"second: {V}: rank: expected 4 .*, found 6"):
             interpolate_adapters(one, wider, lam)

@@ -334,10 +334,10 @@ A, B = factors(4)
         ({"a": A, "b": B, "k": 0, "kind": "top_k_share"}, "k: expected at least 1, found 0"),
         ({"a": A, "b": B, "kind": "nuclear"}, "kind: expected one of .*entropy.*, found 'nuclear'"),
         ({"a": A, "b": B, "method": "svd"}, "method: expected one of .*, found 'svd'"),
-        ({"a": A, "b": B, "method": "gram"}, "kind: expected one of .* by method 'gram', found"),
+        ({"a": A, "b": B, "method": "gram"}, "kind: expected one of .* for method 'gram', found"),
         (
             {"a": A, "b": B, "method": "gram", "kind": "threshold", "tau": 1e-4},
-            "tau: expected at least 0.001 by method 'gram', found 0.0001",
+            "tau: expected at least 0.001 for method 'gram', found 0.0001",
         ),
         ({"a": A, "b": B, "scaling": math.nan}, "scaling: expected a finite number, found nan"),
     ],

@@ -149,7 +149,7 @@ FAULTS = {
     ),
     "a manifest for arrays that are none": (
         echo(names=[A2], dtypes=["float32"], dims=[2], sizes=[3, 6]),
-        "arrays: expected 'packed' alone",
+        "arrays: expected only 'packed'",
     ),
 }
 

@@ -288,7 +288,7 @@ def test_models_without_numbered_layers_are_refused():
     ("settings", "found"), [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "a bias")]
 )
 def test_dora_and_biases_are_refused(settings: dict, found: str):
-    with pytest.raises(ValueError, match=f"expected lora_A and lora_B alone, found {found}"):
+    with pytest.raises(ValueError, match=f"expected only lora_A and lora_B, found {found}"):
         LoraLayerManager(adapted("ours", **settings))
 
 

@@ -138,7 +138,7 @@ def test_forged_manifests_are_refused(changes: dict, message: str):
     wrong = {"packed": packed.arrays["packed"].view(np.float32)}
     with pytest.raises(ValueError, match="packed: expected a one-dimensional uint8 array"):
         unpack_tensors(Payload(wrong, FLAT), {A0: (3, 5)})
-    with pytest.raises(ValueError, match="arrays: expected 'packed' alone"):
+    with pytest.raises(ValueError, match="arrays: expected only 'packed'"):
         unpack_tensors(Payload({**packed.arrays, A0: ONES}, FLAT), {A0: (3, 5)})
 
 

@@ -66,7 +66,7 @@ def test_offloaded_adapters_stay_with_peft_and_are_listed(
 ) -> None:
     expected, model = adapted(), adapted()
     accelerate.cpu_offload(model, execution_device=CPU)
-    with pytest.warns(UserWarning, match=r"found none; PEFT runs 6 of them \(.*watched.*q_proj"):
+    with pytest.warns(UserWarning, match=r"found none; PEFT runs 6 of them \(.*hooks.*q_proj"):
         lora_ext.from_peft(model)
     ids = torch.arange(1, 13).view(2, 6)
     with torch.no_grad():

@@ -381,7 +381,7 @@ def offloaded() -> nn.Module:
         (quantised, ValueError, "'0'.*float32 or bfloat16.*torch.int8"),
         (lambda: layer().half(), ValueError, "'0'.*float32 or bfloat16.*torch.float16"),
         (in_inference_mode, ValueError, "'0'.*made outside inference_mode"),
-        (offloaded, ValueError, "'0'.*forward of its own"),
+        (offloaded, ValueError, "'0'.*replaced forward"),
         (lambda: nn.ReLU().eval(), ValueError, "expected a model with linear layers, found none"),
         (lambda: pack_linears(layer()), RuntimeError, "'0'.*packed already.*unpack_linears"),
     ],

@@ -161,7 +161,7 @@ def test_activations_of_other_shapes_are_refused_by_the_layers_name(kind: str):
             with pytest.raises(RowwiseError, match=r"q_proj: expected activations of 10 sequences"):
                 layer(x)
         key = "adapter_ids" if kind == "ours" else "adapter_names"
-        with pytest.raises(RowwiseError, match=r"q_proj: expected a call with activations alone"):
+        with pytest.raises(RowwiseError, match=r"q_proj: expected a call with only activations"):
             layer(torch.randn(10, 4, 16), **{key: ["default"] * 10})
 
 

@@ -163,7 +163,7 @@ def test_adapters_that_cannot_be_compared_are_refused_by_name():
             lmc_barrier(model, *values, **{"eval_fn": loss, **settings})
 
     refused(rf"{name}", first, less)
-    refused(rf"lmc_barrier: {name}: expected the same modules .* the model alone", less, less)
+    refused(rf"lmc_barrier: {name}: expected the same modules .* only in the model", less, less)
     refused(r"lambdas: expected an integer from 2, found 1", first, first, lambdas=1)
     refused(r"lambdas: expected numbers in \[0, 1\], found \[1.5\]", first, first, lambdas=[0, 1.5])
     refused(r"space: .* found 'weights'", first, first, space="weights")

@@ -273,7 +273,7 @@ def test_models_other_than_causal_lms_are_refused_unchanged():
     config = transformers.T5Config(
         d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2, vocab_size=9
     )
-    with pytest.raises(NotImplementedError, match=r"apply: model: expected a decoder alone"):
+    with pytest.raises(NotImplementedError, match=r"apply: model: expected a decoder-only model"):
         mod.apply(transformers.T5ForConditionalGeneration(config))
     with pytest.raises(TypeError, match=r"a weight on the meta device, which has no values"):
         mod.apply(make().to("meta"))

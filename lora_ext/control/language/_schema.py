@@ -198,7 +198,7 @@ def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[An
         listed = isinstance(required, list) and all(isinstance(name, str) for name in required)
         require(listed, _WHERE, f"{at}/required", "a list of names", repr(required)[:80])
         if missing := [name for name in required if name not in inside]:
-            _refuse(at, f"required {missing[0]!r}, which is no property")
+            _refuse(at, f"required {missing[0]!r}, which is not a property")
         more = words.get("additionalProperties", True)
         if not inside:
             if not isinstance(more, Mapping):

@@ -55,7 +55,7 @@ class Matched:
         self._masks: OrderedDict[int, Tensor] = OrderedDict()
 
     def mask(self, state: int) -> Tensor:
-        """Return the allowed tokens in a state, ``(V,)`` bool; after the end, the end tokens."""
+        """Return the allowed tokens in a state, ``(V,)`` bool; in ``end``, the end tokens."""
         if state == self.end:
             found = torch.zeros(self.vocab_size, dtype=torch.bool)
             found[list(self.eos)] = True
@@ -71,7 +71,7 @@ class Matched:
         return bits.flatten()[: self.vocab_size].bool()
 
     def next_state(self, state: int, token: int) -> int:
-        """Return the state after a token, -1 if it is forbidden; after the end, the end."""
+        """Return the next state: -1 if the token is forbidden. ``-1`` and ``end`` do not change."""
         if state in (-1, self.end):
             return state
         if not (0 <= token < self.vocab_size and bool(self.mask(state)[token])):

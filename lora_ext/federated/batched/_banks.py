@@ -34,7 +34,7 @@ class Bank:
 
     Attributes:
         a, b: ``(A, R, I)`` and ``(A, O, R)``, zero above a client's rank.
-        members: places of the clients that train the module, rising.
+        members: places of the clients that train the module, ascending.
         num_global: number of global entries in A: 1, or with dropout one per client that needs
             them, since each client has separate masks.
         table: index in the bank for each place, -1 for no factors.
@@ -94,7 +94,7 @@ class Bank:
         )
 
     def draw(self, seeds: Tensor) -> None:
-        """Set the seeds of a step's masks, one per place."""
+        """Set the seeds of the dropout masks of a step, one per client."""
         self.seeds = seeds[self._places[: self.size]].to(self.a.device)
 
     def give(self, clients: Sequence[ClientRound]) -> None:
@@ -192,7 +192,7 @@ class ClientsAdamW:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """Leaves that the gradients of :meth:`step` refer to, in that order."""
+        """Leaves in the order in which :meth:`step` takes their gradients."""
         return [leaf for bank in self._trained for leaf in bank.leaves]
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
         the model's arguments, as a mapping of keywords or as x; and the segment of each client.
 
     Raises:
-        ValueError: the batches differ in type, names or shapes.
+        ValueError: If the batches differ in type, names or shapes.
     """
     kinds = {isinstance(batch, Mapping) for batch in batches}
     require(len(kinds) == 1, where, "batches", "mappings, or none of them", "both")
@@ -75,7 +75,7 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
 def logits_of(output: Any, segments: Sequence[Segment], where: str) -> Tensor:
     """Return the model's output, ``(rows, ...)``, or its ``logits``; raise if rows differ."""
     logits = getattr(output, "logits", output)
-    require(isinstance(logits, Tensor), where, "model", "a tensor or logits", type(output).__name__)
+    require(isinstance(logits, Tensor), where, "model", "logits", type(output).__name__)
     rows = sum(segment.rows for segment in segments)
     holds = logits.dim() > 0 and logits.shape[0] == rows
     require(holds, where, "model", f"an output of {rows} rows", list(logits.shape))
@@ -122,7 +122,7 @@ class Losses(NamedTuple):
     owners: Tensor  # (roots.shape[0],), index of the client
 
     def gradients(self, leaves: Sequence[Tensor], going: Sequence[bool]) -> list[Tensor | None]:
-        """Return the gradients of the summed loss of the clients in ``going`` for each leaf."""
+        """Return the gradients of the summed loss of the clients with a True in ``going``."""
         if not (leaves and any(going) and self.roots.requires_grad):
             return [None] * len(leaves)
         weights = self.weights

@@ -25,9 +25,9 @@ _KEPT = 64
 class BatchRows:
     """The client of each sequence of the step, for all layers.
 
-    A part of the batch can pass through a block separately: :meth:`only`. In the backward, a
-    checkpoint may rerun a block without that context; this is always the part of the first
-    sequences, since the others have no graph.
+    :meth:`only` restricts the layers to a part of the batch. In the backward, a checkpoint may
+    recompute a block outside that context. It always recomputes the first sequences of the batch,
+    because the other sequences have no graph.
 
     Attributes:
         step: the places of the clients of the step, and their segments.

@@ -38,7 +38,7 @@ class ClientSpec:
         seed: of its dropout, together with the round and the name.
 
     Raises:
-        ValueError: a rate, bound or seed is not a number, or is out of range.
+        ValueError: If a rate, bound or seed is not a number, or is out of range.
     """
 
     client: Client

@@ -33,9 +33,10 @@ def shared_names(
     Names are in the order of the model.
 
     Raises:
-        ValueError: a pattern is invalid or matches nothing; the model lacks a name.
-        UnsupportedModule: a named parameter cannot have one copy per client: it is in a layer, its
-            module contains or is part of an adapted one, two modules share it, or it has integers.
+        ValueError: If a pattern is invalid or matches nothing; the model lacks a name.
+        UnsupportedModule: If a named parameter cannot have one copy per client: it is in a layer,
+            its module contains or is part of an adapted one, two modules share it, or it has
+            integers.
     """
     if shared is None:
         return ()

@@ -53,7 +53,7 @@ class Staircase:
     @contextlib.contextmanager
     def forward(self, lowest: Sequence[float]) -> Iterator[None]:
         """Return a context for the model's forward. The client of sequence i trains nothing below
-        ``lowest[i]``, which rises."""
+        ``lowest[i]``; ``lowest`` is ascending."""
         self._lowest, self._last = lowest, -1
         try:
             yield

@@ -67,11 +67,11 @@ class BatchedClients:
             or cannot run on a part of the rows, a warning is issued and all rows stay.
 
     Raises:
-        UnsupportedModule: a named module has dropout in training, batch normalisation over the
+        UnsupportedModule: If a named module has dropout in training, batch normalisation over the
             batch, DoRA, a bias of the adapter, a merged adapter or another active one, or is not
             linear; a named shared parameter is in or below the layers, tied to another, or has
             integers.
-        ValueError: settings are out of range; a name is repeated; ``shared`` matches nothing.
+        ValueError: If settings are out of range; a name is repeated; ``shared`` matches nothing.
 
     Source: Fed-HeLLo's and LEGEND's simulations, as segments of one batch (our choice).
     """
@@ -129,7 +129,7 @@ class BatchedClients:
             update of a failed client has no tensors.
 
         Raises:
-            ValueError: a plan or the global adapter does not fit; batches cannot be combined.
+            ValueError: If a plan or the global adapter does not fit; batches cannot be combined.
             UnsupportedModule: see the class; or the losses do not depend on trained factors
                 (reentrant checkpointing). The model is restored in all cases.
         """

@@ -19,8 +19,8 @@ from ._records import read_config, who
 from ._tasks import Settings, Task, failed, shared_names
 
 State = Mapping[str, Tensor]
-#: Function that trains the clients of some tasks together, from the global adapter. Each task has
-#: the result of ``prepare``.
+#: Function that trains the clients of some tasks together, starting from the global adapter. Each
+#: task is paired with the result of ``prepare`` for it.
 TrainFn = Callable[[list[tuple[Task, Any]], State], list[Update]]
 
 

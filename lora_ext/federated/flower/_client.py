@@ -57,7 +57,7 @@ def make_client_app(
         mods: Flower's mods, applied to training.
 
     Raises:
-        ValueError: the backend is unknown, or "batched" is given a ``train_fn`` or ``mods``.
+        ValueError: If the backend is unknown, or "batched" is given a ``train_fn`` or ``mods``.
     """
     require(backend in ("loop", "batched"), WHERE, "backend", "'loop' or 'batched'", repr(backend))
     model = Model(model_fn, pattern, adapter)

@@ -50,7 +50,7 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
         tensors: by name, on any device, such as an adapter's state dict.
 
     Raises:
-        ValueError: a dtype is not float16, bfloat16, float32 or float64; the message names the
+        ValueError: If a dtype is not float16, bfloat16, float32 or float64; the message names the
             tensor.
     """
     return _record(pack_tensors(tensors))
@@ -67,7 +67,7 @@ def from_arrays(record: Mapping[str, Array], where: str = "from_arrays") -> dict
         tensors on the CPU, by name.
 
     Raises:
-        ValueError: an array is not from :func:`to_arrays`; the message names key, expected and
+        ValueError: If an array is not from :func:`to_arrays`; the message names key, expected and
             found.
     """
     payload = _payload(record, {}, where)

@@ -68,7 +68,8 @@ class Task:
         """Read a message for a client whose model has this state.
 
         Raises:
-            ValueError, TypeError: the message is not from the strategy, or does not fit the model.
+            ValueError, TypeError: If the message is not from the strategy, or does not fit the
+                model.
         """
         config = _records.read_config(message)
         plan, shared = LayerPlan.from_config(config), shared_names(config)

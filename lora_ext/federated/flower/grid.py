@@ -40,8 +40,8 @@ class LocalGrid(Grid):
         clock: function that returns seconds, for the timeout.
 
     Raises:
-        ValueError: the number of nodes does not fit.
-        TypeError: the app is not callable.
+        ValueError: If the number of nodes does not fit.
+        TypeError: If the app is not callable.
     """
 
     def __init__(

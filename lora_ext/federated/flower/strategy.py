@@ -79,9 +79,9 @@ class LoraStrategy(FedAvg):
         round: the last finished round.
 
     Raises:
-        ValueError, TypeError: settings are out of range; the message names the argument, expected
-            and found. "stack" is not supported, since clients would lack the changes of the base
-            weight.
+        ValueError, TypeError: If settings are out of range; the message names the argument,
+            expected and found. "stack" is not supported, since clients would lack the changes of
+            the base weight.
 
     Sources: Fed-HeLLo (arXiv 2506.12213); LEGEND (arXiv 2412.20004).
     """
@@ -232,7 +232,7 @@ class LoraStrategy(FedAvg):
             Flower's ``Result``; its ``arrays`` are the last adapter.
 
         Raises:
-            ValueError, TypeError: an adapter or plan does not fit; the message names it.
+            ValueError, TypeError: If an adapter or plan does not fit; the message names it.
         """
         self._before, self._timeout = self.round, timeout
         rest = train_config, evaluate_config, evaluate_fn
@@ -244,8 +244,8 @@ class LoraStrategy(FedAvg):
         """Create one message for each selected client, with its plan. Flower calls this method.
 
         Raises:
-            ValueError, TypeError: the state has no layers, a plan does not fit it, or a capability
-                is unknown. No training message was sent.
+            ValueError, TypeError: If the state has no layers, a plan does not fit it, or a
+                capability is unknown. No training message was sent.
         """
         number = self._before + server_round
         state = _records.from_arrays(arrays, f"{WHERE}: arrays")
@@ -278,11 +278,12 @@ class LoraStrategy(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Compute the new global adapter from the replies, and the mean of the clients' metrics.
 
-        If the round is skipped, the adapter is the previous record. Flower calls this method, with
-        error messages among the replies.
+        If the round is skipped, the adapter does not change. Flower calls this method; ``replies``
+        include error messages.
 
         Raises:
-            ValueError: no round is in progress; a value is not finite with ``nan_policy="raise"``.
+            ValueError: If no round is in progress, or a value is not finite and
+                ``nan_policy="raise"``.
         """
         current, self._current = self._current, None
         number = self._before + server_round
@@ -378,7 +379,7 @@ class LoraStrategy(FedAvg):
         """Restore the output of :meth:`state_dict`, with or without conversion to JSON.
 
         Raises:
-            KeyError, ValueError, TypeError: ``state`` is invalid.
+            KeyError, ValueError, TypeError: If ``state`` is invalid.
         """
         self.comm.load_state_dict(state["comm"])
         self.history = [RoundLog.from_dict(entry) for entry in state["history"]]

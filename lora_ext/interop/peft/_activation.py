@@ -30,7 +30,7 @@ _last = ContextVar("lora_ext.peft_activated", default=None)
 
 
 def activated(layer: Any, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of a layer's adapters that begin in mid-sequence."""
+    """Return the names of a layer's activated adapters."""
     return tuple(n for n in names if type(layer.lora_variant.get(n)) is ALoraLinearVariant)
 
 

@@ -136,7 +136,7 @@ def refuse_block(
         module: a layer or model of PEFT.
         names: names of its adapters.
         active: names of the active adapters.
-        other_names: whether to warn about a block without any of ``names`` too.
+        other_names: whether to warn also about a block that contains none of ``names``.
 
     Raises:
         RuntimeError: If the pool of the block serves a layer of ``module``.

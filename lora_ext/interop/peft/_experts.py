@@ -86,8 +86,8 @@ class FusedExperts(Fused, ParamWrapper):
         experts: Any = self.get_base_layer()
         if self.parameter_name not in projections(experts):
             return (
-                f"{self.parameter_name} of a {type(experts).__name__} is no floating matrix of "
-                "routed experts"
+                f"{self.parameter_name} of a {type(experts).__name__} is not a floating "
+                "matrix of routed experts"
             )
         obstacle = obstacle_of(experts)
         return uncovered(self, adapter) if obstacle is None else f"its experts have {obstacle}"

@@ -46,7 +46,7 @@ def uncovered(module: Any, adapter: str) -> str | None:
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     plain = type(a) is type(b) is nn.Linear and a.bias is None
     if not (plain and is_plain(a, divided=True) and is_plain(b, divided=True)):
-        return f"adapter {adapter!r} has factors that are no plain Linear, or that are watched"
+        return f"adapter {adapter!r} has factors that are not plain Linear, or that have hooks"
     scaling = module.scaling[adapter]
     if isinstance(scaling, Tensor):
         if scaling.numel() != 1 or scaling.requires_grad:
@@ -55,7 +55,9 @@ def uncovered(module: Any, adapter: str) -> str | None:
         return f"adapter {adapter!r} has a {type(scaling).__name__} for a scaling"
     dropout = module.lora_dropout[adapter]
     if type(dropout) not in (nn.Dropout, nn.Identity) or not is_plain(dropout, True):
-        return f"adapter {adapter!r} has a {type(dropout).__name__} for a dropout, or a watched one"
+        return (
+            f"adapter {adapter!r} has a {type(dropout).__name__} for a dropout, or one with hooks"
+        )
     if getattr(dropout, "p", 0.0) >= 1.0:
         return f"adapter {adapter!r} has dropout 1"
     return None

@@ -120,7 +120,7 @@ class Builder:
         from transformers import AutoTokenizer
 
         model = self._model
-        # A new tokenizer for each set of ends: its cached vocabulary lives as long as it does.
+        # Each set of end tokens has its own tokenizer, so that evicting it frees the vocabulary.
         tokenizer = AutoTokenizer.from_pretrained(
             model.tokenizer,
             revision=model.tokenizer_revision,

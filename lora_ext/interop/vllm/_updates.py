@@ -1,8 +1,8 @@
 """The low-rank updates of vLLM's LoRA layers, computed by lora_ext's ops.
 
 The layers of vLLM share one *wrapper* object. They pass it their input, output and stacks, and it
-adds the update of each row's adapter to the output, in place. Letters: ``T`` rows, ``I`` in, ``O``
-out, ``R`` the engine's ``max_lora_rank``.
+adds the update of each row's adapter to the output, in place. Shape letters: ``T`` rows, ``I`` in,
+``O`` out, ``R`` the engine's ``max_lora_rank``.
 
 Source: Punica (Chen et al. 2023), section 4, for shrink and expand; vLLM's ``PunicaWrapperABC`` for
 names and arguments.

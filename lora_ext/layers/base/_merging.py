@@ -161,7 +161,7 @@ class Merging(nn.Module):
     # ---------------------------------------------------------------------------------------------
 
     def _delta(self, name: str, scaling: float) -> Tensor:
-        """Return ``scaling * B @ A``, ``(O, I)``, not rounded."""
+        """Return ``scaling * B @ A``, ``(O, I)``, in at least float32."""
         a, b, _ = self._raw_factors(name)
         return ops.lora_delta(_widened(a.flatten(1)), _widened(b.flatten(1)), scaling)
 
@@ -233,5 +233,5 @@ class Merging(nn.Module):
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """Convert a tensor to float32, or float64 if it is that, in which weights are merged."""
+    """Convert a tensor to the dtype for merging: float32, or float64 for float64."""
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)

@@ -335,7 +335,7 @@ def _check(name: str, module: nn.Linear) -> None:
     require(plain, where, what, expected, found, RuntimeError)
     found = "training; call model.eval() first"
     require(not module.training, where, what, "evaluation mode", found)
-    own, found = "forward" in module.__dict__, "a forward of its own (accelerate's offloading?)"
+    own, found = "forward" in module.__dict__, "a replaced forward (accelerate's offloading?)"
     require(not own, where, what, "nn.Linear's forward", found)
     refusal = why_not_packed(module.weight)
     if refusal is not None:

@@ -70,7 +70,7 @@ def causal_lm(model: Any, where: str) -> Any:
             continue
         fits = not getattr(module.config, "is_encoder_decoder", False)
         other = f"an encoder beside it in {type(module).__name__}"
-        require(fits, where, "model", "a decoder alone", other, NotImplementedError)
+        require(fits, where, "model", "a decoder-only model", other, NotImplementedError)
         if module.get_output_embeddings() is not None:
             return module
         found = f"{type(module).__name__}, which has no output embeddings"

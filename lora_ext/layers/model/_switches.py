@@ -192,7 +192,7 @@ def _check(layer: Any, adapter_name: str, active: bool, where: str) -> None:
     require(adapter_name not in layer.merged_adapters, where, repr(adapter_name), expected, found)
     forward = layer.__dict__.get("forward")
     fits = isinstance(layer, LoraLayer) or isinstance(forward, _Switch | None)
-    other = "one with a forward of its own, as accelerate's offloading leaves it"
+    other = "one with a replaced forward, as with accelerate's offloading"
     require(fits, where, "layer", f"a {type(layer).__name__} with the forward of its class", other)
 
 

@@ -121,7 +121,7 @@ class _GiveRows:
         given = kwargs.get("adapter_ids"), kwargs.get("adapter_names")
         fits = len(args) == 1 and not any(value is not None for value in given)
         found = f"{len(args)} arguments and {sorted(kwargs)}"
-        require(fits, "coalitions", self.name, "a call with activations alone", found, RowwiseError)
+        require(fits, "coalitions", self.name, "a call with only activations", found, RowwiseError)
         x = args[0]
         fits = x.dim() >= self.dims + self.place and x.shape[self.place] == len(self.rows)
         place = "after the tokens" if self.place else "first"

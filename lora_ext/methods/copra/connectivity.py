@@ -108,7 +108,7 @@ def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> 
     where = "lmc_barrier"
     for name in (*layers, *value.modules):
         both = name in layers and name in value.modules
-        found = f"it in {'the model' if name in layers else 'the adapters'} alone"
+        found = f"it only in {'the model' if name in layers else 'the adapters'}"
         require(both, where, name, "the same modules in model and adapters", found)
         plain = not layers[name].use_dora[adapter]
         found = "a magnitude in the model's layer"

@@ -193,7 +193,7 @@ class LegendConfigurator:
             previous: Plans or depths of the previous round by device. A device that is missing, for
                 example after a fault, may change by any step. With None no step is bounded.
             round: Number of the round; with None not all layers need to train.
-            limits: Largest depth by device, for other reasons than memory.
+            limits: Largest depth by device, for reasons other than memory.
 
         Returns:
             Plans by device, in ascending order of the devices.
@@ -354,7 +354,7 @@ class _Device(NamedTuple):
         if not self.estimate.trusted:
             return self.k_min
         depths = range(self.k_min, self.k_max + 1)
-        # The least depth is the lower bound; layers above it that take no time train as well.
+        # T(k_min) is always allowed, and so are deeper layers that add no time to the limit.
         slack = max(target, self.time(self.k_min)) * (1 + _TIME_TOLERANCE)
         return self.k_min - 1 + bisect.bisect_right(depths, slack, key=self.time)
 

@@ -80,8 +80,8 @@ class PrefixCache:
         Raises:
             ValueError: If a module outside the trained blocks has dropout or batch normalisation in
                 training, or an adapter below them is on; if the number of rows differs from the
-                number of names; if a block returns more than its hidden state; if a sample's
-                sequence has another length than when it was cached.
+                number of names; if a block returns more than its hidden state; if the
+                length of a sample's sequence has changed since it was cached.
         """
         names = list(samples)
         lowest = self._lowest()

@@ -39,7 +39,7 @@ def rank_distribution(
         L: Number of layers.
         total: Sum of the ranks.
         step: lambda, the increase of the rank from one layer to the next.
-        r_min, r_max: Bounds of every rank; None is no upper bound.
+        r_min, r_max: Bounds of every rank; None means no upper bound.
         multiple: Every rank is a multiple of it, 8 for the pages of the kernels. The sum is then
             the nearest possible one, within ``multiple * L / 2`` of ``total``; it is logged.
         shape: "arithmetic"; "uniform", step 0; "reverse", the arithmetic one from output to input;

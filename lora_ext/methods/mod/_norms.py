@@ -38,7 +38,7 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
         norm: any module. where: function and argument, for the message.
 
     Raises:
-        TypeError: a module without a weight ``(d,)``, or one that computes something else.
+        TypeError: If the module has no weight ``(d,)``, or computes something else.
     """
     weight: Any = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not weight.is_floating_point():

@@ -40,7 +40,7 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
         ``mod.final_norm.*`` if the model's own final norm is trained.
 
     Raises:
-        RuntimeError: a model without MoD.
+        RuntimeError: If the model has no MoD.
     """
     return {name: p.detach() for name, p in _mod_parameters(model, "state_dict").items()}
 
@@ -54,9 +54,9 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             and device of the model's.
 
     Raises:
-        RuntimeError: a model without MoD. ValueError: a missing or unexpected key, or a tensor of
-            another shape or without floating dtype; the message names the key, and the model is
-            unchanged.
+        RuntimeError: If the model has no MoD.
+        ValueError: If a key is missing or unexpected, or a tensor has another shape or no floating
+            dtype. The message names the key, and the model is unchanged.
     """
     own = _mod_parameters(model, "load_state_dict")
     _compare("load_state_dict: state", own, state)
@@ -69,8 +69,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the parameters and the configuration of MoD into a folder, for :func:`load`.
 
     Raises:
-        RuntimeError: a model without MoD. OSError: an error of the system; no file has changed
-            then.
+        RuntimeError: If the model has no MoD.
+        OSError: If a file cannot be written; then no file has changed.
     """
     from safetensors.torch import save as as_bytes  # imported late: only this function needs it
 
@@ -88,9 +88,9 @@ def load(model: Model, folder: str | os.PathLike[str]) -> Model:
         ``model``.
 
     Raises:
-        RuntimeError, ValueError, TypeError, NotImplementedError: an error of :func:`apply`; and
-            ValueError for a folder that does not contain such a mixture, naming file and key. The
-            model is unchanged after an error.
+        RuntimeError, ValueError, TypeError, NotImplementedError: As :func:`apply`. Also ValueError
+            if the folder does not contain such a mixture; the message names file and key. The model
+            is unchanged after an error.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
@@ -155,7 +155,7 @@ def trainable_report(model: nn.Module) -> dict[str, Any]:
         their sum; ``all``, the model's parameters, trained or not; ``ratio``, total / all.
 
     Raises:
-        RuntimeError: a model without MoD.
+        RuntimeError: If the model has no MoD.
     """
     lm, _ = applied(model, "trainable_report")
     trained = {p: p.numel() for p in model.parameters() if p.requires_grad}

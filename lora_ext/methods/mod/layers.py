@@ -41,8 +41,8 @@ class DepthMixer(nn.Module):
         router: R, ``(k, d)``, of the router "token". bias: c, ``(k,)``, of "token" and "static".
 
     Raises:
-        TypeError: a norm that computes neither RMSNorm nor LayerNorm. ValueError: another number of
-            norms than k, or norms of different widths or forms.
+        TypeError: If a norm computes neither RMSNorm nor LayerNorm.
+        ValueError: If the number of norms is not k, or their widths or forms differ.
 
     Source: arXiv 2410.13077; router and initial values are ours (docs/mod.md).
     """
@@ -87,8 +87,8 @@ class DepthMixer(nn.Module):
             and the weights ``(..., k)``, in float32 (float64 for float64).
 
         Raises:
-            ValueError: another number of hidden states than k, or hidden states of different
-                shapes, dtypes or devices.
+            ValueError: If the number of hidden states is not k, or their shapes, dtypes or devices
+                differ.
         """
         self._check(hiddens)
         if self.config.k == 1:

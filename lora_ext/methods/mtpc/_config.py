@@ -51,8 +51,8 @@ class MtpcConfig:
             larger one "adapter". Our choice.
         adapter_rank: k, rank of each adapter with emission "adapter".
         contextual: True if transitions depend on the hidden state.
-        share_transitions: one transition matrix for all steps.
-        init_identity: transitions start near the identity.
+        share_transitions: True for one transition matrix for all steps.
+        init_identity: True to initialise transitions near the identity.
         gamma: discount of later positions, in (0, 1].
         beta: weight of KL(verifier || circuit) against the cross entropy, in [0, 1].
         bridge: width of the network that adds a decided token to the hidden state, so that the
@@ -64,9 +64,9 @@ class MtpcConfig:
         draft_rank: rank of that LoRA. draft_alpha: its alpha.
 
     Raises:
-        ValueError: a value out of range; the message names the field.
+        ValueError: If a value is out of range; the message names the field.
 
-    Source: arXiv 2511.11346; gamma, beta, rank and alpha of the published runs.
+    Source: arXiv 2511.11346; the defaults of gamma, beta, rank and alpha are the published ones.
     """
 
     n_token: int = 8

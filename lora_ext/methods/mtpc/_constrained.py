@@ -46,8 +46,8 @@ class Constrained:
         request: budget and end tokens of the call. batch: number of rows.
 
     Raises:
-        ValueError: a number of constraints, end tokens or a vocabulary that do not fit; stop
-            strings; a constraint that cannot be satisfied within the budget.
+        ValueError: If the number of constraints, the end tokens or the vocabulary do not fit; stop
+            strings are given; or a constraint cannot be satisfied within the budget.
     """
 
     def __init__(self, decoder: Any, request: Request, batch: int):
@@ -185,7 +185,7 @@ class Constrained:
             its whole window also keeps its run.
 
         Raises:
-            ValueError: the model has no finite score for any token that the constraint allows.
+            ValueError: If the model has no finite score for any token that the constraint allows.
         """
         every = torch.arange(len(accepted), device=accepted.device)
         rows = [self._window[a].rows[i] for i, a in enumerate(accepted.tolist())]

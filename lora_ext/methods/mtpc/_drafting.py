@@ -49,7 +49,7 @@ class TokenBridge(nn.Module):
         down: ``(D, W)``.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: If a size is below 1.
     """
 
     def __init__(

@@ -88,7 +88,7 @@ class DraftFile:
         dtypes: dtype of each part in the file: "head", "bridge" and "tail".
 
     Raises:
-        ValueError: keys, shapes or dtypes that do not fit the configuration; the message names file
+        ValueError: If keys, shapes or dtypes do not fit the configuration; the message names file
             and key.
     """
 

@@ -78,8 +78,9 @@ def read_request(
         arguments: settings by their names in GenerationConfig; None for those that are not given.
 
     Raises:
-        ValueError: a number out of range, or a setting that is not supported; the message names it.
-        TypeError: an argument that is not a setting of ``generate``.
+        ValueError: If a number is out of range, or a setting is not supported; the message names
+            it.
+        TypeError: If an argument is not a setting of ``generate``.
     """
     settings = _merged_settings(config, arguments)
     own = getattr(model, "generation_config", None)

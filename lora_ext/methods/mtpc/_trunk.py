@@ -100,8 +100,8 @@ class Trunk:
         passes: number of passes after the prompt.
 
     Raises:
-        ValueError: padding that is not on the left, a model with a sliding window, or a model whose
-            attention counts the slots of the cache (MPT).
+        ValueError: If padding is not on the left, or the model has a sliding window or an attention
+            that counts the slots of the cache (MPT).
     """
 
     def __init__(

@@ -81,7 +81,7 @@ class SpeculativeDecoder(Steps):
 
     In mode "sample", tokens follow the model's distribution exactly (after temperature and top_p);
     in mode "greedy", they are the model's greedy tokens. Both hold up to rounding, because the
-    passes of the model have other shapes than in token-by-token decoding.
+    shapes in the passes of the model differ from those in token-by-token decoding.
 
     A call accepts a prefix of the draft and adds one token sampled from the verifier. With
     ``window="condition"`` that token is evidence for the next window, and a call costs one trunk
@@ -192,7 +192,7 @@ class SpeculativeDecoder(Steps):
                 model's distribution or the number of sequences per prompt, such as ``num_beams=4``
                 or ``repetition_penalty=1.1``. Without a ``generation_config``, penalties in the
                 model's own ``generation_config`` are an error, too.
-            TypeError: If an argument is no setting of GenerationConfig.
+            TypeError: If an argument is not a setting of GenerationConfig.
         """
         settings |= {
             "max_new_tokens": max_new_tokens,

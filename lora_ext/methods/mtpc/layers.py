@@ -116,10 +116,11 @@ class CircuitHead(nn.Module):
         dtype, device: of the parameters; float16, bfloat16, float32 or float64.
 
     Raises:
-        ValueError: sizes out of range, an unknown kind or emission, ``ff`` with a rank other than
-            1, ``hmm`` or ``btree`` with rank or n_token below 2, a shortlist with fewer than 2
-            tokens, with a repeated token or one outside the vocabulary, leaves larger than the free
-            memory. NotImplementedError: other dtypes.
+        ValueError: If a size is out of range; kind or emission is unknown; ``ff`` has a rank other
+            than 1; ``hmm`` or ``btree`` has rank or n_token below 2; the shortlist has fewer than 2
+            tokens, a repeated token or one outside the vocabulary; or the leaves are larger than
+            the free memory.
+        NotImplementedError: If ``dtype`` is another one.
 
     Source: arXiv 2511.11346 and its code; ``adapter`` is ours (docs/mtpc.md). A shortlist for the
     draft: FR-Spec (arXiv 2502.14856).
@@ -208,7 +209,7 @@ class CircuitHead(nn.Module):
                 predicts.
 
         Raises:
-            ValueError: a weight of another shape, or num_blocks below 1.
+            ValueError: If ``weight`` has another shape, or ``num_blocks`` is below 1.
         """
         where = "CircuitHead.init_from_lm_head"
         shape = (self.vocab_size, self.hidden_size)
@@ -253,8 +254,8 @@ class CircuitHead(nn.Module):
             h: ``(..., D)`` floating. x: ``(..., K)`` int64 tokens or :data:`IGNORE`.
 
         Raises:
-            ValueError: a shape that does not fit, or (on the CPU) a token outside the vocabulary.
-            TypeError: hidden states that are not floating, tokens that are not int64.
+            ValueError: If a shape does not fit, or (on the CPU) a token is outside the vocabulary.
+            TypeError: If hidden states are not floating, or tokens are not int64.
         """
         return self.scan(h, x).prefix.view(x.shape)
 
@@ -272,7 +273,7 @@ class CircuitHead(nn.Module):
             h, x: as in :meth:`log_prob`. k: one position from 0, or one per row, ``(...)`` int64.
 
         Raises:
-            ValueError: k outside [0, K), or an error of :meth:`log_prob`.
+            ValueError: If ``k`` is outside [0, K), and as :meth:`log_prob`.
         """
         rows, tokens = self.rows(h), self.tokens(h, x)
         shape, k = h.shape[:-1], torch.as_tensor(k, device=h.device)
@@ -341,7 +342,8 @@ class CircuitHead(nn.Module):
         """Reshape hidden states ``(..., D)`` to rows ``(N, D)`` in the dtype of the parameters.
 
         Raises:
-            TypeError: hidden states that are not floating. ValueError: another width.
+            TypeError: If hidden states are not floating.
+            ValueError: If their width is wrong.
         """
         require(h.is_floating_point(), "CircuitHead", "h", "a floating dtype", h.dtype, TypeError)
         fits = h.dim() != 0 and h.shape[-1] == self.hidden_size
@@ -353,8 +355,9 @@ class CircuitHead(nn.Module):
         circuit ops expect.
 
         Raises:
-            TypeError: tokens that are not int64. ValueError: a shape that does not fit ``h``, or
-                (on the CPU) a token outside the vocabulary.
+            TypeError: If tokens are not int64.
+            ValueError: If the shape does not fit ``h``, or (on the CPU) a token is outside the
+                vocabulary.
         """
         require(x.dtype == torch.int64, "CircuitHead", "tokens", "int64", x.dtype, TypeError)
         shape, found = (*h.shape[:-1], self.n_token), tuple(x.shape)

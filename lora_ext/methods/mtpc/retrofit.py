@@ -151,9 +151,9 @@ class Draft(nn.Module):
         Head, bridge and tail get the dtypes in which they were saved, and the model's device.
 
         Raises:
-            ValueError: a folder that does not contain such a draft, or a model of another width or
-                vocabulary or with other layers; the message names file and key, and the model is
-                unchanged. Memory is allocated only for shapes that the file contains.
+            ValueError: If the folder does not contain such a draft, or the model has another width,
+                vocabulary or layers. The message names file and key, and the model is unchanged.
+                Memory is allocated only for shapes that the file contains.
         """
         folder = Path(folder)
         config, shortlist = read_config(folder)
@@ -195,9 +195,9 @@ def retrofit(
             the model's law stays exact.
 
     Raises:
-        ValueError: a model without output embeddings, a head larger than the free memory (the
-            message suggests smaller settings), or an error of :class:`CircuitHead` or
-            :class:`DraftTail`; the model is unchanged.
+        ValueError: If the model has no output embeddings, or the head is larger than the free
+            memory (the message suggests smaller settings), and as :class:`CircuitHead` and
+            :class:`DraftTail`. The model is unchanged.
 
     Source: arXiv 2511.11346 (docs/mtpc.md, "Head" and "Draft tail").
     """

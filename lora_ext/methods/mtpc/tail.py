@@ -28,8 +28,8 @@ class DraftTail(nn.Module):
         model: a transformers causal LM. num_layers: K, at least 1. rank, alpha: of the LoRA.
 
     Raises:
-        ValueError: more layers than the model has, layers that have a draft tail already, or a
-            model that is attached to a pool.
+        ValueError: If the model has fewer layers, the layers already have a draft tail, or the
+            model is attached to a pool.
 
     Source: arXiv 2511.11346; the authors use a merged copy of the layers instead (docs/mtpc.md).
     """
@@ -44,7 +44,7 @@ class DraftTail(nn.Module):
         fits = 1 <= num_layers <= len(stack)
         count = f"1 to {len(stack)}"
         require(fits, "DraftTail", "num_layers", count, num_layers)
-        found = "an attached one; detach it, or draft with a head alone (draft_layers=0)"
+        found = "an attached one; detach it, or draft with only a head (draft_layers=0)"
         require(pool_of(model) is None, "DraftTail", "model", "a model that is not attached", found)
         # Not registered as children: they belong to the model.
         self.__dict__["_model"], self.__dict__["_layers"] = model, list(stack)[-num_layers:]
@@ -69,7 +69,7 @@ class DraftTail(nn.Module):
         """Restore the model's own layers; a second call does nothing.
 
         Raises:
-            RuntimeError: a layer was replaced since; the model is unchanged.
+            RuntimeError: If a layer was replaced since; the model is unchanged.
         """
         if self._swap is not None:
             self._swap.restore(self._model, "DraftTail.remove")

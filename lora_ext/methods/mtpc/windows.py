@@ -46,7 +46,7 @@ def unfold_windows(
         ``(B, S, K)`` int64.
 
     Raises:
-        ValueError: n below 1, or labels that are not a matrix.
+        ValueError: If ``n`` is below 1, or ``labels`` is not a matrix.
     """
     require(n >= 1, "unfold_windows", "n", "at least 1", n)
     require(labels.dim() == 2, "unfold_windows", "labels", "shape (B, S)", tuple(labels.shape))
@@ -82,7 +82,7 @@ def pack_documents(documents: Iterable[Sequence[int]], length: int, eos_id: int)
         ``(rows, length)`` int64; tokens that do not fill a last row are dropped.
 
     Raises:
-        ValueError: length below 1.
+        ValueError: If ``length`` is below 1.
     """
     require(length >= 1, "pack_documents", "length", "at least 1", length)
     stream = [token for document in documents for token in (*document, eos_id)]
@@ -102,7 +102,8 @@ def frequent_tokens(ids: Tensor, size: int) -> Tensor:
         Of equally frequent tokens, the smaller ids are taken.
 
     Raises:
-        ValueError: size below 1. TypeError: another dtype.
+        ValueError: If ``size`` is below 1.
+        TypeError: If ``ids`` is not int64.
     """
     require(size >= 1, "frequent_tokens", "size", "at least 1", size)
     require(ids.dtype == torch.int64, "frequent_tokens", "ids", "int64", ids.dtype, TypeError)
@@ -136,8 +137,8 @@ def window_loss(
         the loss, and ``beta KL_k + (1 - beta) CE_k`` of each position ``(K,)``.
 
     Raises:
-        ValueError: gamma or beta out of range, a teacher that is missing or of another shape, or an
-            error of :meth:`CircuitHead.log_prob`.
+        ValueError: If gamma or beta is out of range, or the teacher is missing or has another
+            shape, and as :meth:`CircuitHead.log_prob`.
     """
     require(0 < gamma <= 1, "window_loss", "gamma", "a number in (0, 1]", gamma)
     require(0 <= beta <= 1, "window_loss", "beta", "a number in [0, 1]", beta)

@@ -43,8 +43,8 @@ def diem(
             7/120 times its square. Our choice: the paper's ``sqrt(N / 6)`` with its next term.
 
     Raises:
-        ValueError: shapes that differ, no entries, NaN or infinity, a range or variance not above
-            0.
+        ValueError: If shapes differ, there are no entries, a value is NaN or infinite, or a range
+            or variance is not above 0.
 
     Source: "Surpassing Cosine Similarity for Multidimensional Comparisons" (arXiv 2407.08623).
     """

@@ -48,9 +48,10 @@ def project_factor(
         rounded once.
 
     Raises:
-        ZeroAlignmentError: the two weights are equal.
-        ValueError: shapes that do not fit, r = 0, NaN or infinity, an argument out of range.
-        TypeError: a tensor that is not floating: dequantise it first.
+        ZeroAlignmentError: If the two weights are equal.
+        ValueError: If shapes do not fit, r is 0, a value is NaN or infinite, or an argument is out
+            of range.
+        TypeError: If a tensor is not floating: dequantise it first.
 
     Warns:
         UserWarning: "orthogonal" kept every direction, so that P is the identity.
@@ -129,7 +130,8 @@ class WeightPair:
         """Compute ``V^T b``, ``(n, r)``, and ``|V|_F``.
 
         Raises:
-            ZeroAlignmentError: V is zero. ValueError: NaN or infinity in a weight.
+            ZeroAlignmentError: If V is zero.
+            ValueError: If a weight contains NaN or infinity.
         """
         product = b.new_zeros(self.shape[1], b.shape[1])
         square = b.new_zeros(())

@@ -56,7 +56,8 @@ class SploraConfig:
         allow_degenerate: all scores are 0 if the reference has no spread, instead of an error.
 
     Raises:
-        ValueError: a value out of range, or no direction; the message names the field.
+        ValueError: If a value is out of range, or there is no direction; the message names the
+            field.
 
     Sources: arXiv 2506.18931 and its code; arXiv 2407.08623 for the metric; docs/splora.md.
     """

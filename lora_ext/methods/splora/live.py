@@ -53,8 +53,8 @@ def apply_to(
         copy, for saving.
 
     Raises:
-        RuntimeError: the model was pruned already: call :func:`remove` first.
-        ValueError: no such adapter, or a merged one; or an error of :func:`apply`. The model is
+        RuntimeError: If the model is pruned already: call :func:`remove` first.
+        ValueError: If there is no such adapter, or it is merged, and as :func:`apply`. The model is
             unchanged.
     """
     new = _KEY not in model.__dict__
@@ -76,7 +76,7 @@ def remove(model: nn.Module) -> None:
     """Undo :func:`apply_to`: switch on every layer that it switched off.
 
     Raises:
-        RuntimeError: a model that is not pruned.
+        RuntimeError: If the model is not pruned.
     """
     applied: _Applied | None = model.__dict__.pop(_KEY, None)
     if applied is None:

@@ -89,8 +89,8 @@ def apply(
         configuration that lists their full names.
 
     Raises:
-        ValueError: neither num nor threshold, or num above the number of units; or an error of
-            :func:`ediem_scores`.
+        ValueError: If neither num nor threshold is given, or num is above the number of units, and
+            as :func:`ediem_scores`.
 
     Source: arXiv 2506.18931.
     """
@@ -127,7 +127,7 @@ def project(
         bias beside B (``lora_bias``), which the update adds to the same outputs, is mapped too.
 
     Raises:
-        ValueError: a name that the adapter lacks; or an error of :func:`ediem_scores` in a layer.
+        ValueError: If the adapter lacks a name, and as :func:`ediem_scores` in a layer.
 
     Source: Safe LoRA (arXiv 2405.16833), eq. 2 and its code.
     """
@@ -166,7 +166,7 @@ def select_layers(stats: Sequence[LayerStats], config: SploraConfig) -> list[str
         config: num, threshold, direction and granularity are used.
 
     Raises:
-        ValueError: neither num nor threshold is given, or num is above the number of units.
+        ValueError: If neither num nor threshold is given, or num is above the number of units.
     """
     where = "select_layers"
     units: dict[str, list[LayerStats]] = {}

@@ -53,8 +53,8 @@ def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) 
         ``(4,)`` float64.
 
     Raises:
-        ValueError: shapes that do not fit, r = 0, NaN or infinity. TypeError: a tensor that is not
-            floating.
+        ValueError: If shapes do not fit, r is 0, or a value is NaN or infinite.
+        TypeError: If a tensor is not floating.
     """
     where = "pair_stats"
     named = {"a": a, "b": b, "projected_b": projected_b}
@@ -97,12 +97,14 @@ def ediem_scores(
         One row for each layer that was scored.
 
     Raises:
-        ValueError: shapes that do not fit, naming the layer and both; NaN or infinity, naming the
-            tensor; fewer than 4 layers for ``reference="population"``.
-        ZeroAlignmentError: a layer with equal weights in both models.
-        DegenerateReferenceError: a reference without spread.
-        KeyError: layers that a model lacks; a factor without the other.
-        TypeError: quantised weights. NotImplementedError: DoRA, embeddings, convolutions.
+        ValueError: If shapes do not fit (the message names the layer and both); a tensor contains
+            NaN or infinity (the message names it); or there are fewer than 4 layers for
+            ``reference="population"``.
+        ZeroAlignmentError: If a layer has equal weights in both models.
+        DegenerateReferenceError: If the reference has no spread.
+        KeyError: If a model lacks a layer, or a factor lacks the other.
+        TypeError: If weights are quantised.
+        NotImplementedError: If the adapter uses DoRA, or adapts embeddings or convolutions.
 
     Sources: arXiv 2506.18931, arXiv 2407.08623; docs/splora.md has the formulas.
     """

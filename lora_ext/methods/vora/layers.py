@@ -42,7 +42,8 @@ class VoraLinear(LoraLinear):
 
     All features of :class:`LoraLinear` are available. With route "vision" text may have adapters
     too: a second active adapter serves the other tokens, or an :func:`lora_ext.adapters` block
-    selects adapters for them per sequence. Image, text and base rows of a batch share one launch.
+    selects adapters for them per sequence. One launch serves all rows of a batch: of images,
+    of text, and without an adapter.
 
     Args:
         base_layer: ``nn.Linear``, transformers' ``Conv1D``, or a quantised layer with

@@ -1,4 +1,4 @@
-"""Sessions, models, samplers and saves of a server of Tinker's API, without its routes."""
+"""Sessions, models, samplers and saves of the server of Tinker's API; ``app`` has the routes."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class Api:
         return sorted(found)
 
     def check_base(self, name: Any) -> None:
-        """Raise ValueError for another base model than this server's."""
+        """Raise ValueError unless ``name`` is the base model of this server."""
         there = isinstance(name, str) and os.path.isdir(name) and os.path.isdir(self.base)
         if name != self.base and not (there and os.path.samefile(name, self.base)):
             raise ValueError(f"base_model: expected {self.base!r}, found {name!r:.200}")

@@ -25,7 +25,7 @@ from ._wire import MIME, read_request, written_result
 
 try:
     import zstandard  # pyright: ignore[reportMissingImports]
-except ImportError:  # create_session's config asks clients for uncompressed bodies
+except ImportError:  # client/config then tells clients to send uncompressed bodies
     zstandard = None
 
 PATIENCE = 25.0  # seconds to wait for a result before the client must try again

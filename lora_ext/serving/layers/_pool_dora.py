@@ -128,7 +128,7 @@ class DoraFactors:
     def factor(self, slot: int) -> Tensor:
         """Return the factors of a slot with a DoRA adapter, ``(O,)``.
 
-        It is the same tensor until slot or weight change.
+        The tensor is cached until the slot or the weight changes.
         """
         weight = self._weight()
         changes = 0 if weight.is_inference() else weight._version
