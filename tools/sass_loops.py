@@ -89,12 +89,12 @@ def successors(code: Sequence[Instruction], at: dict[int, int], i: int) -> list[
 
 
 def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """Return the instructions that one turn of each main loop runs, in order.
+    """Return the instructions of one iteration of each main loop, in order.
 
-    Loops are defined by dominators: the path from a block back to one that every path to it has
-    passed. A main loop loads 16 bytes at a time, or fills a ring by cp.async and waits for its
-    stages, and contains no such loop. An inner loop counts as one turn. Main loops are in the order
-    of their heads.
+    Loops are natural loops: a branch back to a block that dominates the branch closes one. A main
+    loop loads 16 bytes at a time, or fills a ring by cp.async and waits for its stages, and
+    contains no other main loop. One iteration of each inner loop is counted. Main loops are in the
+    order of their head blocks.
     """
     starts, ends, after = blocks_of(code)
     before: list[list[int]] = [[] for _ in starts]

@@ -276,9 +276,12 @@ def bgmv_(
     """Batched gather matrix-vector product: :func:`lora_apply_` of banks under Punica's first name.
 
     Args:
-        y: ``(T, O)``, changed in place, and comes back. x: ``(T, I)``. a: ``(A, R, I)``. b: ``(A,
-            O, R)``.
-        adapter_ids: ``(T,)`` in ``[-1, A)``, -1 for none. scale: ``(A,)`` float32, or None for 1.
+        y: ``(T, O)``, changed in place, and comes back.
+        x: ``(T, I)``.
+        a: ``(A, R, I)``.
+        b: ``(A, O, R)``.
+        adapter_ids: ``(T,)`` in ``[-1, A)``, -1 for none.
+        scale: ``(A,)`` float32, or None for 1.
 
     Raises:
         ValueError: as :func:`lora_apply_`.

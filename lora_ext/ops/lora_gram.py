@@ -177,7 +177,9 @@ def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Return the weight that an adapter adds, ``scale * b @ a``; differentiable, by torch's GEMM.
 
     Args:
-        a: ``(r, I)`` floating. b: ``(O, r)``. scale: the adapter's scale.
+        a: ``(r, I)`` floating.
+        b: ``(O, r)``.
+        scale: the adapter's scale.
 
     Returns:
         ``(O, I)`` in the dtype of ``a``, accumulated in float32 (float64), rounded once.
@@ -200,7 +202,9 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
 
     Args:
         weight: ``(O, I)`` floating; comes back.
-        a: ``(r, I)``. b: ``(O, r)``. scale: the adapter's scale.
+        a: ``(r, I)``.
+        b: ``(O, r)``.
+        scale: the adapter's scale.
         sign: 1 to merge, -1 to take out.
 
     Raises:
@@ -226,7 +230,9 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
 
     Args:
         weight: ``(O, I)`` floating.
-        a: ``(r, I)``. b: ``(O, r)``. scale: the adapter's scale, a number or a tensor of one.
+        a: ``(r, I)``.
+        b: ``(O, r)``.
+        scale: the adapter's scale, a number or a tensor of one.
 
     Returns:
         ``(O,)`` float32 (float64 for float64).

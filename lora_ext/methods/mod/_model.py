@@ -58,12 +58,14 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
         ``model``; :func:`remove` undoes it.
 
     Raises:
-        RuntimeError: the model has MoD already: call :func:`remove` first. TypeError: ``config`` is
-            not a ModConfig, or the final norm computes neither RMSNorm nor LayerNorm. ValueError: a
-            model that is not a causal LM, fewer layers than k, or a model with another attribute
-            ``mod``. InexactMixError: ``backend="hidden"`` with a head that soft-caps its logits.
-            NotImplementedError: an encoder beside the decoder, or a projection between the final
-            norm and the head. The model is unchanged after an error.
+        RuntimeError: the model has MoD already: call :func:`remove` first.
+        TypeError: ``config`` is not a ModConfig, or the final norm computes neither RMSNorm nor
+            LayerNorm.
+        ValueError: a model that is not a causal LM, fewer layers than k, or a model with another
+            attribute ``mod``. InexactMixError: ``backend="hidden"`` with a head that soft-caps its
+            logits.
+        NotImplementedError: an encoder beside the decoder, or a projection between the final norm
+            and the head. The model is unchanged after an error.
 
     Source: arXiv 2410.13077.
     """

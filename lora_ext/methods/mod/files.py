@@ -54,9 +54,9 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             and device of the model's.
 
     Raises:
-        RuntimeError: a model without MoD. ValueError: a missing or unexpected key, or a tensor of
-            another shape or without floating dtype; the message names the key, and the model is
-            unchanged.
+        RuntimeError: a model without MoD.
+        ValueError: a missing or unexpected key, or a tensor of another shape or without floating
+            dtype; the message names the key, and the model is unchanged.
     """
     own = _mod_parameters(model, "load_state_dict")
     _compare("load_state_dict: state", own, state)

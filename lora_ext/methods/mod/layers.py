@@ -38,11 +38,12 @@ class DepthMixer(nn.Module):
     Attributes:
         norms: norms that belong to the mixer.
         final_norm: the last norm.
-        router: R, ``(k, d)``, of the router "token". bias: c, ``(k,)``, of "token" and "static".
+        router: R, ``(k, d)``, of the router "token".
+        bias: c, ``(k,)``, of "token" and "static".
 
     Raises:
-        TypeError: a norm that computes neither RMSNorm nor LayerNorm. ValueError: another number of
-            norms than k, or norms of different widths or forms.
+        TypeError: a norm that computes neither RMSNorm nor LayerNorm.
+        ValueError: another number of norms than k, or norms of different widths or forms.
 
     Source: arXiv 2410.13077; router and initial values are ours (docs/mod.md).
     """

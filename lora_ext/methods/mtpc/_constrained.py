@@ -43,7 +43,8 @@ class Constrained:
 
     Args:
         decoder: a :class:`SpeculativeDecoder` with a constraint.
-        request: budget and end tokens of the call. batch: number of rows.
+        request: budget and end tokens of the call.
+        batch: number of rows.
 
     Raises:
         ValueError: a number of constraints, end tokens or a vocabulary that do not fit; stop

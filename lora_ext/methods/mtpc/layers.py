@@ -101,7 +101,10 @@ class CircuitHead(nn.Module):
     results keep. A token :data:`IGNORE` is marginalised.
 
     Args:
-        hidden_size: ``D``. vocab_size: ``V``, at least 2. n_token: ``K``. rank: ``C``.
+        hidden_size: ``D``.
+        vocab_size: ``V``, at least 2.
+        n_token: ``K``.
+        rank: ``C``.
         kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``.
         emission: see the table. ``full`` for small vocabularies, ``adapter`` for large ones.
         adapter_rank: ``R`` of ``adapter``, at least 1.
@@ -119,7 +122,8 @@ class CircuitHead(nn.Module):
         ValueError: sizes out of range, an unknown kind or emission, ``ff`` with a rank other than
             1, ``hmm`` or ``btree`` with rank or n_token below 2, a shortlist with fewer than 2
             tokens, with a repeated token or one outside the vocabulary, leaves larger than the free
-            memory. NotImplementedError: other dtypes.
+            memory.
+        NotImplementedError: other dtypes.
 
     Source: arXiv 2511.11346 and its code; ``adapter`` is ours (docs/mtpc.md). A shortlist for the
     draft: FR-Spec (arXiv 2502.14856).
@@ -204,8 +208,8 @@ class CircuitHead(nn.Module):
         itself; without a shortlist, and if dtype and device agree, it shares the model's memory.
 
         Args:
-            weight: ``(num_blocks * V, D)``. num_blocks: number of positions that the model
-                predicts.
+            weight: ``(num_blocks * V, D)``.
+            num_blocks: number of positions that the model predicts.
 
         Raises:
             ValueError: a weight of another shape, or num_blocks below 1.
@@ -250,7 +254,8 @@ class CircuitHead(nn.Module):
         vocabulary.
 
         Args:
-            h: ``(..., D)`` floating. x: ``(..., K)`` int64 tokens or :data:`IGNORE`.
+            h: ``(..., D)`` floating.
+            x: ``(..., K)`` int64 tokens or :data:`IGNORE`.
 
         Raises:
             ValueError: a shape that does not fit, or (on the CPU) a token outside the vocabulary.
@@ -269,7 +274,8 @@ class CircuitHead(nn.Module):
         """Compute ``log q(. | x_<k, h)`` over the vocabulary, ``(..., V)``, without gradient.
 
         Args:
-            h, x: as in :meth:`log_prob`. k: one position from 0, or one per row, ``(...)`` int64.
+            h, x: as in :meth:`log_prob`.
+            k: one position from 0, or one per row, ``(...)`` int64.
 
         Raises:
             ValueError: k outside [0, K), or an error of :meth:`log_prob`.
@@ -325,7 +331,8 @@ class CircuitHead(nn.Module):
         tokens alone.
 
         Args:
-            h: ``(..., D)``. evidence: as in :meth:`sample`.
+            h: ``(..., D)``.
+            evidence: as in :meth:`sample`.
 
         Returns:
             tokens ``(..., K)`` int64, and their log-probability with the latents ``(...)``.
@@ -341,7 +348,8 @@ class CircuitHead(nn.Module):
         """Reshape hidden states ``(..., D)`` to rows ``(N, D)`` in the dtype of the parameters.
 
         Raises:
-            TypeError: hidden states that are not floating. ValueError: another width.
+            TypeError: hidden states that are not floating.
+            ValueError: another width.
         """
         require(h.is_floating_point(), "CircuitHead", "h", "a floating dtype", h.dtype, TypeError)
         fits = h.dim() != 0 and h.shape[-1] == self.hidden_size
@@ -353,8 +361,9 @@ class CircuitHead(nn.Module):
         circuit ops expect.
 
         Raises:
-            TypeError: tokens that are not int64. ValueError: a shape that does not fit ``h``, or
-                (on the CPU) a token outside the vocabulary.
+            TypeError: tokens that are not int64.
+            ValueError: a shape that does not fit ``h``, or (on the CPU) a token outside the
+                vocabulary.
         """
         require(x.dtype == torch.int64, "CircuitHead", "tokens", "int64", x.dtype, TypeError)
         shape, found = (*h.shape[:-1], self.n_token), tuple(x.shape)

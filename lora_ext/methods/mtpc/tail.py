@@ -25,7 +25,8 @@ class DraftTail(nn.Module):
     The model's modules are replaced in place; :meth:`remove` restores them.
 
     Args:
-        model: a transformers causal LM. num_layers: K, at least 1. rank, alpha: of the LoRA.
+        model: a transformers causal LM.
+        num_layers: K, at least 1. rank, alpha: of the LoRA.
 
     Raises:
         ValueError: more layers than the model has, layers that have a draft tail already, or a

@@ -129,7 +129,8 @@ class WeightPair:
         """Compute ``V^T b``, ``(n, r)``, and ``|V|_F``.
 
         Raises:
-            ZeroAlignmentError: V is zero. ValueError: NaN or infinity in a weight.
+            ZeroAlignmentError: V is zero.
+            ValueError: NaN or infinity in a weight.
         """
         product = b.new_zeros(self.shape[1], b.shape[1])
         square = b.new_zeros(())

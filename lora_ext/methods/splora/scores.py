@@ -53,8 +53,8 @@ def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) 
         ``(4,)`` float64.
 
     Raises:
-        ValueError: shapes that do not fit, r = 0, NaN or infinity. TypeError: a tensor that is not
-            floating.
+        ValueError: shapes that do not fit, r = 0, NaN or infinity.
+        TypeError: a tensor that is not floating.
     """
     where = "pair_stats"
     named = {"a": a, "b": b, "projected_b": projected_b}
@@ -101,8 +101,9 @@ def ediem_scores(
             tensor; fewer than 4 layers for ``reference="population"``.
         ZeroAlignmentError: a layer with equal weights in both models.
         DegenerateReferenceError: a reference without spread.
-        KeyError: layers that a model lacks; a factor without the other.
-        TypeError: quantised weights. NotImplementedError: DoRA, embeddings, convolutions.
+        KeyError: layers that a model lacks; a module that lacks one of its two factors.
+        TypeError: quantised weights.
+        NotImplementedError: DoRA, embeddings, convolutions.
 
     Sources: arXiv 2506.18931, arXiv 2407.08623; docs/splora.md has the formulas.
     """
@@ -115,7 +116,7 @@ def ediem_scores(
     device = projected[0].columns.device if projected else torch.device("cpu")
     a, b = ([getattr(layer.factors, k).to(device) for layer in layers] for k in "ab")
     columns = [one.columns.to(device) for one in projected]
-    # Values below 0 are rounding errors, also of <P D, D>: P is positive semi-definite.
+    # Values below 0 are rounding errors, even in <P D, D>: P is positive semi-definite.
     stats = ops.lora_pair_stats(a, b, columns, scalings).cpu().clamp(min=0)  # (L, 4)
     distances = stats[:, 3].sqrt()
     sizes = torch.tensor([b_l.shape[0] * a_l.shape[1] for a_l, b_l in zip(a, b, strict=True)])
