@@ -204,7 +204,7 @@ def way_to(code: Sequence[Instruction], goal: str) -> list[Instruction] | None:
 def way_that_loads_most(
     head: int, body: set[int], after: Sequence[Sequence[int]], weight: Sequence[int]
 ) -> list[int]:
-    """Return the blocks of one turn, from the head to a block that branches back to it."""
+    """Return the blocks of one iteration, from the head to a block that branches back to it."""
     best: dict[int, tuple[int, list[int]]] = {}  # weight and blocks of the path from a block
     open_blocks: set[int] = set()
     stack = [head]
@@ -234,7 +234,7 @@ def is_main(loop: Sequence[Instruction]) -> bool:
 
 # --- flight ---------------------------------------------------------------------------------------
 def flight(turn: Sequence[Instruction]) -> Flight:
-    """Return what a loop has in flight once it repeats itself."""
+    """Return what a loop has in flight in its steady state."""
     clock, began, overlap = 0, 0, 0
     lands: dict[int, int] = {}  # when the load of a barrier arrives
     groups: list[int] = []  # the same for groups of cp.async

@@ -197,8 +197,8 @@ def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: int = 1) -> Tensor:
     """Add an adapter to a weight in place, ``weight += sign * scale * b @ a``, rounded once.
 
-    By torch's GEMM. Taking out (``sign=-1``) what was added does not restore every bit of a rounded
-    weight; who needs them keeps a copy.
+    Uses torch's GEMM. Subtracting an update again (``sign=-1``) does not restore every bit of a
+    rounded weight; keep a copy if you need the exact values.
 
     Args:
         weight: ``(O, I)`` floating; comes back.

@@ -62,8 +62,8 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
         TypeError: ``config`` is not a ModConfig, or the final norm computes neither RMSNorm nor
             LayerNorm.
         ValueError: a model that is not a causal LM, fewer layers than k, or a model with another
-            attribute ``mod``. InexactMixError: ``backend="hidden"`` with a head that soft-caps its
-            logits.
+            attribute ``mod``.
+        InexactMixError: ``backend="hidden"`` with a head that soft-caps its logits.
         NotImplementedError: an encoder beside the decoder, or a projection between the final norm
             and the head. The model is unchanged after an error.
 

@@ -45,8 +45,8 @@ class ModConfig:
             the vocabulary at a time; "auto" uses "hidden" if the two are equal.
 
     Raises:
-        ValueError: a value out of range; the message names the field. InexactMixError: "prob" with
-            "hidden".
+        ValueError: a value out of range; the message names the field.
+        InexactMixError: "prob" with "hidden".
 
     Source: arXiv 2410.13077.
     """

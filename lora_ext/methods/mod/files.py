@@ -69,8 +69,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the parameters and the configuration of MoD into a folder, for :func:`load`.
 
     Raises:
-        RuntimeError: a model without MoD. OSError: an error of the system; no file has changed
-            then.
+        RuntimeError: a model without MoD.
+        OSError: an error of the system; no file has changed then.
     """
     from safetensors.torch import save as as_bytes  # imported late: only this function needs it
 

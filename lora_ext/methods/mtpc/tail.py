@@ -26,7 +26,8 @@ class DraftTail(nn.Module):
 
     Args:
         model: a transformers causal LM.
-        num_layers: K, at least 1. rank, alpha: of the LoRA.
+        num_layers: K, at least 1.
+        rank, alpha: of the LoRA.
 
     Raises:
         ValueError: more layers than the model has, layers that have a draft tail already, or a
