@@ -213,7 +213,7 @@ def learning_rows(
 
 
 def em_table(args: argparse.Namespace) -> list[dict[str, object]]:
-    """Compare 512 sequences of 32 steps, 64 values, 8 and 32 states."""
+    """Compare EM on 512 sequences of 32 steps with 64 values, for 8 and 32 states."""
     rows: list[dict[str, object]] = []
     for rank in (8, 32):
         rows += learning_rows("em", f"r = {rank}", circuit_training.em_calls(rank), args.rounds)
@@ -221,7 +221,7 @@ def em_table(args: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def digits_table(args: argparse.Namespace) -> list[dict[str, object]]:
-    """Compare 1797 images of 64 pixels, 17 greys, batches of 100."""
+    """Compare training on 1797 images of 64 pixels with 17 grey levels, in batches of 100."""
     x = circuit_training.digits()
     rows: list[dict[str, object]] = []
     if x is None:

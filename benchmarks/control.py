@@ -193,7 +193,7 @@ def nats(bench: Bench, tokens: Tensor) -> float:
 
 # --- what it costs --------------------------------------------------------------------------------
 def midway(bench: Bench, count: int) -> tuple[list[Row | None], Tensor]:
-    """Return rows with one constraint each, eight tokens into their texts, and the scores."""
+    """Return rows with one constraint each after eight written tokens, and their next scores."""
     letters = "abcdefghijklmnop"
     rows: list[Row | None] = []
     for i in range(count):

@@ -63,7 +63,7 @@ QUIET = 1.5  # load above which seconds are not valid
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Yield nats, tokens per call, and speed over ff of every head, by mode and batch."""
+    """Yield one row per head: nats, then tokens per call and speedup over ff by mode and batch."""
     sizes = mtpc_bytes.QUICK if quick else SMALL
     torch.manual_seed(arm["seed"])
     train, held_out = mtpc_bytes.read_text(sizes)

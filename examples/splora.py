@@ -65,7 +65,7 @@ def show(result: SploraResult) -> None:
 
 
 def by_count(stage: Stage) -> Curve:
-    """Return refusals and task loss of the live model with K modules pruned, by K."""
+    """Return refusal rates and task loss of the live model for each number K of pruned modules."""
     counts = sorted({round(part * len(stage.adapter.modules)) for part in PARTS})
     found = {}
     for k in tqdm(counts, desc="prune the live model", unit="K"):

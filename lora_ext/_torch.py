@@ -77,7 +77,7 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
-    """Raise NotImplementedError if a tensor has a tangent, also one of ``torch.func.jvp``.
+    """Raise NotImplementedError if a tensor has a tangent, including one of ``torch.func.jvp``.
 
     No op has a forward-mode derivative. If no gradient is required, torch calls an op whose
     backward is registered in Python below autograd and would drop the tangent. Ops with a backward

@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _quick(items: list[pytest.Item], cases: int) -> set[pytest.Item]:
-    """Return the tests that are not slow: for each test, op and backend some evenly spaced cases.
+    """Select evenly spaced cases of every test that is not slow, per test function, op and backend.
 
     Every test function that is not slow keeps at least one case on each of its backends, so every
     op and every room is covered. Only ``emu-check``, which `make test` does not build, has no case.

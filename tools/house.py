@@ -86,7 +86,7 @@ def names_of(package: str, face: Path) -> set[str]:
 def imports_of(
     module: str, path: Path, known: dict[str, Path], shown: dict[str, set[str]]
 ) -> list[Import]:
-    """Return what a file imports from the package, also in functions and for annotations."""
+    """Return what a file imports from the package, including in functions and for annotations."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = []
     for node in ast.walk(ast.parse(path.read_text())):

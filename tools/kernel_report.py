@@ -35,7 +35,7 @@ BEGIN, END = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
 SMS, CLOCK = 132, 1755.0  # multiprocessors; cycles per us
 NULL, L2, DRAM = 2.0, 0.2, 0.55  # us: an empty kernel in a graph, a trip to L2, a trip to memory
 STREAM, L2_STREAM = 2.7e6, 5.5e6  # bytes per us, of memory and of L2
-HANDOFF = 0.3  # us, to a launch that may begin before the previous one ends
+HANDOFF = 0.3  # us: an empty kernel that may begin before the previous one ends
 STEP = 1.1  # us: one product of a chain in one launch, with its barrier and trips
 MOST_SHARED = 227 * 1024 - 2048  # most bytes of dynamic shared memory per block
 MMA_FLOPS, MMA_CYCLES = 4096, 6.4  # flops and scheduler cycles of one m16n8k16
@@ -151,7 +151,7 @@ def decode_pair(
     tiles = slots * ceil(rows / slots / 16)
     splits = min(16, max(1, ceil(i / 512)))
     v = 4 * rows * rank * splits * len(outputs)
-    launched = (rows // 16 + min(rows, slots)) * len(outputs)  # most possible chunks
+    launched = (rows // 16 + min(rows, slots)) * len(outputs)  # upper bound of the number of chunks
     each = 128 if launched * ceil(max(outputs) / 256) < 2 * SMS else 256
     modules = 1 if len(outputs) == 1 else 8
     shrink = Case(

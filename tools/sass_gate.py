@@ -88,7 +88,7 @@ class Kernel:
 
     @cached_property
     def turns(self) -> list[list[Instruction]]:
-        """Instructions of one turn of each main loop."""
+        """Instructions of one iteration of each main loop."""
         return sass_loops.main_loops(self.code)
 
     @cached_property

@@ -89,12 +89,12 @@ def successors(code: Sequence[Instruction], at: dict[int, int], i: int) -> list[
 
 
 def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """Return the instructions that one turn of each main loop runs, in order.
+    """Return the instructions of one iteration of each main loop, in order.
 
-    Loops are defined by dominators: the path from a block back to one that every path to it has
-    passed. A main loop loads 16 bytes at a time, or fills a ring by cp.async and waits for its
-    stages, and contains no such loop. An inner loop counts as one turn. Main loops are in the order
-    of their heads.
+    Loops are natural loops: a branch back to a block that dominates the branch closes one. A main
+    loop loads 16 bytes at a time, or fills a ring by cp.async and waits for its stages, and
+    contains no other main loop. One iteration of each inner loop is counted. Main loops are in the
+    order of their head blocks.
     """
     starts, ends, after = blocks_of(code)
     before: list[list[int]] = [[] for _ in starts]
@@ -204,7 +204,7 @@ def way_to(code: Sequence[Instruction], goal: str) -> list[Instruction] | None:
 def way_that_loads_most(
     head: int, body: set[int], after: Sequence[Sequence[int]], weight: Sequence[int]
 ) -> list[int]:
-    """Return the blocks of one turn, from the head to a block that branches back to it."""
+    """Return the blocks of one iteration, from the head to a block that branches back to it."""
     best: dict[int, tuple[int, list[int]]] = {}  # weight and blocks of the path from a block
     open_blocks: set[int] = set()
     stack = [head]
@@ -234,7 +234,7 @@ def is_main(loop: Sequence[Instruction]) -> bool:
 
 # --- flight ---------------------------------------------------------------------------------------
 def flight(turn: Sequence[Instruction]) -> Flight:
-    """Return what a loop has in flight once it repeats itself."""
+    """Return what a loop has in flight in its steady state."""
     clock, began, overlap = 0, 0, 0
     lands: dict[int, int] = {}  # when the load of a barrier arrives
     groups: list[int] = []  # the same for groups of cp.async

@@ -123,7 +123,7 @@ def collate(own: language.Language, pairs: Sequence[tuple[str, str]]) -> dict[st
 
 
 def figures(model: Any, stage: Stage, over: bool = False) -> dict[str, float]:
-    """Return shares of refused harmful and, with `over`, harmless questions, and the task loss."""
+    """Return the task loss and the shares of harmful and, if `over`, harmless questions refused."""
     own, count = language.load(stage.quick), 1 if stage.quick else NEW_TOKENS
     asked = {"refusals": stage.harmful, **({"over": stage.harmless} if over else {})}
     found = {"loss": language.loss_of(model, stage.task)}

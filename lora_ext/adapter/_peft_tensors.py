@@ -93,7 +93,7 @@ def factor_keys(
     where: str, keys: Iterable[str], adapter_name: str | None = None
 ) -> dict[str, tuple[str, str]]:
     """Return the keys of A and B of each module, skipping other adapters if ``adapter_name`` is
-    given; raise `KeyError` for a factor without the other."""
+    given; raise `KeyError` if a module lacks one of its two factors."""
     halves: dict[str, dict[str, str]] = {}
     for key in keys:
         read = _read_key(key)

@@ -258,7 +258,7 @@ def _check_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
 
 
 def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) -> None:
-    """Raise unless modules of one name have one shape; with ``equal``, also one rank and the same
+    """Raise unless modules of one name have one shape; with ``equal``, one rank and the same
     modules in all adapters."""
     (first, reference), *others = adapters.items()
     seen = {name: (first, factors) for name, factors in reference.modules.items()}

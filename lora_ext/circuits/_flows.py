@@ -281,7 +281,7 @@ def _total(
 
 
 def _expectation(flow: Tensor, value: Tensor) -> Tensor:
-    """Return the sum of flow times value; terms of flow 0 count 0, also where the value is
+    """Return the sum of flow times value; terms of flow 0 count 0, even if the value is
     infinite.
     """
     return torch.where(flow > 0, flow * value, 0).sum()

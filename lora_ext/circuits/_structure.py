@@ -105,10 +105,11 @@ def _jointly(*parts: dict[int, int]) -> dict[int, int]:
 
 
 def _disjoint(terms: list[dict[int, int]], merged: dict[int, int]) -> bool:
-    """Return whether a variable separates all terms or, for at most 64 terms, each pair has a
-    variable that separates it.
+    """Return whether the terms are shown to exclude each other.
 
-    ``merged`` holds the values allowed by any term, for each variable that all terms restrict.
+    Either one variable separates all terms, or there are at most 64 terms and every pair has a
+    variable that separates it. ``merged`` holds the values allowed by any term, for each variable
+    that all terms restrict.
     """
     if any(sum(t[v].bit_count() for t in terms) == m.bit_count() for v, m in merged.items()):
         return True

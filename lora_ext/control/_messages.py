@@ -253,7 +253,7 @@ class NextTokens:
 
     @cached_property
     def layout(self) -> Layout:
-        """Tokens by the way in which the guide's ratio is computed."""
+        """Tokens grouped by how their guide ratio is computed."""
         constraint = self._constraint
         vocab, end = constraint.vocab_size, constraint.end
         after = self.after[constraint.class_index]  # (V,)
@@ -287,7 +287,7 @@ class NextTokens:
 
 
 class Layout(NamedTuple):
-    """Tokens of a step, by their next state.
+    """Tokens of a step, grouped by their next state.
 
     Attributes:
         wide: next states of many tokens, which are computed by a product with the vocabulary.

@@ -89,7 +89,7 @@ class ConstraintProcessor:
         if prior is None:
             return None
         where = _WHERE, "prior"
-        require(self._guide is not None, *where, "none without a guide", tuple(prior.shape))
+        require(self._guide is not None, *where, "None without a guide", tuple(prior.shape))
         assert self._guide is not None
         shape, states = tuple(prior.shape), self._guide.num_states
         require(len(shape) == 2 and shape[1] == states, *where, f"shape (B, {states})", shape)

@@ -253,7 +253,7 @@ class _WithoutGraph:
         return self  # shared with copies of the model, whose hooks must end too
 
     def end(self) -> None:
-        """Disable the hooks, also those on copies of the model."""
+        """Disable the hooks, including those on copies of the model."""
         self._ended = True
 
     def enter(self, *_: Any) -> None:

@@ -15,7 +15,7 @@ from lora_ext.layers import block_index
 
 Client = int | str
 
-#: Pattern of the layer index in a module name, as in most models of transformers.
+#: Pattern of the layer index in a module name, as in most transformers models.
 PATTERN = r"layers\.(\d+)\."
 
 

@@ -95,7 +95,7 @@ def _in_order(
         y = fused_forward(x, read, first)
         scale = _scale(weight, first, magnitude, norms[0])
         scaled = y * scale
-        # The bias is not part of the direction. If the scale is 1, y keeps every bit.
+        # The bias is not part of the direction. If the scale is 1, y is unchanged.
         return (scaled if bias is None else scaled + bias * (1 - scale)).to(y.dtype)
     y = base_product(base, x)
     dtype, read = y.dtype, dense()

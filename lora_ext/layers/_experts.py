@@ -34,7 +34,7 @@ _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expe
 
 
 class Routing(NamedTuple):
-    """Pairs of a batch, in the order in which they are multiplied."""
+    """Pairs of token and expert in a batch, in the order in which they are multiplied."""
 
     order: Tensor  # (P,) int64, the pair at each place; pair p is token p // k
     token: Tensor  # (P,) int64

@@ -130,7 +130,7 @@ def lora_expand_(
 ) -> Tensor:
     """Add the image of every row of ``v`` under its own adapter to ``y``, in place.
 
-    ``y[t] = round(y[t] + b[s] @ v[t])``: one rounding; rows with id -1 keep every bit.
+    ``y[t] = round(y[t] + b[s] @ v[t])``: one rounding; rows with id -1 stay unchanged.
 
     Args:
         y: ``(T, O)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. It comes
@@ -246,7 +246,7 @@ def lora_apply_(
     """Add the low-rank update of every row to ``y`` in place: the op that serving uses.
 
     ``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))``: one rounding; rows with id -1, and
-    rows whose adapter has rank 0, keep every bit.
+    rows whose adapter has rank 0, stay unchanged.
 
     Args:
         y: ``(T, O)``, dtype and device of ``x``; any row stride. It comes back, and shares no
@@ -276,9 +276,12 @@ def bgmv_(
     """Batched gather matrix-vector product: :func:`lora_apply_` of banks under Punica's first name.
 
     Args:
-        y: ``(T, O)``, changed in place, and comes back. x: ``(T, I)``. a: ``(A, R, I)``. b: ``(A,
-            O, R)``.
-        adapter_ids: ``(T,)`` in ``[-1, A)``, -1 for none. scale: ``(A,)`` float32, or None for 1.
+        y: ``(T, O)``, changed in place, and comes back.
+        x: ``(T, I)``.
+        a: ``(A, R, I)``.
+        b: ``(A, O, R)``.
+        adapter_ids: ``(T,)`` in ``[-1, A)``, -1 for none.
+        scale: ``(A,)`` float32, or None for 1.
 
     Raises:
         ValueError: as :func:`lora_apply_`.

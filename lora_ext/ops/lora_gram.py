@@ -177,7 +177,9 @@ def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Return the weight that an adapter adds, ``scale * b @ a``; differentiable, by torch's GEMM.
 
     Args:
-        a: ``(r, I)`` floating. b: ``(O, r)``. scale: the adapter's scale.
+        a: ``(r, I)`` floating.
+        b: ``(O, r)``.
+        scale: the adapter's scale.
 
     Returns:
         ``(O, I)`` in the dtype of ``a``, accumulated in float32 (float64), rounded once.
@@ -195,12 +197,14 @@ def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: int = 1) -> Tensor:
     """Add an adapter to a weight in place, ``weight += sign * scale * b @ a``, rounded once.
 
-    By torch's GEMM. Taking out (``sign=-1``) what was added does not restore every bit of a rounded
-    weight; who needs them keeps a copy.
+    Uses torch's GEMM. Subtracting an update again (``sign=-1``) does not restore every bit of a
+    rounded weight; keep a copy if you need the exact values.
 
     Args:
         weight: ``(O, I)`` floating; comes back.
-        a: ``(r, I)``. b: ``(O, r)``. scale: the adapter's scale.
+        a: ``(r, I)``.
+        b: ``(O, r)``.
+        scale: the adapter's scale.
         sign: 1 to merge, -1 to take out.
 
     Raises:
@@ -226,7 +230,9 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
 
     Args:
         weight: ``(O, I)`` floating.
-        a: ``(r, I)``. b: ``(O, r)``. scale: the adapter's scale, a number or a tensor of one.
+        a: ``(r, I)``.
+        b: ``(O, r)``.
+        scale: the adapter's scale, a number or a tensor of one.
 
     Returns:
         ``(O,)`` float32 (float64 for float64).

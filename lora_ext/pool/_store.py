@@ -60,7 +60,7 @@ class Placement:
     free: dict[str, list[int]] = field(default_factory=dict)  # free pages afterwards, if changed
     victims: list[Resident] = field(default_factory=list)
     slabs: dict[str, Slab] = field(default_factory=dict)  # new; the store gets them in commit
-    blocks: list[TableBlock] = field(default_factory=list)  # new, as well as the following fields
+    blocks: list[TableBlock] = field(default_factory=list)  # new, as are the next three fields
     biases: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     replaced: dict[str, Replaced] = field(default_factory=dict)

@@ -77,7 +77,7 @@ def lora_expand_(
 ) -> Tensor:
     """Compute ``y[t] = round(y[t] + b[s] @ v[t])`` in place.
 
-    Rows with id -1 or rank 0 keep every bit.
+    Rows with id -1 or rank 0 stay unchanged.
     """
     delta = lora_update(v, b, adapter_ids, ranks, page_table)
     total = (y.to(delta.dtype) + delta).to(y.dtype)
@@ -118,7 +118,7 @@ def lora_apply_(
 ) -> Tensor:
     """Compute ``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))`` in place.
 
-    Rows with id -1 keep every bit.
+    Rows with id -1 stay unchanged.
     """
     v = lora_shrink(x, a, adapter_ids, scale, ranks, page_table)
     return lora_expand_(y, v, b, adapter_ids, ranks, page_table)

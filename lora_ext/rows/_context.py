@@ -331,7 +331,7 @@ def adapters(
             They are copied and checked here, which waits for the device.
         input_ids: The prompts, ``(B, T)`` integers. An activated adapter serves its row from the
             last position of its invocation on. Without an invocation the base model serves the row,
-            with a warning. Default: the ids of the forwards, if a model of transformers is
+            with a warning. Default: the ids of the forwards, if a transformers model is
             attached.
         starts: These positions, if they are known: one per name, in the tokens of the row with
             pads. With None an activated adapter serves no token of the row, an ordinary one all.
@@ -455,7 +455,7 @@ def _warn_of_nested_block(block: Block) -> None:
     inner, around = block.assignment.each(), outer.assignment.each()
     warnings.warn(
         f"adapters: a block of {inner!r:.200} is entered inside one of {around!r:.200} that has "
-        "served: until it is left it serves every forward of this thread and task, also those of a "
+        "served: until it is left it serves every forward of this thread and task, even those of a "
         "generator that yielded inside the outer block. Leave a block before a yield, or give "
         "adapter_names= to each call",
         stacklevel=4,

@@ -33,7 +33,7 @@ class Settings:
     """Settings of a server.
 
     Args:
-        model: a folder with a model of transformers or sentence-transformers and its tokenizer.
+        model: a folder with a transformers or sentence-transformers model and its tokenizer.
         adapters: the folder of all adapters, each in a subfolder of its name.
         host, port: address of the server. Port 0 is any free port.
         device: None uses a GPU if torch finds one.

@@ -339,7 +339,7 @@ class AdapterRequests:
         original(outputs)
 
     def cancel_request(self, original: Callable[[str], None], request_id: str) -> None:
-        """Cancel a request, also if the manager has not read it yet."""
+        """Cancel a request, even if the manager has not read it yet."""
         with self._unpinned:
             if request_id in self._requests:
                 self._requests[request_id].cancelled = True

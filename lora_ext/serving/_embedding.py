@@ -60,7 +60,7 @@ class Embedder(ServedPool):
     """Embedding model with adapters of a folder, each loaded at first use.
 
     Args:
-        model: a model of transformers with a ``last_hidden_state``, on its device.
+        model: a transformers model with a ``last_hidden_state``, on its device.
         tokenizer: tokenizer of the model.
         folder: folder of the adapters. Nothing outside it is read.
         pooling: vector of a text: "cls" for the first token's, "mean" for the mean of all, or

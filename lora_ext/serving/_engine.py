@@ -107,7 +107,7 @@ class Engine(ServedPool):
     Attaches the model and makes its manager, which runs inside ``with engine:``.
 
     Args:
-        model: a model of transformers with ``generate_batch``, on its device.
+        model: a transformers model with ``generate_batch``, on its device.
         tokenizer: tokenizer of the model.
         folder: folder of the adapters. Nothing outside it is read.
         max_requests: most waiting and running requests; each may have a different adapter.

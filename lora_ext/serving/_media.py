@@ -21,7 +21,7 @@ from lora_ext.rows import Assignment, Layout, change_blocks, generation_scope, i
 
 
 class _Kind(NamedTuple):
-    """Kind of media, with its names in models of transformers."""
+    """Media type, with its names in transformers models."""
 
     method: str  # method that runs tower and projector
     given: str  # argument of a forward

@@ -1,4 +1,4 @@
-"""Sampling of a request of continuous batching, independent of the other requests."""
+"""Per-request sampling in continuous batching, independent of the other requests."""
 
 from __future__ import annotations
 

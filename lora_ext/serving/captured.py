@@ -152,7 +152,7 @@ class Capturable:
     def write(self, assignment: Assignment) -> None:
         """Write the names for replays, and pin their adapters until the next write.
 
-        After an error, also of the pool, replays use the base model. In a capture, or after
+        After an error, even of the pool, replays use the base model. In a capture, or after
         :meth:`close`, nothing changes.
 
         Raises:

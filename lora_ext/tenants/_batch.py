@@ -21,7 +21,7 @@ from ._live import LiveAdapter
 from ._losses import LOSSES
 
 #: Kind of model that a service needs: padding follows each sequence and is not masked.
-CAUSAL = "a causal language model of transformers, in which no token depends on later tokens"
+CAUSAL = "a transformers causal LM, in which no token depends on later tokens"
 
 
 @dataclass(eq=False)
@@ -87,7 +87,7 @@ class Part:
 
 
 class BatchStep:
-    """Steps of a causal language model of transformers, in evaluation mode."""
+    """Steps of a transformers causal LM in evaluation mode."""
 
     def __init__(self, model: Any):
         self.model, self.head = model, model.get_output_embeddings()

@@ -76,7 +76,7 @@ class Scheduler:
 
     def __init__(self, step: BatchStep, max_tokens: int, size: int):
         self.step, self.max_tokens, self.size = step, max_tokens, size
-        #: Steps so far, parts in them, and the most in one.
+        #: Number of steps, of parts in all steps, and of parts in the largest step.
         self.counts = {"steps": 0, "parts": 0, "most": 0}
         self._changed = threading.Condition()
         self._queues: list[Queue] = []

@@ -38,7 +38,7 @@ class Service:
     error of one tenant only fails its own call.
 
     Args:
-        model: a model of transformers. It is changed in place: its layers are wrapped, and it is
+        model: a transformers model. It is changed in place: its layers are wrapped, and it is
             frozen and set to evaluation mode. :meth:`close` restores it.
         max_tokens: most tokens of one step, and therefore of one datum.
         store: the folder of saves, created if it is missing; None disables saves.

@@ -11,7 +11,7 @@ SHAPES = {Q: (24, 20), V: (12, 20)}  # (O, I)
 
 
 def llama(layers=2, **fields):
-    """Return a small Llama model of transformers."""
+    """Return a small transformers Llama model."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,

@@ -62,7 +62,7 @@ def test_equal_base_weight_is_accepted_and_a_changed_one_is_refused(case, strict
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad(), lora_ext.adapters("same"):
         assert (model(ids).logits - theirs(ids).logits).abs().max() < 1e-5
-    # The weight is compared with that of the live model, also while the pool is attached.
+    # The weight is compared with that of the live model, even while the pool is attached.
     for key in expected:
         changed = dict(tensors)
         changed[key] = tensors[key].clone()

@@ -129,7 +129,7 @@ _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def _small(name, kind="ForCausalLM", **fields):
-    """Return a function that makes a small model of transformers' class of that name."""
+    """Return a function that makes a small model of the transformers class of that name."""
     config = getattr(transformers, f"{name}Config")
     return lambda: getattr(transformers, f"{name}{kind}")(config(**fields))
 

@@ -1,4 +1,4 @@
-"""Loading and saving keep every bit of PEFT's files, including parts that no operation supports."""
+"""Round trips preserve PEFT's files bit for bit, including parts that no operation supports."""
 
 import copy
 import json

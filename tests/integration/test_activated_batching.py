@@ -302,7 +302,7 @@ def test_page_of_the_last_step_is_shared_but_not_equal_tokens_with_two_starts(pa
     model, _, _ = pair
     shared = words(40, 9)
     with running(model) as manager:
-        ask(manager, shared, None, max_new_tokens=1)  # one step, in which it ends
+        ask(manager, shared, None, max_new_tokens=1)  # the request ends in its first step
         _, computed = ask(manager, tailed(shared, "act", 0), "act", max_new_tokens=1)
         assert computed == len(tailed(shared, "act", 0)) - 40
     model, reference, _ = pair

@@ -18,7 +18,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "beams": {**GREEDY, "num_beams": 3, "num_return_sequences": 2},
     "chunked prefill": {**GREEDY, "prefill_chunk_size": 2},
 }
-# What transformers rejects, attached or not.
+# Combinations that transformers rejects even without ``attach``.
 LACKS = {
     ("mamba", "chunked prefill"), ("bamba", "embeds"), ("opt", "batch"), ("jamba", "batch"),
 }  # fmt: skip

@@ -129,7 +129,7 @@ def test_rows_keep_their_constraints_when_the_batch_changes():
     batch, texts = Batch(rows), {name: [] for name in ("date", "dog", "answer", "plain", "late")}
     batch.update(added=[(0, date, texts["date"]), (1, sampling(), texts["plain"])])
     scores, changed = batch.step(0)
-    assert torch.equal(changed[1], scores[1])  # rows without a constraint keep every bit
+    assert torch.equal(changed[1], scores[1])  # row without a constraint
     batch.update(added=[(2, dog, texts["dog"]), (3, answer, texts["answer"])])
     batch.step(1)
     batch.update(moved=[(0, 2, "SWAP")])

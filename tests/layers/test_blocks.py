@@ -73,7 +73,7 @@ def test_model_wrapped_by_peft_gives_its_layers():
 
 def test_model_of_another_package_raises():
     with pytest.raises(
-        ValueError, match=r"decoder_layers: model: expected a model of transformers, found Linear"
+        ValueError, match=r"decoder_layers: model: expected a transformers model, found Linear"
     ):
         decoder_layers(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"decoder_layers: model: .* found NoneType"):

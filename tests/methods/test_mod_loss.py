@@ -22,7 +22,7 @@ LABELS = IDS.masked_fill(
 
 
 def layers_logits(model: Any, **inputs: Any) -> list[Tensor]:
-    """Return each layer's logits, by the model's norms and head."""
+    """Return the logits of the last k layers, computed with the model's norms and head."""
     found: list[Tensor] = []
     hooks = [
         block.register_forward_hook(

@@ -147,7 +147,7 @@ def test_graph_reads_its_adapter_while_its_lease_is_open(cuda, pool):
         step(cuda, pool, lease[0], seen)
 
     replay()
-    # Other adapters are loaded; at 12 and 14 the name of the graph is unloaded and loaded.
+    # Load other adapters. The graph's adapter is unloaded at seed 12 and loaded again at 14.
     for seed in range(10, 16):
         load(pool, f"x{seed}", seed)
         replay()

@@ -91,7 +91,7 @@ def test_siblings_are_learned_in_the_first_forward_and_shared_later(fused: list[
         assert fused == [3] * seed
         assert kept(model) == []
     x = inputs()
-    agree(model, plain, lambda m: torch.cat([m(x), m(x)]))  # a tensor passed again is shared again
+    agree(model, plain, lambda m: torch.cat([m(x), m(x)]))  # both calls share
     assert fused == [3] * 4
 
 

@@ -1,4 +1,4 @@
-"""The common strategy of Fed-HeLLo and LEGEND: a plan for each client, a mean for each layer."""
+"""Strategy that Fed-HeLLo and LEGEND share: one plan per client, one average per layer."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class FusedExperts(Fused, ParamWrapper):
         Args:
             x: ``(T, H)``.
             args: the experts of each row and their weights, both ``(T, k)``.
-            kwargs: ``adapter_names``, one per sequence, also in training.
+            kwargs: ``adapter_names``, one per sequence, including in training.
 
         Returns:
             ``(T, H)``.

@@ -80,7 +80,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
 
         Args:
             x: ``(..., I)``.
-            kwargs: ``adapter_names``, one per sequence, also in training and for DoRA adapters.
+            kwargs: ``adapter_names``, one per sequence, including in training and for DoRA.
 
         Returns:
             ``(..., O)``.

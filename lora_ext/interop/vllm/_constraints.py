@@ -164,7 +164,7 @@ class ConstrainedRows:
 
     vLLM divides by the temperature afterwards; the result has the distribution of docs/control.md.
     Penalties, ``top_p``, ``top_k`` and ``min_p`` change the distribution, but texts still satisfy
-    their constraints. Rows without a constraint keep every bit.
+    their constraints. Rows without a constraint stay unchanged.
 
     Args:
         vllm_config: ``additional_config["lora_ext_guide"]`` is the folder of a guide, if any.

@@ -28,7 +28,7 @@ from ._stacks import Stack, Stacks
 class Updates:
     """Mixin of a wrapper's methods, to be placed before one of vLLM's wrapper classes.
 
-    Rows without an adapter keep every bit, whatever the slots contain. Nothing is computed if no
+    Rows without an adapter stay unchanged, whatever the slots contain. Nothing is computed if no
     row of the step has an adapter, or no adapter changes the layer.
     """
 

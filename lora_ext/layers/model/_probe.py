@@ -46,7 +46,7 @@ class LoraProbe:
     :meth:`report`.
 
     Layers may be :class:`lora_ext.nn.LoraLinear` or PEFT's. Outputs are unchanged, and all hooks
-    are removed after the block, also after an exception. Each record computes the products of the
+    are removed after the block, even after an exception. Each record computes the products of the
     adapter once more, in float32 and without dropout; values remain on the device until they are
     read. A compiled model is not recorded.
 

@@ -30,7 +30,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     found = type(model).__name__
     text_config = getattr(getattr(model, "config", None), "get_text_config", None)
     if not isinstance(model, nn.Module) or text_config is None:
-        raise ValueError(f"decoder_layers: model: expected a model of transformers, found {found}")
+        raise ValueError(f"decoder_layers: model: expected a transformers model, found {found}")
     config: Any = text_config(decoder=True)
     names = ("num_decoder_layers", "num_hidden_layers")
     count = next((n for name in names if (n := getattr(config, name, None))), None)

@@ -49,7 +49,7 @@ def exact(model: Model, enabled: bool = True) -> Model:
     loaded from a file.
 
     Args:
-        model: model of transformers on the CPU, in float32 or bfloat16, in evaluation mode, with
+        model: transformers model on the CPU, in float32 or bfloat16, in evaluation mode, with
             the attention "sdpa". It may be wrapped, or attached to a pool. Its weights are those of
             ``nn.Linear`` and ``nn.Embedding``. It is changed in place and returned.
         enabled: False restores the model.
@@ -71,7 +71,7 @@ def exact(model: Model, enabled: bool = True) -> Model:
         return model
     config: Any = getattr(model, "config", None)
     found = getattr(config, "_attn_implementation", None)
-    require(found == "sdpa", "exact", "model", "a model of transformers with sdpa", repr(found))
+    require(found == "sdpa", "exact", "model", "a transformers model with sdpa", repr(found))
     _check_weights(model)
     plain = {name: layer for name, layer in linears_of(model) if type(layer) is nn.Linear}
     if plain:

@@ -98,7 +98,7 @@ class GatedGroups(LayerGroups):
 
 
 def remove_gates(groups: LayerGroups) -> None:
-    """Remove the gates from the layers of ``groups``, also those of other controllers."""
+    """Remove the gates from the layers of ``groups``, including those of other controllers."""
     for layer in chain(*groups.layers):
         gate = _gate_of(layer, groups.adapter_name)
         if gate is not None:

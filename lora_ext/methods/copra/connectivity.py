@@ -120,7 +120,7 @@ def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> 
 
 def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factors: Factors) -> None:
     """Set factors and scale of a layer, of any rank, until ``undo`` is closed. New parameters
-    replace those of the layer, which therefore keep every bit."""
+    replace the layer's own, without changing their values."""
     if factors.embedding:
         places = {"a": (layer.lora_embedding_A, adapter), "b": (layer.lora_embedding_B, adapter)}
     else:

@@ -111,7 +111,7 @@ class CopraController:
 
     def coalition(self, mask: Mask) -> AbstractContextManager[None]:
         """Return a context manager that sets ``mask`` as :meth:`set_mask` does and restores every
-        layer at the end, also after an exception."""
+        layer at the end, even after an exception."""
         self._check_in_use()
         return self.layers.masked(mask)
 

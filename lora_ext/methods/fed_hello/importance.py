@@ -48,19 +48,18 @@ def fim_scores(
         D = mean over samples of (d log p(y | x) / d theta)^2, elementwise
         F_l = sum over the tensors theta of layer l of norm(D)
 
-    Each batch takes one forward and one backward. A sample's gradient of a linear layer is the
-    product of its inputs and of the gradients of the layer's outputs. Adapters of other layers,
-    with DoRA or with a bias take one backward per sample. All layers are scored, also frozen ones.
+    Each batch takes one forward and one backward: the gradient of a linear layer for one sample is
+    the product of the layer's inputs and output gradients. Adapters with DoRA, with a bias, or of
+    other layers take one backward per sample. All layers are scored, including frozen ones.
     The model runs in evaluation mode; modes, flags, gradients and values are restored afterwards.
 
     Args:
         model: Model with adapted layers of :mod:`lora_ext.nn` or PEFT, before or after
             ``from_peft``. Samples are the first axis of their inputs.
-        batches: Each is a mapping of tensors with ``labels``, whose other entries are the model's
-            arguments, or ``(x, y)``. Labels are ``(n,)`` or, for sequences, ``(n, T)``, where a
-            sample's score is the sum over its tokens. Those of a mapping are shifted, as in
-            transformers. A label of -100 is ignored. The division into batches changes only
-            rounding.
+        batches: Each is ``(x, y)``, or a mapping of tensors with ``labels`` and the model's other
+            arguments. Labels are ``(n,)`` or, for sequences, ``(n, T)``; the score of a sequence is
+            the sum over its tokens. Labels in a mapping are shifted, as in transformers. A label of
+            -100 is ignored. The division into batches changes only rounding.
         layer_of: Function from the name of a LoRA tensor in ``model.named_parameters()`` to the
             index of its layer, or None.
         score: "log_prob", or "logit", the logit of the label, as in the authors' code.

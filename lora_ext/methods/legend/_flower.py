@@ -81,7 +81,7 @@ class Legend(LoraStrategy):
         self._allocator.timed_out(round, client, plan, seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as :class:`LoraStrategy` does, also after a restart and before the next
+        """Return the state as :class:`LoraStrategy` does, even after a restart and before the next
         round."""
         found = super().state_dict()
         if self.allocator is None and self._restored is not None:
@@ -89,7 +89,7 @@ class Legend(LoraStrategy):
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state of :meth:`state_dict`, also from JSON. The next round makes the
+        """Restore a state of :meth:`state_dict`, even one read from JSON. The next round makes the
         allocator, since it depends on the adapter."""
         rest = dict(state)
         self._restored = rest.pop("allocator", None)

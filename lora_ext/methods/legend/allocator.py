@@ -207,7 +207,7 @@ class LegendAllocator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the state by one of :meth:`state_dict`, also from JSON.
+        """Replace the state by one of :meth:`state_dict`, even one read from JSON.
 
         Raises:
             KeyError, TypeError: If the state has another form; nothing is changed then.

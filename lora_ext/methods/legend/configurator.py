@@ -188,7 +188,7 @@ class LegendConfigurator:
         """Choose the depths of one round.
 
         Args:
-            estimates: Estimates by device, also of devices that are not selected.
+            estimates: Estimates by device, including devices that are not selected.
             selected: Devices of the round; their order has no effect.
             previous: Plans or depths of the previous round by device. A device that is missing, for
                 example after a fault, may change by any step. With None no step is bounded.

@@ -86,7 +86,8 @@ class Ensemble:
     """MoD's state on a model beside the mixer, stored in the model's ``__dict__``.
 
     Args:
-        config, mixer: of the model. softcap: of its logits, or None.
+        config, mixer: of the model.
+        softcap: of its logits, or None.
 
     Attributes:
         explicit: True if the logits themselves are mixed, one chunk at a time.
@@ -107,7 +108,9 @@ class Ensemble:
         """Run the forward of the causal LM ``lm`` with the mixture.
 
         Args:
-            lm: the model. forward: its forward without MoD. given: arguments of the call.
+            lm: the model.
+            forward: its forward without MoD.
+            given: arguments of the call.
 
         Returns:
             a :class:`ModOutput`, or a tuple if ``return_dict`` is False.

@@ -35,7 +35,8 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
     The norm is run on a few rows, and the result is compared with each formula.
 
     Args:
-        norm: any module. where: function and argument, for the message.
+        norm: any module.
+        where: function and argument, for the message.
 
     Raises:
         TypeError: If the module has no weight ``(d,)``, or computes something else.

@@ -42,8 +42,10 @@ def mixed_logits(layers: Layers, weights: Tensor, chunk: int, probabilities: boo
     time: only one tensor of ``(..., V)`` is in memory. The backward recomputes each chunk.
 
     Args:
-        layers: k layers. weights: ``(..., k)``. chunk: columns per chunk. probabilities: True to
-            mix probabilities.
+        layers: k layers.
+        weights: ``(..., k)``.
+        chunk: columns per chunk.
+        probabilities: True to mix probabilities.
 
     Returns:
         ``(..., V)`` in the dtype of the head.
@@ -123,8 +125,10 @@ class Targets:
         """Return the targets of a model's forward.
 
         Args:
-            config: settings of MoD. given: arguments of the forward.
-            shape: ``(B, T)`` of the hidden states. device: of the head; labels may be on another.
+            config: settings of MoD.
+            given: arguments of the forward.
+            shape: ``(B, T)`` of the hidden states.
+            device: of the head; labels may be on another.
         """
         shifted = given.get("shift_labels")
         labels: Tensor = shift_labels(given["labels"]) if shifted is None else shifted

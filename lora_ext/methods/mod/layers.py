@@ -38,7 +38,8 @@ class DepthMixer(nn.Module):
     Attributes:
         norms: norms that belong to the mixer.
         final_norm: the last norm.
-        router: R, ``(k, d)``, of the router "token". bias: c, ``(k,)``, of "token" and "static".
+        router: R, ``(k, d)``, of the router "token".
+        bias: c, ``(k,)``, of "token" and "static".
 
     Raises:
         TypeError: If a norm computes neither RMSNorm nor LayerNorm.

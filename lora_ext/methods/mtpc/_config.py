@@ -61,7 +61,8 @@ class MtpcConfig:
         chain: with a bridge, number of consecutive windows of n tokens, each conditioned on the
             last token of the previous one; at most 1024.
         draft_layers: K, number of last layers that carry LoRA in the draft path; 0 for no LoRA.
-        draft_rank: rank of that LoRA. draft_alpha: its alpha.
+        draft_rank: rank of that LoRA.
+        draft_alpha: its alpha.
 
     Raises:
         ValueError: If a value is out of range; the message names the field.

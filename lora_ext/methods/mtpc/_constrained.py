@@ -43,7 +43,8 @@ class Constrained:
 
     Args:
         decoder: a :class:`SpeculativeDecoder` with a constraint.
-        request: budget and end tokens of the call. batch: number of rows.
+        request: budget and end tokens of the call.
+        batch: number of rows.
 
     Raises:
         ValueError: If the number of constraints, the end tokens or the vocabulary do not fit; stop

@@ -154,7 +154,8 @@ class Steps:
         """Draw the verifier's own token ``(B,)`` after a prompt without a drafted window.
 
         Args:
-            logits: ``(B, V)``. uniforms: ``(B,)``.
+            logits: ``(B, V)``.
+            uniforms: ``(B,)``.
         """
         if self.mode == "greedy":
             return logits.argmax(-1)
@@ -243,7 +244,8 @@ class Steps:
         """Accept a prefix of the window and draw the token after it.
 
         Args:
-            draft: result of :meth:`draft`. pending: as in :meth:`draft`.
+            draft: result of :meth:`draft`.
+            pending: as in :meth:`draft`.
             target: ``(B, K + 1, V)``, the verifier's logits before, inside and after the window.
             uniforms: ``(B, K + 1)``.
 

@@ -194,7 +194,9 @@ class SumWeights(nn.Module):
     """Logits of the prior, ``prior @ h``, and of ``M`` transitions, ``trans @ h + trans_bias``.
 
     Args:
-        kind, sizes, contextual: as in the head. shared: share_transitions. stays: init_identity.
+        kind, sizes, contextual: as in the head.
+        shared: share_transitions.
+        stays: init_identity.
         how: dtype and device of the parameters.
 
     Attributes:

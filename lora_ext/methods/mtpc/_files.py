@@ -81,7 +81,8 @@ class DraftFile:
     """Parameters of a draft, checked against a configuration without reading them.
 
     Args:
-        folder: folder of the draft. config, shortlist: what :func:`read_config` returned for it.
+        folder: folder of the draft.
+        config, shortlist: what :func:`read_config` returned for it.
         shape: ``(V, D)`` of the model's unembedding.
 
     Attributes:

@@ -38,7 +38,7 @@ _ONE = (
     "num_beams", "num_return_sequences", "repetition_penalty", "typical_p",
 )  # fmt: skip
 _NEUTRAL = {**dict.fromkeys(_ZERO, 0), **dict.fromkeys(_ONE, 1), "use_cache": True}
-# Settings of a model's own configuration that change its law, also in greedy decoding.
+# Settings of a model's own configuration that change its law, even in greedy decoding.
 _PENALTIES = (
     "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty",
     "forced_bos_token_id", "forced_eos_token_id", "no_repeat_ngram_size", "repetition_penalty",
@@ -55,7 +55,8 @@ class Request:
 
     Attributes:
         budget: maximum number of new tokens per row, at least 1.
-        ends: tokens that end a row. pad: token that fills a row after its end.
+        ends: tokens that end a row.
+        pad: token that fills a row after its end.
         stops: rule of the stop strings, or None.
         seeds: one per row.
         law: values of mode, temperature and top_p that the call sets.
@@ -198,7 +199,8 @@ class GeneratedRows:
         """Append the tokens of a call, up to the first stop.
 
         Args:
-            drafted: ``(live, K)``. accepted: ``(live,)``, number of drafted tokens that are kept.
+            drafted: ``(live, K)``.
+            accepted: ``(live,)``, number of drafted tokens that are kept.
             token: ``(live,)``, the verifier's token, which follows the kept ones.
             evidence: number of leading tokens of the draft that a row has already.
 

@@ -101,7 +101,10 @@ class CircuitHead(nn.Module):
     results keep. A token :data:`IGNORE` is marginalised.
 
     Args:
-        hidden_size: ``D``. vocab_size: ``V``, at least 2. n_token: ``K``. rank: ``C``.
+        hidden_size: ``D``.
+        vocab_size: ``V``, at least 2.
+        n_token: ``K``.
+        rank: ``C``.
         kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``.
         emission: see the table. ``full`` for small vocabularies, ``adapter`` for large ones.
         adapter_rank: ``R`` of ``adapter``, at least 1.
@@ -205,8 +208,8 @@ class CircuitHead(nn.Module):
         itself; without a shortlist, and if dtype and device agree, it shares the model's memory.
 
         Args:
-            weight: ``(num_blocks * V, D)``. num_blocks: number of positions that the model
-                predicts.
+            weight: ``(num_blocks * V, D)``.
+            num_blocks: number of positions that the model predicts.
 
         Raises:
             ValueError: If ``weight`` has another shape, or ``num_blocks`` is below 1.
@@ -251,7 +254,8 @@ class CircuitHead(nn.Module):
         vocabulary.
 
         Args:
-            h: ``(..., D)`` floating. x: ``(..., K)`` int64 tokens or :data:`IGNORE`.
+            h: ``(..., D)`` floating.
+            x: ``(..., K)`` int64 tokens or :data:`IGNORE`.
 
         Raises:
             ValueError: If a shape does not fit, or (on the CPU) a token is outside the vocabulary.
@@ -270,7 +274,8 @@ class CircuitHead(nn.Module):
         """Compute ``log q(. | x_<k, h)`` over the vocabulary, ``(..., V)``, without gradient.
 
         Args:
-            h, x: as in :meth:`log_prob`. k: one position from 0, or one per row, ``(...)`` int64.
+            h, x: as in :meth:`log_prob`.
+            k: one position from 0, or one per row, ``(...)`` int64.
 
         Raises:
             ValueError: If ``k`` is outside [0, K), and as :meth:`log_prob`.
@@ -326,7 +331,8 @@ class CircuitHead(nn.Module):
         tokens alone.
 
         Args:
-            h: ``(..., D)``. evidence: as in :meth:`sample`.
+            h: ``(..., D)``.
+            evidence: as in :meth:`sample`.
 
         Returns:
             tokens ``(..., K)`` int64, and their log-probability with the latents ``(...)``.

@@ -32,7 +32,8 @@ class Draft(nn.Module):
     decoding, ``save`` and ``load`` for files.
 
     Attributes:
-        model: the verifier, frozen, not a child of this module. config: a :class:`MtpcConfig`.
+        model: the verifier, frozen, not a child of this module.
+        config: a :class:`MtpcConfig`.
         head: the :class:`CircuitHead`.
         tail, bridge: LoRA layers of the draft path and the :class:`TokenBridge`; None if the
             configuration has none.

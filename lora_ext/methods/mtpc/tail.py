@@ -25,7 +25,9 @@ class DraftTail(nn.Module):
     The model's modules are replaced in place; :meth:`remove` restores them.
 
     Args:
-        model: a transformers causal LM. num_layers: K, at least 1. rank, alpha: of the LoRA.
+        model: a transformers causal LM.
+        num_layers: K, at least 1.
+        rank, alpha: of the LoRA.
 
     Raises:
         ValueError: If the model has fewer layers, the layers already have a draft tail, or the

@@ -64,7 +64,8 @@ def unfold_teacher(logits: Tensor, n: int) -> Tensor:
     zero; their targets are ignored.
 
     Args:
-        logits: ``(B, S, V)``. n: K, tokens of a window.
+        logits: ``(B, S, V)``.
+        n: K, tokens of a window.
 
     Returns:
         ``(B, S, K, V)``.
@@ -76,7 +77,9 @@ def pack_documents(documents: Iterable[Sequence[int]], length: int, eos_id: int)
     """Concatenate documents, each closed by ``eos_id``, and cut them into rows.
 
     Args:
-        documents: token ids of each document. length: tokens per row. eos_id: end of a document.
+        documents: token ids of each document.
+        length: tokens per row.
+        eos_id: end of a document.
 
     Returns:
         ``(rows, length)`` int64; tokens that do not fill a last row are dropped.

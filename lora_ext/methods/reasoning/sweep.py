@@ -23,7 +23,7 @@ def select_modules(
     Args:
         model: module with numbered blocks such as ``h.0`` and ``h.1``.
         suffixes: full names, or ends of names after a dot.
-        last_n: number of blocks at the end of the model, also counting blocks without such a
+        last_n: number of blocks at the end of the model, counting even blocks without such a
             module; None selects all. If the model has several stacks of blocks, the last blocks of
             each are selected.
 

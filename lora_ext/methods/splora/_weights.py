@@ -37,7 +37,7 @@ Source = LoraAdapter | AdapterSource | Mapping[str, Tensor]
 
 
 def read_adapter(where: str, source: Source) -> LoraAdapter:
-    """Read the adapter as a value; raise `KeyError` for a factor without the other."""
+    """Read the adapter into memory; raise `KeyError` if a module lacks one of its two factors."""
     if isinstance(source, LoraAdapter):
         return source
     if isinstance(source, Mapping):

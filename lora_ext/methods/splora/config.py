@@ -37,15 +37,17 @@ class SploraConfig:
             that makes it smallest, does not depend on sizes. "alignment", ``<D, V> / (|D| |V|)``
             itself: below 0 the update undoes the alignment.
         projection: P, "frobenius" ``V V^T / |V|`` or "orthogonal" ``U_q U_q^T``.
-        rank: q, maximum number of directions. energy: only as many directions as have this share of
-            the squared singular values. Both cut only the orthogonal projection.
+        rank: q, maximum number of directions.
+        energy: only as many directions as have this share of the squared singular values. Both cut
+            only the orthogonal projection.
         reference: S, sample that a distance is compared with: "population", all scored layers;
             "permutation", rows of B in random order; "pairs", matrices from the caller; "released",
             the layer itself, as in the authors' script; scores are ordered by the shift of the
             lower quartile alone, as the script's in exact arithmetic. All but "population" need
             ``score="distance"``; "alignment" uses no reference.
         stat: t(S), the spread: "iqr", the interquartile range, or "std".
-        n_samples: number of permutations per layer. seed: of the permutations.
+        n_samples: number of permutations per layer.
+        seed: of the permutations.
         include_scaling: s, distances are those of ``s B A``; False leaves s out, as both published
             codes do.
         mode: what is left of a pruned module, :func:`lora_ext.adapter.prune_adapter`.

@@ -117,7 +117,7 @@ def ediem_scores(
     device = projected[0].columns.device if projected else torch.device("cpu")
     a, b = ([getattr(layer.factors, k).to(device) for layer in layers] for k in "ab")
     columns = [one.columns.to(device) for one in projected]
-    # Values below 0 are rounding errors, also of <P D, D>: P is positive semi-definite.
+    # Values below 0 are rounding errors, even in <P D, D>: P is positive semi-definite.
     stats = ops.lora_pair_stats(a, b, columns, scalings).cpu().clamp(min=0)  # (L, 4)
     distances = stats[:, 3].sqrt()
     sizes = torch.tensor([b_l.shape[0] * a_l.shape[1] for a_l, b_l in zip(a, b, strict=True)])

@@ -36,7 +36,7 @@ def teacher_states(
     ``hidden_states`` of a transformers model are after its final norm.
 
     Args:
-        teacher: vision model of transformers (ViT, CLIP's, AIMv2 ...) in evaluation mode.
+        teacher: transformers vision model (ViT, CLIP's, AIMv2 ...) in evaluation mode.
         images: ``(3, H, W)`` tensors, preprocessed for the teacher, or one list of them per sample.
         n_blocks: number of blocks.
         pairing: "output" collects the outputs of the blocks; "released" their inputs, as in the

@@ -1,4 +1,4 @@
-"""Promises of responses by API key, and calls that run in the order of their numbers."""
+"""Promised responses per API key, and calls that run in the order of their sequence numbers."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def add_adapters(
 
 
 def with_bias(y: Tensor, slab: Any, ids: Tensor) -> Tensor:
-    """Return ``y`` with PEFT's ``lora_bias``, scaled; rows without it keep every bit."""
+    """Return ``y`` with PEFT's ``lora_bias``, scaled; rows without it stay unchanged."""
     slot = ids.clamp(min=0)
     bias = slab.bias[slot] * slab.scale[slot].unsqueeze(1)  # (T, O)
     uses = (ids >= 0) & (slab.ranks[slot] > 0)  # (T,)

@@ -51,7 +51,7 @@ class Rescale(NamedTuple):
 def rescaled(y: Tensor, rescale: Rescale) -> Tensor:
     """Return ``c * (y - bias) + bias`` for some rows of ``y (..., O)``, rounded once to its dtype.
 
-    Other rows keep every bit. ``y`` is changed in place if it is contiguous.
+    Other rows stay unchanged. ``y`` is changed in place if it is contiguous.
     """
     rows, c, bias = rescale
     flat = y.reshape(-1, y.shape[-1])  # (T, O)

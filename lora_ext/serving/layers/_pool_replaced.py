@@ -1,7 +1,7 @@
 """Adapters that replace a module (PEFT's ``modules_to_save``), usually the head.
 
 They may also replace only some rows of the embedding (``trainable_token_indices``). The base module
-computes all rows, so that rows of other adapters keep every bit. The rows of such adapters are then
+computes all rows, so that rows of other adapters stay unchanged. The rows of such adapters are then
 computed again with their own weight and overwritten.
 """
 

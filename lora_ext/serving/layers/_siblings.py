@@ -35,7 +35,7 @@ from lora_ext.rows import Block, Rows, capturing, innermost, traced_by_python
 
 from ._multi_lora import MultiLoraLinear, with_bias
 
-#: Consecutive calls in which a follower may leave its output unused before its leader is alone.
+#: Number of consecutive calls with an unused output after which a leader drops its followers.
 MAX_MISSED_CALLS = 3
 #: Calls of layers without followers that are compared with the next calls to find followers.
 #: Counted again from 0 when a layer serves its first adapter.
