@@ -82,8 +82,7 @@ def circuit_scan(
         ``posterior (B, K, C)``, float32 (float64 for float64 ``leaf``), computed in that precision.
 
     Raises:
-        ValueError: If a kind, shape, dtype, device or token is wrong; the message names the
-            argument.
+        ValueError: If a kind, shape, dtype, device or token is wrong.
         RuntimeError: On double backward.
 
     Source: arXiv 2511.11346, section 3; the scan for all prefixes at once: docs/circuits.md.
@@ -141,8 +140,8 @@ def _fake_scan_backward(
 def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
     """Compute log-probabilities of observed tokens under a linear head, with few logits in memory.
 
-    ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, and 0 where ``x`` is -1. The result is
-    the ``leaf`` of :func:`circuit_scan` without ``x``.
+    ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, and 0 where ``x`` is -1. Pass the
+    result to :func:`circuit_scan` as ``leaf``, without ``x``.
 
     Differentiable once in ``h`` and ``emit``. Forward and backward process one position and one
     chunk of rows at a time. The ``(rows, C, V)`` logits of a chunk, in the dtype of ``h``, take at
@@ -159,7 +158,7 @@ def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
         ``(B, K, C)`` float32 (float64 for float64).
 
     Raises:
-        ValueError: If a shape, dtype, device or token is wrong; the message names the argument.
+        ValueError: If a shape, dtype, device or token is wrong.
         RuntimeError: On double backward.
 
     Source: arXiv 2511.11346, the full-rank linear head.

@@ -23,9 +23,9 @@ _backwards: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}
 def fake(op: str) -> Callable[[F], F]:
     """Mark a function as the fake kernel of ``op``, which returns empty tensors.
 
-    The function is called with the op's arguments by position, including defaults. All tensors are
-    on one device: torch also calls fake kernels if some tensors are on the meta device and others
-    are not, and :func:`register` makes such calls raise ``ValueError``.
+    The function is called with the op's arguments by position, including defaults. torch also calls
+    it if only some tensors are on the meta device; such calls raise ``ValueError`` before it runs,
+    so it can assume one device.
     """
 
     def mark(function: F) -> F:

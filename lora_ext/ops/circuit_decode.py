@@ -7,9 +7,9 @@ differ from that of ``leaf``. Rows that share parameters may be views of stride 
 are float32 (float64 for float64).
 
 Uniform numbers are float32 in [0, 1), or float64 with float64 logits; 1 is accepted because
-rounding can produce it. Equal numbers give equal tokens. Numbers out of range raise on the CPU, and
-on other devices in debug mode. A row's result does not depend on its batch; a row with NaN logits
-gets an arbitrary token of the vocabulary. The ops have no gradient.
+rounding can produce it. The same numbers give the same tokens. Numbers out of range raise on the
+CPU, and on other devices in debug mode. A row's result does not depend on its batch; a row with NaN
+logits gets an arbitrary token of the vocabulary. The ops have no gradient.
 
 Sources: arXiv 2511.11346; speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
 """
@@ -42,8 +42,8 @@ def circuit_conditional_dist(
         k: ``(B,)`` int64 in [0, K).
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong; the message names the argument. The ranges
-            of tokens and ``k`` are checked on the CPU, and on other devices only in debug mode.
+        ValueError: If a shape, dtype or device is wrong. The ranges of tokens and ``k`` are checked
+            on the CPU, and on other devices only in debug mode.
     """
     return _c.circuit_conditional_dist(kind, leaf, prior, trans, x, k)
 

@@ -91,8 +91,9 @@ def circuit_layers(
     """Compute log-values of all units of a circuit from those of its leaves.
 
     ``l[out] = log sum_i W[o, i] exp(term[i])`` for every sum, where a term is the sum of log-values
-    of other units. This is :func:`log_einsum_exp` after the products, node by node, and handles
-    ``-inf`` and underflow as exactly. A row's bits depend neither on its batch nor on threads.
+    of other units. This is :func:`log_einsum_exp` after the products, node by node, with the same
+    exactness at ``-inf`` and safety from underflow. A row's bits depend neither on its batch nor on
+    threads.
 
     Args:
         leaf: ``(B, N)`` float32, or float64 on the CPU.

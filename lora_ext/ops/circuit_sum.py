@@ -41,7 +41,7 @@ def log_einsum_weights(w: Tensor, norm: str = "logits") -> ScaledWeights:
         norm: As for :func:`log_einsum_exp`.
 
     Raises:
-        ValueError: If a shape, dtype or norm is wrong; the message names the argument.
+        ValueError: If a shape, dtype or norm is wrong.
     """
     return ScaledWeights(*_c.log_einsum_weights.default(w, norm))
 
@@ -80,9 +80,9 @@ def log_einsum_exp(
 ) -> Tensor | LogMax:
     """Compute ``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
 
-    A sum without possible terms is ``-inf``, with gradient zero; ``+inf`` and NaN give NaN. Forward
-    and backward repeat a product that would underflow with shifted terms. A term of ``e^-1000``
-    thus keeps its value beside a larger one whose weight is zero.
+    A sum without possible terms is ``-inf``, with gradient zero; ``+inf`` and NaN give NaN. If a
+    product would underflow, forward and backward compute it again from shifted terms, so a path of
+    probability ``e^-1000`` keeps its value beside a likelier one of weight zero.
 
     Differentiable in ``w`` and ``values``: any number of times for the sum, once for the max
     (through the largest term). A row's bits do not depend on its batch or on threads, except for
@@ -111,7 +111,7 @@ def log_einsum_exp(
         of the largest term, int64.
 
     Raises:
-        ValueError: If a shape, dtype, device or name is wrong; the message names the argument.
+        ValueError: If a shape, dtype, device or name is wrong.
         NotImplementedError: If an argument has a forward-mode tangent.
 
     Source: log-einsum-exp, Peharz et al. 2020, section 3.2.
@@ -183,12 +183,12 @@ def log_einsum_exp_backward(
 
     Args:
         dout: Gradient of ``out``, in its shape.
-        w, values, norm, scaled: Arguments of :func:`log_einsum_exp`; here ``w`` must not be
-            expanded.
+        w, values, norm, scaled: Arguments of :func:`log_einsum_exp`; here a matrix expanded over
+            the rows does not count as shared.
         out: Result of :func:`log_einsum_exp`.
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong; the message names the argument.
+        ValueError: If a shape, dtype or device is wrong.
 
     Source: Darwiche 2003, section 3.
     """
@@ -219,7 +219,7 @@ def _exp_double_backward(
     """Differentiate the reference with torch: all terms at once, which is slow and rarely used."""
     again = torch.is_grad_enabled()  # A third derivative is possible.
     with torch.enable_grad():
-        # Views cut the history: dout may depend on w and values itself.
+        # Views exclude the dependence of dout on w and values.
         leaves = [
             t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
             for t in ctx.saved_tensors
@@ -248,7 +248,7 @@ def log_bmm(a: Tensor, b: Tensor) -> Tensor:
         ``(B, M, N)`` in the dtype of ``a``.
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong; the message names the argument.
+        ValueError: If a shape, dtype or device is wrong.
     """
     floats = torch.float32, torch.float64
     require_tensor("log_bmm", "a", a, "(B, M, K)", None, *floats)

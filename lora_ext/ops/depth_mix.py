@@ -61,8 +61,7 @@ def depth_mix(
         ``(..., d)`` in the dtype of the hiddens.
 
     Raises:
-        ValueError: If k is not in 1 to 8, or a shape, dtype or device is wrong; the message names
-            the argument.
+        ValueError: If k is not in 1 to 8, or a shape, dtype or device is wrong.
         RuntimeError: On double backward.
 
     Source: arXiv 2410.13077, the ensemble of late layers, mixed before the head.

@@ -104,7 +104,7 @@ def lora_shrink(
         ``(T, R)`` float32 (float64 for float64); zero beyond a row's rank.
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong; the message names the argument.
+        ValueError: If a shape, dtype or device is wrong.
 
     Source: Punica, section 4 (the shrink half of SGMV).
     """
@@ -139,8 +139,7 @@ def lora_expand_(
         b, adapter_ids, ranks, page_table, plan: As for :func:`lora_apply`; b has the dtype of y.
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong, or ``y`` overlaps another argument; the
-            message names the argument.
+        ValueError: If a shape, dtype or device is wrong, or ``y`` overlaps another argument.
         RuntimeError: If an argument requires gradients, since this op has no backward.
 
     Source: Punica, section 4 (the expand half of SGMV).
@@ -185,7 +184,7 @@ def lora_apply(
         ``(T, O)`` in the dtype of ``x``, accumulated in float32 (float64 for float64).
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong; the message names the argument.
+        ValueError: If a shape, dtype or device is wrong.
         NotImplementedError: If an argument has a forward-mode tangent.
 
     Source: LoRA (Hu et al. 2021), eq. 3; Punica (Chen et al. 2023), section 4.
@@ -255,8 +254,7 @@ def lora_apply_(
         x, a, b, adapter_ids, scale, ranks, page_table, plan: As for :func:`lora_apply`.
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong, or ``y`` overlaps another argument; the
-            message names the argument.
+        ValueError: If a shape, dtype or device is wrong, or ``y`` overlaps another argument.
         RuntimeError: If an argument requires gradients; use :func:`lora_apply`.
 
     Source: Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al. 2023), section 5.

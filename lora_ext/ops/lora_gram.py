@@ -50,7 +50,7 @@ def lora_gram(
         Two lists of ``(r, r)``, symmetric to the bit.
 
     Raises:
-        ValueError: If a length, shape, dtype or device is wrong; the message names the argument.
+        ValueError: If a length, shape, dtype or device is wrong.
     """
     require(len(a) == len(b), "lora_gram", "b", f"as many tensors as a, {len(a)}", len(b))
     grams: dict[int, tuple[Tensor, Tensor]] = {}
@@ -89,7 +89,7 @@ def lora_pair_stats(
         ``(4,)`` float64 for tensors, ``(L, 4)`` for lists.
 
     Raises:
-        ValueError: If a length, shape, dtype or device is wrong; the message names the argument.
+        ValueError: If a length, shape, dtype or device is wrong.
 
     Source: SPLoRA (TACL 2025), the distance of an update to its projection, by the identity
     ``<b1 a1, b2 a2> = <b2^T b1, a2 a1^T>``.
@@ -184,7 +184,7 @@ def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
         ``(O, I)`` in the dtype of ``a``, accumulated in float32 (float64), rounded once.
 
     Raises:
-        ValueError: If a shape or dtype is wrong; the message names the argument.
+        ValueError: If a shape or dtype is wrong.
 
     Source: LoRA (Hu et al. 2021), section 4.1.
     """
@@ -207,7 +207,7 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
         sign: 1 to merge, -1 to unmerge.
 
     Raises:
-        ValueError: If a shape, a dtype or the sign is wrong; the message names the argument.
+        ValueError: If a shape, a dtype or the sign is wrong.
 
     Source: LoRA (Hu et al. 2021), section 4.1.
     """
@@ -237,7 +237,7 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
         ``(O,)`` float32 (float64 for float64).
 
     Raises:
-        ValueError: If a shape or dtype is wrong; the message names the argument.
+        ValueError: If a shape or dtype is wrong.
 
     Source: DoRA (Liu et al. 2024), eq. 5.
     """

@@ -33,11 +33,11 @@ def lora_apply_siblings_(
 ) -> Sequence[Tensor]:
     """Add the low-rank updates of several modules in place, as one :func:`lora_apply_` per module.
 
-    ``y[m][t] = round(y[m][t] + scale[m][s] * b[m][s] @ (a[m][s] @
-    x[t]))``, with the bits that module ``m`` gets alone. On a GPU, all modules share the launches
-    of one if there are up to 256 rows, each module has ranks up to 256 and ``R`` and ``O`` that are
-    multiples of 8, and the rows of ``x``, ``y``, ``a`` and ``b`` are aligned to 16 bytes. Otherwise
-    each module has separate launches.
+    ``y[m][t] = round(y[m][t] + scale[m][s] * b[m][s] @ (a[m][s] @ x[t]))``, with the bits that
+    module ``m`` gets alone. On a GPU, all modules share the launches of one if there are up to 256
+    rows, each module has ranks up to 256 and ``R`` and ``O`` that are multiples of 8, and the rows
+    of ``x``, ``y``, ``a`` and ``b`` are aligned to 16 bytes. Otherwise each module has separate
+    launches.
 
     Args:
         y: 1 to 8 tensors ``(T, O)``, dtype and device of ``x``; any row stride, widths may differ.

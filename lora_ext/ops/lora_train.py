@@ -44,9 +44,9 @@ def lora_linear(
 ) -> Tensor:
     """Compute a linear layer plus the low-rank update of every row by its adapter.
 
-    ``y[t] = weight @ x[t] + bias + b[s] @ (c * a[s] @ (m[t] * x[t]))`` with ``s =
-    adapter_ids[t]``, the dropout mask ``m`` in {0, 1} and ``c = scale[s] / (1 - dropout_p)``; rows
-    with id -1 have no update.
+    ``y[t] = weight @ x[t] + bias + b[s] @ (c * a[s] @ (m[t] * x[t]))`` with ``s = adapter_ids[t]``,
+    the dropout mask ``m`` in {0, 1} and ``c = scale[s] / (1 - dropout_p)``; rows with id -1 have no
+    update.
 
     Differentiable once in ``x``, ``weight``, ``bias``, ``a`` and ``b``; only the gradients required
     are computed. An adapter's gradient has the same bits whatever other adapters are in the batch.
@@ -80,7 +80,7 @@ def lora_linear(
         once more.
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong; the message names the argument.
+        ValueError: If a shape, dtype or device is wrong.
         RuntimeError: On double backward.
 
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
@@ -132,7 +132,7 @@ def lora_linear_apart(
 ) -> Tensor:
     """Compute :func:`lora_linear` of adapters that are separate tensors, as parameters are.
 
-    Each call copies them into a temporary bank, and the backward builds it again. Stored in
+    Each call copies the factors into a temporary bank, and the backward builds it again. Stored in
     between, the banks of a model's layers would take as much memory as its adapters. The gradients
     are views of those of a bank.
 
@@ -155,7 +155,7 @@ def lora_linear_apart(
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
     if ranks is None and any(f.shape[0] != a[0].shape[0] for f in a):
-        expected, found = "(A,) int32 for unequal ranks", [f.shape[0] for f in a]
+        expected, found = "the rank of each adapter as (A,) int32", [f.shape[0] for f in a]
         raise ValueError(f"lora_linear_apart: ranks: expected {expected}, found None for {found}")
     rest = adapter_ids, scale, ranks, dropout_p, seed, plan
     if len(a) == 1 and packed is None:
@@ -283,7 +283,7 @@ def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
         ``(T, I)`` in the dtype of ``x``, rounded once.
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong; the message names the argument.
+        ValueError: If a shape, dtype or device is wrong.
 
     Source: Philox (Salmon et al. 2011), counter ``(row, column / 4, 0, 0)``.
     """

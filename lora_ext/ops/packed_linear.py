@@ -31,7 +31,7 @@ def pack_weight(weight: Tensor) -> Tensor:
         the last two axes are merged, which distinguishes it from ``I + 1``.
 
     Raises:
-        ValueError: If the shape, dtype or device is wrong; the message names the argument.
+        ValueError: If the shape, dtype or device is wrong.
     """
     return _c.pack_weight.default(weight)
 
@@ -58,7 +58,7 @@ def packed_linear(
         ``(T, O)``, dtype of ``x``.
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong; the message names the argument.
+        ValueError: If a shape, dtype or device is wrong.
         RuntimeError: If a gradient is requested.
     """
     if out_features is None:

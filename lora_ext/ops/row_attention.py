@@ -64,7 +64,7 @@ def row_attention(
         without a copy.
 
     Raises:
-        ValueError: If a shape, dtype or device is wrong; the message names the argument.
+        ValueError: If a shape, dtype or device is wrong.
         NotImplementedError: If q, k or v has a forward-mode tangent.
     """
     require_dim("row_attention", "q", q, "(B, H, T, D)")

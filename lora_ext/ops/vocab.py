@@ -1,10 +1,10 @@
 """Losses over a vocabulary that never store all logits at once.
 
 Each chunk of columns of the logits is computed, added to running maxima and sums, and discarded.
-With a frozen output layer, the forward adds the chunk's share to the gradient of the hidden states,
-as FlashAttention adds values, so cross entropy takes two products. With a trained output layer, the
-backward computes the logits again. docs/chunked_loss.md has the formulas,
-docs/notes/chunked_loss.md the figures.
+With a frozen output layer (and no softcap in :func:`chunked_kl`), the forward adds the chunk's
+share to the gradient of the hidden states, as FlashAttention adds values, so cross entropy takes
+two products. Otherwise the backward computes the logits again. docs/chunked_loss.md has the
+formulas, docs/notes/chunked_loss.md the figures.
 
 Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states per row.
 """
@@ -60,7 +60,7 @@ def chunked_cross_entropy(
         Scalar, float32, or float64 if ``hidden`` or ``weight`` is.
 
     Raises:
-        ValueError: If a shape, dtype, device or number is wrong; the message names the argument.
+        ValueError: If a shape, dtype, device or number is wrong.
         NotImplementedError: If an argument has a forward-mode tangent.
 
     Source: online softmax, Milakov and Gimelshein 2018; the gradient in the forward,
@@ -88,11 +88,11 @@ def chunked_kl(
 ) -> Tensor:
     """Compute the mean divergence of students from a teacher with one output layer, in chunks.
 
-    ``tau^2 mean_{e < k, n} KL(softmax(z_k[n] / tau) || softmax(z_e[n] / tau))`` with ``z_e =
-    hiddens[e] @ weight^T + bias``, soft-capped as in :func:`chunked_cross_entropy`. The mean is
-    over the rows of the mask; without such a row, or without a student, the loss and its gradients
-    are 0. The teacher gets gradient zero, and the output layer gets gradients from the students
-    only.
+    ``tau^2 mean_{e < k, n} KL(softmax(z_k[n] / tau) || softmax(z_e[n] / tau))`` with
+    ``z_e = hiddens[e] @ weight^T + bias``, soft-capped as in :func:`chunked_cross_entropy`. The
+    mean is over the rows of the mask; without such a row, or without a student, the loss and its
+    gradients are 0. The teacher gets gradient zero, and the output layer gets gradients from the
+    students only.
 
     Memory, derivatives, dtypes and bits are as in :func:`chunked_cross_entropy`, with ``k N``
     instead of ``N``. Equal logits give exactly 0.
@@ -110,7 +110,7 @@ def chunked_kl(
         Scalar, float32, or float64 if a hidden state or ``weight`` is.
 
     Raises:
-        ValueError: If a shape, dtype, device or number is wrong; the message names the argument.
+        ValueError: If a shape, dtype, device or number is wrong.
         NotImplementedError: If an argument has a forward-mode tangent.
     """
     op = "chunked_kl"
