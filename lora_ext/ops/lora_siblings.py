@@ -41,7 +41,7 @@ def lora_apply_siblings_(
 
     Args:
         y: 1 to 8 tensors ``(T, O)``, dtype and device of ``x``; any row stride, widths may differ.
-            They are returned, and none may share memory with another argument or another ``y``.
+            They are returned and must not share memory with each other or another argument.
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
         a: For each module a bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; ``R``
             and ``P`` may differ.
