@@ -1,11 +1,11 @@
-"""Probabilistic circuits whose parameters a network emits per row: likelihood and its gradient.
+"""Probabilistic circuits with parameters that a network emits per row: likelihood and gradient.
 
 Letters: ``B`` rows, ``K`` positions, ``C`` components (states), ``V`` vocabulary, ``M`` transition
-matrices. The kinds, their structure and the meaning of ``-inf``:
-:mod:`lora_ext.reference._circuit`.
+matrices. :mod:`lora_ext.reference._circuit` defines the kinds, their structure and the meaning of
+``-inf``.
 
 Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv 2511.11346).
-The one-pass scan is ours (docs/circuits.md).
+Our choice: the one-pass scan (docs/circuits.md).
 """
 
 from typing import Any
@@ -31,8 +31,7 @@ _c = torch.ops.lora_ext
 def check_circuit(
     op: str, kind: str, leaf: Tensor, name: str, prior: Tensor | None, trans: Tensor | None
 ) -> None:
-    """Refuse a kind that does not exist, and parameters that do not fit to ``leaf (B, K, C,
-    ...)``."""
+    """Raise unless the kind exists and the parameters fit ``leaf (B, K, C, ...)``."""
     require(kind in KINDS, op, "kind", "'ff', 'cp', 'hmm' or 'btree'", repr(kind))
     require_dtype(op, name, leaf, *FLOATS)
     rows, n_token, components = leaf.shape[:3]
@@ -62,28 +61,29 @@ def circuit_scan(
     ``prefix_k = logsumexp_z(cur_k + e_k)``, ``posterior_k = softmax(cur_k)``.
 
     Differentiable once in ``leaf``, ``prior`` and ``trans`` through ``prefix`` and ``conditional``;
-    ``posterior`` carries no gradient. What is impossible has ``-inf`` and gradient zero. No tensor
-    of the size of ``leaf`` is made but its gradient. A row's bits do not depend on its batch or on
-    threads. Logits of ``+inf`` or NaN make their row NaN.
+    ``posterior`` has no gradient. Impossible events have ``-inf`` and gradient zero. Apart from the
+    gradient of ``leaf``, no tensor of its size is allocated. A row's bits do not depend on its
+    batch or on threads. Logits of ``+inf`` or NaN make their row NaN.
 
     Args:
         kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``.
         leaf: ``(B, K, C, V)`` logits, float32, float16, bfloat16, or float64 on the CPU; or, when
             ``x`` is None, ``(B, K, C)`` log-probabilities of the observed tokens. ``C = 1`` for
-            ``ff``. A batch stride of any size, 0 included, is read in place, here and below.
-        prior: ``(B, C)`` logits of any of these dtypes, or None: all components alike.
-        trans: ``(B, M, C, C)`` logits in the dtype of ``prior``, row = parent state; None where
+            ``ff``. Like the tensors below, it may have any batch stride, including 0, without a
+            copy.
+        prior: ``(B, C)`` logits of any of these dtypes, or None for equal components.
+        trans: ``(B, M, C, C)`` logits in the dtype of ``prior``, row = parent state; None if
             ``M = 0``. ``M`` is ``K - 1`` for ``hmm``, ``K - 2`` for ``btree``, else 0.
-        x: ``(B, K)`` int64, each in ``[-1, V)``; -1 marginalises the position. Not range-checked on
-            CUDA outside of debug mode, where a token out of range counts as -1.
+        x: ``(B, K)`` int64, each in ``[-1, V)``; -1 marginalises the position. On CUDA the range is
+            checked only in debug mode; otherwise a token out of range counts as -1.
 
     Returns:
-        :class:`CircuitScan` of ``prefix (B, K)``, ``conditional (B, K)`` and ``posterior
-        (B, K, C)``, float32 (float64 for float64 ``leaf``), computed in that precision.
+        :class:`CircuitScan` of ``prefix (B, K)``, ``conditional (B, K)`` and
+        ``posterior (B, K, C)``, float32 (float64 for float64 ``leaf``), computed in that precision.
 
     Raises:
-        ValueError: if a kind, shape, dtype, device or token is wrong, naming the argument.
-        RuntimeError: on double backward.
+        ValueError: If a kind, shape, dtype, device or token is wrong.
+        RuntimeError: On double backward.
 
     Source: arXiv 2511.11346, section 3; the scan for all prefixes at once: docs/circuits.md.
     """
@@ -138,17 +138,16 @@ def _fake_scan_backward(
 
 
 def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
-    """Return log-probabilities of the observed tokens under a linear head, without its logits in
-    memory.
+    """Compute log-probabilities of observed tokens under a linear head, with few logits in memory.
 
-    ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, 0 where ``x`` is -1: what
-    :func:`circuit_scan` takes as ``leaf`` when its own ``x`` is None.
+    ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, and 0 where ``x`` is -1. Pass the
+    result to :func:`circuit_scan` as ``leaf``, without ``x``.
 
-    Differentiable once in ``h`` and ``emit``. Forward and backward go position by position through
-    chunks of rows whose ``(rows, C, V)`` logits, in the dtype of ``h``, fit into 64 MiB (one row at
-    least): a GEMM of the library into one buffer, then the leaf kernels in place; the backward
-    computes the logits again. Sums over positions and chunks are kept in float32. The bits of a
-    library's GEMM may depend on batch and threads, and with them those of the result.
+    Differentiable once in ``h`` and ``emit``. Forward and backward process one position and one
+    chunk of rows at a time. The ``(rows, C, V)`` logits of a chunk, in the dtype of ``h``, take at
+    most 64 MiB, or one row. A library GEMM writes them into one buffer, and the leaf kernels run in
+    place; the backward computes the logits again. Sums over positions and chunks are float32. The
+    bits of the GEMM, and of the result, may depend on batch and threads.
 
     Args:
         h: ``(B, D)`` float16, bfloat16, float32, or float64 on the CPU.
@@ -159,8 +158,8 @@ def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
         ``(B, K, C)`` float32 (float64 for float64).
 
     Raises:
-        ValueError: if a shape, dtype, device or token is wrong, naming the argument.
-        RuntimeError: on double backward.
+        ValueError: If a shape, dtype, device or token is wrong.
+        RuntimeError: On double backward.
 
     Source: arXiv 2511.11346, the full-rank linear head.
     """

@@ -1,4 +1,4 @@
-"""Products of groups of rows, each group with a matrix of its own: a mixture's experts."""
+"""Products of groups of rows with one matrix per group, as in a mixture of experts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from lora_ext._torch import autocast_dtype, compiles, spaced, traced, with_space
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Return ``x (P, I)`` in groups, each times its matrix of ``weight (E, I, O)``; where there is
-    a kernel for it, autocast is ignored."""
-    if compiles():  # a graph cannot follow groups whose sizes are known only when it runs
+    """Multiply each group of rows of ``x (P, I)`` by its matrix of ``weight (E, I, O)``.
+
+    ``ends (E,)`` contains the end of each group of consecutive rows. Devices other than the CPU use
+    torch's kernel, which ignores autocast.
+    """
+    if compiles():  # A graph cannot contain groups whose sizes depend on data.
         return _experts_mm(x, weight, ends)
     if x.device.type != "cpu":
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)
@@ -35,7 +38,7 @@ def _fake_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
 
 @traced("experts_outer(Tensor x, Tensor dy, Tensor ends) -> Tensor", fake=_fake_outer)
 def _grouped_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
-    """Return ``x^T dy`` of each group: ``(E, I, O)`` from ``x (P, I)`` and ``dy (P, O)``."""
+    """Return ``x^T dy`` of each group, ``(E, I, O)``, from ``x (P, I)`` and ``dy (P, O)``."""
     if x.device.type != "cpu":
         return torch.nn.functional.grouped_mm(x.mT, dy, offs=ends)
     groups = zip(_groups(x, ends), _groups(dy, ends), strict=True)

@@ -1,7 +1,7 @@
-"""What the dispatcher cannot learn from C++: the fake kernel of every op, and backwards in Python.
+"""Registration of fake kernels and of backwards written in Python.
 
-Each stands beside its op's typed function, marked by the decorators below. :func:`register` gives
-them to a library: once to the shipped one, and in tests once more to each emulated one.
+Decorators mark these functions next to the typed function of their op. :func:`register` adds them
+to a library: the shipped one and, in tests, each emulated one.
 """
 
 import functools
@@ -21,10 +21,11 @@ _backwards: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}
 
 
 def fake(op: str) -> Callable[[F], F]:
-    """Mark a function as the fake kernel of ``op``: it returns empty tensors, computing nothing.
+    """Mark a function as the fake kernel of ``op``, which returns empty tensors.
 
-    It takes the op's arguments by position, defaults included, and sees them on one device only:
-    torch runs it too where meta tensors are mixed with others, and these are refused here.
+    The function is called with the op's arguments by position, including defaults. torch also calls
+    it if only some tensors are on the meta device; such calls raise ``ValueError`` before it runs,
+    so it can assume one device.
     """
 
     def mark(function: F) -> F:
@@ -37,11 +38,11 @@ def fake(op: str) -> Callable[[F], F]:
 def backward(op: str, save: Callable[..., None]) -> Callable[[F], F]:
     """Mark a function as the backward of ``op``.
 
-    Args:
-        op: its name.
-        save: called as ``save(ctx, inputs, output)`` after a forward.
+    The function is called as ``function(library, ctx, *gradients)``; ``library`` contains the ops.
 
-    The function is called as ``function(library, ctx, *gradients)``; ``library`` has the ops.
+    Args:
+        op: Name of the op.
+        save: Function called as ``save(ctx, inputs, output)`` after a forward.
     """
 
     def mark(function: F) -> F:
@@ -56,8 +57,10 @@ _registered: set[str] = set()
 
 @contextmanager
 def routed(library: str) -> Generator[None]:
-    """Let every function of ``lora_ext.ops`` call ``torch.ops.<library>`` in a ``with`` block, in
-    all threads."""
+    """Route all functions of ``lora_ext.ops`` to ``torch.ops.<library>`` in a ``with`` block.
+
+    The change affects all threads.
+    """
     register(library)
     package = importlib.import_module(__package__ or "lora_ext.ops")
     found: list[Any] = [
@@ -75,12 +78,12 @@ def routed(library: str) -> Generator[None]:
 
 
 def register(library: str) -> None:
-    """Give every fake kernel and backward to the ops of ``torch.ops.<library>``, once."""
+    """Register every fake kernel and backward for the ops of ``torch.ops.<library>``, once."""
     if library in _registered:
         return
     _registered.add(library)
     ops = getattr(torch.ops, library)
-    # torch annotates neither of the two in full.
+    # torch's annotations of both functions are incomplete.
     for op, function in _fakes.items():
         torch.library.register_fake(  # pyright: ignore[reportUnknownMemberType]
             f"{library}::{op}", _checked(op, getattr(ops, op).default._schema, function)
@@ -92,8 +95,7 @@ def register(library: str) -> None:
 
 
 def _checked(op: str, schema: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a fake kernel of tensors on one device, with every argument of the schema in its
-    place."""
+    """Wrap a fake kernel to check devices and to pass all arguments of the schema by position."""
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:

@@ -1,14 +1,15 @@
-"""Drafting from circuits and verifying the draft.
+"""Drafting from circuits and verification of drafts.
 
 Letters: ``B`` rows, ``K`` positions, ``C`` components, ``V`` vocabulary, ``M`` transition matrices.
 Parameters are logits, float32, float16, bfloat16 or (CPU) float64: ``leaf (B, K, C, V)``,
-``prior (B, C)`` and ``trans (B, M, C, C)``, the last two of one dtype of their own. Rows that share
-parameters may be views of stride 0. Sums and results are float32 (float64 for float64).
+``prior (B, C)`` and ``trans (B, M, C, C)``. ``prior`` and ``trans`` have one dtype, which may
+differ from that of ``leaf``. Rows that share parameters may be views of stride 0. Sums and results
+are float32 (float64 for float64).
 
-Uniform numbers are float32 in [0, 1), or float64 beside float64 logits (1, which rounding can make,
-is taken); whoever gives the same ones gets the same tokens. Other numbers are refused on the CPU,
-elsewhere in debug mode. A row's result does not depend on its batch; one with NaN among its logits
-gets some token of the vocabulary. The ops have no gradient.
+Uniform numbers are float32 in [0, 1), or float64 with float64 logits; 1 is accepted because
+rounding can produce it. The same numbers give the same tokens. Numbers out of range raise on the
+CPU, and on other devices in debug mode. A row's result does not depend on its batch; a row with NaN
+logits gets an arbitrary token of the vocabulary. The ops have no gradient.
 
 Sources: arXiv 2511.11346; speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
 """
@@ -30,19 +31,19 @@ _c = torch.ops.lora_ext
 def circuit_conditional_dist(
     kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, x: Tensor, k: Tensor
 ) -> Tensor:
-    """Return ``log q(. | x_<k)`` of each row at its own position, ``(B, V)``.
+    """Return ``log q(. | x_<k)`` of each row at position ``k`` of that row, ``(B, V)``.
 
     Args:
         kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``, see :mod:`lora_ext.reference._circuit`.
         leaf: ``(B, K, C, V)`` logits.
-        prior: ``(B, C)`` logits; None: all components alike.
-        trans: ``(B, M, C, C)`` logits; None where ``M = 0``.
-        x: ``(B, K)`` int64 in [-1, V), -1 marginalises; positions from ``k`` on do not count.
+        prior: ``(B, C)`` logits, or None for equal components.
+        trans: ``(B, M, C, C)`` logits, or None if ``M = 0``.
+        x: ``(B, K)`` int64 in [-1, V), -1 marginalises; positions from ``k`` on are ignored.
         k: ``(B,)`` int64 in [0, K).
 
     Raises:
-        ValueError: naming the argument, if a shape, dtype or device disagrees. Tokens and ``k`` are
-            range-checked on the CPU, elsewhere in debug mode only.
+        ValueError: If a shape, dtype or device is wrong. The ranges of tokens and ``k`` are checked
+            on the CPU, and on other devices only in debug mode.
     """
     return _c.circuit_conditional_dist(kind, leaf, prior, trans, x, k)
 
@@ -76,23 +77,24 @@ def circuit_sample(
     uniforms: Tensor,
     evidence: Tensor | None = None,
 ) -> CircuitSample:
-    """Draw exact samples of a window, with what their verification needs, in one pass.
+    """Draw exact samples of a window and the values that their verification needs, in one pass.
 
-    Position by position ``z ~ q(state | x_<k)``, then ``x_k ~ softmax(leaf[k, z])``. A draw takes
-    the smallest index whose running sum exceeds ``u`` times the total, and none without weight. Two
-    devices may disagree only where those two differ by less than 1e-5 of the total.
+    At each position, ``z ~ q(state | x_<k)``, then ``x_k ~ softmax(leaf[k, z])``. A draw takes the
+    smallest index of positive weight whose running sum exceeds ``u`` times the total. Two devices
+    can draw different tokens only if these two numbers differ by less than 1e-5 of the total.
 
     Args:
-        kind, leaf, prior, trans: as in :func:`circuit_conditional_dist`.
+        kind, leaf, prior, trans: As for :func:`circuit_conditional_dist`.
         uniforms: ``(B, K, 2)``, for the state and for the token.
-        evidence: ``(B, K)`` int64 in [-1, V): tokens given, which come first in their row, then -1.
+        evidence: ``(B, K)`` int64 in [-1, V): the given tokens at the start of each row, then -1.
 
     Returns:
-        ``tokens (B, K)`` int64; ``conditional (B, K)``, ``log q(x_k | x_<k)``; ``posterior (B, K,
-        C)``, ``q(state at k | x_<k)``, zero where the prefix is impossible.
+        ``tokens (B, K)`` int64; ``conditional (B, K)``, ``log q(x_k | x_<k)``;
+        ``posterior (B, K, C)``, ``q(state at k | x_<k)``, zero if the prefix is impossible.
 
     Raises:
-        ValueError: as :func:`circuit_conditional_dist`; on the CPU also for evidence behind a -1.
+        ValueError: As for :func:`circuit_conditional_dist`; on the CPU also for evidence after a
+            -1.
     """
     return CircuitSample(*_c.circuit_sample(kind, leaf, prior, trans, uniforms, evidence))
 
@@ -118,17 +120,17 @@ def circuit_argmax(
 ) -> tuple[Tensor, Tensor]:
     """Find the most probable tokens *and* latents of each window, by max-product.
 
-    Not the mode over tokens alone; for ``ff`` the two agree. Ties go to the lowest index.
+    Except for ``ff``, this is not the mode over tokens alone. Ties resolve to the lowest index.
 
     Args:
-        kind, leaf, prior, trans: as in :func:`circuit_conditional_dist`.
-        evidence: as in :func:`circuit_sample`.
+        kind, leaf, prior, trans: As for :func:`circuit_conditional_dist`.
+        evidence: As for :func:`circuit_sample`.
 
     Returns:
         ``tokens (B, K)`` int64 and ``value (B,)``, the log-probability of tokens and latents.
 
     Raises:
-        ValueError: as :func:`circuit_sample`.
+        ValueError: As for :func:`circuit_sample`.
     """
     return _c.circuit_argmax(kind, leaf, prior, trans, evidence)
 
@@ -152,29 +154,31 @@ def spec_verify(
     num_evidence: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Accept a prefix of every draft and draw one token more: the output has the verifier's law.
+    """Accept a prefix of every draft and draw one more token; the output follows the verifier.
 
     With ``p = softmax(target / temperature)`` position k is accepted while
-    ``u_k < p_k(x_k) / q(x_k | x_<k)``. The next token comes from ``max(0, p - q)`` at the first
-    position rejected (from ``p`` if nothing is left of it), from ``p`` after the last. It is part
-    of the output: a step that drops it does not follow the verifier. With temperature 0 the draft
-    is accepted while it is the verifier's argmax, and the next token is that argmax.
+    ``u_k < p_k(x_k) / q(x_k | x_<k)``. At the first rejected position the next token is drawn from
+    ``max(0, p - q)``, or from ``p`` if that is zero; if all are accepted, it is drawn from ``p``
+    after the last one. Output this token too: without it, the output does not have the verifier's
+    distribution. With temperature 0 the draft is accepted while it is the verifier's argmax, and
+    the next token is that argmax.
 
     Args:
-        target: ``(B, K + 1, V)`` logits of the verifier, of any dtype (float64 beside float64).
+        target: ``(B, K + 1, V)`` logits of the verifier, float32, float16 or bfloat16; float64 if
+            ``leaf`` is float64.
         tokens: ``(B, K)`` int64 in [0, V).
-        conditional, posterior: of :func:`circuit_sample`.
-        leaf: ``(B, K, C, V)``, as it was given there.
+        conditional, posterior: Results of :func:`circuit_sample`.
+        leaf: ``(B, K, C, V)``, the argument of :func:`circuit_sample`.
         uniforms: ``(B, K + 1)``; the last one draws the next token.
-        num_evidence: ``(B,)`` int64 in [0, K]: so many leading tokens are kept untested.
-        temperature: at least 0.
+        num_evidence: ``(B,)`` int64 in [0, K], the number of leading tokens to keep untested.
+        temperature: At least 0.
 
     Returns:
-        ``accepted (B,)`` int64, how many leading tokens are kept, those given included; and
-        ``next_token (B,)`` int64.
+        ``accepted (B,)`` int64, the number of leading tokens to keep, including ``num_evidence``;
+        and ``next_token (B,)`` int64.
 
     Raises:
-        ValueError: as :func:`circuit_conditional_dist`.
+        ValueError: As for :func:`circuit_conditional_dist`.
     """
     return _c.spec_verify(
         target, tokens, conditional, posterior, leaf, uniforms, num_evidence, temperature

@@ -1,8 +1,8 @@
-"""Whole circuits in one call: tables of leaves, the values of all units, their flows, and walks.
+"""Whole circuits in one call: tables of leaves, values of all units, their flows, and walks.
 
 Letters: ``B`` rows, ``N`` leaf units, ``U`` units, ``W`` weights, ``R`` roots; ``M`` blocks of leaf
-units, or walks. What an op returns as ``(B, U)`` lies unit-major in memory: a vector holds one unit
-of many rows.
+units, or walks. Results ``(B, U)`` are unit-major in memory: a vector contains one unit of many
+rows.
 
 Sources: expected flows as gradients, Darwiche 2003; layers of one shape, Peharz et al. 2020.
 """
@@ -23,42 +23,44 @@ _FLOATS = (torch.float32, torch.float64)
 
 
 class Program(NamedTuple):
-    """What :func:`circuit_layers` computes: of a region graph, what
-    ``lora_ext.circuits._program.compile_program(graph, compile_graph(graph))`` makes.
+    """Program of a circuit, which :func:`circuit_layers` executes.
+
+    ``lora_ext.circuits._program.compile_program(graph, compile_graph(graph))`` compiles it from a
+    region graph.
 
     Attributes:
-        numbers: int32, on the device of the values; ``csrc/include/lora_ext/circuit_layers.h`` has
-            the layout.
-        plan: its sizes, ten numbers, and four for each stage: what a host needs to know.
+        numbers: int32, on the device of the values; ``csrc/include/lora_ext/circuit_layers.h``
+            defines the layout.
+        plan: Ten sizes, then four numbers per stage, for the host.
     """
 
     numbers: Tensor
     plan: list[int]
 
     def to(self, device: torch.device) -> Program:
-        """Return the same program with its ``numbers`` on another ``device``."""
+        """Return the same program with its ``numbers`` on ``device``."""
         return Program(self.numbers.to(device), self.plan)
 
 
 def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
-    """Return log-values of leaves over finitely many values, looked up.
+    """Look up the log-values of leaves over finitely many values.
 
-    ``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, 0 where ``x`` is -1. Differentiable once
-    in ``table``; sums over rows of data are taken in order.
+    ``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, and 0 where ``x`` is -1. Differentiable
+    once in ``table``; the backward sums over the rows of ``x`` in order.
 
     Args:
-        table: ``(R, V)`` float32, or float64 on the CPU; a row per distribution.
+        table: ``(R, V)`` float32, or float64 on the CPU; one row per distribution.
         x: ``(B, M)`` int64 in [-1, V).
         row: ``(M,)`` int64, multiples of ``block``: the first row of each block.
-        block: leaf units that look at one variable.
-        norm: ``"logits"``: rows are log-softmaxed, those of nothing but ``-inf`` stay so;
-            ``"none"``: log-probabilities as they are.
+        block: Number of leaf units per variable.
+        norm: ``"logits"`` applies log-softmax to each row, and a row of only ``-inf`` stays
+            unchanged; ``"none"`` uses the table as log-probabilities.
 
     Returns:
         ``(B, M * block)`` in the dtype of ``table``.
 
     Raises:
-        ValueError: if a shape, dtype, device or name disagrees or, on the CPU, a number is out of
+        ValueError: If a shape, dtype, device or name is wrong or, on the CPU, a number is out of
             range.
     """
     return _c.circuit_table.default(table, x, row, block, norm)
@@ -86,28 +88,29 @@ def circuit_layers(
     semiring: str = "sum",
     precision: str = "fp32",
 ) -> Tensor:
-    """Return log-values of all units of a circuit, from those of its leaves.
+    """Compute log-values of all units of a circuit from those of its leaves.
 
-    ``l[out] = log sum_i W[o, i] exp(term[i])`` of every sum, where a term is the sum of log-values
-    of other units: :func:`log_einsum_exp` after the products, node after node, as exact at ``-inf``
-    and as safe from underflow. A row's bits depend neither on its batch nor on threads.
+    ``l[out] = log sum_i W[o, i] exp(term[i])`` for every sum, where a term is the sum of log-values
+    of other units. This is :func:`log_einsum_exp` after the products, node by node, with the same
+    exactness at ``-inf`` and safety from underflow. A row's bits depend neither on its batch nor on
+    threads.
 
     Args:
         leaf: ``(B, N)`` float32, or float64 on the CPU.
         w: ``(W,)``, dtype and device of ``leaf``: the weights of all sums.
-        program: what is computed.
-        norm: ``"logits"``: each row of a matrix is log-softmaxed; ``"none"``: log-weights as they
-            are.
-        semiring: ``"max"`` takes the largest term in place of their sum, and passes over NaN.
-        precision: of sums on CUDA, as :func:`log_einsum_exp` takes it, and of any number of terms;
-            the CPU and ``"max"`` know ``"fp32"`` alone, and gradients are computed in it.
+        program: Program to execute.
+        norm: ``"logits"`` applies log-softmax to each row of a matrix; ``"none"`` uses ``w`` as
+            log-weights.
+        semiring: ``"sum"``, or ``"max"`` for the largest term, which ignores NaN.
+        precision: Precision of sums on CUDA, as for :func:`log_einsum_exp`, but for any number of
+            terms. The CPU and ``"max"`` support only ``"fp32"``, which gradients always use.
 
     Returns:
         ``(B, U)``: 0, ``-inf``, the leaves, then all other units.
 
     Raises:
-        ValueError: if a shape, dtype, device or name disagrees or, on the CPU, the program does not
-            hold together.
+        ValueError: If a shape, dtype, device or name is wrong or, on the CPU, the program is
+            inconsistent.
     """
     return _c.circuit_layers.default(
         leaf, w, program.numbers, program.plan, norm, semiring, precision
@@ -129,21 +132,21 @@ def circuit_layers_backward(
     norm: str = "logits",
     need_dw: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return gradients of :func:`circuit_layers` from those of the roots.
+    """Compute gradients of :func:`circuit_layers` from those of the roots.
 
-    With log-weights, ``norm="none"`` and ``droots`` 1 they are the expected flows of a circuit.
+    With log-weights, ``norm="none"`` and ``droots`` 1, they are the expected flows of a circuit.
 
     Args:
         droots: ``(B, R)``.
-        val: the result, of the sum.
-        w, program, norm: as they went in.
-        need_dw: whether the gradient of the weights is wanted.
+        val: Result of :func:`circuit_layers` with ``semiring="sum"``.
+        w, program, norm: Arguments of that call.
+        need_dw: Whether to compute the gradient of the weights.
 
     Returns:
-        Those of all units ``(B, U)``, and of the weights ``(W,)``, or empty.
+        The gradients of all units, ``(B, U)``, and of the weights, ``(W,)`` or empty.
 
     Raises:
-        ValueError: as there.
+        ValueError: As for :func:`circuit_layers`.
 
     Source: Darwiche 2003, section 3.
     """
@@ -164,26 +167,26 @@ def circuit_layers_walk(
 ) -> Tensor:
     """Walk from the roots down along one term per sum; return the leaf unit of each variable.
 
-    A sum weighs its terms by ``W[o, i] exp(term[i])``. A walk takes the heaviest, the first of
-    several, or draws one by the rule of :func:`reference._circuit.draw`: after
-    :func:`circuit_layers` with ``"max"`` it is the best tree, after ``"sum"`` an exact sample of
-    one. What normalises a row of weights says nothing of its terms, so there is no ``norm``.
+    The term of a sum has weight ``W[o, i] exp(term[i])``. A walk takes the first term of largest
+    weight, or draws one with :func:`reference._circuit.draw`. After :func:`circuit_layers` with
+    ``"max"`` the result is the best tree; after ``"sum"``, a drawn one is an exact sample. The
+    normaliser of a row of weights cancels, so there is no ``norm``.
 
     Args:
         val: ``(B, U)``, the result of :func:`circuit_layers`.
-        w, program: as they went in.
-        root: ``(B,)`` int64 in [0, R): the root that a row's walks start from. Out of range on
-            CUDA, its walks come nowhere.
-        uniforms: ``(M, sums)`` float32 or float64 in [0, 1), for the regions of sums in the order
-            of the graph; M is a multiple of B, and the walks of a row follow one another. None: one
-            walk per row, which takes the heaviest terms.
+        w, program: Arguments of that call.
+        root: ``(B,)`` int64 in [0, R), the root of each row's walks. On CUDA, walks from a root out
+            of range return -1 for all variables.
+        uniforms: ``(M, sums)`` float32 or float64 in [0, 1), one per region of sums in the order of
+            the graph. M is a multiple of B, and the walks of a row are consecutive. None for one
+            walk per row along the largest weights.
 
     Returns:
         ``(M, variables)`` int64: columns of ``val``, or -1 outside the root's scope.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees or, on the CPU, the program does not hold
-            together, or a root or a uniform is out of range.
+        ValueError: If a shape, dtype or device is wrong or, on the CPU, the program is
+            inconsistent, or a root or a uniform number is out of range.
 
     Source: ancestral sampling given evidence, and max-product decoding, Peharz et al. 2017.
     """

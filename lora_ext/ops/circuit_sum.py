@@ -21,11 +21,11 @@ _c = torch.ops.lora_ext
 
 
 class ScaledWeights(NamedTuple):
-    """Weights ready for a product: ``W[o, i] = weight[o, i] * exp(shift[o])``.
+    """Weights scaled for a product: ``W[o, i] = weight[o, i] * exp(shift[o])``.
 
     Attributes:
-        weight: shaped as ``w``, float32 (float64), each row with maximum 1, or zero.
-        shift: one per row, ``-inf`` where the row is zero.
+        weight: Shape of ``w``, float32 (float64); each row has maximum 1 or is zero.
+        shift: One number per row, ``-inf`` if the row is zero.
     """
 
     weight: Tensor
@@ -37,11 +37,11 @@ def log_einsum_weights(w: Tensor, norm: str = "logits") -> ScaledWeights:
     """Scale weights once for several calls of :func:`log_einsum_exp` with the same ``w``.
 
     Args:
-        w: ``(O, I)`` or ``(G, O, I)``, as there.
-        norm: as there.
+        w: ``(O, I)`` or ``(G, O, I)``, as for :func:`log_einsum_exp`.
+        norm: As for :func:`log_einsum_exp`.
 
     Raises:
-        ValueError: if shape, dtype or norm is wrong, naming the argument.
+        ValueError: If a shape, dtype or norm is wrong.
     """
     return ScaledWeights(*_c.log_einsum_weights.default(w, norm))
 
@@ -78,47 +78,48 @@ def log_einsum_exp(
     precision: str = "fp32",
     scaled: ScaledWeights | None = None,
 ) -> Tensor | LogMax:
-    """Return ``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
+    """Compute ``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
 
-    Where nothing is possible ``out`` is ``-inf``, with gradient zero; ``+inf`` and NaN give NaN. A
-    product that would underflow is computed again from shifted terms, forward and backward, so a
-    path of probability ``e^-1000`` beside a heavier one that is closed keeps its value.
+    A sum without possible terms is ``-inf``, with gradient zero; ``+inf`` and NaN give NaN. If a
+    product would underflow, forward and backward compute it again from shifted terms, so a path of
+    probability ``e^-1000`` keeps its value beside a likelier one of weight zero.
 
-    Differentiable in ``w`` and ``values``, any number of times with the sum, once with the max (of
-    the term that attains it). A row's bits do not depend on its batch or on threads, but for shared
-    weights on CUDA, which meet the values in the library's GEMM.
+    Differentiable in ``w`` and ``values``: any number of times for the sum, once for the max
+    (through the largest term). A row's bits do not depend on its batch or on threads, except for
+    shared weights on CUDA, which use the library's GEMM.
 
     Args:
-        w: ``(O, I)`` shared by all rows with ``values (B, I)``; ``(G, O, I)`` with ``(G, B, I)``,
-            one matrix per group; ``(B, O, I)`` with ``(B, I)``, one matrix per row, where one that
-            is expanded over the rows counts as shared. float32, float16, bfloat16, or float64 on
-            the CPU.
-        values: log-values, float32 (float64 beside float64 weights).
-        norm: what ``w`` holds: ``"logits"``, log-softmaxed over ``I`` inside; ``"logprobs"`` or
-            ``"none"``, log-weights as they are, which the former promises to be normalised;
-            ``"probs"``, weights themselves, zero or less meaning never.
-        semiring: ``"max"`` takes the largest term in place of their sum.
-        precision: of the product with shared weights on CUDA, up to 256 sums and terms:
-            ``"high"`` splits both operands into two bfloat16 and is as good as float32 up to 16
-            bits, ``"fp16s"`` scales them to float16, 11 bits. ``"fp32"`` is the library's float32,
-            and so is everything else, gradients and the CPU included. docs/circuit_engine.md,
-            "Precision", has the errors.
-        scaled: :func:`log_einsum_weights` of the same ``w`` and ``norm``, shared by several calls.
+        w: ``(O, I)``, shared by all rows, with ``values (B, I)``; ``(G, O, I)`` with ``(G, B, I)``,
+            one matrix per group; or ``(B, O, I)`` with ``(B, I)``, one matrix per row. A matrix
+            expanded over the rows counts as shared. float32, float16, bfloat16, or float64 on the
+            CPU.
+        values: Log-values, float32 (float64 for float64 weights).
+        norm: Meaning of ``w``: ``"logits"`` for log-softmax over ``I``; ``"logprobs"`` for
+            normalised and ``"none"`` for other log-weights, neither of which is changed;
+            ``"probs"`` for weights, where zero or less means impossible.
+        semiring: ``"sum"``, or ``"max"`` for the largest term.
+        precision: Precision of the product with shared weights on CUDA, up to 256 sums and terms:
+            ``"high"`` splits both operands into two bfloat16 and keeps 16 bits, ``"fp16s"`` scales
+            them to float16 and keeps 11. ``"fp32"`` is the library's float32. Everything else,
+            including gradients and the CPU, uses float32. docs/circuit_engine.md, "Precision",
+            lists the errors.
+        scaled: :func:`log_einsum_weights` of the same ``w`` and ``norm``, to reuse in several
+            calls.
 
     Returns:
-        ``(B, O)`` or ``(G, B, O)`` in the dtype of ``values``; with ``"max"`` also the lowest
-        index that attains it, int64.
+        ``(B, O)`` or ``(G, B, O)`` in the dtype of ``values``; for ``"max"`` also the lowest index
+        of the largest term, int64.
 
     Raises:
-        ValueError: if a shape, dtype, device or name disagrees, naming the argument.
-        NotImplementedError: if an argument has a tangent of forward mode.
+        ValueError: If a shape, dtype, device or name is wrong.
+        NotImplementedError: If an argument has a forward-mode tangent.
 
     Source: log-einsum-exp, Peharz et al. 2020, section 3.2.
     """
     choice("log_einsum_exp", "norm", norm, NORMS)
     choice("log_einsum_exp", "semiring", semiring, ("sum", "max"))
     refuse_tangents("log_einsum_exp", w, values)
-    leaf = w.requires_grad and w.is_leaf  # whose gradient belongs to each row
+    leaf = w.requires_grad and w.is_leaf  # Its gradient has one matrix per row.
     if w.dim() == 3 and values.dim() == 2 and len(w) > 1 and w.stride(0) == 0 and not leaf:
         found = f"{tuple(w.shape)} and {tuple(values.shape)}"
         same = len(w) == len(values)
@@ -159,7 +160,7 @@ def _fake_max(w: Tensor, values: Tensor, norm: str) -> tuple[Tensor, Tensor]:
 
 
 def _attained(w: Tensor, values: Tensor, norm: str, best: Tensor, indices: Tensor) -> Tensor:
-    """Return the term at ``indices``, differentiable, and ``best`` if there is no term."""
+    """Return the differentiable term at ``indices``, or ``best`` if there is no term."""
     log_w = log_weights(w, norm)
     if w.dim() == 2 or values.dim() == 3:
         log_w = log_w[..., None, :, :].expand(*indices.shape, w.shape[-1])
@@ -175,18 +176,19 @@ def log_einsum_exp_backward(
     norm: str = "logits",
     scaled: ScaledWeights | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients ``(dw, dvalues)`` of :func:`log_einsum_exp`, from its result.
+    """Compute the gradients ``(dw, dvalues)`` of :func:`log_einsum_exp` from its result.
 
-    For callers that have no graph: with log-weights and ``dout`` 1 at a root these are the expected
-    flows of a circuit.
+    Use it without an autograd graph: with log-weights and ``dout`` 1 at a root, the gradients are
+    the expected flows of a circuit.
 
     Args:
-        dout: gradient of the result, shaped like it.
-        w, values, norm, scaled: as they went in; no matrix is expanded here.
-        out: the result.
+        dout: Gradient of ``out``, in its shape.
+        w, values, norm, scaled: Arguments of :func:`log_einsum_exp`; here a matrix expanded over
+            the rows does not count as shared.
+        out: Result of :func:`log_einsum_exp`.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees, naming the argument.
+        ValueError: If a shape, dtype or device is wrong.
 
     Source: Darwiche 2003, section 3.
     """
@@ -214,10 +216,10 @@ def _save_exp_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> Non
 def _exp_double_backward(
     library: Any, ctx: Any, ddw: Tensor | None, ddvalues: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Differentiate the formula by torch: all terms at once, which is slow and rarely used."""
-    again = torch.is_grad_enabled()  # a third derivative is wanted
+    """Differentiate the reference with torch: all terms at once, which is slow and rarely used."""
+    again = torch.is_grad_enabled()  # A third derivative is possible.
     with torch.enable_grad():
-        # Views: what dout is a function of does not count here.
+        # Views exclude the dependence of dout on w and values.
         leaves = [
             t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
             for t in ctx.saved_tensors
@@ -229,14 +231,14 @@ def _exp_double_backward(
         pairs = [(g, d) for g, d in given if d is not None and d.numel()]
         outputs, ahead = [g for g, _ in pairs], [d for _, d in pairs]
         grads = torch.autograd.grad(outputs, leaves, ahead, create_graph=again, allow_unused=True)
-    # `out` is a function of w and values, and its share is in theirs.
+    # `out` is recomputed from w and values, whose gradients contain its share.
     return *grads, *(None,) * 6
 
 
 def log_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of every batch.
+    """Compute ``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of every batch.
 
-    :func:`log_einsum_exp` with ``b`` as log-weights: as exact at ``-inf``, twice differentiable.
+    This is :func:`log_einsum_exp` with log-weights ``b``: exact at ``-inf``, twice differentiable.
 
     Args:
         a: ``(B, M, K)`` float32, or float64 on the CPU.
@@ -246,7 +248,7 @@ def log_bmm(a: Tensor, b: Tensor) -> Tensor:
         ``(B, M, N)`` in the dtype of ``a``.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees, naming the argument.
+        ValueError: If a shape, dtype or device is wrong.
     """
     floats = torch.float32, torch.float64
     require_tensor("log_bmm", "a", a, "(B, M, K)", None, *floats)

@@ -1,14 +1,13 @@
-"""Hidden states of several depths, each normed, mixed to one in a single pass.
+"""Mixture of the normalised hidden states of several depths, in a single pass.
 
-The hidden states come as tensors of their own and are never stacked. Statistics and sums are in
-float32 (float64 stays float64), and every result is rounded once. Results and gradients repeat bit
-for bit, whatever the number of threads; autocast leaves the ops alone, since their sums are in
-float32 anyway.
+The hidden states are separate tensors and are never stacked. Statistics and sums are float32
+(float64 for float64), and every result is rounded once. Results and gradients have the same bits
+for any number of threads. Autocast does not affect the ops.
 
-Letters: ``k`` hidden states, 1 to 8; ``d`` their width; ``...`` the positions, of any shape.
+Letters: ``k`` hidden states, 1 to 8; ``d`` their width; ``...`` positions of any shape.
 
-Source: mixture-of-depths ensembles (arXiv 2410.13077). A head that is linear makes a mix of hidden
-states and a mix of logits the same, if the weights sum to 1 or the head has no bias.
+Source: mixture-of-depths ensembles (arXiv 2410.13077). With a linear head, mixing hidden states
+equals mixing logits if the weights sum to 1 or the head has no bias.
 """
 
 import math
@@ -36,35 +35,34 @@ def depth_mix(
     betas: Tensor | Sequence[Tensor] | None = None,
     norm: str = "rms",
 ) -> Tensor:
-    """Norm each of k hidden states and add them up by weights.
+    """Normalise each of k hidden states and add them with weights.
 
-    ``u = sum_e weights[..., e] * n_e`` with ``n_e = gammas[e] * h_e / sqrt(mean(h_e^2) + eps) +
-    betas[e]``; ``norm="layer"`` takes the mean of each ``h_e`` from it first. No ``n_e`` is rounded
-    on the way, as a norm that is called by itself would round it.
+    ``u = sum_e weights[..., e] * n_e`` with
+    ``n_e = gammas[e] * h_e / sqrt(mean(h_e^2) + eps) + betas[e]``; ``norm="layer"`` first subtracts
+    the mean of each ``h_e``. Unlike the result of a separate norm, ``n_e`` is not rounded.
 
     Differentiable once in ``hiddens``, ``gammas``, ``betas`` and ``weights``; each gradient has the
-    dtype of its argument. A weight of zero is a factor like others: it does not keep out what is
-    not a number. A row of zeros gives ``betas``, with finite gradients where ``eps > 0``.
+    dtype of its argument. A weight of zero does not mask a NaN. A row of zeros gives ``betas``,
+    with finite gradients if ``eps > 0``.
 
     Args:
         hiddens: k tensors ``(..., d)`` float16, bfloat16, float32, or float64 on the CPU, of one
-            shape, dtype and device; any strides, copied only where the elements of a row lie apart
-            or the rows do not follow one stride.
-        gammas: ``(k, d)``, or k tensors ``(d,)``. They may have the dtype of the hiddens or any
-            that float32 holds exactly (float64 for float64 hiddens), so float32 norms fit to 16-bit
-            hiddens; two dtypes among gammas and betas cost a copy in float32.
-        weights: ``(..., k)``, its dtype by the same rule.
-        eps: what is added to the mean square, at least 0.
-        betas: as ``gammas``, or None for 0.
+            shape, dtype and device. Any strides; copied only if the elements of a row are not
+            contiguous or the rows have no common stride.
+        gammas: ``(k, d)``, or k tensors ``(d,)``. Any dtype that float32 represents exactly
+            (float64 for float64 hiddens), so float32 norms work with 16-bit hiddens. Two dtypes
+            among gammas and betas cost a copy in float32.
+        weights: ``(..., k)``; dtype by the same rule.
+        eps: Number added to the mean square, at least 0.
+        betas: As ``gammas``, or None for 0.
         norm: "rms" or "layer".
 
     Returns:
         ``(..., d)`` in the dtype of the hiddens.
 
     Raises:
-        ValueError: if k is not in 1 to 8, or if a shape, dtype or device disagrees, naming the
-            argument.
-        RuntimeError: on double backward.
+        ValueError: If k is not in 1 to 8, or a shape, dtype or device is wrong.
+        RuntimeError: On double backward.
 
     Source: arXiv 2410.13077, the ensemble of late layers, mixed before the head.
     """
@@ -81,15 +79,15 @@ def depth_mix_routed(
     betas: Tensor | Sequence[Tensor] | None = None,
     norm: str = "rms",
 ) -> tuple[Tensor, Tensor]:
-    """Mix as :func:`depth_mix` does, with weights that the last hidden state chooses.
+    """Mix as :func:`depth_mix` does, with weights computed from the last hidden state.
 
-    ``weights = softmax(router @ n_k + bias)`` of each position, where ``n_k`` is the last hidden,
-    normed and not rounded. Differentiable once in all tensors; the router's gradient flows into
-    ``n_k`` too, and both results may have one.
+    ``weights = softmax(router @ n_k + bias)`` of each position, where ``n_k`` is the last hidden
+    state, normalised and not rounded. Differentiable once in all tensors and through both results;
+    the router's gradient also reaches ``n_k``.
 
     Args:
-        hiddens, gammas, eps, betas, norm: as there.
-        router: ``(k, d)``, its dtype by the rule for ``gammas``.
+        hiddens, gammas, eps, betas, norm: As for :func:`depth_mix`.
+        router: ``(k, d)``; dtype by the rule for ``gammas``.
         bias: ``(k,)``, likewise.
 
     Returns:
@@ -97,7 +95,7 @@ def depth_mix_routed(
         (float64 for float64).
 
     Raises:
-        ValueError, RuntimeError: as there.
+        ValueError, RuntimeError: As for :func:`depth_mix`.
     """
     scales = _rows(gammas), _rows(betas)
     return _c.depth_mix_forward.default(hiddens, *scales, None, router, bias, eps, norm)[:2]

@@ -1,12 +1,12 @@
 """Batched multi-adapter LoRA on the rows of one matrix.
 
 Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters, ``P`` pages, ``S``
-segments. Every row of ``x`` names its adapter; ranks may differ, and each adapter is charged for
-its own rank only.
+segments. An id per row of ``x`` selects its adapter. Ranks may differ, and the cost of an adapter
+depends on its own rank only.
 
-Adapters come as a *bank*, ``a (A, R, I)`` and ``b (A, O, R)``, or as *pages* of eight ranks, ``a
-(P, 8, I)`` and ``b (P, O, 8)``, found through ``page_table (A, R / 8)``: what
-:class:`lora_ext.AdapterPool` holds.
+Adapters are stored in a *bank*, ``a (A, R, I)`` and ``b (A, O, R)``, or in *pages* of eight ranks,
+``a (P, 8, I)`` and ``b (P, O, 8)``, with the index ``page_table (A, R / 8)``, as in
+:class:`lora_ext.AdapterPool`.
 
 Sources: LoRA (Hu et al. 2021), eq. 3; Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al.
 2023).
@@ -31,25 +31,25 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
     Args:
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``; -1 means no adapter.
         num_adapters: ``A``, the number of slots of the bank or pool.
-        num_valid: one int32 on the device of ``adapter_ids``; rows at or beyond it count as -1. It
-            lets a captured graph run a padded batch.
+        num_valid: One int32 on the device of ``adapter_ids``; rows from this index on count as -1,
+            which lets a captured graph run a padded batch.
 
     Returns:
-        int32 vector, opaque; pass it as ``plan=``. Its size depends on ``T`` and ``A`` alone.
+        Opaque int32 vector to pass as ``plan``. Its size depends on ``T`` and ``A`` only.
 
     Raises:
-        ValueError: on an id out of range (always on the CPU; on CUDA in debug mode, else it counts
-            as -1).
+        ValueError: If an id is out of range. On CUDA this is checked only in debug mode; otherwise
+            the id counts as -1.
 
-    Source: S-LoRA, section 5.3 (sort by adapter); stable, without atomics, without a host sync.
+    Source: S-LoRA, section 5.3 (sort by adapter). The sort is stable and needs no atomics and no
+    host sync.
     """
     return _c.lora_plan.default(adapter_ids, num_adapters, num_valid)
 
 
 @fake("lora_plan")
 def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None) -> Tensor:
-    """Return ``LoraPlanLayout::size()`` of ``lora_ext/lora.h``; a symbolic number of rows is
-    guarded."""
+    """Return ``LoraPlanLayout::size()`` empty numbers; guard a symbolic number of rows."""
     rows = adapter_ids.shape[0]
     chunk = 16 if rows <= 256 else 64 if rows < 4096 else 128
     chunks = rows // chunk + min(rows, num_adapters)
@@ -57,7 +57,7 @@ def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None)
 
 
 def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -> Tensor:
-    """Return the adapter id of each row, from contiguous segments.
+    """Return the adapter id of each row from contiguous segments.
 
     ``ids[t] = seg_adapter[s]`` for ``seg_indptr[s] <= t < seg_indptr[s + 1]``; rows outside get -1.
 
@@ -70,7 +70,7 @@ def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -
         ``(T,)`` int32.
 
     Raises:
-        ValueError: if shapes or dtypes disagree, or (CPU) if ``seg_indptr`` decreases or leaves
+        ValueError: If a shape or dtype is wrong or, on the CPU, ``seg_indptr`` decreases or leaves
             ``[0, T]``.
 
     Source: Punica, section 4 (segment indices of SGMV).
@@ -94,17 +94,17 @@ def lora_shrink(
 ) -> Tensor:
     """Project every row onto the rank space of its adapter.
 
-    ``v[t] = scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; ids of -1 give zero rows. The
-    first half of :func:`lora_apply`, for callers that reduce ``v`` across devices.
+    ``v[t] = scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; rows with id -1 are zero. This is
+    the first half of :func:`lora_apply`, for callers that reduce ``v`` across devices.
 
     Args:
-        x, a, adapter_ids, scale, ranks, page_table, plan: as for :func:`lora_apply`.
+        x, a, adapter_ids, scale, ranks, page_table, plan: As for :func:`lora_apply`.
 
     Returns:
         ``(T, R)`` float32 (float64 for float64); zero beyond a row's rank.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees, naming the argument.
+        ValueError: If a shape, dtype or device is wrong.
 
     Source: Punica, section 4 (the shrink half of SGMV).
     """
@@ -128,20 +128,19 @@ def lora_expand_(
     page_table: Tensor | None = None,
     plan: Tensor | None = None,
 ) -> Tensor:
-    """Add the image of every row of ``v`` under its own adapter to ``y``, in place.
+    """Add the image of every row of ``v`` under its adapter to ``y``, in place.
 
-    ``y[t] = round(y[t] + b[s] @ v[t])``: one rounding; rows with id -1 stay unchanged.
+    ``y[t] = round(y[t] + b[s] @ v[t])``, with one rounding; rows with id -1 keep every bit.
 
     Args:
-        y: ``(T, O)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. It comes
-            back, and shares no memory with another argument, as in :func:`lora_apply_`.
+        y: ``(T, O)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. It is
+            returned and must not share memory with another argument, as in :func:`lora_apply_`.
         v: ``(T, R)`` float32 (float64 for float64), from :func:`lora_shrink`.
-        b, adapter_ids, ranks, page_table, plan: as for :func:`lora_apply`; b has the dtype of y.
+        b, adapter_ids, ranks, page_table, plan: As for :func:`lora_apply`; b has the dtype of y.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees, or ``y`` overlaps another argument,
-            naming the argument.
-        RuntimeError: if an argument requires gradients: this op has no backward.
+        ValueError: If a shape, dtype or device is wrong, or ``y`` overlaps another argument.
+        RuntimeError: If an argument requires gradients, since this op has no backward.
 
     Source: Punica, section 4 (the expand half of SGMV).
     """
@@ -164,29 +163,29 @@ def lora_apply(
     page_table: Tensor | None = None,
     plan: Tensor | None = None,
 ) -> Tensor:
-    """Return the low-rank update of every row by its own adapter.
+    """Compute the low-rank update of every row by its adapter.
 
-    ``y[t] = scale[s] * b[s] @ (a[s] @ x[t])`` with ``s = adapter_ids[t]``; ids of -1 give zero
-    rows. Differentiable once in ``x``, ``a`` and ``b``, by the kernels of :func:`lora_linear`.
+    ``y[t] = scale[s] * b[s] @ (a[s] @ x[t])`` with ``s = adapter_ids[t]``; rows with id -1 are
+    zero. Differentiable once in ``x``, ``a`` and ``b``, by the kernels of :func:`lora_linear`.
 
     Args:
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
-        a: bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of
+        a: Bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of
             ``x``.
-        b: bank ``(A, O, R)``, or pages ``(P, O, 8)``; dtype and device of ``x``.
+        b: Bank ``(A, O, R)``, or pages ``(P, O, 8)``; dtype and device of ``x``.
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
         scale: ``(A,)`` float32, or None for 1.
-        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with pages). What lies
-            beyond an adapter's rank is neither read nor given a gradient.
-        page_table: ``(A, R / 8)`` int32, the page of each eight ranks, -1 where there is none.
-        plan: :func:`lora_plan` of the same ids, to save grouping them again.
+        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with pages). Entries beyond
+            an adapter's rank are not read and get gradient zero.
+        page_table: ``(A, R / 8)`` int32, the page of each eight ranks, or -1 without a page.
+        plan: :func:`lora_plan` of the same ids, to avoid grouping them again.
 
     Returns:
-        ``(T, O)`` in the dtype of ``x``, accumulated in float32 (float64 stays float64).
+        ``(T, O)`` in the dtype of ``x``, accumulated in float32 (float64 for float64).
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees, naming the argument.
-        NotImplementedError: if an argument has a tangent of forward mode.
+        ValueError: If a shape, dtype or device is wrong.
+        NotImplementedError: If an argument has a forward-mode tangent.
 
     Source: LoRA (Hu et al. 2021), eq. 3; Punica (Chen et al. 2023), section 4.
     """
@@ -205,14 +204,14 @@ def _save_apply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 @backward("lora_apply", save=_save_apply)
 def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of ``lora_linear`` without a base; of pages, dx alone.
+    """Return the gradients of ``lora_linear`` without a base; with pages, only that of ``x``.
 
-    For pages ``dx = a^T dv`` is the op itself with the factors exchanged.
+    With pages, ``dx = a^T dv`` is the op itself with exchanged factors.
     """
     x, a, b, adapter_ids, scale, ranks, page_table, plan = ctx.saved_tensors
     need_dx, need_da, need_db = ctx.needs_input_grad[:3]
     if any(ctx.needs_input_grad[3:]):
-        raise NotImplementedError("lora_apply: scale receives no gradient")
+        raise NotImplementedError("lora_apply: scale receives no gradient; detach it")
     if page_table is not None:
         if need_da or need_db:
             raise NotImplementedError("lora_apply: pages receive no gradient; train a bank instead")
@@ -243,21 +242,20 @@ def lora_apply_(
     page_table: Tensor | None = None,
     plan: Tensor | None = None,
 ) -> Tensor:
-    """Add the low-rank update of every row to ``y`` in place: the op that serving uses.
+    """Add the low-rank update of every row to ``y`` in place, as serving does.
 
-    ``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))``: one rounding; rows with id -1, and
-    rows whose adapter has rank 0, stay unchanged.
+    ``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))``, with one rounding. Rows with id -1 or
+    an adapter of rank 0 keep every bit.
 
     Args:
-        y: ``(T, O)``, dtype and device of ``x``; any row stride. It comes back, and shares no
-            memory with another argument, though it may lie between their rows, as the columns of
-            one buffer do.
-        x, a, b, adapter_ids, scale, ranks, page_table, plan: as for :func:`lora_apply`.
+        y: ``(T, O)``, dtype and device of ``x``; any row stride. It is returned and must not share
+            memory with another argument, but their rows may interleave, as columns of one buffer
+            do.
+        x, a, b, adapter_ids, scale, ranks, page_table, plan: As for :func:`lora_apply`.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees, or ``y`` overlaps another argument,
-            naming the argument.
-        RuntimeError: if an argument requires gradients: use :func:`lora_apply`.
+        ValueError: If a shape, dtype or device is wrong, or ``y`` overlaps another argument.
+        RuntimeError: If an argument requires gradients; use :func:`lora_apply`.
 
     Source: Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al. 2023), section 5.
     """
@@ -273,18 +271,18 @@ def _fake_apply_(y: Tensor, *args: Tensor | None) -> None:
 def bgmv_(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter_ids: Tensor, scale: Tensor | None = None
 ) -> Tensor:
-    """Batched gather matrix-vector product: :func:`lora_apply_` of banks under Punica's first name.
+    """Call :func:`lora_apply_` on banks, as Punica's batched gather matrix-vector product.
 
     Args:
-        y: ``(T, O)``, changed in place, and comes back.
+        y: ``(T, O)``, changed in place and returned.
         x: ``(T, I)``.
         a: ``(A, R, I)``.
         b: ``(A, O, R)``.
-        adapter_ids: ``(T,)`` in ``[-1, A)``, -1 for none.
+        adapter_ids: ``(T,)`` in ``[-1, A)``; -1 means no adapter.
         scale: ``(A,)`` float32, or None for 1.
 
     Raises:
-        ValueError: as :func:`lora_apply_`.
+        ValueError: As for :func:`lora_apply_`.
 
     Source: Punica (Chen et al. 2023), section 4.
     """
@@ -300,16 +298,16 @@ def sgmv_(
     seg_adapter: Tensor,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Segmented gather matrix-vector product: :func:`lora_apply_` on contiguous segments.
+    """Call :func:`lora_apply_` on segments, as the segmented gather matrix-vector product.
 
     Args:
-        y, x, a, b, scale: as for :func:`lora_apply_`, banks alone; ``y`` comes back.
-        seg_indptr: ``(S + 1,)`` int32 on the device of ``x``; rows outside all segments are left
-            alone.
-        seg_adapter: ``(S,)`` int32, the adapter of each segment, -1 for none.
+        y, x, a, b, scale: As for :func:`lora_apply_`, with banks only.
+        seg_indptr: ``(S + 1,)`` int32 on the device of ``x``; rows outside all segments are
+            unchanged.
+        seg_adapter: ``(S,)`` int32, the adapter of each segment; -1 means no adapter.
 
     Raises:
-        ValueError: as :func:`lora_segment_ids` and :func:`lora_apply_`.
+        ValueError: As for :func:`lora_segment_ids` and :func:`lora_apply_`.
 
     Source: Punica (Chen et al. 2023), section 4.
     """

@@ -1,12 +1,11 @@
-"""An adapter as numbers: its Gram matrices, and what it is to a weight.
+"""Gram matrices of adapters, and the effect of an adapter on a weight.
 
-Inner products of adapters come from the Gram matrices of their factors: the product ``b a`` is
-never formed. Results repeat bit for bit, whatever the number of threads and whatever other adapters
-are in the call.
+Gram matrices of the factors give the inner products of adapters without forming the products
+``b a``. The results have the same bits for any number of threads and whatever other adapters are in
+the call.
 
-The product itself, merged and measured, is torch's GEMM's on every device: no kernel of this
-package has anything to add, and bits may depend on the library's threads. All but
-:func:`lora_delta` take no part in autograd. Autocast leaves either alone.
+The functions on a weight use torch's GEMM on every device, so their bits may depend on the
+library's threads. Only :func:`lora_delta` is differentiable. Autocast affects no function.
 
 Letters: ``I`` in, ``O`` out, ``r`` the adapter's rank, ``L`` adapters.
 """
@@ -30,33 +29,33 @@ _c = torch.ops.lora_ext
 def lora_gram(
     a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return ``a @ a^T`` and ``b^T @ b`` of every adapter.
+    """Compute ``a @ a^T`` and ``b^T @ b`` of every adapter.
 
-    Inner products of adapters need no more than these: ``<b1 a1, b2 a2>`` and norms of ``b a`` cost
-    ``r^2`` once they are known. Gram matrices square the condition number: small singular values
-    need float64, and the smallest a QR of the factors.
+    Inner products ``<b1 a1, b2 a2>`` and norms of ``b a`` need only these matrices and then cost
+    ``r^2``. Gram matrices square the condition number: small singular values need float64, and the
+    smallest a QR of the factors.
 
-    On a GPU this is one launch for up to 500 adapters of one dtype; of a model that is spread over
-    devices each does its own. A factor is read once up to 64 ranks. It is copied only where the
-    elements of a row lie apart, or the other factor's dtype is wider.
+    On a GPU this is one launch for up to 500 adapters of one dtype; adapters on several devices
+    take one call per device. A factor of up to 64 ranks is read once. It is copied only if the
+    elements of a row are not contiguous or the other factor has a wider dtype.
 
     Args:
-        a: ``(r, I)`` each, float32, float16, bfloat16 or float64; shapes and dtypes may differ from
-            adapter to adapter. Factors of one adapter in two dtypes count in the wider one.
+        a: ``(r, I)`` each, float32, float16, bfloat16 or float64; shapes and dtypes may differ
+            between adapters. Factors of one adapter in two dtypes count in the wider one.
         b: ``(O, r)`` each, as many as ``a``.
-        dtype: in which to add and return, float32 or float64; by default float32, and float64 for
-            factors in float64, whose sums are in float64 whatever is returned.
+        dtype: Dtype of the result, float32 or float64, and of the sums, which are always float64
+            for float64 factors. None for float64 with float64 factors and float32 otherwise.
 
     Returns:
         Two lists of ``(r, r)``, symmetric to the bit.
 
     Raises:
-        ValueError: if lengths, shapes, dtypes or devices disagree, naming the argument.
+        ValueError: If a length, shape, dtype or device is wrong.
     """
     require(len(a) == len(b), "lora_gram", "b", f"as many tensors as a, {len(a)}", len(b))
     grams: dict[int, tuple[Tensor, Tensor]] = {}
     devices = dict.fromkeys(t.device for t in a)
-    if len(devices) > 1:  # the op would count places among the factors of one device
+    if len(devices) > 1:  # The op would index only the factors of one device.
         _check_adapters("lora_gram", a, spread=True, b=b)
     for device in devices:
         here = [i for i, t in enumerate(a) if t.device == device]
@@ -72,25 +71,25 @@ def lora_pair_stats(
     projected_b: Tensor | Sequence[Tensor],
     scaling: float | Sequence[float] | Tensor = 1.0,
 ) -> Tensor:
-    """Return how far an adapter's update is from its projection, by Gram matrices alone.
+    """Measure how far an adapter's update is from its projection, from Gram matrices alone.
 
     With ``D = scaling * b @ a`` and ``PD = scaling * projected_b @ a``, neither of which is formed,
-    ``(|D|^2, |PD|^2, <PD, D>, |PD - D|^2)``, all sums in float64. The last comes from
-    ``projected_b - b`` itself and does not cancel.
+    the numbers are ``(|D|^2, |PD|^2, <PD, D>, |PD - D|^2)``, with sums in float64. The last is
+    computed from ``projected_b - b`` and does not cancel.
 
     Args:
         a: ``(r, I)``, or one such tensor for each of L adapters, as for :func:`lora_gram`, all on
             one device.
         b: ``(O, r)``, likewise.
-        projected_b: the image of ``b`` under the projection, its shape; likewise.
-        scaling: the adapter's scale, or one number for each of L adapters. While a CUDA graph is
-            captured, the latter have to be a tensor on the adapters' device.
+        projected_b: Image of ``b`` under the projection, in its shape; likewise.
+        scaling: The adapter's scale, or one number for each of L adapters. During capture of a CUDA
+            graph, the latter must be a tensor on the adapters' device.
 
     Returns:
         ``(4,)`` float64 for tensors, ``(L, 4)`` for lists.
 
     Raises:
-        ValueError: if lengths, shapes, dtypes or devices disagree, naming the argument.
+        ValueError: If a length, shape, dtype or device is wrong.
 
     Source: SPLoRA (TACL 2025), the distance of an update to its projection, by the identity
     ``<b1 a1, b2 a2> = <b2^T b1, a2 a1^T>``.
@@ -103,7 +102,7 @@ def lora_pair_stats(
     if not any(lists):
         return scales.new_zeros(0, 4)
     stats: Tensor = _c.lora_pair_stats.default(*lists)  # (L, 4)
-    # A number stays on the host; one per adapter goes to where they are.
+    # A single scale stays on the host; a vector moves to the device of the adapters.
     stats *= scales.to(stats.device)[:, None].square() if scales.dim() else scales.square()
     return stats[0] if single else stats
 
@@ -134,9 +133,9 @@ def _fake_lora_pair_stats(a: list[Tensor], b: list[Tensor], projected_b: list[Te
 def _check_adapters(
     op: str, a: Sequence[Tensor], *, spread: bool = False, **sides: Sequence[Tensor]
 ) -> None:
-    """Refuse lists of unequal lengths and factors that make no adapter, as the C++ op does.
+    """Raise for lists of unequal lengths and factors that do not match, as the C++ op does.
 
-    ``spread``: adapters may be on devices of their own.
+    With ``spread``, adapters may be on different devices.
     """
     for name, factors in sides.items():
         require(len(factors) == len(a), op, name, f"as many tensors as a, {len(a)}", len(factors))
@@ -155,7 +154,7 @@ def _check_adapters(
 
 
 # -------------------------------------------------------------------------------------------------
-# Beside a weight
+# Effect of an adapter on a weight
 
 
 def _check(op: str, a: Tensor, b: Tensor, weight: Tensor | None = None) -> None:
@@ -174,18 +173,18 @@ def _product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """Return the weight that an adapter adds, ``scale * b @ a``; differentiable, by torch's GEMM.
+    """Compute the weight that an adapter adds, ``scale * b @ a``; differentiable, by torch's GEMM.
 
     Args:
         a: ``(r, I)`` floating.
         b: ``(O, r)``.
-        scale: the adapter's scale.
+        scale: The adapter's scale.
 
     Returns:
         ``(O, I)`` in the dtype of ``a``, accumulated in float32 (float64), rounded once.
 
     Raises:
-        ValueError: if a shape or dtype disagrees, naming the argument.
+        ValueError: If a shape or dtype is wrong.
 
     Source: LoRA (Hu et al. 2021), section 4.1.
     """
@@ -197,18 +196,18 @@ def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: int = 1) -> Tensor:
     """Add an adapter to a weight in place, ``weight += sign * scale * b @ a``, rounded once.
 
-    Uses torch's GEMM. Subtracting an update again (``sign=-1``) does not restore every bit of a
-    rounded weight; keep a copy if you need the exact values.
+    The product is torch's GEMM. Subtracting an added adapter (``sign=-1``) does not restore every
+    bit of a rounded weight; keep a copy if you need them.
 
     Args:
-        weight: ``(O, I)`` floating; comes back.
+        weight: ``(O, I)`` floating; it is returned.
         a: ``(r, I)``.
         b: ``(O, r)``.
-        scale: the adapter's scale.
-        sign: 1 to merge, -1 to take out.
+        scale: The adapter's scale.
+        sign: 1 to merge, -1 to unmerge.
 
     Raises:
-        ValueError: if a shape, a dtype or the sign is wrong, naming the argument.
+        ValueError: If a shape, a dtype or the sign is wrong.
 
     Source: LoRA (Hu et al. 2021), section 4.1.
     """
@@ -220,25 +219,25 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
 
 @torch.no_grad()
 def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """Return the norm of every row of ``weight + scale * b @ a``; ``b @ a`` is not formed.
+    """Compute the norm of every row of ``weight + scale * b @ a`` without forming ``b @ a``.
 
-    ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>`` per row, by torch's GEMM. Where the
-    adapter all but cancels a row, the difference keeps an absolute error of a few roundings of
-    ``|w|^2``: a norm of 1e-2 ``|w|`` is exact to 2e-3 of itself in float32, one of 1e-4 ``|w|`` is
-    noise. A row of zeros in ``b`` gives the bits of ``torch.linalg.vector_norm``, with which PEFT's
-    magnitudes begin.
+    ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>`` per row, by torch's GEMM. If the adapter
+    nearly cancels a row, the difference has an absolute error of a few roundings of ``|w|^2``: in
+    float32 a norm of 1e-2 ``|w|`` has a relative error of 2e-3, and one of 1e-4 ``|w|`` is noise. A
+    row of zeros in ``b`` gives the bits of ``torch.linalg.vector_norm``, the initial magnitudes of
+    PEFT.
 
     Args:
         weight: ``(O, I)`` floating.
         a: ``(r, I)``.
         b: ``(O, r)``.
-        scale: the adapter's scale, a number or a tensor of one.
+        scale: The adapter's scale, a number or a tensor with one element.
 
     Returns:
         ``(O,)`` float32 (float64 for float64).
 
     Raises:
-        ValueError: if a shape or dtype disagrees, naming the argument.
+        ValueError: If a shape or dtype is wrong.
 
     Source: DoRA (Liu et al. 2024), eq. 5.
     """
@@ -246,9 +245,9 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
     dtype = accumulator(weight.dtype)
     with exactly(weight.device):
         wide, wide_a, wide_b = weight.to(dtype), a.to(dtype), b.to(dtype)
-        # torch annotates vector_norm not at all.
+        # torch does not annotate vector_norm.
         norm = cast(Tensor, torch.linalg.vector_norm(wide, dim=1))  # pyright: ignore[reportUnknownMemberType]
-        square = norm.square_()  # whose root gives the norm back
+        square = norm.square_()  # Its root is exactly the norm.
         square += 2 * scale * ((wide @ wide_a.T) * wide_b).sum(1)
         square += scale**2 * ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
         return square.clamp_(min=0).sqrt_()

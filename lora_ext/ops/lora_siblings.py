@@ -1,7 +1,7 @@
-"""Batched multi-adapter LoRA of several modules that see the same rows: q, k and v, gate and up.
+"""Batched multi-adapter LoRA of several modules with the same rows, such as q, k and v.
 
-Letters: ``T`` tokens, ``I`` in, ``O`` out (of each module its own), ``R`` largest rank, ``A``
-adapters, ``P`` pages, ``M`` modules.
+Letters: ``T`` tokens, ``I`` in, ``O`` out (per module), ``R`` largest rank, ``A`` adapters, ``P``
+pages, ``M`` modules.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from ._registration import fake
 
 _c = torch.ops.lora_ext
 
-#: How many modules one call takes.
+#: Maximal number of modules per call.
 MOST_SIBLINGS = 8
 
 
@@ -31,32 +31,32 @@ def lora_apply_siblings_(
     page_table: Sequence[Tensor] = (),
     plan: Tensor | None = None,
 ) -> Sequence[Tensor]:
-    """Add the low-rank update of every row to each of several ``y`` in place: ``M`` calls of
-    :func:`lora_apply_` in one.
+    """Add the low-rank updates of several modules in place, as one :func:`lora_apply_` per module.
 
     ``y[m][t] = round(y[m][t] + scale[m][s] * b[m][s] @ (a[m][s] @ x[t]))``, with the bits that
-    module ``m`` gets alone. On a GPU up to 256 rows take the launches of one module where each has
-    ranks up to 256, ``R`` and ``O`` multiples of 8, and rows of ``x``, ``y``, ``a`` and ``b`` on 16
-    bytes; else each takes its own.
+    module ``m`` gets alone. On a GPU, all modules share the launches of one if there are up to 256
+    rows, each module has ranks up to 256 and ``R`` and ``O`` that are multiples of 8, and the rows
+    of ``x``, ``y``, ``a`` and ``b`` are aligned to 16 bytes. Otherwise each module has separate
+    launches.
 
     Args:
         y: 1 to 8 tensors ``(T, O)``, dtype and device of ``x``; any row stride, widths may differ.
-            They come back; each shares no memory with another argument, nor with another ``y``.
+            They are returned and must not share memory with each other or another argument.
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
-        a: for each module a bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; ``R``
+        a: For each module a bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; ``R``
             and ``P`` may differ.
-        b: likewise ``(A, O, R)``, or pages ``(P, O, 8)``.
+        b: For each module a bank ``(A, O, R)``, or pages ``(P, O, 8)``.
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
-        scale: for each module ``(A,)`` float32, or none for 1.
-        ranks: for each module ``(A,)`` int32 in ``[0, R]``, or none for ``R`` (required with
+        scale: For each module ``(A,)`` float32, or empty for 1.
+        ranks: For each module ``(A,)`` int32 in ``[0, R]``, or empty for ``R`` (required with
             pages).
-        page_table: for each module ``(A, R / 8)`` int32, or none for banks.
+        page_table: For each module ``(A, R / 8)`` int32, or empty for banks.
         plan: :func:`lora_plan` of the same ids.
 
     Raises:
-        ValueError: if a number, shape, dtype or device disagrees, or a ``y`` overlaps another
-            argument, naming module and argument.
-        RuntimeError: if an argument requires gradients: use :func:`lora_apply`.
+        ValueError: If a number, shape, dtype or device is wrong, or a ``y`` overlaps another
+            argument; the message names module and argument.
+        RuntimeError: If an argument requires gradients; use :func:`lora_apply`.
 
     Source: Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al. 2023), section 5.
     """

@@ -1,11 +1,11 @@
 """Training of batched multi-adapter LoRA: base product, update, dropout in one differentiable op.
 
-Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters. Adapters come as a
-bank, ``a (A, R, I)`` and ``b (A, O, R)``; pages receive no gradient and are refused.
+Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters. Adapters are in a
+bank, ``a (A, R, I)`` and ``b (A, O, R)``; pages have no gradient and raise.
 
-Dropout needs no stored mask: whether an element is kept follows from (seed, row, column) by Philox,
-so forward, backward, checkpointing and every device agree. With a seed per adapter, row is the
-place among the rows of the adapter, and the mask is that of the adapter alone.
+Dropout stores no mask. Philox computes from (seed, row, column) whether to keep an element, so
+forward, backward, checkpointing and all devices agree. With one seed per adapter, row is the index
+among the rows of the adapter, and the mask does not depend on other adapters.
 
 Sources: LoRA (Hu et al. 2021), eq. 3, differentiated; Philox: Salmon et al. 2011.
 """
@@ -42,46 +42,46 @@ def lora_linear(
     seed: Tensor | None = None,
     plan: Tensor | None = None,
 ) -> Tensor:
-    """Linear layer plus the low-rank update of every row by its own adapter.
+    """Compute a linear layer plus the low-rank update of every row by its adapter.
 
     ``y[t] = weight @ x[t] + bias + b[s] @ (c * a[s] @ (m[t] * x[t]))`` with ``s = adapter_ids[t]``,
-    the dropout mask ``m`` in {0, 1} and ``c = scale[s] / (1 - dropout_p)``; rows of -1 have no
+    the dropout mask ``m`` in {0, 1} and ``c = scale[s] / (1 - dropout_p)``; rows with id -1 have no
     update.
 
-    Differentiable once in ``x``, ``weight``, ``bias``, ``a`` and ``b``; what requires no gradient
-    costs none. An adapter's gradient has the same bits whatever shares its batch, and is zero where
-    no row names the adapter and beyond its rank. The products with ``weight`` are a library's GEMM,
-    whose bits may depend on batch and threads: torch's own, except for large float32 batches on the
-    CPU in which every row has an adapter; those take oneDNN where
+    Differentiable once in ``x``, ``weight``, ``bias``, ``a`` and ``b``; only the gradients required
+    are computed. An adapter's gradient has the same bits whatever other adapters are in the batch.
+    It is zero beyond the rank, and for an adapter without rows. The products with ``weight`` are a
+    library's GEMM, whose bits may depend on batch and threads: torch's own, or oneDNN for large
+    float32 batches on the CPU if every row has an adapter of positive rank and
     ``torch.backends.mkldnn.enabled``.
 
     Args:
-        x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. Under
-            autocast it is cast with the parameters, as torch's linear does.
-        weight: ``(O, I)``, or None: the result is the update alone, for bases that are no matrix.
+        x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. Autocast
+            casts it and the parameters, as for torch's linear.
+        weight: ``(O, I)``, or None for the update alone, if the base is not a matrix.
         bias: ``(O,)`` or None.
-        a: ``(A, R, I)``, dtype and device of ``x``; ``(R, I)`` beside a b of ``(O, R)``: one
+        a: ``(A, R, I)``, dtype and device of ``x``; or ``(R, I)`` with ``b (O, R)`` for one
             adapter, whose gradients then have these shapes.
         b: ``(A, O, R)``, dtype and device of ``x``.
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
         scale: ``(A,)`` float32 without gradient, or None for 1.
         ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R``.
-        dropout_p: probability in ``[0, 1)`` of dropping an element of the adapters' input; the base
-            sees all of ``x``.
+        dropout_p: Probability in ``[0, 1)`` of dropping an element of the adapters' input; the base
+            product uses all of ``x``.
         seed: int64 on the device of ``x``, required with ``dropout_p > 0``; a captured graph may
-            change it between replays. One number: masks count the rows of the batch. Or ``(A,)``,
-            one per adapter: the mask of a row follows from its adapter's seed and the row's place
-            among that adapter's rows, in their order, whatever else is in the batch. With one
-            adapter, ``(1,)`` is the latter and ``()`` the former; they differ by rows of -1.
-        plan: :func:`lora_plan` of the same ids, to save grouping them again.
+            change it between replays. With one number, the mask depends on the row's index in the
+            batch. With ``(A,)``, it depends on the adapter's seed and the row's index among the
+            rows of that adapter, not on other rows. For one adapter, ``()`` selects the former and
+            ``(1,)`` the latter; they differ if rows have id -1.
+        plan: :func:`lora_plan` of the same ids, to avoid grouping them again.
 
     Returns:
         ``(T, O)`` in the dtype of ``x``. The base product is rounded once, its sum with the update
         once more.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees, naming the argument.
-        RuntimeError: on double backward.
+        ValueError: If a shape, dtype or device is wrong.
+        RuntimeError: On double backward.
 
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
@@ -132,34 +132,35 @@ def lora_linear_apart(
 ) -> Tensor:
     """Compute :func:`lora_linear` of adapters that are separate tensors, as parameters are.
 
-    They are copied into a bank that lives for one call and is made again in the backward: kept in
+    Each call copies the factors into a temporary bank, and the backward builds it again. Stored in
     between, the banks of a model's layers would take as much memory as its adapters. The gradients
-    are views of a bank's.
+    are views of those of a bank.
 
     Args:
-        x, weight, bias, adapter_ids, scale, dropout_p, seed, plan: as there.
+        x, weight, bias, adapter_ids, scale, dropout_p, seed, plan: As for :func:`lora_linear`.
         a: ``(r, I)`` each, on the device of ``x``; cast to its dtype.
-        b: ``(O, r)`` each, as many.
-        ranks: ``(A,)`` int32, the ranks; may be None where they are equal.
-        packed: :func:`pack_weight` of ``weight``: the base product is that of
-            :func:`packed_linear`, whose bits are a row's own. Without dropout.
+        b: ``(O, r)`` each, as many as ``a``.
+        ranks: ``(A,)`` int32, the ranks; may be None if they are equal.
+        packed: :func:`pack_weight` of ``weight``, for a base product by :func:`packed_linear`,
+            whose bits do not depend on other rows; requires ``dropout_p = 0``. Compiled graphs
+            ignore it.
 
     Returns:
         ``(T, O)`` in the dtype of ``x``.
 
     Raises:
-        ValueError: as there, or unequal ranks without ``ranks``.
-        RuntimeError: on double backward.
+        ValueError: As for :func:`lora_linear`, or for unequal ranks without ``ranks``.
+        RuntimeError: On double backward.
 
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
     if ranks is None and any(f.shape[0] != a[0].shape[0] for f in a):
-        expected, found = "the rank of each adapter where they differ", [f.shape[0] for f in a]
+        expected, found = "the rank of each adapter as (A,) int32", [f.shape[0] for f in a]
         raise ValueError(f"lora_linear_apart: ranks: expected {expected}, found None for {found}")
     rest = adapter_ids, scale, ranks, dropout_p, seed, plan
     if len(a) == 1 and packed is None:
         return lora_linear(x, weight, bias, a[0].to(x.dtype), b[0].to(x.dtype), *rest)
-    if compiles():  # the compiler fuses this, and cannot see into the other
+    if compiles():  # The compiler fuses these ops and cannot trace `_Apart`.
         rank = max(f.shape[0] for f in a)
         bank_a = torch.stack([pad(f, (0, 0, 0, rank - f.shape[0])) for f in a]).to(x.dtype)
         bank_b = torch.stack([pad(f, (0, rank - f.shape[1])) for f in b]).to(x.dtype)
@@ -184,7 +185,7 @@ class _Apart(torch.autograd.Function):
         if packed is None or weight is None:
             y, v = _c.lora_linear_forward.default(x, weight, bias, *bank, *rest)
         else:
-            require(not ctx.p, _LINEAR, "dropout_p", "0 beside packed", ctx.p)
+            require(not ctx.p, _LINEAR, "dropout_p", "0 with packed", ctx.p)
             y = _c.packed_linear.default(x, packed, bias, weight.shape[0])
             v = _c.lora_shrink.default(x, bank[0], ids, scale, ranks, None, plan)
             _c.lora_expand_.default(y, v, bank[1], ids, ranks, None, plan)
@@ -223,8 +224,10 @@ class _Apart(torch.autograd.Function):
 
 
 def _bank(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return ``(A, R, I)`` and ``(A, O, R)`` of all a, then all b; beyond an adapter's rank
-    undefined."""
+    """Return banks ``(A, R, I)`` and ``(A, O, R)`` of ``factors``, which are all a, then all b.
+
+    Entries beyond an adapter's rank are undefined.
+    """
     half = len(factors) // 2
     a, b = factors[:half], factors[half:]
     ranks = [f.shape[0] for f in a]
@@ -242,15 +245,18 @@ _kept = threading.local()
 
 
 def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
-    """Return memory for one call; on the CPU that of the call before in this thread, as fresh pages
-    from the system cost more than filling them."""
+    """Return uninitialised memory for one call.
+
+    On the CPU, calls of one thread reuse it: fresh pages from the system cost more than filling
+    them.
+    """
     traced = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
     if device.type != "cpu" or traced:
         return torch.empty(size, dtype=dtype, device=device)
     nbytes = size * dtype.itemsize
     memory: Tensor | None = getattr(_kept, "memory", None)
     if memory is None or memory.numel() < nbytes:
-        with torch.inference_mode(False):  # else a later call outside could not write into it
+        with torch.inference_mode(False):  # Later calls outside inference mode write into it.
             memory = _kept.memory = torch.empty(nbytes, dtype=torch.uint8)
     return memory[:nbytes].view(dtype)
 
@@ -264,21 +270,20 @@ def _views_b(bank: Tensor, ranks: Sequence[int]) -> list[Tensor]:
 
 
 def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
-    """Dropout with the mask of :func:`lora_linear`, for layers that cannot use the fused op.
+    """Apply dropout with the mask of :func:`lora_linear`, for layers that cannot use the fused op.
 
-    ``y[t, i] = x[t, i] / (1 - p)`` where Philox keeps (seed, t, i), else 0; differentiable in
-    ``x``.
+    ``y[t, i] = x[t, i] / (1 - p)`` if Philox keeps (seed, t, i), else 0. Differentiable in ``x``.
 
     Args:
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
-        p: probability in ``[0, 1)`` of dropping an element.
-        seed: one int64 on the device of ``x``, required with ``p > 0``.
+        p: Probability in ``[0, 1)`` of dropping an element.
+        seed: One int64 on the device of ``x``, required with ``p > 0``.
 
     Returns:
         ``(T, I)`` in the dtype of ``x``, rounded once.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees, naming the argument.
+        ValueError: If a shape, dtype or device is wrong.
 
     Source: Philox (Salmon et al. 2011), counter ``(row, column / 4, 0, 0)``.
     """

@@ -1,7 +1,7 @@
-"""Products of few rows with a weight that is laid out for them, on the CPU.
+"""Products of few rows with a packed weight, on the CPU.
 
-Such a product is bound by the bytes of its weight. :func:`pack_weight` copies a weight into panels
-that :func:`packed_linear` reads from memory once, whatever the number of rows.
+The bytes of the weight bound the speed of such a product. :func:`pack_weight` copies a weight into
+panels that :func:`packed_linear` reads from memory once for any number of rows.
 
 Letters: ``T`` rows, ``I`` in, ``O`` out.
 """
@@ -15,23 +15,23 @@ from ._registration import fake
 
 _c = torch.ops.lora_ext
 
-#: Outputs that stand together.
+#: Outputs per panel.
 PANEL = 32
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """Copy a weight into panels of 32 outputs, those beyond ``O`` zero.
+    """Copy a weight into panels of 32 outputs, padded with zeros beyond ``O``.
 
     Args:
         weight: ``(O, I)`` float32 or bfloat16 on the CPU.
 
     Returns:
-        float32: ``(ceil(O / 32), I, 32)``, the in-features of a panel one after the other.
-        bfloat16: ``(ceil(O / 32), ceil(I / 2), 32, 2)``, two in-features together, the last two
-        axes as one where ``I`` is odd, which tells them from those of ``I + 1``.
+        float32: ``(ceil(O / 32), I, 32)``, with the in-features of a panel in order.
+        bfloat16: ``(ceil(O / 32), ceil(I / 2), 32, 2)`` with pairs of in-features. If ``I`` is odd,
+        the last two axes are merged, which distinguishes it from ``I + 1``.
 
     Raises:
-        ValueError: if shape, dtype or device disagrees, naming the argument.
+        ValueError: If the shape, dtype or device is wrong.
     """
     return _c.pack_weight.default(weight)
 
@@ -39,27 +39,27 @@ def pack_weight(weight: Tensor) -> Tensor:
 def packed_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None = None, out_features: int | None = None
 ) -> Tensor:
-    """Return ``y[t] = weight @ x[t] + bias`` for a weight from :func:`pack_weight`.
+    """Compute ``y[t] = weight @ x[t] + bias`` for a weight from :func:`pack_weight`.
 
-    A row's bits depend on that row, the weight and the bias alone, not on other rows or threads:
-    sums begin at the bias and take up their products in ascending order, in float32, rounded once.
-    Machines with other instruction sets may round differently; where bfloat16 is multiplied in
-    pairs, subnormal numbers count as zero.
+    A row's bits depend only on the row, the weight and the bias, not on other rows or threads. Sums
+    start with the bias and add the products in ascending order, in float32, rounded once. Machines
+    with other instruction sets may round differently; where bfloat16 is multiplied in pairs,
+    subnormal numbers count as zero.
 
-    Not differentiable; autocast leaves it alone.
+    Not differentiable; ignores autocast.
 
     Args:
         x: ``(T, I)`` float32 or bfloat16 on the CPU; any row stride.
-        packed: from :func:`pack_weight`, dtype of ``x``.
+        packed: Result of :func:`pack_weight`, dtype of ``x``.
         bias: ``(O,)``, dtype of ``x``, or None.
-        out_features: ``O``; None: a multiple of 32, all that ``packed`` holds.
+        out_features: ``O``, or None for all outputs of ``packed``, a multiple of 32.
 
     Returns:
         ``(T, O)``, dtype of ``x``.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees, naming the argument.
-        RuntimeError: if a gradient is wanted.
+        ValueError: If a shape, dtype or device is wrong.
+        RuntimeError: If a gradient is requested.
     """
     if out_features is None:
         out_features = packed.shape[0] * PANEL

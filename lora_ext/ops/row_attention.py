@@ -1,12 +1,12 @@
-"""Attention and functions of one number whose results do not depend on the rest of the batch.
+"""Attention and elementwise functions whose results do not depend on the rest of the batch.
 
-A library cuts attention into blocks that follow from the number of queries and of keys, and its
-sums with them: the same row comes out with other bits in another batch. :func:`row_attention` has
-one order of sums per row. torch computes functions such as SiLU with other instructions at the end
-of a thread's share; :func:`pointwise` uses the same instructions for every number.
+Libraries divide attention into blocks by the numbers of queries and keys, so the order of a row's
+sums, and its bits, change with the batch. :func:`row_attention` has one order of sums per row.
+torch uses other instructions for functions such as SiLU at the end of a thread's share;
+:func:`pointwise` uses the same instructions for every number.
 
-Letters: ``B`` sequences, ``H`` heads, ``G`` of them with keys of their own, ``T`` queries, ``L``
-keys, ``D`` features of queries and keys, ``E`` of values.
+Letters: ``B`` sequences, ``H`` heads, ``G`` key heads, ``T`` queries, ``L`` keys, ``D`` features of
+queries and keys, ``E`` of values.
 """
 
 from typing import Any
@@ -34,39 +34,38 @@ def row_attention(
     spans: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention with one query row at a time over the keys that it sees.
+    """Compute attention one query row at a time, over the keys that the row sees.
 
     ``y[b, h, t] = sum_j p_j v[b, g, j]`` with ``p = softmax_j(scale q[b, h, t] . k[b, g, j])`` over
-    the keys ``j`` that row ``(b, t)`` sees, and ``g = h // (H / G)``. A row that sees none gives
+    the keys ``j`` that row ``(b, t)`` sees, and ``g = h // (H / G)``. A row without keys gives
     zeros.
 
-    A row's bits depend on its query and on the keys and values that it sees, in their order, alone:
-    not on other rows, on keys that it does not see, wherever they stand and whatever they hold, on
-    ``B``, ``T``, ``L`` or threads. Scores and sums are in float32 (float64 stays), rounded once.
-    Devices, and machines with other instruction sets, may round differently.
+    A row's bits depend only on its query and on the sequence of keys and values that it sees. They
+    do not depend on the positions of these keys, on the place or contents of other keys, on other
+    rows, ``B``, ``T``, ``L`` or threads. Scores and sums are float32 (float64 for float64), rounded
+    once. Devices, and machines with other instruction sets, may round differently.
 
-    Differentiable once in q, k and v. The gradient is that of torch's attention of all rows at
-    once, and has its bits.
+    Differentiable once in q, k and v. The gradient, with its bits, is that of torch's attention of
+    all rows at once.
 
     Args:
-        q: ``(B, H, T, D)`` float32, float16, bfloat16, or float64 on the CPU. Of q, k and v any
-            strides are read as they are, as long as the last axis is contiguous.
+        q: ``(B, H, T, D)`` float32, float16, bfloat16, or float64 on the CPU. q, k and v may have
+            any strides, and are copied only if the last axis is not contiguous.
         k: ``(B, G, L, D)``, dtype of ``q``; ``G`` divides ``H``.
         v: ``(B, G, L, E)``, likewise.
-        scale: of the scores; None: ``1 / sqrt(D)``.
-        causal: row ``t`` sees keys up to ``t + L - T``: the last row all of them.
-        spans: ``(B or 1, T, 2)`` int64: a row sees keys ``[first, end)``; what lies outside
-            ``[0, L)`` is no key.
-        mask: ``(B or 1, T, L)`` bool: True where a row sees a key. Of causal, spans and mask all
-            that are given must hold.
+        scale: Factor of the scores, or None for ``1 / sqrt(D)``.
+        causal: Whether row ``t`` sees only keys up to ``t + L - T``; the last row sees all.
+        spans: ``(B or 1, T, 2)`` int64: a row sees keys ``[first, end)``, clipped to ``[0, L)``.
+        mask: ``(B or 1, T, L)`` bool, True where a row sees a key. A row sees a key if causal,
+            spans and mask, as far as given, all allow it.
 
     Returns:
-        ``(B, H, T, E)``, dtype of ``q``, a view of a tensor ``(B, T, H, E)``, so that heads join
+        ``(B, H, T, E)``, dtype of ``q``, a view of a tensor ``(B, T, H, E)``, so heads merge
         without a copy.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees, naming the argument.
-        NotImplementedError: if q, k or v has a tangent of forward mode.
+        ValueError: If a shape, dtype or device is wrong.
+        NotImplementedError: If q, k or v has a forward-mode tangent.
     """
     require_dim("row_attention", "q", q, "(B, H, T, D)")
     refuse_tangents("row_attention", q, k, v)
@@ -136,8 +135,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @backward("row_attention", save=_save)
 def _row_attention_backward(_: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, spans, mask = ctx.saved_tensors
-    once = "the gradient of row_attention is not itself differentiable"
-    require(not torch.is_grad_enabled(), "row_attention", "gradient", "no graph of it", once)
+    once = "True: the gradient of row_attention is not itself differentiable"
+    require(not torch.is_grad_enabled(), "row_attention", "create_graph", "False", once)
     rows, keys = q.shape[2], k.shape[2]
     plain = spans is None and mask is None and (not ctx.causal or bool(rows == keys))
     how: dict[str, Any] = {"scale": ctx.scale, "is_causal": ctx.causal and plain}

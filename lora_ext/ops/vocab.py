@@ -1,12 +1,12 @@
-"""Losses over a vocabulary whose logits never stand in memory together.
+"""Losses over a vocabulary that never store all logits at once.
 
-A chunk of columns of the logits is computed, taken up into running maxima and sums, and forgotten.
-What becomes of it afterwards depends on what is wanted: with a frozen output layer its weighted
-rows join the gradient of the hidden states at once, as values do in FlashAttention, so that two
-products do for cross entropy; an output layer that is trained has its logits computed once more in
-the backward. docs/chunked_loss.md has the formulas, docs/notes/chunked_loss.md the figures.
+Each chunk of columns of the logits is computed, added to running maxima and sums, and discarded.
+With a frozen output layer (and no softcap in :func:`chunked_kl`), the forward adds the chunk's
+share to the gradient of the hidden states, as FlashAttention adds values, so cross entropy takes
+two products. Otherwise the backward computes the logits again. docs/chunked_loss.md has the
+formulas, docs/notes/chunked_loss.md the figures.
 
-Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states of a row.
+Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states per row.
 """
 
 import functools
@@ -34,44 +34,44 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
 ) -> Tensor:
-    """Return the mean cross entropy of an output layer, ``chunk`` columns of its logits at a time.
+    """Compute the mean cross entropy of an output layer from ``chunk`` columns of logits at a time.
 
-    ``mean_n (log sum_v exp z[n, v] - z[n, y_n])`` with ``z = hidden @ weight^T + bias``, and
-    ``softcap * tanh(z / softcap)`` in its place where softcap is given. The mean is over the rows
-    that are not ignored, and 0, with gradients of zero, where all of them are.
+    ``mean_n (log sum_v exp z[n, v] - z[n, y_n])`` with ``z = hidden @ weight^T + bias``, or with
+    ``softcap * tanh(z / softcap)`` instead of ``z`` if softcap is given. The mean is over the rows
+    that are not ignored; if all are, the loss and its gradients are 0.
 
-    No tensor of ``N x V`` numbers is made, forward or backward, as long as ``chunk < V``. Beside
-    arguments and gradients there are ``N * chunk`` logits and a few ``N * d`` sums. Differentiable
-    once in hidden, weight and bias. Our own code gives the same bits for any number of threads; the
-    products with the weight and the last mean are torch's.
+    No tensor of ``N x V`` numbers is allocated, forward or backward, if ``chunk < V``. Besides
+    arguments and gradients, ``N * chunk`` logits and a few ``N * d`` sums are in memory.
+    Differentiable once in hidden, weight and bias. Our own code gives the same bits for any number
+    of threads; torch computes the products with the weight and the last mean.
 
     Args:
         hidden: ``(N, d)``, float32, float16, bfloat16, or float64 on the CPU.
-        weight: ``(V, d)``, likewise. Products are taken in the wider of the two dtypes, or in
-            autocast's; float16 is multiplied as float32 on the CPU.
+        weight: ``(V, d)``, likewise. Products use the wider of the two dtypes, or autocast's;
+            float16 is multiplied as float32 on the CPU.
         bias: ``(V,)`` or None.
-        labels: ``(N,)`` int64, each ``ignore_index`` or in ``[0, V)``; on a GPU, where they are not
-            looked at in advance, another makes the loss NaN.
-        chunk: columns of logits that are in memory at a time.
-        ignore_index: label of the rows that do not count.
-        softcap: bound of the logits, or None.
+        labels: ``(N,)`` int64, each ``ignore_index`` or in ``[0, V)``. A GPU does not check them in
+            advance: other labels make the loss NaN.
+        chunk: Number of columns of logits in memory at a time.
+        ignore_index: Label of ignored rows.
+        softcap: Bound of the logits, or None.
 
     Returns:
-        a scalar, float32, or float64 where a hidden state or the weight is.
+        Scalar, float32, or float64 if ``hidden`` or ``weight`` is.
 
     Raises:
-        ValueError: if a shape, dtype, device or number is wrong, naming the argument.
-        NotImplementedError: if an argument has a tangent of forward mode.
+        ValueError: If a shape, dtype, device or number is wrong.
+        NotImplementedError: If an argument has a forward-mode tangent.
 
-    Source: online softmax, Milakov and Gimelshein 2018; the gradient on the way, FlashAttention,
-    Dao et al. 2022, with the output layer as keys and values.
+    Source: online softmax, Milakov and Gimelshein 2018; the gradient in the forward,
+    FlashAttention, Dao et al. 2022, with the output layer as keys and values.
     """
     op = "chunked_cross_entropy"
     require_tensor(op, "hidden", hidden, "(N, d)", None, *FLOATS)
     _check_output_layer(op, hidden, weight, bias, chunk, softcap)
     require_tensor(op, "labels", labels, "(N,)", hidden.shape[:1], torch.int64)
     refuse_tangents(op, hidden, weight, bias)
-    dtype, early = _product_dtype(hidden, weight), _gradient_on_the_way(hidden, weight, bias)
+    dtype, early = _product_dtype(hidden, weight), _gradient_in_forward(hidden, weight, bias)
     rest = chunk, ignore_index, softcap or 0.0, dtype, early
     rows: Tensor = _c.vocab_cross_entropy.default(hidden, weight, bias, labels, *rest)[0]
     return rows.sum() / (labels != ignore_index).sum().clamp(min=1)
@@ -86,32 +86,32 @@ def chunked_kl(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Return the mean divergence of students from a teacher that share an output layer, in chunks.
+    """Compute the mean divergence of students from a teacher with one output layer, in chunks.
 
-    ``tau^2 mean_{e < k, n} KL(softmax(z_k[n] / tau) || softmax(z_e[n] / tau))`` with ``z_e =
-    hiddens[e] @ weight^T + bias``, soft-capped as in :func:`chunked_cross_entropy`. The mean is
-    over the rows of the mask, and 0, with gradients of zero, where there is no such row or no
-    student. The teacher is held: its gradient is zero, and the output layer learns from the
-    students alone.
+    ``tau^2 mean_{e < k, n} KL(softmax(z_k[n] / tau) || softmax(z_e[n] / tau))`` with
+    ``z_e = hiddens[e] @ weight^T + bias``, soft-capped as in :func:`chunked_cross_entropy`. The
+    mean is over the rows of the mask; without such a row, or without a student, the loss and its
+    gradients are 0. The teacher gets gradient zero, and the output layer gets gradients from the
+    students only.
 
-    Memory, derivatives, dtypes and bits as in :func:`chunked_cross_entropy`, with ``k N`` in the
-    place of ``N``. Equal logits give exactly 0.
+    Memory, derivatives, dtypes and bits are as in :func:`chunked_cross_entropy`, with ``k N``
+    instead of ``N``. Equal logits give exactly 0.
 
     Args:
         hiddens: ``k`` tensors ``(N, d)`` of one dtype, normalised, the teacher last.
         weight: ``(V, d)``.
         bias: ``(V,)`` or None.
-        tau: temperature.
-        chunk: columns of logits that are in memory at a time.
-        mask: ``(N,)`` bool, the rows that count; None: all.
-        softcap: bound of the logits, or None.
+        tau: Temperature.
+        chunk: Number of columns of logits in memory at a time.
+        mask: ``(N,)`` bool, True for the rows to average, or None for all.
+        softcap: Bound of the logits, or None.
 
     Returns:
-        a scalar, float32, or float64 where a hidden state or the weight is.
+        Scalar, float32, or float64 if a hidden state or ``weight`` is.
 
     Raises:
-        ValueError: if a shape, dtype, device or number is wrong, naming the argument.
-        NotImplementedError: if an argument has a tangent of forward mode.
+        ValueError: If a shape, dtype, device or number is wrong.
+        NotImplementedError: If an argument has a forward-mode tangent.
     """
     op = "chunked_kl"
     require(len(hiddens) > 0, op, "hiddens", "at least the teacher", "no tensor")
@@ -127,7 +127,7 @@ def chunked_kl(
         require_tensor(op, "mask", mask, "(N,)", first.shape[:1], torch.bool)
     refuse_tangents(op, *hiddens, weight, bias)
     together = torch.stack(list(hiddens))  # (k, N, d)
-    early = softcap is None and _gradient_on_the_way(together, weight, bias)
+    early = softcap is None and _gradient_in_forward(together, weight, bias)
     rest = tau, chunk, softcap or 0.0, _product_dtype(together, weight), early
     rows: Tensor = _c.vocab_kl.default(together, weight, bias, mask, *rest)[0]
     count = rows.numel() if mask is None else mask.sum()
@@ -141,7 +141,7 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return common
 
 
-def _gradient_on_the_way(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _gradient_in_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     return torch.is_grad_enabled() and hidden.requires_grad and frozen
 
@@ -175,7 +175,7 @@ def _fake_kl(hiddens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save states, weight, bias, and labels or mask of either loss; then its settings."""
+    """Save states, weight, bias, and labels or mask of either loss, and its settings."""
     ctx.settings = inputs[4:-1]
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])

@@ -68,7 +68,7 @@ def num_transitions(kind: str, n_token: int) -> int:
 
 
 def left_size(length: int) -> int:
-    """Return the positions in the left child of a tree node: half, rounded to even at a tie."""
+    """Return the size of the left child of a tree node: half, rounded to even at a tie."""
     return round(length / 2)
 
 
