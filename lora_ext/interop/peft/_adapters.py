@@ -200,7 +200,7 @@ def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
         raise ValueError(
             f"from_peft: adapter_names: {turned[0]}: expected one name for all rows, as PEFT runs "
             "this layer and its input has tokens first, found "
-            f"{', '.join(sorted(set(names)))!r:.200}; leave it out of target_modules"
+            f"{', '.join(sorted(set(map(str, names))))!r:.200}; leave it out of target_modules"
         )
 
 

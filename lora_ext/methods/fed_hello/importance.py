@@ -268,7 +268,7 @@ def _sample_scores(model: nn.Module, batch: Any, score: Score) -> Tensor:
     if not bool(inside.all()):
         found = labels[~inside].unique().tolist()
         expected = f"classes below {classes}, or {IGNORE}"
-        raise ValueError(f"{WHERE}: labels: expected {expected}, found {found}")
+        raise ValueError(f"{WHERE}: labels: expected {expected}, found {found!r:.200}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     values = logits.log_softmax(-1) if score == "log_prob" else logits
     places = labels.where(known, 0).long().unsqueeze(-1)
