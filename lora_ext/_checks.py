@@ -219,7 +219,7 @@ def check_fields(
 
 @functools.cache
 def _kinds(config: type) -> dict[str, tuple[Callable[..., Any], bool]]:
-    """Return the check of each field, and whether it may be None."""
+    """Return the check of each field whose annotation selects one, and whether it may be None."""
     found: dict[str, tuple[Callable[..., Any], bool]] = {}
     for name, hint in typing.get_type_hints(config).items():
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)

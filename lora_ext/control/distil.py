@@ -1,9 +1,9 @@
 """Learning a guide from sampled texts of a language model and its distributions.
 
 The model writes texts; its hidden states are clustered into the guide's states. The emission of a
-state is the mean of the model's distributions over its cluster instead of a count of tokens, so a
-few thousand hidden states suffice. Transitions are counted, and then improved by EM while held-out
-texts become likelier.
+state is the mean of the model's distributions over its cluster instead of a count of tokens: a few
+thousand hidden states give a better estimate that way than as many tokens. Transitions are counted,
+and then improved by EM while held-out texts become likelier.
 """
 
 from __future__ import annotations

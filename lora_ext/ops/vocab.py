@@ -149,6 +149,7 @@ def _gradient_in_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
 def _check_output_layer(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, softcap: float | None
 ) -> None:
+    # The compiled op gets the tensors after a cast, and 0 for no softcap.
     require_dim(op, "weight", weight, "(V, d)")
     require_tensor(op, "weight", weight, "(V, d)", (weight.shape[0], hidden.shape[1]), *FLOATS)
     if bias is not None:

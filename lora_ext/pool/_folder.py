@@ -35,7 +35,10 @@ class AdapterFolder:
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """Return the sorted names of folders with an ``adapter_config.json``."""
+        """Return the sorted names of folders with an ``adapter_config.json``, which is not read.
+
+        Folders with an invalid name or a link that leads out are left out.
+        """
         found = sorted(file.parent.name for file in self.root.glob("*/adapter_config.json"))
         return [name for name in found if self._has(name)]
 

@@ -204,8 +204,8 @@ class Engine(ServedPool):
             QueueFullError: If too many requests wait or run.
             StoppedError: After :meth:`interrupt`.
             ValueError: If the template rejects the chat; the invocation is missing; the prompt has
-                no tokens, too many, or one that the model lacks; or the budget is too small for the
-                form.
+                no tokens, too many, or one that the model lacks; the form is invalid; or the budget
+                is too small for it.
             NotImplementedError: If no constraint supports the form.
             UnknownAdapterError: If the folder has no such adapter.
             PoolFullError: If the pool has no room for it.

@@ -55,7 +55,7 @@ class PackedLinear(nn.Linear):
     exact = False
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute ``x W^T + b`` of ``input (..., I)``, with the packed copy if possible."""
+        """Compute ``x W^T + b (..., O)`` of ``input (..., I)``, packed if possible."""
         y = self.packed_product(input)
         return linear(input, self.weight, self.bias) if y is None else y
 

@@ -141,7 +141,7 @@ class LayerGroups:
 
     @contextlib.contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
-        """Set ``mask`` for a ``with`` block, and restore all layers after it."""
+        """Set ``mask`` for a ``with`` block; then restore all layers, also after an exception."""
         layers = itertools.chain(*self.layers)
         before = [(layer, _state(layer, self.adapter_name)) for layer in layers]
         self.set_mask(mask)

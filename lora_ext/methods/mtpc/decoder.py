@@ -174,8 +174,9 @@ class SpeculativeDecoder(Steps):
                 end token.
             seed: None, an integer or one integer per row. With None the seeds of the rows come from
                 torch's global generator, so ``torch.manual_seed`` makes a call repeatable. From one
-                integer, a different seed is derived for each row. Seeds per row may come from
-                :attr:`Generation.seeds`. The tokens of a row depend on its seed, not on other rows.
+                integer, a different seed is derived for each row; neighbouring integers share none.
+                Seeds per row may come from :attr:`Generation.seeds`. The tokens of a row depend on
+                its seed, not on other rows.
             generation_config: a transformers ``GenerationConfig``. Its ``do_sample``,
                 ``temperature`` and ``top_p`` replace the decoder's for this call. Those of the
                 model's own configuration are not read.

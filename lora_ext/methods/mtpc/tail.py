@@ -30,8 +30,8 @@ class DraftTail(nn.Module):
         rank, alpha: of the LoRA.
 
     Raises:
-        ValueError: If the model has fewer layers, the layers already have a draft tail, or the
-            model is attached to a pool.
+        ValueError: If ``num_layers`` is below 1 or above the model's number of layers, the layers
+            already have a draft tail, or the model is attached to a pool.
 
     Source: arXiv 2511.11346; the authors use a merged copy of the layers instead (docs/mtpc.md).
     """

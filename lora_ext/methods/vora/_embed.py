@@ -175,7 +175,10 @@ class VisionPatchEmbed(nn.Module):
 
 
 def resample_grid(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Interpolate tokens ``(h * w, C)`` of one grid to another; equal grids return ``tokens``."""
+    """Interpolate tokens ``(h * w, C)`` of one grid to another, in their dtype.
+
+    Bilinear, with ``align_corners=False``; equal grids return ``tokens`` itself.
+    """
     if grid == target:
         return tokens
     image = tokens.T.reshape(1, -1, *grid)
