@@ -185,7 +185,7 @@ def build_vision_mask(
         ``(B, 1, T - past_length, T)``.
 
     Raises:
-        ValueError: if shapes disagree; the attention mask has values except 0 and 1; the tokens
+        ValueError: if shapes disagree; the attention mask has values other than 0 and 1; the tokens
             of an image are not adjacent, or are split by the end of the cache; ``past_length`` is
             outside [0, T]; the window is below 1; or the dtype is not floating-point.
 
