@@ -305,7 +305,7 @@ class AdapterRequests:
             if not allow_base:
                 raise not_invoked(f"add_request: request {request_id!r}", name, invocation)
             return _Request(None, self.pool.acquire([None]))
-        return _Request(name, lease)
+        return _Request(name if lease.residents else None, lease)
 
     def _end(self, request_id: str) -> None:
         """Unpin a request's adapter, unless another fork of the request continues."""

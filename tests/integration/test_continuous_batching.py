@@ -12,6 +12,7 @@ from transformers import CompileConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 import lora_ext
+from lora_ext.serving._continuous import load_of
 
 NEW = 6
 MANY = [f"a{i}" for i in range(16)]
@@ -254,6 +255,17 @@ def test_block_or_default_sets_the_names_of_requests() -> None:
 
 def _result(manager: Any) -> Any:
     return manager.get_result(timeout=30)
+
+
+def test_load_has_no_name_for_the_base_model() -> None:
+    model, _ = attached(slots=1)
+    manager = model.init_continuous_batching(**batching())
+    for name in (None, "__base__", "a0"):
+        manager.add_request([5, 6], adapter_name=name)
+        with lora_ext.adapters(name):
+            manager.add_request([5, 6])
+    assert load_of(manager).waiting == [None, None, None, None, "a0", "a0"]
+    manager.destroy()
 
 
 @pytest.mark.slow
