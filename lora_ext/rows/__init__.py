@@ -4,16 +4,23 @@ Names that are not in ``__all__`` are for other rooms. ``docs/notes/serving.md``
 structures. The table lists all state of the room with its owner and lifetime:
 
 ==========================================  =====================================================
-``_context._block``, ``_batch``, ``_step``  context variables: thread and task, until the context
-                                            manager that set them is left (``adapters``,
-                                            ``forward_of``, ``in_step``)
+``_context._block``                         context variable: thread and task, until the block is
+                                            left; ``change_blocks`` and ``activated_forward``
+                                            replace it until their scope is left
+``_context._batch``, ``_step``              context variables: thread and task, until ``forward_of``
+                                            or ``in_step`` is left
 ``_context.any_block``, ``any_activated``,  process: the open blocks of all threads, written by
 ``_open``, ``_changes``                     ``_count`` under ``_open_lock``
-``_past.here``                              thread: blocks by number of autograd node
-``_past._timelines``                        process: these blocks, of the last 64 threads
-``_traced.noted``                           process: batch of the forward in tracing
-``Assignment.kept``, ``_readings``,         the assignment, which lives as long as its block
-``Activated._whole_rows``
+``Block.lease``                             the block, until it is left; a backward that computes a
+                                            layer again renews it until the backward ends
+``_past.here``                              thread: its recorded blocks by number of autograd node,
+                                            also after the blocks were left
+``_past._timelines``                        process: the same records, of the last 64 threads
+``_traced.tracing``                         process: batch of the forward that dynamo traces
+``Assignment.kept``, ``_readings``,         the assignment. One that ``change_blocks`` or
+``Activated._whole_rows``                   ``Activated.at`` makes may live for one forward. One to
+                                            which ``_past``, ``Capturable._assignment`` or
+                                            ``AdapterRequests._last`` refers outlives its block
 ``_rows._constants``                        process: the last 64 tensors
 ``_rows._by_ids``, ``_widened``             the tensor of ids
 ``_attachment._handles``, ``attachments``,  process, by weak references: pools, attached models,
@@ -77,7 +84,7 @@ from ._rows import (
     together,
     traced_by_python,
 )
-from ._traced import NOBODY, batch_of, block_of_graph, layer_rows, no_rows, noted, pool_rows
+from ._traced import NOBODY, batch_of, block_of_graph, layer_rows, no_rows, pool_rows, tracing
 
 __all__ = [
     "BASE", "Block", "Names", "PoolLayer", "Rows", "UnknownAdapterError", "adapters", "current",

@@ -42,8 +42,9 @@ def last_start(ids: Tensor, invocation: Sequence[int]) -> list[int | None]:
 class Activated(Assignment):
     """An assignment with the start of each entry.
 
-    A forward gets an ordinary assignment, :meth:`at`. A layer that does not know which forward it
-    is in takes its activations for the whole rows.
+    In an attached model each forward replaces it by an ordinary assignment, :meth:`at`, which
+    depends on the tokens in the cache. Other layers (:mod:`lora_ext.nn`) call :meth:`ids`, which
+    assumes that there is no cache: their activations contain all tokens of each sequence.
 
     Args:
         entries: An assignment without a tensor, of shape ``()`` or ``(n,)``.
@@ -51,8 +52,10 @@ class Activated(Assignment):
         starts: Start of each entry, None if the row does not invoke its adapter. None: not known
             yet.
         fixed: True if the starts hold for all forwards; False if each prompt sets them anew.
-        length: Number of tokens of a row, if all of them were searched for starts.
-        first: The assignment before any start was known.
+        length: Number of tokens of a sequence, if ``input_ids`` of the block set the starts.
+        unsearched: The assignment from whose entries each prompt is searched. It has the shape that
+            was given, which may be ``()``: prompts may have different numbers of sequences. Its own
+            starts are not used. Default: this assignment.
     """
 
     def __init__(
@@ -62,22 +65,26 @@ class Activated(Assignment):
         starts: tuple[int | None, ...] | None = None,
         fixed: bool = False,
         length: int | None = None,
-        first: Activated | None = None,
+        unsearched: Activated | None = None,
     ):
         super().__init__(entries.names, entries.places, entries.shape, entries.repeat)
         assert isinstance(entries.places, tuple)
         self.entries = entries.places
         self.invocations = tuple(invocations)
         self.starts, self.fixed, self.length = starts, fixed, length
-        self.first = self if first is None else first
-        # Ordinary assignments of forwards, with what their layers share, by the places of entries.
+        self.unsearched = self if unsearched is None else unsearched
+        # Results of `at` for forwards without a start inside, by the places of their entries. The
+        # same object for all decoding steps keeps the tensors that their layers share.
         self._whole_rows: dict[tuple[int, ...], Assignment] = {}
 
     # ---------------------------------------------------------------------------------------------
     # Starts of prompts and forwards
 
     def of_prompt(self, ids: Tensor | None, origin: int = 0) -> Activated:
-        """Return the same assignment with the starts in a prompt, fixed; ``self`` if they are.
+        """Return the assignment with the starts in the whole prompts of a batch, fixed.
+
+        The block's ``input_ids`` or a call of ``generate`` gives them. Returns ``self`` if the
+        starts are fixed already, or no entry has an invocation.
 
         Args:
             ids: ``(B, T)``.
@@ -86,46 +93,50 @@ class Activated(Assignment):
         Raises:
             ValueError: If there are no ids, or their number of rows is wrong.
         """
-        pending = self.first
-        if self.fixed or not pending._may_begin():
+        unsearched = self.unsearched
+        if self.fixed or not unsearched._may_begin():
             return self
         if ids is None:
             raise self._unknown("found a prompt without input_ids")
-        return pending._with(pending._found(ids, origin), fixed=True)._warned()
+        return unsearched._with(unsearched._found(ids, origin), fixed=True)._warned()
 
     def of_forward(self, ids: Tensor | None, past: int) -> Activated:
-        """Return the same assignment with the starts in the ids ``(B, T)`` of a forward.
+        """Return the assignment with the starts in the ids ``(B, T)`` of a forward, not fixed.
 
-        Rows without a start there keep the one of an earlier forward if the cache has tokens.
+        Without cached tokens the ids are new prompts: they set all starts, to None in a row without
+        the invocation. With ``past`` cached tokens they continue the sequences of the last forward:
+        a start in the ids replaces the earlier one, and other rows keep theirs.
+
+        Returns ``self`` if the starts are fixed or do not change, or no entry has an invocation.
 
         Raises:
-            ValueError: If the start of a row is not in these ids and was not in earlier ones.
+            ValueError: If a new prompt has no ids, or a row has cached tokens that were never
+                searched and no start in the ids.
         """
         if self.fixed or not self._may_begin():
             return self
         if past == 0:
             if ids is None:
                 raise self._unknown("found a forward without input_ids")
-            found = self.first._found(ids, 0)
-            same = found == self.starts
-            return self if same else self.first._with(found, fixed=False)._warned()
+            found, unsearched = self.unsearched._found(ids, 0), self.unsearched
+            return self if found == self.starts else unsearched._with(found, False)._warned()
         found = self.starts if ids is None else self._found(ids, past)
         if self.starts is not None and found is not None:
             both = zip(found, self.starts, strict=True)
             found = tuple(before if now is None else now for now, before in both)
         elif found is None or None in found:
             raise self._unknown(f"found a forward over a cache of {past} tokens without it")
-        return self if found == self.starts else self.first._with(found, fixed=False)
+        return self if found == self.starts else self.unsearched._with(found, fixed=False)
 
     def _with(self, starts: tuple[int | None, ...], fixed: bool) -> Activated:
         entries: Assignment = self
         if not self.shape:  # one name for every row
             places = self.entries * len(starts)
             entries = Assignment(self.names, places, (len(starts),), self.repeat)
-        return Activated(entries, self.invocations, starts, fixed, first=self.first)
+        return Activated(entries, self.invocations, starts, fixed, unsearched=self.unsearched)
 
     def _found(self, ids: Tensor, origin: int) -> tuple[int | None, ...]:
-        """Return the start of each entry in the ids of its row."""
+        """Return the start of each entry in the ids of its sequence; 0 for an ordinary adapter."""
         require(ids.dim() == 2, "adapters", "input_ids", "(B, T)", tuple(ids.shape))
         rows = (len(self.entries) if self.shape else len(ids)) * self.repeat
         expected = f"{rows} rows, as there are names"
@@ -136,9 +147,9 @@ class Activated(Assignment):
         starts: list[int | None] = [0] * len(places)
         for place, invocation in enumerate(self.invocations):
             if invocation and place in places:
-                for row, start in enumerate(last_start(ids, invocation)):
-                    if places[row] == place:
-                        starts[row] = None if start is None else origin + start
+                for entry, start in enumerate(last_start(ids, invocation)):
+                    if places[entry] == place:
+                        starts[entry] = None if start is None else origin + start
         return tuple(starts)
 
     def _may_begin(self) -> bool:
@@ -156,16 +167,16 @@ class Activated(Assignment):
     def _warned(self) -> Activated:
         """Return ``self`` after a warning if the base model serves rows without an invocation."""
         absent = {
-            self.names[place]: row
-            for row, (place, start) in enumerate(zip(self.entries, self.starts or (), strict=True))
+            self.names[place]: i
+            for i, (place, start) in enumerate(zip(self.entries, self.starts or (), strict=True))
             if start is None and place >= 0
         }
         if absent:
-            name, row = next(iter(absent.items()))
+            name, i = next(iter(absent.items()))
             tokens = list(self.invocations[self.names.index(name)])
             more = "" if len(absent) == 1 else ", and rows of other adapters likewise"
             warnings.warn(
-                f"adapters: row {row} lacks the invocation of adapter {name!r}, {tokens!r:.200}: "
+                f"adapters: row {i} lacks the invocation of adapter {name!r}, {tokens!r:.200}: "
                 f"the base model serves it{more}",
                 stacklevel=5,
             )
@@ -199,17 +210,26 @@ class Activated(Assignment):
         return Assignment(self.names, table.flatten(), tuple(table.shape))
 
     def ids(self, table: Sequence[int], layout: Layout) -> Tensor:
-        """Return the ids of :meth:`Assignment.ids` for a layer whose activations are whole rows."""
+        """Return the ids of :meth:`Assignment.ids` for a layer outside an attached model's forward.
+
+        The activations are assumed to contain all tokens of each sequence. Nothing shows this to
+        the layer, so their number of tokens is compared with the starts.
+
+        Raises:
+            ValueError: If a start is at or beyond the end of the activations, which may continue a
+                cache; or if the starts are from ``input_ids`` of another shape.
+        """
         leading = layout.leading
         across = leading[:2][::-1] if layout.tokens_first else leading[:2]
         rows = len(self.entries) * self.repeat if self.shape else across[:1].numel()
         length = self.length
-        if length is None:  # A cache may have more tokens, so no start may be beyond these.
+        if length is None:
             length = leading.numel() // max(rows, 1) if len(across) < 2 else across[1]
             late = [s for s in self.starts or () if s is not None and s >= max(length, 1)]
             if late:
                 raise self._unknown(f"found {late[0]} beyond the {length} tokens of a layer")
         elif across != (rows, length) and leading != (rows * length,):
+            # Starts of 0 and None select all tokens of a sequence or none, whatever their number.
             if self.starts is not None and any(self.starts):
                 raise ValueError(
                     f"adapters: input_ids: expected activations of {rows} rows of {length} tokens, "
@@ -245,7 +265,7 @@ class Activated(Assignment):
         return alike and super().same_as(other)
 
 
-def begun(
+def with_starts(
     assignment: Assignment,
     invocations: Invocations,
     token_ids: Tensor | None,

@@ -47,11 +47,14 @@ class Assignment:
     """The adapter of each entry of a block, a call or PEFT's hooks, by name.
 
     Args:
-        names: Distinct names of adapters.
+        names: Names of adapters, each once. In :func:`~lora_ext.rows.packed_block` each stands for
+            a slot, so a name occurs once for each of its versions in the step.
         places: For each entry, the index of its name in ``names``, -1 for the base model; or an
             int64 tensor of these.
-        shape: Meaning of the entries. ``()``: one entry for all rows; ``(n,)``: n sequences or
-            rows; ``(B, L)``: all tokens; for a tensor, the shape of activations without features.
+        shape: Meaning of the entries. ``()``: one entry for all rows. ``(n,)``: one for each of n
+            sequences, or of n rows; :meth:`spread` decides which by the layout of each layer.
+            ``(B, L)``: one per token. If ``places`` is a tensor, the shape of the activations
+            without features.
         repeat: Number of consecutive rows of a batch per entry: beams or returned sequences.
     """
 
@@ -68,7 +71,8 @@ class Assignment:
         self.occurring = frozenset(entries) - {-1}
         #: Tensors that the layers of a step share.
         self.kept = Kept(MAX_SHAPES)
-        # "sequence" or "row", by which layers have read the entries, and the activations' shape.
+        # Shape of activations for which the entries were read as one per "sequence" or per "row".
+        # Both keys together are an error: see `_read_as`.
         self._readings: dict[str, torch.Size] = {}
 
     @classmethod
@@ -139,7 +143,7 @@ class Assignment:
         """Return the rows of a layer with adapters of these names, computed once per layout.
 
         The base model serves rows whose adapter the layer lacks: not every layer needs all
-        adapters.
+        adapters. The key of the cache omits ``layout.batch``, as in :meth:`Block.rows`.
         """
         if compiles():
             return self._rows_among(names, layout)
@@ -182,12 +186,23 @@ class Assignment:
         return ids if turns == 1 else ids.repeat(turns)
 
     def spread(self, layout: Layout) -> tuple[int, int]:
-        """Return the number of consecutive rows per entry, and how often all of them repeat."""
+        """Return how the entries cover the rows of a layer, as ``(copies, turns)``.
+
+        Each entry has ``copies`` consecutive rows, and the rows of all entries occur ``turns``
+        times. An entry of ``(n,)`` is a sequence if a dimension of the layout, or the batch of the
+        model's forward, has as many sequences; otherwise it is a row. The batch decides only
+        whether the entries fit: every layout that fits has the same result with any batch.
+
+        Raises:
+            TokensFirstError: If the batch shows that the first dimension is tokens; the caller
+                calls again with ``layout.tokens_first``.
+            ValueError: If the entries do not fit.
+        """
         leading, batch = layout.leading, layout.batch
         rows, sequences = math.prod(leading), len(self.places) * self.repeat
         if self.shape == ():
             return rows, 1
-        if len(self.shape) != 1 or isinstance(self.places, Tensor):
+        if len(self.shape) != 1 or isinstance(self.places, Tensor):  # one entry per row
             if leading in (self.shape, (len(self.places),)) or (
                 len(self.shape) == 1 and rows == len(self.places)
             ):
@@ -197,7 +212,7 @@ class Assignment:
             self._read_as("sequence", leading)
             return math.prod(leading[2:]) * self.repeat, leading[0]
         if leading[:1] == (sequences,):
-            if rows > sequences:
+            if rows > sequences:  # with one row per sequence, both readings are the same
                 self._read_as("sequence", leading)
             return rows // len(self.places), 1
         if batch is not None and batch.sequences == sequences:
@@ -205,7 +220,9 @@ class Assignment:
                 raise TokensFirstError
             if len(leading) == 1 and any(rows == sequences * n for n in batch.lengths):
                 return rows // len(self.places), 1  # the model has flattened its batch
-        shared = batch is not None and batch.sequences == sequences > 1  # by all sequences
+        # If the names fit the sequences of the batch, they are not names of rows. A layer with as
+        # many rows in another layout then has rows that all sequences share, such as positions.
+        shared = batch is not None and batch.sequences == sequences > 1
         if self.repeat == 1 and rows == len(self.places) and not shared:
             self._read_as("row", leading)
             return 1, 1

@@ -20,14 +20,17 @@ import torch
 from torch import Tensor
 
 from . import _past
-from ._activation import Activated, Starts, begun
+from ._activation import Activated, Starts, with_starts
 from ._assignment import Assignment, Batch, Layout, Names
 from ._attachment import Pool, only_pool, pool_handle
 from ._rows import Rows, capturing, planned
 
 
-class Entry:
-    """Thread, task and backward in which a block was entered."""
+class EntryPoint:
+    """Thread, task and backward in which a block was entered, and what has happened to it since.
+
+    Copies of a block with other assignments share this object.
+    """
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
@@ -70,7 +73,7 @@ class Block:
     slots: tuple[int, ...]  # one per name of the assignment
     num_slots: int
     outer: Block | None
-    entry: Entry
+    entry: EntryPoint
     #: True if the rows are tokens of many requests, packed by a server.
     packed: bool = False
     #: The block of the output head, if the model passes it only some of the tokens.
@@ -105,8 +108,10 @@ class Block:
             rows = self.step_rows(current_layout(leading, device, tokens_first))
             if rows is not None:
                 return rows
+        # A hit makes no layout, which would take a third of its time. The key omits the batch of
+        # the model's forward, which decides only whether the names fit (`Assignment.spread`). The
+        # names of a hit have fitted this shape before, and their ids are the same for any batch.
         key = (leading, tokens_first)
-        # A cache hit makes no layout, which would take a third of its time.
         return self.assignment.kept.get(key, device, self._slot_ids, leading, device, tokens_first)
 
     def rows_among(
@@ -217,26 +222,33 @@ def current_layout(leading: torch.Size, device: torch.device, tokens_first: bool
 def put(block: Block | None) -> None:
     """Set the innermost block until the surrounding :func:`entered` is left."""
     _block.set(block)
-    _note(block)
+    _record(block)
 
 
 def current(handle: int, in_graph: bool = False) -> Block | None:
-    """Return the innermost block of a pool in this thread and task.
+    """Return the block that serves a layer of a pool now; every such layer calls this function.
 
-    In a backward that computes a layer again, it is the block of the layer's forward.
+    In a forward it is the innermost block of the pool in this thread and task. In a backward that
+    computes a layer again, it is the block of the layer's forward.
 
     Args:
         handle: Number of the pool.
-        in_graph: True inside a compiled graph, whose backward has no grad mode.
+        in_graph: True inside a compiled graph, whose backward runs without grad mode.
+
+    Raises:
+        RuntimeError: If there is no block in a capture of the pool's step, or the block of the
+            forward cannot be found.
     """
     block = _block.get()
-    task = torch._C._current_graph_task_id()
-    # A thread of autograd, which may run a backward, lacks our context variables.
+    task = torch._C._current_graph_task_id()  # -1 outside of every backward
+    # The context variable does not show the block of the forward: it has the current block of the
+    # thread that calls backward, and autograd's own threads have none.
     if task >= 0:
         return _of_forward(handle, task, block, in_graph)
-    # A switch between tasks changes the context without entering or leaving a block.
+    # Entering and leaving record the block for autograd nodes. A switch of asyncio's task does not,
+    # so the first layer after it records the block of its task.
     if block is not _past.here.last:
-        _past.note(block)
+        _past.record(block)
     while block is not None and block.handle != handle:
         block = block.outer
     if block is not None:
@@ -258,18 +270,29 @@ def untouched(pool: Pool, device: torch.device) -> None:
 
 
 def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> Block | None:
-    inside = block is not None and block.entry.backward == task  # this backward has entered it
+    """Return the block of a layer that a backward computes again.
+
+    Args:
+        handle: Number of the pool.
+        task: Number of the backward in autograd.
+        block: The current block. It serves the layer only if this backward has entered it: if the
+            checkpointed function itself contains ``with adapters(...)``.
+        in_graph: As in :func:`current`.
+    """
+    inside = block is not None and block.entry.backward == task
     block = innermost_of(block if inside else _past.block_of_forward(task), handle)
     if block is None or inside:
         return block
+    # Only a reentrant checkpoint inside the region that is computed again disables grad mode. Its
+    # node is made now, so it could not show the block of the forward when autograd evaluates it.
     if not torch.is_grad_enabled() and not in_graph:
         raise RuntimeError(
             "adapters: expected no reentrant checkpoint inside another, found one: the inner one "
             "has no node in the forward's graph; give use_reentrant=False"
         )
     if block.lease.released:
-        # The block was left. Its adapters are pinned until autograd calls the queued callback, at
-        # the end of the backward.
+        # The block was left, which released its pins. They are taken again, and autograd calls the
+        # queued callback at the end of this backward, which releases them.
         block.lease.renew()
         torch.autograd.Variable._execution_engine.queue_callback(block.lease.__exit__)
     return block
@@ -365,7 +388,7 @@ def of_call(
     else:
         step = None
     with pool.acquire(assignment.names) as lease:
-        assignment = begun(assignment, lease.invocations, token_ids, **prompt)
+        assignment = with_starts(assignment, lease.invocations, token_ids, **prompt)
         block = Block(
             pool_handle(pool),
             lease,
@@ -373,12 +396,13 @@ def of_call(
             tuple(lease),
             pool.max_slots,
             _block.get(),
-            Entry(),
+            EntryPoint(),
             step=step,
         )
         _count(block)
         try:
-            # No token is kept: it would restore the outer block, which may have been left before.
+            # The token of the context variable is not used to leave: it would restore the outer
+            # block even if that was left first. `_leave` chooses the innermost open one instead.
             put(block)
             yield block
         finally:
@@ -392,15 +416,16 @@ def entered(block: Block | None) -> Iterator[None]:
     """Make a block the innermost inside this context."""
     try:
         with context_value(_block, block):
-            _note(block)
+            _record(block)
             yield
     finally:
-        _note(_block.get())
+        _record(_block.get())
 
 
-def _note(block: Block | None) -> None:
+def _record(block: Block | None) -> None:
+    """Record the block for the next autograd nodes, except in a backward, which has its own."""
     if torch._C._current_graph_task_id() < 0:
-        _past.note(block)
+        _past.record(block)
 
 
 def _count(block: Block) -> None:
@@ -433,12 +458,13 @@ _changes = 0  # number of times that a block was entered or left, in any thread
 _warned_elsewhere: set[int] = set()  # pools
 _warned_nested: set[int] = set()  # pools
 
-# Contextvars belong to threads and tasks. If a generator yields inside a block, the block stays
-# open for its caller. If two such generators alternate, the block that was entered last serves
-# both. Only the order in which blocks are entered and left can be observed. Alternating generators
-# enter a block inside another one that has already served, which is rare otherwise. This gives a
-# warning once per pool, before a row is served. Leaving blocks in another order is an error in
-# `_leave`.
+# A context variable belongs to a thread or task, not to a generator. If a generator yields inside a
+# block, the block stays open for the generator's caller. If two such generators alternate, the one
+# that entered last serves both with its block. This code cannot see a generator; it sees only the
+# order in which blocks are entered and left. Two signs reveal the mistake:
+# * A block is entered inside another one that has served a layer. Correct code rarely does this,
+#   so `_warn_of_nested_block` warns once per pool, before the inner block serves.
+# * A block is left while another one is innermost. `_leave` raises an error.
 
 
 def _warn_of_nested_block(block: Block) -> None:

@@ -13,7 +13,7 @@ from . import _context
 from ._activation import Activated
 from ._assignment import Assignment
 from ._attachment import Places
-from ._context import Block, Entry, innermost, innermost_of, outwards
+from ._context import Block, EntryPoint, innermost, innermost_of, outwards
 
 
 def generation_scope() -> contextlib.AbstractContextManager[None]:
@@ -157,16 +157,18 @@ def packed_block(
 ) -> Block:
     """Return a block of activations ``(1, sum of lengths, features)``, for one step of a server.
 
+    The row consists of runs: consecutive tokens of one request with one adapter. A request has one
+    run, or two if its activated adapter begins inside the step: one of the base model before it.
     The caller keeps the adapters pinned for the step.
 
     Args:
         handle: Number of the pool.
         num_slots: Number of slots of the pool.
-        names: Name of each request's adapter.
-        slots: Slot of each request's adapter; -1 is the base model.
-        lengths: Number of tokens of each request in the row.
-        kept: Indices of the requests of which the output head sees one token each, in this order;
-            its input is ``(1, len(kept), features)``. None: it sees all tokens.
+        names: Name of each run's adapter. Two versions of an adapter have one name and two slots.
+        slots: Slot of each run's adapter; -1 is the base model.
+        lengths: Number of tokens of each run.
+        kept: For each token that the output head sees, the index of its run; the input of the head
+            is ``(1, len(kept), features)``. None: it sees all tokens.
     """
     distinct = {slot: name for name, slot in zip(names, slots, strict=True) if slot >= 0}
     place = {slot: i for i, slot in enumerate(distinct)}
@@ -181,7 +183,7 @@ def packed_block(
             slots=tuple(distinct),
             num_slots=num_slots,
             outer=innermost(),
-            entry=Entry(),
+            entry=EntryPoint(),
             packed=True,
             head=head,
         )

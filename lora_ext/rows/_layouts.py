@@ -38,7 +38,7 @@ def tokens_first(model: nn.Module) -> frozenset[str]:
     return frozenset(found)
 
 
-def tell(model: nn.Module) -> None:
+def set_tokens_first(model: nn.Module) -> None:
     """Set ``layer.tokens_first`` in a model's layers that have this attribute and this layout."""
     for name in tokens_first(model):
         layer: Any = model.get_submodule(name)

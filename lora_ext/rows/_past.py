@@ -1,11 +1,15 @@
 """The block of each autograd node, for layers that a backward computes again.
 
-Activation checkpointing runs a layer a second time, in the backward, possibly after its block was
-left, and on a GPU in another thread. The layer needs the block of its forward. Autograd numbers the
-nodes of a thread. A thread records the numbers at which it enters and leaves blocks, which gives
-the block of any node that the backward evaluates. Reentrant checkpoints make their node before
-their forward, others save tensors in nodes made during it; both nodes belong to the block of the
-checkpointed region.
+Activation checkpointing runs a layer a second time in the backward. The layer needs the block of
+its forward, but this block may have been left by then, and on a GPU autograd runs the backward in
+another thread. The block is therefore found through the autograd node that the backward evaluates:
+
+* Autograd numbers the nodes that a thread makes: 0, 1, 2, ...
+* Whenever a thread enters or leaves a block, it records the number of its next node. The record
+  gives the block that was innermost when any of the thread's nodes was made.
+* The backward computes a checkpointed region again while it evaluates a node of that region. A
+  reentrant checkpoint makes this node just before its forward. Other checkpoints use the nodes
+  made during it. In both cases the node was made in the block of the region.
 """
 
 from __future__ import annotations
@@ -21,17 +25,23 @@ _MOST_CHANGES = 128  # per thread: gradients of as many forwards can be accumula
 
 
 class _Timeline:
-    """The blocks of one thread: from node number ``starts[i]`` on, ``blocks[i]``."""
+    """The blocks of one thread.
+
+    ``blocks[i]`` was innermost for the nodes from number ``starts[i]`` up to the next start.
+    """
 
     def __init__(self) -> None:
         self.starts: list[int] = [0]
         self.blocks: list[Any] = [None]
 
-    def note(self, block: Any) -> None:
+    def record(self, block: Any) -> None:
+        """Record that ``block`` is innermost from the next node on."""
         now = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
-        if self.starts[-1] == now:  # no node since the last change, as in serving
+        # Without a node since the last change, as in serving, the last entry has no nodes.
+        if self.starts[-1] == now:
             self.starts.pop()
             self.blocks.pop()
+        # The entry before it may have the same block: it was innermost before the last change too.
         if not self.blocks or self.blocks[-1] is not block:
             self.starts.append(now)
             self.blocks.append(block)
@@ -54,7 +64,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.timeline: _Timeline | None = None
-        self.last: Any = ...  # the block that was noted last; `...` before the first one
+        self.last: Any = ...  # the block that was recorded last; `...` before the first
         self.resolved: tuple[tuple[int, int], Any] = ((-1, -1), None)  # last block_of_forward
         # By pool, `_changes` of `_context` at the last search for blocks of other threads.
         self.looked: dict[int, int] = {}
@@ -64,12 +74,12 @@ here = _Thread()
 _timelines: deque[_Timeline] = deque(maxlen=64)  # of all threads, including finished ones
 
 
-def note(block: Any) -> None:
+def record(block: Any) -> None:
     """Set the block of the next autograd nodes of this thread; not for use inside a backward."""
     if here.timeline is None:
         here.timeline = _Timeline()
         _timelines.append(here.timeline)
-    here.timeline.note(block)
+    here.timeline.record(block)
     here.last = block
 
 
@@ -91,7 +101,9 @@ def block_of_forward(task: int) -> Any:
         return block
     if here.timeline is not None:
         block = here.timeline.at(key[1])
-    else:  # autograd's thread of a device
+    else:
+        # This is autograd's thread of a device, which has made no nodes. The node does not show the
+        # thread that made it, so all threads that have entered a block must agree on its number.
         found = [line.at(key[1]) for line in list(_timelines) if line.starts != [0]]
         block = found[0] if found else None
         if any(other is not block for other in found):

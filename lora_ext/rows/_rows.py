@@ -40,14 +40,20 @@ def planned(used: tuple[int, ...], ids: Tensor) -> Rows:
 
 
 def renumbered(ids: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Return int32 ids in which ``numbers[i]`` replaces id ``i``; -1 is kept."""
+    """Return ``numbers[id]`` for each of ``ids``, in int32; ids of -1 stay -1."""
     return constant([*numbers, -1], torch.int32, ids.device)[ids.long()]  # -1 reads the last entry
 
 
-def subset(rows: Rows, slots: Sequence[int]) -> Rows:
-    """Return the rows of the used adapters at these indices; others become the base model's."""
-    place = [slots.index(i) if i in slots else -1 for i in range(len(rows.used))]
-    return planned(tuple(rows.used[i] for i in slots), renumbered(rows.ids, place))
+def subset(rows: Rows, chosen: Sequence[int]) -> Rows:
+    """Return ``rows`` with only some of their adapters.
+
+    Args:
+        rows: Rows of a layer.
+        chosen: Indices into ``rows.used``, in the order of the result's ``used``. Rows of all other
+            adapters become rows of the base model.
+    """
+    place = [chosen.index(i) if i in chosen else -1 for i in range(len(rows.used))]
+    return planned(tuple(rows.used[i] for i in chosen), renumbered(rows.ids, place))
 
 
 def everywhere(position: int, num_rows: int, device: torch.device) -> Rows:
@@ -91,7 +97,8 @@ def together(rows: Rows, also: Sequence[int]) -> Rows:
     known = _widened.get(rows.ids)
     if known is None:
         known = _widened[rows.ids] = Kept(_KEPT)
-    # Rows that all have one adapter share their ids, whichever adapter it is.
+    # `everywhere` gives the same tensor of zeros to rows of different adapters, so the ids alone do
+    # not determine the result: rows.used is part of the key.
     return known.get((rows.used, used), rows.ids.device, _with_used, rows, used)
 
 
@@ -126,11 +133,16 @@ def traced_by_python() -> bool:
 
 
 class Kept:
-    """Cache of tensors by key, device and stream; above ``most`` entries it drops the oldest.
+    """Cache of tensors by key and device; above ``most`` entries it drops the oldest.
 
-    Nothing is kept or found while a graph is traced, since the tensors are part of that graph.
-    Tensors that are made in the capture of a CUDA graph are part of that graph and found again only
-    there. Each stream has its own tensors, as it would have to wait for another stream's kernels.
+    It depends on what runs:
+
+    * Eager code finds only tensors that its own stream made: it would have to wait for the kernels
+      of another stream.
+    * The capture of a CUDA graph finds only tensors that were made in the same capture, in any of
+      its streams, because a replay computes only these. If torch cannot return the graph in
+      capture, it finds none.
+    * While a graph is traced, nothing is kept or found, since the tensors are part of that graph.
     """
 
     def __init__(self, most: int):
@@ -273,8 +285,9 @@ def rows_of(
     on_host = device.type == "cpu"
     if compiles() or (adapter_ids.is_inference() and not on_host):
         return make()  # an inference tensor has no version that shows a change in place
+    # `seen` is what shows a change of the ids since `known` was made. On a device it is their
+    # version. On the host it is a copy, since numpy and `.data` change ids but not the version.
     seen, known = _by_ids.get(adapter_ids, (None, None))
-    # On the host the ids are compared: numpy and `.data` change them but not their version.
     if known is None or not (
         torch.equal(seen, adapter_ids) if on_host else seen == adapter_ids._version
     ):

@@ -20,17 +20,19 @@ from ._attachment import layer_names
 from ._rows import Rows, planned, renumbered, rows_of
 
 
-class _Noted:
-    """Batch of the model's forward in tracing.
+class _Tracing:
+    """Batch of the model's forward that dynamo traces, set by ``serving/_hooks.py``.
 
-    Dynamo traces neither context variables nor thread-locals, so this is an attribute. If two
-    threads trace at once, one may read the batch of the other, which may not fit its names.
+    An eager forward has its batch in a context variable. Dynamo traces neither context variables
+    nor thread-locals, but an attribute of a global object. All threads share it: if two of them
+    trace at once, a graph may contain the batch of the other one. The names of its block may then
+    not fit, which raises ValueError.
     """
 
     batch: tuple[int, ...] = ()  # number of sequences, then their lengths; empty outside a forward
 
 
-noted = _Noted()
+tracing = _Tracing()
 
 
 #: ``default`` of a layer whose active adapter is an activated one, which requires a block.
@@ -57,7 +59,7 @@ def pool_rows(
 ) -> Rows:
     """Return the rows of a pool's layer in the block in which the graph runs; ids are slots."""
     ids = _active_adapter_ids(
-        handle, leading, device, tokens_first, of_tokens, noted.batch, default
+        handle, leading, device, tokens_first, of_tokens, tracing.batch, default
     )
     return planned(tuple(range(num_slots)), ids)
 
@@ -114,7 +116,7 @@ def _active_adapter_ids(
     if block is None:
         return torch.full((math.prod(leading),), -1, dtype=torch.int32, device=device)
     with _context.forward_of(batch_of(batch)):
-        try:
+        try:  # as PoolLayer.rows_in, but the op has no layer in which to set tokens_first
             rows = block.rows(torch.Size(leading), device, tokens_first, of_tokens)
         except TokensFirstError:
             rows = block.rows(torch.Size(leading), device, True, of_tokens)
@@ -122,7 +124,7 @@ def _active_adapter_ids(
 
 
 def batch_of(batch: Sequence[int]) -> Batch | None:
-    """Return the :class:`Batch` of :data:`noted`."""
+    """Return the :class:`Batch` of ``tracing.batch``."""
     return Batch(batch[0], frozenset(batch[1:])) if batch else None
 
 

@@ -54,8 +54,8 @@ _INIT = "init_continuous_batching"
 
 _Method = Callable[..., Any]
 
-#: Running managers of attached models in this process. Compiled forwards are guarded by it.
-managers = 0
+#: Number of running managers of attached models in this process. It guards compiled forwards.
+running_managers = 0
 _managers_lock = threading.Lock()
 _all: weakref.WeakSet[AdapterRequests] = weakref.WeakSet()
 
@@ -292,11 +292,16 @@ class AdapterRequests:
     def _started_request(
         self, name: str | None, lease: Lease, request_id: str, prompt: list[int], allow_base: bool
     ) -> _Request:
-        """Return a request with its adapter beginning at the invocation in the prompt.
+        """Return a request that owns the lease, with the start of its adapter in the prompt.
+
+        An ordinary adapter starts at 0, an activated one at its last invocation. If the prompt has
+        no invocation, this unpins the adapter, and with ``allow_base`` the base model serves the
+        request.
 
         Raises:
             ValueError: If the prompt has no invocation and ``allow_base`` is False.
         """
+        # A lease of one name has one invocation, which is empty for an ordinary adapter.
         for invocation in filter(None, lease.invocations):
             (start,) = last_start(torch.tensor([prompt]), invocation)
             if start is not None:
@@ -374,9 +379,9 @@ class AdapterRequests:
             self._end_all()
 
     def _count_as(self, running: bool) -> None:
-        global managers
+        global running_managers
         with _managers_lock:
-            managers += running - self._running
+            running_managers += running - self._running
             self._running = running
 
     # ---------------------------------------------------------------------------------------------
@@ -391,7 +396,8 @@ class AdapterRequests:
         self._constrained = []
         for each in batch:
             request = self._request(each.state.request_id)
-            past = each.state.position_offset - each.query_length  # the offset is advanced already
+            # The manager has already added this step's tokens to the offset.
+            past = each.state.position_offset - each.query_length
             runs += request.runs(past, each.query_length)
             ends.append(len(runs) - 1)
             if each.has_new_token:
@@ -406,10 +412,12 @@ class AdapterRequests:
                     )
                     self._constrained.append(standing)
                 self._choosing.append(request)
-        kept = None
+        kept = None  # or the runs of the tokens that the output head sees
         if processor.model_runner.supports_logits_to_keep(model):
             kept = [end for end, each in zip(ends, batch, strict=True) if each.has_new_token]
-            kept += ends[:1] * (len(batch) - len(kept))  # transformers pads in the same way
+            # transformers gives the head one token per request of the batch. It pads them with the
+            # first token of the row, and ignores the logits of the padding.
+            kept += ends[:1] * (len(batch) - len(kept))
         key = runs, kept
         if self._last is None or self._last[0] != key:  # decoding steps have the same rows
             names, slots, lengths = zip(*runs, strict=True)
@@ -470,22 +478,28 @@ class AdapterRequests:
         return None
 
     def _marked_tokens(self, request_id: str, tokens: list[int]) -> list[int]:
-        """Return a prompt's tokens with the adapter's version in bits that no token uses.
+        """Return the tokens by which the manager finds shared pages, marked with the adapter.
 
-        The first tokens of the page in which the adapter begins have the mark. It contains the
-        version and the start, because equal tokens of that page may have different starts. If the
-        mark does not fit, only the tokens before that page are returned, which use the base model.
+        Requests with equal tokens share pages. A page with keys and values of an adapter must be
+        shared only by requests with the same version of it and the same start. These two numbers
+        are one mark. Its bits are written to the first tokens of the page in which the adapter
+        begins, above the bits that token ids of the vocabulary use. Earlier pages are the base
+        model's and stay unmarked. Later ones differ too, as their hash covers all tokens before
+        them.
+
+        If the mark does not fit into these bits, only the tokens before that page are returned.
+        Then only the base model's pages are shared.
         """
         request, result = self._request(request_id), list(tokens)
         caches = self.manager.batch_processor.cache.cache_allocators.values()
         size = min(cache.tokens_per_page for cache in caches)
         page = request.start // size * size
         if request.version == 0 or len(result) < page + _MARKED_TOKENS:
-            return result  # the page, if there is one, is not complete
+            return result  # the base model, or a page that is not complete and thus not shared
         bits = (self.manager.model.config.get_text_config().vocab_size - 1).bit_length()
         mark = request.version * size + request.start % size
         for i in range(page, page + _MARKED_TOKENS):
-            mark, digit = divmod(mark, 1 << (31 - bits))
+            mark, digit = divmod(mark, 1 << (31 - bits))  # results are below 2^31
             result[i] = int(result[i]) + (digit << bits)  # a tensor would change in place
         return result[:page] if mark else result
 

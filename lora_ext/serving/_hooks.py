@@ -31,15 +31,15 @@ from lora_ext.rows import (
     generation_scope,
     has_activated,
     innermost,
-    noted,
     prompt_known,
     refuse_singular,
     repeat_rows,
     select_rows,
+    tracing,
 )
 
 from . import _continuous
-from ._media import KINDS, has_media, media_noted, of_media
+from ._media import KINDS, has_media, media_owners, of_media
 from ._names import CallNames, named_prompts
 from ._pipelines import report_lost_names
 
@@ -76,7 +76,9 @@ class Hooks:
     def __init__(self, names: CallNames):
         self.names = names
         self._lock = _ForwardLock()
-        # As a decorator, this would import dynamo with this file, which takes a second.
+        # Dynamo does not trace this function: a compiled model breaks its graph here, and the
+        # forward runs eagerly. Disabled as a decorator, it would import dynamo with this file,
+        # which takes a second.
         self._uncompiled: Any = torch.compiler.disable(
             self._locked_forward,
             reason="a manager of continuous batching runs, and a compiled forward would not wait; "
@@ -115,8 +117,10 @@ class Hooks:
         refuse_singular("forward", kw)
         if not compiles():
             return self._locked_forward(own, model, args, kw, adapter_names)
-        # A graph neither waits for a lock nor reads tokens, so such a forward is not compiled.
-        if _continuous.managers or _context.any_activated or has_media(model, kw):
+        # A graph cannot wait for the lock, which a running manager holds in its steps. Nor can it
+        # read tokens, which show the starts of activated adapters and the sequences of media. Such
+        # a forward is not compiled.
+        if _continuous.running_managers or _context.any_activated or has_media(model, kw):
             return self._uncompiled(own, model, args, kw, adapter_names)
         with self.names.block(adapter_names):
             return _run_forward(own, model, args, kw)
@@ -144,7 +148,7 @@ class Hooks:
         """Generate with the call's names; changes of the rows end with the call."""
         refuse_singular("generate", kw)
         names = self.names.of_call(adapter_names)
-        with self.names.block(names), generation_scope(), media_noted(model, args, kw):
+        with self.names.block(names), generation_scope(), media_owners(model, args, kw):
             if has_activated():
                 config = kw.get("generation_config") or getattr(model, "generation_config", None)
                 scale = kw.get("guidance_scale", getattr(config, "guidance_scale", None))
@@ -288,7 +292,15 @@ def uninstall(model: nn.Module, installed: list[tuple[str, str]]) -> None:
 
 
 def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a forward in contexts that give layers the sizes, media and activations of its batch."""
+    """Run a forward, with the state that its layers need to assign rows to adapters.
+
+    This state is the shape of its batch, the owners of its media and, for activated adapters, the
+    adapter of each token. Outside of every block there are no rows to assign. A forward that dynamo
+    traces stores only the shape, as :meth:`Hooks.forward` does not compile the other two.
+
+    Raises:
+        NotImplementedError: In a step of a manager without adapters, or in torch.jit.trace.
+    """
     if any(name in kwargs for name in _PACKED) and not getattr(innermost(), "packed", False):
         raise NotImplementedError(
             "attach: expected one row per sequence, found continuous batching by a manager without "
@@ -302,21 +314,23 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
     traced = compiles()
     if not traced and innermost() is None:
         return run(*args, **kwargs)
+    # The first dimension of these inputs is the sequences. The second one counts as a number of
+    # tokens, even where it is channels or features.
     given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
     tensors = [x for x in given if isinstance(x, Tensor) and x.dim() > 1]
     if not tensors:
         return run(*args, **kwargs)
     lengths = [x.shape[1] for x in tensors if x.dim() == 2 or x.is_floating_point()]
     sequences = tensors[0].shape[0]
-    if traced:  # dynamo traces a changed attribute, but no ContextVar
-        before, noted.batch = noted.batch, (sequences, *lengths)
+    if traced:  # dynamo traces a changed attribute, but no ContextVar: see `tracing`
+        before, tracing.batch = tracing.batch, (sequences, *lengths)
         try:
             return run(*args, **kwargs)
         finally:
-            noted.batch = before
+            tracing.batch = before
     with (
         forward_of(Batch(sequences, frozenset(lengths))),
-        media_noted(model, args, kwargs),
+        media_owners(model, args, kwargs),
         _activation(model, args, kwargs),
     ):
         return run(*args, **kwargs)

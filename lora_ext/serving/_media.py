@@ -47,11 +47,11 @@ class _Owners(NamedTuple):
 #: Arguments with sizes; images that differ in them may have different numbers of tokens.
 _SIZES = re.compile("image|pixel|spatial|video|audio|feature")
 
-_noted: ContextVar[Mapping[str, _Owners] | None] = ContextVar("lora_ext.media", default=None)
+_media_owners: ContextVar[Mapping[str, _Owners] | None] = ContextVar("lora_ext.media", default=None)
 
 
 @contextlib.contextmanager
-def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+def media_owners(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """Store which sequences own the images, videos and sounds of a forward or ``generate``.
 
     Raises:
@@ -75,11 +75,11 @@ def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
                 f"each of them, found several names and {owners.given} in other places: "
                 f"{type(model).__name__} does not run its tower separately, in {kind.method}"
             )
-    token = _noted.set(found)
+    token = _media_owners.set(found)
     try:
         yield
     finally:
-        _noted.reset(token)
+        _media_owners.reset(token)
 
 
 def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -101,19 +101,19 @@ def of_media(
         model: the model.
         own: the method of ``model``, called with ``args`` and ``kwargs``.
     """
-    owners = (_noted.get() or {}).get(kind.method)
+    owners = (_media_owners.get() or {}).get(kind.method)
     if owners is None:
         return own(*args, **kwargs)
     given = kwargs.get(kind.given, args[0] if args else None)
     if not isinstance(given, Tensor) or len(given) != owners.given:
         owners = owners._replace(rows=None)
-    token = _noted.set(None)  # applied once: a model may call the same method of a part
+    token = _media_owners.set(None)  # applied once: a model may call the same method of a part
     try:
         with generation_scope():
             change_blocks(lambda block: _assigned(block.assignment, owners))
             return own(*args, **kwargs)
     finally:
-        _noted.reset(token)
+        _media_owners.reset(token)
 
 
 def _owners(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, _Owners]:
@@ -191,7 +191,13 @@ def _alike(number: int, kwargs: Mapping[str, Any]) -> bool:
 
 
 class _Units(Assignment):
-    """Names for units: images, or placeholder tokens."""
+    """Names of units of media, such as images, which have several rows each in a tower.
+
+    Args:
+        names: names of adapters.
+        places: for each unit, the index of its name.
+        uniform: True if all units have equally many rows, so that a layer may pack their rows.
+    """
 
     def __init__(self, names: tuple[str, ...], places: tuple[int, ...], uniform: bool):
         super().__init__(names, places, (len(places),))
@@ -205,6 +211,7 @@ class _Units(Assignment):
     def spread(self, layout: Layout) -> tuple[int, int]:
         leading = layout.leading
         rows, units = math.prod(leading), len(self.places)
+        # A tower may pack the rows of all units into the first dimension, or into (1, rows, ...).
         packed = leading[0] if len(leading) == 1 or leading[0] > 1 else rows
         if leading[0] == units or (self._uniform and packed % units == 0):
             return rows // units, 1

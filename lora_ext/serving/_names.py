@@ -58,6 +58,8 @@ class CallNames:
     def of_requests(self, where: str, given: Names, count: int) -> list[str | None]:
         """Return a name per request: the given ones, those of the block, or the default.
 
+        The base model is None or :data:`BASE`, as in a block.
+
         Args:
             where: name of the function, for messages.
             given: one name for all, one per request, or None.

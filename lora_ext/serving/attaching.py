@@ -161,7 +161,7 @@ def attach(
     if overlap:
         begin_early(layers)
     swap = Swap(model, layers, "attach")
-    _layouts.tell(model)
+    _layouts.set_tokens_first(model)
     hooked = Hooks(CallNames(pool, default)).install(model)
     spaced = space_products(model)
     model.__dict__[_KEY] = _Attachment(pool, swap, pack_base, fuse_siblings, hooked, spaced)

@@ -1,8 +1,10 @@
 """``capturable``: a decode step whose CUDA graph supports changes of names, ranks and adapters.
 
-A captured graph reads memory but no names. The adapter of each row, and all values that depend on
-it, therefore have a fixed address and are written before a replay. The graph's first layer groups
-the rows by adapter, and all other layers use its plan.
+A replay of a captured graph repeats kernels on fixed addresses and runs no Python, so it cannot
+read names. The slot of each row, and all values that depend on it, are therefore written to fixed
+addresses before a replay. The plan (rows grouped by adapter) is computed inside the graph: the
+first layer with some number of rows computes it, and later layers with as many rows use it. In
+versions of torch that cannot return the graph in capture, every layer computes its own plan.
 """
 
 from __future__ import annotations
@@ -90,12 +92,13 @@ class Capturable:
 
     State, all owned by this object:
 
-    * Permanent, at fixed addresses that graphs read: ``_ids``, the slot of each row, and
-      ``_places``, the place of the adapter that replaces modules in that row. Both are views of
-      ``_buffer``, and -1 for the base model. ``_dora`` has a table of DoRA's factors per layer,
-      ``_banks`` the weights of replaced modules by name; each is made in the first forward.
-    * Until other names are written: ``_lease``, the pins, ``_assignment``, the names, and
-      ``_owners``, the adapter at each place of the banks.
+    * Permanent, at fixed addresses that graphs read: ``_buffer`` with two views of one number per
+      row. ``_ids`` has the slot of the row's adapter, -1 for the base model. ``_places`` has the
+      place of that adapter in the banks, -1 if it replaces no module.
+    * Permanent after a first forward that needs it: ``_dora``, a table of DoRA's factors per layer,
+      and ``_banks``, for each replaced module the weights of up to ``replaced`` adapters by place.
+    * Until other names are written: ``_lease``, the pins; ``_assignment``, the names; and
+      ``_owners``, for each place of the banks the adapter whose weights are there.
     * ``_graphs`` grows with captures. ``_entered`` is the context of ``with step``, None outside.
       ``_closed`` is set once.
     """
@@ -175,9 +178,14 @@ class Capturable:
         self._assignment = assignment
 
     def _rows_of_names(self, assignment: Assignment) -> Tensor:
-        """Pin the adapters; return the slot and the place of each row, ``(2, max_rows)`` int32."""
-        named = assignment.shape != ()  # rows without a name use the base model
-        count = len(assignment.places) if named else 0
+        """Pin the adapters, write their weights, and return the values of ``_buffer``.
+
+        DoRA's factors and the weights of replaced modules are copied to the tables and banks that
+        graphs read. The result, ``(2, max_rows)`` int32, has the slot of each row and its place in
+        the banks. After an error the caller releases the pins.
+        """
+        per_row = assignment.shape != ()  # rows without a name use the base model
+        count = len(assignment.places) if per_row else 0
         most = self._graphs.rows or self.max_rows
         if count > most:
             limit = f"max_rows={most}" if most == self.max_rows else f"the {most} rows captured"
@@ -211,7 +219,7 @@ class Capturable:
         if isinstance(names, Tensor):  # on a device: its values are not known here
             of_rows = torch.tensor(of_names, dtype=torch.int32, device=names.device)[:, names]
             return torch.nn.functional.pad(of_rows, (0, rest), value=-1)
-        if named:
+        if per_row:
             row_names = [*names, *[-1] * rest]
         else:  # one name for all rows
             row_names = [names[0]] * self.max_rows
@@ -305,10 +313,21 @@ class Capturable:
     # Called by layers
 
     def rows(self, assignment: Assignment, layout: Layout) -> Rows | None:
-        """Return the rows that replays read, with all slots in use.
+        """Return the rows in the buffers that replays read, with all slots in use.
 
-        Returns None if a name has several rows, or other names were written since; in a capture
-        this raises ValueError.
+        Returns:
+            None if the layer cannot use the buffers, and computes its rows as without the step:
+
+            * ``assignment`` is not the object that was written last. The buffers then contain
+              other names: those of a block that was entered later, or of this block before
+              ``generate`` changed its rows. The test is for identity because the plan of the
+              buffers is kept with the assignment, which is valid only while they contain it.
+            * The layer is on another device, or has more than ``max_rows`` rows.
+            * The names are one per token, and the layer has tokens first.
+            * A name has several rows, as in a prefill.
+
+        Raises:
+            ValueError: In one of these cases in a capture, or if the names do not fit the layout.
         """
         device, count = layout.device, math.prod(layout.leading)
         if (

@@ -63,7 +63,7 @@ def take_over(model: Model) -> Model:
     warn_of_other_bases(model)
     _swap(model, _fused_class)
     space_products(model)
-    _layouts.tell(model)
+    _layouts.set_tokens_first(model)
     for module in model.modules():
         if isinstance(module, _FusedLoraModel):
             module.turned = turned_layers(module)

@@ -100,7 +100,7 @@ class LayerGroups:
     ):
         self.adapter_name = adapter_name
         found = adapted_layers(model, adapter_name)
-        _layouts.tell(model)
+        _layouts.set_tokens_first(model)
         self._tokens_first = _layouts.tokens_first(model)
         groups: dict[Any, list[str]] = {}
         for position, name in enumerate(found):

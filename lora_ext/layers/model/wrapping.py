@@ -115,7 +115,7 @@ def wrap(
         for layer in new.values():
             layer.set_adapter([])
     state.spaced += space_products(model)
-    _layouts.tell(model)
+    _layouts.set_tokens_first(model)
     if config.invocation and _warn_of_labels not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_warn_of_labels, with_kwargs=True)
     return model

@@ -22,8 +22,9 @@ class MultiLoraLinear(PoolLayer):
     Outputs of DoRA adapters are scaled by their magnitudes:
     :mod:`lora_ext.serving.layers._pool_dora`.
 
-    Rows get their adapters from :func:`lora_ext.adapters`; outside such a block the layer computes
-    ``base``. It is for inference, and differentiable in ``x``; adapters in a pool are not trained.
+    Rows get their adapters from :func:`lora_ext.adapters`. Outside such a block all rows have the
+    adapter ``default``: the base model, unless ``attach`` was given another one. The layer is for
+    inference, and differentiable in ``x``; adapters in a pool are not trained.
 
     Args:
         base: ``nn.Linear``, transformers' ``Conv1D``, or any module that maps (..., I) to a new
@@ -46,7 +47,7 @@ class MultiLoraLinear(PoolLayer):
         traced = compiles()
         siblings = None if traced else self.siblings
         if siblings is not None:
-            finished = siblings.stored_output(self, x)
+            finished = siblings.take_output(self, x)
             if finished is not None:
                 return finished
         if self.overlap is not None and not traced:

@@ -39,8 +39,11 @@ def begin_early(layers: Mapping[str, nn.Module]) -> None:
 class Overlap:
     """Side streams, one for each stream that calls layers.
 
-    Memory that a side stream frees is reused after the next fork, which waits for all work of the
-    calling stream. Two calling streams therefore never share a side stream.
+    A side stream writes the result of shrink, and the calling stream reads it. When the tensor is
+    freed, torch may give its memory to the next shrink of the same side stream. Before that shrink
+    the side stream waits for all earlier work of the stream that calls it. This work includes the
+    read only if the same stream made both calls. Two calling streams therefore never share a side
+    stream.
 
     Args:
         cuda: ``torch.cuda``, or its replacement in a test.

@@ -1,8 +1,13 @@
 """DoRA adapters of a pool.
 
-``y = c[s] * ((W + scale[s] B[s] A[s]) x) + bias`` with a factor for each output, ``c[s] = m[s] / ||
-W + scale[s] B[s] A[s] ||``, ``m`` the magnitude in the pool. The pool has no base weight, so each
-layer computes ``c`` when a slot is first used, and caches it until slot or weight change.
+For slot ``s`` with the magnitude ``m[s]`` in the pool::
+
+    W' = W + scale[s] B[s] A[s]
+    y = c[s] * (W' x) + bias
+    c[s] = m[s] / ||W'||    # one factor and one norm for each output
+
+The pool has no base weight, so each layer computes ``c`` when a slot is first used, and caches it
+until slot or weight change.
 
 Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5.
 """
@@ -30,7 +35,7 @@ from lora_ext.rows import (
     current,
     current_layout,
     forward_of,
-    noted,
+    tracing,
 )
 
 # A graph contains numbers and tensors but no objects. Its op finds a layer's factors by number in
@@ -112,7 +117,7 @@ class DoraFactors:
             slab.magnitude.dtype,
             device,
             layer.tokens_first,
-            noted.batch,
+            tracing.batch,
         )
         return Rescale(None, c, self.bias)
 

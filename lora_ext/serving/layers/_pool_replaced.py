@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext._torch import READS_MORE, traced
-from lora_ext.rows import Block, batch_of, block_of_graph, current_layout, forward_of, noted
+from lora_ext.rows import Block, batch_of, block_of_graph, current_layout, forward_of, tracing
 
 
 def with_replaced(
@@ -34,9 +34,12 @@ def with_replaced(
     of_tokens = not x.is_floating_point()
     leading = x.shape if of_tokens else x.shape[:-1]
     layout = current_layout(leading, x.device, tokens_first)
+    # Inside a captured step the bank of the step has the weights at fixed addresses, and the place
+    # of each row in it. The slots of `of_slots` are those of the capture, not of a replay.
     if block.step_rows(layout) is not None:
         assert block.step is not None
         bank, places = block.step.bank(name)
+        # Without a bank no adapter in the pool replaces this module.
         return y if bank is None else bank.replaced(y, x, places)
     if not of_slots:
         return y
@@ -137,7 +140,7 @@ class ReplacedBank:
 def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
     """Return :func:`with_replaced` for a graph: rows of the block in which it will run."""
     return _replaced_rows(
-        y, x, layer.handle, layer.name, layer.tokens_first, noted.batch, layer.default
+        y, x, layer.handle, layer.name, layer.tokens_first, tracing.batch, layer.default
     )
 
 

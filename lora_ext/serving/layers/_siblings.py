@@ -11,9 +11,10 @@ its output if it is called with the same unchanged tensor in the same block, thr
 Otherwise it computes its own, and the stored outputs are dropped: at the next call with another
 tensor, or when the tensor or the block is freed.
 
-Inference tensors have no version counter, so an in-place change between two calls is invisible.
-Under ``torch.inference_mode`` a layer becomes a follower only after one call in which a copy of the
-tensor was equal when the second layer was called.
+A follower is computed before the model calls it, so the tensor must not change in between. Its
+version counter shows changes, but inference tensors have none. Under ``torch.inference_mode`` the
+call of the leader therefore keeps a copy of the tensor while followers are sought. Another layer
+becomes a follower if the tensor still equals this copy when it is called.
 """
 
 from __future__ import annotations
@@ -130,8 +131,8 @@ class Siblings:
 
     * ``_members``: one :class:`_Member` per layer, by name, shared by all threads.
     * ``_observations``: calls left of :data:`MAX_OBSERVED_CALLS`, shared by all threads.
-    * ``_needs_copy``: True if the next call keeps a copy of its input, for
-      :meth:`_Call.is_unchanged`.
+    * ``_needs_copy``: True if the next call keeps a copy of its input for
+      :meth:`_Call.is_unchanged`, even if the layer has followers already.
     * ``_thread.call``: this thread's latest call, until the next one with another tensor.
     """
 
@@ -141,7 +142,7 @@ class Siblings:
         self._needs_copy = False
         self._thread = _ThreadState()
 
-    def stored_output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
+    def take_output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
         """Return and remove the output that the layer's leader has computed for ``x``."""
         call = self._thread.call
         if call is None or not call.outputs:
@@ -159,10 +160,33 @@ class Siblings:
     def fused_output(
         self, layer: MultiLoraLinear, x: Tensor, y: Tensor, rows: Rows
     ) -> Tensor | None:
-        """Return ``y``, the base's output, with the update of each row; store the followers' too.
+        """Return the layer's output, computed in one op with those of its followers.
+
+        The layer calls this method if it has not taken a stored output and a row has an adapter.
+
+        1. Observe: if ``x`` is the tensor of this thread's latest call, by another layer, that
+           layer is the leader, and this one becomes its follower if there is room for one.
+        2. Otherwise drop the latest call, which counts as missed if a follower has not taken its
+           output, and keep this call in its place.
+        3. Call the bases of this layer's followers, add the updates of all layers in one op, and
+           store the followers' outputs.
+
+        Args:
+            layer: the layer that the model calls.
+            x: its input.
+            y: output of its base for ``x``; changed in place unless the result is None.
+            rows: adapters of the rows.
 
         Returns:
-            None if the layer has no followers to compute; the caller then adds only its update.
+            None if the caller has to add the update of this layer alone:
+
+            * Layers on this device do not share ops.
+            * The layer has no followers, with or without observed calls left to find them.
+            * A backward computes the layer again, or ``x`` is not :func:`plain <is_plain_input>`.
+            * The layer is a follower (step 1): the leader computes its output from the next call
+              on, or from a later one if this call had no copy of an inference tensor.
+            * The layer is not :func:`plain <is_plain_layer>`, or no follower is.
+            * The output of a base is not contiguous, or its dtype is not that of ``x``.
 
         Raises:
             ValueError: From the op.
@@ -170,11 +194,12 @@ class Siblings:
         if not (x.is_cuda or SHARE_ON_CPU):
             return None
         member = self._members[layer.name]
-        if not member.adapted:
+        if not member.adapted:  # its first adapter, which its siblings may have too
             member.adapted, self._observations = True, MAX_OBSERVED_CALLS
         if not (member.followers or self._observations > 0):
             return None
-        block = innermost()  # None in a backward, which uses the block of its forward
+        # Usually None in a backward, which uses the block of its forward.
+        block = innermost()
         if block is None or not is_plain_input(x):
             return None
         last = self._thread.call
@@ -182,13 +207,13 @@ class Siblings:
             if last.leader is not member and last.has_input(x):
                 if last.is_unchanged(x):
                     _add_follower(last.leader, member)
-                else:
+                else:  # an inference tensor that has changed, or of which the call kept no copy
                     self._needs_copy = True
-                return None
+                return None  # the leader's call stays the latest one: other layers may follow
             self._drop(last)
         keeps_copy, self._needs_copy = self._needs_copy or not member.followers, False
         self._thread.call = call = _Call(member, x, block, keeps_copy)
-        if not member.followers:
+        if not member.followers:  # this call only lets other layers find their leader
             self._observations -= 1
             return None
         if not is_plain_layer(layer, x):
@@ -206,7 +231,7 @@ class Siblings:
                 names.append(follower.name)
         if not names:
             return None
-        for each in ys:
+        for each in ys:  # the op adds in place
             if each.dtype != x.dtype or not each.is_contiguous():
                 return None
         _add_updates(ys, x, slabs, rows)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.layers import Routing, Slots, experts_forward, projections, slots_of
-from lora_ext.rows import PoolLayer, current, noted, untouched
+from lora_ext.rows import PoolLayer, current, tracing, untouched
 
 from ._multi_lora import add_adapters
 
@@ -54,7 +54,9 @@ class MultiLoraExperts(PoolLayer):
             return self.base(x, *args, **kwargs)
         index, weights = (*args, *kwargs.values())
         if compiles():
-            where = x.shape[:-1], x.device, self.tokens_first, False, noted.batch
+            # The graph reads the slot of each row from the block in which it runs. `pool_rows`
+            # calls the same op, but also plans the rows. Experts plan pairs of row and expert.
+            where = x.shape[:-1], x.device, self.tokens_first, False, tracing.batch
             slots = torch.ops.lora_ext.active_adapter_ids(self.handle, *where, self.default)
         else:
             block = current(self.handle)
