@@ -114,8 +114,8 @@ def _uses(method: Any) -> Iterator[tuple[str, str | None]]:
     """Yield the name and the use of each ``self.child`` in the source of a method.
 
     The use is the attribute that is read from the child. It is "asked" if only metadata of that
-    attribute is read (such as its dtype), and None for a bare ``self.child``, which is called or
-    passed on.
+    attribute is read (such as its dtype or class), and None for a bare ``self.child``, which is
+    called or passed on.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
