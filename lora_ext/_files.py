@@ -73,7 +73,7 @@ def read_json(path: Path, limit: int) -> Any:
 
 
 def parse_json(data: bytes | bytearray, where: str) -> Any:
-    """Parse JSON; raise ValueError for NaN, infinity, duplicate keys or too deep nesting."""
+    """Parse JSON; raise ValueError for NaN, infinity, duplicate keys or too many nested levels."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -89,7 +89,7 @@ def parse_json(data: bytes | bytearray, where: str) -> Any:
     try:
         return json.loads(data, object_pairs_hook=unique, parse_constant=refuse)
     except RecursionError:
-        raise ValueError(f"{where}: expected JSON, found nesting without end") from None
+        raise ValueError(f"{where}: expected JSON, found too many nested levels") from None
     except ValueError as error:
         raise ValueError(f"{where}: expected JSON: {error!s:.300}") from None
 

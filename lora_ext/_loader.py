@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import torch  # It loads the libraries that the compiled module needs and has no path to.
+import torch  # loads the shared libraries that the compiled module links to
 
 
 def build_info() -> dict[str, object]:

@@ -349,7 +349,7 @@ class Gaussian(Leaf):
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
     ) -> None:
         mean, log_std = table["mean"].double(), table["log_std"].double()
-        # Moments are taken about a close mean: differences of large squares would lose digits.
+        # Deviations are taken from a mean: differences of large squares would lose digits.
         count = _per_row(row, flow, len(mean))
         seen, safe = count > 0, torch.where(count > 0, count, 1)
         new_mean = mean + _per_row(row, flow * (x - mean[row]), len(mean)) / safe
@@ -377,7 +377,7 @@ class Indicator(Leaf):
 
     def __post_init__(self) -> None:
         known = all(isinstance(v, int) and v >= 0 for v in self.values)
-        require(known, "Indicator", "values", "whole numbers from 0", self.values)
+        require(known, "Indicator", "values", "whole numbers, at least 0", self.values)
         object.__setattr__(self, "values", tuple(self.values))
 
 

@@ -252,8 +252,8 @@ class Parameters(nn.Module):
     def _looked_up(self, x: Tensor) -> Tensor | None:
         """Return the log-values of the leaf units by a table look-up, which checks the data.
 
-        Return None if the leaves are not tables of one family, and for wrong data, for which
-        :meth:`_read` raises an error.
+        Return None if the leaves are not tables of one family, or if the data are invalid; then
+        :meth:`_read` raises the error.
         """
         if len(self.leaves) != 1 or x.dim() != 2 or x.shape[1] != self.num_variables:
             return None

@@ -394,7 +394,7 @@ def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | N
     """Return the tokens of an invocation, or None; raise ValueError for anything else."""
     if value is None:
         return None
-    expected = "None or a list of token ids, integers from 0 on"
+    expected = "None or a list of token ids, non-negative integers"
     listed = isinstance(value, list | tuple)
     require(listed, where, name, expected, f"{value!r:.200}", WrongKind)
     return tuple(integer(where, name, each, 0, expected=expected) for each in value)

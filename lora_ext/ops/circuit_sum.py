@@ -82,7 +82,7 @@ def log_einsum_exp(
 
     A sum without possible terms is ``-inf``, with gradient zero; ``+inf`` and NaN give NaN. If a
     product would underflow, forward and backward compute it again from shifted terms, so a path of
-    probability ``e^-1000`` keeps its value beside a likelier one of weight zero.
+    probability ``e^-1000`` keeps its value next to a likelier one of weight zero.
 
     Differentiable in ``w`` and ``values``: any number of times for the sum, once for the max
     (through the largest term). A row's bits do not depend on its batch or on threads, except for
@@ -123,7 +123,7 @@ def log_einsum_exp(
     if w.dim() == 3 and values.dim() == 2 and len(w) > 1 and w.stride(0) == 0 and not leaf:
         found = f"{tuple(w.shape)} and {tuple(values.shape)}"
         same = len(w) == len(values)
-        require(same, "log_einsum_exp", "w and values", "as many rows in both", found)
+        require(same, "log_einsum_exp", "w and values", "the same number of rows", found)
         w = w[0]
     if semiring == "sum":
         return _c.log_einsum_exp.default(w, values, norm, precision, *(scaled or (None, None)))

@@ -259,7 +259,7 @@ class Slab:
     Attributes:
         a, b: ``(P, 8, I)`` and ``(P, O, 8)``, for the life of the pool; uninitialised, but no table
             row refers to a page that was not written.
-        free: pages without an owner, the highest first.
+        free: pages without an owner, in descending order.
     """
 
     def __init__(self, spec: LinearSpec, pages: int):
@@ -287,8 +287,8 @@ class Slab:
     def bytes_for(self, free: Sequence[int], round_up: int = 1) -> int:
         """Return the bytes of memory that the used pages need.
 
-        ``free`` are the free pages, the highest first. The number of pages up to the last used one
-        is rounded up to a multiple of ``round_up``.
+        ``free`` lists the free pages in descending order. The number of pages up to the last used
+        one is rounded up to a multiple of ``round_up``.
         """
         # Count the free pages at the end: entry i is the page P - 1 - i, up to the first gap.
         used = self.pages - bisect(

@@ -59,7 +59,7 @@ class Placement:
     pages: dict[str, list[int]]
     free: dict[str, list[int]] = field(default_factory=dict)  # free pages afterwards, if changed
     victims: list[Resident] = field(default_factory=list)
-    slabs: dict[str, Slab] = field(default_factory=dict)  # new; the store gets them in commit
+    slabs: dict[str, Slab] = field(default_factory=dict)  # new; added to the store by `commit`
     blocks: list[TableBlock] = field(default_factory=list)  # new, as are the next three fields
     biases: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)

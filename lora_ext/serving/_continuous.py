@@ -279,7 +279,7 @@ class AdapterRequests:
         return original(inputs, *args, **kwargs)
 
     def _lease(self, name: str | None, wait: bool) -> Lease:
-        """Return a pin; with ``wait``, wait for room in the pool while other requests run."""
+        """Pin an adapter; with ``wait``, wait for room in the pool while other requests run."""
         with self._unpinned:
             while True:
                 try:

@@ -107,7 +107,7 @@ def _of_openai(given: Mapping[str, Any]) -> Format | None:
     kind = given.get("type")
     if kind in ("text", "json_object"):
         more = sorted(set(given) - {"type"})
-        require(not more, where, str(kind), "nothing beside its type", more[:3])
+        require(not more, where, str(kind), "no keys except type", more[:3])
         return None if kind == "text" else Format("json_object", field=where)
     expected = 'one of "text", "json_object", "json_schema"'
     require(kind == "json_schema", where, "type", expected, repr(kind)[:80])

@@ -65,7 +65,7 @@ class Call:
             self.future.set_exception(error)
 
     def finish(self) -> None:
-        """Add the gradients to the adapter and set the result, after the last part."""
+        """Add the gradients of all parts to the adapter, and set the result of the future."""
         if self.backward and self.gradients is not None:
             self.adapter.add(self.gradients)
         each = [self.logprobs[i] for i in range(len(self.data))]

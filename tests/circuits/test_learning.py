@@ -224,7 +224,7 @@ def test_gaussian_fits_data_far_away_in_one_step(dtype):
         (lambda: Binomial(-1), "Binomial: total: expected"),
         (lambda: Gaussian(math.nan), "Gaussian: min_std: expected a positive number, found nan"),
         (lambda: Gaussian(0), "Gaussian: min_std: expected"),
-        (lambda: Indicator((0, -1)), "Indicator: values: expected whole numbers from 0"),
+        (lambda: Indicator((0, -1)), "Indicator: values: expected whole numbers, at least 0"),
     ],
 )
 def test_families_without_meaning_raise(make, message):

@@ -146,7 +146,10 @@ H, U = tensors(WIDTH), tensors(TEACHER)
         ((H, U, [(7, 1)], [(7, 1)] * 2), r"teacher_grids: expected one for .* 1 images, found 2"),
         ((H, U, [(6, 1)], [(7, 1)]), r"student_grids: expected grids of 7 tokens in all, found \["),
         ((H, U, [(7, 1)], [(6, 1)]), r"teacher_grids: expected grids of 7 tokens in all, found \["),
-        (([*H[:2], H[2][1:]], U), r"hiddens: expected as many tokens in every block, found \[7, 7"),
+        (
+            ([*H[:2], H[2][1:]], U),
+            r"hiddens: expected the same number of tokens in each block, found \[7, 7",
+        ),
         (([h[:0] for h in H], U), r"teachers: expected the student's 0 tokens .* found 7"),
     ],
 )

@@ -38,7 +38,7 @@ def test_openai_and_vllm_fields_give_the_same_format(openai: Any, vllm: Any, wan
     ("openai", "vllm", "message"),
     [
         ({"type": "xml"}, None, "response_format: type: expected one of"),
-        ({"type": "json_object", "schema": {}}, None, "nothing beside its type"),
+        ({"type": "json_object", "schema": {}}, None, "no keys except type"),
         ({"type": "json_schema"}, None, "json_schema: expected a Mapping"),
         (
             {"type": "json_schema", "json_schema": {"name": "x"}},

@@ -102,8 +102,8 @@ class Constraint(Written):
         expected = "triples (state, token, next state) of whole numbers"
         require(not wrong, what, "edges", expected, f"{wrong[:1]!r:.80}")
         ends = list(final)
-        require(_whole(start), what, "start", "a state, a whole number from 0 on", repr(start))
-        require(all(map(_whole, ends)), what, "final", "states, whole numbers from 0 on", ends)
+        require(_whole(start), what, "start", "a state, a whole number, at least 0", repr(start))
+        require(all(map(_whole, ends)), what, "final", "states, whole numbers, at least 0", ends)
         states = {start, *ends, *(e[0] for e in listed), *(e[2] for e in listed)}
         clock.states(len(states), "edges", merged=False)
         number = {s: i for i, s in enumerate(sorted(states))}

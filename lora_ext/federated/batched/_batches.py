@@ -51,7 +51,9 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
     for each in inputs:
         require([*each] == names, where, "batches", f"tensors {names}", [*each])
         counts = {t.shape[0] for t in each.values()}
-        require(len(counts) == 1, where, "batches", "as many rows in each tensor", counts)
+        require(
+            len(counts) == 1, where, "batches", "the same number of rows in each tensor", counts
+        )
         rows.append(counts.pop())
     lengths = [each[_IDS].shape[1] for each in inputs] if _IDS in names else [None] * len(inputs)
     padded = len(set(lengths)) > 1

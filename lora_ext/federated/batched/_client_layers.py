@@ -83,11 +83,11 @@ class BatchRows:
     def ids(
         self, bank: Bank, leading: torch.Size, device: torch.device, tokens_first: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return the bank index of each row's client, ``(rows,)``, and the op's plan of them.
+        """Return the bank index of each row's client, ``(rows,)``, and the op's plan for it.
 
         Rows have the shape ``leading``, with sequences before or after the tokens. With dropout,
-        padding for other clients has no adapter: masks count the rows of an adapter, and must count
-        as if the client were alone.
+        padding up to the length of other clients' batches has no adapter: a dropout mask depends on
+        the number of a row among those of its adapter, which must not depend on other clients.
         """
         of_bank, part = (bank.table, bank.size, bank.p > 0), (self._part.start, self._part.stop)
         key = of_bank, part, leading, tokens_first
@@ -205,7 +205,7 @@ def _layers(model: nn.Module, adapter: str, pattern: str) -> list[tuple[str, Any
 
 
 def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
-    """Return the dropout settings of a module, or of functions in its forward."""
+    """Return the dropout probabilities that a module applies or passes to functions."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return [("p", module.p)]
     own = module.__dict__.items()  # attention_dropout, layerdrop, drop_prob of whole branches

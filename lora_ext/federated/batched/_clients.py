@@ -118,12 +118,12 @@ def client_seed(seed: int, round: int, client: Client) -> int:
 
 
 def step_seeds(seeds: Sequence[int], step: int, modules: int) -> Tensor:
-    """Return the dropout seeds of one step, ``(len(seeds), modules)`` int64 from 0 on: one for each
-    client's seed and each of the adapter's modules, in the order of ``LoraLayerManager.modules``.
+    """Return the dropout seeds of one step, non-negative int64 of shape ``(len(seeds), modules)``.
 
-    An entry is a valid value of ``nn.LoraLinear.dropout_seed``.
+    Entry ``(i, j)`` is for the client with ``seeds[i]`` and the adapter's module j, in the order of
+    ``LoraLayerManager.modules``. It is a valid value of ``nn.LoraLinear.dropout_seed``.
 
-    Source: SplitMix64 (Steele et al. 2014), number ``step * modules + module`` of each seed.
+    Source: SplitMix64 (Steele et al. 2014), output ``step * modules + j`` of each seed.
     """
     count = np.arange(1, modules + 1, dtype=np.uint64) + np.uint64(step * modules)
     mixed = np.array(seeds, dtype=np.uint64)[:, None] + _GAMMA * count

@@ -137,7 +137,7 @@ class Round:
         return updates, contents, reasons, silent
 
     def sender(self, reply: Message) -> int:
-        """Return the node of a reply, or the lost node for which the server replied."""
+        """Return the node that a reply is for; the server sends error replies for lost nodes."""
         if reply.has_error():
             for asked in self._asked:  # the grid has assigned ids to the messages
                 if asked.message_id and asked.message_id == reply.metadata.reply_to_message_id:

@@ -182,7 +182,7 @@ def no_gradients_without_rows(found: str) -> NotImplementedError:
 
 
 def turned_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the layers that PEFT runs and whose input has tokens first.
+    """Return the layers that PEFT runs and whose input is ``(tokens, sequences, ...)``.
 
     PEFT would give all tokens of one position the adapter of one sequence if their numbers agree.
     """
@@ -198,8 +198,8 @@ def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
     """Raise ValueError for several names if ``turned`` contains layers."""
     if turned and len(set(names)) > 1:
         raise ValueError(
-            f"from_peft: adapter_names: {turned[0]}: expected one name for all rows, as PEFT runs "
-            "this layer and its input has tokens first, found "
+            f"from_peft: adapter_names: {turned[0]}: expected one name for all rows, because PEFT "
+            "runs this layer and the first dimension of its input is the tokens, found "
             f"{', '.join(sorted(set(map(str, names))))!r:.200}; leave it out of target_modules"
         )
 

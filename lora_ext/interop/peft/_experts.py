@@ -48,7 +48,7 @@ class FusedExperts(Fused, ParamWrapper):
 
         Raises:
             ValueError: From PEFT, if names are given and PEFT has to run this layer.
-            RuntimeError: If a foreign checkpoint recomputes the layer and has lost the names.
+            RuntimeError: If another library's checkpoint recomputes the layer without its names.
         """
         names = kwargs.pop("adapter_names", None)
         given = names_of_layer(self, names)

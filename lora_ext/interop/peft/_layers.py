@@ -88,7 +88,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         Raises:
             ValueError: From PEFT, if the number of names is not the number of sequences, or
                 adapters are merged.
-            RuntimeError: If a foreign checkpoint recomputes the layer and has lost the names.
+            RuntimeError: If another library's checkpoint recomputes the layer without its names.
         """
         names = kwargs.get("adapter_names")
         given = names_of_layer(self, names)

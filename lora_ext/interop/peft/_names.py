@@ -55,10 +55,10 @@ def assignment_of(names: Sequence[str]) -> Assignment:
 
 
 def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment | None:
-    """Return the names of a layer's forward: from PEFT's hooks, or from the checkpoint.
+    """Return the adapter names for a layer's forward, from PEFT's hooks or from the checkpoint.
 
     Raises:
-        RuntimeError: If another library's checkpoint has lost them.
+        RuntimeError: If another library's checkpoint recomputes the layer without its names.
     """
     if compiles():  # dynamo traces no contextvars; the list is a constant of the graph
         return None if given is None else Assignment.of_entries(given, (len(given),))
@@ -72,8 +72,8 @@ def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment 
         if torch._C._current_graph_task_id() != -1:  # inside a backward
             raise RuntimeError(
                 "from_peft: adapter_names: expected transformers' own gradient checkpointing, "
-                f"found another, which recomputes a {type(layer).__name__} whose forward had "
-                "adapter_names and has lost them; pass no names, or do not checkpoint these layers"
+                f"found another, which recomputes a {type(layer).__name__} without the "
+                "adapter_names of its forward; pass no names, or do not checkpoint these layers"
             )
         _named.discard(layer)
     return recomputed

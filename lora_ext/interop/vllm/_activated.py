@@ -111,9 +111,10 @@ def _last(ids: torch.Tensor, invocation: tuple[int, ...]) -> int | None:
 
 
 def follow_starts(lacking: str | None = None) -> None:
-    """Wrap vLLM's keys of blocks and rows of a step to use the starts, for the process; once.
+    """Make vLLM's block keys and the rows of its steps use the starts, in the whole process.
 
-    ``lacking`` is part of the error when an activated adapter is loaded.
+    Further calls do not wrap again. ``lacking`` is part of the error when an activated adapter is
+    loaded.
     """
     global _lacking
     _lacking = lacking

@@ -130,7 +130,7 @@ class Builder:
 
 
 def build_at_door(engine: Any) -> None:
-    """Wrap vLLM's ``EngineCore`` to build constraints with :class:`Builder`, for the process."""
+    """Make vLLM's ``EngineCore`` build constraints with :class:`Builder`, in the whole process."""
 
     def preprocess_add_request(inner: Any, self: Any, request: Any, *args: Any) -> Any:
         if getattr(request, "sampling_params", None) is not None:

@@ -18,7 +18,7 @@ _checkers: dict[type, list[Callable[[Any], Callable[[Any], object]]]] = {}  # by
 
 
 def register_check(front: Any, checker: Callable[[Any], Callable[[Any], object]]) -> None:
-    """Check each request of vLLM's ``LLMEngine``, for the process; a checker is added only once.
+    """Check each request of vLLM's ``LLMEngine`` in the process; add a checker only once.
 
     Args:
         front: the class ``LLMEngine``.

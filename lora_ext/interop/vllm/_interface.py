@@ -96,7 +96,7 @@ def _names(kind: type) -> Iterator[str]:
 
 
 def wrap(owner: Any, name: str, ours: Callable[..., Any], mark: str = MARK) -> None:
-    """Replace a function of vLLM by ``ours(function, *arguments)``, for the process.
+    """Replace a function of vLLM by ``ours(function, *arguments)`` in the whole process.
 
     Further calls do nothing, even if another plug-in has wrapped the result.
     """

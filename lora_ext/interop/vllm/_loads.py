@@ -124,7 +124,7 @@ def _stamp(request: Any) -> object:
 
 
 def follow_loads(engine: Any) -> None:
-    """Wrap the methods of vLLM's ``EngineCore`` with :class:`Loads`, for the process; once."""
+    """Wrap methods of vLLM's ``EngineCore`` with :class:`Loads`, once in the process."""
 
     def loads(self: Any) -> Loads:
         return self.__dict__.setdefault(_LOADS, Loads())

@@ -236,8 +236,8 @@ class Updates:
 def follow_activations() -> None:
     """Notify wrappers of each adapter that vLLM moves into a slot.
 
-    Wraps the method of vLLM's adapter manager for the process; further calls do nothing. Managers
-    with other wrappers are not affected.
+    The method of vLLM's adapter manager is wrapped in the whole process; further calls do nothing.
+    Managers with other wrappers are not affected.
     """
     manager = importlib.import_module("vllm.lora.model_manager").LoRAModelManager
     wrap(manager, "activate_adapter", _activate)

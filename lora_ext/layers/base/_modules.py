@@ -111,10 +111,11 @@ def _read_and_not_called(kind: type) -> frozenset[str]:
 
 
 def _uses(method: Any) -> Iterator[tuple[str, str | None]]:
-    """Yield each ``self.child`` in a method with the attribute that is read from it.
+    """Yield the name and the use of each ``self.child`` in the source of a method.
 
-    The second item is "asked" if the use does not depend on the values, and None for a bare
-    ``self.child``, which is called or passed on.
+    The use is the attribute that is read from the child. It is "asked" if only metadata of that
+    attribute is read (such as its dtype or class), and None for a bare ``self.child``, which is
+    called or passed on.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))

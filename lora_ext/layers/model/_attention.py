@@ -19,8 +19,8 @@ _here = threading.local()
 def ask_first(function: Callable[..., Any]) -> None:
     """Replace "sdpa" by ``function(inner, module, query, key, value, mask, **how)``, once.
 
-    The replacement is for the process; ``inner`` is the function before it. The name remains
-    "sdpa", since masks and caches depend on it.
+    The replacement affects the whole process; ``inner`` is the previous function. The name
+    remains "sdpa", since masks and caches depend on it.
     """
     from transformers.modeling_utils import AttentionInterface
 

@@ -107,7 +107,7 @@ class _GiveRows:
         #: Whether to transpose input and output: plain PEFT layers take sequences first only.
         self.transposes = tokens_first and not hasattr(type(layer), "tokens_first")
         base = layer.get_base_layer()
-        #: Smallest number of dimensions of an input with sequences first.
+        #: Smallest number of dimensions of an input whose first one is the sequences.
         self.dims = 2
         if isinstance(base, nn.Embedding):
             self.dims = 1

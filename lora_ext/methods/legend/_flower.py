@@ -60,7 +60,7 @@ class Legend(LoraStrategy):
                 self.allocator.load_state_dict(self._restored)
 
     def select(self, round: int, clients: Mapping[Client, int]) -> list[Client]:
-        """Select clients from those that do not rest after timeouts."""
+        """Select clients of a round, except those that are resting after timeouts."""
         tracker = self._allocator.tracker
         awake = {client: k for client, k in clients.items() if not tracker.rests(client, round)}
         return super().select(round, awake)

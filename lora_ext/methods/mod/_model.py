@@ -113,7 +113,7 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     lm.__dict__[_BEFORE] = Before(norm, hooks, flags, values, ignored)
     lm.__dict__[Ensemble.KEY] = Ensemble(config, mixer, softcap)
     Forward.put_before(lm, with_mixture)
-    # A Trainer gathers the same predictions as without MoD; the default list is the Trainer's.
+    # A Trainer does not gather MoD's outputs as predictions. The default list is the Trainer's.
     known = getattr(lm.config, _IGNORED, ["cache", "past_key_values"])
     setattr(lm.config, _IGNORED, [*known, *ADDED])
     return model

@@ -230,8 +230,7 @@ class Steps:
         return DraftedWindow.joined(parts)
 
     def behind(self, state: Tensor, tokens: Tensor) -> Tensor:
-        """Move states ``(B, D)`` through tokens ``(B, n)``, one after the other, with the
-        bridge."""
+        """Advance states ``(B, D)`` by tokens ``(B, n)`` with the bridge, token by token."""
         assert self.bridge is not None
         embed = self.model.get_input_embeddings()
         for token in tokens.unbind(1):

@@ -65,7 +65,7 @@ def unfold_teacher(logits: Tensor, n: int) -> Tensor:
 
     Args:
         logits: ``(B, S, V)``.
-        n: K, tokens of a window.
+        n: K, number of tokens in a window.
 
     Returns:
         ``(B, S, K, V)``.

@@ -109,10 +109,9 @@ def project_layers(
     names: Iterable[str] | None = None,
     columns: Callable[[Factors], Tensor] = lambda factors: factors.b,
 ) -> tuple[list[Layer], list[Projected]]:
-    """Return the layers in the order of the model, and the projection of each; see
-    :func:`ediem_scores`.
+    """Return the layers in the model's order and their projections; see :func:`ediem_scores`.
 
-    All shapes are checked before any weight is read. Then two weights are in memory at a time.
+    All shapes are checked before any weight is read. At most two weights are in memory at a time.
 
     Args:
         names: modules of the adapter to project; default is all.

@@ -93,7 +93,9 @@ def block_distill_loss(
     _check_count("block_distill_loss", "hiddens", hiddens, blocks)
     tokens = [len(hidden) for hidden in hiddens]
     alike = len(set(tokens)) == 1
-    require(alike, "block_distill_loss", "hiddens", "as many tokens in every block", tokens)
+    require(
+        alike, "block_distill_loss", "hiddens", "the same number of tokens in each block", tokens
+    )
     predictions = list(hiddens) if heads is None else heads(hiddens)
     predictions = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in predictions]
     if teachers is None:

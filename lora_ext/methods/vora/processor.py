@@ -129,7 +129,12 @@ class VoraImageProcessor(BaseImageProcessor):
             ModuleNotFoundError: if ``images`` has a path and Pillow is missing.
         """
         require(
-            not args, "VoraImageProcessor", "args", "nothing after images", len(args), TypeError
+            not args,
+            "VoraImageProcessor",
+            "args",
+            "no positional argument after images",
+            len(args),
+            TypeError,
         )
         if overrides:
             settings = {name: getattr(self, name) for name in FIELDS} | overrides
