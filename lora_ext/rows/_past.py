@@ -104,7 +104,7 @@ def block_of_forward(task: int) -> Any:
     else:
         # This is autograd's thread of a device, which has made no nodes. The node does not show the
         # thread that made it, so all threads that have entered a block must agree on its number.
-        found = [line.at(key[1]) for line in list(_timelines) if line.starts != [0]]
+        found = [line.at(key[1]) for line in list(_timelines) if line.blocks != [None]]
         block = found[0] if found else None
         if any(other is not block for other in found):
             raise RuntimeError(

@@ -2,6 +2,7 @@
 
 import contextvars
 import threading
+from collections import deque
 from typing import Any
 
 import pytest
@@ -139,6 +140,28 @@ def test_threads_record_their_blocks_separately() -> None:
         mine = x.clone().requires_grad_()
         torch.testing.assert_close(gradient_of_x, expected(model, mine, name))
     assert len(found) == 4
+
+
+def test_block_before_the_first_node_of_its_thread_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Check a thread of autograd, as on a GPU, while the forward's thread is in its block."""
+    monkeypatch.setattr(_past, "_timelines", deque())
+    block, nodes, found = object(), [], []
+
+    def run_forward() -> None:
+        _past.record(block)
+        nodes.append(torch.ones(1, requires_grad=True).exp().grad_fn)
+
+    def run_backward() -> None:
+        monkeypatch.setattr(torch._C, "_current_autograd_node", lambda: nodes[0])
+        found.append(_past.block_of_forward(1))
+
+    for run in (run_forward, run_backward):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert nodes[0]._sequence_nr() == 0 and found == [block]
 
 
 def test_forwards_without_grad_are_not_recorded() -> None:
