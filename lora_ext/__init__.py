@@ -28,13 +28,14 @@ __all__ = [
 ]  # fmt: skip
 __version__ = "0.2.0"
 
-# A server does not need these packages, which took half of the import time.
+# These packages are imported on first use: a server does not need them, and they took half of the
+# import time.
 _PACKAGES = frozenset({"circuits", "control", "federated", "methods", "nn", "tenants"})
 _function = on_demand(__name__, layers="chunked_loss exact", serving="capturable")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a package, or the file of a function, when it is first used."""
+    """Import a subpackage, or the module that defines a function, when it is first used."""
     return import_module(f"{__name__}.{name}") if name in _PACKAGES else _function(name)
 
 

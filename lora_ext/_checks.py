@@ -1,8 +1,9 @@
 """Checks of arguments. Each message reads ``<where>: <argument>: expected ..., found ...``.
 
-A value of the right type that is out of range raises ValueError. A value of another type raises
-:class:`WrongKind`, which is both a TypeError and a ValueError. Scalars of numpy and torch without
-dimensions are converted to Python's numbers and bools. A bool is not a number, NaN is outside every
+``where`` is the name of the function or class whose argument is checked. A value of the right type
+that is out of range raises ValueError. A value of another type raises :class:`WrongKind`, which is
+both a TypeError and a ValueError. Zero-dimensional arrays and tensors of numpy and torch are
+converted to Python's numbers and bools. A bool is not accepted as a number, NaN is outside every
 range, and an array or tensor with a dimension is not a scalar, even if it has one element.
 """
 
@@ -24,10 +25,11 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-#: Description of the expected value. The first item of a pair is for values of another type.
+#: Description of the expected value. A pair contains the description for a value of the wrong type,
+#: then the one for a value that is out of range.
 Words = str | tuple[str, ...]
 
-#: Floating-point dtypes that the ops support; some arguments allow fewer.
+#: Floating-point dtypes that the ops support; some arguments accept only a part of them.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -69,7 +71,7 @@ def integer(
 ) -> int:
     """Return ``value`` as a Python int; raise unless it is in ``[minimum, maximum]``.
 
-    ``expected`` replaces the description in the message.
+    ``expected`` replaces the default description of the expected value in the message.
     """
     whole = value if type(value) in (int, torch.SymInt) else _whole(_plain(value))
     if whole is None or not _inside(whole, minimum, maximum):
@@ -92,24 +94,31 @@ def number(
     below: float | None = None,
     expected: Words | None = None,
 ) -> float:
-    """Return ``value`` as a Python number, an int if it is one; raise if it is out of bounds.
+    """Return ``value`` as a Python float, or as an int if it is an integer; check its bounds.
 
-    Infinity is allowed only with ``maximum=math.inf``, NaN never.
+    Infinity is accepted only with ``maximum=math.inf``. NaN is never accepted.
 
     Args:
-        where, argument: names that the message begins with.
+        where: name of the function or class, with which the message begins.
+        argument: name of the argument, which follows ``where`` in the message.
         value: value to check.
-        minimum, maximum: inclusive bounds.
-        above, below: exclusive bounds.
-        expected: description in the message. Of a pair, the first is for values that are not finite
-            numbers.
+        minimum: inclusive lower bound.
+        maximum: inclusive upper bound.
+        above: exclusive lower bound.
+        below: exclusive upper bound.
+        expected: description of the expected value in the message. The first item of a pair is used
+            for values that are not finite numbers.
+
+    Raises:
+        WrongKind: If ``value`` is not a real number.
+        ValueError: If ``value`` is out of bounds or not finite.
     """
     real = value if type(value) in (float, torch.SymFloat, torch.SymInt) else _real(_plain(value))
     finite = maximum != math.inf
     words = expected or _interval(minimum, maximum if finite else None, above, below)
     if real is None:
         _refuse(where, argument, words, value, WrongKind)
-    # This compares without converting: an integer may be too large for a float.
+    # The value is compared without a conversion to float, because an integer may be too large.
     if not (abs(real) <= sys.float_info.max if finite else real == real):
         _refuse(where, argument, words if isinstance(words, str) else words[:1], value)
     if not _inside(real, minimum, maximum, above, below):
@@ -135,7 +144,7 @@ def _inside(
 def choice(
     where: str, argument: str, value: object, choices: Sequence[T], *, expected: str | None = None
 ) -> T:
-    """Return the member of ``choices`` that equals ``value``."""
+    """Return the member of ``choices`` that equals ``value``; raise ValueError without one."""
     for each in choices:
         if isinstance(value, type(each)) and value == each:
             return each
@@ -160,9 +169,11 @@ def require_flags(where: str, **flags: object) -> None:
 def renamed(where: str, **names: str) -> Iterator[None]:
     """Rename the function and the arguments in the messages of errors raised in a ``with`` block.
 
+    A public function uses this to call another function whose arguments have other names.
+
     Args:
-        where: replaces the function name that the message begins with.
-        names: names of arguments, as in ``inner="outer"``.
+        where: function name that the messages begin with.
+        names: new name for each argument name of the called function, as in ``inner="outer"``.
     """
     try:
         yield
@@ -179,8 +190,8 @@ def renamed(where: str, **names: str) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------
 # Frozen dataclasses
 
-#: Check of one field. Its arguments are where, the field's name and its value; it returns the value
-#: to store.
+#: Function that checks one field. Its arguments are ``where``, the field's name and the field's
+#: value, and it returns the value to store.
 Rule = Callable[[str, str, Any], Any]
 
 
@@ -196,14 +207,14 @@ def check_fields(
 ) -> None:
     """Check the fields of a frozen dataclass and convert them to Python's numbers and bools.
 
-    The annotation of a field (int, float, bool or a Literal, each also ``| None``) selects its
-    check. The table adds bounds (:func:`within`) or a rule that replaces the check. A field with
-    another annotation is checked only if it has a rule.
+    The annotation of a field selects its check: int, float, bool or a Literal, or one of these with
+    ``| None``. An entry of the table adds bounds (:func:`within`), or is a rule that replaces the
+    check. A field with another annotation is checked only if the table contains a rule for it.
 
     Args:
-        config: the dataclass, in its ``__post_init__``.
-        table: bounds and rules by field name.
-        where: name that the messages begin with; by default that of the class.
+        config: instance of the dataclass, which calls this function in its ``__post_init__``.
+        table: bounds or a rule by field name.
+        where: name that the messages begin with; None uses the name of the class.
     """
     where = where or type(config).__name__
     kinds = _kinds(type(config))
@@ -244,7 +255,7 @@ def require_dim(op: str, argument: str, t: Tensor, letters: str) -> None:
 
 
 def require_shape(op: str, argument: str, t: Tensor, letters: str, shape: Sequence[int]) -> None:
-    """Raise ValueError unless ``t`` has this shape; ``letters`` name its sizes in the message."""
+    """Raise ValueError unless ``t`` has this shape; ``letters`` describes it in the message."""
     holds = t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True))
     require(holds, op, argument, f"shape {letters} = {list(shape)}", list(t.shape))
 
@@ -257,7 +268,10 @@ def require_tensor(
     shape: Sequence[int] | None,
     *dtypes: torch.dtype,
 ) -> None:
-    """Raise ValueError unless ``t`` has this shape (if None, one size per letter) and dtype."""
+    """Raise ValueError unless ``t`` has this shape and one of these dtypes.
+
+    If ``shape`` is None, only the number of dimensions is checked: one per letter.
+    """
     if shape is None:
         require_dim(op, argument, t, letters)
     else:
@@ -291,7 +305,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
         try:
             return value.item()
-        except RuntimeError:  # a tensor without values
+        except RuntimeError:  # The tensor has no values: it is on the meta device, for example.
             return value
     return value
 

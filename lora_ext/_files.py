@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lora_ext._checks import require
 
-MAX_HEADER_BYTES = 16 << 20  # enough for 100 000 tensors of about 130 bytes each
+MAX_HEADER_BYTES = 16 << 20  # enough for 100 000 tensors, with about 130 bytes of header each
 
 _DTYPES = {
     "F64": torch.float64,
@@ -42,16 +42,17 @@ _DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """Shape and dtype of one tensor in a header; an unsupported dtype is given by its name."""
+    """Shape and dtype of one tensor in a header; an unsupported dtype is stored as its name."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file or a link to one (the Hub's cache consists of links).
+    """Open a regular file, or a symbolic link to one as in the cache of the Hugging Face Hub.
 
-    Raise ValueError for a pipe or device, without blocking (O_NONBLOCK).
+    Raises ValueError for a directory, pipe or device. O_NONBLOCK ensures that opening a pipe does
+    not block.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
@@ -95,12 +96,12 @@ def parse_json(data: bytes | bytearray, where: str) -> Any:
 
 
 class SafetensorsFile:
-    """Open safetensors file with a header that was checked for sizes, overlaps and gaps.
+    """Open safetensors file whose header has been checked for sizes, overlaps and gaps.
 
     Attributes:
         where: path of the file.
-        infos: shape and dtype by key.
-        metadata: text entries of the header by key.
+        infos: shape and dtype of each tensor by its key.
+        metadata: entries of the header's ``__metadata__``.
     """
 
     def __init__(self, path: Path):
@@ -122,7 +123,7 @@ class SafetensorsFile:
         require(length <= most, where, "header length", f"at most {most}", length)
         self._data = 8 + length
         header = parse_json(self._exactly(length), f"{where}: header")
-        # A header may have many megabytes, so its text is formatted only if an error is raised.
+        # A header may have many megabytes, so it is formatted only if an error is raised.
         if not isinstance(header, dict):
             raise ValueError(f"{where}: header: expected an object, found {header!r:.80}")
         metadata = header.pop("__metadata__", {})
@@ -178,7 +179,7 @@ class SafetensorsFile:
         """Read one tensor.
 
         Raises:
-            ValueError: if its dtype is not supported.
+            ValueError: If its dtype is not supported.
         """
         shape, dtype = self.infos[key]
         if isinstance(dtype, str):
@@ -203,16 +204,17 @@ class SafetensorsFile:
 def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
     """Write files into a folder so that either all of them appear or nothing changes.
 
-    Every file is written under a temporary name and synced to disk before the first is renamed. A
-    new folder is also created under a temporary name. A full disk or a signal therefore leaves the
-    existing files intact.
+    Every file is written under a temporary name and synced to disk before the first one is renamed.
+    A new folder is also created under a temporary name. A full disk or a signal therefore leaves
+    the existing files intact.
 
     Args:
-        folder: created if it does not exist; its other files are left alone.
-        files: contents by name, in the order in which the files appear.
+        folder: folder of the files. It is created if it does not exist, and its other files do not
+            change.
+        files: contents of each file by name. The files are renamed in this order.
 
     Raises:
-        OSError: if a file cannot be written; nothing has changed then.
+        OSError: If a file cannot be written. Nothing has changed in this case.
     """
     path, mark = Path(folder), f".{uuid.uuid4().hex[:12]}.partial"
     if path.is_dir():
@@ -234,7 +236,7 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
             shutil.rmtree(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
-        for parent in parents:  # The nearest comes first; `rmdir` keeps a folder with files.
+        for parent in parents:  # The nearest parent is first; `rmdir` fails if it contains files.
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
@@ -263,7 +265,10 @@ def _replace_files(folder: Path, files: Mapping[str, bytes], mark: str) -> None:
 
 
 def _back_up(path: Path, backup: Path) -> Path | None:
-    """Link ``path`` to ``backup``, which needs no disk space; return None without such a file."""
+    """Make a hard link ``backup`` to the file ``path``, which needs no disk space.
+
+    If the file system has no hard links, the file is copied. Returns None if there is no file.
+    """
     if not os.path.lexists(path):
         return None
     try:

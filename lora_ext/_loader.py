@@ -1,4 +1,4 @@
-"""Import of the compiled module; a failure is explained in one sentence with its remedy."""
+"""Import of the compiled module, with error messages that give the cause and the remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch  # loads the shared libraries that the compiled module links to
 
 
 def build_info() -> dict[str, object]:
-    """Return what ``setup.py`` recorded about this build; empty if nothing was built."""
+    """Return the properties of this build that ``setup.py`` stored; {} if nothing was built."""
     try:
         info = importlib.import_module("lora_ext._build_info")
     except ImportError:
@@ -21,9 +21,9 @@ def build_info() -> dict[str, object]:
 
 
 def hidden() -> Path | None:
-    """Return the folder of another lora_ext that this one hides, or None.
+    """Return the folder of another lora_ext that the imported one hides, or None.
 
-    A checkout hides an installed package if Python is started in the checkout.
+    If Python is started in a checkout, it imports the checkout and not the installed package.
     """
     here = Path(__file__).resolve().parent
     found = [Path(entry, "lora_ext") for entry in sys.path]
@@ -60,7 +60,8 @@ def explain(error: ImportError) -> str:
 def load(name: str = "_C") -> ModuleType:
     """Import ``lora_ext.<name>``, which registers its ops with the dispatcher.
 
-    ``LORA_EXT_DEBUG=1`` makes every launch on a device check its adapter ids and synchronize.
+    With ``LORA_EXT_DEBUG=1`` in the environment, every kernel launch on a device checks its adapter
+    ids and synchronizes.
     """
     try:
         module = importlib.import_module(f"lora_ext.{name}")
@@ -71,8 +72,9 @@ def load(name: str = "_C") -> ModuleType:
 
 
 def vllm_mode() -> str:
-    """Return ``LORA_EXT_VLLM``, which selects the vLLM platforms that call lora_ext.
+    """Return the environment variable ``LORA_EXT_VLLM``, by default "1".
 
-    The default is "1", the CPU.
+    It selects the vLLM platform whose LoRA layers call lora_ext: "1" is the CPU, "cuda" is CUDA,
+    and "0" leaves vLLM unchanged.
     """
     return os.environ.get("LORA_EXT_VLLM", "1")

@@ -10,10 +10,13 @@ import torch
 
 
 def free_bytes(device: torch.device | str | None = None) -> int | None:
-    """Return the free bytes of a device (torch's default if None); None if unknown (``meta``).
+    """Return the free bytes of a device, or None if they are not known, as for ``meta``.
 
-    For the CPU this is the system's available memory, at most what the limit of the control group
-    (of a container) leaves.
+    For the CPU, returns the smaller of the system's available memory and the memory that the limit
+    of the process's control group (the limit of a container, for example) leaves.
+
+    Args:
+        device: device; None is torch's default device.
     """
     device = torch.empty(0, device=device).device
     if device.type == "cuda":

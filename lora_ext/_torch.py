@@ -1,4 +1,4 @@
-"""State of torch around a call (autocast, compilation), and ops that are written in Python."""
+"""State of torch during a call (autocast, compilation), and ops that are written in Python."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TILE_COLUMNS = 32  # columns of one AMX tile of 16-bit numbers
 
 
 def exactly(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context manager that disables autocast on this type of device."""
+    """Return a context manager that disables autocast for the type of ``device``."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if kind in AUTOCASTS else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype of a linear layer's products under autocast; None if autocast is off."""
+    """Return the dtype to which autocast casts ``x`` in a linear layer; None if it does not."""
     kind = x.device.type
     if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
         return None
@@ -32,10 +32,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def compiles() -> bool:
-    """Return whether this code is compiled or exported.
+    """Return whether the calling code is being compiled or exported.
 
-    ``torch.compiler.is_compiling`` is not used because it is true in every thread while one of them
-    compiles.
+    ``torch.compiler.is_compiling`` is not used because it returns True in every thread while one
+    thread compiles.
     """
     return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 
@@ -53,21 +53,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """Return ``getattr(module, name)``, in a third of the time if it is a parameter."""
+    """Return ``getattr(module, name)``; for a parameter, in a third of the time of ``getattr``."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
 
 
 def zero_gradients(y: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """Return ``y``; its backward also gives each of these parameters a gradient of zeros, without
-    reading them. Data-parallel training waits for a gradient of every parameter."""
+    """Return ``y`` so that its backward also computes a gradient of zeros for each parameter.
+
+    Data-parallel training waits for a gradient of every parameter. The values of the parameters are
+    not read.
+    """
     return _ZeroGradients.apply(y, *parameters)  # pyright: ignore[reportReturnType]
 
 
 class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
-        # The tensors are not saved because an optimizer may change them before the backward.
+        # Only shapes, dtypes and devices are saved: an optimizer may change the tensors before the
+        # backward, and autograd would raise for a saved tensor that has changed.
         ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
         return y.view_as(y)
 
@@ -79,9 +83,9 @@ class _ZeroGradients(torch.autograd.Function):
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """Raise NotImplementedError if a tensor has a tangent, including one of ``torch.func.jvp``.
 
-    No op has a forward-mode derivative. If no gradient is required, torch calls an op whose
-    backward is registered in Python below autograd and would drop the tangent. Ops with a backward
-    in C++ check this themselves.
+    No op of lora_ext has a forward-mode derivative. If an op has its backward in Python and no
+    tensor requires a gradient, torch calls the op below autograd and would silently drop the
+    tangent. Ops with a backward in C++ check for tangents themselves.
     """
     if compiles():
         return
@@ -95,22 +99,23 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``F.linear`` with :func:`spaced` operands, forward and backward."""
+    """Compute ``F.linear`` with :func:`spaced` operands in the forward and the backward."""
     return product_of_rows(lambda rows: F.linear(rows, weight, bias), x, autocast_dtype(x))
 
 
 def product_of_rows(
     product: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Compute ``product(x)`` with :func:`spaced` operands, forward and backward.
+    """Compute ``product(x)`` with :func:`spaced` operands in the forward and the backward.
 
-    Spaced rows are passed in two dimensions: with more, torch adds the bias in a second pass and
-    rounds once more.
+    Spaced rows are flattened to two dimensions, because torch adds the bias of an input with more
+    dimensions in a second pass, which rounds once more.
 
     Args:
-        product: function of ``(T, I)`` rows, such as a linear layer.
-        x: ``(..., I)``.
-        dtype: as in :func:`spaced`.
+        product: function of ``T`` rows ``(T, I)``, such as a linear layer with ``I`` input
+            features.
+        x: input ``(..., I)``.
+        dtype: dtype to which autocast would cast ``x``, or None; see :func:`spaced`.
     """
     left = spaced(x, dtype)
     if left is x or x.dim() <= 2:
@@ -119,18 +124,18 @@ def product_of_rows(
 
 
 def spaced(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return ``x (..., K)`` with at least 32 zeros in memory after each row, if it needs them.
+    """Return ``x (..., K)``, copied with at least 32 zeros in memory after each row if necessary.
 
-    With AMX, torch's product of 16-bit rows reads every row of its left operand up to a multiple of
-    32 columns and multiplies the numbers after the row by zero. A NaN or inf in one row therefore
-    reaches the row before it. This function returns a copy if ``x`` is on the CPU, K is not a
-    multiple of 32 and the dtype has 16 bits; otherwise it returns ``x``. ``csrc/ops/gemm.cpp``
-    implements the same for ops in C++.
+    On CPUs with AMX, torch's product of 16-bit matrices reads every row of its left operand up to a
+    multiple of 32 columns and multiplies the numbers after the row by zero. A NaN or inf at the
+    start of the next row therefore makes the result of this row NaN. This function returns a copy
+    if ``x`` is on the CPU, ``K`` is not a multiple of 32 and the dtype has 16 bits. Otherwise it
+    returns ``x``. ``csrc/ops/gemm.cpp`` implements the same for ops in C++.
 
     Args:
-        x: left operand of a product of two matrices.
-        dtype: dtype that autocast would cast ``x`` to, which would remove the zeros; None if
-            autocast is off.
+        x: left operand of a product of two matrices; ``K`` is the summed dimension.
+        dtype: dtype to which autocast would cast ``x``, or None if autocast is off. ``x`` is cast
+            to it before the zeros are added, since a later cast would remove them.
     """
     if not _needs_space(x, dtype):
         return x
@@ -139,10 +144,10 @@ def spaced(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def with_spaced_gradient(y: Tensor) -> Tensor:
-    """Return the product ``y (..., O)`` after registering a hook that spaces its gradient.
+    """Register a hook that applies :func:`spaced` to the gradient of ``y (..., O)``; return ``y``.
 
-    The gradient is the left operand of the product that computes ``dx``. In a compiled graph the
-    gradient is not spaced.
+    ``y`` is the result of a product. Its gradient is the left operand of the product that computes
+    the gradient of the input. In a compiled graph the gradient is not spaced.
     """
     if y.requires_grad and _needs_space(y) and not compiles():
         y.register_hook(spaced)
@@ -164,7 +169,8 @@ def _space(x: Tensor) -> Tensor:
 
 _library = torch.library.Library("lora_ext", "FRAGMENT")
 
-#: Tags of an op that reads more than its arguments. A CUDA graph's replay would not read it again.
+#: Tags of an op that reads other state in addition to its arguments, such as the current block's
+#: adapters. Such an op must not be captured in a CUDA graph: a replay would not read it again.
 READS_MORE = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 
 
@@ -174,14 +180,15 @@ def traced(
     backward: tuple[Callable[..., Any], Callable[..., None] | None] | None = None,
     tags: tuple[torch.Tag, ...] = (),
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that registers a function as an op, which a compiled graph does not trace.
+    """Return a decorator that registers a function as an op. The compiler does not trace into it.
 
     Args:
-        schema: name, arguments and results, as in
+        schema: name, arguments and results of the op, as in
             ``"experts_mm(Tensor x, Tensor ends) -> Tensor"``.
-        fake: function that returns an empty result for the same arguments.
-        backward: ``backward(ctx, *gradients)`` and the function that saves its context, or None.
-        tags: :data:`READS_MORE` or empty.
+        fake: fake kernel: a function that returns an empty result for the same arguments.
+        backward: pair of ``backward(ctx, *gradients)`` and the function that saves the context (or
+            None); None for an op without a gradient.
+        tags: :data:`READS_MORE`, or empty.
     """
     name = schema.partition("(")[0]
 
@@ -198,7 +205,7 @@ def traced(
     return define
 
 
-# torch.compile would remove zeros that no later op reads.
+# In a compiled graph, this is an op: the compiler would remove zeros that no later op reads.
 _spaced_op = traced(
     "spaced(Tensor x) -> Tensor",
     fake=_space,

@@ -1,7 +1,7 @@
-"""``lora-ext doctor``: versions, build and a test of each device, as text for a bug report.
+"""``lora-ext doctor``: report of versions, build and a test of each device, for a bug report.
 
-Run ``python -m lora_ext.doctor`` if the command is not on the path. The exit status is 1 if an op
-failed.
+Run ``python -m lora_ext.doctor`` if the command ``lora-ext`` is not on the path. The exit status is
+1 if the test failed on a device.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def _cpu_name() -> str:
 
 
 def _devices(info: dict[str, object]) -> tuple[list[torch.device], dict[str, object]]:
-    """Return the devices to test and report rows about CUDA: its GPUs, or why it is not used."""
+    """Return the devices to test, and the report's rows about CUDA.
+
+    The rows describe each GPU, or give the reason why CUDA is not used.
+    """
     devices = [torch.device("cpu")]
     if not torch.version.cuda:
         return devices, {"cuda": "this torch is a CPU build"}
@@ -58,7 +61,11 @@ def _devices(info: dict[str, object]) -> tuple[list[torch.device], dict[str, obj
 
 
 def _try_op(device: torch.device) -> tuple[bool, str]:
-    """Run one op with mixed adapters; return whether it matches its formula, and the result."""
+    """Run one op on a batch with several adapters.
+
+    Returns whether its result matches the formula, and a line for the report: the largest error, or
+    the exception.
+    """
     from lora_ext import ops, reference
 
     g = torch.Generator().manual_seed(0)
@@ -83,7 +90,7 @@ def main(as_json: bool = False) -> int:
     info = _loader.build_info()
     devices, cards = _devices(info)
     sections = _sections(info, cards)
-    if not as_json:  # This is printed before any op runs, because an op may crash the process.
+    if not as_json:  # The report is printed before any op runs: an op may crash the process.
         for title, rows in sections.items():
             print(title)
             for key, value in rows.items():

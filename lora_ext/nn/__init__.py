@@ -1,4 +1,8 @@
-"""A face: every module of the package under one name. What is behind it lives in its own room."""
+"""All modules of the package, and functions for them, under one name.
+
+They are defined in ``lora_ext.layers``, ``lora_ext.methods``, ``lora_ext.rows`` and
+``lora_ext.serving``.
+"""
 
 from lora_ext.layers import (
     IGNORE,
