@@ -1,8 +1,9 @@
 """Training for many tenants on one base model.
 
-``Service`` merges the calls of tenants, samples from their adapters and stores their saves.
-:mod:`lora_ext.server.tinker` serves it over HTTP. Names that are not in ``__all__`` are for other
-subpackages.
+A tenant is a user of the service with one trainable adapter. ``Service`` computes the calls of
+several tenants in one forward, samples from their adapters, and writes their saves: folders with an
+adapter and the state of its optimizer. :mod:`lora_ext.server.tinker` makes it available over HTTP.
+Names that are not in ``__all__`` are for other subpackages.
 """
 
 from lora_ext.serving import QueueFullError

@@ -1,4 +1,4 @@
-"""Steps: data of many calls in one forward, a loss for each call, and one backward."""
+"""Steps of the service: one forward and one backward for the data of several tenants' calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from ._data import Checked, Result
 from ._live import LiveAdapter
 from ._losses import LOSSES
 
-#: Kind of model that a service needs: padding follows each sequence and is not masked.
+#: Model that a service needs, for messages. Sequences are padded at the end without a mask, so the
+#: logits of a token must not depend on later tokens.
 CAUSAL = "a transformers causal LM, in which no token depends on later tokens"
 
 
@@ -28,8 +29,9 @@ CAUSAL = "a transformers causal LM, in which no token depends on later tokens"
 class Call:
     """Pending ``forward_backward`` or ``forward``.
 
-    It is split into parts of at most ``most`` tokens with padding, from long to short data. The
-    split depends only on the call's own data, so its results do not depend on other calls.
+    Its data are sorted from long to short and split into parts of at most ``most`` tokens,
+    including padding. A part is always computed in one step. The split depends only on the data of
+    the call, so the results do not depend on other calls.
     """
 
     adapter: LiveAdapter
@@ -55,7 +57,7 @@ class Call:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, or of targets if a datum has more of these."""
+        """Sum over the data of the number of tokens, or of targets if a datum has more targets."""
         return sum(max(each.length, each.targets.numel()) for each in self.data)
 
     def fail(self, error: BaseException) -> None:
@@ -75,7 +77,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Data of a call that are computed in one step."""
+    """Data of a call that are computed in one step; ``rows`` has their indices in the call."""
 
     call: Call
     rows: list[int]
@@ -87,7 +89,10 @@ class Part:
 
 
 class BatchStep:
-    """Steps of a transformers causal LM in evaluation mode."""
+    """Forward and backward of a transformers causal LM for parts of several calls.
+
+    The model must be in evaluation mode.
+    """
 
     def __init__(self, model: Any):
         self.model, self.head = model, model.get_output_embeddings()
@@ -97,31 +102,33 @@ class BatchStep:
         self._apart = self._head_is_separate()
 
     def _looks_ahead(self) -> bool:
-        """Return whether a token's logits depend on later tokens, padding included.
+        """Return whether a token's logits depend on later tokens, which may be padding.
 
-        A change of the later tokens of a row may change the logits of its first token no more than
-        a change in another row does. In another row, the effect is zero, or rounding if experts
-        compute all rows together. All forwards have the same shape, so that a library computes a
-        row in the same way in each.
+        The logits of the first token of row 1 are compared after a change of the later tokens of
+        row 1 and after changes of row 0. Row 0 has no effect, except for rounding if the model has
+        experts that compute all rows in one product. The model looks ahead if the later tokens have
+        a clearly larger effect than row 0. All forwards have the same shape, so that libraries
+        choose the same algorithm for each.
         """
 
         def logits(row: int, first: int) -> Tensor:
-            """Return the logits of row 1's first token after a change of ``row`` from token
-            ``first`` on."""
+            """Return the logits of the first token of row 1, with tokens ``first:`` of ``row``
+            changed."""
             ids = torch.arange(1, 4, device=self.device).repeat(2, 1) % self.vocabulary
             ids[row, first:] = (ids[row, first:] + self.vocabulary // 2) % self.vocabulary
             with torch.no_grad():
                 return self.model(input_ids=ids, use_cache=False).logits[1, 0]
 
-        base = logits(0, 3)  # without a change
+        base = logits(0, 3)  # no token is changed, since a row has three tokens
         moved, *rounding = ((logits(*it) - base).abs().max() for it in ((1, 1), (0, 1), (0, 0)))
         return not bool(moved <= 16 * max(rounding))
 
     def _head_is_separate(self) -> bool:
-        """Return whether the model's logits are its head applied to its body's hidden states.
+        """Return whether the model's logits are exactly ``head(body(ids))``.
 
-        Some models cap or scale them. This is tested once. The logits must not all be zero, as for
-        a padding token, since a scale would not change them.
+        Some models cap or scale the output of the head. This is tested once, with a short input.
+        Logits that are all zero prove nothing, since a scale would not change them: the result is
+        then False.
         """
         body = getattr(self.model, "base_model", None)
         if body is None or body is self.model or self.head is None:
@@ -135,14 +142,14 @@ class BatchStep:
             return bool(logits.any()) and torch.equal(logits, own)
 
     def run(self, parts: Sequence[Part]) -> None:
-        """Compute the parts, and pass its results or its error to each call.
+        """Compute the parts, and store the results or the error in each call.
 
-        After an error the parts are computed in halves, since memory may suffice for fewer, and an
-        error of one call must not fail the others.
+        If an error is raised, each half of the parts is computed separately: the memory may suffice
+        for fewer parts, and the error of one call must not fail the others.
         """
         try:
             self._run(parts)
-        except Exception as error:  # any error of the model is passed to a caller
+        except Exception as error:  # The model may raise any error; the tenant's future raises it.
             if len(parts) == 1:
                 parts[0].call.fail(error)
                 return
@@ -167,7 +174,8 @@ class BatchStep:
                 part.call.fail(_not_finite("loss", total))
         wanted = [p for p in parts if p.call.backward and math.isfinite(totals[p])]
         gradients = self._gradients(wanted, sums)
-        # The code below does not raise.
+        # The code below does not raise. A call is therefore changed either completely or not at
+        # all, and `run` may compute its part again after an error.
         for (part, i), logprobs in zip(owners, found, strict=True):
             part.call.logprobs[i] = logprobs.detach().cpu()
         for part in parts:
@@ -185,9 +193,10 @@ class BatchStep:
     def _gradients(
         self, parts: Sequence[Part], sums: dict[Part, Tensor]
     ) -> dict[Part, tuple[list[Tensor], bool]]:
-        """Compute the gradients of each part with respect to its adapter, in float32 or wider.
+        """Compute the gradients of each part's loss for its adapter, in float32 or wider.
 
-        The second item of each pair is whether all of them are finite.
+        Returns:
+            For each part, the gradients and whether all of them are finite.
         """
         if not parts:
             return {}
@@ -201,14 +210,14 @@ class BatchStep:
         }
 
     def _logprobs(self, owners: Sequence[tuple[Part, int]]) -> list[Tensor]:
-        """Return the log-probabilities of the targets of each datum, in their shape."""
+        """Return the log-probabilities of each datum's targets, in the shape of the targets."""
         data = [part.call.data[i] for part, i in owners]
         longest = data[0].length
         ids = pad_sequence([datum.tokens for datum in data], batch_first=True)
-        # Padding follows the tokens, which do not depend on it. No mask is needed, and a sequence
-        # uses the same kernels as alone.
+        # No mask is needed, because padding follows the tokens and a token does not depend on later
+        # ones. Without a mask, a sequence is computed by the same kernels as if it were alone.
         at = [torch.arange(datum.length) + row * longest for row, datum in enumerate(data)]
-        # Targets are flat, as one datum may have many targets for each token.
+        # Targets are flattened because a datum may have several targets for each token.
         targets = torch.cat([d.targets.flatten() for d in data])
         counts = [torch.full((d.length,), d.targets.numel() // d.length) for d in data]
         names = [part.call.adapter.name for part, _ in owners]
@@ -223,9 +232,13 @@ class BatchStep:
         return [lp.view(d.targets.shape) for lp, d in zip(each, data, strict=True)]
 
     def _of_rows(self, ids: Tensor, at: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
-        """Return the log-probabilities of the targets at positions ``at (M,)`` of a batch.
+        """Return the log-probabilities of the targets at ``M`` positions of a padded batch.
 
-        ``counts (M,)``, on the CPU, is the number of targets of each position.
+        Args:
+            ids: ``(B, T)`` tokens of ``B`` sequences.
+            at: ``(M,)`` positions in the flattened batch.
+            counts: ``(M,)`` number of targets of each position, on the CPU.
+            targets: flat targets, ordered by position.
         """
         if not self._apart or isinstance(self.model.get_output_embeddings(), LoraLayer):
             logits = self.model(input_ids=ids, use_cache=False).logits
@@ -245,11 +258,12 @@ class BatchStep:
 
 
 class _OneTarget(torch.autograd.Function):
-    """Log-probabilities ``(M,)`` of one target of each row ``(M, d)``, by a frozen head.
+    """Log-probabilities ``(M,)`` of one target for each of ``M`` hidden states ``(M, d)``.
 
-    The gradient of a row is a multiple of ``d log p(target) / d row``, which follows from the
-    logits. It is computed together with them in chunks of rows, so that the backward neither stores
-    nor recomputes logits.
+    The head is frozen, so only the hidden states need a gradient. The gradient of a state is the
+    incoming gradient times ``d log p(target) / d state``. The forward computes this derivative with
+    the logits, in chunks of rows, so that logits are neither stored nor recomputed for the
+    backward.
     """
 
     @staticmethod
@@ -288,9 +302,10 @@ def _chosen(logits: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
 def _copied(
     parameters: list[nn.Parameter], gradients: list[Tensor | None]
 ) -> tuple[list[Tensor], bool]:
-    """Copy gradients, which may be views of one bank; return the copies and whether all are finite.
+    """Copy gradients, which may be views of the stacked gradients of several adapters.
 
-    The copies share one tensor per device, so that one operation checks all of them.
+    Returns the copies and whether all values are finite. The copies are views of one tensor per
+    device, so that one operation can check all of them.
     """
     by_device: dict[torch.device, list[int]] = {}
     for i, parameter in enumerate(parameters):
@@ -304,7 +319,7 @@ def _copied(
         for i, part in zip(places, piece.split(sizes), strict=True):
             own[i], gradient = part.view_as(parameters[i]), gradients[i]
             own[i].copy_(torch.zeros((), device=device) if gradient is None else gradient)
-        low, high = piece.aminmax()  # both are NaN if a value is
+        low, high = piece.aminmax()  # both are NaN if any value is NaN
         finite = finite and bool(low.isfinite() & high.isfinite())
     return own, finite
 

@@ -22,10 +22,15 @@ class Datum:
     """Training sequence with the inputs of its loss.
 
     Args:
-        tokens: ``(N,)`` integers, the input of the model.
-        inputs: inputs of the loss, with Tinker's names: ``target_tokens`` ``(N,)``, or ``(N, K)``
-            for "cross_entropy"; ``weights`` of the same shape, 1 by default; ``logprobs`` and
-            ``advantages`` ``(N,)`` for the losses of reinforcement learning.
+        tokens: ``N`` tokens ``(N,)``, the input of the model.
+        inputs: inputs of the loss, with the names of Tinker's API:
+
+            * ``target_tokens``: ``(N,)`` target of each token, or for "cross_entropy" also
+              ``(N, K)``, ``K`` targets of each token.
+            * ``weights``: weight of each target, in the shape of the targets; default 1.
+            * ``logprobs``: ``(N,)`` log-probability with which each target was sampled, for the
+              losses of reinforcement learning.
+            * ``advantages``: ``(N,)`` advantage of each target, for the same losses.
     """
 
     tokens: Sequence[int] | Tensor
@@ -39,7 +44,7 @@ class Result:
     Args:
         logprobs: log-probabilities of the targets of each datum, float32, in the shape of the
             targets, on the CPU.
-        metrics: numbers by name; ``loss:sum`` is the loss.
+        metrics: metrics by name; ``loss:sum`` is the loss, summed over the data.
     """
 
     logprobs: list[Tensor] = field(default_factory=list)
@@ -70,7 +75,7 @@ def checked_tokens(where: str, argument: str, tokens: Any, vocabulary: int) -> T
 def checked_data(
     where: str, data: Sequence[Datum], loss: str, vocabulary: int, max_tokens: int
 ) -> list[Checked]:
-    """Return the checked data of a call; raise ValueError if they do not fit its loss."""
+    """Return the checked data of a call; raise ValueError for data that the loss cannot use."""
     instance(where, "data", data, (list, tuple))
     require(len(data) > 0, where, "data", "at least one Datum", "none")
     found = []
@@ -106,8 +111,8 @@ def _checked(
         given = _tensor(where, argument, value)
         fits = given.shape == targets.shape
         require(fits, where, argument, f"shape {list(targets.shape)}", list(given.shape))
-        # Copied, as the caller may change the tensor. Values are not checked: if one is not
-        # finite, the loss is not finite either, and the call fails.
+        # The tensor is copied because the caller may change it later. Its values are not checked:
+        # if one is not finite, the loss is not finite either, and the call fails.
         floats[key] = torch.empty(targets.shape).copy_(given)
     return Checked(tokens, targets, floats)
 

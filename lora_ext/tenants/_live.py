@@ -1,4 +1,4 @@
-"""Trainable adapters inside a model: factors, gradients and optimizer."""
+"""Trainable adapter of a tenant inside the model: factors, gradients and optimizer."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Targets = str | Iterable[str] | None
 
 
 class LiveAdapter:
-    """Adapter of one tenant, with a unique name in all its layers.
+    """Adapter of one tenant, which has the same unique name in all layers.
 
-    Layers are wrapped if necessary. The initial values depend only on the seed.
+    Layers that are not LoRA layers yet are wrapped. The initial values depend only on the seed.
     """
 
     def __init__(self, model: nn.Module, name: str, config: LoraConfig, seed: int):
         self.model, self.name, self.config = model, name, config
         first = not any(isinstance(module, LoraLayer) for module in model.modules())
         with torch.random.fork_rng(devices=[]):  # keeps the state of torch's generator
-            # The adapter has the dtype of the base, as in a pool. The optimizer keeps float32
-            # copies of 16-bit factors.
+            # The adapter has the dtype of the base model, as in a pool, and is not cast to float32.
+            # The optimizer keeps float32 copies of 16-bit factors.
             wrap(model, config, name, autocast_adapter_dtype=False)
         layers: Any = adapted_layers(model, name)
         self.layers: dict[str, Any] = layers
-        if first:  # wrap has made it active; rows without a name must use the base model
+        if first:  # `wrap` has made it active, but rows without a name must use the base model.
             for layer in self.layers.values():
                 layer.set_adapter([])
         generators: dict[torch.device, torch.Generator] = {}
@@ -46,23 +46,23 @@ class LiveAdapter:
                 parameter.requires_grad_(True)
                 self.parameters[f"{path}.lora_{'AB'[i]}"] = parameter
         self.optimizer = Optimizer(self.parameters)
-        #: Sums of gradients over the calls since the last step; None without a call.
+        #: Gradients summed over the calls since the last optimizer step; None if there was no call.
         self.gradients: list[Tensor] | None = None
 
     def add(self, gradients: list[Tensor]) -> None:
-        """Add a call's gradients to those for the next step."""
+        """Add the gradients of a call to :attr:`gradients`."""
         if self.gradients is None:
             self.gradients = gradients
         else:
             torch._foreach_add_(self.gradients, gradients)  # pyright: ignore[reportPrivateImportUsage]
 
     def take(self) -> list[Tensor] | None:
-        """Return and clear the gradients since the last step."""
+        """Return :attr:`gradients` and set them to None."""
         taken, self.gradients = self.gradients, None
         return taken
 
     def source(self) -> tuple[Any, dict[str, Tensor]]:
-        """Return configuration and factors as in PEFT's file; the tensors are not copied."""
+        """Return PEFT's configuration and state dict of the adapter, without copying tensors."""
         config, state = live_adapter(self.model, self.name, "tenants")
         return {**config, "task_type": "CAUSAL_LM"}, state
 

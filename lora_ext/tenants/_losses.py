@@ -1,4 +1,4 @@
-"""Losses of calls: sums over the tokens of a datum, with Tinker's names."""
+"""Losses, with the names of Tinker's API. A loss is summed over the targets of a datum."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ Inputs = Mapping[str, Tensor]
 
 
 class Loss(NamedTuple):
-    """Loss with ``function(logprobs, inputs, **options)`` that returns a term for each token."""
+    """Loss: a function of log-probabilities, the inputs that it needs, and its options.
+
+    Args:
+        function: ``function(logprobs, inputs, **options)``, which returns a term for each target.
+        needs: names of the required inputs, in addition to the targets.
+        options: default value of each option by name.
+    """
 
     function: Callable[..., Tensor]
     needs: tuple[str, ...] = ()
     options: Mapping[str, float] = {}
 
     def sum(self, logprobs: Tensor, inputs: Inputs, options: Mapping[str, float]) -> Tensor:
-        """Return the loss of one datum, ``()``."""
+        """Return the loss of one datum, a scalar tensor: the weighted sum of its terms."""
         terms = self.function(logprobs, inputs, **options)
         weights = inputs.get("weights")
         return terms.sum() if weights is None else (weights * terms).sum()
@@ -57,9 +63,14 @@ def _cispo(
 _RL = ("logprobs", "advantages")
 _CLIPS = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 
-#: With ``w`` the weights, ``A`` the advantages, ``r = exp(lp - logprobs)`` and ``clip`` to the two
-#: thresholds, summed over tokens: ``-w lp``; ``-w A r``; ``-w min(r A, clip(r) A)`` (Schulman et
-#: al. 2017); ``-w A lp clip(r)``, the last factor without gradient (CISPO, MiniMax-M1, 2025).
+#: Losses by name. The letters in their formulas, each of which is summed over the targets, are: the
+#: log-probability ``lp`` of a target, its weight ``w``, its advantage ``A``, the ratio
+#: ``r = exp(lp - logprobs)``, and ``clip``, which limits the ratio to the two thresholds.
+#:
+#: * "cross_entropy": ``-w lp``
+#: * "importance_sampling": ``-w A r``
+#: * "ppo": ``-w min(r A, clip(r) A)`` (Schulman et al. 2017)
+#: * "cispo": ``-w A lp clip(r)``, without the gradient of ``clip(r)`` (CISPO, MiniMax-M1, 2025)
 LOSSES: dict[str, Loss] = {
     "cross_entropy": Loss(_cross_entropy),
     "importance_sampling": Loss(_importance_sampling, _RL),
@@ -69,9 +80,10 @@ LOSSES: dict[str, Loss] = {
 
 
 def checked_options(where: str, loss: Any, config: Mapping[str, Any] | None) -> dict[str, float]:
-    """Return the options of a loss, with defaults for missing ones.
+    """Return all options of a loss: those in ``config``, and defaults for the others.
 
-    Raises ValueError, which names the argument, for a value that does not fit.
+    Raises:
+        ValueError: If the loss, an option or its value is not valid; the message names it.
     """
     known = LOSSES[choice(where, "loss", loss, tuple(LOSSES))].options
     options = dict(known)

@@ -21,13 +21,13 @@ class Settings(NamedTuple):
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    max_norm: float  # infinity for no clipping
+    max_norm: float  # infinity disables clipping
 
 
 def checked_settings(
     lr: Any, betas: Any, eps: Any, weight_decay: Any, max_grad_norm: Any
 ) -> Settings:
-    """Return the arguments of ``optim_step``; raise ValueError that names an invalid one."""
+    """Check the arguments of ``optim_step``; the ValueError for an invalid one names it."""
     where = "optim_step"
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     require(pair, where, "betas", "two numbers in [0, 1)", repr(betas))
@@ -38,7 +38,8 @@ def checked_settings(
     return Settings(
         float(number(where, "lr", lr, 0)),
         (first, second),
-        # With eps = 0 the first step would divide 0 by 0: B is 0, and so is A's gradient.
+        # With eps = 0, the first step would divide 0 by 0: B is initially 0, so the gradient of A
+        # is 0.
         float(number(where, "eps", eps, above=0)),
         float(number(where, "weight_decay", weight_decay, 0)),
         norm,
@@ -48,8 +49,8 @@ def checked_settings(
 class Optimizer:
     """Torch's AdamW for the factors of one adapter.
 
-    16-bit factors are trained as float32 copies and rounded after each step. Otherwise, steps
-    smaller than their precision would be lost.
+    For 16-bit factors, AdamW updates float32 copies, which are rounded to the factors after each
+    step. Otherwise, updates below the precision of the 16-bit dtype would be lost.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]):
@@ -62,10 +63,12 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(self._trained.values(), fused=True)
 
     def step(self, gradients: list[Tensor] | None, settings: Settings) -> float:
-        """Clip the gradients, take a step, and return the norm before clipping.
+        """Clip the gradients, take a step, and return the norm of the gradients before clipping.
 
-        Without gradients nothing changes. If the norm is not finite, nothing changes and ValueError
-        is raised.
+        If ``gradients`` is None, returns 0 and changes nothing.
+
+        Raises:
+            ValueError: If the norm is not finite. Nothing changes in this case.
         """
         if gradients is None:
             return 0.0
@@ -73,7 +76,8 @@ class Optimizer:
         expected = "a norm of the gradients that is finite in float32"
         require(math.isfinite(norm), "optim_step", "gradients", expected, norm)
         if settings.max_norm < math.inf:
-            factor = min(1.0, settings.max_norm / (norm + 1e-6))  # as clip_grad_norm_
+            # The formula of torch.nn.utils.clip_grad_norm_.
+            factor = min(1.0, settings.max_norm / (norm + 1e-6))
             torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
         for trained, gradient in zip(self._trained.values(), gradients, strict=True):
             trained.grad = gradient
@@ -93,7 +97,7 @@ class Optimizer:
                     parameter.copy_(self._trained[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the whole state, by the names in a file."""
+        """Return the state of the optimizer: tensors by the names that a save uses for them."""
         found: dict[str, Tensor] = {}
         for name, trained in self._trained.items():
             if trained is not self._parameters[name]:
@@ -111,14 +115,15 @@ class Optimizer:
         return found
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the state that :meth:`tensors` returned; an empty one resets the optimizer."""
+        """Restore a state that :meth:`tensors` returned. An empty dict resets the optimizer."""
         with torch.no_grad():
             for name, trained in self._trained.items():
                 trained.copy_(tensors.get(f"{name}:weight", self._parameters[name]))
                 self._adamw.state.pop(trained, None)
                 if f"{name}:step" in tensors:
                     state = {k: tensors[f"{name}:{k}"].to(trained, copy=True) for k in MOMENTS}
-                    # The fused step requires it on the device of the weights, without a check.
+                    # The fused AdamW requires the step on the device of the weights and does not
+                    # check it.
                     step = tensors[f"{name}:step"].to(trained.device, torch.float32, copy=True)
                     self._adamw.state[trained] = {"step": step, **state}
         self.round()

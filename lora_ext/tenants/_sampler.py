@@ -1,4 +1,8 @@
-"""Sampling from tenants' adapters: a second set of modules with the same weights, and a pool."""
+"""Sampling from the adapters of tenants.
+
+A second copy of the model's modules shares the weights of the trained model and is attached to an
+adapter pool. Training and sampling therefore do not change each other's layers.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +30,9 @@ from lora_ext.serving import QueueFullError, Sampling, attach
 
 from ._data import checked_tokens
 
-MAX_RANK = 512  # largest rank of the pool; unused pages take no memory
-_MOST = 1024  # most waiting samples of one adapter
-_TRIES = 8  # attempts, as other adapters may fill the pool between a load and its use
+MAX_RANK = 512  # maximum rank of the pool's adapters; smaller ranks use fewer pages of memory
+_MOST = 1024  # maximum number of waiting samples of one adapter
+_TRIES = 8  # Several attempts are needed if other adapters evict the loaded one before its use.
 _ERROR = "Sampler.sample"
 
 
@@ -37,10 +41,11 @@ class Sample:
     """Sampled continuation of a prompt.
 
     Args:
-        tokens: the sampled tokens, including an end token.
-        logprobs: log-probability of each token by the model, at temperature 1 and without top-k or
-            top-p.
-        stop_reason: "stop" after an end token or a stop, else "length".
+        tokens: sampled tokens, including the end token if one was sampled.
+        logprobs: log-probability of each sampled token under the model's distribution at
+            temperature 1, without top-k or top-p.
+        stop_reason: "stop" if an end token or a stop ended the sample, "length" if ``max_tokens``
+            did.
     """
 
     tokens: list[int]
@@ -50,7 +55,7 @@ class Sample:
 
 @dataclass(eq=False)
 class _Asked:
-    """Pending request of the manager."""
+    """Pending request to transformers' manager of continuous batching."""
 
     adapter: str | None
     future: Future[Any] = field(default_factory=Future)
@@ -60,13 +65,13 @@ class _Asked:
 class SamplingModel:
     """Second copy of the base model's modules, with the same weights, attached to a pool.
 
-    It runs transformers' continuous batching.
+    The copy runs transformers' continuous batching.
 
     Args:
-        model: the base model.
-        context: most tokens of prompt and answer.
-        max_adapters: most adapters of the pool.
-        tokenizer: for stops that are texts, or None.
+        model: base model of the service.
+        context: maximum number of tokens of a prompt and its answer.
+        max_adapters: maximum number of adapters in the pool.
+        tokenizer: tokenizer that finds stop texts in the samples, or None.
     """
 
     def __init__(self, model: Any, context: int, max_adapters: int, tokenizer: Any):
@@ -90,13 +95,13 @@ class SamplingModel:
         )
         self.asked: dict[str, _Asked] = {}
         self._closed = False
-        with torch.inference_mode():  # the manager's thread inherits this
+        with torch.inference_mode():  # The manager's thread inherits the mode.
             self.manager.start()
         self._thread = threading.Thread(target=self._deliver, daemon=True)
         self._thread.start()
 
     def ask(self, prompt: list[int], adapter: str | None, count: int, **how: Any) -> _Asked:
-        """Add a request to the manager."""
+        """Add a request for ``count`` new tokens to the manager."""
         asked, name = _Asked(adapter), uuid.uuid4().hex
         self.asked[name] = asked
         how |= {"request_id": name, "adapter_name": adapter, "logprobs": asked.logprobs}
@@ -104,7 +109,7 @@ class SamplingModel:
             accepted = self.manager.add_request(prompt, max_new_tokens=count, **how)
             require(accepted, _ERROR, "sampler", "a running manager", "a stopped one", RuntimeError)
         except BaseException:
-            self.asked.pop(name, None)  # a manager that has just failed may have removed it
+            self.asked.pop(name, None)  # `_fail` may have removed it already
             raise
         return asked
 
@@ -127,14 +132,14 @@ class SamplingModel:
                 asked.future.set_exception(RuntimeError(f"{_ERROR}: {why}"))
 
     def prompt_logprobs(self, tokens: list[int], adapter: str | None) -> list[float]:
-        """Return the log-probability of each token after the first, as in a training forward."""
+        """Return the log-probability of each token after the first, from one forward."""
         with torch.no_grad(), of_call(adapter, pool=self.pool):
             ids = torch.tensor([tokens], device=self.model.device)
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
         return logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
 
     def close(self) -> None:
-        """Stop the manager and fail its requests."""
+        """Stop the manager; the futures of its pending requests raise."""
         self._closed = True
         self.manager.stop(hard_stop=True)
         self._thread.join()
@@ -142,18 +147,18 @@ class SamplingModel:
 
 
 def twin_of(model: Any) -> Any:
-    """Return a copy of a model's modules, without adapters, that shares its tensors."""
+    """Return a copy of a model's modules that shares the model's tensors and has no adapters."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 memo[id(tensor)] = tensor
-        packed = module.__dict__.get("_packed_weight")  # otherwise deepcopy would make a second one
+        packed = module.__dict__.get("_packed_weight")  # deepcopy would copy it, which takes memory
         if packed is not None:
             memo[id(packed)] = packed
     twin = copy.deepcopy(model, memo)
     if any(isinstance(module, LoraLayer) for module in twin.modules()):
-        unwrap(twin)  # makes the shared base parameters require gradients again
+        unwrap(twin)  # This makes the shared base parameters require gradients again.
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
     return twin.eval()
@@ -163,13 +168,13 @@ class Sampler:
     """Sampler of one adapter, or of the base model.
 
     Args:
-        models: the model that it runs.
-        adapter: name of the adapter in the pool, None for the base model.
-        load: loads the adapter again after the pool has evicted it.
-        kept: True keeps the adapter in the pool when the sampler is deleted.
+        models: model that computes the samples.
+        adapter: name of the adapter in the pool; None is the base model.
+        load: function that loads the adapter again after the pool has evicted it.
+        kept: whether the adapter stays in the pool when the sampler is deleted.
 
     Attributes:
-        context: most tokens of prompt and answer together.
+        context: maximum number of tokens of a prompt and its answer.
     """
 
     def __init__(
@@ -198,20 +203,25 @@ class Sampler:
         """Sample ``num_samples`` continuations of a prompt.
 
         Args:
-            tokens: the prompt, at least one token.
-            max_tokens: most new tokens of a sample.
+            tokens: tokens of the prompt, at least one.
+            max_tokens: maximum number of new tokens of a sample.
             num_samples: number of samples.
-            temperature: 0 takes the likeliest token.
-            top_p: see :class:`~lora_ext.serving._sampling.Sampling`.
-            top_k: number of the likeliest tokens to draw from; -1 for all.
-            seed: makes the samples reproducible; sample ``i`` has the seed ``seed + i``.
-            stop: tokens or texts that end a sample; their tokens are kept. The model's end token
-                also ends it, except with ``[]``: only ``max_tokens`` then does.
+            temperature: divisor of the logits; 0 always chooses the most likely token.
+            top_p: probability of the set of most likely tokens to sample from, see
+                :class:`~lora_ext.serving._sampling.Sampling`.
+            top_k: number of most likely tokens to sample from; -1 is all tokens.
+            seed: seed that makes the samples reproducible. Sample ``i`` uses ``seed + i``.
+            stop: tokens or texts that end a sample. The sample contains the tokens of the stop. The
+                end tokens of the model also end a sample, unless ``stop`` is an empty list: then
+                samples have ``max_tokens`` tokens.
+
+        Returns:
+            ``num_samples`` samples.
 
         Raises:
-            ValueError: If an argument is invalid, which the message names, or a log-probability is
-                not finite, because the adapter overflows.
-            QueueFullError: If too many samples of the adapter wait.
+            ValueError: If an argument is invalid (the message names it), or if a log-probability is
+                not finite because the adapter overflows.
+            QueueFullError: If too many samples of the adapter are waiting.
         """
         begun = self.begin(tokens, max_tokens, num_samples, temperature, top_p, top_k, seed, stop)
         return [each.result() for each in begun]
@@ -263,7 +273,7 @@ class Sampler:
         return self._run_loaded(action)
 
     def _run_loaded(self, action: Callable[[], Any]) -> Any:
-        """Run an action; load the adapter and try again if the pool lacks it."""
+        """Run an action; if the pool does not contain the adapter, load it and try again."""
         for _ in range(_TRIES):
             try:
                 return action()
@@ -310,7 +320,7 @@ class Sampler:
         return future
 
     def _cut(self, tokens: list[int], texts: list[str]) -> int | None:
-        """Return the number of tokens up to the first stop text, None without one."""
+        """Return the number of tokens up to the end of the first stop text, or None without one."""
 
         def complete(count: int) -> bool:
             said = self._models.tokenizer.decode(tokens[:count], skip_special_tokens=False)
@@ -318,7 +328,7 @@ class Sampler:
 
         if not texts or not complete(len(tokens)):
             return None
-        # Bisection, because one thread runs this for the samples of all tenants.
+        # Bisection decodes only a few times: one thread runs this for the samples of all tenants.
         return bisect.bisect_left(range(len(tokens)), True, key=complete)
 
 

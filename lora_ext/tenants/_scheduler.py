@@ -1,4 +1,4 @@
-"""Scheduling of tenants: a queue for each, and one thread that runs the model."""
+"""Scheduling of the tenants' calls: one queue per tenant, and one thread that runs the model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from lora_ext.serving import QueueFullError
 
 from ._batch import BatchStep, Call, Part
 
-#: Tokens that a tenant gains with each step in which it has to wait.
+#: Number of tokens by which each step raises the credit of a waiting tenant. A part of the tenant's
+#: call joins a step if the credit covers its tokens.
 QUANTUM = 1024
-_MAX_WAIT_SHARE = 1 / 3  # maximum wait for recent tenants over the last step's duration
-_MAX_ROUNDS = 8  # most rounds of other items between two steps, so that they cannot delay calls
+_MAX_WAIT_SHARE = 1 / 3  # maximum wait for recent tenants, divided by the last step's duration
+_MAX_ROUNDS = 8  # maximum number of rounds of other items before a step, so that calls can run
 
 
 def settle(future: Future[Any], action: Callable[[], Any]) -> None:
@@ -33,27 +34,27 @@ def settle(future: Future[Any], action: Callable[[], Any]) -> None:
 
 
 class Queue:
-    """Pending calls and other items of one tenant, in order."""
+    """Pending items of one tenant in order: calls, and functions that need no forward."""
 
     def __init__(self, size: int | None = None, tokens: int = 0) -> None:
-        self.size = size  # most waiting items; None for any number
-        self.tokens = tokens  # most tokens of the waiting calls, except if only one call waits
+        self.size = size  # maximum number of waiting items; None has no limit
+        self.tokens = tokens  # maximum number of tokens of the waiting calls, unless only one waits
         self.items: deque[Call | tuple[Future[Any], Callable[[], Any]]] = deque()
         self.credit = 0
         self.closed: str | None = None  # reason why new items are rejected
 
     def head(self) -> Call | None:
-        """Return the first item if it is a call."""
+        """Return the first item if it is a call, otherwise None."""
         first = self.items[0] if self.items else None
         return first if isinstance(first, Call) else None
 
     @property
     def ready(self) -> bool:
-        """True if the first item is not a call."""
+        """True if there is a first item and it is not a call."""
         return bool(self.items) and self.head() is None
 
     def check_room(self, where: str, item: Call | Callable[[], Any]) -> None:
-        """Raise QueueFullError if there is no space for an item."""
+        """Raise QueueFullError if adding ``item`` would exceed a limit of the queue."""
         if self.size is None or not self.items:
             return
         expected, fits = f"at most {self.size} calls that wait", len(self.items) < self.size
@@ -66,12 +67,17 @@ class Queue:
 
 
 class Scheduler:
-    """Scheduler that runs calls of several tenants together, in the order of each queue.
+    """Thread that computes calls of several tenants in common steps, each queue in order.
 
-    Other items, such as saves and optimizer steps, run at once. Parts of calls join a step by
-    deficit round robin in tokens. A step waits shortly for tenants of the last two steps: otherwise
-    a tenant that was late once would always alternate with the others. ``max_tokens`` of a step
-    include padding.
+    Deficit round robin in tokens decides which parts of calls join a step. An item that is not a
+    call, such as a save or an optimizer step, runs as soon as it is the first of its queue. Before
+    a step, the thread waits shortly for calls of the tenants of the last two steps. Otherwise, a
+    tenant that was late once would take part only in every second step from then on.
+
+    Args:
+        step: forward and backward of the model.
+        max_tokens: maximum number of tokens of a step, including padding.
+        size: maximum number of waiting items of a tenant.
     """
 
     def __init__(self, step: BatchStep, max_tokens: int, size: int):
@@ -82,21 +88,21 @@ class Scheduler:
         self._queues: list[Queue] = []
         self._recent: deque[set[Queue]] = deque([set(), set()], 2)
         self._duration = 0.0
-        self._rounds = 0  # since the last step
+        self._rounds = 0  # rounds of other items since the last step
         self._stopping = False
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._loop, daemon=True, name="lora_ext.tenants")
         self._thread.start()
 
     def add(self, bounded: bool = True) -> Queue:
-        """Add a queue for a tenant."""
+        """Add a queue, which has no limits if ``bounded`` is False."""
         queue = Queue(self.size, self.size * self.max_tokens) if bounded else Queue()
         with self._changed:
             self._queues.append(queue)
         return queue
 
     def put(self, where: str, queue: Queue, item: Call | Callable[[], Any]) -> Future[Any]:
-        """Queue an item; return its future.
+        """Append an item to a queue; return the future of its result.
 
         Raises:
             QueueFullError: If the queue is full.
@@ -108,13 +114,18 @@ class Scheduler:
                 why = queue.closed or "the service is closed"
                 raise RuntimeError(f"{where}: expected an open tenant, found that {why}")
             queue.check_room(where, item)
-            future.set_running_or_notify_cancel()  # not cancellable: later calls depend on it
+            # A running future cannot be cancelled: later calls depend on its result.
+            future.set_running_or_notify_cancel()
             queue.items.append(item if isinstance(item, Call) else (future, item))
             self._changed.notify()
         return future
 
     def close(self, queue: Queue, why: str, last: Callable[[], Any]) -> Future[Any]:
-        """Drop the items of a tenant, close its queue, and run ``last`` as its last item."""
+        """Drop the waiting items of a queue, close it, and run ``last`` as its last item.
+
+        Returns the future of ``last``. The futures of dropped items raise, and their messages
+        contain ``why``.
+        """
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
         with self._changed:
@@ -126,7 +137,7 @@ class Scheduler:
         return future
 
     def stop(self) -> None:
-        """End the thread after the running step."""
+        """End the thread after the running step; the futures of waiting items raise."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -139,7 +150,7 @@ class Scheduler:
     # The thread
 
     def _loop(self) -> None:
-        torch.set_num_threads(self._threads)  # a new thread would take all cores
+        torch.set_num_threads(self._threads)  # A new thread would use all cores.
         while True:
             with self._changed:
                 while not self._stopping and not any(queue.items for queue in self._queues):
@@ -159,8 +170,8 @@ class Scheduler:
     def _run_ready_items(self) -> bool:
         """Run the first item of each queue if it is not a call; return whether there was any.
 
-        This is a separate method so that the waiting loop keeps no reference to the items: the last
-        item of a tenant refers to all its tensors.
+        This is a separate method so that no variable of the waiting loop keeps the items alive: the
+        last item of a tenant refers to all tensors of the tenant.
         """
         with self._changed:
             items = [queue.items.popleft() for queue in self._queues if queue.ready]
@@ -178,7 +189,7 @@ class Scheduler:
                 if all(queue.head() is not None for queue in late):
                     return
                 if any(queue.ready for queue in self._queues):
-                    return  # this item runs at once, and its tenant may then have a call
+                    return  # The item runs first. The next item of its queue may be a call.
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     return
@@ -207,7 +218,7 @@ class Scheduler:
                 members.add(queue)
             if members:
                 self._recent.append(members)
-            self._queues.append(self._queues.pop(0))  # the next step begins with another tenant
+            self._queues.append(self._queues.pop(0))  # The next step begins with another tenant.
         return parts
 
     def _run(self, parts: list[Part]) -> None:

@@ -1,4 +1,4 @@
-"""Saves of tenants: folders in PEFT's format with the optimizer's state, in one store folder."""
+"""Store of the tenants' saves: folders with an adapter in PEFT's format and its optimizer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ._live import LiveAdapter
 from ._optimizer import MOMENTS, Optimizer
 
 _OPTIMIZER = "optimizer.safetensors"
-_MAX_NAME_BYTES = 200  # file systems allow 255; the temporary name of a save is longer
+_MAX_NAME_BYTES = 200  # file systems allow 255 bytes; the temporary name of a save is longer
 
 
 class Store:
-    """Folder of all saves, created if it is missing; without one, all calls raise."""
+    """Folder of all saves, which is created if it is missing. If it is None, all methods raise."""
 
     def __init__(self, root: str | os.PathLike[str] | None):
         self.root: Path | None = None
@@ -40,7 +40,7 @@ class Store:
                 raise ValueError(f"Service: store: {expected}, found {found}") from error
 
     def folder(self, where: str, path: Any, argument: str = "path") -> Path:
-        """Return the folder of a save.
+        """Return the folder of the save ``path``; messages call the path ``argument``.
 
         Raises:
             ValueError: If there is no store, or the path is outside it.
@@ -59,7 +59,7 @@ class Store:
         expected_names = f"names of at most {_MAX_NAME_BYTES} bytes"
         require(long <= _MAX_NAME_BYTES, where, argument, expected_names, long)
         folder = self.root / inner
-        # A link inside the store may point outside.
+        # A symbolic link inside the store may point outside.
         inside = folder.resolve().is_relative_to(self.root.resolve())
         require(inside, where, argument, expected, f"{path!r:.200}, a link that points outside")
         return folder
@@ -74,16 +74,21 @@ class Store:
         save_adapter(folder, config, state, beside={_OPTIMIZER: save(tensors)})
 
     def read(self, where: str, path: Any) -> tuple[Path, LoraAdapter]:
-        """Return a save's folder and its adapter; :meth:`restore` reads the optimizer.
+        """Return the folder of a save and its adapter; :meth:`restore` reads the optimizer.
 
-        Raises ValueError if the save is missing or malformed.
+        Raises:
+            ValueError: If the save is missing or malformed.
         """
         folder = self.folder(where, path)
         require(os.path.isdir(folder), where, "path", "a save in the store", f"{path!r:.200}")
         return folder, LoraAdapter.load(folder)
 
     def restore(self, folder: Path, optimizer: Optimizer, with_state: bool) -> None:
-        """Restore an optimizer's state from a save; without a file or ``with_state``, reset it."""
+        """Restore the state of an optimizer from a save.
+
+        The optimizer is reset if the save has no optimizer file, or if ``with_state`` is False. In
+        the second case, the float32 copies of 16-bit factors are still read.
+        """
         path = folder / _OPTIMIZER
         tensors: dict[str, Tensor] = {}
         if path.exists():

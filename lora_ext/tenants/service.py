@@ -31,21 +31,23 @@ _MOST, _MOST_ADAPTERS = 1 << 31, 1 << 16
 
 
 class Service:
-    """Training for many tenants on one base model, with their waiting calls in one forward.
+    """Training for many tenants on one base model.
 
-    Each tenant has its own adapter, optimizer, gradients and queue. Its results equal those of a
-    service with only this tenant, up to the rounding of library products (``docs/tenants.md``). An
-    error of one tenant only fails its own call.
+    Calls of several tenants that wait at the same time are computed in one forward and backward, a
+    step. Each tenant has a separate adapter, optimizer, gradient and queue. The results of a tenant
+    equal those of a service with only this tenant, up to the rounding of library products
+    (``docs/tenants.md``). If a call fails, the calls of other tenants are not affected.
 
     Args:
-        model: a transformers model. It is changed in place: its layers are wrapped, and it is
-            frozen and set to evaluation mode. :meth:`close` restores it.
-        max_tokens: most tokens of one step, and therefore of one datum.
-        store: the folder of saves, created if it is missing; None disables saves.
-        queue: most waiting calls of a tenant, with at most ``queue * max_tokens`` tokens together;
-            a single waiting call may have more.
-        tokenizer: for samples with stops that are texts.
-        max_adapters: most adapters that are sampled from at a time.
+        model: transformers model. It is changed in place: its layers are wrapped, and it is frozen
+            and set to evaluation mode. :meth:`close` restores it.
+        max_tokens: maximum number of tokens of one step, and therefore of one :class:`Datum`.
+        store: folder of all saves, which is created if it does not exist; None disables saves.
+        queue: maximum number of waiting calls of a tenant. In total, they may have at most
+            ``queue * max_tokens`` tokens; a single waiting call may have more.
+        tokenizer: tokenizer that decodes samples, which is needed if a sample must end at a text;
+            None otherwise.
+        max_adapters: maximum number of adapters that are loaded for sampling at the same time.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class Service:
             model.train(self._was)
             raise
         self._scheduler = Scheduler(self._step, self.max_tokens, size)
-        self._own = self._scheduler.add(bounded=False)  # its callers wait for the results
+        # This queue needs no limit: each caller waits for the result before it adds another item.
+        self._own = self._scheduler.add(bounded=False)
         self._numbers, self._marks = itertools.count(), itertools.count(1)
         self._sampling: SamplingModel | None = None
         self._lock, self._closed = threading.Lock(), False
@@ -93,7 +96,10 @@ class Service:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of ``steps`` so far, of ``parts`` of calls in them, and the ``most`` in one."""
+        """Number of ``steps`` so far, of ``parts`` in all steps, and of parts in the largest step.
+
+        A part is the data of one call in one step. The last number is ``most``.
+        """
         return dict(self._scheduler.counts)
 
     def create(
@@ -103,9 +109,10 @@ class Service:
 
         Args:
             rank: rank of the adapter, at most 512.
-            seed: seed of its initial values.
-            alpha: its update is scaled by ``alpha / rank``.
-            targets: see ``target_modules`` of :class:`lora_ext.LoraConfig`; None is "all-linear".
+            seed: seed of the adapter's initial values.
+            alpha: numerator of the scale ``alpha / rank`` of the adapter's update.
+            targets: modules to adapt, as ``target_modules`` of :class:`lora_ext.LoraConfig`; None
+                is "all-linear".
 
         Raises:
             ValueError: If an argument is invalid; the message names it.
@@ -120,7 +127,10 @@ class Service:
             return self._wait("create", lambda: self._new(config, seed))
 
     def load(self, path: str | os.PathLike[str]) -> Tenant:
-        """Load a tenant from a save: adapter and optimizer.
+        """Create a tenant with the adapter and the optimizer of a save.
+
+        Args:
+            path: path of the save, relative to the store.
 
         Raises:
             ValueError: If the path is invalid or the save is malformed.
@@ -128,7 +138,10 @@ class Service:
         return self._wait("load", functools.partial(self._load, path))
 
     def sampler(self, path: str | os.PathLike[str] | None = None) -> Sampler:
-        """Return a sampler of a save, or of the base model.
+        """Return a sampler of the adapter in a save, or of the base model.
+
+        Args:
+            path: path of the save, relative to the store; None is the base model.
 
         Raises:
             ValueError: If the path is invalid or the save is malformed.
@@ -142,13 +155,16 @@ class Service:
         return self._wait("sampler", lambda: self.sampled(f"save@{next(self._marks)}", saved))
 
     def sampled(self, name: str, source: Any) -> Sampler:
-        """Load an adapter under a new name and return its sampler."""
+        """Load ``source`` into the sampling pool as adapter ``name``, and return its sampler."""
         models = self.sampling()
         models.pool.load(name, source)
         return Sampler(models, name, lambda: models.pool.load(name, source))
 
     def close(self) -> None:
-        """Drop all waiting calls and restore the model. Further calls do nothing."""
+        """Drop all waiting calls and restore the model.
+
+        The futures of the dropped calls raise. A second call of this method does nothing.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -164,7 +180,7 @@ class Service:
     # For tenants
 
     def sampling(self) -> SamplingModel:
-        """Return the model of samplers, which is made at first use."""
+        """Return the model that all samplers run; the first call creates it."""
         with self._lock:
             if self._sampling is None:
                 self._sampling = SamplingModel(
@@ -196,10 +212,11 @@ class Service:
 
 
 class Tenant:
-    """Tenant with one trainable adapter, made by :meth:`Service.create` or :meth:`Service.load`.
+    """Tenant with one trainable adapter, created by :meth:`Service.create` or `Service.load`.
 
-    Calls run in order; each returns at once with a future of its result. A future cannot be
-    cancelled, as later calls depend on it; :meth:`close` drops all waiting calls.
+    The calls of a tenant run in order. ``forward_backward``, ``forward`` and ``optim_step`` return
+    a future without waiting for the result; the other methods do so with ``wait=False``. A future
+    cannot be cancelled, because later calls depend on it. :meth:`close` drops all waiting calls.
     """
 
     def __init__(self, service: Service, adapter: LiveAdapter):
@@ -216,17 +233,21 @@ class Tenant:
     def forward_backward(
         self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
     ) -> Future[Result]:
-        """Add the gradient of a loss, summed over the data, to the gradients of the next step.
+        """Compute the gradient of a loss, summed over the data, and add it to the tenant's.
+
+        The next :meth:`optim_step` uses the sum of all gradients since the previous one.
 
         Args:
             data: sequences of at most ``max_tokens`` tokens each.
-            loss: "cross_entropy", "importance_sampling", "ppo" or "cispo":
-                :data:`lora_ext.tenants.LOSSES`.
-            config: ``clip_low_threshold`` and ``clip_high_threshold`` of the last two.
+            loss: "cross_entropy", "importance_sampling", "ppo" or "cispo";
+                :data:`lora_ext.tenants.LOSSES` has their formulas.
+            config: options of the loss by name: ``clip_low_threshold`` and ``clip_high_threshold``
+                for "ppo" and "cispo". None uses the defaults.
 
         Returns:
-            A future of log-probabilities and ``loss:sum``. If the loss or a gradient is not finite,
-            the future raises ValueError, and no gradient of the call is added.
+            A future of the log-probabilities of the targets, with the loss as metric ``loss:sum``.
+            If the loss or a gradient is not finite, the future raises ValueError, and no gradient
+            of this call is added.
 
         Raises:
             ValueError: If an argument is invalid; the message names the field.
@@ -237,7 +258,7 @@ class Tenant:
     def forward(
         self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
     ) -> Future[Result]:
-        """Compute :meth:`forward_backward` without the gradient."""
+        """Compute the results of :meth:`forward_backward`, but no gradient."""
         return self._call("forward", data, loss, config, False)
 
     def _call(self, where: str, data: Any, loss: Any, config: Any, backward: bool) -> Any:
@@ -256,15 +277,19 @@ class Tenant:
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> Future[Result]:
-        """Take a step of AdamW with the gradients since the last; without any nothing changes.
+        """Take a step of AdamW with the sum of all gradients since the previous step.
+
+        If there was no gradient since then, the step changes nothing.
 
         Args:
             lr: learning rate.
-            betas, eps, weight_decay: see :class:`torch.optim.AdamW`.
-            max_grad_norm: norm to which gradients are clipped; None does not clip.
+            betas: decay rates of the two moments, as in :class:`torch.optim.AdamW`.
+            eps: term added to the denominator, above 0.
+            weight_decay: coefficient of the decoupled weight decay.
+            max_grad_norm: maximum norm of the gradient, to which it is clipped; None does not clip.
 
         Returns:
-            A future of metrics with ``grad_norm:mean``, the norm before clipping.
+            A future of the metric ``grad_norm:mean``, the norm of the gradient before clipping.
         """
         settings = checked_settings(lr, betas, eps, weight_decay, max_grad_norm)
 
@@ -280,8 +305,11 @@ class Tenant:
         """Save the adapter, in PEFT's format, and the optimizer, after all earlier calls.
 
         Args:
-            path: path inside the store, relative to it; an existing save is replaced.
-            wait: False returns a future at once.
+            path: path of the save, relative to the store; an existing save is replaced.
+            wait: whether to wait for the save. False returns a future.
+
+        Returns:
+            ``path``, or a future of it.
 
         Raises:
             ValueError: If the path is invalid.
@@ -298,12 +326,18 @@ class Tenant:
     def restore(
         self, path: str | os.PathLike[str], optimizer: bool = True, wait: bool = True
     ) -> Any:
-        """Restore the values of a save with the same modules and ranks.
+        """Restore the adapter, and by default the optimizer, from a save.
+
+        The save must have the modules, ranks and scales of this adapter. Gradients since the last
+        step are discarded.
 
         Args:
-            path: path of the save in the store.
-            optimizer: False resets the optimizer.
-            wait: False returns a future at once.
+            path: path of the save, relative to the store.
+            optimizer: whether to restore the optimizer. False resets its state.
+            wait: whether to wait for the result. False returns a future.
+
+        Returns:
+            ``path``, or a future of it.
         """
         require_flags("restore", optimizer=optimizer, wait=wait)
         self.service.store.folder("restore", path)
@@ -315,7 +349,7 @@ class Tenant:
         return self._done("restore", restore, wait)
 
     def take(self, folder: Any, saved: LoraAdapter, optimizer: bool) -> None:
-        """Copy the values of a save, on the service's thread."""
+        """Copy the values of a save to this tenant; must be called on the service's thread."""
         _check_trained("restore", folder, saved)
         mine = {path: layer.r[self.adapter.name] for path, layer in self.adapter.layers.items()}
         theirs = {path: factors.a.shape[0] for path, factors in saved.modules.items()}
@@ -333,9 +367,10 @@ class Tenant:
         """Return a sampler of the adapter, after all earlier calls.
 
         Args:
-            mode: "snapshot" keeps the current values. "inflight" uses the values after each
-                optimizer step; a running sample keeps the values with which it began.
-            wait: False returns a future at once.
+            mode: "snapshot" always samples with a copy of the current values. "inflight" samples
+                with the values after the latest optimizer step; a running sample keeps the values
+                with which it began.
+            wait: whether to wait for the sampler. False returns a future.
 
         Raises:
             ValueError: If a factor is not finite, since it could affect other rows of a batch.
@@ -356,7 +391,7 @@ class Tenant:
         return self.service.sampled(f"{self.adapter.name}@{next(self.service._marks)}", kept)
 
     def _follow(self, name: str) -> None:
-        """Copy the current values to the pool, which may have evicted the previous ones."""
+        """Copy the current values to adapter ``name`` of the pool; load it if it was evicted."""
         pool = self.service.sampling().pool
         (pool.update if name in pool else pool.load)(name, self._finite())
 
@@ -366,11 +401,12 @@ class Tenant:
         return self.adapter.source()
 
     def close(self, wait: bool = True, save_as: str | None = None) -> Any:
-        """Drop all waiting calls and remove the adapter. Further calls do nothing.
+        """Drop all waiting calls and remove the adapter. A second call does nothing.
 
         Args:
-            wait: False returns a future at once.
-            save_as: path in the store to save the adapter to first.
+            wait: whether to wait until the adapter is removed. False returns a future.
+            save_as: path in the store to which the adapter is saved before it is removed; None does
+                not save it.
 
         Raises:
             ValueError: If an argument is invalid; the tenant then remains open.
@@ -399,7 +435,10 @@ class Tenant:
 
 
 def _check_trained(where: str, folder: Any, saved: LoraAdapter) -> None:
-    """Raise ValueError for a save with more than factors, as the rest would be ignored silently."""
+    """Raise ValueError if a save has more than LoRA factors, which :class:`Tenant` cannot train.
+
+    Such parts, for example a bias or the magnitudes of DoRA, would be ignored silently.
+    """
     fields = ("use_dora", "lora_bias", "alora_invocation_tokens", "modules_to_save")
     more = [field for field in (*fields, "target_parameters") if getattr(saved.config, field)]
     more += ["bias"] if saved.config.base_bias != "none" else []
