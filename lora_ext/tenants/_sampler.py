@@ -30,7 +30,7 @@ from lora_ext.serving import QueueFullError, Sampling, attach
 
 from ._data import checked_tokens
 
-MAX_RANK = 512  # maximum rank of the pool's adapters; smaller ranks use fewer pages of memory
+MAX_RANK = 512  # maximum rank of the pool's adapters; pages without an adapter take no memory
 _MOST = 1024  # maximum number of waiting samples of one adapter
 _TRIES = 8  # Several attempts are needed if other adapters evict the loaded one before its use.
 _ERROR = "Sampler.sample"
@@ -132,7 +132,7 @@ class SamplingModel:
                 asked.future.set_exception(RuntimeError(f"{_ERROR}: {why}"))
 
     def prompt_logprobs(self, tokens: list[int], adapter: str | None) -> list[float]:
-        """Return the log-probability of each token after the first, from one forward."""
+        """Return the log-probability of each token after the first, as training computes it."""
         with torch.no_grad(), of_call(adapter, pool=self.pool):
             ids = torch.tensor([tokens], device=self.model.device)
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]

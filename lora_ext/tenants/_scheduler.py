@@ -17,7 +17,7 @@ from lora_ext.serving import QueueFullError
 from ._batch import BatchStep, Call, Part
 
 #: Number of tokens by which each step raises the credit of a waiting tenant. A part of the tenant's
-#: call joins a step if the credit covers its tokens.
+#: call can join the parts of other tenants if the credit covers its tokens.
 QUANTUM = 1024
 _MAX_WAIT_SHARE = 1 / 3  # maximum wait for recent tenants, divided by the last step's duration
 _MAX_ROUNDS = 8  # maximum number of rounds of other items before a step, so that calls can run

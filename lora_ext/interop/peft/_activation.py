@@ -1,8 +1,8 @@
-"""Activated adapters of a PEFT model.
+"""Activated adapters (aLoRA) of a PEFT model, which apply only to the tokens after an invocation.
 
-PEFT's ``alora_offsets`` give, for each row, the number of tokens at the end of a forward's input to
-which the adapter applies. With a cache these numbers are right in every forward of ``generate``.
-Settings with which a forward receives another part of the row are rejected.
+PEFT's ``alora_offsets`` contain a number for each row: the adapter applies to this many tokens at
+the end of the input of a forward. With a cache, these numbers are right in every forward of
+``generate``. Settings of ``generate`` that pass other parts of a row to a forward are rejected.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ Offsets = Sequence[int | None]
 _CHUNK = "prefill_chunk_size"
 _COPIES = ("num_beams", "num_return_sequences")
 
-# All layers of a forward receive the same arguments; the last result is cached.
+# The last result is cached, because all layers of a forward receive the same arguments.
 _last: ContextVar[tuple[tuple[Any, ...], Activated] | None]
 _last = ContextVar("lora_ext.peft_activated", default=None)
 
 
 def activated(layer: Any, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of a layer's activated adapters."""
+    """Return those of ``names`` that are activated adapters of the layer."""
     return tuple(n for n in names if type(layer.lora_variant.get(n)) is ALoraLinearVariant)
 
 
 def rows_of_offsets(
     names: Assignment, begin: Sequence[str], offsets: Offsets | None, leading: torch.Size
 ) -> Activated | None:
-    """Return the adapter of each token, as PEFT's own layer applies it.
+    """Return the adapter of each token, with the rule of PEFT's own layer.
 
     Args:
-        names: adapters of the rows, or one for all of them.
+        names: adapter of each row, or one adapter for all rows.
         begin: names of the activated adapters.
-        offsets: number of adapted tokens of each row; without it, activated adapters apply to no
-            token.
-        leading: ``(B, T)`` or ``(B,)``.
+        offsets: number of adapted tokens at the end of each row. If it is None, or None for a row,
+            activated adapters apply to no token.
+        leading: leading dimensions of the input: ``(B, T)`` for ``B`` rows of ``T`` tokens, or
+            ``(B,)``.
 
     Returns:
-        None if ``leading`` has more than two dimensions.
+        The adapter of each token, or None if ``leading`` has more than two dimensions.
 
     Raises:
         ValueError: If the number of offsets is not the number of rows.
@@ -71,7 +72,8 @@ def rows_of_offsets(
             else 0
             for place, offset in zip(places, each, strict=True)
         )
-        invocations = [(0,) if it else () for it in table]  # any token: PEFT has found the starts
+        # PEFT has found the starts already, so any token can represent an invocation.
+        invocations = [(0,) if it else () for it in table]
         entries = Assignment(names.names, places, (count,))
         found = Activated(entries, invocations, starts, True, length)
         last = key, found
@@ -81,9 +83,9 @@ def rows_of_offsets(
 
 @contextmanager
 def offsets_given(model: nn.Module, offsets: Offsets | None) -> Iterator[None]:
-    """Pass the offsets to all layers of a call, by hooks that stay for its whole duration.
+    """Pass the offsets to all LoRA layers, with hooks that stay until the ``with`` block ends.
 
-    PEFT's hooks would allow a checkpoint only one forward per backward.
+    PEFT's own hooks do not support a checkpoint that runs several forwards per backward.
     """
 
     def give(_layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -101,10 +103,10 @@ def offsets_given(model: nn.Module, offsets: Offsets | None) -> Iterator[None]:
 
 
 def copies_of_prompt(settings: dict[str, Any], *defaults: Any) -> int:
-    """Return the number of rows that ``generate`` makes of one prompt.
+    """Return the number of rows that ``generate`` makes from one prompt.
 
-    Settings that ``settings`` leaves out are read from its ``generation_config``, then from
-    ``defaults``.
+    A setting that is missing in ``settings``, the keyword arguments of ``generate``, is read from
+    their ``generation_config``, and then from the configurations ``defaults``.
     """
     configs = (settings.get("generation_config"), *defaults)
     found = [next((n for c in configs if (n := getattr(c, k, None))), 1) for k in _COPIES]
@@ -114,9 +116,10 @@ def copies_of_prompt(settings: dict[str, Any], *defaults: Any) -> int:
 def refuse_other_forwards(model: Any, settings: dict[str, Any]) -> None:
     """Raise NotImplementedError for settings of ``generate`` that PEFT's offsets do not support.
 
-    Without a cache, or with a prompt in chunks, a forward receives another part of a row than the
-    offsets count from. A number of beams or sequences that is set only in the model's
-    ``generation_config`` is refused too.
+    PEFT counts the adapted tokens from the end of a forward's input. Without a cache, or with a
+    prompt in chunks, this is not the end of the prompt, and other tokens would be adapted. Also
+    raises if the number of beams or returned sequences is set only in the model's
+    ``generation_config``.
     """
     given, used = copies_of_prompt(settings), copies_of_prompt(settings, model.generation_config)
     if given != used:

@@ -1,4 +1,4 @@
-"""Adapters of a PEFT model that take part in a forward, with errors and warnings about them."""
+"""Adapters of a PEFT model that are used in a forward, with errors and warnings about them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from lora_ext.adapter import BaseModels, model_name
 from lora_ext.layers import adapters_of, switched_off
 from lora_ext.rows import Assignment, PoolLayer, _layouts, innermost, several_processes
 
-_LISTED = 8  # most names of layers in a warning
+_LISTED = 8  # maximum number of layer names in a warning
 _REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that is its reference
 
 
 def check_values(model: nn.Module) -> None:
-    """Raise ValueError for adapters without values: on ``meta``, over an offloaded base.
+    """Raise ValueError if an adapter has no values.
 
-    Adapters that accelerate offloaded have a hook that loads them, and are allowed.
+    An adapter that is added to a base layer which accelerate has offloaded is on ``meta`` and has
+    no values. Adapters that accelerate itself has offloaded are also on ``meta``, but they have a
+    hook that loads their values, and do not raise.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -40,7 +42,7 @@ def check_values(model: nn.Module) -> None:
 
 
 def warn_of_other_bases(model: nn.Module) -> None:
-    """Warn of adapters that were trained on another base model, once for each name."""
+    """Warn about adapters that were trained on another base model, once per name of a model."""
     configs = getattr(model, "peft_config", None)
     bases = BaseModels(model_name(model))
     for name, config in (configs if isinstance(configs, Mapping) else {}).items():
@@ -50,10 +52,12 @@ def warn_of_other_bases(model: nn.Module) -> None:
 
 
 def refuse_names_of_a_reference(active: list[str], names: Assignment) -> None:
-    """Raise ValueError if TRL's reference runs with the names of the policy's batch.
+    """Raise ValueError if TRL computes its reference with the ``adapter_names`` of the policy.
 
-    Names replace the active adapter, so the reference would be the policy itself. Raises if the
-    reference is active, no row names it, and gradients are off. Rows of the base model are fine.
+    TRL activates a frozen copy of the adapter, the reference. Names replace the active adapter, so
+    the reference would be equal to the policy. Raises if the reference is the active adapter, rows
+    name other adapters but not the reference, and gradients are disabled. Rows of the base model do
+    not raise.
     """
     others = names.names and _REFERENCE not in names.names
     if active == [_REFERENCE] and others and not torch.is_grad_enabled():
@@ -65,7 +69,7 @@ def refuse_names_of_a_reference(active: list[str], names: Assignment) -> None:
 
 
 def warn_of_frozen(model: nn.Module, names: Assignment) -> None:
-    """Warn of named adapters that are frozen: PEFT trains only the active adapter by default."""
+    """Warn about named adapters that are frozen: by default, PEFT trains only the active one."""
     frozen = set(names.names) if torch.is_grad_enabled() else set()
     for layer in model.modules():
         if not frozen:
@@ -82,7 +86,10 @@ def warn_of_frozen(model: nn.Module, names: Assignment) -> None:
 
 
 def trains(layer: Any, name: str) -> bool:
-    """Return whether an adapter of a layer requires a gradient; read all its parameters."""
+    """Return whether an adapter of a layer requires a gradient.
+
+    All parameters of the adapter are read, so that ZeRO-3 gathers them.
+    """
     factors = [getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind)]
     return any([p.requires_grad for f in factors if name in f for p in _parameters(f[name])])
 
@@ -94,11 +101,16 @@ def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
 def taking_part(
     layer: Any, rows: Assignment | None
 ) -> tuple[tuple[str, ...], Assignment | None, tuple[int, ...]]:
-    """Return the adapters of a PEFT layer that take part in a forward.
+    """Return the adapters that a PEFT layer uses in a forward.
+
+    Args:
+        layer: LoRA layer of PEFT.
+        rows: adapter of each row, or None without ``adapter_names``.
 
     Returns:
-        Their names; the rows, None if every row has all of them; and the positions of adapters that
-        are in use even without rows. On several processes these are all trained adapters, see
+        The names of the adapters; the adapter of each row, or None if all adapters apply to every
+        row; and the positions of the adapters that must be computed even if no row uses them. With
+        several processes, the last are all trained adapters: see
         :func:`lora_ext.rows._rows.together`.
     """
     off = switched_off(layer)
@@ -107,7 +119,7 @@ def taking_part(
     if not several_processes():
         wanted = rows.names if rows is not None else layer.active_adapters
         return tuple(n for n in wanted if n in layer.lora_A and n not in off), rows, ()
-    # Read the parameters of every adapter, so that ZeRO-3 gathers them on all processes.
+    # The parameters of every adapter are read, so that ZeRO-3 gathers them on all processes.
     asked = {name: trains(layer, name) for name in layer.lora_A}
     present = tuple(name for name in asked if name not in off)
     trained: tuple[int, ...] = ()
@@ -121,25 +133,28 @@ def taking_part(
     return present, rows, trained
 
 
-_warned: set[int] = set()  # handles of pools
+_warned: set[int] = set()  # handles of the pools for which a warning was issued
 
 
 def refuse_block(
     module: nn.Module, names: Container[str], active: Sequence[str], *, other_names: bool = False
 ) -> None:
-    """Raise or warn if a forward without names would ignore a block that contains one of ``names``.
+    """Raise or warn if a forward ignores the surrounding ``lora_ext.adapters`` block.
 
-    If the pool of the block serves no layer of ``module``, warn once per pool: the block may be for
-    another model, such as the teacher of a student.
+    Layers of PEFT do not read the block. Without ``adapter_names``, they use the active adapters.
+    Raises if the block contains one of ``names`` and a layer of ``module`` belongs to the block's
+    pool. If no layer belongs to it, the block may be for another model, such as the teacher of a
+    student, and a warning is issued once per pool.
 
     Args:
-        module: a layer or model of PEFT.
-        names: names of its adapters.
+        module: layer or model of PEFT.
+        names: names of the adapters of ``module``.
         active: names of the active adapters.
         other_names: whether to warn also about a block that contains none of ``names``.
 
     Raises:
-        RuntimeError: If the pool of the block serves a layer of ``module``.
+        RuntimeError: If the block contains one of ``names`` and a layer of ``module`` belongs to
+            the block's pool.
     """
     block = None if compiles() else innermost()
     if block is None or block.assignment.each() == list(active):
@@ -155,7 +170,7 @@ def refuse_block(
         isinstance(layer, PoolLayer) and layer.handle == block.handle for layer in module.modules()
     ):
         raise RuntimeError(message)
-    # Blocks that training methods enter name the adapters of layers and have no slots.
+    # Training methods enter blocks that have no pool and no slots. They cause no warning here.
     other = other_names and block.num_slots and block.assignment.names
     if (ours or other) and block.handle not in _warned:
         _warned.add(block.handle)
@@ -163,7 +178,14 @@ def refuse_block(
 
 
 def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
-    """Raise NotImplementedError if PEFT trains adapters per row in one of the layers it runs."""
+    """Raise NotImplementedError if a layer that PEFT runs has a trained adapter.
+
+    This is called if rows have different adapters in training on several processes.
+
+    Args:
+        model: PEFT's model.
+        left: reason why PEFT runs a layer, by the name of the layer.
+    """
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             own = (p for n, p in module.named_parameters() if not n.startswith("original_module."))
@@ -174,7 +196,7 @@ def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
 
 
 def no_gradients_without_rows(found: str) -> NotImplementedError:
-    """Return the error for a layer in which an adapter without rows has no gradient."""
+    """Return the error for a layer that computes no gradient for adapters without rows."""
     return NotImplementedError(
         "from_peft: adapter_names: expected trained adapters that lora_ext runs where there are "
         f"several processes, found {found}; FSDP2 and ZeRO would sum gradients of other adapters"
@@ -182,9 +204,10 @@ def no_gradients_without_rows(found: str) -> NotImplementedError:
 
 
 def turned_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the layers that PEFT runs and whose input is ``(tokens, sequences, ...)``.
+    """Return the names of the layers with input ``(tokens, sequences, ...)`` that PEFT runs.
 
-    PEFT would give all tokens of one position the adapter of one sequence if their numbers agree.
+    PEFT assigns adapters to the first dimension. If there are as many tokens as sequences, PEFT
+    would silently use the adapter of one sequence for all tokens at one position.
     """
     layers = {name: model.get_submodule(name) for name in _layouts.tokens_first(model)}
     return tuple(
@@ -195,7 +218,10 @@ def turned_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
-    """Raise ValueError for several names if ``turned`` contains layers."""
+    """Raise ValueError if there are different names and ``turned`` contains layers.
+
+    ``turned`` is the result of :func:`turned_layers`.
+    """
     if turned and len(set(names)) > 1:
         raise ValueError(
             f"from_peft: adapter_names: {turned[0]}: expected one name for all rows, because PEFT "
@@ -205,7 +231,7 @@ def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
 
 
 def by_reason(left: dict[str, str]) -> str:
-    """Return each reason once, with at most `_LISTED` of its layers."""
+    """Format the reasons of a report, each once with at most `_LISTED` of its layers."""
     layers: dict[str, list[str]] = {}
     for name, reason in left.items():
         layers.setdefault(reason, []).append(name)

@@ -1,8 +1,8 @@
 """``from_peft``: run a PEFT model with lora_ext's kernels.
 
-The layers keep their parameters, buffers and names. Only their class changes, to a subclass whose
-``forward`` calls lora_ext. All other operations on a layer (checkpoints, ``set_adapter``, merging,
-deleting) remain PEFT's code.
+The layers keep their parameters, buffers and names. Only the class of each layer changes, to a
+subclass with a ``forward`` that calls lora_ext (a *fused* layer). All other operations on a layer
+(checkpoints, ``set_adapter``, merging, deleting) still run PEFT's code.
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Report:
-    """Names of modules with LoRA adapters."""
+    """Names of the modules with LoRA adapters, by the package that runs them."""
 
-    taken: tuple[str, ...]  # modules that lora_ext runs
-    left: dict[str, str] = field(default_factory=dict)  # module that PEFT runs: reason
+    taken: tuple[str, ...]  # names of the modules that lora_ext runs
+    # The reason why PEFT runs a module, by the name of the module.
+    left: dict[str, str] = field(default_factory=dict)
 
 
 def take_over(model: Model) -> Model:
-    """Run :func:`lora_ext.from_peft`, once peft has been imported."""
+    """Implement :func:`lora_ext.from_peft`, which imports this module because it needs peft."""
     found, known = f"a {type(model).__name__}", isinstance(model, nn.Module)
     require(known, "from_peft", "model", "a torch.nn.Module", found, TypeError)
     if not any(isinstance(m, LoraLayer) for m in model.modules()):
@@ -78,12 +79,12 @@ def take_over(model: Model) -> Model:
 
 
 def to_peft(model: Model) -> Model:
-    """Undo :func:`lora_ext.from_peft`: give every layer PEFT's class again.
+    """Undo :func:`lora_ext.from_peft`: set the class of every layer to PEFT's class again.
 
     The layers keep their current parameters.
 
     Args:
-        model: a model that :func:`lora_ext.from_peft` returned, changed in place.
+        model: model that :func:`lora_ext.from_peft` returned. It is changed in place.
 
     Returns:
         ``model``.
@@ -112,12 +113,18 @@ def _swap(model: nn.Module, other: Callable[[type], type]) -> None:
 
 
 def _never_called(model: nn.Module) -> set[nn.Module]:
-    """Return the output projections of ``nn.MultiheadAttention``, which reads their weight only."""
+    """Return the output projections of all ``nn.MultiheadAttention``.
+
+    ``nn.MultiheadAttention`` reads the weight of its output projection and never calls the module.
+    """
     return {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
 
 
 def report(model: nn.Module) -> Report:
-    """List the LoRA layers of ``model`` that lora_ext runs, and those that PEFT runs and why."""
+    """Return the LoRA layers of ``model`` that lora_ext runs, and those that PEFT still runs.
+
+    For each layer that PEFT runs, the report contains the reason.
+    """
     taken: list[str] = []
     left: dict[str, str] = {}
     never_called = _never_called(model)
@@ -140,25 +147,25 @@ def report(model: nn.Module) -> Report:
     return Report(tuple(taken), left)
 
 
-#: True if the running call has activated adapters.
+#: True while a call with activated adapters (PEFT's ``alora_offsets``) runs.
 _begins: ContextVar[bool] = ContextVar("lora_ext.peft_begins", default=False)
 
 
 class _FusedLoraModel(LoraModel):
-    """PEFT's ``LoraModel`` that also takes ``adapter_names`` in training."""
+    """PEFT's ``LoraModel``, which also accepts ``adapter_names`` in training."""
 
     of_peft = LoraModel
-    #: Layers that PEFT runs and whose input has tokens first.
+    #: Names of the layers that PEFT runs and that have tokens as the first dimension of the input.
     turned: tuple[str, ...] = ()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model's ``generate``; check its settings if adapters are activated."""
+        """Call the model's ``generate``; if adapters are activated, check its settings first."""
         if _begins.get():
             refuse_other_forwards(self.model, kwargs)
         return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        """Call the model's ``generate_batch``; reject names, which it would ignore."""
+        """Call the model's ``generate_batch``; reject ``adapter_names``, which it would ignore."""
         if adapter_names is not None:
             raise NotImplementedError(
                 "generate_batch: adapter_names: expected none on a PEFT model, whose requests all "
@@ -177,7 +184,7 @@ class _FusedLoraModel(LoraModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_singular("from_peft", kwargs)
         names, offsets = kwargs.get("adapter_names"), kwargs.pop("alora_offsets", None)
-        if offsets is not None:  # generate may make several rows of one prompt
+        if offsets is not None:  # `generate` may make several rows from one prompt.
             count = copies_of_prompt(kwargs)
             offsets = [offset for offset in offsets for _ in range(count)]
         if names is None:
@@ -188,7 +195,8 @@ class _FusedLoraModel(LoraModel):
             refuse_names_of_a_reference(self.active_adapters, assignment_of(names))
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
         training = self.training
-        self.training = training and names is None  # PEFT only refuses names in training
+        # PEFT raises if there are names in training, and reads `training` only for this check.
+        self.training = training and names is None
         try:
             hooks.__enter__()
         finally:
@@ -198,7 +206,8 @@ class _FusedLoraModel(LoraModel):
                 if names is not None and training:
                     warn_of_frozen(self.model, assignment_of(names))
                     if several_processes() and torch.is_grad_enabled():
-                        # A fused layer checks in its forward: FSDP2 gathers its parameters there.
+                        # A fused layer is checked in its forward, since FSDP2 gathers the
+                        # parameters there. Only the other layers are checked here.
                         left, find = report(self.model).left.items(), self.model.get_submodule
                         others = {n: why for n, why in left if not isinstance(find(n), Fused)}
                         refuse_layers_of_peft(self.model, others)
@@ -206,12 +215,12 @@ class _FusedLoraModel(LoraModel):
                     given = None if names is None else assignment_of(names)
                     stack.enter_context(kept_by_checkpoints(self.model, Given(given, offsets)))
                 stack.enter_context(offsets_given(self.model, offsets))
-                if not compiles():  # dynamo cannot trace contextvars; only generate reads this
+                if not compiles():  # Dynamo cannot trace contextvars. Only `generate` reads this.
                     stack.enter_context(context_value(_begins, offsets is not None))
                 yield
         finally:
-            # With an exception, PEFT's context would leave its hooks on the layers.
+            # If PEFT's context received an exception, it would not remove its hooks.
             hooks.__exit__(None, None, None)
 
 
-_FusedLoraModel.__name__ = LoraModel.__name__  # as for FusedLinear
+_FusedLoraModel.__name__ = LoraModel.__name__  # for the reason given at FusedLinear

@@ -1,8 +1,9 @@
-"""General plug-in of vLLM that runs lora_ext's kernels in vLLM's own LoRA layers.
+"""General plug-in for vLLM that runs lora_ext's kernels in vLLM's LoRA layers.
 
-vLLM loads :func:`register` in each of its processes, through the entry point group
-``vllm.general_plugins``. Models, schedulers, adapter files and the API remain vLLM's; the plug-in
-replaces the object that adds the low-rank updates to the outputs of the layers.
+vLLM calls :func:`register` in each of its processes, through the entry point group
+``vllm.general_plugins``. The plug-in replaces the object that adds the low-rank updates to the
+outputs of the layers (vLLM's *punica wrapper*). Models, scheduling, the loading of adapters and the
+API remain vLLM's code.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from . import _activated, _front, _interface, _loads
 
 __all__ = ["EXPECTED", "register"]
 
-EXPECTED = "0.32"  # tested minor version; others work if their interface is the same
+EXPECTED = "0.32"  # tested minor version of vLLM; others work if their interface is the same
 _MARK = "_lora_ext_chooses"
 _ENGINE = "vllm.v1.engine.core.EngineCore"
 _FRONT = "vllm.v1.engine.llm_engine.LLMEngine"
@@ -25,17 +26,18 @@ _MANAGER = "vllm.lora.model_manager.LoRAModelManager"
 _WRAPPERS = {
     "1": ("cpu.CpuPlatform", "punica_cpu.PunicaWrapperCPU", "_cpu.LoraExtWrapperCPU"),
     "cuda": ("cuda.CudaPlatformBase", "punica_gpu.PunicaWrapperGPU", "_cuda.LoraExtWrapperCUDA"),
-}  # vLLM's platform and wrapper, and lora_ext's wrapper
+}  # by LORA_EXT_VLLM: vLLM's platform, vLLM's wrapper and lora_ext's wrapper
 
 
 def register() -> None:
-    """Make vLLM's LoRA layers call lora_ext; may be called again.
+    """Make vLLM's LoRA layers call lora_ext. Further calls do nothing.
 
-    ``LORA_EXT_VLLM`` chooses the platform: ``1``, the default, is CPU; ``cuda`` is CUDA, which has
-    not been measured; ``0`` leaves vLLM unchanged.
+    The environment variable ``LORA_EXT_VLLM`` selects the platform: ``1`` (the default) is the CPU,
+    ``cuda`` is CUDA, which has not been measured, and ``0`` leaves vLLM unchanged.
 
-    A part whose interface vLLM lacks is left out with a warning: the kernels, names and numbers for
-    each load of an adapter (:mod:`._loads`), or constraints of requests (:mod:`._constraints`).
+    The plug-in has three parts: the kernels, unique names and numbers for each load of an adapter
+    (:mod:`._loads`), and constraints of requests (:mod:`._constraints`). Each part uses internal
+    functions of vLLM. If the installed vLLM lacks one of them, the part is disabled with a warning.
 
     Raises:
         ValueError: If ``LORA_EXT_VLLM`` has another value.
@@ -64,7 +66,7 @@ def register() -> None:
         return
 
     def get_punica_wrapper(cls: Any) -> str:
-        # vLLM calls this when it makes a model, after importing the modules that are checked.
+        # vLLM calls this when it creates a model. The modules checked below are imported by then.
         lacking = _interface.lacking("wrapper", f"vllm.lora.punica_wrapper.{of_wrapper}")
         lacking = lacking or _interface.lacking("manager", _MANAGER)
         if lacking is None:
