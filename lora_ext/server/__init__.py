@@ -1,6 +1,7 @@
-"""OpenAI's API over HTTP, as served by ``lora-ext serve``. Needs the extra ``serve``.
+"""Server of OpenAI's API over HTTP, which ``lora-ext serve`` runs.
 
-The field ``model`` of a request names an adapter or the base model.
+The field ``model`` of a request is the name of an adapter or of the base model. The extra ``serve``
+must be installed.
 """
 
 from ._running import Settings, embedding_of, serve

@@ -1,4 +1,4 @@
-"""Responses in OpenAI's format: whole, and as events of a stream."""
+"""Responses in OpenAI's format, complete or as a stream of events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_ext.serving import RequestStream
 
 from ._requests import Chat, Completion, Embedding
 
-_OBJECTS = {  # names of whole and streamed responses
+_OBJECTS = {  # field `object` of complete and of streamed responses, by kind of request
     Chat: ("chat.completion", "chat.completion.chunk"),
     Completion: ("text_completion", "text_completion"),
 }
@@ -26,7 +26,7 @@ def _head(asked: Chat | Completion, stream: RequestStream) -> dict[str, Any]:
 
 
 def whole(asked: Chat | Completion, stream: RequestStream, text: str) -> dict[str, Any]:
-    """Return the response of a finished request."""
+    """Return the complete response to a finished request that generated ``text``."""
     said: dict[str, Any] = {"text": text}
     if isinstance(asked, Chat):
         said = {"message": {"role": "assistant", "content": text}}
@@ -42,13 +42,13 @@ async def events(
 ) -> AsyncIterator[str]:
     """Yield the server-sent events of a running request.
 
-    The status 200 has been sent already, so an error is sent as an event. ``[DONE]`` always follows
-    as the last event.
+    If the request fails, the error is sent as an event, because the status 200 has been sent
+    already. The last event is always ``[DONE]``.
 
     Args:
-        asked: the request.
-        stream: its stream.
-        texts: the texts of the stream.
+        asked: body of the request.
+        stream: the running request in the engine.
+        texts: pieces of the generated text.
         failed: function that formats an error as JSON.
     """
     head = _head(asked, stream)
@@ -79,9 +79,9 @@ def embeddings(asked: Embedding, vectors: Tensor, tokens: int) -> dict[str, Any]
     """Return the response of ``/v1/embeddings``.
 
     Args:
-        asked: the request.
-        vectors: ``(N, D)`` float32 on the CPU.
-        tokens: number of tokens of all texts.
+        asked: body of the request.
+        vectors: embeddings ``(N, D)`` of ``N`` texts, float32 on the CPU.
+        tokens: total number of tokens of the texts.
     """
     if asked.encoding_format == "base64":
         kept = [base64.b64encode(v.numpy().astype("<f4").tobytes()).decode() for v in vectors]

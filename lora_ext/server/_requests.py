@@ -1,8 +1,9 @@
-"""Requests of clients: the supported fields of OpenAI's API; other fields are rejected.
+"""Bodies of requests, with the fields of OpenAI's API that the server accepts.
 
-A field without effect on the response is accepted and ignored. An unsupported field with an effect
-may only have its neutral value, which is also its default. All fields may be null, as in OpenAI's
-API.
+Unknown fields are rejected. Fields that do not affect the response, such as ``user``, are accepted
+and ignored. A field that would affect the response but is not supported, such as
+``presence_penalty``, is accepted only with its default value, which has no effect. All optional
+fields may be null, as in OpenAI's API.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lora_ext.serving import Sampling, read_format, refuse_old_names
 
-_MAX_ERRORS = 4  # errors of one request in a message
+_MAX_ERRORS = 4  # maximum number of errors of one request that a message describes
 
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens: TypeAlias = Annotated[list[int], Field(min_length=1)]
@@ -24,20 +25,24 @@ Prompt: TypeAlias = str | list[int] | list[dict[str, Any]]
 
 
 class _Asked(BaseModel):
-    """JSON body of a request."""
+    """JSON object in the body of a request; unknown fields and values of other types raise."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
 
 class Text(_Asked):
-    """Part of a message's content."""
+    """Text as a part of the content of a chat message."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(_Asked):
-    """Message of a chat; fields that clients return from earlier responses may be null."""
+    """Message of a chat.
+
+    Some fields are accepted only with null or an empty list, because clients send the messages of
+    earlier responses with all their fields.
+    """
 
     role: str
     content: str | Annotated[list[Text], Field(min_length=1)]
@@ -49,7 +54,7 @@ class Message(_Asked):
     tool_calls: Empty | None = None
 
     def said(self) -> dict[str, str]:
-        """Return the message for a chat template, with its parts joined by newlines."""
+        """Return the message as a chat template expects it; its parts are joined by newlines."""
         content = self.content
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
@@ -58,15 +63,15 @@ class Message(_Asked):
 
 
 class StreamOptions(_Asked):
-    """Field ``stream_options``."""
+    """Value of the field ``stream_options``."""
 
     include_usage: bool | None = None
 
 
 class _Generates(_Asked):
-    """Common fields of chats and completions."""
+    """Common fields of requests for chats and completions."""
 
-    #: Default of ``max_tokens``; None uses that of :meth:`Engine.begin`.
+    #: Default of ``max_tokens``; None is the default of :meth:`Engine.begin`.
     default_max_tokens: ClassVar[int | None] = None
 
     model: str
@@ -80,11 +85,11 @@ class _Generates(_Asked):
     n: Literal[1] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None  # as in vLLM
-    # Fields without effect on the response.
+    # Fields that do not affect the response.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # Fields that may only have their neutral value.
+    # Fields that are accepted only with a value that has no effect.
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -98,11 +103,11 @@ class _Generates(_Asked):
 
     @property
     def usage_wanted(self) -> bool:
-        """True if a stream ends with its usage."""
+        """True if the stream must end with an event that contains the usage (token counts)."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments of :meth:`Engine.begin` except prompt and adapter.
+        """Return the keyword arguments of :meth:`Engine.begin` except the prompt and the adapter.
 
         Raises:
             ValueError: If fields contradict each other.
@@ -128,7 +133,7 @@ class Chat(_Generates):
     store: bool | None = None
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    parallel_tool_calls: bool | None = None  # no effect, as there are no tools
+    parallel_tool_calls: bool | None = None  # no effect, because there are no tools
     tools: Empty | None = None
     tool_choice: Literal["none", "auto"] | None = None
     logprobs: Literal[False] | None = None
@@ -148,7 +153,7 @@ class Chat(_Generates):
 
 
 class Completion(_Generates):
-    """Body of ``POST /v1/completions``: one prompt, a text or its tokens."""
+    """Body of ``POST /v1/completions``. The prompt is one text, or the tokens of one text."""
 
     default_max_tokens: ClassVar[int | None] = 16  # as in OpenAI's API
 
@@ -168,7 +173,7 @@ class Completion(_Generates):
 
 
 class Embedding(_Asked):
-    """Body of ``POST /v1/embeddings``: texts or their tokens."""
+    """Body of ``POST /v1/embeddings``. The input is one or several texts, or their tokens."""
 
     model: str
     input: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=2048)]
@@ -177,28 +182,28 @@ class Embedding(_Asked):
     user: str | None = None
 
     def texts(self) -> list[str | list[int]]:
-        """Return the texts for :meth:`Embedder.embed`."""
+        """Return the texts, or their tokens, for :meth:`Embedder.embed`."""
         given = self.input
         alone = isinstance(given, str) or isinstance(given[0], int)
         return [given] if alone else given  # pyright: ignore[reportReturnType]
 
 
 class Load(_Asked):
-    """Body of ``POST /v1/load_lora_adapter``, as in vLLM."""
+    """Body of ``POST /v1/load_lora_adapter``, with vLLM's fields."""
 
     lora_name: str
     lora_path: str | None = None
 
 
 class Unload(_Asked):
-    """Body of ``POST /v1/unload_lora_adapter``, as in vLLM."""
+    """Body of ``POST /v1/unload_lora_adapter``, with vLLM's fields."""
 
     lora_name: str
     lora_int_id: int | None = None
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """Read the body of a request; raise status 413 if it has more than ``most`` bytes."""
+    """Read the body of a request; raise an HTTPException 413 if it exceeds ``most`` bytes."""
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -208,7 +213,7 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 def told(error: ValidationError) -> str:
-    """Describe the errors of a body in one line, with the name of each field."""
+    """Return one line that describes the errors in a body, with the name of each field."""
     found = error.errors(include_url=False, include_context=False)
     lines = []
     for one in found[:_MAX_ERRORS]:

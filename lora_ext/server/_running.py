@@ -1,4 +1,4 @@
-"""Start of a server from its settings, which are checked before the model is read."""
+"""Settings of a server, which are checked before the model is read, and functions to run it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lora_ext.serving import Embedder, Engine, pooling_of, preparation_of
 from .app import make_app
 
 _WHERE = "serve"
-_SLOW = 1.0  # seconds for clients to read the end of their response when the server stops
+_SLOW = 1.0  # seconds for which the server waits at shutdown for clients to read their responses
 _OLDEST = (5, 24)  # oldest version of transformers in the extra `serve`
 
 
@@ -33,17 +33,18 @@ class Settings:
     """Settings of a server.
 
     Args:
-        model: a folder with a transformers or sentence-transformers model and its tokenizer.
-        adapters: the folder of all adapters, each in a subfolder of its name.
-        host, port: address of the server. Port 0 is any free port.
-        device: None uses a GPU if torch finds one.
-        max_requests: most waiting and running requests.
-        max_rank: largest rank of an adapter.
-        context: most tokens of prompt and answer of a request.
-        max_body: most bytes of a request's body.
+        model: folder of a transformers or sentence-transformers model with its tokenizer.
+        adapters: folder of all adapters. Each adapter is in a subfolder with its name.
+        host: address on which the server listens.
+        port: port on which the server listens; 0 is any free port.
+        device: torch device of the model. None is "cuda" if torch finds a GPU, otherwise "cpu".
+        max_requests: maximum number of waiting and running requests.
+        max_rank: maximum rank of an adapter.
+        context: maximum number of tokens of a request's prompt and answer.
+        max_body: maximum size of a request's body in bytes.
         origins: origins of web pages that may send requests (CORS).
-        pack: keep a packed copy of the base for decoding on a CPU, if it takes at most a quarter of
-            the free memory.
+        pack: whether to keep a packed copy of the base model, with which a CPU decodes faster. No
+            copy is made if it would take more than a quarter of the free memory.
     """
 
     model: str | os.PathLike[str]
@@ -81,7 +82,8 @@ class Settings:
         for name in ("max_requests", "max_rank", "context", "max_body"):
             value, words = getattr(self, name), ("an integer, at least 1", "at least 1")
             integer(_WHERE, f"--{name.replace('_', '-')}", value, 1, expected=words)
-        instance(_WHERE, "--allow-origin", self.origins, (list, tuple))  # a str is a sequence too
+        # A str is not accepted, although it is a sequence: its characters would be the origins.
+        instance(_WHERE, "--allow-origin", self.origins, (list, tuple))
         if self.device is not None:
             try:
                 torch.empty(0, device=self.device)
@@ -91,7 +93,7 @@ class Settings:
                 raise ValueError(f"{_WHERE}: --device: {expected}, found {found}") from error
 
     def listen(self) -> socket.socket:
-        """Return a socket bound to host and port.
+        """Return a socket that is bound to the host and port.
 
         Raises:
             ValueError: If the address is in use or not allowed.
@@ -110,10 +112,13 @@ class Settings:
         return listening
 
     def engine(self, say: Callable[[str], None] = print) -> Engine | Embedder:
-        """Read model and tokenizer; an embedding model gives an :class:`Embedder`.
+        """Read the model and tokenizer, and return an engine that runs them.
 
         Args:
             say: function that prints a line about the memory of the packed copy.
+
+        Returns:
+            An :class:`Embedder` for an embedding model, otherwise an :class:`Engine`.
         """
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -139,13 +144,13 @@ class Settings:
 
 
 def embedding_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
-    """Return the pooling of an embedding model, and whether its vectors are normalised.
+    """Return the pooling of an embedding model, and whether its embeddings are normalised.
 
-    Returns None for a model that generates. Our choice: the mean, normalised, if the folder does
-    not specify the pooling.
+    Returns None for a model that generates text. If the folder of an embedding model does not
+    specify the pooling, our choice is the normalised mean.
 
     Raises:
-        ValueError: As :func:`~lora_ext.serving.pooling_of`.
+        ValueError: If :func:`~lora_ext.serving.pooling_of` raises it.
     """
     said = pooling_of(folder)
     if said is not None:
@@ -157,7 +162,11 @@ def embedding_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
 
 
 class _Server(uvicorn.Server):
-    """Server that fails running requests at shutdown before it waits for connections."""
+    """Uvicorn server with a callback after startup and one at the beginning of the shutdown.
+
+    The second can end the running requests. Connections that are still open ``_SLOW`` seconds after
+    the beginning of the shutdown are aborted.
+    """
 
     def __init__(
         self, config: uvicorn.Config, begins: Callable[[], None], interrupt: Callable[[], None]
@@ -187,17 +196,17 @@ def run(
     begins: Callable[[], None],
     interrupt: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve an application at a socket until Ctrl-C or SIGTERM.
+    """Serve an application on a socket until Ctrl-C or SIGTERM.
 
     Args:
-        config: the configuration, with the application.
-        listening: the socket.
-        begins: called once the server accepts requests.
-        interrupt: called at shutdown, before the server waits for connections.
+        config: uvicorn's configuration, which contains the application.
+        listening: bound socket.
+        begins: function that is called when the server begins to accept requests.
+        interrupt: function that is called at shutdown, before the server waits for connections.
 
     Raises:
-        KeyboardInterrupt: After SIGINT, even if the process started with SIGINT ignored. Shells
-            start background jobs that way.
+        KeyboardInterrupt: After SIGINT. This also holds for a process that was started with SIGINT
+            ignored, as shells start background jobs.
     """
     with _sigint_raises():
         _Server(config, begins, interrupt).run([listening])
@@ -206,7 +215,8 @@ def run(
 @contextlib.contextmanager
 def _sigint_raises() -> Iterator[None]:
     """Make SIGINT raise KeyboardInterrupt inside the block if the process ignores SIGINT."""
-    in_main = threading.current_thread() is threading.main_thread()  # only it can set handlers
+    # Only the main thread can set signal handlers.
+    in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         yield
         return
@@ -218,12 +228,14 @@ def _sigint_raises() -> Iterator[None]:
 
 
 def serve(settings: Settings, say: Callable[[str], None] = print) -> None:
-    """Serve until Ctrl-C or SIGTERM; running requests then end with an error in two seconds.
+    """Run a server until Ctrl-C or SIGTERM.
+
+    Running requests then end with an error within two seconds.
 
     Args:
-        settings: the settings.
-        say: function that prints a line about the memory of the packed copy, and one once the
-            server accepts requests.
+        settings: settings of the server.
+        say: function that prints a line. It is called with the memory of the packed copy, and with
+            the address when the server begins to accept requests.
 
     Raises:
         ValueError: If a setting is invalid.
@@ -231,7 +243,8 @@ def serve(settings: Settings, say: Callable[[str], None] = print) -> None:
     """
     settings.check()
     with settings.listen() as listening, settings.engine(say) as engine:
-        base = Path(os.path.abspath(settings.model)).name  # of a link, the name of the link
+        # Symbolic links are not resolved, so the name of a link can be the name of the model.
+        base = Path(os.path.abspath(settings.model)).name
         app = make_app(engine, base, settings.max_body, settings.origins)
         config = uvicorn.Config(app, timeout_graceful_shutdown=2)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -30,7 +30,7 @@ from ._requests import Chat, Completion, Embedding, Load, Unload, read_body, tol
 
 Body = TypeVar("Body", bound=BaseModel)
 
-#: Status codes by type of error; the first match is used.
+#: Status code of a response by type of error. The first type that matches is used.
 _CODES: dict[type[Exception], int] = {
     ValidationError: 422,
     UnknownAdapterError: 404,
@@ -47,7 +47,7 @@ _CODES: dict[type[Exception], int] = {
 
 
 class _Refusals:
-    """Handler of errors that makes responses in OpenAI's format, and counts them by code."""
+    """Error handler that returns responses in OpenAI's format and counts them by status code."""
 
     def __init__(self) -> None:
         self.counts: Counter[int] = Counter()
@@ -72,13 +72,14 @@ def make_app(
     max_body: int = 1 << 20,
     origins: Sequence[str] = (),
 ) -> FastAPI:
-    """Make an application with OpenAI's API for an engine; you can add routes to it.
+    """Return a FastAPI application with OpenAI's API for an engine. You can add routes to it.
 
     Args:
-        engine: a running engine. An :class:`Engine` serves chats and completions, an
-            :class:`Embedder` embeddings.
-        base: name of the base model; every other ``model`` is an adapter of the engine's folder.
-        max_body: most bytes of a request's body.
+        engine: running engine. The API of an :class:`Engine` has chats and completions, and that of
+            an :class:`Embedder` has embeddings.
+        base: name of the base model in requests. Every other name is that of an adapter in the
+            engine's folder.
+        max_body: maximum size of a request's body in bytes.
         origins: origins of web pages that may send requests (CORS).
 
     Returns:
@@ -113,7 +114,7 @@ def make_app(
 def _add_answers(
     app: FastAPI, engine: Engine | Embedder, base: str, read: Any, refuse: _Refusals
 ) -> None:
-    """Add the routes of chats and completions, and of embeddings."""
+    """Add the routes for chats, completions and embeddings."""
 
     def adapter(model: str) -> str | None:
         return None if model == base else model

@@ -37,7 +37,7 @@ def activated(layer: Any, names: Sequence[str]) -> tuple[str, ...]:
 def rows_of_offsets(
     names: Assignment, begin: Sequence[str], offsets: Offsets | None, leading: torch.Size
 ) -> Activated | None:
-    """Return the adapter of each token, with the rule of PEFT's own layer.
+    """Return the adapter of each token, as PEFT's layers choose it.
 
     Args:
         names: adapter of each row, or one adapter for all rows.

@@ -1,9 +1,9 @@
 """PEFT's adapters on the parameters of routed experts, run by lora_ext's kernels.
 
-PEFT wraps an experts module once for each adapted parameter and, in each forward, adds the update
-to all of its matrices. Here the outermost wrapper computes the whole module: each token is
-multiplied only by the factors of its experts and its adapter. Parameters, names and files stay as
-in PEFT.
+PEFT wraps an experts module once for each adapted parameter. In each forward, PEFT's wrapper adds
+the update to the weight matrices of all experts. Here, the outermost wrapper computes the whole
+module, and each token is multiplied only by the factors of its adapter for its experts. The names
+of parameters and the format of files are PEFT's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from ._names import names_of_layer
 
 
 class FusedExperts(Fused, ParamWrapper):
-    """PEFT's ``lora.ParamWrapper`` around routed experts, with an adapter per row."""
+    """PEFT's ``lora.ParamWrapper`` for routed experts, with one adapter per row.
+
+    Shape letters: ``T`` tokens, ``H`` hidden size, ``k`` experts per token.
+    """
 
     of_peft = ParamWrapper
 
@@ -39,15 +42,15 @@ class FusedExperts(Fused, ParamWrapper):
         """Compute the experts as PEFT does, with an adapter per row if ``adapter_names`` is given.
 
         Args:
-            x: ``(T, H)``.
-            args: the experts of each row and their weights, both ``(T, k)``.
-            kwargs: ``adapter_names``, one per sequence, including in training.
+            x: hidden states ``(T, H)``.
+            args: indices of each token's experts and their routing weights, both ``(T, k)``.
+            kwargs: ``adapter_names``, one name per sequence, which is also accepted in training.
 
         Returns:
-            ``(T, H)``.
+            Output of the experts, ``(T, H)``.
 
         Raises:
-            ValueError: From PEFT, if names are given and PEFT has to run this layer.
+            ValueError: If there are names but PEFT has to run this layer; PEFT raises it.
             RuntimeError: If another library's checkpoint recomputes the layer without its names.
         """
         names = kwargs.pop("adapter_names", None)
@@ -82,7 +85,7 @@ class FusedExperts(Fused, ParamWrapper):
         return experts_forward(self.get_base_layer(), x, *args, update)
 
     def uncovered(self, adapter: str) -> str | None:
-        """Return the reason for which PEFT's forward runs an adapter, or None."""
+        """Return the reason why an adapter needs PEFT's forward, or None."""
         experts: Any = self.get_base_layer()
         if self.parameter_name not in projections(experts):
             return (
@@ -93,7 +96,7 @@ class FusedExperts(Fused, ParamWrapper):
         return uncovered(self, adapter) if obstacle is None else f"its experts have {obstacle}"
 
     def _wrappers(self) -> list[FusedExperts]:
-        """Return this wrapper and the wrappers inside: one for each adapted parameter."""
+        """Return this wrapper and the wrappers inside it. There is one per adapted parameter."""
         found: list[Any] = [self]
         while isinstance(found[-1].base_layer, ParamWrapper):
             found.append(found[-1].base_layer)
@@ -111,7 +114,11 @@ FusedExperts.__name__ = ParamWrapper.__name__  # PEFT prints and compares this n
 def _calls(
     adapters: tuple[str, ...], rows: Assignment | None, trained: tuple[int, ...], x: Tensor
 ) -> list[tuple[tuple[str, ...], Tensor | None]]:
-    """Return the adapters of each call and the adapter of each row in it, None for all rows."""
+    """Return the calls of the update that a layer needs.
+
+    A call has the names of one or more adapters, and for each row of ``x`` the index of its adapter
+    among them. Without rows, each adapter has a separate call, with None: it applies to all rows.
+    """
     if rows is None:
         return [((name,), None) for name in adapters]
     if not adapters:

@@ -1,7 +1,7 @@
-"""PEFT's LoRA layers with a ``forward`` that lora_ext's kernels compute.
+"""PEFT's LoRA layers with a ``forward`` that uses lora_ext's kernels.
 
-A call that the kernels do not cover goes to PEFT's own ``forward``: one with an adapter of a rarer
-variant or with a learned scaling, for example, or one that PEFT refuses.
+If the kernels do not support a call, PEFT's own ``forward`` runs: for example, if an adapter has a
+rare variant or a learned scaling, or if PEFT has to raise an error for the arguments.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from ._activation import activated, rows_of_offsets
 from ._adapters import no_gradients_without_rows, taking_part
 from ._names import names_of_layer, offsets_of_layer
 
-_OF_ROWS = {"adapter_names", "alora_offsets"}  # arguments that PEFT passes for a forward's rows
+# Keyword arguments of a forward that have one entry per row.
+_OF_ROWS = {"adapter_names", "alora_offsets"}
 
 
 def uncovered(module: Any, adapter: str) -> str | None:
-    """Return the reason for which PEFT's forward runs an adapter of a fused layer, or None."""
+    """Return the reason why an adapter of a fused layer needs PEFT's forward, or None."""
     variant = module.lora_variant.get(adapter)
     if variant is not None and type(variant) not in (DoraLinearVariant, ALoraLinearVariant):
         return f"adapter {adapter!r} is a {type(variant).__name__}"
@@ -64,13 +65,15 @@ def uncovered(module: Any, adapter: str) -> str | None:
 
 
 class Fused(PeftLinear if TYPE_CHECKING else object):
-    """Mixin before the PEFT class :attr:`of_peft` that fuses the updates and their gradients.
+    """Mixin for a layer class of PEFT: one op computes the updates, and one their gradients.
 
-    The base product is fused too if it is a plain one.
+    If the base layer is a plain linear layer, its product is part of the same op. The mixin must be
+    placed before the class of PEFT, :attr:`of_peft`. Shape letters: ``I`` input features, ``O``
+    output features.
     """
 
     asks_what_is_off = True
-    #: True if the first dimension of the input is tokens and the second is sequences.
+    #: True if the first dimension of the input is the tokens and the second is the sequences.
     tokens_first = False
     of_peft: ClassVar[Any]
     uncovered = uncovered
@@ -79,15 +82,16 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         """Compute the layer as PEFT does, with an adapter per sequence if names are given.
 
         Args:
-            x: ``(..., I)``.
-            kwargs: ``adapter_names``, one per sequence, including in training and for DoRA.
+            x: input ``(..., I)``.
+            kwargs: ``adapter_names``, one name per sequence, which is also accepted in training and
+                for DoRA.
 
         Returns:
-            ``(..., O)``.
+            Output ``(..., O)``.
 
         Raises:
-            ValueError: From PEFT, if the number of names is not the number of sequences, or
-                adapters are merged.
+            ValueError: If the number of names is not the number of sequences, or if there are names
+                and adapters are merged; PEFT raises it.
             RuntimeError: If another library's checkpoint recomputes the layer without its names.
         """
         names = kwargs.get("adapter_names")
@@ -99,7 +103,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             return self._forward_of_peft(x, *args, **kwargs)
         present, rows, trained = taking_part(self, given)
         begin = activated(self, present)
-        # PEFT raises if the number of names does not fit.
+        # If the number of names does not match the input, PEFT's forward runs and raises.
         sequences = x.shape[1:2] if self.tokens_first else x.shape[:1]
         fits = given is None or sequences == given.shape
         left = [why for why in map(self.uncovered, present) if why is not None]
@@ -119,9 +123,9 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
                 raise no_gradients_without_rows("; ".join(left))
             if given is not None:
                 kwargs["adapter_names"] = given.spelled()
-                if self.tokens_first and x.dim() > 2:  # PEFT's forward takes sequences first
+                if self.tokens_first and x.dim() > 2:  # PEFT's forward expects sequences first.
                     turned = self._forward_of_peft(x.transpose(0, 1), **kwargs)
-                    return turned.transpose(0, 1).contiguous()  # some models view it
+                    return turned.transpose(0, 1).contiguous()  # Some models call `view` on it.
             return self._forward_of_peft(x, *args, **kwargs)
         if not present:
             return self.base_layer(x)
@@ -144,7 +148,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
 
     def _dense(self) -> DenseParameters:
         found = dense_parameters(self.base_layer, divided=True)
-        assert found is not None  # `uncovered` excludes other bases
+        assert found is not None  # `uncovered` has excluded base layers without dense parameters
         return found
 
     def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -165,13 +169,13 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
 
 
 class FusedLinear(Fused, PeftLinear):
-    """PEFT's ``lora.Linear``, fused."""
+    """PEFT's ``lora.Linear`` with a fused forward."""
 
     of_peft = PeftLinear
 
 
-# ``repr``, ``get_layer_status``, ``get_model_status`` and model cards show PEFT's name. Pickle
-# finds the class by its qualified name, which does not change.
+# ``repr``, ``get_layer_status``, ``get_model_status`` and model cards print ``__name__``, which
+# should be PEFT's. Pickle finds the class by its qualified name, which does not change.
 FusedLinear.__name__ = PeftLinear.__name__
 
 
@@ -181,5 +185,8 @@ _cached = getattr(dora, "cache_decorator", lambda _key: lambda function: functio
 
 @_cached("weight-norm")
 def _norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: str) -> Tensor:
-    """Return the norm of a DoRA adapter; PEFT caches it in its layer ``_`` with ``DoraCaching``."""
+    """Return the weight norm of a DoRA adapter, of each output.
+
+    Inside PEFT's ``DoraCaching``, PEFT's decorator caches the result in the DoRA layer ``_``.
+    """
     return ops.lora_dora_norm(weight, factors.a, factors.b, factors.scaling)

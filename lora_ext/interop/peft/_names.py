@@ -1,7 +1,8 @@
-"""Adapter names of a forward of a PEFT model, kept by checkpoints for the recomputation.
+"""Adapter names of a PEFT model's forward, which gradient checkpoints store for the recomputation.
 
-PEFT passes ``adapter_names`` to its layers by hooks. When a checkpoint recomputes a block in the
-backward, the hooks are removed already, and the checkpoint supplies the names.
+PEFT passes ``adapter_names`` to its layers with hooks. When a gradient checkpoint recomputes a
+block of layers in the backward, PEFT has already removed the hooks, so the checkpoint passes the
+names.
 """
 
 from __future__ import annotations
@@ -20,31 +21,32 @@ from torch import nn
 from lora_ext._torch import compiles
 from lora_ext.rows import Assignment, NamedRows, context_value
 
-# PEFT's hooks pass a batch's names to every layer as a list; the last assignment is cached.
+# The last assignment is cached, because PEFT's hooks pass the same list of names to every layer.
 _last: ContextVar[tuple[tuple[str, ...], Assignment] | None]
 _last = ContextVar("lora_ext.peft_names", default=None)
 
 
 class Given(NamedTuple):
-    """Adapter arguments of a forward of a PEFT model."""
+    """Arguments of a PEFT model's forward that select the adapters."""
 
     names: Assignment | None
-    #: Number of tokens at the end of each row that its activated adapter changes; None without one.
+    #: Number of tokens at the end of each row to which its activated adapter applies; None for a
+    #: row without one.
     offsets: Sequence[int | None] | None = None
 
 
-# Arguments of the running forward; checkpoints pass them to their recomputation.
+# Arguments of the running forward, which checkpoints store for their recomputation.
 _current: ContextVar[Given | None] = ContextVar("lora_ext.peft_current", default=None)
-# Arguments of the forward of a checkpointed block, while the backward recomputes it.
+# Arguments with which a checkpointed block ran, while the backward recomputes the block.
 _recomputed: ContextVar[Given | None] = ContextVar("lora_ext.peft_recomputed", default=None)
 
-# Layers whose last forward had names that no checkpoint of lora_ext keeps. A recomputation without
-# names would train other adapters.
+# Layers that had names in their last training forward. If such a layer runs again inside a backward
+# without names, another library's checkpoint recomputes it, and it would train other adapters.
 _named: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def assignment_of(names: Sequence[str]) -> Assignment:
-    """Return the assignment of ``adapter_names``, made once for all layers of a forward."""
+    """Return ``adapter_names`` as an assignment, which is made once for all layers of a forward."""
     if isinstance(names, NamedRows):
         return names.assignment
     given, last = tuple(names), _last.get()
@@ -55,12 +57,17 @@ def assignment_of(names: Sequence[str]) -> Assignment:
 
 
 def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment | None:
-    """Return the adapter names for a layer's forward, from PEFT's hooks or from the checkpoint.
+    """Return the adapter names of a layer's forward.
+
+    Args:
+        layer: the layer.
+        given: names that PEFT's hooks have passed. If it is None, the names are those that a
+            checkpoint passes to its recomputation, if any.
 
     Raises:
         RuntimeError: If another library's checkpoint recomputes the layer without its names.
     """
-    if compiles():  # dynamo traces no contextvars; the list is a constant of the graph
+    if compiles():  # Dynamo cannot trace contextvars. The list is a constant of the graph.
         return None if given is None else Assignment.of_entries(given, (len(given),))
     again = _recomputed.get()
     recomputed = None if again is None else again.names
@@ -69,7 +76,7 @@ def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment 
             _named.add(layer)
         return assignment_of(given)
     if recomputed is None and layer in _named:
-        if torch._C._current_graph_task_id() != -1:  # inside a backward
+        if torch._C._current_graph_task_id() != -1:  # True inside a backward.
             raise RuntimeError(
                 "from_peft: adapter_names: expected transformers' own gradient checkpointing, "
                 f"found another, which recomputes a {type(layer).__name__} without the "
@@ -80,14 +87,20 @@ def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment 
 
 
 def offsets_of_layer(given: Sequence[int | None] | None) -> Sequence[int | None] | None:
-    """Return ``alora_offsets`` of a layer's forward, from PEFT's hooks or the checkpoint."""
+    """Return the ``alora_offsets`` of a layer's forward.
+
+    ``given`` is the value from PEFT's hooks. If it is None, the value is that of the checkpoint.
+    """
     again = None if given is not None or compiles() else _recomputed.get()
     return given if again is None else again.offsets
 
 
 @contextlib.contextmanager
 def kept_by_checkpoints(model: nn.Module, given: Given) -> Iterator[None]:
-    """Make the checkpoints of a training forward pass ``given`` to their recomputation."""
+    """Make gradient checkpoints pass ``given`` to their recomputation.
+
+    This applies to the checkpoints of all forwards inside the ``with`` block.
+    """
     block: Any
     for block in model.modules():
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
@@ -97,18 +110,18 @@ def kept_by_checkpoints(model: nn.Module, given: Given) -> Iterator[None]:
             block._gradient_checkpointing_func = _KeepsNames(checkpoint)
         for layer in block.modules():
             if hasattr(type(layer), "of_peft") or _remind in layer._forward_pre_hooks.values():
-                continue  # fused layers read the names themselves
-            if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper):  # run by PEFT
+                continue  # Fused layers read the names themselves.
+            if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper):  # PEFT runs this layer.
                 nn.Module.register_forward_pre_hook(layer, _remind, with_kwargs=True)  # pyright: ignore[reportArgumentType]
     with context_value(_current, given):
         yield
 
 
 class _KeepsNames:
-    """Checkpoint function that also keeps the names of its forward for the recomputation.
+    """Checkpoint function that passes the adapter arguments of its forward to the recomputation.
 
-    It remains on its module, as another thread may be running it. Without names it only calls the
-    function that it wraps.
+    It wraps the checkpoint function of a module. Without adapter arguments, it only calls the
+    wrapped function. It is not removed after the forward, since another thread may be running it.
     """
 
     def __init__(self, checkpoint: Callable[..., Any]):
@@ -127,7 +140,10 @@ class _KeepsNames:
 
 
 def _remind(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Pass the names and offsets to a layer that PEFT runs, in a recomputation."""
+    """Pass the names and offsets to a layer that PEFT runs, if a checkpoint recomputes it.
+
+    This is a forward pre-hook.
+    """
     again = None if compiles() else _recomputed.get()
     if again is None:
         return args, kwargs

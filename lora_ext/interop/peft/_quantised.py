@@ -1,8 +1,8 @@
-"""Fused classes of PEFT's layers over quantised bases, one for each class of PEFT.
+"""Fused versions of PEFT's layer classes for quantised base layers.
 
-PEFT's classes are in modules that can be imported only if the quantiser is installed, so each fused
-class is made when a model first needs it. The base layer is called, its own autograd computes the
-gradient of its input, and the update is one fused op.
+A module that defines such a class of PEFT can be imported only if the quantiser is installed, so a
+fused class is created when a model first needs it. The quantised base layer computes its output and
+the gradient of its input. lora_ext adds the update in one op.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ._layers import Fused
 
 _MODULES = "peft.tuners.lora."
-_CLASSES = {  # name of the fused class: class of PEFT
+_CLASSES = {  # class of PEFT by the name of the fused class
     "FusedLinear8bitLt": "bnb.Linear8bitLt",
     "FusedLinear4bit": "bnb.Linear4bit",
     "FusedTorchaoLinear": "torchao.TorchaoLoraLinear",
@@ -28,7 +28,7 @@ def full_name(kind: type) -> str:
 
 
 def fused_class(kind: type) -> type:
-    """Return the fused class of a class of PEFT, or ``kind`` if it has none."""
+    """Return the fused version of a class of PEFT, or ``kind`` if it has no fused version."""
     for name, of_peft in _CLASSES.items():
         if full_name(kind) == _MODULES + of_peft:
             return _made(name)
@@ -41,11 +41,12 @@ def _made(name: str) -> type:
     peft_class = getattr(importlib.import_module(_MODULES + module), of_peft)
     doc = f"PEFT's ``{of_peft}`` with the updates and their gradients fused."
     body = {"of_peft": peft_class, "__module__": __name__, "__qualname__": name, "__doc__": doc}
-    return type(of_peft, (Fused, peft_class), body)  # ``repr`` and model cards show PEFT's name
+    # The name is PEFT's, because ``repr`` and model cards print it.
+    return type(of_peft, (Fused, peft_class), body)
 
 
 def __getattr__(name: str) -> Any:
-    """Return a fused class by its qualified name, for pickle."""
+    """Return a fused class by its name. Pickle finds the classes with this function."""
     if name in _CLASSES:
         return _made(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,15 +1,20 @@
-"""Activated adapters in vLLM: their starts, their rows, and the blocks that they share.
+"""Activated adapters (aLoRA) in vLLM.
 
-vLLM applies one adapter to a whole request, and rejects activated adapters. It uses the adapter in
-two places: the key of a block of its prefix cache, and each token of a step. An activated adapter
-(:mod:`lora_ext.rows._activation`) begins at the last occurrence of its invocation in the prompt.
-Tokens before it use the base model: they get no adapter, and blocks that end there have no key of
-the adapter, so they are shared with the base model and with other activated adapters. The key of a
-later block also contains the start, since the same tokens may begin earlier in another prompt.
+An activated adapter (:mod:`lora_ext.rows._activation`) starts at the last occurrence of its
+*invocation*, a sequence of tokens, in the prompt. The tokens before it use the base model.
 
-The invocation is sent in ``base_model_name`` of the engine's own copy of the request, which nothing
-in vLLM's engine or workers reads. Worker processes therefore have it, and changed files do not
-change it.
+vLLM applies one adapter to a whole request, and rejects activated adapters. It uses the adapter of
+a request in two places, and this module changes both:
+
+* The adapter of each token of a step: tokens before the start have none.
+* The keys of blocks in the prefix cache. The key of a block that ends before the start does not
+  contain the adapter, so the block is shared with the base model and other activated adapters. The
+  key of a later block contains the adapter and the start, because another prompt with the same
+  tokens up to the end of the block may have another start.
+
+The invocation is stored in the field ``base_model_name`` of the engine's copy of the LoRA request,
+which vLLM's engine and workers do not read. Worker processes therefore receive the invocation, and
+it does not change if the adapter's files change.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ _lacking: str | None = "vLLM's engine was not prepared"
 
 
 def invocation_of(lora_request: Any) -> tuple[int, ...]:
-    """Return the invocation that was sent with a request, empty for an ordinary adapter."""
+    """Return the invocation that :func:`send` has stored, or () for an ordinary adapter."""
     name = getattr(lora_request, "base_model_name", None) or ""
     if not name.startswith(_TRAVELS):
         return ()
@@ -44,10 +49,14 @@ def invocation_of(lora_request: Any) -> tuple[int, ...]:
 
 
 def read(lora_request: Any) -> tuple[int, ...]:
-    """Read the invocation in a folder's configuration; leave other errors in it to vLLM.
+    """Read the invocation from the configuration in the adapter's folder.
+
+    Returns () for an ordinary adapter, and also for a configuration that cannot be read, because
+    vLLM reports that error.
 
     Raises:
-        ValueError: If it is not a list of tokens, or this vLLM cannot serve activated adapters.
+        ValueError: If the invocation is not a list of tokens, or if this vLLM cannot serve
+            activated adapters.
     """
     path = os.path.join(os.path.expanduser(lora_request.lora_path), "adapter_config.json")
     try:
@@ -73,12 +82,15 @@ def read(lora_request: Any) -> tuple[int, ...]:
 
 
 def send(lora_request: Any, invocation: tuple[int, ...]) -> None:
-    """Write an invocation into the engine's copy of a request."""
+    """Store an invocation in the engine's copy of a LoRA request."""
     lora_request.base_model_name = f"{_TRAVELS}{json.dumps(invocation)}"
 
 
 def in_front(settings: Any) -> Callable[[Any], None]:
-    """Return the check of each request in front of an engine, before an invocation is sent."""
+    """Return a check for requests that have not reached the engine's core yet.
+
+    The invocation is not stored in such a request, so the check reads it from the adapter's folder.
+    """
 
     def look(request: Any) -> None:
         if request.lora_request is not None:
@@ -88,7 +100,10 @@ def in_front(settings: Any) -> Callable[[Any], None]:
 
 
 def check(request: Any, invocation: tuple[int, ...]) -> None:
-    """Raise ValueError for a request that its activated adapter cannot answer."""
+    """Raise ValueError if an activated adapter cannot serve a request.
+
+    The prompt must be given as tokens that contain the invocation.
+    """
     adapter = request.lora_request
     if not invocation:
         return
@@ -105,16 +120,19 @@ def check(request: Any, invocation: tuple[int, ...]) -> None:
 
 
 def _last(ids: torch.Tensor, invocation: tuple[int, ...]) -> int | None:
-    from lora_ext.rows import last_start  # imported here, as it loads the kernels
+    from lora_ext.rows import last_start  # This import loads the kernels.
 
     return last_start(ids[None], invocation)[0]
 
 
 def follow_starts(lacking: str | None = None) -> None:
-    """Make vLLM's block keys and the rows of its steps use the starts, in the whole process.
+    """Wrap the functions of vLLM that choose block keys and each token's adapter.
 
-    Further calls do not wrap again. ``lacking`` is part of the error when an activated adapter is
-    loaded.
+    The functions are wrapped in the whole process. Further calls do not wrap them again.
+
+    Args:
+        lacking: reason why this vLLM cannot serve activated adapters, or None. With a reason,
+            nothing is wrapped, and the error for loading an activated adapter contains the reason.
     """
     global _lacking
     _lacking = lacking
@@ -131,14 +149,18 @@ def follow_starts(lacking: str | None = None) -> None:
         wrap(batch, "make_lora_inputs", _rows)
         wrap(helper, "_validate_features", _features)
         inner = getattr(keys, _KEY)
-        importlib.import_module("vllm.v1.core.block_pool")  # imports the function by name
+        # This module imports the function by name, so its copy has to be replaced as well.
+        importlib.import_module("vllm.v1.core.block_pool")
         for name, module in list(sys.modules.items()):
             if name.startswith("vllm.") and vars(module).get(_KEY) is inner:
                 wrap(module, _KEY, _keys)
 
 
 def _features(inner: Any, helper: Any) -> Any:
-    """Run vLLM's check of a configuration without the invocation, which was read before."""
+    """Run vLLM's check of a configuration without the invocation, which vLLM would reject.
+
+    :func:`read` has read the invocation before.
+    """
     helper.alora_invocation_tokens = None
     return inner(helper)
 
@@ -146,9 +168,10 @@ def _features(inner: Any, helper: Any) -> Any:
 def _keys(
     inner: Any, request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
 ) -> Any:
-    """Return the keys of one block of a request."""
+    """Return the additional keys of one block of a request, with respect to the start."""
     keys, place = inner(request, start_token_idx, end_token_idx, start_mm_idx)
-    if not hasattr(request, _START):  # called for each block, and the prompt may be long
+    # The start is cached: this is called for each block, and the prompt may be long.
+    if not hasattr(request, _START):
         invocation, prompt = invocation_of(request.lora_request), request.prompt_token_ids
         begins = invocation and prompt is not None
         setattr(request, _START, _last(torch.tensor(prompt), invocation) if begins else None)
@@ -174,11 +197,12 @@ def _rows(inner: Any, batch: Any, num_scheduled_tokens: Any, num_sampled_tokens:
         count, sampled = int(num_scheduled_tokens[row]), int(num_sampled_tokens[row])
         prompt, done = int(batch.num_prompt_tokens[row]), int(batch.num_computed_tokens_cpu[row])
         invocation = invocations.get(int(batch.request_lora_mapping[row]), ())
-        if invocation and done < prompt:  # otherwise all tokens of this step follow the prompt
+        # With done >= prompt, all tokens of this step follow the prompt and use the adapter.
+        if invocation and done < prompt:
             start = _last(torch.from_numpy(batch.token_ids_cpu[row, :prompt]), invocation)
             base = min(count, max(0, (prompt if start is None else start) - done))
             of_tokens[token : token + base] = [0] * base
-            if base == count:  # sampled from its last tokens
+            if base == count:  # The sampled positions are the last tokens, which use the base.
                 of_samples[sample : sample + sampled] = [0] * sampled
         token, sample = token + count, sample + sampled
     return tuple(of_samples), tuple(of_tokens), requests

@@ -1,9 +1,13 @@
-"""Constraints of requests, from the arrival at vLLM's engine to the logits of each step.
+"""Constraints of requests in vLLM.
 
-A request has its constraint in ``SamplingParams.extra_args``. The engine builds it when the request
-arrives and checks it against the budget. A constraint that cannot be met raises there, for that
-request alone, since an error in a step would end the engine for all requests. The workers receive
-the built constraint. This file does not need vLLM; vLLM loads the class in :mod:`.processor`.
+A constraint describes the texts that a request may generate (:mod:`lora_ext.control`). The client
+sends its description in ``SamplingParams.extra_args``. When the request arrives, the engine builds
+the constraint and checks that a text within the budget, the maximum number of new tokens, can
+satisfy it. An error at this point affects only this request, whereas an error in a step would end
+the engine for all requests. The workers receive the built constraint and apply it to the logits of
+each step.
+
+This file does not import vLLM. The class that vLLM loads is in :mod:`.processor`.
 """
 
 from __future__ import annotations
@@ -24,12 +28,12 @@ from lora_ext.serving import Standing, constrained, read_format
 from ._interface import wrap
 
 KEY = "lora_ext_constraint"  # key in SamplingParams.extra_args
-GUIDE = "lora_ext_guide"  # key in the engine's additional_config: the folder of a guide
+GUIDE = "lora_ext_guide"  # key in the engine's additional_config for the folder of a guide
 PROCESSOR = "lora_ext.interop.vllm.processor:Constraints"
 _MARK = "_lora_ext_constrains"
 _KEPT_VOCABULARIES, _KEPT_PLANS = 4, 256
-_GREEDY = 1e-5  # vLLM takes the likeliest token below this temperature
-#: Fields of SamplingParams that would cut a text or forbid tokens that a constraint needs.
+_GREEDY = 1e-5  # Below this temperature, vLLM always chooses the most likely token.
+#: Fields of SamplingParams that could cut a text early, or forbid tokens that a constraint needs.
 _NONE_OF = (
     "stop",
     "bad_words",
@@ -42,19 +46,22 @@ _doors: set[type] = set()  # engine classes of this process that build constrain
 
 
 def asked_for(params: Any) -> Callable[[Any], Constraint] | None:
-    """Return a function that builds a request's constraint from a vocabulary; None without one.
+    """Return a function that builds the constraint of a request from a vocabulary.
+
+    Returns None if the request has no constraint, or if it has been built already.
 
     Args:
         params: vLLM's ``SamplingParams``.
 
     Raises:
-        ValueError: If the value is not a constraint, or another parameter excludes one.
-        NotImplementedError: For grammars, which an automaton cannot represent.
+        ValueError: If the value does not describe a constraint, or if another parameter must not be
+            used with a constraint.
+        NotImplementedError: If the constraint is a grammar, which an automaton cannot represent.
     """
     given = (params.extra_args or {}).get(KEY)
     if given is None or isinstance(given, Constraint):
         return None
-    if isinstance(given, str):  # over HTTP, where vllm_xargs has no objects
+    if isinstance(given, str):  # Over HTTP, the values of vllm_xargs cannot be objects.
         try:
             given = json.loads(given)
         except (ValueError, RecursionError) as error:
@@ -74,14 +81,17 @@ def asked_for(params: Any) -> Callable[[Any], Constraint] | None:
 
 
 def budget_of(params: Any, prompt: Sequence[int] | None, length: int) -> int:
-    """Return the most tokens of a text, by ``max_tokens`` and the model's length."""
+    """Return the maximum number of new tokens of a request.
+
+    ``max_tokens`` and the model's maximum length limit it.
+    """
     left = length - len(prompt or ())
     return left if params.max_tokens is None else min(params.max_tokens, left)
 
 
 # --- arrival at the engine ------------------------------------------------------------------------
 class Builder:
-    """Builder of the constraints of requests to one engine.
+    """Builder of constraints for the requests to one engine.
 
     Args:
         config: vLLM's ``VllmConfig``.
@@ -94,11 +104,15 @@ class Builder:
         self._vocabulary = functools.lru_cache(_KEPT_VOCABULARIES)(self._read_vocabulary)
 
     def built(self, request: Any) -> Any:
-        """Return a request's parameters with its constraint built; unchanged without one.
+        """Return the sampling parameters of a request with its constraint built.
+
+        The parameters of a request without a constraint are returned unchanged.
 
         Raises:
-            ValueError, NotImplementedError: As :func:`asked_for`; if the constraint is too large or
-                does not fit into the budget; or without lora_ext's logits processor.
+            ValueError: If :func:`asked_for` raises it; if the constraint is too large, or no text
+                within the budget satisfies it; if the prompt is not given as tokens; or if the
+                engine was started without lora_ext's logits processor.
+            NotImplementedError: If the constraint is a grammar.
         """
         params = request.sampling_params
         if params is None or (asked := asked_for(params)) is None:
@@ -130,7 +144,7 @@ class Builder:
 
 
 def build_at_door(engine: Any) -> None:
-    """Make vLLM's ``EngineCore`` build constraints with :class:`Builder`, in the whole process."""
+    """Make vLLM's ``EngineCore`` build constraints when requests arrive, in the whole process."""
 
     def preprocess_add_request(inner: Any, self: Any, request: Any, *args: Any) -> Any:
         if getattr(request, "sampling_params", None) is not None:
@@ -144,34 +158,44 @@ def build_at_door(engine: Any) -> None:
 
 
 def in_front(settings: Any) -> Callable[[Any], None]:
-    """Return :meth:`Builder.built` for requests in front of an engine with these settings."""
+    """Return a check for requests that have not reached the engine's core yet.
+
+    The check builds the constraint of a request and raises the errors of :meth:`Builder.built`.
+
+    Args:
+        settings: vLLM's ``VllmConfig``.
+    """
     return Builder(settings).built
 
 
 # --- logits of a step -----------------------------------------------------------------------------
 @dataclass
 class _Following:
-    """Request of the batch and the state of its text."""
+    """Request of the batch with the state of its constraint after the generated tokens."""
 
     row: Row | None
     temperature: float
-    tokens: list[int]  # vLLM's own list, which grows
-    seen: int = field(default=0)
+    tokens: list[int]  # vLLM's list of generated tokens, to which vLLM appends
+    seen: int = field(default=0)  # number of tokens that `row` includes
 
 
 class ConstrainedRows:
-    """Rows of vLLM's batch with constraints, with the methods of a vLLM logits processor.
+    """Logits processor that applies constraints, without the base class of vLLM.
 
-    vLLM divides by the temperature afterwards; the result has the distribution of docs/control.md.
-    Penalties, ``top_p``, ``top_k`` and ``min_p`` change the distribution, but texts still satisfy
-    their constraints. Rows without a constraint stay unchanged.
+    vLLM divides the logits by the temperature afterwards. Tokens then have the distribution that
+    ``docs/control.md`` describes. Penalties, ``top_p``, ``top_k`` and ``min_p`` change this
+    distribution, but texts still satisfy their constraints. Rows without a constraint stay
+    unchanged. Shape letters: ``B`` rows of the batch, ``V`` vocabulary size.
 
     Args:
-        vllm_config: ``additional_config["lora_ext_guide"]`` is the folder of a guide, if any.
-        device, is_pin_memory: not used.
+        vllm_config: vLLM's configuration. If ``additional_config`` contains "lora_ext_guide", it is
+            the folder of a guide: a hidden Markov model of the model's text, with which constraints
+            look ahead.
+        device: not used.
+        is_pin_memory: not used.
 
     Raises:
-        ValueError: If the guide has another vocabulary.
+        ValueError: If the guide has another vocabulary size than the model.
     """
 
     def __init__(self, vllm_config: Any, device: Any = None, is_pin_memory: bool = False):
@@ -188,7 +212,7 @@ class ConstrainedRows:
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Raise ValueError as :func:`asked_for`, and for any constraint if the plug-in is off."""
+        """Raise ValueError for an invalid constraint, or for any if the plug-in is disabled."""
         try:
             asked = asked_for(sampling_params)
         except NotImplementedError as error:
@@ -197,7 +221,7 @@ class ConstrainedRows:
         require(asked is None or _doors, KEY, "value", expected, "it off")
 
     def is_argmax_invariant(self) -> bool:
-        """Return False: a constraint can forbid the likeliest token."""
+        """Return False, because a constraint can forbid the most likely token."""
         return False
 
     def update_state(self, batch_update: Any) -> None:
@@ -223,8 +247,11 @@ class ConstrainedRows:
                 rows[here] = other
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Return ``logits (B, V) + temperature * log r`` of the rows with constraints."""
-        # Read the tokens since the last step; a preempted request returns with all its tokens.
+        """Return ``logits (B, V)``, plus ``temperature * log r`` for rows with a constraint.
+
+        ``r`` is the ratio with which the constraint changes the probability of a token.
+        """
+        # A row may have several new tokens: a preempted request returns with all its tokens.
         while behind := [r for r in self._following.values() if r.seen < len(r.tokens)]:
             rows = advance([r.row for r in behind], [r.tokens[r.seen] for r in behind])
             for each, row in zip(behind, rows, strict=True):

@@ -1,4 +1,4 @@
-"""Wrapper for vLLM's CPU platform."""
+"""Punica wrapper for vLLM's CPU platform: the object that computes the updates of LoRA layers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ _Base: Any = importlib.import_module("vllm.lora.punica_wrapper.punica_cpu").Puni
 
 
 class LoraExtWrapperCPU(Updates, _Base):
-    """vLLM's CPU wrapper with the updates of lora_ext.
+    """vLLM's CPU wrapper, with lora_ext's methods for the updates.
 
-    vLLM still manages the buffers of ids and classification heads that an adapter replaces.
+    vLLM's methods still manage the buffers of adapter ids, and compute classification heads that an
+    adapter replaces.
     """
 
     def add_lora_w13(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Wrapper for vLLM's CUDA platform: tested in parts on the emulator, never on a GPU.
+"""Punica wrapper for vLLM's CUDA platform: the object that computes the updates of LoRA layers.
 
-Off by default; ``LORA_EXT_VLLM=cuda`` enables it. A captured graph uses the rows of each step: it
-reads ids and ranks from buffers with a fixed address. During a capture, no decision depends on the
-step's state on the host.
+Parts of it are tested on the emulator, but it has never run on a GPU. It is disabled by default and
+enabled by ``LORA_EXT_VLLM=cuda``. A captured CUDA graph reads adapter ids and ranks from buffers
+with a fixed address, so each replay uses the rows of the current step. During a capture, no
+decision depends on state of the step that is on the host.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ _Base: Any = importlib.import_module("vllm.lora.punica_wrapper.punica_gpu").Puni
 
 
 class LoraExtWrapperCUDA(Updates, _Base):
-    """vLLM's CUDA wrapper with the updates of lora_ext.
+    """vLLM's CUDA wrapper, with lora_ext's methods for the updates.
 
-    vLLM still manages the buffers of ids, routed experts and classification heads that an adapter
-    replaces.
+    vLLM's methods still manage the buffers of adapter ids, and compute routed experts and the
+    classification heads that an adapter replaces.
     """

@@ -1,9 +1,9 @@
 """Checks of requests in vLLM's ``LLMEngine``, before they reach the engine's core.
 
-``LLMEngine`` registers a request and then passes it to the core. It would wait forever for a
-request that the core rejects. The checks of the core therefore run here as well, before the request
-is registered. The engine of a server needs no check: it receives the core's errors, and its event
-loop must not block.
+``LLMEngine`` registers a request and then passes it to the core. If the core rejected the request,
+``LLMEngine`` would wait for it forever. The checks that the plug-in adds to the core therefore also
+run here, before the request is registered. vLLM's asynchronous engine, which a server uses, needs
+no checks here: it receives the core's errors, and a check would block its event loop.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from typing import Any
 from ._interface import wrap
 
 _MARK = "_lora_ext_checks"
-_checkers: dict[type, list[Callable[[Any], Callable[[Any], object]]]] = {}  # by class of engine
+_checkers: dict[type, list[Callable[[Any], Callable[[Any], object]]]] = {}  # by engine class
 
 
 def register_check(front: Any, checker: Callable[[Any], Callable[[Any], object]]) -> None:
-    """Check each request of vLLM's ``LLMEngine`` in the process; add a checker only once.
+    """Check each request of all ``LLMEngine`` that this process creates from now on.
+
+    Registering the same ``checker`` again does nothing.
 
     Args:
         front: the class ``LLMEngine``.
-        checker: function of an engine's settings that returns the check. The check is called with
-            each request of the engine, and raises.
+        checker: function that receives the settings of an engine (``VllmConfig``) and returns a
+            check. The check receives each request of the engine and raises for an invalid one.
     """
     checkers = _checkers.setdefault(front, [])
     if checker not in checkers:

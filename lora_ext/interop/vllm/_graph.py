@@ -1,7 +1,9 @@
 """Methods that a compiled graph calls as ops.
 
-A traced graph would keep the rows of the step in which it was traced. A method that reads them is
-therefore an op, which looks up its wrapper, and the rows in it, when the graph runs.
+The methods of a punica wrapper read the adapters of the current step's rows. If torch.compile
+traced into such a method, the graph would contain the rows of the step in which it was traced. In a
+graph the method is therefore an op, which looks up the wrapper by a number and reads the rows when
+the graph runs.
 """
 
 from __future__ import annotations
@@ -19,17 +21,24 @@ _handles = itertools.count()
 
 
 def known(wrapper: Any) -> int:
-    """Return the number by which ops find this wrapper; holds only a weak reference."""
+    """Register a wrapper and return the number with which ops find it.
+
+    Only a weak reference to the wrapper is stored.
+    """
     handle = next(_handles)
     _wrappers[handle] = wrapper
     return handle
 
 
 def in_graph(arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a method of an object with a ``handle``; a trace calls ``lora_ext::vllm_<name>``.
+    """Return a decorator for a method. A compiled graph calls the method as an op.
+
+    The op of a method ``_name`` is ``lora_ext::vllm_name``. The method's object must have an
+    attribute ``handle``, the result of :func:`known`.
 
     Args:
-        arguments: schema of the arguments after ``self``.
+        arguments: schema of the op's arguments after ``handle``: those of the method after
+            ``self``.
     """
 
     def decorate(method: Callable[..., None]) -> Callable[..., None]:

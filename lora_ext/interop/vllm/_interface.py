@@ -1,4 +1,4 @@
-"""Checks and wrappers of the internal interface of vLLM that lora_ext uses."""
+"""Checks of vLLM's internal functions that lora_ext uses, and a function to wrap them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 MARK = "_lora_ext_follows"  # attribute of a function that was wrapped
-# Functions that are called or wrapped, by their owner: parameters in vLLM's order, without
-# ``self``. The owners are the wrapper of kernels, the manager of adapters, the engine's core, its
-# method that receives requests, ``LLMEngine``, the keys of blocks, the batch of a step, and the
-# reader of PEFT's files.
+# Parameters of the functions of vLLM that lora_ext calls or wraps, in vLLM's order and without
+# ``self``, by part of the interface. In this order, the parts are: the punica wrapper, the manager
+# of adapters, the engine's core, the core's method that receives requests, ``LLMEngine``, the keys
+# of prefix cache blocks, the batch of a step, and the reader of PEFT's files.
 _CALLED: dict[str, dict[str, str]] = {
     "wrapper": {
         "update_metadata": "mapping lora_index_to_id",
@@ -38,7 +38,7 @@ _CALLED: dict[str, dict[str, str]] = {
     "batch": {"make_lora_inputs": "num_scheduled_tokens num_sampled_tokens"},
     "helper": {"_validate_features": ""},
 }
-# Attributes that each owner's methods use.
+# Names of the attributes that lora_ext uses, by part. The methods of the part must mention them.
 _READ = {
     "wrapper": "_token_lora_indices _sampler_indices",
     "manager": "lora_index_to_id punica_wrapper_mapping",
@@ -50,13 +50,16 @@ _READ = {
 
 
 def found(name: str) -> Any:
-    """Return a member of a module by its dotted name."""
+    """Import and return a member of a module by its dotted name."""
     module, _, member = name.rpartition(".")
     return getattr(importlib.import_module(module), member)
 
 
 def lacking(part: str, name: str) -> str | None:
-    """Return the result of :func:`missing`, or the error of importing ``name``."""
+    """Return the first member of ``part`` that ``name`` lacks, or None.
+
+    If ``name`` cannot be imported, returns the error.
+    """
     try:
         return missing(part, found(name))
     except (ImportError, AttributeError) as error:
@@ -75,12 +78,20 @@ def missing(part: str, owner: Any) -> str | None:
 
 
 def _differs(owner: Any, name: str, wanted: Sequence[str], first: int) -> str | None:
-    """Return the function if ``owner`` lacks it or its parameters from ``first`` on differ."""
+    """Return a description of a function that is missing or has other parameters, or None.
+
+    Args:
+        owner: class or module of vLLM.
+        name: name of the function in ``owner``.
+        wanted: names of the parameters that lora_ext passes.
+        first: index of the first parameter to compare: 1 for a method, which has ``self``.
+    """
     function = getattr(owner, name, None)
     if not callable(function):
         return f"{owner.__name__}.{name}"
     parameters = list(inspect.signature(function).parameters.values())
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters):  # another plug-in wrapped it
+    # With *args, another plug-in has probably wrapped the function, and nothing can be compared.
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
         return None
     if [each.name for each in parameters[first : len(wanted) + first]] != list(wanted):
         return f"{owner.__name__}.{name}({', '.join(wanted)})"
@@ -88,7 +99,10 @@ def _differs(owner: Any, name: str, wanted: Sequence[str], first: int) -> str | 
 
 
 def _names(kind: type) -> Iterator[str]:
-    """Yield the names that the methods of a class use, since attributes are not declared."""
+    """Yield all names that the code of a class's methods contains.
+
+    They include the attributes of instances, which are declared nowhere else.
+    """
     for base in kind.__mro__:
         for member in filter(callable, vars(base).values()):
             code: Any = getattr(inspect.unwrap(member), "__code__", None)
@@ -96,12 +110,13 @@ def _names(kind: type) -> Iterator[str]:
 
 
 def wrap(owner: Any, name: str, ours: Callable[..., Any], mark: str = MARK) -> None:
-    """Replace a function of vLLM by ``ours(function, *arguments)`` in the whole process.
+    """Replace a function of vLLM by one that calls ``ours(function, *arguments)``.
 
-    Further calls do nothing, even if another plug-in has wrapped the result.
+    This affects the whole process. Further calls with the same ``mark`` do nothing, even if another
+    plug-in has wrapped the replacement.
     """
     inner = getattr(owner, name)
-    if hasattr(inner, mark):  # functools.wraps copies the mark to a wrapper around ours
+    if hasattr(inner, mark):  # functools.wraps copies the mark to a wrapper around the replacement.
         return
 
     @functools.wraps(inner)

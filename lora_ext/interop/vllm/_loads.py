@@ -1,14 +1,18 @@
 """Unique name and number for each load of an adapter, inside vLLM's engine.
 
-vLLM keys blocks of its prefix cache by an adapter's name and path, a step's adapters by name, and
-slots by number. After a reload these no longer identify one set of weights. A name with two numbers
-leaves one of them out of the step, which ends the engine, and changed files at one path would use
-cached blocks of the old files. The wrapped engine therefore gives each load after the first a new
-name and number. A request keeps those of the load that was current when it arrived.
+vLLM identifies an adapter by its name and path in the keys of the prefix cache, by its name in a
+step, and by its number (``lora_int_id``) in the slots. After a reload, these no longer identify one
+set of weights:
 
-The same wrapper reads the invocation of an activated adapter and sends it along
-(:mod:`._activated`). It rejects requests that the adapter cannot answer, since an error in the
-middle of a step would end the engine.
+* If one name has two numbers, a step contains only one of them, and an error ends the engine.
+* If the files at a path have changed, requests would use cached blocks of the old weights.
+
+The wrapped engine therefore assigns a new name and number to each load after the first. A request
+uses the load that was current when the request arrived.
+
+The same wrapper reads the invocation of an activated adapter and stores it in the request
+(:mod:`._activated`). It rejects requests that the adapter cannot serve, since an error in a step
+would end the engine.
 """
 
 from __future__ import annotations
@@ -30,25 +34,30 @@ _LOADS = "_lora_ext_loads"
 @dataclass(frozen=True)
 class _Load:
     user_id: int
-    request: Any  # with the engine's name and number
+    request: Any  # LoRA request with the name and number inside the engine
     stamp: object  # state of the files when they were loaded
 
 
 class Loads:
-    """Loads of the adapters of one engine."""
+    """Loads of the adapters of one engine.
+
+    A *user's number* is the number of an adapter in requests, and an *engine's number* is the
+    number of one load inside the engine.
+    """
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int, str], _Load] = {}
-        self._user_ids: dict[int, int] = {}  # engine's number: user's number
-        self._last: dict[int, int] = {}  # user's number: engine's number of the last load
-        self._names: set[str] = set()
-        self._fresh = itertools.count(1 << 48)  # above any number that a user gives
-        self._lock = threading.Lock()  # requests arrive in a separate thread
+        self._user_ids: dict[int, int] = {}  # user's number by engine's number
+        self._last: dict[int, int] = {}  # engine's number of the last load by user's number
+        self._names: set[str] = set()  # all names inside the engine
+        self._fresh = itertools.count(1 << 48)  # larger than any user's number
+        self._lock = threading.Lock()  # Requests arrive in a separate thread.
 
     def of_request(self, request: Any) -> Any:
-        """Return the last load of a request's adapter, and load the adapter if there was no load.
+        """Return the LoRA request of the last load of an adapter.
 
-        With ``load_inplace`` it is loaded again if the files have changed.
+        A new load is created if the adapter has none, or if ``load_inplace`` is set and the files
+        have changed since the last load.
         """
         with self._lock:
             load = self._known.get(_key(request))
@@ -58,7 +67,10 @@ class Loads:
             return load.request
 
     def load(self, request: Any, into: Callable[[Any], bool]) -> bool:
-        """Load an adapter with ``into``, the engine's function; if it raises, nothing changes."""
+        """Load an adapter with ``into``, the engine's ``add_lora``.
+
+        If it raises, the last load of the adapter remains current.
+        """
         with self._lock:
             load = self._known.get(_key(request))
             if load is None or request.load_inplace:
@@ -69,20 +81,23 @@ class Loads:
         return loaded
 
     def remove(self, user_id: int, out_of: Callable[[int], bool]) -> bool:
-        """Remove all loads of a number; a later request for it makes a new load."""
+        """Remove all loads of a user's number with ``out_of``, the engine's ``remove_lora``.
+
+        A later request with this number creates a new load.
+        """
         with self._lock:
             ids = [i for i, user in self._user_ids.items() if user == user_id] or [user_id]
             self._known = {k: each for k, each in self._known.items() if each.user_id != user_id}
         return any([out_of(each) for each in ids])
 
     def pin(self, user_id: int, into: Callable[[int], bool]) -> bool:
-        """Pin the last load of a number."""
+        """Pin the last load of a user's number with ``into``, the engine's ``pin_lora``."""
         with self._lock:
             last = self._last.get(user_id, user_id)
         return into(last)
 
     def listed(self, ids: set[int]) -> set[int]:
-        """Return the user's numbers of the engine's numbers ``ids``."""
+        """Return the user's numbers for ``ids``, which are engine's numbers."""
         with self._lock:
             return {self._user_ids.get(each, each) for each in ids}
 
@@ -99,7 +114,8 @@ class Loads:
             for name in itertools.chain([request.lora_name], numbered)
             if name not in self._names
         )
-        made.load_inplace = False  # the number is new to the workers, so they read the files
+        # The number is new to the workers, so they read the files without `load_inplace`.
+        made.load_inplace = False
         self._names.add(made.lora_name)
         self._user_ids[made.lora_int_id] = request.lora_int_id
         return _Load(request.lora_int_id, made, _stamp(request))
@@ -114,7 +130,10 @@ def _key(request: Any) -> tuple[str, int, str]:
 
 
 def _stamp(request: Any) -> object:
-    """Return a value that changes with the files of a folder; None for a name on the Hub."""
+    """Return a value that differs if the files in the adapter's folder have changed.
+
+    Returns None if there is no such folder, as for a repository on the Hugging Face Hub.
+    """
     try:
         with os.scandir(os.path.expanduser(request.lora_path)) as entries:
             found = [(entry.name, entry.stat()) for entry in entries]
@@ -124,7 +143,10 @@ def _stamp(request: Any) -> object:
 
 
 def follow_loads(engine: Any) -> None:
-    """Wrap methods of vLLM's ``EngineCore`` with :class:`Loads`, once in the process."""
+    """Wrap the methods of vLLM's ``EngineCore`` that load adapters and receive requests.
+
+    The methods are wrapped once in the process, and each engine has one :class:`Loads`.
+    """
 
     def loads(self: Any) -> Loads:
         return self.__dict__.setdefault(_LOADS, Loads())

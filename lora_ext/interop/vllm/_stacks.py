@@ -1,8 +1,10 @@
-"""True ranks of the adapters in vLLM's stacks.
+"""Ranks of the adapters in vLLM's stacks.
 
-vLLM keeps the adapters of a layer in one tensor, a *stack*, ``(slots, 1, R, I)`` or ``(slots, 1, O,
-R)`` with ``R`` the engine's ``max_lora_rank``, and pads each adapter with zeros. A stack has the
-layout of a bank of lora_ext's ops; only the ranks are missing.
+vLLM stores the factors of all adapters of a layer in two tensors, *stacks*, ``(slots, 1, R, I)``
+and ``(slots, 1, O, R)``. ``R`` is the engine's ``max_lora_rank``, ``I`` is the number of input
+features and ``O`` of output features. Each adapter has one slot, padded with zeros to ``R``. A
+stack has the layout of a bank (stacked factors) of lora_ext's ops, which also need the rank of each
+adapter. vLLM does not store the ranks.
 """
 
 from __future__ import annotations
@@ -14,43 +16,48 @@ from lora_ext.rows import capturing
 
 
 class Stack:
-    """View of a stack as a bank, and the rank of each slot in it.
+    """View of a stack as a bank, and the rank of the adapter in each slot.
 
-    The rank of a slot is the index of the last nonzero row of ``a``, or column of ``b``, plus one.
+    The rank is the number of rows of ``a`` (or columns of ``b``) up to the last nonzero one.
     """
 
     def __init__(self, stack: Tensor, rank_dim: int):
         self.bank = stack.flatten(0, 1)  # (slots, R, I) or (slots, O, R)
         self._other_dim = {1: 1, 2: 0}[rank_dim]
         self._on_host = [0] * self.bank.shape[0]
-        with torch.inference_mode(False):  # vLLM also fills slots outside of inference mode
+        # vLLM also fills slots outside of inference mode, where an inference tensor cannot change.
+        with torch.inference_mode(False):
             self.ranks = torch.zeros(self.bank.shape[0], dtype=torch.int32, device=stack.device)
         for slot in range(self.bank.shape[0]):
             self.read(slot)
 
     def idle(self) -> bool:
-        """Return whether no adapter changes this layer; False during a capture."""
+        """Return whether no adapter changes this layer; always False during a CUDA graph capture.
+
+        A replay may run after an adapter for this layer was loaded.
+        """
         return not any(self._on_host) and not capturing(self.bank.device)
 
     def read(self, slot: int) -> None:
-        """Update the rank of a slot; synchronises with a device."""
-        held = self.bank[slot].abs().amax(self._other_dim).nonzero()[:, 0]  # nonzero rows of a
+        """Update the rank of a slot from its values. This synchronises with a GPU."""
+        # Indices of the rows of a (or columns of b) that are not zero.
+        held = self.bank[slot].abs().amax(self._other_dim).nonzero()[:, 0]
         self._on_host[slot] = int(held[-1]) + 1 if len(held) else 0
-        self.ranks[slot] = self._on_host[slot]  # in place: a captured graph reads it
+        self.ranks[slot] = self._on_host[slot]  # in place, because captured graphs read the tensor
 
 
 class Stacks:
-    """Stacks of a wrapper, by the address of their memory."""
+    """:class:`Stack` of each tensor that vLLM passes to a wrapper, by the tensor's address."""
 
     def __init__(self) -> None:
         self._met: dict[int, Stack] = {}
 
     def of_a(self, stack: Tensor) -> Stack:
-        """Return the :class:`Stack` of ``(slots, 1, R, I)``."""
+        """Return the :class:`Stack` of the factors ``a (slots, 1, R, I)``."""
         return self._met.get(stack.data_ptr()) or self._meet(stack, 1)
 
     def of_b(self, stack: Tensor) -> Stack:
-        """Return the :class:`Stack` of ``(slots, 1, O, R)``."""
+        """Return the :class:`Stack` of the factors ``b (slots, 1, O, R)``."""
         return self._met.get(stack.data_ptr()) or self._meet(stack, 2)
 
     def _meet(self, stack: Tensor, rank_dim: int) -> Stack:
@@ -58,6 +65,6 @@ class Stacks:
         return met
 
     def read(self, slot: int) -> None:
-        """Update the ranks of a slot whose adapter has changed."""
+        """Update the ranks of a slot in all stacks, after its adapter has changed."""
         for stack in self._met.values():
             stack.read(slot)

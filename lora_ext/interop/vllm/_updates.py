@@ -1,8 +1,9 @@
 """The low-rank updates of vLLM's LoRA layers, computed by lora_ext's ops.
 
-The layers of vLLM share one *wrapper* object. They pass it their input, output and stacks, and it
-adds the update of each row's adapter to the output, in place. Shape letters: ``T`` rows, ``I`` in,
-``O`` out, ``R`` the engine's ``max_lora_rank``.
+vLLM's LoRA layers share one *punica wrapper*. A layer passes its input, its output and its stacks
+(the factors of all adapters, see :mod:`._stacks`) to the wrapper, which adds the update of each
+row's adapter to the output in place. Shape letters: ``T`` rows, ``I`` input features, ``O`` output
+features, ``R`` the engine's ``max_lora_rank``.
 
 Source: Punica (Chen et al. 2023), section 4, for shrink and expand; vLLM's ``PunicaWrapperABC`` for
 names and arguments.
@@ -26,13 +27,15 @@ from ._stacks import Stack, Stacks
 
 
 class Updates:
-    """Mixin of a wrapper's methods, to be placed before one of vLLM's wrapper classes.
+    """Mixin for vLLM's punica wrappers that computes the updates; place it before vLLM's class.
 
     Rows without an adapter stay unchanged, whatever the slots contain. Nothing is computed if no
-    row of the step has an adapter, or no adapter changes the layer.
+    row of the step has an adapter, or if no adapter changes the layer.
     """
 
-    _token_lora_indices: Tensor  # vLLM's buffers, (max_num_batched_tokens,) int64
+    # vLLM's buffers with the slot of each token and of each sampled position,
+    # (max_num_batched_tokens,) int64.
+    _token_lora_indices: Tensor
     _sampler_indices: Tensor
 
     def __init__(
@@ -48,13 +51,16 @@ class Updates:
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any
     ) -> None:
-        """Store the adapters of the rows of a new step; vLLM calls this when they have changed."""
+        """Store the adapter of each row of a new step.
+
+        vLLM calls this if the adapters of the rows have changed since the last step.
+        """
         super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         self._tokens.follow(mapping.index_mapping)
         self._samples.follow(mapping.prompt_mapping)
 
     def slot_changed(self, slot: int) -> None:
-        """Read the ranks of an adapter that vLLM has written into a slot."""
+        """Update the ranks of a slot, after vLLM has copied an adapter into it."""
         self._stacks.read(slot)
 
     @in_graph("Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, float scale, SymInt[] widths")
@@ -88,17 +94,22 @@ class Updates:
     ) -> None:
         """Compute ``y[:, slice i] += scale * b[i] @ (a[i] @ x)`` with the adapter of each row.
 
+        A layer such as a merged projection of query, key and value has several output slices, with
+        separate factors.
+
         Args:
-            y: ``(T, O)``, the columns of all slices.
-            x: ``(T, I)``.
-            lora_a_stacked: one ``(slots, 1, R, I)`` per slice.
-            lora_b_stacked: one ``(slots, 1, O, R)`` per slice.
-            scale: factor of the update; vLLM has multiplied the adapters' own scales into ``b``.
-            output_slices: the width of each slice.
-            kwargs: ``add_inputs=False`` overwrites ``y``.
+            y: output ``(T, O)``, with the columns of all slices.
+            x: input ``(T, I)``.
+            lora_a_stacked: one stack ``(slots, 1, R, I)`` per slice.
+            lora_b_stacked: one stack ``(slots, 1, width, R)`` per slice.
+            scale: factor of all updates. The scale of each adapter is not included: vLLM has
+                multiplied it into ``b``.
+            output_slices: width of each slice.
+            kwargs: ``add_inputs=False`` overwrites ``y`` instead of adding to it.
 
         Raises:
-            RuntimeError: If several adapters have rows, and ``x`` has fewer rows than the step.
+            RuntimeError: If ``x`` has fewer rows than the step, and the rows of the step do not all
+                use the same adapter.
         """
         if not kwargs.get("add_inputs", True):
             y.zero_()
@@ -120,20 +131,21 @@ class Updates:
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Compute :meth:`add_lora_linear` of an output head.
+        """Add the update of an output head to the logits ``y``, as :meth:`add_lora_linear` does.
 
-        Its rows are the sampled positions, or the positions of a prompt.
+        The rows are the sampled positions, or positions of a prompt.
 
         Args:
-            y: ``(T, vocabulary)``, or more columns if vLLM pads.
-            x: ``(T, I)``.
-            lora_a_stacked: ``(slots, 1, R, I)``.
-            lora_b_stacked: ``(slots, 1, O, R)``.
+            y: logits ``(T, vocabulary)``, with more columns if vLLM pads the vocabulary.
+            x: hidden states ``(T, I)``.
+            lora_a_stacked: stack ``(slots, 1, R, I)``.
+            lora_b_stacked: stack ``(slots, 1, O, R)``.
             scale: factor of the update.
             kwargs: not used.
 
         Raises:
-            RuntimeError: If an adapter changes the head, and the rows of ``x`` are neither.
+            RuntimeError: If an adapter changes the head, and the rows of ``x`` are neither sampled
+                positions nor positions of a prompt.
         """
         self._logits(
             y.view(-1, y.shape[-1]), x.flatten(0, -2), lora_a_stacked, lora_b_stacked, scale
@@ -159,9 +171,10 @@ class Updates:
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Compute ``y[i] = scale * a[i] @ x``; rows without an adapter are zero.
+        """Compute ``y[i] = scale * a[i] @ x`` for each slice ``i`` of a layer.
 
-        ``y[i]`` is ``(T, R)``.
+        Rows without an adapter are set to zero. ``y[i]`` is ``(T, R)``; for the other arguments,
+        see :meth:`add_lora_linear`.
         """
         x = x.flatten(0, -2)
         for of_y, of_a in zip(y, lora_a_stacked, strict=True):
@@ -194,9 +207,10 @@ class Updates:
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Compute ``y[:, slice i] += b[i] @ x[i]``; the slices begin at column ``offset_start``.
+        """Compute ``y[:, slice i] += b[i] @ x[i]``. The slices begin at column ``offset_start``.
 
-        ``x[i]`` is ``(T, R)``, the result of :meth:`add_shrink`, possibly reduced over processes.
+        ``x[i]`` is ``(T, R)``, a result of :meth:`add_shrink`. With tensor parallelism, vLLM has
+        reduced it over the processes. ``add_inputs=False`` overwrites the slices.
         """
         y, left = y.view(-1, y.shape[-1]), offset_start
         for of_x, of_b, width in zip(x, lora_b_stacked, output_slices, strict=True):
@@ -206,7 +220,7 @@ class Updates:
     def add_lora_embedding(
         self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
-        """Compute ``y += b @ x`` with ``x (T, R)``, the columns of ``a`` that vLLM looked up."""
+        """Compute ``y += b @ x``. ``x (T, R)`` are columns of ``a``, which vLLM has looked up."""
         self._expand(y, x, lora_b_stacked, 0, y.shape[1], add_inputs)
 
     def _rows_of_tokens(self, x: Tensor) -> OwnedRows | None:
@@ -215,10 +229,11 @@ class Updates:
         return self._tokens.rows(x.shape[0])
 
     def _rows_of_hidden_states(self, x: Tensor) -> OwnedRows | None:
-        """Return the rows of ``x``, hidden states of samples or a part of those of all tokens.
+        """Return the adapters of the rows of ``x``, the input of an output head.
 
-        vLLM passes the latter for log-probabilities of prompts. The number of rows in the memory of
-        ``x`` distinguishes the two.
+        ``x`` has the hidden states of the sampled positions. For log-probabilities of prompts, it
+        is a slice of the hidden states of all tokens. The size of the memory behind ``x``
+        distinguishes the two cases.
         """
         held, begin = x.shape[0], 0
         if x.is_contiguous():
@@ -234,10 +249,10 @@ class Updates:
 
 
 def follow_activations() -> None:
-    """Notify wrappers of each adapter that vLLM moves into a slot.
+    """Call :meth:`Updates.slot_changed` whenever vLLM copies an adapter into a slot.
 
-    The method of vLLM's adapter manager is wrapped in the whole process; further calls do nothing.
-    Managers with other wrappers are not affected.
+    The method ``activate_adapter`` of vLLM's adapter manager is wrapped in the whole process.
+    Further calls do nothing. Managers that use other punica wrappers are not affected.
     """
     manager = importlib.import_module("vllm.lora.model_manager").LoRAModelManager
     wrap(manager, "activate_adapter", _activate)
@@ -260,12 +275,13 @@ def _scales(scale: float, stack: Stack) -> Tensor | None:
 def _add(y: Tensor, x: Tensor, a: Stack, b: Tensor, scale: float, rows: OwnedRows) -> None:
     """Compute ``y += scale * b (a x)`` with the stack ``b (slots, 1, O, R)``.
 
-    If dtypes differ, the update is rounded to that of the stacks, and the sum to that of ``y``.
+    If dtypes differ, the update is rounded to the dtype of the stacks, and the sum to that of
+    ``y``.
     """
     if a.idle():
         return
     b = b.flatten(0, 1)
-    if y.shape[1] != b.shape[1]:  # vLLM pads the vocabulary of one of the two
+    if y.shape[1] != b.shape[1]:  # vLLM pads the vocabulary in one of the two.
         width = min(y.shape[1], b.shape[1])
         y, b = y[:, :width], b[:, :width]
     rest = (a.bank, b, rows.ids, _scales(scale, a), a.ranks, None, rows.plan)

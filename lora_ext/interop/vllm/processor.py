@@ -1,4 +1,4 @@
-"""Logits processor that vLLM imports by name."""
+"""Logits processor for constraints, which vLLM imports by the name of its class."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _Base: Any = importlib.import_module("vllm.v1.sample.logits_processor").LogitsPr
 
 
 class Constraints(ConstrainedRows, _Base):
-    """Logits processor for constraints of requests.
+    """vLLM logits processor that applies the constraints of requests.
 
-    Use ``LLM(..., logits_processors=["lora_ext.interop.vllm.processor:Constraints"])``;
-    docs/vllm.md describes the arguments of a request.
+    Use ``LLM(..., logits_processors=["lora_ext.interop.vllm.processor:Constraints"])``. The page
+    ``docs/vllm.md`` describes how a request contains a constraint.
     """

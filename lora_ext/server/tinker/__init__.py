@@ -1,6 +1,7 @@
-"""Tinker's API over HTTP on one machine, with many tenants on one base model.
+"""Server of Tinker's API over HTTP on one machine, with many tenants on one base model.
 
-``examples/tinker_server.py`` runs it. Needs the extra ``tenants``.
+Tinker is an API for training and sampling adapters. ``examples/tinker_server.py`` runs the server.
+The extra ``tenants`` must be installed.
 """
 
 from .app import make_app

@@ -1,4 +1,8 @@
-"""Sessions, models, samplers and saves of the server of Tinker's API; ``app`` has the routes."""
+"""Sessions, models, samplers and saves of Tinker's API. The routes are in :mod:`.app`.
+
+A client program opens a session, and trains models and samples in it. A model of the API is a
+tenant of the service: an adapter with its optimizer.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,22 @@ from lora_ext.tenants import QueueFullError, Sampler, Service
 from ._promises import KEPT, Answer, GoneError, Model, Promises
 from ._wire import prompt_of, written_samples
 
-_SESSIONS, _MODELS, _SAMPLERS = 64, 64, 64  # most per key, per key, and per session
+# Maximum number of sessions per API key, of models per API key, and of samplers per session.
+_SESSIONS, _MODELS, _SAMPLERS = 64, 64, 64
 _NOT_HERE = ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k")
 
 
 @dataclass(eq=False)
 class Session:
-    """Session of a client program, which ends without heartbeats."""
+    """Session of a client program. It ends if the client stops sending heartbeats.
+
+    Args:
+        key: API key of the client.
+        beat: time of the last heartbeat.
+        models: models by name.
+        samplers: samplers by name, the oldest first.
+        asked: responses by name of the sampler and number of the request, for repeated requests.
+    """
 
     key: str
     beat: float = field(default_factory=time.monotonic)
@@ -34,17 +47,19 @@ class Session:
     asked: OrderedDict[Any, Answer] = field(default_factory=OrderedDict)
 
     def keep(self, name: str, sampler: Sampler) -> None:
-        """Add a sampler; remove the oldest one if there are too many, as adapters take memory."""
+        """Add a sampler. If there are too many, remove the oldest: its adapter takes memory."""
         self.samplers[name] = sampler
         if len(self.samplers) > _SAMPLERS:
             self.samplers.popitem(last=False)
 
 
 class Api:
-    """State and rules of the API; each API key is a namespace.
+    """State and rules of the API. A client can use only the objects of its API key.
+
+    In the methods, ``key`` is the API key of the client, and ``asked`` is the body of its request.
 
     Args:
-        service: the training service.
+        service: service that trains and samples.
         base: name of the base model in requests.
     """
 
@@ -54,10 +69,10 @@ class Api:
         self.sessions: dict[str, Session] = {}
 
     def words_of(self, error: BaseException) -> str:
-        """Return the message of an error without the path of the store."""
+        """Return the message of an error, with the path of the store removed."""
         words, root = str(error), self.service.store.root
         for place in () if root is None else (root.resolve(), root):
-            # Paths that only begin with the store's path, such as /database for /data, are kept.
+            # A path that only begins with the same letters, as /database with /data, is kept.
             whole = rf"(?<![\w.-]){re.escape(str(place))}"
             words = re.sub(rf"{whole}{re.escape(os.sep)}", "", words)
             words = re.sub(rf"{whole}(?![\w-]|\.\w)", "the store", words)
@@ -84,7 +99,10 @@ class Api:
         return found
 
     def end(self, name: str, wait: bool = False) -> None:
-        """End a session: drop its models' waiting calls, and save their adapters."""
+        """End a session: drop the waiting calls of its models, and save their adapters.
+
+        With ``wait``, returns after the adapters have been saved.
+        """
         with self.promises.lock:
             session = self.sessions.pop(name, None)
             models = {} if session is None else dict(session.models)
@@ -93,7 +111,10 @@ class Api:
             model.tenant.close(wait, save_as=last)
 
     def pass_time(self, silence: float) -> list[str]:
-        """Start calls that have waited long enough; return sessions silent for longer."""
+        """Start calls that have waited long enough for a missing earlier call.
+
+        Returns the names of the sessions without a heartbeat for more than ``silence`` seconds.
+        """
         with self.promises.lock:
             for session in self.sessions.values():
                 for model in session.models.values():
@@ -110,7 +131,10 @@ class Api:
         raise GoneError(f"model_id: expected a model of this key, found {name!r:.200}")
 
     def in_order(self, key: str, asked: Answer, begin: Any, told: Any) -> Answer:
-        """Return a promise of a call of a model."""
+        """Return a promise of a model's call, which runs in the order of the sequence numbers.
+
+        For ``begin`` and ``told``, see :meth:`Promises.in_order`.
+        """
         model = self.model(key, asked["model_id"])[1]
         return self.promises.in_order(key, model, asked.get("seq_id"), begin, told)
 
@@ -120,7 +144,7 @@ class Api:
         name = f"{asked['session_id']}:train:{asked['model_seq_id']}"
         if (count := sum(len(each.models) for each in self._of(key)) + 1) > _MODELS:
             raise ValueError(f"model: expected at most {_MODELS} of a key, found {count}")
-        path = parsed(key, asked["path"]) if "path" in asked else None  # given by load_weights
+        path = parsed(key, asked["path"]) if "path" in asked else None  # only in load_weights
         if path is None:
             self.check_base(asked.get("base_model"))
         lora = asked.get("lora_config") or {}
@@ -138,7 +162,8 @@ class Api:
                 with self.promises.lock:
                     lives = self.sessions.get(asked["session_id"]) is session
                     kept = session.models.setdefault(name, Model(tenant)) if lives else None
-                if kept is None or kept.tenant is not tenant:  # a repeated call or ended session
+                # The session has ended meanwhile, or a repeated request was faster.
+                if kept is None or kept.tenant is not tenant:
                     tenant.close(wait=False)
             kind = "create_model" if path is None else "load_weights"
             return {"type": kind, "model_id": name, "path": asked.get("path")}
@@ -146,7 +171,10 @@ class Api:
         return self.promises.at_once(key, make)
 
     def _targets(self, lora: Answer) -> list[str]:
-        """Return the names of the linear layers to train, without the head."""
+        """Return the names of the linear layers to train.
+
+        ``train_attn`` and ``train_mlp`` in the request select layers. The head is never trained.
+        """
         found, head = set(), self.service.model.get_output_embeddings()
         for name, module in self.service.model.named_modules():
             inside = name.partition(".base_layer")[0].partition(".lora_")[0]
@@ -163,7 +191,7 @@ class Api:
             raise ValueError(f"base_model: expected {self.base!r}, found {name!r:.200}")
 
     def sampler(self, key: str, asked: Answer) -> Sampler:
-        """Return a sampler of a save, or of the base model."""
+        """Return a new sampler of a save, or of the base model."""
         if asked.get("model_path"):
             return self.service.sampler(parsed(key, asked["model_path"], "model_path"))
         self.check_base(asked.get("base_model"))
@@ -177,7 +205,7 @@ class Api:
         raise GoneError(f"sampling_session_id: expected one of this key, found {name!r:.200}")
 
     def sample(self, key: str, asked: Answer) -> Answer:
-        """Return a promise of samples; a repeated ``seq_id`` returns the same promise."""
+        """Return a promise of samples. A request with a repeated ``seq_id`` gets the same one."""
         name, number = asked.get("sampling_session_id"), asked.get("seq_id")
         session, sampler = self.samplers(key, name) if name else (None, self.sampler(key, asked))
         if session is not None and (name, number) in session.asked:
@@ -208,13 +236,16 @@ class Api:
 
 
 def folder(key: str, model: str, kind: str, name: str) -> str:
-    """Return the path of a save in the store, in a folder that depends on the key."""
+    """Return the path of a save, relative to the store. Each API key has a separate folder."""
     owner = hashlib.sha256(key.encode()).hexdigest()[:24]
     return os.path.join(owner, model.replace(":", "-"), kind, name)
 
 
 def parsed(key: str, uri: Any, field_: str = "path") -> str:
-    """Return the folder of ``tinker://MODEL/weights/NAME``; errors name the field."""
+    """Return the path in the store for a URI ``tinker://MODEL/weights/NAME``.
+
+    The ValueError for an invalid URI contains ``field_``, the name of the request's field.
+    """
     parts = uri.removeprefix("tinker://").split("/", 2) if isinstance(uri, str) else []
     known = len(parts) == 3 and parts[1] in ("weights", "sampler_weights")
     if not (known and uri.startswith("tinker://")):

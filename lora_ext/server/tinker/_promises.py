@@ -1,4 +1,8 @@
-"""Promised responses per API key, and calls that run in the order of their sequence numbers."""
+"""Promised responses per API key, and calls that run in the order of their sequence numbers.
+
+A request is answered at once with a promise: a ``request_id`` with which the client retrieves the
+response later.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +17,29 @@ from typing import Any
 
 from lora_ext.tenants import QueueFullError, Tenant, settle
 
-KEPT = 1024  # most stored responses of a key
-MOST = 512  # most open promises of a key
-GAP = 10.0  # seconds to wait for a missing call before later ones run
+KEPT = 1024  # maximum number of stored responses per API key
+MOST = 512  # maximum number of promises per API key whose responses are not ready
+GAP = 10.0  # seconds for which a call waits for a missing earlier call
 
 Answer = dict[str, Any]
 
 
 class GoneError(LookupError):
-    """Error for an object that does not exist, has another owner, or was removed."""
+    """Error for an object that does not exist, belongs to another API key, or was removed."""
 
 
 @dataclass(eq=False)
 class Model:
-    """Model of a training client; its calls run by number, whatever their order of arrival."""
+    """Model of a training client, with calls that run in the order of their sequence numbers.
+
+    Calls may arrive in another order.
+
+    Args:
+        tenant: tenant of the service that trains the model.
+        next: sequence number of the next call to run.
+        waiting: future, start function and time of arrival of each waiting call, by number.
+        promised: ``request_id`` of each call by number, for repeated requests.
+    """
 
     tenant: Tenant
     next: int = 1
@@ -34,7 +47,11 @@ class Model:
     promised: OrderedDict[int, str] = field(default_factory=OrderedDict)
 
     def pump(self, asking: int | None = None) -> None:
-        """Start the calls that are next; raise an error of call ``asking`` to the caller."""
+        """Start waiting calls in order, until one has to wait for a missing call.
+
+        If call ``asking`` cannot start, its error is raised. The error of another call is set on
+        its future.
+        """
         while self.waiting:
             first = min(self.waiting)
             future, start, since = self.waiting[first]
@@ -46,7 +63,7 @@ class Model:
                 if first == asking:
                     del self.waiting[first]
                     raise
-                return  # it has been promised and is tried again later
+                return  # The call has a promise already, so it is tried again later.
             except Exception as error:
                 self._begun(first)
                 if first == asking:
@@ -61,14 +78,18 @@ class Model:
 
 
 class Promises:
-    """Promises by key, with separate limits for each key."""
+    """Promised responses of all API keys; the limits apply to each key separately."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._of_keys: defaultdict[str, OrderedDict[str, Future[Any]]] = defaultdict(OrderedDict)
 
     def new(self, key: str, future: Future[Any] | None = None) -> tuple[str, Future[Any]]:
-        """Add a promise of a key, unless too many are open; return its name and future."""
+        """Add a promise and return its name and future.
+
+        Raises:
+            QueueFullError: If too many promises of the key are open.
+        """
         name, future = uuid.uuid4().hex, future or Future()
         with self.lock:
             own = self._of_keys[key]
@@ -81,7 +102,7 @@ class Promises:
         return name, future
 
     def get(self, key: str, name: str) -> Future[Any]:
-        """Return the future of a name; raise GoneError if this key has none."""
+        """Return the future of a promise; raise GoneError if the key has no promise ``name``."""
         with self.lock:
             found = self._of_keys[key].get(name) if key in self._of_keys else None
         if found is None:
@@ -89,7 +110,7 @@ class Promises:
         return found
 
     def at_once(self, key: str, action: Callable[[], Any]) -> Answer:
-        """Return a promise of an action, which runs in a new thread."""
+        """Run an action in a new thread and return a promise of its result."""
         name, future = self.new(key)
         threading.Thread(target=settle, args=(future, action), daemon=True).start()
         return {"request_id": name}
@@ -102,10 +123,15 @@ class Promises:
         begin: Callable[[Tenant], Future[Any]],
         told: Callable[[Any], Any],
     ) -> Answer:
-        """Return a promise of a call of a model; a repeated number returns the same promise.
+        """Run a call of a model in the order of sequence numbers; return a promise of its response.
 
-        ``begin`` puts the call into the tenant's queue; ``told`` makes the response from its
-        result.
+        Args:
+            key: API key.
+            model: model of the call.
+            number: sequence number of the call; None runs it at once. For a repeated number, the
+                promise of the first request is returned.
+            begin: function that adds the call to the queue of a tenant and returns its future.
+            told: function that makes the response from the result of the call.
         """
         with self.lock:
             if number is not None and number in model.promised:
@@ -125,8 +151,8 @@ class Promises:
             except BaseException as error:
                 del self._of_keys[key][request]
                 if isinstance(error, QueueFullError):
-                    raise  # the client repeats it with the same number
-                if number is not None:  # a repeated call gets the same error
+                    raise  # The client repeats the request with the same number.
+                if number is not None:  # A repeated request must get the same error.
                     refused: Future[Any] = Future()
                     refused.set_exception(error)
                     self._promised(model, number, self.new(key, refused)[0])

@@ -1,7 +1,8 @@
-"""Tinker's protobuf bodies: https://pypi.org/project/tinker, version 0.25 and later.
+"""Protobuf messages of Tinker's API: https://pypi.org/project/tinker, version 0.25 and later.
 
-Messages are defined here by field numbers, which determine the encoding: maps are lists of key and
-value, enumerations are numbers. Only the package ``protobuf`` is needed.
+The messages are defined here with the field numbers and types of Tinker's, which determine the
+encoding. Names may differ. A map is encoded as a list of messages with a key and a value, and an
+enumeration as a number. The only package that is needed is ``protobuf``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lora_ext._checks import instance
 from lora_ext.tenants import Datum, Result, Sample
 
 MIME = "application/x-protobuf"
-# Fields of each message: name, number, type; "*" before a type marks a repeated field.
+# Fields of each message, each with name, number and type. A repeated field has "*" before its type.
 _MESSAGES = {
     "Tensor": "dense 1 bytes, sparse_csr 2 bytes, dtype 3 int32, shape 4 *int64",
     "Text": "tokens 1 bytes",
@@ -64,10 +65,13 @@ messages = _made()
 
 
 def read_request(body: bytes) -> tuple[Any, list[Datum], dict[str, float]]:
-    """Return the request, its data and the options of its loss.
+    """Parse the body of a ``forward_backward`` or ``forward`` request.
+
+    Returns:
+        The message, its data, and the options of its loss.
 
     Raises:
-        ValueError: If the body is not such a message, or contains an image or sound.
+        ValueError: If the body is not such a message, or if it contains an image or sound.
     """
     try:
         request = messages["ForwardBackwardRequest"].FromString(body)
@@ -103,7 +107,7 @@ def _tensor(where: str, tensor: Any) -> torch.Tensor:
 
 
 def written_result(result: Result) -> bytes:
-    """Return the response to a ``forward_backward``."""
+    """Return the encoded response to a ``forward_backward`` or ``forward`` request."""
     answer = messages["ForwardBackwardOutput"](type="ArrayRecord")
     each = [np.ascontiguousarray(lp.numpy(), np.float32) for lp in result.logprobs]
     record = answer.loss_fn_outputs.add(num_datums=len(each))
@@ -118,9 +122,12 @@ def written_result(result: Result) -> bytes:
 
 
 def written_samples(samples: Sequence[Sample], prompt: Sequence[float] | None) -> bytes:
-    """Return the response to an ``asample``.
+    """Return the encoded response to an ``asample`` request.
 
-    ``prompt`` contains the log-probabilities of the prompt after its first token.
+    Args:
+        samples: the samples.
+        prompt: log-probabilities of the prompt's tokens after the first, or None. The response
+            contains NaN for the first token.
     """
     answer = messages["SampleResponse"]()
     for sample in samples:
@@ -135,7 +142,7 @@ def written_samples(samples: Sequence[Sample], prompt: Sequence[float] | None) -
 
 
 def prompt_of(prompt: Mapping[str, Any]) -> list[int]:
-    """Return the tokens of a prompt in JSON."""
+    """Return the tokens of the prompt in the JSON body of an ``asample`` request."""
     tokens: list[int] = []
     chunks = prompt["chunks"]
     instance("asample", "prompt.chunks", chunks, list)

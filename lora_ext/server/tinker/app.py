@@ -25,16 +25,16 @@ from ._wire import MIME, read_request, written_result
 
 try:
     import zstandard  # pyright: ignore[reportMissingImports]
-except ImportError:  # client/config then tells clients to send uncompressed bodies
+except ImportError:  # The response of client/config then asks clients not to compress bodies.
     zstandard = None
 
-PATIENCE = 25.0  # seconds to wait for a result before the client must try again
+PATIENCE = 25.0  # seconds that a request waits for a result before the client must try again
 SILENCE = 120.0  # seconds without a heartbeat after which a session ends
-MAX_BODY = 1 << 28
+MAX_BODY = 1 << 28  # bytes
 _OF_LOSSES = {"loss": "loss_fn", "config": "loss_fn_config"}
 _OF_LOSSES |= {"tokens": "model_input", "inputs": "loss_fn_inputs"}
 
-#: Types of the fields of JSON bodies; null is treated as a missing field.
+#: Names of the fields in JSON bodies by type. A field with the value null is treated as missing.
 _KINDS: dict[type, str] = {
     str: "session_id model_id base_model path model_path tinker_path sampling_session_id "
     "request_id kind",
@@ -49,19 +49,19 @@ _CODES |= {QueueFullError: 429, PoolFullError: 429}
 
 
 def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
-    """Make an application with Tinker's API for a service.
+    """Return a FastAPI application with Tinker's API for a service.
 
     Args:
-        service: the training service.
+        service: service that trains and samples.
         base: name of the base model in requests.
-        keys: accepted API keys; None accepts any.
+        keys: accepted API keys; None accepts every key.
 
     Raises:
         TypeError: If an argument has the wrong type; the message names it.
     """
     instance("make_app", "service", service, Service)
     instance("make_app", "base", base, str)
-    if keys is not None:  # `in` of a str would also accept parts of a key
+    if keys is not None:  # With a str, `in` would also accept a part of a key.
         instance("make_app", "keys", keys, (set, frozenset))
     api = Api(service, base)
     app = FastAPI(lifespan=lambda _: _life(api))
@@ -84,7 +84,10 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
         return await go_on(request)
 
     def post(path: str) -> Any:
-        """Return a decorator that adds a route for ``f(key, body)``, which runs in a thread."""
+        """Return a decorator that adds a POST route for ``function(key, body)``.
+
+        The function runs in a thread. Its arguments are the API key and the fields of the body.
+        """
 
         def decorate(function: Callable[[str, Answer], Any]) -> Any:
             async def run(request: Request) -> Any:
@@ -121,7 +124,7 @@ async def _life(api: Api) -> AsyncIterator[None]:
 
 
 async def _read(request: Request) -> Answer:
-    """Parse a request's body; return the fields that are not null."""
+    """Parse the JSON body of a request, and return the fields that are not null."""
     try:
         asked = json.loads(await read_body(request, MAX_BODY) or b"{}")
     except RecursionError:
@@ -257,7 +260,7 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
             with renamed("forward_backward", **_OF_LOSSES):
                 return call(data, asked.loss_fn or "cross_entropy", options)
 
-        # Protobuf reads a missing number as 0; the SDK counts from 1.
+        # A missing number is 0 in protobuf. Tinker's SDK counts from 1.
         where = request.state.key, {"model_id": asked.model_id, "seq_id": asked.seq_id or None}
         return await asyncio.to_thread(api.in_order, *where, begin, written_result)
 

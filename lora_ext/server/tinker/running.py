@@ -1,4 +1,4 @@
-"""Command-line entry point of the server of Tinker's API."""
+"""Command-line program that runs the server of Tinker's API."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from .app import make_app
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until Ctrl-C or SIGTERM; print the address once the server accepts requests.
+    """Run the server until Ctrl-C or SIGTERM.
+
+    The address is printed when the server begins to accept requests.
 
     Args:
-        argv: command-line arguments; None uses those of the program.
+        argv: command-line arguments; None uses the arguments of the process.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.model)
         except (OSError, ValueError, KeyError):
-            tokenizer = None  # stops that are texts are then rejected
+            tokenizer = None  # Requests with a text as a stop are then rejected.
         with Service(model, store=args.store, tokenizer=tokenizer) as service:
             app = make_app(service, str(args.model), keys)
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
