@@ -12,7 +12,7 @@ from ._output import Fault, printable
 
 __all__ = ["main"]
 
-# Errors that bad input raises. Any other exception is a bug and keeps its traceback.
+# Errors that bad input raises. Any other exception is a bug, and its traceback is printed.
 _BAD_INPUT = (ValueError, NotImplementedError, OSError)
 
 
@@ -20,15 +20,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: default are those of the process.
+        arguments: command-line arguments; None uses the arguments of the process.
 
     Returns:
-        the exit status: 0 on success; 1 if doctor or gpu-report finds a fault or inspect a value
-        that is not finite; 2 on bad input, after one sentence on standard error; 130 after Ctrl-C;
-        141 if the reader of standard output has closed it.
+        The exit status:
+
+        * 0 on success.
+        * 1 if ``doctor`` or ``gpu-report`` finds a fault, or ``inspect`` finds a value that is not
+          finite.
+        * 2 on bad input, which one sentence on standard error describes.
+        * 130 after Ctrl-C.
+        * 141 if the process that reads standard output has closed it.
 
     Raises:
-        SystemExit: after ``--help`` (0), ``--version`` (0) and invalid arguments (2).
+        SystemExit: After ``--help`` and ``--version`` with status 0, and on invalid arguments with
+            status 2.
     """
     parsed = make_parser().parse_args(arguments)
     name = f"lora-ext {parsed.command}"
@@ -58,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(error)
         return 2
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # torch has no exception type for this on a CPU.
+        # On a CPU, torch has no separate exception type for a lack of memory.
+        if "allocate memory" not in str(error):
             raise
         complain(f"expected an adapter that fits into memory: {error}")
         return 2

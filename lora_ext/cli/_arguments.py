@@ -1,4 +1,4 @@
-"""Commands and their arguments."""
+"""Parser of the command line: the commands and their arguments."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FOLDER = "folder of an adapter"
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Formatter without a placeholder line above the commands."""
+    """Formatter that omits the line ``COMMAND`` above the list of commands."""
 
     def _format_action(self, action: argparse.Action) -> str:
         text = super()._format_action(action)
@@ -54,7 +54,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser; its namespace has ``command`` and the function ``run(namespace)``."""
+    """Return the parser of the command line.
+
+    The namespace that it returns has the name of the command as ``command``, and as ``run`` a
+    function that runs the command and receives the namespace.
+    """
     parser = _Parser("lora-ext", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"lora_ext {lora_ext.__version__}")
     kind: Any = {"title": "commands", "dest": "command", "metavar": "COMMAND"}
@@ -84,7 +88,7 @@ def _command(
 
 
 def _add(parser: Any, name: str, text: str, metavar: str | None = None, **more: Any) -> None:
-    """Add an argument; a default that is not empty is appended to its help."""
+    """Add an argument. Its default value is appended to the help unless it is empty or zero."""
     if more.get("default") and more.get("action") is None:
         text += " (default: %(default)s)"
     parser.add_argument(name, help=text, metavar=metavar, **more)
@@ -287,7 +291,7 @@ def _add_serve(commands: Any) -> None:
 
 
 def _add_json(parser: argparse.ArgumentParser, out: bool = False) -> None:
-    """Add ``--json``, preceded by ``--out`` for a command that writes a folder."""
+    """Add ``--json``; with ``out``, also ``--out``, the folder that the command writes."""
     if out:
         text = "folder to write; replaces an adapter in it"
         _add(parser, "--out", text, "DIR", required=True)

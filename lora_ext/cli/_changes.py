@@ -1,4 +1,4 @@
-"""Commands that write an adapter: merge, resize, prune."""
+"""Commands that write an adapter: merge, resize and prune."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def merge(arguments: Namespace) -> int:
     _check_out(arguments.out)
     adapters = [LoraAdapter.load(folder) for folder in arguments.adapters]
     if arguments.weights is None:
-        sums = arguments.mode in ("ties", "dare")  # Other modes average the updates by default.
+        # By default, these modes sum the updates, and the other modes average them.
+        sums = arguments.mode in ("ties", "dare")
         weights = [1.0 if sums else 1 / len(adapters)] * len(adapters)
     else:
         weights = [w for group in arguments.weights for w in group]
@@ -54,7 +55,8 @@ def resize(arguments: Namespace) -> int:
     if arguments.rank < 1:
         raise ValueError(f"--rank: expected at least 1, found {arguments.rank}")
     adapter = LoraAdapter.load(arguments.adapter)
-    # An adapter that was trained with a rank above min(I, O) may keep it.
+    # A module of I inputs and O outputs can use the rank min(I, O). If the adapter was trained with
+    # a larger rank, that rank is also accepted.
     most = max(
         max(f.a.shape[0], min(f.a.flatten(1).shape[1], f.b.shape[0]))
         for f in adapter.modules.values()
@@ -86,7 +88,8 @@ def prune(arguments: Namespace) -> int:
 
     _check_out(arguments.out)
     adapter = LoraAdapter.load(arguments.adapter)
-    fields = splora.SploraConfig.__dataclass_fields__  # Options have the names of their fields.
+    # Each option has the name of a field of the config.
+    fields = splora.SploraConfig.__dataclass_fields__
     config = splora.SploraConfig(**{k: v for k, v in vars(arguments).items() if k in fields})
     models = arguments.base, arguments.aligned
     try:
@@ -97,7 +100,8 @@ def prune(arguments: Namespace) -> int:
         else:
             found = prune_adapter(adapter, lambda name: name not in chosen)
     except (TypeError, KeyError, ValueError) as error:
-        # The causes are quantised weights and missing layers. Settings become options in the text.
+        # The causes are quantised weights and missing layers, for example. In the message, settings
+        # of the config are replaced by the options of the command.
         message = str(error.args[0])
         for setting, option in _REMEDIES.items():
             message = message.replace(setting, option)
@@ -128,7 +132,7 @@ def prune(arguments: Namespace) -> int:
 
 
 def _check_out(out: str) -> None:
-    if not out:  # An empty path would be the current folder.
+    if not out:  # An empty path would mean the current folder.
         raise ValueError("--out: expected a folder, found ''")
 
 

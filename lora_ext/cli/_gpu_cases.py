@@ -1,4 +1,7 @@
-"""Cases of ``lora-ext gpu-report``: every launcher with its inputs and its formula."""
+"""Cases of ``lora-ext gpu-report``: ops with inputs, and the formulas that they must match.
+
+A launcher is a C++ function that starts the CUDA kernels of an op. The cases call every launcher.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,19 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """Op with its launchers, inputs and formula.
+    """Op with inputs, and the formula that its results must match.
 
     Args:
-        op: short name.
-        launchers: launchers of ``csrc/include`` that the op calls, without ``launch_``.
-        make: returns inputs for a generator and a size: 0 for the check, 1 (large) for the timing.
-        run, formula: return tensors for the inputs; the formula gets float64.
-        dtype: dtype of the inputs.
-        bound: largest error, relative to the largest value of a result.
-        exact: True if the results are indices, which must be equal.
+        op: name of the case, which begins with the name of the op.
+        launchers: names of the launchers in ``csrc/include`` that the op calls, without the prefix
+            ``launch_``.
+        make: function of a generator and a size that returns inputs. Size 0 is small, for the
+            check, and size 1 is large, for the timing.
+        run: function that calls the op with the inputs and returns the results.
+        formula: function that computes the same results with the formula, from float64 inputs.
+        dtype: dtype of the floating-point inputs of the op.
+        bound: maximum absolute error of a result, divided by its largest absolute value.
+        exact: whether the results must be equal, since they are indices.
     """
 
     op: str
@@ -41,7 +47,7 @@ class Case:
 
 
 def moved(inputs: Mapping[str, Any], outputs: list[Tensor]) -> int:
-    """Return the bytes of all arguments and results."""
+    """Return the total size in bytes of all arguments and results, which a kernel must move."""
     return sum(t.nbytes for t in [*tensors(inputs), *outputs])
 
 
@@ -85,13 +91,19 @@ def _lora(sizes: Any, g: torch.Generator, size: int) -> Inputs:
 
 
 def _both(name: str, launchers: tuple[str, ...], make: Any, run: Any, **how: Any) -> Case:
-    """Return the case of an op and the formula of that name, both called through ``run``."""
+    """Return the case of an op and of the formula with the same name.
+
+    ``run`` is called with either function and the inputs.
+    """
     op, formula, label = getattr(ops, name), getattr(reference, name), how.pop("op", name)
     return Case(label, launchers, make, lambda i: run(op, i), lambda i: run(formula, i), **how)
 
 
 def _pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> Case:
-    """Return the case of an op and a formula with equal arguments."""
+    """Return the case of an op and of a formula that have the same arguments.
+
+    ``arguments`` is the function that returns the arguments for the inputs.
+    """
 
     def run(function: Any, given: Inputs) -> list[Tensor]:
         found = function(*arguments(given))
@@ -117,7 +129,7 @@ def _siblings(given: Inputs) -> tuple[Any, ...]:
 
 
 def _plan(given: Inputs) -> list[Tensor]:
-    """Return the adapter ids of the rows, recovered from the plan."""
+    """Return the adapter id of each row, read from the op's plan (rows grouped by adapter)."""
     rows, adapters = len(given["ids"]), len(given["a"])
     plan = ops.lora_plan(given["ids"], adapters).cpu()
     found = torch.full((rows,), -1)
@@ -136,7 +148,10 @@ def _segments(g: torch.Generator, size: int) -> Inputs:
 def _gradients(
     function: Callable[..., Tensor], given: Inputs, names: tuple[str, ...], *rest: Any
 ) -> list[Tensor]:
-    """Return the result and the gradients of a weighted sum of it."""
+    """Return the result of a function, and gradients for the inputs ``names``.
+
+    The gradients are those of a weighted sum of the result. ``rest`` are further arguments.
+    """
     leaves = {name: given[name].detach().clone().requires_grad_() for name in names}
     y = function(*leaves.values(), *rest)
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
@@ -164,7 +179,7 @@ BF16 = {"dtype": torch.bfloat16, "bound": 2.0**-6}
 
 
 def lora_cases() -> list[Case]:
-    """Return the cases of serving, training and measuring adapters."""
+    """Return the cases of the ops that serve, train and measure adapters."""
     decode, prefill, wide = (partial(_lora, sizes) for sizes in (_DECODE, _PREFILL, _WIDE))
     halves = ("lora_shrink", "lora_expand")
     train = ("lora_train_shrink", "lora_train_backward")
@@ -221,7 +236,10 @@ def _head(given: Inputs) -> tuple[str, Tensor, Tensor, Tensor]:
 
 
 def _scored(function: Any, given: Inputs) -> list[Tensor]:
-    """Return the log-probabilities of the op's sample: the formula may draw other tokens."""
+    """Return the log-probabilities of the sample that the op has drawn.
+
+    The formula computes them for the op's tokens, since it might draw other tokens by rounding.
+    """
     if function is ops.circuit_sample:
         found = function(*_head(given), given["uniforms"])
         given["drawn"] = found.tokens
@@ -287,7 +305,10 @@ def _program(
 
 
 def _wide_program(g: torch.Generator, size: int) -> Inputs:
-    """Return a program with nodes for tensor cores, run stage by stage."""
+    """Return the inputs of a circuit that is large enough for tensor cores.
+
+    The op runs the program of such a circuit stage by stage.
+    """
     return _program(g, size, (130, 512), homogeneous=True)
 
 
@@ -309,7 +330,10 @@ def _layers_formula(given: Inputs) -> list[Tensor]:
 
 
 def _roots(program: ops.Program) -> list[int]:
-    """Return the units of the roots, which follow five other lists in ``program.numbers``."""
+    """Return the units of the circuit's roots.
+
+    In ``program.numbers``, they follow five other lists.
+    """
     nodes, parts, children, matrices, users = program.numbers[3:8].tolist()
     first = 10 + 6 * nodes + 4 * parts + 2 * children + 6 * matrices + users
     return program.numbers[first : first + program.plan[5]].tolist()
@@ -317,7 +341,8 @@ def _roots(program: ops.Program) -> list[int]:
 
 def _walk(given: Inputs) -> list[Tensor]:
     program = ops.Program(given["numbers"], list(given["plan"]))
-    # The op gets the values of the formula, so that both walks use the same values.
+    # The op receives the values that the formula has computed, so that both walks start from the
+    # same values.
     leaf, w = (given[key].cpu().double() for key in ("leaf", "w"))
     val = reference.circuit_layers(leaf, w, program.numbers.cpu(), "none", "max")
     val = val.to(given["leaf"])
@@ -331,7 +356,10 @@ def _walk_formula(given: Inputs) -> list[Tensor]:
 
 
 def circuit_cases() -> list[Case]:
-    """Return the cases of emitted circuits, sums, tables and circuits of any graph."""
+    """Return the cases of the ops of circuits.
+
+    They cover circuits with emitted parameters, sums, tables, and circuits of any graph.
+    """
     scan = ("circuit_leaf", "circuit_leaf_backward", "circuit_scan", "circuit_scan_backward")
     sums = tuple(
         f"log_sum_{part}" for part in "weights values finish ratios dvalues dweights fused".split()
@@ -392,7 +420,7 @@ def _entropy(function: Any, given: Inputs) -> list[Tensor]:
 
 
 def _divergence(function: Any, given: Inputs) -> list[Tensor]:
-    def run(hidden: Tensor) -> Tensor:  # The teacher gets no gradient.
+    def run(hidden: Tensor) -> Tensor:  # The teacher's hidden states need no gradient.
         return function([hidden, given["other"]], given["weight"], None)
 
     return _gradients(run, given, ("hidden",))
@@ -413,7 +441,7 @@ def _attend(function: Any, given: Inputs) -> list[Tensor]:
 
 
 def other_cases() -> list[Case]:
-    """Return the cases of depth mixtures, losses over a vocabulary, and attention."""
+    """Return the cases of the ops for depth mixtures, losses over a vocabulary, and attention."""
     entropy = tuple(f"cross_entropy_{part}" for part in ("update", "finish", "gradient"))
     kl = tuple(f"kl_{part}" for part in ("update", "finish", "gradient"))
     return [

@@ -1,6 +1,6 @@
 """``lora-ext gpu-report``: check and time the kernels on this GPU.
 
-Nothing is compiled or installed. The report has no names of people or machines, and no paths.
+Nothing is compiled or installed. The report contains no names of people or machines and no paths.
 """
 
 from __future__ import annotations
@@ -27,13 +27,18 @@ from ._output import Fault, say, table
 
 FORMAT = 1
 MOST_BYTES = 200_000
-_STREAM = {(9, 0): 2.7e6, (8, 0): 1.6e6, (8, 9): 0.27e6}  # bytes per us of a copy, assumed
-_FLUSH = 1 << 27  # bytes, more than any L2 cache
+# Assumed memory bandwidth of a copy in bytes per us, by compute capability.
+_STREAM = {(9, 0): 2.7e6, (8, 0): 1.6e6, (8, 9): 0.27e6}
+_FLUSH = 1 << 27  # bytes to write before each run, more than any L2 cache has
 _RUNS = 20
 
 
 def gpu_report(arguments: Any) -> int:
-    """Check and time the kernels and write a report; raise :class:`Fault` if a check fails."""
+    """Run ``lora-ext gpu-report``: check and time the kernels, and write a report.
+
+    Raises:
+        Fault: If a check fails, or if there is no GPU or no build for it.
+    """
     out = Path(arguments.out)
     cases = _chosen(arguments.only)
     with _backend(arguments.backend) as (device, module):
@@ -44,7 +49,7 @@ def gpu_report(arguments: Any) -> int:
             _write(out, report)
         for case in cases:
             if device.type != "cuda" or time.monotonic() > until:
-                break  # Only a GPU is timed.
+                break  # Times are measured only on a GPU, and only until the time is up.
             report["times"].append(_time(case, device))
             _write(out, report)
     say(page(report))
@@ -67,7 +72,10 @@ def _chosen(only: str | None) -> list[Case]:
 
 @contextmanager
 def _backend(name: str) -> Iterator[tuple[torch.device, Any]]:
-    """Return the device and the compiled module, of CUDA or of the emulator."""
+    """Enter a context in which the ops run on ``name``: CUDA or the emulator.
+
+    Yields the device and the compiled module.
+    """
     if name == "cuda":
         module = _loader.load()
         if not torch.cuda.is_available():
@@ -85,7 +93,7 @@ def _backend(name: str) -> Iterator[tuple[torch.device, Any]]:
 
 
 def _machine(device: torch.device, module: Any) -> dict[str, Any]:
-    """Return versions, properties of the GPU, and the hash of the compiled module."""
+    """Return the versions, the properties of the GPU, and the hash of the compiled module."""
     built = {key: _loader.build_info().get(key) for key in ("torch", "cuda", "architectures")}
     card: dict[str, Any] = {"name": "emulator", "capability": None}
     if device.type == "cuda":
@@ -116,7 +124,7 @@ def _machine(device: torch.device, module: Any) -> dict[str, Any]:
 
 
 def _or_none(query: Any) -> Any:
-    """Return ``query()``, or None if it raises: it may need a library that is missing."""
+    """Return ``query()``, or None if it raises, for example because a library is missing."""
     try:
         return query()
     except Exception:
@@ -135,7 +143,10 @@ def _inputs(case: Case, size: int, device: torch.device) -> dict[str, Any]:
 
 
 def _check(case: Case, device: torch.device) -> dict[str, Any]:
-    """Return the relative error of a small case and its bound, or the message if it raises."""
+    """Run a case with the small size; return the report's entry.
+
+    The entry contains the relative error and its bound, or the message of an exception.
+    """
     entry: dict[str, Any] = {"op": case.op, "launchers": list(case.launchers), "bound": case.bound}
     try:
         given = _inputs(case, 0, device)
@@ -151,7 +162,10 @@ def _check(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
-    """Return the largest error relative to the largest value; infinity if shapes or NaN differ."""
+    """Return the largest absolute error, divided by the largest absolute value of ``wanted``.
+
+    Returns infinity if the shapes differ, or if other values are NaN or infinite.
+    """
     if found.shape != wanted.shape or not torch.equal(found.isfinite(), wanted.isfinite()):
         return float("inf")
     finite = wanted.isfinite()
@@ -161,7 +175,11 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _time(case: Case, device: torch.device) -> dict[str, Any]:
-    """Return the median time with a flushed L2 cache, and the time to move the bytes."""
+    """Time a case with the large size; return the report's entry.
+
+    The entry contains the median time with a flushed L2 cache, and the time to move the bytes of
+    all arguments and results at the assumed bandwidth.
+    """
     entry: dict[str, Any] = {"op": case.op, "us": None, "floor_us": None}
     try:
         given = _inputs(case, 1, device)
@@ -190,7 +208,10 @@ def _measured(run: Any, device: torch.device) -> list[float]:
 
 
 def _write(out: Path, report: dict[str, Any]) -> None:
-    """Write the report and its page. Called after every entry, since a kernel may crash."""
+    """Write the report and its Markdown page.
+
+    This is called after every entry, because a kernel may crash the process.
+    """
     text = json.dumps(report, indent=1)
     if len(text) > MOST_BYTES:
         raise ValueError(f"--out: expected a report below {MOST_BYTES} bytes, found {len(text)}")
@@ -199,7 +220,7 @@ def _write(out: Path, report: dict[str, Any]) -> None:
 
 
 def page(report: dict[str, Any]) -> str:
-    """Format a report as Markdown."""
+    """Return the Markdown page of a report."""
     card, versions = report["card"], report["versions"]
     head = f"{card['name']}, lora_ext {versions['lora_ext']}, torch {versions['torch']}"
     times = {time["op"]: time for time in report["times"]}

@@ -1,4 +1,4 @@
-"""Command that trains a guide: distil-guide."""
+"""The command distil-guide, which trains a guide: a hidden Markov model of a model's text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REQUESTS = (
 
 
 def distil_guide(arguments: Namespace) -> int:
-    """Run ``lora-ext distil-guide``, which writes a folder with the guide of a model."""
+    """Run ``lora-ext distil-guide``: train a guide on samples of a model, and save it."""
     try:
         import transformers
     except ImportError:

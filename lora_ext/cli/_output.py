@@ -14,16 +14,20 @@ _DASH = "-"
 
 
 class Fault(Exception):
-    """Fault that a command has found: one sentence on standard error, and exit status 1."""
+    """Fault that a command has found.
+
+    The command then prints one sentence to standard error and ends with exit status 1.
+    """
 
 
 def show(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """Print a summary with a table of modules below it, or one JSON object of both.
+    """Print a summary and below it a table of modules, or one JSON object with both.
 
     Args:
-        summary: values by title. The text output omits values that are None.
-        rows: rows with equal keys, which become headings. They are sorted by their "module".
-        as_json: print JSON, with underscores instead of spaces in keys.
+        summary: values by title. Text output omits values that are None.
+        rows: rows of the table. All have the same keys, which are the headings. They are printed in
+            the order of their "module".
+        as_json: whether to print JSON. The spaces in keys become underscores.
     """
     rows = sorted(rows, key=lambda row: natural_order(row["module"]))
     if as_json:
@@ -39,9 +43,9 @@ def show(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], as_json:
 
 
 def say(text: str) -> None:
-    """Print a text, escaping characters that standard output cannot encode.
+    """Print a text. Characters that standard output cannot encode are escaped.
 
-    Nothing is printed if standard output is closed.
+    If Python started without a standard output, nothing is printed.
     """
     if sys.stdout is not None:
         encoding = sys.stdout.encoding or "utf-8"
@@ -53,13 +57,16 @@ def _keyed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return aligned columns with headings, the first left-aligned and the others right-aligned."""
+    """Format rows as a table with headings. Only the first column is left-aligned."""
     names = list(rows[0])
     return aligned([names, *([cell(row[name]) for name in names] for row in rows)])
 
 
 def printable(text: str) -> str:
-    """Replace characters that could control a terminal: names are read from untrusted files."""
+    """Replace characters that are not printable by escape sequences.
+
+    Texts may contain names from untrusted files, and such characters could control the terminal.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -77,9 +84,10 @@ def cell(value: Any) -> str:
 def progress(
     items: Iterable[Item], desc: str | None = None, total: int | None = None, unit: str = "module"
 ) -> Iterable[Item]:
-    """Return the items, with a tqdm bar on standard error if they take more than a second.
+    """Return an iterable of the items that shows a progress bar on standard error.
 
-    The bar needs a terminal and tqdm; the other arguments are passed to tqdm.
+    The bar appears after a second. Without a terminal or tqdm, there is no bar. The other arguments
+    are those of ``tqdm``.
     """
     if sys.stderr is None or not sys.stderr.isatty():
         return items

@@ -1,4 +1,4 @@
-"""Commands that change nothing: doctor, inspect, diff."""
+"""Commands that print a report and write no files: doctor, inspect and diff."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_ext.adapter import Factors, LoraAdapter, compare_adapters, rank_report
 
 from ._output import Fault, progress, show
 
-_LISTED = 8  # most places of bad values in a message
+_LISTED = 8  # maximum number of tensors with bad values that a message lists
 
 
 def doctor(arguments: Namespace) -> int:
@@ -20,7 +20,11 @@ def doctor(arguments: Namespace) -> int:
 
 
 def inspect(arguments: Namespace) -> int:
-    """Run ``lora-ext inspect``, with one row per module; raise :class:`Fault` for NaN or inf."""
+    """Run ``lora-ext inspect``, which prints one row per module.
+
+    Raises:
+        Fault: If a value is NaN or infinite.
+    """
     adapter = LoraAdapter.load(arguments.adapter)
     rows: list[dict[str, Any]] = []
     for name in progress(list(adapter.modules)):
@@ -52,7 +56,7 @@ def inspect(arguments: Namespace) -> int:
 
 
 def diff(arguments: Namespace) -> int:
-    """Run ``lora-ext diff``, with one row per module and a summary."""
+    """Run ``lora-ext diff``, which prints a summary and one row per module."""
     first, second = LoraAdapter.load(arguments.first), LoraAdapter.load(arguments.second)
     found = compare_adapters(first, second, progress=progress)
     rows: list[dict[str, Any]] = []
@@ -94,7 +98,7 @@ def diff(arguments: Namespace) -> int:
 
 
 def describe(adapter: LoraAdapter) -> dict[str, Any]:
-    """Return the summary of an adapter."""
+    """Return the properties of an adapter by title, for a summary."""
     tensors = [t for factors in adapter.modules.values() for t in _tensors(factors)]
     config = adapter.config
     kinds = {
@@ -123,7 +127,10 @@ def describe(adapter: LoraAdapter) -> dict[str, Any]:
 def _ranks(
     adapter: LoraAdapter, name: str, arguments: Namespace, measured: bool
 ) -> dict[str, float | int | None]:
-    """Return norm and effective ranks, each None if it cannot be measured."""
+    """Return the norm of a module's update and its effective ranks, by title.
+
+    All are None if ``measured`` is False, or for a grouped convolution.
+    """
     factors = adapter.modules[name]
     figures: dict[str, Any] = {}
     grouped = factors.a.shape[0] != factors.b.shape[1]  # A grouped convolution's update is not B A.

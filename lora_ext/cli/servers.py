@@ -1,4 +1,4 @@
-"""Command that runs a server: serve."""
+"""The command serve, which runs a server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def serve(arguments: Namespace) -> int:
 
 
 def _print_line(line: str) -> None:
-    """Print a line and flush it, because a process may wait for it at the end of a pipe."""
+    """Print a line and flush it: another process may read the output through a pipe and wait."""
     say(line)
     if sys.stdout is not None:
         sys.stdout.flush()
