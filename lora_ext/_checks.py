@@ -45,13 +45,13 @@ def require(
     found: object,
     error: type[Exception] = ValueError,
 ) -> None:
-    """Raise ``error`` unless ``holds``."""
+    """Raise ``error``, with a message of the form above, unless ``holds`` is true."""
     if not holds:
         raise error(f"{where}: {argument}: expected {expected}, found {found}")
 
 
 def instance(where: str, argument: str, value: object, kind: type | tuple[type, ...]) -> None:
-    """Raise :class:`WrongKind`, naming the type found, unless ``value`` is of type ``kind``."""
+    """Raise :class:`WrongKind` unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         name = " or ".join(each.__name__ for each in kinds)
@@ -198,7 +198,7 @@ Rule = Callable[[str, str, Any], Any]
 def within(
     minimum: float | None = None, maximum: float | None = None, **more: Any
 ) -> Mapping[str, Any]:
-    """Return the bounds of a field as keyword arguments of :func:`integer` or :func:`number`."""
+    """Return bounds for a field, as keyword arguments of :func:`integer` or :func:`number`."""
     return {"minimum": minimum, "maximum": maximum, **more}
 
 
@@ -230,7 +230,10 @@ def check_fields(
 
 @functools.cache
 def _kinds(config: type) -> dict[str, tuple[Callable[..., Any], bool]]:
-    """Return the check of each field whose annotation selects one, and whether it may be None."""
+    """Return the check that each field's annotation selects, and whether the field may be None.
+
+    Fields with other annotations are left out.
+    """
     found: dict[str, tuple[Callable[..., Any], bool]] = {}
     for name, hint in typing.get_type_hints(config).items():
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import torch  # loads the shared libraries that the compiled module links to
+import torch  # This import loads the shared libraries that the compiled module links to.
 
 
 def build_info() -> dict[str, object]:
@@ -74,7 +74,7 @@ def load(name: str = "_C") -> ModuleType:
 def vllm_mode() -> str:
     """Return the environment variable ``LORA_EXT_VLLM``, by default "1".
 
-    It selects the vLLM platform whose LoRA layers call lora_ext: "1" is the CPU, "cuda" is CUDA,
-    and "0" leaves vLLM unchanged.
+    It selects the platform on which vLLM's LoRA layers call lora_ext: "1" is the CPU, "cuda" is
+    CUDA, and "0" leaves vLLM unchanged.
     """
     return os.environ.get("LORA_EXT_VLLM", "1")

@@ -95,7 +95,7 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Products that keep a NaN in its row
+# Products in which a NaN affects only the row that contains it
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -74,7 +74,7 @@ def _randn(g: torch.Generator, *shape: int) -> Tensor:
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
-# (rows, in features, out features, rank, adapters) of the small and the large size
+# (rows, input features, output features, rank, adapters) of the small and of the large size
 _DECODE = ((5, 72, 48, 12, 3), (64, 4096, 4096, 16, 64))
 _PREFILL = ((300, 72, 48, 12, 3), (4096, 4096, 4096, 16, 4))
 _WIDE = ((300, 72, 48, 264, 2), (4096, 4096, 4096, 512, 1))

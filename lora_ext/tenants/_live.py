@@ -25,7 +25,7 @@ class LiveAdapter:
     def __init__(self, model: nn.Module, name: str, config: LoraConfig, seed: int):
         self.model, self.name, self.config = model, name, config
         first = not any(isinstance(module, LoraLayer) for module in model.modules())
-        with torch.random.fork_rng(devices=[]):  # keeps the state of torch's generator
+        with torch.random.fork_rng(devices=[]):  # restores the state of torch's CPU generator
             # The adapter has the dtype of the base model, as in a pool, and is not cast to float32.
             # The optimizer keeps float32 copies of 16-bit factors.
             wrap(model, config, name, autocast_adapter_dtype=False)
@@ -71,7 +71,7 @@ class LiveAdapter:
         return all(bool(p.detach().isfinite().all()) for p in self.parameters.values())
 
     def write(self, adapter: LoraAdapter) -> None:
-        """Copy the values of an adapter with the same modules and ranks."""
+        """Copy the values of another adapter, which must have the same modules and ranks."""
         with torch.no_grad():
             for path, factors in adapter.modules.items():
                 self.parameters[f"{path}.lora_A"].copy_(factors.a)

@@ -37,7 +37,7 @@ def _cross_entropy(logprobs: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _ratio(logprobs: Tensor, inputs: Inputs) -> Tensor:
-    """Return the ratio of the probability of each token to its probability when it was sampled."""
+    """Return the probability of each target, divided by its probability when it was sampled."""
     return (logprobs - inputs["logprobs"]).exp()
 
 
@@ -63,9 +63,9 @@ def _cispo(
 _RL = ("logprobs", "advantages")
 _CLIPS = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 
-#: Losses by name. The letters in their formulas, each of which is summed over the targets, are: the
-#: log-probability ``lp`` of a target, its weight ``w``, its advantage ``A``, the ratio
-#: ``r = exp(lp - logprobs)``, and ``clip``, which limits the ratio to the two thresholds.
+#: Losses by name. Each formula is the term of one target, and a loss is the sum over all targets.
+#: ``lp`` is the log-probability of the target, ``w`` its weight, ``A`` its advantage, ``r`` the
+#: ratio ``exp(lp - logprobs)``, and ``clip`` limits the ratio to the two thresholds.
 #:
 #: * "cross_entropy": ``-w lp``
 #: * "importance_sampling": ``-w A r``

@@ -71,7 +71,7 @@ class Scheduler:
 
     Deficit round robin in tokens decides which parts of calls join a step. An item that is not a
     call, such as a save or an optimizer step, runs as soon as it is the first of its queue. Before
-    a step, the thread waits shortly for calls of the tenants of the last two steps. Otherwise, a
+    a step, the thread waits briefly for calls of the tenants of the last two steps. Otherwise, a
     tenant that was late once would take part only in every second step from then on.
 
     Args:

@@ -1,4 +1,4 @@
-"""``Service``: one base model and the tenants that train adapters on it."""
+"""``Service``, which owns the base model, and ``Tenant``, which trains one adapter on it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Service:
             model.train(self._was)
             raise
         self._scheduler = Scheduler(self._step, self.max_tokens, size)
-        # This queue needs no limit: each caller waits for the result before it adds another item.
+        # This queue needs no limit, because each caller waits for the result of its item.
         self._own = self._scheduler.add(bounded=False)
         self._numbers, self._marks = itertools.count(), itertools.count(1)
         self._sampling: SamplingModel | None = None
@@ -96,10 +96,8 @@ class Service:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of ``steps`` so far, of ``parts`` in all steps, and of parts in the largest step.
-
-        A part is the data of one call in one step. The last number is ``most``.
-        """
+        """Number of steps so far (``steps``), of parts in all steps (``parts``), and of parts in the
+        largest step (``most``). A part is the data of one call in one step."""
         return dict(self._scheduler.counts)
 
     def create(

@@ -17,7 +17,7 @@ from lora_ext.layers import adapters_of, switched_off
 from lora_ext.rows import Assignment, PoolLayer, _layouts, innermost, several_processes
 
 _LISTED = 8  # maximum number of layer names in a warning
-_REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that is its reference
+_REFERENCE = "ref"  # name of the adapter copy that TRL uses as its frozen reference model
 
 
 def check_values(model: nn.Module) -> None:
@@ -47,7 +47,7 @@ def warn_of_other_bases(model: nn.Module) -> None:
     bases = BaseModels(model_name(model))
     for name, config in (configs if isinstance(configs, Mapping) else {}).items():
         other = getattr(config, "base_model_name_or_path", None)
-        # The caller of lora_ext.from_peft, which calls take_over.
+        # The warning points at the caller of lora_ext.from_peft, which calls take_over.
         bases.meet(f"from_peft: adapter {name!r}", other, stacklevel=4)
 
 

@@ -195,7 +195,7 @@ class _FusedLoraModel(LoraModel):
             refuse_names_of_a_reference(self.active_adapters, assignment_of(names))
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
         training = self.training
-        # PEFT raises if there are names in training, and reads `training` only for this check.
+        # PEFT raises for names in training mode, so the flag is off while PEFT adds its hooks.
         self.training = training and names is None
         try:
             hooks.__enter__()

@@ -67,7 +67,12 @@ def lacking(part: str, name: str) -> str | None:
 
 
 def missing(part: str, owner: Any) -> str | None:
-    """Return the first member of ``part`` that a class or module of vLLM lacks, or None."""
+    """Return the first member of the interface that ``owner`` lacks, or None.
+
+    Args:
+        part: part of the interface, a key of ``_CALLED``.
+        owner: class or module of vLLM that should have the members of the part.
+    """
     for name, wanted in _CALLED[part].items():
         lacks = _differs(owner, name, wanted.split(), int(isinstance(owner, type)))
         if lacks is not None:

@@ -47,7 +47,7 @@ class Owners:
         self._buffer[self.count :] = -1  # Padding rows use the base model.
 
     def rows(self, count: int, begin: int = 0) -> OwnedRows | None:
-        """Return rows ``begin`` to ``begin + count`` of the step.
+        """Return the slots of the step's rows ``begin`` to ``begin + count``, and their plan.
 
         Returns None if all rows of the step use the base model.
         """

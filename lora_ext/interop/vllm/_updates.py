@@ -232,7 +232,7 @@ class Updates:
         """Return the adapters of the rows of ``x``, the input of an output head.
 
         ``x`` has the hidden states of the sampled positions. For log-probabilities of prompts, it
-        is a slice of the hidden states of all tokens. The size of the memory behind ``x``
+        is a slice of the hidden states of all tokens. The number of rows in the storage of ``x``
         distinguishes the two cases.
         """
         held, begin = x.shape[0], 0
