@@ -96,8 +96,10 @@ class Service:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of steps so far (``steps``), of parts in all steps (``parts``), and of parts in the
-        largest step (``most``). A part is the data of one call in one step."""
+        """Number of ``steps`` so far, of ``parts`` in all of them, and of parts in the largest one.
+
+        A part is the data of one call in one step. The number for the largest step is ``most``.
+        """
         return dict(self._scheduler.counts)
 
     def create(

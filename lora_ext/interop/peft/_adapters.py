@@ -170,7 +170,8 @@ def refuse_block(
         isinstance(layer, PoolLayer) and layer.handle == block.handle for layer in module.modules()
     ):
         raise RuntimeError(message)
-    # Training methods enter blocks that have no pool and no slots. They cause no warning here.
+    # The blocks that training methods enter contain adapters of layers and have no slots. They
+    # cause no warning unless they contain one of `names`.
     other = other_names and block.num_slots and block.assignment.names
     if (ours or other) and block.handle not in _warned:
         _warned.add(block.handle)
@@ -180,7 +181,7 @@ def refuse_block(
 def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
     """Raise NotImplementedError if a layer that PEFT runs has a trained adapter.
 
-    This is called if rows have different adapters in training on several processes.
+    This is called in a training forward with ``adapter_names`` on several processes.
 
     Args:
         model: PEFT's model.
@@ -231,7 +232,7 @@ def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
 
 
 def by_reason(left: dict[str, str]) -> str:
-    """Format the reasons of a report, each once with at most `_LISTED` of its layers."""
+    """Format the reasons of a report: each once, with the names of at most `_LISTED` layers."""
     layers: dict[str, list[str]] = {}
     for name, reason in left.items():
         layers.setdefault(reason, []).append(name)

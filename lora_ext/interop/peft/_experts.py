@@ -114,10 +114,10 @@ FusedExperts.__name__ = ParamWrapper.__name__  # PEFT prints and compares this n
 def _calls(
     adapters: tuple[str, ...], rows: Assignment | None, trained: tuple[int, ...], x: Tensor
 ) -> list[tuple[tuple[str, ...], Tensor | None]]:
-    """Return the calls of the update that a layer needs.
+    """Return the arguments of each call of ``experts_update`` that a layer needs.
 
-    A call has the names of one or more adapters, and for each row of ``x`` the index of its adapter
-    among them. Without rows, each adapter has a separate call, with None: it applies to all rows.
+    They are the names of one or more adapters, and the index of each row's adapter among them. If
+    ``rows`` is None, each adapter has a separate call with None, in which it applies to all rows.
     """
     if rows is None:
         return [((name,), None) for name in adapters]

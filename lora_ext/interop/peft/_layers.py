@@ -185,7 +185,7 @@ _cached = getattr(dora, "cache_decorator", lambda _key: lambda function: functio
 
 @_cached("weight-norm")
 def _norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: str) -> Tensor:
-    """Return the weight norm of a DoRA adapter, of each output.
+    """Return the weight norm of each output for a DoRA adapter.
 
     Inside PEFT's ``DoraCaching``, PEFT's decorator caches the result in the DoRA layer ``_``.
     """
