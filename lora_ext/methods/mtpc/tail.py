@@ -90,8 +90,8 @@ class DraftTail(nn.Module):
 
     @contextlib.contextmanager
     def beside_the_verifier(self, batch: int) -> Iterator[None]:
-        """Duplicate the batch in the tail's layers in a ``with`` block: verifier rows, then draft
-        rows.
+        """Pass the batch twice through the tail's layers in a ``with`` block: as rows of the
+        verifier, then as rows of the draft path.
 
         Args:
             batch: number of rows of the batch.

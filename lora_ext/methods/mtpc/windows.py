@@ -41,7 +41,8 @@ def unfold_windows(
     document of a packed sequence.
 
     Args:
-        labels: ``(B, S)`` int64, the inputs shifted by one; ``ignore`` if nothing is predicted.
+        labels: ``(B, S)`` int64, the inputs shifted by one; ``ignore`` for positions
+            without a target.
         n: ``K``, number of tokens in a window.
         eos_id: id of the token that ends a document; with None, documents do not end.
         ignore: value of ignored targets.

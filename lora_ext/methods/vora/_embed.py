@@ -75,7 +75,7 @@ class VisionPatchEmbed(nn.Module):
         out_proj: linear layer to d.
 
     Raises:
-        ValueError: if a size is below 1, the image size is not a multiple of the patch, or
+        ValueError: If a size is below 1, the image size is not a multiple of the patch, or
             ``pos_mode`` is unknown.
     """
 
@@ -117,8 +117,8 @@ class VisionPatchEmbed(nn.Module):
             ``(B, N, d)``, or a list of ``(N_i, d)``, in the dtype of the parameters.
 
         Raises:
-            ValueError: if a shape is wrong or a side is not a multiple of the patch.
-            TypeError: if an image has an integer dtype, which means that it is not normalised.
+            ValueError: If a shape is wrong or a side is not a multiple of the patch.
+            TypeError: If an image has an integer dtype, which means that it is not normalised.
         """
         batch = isinstance(images, Tensor)
         expected = "shape (B, 3, H, W), or a list of (3, H, W)"
@@ -210,7 +210,7 @@ def smart_resize(
         ``(height, width)``.
 
     Raises:
-        ValueError: if ``factor`` is below 1, the bounds are invalid, a side is below ``factor``,
+        ValueError: If ``factor`` is below 1, the bounds are invalid, a side is below ``factor``,
             the ratio of the sides is above 200, or ``max_pixels`` is too small for one row of
             patches with this ratio.
 

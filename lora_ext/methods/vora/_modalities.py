@@ -49,7 +49,7 @@ def modality(vision_mask: Tensor) -> Iterator[None]:
             synchronizes with the device.
 
     Raises:
-        ValueError: if the mask has another type or other values. A layer raises it if its
+        ValueError: If the mask has another type or other values. A layer raises it if its
             activations have another shape.
     """
     with _context.adapters([_NAME], _token_ids(vision_mask), pool=_vision):

@@ -61,10 +61,10 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
         ``model``; :func:`remove` undoes the change, :func:`merge` merges the adapters.
 
     Raises:
-        ValueError: if the model has fewer than ``n_blocks`` blocks, or no ``target_modules`` in
+        ValueError: If the model has fewer than ``n_blocks`` blocks, or no ``target_modules`` in
             them.
-        TypeError: if a target is not a linear layer.
-        RuntimeError: if the model has VoRA's layers or other adapters already.
+        TypeError: If a target is not a linear layer.
+        RuntimeError: If the model has VoRA's layers or other adapters already.
 
     The model is unchanged after an error.
 
@@ -101,7 +101,7 @@ def remove(model: Model) -> Model:
         model: model that was passed to :func:`apply`, or the :class:`VoraForCausalLM` around it.
 
     Raises:
-        RuntimeError: if nothing was applied, the adapters were merged (by :func:`merge` or by
+        RuntimeError: If nothing was applied, the adapters were merged (by :func:`merge` or by
             hand), or a layer was replaced since. The model is then unchanged.
     """
     language = language_model(model)
@@ -127,10 +127,10 @@ def merge(model: Model, force: bool = False) -> Model:
         ``model``.
 
     Raises:
-        UnmergeableRouteError: if the route is "vision" without ``force``.
-        RuntimeError: if nothing was applied, or the adapters were merged already or by hand.
-        NotImplementedError: if a base weight is quantised.
-        ValueError: if a weight is computed from others or shared with other modules.
+        UnmergeableRouteError: If the route is "vision" without ``force``.
+        RuntimeError: If nothing was applied, or the adapters were merged already or by hand.
+        NotImplementedError: If a base weight is quantised.
+        ValueError: If a weight is computed from others or shared with other modules.
 
     The model is unchanged after an error.
 

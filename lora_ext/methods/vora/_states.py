@@ -26,7 +26,7 @@ def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list
     ``hidden_states``. Forwards of other threads are ignored.
 
     Raises:
-        ValueError: from the forward, if a reentrant checkpoint runs a block without gradients.
+        ValueError: If a reentrant checkpoint runs a block without gradients; raised by the forward.
     """
     states: list[Any] = [None] * len(blocks)
     thread, trains = threading.get_ident(), torch.is_grad_enabled()

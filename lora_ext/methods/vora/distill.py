@@ -34,7 +34,7 @@ class DistillHeads(nn.ModuleList):
         eps: eps of the norms.
 
     Raises:
-        ValueError: if a number is below 1.
+        ValueError: If a number is below 1.
     """
 
     def __init__(self, n_blocks: int, hidden_size: int, teacher_width: int, eps: float = 1e-5):
@@ -56,7 +56,7 @@ class DistillHeads(nn.ModuleList):
             ``n_blocks`` tensors ``(M, d_v)``.
 
         Raises:
-            ValueError: if the number of tensors is not ``n_blocks``.
+            ValueError: If the number of tensors is not ``n_blocks``.
         """
         _check_count("DistillHeads", "hiddens", hiddens, len(self))
         return [head(hidden) for head, hidden in zip(self, hiddens, strict=True)]
@@ -87,7 +87,7 @@ def block_distill_loss(
         gets a gradient of zeros, which data-parallel training needs.
 
     Raises:
-        ValueError: if the number of blocks, tokens, channels or grids disagrees.
+        ValueError: If the number of blocks, tokens, channels or grids disagrees.
     """
     blocks = max(1, len(hiddens)) if heads is None else len(heads)
     _check_count("block_distill_loss", "hiddens", hiddens, blocks)

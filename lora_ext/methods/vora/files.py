@@ -47,7 +47,7 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
         ``vision.*`` and ``heads.*``. They share the memory of the model.
 
     Raises:
-        RuntimeError: if the model has no VoRA layers, or they are merged.
+        RuntimeError: If the model has no VoRA layers, or they are merged.
     """
     layers = applied("state_dict", model).layers
     found = {key: tensor.detach() for key, tensor in _expected(model, layers).items()}
@@ -81,10 +81,10 @@ def load_state_dict(
         The missing and unexpected keys.
 
     Raises:
-        ValueError: if a key is missing, unexpected or there twice, an extra bias is not allowed or
+        ValueError: If a key is missing, unexpected or there twice, an extra bias is not allowed or
             would be lost by a scale of 0, or a tensor has another shape, no floating-point dtype or
             no values.
-        RuntimeError: as :func:`state_dict`, or if layers are merged by hand.
+        RuntimeError: As for :func:`state_dict`, or if layers are merged by hand.
 
     The model is unchanged after an error.
 
@@ -184,9 +184,9 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         folder: created if it does not exist.
 
     Raises:
-        UnmergeableRouteError: if the route is "vision", which PEFT does not support.
-        RuntimeError: as :func:`state_dict`.
-        OSError: if the adapter cannot be written.
+        UnmergeableRouteError: If the route is "vision", which PEFT does not support.
+        RuntimeError: As for :func:`state_dict`.
+        OSError: If the adapter cannot be written.
     """
     state = applied("to_peft", model)
     config = state.config
@@ -229,10 +229,10 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
         ``model``.
 
     Raises:
-        ValueError: if there is no such adapter, or its modules, ranks or scales do not match VoRA
+        ValueError: If there is no such adapter, or its modules, ranks or scales do not match VoRA
             or the model.
-        UnmergeableRouteError: if the model has route "vision".
-        RuntimeError: if the adapters of the model are merged.
+        UnmergeableRouteError: If the model has route "vision".
+        RuntimeError: If the adapters of the model are merged.
 
     The model is unchanged after an error.
     """

@@ -56,8 +56,8 @@ class VoraImageProcessor(BaseImageProcessor):
         do_normalize, image_mean, image_std: ``(x - mean) / std``, with one number per channel.
 
     Raises:
-        ValueError: if a setting is out of range.
-        TypeError: if a setting is unknown.
+        ValueError: If a setting is out of range.
+        TypeError: If a setting is unknown.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 (as transformers declares it)
@@ -123,10 +123,10 @@ class VoraImageProcessor(BaseImageProcessor):
             like ``images``. ``image_grids``: ``(h, w)`` patches of each image, in one list.
 
         Raises:
-            ValueError: if a size is invalid, or one array is requested of no image or of several
+            ValueError: If a size is invalid, or one array is requested of no image or of several
                 sizes.
-            TypeError: if something is not an image, has bools as values, or a setting is unknown.
-            ModuleNotFoundError: if ``images`` has a path and Pillow is missing.
+            TypeError: If something is not an image, has bools as values, or a setting is unknown.
+            ModuleNotFoundError: If ``images`` has a path and Pillow is missing.
         """
         require(
             not args,

@@ -60,9 +60,9 @@ def splice_images(
         :class:`Spliced`; its embeddings have the dtype and device of those of ``embed``.
 
     Raises:
-        ValueError: if a sample has different numbers of images and placeholders, or the number of
+        ValueError: If a sample has different numbers of images and placeholders, or the number of
             samples, the width of tokens, a shape or ``padding_side`` is wrong.
-        TypeError: if the ids are not integers.
+        TypeError: If the ids are not integers.
     """
     where = "splice_images"
     shape = tuple(input_ids.shape)
@@ -185,7 +185,7 @@ def build_vision_mask(
         ``(B, 1, T - past_length, T)``.
 
     Raises:
-        ValueError: if shapes disagree; the attention mask has values other than 0 and 1; the tokens
+        ValueError: If shapes disagree; the attention mask has values other than 0 and 1; the tokens
             of an image are not adjacent, or are split by the end of the cache; ``past_length`` is
             outside [0, T]; the window is below 1; or the dtype is not floating-point.
 

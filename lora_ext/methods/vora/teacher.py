@@ -46,7 +46,7 @@ def teacher_states(
         :class:`TeacherStates`.
 
     Raises:
-        ValueError: if the teacher has fewer blocks, is in training mode or drops patches, the sides
+        ValueError: If the teacher has fewer blocks, is in training mode or drops patches, the sides
             of an image are not multiples of the patch, or ``pairing`` is unknown.
     """
     where = "teacher_states"
