@@ -45,7 +45,7 @@ _PENALTIES = (
     "sequence_bias", "suppress_tokens",
 )  # fmt: skip
 
-#: ``stops(before, new)`` returns how many of its new tokens a row keeps; None if it does not stop.
+#: ``stops(before, new)`` returns the number of new tokens that a row keeps; None to continue.
 StopRule = Callable[[list[int], list[int]], int | None]
 
 
