@@ -115,8 +115,8 @@ class Targets:
         labels: ``(N,)``, the label that each position predicts; IGNORE for no label.
         counted: ``(N,)`` bool, True for labels other than IGNORE.
         mask: ``(N,)`` bool, True for positions of the distillation.
-        share: fraction of the labels of all batches that this call contains, if the loss is divided
-            by their number, as in gradient accumulation; otherwise 1.
+        share: fraction of an accumulated batch's labels that are in this call, if the loss is
+            divided by their number (gradient accumulation); otherwise 1.
     """
 
     labels: Tensor

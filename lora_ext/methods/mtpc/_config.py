@@ -55,8 +55,8 @@ class MtpcConfig:
         share_transitions: whether all steps use the same transition matrix.
         init_identity: whether transitions start near the identity.
         gamma: discount per position of a window, in (0, 1].
-        beta: weight of KL(verifier || circuit), in [0, 1]; the cross entropy has the weight 1 -
-            beta.
+        beta: weight of KL(verifier || circuit), in [0, 1]; the cross entropy has the weight
+            ``1 - beta``.
         bridge: width of the :class:`lora_ext.nn.TokenBridge`, a network that adds a decided token
             to the hidden state, so that the circuit covers only later tokens; 0 for no bridge. Our
             choice.
@@ -93,8 +93,8 @@ class MtpcConfig:
             "gamma": within(above=0, maximum=1),
             "beta": within(0, 1),
             "bridge": within(0),
-            # Limited because every window uses memory, and the tensors of a file of a draft, which
-            # is not trusted, do not depend on this number.
+            # Limited because every window uses memory, and a draft's file, which is not trusted,
+            # contains no tensor that confirms this number.
             "chain": within(maximum=1024),
             "draft_layers": within(0),
             "draft_rank": within(1),
@@ -110,8 +110,9 @@ class MtpcConfig:
     def for_tokens(self, count: int) -> MtpcConfig:
         """Return a copy of the settings in which an ``emission`` of None is replaced.
 
-        Our choice: the size of "full" grows with positions times components times tokens; 8 x 8 x
-        49152 tokens of width 576 take 7 GB. "adapter" uses the model's own unembedding.
+        Our choice: the size of "full" is proportional to positions times components times tokens.
+        With 8 positions, 8 components and 49152 tokens of width 576, it is 7 GB. "adapter" uses the
+        model's own unembedding.
 
         Args:
             count: number of tokens that may be drafted: the size of the shortlist or of the

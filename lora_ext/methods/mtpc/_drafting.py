@@ -274,7 +274,7 @@ class Steps:
             wide = target.to(accumulator(target.dtype))
             target, temperature = nucleus(wide / temperature, self.top_p), 1.0
         numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
-        if any(t.dtype == torch.float64 for t in numbers):  # the op needs float64 in all or none
+        if any(t.dtype == torch.float64 for t in numbers):  # the op needs float64 for all or none
             numbers = [t.double() for t in numbers]
         target, conditional, posterior, leaf = numbers
         return ops.spec_verify(

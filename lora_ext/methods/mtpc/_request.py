@@ -76,11 +76,7 @@ def read_request(
     """Check the arguments of :meth:`SpeculativeDecoder.generate` and return the request.
 
     Args:
-        model: the language model.
-        input_ids: prompts ``(B, S)``.
-        seed: argument ``seed`` of the call.
-        config: argument ``generation_config`` of the call.
-        tokenizer: argument ``tokenizer`` of the call.
+        config: the call's ``generation_config``.
         arguments: settings by their names in GenerationConfig; None for settings that are not set.
 
     Raises:

@@ -165,8 +165,8 @@ class Trunk:
         self.hidden = self._states[torch.arange(len(kept), device=kept.device), kept]
 
     def _feed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits ``(B, Q, V)`` and draft hidden states ``(B, Q, D)`` of ``tokens (B,
-        Q)``."""
+        """Return logits ``(B, Q, V)`` and draft hidden states ``(B, Q, D)`` of the tokens
+        ``(B, Q)``."""
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = torch.minimum(self.length[:, None] + steps, self.last[:, None])
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], 1)

@@ -348,7 +348,7 @@ class CircuitHead(nn.Module):
     def argmax(self, h: Tensor, evidence: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Find the jointly most probable tokens and latent variables.
 
-        Without the latent variables, other tokens may be more probable.
+        If the latent variables are summed out, other tokens may be more probable.
 
         Args:
             h: hidden states ``(..., D)``.

@@ -105,8 +105,7 @@ class Draft(nn.Module):
     def chained(self, hidden: Tensor, input_ids: Tensor) -> list[Tensor]:
         """Return the head's input for every window of the chain, each ``(B, S, D)``.
 
-        The tokens before a window are read from ``input_ids``, as in teacher
-        forcing.
+        The tokens before a window are read from ``input_ids``, as in teacher forcing.
 
         Args:
             hidden: hidden states ``(B, S, D)``.

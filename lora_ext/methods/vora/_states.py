@@ -82,7 +82,7 @@ def prefill(
         if embeds is None or threading.get_ident() != thread:
             return None
 
-        def each(tensor: Tensor) -> Tensor:  # one row per row that `generate` made of a sample
+        def each(tensor: Tensor) -> Tensor:  # repeats rows as `generate` repeats samples
             return tensor.repeat_interleave(len(embeds) // len(tensor), 0)
 
         if vision_mask is not None:

@@ -30,7 +30,8 @@ Route = Literal["all", "vision"]
 
 
 class UnmergeableRouteError(RuntimeError):
-    """Error of merging an adapter for vision tokens into a weight, which applies to all tokens."""
+    """Raised if an adapter for vision tokens would be merged into a weight, which applies to all
+    tokens."""
 
 
 class VoraLinear(LoraLinear):

@@ -103,11 +103,11 @@ class VoraForCausalLM(nn.Module):
         self.model.activation_checkpointing_enable(*args, **options)
 
     def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
-        """Enable activation checkpointing, under the old name of transformers."""
+        """Enable activation checkpointing; this is the old name in transformers."""
         self.model.gradient_checkpointing_enable(*args, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Disable activation checkpointing, which is the default."""
+        """Disable activation checkpointing; it is disabled by default."""
         self.model.gradient_checkpointing_disable()
 
     def forward(
