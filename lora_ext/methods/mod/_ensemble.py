@@ -65,7 +65,7 @@ class Capture:
 
 
 class Mix:
-    """Forward hook of the decoder, the module that contains the blocks and the final norm, that
+    """Forward hook of the decoder (the module that contains the blocks and the final norm) that
     mixes the hidden states."""
 
     def __init__(self, mixer: DepthMixer):

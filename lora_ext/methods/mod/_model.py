@@ -120,7 +120,7 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     lm.__dict__[Ensemble.KEY] = Ensemble(config, mixer, softcap)
     Forward.put_before(lm, with_mixture)
     # A Trainer must not gather MoD's outputs as predictions. The list of a configuration replaces
-    # the Trainer's default list, so that it has to contain the names of the default.
+    # the Trainer's default list, so it must contain the names of that list, too.
     known = getattr(lm.config, _IGNORED, ["cache", "past_key_values"])
     setattr(lm.config, _IGNORED, [*known, *ADDED])
     return model

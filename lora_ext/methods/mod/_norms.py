@@ -38,7 +38,7 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
 
     Args:
         norm: any module.
-        where: function and argument, with which the message of an error starts.
+        where: start of the message of an error: function and argument.
 
     Raises:
         TypeError: If the module has no weight ``(d,)``, or computes another function.

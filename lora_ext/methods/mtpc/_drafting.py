@@ -40,8 +40,8 @@ class TokenBridge(nn.Module):
     ``h + |h| (skip z + down (silu(gate z) * up z))`` with ``z = [h / |h|; e / |e|]``.
 
     ``h`` is the hidden state before the token, ``e`` the token's embedding and ``|.|`` the root
-    mean square. The three products with ``z`` are computed as one. ``down`` and ``skip`` start at
-    zero, so that a new bridge returns ``h``.
+    mean square. The three products with ``z`` are computed as one product. ``down`` and ``skip``
+    start at zero, so that a new bridge returns ``h``.
 
     Args:
         hidden_size: ``D``, width of states and embeddings.
@@ -134,7 +134,7 @@ class DraftedWindow(NamedTuple):
 
 
 class Steps:
-    """Steps of a :class:`SpeculativeDecoder`, which defines these settings."""
+    """Steps of a :class:`SpeculativeDecoder`, which documents the attributes."""
 
     model: Any
     head: CircuitHead

@@ -289,8 +289,8 @@ class VoraLinear(LoraLinear):
         return kept.get(key, device, _overlaid, vision, named, own, len(self.r))
 
     def _default_position(self) -> int:
-        """Return the index of the adapter for rows without a name, or -1; with "vision", these are
-        text."""
+        """Return the index of the adapter for rows without a name, or -1. With "vision", these rows
+        are text."""
         if self.route == "all":
             return super()._default_position()
         active = [n for n in self._active if self._is_on(n) and n != self.adapter_name]

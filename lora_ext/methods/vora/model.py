@@ -52,7 +52,7 @@ class VoraForCausalLM(nn.Module):
         vision: the :class:`VisionPatchEmbed`.
         heads: the :class:`DistillHeads`, or None.
         vora_config: the argument ``config``. The attribute ``config`` is the language model's
-            configuration, as Trainer needs.
+            configuration, which Trainer reads.
 
     Raises:
         ValueError: If another configuration was applied to the model. Errors of :func:`apply` are
@@ -123,8 +123,8 @@ class VoraForCausalLM(nn.Module):
 
         Args:
             input_ids: ids ``(B, S)``, with one placeholder per image.
-            images: one list per sample of images ``(3, H, W)`` with sides that are multiples of the
-                patch; None or an empty list for a sample without images.
+            images: for each sample, a list of images ``(3, H, W)`` with sides that are multiples of
+                the patch; None or an empty list for a sample without images.
             labels: target ids ``(B, S)``, aligned with ``input_ids``; -100 is ignored.
             attention_mask: mask ``(B, S)`` with 0 for padding, on either side.
             teacher_states: hidden states of the teacher for all images of the batch in order,

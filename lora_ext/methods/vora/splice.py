@@ -91,7 +91,7 @@ def splice_images(
     is_image = valid & (input_ids == placeholder)
     is_text = valid & ~is_image
     where = f"{where}: image_tokens"
-    # The counts are checked before `embed`, for which an unknown placeholder is out of range.
+    # Checked before `embed` is called, since the id of another placeholder would be out of range.
     for sample, (count, tokens) in enumerate(zip(is_image.sum(1).tolist(), images, strict=True)):
         expected = f"as many images as placeholders, {count}"
         require(count == len(tokens), where, f"sample {sample}", expected, len(tokens))
@@ -187,7 +187,7 @@ def build_vision_mask(
             others; None returns bools. Eager attention of transformers needs the additive form: it
             would add bools as 0 and 1, which masks nothing.
         past_length: number of the T tokens that are in the cache; they are keys but not queries.
-        window: number of tokens that a query sees in layers with sliding attention,
+        window: number of tokens that a query attends to in layers with sliding attention,
             ``j > i - window``; the tokens of an image always attend to the whole image.
 
     Returns:
