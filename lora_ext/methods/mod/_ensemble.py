@@ -1,4 +1,5 @@
-"""Forward of a model with MoD: the model's own, with the mixture in place of its last state."""
+"""Forward of a model with MoD: the mixture replaces the last hidden state of the model's own
+forward."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ class Call:
     def __init__(self, mixer: DepthMixer, replace: bool):
         self.mixer = mixer
         self.replace = replace  # True if the mixture replaces the last hidden state
-        self.hiddens = [torch.empty(0)] * mixer.config.k  # before the norms
+        self.hiddens = [torch.empty(0)] * mixer.config.k  # hidden states before the norms
         self.last = self.weights = torch.empty(0)  # output of the decoder; weights of the layers
         self.grad = torch.is_grad_enabled()
 
 
-#: Running call of this thread, which the hooks write to.
+#: Running call of this thread, in which the hooks store hidden states.
 _running: ContextVar[Call | None] = ContextVar("lora_ext.mod_call", default=None)
 
 
@@ -40,15 +41,18 @@ def _call_of(mixer: DepthMixer) -> Call | None:
 
 
 class Capture:
-    """Forward hook of a block that stores its output as the ensemble's hidden state ``place``."""
+    """Forward hook of a block that stores its output as hidden state ``place`` of the ensemble."""
 
     def __init__(self, mixer: DepthMixer, place: int):
         self.mixer, self.place = mixer, place
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
-        """Store the block's output. Outside a forward of the model, as when a checkpoint runs a
-        block again, do nothing. Raise `RuntimeError` inside a reentrant checkpoint, which cuts the
-        gradient."""
+        """Store the block's output.
+
+        Outside a forward of the model, for example if a checkpoint recomputes the block, do
+        nothing. Raise `RuntimeError` inside a reentrant checkpoint, because the stored output would
+        have no gradient.
+        """
         call = _call_of(self.mixer)
         if call is None:
             return
@@ -61,13 +65,14 @@ class Capture:
 
 
 class Mix:
-    """Forward hook of the decoder, the module that contains the blocks and the final norm."""
+    """Forward hook of the decoder (the module that contains the blocks and the final norm) that
+    mixes the hidden states."""
 
     def __init__(self, mixer: DepthMixer):
         self.mixer = mixer
 
     def __call__(self, decoder: nn.Module, args: Any, output: Any) -> Any:
-        """Mix the hidden states of this forward, and replace the last one by the mixture."""
+        """Mix the hidden states of this forward, and replace the last one with the mixture."""
         call = _call_of(self.mixer)
         if call is None:
             return None
@@ -83,11 +88,12 @@ class Mix:
 
 
 class Ensemble:
-    """MoD's state on a model beside the mixer, stored in the model's ``__dict__``.
+    """State of MoD on a model, except the mixer's parameters; stored in the model's ``__dict__``.
 
     Args:
-        config, mixer: of the model.
-        softcap: of its logits, or None.
+        config: settings of MoD.
+        mixer: mixer of the model.
+        softcap: soft cap of the model's logits, or None.
 
     Attributes:
         explicit: True if the logits themselves are mixed, one chunk at a time.
@@ -110,7 +116,7 @@ class Ensemble:
         Args:
             lm: the model.
             forward: its forward without MoD.
-            given: arguments of the call.
+            given: arguments of the call by name.
 
         Returns:
             a :class:`ModOutput`, or a tuple if ``return_dict`` is False.
@@ -132,7 +138,8 @@ class Ensemble:
             own |= {"logits_to_keep": 1} if "logits_to_keep" in named else {}
         call = Call(self.mixer, replace=self.config.k > 1 and not self.explicit)
         unknown = self.head is None and self.config.k > 1
-        # The head is determined by running it twice on one state; dropout would change the result.
+        # The head is determined by comparing two of its runs on the same hidden states; dropout
+        # would make them differ.
         with still(lm.get_output_embeddings()) if unknown else nullcontext():
             token = _running.set(call)
             try:
@@ -191,7 +198,10 @@ class Ensemble:
 
 
 def with_mixture(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """Run the forward of a causal LM with MoD. After ``mod.remove``, run its own forward: a caller
-    may have kept a reference to this one."""
+    """Run the forward of a causal LM with MoD.
+
+    After ``mod.remove``, run the model's own forward, because a caller may have kept a reference to
+    the forward with MoD.
+    """
     ensemble: Ensemble | None = lm.__dict__.get(Ensemble.KEY)
     return own(**given) if ensemble is None else ensemble.run(lm, own, given)

@@ -1,4 +1,7 @@
-"""``apply`` and ``remove``: MoD on a causal language model, in place."""
+"""``apply`` and ``remove``: add mixture-of-depths ensembles (MoD) to a causal LM and remove them.
+
+The model is changed in place.
+"""
 
 from __future__ import annotations
 
@@ -25,37 +28,38 @@ _IGNORED = "keys_to_ignore_at_inference"  # lists outputs that a Trainer does no
 
 @dataclass(eq=False)
 class Before:
-    """State that :func:`remove` restores; stored beside the ensemble and copied with the model."""
+    """State that :func:`remove` restores; stored next to the ensemble and copied with the model."""
 
     norm: nn.Module  # the model's final norm
     hooks: list[Any]
     flags: list[bool]  # requires_grad of the norm's parameters
-    values: list[Tensor]  # of the same parameters, if MoD trains them
-    ignored: list[str] | None  # the configuration's own list of ignored outputs, if any
+    values: list[Tensor]  # copies of the same parameters if MoD trains them, otherwise empty
+    ignored: list[str] | None  # list of ignored outputs that the model's configuration contained
 
 
 _BEFORE = f"{Ensemble.KEY}_before"
 
 
 def apply(model: Model, config: ModConfig | None = None) -> Model:
-    """Make the last k layers of a causal LM predict together, in place.
+    """Make the last k layers of a causal LM predict as an ensemble, in place.
 
-    Afterwards ``model(...)``, ``generate`` and a Trainer get the logits of the mixture in a
-    :class:`ModOutput`, and with labels a loss that includes the distillation. The rest of the
-    output is the model's own, including its hidden states.
+    Afterwards ``model(...)`` returns a :class:`ModOutput` with the logits of the mixture, and
+    ``generate`` and a Trainer use them. With labels, the loss includes the distillation. All other
+    fields are the model's own, including its hidden states.
 
-    New parameters are named ``mod.*`` and are trained, a copied final norm only with
+    New parameters are named ``mod.*`` and are trained; a copied final norm is trained only with
     ``train_final_norm``. The model's own parameters keep ``requires_grad``, except those of the
-    final norm: they are trained if ``share_final_norm`` and ``train_final_norm`` are both set.
-    Under PEFT, apply MoD afterwards: PEFT freezes existing parameters.
+    final norm: they are trained only if ``share_final_norm`` and ``train_final_norm`` are both set.
+    If the model also gets adapters of PEFT, apply MoD after PEFT, which freezes all existing
+    parameters.
 
     Args:
-        model: a causal LM of transformers, as it is, under PEFT before or after
-            :func:`lora_ext.from_peft`, or wrapped by :func:`lora_ext.nn.wrap`.
-        config: default is ``ModConfig()``.
+        model: transformers causal LM: plain, a PEFT model (before or after
+            :func:`lora_ext.from_peft`), or wrapped by :func:`lora_ext.nn.wrap`.
+        config: settings; default is ``ModConfig()``.
 
     Returns:
-        ``model``; :func:`remove` undoes it.
+        ``model``; :func:`remove` undoes the change.
 
     Raises:
         RuntimeError: If the model has MoD already: call :func:`remove` first.
@@ -64,8 +68,10 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
         ValueError: If the model is not a causal LM, has fewer layers than k, or has another
             attribute ``mod``.
         InexactMixError: If ``backend="hidden"`` and the head soft-caps its logits.
-        NotImplementedError: If the model has an encoder beside the decoder, or a projection between
-            the final norm and the head. The model is unchanged after an error.
+        NotImplementedError: If the model has an encoder in addition to the decoder, or a projection
+            between the final norm and the head.
+
+    The model is unchanged after an error.
 
     Source: arXiv 2410.13077.
     """
@@ -113,14 +119,16 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     lm.__dict__[_BEFORE] = Before(norm, hooks, flags, values, ignored)
     lm.__dict__[Ensemble.KEY] = Ensemble(config, mixer, softcap)
     Forward.put_before(lm, with_mixture)
-    # A Trainer does not gather MoD's outputs as predictions. The default list is the Trainer's.
+    # A Trainer must not gather MoD's outputs as predictions. The list of a configuration replaces
+    # the Trainer's default list, so it must contain the names of that list, too.
     known = getattr(lm.config, _IGNORED, ["cache", "past_key_values"])
     setattr(lm.config, _IGNORED, [*known, *ADDED])
     return model
 
 
 def remove(model: Model) -> Model:
-    """Undo :func:`apply`: remove its hooks and modules, and restore flags and values.
+    """Undo :func:`apply`: remove its hooks and modules, and restore the final norm's parameters and
+    their ``requires_grad``.
 
     Returns:
         ``model``.
@@ -148,7 +156,7 @@ def remove(model: Model) -> Model:
 
 
 def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
-    """Return the causal LM of a model with MoD, and its ensemble; raise `RuntimeError` without
+    """Return the causal LM of a model with MoD, and its ensemble; raise `RuntimeError` if it has no
     MoD."""
     for module in model.modules():
         ensemble = module.__dict__.get(Ensemble.KEY)
@@ -159,8 +167,11 @@ def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
 
 
 def _final_norm(decoder: nn.Module, lm: Any) -> Any:
-    """Return the norm between the last block and the head: the last child of the decoder with a
-    weight as wide as the hidden states, except norms of embeddings."""
+    """Return the norm between the last block and the head.
+
+    It is the last child of the decoder whose weight has the width of the hidden states, except
+    norms of embeddings.
+    """
     width = lm.config.get_text_config(decoder=True).hidden_size
     children = dict(decoder.named_children())
     for name, child in reversed(children.items()):
@@ -174,7 +185,7 @@ def _final_norm(decoder: nn.Module, lm: Any) -> Any:
 
 
 def _copy(norm: Any) -> nn.Module:
-    """Return a copy of a norm without hooks."""
+    """Return a copy of a norm without its hooks."""
     inner = getattr(norm, "modules_to_save", None)  # PEFT's wrapper around a norm that it trains
     made = copy.deepcopy(norm if inner is None else inner[norm.active_adapter])
     for module in made.modules():

@@ -1,4 +1,5 @@
-"""Norms of language models, classified by what they compute instead of by their class."""
+"""Norms of language models, classified by the function that they compute instead of by their
+class."""
 
 from __future__ import annotations
 
@@ -14,15 +15,16 @@ _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 
 
 class NormForm(NamedTuple):
-    """``(offset + weight) * h / sqrt(mean(h^2) + eps) + bias``; "layer" subtracts the mean of ``h``
-    first."""
+    """Formula of a norm: ``(offset + weight) * h / sqrt(mean(h^2) + eps) + bias``; "layer"
+    subtracts the mean of ``h`` first."""
 
     kind: str  # "rms" or "layer"
     eps: float
     offset: int  # 1 in Gemma's norms, which store the weight minus 1
 
     def gamma(self, norm: nn.Module) -> Tensor:
-        """Return the factor of the normed state, ``(d,)``; exact in float32 for 16-bit weights."""
+        """Return ``offset + weight``, ``(d,)``. If the offset is 1, the sum of 16-bit weights is
+        computed in float32, which is exact."""
         weight: Any = norm.weight
         if not self.offset:
             return weight
@@ -36,10 +38,10 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
 
     Args:
         norm: any module.
-        where: function and argument, for the message.
+        where: start of the message of an error: function and argument.
 
     Raises:
-        TypeError: If the module has no weight ``(d,)``, or computes something else.
+        TypeError: If the module has no weight ``(d,)``, or computes another function.
     """
     weight: Any = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not weight.is_floating_point():
@@ -49,7 +51,8 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
         raise _refusal(norm, where, "a weight on the meta device, which has no values")
     bias: Any = getattr(norm, "bias", None)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    # The rows have a mean other than zero, and the last is so small that eps matters.
+    # Rows with a mean of zero would not distinguish RMSNorm from LayerNorm. The last row is so
+    # small that eps matters.
     steps = torch.arange(3 * weight.numel(), device=weight.device, dtype=wide).view(3, -1)
     rows = (steps * 0.7548776662).frac() - 0.3
     rows[2] *= 1e-3
@@ -60,7 +63,8 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             raise _refusal(norm, where, f"a failure with shape (3, d): {error!s:.200}") from None
         bound = 4 * torch.finfo(weight.dtype).eps * found.abs().max() + 1e-5
-        # Without eps, torch's RMSNorm uses that of its weight's dtype or of its compute dtype.
+        # If eps is None, torch's RMSNorm uses the machine epsilon of its weight's dtype or of its
+        # compute dtype.
         eps = next((getattr(norm, name) for name in _EPS_NAMES if hasattr(norm, name)), None)
         unknown = [torch.finfo(dtype).eps for dtype in (weight.dtype, wide)]
         values = unknown if eps is None else [float(eps)]

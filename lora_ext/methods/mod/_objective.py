@@ -1,4 +1,8 @@
-"""Layers of an ensemble: mixtures of their logits, and the terms of the loss that MoD adds."""
+"""Mixtures of the logits of an ensemble's layers, and the terms of the loss that MoD adds.
+
+Shape letters: ``B`` sequences, ``T`` positions, ``N`` positions of all sequences, ``d`` hidden
+width, ``V`` vocabulary, ``k`` layers of the ensemble. Late layers are all of these but the last.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ from .config import ModConfig
 
 
 class Layers(NamedTuple):
-    """Parameters of the head, and the normed hidden states ``(..., d)`` of each layer in order, in
-    the dtype of W."""
+    """Head of a model with its parameters, and the normed hidden states ``(..., d)`` of each layer
+    of the ensemble in order, in the dtype of ``weight``."""
 
     head: Head
     weight: Tensor
@@ -31,21 +35,22 @@ class Layers(NamedTuple):
         return self._replace(normed=[n.flatten(0, -2) for n in self.normed])
 
     def late(self) -> Layers:
-        """Return the same layers without the last, from which the others are distilled."""
+        """Return the layers without the last, which is the teacher of the others."""
         return self._replace(normed=self.normed[:-1])
 
 
 def mixed_logits(layers: Layers, weights: Tensor, chunk: int, probabilities: bool) -> Tensor:
-    """Mix the logits of the layers, or take the logarithm of their mixed probabilities.
+    """Mix the logits of the layers, or compute the logarithm of their mixed probabilities.
 
-    Computes ``sum_e w_e z_e``, or ``log sum_e w_e softmax(z_e)``, one chunk of the vocabulary at a
-    time: only one tensor of ``(..., V)`` is in memory. The backward recomputes each chunk.
+    Computes ``sum_e w_e z_e``, or ``log sum_e w_e softmax(z_e)``, with the logits ``z_e`` of layer
+    e, one chunk of the vocabulary at a time: only one tensor of ``(..., V)`` is in memory. The
+    backward recomputes each chunk.
 
     Args:
-        layers: k layers.
-        weights: ``(..., k)``.
-        chunk: columns per chunk.
-        probabilities: True to mix probabilities.
+        layers: the k layers.
+        weights: weights of the layers, ``(..., k)``.
+        chunk: number of columns per chunk.
+        probabilities: whether to mix probabilities instead of logits.
 
     Returns:
         ``(..., V)`` in the dtype of the head.
@@ -79,7 +84,7 @@ def mixed_logits(layers: Layers, weights: Tensor, chunk: int, probabilities: boo
 
 
 def still(layer: nn.Module) -> AbstractContextManager[None]:
-    """Enter a block in which an output layer applies no dropout, such as that of its adapters."""
+    """Return a context manager in which an output layer and its adapters apply no dropout."""
     return nullcontext() if type(layer) is nn.Linear else evaluating(layer)
 
 
@@ -88,8 +93,9 @@ def kept(values: Tensor, logits_to_keep: Any) -> Tensor:
 
     Args:
         values: ``(B, T, ...)``.
-        logits_to_keep: number of last positions, 0 for all; positions ``(n,)``, or ``(B, n)`` per
-            sequence; or a bool mask ``(B, T)``, which puts all its positions into one dimension.
+        logits_to_keep: number of last positions, with 0 for all; indices of positions, ``(n,)`` for
+            all sequences or ``(B, n)`` per sequence; or a bool mask ``(B, T)``, for which the
+            result has all kept positions in one dimension.
     """
     if not isinstance(logits_to_keep, Tensor):
         return values[:, -logits_to_keep:] if logits_to_keep else values
@@ -103,14 +109,14 @@ def kept(values: Tensor, logits_to_keep: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Targets:
-    """Positions that count in the loss terms, among those with kept logits.
+    """Targets of the loss terms at the N positions with kept logits.
 
     Attributes:
-        labels: ``(N,)``, aligned with the positions that predict them, IGNORE for no label.
+        labels: ``(N,)``, the label that each position predicts; IGNORE for no label.
         counted: ``(N,)`` bool, True for labels other than IGNORE.
-        mask: ``(N,)`` bool, positions of the distillation.
-        share: fraction of the batch's labels in this call, if the loss is divided by their number,
-            as in gradient accumulation; else 1.
+        mask: ``(N,)`` bool, True for positions of the distillation.
+        share: fraction of an accumulated batch's labels that are in this call, if the loss is
+            divided by their number (gradient accumulation); otherwise 1.
     """
 
     labels: Tensor
@@ -126,9 +132,9 @@ class Targets:
 
         Args:
             config: settings of MoD.
-            given: arguments of the forward.
+            given: arguments of the forward by name.
             shape: ``(B, T)`` of the hidden states.
-            device: of the head; labels may be on another.
+            device: device of the head; labels may be on another one.
         """
         shifted = given.get("shift_labels")
         labels: Tensor = shift_labels(given["labels"]) if shifted is None else shifted
@@ -149,7 +155,7 @@ class Targets:
 
 def distillation(config: ModConfig, layers: Layers, to: Targets) -> Tensor:
     """Compute the divergence of the late layers from the last, ``tau^2 KL``, averaged over layers
-    and positions; the last layer gets no gradient."""
+    and positions. The last layer gets no gradient."""
     head, weight, bias, normed = layers
     mean = ops.chunked_kl(
         normed, weight, bias, config.tau, config.vocab_chunk, to.mask, head.softcap

@@ -18,19 +18,24 @@ except ModuleNotFoundError as error:
 
 @dataclasses.dataclass
 class ModOutput(ModelOutput):
-    """The model's own output, computed from the mixture, and the fields that MoD adds.
+    """Output of a model with MoD: the model's own output with the logits of the mixture, and the
+    fields that MoD adds.
 
     The class of a model's output inherits from this class and from the model's own output class. It
     has all fields of both, the model's own first.
 
+    Shape letters: ``B`` sequences, ``T`` positions, ``V`` vocabulary, ``k`` layers of the ensemble.
+
     Attributes:
         loss: ``ce_loss + distill_weight * distill_loss + layer_ce * layer_ce_loss``.
-        logits: ``(B, T, V)``, of the mixture; log-probabilities if probabilities are mixed.
+        logits: logits ``(B, T, V)`` of the mixture; log-probabilities if probabilities are mixed.
         ce_loss: the model's own loss function of these logits; 0 if all labels are ignored.
-        distill_loss: divergence of the late layers from the last; None if its weight is 0.
+        distill_loss: divergence of the late layers (all but the last) from the last layer; None if
+            its weight is 0.
         layer_ce_loss: mean cross entropy of the late layers; None if its weight is 0.
-        routing_weights: ``(B, T, k)``, float32 (float64 for float64).
-        layer_losses: ``(k,)``, cross entropy of each layer alone, in evaluation with labels.
+        routing_weights: ``(B, T, k)``, float32 (float64 for float64), weights of the layers.
+        layer_losses: ``(k,)``, cross entropy of each layer's own logits; only in evaluation mode
+            with labels.
     """
 
     loss: Tensor | None = None
@@ -42,7 +47,8 @@ class ModOutput(ModelOutput):
     layer_losses: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class is created at run time; pickle finds the model's own output class instead.
+        # pickle cannot import this class, because it is created at run time. The model's own output
+        # class is stored instead.
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return _remade, (getattr(type(self), "own_class", None), values)
 
@@ -53,13 +59,13 @@ ADDED = tuple(f.name for f in dataclasses.fields(ModOutput) if f.name not in ("l
 
 @functools.cache
 def output_class(own: type) -> type[ModOutput]:
-    """Return a :class:`ModOutput` class with the fields of a model's own output class."""
+    """Return a subclass of :class:`ModOutput` with the fields of a model's own output class."""
     made = type(ModOutput.__name__, (ModOutput, own), {"own_class": own, "__module__": __name__})
     return dataclasses.dataclass(made)
 
 
 def mod_output(own: Any, **values: Any) -> ModOutput:
-    """Return the output of a model with these values replaced or added."""
+    """Return the output of a model as a :class:`ModOutput`, with ``values`` replaced or added."""
     kept = {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}
     return output_class(type(own))(**(kept | values))
 

@@ -25,24 +25,29 @@ class InexactMixError(ValueError):
 class ModConfig:
     """Settings of the ensemble of the last layers.
 
+    Layers of the ensemble other than the last are called late layers.
+
     Attributes:
         k: number of layers in the ensemble, including the last.
-        router: source of their weights. "token": the last layer's normed hidden state, at each
-            position; "static": k parameters; "fixed": given numbers.
+        router: source of the layers' weights. "token": computed at each position from the last
+            layer's normed hidden state; "static": k parameters; "fixed": ``fixed_weights``.
         final_mass: initial weight of the last layer, in (0, 1). Our choice.
-        fixed_weights: w, k numbers that sum to 1, for the router "fixed".
-        mix: mixed quantity, "logit" or "prob".
+        fixed_weights: w, k numbers of at least 0 that sum to 1, required by the router "fixed";
+            None for the other routers.
+        mix: mixed quantity: "logit" or "prob" (probability).
         distill_weight: lambda, weight of the divergence of the late layers from the last. Our
             choice.
         tau: temperature of that divergence.
-        distill_on: positions of that divergence: "labels", those whose next token counts; "all",
-            those of the attention mask.
+        distill_on: positions of that divergence. "labels": those with a label that is not ignored;
+            "all": those that the attention mask keeps.
         layer_ce: weight of the mean cross entropy of the late layers.
-        share_final_norm: the last layer's norm in the mixture is the model's own; otherwise a copy.
+        share_final_norm: whether the mixture uses the model's own norm for the last layer;
+            otherwise it uses a copy.
         train_final_norm: whether the last layer's norm in the mixture is trained.
         vocab_chunk: number of columns of one layer's logits that are in memory at a time.
-        backend: "hidden" mixes before the head; "chunked" mixes the logits themselves, one part of
-            the vocabulary at a time; "auto" uses "hidden" if the two are equal.
+        backend: "hidden" mixes hidden states before the head; "chunked" mixes the logits or
+            probabilities themselves, one part of the vocabulary at a time; "auto" uses "hidden" if
+            the two are equal.
 
     Raises:
         ValueError: If a value is out of range; the message names the field.

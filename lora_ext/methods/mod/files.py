@@ -1,4 +1,4 @@
-"""Parameters of MoD: as a state dict, in a folder, and counted.
+"""State dicts, files and counts of the parameters of MoD (mixture-of-depths ensembles).
 
 A folder contains ``mod_config.json`` and ``mod.safetensors``. It is not trusted: names, shapes and
 dtypes are compared with the configuration before memory is allocated.
@@ -36,7 +36,7 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of MoD in a model, by name; they share the model's memory.
 
     Returns:
-        ``mod.norms.<e>.*`` of the late layers, ``mod.router`` and ``mod.bias``; and
+        ``mod.norms.<e>.*`` of layer e of the ensemble, ``mod.router`` and ``mod.bias``; and
         ``mod.final_norm.*`` if the model's own final norm is trained.
 
     Raises:
@@ -46,17 +46,17 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy values of :func:`state_dict` into a model with MoD of the same configuration.
+    """Copy the values of a :func:`state_dict` into a model with MoD of the same configuration.
 
     Args:
-        model: of :func:`apply`.
-        state: every parameter of MoD by name, and nothing else. Values are converted to the dtype
-            and device of the model's.
+        model: model to which :func:`apply` has added MoD.
+        state: every parameter of MoD by name, and nothing else. Values are converted to the dtypes
+            and devices of the parameters.
 
     Raises:
         RuntimeError: If the model has no MoD.
-        ValueError: If a key is missing or unexpected, or a tensor has another shape or no floating
-            dtype. The message names the key, and the model is unchanged.
+        ValueError: If a key is missing or unexpected, or a tensor has another shape or a dtype that
+            is not floating-point. The message names the key, and the model is unchanged.
     """
     own = _mod_parameters(model, "load_state_dict")
     _compare("load_state_dict: state", own, state)
@@ -70,7 +70,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         RuntimeError: If the model has no MoD.
-        OSError: If a file cannot be written; then no file has changed.
+        OSError: If a file cannot be written; in this case no file is changed.
     """
     from safetensors.torch import save as as_bytes  # imported late: only this function needs it
 
@@ -81,16 +81,20 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load(model: Model, folder: str | os.PathLike[str]) -> Model:
-    """Apply MoD to a model with the parameters that :func:`save` wrote for another of the same
-    shape.
+    """Apply MoD to a model, with the configuration and the parameters that :func:`save` has written
+    for a model of the same shape.
 
     Returns:
         ``model``.
 
     Raises:
-        RuntimeError, ValueError, TypeError, NotImplementedError: As :func:`apply`. Also ValueError
-            if the folder does not contain such a mixture; the message names file and key. The model
-            is unchanged after an error.
+        RuntimeError: As for :func:`apply`.
+        TypeError: As for :func:`apply`.
+        NotImplementedError: As for :func:`apply`.
+        ValueError: If the folder does not contain MoD for this model, or as for :func:`apply`. The
+            message names file and key.
+
+    The model is unchanged after an error.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
@@ -107,7 +111,8 @@ def load(model: Model, folder: str | os.PathLike[str]) -> Model:
 
 
 def _mod_parameters(model: nn.Module, where: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of :func:`state_dict` themselves; ``where`` starts the message."""
+    """Return the parameters that :func:`state_dict` returns detached, by name; the message of an
+    error starts with ``where``."""
     _, ensemble = applied(model, where)
     mixer, config = ensemble.mixer, ensemble.config
     found = {f"{NAME}.{name}": p for name, p in mixer.named_parameters()}
@@ -150,9 +155,10 @@ def trainable_report(model: nn.Module) -> dict[str, Any]:
     """Count the trained parameters of a model with MoD.
 
     Returns:
-        By name: ``lora``, of adapters; ``mod``, of the mixture, including the final norm if it is
-        trained; ``head``, of the output layer, including tied embeddings; ``other``; ``total``,
-        their sum; ``all``, the model's parameters, trained or not; ``ratio``, total / all.
+        Numbers of parameters by name: ``lora``, of adapters; ``mod``, of the mixture, including the
+        final norm if it is trained; ``head``, of the output layer, including tied embeddings;
+        ``other``, all other trained ones; ``total``, their sum; ``all``, the model's parameters,
+        trained or not. ``ratio`` is total / all.
 
     Raises:
         RuntimeError: If the model has no MoD.

@@ -16,30 +16,34 @@ from lora_ext.rows import constant
 from ._norms import norm_form
 from .config import ModConfig
 
-_MAX_HIDDENS = 8  # hidden states per call of the kernel
+_MAX_HIDDENS = 8  # maximum number of hidden states per call of the kernel
 
 
 class DepthMixer(nn.Module):
-    """Norms for k hidden states, a router that weights the states, and their sum.
+    """Weighted sum of k hidden states, each after its own norm, with weights from a router.
 
-    ``u[t] = sum_e w[t, e] norm_e(h_e[t])``, with ``w[t] = softmax(R norm_k(h_k[t]) + c)`` for the
-    router "token", ``softmax(c)`` for "static", and given weights for "fixed". Initially ``R = 0``,
-    and ``c`` gives the last hidden state the weight ``final_mass`` and the others equal weights.
+    ``u[t] = sum_e w[t, e] norm_e(h_e[t])`` for position t and layer e, with
+    ``w[t] = softmax(R norm_k(h_k[t]) + c)`` for the router "token", ``softmax(c)`` for "static",
+    and given weights for "fixed". Initially ``R = 0``, and ``c`` gives the last hidden state the
+    weight ``final_mass`` and the others equal weights.
 
-    With ``k = 1`` the norm itself runs, and the weight is 1.
+    If ``k = 1``, the norm module itself is called, and the weight is 1.
+
+    Shape letters: ``d`` hidden width, ``k`` hidden states.
 
     Args:
-        norms: k modules of one form, :func:`lora_ext.methods.mod._norms.norm_form`, the model's
-            final norm last. They are not copied.
-        config: k, router, final_mass, fixed_weights and share_final_norm are used. With
-            share_final_norm, the last norm is a child of another module. Its parameters are not in
-            this module or its state dict, but it moves with the mixer.
+        norms: k modules of one form (:func:`lora_ext.methods.mod._norms.norm_form`), in the order
+            of the layers; the last is the model's final norm. They are not copied.
+        config: settings, of which k, router, final_mass, fixed_weights and share_final_norm are
+            used. With share_final_norm, the last norm is a child of another module: its parameters
+            are not in this module or its state dict, but ``to`` and similar calls of the mixer
+            convert them, too.
 
     Attributes:
         norms: norms that belong to the mixer.
-        final_norm: the last norm.
-        router: R, ``(k, d)``, of the router "token".
-        bias: c, ``(k,)``, of "token" and "static".
+        final_norm: norm of the last hidden state.
+        router: R, ``(k, d)``, for the router "token", otherwise None.
+        bias: c, ``(k,)``, for the routers "token" and "static", otherwise None.
 
     Raises:
         TypeError: If a norm computes neither RMSNorm nor LayerNorm.
@@ -81,11 +85,11 @@ class DepthMixer(nn.Module):
         """Compute the mixture.
 
         Args:
-            hiddens: k tensors ``(..., d)`` before the norms, in the order of the layers.
+            hiddens: k hidden states ``(..., d)`` before the norms, in the order of the layers.
 
         Returns:
-            The mixture ``(..., d)`` in their dtype, which replaces the normed last hidden state;
-            and the weights ``(..., k)``, in float32 (float64 for float64).
+            The mixture ``(..., d)`` in the dtype of the hidden states, which replaces the normed
+            last hidden state; and the weights ``(..., k)``, in float32 (float64 for float64).
 
         Raises:
             ValueError: If the number of hidden states is not k, or their shapes, dtypes or devices
@@ -125,9 +129,11 @@ class DepthMixer(nn.Module):
         return weights.expand(*last.shape[:-1], config.k)
 
     def normed(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
-        """Apply the norm of each hidden state, as in the mixture. The head computes a layer's own
-        logits from the result: k tensors ``(..., d)``. Arguments and errors are those of
-        :meth:`forward`."""
+        """Return each hidden state after its norm, as in the mixture: k tensors ``(..., d)``.
+
+        The head computes the logits of each layer from them. Arguments and errors are those of
+        :meth:`forward`.
+        """
         self._check(hiddens)
         return [self._normed(hidden, e) for e, hidden in enumerate(hiddens)]
 

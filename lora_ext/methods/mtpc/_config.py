@@ -16,7 +16,7 @@ Kind = Literal["ff", "cp", "hmm", "btree"]
 #: :data:`~lora_ext.methods.mtpc._emission.EMISSIONS`.
 EmissionName = Literal["full", "expander", "adapter"]
 
-MOST_FULL = 4096  # tokens up to which "full" is the default emission
+MOST_FULL = 4096  # largest number of draft tokens for which "full" is the default emission
 _HEAD_FIELDS = (
     "n_token", "rank", "kind", "emission", "adapter_rank", "contextual", "share_transitions",
     "init_identity",
@@ -26,7 +26,8 @@ _HEAD_FIELDS = (
 def check_structure(
     where: str, n_token: int, rank: int, kind: str, emission: str | None, adapter_rank: int
 ) -> None:
-    """Raise `ValueError` unless a head can have this structure; ``where`` starts the message."""
+    """Raise `ValueError` unless the arguments describe a valid head; the message starts with
+    ``where``."""
     choice(where, "kind", kind, KINDS)
     if emission is not None:
         choice(where, "emission", emission, tuple(EMISSIONS))
@@ -46,23 +47,24 @@ class MtpcConfig:
         n_token: n (H in the authors' code), number of tokens in a window.
         rank: r (R), number of mixture components, or of states of a latent variable.
         kind: circuit family: "ff", "cp", "hmm" or "btree".
-        emission: how leaves are computed from the hidden state, see
-            :class:`lora_ext.nn.CircuitHead`. With None, a draft of up to 4096 tokens uses "full", a
-            larger one "adapter". Our choice.
+        emission: way to compute the leaves from the hidden state, see
+            :class:`lora_ext.nn.CircuitHead`. None selects "full" for a draft of up to 4096 tokens,
+            and "adapter" for a larger one. Our choice.
         adapter_rank: k, rank of each adapter with emission "adapter".
-        contextual: True if transitions depend on the hidden state.
-        share_transitions: True for one transition matrix for all steps.
-        init_identity: True to initialise transitions near the identity.
-        gamma: discount of later positions, in (0, 1].
-        beta: weight of KL(verifier || circuit) against the cross entropy, in [0, 1].
-        bridge: width of the network that adds a decided token to the hidden state, so that the
-            circuit covers only later tokens (:class:`lora_ext.nn.TokenBridge`); 0 for no bridge.
-            Our choice.
-        chain: with a bridge, number of consecutive windows of n tokens, each conditioned on the
-            last token of the previous one; at most 1024.
-        draft_layers: K, number of last layers that carry LoRA in the draft path; 0 for no LoRA.
-        draft_rank: rank of that LoRA.
-        draft_alpha: its alpha.
+        contextual: whether transitions depend on the hidden state.
+        share_transitions: whether all steps use the same transition matrix.
+        init_identity: whether transitions start near the identity.
+        gamma: discount per position of a window, in (0, 1].
+        beta: weight of KL(verifier || circuit), in [0, 1]; the cross entropy has the weight
+            ``1 - beta``.
+        bridge: width of the :class:`lora_ext.nn.TokenBridge`, a network that adds a decided token
+            to the hidden state, so that the circuit covers only later tokens; 0 for no bridge. Our
+            choice.
+        chain: number of consecutive windows of n tokens in a draft, each conditioned on the tokens
+            of the previous one; at most 1024. More than 1 requires a bridge.
+        draft_layers: K, number of last layers with LoRA in the draft path; 0 for no LoRA.
+        draft_rank: rank of this LoRA.
+        draft_alpha: alpha of this LoRA.
 
     Raises:
         ValueError: If a value is out of range; the message names the field.
@@ -91,7 +93,8 @@ class MtpcConfig:
             "gamma": within(above=0, maximum=1),
             "beta": within(0, 1),
             "bridge": within(0),
-            # No tensor of a saved draft confirms this number, and every window takes memory.
+            # Limited because every window uses memory, and a draft's file, which is not trusted,
+            # contains no tensor that confirms this number.
             "chain": within(maximum=1024),
             "draft_layers": within(0),
             "draft_rank": within(1),
@@ -105,16 +108,20 @@ class MtpcConfig:
         require(fits, "MtpcConfig", "chain", "1, or more with a bridge", self.chain)
 
     def for_tokens(self, count: int) -> MtpcConfig:
-        """Return the settings with an emission for a draft of ``count`` tokens, which is the size
-        of the shortlist or of the vocabulary.
+        """Return a copy of the settings in which an ``emission`` of None is replaced.
 
-        Our choice: "full" grows with positions times components times tokens, and takes 7 GB for 8
-        x 8 x 49152 tokens of width 576; "adapter" uses the model's own unembedding.
+        Our choice: the size of "full" is proportional to positions times components times tokens.
+        With 8 positions, 8 components and 49152 tokens of width 576, it is 7 GB. "adapter" uses the
+        model's own unembedding.
+
+        Args:
+            count: number of tokens that may be drafted: the size of the shortlist or of the
+                vocabulary.
         """
         chosen = "full" if count <= MOST_FULL else "adapter"
         return replace(self, emission=self.emission or chosen)
 
     def of_head(self) -> dict[str, Any]:
-        """Return the arguments of a :class:`CircuitHead` that follow from the settings. If
-        ``emission`` is None, call :meth:`for_tokens` first."""
+        """Return the settings that are arguments of :class:`CircuitHead`, by name. If ``emission``
+        is None, call :meth:`for_tokens` first."""
         return {name: getattr(self, name) for name in _HEAD_FIELDS}

@@ -1,13 +1,18 @@
-"""Speculative decoding under a constraint: drafts that the constraint allows, and its law.
+"""Speculative decoding under a constraint: the draft contains only tokens that the constraint
+allows.
 
-The state of every row follows the drafted tokens. At every position, the draft's law is the
-circuit's conditional times the ``r`` of the target (:mod:`lora_ext.control`), or times the mask.
-Draft and target share this factor, so ``ops.spec_verify`` is used unchanged. After the end of a
-text, both laws contain only end tokens.
+The constraint state of every row advances with the drafted tokens. At every position, the draft's
+distribution is the circuit's conditional times the ``r`` of the target (the guide's probability
+that the constraint will be satisfied, :mod:`lora_ext.control`), or times the mask of allowed
+tokens. Draft and target share this factor, so ``ops.spec_verify`` is used unchanged. After the end
+of a text, both distributions contain only end tokens.
 
 If only one token is allowed, it has probability 1 in draft and target. A run of such tokens after a
 window is appended to it. The run needs no test; the last test of the window reads the logits after
 the run.
+
+Shape letters: ``B`` rows, ``K`` drafted tokens, ``n`` tokens per window, ``F`` tokens of the
+longest run, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -28,11 +33,11 @@ from ._shortlist import Shortlist
 from .layers import Circuit
 
 _WHERE = "SpeculativeDecoder"
-_MAX_FORCED_TOKENS = 32  # length of a run, which widens the pass of a call for every row
+_MAX_FORCED_TOKENS = 32  # maximum of a run, which lengthens the pass of every row
 
 
 class _Position(NamedTuple):
-    """Rows before a position of a window, and their ``log r`` there."""
+    """Constraint states of the rows before a position of a window, and their ``log r`` at it."""
 
     rows: list[Row | None]
     blocks: list[Block]
@@ -47,8 +52,8 @@ class Constrained:
         batch: number of rows.
 
     Raises:
-        ValueError: If the number of constraints, the end tokens or the vocabulary do not fit; stop
-            strings are given; or a constraint cannot be satisfied within the budget.
+        ValueError: If the number of constraints, the end tokens or the vocabulary do not match; if
+            stop strings are given; or if a constraint cannot be satisfied within the budget.
     """
 
     def __init__(self, decoder: Any, request: Request, batch: int):
@@ -67,7 +72,7 @@ class Constrained:
         """Return the logits of the first token ``(B, V)`` under the constraints.
 
         Raises:
-            ValueError: as in :meth:`take`.
+            ValueError: As for :meth:`take`.
         """
         law = control.moved(control.log_ratios(self.rows), logits, self.temperature)
         _possible(self.rows, law)
@@ -78,12 +83,13 @@ class Constrained:
         self.rows = control.advance(self.rows, token.tolist())
 
     def drafted(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> DraftedWindow:
-        """Draft a window that the constraints allow; arguments as in ``Steps.draft``."""
+        """Draft a window that the constraints allow; the arguments are those of ``Steps.draft``."""
         self._window: list[_Position] = []
-        self._behind = self.rows  # after the tokens that are drafted so far
+        self._behind = self.rows  # states after the tokens that are drafted so far
         self._runs = torch.zeros(len(self.rows), dtype=torch.long)
         decoder, head = self.decoder, self.decoder.head
-        # Rows without a constraint draft as they do alone, so that a seed gives the same tokens.
+        # Rows without a constraint use the same draft as in a batch without constraints, so that a
+        # seed gives the same tokens.
         self._free = torch.tensor([row is None for row in self.rows], device=hidden.device)
         some = bool(self._free.any())
         free = decoder.draft(hidden, pending, uniforms).tokens if some else None
@@ -108,7 +114,8 @@ class Constrained:
         pending: Tensor | None,
         free: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a window ``(B, n)``, its log-probabilities, and its log laws ``(B, n, V)``."""
+        """Draw a window. Return its tokens ``(B, n)``, their log-probabilities ``(B, n)``, and the
+        log-distributions ``(B, n, V)`` that they were drawn from."""
         batch, n = uniforms.shape[:2]
         kind, greedy = self.decoder.head.kind, self.decoder.mode == "greedy"
         rows = self._behind
@@ -124,7 +131,7 @@ class Constrained:
                 blocks = control.log_ratios(rows)
                 self._window.append(_Position(rows, blocks))
                 law = control.moved(blocks, q)
-                # If the draft has no mass on the allowed tokens, r alone is their law.
+                # If the draft has no mass on the allowed tokens, their distribution is r.
                 nothing = (law == -torch.inf).all(1, keepdim=True)
                 if bool(nothing.any()):
                     law = torch.where(nothing, control.moved(blocks, torch.zeros_like(q)), law)
@@ -144,7 +151,7 @@ class Constrained:
         return token, law.gather(2, token[..., None])[..., 0], law
 
     def with_forced(self, tokens: Tensor) -> Tensor:
-        """Append the only tokens that may follow a window ``(B, K)``; return ``(B, K + F)``.
+        """Append the run of each row to a window ``(B, K)``; return ``(B, K + F)``.
 
         Runs differ in length. A shorter run is padded with zeros, which its row does not keep.
         """
@@ -165,8 +172,9 @@ class Constrained:
         """Return the verifier's logits ``(B, K + 1, V)`` under the constraints.
 
         Args:
-            target: ``(B, K + F + 1, V)``. The last position of the result is the one after the run
-                of each row.
+            target: ``(B, K + F + 1, V)``, the verifier's logits for the tokens of
+                :meth:`with_forced`. The last position of the result is the one after the run of
+                each row.
         """
         self._window.append(_Position(self._behind, control.log_ratios(self._behind)))
         n = len(self._window) - 1
@@ -196,13 +204,14 @@ class Constrained:
         return accepted + whole * self._runs.to(accepted.device)
 
     def select(self, stay: list[int]) -> None:
-        """Keep only these rows."""
+        """Keep only the rows with these indices."""
         self.rows = [self.rows[i] for i in stay]
 
 
 def _possible(rows: list[Row | None], law: Tensor) -> None:
-    """Raise `ValueError` if a row is lost, or if the largest of its logits in ``law (B, V)`` is not
-    finite. Rows after their end or their budget are not checked."""
+    """Raise `ValueError` if a row has a forbidden token within its budget, or if the largest of its
+    logits in ``law (B, V)`` is not finite. Logits of rows after their end or their budget are not
+    checked."""
     waits = [row is not None and not row.ended and row.left > 0 for row in rows]
     lost = any(row is not None and row.lost and row.left >= 0 for row in rows)
     none = bool((~law.amax(-1).isfinite() & torch.tensor(waits, device=law.device)).any())

@@ -1,12 +1,15 @@
-"""Steps of a turn of speculative decoding: draft a window, verify it.
+"""Steps of an iteration of speculative decoding: draft a window, verify it.
 
-With a bridge, windows start after a decided token. Their circuits and draws are over the ``L``
-tokens of the head's shortlist. Only the law of each position, mixed over the components, is spread
-over the vocabulary for the test.
+With a bridge, windows start after a decided token. Their circuits and samples are over the ``L``
+tokens of the head's shortlist. Only the distribution at each position, mixed over the components,
+is expanded to the vocabulary for the test.
 
 The hidden state after a decided token is not known when a draft starts, since the model has not
 been run on that token. :class:`TokenBridge` estimates it from the state before the token and the
 token's embedding.
+
+Shape letters: ``B`` rows, ``K`` drafted tokens, ``n`` tokens per window, ``C`` components, ``V``
+vocabulary, ``D`` hidden width.
 
 Source: draft heads that read the previous token are Hydra's (Ankner et al. 2024, arXiv 2402.05109)
 and EAGLE's (Li et al. 2024, arXiv 2401.15077); a circuit after one is ours (docs/mtpc.md,
@@ -28,21 +31,23 @@ from lora_ext.reference import accumulator, log_softmax
 
 from .layers import Circuit, CircuitHead
 
-#: "sample" draws from the model's law; "greedy" takes its most likely tokens.
+#: "sample" draws from the model's distribution; "greedy" uses its most likely tokens.
 Mode = Literal["sample", "greedy"]
 
 
 class TokenBridge(nn.Module):
-    """Estimate of the hidden state after one more token:
+    """Network that estimates the hidden state after one more token:
     ``h + |h| (skip z + down (silu(gate z) * up z))`` with ``z = [h / |h|; e / |e|]``.
 
-    ``|.|`` is the root mean square. The three products with ``z`` are computed as one. ``down`` and
-    ``skip`` start at zero, so that a new bridge returns ``h``.
+    ``h`` is the hidden state before the token, ``e`` the token's embedding and ``|.|`` the root
+    mean square. The three products with ``z`` are computed as one product. ``down`` and ``skip``
+    start at zero, so that a new bridge returns ``h``.
 
     Args:
         hidden_size: ``D``, width of states and embeddings.
         width: ``W``, width of the gated layer, at least 1.
-        dtype, device: of the parameters.
+        dtype: dtype of the parameters.
+        device: device of the parameters.
 
     Attributes:
         read: ``(2 W + D, 2 D)``: gate, up and skip, stacked in this order.
@@ -80,8 +85,8 @@ class TokenBridge(nn.Module):
         """Estimate the hidden states after one more token.
 
         Args:
-            h: ``(..., D)``, hidden states.
-            embedded: ``(..., D)``, embeddings of the tokens that follow.
+            h: hidden states ``(..., D)`` before the token.
+            embedded: embeddings ``(..., D)`` of the tokens that follow.
 
         Returns:
             ``(..., D)`` in the dtype of the parameters.
@@ -121,7 +126,7 @@ class DraftedWindow(NamedTuple):
 
         Args:
             parts: for each window its tokens ``(B, n)``, their log-probabilities ``(B, n)``, and
-                the log laws ``(B, n, V)`` that they were drawn from.
+                the log-distributions ``(B, n, V)`` that they were drawn from.
         """
         tokens, conditional, law = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         one = torch.ones_like(conditional)[..., None]
@@ -129,7 +134,7 @@ class DraftedWindow(NamedTuple):
 
 
 class Steps:
-    """Steps of a :class:`SpeculativeDecoder`, which defines the settings."""
+    """Steps of a :class:`SpeculativeDecoder`, which documents the attributes."""
 
     model: Any
     head: CircuitHead
@@ -141,21 +146,21 @@ class Steps:
 
     @property
     def drafted(self) -> int:
-        """``K``, number of tokens that a call drafts, in all its windows."""
+        """``K``, number of tokens in all windows that a call drafts."""
         return self.head.n_token * self.chain
 
     def uniforms(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
-        """Draw a turn's random numbers from the generator of each row: ``(B, 3 K + 1)``, two per
-        drafted token, one per test, one for the verifier's token."""
+        """Draw the random numbers of an iteration from the generator of each row: ``(B, 3 K + 1)``,
+        two per drafted token, one per test, one for the verifier's token."""
         size = 3 * self.drafted + 1
         return torch.stack([torch.rand(size, generator=g) for g in generators]).to(device)
 
     def first_token(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """Draw the verifier's own token ``(B,)`` after a prompt without a drafted window.
+        """Draw the verifier's token ``(B,)`` that follows a prompt without a draft.
 
         Args:
-            logits: ``(B, V)``.
-            uniforms: ``(B,)``.
+            logits: the verifier's logits ``(B, V)``.
+            uniforms: random numbers ``(B,)``.
         """
         if self.mode == "greedy":
             return logits.argmax(-1)
@@ -166,10 +171,10 @@ class Steps:
         """Draw a window.
 
         Args:
-            hidden: ``(B, D)``, of the last token that was fed and kept.
-            pending: ``(B,)``, the window's first token if it is decided already; with a bridge, the
-                token before the window.
-            uniforms: ``(B, K, 2)``; not read by greedy drafts.
+            hidden: hidden states ``(B, D)`` of the last tokens that were fed and kept.
+            pending: ``(B,)``, the window's first tokens if they are decided already; with a bridge,
+                the tokens before the window.
+            uniforms: random numbers ``(B, K, 2)``; not read by greedy drafts.
         """
         if self.bridge is not None and pending is not None:
             return self._draft_behind(hidden, pending, uniforms)
@@ -185,9 +190,11 @@ class Steps:
         return DraftedWindow(circuit, *ops.circuit_sample(kind, *circuit, uniforms, evidence))
 
     def circuit(self, hidden: Tensor, pending: Tensor | None) -> Circuit:
-        """Return the circuit of the window. A pending token without a leaf in the head would be
-        impossible; it gets probability 1 in every component, so that it does not change what
-        follows."""
+        """Return the circuit of the window.
+
+        A pending token outside the head's shortlist would be impossible. It gets probability 1 in
+        every component instead, so that it does not change the distribution of the tokens after it.
+        """
         circuit = self.head.circuit(hidden)
         if pending is None or self.head.shortlist is None:
             return circuit
@@ -198,9 +205,12 @@ class Steps:
         return circuit
 
     def _draft_behind(self, hidden: Tensor, token: Tensor, uniforms: Tensor) -> DraftedWindow:
-        """Draw all windows after a token, as one window of one component: the mixture at each
-        position. A greedy draft takes the most likely token given the previous ones at every
-        position, as the verifier does; the most likely window may be another."""
+        """Draw all windows after a token, as one window with one component: the mixture at each
+        position.
+
+        A greedy draft uses the most likely token given the previous ones at every position, as the
+        verifier does; this is not always the most likely window.
+        """
         head = self.head
         kind = self.head.kind
         listed = self.head.listed
@@ -244,9 +254,9 @@ class Steps:
 
         Args:
             draft: result of :meth:`draft`.
-            pending: as in :meth:`draft`.
             target: ``(B, K + 1, V)``, the verifier's logits before, inside and after the window.
-            uniforms: ``(B, K + 1)``.
+            pending: as in :meth:`draft`.
+            uniforms: random numbers ``(B, K + 1)``.
 
         Returns:
             number of tokens that are kept ``(B,)``, including the pending one, and the next token
@@ -264,7 +274,7 @@ class Steps:
             wide = target.to(accumulator(target.dtype))
             target, temperature = nucleus(wide / temperature, self.top_p), 1.0
         numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
-        if any(t.dtype == torch.float64 for t in numbers):  # the op needs float64 in all or none
+        if any(t.dtype == torch.float64 for t in numbers):  # the op needs float64 for all or none
             numbers = [t.double() for t in numbers]
         target, conditional, posterior, leaf = numbers
         return ops.spec_verify(
@@ -273,8 +283,8 @@ class Steps:
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Sample one token of each row's ``softmax(logits)`` ``(B, V)`` by the inverse of its
-    cumulative sums at ``uniforms (B,)``."""
+    """Sample one token of each row of ``softmax(logits)``, ``(B, V)``, by inverting its cumulative
+    sums at ``uniforms (B,)``."""
     sums = logits.double().softmax(-1).cumsum(-1)
     limit = uniforms[:, None].to(sums) * sums[:, -1:]
     return torch.searchsorted(sums, limit, right=True)[:, 0]

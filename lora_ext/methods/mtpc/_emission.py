@@ -1,19 +1,20 @@
-"""Parameters of a circuit from hidden states: three ways to compute leaves, one for sums.
+"""Parameters of a circuit from hidden states: three ways to compute leaves, one to compute sums.
 
-An emission holds the parameters of the leaves. Each class has four methods:
+An emission contains the parameters of the leaves. Each class has four methods:
 
-* ``logits(rows)``: all leaves of rows ``(N, D)``, as ``(N, K, C, L)``; for decoding, with few rows;
-* ``observed(rows, places)``: the log-probability of one token per position, ``(N, K, C)``; for
-  training, since the logits of all rows would not fit in memory. ``places (N, K)`` are in [-1, L);
-  -1 marginalises its position. Differentiable once;
-* ``reset_parameters(bound)``: draw new values from torch's generator; fresh logits are uniform in
-  ``±bound``;
+* ``logits(rows)``: compute all leaves of rows ``(N, D)``, as ``(N, K, C, L)``; for decoding, with
+  few rows;
+* ``observed(rows, places)``: compute the log-probability of one token per position, ``(N, K, C)``;
+  for training, since the logits of all rows would not fit in memory. ``places (N, K)``, the tokens'
+  indices in the shortlist, are in [-1, L); -1 marginalises its position. Differentiable once;
+* ``reset_parameters(bound)``: draw new values from torch's generator; new unembeddings are uniform
+  in ``±bound``;
 * ``start_from(blocks)``: start from a language model's unembedding, ``blocks (positions, L, D)``
   with one block for each position that the model predicts.
 
-Letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``L`` tokens that have
-leaves, ``R`` rank of an adapter. Rows have the dtype of the parameters. The softmax runs in float32
-(float64 for float64).
+Shape letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``L`` tokens that
+have leaves, ``R`` rank of an adapter, ``M`` transition matrices. Rows have the dtype of the
+parameters. The softmax is computed in float32 (float64 for float64).
 
 Sources: ``full`` and ``expander`` are the authors' (arXiv 2511.11346 and its code); ``adapter`` is
 ours (docs/mtpc.md, "Head").
@@ -33,7 +34,7 @@ from lora_ext.layers import recomputed, rows_per_chunk
 from lora_ext.reference import num_transitions
 from lora_ext.rows import keep
 
-_STAY = 0.99  # probability of keeping a latent state under init_identity; our choice
+_STAY = 0.99  # initial probability of keeping a latent state with init_identity; our choice
 
 
 class LeafSizes(NamedTuple):
@@ -47,8 +48,11 @@ class LeafSizes(NamedTuple):
 
 
 class Emission(nn.Module):
-    """Parameters of the leaves of a circuit. A subclass allocates them from sizes and the options
-    (dtype, device) of :func:`torch.empty`, without setting values."""
+    """Parameters of the leaves of a circuit.
+
+    A subclass allocates them from sizes and the options (dtype, device) of :func:`torch.empty`,
+    without setting values.
+    """
 
     def __init__(self, sizes: LeafSizes) -> None:
         super().__init__()
@@ -98,8 +102,11 @@ class SharedEmission(Emission):
         return linear(self.states(rows), self.unembed).view(len(rows), k, c, num_leaves)
 
     def observed(self, rows: Tensor, places: Tensor) -> Tensor:
-        """Gather the log-probabilities. If the states of all rows are too large to keep for the
-        backward, recompute them there, chunk by chunk."""
+        """Gather the log-probabilities.
+
+        If the states of all rows are too large to store for the backward, the backward recomputes
+        them chunk by chunk.
+        """
         chunk = rows_per_chunk(self.sizes.n_token * self.sizes.rank * self.sizes.hidden_size)
         if len(rows) <= chunk:
             return self._observed(rows, places)
@@ -160,8 +167,8 @@ class AdapterEmission(SharedEmission):
         self.unembed = blocks[0].to(self.unembed)
 
     def states(self, rows: Tensor) -> Tensor:
-        """Apply each of the ``K C`` adapters to every row; adapter ``k C + z`` gives the state of
-        position k and component z."""
+        """Apply each of the ``K C`` adapters to every row; adapter ``k C + z`` computes the state
+        of position k and component z."""
         adapters = len(self.lora_A)
         x = rows[:, None].expand(-1, adapters, -1).reshape(-1, self.sizes.hidden_size)
 
@@ -194,9 +201,11 @@ class SumWeights(nn.Module):
     """Logits of the prior, ``prior @ h``, and of ``M`` transitions, ``trans @ h + trans_bias``.
 
     Args:
-        kind, sizes, contextual: as in the head.
-        shared: share_transitions.
-        stays: init_identity.
+        kind: circuit family, as in the head.
+        sizes: sizes of the head.
+        contextual: whether transitions depend on ``h``.
+        shared: the head's ``share_transitions``.
+        stays: the head's ``init_identity``.
         how: dtype and device of the parameters.
 
     Attributes:
@@ -224,7 +233,7 @@ class SumWeights(nn.Module):
         self.trans = parameter(stored, c, c, d) if stored and contextual else None
 
     def reset_parameters(self, bound: float) -> None:
-        """Draw new values from torch's generator, uniform in ``±bound``; set the bias by
+        """Draw new values from torch's generator, uniform in ``±bound``. Set the bias according to
         ``init_identity``."""
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
@@ -235,8 +244,8 @@ class SumWeights(nn.Module):
             self.trans_bias.copy_(stay * identity.expand_as(self.trans_bias))
 
     def forward(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Compute the logits of rows ``(N, D)``: prior ``(N, C)`` and transitions ``(N, M, C, C)``;
-        None if the circuit has no such sum."""
+        """Compute the logits of rows ``(N, D)``: prior ``(N, C)`` and transitions ``(N, M, C, C)``.
+        A result is None if the circuit has no such sum."""
         if self.prior is None:
             return None, None
         prior = linear(rows, self.prior)

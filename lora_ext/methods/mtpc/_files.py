@@ -1,7 +1,7 @@
 """Files of a draft: ``mtpc_config.json`` and ``mtpc.safetensors`` in a folder.
 
 The JSON file contains the configuration and the shortlist, the other file the parameters. An
-unembedding equal to the model's is not written; loading takes it from the model. A folder is not
+unembedding equal to the model's is not written; loading reads it from the model. A folder is not
 trusted: sizes, names and dtypes are compared with the configuration before memory is allocated.
 """
 
@@ -23,7 +23,7 @@ from ._drafting import TokenBridge
 from .layers import CircuitHead
 
 CONFIG, TENSORS = "mtpc_config.json", "mtpc.safetensors"
-_MAX_CONFIG_BYTES = 16 << 20  # a shortlist of a million tokens
+_MAX_CONFIG_BYTES = 16 << 20  # enough for a shortlist of a million tokens
 _VERSION = 1
 _SHORTLIST, _UNEMBED = "head.shortlist", "head.unembed"
 _BRIDGE, _FACTORS = "bridge.", "tail.factors."
@@ -82,14 +82,15 @@ class DraftFile:
 
     Args:
         folder: folder of the draft.
-        config, shortlist: what :func:`read_config` returned for it.
-        shape: ``(V, D)`` of the model's unembedding.
+        config: configuration that :func:`read_config` returned for the folder.
+        shortlist: shortlist that :func:`read_config` returned for the folder.
+        shape: shape ``(V, D)`` of the model's unembedding: vocabulary and hidden width.
 
     Attributes:
         dtypes: dtype of each part in the file: "head", "bridge" and "tail".
 
     Raises:
-        ValueError: If keys, shapes or dtypes do not fit the configuration; the message names file
+        ValueError: If keys, shapes or dtypes do not match the configuration; the message names file
             and key.
     """
 
@@ -114,7 +115,7 @@ class DraftFile:
                 expected = f"factors of {config.draft_layers} layers"
                 raise ValueError(f"{file.where}: expected {expected}, found {len(tail)} tensors")
             if tail:
-                # Every layer of the tail will be allocated with this rank.
+                # Checked first, because every layer of the tail is allocated with this rank.
                 rank, first = config.draft_rank, f"{_FACTORS}0"
                 shape_found = tail[first].shape if first in tail else None
                 fits = shape_found is not None and shape_found[:1] == (rank,)

@@ -1,10 +1,10 @@
-"""Request of one call of the decoder, in the arguments of transformers' ``generate``.
+"""Request of one call of the decoder, with the arguments of transformers' ``generate``.
 
 Arguments of the call override its ``generation_config``. If neither sets end tokens or padding,
-those of the model's own configuration are used. Its sampling settings are not read, since the
-decoder has its own. The decoder's output follows the model's law. A setting that would change that
-law, or that the decoder does not implement, raises an error that names it, instead of being
-ignored. :class:`GeneratedRows` applies the request to each row.
+those of the model's own configuration are used. The sampling settings of that configuration are not
+read, since the decoder has its own. The decoder's output has the model's distribution. A setting
+that would change this distribution, or that the decoder does not implement, is not ignored: it
+raises an error that names the setting. :class:`GeneratedRows` applies the request to each row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HONOURED = {
 _WITHOUT_EFFECT = {
     "bos_token_id", "decoder_start_token_id", "return_dict_in_generate", "transformers_version",
 }  # fmt: skip
-# Values at which a setting changes nothing. For a setting that is not listed the value is False.
+# Values with which a setting has no effect. For a setting that is not listed, this value is False.
 _ZERO = (
     "diversity_penalty", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff",
     "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "top_k",
@@ -38,28 +38,28 @@ _ONE = (
     "num_beams", "num_return_sequences", "repetition_penalty", "typical_p",
 )  # fmt: skip
 _NEUTRAL = {**dict.fromkeys(_ZERO, 0), **dict.fromkeys(_ONE, 1), "use_cache": True}
-# Settings of a model's own configuration that change its law, even in greedy decoding.
+# Settings of a model's own configuration that change its distribution, even in greedy decoding.
 _PENALTIES = (
     "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty",
     "forced_bos_token_id", "forced_eos_token_id", "no_repeat_ngram_size", "repetition_penalty",
     "sequence_bias", "suppress_tokens",
 )  # fmt: skip
 
-#: ``stops(before, new)``: number of new tokens that a row keeps; None if it does not stop.
+#: ``stops(before, new)`` returns the number of new tokens that a row keeps; None to continue.
 StopRule = Callable[[list[int], list[int]], int | None]
 
 
 @dataclass(frozen=True)
 class Request:
-    """Stop rules and seeds of a call, and the settings of the decoder that it replaces.
+    """Stop rules and seeds of a call, and the settings of the decoder that the call replaces.
 
     Attributes:
         budget: maximum number of new tokens per row, at least 1.
         ends: tokens that end a row.
         pad: token that fills a row after its end.
         stops: rule of the stop strings, or None.
-        seeds: one per row.
-        law: values of mode, temperature and top_p that the call sets.
+        seeds: one seed per row.
+        law: values of mode, temperature and top_p that the call sets, by name.
     """
 
     budget: int
@@ -76,7 +76,8 @@ def read_request(
     """Check the arguments of :meth:`SpeculativeDecoder.generate` and return the request.
 
     Args:
-        arguments: settings by their names in GenerationConfig; None for those that are not given.
+        config: the call's ``generation_config``.
+        arguments: settings by their names in GenerationConfig; None for settings that are not set.
 
     Raises:
         ValueError: If a number is out of range, or a setting is not supported; the message names
@@ -111,8 +112,11 @@ def read_request(
 
 
 def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
-    """Return one seed per row. A single seed is expanded with a generator, so that neighbouring
-    seeds share no row seed; None draws the seeds from torch's generator."""
+    """Return one seed per row.
+
+    A single seed is expanded with a generator, so that neighbouring seeds have no row seed in
+    common. If ``seed`` is None, the seeds are drawn from torch's generator.
+    """
     if seed is None:
         return torch.randint(2**63 - 1, (batch,)).tolist()
     one = not isinstance(seed, Iterable)
@@ -132,7 +136,8 @@ def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
 
 
 def _merged_settings(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that are set; the call's own override those of its configuration."""
+    """Return all settings with a value; arguments of the call override its
+    ``generation_config``."""
     from transformers import GenerationConfig
 
     plain = vars(GenerationConfig())
@@ -175,8 +180,11 @@ def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
 
 
 class GeneratedRows:
-    """Tokens, stop rules and statistics of every row of ``prompts (B, S)``, on the host. A streamer
-    needs a single row; it gets the prompt, then every token that the row keeps."""
+    """Tokens, stop rules and statistics of every row of ``prompts (B, S)``, on the host.
+
+    A streamer needs a single row; it receives the prompt, then every token that the row keeps. Rows
+    that are not finished are called live; ``live`` is also their number in shapes.
+    """
 
     def __init__(self, prompts: Tensor, request: Request, streamer: Any = None):
         batch = len(prompts)
@@ -192,20 +200,21 @@ class GeneratedRows:
             streamer.put(prompts.cpu())
 
     def start(self, token: Tensor) -> list[int]:
-        """Append tokens ``(live,)`` that were drawn without a draft; return as :meth:`take`."""
+        """Append tokens ``(live,)`` that were drawn without a draft. The return value is as in
+        :meth:`take`."""
         return self._append([[t] for t in token.tolist()])
 
     def take(self, drafted: Tensor, accepted: Tensor, token: Tensor, evidence: int) -> list[int]:
         """Append the tokens of a call, up to the first stop.
 
         Args:
-            drafted: ``(live, K)``.
+            drafted: drafted tokens ``(live, K)``.
             accepted: ``(live,)``, number of drafted tokens that are kept.
             token: ``(live,)``, the verifier's token, which follows the kept ones.
             evidence: number of leading tokens of the draft that a row has already.
 
         Returns:
-            the rows that go on, as places in the list of rows that were live.
+            the rows that remain live, as indices in the list of rows that were live before.
         """
         decided = torch.cat([drafted, token[:, None], accepted[:, None]], 1).tolist()
         every: list[list[int]] = []
@@ -218,7 +227,8 @@ class GeneratedRows:
         return self._append(every)
 
     def _append(self, every: list[list[int]]) -> list[int]:
-        """Append new tokens to every live row up to its first stop; return as :meth:`take`."""
+        """Append new tokens to every live row up to its first stop. The return value is as in
+        :meth:`take`."""
         stay: list[int] = []
         for i, (row, new) in enumerate(zip(self.live, every, strict=True)):
             new = new[: self.request.budget - len(self.tokens[row])]

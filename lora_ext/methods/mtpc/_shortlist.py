@@ -41,7 +41,7 @@ class Shortlist:
         """Return the place of each token, and -1 for a token of the vocabulary without a place.
 
         A number outside the vocabulary is returned unchanged: -1 still marks a marginalised
-        position, and the op that takes the places rejects any other.
+        position, and the op that receives the places raises for any other.
         """
         if self.ids is None:
             return tokens
@@ -76,14 +76,16 @@ class Shortlist:
 
 
 def looked_at(t: Tensor) -> bool:
-    """Return whether the values of tokens may be checked here, on the host. The ops check them
-    again when they run."""
+    """Return whether the values of tokens can be checked on the host at this time. The ops check
+    them again when they run."""
     return t.device.type == "cpu" and not compiles()
 
 
 def checked_ids(ids: Tensor | Sequence[int], vocab_size: int) -> Tensor:
-    """Return the ids of a list in ascending order, on the CPU; raise unless they are int64, at
-    least 2, distinct and in the vocabulary."""
+    """Return the ids of a shortlist in ascending order, on the CPU.
+
+    Raise unless they are int64, at least 2, distinct and in the vocabulary.
+    """
     where = "CircuitHead: shortlist: expected"
     if not isinstance(ids, Tensor | Sequence) or isinstance(ids, str):
         raise TypeError(f"{where} ids of tokens, found {ids!r:.100}")

@@ -1,5 +1,9 @@
-"""The verifier: a causal language model that is fed several tokens at once and may drop some of
-them again. Its cache has room for the tokens to come."""
+"""Verifier: a causal language model that processes several tokens per pass and may remove some of
+them from its cache. The cache has room for later tokens.
+
+Shape letters: ``B`` rows, ``Q`` tokens per row in a pass, ``K`` tokens in a window, ``D`` hidden
+width, ``V`` vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,9 @@ def roomy_cache(room: int) -> Any:
     """Return a transformers cache with layers that write new keys and values into preallocated
     buffers.
 
-    transformers' own cache copies a layer's whole past at every pass. Here ``keys`` and ``values``
-    of a layer are views of buffers with ``room`` slots at first. A full buffer is replaced by one
-    of twice the size.
+    transformers' own cache copies the whole past of a layer at every pass. Here ``keys`` and
+    ``values`` of a layer are views of buffers that have ``room`` slots at first. A full buffer is
+    replaced by one of twice the size.
     """
     from transformers.cache_utils import Cache, DynamicLayer
 
@@ -60,8 +64,11 @@ def roomy_cache(room: int) -> Any:
 
 
 def run_trunk(model: Any, tail: DraftTail | None, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """Run the model once. Return the verifier's logits ``(B, Q, V)`` and the hidden states of the
-    draft path ``(B, Q, D)``: the input of the LM head, or with a tail the output of its layers."""
+    """Run the model once.
+
+    Return the verifier's logits ``(B, Q, V)`` and the hidden states of the draft path
+    ``(B, Q, D)``: the input of the LM head, or with a tail the output of its layers.
+    """
     hidden: list[Tensor] = []
 
     def before_lm_head(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -78,24 +85,28 @@ def run_trunk(model: Any, tail: DraftTail | None, **inputs: Any) -> tuple[Tensor
 
 
 def cache_argument(model: Any) -> str:
-    """Return the name of the cache argument of the model's forward; transformers has renamed it."""
+    """Return the name of the cache argument of the model's forward, which transformers has
+    renamed."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class Trunk:
-    """Sequences of a batch, each with its own length, and the model's cache over them.
+    """Sequences of a batch, each with its own length, and the model's cache for them.
 
-    Tokens that a row drops stay in the cache as slots that the row's attention mask hides, unless
-    all rows drop them. Positions are counted per row. A row therefore computes what it would
-    compute alone, up to rounding.
+    Tokens that a row rejects stay in the cache as slots that the row's attention mask hides, unless
+    all rows reject them. Positions are counted per row. The results of a row are therefore the same
+    as without other rows, up to rounding.
 
     Args:
-        model, tail, input_ids, mask: of the :class:`SpeculativeDecoder` and its call.
+        model: language model of the :class:`SpeculativeDecoder`.
+        tail: its :class:`DraftTail`, or None.
+        input_ids: prompts ``(B, S)`` of the call.
+        mask: attention mask ``(B, S)`` of the prompts.
         room: number of tokens that may follow a prompt. Later tokens share the last position and
             are never used.
 
     Attributes:
-        logits: ``(B, V)``, of the last token of the prompt or of :meth:`advance`.
+        logits: ``(B, V)``, logits of the last token of the prompt or of :meth:`advance`.
         hidden: ``(B, D)``, draft hidden state of the last kept token.
         passes: number of passes after the prompt.
 
@@ -113,13 +124,13 @@ class Trunk:
         named = inspect.signature(model.forward).parameters
         self._cache_argument = cache_argument(model)
         self.mask = mask.long()  # (B, slots)
-        self.length = self.mask.sum(1)  # (B,) kept tokens
+        self.length = self.mask.sum(1)  # (B,) number of kept tokens
         self.last = self.length + room - 1
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         prompt = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
         logits, hidden = self._run(input_ids, positions, **prompt)
         self.logits, self.hidden = logits[:, -1], hidden[:, -1]
-        self._states = hidden[:, -1:]  # (B, K + 1, D): before and inside the window fed last
+        self._states = hidden[:, -1:]  # (B, K + 1, D): before and inside the last window
         self.passes = 0
 
     def advance(self, tokens: Tensor) -> None:
@@ -132,10 +143,10 @@ class Trunk:
         """Run the model over a window.
 
         Args:
-            tokens: ``(B, K)``, the window.
-            pending: ``(B,)``, decided tokens that are fed before the window. Without them the first
-                logits are :attr:`logits`. If the first token of the window is itself a decided
-                token, the verification does not read those.
+            tokens: the window, ``(B, K)``.
+            pending: ``(B,)``, decided tokens that the model processes before the window. With None,
+                the logits before the window are those in :attr:`logits`; verification does not read
+                them if the first token of the window is itself a decided token.
 
         Returns:
             ``(B, K + 1, V)``, the logits before, inside and after the window.
@@ -148,13 +159,14 @@ class Trunk:
         return logits
 
     def keep(self, kept: Tensor) -> None:
-        """Remove all but the first ``kept (B,)`` tokens of the window that :meth:`feed` has fed.
-        A pending token stays."""
+        """Remove all but the first ``kept (B,)`` tokens of the window of the last :meth:`feed`. A
+        pending token is kept."""
         self._forget(kept + self._fed + 1 - self._states.shape[1], self._fed)
         self.hidden = self._states[torch.arange(len(kept), device=kept.device), kept]
 
     def _feed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits ``(B, Q, V)`` and draft hidden states ``(B, Q, D)`` of ``(B, Q)``."""
+        """Return logits ``(B, Q, V)`` and draft hidden states ``(B, Q, D)`` of the tokens
+        ``(B, Q)``."""
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = torch.minimum(self.length[:, None] + steps, self.last[:, None])
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], 1)
@@ -163,17 +175,17 @@ class Trunk:
         return self._run(tokens, positions)
 
     def _forget(self, kept: Tensor, fed: int) -> None:
-        """Remove all but the first ``kept (B,)`` of the ``fed`` newest tokens."""
+        """Remove all but the first ``kept (B,)`` of the ``fed`` newest tokens of each row."""
         most = int(kept.max())
         if most < fed:
-            self.cache.crop(most - fed)  # a negative number of slots is removed at the end
+            self.cache.crop(most - fed)  # a negative argument removes slots at the end
         slots = self.mask.shape[1] - fed
         steps = torch.arange(most, device=kept.device)
         self.mask = torch.cat([self.mask[:, :slots], (steps < kept[:, None]).long()], 1)
         self.length = self.length + kept
 
     def select(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch."""
+        """Keep only the rows with these indices."""
         batch = len(self.length)
         for layer in self.cache.layers:
             both = len(layer.keys) == 2 * batch  # rows of the verifier, then those of the tail

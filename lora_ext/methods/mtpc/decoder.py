@@ -1,12 +1,12 @@
 """Exact self-speculative decoding: a circuit drafts tokens, and the model verifies them.
 
-The distribution of the generated tokens is the model's own. One turn of the loop in
+Generated tokens have exactly the model's distribution. One iteration of the loop in
 :meth:`SpeculativeDecoder.generate`:
 
 1. :meth:`Steps.draft <lora_ext.methods.mtpc._drafting.Steps.draft>` computes a circuit from the
-   newest hidden state and samples the window. The *pending* token, which the previous turn decided
-   and which has not been fed yet, is evidence for the circuit; a bridge instead moves the hidden
-   state to the start of the window.
+   newest hidden state and samples the window. The *pending* token, which the previous iteration
+   decided and which the model has not processed yet, is evidence for the circuit. A bridge instead
+   advances the hidden state by the pending token, and the window starts after it.
 2. :meth:`Trunk.feed <lora_ext.methods.mtpc._trunk.Trunk.feed>` runs the model over the window and
    returns the verifier's logits.
 3. :meth:`Steps.verify <lora_ext.methods.mtpc._drafting.Steps.verify>` accepts a prefix of the
@@ -14,7 +14,8 @@ The distribution of the generated tokens is the model's own. One turn of the loo
 4. :meth:`GeneratedRows.take <lora_ext.methods.mtpc._request.GeneratedRows.take>` applies the stop
    rules.
 5. :meth:`Trunk.keep <lora_ext.methods.mtpc._trunk.Trunk.keep>` removes the rejected tokens from the
-   cache, and :meth:`Trunk.select <lora_ext.methods.mtpc._trunk.Trunk.select>` the finished rows.
+   cache, and :meth:`Trunk.select <lora_ext.methods.mtpc._trunk.Trunk.select>` removes the finished
+   rows.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from ._trunk import Trunk
 from .layers import CircuitHead
 from .tail import DraftTail
 
-#: How the next window uses the pending token, which a call has decided but not yet fed.
+#: How the next window uses the pending token, which the last call has decided and the model has not
+#: processed yet.
 WindowRule = Literal["condition", "restart"]
 
 
@@ -49,11 +51,14 @@ class Generation:
     """Result of :meth:`SpeculativeDecoder.generate`. Lists have one entry per row.
 
     Attributes:
-        sequences: ``(B, S + L)`` int64: prompts and new tokens, padded on the right.
+        sequences: ``(B, S + L)`` int64: ``B`` prompts of ``S`` tokens, each followed by up to ``L``
+            new tokens, padded on the right.
         calls: number of verifier passes over a draft while the row was unfinished.
-        accepted: number of drafted tokens that the verifier accepted, before stop rules cut any.
-        emitted: number of accepted tokens plus one verifier token per call, before stop rules.
-        passes: total number of trunk passes after the prompts.
+        accepted: number of drafted tokens that the verifier accepted, counted before the stop
+            rules.
+        emitted: ``accepted`` plus one token of the verifier per call, counted before the stop
+            rules.
+        passes: total number of passes of the model after the prompts.
         seeds: one seed per row. The same seed reproduces the tokens of a row in any batch.
     """
 
@@ -71,45 +76,46 @@ class Generation:
 
     @property
     def emitted_per_call(self) -> float:
-        """Mean number of tokens per call including the verifier's own, over all rows."""
+        """Mean number of tokens per call, including the verifier's token, over all rows."""
         return sum(self.emitted) / max(1, sum(self.calls))
 
 
 @dataclass(eq=False, repr=False)
 class SpeculativeDecoder(Steps):
-    """Generate from ``model`` by drafting windows with ``head`` and verifying each in one pass.
+    """Decoder that drafts windows with ``head`` and verifies each in one pass of ``model``.
 
-    In mode "sample", tokens follow the model's distribution exactly (after temperature and top_p);
-    in mode "greedy", they are the model's greedy tokens. Both hold up to rounding, because the
-    shapes in the passes of the model differ from those in token-by-token decoding.
+    In mode "sample", generated tokens have exactly the model's distribution (after temperature and
+    top_p); in mode "greedy", they are the model's greedy tokens. Both hold up to rounding, because
+    tensors have other shapes in the model's passes than in token-by-token decoding.
 
-    A call accepts a prefix of the draft and adds one token sampled from the verifier. With
-    ``window="condition"`` that token is evidence for the next window, and a call costs one trunk
-    pass. With ``"restart"`` the token is first fed alone: this costs a second pass, and the whole
-    window is drafted.
+    Each call, a draft and its verification, accepts a prefix of the draft and adds one token
+    sampled from the verifier. With ``window="condition"`` that token is evidence for the next
+    window, and a call needs one pass of the model. With ``"restart"`` the model first processes
+    that token in a separate pass, and the next call drafts all tokens of its window.
 
-    Generation registers forward hooks on the model, so run one call at a time per model.
+    Generation registers forward hooks on the model, so run one call of :meth:`generate` at a time
+    per model.
 
     Args:
-        model: a transformers causal LM with full attention, in evaluation mode.
-        head: a trained head for it.
+        model: transformers causal LM with full attention, in evaluation mode.
+        head: trained :class:`CircuitHead` for the model.
         mode: "sample" or "greedy".
         window: "condition" or "restart", see above and docs/mtpc.md, "Decoding".
         temperature: softmax temperature of the model's distribution, above 0.
         top_p: probability mass of the nucleus, in (0, 1].
-        tail: the layers of the draft path, if the head was trained with them.
-        bridge: module that moves the hidden state past the pending token, if the head was trained
-            with one. A window then starts after that token, and the first token comes from the
-            verifier without a call.
-        chain: number of consecutive windows of n tokens that a call drafts; above 1 only with a
+        tail: :class:`DraftTail` of the draft path, if the head was trained with one.
+        bridge: :class:`TokenBridge` that advances the hidden state by the pending token, if the
+            head was trained with one. A window then starts after that token, and the first token
+            after the prompt is sampled from the verifier without a draft.
+        chain: number of consecutive windows of n tokens that a call drafts; more than 1 requires a
             bridge.
         constraint: constraint that every row satisfies at the end of its budget, or a list with one
             (or None) per row. docs/control.md defines the distribution of constrained rows.
         guide: model of the future tokens that constraints use.
 
     Raises:
-        ValueError: If a setting is out of range, or if the head's width or vocabulary differs from
-            the model's.
+        ValueError: If a setting is out of range, or if the width or the vocabulary of the head
+            differs from the model's.
 
     Sources: speculative sampling (Leviathan et al. 2023); MTPC (arXiv 2511.11346). Conditioning the
     next window on the accepted token is our addition.
@@ -165,23 +171,25 @@ class SpeculativeDecoder(Steps):
         """Generate new tokens for every prompt.
 
         Args:
-            input_ids: ``(B, S)`` prompts, padded on the left.
-            attention_mask: ``(B, S)``, 0 on padding; default is no padding.
-            max_new_tokens: at least 1; default is that of ``generation_config``.
-            eos_token_id: one or more tokens that end a row; default is that of
-                ``generation_config``, then that of the model.
-            pad_token_id: padding of rows that end early; default as for ``eos_token_id``, then an
-                end token.
-            seed: None, an integer or one integer per row. With None the seeds of the rows come from
-                torch's global generator, so ``torch.manual_seed`` makes a call repeatable. From one
-                integer, a different seed is derived for each row; neighbouring integers share none.
-                Seeds per row may come from :attr:`Generation.seeds`. The tokens of a row depend on
-                its seed, not on other rows.
-            generation_config: a transformers ``GenerationConfig``. Its ``do_sample``,
-                ``temperature`` and ``top_p`` replace the decoder's for this call. Those of the
-                model's own configuration are not read.
-            stop_strings, tokenizer: a row ends with the token that completes one of the strings.
-            streamer: a transformers streamer, which gets the prompt and then every token; for one
+            input_ids: token ids ``(B, S)`` of the prompts, padded on the left.
+            attention_mask: mask ``(B, S)`` with 0 for padding; default is no padding.
+            max_new_tokens: maximum number of new tokens per row, at least 1; default is the value
+                in ``generation_config``.
+            eos_token_id: one or more tokens that end a row; default is the value in
+                ``generation_config``, otherwise that of the model.
+            pad_token_id: token that pads rows that end early; default as for ``eos_token_id``,
+                otherwise an end token.
+            seed: None, an integer or one integer per row. With None, the seeds of the rows come
+                from torch's global generator, so ``torch.manual_seed`` makes a call repeatable. One
+                integer is expanded to a different seed for each row; neighbouring integers have no
+                row seed in common. Seeds per row may come from :attr:`Generation.seeds`. The tokens
+                of a row depend on its seed, not on other rows.
+            generation_config: transformers ``GenerationConfig``. Its ``do_sample``, ``temperature``
+                and ``top_p`` replace the decoder's settings for this call. These settings in the
+                model's own configuration are ignored.
+            stop_strings: one or more strings; a row ends with the token that completes one of them.
+            tokenizer: tokenizer of the model, required by ``stop_strings``.
+            streamer: transformers streamer, which receives the prompt and then every token; for one
                 prompt only.
             token_type_ids: ignored; tokenizers of some models return them.
             adapter_names: adapters of the rows, as in :func:`lora_ext.adapters`. One head drafts
@@ -189,7 +197,7 @@ class SpeculativeDecoder(Steps):
             settings: further settings of GenerationConfig, by name.
 
         Raises:
-            ValueError: If a shape, padding or number does not fit, or if a setting would change the
+            ValueError: If a shape, padding or number is invalid, or if a setting would change the
                 model's distribution or the number of sequences per prompt, such as ``num_beams=4``
                 or ``repetition_penalty=1.1``. Without a ``generation_config``, penalties in the
                 model's own ``generation_config`` are an error, too.
@@ -211,13 +219,13 @@ class SpeculativeDecoder(Steps):
     def _decode(
         self, prompts: Tensor, mask: Tensor, streamer: Any, adapters: Any, **asked: Any
     ) -> Generation:
-        """Generate inside the context manager ``adapters``; ``asked`` are further arguments of
-        :func:`read_request`."""
-        # The request is checked before `adapters` takes slots of the pool.
+        """Generate tokens in the context manager ``adapters``; ``asked`` contains the remaining
+        arguments of :func:`read_request`."""
+        # The request is checked before `adapters` acquires slots of the pool.
         request = read_request(self.model, prompts, **asked)
         decoder = self
         if request.law:
-            decoder = copy.copy(self)  # also copies what a subclass has added
+            decoder = copy.copy(self)  # also copies attributes of a subclass
             vars(decoder).update(request.law)
             decoder.__post_init__()
         with adapters, generation_scope():
@@ -229,7 +237,7 @@ class SpeculativeDecoder(Steps):
             n = decoder.drafted
             bridged = decoder.bridge is not None
             generators = [torch.Generator().manual_seed(s) for s in request.seeds]
-            pending: Tensor | None = None  # (B,) tokens that are decided and not yet fed
+            pending: Tensor | None = None  # (B,) decided tokens that are not yet fed
             stay = rows.live
             if bridged:
                 law = trunk.logits if control is None else control.first(trunk.logits)

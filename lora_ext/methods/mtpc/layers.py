@@ -1,11 +1,13 @@
 """CircuitHead: a joint distribution over the next tokens, computed from hidden states.
 
+A query has four steps. :class:`CircuitHead` explains the shape letters.
+
 1. :meth:`CircuitHead.rows` checks ``h (..., D)`` and reshapes it to rows ``(N, D)``;
 2. an :class:`~lora_ext.methods.mtpc._emission.Emission` computes the leaves of every row's circuit,
    over the tokens of a :class:`~lora_ext.methods.mtpc._shortlist.Shortlist`;
 3. :class:`~lora_ext.methods.mtpc._emission.SumWeights` compute the prior and the transitions;
 4. a circuit op computes the result: ``circuit_scan`` a likelihood, ``circuit_conditional_dist`` the
-   law of the next token, ``circuit_sample`` and ``circuit_argmax`` a window.
+   distribution of the next token, ``circuit_sample`` and ``circuit_argmax`` a window.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ from ._config import EmissionName, Kind, check_structure
 from ._emission import EMISSIONS, LeafSizes, SumWeights
 from ._shortlist import Shortlist, checked_ids, looked_at
 
-# Bound of new rows, times D^-1/2, so that first logits do not depend on D. The authors' at 4096.
+# Initial weights are uniform within this bound times D^-1/2, so that the size of the first logits
+# does not depend on D. For D = 4096, this is the authors' bound.
 _INIT_BOUND = 0.01275 * 64
-# Parts of the head, by attribute, and the names of their parameters in the head.
+# Attributes of the head that contain parameters, and the names of these parameters in the head.
 _PARTS = {
     "leaves": ("emit", "maps", "unembed", "lora_A", "lora_B"),
     "sums": ("prior", "trans_bias", "trans"),
@@ -39,9 +42,10 @@ _NESTED = [(name, nested) for nested, name in _FLAT]
 
 
 class Circuit(NamedTuple):
-    """Logits of the circuits of ``N`` rows, in the form that the circuit ops take."""
+    """Logits of the circuits of ``N`` rows, as arguments of the circuit ops; :class:`CircuitHead`
+    explains the shape letters."""
 
-    leaf: Tensor  # (N, K, C, V), or L instead of V
+    leaf: Tensor  # (N, K, C, V) or (N, K, C, L)
     prior: Tensor | None  # (N, C)
     trans: Tensor | None  # (N, M, C, C)
 
@@ -52,15 +56,15 @@ def _part_parameter(part: str, name: str) -> Any:
 
 
 def _rename(keys: Any, _head: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Rename the entries of a state dict, from the first of each pair to the second."""
+    """Rename entries of a state dict; ``keys`` are pairs of an old and a new name."""
     for old, new in keys:
         if prefix + old in state_dict:
             state_dict[prefix + new] = state_dict.pop(prefix + old)
 
 
 def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> None:
-    """Raise `ValueError` if the device has too little free memory for the leaves; suggest smaller
-    ones."""
+    """Raise `ValueError` if the device has too little free memory for the leaves; the message
+    suggests smaller settings."""
     free = free_bytes(options["device"])
     if free is None:
         return
@@ -79,9 +83,10 @@ def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> Non
 class CircuitHead(nn.Module):
     """``q(x_1 .. x_K | h)``: a probabilistic circuit with parameters computed from ``h``.
 
-    Letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``V`` vocabulary,
-    ``L`` tokens of the shortlist (without one ``L = V``), ``M`` transition matrices. Sum weights
-    are ``softmax(w @ h)``; leaves are ``softmax(logits)``:
+    Shape letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``V``
+    vocabulary, ``L`` tokens of the shortlist (without one ``L = V``), ``M`` transition matrices. A
+    leaf is the distribution of one token given one component, ``softmax(logits)``; the weights of a
+    sum are ``softmax(w @ h)``:
 
     ============  ===========================================  ================================
     emission      logits of position k, component z            parameters
@@ -94,39 +99,43 @@ class CircuitHead(nn.Module):
                                                                is a frozen buffer
     ============  ===========================================  ================================
 
-    These belong to the part ``leaves``; ``prior``, ``trans`` and ``trans_bias`` belong to ``sums``.
-    The head and its state dict have all of them under these names.
+    The submodule ``leaves`` contains these parameters, and ``sums`` contains ``prior``, ``trans``
+    and ``trans_bias``. All of them are also attributes of the head, and have these names in its
+    state dict.
 
-    Hidden states are ``(..., D)`` and windows ``(..., K)``, with the same leading dimensions, which
-    results keep. A token :data:`IGNORE` is marginalised.
+    Methods accept hidden states ``(..., D)`` and windows ``(..., K)`` with the same leading
+    dimensions; results have these dimensions, too. A token :data:`IGNORE` is marginalised.
 
     Args:
-        hidden_size: ``D``.
-        vocab_size: ``V``, at least 2.
-        n_token: ``K``.
-        rank: ``C``.
-        kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``.
-        emission: see the table. ``full`` for small vocabularies, ``adapter`` for large ones.
-        adapter_rank: ``R`` of ``adapter``, at least 1.
+        hidden_size: ``D``, width of the hidden states.
+        vocab_size: ``V``, size of the vocabulary, at least 2.
+        n_token: ``K``, number of tokens in a window.
+        rank: ``C``, number of components.
+        kind: circuit family: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``.
+        emission: way to compute the leaves, see the table. ``full`` for small vocabularies,
+            ``adapter`` for large ones.
+        adapter_rank: ``R``, rank of each adapter of emission ``adapter``, at least 1.
         contextual: whether transitions depend on ``h``; otherwise they are free parameters.
-        share_transitions: one transition matrix instead of ``M``.
-        init_identity: transitions start by keeping the state with probability 0.99, so that an HMM
-            or tree starts near the mixture CP; otherwise they start near uniform.
-        shortlist: ``(L,)`` int64, at least 2 distinct ids. All other tokens have probability
-            exactly 0, no parameters and no products. As evidence they are impossible: tokens after
-            one have log-probability ``-inf``. Default is the whole vocabulary. The ids are a
-            buffer: after ``to_empty()`` they are undefined until a state dict is loaded.
-        dtype, device: of the parameters; float16, bfloat16, float32 or float64.
+        share_transitions: whether to use one transition matrix instead of ``M``.
+        init_identity: whether transitions initially keep the state with probability 0.99, so that
+            an HMM or tree starts near the mixture CP; otherwise they start near uniform.
+        shortlist: ``(L,)`` int64, at least 2 distinct ids of the tokens that have leaves. All other
+            tokens have probability exactly 0, without parameters or products. As evidence they are
+            impossible: tokens after one have log-probability ``-inf``. Default is the whole
+            vocabulary. The ids are a buffer: after ``to_empty()`` they are undefined until a state
+            dict is loaded.
+        dtype: dtype of the parameters: float16, bfloat16, float32 or float64.
+        device: device of the parameters.
 
     Raises:
-        ValueError: If a size is out of range; kind or emission is unknown; ``ff`` has a rank other
-            than 1; ``hmm`` or ``btree`` has rank or n_token below 2; the shortlist has fewer than 2
-            tokens, a repeated token or one outside the vocabulary; or the leaves are larger than
-            the free memory.
-        NotImplementedError: If ``dtype`` is another one.
+        ValueError: If a size is out of range; if kind or emission is unknown; if ``ff`` has a rank
+            other than 1; if ``hmm`` or ``btree`` has rank or n_token below 2; if the shortlist has
+            fewer than 2 tokens, a repeated token or one outside the vocabulary; or if the leaves
+            are larger than the free memory.
+        NotImplementedError: If ``dtype`` is not one of these.
 
-    Source: arXiv 2511.11346 and its code; ``adapter`` is ours (docs/mtpc.md). A shortlist for the
-    draft: FR-Spec (arXiv 2502.14856).
+    Source: arXiv 2511.11346 and its code; ``adapter`` is ours (docs/mtpc.md). The shortlist for the
+    draft is from FR-Spec (arXiv 2502.14856).
     """
 
     def __init__(
@@ -192,8 +201,9 @@ class CircuitHead(nn.Module):
     def reset_parameters(self) -> None:
         """Draw new initial values from torch's generator.
 
-        :meth:`init_from_lm_head` makes the components of some positions equal; random sum weights
-        and later positions make them differ.
+        :meth:`init_from_lm_head` makes the leaves of all components of a position equal. The
+        components still differ, because the sum weights and the leaves of later positions are
+        random.
         """
         bound = _INIT_BOUND / math.sqrt(self.hidden_size)
         self.leaves.reset_parameters(bound)
@@ -201,15 +211,17 @@ class CircuitHead(nn.Module):
 
     @torch.no_grad()
     def init_from_lm_head(self, weight: Tensor, num_blocks: int = 1) -> None:
-        """Start from the unembedding of a language model.
+        """Initialise the leaves from the unembedding of a language model.
 
         ``full``: every component of position k is set to block k; positions beyond the blocks keep
-        their values. ``expander``: the unembedding is a copy of block 0. ``adapter``: it is block 0
-        itself; without a shortlist, and if dtype and device agree, it shares the model's memory.
+        their values. ``expander``: the unembedding is a copy of block 0. ``adapter``: the
+        unembedding is block 0 itself; without a shortlist, and if dtype and device agree, it shares
+        the model's memory.
 
         Args:
-            weight: ``(num_blocks * V, D)``.
-            num_blocks: number of positions that the model predicts.
+            weight: unembedding ``(num_blocks * V, D)``, one block per position that the model
+                predicts.
+            num_blocks: number of these positions.
 
         Raises:
             ValueError: If ``weight`` has another shape, or ``num_blocks`` is below 1.
@@ -235,50 +247,56 @@ class CircuitHead(nn.Module):
     # Queries
 
     def circuit(self, h: Tensor) -> Circuit:
-        """Return the circuits of all rows of ``h (..., D)``, for the circuit ops. They have
-        ``N K C V`` logits, so use it for few rows. Tokens outside the shortlist have ``-inf``."""
+        """Return the circuits of all rows of ``h (..., D)``, as arguments of the circuit ops.
+
+        They contain ``N K C V`` logits, so call this method for few rows only. Tokens outside the
+        shortlist have the logit ``-inf``.
+        """
         listed, circuit = self.listed, self.narrow_circuit(h)
         return circuit if listed.ids is None else circuit._replace(leaf=listed.widen(circuit.leaf))
 
     def narrow_circuit(self, h: Tensor) -> Circuit:
-        """Return the circuits as :meth:`circuit` does, over the L places of the shortlist:
-        ``N K C L`` logits."""
+        """Return the circuits with leaves over only the L tokens of the shortlist: ``N K C L``
+        logits."""
         rows = self.rows(h)
         return Circuit(self.leaves.logits(rows), *self.sums(rows))
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
-        """Compute ``log q(x_1 .. x_k | h)`` for every k, ``(..., K)``; the last is the whole
-        window's. It is ``-inf`` from the first token outside the shortlist on.
+        """Compute ``log q(x_1 .. x_k | h)`` for every k, ``(..., K)``.
 
-        Differentiable. Memory is ``N K C`` numbers and a bounded chunk: no logits over the
-        vocabulary.
+        The last entry is the log-probability of the whole window. If the window has a token outside
+        the shortlist, the entries of this and all later positions are ``-inf``.
+
+        The result is differentiable. Memory is ``N K C`` numbers and a bounded chunk; logits over
+        the vocabulary are not stored.
 
         Args:
-            h: ``(..., D)`` floating.
-            x: ``(..., K)`` int64 tokens or :data:`IGNORE`.
+            h: hidden states ``(..., D)``, floating-point.
+            x: ``(..., K)`` int64, tokens or :data:`IGNORE`.
 
         Raises:
-            ValueError: If a shape does not fit, or (on the CPU) a token is outside the vocabulary.
-            TypeError: If hidden states are not floating, or tokens are not int64.
+            ValueError: If a shape is wrong, or (on the CPU) a token is outside the vocabulary.
+            TypeError: If hidden states are not floating-point, or tokens are not int64.
         """
         return self.scan(h, x).prefix.view(x.shape)
 
     def conditionals(self, h: Tensor, x: Tensor) -> Tensor:
-        """Compute ``log q(x_k | x_<k, h)`` of every token, ``(..., K)``; 0 if ``x_k`` is ignored.
+        """Compute ``log q(x_k | x_<k, h)`` for every k, ``(..., K)``; 0 if ``x_k`` is ignored.
         Arguments and errors are those of :meth:`log_prob`."""
         conditional = self.scan(h, x).conditional.view(x.shape)
-        return torch.where(x == IGNORE, 0, conditional)  # exactly 0: a sum of weights is rounded
+        return torch.where(x == IGNORE, 0, conditional)  # rounded weights may not sum to 1
 
     @torch.no_grad()
     def full_conditional(self, h: Tensor, x: Tensor, k: int | Tensor) -> Tensor:
         """Compute ``log q(. | x_<k, h)`` over the vocabulary, ``(..., V)``, without gradient.
 
         Args:
-            h, x: as in :meth:`log_prob`.
-            k: one position from 0, or one per row, ``(...)`` int64.
+            h: hidden states, as in :meth:`log_prob`.
+            x: tokens, as in :meth:`log_prob`.
+            k: position, counted from 0: one for all rows, or ``(...)`` int64 with one per row.
 
         Raises:
-            ValueError: If ``k`` is outside [0, K), and as :meth:`log_prob`.
+            ValueError: If ``k`` is outside [0, K), or as for :meth:`log_prob`.
         """
         rows, tokens = self.rows(h), self.tokens(h, x)
         shape, k = h.shape[:-1], torch.as_tensor(k, device=h.device)
@@ -305,14 +323,15 @@ class CircuitHead(nn.Module):
         """Draw exact samples of the window.
 
         Args:
-            h: ``(..., D)``.
-            evidence: ``(..., K)`` int64, given tokens first, then :data:`IGNORE`.
-            generator: generator of the uniforms, on the device of ``h``.
-            uniforms: ``(..., K, 2)`` in [0, 1), instead of drawn ones; equal uniforms give equal
-                tokens.
+            h: hidden states ``(..., D)``.
+            evidence: ``(..., K)`` int64: known tokens at the first positions, :data:`IGNORE` at all
+                others.
+            generator: generator of the random numbers, on the device of ``h``.
+            uniforms: ``(..., K, 2)`` numbers in [0, 1) to use instead of random ones; equal numbers
+                give equal tokens.
 
         Returns:
-            tokens ``(..., K)`` int64, and their log conditionals ``(..., K)``.
+            tokens ``(..., K)`` int64, and their conditional log-probabilities ``(..., K)``.
         """
         rows, shape = self.rows(h), (*h.shape[:-1], self.n_token)
         if uniforms is None:
@@ -327,15 +346,17 @@ class CircuitHead(nn.Module):
 
     @torch.no_grad()
     def argmax(self, h: Tensor, evidence: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Find the most probable tokens and latents jointly. The tokens need not be the mode over
-        tokens alone.
+        """Find the jointly most probable tokens and latent variables.
+
+        If the latent variables are summed out, other tokens may be more probable.
 
         Args:
-            h: ``(..., D)``.
+            h: hidden states ``(..., D)``.
             evidence: as in :meth:`sample`.
 
         Returns:
-            tokens ``(..., K)`` int64, and their log-probability with the latents ``(...)``.
+            tokens ``(..., K)`` int64, and their joint log-probability with the latent variables
+            ``(...)``.
         """
         rows, given = self.rows(h), self._evidence(h, evidence)
         tokens, value = ops.circuit_argmax(self.kind, *self.circuit(rows), given)
@@ -348,7 +369,7 @@ class CircuitHead(nn.Module):
         """Reshape hidden states ``(..., D)`` to rows ``(N, D)`` in the dtype of the parameters.
 
         Raises:
-            TypeError: If hidden states are not floating.
+            TypeError: If hidden states are not floating-point.
             ValueError: If their width is wrong.
         """
         require(h.is_floating_point(), "CircuitHead", "h", "a floating dtype", h.dtype, TypeError)
@@ -362,7 +383,7 @@ class CircuitHead(nn.Module):
 
         Raises:
             TypeError: If tokens are not int64.
-            ValueError: If the shape does not fit ``h``, or (on the CPU) a token is outside the
+            ValueError: If the shape does not match ``h``, or (on the CPU) a token is outside the
                 vocabulary.
         """
         require(x.dtype == torch.int64, "CircuitHead", "tokens", "int64", x.dtype, TypeError)

@@ -28,15 +28,18 @@ from .windows import unfold_teacher, unfold_windows, window_loss
 class Draft(nn.Module):
     """Modules that draft for a frozen model; only their parameters are trained and saved.
 
-    :func:`retrofit` creates one. ``loss(ids)`` is for training, ``decoder().generate(ids)`` for
-    decoding, ``save`` and ``load`` for files.
+    :func:`retrofit` creates a draft. Train it with ``loss(ids)``, generate text with
+    ``decoder().generate(ids)``, and store it with ``save`` and ``load``.
+
+    Shape letters: ``B`` sequences, ``S`` tokens per sequence, ``D`` hidden width.
 
     Attributes:
-        model: the verifier, frozen, not a child of this module.
-        config: a :class:`MtpcConfig`.
+        model: the frozen language model, which verifies drafts; it is not a child of this module.
+        config: the :class:`MtpcConfig`.
         head: the :class:`CircuitHead`.
-        tail, bridge: LoRA layers of the draft path and the :class:`TokenBridge`; None if the
-            configuration has none.
+        tail: the :class:`DraftTail`, LoRA layers of the draft path; None if the configuration has
+            none.
+        bridge: the :class:`TokenBridge`; None if the configuration has none.
     """
 
     model: Any
@@ -64,15 +67,16 @@ class Draft(nn.Module):
         attention_mask: Tensor | None = None,
         eos_id: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute the objective on a batch, and its terms by position; see :func:`window_loss`.
+        """Compute the objective on a batch, and its term for each position; see
+        :func:`window_loss`.
 
         Args:
-            input_ids: ``(B, S)``.
-            labels: ``(B, S)``, aligned with the inputs, -100 for tokens that are not predicted;
-                default is the inputs.
-            attention_mask: ``(B, S)``; tokens with 0 are not targets, and nothing is predicted from
-                them.
-            eos_id: token that ends a document of a packed batch; no window crosses it.
+            input_ids: token ids ``(B, S)``.
+            labels: target ids ``(B, S)``, aligned with the inputs; -100 for tokens that are not
+                predicted. Default is ``input_ids``.
+            attention_mask: mask ``(B, S)``; tokens with 0 are not targets, and nothing is predicted
+                from them.
+            eos_id: id of the token that ends a document of a packed batch; no window crosses it.
         """
         labels = input_ids if labels is None else labels
         if attention_mask is not None:
@@ -99,12 +103,13 @@ class Draft(nn.Module):
         return (weight * each).sum() / weight.sum(), each
 
     def chained(self, hidden: Tensor, input_ids: Tensor) -> list[Tensor]:
-        """Return the state of every window of the chain, each ``(B, S, D)``: the head's input if
-        the tokens before the window are those of the text.
+        """Return the head's input for every window of the chain, each ``(B, S, D)``.
+
+        The tokens before a window are read from ``input_ids``, as in teacher forcing.
 
         Args:
-            hidden: ``(B, S, D)``.
-            input_ids: ``(B, S)``; beyond their end, token 0 is used.
+            hidden: hidden states ``(B, S, D)``.
+            input_ids: token ids ``(B, S)``; beyond their end, token 0 is used.
         """
         if self.bridge is None:
             return [hidden]
@@ -129,8 +134,11 @@ class Draft(nn.Module):
         constraint: Constraints = None,
         guide: Guide | None = None,
     ) -> SpeculativeDecoder:
-        """Return a decoder that uses this draft. Arguments are those of
-        :class:`SpeculativeDecoder`; ``chain`` defaults to the configuration's."""
+        """Return a decoder that uses this draft.
+
+        The arguments are those of :class:`SpeculativeDecoder`; ``chain`` defaults to its value in
+        the configuration.
+        """
         chain = self.config.chain if chain is None else chain
         law = mode, window, temperature, top_p
         parts = self.tail, self.bridge, chain, constraint, guide
@@ -139,22 +147,22 @@ class Draft(nn.Module):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write configuration, shortlist and parameters into a folder, for :meth:`load`.
 
-        The model's weights are not written, nor, with emission "adapter", an unembedding that
-        equals the model's.
+        The weights of the model are not written. With emission "adapter", an unembedding that
+        equals the model's is not written either.
         """
         unembedding = self.model.get_output_embeddings().weight.detach()
         write_draft(Path(folder), self.config, self.state_dict(), unembedding)
 
     @classmethod
     def load(cls, model: Any, folder: str | os.PathLike[str]) -> Draft:
-        """Load a draft that :meth:`save` wrote onto ``model``; the folder is not trusted.
+        """Load a draft that :meth:`save` has written, for ``model``; the folder is not trusted.
 
-        Head, bridge and tail get the dtypes in which they were saved, and the model's device.
+        Head, bridge and tail have the dtypes in which they were saved, and the model's device.
+        Memory is allocated only for shapes that the file contains.
 
         Raises:
             ValueError: If the folder does not contain such a draft, or the model has another width,
                 vocabulary or layers. The message names file and key, and the model is unchanged.
-                Memory is allocated only for shapes that the file contains.
         """
         folder = Path(folder)
         config, shortlist = read_config(folder)
@@ -171,8 +179,8 @@ class Draft(nn.Module):
         return draft
 
     def remove(self) -> None:
-        """Restore the model as :func:`retrofit` found it: its layers, and which parameters are
-        trained."""
+        """Undo :func:`retrofit`: restore the layers of the model and ``requires_grad`` of its
+        parameters."""
         if self.tail is not None:
             self.tail.remove()
         for parameter, trained in self._trained:
@@ -182,22 +190,24 @@ class Draft(nn.Module):
 def retrofit(
     model: Any, config: MtpcConfig | None = None, shortlist: Tensor | Sequence[int] | None = None
 ) -> Draft:
-    """Freeze a transformers causal LM and add a circuit head beside its LM head.
+    """Freeze a transformers causal LM and create a circuit head that drafts for it.
 
-    The head starts from the LM head, in its dtype and on its device. With ``draft_layers``, the
-    last layers get LoRA for the draft path, in place: the model's own results do not change.
+    The head is initialised from the LM head, and has its dtype and device. With ``draft_layers``,
+    LoRA for the draft path is added to the last layers in place; the outputs of the model itself do
+    not change.
 
     Args:
-        model: a causal LM whose logits are its output embeddings applied to the last hidden state.
-        config: default is ``MtpcConfig()``.
-        shortlist: ``(L,)`` int64, tokens that may be drafted, such as :func:`frequent_tokens` of
-            similar texts. Default is the whole vocabulary. A list of a few thousand tokens of a
-            large vocabulary makes the head cheaper in that proportion, in training and drafting;
-            the model's law stays exact.
+        model: causal LM that computes its logits by applying its output embeddings to the last
+            hidden state.
+        config: settings; default is ``MtpcConfig()``.
+        shortlist: ``(L,)`` int64, ids of the tokens that may be drafted, such as
+            :func:`frequent_tokens` of similar texts. Default is the whole vocabulary. A list of a
+            few thousand tokens of a large vocabulary makes the head cheaper in that proportion, in
+            training and drafting; generated tokens still have exactly the model's distribution.
 
     Raises:
-        ValueError: If the model has no output embeddings, or the head is larger than the free
-            memory (the message suggests smaller settings), and as :class:`CircuitHead` and
+        ValueError: If the model has no output embeddings, if the head is larger than the free
+            memory (the message suggests smaller settings), or as for :class:`CircuitHead` and
             :class:`DraftTail`. The model is unchanged.
 
     Source: arXiv 2511.11346 (docs/mtpc.md, "Head" and "Draft tail").

@@ -1,4 +1,7 @@
-"""Last layers of the draft path: the verifier's layers with LoRA, computed in the same pass."""
+"""Last layers of the draft path: the verifier's layers with LoRA, computed in the same pass.
+
+The draft path computes the hidden states from which the circuit head drafts.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,21 @@ NAME = "draft"
 class DraftTail(nn.Module):
     """LoRA on the linear layers of the last K layers, for rows of the draft path only.
 
-    The layers are not copied: :meth:`beside_the_verifier` doubles the rows that enter them, and the
-    second half uses the adapter. Outside the blocks of its methods the model is unchanged.
+    The layers are not copied. :meth:`beside_the_verifier` duplicates the rows that enter them, and
+    the second half uses the adapter. Outside the ``with`` blocks of the methods, the model's
+    outputs do not change.
 
     The model's modules are replaced in place; :meth:`remove` restores them.
 
     Args:
-        model: a transformers causal LM.
-        num_layers: K, at least 1.
-        rank, alpha: of the LoRA.
+        model: transformers causal LM.
+        num_layers: K, number of last layers that get LoRA, at least 1.
+        rank: rank of the LoRA.
+        alpha: alpha of the LoRA.
 
     Raises:
-        ValueError: If ``num_layers`` is below 1 or above the model's number of layers, the layers
-            already have a draft tail, or the model is attached to a pool.
+        ValueError: If ``num_layers`` is below 1 or above the model's number of layers, if the
+            layers already have a draft tail, or if the model is attached to a pool.
 
     Source: arXiv 2511.11346; the authors use a merged copy of the layers instead (docs/mtpc.md).
     """
@@ -59,7 +64,7 @@ class DraftTail(nn.Module):
             require(new, "DraftTail", "model", "layers without a draft tail", found)
             if linear_size(base) is not None:
                 lora = LoraLinear(base, NAME, r=rank, lora_alpha=alpha)
-                lora.set_adapter([])  # rows without a name belong to the verifier
+                lora.set_adapter([])  # rows without an adapter name are the verifier's
                 replacements[name] = lora
                 holders += [lora.lora_A[NAME], lora.lora_B[NAME]]
         self.__dict__["_holders"] = holders
@@ -71,7 +76,7 @@ class DraftTail(nn.Module):
         """Restore the model's own layers; a second call does nothing.
 
         Raises:
-            RuntimeError: If a layer was replaced since; the model is unchanged.
+            RuntimeError: If a layer has been replaced since; the model is unchanged.
         """
         if self._swap is not None:
             self._swap.restore(self._model, "DraftTail.remove")
@@ -79,14 +84,18 @@ class DraftTail(nn.Module):
 
     @contextlib.contextmanager
     def everywhere(self) -> Iterator[None]:
-        """Enter a block in which every row belongs to the draft path: for training."""
+        """Assign every row to the draft path in a ``with`` block, for training."""
         with self._own_factors(), of_call(NAME):
             yield
 
     @contextlib.contextmanager
     def beside_the_verifier(self, batch: int) -> Iterator[None]:
-        """Enter a block in which the tail's layers get a batch twice: verifier rows, then draft
-        rows."""
+        """Pass the batch twice through the tail's layers in a ``with`` block: as rows of the
+        verifier, then as rows of the draft path.
+
+        Args:
+            batch: number of rows of the batch.
+        """
 
         def twice(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -100,7 +109,7 @@ class DraftTail(nn.Module):
             expected = "attention by positions"
             found = "ALiBi of all heads as an argument of the layers"
             require(kwargs.get("alibi") is None, "DraftTail", "model", expected, found)
-            # The first layer doubles the hidden states; later layers get them doubled.
+            # Only the first layer duplicates the hidden states; later layers receive both halves.
             return twice(args), {name: twice(value) for name, value in kwargs.items()}
 
         with contextlib.ExitStack() as stack:
@@ -112,8 +121,11 @@ class DraftTail(nn.Module):
 
     @contextlib.contextmanager
     def _own_factors(self) -> Iterator[None]:
-        """Enter a block in which the layers use this module's parameters. A state dict loaded by
-        assignment replaces them for good, ``torch.func`` for one call."""
+        """Make the layers use this module's parameters in a ``with`` block.
+
+        Loading a state dict by assignment replaces parameters permanently; ``torch.func`` replaces
+        them for one call.
+        """
         before: list[tuple[Any, Any]] = []
         for holder, factor in zip(self._holders, self.factors, strict=True):
             if holder.weight is not factor:

@@ -1,12 +1,15 @@
-"""Training windows: the next tokens of every position, cut at the ends of documents; their loss.
+"""Training windows and their loss. The window of a position is the next K tokens of its document.
 
-``c_k = log q(x_k | x_<k, h)`` is the head's log-probability of the target at position k, and
-``p_k`` the frozen model's distribution at that position. A target is *counted* unless it is ignored
-or has no leaf:
+``c_k = log q(x_k | x_<k, h)`` is the head's log-probability of the target at position k of a
+window, ``p_k`` is the frozen model's distribution at that position, and b is the index of a window.
+A target is *counted* unless it is ignored or outside the head's shortlist:
 
     CE_k = - sum_b c[b, k] / max(1, number of targets counted at k)
     KL_k = sum_b KL(p_k || q(. | x_<k, h)) / max(1, number of targets counted at k)
     loss = sum_k gamma^(k-1) (beta KL_k + (1 - beta) CE_k) / sum_k gamma^(k-1)
+
+Shape letters: ``B`` sequences, ``S`` tokens per sequence, ``K`` tokens per window, ``D`` hidden
+width, ``V`` vocabulary, ``L`` tokens of the shortlist, ``C`` components.
 
 Source: arXiv 2511.11346 (docs/mtpc.md, "Objective").
 """
@@ -33,14 +36,16 @@ def unfold_windows(
 ) -> Tensor:
     """Return the window of every position: ``w[b, t, k] = labels[b, t + k]``.
 
-    Tokens beyond the sequence, or after an end-of-sequence token inside the window, are ignored;
-    the end token itself is predicted. No window therefore crosses into the next document of a
-    packed sequence.
+    Targets beyond the sequence, or after an end-of-sequence token in the window, are set to
+    ``ignore``; the end token itself is predicted. No window therefore crosses into the next
+    document of a packed sequence.
 
     Args:
-        labels: ``(B, S)`` int64, the inputs shifted by one; ``ignore`` where nothing is predicted.
-        n: ``K``, the length of a window.
-        eos_id: the token that ends a document; None if no document ends.
+        labels: ``(B, S)`` int64, the inputs shifted by one; ``ignore`` for positions
+            without a target.
+        n: ``K``, number of tokens in a window.
+        eos_id: id of the token that ends a document; with None, documents do not end.
+        ignore: value of ignored targets.
 
     Returns:
         ``(B, S, K)`` int64.
@@ -64,8 +69,8 @@ def unfold_teacher(logits: Tensor, n: int) -> Tensor:
     zero; their targets are ignored.
 
     Args:
-        logits: ``(B, S, V)``.
-        n: K, number of tokens in a window.
+        logits: ``(B, S, V)``, the verifier's logits.
+        n: ``K``, number of tokens in a window.
 
     Returns:
         ``(B, S, K, V)``.
@@ -74,15 +79,15 @@ def unfold_teacher(logits: Tensor, n: int) -> Tensor:
 
 
 def pack_documents(documents: Iterable[Sequence[int]], length: int, eos_id: int) -> Tensor:
-    """Concatenate documents, each closed by ``eos_id``, and cut them into rows.
+    """Concatenate documents, each followed by ``eos_id``, and cut them into rows.
 
     Args:
         documents: token ids of each document.
-        length: tokens per row.
-        eos_id: end of a document.
+        length: number of tokens per row.
+        eos_id: id of the token that ends a document.
 
     Returns:
-        ``(rows, length)`` int64; tokens that do not fill a last row are dropped.
+        ``(rows, length)`` int64; the tokens of an incomplete last row are dropped.
 
     Raises:
         ValueError: If ``length`` is below 1.
@@ -97,12 +102,12 @@ def frequent_tokens(ids: Tensor, size: int) -> Tensor:
     """Return the most frequent tokens of a text, for the shortlist of a draft.
 
     Args:
-        ids: int64 of any shape; negative ids, such as ignored labels, do not count.
+        ids: int64 token ids of any shape; negative ids, such as ignored labels, are not counted.
         size: number of tokens, at least 1.
 
     Returns:
         ``(L,)`` int64, ascending; ``L`` is ``size``, or less if the text has fewer distinct tokens.
-        Of equally frequent tokens, the smaller ids are taken.
+        Of equally frequent tokens, those with smaller ids are preferred.
 
     Raises:
         ValueError: If ``size`` is below 1.
@@ -127,21 +132,22 @@ def window_loss(
 
     Args:
         head: the circuit head.
-        h: ``(..., D)``.
-        windows: ``(..., K)``, from :func:`unfold_windows`. Tokens outside the shortlist are
-            marginalised, as ignored ones are.
-        gamma: discount of later positions, in (0, 1].
-        beta: share of distillation, in [0, 1].
-        teacher_logits: ``(..., K, V)`` of the verifier, from :func:`unfold_teacher`; required with
-            ``beta > 0``. With a shortlist the head learns the teacher's law conditioned on the
-            list. Distillation is plain torch on chunks of rows, and computes ``N K C L`` logits.
+        h: hidden states ``(..., D)``.
+        windows: targets ``(..., K)``, from :func:`unfold_windows`. Tokens outside the shortlist are
+            marginalised, like ignored ones.
+        gamma: discount per position of a window, in (0, 1].
+        beta: weight of the distillation, in [0, 1].
+        teacher_logits: logits ``(..., K, V)`` of the verifier, from :func:`unfold_teacher`;
+            required if ``beta > 0``. With a shortlist, the head learns the teacher's distribution
+            conditioned on the list. Distillation uses torch operations on chunks of rows, and
+            computes ``K C L`` logits per row.
 
     Returns:
         the loss, and ``beta KL_k + (1 - beta) CE_k`` of each position ``(K,)``.
 
     Raises:
-        ValueError: If gamma or beta is out of range, or the teacher is missing or has another
-            shape, and as :meth:`CircuitHead.log_prob`.
+        ValueError: If gamma or beta is out of range, if the teacher's logits are missing or have
+            another shape, or as for :meth:`CircuitHead.log_prob`.
     """
     require(0 < gamma <= 1, "window_loss", "gamma", "a number in (0, 1]", gamma)
     require(0 <= beta <= 1, "window_loss", "beta", "a number in [0, 1]", beta)
@@ -156,8 +162,8 @@ def window_loss(
 
 
 def _divergence(head: CircuitHead, h: Tensor, windows: Tensor, teacher: Tensor | None) -> Tensor:
-    """Return ``sum_b KL(p_k || q(. | x_<k, h))`` over the targets counted at k, ``(K,)``; arguments
-    and errors as in :func:`window_loss`."""
+    """Return ``sum_b KL(p_k || q(. | x_<k, h))`` over the targets counted at k, ``(K,)``. Arguments
+    and errors are those of :func:`window_loss`."""
     shape = (*windows.shape, head.vocab_size)
     if teacher is None or tuple(teacher.shape) != shape:
         found = "none" if teacher is None else tuple(teacher.shape)

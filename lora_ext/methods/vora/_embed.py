@@ -1,6 +1,7 @@
 """Vision embedding: one token per patch of an image that :func:`smart_resize` has resized.
 
-``C`` is the width of the embedding, ``p`` the side of a patch and ``N = (H / p) (W / p)``:
+``C`` is the width of the embedding, ``d`` that of the language model, ``p`` the side of a patch and
+``N = (H / p) (W / p)`` the number of patches of an image ``(3, H, W)``:
 
     patches (N, 3 p p), row by row -> linear to C -> RMSNorm -> + position -> linear to d, no bias
 
@@ -23,7 +24,7 @@ from lora_ext._torch import linear
 
 PosMode = Literal["interp", "released"]
 MIN_PIXELS, MAX_PIXELS = 3136, 784000  # 56 x 56; 4000 patches of 14 x 14
-MAX_RATIO = 200  # largest ratio of the sides
+MAX_RATIO = 200  # largest ratio of the longer side to the shorter one
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +35,7 @@ class RMSNorm(nn.Module):
 
     Args:
         width: size of the last dimension.
-        eps: added to the mean square.
+        eps: number added to the mean square.
     """
 
     def __init__(self, width: int, eps: float = 1e-5):
@@ -54,16 +55,16 @@ class RMSNorm(nn.Module):
 
 
 class VisionPatchEmbed(nn.Module):
-    """Embedding of images as tokens, for sides that are multiples of the patch.
+    """Embedding that converts images to one token per patch; sides must be multiples of the patch.
 
     Images of different sizes are processed as one matrix of patches, without padding.
 
     Args:
         hidden_size: d, width of the language model.
         embed_dim: C, width of the embedding.
-        patch: p, side of a patch.
-        image_size: side of the square image that the table of positions is made for.
-        pos_mode: positions for other grids. "interp": the table, interpolated (bilinear,
+        patch: p, side of a patch in pixels.
+        image_size: side in pixels of the square image that the table of positions is made for.
+        pos_mode: positions for grids of other sizes. "interp": the table, interpolated (bilinear,
             ``align_corners=False``). "released": the first N rows of the table, or the
             interpolation if it has fewer. These rows are wrong for a grid of another width, but the
             released checkpoints were trained with them.
@@ -71,11 +72,11 @@ class VisionPatchEmbed(nn.Module):
 
     Attributes:
         patchifier: ``proj``, the convolution with weight ``(C, 3, p, p)``, and ``norm``.
-        pos_embed: ``(1, (image_size / p) ** 2, C)``, initially zero.
-        out_proj: linear layer to d.
+        pos_embed: table of positions, ``(1, (image_size / p) ** 2, C)``, initially zero.
+        out_proj: linear layer from C to d.
 
     Raises:
-        ValueError: if a size is below 1, the image size is not a multiple of the patch, or
+        ValueError: If a size is below 1, the image size is not a multiple of the patch, or
             ``pos_mode`` is unknown.
     """
 
@@ -108,7 +109,7 @@ class VisionPatchEmbed(nn.Module):
     @overload
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]: ...
     def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """Compute the tokens of the images, with patches in row order.
+        """Compute the tokens of the images, with the patches of an image row by row.
 
         Args:
             images: floating-point ``(B, 3, H, W)``, or a list of ``(3, H, W)`` of any sizes.
@@ -117,8 +118,8 @@ class VisionPatchEmbed(nn.Module):
             ``(B, N, d)``, or a list of ``(N_i, d)``, in the dtype of the parameters.
 
         Raises:
-            ValueError: if a shape is wrong or a side is not a multiple of the patch.
-            TypeError: if an image has an integer dtype, which means that it is not normalised.
+            ValueError: If a shape is wrong or a side is not a multiple of the patch.
+            TypeError: If an image has an integer dtype, which means that it is not normalised.
         """
         batch = isinstance(images, Tensor)
         expected = "shape (B, 3, H, W), or a list of (3, H, W)"
@@ -142,7 +143,8 @@ class VisionPatchEmbed(nn.Module):
         return list(tokens.split(counts))
 
     def grid(self, image: Tensor) -> tuple[int, int]:
-        """Return rows and columns of patches of an image ``(..., 3, H, W)``, or raise an error."""
+        """Return the numbers of rows and columns of patches of an image ``(..., 3, H, W)``. Raise
+        the errors of :meth:`forward`."""
         where = "VisionPatchEmbed"
         real = image.is_floating_point()
         fits = image.dim() >= 3 and image.shape[-3] == 3
@@ -157,8 +159,8 @@ class VisionPatchEmbed(nn.Module):
     def positions(self, rows: int, columns: int) -> Tensor:
         """Return the position embeddings of a grid of patches, ``(rows * columns, C)``.
 
-        The table is used for the grid of the configuration. For other grids it is resampled, or
-        with "released" its first rows are used if there are enough.
+        For the grid of ``image_size``, this is the table. For other grids, the table is
+        interpolated; "released" uses its first rows instead if it has enough of them.
         """
         table, count = self.pos_embed[0], rows * columns
         if (rows, columns) == (self.side, self.side):
@@ -175,9 +177,11 @@ class VisionPatchEmbed(nn.Module):
 
 
 def resample_grid(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Interpolate tokens ``(h * w, C)`` of one grid to another, in their dtype.
+    """Interpolate tokens ``(h * w, C)`` from the grid ``grid`` to the grid ``target``, in their
+    dtype.
 
-    Bilinear, with ``align_corners=False``; equal grids return ``tokens`` itself.
+    The interpolation is bilinear, with ``align_corners=False``. If the grids are equal, the result
+    is ``tokens`` itself.
     """
     if grid == target:
         return tokens
@@ -194,23 +198,26 @@ def smart_resize(
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[int, int]:
-    """Return the nearest size with sides that are multiples of ``factor`` and an area in bounds.
+    """Return the nearest size with sides that are multiples of ``factor`` and an area within
+    bounds.
 
-    Each side is rounded to a multiple, ties to the even one. If the area is then above
+    Each side is rounded to the nearest multiple, ties to the even one. If the area is then above
     ``max_pixels``, the sides are ``floor(side / beta / factor) * factor`` with
     ``beta = sqrt(height * width / max_pixels)``. If it is below ``min_pixels``, they are
     ``ceil(side * beta / factor) * factor`` with ``beta = sqrt(min_pixels / (height * width))``.
 
     Args:
-        height, width: size of the image.
-        factor: side of a patch.
-        min_pixels, max_pixels: bounds of the area.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        factor: side of a patch in pixels.
+        min_pixels: lower bound of the area.
+        max_pixels: upper bound of the area.
 
     Returns:
         ``(height, width)``.
 
     Raises:
-        ValueError: if ``factor`` is below 1, the bounds are invalid, a side is below ``factor``,
+        ValueError: If ``factor`` is below 1, the bounds are invalid, a side is below ``factor``,
             the ratio of the sides is above 200, or ``max_pixels`` is too small for one row of
             patches with this ratio.
 

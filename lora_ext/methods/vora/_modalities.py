@@ -1,7 +1,8 @@
 """``with modality(mask)``: marks vision tokens for the layers that adapt only these.
 
 A mask assigns one adapter to tokens. It is therefore implemented as an ``adapters`` block of a
-separate pool, which handles threads, checkpoints and shared rows.
+separate pool. Such a block already supports threads, activation checkpoints and layers that share
+rows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _NAME = "vision"
 
 
 class _Vision:
-    """Pool with one slot, for the vision tokens."""
+    """Pool with one slot, for the adapter of the vision tokens."""
 
     max_slots = 1
     modules = ()
@@ -41,15 +42,15 @@ def modality(vision_mask: Tensor) -> Iterator[None]:
     Layers of route "vision" (:class:`lora_ext.nn.VoraLinear`) adapt only these tokens; all other
     layers ignore the mask. The innermost block applies. Each thread and each asyncio task has its
     own blocks. A backward that recomputes layers (activation checkpointing) uses the block of their
-    forward, even after it has ended.
+    forward, even after this block has ended.
 
     Args:
-        vision_mask: True or 1 for vision tokens: bool, or integers 0 and 1, in the shape of the
-            activations without features, usually ``(B, T)``. It is copied and checked here, which
-            synchronizes with the device.
+        vision_mask: mask of bools, or of integers 0 and 1, with True or 1 for vision tokens. Its
+            shape is that of the activations without features, usually ``(B, T)``. It is copied and
+            checked here, which synchronizes with the device.
 
     Raises:
-        ValueError: if the mask has another type or other values. A layer raises it if its
+        ValueError: If the mask has another type or other values. A layer raises it if its
             activations have another shape.
     """
     with _context.adapters([_NAME], _token_ids(vision_mask), pool=_vision):
@@ -57,7 +58,7 @@ def modality(vision_mask: Tensor) -> Iterator[None]:
 
 
 def vision_block() -> Block | None:
-    """Return the innermost :func:`modality` block; not for use in a traced graph."""
+    """Return the innermost :func:`modality` block; do not call this function in a traced graph."""
     return _context.current(_vision.handle)
 
 
@@ -70,9 +71,9 @@ def vision_rows(block: Block, leading: torch.Size, device: torch.device) -> Rows
 
 
 def traced_vision_rows(leading: torch.Size, device: torch.device) -> Rows | None:
-    """Return :func:`vision_rows` for a compiled graph, of the block in which it will run.
+    """Return :func:`vision_rows` of the block in which a compiled graph will run.
 
-    The result is None while no block is open, which is compiled as a separate graph.
+    The result is None if no block is open; this case is compiled as a separate graph.
     """
     return pool_rows(_vision.handle, leading, device, 1) if _context.any_block else None
 

@@ -18,13 +18,16 @@ except ImportError as error:
 class VoraOutput(ModelOutput):
     """Losses, logits and the mask of the vision tokens.
 
+    Shape letters: ``B`` samples, ``T`` tokens per sample including those of images, ``V``
+    vocabulary.
+
     Attributes:
-        loss: ``lm_loss + distill_weight * distill_loss``, or the one term that exists.
-        logits: ``(B, T, V)``; T includes the tokens of the images.
+        loss: ``lm_loss + distill_weight * distill_loss``, or the only term that exists.
+        logits: ``(B, T, V)``.
         lm_loss: mean cross entropy of the next tokens; None without labels, 0 if all are ignored.
-        distill_loss: unweighted distillation loss of the blocks; None for images without a teacher,
-            0 for a batch without images.
-        vision_mask: ``(B, T)`` bool.
+        distill_loss: distillation loss of the blocks without its weight; None for images without a
+            teacher, 0 for a batch without images.
+        vision_mask: ``(B, T)`` bool, True for tokens of images.
     """
 
     loss: Tensor | None = None

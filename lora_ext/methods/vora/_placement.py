@@ -1,4 +1,5 @@
-"""Applying VoRA's layers to a language model, merging them into its weights, removing them."""
+"""Functions that add VoRA layers to a language model, merge them into its weights, and remove
+them."""
 
 from __future__ import annotations
 
@@ -32,12 +33,13 @@ class Applied:
 
     @property
     def layers(self) -> dict[str, VoraLinear]:
-        """VoRA's layers by name in the language model, in its order."""
+        """VoRA layers by their names in the language model, in the order of its modules."""
         placed: Any = self.swap.placed
         return placed
 
     def require_apart(self, where: str) -> None:
-        """Raise RuntimeError if a layer's adapter is merged into its base weight by hand."""
+        """Raise RuntimeError if a layer's adapter is merged into its base weight by
+        :meth:`VoraLinear.merge`."""
         expected = "an adapter apart from the base weight"
         for name, layer in self.layers.items():
             found = f"{layer.merged_adapters} merged into it; unmerge it first"
@@ -52,19 +54,19 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
     Only the factors of these layers are trainable.
 
     Args:
-        model: causal LM of transformers without adapters.
-        config: layers, rank and route.
-        autocast_adapter_dtype: store the factors in float32 if the base weight has 16 bits. False
-            uses the dtype of the base weight, which is faster.
+        model: transformers causal LM without adapters.
+        config: settings of the layers, such as rank and route.
+        autocast_adapter_dtype: whether to store the factors in float32 if the base weight has 16
+            bits. Otherwise they have the dtype of the base weight, which is faster.
 
     Returns:
         ``model``; :func:`remove` undoes the change, :func:`merge` merges the adapters.
 
     Raises:
-        ValueError: if the model has fewer than ``n_blocks`` blocks, or no ``target_modules`` in
+        ValueError: If the model has fewer than ``n_blocks`` blocks, or no ``target_modules`` in
             them.
-        TypeError: if a target is not a linear layer.
-        RuntimeError: if the model has VoRA's layers or other adapters already.
+        TypeError: If a target is not a linear layer.
+        RuntimeError: If the model already has VoRA layers or other adapters.
 
     The model is unchanged after an error.
 
@@ -95,14 +97,18 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
 
 
 def remove(model: Model) -> Model:
-    """Undo :func:`apply`: restore the module objects and the flags of their parameters.
+    """Undo :func:`apply`: restore the original modules, and ``requires_grad`` of their parameters.
 
     Args:
         model: model that was passed to :func:`apply`, or the :class:`VoraForCausalLM` around it.
 
+    Returns:
+        ``model``.
+
     Raises:
-        RuntimeError: if nothing was applied, the adapters were merged (by :func:`merge` or by
-            hand), or a layer was replaced since. The model is then unchanged.
+        RuntimeError: If nothing was applied, if the adapters were merged (by :func:`merge` or by
+            :meth:`VoraLinear.merge`), or if a layer was replaced since. The model is then
+            unchanged.
     """
     language = language_model(model)
     state = applied("remove", model)
@@ -116,21 +122,23 @@ def remove(model: Model) -> Model:
 def merge(model: Model, force: bool = False) -> Model:
     """Merge the adapters into the weights of the language model: ``W + scale B A``, rounded once.
 
-    No :class:`VoraLinear` remains, the parameters get the flags that they had before :func:`apply`,
-    and this cannot be undone. The vision embedding and the mask of the images stay in use.
+    Afterwards the model contains no :class:`VoraLinear`, and ``requires_grad`` of its parameters is
+    as before :func:`apply`. This cannot be undone. The vision embedding and the attention mask of
+    images are still used.
 
     Args:
         model: as for :func:`remove`.
-        force: merge route "vision" too, which changes the outputs for text tokens.
+        force: whether to merge route "vision" too, which changes the outputs for text tokens.
 
     Returns:
         ``model``.
 
     Raises:
-        UnmergeableRouteError: if the route is "vision" without ``force``.
-        RuntimeError: if nothing was applied, or the adapters were merged already or by hand.
-        NotImplementedError: if a base weight is quantised.
-        ValueError: if a weight is computed from others or shared with other modules.
+        UnmergeableRouteError: If the route is "vision" without ``force``.
+        RuntimeError: If nothing was applied, or the adapters were merged already (by this function
+            or by :meth:`VoraLinear.merge`).
+        NotImplementedError: If a base weight is quantised.
+        ValueError: If a weight is computed from other tensors or shared with other modules.
 
     The model is unchanged after an error.
 

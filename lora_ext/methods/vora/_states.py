@@ -1,4 +1,4 @@
-"""Hooks on a language model: hidden states of its blocks and inputs of its prefill."""
+"""Hooks on a language model that collect states of its blocks and set inputs of its prefill."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from .config import Pairing
 def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list[Any]]:
     """Collect the hidden states for the distillation during the forward in a ``with`` block.
 
-    Yields a list with one ``(B, T, d)`` per decoder layer: its output, or with "released" its
-    input. The states are before the final norm, unlike the last of transformers'
-    ``hidden_states``. Forwards of other threads are ignored.
+    Yields:
+        a list with one ``(B, T, d)`` per decoder layer, filled by the forward: the layer's output,
+        or with "released" its input. ``B`` is the batch size, ``T`` the number of tokens and ``d``
+        the hidden width. The states are before the final norm, unlike the last of transformers'
+        ``hidden_states``. Forwards of other threads are ignored.
 
     Raises:
-        ValueError: from the forward, if a reentrant checkpoint runs a block without gradients.
+        ValueError: If a reentrant checkpoint runs a block without gradients; raised by the forward.
     """
     states: list[Any] = [None] * len(blocks)
     thread, trains = threading.get_ident(), torch.is_grad_enabled()
@@ -62,12 +64,16 @@ def prefill(
 ) -> Iterator[None]:
     """Pass an attention mask and the vision tokens to the prefill of ``model.generate``.
 
-    The prefill is the forward that gets embeddings; decode steps get tokens, which are all text.
-    Beams and returned sequences are consecutive rows of each sample.
+    The prefill is the forward that receives embeddings; decode steps receive tokens, which are all
+    text. ``generate`` repeats each sample in consecutive rows for beams and returned sequences; the
+    masks are repeated in the same way.
 
     Args:
-        mask: ``(B, 1, T, T)`` additive, or one per type of layer; None keeps the model's mask.
-        vision_mask: ``(B, T)`` for layers of route "vision"; None for no block.
+        model: the language model.
+        mask: additive attention mask ``(B, 1, T, T)``, or a dict of one per type of layer; None
+            keeps the model's mask.
+        vision_mask: mask ``(B, T)`` of the vision tokens for layers of route "vision"; None for no
+            :func:`modality` block.
     """
     thread, inside = threading.get_ident(), contextlib.ExitStack()
 
@@ -76,7 +82,7 @@ def prefill(
         if embeds is None or threading.get_ident() != thread:
             return None
 
-        def each(tensor: Tensor) -> Tensor:  # one row per row that `generate` made of a sample
+        def each(tensor: Tensor) -> Tensor:  # repeats rows as `generate` repeats samples
             return tensor.repeat_interleave(len(embeds) // len(tensor), 0)
 
         if vision_mask is not None:
@@ -94,6 +100,6 @@ def prefill(
     with (
         inside,
         model.register_forward_pre_hook(enter, with_kwargs=True),
-        model.register_forward_hook(leave, always_call=True),  # also if the forward raises
+        model.register_forward_hook(leave, always_call=True),  # called even if the forward raises
     ):
         yield

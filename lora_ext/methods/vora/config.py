@@ -23,28 +23,30 @@ class VoraConfig:
     """Settings of the layers, the vision embedding and the distillation.
 
     Attributes:
-        n_blocks: N_vit, number of adapted blocks at the start of the model, as in the teacher.
+        n_blocks: N_vit, number of adapted blocks at the start of the model, as many as in the
+            teacher.
         rank: r, rank of the adapters.
-        scale: scale of their updates; the paper has no alpha.
-        target_modules: names of linear layers, or ends of their names, in these blocks.
-        route: "all": the adapters serve every token and can be merged, as in the paper; "vision"
-            (Partial LoRA): they serve only vision tokens, so that text gets the outputs of the base
-            model, bit for bit.
-        image_size: side of the square image that the table of positions is made for.
-        patch: p, side of a patch.
+        scale: scale of the adapters' updates; the paper has no alpha.
+        target_modules: names of linear layers in these blocks, or ends of their names.
+        route: "all": the adapters apply to every token and can be merged, as in the paper; "vision"
+            (Partial LoRA): they apply only to vision tokens, so that outputs for text are equal to
+            those of the base model, bit for bit.
+        image_size: side in pixels of the square image that the table of positions is made for.
+        patch: p, side of a patch in pixels.
         embed_dim: C, width of the vision embedding.
-        pos_mode: positions for other grids: "interp", or "released" for the authors' checkpoints
-            (:class:`VisionPatchEmbed`).
-        bidirectional: the tokens of an image attend to each other in both directions.
-        pairing: hidden states that are compared. "output": the outputs of a block and of the
-            teacher's block, as in the paper; "released": their inputs, as in the authors' code.
+        pos_mode: positions for grids of other sizes: "interp", or "released" for the authors'
+            checkpoints (:class:`VisionPatchEmbed`).
+        bidirectional: whether the tokens of an image attend to each other in both directions.
+        pairing: hidden states that the distillation compares. "output": the outputs of a block and
+            of the teacher's block, as in the paper; "released": their inputs, as in the authors'
+            code.
         distill_weight: lambda, weight of the distillation loss added to the language model's.
         placeholder: id in ``input_ids`` that represents an image.
 
     Raises:
-        ValueError: if a field is out of range.
+        ValueError: If a field is out of range.
 
-    Source: arXiv 2503.20680; embedding and defaults of the repository Hon-Wong/VoRA.
+    Source: arXiv 2503.20680; embedding and defaults are from the repository Hon-Wong/VoRA.
     """
 
     n_blocks: int

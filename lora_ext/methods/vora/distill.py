@@ -1,6 +1,7 @@
 """Block-wise distillation: each block of the language model learns the teacher block's states.
 
-``h_i`` are the outputs of block i on the vision tokens and ``u_i`` those of the teacher's block:
+``h_i`` are the outputs of block i on the vision tokens and ``u_i`` those of the teacher's block;
+``d`` and ``d_v`` are the widths of the two models:
 
     head_i = RMSNorm(d) -> linear to d_v, no bias
     l_i = mean over the vision tokens of the batch (1 - cos(head_i(h_i), u_i))
@@ -25,7 +26,9 @@ Grid = tuple[int, int]
 
 
 class DistillHeads(nn.ModuleList):
-    """Norm and projection to the teacher's width per block; not needed after training.
+    """Heads for the distillation, one per block: a norm and a projection to the teacher's width.
+
+    They are not needed after training.
 
     Args:
         n_blocks: number of heads.
@@ -34,7 +37,7 @@ class DistillHeads(nn.ModuleList):
         eps: eps of the norms.
 
     Raises:
-        ValueError: if a number is below 1.
+        ValueError: If a number is below 1.
     """
 
     def __init__(self, n_blocks: int, hidden_size: int, teacher_width: int, eps: float = 1e-5):
@@ -50,13 +53,14 @@ class DistillHeads(nn.ModuleList):
         """Project each block's hidden states to the teacher's width.
 
         Args:
-            hiddens: ``n_blocks`` tensors ``(M, d)`` of the vision tokens.
+            hiddens: ``n_blocks`` tensors ``(M, d)``, the hidden states of the batch's M vision
+                tokens.
 
         Returns:
             ``n_blocks`` tensors ``(M, d_v)``.
 
         Raises:
-            ValueError: if the number of tensors is not ``n_blocks``.
+            ValueError: If the number of tensors is not ``n_blocks``.
         """
         _check_count("DistillHeads", "hiddens", hiddens, len(self))
         return [head(hidden) for head, hidden in zip(self, hiddens, strict=True)]
@@ -69,25 +73,25 @@ def block_distill_loss(
     student_grids: Sequence[Grid] | None = None,
     teacher_grids: Sequence[Grid] | None = None,
 ) -> Tensor:
-    """Compute the mean of ``1 - cos`` of projected hiddens and teacher states.
-
-    The mean is over all tokens and blocks.
+    """Compute the mean of ``1 - cos(projected state, teacher's state)`` over all tokens and blocks.
 
     Args:
-        heads: None if the hiddens have the teacher's width already.
-        hiddens: one ``(M, d)`` per block, its outputs on the M vision tokens of the batch, in the
+        heads: heads that project the hidden states; None if these have the teacher's width already.
+        hiddens: one ``(M, d)`` per block: its outputs on the M vision tokens of the batch, in the
             order of samples and images.
         teachers: one ``(M', d_v)`` per block of the teacher, without a class token; they get no
             gradient. None for a batch without images.
-        student_grids, teacher_grids: ``(h, w)`` of each image. If the grids of an image differ, the
-            teacher's states are interpolated to the student's grid. Without grids M' must be M.
+        student_grids: numbers of rows and columns ``(h, w)`` of each image's tokens in ``hiddens``.
+            Without both grids, M' must be M.
+        teacher_grids: the same numbers for ``teachers``. If they differ for an image, the teacher's
+            states are interpolated to the student's grid.
 
     Returns:
         Scalar in float32 (float64 for float64). Without images it is 0, and every head and hidden
-        gets a gradient of zeros, which data-parallel training needs.
+        state gets a gradient of zeros, which data-parallel training needs.
 
     Raises:
-        ValueError: if the number of blocks, tokens, channels or grids disagrees.
+        ValueError: If the numbers of blocks, tokens, channels or grids disagree.
     """
     blocks = max(1, len(hiddens)) if heads is None else len(heads)
     _check_count("block_distill_loss", "hiddens", hiddens, blocks)

@@ -1,4 +1,4 @@
-"""State dicts of VoRA's trained tensors, with our, the authors' and PEFT's names."""
+"""State dicts and files of VoRA's trained tensors, with our, the authors' and PEFT's names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .layers import UnmergeableRouteError, VoraLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Names in the authors' checkpoints and the names here.
+# Patterns of names in the authors' checkpoints, and the names that replace them here.
 _RELEASED = {
     re.compile(r"^llm\."): "",
     re.compile(r"^vision_embedding\."): "vision.",
@@ -44,10 +44,10 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         ``<module>.lora_A.weight`` and ``<module>.lora_B.weight`` by the module's name in the
         language model, ``<module>.bias`` if :func:`load_state_dict` has loaded an extra bias,
-        ``vision.*`` and ``heads.*``. They share the memory of the model.
+        ``vision.*`` and ``heads.*``. All but the extra biases share the memory of the model.
 
     Raises:
-        RuntimeError: if the model has no VoRA layers, or they are merged.
+        RuntimeError: If the model has no VoRA layers, or they are merged.
     """
     layers = applied("state_dict", model).layers
     found = {key: tensor.detach() for key, tensor in _expected(model, layers).items()}
@@ -66,25 +66,31 @@ def load_state_dict(
 ) -> _Loaded:
     """Load tensors from :func:`state_dict` or from a checkpoint of the authors.
 
-    The authors' checkpoints have the prefix ``llm.``. They also contain the weights of the language
-    model and of the teacher, and biases for layers that have none in the language model.
+    In the authors' checkpoints, names of the language model have the prefix ``llm.``. They also
+    contain the weights of the language model and of the teacher, and biases for layers that have
+    none in the language model.
 
     Args:
         model: as for :func:`state_dict`.
-        sd: tensors, which are copied to the dtype and device of the model's.
-        strict: False ignores missing and unexpected keys and returns them.
-        allow_extra_bias: load biases of layers whose base layer has none. Such a bias is added to
-            every token that the adapter serves. Layers that have one already always load it.
-        load_base: load the weights of the language model too; by default they are ignored.
+        sd: tensors by name; their values are converted to the dtypes and devices of the model's
+            tensors.
+        strict: whether to raise for missing or unexpected keys; otherwise they are ignored and
+            returned.
+        allow_extra_bias: whether to load biases for layers whose base layer has none. Such a bias
+            is added to the output of every token that the adapter applies to. Layers that already
+            have an extra bias always load it.
+        load_base: whether to load the weights of the language model too; otherwise they are
+            ignored.
 
     Returns:
         The missing and unexpected keys.
 
     Raises:
-        ValueError: if a key is missing, unexpected or there twice, an extra bias is not allowed or
-            would be lost by a scale of 0, or a tensor has another shape, no floating-point dtype or
-            no values.
-        RuntimeError: as :func:`state_dict`, or if layers are merged by hand.
+        ValueError: If a key is missing, unexpected or present twice; if an extra bias is not
+            allowed, or would be lost by a scale of 0; or if a tensor has another shape, a dtype
+            that is not floating-point, or no values.
+        RuntimeError: As for :func:`state_dict`, or if a layer is merged by
+            :meth:`VoraLinear.merge`.
 
     The model is unchanged after an error.
 
@@ -173,31 +179,31 @@ def _fitting(key: str, value: Any, place: Tensor) -> Tensor:
 
 
 def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the adapters as a LoRA adapter that PEFT loads onto the language model.
+    """Write the adapters as a LoRA adapter that PEFT can load into the language model.
 
-    ``lora_alpha`` is ``rank * scale`` and ``layers_to_transform`` the first ``n_blocks`` blocks.
-    Extra biases become PEFT's ``lora_bias``. The embedding and the heads are not written; use
-    :func:`state_dict` for them.
+    ``lora_alpha`` is ``rank * scale``, and ``layers_to_transform`` lists the first ``n_blocks``
+    blocks. Extra biases become PEFT's ``lora_bias``. The embedding and the heads are not written;
+    use :func:`state_dict` for them.
 
     Args:
         model: as for :func:`state_dict`.
-        folder: created if it does not exist.
+        folder: folder of the files, created if it does not exist.
 
     Raises:
-        UnmergeableRouteError: if the route is "vision", which PEFT does not support.
-        RuntimeError: as :func:`state_dict`.
-        OSError: if the adapter cannot be written.
+        UnmergeableRouteError: If the route is "vision", which PEFT does not support.
+        RuntimeError: As for :func:`state_dict`.
+        OSError: If the adapter cannot be written.
     """
     state = applied("to_peft", model)
     config = state.config
     _check_route("to_peft", config)
     alpha = alpha_of(float(config.scale), config.rank, rslora=False)
-    scale = alpha / config.rank  # PEFT's scale may differ in the last bit, as for 0.1 at rank 3.
+    scale = alpha / config.rank  # PEFT's, which may differ in the last bit, as for 0.1 at rank 3
     biased = any(layer.has_extra_bias for layer in state.layers.values())
     factors: dict[str, Factors] = {}
     for name, layer in state.layers.items():
         bias = layer.extra_bias
-        if biased:  # In PEFT all layers have a bias or no layer, and it is scaled.
+        if biased:  # In PEFT all layers have a scaled bias, or none has one.
             bias = layer.B.new_zeros(layer.out_features) if bias is None else bias / scale
         factors[name] = Factors(layer.A.detach(), layer.B.detach(), scale, bias)
     peft = AdapterConfig(
@@ -220,8 +226,9 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
     """Load a LoRA adapter in PEFT's format, as written by :func:`to_peft`, into VoRA's layers.
 
     Args:
-        model: as for :func:`state_dict`; or a language model without VoRA's layers, to which
-            :func:`apply` adds them to match the adapter, with defaults for other settings.
+        model: model as for :func:`state_dict`, or a language model without VoRA layers. To the
+            latter, :func:`apply` adds layers that match the adapter, with defaults for other
+            settings.
         folder: folder of ``adapter_config.json`` and ``adapter_model.safetensors``; the files need
             not be trusted.
 
@@ -229,10 +236,10 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
         ``model``.
 
     Raises:
-        ValueError: if there is no such adapter, or its modules, ranks or scales do not match VoRA
-            or the model.
-        UnmergeableRouteError: if the model has route "vision".
-        RuntimeError: if the adapters of the model are merged.
+        ValueError: If the folder contains no such adapter, or its modules, ranks or scales do not
+            match VoRA or the model.
+        UnmergeableRouteError: If the model has route "vision".
+        RuntimeError: If the adapters of the model are merged.
 
     The model is unchanged after an error.
     """
@@ -281,7 +288,7 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
             factors = adapter.modules[name]
             layer.A.copy_(factors.a)
             layer.B.copy_(factors.b)
-            bias = factors.bias  # PEFT writes zeros if only other layers have a bias.
+            bias = factors.bias  # PEFT writes zeros for a layer without a bias.
             if bias is not None:
                 bias = bias * factors.scaling if bool(bias.any()) and layer.scale != 0 else None
             layer.set_extra_bias(bias)

@@ -25,43 +25,48 @@ from lora_ext.rows import (
 
 from ._modalities import modality, traced_vision_rows, vision_block, vision_rows
 
-#: Tokens that the adapter serves.
+#: Tokens that the adapter applies to.
 Route = Literal["all", "vision"]
 
 
 class UnmergeableRouteError(RuntimeError):
-    """Error of merging an adapter for vision tokens into a weight, which serves all tokens."""
+    """Raised if an adapter for vision tokens would be merged into a weight, which applies to all
+    tokens."""
 
 
 class VoraLinear(LoraLinear):
     """Layer of Vision as LoRA, ``y = base(x) + scale * m * (x A^T) B^T``.
 
-    It is a :class:`LoraLinear` with an adapter that serves all tokens (route "all", m = 1) or only
-    the vision tokens of a :func:`modality` block (route "vision"). Outside such a block, route
-    "vision" treats all tokens as text: the output is that of the base layer, bit for bit.
+    It is a :class:`LoraLinear` with an adapter that applies to all tokens (route "all", m = 1) or
+    only to the vision tokens of a :func:`modality` block (route "vision", m = 1 for vision tokens
+    and 0 for others). Outside such a block, route "vision" treats all tokens as text: the output is
+    that of the base layer, bit for bit.
 
-    All features of :class:`LoraLinear` are available. With route "vision" text may have adapters
-    too: a second active adapter serves the other tokens, or an :func:`lora_ext.adapters` block
-    selects adapters for them per sequence. One launch serves all rows of a batch: of images,
-    of text, and without an adapter.
+    All features of :class:`LoraLinear` are available. With route "vision", text tokens may use
+    other adapters: either a second active adapter, or adapters that an :func:`lora_ext.adapters`
+    block selects per sequence. One kernel launch computes all rows of a batch: rows of images, of
+    text, and without an adapter.
+
+    Shape letters: ``I`` input features, ``O`` output features.
 
     Args:
         base_layer: ``nn.Linear``, transformers' ``Conv1D``, or a quantised layer with
-            ``in_features`` and ``out_features``. The object is kept, and its bias too; a layer
-            without a bias gets none.
+            ``in_features`` and ``out_features``. The module is kept with its bias; a layer without
+            a bias gets none.
         rank: rank of the adapter: A is ``(rank, I)``, Kaiming-uniform, and B ``(O, rank)``, zero.
         route: "all" or "vision".
         scale: scale of the update; LoRA's alpha is ``rank * scale``.
-        adapter_name: name without dots.
-        adapter_dtype: default is that of the base weight, or float32 if that is quantised.
-        generator: generator of the initial values.
+        adapter_name: name of the adapter, without dots.
+        adapter_dtype: dtype of the factors; default is that of the base weight, or float32 if that
+            is quantised.
+        generator: random generator of the initial values.
 
     Raises:
-        ValueError: if the rank is below 1 or the route is unknown.
-        TypeError: if the base layer is not a linear layer.
+        ValueError: If the rank is below 1 or the route is unknown.
+        TypeError: If the base layer is not a linear layer.
 
     Sources: "Vision as LoRA" (arXiv 2503.20680), route "all"; InternLM-XComposer2's Partial LoRA,
-    route "vision". The authors' layer adds a random bias to layers without one; this does not.
+    route "vision". The authors' layer adds a random bias to layers without one; this one does not.
     """
 
     def __init__(
@@ -88,7 +93,7 @@ class VoraLinear(LoraLinear):
         self.scaling[adapter_name] = float(scale)  # `rank * scale / rank` may have rounding errors.
         self.adapter_name = adapter_name
         self.route: Route = route
-        self._lent_bias = False  # True while the base layer's bias is the merged one of the adapter
+        self._lent_bias = False  # True while the base layer's bias is only the merged one
 
     @classmethod
     def from_linear(
@@ -102,23 +107,24 @@ class VoraLinear(LoraLinear):
         adapter_dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> VoraLinear:
-        """Make the layer around a linear layer.
+        """Create the layer from a linear layer.
+
+        The other arguments are those of the class.
 
         Args:
-            linear: base layer; the object is kept.
-            rank, route, scale, adapter_name, adapter_dtype, generator: as for the class.
+            linear: base layer; the module is kept.
         """
         options = {"adapter_dtype": adapter_dtype, "generator": generator}
         return cls(linear, rank, route, scale, adapter_name, **options)
 
     @property
     def A(self) -> Tensor:
-        """Factor A ``(rank, I)``; the parameter itself."""
+        """Factor A ``(rank, I)``: the parameter, not a copy."""
         return self._raw_factors(self.adapter_name)[0]
 
     @property
     def B(self) -> Tensor:
-        """Factor B ``(O, rank)``; the parameter itself."""
+        """Factor B ``(O, rank)``: the parameter, not a copy."""
         return self._raw_factors(self.adapter_name)[1]
 
     @property
@@ -133,14 +139,15 @@ class VoraLinear(LoraLinear):
 
         Args:
             x: floating-point input.
-            token_mask: ``x.shape[:-1]``, mask of the vision tokens as in :func:`modality`, used
-                instead of a surrounding block. Route "all" ignores it.
-            adapter_ids: adapter of each row, as in :class:`LoraLinear`, instead of masks and
+            token_mask: mask of the vision tokens, of shape ``x.shape[:-1]``, as in
+                :func:`modality`. It replaces the mask of a surrounding block. Route "all" ignores
+                it.
+            adapter_ids: adapter of each row, as in :class:`LoraLinear`; it replaces masks and
                 blocks.
 
         Raises:
-            ValueError: if the mask is invalid, does not fit or is passed with ``adapter_ids``, or
-                if ids or names do not fit.
+            ValueError: If the mask is invalid, does not match ``x`` or is passed with
+                ``adapter_ids``, or if ids or names do not match ``x``.
         """
         if token_mask is None or self.route == "all":
             return super().forward(x, adapter_ids)
@@ -163,19 +170,20 @@ class VoraLinear(LoraLinear):
         """Merge the adapter into the base layer's weight: ``round(W + scale B A)``.
 
         Args:
-            force: merge route "vision" too, which changes the outputs for text tokens.
-            safe_merge, keep_copy: as in :meth:`LoraLinear.merge`; by default the old weight is
-                kept, so that :meth:`unmerge` restores every bit.
-            adapter_names: default is the adapter of this layer.
+            force: whether to merge route "vision" too, which changes the outputs for text tokens.
+            safe_merge: as in :meth:`LoraLinear.merge`.
+            adapter_names: names of the adapters to merge; default is the adapter of this layer.
+            keep_copy: whether to keep the old weight, so that :meth:`unmerge` restores every bit,
+                as in :meth:`LoraLinear.merge`.
 
         Returns:
             ``base_layer``. An extra bias is merged too, even if the base layer has no bias.
 
         Raises:
-            UnmergeableRouteError: if the route is "vision" without ``force``.
-            RuntimeError: if the adapter is merged already.
-            NotImplementedError: if the base weight is quantised.
-            ValueError: as :meth:`LoraLinear.merge`.
+            UnmergeableRouteError: If the route is "vision" without ``force``.
+            RuntimeError: If the adapter is merged already.
+            NotImplementedError: If the base weight is quantised.
+            ValueError: As for :meth:`LoraLinear.merge`.
 
         The layer is unchanged after an error.
         """
@@ -197,7 +205,8 @@ class VoraLinear(LoraLinear):
         return self.base_layer
 
     def check_merge(self, force: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Raise the errors of :meth:`merge` with these arguments, before anything is changed."""
+        """Raise the error that :meth:`merge` with these arguments would raise, without changing
+        anything."""
         names = [self.adapter_name] if adapter_names is None else list(adapter_names)
         self._check_known(names)
         found = "'vision'; force=True merges it for all tokens, which changes the outputs for text"
@@ -223,11 +232,11 @@ class VoraLinear(LoraLinear):
     def set_extra_bias(self, bias: Tensor | None) -> None:
         """Set the adapter's bias ``(O,)``, which is added without scaling; None removes it.
 
-        The authors' checkpoints have one on layers whose base layer has none.
+        The authors' checkpoints contain such a bias for layers whose base layer has none.
         """
         value = None
         if bias is not None:
-            unscaled = bias.to(self.B) / self.scale  # The layer scales the whole update.
+            unscaled = bias.to(self.B) / self.scale  # The layer scales the update and its bias.
             value = nn.Parameter(unscaled, requires_grad=self.B.requires_grad)
         lora_b: Any = self.lora_B[self.adapter_name]
         lora_b.bias = value
@@ -240,7 +249,7 @@ class VoraLinear(LoraLinear):
 
     @property
     def extra_bias(self) -> Tensor | None:
-        """Scaled bias ``(O,)`` of the adapter, detached; None without one."""
+        """Bias ``(O,)`` that the adapter adds to the output, detached; None if it has none."""
         bias = self._raw_factors(self.adapter_name)[2]
         return None if bias is None else bias.detach() * self.scale
 
@@ -273,14 +282,15 @@ class VoraLinear(LoraLinear):
             return named
         if block is None:
             return _overlaid(vision, named, own, len(self.r))
-        # The rows are computed once for all layers and per surrounding block of names.
+        # Rows are shared by all layers and computed once per surrounding block of names.
         names = _context.current(layer_names.handle)
         key = (self.adapter_names, own, named.used, leading, names and names.assignment)
         kept = block.assignment.kept
         return kept.get(key, device, _overlaid, vision, named, own, len(self.r))
 
     def _default_position(self) -> int:
-        """Return the position of the adapter for unnamed rows; with "vision" these are text."""
+        """Return the index of the adapter for rows without a name, or -1. With "vision", these rows
+        are text."""
         if self.route == "all":
             return super()._default_position()
         active = [n for n in self._active if self._is_on(n) and n != self.adapter_name]
@@ -294,14 +304,15 @@ class VoraLinear(LoraLinear):
 
 
 def _overlaid(vision: Rows, text: Rows, own: int, num_adapters: int) -> Rows:
-    """Return rows with the adapter ``own`` for vision tokens and those of ``text`` for others."""
+    """Return rows with the adapter ``own`` for vision tokens and the adapters of ``text`` for
+    others."""
     table = constant([*text.used, -1], torch.int32, text.ids.device)
-    ids = table[text.ids.long()].masked_fill(vision.ids >= 0, own)  # Index -1 is the last entry.
+    ids = table[text.ids.long()].masked_fill(vision.ids >= 0, own)  # Id -1 reads the last entry.
     return rows_of(ids, num_adapters) if compiles() else group(ids, num_adapters)
 
 
 def _is_quantised(base_layer: nn.Module) -> bool:
-    """Return whether a linear layer has no plain floating-point weight for adding an update."""
+    """Return whether a linear layer has no floating-point weight that an update can be added to."""
     weight = getattr(base_layer, "weight", None)
     if not isinstance(weight, Tensor) or type(weight) not in (nn.Parameter, Tensor):
         return True

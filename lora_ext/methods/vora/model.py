@@ -23,8 +23,8 @@ from .config import VoraConfig
 from .distill import DistillHeads, Grid, block_distill_loss
 from .splice import Spliced, build_vision_mask, splice_images
 
-#: Names of transformers' caches with one key per token. Old generation configurations contain
-#: "hybrid", which transformers ignores. All other names are caches of a fixed length.
+#: Names of transformers' caches that contain one key per token. Old generation configurations
+#: contain "hybrid", which transformers ignores. All other names are caches of a fixed length.
 _GROWING = (None, "dynamic", "offloaded", "quantized", "hybrid")
 
 #: Images ``(3, H, W)`` of each sample, in the order of their placeholders.
@@ -32,14 +32,18 @@ Images = Sequence[Sequence[Tensor] | None]
 
 
 class VoraForCausalLM(nn.Module):
-    """Causal LM of transformers with a vision embedding and heads for the distillation.
+    """transformers causal LM with a vision embedding and heads for the distillation.
 
-    The factors of the :class:`lora_ext.nn.VoraLinear` layers, the embedding and the heads are
-    trained; everything else is frozen. The model works with transformers' Trainer: a batch has
-    ``input_ids``, ``labels``, ``attention_mask`` and ``images``.
+    The factors of the :class:`lora_ext.nn.VoraLinear` layers, the vision embedding and the heads
+    are trained; everything else is frozen. The model works with transformers' Trainer: a batch
+    consists of ``input_ids``, ``labels``, ``attention_mask`` and ``images``.
+
+    Shape letters: ``B`` samples, ``S`` ids per sample, ``T`` tokens per sample including those of
+    images, ``M`` vision tokens of a batch, ``V`` vocabulary, ``d_v`` width of the teacher.
 
     Args:
-        model: causal LM, which is changed in place; :func:`apply` is called unless it was already.
+        model: causal LM, which is changed in place: :func:`apply` is called unless it was called
+            already.
         config: settings of the layers, the embedding and the distillation.
         teacher_width: d_v, width of the teacher of the distillation; None for no heads.
 
@@ -47,11 +51,12 @@ class VoraForCausalLM(nn.Module):
         model: the language model.
         vision: the :class:`VisionPatchEmbed`.
         heads: the :class:`DistillHeads`, or None.
-        vora_config: ``config``; the attribute ``config`` is the language model's, as Trainer needs.
+        vora_config: the argument ``config``. The attribute ``config`` is the language model's
+            configuration, which Trainer reads.
 
     Raises:
-        ValueError: if another configuration was applied to the model; also the errors of
-            :func:`apply`.
+        ValueError: If another configuration was applied to the model. Errors of :func:`apply` are
+            raised, too.
 
     Source: arXiv 2503.20680.
     """
@@ -93,15 +98,16 @@ class VoraForCausalLM(nn.Module):
         return self.model.device
 
     def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
-        """Enable activation checkpointing in the language model, which gets the arguments."""
+        """Enable activation checkpointing in the language model, to which the arguments are
+        passed."""
         self.model.activation_checkpointing_enable(*args, **options)
 
     def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
-        """Enable activation checkpointing, under the old name of transformers."""
+        """Enable activation checkpointing; this is the old name in transformers."""
         self.model.gradient_checkpointing_enable(*args, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Disable activation checkpointing, which is the default."""
+        """Disable activation checkpointing; it is disabled by default."""
         self.model.gradient_checkpointing_disable()
 
     def forward(
@@ -113,26 +119,28 @@ class VoraForCausalLM(nn.Module):
         teacher_states: Sequence[Tensor] | None = None,
         teacher_grids: Sequence[Grid] | None = None,
     ) -> Any:
-        """Compute the logits and losses of a batch, of samples with or without images.
+        """Compute the logits and losses of a batch of samples with or without images.
 
         Args:
-            input_ids: ``(B, S)``, with one placeholder per image.
-            images: one list of ``(3, H, W)`` per sample, with sides that are multiples of the
-                patch; None or an empty list for a sample without images.
-            labels: ``(B, S)``, aligned with ``input_ids``; -100 is ignored.
-            attention_mask: ``(B, S)``; 0 is padding, on either side.
-            teacher_states: one ``(M', d_v)`` per block of the ``n_blocks``, the outputs of the
-                teacher's block for all images of the batch in order, without a class token.
-            teacher_grids: ``(h, w)`` of each image in the teacher; default is the student's.
+            input_ids: ids ``(B, S)``, with one placeholder per image.
+            images: for each sample, a list of images ``(3, H, W)`` with sides that are multiples of
+                the patch; None or an empty list for a sample without images.
+            labels: target ids ``(B, S)``, aligned with ``input_ids``; -100 is ignored.
+            attention_mask: mask ``(B, S)`` with 0 for padding, on either side.
+            teacher_states: hidden states of the teacher for all images of the batch in order,
+                without a class token: one ``(M', d_v)`` per block of the ``n_blocks``, from
+                :func:`teacher_states` with the ``pairing`` of the configuration.
+            teacher_grids: rows and columns ``(h, w)`` of the teacher's patches of each image;
+                default is the student's.
 
         Returns:
-            :class:`VoraOutput`. A batch without images has a distillation loss of 0 and gives every
-            trained parameter a gradient, which is zero for unused ones.
+            :class:`VoraOutput`. A batch without images has a distillation loss of 0, and every
+            trained parameter gets a gradient, which is zero for unused ones.
 
         Raises:
-            ValueError: if the number of images and placeholders differs; images, labels, masks,
-                states or grids have a wrong shape; the attention implementation takes no mask per
-                pair of tokens; or distillation is used with reentrant checkpoints.
+            ValueError: If the numbers of images and placeholders differ; if images, labels, masks,
+                states or grids have a wrong shape; if the attention implementation accepts no mask
+                per pair of tokens; or if distillation is used with reentrant checkpoints.
         """
         from ._output import VoraOutput
 
@@ -178,9 +186,10 @@ class VoraForCausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """Generate text after the samples of a batch; other arguments are as in :meth:`forward`.
+        """Generate text that continues the samples of a batch.
 
-        Images are processed in one prefill; decode steps use the cache.
+        Images are processed in one prefill (the first forward, over the whole prompt); decode steps
+        use the cache. Arguments that are not listed are as in :meth:`forward`.
 
         Args:
             options: options of the language model's ``generate``, such as ``max_new_tokens``,
@@ -191,7 +200,8 @@ class VoraForCausalLM(nn.Module):
             ``return_dict_in_generate=True``.
 
         Raises:
-            ValueError: as :meth:`forward`; if options split the prefill or contain other inputs.
+            ValueError: If options split the prefill or contain other inputs, or as for
+                :meth:`forward`.
         """
         where = "VoraForCausalLM.generate"
         for name in ("inputs_embeds", "past_key_values", "position_ids", "inputs"):
@@ -218,7 +228,7 @@ class VoraForCausalLM(nn.Module):
     def _spliced(
         self, input_ids: Tensor, images: Images | None, mask: Tensor | None, **options: Any
     ) -> tuple[Spliced, list[Tensor]]:
-        """Return the batch and its images in order."""
+        """Return the batch with the tokens of its images, and the images in order."""
         flat, tokens = _flat(images), None
         if images is not None:
             device = self.vision.pos_embed.device
@@ -233,9 +243,9 @@ class VoraForCausalLM(nn.Module):
     ) -> Tensor | dict[str, Tensor] | None:
         """Return the attention mask for the language model.
 
-        If all tokens attend in causal order, this is the mask per token or None, so that text is
-        computed as in the base model, bit for bit. A model with several types of attention layers
-        gets one mask per type, by transformers' names.
+        If all tokens attend in causal order, the result is the mask per token or None, so that text
+        is computed as in the base model, bit for bit. For a model with several types of attention
+        layers, it is a dict with one mask per type, by transformers' names.
         """
         if not flat or not self.vora_config.bidirectional:
             return batch.attention_mask if flat or attention_mask is not None else None
@@ -250,7 +260,7 @@ class VoraForCausalLM(nn.Module):
         if getattr(text, "alibi", text.model_type == "bloom"):
             reason = "computes ALiBi from a mask per token"
         biases = [pair for pair in self.model.named_buffers() if pair[0].endswith(".bias")]
-        # Causal triangles with which attention such as GPT-Neo's masks itself.
+        # Attention such as GPT-Neo's applies a causal mask of its own, stored as a buffer.
         triangles = (n for n, b in biases if b.shape == (1, 1, *b.shape[-1:] * 2))
         if name := next(triangles, None):
             reason = f"masks future tokens with a buffer ({name})"
@@ -290,7 +300,7 @@ def _flat(images: Images | None) -> list[Tensor]:
 
 
 def _apart(module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
-    """Clone tensors that share memory (a tied head and embedding).
+    """Clone tensors of a state dict that share memory (a tied head and embedding).
 
     Trainer saves with safetensors, which rejects shared memory.
     """

@@ -1,4 +1,4 @@
-"""Image processor for :class:`VisionPatchEmbed`."""
+"""Image processor for :class:`VisionPatchEmbed`, with the interface of transformers' processors."""
 
 from __future__ import annotations
 
@@ -43,21 +43,27 @@ SERVICE = ("image_processor_type", "processor_class", "feature_extractor_type", 
 class VoraImageProcessor(BaseImageProcessor):
     """Processor that resizes, rescales and normalises images of different sizes.
 
-    It follows transformers: ``from_pretrained``, ``save_pretrained``, keywords of a call that
-    override the settings, and ``return_tensors``. Images are not padded or cropped.
+    Like transformers' processors it has ``from_pretrained`` and ``save_pretrained``, and its calls
+    accept ``return_tensors`` and keyword arguments that override the settings. Images are not
+    padded or cropped.
 
     Args:
-        patch: p; sides become multiples of it.
-        do_resize: resize to :func:`smart_resize`; otherwise sides must be multiples of the patch.
-        min_pixels, max_pixels: bounds of the area.
-        resample: Pillow's number: 0 nearest, 2 bilinear, 3 bicubic; 2 and 3 antialias when
-            shrinking.
-        do_rescale, rescale_factor: whether to multiply the values, and the factor.
-        do_normalize, image_mean, image_std: ``(x - mean) / std``, with one number per channel.
+        patch: p, side of a patch in pixels; sides become multiples of it.
+        do_resize: whether to resize images to :func:`smart_resize`; otherwise sides must be
+            multiples of the patch.
+        min_pixels: lower bound of the area after resizing.
+        max_pixels: upper bound of the area after resizing.
+        resample: Pillow's number of the filter: 0 nearest, 2 bilinear, 3 bicubic; 2 and 3 antialias
+            when shrinking.
+        do_rescale: whether to multiply the values by ``rescale_factor``.
+        rescale_factor: the factor.
+        do_normalize: whether to compute ``(x - image_mean) / image_std``.
+        image_mean: one number per channel.
+        image_std: one number per channel, not 0.
 
     Raises:
-        ValueError: if a setting is out of range.
-        TypeError: if a setting is unknown.
+        ValueError: If a setting is out of range.
+        TypeError: If a setting is unknown.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 (as transformers declares it)
@@ -98,7 +104,8 @@ class VoraImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a processor with these settings; keywords override them and are also checked."""
+        """Create a processor with these settings; keyword arguments override them and are also
+        checked."""
         wants_rest = kwargs.pop("return_unused_kwargs", False)
         ours = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
         processor = cls(**{**image_processor_dict, **ours})
@@ -112,21 +119,23 @@ class VoraImageProcessor(BaseImageProcessor):
         Args:
             images: an image, a list of images, or one list of images per sample. An image is a
                 Pillow image, a path to one, or a numpy array or tensor: ``(H, W)``, ``(C, H, W)``
-                or ``(H, W, C)`` with 1, 3 or 4 channels, of which the fourth (opacity) is dropped.
-                If both the first and the last size could be C, the first is. A batch of arrays is a
-                list of images.
-            return_tensors: "pt" or "np" for one array of all images, which must get one size.
-            overrides: settings of this call.
+                or ``(H, W, C)`` with C = 1, 3 or 4 channels; a fourth channel (opacity) is dropped.
+                If both the first and the last size are 1, 3 or 4, the first is C. An array with
+                four dimensions is a list of images.
+            return_tensors: "pt" or "np" for one tensor or array of all images, which must have one
+                size after processing.
+            overrides: settings for this call.
 
         Returns:
             ``pixel_values``: tensors ``(3, H, W)`` in float32, as a list or one list per sample,
-            like ``images``. ``image_grids``: ``(h, w)`` patches of each image, in one list.
+            like ``images``. ``image_grids``: the numbers of rows and columns ``(h, w)`` of patches
+            of each image, in one list.
 
         Raises:
-            ValueError: if a size is invalid, or one array is requested of no image or of several
-                sizes.
-            TypeError: if something is not an image, has bools as values, or a setting is unknown.
-            ModuleNotFoundError: if ``images`` has a path and Pillow is missing.
+            ValueError: If a size is invalid, or ``return_tensors`` is set and there is no image or
+                images have several sizes.
+            TypeError: If an object is not an image, has bools as values, or a setting is unknown.
+            ModuleNotFoundError: If ``images`` has a path and Pillow is missing.
         """
         require(
             not args,
@@ -191,7 +200,8 @@ class VoraImageProcessor(BaseImageProcessor):
         return pixels
 
 
-#: Settings in the order of the arguments, without the last one, which takes transformers' keys.
+#: Names of the settings in the order of the arguments, without the last argument, which accepts
+#: transformers' keys.
 FIELDS = tuple(inspect.signature(VoraImageProcessor).parameters)[:-1]
 
 

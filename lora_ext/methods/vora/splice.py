@@ -1,5 +1,8 @@
-"""Images in text: replaces each placeholder by the tokens of its image, which attend to each
-other in both directions."""
+"""Insertion of images into text: replaces each placeholder by the tokens of its image.
+
+The tokens of an image attend to each other in both directions. Shape letters: ``B`` samples, ``S``
+ids per sample, ``T`` tokens of the longest sample including those of images, ``d`` hidden width.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ Side = Literal["left", "right"]
 
 
 class Spliced(NamedTuple):
-    """Batch of text and images for a decoder; ``T`` is the length of the longest sample."""
+    """Batch of text and images for a decoder."""
 
     inputs_embeds: Tensor  # (B, T, d), zero on padding
     vision_mask: Tensor  # (B, T) bool, True for tokens of images
-    image_ids: Tensor  # (B, T) int32, number of the token's image in its sample, otherwise -1
+    image_ids: Tensor  # (B, T) int32, index of the token's image in its sample, -1 for all others
     attention_mask: Tensor  # (B, T) int64, 1 on text and images, 0 on padding
     labels: Tensor | None  # (B, T), -100 on images and padding; None without labels
-    position_ids: Tensor  # (B, T) int64, cumsum(attention_mask) - 1, but 0 on padding before it
+    position_ids: Tensor  # (B, T) int64, max(0, cumsum(attention_mask) - 1)
 
 
 def splice_images(
@@ -45,24 +48,25 @@ def splice_images(
     The padding of the input is removed and added again, since samples grow by different lengths.
 
     Args:
-        input_ids: ``(B, S)`` integers, with one placeholder per image.
-        embed: maps ids ``(n,)`` to ``(n, d)``, such as ``model.get_input_embeddings()``; called
-            once with all text of the batch, without placeholders.
-        image_tokens: one list per sample with the tokens ``(N, d)`` of its images in order. A
-            sample with one image may be that tensor; a sample without images may be an empty list
+        input_ids: ids ``(B, S)``, integers, with one placeholder per image.
+        embed: function from ids ``(n,)`` to embeddings ``(n, d)``, such as
+            ``model.get_input_embeddings()``. It is called once with all text of the batch, without
+            placeholders.
+        image_tokens: one list per sample with the tokens ``(N, d)`` of its images in order. For a
+            sample with one image, it may be that tensor; for a sample without images, an empty list
             or None. None for a batch of text.
-        attention_mask: ``(B, S)``, bool or 0 and 1; 0 is padding. Default: no padding.
-        labels: ``(B, S)``.
-        placeholder: id of the placeholders.
+        attention_mask: mask ``(B, S)``, bool or 0 and 1, with 0 for padding. Default is no padding.
+        labels: target ids ``(B, S)``, aligned with ``input_ids``.
+        placeholder: id that represents an image.
         padding_side: side of the new padding.
 
     Returns:
-        :class:`Spliced`; its embeddings have the dtype and device of those of ``embed``.
+        :class:`Spliced`; its embeddings have the dtype and device of the results of ``embed``.
 
     Raises:
-        ValueError: if a sample has different numbers of images and placeholders, or the number of
+        ValueError: If a sample has different numbers of images and placeholders, or the number of
             samples, the width of tokens, a shape or ``padding_side`` is wrong.
-        TypeError: if the ids are not integers.
+        TypeError: If the ids are not integers.
     """
     where = "splice_images"
     shape = tuple(input_ids.shape)
@@ -87,7 +91,7 @@ def splice_images(
     is_image = valid & (input_ids == placeholder)
     is_text = valid & ~is_image
     where = f"{where}: image_tokens"
-    # This precedes the lookup, since the id of another placeholder would be out of range.
+    # Checked before `embed` is called, since the id of another placeholder would be out of range.
     for sample, (count, tokens) in enumerate(zip(is_image.sum(1).tolist(), images, strict=True)):
         expected = f"as many images as placeholders, {count}"
         require(count == len(tokens), where, f"sample {sample}", expected, len(tokens))
@@ -136,7 +140,11 @@ def _row(
 ) -> tuple[Tensor, ...]:
     """Return a sample without padding: embeddings, image ids, attention mask and labels (if given).
 
-    ``is_image (n,)`` marks the placeholders; ``text`` has the embeddings of the other ids.
+    Args:
+        is_image: ``(n,)`` bool, True for placeholders.
+        text: embeddings of the other ids.
+        images: tokens of each image.
+        labels: target ids ``(n,)``, or None.
     """
     sizes = torch.ones_like(is_image, dtype=torch.int64)
     sizes[is_image] = sizes.new_tensor([len(one) for one in images])
@@ -170,24 +178,26 @@ def build_vision_mask(
     images have different ids and attend to each other in causal order only.
 
     Args:
-        attention_mask: ``(B, T)``, bool or 0 and 1; 0 is padding.
-        image_ids: ``(B, T)`` integers from :func:`splice_images`: number of the token's image in
-            its sample, -1 for text and padding.
-        bidirectional: False uses causal order for images too.
+        attention_mask: mask ``(B, T)``, bool or 0 and 1, with 0 for padding.
+        image_ids: integers ``(B, T)`` from :func:`splice_images`: index of the token's image in its
+            sample, -1 for text and padding.
+        bidirectional: whether the tokens of an image attend to each other in both directions;
+            otherwise images are in causal order too.
         dtype: dtype of an additive mask, with 0 for allowed pairs and the lowest finite number for
             others; None returns bools. Eager attention of transformers needs the additive form: it
             would add bools as 0 and 1, which masks nothing.
         past_length: number of the T tokens that are in the cache; they are keys but not queries.
-        window: window of layers with sliding attention, ``j > i - window``; the tokens of an image
-            always see the whole image.
+        window: number of tokens that a query attends to in layers with sliding attention,
+            ``j > i - window``; the tokens of an image always attend to the whole image.
 
     Returns:
         ``(B, 1, T - past_length, T)``.
 
     Raises:
-        ValueError: if shapes disagree; the attention mask has values other than 0 and 1; the tokens
-            of an image are not adjacent, or are split by the end of the cache; ``past_length`` is
-            outside [0, T]; the window is below 1; or the dtype is not floating-point.
+        ValueError: If shapes disagree; if the attention mask has values other than 0 and 1; if the
+            tokens of an image are not adjacent, or are split by the end of the cache; if
+            ``past_length`` is outside [0, T]; if the window is below 1; or if the dtype is not
+            floating-point.
 
     Source: arXiv 2503.20680. The released code treats adjacent images as one; here they are two.
     """
@@ -201,7 +211,7 @@ def build_vision_mask(
     require(0 <= past_length <= length, where, "past_length", f"0 to {length}", past_length)
     require(window is None or window >= 1, where, "window", "at least 1 or None", window)
     valid = _as_bool(where, attention_mask)
-    past = past_length if bidirectional else 0  # Causal images may be split by the cache's end.
+    past = past_length if bidirectional else 0  # The cache may end inside a causal image.
     for sample, ids in enumerate(image_ids.tolist()):
         which = f"sample {sample}"
         starts = [i for i, _ in itertools.groupby(ids) if i >= 0]

@@ -17,10 +17,13 @@ from .config import Pairing
 
 
 class TeacherStates(NamedTuple):
-    """States of a teacher for the images of a batch, in their order."""
+    """Hidden states of a teacher for the images of a batch, in the order of the images.
+
+    ``M`` is the number of patches of all images, ``d_v`` the width of the teacher.
+    """
 
     states: list[Tensor]  # one (M, d_v) per block, without class token and registers
-    grids: list[tuple[int, int]]  # rows and columns of patches of each image
+    grids: list[tuple[int, int]]  # numbers of rows and columns of patches of each image
 
 
 @torch.no_grad()
@@ -32,13 +35,13 @@ def teacher_states(
 ) -> TeacherStates:
     """Compute the states of a vision transformer's first blocks for :func:`block_distill_loss`.
 
-    Images are passed in groups of one size. Hooks collect the states, since the last
+    Images of the same size are processed in one forward. Hooks collect the states, since the last
     ``hidden_states`` of a transformers model are after its final norm.
 
     Args:
-        teacher: transformers vision model (ViT, CLIP's, AIMv2 ...) in evaluation mode.
+        teacher: transformers vision model (such as ViT, CLIP or AIMv2) in evaluation mode.
         images: ``(3, H, W)`` tensors, preprocessed for the teacher, or one list of them per sample.
-        n_blocks: number of blocks.
+        n_blocks: number of blocks whose states are collected.
         pairing: "output" collects the outputs of the blocks; "released" their inputs, as in the
             released code.
 
@@ -46,8 +49,8 @@ def teacher_states(
         :class:`TeacherStates`.
 
     Raises:
-        ValueError: if the teacher has fewer blocks, is in training mode or drops patches, the sides
-            of an image are not multiples of the patch, or ``pairing`` is unknown.
+        ValueError: If the teacher has fewer blocks, is in training mode or drops patches; if the
+            sides of an image are not multiples of the patch; or if ``pairing`` is unknown.
     """
     where = "teacher_states"
     mode = "training mode; call teacher.eval()"
