@@ -1,4 +1,8 @@
-"""An adapter as a value, PEFT's files, and how many directions an adapter uses."""
+"""Adapters as immutable values, functions on them, PEFT's files, and effective ranks.
+
+Shape letters in this package: r rank, I inputs and O outputs of a module. A module has the factors
+A ``(r, I)`` and B ``(O, r)``. Its update, the change of the base weight, is ``scaling * B A``.
+"""
 
 from typing import TYPE_CHECKING
 
