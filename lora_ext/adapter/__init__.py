@@ -1,7 +1,7 @@
 """Adapters as immutable values, functions on them, PEFT's files, and effective ranks.
 
-Shape letters in this package: r rank, I inputs and O outputs of a module. A module has the factors
-A ``(r, I)`` and B ``(O, r)``. Its update, the change of the base weight, is ``scaling * B A``.
+A module has the factors A ``(r, I)`` and B ``(O, r)``: r rank, I inputs, O outputs. Its update, the
+change of the base weight, is ``scaling * B A``.
 """
 
 from typing import TYPE_CHECKING

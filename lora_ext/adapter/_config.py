@@ -85,8 +85,7 @@ class AdapterConfig(LoraConfig):
     target_modules: str | Iterable[str] | None = None
     modules_to_save: str | Iterable[str] | None = None  # modules that are replaced as a whole
     target_parameters: Iterable[str] | None = None  # suffixes of names of routed experts
-    # Token ids for which the rows of the input embedding are replaced, or lists of such ids by name
-    # of an embedding.
+    # Ids of tokens that get new rows in the input embedding, or lists of ids by embedding name.
     trainable_token_indices: Iterable[int] | Mapping[str, Iterable[int]] | None = None
     base_bias: str = "none"  # which biases of the base model were trained: "all" or "lora_only"
     unknown: tuple[str, ...] = ()  # names of unknown fields with a value that does not mean "off"
@@ -108,13 +107,8 @@ class AdapterConfig(LoraConfig):
     def parse(cls, raw: Any, where: str) -> AdapterConfig:
         """Create a configuration from a JSON object or a ``peft.LoraConfig``; check every field.
 
-        Args:
-            raw: fields by PEFT's names, or a ``peft.LoraConfig``.
-            where: prefix of error messages.
-
-        Raises:
-            ValueError: If ``raw`` is not a JSON object, or a field is invalid.
-            NotImplementedError: If a feature of PEFT is used that is not supported here.
+        ``where`` is the prefix of error messages. `NotImplementedError` is raised for a feature of
+        PEFT that is not supported here.
         """
         if hasattr(raw, "to_dict"):
             raw = raw.to_dict()

@@ -108,13 +108,11 @@ class ModelIndex:
         Subclasses of ``nn.Embedding`` are excluded, since they may scale or shift their output.
 
         Args:
-            model: base model, without adapters.
             targets: modules to include: a regular expression for whole names, or a list of names
-                and suffixes of names. None for all modules.
+                and suffixes. None for all modules.
             dtype: dtype of the pool's pages. Default is the dtype of the base weight, or torch's
-                default dtype if the base weight is quantised.
-            device: device of the pool's pages. Default is the device on which the module computes:
-                the execution device of accelerate's hooks, or the device of the weight.
+                default dtype if the weight is quantised.
+            device: device of the pool's pages. Default is the device on which the module computes.
 
         Raises:
             TypeError: If ``model`` is not a module.

@@ -320,10 +320,6 @@ def save_adapter(
             ``base_model.model.`` and the adapter's name. In the file, names have the prefix and do
             not have the adapter's name.
         beside: contents of additional files, by name.
-
-    Raises:
-        ValueError: If a name is not that of a factor, if two names are equal in the file, or if the
-            config is invalid.
     """
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():

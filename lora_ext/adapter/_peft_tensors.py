@@ -65,15 +65,11 @@ def parse_key(name: str) -> Key | None:
 
 
 def wrapped_names(parameters: Mapping[str, Sequence[str]], targeted: Set[str]) -> dict[str, str]:
-    """Return the names of the adapted expert parameters by the module name in PEFT's keys.
+    """Return the targeted expert parameters by the module name under which PEFT saves the factors.
 
-    If several parameters of a module are adapted, PEFT wraps the module once for each of them, in
-    their order. The factors of the last parameter are saved under the name of the module. Those of
-    each earlier parameter are saved under a name with one more ``.base_layer``.
-
-    Args:
-        parameters: names of the expert parameters by module.
-        targeted: names of the parameters that are adapted.
+    PEFT wraps a module once for each adapted parameter, in their order. The factors of the last
+    parameter are saved under the module's name, and those of each earlier parameter under a name
+    with one more ``.base_layer``.
     """
     return {
         module + ".base_layer" * depth: name
@@ -102,16 +98,9 @@ def roles_of(embedding: bool) -> dict[str, str]:
 def factor_keys(
     where: str, keys: Iterable[str], adapter_name: str | None = None
 ) -> dict[str, tuple[str, str]]:
-    """Return the keys of A and B for each module.
+    """Return the keys of A and B for each module; raise `KeyError` if a module lacks one of them.
 
-    Args:
-        where: prefix of error messages.
-        keys: names of tensors; names of other tensors than factors are skipped.
-        adapter_name: name of the adapter. Names with another adapter's name are skipped. None for
-            all adapters.
-
-    Raises:
-        KeyError: If a module lacks one of its two factors.
+    If ``adapter_name`` is not None, keys with another adapter's name are skipped.
     """
     halves: dict[str, dict[str, str]] = {}
     for key in keys:
@@ -176,13 +165,9 @@ def adapter_directory(source: str | os.PathLike[str]) -> Path:
 def directory_names(path: Path, expected: str) -> set[str]:
     """Return the names of the files in a directory.
 
-    Args:
-        path: path of the directory.
-        expected: part of the error message that says what was expected.
-
     Raises:
-        ValueError: If the directory cannot be opened. If the path looks like a name on the Hub, the
-            message contains a remedy.
+        ValueError: If the directory cannot be opened. The message contains ``expected``, and a
+            remedy if the path looks like a name on the Hub.
         NotADirectoryError: If the path is a file.
     """
     try:

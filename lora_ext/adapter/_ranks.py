@@ -26,8 +26,8 @@ GRAM_TAU = 1e-3
 _BY_GRAM = ("threshold", "stable", "participation")
 _BY_TAU = ("threshold", "absolute")
 
-# Function of each kind. Its arguments are the singular values in descending order, of which the
-# first is above 0; tau; and k.
+# Function of each kind. Its arguments are singular values in descending order (the first is above
+# 0), tau and k.
 _RANKS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "threshold": lambda s, tau, k: (s / s[0] > tau).sum(),
     "absolute": lambda s, tau, k: (s > tau).sum(),
@@ -99,7 +99,7 @@ def effective_rank(
         scaling: scale of the update.
         method: "qr" or "gram". "gram" computes the singular values from ``a a^T`` and ``b^T b``,
             which loses half of the digits. It supports "threshold" with tau of at least 1e-3,
-            "stable", and "participation" (for which it needs no decomposition).
+            "stable", and "participation" (without any decomposition).
 
     Returns:
         an int for "threshold" and "absolute", a float for other kinds.
@@ -145,7 +145,7 @@ def effective_rank(
 def gram_figures(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
     """Return the Frobenius norm ``||b a||`` and the participation rank, from Gram matrices.
 
-    No decomposition is needed, since the singular values s of ``b a`` satisfy
+    No decomposition is needed: the singular values s of ``b a`` satisfy
     ``sum s^2 = trace(G_b G_a)`` and ``sum s^4 = trace(G_b G_a G_b G_a)``.
 
     Args:
@@ -213,17 +213,16 @@ def rank_report(
     """Compute norm and effective ranks of the update of every module of an adapter.
 
     Args:
-        source: a :class:`LoraAdapter`; a model with layers of PEFT or of this package; a folder of
-            PEFT, or (config, state dict); or only a state dict, in which case the scaling is 1.
-            Names in a state dict are PEFT's, with or without an adapter's name and
-            ``base_model.model.``, or those of the code published with the paper below
-            (``<module>.lora_layer.lora_A``). Other tensors in it are skipped.
+        source: a :class:`LoraAdapter`; a model of PEFT or of this package; a folder of PEFT, or
+            (config, state dict); or only a state dict, with a scaling of 1. Names in a state dict
+            are PEFT's, with or without an adapter's name and ``base_model.model.``, or those of the
+            paper's code (``<module>.lora_layer.lora_A``). Other tensors are skipped.
         adapter_name: name of the adapter in a model, or in a state dict with adapter names.
         kinds: kinds of effective rank, see :func:`effective_rank`.
         taus: thresholds for "threshold" and "absolute". Each kind has one entry per threshold.
         k: number of singular values for "top_k_share".
-        layout: shapes of the factors: "r_in" for A ``(r, n)`` and B ``(m, r)``; "in_r" for A
-            ``(n, r)`` and B ``(r, m)``, as in the published code, only for a state dict.
+        layout: "r_in" for A ``(r, n)`` and B ``(m, r)``; "in_r", only for a state dict, for A
+            ``(n, r)`` and B ``(r, m)``, as in the paper's code.
 
     Returns:
         a report with one row per module, in the order of the source. The effects of DoRA's

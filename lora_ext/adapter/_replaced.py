@@ -48,17 +48,8 @@ def find_replaced(
     The headers of these tensors are checked, and no tensor is read.
 
     Args:
-        config: configuration of the adapter.
-        tensors: tensors of the adapter.
-        index: modules of the base model.
-        saved: for each key of a tensor that belongs to a module of ``modules_to_save``, the name of
-            the weight in the base model.
+        saved: keys of tensors of ``modules_to_save``, with the weights' names in the base model.
         adapted: names of the modules that have LoRA factors.
-
-    Raises:
-        ValueError: If a weight is missing or has no counterpart in the base model, or if a shape or
-            dtype does not fit.
-        NotImplementedError: If a module is not supported.
     """
     lacking = [w for w in index.weights if config.saves_whole(w) and w not in saved.values()]
     if lacking:
@@ -93,11 +84,11 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 def find_rows(
     config: AdapterConfig, tensors: TensorSource, index: ModelIndex, adapted: Iterable[str]
 ) -> tuple[dict[str, str], tuple[int, ...]]:
-    """Return the keys of the replaced rows by module, and the indices of the rows, for PEFT's
-    ``trainable_token_indices``.
+    """Return the keys of the replaced rows (PEFT's ``trainable_token_indices``) by module, and the
+    row indices.
 
-    The modules are the input embedding and an output head that shares its weight; both have the
-    same key. The header of the tensor is checked, and no tensor is read.
+    The modules are the input embedding and a tied head, with the same key. The header of the tensor
+    is checked, and no tensor is read.
 
     Raises:
         ValueError: If a key, shape or token does not fit.

@@ -30,9 +30,8 @@ class LoraAdapter:
         config: configuration, whose fields have PEFT's names. ``config.to_dict()`` returns the
             content of ``adapter_config.json``.
         modules: factors of each adapted module, by the module's name in the base model:
-            ``a (r, I)``, ``b (O, r)`` and ``scaling``, which PEFT's rules compute from the
-            configuration; ``bias`` and ``magnitude`` if PEFT stores them. The letters are the rank
-            r, I inputs and O outputs of the module.
+            ``a (r, I)``, ``b (O, r)`` with rank r, I inputs and O outputs; ``scaling`` by PEFT's
+            rules; ``bias`` and ``magnitude`` if PEFT stores them.
         base_weights: weights of the base model that PEFT saves with an adapted embedding or head,
             by name in the file. They share memory with the source of the adapter.
         replacements: tensors that replace weights of the base model, by name in the file: weights
@@ -57,12 +56,11 @@ class LoraAdapter:
     def load(cls, source: AdapterSource, strict: bool = True) -> LoraAdapter:
         """Read an adapter from a folder of PEFT, or from ``(config, state dict)``.
 
-        No model is needed, so names and shapes are not compared with those of a base model.
+        Names and shapes are not compared with those of a base model.
 
         Args:
-            source: path of the folder; or a tuple of the configuration (a dict of PEFT's fields, or
-                a ``peft.LoraConfig``) and a dict of tensors under PEFT's names. Its tensors are
-                copied.
+            source: path of the folder; or the configuration (a dict of PEFT's fields, or a
+                ``peft.LoraConfig``) and tensors under PEFT's names, which are copied.
             strict: whether to raise for unused tensors and fields. False skips them.
 
         Raises:
@@ -81,9 +79,8 @@ class LoraAdapter:
         """Copy an adapter from a PEFT model, or from a model with layers of :mod:`lora_ext.nn`.
 
         Raises:
-            ValueError: If the model has no such adapter; or if a setting of which PEFT's
-                configuration has only one value (``use_dora``, ``lora_bias``) differs between
-                layers.
+            ValueError: If the model has no such adapter, or if its layers differ in a setting that
+                has only one value in PEFT's configuration (``use_dora``, ``lora_bias``).
             NotImplementedError: If the adapter uses an unsupported feature, as in :meth:`load`.
         """
         return cls.load(live_adapter(model, adapter, "LoraAdapter.from_model: model"))
@@ -96,12 +93,9 @@ class LoraAdapter:
     def check_names(self, where: str, names: Iterable[str]) -> None:
         """Check that every name is a module of the adapter.
 
-        Args:
-            where: prefix of the error message.
-            names: names to check.
-
         Raises:
-            ValueError: If a name is unknown. The message contains the first such name.
+            ValueError: If a name is unknown. The message has the prefix ``where`` and the first
+                such name.
         """
         for name in names:
             if name not in self.modules:

@@ -38,8 +38,7 @@ def merge_adapters(
 ) -> LoraAdapter:
     """Merge several adapters of the same base model into one; warn if the base models differ.
 
-    Adapter i has the weight ``w_i``. In one module it has the scale ``s_i`` and the factors ``A_i``
-    and ``B_i``, so its update of the module is ``s_i B_i A_i``. The mode defines the merged update:
+    Adapter i has the weight ``w_i`` and, for a module, the update ``s_i B_i A_i``.
 
     ============= ======================================= ======================================
     mode          merged update                           its rank
@@ -71,8 +70,8 @@ def merge_adapters(
         rank: rank of the merged modules, only with "delta_svd", "ties" and "dare".
         progress: function that wraps the list of module names, as ``tqdm`` does.
         density: share d of an update's values that is kept, above 0 and at most 1, only with "ties"
-            (the largest values, default 0.2) and "dare" (random values, default 0.1). The defaults
-            are those of the papers.
+            (the largest values, default 0.2) and "dare" (random values, default 0.1), as in the
+            papers.
         seed: seed for the masks of "dare".
 
     Returns:
@@ -125,8 +124,8 @@ def interpolate_adapters(
     """Return the point ``(1 - lam) first + lam second`` on the line through two adapters.
 
     With "factors", ``B`` and ``A`` are interpolated separately, so the update contains the cross
-    terms ``B_1 A_2`` and ``B_2 A_1``. With "delta", the updates ``B A`` are interpolated. These are
-    the modes of :func:`merge_adapters`.
+    terms ``B_1 A_2`` and ``B_2 A_1``. With "delta", the update is interpolated. See
+    :func:`merge_adapters`.
 
     Args:
         first, second: adapters, as values, folders, or (config, state dict). With "factors", they

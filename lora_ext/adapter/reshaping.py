@@ -24,14 +24,12 @@ def resize_adapter(
     generator: torch.Generator | None = None,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> tuple[LoraAdapter, dict[str, float]]:
-    """Change the ranks of an adapter. Its updates do not change or, if a rank is too small for
-    that, are replaced by their best approximations.
+    """Change the ranks of an adapter; its updates are kept, or approximated as well as possible.
 
-    If the new rank is smaller, the largest singular values of ``B A`` are kept, and each factor
-    contains their roots. If it is larger, random rows are appended to ``A`` and zeros to ``B``. If
-    a rank is 0 in both factors, its row of ``A`` is drawn at random too, so that training can
-    change it. The scale does not change, so alpha does. Rank 0 removes the module. A bias and
-    DoRA's magnitude do not change.
+    A smaller rank keeps the largest singular values of ``B A``, with their roots in each factor. A
+    larger rank appends random rows to ``A`` and zeros to ``B``. If a rank is 0 in both factors, its
+    row of ``A`` is drawn at random too, so that training can change it. The scale does not change,
+    so alpha does. Rank 0 removes the module. A bias and DoRA's magnitude do not change.
 
     Args:
         adapter: adapter, as a value, a folder, or (config, state dict). It is not changed.

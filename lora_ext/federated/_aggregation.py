@@ -1,7 +1,7 @@
 """Aggregation of clients' updates into one global adapter, by layer and rank.
 
-The update of a module is ``s B A``, with factors A ``(r, I)`` and B ``(O, r)`` and the scale s. r
-is the rank, I the number of inputs and O the number of outputs of the module.
+The update of a module is ``s B A``: scale s, factors A ``(r, I)`` and B ``(O, r)``. Shape letters:
+r rank, I inputs and O outputs of a module.
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ class Aggregate:
         state: the new global adapter. A tensor that no client trained is the original object; if
             the round was skipped, every tensor is.
         accepted: clients with valid replies, in ascending order.
-        rejected: reason of each rejected reply by client; it contains the tensor's name and the
-            expected and found values.
+        rejected: reasons of rejected replies by client, with key, expected and found.
         uncovered: layers that no accepted client trained.
         noise: relative error of each layer: the difference between averaging A and B separately
             and averaging ``B A``, or the truncation error with "svd".
         skipped: whether the round was skipped, so that ``state`` equals the state before it.
         stacked: with "stack", ``(A, B)`` in float64 by module name in the base model. The caller
-            must add ``scaling * B @ A`` to the base weight. Otherwise empty.
-        clipped: by client, the factor below 1 by which its update was multiplied because its norm
-            was above ``max_update_norm``.
-        reason: why the round was skipped; empty if it was not.
+            must add ``scaling * B @ A`` to the base weight.
+        clipped: factor below 1 by which an update above ``max_update_norm`` was multiplied, by
+            client.
+        reason: why the round was skipped.
     """
 
     state: dict[str, Tensor]
@@ -75,9 +74,9 @@ def aggregate(
 ) -> Aggregate:
     """Average the replies of a round into the global adapter.
 
-    Each tensor theta becomes ``theta + server_lr * (sum_i w_i theta_i / sum_i w_i - theta)``. The
-    sums are over the clients i that trained the layer of the tensor. ``theta_i`` is the value from
-    client i, and ``w_i`` its weight.
+    Each tensor theta becomes ``theta + server_lr * (sum_i w_i theta_i / sum_i w_i - theta)``,
+    summed over the clients i that trained its layer. Client i has the value ``theta_i`` and the
+    weight ``w_i``.
 
     =========== ===================================================================================
     rank_agg    what is averaged
@@ -87,8 +86,8 @@ def aggregate(
     "fro"       as "covered", with weights ``w_i ||B_i A_i||_F``, or ``w_i`` if all of these are 0
     "svd"       the products: ``sum_i w_i B_i A_i``, truncated to the global rank; each factor
                 contains the roots of the singular values
-    "stack"     the products, exactly: the factors of the sum are returned in ``stacked`` and must
-                be added to the base weight; in the new state, B is 0 and A does not change
+    "stack"     the products, exactly: ``stacked`` contains factors of the sum, to be added to the
+                base weight; in the new state, B is 0 and A does not change
     =========== ===================================================================================
 
     A rank can become 0 in both factors if the values of clients cancel or "svd" finds fewer
@@ -96,8 +95,8 @@ def aggregate(
     does not change. "zero_pad" keeps these zeros.
 
     Sums are computed in float64, with the clients in sorted order, and rounded once to the dtype of
-    the state, so the order of replies does not change any bit. An invalid reply is rejected
-    without an effect on the others. No tensor is broadcast.
+    the state, so the order of replies does not change any bit. Invalid replies are rejected
+    individually. No tensor is broadcast.
 
     Args:
         state: the whole global adapter under PEFT's names: A ``(r, I)``, B ``(O, r)``.
@@ -106,13 +105,12 @@ def aggregate(
         upload: content of a reply's tensors: "delta", differences from the state, or "value".
         weighted_by: weight of a client: its number of examples, or 1 if None.
         server_lr: step size of the server, above 0.
-        scaling: scale s of ``s B A``, one number or numbers by module name in the base model. It is
-            the same for all clients.
-        nan_policy: what to do about NaN and infinity: "drop_client" rejects the reply;
-            "drop_tensor" ignores only the tensor (and the other factor, if products are averaged);
-            "raise" raises an error.
-        max_update_norm: maximum norm of an update over all its tensors; a larger update is scaled
-            down to it. None for no maximum.
+        scaling: scale s of all clients, one number or numbers by module name in the base model.
+        nan_policy: if a reply contains NaN or infinity, "drop_client" rejects it; "drop_tensor"
+            ignores only the tensor (and the other factor, if products are averaged); "raise" raises
+            an error.
+        max_update_norm: maximum norm of an update over all its tensors; a larger one is scaled
+            down.
         min_replies: number of accepted replies below which the round is skipped.
         partial_ok: whether a reply may lack modules of its plan; both factors must be missing.
         pattern: regular expression whose first group is the index of a layer in a name.

@@ -1,6 +1,6 @@
 """Control of which layers of a client's model train, and transfer of the layers' tensors.
 
-Factors have the shapes A ``(r, I)`` and B ``(O, r)``: rank r, I inputs and O outputs of a module.
+Shape letters: r rank, I inputs and O outputs of a module.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Updates for secure summation: they have one size for every plan, and the server uses only sums.
 
-Secure summation adds the vectors of all clients without revealing a single one. Each client
-therefore sends all layers multiplied by its weight, with zeros for untrained layers, and in
-addition its weight for each rank of each module. The server divides the first sum by the second.
-The result is the "covered" mean of :func:`aggregate`. The other values of ``rank_agg`` and the
-rejection of replies require individual replies.
+Secure summation adds vectors without revealing a single one. Each client therefore sends all layers
+multiplied by its weight, with zeros for untrained layers, and its weight for each rank of each
+module. The server divides the first sum by the second. The result is the "covered" mean of
+:func:`aggregate`; its other rules and its rejections require individual replies.
 """
 
 from __future__ import annotations
@@ -37,14 +36,11 @@ def masked_payload(
     and ``delta`` is its change of the global adapter.
 
     Args:
-        state: the whole global adapter.
-        update: reply of the client.
-        upload, weighted_by, max_update_norm, pattern: see :func:`aggregate`.
+        state, update, upload, weighted_by, max_update_norm, pattern: see :func:`aggregate`.
 
     Returns:
-        one tensor for each name of the state, with the shape in the state, and
-        ``<module>.rank_weights`` ``(r,)`` for each module, regardless of the plan. The dtype is
-        float64 for tensors that are float64 in the state, else float32.
+        for every plan, all names of the state with their shapes, and ``<module>.rank_weights``
+        ``(r,)`` with the rank r of the module; float64 if the state is float64, else float32.
 
     Raises:
         ValueError: If :func:`aggregate` would reject the update; the message contains the reason.
@@ -92,9 +88,8 @@ def aggregate_masked(
 
     Args:
         state: the global adapter from which the clients started.
-        sums: sum over the clients of each tensor of :func:`masked_payload`, by name.
+        sums: sums by name.
         server_lr: step size of the server, above 0.
-        pattern: regular expression whose first group is the index of a layer in a name.
 
     Returns:
         the new global adapter. A tensor that no client trained is the original object.

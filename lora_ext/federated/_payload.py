@@ -1,10 +1,9 @@
 """Conversion of the tensors of planned layers to arrays of a message, and back.
 
-Messages are untrusted. A message consists of named arrays and a manifest, a dict of flat lists,
-since Flower's records can store nothing else. numpy has no bfloat16, so the bits of bfloat16
-tensors are sent as ``uint16`` and their names are listed in the manifest.
-
-Factors have the shapes A ``(r, I)`` and B ``(O, r)``: rank r, I inputs and O outputs of a module.
+Messages are untrusted. A message has named arrays and a manifest of flat lists, the content of
+Flower's records. numpy has no bfloat16, so the bits of bfloat16 are sent as ``uint16``, and the
+names of these tensors are in the manifest. Shape letters: r rank, I inputs and O outputs of a
+module.
 """
 
 from __future__ import annotations
@@ -66,9 +65,7 @@ def plan_shapes(
         pattern: regular expression whose first group is the index of a layer in a name.
 
     Raises:
-        ValueError: If the state lacks a layer or a rank, has no layers, or has factors that do not
-            fit each other.
-        KeyError: If a module of the state lacks one of its two factors.
+        ValueError: If the state lacks a layer or a rank, or is invalid as in :func:`aggregate`.
     """
     return shapes_of(layer_pairs("plan_shapes: state", state, pattern), state, plan)
 
@@ -150,12 +147,8 @@ def unpack_tensors(
         shapes: shapes by allowed name, from :func:`plan_shapes`.
         where: prefix of error messages, such as the node.
 
-    Returns:
-        the tensors of the payload by name, on the CPU.
-
     Raises:
-        ValueError: If the payload is invalid. The message contains the name of the tensor and the
-            expected and found values.
+        ValueError: If the payload is invalid; the message contains key, expected and found.
     """
     manifest = payload.manifest
     found: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """Replies of clients, and the checks that a reply must pass before it is averaged.
 
-Factors have the shapes A ``(r, I)`` and B ``(O, r)``: rank r, I inputs and O outputs of a module.
+Shape letters: r rank, I inputs and O outputs of a module.
 """
 
 from __future__ import annotations

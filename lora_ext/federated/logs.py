@@ -107,8 +107,8 @@ class CommLog:
         not change.
 
         Raises:
-            ValueError: If a row does not have six entries, or a number of bytes is below 0.
-            TypeError: If a number of bytes is not an int.
+            ValueError: If a row has a wrong number of entries, or a value is below 0.
+            TypeError: If a value is not an int.
         """
         fresh = CommLog()
         for row in state["rows"]:

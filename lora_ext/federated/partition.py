@@ -77,11 +77,11 @@ def partition_dirichlet(
     Args:
         labels: class of each sample, ``(samples,)``.
         n_clients: number of clients.
-        alpha: parameter of the distribution, above 0. With a small value, a client has samples of
-            few classes; with a large value, it has similar parts of all classes.
+        alpha: parameter of the distribution, above 0. Small values give a client few classes, large
+            values similar parts of all.
         seed: seed of the random numbers; the global random state is not used.
-        min_size: minimum number of samples of a client. The split is drawn again, up to a hundred
-            times, until every client has that many.
+        min_size: minimum number of samples of a client. At most a hundred splits are drawn until
+            every client has that many.
 
     Returns:
         for each client, the indices of its samples in ascending order. Each sample belongs to

@@ -1,9 +1,8 @@
 """Banks, which stack one parameter of all clients in one tensor, and an AdamW for all banks.
 
-With stacked parameters, a layer copies nothing, and a step of the optimizer takes few calls for any
-number of clients. Shape letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` inputs and
-``O`` outputs of the module. The *place* of a client is its index among the clients of a round,
-which are sorted by decreasing number of steps.
+A layer therefore copies nothing, and a step of the optimizer takes few calls for any number of
+clients. Shape letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` inputs, ``O``
+outputs. The *place* of a client is its index when clients are sorted by decreasing number of steps.
 """
 
 from __future__ import annotations

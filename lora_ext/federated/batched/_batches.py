@@ -38,10 +38,6 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
     Sequences of a mapping may differ in length between clients. Shorter ones are padded on the
     right with zeros, and masked in ``attention_mask``.
 
-    Args:
-        batches: one batch per client: a mapping of tensors, ``(x, y)``, or x.
-        where: prefix of error messages.
-
     Returns:
         the model's keyword arguments, or its only argument x; and the segment of each client.
 
@@ -152,8 +148,7 @@ def cross_entropies(
     """Compute each client's mean cross entropy: of the next token if batches are mappings with
     ``labels``, of y if they are ``(x, y)``.
 
-    One call computes the cross entropy of all rows. ``owners`` contains the number of rows of each
-    client, and the index of the client for each row.
+    ``owners`` contains the number of rows of each client, and the client of each row.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     parts = zip(batches, segments, strict=True)

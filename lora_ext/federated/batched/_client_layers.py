@@ -1,8 +1,7 @@
 """A layer that applies each client's factors to its rows, the assignment of rows to clients, and a
 check for modules that would make a client's results depend on other clients.
 
-Each client has a *place*, which is its index in a bank's table. A *segment* is the consecutive
-sequences of one client in the batch.
+The *place* of a client is its index in a bank's table.
 """
 
 from __future__ import annotations
@@ -91,11 +90,10 @@ class BatchRows:
         """Return the index in the bank of each row's client, ``(rows,)``, and the plan that the op
         needs, which groups the rows by index.
 
-        ``leading`` is the shape of the input without its last dimension. Sequences are its first
-        dimension, or its second one if ``tokens_first``. With dropout, tokens that pad a client's
-        sequences to the length of other clients' sequences get the index -1 (no adapter). The
-        reason is that the dropout mask of a row depends on the row's number among the rows with the
-        same index, which must not depend on other clients.
+        ``leading`` is the shape of the input without its last dimension: sequences first, or tokens
+        first. With dropout, padding up to the length of other clients' sequences has the index -1
+        (no adapter), because the dropout mask of a row depends on the row's number among the rows
+        with the same index, which must not depend on other clients.
         """
         of_bank, part = (bank.table, bank.size, bank.p > 0), (self._part.start, self._part.stop)
         key = of_bank, part, leading, tokens_first

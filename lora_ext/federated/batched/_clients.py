@@ -120,17 +120,10 @@ def client_seed(seed: int, round: int, client: Client) -> int:
 
 
 def step_seeds(seeds: Sequence[int], step: int, modules: int) -> Tensor:
-    """Return the dropout seeds of one step.
+    """Return the dropout seeds of one step, non-negative int64 of shape ``(len(seeds), modules)``.
 
-    Args:
-        seeds: seeds of the clients, from :func:`client_seed`.
-        step: zero-based number of the step.
-        modules: number of modules of the adapter.
-
-    Returns:
-        non-negative int64 of shape ``(len(seeds), modules)``. Entry ``(i, j)`` is for the client
-        with ``seeds[i]`` and module j of the adapter, in the order of ``LoraLayerManager.modules``.
-        It is a valid value of ``nn.LoraLinear.dropout_seed``.
+    Entry ``(i, j)`` is for the client with ``seeds[i]`` and module j of the adapter, in the order
+    of ``LoraLayerManager.modules``. It is a valid value of ``nn.LoraLinear.dropout_seed``.
 
     Source: SplitMix64 (Steele et al. 2014), output ``step * modules + j`` of each seed.
     """

@@ -1,8 +1,8 @@
 """Shared parameters, which every client trains in addition to its adapter, such as a head.
 
-Each client has a copy. A module with shared parameters is called once per client, with the client's
-rows and copies. This costs little, since such modules above the adapted layers are small, and it
-gives bitwise the products of training that client separately.
+Each client has a copy, and a module with shared parameters is called once per client. Modules above
+the adapted layers are small, and a product of one client's rows is bitwise equal to the product in
+training that client separately.
 """
 
 from __future__ import annotations
@@ -31,11 +31,7 @@ def shared_names(
 ) -> tuple[str, ...]:
     """Return the names of the shared parameters, in the order of the model.
 
-    Args:
-        model: model with adapters.
-        shared: names of parameters outside the adapters, or a regular expression for them; None for
-            no parameters.
-        pattern: regular expression whose first group is the index of a layer in a name.
+    ``shared`` contains these names, or is a regular expression for them.
 
     Raises:
         ValueError: If the regular expression is invalid or matches nothing, or if the model lacks a

@@ -30,11 +30,10 @@ class Unfit(Exception):
 class Staircase:
     """Replacement of the forward of each block by two calls, in effect until :meth:`remove`.
 
-    It requires that the blocks run once each, in the order of their indices, and that the first
-    dimension of a block's first tensor argument is the sequences. Other tensor arguments whose
-    first dimension has the same size are divided too. When such arguments of some shapes are
-    divided for the first time, the result is compared with one call of all rows. If a requirement
-    or the comparison fails, :class:`Unfit` is raised.
+    The blocks must run once each, in the order of their indices, and the first dimension of a
+    block's first tensor argument must be the sequences. Other tensor arguments with a first
+    dimension of that size are divided too; the first result for each combination of shapes is
+    compared with one call of all rows. :class:`Unfit` is raised if a condition is violated.
 
     Args:
         model: model with the blocks.

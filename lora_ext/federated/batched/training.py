@@ -36,36 +36,35 @@ from ._staircase import Staircase, Unfit
 class BatchedClients:
     """Clients that share one frozen base model and train together.
 
-    The loss of a client is the mean over its rows, and the gradient is that of the sum of all
-    losses. Each client has a separate AdamW and separate gradient clipping. A client with fewer
-    batches leaves the batch when it has finished. If the loss of a client is not finite, the client
-    has failed: its loss is excluded from the sum, its rows leave the batch after the step, and
-    other clients are not affected.
+    The loss of a client is the mean over its rows, and the sum of all losses is differentiated.
+    Each client has a separate AdamW and separate gradient clipping. A client with fewer batches
+    leaves the batch when it has finished. If the loss of a client is not finite, the client has
+    failed: its loss is excluded from the sum, its rows leave the batch after the step, and other
+    clients are not affected.
 
-    During :meth:`run_round`, the adapter's layers are replaced by layers with the factors of all
+    :meth:`run_round` temporarily replaces the adapter's layers by layers with the factors of all
     clients. The model stays in training or evaluation mode.
 
     Args:
         model: model with adapted linear layers of :mod:`lora_ext.nn` or PEFT, before or after
             ``from_peft``.
         clients: data and settings of the clients, with unique names.
-        slots: maximum number of clients in one batch; None for no maximum. With more clients,
-            groups of this size train one after another.
+        slots: maximum number of clients in one batch; None for no maximum.
         optimizer: "adamw".
         loss_fn: ``loss_fn(output, batch)`` returns the loss of one client. ``output`` is the
-            client's rows of the model's output (or of its ``logits``), without the padding that
-            other clients' longer sequences require. Default is the cross entropy, of the next token
-            if the batch is a mapping with ``labels``, of y if it is ``(x, y)``.
+            client's rows of the model's output (or of its ``logits``), without padding added for
+            other clients. Default is the cross entropy, of the next token if the batch is a mapping
+            with ``labels``, of y if it is ``(x, y)``.
         dtype: dtype of the clients' factors; default is the dtype of the global adapter.
         pattern: regular expression whose first group is the index of a layer in a name.
         adapter: name of the adapter to train.
         shared: additional parameters outside the adapters that every client trains, such as a head:
             their names, or a regular expression that is searched for in names. Each client has a
-            copy of them. One AdamW and one gradient bound apply to everything that a client
-            trains. The client's update contains the changes; average them with
-            ``aggregate(shared=batched.shared)``. The parameters must be above the adapted layers.
-        others: what layers outside a client's plan compute for its rows: "frozen" to apply the
-            global adapter, "disabled" to apply none.
+            copy. One AdamW and one gradient bound apply to all that a client trains. The client's
+            update contains the changes; average them with ``aggregate(shared=batched.shared)``. The
+            parameters must be above the adapted layers.
+        others: whether layers outside a client's plan apply the global adapter to its rows
+            ("frozen") or no adapter ("disabled").
         staircase: whether to exclude rows from the autograd graph below the lowest layer that their
             client trains. A block that has rows of both kinds then runs in two calls. If the blocks
             do not run once each in order, or cannot run on a part of the rows, a warning is issued
@@ -134,8 +133,8 @@ class BatchedClients:
                 client's dropout masks.
 
         Returns:
-            one update per client with a plan, in the order of the clients. It contains the changes
-            of the planned layers and of the shared parameters, the number of rows of all steps
+            one update per client with a plan, in the order of the clients, with the changes of the
+            planned layers and shared parameters, the number of rows of all steps
             (``num_examples``), and the mean loss over the steps. The update of a failed client has
             no tensors.
 

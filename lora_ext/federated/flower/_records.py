@@ -94,14 +94,8 @@ def unpack(
     The declared ``shape`` and ``dtype`` of an array are compared with its bytes. Nothing is
     unpickled, and nothing is allocated before the sizes are compared.
 
-    Args:
-        record: arrays of the message.
-        settings: settings of the message, with the entries from :func:`pack`.
-        shapes: shapes of the allowed names.
-        where: prefix of error messages.
-
     Raises:
-        ValueError: If a name, shape, dtype or size does not match.
+        ValueError: If a name or shape is not in ``shapes``, or a declaration does not match.
     """
     if "names" not in settings:  # check the names before any array is decoded
         for key in record:

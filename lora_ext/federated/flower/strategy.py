@@ -41,12 +41,11 @@ _log = logging.getLogger("flwr")
 class LoraStrategy(FedAvg):
     """Flower strategy for federated averaging with a separate plan for each client.
 
-    A plan lists the layers that a client trains, and their ranks. A client receives the layers that
-    it needs, trains the layers of its plan, and returns them. Each layer is averaged over the
-    clients that trained it (:func:`lora_ext.federated.aggregate`). A reply that does not match its
-    plan is rejected, and the reason is stored in ``history``. A round with too few replies leaves
-    the global adapter unchanged, and the run continues. ``start`` expects the global adapter from
-    :func:`lora_ext.federated.flower.to_arrays`.
+    A client receives the layers that it needs, trains the layers of its plan, and returns them.
+    Each layer is averaged over the clients that trained it (:func:`lora_ext.federated.aggregate`).
+    A reply that does not match its plan is rejected, with the reason in ``history``. A round with
+    too few replies leaves the global adapter unchanged, and the run continues. ``start`` expects
+    the global adapter from :func:`lora_ext.federated.flower.to_arrays`.
 
     Subclasses override the hooks :meth:`select`, :meth:`plan_round`, :meth:`before_round`,
     :meth:`observe` and :meth:`timed_out`.
@@ -162,17 +161,11 @@ class LoraStrategy(FedAvg):
         """
 
     def select(self, round: int, clients: Mapping[Client, int]) -> list[Client]:
-        """Select the clients of a round at random.
+        """Select ``fraction_train`` of the clients at random, but at least ``min_train_nodes``.
 
-        The random number that is drawn for a client depends only on the seed, the round and the
-        client. It does not change if another client leaves.
-
-        Args:
-            round: number of the round, starting at 1.
-            clients: capabilities of the connected clients with a capability above 0.
-
-        Returns:
-            ``fraction_train`` of the clients, but at least ``min_train_nodes``.
+        ``clients`` contains the capabilities of the connected clients with a capability above 0.
+        The random number of a client depends only on seed, round and client, and does not change if
+        another client leaves.
         """
         count = max(int(len(clients) * self.fraction_train), self.min_train_nodes)
         return drawn(clients, count, self.seed, round)
@@ -260,8 +253,8 @@ class LoraStrategy(FedAvg):
         If an error is raised, no training message is sent.
 
         Raises:
-            ValueError: If the adapter has no layers, if a plan does not fit it, or if, in the first
-                round, a client's capability is missing or out of range.
+            ValueError: If the adapter has no layers, a plan does not fit it, or, in the first
+                round, a capability is missing or out of range.
             TypeError: If a plan is not a :class:`LayerPlan`, or a capability is not an integer.
         """
         number = self._before + server_round
