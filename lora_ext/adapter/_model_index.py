@@ -112,7 +112,8 @@ class ModelIndex:
                 and suffixes. None for all modules.
             dtype: dtype of the pool's pages. Default is the dtype of the base weight, or torch's
                 default dtype if the weight is quantised.
-            device: device of the pool's pages. Default is the device on which the module computes.
+            device: device of the pool's pages. Default is the device on which the module computes:
+                the execution device of accelerate's hooks, or the device of the weight.
 
         Raises:
             TypeError: If ``model`` is not a module.

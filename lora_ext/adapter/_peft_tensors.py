@@ -55,7 +55,7 @@ class Key(NamedTuple):
 
 
 def parse_key(name: str) -> Key | None:
-    """Parse the name of a LoRA tensor in a file or model; return None if it is another name."""
+    """Parse the name of a LoRA tensor in a file or model; return None for any other name."""
     match = _KEY.fullmatch(name.removeprefix(PREFIX))
     if match is None:
         return None
@@ -219,7 +219,8 @@ class StateDict:
 
 
 def _refusal(error: str) -> str:
-    """Convert an error message of torch.load, which advises to load the file anyway, to another."""
+    """Return an error message for a failure of torch.load, without torch's advice to load the file
+    with ``weights_only=False``."""
     asked = re.search(r"GLOBAL ([\w.]{1,200})", error)
     if asked is None:
         return "expected tensors as torch.save writes them, found a damaged file, or other objects"

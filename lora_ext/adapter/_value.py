@@ -234,7 +234,7 @@ def same_values(left: Any, right: Any) -> bool:
     different devices."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.shape == right.shape and bool((left == right.to(left.device)).all())
-    return bool(left == right)  # one of them may be None
+    return bool(left == right)  # a number, a bool or None
 
 
 # -------------------------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ class LoraLayerManager:
         self.blocks = tuple(
             _one_block(i, {blocks[m] for m in ms}) for i, ms in enumerate(self.modules)
         )
-        # By identity, since other adapted layers have no pair, and names may have prefixes.
+        # Layers are compared by identity, since names may have prefixes. Layers outside all blocks
+        # have no pair, and get None.
         own = {id(self._layers[p.module]): p.layer for p in self._pairs}
         self._layer_of = [(layer, own.get(id(layer))) for layer in found.values()]
         dropouts = [layer.lora_dropout[adapter] for layer in found.values()]

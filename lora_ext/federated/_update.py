@@ -312,4 +312,4 @@ def _equal(first: Any, second: Any) -> bool:
     if not first.numel():
         return True
     bits = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (first, second)]
-    return torch.equal(*bits)  # a NaN equals itself
+    return torch.equal(*bits)  # bits, so that a NaN equals itself

@@ -216,7 +216,7 @@ class BatchedClients:
         optimizer: ClientsAdamW,
         stairs: Staircase | None,
     ) -> None:
-        """Do one step of the clients at these places."""
+        """Do one step for the clients at the places ``active``."""
         going = [clients[place] for place in active]
         batches = [client.batch for client in going]
         inputs, segments = merged(batches, WHERE)
