@@ -220,7 +220,7 @@ def _merged(
         )
     changes: dict[str, Any] = {}
     excluded = {value.config.exclude_modules for value in values}
-    if excluded != {first.config.exclude_modules}:  # one adapter may adapt modules that another excludes
+    if excluded != {first.config.exclude_modules}:  # one may adapt what another excludes
         changes["exclude_modules"] = longer_than(modules)
     return first.with_modules(
         modules,

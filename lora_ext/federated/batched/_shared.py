@@ -90,8 +90,8 @@ class SharedModules:
         return forwards({m: self._divided(owner, m) for owner, m in self._modules.items()})
 
     def check_called(self) -> None:
-        """Raise for a module that the model's forward has not called. If its parameters are used,
-        then without calling the module, and the clients' copies have no effect."""
+        """Raise for a module that the model's forward has not called. The clients' copies of its
+        parameters would have no effect if other code reads the parameters."""
         for owner in self._owners:
             supported(owner in self._called, owner, "a module that the forward calls", "it unused")
 
