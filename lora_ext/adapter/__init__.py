@@ -1,4 +1,8 @@
-"""An adapter as a value, PEFT's files, and how many directions an adapter uses."""
+"""Adapters as immutable values, functions on them, PEFT's files, and effective ranks.
+
+A module has the factors A ``(r, I)`` and B ``(O, r)``: r rank, I inputs, O outputs. Its update, the
+change of the base weight, is ``scaling * B A``.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,5 @@
-"""Parsing of untrusted ``adapter_config.json`` files, and a check that several of them name one
-base model."""
+"""Parsing of untrusted ``adapter_config.json`` files, and a check that several of them contain the
+name of the same base model."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ._model_index import ModelIndex
 
 #: Initialisations of this package that PEFT does not know.
 OWN_INITS = frozenset(FREE) - {"gaussian", "orthogonal"}
-# Field that stores one of OWN_INITS in a file. PEFT raises for an unknown init_lora_weights before
-# it loads the tensors. For an unknown field it only warns.
+# Field that stores one of OWN_INITS in a file. An unknown value of init_lora_weights makes PEFT
+# raise before it loads the tensors, whereas an unknown field only makes it warn.
 _INIT_FIELD = "lora_ext_init"
 
-# Fields that are not read here: training only, or a record of the adapter's origin.
+# Fields that are not read here. They matter only in training, or record the adapter's origin.
 _IGNORED = frozenset(
     "auto_mapping base_model_name_or_path corda_config eva_config inference_mode "
     "loftq_config lora_dropout lora_ga_config megatron_config megatron_core "
     "peft_type peft_version qalora_group_size revision runtime_config "
     f"velora_config {_INIT_FIELD}".split()
 )
-# Fields that change what the adapter computes. A value that means "off" (None, False, empty) is
-# accepted.
+# Fields of unsupported features that change what the adapter computes, with the reasons. A value
+# that means "off" (None, False, empty) is accepted.
 _REFUSED = {
     "ensure_weight_tying": "it adapts the output head that shares the embedding's weight as well",
     "layer_replication": "it changes the base model's layers",
@@ -42,10 +42,11 @@ _REFUSED = {
     "kasa_config": "KaSA truncates the base weight and adds a diagonal between the factors",
     "monteclora_config": "MonteCLoRA samples its factors",
 }
-# Values that every version of PEFT accepts and that need no data and no base weight.
+# Values of init_lora_weights that every version of PEFT accepts and that need neither data nor the
+# base weight.
 _PLAIN_INITS = (True, False, "gaussian")
 _INIT_SETTINGS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
-# Initialisations that subtract from the base weight, which all adapters share.
+# Initialisations that subtract the new adapter from the base weight, which all adapters share.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Fields that are parsed: ranks, scales and the adapted modules.
 _READ = frozenset(
@@ -58,7 +59,8 @@ _REFUSED_BESIDE = {
         "lora_dropout use_dora lora_bias fan_in_fan_out velora_config".split(),
         "neither PEFT nor this package supports it on experts",
     ),
-    # These change tokens before an activated adapter starts, whose keys other rows share.
+    # These features change tokens before the activated adapter starts. The keys and values of these
+    # tokens are shared with other rows.
     "alora_invocation_tokens": {
         "use_dora": "PEFT refuses it too",
         "modules_to_save": "a replaced module serves every token",
@@ -68,9 +70,9 @@ _REFUSED_BESIDE = {
 }
 _TRAINED_BIASES = ("all", "lora_only")
 
-# A folder of the Hub's cache: models--org--name/snapshots/<revision>.
+# Folder of a model in the Hub's cache: models--org--name/snapshots/<revision>.
 _CACHED = re.compile(r"models--(?:.+--)?(.+)")
-# Suffix of a quantised copy of the same weights, on which adapters are often trained.
+# Suffix in the name of a quantised copy of a model. Adapters of the model are often trained on it.
 _STORED = re.compile(r"[-_.](unsloth[-_.])?(bnb[-_.][48]bit|awq|gptq|fp8)$")
 
 Value = TypeVar("Value", int, float)
@@ -78,15 +80,15 @@ Value = TypeVar("Value", int, float)
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(LoraConfig):
-    """A parsed ``adapter_config.json``. ``where`` names the file in errors."""
+    """A parsed ``adapter_config.json``. ``where`` is the name of the file in error messages."""
 
     target_modules: str | Iterable[str] | None = None
     modules_to_save: str | Iterable[str] | None = None  # modules that are replaced as a whole
     target_parameters: Iterable[str] | None = None  # suffixes of names of routed experts
-    # Token ids whose rows of the input embedding are replaced, or such lists by embedding name.
+    # Ids of tokens that get new rows in the input embedding, or lists of ids by embedding name.
     trainable_token_indices: Iterable[int] | Mapping[str, Iterable[int]] | None = None
-    base_bias: str = "none"  # trained biases of the base model: "all" or "lora_only"
-    unknown: tuple[str, ...] = ()  # unknown fields that are switched on
+    base_bias: str = "none"  # which biases of the base model were trained: "all" or "lora_only"
+    unknown: tuple[str, ...] = ()  # names of unknown fields with a value that does not mean "off"
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all fields as read
 
     def __post_init__(self) -> None:
@@ -103,10 +105,10 @@ class AdapterConfig(LoraConfig):
 
     @classmethod
     def parse(cls, raw: Any, where: str) -> AdapterConfig:
-        """Check every field of a JSON object or a ``peft.LoraConfig``.
+        """Create a configuration from a JSON object or a ``peft.LoraConfig``; check every field.
 
-        ``where`` is the prefix of error messages. A feature of PEFT that is not supported here
-        raises `NotImplementedError`.
+        ``where`` is the prefix of error messages. `NotImplementedError` is raised for a feature of
+        PEFT that is not supported here.
         """
         if hasattr(raw, "to_dict"):
             raw = raw.to_dict()
@@ -128,11 +130,11 @@ class AdapterConfig(LoraConfig):
 
     @property
     def base_model(self) -> Any:
-        """``base_model_name_or_path`` as it was read, unchecked."""
+        """Value of ``base_model_name_or_path``, unchecked."""
         return self.raw.get("base_model_name_or_path")
 
     def saves_whole(self, weight: str) -> bool:
-        """Return whether this weight of the base model belongs to a module of ``modules_to_save``.
+        """Return whether a weight of the base model belongs to a module of ``modules_to_save``.
 
         Like PEFT, matches the end of a module's name: ``head`` also matches ``lm_head``.
         """
@@ -140,10 +142,10 @@ class AdapterConfig(LoraConfig):
         return any(owner.endswith(ends) for owner in _owners(weight)) if ends else False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return PEFT's fields: the parsed values, and all other fields as they were read.
+        """Return all fields by PEFT's names: the parsed values, and the other fields as read.
 
-        An initialisation that not every version of PEFT knows, or that needs data, becomes True,
-        since the factors are initialised already.
+        If ``init_lora_weights`` is a value that some versions of PEFT do not know, or that needs
+        data, it is replaced by True. This has no effect on factors that are loaded.
         """
         parsed = {key: value for key, value in super().to_dict().items() if key in _READ}
         saved = self.modules_to_save
@@ -163,15 +165,15 @@ class AdapterConfig(LoraConfig):
         others: Iterable[str] = (),
         **changes: Any,
     ) -> AdapterConfig:
-        """Return this configuration with other modules, ranks and scales; module names are full.
+        """Return a copy of this configuration with other modules, ranks and scales.
 
         Args:
-            ranks: rank by module name; these are all the modules to adapt.
-            scalings: scale by module name. :meth:`ranks_and_scales` returns the same values, except
-                for the last bit of a scale that no alpha gives exactly.
-            others: known modules of the model that must not be adapted, even if their names end
-                like those of ``ranks``.
-            changes: new values of other fields, ``use_rslora`` included.
+            ranks: ranks by full name of a module. Exactly these modules are adapted.
+            scalings: scales by full name of a module. :meth:`ranks_and_scales` returns them, with a
+                difference in the last bit if no alpha gives the scale exactly.
+            others: names of modules in the model that must not be adapted, even if they end with a
+                name in ``ranks``.
+            changes: new values of other fields, including ``use_rslora``.
         """
         names = tuple(sorted(ranks))
         rslora = changes.setdefault("use_rslora", self.use_rslora)
@@ -186,8 +188,8 @@ class AdapterConfig(LoraConfig):
         return config
 
     def targets(self, index: ModelIndex) -> set[str] | None:
-        """Return the modules and expert parameters that PEFT would adapt, or None if only the
-        tensors decide."""
+        """Return the names of the modules and expert parameters that PEFT would adapt, or None if
+        the configuration does not specify them."""
         parameters = self.targeted_parameters(index) & index.experts.keys()
         if self.target_modules is None:
             return parameters or None
@@ -196,7 +198,9 @@ class AdapterConfig(LoraConfig):
             (*index.modules, *index.unsupported), (name for name in index.linear if name != head)
         )
         saved = tuple(self.modules_to_save or ())
-        if saved:  # PEFT uses another rule here: it adapts no module that it saves as a whole
+        if saved:
+            # PEFT adapts no module that it saves. Unlike in `saves_whole`, it compares whole parts
+            # of names here: ``head`` does not match ``lm_head``.
             found = {
                 name
                 for name in found
@@ -211,8 +215,8 @@ class AdapterConfig(LoraConfig):
         return found | parameters
 
     def targeted_parameters(self, index: ModelIndex) -> set[str]:
-        """Return the full names of the expert parameters that PEFT would adapt; raise for an entry
-        that matches no parameter."""
+        """Return the full names of the expert parameters that PEFT would adapt; raise if an entry
+        of ``target_parameters`` matches no parameter."""
         wanted = tuple(self.target_parameters or ())
         known = [name for names in index.parameters.values() for name in names]
         other = [each for each in wanted if not any(matches_suffix(n, (each,)) for n in known)]
@@ -224,14 +228,15 @@ class AdapterConfig(LoraConfig):
     def ranks_and_scales(
         self, names: Iterable[str]
     ) -> tuple[dict[str, tuple[int, float]], list[str]]:
-        """Return the rank and scale of each module, and the pattern keys that match no module."""
+        """Return the rank and scale of each module, and the keys of ``rank_pattern`` and
+        ``alpha_pattern`` that match no module."""
         found, unused = self.ranks_and_alphas(names)
         root = math.sqrt if self.use_rslora else float
         return {name: (r, alpha / root(r)) for name, (r, alpha) in found.items()}, unused
 
 
 def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each field that PEFT knows and this package does not support, with the reason."""
+    """Yield each field in ``raw`` that this package does not support, with the reason."""
     for name, reason in _REFUSED.items():
         if raw.get(name):
             yield name, f": {reason}"
@@ -247,7 +252,8 @@ def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _token_rows(where: str, argument: str, given: Any) -> Any:
-    """Return ``trainable_token_indices`` as tuples of distinct tokens, by name if it is a dict."""
+    """Return ``trainable_token_indices`` as a tuple of tokens, or as a dict of such tuples by name;
+    raise if a token is repeated."""
     if not given:
         return None
     if isinstance(given, Mapping):
@@ -263,13 +269,14 @@ def _token_rows(where: str, argument: str, given: Any) -> Any:
 
 
 def _owners(name: str) -> list[str]:
-    """Return the enclosing modules: ``a`` and ``a.b`` for ``a.b.weight``."""
+    """Return the names of the enclosing modules: ``a`` and ``a.b`` for ``a.b.weight``."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def alpha_of(scaling: float, rank: int, rslora: bool) -> float:
-    """Return the ``lora_alpha`` that gives ``scaling``, or the nearest one if no float does."""
+    """Return the ``lora_alpha`` that results in ``scaling`` or, if no float does, in the nearest
+    scale."""
     root = math.sqrt(rank) if rslora else rank
     alpha = scaling * root
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
@@ -278,11 +285,16 @@ def alpha_of(scaling: float, rank: int, rslora: bool) -> float:
 
 
 def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
-    """Return the most frequent value, and the other values by PEFT's pattern for each name."""
+    """Split values by module name into PEFT's default and its pattern field, such as
+    ``rank_pattern``.
+
+    Returns:
+        the most frequent value, and a dict with the other values by pattern of a module name.
+    """
     common = Counter(values.values()).most_common(1)[0][0]
 
     def pattern(name: str) -> str:
-        # PEFT compares a pattern with the end of a name.
+        # PEFT also matches a pattern with the end of a name, unless it begins with "^".
         ends = any(other.endswith(f".{name}") for other in values)
         return f"^{re.escape(name)}" if ends else name
 
@@ -290,8 +302,8 @@ def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
 
 
 def longer_than(names: Iterable[str]) -> str:
-    """Return a regular expression for each longer name that ends with one of ``names`` but is not
-    itself in ``names``."""
+    """Return a regular expression that matches all longer names that end with one of ``names``,
+    except those in ``names``."""
     names = sorted(names)
     first = "|".join(sorted({re.escape(name.partition(".")[0]) for name in names}))
     longer = rf".+\.(?:{first})(?:\..*)?"
@@ -300,13 +312,13 @@ def longer_than(names: Iterable[str]) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
-# Base models, compared by name
+# Comparison of base models by name.
 
 
 class BaseModels:
-    """The base models of adapters that are used together, by ``base_model_name_or_path``.
+    """Check that adapters have the same base model, by ``base_model_name_or_path``.
 
-    Names are compared with the first one. Unknown names are skipped.
+    Every name is compared with the first one. Adapters without a name are not compared.
     """
 
     def __init__(self, expected: Any = None):
@@ -315,8 +327,11 @@ class BaseModels:
         self.meet("", expected, 1)
 
     def meet(self, where: str, name: Any, stacklevel: int) -> None:
-        """Warn, once per name, if ``name`` differs from the first model; ``stacklevel`` is
-        relative to the caller of this method."""
+        """Warn if ``name`` differs from the first name, once for each different name.
+
+        ``where`` is the prefix of the warning. ``stacklevel`` is counted from the caller of this
+        method.
+        """
         short = _short(name)
         if short is None or short in self._met:
             return
@@ -339,21 +354,22 @@ class BaseModels:
 
 
 def model_name(model: Any) -> Any:
-    """Return what PEFT writes into ``base_model_name_or_path``, or None for an unnamed model."""
+    """Return the name of a model that PEFT writes into ``base_model_name_or_path``, or None."""
     return getattr(model, "name_or_path", None)
 
 
 def _is_gone(name: str) -> bool:
     """Return whether a name is the absolute path of a folder that does not exist.
 
-    A path inside the Hub's cache contains the name of its model and is never missing.
+    The result is False for a path inside the Hub's cache, since it contains the model's name.
     """
     cached = any(_CACHED.fullmatch(part) for part in re.split(r"[/\\]", name))
     return os.path.isabs(name) and not cached and not os.path.isdir(name)
 
 
 def _short(name: Any) -> str | None:
-    """Return the last component of a path or Hub name, normalised; None if there is no name."""
+    """Return the last component of a path or Hub name in lower case, without the suffix of a
+    quantised copy; None if there is no name."""
     parts = re.split(r"[/\\]", name) if isinstance(name, str) else []
     parts = [part for part in parts if part not in ("", ".", "..")]
     if not parts:

@@ -1,4 +1,4 @@
-"""Extraction of an adapter from a model in memory: PEFT's, or one with `lora_ext.nn` layers."""
+"""Extraction of an adapter from a PEFT model, or from a model with layers of `lora_ext.nn`."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ from lora_ext.layers import LoraLayer, matches_suffix
 from ._config import OWN_INITS, alpha_of, patterns
 from ._peft_tensors import PREFIX, parse_key
 
-# PEFT saves the base weight with the factors if target_modules name one of these.
+# If target_modules contain one of these names, PEFT saves the base weight with the factors.
 _SAVED_WHOLE = ("embed_tokens", "lm_head")
 
 
 def live_adapter(
     model: nn.Module, adapter: str | None, where: str
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Return the configuration and tensors that saving an adapter would write.
+    """Return the configuration and the tensors of an adapter, as they would be saved.
 
-    ``adapter=None`` takes the active one. The configuration is a ``peft.LoraConfig`` or a dict of
-    its fields, and the tensors share the model's memory.
+    The configuration is a ``peft.LoraConfig`` or a dict of its fields. The tensors share the
+    model's memory.
+
+    Args:
+        model: model with the adapter.
+        adapter: name of the adapter; None for the active one.
+        where: prefix of error messages.
 
     Raises:
-        ValueError: If the model has no such adapter, or several are active; its layers have
-            settings that PEFT's configuration cannot express. ``where`` is the prefix of the
-            message.
+        ValueError: If the model has no such adapter; if ``adapter`` is None and not exactly one is
+            active; or if the layers have settings that PEFT's configuration cannot express.
     """
     configs = getattr(model, "peft_config", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if isinstance(configs, Mapping):
         active: Any = []
-        if adapter is None:  # transformers raises here if PEFT alone added the layers
+        if adapter is None:  # only then, since transformers raises if PEFT alone added the layers
             active = getattr(model, "active_adapters", [])
-            if callable(active):  # a method of transformers, a property of PEFT
+            if callable(active):  # a method in transformers, a property in PEFT
                 active = active()
         adapter = _chosen(adapter, configs, active, where)
         return configs[adapter], _state(model, adapter)
@@ -79,7 +83,8 @@ def _state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 def _replacements(
     model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the trained replacements of base tensors, under PEFT's names in a file."""
+    """Return the trained tensors that replace tensors of the base model, by name in PEFT's
+    files."""
     own = f".modules_to_save.{adapter}."
     found = {name.replace(own, "."): value for name, value in tensors.items() if own in name}
     own, seen = f".trainable_tokens_delta.{adapter}", set()
@@ -101,7 +106,7 @@ def _replacements(
 def _describe(
     layers: dict[str, LoraLayer], adapter: str, names: Iterable[str], where: str
 ) -> dict[str, Any]:
-    """Return PEFT's configuration of an adapter in these layers; module names are full."""
+    """Return PEFT's configuration of an adapter in these layers, with full module names."""
 
     def everywhere(field: str) -> bool:
         values = {name: getattr(layer, field)[adapter] for name, layer in layers.items()}
@@ -120,7 +125,7 @@ def _describe(
     init = inits.pop() if len(inits) == 1 and inits <= {False, *OWN_INITS} else True
     rslora = all(layer.use_rslora[adapter] for layer in layers.values())
     ranks = {name: layer.r[adapter] for name, layer in layers.items()}
-    # Not lora_alpha: the scale may have been set by hand.
+    # Computed from the scale and not read from lora_alpha, since users may change the scale.
     alphas = {n: alpha_of(x.scaling[adapter], ranks[n], rslora) for n, x in layers.items()}
     rates = {float(getattr(layer.lora_dropout[adapter], "p", 0.0)) for layer in layers.values()}
     invocations = {layer.alora_invocation_tokens.get(adapter, ()) for layer in layers.values()}
@@ -138,12 +143,12 @@ def _describe(
         "use_rslora": rslora,
         "use_dora": everywhere("use_dora"),
         "lora_bias": everywhere("lora_bias"),
-        "lora_dropout": max(rates),  # PEFT has one rate for all layers
+        "lora_dropout": max(rates),  # PEFT's configuration has one rate for all layers
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "bias": "none",
         "init_lora_weights": init,
         "target_modules": sorted(layers),
-        # A name in full is also the end of longer ones.
+        # PEFT matches the ends of names, so longer names that end like a target are excluded.
         "exclude_modules": "|".join(map(re.escape, sorted(others))) or None,
         **({"alora_invocation_tokens": list(i)} if (i := invocations.pop()) else {}),
     }

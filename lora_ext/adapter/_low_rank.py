@@ -1,6 +1,6 @@
-"""Low-rank products ``b @ a``: norms, truncation, padding, and new rows for ranks that are zero.
+"""Norms, truncation and padding of low-rank products, and new rows for ranks that are zero.
 
-The product is never formed.
+The product of the factors a ``(r, I)`` and b ``(O, r)`` is ``b @ a``. It is never formed.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from lora_ext._checks import require
 
 from ._peft_files import Factors
 
-#: Root mean square of the norm of a row of a new A, drawn from ``U(-1/sqrt(I), 1/sqrt(I))``.
+#: Root mean square of the norm of a new row of A, drawn from ``U(-1/sqrt(I), 1/sqrt(I))``.
 DRAWN_ROW_NORM = 3**-0.5
 
 
 def wide(factor: Tensor) -> Tensor:
-    """Return a factor as a float64 matrix on the CPU; kernel dimensions count as inputs."""
+    """Return a factor as a float64 matrix on the CPU. All dimensions of a convolution's kernel
+    except the first are flattened."""
     return factor.detach().flatten(1).to("cpu", torch.float64)
 
 
 def core(a: Tensor, b: Tensor) -> Tensor:
-    """Return an r x r matrix with the singular values of ``b @ a``."""
+    """Return an r x r matrix with the same nonzero singular values as ``b @ a``."""
     r_a, r_b = (torch.linalg.qr(t, mode="r").R for t in (a.T, b))
     return r_b @ r_a.T
 
 
 def norm_of(a: Tensor, b: Tensor) -> float:
-    """Return the Frobenius norm of ``b @ a``; both are float64 matrices."""
+    """Return the Frobenius norm of ``b @ a``; ``a`` and ``b`` are float64 matrices."""
     return float(core(a, b).norm())
 
 
@@ -46,23 +47,25 @@ def truncated(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tens
     """Return the factors of the best approximation of ``b @ a`` of rank at most ``rank``, and the
     Frobenius norm of the difference.
 
-    ``b = Q_b R_b``, ``a^T = Q_a R_a`` and ``R_b R_a^T = U S V^T``, an r x r matrix, give the
-    singular values of ``b @ a``. Each factor contains ``sqrt(S)`` of the largest values. A value
-    within the rounding error of float64 is 0 in both factors, and :func:`able_to_learn` draws its
-    row. A value within the rounding error of ``dtype`` would leave a row of A, a column of B and
-    their gradients near 0. Its row of A therefore gets the norm of a drawn row, and its column of B
-    the rest of the value. Our choice.
+    The singular values S of ``b @ a`` are computed from ``b = Q_b R_b``, ``a^T = Q_a R_a`` and the
+    decomposition ``R_b R_a^T = U S V^T`` of an r x r matrix. Each factor contains ``sqrt(S)`` for
+    the largest values. A value within the rounding error of float64 becomes 0 in both factors;
+    :func:`able_to_learn` can then draw the row of A. A value within the rounding error of ``dtype``
+    would give a row of A, a column of B and gradients that are close to 0. The row of A is
+    therefore scaled to the norm of a drawn row, and the column of B such that the product does not
+    change. This is our choice.
 
     Args:
-        a, b: ``(r, I)`` and ``(O, r)`` float64.
-        dtype: dtype that the factors were stored in.
+        a, b: factors, ``(r, I)`` and ``(O, r)`` float64.
+        rank: maximum rank of the approximation.
+        dtype: dtype in which the factors were stored.
 
     Source: Eckart and Young, 1936.
     """
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    sizes = a.norm(dim=1) * b.norm(dim=0)  # (r,), of the products of single ranks, which may cancel
+    sizes = a.norm(dim=1) * b.norm(dim=0)  # (r,), norms of the terms of ``b @ a``, which may cancel
     # Bound of the error of QR and SVD.
     noise = torch.finfo(s.dtype).eps * max(len(b), a.shape[1]) * float(sizes.sum())
     kept = s[:rank].where(s[:rank] > noise, 0)
@@ -76,7 +79,7 @@ def truncated(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Pad the factors with zeros to ``rank``; their product does not change."""
+    """Pad both factors with zeros to ``rank``. Their product does not change."""
     missing = rank - len(a)
     if missing == 0:
         return a, b
@@ -87,22 +90,26 @@ def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def asleep(a: Tensor, b: Tensor) -> Tensor:
-    """Return, as ``(r,)`` bool, whether both a rank's row of A and column of B are 0."""
+    """Return for each rank whether both the row of A and the column of B are 0, ``(r,)`` bool."""
     return ~(a.flatten(1).any(1) | b.transpose(0, 1).flatten(1).any(1).to(a.device))
 
 
 def able_to_learn(a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return A with new rows for the ranks that could not learn; ``b @ a`` does not change.
+    """Return A with random rows for the ranks that training could not change. ``b @ a`` does not
+    change.
 
-    The gradient of a row of A is a multiple of the column of B, and that of the column a multiple
-    of the row. If both are 0, training never changes them. Such a row is drawn like those of a new
-    adapter, from ``U(-1/sqrt(I), 1/sqrt(I))``, and the column stays 0. Every function that creates
-    factors ends with this call. Our choice.
+    The gradient of a row of A is 0 if the column of B is 0, and the gradient of the column is 0 if
+    the row is 0. If both are 0, training never changes them. Such a row is therefore drawn from
+    ``U(-1/sqrt(I), 1/sqrt(I))``, as in a new adapter, and the column stays 0. All functions that
+    create factors call this function at the end. This is our choice.
 
     Args:
-        a, b: ``(r, I)`` and ``(O, r)``, or a convolution's kernels, in their stored dtype, since
-            rounding can produce zeros. If nothing is drawn, ``a`` itself is returned.
-        generator: on the CPU; default is one of seed 0.
+        a, b: factors, ``(r, I)`` and ``(O, r)``, or a convolution's kernels. Pass them in the dtype
+            in which they are stored, since rounding can produce zeros.
+        generator: generator on the CPU; default is a generator of seed 0.
+
+    Returns:
+        a copy of A with the new rows, or ``a`` if no row is drawn.
     """
     lost = asleep(a, b)
     count = int(lost.sum())
@@ -118,17 +125,20 @@ def able_to_learn(a: Tensor, b: Tensor, generator: torch.Generator | None = None
 def resized(
     where: str, a: Tensor, b: Tensor, rank: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """Change the rank of two factors; the product stays, or becomes the best approximation.
+    """Change the rank of two factors. A smaller rank gives the best approximation of the product; a
+    larger rank does not change the product.
 
     Args:
         where: prefix of error messages.
-        a, b: ``(r, I)`` and ``(O, r)``, finite.
-        rank: above r, all values stay, and the new ranks are those of a new adapter.
-        generator: see :func:`able_to_learn`.
+        a, b: factors, ``(r, I)`` and ``(O, r)``, with finite values.
+        rank: new rank. If it exceeds r, zeros are appended to b and random rows to a.
+        generator: generator of the random rows, see :func:`able_to_learn`.
 
     Returns:
-        a and b in their dtypes (`ValueError` if a value overflows), and the Frobenius norm of the
-        change of the product.
+        a and b in their dtypes, and the Frobenius norm of the change of the product.
+
+    Raises:
+        ValueError: If a value overflows the dtype.
     """
     error = 0.0
     if rank < len(a):
@@ -141,13 +151,13 @@ def resized(
 
 
 def widest(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype that holds the values of all tensors; float32 without tensors."""
+    """Return the dtype to which all tensors can be promoted; float32 if there are no tensors."""
     dtypes = [tensor.dtype for tensor in tensors] or [torch.float32]
     return functools.reduce(torch.promote_types, dtypes)
 
 
 def rounded(values: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """Return float64 values in ``dtype`` on the device of ``like``; raise if one overflows."""
+    """Convert float64 values to ``dtype``, on the device of ``like``; raise if one overflows."""
     found = values.to(dtype)
     if not bool(found.isfinite().all()):
         largest = values.abs().max().item()
@@ -156,8 +166,8 @@ def rounded(values: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Ten
 
 
 def check_matrices(factors: Factors, where: str) -> None:
-    """Raise for NaN or infinity, and for a grouped convolution, since its update is not a product
-    of two matrices."""
+    """Raise if a factor contains NaN or infinity, or belongs to a grouped convolution. The update
+    of a grouped convolution is not a product of two matrices."""
     a, b = factors.a, factors.b
     expected = f"as many columns as a has rows, {a.shape[0]} (a grouped convolution can only be "
     expected += "loaded and saved)"

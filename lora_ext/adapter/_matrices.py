@@ -1,4 +1,4 @@
-"""The factors of an adapter from any source, as two matrices per module."""
+"""Reading of an adapter's factors, from any kind of source, as two matrices per module."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ Source = LoraAdapter | nn.Module | Mapping[str, Tensor] | AdapterSource
 LAYOUTS = ("r_in", "in_r")
 
 
-#: One module's update, ``scaling * b @ a``: a ``(r, n)``, b ``(m, r)`` and scaling.
+#: a ``(r, n)``, b ``(m, r)`` and scaling of one module, which has the update ``scaling * b @ a``.
+#: r is the rank, n the number of inputs, m the number of outputs.
 Matrices = tuple[Tensor, Tensor, float]
 
 
 def factor_matrices(
     where: str, source: Source, adapter_name: str, layout: str
 ) -> dict[str, Matrices]:
-    """Return the factors of an adapter by module names in the base model.
+    """Return the factors of an adapter by module name in the base model.
 
-    Arguments and errors are those of :func:`lora_ext.adapter.rank_report`.
+    See :func:`lora_ext.adapter.rank_report` for arguments and errors.
     """
     allowed = LAYOUTS if isinstance(source, Mapping) else LAYOUTS[:1]
     require(layout in allowed, where, "layout", f"one of {allowed}", repr(layout))

@@ -1,8 +1,8 @@
 """Index of the modules of a base model that adapters may change, and a check of saved base weights.
 
 PEFT saves the whole weight of an adapted or resized embedding or output head. All adapters of a
-pool share one base model, so such a weight is accepted only if it equals the model's. A different
-weight means that the adapter was trained with a head that differs from the one that would serve it.
+pool share one base model, so such a weight is accepted only if it equals the weight of the model.
+If it differs, the adapter was trained with another embedding or head than the base model has.
 """
 
 from __future__ import annotations
@@ -37,48 +37,51 @@ _CHUNK = 1 << 24  # elements per comparison
 
 PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# PEFT supports these too. An adapter that targets one is rejected with its name, not skipped.
+# Modules that PEFT can adapt and this package cannot. An adapter that targets one is rejected.
 _UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
-# Routed experts receive rows in a different order, so the adapter of a row is unknown there.
+# The linear layers of routed experts receive rows in a different order than the batch has, so the
+# adapter of a row is unknown there.
 ROUTED = "routed experts"
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A module that can have an adapter."""
+    """Description of a module, or a parameter of experts, that can have an adapter."""
 
     name: str
     in_features: int  # for an embedding, the number of tokens
     out_features: int
     dtype: torch.dtype
     device: torch.device
-    kernel: tuple[int, ...] = ()  # kernel size of a convolution, whose factors are kernels
-    groups: int = 1
-    plain: bool = False  # exactly nn.Linear or nn.Embedding, without anything besides its tensors
-    experts: int = 1  # number of matrices in a parameter with one per expert
+    kernel: tuple[int, ...] = ()  # kernel size of a convolution
+    groups: int = 1  # groups of a convolution
+    plain: bool = False  # whether the class is exactly nn.Linear or nn.Embedding
+    experts: int = 1  # number of matrices in a parameter that has one per expert
 
 
 @dataclass(frozen=True)
 class ModelIndex:
-    """The part of a model that is needed to read an adapter; does not keep the model alive."""
+    """Index of the modules of a model, as needed to read an adapter. It has no strong reference to
+    the model."""
 
     linear: dict[str, LinearSpec]
     embedding: dict[str, LinearSpec]
     unsupported: dict[str, str]  # name -> class name
-    output_head: str | None  # not part of PEFT's "all-linear"
-    classifier: str | None  # likewise, for a SEQ_CLS task without an output head
+    output_head: str | None  # PEFT's "all-linear" excludes it
+    classifier: str | None  # "all-linear" excludes it for a SEQ_CLS task without an output head
     weights: BaseWeights
-    shared: bool = True  # used by many adapters, which therefore must not change the model itself
+    shared: bool = True  # whether many adapters share the model and must not change its weights
     experts: dict[str, LinearSpec] = field(default_factory=dict)  # by parameter name
-    #: All expert matrices of each experts module, in its order, adapted or not.
+    #: Names of all expert matrices by experts module, in the module's order, adapted or not.
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    #: Modules that are never called, and the class that reads their weights instead.
+    #: For each module that is never called, the name of the class that reads its weight.
     bypassed: dict[str, str] = field(default_factory=dict)
-    #: Number of tokens of the model; None if unknown.
+    #: Number of tokens in the vocabulary; None if unknown.
     vocabulary: int | None = None
-    #: Names of the input embedding, and of an output head that shares its weight.
+    #: Name of the input embedding; None if unknown.
     input_embedding: str | None = None
+    #: Name of an output head that shares the weight of the input embedding.
     tied_head: str | None = None
 
     @cached_property
@@ -88,7 +91,7 @@ class ModelIndex:
 
     @cached_property
     def specs(self) -> dict[str, LinearSpec]:
-        """Everything that can have an adapter: modules, and parameters of experts."""
+        """All modules and parameters of experts that can have an adapter."""
         return self.modules | self.experts
 
     @classmethod
@@ -99,20 +102,23 @@ class ModelIndex:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> ModelIndex:
-        """Find ``nn.Linear``, its subclasses, transformers' ``Conv1D`` and ``nn.Embedding`` in a
-        model. Subclasses of ``nn.Embedding`` are excluded, since they may scale or shift.
+        """Create an index of the modules in a model that can have an adapter.
+
+        These are ``nn.Linear``, its subclasses, transformers' ``Conv1D`` and ``nn.Embedding``.
+        Subclasses of ``nn.Embedding`` are excluded, since they may scale or shift their output.
 
         Args:
-            targets: a regular expression for whole names, or names and suffixes; None is all.
-            dtype: of the pages; default is the base weight's, or torch's default dtype if the base
-                weight is quantised.
-            device: of the pages; default is the device of the computation: the weight's, or the
-                execution device of accelerate's hooks.
+            targets: modules to include: a regular expression for whole names, or a list of names
+                and suffixes. None for all modules.
+            dtype: dtype of the pool's pages. Default is the dtype of the base weight, or torch's
+                default dtype if the weight is quantised.
+            device: device of the pool's pages. Default is the device on which the module computes:
+                the execution device of accelerate's hooks, or the device of the weight.
 
         Raises:
             TypeError: If ``model`` is not a module.
-            ValueError: If a module already has adapters; no module matches; a weight is on ``meta``
-                and no hook loads it.
+            ValueError: If a module already has adapters, if no module matches, or if a weight is on
+                ``meta`` and no hook loads it.
         """
         known = (None, *PAGE_DTYPES)
         require(dtype in known, "AdapterPool", "dtype", f"one of {PAGE_DTYPES}", dtype)
@@ -171,8 +177,9 @@ class ModelIndex:
 
 
 def _input_embedding(model: Any, head: str | None) -> dict[str, Any]:
-    """Return the vocabulary size of a transformers model, and the names of its input embedding and
-    a tied head; omit the names if other modules share the weight, as encoder and decoder may."""
+    """Return the fields ``vocabulary``, ``input_embedding`` and ``tied_head`` of a transformers
+    model's index. The two names are omitted if other modules share the weight too, such as the
+    embedding of a decoder."""
     try:
         embedding = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # not from transformers, or without tokens
@@ -189,21 +196,21 @@ def _input_embedding(model: Any, head: str | None) -> dict[str, Any]:
 
 
 def _wanted(name: str, targets: str | tuple[str, ...] | None) -> bool:
-    """Return whether ``targets`` match this module name."""
+    """Return whether ``targets`` match a module name."""
     if isinstance(targets, str):
         return bool(re.fullmatch(targets, name))
     return targets is None or matches_suffix(name, targets)
 
 
 def in_routed_experts(name: str) -> bool:
-    """Return whether this module belongs to one of many routed experts. The router does not, nor do
-    ``shared_experts``, which process every token."""
+    """Return whether a module belongs to one of many routed experts. The router and
+    ``shared_experts``, which process every token, do not."""
     _, experts, below = f".{name}".partition(".experts.")
     return bool(experts) and "router" not in below.split(".")
 
 
 def check_base(where: str, model: object) -> None:
-    """Raise unless ``model`` is a module without adapters; the message contains a remedy."""
+    """Raise unless ``model`` is a module without adapters. The message contains a remedy."""
     if not isinstance(model, nn.Module):
         found = repr(model) if model is None or isinstance(model, str) else type(model).__name__
         remedy = "load the base model first, with AutoModelForCausalLM, say"
@@ -218,17 +225,19 @@ def check_base(where: str, model: object) -> None:
             remedy = "save its adapters and pass model.unload(), the model without them"
         else:
             continue
-        # Layers of from_peft have the same class names as PEFT's.
+        # The qualified name is shown, since layers of from_peft have the same class names as
+        # PEFT's.
         found = type(module).__qualname__ + (f" at {name!r}" if name else "")
         expected = "a base model without adapter layers"
         raise ValueError(f"{where}: model: expected {expected}, found {found}; {remedy}")
 
 
 def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torch.device:
-    """Return the device on which the module computes.
+    """Return the device on which a module computes.
 
-    It is the ``execution_device`` of the nearest hook on or around the module, as accelerate
-    offloads weights to ``meta`` or the CPU; without a hook, the weight's device.
+    accelerate may offload weights to ``meta`` or the CPU. If the module or a module around it has a
+    hook of accelerate, the device is the ``execution_device`` of the nearest one. Otherwise, it is
+    the device of the weight.
     """
     path = name.split(".") if name else []
     for length in range(len(path), -1, -1):  # the nearest hook first
@@ -243,10 +252,8 @@ def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torc
 
 
 class BaseWeights:
-    """Names and shapes of a model's parameters and floating buffers, and a weak reference to it.
-
-    After the model is deleted, weights can no longer be compared.
-    """
+    """Names and shapes of a model's parameters and floating buffers, with a weak reference to the
+    model. After the model is deleted, its weights can no longer be compared."""
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
@@ -257,30 +264,31 @@ class BaseWeights:
         return name in self._shapes
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
+        """Iterate over the names of the weights."""
         return iter(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the weight's shape at the time when the index was built."""
+        """Return the shape of a weight when the index was built."""
         return self._shapes[name]
 
     def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
-        """Raise unless a weight has the shape of the model's, before it is read."""
+        """Raise unless the tensor ``key`` has the shape of the model's weight ``name``. The tensor
+        is not read."""
         info, shape = tensors.infos[key], self._shapes[name]
         remedy = "copy it into the model (resize_token_embeddings) before the pool is made"
         expected, found = f"{shape} as in the base model", f"{info.shape}; {remedy}"
         require(info.shape == shape, f"{tensors.where}: {key}", "shape", expected, found)
 
     def check(self, tensors: TensorSource, key: str, name: str) -> None:
-        """Raise if loading the tensor ``key`` as the model's weight ``name`` would change a
-        value."""
+        """Raise unless the tensor ``key`` has the values of the model's weight ``name``, after
+        conversion to its dtype."""
         where = f"{tensors.where}: {key}"
         own = self._values(where, name)
         dtype = tensors.infos[key].dtype
         fits = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         fits = fits and own.dtype.is_floating_point
         require(fits, where, "dtype", f"{own.dtype} as in the base model", dtype)
-        if own.shape != tensors.infos[key].shape:  # the model was changed after the pool was made
+        if own.shape != tensors.infos[key].shape:  # the model was resized after the pool was made
             self._shapes[name] = tuple(own.shape)
             self.check_header(tensors, key, name)
         if not _equal(tensors.read(key), own.detach()):
@@ -306,7 +314,8 @@ class BaseWeights:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and floating buffers, with every name of a shared tensor."""
+    """Yield names and tensors of parameters and floating buffers; a shared tensor is yielded under
+    each of its names."""
     buffers = model.named_buffers(remove_duplicate=False)
     return itertools.chain(
         model.named_parameters(remove_duplicate=False),
@@ -315,7 +324,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def offloaded_values(model: nn.Module, name: str) -> Tensor | None:
-    """Return the values that accelerate stores elsewhere while a module does not run."""
+    """Return the values of a weight that accelerate has offloaded, or None if it has not."""
     owner, _, parameter = name.rpartition(".")
     hook = getattr(model.get_submodule(owner), "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
@@ -329,9 +338,9 @@ def offloaded_values(model: nn.Module, name: str) -> Tensor | None:
 def check_header(
     tensors: TensorSource, key: str, shape: tuple[int, ...], of: str = "", more: str = ""
 ) -> None:
-    """Raise unless a tensor has a dtype of pages and this shape, before it is read.
+    """Raise unless a tensor has a supported dtype and the given shape. The tensor is not read.
 
-    ``of`` follows the expected shape in the message, and ``more`` the found one.
+    In the message, ``of`` is appended to the expected shape, and ``more`` to the found shape.
     """
     info, where = tensors.infos[key], f"{tensors.where}: {key}"
     known = "float16, bfloat16, float32 or float64"
@@ -340,7 +349,8 @@ def check_header(
 
 
 def _equal(found: Tensor, own: Tensor) -> bool:
-    """Return whether ``found``, rounded to the dtype of ``own``, equals it; compare in chunks."""
+    """Return whether ``found``, rounded to the dtype of ``own``, equals ``own``. The comparison is
+    in chunks, to save memory."""
     rows = max(1, _CHUNK // max(1, own[:1].numel())) if own.dim() else 1
     pairs = zip(torch.atleast_1d(found).split(rows), torch.atleast_1d(own).split(rows), strict=True)
     return all(torch.equal(part.to(wanted.device, wanted.dtype), wanted) for part, wanted in pairs)

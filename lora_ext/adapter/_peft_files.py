@@ -1,4 +1,7 @@
-"""Reader of PEFT's adapter files, one module at a time, and writer."""
+"""Functions that read PEFT's adapter files, one module at a time, and write them.
+
+Shape letters: r rank, I inputs and O outputs of a module.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +32,20 @@ from ._peft_tensors import (
 )
 from ._replaced import Replaced, find_replaced, find_rows
 
-# A directory, or (config, state dict).
+# Path of a directory, or (config, state dict).
 AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
 
-CONFIG = "adapter config"  # name in errors of a config that is not a file
+CONFIG = "adapter config"  # prefix of error messages about a config that is not in a file
 _MAX_JSON_BYTES = 4 << 20
 
 
 class Factors(NamedTuple):
-    """The factors of one module. They add ``scaling * (b @ a @ x + bias)`` to its output.
+    """The factors of one module. They add ``scaling * (b @ a @ x + bias)`` to the output for x.
 
-    For a convolution, the factors are kernels, ``a (r, I, *k)`` and ``b (O, r, 1, ...)``, and the
-    magnitude is ``(1, O, 1, ...)``; with groups, b has r / groups columns. For E experts they are
-    ``a (E * r, I)``, grouped by expert, and ``b (O, r * E)``, grouped by rank.
+    For a convolution, the factors are kernels: ``a`` has the shape ``(r, I, *k)`` with the kernel
+    size k, and ``b`` has ``(O, r, 1, ...)``, or r / groups columns with groups. The magnitude is
+    ``(1, O, 1, ...)``. For a parameter of E experts, ``a`` is ``(E * r, I)`` with the rows grouped
+    by expert, and ``b`` is ``(O, r * E)`` with the columns grouped by rank.
     """
 
     a: Tensor  # (r, I); for an embedding, I is the number of tokens
@@ -54,22 +58,23 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """An adapter whose names, shapes and dtypes fit the base model; factors are not read yet."""
+    """An adapter with names, shapes and dtypes that fit the base model; no factors are read yet."""
 
     config: AdapterConfig
-    leftover: tuple[str, ...]  # entries skipped because of strict=False
-    tensors: TensorSource  # the file or state dict, open
-    index: ModelIndex  # the base model's modules
-    keys: dict[str, dict[str, str]]  # keys of each adapted module, by role
+    leftover: tuple[str, ...]  # entries that are skipped because of strict=False
+    tensors: TensorSource  # the open file or state dict
+    index: ModelIndex  # modules of the base model
+    keys: dict[str, dict[str, str]]  # adapted module -> role, such as A.weight -> key
     scalings: dict[str, float]
-    whole: dict[str, dict[str, str]]  # keys of each replaced module, by "weight" and "bias"
-    rows: dict[str, str]  # key of each module with some replaced rows
+    whole: dict[str, dict[str, str]]  # replaced module -> "weight" or "bias" -> key
+    rows: dict[str, str]  # module with some replaced rows -> key
     tokens: tuple[int, ...]  # indices of these rows
 
     def modules(self) -> Iterator[tuple[LinearSpec, Factors]]:
-        """Read the adapted modules one at a time, to limit memory during a conversion.
+        """Read the factors of the adapted modules, one module at a time to save memory.
 
-        Raises `NotImplementedError` for nonzero factors of a module that is never called.
+        Raises:
+            NotImplementedError: If a module that is never called has a nonzero B.
         """
         for module, keys in self.keys.items():
             embedding = module in self.index.embedding
@@ -90,7 +95,7 @@ class CheckedAdapter:
             yield self.index.specs[module], factors
 
     def replaced(self) -> Iterator[tuple[LinearSpec, Replaced]]:
-        """Read the modules that the adapter replaces, one at a time."""
+        """Read the tensors that replace those of the base model, one module at a time."""
         for module, keys in self.whole.items():
             whole = {role: self.tensors.read(key) for role, key in keys.items()}
             yield self.index.modules[module], Replaced(**whole)
@@ -99,7 +104,7 @@ class CheckedAdapter:
             yield self.index.modules[module], rows
 
     def where_is(self, module: str, part: str) -> str:
-        """Return file and key of a field of :class:`Factors`, for messages."""
+        """Return the file and the key of a field of :class:`Factors`, for error messages."""
         role = roles_of(module in self.index.embedding)[part]
         return f"{self.tensors.where}: {self.keys[module].get(role, role)}"
 
@@ -108,17 +113,18 @@ class CheckedAdapter:
 def read_adapter(
     source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool
 ) -> Iterator[CheckedAdapter]:
-    """Open and check an untrusted adapter.
+    """Open and check an untrusted adapter. The file is closed at the end of the ``with`` block.
 
     Args:
-        source: a directory with ``adapter_config.json`` and ``adapter_model.safetensors`` (or
-            ``.bin``), or ``(config, state_dict)`` with a dict or a ``peft.LoraConfig``.
-        index: the base model's modules.
-        max_rank: the largest rank that is accepted.
-        strict: raise for unused keys, config fields and patterns, instead of listing them.
+        source: path of a directory with ``adapter_config.json`` and ``adapter_model.safetensors``
+            (or ``.bin``), or ``(config, state_dict)`` with a dict or a ``peft.LoraConfig``.
+        index: modules of the base model.
+        max_rank: largest rank that is accepted.
+        strict: whether to raise for unused keys, config fields and patterns. If False, they are
+            listed in ``leftover``.
 
     Raises:
-        ValueError: If the adapter is invalid; the message names file, key, expected and found.
+        ValueError: If the adapter is invalid. The message contains the file and the key.
         NotImplementedError: If the adapter uses an unsupported feature of PEFT, such as
             convolutions.
     """
@@ -128,7 +134,7 @@ def read_adapter(
 
 @contextlib.contextmanager
 def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorSource]]:
-    """Open an adapter: parse the config, and read no tensor yet; errors name the file."""
+    """Open an adapter and parse its config. No tensor is read. Error messages contain the file."""
     if isinstance(source, tuple):
         raw, state = source
         config = raw if isinstance(raw, AdapterConfig) else AdapterConfig.parse(raw, CONFIG)
@@ -147,7 +153,7 @@ def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorS
 def check_adapter(
     config: AdapterConfig, tensors: TensorSource, index: ModelIndex, max_rank: int, strict: bool
 ) -> CheckedAdapter:
-    """Check an opened adapter; arguments and errors are those of :func:`read_adapter`."""
+    """Check an opened adapter. See :func:`read_adapter` for arguments and errors."""
     where = tensors.where
     field = config.where
     if index.shared:
@@ -194,10 +200,10 @@ def check_adapter(
 def _check_targets(
     config: AdapterConfig, where: str, index: ModelIndex, grouped: dict[str, dict[str, str]]
 ) -> None:
-    """Check that the modules with factors are those that the config targets, if it targets any,
-    and that an activated adapter changes no token before its invocation."""
+    """Check that exactly the modules that the config targets have factors, if it specifies any, and
+    that an activated adapter changes no token before its invocation tokens."""
     targets = config.targets(index)
-    if targets is not None:  # also if not strict, since a part of the factors is another adapter
+    if targets is not None:  # even if not strict: with other factors, it is another adapter
         stray = [key for m in sorted(grouped.keys() - targets) for key in grouped[m].values()]
         expected = f"factors of modules that {config.where} targets"
         require(not stray, where, "keys", expected, _some(stray))
@@ -217,8 +223,12 @@ def _check_targets(
 def _group_keys(
     tensors: TensorSource, index: ModelIndex, experts: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
-    """Return the keys by module and role (``A.weight``, ``embedding_A``, ``magnitude_vector``...);
-    the keys of base model weights, with their names there; and the remaining keys."""
+    """Group the keys of an adapter's tensors.
+
+    Returns:
+        the keys of factors by module and role (such as ``A.weight`` or ``embedding_A``); for each
+        key of a weight of the base model, its name there; and all remaining keys.
+    """
     grouped: dict[str, dict[str, str]] = {}
     base: dict[str, str] = {}
     leftover: list[str] = []
@@ -243,7 +253,7 @@ def _group_keys(
             kind = index.unsupported.get(module)
             if kind is None and own and in_routed_experts(module):
                 kind = f"module of {ROUTED}"
-            # Also if not strict, since a part of the factors is another adapter.
+            # Even if not strict: with a part of its factors, it is another adapter.
             expected, found = "no adapters on unsupported modules", f"a {kind}"
             require(kind is None, where, key, expected, found, NotImplementedError)
             leftover.append(key)
@@ -300,13 +310,15 @@ def save_adapter(
     *,
     beside: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format.
 
     Args:
-        directory: created if it does not exist. All files are written, or none.
+        directory: path of the directory, which is created if it does not exist. Either all files
+            are written, or none.
         config: a dict of PEFT's fields (at least ``target_modules``), or a ``peft.LoraConfig``.
-        state: ``<module>.lora_A.weight`` and so on, with or without ``base_model.model.`` and an
-            adapter's name; they are written with the former and without the latter.
+        state: tensors by name, such as ``<module>.lora_A.weight``, with or without the prefix
+            ``base_model.model.`` and the adapter's name. In the file, names have the prefix and do
+            not have the adapter's name.
         beside: contents of additional files, by name.
     """
     tensors: dict[str, Tensor] = {}
@@ -325,19 +337,19 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     beside: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write tensors that already have their names in a file; see :func:`save_adapter`."""
+    """Write an adapter like :func:`save_adapter`; ``tensors`` have the names for the file."""
     from safetensors.torch import save
 
     raw = dict(config.to_dict() if hasattr(config, "to_dict") else config)
     raw.setdefault("peft_type", "LORA")
     raw = AdapterConfig.parse(raw, CONFIG).raw  # raises for a config that could not be read back
-    # Copied, since safetensors rejects shared memory, as of a tied head and embedding.
+    # Copied, since safetensors rejects tensors that share memory, such as tied weights.
     whole = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
     text = json.dumps(raw, indent=2, sort_keys=True, default=_json_value)
-    # The tensors are written last, so that a reader of the tensors finds the config.
+    # The tensors are written last, so that the config exists whenever the tensors do.
     files = {
         **(beside or {}),
         "adapter_config.json": text.encode(),

@@ -1,5 +1,8 @@
-"""PEFT's tensors: parsing of their names, and reading from a safetensors file, a ``.bin`` file or a
-state dict. Sources are untrusted: all shapes and dtypes are known before any tensor is read."""
+"""Parsing of the names of PEFT's tensors, and reading of the tensors.
+
+Sources are safetensors files, ``.bin`` files and state dicts. They are untrusted: all shapes and
+dtypes are known before any tensor is read, except for ``.bin`` files.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ from lora_ext._files import SafetensorsFile, TensorInfo, open_regular
 PREFIX = "base_model.model."
 MAGNITUDE = "magnitude_vector"
 
-# Files contain no adapter name; the state dict of a live PEFT model does (`lora_A.default.weight`).
-# DoRA's magnitude is a bare parameter in files and in older models, and a module in newer ones. The
-# factors of an embedding are always bare.
+# Names in the state dict of a PEFT model contain the adapter's name (`lora_A.default.weight`),
+# names in files do not. DoRA's magnitude is a bare parameter in files and in older versions of
+# PEFT, and a module with a `weight` in newer ones. The factors of an embedding are always bare
+# parameters.
 _KEY = re.compile(
     r"(?P<module>.+)\.lora_(?:"
     r"(?P<factor>[AB])(?:\.(?P<owner>[^.]+))?\.(?P<kind>weight|bias)"
@@ -30,7 +34,8 @@ _KEY = re.compile(
     re.DOTALL,
 )
 
-# The published code has bare parameters in a separate module next to the base layer.
+# The code published with "Planning vs Reasoning" (arXiv 2412.00029) stores the factors as bare
+# parameters of a separate module next to the base layer.
 _PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB])", re.DOTALL)
 _FACTORS = {"A.weight": "A", "embedding_A": "A", "B.weight": "B", "embedding_B": "B"}
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
@@ -39,7 +44,7 @@ _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 class Key(NamedTuple):
     """The parsed name of a LoRA tensor."""
 
-    module: str  # in the base model
+    module: str  # name of the module in the base model
     role: str  # A.weight, B.weight, B.bias, embedding_A, embedding_B or magnitude_vector
     adapter: str | None  # None in files
 
@@ -50,7 +55,7 @@ class Key(NamedTuple):
 
 
 def parse_key(name: str) -> Key | None:
-    """Parse the name of a LoRA tensor, in a file or a model; return None for any other name."""
+    """Parse the name of a LoRA tensor in a file or model; return None for any other name."""
     match = _KEY.fullmatch(name.removeprefix(PREFIX))
     if match is None:
         return None
@@ -62,8 +67,9 @@ def parse_key(name: str) -> Key | None:
 def wrapped_names(parameters: Mapping[str, Sequence[str]], targeted: Set[str]) -> dict[str, str]:
     """Return the targeted expert parameters by the module name under which PEFT saves the factors.
 
-    PEFT wraps a module with several adapted parameters once for each, in their order. The last
-    one's factors have the module's own name, and each earlier one's are one ``base_layer`` deeper.
+    PEFT wraps a module once for each adapted parameter, in their order. The factors of the last
+    parameter are saved under the module's name, and those of each earlier parameter under a name
+    with one more ``.base_layer``.
     """
     return {
         module + ".base_layer" * depth: name
@@ -73,7 +79,7 @@ def wrapped_names(parameters: Mapping[str, Sequence[str]], targeted: Set[str]) -
 
 
 def base_name(name: str) -> str:
-    """Return the name of a weight in the base model, whether or not PEFT wrapped its module."""
+    """Return the name of a weight in the base model, without the parts that PEFT adds."""
     return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
@@ -83,7 +89,7 @@ def natural_order(name: str) -> list[str | int]:
 
 
 def roles_of(embedding: bool) -> dict[str, str]:
-    """Return the roles of A (r, I), B (O, r), the bias and DoRA's magnitude, by the field names of
+    """Return the role (see :class:`Key`) of each tensor field of
     :class:`lora_ext.adapter.Factors`."""
     a, b = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
     return {"a": a, "b": b, "bias": "B.bias", "magnitude": MAGNITUDE}
@@ -92,8 +98,10 @@ def roles_of(embedding: bool) -> dict[str, str]:
 def factor_keys(
     where: str, keys: Iterable[str], adapter_name: str | None = None
 ) -> dict[str, tuple[str, str]]:
-    """Return the keys of A and B of each module, skipping other adapters if ``adapter_name`` is
-    given; raise `KeyError` if a module lacks one of its two factors."""
+    """Return the keys of A and B for each module; raise `KeyError` if a module lacks one of them.
+
+    If ``adapter_name`` is not None, keys with another adapter's name are skipped.
+    """
     halves: dict[str, dict[str, str]] = {}
     for key in keys:
         read = _read_key(key)
@@ -110,7 +118,8 @@ def factor_keys(
 
 
 def _read_key(key: str) -> tuple[str, str, str | None] | None:
-    """Return module, factor (A or B) and adapter of a name; None if it is not a factor's name."""
+    """Return the module, the factor ("A" or "B") and the adapter in a name, or None if it is not
+    the name of a factor."""
     parsed = parse_key(key)
     if parsed is not None:
         factor = _FACTORS.get(parsed.role)
@@ -120,13 +129,14 @@ def _read_key(key: str) -> tuple[str, str, str | None] | None:
 
 
 class TensorSource(Protocol):
-    """Keys with shapes and dtypes, and tensors that are read one at a time."""
+    """Interface of a source of tensors: ``infos`` has the shapes and dtypes by key, and tensors are
+    read one at a time."""
 
     where: str
     infos: dict[str, TensorInfo]
 
     def read(self, key: str) -> Tensor:
-        """Return the tensor, on the CPU or on the device of the state dict."""
+        """Return a tensor, on the CPU or on its device in a state dict."""
         ...
 
     def close(self) -> None:
@@ -135,7 +145,7 @@ class TensorSource(Protocol):
 
 
 def adapter_directory(source: str | os.PathLike[str]) -> Path:
-    """Return ``source`` as a path; raise unless it is a directory with an adapter."""
+    """Convert ``source`` to a path; raise unless it is a directory with an adapter."""
     expected = "expected a directory with adapter_config.json"
     if not isinstance(source, str | os.PathLike):
         found = type(source).__name__
@@ -153,12 +163,12 @@ def adapter_directory(source: str | os.PathLike[str]) -> Path:
 
 
 def directory_names(path: Path, expected: str) -> set[str]:
-    """Return the names in a directory.
+    """Return the names of the files in a directory.
 
     Raises:
-        ValueError: If it cannot be opened, or looks like a name on the Hub; ``expected`` is part of
-            the message.
-        NotADirectoryError: If it is a file.
+        ValueError: If the directory cannot be opened. The message contains ``expected``, and a
+            remedy if the path looks like a name on the Hub.
+        NotADirectoryError: If the path is a file.
     """
     try:
         return set(os.listdir(path))
@@ -184,7 +194,7 @@ def open_tensors(directory: Path) -> TensorSource:
 
 
 class StateDict:
-    """A source of tensors in memory."""
+    """A :class:`TensorSource` of tensors in memory."""
 
     def __init__(self, tensors: Mapping[str, Any], where: str):
         self.where = where
@@ -200,7 +210,7 @@ class StateDict:
             self.infos[key] = TensorInfo(tuple(value.shape), value.dtype)
 
     def read(self, key: str) -> Tensor:
-        """Return the tensor, detached."""
+        """Return a tensor without a graph."""
         tensor: Tensor = self._tensors[key]
         return tensor.detach() if tensor.requires_grad else tensor
 
@@ -209,7 +219,8 @@ class StateDict:
 
 
 def _refusal(error: str) -> str:
-    """Return a message for an error of torch.load, without its advice to load the file anyway."""
+    """Return an error message for a failure of torch.load, without torch's advice to load the file
+    with ``weights_only=False``."""
     asked = re.search(r"GLOBAL ([\w.]{1,200})", error)
     if asked is None:
         return "expected tensors as torch.save writes them, found a damaged file, or other objects"
@@ -220,8 +231,8 @@ def _refusal(error: str) -> str:
 
 
 def _read_bin(path: Path) -> StateDict:
-    """Read a zip of ``torch.save`` with ``weights_only``; entries must be stored uncompressed and
-    not exceed the file's size."""
+    """Read a file of ``torch.save`` with ``weights_only=True``. The entries of the zip archive must
+    be uncompressed and must not claim more bytes than the file has."""
     where = str(path)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -243,7 +254,8 @@ def _read_bin(path: Path) -> StateDict:
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{where}: expected a dict of tensors, found {type(tensors).__name__}")
     source = StateDict(tensors, where)
-    # Views may share a storage, and a small view may have a storage of any claimed size.
+    # Storages are summed and not tensors, since views may share a storage, and a small view may
+    # have a storage of any claimed size.
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
     }

@@ -1,7 +1,8 @@
-"""Effective ranks: how many directions an adapter uses, from the singular values of its update.
+"""Effective ranks: numbers of directions that an adapter uses, computed from singular values.
 
-The update of a module is ``scaling * B A`` with A ``(r, n)`` and B ``(m, r)``. It is never formed:
-all decompositions are of r x r matrices. Everything is computed in float64 on the CPU.
+The update of a module is ``scaling * B A`` with A ``(r, n)`` and B ``(m, r)``: rank r, n inputs and
+m outputs of the module. The update is never formed; only r x r matrices are decomposed. All values
+are computed in float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from ._low_rank import core
 from ._matrices import Source, check_floating, factor_matrices
 
 METHODS = ("qr", "gram")
-#: Smallest threshold for Gram matrices, which square the condition number.
+#: Smallest threshold with method "gram", since Gram matrices square the condition number.
 GRAM_TAU = 1e-3
 _BY_GRAM = ("threshold", "stable", "participation")
 _BY_TAU = ("threshold", "absolute")
 
-# Arguments: singular values in falling order, the first above zero; tau; and k.
+# Function of each kind. Its arguments are singular values in descending order (the first is above
+# 0), tau and k.
 _RANKS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "threshold": lambda s, tau, k: (s / s[0] > tau).sum(),
     "absolute": lambda s, tau, k: (s > tau).sum(),
@@ -39,20 +41,21 @@ KINDS = tuple(_RANKS)
 
 
 def lora_singular_values(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
-    """Return the singular values of ``scaling * b @ a``, largest first.
+    """Return the singular values of ``scaling * b @ a`` in descending order.
 
-    Computed from ``R_b R_a^T``, where ``b = Q_b R_b`` and ``a^T = Q_a R_a``.
+    They are computed as those of ``R_b R_a^T``, with the QR decompositions ``b = Q_b R_b`` and
+    ``a^T = Q_a R_a``.
 
     Args:
-        a: ``(r, n)`` floating, on any device.
-        b: ``(m, r)``.
-        scaling: of the update; its sign is ignored.
+        a: factor ``(r, n)`` of a floating dtype, on any device.
+        b: factor ``(m, r)`` of a floating dtype, on any device.
+        scaling: scale of the update. Its sign is ignored.
 
     Returns:
-        ``(min(r, m, n),)`` float64 on the CPU.
+        tensor ``(min(r, m, n),)`` of float64 on the CPU.
 
     Raises:
-        ValueError: If shapes do not fit or are empty; values are NaN or infinite.
+        ValueError: If shapes do not fit or are empty, or values are NaN or infinite.
         TypeError: If a factor is not a floating tensor.
     """
     where = "lora_singular_values"
@@ -68,42 +71,42 @@ def effective_rank(
     scaling: float = 1.0,
     method: str = "qr",
 ) -> float | int:
-    """Return the number of directions that ``scaling * b @ a``, or one dense matrix, uses.
+    """Return the effective rank of ``scaling * b @ a``, or of one dense matrix.
 
-    With singular values ``s_1 >= s_2 >= ...``:
+    It measures how many directions the matrix uses. With the singular values ``s_1 >= s_2 >= ...``:
 
     ================ ================================================================
-    kind
+    kind             returned value
     ================ ================================================================
     "threshold"      number of ``s_i / s_1 > tau``
     "absolute"       number of ``s_i > tau``; the only kind that depends on ``scaling``
     "entropy"        ``exp(-sum p_i ln p_i)``, ``p_i = s_i / sum s``
-    "entropy_energy" the same with ``p_i = s_i^2 / sum s^2``
+    "entropy_energy" ``exp(-sum p_i ln p_i)``, ``p_i = s_i^2 / sum s^2``
     "stable"         ``sum s^2 / s_1^2``
     "participation"  ``(sum s^2)^2 / sum s^4``
-    "top_k_share"    share of the first k values in ``sum s``
+    "top_k_share"    ``(s_1 + ... + s_k) / sum s``
     ================ ================================================================
 
-    ``1 <= stable <= participation <= entropy_energy <= entropy <= rank``. All are 0 if the update
-    is zero, as in a new adapter.
+    ``1 <= stable <= participation <= entropy_energy <= entropy <= rank``. All kinds are 0 if the
+    update is zero, as in a new adapter.
 
     Args:
-        a: ``(r, n)`` floating; without ``b`` a dense matrix ``(m, n)``.
-        b: ``(m, r)``.
+        a: factor ``(r, n)`` of a floating dtype; without ``b``, a dense matrix ``(m, n)``.
+        b: factor ``(m, r)`` of a floating dtype.
         kind: a row of the table.
-        tau: threshold, between 0 and 1 if it is relative.
-        k: number of values in ``top_k_share``.
-        scaling: of the update.
+        tau: threshold of "threshold", between 0 and 1, or of "absolute", above 0.
+        k: number of singular values for "top_k_share".
+        scaling: scale of the update.
         method: "qr" or "gram". "gram" computes the singular values from ``a a^T`` and ``b^T b``,
             which loses half of the digits. It supports "threshold" with tau of at least 1e-3,
-            "stable", and "participation" (which then needs no decomposition).
+            "stable", and "participation" (without any decomposition).
 
     Returns:
-        An int for "threshold" and "absolute", else a float.
+        an int for "threshold" and "absolute", a float for other kinds.
 
     Raises:
-        ValueError: If an argument is out of range, or ``method`` does not allow it; shapes do not
-            fit or are empty; values are NaN or infinite.
+        ValueError: If an argument is out of range or ``method`` does not support it, if shapes do
+            not fit or are empty, or if values are NaN or infinite.
         TypeError: If a factor is not a floating tensor.
 
     Sources: "entropy": Roy and Vetterli, "The effective rank: a measure of effective
@@ -140,20 +143,22 @@ def effective_rank(
 
 
 def gram_figures(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``||b a||`` (Frobenius) and the participation rank, from ``a a^T`` and ``b^T b``.
+    """Return the Frobenius norm ``||b a||`` and the participation rank, from Gram matrices.
 
-    ``sum s^2 = trace(G_b G_a)`` and ``sum s^4 = trace(G_b G_a G_b G_a)`` need no decomposition.
+    No decomposition is needed: the singular values s of ``b a`` satisfy
+    ``sum s^2 = trace(G_b G_a)`` and ``sum s^4 = trace(G_b G_a G_b G_a)``.
 
     Args:
-        gram_a, gram_b: ``(r, r)`` floating, with any leading dimensions.
+        gram_a: ``G_a = a a^T``, ``(r, r)`` of a floating dtype, with any leading dimensions.
+        gram_b: ``G_b = b^T b``, of the same shape.
 
     Returns:
-        Two float64 tensors with the leading dimensions, on the device of the Gram matrices; both
-        are zero if the product is zero.
+        two float64 tensors with the shape of the leading dimensions, on the device of the Gram
+        matrices. Both are zero if the product is zero.
     """
     gram_a, gram_b = gram_a.double(), gram_b.double()
     square = (gram_a * gram_b).sum((-2, -1)).clamp(min=0)  # both are symmetric
-    # Scaled first, since fourth powers of small singular values may underflow.
+    # Divided by ``sum s^2`` first, since fourth powers of small singular values may underflow.
     product = (gram_b / square.clamp(min=torch.finfo(torch.float64).tiny)[..., None, None]) @ gram_a
     fourth = (product * product.mT).sum((-2, -1))
     rank = torch.where(fourth > 0, 1 / fourth, 0).clamp(max=gram_a.shape[-1])
@@ -162,12 +167,13 @@ def gram_figures(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class RankReport(Sequence[Mapping[str, Any]]):
-    """The modules of an adapter, one mapping each, as :func:`rank_report` returns them.
+    """Result of :func:`rank_report`, a sequence of one mapping per module of an adapter.
 
     Attributes:
-        rows: ``module``, its name; ``r``; ``shape (m, n)`` of the update; ``fro``, the Frobenius
-            norm of the scaled update; and one entry per kind, ``"entropy"``, or per kind and
-            threshold, ``"threshold@0.001"``.
+        rows: the mappings. Each contains ``module``, the name of the module; ``r``, its rank;
+            ``shape``, the shape ``(m, n)`` of the update; ``fro``, the Frobenius norm of the scaled
+            update; and one entry for each kind, such as ``"entropy"``, or for each kind and
+            threshold, such as ``"threshold@0.001"``.
     """
 
     rows: tuple[Mapping[str, Any], ...]
@@ -180,13 +186,14 @@ class RankReport(Sequence[Mapping[str, Any]]):
         return self.rows[index]
 
     def to_table(self) -> str:
-        """Return a table with one line per module, in aligned columns below a heading."""
+        """Format the report as a table with a heading and one line per module."""
         names = list(self.rows[0]) if self.rows else ["module"]
         return aligned([names, *([_cell(row[name]) for name in names] for row in self.rows)])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Return lines of cells as text in columns; the first is left-aligned, others right."""
+    """Format lines of cells as a table. The first column is left-aligned, all others are
+    right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = (
         [text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(cells)]
@@ -203,29 +210,29 @@ def rank_report(
     k: int = 5,
     layout: str = "r_in",
 ) -> RankReport:
-    """Measure the update of every module of an adapter.
+    """Compute norm and effective ranks of the update of every module of an adapter.
 
     Args:
-        source: an adapter; a model of PEFT or of this package; a folder as PEFT saves it, or
-            (config, state dict); or a state dict alone, with a scaling of 1. Names in a state dict
+        source: a :class:`LoraAdapter`; a model of PEFT or of this package; a folder of PEFT, or
+            (config, state dict); or only a state dict, with a scaling of 1. Names in a state dict
             are PEFT's, with or without an adapter's name and ``base_model.model.``, or those of the
-            published code (``<module>.lora_layer.lora_A``). Its other tensors are skipped.
-        adapter_name: the adapter of a model, or of a state dict with adapter names.
-        kinds: see :func:`effective_rank`.
-        taus: thresholds of "threshold" and "absolute", one entry each.
-        k: of "top_k_share".
-        layout: "in_r" for a state dict with the factors of the published code, A ``(n, r)`` and B
-            ``(r, m)``.
+            paper's code (``<module>.lora_layer.lora_A``). Other tensors are skipped.
+        adapter_name: name of the adapter in a model, or in a state dict with adapter names.
+        kinds: kinds of effective rank, see :func:`effective_rank`.
+        taus: thresholds for "threshold" and "absolute". Each kind has one entry per threshold.
+        k: number of singular values for "top_k_share".
+        layout: "r_in" for A ``(r, n)`` and B ``(m, r)``; "in_r", only for a state dict, for A
+            ``(n, r)`` and B ``(r, m)``, as in the paper's code.
 
     Returns:
-        Rows in the order of the source. Each module is decomposed once. The contributions of
-        DoRA's magnitudes and of biases are not included.
+        a report with one row per module, in the order of the source. The effects of DoRA's
+        magnitudes and of biases are not included. Each module is decomposed only once.
 
     Raises:
-        KeyError: If a lora_A lacks its lora_B, or the reverse; the message names it.
-        ValueError: If there is no adapter of this name; an argument is out of range; shapes do not
-            fit; values of a named module are NaN or infinite.
-        TypeError: If a factor is not floating.
+        KeyError: If a module lacks one of its two factors. The message contains its name.
+        ValueError: If there is no adapter with this name, if an argument is out of range, if shapes
+            do not fit, or if values are NaN or infinite.
+        TypeError: If a factor does not have a floating dtype.
 
     Source: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv
     2412.00029).
@@ -241,7 +248,7 @@ def rank_report(
     rows: list[Mapping[str, Any]] = []
     for name, (a, b, scaling) in factor_matrices(where, source, adapter_name, layout).items():
         wide_a, wide_b = _factors(f"{where}: {name}", a, b)
-        scale = number(f"{where}: {name}", "scaling", float(scaling))  # PEFT may have a tensor
+        scale = number(f"{where}: {name}", "scaling", float(scaling))  # may be a tensor in PEFT
         spectrum = _spectrum(wide_a, wide_b, abs(scale))
         row: dict[str, Any] = {
             "module": name,
@@ -263,7 +270,8 @@ def _spectrum(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _gram_spectrum(gram_a: Tensor, gram_b: Tensor) -> Tensor:
-    """Return the ``s_i``: ``s_i^2`` are the eigenvalues of ``G_b^(1/2) G_a G_b^(1/2)``."""
+    """Return the singular values of ``b a`` in descending order. Their squares are the eigenvalues
+    of ``G_b^(1/2) G_a G_b^(1/2)``."""
     values, vectors = torch.linalg.eigh(gram_b)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return torch.linalg.eigvalsh(root @ gram_a @ root).clamp(min=0).sqrt().flip(0)

@@ -1,4 +1,5 @@
-"""Modules that an adapter replaces as a whole (PEFT's ``modules_to_save``), usually heads."""
+"""Modules of the base model that an adapter replaces (PEFT's ``modules_to_save``), usually heads,
+and rows of the embedding that it replaces (``trainable_token_indices``)."""
 
 from __future__ import annotations
 
@@ -15,11 +16,14 @@ from ._peft_tensors import PREFIX, TensorSource
 
 
 class Replaced(NamedTuple):
-    """Replacement of the tensors of a linear layer or embedding, or of some rows of its weight."""
+    """Tensors that replace those of a linear layer or embedding, or some rows of its weight.
+
+    Shape letters: I inputs and O outputs of the module, n replaced rows.
+    """
 
     weight: Tensor  # (O, I); (tokens, O) for an embedding; (n, ...) for n rows
     bias: Tensor | None = None  # (O,)
-    rows: Tensor | None = None  # (n,) int64, indices of the rows; None is all
+    rows: Tensor | None = None  # (n,) int64, indices of the rows; None for all rows
 
     @property
     def nbytes(self) -> int:
@@ -39,12 +43,13 @@ def find_replaced(
     saved: Mapping[str, str],
     adapted: Iterable[str],
 ) -> dict[str, dict[str, str]]:
-    """Return the keys of each replaced module by ``weight`` and ``bias``. All headers are checked,
-    and no tensor is read.
+    """Return, for each replaced module, the keys of its tensors by "weight" and "bias".
+
+    The headers of these tensors are checked, and no tensor is read.
 
     Args:
-        saved: keys in modules of ``modules_to_save``, with the weights' names in the base model.
-        adapted: modules with LoRA factors.
+        saved: keys of tensors of ``modules_to_save``, with the weights' names in the base model.
+        adapted: names of the modules that have LoRA factors.
     """
     lacking = [w for w in index.weights if config.saves_whole(w) and w not in saved.values()]
     if lacking:
@@ -79,13 +84,15 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 def find_rows(
     config: AdapterConfig, tensors: TensorSource, index: ModelIndex, adapted: Iterable[str]
 ) -> tuple[dict[str, str], tuple[int, ...]]:
-    """Return the key of the replaced rows for the input embedding and a tied head (PEFT's
-    ``trainable_token_indices``), and the row indices. All headers are checked, and no tensor is
-    read.
+    """Return the keys of the replaced rows (PEFT's ``trainable_token_indices``) by module, and the
+    row indices.
+
+    The modules are the input embedding and a tied head, with the same key. The header of the tensor
+    is checked, and no tensor is read.
 
     Raises:
         ValueError: If a key, shape or token does not fit.
-        NotImplementedError: If the rows are not those of a plain input embedding.
+        NotImplementedError: If the rows do not belong to a plain input embedding.
     """
     given: Any = config.trainable_token_indices
     field = "trainable_token_indices"

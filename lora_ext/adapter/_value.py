@@ -1,4 +1,4 @@
-"""``LoraAdapter``: one adapter as a value, independent of any model."""
+"""``LoraAdapter``, an immutable adapter that does not belong to a model."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ class LoraAdapter:
     """An immutable adapter: PEFT's configuration, and the factors of each adapted module.
 
     Attributes:
-        config: its fields have PEFT's names; ``to_dict()`` returns ``adapter_config.json``.
-        modules: by the module's name in the base model: ``a (r, I)``, ``b (O, r)``, ``scaling`` by
-            PEFT's rules, and ``bias``, ``magnitude`` if PEFT stores them.
+        config: configuration, whose fields have PEFT's names. ``config.to_dict()`` returns the
+            content of ``adapter_config.json``.
+        modules: factors of each adapted module, by the module's name in the base model:
+            ``a (r, I)``, ``b (O, r)`` with rank r, I inputs and O outputs; ``scaling`` by PEFT's
+            rules; ``bias`` and ``magnitude`` if PEFT stores them.
         base_weights: weights of the base model that PEFT saves with an adapted embedding or head,
-            by their names in the file. They share the memory of their source.
-        replacements: tensors that replace weights of the base model, by their names in the file:
-            whole modules (``modules_to_save``) and trained biases (``bias="all"``,
+            by name in the file. They share memory with the source of the adapter.
+        replacements: tensors that replace weights of the base model, by name in the file: weights
+            of whole modules (``modules_to_save``) and trained biases (``bias="all"``,
             ``"lora_only"``).
 
     Two adapters are equal if they change a model in the same way. The comparison includes the
-    values of names, factors, scaling, bias, magnitude and replacements, and ignores dtype, device
-    and configuration.
+    module names and the values of factors, scaling, bias, magnitude and replacements. It ignores
+    dtype, device and configuration.
     """
 
     config: AdapterConfig
@@ -52,18 +54,21 @@ class LoraAdapter:
 
     @classmethod
     def load(cls, source: AdapterSource, strict: bool = True) -> LoraAdapter:
-        """Read PEFT's folder, or ``(config, state dict)``, without a model to compare it with.
+        """Read an adapter from a folder of PEFT, or from ``(config, state dict)``.
+
+        Names and shapes are not compared with those of a base model.
 
         Args:
-            source: a directory; or a dict of PEFT's fields or ``peft.LoraConfig``, and tensors
-                under PEFT's names, which are copied.
-            strict: False skips unused tensors and fields.
+            source: path of the folder; or the configuration (a dict of PEFT's fields, or a
+                ``peft.LoraConfig``) and tensors under PEFT's names, which are copied.
+            strict: whether to raise for unused tensors and fields. False skips them.
 
         Raises:
             TypeError: If ``strict`` is neither True nor False.
-            ValueError: If the files are invalid; the message names file, key, expected and found.
-            NotImplementedError: If the adapter uses an unsupported feature of PEFT: rows of
-                embeddings, bare parameters, initialisations that change the base weight.
+            ValueError: If the files are invalid. The message contains the file and the key.
+            NotImplementedError: If the adapter uses an unsupported feature of PEFT: replaced rows
+                of embeddings, factors of bare parameters, or an initialisation that changes the
+                base weight.
         """
         require_flags("LoraAdapter.load", strict=strict)
         with open_adapter(source) as (config, tensors):
@@ -71,26 +76,26 @@ class LoraAdapter:
 
     @classmethod
     def from_model(cls, model: nn.Module, adapter: str = "default") -> LoraAdapter:
-        """Copy an adapter from a PEFT model, or from layers of :mod:`lora_ext.nn`.
+        """Copy an adapter from a PEFT model, or from a model with layers of :mod:`lora_ext.nn`.
 
         Raises:
-            ValueError: If the model has no such adapter; its layers differ in a setting that PEFT's
-                configuration has only once (``use_dora``, ``lora_bias``).
-            NotImplementedError: see :meth:`load`.
+            ValueError: If the model has no such adapter, or if its layers differ in a setting that
+                has only one value in PEFT's configuration (``use_dora``, ``lora_bias``).
+            NotImplementedError: If the adapter uses an unsupported feature, as in :meth:`load`.
         """
         return cls.load(live_adapter(model, adapter, "LoraAdapter.from_model: model"))
 
     @classmethod
     def of(cls, source: LoraAdapter | AdapterSource) -> LoraAdapter:
-        """Return ``source`` itself if it is a `LoraAdapter`, else what :meth:`load` reads from
-        it."""
+        """Return ``source`` if it is a `LoraAdapter`, otherwise ``LoraAdapter.load(source)``."""
         return source if isinstance(source, LoraAdapter) else cls.load(source)
 
     def check_names(self, where: str, names: Iterable[str]) -> None:
-        """Raise unless every name is a module of the adapter.
+        """Check that every name is a module of the adapter.
 
         Raises:
-            ValueError: names the first unknown one, after the prefix ``where``.
+            ValueError: If a name is unknown. The message has the prefix ``where`` and the first
+                such name.
         """
         for name in names:
             if name not in self.modules:
@@ -103,16 +108,19 @@ class LoraAdapter:
         base_weights: Mapping[str, Tensor] | None = None,
         **changes: Any,
     ) -> LoraAdapter:
-        """Return this adapter with other factors; its configuration names the modules in full.
+        """Return a copy of this adapter with other factors. Its configuration contains the full
+        names of the modules.
 
         Args:
             modules: factors by module name. A scale that PEFT's configuration cannot express
                 changes by one unit in the last place of float64.
-            base_weights: default is this adapter's, without those of modules that are removed.
+            base_weights: weights of the base model to save. Default is the weights of this adapter,
+                except those of removed modules.
             changes: new values of fields of the configuration.
 
-        The trained bias of a base layer that is no longer adapted is removed with
-        ``bias="lora_only"``, and kept with ``bias="all"``, which means every layer.
+        If a module is removed and its base layer has a trained bias, the bias is removed with
+        ``bias="lora_only"``. It is kept with ``bias="all"``, which includes layers without an
+        adapter.
         """
         gone = tuple(f"{name}.base_layer." for name in self.modules if name not in modules)
         if base_weights is None:
@@ -139,21 +147,22 @@ class LoraAdapter:
         return LoraAdapter(config, modules, base_weights, replacements)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a folder that PEFT loads, with no missing and no unexpected key.
+        """Write a folder that PEFT loads without missing or unexpected keys.
 
         Args:
-            folder: created if it does not exist. Either both of its files are written, or neither.
+            folder: path of the folder, which is created if it does not exist. Either both of its
+                files are written, or neither.
 
         Raises:
-            ValueError: If the configuration gives other modules, ranks or scales than ``modules``.
-            OSError: If the folder cannot be written; previous files stay intact.
+            ValueError: If modules, ranks or scales in the configuration differ from ``modules``.
+            OSError: If the folder cannot be written. Previous files are not changed.
         """
         config = self.config
         if config.target_modules is None:  # PEFT would choose by the model's type
             config = dataclasses.replace(config, target_modules=tuple(sorted(self.modules)))
         state = self.state_dict()
         with open_adapter((config, state)) as (_, tensors):
-            # Unused tensors were skipped or rejected when this adapter was loaded.
+            # Not strict, since unused tensors were skipped or rejected when the adapter was loaded.
             meant = self._read(config, tensors, strict=False, copy=False)
         for name, factors in self.modules.items():
             configured, found = meant.modules[name].scaling, factors.scaling
@@ -162,7 +171,7 @@ class LoraAdapter:
         write_adapter(folder, config, state)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all tensors under PEFT's names in a file."""
+        """Return all tensors by their names in PEFT's files."""
         tensors: dict[str, Tensor] = {}
         for name, factors in self.modules.items():
             for part, role in roles_of(factors.embedding).items():
@@ -209,21 +218,23 @@ class LoraAdapter:
         )
 
     def __repr__(self) -> str:
-        """Show the number of modules, their ranks and the source."""
+        """Return a text with the number of modules, their ranks and the source."""
         ranks = sorted({factors.a.shape[0] for factors in self.modules.values()})
         return f"LoraAdapter({len(self.modules)} modules, ranks {ranks}, {self.config.where})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle the mappings as dicts, since a `MappingProxyType` cannot be pickled."""
+        """Return the arguments for copying and pickling. Mappings become dicts, since a
+        `MappingProxyType` cannot be pickled."""
         parts = (self.modules, self.base_weights, self.replacements)
         return LoraAdapter, (self.config, *map(dict, parts))
 
 
 def same_values(left: Any, right: Any) -> bool:
-    """Return whether two values are equal: shape and values of tensors, on any device."""
+    """Return whether two values are equal. Tensors must have equal shapes and values, and may be on
+    different devices."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.shape == right.shape and bool((left == right.to(left.device)).all())
-    return bool(left == right)  # one of them may be None
+    return bool(left == right)  # a number, a bool or None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -231,7 +242,10 @@ def same_values(left: Any, right: Any) -> bool:
 
 
 class _Unknown(BaseWeights):
-    """Base weights if no model is given: every weight or bias in a file is accepted as one."""
+    """Replacement for the weights of a base model if no model is given.
+
+    It accepts every weight or bias in a file as a weight of the base model.
+    """
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__(nn.Module())
@@ -250,14 +264,15 @@ class _Unknown(BaseWeights):
 
 
 def _replaces(config: AdapterConfig, name: str) -> bool:
-    """Return whether PEFT replaces the base model's tensor of that name by this one."""
+    """Return whether the adapter's tensor ``name`` replaces that of the base model."""
     if config.base_bias != "none" and name.endswith("bias"):
         return True
     return config.saves_whole(name)
 
 
 def _implied_index(config: AdapterConfig, tensors: TensorSource) -> ModelIndex:
-    """Return an index of the modules with factors: in_features from A, out_features from B."""
+    """Return an index of the modules that have factors in ``tensors``. The shape of A defines the
+    number of inputs, and that of B the number of outputs."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, info in tensors.infos.items():
         parsed = parse_key(key)

@@ -1,4 +1,7 @@
-"""Comparison of two adapters, module by module."""
+"""Comparison of two adapters, module by module.
+
+The update of a module is ``D = scaling * B A``, with the factors A ``(r, I)`` and B ``(O, r)``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from ._low_rank import check_matrices, norm_of, wide
 from ._peft_files import AdapterSource, Factors
 from ._value import LoraAdapter
 
-# Smallest relative singular value that counts: above what rounding leaves in float32 factors.
+# Singular values above this share of the largest count. It exceeds the rounding error of float32.
 _TOLERANCE = 1e-6
 
 
@@ -24,14 +27,15 @@ class ModuleDifference:
     """Difference between the updates ``D = scaling * B A`` of one module.
 
     Attributes:
-        module: its name in the base model.
-        ranks: of the two adapters; 0 if an adapter lacks the module.
+        module: name of the module in the base model.
+        ranks: ranks in the two adapters; 0 if an adapter lacks the module.
         norms: Frobenius norms of the two updates.
-        distance: ``||D_1 - D_2||``, Frobenius.
+        distance: Frobenius norm ``||D_1 - D_2||``.
         cosine: ``<D_1, D_2> / (||D_1|| ||D_2||)``; None if an update is zero.
-        angles: the principal angles between the column spaces of the two updates, in radians, in
-            ascending order: 0 is a direction that both contain, pi / 2 one that is orthogonal to
-            the other space. Their number is the smaller of the two dimensions.
+        angles: principal angles between the column spaces of the two updates, in radians and in
+            ascending order. An angle of 0 belongs to a direction that both spaces contain, and
+            pi / 2 to a direction that is orthogonal to the other space. The number of angles is the
+            smaller dimension of the two spaces.
     """
 
     module: str
@@ -48,20 +52,21 @@ def compare_adapters(
     second: LoraAdapter | AdapterSource,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> list[ModuleDifference]:
-    """Measure the distance of two adapters of the same base model, module by module.
+    """Measure the difference between two adapters of the same base model, module by module.
 
-    Everything is computed from the thin factors, in float64 on the CPU. Biases and magnitudes are
-    ignored.
+    All values are computed from the factors, without forming the updates, in float64 on the CPU.
+    Biases and magnitudes are ignored.
 
     Args:
-        first, second: values, folders, or (config, state dict).
-        progress: wraps the list of module names, as ``tqdm`` does.
+        first, second: adapters, as values, folders, or (config, state dict).
+        progress: function that wraps the list of module names, as ``tqdm`` does.
 
     Returns:
-        one entry per module of either adapter: those of the first in its order, then the others.
+        one entry for each module that at least one adapter has: first the modules of ``first`` in
+        its order, then the modules that only ``second`` has.
 
     Raises:
-        ValueError: If a module has another shape in the second adapter; values are not finite.
+        ValueError: If the shapes of a module differ, or values are not finite.
         NotImplementedError: If a module is a grouped convolution.
 
     Source: Bjorck and Golub, "Numerical methods for computing angles between linear subspaces",
@@ -81,7 +86,7 @@ def compare_adapters(
 
 def _compared(name: str, first: Factors | None, second: Factors | None) -> ModuleDifference:
     known = first or second
-    assert known is not None  # the name is one of theirs
+    assert known is not None  # one of the adapters has the module
     (a, b), (other_a, other_b) = (_matrices(f, known) for f in (first, second))
     sizes, found = ((x.shape[1], y.shape[0]) for x, y in ((a, b), (other_a, other_b)))
     expected = f"in {sizes[0]} and out {sizes[1]} as in first"
@@ -102,14 +107,14 @@ def _compared(name: str, first: Factors | None, second: Factors | None) -> Modul
 
 
 def _matrices(factors: Factors | None, like: Factors) -> tuple[Tensor, Tensor]:
-    """Return ``a`` and ``scaling * b``; matrices of rank 0 for a missing module."""
+    """Return ``a`` and ``scaling * b``, or matrices of rank 0 for a missing module."""
     if factors is None:
         return wide(like.a)[:0], wide(like.b)[:, :0]
     return wide(factors.a), factors.scaling * wide(factors.b)
 
 
 def _columns(a: Tensor, b: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns of ``b @ a``."""
+    """Return an orthonormal basis of the column space of ``b @ a``."""
     q, r_b = torch.linalg.qr(b)
     r_a = torch.linalg.qr(a.T, mode="r").R
     u, s, _ = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
@@ -124,6 +129,6 @@ def _angles(first: Tensor, second: Tensor) -> tuple[float, ...]:
         return ()
     across = first.T @ second
     cosines = torch.linalg.svdvals(across)
-    sines = torch.linalg.svdvals(second - first @ across).flip(0)  # exact where cosines are near 1
+    sines = torch.linalg.svdvals(second - first @ across).flip(0)  # accurate if cosines are near 1
     angles = torch.atan2(sines, cosines).clamp(max=math.pi / 2)
     return tuple(angles.tolist())

@@ -1,4 +1,4 @@
-"""Merging of several adapters into one: a sum of their updates, or of their factors."""
+"""Functions that merge several adapters into one, by summing their updates or their factors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ._value import LoraAdapter, same_values
 
 MergeMode = Literal["delta", "factors", "delta_svd", "ties", "dare"]
 Space = Literal["factors", "delta"]
-Parts = list[tuple[float, Factors]]  # weight and factors, for each adapter with the module
+Parts = list[tuple[float, Factors]]  # weight and factors of each adapter that has the module
 
-#: Default share of an update's values that is kept, as in the papers.
+#: Default share of an update's values that is kept, as in the papers, by mode.
 DENSITIES: dict[str, float] = {"ties": 0.2, "dare": 0.1}
 
 
@@ -38,51 +38,57 @@ def merge_adapters(
 ) -> LoraAdapter:
     """Merge several adapters of the same base model into one; warn if the base models differ.
 
+    Adapter i has the weight ``w_i`` and, for a module, the update ``s_i B_i A_i``.
+
     ============= ======================================= ======================================
-    mode          the update of a module                  its rank
+    mode          merged update                           its rank
     ============= ======================================= ======================================
     "delta"       ``sum_i w_i s_i B_i A_i``, exactly:     the sum of the ranks
-                  the A stacked, the B side by side
-    "delta_svd"   its best approximation of a rank        ``rank``, or the largest of the ranks
-    "factors"     ``s (sum_i w_i B_i) (sum_i w_i A_i)``,  the common rank
-                  with ``s_i`` in ``B_i`` and s = 1
-                  if the scales differ
-    "ties"        of updates whose smaller values are 0:  as "delta_svd": the best approximation
-                  the mean of the values that have the
-                  sign of their sum
+                  the rows of all A and the columns of
+                  all B are concatenated
+    "delta_svd"   the best approximation of that sum      ``rank``, or the largest of the ranks
+    "factors"     ``s (sum_i w_i B_i) (sum_i w_i A_i)``;  the common rank
+                  if the scales differ, each B_i is
+                  multiplied by ``s_i``, and s = 1
+    "ties"        the smaller values of each update are   as "delta_svd": the best approximation
+                  set to 0; then the mean of the values   is returned
+                  that have the sign of their sum
     "dare"        ``sum_i w_i m_i s_i B_i A_i / d`` with  as "delta_svd"
-                  random masks that keep a share d
+                  random masks ``m_i`` that keep a
+                  share d of the values
     ============= ======================================= ======================================
 
     Sums are computed in float64 on the CPU and rounded once, to the widest dtype of the adapters.
-    Except with "factors", an adapter may lack modules that others have. A bias is summed like its
-    update. A rank that is 0 in both factors gets a random row of A, so that training can change it.
+    Except with "factors", an adapter may lack modules that others have. Biases are summed like the
+    updates. If a rank is 0 in both factors, its row of A is drawn at random, so that training can
+    change it.
 
     Args:
-        adapters: values, folders, or (config, state dict). They are not changed.
-        weights: one per adapter. A single adapter of weight 1 is returned as it is.
-        mode: see above.
-        rank: only with "delta_svd", "ties" and "dare".
-        progress: wraps the list of module names, as ``tqdm`` does.
-        density: only with "ties" and "dare", the share d of an update's values that is kept, above
-            0 and at most 1: the largest ("ties") or random ones ("dare"). Default 0.2 and 0.1, as
-            in the papers.
-        seed: for the masks of "dare".
+        adapters: adapters, as values, folders, or (config, state dict). They are not changed.
+        weights: weight of each adapter. A single adapter of weight 1 is returned unchanged.
+        mode: a row of the table.
+        rank: rank of the merged modules, only with "delta_svd", "ties" and "dare".
+        progress: function that wraps the list of module names, as ``tqdm`` does.
+        density: share d of an update's values that is kept, above 0 and at most 1, only with "ties"
+            (the largest values, default 0.2) and "dare" (random values, default 0.1), as in the
+            papers.
+        seed: seed for the masks of "dare".
 
     Returns:
-        the merged adapter, with the first one's configuration; it names the modules in full.
+        the merged adapter. It has the configuration of the first adapter, with the full names of
+        the modules.
 
     Raises:
-        ValueError: If there is no adapter; the number of weights is wrong, or one is not finite;
-            the shapes of a module differ; with "factors", modules or ranks differ (the message
-            names the first); values are not finite; the adapters have different weights of the base
-            model; activated adapters have different invocations, or are merged with ordinary ones.
-        NotImplementedError: If an adapter uses DoRA, whose magnitudes cannot be summed, replaces
-            weights of the base model (modules_to_save, trained biases), or adapts grouped
-            convolutions.
+        ValueError: If there is no adapter; if the number of weights is wrong, or a weight is not
+            finite; if the shapes of a module differ; if modules or ranks differ with "factors"; if
+            values are not finite; if the adapters have different weights of the base model; or if
+            activated adapters have different invocations or are merged with ordinary adapters.
+        NotImplementedError: If an adapter uses DoRA, since magnitudes cannot be summed; if it
+            replaces weights of the base model (``modules_to_save``, trained biases); or if it
+            adapts grouped convolutions.
 
     Source: CopRA (arXiv 2410.22911), "factors" and "delta"; TIES-Merging (arXiv 2306.01708); DARE
-    (arXiv 2311.03099). Weights in TIES: as PEFT's ``ties_svd``, which is this mode.
+    (arXiv 2311.03099). "ties" applies weights as PEFT's ``ties_svd`` does, and is the same method.
     """
     where = "merge_adapters"
     if isinstance(adapters, str | os.PathLike | Mapping):
@@ -117,18 +123,20 @@ def interpolate_adapters(
 ) -> LoraAdapter:
     """Return the point ``(1 - lam) first + lam second`` on the line through two adapters.
 
-    With "factors", ``B`` and ``A`` are interpolated separately, and the update has the cross terms
-    ``B_1 A_2`` and ``B_2 A_1``. With "delta", the update itself is interpolated. See
+    With "factors", ``B`` and ``A`` are interpolated separately, so the update contains the cross
+    terms ``B_1 A_2`` and ``B_2 A_1``. With "delta", the update is interpolated. See
     :func:`merge_adapters`.
 
     Args:
-        first, second: values, folders, or (config, state dict). With "factors" they need equal
-            modules and ranks.
-        lam: any finite number; 0 returns the first as it is, 1 the second.
-        space: "factors" or "delta".
+        first, second: adapters, as values, folders, or (config, state dict). With "factors", they
+            must have equal modules and ranks.
+        lam: position on the line, any finite number. 0 returns ``first`` unchanged, and 1 returns
+            ``second``.
+        space: what is interpolated, "factors" or "delta".
 
     Raises:
-        ValueError, NotImplementedError: see :func:`merge_adapters`.
+        ValueError: If an argument is invalid, or the adapters cannot be merged.
+        NotImplementedError: If an adapter has parts that :func:`merge_adapters` does not support.
 
     Source: CopRA (arXiv 2410.22911), linear mode connectivity.
     """
@@ -144,11 +152,11 @@ def interpolate_adapters(
 
 
 def _thinned(parts: Parts, mode: MergeMode, density: float, masks: torch.Generator) -> Tensor:
-    """Return the update of a module, ``(O, I)`` float64, by TIES or DARE."""
+    """Return the merged update of a module, ``(O, I)`` float64, according to TIES or DARE."""
     updates = torch.stack([f.scaling * wide(f.b) @ wide(f.a) for _, f in parts])
     weights = torch.tensor([w for w, _ in parts], dtype=torch.float64)[:, None, None]
     if mode == "dare":
-        # One float32 mask per adapter, as PEFT draws them.
+        # One float32 mask per adapter, drawn as in PEFT.
         kept = torch.full(updates.shape[1:], density)
         drawn = [torch.bernoulli(kept, generator=masks) for _ in parts]
         return (weights * updates * torch.stack(drawn)).sum(0) / density
@@ -172,7 +180,8 @@ def _merged(
     density: float | None = None,
     seed: int = 0,
 ) -> LoraAdapter:
-    """Return the weighted sum of adapters, thinned if ``density`` is not None."""
+    """Return the weighted sum of adapters; keep only a share ``density`` of each update's values if
+    it is not None."""
     values = list(adapters.values())
     first = values[0]
     whole = all(f.a.shape[0] <= (rank or math.inf) for f in first.modules.values())
@@ -211,7 +220,7 @@ def _merged(
         )
     changes: dict[str, Any] = {}
     excluded = {value.config.exclude_modules for value in values}
-    if excluded != {first.config.exclude_modules}:  # one adapter may adapt what another excludes
+    if excluded != {first.config.exclude_modules}:  # one may adapt what another excludes
         changes["exclude_modules"] = longer_than(modules)
     return first.with_modules(
         modules,
@@ -224,9 +233,10 @@ def _merged(
 
 
 def _summed(parts: Parts, stacked: bool) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return A, B, bias and the remaining scale: the common one, or 1."""
+    """Return A, B, the bias and the scale of the sum. The scale is that of all parts or, if they
+    differ, 1."""
     scaling = parts[0][1].scaling
-    factors = [w for w, _ in parts]  # factor of each B
+    factors = [w for w, _ in parts]  # number by which each B is multiplied
     if any(f.scaling != scaling for _, f in parts):
         factors, scaling = [w * f.scaling for w, f in parts], 1.0
     b = [c * wide(f.b) for c, (_, f) in zip(factors, parts, strict=True)]
@@ -246,20 +256,20 @@ def _bias(factors: list[float], parts: Parts) -> Tensor:
 
 
 def _check_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
-    """Warn of different base models; raise if the adapters start at different tokens."""
+    """Warn if the base models differ; raise if the adapters have different invocation tokens."""
     bases = BaseModels()
     (first, value), *_ = adapters.items()
     expected = f"{list(value.config.invocation)!r:.200}, as {first} has"
     for label, adapter in adapters.items():
-        # stacklevel: the caller of the public function, which torch.no_grad wraps.
+        # ``stacklevel=4`` is the caller of the public function, which torch.no_grad wraps.
         bases.meet(f"{where}: {label}", adapter.config.base_model, stacklevel=4)
         found, field = adapter.config.invocation, f"{label}: alora_invocation_tokens"
         require(found == value.config.invocation, where, field, expected, list(found))
 
 
 def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) -> None:
-    """Raise unless modules of one name have one shape; with ``equal``, one rank and the same
-    modules in all adapters."""
+    """Raise unless modules with the same name have the same shape. With ``equal``, they must also
+    have the same rank, and all adapters must have the same modules."""
     (first, reference), *others = adapters.items()
     seen = {name: (first, factors) for name, factors in reference.modules.items()}
     for label, adapter in others:
@@ -287,7 +297,8 @@ def _size(factors: Factors) -> str:
 
 
 def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
-    """Raise for what cannot be summed: magnitudes, whole modules, values that are not finite."""
+    """Raise for parts that cannot be summed: magnitudes, replaced weights of the base model, and
+    values that are not finite."""
     base: dict[str, tuple[str, Tensor]] = {}
     modules = (item for v in adapters.values() for item in v.modules.items())
     biased = next((name for name, f in modules if f.bias is not None), None)

@@ -1,7 +1,7 @@
 """Weights of a whole model by module name, each read only on request.
 
-A comparison of two models layer by layer needs two weights at a time, not two models. Files are
-untrusted: shapes and dtypes of all shards are checked before any weight is read.
+Two models can therefore be compared layer by layer with only two weights in memory. Files are
+untrusted: the shapes and dtypes of all shards (the files of a model) are read before any weight.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ModelSource = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
-# Prefixes of module names in models that were saved with another class, or wrapped.
+# Prefixes that module names have if a model was saved with another class, or wrapped.
 _PREFIXES = (
     PREFIX,
     "module.",
@@ -44,23 +44,23 @@ _REMEDY = "dequantise the model first (transformers: model.dequantize())"
 
 
 class ModelWeights:
-    """Weights by module name. Close it, or use it in a ``with`` block.
+    """Reader of weights by module name. Close it, or use it in a ``with`` block.
 
-    Weights are matched by name, never by order. ``model.layers.0.mlp.up_proj`` is the module of
-    exactly this name, else the one whose name differs only in prefixes that model classes, PEFT,
-    ``torch.compile`` and the wrappers of ``torch.distributed`` add (``base_model.model.``,
-    ``model.``, ``module.``, ``_orig_mod.``, ``.base_layer`` ...).
+    Weights are matched by name, never by order. ``model.layers.0.mlp.up_proj`` matches the module
+    with exactly this name. If there is none, it matches the module with the same name except for
+    parts that model classes, PEFT, ``torch.compile`` and the wrappers of ``torch.distributed`` add
+    (``base_model.model.``, ``model.``, ``module.``, ``_orig_mod.``, ``.base_layer`` ...).
 
     Args:
-        source: a folder of safetensors shards, with or without ``model.safetensors.index.json``;
-            one safetensors file; tensors by name, ``<module>.weight``; or a model, with or without
-            layers of PEFT or of this package.
-        where: prefix of error messages: caller and argument.
+        source: path of a folder of safetensors files, with or without
+            ``model.safetensors.index.json``; path of one safetensors file; mapping of tensors with
+            names ``<module>.weight``; or model, with or without layers of PEFT or of this package.
+        where: prefix of error messages, which names the caller and its argument.
 
     Raises:
         TypeError: If ``source`` has another type.
-        ValueError: If there is no such folder, or it has no safetensors; a file or index is damaged
-            (the message names file, expected and found).
+        ValueError: If the folder does not exist or has no safetensors files, or if a file or the
+            index is damaged.
     """
 
     def __init__(self, source: ModelSource, where: str):
@@ -83,10 +83,10 @@ class ModelWeights:
         self._tensors.close()
 
     def keys(self, modules: Iterable[str]) -> dict[str, str]:
-        """Return the key of the weight of each module, for :meth:`shape` and :meth:`read`.
+        """Return, by module, the key of its weight, which :meth:`shape` and :meth:`read` accept.
 
         Raises:
-            KeyError: If modules have no weight; the message lists up to five.
+            KeyError: If a module has no weight. The message lists up to five such modules.
             ValueError: If two weights match one module.
             TypeError: If a weight is quantised.
         """
@@ -118,23 +118,25 @@ class ModelWeights:
         return found
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Return the shape of the weight ``key``, a value of :meth:`keys`, without reading it."""
+        """Return the shape of a weight without reading it; ``key`` is a value from :meth:`keys`."""
         return self._tensors.infos[key].shape
 
     def is_transposed(self, key: str) -> bool:
-        """Return whether the weight ``key`` is known to be stored as ``(I, O)``, as by
-        transformers' ``Conv1D``. Always False for files and mappings, which do not record it."""
+        """Return whether a weight is stored as ``(I, O)``, inputs first, as in transformers'
+        ``Conv1D``. For files and mappings, which do not contain this information, return False."""
         return key in getattr(self._tensors, "transposed", ())
 
     def read(self, key: str) -> Tensor:
-        """Return the weight ``key``, a value of :meth:`keys`, without a graph.
+        """Return a weight without a graph; ``key`` is a value from :meth:`keys`.
 
-        A model's or mapping's weight shares its memory; a file's is a new tensor on the CPU.
+        A weight from a model or mapping shares its memory. A weight from a file is a new tensor on
+        the CPU.
         """
         return self._tensors.read(key)
 
     def _refuse_packed(self, modules: Iterable[str]) -> None:
-        """Raise for a quantised layer without ``weight``, instead of reporting it as missing."""
+        """Raise if one of these modules, which have no ``weight``, has a quantised weight under
+        another name."""
         packed = {
             _plain(key.removesuffix(f".{end}")): key
             for key in self._tensors.infos
@@ -148,8 +150,8 @@ class ModelWeights:
 
 
 def _plain(name: str) -> str:
-    """Return a module name without the additions of wrappers and model classes."""
-    name = base_name(f"{name}.").removesuffix(".")  # with the dot, a final base_layer matches too
+    """Return a module name without the parts that wrappers and model classes add."""
+    name = base_name(f"{name}.").removesuffix(".")  # the dot lets a final ".base_layer" match
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     before = None
@@ -180,7 +182,7 @@ class _Live:
         self.infos: dict[str, TensorInfo] = {}
         self.transposed: set[str] = set()
         for name, module in model.named_modules(remove_duplicate=False):
-            if is_adapted(module):  # its base layer is visited under another name
+            if is_adapted(module):  # the loop visits its base layer separately
                 continue
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor):
@@ -211,7 +213,7 @@ class _Live:
 
 
 class _Shards:
-    """Safetensors files of one model; all headers are read, and tensors only on request."""
+    """Safetensors files of one model. Headers are read at the start, tensors only on request."""
 
     def __init__(self, path: Path):
         self.where = str(path)
@@ -250,9 +252,10 @@ class _Shards:
 
 
 def _listed(path: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """Return the files of a model, and the file of each tensor by its index, if there is one.
+    """Return the files of a model and, if there is an index, the file of each tensor.
 
-    transformers' order: the single file, then the index. Our choice: all files come last.
+    As in transformers, ``model.safetensors`` is used if it exists, else the files in the index. Our
+    choice: without both, all safetensors files of the folder are used.
     """
     expected = "expected a folder of safetensors files"
     try:
@@ -278,7 +281,8 @@ def _listed(path: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Return the file of each tensor; all files must be in the folder of the index."""
+    """Return the file of each tensor according to an index; raise unless all files are in the
+    folder of the index."""
     raw = read_json(path, MAX_HEADER_BYTES)
     placed = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(placed, dict) or not placed:

@@ -24,30 +24,31 @@ def resize_adapter(
     generator: torch.Generator | None = None,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> tuple[LoraAdapter, dict[str, float]]:
-    """Change the ranks of an adapter; its update stays, or becomes the best approximation.
+    """Change the ranks of an adapter; its updates are kept, or approximated as well as possible.
 
     A smaller rank keeps the largest singular values of ``B A``, with their roots in each factor. A
-    larger one keeps all values, and adds rows to ``A`` and zeros to ``B``. A rank that is 0 in both
-    factors also gets a row, so that training can change it. The scale stays, hence alpha changes.
-    Rank 0 removes the module. A bias and DoRA's magnitude stay as they are.
+    larger rank appends random rows to ``A`` and zeros to ``B``. If a rank is 0 in both factors, its
+    row of ``A`` is drawn at random too, so that training can change it. The scale does not change,
+    so alpha does. Rank 0 removes the module. A bias and DoRA's magnitude do not change.
 
     Args:
-        adapter: a value, a folder, or (config, state dict). It is not changed.
-        rank: for all modules, or by full module name; modules without an entry keep their rank.
-        generator: for new rows of ``A``, on the CPU; default is one of seed 0.
-        progress: wraps the list of module names, as ``tqdm`` does.
+        adapter: adapter, as a value, a folder, or (config, state dict). It is not changed.
+        rank: new rank of all modules, or ranks by full module name. Modules without an entry keep
+            their rank.
+        generator: generator on the CPU for new rows of ``A``; default is a generator of seed 0.
+        progress: function that wraps the list of module names, as ``tqdm`` does.
 
     Returns:
-        the adapter, in its dtypes, and the error by module: the Frobenius norm of the change of
-        ``scaling * B A`` (before rounding, and before DoRA's normalisation), or 0 if the rank did
-        not fall.
+        the new adapter, in the same dtypes, and the error by module. The error is the Frobenius
+        norm of the change of ``scaling * B A`` (before rounding and before DoRA's normalisation),
+        or 0 if the rank is not smaller.
 
     Raises:
-        ValueError: If a rank is not an integer of at least 0; the adapter lacks a module; values
-            are not finite.
+        ValueError: If a rank is not an integer of at least 0, if the adapter lacks a module, or if
+            values are not finite.
         NotImplementedError: If a module is a grouped convolution.
 
-    Source: LEGEND, re-ranking between rounds; Eckart and Young, 1936.
+    Source: LEGEND, which changes ranks between rounds; Eckart and Young, 1936.
     """
     adapter = LoraAdapter.of(adapter)
     ranks = _ranks(adapter, rank)
@@ -87,23 +88,25 @@ def prune_adapter(
     keep: Iterable[str] | Callable[[str], bool],
     mode: PruneMode = "remove",
 ) -> LoraAdapter:
-    """Keep an adapter in some modules, and remove its update from the others.
+    """Remove an adapter's update from all modules except some.
 
     Args:
-        adapter: a value, a folder, or (config, state dict). It is not changed.
-        keep: full names of the modules to keep, or a function of a name that returns whether to
-            keep it. Their tensors are not copied.
+        adapter: adapter, as a value, a folder, or (config, state dict). It is not changed.
+        keep: full names of the modules to keep, or a function that receives a name and returns
+            whether to keep the module. The tensors of these modules are not copied.
         mode: "remove" removes the other modules with their factors, biases and base weights;
-            "zero" keeps them and sets ``B`` and bias to 0. A trained bias of the base layer is
-            removed with "remove" and PEFT's ``bias="lora_only"``, and kept otherwise.
+            "zero" keeps them and sets ``B`` and the bias to 0. A trained bias of the base layer is
+            removed by "remove" if PEFT's setting is ``bias="lora_only"``, and kept otherwise.
 
     Returns:
-        the adapter; with "remove" its configuration names the remaining modules in full.
+        the new adapter. With "remove", its configuration contains the full names of the remaining
+        modules.
 
     Raises:
-        ValueError: If the adapter lacks a name.
+        ValueError: If the adapter has no module of a name.
         TypeError: If ``keep`` is neither names nor a function.
-        NotImplementedError: If "zero" is used on DoRA, whose magnitude would remain.
+        NotImplementedError: If "zero" is used on a module with DoRA, where the magnitude would
+            still change the base weight.
     """
     where = "prune_adapter"
     adapter = LoraAdapter.of(adapter)

@@ -1,7 +1,7 @@
 """Federated fine-tuning with LoRA: plans, payloads and aggregation, without Flower.
 
-``LocalGrid``, ``LoraStrategy``, ``make_client_app`` and ``make_server_app`` need Flower. They are
-imported from :mod:`lora_ext.federated.flower` on first access.
+``LocalGrid``, ``LoraStrategy``, ``make_client_app`` and ``make_server_app`` require the package
+``flwr``. They are imported from :mod:`lora_ext.federated.flower` on first access.
 """
 
 from lora_ext._on_demand import on_demand

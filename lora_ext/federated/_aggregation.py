@@ -1,4 +1,8 @@
-"""Aggregation of clients' updates into one global adapter, by layer and rank."""
+"""Aggregation of clients' updates into one global adapter, by layer and rank.
+
+The update of a module is ``s B A``: scale s, factors A ``(r, I)`` and B ``(O, r)``. Shape letters:
+r rank, I inputs and O outputs of a module.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +29,18 @@ class Aggregate:
     """The result of aggregating one round.
 
     Attributes:
-        state: the new global state. Untrained tensors are the original objects; if the round was
-            skipped, all are.
+        state: the new global adapter. A tensor that no client trained is the original object; if
+            the round was skipped, every tensor is.
         accepted: clients with valid replies, in ascending order.
-        rejected: the reason by client, with key, expected and found.
+        rejected: reasons of rejected replies by client, with key, expected and found.
         uncovered: layers that no accepted client trained.
-        noise: by layer, the relative difference between averaging A and B separately and averaging
-            ``B A``; with "svd", the relative truncation error.
-        skipped: whether the state is unchanged.
-        stacked: with "stack", ``(A, B)`` in float64 by module name in the base model; the caller
-            adds ``scaling * B @ A`` to the base weight.
-        clipped: by client, the factor below 1 that scaled a long update down to the bound.
+        noise: relative error of each layer: the difference between averaging A and B separately
+            and averaging ``B A``, or the truncation error with "svd".
+        skipped: whether the round was skipped, so that ``state`` equals the state before it.
+        stacked: with "stack", ``(A, B)`` in float64 by module name in the base model. The caller
+            must add ``scaling * B @ A`` to the base weight.
+        clipped: factor below 1 by which an update above ``max_update_norm`` was multiplied, by
+            client.
         reason: why the round was skipped.
     """
 
@@ -69,50 +74,53 @@ def aggregate(
 ) -> Aggregate:
     """Average the replies of a round into the global adapter.
 
-    Each tensor becomes ``theta + server_lr * (sum_i w_i theta_i / sum_i w_i - theta)``, summed over
-    the clients that trained its layer. ``theta_i`` is a client's value.
+    Each tensor theta becomes ``theta + server_lr * (sum_i w_i theta_i / sum_i w_i - theta)``,
+    summed over the clients i that trained its layer. Client i has the value ``theta_i`` and the
+    weight ``w_i``.
 
     =========== ===================================================================================
-    rank_agg    treatment of different ranks, or average of products
+    rank_agg    what is averaged
     =========== ===================================================================================
-    "covered"   row j of A and column j of B over the clients of rank above j
-    "zero_pad"  rows and columns that a client lacks count as zeros
-    "fro"       "covered" with weights ``w_i ||B_i A_i||_F``, or ``w_i`` if all of these are 0
-    "svd"       ``sum_i w_i B_i A_i``, truncated to the global rank, roots of the singular values in
-                each factor
-    "stack"     the same sum exactly, in ``stacked``, for the base weight; B becomes 0, A stays
+    "covered"   row j of A and column j of B, over the clients whose rank is above j
+    "zero_pad"  A and B, with zeros for the rows and columns that a client lacks
+    "fro"       as "covered", with weights ``w_i ||B_i A_i||_F``, or ``w_i`` if all of these are 0
+    "svd"       the products: ``sum_i w_i B_i A_i``, truncated to the global rank; each factor
+                contains the roots of the singular values
+    "stack"     the products, exactly: ``stacked`` contains factors of the sum, to be added to the
+                base weight; in the new state, B is 0 and A does not change
     =========== ===================================================================================
 
-    A rank can become 0 in both factors if clients cancel or "svd" finds fewer directions. It then
-    gets a random row of A, so that training can change it, and the product stays. "zero_pad"
-    keeps its zeros.
+    A rank can become 0 in both factors if the values of clients cancel or "svd" finds fewer
+    directions. Its row of A is then drawn at random, so that training can change it; the product
+    does not change. "zero_pad" keeps these zeros.
 
-    Sums are computed in float64, sorted by client, and rounded once to the dtype of the state, so
-    the order of replies does not change any bit. Invalid replies are rejected individually.
-    Nothing is broadcast.
+    Sums are computed in float64, with the clients in sorted order, and rounded once to the dtype of
+    the state, so the order of replies does not change any bit. Invalid replies are rejected
+    individually. No tensor is broadcast.
 
     Args:
         state: the whole global adapter under PEFT's names: A ``(r, I)``, B ``(O, r)``.
-        updates: identical updates of one client count once.
+        updates: the clients' replies. Identical updates of one client count once.
+        rank_agg: a row of the table.
         upload: content of a reply's tensors: "delta", differences from the state, or "value".
-        weighted_by: None gives every client the weight 1.
-        server_lr: above 0.
-        scaling: s of ``s B A``, for all modules or by module name in the base model. It is the same
-            for all clients.
-        nan_policy: "drop_client" rejects a reply with NaN or infinity; "drop_tensor" drops only the
-            tensor (and its partner, if products are averaged); "raise" ends the round.
-        max_update_norm: bound of the norm of an update over all its tensors; longer ones are scaled
+        weighted_by: weight of a client: its number of examples, or 1 if None.
+        server_lr: step size of the server, above 0.
+        scaling: scale s of all clients, one number or numbers by module name in the base model.
+        nan_policy: if a reply contains NaN or infinity, "drop_client" rejects it; "drop_tensor"
+            ignores only the tensor (and the other factor, if products are averaged); "raise" raises
+            an error.
+        max_update_norm: maximum norm of an update over all its tensors; a larger one is scaled
             down.
-        min_replies: with fewer accepted replies, the round is skipped.
+        min_replies: number of accepted replies below which the round is skipped.
         partial_ok: whether a reply may lack modules of its plan; both factors must be missing.
-        pattern: regular expression for the index of a layer in a name.
+        pattern: regular expression whose first group is the index of a layer in a name.
         shared: additional names of the state that every client sends, such as a head.
 
     Raises:
-        ValueError: If settings are out of range; the state has no layers, or factors do not fit; a
-            value is not finite with ``nan_policy="raise"``.
+        ValueError: If settings are out of range; if the state has no layers, or its factors do not
+            fit each other; or if a value is not finite and ``nan_policy="raise"``.
         TypeError: If an element of ``updates`` is not an :class:`Update`.
-        KeyError: If a factor of the state lacks its partner.
+        KeyError: If a module of the state lacks one of its two factors.
 
     Sources: Fed-HeLLo (arXiv 2506.12213), "covered"; HetLoRA, "zero_pad"; FlexLoRA, "svd"; FLoRA,
     "stack".
@@ -136,7 +144,7 @@ def aggregate(
 
 @torch.no_grad()
 def average(rules: Rules, updates: Iterable[Update]) -> Aggregate:
-    """Average the replies under checked rules; see :func:`aggregate`."""
+    """Average the replies, as :func:`aggregate` does, with settings that are already checked."""
     state, settings = rules.state, rules.settings
     for key in settings.shared:
         require(key in state, WHERE, "shared", f"names of the {len(state)} tensors", repr(key))
@@ -163,7 +171,7 @@ def average(rules: Rules, updates: Iterable[Update]) -> Aggregate:
 
 
 class _TooLarge(ArithmeticError):
-    """Raised for a result that overflows the dtype of the state."""
+    """Raised if a result overflows the dtype of the state."""
 
 
 class _Round:
@@ -177,7 +185,7 @@ class _Round:
         self.new: dict[str, Tensor] = {}
         self.stacked: dict[str, tuple[Tensor, Tensor]] = {}
         self._generator = torch.Generator().manual_seed(0)
-        self._squares: dict[int, tuple[float, float]] = {}  # squared error and size, by layer
+        self._squares: dict[int, tuple[float, float]] = {}  # layer -> squared error and size
 
     def add(self, pair: Pair, scale: float) -> None:
         """Aggregate the factors of one module."""
@@ -204,7 +212,8 @@ class _Round:
         }
 
     def _add_means(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
-        """Average A and B separately; return the error of that and the size."""
+        """Average A and B separately; return the norm of the difference from the averaged product,
+        and the norm of that product."""
         weights = _by_norm(parts) if self.rank_agg == "fro" else [p.weight for p in parts]
         zero_pad = self.rank_agg == "zero_pad"
         means: list[Tensor] = []
@@ -225,7 +234,8 @@ class _Round:
         return _noise_of(_normalised(weighed), means[0], means[1])
 
     def _add_nearest(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
-        """Average the products, and truncate to the module's rank; return error and size."""
+        """Average the products, and truncate the result to the module's rank; return the
+        truncation error and the norm of the averaged product."""
         if not parts:
             return 0.0, 0.0
         start_a, start_b = self._start(pair.a), self._start(pair.b)
@@ -241,7 +251,7 @@ class _Round:
         return dropped, size
 
     def _add_stack(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
-        """Stack the products for the base weight, and set B to 0."""
+        """Stack the clients' factors, which the caller adds to the base weight, and set B to 0."""
         if not parts:
             return 0.0, 0.0
         start_a, start_b = self._start(pair.a), self._start(pair.b)
@@ -250,7 +260,8 @@ class _Round:
         return 0.0, 1.0
 
     def _moved(self, parts: list[PairPart], a: Tensor, b: Tensor) -> list[PairPart]:
-        """Return the parts of a step of ``server_lr`` from the global to the mean product."""
+        """Return parts that sum to the result of a step of ``server_lr`` from the global product to
+        the mean."""
         if self.server_lr == 1:
             return parts
         towards = _normalised(parts, to=self.server_lr)
@@ -267,7 +278,7 @@ class _Round:
         return self.rules.state[key].detach().to("cpu", torch.float64)
 
     def write(self, key: str, value: Tensor, moved: bool = False) -> None:
-        """Store a value in the state's dtype; with ``moved=False``, first apply ``server_lr``."""
+        """Store a new value in the state's dtype; apply ``server_lr`` first unless ``moved``."""
         before = self.rules.state[key]
         if not moved and self.server_lr != 1:
             start = self._start(key)
@@ -290,10 +301,10 @@ def _scales(scaling: float | Mapping[str, float], pairs: Sequence[Pair]) -> dict
 
 
 # -------------------------------------------------------------------------------------------------
-# Factors of one module from those of several clients, in float64 on the CPU. A client's rank may be
-# smaller than the global one; its factors are then the first rows of A and the first columns of B.
-# Sums are computed client by client in the given order, element by element, so that results do not
-# depend on the number of threads.
+# The following functions combine the factors of one module from several clients, in float64 on the
+# CPU. A client's rank may be smaller than the global one; its factors are then the first rows of A
+# and the first columns of B. Clients are added one after another, so that results do not depend on
+# the number of threads.
 
 
 class Part(NamedTuple):
@@ -301,7 +312,7 @@ class Part(NamedTuple):
 
     weight: float
     value: Tensor
-    otherwise: float  # its weight if all weights are 0
+    otherwise: float  # weight to use if all weights are 0
 
 
 class PairPart(NamedTuple):
@@ -316,8 +327,8 @@ def _mean_of(start: Tensor, parts: Sequence[Part], axis: int, zero_pad: bool) ->
     """Return the weighted mean of each rank over the clients that have it, shaped like ``start``.
 
     Args:
-        start: the global value, kept for ranks that no client has.
-        parts: at least one.
+        start: global value, which is returned for ranks that no client has.
+        parts: values of at least one client.
         axis: dimension of the ranks.
         zero_pad: whether a client's missing ranks count as zeros.
     """
@@ -337,7 +348,8 @@ def _mean_of(start: Tensor, parts: Sequence[Part], axis: int, zero_pad: bool) ->
 
 
 def _mean(parts: Sequence[Part]) -> Tensor:
-    """Return the weighted mean, computed from the first value so that equal values stay exact."""
+    """Return the weighted mean. Differences from the first value are averaged, so that the mean of
+    equal values is exact."""
     weights = [part.weight for part in parts]
     if not any(weights):
         weights = [part.otherwise for part in parts]
@@ -350,13 +362,13 @@ def _mean(parts: Sequence[Part]) -> Tensor:
 
 
 def _by_norm(parts: Sequence[PairPart]) -> list[float]:
-    """Return the weights times the norms of ``B A``, or the weights if all norms are 0."""
+    """Return each weight times the norm of ``B A``, or the weights if all of these are 0."""
     scaled = [part.weight * norm_of(part.a.flatten(1), part.b.flatten(1)) for part in parts]
     return scaled if any(scaled) else [part.weight for part in parts]
 
 
 def _stack_of(parts: Sequence[PairPart]) -> tuple[Tensor, Tensor]:
-    """Return factors of ``sum w_i B_i A_i``; each contains the roots of the weights."""
+    """Return factors of ``sum w_i B_i A_i``; each factor contains the roots of the weights."""
     roots = [math.sqrt(abs(part.weight)) for part in parts]
     a = torch.cat([root * part.a.flatten(1) for root, part in zip(roots, parts, strict=True)])
     signs = [math.copysign(root, part.weight) for root, part in zip(roots, parts, strict=True)]
@@ -373,7 +385,7 @@ def _normalised(parts: Sequence[PairPart], to: float = 1.0) -> list[PairPart]:
 def _noise_of(parts: Sequence[PairPart], mean_a: Tensor, mean_b: Tensor) -> tuple[float, float]:
     """Return ``|| sum w_i B_i A_i - (mean B)(mean A) ||_F`` and ``|| sum w_i B_i A_i ||_F``.
 
-    Weights sum to 1. Ranks that no part has are excluded from the means.
+    The weights must sum to 1. Ranks that no part has are excluded from the means.
     """
     a, b = _stack_of(parts)
     size = norm_of(a, b)

@@ -1,4 +1,7 @@
-"""Switches for the layers of one client's model, and transfer of their tensors."""
+"""Control of which layers of a client's model train, and transfer of the layers' tensors.
+
+Shape letters: r rank, I inputs and O outputs of a module.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +24,33 @@ Others = Literal["frozen", "disabled"]
 
 
 class LoraLayerManager:
-    """The layers of a model's adapter, as a federated client trains them.
+    """Manager of the adapter's layers in the model of a federated client.
 
     A layer consists of all the adapter's parameters in one block of the model. A *planned* layer
-    trains. A *frozen* layer computes, but its parameters get no gradients. A *disabled* layer
-    computes only its base layer. Gradients of both are removed, so that an optimizer's weight decay
-    does not change them. Modules of the adapter outside all layers are always frozen. The base
-    model's parameters and ``model.training`` do not change.
+    trains. A *frozen* layer applies its adapter, but its parameters require no gradients. A
+    *disabled* layer computes only its base layer. The gradients of frozen and disabled layers are
+    set to None, so that an optimizer's weight decay does not change the parameters. Modules of the
+    adapter outside all blocks are always frozen. The base model's parameters and
+    ``model.training`` do not change.
 
     Args:
-        model: with layers of :mod:`lora_ext.nn` or PEFT, before or after ``from_peft``.
+        model: model with layers of :mod:`lora_ext.nn` or PEFT, before or after ``from_peft``.
         pattern: regular expression for module names; its first group is the index of the layer.
-        adapter: the adapter that is federated.
-        frozen_dropout: False switches off the dropout of frozen layers. PEFT leaves it on.
+        adapter: name of the adapter to train.
+        frozen_dropout: whether frozen layers apply their dropout, as in PEFT.
 
     Attributes:
-        num_layers: L.
-        modules: for each layer the names of its modules in the base model.
-        blocks: for each layer the name of its block in the model.
-        lowest_trainable: the lowest layer that trains; None if no layer trains, as before the first
-            :meth:`apply`.
+        num_layers: number of layers, L.
+        modules: for each layer, the names of its modules in the base model.
+        blocks: for each layer, the name of its block in the model.
+        lowest_trainable: index of the lowest layer that trains; None if no layer trains, which
+            includes the time before the first :meth:`apply`.
 
     Raises:
-        LayerNotFound: If the pattern matches no module of the adapter, or finds indices with gaps
-            or two blocks with one index.
-        ValueError: If there is no such adapter; a named layer has DoRA, a bias, an embedding or
-            routed experts, which payloads do not support.
+        LayerNotFound: If the pattern matches no module of the adapter; if the indices have gaps; or
+            if two blocks have the same index.
+        ValueError: If the model has no such adapter; or if a layer has DoRA, a bias, an embedding
+            or routed experts, which payloads do not support.
 
     Source: Fed-HeLLo (arXiv 2506.12213), local training of the planned layers.
     """
@@ -86,25 +90,28 @@ class LoraLayerManager:
         self.blocks = tuple(
             _one_block(i, {blocks[m] for m in ms}) for i, ms in enumerate(self.modules)
         )
-        # By identity, since other adapted layers have no pair, and names may have prefixes.
+        # Layers are compared by identity, since names may have prefixes. Layers outside all blocks
+        # have no pair, and get None.
         own = {id(self._layers[p.module]): p.layer for p in self._pairs}
         self._layer_of = [(layer, own.get(id(layer))) for layer in found.values()]
         dropouts = [layer.lora_dropout[adapter] for layer in found.values()]
         self._dropout = [d.p if isinstance(d, nn.Dropout) else None for d in dropouts]
 
     def apply(self, plan: LayerPlan, mode: Mode = "train", others: Others = "frozen") -> None:
-        """Switch the layers of the model to a plan, until the next call.
+        """Set which layers train and which are frozen or disabled, until the next call.
 
         Args:
-            plan: its ranks are only checked. :meth:`load_slice` sets the ranks, since rows of A and
-                columns of B that are both zero stay zero in training.
-            mode: "train" trains the planned layers, "eval" none of them.
+            plan: the layers to train. Its ranks are only checked: they take effect through
+                :meth:`load_slice`, since rows of A and columns of B that are both zero stay zero in
+                training.
+            mode: "train" to train the planned layers, "eval" to freeze them.
             others: state of the layers outside the plan, "frozen" (Fed-HeLLo) or "disabled"
                 (LEGEND).
 
         Raises:
-            ValueError: If the model lacks a layer or a rank; the mode is unknown; the adapter is
-                merged into the base weight, or not active in a planned layer. No layer has changed.
+            ValueError: If the model lacks a layer or a rank; if ``mode`` or ``others`` is unknown;
+                or if the adapter is merged into the base weight, or not active in a planned layer.
+                Then no layer is changed.
         """
         where = "LoraLayerManager.apply"
         choice(where, "mode", mode, get_args(Mode))
@@ -132,17 +139,18 @@ class LoraLayerManager:
     def boundary(self) -> Iterator[None]:
         """Return a context without an autograd graph below the lowest layer that trains.
 
-        Each block below it runs without gradients, even if its inputs require them. Activations and
-        the backward pass then cover only the trained blocks. Other modules below get no gradients
-        either. If no layer trains, this applies to all blocks. Checkpointing of the blocks above
-        must not be reentrant, which trains nothing if its inputs require no gradients.
+        Each block below that layer runs under ``no_grad``, even if its inputs require gradients.
+        Activations are stored, and the backward pass runs, only for the blocks from that layer
+        upwards. Modules before and between the lower blocks get no gradients either. If no layer
+        trains, all blocks run under ``no_grad``. Checkpointing of the upper blocks must not be
+        reentrant, since reentrant checkpointing trains nothing if no input requires a gradient.
         """
         lowest = self.num_layers if self.lowest_trainable is None else self.lowest_trainable
         without = _WithoutGraph()
         with contextlib.ExitStack() as hooks:
             for block in map(self.model.get_submodule, self.blocks[:lowest]):
                 hooks.enter_context(block.register_forward_pre_hook(without.enter))
-                # Also called if the forward raises, to restore gradients.
+                # ``always_call``, so that gradients are restored even if the forward raises.
                 leave = block.register_forward_hook(without.leave, always_call=True)
                 hooks.enter_context(leave)
             hooks.callback(without.end)
@@ -154,15 +162,16 @@ class LoraLayerManager:
         """Copy the factors of some layers to the CPU.
 
         Args:
-            layers: indices; None for all.
-            ranks: one per layer, the number of rows of A and columns of B to copy; None for all.
+            layers: indices of the layers; None for all layers.
+            ranks: for each layer, the number of rows of A and columns of B to copy; None for all.
 
         Returns:
-            by PEFT's names in files: A ``(r, I)``, B ``(O, r)``.
+            A ``(r, I)`` and B ``(O, r)`` by their names in PEFT's files.
 
         Raises:
-            ValueError, TypeError: If :class:`LayerPlan` raises, or the model lacks a layer or a
-                rank.
+            ValueError: If the layers and ranks are not a valid :class:`LayerPlan`, or the model
+                lacks a layer or a rank.
+            TypeError: If an index or a rank is not an integer.
         """
         plan = LayerPlan(tuple(range(self.num_layers)) if layers is None else layers, ranks)  # pyright: ignore[reportArgumentType]
         self._check_plan("LoraLayerManager.state_slice", plan)
@@ -179,18 +188,19 @@ class LoraLayerManager:
     def load_slice(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
         """Copy factors into the model; factors of a smaller rank are padded with zeros.
 
-        A row of A and a column of B that are both zero get zero gradients: an adapter of rank 8
-        padded to 16 trains like one of rank 8. The model's scale does not change.
+        If a row of A and the column of B of the same rank are both zero, so are their gradients: an
+        adapter of rank 8 padded to 16 trains like one of rank 8. The adapter's scale does not
+        change.
 
         Args:
-            state: from :meth:`state_slice`, or with names from the base model.
-            strict: False skips names that are not factors of a layer. True also requires every
-                module of each layer in ``state``.
+            state: factors from :meth:`state_slice`, or with module names of the base model.
+            strict: whether to raise for names that are not factors of a layer, and for a layer of
+                which ``state`` contains only some modules. False skips these names.
 
         Raises:
-            KeyError: If a factor lacks its partner.
-            ValueError: If the model lacks a name, a module is missing, a shape or dtype does not
-                fit. The model has not changed.
+            KeyError: If a module lacks one of its two factors.
+            ValueError: If the model lacks a name, if a module is missing, or if a shape or dtype
+                does not fit. Then the model is not changed.
         """
         where = "LoraLayerManager.load_slice"
         by_module = {pair.module: pair for pair in self._pairs}
@@ -243,14 +253,15 @@ class LoraLayerManager:
 
 
 class _WithoutGraph:
-    """Hooks that switch gradients off for the forward of a block, and restore them."""
+    """Hooks that disable gradients before the forward of a block, and restore them after it."""
 
     def __init__(self) -> None:
-        self._before = threading.local()  # two threads may run one model
+        # One stack of previous settings per thread, since two threads may run one model.
+        self._before = threading.local()
         self._ended = False
 
     def __deepcopy__(self, _memo: Any) -> _WithoutGraph:
-        return self  # shared with copies of the model, whose hooks must end too
+        return self  # copies of the model share this object, so that `end` disables their hooks
 
     def end(self) -> None:
         """Disable the hooks, including those on copies of the model."""
@@ -268,8 +279,9 @@ class _WithoutGraph:
 
 @contextlib.contextmanager
 def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Return a context in which modules have other forwards."""
-    # Restore only instance attributes, as accelerate sets them, not the class's forward.
+    """Return a context in which the ``forward`` of modules is replaced."""
+    # Only instance attributes are restored, such as those that accelerate sets. For other modules,
+    # deleting the attribute restores the class's forward.
     before = {module: module.__dict__.get("forward") for module in replaced}
     try:
         for module, forward in replaced.items():

@@ -1,9 +1,9 @@
-"""Updates of one size for every plan, of which the server needs only the sum.
+"""Updates for secure summation: they have one size for every plan, and the server uses only sums.
 
-Secure summation adds vectors that nobody can read individually. Each client therefore sends all
-layers multiplied by its weight, with zeros for untrained layers, and the weight of each rank of
-each module. The server divides the two sums. The result is the "covered" mean of :func:`aggregate`;
-its other rules and its rejections need individual replies.
+Secure summation adds vectors without revealing a single one. Each client therefore sends all layers
+multiplied by its weight, with zeros for untrained layers, and its weight for each rank of each
+module. The server divides the first sum by the second. The result is the "covered" mean of
+:func:`aggregate`; its other rules and its rejections require individual replies.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ def masked_payload(
     max_update_norm: float | None = None,
     pattern: str = PATTERN,
 ) -> dict[str, Tensor]:
-    """Return one client's summands: ``w * mask * delta``, and ``w * mask`` by rank.
+    """Return one client's terms of the sums: ``w * mask * delta``, and ``w * mask`` by rank.
+
+    ``w`` is the weight of the client, ``mask`` is 1 for the ranks that it trained and 0 for others,
+    and ``delta`` is its change of the global adapter.
 
     Args:
         state, update, upload, weighted_by, max_update_norm, pattern: see :func:`aggregate`.
 
     Returns:
         for every plan, all names of the state with their shapes, and ``<module>.rank_weights``
-        ``(r,)``; float64 if the state is float64, else float32.
+        ``(r,)`` with the rank r of the module; float64 if the state is float64, else float32.
 
     Raises:
         ValueError: If :func:`aggregate` would reject the update; the message contains the reason.
@@ -81,15 +84,15 @@ def aggregate_masked(
     server_lr: float = 1.0,
     pattern: str = PATTERN,
 ) -> dict[str, Tensor]:
-    """Compute the new global state from the sums of :func:`masked_payload` over the clients.
+    """Compute the new global adapter from the sums of :func:`masked_payload` over the clients.
 
     Args:
-        state: the state that the clients had.
-        sums: by name.
-        server_lr: above 0.
+        state: the global adapter from which the clients started.
+        sums: sums by name.
+        server_lr: step size of the server, above 0.
 
     Returns:
-        the state; a tensor that no client trained is the original object.
+        the new global adapter. A tensor that no client trained is the original object.
 
     Raises:
         ValueError: If a name is missing or unknown, a shape or dtype differs, weights are negative,
@@ -120,7 +123,7 @@ def divided(
     sums: Mapping[str, Tensor],
     server_lr: float,
 ) -> dict[str, Tensor]:
-    """Return :func:`aggregate_masked` of sums that fit the state; raise if a value overflows."""
+    """Compute :func:`aggregate_masked` from checked sums; raise if a value overflows."""
     result = dict(state)
     for pair in pairs:
         weights = sums[weights_key(pair)].to("cpu", torch.float64)
@@ -131,7 +134,7 @@ def divided(
             before = state[key].detach().to("cpu", torch.float64)
             by_rank = [1] * before.dim()
             by_rank[axis] = -1
-            # Untrained ranks are excluded below; 1 prevents NaN in the division.
+            # The quotients of untrained ranks are not used; dividing by 1 prevents NaN.
             total = torch.where(trained, weights, torch.ones_like(weights)).view(by_rank)
             moved = before + server_lr * sums[key].to("cpu", torch.float64) / total
             value = torch.where(trained.view(by_rank), moved, before).to(state[key].dtype)
@@ -147,5 +150,5 @@ def _wide(value: Tensor) -> torch.dtype:
 
 
 def weights_key(pair: Pair) -> str:
-    """Return the name of the weights of a module's ranks."""
+    """Return the name of the tensor with the weights of a module's ranks."""
     return f"{pair.module}.rank_weights"

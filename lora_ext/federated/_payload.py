@@ -1,8 +1,9 @@
 """Conversion of the tensors of planned layers to arrays of a message, and back.
 
 Messages are untrusted. A message has named arrays and a manifest of flat lists, the content of
-Flower's records. numpy has no bfloat16, so its bits are sent as ``uint16`` and marked in the
-manifest.
+Flower's records. numpy has no bfloat16, so the bits of bfloat16 are sent as ``uint16``, and the
+names of these tensors are in the manifest. Shape letters: r rank, I inputs and O outputs of a
+module.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ class Payload(NamedTuple):
     """The tensors of a client's layers in a message.
 
     Attributes:
-        arrays: by tensor name; or one packed array of bytes.
-        manifest: flat lists by name, with what the arrays do not contain.
+        arrays: arrays by tensor name, or one array of bytes with the name "packed".
+        manifest: flat lists by name. They contain the names of the bfloat16 tensors, or the names,
+            dtypes and shapes of the packed tensors.
     """
 
     arrays: dict[str, np.ndarray]
-    manifest: Manifest  # without empty lists, which Flower's ConfigRecord cannot count
+    manifest: Manifest  # without empty lists, whose size Flower's ConfigRecord cannot compute
 
     @property
     def nbytes(self) -> int:
@@ -59,8 +61,8 @@ def plan_shapes(
 
     Args:
         state: the whole global adapter.
-        plan: its ranks are at most the global ones.
-        pattern: regular expression for the index of a layer in a name.
+        plan: the layers, and ranks that do not exceed the global ones.
+        pattern: regular expression whose first group is the index of a layer in a name.
 
     Raises:
         ValueError: If the state lacks a layer or a rank, or is invalid as in :func:`aggregate`.
@@ -71,7 +73,7 @@ def plan_shapes(
 def shapes_of(
     pairs: Sequence[Pair], state: Mapping[str, Tensor], plan: LayerPlan
 ) -> dict[str, tuple[int, ...]]:
-    """Return :func:`plan_shapes` of a state with these pairs."""
+    """Compute :func:`plan_shapes` from the pairs of factors that the state contains."""
     where = "plan_shapes"
     known = {pair.layer for pair in pairs}
     for layer in plan.layers:
@@ -87,15 +89,16 @@ def shapes_of(
 
 
 def plan_bytes(state: Mapping[str, Tensor], plan: LayerPlan, pattern: str = PATTERN) -> int:
-    """Return the bytes of a plan's tensors in one direction, ``itemsize * sum of r (I + O)``.
+    """Return the size in bytes of a plan's tensors, ``itemsize * sum of r (I + O)``.
 
-    Framing is not included. Arguments and errors are those of :func:`plan_shapes`.
+    It is the traffic in one direction, without framing (headers and names). See
+    :func:`plan_shapes` for arguments and errors.
     """
     return bytes_of(state, plan_shapes(state, plan, pattern))
 
 
 def bytes_of(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the bytes of tensors of these shapes, in the dtypes of the state."""
+    """Return the size in bytes of tensors with these shapes and the dtypes of the state."""
     return sum(state[key].element_size() * math.prod(shape) for key, shape in shapes.items())
 
 
@@ -103,9 +106,9 @@ def pack_tensors(tensors: Mapping[str, Tensor], flat: bool = False) -> Payload:
     """Convert tensors to arrays of a message.
 
     Args:
-        tensors: float16, bfloat16, float32 or float64, on any device.
-        flat: pack all tensors in one array of bytes. Each array of a message has over a hundred
-            bytes of framing, which is much compared with factors of small ranks.
+        tensors: tensors by name, of dtype float16, bfloat16, float32 or float64, on any device.
+        flat: whether to pack all tensors into one array of bytes. Each array of a message adds more
+            than a hundred bytes of framing, which is much compared with factors of small ranks.
 
     Raises:
         ValueError: If a tensor has another dtype; the message names it.
@@ -136,16 +139,16 @@ def unpack_tensors(
 ) -> dict[str, Tensor]:
     """Copy the tensors out of a message.
 
-    Names, dtypes, shapes and sizes are compared before anything is allocated. Names may be missing;
-    :func:`aggregate` handles that.
+    Names, dtypes, shapes and sizes are checked before anything is allocated. A payload may lack
+    some of the names; :func:`aggregate` checks for that.
 
     Args:
-        payload: from :func:`pack_tensors`, untrusted.
-        shapes: of the allowed names, from :func:`plan_shapes`.
+        payload: untrusted payload in the format of :func:`pack_tensors`.
+        shapes: shapes by allowed name, from :func:`plan_shapes`.
         where: prefix of error messages, such as the node.
 
     Raises:
-        ValueError: If the payload is invalid; the message names key, expected and found.
+        ValueError: If the payload is invalid; the message contains key, expected and found.
     """
     manifest = payload.manifest
     found: dict[str, Tensor] = {}
@@ -222,18 +225,18 @@ def _list(manifest: Mapping[str, Any], name: str, kind: type, where: str) -> lis
 def read_npy(data: bytes, where: str = "read_npy") -> np.ndarray:
     """Read the bytes of a .npy file as an array, without a copy and without pickle.
 
-    The size of the header's shape is compared with the number of bytes before any allocation.
+    The size of an array with the shape and dtype in the header is compared with the number of bytes
+    before any allocation.
 
     Args:
-        data: untrusted.
+        data: untrusted content of a file.
         where: prefix of error messages.
 
     Returns:
-        a read-only array that shares the bytes' memory.
+        a read-only array that shares the memory of ``data``.
 
     Raises:
-        ValueError: If the bytes are not a .npy file of numbers; the message names expected and
-            found.
+        ValueError: If the bytes are not a .npy file of numbers.
     """
     file = io.BytesIO(data)
     try:

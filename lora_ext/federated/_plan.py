@@ -1,4 +1,4 @@
-"""Plans of what a client trains in a round, and the assignment of tensor names to layers."""
+"""Plans of the layers that a client trains in a round, and the assignment of tensors to layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_ext.layers import block_index
 
 Client = int | str
 
-#: Pattern of the layer index in a module name, as in most transformers models.
+#: Default pattern of the layer index in a module name. It fits most transformers models.
 PATTERN = r"layers\.(\d+)\."
 
 
@@ -24,16 +24,17 @@ class LayerPlan:
     """The layers that a client trains, and the rank of each.
 
     Attributes:
-        layers: indices from 0, in ascending order; the argument may have any order.
-        ranks: one for each layer, ``ranks[j]`` for ``layers[j]``; None if every layer has the rank
-            of the global adapter.
+        layers: zero-based indices in ascending order. You can pass them in any order.
+        ranks: ``ranks[j]`` is the rank of ``layers[j]``. None if every layer has the rank of the
+            global adapter.
 
     Raises:
         TypeError: If an index or a rank is not an integer.
         ValueError: If an index is below 0 or repeated, a rank is below 1, or the numbers of ranks
             and layers differ.
 
-    Sources: Fed-HeLLo (arXiv 2506.12213), S_i^t; LEGEND (arXiv 2412.20004), r_l.
+    Sources: Fed-HeLLo (arXiv 2506.12213), where the layers are S_i^t; LEGEND (arXiv 2412.20004),
+    where the ranks are r_l.
     """
 
     layers: tuple[int, ...]
@@ -55,13 +56,15 @@ class LayerPlan:
         object.__setattr__(self, "ranks", tuple(ranks[i] for i in order) if ranks else None)
 
     def rank_of(self, layer: int, full: int) -> int:
-        """Return the rank of the planned ``layer``; ``full``, the global adapter's, if the plan has
-        no ranks."""
+        """Return the rank of the planned ``layer``. If the plan has no ranks, return ``full``, the
+        rank of the global adapter."""
         return full if self.ranks is None else self.ranks[self.layers.index(layer)]
 
     def to_config(self) -> dict[str, list[int]]:
-        """Return flat lists, as JSON and Flower's ``ConfigRecord`` store them, without empty
-        ``ranks``."""
+        """Return the plan as lists of integers, which JSON and Flower's ``ConfigRecord`` can store.
+
+        ``ranks`` is omitted if it is None.
+        """
         found = {"layers": list(self.layers)}
         if self.ranks is not None:
             found["ranks"] = list(self.ranks)
@@ -69,23 +72,26 @@ class LayerPlan:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LayerPlan:
-        """Read the output of :meth:`to_config`, ignoring other keys of a message.
+        """Create a plan from the output of :meth:`to_config`.
 
         Args:
-            config: lists of integers, "layers" and optionally "ranks".
+            config: lists of integers by name: "layers" and optionally "ranks". Other keys of a
+                message are ignored.
 
         Raises:
-            ValueError, TypeError: If ``layers`` is missing, or :class:`LayerPlan` raises.
+            ValueError: If "layers" is missing, or the plan is not valid.
+            TypeError: If an index or a rank is not an integer.
         """
         require("layers" in config, "LayerPlan", "config", "layers", sorted(map(str, config)))
         return cls(config["layers"], config.get("ranks"))
 
 
 class Allocator(Protocol):
-    """An object that chooses the layers of each client."""
+    """Interface of an object that chooses the layers of each client."""
 
     def plan(self, round: int, client: Client, capability: int) -> LayerPlan:
-        """Return the plan of one client, at most ``capability`` layers; not called for 0."""
+        """Return the plan of one client, with at most ``capability`` layers. It is not called for a
+        capability of 0."""
         ...
 
 
@@ -97,13 +103,13 @@ def _integers(name: str, values: Any, least: int) -> tuple[int, ...]:
 
 
 class LayerNotFound(ValueError):
-    """A pattern matches no layer, or the indices of the layers have gaps."""
+    """Raised if a pattern matches no layer, or if the indices of the layers have gaps."""
 
 
 class Pair(NamedTuple):
-    """The two factors of one module, by their names."""
+    """Names of the two factors of one module in a state dict."""
 
-    module: str  # in the base model
+    module: str  # name of the module in the base model
     layer: int
     a: str  # (r, I)
     b: str  # (O, r)
@@ -118,9 +124,9 @@ def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[P
         pattern: a regular expression whose first group is the index of the layer.
 
     Raises:
-        KeyError: If a factor lacks its partner.
-        LayerNotFound: If no name has an index.
-        ValueError: If factors have different ranks, or are not floating matrices.
+        KeyError: If a module lacks one of its two factors.
+        LayerNotFound: If the pattern matches no name of a factor.
+        ValueError: If the factors of a module have different ranks, or are not floating matrices.
     """
     found: list[Pair] = []
     for module, (a, b) in factor_keys(where, state).items():
@@ -136,7 +142,7 @@ def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[P
 
 
 def check_layers(where: str, layers: set[int]) -> int:
-    """Return the number of layers; raise unless their indices are 0, 1, ... without a gap."""
+    """Return the number of layers; raise unless their indices are 0, 1, ... without gaps."""
     if layers != set(range(len(layers))):
         expected = f"the indices 0 to {max(layers)} without a gap"
         raise LayerNotFound(f"{where}: pattern: expected {expected}, found {sorted(layers)}")

@@ -1,4 +1,7 @@
-"""Replies of clients, and the checks before they are averaged."""
+"""Replies of clients, and the checks that a reply must pass before it is averaged.
+
+Shape letters: r rank, I inputs and O outputs of a module.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ class Update:
 
     Attributes:
         client: unique number or name of the client.
-        num_examples: number of training examples, its weight in the mean.
-        tensors: the planned layers under the names of the global state, A ``(r, I)`` and B
-            ``(O, r)``: differences from the global values, or the new values.
+        num_examples: number of training examples, which is the client's weight in the mean.
+        tensors: factors of the planned layers, A ``(r, I)`` and B ``(O, r)``, under the names of
+            the global state. The values are differences from the global values, or new values.
         plan: the plan that the server sent.
         loss: training loss; not used by :func:`aggregate`.
         failed: whether the client reports that it could not train.
@@ -49,7 +52,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Settings:
-    """The checked keyword arguments of :func:`aggregate`; see there."""
+    """Keyword arguments of :func:`aggregate`, checked."""
 
     rank_agg: RankAgg = "covered"
     upload: Upload = "delta"
@@ -85,21 +88,22 @@ class Rules:
 
     @functools.cached_property
     def axes(self) -> dict[str, int]:
-        """Dimension of the ranks of each factor: 0 for A, 1 for B."""
+        """Dimension of the rank by name of a factor: 0 for A, 1 for B."""
         return {key: axis for p in self.pairs for axis, key in enumerate((p.a, p.b))}
 
     @functools.cached_property
     def layers(self) -> dict[str, int]:
-        """The layer of each factor."""
+        """Layer index by name of a factor."""
         return {key: p.layer for p in self.pairs for key in (p.a, p.b)}
 
     def head(self, key: str, rank: int) -> Tensor:
-        """Return the part of a global tensor that a factor of rank ``rank`` covers, in float64."""
+        """Return the first ``rank`` ranks of a global factor, or a whole other tensor, in
+        float64."""
         value = self.state[key].detach().to("cpu", torch.float64)
         return value if key not in self.axes else value.narrow(self.axes[key], 0, rank)
 
     def rank(self, key: str, value: Tensor) -> int:
-        """Return the rank of a factor, or 0 for another tensor."""
+        """Return the rank of a factor, or 0 for a tensor that is not a factor."""
         return value.shape[self.axes[key]] if key in self.axes else 0
 
 
@@ -110,10 +114,10 @@ class Reply:
     client: Client
     weight: float
     tensors: Mapping[str, Tensor]
-    factor: float  # scales its update down, at most 1
+    factor: float  # at most 1; multiplies the update
 
     def value(self, key: str, rules: Rules) -> Tensor:
-        """Return the client's value of a tensor, in float64 on the CPU."""
+        """Return the client's new value of a tensor, in float64 on the CPU."""
         sent = self.tensors[key].detach().to("cpu", torch.float64)
         is_value = rules.settings.upload == "value"
         if is_value and self.factor == 1:
@@ -124,11 +128,11 @@ class Reply:
 
 
 class Rejected(ValueError):
-    """Raised for a reply that cannot be averaged; contains the reason."""
+    """Raised for a reply that cannot be averaged; the message contains the reason."""
 
 
 class _EndsRound(Rejected):
-    """Raised for a value that is not finite, with ``nan_policy="raise"``."""
+    """Raised for a value that is not finite if ``nan_policy="raise"``."""
 
 
 def need(holds: bool, name: str, expected: object, found: object) -> None:
@@ -138,7 +142,7 @@ def need(holds: bool, name: str, expected: object, found: object) -> None:
 
 
 def by_client(updates: Iterable[Update]) -> dict[Client, list[Update]]:
-    """Return the replies of each client, sorted by client; raise `TypeError` unless all are
+    """Group replies by client, sorted by client; raise `TypeError` unless each is an
     :class:`Update`."""
     found: dict[Client, list[Update]] = {}
     for update in updates:
@@ -146,14 +150,14 @@ def by_client(updates: Iterable[Update]) -> dict[Client, list[Update]]:
         known = isinstance(update, Update)
         require(known, "aggregate", "updates", "Update values", kind, TypeError)
         found.setdefault(update.client, []).append(update)
-    # Numbers come before names, since Python cannot compare the two types.
+    # Integers are sorted before strings, since Python cannot compare the two types.
     return {
         c: found[c] for c in sorted(found, key=lambda client: (isinstance(client, str), client))
     }
 
 
 def only(updates: Sequence[Update]) -> Update:
-    """Return the first of a client's replies; raise :class:`Rejected` unless all are equal."""
+    """Return the first reply of a client; raise :class:`Rejected` unless its others are equal."""
     first, *others = updates
     once = all(_same(first, other) for other in others)
     need(once, "reply", "one, or equal ones", "two that differ")
@@ -163,12 +167,15 @@ def only(updates: Sequence[Update]) -> Update:
 def accept(
     updates: Iterable[Update], rules: Rules
 ) -> tuple[list[Reply], dict[Client, str], dict[Client, float]]:
-    """Return the accepted replies, sorted by client, the reasons for the rejected ones, and by
-    client the factor of an update that was too long.
+    """Check the replies of a round.
+
+    Returns:
+        the accepted replies, sorted by client; the reason of each rejection by client; and, by
+        client, the factor below 1 of each update that was scaled down.
 
     Raises:
         ValueError: If a value is not finite and ``nan_policy="raise"``.
-        TypeError: If an element is not an :class:`Update`.
+        TypeError: If an element of ``updates`` is not an :class:`Update`.
     """
     replies: list[Reply] = []
     reasons: dict[Client, str] = {}
@@ -215,7 +222,7 @@ def _accepted(update: Update, rules: Rules) -> Reply:
 
 
 def weight_of(examples: Any) -> float:
-    """Return the number of examples of a reply as a weight; raise :class:`Rejected` if invalid."""
+    """Return a reply's number of examples as a float; raise :class:`Rejected` if it is invalid."""
     expected = f"a number above 0, up to {_MAX_EXAMPLES}"
     real = isinstance(examples, numbers.Real) and not isinstance(examples, bool | np.bool_)
     need(real, "num-examples", expected, type(examples).__name__)
@@ -225,7 +232,8 @@ def weight_of(examples: Any) -> float:
 
 
 def _checked(tensors: Any, plan: LayerPlan, rules: Rules) -> dict[str, Tensor]:
-    """Return the tensors of a reply in the order of the global state, without reading values."""
+    """Check names, dtypes and shapes of a reply's tensors, without reading values, and return the
+    tensors in the order of the global state."""
     need(isinstance(tensors, Mapping), "tensors", "a mapping", type(tensors).__name__)
     for key, value in tensors.items():
         known = isinstance(key, str) and (key in rules.layers or key in rules.settings.shared)
@@ -259,7 +267,8 @@ def _finite(tensors: dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
 
 
 def _clip_factor(tensors: dict[str, Tensor], rules: Rules) -> float:
-    """Return the factor that limits the norm of the whole update to the bound, at most 1."""
+    """Return the factor, at most 1, that limits the norm of the whole update to
+    ``max_update_norm``."""
     bound = rules.settings.max_update_norm
     if bound is None:
         return 1.0
@@ -280,7 +289,7 @@ def _clip_factor(tensors: dict[str, Tensor], rules: Rules) -> float:
 
 
 def _same(first: Update, second: Update) -> bool:
-    """Return whether two replies of one client are equal, bit for bit."""
+    """Return whether two replies of one client are bitwise equal."""
     ours, theirs = first.tensors, second.tensors
     known = [(u.plan, u.failed, *_spelled(u.num_examples, u.loss)) for u in (first, second)]
     if known[0] != known[1] or not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
@@ -289,7 +298,8 @@ def _same(first: Update, second: Update) -> bool:
 
 
 def _spelled(*values: Any) -> list[str]:
-    """Return the text of values; in hex, since Python limits decimal integers to 4300 digits."""
+    """Return each value as text. Integers are in hexadecimal, since Python limits the conversion to
+    decimal to 4300 digits."""
     return [hex(value) if type(value) is int else repr(value) for value in values]
 
 
@@ -302,4 +312,4 @@ def _equal(first: Any, second: Any) -> bool:
     if not first.numel():
         return True
     bits = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (first, second)]
-    return torch.equal(*bits)  # a NaN equals itself
+    return torch.equal(*bits)  # bits, so that a NaN equals itself

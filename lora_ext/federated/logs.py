@@ -1,4 +1,4 @@
-"""Logs of the traffic and of the rounds of a federation, convertible to JSON."""
+"""Logs of a federation's traffic and rounds, which can be converted to JSON."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ._update import Client
 
 
 class CommRow(NamedTuple):
-    """The bytes of one client in one round: ``up`` were sent, ``down`` were received."""
+    """Bytes that one client sent and received in one round."""
 
     round: int
     client: Client
-    up: int = 0
-    down: int = 0
-    frames: int = 0  # headers, names and settings, in up and down together
-    full: int = 0  # up and down if all layers were sent
+    up: int = 0  # sent by the client
+    down: int = 0  # received by the client
+    frames: int = 0  # part of up + down that is not tensor data: headers, names and settings
+    full: int = 0  # up + down if the messages contained all layers
 
 
 class CommLog:
-    """Bytes by round and client, as counted in messages.
+    """Log of the bytes in messages, by round and client.
 
-    Records of the same round and client are added, since messages in both directions are counted
-    separately.
+    You can record bytes of the same round and client repeatedly, such as once per direction. The
+    log contains their sum.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class CommLog:
 
     @property
     def rows(self) -> list[CommRow]:
-        """Rows of the log, one per round and client, in the order of their first record."""
+        """Rows of the log, one per round and client, in the order of the first record of each."""
         return list(self._rows.values())
 
     def record(
@@ -51,17 +51,18 @@ class CommLog:
         frames: int = 0,
         full: int = 0,
     ) -> None:
-        """Add bytes to those of a round and client.
+        """Add numbers of bytes to the row of a round and client.
 
         Args:
             round, client: key of the row.
-            up, down: bytes that the client sent and received.
-            frames: part of both that is not tensor data.
-            full: up and down if all layers were sent.
+            up: bytes that the client sent.
+            down: bytes that the client received.
+            frames: part of ``up + down`` that is not tensor data.
+            full: value that ``up + down`` would have if the messages contained all layers.
 
         Raises:
-            ValueError: If a number is below 0.
-            TypeError: If a number is not an int.
+            ValueError: If a number of bytes is below 0.
+            TypeError: If a number of bytes is not an int.
         """
         row = self._rows.get((round, client), CommRow(round, client))
         more = {"up": up, "down": down, "frames": frames, "full": full}
@@ -74,8 +75,8 @@ class CommLog:
         """Sum one column, in bytes.
 
         Args:
-            name: "up", "down", "frames" or "full".
-            round: only this round; None is all of them.
+            name: name of the column: "up", "down", "frames" or "full".
+            round: number of the round to sum over; None for all rounds.
 
         Raises:
             ValueError: If ``name`` is unknown.
@@ -84,27 +85,30 @@ class CommLog:
         return sum(getattr(r, name) for r in self.rows if round is None or r.round == round)
 
     def cumulative(self, name: str = "up") -> dict[int, int]:
-        """Return, by round, the sum of one column up to and including that round. ``name`` is that
-        of :meth:`total`."""
+        """Return, by round, the sum of a column up to and including that round, in bytes. See
+        :meth:`total` for ``name``."""
         rounds = sorted({row.round for row in self.rows})
         totals = itertools.accumulate(self.total(name, round) for round in rounds)
         return dict(zip(rounds, totals, strict=True))
 
     @property
     def share(self) -> float:
-        """Ratio of the bytes sent to those of all layers for the same clients; 0 if empty."""
+        """Ratio of the transferred bytes to the bytes of messages with all layers; 0 for an empty
+        log."""
         full = self.total("full")
         return (self.total("up") + self.total("down")) / full if full else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return lists and numbers, for JSON."""
+        """Return the rows as lists, which JSON can store."""
         return {"rows": [list(row) for row in self.rows]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the rows by those of :meth:`state_dict`.
+        """Replace the rows by the output of :meth:`state_dict`. If an error is raised, the log does
+        not change.
 
         Raises:
-            ValueError, TypeError: If rows are invalid; the log has not changed.
+            ValueError: If a row has a wrong number of entries, or a value is below 0.
+            TypeError: If a value is not an int.
         """
         fresh = CommLog()
         for row in state["rows"]:
@@ -116,11 +120,11 @@ class CommLog:
 
 @dataclass(frozen=True)
 class RoundLog:
-    """The outcome of one round.
+    """Log entry of one round.
 
     Attributes:
-        round: its number.
-        plans: the plan sent to each client.
+        round: number of the round.
+        plans: the plan that each client received.
         accepted, rejected, clipped, uncovered, noise, skipped, reason: see :class:`Aggregate`.
         heights: for each layer, the number of accepted clients that trained it.
     """
@@ -143,8 +147,10 @@ class RoundLog:
         """Create the entry of a round.
 
         Args:
-            plans: of all clients that received one.
-            num_layers: L.
+            round: number of the round.
+            plans: plans by client, for all clients that received one.
+            result: result of the aggregation.
+            num_layers: number of layers of the model.
         """
         trained = [plans[client].layers for client in result.accepted]
         heights = tuple(sum(i in layers for layers in trained) for i in range(num_layers))
@@ -153,7 +159,8 @@ class RoundLog:
         return cls(round, dict(plans), heights=heights, **own)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a dict for JSON; mappings become pairs, since JSON has no numeric keys."""
+        """Return a dict that JSON can store. Mappings become lists of pairs, since JSON converts
+        numeric keys to strings."""
         found = asdict(self)
         found["plans"] = [[client, plan.to_config()] for client, plan in self.plans.items()]
         for name in ("rejected", "clipped", "noise"):
@@ -164,7 +171,8 @@ class RoundLog:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RoundLog:
-        """Read the output of :meth:`to_dict`, with or without conversion to JSON."""
+        """Create an entry from the output of :meth:`to_dict`, which may have been converted to JSON
+        and back."""
         read: dict[str, Any] = dict(values)
         read["plans"] = {client: LayerPlan.from_config(plan) for client, plan in values["plans"]}
         for name in ("rejected", "clipped", "noise"):

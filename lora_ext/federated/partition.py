@@ -1,4 +1,4 @@
-"""Partitions of labelled samples among clients, so that clients have different classes."""
+"""Partitions of labelled samples in which clients have different distributions of classes."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ _TRIES = 100
 def partition_pathological(
     labels: ArrayLike, n_clients: int, classes_per_client: int, *, seed: int, min_per_share: int = 2
 ) -> Shares:
-    """Give each client samples of only a few classes.
+    """Assign samples of only a few classes to each client.
 
-    Each class has as many clients as any other, or one more. Within a class, the sizes of the
-    clients' shares are drawn from Dirichlet(1).
+    Every class is assigned to the same number of clients, up to a difference of one. The samples of
+    a class are divided among its clients in proportions drawn from Dirichlet(1).
 
     Args:
-        labels: ``(samples,)``, the class of each.
-        n_clients: N.
+        labels: class of each sample, ``(samples,)``.
+        n_clients: number of clients.
         classes_per_client: exact number of classes of each client.
-        seed: of a separate random stream.
+        seed: seed of the random numbers; the global random state is not used.
         min_per_share: minimum number of samples that a client has of each of its classes.
 
     Returns:
-        for each client the indices of its samples, ascending. Each sample has exactly one client.
+        for each client, the indices of its samples in ascending order. Each sample belongs to
+        exactly one client.
 
     Raises:
-        ValueError: If settings are out of range; there are more classes per client than classes, or
-            so few that some class has no client; a class has too few samples for its clients.
+        ValueError: If an argument is out of range; if ``classes_per_client`` exceeds the number of
+            classes, or is so small that some class has no client; or if a class has too few samples
+            for its clients.
 
-    Source: the partition in the logs of Fed-HeLLo (arXiv 2506.12213); the balance is our choice.
+    Source: the partition in the logs of Fed-HeLLo (arXiv 2506.12213). That classes have equal
+    numbers of clients is our choice.
     """
     where = "partition_pathological"
     classes, members = _by_class(where, labels)
@@ -52,7 +55,7 @@ def partition_pathological(
     generator = np.random.default_rng(seed)
     owners: list[list[int]] = [[] for _ in classes]
     for client in range(n_clients):
-        fewest = generator.random(most) + [len(each) for each in owners]  # ties at random
+        fewest = generator.random(most) + [len(each) for each in owners]  # breaks ties at random
         for index in np.argsort(fewest)[:classes_per_client]:
             owners[index].append(client)
     shares: list[list[Any]] = [[] for _ in range(n_clients)]
@@ -69,21 +72,24 @@ def partition_pathological(
 def partition_dirichlet(
     labels: ArrayLike, n_clients: int, alpha: float, *, seed: int, min_size: int = 1
 ) -> Shares:
-    """Split each class among all clients, in parts that are drawn from Dirichlet(alpha).
+    """Divide each class among all clients, in proportions drawn from Dirichlet(alpha).
 
     Args:
-        labels: ``(samples,)``, the class of each.
-        n_clients: N.
-        alpha: above 0; small values give a client few classes, large ones equal parts of all.
-        seed: of a separate random stream.
+        labels: class of each sample, ``(samples,)``.
+        n_clients: number of clients.
+        alpha: parameter of the distribution, above 0. Small values give a client few classes, large
+            values similar parts of all.
+        seed: seed of the random numbers; the global random state is not used.
         min_size: minimum number of samples of a client. At most a hundred splits are drawn until
-            it is reached.
+            every client has that many.
 
     Returns:
-        for each client the indices of its samples, ascending. Each sample has exactly one client.
+        for each client, the indices of its samples in ascending order. Each sample belongs to
+        exactly one client.
 
     Raises:
-        ValueError: If settings are out of range; no draw gave every client ``min_size`` samples.
+        ValueError: If an argument is out of range, or if in every drawn split some client has fewer
+            than ``min_size`` samples.
     """
     where = "partition_dirichlet"
     _, members = _by_class(where, labels)
@@ -110,7 +116,7 @@ def partition_dirichlet(
 
 
 def _by_class(where: str, labels: ArrayLike) -> tuple[list[Any], Shares]:
-    """Return the classes, and the indices of the samples of each."""
+    """Return the classes, and for each class the indices of its samples."""
     array = np.asarray(labels)
     require(array.ndim == 1 and array.size > 0, where, "labels", "(samples,)", array.shape)
     classes, inverse = np.unique(array, return_inverse=True)
@@ -118,7 +124,8 @@ def _by_class(where: str, labels: ArrayLike) -> tuple[list[Any], Shares]:
 
 
 def _rounded(wanted: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Round sizes to integers with this sum; the largest remainders are rounded up."""
+    """Round sizes to integers with the sum ``total``: round down, except the sizes with the largest
+    remainders."""
     sizes = np.floor(wanted).astype(np.int64)
     order = np.argsort(sizes - wanted, kind="stable")
     sizes[order[: total - int(sizes.sum())]] += 1

@@ -1,7 +1,8 @@
-"""Stacked parameters of all clients, one tensor per parameter, and one AdamW for them.
+"""Banks, which stack one parameter of all clients in one tensor, and an AdamW for all banks.
 
-A layer therefore copies nothing, and a step of the optimizer has few calls for any number of
-clients. Letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` in, ``O`` out.
+A layer therefore copies nothing, and a step of the optimizer takes few calls for any number of
+clients. Shape letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` inputs, ``O``
+outputs. The *place* of a client is its index when clients are sorted by decreasing number of steps.
 """
 
 from __future__ import annotations
@@ -23,21 +24,24 @@ _CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class Bank:
-    """Factors of one module: the global ones, if a client needs them, then those of each client.
+    """Stacked factors of one module: the global factors, if a client needs them, followed by the
+    factors of each client that trains the module.
 
     Args:
-        clients: in the order of their places; the first ones have the most steps.
-        start: the global factors, ``(r, I)`` and ``(O, r)``, on the module's device.
-        others_use_global: whether clients that do not train the module use the global factors, or
-            no factors.
-        p: of the adapter's dropout.
+        pair: names of the module and its factors.
+        clients: all clients of the round, in the order of their places.
+        start: global factors, ``(r, I)`` and ``(O, r)``, on the module's device.
+        others_use_global: whether clients that do not train the module use the global factors;
+            otherwise they use no factors.
+        scaling: scale of the adapter.
+        p: probability of the adapter's dropout.
 
     Attributes:
-        a, b: ``(A, R, I)`` and ``(A, O, R)``, zero above a client's rank.
-        members: places of the clients that train the module, ascending.
-        num_global: number of global entries in A: 1, or with dropout one per client that needs
-            them, since each client has separate masks.
-        table: index in the bank for each place, -1 for no factors.
+        a, b: stacked factors, ``(A, R, I)`` and ``(A, O, R)``. Entries above a client's rank are 0.
+        members: places of the clients that train the module, in ascending order.
+        num_global: number of copies of the global factors in the bank: 1, or with dropout one per
+            client that needs them, since each client has separate masks.
+        table: for each place, the index in the bank, or -1 for no factors.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Bank:
         self.start = start
         self.scaling = scaling
         self.p = p
-        self.seeds: Tensor | None = None  # (A,), of the dropout
+        self.seeds: Tensor | None = None  # (A,), seeds of the dropout masks
         self.members = [place for place, c in enumerate(clients) if pair.a in c.shapes]
         others = [place for place, c in enumerate(clients) if pair.a not in c.shapes]
         others = others if others_use_global else []
@@ -82,10 +86,10 @@ class Bank:
         return self.a, self.b
 
     def activate(self, places: int) -> None:
-        """Restrict later calls to the clients at the first ``places`` places."""
+        """Restrict later steps to the clients at the first ``places`` places."""
         self.trained = sum(place < places for place in self.members)
         self.size = self.num_global + self.trained
-        # Leaves share the bank's memory, so the optimizer's writes are not part of a graph.
+        # Leaves share the bank's memory. The optimizer writes to the bank, outside any graph.
         self.leaves = [t[: self.size].detach() for t in (self.a, self.b)]
         for leaf in self.leaves:
             leaf.requires_grad_(self.trained > 0)
@@ -94,11 +98,11 @@ class Bank:
         )
 
     def draw(self, seeds: Tensor) -> None:
-        """Set the seeds of the dropout masks of a step, one per client."""
+        """Set the dropout seeds of a step; ``seeds`` contains one per client, by place."""
         self.seeds = seeds[self._places[: self.size]].to(self.a.device)
 
     def give(self, clients: Sequence[ClientRound]) -> None:
-        """Store a copy of the changes of its factors in each client."""
+        """Store the changes of the factors in the clients that train the module, as copies."""
         found: list[Tensor] = []
         for values, start in zip((self.a, self.b), self.start, strict=True):
             own = values[self.num_global :].cpu()
@@ -114,7 +118,8 @@ class Bank:
                 client.changes[key] = own.clone(memory_format=torch.contiguous_format)
 
     def _cut(self, a: Tensor, b: Tensor) -> None:
-        """Set the entries above each adapter's rank to zero, for the last adapters of the bank."""
+        """Set the entries above each adapter's rank to zero; ``a`` and ``b`` contain the last
+        adapters of the bank."""
         ranks = torch.tensor(self.ranks[-len(a) :], device=a.device)
         beyond = torch.arange(a.shape[1], device=a.device) >= ranks[:, None]  # (adapters, R)
         a.masked_fill_(beyond[:, :, None], 0)
@@ -122,8 +127,11 @@ class Bank:
 
 
 class SharedBank:
-    """Copies ``(A, ...)`` of one parameter outside the adapters, one per client, with the interface
-    of :class:`Bank` for the optimizer. ``start`` is the global value, on its device."""
+    """Stacked copies ``(A, ...)`` of one parameter outside the adapters, one per client.
+
+    The optimizer uses it like a :class:`Bank`. ``start`` is the global value of the parameter, on
+    the parameter's device.
+    """
 
     num_global = 0
 
@@ -141,7 +149,7 @@ class SharedBank:
         self.leaves = [self.values[0][:places].detach().requires_grad_()]
 
     def give(self, clients: Sequence[ClientRound]) -> None:
-        """Store the change of its copy in each client."""
+        """Store the change of each client's copy in the client."""
         changes = self.values[0].cpu() - self.start.cpu()
         for client, own in zip(clients, changes, strict=True):
             client.finite &= bool(own.isfinite().all())
@@ -149,23 +157,24 @@ class SharedBank:
 
 
 class _Run(NamedTuple):
-    """A factor's entries of adjacent clients with equal settings."""
+    """Part of a bank's tensor that belongs to clients with adjacent places and equal settings."""
 
-    gradient: int  # index of the gradient
-    at: slice  # indices of the bank's adapters
+    gradient: int  # index of the tensor's gradient among all gradients
+    at: slice  # indices of the clients in the tensor
     values: Tensor
-    average: Tensor
-    square: Tensor
-    steps: Tensor
+    average: Tensor  # AdamW's moving average of the gradient
+    square: Tensor  # AdamW's moving average of the squared gradient
+    steps: Tensor  # number of steps done
 
 
 class ClientsAdamW:
-    """A separate AdamW for each client, computed together and in place.
+    """AdamW that treats each client separately and updates the banks in place.
 
-    Clients start together, so all that still train have done the same number of steps. Clients with
-    adjacent places and equal settings share one call of torch's fused kernel, which updates each
-    element independently. A client that has finished does not change by a bit. A client that failed
-    stays in its run without an effect on other clients, and its values are never read.
+    All clients start together, so those that are still training have done the same number of steps.
+    Clients with adjacent places and equal settings form a run, which takes one call of torch's
+    fused kernel. The kernel updates each element independently. The parameters of a client that has
+    finished stay bitwise unchanged. A client that failed stays in its run, without an effect on
+    other clients, and its values are not used.
     """
 
     def __init__(self, banks: Sequence[Bank | SharedBank], clients: Sequence[ClientRound]):
@@ -197,7 +206,7 @@ class ClientsAdamW:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None]) -> None:
-        """Do one step of every active client; a factor without a gradient does not change."""
+        """Do one step for every active client; a tensor without a gradient does not change."""
         if any(c.spec.max_grad_norm is not None for c in self.clients[: self._places]):
             self._clip(gradients)
         self._done += 1
@@ -222,7 +231,7 @@ class ClientsAdamW:
             )
 
     def _runs_of(self, first: int, last: int) -> list[_Run]:
-        """Return the runs of the clients from one place to another, one per factor."""
+        """Return one run per tensor, for the clients at places ``first`` to ``last - 1``."""
         runs: list[_Run] = []
         gradients = itertools.count()
         for bank in self._trained:
@@ -238,7 +247,8 @@ class ClientsAdamW:
         return runs
 
     def _clip(self, gradients: Sequence[Tensor | None]) -> None:
-        """Scale each client's gradient down to its bound, as ``clip_grad_norm_`` does."""
+        """Scale each client's gradient to at most its ``max_grad_norm``, like
+        ``torch.nn.utils.clip_grad_norm_``."""
         owners = [bank for bank in self._trained for _ in bank.values]
         home = owners[0].values[0].device if owners else torch.device("cpu")
         parts = [

@@ -1,4 +1,4 @@
-"""Concatenation of several clients' batches for one forward, and their outputs and losses."""
+"""Concatenation of several clients' batches for one forward, and each client's output and loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from lora_ext._checks import require
 from lora_ext.layers import IGNORE, shift_labels
 
-#: ``loss_fn(output, batch)``: the mean loss of one client's rows of the logits and its batch.
+#: ``loss_fn(output, batch)`` returns the mean loss of one client, from its rows of the logits and
+#: its batch.
 LossFn = Callable[[Tensor, Any], Tensor]
 
 WHERE = "BatchedClients"
@@ -20,10 +21,10 @@ _MASK, _IDS = "attention_mask", "input_ids"
 
 
 class Segment(NamedTuple):
-    """Consecutive rows of the batch that belong to one client."""
+    """Consecutive rows of the concatenated batch that belong to one client."""
 
-    rows: int
-    length: int | None  # length of its sequences, if those of other clients are longer
+    rows: int  # number of rows
+    length: int | None  # length of the client's sequences; None if all clients have equal lengths
 
 
 def rows_in(batch: Any, where: str) -> int:
@@ -38,7 +39,7 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
     right with zeros, and masked in ``attention_mask``.
 
     Returns:
-        the model's arguments, as a mapping of keywords or as x; and the segment of each client.
+        the model's keyword arguments, or its only argument x; and the segment of each client.
 
     Raises:
         ValueError: If the batches differ in type, names or shapes.
@@ -75,7 +76,7 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
 
 
 def logits_of(output: Any, segments: Sequence[Segment], where: str) -> Tensor:
-    """Return the model's output, ``(rows, ...)``, or its ``logits``; raise if rows differ."""
+    """Return ``output.logits`` or, if it has no logits, ``output``; check the number of rows."""
     logits = getattr(output, "logits", output)
     require(isinstance(logits, Tensor), where, "model", "logits", type(output).__name__)
     rows = sum(segment.rows for segment in segments)
@@ -87,8 +88,8 @@ def logits_of(output: Any, segments: Sequence[Segment], where: str) -> Tensor:
 def own_outputs(logits: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
     """Return each client's rows of the logits, cut to the length of its sequences.
 
-    One split of all clients lets the backward build the gradient of the whole once, not once per
-    client.
+    The logits are split once for all clients, so that the backward allocates the gradient of the
+    whole tensor once and not once per client.
     """
     return [
         own if segment.length is None or own.dim() < 3 else own[:, : segment.length]
@@ -97,7 +98,7 @@ def own_outputs(logits: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
 
 
 def _inputs(batch: Any, where: str) -> dict[str, Tensor]:
-    """Return the inputs of the model by name; ``x`` for an input without a name."""
+    """Return the inputs of the model by name; an input without a name is called ``x``."""
     if isinstance(batch, Mapping):
         found = {name: value for name, value in batch.items() if name != "labels"}
     else:
@@ -116,15 +117,18 @@ def _padded(t: Tensor, length: int | None, longest: int) -> Tensor:
 
 
 class Losses(NamedTuple):
-    """The losses of K clients; the sum of all is ``(weights * roots).sum()``."""
+    """Losses of K clients. ``(weights * roots).sum()`` is the sum of the K losses."""
 
-    values: Tensor  # (K,) float64, without a graph
-    roots: Tensor  # one per row, with rows first, or one per client
-    weights: Tensor  # the shape of roots
-    owners: Tensor  # (roots.shape[0],), index of the client
+    values: Tensor  # (K,) float64, loss of each client, without a graph
+    roots: Tensor  # (rows, ...), loss of each element, or (K,), with a graph
+    weights: Tensor  # shape of roots
+    owners: Tensor  # (roots.shape[0],), index of the client for each row of roots
 
     def gradients(self, leaves: Sequence[Tensor], going: Sequence[bool]) -> list[Tensor | None]:
-        """Return the gradients of the summed loss of the clients with a True in ``going``."""
+        """Return the gradient of the sum of some clients' losses for each of ``leaves``.
+
+        ``going[k]`` is whether the loss of client k is part of the sum.
+        """
         if not (leaves and any(going) and self.roots.requires_grad):
             return [None] * len(leaves)
         weights = self.weights
@@ -141,10 +145,10 @@ def cross_entropies(
     segments: Sequence[Segment],
     owners: tuple[Tensor, Tensor],
 ) -> Losses:
-    """Compute each client's mean cross entropy, all rows at once: of the next token for mappings
-    with ``labels``, of y for ``(x, y)``.
+    """Compute each client's mean cross entropy: of the next token if batches are mappings with
+    ``labels``, of y if they are ``(x, y)``.
 
-    ``owners`` are the number of rows of each client, and the client of each row.
+    ``owners`` contains the number of rows of each client, and the client of each row.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     parts = zip(batches, segments, strict=True)
@@ -167,7 +171,7 @@ def cross_entropies(
 
 
 def own_losses(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any]) -> Losses:
-    """Compute each client's loss by ``loss_fn``."""
+    """Compute each client's loss with ``loss_fn``."""
     found = [loss_fn(own, batch) for own, batch in zip(outputs, batches, strict=True)]
     for loss in found:
         scalar = isinstance(loss, Tensor) and loss.dim() == 0

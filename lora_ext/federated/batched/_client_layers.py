@@ -1,5 +1,8 @@
-"""A layer that applies each client's factors to its rows, the assignment of rows to clients, and
-checks that a client's rows give the same values as alone."""
+"""A layer that applies each client's factors to its rows, the assignment of rows to clients, and a
+check for modules that would make a client's results depend on other clients.
+
+The *place* of a client is its index in a bank's table.
+"""
 
 from __future__ import annotations
 
@@ -23,32 +26,33 @@ _KEPT = 64
 
 
 class BatchRows:
-    """The client of each sequence of the step, for all layers.
+    """Assignment of the sequences of a step to clients, which all layers share.
 
     :meth:`only` restricts the layers to a part of the batch. In the backward, a checkpoint may
     recompute a block outside that context. It always recomputes the first sequences of the batch,
     because the other sequences have no graph.
 
     Attributes:
-        step: the places of the clients of the step, and their segments.
+        above: name of the last shared module that the forward has called; None before the first.
+        step: places of the clients that take part in the step, and their segments.
     """
 
     def __init__(self) -> None:
-        self.above: str | None = None  # the last shared module that the forward has called
+        self.above: str | None = None
         self.step: tuple[Sequence[int], Sequence[Segment]] = (), ()
         self._part = slice(0, 0)
         self._backward = False
         self._kept = Kept(_KEPT)
 
     def set(self, places: Sequence[int], segments: Sequence[Segment]) -> None:
-        """Start a step in which the client at ``places[i]`` has ``segments[i]``."""
+        """Start a step in which ``segments[i]`` belongs to the client at ``places[i]``."""
         self._part = slice(0, sum(segment.rows for segment in segments))
-        if (places, segments) != self.step:  # cached ids and plans belong to other rows
+        if (places, segments) != self.step:  # the cached ids and plans are for the previous rows
             self.step, self._kept = (places, segments), Kept(_KEPT)
 
     def check_below(self, module: str) -> None:
-        """Raise for a layer that follows a shared module. Parameters below the layers would miss
-        the gradient of rows that leave the graph."""
+        """Raise if the layer ``module`` runs after a shared module. The shared parameters would not
+        get gradients from rows that are excluded from the graph in that layer."""
         if self.above is not None:
             expected = "shared parameters above the layers"
             supported(self._backward, self.above, expected, f"{module} after it")
@@ -64,7 +68,7 @@ class BatchRows:
 
     @contextlib.contextmanager
     def only(self, first: int, last: int) -> Iterator[None]:
-        """Return a context in which the layers receive only these sequences."""
+        """Return a context in which the layers receive only sequences ``first`` to ``last - 1``."""
         before, self._part = self._part, slice(first, last)
         try:
             yield
@@ -73,7 +77,7 @@ class BatchRows:
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
-        """Return a context for the backward."""
+        """Return a context in which the backward must run."""
         self._backward = True
         try:
             yield
@@ -83,11 +87,13 @@ class BatchRows:
     def ids(
         self, bank: Bank, leading: torch.Size, device: torch.device, tokens_first: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return the bank index of each row's client, ``(rows,)``, and the op's plan for it.
+        """Return the index in the bank of each row's client, ``(rows,)``, and the plan that the op
+        needs, which groups the rows by index.
 
-        Rows have the shape ``leading``, with sequences before or after the tokens. With dropout,
-        padding up to the length of other clients' batches has no adapter: a dropout mask depends on
-        the number of a row among those of its adapter, which must not depend on other clients.
+        ``leading`` is the shape of the input without its last dimension: sequences first, or tokens
+        first. With dropout, padding up to the length of other clients' sequences has the index -1
+        (no adapter), because the dropout mask of a row depends on the row's number among the rows
+        with the same index, which must not depend on other clients.
         """
         of_bank, part = (bank.table, bank.size, bank.p > 0), (self._part.start, self._part.stop)
         key = of_bank, part, leading, tokens_first
@@ -119,7 +125,8 @@ class BatchRows:
 
 
 class ClientsLayer(nn.Module):
-    """A base layer whose rows use the factors of their clients, the global ones, or no factors."""
+    """A base layer that applies to each row the factors of its client, the global factors, or no
+    factors, as the bank specifies."""
 
     def __init__(
         self, base_layer: nn.Module, bank: Bank, rows: BatchRows, tokens_first: bool = False
@@ -132,8 +139,11 @@ class ClientsLayer(nn.Module):
         self.train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(sequences, ..., I)`` to ``(sequences, ..., O)``, in the dtype of
-        ``base_layer(x)``."""
+        """Map ``(sequences, ..., I)`` to ``(sequences, ..., O)``: I inputs and O outputs.
+
+        With ``tokens_first``, sequences are the second dimension. The output has the dtype of
+        ``base_layer(x)``.
+        """
         bank = self.bank
         self.rows.check_below(bank.pair.module)
         if not bank.size:
@@ -169,11 +179,13 @@ class ClientsLayer(nn.Module):
 
 
 class UnsupportedModule(ValueError):
-    """Raised for a module with which a client's rows would differ from training alone."""
+    """Raised for a module with which a client's results would differ from training it
+    separately."""
 
 
 def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
-    """Raise for modules that mix rows or drop values, and for adapters that payloads lack."""
+    """Raise for modules that mix rows or apply dropout, and for adapters with parameters that
+    payloads do not contain."""
     own = {
         id(layer.lora_dropout[adapter])
         for name, layer in _layers(model, adapter, pattern)
@@ -188,7 +200,7 @@ def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
             supported(off, name, "no dropout of the base in training", f"{setting} = {p}")
     for name, layer in _layers(model, adapter, pattern):
         linear = adapter in layer.lora_A and layer.lora_A[adapter].weight.dim() == 2
-        linear &= not hasattr(layer, "parameter_name")  # PEFT's target_parameters, such as experts
+        linear &= not hasattr(layer, "parameter_name")  # a layer of PEFT's target_parameters
         supported(linear, name, "a linear layer", type(layer).__name__)
         supported(not layer.use_dora[adapter], name, "LoRA", "DoRA")
         supported(not layer.lora_bias[adapter], name, "lora_A and lora_B", "a bias")
@@ -199,7 +211,7 @@ def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
 
 
 def _layers(model: nn.Module, adapter: str, pattern: str) -> list[tuple[str, Any]]:
-    """Return the adapted layers in blocks, which a round replaces."""
+    """Return names and modules of the adapted layers inside blocks, which a round replaces."""
     found = adapted_layers(model, adapter).items()
     return [(n, m) for n, m in found if block_index(f"{n}.lora_A.weight", pattern) is not None]
 
@@ -208,10 +220,10 @@ def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
     """Return the dropout probabilities that a module applies or passes to functions."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return [("p", module.p)]
-    own = module.__dict__.items()  # attention_dropout, layerdrop, drop_prob of whole branches
+    own = module.__dict__.items()  # such as attention_dropout, layerdrop, drop_prob
     return [(name, p) for name, p in own if "drop" in name and isinstance(p, float)]
 
 
 def supported(holds: bool, name: str, expected: object, found: object) -> None:
-    """Raise :class:`UnsupportedModule` unless ``holds`` is true of a module or parameter."""
+    """Raise :class:`UnsupportedModule` for the module or parameter ``name`` unless ``holds``."""
     require(holds, WHERE, name, expected, found, UnsupportedModule)

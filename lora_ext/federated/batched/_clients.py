@@ -1,4 +1,4 @@
-"""Simulated clients: data, optimizer settings, progress in a round, and seeds."""
+"""Simulated clients: their data, optimizer settings, progress in a round, and seeds."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ class ClientSpec:
     """The data of one client, in the order of its steps, and its optimizer settings.
 
     Attributes:
-        client: unique name.
-        batches: one per optimizer step. Each is a mapping of tensors, of which all but ``labels``
-            are inputs of the model; ``(x, y)``; or x. Rows are the first dimension of each tensor.
-        lr, weight_decay, betas, eps: of AdamW.
-        max_grad_norm: bound of the gradient's norm; None for no bound.
-        seed: of its dropout, together with the round and the name.
+        client: unique name or number.
+        batches: one batch per optimizer step: a mapping of tensors, ``(x, y)``, or x. All tensors
+            of a mapping except ``labels`` are inputs of the model. The first dimension of each
+            tensor is the rows.
+        lr, weight_decay, betas, eps: settings of AdamW.
+        max_grad_norm: maximum norm of the gradient, which is scaled down to it; None for no
+            maximum.
+        seed: seed of the dropout masks, which also depend on the round and on ``client``.
 
     Raises:
         ValueError: If a rate, bound or seed is not a number, or is out of range.
@@ -60,8 +62,8 @@ class ClientSpec:
 
 
 class ClientRound:
-    """State of a client in one round: its plan, the shapes of its trained factors by name, and its
-    progress."""
+    """State of a client in one round: its plan, the shapes of the factors that it trains by name,
+    and its progress."""
 
     def __init__(
         self, spec: ClientSpec, plan: LayerPlan, shapes: Mapping[str, tuple[int, ...]], round: int
@@ -70,7 +72,7 @@ class ClientRound:
         self.plan = plan
         self.shapes = shapes
         self.seed = client_seed(spec.seed, round, spec.client)
-        self.lowest = plan.layers[0] if plan.layers else math.inf  # lowest trained layer
+        self.lowest = plan.layers[0] if plan.layers else math.inf  # lowest layer that trains
         self.failed = False
         self.finite = True
         self.examples = 0
@@ -79,7 +81,7 @@ class ClientRound:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """Settings of its AdamW; clients with equal settings can share a call."""
+        """Settings of the client's AdamW. Clients with equal settings can share a kernel call."""
         spec = self.spec
         return spec.lr, *spec.betas, spec.eps, spec.weight_decay
 
@@ -90,11 +92,11 @@ class ClientRound:
 
     @property
     def batch(self) -> Any:
-        """The batch of the current step."""
+        """Batch of the current step."""
         return self.spec.batches[len(self.losses)]
 
     def advance(self, rows: int, loss: float) -> None:
-        """Advance to the next batch, after a step with this number of rows and this loss."""
+        """Record the number of rows and the loss of a step, and advance to the next batch."""
         self.examples += rows
         self.losses.append(loss)
         self.failed = not math.isfinite(loss)
@@ -108,9 +110,9 @@ class ClientRound:
 
 
 def client_seed(seed: int, round: int, client: Client) -> int:
-    """Return a 64-bit seed of a client in a round, a hash of ``seed``, ``round`` and ``client``.
+    """Return the 64-bit seed of a client in a round, a hash of ``seed``, ``round`` and ``client``.
 
-    It is the same on every machine, and independent of other clients.
+    It is the same on every machine and does not depend on other clients.
     """
     named = repr(client) if isinstance(client, str) else operator.index(client)
     text = f"{operator.index(seed)}:{operator.index(round)}:{named}"
@@ -120,8 +122,8 @@ def client_seed(seed: int, round: int, client: Client) -> int:
 def step_seeds(seeds: Sequence[int], step: int, modules: int) -> Tensor:
     """Return the dropout seeds of one step, non-negative int64 of shape ``(len(seeds), modules)``.
 
-    Entry ``(i, j)`` is for the client with ``seeds[i]`` and the adapter's module j, in the order of
-    ``LoraLayerManager.modules``. It is a valid value of ``nn.LoraLinear.dropout_seed``.
+    Entry ``(i, j)`` is for the client with ``seeds[i]`` and module j of the adapter, in the order
+    of ``LoraLayerManager.modules``. It is a valid value of ``nn.LoraLinear.dropout_seed``.
 
     Source: SplitMix64 (Steele et al. 2014), output ``step * modules + j`` of each seed.
     """

@@ -1,7 +1,8 @@
-"""Trained parameters outside the adapters, such as a head, with one copy per client.
+"""Shared parameters, which every client trains in addition to its adapter, such as a head.
 
-Each client's rows are computed with its copy, in a separate call. Modules above the adapted layers
-are small, and a product of one client's rows is bitwise the one of training that client alone.
+Each client has a copy, and a module with shared parameters is called once per client. Modules above
+the adapted layers are small, and a product of one client's rows is bitwise equal to the product in
+training that client separately.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from ._client_layers import WHERE, BatchRows, supported
 def shared_names(
     model: nn.Module, shared: str | Sequence[str] | None, pattern: str
 ) -> tuple[str, ...]:
-    """Return the parameters outside the adapters that ``shared``, a pattern or names, selects.
+    """Return the names of the shared parameters, in the order of the model.
 
-    Names are in the order of the model.
+    ``shared`` contains these names, or is a regular expression for them.
 
     Raises:
-        ValueError: If a pattern is invalid or matches nothing; the model lacks a name.
-        UnsupportedModule: If a named parameter cannot have one copy per client: it is in a layer,
-            its module contains or is part of an adapted one, two modules share it, or it has
+        ValueError: If the regular expression is invalid or matches nothing, or if the model lacks a
+            name.
+        UnsupportedModule: If a parameter cannot have one copy per client: it is in a layer; its
+            module contains an adapted module or is inside one; two modules share it; or it has
             integers.
     """
     if shared is None:
@@ -70,25 +72,26 @@ def shared_names(
 
 
 class SharedModules:
-    """Modules with shared parameters, in which each client's rows use its own copies."""
+    """Modules with shared parameters, which compute each client's rows with that client's
+    copies."""
 
     def __init__(self, model: nn.Module, banks: Sequence[SharedBank], rows: BatchRows):
         self.rows = rows
         self._called: set[str] = set()
         self._owners: dict[str, list[SharedBank]] = {}
         direct = {bank.name.rpartition(".")[0] for bank in banks}
-        for bank in banks:  # a module inside another one is divided with the outer one
+        for bank in banks:  # of nested modules, only the outermost is replaced
             above = [each for each in direct if bank.name.startswith(f"{each}.")]
             self._owners.setdefault(min(above, key=len), []).append(bank)
         self._modules = {owner: model.get_submodule(owner) for owner in self._owners}
 
     def divided(self) -> AbstractContextManager[None]:
-        """Return a context in which the modules' forward is divided between clients."""
+        """Return a context in which the modules run once per client."""
         return forwards({m: self._divided(owner, m) for owner, m in self._modules.items()})
 
     def check_called(self) -> None:
-        """Raise for modules that the model's forward has not called. Something else reads their
-        parameters, so the clients' copies would have no effect."""
+        """Raise for a module that the model's forward has not called. The clients' copies of its
+        parameters would have no effect if other code reads the parameters."""
         for owner in self._owners:
             supported(owner in self._called, owner, "a module that the forward calls", "it unused")
 
@@ -105,7 +108,8 @@ class SharedModules:
             first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
             found = [] if first is None else [*first.shape]
             supported(found[:1] == [sum(sizes)], owner, f"{sum(sizes)} sequences at it", found)
-            # All copies at once, so that the backward builds the gradient once, not per client.
+            # ``unbind`` returns the copies of all clients, so that the backward allocates the
+            # gradient of the stacked tensor once and not once per client.
             copies = {name: bank.leaves[0].unbind() for name, bank in names.items()}
             outputs: list[Tensor] = []
             for place, part in zip(places, _parts(sizes), strict=True):
@@ -124,7 +128,7 @@ class SharedModules:
 
 
 class _Own(nn.Module):
-    """A module with its original forward."""
+    """Wrapper that calls a module's original forward."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -136,7 +140,7 @@ class _Own(nn.Module):
 
 
 def _parts(sizes: Sequence[int]) -> Iterator[slice]:
-    """Yield the rows of each client."""
+    """Yield the slice of each client's rows."""
     for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True):
         yield slice(stop - size, stop)
 
@@ -149,7 +153,8 @@ def _rows(value: Any, part: slice, total: int) -> Any:
 def start_of(
     name: str, model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> Tensor:
-    """Return the initial value of a parameter, the state's or else the model's; check the shape."""
+    """Return the initial value of a shared parameter, from ``state`` or, if it lacks the name, from
+    the model. Raises `ValueError` if the shapes differ."""
     parameter = model.get_parameter(name)
     value = state.get(name, parameter).detach()
     require(value.shape == parameter.shape, WHERE, name, list(parameter.shape), list(value.shape))

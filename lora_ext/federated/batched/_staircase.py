@@ -1,8 +1,10 @@
-"""Removal of rows from the graph below the lowest layer that their client trains.
+"""Exclusion of rows from the autograd graph below the lowest layer that their client trains.
 
-The rows of a step are sorted by that layer. A block runs the rows that need a gradient in it or
-below with a graph, and the others without. Each client thus has the backward cost of its own depth.
-Below the lowest layer of all clients, all rows run together without a graph.
+The rows of a step are sorted by that layer. A block runs in two calls: the first has a graph and
+computes the rows that need gradients in this block or below it; the second has no graph and
+computes the other rows. The backward of a client's rows therefore covers only the blocks from the
+client's lowest trained layer upwards. Below the lowest trained layer of all clients, one call
+without a graph computes all rows.
 """
 
 from __future__ import annotations
@@ -22,20 +24,21 @@ _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
 class Unfit(Exception):
-    """Raised if blocks do not run as the staircase requires."""
+    """Raised if the blocks of a model do not run as a :class:`Staircase` requires."""
 
 
 class Staircase:
-    """The divided forward of each block of a model, until :meth:`remove`.
+    """Replacement of the forward of each block by two calls, in effect until :meth:`remove`.
 
-    The result is exact if the blocks run once each, in the order of their indices, and their first
-    tensor has the sequences in its first dimension. Other tensor arguments with one row per
-    sequence are divided as well. The first such call of each kind is compared with one call of all
-    rows. A violation raises :class:`Unfit`.
+    The blocks must run once each, in the order of their indices, and the first dimension of a
+    block's first tensor argument must be the sequences. Other tensor arguments with a first
+    dimension of that size are divided too; the first result for each combination of shapes is
+    compared with one call of all rows. :class:`Unfit` is raised if a condition is violated.
 
     Args:
-        blocks: names by index.
-        rows: object that stores the sequences of each call of a block.
+        model: model with the blocks.
+        blocks: names of the blocks by index.
+        rows: object that stores which sequences a call of a block contains.
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[int, str], rows: BatchRows):
@@ -52,13 +55,15 @@ class Staircase:
 
     @contextlib.contextmanager
     def forward(self, lowest: Sequence[float]) -> Iterator[None]:
-        """Return a context for the model's forward. The client of sequence i trains nothing below
-        ``lowest[i]``; ``lowest`` is ascending."""
+        """Return a context in which the model's forward must run.
+
+        ``lowest[i]`` is the lowest layer that the client of sequence i trains, in ascending order.
+        """
         self._lowest, self._last = lowest, -1
         try:
             yield
         finally:
-            self._last = None  # in the backward, a checkpoint reruns blocks in reverse order
+            self._last = None  # checkpoints rerun blocks in reverse order in the backward
 
     def remove(self) -> None:
         """Restore the forward of every block."""
@@ -91,8 +96,9 @@ class Staircase:
             rest = _run(forward, free_args, free_kwargs)
         division.check_unchanged()
         output = division.joined(first, rest)
-        # If the hidden state has another dimension of that size, a tensor indexed by that dimension
-        # may have been divided by mistake, without an effect in this call.
+        # If another dimension of the hidden state has the size of the batch, an argument that
+        # belongs to that dimension may have been divided by mistake. One comparison is then not
+        # enough, since the mistake may have no effect in some calls.
         doubtful = len(self._lowest) in division.shapes[0][1:]
         kind = (index, *division.shapes)
         if len(division.shapes) > 1 and (doubtful or kind not in self._compared):
@@ -103,7 +109,7 @@ class Staircase:
 
 
 def _run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run a block's forward; raise `Unfit` for errors, which a call of all rows might not have."""
+    """Run a block's forward. Errors become `Unfit`, since a call of all rows may not raise them."""
     try:
         return forward(*args, **kwargs)
     except (Unfit, MemoryError, torch.cuda.OutOfMemoryError):
@@ -113,15 +119,15 @@ def _run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 class _Division:
-    """Division of the arguments of a block's call between its first rows and the others."""
+    """Division of the arguments of a block's call between the first rows and the others."""
 
     def __init__(self, first: int, count: int):
         self.first, self.count = first, count
-        self.shapes: list[torch.Size] = []  # of divided tensors, the hidden state's first
+        self.shapes: list[torch.Size] = []  # of the divided tensors; the first is the hidden state
         self._versions: list[tuple[Tensor, int]] = []
 
     def of(self, value: Any) -> tuple[Any, Any]:
-        """Return both parts of an argument; an argument without rows is in both."""
+        """Return the two parts of an argument. An argument without rows is returned twice."""
         if isinstance(value, Tensor):
             self._versions.append((value, value._version))
             if value.dim() > 0 and value.shape[0] == self.count:
@@ -141,14 +147,14 @@ class _Division:
         raise Unfit(f"a block has an argument of type {type(value).__name__}")
 
     def check_unchanged(self) -> None:
-        """Raise for a block that writes into its arguments. Both calls would write into one tensor,
-        and the second would change values that the first needs for its backward."""
+        """Raise if a block has written into its arguments. Both calls write into the same tensor,
+        so the second may change values that the first has saved for its backward."""
         for value, version in self._versions:
             if value._version != version:
                 raise Unfit(f"a block changes an argument of shape {list(value.shape)}")
 
     def joined(self, first: Any, rest: Any) -> Any:
-        """Concatenate two outputs in the structure that one call would have returned."""
+        """Concatenate the outputs of the two calls, in the structure of a single call's output."""
         if isinstance(first, Tensor) and isinstance(rest, Tensor):
             sizes = first.shape[:1] + rest.shape[:1]
             if sizes != (self.first, self.count - self.first):
@@ -162,7 +168,8 @@ class _Division:
 
 
 def _check_close(parts: Any, whole: Any) -> None:
-    """Raise unless the first tensor of a block's output is equal in two calls and in one."""
+    """Raise unless the first tensor of a block's output is close in ``parts``, the result of two
+    calls, and in ``whole``, the result of one."""
     while type(parts) in (tuple, list) and type(whole) in (tuple, list):
         parts, whole = parts[0], whole[0]
     eps = torch.finfo(whole.dtype).eps ** 0.5

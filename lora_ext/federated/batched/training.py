@@ -1,8 +1,8 @@
 """Training of many clients as the rows of one batch, on one base model.
 
-Each step of all clients is one forward and one backward. Every weight of the base model is read
-once, and a layer applies each client's factors to its rows. The results are those of training each
-client alone, up to rounding of the base model's products.
+One step of all clients is one forward and one backward of the base model, with the clients' batches
+concatenated. Each layer applies a client's factors to that client's rows. The results equal those
+of training each client separately, up to rounding of the base model's products.
 """
 
 from __future__ import annotations
@@ -36,44 +36,50 @@ from ._staircase import Staircase, Unfit
 class BatchedClients:
     """Clients that share one frozen base model and train together.
 
-    The loss of client k is the mean over its rows, and the sum of all losses is differentiated.
-    Each client has its own AdamW and its own gradient clipping. A client with fewer batches leaves
-    the batch when it has finished. A client whose loss is not finite has failed: its loss is
-    removed from the sum, then its rows leave the batch, and the values of others do not change.
+    The loss of a client is the mean over its rows, and the sum of all losses is differentiated.
+    Each client has a separate AdamW and separate gradient clipping. A client with fewer batches
+    leaves the batch when it has finished. If the loss of a client is not finite, the client has
+    failed: its loss is excluded from the sum, its rows leave the batch after the step, and other
+    clients are not affected.
 
-    :meth:`run_round` temporarily replaces the layers of the adapter by layers with the clients'
-    factors. The model keeps its training or evaluation mode.
+    :meth:`run_round` temporarily replaces the adapter's layers by layers with the factors of all
+    clients. The model stays in training or evaluation mode.
 
     Args:
-        model: with adapted linear layers of :mod:`lora_ext.nn` or PEFT, before or after
+        model: model with adapted linear layers of :mod:`lora_ext.nn` or PEFT, before or after
             ``from_peft``.
-        clients: with unique names.
-        slots: number of clients that train at once; None for all.
+        clients: data and settings of the clients, with unique names.
+        slots: maximum number of clients in one batch; None for no maximum.
         optimizer: "adamw".
-        loss_fn: function of the client's rows of the model's output (or its ``logits`` if it has
-            them), without padding added for other clients, and the batch. Default is the cross
-            entropy: of the next token for a mapping with ``labels``, of y for ``(x, y)``.
-        dtype: of the clients' factors; default is that of the global adapter.
-        pattern: regular expression for the index of a layer in a name.
+        loss_fn: ``loss_fn(output, batch)`` returns the loss of one client. ``output`` is the
+            client's rows of the model's output (or of its ``logits``), without padding added for
+            other clients. Default is the cross entropy, of the next token if the batch is a mapping
+            with ``labels``, of y if it is ``(x, y)``.
+        dtype: dtype of the clients' factors; default is the dtype of the global adapter.
+        pattern: regular expression whose first group is the index of a layer in a name.
         adapter: name of the adapter to train.
         shared: additional parameters outside the adapters that every client trains, such as a head:
-            their names, or a pattern that is searched for in names. Each client has one copy, and
-            one AdamW and one bound for everything it trains. Its update contains the changes, which
-            ``aggregate(shared=batched.shared)`` averages as with Flower. The parameters must be
-            above the adapted layers.
-        others: state of the layers outside a client's plan for its rows, "frozen" or "disabled".
-        staircase: let rows leave the graph below the lowest layer that their client trains. A block
-            with both kinds of rows then runs in two calls. If blocks do not run once each in order,
-            or cannot run on a part of the rows, a warning is issued and all rows stay.
+            their names, or a regular expression that is searched for in names. Each client has a
+            copy. One AdamW and one gradient bound apply to all that a client trains. The client's
+            update contains the changes; average them with ``aggregate(shared=batched.shared)``. The
+            parameters must be above the adapted layers.
+        others: whether layers outside a client's plan apply the global adapter to its rows
+            ("frozen") or no adapter ("disabled").
+        staircase: whether to exclude rows from the autograd graph below the lowest layer that their
+            client trains. A block that has rows of both kinds then runs in two calls. If the blocks
+            do not run once each in order, or cannot run on a part of the rows, a warning is issued
+            and all rows stay in the graph.
 
     Raises:
-        UnsupportedModule: If a named module has dropout in training, batch normalisation over the
-            batch, DoRA, a bias of the adapter, a merged adapter or another active one, or is not
-            linear; a named shared parameter is in or below the layers, tied to another, or has
-            integers.
-        ValueError: If settings are out of range; a name is repeated; ``shared`` matches nothing.
+        UnsupportedModule: If a module has active dropout outside the adapter or batch normalisation
+            over the batch; if an adapted module is not linear, or has DoRA, a bias of the adapter,
+            a merged adapter or another active adapter; or if a shared parameter is in or below the
+            layers, is tied to another one, or has integers.
+        ValueError: If an argument is out of range, a client's name is repeated, or ``shared``
+            matches nothing.
 
-    Source: Fed-HeLLo's and LEGEND's simulations, as segments of one batch (our choice).
+    Source: the simulations of Fed-HeLLo and LEGEND. Training their clients as segments of one batch
+    is our choice.
     """
 
     def __init__(
@@ -117,21 +123,26 @@ class BatchedClients:
     ) -> list[Update]:
         """Train the clients that have a plan, each from the global adapter with a new optimizer.
 
+        The model's layers are restored at the end, even if an error is raised.
+
         Args:
-            plans: by client, or one for each client in order.
+            plans: plans by client, or a list with one plan for each client in order.
             global_lora: the whole global adapter, from ``LoraLayerManager.state_slice()``, and the
-                shared parameters by name; a missing one starts with the model's value.
-            round: together with a client's name and seed, determines its dropout masks.
+                shared parameters by name. The default of a shared parameter is the model's value.
+            round: number of the round. Together with a client's name and seed, it determines the
+                client's dropout masks.
 
         Returns:
-            the changes of the planned layers and shared parameters, in the order of the clients:
-            num_examples counts the rows of all steps, and loss is the mean over the steps. The
-            update of a failed client has no tensors.
+            one update per client with a plan, in the order of the clients, with the changes of the
+            planned layers and shared parameters, the number of rows of all steps
+            (``num_examples``), and the mean loss over the steps. The update of a failed client has
+            no tensors.
 
         Raises:
-            ValueError: If a plan or the global adapter does not fit; batches cannot be combined.
-            UnsupportedModule: see the class; or the losses do not depend on trained factors
-                (reentrant checkpointing). The model is restored in all cases.
+            ValueError: If a plan or the global adapter does not fit the model, or if batches cannot
+                be combined.
+            UnsupportedModule: If the model has an unsupported module (see the class), or the losses
+                do not depend on trained factors, as with reentrant checkpointing.
         """
         if not isinstance(plans, Mapping):
             given = list(plans)
@@ -159,7 +170,8 @@ class BatchedClients:
         layers: Mapping[str, tuple[str, Any]],
         global_lora: Mapping[str, Tensor],
     ) -> None:
-        # Sorted by decreasing number of steps, so that active clients always have the first places.
+        # The index of a client in this list is its place. In the order of decreasing numbers of
+        # steps, the clients that are still training have the first places.
         clients = sorted(states, key=lambda c: (-len(c.spec.batches), c.settings))
         rows = BatchRows()
         turned = _layouts.tokens_first(self.model)
@@ -204,7 +216,7 @@ class BatchedClients:
         optimizer: ClientsAdamW,
         stairs: Staircase | None,
     ) -> None:
-        """Do one step of the clients at these places."""
+        """Do one step for the clients at the places ``active``."""
         going = [clients[place] for place in active]
         batches = [client.batch for client in going]
         inputs, segments = merged(batches, WHERE)
@@ -212,7 +224,7 @@ class BatchedClients:
         rows.set(active, segments)
         banks = [bank for bank in optimizer.banks if isinstance(bank, Bank)]
         if any(bank.p for bank in banks):
-            step = len(going[0].losses)  # the same for all, since clients start together
+            step = len(going[0].losses)  # equal for all clients, since they start together
             seeds = step_seeds([c.seed for c in clients], step, len(banks))
             for module, bank in enumerate(banks):
                 bank.draw(seeds[:, module])
@@ -255,9 +267,9 @@ class BatchedClients:
         try:
             with stairs.forward(lowest):
                 return call()
-        except Unfit as error:  # other exceptions have other causes
+        except Unfit as error:
             stairs.remove()
-            inputs, _ = merged(batches, WHERE)  # again, since blocks may have changed them in place
+            inputs, _ = merged(batches, WHERE)  # blocks may have changed the old ones in place
             output = call()
             warnings.warn(
                 f"{WHERE}: staircase: expected blocks that can run on a part of the rows, found "
@@ -269,8 +281,8 @@ class BatchedClients:
     def _stairs(
         self, clients: list[ClientRound], names: Mapping[str, Pair], rows: BatchRows
     ) -> Staircase | None:
-        """Return a staircase if some client does not train the lowest block, and each index has one
-        block."""
+        """Return a staircase, or None if every client trains the lowest block or if the model's
+        blocks do not allow one."""
         turned = _layouts.tokens_first(self.model)
         blocks: dict[int, str] = {}
         for name, pair in names.items():
@@ -278,14 +290,17 @@ class BatchedClients:
             if block is None or blocks.setdefault(pair.layer, block) != block:
                 return None
             if name in turned:
-                return None  # the staircase divides the first dimension, which is tokens here
+                return None  # the staircase divides the first dimension, here the tokens
         needed = self.staircase and any(c.lowest > min(blocks) for c in clients)
         return Staircase(self.model, blocks, rows) if needed else None
 
     def _layers(
         self, pairs: list[Pair], global_lora: Mapping[str, Tensor]
     ) -> dict[str, tuple[str, Any]]:
-        """Return by module in the base model its name in the model and the layer; check both."""
+        """Return the name and the layer in ``self.model`` by name in the base model.
+
+        Raises `ValueError` unless the factors in ``global_lora`` fit the layers.
+        """
         found: dict[str, tuple[str, Any]] = {
             name.removeprefix(PREFIX): (name, layer)
             for name, layer in adapted_layers(self.model, self.adapter).items()
@@ -307,7 +322,7 @@ class BatchedClients:
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Return a context in which a transformers model does not cache keys and values."""
-    # Submodules may have separate configurations, such as T5's decoder.
+    # Some submodules have a separate configuration, such as the decoder of T5.
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs += [getattr(config, "text_config", None) for config in configs]
     caching = [c for c in configs if getattr(c, "use_cache", False)]

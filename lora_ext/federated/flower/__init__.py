@@ -1,7 +1,8 @@
-"""Federated fine-tuning on Flower: a strategy, its apps, and a grid in this process.
+"""Federated fine-tuning on Flower: a strategy, its apps, and a grid that runs in one process.
 
-Flower's telemetry is off unless ``FLWR_TELEMETRY_ENABLED`` enables it. flwr reads the variable at
-its first import, so import this module before flwr, or set the variable.
+Importing this module disables Flower's telemetry, unless the environment variable
+``FLWR_TELEMETRY_ENABLED`` is set. flwr reads the variable when it is first imported, so import this
+module before flwr, or set the variable.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A ClientApp whose clients train as the rows of one batch."""
+"""A ClientApp that trains several clients as the rows of one batch."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from ._records import read_config, who
 from ._tasks import Settings, Task, failed, shared_names
 
 State = Mapping[str, Tensor]
-#: Function that trains the clients of some tasks together, starting from the global adapter. Each
-#: task is paired with the result of ``prepare`` for it.
+#: Function that trains the clients of some tasks in one batch, starting from the global adapter.
+#: Each task is paired with the value that ``prepare`` returned for it.
 TrainFn = Callable[[list[tuple[Task, Any]], State], list[Update]]
 
 
 class BatchedApp(ClientApp):
-    """An app that can answer several messages together, or one like any ClientApp.
+    """A ClientApp with a method that answers several training messages at once.
 
     Args:
-        prepare: function that returns what ``train`` needs for one task, such as its data.
-        train: function that returns the updates in the order of the tasks.
-        state: function that returns the model's adapter and the shared parameters of these names.
+        prepare: function that returns the values that ``train`` needs for one task, such as data.
+        train: function that trains the clients of all tasks and returns their updates in the order
+            of the tasks.
+        state: function that returns the model's adapter and the shared parameters with given names.
+        pattern: regular expression whose first group is the index of a layer in a name.
     """
 
     def __init__(
@@ -49,10 +51,10 @@ class BatchedApp(ClientApp):
         self.query()(who)
 
     def train_together(self, pairs: Sequence[tuple[Message, Context]]) -> list[Message]:
-        """Train all clients together and return the replies in the order of the messages; a failed
-        client gets an error reply.
+        """Train the receivers of all messages in one batch, and return the replies in the order of
+        the messages. The reply of a failed client is an error.
 
-        ``train-time-s`` is the total time, divided by the number of clients.
+        In each reply, ``train-time-s`` is the total time divided by the number of clients.
         """
         began = time.perf_counter()
         state: State = {}
@@ -90,7 +92,7 @@ class BatchedApp(ClientApp):
 
 
 def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> BatchedApp:
-    """Return the app of a model; its clients are created in each round."""
+    """Return an app that trains a model, and creates its clients anew in each round."""
 
     def prepare(task: Task) -> ClientSpec:
         check_scaling(model.manager, task.config)
@@ -120,7 +122,7 @@ def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> Batch
 
 
 def of_clients(batched: BatchedClients) -> BatchedApp:
-    """Return the app of existing clients; partition i is the i-th client."""
+    """Return an app that trains existing clients. Partition i is the i-th client."""
     names = list(batched.clients)
     manager = LoraLayerManager(batched.model, batched.pattern, batched.adapter)
 
@@ -141,7 +143,8 @@ def of_clients(batched: BatchedClients) -> BatchedApp:
 
 
 def _union(tasks: Sequence[Task], state: State) -> dict[str, Tensor]:
-    """Return the global adapter, as far as the messages contain it; the rest is not used."""
+    """Return the global adapter, assembled from the parts in the messages. Parts that no message
+    contains are zeros, and no client uses them."""
     found: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
     for task in tasks:

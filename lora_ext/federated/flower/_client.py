@@ -1,4 +1,4 @@
-"""A ClientApp that trains by the strategy's plans."""
+"""A ClientApp that trains the layers of the plans from :class:`LoraStrategy`."""
 
 from __future__ import annotations
 
@@ -35,29 +35,31 @@ def make_client_app(
     adapter: str = "default",
     mods: list[Any] | None = None,
 ) -> ClientApp:
-    """Create a client of :class:`LoraStrategy`, for any of Flower's engines and for ``LocalGrid``.
+    """Create a ClientApp for :class:`LoraStrategy`, for any of Flower's engines and ``LocalGrid``.
 
-    It also answers queries of its identity, with the integers ``partition-id`` and ``capability``
-    of its node's configuration.
+    The app also answers the strategy's identity queries, with the integers ``partition-id`` and
+    ``capability`` of its node's configuration.
 
     Args:
-        model_fn: returns the base model with the adapter; called once in each process. The model's
-            training or evaluation mode is not changed.
-        data_fn: returns the batches of one epoch by partition, one per optimizer step: a mapping
-            with ``labels``, or ``(x, y)``. A node without a partition passes its node id.
-        train_fn: ``train_fn(model, batches, config)`` trains the planned layers, whose parameters
-            require gradients, and returns numbers: ``num-examples`` (default is the rows of the
-            batches), ``train-loss`` and others. Default is AdamW on the cross entropy, with ``lr``
-            (1e-2), ``weight-decay`` (0) and ``epochs`` (1) from the ``train_config`` of the
-            strategy.
-        backend: "batched" trains with :class:`lora_ext.federated.BatchedClients`: all clients
-            together under ``LocalGrid``, otherwise a single one. It allows no ``train_fn``.
-        pattern: regular expression for the index of a layer in a name.
+        model_fn: function that returns the base model with the adapter; called once in each
+            process. The model stays in training or evaluation mode.
+        data_fn: function that returns the batches of one epoch for a partition, one per optimizer
+            step. A batch is a mapping with ``labels``, or ``(x, y)``. If a node has no partition,
+            the argument is its node id.
+        train_fn: ``train_fn(model, batches, config)`` trains the parameters that require gradients,
+            which are those of the planned layers, and returns metrics: ``num-examples`` (default is
+            the number of rows of the batches), ``train-loss`` and others. Default is AdamW on the
+            cross entropy, with ``lr`` (1e-2), ``weight-decay`` (0) and ``epochs`` (1) from the
+            ``train_config`` of the strategy.
+        backend: "loop" trains one client at a time. "batched" trains with
+            :class:`lora_ext.federated.BatchedClients`: all clients in one batch under
+            ``LocalGrid``, one client at a time under other engines.
+        pattern: regular expression whose first group is the index of a layer in a name.
         adapter: name of the adapter to train.
         mods: Flower's mods, applied to training.
 
     Raises:
-        ValueError: If the backend is unknown, or "batched" is given a ``train_fn`` or ``mods``.
+        ValueError: If the backend is unknown, or ``train_fn`` or ``mods`` is set with "batched".
     """
     require(backend in ("loop", "batched"), WHERE, "backend", "'loop' or 'batched'", repr(backend))
     model = Model(model_fn, pattern, adapter)
@@ -77,10 +79,11 @@ def make_client_app(
 
 
 def adamw(model: nn.Module, batches: Sequence[Any], config: ConfigRecord) -> dict[str, float]:
-    """Train with AdamW on the cross entropy of each batch, the default.
+    """Train with AdamW on the cross entropy of each batch. This is the default ``train_fn``.
 
     Returns:
-        ``num-examples``, the rows of all steps; ``train-loss``, the mean over the steps.
+        ``num-examples``, the number of rows of all steps, and ``train-loss``, the mean loss over
+        the steps.
     """
     settings = Settings.of(config)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -115,7 +118,7 @@ def _train(
     manager.apply(task.plan, others=task.others)
     loaded = time.perf_counter()
     batches = data_fn(task.partition)
-    if isinstance(batches, Iterator):  # used more than once: for epochs and the number of rows
+    if isinstance(batches, Iterator):  # the batches are used more than once
         batches = list(batches)
     found: dict[str, Any] = {"num-examples": 0}
     if batches:

@@ -1,4 +1,5 @@
-"""Aggregation of masked replies, of which the server needs only the sums."""
+"""Aggregation of masked replies: each has all layers, multiplied by the client's weight, and zeros
+for untrained layers, so that only the sums over the clients are needed."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from .._update import Client, Rejected, Rules, by_client, need, only, weight_of
 def aggregate_replies(rules: Rules, updates: Sequence[Update]) -> Aggregate:
     """Return the "covered" mean of replies from :func:`lora_ext.federated.masked_payload`.
 
-    A reply is rejected if it is not finite, or if its weights differ from those of its plan and its
-    number of examples. Sums are computed in float64, sorted by client.
+    A reply is rejected if a value is not finite, or if its weights do not match its plan and its
+    number of examples. Sums are computed in float64, with the clients in sorted order.
     """
     state, pairs, settings = rules.state, rules.pairs, rules.settings
     found: dict[Client, Update] = {}

@@ -16,14 +16,14 @@ from lora_ext.layers import adapted_layers
 
 from .. import LoraLayerManager
 
-_kept: dict[str, LoraLayerManager] = {}  # at most one, in a worker of a simulation
+_kept: dict[str, LoraLayerManager] = {}  # by Model._token; at most one in each worker process
 
 
 class Model:
-    """The model and layers of an app, created on first use and kept as long as the app.
+    """The model of an app, with the manager of its layers. It is created on first use.
 
-    Flower's simulation unpickles the app for every message. The model is not pickled; the worker's
-    process keeps the last one.
+    Flower's simulation unpickles the app for every message. The model is not pickled. Instead, each
+    worker process caches the last model that it used.
     """
 
     def __init__(self, model_fn: Callable[[], nn.Module], pattern: str, adapter: str):
@@ -51,8 +51,8 @@ class Model:
 
 
 def check_scaling(manager: LoraLayerManager, config: Mapping[str, Any]) -> None:
-    """Raise unless the adapter's scale is the server's, if the message contains one. An average of
-    adapters with different scales would be wrong."""
+    """Raise if the adapter's scale differs from the scale in the server's message, if there is one.
+    An average of adapters with different scales would be wrong."""
     if "scaling" not in config:
         return
     for name, layer in adapted_layers(manager.model, manager.adapter).items():
@@ -62,11 +62,14 @@ def check_scaling(manager: LoraLayerManager, config: Mapping[str, Any]) -> None:
 
 
 class Tensors:
-    """A client's part of the global state: its layers, and shared parameters outside the adapter
-    that every client trains and sends, such as a head.
+    """Access to the tensors of a client's model that are exchanged with the server.
+
+    These are the adapter's layers, and shared parameters outside the adapter that every client
+    trains and sends, such as a head.
 
     Args:
-        shared: names of these parameters, as in ``model.named_parameters()``.
+        manager: manager of the model's layers.
+        shared: names of the shared parameters, as in ``model.named_parameters()``.
     """
 
     def __init__(self, manager: LoraLayerManager, shared: Sequence[str]):
@@ -77,13 +80,13 @@ class Tensors:
         self._shared = {name: known[name] for name in shared}
 
     def state(self, layers: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Return CPU copies of some layers, or of all, and of the shared parameters."""
+        """Return copies on the CPU of the given layers (default all) and the shared parameters."""
         shared = {name: p.detach().cpu().clone() for name, p in self._shared.items()}
         return {**self._manager.state_slice(layers), **shared}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy values into the model."""
+        """Copy tensors, which must include all shared parameters, into the model."""
         self._manager.load_slice({k: v for k, v in tensors.items() if k not in self._shared})
         for name, parameter in self._shared.items():
             parameter.copy_(tensors[name])

@@ -26,15 +26,18 @@ _log = logging.getLogger("flwr")
 
 
 class Nodes:
-    """The client of each node: its partition if it reports one, else its node id.
+    """Mapping from nodes to clients.
 
-    Each node receives one query before its first round. A node that returns with a new id and its
-    former partition is the same client. A partition of another connected node is not reassigned.
+    The client of a node is the partition that the node reports, or the node id if it reports none.
+    Each node receives one query before its first round. If a node reconnects with a new id and the
+    same partition, it is the same client. If two connected nodes report the same partition, it
+    belongs to the first one.
 
     Args:
-        capability: number of layers that a client can train, by client or node: a mapping, or a
-            function of the client. None uses what nodes report, or all layers.
-        comm: counts the bytes of the queries, as round 0.
+        capability: number of layers that a client can train: a mapping by client or node, or a
+            function of the client. None uses the number that a node reports, or all layers if it
+            reports none.
+        comm: log in which the bytes of the queries are counted, as round 0.
     """
 
     def __init__(self, capability: Capability, comm: CommLog):
@@ -51,8 +54,8 @@ class Nodes:
     def meet(self, grid: Grid, nodes: Iterable[int], timeout: float | None) -> None:
         """Query the identity of new nodes.
 
-        The client of a node without a partition is its node id. The same is true for a node that
-        does not answer, until it is queried again in the next round.
+        If a node does not answer, its node id is the client, and the node is queried again in the
+        next round.
         """
         connected = list(nodes)
         new = [node for node in connected if node not in self._asked]
@@ -76,9 +79,10 @@ class Nodes:
     def learn(
         self, node: int, said: Mapping[str, Any], connected: Iterable[int] | None = None
     ) -> None:
-        """Store what a node reports, unless it is known.
+        """Store the capability and the partition that a node reports, unless they are known.
 
-        ``connected`` are the nodes whose partitions are taken; None means all known ones.
+        A partition that belongs to one of the nodes ``connected`` is not stored. None stands for
+        all known nodes.
         """
         connected = [*self._asked, *self._clients] if connected is None else connected
         count, partition = said.get(CAPABILITY), said.get(PARTITION)
@@ -102,9 +106,10 @@ class Nodes:
         self._clients[node] = partition
 
     def capable(self, nodes: list[int], num_layers: int, strict: bool) -> dict[int, int]:
-        """Return the nodes that can train, with their numbers of layers.
+        """Return the number of layers of each node that can train at least one.
 
-        A node whose capability is missing or out of range is skipped, or raises if ``strict``.
+        If a capability is missing or out of range, the node is skipped, or `ValueError` is raised
+        if ``strict``.
         """
         found: dict[int, int] = {}
         for node in nodes:
@@ -135,7 +140,7 @@ class Nodes:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return lists of numbers, for JSON."""
+        """Return the state as lists of numbers, which JSON can store."""
         return {
             "asked": sorted(self._asked),
             "clients": [[node, client] for node, client in sorted(self._clients.items())],
@@ -150,7 +155,8 @@ class Nodes:
 
 
 def connected(grid: Grid, least: int, timeout: float | None) -> list[int]:
-    """Return the connected nodes, after waiting for at least ``least`` of them."""
+    """Wait until at least ``least`` nodes are connected or ``timeout`` seconds have passed, and
+    return the connected nodes."""
     end = time.monotonic() + (math.inf if timeout is None else timeout)
     while len(nodes := sorted(grid.get_node_ids())) < least and time.monotonic() < end:
         _log.info("Waiting for nodes: %d connected, at least %d needed", len(nodes), least)
@@ -159,6 +165,7 @@ def connected(grid: Grid, least: int, timeout: float | None) -> list[int]:
 
 
 def drawn(names: Iterable[Client], count: int, *key: int) -> list[Client]:
-    """Draw ``count`` names; the random number of each depends only on the key and the name."""
+    """Draw ``count`` names at random. The random number of a name depends only on ``key`` and the
+    name."""
     lots = {name: np.random.default_rng([*key, int(name)]).random() for name in names}
     return sorted(sorted(lots, key=lambda name: (lots[name], name))[:count])

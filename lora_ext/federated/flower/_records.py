@@ -1,4 +1,6 @@
-"""Conversion of tensors and plans to records of Flower's messages, and back. Input is untrusted.
+"""Conversion of tensors and plans to records of Flower's messages, and back.
+
+Received records are untrusted. "Up" is from a client to the server, "down" is the other direction.
 
 ===========  ==========  ===========================================================================
 record       direction   content
@@ -6,8 +8,8 @@ record       direction   content
 ``lora``     both        the tensors, by PEFT's names
 ``config``   down        ``server-round``, the plan (``layers``, ``ranks``), and the settings
 ``metrics``  up          ``num-examples``, ``train-loss``, ``train-time-s``, ``down-time-s``
-``echo``     up          ``server-round`` and the plan, as received
-``node``     up          ``partition-id`` and ``capability``, in the answer to a query
+``echo``     up          ``server-round`` and the plan, copied from ``config``
+``node``     up          ``partition-id`` and ``capability``, in the answer to an identity query
 ===========  ==========  ===========================================================================
 """
 
@@ -34,20 +36,20 @@ from lora_ext._checks import require
 from .._payload import Payload, pack_tensors, read_npy, unpack_tensors
 
 LORA, CONFIG, METRICS, ECHO, NODE = "lora", "config", "metrics", "echo", "node"
-PARTITION, CAPABILITY = "partition-id", "capability"  # of a node's configuration
+PARTITION, CAPABILITY = "partition-id", "capability"  # keys of a node's configuration
 PROTOCOL = 1
 
 _NUMPY = "numpy.ndarray"  # Flower's name for the bytes of a .npy file
-_BRAIN = "bfloat16"  # not in numpy: its bits are sent as uint16, with this name in Array.dtype
+_BRAIN = "bfloat16"  # numpy lacks it, so the bits are sent as uint16, with this name in Array.dtype
 _MAX_INTEGER = 2**63
-_MANIFEST = ("names", "dtypes", "dims", "sizes")  # of tensors in one array
+_MANIFEST = ("names", "dtypes", "dims", "sizes")  # entries for tensors that are packed in one array
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Convert tensors to Flower's record of arrays; bfloat16 is stored as the bits of uint16.
+    """Convert tensors to Flower's record of arrays. The bits of bfloat16 are stored as uint16.
 
     Args:
-        tensors: by name, on any device, such as an adapter's state dict.
+        tensors: tensors by name, on any device, such as an adapter's state dict.
 
     Raises:
         ValueError: If a dtype is not float16, bfloat16, float32 or float64; the message names the
@@ -57,18 +59,17 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def from_arrays(record: Mapping[str, Array], where: str = "from_arrays") -> dict[str, Tensor]:
-    """Read the tensors of a record from :func:`to_arrays`, as copies.
+    """Convert a record from :func:`to_arrays` back to tensors, which are copies.
 
     Args:
-        record: from :func:`to_arrays`.
+        record: record of arrays from :func:`to_arrays`.
         where: prefix of error messages.
 
     Returns:
         tensors on the CPU, by name.
 
     Raises:
-        ValueError: If an array is not from :func:`to_arrays`; the message names key, expected and
-            found.
+        ValueError: If an array does not have the format of :func:`to_arrays`.
     """
     payload = _payload(record, {}, where)
     shapes = {key: array.shape for key, array in payload.arrays.items()}
@@ -76,8 +77,8 @@ def from_arrays(record: Mapping[str, Array], where: str = "from_arrays") -> dict
 
 
 def pack(tensors: Mapping[str, Tensor], flat: bool) -> tuple[ArrayRecord, dict[str, Any]]:
-    """Return tensors as a record, and the entries for the message's settings (empty unless
-    ``flat``)."""
+    """Convert tensors to a record, and return it with the entries that :func:`unpack` needs in the
+    message's settings (empty unless ``flat``)."""
     payload = pack_tensors(tensors, flat)
     return _record(payload), payload.manifest if flat else {}
 
@@ -88,15 +89,15 @@ def unpack(
     shapes: Mapping[str, tuple[int, ...]],
     where: str,
 ) -> dict[str, Tensor]:
-    """Read the tensors of an untrusted message, with the expected names and shapes.
+    """Read the tensors of an untrusted message.
 
-    An array's ``shape`` and ``dtype`` are compared with its bytes. Nothing is unpickled, and
-    nothing is allocated before the sizes are compared.
+    The declared ``shape`` and ``dtype`` of an array are compared with its bytes. Nothing is
+    unpickled, and nothing is allocated before the sizes are compared.
 
     Raises:
-        ValueError: names key, expected and found.
+        ValueError: If a name or shape is not in ``shapes``, or a declaration does not match.
     """
-    if "names" not in settings:  # before anything is decoded
+    if "names" not in settings:  # check the names before any array is decoded
         for key in record:
             require(key in shapes, where, f"{key!s:.200}", "a name of the plan", "another name")
     return unpack_tensors(_payload(record, settings, where), shapes, where)
@@ -124,14 +125,16 @@ def read_config(message: Message) -> ConfigRecord:
 
 
 def who(message: Message, context: Context) -> Message:
-    """Return the answer to an identity query: the integers of the node's configuration."""
+    """Return the answer to an identity query: the partition and the capability in the node's
+    configuration, as far as they are integers."""
     given = {name: context.node_config.get(name) for name in (PARTITION, CAPABILITY)}
     identity: Any = {name: value for name, value in given.items() if type(value) is int}
     return Message(RecordDict({NODE: ConfigRecord(identity)}), reply_to=message)
 
 
 def count_bytes(content: Mapping[str, Any]) -> int:
-    """Count the bytes of all records, as Flower does; use the serialised size if that fails."""
+    """Count the bytes of all records with Flower's method, or by serialising a record if that
+    raises."""
     total = 0
     for record in content.values():
         try:
@@ -142,7 +145,7 @@ def count_bytes(content: Mapping[str, Any]) -> int:
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the plain numbers of untrusted metrics, including NaN and infinity."""
+    """Return the untrusted metrics that are numbers, including NaN and infinity."""
     return {
         key: float(value)
         for key, value in record.items()
@@ -151,7 +154,7 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def mean_metrics(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
-    """Compute the weighted mean of each number over the clients that report a finite one."""
+    """Compute the weighted mean of each metric over the clients that report a finite value."""
     sums: dict[str, tuple[float, float]] = {}
     for content in contents:
         found = numbers(next(iter(content.metric_records.values()), {}))

@@ -1,4 +1,4 @@
-"""One round: its messages, and the reading of its untrusted replies."""
+"""One round of the server: creating its messages, and reading the untrusted replies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .._plan import Pair
 from .._update import Client, Settings
 from . import _records
 
-# Error codes of the server for a lost message or node.
+# Error codes with which Flower's server replies if a message or node is lost.
 _UNANSWERED = (
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
@@ -29,14 +29,14 @@ _UNANSWERED = (
 
 
 class _Unanswered(ValueError):
-    """Raised for an error reply of the server, without a reply of the client."""
+    """Raised for an error reply that the server created because the client did not reply."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sending:
-    """Settings of the messages of a run: arguments of the strategy with these names."""
+    """Settings of the messages of a run. Most are arguments of the strategy with the same name."""
 
-    settings: Settings  # of aggregate
+    settings: Settings  # arguments of aggregate
     send_frozen: bool
     pack: bool
     seed: int
@@ -69,19 +69,19 @@ class Round:
     """A round in progress."""
 
     number: int
-    record: ArrayRecord  # the global adapter
-    state: Mapping[str, Tensor]  # the same, decoded
-    pairs: Sequence[Pair]  # its factors
-    nodes: dict[int, Client]  # nodes that receive a message, and their clients
+    record: ArrayRecord  # the global adapter, as Flower passes it
+    state: Mapping[str, Tensor]  # the global adapter as tensors
+    pairs: Sequence[Pair]  # names of the adapter's factors
+    nodes: dict[int, Client]  # client of each node that receives a message
     plans: dict[Client, LayerPlan]
     sending: Sending
-    comm: CommLog  # counts the bytes of the messages
-    #: Time of sending, by the monotonic clock.
+    comm: CommLog  # log in which the bytes of the messages are counted
+    #: Time at which the messages were sent, in seconds of ``time.monotonic``.
     sent: float = dataclasses.field(default_factory=time.monotonic)
     _asked: list[Metadata] = dataclasses.field(default_factory=list)
 
     def messages(self, config: Mapping[str, Any]) -> list[Message]:
-        """Return one message per node; ``config`` has additional settings for the clients."""
+        """Return one message per node. ``config`` contains additional settings for the clients."""
         messages: list[Message] = []
         sending, shared = self.sending, self.sending.settings.shared
         for node, client in self.nodes.items():
@@ -97,7 +97,7 @@ class Round:
             settings = ConfigRecord({**config, **sending.config(), **own})
             content = RecordDict({_records.LORA: record, _records.CONFIG: settings})
             messages.append(Message(content, node, MessageType.TRAIN))
-        for message in messages:  # count only after all were created without an error
+        for message in messages:  # after all were created, so that an error counts no bytes
             self._asked.append(message.metadata)
             self._count(message.metadata.dst_node_id, message, "down")
         return messages
@@ -105,11 +105,12 @@ class Round:
     def collect(
         self, replies: Iterable[Message]
     ) -> tuple[list[Update], dict[Client, RecordDict], dict[Client, str], list[Client]]:
-        """Sort replies, and check each independently.
+        """Check each reply independently of the others.
 
         Returns:
-            the updates; their contents by client; the reasons of rejection by client, or by node
-            for an unknown node; and the clients that did not answer.
+            the updates of the valid replies; the contents of these replies by client; the reasons
+            of rejections by client (or by node for an unknown node); and the clients that did not
+            reply.
         """
         updates: list[Update] = []
         contents: dict[Client, RecordDict] = {}
@@ -139,13 +140,14 @@ class Round:
     def sender(self, reply: Message) -> int:
         """Return the node that a reply is for; the server sends error replies for lost nodes."""
         if reply.has_error():
-            for asked in self._asked:  # the grid has assigned ids to the messages
+            for asked in self._asked:  # by now, the grid has assigned ids to these messages
                 if asked.message_id and asked.message_id == reply.metadata.reply_to_message_id:
                     return asked.dst_node_id
         return reply.metadata.src_node_id
 
     def read(self, node: int, reply: Message) -> Update:
-        """Return a node's reply as an update; raise for errors that only the message shows."""
+        """Return a node's reply as an update. Raises `ValueError` for errors that cannot be
+        detected in the update, such as an error reply or a wrong echo of the plan."""
         where = f"node {node}"
         require(node in self.nodes, where, "reply", "none, as it was not asked", "one")
         self._count(node, reply, "up")
@@ -183,13 +185,14 @@ class Round:
         return next(node for node, asked in self.nodes.items() if asked == client)
 
     def _count(self, node: int, message: Message, way: str) -> None:
-        """Add a message to the bytes of its client."""
+        """Add the bytes of a message to the log; ``way`` is "up" or "down"."""
         if not message.has_content():
             return
         arrays = message.content.array_records
         total = _records.count_bytes(message.content)
         full = total - _records.count_bytes(arrays) + self.record.count_bytes()
-        # Tensor data without names and headers of .npy files.
+        # In a .npy file, the tensor data follow 10 bytes and a header, whose length is in the last
+        # two of these bytes.
         data = [array.data for record in arrays.values() for array in record.values()]
         frames = total - sum(max(len(d) - 10 - int.from_bytes(d[8:10], "little"), 0) for d in data)
         client = self.nodes[node]

@@ -1,4 +1,4 @@
-"""The task of a client in one round, read from its message, and the reply."""
+"""The task of a client in one round, which is read from a message, and the reply."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from . import _records
 
 Metrics = Mapping[str, Any]
 
-_PLAN = ("server-round", "layers", "ranks")  # settings that the echo repeats
+_PLAN = ("server-round", "layers", "ranks")  # settings that are copied to the record "echo"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Training settings of a client, from the strategy's ``train_config``."""
 
-    lr: float  # of AdamW; default is that of Fed-HeLLo's authors
+    lr: float  # learning rate of AdamW; the default is that of Fed-HeLLo's authors
     weight_decay: float
     epochs: int
-    seed: int  # of the strategy
+    seed: int  # seed of the strategy
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
-        """Read the settings from a message's config."""
+        """Read the settings from the record ``config`` of a message."""
         found: dict[str, float] = {}
         for name, default in (("lr", 1e-2), ("weight-decay", 0.0), ("epochs", 1)):
             value, expected = config.get(name, default), "a finite number from 0"
@@ -50,26 +50,26 @@ class Settings:
 class Task:
     """A training message, decoded and checked against the client's model."""
 
-    message: Message  # to reply to
-    config: ConfigRecord  # its settings
+    message: Message  # message to reply to
+    config: ConfigRecord  # settings in the message
     plan: LayerPlan
     round: int
     client: int
-    partition: int  # index of its data
-    tensors: dict[str, Tensor]  # with the ranks of the plan, else any that the model supports
+    partition: int  # index of the client's data
+    tensors: dict[str, Tensor]  # have the plan's ranks or, if it has none, at most the model's
     others: Others  # state of the layers outside the plan
-    shared: list[str]  # names of additional parameters
-    pattern: str  # regular expression for the index of a layer in a name
+    shared: list[str]  # names of the parameters to train in addition to the adapter
+    pattern: str  # regular expression whose first group is the index of a layer in a name
 
     @classmethod
     def read(
         cls, message: Message, context: Context, state: Mapping[str, Tensor], pattern: str
     ) -> Task:
-        """Read a message for a client whose model has this state.
+        """Read a message, and check it against ``state``, the tensors of the client's model.
 
         Raises:
-            ValueError, TypeError: If the message is not from the strategy, or does not fit the
-                model.
+            ValueError: If the message is not from the strategy, or does not fit the model.
+            TypeError: If a setting has the wrong type.
         """
         config = _records.read_config(message)
         plan, shared = LayerPlan.from_config(config), shared_names(config)
@@ -77,7 +77,8 @@ class Task:
         arrays = message.content.array_records
         require(_records.LORA in arrays, "message", "records", f"{_records.LORA!r}", sorted(arrays))
         record = arrays[_records.LORA]
-        # Ranks are those of the plan, else those in the message, at most the model's.
+        # Expected ranks are those of the plan or, if it has none, those that the message declares,
+        # but at most the model's.
         declared = _records.said_shapes(record, config)
         pairs = layer_pairs("message: model", state, pattern)
         shapes = shapes_of(pairs, state, plan)
@@ -107,18 +108,19 @@ class Task:
 
     @property
     def seed(self) -> int:
-        """Seed of the client's random numbers in this round, from seed, round and client."""
+        """Seed of the client's random numbers in this round, computed from the strategy's seed, the
+        round and the client."""
         entropy = [_integer(self.config, "seed"), self.round, self.client]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the part of tensors at the model's ranks that has the ranks of the message."""
+        """Slice tensors of the model to the shapes of the tensors in the message."""
         return {
             key: value[tuple(map(slice, self.tensors[key].shape))] for key, value in tensors.items()
         }
 
     def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the message's adapter, padded with zeros to the shapes of ``state``."""
+        """Return the adapter in the message, padded with zeros to the shapes in ``state``."""
         found: dict[str, Tensor] = {}
         for key, own in state.items():
             value = self.tensors.get(key, own[:0])
@@ -132,9 +134,10 @@ class Task:
         """Return the reply.
 
         Args:
-            changes: differences of the planned and shared tensors from the received ones.
-            metrics: including ``num-examples``.
-            state: names and shapes of all tensors.
+            changes: differences of the trained tensors from the received ones, for the planned
+                layers and the shared parameters.
+            metrics: metrics of the training, which must include ``num-examples``.
+            state: tensors of the model, which define the names and shapes of a masked reply.
         """
         sent = dict(changes)
         if choice("message", "upload", self.config.get("upload"), get_args(Upload)) == "value":
@@ -160,12 +163,12 @@ class Task:
 
 
 def shared_names(config: Mapping[str, Any]) -> list[str]:
-    """Return the names of the parameters that a client trains in addition to the adapter."""
+    """Return the names of the parameters that clients train in addition to the adapter."""
     return list(config.get("shared", []))
 
 
 def failed(message: Message, error: Exception) -> Message:
-    """Return the reply of a client that raised, in Flower's format."""
+    """Return an error reply of a client that raised ``error``, in Flower's format."""
     reason = f"{type(error).__name__}: {error}"
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 

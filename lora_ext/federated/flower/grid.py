@@ -1,4 +1,4 @@
-"""An implementation of Flower's grid in this process, without server, socket or thread."""
+"""An implementation of Flower's grid in one process, without server, socket or thread."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ RUN, SERVER = 1, 1  # 1 is also the node id of Flower's server
 
 
 class LocalGrid(Grid):
-    """A grid that runs the clients of a federation in this process.
+    """A grid that runs the clients of a federation in the calling process.
 
     ``strategy.start(grid=LocalGrid(app, 10), ...)`` is a complete simulation. Clients run one after
     another in the order of the messages, or all in one batch if the app supports it. Replies have
-    the same order. An exception becomes an error reply, as in Flower. The timeout is checked
-    between clients: later clients do not start, and a reply that took longer is lost.
+    the same order. If a client raises, its reply is an error, as in Flower. The timeout is checked
+    between clients: after it, no client starts, and a reply that is completed later is lost.
 
-    Node i is partition i. It keeps a separate ``Context``, and receives copies of the records.
+    Node i has partition i and a separate ``Context``. It receives copies of the records.
 
     Args:
-        client_app: a ``ClientApp``; or ``BatchedClients``, whose clients are the nodes in order and
-            train by their ``ClientSpec``.
-        num_nodes: at least 1; the number of clients for ``BatchedClients``.
-        run_config: of every node's context.
-        clock: function that returns seconds, for the timeout.
+        client_app: a ``ClientApp``; or ``BatchedClients``, in which case node i is the i-th client
+            and trains as its ``ClientSpec`` specifies.
+        num_nodes: number of nodes, at least 1. With ``BatchedClients``, the number of clients.
+        run_config: run configuration in the context of every node.
+        clock: function that returns the time in seconds, used for the timeout.
 
     Raises:
         ValueError: If the number of nodes does not fit.
@@ -81,12 +81,12 @@ class LocalGrid(Grid):
         }
 
     def set_run(self, run: Run) -> None:
-        """Set the run, which is not used."""
+        """Store Flower's description of the run. It has no effect."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """The run."""
+        """Flower's description of the run."""
         return self._run
 
     def create_message(
@@ -100,15 +100,16 @@ class LocalGrid(Grid):
         """Create a message to a node, like Flower's ``Message``.
 
         Args:
-            content: its records.
+            content: records of the message.
             message_type: "train", "evaluate" or "query".
-            dst_node_id: one of :meth:`get_node_ids`.
-            group_id, ttl: not used.
+            dst_node_id: receiver, one of :meth:`get_node_ids`.
+            group_id: stored in the message; not used.
+            ttl: stored in the message; not used.
         """
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes, 0 to ``num_nodes - 1``."""
+        """Return the ids of the nodes, 0 to ``num_nodes - 1``."""
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -121,19 +122,19 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Run the clients that received the messages of these ids, and return their replies."""
+        """Run the receivers of the messages with these ids, and return their replies."""
         found = [self._pushed.pop(each) for each in message_ids if each in self._pushed]
         return self._answers(found, None)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Run the clients of the messages, and return their replies in that order.
+        """Run the receivers of the messages, and return their replies in the same order.
 
         Args:
-            messages: one for each client.
-            timeout: seconds; a client that would start later does not run, and a reply that took
-                longer is lost. None waits for all.
+            messages: one message per client.
+            timeout: seconds after which no client starts; a reply that is completed later is lost.
+                None for no timeout.
         """
         pushed = self.push_messages(messages)
         return self._answers([self._pushed.pop(each) for each in pushed], timeout)
@@ -143,7 +144,7 @@ class LocalGrid(Grid):
         replies: list[Message] = []
         app = self._app
         groups = [[message] for message in messages]
-        if isinstance(app, BatchedApp):  # all training messages together
+        if isinstance(app, BatchedApp):  # one group with all training messages
             train = [m for m in messages if m.metadata.message_type == "train"]
             groups = [[m] for m in messages if m.metadata.message_type != "train"]
             groups += [train] if train else []
@@ -172,6 +173,6 @@ class LocalGrid(Grid):
 
 
 def _own(message: Message) -> Message:
-    """Return a copy of a message with records that the receiver may change."""
+    """Return a copy of a message, with copied records, which the receiver may change."""
     records = {name: record.copy() for name, record in message.content.items()}
     return make_message(message.metadata, RecordDict(records))

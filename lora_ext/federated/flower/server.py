@@ -1,4 +1,4 @@
-"""A ServerApp that runs a strategy, starting from a model's adapter."""
+"""A ServerApp that runs a strategy, with a model's adapter as the initial global adapter."""
 
 from __future__ import annotations
 
@@ -31,22 +31,24 @@ def make_server_app(
     pattern: str = PATTERN,
     adapter: str = "default",
 ) -> ServerApp:
-    """Create the server of a federation, for any of Flower's engines and for ``LocalGrid``.
+    """Create the ServerApp of a federation, for any of Flower's engines and for ``LocalGrid``.
 
-    The app's run configuration can override ``num_rounds`` and ``timeout`` with
-    ``num-server-rounds`` and ``timeout``. Its other numbers are added to ``train_config``.
+    In the app's run configuration, ``num-server-rounds`` and ``timeout`` override ``num_rounds``
+    and ``timeout``. All other numbers there are added to ``train_config``.
 
     Args:
-        strategy_fn: returns the strategy; called when the app runs.
-        model_fn: returns the base model with the adapter, whose values are the initial ones.
-        eval_fn: returns numbers for the model with the global adapter, before the first round and
-            after each; None evaluates nothing.
+        strategy_fn: function that returns the strategy; called when the app runs.
+        model_fn: function that returns the base model with the adapter. The adapter's values are
+            the initial global adapter.
+        eval_fn: function that returns metrics of the model with the global adapter. It is called
+            before the first round and after each round. None for no evaluation.
         num_rounds: number of rounds.
-        timeout: seconds to wait for a round. The first round of a simulation with Ray also waits
-            for its start, so use at least 30 seconds.
+        timeout: seconds to wait for the replies of a round. In a simulation with Ray, the first
+            round includes the start of Ray, so use at least 30 seconds.
         train_config: settings for the clients: ``lr``, ``epochs``, ``weight-decay``.
-        on_result: called at the end with the strategy, including its logs, and Flower's result.
-        pattern: regular expression for the index of a layer in a name.
+        on_result: ``on_result(strategy, result)``, called at the end. The strategy contains the
+            logs, and ``result`` is Flower's.
+        pattern: regular expression whose first group is the index of a layer in a name.
         adapter: name of the adapter to train.
     """
     app = ServerApp()

@@ -39,13 +39,13 @@ _log = logging.getLogger("flwr")
 
 
 class LoraStrategy(FedAvg):
-    """Federated averaging with a separate plan for each client.
+    """Flower strategy for federated averaging with a separate plan for each client.
 
-    A client receives the layers that it needs, trains those of its plan, and returns them. Each
-    layer is averaged over the clients that trained it (:func:`lora_ext.federated.aggregate`). A
-    reply that differs from its plan is rejected, with the reason in ``history``. A round with too
-    few replies leaves the global adapter unchanged, and the run continues. ``start`` expects the
-    global adapter from :func:`lora_ext.federated.flower.to_arrays`.
+    A client receives the layers that it needs, trains the layers of its plan, and returns them.
+    Each layer is averaged over the clients that trained it (:func:`lora_ext.federated.aggregate`).
+    A reply that does not match its plan is rejected, with the reason in ``history``. A round with
+    too few replies leaves the global adapter unchanged, and the run continues. ``start`` expects
+    the global adapter from :func:`lora_ext.federated.flower.to_arrays`.
 
     Subclasses override the hooks :meth:`select`, :meth:`plan_round`, :meth:`before_round`,
     :meth:`observe` and :meth:`timed_out`.
@@ -53,35 +53,37 @@ class LoraStrategy(FedAvg):
     Args:
         allocator: object with ``plan(round, client, capability) -> LayerPlan``; None for a subclass
             that overrides :meth:`plan_round`.
-        capability: number of layers that a client can train, as a mapping or function of clients.
-            None uses what the nodes report, and all layers for nodes without a report. A client of
-            capability 0 is never asked to train.
-        weighted_by: see :func:`lora_ext.federated.aggregate`; likewise ``rank_agg``, ``upload``,
-            ``max_update_norm``, ``nan_policy``, ``min_replies``, ``server_lr``, ``partial_ok``,
-            ``pattern`` and ``shared``.
-        scaling: s of ``s B A``, for all modules or by module name. A client with a different scale
-            replies with an error if this is one number; None is not compared.
+        capability: number of layers that each client can train: a mapping by client, or a function
+            of the client. None uses the number that each node reports, or all layers if a node
+            reports none. A client with capability 0 is never asked to train.
+        weighted_by, rank_agg, upload, max_update_norm, nan_policy, min_replies, server_lr: see
+            :func:`lora_ext.federated.aggregate`.
+        partial_ok, pattern, shared: see :func:`lora_ext.federated.aggregate`.
+        scaling: scale s of ``s B A``, one number or numbers by module name. If it is one number,
+            clients with a different scale reply with an error. None is 1, without that check.
         send_frozen: whether a client also receives the layers that it does not train, and applies
             them (Fed-HeLLo). Otherwise its adapter has only the planned layers (LEGEND).
-        pack: send all tensors of a message as one array, which reduces framing.
-        payload: with "dense_masked", every client sends all layers, multiplied by its weight, and
-            zeros for untrained layers. The server then needs only the sums (``masked_payload``).
-            This sends all bytes, and supports only the "covered" mean.
-        seed: for the selection of clients and, on the clients, for dropout.
+        pack: whether to send all tensors of a message as one array, which reduces framing (the
+            bytes that are not tensor data).
+        payload: "sliced", with which clients send only the layers of their plans; or
+            "dense_masked", with which each client sends all layers, multiplied by its weight, with
+            zeros for untrained layers. The server then needs only the sums over the clients (see
+            ``masked_payload``). "dense_masked" supports only ``rank_agg="covered"``.
+        seed: seed for the selection of clients and, on the clients, for dropout.
         on_reject: ``on_reject(round, client, reason)``, called for each rejected reply.
-        fedavg: other arguments of Flower's ``FedAvg``. By default, clients do not evaluate, and a
-            round uses all connected nodes. Before the first round, the strategy waits for
+        fedavg: other arguments of Flower's ``FedAvg``. By default, clients do not evaluate, and
+            each round uses all connected nodes. Before the first round, the strategy waits for
             ``min_available_nodes``, at most until the timeout.
 
     Attributes:
-        comm: bytes of all messages; identity queries to new nodes are in round 0.
-        history: a :class:`RoundLog` for each round.
-        round: the last finished round.
+        comm: log of the bytes of all messages. Queries that identify new nodes are in round 0.
+        history: list with a :class:`RoundLog` for each round.
+        round: number of the last finished round.
 
     Raises:
-        ValueError, TypeError: If settings are out of range; the message names the argument,
-            expected and found. "stack" is not supported, since clients would lack the changes of
-            the base weight.
+        ValueError: If an argument is out of range. ``rank_agg="stack"`` is not supported, since
+            clients would lack the changes of the base weight.
+        TypeError: If an argument has another type.
 
     Sources: Fed-HeLLo (arXiv 2506.12213); LEGEND (arXiv 2412.20004).
     """
@@ -148,31 +150,33 @@ class LoraStrategy(FedAvg):
     # --- hooks -------------------------------------------------------------------------------
 
     def before_round(self, round: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
-        """Change the adapter before the plans of a round are made. The default does nothing.
+        """Change the global adapter before the plans of a round are made. The default does nothing.
 
         Args:
-            round: its number, from 1.
+            round: number of the round, starting at 1.
             state: the global adapter, by PEFT's names.
 
         Returns:
-            None, or the adapter to continue with, such as one with other ranks.
+            the adapter to continue with, such as one with other ranks; None for no change.
         """
 
     def select(self, round: int, clients: Mapping[Client, int]) -> list[Client]:
-        """Select the clients of a round from the connected ones with a capability above 0.
+        """Select ``fraction_train`` of the clients at random, but at least ``min_train_nodes``.
 
-        The draw for ``fraction_train`` depends only on seed, round and client. If a client leaves,
-        the draws of the others do not change.
+        ``clients`` contains the capabilities of the connected clients with a capability above 0.
+        The random number of a client depends only on seed, round and client, and does not change if
+        another client leaves.
         """
         count = max(int(len(clients) * self.fraction_train), self.min_train_nodes)
         return drawn(clients, count, self.seed, round)
 
     def plan_round(self, round: int, clients: Mapping[Client, int]) -> dict[Client, LayerPlan]:
-        """Return the plans of a round by client; clients without a plan or layers are skipped.
+        """Return the plan of each client. A client without a plan, or with a plan without layers,
+        does not take part in the round.
 
         Args:
-            round: its number, from 1.
-            clients: the selected clients, with their capabilities.
+            round: number of the round, starting at 1.
+            clients: capabilities of the selected clients.
         """
         if self.allocator is None:
             raise ValueError(f"{WHERE}: allocator: expected one, or an own plan_round, found None")
@@ -184,22 +188,23 @@ class LoraStrategy(FedAvg):
         """Receive the metrics of an accepted reply. The default does nothing.
 
         Args:
-            round: its number.
+            round: number of the round.
             client: the client that replied.
-            plan: the plan that it received.
-            metrics: numbers that the client reports, ``train-time-s``, ``down-time-s`` and others,
-                unchecked: any may be missing, negative or NaN. The strategy adds ``bytes``, those
-                of the planned tensors in one direction.
+            plan: the plan that the client received.
+            metrics: numbers that the client reports, such as ``train-time-s`` and ``down-time-s``.
+                They are unchecked: each may be missing, negative or NaN. The strategy adds
+                ``bytes``, the size of the planned tensors in one direction.
         """
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Handle a client that did not answer or lost its node. The default does nothing.
+        """Handle a client that did not reply or lost its node. The default does nothing.
 
         Args:
-            round: its number.
-            client: the client without an answer.
-            plan: the plan that it received.
-            seconds: time waited for it: the timeout if there is one.
+            round: number of the round.
+            client: the client without a reply.
+            plan: the plan that the client received.
+            seconds: time that the strategy waited for the reply, which is the timeout if one is
+                set.
         """
 
     # --- Flower's interface ------------------------------------------------------------------
@@ -216,23 +221,25 @@ class LoraStrategy(FedAvg):
     ) -> Result:
         """Run rounds, like Flower's ``Strategy.start``.
 
-        After :meth:`load_state_dict`, and in repeated calls, rounds continue. With r rounds before,
-        Flower's round 1 is round r + 1 of clients and hooks.
+        In repeated calls, and after :meth:`load_state_dict`, the numbers of rounds continue. If r
+        rounds were run before, clients and hooks get the number r + 1 for Flower's round 1.
 
         Args:
-            grid: Flower's, or a :class:`LocalGrid`.
+            grid: Flower's grid, or a :class:`LocalGrid`.
             initial_arrays: the global adapter, from :func:`lora_ext.federated.flower.to_arrays`.
-            num_rounds: number of rounds.
-            timeout: seconds that a round waits for replies.
-            train_config, evaluate_config: additional settings for the clients, such as ``lr`` and
+            num_rounds: number of rounds to run.
+            timeout: seconds to wait for the replies of a round.
+            train_config: additional settings for training on the clients, such as ``lr`` and
                 ``epochs``.
+            evaluate_config: additional settings for evaluation on the clients.
             evaluate_fn: ``evaluate_fn(round, arrays)`` returns the server's metrics.
 
         Returns:
-            Flower's ``Result``; its ``arrays`` are the last adapter.
+            Flower's ``Result``. Its ``arrays`` are the adapter after the last round.
 
         Raises:
-            ValueError, TypeError: If an adapter or plan does not fit; the message names it.
+            ValueError: If the adapter has no layers, or a plan does not fit it.
+            TypeError: If a plan is not a :class:`LayerPlan`, or a capability is not an integer.
         """
         self._before, self._timeout = self.round, timeout
         rest = train_config, evaluate_config, evaluate_fn
@@ -241,11 +248,14 @@ class LoraStrategy(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Create one message for each selected client, with its plan. Flower calls this method.
+        """Create a message with the plan for each selected client. Flower calls this method.
+
+        If an error is raised, no training message is sent.
 
         Raises:
-            ValueError, TypeError: If the state has no layers, a plan does not fit it, or a
-                capability is unknown. No training message was sent.
+            ValueError: If the adapter has no layers, a plan does not fit it, or, in the first
+                round, a capability is missing or out of range.
+            TypeError: If a plan is not a :class:`LayerPlan`, or a capability is not an integer.
         """
         number = self._before + server_round
         state = _records.from_arrays(arrays, f"{WHERE}: arrays")
@@ -276,14 +286,14 @@ class LoraStrategy(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Compute the new global adapter from the replies, and the mean of the clients' metrics.
+        """Compute the new global adapter and the mean of the clients' metrics from the replies.
 
-        If the round is skipped, the adapter does not change. Flower calls this method; ``replies``
-        include error messages.
+        Flower calls this method. ``replies`` include error messages. If the round is skipped, the
+        adapter does not change, and None is returned instead of the metrics.
 
         Raises:
-            ValueError: If no round is in progress, or a value is not finite and
-                ``nan_policy="raise"``.
+            ValueError: If ``server_round`` is not the round in progress, or if a value is not
+                finite and ``nan_policy="raise"``.
         """
         current, self._current = self._current, None
         number = self._before + server_round
@@ -292,7 +302,7 @@ class LoraStrategy(FedAvg):
             raise ValueError(f"{WHERE}: round: expected {expected} in progress, found {number}")
         replies = list(replies)
         updates, contents, reasons, silent = current.collect(replies)
-        for reply in replies:  # an echo may contain a node's identity, for later rounds
+        for reply in replies:  # the echo may contain the node's identity, to use in later rounds
             node = reply.metadata.src_node_id
             if node in current.nodes and reply.has_content():
                 self._nodes.learn(node, reply.content.config_records.get(_records.ECHO, {}))
@@ -317,7 +327,7 @@ class LoraStrategy(FedAvg):
             return current.record, None
         reports = [contents[client] for client in result.accepted]
         means = self.train_metrics_aggr_fn(reports, self.weighted_by_key)
-        # An unchanged tensor keeps its array.
+        # Only changed tensors are converted; the others keep their arrays.
         moved = {key: t for key, t in result.state.items() if t is not current.state[key]}
         arrays = {**current.record, **_records.to_arrays(moved)}
         return ArrayRecord({key: arrays[key] for key in result.state}), means
@@ -325,10 +335,10 @@ class LoraStrategy(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Send the whole global adapter to ``fraction_evaluate`` of the connected nodes.
+        """Create messages with the whole global adapter for evaluation on the clients.
 
-        The default fraction is 0. Otherwise, the app needs an ``evaluate`` function. Arguments are
-        those of :meth:`configure_train`.
+        ``fraction_evaluate`` of the connected nodes receive one. The default fraction is 0; with
+        any other, the client app needs an ``evaluate`` function. Flower calls this method.
         """
         if not self.fraction_evaluate:
             return []
@@ -345,9 +355,9 @@ class LoraStrategy(FedAvg):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Compute the means of the clients' metrics in ``replies``, weighted by their examples.
+        """Compute the means of the clients' metrics, weighted by their numbers of examples.
 
-        Invalid reports are skipped; without a valid one, the result is None.
+        Invalid replies are skipped. Returns None if no reply is valid. Flower calls this method.
         """
         valid, _ = self._check_and_log_replies(replies, is_train=False, validate=False)
         for reply in valid:
@@ -360,10 +370,10 @@ class LoraStrategy(FedAvg):
     # --- state of a restarted server ---------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of a run, without the global adapter, as plain JSON.
+        """Return the state of a run, except the global adapter, as values that JSON can store.
 
-        It contains the number of the last round, the clients of the nodes, both logs, and the
-        allocator's ``state_dict()`` if it has one.
+        It contains the number of the last round, the client of each node, ``comm``, ``history``,
+        and the allocator's ``state_dict()`` if it has that method.
         """
         found: dict[str, Any] = {
             "round": self.round,
@@ -376,10 +386,12 @@ class LoraStrategy(FedAvg):
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the output of :meth:`state_dict`, with or without conversion to JSON.
+        """Restore the output of :meth:`state_dict`, which may have been converted to JSON and back.
 
         Raises:
-            KeyError, ValueError, TypeError: If ``state`` is invalid.
+            KeyError: If ``state`` lacks an entry.
+            ValueError: If a log in ``state`` is invalid.
+            TypeError: If a value has another type.
         """
         self.comm.load_state_dict(state["comm"])
         self.history = [RoundLog.from_dict(entry) for entry in state["history"]]
@@ -391,7 +403,7 @@ class LoraStrategy(FedAvg):
     # --- inside ------------------------------------------------------------------------------
 
     def _write(self, current: Round, result: Aggregate, reasons: dict[Client, str]) -> None:
-        """Log the round, and call `on_reject`."""
+        """Write the round to the logs, and call ``on_reject`` for each rejected reply."""
         number = current.number
         for client, reason in reasons.items():
             _log.warning("round %d: client %s: rejected: %s", number, client, reason)
