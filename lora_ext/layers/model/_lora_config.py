@@ -220,7 +220,7 @@ class LoraConfig:
         return {name for name, m in zip(names, row, strict=True) if m is not None}
 
     def _in_layers(self, found: set[str]) -> set[str]:
-        """Return the names with an index of a block that is in ``layers_to_transform``."""
+        """Return the names with a block index in ``layers_to_transform``."""
         names, pattern = tuple(sorted(found)), self.layers_pattern
         if pattern:
             keys = (pattern,) if isinstance(pattern, str) else tuple(pattern)
