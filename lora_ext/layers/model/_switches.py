@@ -1,6 +1,6 @@
 """Functions that switch the adapters of layers on and off, one by one or in groups.
 
-If its adapter is off, a layer computes only its base layer. Parameters, their ``requires_grad``
+A layer with its adapter off computes only its base layer. Parameters, their ``requires_grad``
 flags, ``state_dict`` and the active adapters do not change.
 
 An adapter may also be switched off only in training. Each forward then reads the ``training`` flag
@@ -125,7 +125,7 @@ class LayerGroups:
         return torch.tensor(on, dtype=torch.bool)
 
     def set_mask(self, mask: Mask, training_only: bool = False) -> None:
-        """Switch every group on or off.
+        """Switch every group on or off. The mask applies until the next call.
 
         Args:
             mask: bools ``(n,)``, True for each group to switch on and False for each group to
@@ -146,9 +146,7 @@ class LayerGroups:
 
     @contextlib.contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
-        """Set a mask during a ``with`` block; restore all layers afterwards, also after an
-        exception.
-        """
+        """Set a mask during a ``with`` block; restore all layers at its end or after an error."""
         layers = itertools.chain(*self.layers)
         before = [(layer, _state(layer, self.adapter_name)) for layer in layers]
         self.set_mask(mask)
