@@ -40,13 +40,13 @@ def init_lora_(
     ==================== ============================== =========================
     True, "init_a"       U(-1/sqrt(n), 1/sqrt(n))       0
     "init_a_normal"      N(0, 1/n)                      0
-    "gaussian"           N(0, 1/r^2), whatever n        0
+    "gaussian"           N(0, 1/r^2), for every n       0
     "init_b"             0                              U(-1/sqrt(r), 1/sqrt(r))
     "init_b_normal"      0                              N(0, 1/r)
     "init_b_unit"        0                              N(0, 1), PEFT's for embeddings
     "init_ab", False     as "init_a"                    as "init_b": B A is not 0
-    "orthogonal"         randn(n, r/2) by odd rows of   even rows likewise:
-                         an orthogonal matrix, over 10  B A = 0, neither is 0
+    "orthogonal"         (randn(n, r/2) Q[0::2])^T / 10 randn(m, r/2) Q[1::2] / 10;
+                         with Q (r, r) orthogonal       B A = 0, neither is 0
     ==================== ============================== =========================
 
     Values are drawn in float32 on the device of ``A`` and then rounded, so the same seed gives the
@@ -137,7 +137,7 @@ def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
 
 
 def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tensor, Tensor]:
-    """Return factors so that ``scaling * B A`` is the leading part of a base weight ``(m, n)``.
+    """Return factors such that ``scaling * B A`` is the leading part of a base weight ``(m, n)``.
 
     A is ``(r, n)`` and B is ``(m, r)``, both in float32. The caller subtracts ``scaling * B A``
     from the base weight. The schemes are:

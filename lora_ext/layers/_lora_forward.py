@@ -64,8 +64,8 @@ def lora_forward(
     ``y[t] = base(x[t]) + sum of scaling * (b @ a @ dropout(x[t]) + bias)``. The sum is over all
     adapters. If ``adapter_ids`` is given, it contains only the adapter ``adapter_ids[t]``. Without
     adapters the result is ``base(x)``. An adapter without rows costs nothing, and its ``grad``
-    stays None. If torch.distributed has several processes, it gets zero gradients instead if it
-    requires gradients, because another process may have rows of it.
+    stays None. If torch.distributed has several processes, an adapter without rows gets zero
+    gradients if it requires gradients, because another process may have rows of it.
 
     If ``base`` is a plain ``nn.Linear`` or transformers' ``Conv1D``, one fused op computes the
     product with its weight and the update. Any other base layer (quantised, wrapped, with hooks) is

@@ -140,8 +140,7 @@ class LinearWeight(BaseWeight):
 
 
 class ConvWeight(BaseWeight):
-    """View for a convolution: the weight ``(O, C, *kernel)`` is a matrix that multiplies patches.
-    """
+    """View for a convolution: its weight ``(O, C, *kernel)`` as a matrix for patches."""
 
     @property
     def features(self) -> tuple[int, int]:
