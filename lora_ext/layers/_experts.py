@@ -174,7 +174,10 @@ def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tenso
 
 
 class Slots(NamedTuple):
-    """Slots of all pairs in the bank: adapter ``s`` for expert ``e`` is slot ``s * E + e``."""
+    """Slots of all pairs: the positions of their factors in the bank of stacked factors.
+
+    Adapter ``s`` for expert ``e`` is slot ``s * E + e``.
+    """
 
     ids: Tensor  # (P,) int32, -1 for pairs without an adapter
     plan: Tensor  # result of ops.lora_plan for the ids

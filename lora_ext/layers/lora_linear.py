@@ -20,17 +20,17 @@ class LoraLinear(LoraLayer):
 
     Parameters have PEFT's names, so state dicts can be exchanged: ``base_layer.*``,
     ``lora_A.<name>.weight (r, I)``, ``lora_B.<name>.weight (O, r)``, ``lora_B.<name>.bias``,
-    ``lora_magnitude_vector.<name>.weight (O,)``. Only :meth:`merge` and some initialisation schemes
-    change the base weight. As in PEFT, the base layer stays trainable. Freeze it with
-    ``layer.base_layer.requires_grad_(False)``, or adapt the model with :func:`lora_ext.nn.wrap`,
-    which freezes everything except the adapters.
+    ``lora_magnitude_vector.<name>.weight (O,)``, with ``I`` input and ``O`` output features and
+    rank ``r``. Only :meth:`merge` and some initialisation schemes change the base weight. As in
+    PEFT, the base layer stays trainable. Freeze it with ``layer.base_layer.requires_grad_(False)``,
+    or adapt the model with :func:`lora_ext.nn.wrap`, which freezes everything except the adapters.
 
-    A row of ``x`` uses the adapter that :func:`lora_ext.adapters` or ``adapter_ids`` selects for
-    it, by default the sum of the active adapters (:meth:`set_adapter`). An adapter that is switched
-    off (``adapter_active`` is False) or that no row uses causes no allocation, no kernel launch and
-    no graph node, and its ``grad`` stays None. If torch.distributed has several processes, a
-    trained adapter without rows gets zero gradients instead, because another process may have rows
-    of it.
+    A row ``(I,)`` of ``x`` uses the adapter that :func:`lora_ext.adapters` or ``adapter_ids``
+    selects for it, by default the sum of the active adapters (:meth:`set_adapter`). An adapter that
+    is switched off (``adapter_active`` is False) or that no row uses causes no allocation, no
+    kernel launch and no graph node, and its ``grad`` stays None. If torch.distributed has several
+    processes, a trained adapter without rows gets zero gradients instead, because another process
+    may have rows of it.
 
     Under ``torch.compile``, an adapter without rows also gets zero gradients if the rows of the
     batch have different adapters. Rows of DoRA adapters cause a graph break.
@@ -46,7 +46,7 @@ class LoraLinear(LoraLayer):
 
     Raises:
         ValueError: If the sizes of the base layer cannot be determined, ``fan_in_fan_out`` is set
-            for an ``nn.Linear``, or :meth:`add_adapter` raises.
+            for an ``nn.Linear``, or :meth:`add_adapter` raises a ValueError.
 
     Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); DoRA (Liu et al. 2024); PEFT.
     """

@@ -2,8 +2,9 @@
 
 A pointwise function, such as SiLU, maps each element separately. torch computes it with vector
 instructions, but uses other instructions for the last elements of each thread. The last bits
-therefore depend on the batch and on the number of threads. One forward finds the modules that call
-such functions. In these modules, :func:`lora_ext.ops.pointwise` then computes the functions.
+therefore depend on the batch and on the number of threads. :func:`replace_functions` runs one
+forward to find the modules that call such functions. In these modules,
+:func:`lora_ext.ops.pointwise` then computes the functions.
 """
 
 from __future__ import annotations
