@@ -1,7 +1,7 @@
-"""Trainable layers: LoRA over linear layers, convolutions, embeddings and experts.
+"""Trainable LoRA adapters for linear layers, convolutions, embeddings and experts.
 
-:mod:`.base` contains their base layers, :mod:`.model` the operations on a whole model. Names that
-are not in ``__all__`` are for other subpackages.
+:mod:`.base` contains the code for base layers, :mod:`.model` the operations on a whole model. Names
+that are not in ``__all__`` are private to ``lora_ext``; its other subpackages import them.
 """
 
 from typing import TYPE_CHECKING

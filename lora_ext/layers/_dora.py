@@ -1,8 +1,9 @@
-"""DoRA: the direction of ``W + s B A`` with a separate magnitude per output.
+"""DoRA: the direction of ``W + s B A``, with a separate trained magnitude per output feature.
 
-``y = (m / norm) * ((W + s B A) x) + bias`` with ``norm = || W + s B A ||`` per row, a constant for
-the backward. Forward and gradients are those of PEFT's layer, as is the order of several adapters:
-a DoRA adapter also scales the updates of the adapters before it.
+``y = (m / norm) * ((W + s B A) x) + bias`` with ``norm = || W + s B A ||`` per row of the matrix.
+The backward treats the norm as a constant. Forward and gradients are those of PEFT's layer, also
+for several adapters: they are applied in order, and a DoRA adapter scales the updates of the
+adapters before it, too.
 
 Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eqs. 5 and 6, section 4.3.
 """
@@ -31,7 +32,7 @@ from .base._spacing import base_product
 
 
 class Magnitude(nn.Module):
-    """Magnitude of one adapter, under PEFT's key ``lora_magnitude_vector.<name>.weight``."""
+    """Module for the magnitude of an adapter: PEFT's ``lora_magnitude_vector.<name>.weight``."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -47,27 +48,32 @@ def dora_forward(
     rows: Rows | None = None,
     norms: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """Compute :func:`lora_forward` for adapters of which some have a magnitude.
+    """Compute :func:`lora_forward` for adapters with and without a magnitude.
 
-    If ``b`` is zero and the magnitudes are the norms of the base weight, as in a fresh adapter, the
+    If ``b`` is zero and the magnitudes equal the norms of the base weight, as in a new adapter, the
     result equals ``base(x)`` bit for bit.
 
     Args:
-        x, base, adapters: see :func:`lora_forward`.
-        dense: function that reads weight and bias of ``base`` (:func:`readable_weight`). It is
-            called after ``base``, whose forward releases the weights that ZeRO-3 has gathered.
-        magnitudes: ``(O,)`` for each adapter, None for plain LoRA.
-        rows: rows of these adapters; None applies every adapter to every row, in order.
-        norms: results of :func:`lora_ext.ops.lora_dora_norm`, if they are known already.
+        x: input ``(..., I)``.
+        base: base layer, as in :func:`lora_forward`.
+        dense: function that returns the weight and bias of ``base``, as :func:`readable_weight`
+            does. It is called after ``base``, because with ZeRO-3 the forward of ``base`` releases
+            the gathered weight.
+        adapters: factors of the adapters.
+        magnitudes: magnitude ``(O,)`` of each adapter, None for an adapter without DoRA.
+        rows: assignment of the rows to the adapters; None applies all adapters to all rows, in
+            order.
+        norms: result of :func:`lora_ext.ops.lora_dora_norm` for each adapter, None to compute it.
     """
     norms = [None] * len(adapters) if norms is None else norms
     if rows is None:
         return _in_order(x, base, dense, adapters, magnitudes, norms)
-    # The rows of the plain adapters are computed together, those of each DoRA adapter separately.
+    # One call computes the rows of all adapters without DoRA. Each DoRA adapter's rows are computed
+    # separately.
     plain = [i for i in rows.used if magnitudes[i] is None]
     plain_rows = subset(rows, [slot for slot, i in enumerate(rows.used) if i in plain])
     y = lora_forward(x, base, adapters, plain_rows)
-    read = dense()  # once on every process, whichever adapters its rows have
+    read = dense()  # on every process, even without rows of DoRA adapters
     x2d, y2d = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     for slot, i in enumerate(rows.used):
         magnitude = magnitudes[i]
@@ -88,14 +94,15 @@ def _in_order(
 ) -> Tensor:
     first, magnitude = adapters[0], magnitudes[0]
     plain_base = dense_parameters(base)
-    exact = isinstance(base, PackedLinear) and base.exact  # the fused product would be torch's
+    exact = isinstance(base, PackedLinear) and base.exact  # the fused op would use torch's product
     alone = len(adapters) == 1 and first.p == 0 and not exact
     if alone and magnitude is not None and fuses(x, plain_base, first):
         read = weight, bias = dense()
         y = fused_forward(x, read, first)
         scale = _scale(weight, first, magnitude, norms[0])
         scaled = y * scale
-        # The bias is not part of the direction. If the scale is 1, y is unchanged.
+        # The bias is not part of the direction, so it is not scaled. A scale of 1 leaves y
+        # unchanged.
         return (scaled if bias is None else scaled + bias * (1 - scale)).to(y.dtype)
     y = base_product(base, x)
     dtype, read = y.dtype, dense()
@@ -115,14 +122,15 @@ def _scaled(
     magnitude: Tensor,
     norm: Tensor | None,
 ) -> Tensor:
-    """Apply a DoRA adapter to ``y``, the result of the base and earlier adapters on ``x``."""
+    """Apply a DoRA adapter to ``y``, the output of the base layer and the earlier adapters."""
     weight, bias = dense
     scale = _scale(weight, f, magnitude, norm)
     if f.p == 0:
         inner = y if bias is None else y - bias
         update = lora_update(x, [f])
-    else:  # the base is part of the direction, so it also receives the dropped input
-        # The rows of x are those of the adapter, in order: one seed gives the mask of lora_forward.
+    else:  # the base product is part of the direction, so it uses the dropped input, too
+        # x contains only the adapter's rows, in order, so the same seed gives the mask of
+        # lora_forward.
         seed = draw_seed(x.device) if f.seed is None else f.seed
         x2d = x.reshape(-1, x.shape[-1]).to(f.a.dtype)
         dropped = ops.lora_dropout(x2d, f.p, seed).view(x.shape)

@@ -1,12 +1,14 @@
-"""Routed experts: products of the tokens of a mixture with the experts that they are routed to.
+"""Products of a mixture-of-experts layer, which routes each token to some of its experts.
 
-Letters: ``T`` tokens, ``k`` experts per token, ``P = T * k`` pairs of a token and an expert, ``E``
-experts, ``H`` hidden and ``M`` intermediate features.
+Shape letters: ``T`` tokens, ``k`` experts per token, ``P = T * k`` pairs of a token and an expert,
+``E`` experts, ``H`` hidden and ``M`` intermediate features, ``I`` input and ``O`` output features
+of one product, ``A`` adapters, ``R`` largest rank.
 
-transformers keeps the experts of a layer in one module, whose matrices are parameters of three
-dimensions: ``gate_up_proj (E, 2M, H)``, or ``up_proj (E, M, H)`` without a gate, and ``down_proj
-(E, H, M)``; with ``is_transposed`` the last two dimensions are exchanged. Flags of the module
-describe the rest, and its ``_apply_gate`` is computed between the two products.
+transformers stores the experts of a layer in one module. Its parameters are
+``gate_up_proj (E, 2M, H)``, or ``up_proj (E, M, H)`` without a gate, and ``down_proj (E, H, M)``.
+If ``is_transposed`` is True, the last two dimensions are exchanged. The other flags state whether
+there are a gate, biases and a norm. ``_apply_gate`` of the module is called between the two
+products.
 """
 
 from __future__ import annotations
@@ -36,20 +38,21 @@ _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expe
 class Routing(NamedTuple):
     """Pairs of token and expert in a batch, in the order in which they are multiplied."""
 
-    order: Tensor  # (P,) int64, the pair at each place; pair p is token p // k
-    token: Tensor  # (P,) int64
-    expert: Tensor  # (P,) int64
-    ends: Tensor | None  # (E,) int32, the end of each expert's pairs; None if not sorted by expert
-    autocast: bool  # True if transformers' products follow autocast; its grouped one does not
+    order: Tensor  # (P,) int64, pairs in this order; pair p has token p // k
+    token: Tensor  # (P,) int64, token of each pair
+    expert: Tensor  # (P,) int64, expert of each pair
+    ends: Tensor | None  # (E,) int32, end of each expert's pairs; None if not sorted by expert
+    autocast: bool  # True if transformers' products use autocast; its grouped product does not
 
 
-#: Function that adds the updates of adapters to one product. Arguments: the parameter's name, the
-#: product ``(P, O)``, which may be changed in place, its input ``(P, I)``, and the routing.
+#: Function that adds the updates of adapters to one product and returns the sum. Arguments: the
+#: name of the parameter; the product ``(P, O)``, which may be changed in place; the input of the
+#: product ``(P, I)``; and the routing.
 Update = Callable[[str, Tensor, Tensor, Routing], Tensor]
 
 
 def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the in and out features of a module's expert matrices, by the parameter's name.
+    """Return the input and output features of a module's expert matrices, by parameter name.
 
     The result is empty if ``module`` is not an experts module of transformers.
     """
@@ -58,7 +61,7 @@ def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
     known = (up_name(module), "down_proj")
     found: dict[str, tuple[int, int]] = {}
     for name, parameter in module.named_parameters(recurse=False):
-        plain = type(parameter) is nn.Parameter  # neither quantised nor distributed
+        plain = type(parameter) is nn.Parameter  # others: quantised, distributed
         if name in known and plain and parameter.dim() == 3 and parameter.dtype in FLOATS:
             _, out, inner = parameter.shape
             found[name] = (out, inner) if module.is_transposed else (inner, out)
@@ -66,7 +69,7 @@ def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def obstacle_of(experts: nn.Module) -> str | None:
-    """Return the reason why :func:`experts_forward` may not replace a module's forward, or None."""
+    """Return why :func:`experts_forward` cannot replace a module's forward, or None if it can."""
     if getattr(experts, "_is_expert_parallel", False):
         return "expert parallelism"
     if not is_plain(experts):
@@ -75,21 +78,22 @@ def obstacle_of(experts: nn.Module) -> str | None:
 
 
 def up_name(experts: Any) -> str:
-    """Return the name of the first product's parameter."""
+    """Return the name of the parameter of the first product."""
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Routing:
-    """Return the pairs of ``top_k_index (T, k)`` in the order of transformers' implementation.
+    """Return the pairs of token and expert in the order that transformers' implementation uses.
 
     The bits of a product depend on this order. The pairs are computed on the device of
-    ``top_k_index``, without synchronisation.
+    ``top_k_index``, without a synchronisation.
 
     Args:
-        top_k_index: the experts of each token.
-        num_experts: ``E``.
-        how: "eager", which takes the first choice of all tokens before the second; "batched_mm",
-            which sorts nothing; any other value is treated as "grouped_mm".
+        top_k_index: experts of each token, ``(T, k)``.
+        num_experts: number of experts, ``E``.
+        how: name of the implementation. "eager" sorts by expert, and for each expert the first
+            choices of all tokens precede the second choices; "batched_mm" does not sort; any other
+            value is treated as "grouped_mm", which sorts by expert.
     """
     tokens, choices = top_k_index.shape
     if how == "eager":
@@ -113,22 +117,23 @@ def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Rout
 def experts_forward(
     experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, update: Update
 ) -> Tensor:
-    """Compute an experts module of transformers with adapters on its matrices, ``(T, H)``.
+    """Compute the forward of an experts module of transformers with adapters on its matrices.
 
-    ``y[t] = sum over j of top_k_weights[t, j] * down_e(gate(up_e(x[t])))``, ``e = top_k_index[t,
-    j]``, with ``update`` added to the results of ``up_e`` and ``down_e``. On the CPU, rows without
-    an update equal those of the module's own forward bit for bit.
+    ``y[t] = sum over j of top_k_weights[t, j] * down_e(gate(up_e(x[t])))`` with
+    ``e = top_k_index[t, j]``. ``update`` adds the updates of adapters to the results of ``up_e``
+    and ``down_e``. On the CPU, rows without an update equal the output of the module's own forward
+    bit for bit.
 
     Args:
-        experts: an experts module, whose gate, biases and norm are used. Its
-            ``experts_implementation`` determines how the products are computed.
-        x: ``(T, H)``.
-        top_k_index: ``(T, k)`` integers in ``[0, E)``.
-        top_k_weights: ``(T, k)``.
-        update: called once for each of the two products.
+        experts: experts module of transformers. The ``experts_implementation`` in its configuration
+            determines how the products are computed.
+        x: hidden states ``(T, H)``.
+        top_k_index: experts of each token: integers ``(T, k)`` in ``[0, E)``.
+        top_k_weights: weights of these experts, ``(T, k)``.
+        update: function that adds the updates to a product; it is called once per product.
 
     Raises:
-        NotImplementedError: If :func:`obstacle_of` finds a reason.
+        NotImplementedError: If :func:`obstacle_of` returns a reason.
     """
     module: Any = experts
     obstacle = obstacle_of(experts)
@@ -153,7 +158,7 @@ def experts_forward(
 
 
 def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tensor:
-    """Return ``weight[e] @ x[p] + bias[e]`` of every pair p, in the order of ``routing``."""
+    """Return ``weight[e] @ x[p] + bias[e]`` for every pair p, in the order of ``routing``."""
     weight: Tensor = getattr(experts, name)
     x = x.to(weight.dtype)
     if routing.ends is not None:
@@ -169,17 +174,20 @@ def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tenso
 
 
 class Slots(NamedTuple):
-    """Slots of all pairs: adapter ``s`` of expert ``e`` is slot ``s * E + e``."""
+    """Slots of all pairs: the positions of their factors in the bank of stacked factors.
 
-    ids: Tensor  # (P,) int32, -1 for rows without an adapter
-    plan: Tensor  # ops.lora_plan of the ids
+    Adapter ``s`` for expert ``e`` is slot ``s * E + e``.
+    """
+
+    ids: Tensor  # (P,) int32, -1 for pairs without an adapter
+    plan: Tensor  # result of ops.lora_plan for the ids
 
 
 def slots_of(routing: Routing, rows: Tensor | None, num_adapters: int, num_experts: int) -> Slots:
     """Compute the slots of all pairs on the device.
 
-    ``rows (T,)`` int32 is the adapter of each row in ``[-1, num_adapters)``; with None all rows
-    have the first adapter.
+    ``rows (T,)`` int32 contains the adapter of each token in ``[-1, num_adapters)``, -1 for no
+    adapter. If it is None, all tokens use the first adapter.
     """
     if rows is None:
         ids = routing.expert.int()
@@ -192,18 +200,18 @@ def slots_of(routing: Routing, rows: Tensor | None, num_adapters: int, num_exper
 def experts_update(
     y: Tensor, x: Tensor, adapters: Sequence[LoraFactors], slots: Slots, num_experts: int
 ) -> Tensor:
-    """Return ``y[p] + scaling * B[s, e] A[s, e] x[p]``, computed in the dtype of the adapters.
+    """Return ``y[p] + scaling * B[s, e] A[s, e] x[p]`` for adapter s and expert e of each pair p.
 
-    The sum is rounded once. It is differentiable once in ``x`` and the factors, by the kernels of
-    ``ops.lora_linear``.
+    The update is computed in the dtype of the adapters, and the sum is rounded once. It is
+    differentiable once in ``x`` and the factors, with the gradients of ``ops.lora_linear``.
 
     Args:
-        y: ``(P, O)``, changed in place.
-        x: ``(P, I)``.
-        adapters: factors in PEFT's layout: ``a (E * r, I)``, whose rows are ordered by expert, and
-            ``b (O, r * E)``, whose columns are ordered by rank.
-        slots: :func:`slots_of` these adapters.
-        num_experts: ``E``.
+        y: product ``(P, O)``, changed in place.
+        x: input of the product, ``(P, I)``.
+        adapters: factors in PEFT's layout for rank r: ``a (E * r, I)`` with rows ordered by expert
+            first, and ``b (O, r * E)`` with columns ordered by rank first.
+        slots: result of :func:`slots_of` for these adapters.
+        num_experts: number of experts, ``E``.
     """
     dtype = functools.reduce(torch.promote_types, (f.a.dtype for f in adapters))
     all_ranks = [f.a.shape[0] // num_experts for f in adapters]
@@ -217,14 +225,14 @@ def experts_update(
         scale = scale.repeat_interleave(num_experts)
     a, b = (t.to(dtype) for t in _bank(adapters, all_ranks, num_experts))
     rows = slots.ids, scale, ranks
-    with exactly(x.device):  # PEFT ignores autocast here too
+    with exactly(x.device):  # as in PEFT, which ignores autocast here
         return y.add_(ops.lora_linear(x.to(dtype), None, None, a, b, *rows, plan=slots.plan))
 
 
 def _bank(
     adapters: Sequence[LoraFactors], ranks: Sequence[int], num_experts: int
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(A * E, R, I)`` and ``(A * E, O, R)``, padded with zeros beyond each rank."""
+    """Stack the factors as ``(A * E, R, I)`` and ``(A * E, O, R)``, padded with zeros to rank R."""
     pairs = list(zip(adapters, ranks, strict=True))
     a = [f.a.reshape(num_experts, r, -1) for f, r in pairs]
     b = [f.b.reshape(-1, r, num_experts).permute(2, 0, 1) for f, r in pairs]

@@ -1,7 +1,8 @@
 """Initial values of LoRA factors.
 
-With ``B A = 0`` the adapted model starts as the base model. The choice of the zero factor decides
-which factor changes first, and at which learning rates training is stable (``docs/layers.md``).
+If ``B A = 0``, training starts at the base model. Which of the two factors is zero determines which
+one changes first, and at which learning rates training is stable (``docs/layers.md``). Shape
+letters: ``r`` rank, ``n`` input and ``m`` output features.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 
 from lora_ext._checks import require
 
-#: Schemes that need only the two factors.
+#: Schemes that depend only on the two factors.
 FREE = (
     "init_a", "init_b", "init_a_normal", "init_b_normal", "init_b_unit", "init_ab", "gaussian",
     "orthogonal",
 )  # fmt: skip
-#: Schemes that split the base weight between itself and the adapter.
+#: Schemes that move part of the base weight into the adapter.
 DECOMPOSING = ("pissa", "pissa_niter_<K>", "olora")
-#: PEFT's schemes that need data or a quantised weight.
+#: Schemes of PEFT that need data or a quantised weight; they are not implemented here.
 _ELSEWHERE = ("loftq", "eva", "corda", "lora_ga", "mica")
 
 
@@ -32,39 +33,41 @@ def init_lora_(
     fan_in: int | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Fill the factors of one adapter, in place.
+    """Initialise the factors of one adapter, in place.
 
     ==================== ============================== =========================
     scheme               A                              B
     ==================== ============================== =========================
     True, "init_a"       U(-1/sqrt(n), 1/sqrt(n))       0
     "init_a_normal"      N(0, 1/n)                      0
-    "gaussian"           N(0, 1/r^2), whatever n        0
+    "gaussian"           N(0, 1/r^2), for every n       0
     "init_b"             0                              U(-1/sqrt(r), 1/sqrt(r))
     "init_b_normal"      0                              N(0, 1/r)
     "init_b_unit"        0                              N(0, 1), PEFT's for embeddings
     "init_ab", False     as "init_a"                    as "init_b": B A is not 0
-    "orthogonal"         randn(n, r/2) by odd rows of   even rows likewise:
-                         an orthogonal matrix, over 10  B A = 0, neither is 0
+    "orthogonal"         (randn(n, r/2) Q[0::2])^T / 10 randn(m, r/2) Q[1::2] / 10;
+                         with Q (r, r) orthogonal       B A = 0, neither is 0
     ==================== ============================== =========================
 
-    Values are drawn in float32 on the device of ``A`` and then rounded, so that one seed gives
-    factors of any dtype the same values up to rounding. True equals ``nn.init.kaiming_uniform_(A,
-    a=sqrt(5))``, PEFT's initialisation, bit for bit. False initialises the factors like two
-    ``nn.Linear``.
+    Values are drawn in float32 on the device of ``A`` and then rounded, so the same seed gives the
+    same values in every dtype, up to rounding. True equals PEFT's initialisation
+    ``nn.init.kaiming_uniform_(A, a=sqrt(5))`` bit for bit. False initialises both factors like the
+    weight of an ``nn.Linear``.
 
     Args:
-        A: ``(r, n)``, any further dimensions belong to n; float16, bfloat16, float32 or float64.
-        B: ``(m, r)``, likewise.
-        scheme: a row of the table.
-        fan_in: n of the distributions, if it does not follow from the shape of ``A``.
-        generator: default is torch's own for the device of ``A``.
+        A: factor ``(r, n)`` in float16, bfloat16, float32 or float64; further dimensions are
+            flattened into n.
+        B: factor ``(m, r)`` in one of these dtypes; further dimensions are flattened into r.
+        scheme: name of a scheme in the table, or a bool.
+        fan_in: value of n in the distributions; default is the n of the shape of ``A``.
+        generator: random generator; default is torch's default generator for the device of ``A``.
 
     Raises:
-        ValueError: If the scheme is unknown, or needs the base weight of a layer; r differs; a
-            factor has fewer than two dimensions; or r is odd for "orthogonal".
-        NotImplementedError: If only PEFT has the scheme.
-        TypeError: If a dtype is not floating.
+        ValueError: If the scheme is unknown or needs the base weight of a layer; the factors differ
+            in r; a factor has fewer than two dimensions; or r is odd and the scheme is
+            "orthogonal".
+        NotImplementedError: If the scheme is implemented only in PEFT.
+        TypeError: If the dtype of a factor is not one of those above.
         RuntimeError: If the factors are on the meta device.
 
     Sources: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics";
@@ -112,9 +115,9 @@ def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
     """Return the canonical name of a scheme: "init_a" for True, "init_ab" for False.
 
     Raises:
-        ValueError: If the scheme is unknown; the message lists the known ones.
-        NotImplementedError: If only PEFT has the scheme.
-        TypeError: If it is neither a bool nor a str.
+        ValueError: If the scheme is unknown; the message lists the known schemes.
+        NotImplementedError: If the scheme is implemented only in PEFT.
+        TypeError: If the scheme is neither a bool nor a str.
     """
     if scheme is True:
         return "init_a"
@@ -134,16 +137,19 @@ def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
 
 
 def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tensor, Tensor]:
-    """Return factors whose ``scaling * B A`` is the leading part of the base weight ``(m, n)``.
+    """Return factors such that ``scaling * B A`` is the leading part of a base weight ``(m, n)``.
 
-    A is ``(r, n)`` and B ``(m, r)``, both float32.
+    A is ``(r, n)`` and B is ``(m, r)``, both in float32. The caller subtracts ``scaling * B A``
+    from the base weight. The schemes are:
 
-    "pissa": the top r of the singular value decomposition, each factor with the square root of the
-    singular values; "pissa_niter_<K>": by the randomised one with K iterations; "olora": the first
-    r columns of Q and rows of R. The caller subtracts ``scaling * B A`` from the base weight.
+    * "pissa": the r largest singular values and their vectors; the square root of the singular
+      values is part of each factor.
+    * "pissa_niter_<K>": the same, by a randomised singular value decomposition with K iterations.
+    * "olora": the first r columns of Q (in B) and the first r rows of R (in A) of a QR
+      decomposition.
 
     Sources: PiSSA (Meng et al. 2024), eqs. 2 and 3; OLoRA (Büyükakyüz 2024), algorithm 1; both as
-    in PEFT.
+    implemented in PEFT.
     """
     if r > min(weight.shape):
         raise ValueError(
@@ -165,7 +171,8 @@ def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tens
 
 
 def _uniform(like: Tensor, fan_in: int, generator: torch.Generator | None) -> Tensor:
-    # The bound of kaiming_uniform_(a=sqrt(5)), by the same expression as in torch.
+    # This is the bound of kaiming_uniform_(a=sqrt(5)). The expression is that of torch, so that the
+    # bits are equal.
     std = nn.init.calculate_gain("leaky_relu", math.sqrt(5)) / math.sqrt(fan_in)
     bound = math.sqrt(3.0) * std
     new = torch.empty_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)

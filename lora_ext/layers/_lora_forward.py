@@ -1,6 +1,7 @@
-"""Forward of a linear layer with LoRA adapters, as a function of plain parameters.
+"""Forward of a linear layer with LoRA adapters, as a function of tensors instead of a module.
 
 :class:`lora_ext.nn.LoraLinear` and the PEFT layers of :func:`lora_ext.from_peft` both call it.
+Shape letters: ``T`` rows, ``I`` input and ``O`` output features, ``r`` rank, ``A`` adapters.
 """
 
 from __future__ import annotations
@@ -30,20 +31,21 @@ from .base._dense import BaseLayer, DenseParameters, dense_parameters
 from .base._packed_linear import PackedLinear
 from .base._spacing import base_product
 
-# A bank has space for its largest rank in every adapter. If it would be more than _MOST_ROOM times
-# as large as its adapters, it is split in two: ranks up to _SMALL_RANK, and larger ranks.
+# A bank (the stacked factors of several adapters) pads every adapter to the largest rank. If it
+# would be more than _MOST_ROOM times as large as the factors, it is split into two banks: one for
+# ranks up to _SMALL_RANK, and one for larger ranks.
 _MOST_ROOM, _SMALL_RANK = 4, 256
 
 
 class LoraFactors(NamedTuple):
-    """Factors of an adapter in one layer: ``scaling * (b @ a @ dropout(x) + bias)``."""
+    """Factors of one adapter in one layer, for ``scaling * (b @ a @ dropout(x) + bias)``."""
 
     a: Tensor  # (r, I)
     b: Tensor  # (O, r), dtype of a
     scaling: float | Tensor
-    p: float = 0.0  # dropout probability in effect: 0 outside training
+    p: float = 0.0  # current dropout probability: 0 outside training
     bias: Tensor | None = None  # (O,): PEFT's lora_bias
-    seed: Tensor | None = None  # seed of the dropout, one int64 on the device of x; None: drawn
+    seed: Tensor | None = None  # dropout seed, one int64 on the device of x; None draws one
 
 
 def dropout_now(dropout: nn.Module) -> float:
@@ -59,35 +61,39 @@ def lora_forward(
 ) -> Tensor:
     """Compute ``base(x)`` plus the updates of the adapters.
 
-    ``y[t] = base(x[t]) + sum of scaling * (b @ a @ dropout(x[t]) + bias)``: over all adapters, or
-    over the one that ``adapter_ids[t]`` selects. An adapter without rows costs nothing and its
-    ``grad`` stays None. Without adapters the result is ``base(x)``. If torch.distributed has
-    several processes, an adapter without rows that requires gradients gets zeros, as its rows may
-    be on another process.
+    ``y[t] = base(x[t]) + sum of scaling * (b @ a @ dropout(x[t]) + bias)``. The sum is over all
+    adapters. If ``adapter_ids`` is given, it contains only the adapter ``adapter_ids[t]``. Without
+    adapters the result is ``base(x)``. An adapter without rows costs nothing, and its ``grad``
+    stays None. If torch.distributed has several processes, an adapter without rows gets zero
+    gradients if it requires gradients, because another process may have rows of it.
 
-    A plain ``nn.Linear`` or transformers ``Conv1D`` is computed in the fused op with its weight.
-    Any other base (quantised, wrapped, with hooks) is called, and the update is added in the dtype
-    of the adapters, with one rounding to that of ``base(x)``. Under autocast the layer computes in
-    the autocast dtype. PEFT's layers do the same, but round the update more often.
+    If ``base`` is a plain ``nn.Linear`` or transformers' ``Conv1D``, one fused op computes the
+    product with its weight and the update. Any other base layer (quantised, wrapped, with hooks) is
+    called. The update is then added in the dtype of the adapters, and the sum is rounded once to
+    the dtype of ``base(x)``. Under autocast the layer computes in the autocast dtype. PEFT's layers
+    do the same, but round the update more often.
 
-    Each dropout draws its seed from torch's generator of the device of ``x``, so ``manual_seed``
-    determines the masks and activation checkpointing repeats them. Adapters with dropout that share
-    rows get independent masks. For an adapter with a given seed, the mask of a row follows from
-    that seed and the row's position among the adapter's rows, so it does not depend on the other
-    rows of the batch.
+    Each dropout draws its seed from torch's default generator for the device of ``x``. Therefore
+    ``manual_seed`` determines the masks, and activation checkpointing reproduces them. Several
+    adapters on the same rows have independent masks. If an adapter has a given seed, the mask of a
+    row depends only on that seed and on the row's position among the adapter's rows, not on the
+    other rows of the batch.
 
     Args:
-        x: ``(..., I)``.
-        base: maps ``(..., I)`` to ``(..., O)``.
-        adapters: of any ranks; those that share a call are promoted to one dtype.
-        adapter_ids: ``(T,)`` int64 or int32 positions in ``adapters``, -1 for no adapter, ``T`` the
-            number of rows of ``x``; or :func:`rows_of` of them; or None: all adapters on all rows.
+        x: input ``(..., I)``, with ``T`` rows in all leading dimensions together.
+        base: base layer, which maps ``(..., I)`` to ``(..., O)``.
+        adapters: factors of the adapters, which may differ in rank. Adapters that are computed in
+            the same call of the op are promoted to a common dtype.
+        adapter_ids: int64 or int32 tensor ``(T,)`` of positions in ``adapters``, -1 for no adapter;
+            or the result of :func:`rows_of` for such a tensor. None applies all adapters to all
+            rows.
 
     Returns:
-        ``(..., O)``, the dtype of ``base(x)``; differentiable in ``x``, the adapters and ``base``.
+        Tensor ``(..., O)`` in the dtype of ``base(x)``, differentiable in ``x``, in the factors and
+        in the parameters of ``base``.
 
     Raises:
-        ValueError: If a shape, dtype, device or id does not fit; the message names it.
+        ValueError: If a shape, dtype, device or id is invalid; the message names it.
 
     Source: LoRA (Hu et al. 2021), eq. 3; several adapters on one row: PEFT's ``set_adapter``.
     """
@@ -109,9 +115,9 @@ def lora_forward(
 
 
 def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFactors) -> Tensor:
-    """Compute :func:`_forward` for one adapter in the dtype of the base, without other checks.
+    """Compute :func:`_forward` for one adapter with the dtype of the base, without further checks.
 
-    When decoding, the Python code of the general case would take longer than the op.
+    In decoding, the Python code of the general function would take longer than the op.
     """
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
     a, b, scaling, p, _, own_seed = f
@@ -144,8 +150,8 @@ def lora_update(
 ) -> Tensor:
     """Compute the update that :func:`lora_forward` adds to ``base(x)``.
 
-    The result is ``(..., O)`` in the dtype of the adapters, or of autocast. The arguments are those
-    of :func:`lora_forward`, with at least one adapter.
+    The result is ``(..., O)`` in the autocast dtype or, without autocast, in the dtype of the
+    adapters. The arguments are those of :func:`lora_forward`; at least one adapter is required.
     """
     found, rows = _participants(x, adapters, adapter_ids)
     if not found:
@@ -154,14 +160,14 @@ def lora_update(
 
 
 def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> bool:
-    """Return whether base and update have one dtype, so that one op can compute both."""
+    """Return whether base layer and update have the same dtype, so that one op can compute both."""
     if dense is None:
         return False
     return autocast_dtype(x) is not None or x.dtype == dense[0].dtype == factors.a.dtype
 
 
 def fused_forward(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
-    """Compute :func:`lora_forward` of one adapter on all rows, if it :func:`fuses`."""
+    """Compute :func:`lora_forward` for one adapter on all rows, if :func:`fuses` is True."""
     return _forward(x, None, dense, [factors], None)
 
 
@@ -191,9 +197,9 @@ def _forward(
     adapters: Sequence[LoraFactors],
     rows: Rows | None,
 ) -> Tensor:
-    """Compute base and update; without ``base`` and ``dense`` only the update.
+    """Compute base layer and updates, or only the updates if ``base`` and ``dense`` are None.
 
-    ``base`` is called if ``dense`` cannot be fused.
+    ``base`` is called if the op cannot compute the product with ``dense``.
     """
     x2d = x.reshape(-1, x.shape[-1])  # (T, I)
     calls = _shared_rows(adapters, x2d) if rows is None else _own_rows(adapters, rows)
@@ -225,13 +231,13 @@ def _forward(
 
 
 class _Call(NamedTuple):
-    """Call of the op: its adapters and the rows of each."""
+    """Arguments of one call of the op: adapters, and the adapter of each row."""
 
-    adapters: Sequence[LoraFactors]  # with the same dropout
-    ids: Tensor  # (T,), the position of each row's adapter
+    adapters: Sequence[LoraFactors]  # all with the same dropout probability
+    ids: Tensor  # (T,), position of each row's adapter in adapters
     plan: Tensor | None
-    biases: Sequence[Tensor | None]  # of the adapters, or of those concatenated to the only one
-    everywhere: bool  # True if there is one adapter, which every row has
+    biases: Sequence[Tensor | None]  # of all adapters, also if these are concatenated to one
+    everywhere: bool  # True if all rows use the only adapter
 
 
 def _run(
@@ -267,7 +273,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def _seed(seeds: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Return one seed for all adapters of a call; ``(A,)`` seeds if an adapter has its own."""
+    """Return one seed for all adapters of a call, or ``(A,)`` seeds if an adapter has its own."""
     if all(seed is None for seed in seeds):
         return draw_seed(device)
     each = [draw_seed(device) if seed is None else seed for seed in seeds]
@@ -275,7 +281,10 @@ def _seed(seeds: Sequence[Tensor | None], device: torch.device) -> Tensor:
 
 
 def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
-    """Return calls of all adapters on all rows: one if the factors can be concatenated by rank."""
+    """Return the calls that apply all adapters to all rows.
+
+    There is one call if the factors can be concatenated along the rank, otherwise one per adapter.
+    """
     ids, plan = all_rows(x.shape[0], x.device)
     first = adapters[0]
     together = len(adapters) > 1 and all(
@@ -293,9 +302,9 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
 
 
 def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
-    """Return calls in which each row has one adapter.
+    """Return the calls that apply to each row the adapter that it selects.
 
-    Adapters with the same dropout, and ranks that fit into one bank, share a call.
+    Adapters share a call if they have the same dropout probability and fit into one bank.
     """
     calls: list[_Call] = []
     all_ranks = [f.a.shape[0] for f in adapters]
@@ -303,7 +312,7 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
     groups: dict[tuple[float, bool], list[int]] = {}
     for i, (f, rank) in enumerate(zip(adapters, all_ranks, strict=True)):
         groups.setdefault((f.p, in_two and rank > _SMALL_RANK), []).append(i)
-    for _, members in sorted(groups.items()):  # in an order that does not depend on the batch
+    for _, members in sorted(groups.items()):  # so that the order does not depend on the batch
         _, ids, plan = rows if len(groups) == 1 else subset(rows, members)
         group = [adapters[i] for i in members]
         calls.append(_Call(group, ids, plan, [f.bias for f in group], everywhere=False))
@@ -315,9 +324,9 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
 
 
 def _with_base_bias(calls: list[_Call], bias: Tensor | None) -> tuple[Tensor | None, list[_Call]]:
-    """Add the biases of adapters that every row has to the base's bias; return it and the calls.
+    """Add the biases of adapters that apply to all rows to the bias of the base layer.
 
-    The calls no longer contain these biases.
+    Returns the sum, and the calls without these biases.
     """
     first = calls[0]
     if not first.everywhere or all(b is None for b in first.biases):
@@ -330,7 +339,7 @@ def _with_base_bias(calls: list[_Call], bias: Tensor | None) -> tuple[Tensor | N
 
 
 def _add_bias(y: Tensor, call: _Call) -> Tensor:
-    """Add ``scaling * bias`` to the rows of each adapter with a bias."""
+    """Add ``scaling * bias`` of each adapter with a bias to the adapter's rows."""
     if all(b is None for b in call.biases):
         return y
     if call.everywhere:
@@ -339,7 +348,8 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
         return y
     for slot, bias in enumerate(call.biases):
         if bias is not None:
-            # `where` instead of a product keeps a NaN of one adapter out of the others' rows.
+            # `torch.where` is used instead of a product with the mask, because 0 * NaN would spread
+            # a NaN of one adapter to the rows of other adapters.
             own = (call.ids == slot)[:, None]
             y = torch.where(own, y + bias * call.adapters[slot].scaling, y)
     return y

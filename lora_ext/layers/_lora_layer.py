@@ -1,4 +1,4 @@
-"""Base class of layers with trainable adapters: names, settings, flags, merging."""
+"""Base class of layers with trainable adapters: adapter names, settings, switches and merging."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ._participants import Participants
 from .base._dense import BaseLayer, DenseParameters
 from .base._weight import BaseWeight
 
-#: Attributes of a layer that are dictionaries by adapter.
+#: Attributes of a layer that are dictionaries with the adapters' names as keys.
 _BY_ADAPTER = (
     "r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias", "init_lora_weights",
     "adapter_active", "alora_invocation_tokens", "dropout_seed",
@@ -28,10 +28,10 @@ _BY_ADAPTER = (
 
 
 class LoraLayer(Participants):
-    """Base layer and named adapters, with PEFT's names for parameters and settings.
+    """Abstract layer of a base layer and named adapters, with PEFT's parameter and setting names.
 
-    Abstract. A subclass defines ``forward`` and :attr:`base_weight`, which reads and writes weights
-    and factors in the layout of the layer.
+    A subclass defines ``forward`` and :attr:`base_weight`. The latter reads and writes the weight
+    and the factors in the layout of the layer.
     """
 
     base_layer: nn.Module
@@ -39,8 +39,8 @@ class LoraLayer(Participants):
     use_rslora: dict[str, bool]
     #: Scheme of the initial values of each adapter, as passed by the caller.
     init_lora_weights: dict[str, bool | str]
-    #: Seed of an adapter's dropout, one int64 on the device of its input. Other adapters draw a
-    #: seed in each forward.
+    #: Dropout seed of each adapter that has a fixed one: one int64 on the device of the layer's
+    #: input. For other adapters, each forward draws a seed.
     dropout_seed: dict[str, Tensor]
 
     #: True if the layer supports activated adapters (aLoRA).
@@ -58,7 +58,7 @@ class LoraLayer(Participants):
         self.lora_dropout = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self._active: list[str] = []
-        self._before_init: tuple[str, Tensor] | None = None  # adapter that changed the base weight
+        self._before_init: tuple[str, Tensor] | None = None  # (adapter, old base weight)
         self.training = base_layer.training
         layer_names.add(self)
 
@@ -77,12 +77,12 @@ class LoraLayer(Participants):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Adapters of rows without a name; the updates of several are summed."""
+        """Adapters of rows without a given name; the updates of several adapters are summed."""
         return list(self._active)
 
     @property
     def base_changed_by(self) -> str | None:
-        """Adapter whose initialisation changed the base weight, or None."""
+        """Name of the adapter with an initialisation that changed the base weight, or None."""
         return None if self._before_init is None else self._before_init[0]
 
     def get_base_layer(self) -> nn.Module:
@@ -105,35 +105,42 @@ class LoraLayer(Participants):
         alora_invocation_tokens: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Add an adapter, which is neither active nor trained until :meth:`set_adapter` is called.
+        """Add an adapter. It is neither active nor trained until :meth:`set_adapter` is called.
 
         Args:
-            adapter_name: without dots, as it becomes part of parameter names.
-            r: rank.
-            lora_alpha: the update is scaled by ``lora_alpha / r``.
-            lora_dropout: probability of dropping an input of the adapter, in training.
-            init_lora_weights: a scheme of :func:`init_lora_`; or "pissa", "pissa_niter_<K>",
-                "olora", which move part of the base weight into the adapter (one adapter per layer;
-                :meth:`restore_base_weight` undoes it).
-            use_rslora: scale by ``lora_alpha / sqrt(r)``.
-            use_dora: train a magnitude per output as well.
-            lora_bias: add a bias to B.
-            preserve_base_output: with "init_ab" or False, subtract the adapter's initial update
-                from the base weight, so that training starts at the base model.
-            adapter_dtype: default is that of the base weight, or float32 if that is quantised.
-            alora_invocation_tokens: of an activated adapter (aLoRA), which serves a row from their
-                last occurrence in it: pass the rows with ``lora_ext.adapters(names,
-                input_ids=...)``. None or an empty sequence is off.
-            generator: of the initial values, on the CPU; they are drawn there and then moved.
+            adapter_name: name of the adapter, without dots because it becomes part of parameter
+                names.
+            r: rank of the factors.
+            lora_alpha: numerator of the scale: the update is multiplied by ``lora_alpha / r``.
+            lora_dropout: probability of dropping an element of the adapter's input in training.
+            init_lora_weights: initialisation scheme: one of :func:`init_lora_`, or one that moves
+                part of the base weight into the adapter ("pissa", "pissa_niter_<K>", "olora"). Only
+                one adapter of a layer may use the latter; :meth:`restore_base_weight` undoes the
+                change.
+            use_rslora: whether the scale is ``lora_alpha / sqrt(r)`` instead.
+            use_dora: whether to train a magnitude per output feature as well (DoRA).
+            lora_bias: whether B has a bias.
+            preserve_base_output: whether to subtract the adapter's initial update from the base
+                weight, so that training starts at the outputs of the base model. For schemes with a
+                nonzero initial update: "init_ab" or False.
+            adapter_dtype: dtype of the adapter's parameters; default is the dtype of the base
+                weight, or float32 if the base weight is quantised.
+            alora_invocation_tokens: token ids of an activated adapter (aLoRA), which applies to a
+                sequence only from the last occurrence of these tokens on. Such a layer needs the
+                token ids of each batch: ``lora_ext.adapters(names, input_ids=...)``. None or an
+                empty sequence adds an ordinary adapter.
+            generator: CPU generator of the initial values. They are drawn on the CPU and then
+                copied to the device of the base weight.
 
         Raises:
             ValueError: If the name is invalid or exists already; r, alpha or dropout is out of
-                range; the scheme is unknown; DoRA is combined with a bias or an invocation; or DoRA
-                or a decomposing scheme is used and the base weight cannot be read, or would have to
-                change and is computed from other parameters.
-            NotImplementedError: If an invocation is given to a layer that is not linear.
-            TypeError: If r is not an int, or a flag is neither True nor False. After any error the
-                layer is unchanged.
+                range; the scheme is unknown; DoRA is combined with a bias or with invocation
+                tokens; DoRA or a decomposing scheme is used and the base weight cannot be read; or
+                the base weight would have to change, but is computed from other parameters.
+            NotImplementedError: If invocation tokens are given and the layer is not linear.
+            TypeError: If r is not an int, or a flag is neither True nor False.
+
+        After any error the layer is unchanged.
         """
         flags = {"use_rslora": use_rslora, "use_dora": use_dora, "lora_bias": lora_bias}
         require_flags("add_adapter", **flags, preserve_base_output=preserve_base_output)
@@ -157,7 +164,8 @@ class LoraLayer(Participants):
             weight = base.matrix() if changed is None else changed
             norm = ops.lora_dora_norm(weight, flat_a, flat_b, scaling)
             magnitude = Magnitude(base.magnitude(norm.to(dtype)))
-        # The code below does not raise.
+        # All checks are done: the code below does not raise, so an error leaves the layer
+        # unchanged.
         if changed is not None:
             self._before_init = (adapter_name, base.weight.detach().clone())
             base.write(base.as_stored(changed), None)
@@ -182,7 +190,7 @@ class LoraLayer(Participants):
         self._freeze(adapter_name)
 
     def _freeze(self, adapter_name: str) -> None:
-        """Set the layer's training mode for all adapters and freeze one adapter's parameters."""
+        """Set the layer's training mode on the adapters' modules and freeze one adapter."""
         for store in (self.lora_dropout, self.lora_magnitude_vector, *self._stores()):
             store.train(self.training)
         for parameter in self._parameters_of(adapter_name):
@@ -192,7 +200,7 @@ class LoraLayer(Participants):
         """Remove an adapter and restore the base weight if its initialisation changed it.
 
         Raises:
-            ValueError: If the layer lacks the adapter, or it is merged.
+            ValueError: If the layer does not have the adapter, or the adapter is merged.
         """
         self._check_known([adapter_name])
         if adapter_name in self.merged_adapters:
@@ -209,14 +217,14 @@ class LoraLayer(Participants):
             self._active.remove(adapter_name)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Choose the active adapters; only their parameters require gradients.
+        """Set the active adapters; afterwards only their parameters require gradients.
 
         Args:
-            adapter_names: a name, or several whose updates are summed.
-            inference_mode: True freezes the active adapters too.
+            adapter_names: one name, or several names; the updates of several adapters are summed.
+            inference_mode: whether to freeze the active adapters, too.
 
         Raises:
-            ValueError: If this layer lacks a name.
+            ValueError: If the layer does not have one of the adapters.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_known(names)
@@ -226,7 +234,7 @@ class LoraLayer(Participants):
                 parameter.requires_grad_(name in names and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off, as in PEFT; adapters that are off are also frozen."""
+        """Switch all adapters on or off, as in PEFT. Adapters that are off are also frozen."""
         self.disable_adapters = not enabled
         if enabled:
             self.set_adapter(self._active)
@@ -236,7 +244,7 @@ class LoraLayer(Participants):
                     parameter.requires_grad_(False)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Scale the update of ``adapter_name`` by ``scale`` times its original factor."""
+        """Set the scale of an adapter's update to ``scale`` times its original value."""
         self._check_known([adapter_name])
         r, alpha = self.r[adapter_name], self.lora_alpha[adapter_name]
         self.scaling[adapter_name] = scale * _scaling(r, alpha, self.use_rslora[adapter_name])
@@ -247,16 +255,16 @@ class LoraLayer(Participants):
         init_lora_weights: bool | str = True,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Reset an adapter to new initial values, drawn on its device.
+        """Reset an adapter to new initial values, which are drawn on its device.
 
         Args:
-            adapter_name: the adapter.
-            init_lora_weights: a scheme of :func:`init_lora_`; True is the layer's default.
-            generator: generator of that device.
+            adapter_name: name of the adapter.
+            init_lora_weights: scheme of :func:`init_lora_`; True selects the default of the layer.
+            generator: random generator on the device of the adapter.
 
         Raises:
-            ValueError: If the layer lacks the adapter, or the scheme splits the base weight, which
-                only :meth:`add_adapter` does.
+            ValueError: If the layer does not have the adapter, or the scheme changes the base
+                weight; only :meth:`add_adapter` accepts such schemes.
         """
         self._check_known([adapter_name])
         a, b, bias = self._raw_factors(adapter_name)
@@ -267,13 +275,13 @@ class LoraLayer(Participants):
         self.init_lora_weights[adapter_name] = init_lora_weights
 
     def restore_base_weight(self) -> None:
-        """Restore, bit for bit, the base weight before "pissa", "olora" or
-        ``preserve_base_output``.
+        """Restore the base weight that an adapter's initialisation has changed, bit for bit.
 
-        The adapter keeps its values.
+        Such initialisations are "pissa", "olora" and ``preserve_base_output``. The parameters of
+        the adapter do not change.
 
         Raises:
-            ValueError: If no initialisation changed the weight, or adapters are merged.
+            ValueError: If no initialisation has changed the weight, or adapters are merged.
         """
         if self._before_init is None:
             raise ValueError("restore_base_weight: no adapter's initialisation changed the weight")
@@ -336,7 +344,7 @@ class LoraLayer(Participants):
         return name
 
     def extra_repr(self) -> str:
-        """Return the adapters with their ranks."""
+        """Return the names and ranks of the adapters."""
         return ", ".join(f"{name}: r={r}" for name, r in self.r.items())
 
     # ---------------------------------------------------------------------------------------------
@@ -352,7 +360,7 @@ class LoraLayer(Participants):
     def _adapted(
         self, x: Tensor, base: BaseLayer, names: Sequence[str], rows: Rows | None
     ) -> Tensor:
-        """Compute ``base(x)`` with these adapters, for rows ``(..., I)``."""
+        """Compute ``base(x)`` plus the updates of the adapters ``names``; ``x`` is ``(..., I)``."""
         factors = [self.factors(name) for name in names]
         if not any(self.use_dora[name] for name in names):
             return lora_forward(x, base, factors, rows)
@@ -379,7 +387,10 @@ def _checked_scaling(r: int, alpha: float, dropout: float, use_rslora: bool) -> 
 def _new_factors(
     base: BaseWeight, r: int, scaling: float, scheme: str, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Return A and B in float32 on the CPU, so that one seed gives the same adapter as in PEFT."""
+    """Return initial factors A and B in float32, on the CPU or, for a base layer on meta, on meta.
+
+    The same seed gives the same values as in PEFT, which also draws them on the CPU.
+    """
     memory = "meta" if base.place()[0].type == "meta" else "cpu"
     a, b = (torch.zeros(shape, device=memory) for shape in base.factor_shapes(r))
     if memory == "cpu" and scheme in FREE:
@@ -391,7 +402,7 @@ def _new_factors(
 
 
 def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | None:
-    """Return the tokens of an invocation, or None; raise ValueError for anything else."""
+    """Return invocation tokens as a tuple, or None; raise ValueError if they are invalid."""
     if value is None:
         return None
     expected = "None or a list of token ids, non-negative integers"

@@ -1,4 +1,4 @@
-"""Choice of the adapters that take part in a forward of a layer, and of their rows."""
+"""Selection of the adapters that a forward of a layer uses, and of their rows."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from .base._merging import Merging
 
 
 class Participants(Merging):
-    """Base class of :class:`LoraLayer` that chooses among its adapters."""
+    """Base class of :class:`LoraLayer` that selects the adapters of a forward."""
 
-    #: False if the adapter is switched off; if all are off, forward computes ``base(x)``.
+    #: Whether each adapter is switched on. If all are off, the forward computes ``base(x)``.
     adapter_active: dict[str, bool]
-    #: Adapters that are off only while the layer is in training mode.
+    #: Names of the adapters that are switched off only while the layer is in training mode.
     off_in_training: frozenset[str]
     disable_adapters: bool
 
-    #: True if the first dimension of the input is tokens and the second is sequences.
+    #: True if the dimensions of the input are tokens, sequences, features, in this order.
     tokens_first = False
 
-    #: True if the rows are token ids; sequences may share such rows, as they share positions.
+    #: True if the rows are ids, as in an embedding. They may then be positions that all sequences
+    #: of the batch share.
     _of_tokens = False
 
     @property
@@ -48,7 +49,11 @@ class Participants(Merging):
     def _participants(
         self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
     ) -> tuple[list[str], Rows | None]:
-        """Return the adapters of this call and their rows; without adapters only the base runs."""
+        """Return the adapters of a forward and their rows.
+
+        Without adapters the forward computes only the base layer. Rows are None if all adapters
+        apply to all rows.
+        """
         if self.disable_adapters:
             if self._merged:
                 self.unmerge()
@@ -72,7 +77,7 @@ class Participants(Merging):
             active = [n for n in self._active if self._is_on(n)]
             if self.alora_invocation_tokens:
                 for name in active:
-                    if name in self.alora_invocation_tokens:  # not for all tokens
+                    if name in self.alora_invocation_tokens:  # it needs the token ids
                         raise no_rows(repr(name))
             return active, None
         return (list(self.adapter_names) if rows.used else []), rows
@@ -80,12 +85,12 @@ class Participants(Merging):
     def _rows_of_all(
         self, rows: Rows | None, leading: torch.Size, device: torch.device
     ) -> Rows | None:
-        """Return the rows, with all trained adapters among those used, see :func:`together`.
+        """Return the rows, with all trained adapters marked as used; :func:`together` explains why.
 
-        Returns None if every row has all active adapters, and no other adapter is trained.
+        Returns None if all active adapters apply to every row and no other adapter is trained.
         """
-        # Read the parameters of each adapter, in the same order on every process: ZeRO-3 gathers a
-        # parameter when it is read, and all processes have to take part.
+        # Every process reads the parameters of all adapters in the same order: ZeRO-3 gathers a
+        # parameter when it is read, which is a collective operation of all processes.
         asked = [any(p.requires_grad for p in self._parameters_of(name)) for name in self.r]
         trained: set[int] = set()
         if torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""Labels of language models: the ignored label, and the shift to the predicting position."""
+"""Labels of language models: the label to ignore, and the shift by one position."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ IGNORE = -100
 def shift_labels(labels: Tensor, ignore: int = IGNORE) -> Tensor:
     """Shift labels by one, to the positions that predict them.
 
-    transformers passes labels that equal the inputs; position ``t`` predicts input ``t + 1``, so
-    ``shifted[..., t] = labels[..., t + 1]``, and the last position predicts nothing.
+    In transformers, the labels of a sequence are its input ids. Position ``t`` predicts input
+    ``t + 1``, so ``shifted[..., t] = labels[..., t + 1]``. The last position has no label and gets
+    ``ignore``.
 
     Args:
-        labels: ``(..., S)``, integers.
-        ignore: the label of the last position.
+        labels: integer tensor ``(..., S)`` of labels for ``S`` positions.
+        ignore: label for the last position.
 
     Returns:
-        ``(..., S)`` in the dtype of ``labels``.
+        The shifted labels ``(..., S)``, in the dtype of ``labels``.
     """
     return F.pad(labels[..., 1:], (0, 1), value=ignore)

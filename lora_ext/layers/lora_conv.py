@@ -17,26 +17,30 @@ from .base._weight import ConvWeight
 
 
 class LoraConv(LoraLayer):
-    """PEFT's layer for convolutions with stride equal to the kernel, as in vision models.
+    """PEFT's convolution layer, for strides equal to the kernel size as in vision models.
 
-    Such a convolution is a linear layer on patches, ``(N, C, H, W)`` to ``(N, H/k, W/k, C k k)``,
-    and so is its adapter: ``y = base(x) + scaling * B A dropout(patch)``. Pixels beyond the last
-    whole patch are ignored, as in the convolution.
+    Such a convolution cuts images ``(N, C, H, W)`` into patches ``(N, H/k, W/k, C k k)`` and
+    applies a linear layer to each patch. The adapter does the same: ``y = base(x) + scaling * B A
+    dropout(patch)``. Pixels beyond the last whole patch are ignored, as in the convolution.
+    Letters: ``N`` images, ``C`` input and ``O`` output channels, ``H`` and ``W`` pixels, ``k``
+    kernel size, ``r`` rank.
 
     Parameters have PEFT's names and shapes: ``lora_A.<name>.weight (r, C, k, k)``,
     ``lora_B.<name>.weight (O, r, 1, 1)``, ``lora_magnitude_vector.<name>.weight (1, O, 1, 1)``.
-    Adapters are chosen for rows as in :class:`lora_ext.nn.LoraLinear`; a row is a patch, a sequence
-    an image.
+    Adapters are selected as in :class:`lora_ext.nn.LoraLinear`: the patches are the rows, and the
+    images are the sequences.
 
     Args:
-        base_layer: ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
-        adapter_name: name of the first adapter, which is active.
-        r, options: see :meth:`add_adapter`.
+        base_layer: convolution, an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
+        adapter_name: name of the first adapter, which becomes active.
+        r: rank of the first adapter.
+        options: further arguments of :meth:`add_adapter`.
 
     Raises:
-        NotImplementedError: If the convolution has overlapping or spaced windows, padding, dilation
-            or groups.
-        ValueError: If the base is not a convolution, or :meth:`add_adapter` raises.
+        NotImplementedError: If the windows of the convolution overlap or have gaps between them, or
+            if it has padding, dilation or groups.
+        ValueError: If the base layer is not a convolution, or :meth:`add_adapter` raises a
+            ValueError.
 
     Sources: LoRA (Hu et al. 2021); DoRA (Liu et al. 2024); PEFT.
     """
@@ -66,14 +70,17 @@ class LoraConv(LoraLayer):
         self.set_adapter(adapter_name)
 
     def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
-        """Map ``(N, C, *S)`` or ``(C, *S)`` to ``(N, O, *S / k)`` or ``(O, *S / k)``.
+        """Map ``(N, C, *S)`` to ``(N, O, *S / k)``, or ``(C, *S)`` to ``(O, *S / k)``.
 
         Args:
-            x: floating tensor.
-            adapter_ids: see :meth:`lora_ext.nn.LoraLinear.forward`; one per patch or image.
+            x: floating-point tensor of images; ``S`` are the sizes of their one to three spatial
+                dimensions.
+            adapter_ids: adapters as in :meth:`lora_ext.nn.LoraLinear.forward`, one per patch or per
+                image.
 
         Raises:
-            ValueError: If ids or names do not fit, or are given while adapters are merged.
+            ValueError: If the ids or names do not match the rows or the adapters, or if they are
+                given while adapters are merged.
         """
         batched = x.dim() == len(self.kernel_size) + 2
         images = x if batched else x[None]
@@ -88,13 +95,13 @@ class LoraConv(LoraLayer):
         return y if batched else y[0]
 
     def factors(self, adapter_name: str) -> LoraFactors:
-        """Return an adapter on patches for :func:`lora_forward`: ``a`` is ``(r, C k k)``."""
+        """Return an adapter of patches for :func:`lora_forward`, with ``a (r, C k k)``."""
         found = super().factors(adapter_name)
         return found._replace(a=found.a.flatten(1), b=found.b.flatten(1))
 
     @property
     def base_weight(self) -> ConvWeight:
-        """Weight of the base layer, as a matrix on patches."""
+        """View of the base layer's weight as a matrix ``(O, C k k)`` that multiplies patches."""
         return ConvWeight(self.base_layer)
 
 
@@ -111,8 +118,8 @@ class _OnPatches:
         return self.conv.weight.flatten(1), self.conv.bias
 
     def __call__(self, patches: Tensor) -> Tensor:
-        """Map ``(..., C k k)`` to ``(..., O)`` by the convolution, with one patch per image."""
-        # The weight's shape cannot be used: with ZeRO-3 the weight is empty outside the forward.
+        """Apply the convolution to each patch as an image: ``(..., C k k)`` to ``(..., O)``."""
+        # The sizes are not read from the weight, since ZeRO-3 leaves it empty outside the forward.
         images = patches.reshape(-1, self.conv.in_channels, *self.conv.kernel_size)
         return self.conv(images).view(*patches.shape[:-1], self.conv.out_channels)
 

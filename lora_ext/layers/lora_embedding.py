@@ -22,23 +22,25 @@ _SETTINGS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "spar
 class LoraEmbedding(LoraLayer):
     """PEFT's embedding layer: ``y[t] = base(x)[t] + embed_scale * scaling * B A[:, x[t]]``.
 
-    The adapter reads one column of A per token; the product with the one-hot row is never formed.
+    The adapter reads one column of A per token instead of multiplying A with a one-hot vector.
     Parameters have PEFT's names: ``base_layer.weight (V, O)``, ``lora_embedding_A.<name> (r, V)``,
-    ``lora_embedding_B.<name> (O, r)``, ``lora_magnitude_vector.<name>.weight (O,)``. If the base
-    scales its output (attribute ``embed_scale``, as in Gemma), the update is scaled too.
+    ``lora_embedding_B.<name> (O, r)``, ``lora_magnitude_vector.<name>.weight (O,)``, with ``V``
+    tokens in the vocabulary, ``O`` features and rank ``r``. If the base layer scales its output
+    (attribute ``embed_scale``, as in Gemma), the update is scaled as well.
 
-    Adapters are chosen for rows as in :class:`lora_ext.nn.LoraLinear`.
+    Adapters are selected as in :class:`lora_ext.nn.LoraLinear`; the tokens are the rows.
 
     Args:
-        base_layer: ``nn.Embedding`` or a subclass.
-        adapter_name: name of the first adapter, which is active.
-        r, options: see :meth:`add_adapter`. ``init_lora_weights=True`` is PEFT's initialisation of
-            embeddings: A zero, B from N(0, 1). Dropout is accepted as in PEFT and has no effect, as
-            there is no input to drop.
+        base_layer: embedding, an ``nn.Embedding`` or an instance of a subclass.
+        adapter_name: name of the first adapter, which becomes active.
+        r: rank of the first adapter.
+        options: further arguments of :meth:`add_adapter`. ``init_lora_weights=True`` is PEFT's
+            initialisation of embeddings: A is zero, and B is drawn from N(0, 1). As in PEFT,
+            dropout is accepted without effect, because token ids cannot be dropped.
 
     Raises:
-        ValueError: If the base is not an embedding, ``lora_bias`` is set, or :meth:`add_adapter`
-            raises.
+        ValueError: If the base layer is not an embedding, ``lora_bias`` is set, or
+            :meth:`add_adapter` raises a ValueError.
 
     Sources: LoRA (Hu et al. 2021); DoRA (Liu et al. 2024); PEFT.
     """
@@ -58,11 +60,13 @@ class LoraEmbedding(LoraLayer):
         """Map token ids ``(...)`` to ``(..., O)``.
 
         Args:
-            x: token ids, int64 or int32.
-            adapter_ids: see :meth:`lora_ext.nn.LoraLinear.forward`; one per token or sequence.
+            x: int64 or int32 tensor of token ids.
+            adapter_ids: adapters as in :meth:`lora_ext.nn.LoraLinear.forward`, one per token or per
+                sequence.
 
         Raises:
-            ValueError: If ids or names do not fit, or are given while adapters are merged.
+            ValueError: If the ids or names do not match the rows or the adapters, or if they are
+                given while adapters are merged.
         """
         names, rows = self._participants(x.shape, x.device, adapter_ids)
         y = self.base_layer(x)
@@ -81,7 +85,7 @@ class LoraEmbedding(LoraLayer):
         return flat.view(y.shape)
 
     def _add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return ``y`` with one adapter added; DoRA also scales the updates before it."""
+        """Add one adapter's update to ``y``; DoRA also scales the updates in ``y``."""
         a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
         base: Any = self.base_layer
         how = {setting: getattr(base, setting) for setting in _SETTINGS}
@@ -105,5 +109,5 @@ class LoraEmbedding(LoraLayer):
 
     @property
     def base_weight(self) -> EmbeddingWeight:
-        """Weight of the base layer, as a matrix on one-hot rows."""
+        """View of the base layer's weight as a matrix ``(O, V)`` for one-hot vectors."""
         return EmbeddingWeight(self.base_layer)

@@ -20,31 +20,33 @@ class LoraLinear(LoraLayer):
 
     Parameters have PEFT's names, so state dicts can be exchanged: ``base_layer.*``,
     ``lora_A.<name>.weight (r, I)``, ``lora_B.<name>.weight (O, r)``, ``lora_B.<name>.bias``,
-    ``lora_magnitude_vector.<name>.weight (O,)``. Only :meth:`merge` and some initialisation schemes
-    change the base layer. It is left trainable, as in PEFT: freeze it with
-    ``layer.base_layer.requires_grad_(False)``, or adapt the model with :func:`lora_ext.nn.wrap`,
-    which freezes all but the adapters.
+    ``lora_magnitude_vector.<name>.weight (O,)``, with ``I`` input and ``O`` output features and
+    rank ``r``. Only :meth:`merge` and some initialisation schemes change the base weight. As in
+    PEFT, the base layer stays trainable. Freeze it with ``layer.base_layer.requires_grad_(False)``,
+    or adapt the model with :func:`lora_ext.nn.wrap`, which freezes everything except the adapters.
 
-    Rows use the active adapters (:meth:`set_adapter`; several are summed), or the one that
-    :func:`lora_ext.adapters` or ``adapter_ids`` selects for them. An adapter whose
-    ``adapter_active`` is False causes no allocation, no launch and no graph node, and its ``grad``
-    stays None. The same holds for adapters without rows. If torch.distributed has several
-    processes, trained adapters without rows get zero gradients, as another process may have their
-    rows.
+    A row ``(I,)`` of ``x`` uses the adapter that :func:`lora_ext.adapters` or ``adapter_ids``
+    selects for it, by default the sum of the active adapters (:meth:`set_adapter`). An adapter that
+    is switched off (``adapter_active`` is False) or that no row uses causes no allocation, no
+    kernel launch and no graph node, and its ``grad`` stays None. If torch.distributed has several
+    processes, a trained adapter without rows gets zero gradients instead, because another process
+    may have rows of it.
 
-    Under ``torch.compile`` an adapter of a mixed batch that has no rows gets a zero gradient
-    instead, and rows of DoRA adapters break the graph.
+    Under ``torch.compile``, an adapter without rows also gets zero gradients if the rows of the
+    batch have different adapters. Rows of DoRA adapters cause a graph break.
 
     Args:
-        base_layer: maps ``(..., I)`` to ``(..., O)``: ``nn.Linear`` and transformers' ``Conv1D``
-            are computed in the fused op, any other module is called.
-        adapter_name: name of the first adapter, which is active.
-        r, options: see :meth:`add_adapter`.
-        fan_in_fan_out: True if the base stores its weight as ``(I, O)``. ``Conv1D`` is recognised.
+        base_layer: module that maps ``(..., I)`` to ``(..., O)``. ``nn.Linear`` and transformers'
+            ``Conv1D`` are computed in the fused op; any other module is called.
+        adapter_name: name of the first adapter, which becomes active.
+        r: rank of the first adapter.
+        options: further arguments of :meth:`add_adapter`.
+        fan_in_fan_out: whether the base layer stores its weight as ``(I, O)``. For ``Conv1D`` this
+            is detected.
 
     Raises:
         ValueError: If the sizes of the base layer cannot be determined, ``fan_in_fan_out`` is set
-            for an ``nn.Linear``, or :meth:`add_adapter` raises.
+            for an ``nn.Linear``, or :meth:`add_adapter` raises a ValueError.
 
     Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); DoRA (Liu et al. 2024); PEFT.
     """
@@ -75,14 +77,16 @@ class LoraLinear(LoraLayer):
         """Map ``(..., I)`` to ``(..., O)`` in the dtype of ``base_layer(x)``.
 
         Args:
-            x: floating tensor.
-            adapter_ids: positions in :attr:`adapter_names`, int64 or int32, -1 for no adapter, or
-                names (None and ``"__base__"`` for no adapter): one per row or one per sequence.
-                Default is the surrounding :func:`lora_ext.adapters` block, then the active
-                adapters.
+            x: floating-point tensor ``(..., I)``.
+            adapter_ids: adapters of the rows, with one entry per row or per sequence. Either an
+                int64 or int32 tensor of positions in :attr:`adapter_names`, -1 for no adapter; or
+                names, None or ``"__base__"`` for no adapter. By default, the surrounding
+                :func:`lora_ext.adapters` block selects the adapters; without a block all rows use
+                the active adapters.
 
         Raises:
-            ValueError: If ids or names do not fit, or are given while adapters are merged.
+            ValueError: If the ids or names do not match the rows or the adapters, or if they are
+                given while adapters are merged.
         """
         names, rows = self._participants(x.shape[:-1], x.device, adapter_ids)
         base: nn.Module = self._modules["base_layer"]  # pyright: ignore[reportAssignmentType]
@@ -94,11 +98,11 @@ class LoraLinear(LoraLayer):
 
     @property
     def base_weight(self) -> LinearWeight:
-        """Weight of the base layer, as a matrix."""
+        """View of the base layer's weight as a matrix ``(O, I)``."""
         return LinearWeight(self.base_layer, self.fan_in_fan_out)
 
     def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        # Every forward calls this: base_weight and nn.Module's lookups would take as long as the
-        # op.
+        # Overrides the general implementation because every forward calls it: base_weight and the
+        # attribute lookups of nn.Module would take as long as the op.
         a, b = (self._modules[side]._modules[name] for side in ("lora_A", "lora_B"))  # pyright: ignore[reportOptionalMemberAccess]
         return parameter(a, "weight"), parameter(b, "weight"), parameter(b, "bias")  # pyright: ignore[reportArgumentType]

@@ -1,1 +1,1 @@
-"""Base layers of adapters: their weights, packed or not, and adapters merged into them."""
+"""Base layers of adapters: access to weights, packed copies of weights, and merged adapters."""

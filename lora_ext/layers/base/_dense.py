@@ -1,4 +1,4 @@
-"""Weight and bias of layers that compute only a linear function."""
+"""Access to weight and bias of layers that compute only a linear function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._modules import CONV1D
 from ._packed_linear import PackedLinear
 from ._spacing import has_other_hooks
 
-_PLAIN = (nn.Parameter, Tensor, type(None))  # a quantised weight has another type
+_PLAIN = (nn.Parameter, Tensor, type(None))  # quantised weights have other types
 
 _OF_ALL_MODULES = (
     module_globals._global_forward_hooks,
@@ -22,20 +22,23 @@ _OF_ALL_MODULES = (
     module_globals._global_backward_pre_hooks,
 )
 
-#: ``nn.Module`` or function that maps ``(..., I)`` to ``(..., O)``.
+#: Module or function that maps ``I`` input features to ``O`` output features: ``(..., I)`` to
+#: ``(..., O)``.
 BaseLayer = nn.Module | Callable[[Tensor], Tensor]
 DenseParameters = tuple[Tensor, Tensor | None]  # weight (O, I), bias (O,)
 
 
 def dense_parameters(base: BaseLayer, divided: bool = False) -> DenseParameters | None:
-    """Return the weight ``(O, I)`` and bias if ``base(x)`` is just ``x @ weight.T + bias``.
+    """Return weight ``(O, I)`` and bias if ``base(x)`` only computes ``x @ weight.T + bias``.
+
+    Otherwise return None, for example if the layer is quantised or has hooks.
 
     Args:
-        base: the layer.
-        divided: see :func:`is_plain`.
+        base: base layer.
+        divided: whether the hooks of ZeRO-3 are allowed, see :func:`is_plain`.
     """
     kind = type(base)
-    disguised = getattr(kind, "dense_parameters", None)  # a convolution on patches, for example
+    disguised = getattr(kind, "dense_parameters", None)  # for example, of a convolution on patches
     if disguised is not None:
         return disguised(base)
     if not isinstance(base, nn.Module):
@@ -50,18 +53,19 @@ def dense_parameters(base: BaseLayer, divided: bool = False) -> DenseParameters 
 
 
 def is_plain(module: nn.Module, divided: bool = False) -> bool:
-    """Return whether a module has an ordinary weight, or none, and no hooks or replaced forward.
+    """Return whether a module has no hooks, no replaced forward and no quantised weight.
 
     Args:
-        module: the module.
-        divided: allow the hooks of DeepSpeed's ZeRO-3, which divides a weight among processes. All
-            processes gather it when it is read, and release it after the module's forward.
+        module: module to check.
+        divided: whether to allow the hooks of DeepSpeed's ZeRO-3, which divides weights among
+            processes. All processes gather a weight when it is read, and release it after the
+            module's forward.
     """
     return _is_plain(module, getattr(module, "weight", None), divided)
 
 
 def _is_plain(module: nn.Module, weight: object, divided: bool) -> bool:
-    if type(weight) not in _PLAIN or "forward" in module.__dict__:  # accelerate's offloading
+    if type(weight) not in _PLAIN or "forward" in module.__dict__:  # as accelerate does to offload
         return False
     hooked = (
         has_other_hooks(module)
@@ -73,12 +77,12 @@ def _is_plain(module: nn.Module, weight: object, divided: bool) -> bool:
 
 
 def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:
-    """Return the weight ``(O, I)`` and bias of a linear layer, even if it cannot be fused.
+    """Return weight ``(O, I)`` and bias of a linear layer, even if the layer has hooks.
 
     Args:
-        base: a linear layer, possibly a subclass or with hooks.
-        purpose: begin of the error message for a weight that is not a floating matrix.
-        fan_in_fan_out: True if the layer stores its weight as ``(I, O)``.
+        base: linear layer, which may be of a subclass or have hooks.
+        purpose: start of the error message if the weight is not a floating-point matrix.
+        fan_in_fan_out: whether the layer stores its weight as ``(I, O)``.
     """
     dense = dense_parameters(base)
     if dense is not None:
@@ -92,7 +96,7 @@ def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False)
 
 
 def _of_zero3(module: nn.Module) -> bool:
-    """Return whether all hooks of a module are those of DeepSpeed's ZeRO-3."""
+    """Return whether all hooks of a module were set by DeepSpeed's ZeRO-3."""
     if not hasattr(module, "ds_id") or any(_OF_ALL_MODULES):
         return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())

@@ -1,4 +1,4 @@
-"""Merging of adapters into the weight of their base layer, and unmerging."""
+"""Base class that merges adapters into the weight of their base layer, and unmerges them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._weight import BaseWeight
 
 
 class _Merged(NamedTuple):
-    """Record of an adapter that was merged, from which it is unmerged."""
+    """Record of a merged adapter; unmerging needs these values."""
 
     name: str
     scaling: float
@@ -24,14 +24,14 @@ class _Merged(NamedTuple):
 
 
 class Merging(nn.Module):
-    """Base class of :class:`LoraLayer` that changes the base weight."""
+    """Base class of :class:`LoraLayer` that merges adapters into the base weight."""
 
     base_layer: nn.Module
     r: dict[str, int]
     scaling: dict[str, float]
     use_dora: dict[str, bool]
     lora_bias: dict[str, bool]
-    #: Tokens with which each activated adapter begins.
+    #: Token ids that start each activated adapter.
     alora_invocation_tokens: dict[str, tuple[int, ...]]
     lora_magnitude_vector: nn.ModuleDict
     _active: list[str]
@@ -68,18 +68,22 @@ class Merging(nn.Module):
         *,
         keep_copy: bool = False,
     ) -> None:
-        """Add adapters to the base weight: ``round(W + sum of s B A)``, rounded once.
+        """Add adapters to the base weight: ``W + sum of s B A``, rounded once.
 
         Args:
-            safe_merge: raise if a merged value is not finite; the layer is then unchanged.
-            adapter_names: default is the active ones. Merged adapters are skipped.
-            keep_copy: keep a copy of the weight, so that :meth:`unmerge` restores every bit.
+            safe_merge: whether to raise an error if a merged value is not finite; the layer is then
+                unchanged.
+            adapter_names: names of the adapters to merge; default is the active adapters. Adapters
+                that are merged already are skipped.
+            keep_copy: whether to keep a copy of the weight, so that :meth:`unmerge` restores every
+                bit.
 
         Raises:
-            ValueError: If this layer lacks a name; an adapter is activated; the base weight cannot
-                be read or is computed by a parametrization; a result is not finite; or
-                ``keep_copy`` is set and adapters are merged without a copy.
-            RuntimeError: If an adapter has ``lora_bias`` and the base has no bias.
+            ValueError: If the layer does not have one of the adapters; one is an activated adapter
+                (aLoRA); the base weight cannot be read or is computed by a parametrization;
+                ``safe_merge`` is set and a merged value is not finite; or ``keep_copy`` is set and
+                adapters have been merged without a copy.
+            RuntimeError: If an adapter has a bias (``lora_bias``) and the base layer has none.
         """
         names = self._active if adapter_names is None else list(adapter_names)
         self._check_known(names)
@@ -112,7 +116,7 @@ class Merging(nn.Module):
                     raise RuntimeError(f"merge: {found}, but the base layer has none")
                 new_bias = new_bias + self._bias_delta(name, scaling)
             records.append(_Merged(name, scaling, factor))
-        # The sum is rounded once and written after all checks: an error changes nothing.
+        # The sum is rounded once, and written after all checks, so that an error changes nothing.
         new = new.to(weight.dtype)
         results = [new] if bias is None or new_bias is None else [new, new_bias.to(bias.dtype)]
         if safe_merge and not all(bool(torch.isfinite(r).all()) for r in results):
@@ -127,9 +131,10 @@ class Merging(nn.Module):
     def unmerge(self) -> None:
         """Remove the merged adapters from the base weight.
 
-        Every bit is restored after ``merge(keep_copy=True)``, if no other base weight was loaded
-        since. Otherwise the updates are computed again and subtracted, which is exact up to
-        rounding, and a UserWarning is issued. The adapters' parameters must not have changed.
+        After ``merge(keep_copy=True)``, every bit is restored if no other base weight has been
+        loaded since. Otherwise the updates are computed again and subtracted, which restores the
+        weight up to rounding, and a UserWarning is issued. In this case the parameters of the
+        adapters must not have changed since they were merged.
         """
         if not self._merged:
             warnings.warn("unmerge: nothing is merged", stacklevel=2)
@@ -151,7 +156,8 @@ class Merging(nn.Module):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return ``scaling * B @ A`` in the layout of the base weight, rounded once.
 
-        The dtype is that of the factors. Raises ValueError if the layer lacks the adapter.
+        The result has the dtype of the factors. Raises ValueError if the layer does not have the
+        adapter.
         """
         self._check_known([adapter])
         a, b, _ = self._raw_factors(adapter)
@@ -161,7 +167,7 @@ class Merging(nn.Module):
     # ---------------------------------------------------------------------------------------------
 
     def _delta(self, name: str, scaling: float) -> Tensor:
-        """Return ``scaling * B @ A``, ``(O, I)``, in at least float32."""
+        """Return ``scaling * B @ A`` as ``(O, I)``, in float32 or float64."""
         a, b, _ = self._raw_factors(name)
         return ops.lora_delta(_widened(a.flatten(1)), _widened(b.flatten(1)), scaling)
 
@@ -171,7 +177,7 @@ class Merging(nn.Module):
         return _widened(bias) * scaling
 
     def _dora_factor(self, name: str) -> Tensor:
-        """Return ``magnitude / norm``, with the norm of the unmerged weight."""
+        """Return ``magnitude / norm``; the norm is computed from the unmerged weight."""
         a, b, _ = self._raw_factors(name)
         weight, _ = self._unmerged()
         norm = ops.lora_dora_norm(weight, a.flatten(1), b.flatten(1), self.scaling[name])
@@ -199,7 +205,7 @@ class Merging(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
-            self._copy = None  # the copy does not belong to the loaded weight
+            self._copy = None  # it is a copy of the previous weight
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # ---------------------------------------------------------------------------------------------
@@ -207,7 +213,7 @@ class Merging(nn.Module):
 
     @property
     def base_weight(self) -> BaseWeight:
-        """Weight of the base layer, as a matrix."""
+        """View of the base layer's weight as a matrix."""
         raise NotImplementedError
 
     def _check_known(self, names: Sequence[str | None]) -> None:
@@ -217,11 +223,11 @@ class Merging(nn.Module):
                 raise ValueError(f"{where}: expected an adapter of {known}, found {name!r}")
 
     def _stores(self) -> list[Any]:
-        """Return the dictionaries that contain A and B by adapter."""
+        """Return the dictionaries that contain A and B by adapter name."""
         return [getattr(self, name) for name in self.base_weight.stores]
 
     def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return A, B and bias; A flattens to ``(r, I)``, B to ``(O, r)``."""
+        """Return A, B and bias of an adapter; A flattens to ``(r, I)``, B to ``(O, r)``."""
         a, b = (store[name] for store in self._stores())
         return getattr(a, "weight", a), getattr(b, "weight", b), getattr(b, "bias", None)
 
@@ -233,5 +239,5 @@ class Merging(nn.Module):
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """Convert a tensor to the dtype for merging: float32, or float64 for float64."""
+    """Convert a tensor to the dtype for merging: float64 stays, any other becomes float32."""
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)

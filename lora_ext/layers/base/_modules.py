@@ -13,15 +13,15 @@ from torch import nn
 
 from lora_ext.rows import PoolLayer
 
-# These modules read the weights of their linear children without calling them. An adapter on such
-# a child would be ignored, always or on torch's fast path for evaluation.
+# These modules read the weights of their linear children instead of calling them, either always or
+# on torch's fast path for evaluation. An adapter on such a child would be ignored.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 CONV1D = ("Conv1D", "transformers.pytorch_utils")  # name and module of the class
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """Return the in and out features of a linear layer or transformers' ``Conv1D``, else None."""
+    """Return input and output features of a linear layer or transformers' ``Conv1D``, else None."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     for base in type(module).__mro__:
@@ -32,9 +32,9 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a model by name, except adapters' factors.
+    """Yield the names and modules of a model, except the factors of adapters.
 
-    A layer of a pool is represented by its base layer.
+    For a layer of an adapter pool, its base layer is yielded.
     """
     factors: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -47,10 +47,10 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def head_names(model: nn.Module) -> tuple[str | None, str | None]:
-    """Return the names of the output head and of the classifier, None for a missing one.
+    """Return the names of the output head and of the classifier; None for each that is missing.
 
-    PEFT's "all-linear" excludes the head; without a head, it excludes the classifier of a "SEQ_CLS"
-    task.
+    PEFT's "all-linear" excludes the head. If there is no head and the task is "SEQ_CLS", it
+    excludes the classifier.
     """
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
@@ -63,10 +63,12 @@ def head_names(model: nn.Module) -> tuple[str | None, str | None]:
 # -------------------------------------------------------------------------------------------------
 # Layers that are bypassed
 
-# Attributes of a weight that do not depend on its values.
+# Attributes of a weight that do not depend on its values. Reading only these does not bypass a
+# layer.
 _ASKED = frozenset({"dtype", "device", "shape", "is_meta", "ndim"})
 
-# These classes of transformers call the layers in some models and read their weights in others.
+# These classes of transformers call these children in some models, and read the children's weights
+# in other models.
 _BY_SETTING = {
     "FalconMambaMixer": ("dt_proj",),
     "JambaMambaMixer": ("dt_proj",),
@@ -77,9 +79,10 @@ _BY_SETTING = {
 
 
 def bypassed(parent: nn.Module) -> frozenset[str]:
-    """Return the children whose weights a module reads instead of calling them.
+    """Return the names of the children that a module bypasses by reading their weights.
 
-    Mamba does this with ``dt_proj``. A replacement of such a child would never be called.
+    For example, Mamba reads the weight of ``dt_proj``. If such a child were replaced, the new
+    module would never be called.
     """
     kind = type(parent)
     found = _read_and_not_called(kind)
@@ -94,14 +97,15 @@ def bypassed(parent: nn.Module) -> frozenset[str]:
 
 @functools.cache
 def _read_and_not_called(kind: type) -> frozenset[str]:
-    """Return the children with ``self.child.weight`` in a method, and a bare ``self.child`` in
-    none.
+    """Return the names of the children with ``self.child.weight`` in the class's methods.
+
+    Children with a bare ``self.child`` in any method are excluded, since they may be called.
     """
     methods = [method for _, method in inspect.getmembers(kind, inspect.isfunction)]
     methods = [inspect.unwrap(m) for m in methods if not m.__module__.startswith("torch.nn.")]
     read: set[str] = set()
     for method in methods:
-        names = method.__code__.co_names  # without the names in nested functions
+        names = method.__code__.co_names  # names in nested functions are missing
         if "weight" in names and not any(w in method.__name__ for w in ("init", "tie")):
             read.update(child for child, asked in _uses(method) if asked == "weight")
     for method in methods if read else ():
@@ -111,11 +115,11 @@ def _read_and_not_called(kind: type) -> frozenset[str]:
 
 
 def _uses(method: Any) -> Iterator[tuple[str, str | None]]:
-    """Yield the name and the use of each ``self.child`` in the source of a method.
+    """Yield the name and the use of each attribute ``self.child`` in the source of a method.
 
-    The use is the attribute that is read from the child. It is "asked" if only metadata of that
-    attribute is read (such as its dtype or class), and None for a bare ``self.child``, which is
-    called or passed on.
+    The use is the name of the attribute that is read from the child, such as "weight". It is
+    "asked" if only metadata of that attribute is read (such as its dtype or class). It is None for
+    a bare ``self.child``, which is called or passed to a function.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))

@@ -1,14 +1,16 @@
-"""Packed copies of base weights for products of few rows, as in decoding and verification.
+"""Packed copies of base weights for products of few rows, as in decoding.
 
-The time of a product of 1 to 32 rows is bounded by reading the weight from memory, but torch's
-product is slower than that: see ``docs/packed.md``. A second copy of the weight, in the order in
-which the product reads it, brings the time near the memory bound.
+The time of a product of 1 to 32 rows is at least the time to read the weight from memory. torch's
+product is slower than this bound: see ``docs/packed.md``. A packed copy stores the values of the
+weight in the order in which the product reads them. The time of a product with it is close to the
+bound.
 
-    pack_linears(model)        # every linear layer, in place; the model may have adapters or none
-    model.generate(...)        # outside gradients; everything else is as before
+    pack_linears(model)        # all linear layers, in place; the model may have adapters
+    model.generate(...)        # uses the copies, since it computes no gradients
     unpack_linears(model)      # restores the modules
 
-``lora_ext.attach(model, pool, pack_base=True)`` does the same for a model with a pool's adapters.
+``lora_ext.attach(model, pool, pack_base=True)`` does the same for a model that uses the adapters of
+a pool.
 """
 
 from __future__ import annotations
@@ -32,41 +34,43 @@ from ._packed_weight import PackedWeight, why_not_packed
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: Most rows of a packed product; torch computes larger products.
+#: Maximum number of rows of a packed product; torch computes larger products.
 MOST_ROWS = 32
 
-# Compiler of the torch.compile that calls this code. It is also set while torch.compile runs a
-# frame eagerly after a failed trace, because other frames of the model are compiled.
+# Returns the compiler if torch.compile runs this code, otherwise None. The compiler is also set if
+# torch.compile runs a frame eagerly after a failed trace, because it compiles other frames of the
+# model.
 _compiler: Any = getattr(eval_frame, "get_eval_frame_callback", lambda: None)
 
-#: Attribute of a packed layer that holds its :class:`PackedWeight`.
+#: Attribute of a packed layer for its :class:`PackedWeight`.
 _STATE = "_packed_weight"
 
 
 class PackedLinear(nn.Linear):
     """``nn.Linear`` with a second, packed copy of its weight for evaluation on the CPU.
 
-    :func:`pack_linears` changes an ``nn.Linear`` into this class: the object and its parameters
-    remain the same. :func:`unpack_linears` undoes it. The copy is compared with the weight, and
-    made again if the weight has changed.
+    :func:`pack_linears` sets the class of an ``nn.Linear`` to this class; the object and its
+    parameters remain the same. :func:`unpack_linears` undoes this. Before it is used, the copy is
+    checked, and it is made again if the weight has changed. Letters: ``T`` rows, ``I`` input and
+    ``O`` output features.
     """
 
-    #: True if every product, of any number of rows and with gradients, uses the packed copy.
+    #: True if all products use the packed copy, with any number of rows and with gradients.
     exact = False
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute ``x W^T + b (..., O)`` of ``input (..., I)``, packed if possible."""
+        """Compute ``x W^T + b (..., O)`` for the input x, with the packed copy if possible."""
         y = self.packed_product(input)
         return linear(input, self.weight, self.bias) if y is None else y
 
     def packed_copy(self, x: Tensor) -> Tensor | None:
-        """Return the packed copy that an exact layer multiplies ``x`` with.
+        """Return the packed copy with which an exact layer multiplies ``x``.
 
         Returns:
-            The copy; None if the layer is not exact or ``x`` is empty.
+            The copy, or None if the layer is not exact or ``x`` is empty.
 
         Raises:
-            RuntimeError: If the copy cannot be used, so that the result would not be exact.
+            RuntimeError: If the copy cannot be used; the result would not be exact.
         """
         if not self.exact:
             return None
@@ -89,8 +93,8 @@ class PackedLinear(nn.Linear):
         """Compute the product of ``x (..., I)`` with the packed copy.
 
         Returns:
-            The product; None if the plain product has to be used: in training, in a traced graph,
-            or for other dtypes.
+            The product, or None if the plain product has to be used, for example in training, in a
+            traced graph, or for an input of another dtype.
 
         Raises:
             RuntimeError: See :meth:`packed_copy`.
@@ -132,21 +136,21 @@ class PackedLinear(nn.Linear):
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
-        """Free the copy before ``to`` and similar calls, as products on other devices never do."""
+        """Free the copy in ``to`` and similar calls; on another device no product would free it."""
         self.__dict__[_STATE].drop()
         return super()._apply(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
-        """Return a packed layer, which makes its copy of the weight when it is first used."""
-        # The default deepcopy would call __reduce_ex__ below, which makes a plain layer.
+        """Copy the layer as a packed layer, which packs its weight when products use it."""
+        # The default deepcopy would call __reduce_ex__ below, which creates a plain layer.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Return the state of a plain ``nn.Linear``, which is unpickled without this package."""
-        if type(self) is not PackedLinear:  # torch has changed the class to parametrize it
+        """Return the state of a plain ``nn.Linear``, which can be loaded without this package."""
+        if type(self) is not PackedLinear:  # torch changes the class to parametrize a layer
             return super().__reduce_ex__(protocol)
         state = {k: value for k, value in self.__dict__.items() if k not in (_STATE, "exact")}
         return copyreg._reconstructor, (nn.Linear, object, None), state  # pyright: ignore
@@ -181,32 +185,38 @@ class _Exact(torch.autograd.Function):
 def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
     """Make packed copies of the weights of linear layers, for products of at most 32 rows.
 
-    Changes any model in place, with adapters or without: its ``nn.Linear`` layers, including base
-    layers of :class:`LoraLinear`, of PEFT and of an attached model, but not adapters' factors. The
-    layers remain the same objects, with the same parameters, names, hooks, state dicts and pickled
-    files. :func:`unpack_linears` undoes it.
+    Changes the ``nn.Linear`` layers of a model in place. These include the base layers of
+    :class:`LoraLinear`, of PEFT's layers and of layers with a pool's adapters, but not the factors
+    of adapters. The layers remain the same objects, with the same parameters, names, hooks, state
+    dicts and pickled files. :func:`unpack_linears` undoes the change.
 
-    A copy is used for products without gradient, in evaluation mode, in the weight's own dtype,
-    outside ``torch.compile``; torch computes all others. It needs as many bytes as the weight; tied
-    weights share one copy. It is made here, and made again at the second product after a change of
-    the weight. A change is detected by the weight's identity, address, dtype, shape and version,
-    and by a sample of its values from every few rows and columns, which change if an adapter is
-    merged through ``weight.data``, as in PEFT. A change of single rows, columns or values through
-    ``weight.data`` or ``weight.numpy()`` may be missed: unpack first.
+    A copy is used for products without gradients, in evaluation mode, outside ``torch.compile``,
+    with inputs in the dtype of the weight. torch computes all other products. A copy needs as much
+    memory as the weight; tied weights share one copy. This function makes the copies. After a
+    change of a weight, the second product makes its copy again.
+
+    A change is detected by the identity, address, dtype, shape and version of the weight, and by a
+    sample of its values from every few rows and columns. These values change if an adapter is
+    merged through ``weight.data``, as in PEFT. If you change only some rows, columns or values
+    through ``weight.data`` or ``weight.numpy()``, call :func:`unpack_linears` first, because such a
+    change may not be detected.
 
     Args:
-        model: in evaluation mode; it may be a layer itself.
-        names: names of the modules to pack, as in ``model.named_modules()``; None for all that are
-            exactly ``nn.Linear``, except adapters' factors. Subclasses with their own forward are
-            not changed.
+        model: model in evaluation mode, or a linear layer.
+        names: names of the modules to pack, as in ``model.named_modules()``. None packs all modules
+            of class ``nn.Linear`` except the factors of adapters. Instances of subclasses are not
+            changed.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: If a module is missing, in training mode, not on the CPU, not of float32 or
-            bfloat16 (quantised, for example), made in inference mode, or has its own forward.
-        RuntimeError: If a module is packed already. After any error the model is unchanged.
+        ValueError: If a name is not that of a linear layer, or a layer is in training mode, is not
+            on the CPU, is not in float32 or bfloat16 (for example, quantised), was created in
+            inference mode, or has a replaced forward.
+        RuntimeError: If a layer is packed already.
+
+    After any error the model is unchanged.
     """
     chosen = linears = dict(linears_of(model))
     if names is not None:
@@ -228,11 +238,11 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
 
 
 def unpack_linears(model: Model) -> Model:
-    """Undo :func:`pack_linears` in all of ``model``, and return ``model``.
+    """Undo :func:`pack_linears` for all layers of ``model``, and return ``model``.
 
     Raises:
-        RuntimeError: If nothing is packed, or a packed layer was parametrized, which changes its
-            class. The model is then unchanged.
+        RuntimeError: If no layer is packed, a layer is exact, or a packed layer has been
+            parametrized, which changes its class. The model is then unchanged.
     """
     packed = packed_layers(model, "unpack_linears")
     require(packed, "unpack_linears", "model", "one with packed layers", "none", RuntimeError)
@@ -241,10 +251,9 @@ def unpack_linears(model: Model) -> Model:
 
 
 def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
-    """Return all packed layers of a model, for :func:`unpack`.
+    """Return all packed layers of a model, as arguments of :func:`unpack`.
 
-    Raises RuntimeError, with a message that begins with ``where``, if a layer is exact or
-    parametrized.
+    Raises RuntimeError if a layer is exact or parametrized; the message starts with ``where``.
     """
     packed = {name: m for name, m in linears_of(model) if isinstance(m, PackedLinear)}
     remedy = "call torch.nn.utils.parametrize.remove_parametrizations first"
@@ -266,15 +275,15 @@ def unpack(layers: Iterable[PackedLinear]) -> None:
 
 
 class Packing(NamedTuple):
-    """Result of :func:`packing`; ``str()`` gives one line for users."""
+    """Result of :func:`packing`. ``str()`` returns one line for users."""
 
-    bytes: int  # size of the copy
+    bytes: int  # size of all packed copies
     free: int  # free memory in bytes
-    reason: str | None  # why the base should not be packed, or None
+    reason: str | None  # reason why the model should not be packed, or None
 
     @property
     def fits(self) -> bool:
-        """True if the base should be packed."""
+        """True if the model should be packed."""
         return self.reason is None
 
     def __str__(self) -> str:
@@ -285,13 +294,13 @@ class Packing(NamedTuple):
 
 
 def packing(model: nn.Module, share: float = 0.25) -> Packing:
-    """Check whether :func:`pack_linears` is possible for a model and fits into memory.
+    """Check whether :func:`pack_linears` supports a model and its copies fit into memory.
 
-    Nothing is packed.
+    The function does not pack the model.
 
     Args:
-        model: a model that is not packed.
-        share: most part of the free memory that the copy may use; above 0, at most 1.
+        model: model that is not packed.
+        share: maximum share of the free memory that the copies may use, above 0 and at most 1.
 
     Raises:
         ValueError: If ``share`` is out of range.

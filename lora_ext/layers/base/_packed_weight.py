@@ -1,7 +1,8 @@
-"""Cache of a weight's packed copy, which is made again after the weight has changed.
+"""Cache for the packed copy of a weight, which is made again after the weight has changed.
 
-torch counts in-place writes to a tensor in ``_version``, but not those through ``weight.data`` or
-``weight.numpy()``. The cache therefore also compares a sample of the weight's values.
+torch counts in-place writes to a tensor in ``_version``, but it does not count writes through
+``weight.data`` or ``weight.numpy()``. The cache therefore also compares a sample of the weight's
+values.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from lora_ext import ops
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
-#: Most values of a weight that is compared as a whole.
+#: Maximum number of values of a weight that is compared as a whole.
 MAX_VALUES_COMPARED_WHOLE = 4096
-#: Number of rows or columns, whichever are more, per value of a sample.
+#: Number of rows, or of columns if there are more columns, per value of a sample.
 LINES_PER_SAMPLED_VALUE = 4
-#: Fraction of the golden ratio: its multiples are spread evenly over the unit interval.
+#: ``(3 - sqrt(5)) / 2``, from the golden ratio: its multiples modulo 1 are spread evenly over [0,
+#: 1).
 _GOLDEN_FRACTION = 0.381966
 
 
 class PackedWeight:
     """Packed copy of the weight of a layer, or of several layers with tied weights.
 
-    The copy is made at the second successive product with an unchanged weight. A weight that
-    changes before every product is never packed.
+    The copy is made at the second of two successive products with an unchanged weight. Therefore a
+    weight that changes before every product is never packed.
 
-    All state is in one :class:`_Snapshot`, which is replaced as a whole: another thread may be
-    multiplying with another weight.
+    All state is in one :class:`_Snapshot`, which is replaced as a whole, because another thread may
+    be computing a product with another weight at the same time.
     """
 
     def __init__(self) -> None:
@@ -43,12 +45,12 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Size of the copy in bytes, 0 without a copy."""
+        """Size of the copy in bytes; 0 if there is no copy."""
         snapshot = self._snapshot
         return 0 if snapshot is None or snapshot.packed is None else snapshot.packed.nbytes
 
     def copy_of(self, weight: Tensor) -> Tensor | None:
-        """Return the copy of ``weight``; None at the first product after a change."""
+        """Return the copy of ``weight``, or None at the first product after a change."""
         snapshot = self._snapshot
         if snapshot is not None and snapshot.matches(weight):
             return snapshot.pack(weight) if snapshot.packed is None else snapshot.packed
@@ -56,7 +58,7 @@ class PackedWeight:
         return None
 
     def copy_made_now(self, weight: Tensor) -> Tensor | None:
-        """Return the copy of ``weight``, made at once; None if :func:`why_not_packed`."""
+        """Return the copy of ``weight``, made now if necessary; None if it cannot be packed."""
         copy = self.copy_of(weight)
         return self.copy_of(weight) if copy is None else copy
 
@@ -66,11 +68,11 @@ class PackedWeight:
 
 
 class _Snapshot:
-    """State of a weight at one product, and the copy that was packed from it."""
+    """State of a weight at one product, and the copy that was made of it."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight, self._version = weakref.ref(weight), _version(weight)
-        self._sample: tuple[Tensor, Tensor] | None = None  # view of the weight; values at packing
+        self._sample: tuple[Tensor, Tensor] | None = None  # view, its values at packing
         self.packed: Tensor | None = None
 
     def matches(self, weight: Tensor) -> bool:
@@ -88,7 +90,7 @@ class _Snapshot:
 
 
 def why_not_packed(weight: Tensor) -> str | None:
-    """Return ``<expected>, found <found>`` for a weight that cannot be packed, else None."""
+    """Return why a weight cannot be packed, as ``<expected>, found <found>``, else None."""
     if weight.device.type != "cpu":
         return f"a weight on the CPU, found one on {weight.device}"
     if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES:
@@ -103,9 +105,10 @@ def _version(weight: Tensor) -> tuple[Any, ...]:
 
 
 def _sample_of(weight: Tensor) -> Tensor:
-    """Return some values of a weight as integers with the same bits, a view of its memory.
+    """Return a sample of the values of a weight as a view with an integer dtype.
 
-    Small weights, and those that are not contiguous in either order, are returned whole.
+    Integers with the same bits also compare NaN as equal. The sample is the whole weight if the
+    weight is small, or neither it nor its transpose is contiguous.
     """
     bits = weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
     if bits.numel() > MAX_VALUES_COMPARED_WHOLE:
@@ -116,12 +119,13 @@ def _sample_of(weight: Tensor) -> Tensor:
 
 
 def _sample_stride(rows: int, width: int) -> int:
-    """Return the distance between sampled values in the memory of a row-major matrix.
+    """Return the distance in memory between the sampled values of a row-major matrix.
 
-    The sample has to notice a change of a few neighbouring rows or columns, and of every second,
-    third, ... of them. With a stride of ``width * (k + g)`` or ``width / (k + g)``, where k is an
-    integer and g the golden fraction, values that follow one another are shifted by g of a row, so
-    their columns (or rows) do not repeat. A stride that is coprime to the width visits all columns.
+    The sample has to detect changes of a few neighbouring rows or columns, and of every second or
+    third (and so on) row or column. The stride is ``width * (k + g)`` or ``width / (k + g)`` for an
+    integer k and the golden fraction g. Successive values are then shifted by the fraction g of a
+    row, so their columns (or rows) do not repeat. A stride that is coprime to the width visits all
+    columns.
     """
     rows_per_value = LINES_PER_SAMPLED_VALUE * min(rows, width) / width
     if rows_per_value >= 1:

@@ -1,8 +1,10 @@
-"""Hooks that keep a NaN in one row of a batch out of the products of the other rows.
+"""Hooks that prevent a NaN in one row of a batch from reaching the products of other rows.
 
-:func:`lora_ext._torch.spaced` describes the products of torch that need this. The ops and layers of
-this package call that function directly. For the other linear layers of a model, and for base
-layers that are called as modules, the hooks in this file call it.
+Some products of torch read beyond the end of a row, into the next one.
+:func:`lora_ext._torch.spaced` describes these products, and copies their left operand with zeros
+after each row (spaced rows). The ops and layers of this package call that function directly. The
+hooks in this file call it for the other linear layers of a model, and for base layers that are
+called as modules.
 """
 
 from __future__ import annotations
@@ -25,18 +27,19 @@ from ._modules import CONV1D, base_modules, linear_size
 from ._packed_linear import PackedLinear
 
 _WIDE = (torch.float32, torch.float64)
-_LEADING = "_lora_ext_leading"  # attribute of flattened rows: the leading axes of the output
+_LEADING = "_lora_ext_leading"  # attribute of flattened inputs: their leading dimensions
 
 
 def space_products(model: nn.Module) -> list[nn.Module]:
-    """Register the hooks on the linear layers of ``model`` that need them.
+    """Register the hooks on those linear layers of ``model`` that need spaced rows.
 
-    A layer needs them if it is ``nn.Linear`` or ``Conv1D``, its weights have 16 bits or are
-    quantised, and one of its widths is not a multiple of 32. Subclasses with their own forward get
-    no hooks, because ``view`` of spaced rows may fail. The factors of adapters get none either.
+    A layer needs them if it is an ``nn.Linear`` or ``Conv1D``, its weight has 16 bits or is
+    quantised, and its number of input or output features is not a multiple of 32. Subclasses with
+    their own forward get no hooks, because they may call ``view``, which may fail for spaced rows.
+    The factors of adapters get no hooks either.
 
     Returns:
-        The layers that had no such hooks before; pass them to :func:`unspace_products`.
+        The layers that got hooks in this call, to be passed to :func:`unspace_products`.
     """
     found: list[nn.Module] = []
     for _, base in base_modules(model):
@@ -52,10 +55,10 @@ def space_products(model: nn.Module) -> list[nn.Module]:
 
 
 def base_product(base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Compute ``base(x)``, with spaced operands if ``base`` is a linear layer without the hooks."""
+    """Compute ``base(x)``, with spaced rows if ``base`` is a linear layer without the hooks."""
     if not isinstance(base, nn.Module) or not _takes_spaced_rows(base):
         return base(x)
-    if isinstance(base, PackedLinear) or _has_hooks(base):  # these space their operands themselves
+    if isinstance(base, PackedLinear) or _has_hooks(base):  # these space their rows themselves
         return base(x)
     return product_of_rows(base, x)
 
@@ -88,14 +91,15 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _space_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    # A packed layer spaces the operands of the products that do not use its packed copy.
+    # A packed layer itself spaces the rows of the products that do not use its packed copy.
     if not args or not isinstance(args[0], Tensor) or isinstance(module, PackedLinear):
         return None
     x = args[0]
     dtype = autocast_dtype(x) if type(module) is nn.Linear else None
     left = spaced(x, dtype)
     if left is not x and x.dim() > 2:
-        # Rows in two dimensions, for the reason that lora_ext._torch.product_of_rows gives.
+        # With spaced rows in more than two dimensions, torch would round once more: see
+        # lora_ext._torch.product_of_rows.
         left = left.flatten(0, -2)
         setattr(left, _LEADING, x.shape[:-1])
     return left, *args[1:]

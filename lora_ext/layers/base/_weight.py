@@ -1,7 +1,8 @@
-"""Weights of base layers of any kind, read as a matrix and written in the layout of the layer.
+"""Views of the weights of base layers, which are read as matrices and written in their layout.
 
-Operations of adapters on a weight (merging, splitting, DoRA's norms) use a matrix ``(O, I)``. This
-module defines how each kind of layer stores it, and how PEFT stores the factors.
+The operations of adapters on a base weight (merging, decomposing initialisations, DoRA's norms) use
+a matrix ``(O, I)``, with ``O`` output and ``I`` input features. This module defines how each kind
+of layer stores this matrix, and how PEFT stores the factors of adapters for it.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from torch import Tensor, nn
 
 from ._dense import readable_weight
 
-#: Object of one factor under PEFT's key: a module with a ``weight``, or the parameter itself.
+#: Object that stores a factor in PEFT: a module with a ``weight``, or the parameter itself.
 Factor = nn.Module | nn.Parameter
 
 
 class BaseWeight:
-    """View of the weight of a base layer."""
+    """Abstract view of the weight of a base layer."""
 
-    #: Names of the dictionaries that contain A and B by adapter.
+    #: Names of the layer's dictionaries that contain A and B by adapter name.
     stores = ("lora_A", "lora_B")
-    #: Scheme of ``init_lora_weights=True``.
+    #: Initialisation scheme that ``init_lora_weights=True`` selects.
     default_scheme = "init_a"
     #: True if an adapter may have a bias.
     takes_bias = True
@@ -42,7 +43,7 @@ class BaseWeight:
 
     @property
     def features(self) -> tuple[int, int]:
-        """Sizes ``I`` and ``O``."""
+        """Numbers of input and output features, ``(I, O)``."""
         raise NotImplementedError
 
     def matrix(self) -> Tensor:
@@ -50,17 +51,17 @@ class BaseWeight:
         return self.as_matrix(self.weight)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """Return a tensor in the layout of the layer, as ``(O, I)``."""
+        """Convert a tensor from the layout of the layer to ``(O, I)``."""
         raise NotImplementedError
 
     def as_stored(self, matrix: Tensor) -> Tensor:
-        """Return a matrix ``(O, I)`` in the layout of the layer."""
+        """Convert a matrix ``(O, I)`` to the layout of the layer."""
         raise NotImplementedError
 
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Write the weight, in the layout of the layer, and the bias if one is given.
+        """Write a weight in the layout of the layer, and the bias unless it is None.
 
-        The values are written in place, so that tied weights and captured graphs see them.
+        The values are written in place, so that tied weights and captured graphs use them.
         """
         with torch.no_grad():
             self.weight.copy_(weight)
@@ -68,9 +69,10 @@ class BaseWeight:
                 self.bias.copy_(bias)
 
     def check_writable(self, purpose: str) -> None:
-        """Raise ValueError if weight or bias is not a parameter or buffer of the layer.
+        """Raise ValueError if the weight or bias is not a parameter or buffer of the layer.
 
-        The next forward would overwrite a computed weight.
+        Such a weight is computed from other parameters, and the next forward would overwrite it.
+        ``purpose`` is the start of the message.
         """
         kept = {id(t) for t in (*self.layer.parameters(), *self.layer.buffers())}
         for name, tensor in (("weight", self.weight), ("bias", self.bias)):
@@ -82,7 +84,7 @@ class BaseWeight:
                 )
 
     def place(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and dtype of the layer's adapters."""
+        """Return the default device and dtype for adapters of the layer."""
         own = (*self.layer.parameters(recurse=False), *self.layer.buffers(recurse=False))
         for tensor in (*own, *self.layer.parameters()):
             floating = tensor.is_floating_point() and tensor.element_size() > 1
@@ -92,25 +94,25 @@ class BaseWeight:
     # Factors and magnitudes
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and of B; A flattens to ``(r, I)``, B to ``(O, r)``."""
+        """Return the shapes of A and B for rank r; A flattens to ``(r, I)``, B to ``(O, r)``."""
         in_features, out_features = self.features
         return (r, in_features), (out_features, r)
 
     def factors(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
-        """Return the objects that hold these values in the two stores."""
+        """Return new objects with these values for the two dictionaries of :attr:`stores`."""
         raise NotImplementedError
 
     def magnitude(self, norm: Tensor) -> Tensor:
-        """Return DoRA's magnitude ``(O,)``, in PEFT's shape."""
+        """Return DoRA's magnitude ``(O,)`` in PEFT's shape for the layer."""
         return norm
 
 
 class LinearWeight(BaseWeight):
-    """Weight of a layer that computes ``x W^T``: ``nn.Linear``, ``Conv1D``, or a similar layer.
+    """View for a layer that computes ``x W^T``: ``nn.Linear``, ``Conv1D``, or a similar layer.
 
     Args:
-        layer: a layer with sizes or a matrix.
-        fan_in_fan_out: True if the weight is stored as ``(I, O)``; ``Conv1D`` is recognised.
+        layer: layer with attributes for its sizes, or with a matrix as its weight.
+        fan_in_fan_out: whether the weight is stored as ``(I, O)``. For ``Conv1D`` this is detected.
     """
 
     def __init__(self, layer: nn.Module, fan_in_fan_out: bool = False):
@@ -131,14 +133,14 @@ class LinearWeight(BaseWeight):
         return matrix.t() if self.fan_in_fan_out else matrix
 
     def factors(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
-        # Modules on meta draw no initial values.
+        # Modules are created on meta, where they do not draw initial values.
         lora_a = nn.Linear(a.shape[1], a.shape[0], bias=False, device="meta")
         lora_b = nn.Linear(b.shape[1], b.shape[0], bias is not None, device="meta")
         return _filled(lora_a, a, None), _filled(lora_b, b, bias)
 
 
 class ConvWeight(BaseWeight):
-    """Weight of a convolution, ``(O, C, *kernel)``: a matrix on patches."""
+    """View for a convolution: its weight ``(O, C, *kernel)`` as a matrix for patches."""
 
     @property
     def features(self) -> tuple[int, int]:
@@ -156,7 +158,7 @@ class ConvWeight(BaseWeight):
 
     def factors(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
         kind, kernel = type(self.layer), tuple(self.layer.kernel_size)
-        # Modules on meta draw no initial values.
+        # Modules are created on meta, where they do not draw initial values.
         lora_a = kind(a.shape[1], a.shape[0], kernel, kernel, bias=False, device="meta")
         lora_b = kind(b.shape[1], b.shape[0], 1, bias=bias is not None, device="meta")
         return _filled(lora_a, a, None), _filled(lora_b, b, bias)
@@ -166,7 +168,7 @@ class ConvWeight(BaseWeight):
 
 
 class EmbeddingWeight(BaseWeight):
-    """Weight of an embedding, ``(V, O)``: a matrix on one-hot rows."""
+    """View for an embedding of ``V`` tokens: the transposed weight multiplies one-hot vectors."""
 
     stores = ("lora_embedding_A", "lora_embedding_B")
     default_scheme = "init_b_unit"
@@ -194,7 +196,7 @@ def _filled(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module
 
 
 def _sizes(layer: nn.Module, fan_in_fan_out: bool) -> tuple[int, int, bool]:
-    """Return the in and out features, and whether the weight is stored as ``(I, O)``."""
+    """Return the input and output features, and whether the weight is stored as ``(I, O)``."""
     named = ("in_features", "out_features", fan_in_fan_out), ("nx", "nf", True)
     for inner, outer, transposed in named:
         sizes = getattr(layer, inner, None), getattr(layer, outer, None)

@@ -1,4 +1,4 @@
-"""Layers of a model that have adapters, of this package or of PEFT."""
+"""Functions that find the adapter layers of a model, of this package or of PEFT."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from .._lora_layer import LoraLayer
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.Module]:
-    """Return the layers of a model that have LoRA adapters, by their full names.
+    """Return the layers of a model that have LoRA adapters, by name.
 
-    These are layers of this package (:class:`LoraLinear`, :class:`LoraEmbedding`,
-    :class:`LoraConv`) and of PEFT (``lora.Linear`` and related classes), before and after
-    :func:`lora_ext.from_peft`. Layers of a pool are not included: the pool has their adapters.
+    They may be layers of this package (:class:`LoraLinear`, :class:`LoraEmbedding`,
+    :class:`LoraConv`) or of PEFT (``lora.Linear`` and related classes), before or after
+    :func:`lora_ext.from_peft`. Layers of an :class:`lora_ext.AdapterPool` are not included, because
+    the pool stores their adapters.
 
     Args:
-        model: any module; it may be such a layer itself, whose name is ``""``.
-        adapter_name: only layers that have this adapter; None for all.
+        model: module to search. If it is such a layer itself, its name is ``""``.
+        adapter_name: name of an adapter, to return only the layers that have it; None returns all.
 
     Returns:
-        Layers by name, in the order of ``model.named_modules()``.
+        Layers by full name, in the order of ``model.named_modules()``.
 
     Raises:
         ValueError: If no layer has the adapter.
@@ -43,7 +44,7 @@ def is_adapted(module: nn.Module) -> bool:
     """Return whether a module is a layer with LoRA adapters."""
     if isinstance(module, LoraLayer):
         return True
-    # A layer of PEFT exists only if peft has been imported; it is not imported here.
+    # peft is not imported here: if it has not been imported yet, no layer of PEFT exists.
     peft_layers: Any = sys.modules.get("peft.tuners.lora.layer")
     return peft_layers is not None and isinstance(module, peft_layers.LoraLayer)
 
@@ -55,11 +56,11 @@ def adapters_of(layer: nn.Module) -> tuple[str, ...]:
 
 
 def adapter_parameters(layer: nn.Module, adapter_name: str) -> list[nn.Parameter]:
-    """Return the parameters of one adapter of one layer: factors, bias, magnitude.
+    """Return the parameters of one adapter in one layer: factors, bias and magnitude.
 
     Args:
-        layer: one of :func:`adapted_layers`.
-        adapter_name: one of ``adapters_of(layer)``.
+        layer: layer with adapters, from :func:`adapted_layers`.
+        adapter_name: name of an adapter of the layer.
     """
     names: Any = getattr(layer, "adapter_layer_names", ())  # attribute of PEFT's layers
     if isinstance(layer, LoraLayer):
@@ -74,17 +75,17 @@ def adapter_parameters(layer: nn.Module, adapter_name: str) -> list[nn.Parameter
 
 
 def adapter_factors(layer: nn.Module, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """Return the factors of one adapter of one layer as matrices: A ``(r, n)`` and B ``(m, r)``.
+    """Return the factors of one adapter in one layer as matrices: A ``(r, n)`` and B ``(m, r)``.
 
-    They share the memory of the parameters. For an embedding n is the number of tokens, for a
-    convolution the size of a window.
+    The matrices share the memory of the parameters. For an embedding, n is the number of tokens in
+    the vocabulary; for a convolution, the number of elements in a window.
 
     Args:
-        layer: one of :func:`adapted_layers`.
-        adapter_name: one of ``adapters_of(layer)``.
+        layer: layer with adapters, from :func:`adapted_layers`.
+        adapter_name: name of an adapter of the layer.
 
     Raises:
-        NotImplementedError: If the adapter has factors for each of several experts.
+        NotImplementedError: If the layer has several experts, each with its own factors.
     """
     experts: Any = getattr(layer, "num_experts", 1)
     expected = "one pair of factors"

@@ -1,4 +1,7 @@
-"""Replacements of transformers' attention "sdpa", for exact models and continuous batching."""
+"""Functions that replace transformers' attention "sdpa".
+
+They are used for exact models and for continuous batching.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,11 @@ _here = threading.local()
 
 
 def ask_first(function: Callable[..., Any]) -> None:
-    """Replace "sdpa" by ``function(inner, module, query, key, value, mask, **how)``, once.
+    """Replace "sdpa" by ``function(inner, module, query, key, value, mask, **how)``.
 
-    The replacement affects the whole process; ``inner`` is the previous function. The name
-    remains "sdpa", since masks and caches depend on it.
+    ``inner`` is the previous function. The replacement affects the whole process, and further calls
+    with the same function have no effect. The name remains "sdpa", since masks and caches depend on
+    it.
     """
     from transformers.modeling_utils import AttentionInterface
 
@@ -33,12 +37,12 @@ def ask_first(function: Callable[..., Any]) -> None:
 
 @contextmanager
 def requests_apart() -> Iterator[None]:
-    """Compute attention for each request separately in a ``with`` block, in this thread.
+    """Compute attention for each request separately during a ``with`` block, in this thread.
 
-    In a step of continuous batching, transformers packs the requests into one row and separates
-    them by a mask. Every query is multiplied with the keys of every request, so a value of one
-    request that is not finite would reach all others. This has no effect on devices other than the
-    CPU, and with other attentions.
+    In a step of continuous batching, transformers concatenates the requests to one row and
+    separates them by a mask. Every query is multiplied with the keys of every request, so a value
+    of one request that is not finite would reach all other requests. The block has an effect only
+    on the CPU and only with the attention "sdpa".
     """
     ask_first(_each_request)
     before, _here.apart = getattr(_here, "apart", False), True

@@ -1,9 +1,10 @@
-"""Functions of one number in an exact model, whose bits must not depend on a number's position.
+"""Pointwise functions of an exact model: their bits must not depend on an element's position.
 
-torch computes functions such as SiLU with vector instructions, but uses other instructions for the
-numbers at the end of a thread's share. The last bits therefore depend on the batch and on the
-number of threads. One forward finds the modules that call such functions, and
-:func:`lora_ext.ops.pointwise` replaces the functions in these modules.
+A pointwise function, such as SiLU, maps each element separately. torch computes it with vector
+instructions, but uses other instructions for the last elements of each thread. The last bits
+therefore depend on the batch and on the number of threads. :func:`replace_functions` runs one
+forward to find the modules that call such functions. In these modules,
+:func:`lora_ext.ops.pointwise` then computes the functions.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from lora_ext.rows import PoolLayer, of_call, pool_of
 
 from ._forwards import Forward
 
-#: Attribute of every module of an exact model. A copy of the model has it, so it is exact too.
+#: Attribute that marks every module of an exact model. Copies of the model keep it, so they are
+#: exact as well.
 MARK = "_lora_ext_exact"
 
 _OURS = frozenset("cos gelu rsqrt sigmoid silu sin softplus tanh".split())
 
-# Each op rounds once, or consists of steps that round once, with or without vector instructions.
+# Ops with the same bits with and without vector instructions: every step rounds exactly once.
 _SAFE = frozenset(
     "abs add bitwise_and bitwise_not bitwise_or ceil clamp clamp_max clamp_min clone copy div fill "
     "floor hardtanh leaky_relu logical_and logical_not logical_or masked_fill maximum minimum mul "
@@ -41,7 +43,7 @@ _PRODUCTS = frozenset(
 
 
 class _Unknown(ValueError):
-    """Error for an op of torch with bits that may depend on a number's position or the batch."""
+    """Error for an op of torch with bits that may depend on an element's position or the batch."""
 
     def __init__(self, found: str, where: str = "model"):
         expected = "ops whose bits do not depend on the batch"
@@ -50,9 +52,9 @@ class _Unknown(ValueError):
 
 
 class _Functions(TorchDispatchMode):
-    """Dispatch mode that computes functions of one number with ``ops.pointwise``.
+    """Dispatch mode that computes pointwise functions with ``ops.pointwise``.
 
-    The mode runs below autograd, so torch computes the gradients.
+    The mode runs below autograd, so the gradients are still those of torch.
     """
 
     def __torch_dispatch__(
@@ -68,7 +70,7 @@ class _Functions(TorchDispatchMode):
 
 
 class _Probe(_Functions):
-    """Dispatch mode that collects the modules that call functions of one number."""
+    """Dispatch mode that collects the modules that call pointwise functions."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -94,13 +96,13 @@ class _Probe(_Functions):
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Return whether a module is an adapter layer of this package; these are exact."""
+    """Return whether a module is an adapter layer of this package; such layers are exact."""
     ours = type(module).__module__.startswith("lora_ext.")
     return ours and (isinstance(module, PoolLayer) or hasattr(module, "base_layer"))
 
 
 def _name_of(func: Any) -> tuple[str, bool]:
-    """Return the name of an op of torch without a trailing underscore, and whether it had one."""
+    """Return the name of an op of torch without its trailing underscore, and whether it has one."""
     if func.namespace != "aten":
         return "", False
     name: str = func.overloadpacket.__name__
@@ -116,7 +118,7 @@ def _function_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
         raise _Unknown(f"{name} of {args[0].dtype}")
     if "out" in kwargs:
         raise _Unknown(f"{name} with out=")
-    if name == "rsqrt" and args[0].dtype == torch.float32:  # root and quotient, both rounded
+    if name == "rsqrt" and args[0].dtype == torch.float32:  # rounded root, rounded quotient
         return None
     if name == "gelu" and kwargs.get("approximate") == "tanh":
         return "gelu_tanh"
@@ -127,9 +129,9 @@ def _function_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
 
 
 def _check_op(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-    """Raise for a product, and for a function of one number that is not in ``_SAFE``."""
+    """Raise for products of torch, and for pointwise functions that are not in ``_SAFE``."""
     if name in _PRODUCTS:
-        # A sum of one product, as in rotary embeddings, is rounded once.
+        # A matrix product with one term per sum, as in rotary embeddings, is only rounded once.
         if name not in ("bmm", "mm") or args[0].shape[-1] != 1:
             raise _Unknown(f"{func}, a product of torch")
     elif not isinstance(y, Tensor) or not y.is_floating_point():
@@ -144,22 +146,22 @@ def _check_op(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 class _Positionless(Forward):
-    """Forward of a module in an exact model that calls functions of one number."""
+    """Forward of a module in an exact model that calls pointwise functions."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self._module()
-        if MARK not in module.__dict__:  # exact was undone; another wrapper calls this
+        if MARK not in module.__dict__:  # restored, but another wrapper calls this
             return self.own(*args, **kwargs)
         with _Functions():
             return self.own(*args, **kwargs)
 
 
 def replace_functions(model: nn.Module) -> None:
-    """Replace the functions of one number that the modules of an exact model call.
+    """Replace the pointwise functions that the modules of an exact model call.
 
     Raises:
-        ValueError: If a module calls an op whose bits may depend on the batch. The message names
-            both.
+        ValueError: If a module calls an op with bits that may depend on the batch. The message
+            names the module and the op.
     """
     probe, ids = _Probe(model), torch.zeros(1, 2, dtype=torch.int64)
     pool: Any = pool_of(model)
@@ -170,7 +172,7 @@ def replace_functions(model: nn.Module) -> None:
         stack.enter_context(_entered(model, probe))
         stack.enter_context(probe)
         model(ids)
-    unused: Any = None  # _Positionless runs the forward of the module
+    unused: Any = None  # _Positionless calls the module's own forward
     for module in probe.found.values():
         _Positionless.put_before(module, unused)
 
@@ -183,9 +185,9 @@ def restore_functions(model: nn.Module) -> None:
 
 @contextmanager
 def _entered(model: nn.Module, probe: _Probe) -> Iterator[None]:
-    """Keep the stack of running modules in ``probe.entered``."""
+    """Record the stack of running modules in ``probe.entered`` during a ``with`` block."""
     handles: list[Any] = []
-    parts: set[nn.Module] = set()  # children of adapter layers: a hook would disable fused ops
+    parts: set[nn.Module] = set()  # of adapter layers: a hook would disable fused ops
     for name, module in model.named_modules():
         if has_adapters(module):
             parts.update(module.children())

@@ -10,18 +10,19 @@ from typing import Any
 
 from torch import nn
 
-#: Function that replaces a forward. Arguments: the module, its forward, the arguments by name.
+#: Function that replaces a forward. Arguments: the module, its original forward, and a dictionary
+#: of the call's arguments by name.
 Run = Callable[[Any, Callable[..., Any], dict[str, Any]], Any]
 
 
 class Forward:
-    """Forward in a module's ``__dict__``; a copy of the module gets a copy of it.
+    """Replaced forward in a module's ``__dict__``, which is copied with the module.
 
-    A hook would not be called by a wrapper that calls ``forward`` directly, as PEFT does.
+    A hook is not used, because wrappers such as PEFT call ``forward`` directly, which skips hooks.
 
     Args:
-        module: the module, weakly referenced.
-        run: function to run; it is copied with the module.
+        module: module to change, which is referenced weakly.
+        run: function that replaces the forward.
     """
 
     def __init__(self, module: nn.Module, run: Run):
@@ -31,15 +32,15 @@ class Forward:
 
     @classmethod
     def put_before(cls, module: nn.Module, run: Run) -> None:
-        """Replace the module's forward by one that runs ``run``."""
+        """Replace the module's forward by a call of ``run``."""
         module.__dict__["forward"] = cls(module, run)
 
     @classmethod
     def remove(cls, module: nn.Module, run: Callable[[Run], bool]) -> bool:
-        """Undo :meth:`put_before` if the predicate ``run`` accepts its function.
+        """Undo :meth:`put_before` if ``run`` returns True for the function that was set.
 
-        Returns False if another wrapper has replaced the forward since, so that this one has to
-        remain and pass calls on.
+        Returns False if the forward is another one. If another wrapper has replaced it since, that
+        wrapper may still call this forward, which then has to call the original.
         """
         found = module.__dict__.get("forward")
         if not isinstance(found, cls) or not run(found.run):
@@ -51,7 +52,7 @@ class Forward:
 
     @property
     def own(self) -> Callable[..., Any]:
-        """Forward of the module before the replacement."""
+        """Original forward of the module."""
         module: Any = self._module()
         return self.before or types.MethodType(type(module).forward, module)
 
@@ -60,7 +61,7 @@ class Forward:
         return inspect.signature(self.own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call ``run`` with the module's arguments by name."""
+        """Call ``run`` with the arguments of the call by name."""
         given = kwargs
         if args:
             parameters: Mapping[str, inspect.Parameter] = self.__signature__.parameters

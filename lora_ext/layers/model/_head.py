@@ -1,4 +1,7 @@
-"""Output layer of a causal language model, and the computation of logits from hidden states."""
+"""Output head of a causal language model, which computes logits from hidden states.
+
+Shape letters: ``V`` tokens in the vocabulary, ``d`` hidden features.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,29 @@ from torch.nn import functional as F
 from lora_ext._checks import require
 from lora_ext._torch import linear
 
-#: Attributes of models for a factor or divisor of their logits.
+#: Attributes of models or configurations that multiply or divide the logits.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
 @dataclass(frozen=True)
 class Head:
-    """Output head: ``z = c tanh(s (W n + b) / c)``, or ``s (W n + b)`` without a cap.
+    """Output head with logits ``z = c tanh(s (W n + b) / c)``, or ``s (W n + b)`` without a cap.
+
+    n is the normalised hidden state, W and b are the weight and bias of the output layer.
 
     Attributes:
-        softcap: c, or None.
-        scale: s, for the models that scale their logits (Cohere, Granite).
+        softcap: c, the bound of the logits, or None.
+        scale: s, which some models apply to their logits (Cohere, Granite).
     """
 
     softcap: float | None
     scale: float = 1.0
 
     def parameters(self, lm: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the current W ``(V, d)`` and b ``(V,)`` or None of the model, with their graph.
+        """Return the current ``s W (V, d)`` and ``s b (V,)`` or None, with their autograd graph.
 
-        For a head that is not a plain linear layer, such as one with adapters, W is computed by
-        applying the head to the unit vectors.
+        If the output layer is not a plain ``nn.Linear``, for example with adapters, W is computed
+        by applying the layer to the unit vectors.
         """
         layer: Any = lm.get_output_embeddings()
         if type(layer) is nn.Linear:
@@ -48,20 +53,20 @@ class Head:
         return self.scale * weight, None if bias is None else self.scale * bias
 
     def logits(self, normed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the logits of normed states ``(..., d)`` for the given rows of W."""
+        """Return the logits of normalised states ``(..., d)`` for some rows of s W and s b."""
         return self.capped(linear(normed, weight, bias))
 
     def capped(self, z: Tensor) -> Tensor:
-        """Return ``softcap tanh(z / softcap)``, or ``z`` without a cap."""
+        """Return ``softcap * tanh(z / softcap)``, or ``z`` if there is no cap."""
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 def causal_lm(model: Any, where: str) -> Any:
-    """Return the causal LM of transformers in a model, which may be wrapped by PEFT or others.
+    """Return the causal LM of transformers inside a model that PEFT or others may have wrapped.
 
     Raises:
-        ValueError: If there is no causal LM.
-        NotImplementedError: If it has an encoder and a decoder.
+        ValueError: If the model contains no causal LM.
+        NotImplementedError: If the model has an encoder and a decoder.
     """
     found = type(model).__name__
     module: Any
@@ -81,18 +86,17 @@ def causal_lm(model: Any, where: str) -> Any:
 def measured_head(
     where: str, lm: Any, softcap: float | None, entered: Tensor, logits: Tensor
 ) -> Head:
-    """Determine the head of a model from the logits of the last position.
+    """Determine the output head of a model from the logits of the last position.
 
     Args:
-        where: begin of error messages.
-        lm: the causal LM.
-        softcap: the value in its configuration.
-        entered: ``(..., d)``, the input of the head.
-        logits: ``(..., V)``, the output of the model.
+        where: start of error messages.
+        lm: causal LM of transformers.
+        softcap: bound of the logits in the model's configuration, or None.
+        entered: input of the output layer in a forward, ``(..., d)``.
+        logits: output of the model in this forward, ``(..., V)``.
 
     Raises:
-        NotImplementedError: If the logits are not a function of ``W n + b`` that :class:`Head`
-            describes.
+        NotImplementedError: If :class:`Head` cannot represent how the logits depend on ``W n + b``.
         ValueError: If a logit is NaN.
     """
     layer: Any = lm.get_output_embeddings()
@@ -100,7 +104,7 @@ def measured_head(
         if type(layer) is nn.Linear:
             last = entered.flatten(0, -2)[-1].to(layer.weight)
             z = F.linear(last, layer.weight, layer.bias).float()
-        else:  # rows may have different adapters, so all rows are computed
+        else:  # rows may have different adapters, so the layer needs all of them
             z = layer(entered).flatten(0, -2)[-1].float()
         wanted = logits.flatten(0, -2)[-1].float()
         expected = "logits that are numbers in the first forward, which determines the head"
@@ -116,11 +120,12 @@ def measured_head(
 
 
 def _explains(head: Head, z: Tensor, wanted: Tensor) -> bool:
-    """Return whether scaled logits ``(V,)``, after the cap, are the model's up to rounding.
+    """Return whether a head gives the model's logits ``wanted (V,)``, up to rounding.
 
-    The tolerance allows half precision, or autocast in the head alone. Rounding errors have any
-    direction, but another scale moves the logits along their derivative with respect to it. The
-    error along this direction must therefore not exceed what the remaining error explains.
+    ``z`` are the scaled logits before the cap. The tolerance allows half precision, or autocast
+    only in the head. Rounding errors have arbitrary directions, but a wrong scale changes the
+    logits along their derivative with respect to the scale. The error along this direction must
+    therefore be of the same size as the remaining error.
     """
     found, off = head.capped(z), wanted - head.capped(z)
     if not bool((off.abs() <= 0.02 * wanted.abs().max() + 1e-5).all()):
@@ -132,7 +137,7 @@ def _explains(head: Head, z: Tensor, wanted: Tensor) -> bool:
 
 
 def softcap_of(lm: Any) -> float | None:
-    """Return the ``final_logit_softcapping`` of a model or its configuration, None without one."""
+    """Return ``final_logit_softcapping`` of a model or its configuration, or None if not set."""
     for holder in (lm, lm.config.get_text_config(decoder=True), lm.config):
         found = getattr(holder, "final_logit_softcapping", None)
         if found is not None:
@@ -149,7 +154,7 @@ def _scales(lm: Any) -> Iterator[float]:
 
 
 def head_width(layer: Any) -> int:
-    """Return the input width of an output layer, which PEFT may have wrapped."""
+    """Return the number of input features of an output layer that PEFT may have wrapped."""
     base = getattr(layer, "get_base_layer", lambda: layer)()
     base = getattr(base, "original_module", base)
     return getattr(base, "in_features", base.weight.shape[1])

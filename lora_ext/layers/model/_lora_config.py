@@ -1,6 +1,6 @@
-"""LoraConfig: the adapters of a model's modules, with PEFT's fields and rules.
+"""LoraConfig: configuration of an adapter of a model, with the fields and rules of PEFT.
 
-The rules reimplement PEFT's ``tuners_utils.check_target_module_exists`` and
+The rules that match names reimplement PEFT's ``tuners_utils.check_target_module_exists`` and
 ``utils.other.get_pattern_key``.
 """
 
@@ -27,41 +27,44 @@ _NOT_IN_FILES = ("where", "preserve_base_output")
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """PEFT's configuration of a LoRA adapter, with the fields that this package supports.
+    """Configuration of a LoRA adapter, with those fields of PEFT that this package supports.
 
     Args:
-        r: the rank.
-        lora_alpha: the update is scaled by ``lora_alpha / r``.
-        lora_dropout: the probability of dropping an input of the adapter, in training.
-        target_modules: modules to adapt: a regular expression for whole names; or names and
-            suffixes of names, ``"q_proj"`` for every ``...q_proj``; or "all-linear" for every
-            linear layer except the output head (in a "SEQ_CLS" task without a head, except the
-            classifier). Our choice: "all-linear" is the default; PEFT's depends on the
-            architecture.
-        exclude_modules: modules to exclude from them, in the same format.
-        layers_to_transform: indices of blocks; modules that match a suffix are adapted only in
-            these blocks.
-        layers_pattern: the part of a name before the index, for example ``"layers"``; default is
-            the part before the first number.
-        rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the end of a
-            name; the first match is used.
-        use_rslora: scale by ``lora_alpha / sqrt(r)``.
-        use_dora: train a magnitude per output as well.
-        lora_bias: add a bias to B.
-        init_lora_weights: see :meth:`lora_ext.nn.LoraLinear.add_adapter`.
-        preserve_base_output: see the same method. It changes the base weight, so it is not written
-            to files.
-        fan_in_fan_out: accepted without effect: the layout of a layer's weight is detected.
-        alora_invocation_tokens: of an activated adapter (aLoRA), which serves a row from the last
-            occurrence of these tokens; None or an empty sequence is off.
-        bias: "none": the base model's biases stay frozen.
-        task_type: PEFT's name of the task, such as "CAUSAL_LM"; written to files.
-        where: begin of error messages.
+        r: rank of the factors.
+        lora_alpha: numerator of the scale: the update is multiplied by ``lora_alpha / r``.
+        lora_dropout: probability of dropping an element of the adapter's input in training.
+        target_modules: modules to adapt: a regular expression that matches whole names; or a list
+            of names and suffixes of names, such as ``"q_proj"`` for every ``...q_proj``; or
+            "all-linear" for every linear layer except the output head (except the classifier, if
+            the task is "SEQ_CLS" and there is no head). Our choice: the default is "all-linear",
+            whereas PEFT's default depends on the architecture.
+        exclude_modules: modules to exclude from ``target_modules``: a regular expression or a list
+            of names and suffixes.
+        layers_to_transform: indices of the blocks to adapt. This restricts only modules that match
+            a suffix.
+        layers_pattern: part of a module's name before the index of its block, for example
+            ``"layers"``; default is the part before the first number.
+        rank_pattern: ranks of modules that differ from ``r``. Keys are regular expressions for the
+            end of a module's name; the first match is used.
+        alpha_pattern: alphas of modules that differ from ``lora_alpha``, with such keys.
+        use_rslora: whether the scale is ``lora_alpha / sqrt(r)`` instead.
+        use_dora: whether to train a magnitude per output feature as well (DoRA).
+        lora_bias: whether B has a bias.
+        init_lora_weights: initialisation scheme, see :meth:`lora_ext.nn.LoraLinear.add_adapter`.
+        preserve_base_output: whether training starts at the outputs of the base model, see the same
+            method. It changes the base weight, so it is not written to files.
+        fan_in_fan_out: accepted without effect, because the layout of a weight is detected.
+        alora_invocation_tokens: token ids of an activated adapter (aLoRA), which applies to a
+            sequence only from the last occurrence of these tokens on. None or an empty sequence
+            configures an ordinary adapter.
+        bias: must be "none": the biases of the base model stay frozen.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM", which is written to files.
+        where: start of error messages.
 
     Raises:
-        ValueError: If a field is malformed or out of range; the message names the field, the
-            expected and the found value.
-        NotImplementedError: If only PEFT has the initialisation.
+        ValueError: If a field is invalid; the message names the field, the expected value and the
+            value found.
+        NotImplementedError: If the initialisation scheme is implemented only in PEFT.
 
     Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); DoRA (Liu et al. 2024); PEFT.
     """
@@ -117,11 +120,14 @@ class LoraConfig:
 
     @property
     def invocation(self) -> tuple[int, ...]:
-        """Tokens with which an activated adapter begins; empty for an ordinary adapter."""
+        """Token ids that start an activated adapter; empty for an ordinary adapter."""
         return tuple(self.alora_invocation_tokens or ())
 
     def check_vocabulary(self, where: str, size: int | None) -> None:
-        """Raise ValueError for an invocation outside a vocabulary of ``size``, if it is known."""
+        """Raise ValueError if an invocation token is not in a vocabulary of ``size`` tokens.
+
+        If ``size`` is None, the vocabulary is unknown and nothing is checked.
+        """
         if self.invocation and size is not None:
             expected, most = f"token ids below the vocabulary, {size}", max(self.invocation)
             require(most < size, where, "alora_invocation_tokens", expected, most)
@@ -139,18 +145,18 @@ class LoraConfig:
     # Rules
 
     def head_of(self, output_head: str | None, classifier: str | None) -> str | None:
-        """Return the layer that "all-linear" excludes.
+        """Return the name of the layer that "all-linear" excludes.
 
-        It is the output head; in a "SEQ_CLS" task without a head, it is the classifier.
+        This is the output head, or the classifier if the task is "SEQ_CLS" and there is no head.
         """
         return classifier if output_head is None and self.task_type == "SEQ_CLS" else output_head
 
     def targeted(self, names: Iterable[str], linear: Iterable[str]) -> set[str]:
-        """Return the modules that PEFT would adapt.
+        """Return the names of the modules that PEFT would adapt.
 
         Args:
-            names: all modules that may be adapted.
-            linear: the modules of "all-linear".
+            names: names of all modules that may be adapted.
+            linear: names of the modules that "all-linear" selects.
 
         Raises:
             ValueError: If ``target_modules`` is None, or a pattern is not a regular expression.
@@ -177,13 +183,13 @@ class LoraConfig:
     def ranks_and_alphas(
         self, names: Iterable[str]
     ) -> tuple[dict[str, tuple[int, float]], list[str]]:
-        """Look up rank and alpha of modules in the patterns, as PEFT does.
+        """Look up the rank and alpha of each module in the patterns, as PEFT does.
 
         Args:
             names: full names of the modules.
 
         Returns:
-            ``(r, lora_alpha)`` by name, and the pattern keys that match no name.
+            ``(r, lora_alpha)`` by module name, and the keys of patterns that match no name.
         """
         names = tuple(sorted(names))
         ranks, unused_r = self._patterned("rank_pattern", self.rank_pattern, self.r, names)
@@ -195,7 +201,10 @@ class LoraConfig:
     def _patterned(
         self, where: str, table: Mapping[str, float], default: float, names: tuple[str, ...]
     ) -> tuple[list[float], list[str]]:
-        """Look up values by name: the first pattern is used that matches the name or a suffix."""
+        """Return the value of each name, and the unused keys.
+
+        The first pattern that matches a name or a suffix of it is used.
+        """
         keys = tuple(table)
         rows = self._match(where, "match", r"(.*\.)?({})$", keys, names)
         by_key = list(zip(keys, rows, strict=True))
@@ -211,7 +220,7 @@ class LoraConfig:
         return {name for name, m in zip(names, row, strict=True) if m is not None}
 
     def _in_layers(self, found: set[str]) -> set[str]:
-        """Return the names with a first number in ``layers_to_transform``."""
+        """Return the names with a block index in ``layers_to_transform``."""
         names, pattern = tuple(sorted(found)), self.layers_pattern
         if pattern:
             keys = (pattern,) if isinstance(pattern, str) else tuple(pattern)
@@ -236,14 +245,14 @@ class LoraConfig:
 
 
 def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether ``patterns`` contains a module's name, or its part after one of its dots."""
+    """Return whether ``patterns`` contains a module's name or a suffix of it that follows a dot."""
     patterns = patterns if isinstance(patterns, frozenset) else frozenset(patterns)
     parts = name.split(".")
     return any(".".join(parts[i:]) in patterns for i in range(len(parts)))
 
 
 def checked_names(where: str, argument: str, value: Any) -> str | tuple[str, ...] | None:
-    """Return a string, a tuple of strings or None; raise for other values."""
+    """Return a string, a tuple of strings or None; raise WrongKind for other values."""
     if value is None or isinstance(value, str):
         return value
     strings = isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)

@@ -1,9 +1,9 @@
-"""Regular expressions from untrusted files.
+"""Safe matching of regular expressions from untrusted files.
 
-PEFT reads several config fields as Python regular expressions. ``re`` backtracks, holds the GIL and
-cannot be interrupted, so a pattern such as ``(a+)+$`` in a downloaded adapter would hang the
-server. Names without operators are matched in this process, all other patterns in a child process
-that is killed after a timeout.
+PEFT reads several fields of a configuration as Python regular expressions. ``re`` backtracks, holds
+the GIL and cannot be interrupted, so a pattern such as ``(a+)+$`` in a downloaded adapter would
+block the server. Patterns that are plain names are therefore matched in this process, and all other
+patterns in a child process that is killed after a timeout.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def match_names(
 ) -> tuple[tuple[str | None, ...], ...]:
     """Match every pattern against every name; raise ValueError after a timeout.
 
-    ``method`` is a function of ``re``; ``template`` is a regular expression with ``{}`` for the
-    pattern. The result has a row per pattern and an entry per name: None without a match, else the
-    text of group ``idx`` (empty if the template has no such group).
+    ``method`` is the name of a method of ``re.Pattern``, and ``template`` is a regular expression
+    with ``{}`` in the position of the pattern. The result has one row per pattern and one entry per
+    name: the text of group ``idx`` (empty if the template has no such group), or None if the name
+    does not match.
     """
     rows: list[tuple[str | None, ...] | None] = [None] * len(patterns)
     hard: list[int] = []

@@ -1,4 +1,4 @@
-"""LoraProbe: record the size of the inner features of adapters during training."""
+"""LoraProbe: recording of the size of adapters' inner features during training."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from ._adapted import adapted_layers
 
 
 class Decomposition(NamedTuple):
-    """Parts of the change of ``Z_B = B A x`` in one step; their sum is the whole change."""
+    """Three parts of the change of ``Z_B = B A x`` in one training step; their sum is the change.
 
-    d1: Tensor  # B' (A - A') x: from training A
-    d2: Tensor  # (B - B') A' x: from training B
-    d3: Tensor  # (B - B') (A - A') x: from both
+    A' and B' are the factors before the step, A and B after it.
+    """
+
+    d1: Tensor  # B' (A - A') x: from the change of A
+    d2: Tensor  # (B - B') A' x: from the change of B
+    d3: Tensor  # (B - B') (A - A') x: from both changes
 
 
 def decompose_step(x: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> Decomposition:
-    """Split the change of ``B A x`` between two steps into three tensors ``(T, m)``.
+    """Split the change of ``B A x`` between two steps into three parts ``(T, m)``.
 
     Args:
-        x: ``(T, n)``.
-        before, after: A ``(r, n)`` and B ``(m, r)`` of the two steps.
+        x: input ``(T, n)`` of the adapter, for ``T`` rows.
+        before: factors A ``(r, n)`` and B ``(m, r)`` at the first step.
+        after: factors at the second step.
 
     Source: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics".
     """
@@ -39,28 +43,29 @@ def decompose_step(x: Tensor, before: Sequence[Tensor], after: Sequence[Tensor])
 
 
 class LoraProbe:
-    """Context manager that records ``Z_A = A x`` and ``Z_B = B A x`` of all adapted linear layers.
+    """Context manager that records norms of ``Z_A = A x`` and ``Z_B = B A x`` in linear layers.
 
-    With Init[A] and its best learning rate, ``Z_A`` grows with the width and over time; the probe
-    shows in which layers. Use ``with probe: ... training steps ...``, then :attr:`history` and
-    :meth:`report`.
+    If B is initially zero (Init[A] in the paper) and the learning rate is the best one, ``Z_A``
+    grows with the width of the model and during training. The probe shows in which layers it grows.
+    Run training steps inside ``with probe:``, then read :attr:`history` and :meth:`report`.
 
-    Layers may be :class:`lora_ext.nn.LoraLinear` or PEFT's. Outputs are unchanged, and all hooks
-    are removed after the block, even after an exception. Each record computes the products of the
-    adapter once more, in float32 and without dropout; values remain on the device until they are
-    read. A compiled model is not recorded.
+    The layers may be :class:`lora_ext.nn.LoraLinear` or layers of PEFT. The outputs of the model do
+    not change, and all hooks are removed after the block, even after an exception. Each record
+    computes the products of the adapter again, in float32 and without dropout. Recorded values
+    remain on the device until they are read. A compiled model is not recorded.
 
     Args:
-        model: contains the layers, or is one.
+        model: module that contains the layers, or a layer itself.
         adapter: name of the adapter.
         every: number of forwards of ``model`` per record.
-        track_decomposition: keep the factors of the previous record and add the rms of
-            :func:`decompose_step`.
+        track_decomposition: whether to record the root mean squares of the parts of
+            :func:`decompose_step` as well. This stores a copy of the factors at the previous
+            record.
 
     Attributes:
-        mask: None, or a bool tensor of the leading dimensions of the layers' inputs: rows that are
-            False, such as padding, are excluded from ``rms`` and ``max``. May be set before each
-            forward.
+        mask: bool tensor with the leading dimensions of the layers' inputs, or None. Rows that are
+            False, such as padding, are excluded from the root mean squares and the maximum. The
+            mask may be set before each forward.
 
     Raises:
         ValueError: If no layer of the model has the adapter, or ``every`` is below 1.
@@ -98,7 +103,8 @@ class LoraProbe:
     def __enter__(self) -> LoraProbe:
         if self._handles:
             raise RuntimeError("LoraProbe: expected to be entered once, found it entered already")
-        # The step is counted first, since ``model`` may be a recorded layer itself.
+        # The hook that counts steps is registered first, since ``model`` may be a recorded layer
+        # itself.
         self._handles.append(self.model.register_forward_pre_hook(self._count))
         for name, layer in self._layers:
             hook = self._hook(name)
@@ -114,10 +120,11 @@ class LoraProbe:
     def history(self) -> list[dict[str, Any]]:
         """Records in order, as dictionaries.
 
-        Keys are ``step``, ``module``; ``rms_Z_A``, ``rms_Z_B``, ``max_Z_A`` over all rows and
-        features; Frobenius norms ``fro_A``, ``fro_B``, ``fro_BA``; and, with
-        ``track_decomposition`` and from the second record on, ``rms_d1``, ``rms_d2``, ``rms_d3``.
-        Reading this synchronises with the device.
+        The keys are ``step``; ``module``, the name of the layer; the root mean squares ``rms_Z_A``
+        and ``rms_Z_B`` and the maximum ``max_Z_A`` over all rows and features; and the Frobenius
+        norms ``fro_A``, ``fro_B`` and ``fro_BA``. With ``track_decomposition``, records after the
+        first of each layer also have ``rms_d1``, ``rms_d2`` and ``rms_d3``. Reading this attribute
+        synchronises with the device.
         """
         return [
             {"step": step, "module": name, **{key: value.item() for key, value in values.items()}}
@@ -125,11 +132,11 @@ class LoraProbe:
         ]
 
     def report(self, threshold: float = 10.0) -> dict[str, float]:
-        """Return the modules with a growth of ``rms_Z_A`` above ``threshold`` since the first
-        record.
+        """Return the modules in which ``rms_Z_A`` has grown by a factor above ``threshold``.
 
         Returns:
-            The factor of growth by name; infinity if a value is not finite or grew from zero.
+            The factor between the first and the last record, by module name. It is infinity if any
+            value is not finite, or if the first value is zero and the last is not.
         """
         first: dict[str, float] = {}
         growth: dict[str, float] = {}
@@ -156,7 +163,7 @@ class LoraProbe:
     @torch.no_grad()
     def _record(self, name: str, layer: Any, x: Tensor) -> None:
         with exactly(x.device):
-            # Copy the factors if steps are compared: the optimiser changes the parameters in place.
+            # If steps are compared, copy the factors, since the optimiser changes them in place.
             factors = [layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight]
             a, b = (f.detach().to(torch.float32, copy=self.track_decomposition) for f in factors)
             rows = x.detach().reshape(-1, x.shape[-1]).float()  # (T, n)
@@ -164,7 +171,7 @@ class LoraProbe:
                 rows = rows[self.mask.reshape(-1)]
             z = rows @ a.T  # (T, r)
             gram_a, gram_b = gram(a), gram(b.T)  # (r, r)
-            # |B z|^2 = z^T (B^T B) z, without computing B z (T, m).
+            # |B z|^2 = z^T (B^T B) z avoids computing B z (T, m).
             square = ((z.double() @ gram_b) * z).sum()
             values = {
                 "rms_Z_A": _rms(z),
@@ -186,8 +193,9 @@ class LoraProbe:
 def gram(rows: Tensor) -> Tensor:
     """Return ``rows @ rows^T`` in float64.
 
-    ``||B A||^2 = trace((B^T B) (A A^T))`` cancels if the product is small compared with its
-    factors. The error of the norm is 1e-8 of the factors in float64; in float32 it would be 3e-4.
+    ``||B A||^2 = trace((B^T B) (A A^T))`` suffers from cancellation if the product is small
+    compared with its factors. In float64, the error of the norm is 1e-8 relative to the factors; in
+    float32 it would be 3e-4.
     """
     wide = rows.double()
     return wide @ wide.T
@@ -198,5 +206,5 @@ def _rms(z: Tensor) -> Tensor:
 
 
 def recomputing() -> bool:
-    """Return whether a backward is running, in which a checkpoint recomputes layers."""
+    """Return whether a backward is running; forwards in it recompute checkpointed layers."""
     return torch._C._current_graph_task_id() >= 0

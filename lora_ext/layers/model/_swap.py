@@ -1,4 +1,4 @@
-"""Replacement of modules of a model, and restoring the original objects."""
+"""Replacement of modules of a model by other modules, which can be undone."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from lora_ext._checks import require
 
 
 class Swap:
-    """Replacement of modules of a model, undone by :meth:`restore`.
+    """Replacement of modules of a model; :meth:`restore` undoes it.
 
-    A module with several names is replaced only under the given name. Either all modules are
-    replaced, or an error leaves the model unchanged.
+    If a module has several names, it is replaced only under the given name. If an error is raised,
+    no module has been replaced.
 
-    A swap in ``model.__dict__`` is copied with the model: the copy restores the copies of the
-    originals. It does not keep the model alive.
+    A swap stored in ``model.__dict__`` is copied with the model: the copied swap restores the
+    copies of the original modules. A swap has no reference to the model.
 
     Args:
-        model: contains the modules.
-        replacements: new modules by name, as in ``model.named_modules()``; no name may be inside
-            another. Usually each contains the module that it replaces.
+        model: model that contains the modules.
+        replacements: new modules by the name of the module to replace, as in
+            ``model.named_modules()``. No name may be that of a submodule of another. Usually a new
+            module contains the module that it replaces.
         by: name of the calling function, for messages.
 
     Attributes:
-        originals, placed: the original and the new modules by name.
+        originals: original modules by name.
+        placed: new modules by name.
 
     Raises:
-        ValueError: If the model lacks a name, or a name is that of the model itself.
+        ValueError: If the model has no module with one of the names, or a name is that of the model
+            itself.
     """
 
     def __init__(self, model: nn.Module, replacements: Mapping[str, nn.Module], by: str):
@@ -40,7 +43,7 @@ class Swap:
     def add(self, model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
         """Replace further modules of the same model.
 
-        The names must not be replaced yet; arguments and errors are those of the class.
+        Modules that are replaced already are refused. Arguments and errors are those of the class.
         """
         originals: dict[str, nn.Module] = {}
         for name in replacements:
@@ -56,21 +59,22 @@ class Swap:
         self.placed |= replacements
 
     def restore(self, model: nn.Module, by: str) -> None:
-        """Restore all originals.
+        """Restore all original modules.
 
         Args:
-            model: the model of the swap.
+            model: model that contains the new modules.
             by: name of the calling function, for messages.
 
         Raises:
-            RuntimeError: If a replacement has been replaced; the model is then unchanged.
+            RuntimeError: If a new module has been replaced by another one; the model is then
+                unchanged.
         """
         self.check(model, by)
         for name, original in self.originals.items():
             model.set_submodule(name, original)
 
     def check(self, model: nn.Module, by: str) -> None:
-        """Raise the errors of :meth:`restore` without changing ``model``."""
+        """Raise the error that :meth:`restore` would raise, without changing ``model``."""
         for name, module in self.placed.items():
             found = find_module(model, name)
             kind = "nothing" if found is None else type(found).__name__

@@ -1,10 +1,10 @@
-"""Switching the adapters of layers on and off, one by one or in groups by a mask.
+"""Functions that switch the adapters of layers on and off, one by one or in groups.
 
-A layer whose adapter is off computes only its base layer. Parameters, their ``requires_grad``,
-``state_dict`` and the choice of active adapters do not change.
+A layer with its adapter off computes only its base layer. Parameters, their ``requires_grad``
+flags, ``state_dict`` and the active adapters do not change.
 
-An adapter may also be off only in training. The layer's ``training`` flag then decides in each
-forward, so that an evaluation during training uses the adapter.
+An adapter may also be switched off only in training. Each forward then reads the ``training`` flag
+of the layer, so that evaluations during training use the adapter.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .._lora_layer import LoraLayer
 from ._adapted import adapted_layers, adapters_of
 from .blocks import block_name
 
-#: Type of a mask.
+#: Mask of groups: one bool per group.
 Mask = Tensor | Sequence[bool]
 
 
 def is_active(layer: nn.Module, adapter_name: str) -> bool:
     """Return whether an adapter is switched on in the layer's current mode.
 
-    Adapters are on until :func:`set_active` switches them off. The result does not depend on
-    ``set_adapter``, which chooses the active adapters of ``layer``.
+    Adapters are switched on until :func:`set_active` switches them off. The result does not depend
+    on ``set_adapter``, which selects the active adapters of ``layer``.
     """
     state = _state(layer, adapter_name)
     return state.in_training if layer.training else state.in_evaluation
@@ -43,21 +43,22 @@ def set_active(
 ) -> None:
     """Switch an adapter of one layer on or off.
 
-    An adapter that is off runs no operator, makes no graph node and gets no gradient, even if it is
-    active or named for rows. On a PEFT layer the switch belongs to the adapter's name: an adapter
-    that is deleted while it is off and added again is still off.
+    An adapter that is off runs no operator, creates no graph node and gets no gradient, even if it
+    is active or selected for rows. For PEFT's layers, the state is stored by the adapter's name: if
+    an adapter is deleted while it is off and then added again, it is still off.
 
     Args:
-        layer: one of :func:`lora_ext.nn.adapted_layers`.
-        adapter_name: an adapter of the layer.
-        active: True to switch it on.
-        training_only: True leaves an adapter that is switched off on in evaluation mode.
+        layer: layer with adapters, from :func:`lora_ext.nn.adapted_layers`.
+        adapter_name: name of an adapter of the layer.
+        active: True to switch the adapter on, False to switch it off.
+        training_only: whether to switch the adapter off only in training mode; it stays on in
+            evaluation mode.
 
     Raises:
         TypeError: If a flag is neither True nor False.
-        ValueError: If the layer lacks the adapter; or the adapter is to be switched off and is
-            merged into the base weight, or another package has replaced the layer's forward
-            (accelerate's offloading, for example).
+        ValueError: If the layer does not have the adapter. If ``active`` is False, also if the
+            adapter is merged into the base weight, or another package has replaced the layer's
+            forward (for example accelerate, to offload weights).
     """
     require_flags("set_active", active=active, training_only=training_only)
     _check(layer, adapter_name, active, "set_active")
@@ -65,30 +66,31 @@ def set_active(
 
 
 class _State(NamedTuple):
-    """Modes of a layer in which an adapter is on; if it is on in training, it is on in both."""
+    """Modes of a layer in which an adapter is on. If it is on in training, it is on in both."""
 
     in_evaluation: bool
     in_training: bool
 
 
 class LayerGroups:
-    """Layers with one adapter, in groups that are switched on and off together.
+    """Layers with an adapter, in groups; all layers of a group are switched on or off together.
 
     Args:
-        model: model with layers of this package or PEFT's, before or after
+        model: model with adapter layers of this package or of PEFT, before or after
             :func:`lora_ext.from_peft`.
-        adapter_name: the adapter to switch; other adapters of the same layers are not changed.
-        group_by: "block" makes one group of the layers of a block, and one of each layer outside
-            all blocks; "module" makes every layer a group; an integer makes groups of this many
-            consecutive layers, of which the last may be smaller.
-        pattern: pattern of blocks, see :func:`lora_ext.nn.block_name`.
+        adapter_name: name of the adapter to switch. Other adapters of the layers are not changed.
+        group_by: rule for the groups. "block" makes one group of all layers of a block, and one
+            group of each layer outside all blocks; "module" makes one group of each layer; an
+            integer makes groups of this number of consecutive layers. The last group may be
+            smaller.
+        pattern: regular expression for the names of blocks, see :func:`lora_ext.nn.block_name`.
 
     Attributes:
-        names: names of the layers of each group, as in ``model.named_modules()``.
-        layers: layers of each group.
+        names: tuple of the layers' names for each group, as in ``model.named_modules()``.
+        layers: tuple of the layers for each group.
 
     Raises:
-        ValueError: If no layer has the adapter, or ``group_by`` has another value.
+        ValueError: If no layer has the adapter, or ``group_by`` is none of the values above.
     """
 
     def __init__(
@@ -113,26 +115,29 @@ class LayerGroups:
         return len(self.names)
 
     def sees_tokens_first(self, name: str) -> bool:
-        """Return whether the input of the layer ``name`` is ``(tokens, sequences, features)``."""
+        """Return whether the input of layer ``name`` is ``(tokens, sequences, features)``."""
         return name in self._tokens_first
 
     @property
     def mask(self) -> Tensor:
-        """Mask ``(n,)`` bool: True for groups with all layers on, in their current mode."""
+        """Mask ``(n,)`` bool for the n groups: True if all layers are on in their current mode."""
         on = [all(is_active(m, self.adapter_name) for m in group) for group in self.layers]
         return torch.tensor(on, dtype=torch.bool)
 
     def set_mask(self, mask: Mask, training_only: bool = False) -> None:
-        """Switch every group on or off, until the next call.
+        """Switch every group on or off. The mask applies until the next call.
 
         Args:
-            mask: ``(n,)`` bool, True for the groups to switch on.
-            training_only: True leaves the groups that are off on in evaluation.
+            mask: bools ``(n,)``, True for each group to switch on and False for each group to
+                switch off.
+            training_only: whether to switch groups off only in training mode; they stay on in
+                evaluation mode.
 
         Raises:
             TypeError: If ``training_only`` is neither True nor False.
-            ValueError: If the mask has another length or type, or a layer to be switched off is
-                merged, which the message names. All layers are then unchanged.
+            ValueError: If the mask has a wrong length or type, or the adapter of a layer cannot be
+                switched off (see :func:`set_active`); the message names the layer. All layers are
+                then unchanged.
         """
         require_flags("LayerGroups", training_only=training_only)
         for group, on in zip(self.layers, self.checked(mask), strict=True):
@@ -141,7 +146,7 @@ class LayerGroups:
 
     @contextlib.contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
-        """Set ``mask`` for a ``with`` block; then restore all layers, also after an exception."""
+        """Set a mask during a ``with`` block; restore all layers at its end or after an error."""
         layers = itertools.chain(*self.layers)
         before = [(layer, _state(layer, self.adapter_name)) for layer in layers]
         self.set_mask(mask)
@@ -153,7 +158,7 @@ class LayerGroups:
                     _switch(layer, self.adapter_name, state)
 
     def checked(self, mask: Mask) -> list[bool]:
-        """Return a mask as a list, after the checks of :meth:`set_mask`.
+        """Check a mask as in :meth:`set_mask`, and return it as a list.
 
         Raises:
             ValueError: See :meth:`set_mask`.
@@ -171,7 +176,7 @@ class LayerGroups:
 
 
 def _key(name: str, position: int, group_by: str | int, pattern: str | None) -> Any:
-    """Return a key that is the same for all layers of one group."""
+    """Return the key of a layer's group: layers with equal keys are in one group."""
     if group_by == "block":
         return block_name(name, pattern) or position
     if group_by == "module":
@@ -223,10 +228,10 @@ def _switch(layer: Any, adapter_name: str, state: _State) -> None:
 
 
 class _Switch:
-    """Forward of one PEFT layer while some of its adapters are off.
+    """Forward of a PEFT layer while some of its adapters are off.
 
-    It is an attribute of the layer, not of its class, and is removed when all adapters are on
-    again. The layer is not changed otherwise: PEFT still chooses, trains, disables and saves
+    It is set as an attribute of the layer, not of its class, and is removed when all adapters are
+    on again. Nothing else in the layer changes: PEFT still selects, trains, disables and saves its
     adapters.
     """
 
@@ -243,7 +248,7 @@ class _Switch:
 
 
 def switched_off(layer: nn.Module) -> frozenset[str]:
-    """Return the adapters of a PEFT layer that are off in its current mode."""
+    """Return the names of a PEFT layer's adapters that are off in its current mode."""
     switch = layer.__dict__.get("forward")
     if not isinstance(switch, _Switch):
         return _NONE
@@ -254,7 +259,7 @@ _NONE: frozenset[str] = frozenset()
 
 
 _BASE = "__base__"  # PEFT's name for rows without an adapter
-_OF_ADAPTERS = ("adapter_names", "alora_offsets")  # arguments that the base layer does not take
+_OF_ADAPTERS = ("adapter_names", "alora_offsets")  # arguments only of adapter layers
 
 
 def forward_of_the_rest(
@@ -282,7 +287,8 @@ def forward_of_the_rest(
         of_base = {key: value for key, value in kwargs.items() if key not in _OF_ADAPTERS}
         return layer.base_layer(x, *args, **of_base)
     if names is None:
-        # A second object with the same parameters, so that other threads' forwards do not change.
+        # The active adapters are set on a second object that shares the parameters, so that
+        # forwards in other threads do not change.
         view = object.__new__(type(layer))
         view.__dict__.update(layer.__dict__, _active_adapter=on)
         layer = view
@@ -297,7 +303,7 @@ def _switch_peft(layer: Any, adapter_name: str, state: _State) -> None:
         off |= {adapter_name}
     elif not state.in_training:
         off_in_training |= {adapter_name}
-    if off or off_in_training:  # a new object, as another thread may be running the old one
+    if off or off_in_training:  # a new object: another thread may be running the old one
         layer.forward = _Switch(layer, off, off_in_training)
     elif isinstance(before, _Switch):
         del layer.forward

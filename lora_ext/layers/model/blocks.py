@@ -1,4 +1,4 @@
-"""Blocks of a model: the list of its layers, and the block of a module by name."""
+"""Blocks (decoder or encoder layers) of a model: their list, and the block of a module name."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from torch import nn
 
 from lora_ext._checks import require
 
-#: First number of a module's name; the numbers of experts and of parts of a block follow it.
+#: Pattern of the first number in a module's name, the index of its block. Numbers of experts and of
+#: other parts of a block come later in the name.
 _FIRST_NUMBER = r"(?:^|\.)[^.]*[^.\d][^.]*\.(\d+)(?=\.|$)"
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """Return the list of layers of a transformers model that its forward iterates over.
+    """Return the list of layers that the forward of a transformers model iterates over.
 
-    It is the outermost ``nn.ModuleList`` with as many modules as the configuration has layers,
-    first searched in the decoder. For a model with only an encoder (BERT, ViT) it is the encoder's,
-    for a model with both (T5, Whisper) the decoder's, for a model of several modalities that of the
-    text.
+    This is the outermost ``nn.ModuleList`` with the number of layers of the configuration. The
+    decoder is searched first, then the model. The result is the list of the encoder for a model
+    with only an encoder (BERT, ViT), the list of the decoder for a model with both (T5, Whisper),
+    and the list of the text model for a model of several modalities.
 
     Args:
-        model: a transformers model, with or without a head, possibly wrapped by PEFT.
+        model: transformers model, with or without a head; PEFT may have wrapped it.
 
     Raises:
         ValueError: If the model has no transformers configuration, or no such list.
@@ -49,16 +50,16 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 def block_name(module_name: str, pattern: str | None = None) -> str | None:
     """Return the name of a module's block: ``model.layers.7`` for ``model.layers.7.mlp.up_proj``.
 
-    Two stacks of one model, such as vision and text, have blocks of the same index and of different
-    names.
+    Blocks of two stacks in one model, such as vision and text, may have the same index, but have
+    different names.
 
     Args:
         module_name: name of a module or parameter, as in ``named_modules()``.
-        pattern: a regular expression whose first group is the index, searched anywhere in the name;
-            default is the first part of the name that is a number.
+        pattern: regular expression with the index of the block as its first group; it is searched
+            in the whole name. By default, the index is the first part of the name that is a number.
 
     Returns:
-        None for a module outside all blocks.
+        The name, or None for a module outside all blocks.
 
     Raises:
         ValueError: If the pattern is not a regular expression, or its first group is not a number.
@@ -68,9 +69,10 @@ def block_name(module_name: str, pattern: str | None = None) -> str | None:
 
 
 def block_index(module_name: str, pattern: str | None = None) -> int | None:
-    """Return the index of a module's block, or None: 7 for ``model.layers.7.mlp.up_proj``.
+    """Return the index of a module's block: 7 for ``model.layers.7.mlp.up_proj``.
 
-    Arguments and errors are those of :func:`block_name`.
+    The result is None for a module outside all blocks. Arguments and errors are those of
+    :func:`block_name`.
     """
     match = _find(module_name, pattern)
     return None if match is None else int(match[1])

@@ -1,4 +1,4 @@
-"""Training loss of a causal LM in chunks of the vocabulary, without all logits in memory."""
+"""Training loss of a causal LM, computed in chunks of the vocabulary to save memory."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _LOSS = "_loss_function"  # attribute of a model that replaces transformers' los
 
 
 def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Model:
-    """Compute the training loss of a causal LM in chunks of the logits; change the model in place.
+    """Make a causal LM compute its training loss in chunks of the logits; change it in place.
 
     A forward in training mode with ``labels`` then returns the loss of transformers'
-    ``ForCausalLMLoss``, with its arguments ``num_items_in_batch`` and ``shift_labels``, and
-    ``logits=None``. The output layer's product, the softmax and their gradients are computed
-    ``chunk`` columns at a time, by :func:`lora_ext.ops.chunked_cross_entropy`. For B sequences of T
-    tokens and a vocabulary of V, ``B T chunk`` numbers are in memory instead of ``B T V``. Other
-    forwards do not change: in evaluation mode, without labels, or without gradients.
+    ``ForCausalLMLoss``, including its arguments ``num_items_in_batch`` and ``shift_labels``, and
+    ``logits=None``. :func:`lora_ext.ops.chunked_cross_entropy` computes the product of the output
+    layer, the softmax and their gradients for ``chunk`` columns at a time. For B sequences of T
+    tokens and a vocabulary of V tokens, ``B T chunk`` numbers are in memory instead of ``B T V``.
+    Forwards in evaluation mode, without labels or without gradients do not change.
 
     Args:
-        model: a causal LM of transformers, possibly wrapped by PEFT or others, on one process or
-            with DDP. Its output layer is an ``nn.Linear``, which may be trained. A copy of the
-            model also computes its loss in chunks.
-        enabled: False restores the model.
-        chunk: columns of the logits that are in memory at a time.
+        model: causal LM of transformers, which may be wrapped by PEFT or others, on one process or
+            with DDP. Its output layer must be an ``nn.Linear``, which may be trained. Copies of the
+            model also compute their loss in chunks.
+        enabled: True to compute the loss in chunks, False to restore the model.
+        chunk: number of columns of the logits that are in memory at a time.
 
     Returns:
         ``model``.
@@ -55,9 +55,10 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
             adapters or is quantised; FSDP2 has sharded the parameters; the logits are not the
             output layer's product, scaled or soft-capped; or the model computes its loss itself.
 
-    To detect these, enabling runs the model once on four tokens. If all labels of a batch are
-    ignored, the loss is 0 instead of NaN. Training steps that compute the hidden states without the
-    model's forward, as in TRL's trainers, do not use this loss. The first such step warns.
+    To detect unsupported models, the function runs the model once on four tokens. If all labels of
+    a batch are ignored, the loss is 0 instead of NaN. Training steps that do not call the model's
+    forward, but compute hidden states and the loss themselves, as in TRL's trainers, do not use
+    this loss. The first such step issues a warning.
     """
     lm = causal_lm(model, _WHERE)
     fits = isinstance(chunk, int) and chunk >= 1
@@ -71,8 +72,9 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
     require(plain, _WHERE, "model", expected, found, NotImplementedError)
     name = getattr(own, "__name__", type(own).__name__)
     require(name == "ForCausalLMLoss", _WHERE, "model", "the loss ForCausalLMLoss", name)
-    # After a forward the parameters of FSDP2's root module stay unsharded. An optimizer made after
-    # the forward on four tokens would hold these, and training steps do not update them.
+    # FSDP2 leaves the parameters of its root module unsharded after a forward. An optimizer that is
+    # created after the forward on four tokens would contain these unsharded parameters, which
+    # training steps do not update.
     for path, parameter in lm.named_parameters():
         if hasattr(parameter, "full_tensor"):
             raise NotImplementedError(
@@ -94,16 +96,16 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
 
 @dataclass(eq=False)
 class _Call:
-    """State of one running forward."""
+    """State of one forward that is running."""
 
     layer: nn.Module  # output layer of the running model
-    skip: bool  # True if its product is not computed
-    entered: Tensor | None = None  # its input: hidden states, (..., d)
+    skip: bool  # True if the product of this layer is not computed
+    entered: Tensor | None = None  # input of this layer: hidden states, (..., d)
     logits: Tensor | None = None  # logits that the model passed to its loss
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Make this the current call of this thread in a ``with`` block."""
+        """Set this call as the current one of the thread during a ``with`` block."""
         token = _running.set(self)
         try:
             yield
@@ -115,24 +117,24 @@ _running: ContextVar[_Call | None] = ContextVar("lora_ext.chunked_loss", default
 
 
 def _call_of(layer: nn.Module) -> _Call | None:
-    """Return the current call if ``layer`` is its output layer: models may call other models."""
+    """Return the current call, or None if ``layer`` is the output layer of another model."""
     call = _running.get()
     return call if call is not None and call.layer is layer else None
 
 
 @dataclass(eq=False)
 class _Loss:
-    """Loss function of a model in chunks; it is copied with the model."""
+    """Loss function that computes the loss of a model in chunks; it is copied with the model."""
 
     layer: nn.Module
     own: Callable[..., Any]
-    before: Callable[..., Any] | None  # previous attribute of the model; None for its class's loss
+    before: Callable[..., Any] | None  # loss set on the model before; None for the class's loss
     chunk: int
     head: Head = field(default_factory=lambda: Head(None))
-    hook: RemovableHandle | None = None  # hook that warns
+    hook: RemovableHandle | None = None  # hook of the warning
 
     def __call__(self, logits: Tensor, labels: Tensor | None, *args: Any, **given: Any) -> Any:
-        """Compute the loss for transformers; ``logits`` is not used if the call skips them."""
+        """Compute the loss with transformers' arguments; skipped ``logits`` are not used."""
         call = _call_of(self.layer)
         if call is not None:
             call.logits = logits
@@ -172,8 +174,8 @@ def _layer_forward(layer: nn.Module, own: Callable[..., Any], given: dict[str, A
     if call is None:
         return own(**given)
     call.entered = given["input"]
-    # The model applies its later operations on logits to the hidden states, whose last dimension
-    # differs.
+    # If the product is skipped, the model applies its later operations on logits to the hidden
+    # states. Only the size of their last dimension differs.
     return call.entered if call.skip else own(**given)
 
 
@@ -198,7 +200,7 @@ def _model_forward(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> A
 
 
 def _before_hidden_states(base: nn.Module, _: Any) -> None:
-    """Warn if a training step calls ``base``, the model without its output layer, directly."""
+    """Warn if a training step directly calls ``base``, the model without its output layer."""
     outside = not compiles() and _running.get() is None
     if outside and base.training and torch.is_grad_enabled():
         _warn_of_another_head(base)
@@ -216,7 +218,7 @@ def _warn_of_another_head(base: nn.Module) -> None:
 
 
 def _remove_hook(base: nn.Module) -> bool:
-    """Remove the hook of the warning; return whether it was registered."""
+    """Remove the hook that issues the warning; return whether it was registered."""
     hooks = base._forward_pre_hooks
     keys = [key for key, hook in hooks.items() if hook is _before_hidden_states]
     for key in keys:
@@ -225,7 +227,7 @@ def _remove_hook(base: nn.Module) -> bool:
 
 
 def _probed(lm: Any, loss: _Loss) -> Head:
-    """Run a model on four tokens to determine its head."""
+    """Run a model on four tokens, and return its output head."""
     ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
     call = _Call(loss.layer, skip=False)
     with evaluating(lm), torch.no_grad(), call.running():

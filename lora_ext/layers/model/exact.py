@@ -1,4 +1,4 @@
-"""Models whose results for a row do not depend on the batch, in training and in serving."""
+"""Exact models: the results of a row do not depend on the batch, in training and in serving."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ _AGAIN = "call lora_ext.exact(model, enabled=False), then lora_ext.exact(model)"
 
 
 def exact(model: Model, enabled: bool = True) -> Model:
-    """Make a model compute the same bits for a token alone, in any batch and in training.
+    """Make a model compute the same bits for a token in every batch, also in training.
 
-    In a decoder, the bits of three operations depend on the batch:
+    In a plain decoder, the bits of three operations depend on the batch:
 
-    * a library's product with a weight, because the order of its sums follows from the number of
-      rows. An exact model uses packed weights for any number of rows
+    * products of a library with a weight, because the order of their sums depends on the number of
+      rows. An exact model multiplies with packed weights instead, for any number of rows
       (:func:`lora_ext.ops.packed_linear`).
-    * attention, because its blocks follow from the number of queries. An exact model computes one
-      query row at a time over the keys of that row (:func:`lora_ext.ops.row_attention`).
-    * functions such as SiLU, because torch uses other instructions at the end of a thread's share.
-      An exact model uses :func:`lora_ext.ops.pointwise`. One forward of two tokens finds the
-      modules that call such functions.
+    * attention, because its block sizes depend on the number of queries. An exact model computes
+      each query separately over the keys of its row (:func:`lora_ext.ops.row_attention`).
+    * pointwise functions such as SiLU, because torch uses other instructions for the last elements
+      of each thread. An exact model uses :func:`lora_ext.ops.pointwise`. ``exact`` runs one forward
+      of two tokens to find the modules that call such functions.
 
-    The update of an adapter does not depend on the batch even in a plain model. A sampled token
-    therefore has the same log-probability in training, bit for bit, if the adapter has the dtype of
-    the weights and no dropout. Gradients are those of the plain model. See ``docs/exact.md`` for
+    The updates of adapters do not depend on the batch in any model. A sampled token therefore has
+    the same log-probability in training as in sampling, bit for bit, if the adapter has the dtype
+    of the weights and no dropout. Gradients are those of the plain model. See ``docs/exact.md`` for
     costs and limits.
 
-    A forward raises if it could not be exact: under ``torch.compile`` or autocast, after
-    ``double()``, with another attention, with modules that were added later, or of a model that was
-    loaded from a file.
+    A forward raises an error if its result would not be exact: under ``torch.compile`` or autocast,
+    after ``double()``, with another attention, with modules that were added later, or if the model
+    was loaded from a file.
 
     Args:
-        model: transformers model on the CPU, in float32 or bfloat16, in evaluation mode, with
-            the attention "sdpa". It may be wrapped, or attached to a pool. Its weights are those of
-            ``nn.Linear`` and ``nn.Embedding``. It is changed in place and returned.
-        enabled: False restores the model.
+        model: transformers model on the CPU, in float32 or bfloat16, in evaluation mode, with the
+            attention "sdpa". It may be wrapped, or attached to a pool. Only ``nn.Linear`` and
+            ``nn.Embedding`` may have weight matrices. The model is changed in place and returned.
+        enabled: True to make the model exact, False to restore it.
 
     Raises:
         TypeError: If ``model`` is not a module, or ``enabled`` is not a bool.
-        ValueError: If the model has another attention, PEFT's layers, a layer that cannot be
-            packed, or an operation whose bits may depend on the batch, or if it was exact and has
-            been changed. The message names it, and the model is unchanged.
+        ValueError: If the model has another attention, layers of PEFT, a layer that cannot be
+            packed, or an operation with bits that may depend on the batch, or if the model is exact
+            and has been changed. The message names the cause, and the model is unchanged.
         RuntimeError: If ``enabled`` is False and the model is not exact.
     """
     instance("exact", "model", model, nn.Module)
@@ -99,10 +99,10 @@ def exact(model: Model, enabled: bool = True) -> Model:
 def _check_weights(model: nn.Module) -> None:
     """Raise ValueError for a layer that cannot be packed.
 
-    These are experts, convolutions, GPT-2's ``Conv1D``, subclasses of ``nn.Linear`` and PEFT's
-    layers.
+    Such layers are experts, convolutions, GPT-2's ``Conv1D``, subclasses of ``nn.Linear`` and
+    layers of PEFT.
     """
-    known = (nn.Embedding, nn.ParameterDict, nn.ParameterList)  # the last two contain factors
+    known = (nn.Embedding, nn.ParameterDict, nn.ParameterList)  # the last two contain adapters
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer):
             module = module.base
@@ -121,7 +121,7 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _with_bases(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield all modules, and the base layers of pool layers."""
+    """Yield all modules of a model, and the base layer of each layer of a pool."""
     for module in model.modules():
         yield module
         if isinstance(module, PoolLayer):
@@ -129,9 +129,12 @@ def _with_bases(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Tree:
-    """Modules below an exact model at its last check; a copy or a loaded model has no check yet."""
+    """Submodules of an exact model at its last check.
 
-    undone = 0  # number of models, or parts of models, that are no longer exact
+    A copied or loaded model has not been checked yet, so copies and pickles contain an empty tree.
+    """
+
+    undone = 0  # number of calls that have restored a model or a part of one
 
     def __init__(self, model: nn.Module | None = None) -> None:
         modules = () if model is None else model.modules()
@@ -150,7 +153,7 @@ class _Tree:
 
 
 def _check_unchanged(module: nn.Module, _: Any) -> None:
-    """Raise ValueError before a forward if a change has made the model inexact."""
+    """Raise ValueError before a forward if a change of the model would make it inexact."""
     if MARK not in module.__dict__:
         return
     config: Any = getattr(module, "config", None)
@@ -163,7 +166,7 @@ def _check_unchanged(module: nn.Module, _: Any) -> None:
 
 
 def _check_modules(model: nn.Module) -> None:
-    """Raise ValueError for a module that is not exact; parts of adapter layers need no mark."""
+    """Raise ValueError if a module is not exact. Parts of adapter layers need no MARK."""
     _check_weights(model)
     for name, layer in linears_of(model):
         packed = isinstance(layer, PackedLinear) and layer.exact
@@ -224,7 +227,7 @@ def _attention(
 
 
 def _allowed(mask: Tensor, keys: int) -> Tensor:
-    """Convert an attention mask to ``(B, T, L)`` bool; ``B`` may be 1."""
+    """Convert an attention mask to bool ``(B, T, L)``: B rows or 1, T queries, L keys."""
     require(mask.shape[1] == 1, "exact", "attention_mask", "one for all heads", list(mask.shape))
     mask = mask[:, 0, :, :keys]
     if mask.dtype == torch.bool:

@@ -1,4 +1,4 @@
-"""``wrap`` and ``unwrap``: add trainable adapters to a model without PEFT, and remove them."""
+"""Functions that add trainable adapters to a model without PEFT, and remove them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _SETTINGS = (
 
 @dataclass(eq=False)
 class _Wrap:
-    """State of a wrapped model, in its ``__dict__``."""
+    """State of a wrapped model, stored in the model's ``__dict__``."""
 
     swap: Swap
-    requires_grad: dict[str, bool]  # of the model's parameters before wrapping
-    spaced: list[nn.Module] = field(default_factory=list)  # layers with hooks of space_products
+    requires_grad: dict[str, bool]  # of each parameter before wrapping
+    spaced: list[nn.Module] = field(default_factory=list)  # layers that got hooks of space_products
 
 
 def wrap(
@@ -48,23 +48,23 @@ def wrap(
     *,
     autocast_adapter_dtype: bool = True,
 ) -> Model:
-    """Add trainable adapters to a model, as PEFT's ``get_peft_model``, and freeze all else.
+    """Add trainable adapters to a model and freeze the rest, as PEFT's ``get_peft_model`` does.
 
-    Changes the model in place and does not need peft; :func:`unwrap` undoes it. Linear layers
-    (including transformers' ``Conv1D``), embeddings and convolutions of patches become
-    :class:`LoraLinear`, :class:`LoraEmbedding` and :class:`LoraConv`. Only the adapter's parameters
-    are trained: a classifier, which PEFT also trains for some tasks, stays frozen. The keys of
-    ``state_dict`` are PEFT's without ``base_model.model.``.
+    Changes the model in place and does not import peft; :func:`unwrap` undoes the change. Linear
+    layers (including transformers' ``Conv1D``), embeddings and convolutions of patches are replaced
+    by :class:`LoraLinear`, :class:`LoraEmbedding` and :class:`LoraConv`. Only the parameters of the
+    adapter are trained. A classifier, which PEFT also trains for some tasks, stays frozen. The keys
+    of ``state_dict`` are those of PEFT without the prefix ``base_model.model.``.
 
-    Call it again with another name to add an adapter. Further adapters are neither active nor
-    trained until each layer's ``set_adapter`` is called.
+    Call the function again with another name to add another adapter. This adapter is neither active
+    nor trained until you call ``set_adapter`` of each layer.
 
     Args:
-        model: any module without adapters of other packages.
+        model: module without adapters of other packages.
         config: the modules to adapt and the settings of their adapters.
-        adapter_name: without dots.
-        autocast_adapter_dtype: keep the adapter of a 16-bit base weight in float32, as PEFT does.
-            False uses the dtype of the base weight, which is faster.
+        adapter_name: name of the adapter, without dots.
+        autocast_adapter_dtype: whether an adapter is stored in float32 if its base weight has 16
+            bits, as in PEFT. If False, it has the dtype of the base weight, which is faster.
 
     Returns:
         ``model``.
@@ -72,10 +72,12 @@ def wrap(
     Raises:
         TypeError: If ``config`` is not a :class:`LoraConfig`, or a flag is neither True nor False.
         RuntimeError: If the model has adapters that ``wrap`` did not add.
-        ValueError: If the configuration matches no module, or one that cannot have an adapter; or
-            :meth:`LoraLinear.add_adapter` raises.
-        NotImplementedError: If the windows of a convolution overlap, or the parent of a layer reads
-            its weight without calling it. After any error the model is unchanged.
+        ValueError: If the configuration matches no module, or matches a module that cannot have an
+            adapter; or :meth:`LoraLinear.add_adapter` raises a ValueError.
+        NotImplementedError: If the windows of a convolution overlap, or a parent module reads the
+            weight of a layer instead of calling the layer.
+
+    After any error the model is unchanged.
 
     Sources: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the rules.
     """
@@ -122,12 +124,12 @@ def wrap(
 
 
 def unwrap(model: Model) -> Model:
-    """Undo :func:`wrap`: restore all modules and their ``requires_grad``, and return ``model``.
+    """Undo :func:`wrap`: restore all modules and ``requires_grad`` flags, and return ``model``.
 
     A base weight that an initialisation (such as "pissa") has changed is restored bit for bit.
 
     Raises:
-        RuntimeError: If the model is not wrapped, a layer was replaced since, or adapters are
+        RuntimeError: If the model is not wrapped, a layer has been replaced since, or adapters are
             merged. The model is then unchanged.
     """
     state: _Wrap | None = model.__dict__.get(_KEY)
@@ -155,7 +157,7 @@ def unwrap(model: Model) -> Model:
 
 
 def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> None:
-    """Warn before a forward in which no label follows the start of an activated adapter."""
+    """Warn before a forward if no label follows the first token of an activated adapter."""
     labels, found = given.get("labels"), activated_in(layer_names.handle)
     if not isinstance(labels, Tensor) or found is None or found.starts is None:
         return
@@ -165,7 +167,7 @@ def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> Non
         if place >= 0 and found.invocations[place]
         for _ in range(found.repeat)
     ]
-    # A token predicts the label of the next position.
+    # The label at a position is predicted by the token before it, hence the `+ 1`.
     if starts and not any(
         start is not None and bool((row[start + 1 :] != IGNORE).any())
         for start, row in zip(starts, labels, strict=False)
@@ -179,7 +181,7 @@ def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> Non
 
 
 def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the modules that may be adapted: all inside the model but outside adapted layers."""
+    """Return the modules that may be adapted, by name: all except the parts of adapted layers."""
     found: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -199,7 +201,7 @@ def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Mo
 
 
 def _targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
-    """Return names of the modules that the configuration matches, in the model's order."""
+    """Return the names of the modules that the configuration matches, in the model's order."""
     linear = [name for name, module in modules.items() if linear_size(_base(module)) is not None]
     uncalled = {
         name
@@ -224,7 +226,7 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def _adapt(name: str, module: nn.Module, adapter_name: str, settings: dict[str, Any]) -> LoraLayer:
-    """Return ``module`` as a layer with the adapter; errors contain its name."""
+    """Return ``module`` as a layer with the new adapter; messages of errors contain ``name``."""
     try:
         if isinstance(module, LoraLayer):
             module.add_adapter(adapter_name, **settings)
