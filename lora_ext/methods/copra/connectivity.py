@@ -71,7 +71,7 @@ def lmc_barrier(
     """
     grid = _grid(lambdas)
     ends = LoraAdapter.of(first), LoraAdapter.of(second)
-    layers: dict[str, Any] = {}  # by name in the base model
+    layers: dict[str, Any] = {}  # layers by their names in the base model
     for name, layer in adapted_layers(model, adapter).items():
         one: Any = layer
         expected = "an adapter apart from the base weight"
@@ -137,7 +137,7 @@ def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factor
         if own is None:
             expected = "a layer with a bias beside B, as in the adapters"
             raise ValueError(f"lmc_barrier: {name}: expected {expected}, found no bias")
-        # Zeros if the adapter has no bias.
+        # No bias has the same effect as a bias of zeros.
         value = torch.zeros_like(own) if new is None else new.to(own.device, own.dtype)
         parameter = nn.Parameter(value, requires_grad=own.requires_grad)
         undo.callback(setattr, owner, key, own)

@@ -174,7 +174,7 @@ class _Utilities:
     controller: CopraController
     eval_fn: Callable[..., Any]
     batch: dict[str, Any] | None
-    row_by_row: bool = True  # until a layer raises RowwiseError
+    row_by_row: bool = True  # set to False when a layer raises RowwiseError
 
     def __post_init__(self) -> None:
         batch = {"": torch.empty(0)} if self.batch is None else self.batch
@@ -283,7 +283,7 @@ def _exact(n: int) -> _Estimator:
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
         number = torch.arange(2**n)
         sizes = sum((number >> i & 1 for i in range(n)), torch.zeros_like(number))
-        # |S|! (n - |S| - 1)! / n! of a coalition S of the other players
+        # weight |S|! (n - |S| - 1)! / n! of a coalition S of the other players
         weights = [1 / (n * math.comb(n - 1, size)) for size in range(n)]
         weight = torch.tensor([*weights, 0.0], dtype=torch.float64)[sizes]
         phi = torch.zeros(n, dtype=torch.float64)
@@ -306,11 +306,11 @@ def _permutation(
     for _ in range(orders):
         order = torch.randperm(n, generator=generator).tolist()
         drawn += [order, order[::-1]] if antithetic else [order]
-    # The first 0 to n players of each order form its n + 1 coalitions.
+    # Each order has n + 1 coalitions: its first k players, for k from 0 to n.
     queried = [c for order in drawn for c in accumulate((1 << i for i in order), initial=0)]
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
-        gains = v.view(len(drawn), n + 1).diff(dim=1)  # by position in the order
+        gains = v.view(len(drawn), n + 1).diff(dim=1)  # by position of the player in the order
         by_player = torch.empty_like(gains).scatter_(1, torch.tensor(drawn), gains)
         samples = by_player.view(orders, -1, n).mean(1)
         return samples.mean(0), _error_of_mean(samples)

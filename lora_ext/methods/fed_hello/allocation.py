@@ -75,7 +75,7 @@ class HLA:
     @classmethod
     def of(cls, config: FedHelloConfig, L: int) -> HLA:
         """Return the allocation with the settings of ``config`` for a model of L layers."""
-        found = cls.__new__(cls)  # __init__ takes single settings
+        found = cls.__new__(cls)  # __init__ accepts single settings, not a config
         found._set(config, L)
         return found
 
@@ -86,7 +86,7 @@ class HLA:
             self._prior = pattern_weights(config.pattern, L)
         else:
             self._prior = normalised(checked_weights("HLA", config.weights, L))
-        self._importance: dict[int, Tensor] = {}  # by the round given to `update`
+        self._importance: dict[int, Tensor] = {}  # by the argument `round` of `update`
 
     def weights(self, round: int) -> Tensor:
         """Return g, the weight of each layer in a round, ``(L,)`` float64 with sum 1. Only with

@@ -121,7 +121,7 @@ def _scored(
     for name, module in adapted_layers(model).items():
         layer: Any = module
         for adapter in layer.active_adapters:
-            own = dict.fromkeys(adapter_parameters(layer, adapter))  # PEFT lists some twice
+            own = dict.fromkeys(adapter_parameters(layer, adapter))  # PEFT has duplicates
             scored = [p for p in own if id(p) in names and layer_of(names[id(p)]) is not None]
             layers |= {p: integer(WHERE, "layer_of", layer_of(names[id(p)]), 0) for p in scored}
             apart = not scored or adapter not in layer.merged_adapters
@@ -206,7 +206,7 @@ class _Fisher:
                 if own:
                     sides = zip(*own, strict=True)
                     self._add_pair(pair, *(_by_sample(pair.name, ts, n) for ts in sides))
-        for sample in _samples(batch) if self.alone and n else ():  # one backward each
+        for sample in _samples(batch) if self.alone and n else ():  # one backward per sample
             score = _sample_scores(self.model, sample, self.score).sum()
             gradients = torch.autograd.grad(score, self.alone, allow_unused=True)
             for parameter, gradient in zip(self.alone, gradients, strict=True):

@@ -22,4 +22,4 @@ __all__ = [
     "layer_bytes", "rank_distribution", "resize_lora", "resize_state", "waiting_time",
 ]  # fmt: skip
 
-__getattr__ = on_demand(__name__, _flower="Legend")  # needs Flower
+__getattr__ = on_demand(__name__, _flower="Legend")  # requires Flower

@@ -21,7 +21,7 @@ from .ranks import layer_bytes
 Draw = Callable[[int, int, Client], Sequence[int]]
 
 WHERE = "LegendAllocator"
-#: Fields of the config that the tracker or the configurator has as arguments of the same name.
+#: Fields of the config that are arguments of the tracker or the configurator with the same name.
 _OF_TRACKER = ("rho", "forgetting", "cooldown")
 _OF_DEPTHS = ("mode", "k_min", "k_max", "byte_budget", "max_step", "cover_every", "eps", "deadline")
 
@@ -154,7 +154,7 @@ class LegendAllocator:
         """
         tracker, config = self.tracker, self.config
         awake = {c: limit for c, limit in clients.items() if not tracker.rests(c, round)}
-        new: list[Client] = []  # in the order of `clients`, which the state keeps
+        new: list[Client] = []  # a list, since the saved state is in the order of `clients`
         for c in awake:
             if config.warmup == "prior":
                 require(c in tracker, WHERE, "prior", f"speeds of {c!r}", "none")

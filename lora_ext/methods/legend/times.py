@@ -42,7 +42,7 @@ class RoundTime(NamedTuple):
     """Duration of a simulated round, the result of :meth:`SimulatedClock.advance`."""
 
     times: dict[Client, float]  # seconds of each device
-    seconds: float  # of the slowest device
+    seconds: float  # seconds of the slowest device
     waiting: float  # W, in seconds
 
 

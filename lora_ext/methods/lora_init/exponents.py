@@ -8,7 +8,7 @@ import math
 from lora_ext._checks import integer, require
 from lora_ext.layers import known_scheme
 
-_ZERO = -math.inf  # gamma[0]
+_ZERO = -math.inf  # gamma of the value 0
 #: gamma of Z_A = A x and gamma of B before the first step.
 _INITIAL_EXPONENTS = {
     **dict.fromkeys(("init_a", "init_a_normal"), (0.0, _ZERO)),
@@ -16,7 +16,7 @@ _INITIAL_EXPONENTS = {
     **dict.fromkeys(("init_b", "init_b_normal", "init_b_unit"), (_ZERO, 0.0)),
     "init_ab": (0.0, 0.0),
 }
-_TOLERANCE = 1e-9  # for rounded sums such as 2/3 - 2/3
+_TOLERANCE = 1e-9  # of comparisons with sums that are rounded, such as 2/3 - 2/3
 
 
 def gamma_exponents(

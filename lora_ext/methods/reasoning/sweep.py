@@ -41,7 +41,7 @@ def select_modules(
     require(found, where, "suffixes", f"the end of a name in {type(model).__name__}", suffixes)
     if last_n is None:
         return found
-    places: dict[str, tuple[str, int]] = {}  # stack of blocks and index in it
+    places: dict[str, tuple[str, int]] = {}  # module: stack and index of its block
     depths: dict[str, int] = {}
     for name in names:
         if (block := block_name(name)) is not None:

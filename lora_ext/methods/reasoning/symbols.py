@@ -90,7 +90,7 @@ class SymbolModel(nn.Module):
         super().__init__()
         self.vocab = vocab
         self.keys = nn.Embedding(vocab, width)
-        self.values = nn.Embedding(vocab + 1, width)  # The last one is "no value".
+        self.values = nn.Embedding(vocab + 1, width)  # The last embedding is "no value".
         self.aux = nn.Embedding(max_aux + 1, width)
         self.h = nn.ModuleList(_Block(width, heads) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width)

@@ -179,7 +179,7 @@ def _room(
 def _prompt_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
     ids = list(tokenizer(instance.prompt).input_ids)
     end = tokenizer.eos_token_id
-    return ids[:-1] if ids and ids[-1] == end else ids  # Some tokenizers end every text.
+    return ids[:-1] if ids and ids[-1] == end else ids  # Some tokenizers append `end`.
 
 
 def _answer_ids(tokenizer: Any, instance: HashInstance) -> list[int]:

@@ -172,7 +172,7 @@ def _orthogonal(
     for _, v in pair.blocks(transposed=not narrow):
         gram.addmm_(v.T, v)
     squares, vectors = torch.linalg.eigh(gram)
-    squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)  # largest first
+    squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)  # in descending order
     cut = max(m, n) * torch.finfo(torch.float32).eps
     count = int((squares.sqrt() > cut * squares[0].sqrt()).sum())
     if config.energy is not None:

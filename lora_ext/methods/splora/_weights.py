@@ -33,7 +33,7 @@ from ._projection import (
 )
 from .config import SploraConfig
 
-#: Adapter: a value, a folder of PEFT, ``(config, state dict)``, or a state dict with scaling 1.
+#: Adapter: an object, a folder of PEFT, ``(config, state dict)``, or a state dict with scaling 1.
 Source = LoraAdapter | AdapterSource | Mapping[str, Tensor]
 
 
@@ -154,7 +154,7 @@ def project_layers(
                     raise
                 continue
             finally:
-                del w0, wa  # before the next ones are read
+                del w0, wa  # freed before the next weights are read
             found.append(layer)
     pairs = zip(found, projected, strict=True)
     if identities := [layer.name for layer, one in pairs if one.is_identity]:

@@ -34,7 +34,7 @@ class LayerStats(NamedTuple):
     dist: float  # |P D - D|
     norm: float  # |D|
     norm_proj: float  # |P D|
-    cos: float  # between P D and D; 0 where one of them is 0
+    cos: float  # cosine of P D and D; 0 if one of them is 0
     score: float  # used for selection, see SploraConfig.score
     alignment: float = math.nan  # <D, V> / (|D| |V|); if below 0, D undoes the alignment
 
