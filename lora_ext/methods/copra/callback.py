@@ -21,9 +21,9 @@ class CopraCallback(TrainerCallback):
     """Callback that sets the mask of every step. Use it as
     ``Trainer(..., callbacks=[CopraCallback(controller)])``.
 
-    The mask depends on ``state.global_step``. Therefore all micro-batches of an accumulated step
-    have the same mask, and so have all processes; a resumed run has the masks of an uninterrupted
-    one. After the training all layers are on.
+    The mask depends only on ``state.global_step``. It is therefore the same for all micro-batches
+    of an accumulated step, in all processes, and in a resumed run. After the training all layers
+    are on.
 
     Args:
         controller: Controller made with the number of optimizer steps that the Trainer will take.

@@ -30,8 +30,8 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
 
     Every batch must have ``K * sequences`` sequences: K copies of one batch, of which copy k uses
     ``masks[k]``. A group on which all masks agree is switched as a whole: if it is off, only its
-    base layers are computed; if it is on, the usual forward. For the other groups, rows are grouped
-    by adapter once per group and shape. After the block every layer is restored.
+    base layers are computed; if it is on, its usual forward is run. For the other groups, rows are
+    grouped by adapter once per group and shape. After the block every layer is restored.
 
     Args:
         groups: n groups of layers. A layer on which the masks disagree must have the groups'

@@ -44,6 +44,10 @@ def every_other(source: Source, first: int = 0) -> list[str]:
 def thirds(source: Source, part: Literal["low", "middle", "high"]) -> list[str]:
     """Return the modules of the first ("low"), middle or last ("high") third of the groups.
 
+    Args:
+        source: Groups of modules, see :data:`Source`.
+        part: "low", "middle" or "high".
+
     Raises:
         ValueError: If the part is unknown, or the source has no modules.
     """
@@ -58,6 +62,10 @@ def by_suffix(source: Source, *suffixes: str) -> list[str]:
     """Return the modules with a name that ends with one of the suffixes.
 
     For example ``by_suffix(adapter, "q_proj", "mlp.up_proj")``.
+
+    Args:
+        source: Groups of modules, see :data:`Source`.
+        suffixes: Full names of modules, or parts of names that follow a dot and end the name.
 
     Raises:
         ValueError: If one of the suffixes matches no module, or the source has no modules.

@@ -290,8 +290,8 @@ class LegendConfigurator:
     def _limit_steps(
         self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
     ) -> list[int]:
-        """Return the depths, each at most ``max_step`` away from the previous one. If the waiting
-        time of the previous depths is below the tolerance ``eps``, return these."""
+        """Return the depths, each changed to be at most ``max_step`` away from the previous one.
+        If the waiting time of the previous depths is within the tolerance ``eps``, return those."""
         before = [_depth(previous.get(d.name, k)) for d, k in zip(devices, depths, strict=True)]
         bounds = [(self.k_min, device.deepest(math.inf)) for device in devices]
         if all(

@@ -104,7 +104,7 @@ def rank_distribution(
 def layer_bytes(
     state: Mapping[str, Tensor], ranks: Sequence[int], pattern: str = PATTERN
 ) -> tuple[int, ...]:
-    """Return the bytes of every layer's factors, which are sent once in each direction.
+    """Return the number of bytes of every layer's factors, for one direction of the transfer.
 
     A layer has ``itemsize * r_l * sum of (I + O)`` bytes, with the sum over its modules, which have
     I inputs and O outputs.
