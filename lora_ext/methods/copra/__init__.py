@@ -27,4 +27,4 @@ __all__ = [
     "top_by_shapley",
 ]  # fmt: skip
 
-__getattr__ = on_demand(__name__, callback="CopraCallback")  # needs transformers
+__getattr__ = on_demand(__name__, callback="CopraCallback")  # requires transformers

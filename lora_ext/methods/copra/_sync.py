@@ -1,4 +1,4 @@
-"""Layer groups for data-parallel and compiled training, which cannot simply skip a layer."""
+"""Layer groups for data-parallel and compiled training, in which a layer cannot just be skipped."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from lora_ext.layers import LayerGroups, Mask, adapter_parameters, is_active
 
 
 class TouchedGroups(LayerGroups):
-    """Layer groups that give the parameters of inactive layers gradients of zero.
+    """Layer groups in which the parameters of inactive layers get gradients of zero.
 
-    Data-parallel training waits for the gradient of each parameter. An inactive layer costs one
-    graph node, and autograd runs through all blocks, including those below the lowest active one.
+    Data-parallel training waits for the gradient of each parameter. An inactive layer adds one
+    graph node, and the backward runs through all blocks, including those below the lowest active
+    one.
     """
 
     def __init__(self, *args: Any):
@@ -42,12 +43,12 @@ def _touch(adapter_name: str, layer: nn.Module, _: Any, output: Tensor) -> Tenso
 
 
 class GatedGroups(LayerGroups):
-    """Layer groups with masks of 0 and 1 on the device that multiply the layers' scales, so that an
-    inactive layer computes zero and a graph compiled once serves every mask.
+    """Layer groups in which a mask of 0 and 1 on the device multiplies the layers' scales.
 
-    No work is saved, and inactive layers have gradients of zero. DoRA is not supported: a scale of
-    zero does not turn it into the base layer. A layer has one gate, which follows the controller
-    that set a mask last.
+    The adapter of an inactive layer therefore adds zero, and a graph that was compiled once is
+    valid for every mask. No work is saved, and inactive layers have gradients of zero. DoRA is not
+    supported, since a DoRA layer with scale zero differs from its base layer. A layer has one gate,
+    which uses the mask of the controller that set its mask last.
     """
 
     def __init__(self, *args: Any):
@@ -66,14 +67,14 @@ class GatedGroups(LayerGroups):
 
     @property
     def mask(self) -> Tensor:
-        """``(n,)`` bool: True for the groups that are on, each in the mode of its first layer."""
+        """Mask ``(n,)`` bool, True for the groups that are on in the mode (training or evaluation)
+        of their first layer."""
         gates = [_gate_of(group[0], self.adapter_name) for group in self.layers]
         modes = [int(group[0].training) for group in self.layers]
         return torch.tensor([g is None or g.on(m) for g, m in zip(gates, modes, strict=True)])
 
     def set_mask(self, mask: Mask, training_only: bool = False) -> None:
-        """Write the mask ``(n,)`` into the gates; with ``training_only`` all are on in
-        evaluation."""
+        """Apply the mask ``(n,)``; with ``training_only``, all groups are on in evaluation."""
         on = torch.tensor(self.checked(mask), dtype=torch.float32)
         self._masks.write(torch.stack([torch.ones_like(on) if training_only else on, on]))
         for layer, device, index in self._placed:
@@ -82,7 +83,7 @@ class GatedGroups(LayerGroups):
 
     @contextlib.contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
-        """Set a mask for a ``with`` block; restore the gates after it."""
+        """Apply a mask in a ``with`` block, and restore the gates at its end."""
         gates = {layer: _gate_of(layer, self.adapter_name) for layer, _, _ in self._placed}
         before = {layer: gate and gate.followed for layer, gate in gates.items()}
         own = self._masks.host
@@ -113,16 +114,16 @@ class _Masks:
         self.on = {device: torch.ones(2, n, device=device) for device in devices}
 
     def write(self, state: Tensor) -> None:
-        """Set the state on the host, and on every device in place."""
+        """Replace the masks ``(2, n)`` on the host, and on every device in place."""
         self.host = state
         for gates in self.on.values():
             gates.copy_(state)
 
 
 class _Gate:
-    """Hooks that multiply a layer's scale by a gate for one forward.
+    """Pair of hooks that multiply a layer's scale by an entry of a mask during a forward.
 
-    The layer's hooks hold the gate, so that every copy of the model has separate gates.
+    Only the layer's hooks store the gate, so that every copy of the model has separate gates.
     """
 
     def __init__(self, adapter_name: str, layer: nn.Module):
@@ -136,11 +137,11 @@ class _Gate:
     def follow(self, masks: _Masks, device: torch.device, index: int) -> None:
         """Use entry ``index`` of these masks from now on."""
         self.followed = masks, device, index
-        # Whole tensors, since a view that is pickled or copied alone is no longer a view.
+        # The whole tensor is stored, since a view that is pickled or copied is no longer a view.
         self.gates, self.index = masks.on[device], index
 
     def on(self, mode: int) -> bool:
-        """Return whether the gate is open, with ``mode`` 0 for evaluation and 1 for training."""
+        """Return whether the layer is on in ``mode``, 0 for evaluation and 1 for training."""
         masks, _, index = self.followed
         return bool(masks.host[mode, index])
 
@@ -158,7 +159,7 @@ class _Gate:
 
 
 def _gate_of(layer: nn.Module, adapter_name: str) -> _Gate | None:
-    """Return the gate of an adapter among a layer's hooks, or None."""
+    """Return the gate of an adapter from the layer's hooks, or None if there is no gate."""
     for hook in layer._forward_pre_hooks.values():
         gate = getattr(hook, "__self__", None)
         if isinstance(gate, _Gate) and gate.adapter_name == adapter_name:

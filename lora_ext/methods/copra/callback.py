@@ -18,12 +18,12 @@ from .controller import CopraController
 
 
 class CopraCallback(TrainerCallback):
-    """Callback that sets the mask of every step:
+    """Callback that sets the mask of every step. Use it as
     ``Trainer(..., callbacks=[CopraCallback(controller)])``.
 
-    The mask is that of ``state.global_step``. The micro-batches of an accumulated step therefore
-    share it, a resumed run has the masks of an uninterrupted one, and all processes have the same.
-    After the training all layers are on.
+    The mask depends only on ``state.global_step``. It is therefore the same for all micro-batches
+    of an accumulated step, in all processes, and in a resumed run. After the training all layers
+    are on.
 
     Args:
         controller: Controller made with the number of optimizer steps that the Trainer will take.
@@ -32,8 +32,8 @@ class CopraCallback(TrainerCallback):
         TypeError: If ``controller`` is not a :class:`CopraController`.
 
     Warns:
-        UserWarning: If the Trainer takes another number of steps, since the schedule would then end
-            early or never.
+        UserWarning: If the controller was made for another number of steps, since the schedule
+            would then end too early or too late.
 
     Source: arXiv 2410.22911.
     """
@@ -43,7 +43,7 @@ class CopraCallback(TrainerCallback):
         self.controller = controller
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Compare the Trainer's number of steps with that of the schedule."""
+        """Warn if the Trainer's number of steps differs from that of the schedule."""
         own = self.controller.schedule.total_steps
         if state.max_steps != own:
             expected = f"one made with total_steps={state.max_steps}, the steps of this Trainer"
@@ -51,7 +51,7 @@ class CopraCallback(TrainerCallback):
             warnings.warn(message, stacklevel=2)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Set the mask of the optimizer step that begins."""
+        """Set the mask of the optimizer step that is about to begin."""
         self.controller.step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

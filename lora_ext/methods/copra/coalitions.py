@@ -1,8 +1,8 @@
-"""Forwards in which every sequence of a batch has a different set of adapted layers.
+"""Forwards in which the sequences of a batch have different sets of adapted layers.
 
-K masks over the layers of a model cost K forwards of a batch, or one forward of K times the batch,
-which reads each weight once. In the latter, a layer has one adapter id for each row, which is -1 if
-the row's mask leaves the layer out.
+To evaluate a batch with K masks over the layers of a model, one can run K forwards, or one forward
+on K copies of the batch, which reads each weight only once. In the latter, a layer has one adapter
+id for each row, which is -1 if the row's mask switches the layer off.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ class RowwiseError(ValueError):
 def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) -> Iterator[None]:
     """Set different masks for the sequences of every batch in a ``with`` block.
 
-    The batch of each forward has ``K * sequences`` sequences; the ``sequences`` of them from
-    ``k * sequences`` on use ``masks[k]``. A group on which all masks agree is switched as a whole:
-    off, it costs the base layers; on, the plain forward. For the other groups, rows are grouped by
-    adapter once per group and shape. After the block every layer is restored.
+    Every batch must have ``K * sequences`` sequences: K copies of one batch, of which copy k uses
+    ``masks[k]``. A group on which all masks agree is switched as a whole: if it is off, only its
+    base layers are computed; if it is on, its usual forward is run. For the other groups, rows are
+    grouped by adapter once per group and shape. After the block every layer is restored.
 
     Args:
-        groups: Layer groups. A layer on which the masks disagree has the groups' adapter as its
-            only active adapter, or does not use it at all.
-        masks: ``(K, n)`` bool.
-        sequences: Number of sequences of the batch before it was repeated for each mask.
+        groups: n groups of layers. A layer on which the masks disagree must have the groups'
+            adapter as its only active adapter, or not use it at all.
+        masks: ``(K, n)`` bool, True for the groups that are on.
+        sequences: Number of sequences of the batch before it was copied for each mask.
 
     Raises:
-        ValueError: If the masks have another shape or are not bool, ``sequences`` is below 1, or a
-            layer to be switched off is merged.
-        RowwiseError: If a layer has further active adapters, or is a PEFT layer that takes one
-            adapter for all rows. The model's forward raises it for a layer whose rows are not the
-            sequences of the batch. All layers are restored then.
+        ValueError: If the masks have another shape or are not bool, ``sequences`` is below 1, or
+            the adapter is merged into a layer that would be switched off.
+        RowwiseError: If a layer on which the masks disagree has further active adapters, or is a
+            PEFT layer that accepts only one adapter for all rows. The model's forward raises it if
+            the rows of a layer are not the sequences of the batch. Then all layers are restored.
     """
     table = torch.as_tensor(masks)
     fits = table.dtype == torch.bool and table.dim() == 2 and table.shape[1] == len(groups)
@@ -71,7 +71,7 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
 
 
 def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
-    """Return whether a layer's rows use the adapter, given that its group is on."""
+    """Return whether the layer uses the adapter if its group is on."""
     active = [n for n in layer.active_adapters if n in adapters_of(layer) and is_active(layer, n)]
     if layer.disable_adapters or adapter_name not in active:
         return False
@@ -87,8 +87,8 @@ def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
 
 
 def _takes_names(layer: Any, adapter_name: str) -> bool:
-    """Return whether a PEFT layer takes ``adapter_names``; with DoRA only dense layers of
-    ``from_peft`` do."""
+    """Return whether a PEFT layer accepts ``adapter_names``. If the adapter has DoRA, only dense
+    layers of ``from_peft`` do."""
     peft_layers: Any = sys.modules["peft.tuners.lora.layer"]
     if not isinstance(layer, peft_layers.Linear | peft_layers.Embedding | peft_layers._ConvNd):
         return False
@@ -99,15 +99,16 @@ def _takes_names(layer: Any, adapter_name: str) -> bool:
 
 
 class _GiveRows:
-    """Forward pre-hook that passes a layer its rows; the layer's forward is unchanged."""
+    """Forward pre-hook that passes the adapter of each row to the layer's unchanged forward."""
 
     def __init__(self, name: str, layer: Any, rows: NamedRows, tokens_first: bool):
         self.name, self.rows = name, rows
         self.place = int(tokens_first)  # index of the dimension of the sequences
-        #: Whether to transpose input and output: plain PEFT layers take sequences first only.
+        #: Whether to transpose input and output, since plain PEFT layers require that the first
+        #: dimension is the sequences.
         self.transposes = tokens_first and not hasattr(type(layer), "tokens_first")
         base = layer.get_base_layer()
-        #: Smallest number of dimensions of an input whose first one is the sequences.
+        #: Smallest number of dimensions of an input whose first dimension is the sequences.
         self.dims = 2
         if isinstance(base, nn.Embedding):
             self.dims = 1
@@ -135,4 +136,4 @@ class _GiveRows:
 
 
 def _transpose_back(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
-    return output.transpose(0, 1).contiguous()  # some models call `view` on it
+    return output.transpose(0, 1).contiguous()  # some models call `view` on the output

@@ -16,16 +16,18 @@ Sync = Literal["seed", "touch", "tensor"]
 class CopraConfig:
     """Settings of CopRA: the schedule of layer dropping and the treatment of inactive layers.
 
+    At each training step, some groups of layers are active; the adapters of the others are off.
+
     Attributes:
         p0: Probability that a group of layers is active at the first step.
-        p1: Probability at the end of the ramp and after it.
+        p1: Probability at the end of the ramp and afterwards.
         ramp_ratio: rho, the fraction of the training during which the probability rises.
-        ramp: Shape of the rise: "linear"; "sine", fast at first; "exponential", slow at first;
-            "constant", p0 until the end of the ramp; or a function that maps the completed fraction
-            of the ramp, in [0, 1], to the fraction of the rise.
-        group_by: Layers that are switched together. "block": those of one block, and each layer
-            outside all blocks alone; "module": each layer alone; an int: that many consecutive
-            layers.
+        ramp: Shape of the rise from p0 to p1: "linear"; "sine", fast at first; "exponential", slow
+            at first; "constant", p0 until the end of the ramp; or a function that maps the
+            completed fraction of the ramp, in [0, 1], to the completed fraction of the rise.
+        group_by: Rule that divides the layers into groups. "block": the layers of a block form a
+            group, and each layer outside all blocks is a group; "module": each layer is a group; an
+            int: that many consecutive layers form a group.
         min_active: Smallest number of groups that train at each step.
         seed: Seed of all masks.
         sync: Treatment of inactive layers. "seed": they are skipped, and their parameters get no
@@ -36,8 +38,8 @@ class CopraConfig:
     Raises:
         ValueError: If a field is out of range.
 
-    Source: arXiv 2410.22911; p0, p1 and rho are those of the callback in the repository of the
-    authors' follow-up, zwebzone/coto.
+    Source: arXiv 2410.22911; the defaults of p0, p1 and rho are those of the callback in the
+    repository of the authors' follow-up, zwebzone/coto.
     """
 
     p0: float = 0.1

@@ -17,12 +17,12 @@ from lora_ext.layers import adapted_layers, adapter_factors
 
 
 class Barrier(NamedTuple):
-    """Rise of the loss between two adapters above the line between their losses.
+    """Loss at interpolated adapters, and how far it rises above the interpolated losses.
 
     Attributes:
-        barrier: Largest rise over ``lambdas``, in the unit of the loss; at least 0 if they contain
-            an end.
-        lambdas: Positions of the losses, from 0, the first adapter, to 1, the second.
+        barrier: Largest rise over ``lambdas``, in the unit of the loss. It is at least 0 if
+            ``lambdas`` contains 0 or 1.
+        lambdas: Positions from 0 (the first adapter) to 1 (the second).
         losses: Loss at each position.
     """
 
@@ -43,31 +43,35 @@ def lmc_barrier(
 ) -> Barrier:
     """Compute the barrier ``max over l of loss(l) - ((1 - l) loss(0) + l loss(1))``.
 
-    ``loss(l)`` is the loss of the model with :func:`lora_ext.adapter.interpolate_adapters` of the
-    two in place of one of the model's adapters. The model runs in evaluation mode and without
-    gradients; afterwards its modes and the same parameter objects are restored.
+    ``loss(l)`` is the loss of the model with the two adapters interpolated at l by
+    :func:`lora_ext.adapter.interpolate_adapters`. The interpolated adapter temporarily replaces one
+    of the model's adapters. The model runs in evaluation mode and without gradients; afterwards its
+    modes and its original parameter objects are restored.
 
     Args:
-        model: Model with layers of :mod:`lora_ext.nn` or PEFT, with adapters on the modules of the
-            two.
-        first, second: Adapters as values, folders, or (config, state dict).
+        model: Model with layers of :mod:`lora_ext.nn` or PEFT. One of its adapters must be on the
+            same modules as ``first`` and ``second``.
+        first, second: Adapters: each a :class:`lora_ext.adapter.LoraAdapter`, a folder, or a pair
+            of configuration and state dict.
         eval_fn: Function that returns the loss of the model; for the barrier of an accuracy, the
             negative accuracy.
-        lambdas: Number of positions from 0 to 1, or the positions. The ends are always evaluated.
+        lambdas: Number of evenly spaced positions from 0 to 1, or the positions themselves. The
+            losses at 0 and 1 are always evaluated.
         space: "factors" or "delta", see :func:`lora_ext.adapter.interpolate_adapters`.
         adapter: Name of the model's adapter that is replaced.
 
     Raises:
         ValueError: If a lambda is outside [0, 1], their number is below 2, or a sequence is empty;
             if the model's adapter is missing, not active or merged; if the adapters' modules differ
-            from the model's; if a loss is not finite; or as ``interpolate_adapters``.
-        NotImplementedError: If an adapter or the model has DoRA, or as ``interpolate_adapters``.
+            from the model's; if a loss is not finite; or if ``interpolate_adapters`` raises it.
+        NotImplementedError: If an adapter or the model has DoRA, or if ``interpolate_adapters``
+            raises it.
 
     Source: linear mode connectivity (Frankle et al. 2020), of adapters: arXiv 2410.22911.
     """
     grid = _grid(lambdas)
     ends = LoraAdapter.of(first), LoraAdapter.of(second)
-    layers: dict[str, Any] = {}  # by name in the base model
+    layers: dict[str, Any] = {}  # layers by their names in the base model
     for name, layer in adapted_layers(model, adapter).items():
         one: Any = layer
         expected = "an adapter apart from the base weight"
@@ -77,7 +81,7 @@ def lmc_barrier(
         other = "disabled adapters" if one.disable_adapters else one.active_adapters
         require(fits, "lmc_barrier", name, f"{adapter!r} to be active", other)
         layers[name.removeprefix(PREFIX)] = one
-    # Raises before the first loss if there is no line.
+    # Raises before the first evaluation if the adapters cannot be interpolated.
     _check_modules(layers, adapter, interpolate_adapters(*ends, 0.5, space))
     losses: dict[float, float] = {}
     with evaluating(model), torch.no_grad():
@@ -119,8 +123,8 @@ def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> 
 
 
 def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factors: Factors) -> None:
-    """Set factors and scale of a layer, of any rank, until ``undo`` is closed. New parameters
-    replace the layer's own, without changing their values."""
+    """Replace the factors and the scale of a layer until ``undo`` is closed. The rank may change,
+    since new parameters are set and the layer's parameters keep their values."""
     if factors.embedding:
         places = {"a": (layer.lora_embedding_A, adapter), "b": (layer.lora_embedding_B, adapter)}
     else:
@@ -133,7 +137,7 @@ def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factor
         if own is None:
             expected = "a layer with a bias beside B, as in the adapters"
             raise ValueError(f"lmc_barrier: {name}: expected {expected}, found no bias")
-        # Zeros if the adapter has no bias.
+        # No bias has the same effect as a bias of zeros.
         value = torch.zeros_like(own) if new is None else new.to(own.device, own.dtype)
         parameter = nn.Parameter(value, requires_grad=own.requires_grad)
         undo.callback(setattr, owner, key, own)

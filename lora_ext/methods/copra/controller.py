@@ -1,4 +1,4 @@
-"""Controller that applies the masks of a schedule or of a caller to the layers of a model."""
+"""Controller that switches the adapted layers of a model on and off by masks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _KINDS = {"seed": LayerGroups, "touch": TouchedGroups, "tensor": GatedGroups}
 
 
 class CopraController:
-    """Controller that switches the groups of adapted layers of one model.
+    """Controller that switches groups of adapted layers of one model on and off.
 
     Call :meth:`step` before each optimizer step; in evaluation all groups are on. With the default
     ``sync="seed"``, a layer that is off computes only its base layer, and its parameters get no
-    gradient. An optimizer does not change them or their state if gradients are set to None, as
-    ``zero_grad(set_to_none=True)`` does. Blocks below the lowest active layer build no graph.
+    gradient. An optimizer then skips these parameters, provided that their gradients are None, as
+    after ``zero_grad(set_to_none=True)``. Blocks below the lowest active layer build no graph.
 
     Args:
         model: Model with layers of :mod:`lora_ext.nn` or PEFT, before or after ``from_peft``.
@@ -33,13 +33,14 @@ class CopraController:
         adapter: Name of the adapter whose layers are switched.
 
     Attributes:
-        schedule: The :class:`CopraSchedule`.
-        layers: The :class:`lora_ext.nn.LayerGroups`.
+        schedule: :class:`CopraSchedule` that draws the masks.
+        layers: :class:`lora_ext.nn.LayerGroups` that the masks are applied to.
 
     Raises:
-        ValueError, TypeError: If no layer has the adapter or a layer has it merged; if ``group_by``
-            is unknown, or an int that does not divide the number of layers; if a layer has DoRA and
-            ``sync`` is "tensor"; or as :class:`CopraSchedule`.
+        ValueError: If no layer has the adapter, or it is merged into a layer; if ``group_by`` is
+            unknown, or an int that does not divide the number of layers; if a layer has DoRA and
+            ``sync`` is "tensor"; or if :class:`CopraSchedule` raises it.
+        TypeError: If ``total_steps`` is not an int.
 
     Source: arXiv 2410.22911.
     """
@@ -65,27 +66,29 @@ class CopraController:
 
     @property
     def groups(self) -> list[list[str]]:
-        """Layer names of each group, in the order and with the names of the model."""
+        """Layer names of each group, as in the model and in its order."""
         return [list(names) for names in self.layers.names]
 
     @property
     def mask(self) -> Tensor:
-        """``(num_groups,)`` bool: True for the groups that are on in the current mode of the
-        layers."""
+        """Mask ``(num_groups,)`` bool, True for the groups that are on in the current mode
+        (training or evaluation) of the layers."""
         return self.layers.mask
 
     def step(self, step: int | None = None) -> Tensor:
         """Set the mask of one optimizer step for training; in evaluation all groups are on.
 
         Args:
-            step: Index of the step, from 0. The default is the step after the last one, at first 0.
+            step: Index of the optimizer step, from 0. The default is 0 in the first call, and then
+                the index after that of the previous call.
 
         Returns:
-            ``(num_groups,)`` bool, True for the groups that train.
+            Mask ``(num_groups,)`` bool, True for the groups that train.
 
         Raises:
-            ValueError, TypeError: If the step is not an int from 0, or the adapter is merged into a
-                layer to be switched off.
+            ValueError: If the step is negative, or the adapter is merged into a layer that would be
+                switched off.
+            TypeError: If the step is not an int.
         """
         step = self._next if step is None else step
         mask = self.schedule.mask(step)
@@ -94,14 +97,14 @@ class CopraController:
         return mask
 
     def set_mask(self, mask: Mask) -> None:
-        """Switch groups on and off in training and evaluation, until the next call or step.
+        """Switch groups on and off in training and evaluation, until the mask is set again.
 
         Args:
-            mask: ``(num_groups,)`` bool, True for the groups that are on.
+            mask: ``(num_groups,)`` bool, True for the groups to switch on.
 
         Raises:
             ValueError: If the mask has another length or is not bool, or the adapter is merged into
-                a layer to be switched off. No layer is changed then.
+                a layer that would be switched off. Then no layer is changed.
         """
         self._set(mask)
 
@@ -110,14 +113,14 @@ class CopraController:
         self._set([True] * len(self.layers))
 
     def coalition(self, mask: Mask) -> AbstractContextManager[None]:
-        """Return a context manager that sets ``mask`` as :meth:`set_mask` does and restores every
-        layer at the end, even after an exception."""
+        """Return a context manager that applies ``mask`` as :meth:`set_mask` does, and restores
+        every layer at the end of the ``with`` block."""
         self._check_in_use()
         return self.layers.masked(mask)
 
     def remove(self) -> None:
-        """Switch all layers on and remove all hooks. Setting a mask raises `RuntimeError` from then
-        on."""
+        """Switch all layers on and remove all hooks. After that, setting a mask raises
+        `RuntimeError`."""
         if not self._removed:
             self.activate_all()
             remove_gates(self.layers)
@@ -126,16 +129,16 @@ class CopraController:
             self._removed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the next step and the settings that determine all masks, as numbers and
-        strings."""
+        """Return the index of the next step and the settings that determine all masks, as numbers
+        and strings."""
         return {"step": self._next, **self._mask_settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state of :meth:`state_dict`; the mask of its last step is set again.
+        """Restore a state returned by :meth:`state_dict`, and set the mask of its last step.
 
         Raises:
             ValueError: If the state has other keys or belongs to another schedule, for example one
-                with another ``total_steps``. The controller is unchanged then.
+                with another ``total_steps``. Then the controller is unchanged.
         """
         fixed, where = self._mask_settings(), "CopraController.load_state_dict"
         expected = f"the keys {['step', *fixed]}"
@@ -158,7 +161,7 @@ class CopraController:
 
     def _set(self, mask: Mask, training_only: bool = False) -> None:
         self._check_in_use()
-        # A controller with another `sync` may have left flags or gates.
+        # A controller with another `sync` may have left gates, or layers that are switched off.
         if isinstance(self.layers, GatedGroups):
             LayerGroups.set_mask(self.layers, [True] * len(self.layers))
         else:

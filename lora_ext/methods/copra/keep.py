@@ -17,8 +17,8 @@ from lora_ext.layers import block_name, matches_suffix
 from .controller import CopraController
 from .shapley import Shapley
 
-#: Source of module names: a controller or its groups; an adapter, its folder or a list of names,
-#: which are grouped by block.
+#: Source of groups of module names: a controller or its groups; or an adapter, its folder or a list
+#: of names, whose modules are grouped by block.
 Source = (
     CopraController | LoraAdapter | str | os.PathLike[str] | Sequence[str] | Sequence[Sequence[str]]
 )
@@ -28,11 +28,11 @@ def every_other(source: Source, first: int = 0) -> list[str]:
     """Return the modules of every second group.
 
     Args:
-        source: See :data:`Source`.
-        first: 0 for the even groups, 1 for the odd ones.
+        source: Groups of modules, see :data:`Source`.
+        first: Index of the first group, 0 or 1.
 
     Returns:
-        Names as in the base model.
+        Module names as in the base model.
 
     Raises:
         ValueError: If ``first`` is not 0 or 1, or the source has no modules.
@@ -43,6 +43,10 @@ def every_other(source: Source, first: int = 0) -> list[str]:
 
 def thirds(source: Source, part: Literal["low", "middle", "high"]) -> list[str]:
     """Return the modules of the first ("low"), middle or last ("high") third of the groups.
+
+    Args:
+        source: Groups of modules, see :data:`Source`.
+        part: "low", "middle" or "high".
 
     Raises:
         ValueError: If the part is unknown, or the source has no modules.
@@ -55,12 +59,16 @@ def thirds(source: Source, part: Literal["low", "middle", "high"]) -> list[str]:
 
 
 def by_suffix(source: Source, *suffixes: str) -> list[str]:
-    """Return the modules that end with one of these suffixes.
+    """Return the modules with a name that ends with one of the suffixes.
 
     For example ``by_suffix(adapter, "q_proj", "mlp.up_proj")``.
 
+    Args:
+        source: Groups of modules, see :data:`Source`.
+        suffixes: Full names of modules, or parts of names that follow a dot and end the name.
+
     Raises:
-        ValueError: If no module ends with a suffix, or the source has no modules.
+        ValueError: If one of the suffixes matches no module, or the source has no modules.
     """
     names = [*chain(*_groups(source, "by_suffix"))]
     kept: list[str] = []
@@ -75,8 +83,8 @@ def top_by_shapley(source: Source, values: Shapley | Tensor | Sequence[float], k
     """Return the modules of the k groups with the largest values.
 
     Args:
-        source: See :data:`Source`.
-        values: One value for each group.
+        source: Groups of modules, see :data:`Source`.
+        values: Values of the groups, for example of :func:`layer_shapley`.
         k: Number of groups to keep.
 
     Raises:
@@ -96,7 +104,7 @@ def at_random(source: Source, k: int, seed: int = 0) -> list[str]:
     """Return the modules of k groups, drawn uniformly.
 
     Args:
-        source: See :data:`Source`.
+        source: Groups of modules, see :data:`Source`.
         k: Number of groups to keep.
         seed: Seed of the draw.
 
@@ -134,8 +142,8 @@ def _groups(source: Source, where: str) -> list[list[str]]:
 
 
 def _in_order(blocks: list[str]) -> list[str]:
-    """Sort blocks by number, since files have block 10 before block 2. Stacks of blocks, and names
-    outside of blocks, keep their order."""
+    """Sort the blocks of each stack by number, since files list block 10 before block 2. The order
+    of the stacks, and of names outside all blocks, does not change."""
     first: dict[str, int] = {}
 
     def place(block: str) -> tuple[int, int]:

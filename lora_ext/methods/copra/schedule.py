@@ -22,28 +22,29 @@ _RAMPS: dict[str, Callable[[float], float]] = {
 
 
 class CopraSchedule:
-    """Probabilities and masks of the steps ``0 .. total_steps - 1``.
+    """Schedule of layer dropping: the probability and the mask of each training step.
 
-    ``p(t) = min(p1, p0 + (p1 - p0) ramp(t / E))`` with ``E = ceil(rho T)``, and p1 from step E on.
-    The number of active groups has the binomial distribution of p(t), conditioned on at least
-    ``min_active``. The active groups are then drawn uniformly. Both draws take the same time for
-    every p.
+    The probability of step t is ``p(t) = min(p1, p0 + (p1 - p0) ramp(t / E))`` with
+    ``E = ceil(rho T)``, and p1 if t >= E. The number of active groups has the binomial
+    distribution of L trials with probability p(t), conditioned on at least ``min_active``. That
+    many groups are then drawn uniformly. Both draws take the same time for every p.
 
-    Besides the settings, a mask depends only on the seed, the step and the number of groups. A
-    resumed run, a recomputed block and every process of a parallel run therefore draw the same
-    mask, on any version of torch.
+    Besides the settings, a mask depends only on the step and the number of groups. A resumed run, a
+    recomputed block and every process of a parallel run therefore draw the same mask, with any
+    version of torch.
 
     Args:
-        config: Its p0, p1, ramp_ratio, ramp, min_active and seed are used.
+        config: Settings, of which p0, p1, ramp_ratio, ramp, min_active and seed are used.
         num_groups: L, number of groups of layers.
         total_steps: T, number of optimizer steps of the whole training.
 
     Raises:
-        ValueError, TypeError: If ``total_steps`` or ``num_groups`` is not an int from 1, or
-            ``num_groups`` is below ``min_active``.
+        ValueError: If ``total_steps`` or ``num_groups`` is below 1, or ``num_groups`` is below
+            ``min_active``.
+        TypeError: If ``total_steps`` or ``num_groups`` is not an int.
 
-    Source: arXiv 2410.22911; the ramp is that of the authors' follow-up (zwebzone/coto). It redraws
-    masks until one is not empty, which gives the same distribution.
+    Source: arXiv 2410.22911; the ramp is that of the authors' follow-up (zwebzone/coto). The
+    follow-up redraws empty masks, which gives the same distribution.
     """
 
     def __init__(self, config: CopraConfig, num_groups: int, total_steps: int):
@@ -54,15 +55,15 @@ class CopraSchedule:
         self.config = config
         self.num_groups = num_groups
         self.total_steps = total_steps
-        # Rounded, since 0.07 * 100 is slightly above 7 in floating point.
+        # Rounded first, since 0.07 * 100 is slightly above 7 in floating point and would become 8.
         self.ramp_steps = max(1, math.ceil(round(config.ramp_ratio * total_steps, 9)))
 
     def probability(self, step: int) -> float:
-        """Return p(t), the probability of each group before conditioning on ``min_active``.
+        """Return p(t), the probability that a group is active, without regard to ``min_active``.
 
         Raises:
-            ValueError, TypeError: If the step is not an int from 0, or the ramp returns a negative
-                number or NaN.
+            ValueError: If the step is negative, or the ramp returns a negative number or NaN.
+            TypeError: If the step is not an int.
         """
         integer("CopraSchedule", "step", step, 0)
         p0, p1 = self.config.p0, self.config.p1
@@ -75,10 +76,10 @@ class CopraSchedule:
         return min(p1, p0 + (p1 - p0) * value)
 
     def mask(self, step: int) -> Tensor:
-        """Return the mask of the groups that train at ``step``, ``(num_groups,)`` bool on the CPU.
+        """Return the mask ``(num_groups,)`` of the groups that train at ``step``, bool on the CPU.
 
         Raises:
-            ValueError, TypeError: As :meth:`probability`.
+            ValueError, TypeError: As for :meth:`probability`.
         """
         p = self.probability(step)
         count_draw, *draws = _uniforms(self.config.seed, step, self.num_groups + 1)
@@ -93,19 +94,19 @@ class CopraSchedule:
         return mask
 
     def expected_active(self, step: int) -> float:
-        """Return the mean number of active groups at ``step``, conditioned on ``min_active``.
+        """Return the expected number of active groups at ``step``, given at least ``min_active``.
 
         Raises:
-            ValueError, TypeError: As :meth:`probability`.
+            ValueError, TypeError: As for :meth:`probability`.
         """
         return math.fsum(k * chance for k, chance in self._counts(self.probability(step)).items())
 
     def mean_activation(self) -> float:
-        """Return the mean of p(t) over all steps, about the fraction of the adapters' work that is
-        done.
+        """Return the mean of p(t) over all steps, which is roughly the fraction of the adapters'
+        computation that is not skipped.
 
-        With a linear ramp to p1 = 1 it tends to ``rho (p0 + 1) / 2 + 1 - rho``. It ignores
-        ``min_active``.
+        With a linear ramp to p1 = 1 and many steps, it is near ``rho (p0 + 1) / 2 + 1 - rho``. The
+        minimum ``min_active`` is ignored.
         """
         return math.fsum(map(self.probability, range(self.total_steps))) / self.total_steps
 
@@ -116,7 +117,7 @@ class CopraSchedule:
             return {least: 1.0}
         if p == 1:
             return {n: 1.0}
-        # Logarithms, since the weights of a tiny p underflow.
+        # In the log domain, since the weights underflow if p is tiny.
         odds = math.log(p) - math.log1p(-p)
         logs = [math.log(math.comb(n, k)) + k * odds for k in range(least, n + 1)]
         highest = max(logs)
@@ -126,8 +127,8 @@ class CopraSchedule:
 
 
 def _uniforms(seed: int, step: int, count: int) -> list[float]:
-    """Return ``count`` numbers in [0, 1), each made of 53 bits of a hash of seed, step and
-    counter."""
+    """Return ``count`` numbers in [0, 1), each made of 53 bits of a hash of the seed, the step and
+    a counter."""
     found: list[float] = []
     for block in range(math.ceil(count / 8)):
         digest = hashlib.blake2b(f"{seed}:{step}:{block}".encode()).digest()  # 64 bytes

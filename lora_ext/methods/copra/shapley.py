@@ -21,22 +21,23 @@ from .controller import CopraController
 Method = Literal["exact", "permutation", "owen"]
 
 _MAX_EXACT_PLAYERS = 20  # a million coalitions
-_MAX_EXACT_GROUPS = 12  # by default, since each coalition costs a forward of the model
+# Limit of the default method only: each coalition costs a forward of the model.
+_MAX_EXACT_GROUPS = 12
 _ORDERS, _DRAWS, _LEVELS = 32, 4, 16  # default numbers
-# Tokens of a forward on the CPU. They suffice to amortise reading the weights. Larger forwards
-# allocate fresh memory for activations every time: this took a quarter of one forward of SmolLM2 on
-# 4096 tokens, but a twentieth of 16 forwards on 256.
+# Tokens per forward on the CPU, enough to amortise reading the weights. Larger forwards allocate
+# new memory for activations every time: this took a quarter of the time of one forward of SmolLM2
+# on 4096 tokens, but a twentieth of the time of 16 forwards on 256 tokens.
 _MAX_CPU_TOKENS = 1024
 
-#: Values of coalitions; bit i of a coalition is set if player i takes part.
+#: Function that returns the values of coalitions. Bit i of a coalition is set if player i is in it.
 Values = Callable[[Sequence[int]], list[float]]
 
 
 class Shapley(NamedTuple):
     """Shapley value of each player, with its standard error.
 
-    The values add up to v(all) - v(none), up to rounding, with the methods "exact" and
-    "permutation".
+    With the methods "exact" and "permutation", the values add up to v(all) - v(none), up to
+    rounding.
     """
 
     values: Tensor  # (n,) float64
@@ -60,26 +61,28 @@ def shapley_values(
     ``phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S + i) - v(S))``.
 
     Args:
-        value_fn: v, which maps a bool tensor ``(n,)``, True for each player that takes part, to a
-            finite number.
+        value_fn: v, function from a coalition to a finite number. The coalition is a bool tensor
+            ``(n,)``, True for each player in it.
         n: Number of players.
-        method: "exact" evaluates all 2^n coalitions. "permutation" lets the players join in random
-            orders and evaluates n + 1 coalitions per order. "owen" draws players with probability q
-            at ``levels`` midpoints q of [0, 1] and evaluates n + 1 coalitions per draw: the drawn
-            one, and for each player the same one with or without it. The midpoints leave an error
-            of the order of 1 / levels^2.
+        method: Algorithm. "exact" evaluates all 2^n coalitions. "permutation" adds the players one
+            by one in random orders, and evaluates n + 1 coalitions per order. "owen" divides [0, 1]
+            into ``levels`` intervals. At each midpoint q, it draws coalitions that contain every
+            player with probability q, and evaluates n + 1 coalitions per draw: the drawn one, and
+            for each player the drawn one with this player added or removed. The error due to the
+            midpoints is of the order of 1 / levels^2.
         samples: Number of orders (default 32), or of drawn coalitions per level (default 4).
         generator: Random generator of the samples; default is torch's, on the CPU.
         cache: Whether to evaluate each coalition only once. Use False for a noisy v.
-        antithetic: Whether to use each order reversed too, which doubles the number of orders.
+        antithetic: Whether "permutation" also uses the reverse of each order, which doubles the
+            number of orders.
         levels: Number of levels of "owen".
 
     Raises:
         ValueError: If n, samples or levels is below 1, the method is unknown, "exact" is used with
             more than 20 players, or a value is not finite.
 
-    Source: Shapley 1953; Castro et al. 2009 for orders; Owen 1972, Okhrati and Lipani 2021 for
-    levels; arXiv 2410.22911 for layers as players.
+    Source: Shapley 1953; Castro et al. 2009 for "permutation"; Owen 1972, Okhrati and Lipani 2021
+    for "owen"; arXiv 2410.22911 for layers as players.
     """
     estimator = _estimator(n, method, samples, generator, antithetic, levels)
 
@@ -103,29 +106,30 @@ def layer_shapley(
     antithetic: bool = False,
     levels: int = _LEVELS,
 ) -> Shapley:
-    """Compute the Shapley values of the groups of a controller for a utility of the model.
+    """Compute the Shapley value of each group of layers for a utility of the model.
 
     The model runs in evaluation mode and without gradients; modes and masks are restored
     afterwards.
 
     Args:
         model: Model of the controller.
-        controller: Controller whose groups are the players.
-        eval_fn: ``eval_fn(model)`` returns the utility, a number such as the accuracy or the
-            negative loss. With a batch, ``eval_fn(output, batch)`` returns the utility of each row
-            of the model's output, ``(rows,)``; v(S) is their mean.
-        method: Default is "exact" up to 12 groups, else "permutation".
+        controller: Controller whose groups of layers are the players.
+        eval_fn: Function that returns the utility. ``eval_fn(model)`` returns a number such as the
+            accuracy or the negative loss. With a batch, ``eval_fn(output, batch)`` returns a tensor
+            ``(rows,)`` of the utilities of the rows of the model's output; v(S) is their mean.
+        method: Algorithm, see :func:`shapley_values`; default is "exact" for at most 12 groups,
+            otherwise "permutation".
         samples, generator, cache, antithetic, levels: As in :func:`shapley_values`.
-        batch: Keyword arguments of the model. Tensors with as many rows as the first one are
-            repeated for each coalition; all other values are passed unchanged.
-        batched_coalitions: K, number of coalitions in one forward, each with a copy of the batch's
-            rows. The weights are read once for all of them. On the CPU a forward takes fewer if
-            they have over 1024 tokens, since larger batches gain nothing there.
+        batch: Keyword arguments of the model. Tensors with the same number of rows as the first
+            tensor are repeated for each coalition; all other values are passed unchanged.
+        batched_coalitions: K, number of coalitions in one forward, each on a copy of the batch.
+            The weights are read once for all of them. On the CPU, a forward has at most 1024 tokens
+            unless one copy has more, since larger forwards are not faster there.
 
     Raises:
         ValueError: If the controller belongs to another model; if ``batched_coalitions`` is below
             1, or above 1 without a batch; if a batch has no tensors; if ``eval_fn`` does not return
-            one number per row; or as :func:`shapley_values`.
+            one number per row; or if :func:`shapley_values` raises it.
 
     Warns:
         UserWarning: If a layer cannot be switched row by row; coalitions are then evaluated one by
@@ -150,8 +154,11 @@ def layer_shapley(
 
 
 def _coalitions_at_once(inputs: Tensor, most: int) -> int:
-    """Return the number of copies of a batch in one forward: ``most``, but on the CPU only as many
-    as have 1024 tokens, and at least one. Inputs are token ids ``(rows, ...)`` or features."""
+    """Return the number of copies of a batch in one forward: ``most``, but on the CPU at most 1024
+    tokens and at least one copy.
+
+    ``inputs`` are token ids ``(rows, ...)``, or features with one more dimension.
+    """
     if inputs.device.type != "cpu":
         return most
     tokens = inputs.shape[:-1].numel() if inputs.is_floating_point() else inputs.numel()
@@ -160,13 +167,14 @@ def _coalitions_at_once(inputs: Tensor, most: int) -> int:
 
 @dataclass(eq=False)
 class _Utilities:
-    """Values of coalitions. With a batch, all coalitions of one call share a forward."""
+    """Function that returns the values of coalitions. With a batch, all coalitions of one call are
+    evaluated in one forward."""
 
     model: nn.Module
     controller: CopraController
     eval_fn: Callable[..., Any]
     batch: dict[str, Any] | None
-    row_by_row: bool = True  # until a layer raises RowwiseError
+    row_by_row: bool = True  # set to False when a layer raises RowwiseError
 
     def __post_init__(self) -> None:
         batch = {"": torch.empty(0)} if self.batch is None else self.batch
@@ -260,22 +268,22 @@ class _Estimator(NamedTuple):
     """Coalitions to evaluate, and the function that combines their values into Shapley values
     ``(n,)`` and standard errors ``(n,)``.
 
-    Bit i of a coalition is set if player i takes part. An estimator lists all coalitions before it
-    uses a value, so that many can be evaluated at a time.
+    Bit i of a coalition is set if player i is in it. All coalitions are listed before the first is
+    evaluated, so that several can be evaluated in one forward.
     """
 
     coalitions: list[int]  # may contain duplicates
-    combine: Callable[[Tensor], tuple[Tensor, Tensor]]  # of their values in order, float64
+    combine: Callable[[Tensor], tuple[Tensor, Tensor]]  # argument: float64 values of `coalitions`
 
 
 def _exact(n: int) -> _Estimator:
-    """Return the estimator by the definition, over all ``2^n`` coalitions; its standard error is
-    0."""
+    """Return the estimator that evaluates the definition, with all ``2^n`` coalitions. Its standard
+    error is 0."""
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
         number = torch.arange(2**n)
         sizes = sum((number >> i & 1 for i in range(n)), torch.zeros_like(number))
-        # |S|! (n - |S| - 1)! / n! of a coalition S of the other players
+        # weight |S|! (n - |S| - 1)! / n! of a coalition S of the other players
         weights = [1 / (n * math.comb(n - 1, size)) for size in range(n)]
         weight = torch.tensor([*weights, 0.0], dtype=torch.float64)[sizes]
         phi = torch.zeros(n, dtype=torch.float64)
@@ -290,17 +298,19 @@ def _exact(n: int) -> _Estimator:
 def _permutation(
     n: int, orders: int, antithetic: bool, generator: torch.Generator | None
 ) -> _Estimator:
-    """Return the estimator of gains along random orders. A sample is an order, or one and its
-    reverse."""
+    """Return the estimator that averages the gains of v when players join in random orders.
+
+    A sample is one order, or with ``antithetic`` one order and its reverse.
+    """
     drawn: list[list[int]] = []
     for _ in range(orders):
         order = torch.randperm(n, generator=generator).tolist()
         drawn += [order, order[::-1]] if antithetic else [order]
-    # Coalitions along each order, from the empty to the full one.
+    # Each order has n + 1 coalitions: its first k players, for k from 0 to n.
     queried = [c for order in drawn for c in accumulate((1 << i for i in order), initial=0)]
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
-        gains = v.view(len(drawn), n + 1).diff(dim=1)  # by position in the order
+        gains = v.view(len(drawn), n + 1).diff(dim=1)  # by position of the player in the order
         by_player = torch.empty_like(gains).scatter_(1, torch.tensor(drawn), gains)
         samples = by_player.view(orders, -1, n).mean(1)
         return samples.mean(0), _error_of_mean(samples)
@@ -309,7 +319,8 @@ def _permutation(
 
 
 def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) -> _Estimator:
-    """Return the estimator of gains over random coalitions, with probability q of each player.
+    """Return the estimator that averages the gains of v over coalitions that contain each player
+    with probability q.
 
     ``phi_i`` is the integral of the mean gain over q in [0, 1], approximated by the mean over
     midpoints.
@@ -328,7 +339,7 @@ def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) ->
         table = v.view(levels * draws, n + 1)
         changes = table[:, 1:] - table[:, :1]  # when the player joins or leaves
         gains = torch.where(torch.tensor(inside), -changes, changes)
-        if draws == 1:  # spread between levels, larger than that within them
+        if draws == 1:  # the spread between levels is an upper estimate of the spread within them
             return gains.mean(0), _error_of_mean(gains)
         by_level = gains.view(levels, draws, n)
         errors = torch.stack([_error_of_mean(level) for level in by_level])
@@ -338,7 +349,7 @@ def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) ->
 
 
 def _error_of_mean(samples: Tensor) -> Tensor:
-    """Return the standard errors ``(n,)`` of the mean of ``(samples, n)``; NaN for a single
+    """Return the standard errors ``(n,)`` of the mean of samples ``(samples, n)``; NaN for a single
     sample."""
     if len(samples) == 1:
         return torch.full_like(samples[0], math.nan)

@@ -18,4 +18,4 @@ __all__ = [
     "gd_layers", "partition_dirichlet", "partition_pathological", "pattern_weights", "rgd_layers",
 ]  # fmt: skip
 
-__getattr__ = on_demand(__name__, _flower="FedHello")  # needs Flower
+__getattr__ = on_demand(__name__, _flower="FedHello")  # requires Flower

@@ -24,28 +24,28 @@ _log = logging.getLogger("flwr")
 class FedHello(LoraStrategy):
     """Flower strategy in which each client trains as many layers as it can.
 
-    The layers are chosen by geometry, at random, or by importance. With ``kind="fim"``, in the
-    rounds for which :meth:`HLA.wants_scores` returns True, the server scores the layers on its own
-    samples before it makes the plans. If scores are not finite, a warning is logged and the
-    previous weights stay.
+    The layers are chosen by position, at random, or by importance. With ``kind="fim"``, the server
+    scores the layers on samples that only it has, before it makes the plans of a round for which
+    :meth:`HLA.wants_scores` returns True. If a score is not finite, a warning is logged and the
+    previous weights are kept.
 
     Args:
-        allocator: An :class:`HLA`, or its settings, for as many layers as the global adapter has.
+        allocator: An :class:`HLA` for the number of layers of the global adapter, or its settings.
         model_fn: With "fim", function that returns the base model with the adapter. It is called
-            once; the model gets the global adapter whenever layers are scored.
+            once; the global adapter is loaded into the model whenever layers are scored.
         proxy: With "fim", samples of the server, which no client has, in batches for
-            :func:`fim_scores`; or a function without arguments that returns them at every call.
-        adapter: Name of the adapter in that model.
+            :func:`fim_scores`; or a function without arguments that returns the batches.
+        adapter: Name of the adapter in the model of ``model_fn``.
         strategy: Arguments of :class:`LoraStrategy`, such as ``capability``.
 
     Raises:
-        EmptyProxySet: If "fim" has no samples.
-        ValueError: If "fim" has no model; at the start of a run, if the allocator is for another
-            number of layers; or as :class:`LoraStrategy`.
+        EmptyProxySet: If ``kind`` is "fim" and there are no samples.
+        ValueError: If ``kind`` is "fim" and there is no model; if :class:`LoraStrategy` raises it;
+            or, at the start of a run, if the allocator is for another number of layers.
         TypeError: If the allocator has another type.
 
     Warns:
-        UserWarning: If clients of these capabilities can never train some layer.
+        UserWarning: If no client can ever train some layer with its capability.
 
     Source: arXiv 2506.12213.
     """
@@ -76,8 +76,8 @@ class FedHello(LoraStrategy):
             self._warn_uncovered(allocator, self._capabilities)
 
     def before_round(self, round: int, state: Mapping[str, Tensor]) -> None:
-        """Make the allocator if it does not exist yet, and score the layers if this round needs
-        it."""
+        """Create the allocator if it does not exist yet, and score the layers if the round needs
+        new scores."""
         pairs = layer_pairs(WHERE, state, self._pattern)
         num_layers = check_layers(WHERE, {pair.layer for pair in pairs})
         hla = self._allocation(num_layers)
@@ -96,8 +96,8 @@ class FedHello(LoraStrategy):
         return super().select(round, clients)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state of ``state_dict``, with the allocation; it may have passed through
-        JSON."""
+        """Restore a state returned by ``state_dict``, including the allocation. The state may have
+        been stored as JSON."""
         if "allocator" in state:
             self._allocation(state["allocator"]["L"])
         super().load_state_dict(state)

@@ -1,4 +1,4 @@
-"""GD and RGD: the layers that a client gets by a pattern or by a draw with its weights."""
+"""GD and RGD: the layers of a client, either fixed by a pattern or drawn with its weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from lora_ext._checks import choice, integer, require
 
-#: Weights of layers, ``(L,)``, with any sum above 0.
+#: Weights of L layers, ``(L,)``, with any sum above 0.
 Weights = Tensor | Sequence[float]
 
 _BOTTLENECK = (3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3)  # from the authors' configurations, L = 12
 
 
 class Pattern(str, Enum):
-    """P, the position of the layers that most clients train. Layer 0 is next to the input."""
+    """P, where the layers that most clients train are. Layer 0 is at the input of the model."""
 
     UNIFORM = "uniform"
-    TRIANGLE = "triangle"  # dense at the input
-    INVERTED_TRIANGLE = "inverted_triangle"  # dense at the output
-    BOTTLENECK = "bottleneck"  # dense at both ends
+    TRIANGLE = "triangle"  # near the input
+    INVERTED_TRIANGLE = "inverted_triangle"  # near the output
+    BOTTLENECK = "bottleneck"  # near both ends
 
     def __str__(self) -> str:
         return self.value
@@ -36,16 +36,16 @@ _LINES = {Pattern.UNIFORM: (1, 0), Pattern.TRIANGLE: (3, -2), Pattern.INVERTED_T
 
 
 def as_pattern(where: str, pattern: Pattern | str) -> Pattern:
-    """Return the pattern with this name; the error for an unknown name lists them."""
+    """Return the pattern with this name; raise an error that lists all names for another one."""
     return Pattern(choice(where, "pattern", pattern, [each.value for each in Pattern]))
 
 
 def pattern_weights(pattern: Pattern | str, L: int) -> Tensor:
     """Return g, the weight of each layer in a draw.
 
-    With ``u = l / (L - 1)``: 1 for "uniform", ``3 - 2u`` for "triangle", ``1 + 2u`` for
-    "inverted_triangle", and for "bottleneck" the authors' twelve values, interpolated at ``11 u``;
-    each divided by the sum.
+    For layer l and ``u = l / (L - 1)``, the weight before division by the sum is 1 for "uniform",
+    ``3 - 2u`` for "triangle" and ``1 + 2u`` for "inverted_triangle". For "bottleneck", the authors'
+    twelve values are interpolated at position ``11 u``.
 
     Args:
         pattern: A :class:`Pattern` or its name.
@@ -55,7 +55,8 @@ def pattern_weights(pattern: Pattern | str, L: int) -> Tensor:
         ``(L,)`` float64 with sum 1.
 
     Raises:
-        ValueError, TypeError: If the pattern is unknown, or L is not an integer from 1.
+        ValueError: If the pattern is unknown, or L is below 1.
+        TypeError: If L is not an integer.
 
     Source: arXiv 2506.12213 and its configurations; the interpolation and the slopes of the
     triangles are our choice.
@@ -71,7 +72,7 @@ def pattern_weights(pattern: Pattern | str, L: int) -> Tensor:
 
 
 def gd_layers(pattern: Pattern | str, L: int, c: int) -> tuple[int, ...]:
-    """Return S, the c layers that the pattern gives to every client that can train c.
+    """Return S, the layers of a client that can train c of L layers.
 
     =================== ==================================================================
     uniform             ``floor(i L / c)``, i from 0 to c - 1
@@ -80,21 +81,22 @@ def gd_layers(pattern: Pattern | str, L: int, c: int) -> tuple[int, ...]:
     bottleneck          from both ends: 0, L - 1, 1, L - 2, ...
     =================== ==================================================================
 
-    All but "uniform" are nested: a client that can train more trains the same layers and others.
+    Except for "uniform", the sets are nested: a client with a larger c trains all layers of a
+    client with a smaller c.
 
     Args:
         pattern: A :class:`Pattern` or its name.
         L: Number of layers.
-        c: Number of layers to train, from 0.
+        c: Number of layers to train, from 0 to L.
 
     Returns:
-        Indices in ascending order.
+        Indices of the layers in ascending order.
 
     Raises:
         ValueError: If the pattern is unknown, L is below 1, or c is outside ``[0, L]``.
         TypeError: If L or c is not an integer.
 
-    Source: arXiv 2506.12213; "uniform" gives the lists of the authors' configurations.
+    Source: arXiv 2506.12213; "uniform" equals the lists in the authors' configurations.
     """
     where = "gd_layers"
     pattern = as_pattern(where, pattern)
@@ -113,23 +115,26 @@ def gd_layers(pattern: Pattern | str, L: int, c: int) -> tuple[int, ...]:
 def rgd_layers(
     weights: Weights, c: int, *, seed: int, round: int, client: int | str
 ) -> tuple[int, ...]:
-    """Draw S, c distinct layers, each in proportion to the weights of those not yet drawn.
+    """Draw S, c distinct layers, without replacement and with probabilities proportional to the
+    weights of the remaining layers.
 
-    They are drawn at once as the c largest ``log g_l - log(-log U_l)``, which gives the same
-    distribution. The U_l are hashes of seed, round and client. The layers of a client therefore
-    depend neither on the other clients of the round nor on the version of a library.
+    The draw is the c layers l with the largest ``log g_l - log(-log U_l)``, which has the same
+    distribution. The U_l in (0, 1) are hashes of seed, round, client and layer. The layers of a
+    client therefore depend neither on the other clients of the round nor on the version of a
+    library.
 
     Args:
-        weights: g, ``(L,)``, with any sum above 0. A layer of weight 0 is never drawn.
+        weights: g, ``(L,)``, with any sum above 0. A layer with weight 0 is never drawn.
         c: Number of layers, from 0.
-        seed, round, client: Key of the draw.
+        seed, round, client: Key of the draw: equal keys give equal layers.
 
     Returns:
-        Indices in ascending order.
+        Indices of the layers in ascending order.
 
     Raises:
-        ValueError, TypeError: If weights are negative, not finite, or of the wrong shape; if c is
-            not an integer from 0 to the number of weights above 0.
+        ValueError: If weights are negative, not finite, or of the wrong shape; or if c is negative
+            or above the number of weights above 0.
+        TypeError: If c is not an integer.
 
     Source: arXiv 2506.12213, RGD-HLA.
     """
@@ -146,8 +151,8 @@ def rgd_layers(
 
 
 def checked_weights(where: str, weights: Weights, L: int | None = None) -> Tensor:
-    """Return weights as float64 ``(L,)``; raise unless they are finite, at least 0 and not all
-    0."""
+    """Return weights as float64 ``(L,)``; raise unless they are finite and at least 0, and their
+    sum is above 0."""
     g = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
     fits = g.dim() == 1 and (g.numel() == L if L is not None else g.numel() > 0)
     require(fits, where, "weights", f"shape ({'L' if L is None else L},)", list(g.shape))
@@ -157,7 +162,7 @@ def checked_weights(where: str, weights: Weights, L: int | None = None) -> Tenso
 
 
 def normalised(weights: Weights) -> Tensor:
-    """Return weights ``(L,)`` divided by their sum, float64."""
+    """Return weights ``(L,)`` divided by their sum, in float64."""
     g = torch.as_tensor(weights, dtype=torch.float64)
     return g / g.sum()
 
@@ -167,5 +172,6 @@ def _uniform(seed: int, round: int, client: int | str, layer: int) -> float:
     named = repr(client) if isinstance(client, str) else operator.index(client)
     text = f"{operator.index(seed)}:{operator.index(round)}:{named}:{layer}"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    # 52 bits plus a half are exact in a float and never 0 or 1, which lead to log(0).
+    # 52 bits plus a half are exact in a float, and the result is never 0 or 1, which would lead to
+    # log(0).
     return ((int.from_bytes(digest, "little") >> 12) + 0.5) * 2.0**-52

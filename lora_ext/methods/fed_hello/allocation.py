@@ -1,4 +1,4 @@
-"""HLA, heterogeneous layer allocation: the plan of every client in every round."""
+"""HLA, heterogeneous layer allocation: the choice of each client's layers in every round."""
 
 from __future__ import annotations
 
@@ -28,23 +28,25 @@ from .config import FedHelloConfig, Kind
 class HLA:
     """Allocation that gives each client as many layers as it can train.
 
-    Layers are chosen by geometry ("gd"), at random ("rgd"), or by importance ("fim"). A plan
-    depends only on the settings, the seed, the round, the client, its capability, and the
-    importance given to :meth:`update` up to that round; not on other clients or the order of calls.
+    Layers are chosen by position ("gd"), at random ("rgd"), or by importance ("fim"). A plan lists
+    the layers that a client trains in a round. It depends only on the settings, the seed, the
+    round, the client, its capability, and the importance passed to :meth:`update` up to that round.
+    It does not depend on other clients or on the order of calls.
 
     Args:
-        pattern: P, a :class:`Pattern` or its name; :meth:`of` takes a configuration instead.
+        pattern: P, a :class:`Pattern` or its name. To pass a configuration instead, use :meth:`of`.
         L: Number of layers.
         kind: "gd", "rgd" or "fim".
         seed, weights, prior_rounds, every, hold, mix, k, levels: As in :class:`FedHelloConfig`.
 
     Attributes:
-        config: The settings.
+        config: :class:`FedHelloConfig` with the settings.
         L: Number of layers.
 
     Raises:
-        ValueError, TypeError: As :class:`FedHelloConfig`; if L is not an integer from 1, or the
-            number of weights is not L.
+        ValueError: If L is below 1, the number of weights is not L, or :class:`FedHelloConfig`
+            raises it.
+        TypeError: If L is not an integer, or :class:`FedHelloConfig` raises it.
 
     Source: arXiv 2506.12213, GD-HLA, RGD-HLA and FIM-HLA.
     """
@@ -72,9 +74,8 @@ class HLA:
 
     @classmethod
     def of(cls, config: FedHelloConfig, L: int) -> HLA:
-        """Return the allocation of ``config``, a :class:`FedHelloConfig`, for a model of L
-        layers."""
-        found = cls.__new__(cls)  # __init__ takes single settings
+        """Return the allocation with the settings of ``config`` for a model of L layers."""
+        found = cls.__new__(cls)  # __init__ accepts single settings, not a config
         found._set(config, L)
         return found
 
@@ -85,13 +86,15 @@ class HLA:
             self._prior = pattern_weights(config.pattern, L)
         else:
             self._prior = normalised(checked_weights("HLA", config.weights, L))
-        self._importance: dict[int, Tensor] = {}  # by the round given to `update`
+        self._importance: dict[int, Tensor] = {}  # by the argument `round` of `update`
 
     def weights(self, round: int) -> Tensor:
-        """Return g of a round, ``(L,)`` float64 with sum 1. Only "fim" changes it between rounds.
+        """Return g, the weight of each layer in a round, ``(L,)`` float64 with sum 1. Only with
+        "fim", rounds can have different weights.
 
         Raises:
-            ValueError, TypeError: If the round is not an integer from 0.
+            ValueError: If the round is negative.
+            TypeError: If the round is not an integer.
         """
         round = integer("HLA", "round", round, 0)
         known = [r for r in self._importance if (r <= round if self.config.hold else r == round)]
@@ -101,10 +104,12 @@ class HLA:
         return mix * self._importance[max(known)] + (1 - mix) * self._prior
 
     def wants_scores(self, round: int) -> bool:
-        """Return whether :meth:`update` should get new scores before the plans of a round.
+        """Return whether :meth:`update` should be called with new scores before the plans of a
+        round are made.
 
         Raises:
-            ValueError, TypeError: If the round is not an integer from 0.
+            ValueError: If the round is negative.
+            TypeError: If the round is not an integer.
         """
         round = integer("HLA", "round", round, 0)
         config = self.config
@@ -112,15 +117,16 @@ class HLA:
         return config.kind == "fim" and due
 
     def update(self, round: int, scores: Tensor | Sequence[float]) -> None:
-        """Set the importance of all layers from this round on, or without ``hold`` for it alone.
+        """Set the importance of all layers for a round, and with ``hold`` also for later rounds.
 
         Args:
-            round: Round of the next plans.
+            round: First round whose plans use the scores.
             scores: F of :func:`fim_scores`, ``(L,)``.
 
         Raises:
-            ValueError, TypeError: If the number of scores is not L, a score is not finite, or the
-                round is not an integer from 0. Nothing is changed then.
+            ValueError: If the number of scores is not L, a score is not finite, or the round is
+                negative. Then nothing is changed.
+            TypeError: If the round is not an integer. Then nothing is changed.
         """
         round = integer("HLA.update", "round", round, 0)
         values = torch.as_tensor(scores, dtype=torch.float64)
@@ -132,14 +138,15 @@ class HLA:
         """Return the plan of a client for a round.
 
         Args:
-            round: Round, from 0.
-            client: Name of the client.
+            round: Number of the round, from 0.
+            client: Number or name of the client.
             capability: c, number of layers that the client can train. If it is 0, the plan is empty
                 and the client must not be selected.
 
         Raises:
-            ValueError, TypeError: If the round is not an integer from 0, the capability not in
-                ``[0, L]``, or fewer than c layers have a weight above 0.
+            ValueError: If the round is negative, the capability is outside ``[0, L]``, or fewer
+                than c layers have a weight above 0.
+            TypeError: If the round or the capability is not an integer.
         """
         c = integer("HLA.plan", f"capability of client {client!r}", capability, 0, self.L)
         weights = self.weights(round)
@@ -148,10 +155,11 @@ class HLA:
         return LayerPlan(rgd_layers(weights, c, seed=self.config.seed, round=round, client=client))
 
     def uncovered(self, capabilities: Iterable[int]) -> tuple[int, ...]:
-        """Return the layers that no client of these capabilities can ever get.
+        """Return the layers that no client with one of these capabilities ever trains.
 
         Raises:
-            ValueError, TypeError: If :meth:`plan` does not accept a capability.
+            ValueError: If a capability is outside ``[0, L]``.
+            TypeError: If a capability is not an integer.
         """
         classes = {integer("HLA.uncovered", "capabilities", c, 0, self.L) for c in capabilities}
         if self.config.kind == "gd":
@@ -176,17 +184,18 @@ class HLA:
         return f"HLA({self.config.kind}, {shape}, {self.L} layers of weights {weights})"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that plans depend on, as JSON can store it."""
+        """Return everything that plans depend on, in a form that JSON can store."""
         importance = [[round, g.tolist()] for round, g in self._importance.items()]
         config = asdict(self.config) | {"pattern": str(self.config.pattern)}
         return {"L": self.L, "config": config, "importance": importance}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state of :meth:`state_dict`; plans then equal those of its origin.
+        """Restore a state returned by :meth:`state_dict`, including the settings. Plans then equal
+        those of the object that returned it.
 
         Raises:
-            ValueError: If the number of layers differs, or settings or weights are invalid. Nothing
-                is changed then.
+            ValueError: If the number of layers differs, or settings or weights are invalid. Then
+                nothing is changed.
             KeyError: If an entry is missing.
         """
         where = "HLA.load_state_dict"

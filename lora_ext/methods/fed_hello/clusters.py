@@ -1,4 +1,4 @@
-"""Groups of layers by importance: exact k-means in one dimension."""
+"""Groups of layers with similar importance, by exact k-means in one dimension."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ._patterns import normalised
 def cluster_weights(
     scores: Tensor | Sequence[float], k: int = 3, levels: Sequence[float] = (1, 2, 3)
 ) -> Tensor:
-    """Return g, a weight for each layer by the group of its score.
+    """Return g, the weight of each layer, which depends on the group of its score.
 
-    The groups minimise the sum of squares within groups: the sorted scores are cut by dynamic
-    programming. Equal scores share a group. Of two equally good cuts, the earlier one is taken.
-    With fewer distinct scores than k, there are as many groups as distinct scores, with the lowest
-    levels; if all scores are equal, so are the weights.
+    The sorted scores are cut into k groups such that the sum of squared deviations from the group
+    means is minimal, by dynamic programming. Equal scores are in the same group. Of two equally
+    good cuts, the earlier one is used. With fewer than k distinct scores, each distinct score is a
+    group, and the first levels are used; if all scores are equal, all weights are equal.
 
     Args:
-        scores: ``(L,)``, finite.
+        scores: Importance of each of L layers, ``(L,)``, finite.
         k: Number of groups.
         levels: Weight of each group before normalisation, from the group of the lowest scores.
 
@@ -35,11 +35,12 @@ def cluster_weights(
         ``(L,)`` float64 with sum 1.
 
     Raises:
-        ValueError, TypeError: If k is not an integer from 1, there are fewer than k levels, a level
-            is not finite and above 0, or scores have another shape or are not finite.
+        ValueError: If k is below 1, there are fewer than k levels, a level is not finite and above
+            0, or the scores have another shape or are not finite.
+        TypeError: If k is not an integer.
 
-    Source: arXiv 2506.12213, FIM-HLA: three groups, weights 1, 2 and 3. The authors' code numbers
-    its groups in no order; in the paper the weights rise with the score.
+    Source: arXiv 2506.12213, FIM-HLA: three groups, with weights 1, 2 and 3. The groups of the
+    authors' code have no order; in the paper, the weights increase with the score.
     """
     where = "cluster_weights"
     k = integer(where, "k", k, 1)
@@ -56,10 +57,10 @@ def cluster_weights(
 
 
 def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
-    """Return the group of each of these ascending points; ``counts[i]`` scores equal
-    ``points[i]``."""
+    """Return the group of each of the ascending, distinct ``points``, where ``counts[i]`` scores
+    are equal to ``points[i]``."""
     n = len(points)
-    # Fractions, so that equally good cuts compare as equal.
+    # In exact fractions, so that rounding does not decide between equally good cuts.
     pairs = zip(map(Fraction, points), counts, strict=True)
     powers = zip(*((Fraction(count), count * p, count * p * p) for p, count in pairs), strict=True)
     sums = [[*accumulate(values, initial=Fraction(0))] for values in powers]
@@ -70,9 +71,9 @@ def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
         number, total, squares = (own[end] - own[start] for own in sums)
         return squares - total * total / number
 
-    best = [Fraction(0)] * (n + 1)  # [j]: least cost of the first j points
-    cuts: list[list[int]] = []  # [i][j - 1]: start of group i if j is its end
-    for before in range(k):  # number of earlier groups, each with a point or more
+    best = [Fraction(0)] * (n + 1)  # [j]: least cost of the first j points in the groups so far
+    cuts: list[list[int]] = []  # [i][j - 1]: start of group i if it ends before point j
+    for before in range(k):  # number of earlier groups, each with at least one point
         found: list[tuple[Fraction, int]] = []
         for j in range(1, n + 1):
             starts = range(before, j) if before else range(1)

@@ -19,24 +19,31 @@ Reduce = Literal["fro", "trace"]
 class FedHelloConfig:
     """Settings of Fed-HeLLo: the choice of each client's layers in each round.
 
+    A client that can train c layers gets c of L layers. g is the weight of a layer in a draw.
+
     Attributes:
-        pattern: P, a :class:`Pattern` or its name.
-        kind: "gd", the same layers in every round; "rgd", drawn for each round and client; "fim",
-            drawn by importance once it is known, and by the pattern before that.
+        pattern: P, a :class:`Pattern` or its name; it favours layers by their position.
+        kind: Rule that chooses the layers. "gd": by the pattern, the same in every round; "rgd":
+            drawn for each round and client with the pattern's weights; "fim": drawn with weights
+            by importance as soon as importance is known, and like "rgd" before that.
         seed: Seed of all draws.
-        weights: g of every layer, instead of the pattern's. With "gd" the c layers of largest
-            weight are taken, the lower first among equals (our choice).
-        prior_rounds: T_prior; with "fim" the rounds before it draw by the pattern.
-        every: Importance is computed in the rounds from ``prior_rounds`` on that it divides.
-        hold: Whether a round in between keeps the last importance (our choice) or returns to the
-            pattern, as in the authors' code.
-        mix: ``g = mix g_FIM + (1 - mix) g_GD``, each with sum 1 (our choice).
-        k, levels: Number of groups of importance, and their weights from the lowest; see
-            :func:`cluster_weights`.
+        weights: g of every layer, which replaces the pattern's weights. With "gd", the c layers
+            with the largest weights are chosen, the lower layer first if weights are equal (our
+            choice).
+        prior_rounds: T_prior, first round of "fim" that can use importance.
+        every: Interval in rounds; importance is computed in each round from ``prior_rounds`` that
+            is a multiple of it.
+        hold: Whether the rounds between two computations use the last importance (our choice). If
+            False, they use the pattern, as in the authors' code.
+        mix: Share of importance: ``g = mix g_FIM + (1 - mix) g_GD``. g_FIM are the weights by
+            importance and g_GD those of the pattern, each with sum 1 (our choice).
+        k: Number of groups of importance, see :func:`cluster_weights`.
+        levels: Weight of each group, from the group of lowest importance.
         score, reduce, chunk: As in :func:`fim_scores`.
 
     Raises:
-        ValueError, TypeError: If a field is out of range or of another type.
+        ValueError: If a field is out of range.
+        TypeError: If a number or bool has another type.
 
     Source: arXiv 2506.12213 and its repository, TNI-playground/Fed_HeLLo; docs/fed_hello.md.
     """

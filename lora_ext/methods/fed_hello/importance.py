@@ -1,4 +1,5 @@
-"""FIM scores: importance of each layer of an adapter, from a few samples of the server."""
+"""FIM scores (Fisher information matrix): importance of each layer of an adapter, estimated from a
+few samples of the server."""
 
 from __future__ import annotations
 
@@ -26,12 +27,12 @@ from lora_ext.layers import (
 from .config import Reduce, Score
 
 WHERE = "fim_scores"
-#: Function from the name of a parameter to the index of its layer, or None if it has no score.
+#: Function from a parameter's name to the index of its layer, or None if it is not scored.
 LayerOf = Callable[[str], int | None]
 
 
 class EmptyProxySet(ValueError):
-    """Error raised if importance is requested and no batch has a sample."""
+    """Raised if importance is requested and there are no samples."""
 
 
 def fim_scores(
@@ -48,33 +49,37 @@ def fim_scores(
         D = mean over samples of (d log p(y | x) / d theta)^2, elementwise
         F_l = sum over the tensors theta of layer l of norm(D)
 
-    Each batch takes one forward and one backward: the gradient of a linear layer for one sample is
-    the product of the layer's inputs and output gradients. Adapters with DoRA, with a bias, or of
-    other layers take one backward per sample. All layers are scored, including frozen ones.
-    The model runs in evaluation mode; modes, flags, gradients and values are restored afterwards.
+    One forward and one backward are run per batch: for a linear layer, the gradient of one sample
+    is the product of the layer's inputs and output gradients. Adapters on other layers, with DoRA
+    or with a bias need one more forward and backward per sample. All layers are scored, including
+    frozen ones. The model runs in evaluation mode; its training modes, ``requires_grad`` flags,
+    gradients and values are the same afterwards.
 
     Args:
         model: Model with adapted layers of :mod:`lora_ext.nn` or PEFT, before or after
-            ``from_peft``. Samples are the first axis of their inputs.
-        batches: Each is ``(x, y)``, or a mapping of tensors with ``labels`` and the model's other
-            arguments. Labels are ``(n,)`` or, for sequences, ``(n, T)``; the score of a sequence is
-            the sum over its tokens. Labels in a mapping are shifted, as in transformers. A label of
-            -100 is ignored. The division into batches changes only rounding.
+            ``from_peft``. The first axis of a layer's input must be the samples.
+        batches: Batches of n samples. Each is ``(x, y)``, or a mapping of tensors with ``labels``
+            and the model's other arguments. Labels are ``(n,)`` or, for sequences of T tokens,
+            ``(n, T)``; the score of a sequence is the sum over its tokens. Labels in a mapping are
+            shifted, as in transformers. A label of -100 is ignored. The division into batches
+            affects only rounding.
         layer_of: Function from the name of a LoRA tensor in ``model.named_parameters()`` to the
-            index of its layer, or None.
-        score: "log_prob", or "logit", the logit of the label, as in the authors' code.
-        reduce: "fro", the Frobenius norm of D, or "trace", the sum of its entries.
-        chunk: Largest number of samples with gradients at a time.
+            index of its layer, or None if it is not scored.
+        score: Function whose gradient is taken: "log_prob", log p(y | x), or "logit", the logit of
+            the label, as in the authors' code.
+        reduce: norm(D): "fro", the Frobenius norm, or "trace", the sum of the entries.
+        chunk: Largest number of samples with gradients in memory.
 
     Returns:
-        ``(L,)`` float64 on the CPU.
+        F, ``(L,)`` float64 on the CPU, for L layers.
 
     Raises:
         EmptyProxySet: If there is no sample.
-        LayerNotFound: If no LoRA tensor of an active adapter has a layer, or their indices have
-            gaps.
-        ValueError, TypeError: If a setting is out of range; if batches, outputs or labels do not
-            fit; if an adapter is merged; if an index is not an integer.
+        LayerNotFound: If no LoRA tensor of an active adapter has a layer, or an index below the
+            largest one has no tensor.
+        ValueError: If a setting is out of range; if batches, outputs or labels do not match; or if
+            an adapter is merged.
+        TypeError: If ``chunk`` or an index is not an integer.
 
     Source: arXiv 2506.12213, FIM-HLA.
     """
@@ -107,8 +112,8 @@ class _Pair(NamedTuple):
 def _scored(
     model: nn.Module, layer_of: LayerOf
 ) -> tuple[dict[nn.Parameter, int], list[_Pair], list[nn.Parameter]]:
-    """Return the layer of each LoRA tensor, the pairs of factors, and the tensors that need one
-    backward per sample."""
+    """Return the layer of each LoRA tensor, the pairs of factors that need one backward per batch,
+    and the tensors that need one backward per sample."""
     names = {id(p): name for name, p in model.named_parameters()}
     layers: dict[nn.Parameter, int] = {}
     pairs: list[_Pair] = []
@@ -116,7 +121,7 @@ def _scored(
     for name, module in adapted_layers(model).items():
         layer: Any = module
         for adapter in layer.active_adapters:
-            own = dict.fromkeys(adapter_parameters(layer, adapter))  # PEFT lists some twice
+            own = dict.fromkeys(adapter_parameters(layer, adapter))  # PEFT has duplicates
             scored = [p for p in own if id(p) in names and layer_of(names[id(p)]) is not None]
             layers |= {p: integer(WHERE, "layer_of", layer_of(names[id(p)]), 0) for p in scored}
             apart = not scored or adapter not in layer.merged_adapters
@@ -148,8 +153,8 @@ def _is_plain(layer: Any, adapter: str) -> bool:
 
 @contextlib.contextmanager
 def _as_evaluated(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Put the model into evaluation mode for a ``with`` block, in which only ``trained`` require
-    gradients."""
+    """Set the model to evaluation mode in a ``with`` block, in which only the parameters in
+    ``trained`` require gradients."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     kept = {id(parameter) for parameter in trained}
     try:
@@ -164,7 +169,7 @@ def _as_evaluated(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[Non
 
 @dataclass
 class _Fisher:
-    """Sums of the squared gradients of samples, by the ids of the parameters."""
+    """Sums of the samples' squared gradients (``squares``), by the ids of the parameters."""
 
     model: nn.Module
     pairs: list[_Pair]
@@ -182,7 +187,7 @@ class _Fisher:
 
         def watch(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             x = args[0] if args else kwargs["x"]
-            if not output.requires_grad:  # the graph starts here
+            if not output.requires_grad:  # Start the graph at the lowest layers that are scored.
                 output = output.detach().requires_grad_(True)
             calls[id(layer)].append((x.detach(), output))
             return output
@@ -201,7 +206,7 @@ class _Fisher:
                 if own:
                     sides = zip(*own, strict=True)
                     self._add_pair(pair, *(_by_sample(pair.name, ts, n) for ts in sides))
-        for sample in _samples(batch) if self.alone and n else ():  # one backward each
+        for sample in _samples(batch) if self.alone and n else ():  # one backward per sample
             score = _sample_scores(self.model, sample, self.score).sum()
             gradients = torch.autograd.grad(score, self.alone, allow_unused=True)
             for parameter, gradient in zip(self.alone, gradients, strict=True):
@@ -226,8 +231,8 @@ class _Fisher:
 
 
 def _by_sample(name: str, tensors: Sequence[Tensor], n: int) -> Tensor:
-    """Join tensors as ``(n, T, width)``; a layer may also get the tokens of all samples in one
-    axis."""
+    """Concatenate tensors as ``(n, T, width)``. Some models pass a layer the tokens of all samples
+    in one axis, ``(n * T, width)``."""
     for t in tensors:
         fits = t.dim() > 1 and t.shape[0] % n == 0
         require(fits, WHERE, name, f"an input of {n} samples", list(t.shape))

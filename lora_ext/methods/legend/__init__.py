@@ -1,5 +1,5 @@
-"""LoRA depths and ranks for devices of different speeds. Each device trains only the last layers,
-as many as it can in the same time as the others.
+"""LEGEND: federated LoRA on devices of different speeds. Each device trains only the last layers of
+the model, as many as it can in the time that the other devices need.
 
 Source: "Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous Devices", LEGEND (arXiv
 2412.20004).
@@ -22,4 +22,4 @@ __all__ = [
     "layer_bytes", "rank_distribution", "resize_lora", "resize_state", "waiting_time",
 ]  # fmt: skip
 
-__getattr__ = on_demand(__name__, _flower="Legend")  # needs Flower
+__getattr__ = on_demand(__name__, _flower="Legend")  # requires Flower

@@ -1,4 +1,4 @@
-"""Speed of each device, estimated from its reports of rounds."""
+"""Estimation of each device's speed from its reports on rounds."""
 
 from __future__ import annotations
 
@@ -15,62 +15,63 @@ from lora_ext.federated import Client
 
 _log = logging.getLogger(__name__)
 
-#: Weight of the previous ratio f : mu, against one report of weight 1. It decides if all reports
-#: have one depth, and is negligible otherwise.
+#: Weight of the previous ratio f : mu, relative to a report of weight 1. The ratio is needed if all
+#: reports have the same depth; otherwise this weight is negligible.
 _RATIO_WEIGHT = 1e-3
 
 
 class CapacityReport(NamedTuple):
-    """Unchecked report of a device on one round. Every duration is measured by the device's
-    clock."""
+    """Report of a device on one round, not checked yet. The device's clock measures every
+    duration."""
 
     device: Client
     depth: int  # k, number of trained layers
     train_time: float  # seconds
-    down_time: float  # seconds, download of the slice
-    bytes: float  # of the slice, one way
-    up_time: float | None = None  # seconds; None means down_time
+    down_time: float  # seconds to download the planned layers
+    bytes: float  # size of the planned layers, in one direction
+    up_time: float | None = None  # seconds to upload them; None means equal to down_time
 
 
 class Estimate(NamedTuple):
-    """Time model of a device: ``T(k) = f + k mu + beta U(k)`` seconds.
+    """Time model of a device: ``T(k) = f + k mu + beta U(k)`` seconds for k trained layers, which
+    have ``U(k)`` bytes.
 
-    The values are not checked here; the functions that plan with them raise for a value out of
-    range.
+    The values are not checked here. Functions that use them raise an error if one is out of range.
     """
 
     f: float  # seconds without any trained layer
     mu: float  # seconds per trained layer
-    beta: float  # seconds per byte of the slice, both directions together
+    beta: float  # seconds per byte for both directions together
     trusted: bool = True  # False if its latest reports were not measurements
 
 
 @dataclass(eq=False, repr=False)
 class CapacityTracker:
-    """Estimates of the devices' speeds, updated by their reports.
+    """Estimates of the devices' speeds (:class:`Estimate`), which their reports update.
 
-    ``beta`` is smoothed, ``rho beta + (1 - rho) observed``. ``(f, mu)`` is the least squares fit of
-    ``f + k mu`` to the training times, each report weighing ``forgetting`` times the next. If all
-    depths of a device are equal, its ratio f : mu stays, at first L : 2 (a backward costs two
-    forwards).
+    A report updates beta to ``rho beta + (1 - rho) observed``. f and mu are fitted to the training
+    times ``f + k mu`` of all reports by weighted least squares: a report has ``forgetting`` times
+    the weight of the next one. If all reports of a device have the same depth k, the ratio f : mu
+    keeps its previous value. Its initial value is L : 2, since a backward costs two forwards.
 
-    If a report has the depth of the previous one, but over twice or under half of the estimated
-    training time, the speed of the whole device has changed: the earlier reports are rescaled to
-    the new speed. This is our choice: the slope of a line through old reports of one speed and new
-    ones of another is meaningless.
+    If a report has the same depth as the previous one, but more than twice or less than half of the
+    estimated training time, the speed of the whole device has changed. The times of the earlier
+    reports are then multiplied by the ratio of the speeds. This is our choice, since a line through
+    reports of different speeds has a meaningless slope.
 
     Args:
         L: Number of layers.
-        rho: Weight of the old value of ``beta``.
-        forgetting: lambda of the least squares.
-        outlier: A report that is off by more than this factor is ignored once. A second one in a
-            row is a real change, and all earlier reports are forgotten.
+        rho: Weight of the old value of beta.
+        forgetting: lambda, factor by which the weight of a report decreases with each later report.
+        outlier: Largest factor between a reported and an estimated value. A report that exceeds it
+            is ignored. If the next report exceeds it too, the change counts as real, and all
+            earlier reports are forgotten.
         most_seconds: Upper bound of a duration; a report above it is not a measurement.
         max_bad: Number of reports in a row that are not measurements after which a device is not
             trusted.
         max_timeouts: Number of timeouts in a row after which a device rests.
-        cooldown: Number of rounds for which it rests.
-        prior: Known speeds by device; they count as one report of each of the depths L and
+        cooldown: Number of rounds for which a device rests, that is, must not be selected.
+        prior: Known speeds by device; they count as two reports, one of depth L and one of depth
             ``ceil(L / 2)``.
 
     Attributes:
@@ -78,7 +79,8 @@ class CapacityTracker:
         ignored: Number of outliers, by device.
 
     Raises:
-        ValueError, TypeError: If a setting is out of range, or L is not an int.
+        ValueError: If a setting is out of range.
+        TypeError: If L is not an int, or another setting has the wrong type.
 
     Source: LEGEND (arXiv 2412.20004): capacity estimation on the server. The method is our choice.
     """
@@ -116,15 +118,15 @@ class CapacityTracker:
             state.beta = float(speeds.beta)
 
     def __contains__(self, device: object) -> bool:
-        """Return whether there is an estimate of the device."""
+        """Return whether there is an estimate for the device."""
         return device in self._devices and self._devices[device].count > 0  # pyright: ignore
 
     def update(self, report: CapacityReport) -> bool:
         """Update the estimate of a device with its report.
 
-        A report that is not a measurement (a duration or size that is not finite, not above 0, or
-        absurdly large; a depth outside [1, L]) changes no estimate and is counted. Missing figures
-        are given as NaN.
+        A report is not a measurement if a duration or the size is not finite, not above 0, or
+        too large, or if the depth is outside [1, L]. Such a report is counted and changes no
+        estimate. NaN stands for a missing value.
 
         Returns:
             Whether the estimate was updated.
@@ -136,7 +138,7 @@ class CapacityTracker:
             self.dropped[report.device] += 1
             _log.warning("CapacityTracker: dropped, not a measurement: %s", report)
             return False
-        # Python numbers, which JSON can store.
+        # Converted to Python numbers, since JSON cannot store those of other packages.
         depth, seconds = int(report.depth), float(report.train_time)
         beta = (float(report.down_time) + float(up_time)) / float(report.bytes)
         state.bad = state.timeouts = 0
@@ -165,12 +167,14 @@ class CapacityTracker:
     ) -> None:
         """Record that a device did not reply in time, as if it had trained for ``seconds``.
 
-        The whole estimate becomes slower by the same factor, and never faster.
+        If ``seconds`` exceeds the estimated training time, f and mu are increased by the same
+        factor to match it. Otherwise the estimate does not change.
 
         Args:
-            depth: k of its plan.
-            seconds: Deadline.
-            round: Round of the timeout. With None the device does not start to rest.
+            device: Name of the device.
+            depth: k, depth of the device's plan.
+            seconds: Time that the server waited, the deadline.
+            round: Round of the timeout. With None, the device does not start to rest.
 
         Raises:
             ValueError: If the depth is outside [1, L], or the seconds are not finite and above 0.
@@ -192,20 +196,20 @@ class CapacityTracker:
             _log.warning("%s: %r rests until round %d", where, device, state.rests_until)
 
     def rests(self, device: Client, round: int) -> bool:
-        """Return whether ``device`` must not be selected in ``round``, after too many timeouts in a
-        row."""
+        """Return whether ``device`` must not be selected in ``round`` because of too many timeouts
+        in a row."""
         return device in self._devices and round <= self._devices[device].rests_until
 
     def trusted(self, device: Client) -> bool:
-        """Return whether ``device`` has fewer than ``max_bad`` bad reports since its last
-        measurement."""
+        """Return whether ``device`` has sent fewer than ``max_bad`` reports that are not
+        measurements since its last measurement."""
         return device not in self._devices or self._devices[device].bad < self.max_bad
 
     def estimate(self, device: Client) -> Estimate:
         """Return the speeds of a device, each at least 0.
 
         Raises:
-            KeyError: If no report of the device was a measurement so far.
+            KeyError: If there is no estimate for the device.
         """
         where = "CapacityTracker.estimate"
         require(device in self, where, "device", "one that reported", repr(device), KeyError)
@@ -213,12 +217,12 @@ class CapacityTracker:
         return Estimate(*state.solved(), state.beta or 0.0, self.trusted(device))
 
     def repeats(self, device: Client, depth: int) -> int:
-        """Count how many of the latest reports of ``device``, in a row, have this ``depth``."""
+        """Return the number of latest reports of ``device`` in a row that have this ``depth``."""
         state = self._devices.get(device)
         return state.repeats if state is not None and state.last == depth else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of all devices as lists and numbers, which JSON can store."""
+        """Return the state of all devices in a form that JSON can store."""
         return {
             "devices": [[d, asdict(state)] for d, state in self._devices.items()],
             "dropped": [list(entry) for entry in self.dropped.items()],
@@ -226,10 +230,10 @@ class CapacityTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the state by one of :meth:`state_dict`.
+        """Restore a state returned by :meth:`state_dict`.
 
         Raises:
-            KeyError, TypeError: If the state has another form; nothing is changed then.
+            KeyError, TypeError: If the state has another form. Then nothing is changed.
         """
         devices = {device: _Device(**values) for device, values in state["devices"]}
         dropped, ignored = (Counter(dict(state[key])) for key in ("dropped", "ignored"))
@@ -252,7 +256,7 @@ class CapacityTracker:
 
 @dataclass
 class _Device:
-    """State of one device: discounted sums of its reports, sufficient for least squares."""
+    """State of one device. The weighted sums over its reports suffice for the least squares fit."""
 
     ratio_f: float
     ratio_mu: float = 2.0  # a backward costs two forwards
@@ -262,8 +266,8 @@ class _Device:
     kk: float = 0.0  # weighted sum of squared depths
     t: float = 0.0  # weighted sum of times
     kt: float = 0.0  # weighted sum of depth times time
-    last: int = 0  # latest depth
-    repeats: int = 0  # reports of that depth in a row
+    last: int = 0  # depth of the latest report
+    repeats: int = 0  # number of latest reports in a row with that depth
     bad: int = 0
     off: bool = False
     timeouts: int = 0
@@ -284,7 +288,7 @@ class _Device:
         self.kt *= factor
 
     def forget(self) -> None:
-        """Drop all reports; keep the ratio f : mu."""
+        """Drop all reports, but keep the ratio f : mu."""
         f, mu = self.solved()
         if f + mu > 0:
             self.ratio_f, self.ratio_mu = f, mu
@@ -292,10 +296,11 @@ class _Device:
         self.count = self.k = self.kk = self.t = self.kt = 0.0
 
     def solved(self) -> tuple[float, float]:
-        """Return f and mu of the least squares, each at least 0."""
+        """Return f and mu of the least squares fit, each at least 0."""
         if not self.count:
             return 0.0, 0.0
-        # The ratio adds the equation (ratio_mu f - ratio_f mu) / norm = 0; no system is singular.
+        # The ratio adds the equation (ratio_mu f - ratio_f mu) / norm = 0 with a small weight, so
+        # that the system is never singular.
         weight = _RATIO_WEIGHT / (self.ratio_f**2 + self.ratio_mu**2)
         ff = self.count + weight * self.ratio_mu**2
         fm = self.k - weight * self.ratio_f * self.ratio_mu

@@ -19,23 +19,24 @@ _OF_ALLOCATOR = ("draw", "prior", "memory", "mem", "shares", "rank_caps")
 class Legend(LoraStrategy):
     """Flower strategy in which each client trains as many of the last layers as time allows.
 
-    Depths follow from the times that clients report (``train-time-s`` and ``down-time-s``), each
-    measured by the client's clock. A client that does not answer counts as if it had taken the
-    whole timeout. After three timeouts in a row it is not selected for ``cooldown`` rounds.
+    The number of layers, the depth, is computed from the durations that clients report
+    (``train-time-s`` and ``down-time-s``), each measured by the client's clock. A client that does
+    not reply is treated as if it had trained until the timeout. After three timeouts in a row it is
+    not selected for ``cooldown`` rounds.
 
     Args:
         config: Settings of ranks, depths and speeds. With ``total``, the global adapter must have
             the ranks of ``config.ranks(L)``; use :func:`lora_ext.methods.legend.resize_state`.
-        settings: ``draw``, ``prior``, ``memory``, ``mem``, ``shares`` and ``rank_caps`` of
-            :class:`lora_ext.methods.legend.LegendAllocator`; all others are those of
-            :class:`LoraStrategy`. ``capability`` is the largest depth of a client.
+        settings: Arguments ``draw``, ``prior``, ``memory``, ``mem``, ``shares`` and ``rank_caps``
+            of :class:`lora_ext.methods.legend.LegendAllocator`, and all arguments of
+            :class:`LoraStrategy`, in which ``capability`` is the largest depth of a client.
 
     Attributes:
-        allocator: The :class:`LegendAllocator`, from the first round on.
+        allocator: :class:`LegendAllocator`, or None before the first round.
 
     Raises:
-        ValueError: If a setting is out of range or, at the first round, the adapter does not fit
-            the config.
+        ValueError: If a setting is out of range or, in the first round, if the adapter does not
+            have the ranks of the config.
         TypeError: If ``config`` has another type.
 
     Source: LEGEND (arXiv 2412.20004).
@@ -53,7 +54,7 @@ class Legend(LoraStrategy):
         super().__init__(**settings)
 
     def before_round(self, round: int, state: Mapping[str, Tensor]) -> None:
-        """Make the allocator before the first round, from the ranks and bytes of the adapter."""
+        """Create the allocator before the first round, from the ranks and bytes of the adapter."""
         if self.allocator is None:
             self.allocator = LegendAllocator.of(self.config, state, self._pattern, **self._settings)
             if self._restored is not None:
@@ -66,7 +67,7 @@ class Legend(LoraStrategy):
         return super().select(round, awake)
 
     def plan_round(self, round: int, clients: Mapping[Client, int]) -> dict[Client, LayerPlan]:
-        """Return the allocator's plans of a round; a client that rests has no plan."""
+        """Return the allocator's plans of a round. A client that is resting has no plan."""
         plans = self._allocator.plan_round(round, clients)
         return {client: plans[client] for client in clients if client in plans}
 
@@ -81,16 +82,16 @@ class Legend(LoraStrategy):
         self._allocator.timed_out(round, client, plan, seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as :class:`LoraStrategy` does, even after a restart and before the next
-        round."""
+        """Return the state as :class:`LoraStrategy` does. If no round has run since a state was
+        restored, it contains the restored state of the allocator."""
         found = super().state_dict()
         if self.allocator is None and self._restored is not None:
             found["allocator"] = dict(self._restored)
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state of :meth:`state_dict`, even one read from JSON. The next round makes the
-        allocator, since it depends on the adapter."""
+        """Restore a state returned by :meth:`state_dict`, including one read from JSON. The
+        allocator is created in the next round, since it depends on the adapter."""
         rest = dict(state)
         self._restored = rest.pop("allocator", None)
         super().load_state_dict(rest)

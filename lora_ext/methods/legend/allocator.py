@@ -1,4 +1,4 @@
-"""Server side of LEGEND in one object: it turns estimates into plans and does not need Flower."""
+"""Server side of LEGEND in one object that does not need Flower: from reports to plans."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .ranks import layer_bytes
 Draw = Callable[[int, int, Client], Sequence[int]]
 
 WHERE = "LegendAllocator"
-#: Fields of the configuration that the tracker and the configurator take under the same names.
+#: Fields of the config that are arguments of the tracker or the configurator with the same name.
 _OF_TRACKER = ("rho", "forgetting", "cooldown")
 _OF_DEPTHS = ("mode", "k_min", "k_max", "byte_budget", "max_step", "cover_every", "eps", "deadline")
 
 
 class LegendAllocator:
-    """Planner of rounds that estimates from the results how fast each device is.
+    """Planner of rounds that estimates the speed of each device from its reports.
 
-    A device without an estimate trains all layers the first time and half of them the next
-    (``warmup="probe"``). A device that is not trusted trains the least depth; one that rests has no
-    plan.
+    With ``warmup="probe"``, a new device is probed: it trains all layers in its first round and
+    half of them in its second. A device that is not trusted, since its latest reports were not
+    measurements, trains the smallest depth. A device that rests after timeouts has no plan.
 
     Args:
-        config: Settings. ``total`` and the shape determine the ranks, unless ``ranks`` are given.
-        bytes_per_layer: Bytes of each layer one way at those ranks, see :func:`layer_bytes`.
+        config: Settings. ``total`` and ``shape`` determine the ranks, unless ``ranks`` is given.
+        bytes_per_layer: Bytes of each layer's factors in one direction, see :func:`layer_bytes`.
         ranks: Rank of each layer.
         draw: With ``depth_as_count``, function that chooses the layers, for example with
             Fed-HeLLo's ``rgd_layers``.
@@ -43,9 +43,11 @@ class LegendAllocator:
         memory, mem, shares, rank_caps: As in :class:`LegendConfigurator`.
 
     Attributes:
-        tracker, configurator: The :class:`CapacityTracker` and :class:`LegendConfigurator`.
-        L, ranks: Number and ranks of the layers.
-        last: Latest :class:`Configuration`, of the devices that were not probed.
+        tracker: :class:`CapacityTracker` that estimates the speeds.
+        configurator: :class:`LegendConfigurator` that chooses the depths.
+        L: Number of layers.
+        ranks: Rank of each layer.
+        last: Latest :class:`Configuration`, which does not include the probed devices.
 
     Raises:
         ValueError: If settings contradict each other.
@@ -84,7 +86,7 @@ class LegendAllocator:
             self.L, bytes_per_layer, ranks=self.ranks, **settings
         )
         self.last: Configuration | None = None
-        self._depths: dict[Client, int] = {}  # chosen depths, of devices without a fault since
+        self._depths: dict[Client, int] = {}  # latest depths; a fault removes the device's entry
         self._probes: Counter[Client] = Counter()
 
     @classmethod
@@ -98,13 +100,14 @@ class LegendAllocator:
         """Return the allocator for a global adapter.
 
         Args:
-            state: Tensors under PEFT's names, with the ranks of ``config.total`` if that is given.
+            config: Settings. If ``total`` is given, the adapter must have the ranks of the config.
+            state: Tensors of the adapter under PEFT's names.
             pattern: Regular expression for the layer's index in a name.
-            settings: Further arguments.
+            settings: Further keyword arguments of the class.
 
         Raises:
             ValueError: If modules of one layer have different ranks; if the ranks are not those of
-                the config; or as the class and :func:`layer_bytes`.
+                the config; or if the class or :func:`layer_bytes` raises it.
         """
         ranks: dict[int, int] = {}
         for pair in layer_pairs(f"{WHERE}: state", state, pattern):
@@ -119,17 +122,18 @@ class LegendAllocator:
         return cls(config, sizes, ranks=found, **settings)
 
     def plan(self, round: int, client: Client, capability: int) -> LayerPlan:
-        """Return the plan of a device that is alone in its round.
+        """Return the plan of a device that is the only one in its round.
 
         Args:
-            round: Number, from 1.
+            round: Number of the round, from 1.
+            client: Name of the device.
             capability: Largest depth of the device.
 
         Returns:
-            The last layers, with their ranks; a plan without layers if the device rests.
+            Plan of the layers to train, with their ranks; it has no layers if the device rests.
 
         Raises:
-            ValueError: As :meth:`plan_round`.
+            ValueError: As for :meth:`plan_round`.
         """
         return self.plan_round(round, {client: capability}).get(client, LayerPlan(()))
 
@@ -137,18 +141,20 @@ class LegendAllocator:
         """Return the plans of a round.
 
         Args:
+            round: Number of the round, from 1.
             clients: Largest depth of each selected client.
 
         Returns:
             Plans by client; clients that rest have no plan.
 
         Raises:
-            ValueError: If warmup is "prior" and a client has no speeds; if the limit or memory of a
-                client is below ``k_min``; or as :meth:`LegendConfigurator.configure`.
+            ValueError: If ``warmup`` is "prior" and a client has no speeds; if the largest depth or
+                the memory of a client does not allow ``k_min``; or if
+                :meth:`LegendConfigurator.configure` raises it.
         """
         tracker, config = self.tracker, self.config
         awake = {c: limit for c, limit in clients.items() if not tracker.rests(c, round)}
-        new: list[Client] = []  # in the order of `clients`, which the state keeps
+        new: list[Client] = []  # a list, since the saved state is in the order of `clients`
         for c in awake:
             if config.warmup == "prior":
                 require(c in tracker, WHERE, "prior", f"speeds of {c!r}", "none")
@@ -160,7 +166,7 @@ class LegendAllocator:
         self._probes.update(new)
         self._depths |= chosen
         for c, depth in chosen.items():
-            # A device that repeated this depth `explore_every` times tries one more layer once.
+            # After `explore_every` reports of equal depth, the device trains one more layer once.
             repeated = tracker.repeats(c, depth) >= config.explore_every
             free = config.byte_budget is None and tracker.trusted(c)
             more = repeated and free and depth < self.configurator.deepest(c, known[c])
@@ -173,8 +179,12 @@ class LegendAllocator:
         """Update the estimates from a client's report on a round.
 
         Args:
-            metrics: ``train-time-s``, ``down-time-s``, ``bytes`` of the slice, and ``up-time-s`` if
-                known. Reports with missing or absurd values are dropped and counted.
+            round: Number of the round; not used.
+            client: Name of the client.
+            plan: Plan of the client in this round.
+            metrics: ``train-time-s``, ``down-time-s``, ``bytes`` of the planned layers, and
+                optionally ``up-time-s``. Reports with missing or impossible values are ignored and
+                counted.
 
         Raises:
             ValueError: If the plan has no layers.
@@ -187,19 +197,23 @@ class LegendAllocator:
             self._depths.pop(client, None)
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Record that a client did not answer, see :meth:`CapacityTracker.update_timeout`.
+        """Record that a client did not reply, see :meth:`CapacityTracker.update_timeout`.
 
         Args:
+            round: Number of the round.
+            client: Name of the client.
+            plan: Plan of the client in this round.
             seconds: Time that the server waited.
 
         Raises:
-            ValueError: As :meth:`observe` and :meth:`CapacityTracker.update_timeout`.
+            ValueError: If the plan has no layers, or :meth:`CapacityTracker.update_timeout` raises
+                it.
         """
         self.tracker.update_timeout(client, self._reach(plan), seconds, round)
         self._depths.pop(client, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a restarted server as lists and numbers, which JSON can store."""
+        """Return the state that a restarted server needs, in a form that JSON can store."""
         return {
             "tracker": self.tracker.state_dict(),
             "depths": [list(entry) for entry in self._depths.items()],
@@ -207,18 +221,18 @@ class LegendAllocator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the state by one of :meth:`state_dict`, even one read from JSON.
+        """Restore a state returned by :meth:`state_dict`, including one read from JSON.
 
         Raises:
-            KeyError, TypeError: If the state has another form; nothing is changed then.
+            KeyError, TypeError: If the state has another form. Then nothing is changed.
         """
         depths, probes = dict(state["depths"]), Counter(dict(state["probes"]))
         self.tracker.load_state_dict(state["tracker"])
         self._depths, self._probes = depths, probes
 
     def _probe(self, client: Client, limit: int) -> int:
-        """Return all layers at first, then half of them; the least depth for a device that is not
-        trusted."""
+        """Return the depth of a new device: all layers in its first round, then half of them, or
+        the smallest depth if the device is not trusted."""
         least = self.config.k_min
         most = self.configurator.deepest(client, limit)  # raises if the device cannot take part
         if not self.tracker.trusted(client):
@@ -244,6 +258,7 @@ class LegendAllocator:
         return LayerPlan(layers, tuple(ranks[layer] for layer in layers))
 
     def _reach(self, plan: LayerPlan) -> int:
-        """Return how many blocks the backward passes through; for a suffix its depth."""
+        """Return the number of layers that the backward passes through, from the output to the
+        lowest planned layer. If the last k layers are planned, it is k."""
         require(bool(plan.layers), WHERE, "plan", "layers to train", "none, of a device that rests")
         return self.L - plan.layers[0]

@@ -1,4 +1,4 @@
-"""Settings of LEGEND, with the symbols of the specification."""
+"""Settings of LEGEND."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ Warmup = Literal["probe", "prior"]
 
 @dataclass(frozen=True)
 class LegendConfig:
-    """Settings of LEGEND: the distribution of ranks, the choice of depths, and the estimates of
-    devices.
+    """Settings of LEGEND: the ranks of the layers, the choice of depths, and the estimation of the
+    devices' speeds.
+
+    The depth k of a device is the number of layers that it trains. Its training time is estimated
+    as ``f + k mu`` seconds.
 
     Attributes:
-        total: Sum of the ranks r_l; None keeps the ranks of the global adapter.
+        total: Sum of the ranks of all layers; None keeps the ranks of the global adapter.
         step, shape, r_min, r_max, multiple: As in :func:`rank_distribution`; step is lambda.
         mode, k_min, k_max, max_step, cover_every, byte_budget, deadline, eps: As in
             :class:`LegendConfigurator`.
         every: Number of rounds after which depths are chosen again.
         rho, forgetting: As in :class:`CapacityTracker`.
-        cooldown: Number of rounds for which a device rests after three timeouts in a row.
-        warmup: First estimates of devices. "probe": each trains all layers once, and half of them
-            the next time; "prior": their speeds are given.
-        explore_every: A device that trained the same depth this many times in a row tries the next
-            one once, since one depth alone cannot separate f from mu.
-        send_frozen: Whether a device also gets, and applies, the layers that it does not train.
-        depth_as_count: Whether k only counts the layers that a device trains, which a drawing
-            function then chooses; they need not be the last ones.
+        cooldown: Number of rounds in which a device is not selected after three timeouts in a row.
+        warmup: Source of the first estimates. "probe": each device trains all layers in its first
+            round, and half of them in its second; "prior": the caller passes the speeds.
+        explore_every: Number of reports of equal depth in a row after which a device trains one
+            more layer once, since reports of only one depth cannot separate f from mu.
+        send_frozen: Whether a device also receives, and applies, the layers that it does not train.
+        depth_as_count: Whether a function of the caller chooses which k layers a device trains. If
+            False, these are the last k layers.
 
     Raises:
         ValueError: If a field is out of range. Limits that depend on the number of layers are
-            checked once that is known.
+            checked when this number is known.
 
     Source: LEGEND (arXiv 2412.20004).
     """
@@ -86,10 +89,10 @@ class LegendConfig:
             require(holds, "LegendConfig", name, expected, getattr(self, name))
 
     def ranks(self, L: int) -> tuple[int, ...]:
-        """Return the ranks of L layers, :func:`rank_distribution` of ``total``.
+        """Return the ranks of L layers with the sum ``total``, see :func:`rank_distribution`.
 
         Raises:
-            ValueError: If ``total`` is None; or as the function.
+            ValueError: If ``total`` is None, or if :func:`rank_distribution` raises it.
         """
         if self.total is None:
             raise ValueError("LegendConfig: total: expected a sum of ranks, found None")

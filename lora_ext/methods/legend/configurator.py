@@ -1,4 +1,4 @@
-"""Choice of the depth of each device: the server side of LEGEND as pure functions."""
+"""Choice of each device's depth, the number of last layers that it trains, by pure functions."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .times import waiting_time
 
 Mode = Literal["fastest", "utility", "balanced"]
 WHERE = "LegendConfigurator"
-#: Relative difference below which times are equal. Estimates of equal devices differ by the
-#: rounding of their reports, but the devices must get equal depths.
+#: Relative difference below which two times count as equal. Estimates of equally fast devices
+#: differ by the rounding of their reports, but these devices must get equal depths.
 _TIME_TOLERANCE = 1e-9
 
 _log = logging.getLogger(__name__)
@@ -32,16 +32,16 @@ class Configuration(dict[Client, LayerPlan]):
     """Plans of a round by device, with their expected costs.
 
     Attributes:
-        depths: k by device.
-        times: Predicted seconds by device.
-        target: tau, completion time for which the depths were chosen.
-        seconds: Longest of the times.
-        waiting: W, mean waiting time of the devices.
-        over_target: Devices that are slower than tau even at the least depth.
-        raised: Device whose depth was increased so that all layers train, or None.
-        extra_wait: Seconds by which W grew due to that.
+        depths: k, number of last layers to train, by device.
+        times: Predicted duration of the round in seconds, by device.
+        target: tau, duration in seconds for which the depths were chosen.
+        seconds: Largest value of ``times``.
+        waiting: W, mean time in seconds that devices wait for the slowest one.
+        over_target: Devices that need longer than tau even at depth ``k_min``.
+        raised: Device that got a larger depth so that all layers are trained, or None.
+        extra_wait: Seconds that this added to W.
         uncovered: Layers that no device trains.
-        bytes: Size of all slices, one way.
+        bytes: Bytes of the planned layers of all devices, in one direction.
     """
 
     depths: dict[Client, int]
@@ -60,45 +60,50 @@ class Configuration(dict[Client, LayerPlan]):
 class LegendConfigurator:
     """Choice of a depth for each device such that the devices of a round finish together.
 
-    A device of depth k trains the last k of L layers. Its predicted time is
-    ``T_i(k) = f + k mu + beta U(k)``; ``kmax_i`` is the largest depth that fits its memory.
+    A device of depth k trains the last k of L layers. The predicted time of device i is
+    ``T_i(k) = f + k mu + beta U(k)`` with its speeds f, mu and beta (:class:`Estimate`) and the
+    bytes ``U(k)`` of these layers. ``kmax_i`` is the largest depth that fits its memory.
 
-    1. The target tau. "fastest": ``min_i T_i(kmax_i)``, the time of the fastest device for its
-       largest depth. "balanced": that, or ``max_i T_i(k_min)`` if it is larger, so that no device
-       is late. "utility": the smallest tau among all ``T_i(k)`` with the least
-       ``max_i T_i(k_i) / sum_i p_i R(k_i)``, where R is the sum of the ranks that train.
-    2. ``k_i``: the largest depth with ``T_i(k) <= tau``, else ``k_min`` and the layers above it
-       that take no time.
-    3. No depth changes by more than ``max_step``.
-    4. Every ``cover_every`` rounds one device trains all layers.
-    5. While the slices have more than ``byte_budget`` bytes, the device with the most bytes per
-       share of the data trains one layer less.
+    1. The target time tau is chosen. "fastest": ``min_i T_i(kmax_i)``, the shortest time in which a
+       device trains its largest depth. "balanced": the larger of this time and
+       ``max_i T_i(k_min)``, so that no device is late. "utility": the smallest ``T_i(k)`` that
+       minimizes ``max_i T_i(k_i) / sum_i p_i R(k_i)``, where ``R(k)`` is the sum of the ranks of
+       the last k layers.
+    2. ``k_i`` is the largest depth with ``T_i(k) <= tau``. If there is none, it is the largest
+       depth that takes no longer than ``k_min``.
+    3. No depth changes by more than ``max_step`` from one round to the next.
+    4. Every ``cover_every`` rounds, one device trains all layers, or as many as a device can.
+    5. While the layers to send have more than ``byte_budget`` bytes in total, the depth of the
+       device with the most bytes per share of the data is lowered by one.
 
     **Our choice** of order: 3 precedes 4 and 5, since these cannot be deferred. Devices that are
-    not trusted get ``k_min`` and do not count for tau, unless all are untrusted.
+    not trusted (see :class:`Estimate`) get ``k_min`` and do not affect tau, unless none is trusted.
 
     Args:
         L: Number of layers.
-        bytes_per_layer: Bytes of each layer's factors at its rank, one way; see
+        bytes_per_layer: Bytes of each layer's factors at its rank, in one direction; see
             :func:`layer_bytes`.
         ranks: Rank of each layer, the same for all devices that train it.
         mode: Rule for tau: "fastest", "balanced" or "utility".
         deadline: Upper bound of tau, in seconds.
-        k_min, k_max: Bounds of every depth; None for k_max is L.
+        k_min: Lower bound of every depth.
+        k_max: Upper bound of every depth; None means L.
         memory: Bytes of memory by device; a device without an entry has no bound.
-        mem: ``mem(k)``, the bytes that a depth needs, non-decreasing in k.
-        shares: p, share of the data by device; default is the same for all.
-        byte_budget: Upper bound of the bytes of all slices of a round, one way.
-        max_step, cover_every: See above.
-        eps: The depths of the previous round stay while the mean waiting time is below ``eps``
-            times the round's time.
-        rank_caps: Largest rank by device; the server then averages rank by rank.
+        mem: Function ``mem(k)``, the bytes that depth k needs, non-decreasing in k.
+        shares: p, share of the data by device; by default, all shares are equal.
+        byte_budget: Upper bound of the bytes of all devices' layers per round, in one direction.
+        max_step: Largest change of a depth per round.
+        cover_every: Number of rounds after which one device trains all layers.
+        eps: Tolerance: the depths of the previous round are kept while the mean waiting time is
+            below ``eps`` times the duration of the round.
+        rank_caps: Largest rank by device; the server then averages each rank separately.
 
     Raises:
-        ValueError, TypeError: If a setting is out of range, or a depth or rank is not an int.
+        ValueError: If a setting is out of range.
+        TypeError: If a depth or rank is not an int.
 
-    Source: LEGEND (arXiv 2412.20004). Only its abstract could be read: the algorithm is our choice,
-    with the paper's inputs and its aim.
+    Source: LEGEND (arXiv 2412.20004). Only its abstract was available: the algorithm is our choice,
+    with the inputs and the aim of the paper.
     """
 
     L: int
@@ -150,13 +155,13 @@ class LegendConfigurator:
         self.shares = None if self.shares is None else dict(self.shares)
 
     def plan(self, device: Client, depth: int) -> LayerPlan:
-        """Return the plan of ``device`` for the last ``depth`` layers, from 1 to L, with its
-        ranks."""
+        """Return the plan of ``device`` for the last ``depth`` layers, 1 to L, with the ranks that
+        it uses."""
         layers = tuple(range(self.L - depth, self.L))
         return LayerPlan(layers, tuple(self.ranks_of(device)[self.L - depth :]))
 
     def deepest(self, device: Client, limit: int) -> int:
-        """Return the largest depth that a device's limit and memory allow.
+        """Return the largest depth that ``limit``, ``k_max`` and the memory of a device allow.
 
         Raises:
             ValueError: If they do not allow ``k_min``.
@@ -188,15 +193,16 @@ class LegendConfigurator:
         """Choose the depths of one round.
 
         Args:
-            estimates: Estimates by device, including devices that are not selected.
+            estimates: Estimates by device; devices that are not selected may have one too.
             selected: Devices of the round; their order has no effect.
-            previous: Plans or depths of the previous round by device. A device that is missing, for
-                example after a fault, may change by any step. With None no step is bounded.
-            round: Number of the round; with None not all layers need to train.
+            previous: Plans or depths of the previous round by device. The depth of a device without
+                an entry, for example after a fault, may change by any amount. With None, this
+                applies to all devices.
+            round: Number of the round. With None, ``cover_every`` is not applied.
             limits: Largest depth by device, for reasons other than memory.
 
         Returns:
-            Plans by device, in ascending order of the devices.
+            Plans by device, with the devices in ascending order.
 
         Raises:
             ValueError: If no device is selected; if a device is selected twice or has no estimate;
@@ -272,7 +278,7 @@ class LegendConfigurator:
         else:
 
             def cost(tau: float) -> float:
-                """Return the seconds of the round per rank that trains."""
+                """Return the duration of the round divided by the weighted sum of the ranks."""
                 pairs = [(device, device.deepest(tau)) for device in trusted]
                 useful = math.fsum(d.share * d.useful[k] for d, k in pairs)
                 return max(d.time(k) for d, k in pairs) / useful if useful else math.inf
@@ -284,8 +290,8 @@ class LegendConfigurator:
     def _limit_steps(
         self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
     ) -> list[int]:
-        """Return the previous depths if they are even enough, else steps of at most
-        ``max_step``."""
+        """Return the depths, each changed to be at most ``max_step`` away from the previous one.
+        If the waiting time of the previous depths is within the tolerance ``eps``, return those."""
         before = [_depth(previous.get(d.name, k)) for d, k in zip(devices, depths, strict=True)]
         bounds = [(self.k_min, device.deepest(math.inf)) for device in devices]
         if all(
@@ -306,8 +312,12 @@ class LegendConfigurator:
     def _cover(
         self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
     ) -> Client | None:
-        """Increase the depth of the fastest device that can train the most layers, preferably
-        within ``max_step``, and return its name."""
+        """Increase one depth to the largest possible, unless a device has it already; return the
+        device's name.
+
+        Of the devices that can train the most layers, those within ``max_step`` of that depth are
+        preferred, and of these the fastest.
+        """
         trusted = [device for device in devices if device.estimate.trusted]
         deepest = max((device.k_max for device in trusted), default=0)
         if max(depths) >= deepest:
@@ -320,7 +330,7 @@ class LegendConfigurator:
         return chosen.name
 
     def _fit_byte_budget(self, devices: list[_Device], depths: list[int], budget: float) -> None:
-        """Lower depths until the slices are within the budget."""
+        """Lower depths in place until the layers to send are within the budget."""
 
         def cost(i: int) -> tuple[float, float]:
             device, size = devices[i], devices[i].bytes_of[depths[i]]
@@ -341,11 +351,11 @@ class _Device(NamedTuple):
     k_min: int
     k_max: int
     share: float
-    bytes_of: Sequence[float]  # U(0) to U(L): bytes of the last k layers
-    useful: Sequence[int]  # R(0) to R(L): sum of their ranks
+    bytes_of: Sequence[float]  # U(0) to U(L): U(k) is the bytes of the last k layers
+    useful: Sequence[int]  # R(0) to R(L): R(k) is the sum of the ranks of the last k layers
 
     def time(self, depth: int) -> float:
-        """Return ``T(k)``, the seconds of a round in which the last ``depth`` layers train."""
+        """Return ``T(k)``, the predicted seconds of a round of depth k."""
         f, mu, beta = self.estimate[:3]
         return f + depth * mu + beta * self.bytes_of[depth]
 
@@ -354,7 +364,7 @@ class _Device(NamedTuple):
         if not self.estimate.trusted:
             return self.k_min
         depths = range(self.k_min, self.k_max + 1)
-        # T(k_min) is always allowed, and so are deeper layers that add no time to the limit.
+        # T(k_min) is always allowed, and so are larger depths that take no longer than the limit.
         slack = max(target, self.time(self.k_min)) * (1 + _TIME_TOLERANCE)
         return self.k_min - 1 + bisect.bisect_right(depths, slack, key=self.time)
 

@@ -1,4 +1,4 @@
-"""Cache of the activations below the trained layers, kept between epochs and rounds."""
+"""Cache of the activations that enter the trained layers, kept between epochs and rounds."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ WHERE = "PrefixCache"
 
 @dataclass(eq=False, repr=False)
 class PrefixCache:
-    """Cache of the samples' activations above the blocks that neither train nor have an adapter.
+    """Cache of the activations that the samples have after the blocks below the trained layers.
 
-    Below its depth a device runs only the base model, so that these activations depend on the
-    sample alone. They are computed once; later epochs and rounds start from them. Of the work of
-    ``L + 2k`` block forwards a step then saves ``L - k``. If k falls, the blocks in between run; if
-    k grows, the cached activations are from too high a block and are dropped.
+    A device that trains the last k of L layers runs only the base model in the blocks below them.
+    The activations after these blocks therefore depend only on the sample. They are computed once;
+    later epochs and rounds start from them. A step costs about ``L + 2k`` block forwards, of which
+    the cache saves ``L - k``. If k decreases, the cache is still used, and the blocks between run
+    again; if k increases, the cached activations are from too high a block and are dropped.
 
         manager.apply(plan, others="disabled")
         with manager.boundary(), cache.batch(samples):
             loss = loss_of(model(x), y)
 
-    Updates equal those without the cache, bit for bit if a sample meets the same rows in its batch:
-    in another batch the base model's own products round differently.
+    Updates are bitwise equal to those without the cache if a sample is always in the same batch.
+    Otherwise they differ by rounding, since matrix products may round differently in another batch.
 
     Args:
-        manager: Manager of the model; this one or another has applied a plan to the model.
-        dtype: Dtype of the cached activations; None keeps theirs, which is exact. bfloat16 takes
-            half the memory of float32.
-        device: Device of the cached activations; None keeps theirs.
+        manager: Manager of the model. A plan must have been applied to the model, by this or
+            another manager.
+        dtype: Dtype of the cached activations; None keeps the dtype of the model's activations,
+            which is exact. bfloat16 needs half the memory of float32.
+        device: Device of the cached activations; None keeps the device of the model's activations.
 
     Attributes:
         hits: Number of batches that used the cache.
-        misses: Number of batches that did not.
+        misses: Number of batches that did not use the cache.
 
     Source: LEGEND (arXiv 2412.20004) trains a suffix of the layers; this cache is our choice.
     """
@@ -74,21 +76,21 @@ class PrefixCache:
         """Use the cache in a ``with`` block, in which the model is called once with one batch.
 
         Args:
-            samples: Name of each row. Rows with the same name must have the same content, padding
-                included.
+            samples: Name of the sample in each row. Rows with the same name must have the same
+                content, including padding.
 
         Raises:
-            ValueError: If a module outside the trained blocks has dropout or batch normalisation in
-                training, or an adapter below them is on; if the number of rows differs from the
-                number of names; if a block returns more than its hidden state; if the
-                length of a sample's sequence has changed since it was cached.
+            ValueError: If a module outside the trained blocks has dropout or batch normalisation
+                and is in training mode, or an adapter below them is on; if the number of rows
+                differs from the number of names; if a block returns more than its hidden state; or
+                if the length of a sample's sequence has changed since it was cached.
         """
         names = list(samples)
         lowest = self._lowest()
         if lowest == 0:
             yield
             return
-        # Activations must depend on their sample alone.
+        # The following checks ensure that activations depend only on their sample.
         manager = self.manager
         blocks = [f"{name}." for name in self.manager.blocks]
         below, above = tuple(blocks[:lowest]), tuple(blocks[lowest:])
@@ -148,7 +150,7 @@ class PrefixCache:
             require(alone, WHERE, "model", "blocks that return their hidden state", type(output))
             require(hidden.shape[0] == len(names), WHERE, "samples", hidden.shape[0], len(names))
             self._in_tuple = hidden is not output
-            # Always a copy, since the next block may write into its input.
+            # A copy is necessary, since the next block may write into its input.
             found = hidden.detach().to(self.device, self.dtype or hidden.dtype, copy=True)
             self._rows.update(zip(names, found.unbind(), strict=True))
 
@@ -158,7 +160,8 @@ class PrefixCache:
 
 
 def _randomness(module: nn.Module) -> str:
-    """Return why a module's rows depend on more than their sample in training, or ""."""
+    """Return why a row of a module's output does not depend only on its sample in training, or ""
+    if it does."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "batch normalisation"
     drops = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else {}
@@ -168,8 +171,8 @@ def _randomness(module: nn.Module) -> str:
 
 
 class _Skipped(nn.Module):
-    """Replacement of a block that need not run. The last one returns the cached rows of the
-    batch."""
+    """Replacement of a block that is skipped. The replacement of the last such block returns the
+    cached rows of the batch; the others return their input."""
 
     def __init__(self, in_tuple: bool, rows: Tensor | None = None):
         super().__init__()

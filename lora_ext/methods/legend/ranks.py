@@ -1,4 +1,4 @@
-"""Distribution of a sum of ranks over the layers, and the bytes of the layers."""
+"""Distribution of a total rank over the layers, and the bytes of the layers."""
 
 from __future__ import annotations
 
@@ -31,27 +31,33 @@ def rank_distribution(
     """Return the rank of every layer, ``r_l = r_0 + step * l``, such that the ranks sum to
     ``total``.
 
-    Layer 0 is at the input. Fractions are rounded by the largest remainder; of equal ones, those
-    nearer to the output are rounded up first. Ranks are then clipped to ``[r_min, r_max]``; the sum
-    is restored at the output side first, without a change of the order.
+    Layer 0 is at the input. The ranks are rounded to integers by the largest remainder method; of
+    equal remainders, those nearer to the output are rounded up first. Then the ranks are clipped to
+    ``[r_min, r_max]``, and the sum is restored by changing ranks near the output first. The ranks
+    stay in ascending order.
 
     Args:
         L: Number of layers.
         total: Sum of the ranks.
         step: lambda, the increase of the rank from one layer to the next.
-        r_min, r_max: Bounds of every rank; None means no upper bound.
-        multiple: Every rank is a multiple of it, 8 for the pages of the kernels. The sum is then
-            the nearest possible one, within ``multiple * L / 2`` of ``total``; it is logged.
-        shape: "arithmetic"; "uniform", step 0; "reverse", the arithmetic one from output to input;
-            "geometric", in which the last layer has ``ratio`` times the rank of the first.
+        r_min: Lower bound of every rank.
+        r_max: Upper bound of every rank; None means no bound.
+        multiple: Number that every rank is a multiple of; 8 suits the pages of the kernels. The sum
+            is then the possible sum nearest to ``total``, within ``multiple * L / 2`` of it, and is
+            logged if it differs.
+        shape: "arithmetic", the formula above; "uniform", with step 0; "reverse", "arithmetic" with
+            the layers in reverse order; "geometric", a geometric sequence in which the last layer
+            has ``ratio`` times the rank of the first.
         ratio: Ratio of "geometric".
 
     Returns:
-        ``L`` ranks, non-decreasing from layer 0 on ("reverse": non-increasing).
+        ``L`` ranks in ascending order from layer 0 ("reverse": in descending order); neighbours may
+        be equal.
 
     Raises:
-        ValueError, TypeError: If a setting is out of range, L, the sum or a bound is not an int, or
-            the bounds do not allow the sum; the message contains the least or the largest one.
+        ValueError: If a setting is out of range, or the bounds do not allow the sum; the message
+            then contains the smallest or the largest possible sum.
+        TypeError: If L, the sum or a bound is not an int.
 
     Source: LEGEND (arXiv 2412.20004): higher ranks nearer to the output. The general formula, its
     rounding and its other shapes are our choice.
@@ -71,7 +77,7 @@ def rank_distribution(
 
     low = -(-r_min // multiple)  # in units of ``multiple``
     high = None if r_max is None else r_max // multiple
-    units = (2 * total + multiple) // (2 * multiple)  # nearest to the sum; of two, the larger
+    units = (2 * total + multiple) // (2 * multiple)  # nearest to the sum; halves are rounded up
     sum_of = min(max(units, L * low), math.inf if high is None else L * high)
     slack = multiple * L / 2 if multiple > 1 else 0
     enough = high is None or high >= low
@@ -98,17 +104,19 @@ def rank_distribution(
 def layer_bytes(
     state: Mapping[str, Tensor], ranks: Sequence[int], pattern: str = PATTERN
 ) -> tuple[int, ...]:
-    """Return the bytes of every layer one way, ``itemsize * r_l * sum of (I + O)`` over its
-    modules.
+    """Return the number of bytes of every layer's factors, for one direction of the transfer.
+
+    A layer has ``itemsize * r_l * sum of (I + O)`` bytes, with the sum over its modules, which have
+    I inputs and O outputs.
 
     Args:
-        state: Global adapter; its ranks do not matter.
+        state: Global adapter; its ranks are not used.
         ranks: Rank of each layer.
         pattern: Regular expression for the layer's index in a name.
 
     Raises:
-        ValueError: If the number of ranks is not that of the layers, or a rank is above
-            ``min(I, O)`` of a module, which no update needs.
+        ValueError: If there is not one rank per layer, or a rank is above ``min(I, O)`` of a
+            module, since no update has a higher rank.
         TypeError: If a rank is not an int.
     """
     where = "layer_bytes"
@@ -126,8 +134,8 @@ def layer_bytes(
 
 
 def _rounded(values: Sequence[float], total: int) -> list[int]:
-    """Round non-decreasing values to non-decreasing integers with the sum nearest to ``total``,
-    which is ``total`` if the values have that sum."""
+    """Round ascending values to ascending integers with the sum ``total``, or as near to it as
+    rounding up or down allows."""
     # Remainders that differ only by rounding errors must count as equal.
     found = [math.floor(value + 1e-9) for value in values]
     rest = [round(value - whole, 9) for value, whole in zip(values, found, strict=True)]
@@ -138,7 +146,7 @@ def _rounded(values: Sequence[float], total: int) -> list[int]:
 
 
 def _clipped(ranks: list[int], total: int, low: int, high: int | None) -> list[int]:
-    """Return ranks within the bounds, with the sum ``total`` and in the same order."""
+    """Return ascending ranks within the bounds, with the sum ``total``."""
     top = math.inf if high is None else high
     ranks = [int(min(max(rank, low), top)) for rank in ranks]
     last = len(ranks) - 1

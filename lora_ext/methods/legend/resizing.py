@@ -17,25 +17,26 @@ from lora_ext.federated import PATTERN, check_layers, layer_pairs
 def resize_lora(
     a: Tensor, b: Tensor, r_new: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """Change the rank of a pair of factors: ``B A`` stays, or is the nearest that the rank allows.
+    """Change the rank of a pair of factors such that ``B A`` changes as little as possible.
 
-    A larger rank adds random rows to A and zero columns to B. A smaller one keeps the largest
-    singular values, with their roots in both factors. A rank without a singular value gets a random
-    row as well, so that training moves every rank. The scale is the same for all ranks, and stays.
+    For a larger rank, random rows are added to A and zero columns to B, so that ``B A`` is
+    unchanged. For a smaller rank, the largest singular values of ``B A`` are kept, and the square
+    root of each is in both factors. If a singular value is zero, its row of A is random as well, so
+    that training can use every rank. The scale does not depend on the rank and is not changed.
 
     Args:
-        a: ``(r, I)``.
-        b: ``(O, r)``.
-        r_new: New rank; 0 gives ``(0, I)`` and ``(O, 0)``.
-        generator: Generator of new rows, on the CPU; default is one with seed 0.
+        a: Factor A, ``(r, I)``.
+        b: Factor B, ``(O, r)``.
+        r_new: New rank; for 0, the results are ``(0, I)`` and ``(O, 0)``.
+        generator: Generator of random rows, on the CPU; default is a generator with seed 0.
 
     Returns:
-        A ``(r_new, I)``, B ``(O, r_new)`` in their dtypes, and the Frobenius norm of the change of
-        ``B A``, which is 0 if the rank did not fall.
+        A ``(r_new, I)`` and B ``(O, r_new)`` in the dtypes of the arguments, and the Frobenius norm
+        of the change of ``B A``, which is 0 unless the rank becomes smaller.
 
     Raises:
-        ValueError: If the factors do not fit, are not matrices or not finite, or the rank is below
-            0.
+        ValueError: If the shapes do not match, a factor is not a matrix or not finite, or the new
+            rank is below 0.
 
     Source: LEGEND (the method is our choice); :func:`lora_ext.adapter.resize_adapter` for a whole
     adapter.
@@ -57,16 +58,18 @@ def resize_state(
     """Change the ranks of the layers of a global adapter.
 
     Args:
-        state: Factors under PEFT's names; other tensors are passed on.
-        ranks: Rank of each layer, from 1.
+        state: Tensors of the adapter under PEFT's names; tensors other than factors are returned
+            unchanged.
+        ranks: New rank of each layer, at least 1.
         pattern: Regular expression for the layer's index in a name.
-        generator: Generator of new rows of A.
+        generator: Generator of random rows of A, on the CPU; default is a generator with seed 0.
 
     Returns:
-        The state, and by layer the root of the summed squared errors of its modules.
+        The new state, and by layer the error: the root of the summed squared errors of its modules.
 
     Raises:
-        ValueError: If the number of ranks is not that of the layers; or as :func:`resize_lora`.
+        ValueError: If there is not one rank per layer, a rank is below 1, or :func:`resize_lora`
+            raises it.
     """
     where = "resize_state"
     pairs = layer_pairs(f"{where}: state", state, pattern)

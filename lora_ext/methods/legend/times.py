@@ -1,4 +1,4 @@
-"""Times of the devices of a round, and how long they wait for each other."""
+"""Time that each device needs for a round, and the time that devices wait for the slowest one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ._capacity import CapacityReport, Estimate
 
 
 def waiting_time(times: Iterable[float] | Mapping[Any, float]) -> float:
-    """Return ``W = mean_i(max_j T_j - T_i)``, the mean time that a device waits for the slowest.
+    """Return ``W = mean_i(max_j T_j - T_i)``, the mean time that devices wait for the slowest one.
 
     Args:
-        times: Seconds of the devices of one round; of a mapping its values.
+        times: Seconds that each device needs for the round; of a mapping, the values are used.
 
     Returns:
         Seconds, exactly 0 if all times are equal.
@@ -42,26 +42,27 @@ class RoundTime(NamedTuple):
     """Duration of a simulated round, the result of :meth:`SimulatedClock.advance`."""
 
     times: dict[Client, float]  # seconds of each device
-    seconds: float  # of the slowest device
+    seconds: float  # seconds of the slowest device
     waiting: float  # W, in seconds
 
 
 @dataclass(eq=False, repr=False)
 class SimulatedClock:
-    """Clock of simulated rounds, computed from known speeds.
+    """Clock that simulates the durations of rounds from known speeds of the devices.
 
-    ``T = f + d mu + beta (down + up) / 2``: up is the bytes of the planned layers; down is the same
-    or, with ``send_frozen``, the bytes of all layers. d is the number of layers that the backward
-    passes through, from the output to the lowest planned one; for a suffix, its depth.
+    A device needs ``T = f + d mu + beta (down + up) / 2`` seconds. ``up`` is the number of bytes of
+    the planned layers. ``down`` is the same number, or with ``send_frozen`` the bytes of all
+    layers. d is the number of layers from the lowest planned layer to the output, which the
+    backward passes through. If the last k layers are planned, d is k.
 
     Args:
         speeds: f, mu and beta by device.
-        state: Global adapter, of which only sizes matter.
+        state: Global adapter; only the sizes of its tensors are used.
         pattern: Regular expression for the layer's index in a name.
-        send_frozen: Whether devices get the layers that they do not train.
+        send_frozen: Whether devices also receive the layers that they do not train.
 
     Attributes:
-        seconds: Sum over all rounds so far.
+        seconds: Sum of the durations of all rounds so far.
 
     Raises:
         ValueError: If the state has no layers.
@@ -79,8 +80,8 @@ class SimulatedClock:
         self.speeds = dict(self.speeds)
 
     def report(self, device: Client, plan: LayerPlan) -> CapacityReport:
-        """Return the report of ``device`` on a round with this ``plan``: durations in seconds,
-        computed from its speeds, and the bytes of the slice."""
+        """Return the report that ``device`` would send after a round with ``plan``: durations in
+        seconds, computed from its speeds, and the bytes of the planned layers."""
         f, mu, beta = self.speeds[device][:3]
         up = plan_bytes(self.state, plan, self.pattern)
         whole = LayerPlan(tuple(range(self.L)))
@@ -90,13 +91,14 @@ class SimulatedClock:
         return CapacityReport(device, len(plan.layers), *figures)
 
     def advance(self, plans: Mapping[Client, LayerPlan]) -> RoundTime:
-        """Simulate a round, in which the devices train in parallel and the slowest one ends it.
+        """Simulate a round, in which the devices train in parallel. The round ends when the slowest
+        device is finished, and its duration is added to :attr:`seconds`.
 
         Args:
             plans: Plan of each device.
 
         Returns:
-            Seconds of the round and of each device; the former are added to :attr:`seconds`.
+            Seconds of the round and of each device, and the mean waiting time.
         """
         times: dict[Client, float] = {}
         for device, plan in plans.items():

@@ -1,4 +1,4 @@
-"""LoRA initialisation: schemes, learning rates that depend on the width, and the theory as code.
+"""LoRA initialisation: schemes, learning rates that depend on the width, and growth exponents.
 
 Sources: "The Impact of Initialization on LoRA Finetuning Dynamics" (Hayou, Ghosh, Yu 2024, arXiv
 2406.08447); "LoRA+: Efficient Low Rank Adaptation of Large Models" (the same authors, arXiv

@@ -1,4 +1,5 @@
-"""Growth of features with the width n, each given by the exponent g of n^g."""
+"""Growth of an adapter's features with the width n, as exponents: ``gamma[v] = g`` if v is of order
+``n^g``."""
 
 from __future__ import annotations
 
@@ -7,24 +8,25 @@ import math
 from lora_ext._checks import integer, require
 from lora_ext.layers import known_scheme
 
-_ZERO = -math.inf  # gamma[0]
-#: gamma of Z_A = A x and of B before the first step.
+_ZERO = -math.inf  # gamma of the value 0
+#: gamma of Z_A = A x and gamma of B before the first step.
 _INITIAL_EXPONENTS = {
     **dict.fromkeys(("init_a", "init_a_normal"), (0.0, _ZERO)),
-    "gaussian": (0.5, _ZERO),  # Var(A_ij) does not fall with n
+    "gaussian": (0.5, _ZERO),  # The variance of A does not depend on n.
     **dict.fromkeys(("init_b", "init_b_normal", "init_b_unit"), (_ZERO, 0.0)),
     "init_ab": (0.0, 0.0),
 }
-_TOLERANCE = 1e-9  # for rounded sums such as 2/3 - 2/3
+_TOLERANCE = 1e-9  # of comparisons with sums that are rounded, such as 2/3 - 2/3
 
 
 def gamma_exponents(
     scheme: bool | str, eta_A_exp: float, eta_B_exp: float, steps: int = 2
 ) -> dict[str, float | bool]:
-    """Return the exponents of the width n in what an adapter computes after some steps of Adam.
+    """Return how an adapter's features and updates grow with the width n after some steps of Adam.
 
-    The entries of an update are of order one, and ``gamma[g_A x] = 1``, since the signs of the
-    gradient of A align with x. Therefore:
+    ``gamma[v]`` is the exponent g if v is of order ``n^g``. For the input x, ``Z_A = A x`` and
+    ``Z_B = B A x``. The entries of Adam's update directions are of order one. For the direction g_A
+    of A, ``gamma[g_A x] = 1``, since the signs of the gradient of A align with x. Therefore:
 
         gamma[Z_A^t] = max(gamma[Z_A^(t-1)], gamma[eta_A] + 1)
         gamma[B_t]   = max(gamma[B_(t-1)],   gamma[eta_B])
@@ -33,20 +35,21 @@ def gamma_exponents(
         gamma[d2]    = gamma[eta_B] + gamma[Z_A^(t-1)]          d2 = (B_t - B_(t-1)) A_(t-1) x
 
     Args:
-        scheme: A scheme of :func:`lora_ext.nn.init_lora_` with independent factors.
-        eta_A_exp: gamma of the learning rate of A: -0.5 if it falls as ``n ** -0.5``, minus
-            infinity if A is not trained.
+        scheme: Scheme of :func:`lora_ext.nn.init_lora_` that draws the factors independently.
+        eta_A_exp: gamma of the learning rate of A, for example -0.5 if the rate is proportional to
+            ``n ** -0.5``, or minus infinity if A is not trained.
         eta_B_exp: gamma of the learning rate of B.
-        steps: t, at least 1. All t from 2 on give the same result.
+        steps: t, number of steps, at least 1. The result is the same for all t >= 2.
 
     Returns:
-        ``Z_A``, ``B``, ``Z_B``, ``d1``, ``d2``: exponents, minus infinity for zero; ``stable``:
-        whether Z_B is of order one or below; ``internally_stable``: whether Z_A is; ``efficient``:
-        whether ``stable`` holds and both d1 and d2 are of order one.
+        Dictionary. ``Z_A``, ``B``, ``Z_B``, ``d1`` and ``d2`` are exponents, minus infinity for a
+        value of zero. ``stable`` is True if Z_B is of order one or below, ``internally_stable`` if
+        Z_A is of order one or below, and ``efficient`` if ``stable`` is True and both d1 and d2 are
+        of order one.
 
     Raises:
-        ValueError: If the scheme is unknown or has no known exponents ("orthogonal", and the
-            schemes that split the base weight); if an exponent is NaN or plus infinity; if
+        ValueError: If the scheme is unknown, or its exponents are not known ("orthogonal", and the
+            schemes that split the base weight); if an exponent is NaN or plus infinity; or if
             ``steps`` is below 1.
 
     Source: Hayou et al. 2024, sections 3 and 4.

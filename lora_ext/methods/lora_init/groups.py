@@ -1,4 +1,4 @@
-"""Learning rates: transfer of a tuned rate to another width, and larger rates for B."""
+"""Learning rates: transfer of a tuned rate to another width, and a larger rate for the factor B."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from lora_ext._checks import number, require
 from lora_ext.layers import known_scheme
 
-#: The largest stable rate falls as n to this power.
+#: Powers p by scheme: the largest stable learning rate is proportional to ``n ** -p``.
 _POWERS = {"init_a": 0.5, "init_a_normal": 0.5, "init_b": 1.0, "init_b_normal": 1.0}
 _RANK_RULES = ("none", "inverse")
 
@@ -23,23 +23,24 @@ def loraplus_param_groups(
     weight_decay: float = 0.0,
     lr_embedding: float = 1e-6,
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups of LoRA+ for a torch optimizer, divided as by PEFT's function.
+    """Return the parameter groups of LoRA+ for a torch optimizer, with the same division of
+    parameters as in PEFT's function.
 
-    The theory requires the larger rate on B even if B starts random ("init_b"), since its updates
-    fall with the width.
+    According to the theory, B needs the larger rate even if its initial values are random
+    ("init_b"), since its updates become smaller with the width.
 
     Args:
-        model: Model with layers of :mod:`lora_ext.nn` or PEFT. Frozen parameters are left out.
-        lr: eta_A, rate of all parameters that are not in another group.
-        loraplus_lr_ratio: lambda, eta_B over eta_A. The LoRA+ authors' example has 20; for harder
-            tasks they raise it and halve ``lr``.
+        model: Model with layers of :mod:`lora_ext.nn` or PEFT. Frozen parameters are ignored.
+        lr: eta_A, learning rate of A and of all parameters that are in no other group.
+        loraplus_lr_ratio: lambda, eta_B over eta_A. The example of the LoRA+ authors uses 20; for
+            harder tasks they increase it and halve ``lr``.
         weight_decay: Weight decay of matrices and magnitudes; biases and layer norms get 0.
-        lr_embedding: Rate of both factors of adapted embeddings.
+        lr_embedding: Learning rate of both factors of adapted embeddings.
 
     Returns:
-        Four groups, which may be empty, each with ``params``, ``lr``, ``weight_decay``: A and the
-        rest; embeddings; B and vectors; biases and layer norms among the latter, without decay.
-        Every parameter that trains is in exactly one of them.
+        Four groups, each with ``params``, ``lr`` and ``weight_decay``. They contain, in order: A
+        and other matrices; factors of embeddings; B and vectors; biases and layer norms, without
+        decay. A group may be empty. Every parameter that trains is in exactly one group.
 
     Raises:
         ValueError: If no parameter of the model trains; if a rate or the ratio is not positive and
@@ -90,31 +91,35 @@ def suggest_lr(
     base_rank: int | None = None,
     rank_rule: str = "none",
 ) -> float | tuple[float, float]:
-    """Return the learning rate for width n, given one that was tuned at width n0.
+    """Return the learning rate for width n, given a rate that was tuned at width n0.
 
-    With one rate for both factors, it is ``base_lr (n0 / n) ** 0.5`` if A starts random and
-    ``base_lr n0 / n`` if B does. With LoRA+ the rate of A falls as ``n0 / n`` and that of B does
-    not depend on the width, whichever factor starts random.
+    One rate for both factors is ``base_lr (n0 / n) ** 0.5`` if the initial values of A are random,
+    and ``base_lr n0 / n`` if those of B are. With LoRA+, the rate of A is proportional to
+    ``n0 / n``, and that of B does not depend on the width, for both kinds of schemes.
 
     Args:
-        base_lr: Rate at ``base_width``; with LoRA+ that of A.
-        base_width: n0, inputs of the adapted layers for ``base_lr``.
-        width: n, inputs of the adapted layers now.
-        scheme: True, "init_a", "init_a_normal"; "init_b", "init_b_normal".
-        loraplus_ratio: eta_B over eta_A at ``base_width``, for two rates.
-        rank, base_rank: Rank now and for ``base_lr``; used only by ``rank_rule``.
-        rank_rule: "none": the rank does not matter; "inverse": the rate is multiplied by
-            ``base_rank / rank``. Which one holds depends on scheme and scaling.
+        base_lr: Rate that was tuned at ``base_width``; with LoRA+ the rate of A.
+        base_width: n0, number of input features of the adapted layers for which ``base_lr`` was
+            tuned.
+        width: n, number of input features of the adapted layers to train.
+        scheme: Scheme of initialisation: True, "init_a" or "init_a_normal" (A is random);
+            "init_b" or "init_b_normal" (B is random).
+        loraplus_ratio: eta_B over eta_A at ``base_width``; if it is given, two rates are returned.
+        rank: Rank of the adapter to train; used only by ``rank_rule``.
+        base_rank: Rank for which ``base_lr`` was tuned; used only by ``rank_rule``.
+        rank_rule: "none": the rate does not depend on the rank; "inverse": the rate is multiplied
+            by ``base_rank / rank``. The correct rule depends on scheme and scaling.
 
     Returns:
-        The rate or, with ``loraplus_ratio``, those of A and B, ``(base_lr n0 / n, base_lr ratio)``.
+        The rate, or with ``loraplus_ratio`` the rates of A and B,
+        ``(base_lr n0 / n, base_lr ratio)``.
 
     Raises:
         ValueError: If the scheme is unknown or has no known rule; if a number is not positive and
-            finite; if ``rank_rule`` is unknown, or "inverse" without both ranks.
+            finite; or if ``rank_rule`` is unknown, or is "inverse" and a rank is missing.
 
     Warns:
-        UserWarning: If the ratio is below 1; in LoRA+ B learns faster.
+        UserWarning: If the ratio is below 1, since B learns faster in LoRA+.
 
     Sources: Hayou et al. 2024 (2406.08447); LoRA+ (2402.12354).
     """

@@ -1,4 +1,5 @@
-"""Planning versus reasoning: two tasks with solver and scores, effective ranks, rank ablation.
+"""Planning versus reasoning: two tasks with a solver and scores, effective ranks of adapters, and
+an ablation of the rank.
 
 Source: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv 2412.00029).
 """

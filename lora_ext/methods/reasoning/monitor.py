@@ -1,4 +1,4 @@
-"""RankMonitor: norms and participation ranks of adapter updates during training."""
+"""RankMonitor, which records norms and participation ranks of adapter updates during training."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lora_ext.layers import adapted_layers, adapter_factors, adapters_of, recomp
 
 
 class RankMonitor:
-    """Context manager that records the norm and participation rank of every layer's update.
+    """Context manager that records the norm and the participation rank of every layer's update.
 
-    Run training steps in ``with monitor:``, then read :attr:`history`. The adapted layers of
-    :mod:`lora_ext.nn` and of PEFT are supported. A record is taken before a forward of the model
-    and reads each factor once, in one call of :func:`lora_ext.ops.lora_gram` for all layers. There
-    is no decomposition, and the values stay on the device until they are read. Outputs are
-    unchanged, and the hook is removed after the block. Forwards of a compiled model are not
-    recorded.
+    The update of a layer is ``scaling * B A``. Run training steps in ``with monitor:``, then read
+    :attr:`history`. The adapted layers of :mod:`lora_ext.nn` and of PEFT are supported. Records are
+    made before forwards of the model. A record reads each factor once, in one call of
+    :func:`lora_ext.ops.lora_gram` for all layers, and decomposes no matrix. The values stay on the
+    device until they are read. The model's outputs do not change, and the hook is removed after the
+    block. Forwards of a compiled model are not recorded.
 
     Args:
         model: model that contains the layers, or one layer.
         adapter: name of the adapter to monitor.
-        every: record before every ``every``-th forward of ``model``, from the first on.
+        every: number of forwards of ``model`` per record; the first forward is recorded.
 
     Raises:
-        ValueError: if no layer of the model has the adapter, or ``every`` is below 1.
+        ValueError: If no layer of the model has the adapter, or ``every`` is below 1.
 
     Source: arXiv 2412.00029, which computes effective ranks after training.
     """
@@ -56,11 +56,11 @@ class RankMonitor:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Records in order, one dictionary per record and layer.
+        """List of dictionaries, one per record and layer, in the order of the records.
 
-        The keys are ``step``, ``module``, ``fro``, the Frobenius norm of ``scaling * B A``, and
-        ``participation``, its participation rank, which is 0 if the update is zero. Reading the
-        property synchronizes with the device.
+        The keys are ``step`` (index of the forward), ``module`` (name of the layer), ``fro``
+        (Frobenius norm of the update) and ``participation`` (participation rank of the update, 0 if
+        the update is zero). Reading the property synchronizes with the device.
         """
         return [
             {"step": step, "module": name, "fro": fro.item(), "participation": rank.item()}
@@ -79,7 +79,7 @@ class RankMonitor:
         # Float32 sums would lose the norm of a product whose factors nearly cancel.
         found = ops.lora_gram([a for a, _ in pairs], [b for _, b in pairs], dtype=torch.float64)
         grams = dict(zip(self._layers, zip(*found, strict=True), strict=True))
-        alike: dict[Any, list[str]] = {}  # layers by rank and device, which share one computation
+        alike: dict[Any, list[str]] = {}  # layers of equal rank and device are computed together
         for name, (gram, _) in grams.items():
             alike.setdefault((gram.shape, gram.device), []).append(name)
         figures: dict[str, tuple[Tensor, Tensor]] = {}

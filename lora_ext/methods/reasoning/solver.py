@@ -1,4 +1,4 @@
-"""Solver that answers a prompt from its text alone."""
+"""Solver that computes the answer to a prompt from its text."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _PROMPT = re.compile(
 def solve(instance: HashInstance | str) -> str:
     """Return the answer to a prompt.
 
-    A hop task is solved by following its edges, a chain task by a breadth-first search for the
+    In the hop task, the edges are followed; in the chain task, a breadth-first search finds the
     nearest end.
 
     Args:
-        instance: prompt, or instance whose prompt alone is read.
+        instance: prompt, or instance, of which only the prompt is read.
 
     Raises:
-        ValueError: if the text is not a prompt of either task, or has no single answer.
+        ValueError: If the text is not a prompt of either task, or has no unique answer.
     """
     prompt = instance if isinstance(instance, str) else instance.prompt
     match = _PROMPT.match(prompt)

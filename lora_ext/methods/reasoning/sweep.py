@@ -18,20 +18,20 @@ Task = TypeVar("Task")
 def select_modules(
     model: nn.Module, suffixes: Sequence[str] = ("mlp.c_proj",), last_n: int | None = None
 ) -> list[str]:
-    """Select the modules to adapt by the ends of their names, optionally in the last blocks only.
+    """Select the modules to adapt by the ends of their names, optionally only in the last blocks.
 
     Args:
         model: module with numbered blocks such as ``h.0`` and ``h.1``.
-        suffixes: full names, or ends of names after a dot.
-        last_n: number of blocks at the end of the model, counting even blocks without such a
-            module; None selects all. If the model has several stacks of blocks, the last blocks of
-            each are selected.
+        suffixes: full names of modules, or parts of names that follow a dot and end the name.
+        last_n: number of last blocks whose modules are selected, including blocks without a
+            matching module; None selects all modules. If the model has several stacks of blocks,
+            this many last blocks of each stack are used.
 
     Returns:
         Full names in the model's order, for ``LoraConfig(target_modules=...)``.
 
     Raises:
-        ValueError: if no module has such a name, or ``last_n`` is not between 1 and the number of
+        ValueError: If no module has such a name, or ``last_n`` is not between 1 and the number of
             blocks.
     """
     where = "select_modules"
@@ -41,7 +41,7 @@ def select_modules(
     require(found, where, "suffixes", f"the end of a name in {type(model).__name__}", suffixes)
     if last_n is None:
         return found
-    places: dict[str, tuple[str, int]] = {}  # stack of blocks and index in it
+    places: dict[str, tuple[str, int]] = {}  # module: stack and index of its block
     depths: dict[str, int] = {}
     for name in names:
         if (block := block_name(name)) is not None:
@@ -56,13 +56,14 @@ def select_modules(
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """Setting of a sweep and its results.
+    """Setting of a sweep, and the results of this setting.
 
     Attributes:
-        rank, alpha: rank and alpha of the adapter, whose scale is ``alpha / rank``.
-        last_n: number of adapted blocks; None means all.
+        rank: rank of the adapter.
+        alpha: alpha of the adapter; the scale is ``alpha / rank``.
+        last_n: number of adapted blocks, counted from the last; None means all blocks.
         score: score of the trained model.
-        report: effective ranks of its modules.
+        report: effective ranks of the adapted modules.
     """
 
     rank: int
@@ -72,7 +73,7 @@ class SweepPoint:
     report: RankReport
 
     def mean(self, figure: str) -> float:
-        """Average a figure of the report, such as ``"entropy"``, over the modules."""
+        """Return the mean of a figure of the report, such as ``"entropy"``, over the modules."""
         return sum(row[figure] for row in self.report) / len(self.report)
 
 
@@ -89,25 +90,28 @@ def rank_sweep(
     init_lora_weights: bool | str = "gaussian",
     **report: Any,
 ) -> list[SweepPoint]:
-    """Train one adapter per rank and number of last blocks, each on a fresh model.
+    """Train one adapter per number of adapted blocks and rank, each on a new base model.
 
     Args:
-        make_model: returns the base model, a new object at every call.
-        task: passed to ``train`` and ``score``.
+        make_model: function that returns a new base model at every call.
+        task: any object; it is passed to ``train`` and ``score``.
         ranks: ranks to try.
-        alpha_rule: returns alpha for a rank; the published runs use ``rank / 2``, a scale of 0.5.
-        train: called as ``train(model, task)``; only the adapter is trainable.
-        score: called as ``score(model, task)``.
-        layers: values of ``last_n`` to try, passed to :func:`select_modules`.
-        suffixes: passed to :func:`select_modules`.
-        init_lora_weights: the published runs use "gaussian": A ~ N(0, 1) / r and B = 0.
-        report: ``kinds``, ``taus`` and ``k`` of :func:`lora_ext.adapter.rank_report`.
+        alpha_rule: function from a rank to alpha. The published runs use ``rank / 2``, which gives
+            a scale of 0.5.
+        train: function called as ``train(model, task)``; only the adapter is trainable.
+        score: function called as ``score(model, task)``, which returns the score of the model.
+        layers: values of ``last_n`` to try, see :func:`select_modules`.
+        suffixes: ends of the names of the modules to adapt, see :func:`select_modules`.
+        init_lora_weights: scheme of initialisation. The published runs use "gaussian":
+            A ~ N(0, 1) / r and B = 0.
+        report: arguments ``kinds``, ``taus`` and ``k`` of :func:`lora_ext.adapter.rank_report`.
 
     Returns:
-        One point per number of blocks and rank, in this order.
+        One point per setting: all ranks for the first value of ``layers``, then for the next.
 
     Raises:
-        ValueError: from :func:`select_modules` and ``LoraConfig``, or if there is no setting.
+        ValueError: If there is no setting to try, or if :func:`select_modules` or ``LoraConfig``
+            raises it.
 
     Source: arXiv 2412.00029.
     """

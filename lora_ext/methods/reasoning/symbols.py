@@ -1,4 +1,5 @@
-"""Both tasks with one id per hash, for a model that learns them on a CPU in a minute."""
+"""Encoding of both tasks with one id per hash, and a small model that learns them on a CPU in a
+minute."""
 
 from __future__ import annotations
 
@@ -17,20 +18,20 @@ from .tasks import HashInstance
 
 
 def encode_symbols(instance: HashInstance, vocab: int) -> dict[str, Any]:
-    """Encode an instance with distinct random ids for its hashes, from ``0 .. vocab - 1``.
+    """Encode an instance with distinct random ids from ``0 .. vocab - 1`` for its hashes.
 
-    The ids depend on the prompt only, so an instance is always encoded in the same way.
+    The ids depend only on the prompt, so that an instance is always encoded in the same way.
 
     Args:
-        instance: instance of either task.
-        vocab: number of ids.
+        instance: instance of either task, with E edges.
+        vocab: number of ids to choose from.
 
     Returns:
-        ``keys`` and ``values``, ``(E,)`` int64, in the order of the edges; and the ints ``start``,
-        ``target`` and ``aux``, which is the number of hops, or 0 for the chain task.
+        Dictionary of ``keys`` and ``values``, tensors ``(E,)`` int64 in the order of the edges, and
+        the ints ``start``, ``target`` and ``aux``, the number of hops (0 for the chain task).
 
     Raises:
-        ValueError: if there are more hashes than ids.
+        ValueError: If there are more hashes than ids.
     """
     hashes = list(dict.fromkeys(name for edge in instance.edges for name in edge))
     expected = f"at least the {len(hashes)} hashes of the instance"
@@ -50,12 +51,12 @@ def collate_symbols(instances: Sequence[HashInstance], vocab: int) -> dict[str, 
     """Encode a batch for :class:`SymbolModel`.
 
     Args:
-        instances: instances of one task.
+        instances: B instances of one task, with at most E edges.
         vocab: number of ids for hashes.
 
     Returns:
-        ``keys`` and ``values`` ``(B, E)``, padded with ``IGNORE``; ``start``, ``aux`` and
-        ``target`` ``(B,)``; all int64.
+        Dictionary of int64 tensors: ``keys`` and ``values`` ``(B, E)``, padded with ``IGNORE``;
+        ``start``, ``aux`` and ``target`` ``(B,)``.
     """
     rows = [encode_symbols(instance, vocab) for instance in instances]
     batch = {
@@ -69,15 +70,18 @@ def collate_symbols(instances: Sequence[HashInstance], vocab: int) -> dict[str, 
 class SymbolModel(nn.Module):
     """Small transformer over the edges of a map, with one position per edge.
 
-    The embedding of an edge is the sum of those of its key and its value. The last position is the
-    question: the sum of the embeddings of the start as a key, of "no value" and of ``aux``. All
-    positions attend to each other. There are no position embeddings, since the order of the edges
-    has no meaning. The logits are computed from the last position.
+    The embedding of an edge is the sum of the embeddings of its key and its value. The last
+    position is the question. Its embedding is the sum of three: that of the start as a key, that of
+    "no value", and that of ``aux``. All positions attend to each other. There are no position
+    embeddings, since the order of the edges has no meaning. The logits are computed from the last
+    position. Shapes: B instances, E edges.
 
     Args:
         vocab: number of ids of hashes.
-        max_aux: largest ``aux``.
-        width, layers, heads: sizes of the transformer; its MLPs are four times as wide.
+        max_aux: largest value of ``aux``.
+        width: number of features of the hidden state; the MLPs are four times as wide.
+        layers: number of blocks.
+        heads: number of attention heads per block.
     """
 
     def __init__(
@@ -86,7 +90,7 @@ class SymbolModel(nn.Module):
         super().__init__()
         self.vocab = vocab
         self.keys = nn.Embedding(vocab, width)
-        self.values = nn.Embedding(vocab + 1, width)  # The last one is "no value".
+        self.values = nn.Embedding(vocab + 1, width)  # The last embedding is "no value".
         self.aux = nn.Embedding(max_aux + 1, width)
         self.h = nn.ModuleList(_Block(width, heads) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width)
@@ -98,9 +102,9 @@ class SymbolModel(nn.Module):
         """Compute the logits of the answers to a batch of :func:`collate_symbols`.
 
         Args:
-            keys, values: ``(B, E)`` int64, the edges.
-            start, aux: ``(B,)`` int64, the question.
-            target: ignored, so that a batch can be passed unchanged.
+            keys, values: edges, ``(B, E)`` int64.
+            start, aux: questions, ``(B,)`` int64.
+            target: not used; it is accepted so that a batch can be passed unchanged.
 
         Returns:
             Logits ``(B, vocab)``.
@@ -115,7 +119,7 @@ class SymbolModel(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-norm block with GPT-2's names of modules."""
+    """Pre-norm transformer block, with the module names of GPT-2."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

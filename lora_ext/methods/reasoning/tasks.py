@@ -1,4 +1,7 @@
-"""The two tasks: HashHop (planning along one chain) and HashChain (comparing several chains)."""
+"""The two tasks: HashHop (planning along one chain) and HashChain (comparing several chains).
+
+A hash is a random string. A chain is a sequence of hashes, each of which maps to the next.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ class HashInstance:
     """Question and answer of a task.
 
     Attributes:
-        prompt: text of the question, up to ``Target:``.
-        target: the answer.
+        prompt: text of the question, which ends with ``Target:``.
+        target: answer, a hash.
         edges: key and value of each line of the map, in the prompt's order.
         start: first hash of every chain.
-        hops: k in the hop task; None in the chain task.
-        chain_lengths: number of hashes of each chain, including the start; the shortest is first.
+        hops: k, number of hops in the hop task; None in the chain task.
+        chain_lengths: number of hashes of each chain, including the start, in ascending order.
     """
 
     prompt: str
@@ -38,19 +41,19 @@ class HashInstance:
 
     @property
     def text(self) -> str:
-        """Training text: prompt, a space, target."""
+        """Training text: the prompt, a space and the target."""
         return f"{self.prompt} {self.target}"
 
 
 class _Task(Dataset[HashInstance]):
-    """Dataset of instances, each a pure function of the seed and its index."""
+    """Dataset of instances. An instance depends only on the settings, the seed and its index."""
 
     def __init__(self, num_samples: int, hash_length: int, seed: int, needed: int):
         name = type(self).__name__
         require(num_samples >= 0, name, "num_samples", "at least 0", num_samples)
         require(hash_length >= 1, name, "hash_length", "at least 1", hash_length)
         possible = len(ALPHABET) ** hash_length
-        # Below this limit, distinct hashes are drawn quickly and are nearly independent.
+        # Hashes are redrawn until they are distinct, which is quick if at most half are used.
         expected = f"one with at least twice the {needed} hashes that an instance needs"
         found = f"{hash_length}, with {possible}"
         require(2 * needed <= possible, name, "hash_length", expected, found)
@@ -68,7 +71,7 @@ class _Task(Dataset[HashInstance]):
         return self._make(random.Random(f"{where} {self.seed} {place}"))
 
     def text(self, index: int) -> str:
-        """Return the training text of an instance: prompt, a space, target."""
+        """Return the training text of an instance: the prompt, a space and the target."""
         return self[index].text
 
     def _make(self, rng: random.Random) -> HashInstance:
@@ -84,22 +87,25 @@ class _Task(Dataset[HashInstance]):
 class HashHop(_Task):
     """Planning task: find the hash that is k hops along a single chain.
 
-    ``k`` is uniform in ``1 .. max_hops``. Beyond the end of the chain the answer is its last hash.
+    ``k`` is uniform in ``1 .. max_hops``. If the chain has fewer than k edges, the answer is its
+    last hash.
 
     Args:
         num_samples: number of instances.
         chain_length: C, number of hashes of the chain, which has C - 1 edges.
         max_hops: largest k.
-        vary_hops: if False, k is always ``max_hops``.
+        vary_hops: whether to draw k; if False, k is always ``max_hops``.
         hash_length: number of characters of a hash, from a-z and 0-9.
         seed: seed of the instances.
 
     Raises:
-        ValueError: if a number is too small, or more than half of all hashes would be needed.
+        ValueError: If a number is too small, or an instance would need more than half of all
+            possible hashes.
 
     Warns:
-        UserWarning: if ``max_hops`` reaches the end of the chain. Its last hash is the only one
-            without a successor, so it can be found without following the chain.
+        UserWarning: If ``max_hops`` is at least ``chain_length``, so that k can exceed the number
+            of edges. The answer is then the only hash without a successor, which can be found
+            without following the chain.
 
     Sources: arXiv 2412.00029, its code (neelr/lora-reasoning-experiments); magicproduct/hash-hop.
     """
@@ -138,22 +144,22 @@ class HashHop(_Task):
 class HashChain(_Task):
     """Reasoning task: find the end of the shortest of several chains from one start.
 
-    With ``vary_hash`` the shortest length is uniform among the allowed lengths except the largest.
-    The others are drawn from the lengths above it, without repetition if there are enough.
-    Therefore exactly one chain is the shortest.
+    With ``vary_hash``, the length of the shortest chain is drawn uniformly from all allowed lengths
+    except the largest. The lengths of the other chains are drawn from the larger ones, without
+    repetition if there are enough. Therefore exactly one chain is the shortest.
 
     Args:
         num_samples: number of instances.
-        chains: allowed lengths in hashes, including the start: length c means c - 1 edges. Without
-            ``vary_hash`` the first ``num_chains`` of them are used.
+        chains: allowed lengths. A length is a number of hashes, including the start: length c
+            means c - 1 edges. Without ``vary_hash``, the first ``num_chains`` lengths are used.
         num_chains: number of chains per instance.
-        vary_hash: draw the lengths.
+        vary_hash: whether to draw the lengths.
         hash_length: number of characters of a hash, from a-z and 0-9.
         seed: seed of the instances.
 
     Raises:
-        ValueError: if a number is too small, there are too few lengths, two chains would be the
-            shortest, or more than half of all hashes would be needed.
+        ValueError: If a number is too small, there are too few lengths, two chains would be the
+            shortest, or an instance would need more than half of all possible hashes.
 
     Sources: arXiv 2412.00029, its code (neelr/lora-reasoning-experiments).
     """
@@ -185,7 +191,10 @@ class HashChain(_Task):
         super().__init__(num_samples, hash_length, seed, 1 + largest - num_chains)
 
     def _longest(self, lengths: Sequence[int], shortest: int) -> int:
-        """Return the largest sum of the lengths if the shortest is ``shortest``."""
+        """Return the largest possible sum of the chains' lengths if the smallest is ``shortest``.
+
+        ``lengths`` are the allowed lengths in ascending order.
+        """
         above = [c for c in lengths if c > shortest]
         count = self.num_chains - 1
         return shortest + (sum(above[-count:]) if count <= len(above) else count * above[-1])

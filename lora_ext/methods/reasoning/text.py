@@ -1,4 +1,4 @@
-"""Both tasks as text: training batches for a language model and scores of its answers."""
+"""Both tasks as text: training batches for a language model, and the accuracy of its answers."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ def collate(
 ) -> dict[str, Tensor]:
     """Tokenise a training batch: prompt, answer, end-of-text token, and padding on the right.
 
-    Rows are not truncated; :func:`evaluate` compares lengths with the model's context.
+    Rows are not truncated, and their lengths are not compared with the model's context, as
+    :func:`evaluate` does.
 
     Args:
-        tokenizer: tokenizer of transformers with an end-of-text token.
-        instances: instances of either task.
-        mask_prompt: mask the labels of the prompt.
+        tokenizer: transformers tokenizer with an end-of-text token.
+        instances: B instances of either task.
+        mask_prompt: whether to set the labels of the prompt to ``IGNORE``.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, ``(B, T)`` int64, for a causal model of
-        transformers. Labels of padding are ``IGNORE``, even if it uses the end-of-text token.
+        ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)`` int64, for a causal
+        transformers model; T is the number of tokens of the longest row. Labels of padding are
+        ``IGNORE``, even if the padding id is the end-of-text token.
 
     Raises:
-        ValueError: if there are no instances, or the tokenizer has no end-of-text token.
+        ValueError: If there are no instances, or the tokenizer has no end-of-text token.
     """
     instances = list(instances)
     require(bool(instances), "collate", "instances", "at least one", 0)
@@ -73,25 +75,27 @@ def evaluate(
 ) -> dict[str, Any]:
     """Generate the answers of a model greedily and compute their accuracy.
 
-    The published code samples instead, and forbids the answer to repeat a pair of tokens of the
-    prompt, although the prompt contains the answer.
+    The published code samples instead, and prevents the answer from repeating a pair of tokens of
+    the prompt, although the prompt contains the answer.
 
     Args:
-        model: model with the ``generate`` of transformers. It runs in evaluation mode, and its mode
-            is restored afterwards.
-        tokenizer: tokenizer of transformers.
+        model: model with the ``generate`` method of transformers. It runs in evaluation mode, and
+            its mode is restored afterwards.
+        tokenizer: transformers tokenizer.
         instances: instances of either task.
-        score: "exact": the first word of the answer equals the target; "prefix3": the first three
-            characters are equal in lower case, as in the published code of the chain task.
-        batch_size: number of prompts per ``generate``, padded on the left.
-        breakdown: "hops", or "length" for the length of the shortest chain.
+        score: criterion of a correct answer. "exact": the first word of the answer equals the
+            target; "prefix3": the first three characters of answer and target are equal in lower
+            case, as in the published code of the chain task.
+        batch_size: number of prompts per call of ``generate``, padded on the left.
+        breakdown: property to group the instances by: "hops", or "length" for the length of the
+            shortest chain.
 
     Returns:
-        ``accuracy``; with a breakdown also ``by_hops`` or ``by_length``, a dict from each value, in
-        order, to (accuracy, count).
+        Dictionary with ``accuracy``. With a breakdown, the entry ``by_hops`` or ``by_length`` maps
+        each value of the property, in ascending order, to (accuracy, number of instances).
 
     Raises:
-        ValueError: if ``score`` or ``breakdown`` is unknown, there are no instances, "hops" is used
+        ValueError: If ``score`` or ``breakdown`` is unknown, there are no instances, "hops" is used
             for the chain task, or a prompt leaves no room for the answer in the model's context.
     """
     where = "evaluate"
@@ -153,7 +157,11 @@ def _answers(
 def _room(
     model: Any, tokenizer: Any, instances: Sequence[HashInstance], prompts: Sequence[list[int]]
 ) -> int:
-    """Return the most tokens of an answer: one per character, a space and an end, if they fit."""
+    """Return the maximum number of tokens to generate for an answer.
+
+    It is one per character, one for a space and one for the end of the text, but not more than the
+    model's context has room for.
+    """
     wanted = max(len(instance.target) for instance in instances) + 2
     config = getattr(model, "config", None)
     config = getattr(config, "get_text_config", lambda: config)()
@@ -171,7 +179,7 @@ def _room(
 def _prompt_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
     ids = list(tokenizer(instance.prompt).input_ids)
     end = tokenizer.eos_token_id
-    return ids[:-1] if ids and ids[-1] == end else ids  # Some tokenizers end every text.
+    return ids[:-1] if ids and ids[-1] == end else ids  # Some tokenizers append `end`.
 
 
 def _answer_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
@@ -179,7 +187,8 @@ def _answer_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
 
 
 def _pad_id(tokenizer: Any) -> int:
-    """Return an id for padding, which is masked: any id is valid if the tokenizer has none."""
+    """Return an id for padding; if the tokenizer has none, any id is valid, since padding is
+    masked."""
     for name in ("pad_token_id", "eos_token_id"):
         found = getattr(tokenizer, name, None)
         if found is not None:

@@ -1,7 +1,11 @@
-"""SPLoRA: pruning of an adapter's layers by their distance from the directions of the alignment.
+"""SPLoRA: pruning of an adapter's layers to preserve the safety alignment of the base model.
+
+A layer is scored by the distance of its update from the directions in which the alignment changed
+the weight.
 
 Source: "Safe Pruning LoRA: Robust Distance-Guided Pruning for Safety Alignment in Adaptation of
-LLMs" (arXiv 2506.18931); E-DIEM after arXiv 2407.08623; the projection of Safe LoRA, 2405.16833.
+LLMs" (arXiv 2506.18931); the metric E-DIEM after arXiv 2407.08623; the projection of Safe LoRA
+(arXiv 2405.16833).
 """
 
 from ._ediem import DegenerateReferenceError, diem

@@ -1,4 +1,5 @@
-"""DIEM and its empirical form E-DIEM: distances that are comparable between sizes."""
+"""DIEM and its empirical form E-DIEM: distances that are comparable between vectors of different
+lengths."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from .config import SploraConfig
 
 EPS = 1e-12
 EPS_PAIRS = 1e-6  # as in the authors' code
-_UNIFORM_VARIANCE = 7 / 120  # of the distance of two uniform random vectors in [0, 1]^N
+_UNIFORM_VARIANCE = 7 / 120  # variance of the distance of uniform random vectors in [0, 1]^N
 
 
 class DegenerateReferenceError(ValueError):
-    """Raised if a reference sample has no spread to compare distances with."""
+    """Raised if all distances of a reference sample are equal, so that their spread is 0."""
 
 
 @torch.no_grad()
@@ -32,19 +33,20 @@ def diem(
 ) -> float:
     """Return the Dimension Insensitive Euclidean Metric of two vectors.
 
-    ``(v_max - v_min) / var * (|a - b| - expected)``: 0 on average for random pairs. Its variance
-    does not depend on the length from about 7 entries on.
+    The metric is ``(v_max - v_min) / var * (|a - b| - expected)``, which is 0 on average for random
+    pairs. With about 7 or more entries, its variance does not depend on the length.
 
     Args:
-        a, b: ``(N,)`` floating, or other shapes of N entries.
+        a, b: vectors ``(N,)`` floating, or tensors of another shape with N entries.
         v_min, v_max: range of the entries.
-        expected, var: mean and variance of the distance of two random vectors. Default is those of
-            entries uniform in the range: ``sqrt(N / 6) (1 - 7 / (40 N))`` times its width, and
-            7/120 times its square. Our choice: the paper's ``sqrt(N / 6)`` with its next term.
+        expected, var: mean and variance of the distance of two random vectors. The default is for
+            entries that are uniform in the range of width ``w = v_max - v_min``:
+            ``w sqrt(N / 6) (1 - 7 / (40 N))`` and ``7 / 120 w^2``. Our choice: the paper's mean
+            ``w sqrt(N / 6)``, with the next term of its expansion.
 
     Raises:
-        ValueError: If shapes differ, there are no entries, a value is NaN or infinite, or a range
-            or variance is not above 0.
+        ValueError: If the shapes differ, there are no entries, a value is NaN or infinite, or the
+            width or the variance is not above 0.
 
     Source: "Surpassing Cosine Similarity for Multidimensional Comparisons" (arXiv 2407.08623).
     """
@@ -64,9 +66,9 @@ def diem(
 
 
 def standardised(where: str, x: Tensor, sample: Tensor, config: SploraConfig) -> Tensor:
-    """Return ``(x - c(S)) / (t(S) + eps)`` for ``x`` in float64 of any shape and a sample
-    ``S (N,)``."""
-    # The median of an even number of values is the mean of the middle two.
+    """Return ``(x - c(S)) / (t(S) + eps)`` for distances ``x`` in float64 of any shape and a sample
+    S ``(N,)``; c is ``config.center`` and t is ``config.stat``."""
+    # `Tensor.median` would return the lower one of two middle values, not their mean.
     centre = sample.mean() if config.center == "mean" else torch.quantile(sample, 0.5)
     spread = _iqr(sample) if config.stat == "iqr" else sample.std(correction=1)
     if spread.item() < 1e-12 * max(1.0, abs(centre.item())):
@@ -83,15 +85,17 @@ def standardised(where: str, x: Tensor, sample: Tensor, config: SploraConfig) ->
 def released_score(
     distance: Tensor, sample: Tensor | None, projected: Tensor, update: Tensor
 ) -> float:
-    """Return the score of the authors' code, which also compares the lower quartiles of the
-    entries.
+    """Return the score of the authors' code, which also compares the lower quartiles of the entries
+    of ``P D`` and D.
 
     Args:
-        distance: of the layer, float64.
-        sample: ``(N,)`` float64, the distances of the caller's pairs. None uses what the authors'
-            script passes, 50 copies of the layer itself. ``(d + eps - d) / (0 + eps)`` is then 1;
-            the script's float32 result is far from it.
-        projected, update: ``P D`` and D, dense.
+        distance: distance of the layer, float64.
+        sample: ``(N,)`` float64, distances of the caller's pairs. None stands for the sample of the
+            authors' script, 50 copies of the layer's distance d. The first term is then
+            ``(d + eps - d) / (0 + eps)``, which is exactly 1; the script's float32 result is far
+            from it.
+        projected: ``P D``, dense.
+        update: D, dense.
     """
     score = 1.0
     if sample is not None:
@@ -100,8 +104,11 @@ def released_score(
 
 
 def lower_quartile(t: Tensor) -> Tensor:
-    """Return the lower quartile of all entries, with linear interpolation. ``torch.quantile`` is
-    limited to 2^24 entries, and ``kthvalue`` takes minutes if they are in descending order."""
+    """Return the lower quartile of all entries, with linear interpolation.
+
+    The entries are sorted, since ``torch.quantile`` accepts at most 2^24 entries, and ``kthvalue``
+    takes minutes if they are in descending order.
+    """
     values = t.flatten().sort().values
     place = (values.numel() - 1) / 4
     below = int(place)

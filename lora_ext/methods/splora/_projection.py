@@ -1,4 +1,5 @@
-"""Alignment map P of a layer, applied to the factor B without forming P or V = Wa - W0."""
+"""Projection P of a layer onto the directions of its alignment ``V = Wa - W0``, applied to the
+factor B without forming P or V."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from .config import Projection, SploraConfig
 
 
 class ZeroAlignmentError(ValueError):
-    """Raised if the base and the aligned weight of a layer are equal: no direction is the safe
-    one."""
+    """Raised if the base and the aligned weight of a layer are equal, so that no direction of
+    alignment is defined."""
 
 
 @torch.no_grad()
@@ -30,31 +31,32 @@ def project_factor(
     rank: int | None = None,
     energy: float | None = None,
 ) -> Tensor:
-    """Return ``P B``, the factor B mapped onto the directions in which the weight was aligned.
+    """Return ``P B``, the factor B mapped onto the directions in which alignment changed the
+    weight.
 
-    With ``V = aligned_w - base_w``: "frobenius" is ``P = V V^T / |V|_F``, and "orthogonal"
-    ``P = U_q U_q^T``, where ``U_q`` are the left singular vectors of V whose singular values exceed
-    ``max(m, n) eps(float32)`` of the largest, cut by ``rank`` and ``energy``. "frobenius" allocates
-    at most an eighth of a weight besides the weights.
+    With ``V = aligned_w - base_w``, "frobenius" is ``P = V V^T / |V|_F``, and "orthogonal" is
+    ``P = U_q U_q^T``. The columns of ``U_q`` are the left singular vectors of V with singular
+    values above ``max(m, n) eps(float32)`` times the largest, at most as many as ``rank`` and
+    ``energy`` allow. "frobenius" allocates at most an eighth of the bytes of a weight.
 
     Args:
-        B: ``(m, r)`` floating.
-        base_w: ``(m, n)`` floating, W0.
-        aligned_w: ``(m, n)``, Wa.
+        B: factor B, ``(m, r)`` floating.
+        base_w: W0, ``(m, n)`` floating.
+        aligned_w: Wa, ``(m, n)`` floating.
         projection, rank, energy: as in :class:`SploraConfig`.
 
     Returns:
-        ``(m, r)`` on the device of B, in the widest dtype of the three; computed in float64 and
-        rounded once.
+        ``(m, r)`` on the device of B, in the widest dtype of the three tensors; computed in float64
+        and rounded once.
 
     Raises:
         ZeroAlignmentError: If the two weights are equal.
-        ValueError: If shapes do not fit, r is 0, a value is NaN or infinite, or an argument is out
-            of range.
+        ValueError: If the shapes do not match, r is 0, a value is NaN or infinite, or an argument
+            is out of range.
         TypeError: If a tensor is not floating: dequantise it first.
 
     Warns:
-        UserWarning: "orthogonal" kept every direction, so that P is the identity.
+        UserWarning: If "orthogonal" keeps every direction, so that P is the identity.
 
     Source: arXiv 2506.18931; "orthogonal" is the ideal form of Safe LoRA (arXiv 2405.16833).
     """
@@ -82,7 +84,8 @@ class Projected(NamedTuple):
 def project_wide(
     where: str, b: Tensor, base: Tensor, aligned: Tensor, config: SploraConfig
 ) -> Projected:
-    """Compute :func:`project_factor` of checked arguments; the weights may still contain NaN."""
+    """Compute the float64 result of :func:`project_factor` from checked arguments. Only the weights
+    may still contain NaN or infinity."""
     device = base.device if config.device is None else torch.device(config.device)
     pair = WeightPair(where, base, aligned, device)
     wide = b.to(device, torch.float64)
@@ -104,8 +107,8 @@ def warn_of_identity(where: str, layers: list[str]) -> None:
 
 
 class WeightPair:
-    """``V = Wa - W0`` for weights ``(m, n)``, a few rows at a time, in float64 on a device. A block
-    has at most an eighth of a weight's bytes."""
+    """Difference ``V = Wa - W0`` of two weights ``(m, n)``, computed in float64 on a device in
+    blocks of rows. A block has at most an eighth of a weight's bytes."""
 
     def __init__(self, where: str, base: Tensor, aligned: Tensor, device: torch.device):
         self.where, self.base, self.aligned, self.device = where, base, aligned, device
@@ -116,8 +119,8 @@ class WeightPair:
         return self.base.shape[0], self.base.shape[1]
 
     def blocks(self, transposed: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Yield ``V = aligned - base``, or its transpose, as float64 blocks of rows, each with its
-        slice. Only one block is in memory at a time."""
+        """Yield V, or its transpose, as float64 blocks of rows, each with the slice of its rows.
+        Only one block is in memory at a time."""
         pair = [t.T if transposed else t for t in (self.aligned, self.base)]
         rows, width = pair[0].shape
         nbytes = min(t.nbytes for t in pair)
@@ -151,22 +154,25 @@ class WeightPair:
         return product, square.sqrt()
 
     def times(self, factor: Tensor) -> Tensor:
-        """Return the product of V and a factor ``(n, k)``: ``(m, k)`` float64."""
+        """Return the product ``(m, k)`` of V and a factor ``(n, k)``, float64."""
         return torch.cat([v @ factor for _, v in self.blocks()])
 
 
 def _orthogonal(
     pair: WeightPair, b: Tensor, inner: Tensor, config: SploraConfig
 ) -> tuple[Tensor, bool]:
-    """Project by the eigenvectors of a Gram matrix. It squares the condition number, which float64
-    allows: eigenvalues below the square of the cut, at least 1e-14 of the largest, are not used."""
+    """Return ``P b`` and whether P is the identity, by the eigenvectors of a Gram matrix.
+
+    The Gram matrix squares the condition number, which is exact enough in float64: eigenvalues
+    below the square of the cut, which is at least 1e-14 of the largest eigenvalue, are not used.
+    """
     m, n = pair.shape
-    narrow = n < m  # the smaller of V^T V and V V^T is taken
+    narrow = n < m  # The smaller one of V^T V and V V^T is computed.
     gram = torch.zeros(min(m, n), min(m, n), dtype=torch.float64, device=pair.device)
     for _, v in pair.blocks(transposed=not narrow):
         gram.addmm_(v.T, v)
     squares, vectors = torch.linalg.eigh(gram)
-    squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)  # largest first
+    squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)  # in descending order
     cut = max(m, n) * torch.finfo(torch.float32).eps
     count = int((squares.sqrt() > cut * squares[0].sqrt()).sum())
     if config.energy is not None:
@@ -175,9 +181,9 @@ def _orthogonal(
     if config.rank is not None:
         count = min(count, config.rank)
     vectors = vectors[:, :count]
-    if not narrow:  # the vectors are U_q
+    if not narrow:  # The eigenvectors are the columns of U_q.
         return vectors @ (vectors.T @ b), count == m
-    # The vectors are the right singular ones: U_q = V W / sigma, U_q^T b = W^T V^T b / sigma.
+    # The eigenvectors W are right singular vectors: U_q = V W / sigma, U_q^T b = W^T V^T b / sigma.
     return pair.times(vectors @ ((vectors.T @ inner) / squares[:count, None])), False
 
 
@@ -186,7 +192,7 @@ def _orthogonal(
 
 
 def check_floating(where: str, **named: Tensor) -> None:
-    """Raise `TypeError` for a tensor that is quantised or otherwise not floating."""
+    """Raise `TypeError` if a tensor is quantised or not floating."""
     expected = "a tensor in float16, bfloat16, float32 or float64"
     for name, t in named.items():
         fits = isinstance(t, Tensor) and t.is_floating_point() and t.element_size() >= 2
@@ -198,8 +204,8 @@ Shape = tuple[int, ...]
 
 
 def check_shapes(where: str, b: Shape, base: Shape, aligned: Shape, a: Shape | None = None) -> None:
-    """Raise `ValueError` unless factors ``(m, r)``, ``(r, n)`` and weights ``(m, n)`` fit
-    together."""
+    """Raise `ValueError` unless factors ``(m, r)``, ``(r, n)`` and weights ``(m, n)`` have matching
+    shapes."""
     factors = f"B {tuple(b)}" + (f" and A {tuple(a)}" if a is not None else "")
     a = (b[-1], base[-1]) if a is None and len(b) == len(base) == 2 else a
     base, aligned = tuple(base), tuple(aligned)
@@ -216,7 +222,7 @@ def check_shapes(where: str, b: Shape, base: Shape, aligned: Shape, a: Shape | N
 
 
 def check_finite(where: str, **named: Tensor) -> None:
-    """Raise `ValueError` for NaN or infinity, reading a few rows at a time."""
+    """Raise `ValueError` if a tensor contains NaN or infinity; check a few rows at a time."""
     for name, t in named.items():
         finite = all(bool(part.isfinite().all()) for part in t.split(max(1, len(t) // 8)))
         require(finite, where, name, "finite values", "NaN or infinity")

@@ -1,4 +1,5 @@
-"""Layers of an adapter with their weights in two models, read from files or models."""
+"""Layers of an adapter with their weights in the base and the aligned model, which are read from
+files or from modules."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ from ._projection import (
 )
 from .config import SploraConfig
 
-#: An adapter, PEFT's folder, ``(config, state dict)``, or a state dict alone, with scaling 1.
+#: Adapter: an object, a folder of PEFT, ``(config, state dict)``, or a state dict with scaling 1.
 Source = LoraAdapter | AdapterSource | Mapping[str, Tensor]
 
 
@@ -48,8 +49,7 @@ def read_adapter(where: str, source: Source) -> LoraAdapter:
 
 
 def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
-    """Return the LoRA tensors of a state dict, and a configuration with their ranks and scaling
-    1."""
+    """Return a configuration with the ranks of a state dict and scaling 1, and its LoRA tensors."""
     keys = {key: parsed for key in state if (parsed := parse_key(key)) is not None}
     if not keys:
         expected, found = "names as <module>.lora_A.weight", ", ".join(list(state)[:4])
@@ -62,7 +62,7 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
             ranks[module] = state[key].shape[0] if state[key].dim() else 0
             require(ranks[module] != 0, where, key, "a rank of at least 1", "0")
     for key, (module, role, _) in keys.items():
-        if role == "B.weight":  # factor_keys has seen its A
+        if role == "B.weight":  # factor_keys has checked that A exists
             shape, rank = tuple(state[key].shape), ranks[module]
             fits = len(shape) != 2 or shape[1] == rank
             require(fits, where, key, f"B (m, r) of the rank of A, which is {rank}", shape)
@@ -86,7 +86,7 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
 
 
 class Layer(NamedTuple):
-    """An adapted layer with the keys of its weights in both models."""
+    """Adapted layer with the keys of its weights in both models."""
 
     name: str
     factors: Factors
@@ -95,7 +95,7 @@ class Layer(NamedTuple):
     transposed: bool  # the weights are stored as (n, m)
 
 
-#: Function that yields the given layers one by one and may show progress, as ``tqdm.tqdm``.
+#: Function that yields the given layers one by one and may show progress, such as ``tqdm.tqdm``.
 Progress = Callable[[Iterable[Layer]], Iterable[Layer]]
 
 
@@ -114,8 +114,8 @@ def project_layers(
     All shapes are checked before any weight is read. At most two weights are in memory at a time.
 
     Args:
-        names: modules of the adapter to project; default is all.
-        columns: returns the matrix ``(m, k)`` that P is applied to; default is B.
+        names: names of the adapter's modules to project; default is all of them.
+        columns: function that returns the matrix ``(m, k)`` that P is applied to; default is B.
     """
     kinds = {
         "a DoRA magnitude": [n for n, f in adapter.modules.items() if f.magnitude is not None],
@@ -154,7 +154,7 @@ def project_layers(
                     raise
                 continue
             finally:
-                del w0, wa  # before the next ones are read
+                del w0, wa  # freed before the next weights are read
             found.append(layer)
     pairs = zip(found, projected, strict=True)
     if identities := [layer.name for layer, one in pairs if one.is_identity]:

@@ -1,4 +1,4 @@
-"""Settings of SPLoRA, named after the specification's symbols."""
+"""Settings of SPLoRA."""
 
 from __future__ import annotations
 
@@ -25,40 +25,46 @@ OnZeroAlignment = Literal["raise", "skip"]
 class SploraConfig:
     """Settings for scoring layers and for selecting those to prune.
 
+    A layer has factors A and B, scaling s and the update ``D = s B A``. V is the change of its
+    weight by the alignment, aligned minus base, and P maps onto the directions of V. Norms are
+    Frobenius norms.
+
     Attributes:
         num: K, number of units to prune. To select layers, give exactly one of num and threshold.
-        threshold: units with a score of at least (direction "largest") or at most ("smallest") this
-            are pruned.
-        direction: end of the scores that is pruned, "smallest" or "largest". There is no default:
-            the meaning of an end depends on ``score``, see docs/splora.md.
-        granularity: a unit is a "module", or a "block" with the mean score of its modules.
+        threshold: limit of the score; units with a score of at least (direction "largest") or at
+            most (direction "smallest") this value are pruned.
+        direction: scores that are pruned, "smallest" or "largest". There is no default, since the
+            meaning of a small score depends on ``score``, see docs/splora.md.
+        granularity: unit of pruning, a "module" or a "block" with the mean score of its modules.
         score: quantity that a layer is scored by. "distance", E-DIEM of ``|P D - D|``, ranks layers
             much like the size of their update. "angle", E-DIEM of ``|c P D - D| / |D|`` with the c
-            that makes it smallest, does not depend on sizes. "alignment", ``<D, V> / (|D| |V|)``
-            itself: below 0 the update undoes the alignment.
-        projection: P, "frobenius" ``V V^T / |V|`` or "orthogonal" ``U_q U_q^T``.
-        rank: q, maximum number of directions.
-        energy: only as many directions as have this share of the squared singular values. Both cut
-            only the orthogonal projection.
-        reference: S, sample that a distance is compared with: "population", all scored layers;
-            "permutation", rows of B in random order; "pairs", matrices from the caller; "released",
-            the layer itself, as in the authors' script; scores are ordered by the shift of the
-            lower quartile alone, as the script's in exact arithmetic. All but "population" need
-            ``score="distance"``; "alignment" uses no reference.
+            that minimizes it, does not depend on sizes. "alignment" is ``<D, V> / (|D| |V|)``
+            itself: if it is below 0, the update undoes the alignment.
+        projection: P, "frobenius" ``V V^T / |V|`` or "orthogonal" ``U_q U_q^T``, where ``U_q`` are
+            the first q left singular vectors of V.
+        rank: upper bound of q, for "orthogonal" only.
+        energy: share of the squared singular values, for "orthogonal" only; q is at most the
+            smallest number of directions with this share.
+        reference: S, sample of distances that a layer's distance is compared with: "population",
+            those of all scored layers; "permutation", those for rows of B in random order; "pairs",
+            those of matrices from the caller; "released", copies of the layer's distance, as in the
+            authors' script. The order of the scores then depends only on the shift of the lower
+            quartile, like that of the script's scores in exact arithmetic. Values other than
+            "population" require ``score="distance"``. "alignment" uses no reference.
         stat: t(S), the spread: "iqr", the interquartile range, or "std".
         n_samples: number of permutations per layer.
-        seed: of the permutations.
-        include_scaling: s, distances are those of ``s B A``; False leaves s out, as both published
-            codes do.
-        mode: what is left of a pruned module, :func:`lora_ext.adapter.prune_adapter`.
+        seed: seed of the permutations.
+        include_scaling: whether D includes the factor s. Both published codes omit it (False).
+        mode: what is left of a pruned module, see :func:`lora_ext.adapter.prune_adapter`.
         device: device of the comparison; default is that of the base model's weight.
         center: c(S), "mean" or "median".
-        on_zero_alignment: a layer with equal weights in both models raises an error, or with "skip"
-            is kept without a score.
-        allow_degenerate: all scores are 0 if the reference has no spread, instead of an error.
+        on_zero_alignment: treatment of a layer with equal weights in both models. "raise" raises an
+            error; "skip" keeps the layer without a score.
+        allow_degenerate: whether all scores are 0 if the reference has no spread; if False, this is
+            an error.
 
     Raises:
-        ValueError: If a value is out of range, or there is no direction; the message names the
+        ValueError: If a value is out of range, or no direction is given; the message names the
             field.
 
     Sources: arXiv 2506.18931 and its code; arXiv 2407.08623 for the metric; docs/splora.md.

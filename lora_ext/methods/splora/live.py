@@ -1,4 +1,4 @@
-"""SPLoRA on a live model: switch layers off in place, and on again."""
+"""SPLoRA on a model in memory: switch layers off in place, and on again."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _KEY = "_lora_ext_splora"
 
 
 class _Applied(NamedTuple):
-    """Record on the model, by names, so that :func:`remove` also works on a copy of the model."""
+    """Record that is stored on the model. It contains only names, so that :func:`remove` also works
+    on a copy of the model."""
 
     adapter: str
-    switched: tuple[str, ...]  # layers that were on and are off now
+    switched: tuple[str, ...]  # layers that were on before and are off now
 
 
 def apply_to(
@@ -37,25 +38,25 @@ def apply_to(
 ) -> SploraResult:
     """Score the layers of a model's adapter, and switch off those that are selected for pruning.
 
-    A layer that is off runs only the operators of its base layer, and its outputs are bitwise those
-    of the base layer. Parameters and their ``requires_grad`` do not change.
+    A layer that is off runs only its base layer, so that its outputs are bitwise equal to those of
+    the base layer. Parameters and their ``requires_grad`` do not change.
 
     Args:
-        model: with layers of :class:`lora_ext.nn.LoraLinear` or of PEFT's ``lora.Linear``, before
-            or after :func:`lora_ext.from_peft`.
+        model: model with layers of :class:`lora_ext.nn.LoraLinear` or of PEFT's ``lora.Linear``,
+            before or after :func:`lora_ext.from_peft`.
         base, aligned, pairs, progress: as for :func:`ediem_scores`; ``model`` itself may be the
-            aligned one, since the weights below the adapters are compared.
-        config: with num or threshold; ``mode`` is not used.
+            aligned model, since the weights of its base layers are compared.
+        config: settings, with num or threshold; ``mode`` is not used.
         adapter: name of the adapter.
 
     Returns:
         the result of :func:`apply`, with names of the base model. ``result.adapter`` is a pruned
-        copy, for saving.
+        copy of the adapter, which can be saved.
 
     Raises:
         RuntimeError: If the model is pruned already: call :func:`remove` first.
-        ValueError: If there is no such adapter, or it is merged, and as :func:`apply`. The model is
-            unchanged.
+        ValueError: If the model has no such adapter, or it is merged, or if :func:`apply` raises
+            it. Then the model is unchanged.
     """
     new = _KEY not in model.__dict__
     found = "a pruned one; call splora.remove(model) first"

@@ -1,5 +1,5 @@
-"""SPLoRA on an adapter value: select layers by their scores and prune them, or project them as Safe
-LoRA does."""
+"""SPLoRA on a :class:`lora_ext.adapter.LoraAdapter`: select layers by their scores and prune them,
+or project them as Safe LoRA does."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ log = logging.getLogger(__name__)
 
 
 class SploraResult(NamedTuple):
-    """Measurements of the layers (``stats``), names of the pruned and kept ones, and the pruned
-    ``adapter``.
+    """Result of :func:`apply`: measurements of the layers (``stats``), names of the pruned and of
+    the kept layers, and the pruned ``adapter``.
 
-    ``str()`` is one line, ``[row._asdict() for row in result.stats]`` the table.
+    ``str(result)`` is a summary in one line. The table is
+    ``[row._asdict() for row in result.stats]``.
     """
 
-    stats: list[LayerStats]  # of the layers that were scored, in the order of the model
+    stats: list[LayerStats]  # one row for each scored layer, in the order of the model
     pruned: list[str]
     kept: list[str]
     adapter: LoraAdapter
@@ -38,24 +39,25 @@ class SploraResult(NamedTuple):
 
     @property
     def direction(self) -> Direction:
-        """End of the scores that was pruned, "smallest" or "largest", from the configuration."""
+        """Scores that were pruned, "smallest" or "largest", from the configuration."""
         return self.config.direction
 
     @property
     def size_correlation(self) -> float:
-        """Rank correlation between the scores and the sizes of the updates,
+        """Rank correlation between the scores and the sizes of the updates, see
         :func:`size_correlation`."""
         return size_correlation(self.stats)
 
     @property
     def unscored(self) -> list[str]:
-        """Layers with equal weights in both models, kept by ``on_zero_alignment="skip"``."""
+        """Names of the layers with equal weights in both models, which
+        ``on_zero_alignment="skip"`` keeps without a score."""
         scored = {layer.name for layer in self.stats}
         return [name for name in self.kept if name not in scored]
 
     def __str__(self) -> str:
-        """Return the numbers of layers, the settings, and the rank correlation of score and
-        size."""
+        """Return a line with the numbers of pruned and of all layers, the settings, and the rank
+        correlation of score and size."""
         config, total = self.config, len(self.pruned) + len(self.kept)
         rule = f"threshold={config.threshold}" if config.num is None else f"num={config.num}"
         unscored = f", {len(self.unscored)} not scored" if self.unscored else ""
@@ -82,15 +84,15 @@ def apply(
 
     Args:
         adapter, base, aligned, pairs, progress: as for :func:`ediem_scores`. They are not changed.
-        config: with num or threshold.
+        config: settings, with num or threshold.
 
     Returns:
-        the result; ``result.adapter`` has the tensors of the kept layers, without copies, and a
-        configuration that lists their full names.
+        the result; ``result.adapter`` shares the tensors of the kept layers with ``adapter``, and
+        its configuration lists their full names.
 
     Raises:
-        ValueError: If neither num nor threshold is given, or num is above the number of units, and
-            as :func:`ediem_scores`.
+        ValueError: If neither num nor threshold is given, or num is above the number of units.
+        ValueError, TypeError, KeyError, NotImplementedError: If :func:`ediem_scores` raises it.
 
     Source: arXiv 2506.18931.
     """
@@ -116,18 +118,22 @@ def project(
 ) -> LoraAdapter:
     """Replace B by ``P B`` in some layers, as Safe LoRA does, and keep the others unchanged.
 
+    P is the projection of a layer, see :class:`SploraConfig`.
+
     Args:
         adapter, base, aligned, progress: as for :func:`ediem_scores`. They are not changed.
         names: full names of the layers, such as those that :func:`select_layers` returns.
-        config: projection, rank, energy, device and on_zero_alignment are used; a skipped layer
-            keeps its B.
+        config: settings, of which projection, rank, energy, device and on_zero_alignment are used;
+            a skipped layer keeps its B.
 
     Returns:
-        the adapter. The new B has the dtype and device of the old one, rounded once. Our choice: a
-        bias beside B (``lora_bias``), which the update adds to the same outputs, is mapped too.
+        the new adapter. Its B has the dtype and device of the old B, rounded once. Our choice: a
+        bias of B (``lora_bias``) is mapped by P as well, since it is added to the same outputs.
 
     Raises:
-        ValueError: If the adapter lacks a name, and as :func:`ediem_scores` in a layer.
+        ValueError: If the adapter has no layer of a given name.
+        ValueError, TypeError, KeyError, NotImplementedError: If :func:`ediem_scores` would raise it
+            for one of the layers.
 
     Source: Safe LoRA (arXiv 2405.16833), eq. 2 and its code.
     """
@@ -149,7 +155,7 @@ def project(
 
 
 def _columns(factors: Factors) -> Tensor:
-    """Return the matrix that P is applied to: B ``(m, r)``; with a bias, ``(m, r + 1)``."""
+    """Return the matrix that P is applied to: B ``(m, r)``, or with a bias ``(m, r + 1)``."""
     if factors.bias is None:
         return factors.b
     return torch.cat([factors.b, factors.bias.to(factors.b)[:, None]], dim=1)
@@ -159,11 +165,11 @@ def select_layers(stats: Sequence[LayerStats], config: SploraConfig) -> list[str
     """Return the names of the layers to prune, in the order of ``stats``.
 
     A unit is a module, or with ``granularity="block"`` a block. A block's score is the mean of its
-    modules' scores, and it is pruned whole. Modules outside all blocks are single units.
+    modules' scores; all of its modules are pruned or none. A module outside all blocks is a unit.
 
     Args:
-        stats: from :func:`ediem_scores`.
-        config: num, threshold, direction and granularity are used.
+        stats: measurements of the layers, from :func:`ediem_scores`.
+        config: settings, of which num, threshold, direction and granularity are used.
 
     Raises:
         ValueError: If neither num nor threshold is given, or num is above the number of units.
@@ -178,7 +184,7 @@ def select_layers(stats: Sequence[LayerStats], config: SploraConfig) -> list[str
     if config.num is not None:
         expected = f"at most {len(units)}, the number of {config.granularity}s that were scored"
         require(config.num <= len(units), where, "num", expected, config.num)
-        # The sort is stable: of equal scores the first in the model is taken.
+        # The sort is stable: of units with equal scores, the first in the model is pruned.
         chosen = set(sorted(scores, key=lambda unit: sign * scores[unit])[: config.num])
     elif config.threshold is not None:
         limit = sign * config.threshold

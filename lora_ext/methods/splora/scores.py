@@ -18,14 +18,15 @@ from ._projection import check_finite, check_floating, check_shapes
 from ._weights import Progress, Source, project_layers, read_adapter
 from .config import SploraConfig
 
-#: Dense matrices X and Y of one shape.
+#: Pairs of dense matrices X and Y of equal shape, whose distances ``|X - Y|`` form a reference.
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 class LayerStats(NamedTuple):
-    """Measurements of one layer with the update ``D = s B A``, and its score.
+    """Measurements of one layer with the update ``D = s B A`` ``(m, n)``, and its score.
 
-    P is :attr:`SploraConfig.projection` of ``V = aligned - base``; norms are Frobenius norms.
+    P is the projection (:attr:`SploraConfig.projection`) of ``V = aligned - base``, the difference
+    of the layer's weights; norms are Frobenius norms.
     """
 
     name: str
@@ -33,27 +34,28 @@ class LayerStats(NamedTuple):
     dist: float  # |P D - D|
     norm: float  # |D|
     norm_proj: float  # |P D|
-    cos: float  # between P D and D; 0 where one of them is 0
+    cos: float  # cosine of P D and D; 0 if one of them is 0
     score: float  # used for selection, see SploraConfig.score
-    alignment: float = math.nan  # <D, V> / (|D| |V|): below 0 D undoes the alignment
+    alignment: float = math.nan  # <D, V> / (|D| |V|); if below 0, D undoes the alignment
 
 
 def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) -> Tensor:
     """Return ``(|D|^2, |PD|^2, <PD, D>, |PD - D|^2)`` of one layer, ``D = scaling * b @ a``.
 
-    Checks the values and calls :func:`lora_ext.ops.lora_pair_stats`, which also takes many layers.
+    P is the projection of the layer. This function checks the values and calls
+    :func:`lora_ext.ops.lora_pair_stats`, which accepts many layers.
 
     Args:
-        a: ``(r, n)`` floating.
-        b: ``(m, r)``.
-        projected_b: ``(m, r)``, ``P b``.
-        scaling: s.
+        a: factor A, ``(r, n)`` floating.
+        b: factor B, ``(m, r)``.
+        projected_b: ``P b``, ``(m, r)``.
+        scaling: s, scale of the adapter.
 
     Returns:
         ``(4,)`` float64.
 
     Raises:
-        ValueError: If shapes do not fit, r is 0, or a value is NaN or infinite.
+        ValueError: If the shapes do not match, r is 0, or a value is NaN or infinite.
         TypeError: If a tensor is not floating.
     """
     where = "pair_stats"
@@ -77,32 +79,32 @@ def ediem_scores(
     pairs: Pairs | None = None,
     progress: Progress = iter,
 ) -> list[LayerStats]:
-    """Return the distance of every adapted layer from its projection, and its score.
+    """Return the distance of every adapted layer's update from its projection, and its score.
 
-    The two weights of one layer are read at a time. Layers are paired by name, and returned in the
-    order of the model, whatever the order of the sources.
+    Only the two weights of one layer are in memory at a time. Layers of the adapter and of both
+    models are matched by name, and returned in the order of the model.
 
     Args:
-        adapter: a :class:`lora_ext.adapter.LoraAdapter`, PEFT's folder, ``(config, state dict)``,
-            or a state dict alone, with scaling 1.
-        base: W0, the model before alignment: a folder of safetensors, tensors by name, or a model;
-            see :class:`lora_ext.adapter.model_weights.ModelWeights`.
-        aligned: Wa, the model on which the adapter was trained; likewise.
-        config: how to score; default is ``SploraConfig(direction="smallest")``. Its direction is
-            not used.
-        pairs: for ``reference="pairs"`` only.
-        progress: wraps the layers as they are read, for example ``tqdm.tqdm``.
+        adapter: a :class:`lora_ext.adapter.LoraAdapter`, an adapter folder of PEFT,
+            ``(config, state dict)``, or only a state dict; then the scaling is 1.
+        base: W0, the model before alignment: a folder of safetensors, a mapping from names to
+            tensors, or a model; see :class:`lora_ext.adapter.model_weights.ModelWeights`.
+        aligned: Wa, the model on which the adapter was trained, in one of the forms of ``base``.
+        config: settings of the score; default is ``SploraConfig(direction="smallest")``. The
+            direction is not used.
+        pairs: matrices of the reference, for ``reference="pairs"`` only.
+        progress: function that wraps the iterable of layers, for example ``tqdm.tqdm``.
 
     Returns:
         One row for each layer that was scored.
 
     Raises:
-        ValueError: If shapes do not fit (the message names the layer and both); a tensor contains
-            NaN or infinity (the message names it); or there are fewer than 4 layers for
-            ``reference="population"``.
-        ZeroAlignmentError: If a layer has equal weights in both models.
-        DegenerateReferenceError: If the reference has no spread.
-        KeyError: If a model lacks a layer, or a factor lacks the other.
+        ValueError: If shapes do not match (the message names the layer and both shapes); if a
+            tensor contains NaN or infinity (the message names it); or if there are fewer than 4
+            layers for ``reference="population"``.
+        ZeroAlignmentError: If a layer has equal weights in both models, unless they are skipped.
+        DegenerateReferenceError: If the reference has no spread, unless this is allowed.
+        KeyError: If a model lacks a layer, or the adapter has only one factor of a module.
         TypeError: If weights are quantised.
         NotImplementedError: If the adapter uses DoRA, or adapts embeddings or convolutions.
 
@@ -157,14 +159,14 @@ def ediem_scores(
 def size_correlation(stats: Sequence[LayerStats]) -> float:
     """Return Spearman's rank correlation between the scores and the sizes ``|D| / sqrt(m n)``.
 
-    Near 1 or -1 the scores rank layers by the size of their update, and show little of the
-    alignment.
+    Near 1 or -1, the scores mainly rank layers by the size of their update, and depend little on
+    the alignment.
 
     Args:
-        stats: from :func:`ediem_scores`.
+        stats: measurements of the layers, from :func:`ediem_scores`.
 
     Returns:
-        from -1 to 1; NaN if all scores or all sizes are equal.
+        number from -1 to 1, or NaN if all scores or all sizes are equal.
     """
     scores = [layer.score for layer in stats]
     sizes = [layer.norm / math.sqrt(layer.n_entries) for layer in stats]
@@ -174,7 +176,7 @@ def size_correlation(stats: Sequence[LayerStats]) -> float:
 
 
 def _ranks(values: Sequence[float]) -> Tensor:
-    """Return the ranks in ascending order; equal values share the mean of theirs."""
+    """Return the rank of each value in ascending order; equal values get their mean rank."""
     _, inverse, counts = torch.tensor(values, dtype=torch.float64).unique(
         return_inverse=True, return_counts=True
     )
@@ -185,10 +187,11 @@ def _ranks(values: Sequence[float]) -> Tensor:
 def _angles(
     a: list[Tensor], b: list[Tensor], columns: list[Tensor], scalings: list[float], stats: Tensor
 ) -> Tensor:
-    """Return ``|c P D - D| / |D|`` with the c that makes it least: the sine of the angle between P
-    D and D.
+    """Return ``|c P D - D| / |D|`` with the c that minimizes it, which is the sine of the angle
+    between ``P D`` and D; 0 if D = 0.
 
-    It is computed from the difference itself, so that small angles do not cancel; 0 for D = 0.
+    The difference is formed before its norm is taken, since the formula by the cosine would cancel
+    for small angles.
     """
     norms, images, inner = stats[:, 0], stats[:, 1], stats[:, 2]
     c = torch.where(images > 0, inner / images, 0).to(columns[0].device)
@@ -202,7 +205,7 @@ def _permuted(
 ) -> Tensor:
     """Return ``|(P B - B[pi]) A| s`` for random permutations pi of the rows, ``(n_samples,)``.
 
-    Every layer starts from the seed, so that its score does not depend on other layers.
+    The generator is seeded anew for every layer, so that its score does not depend on others.
     """
     generator = torch.Generator().manual_seed(config.seed)
     orders = (torch.randperm(len(b), generator=generator) for _ in range(config.n_samples))
@@ -212,8 +215,7 @@ def _permuted(
 
 
 def _pair_distances(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor | None:
-    """Return ``|X - Y|`` of each of the caller's pairs, ``(N,)`` float64; None for other
-    references."""
+    """Return ``|X - Y|`` of each pair, ``(N,)`` float64; None for other references."""
     if config.reference != "pairs":
         if pairs is not None:
             expected = f"None with reference={config.reference!r}"
