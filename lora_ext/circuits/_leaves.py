@@ -240,7 +240,10 @@ class Categorical(Finite):
 
 
 class _Trials(Finite):
-    """The number of successes in ``total`` trials; the parameter is the ``logit (R,)`` of one."""
+    """A distribution of the number of successes in ``total`` independent trials.
+
+    Parameters: ``logit (R,)`` of the probability of one success.
+    """
 
     total: int
 
