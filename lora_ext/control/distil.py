@@ -261,7 +261,7 @@ def _emission(
 def _with_transitions(
     guide: Guide, train: Tensor, test: Tensor, steps: int, progress: Progress | None
 ) -> tuple[Guide, float]:
-    """Improve the transitions and the initial distribution by EM, and return the best guide.
+    """Update the transitions and the initial distribution by EM, and return the best guide.
 
     EM stops at the first step that does not make held-out texts likelier. Emissions do not change,
     because EM would overfit them to the few sampled tokens.

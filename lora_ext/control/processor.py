@@ -34,7 +34,8 @@ class ConstraintProcessor:
     restricted to tokens after which the text can still end within the budget. With a guide it is
     the guided law, which also multiplies by the guide's probability that the text will satisfy the
     constraint (docs/control.md). No text is truncated: it ends at the latest with the last token of
-    the budget. Scores of rows without a constraint stay bitwise unchanged.
+    the budget, unless its constraint is from :meth:`Constraint.from_matcher`. Scores of rows
+    without a constraint stay bitwise unchanged.
 
     You can pass one processor to several consecutive calls of ``generate``. If the prompts of a
     call are rows that an earlier call returned, call :meth:`reset` first: otherwise the processor
