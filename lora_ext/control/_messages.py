@@ -8,9 +8,9 @@ number ``lo`` of tokens before the end token. All rows with a plan share its tab
     w(s->s', z) = sum of beta(z, x) over the tokens x of the edge
 
 ``C_k(s, z)`` is the guide's probability that the text satisfies the constraint, if ``k`` tokens are
-left, ``s`` is the state of the constraint's automaton and ``z`` the last state of the guide. ``T``
-is the guide's transition, ``beta`` its emission, and ``w`` the weight of an edge of the automaton.
-Edges into END are closed until ``lo`` tokens have been written.
+left, ``s`` is the state of the constraint's automaton and ``z`` the guide's state at the previous
+token. ``T`` is the guide's transition, ``beta`` its emission, and ``w`` the weight of an edge of
+the automaton. Edges into END are closed until ``lo`` tokens have been written.
 
 Letters: ``S`` states and ``E`` edges of the automaton, ``H`` states of the guide, ``V`` vocabulary.
 """
@@ -35,7 +35,7 @@ from .language import DEFAULT, Constraint, Limits, Matched
 _WHERE = "constraint"
 _KEPT_SEGMENTS = 3
 _KEPT_STEPS = 1024
-_PART = 8  # a next state of more than V / 8 tokens has its own product with the vocabulary
+_PART = 8  # next states of over V / 8 tokens use a product with the vocabulary, others gather rows
 _FEW = 64  # up to V / 64 forbidden tokens are stored as indices, more as a mask
 _shared: weakref.WeakKeyDictionary[Guide, weakref.WeakValueDictionary[tuple[object, ...], Messages]]
 _shared = weakref.WeakKeyDictionary()
