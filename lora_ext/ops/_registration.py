@@ -96,9 +96,7 @@ def register(library: str) -> None:
 
 
 def _checked(op: str, schema: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a fake kernel that checks devices and passes all arguments to ``function`` by
-    position.
-    """
+    """Return a fake kernel that checks devices and passes all arguments by position."""
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
