@@ -257,7 +257,7 @@ def _require_logits(circuit: Parameters, name: str) -> None:
 
 
 def _require_deterministic(circuit: Parameters, name: str) -> None:
-    """Raise ValueError unless a circuit is normalised, known to be deterministic, and not external.
+    """Raise ValueError unless a circuit is normalised, deterministic and without external leaves.
 
     In other circuits an assignment may have several trees of nonzero units.
     """

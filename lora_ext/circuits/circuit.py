@@ -2,7 +2,7 @@
 
 Letters: ``B`` rows of data, ``n`` variables, ``R`` root units, ``N`` leaf units, ``V`` values.
 
-Some methods only call functions of other modules; they document these functions.
+Sampling, learning and files are implemented in other modules; the methods here document them.
 """
 
 from __future__ import annotations

@@ -167,8 +167,8 @@ class _GuidedRows:
         places: Indices of the rows in the batch.
         laws: Guide's distributions of the rows, ``(n, H)``.
         layout: Allowed tokens, grouped by their next state.
-        weighted: Products of ``laws`` and the message of each of the w wide next states, ``(w n,
-            H)``.
+        weighted: Products of ``laws`` and the message of each of the w wide next states,
+            ``(w n, H)``.
         weighted_scales: Logarithms of the scales of these messages, ``(w n,)``.
     """
 

@@ -2,8 +2,8 @@
 
 The guided law is ``p(x) r(x)``, see ``_law.py``. ``r(x) <= b(x) = max_z C_{k-1}(delta(s, x), z)``,
 and ``b`` is looked up by the class of a token. Tokens are therefore drawn by rejection sampling
-with the envelope ``p(x) b(x)``: a token drawn from the envelope is kept with probability ``r(x) /
-b(x)``, which is computed only for drawn tokens.
+with the envelope ``p(x) b(x)``: a token drawn from the envelope is kept with probability
+``r(x) / b(x)``, which is computed only for drawn tokens.
 
 Letters: ``B`` rows of the batch, ``V`` vocabulary, ``H`` states of the guide; ``n`` rows and ``m``
 tokens per row of a round.

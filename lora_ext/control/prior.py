@@ -21,9 +21,9 @@ _WHERE = "PriorHead"
 class PriorHead(nn.Module):
     """Layer ``A = softmax(P h)``: distribution of the guide's state at the next token.
 
-    ``h`` is the model's hidden state: the input of its LM head. With ``ConstraintProcessor(...,
-    prior=head(hidden))``, generation starts from the distribution after the prompt; ``hidden`` are
-    the hidden states at the last token of each prompt.
+    ``h`` is the model's hidden state: the input of its LM head. With
+    ``ConstraintProcessor(..., prior=head(hidden))``, generation starts from the distribution after
+    the prompt; ``hidden`` are the hidden states at the last token of each prompt.
 
     Letters: ``B`` rows, ``D`` features of a hidden state, ``H`` states of the guide.
 

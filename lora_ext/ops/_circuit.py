@@ -81,8 +81,8 @@ def circuit_scan(
             is checked only in debug mode; otherwise a token out of range is treated as -1.
 
     Returns:
-        :class:`CircuitScan` of ``prefix (B, K)``, ``conditional (B, K)`` and ``posterior (B, K,
-        C)``, float32 (float64 for float64 ``leaf``), computed in this precision.
+        :class:`CircuitScan` of ``prefix (B, K)``, ``conditional (B, K)`` and
+        ``posterior (B, K, C)``, float32 (float64 for float64 ``leaf``), computed in this precision.
 
     Raises:
         ValueError: If a kind, shape, dtype, device or token is wrong.

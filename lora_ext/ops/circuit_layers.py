@@ -1,6 +1,6 @@
 """Whole circuits in one call: tables of leaves, values of all units, their flows, and walks.
 
-A unit is a leaf, a product or a sum of a circuit. Flows are the expected uses of units and weights.
+A unit is a leaf, a sum, or a product of leaves. Flows are the expected uses of units and weights.
 
 Letters: ``B`` rows, ``N`` leaf units, ``U`` units, ``W`` weights, ``R`` roots; ``M`` blocks of leaf
 units, or walks. Results ``(B, U)`` are unit-major in memory: the values of one unit for all rows

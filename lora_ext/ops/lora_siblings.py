@@ -33,8 +33,8 @@ def lora_apply_siblings_(
 ) -> Sequence[Tensor]:
     """Add the low-rank updates of several modules in place, as one :func:`lora_apply_` per module.
 
-    ``y[m][t] = round(y[m][t] + scale[m][s] * b[m][s] @ (a[m][s] @ x[t]))`` with ``s =
-    adapter_ids[t]``. The results are bitwise equal to separate calls.
+    ``y[m][t] = round(y[m][t] + scale[m][s] * b[m][s] @ (a[m][s] @ x[t]))`` with
+    ``s = adapter_ids[t]``. The results are bitwise equal to separate calls.
 
     On a GPU, all modules share the kernel launches of one module, if there are up to 256 rows, the
     ranks of each module are up to 256, its ``R`` and ``O`` are multiples of 8, and the rows of

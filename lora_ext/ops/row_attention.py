@@ -37,8 +37,8 @@ def row_attention(
     """Compute attention for each query row separately, over the keys that the row may attend to.
 
     ``y[b, h, t] = sum_j p_j v[b, g, j]`` with ``p = softmax_j(scale q[b, h, t] . k[b, g, j])`` over
-    the keys ``j`` that ``causal``, ``spans`` and ``mask`` all allow for row ``(b, t)``, and ``g = h
-    // (H / G)``. A row without allowed keys is zero.
+    the keys ``j`` that ``causal``, ``spans`` and ``mask`` all allow for row ``(b, t)``, and
+    ``g = h // (H / G)``. A row without allowed keys is zero.
 
     A row's bits depend only on its query and on the sequence of allowed keys and values. They do
     not depend on the positions of these keys, on other keys, on other rows, on ``B``, ``T``, ``L``

@@ -104,8 +104,8 @@ def _walk(
 ) -> None:
     """Call ``observe`` for all positions from left to right.
 
-    ``observe(k, cur)`` receives ``cur (B, C) = log p(state at k, x_<k)`` and returns ``e (B, C) =
-    log p(x_k | state)``, from which the next ``cur`` is computed.
+    ``observe(k, cur)`` receives ``cur (B, C) = log p(state at k, x_<k)`` and returns
+    ``e (B, C) = log p(x_k | state)``, from which the next ``cur`` is computed.
     """
 
     def visit(lo: int, hi: int, cur: Tensor, node: int) -> tuple[Tensor, int]:
