@@ -174,7 +174,7 @@ def rat_spn(
 def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: int) -> Regions:
     """Return one region per rectangle of the grid with ``delta`` pixels per cell, smallest first.
 
-    A rectangle whose variables have several families has further regions.
+    If the pixels of an input have several families, the input consists of several regions.
     """
     sizes = {"height": height, "width": width, "num_units": num_units, "delta": delta}
     leaves = _checked_leaves("poon_domingos", leaf, height * width, **sizes)

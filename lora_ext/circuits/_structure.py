@@ -19,7 +19,7 @@ Truth = Literal[True, False, "unknown"]
 
 
 def why_not_smooth(graph: RegionGraph) -> str | None:
-    """Return a message about a sum whose terms differ in scope; None if the graph is smooth."""
+    """Return a message about a sum with terms of different scopes; None if the graph is smooth."""
     for i, region in enumerate(graph.regions):
         first, *others = [graph.partition_scope(p) for p in region.partitions] or [0]
         for scope in others:
@@ -30,8 +30,9 @@ def why_not_smooth(graph: RegionGraph) -> str | None:
 
 
 def why_not_decomposable(graph: RegionGraph) -> str | None:
-    """Return a message about a product whose factors share variables; None if the graph is
-    decomposable.
+    """Return a message about a product with factors that share variables.
+
+    Return None if the graph is decomposable.
     """
     for i, region in enumerate(graph.regions):
         for p in region.partitions:

@@ -27,6 +27,7 @@ class Guide:
     """Hidden Markov model over tokens.
 
     ``p(x_1 .. x_n) = sum_z initial(z_1) emission(z_1, x_1) prod transition(z_t, z_t+1) ...``.
+
     Letters: ``H`` states, ``V`` tokens of the vocabulary, ``B`` rows, ``T`` tokens of a row, ``D``
     features of the model's hidden states.
 

@@ -94,10 +94,7 @@ class Row:
 
 
 def advance(rows: Sequence[Row | None], tokens: Sequence[int]) -> list[Row | None]:
-    """Return the row after its next token, for every row.
-
-    All rows with the same guide are advanced by one matrix product.
-    """
+    """Advance every row by its next token; one matrix product advances all rows of a guide."""
     after = list(rows)
     guided: dict[Guide, dict[int, Row]] = {}
     for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):

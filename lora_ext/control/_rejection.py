@@ -43,7 +43,7 @@ def keep_probabilities(rows: Sequence[Row | None], tokens: Tensor) -> Tensor:
     """Return ``r(x) / b(x)`` of allowed tokens, ``(n, m)`` float64 on the CPU; 1 without a guide.
 
     Args:
-        rows: List of n rows, or None for a row without a constraint.
+        rows: The n rows; None for a row without a constraint.
         tokens: Allowed tokens ``(n, m)``, int64 on the CPU.
     """
     out = torch.ones(tokens.shape, dtype=torch.float64)
@@ -113,8 +113,8 @@ def proposal_scores(
         temperature: One number, or one per row as ``(B, 1)``.
 
     Returns:
-        The scores, unchanged for the number 1 and otherwise divided by :func:`_tempered`; and the
-        envelope, in float32 or wider.
+        The scores, unchanged if the temperature is the number 1 and otherwise from
+        :func:`_tempered`; and the envelope, in float32 or wider.
     """
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     found = [None if row is None else log_bound(row) for row in rows]
