@@ -20,7 +20,7 @@ from ._law import Row, advance
 from ._messages import MatchedPlan, Plan
 from .language import DEFAULT, Constraint, Limits, Matched
 
-#: One constraint or None for all rows, or a sequence of them with one per row.
+#: One constraint or None for all rows, or a sequence of them with one per prompt.
 Constraints = Constraint | Matched | None | Sequence[Constraint | Matched | None]
 _WHERE = "ConstraintProcessor"
 

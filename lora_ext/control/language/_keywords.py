@@ -100,7 +100,7 @@ class _Tree:
     ) -> tuple[list[list[int]], list[int]]:
         """Return the transitions of the Aho-Corasick automaton, and the marks of each node.
 
-        A node's marks include those of all words that are suffixes of it.
+        The marks of a node include the marks of all words that are suffixes of the node's text.
         """
         moves: list[list[int]] = [[] for _ in self.below]
         seen = [marks.get(node, 0) for node in range(len(self.below))]
