@@ -1,6 +1,7 @@
-"""The regions of well-known circuits, children first; methods of ``RegionGraph`` call these.
+"""Builders of the regions of well-known circuits, children before parents.
 
-A builder returns regions. ``RegionGraph`` checks them.
+Static methods of ``RegionGraph`` call these functions and document the arguments. ``RegionGraph``
+checks the returned regions.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from ._regions import MAX_VARIABLE, Input, Kind, Partition, Region
 from ._scopes import PCStructureError, variables
 
 Regions = tuple[Region, ...]
-# One family for all variables, or one for each.
+# One family for all variables, or a list with one family per variable.
 Leaves = Leaf | Sequence[Leaf]
 
 
 def _checked_leaves(builder: str, leaf: Leaves, count: int, /, **sizes: int) -> list[Leaf]:
-    """Return the family of each variable after a check of the sizes and the number of families."""
+    """Check the sizes and the number of families; return the family of each variable."""
     for name, size in sizes.items():
         require(size >= 1, builder, name, "at least 1", size, PCStructureError)
     if isinstance(leaf, Leaf):
@@ -40,7 +41,7 @@ def _checked_leaves(builder: str, leaf: Leaves, count: int, /, **sizes: int) -> 
 
 
 def _inputs(units: int, leaves: Sequence[Leaf], scope: int, name: str = "") -> list[Region]:
-    """Return one input region per family in the scope."""
+    """Return one input region per family of the variables in the scope."""
     families: dict[Leaf, int] = {}
     for v in variables(scope):
         families[leaves[v]] = families.get(leaves[v], 0) | 1 << v
@@ -50,8 +51,10 @@ def _inputs(units: int, leaves: Sequence[Leaf], scope: int, name: str = "") -> l
 def _add_input(
     regions: list[Region], units: int, leaves: Sequence[Leaf], scope: int, name: str = ""
 ) -> int:
-    """Append the input regions of a scope, with a region of sums over their product if the scope
-    has several families; return the index of the last region.
+    """Append the input regions of a scope to ``regions``; return the index of the last region.
+
+    If the scope has several families, the last region is a region of sums over the product of the
+    inputs.
     """
     inputs = _inputs(units, leaves, scope, name)
     regions += inputs
@@ -62,20 +65,20 @@ def _add_input(
 
 
 def cp(num_variables: int, rank: int, leaf: Leaves) -> Regions:
-    """Return one input region per family and the root, which mixes their units."""
+    """Return one input region per family, and the root, which is a mixture of their products."""
     leaves = _checked_leaves("cp", leaf, num_variables, num_variables=num_variables, rank=rank)
     inputs = _inputs(rank, leaves, (1 << num_variables) - 1, "leaves")
     return *inputs, Region(1, (Partition(tuple(range(len(inputs)))),), name="root")
 
 
 def hmm(num_variables: int, rank: int, leaf: Leaves, homogeneous: bool) -> Regions:
-    """Return the tree in which the parent of each variable is the one before it: a chain."""
+    """Return a chain: the tree of :func:`hclt` in which the previous variable is the parent."""
     leaves = _checked_leaves("hmm", leaf, num_variables, num_variables=num_variables, rank=rank)
     return hclt([t - 1 for t in range(num_variables)], rank, leaves, homogeneous)
 
 
 def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> Regions:
-    """Return two regions per variable: ``x<v>``, its distribution, and ``z<v>``, its latent."""
+    """Return two regions per variable v: the input ``x<v>`` and the sums ``z<v>`` of its latent."""
     leaves = _checked_leaves("hclt", leaf, len(parents), rank=rank)
     expected, found = "one family of a homogeneous circuit", len(set(leaves))
     one = not homogeneous or found <= 1
@@ -110,8 +113,9 @@ def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> 
 
 
 def btree(num_variables: int, rank: int, leaf: Leaves) -> Regions:
-    """Return a balanced binary tree; a left half has ``left_size`` variables, as in
-    ``reference.circuit_scan``.
+    """Return a balanced binary tree with the splits of ``reference.circuit_scan``.
+
+    The left child of a region with n variables has ``left_size(n)`` of them.
     """
     leaves = _checked_leaves("btree", leaf, num_variables, num_variables=num_variables, rank=rank)
     if num_variables == 1:
@@ -141,7 +145,7 @@ def rat_spn(
     seed: int,
     num_roots: int,
 ) -> Regions:
-    """Return a random tree of binary splits per repetition, and the root, which mixes them."""
+    """Return one tree of random binary splits per repetition, and the root, which mixes them."""
     sizes = {"depth": depth, "repetitions": repetitions, "num_sums": num_sums}
     sizes |= {"num_inputs": num_inputs, "num_roots": num_roots}
     found = num_variables
@@ -168,7 +172,10 @@ def rat_spn(
 
 
 def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: int) -> Regions:
-    """Return one region per rectangle on the grid of ``delta`` pixels, smallest first."""
+    """Return one region per rectangle of the grid with ``delta`` pixels per cell, smallest first.
+
+    If the pixels of an input have several families, the input consists of several regions.
+    """
     sizes = {"height": height, "width": width, "num_units": num_units, "delta": delta}
     leaves = _checked_leaves("poon_domingos", leaf, height * width, **sizes)
     regions: list[Region] = []
@@ -202,7 +209,7 @@ def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: 
 
 
 def join(graphs: Sequence[Regions]) -> Regions:
-    """Return the regions of all graphs; names and ties get the number of their graph as prefix."""
+    """Return the regions of all graphs, with the index of the graph before all names and ties."""
     require(len(graphs) > 0, "join", "graphs", "at least one", "none", PCStructureError)
     joined: list[Region] = []
     for number, regions in enumerate(graphs):
@@ -223,7 +230,7 @@ def from_edges(
     units: Mapping[str, int],
     ties: Mapping[str, str],
 ) -> Regions:
-    """Return the regions of inputs and products given by name, sorted children first."""
+    """Return the regions of named inputs and products, children before parents."""
     for name, given in inputs.items():
         wrong = [v for v in given.variables if not 0 <= v <= MAX_VARIABLE]
         where, expected = f"unit {name}", f"0 .. {MAX_VARIABLE}"
@@ -252,7 +259,7 @@ def from_edges(
 def _children_first(
     inputs: Mapping[str, Input], parts: Mapping[str, list[tuple[tuple[str, ...], Kind]]]
 ) -> list[str]:
-    """Return all names, each after its children."""
+    """Return the names of all regions, each after the names of its children."""
     below = {name: [c for kids, _ in ps for c in kids] for name, ps in parts.items()}
     unknown = {c for kids in below.values() for c in kids} - inputs.keys() - parts.keys()
     where, expected = "from_edges", "children that are inputs or sums"
@@ -268,17 +275,17 @@ def _children_first(
 
 
 def chow_liu_parents(x: Tensor, num_categories: int) -> list[int]:
-    """Return the tree of largest total mutual information between observed variables.
+    """Find the tree with the largest total mutual information between neighbouring variables.
 
     Args:
-        x: ``(B, n)`` integer tensor without missing values.
-        num_categories: values run over ``0 .. num_categories - 1``.
+        x: Integer tensor ``(B, n)`` of B rows and n variables without missing values.
+        num_categories: Number of values ``0 .. num_categories - 1``.
 
     Returns:
-        Parents for ``RegionGraph.hclt``; variable 0 is the root.
+        Parent of each variable, for ``RegionGraph.hclt``. Variable 0 is the root.
 
     Raises:
-        ValueError: If ``x`` is not an integer tensor of that shape and range, or has no rows.
+        ValueError: If ``x`` is not a tensor, not integer, not ``(B, n)``, empty or out of range.
 
     Source: Chow and Liu 1968.
     """

@@ -1,4 +1,7 @@
-"""Expected flows and the queries that use them: univariate marginals, entropy, divergence, EM."""
+"""Expected flows and the queries that use them: univariate marginals, entropy, divergence, EM.
+
+Letters: ``B`` rows of data, ``n`` variables, ``V`` values, ``U`` units, ``d`` variables of a unit.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,11 @@ class Flows(NamedTuple):
     """Expected use of each unit and weight, given the data.
 
     Attributes:
-        log_prob: ``(B,)``.
-        units: ``(B, U)``, the probability that a sample given the row uses the unit; columns as in
-            ``Circuit.columns``.
-        weights: ``(num_weights,)``, summed over rows, in the order of ``Circuit.weights``.
+        log_prob: Log-probability of each row, ``(B,)``.
+        units: Probability that a sample given the row uses the unit, ``(B, U)``.
+            ``Circuit.columns`` returns the columns of a region.
+        weights: Expected use of each weight, summed over the rows, in the order of
+            ``Circuit.weights``.
     """
 
     log_prob: Tensor
@@ -58,9 +62,7 @@ def em_step(
     keep_zero: bool,
     root: int | Tensor | None,
 ) -> Tensor:
-    """Make one EM step in place and return the mean log-likelihood before it, see
-    ``Circuit.em_step``.
-    """
+    """Make one step of ``Circuit.em_step`` in place; return the mean log-likelihood before it."""
     finite = 0 <= pseudocount < math.inf
     _require_logits(circuit, "em_step")
     require(0 < step <= 1, "em_step", "step", "a number in (0, 1]", step)
@@ -100,10 +102,10 @@ def em_step(
 def _seen(
     circuit: Parameters, log_weights: Tensor, units: Tensor, weight_flows: Tensor, missing: Tensor
 ) -> Tensor:
-    """Return weight flows without those of rows in which a region's whole scope is missing.
+    """Return weight flows without the flows of rows in which a region's whole scope is missing.
 
-    There the posterior is the prior, ``units * W``, which would only slow down learning. An example
-    is the padding of a short sequence in a chain.
+    In such a row the posterior of a region's weights equals the prior, ``units * W``, which would
+    only slow down learning. An example is the padding of a short sequence in a chain.
     """
     graph = circuit.graph
     scopes = torch.zeros(missing.shape[1], len(graph.regions), dtype=units.dtype)
@@ -118,7 +120,7 @@ def _seen(
             used = torch.where(blind[:, i, None], units[:, circuit.columns(i)], 0)
             weight = log_weights[own].view(region.units, -1).exp()
             unseen[own] += (weight * last_sum(used.T)[:, None]).flatten()
-    # Both are rounded: a difference below 1e3 eps of `weight_flows` is rounding error.
+    # Both terms are rounded: a difference below 1e3 eps of `weight_flows` is rounding error.
     seen, eps = weight_flows - unseen, torch.finfo(weight_flows.dtype).eps
     return torch.where(seen > 1e3 * eps * weight_flows, seen, 0)
 
@@ -128,11 +130,11 @@ class Marginals(NamedTuple):
     """Marginal distributions of single variables, given the evidence of a row.
 
     Attributes:
-        log_prob: ``(B, n, V)``, ``log p(x_v = value | evidence)``; ``-inf`` for values that a
+        log_prob: ``log p(x_v = value | evidence)``, ``(B, n, V)``; ``-inf`` for values that a
             variable does not have, NaN for a continuous variable. An observed value has probability
             1.
-        mean: ``(B, n)``.
-        variance: ``(B, n)``.
+        mean: Mean of each variable, ``(B, n)``.
+        variance: Variance of each variable, ``(B, n)``.
     """
 
     log_prob: Tensor
@@ -154,7 +156,7 @@ def univariate_marginals(
     use = flows(circuit, name, leaf, circuit._log_weights(), root)
     units = use.units[:, FIRST_LEAF:]
     rows, n = filled.shape
-    supports = [  # The number of values of each family, 0 for a continuous one.
+    supports = [  # number of values of each family, 0 for a continuous family
         int(circuit._indicators[span].max()) + 1
         if isinstance(family, Indicator)
         else family.num_values() or 0
@@ -192,7 +194,7 @@ def univariate_marginals(
                 continuous[var] = True
         add_at(mean, var, flow * center)
         parts.append((var, flow, center, spread))
-    # Deviations are taken from the mean: differences of large squares would lose digits.
+    # Sums are over deviations from the mean: differences of large squares would lose digits.
     for var, flow, center, spread in parts:
         add_at(variance, var, flow * (spread + (center - mean[:, var]).square()))
     found = Marginals(table.view(rows, n, size).log(), mean, variance)
@@ -202,8 +204,10 @@ def univariate_marginals(
 def _given(
     found: Marginals, filled: Tensor, missing: Tensor, possible: Tensor, continuous: Tensor
 ) -> Marginals:
-    """Return marginals in which observed variables have their observed value, and impossible rows
-    and continuous variables have NaN.
+    """Correct the marginals of observed variables, impossible rows and continuous variables.
+
+    Observed variables get their observed value with probability 1. Moments of impossible rows and
+    log-probabilities of continuous variables become NaN.
     """
     log_prob, mean, variance = found
     value = torch.arange(log_prob.shape[2], device=filled.device)
@@ -221,8 +225,9 @@ def _given(
 def entropy(circuit: Parameters, root: int | None) -> Tensor:
     """Compute ``Circuit.entropy``.
 
-    A deterministic circuit has one tree per assignment. ``log p`` is then a sum over the weights
-    and leaves of this tree, and its expectation a sum over the flows.
+    In a deterministic circuit only one tree of units is nonzero for an assignment. ``log p`` is
+    then a sum over the weights and leaves of this tree, and its expectation is a sum over all
+    weights and leaves, multiplied by their flows.
     """
     _require_deterministic(circuit, "entropy")
     log_weights, used = _usage(circuit, "entropy", root)
@@ -230,7 +235,11 @@ def entropy(circuit: Parameters, root: int | None) -> Tensor:
 
 
 def kl_divergence(circuit: Parameters, other: Parameters, root: int | None) -> Tensor:
-    """Compute ``Circuit.kl_divergence``; both circuits have the same tree for an assignment."""
+    """Compute ``Circuit.kl_divergence``.
+
+    Both circuits have the same graph and are deterministic, so an assignment has the same tree of
+    nonzero units in both, and :func:`entropy`'s sum over flows applies to the ratio.
+    """
     name = "kl_divergence"
     same = isinstance(other, Parameters) and other.graph == circuit.graph
     found = f"one of {other.graph}" if isinstance(other, Parameters) else type(other).__name__
@@ -248,7 +257,10 @@ def _require_logits(circuit: Parameters, name: str) -> None:
 
 
 def _require_deterministic(circuit: Parameters, name: str) -> None:
-    """Raise ValueError for circuits in which an assignment may have several trees."""
+    """Raise ValueError unless a circuit is normalised, deterministic and without external leaves.
+
+    In other circuits an assignment may have several trees of nonzero units.
+    """
     _require_logits(circuit, name)
     circuit._refuse_external(name)
     known = _structure.is_deterministic(circuit.graph)
@@ -258,7 +270,7 @@ def _require_deterministic(circuit: Parameters, name: str) -> None:
 
 
 def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Flows]:
-    """Return normalised log-weights and the flows of rows without observations."""
+    """Return the normalised log-weights and the flows of a row without observations."""
     leaf = circuit._leaf_values(name, circuit._nothing(), None)
     log_weights = circuit._log_weights()
     return log_weights, flows(circuit, name, leaf, log_weights, root)
@@ -269,7 +281,12 @@ def _total(
 ) -> Tensor:
     """Return the expectation of a sum over the weights and leaves that a sample uses.
 
-    ``of_family`` takes a family and its table in each circuit.
+    Args:
+        used: Flows of a row without observations.
+        of_weights: Value of each weight.
+        of_family: Function ``of_family(family, *tables)`` that returns the value of each table row;
+            ``tables`` are the tables of the family in ``circuits``.
+        circuits: One circuit, or two with the same graph.
     """
     total = _expectation(used.weights, of_weights)
     for parts in zip(*(circuit._families() for circuit in circuits), strict=True):
@@ -281,7 +298,5 @@ def _total(
 
 
 def _expectation(flow: Tensor, value: Tensor) -> Tensor:
-    """Return the sum of flow times value; terms of flow 0 count 0, even if the value is
-    infinite.
-    """
+    """Return the sum of flow times value; a term with flow 0 is 0 even if its value is infinite."""
     return torch.where(flow > 0, flow * value, 0).sum()

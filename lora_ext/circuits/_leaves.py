@@ -1,12 +1,13 @@
 """Input distributions of circuits.
 
-A family is a frozen dataclass that defines parameters and computations with them. A circuit keeps
-the parameters of all leaf units of one family in one table, with one row per distribution. Shape
-letters: ``R`` rows of the table, ``N`` leaf units, each with a row of the table, ``B`` rows of
-data. Leaf units form blocks of equal size that see one variable and have consecutive rows.
+A family is a frozen dataclass that defines parameters and computations with them. A circuit stores
+the parameters of all leaf units of one family in one table, with one row per distribution. Several
+leaf units may use the same row. The leaf units of a family form ``M`` blocks of equal size; the
+units of a block have the same variable and consecutive rows.
 
-Except for ``MultivariateGaussian``, whose units see several variables, a family never receives
-missing values (-1, or NaN in floating data).
+Letters: ``R`` rows of the table, ``N`` leaf units, ``M`` blocks, ``B`` rows of data, ``A`` draws.
+
+Only ``MultivariateGaussian``, whose units have several variables, receives missing values (NaN).
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ COUNT = "a whole number, at least 1"
 class Leaf:
     """A family of input distributions: its parameters, and computations with them.
 
-    In all methods ``table`` holds the parameters by name, with R rows, one per distribution, as
-    :meth:`table` makes them. ``row``, int64, is the row of each leaf unit, ``(N,)``, or of each
-    draw, ``(A,)``. This class has neither parameters nor values. A subclass overrides the methods
-    that the queries of its circuits call; the others raise `NotImplementedError`.
+    Arguments of all methods: ``table`` contains the parameters by name, each with one row per
+    distribution, as :meth:`table` creates them. ``row`` is int64 and contains the table row of each
+    leaf unit, ``(N,)``, or of each draw, ``(A,)``.
+
+    This class has neither parameters nor values. A subclass overrides the methods that the queries
+    of its circuits call; the others raise `NotImplementedError`.
     """
 
     def num_values(self) -> int | None:
@@ -54,28 +57,31 @@ class Leaf:
 
         Args:
             table: Parameters, see the class.
-            row: ``(N,)``, see the class.
-            x: ``(B, M)``, one value for each of the M blocks, none missing.
+            row: Table row of each leaf unit, ``(N,)``.
+            x: Data ``(B, M)`` without missing values: one value for each block.
         """
         raise NotImplementedError
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
-        """Draw a value for each entry of ``row``: the first one whose cumulative probability
-        exceeds ``u``.
+        """Draw a value from each distribution of ``row`` by inverting its distribution function.
+
+        For a finite family this is the first value with a cumulative probability above ``u``.
 
         Args:
             table: Parameters, see the class.
-            row: ``(A,)``, see the class.
-            u: ``(A,)`` in [0, 1); the same numbers give the same values.
+            row: Table row of each draw, ``(A,)``.
+            u: Uniform numbers ``(A,)`` in [0, 1); the same numbers give the same values.
 
         Returns:
-            ``(A,)``, int64 if the family is finite, else in the dtype of the parameters.
+            ``(A,)``, int64 if the family is finite, otherwise in the dtype of the parameters.
         """
         raise NotImplementedError
 
     def mode(self, table: Table, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the most probable value of each entry of ``row (A,)`` and its log-probability,
-        ``(A,)`` each.
+        """Return the most probable value of each distribution of ``row (A,)``.
+
+        Returns:
+            The values ``(A,)`` and their log-probabilities ``(A,)``.
         """
         raise NotImplementedError
 
@@ -84,38 +90,40 @@ class Leaf:
         raise NotImplementedError
 
     def moments(self, table: Table) -> tuple[Tensor, Tensor]:
-        """Compute mean and variance of each distribution, ``(R,)`` each."""
+        """Compute the mean ``(R,)`` and the variance ``(R,)`` of each distribution."""
         raise NotImplementedError
 
     def entropy(self, table: Table) -> Tensor:
-        """Compute the entropy of each distribution in nats, ``(R,)``; the differential entropy if
-        continuous.
+        """Compute the entropy of each distribution in nats, ``(R,)``.
+
+        For a continuous family this is the differential entropy.
         """
         raise NotImplementedError
 
     def divergence(self, table: Table, other: Table) -> Tensor:
-        """Compute the Kullback-Leibler divergence of each row of ``table`` from the same row of
-        ``other`` in nats, ``(R,)``.
+        """Compute the Kullback-Leibler divergence ``sum p log (p / q)`` in nats, ``(R,)``.
+
+        p and q are the distributions of the same row of ``table`` and ``other``.
         """
         raise NotImplementedError
 
     def update(
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
     ) -> None:
-        """Move the parameters towards the maximum of ``sum flow * log_prob``, in place.
+        """Update the parameters towards the maximum of ``sum flow * log_prob``, in place.
 
         Args:
             table: Parameters, see the class.
-            row: ``(N,)``, see the class.
-            x: ``(B, N)`` data.
-            flow: ``(B, N)`` expected counts, zero where ``x`` is missing.
-            step: Fraction of the way to the maximum, in (0, 1].
-            pseudocount: Count added to each row, spread evenly over the values.
+            row: Table row of each leaf unit, ``(N,)``.
+            x: Data ``(B, N)``.
+            flow: Expected counts ``(B, N)``, zero if ``x`` is missing.
+            step: Step size in (0, 1]; 1 sets the parameters to the maximum.
+            pseudocount: Count added to each row, divided evenly among the values.
         """
 
 
 def normal_quantile(u: Tensor) -> Tensor:
-    """Return the standard normal quantile of ``u`` in [0, 1), always finite."""
+    """Return the standard normal quantile of ``u`` in [0, 1), clamped to finite values."""
     return torch.special.ndtri(u.clamp(2.0**-25, 1 - 2.0**-24))
 
 
@@ -135,7 +143,7 @@ def require_min_std(where: str, min_std: float) -> None:
 
 
 class Finite(Leaf):
-    """A family over finitely many values; all methods use the table of log-probabilities."""
+    """A family over finitely many values. All methods use :meth:`log_table`."""
 
     def moments(self, table: Table) -> tuple[Tensor, Tensor]:
         p = self.log_table(table).exp()
@@ -152,7 +160,7 @@ class Finite(Leaf):
         return torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0).sum(1)
 
     def looked_up(self, table: Table) -> tuple[Tensor, str]:
-        """Return a table ``(R, num_values)`` and its norm, as ``ops.circuit_table`` takes them."""
+        """Return the arguments ``table (R, num_values)`` and ``norm`` of ``ops.circuit_table``."""
         return self.log_table(table), "none"
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
@@ -170,19 +178,21 @@ class Finite(Leaf):
 
 
 def _draw(p: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
-    """Return ``draw(p[row], uniform)``; the cumulative sums of a row are computed once for all of
-    its draws.
+    """Return ``reference._circuit.draw(p[row], uniform)``.
+
+    The cumulative sums of a row are computed once for all of its draws.
     """
     num_values = p.shape[1]
     sums = p.double().cumsum(1)
     limit = uniform.double() * sums[row, -1]
-    below = torch.zeros_like(row)  # The number of cumulative sums that do not exceed the limit.
+    below = torch.zeros_like(row)  # number of cumulative sums that do not exceed the limit
     for step in (1 << k for k in reversed(range(num_values.bit_length()))):
         more = below + step
         inside = sums[row, more.clamp(max=num_values) - 1] <= limit
         below = torch.where(inside & (more <= num_values), more, below)
     place = torch.arange(num_values, device=p.device)
-    last = torch.where(p > 0, place, 0).amax(1)  # Taken if rounding leads behind the last value.
+    # Rounding may lead past the last value; the draw is then the last possible value.
+    last = torch.where(p > 0, place, 0).amax(1)
     return torch.where(below < num_values, below, last[row])
 
 
@@ -190,8 +200,8 @@ def _draw(p: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
 class Categorical(Finite):
     """A categorical distribution over ``num_categories`` values.
 
-    Parameters: ``logits (R, num_categories)``, log-softmaxed over the values. A value with logit
-    ``-inf`` has probability 0.
+    Parameters: ``logits (R, num_categories)``, which are log-softmaxed over the values. A value
+    with logit ``-inf`` has probability 0.
 
     Args:
         num_categories: Number of values ``0 .. num_categories - 1``.
@@ -230,7 +240,10 @@ class Categorical(Finite):
 
 
 class _Trials(Finite):
-    """The number of successes in ``total`` trials, by the ``logit (R,)`` of one success."""
+    """A distribution of the number of successes in ``total`` independent trials.
+
+    Parameters: ``logit (R,)`` of the probability of one success.
+    """
 
     total: int
 
@@ -259,7 +272,8 @@ class _Trials(Finite):
         seen = hits + misses > 0
         hits, misses = (t + pseudocount * self.total / 2 for t in (hits, misses))
         old, count = logit.double(), hits + misses
-        # The logit is log p - log q with q = 1 - p; p and q are mixed apart, for precision near 1.
+        # The logit is log p - log q with q = 1 - p. Computing q separately keeps it precise if p is
+        # near 1.
         p = _mix(old.sigmoid(), hits / count, step)
         q = _mix((-old).sigmoid(), misses / count, step)
         logit.copy_(torch.where(seen, p.log() - q.log(), old))
@@ -303,7 +317,7 @@ class Gaussian(Leaf):
     """A normal distribution over real numbers.
 
     Parameters: ``mean (R,)`` and ``log_std (R,)``, the logarithm of the standard deviation.
-    Pseudocounts have no effect, as no number is impossible under a Gaussian.
+    Pseudocounts have no effect, because no number is impossible under a Gaussian.
 
     Args:
         min_std: Lower bound of standard deviations in EM.
@@ -349,12 +363,13 @@ class Gaussian(Leaf):
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
     ) -> None:
         mean, log_std = table["mean"].double(), table["log_std"].double()
-        # Deviations are taken from a mean: differences of large squares would lose digits.
+        # Sums are over deviations from a mean: differences of large squares would lose digits.
         count = _per_row(row, flow, len(mean))
         seen, safe = count > 0, torch.where(count > 0, count, 1)
         new_mean = mean + _per_row(row, flow * (x - mean[row]), len(mean)) / safe
         new_variance = _per_row(row, flow * (x - new_mean[row]).square(), len(mean)) / safe
-        # The step mixes the two distributions, not their variances: the likelihood does not fall.
+        # The result has the variance of a mixture of both distributions, so that a step does not
+        # decrease the likelihood. Mixing only the variances could.
         between = step * (1 - step) * (mean - new_mean).square()
         variance = _mix((2 * log_std).exp(), new_variance, step) + between
         new_log_std = 0.5 * variance.clamp(min=self.min_std**2).log()
@@ -385,6 +400,6 @@ class Indicator(Leaf):
 class External(Leaf):
     """A distribution that the caller evaluates, such as the head of a network.
 
-    :meth:`lora_ext.circuits.Circuit.log_prob` takes ``external (B, N)``, the log-values of the N
-    external leaf units in their order. They have no parameters, and cannot be sampled.
+    :meth:`lora_ext.circuits.Circuit.log_prob` accepts ``external (B, N)``, the log-values of the N
+    external leaf units in their order. These units have no parameters and cannot be sampled.
     """

@@ -1,6 +1,9 @@
-"""The parameters of a compiled graph, their layout and files, and log-values of leaves on data.
+"""The parameters of a circuit: their layout and files, and the log-values of its leaves on data.
 
 Queries, sampling and learning are built on this module.
+
+Letters: ``B`` rows of data, ``n`` variables, ``N`` leaf units; ``M`` blocks of leaf units of a
+family over ``d`` variables each.
 """
 
 from __future__ import annotations
@@ -40,13 +43,13 @@ _MAX_UNITS = 1 << 24  # leaf, sum and product units; a small file could describe
 
 
 def require_tensor(where: str, name: str, x: object) -> None:
-    """Raise ValueError unless ``x`` is a tensor; other data have no device."""
+    """Raise ValueError unless ``x`` is a tensor, because other data have no device."""
     remedy = f"{type(x).__module__}.{type(x).__name__}; torch.as_tensor(...) makes a tensor of it"
     require(isinstance(x, Tensor), where, name, "a tensor", remedy)
 
 
 def signed(x: Tensor) -> Tensor:
-    """Return ``x`` in a dtype that can hold -1: uint8 becomes int64."""
+    """Return ``x`` in a dtype that can represent -1: uint8 is converted to int64."""
     return x.long() if x.dtype == torch.uint8 else x
 
 
@@ -64,9 +67,9 @@ class Parameters(nn.Module):
         self._matrices = rows_of_one_width(program)
         self.weights = nn.Parameter(torch.randn(self.layered.num_weights))
         self.leaves = nn.ModuleList()
-        # The leaf units of a family form blocks that see one variable and have consecutive rows.
-        # Kept per family are the size of a block, and the variables. If a unit sees several
-        # variables, those of each block are kept too.
+        # The leaf units of a family form blocks of one size. The units of a block have the same
+        # variables and consecutive table rows. Each family stores the block size and the list of
+        # its variables. A family over several variables also stores the variables of each block.
         self._blocks: list[int] = []
         self._names: list[list[int]] = []
         firsts = {i: columns[0] for i, columns in self.layered.first_leaves.items()}
@@ -87,8 +90,8 @@ class Parameters(nn.Module):
         self._var: Tensor
         self._row: Tensor
         self._indicators: Tensor
-        # Variables (None: all in order) and rows of the blocks, and the block size; set in
-        # `_looked_up` for a single family on the CPU.
+        # For a single family on the CPU, `_looked_up` stores the variable of each block (None for
+        # all variables in order), the first table row of each block, and the block size.
         self._places: tuple[Tensor | None, Tensor, int] | None = None
 
     def __repr__(self) -> str:
@@ -104,7 +107,7 @@ class Parameters(nn.Module):
     # --- layout -----------------------------------------------------------------------------------
     @property
     def num_variables(self) -> int:
-        """The number of variables, which are the columns of the data."""
+        """Number of variables, which is the number of columns of the data."""
         return self.graph.num_variables
 
     def columns(self, region: int) -> range:
@@ -113,8 +116,10 @@ class Parameters(nn.Module):
         return range(first, first + self.graph.regions[region].units)
 
     def region_weights(self, region: int) -> Tensor:
-        """Return the log-weights of a region of sums before normalisation, a view ``(units,
-        products)``.
+        """Return the log-weights of a region of sums before normalisation.
+
+        Returns:
+            A view ``(units, products)`` of the parameters: one row per sum, one column per term.
         """
         inner, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, an input"
@@ -124,8 +129,11 @@ class Parameters(nn.Module):
         return self.weights[first : first + units * products].view(units, products)
 
     def region_leaves(self, region: int) -> dict[str, Tensor]:
-        """Return the parameters of an input region: views with one row per variable and unit,
-        variable by variable.
+        """Return the parameters of an input region by name.
+
+        Returns:
+            Views with one row per variable and unit, all units of the first variable first. If the
+            family is over several variables, they have one row per unit.
         """
         node, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, a region of sums"
@@ -142,18 +150,22 @@ class Parameters(nn.Module):
         return dict(table.items())
 
     def _families(self) -> Iterable[tuple[Leaf, dict[str, Tensor], slice]]:
-        """Yield every family with its table and the range of its leaf units."""
+        """Yield every family, its table, and the range of its leaf units."""
         for family, (leaf, begin, end, *_) in enumerate(self.layered.families):
             yield leaf, self._table(family), slice(begin - FIRST_LEAF, end - FIRST_LEAF)
 
     def _scopes(self, span: slice) -> Tensor:
-        """Return the variables of each block of a joint family, ``(M, d)``; ``span`` is its range
-        of leaf units.
+        """Return the variables of each block of a family over several variables, ``(M, d)``.
+
+        ``span`` is the range of the family's leaf units.
         """
         return self.get_buffer(f"_scopes{int(self.layered.inputs.dist[span.start])}")
 
     def _joint_data(self, span: slice, filled: Tensor, missing: Tensor) -> Tensor:
-        """Return the data of the blocks of a joint family, ``(B, M, d)``, NaN where missing."""
+        """Return the data of each block of a family over several variables, ``(B, M, d)``.
+
+        Missing entries are NaN.
+        """
         scopes = self._scopes(span)
         seen = filled[:, scopes].to(self.weights.dtype)
         return torch.where(missing[:, scopes], torch.nan, seen)
@@ -168,15 +180,16 @@ class Parameters(nn.Module):
         return Weights(self.weights.detach(), self.norm)
 
     def _log_weights(self) -> Tensor:
-        """Return normalised log-weights, flat."""
+        """Return the normalised log-weights in the order of ``weights``."""
         flat = torch.empty_like(self.weights)
         for w, out in zip(self._rows(self.weights), self._rows(flat), strict=True):
             out.copy_(log_weights(in_rows(w), self.norm)[0])
         return flat
 
     def _rows(self, flat: Tensor) -> list[Tensor]:
-        """Return few views ``(rows, terms)`` that together cover ``flat``, which has the order of
-        the weights.
+        """Return views ``(sums, terms)`` that cover ``flat``, which has the order of the weights.
+
+        Neighbouring sums with the same number of terms are in one view, so there are few.
         """
         return [flat[span].view(-1, width) for span, width in self._matrices]
 
@@ -201,8 +214,9 @@ class Parameters(nn.Module):
         return torch.full((rows, self.num_variables), -1, device=self.weights.device)
 
     def _read(self, where: str, x: Tensor, argument: str = "x") -> tuple[Tensor, Tensor]:
-        """Return checked data with 0 for missing entries, and the mask of the missing ones, ``(B,
-        n)`` each.
+        """Check data; return them with 0 for missing entries, and the mask of missing entries.
+
+        Both are ``(B, n)``.
         """
         n, device = self.num_variables, self.weights.device
         require_tensor(where, argument, x)
@@ -212,7 +226,7 @@ class Parameters(nn.Module):
         if x.is_floating_point():
             x = x.to(self.weights.dtype)
         elif x.dtype in (torch.int8, torch.int16):
-            x = x.long()  # These dtypes may be too small for the number of values.
+            x = x.long()  # The number of values may exceed the range of these dtypes.
         missing = x.isnan() if x.is_floating_point() else x < 0
         low = high = math.inf
         if x.numel() and not x.is_floating_point() and x.dtype != torch.uint8:
@@ -230,7 +244,7 @@ class Parameters(nn.Module):
             elif isinstance(leaf, External | Indicator):
                 continue
             else:
-                # Densities square their argument. If that is infinite, gradients are 0 * infinity.
+                # Densities square their argument. If the square is infinite, gradients are NaN.
                 wrong = known.to(self.weights.dtype).square().isinf()
                 expected = f"finite numbers, whose squares are finite in {self.weights.dtype}"
             if wrong.any():
@@ -242,7 +256,7 @@ class Parameters(nn.Module):
         return torch.where(missing, 0, x) if missing.any() else x, missing
 
     def _leaf_values(self, name: str, x: Tensor, external: Tensor | None) -> Tensor:
-        """Return the log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""
+        """Return the log-values of the leaf units, ``(B, N)``; 0 if the variable is missing."""
         if isinstance(x, Tensor) and x.dtype == torch.long and x.device.type == "cpu":
             values = self._looked_up(x)
             if values is not None:
@@ -250,10 +264,10 @@ class Parameters(nn.Module):
         return self._leaf_values_of(name, *self._read(name, x), external)
 
     def _looked_up(self, x: Tensor) -> Tensor | None:
-        """Return the log-values of the leaf units by a table look-up, which checks the data.
+        """Return the log-values of the leaf units by looking them up in a table.
 
-        Return None if the leaves are not tables of one family, or if the data are invalid; then
-        :meth:`_read` raises the error.
+        Return None if the leaves are not of a single finite family on the CPU. Also return None if
+        the data are invalid; :meth:`_read` then raises the error.
         """
         if len(self.leaves) != 1 or x.dim() != 2 or x.shape[1] != self.num_variables:
             return None
@@ -300,7 +314,7 @@ class Parameters(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _refuse_external(self, name: str) -> None:
-        """Raise ValueError for external leaves: the query has no argument for their values."""
+        """Raise ValueError if there are external leaves: the query has no argument for them."""
         for leaf, _, span in self._families():
             own = not isinstance(leaf, External)
             variable = int(self._var[span][0])
@@ -317,7 +331,10 @@ class Parameters(nn.Module):
 
 
 def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
-    """Return graph, norm and state of the circuit in a file; tensors are read after all checks."""
+    """Read a file of ``Circuit.save``; return its graph, norm and tensors.
+
+    Tensors are read only after all checks, since the file is not trusted.
+    """
     with contextlib.closing(SafetensorsFile(Path(path))) as file:
         where = file.where
         data = parse_json(file.metadata.get(_METADATA, "null").encode(), where)
@@ -344,6 +361,6 @@ def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
 
 
 def _fresh_table(leaf: Leaf, rows: int, size: int) -> Table:
-    """Return initial parameters of a family for regions of ``size`` variables."""
+    """Return initial parameters of ``rows`` distributions over ``size`` variables."""
     joint = isinstance(leaf, MultivariateGaussian)
     return leaf.table(rows, size) if joint else leaf.table(rows)

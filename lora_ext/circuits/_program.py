@@ -1,13 +1,14 @@
 """The compiled form of a region graph: the layout of its units and weights, and its execution.
 
-The values of all units are in one buffer ``val (B, U)``. Column 0 is a unit that is always 1 (log
-0), column 1 one that is always 0 (log -inf). The next columns are leaf units, inputs over several
-variables, and sums, stage by stage. A stage holds regions of one depth, which is the longest
-distance from the inputs; none of them reads another. Products are not kept, backward computes them
-again.
+The log-values of all units are in one buffer ``val (B, U)`` of ``B`` rows of data and ``U`` units.
+Column 0 is a unit that is always 1 (log-value 0), and column 1 a unit that is always 0 (log-value
+-inf). The next columns are the leaf units, the inputs over several variables, and the sums, stage
+by stage. A stage is a set of regions of one depth, which is the longest distance from the inputs;
+no region of a stage depends on another one. Products are not stored; the backward pass computes
+them again.
 
-:class:`Layered` is the layout. A program is the computation, one list of int32 that
-``ops.circuit_layers`` executes in one call:
+:class:`Layered` describes the layout. A program describes the computation: it is one list of int32
+numbers that ``ops.circuit_layers`` executes in one call. Its parts, in order:
 
     header    units, leaf units, rows of all matrices, then the length of each list below
     nodes     first column of the results, sums, terms, matrix or -1, range of parts
@@ -20,8 +21,9 @@ again.
     owners    of each child, then of each root: its node, or -1 - the variable of a leaf
     draws     of each node with a matrix: the place of its region among the inner regions
 
-A node without a matrix is an input over several variables: its results are its products. Regions
-with tied parameters share a matrix.
+A node is a region, a part is a partition, and a matrix contains the weights of a region. A node
+without a matrix is an input over several variables: its results are its products. Regions with tied
+parameters share a matrix.
 """
 
 from __future__ import annotations
@@ -48,10 +50,13 @@ _MAX_BINS = 4
 
 
 class InputLayer(NamedTuple):
-    """Variable, family and row of each leaf unit, int32.
+    """Variable, family and table row of each leaf unit, int32.
 
-    ``var`` holds its variable, ``dist`` its family, ``row`` its row in the table of the family. For
-    a leaf over several variables, ``var`` is the last one: no two leaves of a walk share it.
+    Attributes:
+        var: Variable. For a leaf unit over several variables it is the last of them, which no other
+            leaf unit in the same tree has.
+        dist: Index of the family.
+        row: Row in the table of the family.
     """
 
     var: Tensor
@@ -60,7 +65,15 @@ class InputLayer(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A family of leaf units: range of columns, rows of its table, number of variables per unit."""
+    """A family of leaf units.
+
+    Attributes:
+        leaf: The family.
+        begin: First column of its leaf units.
+        end: Column after its last leaf unit.
+        rows: Number of rows of its table.
+        size: Number of variables of each leaf unit.
+    """
 
     leaf: Leaf
     begin: int
@@ -75,13 +88,15 @@ class Layered:
 
     Attributes:
         num_units: Number of columns of ``val``.
-        families: Families of the leaf units, in their order.
-        indicator_values: For each leaf unit, the value at which an indicator is 1.
-        inputs: Variable, family and row of the leaf units.
-        first_leaves: For each input region, the first column of its leaf units per variable.
+        families: Families in the order of their leaf units.
+        indicator_values: Value at which an indicator is 1, for each leaf unit; 0 for other
+            families.
+        inputs: Variable, family and table row of the leaf units.
+        first_leaves: First column of the leaf units of each variable, for each input region.
         stages: Regions of each stage, in order of execution.
         first_unit: First column of each region.
-        weight_off: First weight of each region, or -1; ``(units, products)`` row-major.
+        weight_off: Index of the first weight of each region, or -1 for an input. The weights of a
+            region are ``(units, products)`` in row-major order.
         num_weights: Number of weights.
     """
 
@@ -97,7 +112,7 @@ class Layered:
 
 
 def compile_graph(graph: RegionGraph) -> Layered:
-    """Lay out the units and weights of a graph.
+    """Compute the layout of the units and weights of a graph.
 
     Raises:
         PCStructureError: If the circuit has 2^31 weights or more.
@@ -135,8 +150,10 @@ def compile_graph(graph: RegionGraph) -> Layered:
 
 
 def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], Tensor, InputLayer, dict[int, Any]]:
-    """Lay out the leaf units family by family; return ``families``, ``indicator_values``,
-    ``inputs`` and ``first_leaves`` of :class:`Layered`.
+    """Compute the layout of the leaf units, family by family.
+
+    Returns:
+        ``families``, ``indicator_values``, ``inputs`` and ``first_leaves`` of :class:`Layered`.
     """
     grouped: dict[tuple[object, int], list[int]] = {}
     for i, region in enumerate(graph.regions):
@@ -171,10 +188,10 @@ def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], Tensor, InputLayer,
 
 
 def _stages(graph: RegionGraph) -> tuple[tuple[int, ...], ...]:
-    """Return the regions of sums by depth, and within a depth by shape, or by size if there are
-    many shapes.
+    """Return the stages: regions of sums of one depth and one shape.
 
-    This is the order of the weights; files depend on it.
+    If a depth has many shapes, its regions are grouped by their numbers of units and their rounded
+    numbers of terms instead. The stages determine the order of the weights, on which files depend.
     """
     layers: dict[int, list[int]] = {}
     for i, depth in enumerate(graph.depths()):
@@ -204,18 +221,18 @@ def _stages(graph: RegionGraph) -> tuple[tuple[int, ...], ...]:
 
 
 class _Writer:
-    """The lists of a program under construction; a node is a region."""
+    """The lists of a program under construction."""
 
     def __init__(self, graph: RegionGraph, layered: Layered):
         self.graph, self.layered = graph, layered
         self.nodes, self.parts = list[list[int]](), list[list[int]]()
         self.children, self.matrices = list[list[int]](), list[list[int]]()
         self.users, self.owners, self.draws = list[list[int]](), list[int](), list[int]()
-        self.node_of = dict[int, int]()  # of a region
-        self.matrix_of = dict[int, int]()  # of the matrix that starts at a weight
+        self.node_of = dict[int, int]()  # node of each region
+        self.matrix_of = dict[int, int]()  # matrix by the index of its first weight
         self.stages, self.rows = [0], 0
         inner = (i for i, region in enumerate(graph.regions) if region.partitions)
-        self.place = {region: k for k, region in enumerate(inner)}  # among the regions of sums
+        self.place = {region: k for k, region in enumerate(inner)}  # index among regions of sums
 
     def add_inputs(self) -> None:
         """Add the inputs over several variables as a stage."""
@@ -264,7 +281,7 @@ class _Writer:
         self.nodes.append([first, units, width, matrix, first_part, len(self.parts)])
 
     def owner(self, region: int) -> int:
-        """Return the node of a region, or -1 - variable if the region is only leaf units."""
+        """Return the node of a region, or -1 - variable for an input without a node."""
         found = self.node_of.get(region)
         if found is None:
             found = -1 - max(variables(self.graph.regions[region].variables))
@@ -305,7 +322,7 @@ def root_columns(graph: RegionGraph, layered: Layered) -> list[int]:
 
 
 def matrices_of(program: Program) -> list[tuple[int, int, int]]:
-    """Return first weight, sums and terms of each matrix, in the order of the weights."""
+    """Return the first weight and the numbers of sums and terms of each matrix."""
     nodes, parts, children, matrices = program.numbers[3:7].tolist()
     first = 10 + 6 * nodes + 4 * parts + 2 * children
     rows = program.numbers[first : first + 6 * matrices].view(-1, 6)
@@ -313,9 +330,7 @@ def matrices_of(program: Program) -> list[tuple[int, int, int]]:
 
 
 def rows_of_one_width(program: Program) -> list[tuple[slice, int]]:
-    """Return ranges of the weights in which all sums have the same number of terms, each with this
-    number.
-    """
+    """Return ranges of the weights in which all sums have one number of terms, with this number."""
     found: list[tuple[slice, int]] = []
     for first, sums, terms in matrices_of(program):
         end = first + sums * terms
@@ -327,7 +342,7 @@ def rows_of_one_width(program: Program) -> list[tuple[slice, int]]:
 
 
 class Weights(NamedTuple):
-    """Flat weights of an evaluation, their norm, and the precision of sums in the upward pass."""
+    """Weights of an evaluation, flat, with their norm and the precision of the upward pass."""
 
     flat: Tensor
     norm: str
@@ -335,7 +350,7 @@ class Weights(NamedTuple):
 
 
 class Execution:
-    """A program on one device, with the upward pass, the backward pass and the walk down a tree."""
+    """A program on a device, with methods for the upward, backward and downward passes."""
 
     def __init__(self, program: Program, roots: list[int]):
         self.program, self.roots = program, roots
@@ -346,7 +361,7 @@ class Execution:
             self.program = self.program.to(device)
 
     def up(self, leaf: Tensor, weights: Weights, semiring: str = "sum") -> Tensor:
-        """Return log-values of all units, ``(B, U)``, from those of the leaves, ``(B, N)``."""
+        """Return the log-values of all units, ``(B, U)``, from ``leaf (B, N)``."""
         flat, norm, precision = weights
         with torch._C._AutoDispatchBelowAutograd():  # `Evaluate` computes the gradient.
             return ops.circuit_layers(leaf, flat, self.program, norm, semiring, precision)
@@ -354,11 +369,11 @@ class Execution:
     def down(
         self, droots: Tensor, val: Tensor, weights: Weights, need_weights: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the
-        weights.
+        """Compute gradients from those of the roots, ``droots (B, R)``.
 
-        ``droots (B, R)`` are the gradients of the roots. That of the weights is empty without
-        ``need_weights``.
+        Returns:
+            The gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the weights,
+            which is empty without ``need_weights``.
         """
         with torch._C._AutoDispatchBelowAutograd():
             grad, dflat = ops.circuit_layers_backward(
@@ -375,21 +390,22 @@ class Execution:
     def walk(
         self, val: Tensor, weights: Weights, root: Tensor, uniforms: Tensor | None = None
     ) -> Tensor:
-        """Return the leaf unit that a walk reaches for each variable, or -1, ``(M, n)``, see
-        ``ops.circuit_layers_walk``.
+        """Return the column of the leaf unit that each walk reaches for each variable, or -1.
+
+        The result is ``(M, n)`` for M walks, see ``ops.circuit_layers_walk``.
         """
         with torch._C._AutoDispatchBelowAutograd():
             return ops.circuit_layers_walk(val, weights.flat, self.program, root, uniforms)
 
 
 class Evaluate(torch.autograd.Function):
-    """The evaluation of the roots from leaves and weights; its backward computes flows."""
+    """Log-values of the roots as a function of leaves and weights; the backward computes flows."""
 
     @staticmethod
     def forward(
         ctx: Any, leaf: Tensor, flat: Tensor, execution: Execution, norm: str, precision: str
     ) -> Tensor:
-        """Return the values of the roots, ``(B, R)``."""
+        """Return the log-values of the roots, ``(B, R)``."""
         ctx.weights = Weights(flat.detach(), norm, precision)
         val = execution.up(leaf, ctx.weights)
         ctx.save_for_backward(val, flat)

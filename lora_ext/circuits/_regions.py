@@ -1,4 +1,4 @@
-"""The parts of a region graph as dataclasses and as JSON; JSON is not trusted."""
+"""The parts of a region graph as dataclasses, and their conversion to and from untrusted JSON."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ class Partition:
     """A product of regions.
 
     Attributes:
-        children: Indices of the regions, each below the index of the region that has the partition.
+        children: Indices of the multiplied regions. Each is smaller than the index of the region
+            that has the partition.
         kind: ``"hadamard"``: unit u of the product is the product of the units u of the children.
-            ``"kronecker"``: each unit of the first of two children times each of the second.
+            ``"kronecker"``: the product units are all products of a unit of the first child and a
+            unit of the second.
     """
 
     children: tuple[int, ...]
@@ -37,9 +39,16 @@ class Partition:
 
 @dataclass(frozen=True)
 class Region:
-    """A region: an input with ``leaf`` and ``variables`` (a bitset), or sums with ``partitions``.
+    """A region: an input with ``leaf`` and ``variables``, or sums with ``partitions``.
 
-    Regions of one ``tie`` share their parameters: the weights of sums, the distributions of inputs.
+    Attributes:
+        units: Number of units.
+        partitions: Products whose units are the terms of each sum; empty for an input.
+        leaf: Family of an input.
+        variables: Variables of an input, a bitset.
+        tie: Name of a set of regions that share their parameters, which are the weights of sums or
+            the distributions of inputs; None if they are not shared.
+        name: Name for messages and pictures.
     """
 
     units: int
@@ -55,10 +64,11 @@ class Input:
     """An input region for :meth:`RegionGraph.from_edges`.
 
     Attributes:
-        variables: Variables by number.
-        leaf: The family.
-        units: Number of distributions for each variable.
-        tie: Input regions with the same text share their parameters; None: not shared.
+        variables: Indices of the variables.
+        leaf: Family of the distributions.
+        units: Number of units: distributions per variable, or joint distributions.
+        tie: Name of a set of input regions that share their parameters; None if they are not
+            shared.
     """
 
     variables: Sequence[int]
@@ -69,7 +79,7 @@ class Input:
 
 # --- leaves ---------------------------------------------------------------------------------------
 def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
-    """Return name and fields of a family of this package; raise ValueError for another one."""
+    """Return the name and fields of a family; raise ValueError if it is not of this package."""
     name = type(leaf).__name__.lower()
     known = FAMILIES.get(name) is type(leaf)
     require(known, "leaf", "family", f"one of {[*FAMILIES]}", type(leaf).__qualname__)
@@ -78,7 +88,7 @@ def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
 
 
 def leaf_from_json(data: Any, where: str) -> Leaf:
-    """Return the family of an untrusted description."""
+    """Build a family from an untrusted description."""
     known = isinstance(data, dict) and data.get("family") in list(FAMILIES)
     require(known, where, "family", f"one of {[*FAMILIES]}", f"{data!r:.100}")
     family = FAMILIES[data["family"]]
@@ -107,7 +117,7 @@ def _is_count(value: Any, least: int) -> bool:
 
 # --- regions --------------------------------------------------------------------------------------
 def regions_to_json(regions: tuple[Region, ...], multi_root: bool) -> str:
-    """Return a description that :func:`regions_from_json` reads."""
+    """Return the regions as JSON text for :func:`regions_from_json`."""
     described = [
         {
             "units": r.units,
@@ -125,7 +135,7 @@ def regions_to_json(regions: tuple[Region, ...], multi_root: bool) -> str:
 
 
 def regions_from_json(data: Any, where: str) -> tuple[tuple[Region, ...], bool]:
-    """Return regions and ``multi_root`` of an untrusted parsed description."""
+    """Build regions and ``multi_root`` from an untrusted description parsed by ``json.loads``."""
     whole = isinstance(data, dict) and data.keys() == {"multi_root", "regions"}
     require(whole, where, "graph", "multi_root and regions", f"{data!r:.100}")
     listed, multi_root = data["regions"], data["multi_root"]

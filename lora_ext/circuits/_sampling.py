@@ -1,4 +1,8 @@
-"""Queries with a walk from the root down: exact samples, the best tree, the k best of a chain."""
+"""Queries that walk down from the root: exact samples, the best tree, the k best of a chain.
+
+Letters: ``B`` rows of data, ``n`` variables, ``S`` samples per row; in a chain, ``r`` states, ``J``
+candidate values of a variable, ``O`` units of a latent.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,13 @@ from .multivariate import MultivariateGaussian
 
 
 class MapResult(NamedTuple):
-    """The most probable assignment and latents of each row.
+    """The most probable values and latents of each row.
 
     Attributes:
-        x: ``(B, n)`` assignment, with the evidence.
-        value: ``(B,)`` log-probability of the assignment together with all latents.
-        exact: Whether ``x`` is known to maximise ``log_prob(x)`` too: True only if the circuit is
-            deterministic. Otherwise ``x`` is the max-product approximation.
+        x: Values ``(B, n)`` of all variables; observed values are those of the evidence.
+        value: Log-probability ``(B,)`` of the values and the latents.
+        exact: Whether ``x`` is also known to maximise ``log_prob(x)``, which is the case if the
+            circuit is known to be deterministic. Otherwise ``x`` is the max-product approximation.
     """
 
     x: Tensor
@@ -36,16 +40,19 @@ class MapResult(NamedTuple):
 class _Evidence(NamedTuple):
     """Checked rows of evidence and the root unit of each."""
 
-    given: Tensor  # (B, n)
-    filled: Tensor  # (B, n), 0 where an entry is missing
+    given: Tensor  # (B, n), as passed
+    filled: Tensor  # (B, n), 0 for missing entries
     missing: Tensor  # (B, n) bool
-    start: Tensor  # (B,)
+    start: Tensor  # (B,), index of the root unit
 
     @classmethod
     def read(
         cls, circuit: Parameters, name: str, evidence: Tensor | None, root: int | Tensor | None
     ) -> _Evidence:
-        """Check evidence; None becomes rows without observations, one per entry of ``root``."""
+        """Check the evidence and the roots.
+
+        None is replaced by rows without observations: one row, or one per entry of ``root``.
+        """
         if evidence is None:
             rows = len(root) if isinstance(root, Tensor) and root.dim() == 1 else 1
             evidence = circuit._nothing(rows)
@@ -55,7 +62,7 @@ class _Evidence(NamedTuple):
         return cls(evidence, filled, missing, start)
 
     def room(self, circuit: Parameters) -> Tensor:
-        """Return a copy of the evidence in a dtype that can hold the drawn values."""
+        """Return a copy of the evidence in a dtype that can represent the drawn values."""
         if self.given.is_floating_point():
             return self.given.clone()
         families = [family for family, _, _ in circuit._families()]
@@ -125,7 +132,10 @@ def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None
 
 
 def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
-    """Return the log-values of all units by max-product; missing variables have their mode."""
+    """Return the log-values of all units by max-product.
+
+    A missing variable has the most probable value of each leaf unit.
+    """
     leaves = circuit._leaf_values_of("map", filled, missing).clone()
     for leaf, table, span in circuit._families():
         if isinstance(leaf, MultivariateGaussian):
@@ -143,7 +153,8 @@ def _fill(
 ) -> None:
     """Write values of the chosen leaf units into the missing entries of ``x``, in place.
 
-    They are drawn with ``uniforms``, which has the shape of ``x``; None: the most probable values.
+    The values are drawn with ``uniforms``, which has the shape of ``x``. If it is None, they are
+    the most probable values.
     """
     for (leaf, table, span), block in zip(circuit._families(), circuit._blocks, strict=True):
         inside = (chosen >= span.start + FIRST_LEAF) & (chosen < span.stop + FIRST_LEAF)
@@ -167,12 +178,15 @@ def _fill(
 
 # --- the k best of a chain: list Viterbi decoding -------------------------------------------------
 class KBest(NamedTuple):
-    """The k best pairs of values and states, best first; padded with -1 (or NaN) and ``-inf``.
+    """The k best pairs of values and states, best first.
+
+    If there are fewer than k possible pairs, the rest is padded with -1 (NaN for floating ``x``)
+    and with log-probability ``-inf``.
 
     Attributes:
-        x: ``(B, k, n)``, with the evidence.
-        states: ``(B, k, n)``, the leaf unit of each variable.
-        value: ``(B, k)``, log-probability of values and states together.
+        x: Values ``(B, k, n)``; observed values are those of the evidence.
+        states: State of each variable, ``(B, k, n)``: the index of the leaf unit in its region.
+        value: Log-probability ``(B, k)`` of values and states.
     """
 
     x: Tensor
@@ -181,7 +195,7 @@ class KBest(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A place of the chain: the regions of its latent and its input, and its variable."""
+    """A position of the chain: the regions of its latent and its input, and its variable."""
 
     latent: int
     input: int
@@ -189,14 +203,18 @@ class _Step(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """The choices behind the candidates of a place: indices ``(B, r, k)``."""
+    """The choices at one position of the chain, from which the best pairs are read back.
+
+    A candidate of a state is one of its k best continuations from this position to the end. All
+    choices are indices ``(B, r, k)``.
+    """
 
     step: _Step
-    inside: Tensor  # (B,), whether the place is before the end of a row's sequence
-    state: Tensor  # the state of this place, by unit of the latent
-    rank: Tensor  # the candidate of this state
-    value: Tensor  # by state: the rank of its value
-    below: Tensor  # by state: the candidate of the next place
+    inside: Tensor  # (B,), whether the position is before the end of a row's sequence
+    state: Tensor  # state of this position, by unit of the latent
+    rank: Tensor  # candidate of this state, by unit of the latent
+    value: Tensor  # rank of the value among those of its state, by state
+    below: Tensor  # candidate of the next position, by state
 
 
 def k_best(
@@ -212,7 +230,7 @@ def k_best(
     rows = _Evidence.read(circuit, "k_best", evidence, root)
     lengths = _lengths(lengths, len(rows.given), len(steps), rows.start.device)
     leaf = circuit._leaf_values_of("k_best", rows.filled, rows.missing)
-    below: Tensor | None = None  # candidates of the next place, (B, r, k)
+    below: Tensor | None = None  # candidates of the next position, (B, r, k)
     choices: list[_Choice] = []
     for place in range(len(steps) - 1, -1, -1):
         step = steps[place]
@@ -237,7 +255,7 @@ def k_best(
 
 
 def _chain(circuit: Parameters) -> list[_Step]:
-    """Return the places of a chain from the root down; raise ValueError for another graph."""
+    """Return the positions of a chain, root first; raise ValueError if the graph is not a chain."""
     graph, regions = circuit.graph, circuit.graph.regions
     expected = "a chain, each latent above one input of one variable and the next latent"
     steps: list[_Step] = []
@@ -275,7 +293,10 @@ def _lengths(lengths: Tensor | None, rows: int, most: int, device: torch.device)
 
 
 def _observed(circuit: Parameters, step: _Step, leaf: Tensor, missing: Tensor, k: int) -> Tensor:
-    """Return the log-probabilities of the possible values of a place, best first, ``(B, r, J)``."""
+    """Return the log-probabilities of a variable's candidate values, best first, ``(B, r, J)``.
+
+    An observed variable has one candidate.
+    """
     first = circuit.columns(step.input)[0] - FIRST_LEAF
     given = leaf[:, first : first + len(circuit.columns(step.input)), None]
     absent = missing[:, step.variable]
@@ -288,8 +309,7 @@ def _observed(circuit: Parameters, step: _Step, leaf: Tensor, missing: Tensor, k
 
 
 def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
-    """Return the best values of each state of a place, and their log-probabilities, ``(r, J)``
-    each."""
+    """Return the best values of each state and their log-probabilities, ``(r, J)`` each."""
     units = circuit.columns(step.input)
     first = units[0] - FIRST_LEAF
     span = slice(first, first + len(units))
@@ -310,7 +330,7 @@ def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest entries of the last axis and their indices, ties by lowest index."""
+    """Return the k largest entries of the last axis and their indices; ties by lower index."""
     found, index = values.sort(dim=-1, descending=True, stable=True)
     return found[..., :k], index[..., :k]
 
@@ -318,7 +338,7 @@ def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _read_back(
     circuit: Parameters, rows: _Evidence, choices: list[_Choice], value: Tensor, k: int
 ) -> KBest:
-    """Return the k best pairs that the choices lead to from the root down."""
+    """Follow the choices from the root down to the k best pairs of values and states."""
     batch, count = value.shape
     row = torch.arange(batch, device=value.device)[:, None]
     room = rows.room(circuit)

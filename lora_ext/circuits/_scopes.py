@@ -18,7 +18,7 @@ def variables(scope: int) -> list[int]:
 
 
 def braces(scope: int) -> str:
-    """Return a scope as text for messages, cut after twelve variables."""
+    """Return a scope as text for messages, abbreviated after twelve variables."""
     shown = variables(scope)
     tail = ", ..." if len(shown) > 12 else ""
     return "{" + ", ".join(map(str, shown[:12])) + tail + "}"

@@ -1,6 +1,6 @@
 """Checks of the structure of a circuit: smooth, decomposable, deterministic and others.
 
-Scopes are bitsets in Python integers, so each check costs one pass over the edges.
+Scopes are bitsets in Python integers, so each check needs one pass over the edges of the graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Truth = Literal[True, False, "unknown"]
 
 
 def why_not_smooth(graph: RegionGraph) -> str | None:
-    """Return a message about a sum whose terms differ in scope; None if the graph is smooth."""
+    """Return a message about a sum with terms of different scopes; None if the graph is smooth."""
     for i, region in enumerate(graph.regions):
         first, *others = [graph.partition_scope(p) for p in region.partitions] or [0]
         for scope in others:
@@ -30,8 +30,9 @@ def why_not_smooth(graph: RegionGraph) -> str | None:
 
 
 def why_not_decomposable(graph: RegionGraph) -> str | None:
-    """Return a message about a product whose factors share variables; None if the graph is
-    decomposable.
+    """Return a message about a product with factors that share variables.
+
+    Return None if the graph is decomposable.
     """
     for i, region in enumerate(graph.regions):
         for p in region.partitions:
@@ -47,7 +48,7 @@ def why_not_decomposable(graph: RegionGraph) -> str | None:
 
 
 def is_structured_decomposable(graph: RegionGraph) -> bool:
-    """Return whether all products split a scope in the same way, as one vtree does."""
+    """Return whether all products with the same scope split it into the same parts."""
     if why_not_decomposable(graph) is not None:
         return False
     split: dict[int, frozenset[int]] = {}
@@ -67,7 +68,7 @@ def is_deterministic(graph: RegionGraph) -> Truth:
     The test is syntactic. True: the terms of each sum differ in an indicator on a common variable.
     False: two terms of a sum are positive everywhere. ``"unknown"``: all other cases.
     """
-    # For each unit: the variables that it restricts, each with the allowed values as a bitset.
+    # Allowed values (a bitset) of each variable that a unit restricts, for each unit.
     units: list[list[dict[int, int]]] = []
     verdict: Truth = True
     for region in graph.regions:
@@ -108,8 +109,8 @@ def _disjoint(terms: list[dict[int, int]], merged: dict[int, int]) -> bool:
     """Return whether the terms are shown to exclude each other.
 
     Either one variable separates all terms, or there are at most 64 terms and every pair has a
-    variable that separates it. ``merged`` holds the values allowed by any term, for each variable
-    that all terms restrict.
+    variable that separates it. ``merged`` contains the values that any term allows, for each
+    variable that all terms restrict.
     """
     if any(sum(t[v].bit_count() for t in terms) == m.bit_count() for v, m in merged.items()):
         return True

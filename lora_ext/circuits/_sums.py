@@ -1,7 +1,7 @@
 """Sums in one fixed order, on every device and for any number of threads.
 
-For repeated indices torch adds with atomics, on the CPU in ``index_put_`` and on CUDA in
-``index_add_``. The other one of the two adds the entries in order.
+If indices repeat, torch adds with atomics, in an order that may vary: on the CPU in ``index_put_``,
+on CUDA in ``index_add_``. The other function of the two adds the entries in order on that device.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def add_at(target: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def sums_at(index: Tensor, values: Tensor, size: int) -> Tensor:
-    """Return the sums of ``values`` by index, ``(size,)``, in float64 for long sums of small
-    counts.
+    """Return the sums of ``values`` by index, ``(size,)``.
+
+    They are float64, because long sums of small counts would lose digits in float32.
     """
     sums = torch.zeros(size, dtype=torch.float64, device=values.device)
     add_at(sums, index.flatten(), values.double().flatten())
@@ -34,7 +35,8 @@ def sums_at(index: Tensor, values: Tensor, size: int) -> Tensor:
 def in_rows(t: Tensor) -> Tensor:
     """Return ``t`` with a new first axis, of size 2 if ``t`` is a single row and 1 otherwise.
 
-    torch divides the sum of a single long row among its threads, but not the sums of two rows.
+    torch divides the sum of a single long row among its threads, so its bits would depend on their
+    number. It does not divide the sums of two rows.
     """
     return t.expand(2, *t.shape) if t.numel() == t.shape[-1] else t[None]
 

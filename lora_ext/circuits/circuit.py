@@ -1,6 +1,8 @@
 """A circuit over a region graph as an ``nn.Module``: evaluation and queries.
 
-Sampling, learning and files are implemented in other modules and documented by the methods here.
+Letters: ``B`` rows of data, ``n`` variables, ``R`` root units, ``N`` leaf units, ``V`` values.
+
+Sampling, learning and files are implemented in other modules; the methods here document them.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ class Report(NamedTuple):
     Attributes:
         smooth: Whether every term of a sum has the scope of the sum.
         decomposable: Whether the factors of each product share no variable.
-        structured_decomposable: Whether all products split a scope in one way, as one vtree does.
+        structured_decomposable: Whether all products with the same scope split it into the same
+            parts, as in a circuit that follows one vtree (a binary tree of variables).
         deterministic: Whether at most one term of each sum is nonzero on any input; ``"unknown"``
             if the check cannot decide.
-        normalisation_error: Largest distance of a sum of weights from 1.
+        normalisation_error: Largest difference between 1 and the sum of the weights of a sum unit.
     """
 
     smooth: bool
@@ -42,44 +45,46 @@ class Report(NamedTuple):
 
 
 class Circuit(Parameters):
-    """A probabilistic circuit whose parameters are shared by all rows of data.
+    """A probabilistic circuit. All rows of data share its parameters.
 
-    Data ``x (B, n)`` are integers, where -1 marginalises a variable in its row, or floating, where
-    NaN does. Impossible data have log-probability ``-inf`` and gradient zero, never NaN.
+    Data ``x (B, n)`` are integers or floating-point numbers. An entry is missing if it is -1 in
+    integer data or NaN in floating-point data; its variable is then marginalised in its row.
+    Impossible data have log-probability ``-inf`` and gradient zero, never NaN.
 
-    A circuit with several root units has several distributions that share their lower parts.
-    ``log_prob`` without ``root`` returns all of them. Every other query needs ``root``: the index
-    of one of them, or a tensor ``(B,)`` with one index per row, such as the class of each row.
+    Each root unit defines a distribution; several root units share their lower parts. ``log_prob``
+    without ``root``, and ``log_partition``, return one value per root unit. All other queries of a
+    circuit with several root units require ``root``: the index of a root unit, or a tensor ``(B,)``
+    with one index per row, such as the class of each row.
 
-    Evidence is data with missing entries, which a query fills. None is one row without
-    observations, or one per entry of ``root``.
+    Evidence is data with missing entries, which a query fills. If it is None, the query uses rows
+    without observations: one row, or one per entry of a tensor ``root``.
 
     Args:
-        graph: The structure.
-        norm: ``"logits"``: weights are log-softmaxed over each sum. ``"none"``: log-weights are
-            used as they are, and :meth:`log_partition` is not zero.
+        graph: Structure of the circuit.
+        norm: Meaning of the weights. ``"logits"``: they are log-softmaxed over the terms of each
+            sum. ``"none"``: they are used as log-weights, and :meth:`log_partition` is not zero.
         precision: Precision of ``log_prob``, see ``ops.circuit_layers``; may be set later.
 
     Attributes:
-        weights: All log-weights, flat; :meth:`region_weights` is a view of those of a region.
-        leaves: For each family of inputs, its table of parameters.
+        weights: All log-weights, flat; :meth:`region_weights` returns a view of those of a region.
+        leaves: Tables of parameters, one per family of input distributions.
 
     Raises:
-        PCStructureError: If the graph is not smooth and decomposable; only evaluation of complete
-            data would have a meaning.
+        PCStructureError: If the graph is not smooth and decomposable, because such a circuit could
+            only be evaluated on complete data.
     """
 
     # --- evaluation -------------------------------------------------------------------------------
     def log_prob(
         self, x: Tensor, external: Tensor | None = None, root: int | Tensor | None = None
     ) -> Tensor:
-        """Compute ``log p`` of the observed variables; missing ones are marginalised.
+        """Compute ``log p`` of the observed variables; missing variables are marginalised.
 
-        The result is once differentiable in the parameters and in ``external``.
+        The result is differentiable once in the parameters and in ``external``.
 
         Args:
-            x: ``(B, n)``, -1 or NaN where a variable is missing.
-            external: ``(B, N)`` log-values of the external leaf units, if there are any.
+            x: Data ``(B, n)``; -1 or NaN if a variable is missing.
+            external: Log-values ``(B, N)`` of the external leaf units, if the circuit has any.
             root: Index of a root unit, or one per row, see the class.
 
         Returns:
@@ -106,8 +111,12 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def log_partition(self) -> Tensor:
-        """Return the log of the sum over all assignments, one number or ``(R,)``; 0 if the circuit
-        is normalised.
+        """Return the log of the sum over all assignments.
+
+        It is 0 if the circuit is normalised.
+
+        Returns:
+            A single number, or ``(R,)`` for R > 1 root units.
         """
         self._refuse_external("log_partition")
         return self.log_prob(self._nothing())[0]
@@ -119,16 +128,16 @@ class Circuit(Parameters):
         external: Tensor | None = None,
         root: int | Tensor | None = None,
     ) -> Tensor:
-        """Return ``log p(x_keep)``; the other variables of ``x`` are ignored.
+        """Return the log-probability of the variables ``keep``; other entries of ``x`` are ignored.
 
         Args:
-            x: ``(B, n)``.
-            keep: Variables by number.
+            x: Data ``(B, n)``.
+            keep: Indices of the variables to keep.
             external: See :meth:`log_prob`.
             root: See :meth:`log_prob`.
 
         Raises:
-            ValueError: If ``keep`` has an unknown variable, and as :meth:`log_prob`.
+            ValueError: If ``keep`` has an unknown variable, or as :meth:`log_prob`.
         """
         require_tensor("marginal", "x", x)
         names = list(keep)
@@ -147,31 +156,33 @@ class Circuit(Parameters):
         one downward pass.
 
         Args:
-            evidence: ``(B, n)``, -1 or NaN where a variable is missing.
+            evidence: Data ``(B, n)``; -1 or NaN if a variable is missing.
             root: Index of a root unit, or one per row, see the class.
 
         Returns:
-            Log-probabilities of all values ``(B, n, V)``, means and variances ``(B, n)``. Rows of
-            impossible evidence have ``-inf`` and NaN. Probabilities below the smallest number of
-            the dtype are 0.
+            Log-probabilities of all values ``(B, n, V)``, means and variances ``(B, n)``. For
+            impossible evidence the log-probabilities are ``-inf``, and means and variances NaN.
+            Probabilities below the smallest number of the dtype are 0.
 
         Raises:
-            ValueError: As :meth:`log_prob`, for external leaves, and if ``root`` is missing for
-                several root units.
+            ValueError: As :meth:`log_prob`; if the circuit has external leaves; or if it has
+                several root units and ``root`` is missing.
         """
         return _flows.univariate_marginals(self, evidence, root)
 
     @torch.no_grad()
     def entropy(self, root: int | None = None) -> Tensor:
-        """Compute the entropy in nats, a single number; the differential entropy for continuous
-        variables.
+        """Compute the entropy in nats, a single number.
+
+        For continuous variables this is the differential entropy.
 
         Args:
-            root: Index of one of several root units.
+            root: Index of a root unit; required if there are several.
 
         Raises:
-            ValueError: If the circuit is not known to be deterministic (:meth:`check`): no formula
-                of its size is known for others. Also for unnormalised circuits and external leaves.
+            ValueError: If the circuit is not known to be deterministic (:meth:`check`), because no
+                formula of the circuit's size is known for other circuits; or if it is unnormalised
+                or has external leaves.
 
         Source: Vergari et al. 2021, "A compositional atlas of tractable circuit operations".
         """
@@ -179,15 +190,16 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def kl_divergence(self, other: Circuit, root: int | None = None) -> Tensor:
-        """Compute the divergence ``sum p log (p / q)`` in nats, a single number, possibly infinite;
-        q is ``other``.
+        """Compute the divergence ``sum p log (p / q)`` of this circuit p from ``other``, q.
+
+        The result is a single number in nats, possibly infinite.
 
         Args:
-            other: A circuit of the same graph.
+            other: Circuit with the same graph.
             root: See :meth:`entropy`.
 
         Raises:
-            ValueError: If the graphs differ, and as :meth:`entropy`.
+            ValueError: If the graphs differ, or as :meth:`entropy`.
 
         Source: as :meth:`entropy`.
         """
@@ -195,17 +207,21 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def conditionals(self, x: Tensor, root: int | Tensor | None = None) -> Tensor:
-        """Compute ``log p(x_k | x_<k)`` in variable order, ``(B, n)``; ``-inf`` after an impossible
-        prefix.
+        """Compute ``log p(x_k | x_<k)`` of each variable given the variables with smaller indices.
 
-        This needs n passes for any graph; ``ops.circuit_scan`` needs one for cp, hmm and btree.
+        This takes n passes for any graph. ``ops.circuit_scan`` takes one pass, but only supports
+        the graphs cp, hmm and btree.
 
         Args:
-            x: ``(B, n)``.
+            x: Data ``(B, n)``.
             root: Index of a root unit, or one per row, see the class.
 
+        Returns:
+            ``(B, n)``; ``-inf`` after an impossible prefix.
+
         Raises:
-            ValueError: As :meth:`log_prob`, and if ``root`` is missing for several root units.
+            ValueError: As :meth:`log_prob`, or if there are several root units and ``root`` is
+                missing.
         """
         self._read("conditionals", x)
         top = self._root_numbers("conditionals", root, len(x))[:, None]
@@ -234,42 +250,44 @@ class Circuit(Parameters):
     ) -> Tensor:
         """Draw exact samples given evidence; the same uniforms give the same samples.
 
-        An upward pass with the evidence is followed by a walk down from the root. Each sum on the
-        way draws a term in proportion to weight times value, each leaf draws its value, by the rule
-        of ``reference._circuit.draw``.
+        An upward pass with the evidence computes the values of all units. Then a walk descends from
+        the root: at each sum it draws a term with probability proportional to weight times value,
+        and at each leaf it draws a value. ``reference._circuit.draw`` defines a draw.
 
         Args:
             num_samples: Number S of samples per row of evidence.
-            evidence: ``(B, n)``, or None, see the class.
-            uniforms: ``(B, S, sum regions + n)`` in [0, 1), float32 or float64: one per region of
-                sums in graph order, then one per variable. None: drawn with ``generator``.
-            generator: Source of uniforms.
+            evidence: Data ``(B, n)`` with missing entries, or None, see the class.
+            uniforms: Uniform numbers ``(B, S, sum regions + n)`` in [0, 1), float32 or float64: one
+                per region of sums in graph order, then one per variable. If None, they are drawn
+                with ``generator``.
+            generator: Generator of the uniform numbers; None for torch's default.
             root: Index of a root unit, or one per row, see the class. Variables outside its scope
                 stay missing.
 
         Returns:
-            ``(B, S, n)``: int64, or floating if the evidence or a family is.
+            ``(B, S, n)``: floating if the evidence is, or if a family has continuous values;
+            otherwise int64.
 
         Raises:
-            ValueError: If shapes are wrong, the evidence is impossible, the circuit has external
-                leaves, ``root`` is missing for several root units or, on the CPU, uniforms are
-                outside [0, 1].
+            ValueError: If a shape is wrong, the evidence is impossible, the circuit has external
+                leaves, or it has several root units and ``root`` is missing. On the CPU also if a
+                uniform number is outside [0, 1].
         """
         return _sampling.sample(self, num_samples, evidence, uniforms, generator, root)
 
     @torch.no_grad()
     def map(self, evidence: Tensor | None = None, root: int | Tensor | None = None) -> MapResult:
-        """Find the assignment and latents of largest joint probability by max-product.
+        """Find the values and latents with the largest joint probability, by max-product.
 
-        The lowest index wins a tie.
+        Ties are resolved to the lowest index.
 
         Args:
-            evidence: ``(B, n)`` or None, see the class.
+            evidence: Data ``(B, n)`` with missing entries, or None, see the class.
             root: Index of a root unit, or one per row, see the class.
 
         Raises:
-            ValueError: If a shape is wrong, the circuit has external leaves, or ``root`` is missing
-                for several root units.
+            ValueError: If a shape is wrong, the circuit has external leaves, or it has several root
+                units and ``root`` is missing.
         """
         return _sampling.best(self, evidence, root)
 
@@ -281,17 +299,17 @@ class Circuit(Parameters):
         lengths: Tensor | None = None,
         root: int | Tensor | None = None,
     ) -> KBest:
-        """Find the k most probable pairs of values and states of a chain, such as
-        ``RegionGraph.hmm``.
+        """Find the k most probable pairs of values and states of a chain.
 
-        With complete evidence these are the k best paths of states. The lowest indices win a tie.
-        Memory is ``B r^2 k`` for r states.
+        A chain is a graph such as ``RegionGraph.hmm``; a pair consists of the values of all
+        variables and the path of states. With complete evidence these are the k best paths. Ties
+        are resolved to the lowest indices. With r states, the method allocates ``B r^2 k`` numbers.
 
         Args:
             k: Number of pairs, at least 1.
-            evidence: ``(B, n)`` or None, see the class.
-            lengths: ``(B,)`` integers in ``1 .. n``, the lengths of shorter sequences: variables
-                after the end stay missing.
+            evidence: Data ``(B, n)`` with missing entries, or None, see the class.
+            lengths: Length of each row's sequence, ``(B,)`` integers in ``1 .. n``. Variables after
+                the end stay missing. None for n.
             root: Index of a root unit, or one per row, see the class.
 
         Raises:
@@ -309,8 +327,9 @@ class Circuit(Parameters):
     ) -> Flows:
         """Compute expected flows: the posterior probability that a unit or a weight is used.
 
-        Flows are the derivatives of ``log p(x)`` in the log-values of units and in the normalised
-        log-weights. They sum to 1 over the leaf units of a variable, and are 0 in impossible rows.
+        Flows are the derivatives of ``log p(x)`` with respect to the log-values of units and the
+        normalised log-weights. They sum to 1 over the leaf units of a variable, and are 0 in
+        impossible rows.
 
         Args:
             x: See :meth:`log_prob`.
@@ -318,7 +337,8 @@ class Circuit(Parameters):
             root: Index of a root unit, or one per row, see the class.
 
         Raises:
-            ValueError: As :meth:`log_prob`, and if ``root`` is missing for several root units.
+            ValueError: As :meth:`log_prob`, or if there are several root units and ``root`` is
+                missing.
         """
         leaf = self._leaf_values("flows", x, external)
         return _flows.flows(self, "flows", leaf, self._log_weights(), root)
@@ -332,40 +352,42 @@ class Circuit(Parameters):
         keep_zero: bool = False,
         root: int | Tensor | None = None,
     ) -> Tensor:
-        """Make one step of expectation maximisation on a batch, in place.
+        """Make one step of expectation maximisation (EM) on a batch, in place.
 
-        Each sum with I terms and flows F, and likewise each leaf, gets the new weights ``W' = (F +
-        c / I) / (sum F + c)`` and then ``W <- (1 - step) W + step W'``. Sums and leaves without
-        flow are not changed. With a full batch, ``step=1`` and ``pseudocount=0`` the mean
-        log-likelihood never decreases. With a pseudocount, the sum of all log-likelihoods plus ``c
-        / I`` times all log-weights never decreases.
+        For a sum with I terms, weights W, flows F (see :meth:`flows`) and pseudocount c, the step
+        computes ``W' = (F + c / I) / (sum F + c)`` and then ``W <- (1 - step) W + step W'``. Leaves
+        are updated in the same way. Sums and leaves without flow are not changed. If the batch is
+        the whole data set, ``step=1`` and ``pseudocount=0``, the mean log-likelihood never
+        decreases. With a pseudocount, the sum of all log-likelihoods plus ``c / I`` times the sum
+        of all log-weights never decreases.
 
-        Our choice: a pseudocount of 0.1, a tenth of a row. Without one, a value that does not occur
-        in the batch has probability zero afterwards, and held-out rows with it have ``-inf``.
+        Our choice: a pseudocount of 0.1, a tenth of a row. Without a pseudocount, the step would
+        set the probability of a value that does not occur in the batch to zero, and held-out rows
+        with this value would have log-probability ``-inf``.
 
         Args:
-            x: ``(B, n)``. A leaf or sum does not learn from rows in which its whole scope is
+            x: Data ``(B, n)``. A leaf or sum does not learn from rows in which its whole scope is
                 missing, such as the padding of a short sequence.
             step: Step size in (0, 1].
-            pseudocount: The count c, spread evenly over the terms of a sum and the values of a
-                leaf. Gaussians have none.
-            keep_zero: Whether terms of weight zero keep weight zero, such as the forbidden
-                transitions of a left-to-right chain; a pseudocount would allow them.
+            pseudocount: Count c, divided evenly among the terms of a sum or the values of a leaf.
+                It does not affect Gaussians.
+            keep_zero: Whether terms of weight zero keep this weight, such as the forbidden
+                transitions of a left-to-right chain. Otherwise a pseudocount makes them possible.
             root: Index of the root unit to train, or ``(B,)`` with the root unit of each row.
 
         Returns:
             Mean log-likelihood of the batch before the step.
 
         Raises:
-            ValueError: If the circuit is unnormalised, the data or the step are wrong, or ``root``
-                is missing for several root units.
+            ValueError: If the circuit is unnormalised, the data or the step are wrong, or there are
+                several root units and ``root`` is missing.
         """
         return _flows.em_step(self, x, step, pseudocount, keep_zero, root)
 
     # --- structure and files ----------------------------------------------------------------------
     @torch.no_grad()
     def check(self) -> Report:
-        """Return properties of the structure and the largest error of a sum of weights."""
+        """Check the structure and whether the weights of each sum add up to 1."""
         error = 0.0
         for rows in self._rows(self.weights):
             w = log_weights(rows, self.norm)
@@ -380,12 +402,12 @@ class Circuit(Parameters):
 
     @staticmethod
     def load(path: str | Path) -> Circuit:
-        """Return the circuit in a file of :meth:`save`, on the CPU in the saved dtype.
+        """Load a circuit that :meth:`save` wrote, on the CPU and in the saved dtype.
 
-        The file is not trusted.
+        The file is not trusted: it is checked before memory is allocated for its tensors.
 
         Raises:
-            ValueError: If the file has unexpected content, before memory is allocated for it.
+            ValueError: If the file has unexpected content.
         """
         graph, norm, tensors = read_file(path)
         circuit = Circuit(graph, norm).to(tensors["weights"].dtype)

@@ -1,15 +1,16 @@
-"""The Gaussian over all variables of a region at once.
+"""Multivariate Gaussians as leaves: each distribution is over all variables of a region.
 
-Rows of data with the same missing variables share all matrices, so they are computed together.
-Letters are those of ``_leaves``, and ``d`` variables of a region, ``M`` blocks of ``K`` units,
-``E`` rows of data. Each row of data has an owner, the block or distribution that evaluates it.
+Rows of data with the same missing variables use the same matrices, so they are computed together.
 
-All queries use one factorisation. Let the rows of ``L``, the Cholesky factor of the covariance, be
-sorted so that the observed variables are first. The triangle of its QR decomposition is the
-Cholesky factor of the covariance in this order, ``[[A, 0], [D, C]]``. ``A`` is the factor of the
-observed variables. ``D A^-1`` maps their deviation from the mean to that of the conditional mean of
-the others. ``C`` is the factor of the conditional covariance of the others. No covariance is
-formed, so no digits are lost.
+Letters: those of ``_leaves``; ``d`` variables of a region, ``M`` blocks of ``K`` units. Inside this
+module, ``E`` rows of data each have an owner: the block or distribution that evaluates the row.
+
+All queries use one factorisation. Let ``L`` be the Cholesky factor of the covariance, with its rows
+sorted so that the observed variables are first. The transposed R of the QR decomposition of its
+transpose is the Cholesky factor of the covariance in this order, ``[[A, 0], [D, C]]``. ``A`` is the
+factor of the observed variables. ``D A^-1`` maps the deviation of the observed values from their
+mean to the shift of the conditional mean of the missing variables. ``C`` is the factor of the
+conditional covariance of the missing variables. No covariance is formed, so no digits are lost.
 
 Source: Ghahramani and Jordan 1994 (EM of mixtures with missing data).
 """
@@ -29,17 +30,23 @@ from ._sums import add_at
 
 
 class _Group(NamedTuple):
-    """Rows of data with the same observed variables: up to T rows for each of G owners."""
+    """Rows of data with the same observed variables: up to ``T`` rows for each of ``G`` owners."""
 
     seen: Tensor  # observed variables, ascending
     hidden: Tensor  # missing variables, ascending
-    owner: Tensor  # (G,)
-    entry: Tensor  # (G, T), rows of data; padded with the first row of the owner
+    owner: Tensor  # (G,), indices of the owners
+    entry: Tensor  # (G, T), indices of rows of data; padded with the first row of the owner
     inside: Tensor  # (G, T), False for padding
 
     def fill(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """Return data ``x (E, d)`` of the group with ``hidden (G, T, K, h)`` in place of the
-        missing variables, ``(G, T, K, d)``.
+        """Fill the missing variables of the group's rows of ``x (E, d)`` with values.
+
+        Args:
+            x: All rows of data, ``(E, d)``.
+            hidden: Values ``(G, T, K, h)`` of the h missing variables.
+
+        Returns:
+            ``(G, T, K, d)``.
         """
         full = x[self.entry][:, :, None].repeat(1, 1, hidden.shape[2], 1)
         full[..., self.hidden] = hidden
@@ -55,15 +62,20 @@ class _Given(NamedTuple):
 
 
 class _Gaussians(NamedTuple):
-    """All rows of a table: means ``(R, d)`` and Cholesky factors ``(R, d, d)``."""
+    """The distributions of a table: means ``(R, d)`` and Cholesky factors ``(R, d, d)``."""
 
     mean: Tensor
     factor: Tensor
 
     def given(self, group: _Group, x: Tensor, row: Tensor, hidden: bool = True) -> _Given:
-        """Condition the distributions ``row (G, K)`` on the observed variables of ``x (E, d)``.
+        """Condition distributions on the observed variables of the rows of a group.
 
-        Without ``hidden`` the result has no missing variables, which makes the triangle smaller.
+        Args:
+            group: Rows of data with the same observed variables.
+            x: All rows of data, ``(E, d)``.
+            row: Table rows ``(G, K)`` of the distributions of each owner.
+            hidden: Whether to compute mean and factor of the missing variables. Otherwise the
+                result only has ``log_prob``, and the matrices are smaller.
         """
         mean, factor = _take(row, self.mean)[:, :, None], _take(row, self.factor)
         k, variables = len(group.seen), group.seen
@@ -72,7 +84,7 @@ class _Gaussians(NamedTuple):
             factor = _triangle(factor[..., variables, :])
         known, cross, rest = factor[..., :k, :k], factor[..., k:, :k], factor[..., k:, k:]
         distance = x[group.entry][:, None, :, group.seen] - mean[..., group.seen]  # (G, K, T, k)
-        # Distances in standard deviations.
+        # Whitened distances: a standard normal vector under the distribution.
         units = torch.linalg.solve_triangular(known, distance.mT, upper=False)
         log_prob = _log_peak(known)[..., None] - 0.5 * units.square().sum(-2)
         shifted = mean[..., variables[k:]] + (cross @ units).mT
@@ -99,8 +111,9 @@ def _groups(x: Tensor, owner: Tensor) -> Iterator[_Group]:
 
 
 def _each(x: Tensor, owner: Tensor, answer: Callable[[_Group], Tensor]) -> Tensor:
-    """Return the results of ``answer`` for all rows of data; it returns ``(G, T, ...)`` for a
-    group.
+    """Return the results of ``answer`` for all rows of data, ``(E, ...)``.
+
+    ``answer(group)`` computes ``(G, T, ...)`` for the rows of a group.
     """
     groups = list(_groups(x, owner))
     values = torch.cat([answer(g)[g.inside] for g in groups])
@@ -109,7 +122,7 @@ def _each(x: Tensor, owner: Tensor, answer: Callable[[_Group], Tensor]) -> Tenso
 
 
 def _take(row: Tensor, table: Tensor) -> Tensor:
-    """Return ``table[row]``, by embedding, as its backward adds in a fixed order."""
+    """Return ``table[row]``, using ``embedding`` because its backward adds in a fixed order."""
     return F.embedding(row, table.flatten(1)).view(*row.shape, *table.shape[1:])
 
 
@@ -138,8 +151,10 @@ def _by_block(row: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _of_blocks(
     row: Tensor, x: Tensor, answer: Callable[[_Group, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Return the results of ``answer(group, data, units)``, ``(G, T, K, ...)`` each, as ``(B, M, K,
-    ...)``.
+    """Compute ``answer`` for all blocks and rows of data, ``(B, M, K, ...)``.
+
+    ``answer(group, data, units)`` returns ``(G, T, K, ...)``; ``units (G, K)`` are the table rows
+    of each owner of the group.
     """
     flat, owner, units = _by_block(row, x)
     found = _each(flat, owner, lambda group: answer(group, flat, units[group.owner]))
@@ -147,8 +162,7 @@ def _of_blocks(
 
 
 def _triangle(rows: Tensor) -> Tensor:
-    """Return the lower triangle of positive diagonal with the inner products of ``rows``, the
-    Cholesky factor of ``rows @ rows.mT``.
+    """Return the Cholesky factor of ``rows @ rows.mT`` without forming this product.
 
     Args:
         rows: ``(..., k, d)`` of rank k.
@@ -161,16 +175,17 @@ def _triangle(rows: Tensor) -> Tensor:
 class MultivariateGaussian(Leaf):
     """A multivariate Gaussian: each unit is a distribution over the d variables of its region.
 
-    Parameters: ``mean (R, d)``, and the Cholesky factor of the covariance as the logarithms of its
-    diagonal, ``log_diagonal (R, d)``, and its entries below the diagonal, row by row, ``lower (R, d
-    (d - 1) / 2)``. Any numbers are a distribution if the exponential of ``log_diagonal`` is neither
-    0 nor infinite in its dtype. Pseudocounts have no effect.
+    Parameters: ``mean (R, d)``, and the Cholesky factor of the covariance. Of the factor, the table
+    stores the logarithms of the diagonal, ``log_diagonal (R, d)``, and the entries below the
+    diagonal, row by row, ``lower (R, d (d - 1) / 2)``. Any values are a valid distribution if the
+    exponential of ``log_diagonal`` is neither 0 nor infinite in its dtype. Pseudocounts have no
+    effect.
 
-    A region has one leaf unit per unit, and blocks see d variables. Data are ``(B, M, d)`` in
-    floating point, NaN where missing.
+    A region has one leaf unit per unit, not one per unit and variable. Each block of leaf units
+    receives d variables. Data are ``(B, M, d)`` in floating point, NaN if missing.
 
     Args:
-        min_std: Lower bound of the standard deviation in EM, in any direction.
+        min_std: Lower bound in EM of the standard deviation along every direction.
     """
 
     min_std: float = 1e-3
@@ -195,7 +210,7 @@ class MultivariateGaussian(Leaf):
         return _of_blocks(row, x, answer)
 
     def peak(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        """Return the log-density with missing variables at their most probable values."""
+        """Return the log-density if the missing variables have their most probable values."""
         gaussians = _gaussians(table)
 
         def answer(group: _Group, flat: Tensor, units: Tensor) -> Tensor:
@@ -205,8 +220,10 @@ class MultivariateGaussian(Leaf):
         return _of_blocks(row, x, answer)
 
     def moments_given(self, table: Table, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of each variable given the observed ones, ``(B, M, N / M, d)``
-        each.
+        """Return the mean and variance of each variable given the observed ones.
+
+        Returns:
+            Two tensors ``(B, M, N / M, d)``. Observed variables have variance 0.
         """
         gaussians = _gaussians(table)
 
@@ -224,11 +241,11 @@ class MultivariateGaussian(Leaf):
         """Return data ``(A, d)`` with all missing entries filled.
 
         Args:
-            table: Parameters, see :meth:`log_prob`.
-            row: ``(A,)``, the distribution of each row of data.
-            x: ``(A, d)``.
-            u: ``(A, d)`` in [0, 1), with which missing entries are drawn; None: their most probable
-                values.
+            table: Parameters, see the base class.
+            row: Table row ``(A,)`` of the distribution of each row of data.
+            x: Data ``(A, d)``.
+            u: Uniform numbers ``(A, d)`` in [0, 1) for drawing missing entries; None for their most
+                probable values.
         """
         gaussians = _gaussians(table)
 
@@ -260,7 +277,8 @@ class MultivariateGaussian(Leaf):
     ) -> None:
         old = _gaussians({k: t.double() for k, t in table.items()})
         count, mean, covariance = _expected(old, row, x.double(), flow.double())
-        # The step mixes the two distributions, not their covariances: the likelihood does not fall.
+        # The result has the moments of a mixture of both distributions, so that a step does not
+        # decrease the likelihood. Mixing only the covariances could.
         far = (mean - old.mean)[..., None]
         mixed = (1 - step) * old.factor @ old.factor.mT + step * covariance
         values, vectors = torch.linalg.eigh(mixed + step * (1 - step) * far * far.mT)
@@ -278,10 +296,10 @@ class MultivariateGaussian(Leaf):
 def _expected(
     old: _Gaussians, row: Tensor, x: Tensor, flow: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return expected count ``(R,)``, mean and covariance of the data of each table row.
+    """Return the expected count ``(R,)``, mean and covariance of the data of each table row.
 
-    A missing value counts with its conditional mean and covariance given the observed ones. Without
-    a count the mean is the old one.
+    A missing value contributes its conditional mean and covariance given the observed values. A row
+    without counts keeps its old mean.
     """
     flat, owner, units = _by_block(row, x)
     weight = flow.reshape(-1, units.shape[1])

@@ -39,7 +39,7 @@ class RegionGraph:
     Attributes:
         regions: All regions.
         multi_root: Whether several regions without a parent are allowed.
-        scopes: For each region, the union of the variables of its inputs, a bitset.
+        scopes: Scope of each region, a bitset: the union of the variables of the inputs below it.
         roots: Indices of the regions without a parent.
         num_variables: Number of variables, which are ``0 .. num_variables - 1``.
 
@@ -91,7 +91,7 @@ class RegionGraph:
         object.__setattr__(self, "num_variables", union.bit_length())
 
     def label(self, i: int) -> str:
-        """Return the name of region ``i`` for messages and pictures, or its index without one."""
+        """Return the name of region ``i``, or its index as text if it has no name."""
         return self.regions[i].name or str(i)
 
     def partition_scope(self, partition: Partition) -> int:
@@ -102,14 +102,16 @@ class RegionGraph:
         return scope
 
     def partition_units(self, partition: Partition) -> int:
-        """Return the number of product units of a partition: that of a child, or n times m for a
-        Kronecker product.
+        """Return the number of product units of a partition.
+
+        It is the number of units of any child, or for a Kronecker product the product of the
+        children's numbers of units.
         """
         counts = [self.regions[c].units for c in partition.children]
         return counts[0] if partition.kind == "hadamard" else counts[0] * counts[1]
 
     def num_products(self, region: Region) -> int:
-        """Return the number of product units in each sum of a region; 0 for an input."""
+        """Return the number of terms of each sum of a region; 0 for an input."""
         return sum(self.partition_units(p) for p in region.partitions)
 
     def depths(self) -> list[int]:
@@ -149,7 +151,7 @@ class RegionGraph:
                 equal = len(set(counts.values())) == 1
                 check(equal, "children", "equal unit counts in a hadamard product", counts)
 
-    # --- builders: `leaf` is one family for all variables, or a list of one for each -------------
+    # --- builders: `leaf` is one family for all variables, or a list with one per variable -------
     @staticmethod
     def cp(num_variables: int, rank: int, leaf: Leaves) -> RegionGraph:
         """Build a mixture of ``rank`` fully factorised distributions: one latent for all variables.
@@ -157,7 +159,7 @@ class RegionGraph:
         Args:
             num_variables: Number of variables.
             rank: Number of states of the latent.
-            leaf: Family of all variables, or one for each.
+            leaf: Family of all variables, or a list with one family per variable.
 
         Raises:
             PCStructureError: If a size is below 1, or the number of families is wrong.
@@ -171,8 +173,8 @@ class RegionGraph:
         Args:
             num_variables: Number of steps.
             rank: Number of states.
-            leaf: Family of the emissions, or one for each step.
-            homogeneous: Whether all steps share transitions, and share emissions.
+            leaf: Family of all emissions, or a list with one family per step.
+            homogeneous: Whether all steps share one transition matrix and one set of emissions.
 
         Raises:
             PCStructureError: As :meth:`hclt`.
@@ -185,14 +187,16 @@ class RegionGraph:
     ) -> RegionGraph:
         """Build a hidden Chow-Liu tree: a tree of latents, each with one variable as its emission.
 
-        The region of variable v holds, for each state of its parent, the distribution of v and all
-        variables below it: row s of its weights is ``p(state of v | s)``.
+        The region of sums of variable v has one unit per state s of the parent's latent. Unit s is
+        the distribution of v and of all variables below v given s, and row s of the region's
+        weights is ``p(state of v | s)``.
 
         Args:
-            parents: For each variable its parent, -1 for the root.
+            parents: Parent of each variable, -1 for the root.
             rank: Number of states of a latent.
-            leaf: Family of all variables, or one for each.
-            homogeneous: Whether all edges share transitions, and all variables share leaves.
+            leaf: Family of all variables, or a list with one family per variable.
+            homogeneous: Whether all edges share one transition matrix, and all variables share
+                their leaves.
 
         Raises:
             PCStructureError: If ``parents`` is not a tree, ``rank`` is below 1, the number of
@@ -208,8 +212,8 @@ class RegionGraph:
 
         Args:
             num_variables: Number of variables.
-            rank: Number of units of every region but the root.
-            leaf: Family of all variables, or one for each.
+            rank: Number of units of every region except the root, which has one.
+            leaf: Family of all variables, or a list with one family per variable.
 
         Raises:
             PCStructureError: If a size is below 1, or the number of families is wrong.
@@ -227,7 +231,7 @@ class RegionGraph:
         seed: int = 0,
         num_roots: int = 1,
     ) -> RegionGraph:
-        """Build a RAT-SPN: trees of random halvings of the variables below common roots.
+        """Build a RAT-SPN: a mixture of trees, each of which halves the variables at random.
 
         Args:
             num_variables: Number of variables, at least 2.
@@ -235,8 +239,8 @@ class RegionGraph:
             repetitions: Number of trees.
             num_sums: Number of units of a region of sums.
             num_inputs: Number of units of an input region.
-            leaf: Family of all variables, or one for each.
-            seed: Seed of the splits.
+            leaf: Family of all variables, or a list with one family per variable.
+            seed: Seed of the random splits.
             num_roots: Number of root units, such as one per class.
 
         Raises:
@@ -251,16 +255,16 @@ class RegionGraph:
     def poon_domingos(
         height: int, width: int, num_units: int, leaf: Leaves, delta: int = 1
     ) -> RegionGraph:
-        """Build a region per rectangle of an image, with all cuts at multiples of ``delta``.
+        """Build one region per rectangle of an image, with all cuts at multiples of ``delta``.
 
-        Variable ``y * width + x`` is the pixel at (y, x). A rectangle that has no cut is an input.
+        Variable ``y * width + x`` is the pixel at (y, x). A rectangle without a cut is an input.
 
         Args:
             height: Height of the image in pixels.
             width: Width of the image in pixels.
-            num_units: Number of units of every rectangle but the whole image.
-            leaf: Family of all pixels, or one for each.
-            delta: Distance of the cuts in pixels.
+            num_units: Number of units of every rectangle except the whole image, which has one.
+            leaf: Family of all pixels, or a list with one family per pixel.
+            delta: Distance between neighbouring cuts in pixels.
 
         Raises:
             PCStructureError: If a size is below 1, or the number of families is wrong.
@@ -271,10 +275,9 @@ class RegionGraph:
 
     @staticmethod
     def join(graphs: Sequence[RegionGraph]) -> RegionGraph:
-        """Join graphs over the same variables into one graph with all their roots, such as one per
-        class.
+        """Join graphs over the same variables, such as one per class, into one with all roots.
 
-        They share no parameters. Region ``name`` of graph i becomes ``i/name``.
+        The graphs share no parameters. Region ``name`` of graph i is renamed to ``i/name``.
         """
         return RegionGraph(_builders.join([g.regions for g in graphs]), multi_root=True)
 
@@ -290,14 +293,14 @@ class RegionGraph:
 
         Args:
             inputs: Input regions by name.
-            products: ``(parent, children)`` or ``(parent, children, kind)`` for each product;
-                ``parent`` is the region of sums above it.
-            units: Number of units of regions of sums, 1 by default.
-            ties: Ties of regions of sums.
+            products: Products as tuples ``(parent, children)`` or ``(parent, children, kind)`` of
+                names. ``parent`` is the region of sums of which the product is a term.
+            units: Number of units of each region of sums by name, 1 by default.
+            ties: Tie of each region of sums by name. Regions with the same tie share their weights.
             multi_root: Whether several roots are allowed.
 
         Raises:
-            PCStructureError: If there is a cycle or an unknown name, and as the class.
+            PCStructureError: If there is a cycle or an unknown name, or as the class.
         """
         regions = _builders.from_edges(inputs, products, units or {}, ties or {})
         return RegionGraph(regions, multi_root)
@@ -307,8 +310,10 @@ class RegionGraph:
         return f"RegionGraph({', '.join(self.counts())})"
 
     def counts(self) -> list[str]:
-        """Return texts with the numbers of variables, inputs, regions of sums, partitions, layers
-        and roots, and with the families.
+        """Return a summary of the graph as texts, such as "3 variables".
+
+        They contain the numbers of variables, inputs, regions of sums, partitions, layers and root
+        units, and the families of the leaves.
         """
         inputs = sum(r.leaf is not None for r in self.regions)
         partitions = sum(len(r.partitions) for r in self.regions)
@@ -332,10 +337,10 @@ class RegionGraph:
 
     @staticmethod
     def from_json(data: Any, where: str = "region graph") -> RegionGraph:
-        """Return the graph of a parsed description, which is not trusted.
+        """Build the graph from a parsed description, which is not trusted.
 
         Args:
-            data: The text of :meth:`to_json` parsed by ``json.loads``.
+            data: Result of :meth:`to_json`, parsed by ``json.loads``.
             where: First words of error messages.
 
         Raises:
@@ -344,7 +349,7 @@ class RegionGraph:
         return RegionGraph(*_regions.regions_from_json(data, where))
 
     def to_dot(self) -> str:
-        """Return the graph in the Graphviz language; partitions are circles."""
+        """Return the graph in the Graphviz language; circles are partitions."""
         lines = ["digraph circuit {", "  rankdir=BT; node [fontsize=10];"]
         for i, region in enumerate(self.regions):
             shape = "box" if region.leaf else "ellipse"

@@ -14,9 +14,9 @@ from ._leaves import COUNT
 from ._parameters import require_tensor
 from .circuit import Circuit
 
-# Batches as from a DataLoader: rows, or rows and the root of each row.
+# Batches as a DataLoader yields them: rows, or pairs of rows and the root unit of each row.
 Batches = Tensor | Iterable[Any]
-# A wrapper of the batches of an epoch that shows progress, such as ``tqdm.tqdm``.
+# Function that wraps the batches of an epoch to show progress, such as ``tqdm.tqdm``.
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -24,7 +24,7 @@ class Epoch(NamedTuple):
     """Mean log-likelihoods of an epoch of training, in nats per row.
 
     Attributes:
-        log_prob: Mean over the rows of the epoch, each before the step of its batch.
+        log_prob: Mean over the rows of the epoch; each row is scored before the step of its batch.
         held_out: Mean over the held-out rows after the epoch; None if there are none.
     """
 
@@ -43,29 +43,32 @@ def train_em(
     progress: Progress | None = None,
     epochs_before: int = 0,
 ) -> list[Epoch]:
-    """Train by expectation maximisation, one step per batch (:meth:`Circuit.em_step`); return one
-    entry per epoch.
+    """Train a circuit by expectation maximisation, one :meth:`Circuit.em_step` per batch.
 
     Args:
-        circuit: The circuit, trained in place.
-        batches: A tensor, which is one batch, or an iterable of batches that can be iterated again
-            in each epoch, such as a ``DataLoader``. A batch is a tensor ``(B, n)``, or a pair of
-            one and the roots ``(B,)`` of its rows, such as their classes.
+        circuit: Circuit to train in place.
+        batches: A tensor, which is a single batch, or an iterable of batches that can be iterated
+            again in each epoch, such as a ``DataLoader``. A batch is data ``(B, n)``, or a pair of
+            data and the root units ``(B,)`` of the rows, such as their classes.
         epochs: Number of epochs.
-        step: Step size, or a function of the number of steps made. Our choice for None: 1 with one
-            batch per epoch, else ``(1 + k) ** -0.6`` after k epochs, not below 0.05.
+        step: Step size, or a function of the number of steps already made in this call. Our choice
+            for None: 1 if an epoch has one batch, otherwise ``(1 + k) ** -0.6`` after k epochs, but
+            at least 0.05.
         pseudocount: See :meth:`Circuit.em_step`.
         keep_zero: See :meth:`Circuit.em_step`.
-        held_out: Rows, or a pair of rows and roots, to be scored after each epoch.
-        progress: A function that wraps the batches of an epoch, such as ``tqdm.tqdm``. Its result
-            gets the epoch and the log-likelihood by ``set_postfix``, if it has that method.
-        epochs_before: Number of epochs of earlier calls, for the default step when a training is
-            continued. Without it the first step has size 1, and one batch replaces all that was
-            learned. A given function ``step`` gets numbers from 0 in each call.
+        held_out: Rows, or a pair of rows and root units, to score after each epoch.
+        progress: Function that wraps the batches of an epoch, such as ``tqdm.tqdm``. If its result
+            has a method ``set_postfix``, training calls it with the epoch and the log-likelihood.
+        epochs_before: Number of epochs of earlier calls, if this call continues a training with the
+            default step. With 0 the first step has size 1, so that a single batch replaces
+            everything that was learned before.
+
+    Returns:
+        Mean log-likelihoods of each epoch.
 
     Raises:
-        ValueError: If ``batches`` is empty or can be iterated only once, ``epochs_before`` is below
-            0, and as :meth:`Circuit.em_step`.
+        ValueError: If ``batches`` is empty or can be iterated only once, if ``epochs_before`` is
+            negative, or as :meth:`Circuit.em_step`.
 
     Source: decreasing steps, Cappe and Moulines 2009 (online EM).
     """
@@ -93,17 +96,19 @@ def train_gradient(
     held_out: Any = None,
     progress: Progress | None = None,
 ) -> list[Epoch]:
-    """Train by gradient ascent of the mean log-likelihood, one step per batch; return one entry per
-    epoch.
+    """Train a circuit by gradient ascent on the mean log-likelihood, one step per batch.
 
     Args:
         circuit: See :func:`train_em`.
         batches: See :func:`train_em`.
         epochs: See :func:`train_em`.
-        optimizer: The optimizer; None: Adam on all parameters.
+        optimizer: Optimizer of the parameters; None for Adam on all parameters.
         lr: Learning rate of the default optimizer.
         held_out: See :func:`train_em`.
         progress: See :func:`train_em`.
+
+    Returns:
+        Mean log-likelihoods of each epoch.
 
     Raises:
         ValueError: As :func:`train_em` and :meth:`Circuit.log_prob`.
@@ -129,7 +134,11 @@ def _train(
     held_out: Any,
     progress: Progress | None,
 ) -> list[Epoch]:
-    """Run the loop over epochs and batches; ``make`` makes a step."""
+    """Run the loop over epochs and batches.
+
+    ``make(x, root, epoch, single)`` makes a step on a batch and returns the mean log-likelihood
+    before it; ``single`` is True if an epoch has one batch.
+    """
     integer(name, "epochs", epochs, 1, expected=COUNT)
     listed = [batches] if isinstance(batches, Tensor) else batches
     again, found = not isinstance(listed, Iterator), f"a {type(listed).__name__}"
@@ -154,7 +163,7 @@ def _train(
 
 
 def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Return rows and roots of a batch on the device of the circuit."""
+    """Return the rows and the root units of a batch on the device of the circuit."""
     parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     good = len(parts) in (1, 2) and all(isinstance(t, Tensor) for t in parts)
     found = ", ".join(type(t).__name__ for t in parts)
@@ -165,8 +174,9 @@ def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | No
 
 
 def _log_prob(name: str, circuit: Circuit, x: Tensor, root: Tensor | None) -> Tensor:
-    """Return the log-probability of each row; raise ValueError if several root units have no
-    ``root``.
+    """Return the log-probability of each row.
+
+    Raise ValueError if the circuit has several root units and ``root`` is None.
     """
     log_prob = circuit.log_prob(x, root=root)
     expected = "rows and their roots in a circuit of several root units"
@@ -178,19 +188,19 @@ def _log_prob(name: str, circuit: Circuit, x: Tensor, root: Tensor | None) -> Te
 def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None) -> Tensor:
     """Return sequences of different lengths as rows of data, padded with missing values.
 
-    A chain whose transitions sum to one gives a padded row the probability that a shorter chain
-    gives its sequence. EM gives the same parameters for both.
+    In a chain with normalised transitions, the probability of a padded row equals that of its
+    sequence in a chain of the sequence's length. EM also learns the same parameters from both.
 
     Args:
-        sequences: Tensors of one dimension and one dtype.
-        num_variables: Number of columns of the result; default: length of the longest sequence.
+        sequences: One-dimensional tensors of one dtype.
+        num_variables: Number of columns of the result; None for the length of the longest sequence.
 
     Returns:
         ``(B, num_variables)``, int64 padded with -1, or floating padded with NaN.
 
     Raises:
-        ValueError: If there are no sequences, they have other dimensions or several dtypes, or one
-            is too long.
+        ValueError: If there are no sequences, a sequence is not one-dimensional, their dtypes
+            differ, or a sequence is longer than ``num_variables``.
     """
     where = "pad_sequences"
     require(len(sequences) > 0, where, "sequences", "at least one", "none")

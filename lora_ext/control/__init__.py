@@ -1,4 +1,8 @@
-"""Constraints on generated texts, which always hold, and guides that look ahead for them."""
+"""Constraints that every generated text satisfies, and guides that look ahead to the text's end.
+
+A guide is a small hidden Markov model of a language model's texts. It estimates the probability
+that a text can still satisfy its constraint, so that constrained texts stay likely.
+"""
 
 from ._guide import Guide
 from ._law import Block, Row, advance, apply, log_ratios, moved

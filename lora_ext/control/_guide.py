@@ -1,4 +1,4 @@
-"""Guides: hidden Markov models of a language model's text, with which constraints look ahead."""
+"""Guides: hidden Markov models of a language model's texts, which constraints use to look ahead."""
 
 from __future__ import annotations
 
@@ -20,27 +20,31 @@ from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
 _FILE, _METADATA = "guide.safetensors", "lora_ext.guide"
 _NAMES, _PRIOR = ("initial", "transition", "emission"), "prior"
-MAX_ERROR_OF_SUM = 1e-3  # for the sum of many probabilities in float32
+MAX_ERROR_OF_SUM = 1e-3  # allows for rounding in sums of many float32 probabilities
 
 
 class Guide:
     """Hidden Markov model over tokens.
 
     ``p(x_1 .. x_n) = sum_z initial(z_1) emission(z_1, x_1) prod transition(z_t, z_t+1) ...``.
-    Letters: ``H`` states, ``V`` tokens.
+
+    Letters: ``H`` states, ``V`` tokens of the vocabulary, ``B`` rows, ``T`` tokens of a row, ``D``
+    features of the model's hidden states.
 
     Args:
-        initial: ``(H,)``, the distribution of the state at the first new token.
-        transition: ``(H, H)``, rows sum to one.
-        emission: ``(H, V)``, rows sum to one.
+        initial: Distribution ``(H,)`` of the state at the first new token, float32 or float64.
+        transition: Transition probabilities ``(H, H)``; row z is the distribution of the next state
+            after state z.
+        emission: Emission probabilities ``(H, V)``; row z is the distribution of the token in state
+            z.
 
     Attributes:
-        measures: measurements by name, see :func:`distil`.
-        prior: ``(H, D)``, the weight of its :class:`~lora_ext.control.PriorHead`, saved and loaded
-            with it; None if none was learned.
+        measures: Measurements by name, see :func:`distil`.
+        prior: Weight ``(H, D)`` of a :class:`~lora_ext.control.PriorHead` that was learned with the
+            guide, or None. It is saved and loaded with the guide.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit, or values are not probabilities.
+        ValueError: If a shape, dtype or device is wrong, or values are not probabilities.
     """
 
     def __init__(self, initial: Tensor, transition: Tensor, emission: Tensor):
@@ -68,10 +72,10 @@ class Guide:
         """Return the guide of a circuit over ``RegionGraph.hmm(..., homogeneous=True)``.
 
         Args:
-            circuit: a circuit with ``Categorical`` leaves, for example trained by ``train_em``.
+            circuit: Circuit with ``Categorical`` leaves, for example trained by ``train_em``.
 
         Raises:
-            ValueError: If it has another graph, or fewer than two variables.
+            ValueError: If the circuit has another graph, or fewer than two variables.
         """
         graph = circuit.graph
         where = "Guide.from_circuit", "circuit"
@@ -147,12 +151,11 @@ class Guide:
     def step(self, law: Tensor, tokens: Tensor) -> Tensor:
         """Return the distribution of the state after one more token of each row.
 
-        A token of probability 0 in the guide does not change the distribution before the
-        transition.
+        If a token has probability 0 under the guide, only the transition is applied.
 
         Args:
-            law: ``(B, H)``, the distribution before the token.
-            tokens: ``(B,)`` int64.
+            law: Distribution of the state before the token, ``(B, H)``.
+            tokens: Next token of each row, ``(B,)`` int64.
         """
         seen = law * self.by_token[tokens]
         total = seen.sum(-1, keepdim=True)
@@ -164,11 +167,11 @@ class Guide:
         """Return the distribution of the state after rows of tokens, such as prompts: ``(B, H)``.
 
         Args:
-            tokens: ``(B, T)`` integers; -1 is padding and does not change the distribution.
-            prior: ``(B, H)``, the distribution before the first token; None uses :attr:`initial`.
+            tokens: Integer tokens ``(B, T)``; -1 is padding and does not change the distribution.
+            prior: Distribution before the first token, ``(B, H)``; None for :attr:`initial`.
 
         Raises:
-            ValueError: If tokens are out of range, or a shape does not fit.
+            ValueError: If tokens are out of range, or a shape is wrong.
         """
         where = "Guide.filter", "tokens"
         whole = isinstance(tokens, Tensor) and not tokens.is_floating_point()
@@ -183,11 +186,11 @@ class Guide:
         return law
 
     def log_prob(self, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
-        """Return ``log p`` of each row of tokens, ``(B,)``.
+        """Return the guide's log-probability of each row of tokens, ``(B,)``.
 
         Args:
-            tokens: ``(B, T)``, padded with -1.
-            prior: see :meth:`filter`.
+            tokens: Integer tokens ``(B, T)``; -1 is padding.
+            prior: See :meth:`filter`.
         """
         law = self.initial.expand(len(tokens), -1) if prior is None else prior
         total = law.new_zeros(len(tokens))
@@ -201,7 +204,7 @@ class Guide:
     # --- products ---------------------------------------------------------------------------------
     @cached_property
     def by_token(self) -> Tensor:
-        """Emission with a row per token, ``(V, H)``."""
+        """Transposed emission with one row per token, ``(V, H)``."""
         return self.emission.t().contiguous()
 
     @cached_property
@@ -213,7 +216,7 @@ class Guide:
         return _packed(self.transition.t().contiguous())
 
     def over_vocabulary(self, vectors: Tensor) -> Tensor:
-        """Return ``vectors (R, H)`` times the emission, ``(R, V)``.
+        """Return the product of ``vectors (R, H)`` and the emission, ``(R, V)``, for R rows.
 
         In float32 on the CPU, the bits of a row do not depend on the other rows.
         """
@@ -246,7 +249,7 @@ def _product(rows: Tensor, packed: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 def regions_of_hmm(graph: RegionGraph) -> tuple[int, int, int]:
-    """Return three regions of ``RegionGraph.hmm(..., homogeneous=True)``.
+    """Return the indices of three regions of ``RegionGraph.hmm(..., homogeneous=True)``.
 
     They are the root z0, a latent with the shared transitions, and an input with the shared leaves.
     """

@@ -1,13 +1,20 @@
 """The distribution of each row's next token under its constraint, with or without a guide.
 
-Without a guide a row follows the mask law ``p(x) 1[END can be reached]``; with one the guided law
-``p(x) r(x)``. ``p`` is the model's distribution and
+Without a guide, the next token of a row has the distribution ``p(x) 1[END can be reached]`` (the
+mask law), and with a guide ``p(x) r(x)`` (the guided law), both normalised. ``p`` is the model's
+distribution and
 
     r(x) = sum_z A(z) beta(z, x) C_{k-1}(delta(s, x), z) / sum_z A(z) beta(z, x)
 
-is the guide's probability that a text satisfies the constraint, given the tokens so far and ``x``.
-All functions work with ``log r``: for the mask law it is 0 on allowed tokens. It is ``-inf`` on
-forbidden tokens under both laws. ``_rejection.py`` draws tokens from these laws.
+is the guide's probability that the text will satisfy the constraint, given the tokens so far and
+``x``. ``A`` is the guide's distribution of its state, ``beta`` its emission, ``delta`` the next
+state of the constraint's automaton and ``s`` its current one. ``_messages.py`` computes ``C``.
+
+All functions compute with ``log r``. For the mask law it is 0 for allowed tokens, and for both laws
+``-inf`` for forbidden tokens. ``_rejection.py`` draws tokens from these laws.
+
+Letters: ``V`` vocabulary, ``H`` states of the guide, ``S`` states of the automaton, ``n`` rows of a
+block, ``B`` rows of the batch.
 """
 
 from __future__ import annotations
@@ -22,20 +29,22 @@ from torch import Tensor
 from ._guide import Guide
 from ._messages import MatchedPlan, NextTokens, Plan
 
-#: Distance in nats between the successors that the guide holds possible and those that it holds
-#: impossible although the constraint allows them.
+#: Gap in nats between the least likely next state that has a positive probability under the guide
+#: and next states that the constraint allows although they have probability 0 under the guide.
 IMPOSSIBLE_GAP_NATS = 50.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """State of one row between two tokens. Rows are values: keep one to return to it later.
+    """State of one row between two tokens.
+
+    Rows are immutable, so you can store one and continue from it later.
 
     Attributes:
-        plan: the constraint and its budget.
-        state: state of the constraint's automaton; -1 after a forbidden token.
-        left: ``k``, the number of tokens left in the budget.
-        law: ``A (H,)``, the guide's distribution of its next state; None without a guide.
+        plan: Constraint with its budget and guide.
+        state: State of the constraint's automaton; -1 after a forbidden token.
+        left: Number ``k`` of tokens left in the budget.
+        law: Guide's distribution ``A (H,)`` of its state at the next token; None without a guide.
     """
 
     plan: Plan | MatchedPlan
@@ -48,9 +57,8 @@ class Row:
         """Return a row before its first token.
 
         Args:
-            plan: plan of the row.
-            prior: ``(H,)``, the guide's distribution of the first state; None for the guide's
-                ``initial``.
+            plan: Plan of the row.
+            prior: Guide's distribution of its first state, ``(H,)``; None for its ``initial``.
         """
         if plan.guide is None:
             return cls(plan, 0, plan.budget)
@@ -68,25 +76,25 @@ class Row:
 
     @property
     def only(self) -> int | None:
-        """Next token if only one is allowed, else None; None after the end."""
+        """Next token if only one token is allowed, otherwise None; None after the end."""
         if self.ended or self.lost:
             return None
         return self.plan.only(self.state, self.left)
 
     @property
     def guided_plan(self) -> Plan | None:
-        """Plan if a guide determines the distribution of the next token, else None."""
+        """Plan if the next token has the guided law, otherwise None."""
         if isinstance(self.plan, MatchedPlan) or self.plan.guide is None:
             return None
         return None if self.ended or self.lost else self.plan
 
     def mask(self) -> Tensor | None:
-        """Return the mask law's ``log r (V,)``; None if every token is allowed."""
+        """Return ``log r (V,)`` of the mask law; None if every token is allowed."""
         return self.plan.mask(self.state, 0 if self.ended else self.left)
 
 
 def advance(rows: Sequence[Row | None], tokens: Sequence[int]) -> list[Row | None]:
-    """Return every row after its next token; rows of one guide share one product."""
+    """Advance every row by its next token; one matrix product advances all rows of a guide."""
     after = list(rows)
     guided: dict[Guide, dict[int, Row]] = {}
     for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
@@ -104,16 +112,16 @@ def advance(rows: Sequence[Row | None], tokens: Sequence[int]) -> list[Row | Non
 
 
 def stacked_laws(rows: Iterable[Row]) -> Tensor:
-    """Return the guide's distributions of guided rows, ``(n, H)``."""
+    """Stack the guide's distributions ``law`` of rows with a guide, ``(n, H)``."""
     return torch.stack([row.law for row in rows if row.law is not None])
 
 
 class Block(NamedTuple):
-    """Rows with one constraint, state and budget.
+    """Rows with the same plan, state and number of tokens left.
 
     Attributes:
-        places: indices of the rows in the batch.
-        ratio: ``log r (n, V)``, ``-inf`` on forbidden tokens.
+        places: Indices of the rows in the batch.
+        ratio: ``log r (n, V)`` of the rows; ``-inf`` for forbidden tokens.
     """
 
     places: list[int]
@@ -121,11 +129,11 @@ class Block(NamedTuple):
 
 
 def log_ratios(rows: Sequence[Row | None]) -> list[Block]:
-    """Return ``log r`` of the rows.
+    """Return ``log r`` of the rows, in blocks of rows with equal plans and states.
 
-    Rows without a constraint, rows that are lost, and rows in which the mask law allows every token
-    are left out. The bits of a row do not depend on the batch if its guide is in float32 on the
-    CPU.
+    The blocks omit rows without a constraint, rows after a forbidden token, and rows without a
+    guide in which every token is allowed. If the guide of a row is in float32 on the CPU, the bits
+    of the row do not depend on the other rows.
     """
     alike: dict[tuple[Plan | MatchedPlan, int, int], dict[int, Row]] = {}
     for i, row in enumerate(rows):
@@ -148,14 +156,17 @@ def log_ratios(rows: Sequence[Row | None]) -> list[Block]:
 
 
 class _GuidedRows:
-    """Guided rows with one plan, state and number of tokens left.
+    """Rows with a guide and the same plan, state and number of tokens left.
+
+    A wide next state is one that many tokens lead to, see :class:`Layout`.
 
     Attributes:
-        places: indices of the rows in the batch.
-        laws: ``(n, H)``, the guide's distributions of the rows.
-        layout: the tokens of the step by their next state.
-        weighted: ``(w n, H)``, the laws times the message of each of the w wide successors.
-        weighted_scales: ``(w n,)``, the logarithms of these messages' scales.
+        places: Indices of the rows in the batch.
+        laws: Guide's distributions of the rows, ``(n, H)``.
+        layout: Allowed tokens, grouped by their next state.
+        weighted: Products of ``laws`` and the message of each of the w wide next states,
+            ``(w n, H)``.
+        weighted_scales: Logarithms of the scales of these messages, ``(w n,)``.
     """
 
     def __init__(self, places: list[int], plan: Plan, row: Row, laws: Tensor):
@@ -170,7 +181,11 @@ class _GuidedRows:
         self.weighted_scales = self._scales[wide].repeat_interleave(len(laws))
 
     def log_ratio(self, of_wide: Tensor | None) -> Tensor:
-        """Return ``log r (n, V)``, given that of the wide successors, ``(w n, V)``."""
+        """Return ``log r (n, V)``.
+
+        ``of_wide (w n, V)`` is ``log r`` under the assumption that a token leads to each of the
+        wide next states; None if there are none.
+        """
         layout, device, rows = self.layout, self.laws.device, len(self.laws)
         if of_wide is None or not layout.wide:
             shape = (rows, self._plan.constraint.vocab_size)
@@ -194,21 +209,21 @@ class _GuidedRows:
 
 
 def _guided_blocks(guide: Guide, groups: list[_GuidedRows]) -> list[Block]:
-    """Return ``log r`` of the rows of one guide, with one product over the vocabulary for all."""
+    """Return ``log r`` of the rows of one guide, using one product with the vocabulary for all."""
     wide = [group for group in groups if group.layout.wide]
     if not wide:
         return [Block(group.places, group.log_ratio(None)) for group in groups]
     laws, weighted = torch.cat([g.laws for g in wide]), torch.cat([g.weighted for g in wide])
     products = guide.over_vocabulary(torch.cat([laws, weighted]))
     totals, joints = products.split([len(laws), len(weighted)])
-    if len(weighted) > len(laws):  # a group has the totals of its rows once per wide successor
+    if len(weighted) > len(laws):  # repeat the totals of a group for each wide next state
         parts = totals.split([len(g.laws) for g in wide])
         pairs = zip(parts, wide, strict=True)
         totals = torch.cat([part.repeat(len(g.layout.wide), 1) for part, g in pairs])
     smallest = torch.finfo(joints.dtype).tiny
     if float(totals.min()) >= smallest:
         joints.div_(totals)
-    else:  # a token that the guide holds impossible does not change the distribution of the state
+    else:  # a token of probability 0 under the guide does not change the distribution of the state
         without_token = weighted.sum(-1, keepdim=True)
         joints = torch.where(totals > 0, joints / totals.clamp(min=smallest), without_token)
     scales = torch.cat([g.weighted_scales for g in wide])
@@ -220,13 +235,14 @@ def _guided_blocks(guide: Guide, groups: list[_GuidedRows]) -> list[Block]:
 def log_quotient(law: Tensor, emitted: Tensor, messages: Tensor) -> Tensor:
     """Return ``log (sum_z A beta C / sum_z A beta)`` of some tokens, without the messages' scales.
 
-    Allowed tokens stay allowed: the quotient is at least the smallest number of the dtype. A token
-    that the guide holds impossible does not change the distribution of the state.
+    The quotient is at least the smallest normal number of the dtype, so that allowed tokens stay
+    possible. A token of probability 0 under the guide does not change the distribution of the
+    state.
 
     Args:
-        law: ``A (..., H)``.
-        emitted: ``beta (..., H)`` of each token.
-        messages: ``C (..., H)``.
+        law: Guide's distribution ``A (..., H)`` of its state.
+        emitted: Emission ``beta (..., H)`` of each token.
+        messages: Message ``C (..., H)`` of each token's next state.
     """
     joint = law * emitted
     total = joint.sum(-1)
@@ -238,10 +254,10 @@ def log_quotient(law: Tensor, emitted: Tensor, messages: Tensor) -> Tensor:
 
 
 def finite_scales(scales: Tensor, step: NextTokens) -> Tensor:
-    """Return log scales ``(S + 1,)`` that are finite for every successor of a step.
+    """Return log-scales ``(S + 1,)`` of messages, finite for all allowed next states of a step.
 
-    Successors that the guide holds impossible get a scale ``IMPOSSIBLE_GAP_NATS`` below the least
-    likely of the others, because the constraint allows them.
+    A next state of probability 0 under the guide is still allowed by the constraint. Its log-scale
+    is set ``IMPOSSIBLE_GAP_NATS`` below the smallest of the other next states.
     """
     known = scales[step.states.to(scales.device)]
     if bool((known > -torch.inf).all()):
@@ -256,22 +272,23 @@ def apply(
 ) -> tuple[Tensor, list[Block]]:
     """Return ``scores (B, V) + temperature * log r``, and the blocks of ``log r``.
 
-    ``softmax(scores / temperature)`` of the result is the stated law. Rows without a block keep
-    their bits. ``scores`` is not changed.
+    ``softmax(result / temperature)`` is the mask law or the guided law of each row. Rows without a
+    block are bitwise equal to ``scores``, which is not changed.
     """
     blocks = [Block(places, r.to(scores.device)) for places, r in log_ratios(rows)]
     return moved(blocks, scores, temperature), blocks
 
 
 def moved(blocks: Sequence[Block], scores: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return ``scores (B, V) + temperature * log r`` of the rows of the blocks."""
+    """Add ``temperature * log r`` to the rows of the blocks in a copy of ``scores (B, V)``."""
     if not blocks:
         return scores
     scores = scores.clone()
     for places, ratio in blocks:
         ratio = ratio.to(scores)
         if temperature != 1:
-            ratio = temperature * ratio  # a fused product's rounding would depend on the address
+            # In a fused multiply-add, rounding would depend on the address of the row.
+            ratio = temperature * ratio
         first, last = places[0], places[-1]
         if places == list(range(first, last + 1)):
             scores[first : last + 1].add_(ratio)

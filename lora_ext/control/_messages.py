@@ -1,13 +1,18 @@
-"""States from which a text can still end in time, and the guide's probability of this.
+"""States from which a text can still end within its budget, and the guide's probability of this.
 
-A :class:`Plan` is a constraint with its budget of ``n`` tokens, including the end token, of which
-at least ``lo`` precede the end. Its tables are shared by all rows with this plan.
+A :class:`Plan` is a constraint with a budget of ``n`` tokens, including the end token, and a least
+number ``lo`` of tokens before the end token. All rows with a plan share its tables, the messages:
 
     C_k(END) = 1, else C_0(s) = 0
     C_k(s, z) = sum_z' T(z, z') sum_s' w(s->s', z') C_{k-1}(s', z')
     w(s->s', z) = sum of beta(z, x) over the tokens x of the edge
 
-``k`` tokens are left; edges into END are closed until ``lo`` tokens have been written.
+``C_k(s, z)`` is the guide's probability that the text satisfies the constraint, if ``k`` tokens are
+left, ``s`` is the state of the constraint's automaton and ``z`` the guide's state at the previous
+token. ``T`` is the guide's transition, ``beta`` its emission, and ``w`` the weight of an edge of
+the automaton. Edges into END are closed until ``lo`` tokens have been written.
+
+Letters: ``S`` states and ``E`` edges of the automaton, ``H`` states of the guide, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -30,8 +35,8 @@ from .language import DEFAULT, Constraint, Limits, Matched
 _WHERE = "constraint"
 _KEPT_SEGMENTS = 3
 _KEPT_STEPS = 1024
-_PART = 8  # a successor with more than V / 8 tokens has a separate product, others are gathered
-_FEW = 64  # up to V / 64 tokens are written by index, more by a mask
+_PART = 8  # next states of over V / 8 tokens use a product with the vocabulary, others gather rows
+_FEW = 64  # up to V / 64 forbidden tokens are stored as indices, more as a mask
 _shared: weakref.WeakKeyDictionary[Guide, weakref.WeakValueDictionary[tuple[object, ...], Messages]]
 _shared = weakref.WeakKeyDictionary()
 _shared_lock = threading.Lock()
@@ -41,16 +46,16 @@ class Plan:
     """Constraint with its budget and guide.
 
     Args:
-        constraint: the constraint of the text.
-        budget: ``n``, the most tokens, including the end token. Messages call it max_new_tokens,
-            and ``least`` min_new_tokens, as in ``generate``.
-        least: ``lo``, the fewest tokens before the end token.
-        guide: the guide; None gives the mask law.
-        limits: limits of the guide's tables.
+        constraint: Constraint of the text.
+        budget: Largest number ``n`` of tokens, including the end token. Error messages call it
+            max_new_tokens, and ``least`` min_new_tokens, as in ``generate``.
+        least: Smallest number ``lo`` of tokens before the end token.
+        guide: Guide that looks ahead; None for the mask law.
+        limits: Limits of the guide's tables.
 
     Raises:
-        ValueError: If no text of the constraint fits between ``least`` and the budget, or the guide
-            has another vocabulary.
+        ValueError: If no text of the constraint has a length between ``least`` and the budget, or
+            the guide has another vocabulary.
     """
 
     def __init__(
@@ -87,7 +92,7 @@ class Plan:
     def _alive(self) -> Tensor | None:
         """Table ``(n + 1, S + 1)``: True if END can be reached from a state in at most k tokens.
 
-        None if it follows from the distance.
+        None if ``least`` is 0; the constraint's distances to the end are then sufficient.
         """
         if self.least == 0:
             return None
@@ -114,7 +119,7 @@ class Plan:
         return bool(self._alive[k, state])
 
     def step(self, state: int, k: int) -> NextTokens:
-        """Return the allowed next tokens in a state with ``k`` tokens left, including this one."""
+        """Return the allowed next tokens in a state with ``k`` tokens left, including the next."""
         if self.least == 0:  # the result is the same for all k above the longest distance
             k = min(k, self._longest + 1)
         known = self._steps.get((state, k))
@@ -125,7 +130,7 @@ class Plan:
         return known
 
     def after(self, state: int, k: int, token: int) -> int:
-        """Return the state after a token, -1 if the token is forbidden."""
+        """Return the state after a token, or -1 if the token is forbidden."""
         constraint = self.constraint
         kind = constraint.classes[token] if 0 <= token < constraint.vocab_size else -1
         if kind < 0 or not self.step(state, k).allows[kind]:
@@ -133,8 +138,9 @@ class Plan:
         return constraint.rows[state][kind]
 
     def mask(self, state: int, k: int) -> Tensor | None:
-        """Return 0 for allowed and ``-inf`` for forbidden tokens, ``(V,)``; None if all are
-        allowed.
+        """Return 0 for allowed and ``-inf`` for forbidden tokens, ``(V,)``.
+
+        Return None if all tokens are allowed.
         """
         live = self.step(state, k).live
         if live.all():
@@ -142,15 +148,16 @@ class Plan:
         return torch.where(live, 0.0, -torch.inf)[self.constraint.class_index]
 
     def only(self, state: int, k: int) -> int | None:
-        """Return the allowed token if there is only one, else None."""
+        """Return the allowed token if there is only one, otherwise None."""
         return self.step(state, k).only
 
     # --- messages ---------------------------------------------------------------------------------
     @cached_property
     def edges(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sources and targets of all edges, and the index of the edge of each table entry.
+        """Edges of the automaton: sources ``(E,)``, targets ``(E,)``, and the edge of each entry.
 
-        The indices are ``(S, classes)``, -1 for forbidden classes.
+        The last tensor, ``(S, classes)``, contains the edge that a class of tokens follows in a
+        state, or -1 if the class is forbidden.
         """
         table = self.constraint.table.long()
         states = len(table) + 1
@@ -161,7 +168,7 @@ class Plan:
         return pairs // states, pairs % states, inverse
 
     def edge_weights(self) -> Tensor:
-        """Return ``w (E, H)``: the guide's emission, summed over classes and then over edges."""
+        """Return ``w (E, H)``: the guide's emission, summed over the tokens of each edge."""
         assert self.guide is not None
         constraint, by_token = self.constraint, self.guide.by_token
         device = by_token.device
@@ -174,9 +181,9 @@ class Plan:
 
     @cached_property
     def messages(self) -> Messages:
-        """Tables of the guide, shared by plans of the same content while one of them exists.
+        """Messages of the guide, shared by all existing plans with the same content.
 
-        Without a least length they do not depend on the budget.
+        If ``least`` is 0, they do not depend on the budget.
         """
         assert self.guide is not None
         states, guide = self.constraint.num_states + 1, self.guide
@@ -194,11 +201,11 @@ class Plan:
 
 
 class MatchedPlan:
-    """Plan of a matcher's constraint. Its mask does not depend on the budget.
+    """Plan of a constraint that a matcher evaluates. Its mask does not depend on the budget.
 
     Args:
-        constraint: the constraint of the text.
-        budget: most tokens; a text may be cut there.
+        constraint: Constraint of the text.
+        budget: Largest number of tokens. A text that does not end before is truncated there.
     """
 
     guide: Guide | None = None
@@ -222,12 +229,12 @@ class MatchedPlan:
 
 
 class NextTokens:
-    """Allowed tokens in a state, by their next state.
+    """Allowed tokens in a state, with their next states.
 
     Attributes:
-        live: ``(classes,)``, True for allowed classes.
-        after: ``(classes,)``, the state after each class, -1 if it is not allowed.
-        states: the distinct states after allowed classes, without the end.
+        live: Whether each class of tokens is allowed, ``(classes,)`` bool.
+        after: State after each class, ``(classes,)``; -1 if the class is not allowed.
+        states: Distinct states after allowed classes, without the end.
     """
 
     def __init__(self, plan: Plan, state: int, k: int):
@@ -260,7 +267,7 @@ class NextTokens:
         inside = after[(after >= 0) & (after != end)]
         count = torch.bincount(inside, minlength=1)
         wide: list[int] = []
-        if len(inside) > vocab // _PART:  # at least one then has a separate product
+        if len(inside) > vocab // _PART:  # too many to gather: at least one state is wide
             wide = (count > vocab // _PART).nonzero()[:, 0].tolist() or [int(count.argmax())]
         narrow = (after >= 0) & (after != end)
         for s in wide:
@@ -278,7 +285,7 @@ class NextTokens:
 
     @cached_property
     def only(self) -> int | None:
-        """Allowed token if there is only one, else None."""
+        """Allowed token if there is only one, otherwise None."""
         order, first = self._constraint.tokens_by_class
         if int(first.diff()[self.live].sum()) != 1:
             return None
@@ -290,12 +297,13 @@ class Layout(NamedTuple):
     """Tokens of a step, grouped by their next state.
 
     Attributes:
-        wide: next states of many tokens, which are computed by a product with the vocabulary.
-        others: masks ``(V,)`` bool of the tokens of all wide states except the first.
-        narrow: the other allowed tokens that do not end the text, ``(t,)``.
-        behind: the states after the narrow tokens.
-        dead: forbidden tokens, ``(d,)``, or ``(V,)`` bool if there are many.
-        ends: tokens that end the text.
+        wide: Next states of many tokens. ``log r`` of these tokens is computed by one product with
+            the whole vocabulary per state.
+        others: Masks ``(V,)`` bool of the tokens of each wide state except the first.
+        narrow: The other allowed tokens that do not end the text, ``(t,)``.
+        behind: States after the narrow tokens, ``(t,)``.
+        dead: Indices of the forbidden tokens, or a mask ``(V,)`` bool if there are many.
+        ends: Tokens that end the text.
     """
 
     wide: list[int]
@@ -307,7 +315,7 @@ class Layout(NamedTuple):
 
 
 class Messages:
-    """Tables ``C_k``: stored for every ``stride``-th k, the others are recomputed when needed.
+    """Tables ``C_k``. Every ``stride``-th table is stored; the others are recomputed when needed.
 
     A row ``C_k(s)`` is divided by its largest entry, whose logarithm is stored as the row's scale.
     """
@@ -358,7 +366,7 @@ class Messages:
         if self._least and self._budget - k < self._least:
             inside = target != end
             source, target, weights = source[inside], target[inside], weights[inside]
-        # Edges of a state are added at the scale of its largest successor.
+        # The terms of a state are scaled by its largest next state before they are added.
         largest = torch.full_like(scale, -torch.inf)
         largest.scatter_reduce_(0, source, scale[target], "amax")
         factor = (scale[target] - largest[source]).exp().nan_to_num(0.0)  # (E,)

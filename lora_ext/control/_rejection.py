@@ -1,8 +1,12 @@
-"""Draws from the guided law without a product over the whole vocabulary.
+"""Draws from the guided law without a product with the whole vocabulary.
 
-``r(x) <= b(x) = max_z C_{k-1}(delta(s, x), z)``, and ``b`` is looked up by the class of a token.
-``p(x) b(x)``, the envelope, is therefore the proposal of rejection sampling: a token drawn from it
-is kept with probability ``r(x) / b(x)``, which is computed only for drawn tokens.
+The guided law is ``p(x) r(x)``, see ``_law.py``. ``r(x) <= b(x) = max_z C_{k-1}(delta(s, x), z)``,
+and ``b`` is looked up by the class of a token. Tokens are therefore drawn by rejection sampling
+with the envelope ``p(x) b(x)``: a token drawn from the envelope is kept with probability
+``r(x) / b(x)``, which is computed only for drawn tokens.
+
+Letters: ``B`` rows of the batch, ``V`` vocabulary, ``H`` states of the guide; ``n`` rows and ``m``
+tokens per row of a round.
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ _TOKENS_PER_ROUND = 32
 
 
 def log_bound(row: Row) -> Tensor | None:
-    """Return ``log b (V,)`` of a row; None if it is 0 for all tokens. Without a guide ``b = r``."""
+    """Return ``log b (V,)`` of a row; None if it is 0 for all tokens.
+
+    Without a guide, ``b = r``.
+    """
     plan = row.guided_plan
     if plan is None:
         return None if row.lost else row.mask()
@@ -36,8 +43,8 @@ def keep_probabilities(rows: Sequence[Row | None], tokens: Tensor) -> Tensor:
     """Return ``r(x) / b(x)`` of allowed tokens, ``(n, m)`` float64 on the CPU; 1 without a guide.
 
     Args:
-        rows: n rows.
-        tokens: ``(n, m)`` int64 on the CPU.
+        rows: The n rows; None for a row without a constraint.
+        tokens: Allowed tokens ``(n, m)``, int64 on the CPU.
     """
     out = torch.ones(tokens.shape, dtype=torch.float64)
     guided: dict[Guide, list[tuple[int, Row, Tensor]]] = {}
@@ -46,7 +53,7 @@ def keep_probabilities(rows: Sequence[Row | None], tokens: Tensor) -> Tensor:
             continue
         step, (messages, _) = plan.step(row.state, row.left), plan.messages(row.left - 1)
         successors = step.after[plan.constraint.class_index[tokens[i]]]
-        of_tokens = messages[successors.to(messages.device)]  # (m, H); that of END is all ones
+        of_tokens = messages[successors.to(messages.device)]  # (m, H), all ones for END
         guided.setdefault(plan.guide, []).append((i, row, of_tokens))
     for guide, members in guided.items():
         places, of_guide, messages = zip(*members, strict=True)
@@ -65,24 +72,28 @@ def draw(
     tries: int = _TOKENS_PER_ROUND,
     rounds: int = 3,
 ) -> tuple[list[int], int]:
-    """Draw a token of every row from its exact distribution.
+    """Draw the next token of every row exactly from its mask law or guided law.
 
-    In a round ``tries`` tokens are drawn from ``p(x) b(x)``, and the first that is kept is taken.
-    If none is kept, ``r`` replaces ``b`` for these tokens in the next round. Rows in which no round
-    keeps a token are drawn from the distribution over the whole vocabulary.
+    Each round draws ``tries`` tokens (fewer in the first round) from ``p(x) b(x)`` and returns the
+    first one that is kept. If none is kept, ``r`` replaces ``b`` for these tokens in the next
+    round. If no round keeps a token, the token is drawn from ``p(x) r(x)``, computed over the whole
+    vocabulary.
 
     Args:
-        rows, scores, temperature: see :func:`apply`.
-        uniforms: function of the places of n rows and a number m that returns new ``(n, m, 2)``
-            numbers in [0, 1) at every call.
-        tries: tokens per round.
-        rounds: most rounds before the whole vocabulary is used.
+        rows: See :func:`apply`.
+        scores: See :func:`apply`.
+        temperature: See :func:`apply`.
+        uniforms: Function ``uniforms(places, m)`` that returns new numbers ``(n, m, 2)`` in [0, 1)
+            for n rows at every call; ``places`` are the indices of the rows.
+        tries: Number of tokens per round.
+        rounds: Largest number of rounds before the whole vocabulary is used.
 
     Returns:
         The tokens, and the number of drawn tokens that were examined.
 
     Raises:
-        ValueError: If all allowed tokens of a row have the score ``-inf``, or one is NaN or inf.
+        ValueError: If all allowed tokens of a row have the score ``-inf``, or if one has the score
+            NaN or inf.
     """
     tempered, envelope = proposal_scores(rows, scores, temperature)
     wrong = (~envelope.amax(-1).isfinite()).nonzero()[:, 0].tolist()
@@ -97,17 +108,18 @@ def proposal_scores(
     """Return the scores at a temperature and the envelope ``log p b``, ``(B, V)`` each.
 
     Args:
-        rows, scores: see :func:`apply`.
-        temperature: one number, or ``(B, 1)``.
+        rows: See :func:`apply`.
+        scores: See :func:`apply`.
+        temperature: One number, or one per row as ``(B, 1)``.
 
     Returns:
-        ``scores`` themselves at temperature 1, else :func:`_tempered`; and the envelope in float32
-        or wider.
+        The scores, unchanged if the temperature is the number 1 and otherwise from
+        :func:`_tempered`; and the envelope, in float32 or wider.
     """
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     found = [None if row is None else log_bound(row) for row in rows]
     bounds = None
-    if any(bound is not None for bound in found):  # one tensor, to save passes over the vocabulary
+    if any(bound is not None for bound in found):  # one tensor, for fewer passes over all scores
         bounds = wide.new_zeros(wide.shape)
         for row, bound in zip(bounds, found, strict=True):
             if bound is not None:
@@ -120,12 +132,13 @@ def proposal_scores(
 def _tempered(scores: Tensor, bounds: Tensor | None, temperature: float | Tensor) -> Tensor:
     """Return ``(scores - top) / temperature``; rows without a finite ``top`` are NaN.
 
-    ``top`` is the largest score of an allowed token. Without it a quotient could overflow.
+    ``top`` is the largest score of an allowed token. Without subtracting it, the quotient could
+    overflow.
 
     Args:
-        scores: ``(B, V)`` float32 or wider.
-        bounds: ``(B, V)``, ``-inf`` on forbidden tokens.
-        temperature: one number, or ``(B, 1)``.
+        scores: Scores ``(B, V)``, float32 or wider.
+        bounds: ``log b (B, V)``, ``-inf`` for forbidden tokens; None if all are allowed.
+        temperature: One number, or one per row as ``(B, 1)``.
     """
     allowed = scores
     if bounds is not None:
@@ -143,7 +156,7 @@ def draw_from(
     tries: int = _TOKENS_PER_ROUND,
     rounds: int = 3,
 ) -> tuple[list[int], int]:
-    """Draw tokens as :func:`draw`, from the two results of :func:`proposal_scores`."""
+    """Draw tokens like :func:`draw`, given the two results of :func:`proposal_scores`."""
     tokens, looked_at = [-1] * len(rows), 0
     waiting, bounded = list(range(len(rows))), envelope
     # Rows without a guide keep every token, and most other rows keep one of the first few.
@@ -154,7 +167,7 @@ def draw_from(
         found = _sampled(envelope, numbers[..., 0])  # (n, m)
         keep = keep_probabilities([rows[i] for i in waiting], found)
         at = found.to(envelope.device)
-        if turn:  # the envelope is p r for tokens of earlier rounds: these are always kept
+        if turn:  # for tokens of earlier rounds the envelope is p r, so they are always kept
             tightened = (bounded.gather(1, at) - envelope.gather(1, at)).exp().cpu()
             keep = (keep * tightened).clamp(max=1)
         kept = numbers[..., 1] < keep
@@ -168,7 +181,7 @@ def draw_from(
         if not waiting:
             return tokens, looked_at
         bounded, envelope, at, keep = bounded[still], envelope[still], at[still], keep[still]
-        # Not added in place, as a token may have been drawn twice.
+        # The sum is not in place, because a token may have been drawn twice.
         envelope = envelope.scatter(1, at, envelope.gather(1, at) + keep.log().to(envelope))
         count = tries
     whole = moved(log_ratios([rows[i] for i in waiting]), tempered[waiting])
@@ -186,10 +199,11 @@ def _sampled(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def likeliest(rows: Sequence[Row | None], scores: Tensor, tries: int = 256) -> list[int]:
-    """Return the likeliest token of every row under its distribution at temperature 1.
+    """Return the most likely token of every row under its law at temperature 1.
 
-    Tokens are examined in descending order of ``p(x) b(x)`` until it is below the best ``p(x)
-    r(x)``; after ``tries`` tokens, the distribution over the whole vocabulary is computed.
+    Tokens are examined in descending order of ``p(x) b(x)``, until this bound does not exceed the
+    largest ``p(x) r(x)`` found. After ``tries`` tokens without such a bound, ``p(x) r(x)`` is
+    computed over the whole vocabulary.
     """
     found = [(i, log_bound(row)) for i, row in enumerate(rows) if row is not None]
     envelope = moved([Block([i], bound[None]) for i, bound in found if bound is not None], scores)

@@ -1,9 +1,11 @@
-"""Learning a guide from sampled texts of a language model and its distributions.
+"""Learning a guide from texts that a language model writes.
 
-The model writes texts; its hidden states are clustered into the guide's states. The emission of a
-state is the mean of the model's distributions over its cluster instead of a count of tokens: a few
-thousand hidden states give a better estimate that way than as many tokens. Transitions are counted,
-and then improved by EM while held-out texts become likelier.
+The model's hidden states in these texts are clustered; each cluster is a state of the guide. The
+emission of a state is the mean of the model's next-token distributions over the cluster. From a few
+thousand hidden states, this is a better estimate than counting the drawn tokens. Transitions are
+first counted, and then improved by EM as long as held-out texts become likelier.
+
+Letters: ``N`` texts, ``L`` tokens of a text, ``D`` features of a hidden state, ``H`` states.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from .prior import PriorHead
 Progress = Callable[..., Iterable[Any]]
 _WHERE = "distil"
 _CHUNK = 256
-_TRIED = 8  # candidate points of the first centres, per cluster
-_AHEAD = 8  # following tokens in the likelihood of a prior head
+_TRIED = 8  # points per cluster from which the first centres are drawn
+_AHEAD = 8  # number of following tokens that a prior head is fitted to
 
 
 @torch.no_grad()
@@ -48,26 +50,30 @@ def distil(
     """Learn a guide from texts that a model writes after prompts.
 
     Args:
-        model: a transformers causal LM, in evaluation mode.
-        prompts: ``(N, S)``, or lists of tokens of any lengths; used in turn.
-        states: number of states ``H``.
-        samples: number of texts, at least 2.
-        length: most tokens of a text.
-        batch: rows of a call of the model.
-        em_steps: most EM steps for the transitions; EM stops when held-out texts become less
-            likely.
-        prior_steps: steps of the guide's :class:`~lora_ext.control.PriorHead`; 0 learns none.
-        held_out: share of the texts that are held out for the measures.
-        eos_token_id: end tokens; None uses those of the model's ``generation_config``.
-        seed: seed of the samples and the clusters; torch's generator is restored.
-        progress: function ``progress(iterable, desc=..., total=...)`` that shows the progress, such
+        model: A causal language model of transformers, in evaluation mode.
+        prompts: Tensor of prompts with one row each, or lists of tokens of any lengths. The texts
+            use them in turn.
+        states: Number of states ``H``.
+        samples: Number of texts, at least 2.
+        length: Largest number of tokens of a text.
+        batch: Number of rows of a call of the model.
+        em_steps: Largest number of EM steps for the transitions. EM stops at the first step that
+            does not make held-out texts likelier.
+        prior_steps: Number of training steps of the guide's :class:`~lora_ext.control.PriorHead`; 0
+            for no head.
+        held_out: Share of the texts that are held out for the measures.
+        eos_token_id: End token or tokens; None for those of the model's ``generation_config``.
+        seed: Seed of the samples and the clusters. The state of torch's generator is restored
+            afterwards.
+        progress: Function ``progress(iterable, desc=..., total=...)`` that shows the progress, such
             as ``tqdm.tqdm``.
 
     Returns:
-        A guide with the ``measures`` ``held_out_nats`` per token under the guide, ``model_nats``
-        per token under the model, and ``tokens``, the number of training tokens. With a prior head
-        also ``prior_nats``: nats per token of the 8 tokens after a held-out position, given the
-        head's distribution there.
+        A guide whose ``measures`` are ``held_out_nats`` and ``model_nats``, the negative
+        log-likelihoods per token of held-out texts under the guide and under the model, and
+        ``tokens``, the number of training tokens. With a prior head there is also ``prior_nats``:
+        the guide's nats per token of the 8 tokens after a held-out position, starting from the
+        distribution that the head predicts there.
 
     Raises:
         ValueError: If a number is out of range; the message names the argument.
@@ -111,9 +117,9 @@ class _Texts(NamedTuple):
     """Texts of a model.
 
     Attributes:
-        tokens: ``(N, L)``, -1 after the end of a text.
-        hidden: ``(N, L, D)`` float32, the hidden state from which each token was drawn.
-        nats: ``(N, L)``, negative log-probability of each token by the model; 0 after the end.
+        tokens: Tokens ``(N, L)``, -1 after the end of a text.
+        hidden: Hidden state from which each token was drawn, ``(N, L, D)`` float32.
+        nats: Model's negative log-probability of each token, ``(N, L)``; 0 after the end.
     """
 
     tokens: Tensor
@@ -126,7 +132,7 @@ def _written(model: Any, ids: Tensor, length: int, eos: list[int]) -> _Texts:
     device = model.get_input_embeddings().weight.device
     fed, settings = ids.to(device), _settings(model)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
-    entered: list[Tensor] = []  # the head's input
+    entered: list[Tensor] = []  # input of the LM head in the last call
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
     ends = torch.tensor(eos, device=device, dtype=torch.long)
     head = model.get_output_embeddings()
@@ -147,9 +153,9 @@ def _written(model: Any, ids: Tensor, length: int, eos: list[int]) -> _Texts:
 
 
 def _settings(model: Any) -> dict[str, Any]:
-    """Return arguments of the model's forward: an empty cache that grows in place.
+    """Return arguments for the model's forward: a new cache, which the calls extend in place.
 
-    If the model supports ``logits_to_keep``, its head only computes the last token of a prompt.
+    If the model supports ``logits_to_keep``, its LM head only computes the last token of a prompt.
     """
     from transformers import DynamicCache
 
@@ -178,7 +184,7 @@ def _learned(
     cluster[seen] = _clusters(hidden, states, progress)
     emission = _emission(head, hidden, cluster[seen], states, progress)
     before, after = cluster[:, :-1].flatten(), cluster[:, 1:].flatten()
-    both = after >= 0  # the preceding token is then known too
+    both = after >= 0  # the preceding token then exists, too
     transition = torch.full((states, states), 1 / states)
     transition.index_put_((before[both], after[both]), torch.ones(int(both.sum())), accumulate=True)
     first = torch.bincount(cluster[:, 0], minlength=states).float() + 0.1
@@ -191,7 +197,7 @@ def _learned(
         "tokens": float(seen.sum()),
     }
     if prior_steps:
-        # Every position of every text, and the tokens from there on, -1 after the end.
+        # The next _AHEAD tokens of every position of every text, -1 after the end.
         behind = torch.nn.functional.pad(tokens, (0, _AHEAD - 1), value=-1).unfold(1, _AHEAD, 1)
         there = tokens[order] >= 0
         places, following = written.hidden[order][there], behind[order][there]  # (n, D), (n, m)
@@ -215,12 +221,12 @@ def _clusters(points: Tensor, count: int, progress: Progress | None) -> Tensor:
 def _spread(points: Tensor, count: int) -> Tensor:
     """Draw the first centres ``(count, D)`` by k-means++ (Arthur and Vassilvitskii 2007).
 
-    Points of one context are equal, and k-means++ does not draw equal points twice. With two equal
-    centres, rounding would decide which of them a point belongs to.
+    Hidden states after the same tokens are equal. K-means++ does not draw equal points twice;
+    otherwise rounding would decide to which of two equal centres a point is assigned.
     """
     chosen = torch.zeros(count, dtype=torch.long)
     gap = torch.full((len(points),), torch.inf)
-    # This mode makes no copy of the points, and the distance of equal points is 0 without rounding.
+    # This mode does not copy the points, and the distance of equal points is exactly 0.
     mode = "donot_use_mm_for_euclid_dist"
     for i in range(1, count):
         last = points[chosen[i - 1 : i]]  # (1, D)
@@ -238,7 +244,10 @@ def _nearest(points: Tensor, centres: Tensor) -> Tensor:
 def _emission(
     head: Any, hidden: Tensor, cluster: Tensor, states: int, progress: Progress | None
 ) -> Tensor:
-    """Return the mean of the model's distributions over each cluster, with smoothing."""
+    """Return the mean of the model's next-token distributions in each cluster, smoothed.
+
+    The mean over all clusters is added to each cluster with the weight of one token.
+    """
     weight, sums = head.weight, torch.empty(0)
     parts = list(zip(hidden.split(_CHUNK), cluster.split(_CHUNK), strict=True))
     for points, places in _shown(parts, progress, "laws"):
@@ -252,9 +261,13 @@ def _emission(
 def _with_transitions(
     guide: Guide, train: Tensor, test: Tensor, steps: int, progress: Progress | None
 ) -> tuple[Guide, float]:
-    """Improve the transitions and the first state by EM while held-out texts become likelier.
+    """Update the transitions and the initial distribution by EM, and return the best guide.
 
-    Emissions do not change, as EM would overfit them to the few sampled tokens.
+    EM stops at the first step that does not make held-out texts likelier. Emissions do not change,
+    because EM would overfit them to the few sampled tokens.
+
+    Returns:
+        The guide, and the log-likelihood of the held-out texts.
     """
     best = float(guide.log_prob(test).double().sum())
     if steps == 0:

@@ -1,7 +1,7 @@
-"""Prediction of the guide's state from the model's hidden state, instead of filtering the prompt.
+"""Prediction of a guide's state from the model's hidden state, instead of filtering the prompt.
 
-Source: LTLA (arXiv 2511.16054) uses a network for the prior of its hidden Markov model; this is a
-single layer.
+Source: LTLA (arXiv 2511.16054), which predicts the prior of its hidden Markov model by a network.
+Our choice: a single layer.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ _WHERE = "PriorHead"
 class PriorHead(nn.Module):
     """Layer ``A = softmax(P h)``: distribution of the guide's state at the next token.
 
-    ``ConstraintProcessor(..., prior=head(hidden))`` starts every row in the state after its prompt;
-    ``hidden`` is the input of the model's LM head at the last token of the prompt.
+    ``h`` is the model's hidden state: the input of its LM head. With
+    ``ConstraintProcessor(..., prior=head(hidden))``, generation starts from the distribution after
+    the prompt; ``hidden`` are the hidden states at the last token of each prompt.
+
+    Letters: ``B`` rows, ``D`` features of a hidden state, ``H`` states of the guide.
 
     Args:
-        guide: the guide.
-        hidden_size: ``D``; None uses that of the head learned with the guide (``guide.prior``).
+        guide: Guide whose state is predicted.
+        hidden_size: Number of features ``D``; None for that of ``guide.prior``, the weight learned
+            with the guide.
 
     Attributes:
-        weight: ``(H, D)``, initialised with ``guide.prior``, or with zeros, which give a uniform
-            distribution.
+        weight: Weight ``P (H, D)``, initialised with ``guide.prior``. Without it, it is initialised
+            with zeros, which give a uniform distribution.
 
     Raises:
-        ValueError: If the size differs from that of the guide's head, or is None without a head.
+        ValueError: If ``hidden_size`` differs from that of ``guide.prior``, or both are None.
     """
 
     def __init__(self, guide: Guide, hidden_size: int | None = None):
@@ -56,13 +60,14 @@ class PriorHead(nn.Module):
         return (hidden.to(self.weight) @ self.weight.t()).softmax(-1)
 
     def log_prob(self, hidden: Tensor, following: Tensor) -> Tensor:
-        """Return ``log p`` of the tokens that follow hidden states, ``(B,)``.
+        """Return the guide's log-probability of the tokens after each hidden state, ``(B,)``.
 
-        ``log sum_z A(z) p(x_1 .. x_m | z)``, with the guide's probability of a text from a state.
+        It is ``log sum_z A(z) p(x_1 .. x_m | z)``, where ``p(. | z)`` is the guide's probability of
+        tokens from state z on.
 
         Args:
-            hidden: ``(B, D)``.
-            following: ``(B, m)`` int64; -1 after the end of a text.
+            hidden: Hidden states ``(B, D)``.
+            following: The next m tokens, ``(B, m)`` int64; -1 after the end of a text.
         """
         law, guide = self(hidden), self.guide
         behind, scale = torch.ones_like(law), law.new_zeros(len(law))
@@ -89,20 +94,20 @@ class PriorHead(nn.Module):
         seed: int = 0,
         progress: Any = None,
     ) -> float:
-        """Fit the layer to positions of texts, by the likelihood of the following tokens.
+        """Fit the layer to positions of texts by maximising :meth:`log_prob`.
 
         Args:
-            hidden: ``(N, D)``, see :meth:`log_prob`.
-            following: ``(N, m)``, see :meth:`log_prob`.
-            steps: steps of Adam, with a learning rate that falls to zero.
-            batch: positions per step.
-            learning_rate: initial learning rate.
-            apart: number of the last positions that are held out; None holds out a tenth.
-            seed: seed of the batches.
-            progress: see :func:`distil`.
+            hidden: Hidden states ``(N, D)`` at N positions.
+            following: The next m tokens of each position, ``(N, m)``, see :meth:`log_prob`.
+            steps: Number of steps of Adam, with a cosine learning rate that decays to zero.
+            batch: Number of positions per step.
+            learning_rate: Initial learning rate.
+            apart: Number of positions at the end of ``hidden`` that are held out; None for a tenth.
+            seed: Seed of the batches.
+            progress: Function that shows the progress, see :func:`distil`.
 
         Returns:
-            Nats per token on the held-out positions.
+            Negative log-likelihood in nats per token on the held-out positions.
 
         Raises:
             ValueError: If there are fewer than two positions, or a number is out of range.

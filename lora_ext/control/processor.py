@@ -1,4 +1,7 @@
-"""Logits processor that applies constraints in transformers' ``generate``."""
+"""Logits processor that applies constraints in transformers' ``generate``.
+
+Letters: ``B`` rows, ``T`` tokens so far, ``V`` vocabulary, ``H`` states of the guide.
+"""
 
 from __future__ import annotations
 
@@ -17,44 +20,51 @@ from ._law import Row, advance
 from ._messages import MatchedPlan, Plan
 from .language import DEFAULT, Constraint, Limits, Matched
 
-#: One constraint or None for all rows, or a sequence of them with one per row.
+#: One constraint or None for all rows, or a sequence of them with one per prompt.
 Constraints = Constraint | Matched | None | Sequence[Constraint | Matched | None]
 _WHERE = "ConstraintProcessor"
 
 
 class ConstraintProcessor:
-    """Logits processor that makes every row of ``generate`` satisfy its constraint in its budget.
+    """Logits processor that makes every row satisfy its constraint within a budget of tokens.
 
     Pass it as ``model.generate(..., logits_processor=[ConstraintProcessor(...)])`` for sampling,
-    greedy or beam search. ``softmax(scores / temperature)`` of its result is the mask law, or with
-    a guide the guided law (docs/control.md). No row is cut: the last token of the budget ends a
-    text that has not ended before. Rows without a constraint keep their bits.
+    greedy or beam search. ``softmax(scores / temperature)`` of the returned scores is the
+    distribution of the next token. Without a guide it is the mask law: the model's distribution,
+    restricted to tokens after which the text can still end within the budget. With a guide it is
+    the guided law, which also multiplies by the guide's probability that the text will satisfy the
+    constraint (docs/control.md). No text is truncated: it ends at the latest with the last token of
+    the budget, unless its constraint is from :meth:`Constraint.from_matcher`. Scores of rows
+    without a constraint stay bitwise unchanged.
 
-    One processor can be passed to several calls of ``generate``, one after the other. Call
-    :meth:`reset` before a call with rows that an earlier call returned: the processor cannot
-    distinguish its first step from one more step of the earlier call. Later changes of the scores,
-    such as top_p, change the distribution, but the constraint still holds. Penalties,
-    ``min_new_tokens`` of ``generate`` and stop rules may forbid all tokens that a constraint
-    allows.
+    You can pass one processor to several consecutive calls of ``generate``. If the prompts of a
+    call are rows that an earlier call returned, call :meth:`reset` first: otherwise the processor
+    cannot distinguish the first step of the new call from one more step of the earlier call. Later
+    changes of the scores, such as top_p, change the distribution, but the constraint still holds.
+    Penalties, ``min_new_tokens`` of ``generate`` and stop rules may forbid all tokens that a
+    constraint allows.
 
     Args:
-        constraints: one for all rows, or a list with one (or None) per prompt.
-        guide: the guide; None gives the mask law.
-        max_new_tokens: the budget of every row, including the end token, as in ``generate``.
-        min_new_tokens: fewest tokens before the end.
-        temperature: temperature of ``generate``, whose warper divides by it afterwards.
-        prior: ``(B, H)``, the guide's distribution of the state at the first new token of every
-            row, such as ``guide.filter(prompts)``; None uses its ``initial``.
-        limits: limits of the guide's tables.
+        constraints: Constraint of all rows, or a list with one constraint (or None) per prompt.
+        guide: Guide that looks ahead; None for the mask law.
+        max_new_tokens: Budget of every row: the largest number of new tokens, including the end
+            token, as in ``generate``.
+        min_new_tokens: Smallest number of tokens before the end token.
+        temperature: The same temperature as in ``generate``, which divides the returned scores by
+            it.
+        prior: Guide's distribution ``(B, H)`` of its state at the first new token of every row,
+            such as ``guide.filter(prompts)``; None for the guide's ``initial``.
+        limits: Limits of the guide's tables.
 
     Attributes:
-        log_weight: ``(B,)``, after a run: ``log (p / p_drawn)`` of each row, with ``p`` the
-            distribution of the scores at the temperature. Rows weighted by it follow ``p`` given
-            the constraint, up to a constant factor.
+        log_weight: ``log (p / p_drawn)`` of each row after a run, ``(B,)``. ``p`` is the
+            probability of the row under the unconstrained scores at the temperature. With these
+            weights, sampled rows have the distribution ``p`` given the constraint, up to a constant
+            factor.
 
     Raises:
-        ValueError: If a constraint cannot be met within the budget, or a guide or number does not
-            fit; the message names the argument.
+        ValueError: If a constraint cannot be satisfied within the budget, the guide has another
+            vocabulary, or a number is out of range; the message names the argument.
     """
 
     def __init__(
@@ -100,11 +110,12 @@ class ConstraintProcessor:
         """Return the constrained scores of the next token of every row.
 
         Args:
-            input_ids: ``(B, T)``, prompts and the new tokens so far.
-            scores: ``(B, V)``.
+            input_ids: Prompts and the new tokens so far, ``(B, T)``.
+            scores: Scores (logits) of the next token, ``(B, V)``.
 
         Raises:
-            ValueError: If rows or vocabulary do not fit, or the scores exclude all allowed tokens.
+            ValueError: If the rows do not match the constraints or the last call, the vocabularies
+                differ, or every allowed token of a row has the score ``-inf``.
         """
         batch = len(input_ids)
         if self._goes_on(input_ids):
@@ -135,19 +146,19 @@ class ConstraintProcessor:
 
     @property
     def log_weight(self) -> Tensor:
-        """Log weights ``(B,)`` float64, see the class.
+        """Log-weights ``(B,)`` float64, see the class.
 
-        Rows that have not ended are assumed to end with the next token.
+        A row that has not ended is weighted as if the next token ended it.
         """
         return self._weight + self._next
 
     # --- one run and the next ---------------------------------------------------------------------
     def reset(self) -> None:
-        """Start a new run, with the whole budget and new log weights, at the next call."""
+        """Start a new run at the next call, with the whole budget and new log-weights."""
         self._prompt = None
 
     def _goes_on(self, input_ids: Tensor) -> bool:
-        """Return whether ``input_ids`` continues the run of the last call by one token."""
+        """Return whether ``input_ids`` are the rows of the last call with one more token."""
         if self._prompt is None or len(input_ids) != len(self._rows):
             return False
         start, length = self._prompt.shape[1], input_ids.shape[1]
@@ -162,9 +173,10 @@ class ConstraintProcessor:
         return False
 
     def _warn_if_over(self, input_ids: Tensor) -> None:
-        """Warn, once per run, if ``generate`` would have stopped with this budget and end tokens.
+        """Warn once per run if ``generate`` would already have stopped.
 
-        Reordered beams belong to the same call of ``generate``.
+        With this budget and these end tokens, the call then belongs to a new call of ``generate``.
+        Rows in another order are beams of the same call, for which there is no warning.
         """
         if self._warned or not torch.equal(input_ids[:, :-1], self._before):
             return
@@ -207,7 +219,7 @@ class ConstraintProcessor:
         self._weight = torch.zeros(batch, dtype=torch.float64)
 
     def _parents(self, input_ids: Tensor) -> list[int]:
-        """Return the row of the last call that each row continues, as beams are reordered."""
+        """Return the index of the row that each row continues, since beam search reorders rows."""
         batch = len(input_ids)
         if torch.equal(input_ids[:, :-1], self._before):
             return list(range(batch))
@@ -255,16 +267,19 @@ def plans_of(
     least: int = 0,
     limits: Limits = DEFAULT,
 ) -> list[Plan | MatchedPlan | None]:
-    """Return the plan of each constraint of a list, or of the only one for all rows.
+    """Return the plan of each constraint: a list with one item, or with one per prompt.
 
     Args:
-        where: begin of error messages.
-        constraints, guide, limits: see :class:`ConstraintProcessor`.
-        budget, least: see :class:`Plan`; a matcher's plan has no least length.
+        where: First words of error messages.
+        constraints: See :class:`ConstraintProcessor`.
+        guide: See :class:`ConstraintProcessor`.
+        budget: Largest number of tokens, including the end token.
+        least: Smallest number of tokens before the end token; 0 for a matcher.
+        limits: See :class:`ConstraintProcessor`.
 
     Raises:
-        ValueError: If an item is not a constraint, and as :class:`Plan`.
-        NotImplementedError: For a guide or a least length with a matcher.
+        ValueError: If an item is not a constraint, or as :class:`Plan`.
+        NotImplementedError: If a matcher is combined with a guide or a least length.
     """
     listed = list(constraints) if isinstance(constraints, Sequence) else [constraints]
     good = bool(listed) and all(c is None or isinstance(c, Constraint | Matched) for c in listed)

@@ -1,4 +1,4 @@
-"""Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``.
+"""Typed Python functions for the compiled ops. Only they call ``torch.ops.lora_ext``.
 
 The message of a `ValueError` contains the op, the argument, the expected and the found value.
 """

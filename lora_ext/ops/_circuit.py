@@ -1,8 +1,8 @@
-"""Probabilistic circuits with parameters that a network emits per row: likelihood and gradient.
+"""Probabilistic circuits with parameters that a network computes per row: likelihood and gradient.
 
-Letters: ``B`` rows, ``K`` positions, ``C`` components (states), ``V`` vocabulary, ``M`` transition
-matrices. :mod:`lora_ext.reference._circuit` defines the kinds, their structure and the meaning of
-``-inf``.
+Letters: ``B`` rows, ``K`` positions of a window of tokens, ``C`` components (states of a latent),
+``V`` vocabulary, ``M`` transition matrices. :mod:`lora_ext.reference._circuit` defines the kinds of
+circuits, their structure and the meaning of ``-inf``.
 
 Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv 2511.11346).
 Our choice: the one-pass scan (docs/circuits.md).
@@ -31,7 +31,7 @@ _c = torch.ops.lora_ext
 def check_circuit(
     op: str, kind: str, leaf: Tensor, name: str, prior: Tensor | None, trans: Tensor | None
 ) -> None:
-    """Raise unless the kind exists and the parameters fit ``leaf (B, K, C, ...)``."""
+    """Raise ValueError unless the kind exists and the parameters match ``leaf (B, K, C, ...)``."""
     require(kind in KINDS, op, "kind", "'ff', 'cp', 'hmm' or 'btree'", repr(kind))
     require_dtype(op, name, leaf, *FLOATS)
     rows, n_token, components = leaf.shape[:3]
@@ -58,28 +58,31 @@ def circuit_scan(
     """Return prefix marginals, conditionals and state posteriors of every window, in one pass.
 
     With ``cur_k[z] = log p(state_k = z, x_<k)`` and ``e_k[z] = log softmax(leaf_{k,z})[x_k]``:
-    ``prefix_k = logsumexp_z(cur_k + e_k)``, ``posterior_k = softmax(cur_k)``.
+    ``prefix_k = logsumexp_z(cur_k + e_k)``, ``posterior_k = softmax(cur_k)``, and ``conditional_k``
+    is ``log p(x_k | x_<k)``.
 
     Differentiable once in ``leaf``, ``prior`` and ``trans`` through ``prefix`` and ``conditional``;
-    ``posterior`` has no gradient. Impossible events have ``-inf`` and gradient zero. Apart from the
-    gradient of ``leaf``, no tensor of its size is allocated. A row's bits do not depend on its
-    batch or on threads. Logits of ``+inf`` or NaN make their row NaN.
+    ``posterior`` has no gradient. Impossible events have log-probability ``-inf`` and gradient
+    zero. The only allocated tensor of the size of ``leaf`` is its gradient. A row's bits depend
+    neither on its batch nor on the number of threads. Logits of ``+inf`` or NaN make the results of
+    their row NaN.
 
     Args:
-        kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``.
-        leaf: ``(B, K, C, V)`` logits, float32, float16, bfloat16, or float64 on the CPU; or, when
-            ``x`` is None, ``(B, K, C)`` log-probabilities of the observed tokens. ``C = 1`` for
-            ``ff``. Like the tensors below, it may have any batch stride, including 0, without a
-            copy.
-        prior: ``(B, C)`` logits of any of these dtypes, or None for equal components.
-        trans: ``(B, M, C, C)`` logits in the dtype of ``prior``, row = parent state; None if
-            ``M = 0``. ``M`` is ``K - 1`` for ``hmm``, ``K - 2`` for ``btree``, else 0.
-        x: ``(B, K)`` int64, each in ``[-1, V)``; -1 marginalises the position. On CUDA the range is
-            checked only in debug mode; otherwise a token out of range counts as -1.
+        kind: Kind of circuit: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``.
+        leaf: Logits ``(B, K, C, V)``, float32, float16, bfloat16, or float64 on the CPU. If ``x``
+            is None, log-probabilities ``(B, K, C)`` of the observed tokens. ``C = 1`` for ``ff``.
+            This tensor and those below may have any batch stride, including 0, and are not copied.
+        prior: Logits ``(B, C)`` of the first state in any of these dtypes, or None for equal
+            components.
+        trans: Transition logits ``(B, M, C, C)`` in the dtype of ``prior``, one row per parent
+            state; None if ``M = 0``. ``M`` is ``K - 1`` for ``hmm``, ``K - 2`` for ``btree``,
+            otherwise 0.
+        x: Tokens ``(B, K)`` int64 in ``[-1, V)``; -1 marginalises the position. On CUDA the range
+            is checked only in debug mode; otherwise a token out of range is treated as -1.
 
     Returns:
         :class:`CircuitScan` of ``prefix (B, K)``, ``conditional (B, K)`` and
-        ``posterior (B, K, C)``, float32 (float64 for float64 ``leaf``), computed in that precision.
+        ``posterior (B, K, C)``, float32 (float64 for float64 ``leaf``), computed in this precision.
 
     Raises:
         ValueError: If a kind, shape, dtype, device or token is wrong.
@@ -140,19 +143,22 @@ def _fake_scan_backward(
 def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
     """Compute log-probabilities of observed tokens under a linear head, with few logits in memory.
 
-    ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, and 0 where ``x`` is -1. Pass the
+    ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, or 0 if ``x[b, k]`` is -1. Pass the
     result to :func:`circuit_scan` as ``leaf``, without ``x``.
 
     Differentiable once in ``h`` and ``emit``. Forward and backward process one position and one
-    chunk of rows at a time. The ``(rows, C, V)`` logits of a chunk, in the dtype of ``h``, take at
-    most 64 MiB, or one row. A library GEMM writes them into one buffer, and the leaf kernels run in
-    place; the backward computes the logits again. Sums over positions and chunks are float32. The
-    bits of the GEMM, and of the result, may depend on batch and threads.
+    chunk of rows at a time. The logits ``(rows, C, V)`` of a chunk, in the dtype of ``h``, have at
+    most 64 MiB if the chunk has more than one row. A library GEMM writes them into one buffer, on
+    which the leaf kernels run in place; the backward computes the logits again. Sums over positions
+    and chunks are float32. The bits of the GEMM, and so of the result, may depend on the batch and
+    the number of threads.
 
     Args:
-        h: ``(B, D)`` float16, bfloat16, float32, or float64 on the CPU.
-        emit: ``(K, C, V, D)``, dtype and device of ``h``: one unembedding per (k, z).
-        x: ``(B, K)`` int64, each in ``[-1, V)``, as in :func:`circuit_scan`.
+        h: Hidden states ``(B, D)`` of D features, float16, bfloat16, float32, or float64 on the
+            CPU.
+        emit: Output weights ``(K, C, V, D)``, dtype and device of ``h``: one matrix per position
+            and component.
+        x: Tokens ``(B, K)`` int64 in ``[-1, V)``, as in :func:`circuit_scan`.
 
     Returns:
         ``(B, K, C)`` float32 (float64 for float64).

@@ -1,4 +1,7 @@
-"""Products of groups of rows with one matrix per group, as in a mixture of experts."""
+"""Products of groups of rows with one matrix per group, as in a mixture of experts.
+
+Letters: ``P`` rows, ``E`` groups (experts), ``I`` input features, ``O`` output features.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,19 @@ from lora_ext._torch import autocast_dtype, compiles, spaced, traced, with_space
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply each group of rows of ``x (P, I)`` by its matrix of ``weight (E, I, O)``.
+    """Multiply each group of consecutive rows of ``x`` by its matrix.
 
-    ``ends (E,)`` contains the end of each group of consecutive rows. Devices other than the CPU use
-    torch's kernel, which ignores autocast.
+    Devices other than the CPU use torch's kernel, which ignores autocast.
+
+    Args:
+        x: Rows ``(P, I)``.
+        weight: Matrices ``(E, I, O)``, one per group.
+        ends: Index after the last row of each group, ``(E,)``.
+
+    Returns:
+        ``(P, O)``.
     """
-    if compiles():  # A graph cannot contain groups whose sizes depend on data.
+    if compiles():  # A graph cannot contain groups with sizes that depend on data.
         return _experts_mm(x, weight, ends)
     if x.device.type != "cpu":
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)
@@ -38,7 +48,7 @@ def _fake_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
 
 @traced("experts_outer(Tensor x, Tensor dy, Tensor ends) -> Tensor", fake=_fake_outer)
 def _grouped_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
-    """Return ``x^T dy`` of each group, ``(E, I, O)``, from ``x (P, I)`` and ``dy (P, O)``."""
+    """Compute ``x^T dy`` of each group, ``(E, I, O)``, from ``x (P, I)`` and ``dy (P, O)``."""
     if x.device.type != "cpu":
         return torch.nn.functional.grouped_mm(x.mT, dy, offs=ends)
     groups = zip(_groups(x, ends), _groups(dy, ends), strict=True)

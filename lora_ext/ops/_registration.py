@@ -1,7 +1,7 @@
 """Registration of fake kernels and of backwards written in Python.
 
-Decorators mark these functions next to the typed function of their op. :func:`register` adds them
-to a library: the shipped one and, in tests, each emulated one.
+Decorators mark these functions next to the typed Python function of their op. :func:`register`
+registers them for the ops of a library: the compiled library and, in tests, each emulator of it.
 """
 
 import functools
@@ -23,9 +23,9 @@ _backwards: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}
 def fake(op: str) -> Callable[[F], F]:
     """Mark a function as the fake kernel of ``op``, which returns empty tensors.
 
-    The function is called with the op's arguments by position, including defaults. torch also calls
-    it if only some tensors are on the meta device; such calls raise ``ValueError`` before it runs,
-    so it can assume one device.
+    The function is called with all arguments of the op by position, including defaults. All tensors
+    are on one device: torch also runs fake kernels if only some tensors are on the meta device, but
+    such calls raise ``ValueError`` before the function is called.
     """
 
     def mark(function: F) -> F:
@@ -38,11 +38,12 @@ def fake(op: str) -> Callable[[F], F]:
 def backward(op: str, save: Callable[..., None]) -> Callable[[F], F]:
     """Mark a function as the backward of ``op``.
 
-    The function is called as ``function(library, ctx, *gradients)``; ``library`` contains the ops.
+    The function is called as ``function(library, ctx, *gradients)``, where ``library`` is
+    ``torch.ops.<library>``.
 
     Args:
         op: Name of the op.
-        save: Function called as ``save(ctx, inputs, output)`` after a forward.
+        save: Function that is called as ``save(ctx, inputs, output)`` after a forward.
     """
 
     def mark(function: F) -> F:
@@ -57,9 +58,9 @@ _registered: set[str] = set()
 
 @contextmanager
 def routed(library: str) -> Generator[None]:
-    """Route all functions of ``lora_ext.ops`` to ``torch.ops.<library>`` in a ``with`` block.
+    """Make all functions of ``lora_ext.ops`` call ``torch.ops.<library>`` inside a ``with`` block.
 
-    The change affects all threads.
+    This affects all threads.
     """
     register(library)
     package = importlib.import_module(__package__ or "lora_ext.ops")
@@ -78,7 +79,7 @@ def routed(library: str) -> Generator[None]:
 
 
 def register(library: str) -> None:
-    """Register every fake kernel and backward for the ops of ``torch.ops.<library>``, once."""
+    """Register all fake kernels and backwards for ``torch.ops.<library>``, at the first call."""
     if library in _registered:
         return
     _registered.add(library)
@@ -95,7 +96,7 @@ def register(library: str) -> None:
 
 
 def _checked(op: str, schema: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a fake kernel to check devices and to pass all arguments of the schema by position."""
+    """Return a fake kernel that checks devices and passes all arguments by position."""
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:

@@ -1,15 +1,17 @@
 """Drafting from circuits and verification of drafts.
 
-Letters: ``B`` rows, ``K`` positions, ``C`` components, ``V`` vocabulary, ``M`` transition matrices.
-Parameters are logits, float32, float16, bfloat16 or (CPU) float64: ``leaf (B, K, C, V)``,
+Letters: ``B`` rows, ``K`` positions of a window of tokens, ``C`` components (states of a latent),
+``V`` vocabulary, ``M`` transition matrices.
+
+Parameters are logits, float32, float16, bfloat16 or (on the CPU) float64: ``leaf (B, K, C, V)``,
 ``prior (B, C)`` and ``trans (B, M, C, C)``. ``prior`` and ``trans`` have one dtype, which may
-differ from that of ``leaf``. Rows that share parameters may be views of stride 0. Sums and results
-are float32 (float64 for float64).
+differ from that of ``leaf``. If rows share parameters, the tensors may be views of stride 0. Sums
+and results are float32 (float64 for float64).
 
 Uniform numbers are float32 in [0, 1), or float64 with float64 logits; 1 is accepted because
 rounding can produce it. The same numbers give the same tokens. Numbers out of range raise on the
-CPU, and on other devices in debug mode. A row's result does not depend on its batch; a row with NaN
-logits gets an arbitrary token of the vocabulary. The ops have no gradient.
+CPU, and in debug mode on other devices, too. The result of a row does not depend on its batch. A
+row with NaN logits gets an arbitrary token of the vocabulary. The ops have no gradient.
 
 Sources: arXiv 2511.11346; speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
 """
@@ -31,15 +33,17 @@ _c = torch.ops.lora_ext
 def circuit_conditional_dist(
     kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, x: Tensor, k: Tensor
 ) -> Tensor:
-    """Return ``log q(. | x_<k)`` of each row at position ``k`` of that row, ``(B, V)``.
+    """Return the distribution ``log q(. | x_<k)`` of one token of each row, ``(B, V)``.
 
     Args:
-        kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``, see :mod:`lora_ext.reference._circuit`.
-        leaf: ``(B, K, C, V)`` logits.
-        prior: ``(B, C)`` logits, or None for equal components.
-        trans: ``(B, M, C, C)`` logits, or None if ``M = 0``.
-        x: ``(B, K)`` int64 in [-1, V), -1 marginalises; positions from ``k`` on are ignored.
-        k: ``(B,)`` int64 in [0, K).
+        kind: Kind of circuit: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``, see
+            :mod:`lora_ext.reference._circuit`.
+        leaf: Logits ``(B, K, C, V)`` of the tokens.
+        prior: Logits ``(B, C)`` of the first state, or None for equal components.
+        trans: Logits ``(B, M, C, C)`` of the transitions, or None if ``M = 0``.
+        x: Tokens ``(B, K)`` int64 in [-1, V); -1 marginalises the position. Tokens at positions
+            ``k`` and above are ignored.
+        k: Position of the token in each row, ``(B,)`` int64 in [0, K).
 
     Raises:
         ValueError: If a shape, dtype or device is wrong. The ranges of tokens and ``k`` are checked
@@ -51,7 +55,7 @@ def circuit_conditional_dist(
 def _check(
     op: str, kind: str, leaf: Tensor, prior: Any, trans: Any, **tokens: Tensor | None
 ) -> None:
-    """Check the arguments shared by the ops over logits; ``tokens`` are ``(B, K)`` int64."""
+    """Check the arguments that the ops with logits share; ``tokens`` are ``(B, K)`` int64."""
     require_dim(op, "leaf", leaf, "(B, K, C, V)")
     check_circuit(op, kind, leaf, "leaf", prior, trans)
     for name, t in tokens.items():
@@ -77,24 +81,29 @@ def circuit_sample(
     uniforms: Tensor,
     evidence: Tensor | None = None,
 ) -> CircuitSample:
-    """Draw exact samples of a window and the values that their verification needs, in one pass.
+    """Draw exact samples of a window, and compute the values for their verification, in one pass.
 
-    At each position, ``z ~ q(state | x_<k)``, then ``x_k ~ softmax(leaf[k, z])``. A draw takes the
-    smallest index of positive weight whose running sum exceeds ``u`` times the total. Two devices
-    can draw different tokens only if these two numbers differ by less than 1e-5 of the total.
+    At each position, ``z ~ q(state | x_<k)``, then ``x_k ~ softmax(leaf[k, z])``. A draw selects
+    the smallest index with a positive weight and a running sum above ``u`` times the total. Two
+    devices can draw different tokens only if the running sum differs from this limit by less than
+    1e-5 of the total.
 
     Args:
-        kind, leaf, prior, trans: As for :func:`circuit_conditional_dist`.
-        uniforms: ``(B, K, 2)``, for the state and for the token.
-        evidence: ``(B, K)`` int64 in [-1, V): the given tokens at the start of each row, then -1.
+        kind: Kind of circuit, see :func:`circuit_conditional_dist`.
+        leaf: Logits ``(B, K, C, V)`` of the tokens.
+        prior: Logits ``(B, C)`` of the first state, or None for equal components.
+        trans: Logits ``(B, M, C, C)`` of the transitions, or None if ``M = 0``.
+        uniforms: Uniform numbers ``u (B, K, 2)``, for the state and for the token.
+        evidence: Given tokens at the start of each row, then -1: ``(B, K)`` int64 in [-1, V), or
+            None. They are not drawn.
 
     Returns:
         ``tokens (B, K)`` int64; ``conditional (B, K)``, ``log q(x_k | x_<k)``;
         ``posterior (B, K, C)``, ``q(state at k | x_<k)``, zero if the prefix is impossible.
 
     Raises:
-        ValueError: As for :func:`circuit_conditional_dist`; on the CPU also for evidence after a
-            -1.
+        ValueError: As for :func:`circuit_conditional_dist`. On the CPU also if a token of the
+            evidence follows a -1.
     """
     return CircuitSample(*_c.circuit_sample(kind, leaf, prior, trans, uniforms, evidence))
 
@@ -120,11 +129,14 @@ def circuit_argmax(
 ) -> tuple[Tensor, Tensor]:
     """Find the most probable tokens *and* latents of each window, by max-product.
 
-    Except for ``ff``, this is not the mode over tokens alone. Ties resolve to the lowest index.
+    Except for ``ff``, this is not the mode of the tokens only. Ties resolve to the lowest index.
 
     Args:
-        kind, leaf, prior, trans: As for :func:`circuit_conditional_dist`.
-        evidence: As for :func:`circuit_sample`.
+        kind: Kind of circuit, see :func:`circuit_conditional_dist`.
+        leaf: Logits ``(B, K, C, V)`` of the tokens.
+        prior: Logits ``(B, C)`` of the first state, or None for equal components.
+        trans: Logits ``(B, M, C, C)`` of the transitions, or None if ``M = 0``.
+        evidence: Given tokens, see :func:`circuit_sample`.
 
     Returns:
         ``tokens (B, K)`` int64 and ``value (B,)``, the log-probability of tokens and latents.
@@ -154,27 +166,29 @@ def spec_verify(
     num_evidence: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Accept a prefix of every draft and draw one more token; the output follows the verifier.
+    """Accept a prefix of every draft and draw the next token, with the verifier's distribution.
 
-    With ``p = softmax(target / temperature)`` position k is accepted while
-    ``u_k < p_k(x_k) / q(x_k | x_<k)``. At the first rejected position the next token is drawn from
-    ``max(0, p - q)``, or from ``p`` if that is zero; if all are accepted, it is drawn from ``p``
-    after the last one. Output this token too: without it, the output does not have the verifier's
-    distribution. With temperature 0 the draft is accepted while it is the verifier's argmax, and
-    the next token is that argmax.
+    With ``p = softmax(target / temperature)``, position k is accepted if all positions before it
+    are and ``u_k < p_k(x_k) / q(x_k | x_<k)``. At the first rejected position, the next token is
+    drawn from ``max(0, p - q)``, or from ``p`` if this is zero everywhere. If all positions are
+    accepted, it is drawn from ``p`` after the last position. Always output the next token: without
+    it, the output does not have the verifier's distribution. With temperature 0, a position is
+    accepted if its token is the verifier's argmax, and the next token is the argmax.
 
     Args:
-        target: ``(B, K + 1, V)`` logits of the verifier, float32, float16 or bfloat16; float64 if
+        target: Logits ``(B, K + 1, V)`` of the verifier, float32, float16 or bfloat16; float64 if
             ``leaf`` is float64.
-        tokens: ``(B, K)`` int64 in [0, V).
-        conditional, posterior: Results of :func:`circuit_sample`.
-        leaf: ``(B, K, C, V)``, the argument of :func:`circuit_sample`.
-        uniforms: ``(B, K + 1)``; the last one draws the next token.
-        num_evidence: ``(B,)`` int64 in [0, K], the number of leading tokens to keep untested.
-        temperature: At least 0.
+        tokens: Draft ``(B, K)`` int64 in [0, V), from :func:`circuit_sample`.
+        conditional: ``conditional (B, K)`` from :func:`circuit_sample`.
+        posterior: ``posterior (B, K, C)`` from :func:`circuit_sample`.
+        leaf: Logits ``(B, K, C, V)``, the argument of :func:`circuit_sample`.
+        uniforms: Uniform numbers ``u (B, K + 1)``; the last one draws the next token.
+        num_evidence: Number of leading tokens to accept without a test, ``(B,)`` int64 in [0, K],
+            or None for 0.
+        temperature: Temperature of the verifier, at least 0.
 
     Returns:
-        ``accepted (B,)`` int64, the number of leading tokens to keep, including ``num_evidence``;
+        ``accepted (B,)`` int64, the number of accepted leading tokens, including ``num_evidence``;
         and ``next_token (B,)`` int64.
 
     Raises:

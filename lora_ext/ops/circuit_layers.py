@@ -1,8 +1,10 @@
 """Whole circuits in one call: tables of leaves, values of all units, their flows, and walks.
 
+A unit is a leaf, a sum, or a product of leaves. Flows are the expected uses of units and weights.
+
 Letters: ``B`` rows, ``N`` leaf units, ``U`` units, ``W`` weights, ``R`` roots; ``M`` blocks of leaf
-units, or walks. Results ``(B, U)`` are unit-major in memory: a vector contains one unit of many
-rows.
+units, or walks. Results ``(B, U)`` are unit-major in memory: the values of one unit for all rows
+are contiguous, so that a SIMD vector contains one unit of many rows.
 
 Sources: expected flows as gradients, Darwiche 2003; layers of one shape, Peharz et al. 2020.
 """
@@ -29,9 +31,9 @@ class Program(NamedTuple):
     region graph.
 
     Attributes:
-        numbers: int32, on the device of the values; ``csrc/include/lora_ext/circuit_layers.h``
-            defines the layout.
-        plan: Ten sizes, then four numbers per stage, for the host.
+        numbers: Encoded program, int32 on the device of the values. The header
+            ``csrc/include/lora_ext/circuit_layers.h`` defines its layout.
+        plan: Sizes that the host needs: ten for the program, then four per stage.
     """
 
     numbers: Tensor
@@ -45,16 +47,17 @@ class Program(NamedTuple):
 def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
     """Look up the log-values of leaves over finitely many values.
 
-    ``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, and 0 where ``x`` is -1. Differentiable
-    once in ``table``; the backward sums over the rows of ``x`` in order.
+    ``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, or 0 if ``x[b, m]`` is -1.
+    Differentiable once in ``table``; the backward sums over the rows of ``x`` in order.
 
     Args:
-        table: ``(R, V)`` float32, or float64 on the CPU; one row per distribution.
-        x: ``(B, M)`` int64 in [-1, V).
-        row: ``(M,)`` int64, multiples of ``block``: the first row of each block.
-        block: Number of leaf units per variable.
-        norm: ``"logits"`` applies log-softmax to each row, and a row of only ``-inf`` stays
-            unchanged; ``"none"`` uses the table as log-probabilities.
+        table: Distributions ``(R, V)``, one of R per row, over ``V`` values; float32, or float64 on
+            the CPU.
+        x: Values ``(B, M)`` int64 in [-1, V).
+        row: First table row of each block, ``(M,)`` int64, multiples of ``block``.
+        block: Number of leaf units per block.
+        norm: Meaning of the table. ``"logits"``: each row is log-softmaxed, and a row of only
+            ``-inf`` stays unchanged. ``"none"``: its entries are log-probabilities.
 
     Returns:
         ``(B, M * block)`` in the dtype of ``table``.
@@ -88,25 +91,24 @@ def circuit_layers(
     semiring: str = "sum",
     precision: str = "fp32",
 ) -> Tensor:
-    """Compute log-values of all units of a circuit from those of its leaves.
+    """Compute the log-values of all units of a circuit from those of its leaves.
 
-    ``l[out] = log sum_i W[o, i] exp(term[i])`` for every sum, where a term is the sum of log-values
-    of other units. This is :func:`log_einsum_exp` after the products, node by node, with the same
-    exactness at ``-inf`` and safety from underflow. A row's bits depend neither on its batch nor on
-    threads.
+    ``l[out] = log sum_i W[o, i] exp(term[i])`` for every sum, where a term is a product, the sum of
+    the log-values of its factors. Each sum is a :func:`log_einsum_exp`, equally exact at ``-inf``
+    and safe from underflow. A row's bits depend neither on its batch nor on the number of threads.
 
     Args:
-        leaf: ``(B, N)`` float32, or float64 on the CPU.
-        w: ``(W,)``, dtype and device of ``leaf``: the weights of all sums.
+        leaf: Log-values of the leaf units, ``(B, N)`` float32, or float64 on the CPU.
+        w: Weights of all sums, ``(W,)``, dtype and device of ``leaf``.
         program: Program to execute.
-        norm: ``"logits"`` applies log-softmax to each row of a matrix; ``"none"`` uses ``w`` as
-            log-weights.
+        norm: Meaning of ``w``. ``"logits"``: each row of a matrix of weights is log-softmaxed.
+            ``"none"``: its entries are log-weights.
         semiring: ``"sum"``, or ``"max"`` for the largest term, which ignores NaN.
         precision: Precision of sums on CUDA, as for :func:`log_einsum_exp`, but for any number of
             terms. The CPU and ``"max"`` support only ``"fp32"``, which gradients always use.
 
     Returns:
-        ``(B, U)``: 0, ``-inf``, the leaves, then all other units.
+        Log-values ``(B, U)``: the constants 0 and ``-inf``, the leaf units, then all other units.
 
     Raises:
         ValueError: If a shape, dtype, device or name is wrong or, on the CPU, the program is
@@ -132,14 +134,16 @@ def circuit_layers_backward(
     norm: str = "logits",
     need_dw: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Compute gradients of :func:`circuit_layers` from those of the roots.
+    """Compute the gradients of :func:`circuit_layers` from the gradients of the roots.
 
     With log-weights, ``norm="none"`` and ``droots`` 1, they are the expected flows of a circuit.
 
     Args:
-        droots: ``(B, R)``.
+        droots: Gradients of the roots, ``(B, R)``.
         val: Result of :func:`circuit_layers` with ``semiring="sum"``.
-        w, program, norm: Arguments of that call.
+        w: Weights of that call.
+        program: Program of that call.
+        norm: Meaning of ``w`` in that call.
         need_dw: Whether to compute the gradient of the weights.
 
     Returns:
@@ -165,24 +169,27 @@ def _fake_layers_backward(
 def circuit_layers_walk(
     val: Tensor, w: Tensor, program: Program, root: Tensor, uniforms: Tensor | None = None
 ) -> Tensor:
-    """Walk from the roots down along one term per sum; return the leaf unit of each variable.
+    """Walk from a root to the leaves, along one term of each sum and all factors of each product.
 
-    The term of a sum has weight ``W[o, i] exp(term[i])``. A walk takes the first term of largest
-    weight, or draws one with :func:`reference._circuit.draw`. After :func:`circuit_layers` with
-    ``"max"`` the result is the best tree; after ``"sum"``, a drawn one is an exact sample. The
-    normaliser of a row of weights cancels, so there is no ``norm``.
+    Term i of sum o has weight ``W[o, i] exp(term[i])``. A walk follows the first term with the
+    largest weight, or draws a term with :func:`reference._circuit.draw`. If ``val`` is from
+    :func:`circuit_layers` with ``"max"``, the largest weights lead to the most probable tree; if it
+    is from ``"sum"``, a drawn tree is an exact sample. The normaliser of a row of weights cancels,
+    so there is no argument ``norm``.
 
     Args:
-        val: ``(B, U)``, the result of :func:`circuit_layers`.
-        w, program: Arguments of that call.
-        root: ``(B,)`` int64 in [0, R), the root of each row's walks. On CUDA, walks from a root out
-            of range return -1 for all variables.
-        uniforms: ``(M, sums)`` float32 or float64 in [0, 1), one per region of sums in the order of
-            the graph. M is a multiple of B, and the walks of a row are consecutive. None for one
-            walk per row along the largest weights.
+        val: Result of :func:`circuit_layers`, ``(B, U)``.
+        w: Weights of that call.
+        program: Program of that call.
+        root: Index of the root of each row's walks, ``(B,)`` int64 in [0, R). On CUDA, walks from a
+            root out of range return -1 for all variables.
+        uniforms: Uniform numbers ``(M, sums)`` float32 or float64 in [0, 1), one per region of sums
+            in the order of the graph. M is a multiple of B, and the walks of a row are consecutive.
+            None for one walk per row along the largest weights.
 
     Returns:
-        ``(M, variables)`` int64: columns of ``val``, or -1 outside the root's scope.
+        Leaf unit of each variable, ``(M, variables)`` int64: a column of ``val``, or -1 outside the
+        root's scope.
 
     Raises:
         ValueError: If a shape, dtype or device is wrong or, on the CPU, the program is

@@ -24,8 +24,9 @@ class ScaledWeights(NamedTuple):
     """Weights scaled for a product: ``W[o, i] = weight[o, i] * exp(shift[o])``.
 
     Attributes:
-        weight: Shape of ``w``, float32 (float64); each row has maximum 1 or is zero.
-        shift: One number per row, ``-inf`` if the row is zero.
+        weight: Scaled weights in the shape of ``w``, float32 (float64 for float64). The maximum of
+            each row is 1, or 0 if the row is zero.
+        shift: Logarithm of each row's scale, ``-inf`` if the row is zero.
     """
 
     weight: Tensor
@@ -37,8 +38,8 @@ def log_einsum_weights(w: Tensor, norm: str = "logits") -> ScaledWeights:
     """Scale weights once for several calls of :func:`log_einsum_exp` with the same ``w``.
 
     Args:
-        w: ``(O, I)`` or ``(G, O, I)``, as for :func:`log_einsum_exp`.
-        norm: As for :func:`log_einsum_exp`.
+        w: Weights ``(O, I)`` or ``(G, O, I)``, see :func:`log_einsum_exp`.
+        norm: Meaning of ``w``, see :func:`log_einsum_exp`.
 
     Raises:
         ValueError: If a shape, dtype or norm is wrong.
@@ -81,34 +82,34 @@ def log_einsum_exp(
     """Compute ``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
 
     A sum without possible terms is ``-inf``, with gradient zero; ``+inf`` and NaN give NaN. If a
-    product would underflow, forward and backward compute it again from shifted terms, so a path of
-    probability ``e^-1000`` keeps its value next to a likelier one of weight zero.
+    product would underflow, forward and backward compute it again from shifted terms. For example,
+    a term of probability ``e^-1000`` is not lost if a much larger value has weight zero.
 
     Differentiable in ``w`` and ``values``: any number of times for the sum, once for the max
-    (through the largest term). A row's bits do not depend on its batch or on threads, except for
-    shared weights on CUDA, which use the library's GEMM.
+    (through the largest term). A row's bits depend neither on its batch nor on the number of
+    threads, except for shared weights on CUDA, which use the library's GEMM.
 
     Args:
-        w: ``(O, I)``, shared by all rows, with ``values (B, I)``; ``(G, O, I)`` with ``(G, B, I)``,
-            one matrix per group; or ``(B, O, I)`` with ``(B, I)``, one matrix per row. A matrix
-            expanded over the rows counts as shared. float32, float16, bfloat16, or float64 on the
-            CPU.
+        w: Weights: one matrix ``(O, I)`` for all rows, with ``values (B, I)``; one matrix per group
+            ``(G, O, I)``, with ``(G, B, I)``; or one matrix per row ``(B, O, I)``, with ``(B, I)``.
+            A matrix that is expanded over the rows is used as one matrix for all rows. float32,
+            float16, bfloat16, or float64 on the CPU.
         values: Log-values, float32 (float64 for float64 weights).
-        norm: Meaning of ``w``: ``"logits"`` for log-softmax over ``I``; ``"logprobs"`` for
-            normalised and ``"none"`` for other log-weights, neither of which is changed;
-            ``"probs"`` for weights, where zero or less means impossible.
+        norm: Meaning of ``w``. ``"logits"``: it is log-softmaxed over ``I``. ``"logprobs"``: it
+            contains normalised log-weights. ``"none"``: it contains other log-weights. ``"probs"``:
+            it contains weights, and a weight of zero or less makes its term impossible.
         semiring: ``"sum"``, or ``"max"`` for the largest term.
-        precision: Precision of the product with shared weights on CUDA, up to 256 sums and terms:
-            ``"high"`` splits both operands into two bfloat16 and keeps 16 bits, ``"fp16s"`` scales
-            them to float16 and keeps 11. ``"fp32"`` is the library's float32. Everything else,
-            including gradients and the CPU, uses float32. docs/circuit_engine.md, "Precision",
-            lists the errors.
-        scaled: :func:`log_einsum_weights` of the same ``w`` and ``norm``, to reuse in several
-            calls.
+        precision: Precision of the product on CUDA for one matrix with up to 256 sums and terms.
+            ``"high"`` splits both operands into two bfloat16 and keeps 16 bits. ``"fp16s"`` scales
+            both operands to float16 and keeps 11 bits. ``"fp32"`` uses the library's float32.
+            Everything else, including gradients and the CPU, uses float32. docs/circuit_engine.md,
+            "Precision", lists the errors.
+        scaled: Result of :func:`log_einsum_weights` for the same ``w`` and ``norm``, to share it
+            between calls; or None.
 
     Returns:
-        ``(B, O)`` or ``(G, B, O)`` in the dtype of ``values``; for ``"max"`` also the lowest index
-        of the largest term, int64.
+        ``(B, O)`` or ``(G, B, O)`` in the dtype of ``values``. For ``"max"``, a :class:`LogMax`,
+        which also contains the lowest index of the largest term, int64.
 
     Raises:
         ValueError: If a shape, dtype, device or name is wrong.
@@ -119,7 +120,7 @@ def log_einsum_exp(
     choice("log_einsum_exp", "norm", norm, NORMS)
     choice("log_einsum_exp", "semiring", semiring, ("sum", "max"))
     refuse_tangents("log_einsum_exp", w, values)
-    leaf = w.requires_grad and w.is_leaf  # Its gradient has one matrix per row.
+    leaf = w.requires_grad and w.is_leaf  # The gradient of a leaf must have one matrix per row.
     if w.dim() == 3 and values.dim() == 2 and len(w) > 1 and w.stride(0) == 0 and not leaf:
         found = f"{tuple(w.shape)} and {tuple(values.shape)}"
         same = len(w) == len(values)
@@ -160,7 +161,7 @@ def _fake_max(w: Tensor, values: Tensor, norm: str) -> tuple[Tensor, Tensor]:
 
 
 def _attained(w: Tensor, values: Tensor, norm: str, best: Tensor, indices: Tensor) -> Tensor:
-    """Return the differentiable term at ``indices``, or ``best`` if there is no term."""
+    """Compute the terms at ``indices`` differentiably; ``-inf`` if a sum has no possible term."""
     log_w = log_weights(w, norm)
     if w.dim() == 2 or values.dim() == 3:
         log_w = log_w[..., None, :, :].expand(*indices.shape, w.shape[-1])
@@ -178,14 +179,17 @@ def log_einsum_exp_backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients ``(dw, dvalues)`` of :func:`log_einsum_exp` from its result.
 
-    Use it without an autograd graph: with log-weights and ``dout`` 1 at a root, the gradients are
-    the expected flows of a circuit.
+    It is for use without an autograd graph. With log-weights and ``dout`` 1 at a root, the
+    gradients are the expected flows of a circuit.
 
     Args:
         dout: Gradient of ``out``, in its shape.
-        w, values, norm, scaled: Arguments of :func:`log_einsum_exp`; here a matrix expanded over
-            the rows does not count as shared.
+        w: Weights of :func:`log_einsum_exp`. Unlike there, a matrix that is expanded over the rows
+            is used as one matrix per row.
+        values: Log-values, see :func:`log_einsum_exp`.
         out: Result of :func:`log_einsum_exp`.
+        norm: Meaning of ``w``, see :func:`log_einsum_exp`.
+        scaled: Scaled weights, see :func:`log_einsum_exp`.
 
     Raises:
         ValueError: If a shape, dtype or device is wrong.
@@ -216,10 +220,14 @@ def _save_exp_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> Non
 def _exp_double_backward(
     library: Any, ctx: Any, ddw: Tensor | None, ddvalues: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Differentiate the reference with torch: all terms at once, which is slow and rarely used."""
-    again = torch.is_grad_enabled()  # A third derivative is possible.
+    """Differentiate the reference with torch.
+
+    This stores all terms and is slow, but second derivatives are rare.
+    """
+    again = torch.is_grad_enabled()  # The caller may compute a third derivative.
     with torch.enable_grad():
-        # Views exclude the dependence of dout on w and values.
+        # The gradients are with respect to views, so that a dependence of dout on w or values does
+        # not count.
         leaves = [
             t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
             for t in ctx.saved_tensors
@@ -231,7 +239,7 @@ def _exp_double_backward(
         pairs = [(g, d) for g, d in given if d is not None and d.numel()]
         outputs, ahead = [g for g, _ in pairs], [d for _, d in pairs]
         grads = torch.autograd.grad(outputs, leaves, ahead, create_graph=again, allow_unused=True)
-    # `out` is recomputed from w and values, whose gradients contain its share.
+    # `out` has no gradient: it is recomputed here, so the gradients of w and values include it.
     return *grads, *(None,) * 6
 
 

@@ -1,10 +1,11 @@
-"""Mixture of the normalised hidden states of several depths, in a single pass.
+"""Mixture of the normalised hidden states of several layers, in a single pass.
 
 The hidden states are separate tensors and are never stacked. Statistics and sums are float32
 (float64 for float64), and every result is rounded once. Results and gradients have the same bits
 for any number of threads. Autocast does not affect the ops.
 
-Letters: ``k`` hidden states, 1 to 8; ``d`` their width; ``...`` positions of any shape.
+Letters: ``k`` hidden states of a position, 1 to 8; ``d`` features of a hidden state; ``...`` any
+shape of positions.
 
 Source: mixture-of-depths ensembles (arXiv 2410.13077). With a linear head, mixing hidden states
 equals mixing logits if the weights sum to 1 or the head has no bias.
@@ -35,27 +36,27 @@ def depth_mix(
     betas: Tensor | Sequence[Tensor] | None = None,
     norm: str = "rms",
 ) -> Tensor:
-    """Normalise each of k hidden states and add them with weights.
+    """Normalise k hidden states per position and compute their weighted sum.
 
     ``u = sum_e weights[..., e] * n_e`` with
     ``n_e = gammas[e] * h_e / sqrt(mean(h_e^2) + eps) + betas[e]``; ``norm="layer"`` first subtracts
     the mean of each ``h_e``. Unlike the result of a separate norm, ``n_e`` is not rounded.
 
     Differentiable once in ``hiddens``, ``gammas``, ``betas`` and ``weights``; each gradient has the
-    dtype of its argument. A weight of zero does not mask a NaN. A row of zeros gives ``betas``,
-    with finite gradients if ``eps > 0``.
+    dtype of its argument. A weight of zero does not mask a NaN. If ``h_e`` is zero, ``n_e`` is
+    ``betas[e]``, with finite gradients if ``eps > 0``.
 
     Args:
-        hiddens: k tensors ``(..., d)`` float16, bfloat16, float32, or float64 on the CPU, of one
-            shape, dtype and device. Any strides; copied only if the elements of a row are not
-            contiguous or the rows have no common stride.
-        gammas: ``(k, d)``, or k tensors ``(d,)``. Any dtype that float32 represents exactly
-            (float64 for float64 hiddens), so float32 norms work with 16-bit hiddens. Two dtypes
-            among gammas and betas cost a copy in float32.
-        weights: ``(..., k)``; dtype by the same rule.
+        hiddens: k hidden states ``(..., d)`` float16, bfloat16, float32, or float64 on the CPU, of
+            one shape, dtype and device. They may have any strides, and are copied only if the
+            elements of a row are not contiguous or the rows have no common stride.
+        gammas: Scales of the norms, ``(k, d)`` or k tensors ``(d,)``, in any dtype that float32
+            (float64 for float64 hiddens) represents exactly: float32 norms work with 16-bit
+            hiddens. If dtypes differ among gammas and betas, they are copied to float32.
+        weights: Weights of the hidden states, ``(..., k)``, in a dtype as for ``gammas``.
         eps: Number added to the mean square, at least 0.
-        betas: As ``gammas``, or None for 0.
-        norm: "rms" or "layer".
+        betas: Shifts of the norms, as ``gammas``, or None for 0.
+        norm: Norm, "rms" or "layer".
 
     Returns:
         ``(..., d)`` in the dtype of the hiddens.
@@ -83,19 +84,24 @@ def depth_mix_routed(
 
     ``weights = softmax(router @ n_k + bias)`` of each position, where ``n_k`` is the last hidden
     state, normalised and not rounded. Differentiable once in all tensors and through both results;
-    the router's gradient also reaches ``n_k``.
+    the gradient of ``n_k`` includes the part through the router.
 
     Args:
-        hiddens, gammas, eps, betas, norm: As for :func:`depth_mix`.
-        router: ``(k, d)``; dtype by the rule for ``gammas``.
-        bias: ``(k,)``, likewise.
+        hiddens: Hidden states, see :func:`depth_mix`.
+        gammas: Scales of the norms, see :func:`depth_mix`.
+        router: Weight of the router, ``(k, d)``, in a dtype as for ``gammas``.
+        bias: Bias of the router, ``(k,)``, in a dtype as for ``gammas``.
+        eps: Number added to the mean square, at least 0.
+        betas: Shifts of the norms, see :func:`depth_mix`.
+        norm: Norm, "rms" or "layer".
 
     Returns:
         The mix ``(..., d)`` in the dtype of the hiddens, and the weights ``(..., k)`` in float32
         (float64 for float64).
 
     Raises:
-        ValueError, RuntimeError: As for :func:`depth_mix`.
+        ValueError: As for :func:`depth_mix`.
+        RuntimeError: On double backward.
     """
     scales = _rows(gammas), _rows(betas)
     return _c.depth_mix_forward.default(hiddens, *scales, None, router, bias, eps, norm)[:2]

@@ -1,12 +1,14 @@
 """Batched multi-adapter LoRA on the rows of one matrix.
 
-Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters, ``P`` pages, ``S``
-segments. An id per row of ``x`` selects its adapter. Ranks may differ, and the cost of an adapter
-depends on its own rank only.
+Letters: ``T`` tokens (rows), ``I`` input features, ``O`` output features, ``R`` largest rank, ``A``
+adapters, ``P`` pages, ``S`` segments of consecutive rows.
+
+The adapter of each row of ``x`` is selected by an id. Adapters may have different ranks; the cost
+of an adapter depends only on its own rank.
 
 Adapters are stored in a *bank*, ``a (A, R, I)`` and ``b (A, O, R)``, or in *pages* of eight ranks,
-``a (P, 8, I)`` and ``b (P, O, 8)``, with the index ``page_table (A, R / 8)``, as in
-:class:`lora_ext.AdapterPool`.
+``a (P, 8, I)`` and ``b (P, O, 8)``. ``page_table (A, R / 8)`` contains the pages of each adapter,
+as in :class:`lora_ext.AdapterPool`.
 
 Sources: LoRA (Hu et al. 2021), eq. 3; Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al.
 2023).
@@ -26,30 +28,31 @@ _c = torch.ops.lora_ext
 
 
 def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None = None) -> Tensor:
-    """Group the rows of a batch by adapter, once for all layers that see the batch.
+    """Group the rows of a batch by adapter, once for all layers that receive the batch.
 
     Args:
-        adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``; -1 means no adapter.
-        num_adapters: ``A``, the number of slots of the bank or pool.
-        num_valid: One int32 on the device of ``adapter_ids``; rows from this index on count as -1,
-            which lets a captured graph run a padded batch.
+        adapter_ids: Adapter id of each row, ``(T,)`` int64 or int32 in ``[-1, A)``; -1 means no
+            adapter.
+        num_adapters: Number ``A`` of slots of the bank or pool.
+        num_valid: Number of valid rows, one int32 on the device of ``adapter_ids``, or None for all
+            rows. The other rows are treated as -1, so that a captured graph can run a padded batch.
 
     Returns:
-        Opaque int32 vector to pass as ``plan``. Its size depends on ``T`` and ``A`` only.
+        Opaque int32 vector to pass as ``plan``. Its size depends only on ``T`` and ``A``.
 
     Raises:
         ValueError: If an id is out of range. On CUDA this is checked only in debug mode; otherwise
-            the id counts as -1.
+            the id is treated as -1.
 
-    Source: S-LoRA, section 5.3 (sort by adapter). The sort is stable and needs no atomics and no
-    host sync.
+    Source: S-LoRA, section 5.3 (sort by adapter). The sort is stable, and uses neither atomics nor
+    a host synchronisation.
     """
     return _c.lora_plan.default(adapter_ids, num_adapters, num_valid)
 
 
 @fake("lora_plan")
 def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None) -> Tensor:
-    """Return ``LoraPlanLayout::size()`` empty numbers; guard a symbolic number of rows."""
+    """Return ``LoraPlanLayout::size()`` empty numbers; comparisons guard a symbolic ``T``."""
     rows = adapter_ids.shape[0]
     chunk = 16 if rows <= 256 else 64 if rows < 4096 else 128
     chunks = rows // chunk + min(rows, num_adapters)
@@ -57,14 +60,15 @@ def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None)
 
 
 def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -> Tensor:
-    """Return the adapter id of each row from contiguous segments.
+    """Convert contiguous segments of rows to the adapter id of each row.
 
-    ``ids[t] = seg_adapter[s]`` for ``seg_indptr[s] <= t < seg_indptr[s + 1]``; rows outside get -1.
+    ``ids[t] = seg_adapter[s]`` for ``seg_indptr[s] <= t < seg_indptr[s + 1]``; rows outside all
+    segments get -1.
 
     Args:
-        seg_indptr: ``(S + 1,)`` int32, not decreasing.
-        seg_adapter: ``(S,)`` int32 on the same device.
-        num_tokens: ``T``.
+        seg_indptr: Bounds of the segments, ``(S + 1,)`` int32, not decreasing.
+        seg_adapter: Adapter id of each segment, ``(S,)`` int32 on the same device.
+        num_tokens: Number ``T`` of rows.
 
     Returns:
         ``(T,)`` int32.
@@ -98,10 +102,17 @@ def lora_shrink(
     the first half of :func:`lora_apply`, for callers that reduce ``v`` across devices.
 
     Args:
-        x, a, adapter_ids, scale, ranks, page_table, plan: As for :func:`lora_apply`.
+        x: Input ``(T, I)``, see :func:`lora_apply`.
+        a: Bank or pages, see :func:`lora_apply`.
+        adapter_ids: Adapter id of each row, ``(T,)``.
+        scale: Scale of each adapter, ``(A,)`` float32, or None for 1.
+        ranks: Rank of each adapter, ``(A,)`` int32, see :func:`lora_apply`.
+        page_table: Pages of each adapter, see :func:`lora_apply`.
+        plan: Result of :func:`lora_plan` for the same ids, or None.
 
     Returns:
-        ``(T, R)`` float32 (float64 for float64); zero beyond a row's rank.
+        ``(T, R)`` float32 (float64 for float64); entries beyond the rank of a row's adapter are
+        zero.
 
     Raises:
         ValueError: If a shape, dtype or device is wrong.
@@ -128,15 +139,20 @@ def lora_expand_(
     page_table: Tensor | None = None,
     plan: Tensor | None = None,
 ) -> Tensor:
-    """Add the image of every row of ``v`` under its adapter to ``y``, in place.
+    """Multiply every row of ``v`` by the factor ``b`` of its adapter, and add it to ``y`` in place.
 
-    ``y[t] = round(y[t] + b[s] @ v[t])``, with one rounding; rows with id -1 keep every bit.
+    ``y[t] = round(y[t] + b[s] @ v[t])`` with ``s = adapter_ids[t]`` and one rounding; rows with id
+    -1 stay bitwise unchanged.
 
     Args:
-        y: ``(T, O)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. It is
-            returned and must not share memory with another argument, as in :func:`lora_apply_`.
-        v: ``(T, R)`` float32 (float64 for float64), from :func:`lora_shrink`.
-        b, adapter_ids, ranks, page_table, plan: As for :func:`lora_apply`; b has the dtype of y.
+        y: Output ``(T, O)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. It
+            is returned and must not share memory with another argument, as in :func:`lora_apply_`.
+        v: Result of :func:`lora_shrink`, ``(T, R)`` float32 (float64 for float64).
+        b: Bank or pages in the dtype of ``y``, see :func:`lora_apply`.
+        adapter_ids: Adapter id of each row, ``(T,)``.
+        ranks: Rank of each adapter, ``(A,)`` int32, see :func:`lora_apply`.
+        page_table: Pages of each adapter, see :func:`lora_apply`.
+        plan: Result of :func:`lora_plan` for the same ids, or None.
 
     Raises:
         ValueError: If a shape, dtype or device is wrong, or ``y`` overlaps another argument.
@@ -166,19 +182,22 @@ def lora_apply(
     """Compute the low-rank update of every row by its adapter.
 
     ``y[t] = scale[s] * b[s] @ (a[s] @ x[t])`` with ``s = adapter_ids[t]``; rows with id -1 are
-    zero. Differentiable once in ``x``, ``a`` and ``b``, by the kernels of :func:`lora_linear`.
+    zero. Differentiable once in ``x`` and, for banks, in ``a`` and ``b``; the backward uses the
+    kernels of :func:`lora_linear`.
 
     Args:
-        x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
+        x: Input ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
         a: Bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of
             ``x``.
         b: Bank ``(A, O, R)``, or pages ``(P, O, 8)``; dtype and device of ``x``.
-        adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
-        scale: ``(A,)`` float32, or None for 1.
-        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with pages). Entries beyond
-            an adapter's rank are not read and get gradient zero.
-        page_table: ``(A, R / 8)`` int32, the page of each eight ranks, or -1 without a page.
-        plan: :func:`lora_plan` of the same ids, to avoid grouping them again.
+        adapter_ids: Adapter id of each row, ``(T,)`` int64 or int32 in ``[-1, A)``.
+        scale: Scale of each adapter, ``(A,)`` float32, or None for 1.
+        ranks: Rank of each adapter, ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with
+            pages). Entries of the factors beyond an adapter's rank are not read, and their gradient
+            is zero.
+        page_table: Pages of each adapter, ``(A, R / 8)`` int32: one page per eight ranks, or -1 for
+            no page. None for banks.
+        plan: Result of :func:`lora_plan` for the same ids, to avoid grouping them again.
 
     Returns:
         ``(T, O)`` in the dtype of ``x``, accumulated in float32 (float64 for float64).
@@ -204,9 +223,9 @@ def _save_apply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 @backward("lora_apply", save=_save_apply)
 def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of ``lora_linear`` without a base; with pages, only that of ``x``.
+    """Return the gradients of ``lora_linear`` without a base weight; for pages, only that of ``x``.
 
-    With pages, ``dx = a^T dv`` is the op itself with exchanged factors.
+    For pages, ``dx`` is the op itself applied to ``dy`` with ``b^T`` and ``a^T`` as factors.
     """
     x, a, b, adapter_ids, scale, ranks, page_table, plan = ctx.saved_tensors
     need_dx, need_da, need_db = ctx.needs_input_grad[:3]
@@ -244,14 +263,21 @@ def lora_apply_(
 ) -> Tensor:
     """Add the low-rank update of every row to ``y`` in place, as serving does.
 
-    ``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))``, with one rounding. Rows with id -1 or
-    an adapter of rank 0 keep every bit.
+    ``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))`` with ``s = adapter_ids[t]`` and one
+    rounding. Rows with id -1, or with an adapter of rank 0, stay bitwise unchanged.
 
     Args:
-        y: ``(T, O)``, dtype and device of ``x``; any row stride. It is returned and must not share
-            memory with another argument, but their rows may interleave, as columns of one buffer
-            do.
-        x, a, b, adapter_ids, scale, ranks, page_table, plan: As for :func:`lora_apply`.
+        y: Output ``(T, O)``, dtype and device of ``x``; any row stride. It is returned and must not
+            share memory with another argument, but ``x`` and ``y`` may be different columns of one
+            buffer.
+        x: Input ``(T, I)``, see :func:`lora_apply`.
+        a: Bank or pages, see :func:`lora_apply`.
+        b: Bank or pages, see :func:`lora_apply`.
+        adapter_ids: Adapter id of each row, ``(T,)``.
+        scale: Scale of each adapter, ``(A,)`` float32, or None for 1.
+        ranks: Rank of each adapter, ``(A,)`` int32, see :func:`lora_apply`.
+        page_table: Pages of each adapter, see :func:`lora_apply`.
+        plan: Result of :func:`lora_plan` for the same ids, or None.
 
     Raises:
         ValueError: If a shape, dtype or device is wrong, or ``y`` overlaps another argument.
@@ -271,15 +297,15 @@ def _fake_apply_(y: Tensor, *args: Tensor | None) -> None:
 def bgmv_(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter_ids: Tensor, scale: Tensor | None = None
 ) -> Tensor:
-    """Call :func:`lora_apply_` on banks, as Punica's batched gather matrix-vector product.
+    """Call :func:`lora_apply_` on banks: Punica's batched gather matrix-vector product (BGMV).
 
     Args:
-        y: ``(T, O)``, changed in place and returned.
-        x: ``(T, I)``.
-        a: ``(A, R, I)``.
-        b: ``(A, O, R)``.
-        adapter_ids: ``(T,)`` in ``[-1, A)``; -1 means no adapter.
-        scale: ``(A,)`` float32, or None for 1.
+        y: Output ``(T, O)``, changed in place and returned.
+        x: Input ``(T, I)``.
+        a: Bank ``(A, R, I)``.
+        b: Bank ``(A, O, R)``.
+        adapter_ids: Adapter id of each row, ``(T,)`` in ``[-1, A)``; -1 means no adapter.
+        scale: Scale of each adapter, ``(A,)`` float32, or None for 1.
 
     Raises:
         ValueError: As for :func:`lora_apply_`.
@@ -298,13 +324,17 @@ def sgmv_(
     seg_adapter: Tensor,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Call :func:`lora_apply_` on segments, as the segmented gather matrix-vector product.
+    """Call :func:`lora_apply_` on segments: the segmented gather matrix-vector product (SGMV).
 
     Args:
-        y, x, a, b, scale: As for :func:`lora_apply_`, with banks only.
-        seg_indptr: ``(S + 1,)`` int32 on the device of ``x``; rows outside all segments are
-            unchanged.
-        seg_adapter: ``(S,)`` int32, the adapter of each segment; -1 means no adapter.
+        y: Output ``(T, O)``, changed in place and returned.
+        x: Input ``(T, I)``.
+        a: Bank ``(A, R, I)``.
+        b: Bank ``(A, O, R)``.
+        seg_indptr: Bounds of the segments, ``(S + 1,)`` int32 on the device of ``x``. Rows outside
+            all segments are unchanged.
+        seg_adapter: Adapter id of each segment, ``(S,)`` int32; -1 means no adapter.
+        scale: Scale of each adapter, ``(A,)`` float32, or None for 1.
 
     Raises:
         ValueError: As for :func:`lora_segment_ids` and :func:`lora_apply_`.

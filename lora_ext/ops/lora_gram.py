@@ -1,13 +1,14 @@
 """Gram matrices of adapters, and the effect of an adapter on a weight.
 
-Gram matrices of the factors give the inner products of adapters without forming the products
-``b a``. The results have the same bits for any number of threads and whatever other adapters are in
-the call.
+The inner products of adapters can be computed from Gram matrices of their factors, without forming
+the products ``b a``. The bits of an adapter's result depend neither on the number of threads nor on
+the other adapters of the call.
 
-The functions on a weight use torch's GEMM on every device, so their bits may depend on the
-library's threads. Only :func:`lora_delta` is differentiable. Autocast affects no function.
+:func:`lora_delta`, :func:`lora_merge_` and :func:`lora_dora_norm` use torch's GEMM on every device,
+so their bits may depend on the number of threads. Only :func:`lora_delta` is differentiable.
+Autocast does not affect any function.
 
-Letters: ``I`` in, ``O`` out, ``r`` the adapter's rank, ``L`` adapters.
+Letters: ``I`` input features, ``O`` output features, ``r`` rank of the adapter, ``L`` adapters.
 """
 
 from collections.abc import Sequence
@@ -31,23 +32,25 @@ def lora_gram(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Compute ``a @ a^T`` and ``b^T @ b`` of every adapter.
 
-    Inner products ``<b1 a1, b2 a2>`` and norms of ``b a`` need only these matrices and then cost
-    ``r^2``. Gram matrices square the condition number: small singular values need float64, and the
-    smallest a QR of the factors.
+    From these matrices, a norm of ``b a`` takes ``r^2`` operations. Gram matrices square the
+    condition number, so small singular values need float64, and very small ones a QR decomposition
+    of the factors instead.
 
-    On a GPU this is one launch for up to 500 adapters of one dtype; adapters on several devices
-    take one call per device. A factor of up to 64 ranks is read once. It is copied only if the
-    elements of a row are not contiguous or the other factor has a wider dtype.
+    On a GPU, up to 500 adapters of one dtype take one launch. Adapters on several devices take one
+    call per device. A factor of up to 64 ranks is read once. It is copied only if the elements of a
+    row are not contiguous or the other factor has a wider dtype.
 
     Args:
-        a: ``(r, I)`` each, float32, float16, bfloat16 or float64; shapes and dtypes may differ
-            between adapters. Factors of one adapter in two dtypes count in the wider one.
-        b: ``(O, r)`` each, as many as ``a``.
-        dtype: Dtype of the result, float32 or float64, and of the sums, which are always float64
-            for float64 factors. None for float64 with float64 factors and float32 otherwise.
+        a: Factors ``(r, I)`` of the adapters, float32, float16, bfloat16 or float64. Shapes and
+            dtypes may differ between adapters. If the two factors of an adapter have different
+            dtypes, both are converted to the wider one.
+        b: Factors ``(O, r)`` of the same adapters.
+        dtype: Dtype of the results, float32 or float64, or None for float64 with float64 factors
+            and float32 otherwise. Sums have the same dtype, except that they are always float64 for
+            float64 factors.
 
     Returns:
-        Two lists of ``(r, r)``, symmetric to the bit.
+        Two lists of matrices ``(r, r)``, exactly symmetric: ``a @ a^T``, and ``b^T @ b``.
 
     Raises:
         ValueError: If a length, shape, dtype or device is wrong.
@@ -71,22 +74,23 @@ def lora_pair_stats(
     projected_b: Tensor | Sequence[Tensor],
     scaling: float | Sequence[float] | Tensor = 1.0,
 ) -> Tensor:
-    """Measure how far an adapter's update is from its projection, from Gram matrices alone.
+    """Measure how far an adapter's update is from its projection, using only Gram matrices.
 
-    With ``D = scaling * b @ a`` and ``PD = scaling * projected_b @ a``, neither of which is formed,
-    the numbers are ``(|D|^2, |PD|^2, <PD, D>, |PD - D|^2)``, with sums in float64. The last is
-    computed from ``projected_b - b`` and does not cancel.
+    With ``D = scaling * b @ a`` and ``PD = scaling * projected_b @ a``, which are not formed, the
+    results are ``(|D|^2, |PD|^2, <PD, D>, |PD - D|^2)``, with sums in float64. The last is computed
+    from ``projected_b - b``, so that it does not lose digits by cancellation.
 
     Args:
-        a: ``(r, I)``, or one such tensor for each of L adapters, as for :func:`lora_gram`, all on
-            one device.
-        b: ``(O, r)``, likewise.
-        projected_b: Image of ``b`` under the projection, in its shape; likewise.
-        scaling: The adapter's scale, or one number for each of L adapters. During capture of a CUDA
-            graph, the latter must be a tensor on the adapters' device.
+        a: Factor ``(r, I)`` of an adapter, or a list of the factors of L adapters on one device, as
+            for :func:`lora_gram`.
+        b: Factor ``(O, r)`` of the adapter, or a list of L factors.
+        projected_b: Image of ``b`` under the projection, in the shape of ``b``, or a list of L
+            images.
+        scaling: Scale of the adapter, or one number per adapter. During capture of a CUDA graph,
+            several numbers must be a tensor on the adapters' device.
 
     Returns:
-        ``(4,)`` float64 for tensors, ``(L, 4)`` for lists.
+        ``(4,)`` float64 for a single adapter, ``(L, 4)`` for lists.
 
     Raises:
         ValueError: If a length, shape, dtype or device is wrong.
@@ -133,7 +137,7 @@ def _fake_lora_pair_stats(a: list[Tensor], b: list[Tensor], projected_b: list[Te
 def _check_adapters(
     op: str, a: Sequence[Tensor], *, spread: bool = False, **sides: Sequence[Tensor]
 ) -> None:
-    """Raise for lists of unequal lengths and factors that do not match, as the C++ op does.
+    """Raise ValueError for lists of unequal lengths and mismatched factors, as the C++ op does.
 
     With ``spread``, adapters may be on different devices.
     """
@@ -173,15 +177,16 @@ def _product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """Compute the weight that an adapter adds, ``scale * b @ a``; differentiable, by torch's GEMM.
+    """Compute the matrix that an adapter adds to a weight, ``scale * b @ a``; differentiable.
 
     Args:
-        a: ``(r, I)`` floating.
-        b: ``(O, r)``.
-        scale: The adapter's scale.
+        a: Factor ``(r, I)`` of a floating dtype.
+        b: Factor ``(O, r)``.
+        scale: Scale of the adapter.
 
     Returns:
-        ``(O, I)`` in the dtype of ``a``, accumulated in float32 (float64), rounded once.
+        ``(O, I)`` in the dtype of ``a``, accumulated in float32 (float64 for float64), rounded
+        once.
 
     Raises:
         ValueError: If a shape or dtype is wrong.
@@ -196,14 +201,14 @@ def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: int = 1) -> Tensor:
     """Add an adapter to a weight in place, ``weight += sign * scale * b @ a``, rounded once.
 
-    The product is torch's GEMM. Subtracting an added adapter (``sign=-1``) does not restore every
-    bit of a rounded weight; keep a copy if you need them.
+    If you subtract the adapter again (``sign=-1``), rounding may leave bits of the weight changed.
+    Keep a copy of the weight if you need it exactly.
 
     Args:
-        weight: ``(O, I)`` floating; it is returned.
-        a: ``(r, I)``.
-        b: ``(O, r)``.
-        scale: The adapter's scale.
+        weight: Weight ``(O, I)`` of a floating dtype; it is returned.
+        a: Factor ``(r, I)``.
+        b: Factor ``(O, r)``.
+        scale: Scale of the adapter.
         sign: 1 to merge, -1 to unmerge.
 
     Raises:
@@ -221,17 +226,17 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
 def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """Compute the norm of every row of ``weight + scale * b @ a`` without forming ``b @ a``.
 
-    ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>`` per row, by torch's GEMM. If the adapter
-    nearly cancels a row, the difference has an absolute error of a few roundings of ``|w|^2``: in
-    float32 a norm of 1e-2 ``|w|`` has a relative error of 2e-3, and one of 1e-4 ``|w|`` is noise. A
-    row of zeros in ``b`` gives the bits of ``torch.linalg.vector_norm``, the initial magnitudes of
-    PEFT.
+    The square of a row's norm is ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>``. If the
+    adapter nearly cancels a row, its absolute error is a few roundings of ``|w|^2``: in float32 a
+    norm of 1e-2 ``|w|`` has a relative error of 2e-3, and a norm of 1e-4 ``|w|`` is noise. If a row
+    of ``b`` is zero, the norm has the bits of ``torch.linalg.vector_norm``, with which PEFT
+    initialises magnitudes.
 
     Args:
-        weight: ``(O, I)`` floating.
-        a: ``(r, I)``.
-        b: ``(O, r)``.
-        scale: The adapter's scale, a number or a tensor with one element.
+        weight: Weight ``(O, I)`` of a floating dtype.
+        a: Factor ``(r, I)``.
+        b: Factor ``(O, r)``.
+        scale: Scale of the adapter, a number or a tensor with one element.
 
     Returns:
         ``(O,)`` float32 (float64 for float64).

@@ -1,7 +1,7 @@
-"""Batched multi-adapter LoRA of several modules with the same rows, such as q, k and v.
+"""Batched multi-adapter LoRA of several modules with the same input, such as q, k and v.
 
-Letters: ``T`` tokens, ``I`` in, ``O`` out (per module), ``R`` largest rank, ``A`` adapters, ``P``
-pages, ``M`` modules.
+Letters: ``T`` tokens, ``I`` input features, ``O`` output features (of a module), ``R`` largest
+rank, ``A`` adapters, ``P`` pages, ``M`` modules.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from ._registration import fake
 
 _c = torch.ops.lora_ext
 
-#: Maximal number of modules per call.
+#: Largest number of modules per call.
 MOST_SIBLINGS = 8
 
 
@@ -33,25 +33,27 @@ def lora_apply_siblings_(
 ) -> Sequence[Tensor]:
     """Add the low-rank updates of several modules in place, as one :func:`lora_apply_` per module.
 
-    ``y[m][t] = round(y[m][t] + scale[m][s] * b[m][s] @ (a[m][s] @ x[t]))``, with the bits that
-    module ``m`` gets alone. On a GPU, all modules share the launches of one if there are up to 256
-    rows, each module has ranks up to 256 and ``R`` and ``O`` that are multiples of 8, and the rows
-    of ``x``, ``y``, ``a`` and ``b`` are aligned to 16 bytes. Otherwise each module has separate
+    ``y[m][t] = round(y[m][t] + scale[m][s] * b[m][s] @ (a[m][s] @ x[t]))`` with
+    ``s = adapter_ids[t]``. The results are bitwise equal to separate calls.
+
+    On a GPU, all modules share the kernel launches of one module, if there are up to 256 rows, the
+    ranks of each module are up to 256, its ``R`` and ``O`` are multiples of 8, and the rows of
+    ``x``, ``y``, ``a`` and ``b`` are aligned to 16 bytes. Otherwise each module has separate
     launches.
 
     Args:
-        y: 1 to 8 tensors ``(T, O)``, dtype and device of ``x``; any row stride, widths may differ.
+        y: 1 to 8 outputs ``(T, O)``, dtype and device of ``x``; any row stride, ``O`` may differ.
             They are returned and must not share memory with each other or another argument.
-        x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
-        a: For each module a bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; ``R``
+        x: Input ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
+        a: Bank ``(A, R, I)`` of each module, or its pages ``(P, 8, I)`` with ``page_table``; ``R``
             and ``P`` may differ.
-        b: For each module a bank ``(A, O, R)``, or pages ``(P, O, 8)``.
-        adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
-        scale: For each module ``(A,)`` float32, or empty for 1.
-        ranks: For each module ``(A,)`` int32 in ``[0, R]``, or empty for ``R`` (required with
+        b: Bank ``(A, O, R)`` of each module, or its pages ``(P, O, 8)``.
+        adapter_ids: Adapter id of each row, ``(T,)`` int64 or int32 in ``[-1, A)``.
+        scale: Scales ``(A,)`` float32 of each module; empty for 1.
+        ranks: Ranks ``(A,)`` int32 in ``[0, R]`` of each module; empty for ``R`` (required with
             pages).
-        page_table: For each module ``(A, R / 8)`` int32, or empty for banks.
-        plan: :func:`lora_plan` of the same ids.
+        page_table: Pages ``(A, R / 8)`` int32 of each module; empty for banks.
+        plan: Result of :func:`lora_plan` for the same ids, or None.
 
     Raises:
         ValueError: If a number, shape, dtype or device is wrong, or a ``y`` overlaps another

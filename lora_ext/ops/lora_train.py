@@ -1,11 +1,13 @@
 """Training of batched multi-adapter LoRA: base product, update, dropout in one differentiable op.
 
-Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters. Adapters are in a
-bank, ``a (A, R, I)`` and ``b (A, O, R)``; pages have no gradient and raise.
+Letters: ``T`` tokens (rows), ``I`` input features, ``O`` output features, ``R`` largest rank, ``A``
+adapters. Adapters are in a bank, ``a (A, R, I)`` and ``b (A, O, R)``. Pages have no gradient and
+raise an error.
 
-Dropout stores no mask. Philox computes from (seed, row, column) whether to keep an element, so
-forward, backward, checkpointing and all devices agree. With one seed per adapter, row is the index
-among the rows of the adapter, and the mask does not depend on other adapters.
+Dropout stores no mask. The generator Philox computes from (seed, row, column) whether to keep an
+element, so the mask is the same in forward, backward and checkpointing, and on all devices. With
+one seed per adapter, "row" is the index among the rows of the adapter, so its mask does not depend
+on other adapters.
 
 Sources: LoRA (Hu et al. 2021), eq. 3, differentiated; Philox: Salmon et al. 2011.
 """
@@ -48,36 +50,36 @@ def lora_linear(
     the dropout mask ``m`` in {0, 1} and ``c = scale[s] / (1 - dropout_p)``; rows with id -1 have no
     update.
 
-    Differentiable once in ``x``, ``weight``, ``bias``, ``a`` and ``b``; only the gradients required
-    are computed. An adapter's gradient has the same bits whatever other adapters are in the batch.
-    It is zero beyond the rank, and for an adapter without rows. The products with ``weight`` are a
-    library's GEMM, whose bits may depend on batch and threads: torch's own, or oneDNN for large
-    float32 batches on the CPU if every row has an adapter of positive rank and
-    ``torch.backends.mkldnn.enabled``.
+    Differentiable once in ``x``, ``weight``, ``bias``, ``a`` and ``b``; only the gradients that
+    autograd needs are computed. The bits of an adapter's gradient do not depend on the other
+    adapters of the batch. The gradient is zero beyond the adapter's rank, and for an adapter
+    without rows. The products with ``weight`` use a library's GEMM, so their bits may depend on the
+    batch and the number of threads. The library is torch's, or oneDNN for large float32 batches on
+    the CPU if every row has an adapter of positive rank and ``torch.backends.mkldnn.enabled``.
 
     Args:
-        x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. Autocast
-            casts it and the parameters, as for torch's linear.
-        weight: ``(O, I)``, or None for the update alone, if the base is not a matrix.
-        bias: ``(O,)`` or None.
-        a: ``(A, R, I)``, dtype and device of ``x``; or ``(R, I)`` with ``b (O, R)`` for one
-            adapter, whose gradients then have these shapes.
-        b: ``(A, O, R)``, dtype and device of ``x``.
-        adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
-        scale: ``(A,)`` float32 without gradient, or None for 1.
-        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R``.
+        x: Input ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
+            Autocast casts it and the parameters, as for torch's linear.
+        weight: Base weight ``(O, I)``, or None for only the update, if the base is not a matrix.
+        bias: Bias ``(O,)`` of the base layer, or None.
+        a: Bank ``(A, R, I)``, dtype and device of ``x``. A single adapter may also be ``(R, I)``
+            with ``b (O, R)``; its gradients then have these shapes.
+        b: Bank ``(A, O, R)``, dtype and device of ``x``.
+        adapter_ids: Adapter id of each row, ``(T,)`` int64 or int32 in ``[-1, A)``.
+        scale: Scale of each adapter, ``(A,)`` float32 without gradient, or None for 1.
+        ranks: Rank of each adapter, ``(A,)`` int32 in ``[0, R]``, or None for ``R``.
         dropout_p: Probability in ``[0, 1)`` of dropping an element of the adapters' input; the base
             product uses all of ``x``.
-        seed: int64 on the device of ``x``, required with ``dropout_p > 0``; a captured graph may
-            change it between replays. With one number, the mask depends on the row's index in the
-            batch. With ``(A,)``, it depends on the adapter's seed and the row's index among the
-            rows of that adapter, not on other rows. For one adapter, ``()`` selects the former and
-            ``(1,)`` the latter; they differ if rows have id -1.
-        plan: :func:`lora_plan` of the same ids, to avoid grouping them again.
+        seed: Seed of the dropout mask, int64 on the device of ``x``, required if ``dropout_p > 0``.
+            You may change it between replays of a captured graph. With one number, the mask depends
+            on the row's index in the batch. With ``(A,)``, it depends on the adapter's seed and the
+            row's index among the rows of that adapter, not on other rows. For one adapter, the
+            shape ``()`` selects the former and ``(1,)`` the latter; they differ if rows have id -1.
+        plan: Result of :func:`lora_plan` for the same ids, to avoid grouping them again.
 
     Returns:
-        ``(T, O)`` in the dtype of ``x``. The base product is rounded once, its sum with the update
-        once more.
+        ``(T, O)`` in the dtype of ``x``. The base product is rounded, and its sum with the update
+        is rounded again.
 
     Raises:
         ValueError: If a shape, dtype or device is wrong.
@@ -130,20 +132,28 @@ def lora_linear_apart(
     plan: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """Compute :func:`lora_linear` of adapters that are separate tensors, as parameters are.
+    """Compute :func:`lora_linear` of adapters that are separate tensors, such as parameters.
 
-    Each call copies the factors into a temporary bank, and the backward builds it again. Stored in
-    between, the banks of a model's layers would take as much memory as its adapters. The gradients
-    are views of those of a bank.
+    Each forward copies the factors into a temporary bank, and the backward builds the bank again.
+    If the banks were stored for the backward, those of all layers would need as much memory as the
+    adapters. The gradients are views of the gradients of a bank.
 
     Args:
-        x, weight, bias, adapter_ids, scale, dropout_p, seed, plan: As for :func:`lora_linear`.
-        a: ``(r, I)`` each, on the device of ``x``; cast to its dtype.
-        b: ``(O, r)`` each, as many as ``a``.
-        ranks: ``(A,)`` int32, the ranks; may be None if they are equal.
-        packed: :func:`pack_weight` of ``weight``, for a base product by :func:`packed_linear`,
-            whose bits do not depend on other rows; requires ``dropout_p = 0``. Compiled graphs
-            ignore it.
+        x: Input ``(T, I)``, see :func:`lora_linear`.
+        weight: Base weight ``(O, I)``, or None.
+        bias: Bias ``(O,)``, or None.
+        a: Factors ``(r, I)`` of the A adapters of rank r, on the device of ``x``; they are cast to
+            the dtype of ``x``.
+        b: Factors ``(O, r)`` of the same adapters.
+        adapter_ids: Adapter id of each row, ``(T,)``.
+        scale: Scale of each adapter, ``(A,)`` float32, or None for 1.
+        ranks: Rank of each adapter, ``(A,)`` int32; may be None if the ranks are equal.
+        dropout_p: Probability of dropping an element, see :func:`lora_linear`.
+        seed: Seed of the dropout mask, see :func:`lora_linear`.
+        plan: Result of :func:`lora_plan` for the same ids, or None.
+        packed: Result of :func:`pack_weight` for ``weight``. The base product then uses
+            :func:`packed_linear`, whose bits do not depend on other rows; ``dropout_p`` must be 0.
+            Compiled graphs ignore it.
 
     Returns:
         ``(T, O)`` in the dtype of ``x``.
@@ -224,7 +234,7 @@ class _Apart(torch.autograd.Function):
 
 
 def _bank(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return banks ``(A, R, I)`` and ``(A, O, R)`` of ``factors``, which are all a, then all b.
+    """Copy ``factors``, first all a, then all b, into banks ``(A, R, I)`` and ``(A, O, R)``.
 
     Entries beyond an adapter's rank are undefined.
     """
@@ -247,8 +257,8 @@ _kept = threading.local()
 def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
     """Return uninitialised memory for one call.
 
-    On the CPU, calls of one thread reuse it: fresh pages from the system cost more than filling
-    them.
+    On the CPU, later calls of the same thread reuse the memory, because new pages from the
+    operating system cost more time than filling them.
     """
     traced = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
     if device.type != "cpu" or traced:
@@ -256,7 +266,7 @@ def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
     nbytes = size * dtype.itemsize
     memory: Tensor | None = getattr(_kept, "memory", None)
     if memory is None or memory.numel() < nbytes:
-        with torch.inference_mode(False):  # Later calls outside inference mode write into it.
+        with torch.inference_mode(False):  # calls outside inference mode must be able to write it
             memory = _kept.memory = torch.empty(nbytes, dtype=torch.uint8)
     return memory[:nbytes].view(dtype)
 
@@ -272,12 +282,13 @@ def _views_b(bank: Tensor, ranks: Sequence[int]) -> list[Tensor]:
 def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     """Apply dropout with the mask of :func:`lora_linear`, for layers that cannot use the fused op.
 
-    ``y[t, i] = x[t, i] / (1 - p)`` if Philox keeps (seed, t, i), else 0. Differentiable in ``x``.
+    ``y[t, i] = x[t, i] / (1 - p)`` if Philox keeps (seed, t, i), otherwise 0. Differentiable in
+    ``x``.
 
     Args:
-        x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
+        x: Input ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
         p: Probability in ``[0, 1)`` of dropping an element.
-        seed: One int64 on the device of ``x``, required with ``p > 0``.
+        seed: Seed of the mask, one int64 on the device of ``x``; required if ``p > 0``.
 
     Returns:
         ``(T, I)`` in the dtype of ``x``, rounded once.

@@ -1,9 +1,9 @@
 """Products of few rows with a packed weight, on the CPU.
 
-The bytes of the weight bound the speed of such a product. :func:`pack_weight` copies a weight into
-panels that :func:`packed_linear` reads from memory once for any number of rows.
+The speed of such a product is limited by reading the weight from memory. :func:`pack_weight` copies
+a weight into panels that :func:`packed_linear` reads once for any number of rows.
 
-Letters: ``T`` rows, ``I`` in, ``O`` out.
+Letters: ``T`` rows, ``I`` input features, ``O`` output features.
 """
 
 import torch
@@ -20,15 +20,15 @@ PANEL = 32
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """Copy a weight into panels of 32 outputs, padded with zeros beyond ``O``.
+    """Copy a weight into panels of 32 output features, padded with zeros beyond ``O``.
 
     Args:
-        weight: ``(O, I)`` float32 or bfloat16 on the CPU.
+        weight: Weight ``(O, I)`` float32 or bfloat16 on the CPU.
 
     Returns:
-        float32: ``(ceil(O / 32), I, 32)``, with the in-features of a panel in order.
-        bfloat16: ``(ceil(O / 32), ceil(I / 2), 32, 2)`` with pairs of in-features. If ``I`` is odd,
-        the last two axes are merged, which distinguishes it from ``I + 1``.
+        For float32, ``(ceil(O / 32), I, 32)``, with the input features of a panel in order. For
+        bfloat16, ``(ceil(O / 32), ceil(I / 2), 32, 2)``, with pairs of input features; if ``I`` is
+        odd, the last two axes are merged, which distinguishes it from ``I + 1``.
 
     Raises:
         ValueError: If the shape, dtype or device is wrong.
@@ -41,18 +41,18 @@ def packed_linear(
 ) -> Tensor:
     """Compute ``y[t] = weight @ x[t] + bias`` for a weight from :func:`pack_weight`.
 
-    A row's bits depend only on the row, the weight and the bias, not on other rows or threads. Sums
-    start with the bias and add the products in ascending order, in float32, rounded once. Machines
-    with other instruction sets may round differently; where bfloat16 is multiplied in pairs,
-    subnormal numbers count as zero.
+    A row's bits depend only on the row, the weight and the bias, not on other rows or the number of
+    threads. Sums start with the bias and add the products in ascending order of the input features,
+    in float32; they are rounded once. Machines with other instruction sets may round differently.
+    If their instructions multiply bfloat16 in pairs, they treat subnormal numbers as zero.
 
-    Not differentiable; ignores autocast.
+    The op is not differentiable and ignores autocast.
 
     Args:
-        x: ``(T, I)`` float32 or bfloat16 on the CPU; any row stride.
+        x: Input ``(T, I)`` float32 or bfloat16 on the CPU; any row stride.
         packed: Result of :func:`pack_weight`, dtype of ``x``.
-        bias: ``(O,)``, dtype of ``x``, or None.
-        out_features: ``O``, or None for all outputs of ``packed``, a multiple of 32.
+        bias: Bias ``(O,)``, dtype of ``x``, or None.
+        out_features: Number ``O`` of output features; None for all of ``packed``, a multiple of 32.
 
     Returns:
         ``(T, O)``, dtype of ``x``.

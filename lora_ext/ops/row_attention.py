@@ -1,12 +1,12 @@
 """Attention and elementwise functions whose results do not depend on the rest of the batch.
 
-Libraries divide attention into blocks by the numbers of queries and keys, so the order of a row's
-sums, and its bits, change with the batch. :func:`row_attention` has one order of sums per row.
-torch uses other instructions for functions such as SiLU at the end of a thread's share;
-:func:`pointwise` uses the same instructions for every number.
+Libraries divide attention into blocks, depending on the numbers of queries and keys. The order of a
+row's sums, and so its bits, change with the batch. :func:`row_attention` adds the terms of a row in
+one fixed order. For functions such as SiLU, torch computes the last elements of a thread's share
+with other instructions. :func:`pointwise` uses the same instructions for all elements.
 
-Letters: ``B`` sequences, ``H`` heads, ``G`` key heads, ``T`` queries, ``L`` keys, ``D`` features of
-queries and keys, ``E`` of values.
+Letters: ``B`` sequences, ``H`` query heads, ``G`` key heads, ``T`` queries, ``L`` keys, ``D``
+features of queries and keys, ``E`` features of values.
 """
 
 from typing import Any
@@ -34,34 +34,35 @@ def row_attention(
     spans: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute attention one query row at a time, over the keys that the row sees.
+    """Compute attention for each query row separately, over the keys that the row may attend to.
 
     ``y[b, h, t] = sum_j p_j v[b, g, j]`` with ``p = softmax_j(scale q[b, h, t] . k[b, g, j])`` over
-    the keys ``j`` that row ``(b, t)`` sees, and ``g = h // (H / G)``. A row without keys gives
-    zeros.
+    the keys ``j`` that ``causal``, ``spans`` and ``mask`` all allow for row ``(b, t)``, and
+    ``g = h // (H / G)``. A row without allowed keys is zero.
 
-    A row's bits depend only on its query and on the sequence of keys and values that it sees. They
-    do not depend on the positions of these keys, on the place or contents of other keys, on other
-    rows, ``B``, ``T``, ``L`` or threads. Scores and sums are float32 (float64 for float64), rounded
-    once. Devices, and machines with other instruction sets, may round differently.
+    A row's bits depend only on its query and on the sequence of allowed keys and values. They do
+    not depend on the positions of these keys, on other keys, on other rows, on ``B``, ``T``, ``L``
+    or the number of threads. Scores and sums are float32 (float64 for float64), rounded once.
+    Devices, and machines with other instruction sets, may round differently.
 
-    Differentiable once in q, k and v. The gradient, with its bits, is that of torch's attention of
-    all rows at once.
+    Differentiable once in q, k and v. The gradient is computed by torch's attention for all rows at
+    once, so its bits may depend on the batch.
 
     Args:
-        q: ``(B, H, T, D)`` float32, float16, bfloat16, or float64 on the CPU. q, k and v may have
-            any strides, and are copied only if the last axis is not contiguous.
-        k: ``(B, G, L, D)``, dtype of ``q``; ``G`` divides ``H``.
-        v: ``(B, G, L, E)``, likewise.
+        q: Queries ``(B, H, T, D)`` float32, float16, bfloat16, or float64 on the CPU. q, k and v
+            may have any strides, and are copied only if the last axis is not contiguous.
+        k: Keys ``(B, G, L, D)``, dtype of ``q``; ``G`` divides ``H``.
+        v: Values ``(B, G, L, E)``, dtype of ``q``.
         scale: Factor of the scores, or None for ``1 / sqrt(D)``.
-        causal: Whether row ``t`` sees only keys up to ``t + L - T``; the last row sees all.
-        spans: ``(B or 1, T, 2)`` int64: a row sees keys ``[first, end)``, clipped to ``[0, L)``.
-        mask: ``(B or 1, T, L)`` bool, True where a row sees a key. A row sees a key if causal,
-            spans and mask, as far as given, all allow it.
+        causal: Whether row ``t`` may only attend to keys up to ``t + L - T``, so that the last row
+            may attend to all.
+        spans: Range ``[first, end)`` of allowed keys of each row, ``(B or 1, T, 2)`` int64, clipped
+            to ``[0, L)``; None for all keys.
+        mask: Allowed keys of each row, ``(B or 1, T, L)`` bool; None for all keys.
 
     Returns:
-        ``(B, H, T, E)``, dtype of ``q``, a view of a tensor ``(B, T, H, E)``, so heads merge
-        without a copy.
+        ``(B, H, T, E)``, dtype of ``q``. It is a view of a tensor ``(B, T, H, E)``, so that heads
+        can be merged without a copy.
 
     Raises:
         ValueError: If a shape, dtype or device is wrong.
@@ -81,16 +82,16 @@ def pointwise(x: Tensor, function: str) -> Tensor:
     other instruction sets may round differently. The op is not differentiable and ignores autocast.
 
     Args:
-        x: float32 or bfloat16 on the CPU, of any shape and strides.
-        function: ``"cos"`` or ``"sin"`` (NaN above ``2**24`` in magnitude), ``"gelu"``,
-            ``"gelu_tanh"`` (its approximation by tanh), ``"rsqrt"``, ``"sigmoid"``, ``"silu"``,
-            ``"softplus"`` or ``"tanh"``.
+        x: Tensor of float32 or bfloat16 on the CPU, of any shape and strides.
+        function: Name of the function: ``"cos"`` or ``"sin"`` (NaN if ``x`` is above ``2**24`` in
+            magnitude), ``"gelu"``, ``"gelu_tanh"`` (GELU approximated by tanh), ``"rsqrt"``,
+            ``"sigmoid"``, ``"silu"``, ``"softplus"`` or ``"tanh"``.
 
     Returns:
         ``function(x)`` in the shape and dtype of ``x``.
 
     Raises:
-        ValueError: If the dtype, the device or the name is not one of these.
+        ValueError: If the dtype, the device or the function is not supported.
         RuntimeError: If a gradient is requested.
     """
     return _c.pointwise.default(x, function)

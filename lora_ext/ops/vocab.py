@@ -1,10 +1,11 @@
 """Losses over a vocabulary that never store all logits at once.
 
-Each chunk of columns of the logits is computed, added to running maxima and sums, and discarded.
-With a frozen output layer (and no softcap in :func:`chunked_kl`), the forward adds the chunk's
-share to the gradient of the hidden states, as FlashAttention adds values, so cross entropy takes
-two products. Otherwise the backward computes the logits again. docs/chunked_loss.md has the
-formulas, docs/notes/chunked_loss.md the figures.
+The logits are computed in chunks of columns (tokens of the vocabulary). Each chunk updates running
+maxima and sums, and is discarded. If the output layer is frozen (and :func:`chunked_kl` has no
+softcap), the forward also adds the chunk's share to the gradient of the hidden states, as
+FlashAttention adds values. Forward and backward of cross entropy then take two products with the
+weight. Otherwise the backward computes the logits again. docs/chunked_loss.md lists the formulas,
+docs/notes/chunked_loss.md the measurements.
 
 Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states per row.
 """
@@ -36,25 +37,26 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Compute the mean cross entropy of an output layer from ``chunk`` columns of logits at a time.
 
-    ``mean_n (log sum_v exp z[n, v] - z[n, y_n])`` with ``z = hidden @ weight^T + bias``, or with
-    ``softcap * tanh(z / softcap)`` instead of ``z`` if softcap is given. The mean is over the rows
-    that are not ignored; if all are, the loss and its gradients are 0.
+    The loss is ``mean_n (log sum_v exp z[n, v] - z[n, y_n])`` with ``z = hidden @ weight^T + bias``
+    and labels ``y``. With softcap, ``softcap * tanh(z / softcap)`` replaces ``z``. The mean is over
+    the rows that are not ignored; if all rows are ignored, the loss and its gradients are 0.
 
-    No tensor of ``N x V`` numbers is allocated, forward or backward, if ``chunk < V``. Besides
-    arguments and gradients, ``N * chunk`` logits and a few ``N * d`` sums are in memory.
-    Differentiable once in hidden, weight and bias. Our own code gives the same bits for any number
-    of threads; torch computes the products with the weight and the last mean.
+    Neither forward nor backward allocates a tensor of ``N x V`` numbers if ``chunk < V``. In
+    addition to arguments and gradients, ``N * chunk`` logits and a few ``N * d`` sums are in
+    memory. Differentiable once in hidden, weight and bias. The bits of our own code do not depend
+    on the number of threads; those of torch's products with the weight and of the last mean may.
 
     Args:
-        hidden: ``(N, d)``, float32, float16, bfloat16, or float64 on the CPU.
-        weight: ``(V, d)``, likewise. Products use the wider of the two dtypes, or autocast's;
-            float16 is multiplied as float32 on the CPU.
-        bias: ``(V,)`` or None.
-        labels: ``(N,)`` int64, each ``ignore_index`` or in ``[0, V)``. A GPU does not check them in
-            advance: other labels make the loss NaN.
+        hidden: Hidden states ``(N, d)``, float32, float16, bfloat16, or float64 on the CPU.
+        weight: Weight ``(V, d)`` of the output layer, in one of these dtypes. Products use the
+            wider of the two dtypes, or that of autocast; float16 is multiplied as float32 on the
+            CPU.
+        bias: Bias ``(V,)`` of the output layer, or None.
+        labels: Labels ``(N,)`` int64 in ``[0, V)``, or ``ignore_index``. On a GPU, their range is
+            not checked; other labels make the loss NaN.
         chunk: Number of columns of logits in memory at a time.
         ignore_index: Label of ignored rows.
-        softcap: Bound of the logits, or None.
+        softcap: Bound of the absolute values of the logits, or None.
 
     Returns:
         Scalar, float32, or float64 if ``hidden`` or ``weight`` is.
@@ -86,25 +88,27 @@ def chunked_kl(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Compute the mean divergence of students from a teacher with one output layer, in chunks.
+    """Compute the mean divergence of students from a teacher with the same output layer, in chunks.
 
-    ``tau^2 mean_{e < k, n} KL(softmax(z_k[n] / tau) || softmax(z_e[n] / tau))`` with
+    The students are the first ``k - 1`` hidden states of a row, and the teacher is the last one.
+    The loss is ``tau^2 mean_{e < k, n} KL(softmax(z_k[n] / tau) || softmax(z_e[n] / tau))`` with
     ``z_e = hiddens[e] @ weight^T + bias``, soft-capped as in :func:`chunked_cross_entropy`. The
     mean is over the rows of the mask; without such a row, or without a student, the loss and its
-    gradients are 0. The teacher gets gradient zero, and the output layer gets gradients from the
-    students only.
+    gradients are 0. The gradient of the teacher is zero, and the gradients of the output layer are
+    only from the students.
 
     Memory, derivatives, dtypes and bits are as in :func:`chunked_cross_entropy`, with ``k N``
     instead of ``N``. Equal logits give exactly 0.
 
     Args:
-        hiddens: ``k`` tensors ``(N, d)`` of one dtype, normalised, the teacher last.
-        weight: ``(V, d)``.
-        bias: ``(V,)`` or None.
+        hiddens: ``k`` tensors ``(N, d)`` of normalised hidden states in one dtype, the teacher
+            last.
+        weight: Weight ``(V, d)`` of the output layer.
+        bias: Bias ``(V,)`` of the output layer, or None.
         tau: Temperature.
         chunk: Number of columns of logits in memory at a time.
-        mask: ``(N,)`` bool, True for the rows to average, or None for all.
-        softcap: Bound of the logits, or None.
+        mask: Rows to average, ``(N,)`` bool, or None for all.
+        softcap: Bound of the absolute values of the logits, or None.
 
     Returns:
         Scalar, float32, or float64 if a hidden state or ``weight`` is.
@@ -149,7 +153,8 @@ def _gradient_in_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
 def _check_output_layer(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, softcap: float | None
 ) -> None:
-    # The compiled op gets the tensors after a cast, and 0 for no softcap.
+    # These arguments are checked here, because the compiled op receives the tensors after a cast,
+    # and 0 instead of None for the softcap.
     require_dim(op, "weight", weight, "(V, d)")
     require_tensor(op, "weight", weight, "(V, d)", (weight.shape[0], hidden.shape[1]), *FLOATS)
     if bias is not None:
@@ -176,7 +181,7 @@ def _fake_kl(hiddens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save states, weight, bias, and labels or mask of either loss, and its settings."""
+    """Save the hidden states, weight, bias, labels or mask, and settings of either loss."""
     ctx.settings = inputs[4:-1]
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -185,7 +190,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(
     op: str, library: Any, ctx: Any, dloss: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of states, weight and bias of either loss, and None for the rest."""
+    """Return the gradients of the hidden states, weight and bias, and None for the other inputs."""
     needs = ctx.needs_input_grad[:3]
     grads = getattr(library, op)(dloss, *ctx.saved_tensors, *ctx.settings, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6

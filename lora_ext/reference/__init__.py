@@ -1,7 +1,8 @@
-"""Formula of every op in plain torch: slow, readable, exact in float64 and without kernels.
+"""Formulas of all ops in plain torch: slow but readable, and without kernels.
 
-A function has the name of its op. If its docstring gives only the formula, :mod:`lora_ext.ops`
-documents the arguments, shapes, results and sources. Wrong arguments raise torch's errors here.
+A function has the name of its op. If its docstring contains only the formula, :mod:`lora_ext.ops`
+documents the arguments, shapes, results and sources. Here wrong arguments raise torch's errors.
+Tests use the float64 results of these functions as exact.
 """
 
 # pyright: reportUnusedImport=false

@@ -1,7 +1,9 @@
-"""Probabilistic circuits with parameters that a network emits per row, one formula per function.
+"""Probabilistic circuits with parameters that a network computes per row, one formula per function.
 
-A circuit is a normalised joint distribution over a window of ``K`` tokens. Letters: ``B`` rows,
-``K`` positions, ``C`` components (states), ``V`` vocabulary, ``M`` transition matrices.
+A circuit is a normalised joint distribution over a window of ``K`` tokens.
+
+Letters: ``B`` rows, ``K`` positions of the window, ``C`` components (states of a latent), ``V``
+vocabulary, ``M`` transition matrices.
 
 =========  =====  ==================================================================================
 kind       M      joint distribution
@@ -19,7 +21,7 @@ Logits are normalised over their last axis: ``prior (B, C)``, ``trans (B, M, C, 
 events have log-probability ``-inf`` and gradient zero, never NaN.
 
 Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv 2511.11346).
-Our choice: the left-to-right scan, one pass for all prefixes (docs/circuits.md).
+Our choice: a scan from left to right, which takes one pass for all prefixes (docs/circuits.md).
 """
 
 from collections.abc import Callable
@@ -37,10 +39,10 @@ class CircuitScan(NamedTuple):
     """Result of one pass over a window.
 
     Attributes:
-        prefix: ``(B, K)`` ``log p(x_1 .. x_k)``; the last column is the joint log-probability.
-        conditional: ``(B, K)`` ``log p(x_k | x_<k)``; ``-inf`` if the prefix is impossible.
-        posterior: ``(B, K, C)`` ``p(state at k | x_<k)``; rows sum to one, or are zero if the
-            prefix is impossible.
+        prefix: ``log p(x_1 .. x_k)``, ``(B, K)``; the last column is the joint log-probability.
+        conditional: ``log p(x_k | x_<k)``, ``(B, K)``; ``-inf`` if the prefix is impossible.
+        posterior: ``p(state at k | x_<k)``, ``(B, K, C)``; it sums to one over the states, or is
+            zero if the prefix is impossible.
     """
 
     prefix: Tensor
@@ -52,9 +54,9 @@ class CircuitSample(NamedTuple):
     """Drafted window with the values that its verification needs.
 
     Attributes:
-        tokens: ``(B, K)`` int64.
-        conditional: ``(B, K)`` ``log q(x_k | x_<k)``.
-        posterior: ``(B, K, C)`` ``q(state at k | x_<k)``, as in :class:`CircuitScan`.
+        tokens: Drafted tokens, ``(B, K)`` int64.
+        conditional: ``log q(x_k | x_<k)``, ``(B, K)``, for the circuit's distribution q.
+        posterior: ``q(state at k | x_<k)``, ``(B, K, C)``, as in :class:`CircuitScan`.
     """
 
     tokens: Tensor
@@ -68,12 +70,15 @@ def num_transitions(kind: str, n_token: int) -> int:
 
 
 def left_size(length: int) -> int:
-    """Return the size of the left child of a tree node: half, rounded to even at a tie."""
+    """Return the number of positions of a node's left child: half, rounded to even at a tie."""
     return round(length / 2)
 
 
 def logsumexp(t: Tensor, dim: int = -1) -> Tensor:
-    """Compute ``log sum exp``; a sum of only ``-inf`` is ``-inf`` with gradient zero."""
+    """Compute ``log sum exp(t)``.
+
+    If all entries are ``-inf``, the result is ``-inf`` with gradient zero.
+    """
     top = t.amax(dim, keepdim=True).detach()
     top = torch.where(top == -torch.inf, 0, top)
     total = (t - top).exp().sum(dim, keepdim=True)
@@ -89,7 +94,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 def _observe(leaf: Tensor, x: Tensor) -> Tensor:
-    """Gather log-probabilities ``leaf (B, ..., V)`` at tokens ``x``; 0 where ``x`` is -1."""
+    """Gather log-probabilities ``leaf (B, ..., V)`` at tokens ``x``; 0 if a token is -1."""
     index = x.clamp(min=0)[..., None, None].expand(*leaf.shape[:-1], 1)
     return torch.where(x[..., None] < 0, 0, leaf.gather(-1, index).squeeze(-1))
 
@@ -97,14 +102,17 @@ def _observe(leaf: Tensor, x: Tensor) -> Tensor:
 def _walk(
     kind: str, n_token: int, prior: Tensor, trans: Tensor, observe: Callable[[int, Tensor], Tensor]
 ) -> None:
-    """Traverse the positions from left to right.
+    """Call ``observe`` for all positions from left to right.
 
     ``observe(k, cur)`` receives ``cur (B, C) = log p(state at k, x_<k)`` and returns
-    ``e (B, C) = log p(x_k | state)``.
+    ``e (B, C) = log p(x_k | state)``, from which the next ``cur`` is computed.
     """
 
     def visit(lo: int, hi: int, cur: Tensor, node: int) -> tuple[Tensor, int]:
-        """Return ``log p(tokens | state)`` of a tree node over ``[lo, hi)``, and the next node."""
+        """Call ``observe`` for the positions ``[lo, hi)`` of a tree node.
+
+        Return ``log p(tokens | state)`` of the node, and the index of the next node in pre-order.
+        """
         up = torch.zeros_like(cur)
         middle = lo + left_size(hi - lo)
         for first, last in ((lo, middle), (middle, hi)):
@@ -129,7 +137,7 @@ def _walk(
 
 
 def _normalised(leaf: Tensor, prior: Tensor | None, trans: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of prior and transitions, in the accumulator's dtype."""
+    """Return the log-probabilities of prior and transitions, in the dtype of ``accumulator``."""
     dtype = accumulator(leaf.dtype)
     rows, components = leaf.shape[0], leaf.shape[2]
     if prior is None:  # All components are equally likely.
@@ -177,18 +185,26 @@ def _mixture(posterior: Tensor, leaf: Tensor) -> Tensor:
 def circuit_conditional_dist(
     kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, x: Tensor, k: Tensor
 ) -> Tensor:
-    """Compute ``log q(. | x_<k)`` of each row at its position ``k (B,)``, ``(B, V)``."""
+    """Compute ``log q(. | x_<k)`` at the position ``k (B,)`` of each row, ``(B, V)``."""
     rows = torch.arange(leaf.shape[0], device=leaf.device)
     posterior = circuit_scan(kind, leaf, prior, trans, x).posterior
     return _mixture(posterior[rows, k], leaf[rows, k].to(posterior.dtype))
 
 
 def draw(p: Tensor, uniform: Tensor) -> Tensor:
-    """Return the smallest index of positive weight with a running sum above ``uniform * total``.
+    """Draw an index with probability proportional to its weight.
 
-    ``p (B, N)`` are weights and ``uniform (B,)`` is in [0, 1). If no sum is larger because of
-    rounding, return the last index of positive weight; if all weights are zero, return 0. Sums are
-    float64, so that small weights after large ones still count.
+    It is the smallest index with a positive weight and a running sum above ``uniform * total``. If
+    no running sum is larger because of rounding, it is the last index with a positive weight. If
+    all weights are zero, it is 0. Sums are float64, so that small weights after large ones are not
+    lost.
+
+    Args:
+        p: Weights ``(B, N)`` of N indices.
+        uniform: Uniform numbers ``(B,)`` in [0, 1).
+
+    Returns:
+        ``(B,)`` int64.
     """
     sums = p.double().cumsum(-1)
     hit = (sums > uniform[:, None].double() * sums[:, -1:]) & (p > 0)
@@ -204,10 +220,11 @@ def circuit_sample(
     uniforms: Tensor,
     evidence: Tensor | None = None,
 ) -> CircuitSample:
-    """Draw exact samples of a window, with each token's log-probability given those before it.
+    """Draw exact samples of a window, with the log-probability of each token given its prefix.
 
     At each position, :func:`draw` samples ``z ~ posterior_k`` and ``x_k ~ leaf_{k,z}``. The scan
-    continues with the drawn token under every state. Tokens of ``evidence`` are kept.
+    then continues with the log-probabilities of the drawn token under all states, not only ``z``.
+    Tokens of ``evidence`` are not drawn.
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
@@ -238,9 +255,10 @@ def circuit_argmax(
     trans: Tensor | None,
     evidence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`lora_ext.ops.circuit_argmax`: best values upward, choices downward.
+    """Compute :func:`lora_ext.ops.circuit_argmax` by max-product.
 
-    No fast method is known for the mode over tokens alone, which maximises a sum over latents.
+    An upward pass computes the best values, and a downward pass reads the choices. No fast method
+    is known for the mode of only the tokens, which maximises a sum over latents.
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
@@ -259,8 +277,8 @@ def circuit_argmax(
     def after(choice: Tensor, deeper: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         return lambda state: deeper(choice[row, state])
 
-    # Return the best value of a part for each state above it, the next free node, and the function
-    # that sets the tokens of the part for a chosen state.
+    # Return the best value of the positions [lo, hi) for each state of the parent, the index of the
+    # next node, and a function that sets these tokens for a chosen state.
     def up(lo: int, hi: int, node: int) -> tuple[Tensor, int, Callable[[Tensor], None]]:
         if hi - lo == 1:
             return best[:, lo], node, lambda state: take(lo, state)
@@ -316,8 +334,8 @@ def spec_verify(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`lora_ext.ops.spec_verify` by its formula.
 
-    A token with ``q = 0`` is never accepted, because the circuit cannot have drawn it. Temperature
-    0 does not use the uniforms.
+    A token with ``q = 0`` is never accepted, because the circuit cannot have drawn it. With
+    temperature 0, the uniform numbers are not used.
     """
     dtype = accumulator(target.dtype)
     rows, n_token = tokens.shape
@@ -346,7 +364,7 @@ def spec_verify(
 def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
     """Compute ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, ``(B, K, C)``.
 
-    It is 0 where ``x`` is -1.
+    It is 0 if ``x[b, k]`` is -1.
     """
     wide = accumulator(h.dtype)
     logits = torch.einsum("bd,kcvd->bkcv", h.to(wide), emit.to(wide))

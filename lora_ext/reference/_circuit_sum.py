@@ -1,7 +1,9 @@
 """Sum layers of probabilistic circuits in log space, one formula per function.
 
-Letters: ``B`` rows, ``I`` units summed over, ``O`` sums, ``G`` groups. Log-weights and values may
-be ``-inf``: an impossible sum stays ``-inf`` with gradient zero, never NaN.
+Letters: ``B`` rows, ``I`` terms of a sum, ``O`` sums, ``G`` groups.
+
+Log-weights and values may be ``-inf``. A sum with only such terms is ``-inf`` with gradient zero,
+never NaN.
 """
 
 from typing import Literal, NamedTuple, overload
@@ -20,7 +22,7 @@ class LogMax(NamedTuple):
 
     Attributes:
         values: ``max_i (log W[o, i] + values[i])``, in the shape of the sum.
-        indices: int64, the lowest ``i`` with that value; 0 if all are ``-inf``.
+        indices: Lowest ``i`` with this value, int64; 0 if all terms are ``-inf``.
     """
 
     values: Tensor
@@ -28,7 +30,10 @@ class LogMax(NamedTuple):
 
 
 def log_weights(w: Tensor, norm: str) -> Tensor:
-    """Convert weights of one of :data:`NORMS` to log-weights, in the accumulator's dtype."""
+    """Convert weights to log-weights in the dtype of ``accumulator``.
+
+    ``norm`` is one of :data:`NORMS`, see :func:`lora_ext.ops.log_einsum_exp`.
+    """
     w = w.to(accumulator(w.dtype))
     if norm == "logits":
         return log_softmax(w)

@@ -1,6 +1,7 @@
 """Batched multi-adapter LoRA, one formula per function.
 
-Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters, ``P`` pages.
+Letters: ``T`` tokens (rows), ``I`` input features, ``O`` output features, ``R`` largest rank, ``A``
+adapters, ``P`` pages. ``s = adapter_ids[t]`` is the adapter of row t.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,14 +11,14 @@ from torch import Tensor
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums of values of ``dtype``."""
+    """Return the dtype in which values of ``dtype`` are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rows_of_adapters(
     adapter_ids: Tensor, adapters: int, max_rank: int, ranks: Tensor | None
 ) -> Iterator[tuple[int, Tensor, int]]:
-    """Yield (adapter, its rows, its rank) for every adapter with rows and a positive rank."""
+    """Yield the index, the rows and the rank of every adapter with rows and a positive rank."""
     for s in range(adapters):
         rank = max_rank if ranks is None else int(ranks[s])
         rows = (adapter_ids == s).nonzero()[:, 0]
@@ -134,7 +135,10 @@ def lora_apply_siblings_(
     ranks: Sequence[Tensor] = (),
     page_table: Sequence[Tensor] = (),
 ) -> Sequence[Tensor]:
-    """Call :func:`lora_apply_` for every module on the same rows; an empty list means None."""
+    """Call :func:`lora_apply_` for every module on the same rows.
+
+    An empty list stands for None.
+    """
     for m, each in enumerate(y):
         rest = (part[m] if part else None for part in (scale, ranks, page_table))
         lora_apply_(each, x, a[m], b[m], adapter_ids, *rest)
@@ -142,7 +146,10 @@ def lora_apply_siblings_(
 
 
 def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -> Tensor:
-    """Set ``ids[t] = seg_adapter[s]`` for ``seg_indptr[s] <= t < seg_indptr[s + 1]``, else -1."""
+    """Return ``ids[t] = seg_adapter[s]`` for ``seg_indptr[s] <= t < seg_indptr[s + 1]``.
+
+    Rows outside all segments have -1.
+    """
     ids = torch.full((num_tokens,), -1, dtype=torch.int32)
     for s in range(seg_adapter.numel()):
         ids[int(seg_indptr[s]) : int(seg_indptr[s + 1])] = int(seg_adapter[s])
@@ -152,7 +159,7 @@ def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -
 def lora_plan(
     adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None = None
 ) -> dict[str, Tensor | int]:
-    """Group rows by adapter; return a dictionary of the plan's fields (``lora_ext/lora.h``)."""
+    """Group rows by adapter; return the fields of the plan that ``lora_ext/lora.h`` defines."""
     ids = adapter_ids.long().cpu()
     rows = ids.numel()
     bad = (ids < -1) | (ids >= num_adapters)

@@ -1,5 +1,7 @@
 """Whole circuits, one node at a time, one formula per function.
 
+A node is a region of sums, or an input over several variables.
+
 Letters: ``B`` rows, ``N`` leaf units, ``U`` units, ``W`` weights, ``M`` blocks of leaf units.
 """
 
@@ -15,7 +17,8 @@ from ._circuit_sum import log_einsum_exp
 def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
     """Compute :func:`lora_ext.ops.circuit_table` by indexing.
 
-    With the norm "logits", rows of the table are logits; with "none", log-probabilities.
+    With ``norm="logits"``, the rows of the table are logits; with "none", they are
+    log-probabilities.
     """
     table = log_softmax(table) if norm == "logits" else table
     rows = row[:, None] + torch.arange(block, device=row.device)  # (M, block)
@@ -28,10 +31,8 @@ def circuit_layers(
 ) -> Tensor:
     """Compute the log-values of all units, one node at a time: products of children, then sums.
 
-    Args:
-        leaf, w, norm, semiring: as in the op.
-        program: int32, the ``numbers`` of the op's program, in the layout of
-            ``csrc/include/lora_ext/circuit_layers.h``.
+    ``program`` is int32, the ``numbers`` of the op's program in the layout of
+    ``csrc/include/lora_ext/circuit_layers.h``. The other arguments are those of the op.
     """
     lists = _Lists(program)
     val = [leaf.new_zeros(len(leaf))] * lists.num_units
@@ -52,10 +53,10 @@ def circuit_layers(
 def circuit_layers_walk(
     val: Tensor, w: Tensor, program: Tensor, root: Tensor, uniforms: Tensor | None = None
 ) -> Tensor:
-    """Walk from the roots to the leaves, into one term of each sum and all factors of a product.
+    """Walk from a root to the leaves, along one term of each sum and all factors of each product.
 
-    The term is drawn by :func:`draw` with ``uniforms``, and the largest without. ``program`` is as
-    in :func:`circuit_layers`.
+    With ``uniforms``, :func:`draw` draws the term; otherwise it is the largest term. ``program`` is
+    as in :func:`circuit_layers`.
     """
     lists = _Lists(program)
     walks = len(root) if uniforms is None else len(uniforms)

@@ -1,12 +1,13 @@
 """Formulas of constrained generation, dense over states, latents and tokens.
 
-A constraint is ``delta (S, V)`` int64: the next state, -1 for a forbidden token, and ``S`` after
-the end of the text. A guide is a hidden Markov model with ``transition (H, H)`` and
-``emission (H, V)``; ``law (H,)`` is the distribution of its state at the next token. Of ``n``
-tokens ``k`` are left, including the one that ends the text; at least ``least`` precede it.
+A constraint is ``delta (S, V)`` int64, the next state for each of ``S`` states and ``V`` tokens: -1
+for a forbidden token, and ``S`` after the end of the text. A guide is a hidden Markov model with
+``transition (H, H)`` and ``emission (H, V)``; ``law (H,)`` is the distribution of its state at the
+next token. The budget is ``n`` tokens, including the end token, of which ``k`` are left; at least
+``least`` tokens precede the end token.
 
-Source: docs/control.md; the recursion is that of Ctrl-G (arXiv 2406.13892) with a budget that
-counts the end.
+Source: docs/control.md. The recursion is that of Ctrl-G (arXiv 2406.13892); our choice: a budget
+that includes the end token.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from torch import Tensor
 
 
 def control_live(delta: Tensor, budget: int, least: int = 0) -> Tensor:
-    """Return whether each state can reach the end in k tokens or less, ``(n + 1, S + 1)`` bool."""
+    """Return whether each state can reach the end in at most k tokens, ``(n + 1, S + 1)`` bool.
+
+    ``k`` is the first index.
+    """
     states = len(delta)
     live = torch.zeros(budget + 1, states + 1, dtype=torch.bool)
     live[:, states] = True
@@ -30,7 +34,8 @@ def control_messages(
 ) -> Tensor:
     """Compute the probability ``C (n + 1, S + 1, H)`` that a guide completes the text in k tokens.
 
-    ``C_k(s, z) = sum_z' T(z, z') sum_x beta(z', x) C_{k-1}(delta(s, x), z')``; 1 after the end.
+    ``C_k(s, z) = sum_z' T(z, z') sum_x beta(z', x) C_{k-1}(delta(s, x), z')`` with the transition
+    ``T`` and the emission ``beta``; 1 after the end.
     """
     states = len(delta)
     out = [emission.new_zeros(states + 1, len(transition))]
@@ -53,7 +58,8 @@ def control_ratio(
 ) -> Tensor:
     """Compute the guide's probability ``r (V,)`` of satisfying the constraint after each token.
 
-    ``r(x) = sum_z A(z) beta(z, x) C_{k-1}(delta(s, x), z) / sum_z A(z) beta(z, x)``.
+    ``r(x) = sum_z A(z) beta(z, x) C_{k-1}(delta(s, x), z) / sum_z A(z) beta(z, x)`` with the law
+    ``A`` and the emission ``beta``; ``C`` are the ``messages``.
     """
     closed = len(messages) - 1 - k < least
     ahead = messages[k - 1][delta[state]] * _open(delta, closed)[state, :, None]  # (V, H)
@@ -68,5 +74,5 @@ def control_filter(law: Tensor, transition: Tensor, emission: Tensor, token: int
 
 
 def _open(delta: Tensor, closed: bool) -> Tensor:
-    """Return which edges are allowed, ``(S, V)``; edges into the end only if not ``closed``."""
+    """Return which edges are allowed, ``(S, V)``; if ``closed``, edges into the end are not."""
     return (delta >= 0) & ~((delta == len(delta)) & closed)

@@ -1,4 +1,4 @@
-"""Mixtures of normalised hidden states of several depths, one formula per function."""
+"""Mixtures of normalised hidden states of several layers, one formula per function."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,10 @@ from ._lora import accumulator
 def depth_norm(
     hidden: Tensor, gamma: Tensor, eps: float, beta: Tensor | None = None, norm: str = "rms"
 ) -> Tensor:
-    """Compute ``gamma * h / sqrt(mean(h^2) + eps) + beta``; "layer" first subtracts the mean.
+    """Compute ``gamma * h / sqrt(mean(h^2) + eps) + beta`` of each hidden state.
 
-    The result is float32 (float64 for float64), not rounded to the dtype of ``hidden``.
+    ``norm="layer"`` first subtracts the mean of ``h``. The result is float32 (float64 for float64),
+    not rounded to the dtype of ``hidden``.
     """
     wide = accumulator(hidden.dtype)
     h = hidden.to(wide)

@@ -1,4 +1,7 @@
-"""Measures of adapters and their effect on a weight, one formula per function."""
+"""Gram matrices of adapters, and the effect of an adapter on a weight, one formula per function.
+
+Letters: ``I`` input features, ``O`` output features, ``r`` rank of the adapter, ``L`` adapters.
+"""
 
 from collections.abc import Sequence
 
@@ -11,8 +14,10 @@ from ._lora import accumulator
 def lora_gram(
     a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Compute ``a @ a^T`` and ``b^T @ b`` of every adapter, ``(r, r)`` each, in the accumulation
-    dtype."""
+    """Compute ``a @ a^T`` and ``b^T @ b`` of every adapter, ``(r, r)`` each.
+
+    The results have the dtype ``dtype``, or that of ``accumulator`` if it is None.
+    """
     wide_a = [t.to(dtype or accumulator(t.dtype)) for t in a]
     wide_b = [t.to(dtype or accumulator(t.dtype)) for t in b]
     return [t @ t.T for t in wide_a], [t.T @ t for t in wide_b]
@@ -26,7 +31,7 @@ def lora_pair_stats(
 ) -> Tensor:
     """Compute ``(|D|^2, |PD|^2, <PD, D>, |PD - D|^2)`` of every adapter, ``(L, 4)`` float64.
 
-    ``D = scaling * b @ a`` and ``PD = scaling * projected_b @ a`` are computed in full.
+    ``D = scaling * b @ a`` and ``PD = scaling * projected_b @ a`` are formed as matrices.
     """
     rows: list[Tensor] = []
     for a_s, b_s, p_s, s in zip(a, b, projected_b, scaling, strict=True):
@@ -50,7 +55,9 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
 
 
 def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """Compute ``|| weight + scale * b @ a ||`` of every row, ``(O,)``, in the accumulation dtype.
+    """Compute ``|| weight + scale * b @ a ||`` of every row, ``(O,)``.
+
+    The result has the dtype of ``accumulator``.
 
     Source: DoRA (Liu et al. 2024), eq. 5.
     """

@@ -1,6 +1,7 @@
 """Training of batched multi-adapter LoRA, one formula per function.
 
-Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters.
+Letters: ``T`` tokens (rows), ``I`` input features, ``O`` output features, ``R`` largest rank, ``A``
+adapters.
 """
 
 import torch
@@ -8,13 +9,16 @@ from torch import Tensor
 
 from ._lora import accumulator, rows_of_adapters
 
-_WORD = 0xFFFFFFFF  # 32-bit words are kept in int64: torch has no unsigned arithmetic on them.
+_WORD = 0xFFFFFFFF  # 32-bit words are stored as int64: torch lacks unsigned arithmetic for them
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def _multiply(m: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the high and low word of the 64-bit product, in 16-bit halves to avoid overflow."""
+    """Return the high and low word of the 64-bit product.
+
+    It is computed from 16-bit halves of ``word``, because the product would overflow int64.
+    """
     low, high = m * (word & 0xFFFF), m * (word >> 16)
     middle = (low >> 16) + (high & 0xFFFF)
     return (high >> 16) + (middle >> 16), ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -38,8 +42,9 @@ def _philox4x32_10(counter: Tensor, key: tuple[int, int]) -> Tensor:
 def dropout_keep(rows: int, columns: int, p: float, seed: int | Tensor) -> Tensor:
     """Return which elements dropout keeps, ``(rows, columns)`` bool.
 
-    An element is kept if ``word >= round(p * 2^32)``. ``word`` is entry ``column % 4`` of Philox at
-    counter ``(row, column / 4, 0, 0)``, with the two halves of the seed as key.
+    An element is kept if ``word >= round(p * 2^32)``. ``word`` is entry ``column % 4`` of the
+    result of Philox for the counter ``(row, column / 4, 0, 0)`` and the two halves of the seed as
+    key.
     """
     seed = int(seed)
     row = torch.arange(rows)[:, None].expand(rows, -(-columns // 4))
@@ -52,7 +57,7 @@ def dropout_keep(rows: int, columns: int, p: float, seed: int | Tensor) -> Tenso
 
 
 def lora_dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tensor:
-    """Compute ``y[t, i] = x[t, i] / (1 - p)`` for kept elements, else 0; rounded once."""
+    """Compute ``y[t, i] = x[t, i] / (1 - p)`` for kept elements, otherwise 0; rounded once."""
     if p == 0:
         return x.clone()
     assert seed is not None
@@ -62,10 +67,10 @@ def lora_dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tenso
 
 
 def dropout_keep_of_adapters(adapter_ids: Tensor, columns: int, p: float, seed: Tensor) -> Tensor:
-    """Return :func:`dropout_keep` of the rows of each adapter with its seed, ``(T, columns)`` bool.
+    """Return which elements dropout keeps with one seed per adapter, ``(T, columns)`` bool.
 
-    ``seed`` is ``(A,)``. The number of a row is its index among the rows of its adapter. Rows with
-    id -1 are kept.
+    ``seed`` is ``(A,)``. The mask of an adapter's rows is :func:`dropout_keep` with its seed, where
+    the number of a row is its index among these rows. All elements of rows with id -1 are kept.
     """
     keep = adapter_ids.new_ones(adapter_ids.shape[0], columns, dtype=torch.bool)
     for s in range(seed.numel()):
@@ -103,7 +108,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """Compute :func:`lora_ext.ops.lora_linear`, one adapter at a time, with autograd's backward."""
+    """Compute :func:`lora_ext.ops.lora_linear`, one adapter at a time."""
     dtype = accumulator(x.dtype)
     y = x.new_zeros(x.shape[0], b.shape[1], dtype=dtype)
     if weight is not None:

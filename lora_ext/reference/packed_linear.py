@@ -6,9 +6,9 @@ from torch.nn.functional import pad
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """Pack ``(O, I)`` into panels of 32 outputs, ``(panels, I, 32)``.
+    """Copy a weight ``(O, I)`` into panels of 32 output features, ``(panels, I, 32)``.
 
-    Bfloat16 packs pairs of in-features: ``(panels, ceil(I / 2), 32, 2)``, or
+    For bfloat16, the panels contain pairs of input features: ``(panels, ceil(I / 2), 32, 2)``, or
     ``(panels, ceil(I / 2), 64)`` if ``I`` is odd.
     """
     together = 2 if weight.dtype == torch.bfloat16 else 1

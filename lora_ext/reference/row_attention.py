@@ -1,7 +1,7 @@
 """Attention, one formula per function.
 
-Letters: ``B`` sequences, ``H`` heads, ``G`` key heads, ``T`` queries, ``L`` keys, ``D`` and ``E``
-features.
+Letters: ``B`` sequences, ``H`` query heads, ``G`` key heads, ``T`` queries, ``L`` keys, ``D``
+features of queries and keys, ``E`` features of values.
 """
 
 import torch
@@ -18,7 +18,11 @@ def seen_keys(
     mask: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Return which keys causal, spans and mask (if given) all allow, ``(B or 1, T, L)`` bool."""
+    """Return which keys a row may attend to, ``(B or 1, T, L)`` bool.
+
+    These are the keys that ``causal``, ``spans`` and ``mask`` all allow, see
+    :func:`lora_ext.ops.row_attention`.
+    """
     at = torch.arange(keys, device=device)
     seen = torch.ones(1, rows, keys, dtype=torch.bool, device=device)
     if causal:
@@ -38,7 +42,7 @@ def row_attention(
     spans: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute :func:`lora_ext.ops.row_attention`, ``softmax(scale q k^T) v`` over seen keys."""
+    """Compute :func:`lora_ext.ops.row_attention`, ``softmax(scale q k^T) v`` over allowed keys."""
     wide = accumulator(q.dtype)
     seen = seen_keys(q.shape[2], k.shape[2], causal, spans, mask, q.device)[:, None]
     if k.shape[2] == 0:
@@ -48,7 +52,7 @@ def row_attention(
     scores = q.to(wide) @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~seen, -torch.inf)
     weights = (scores - scores.amax(-1, keepdim=True)).exp().masked_fill(~seen, 0)
-    # Values that are not seen may be infinite or NaN, and 0 times those is NaN.
+    # Values of keys that are not allowed may be infinite or NaN, and 0 times them is NaN.
     terms = (weights.unsqueeze(-1) * v.unsqueeze(2)).masked_fill(~seen.unsqueeze(-1), 0)
     y = terms.sum(3) / weights.sum(-1, keepdim=True)  # (B, H, T, E)
     return y.masked_fill(~seen.any(-1, keepdim=True), 0).to(q.dtype)

@@ -15,7 +15,7 @@ from ._lora import accumulator
 def vocab_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
 ) -> Tensor:
-    """Compute ``z = hidden @ weight^T + bias``, or ``c tanh(z / c)`` with ``c = softcap``.
+    """Compute ``z = hidden @ weight^T + bias``, or with a softcap c ``c * tanh(z / c)``.
 
     The result is float32 (float64 for float64).
     """
@@ -34,7 +34,7 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Compute ``mean_n (log sum_v exp z[n, v] - z[n, y_n])`` over the rows that are not ignored.
 
-    The loss is 0 if all rows are ignored.
+    ``z`` are the logits and ``y`` the labels. The loss is 0 if all rows are ignored.
     """
     valid = labels != ignore_index
     log_p = vocab_logits(hidden, weight, bias, softcap).log_softmax(-1)
@@ -52,8 +52,9 @@ def chunked_kl(
 ) -> Tensor:
     """Compute ``tau^2`` times the mean of ``KL(softmax(z_k / tau) || softmax(z_e / tau))``.
 
-    The mean is over ``e < k`` and the rows. The last of ``hiddens`` is the teacher and gets no
-    gradient. The loss is 0 if ``mask`` selects no row, or there is no student.
+    The mean is over the students ``e < k`` and the rows that ``mask`` selects. The last of
+    ``hiddens`` is the teacher and has no gradient. The loss is 0 if ``mask`` selects no row, or if
+    there is no student.
     """
     *students, teacher = (vocab_logits(h, weight, bias, softcap) / tau for h in hiddens)
     log_p = teacher.detach().log_softmax(-1)  # (N, V)

@@ -1,7 +1,8 @@
 """Deterministic automata as arrays: minimisation, products, complements, and bytes to tokens.
 
-An automaton is a table ``(S, classes)`` of next states, -1 for a missing one, a flag per state that
-is True if a text may end there, and the start state. Symbols with equal columns are one class.
+An automaton of ``S`` states has a table ``(S, classes)`` of next states (-1 if there is none), a
+flag per state that is True if a text may end there, and a start state. A class is a set of symbols
+with equal columns in the table. Symbols are bytes or tokens.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from ._limits import Clock
 
 Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
-_CHUNK = 1 << 22  # entries of a table that are filled at once
-_HASHED = 1 << 18  # entries of a table that are hashed at once, so that they fit into the cache
+_CHUNK = 1 << 22  # number of table entries that are filled at once
+_HASHED = 1 << 18  # number of table entries that are hashed at once, to fit into the cache
 
 
 class Automaton(NamedTuple):
     """Deterministic finite automaton.
 
     Attributes:
-        class_of: ``(symbols,)``, the class of each symbol, or -1 if no state reads it.
-        table: ``(S, classes)`` int32, the next states.
-        final: ``(S,)`` bool, True if a text may end in a state.
-        start: the start state.
+        class_of: Class of each symbol, ``(symbols,)``, or -1 if no state has an edge for it.
+        table: Next states ``(S, classes)`` int32; -1 if there is no edge.
+        final: Whether a text may end in each state, ``(S,)`` bool.
+        start: Start state.
     """
 
     class_of: Ints
@@ -52,14 +53,14 @@ def _hash_rows(table: Ints) -> NDArray[np.uint64]:
 
 
 def edges(table: Ints) -> tuple[Ints, Ints]:
-    """Return the distinct pairs of a state and a next state, as sources and targets."""
+    """Return the distinct edges of a table without their symbols, as sources and targets."""
     sources, classes = np.nonzero(table >= 0)
     pairs = np.unique(sources.astype(np.int64) * len(table) + table[sources, classes])
     return pairs // len(table), pairs % len(table)
 
 
 def distances(sources: Ints, targets: Ints, seeds: Ints, states: int) -> Ints:
-    """Return the fewest edges from each state to a seed, -1 for states without a path."""
+    """Return the smallest number of edges from each state to a seed; -1 if there is no path."""
     order = np.argsort(targets, kind="stable")
     before = sources[order]
     first = np.searchsorted(targets[order], np.arange(states + 1))
@@ -80,8 +81,8 @@ def minimal(automaton: Automaton, clock: Clock) -> Automaton:
     """Return the minimal automaton of the same language; equal languages give equal arrays.
 
     States are numbered in breadth-first order from the start, classes by their smallest symbol.
-    States that cannot be reached, or from which no text can end, are removed; for an empty language
-    only the start remains.
+    States that cannot be reached, or from which no text can end, are removed. If the language is
+    empty, only the start remains.
     """
     class_of, table, final, start = _merged_columns(automaton)
     sources, targets = edges(table)
@@ -93,7 +94,7 @@ def minimal(automaton: Automaton, clock: Clock) -> Automaton:
     number[:-1][keep] = np.arange(keep.sum())
     table, final, end = number[table[keep]], final[keep], end[keep]
     start = int(number[start])
-    # Equivalent states have equal distances to the end, so the distance is the first partition.
+    # Equivalent states have equal distances to the end, so the first partition is by distance.
     label = np.unique(end, return_inverse=True)[1].astype(np.int32)
     count = label.max() + 1
     while True:
@@ -112,7 +113,7 @@ def minimal(automaton: Automaton, clock: Clock) -> Automaton:
 def _merged_columns(automaton: Automaton) -> Automaton:
     """Merge symbols with equal columns into classes, numbered by their first symbol."""
     class_of, table, final, start = automaton
-    unread = np.full((len(table), 1), -1, table.dtype)  # the column of class -1, after the others
+    unread = np.full((len(table), 1), -1, table.dtype)  # column of class -1, appended at the end
     hashes = np.append(_hash_rows(table.T), _hash_rows(unread.T))
     raw = np.unique(hashes, return_inverse=True)[1][class_of]
     values, first, inverse = np.unique(raw, return_index=True, return_inverse=True)
@@ -145,21 +146,26 @@ def _canonical(automaton: Automaton) -> Automaton:
 def joined(
     a: Automaton, b: Automaton, both: Callable[[Bools, Bools], Bools], clock: Clock
 ) -> Automaton:
-    """Return the product automaton of the reachable pairs of states.
+    """Return the product automaton: its states are the reachable pairs of states of a and b.
 
-    ``both`` is ``and`` or ``or`` of the flags of a pair.
+    Args:
+        a: First automaton.
+        b: Second automaton.
+        both: Logical "and" of the flags of a pair for the intersection, or "or" for the union.
+        clock: Limits of time and size.
 
     Raises:
         ConstraintTooLarge: If there are too many pairs.
     """
     part = f"{len(a.table)} states times {len(b.table)}"
-    width = len(b.table) + 1  # each has a sink as last state, in which no text ends
+    width = len(b.table) + 1  # both have a sink as last state, in which no text ends
     mixed = (a.class_of.astype(np.int64) + 1) * (b.table.shape[1] + 1) + b.class_of + 1
     classes, class_of = np.unique(mixed, return_inverse=True)
     of_a = _with_sink(a)[:, classes // (b.table.shape[1] + 1) - 1]
     of_b = _with_sink(b)[:, classes % (b.table.shape[1] + 1) - 1]
     final_a, final_b = np.append(a.final, False), np.append(b.final, False)
-    stuck = both(np.array([True]), np.array([False]))[0]  # "or": one of the two may be in its sink
+    # For "or", one of the two automata may be in its sink; for "and", neither may.
+    stuck = both(np.array([True]), np.array([False]))[0]
     pairs, known = [a.start * width + b.start], {a.start * width + b.start: 0}
     rows: list[Ints] = []
     for pair in pairs:  # the list grows during the loop
@@ -197,7 +203,10 @@ def complement(a: Automaton) -> Automaton:
 
 
 def _with_sink(a: Automaton) -> Ints:
-    """Return the table with a sink as last state, and a last class for symbols never read."""
+    """Return the table with two additions: a sink as last state, and a last class without edges.
+
+    All missing edges lead to the sink.
+    """
     lost = len(a.table)
     table = np.where(a.table < 0, lost, a.table)
     table = np.concatenate([table, np.full((lost, 1), lost, table.dtype)], 1)
@@ -207,15 +216,15 @@ def _with_sink(a: Automaton) -> Ints:
 def over_tokens(
     byte: Automaton, tokens: Sequence[bytes | None], clock: Clock, part: str
 ) -> Automaton:
-    """Convert an automaton over bytes to one over tokens, for every tokenization of a text.
+    """Convert an automaton over bytes to one over tokens that accepts every tokenization of a text.
 
     Args:
-        byte: automaton over the 256 values of a byte.
-        tokens: the bytes of each token; None for a token without text, which is not read.
-        clock: the limits.
-        part: description of the factors of the size, for errors.
+        byte: Automaton over the 256 values of a byte.
+        tokens: Bytes of each token; None for a token without text, which gets no edge.
+        clock: Limits of time and size.
+        part: Description of the factors of the size, for error messages.
     """
-    # Tokens with equal sequences of byte classes have equal columns, and share one class.
+    # Tokens with equal sequences of byte classes have equal columns, so they are one class.
     reads = byte.class_of.astype(np.uint8).tobytes()
     unread = np.flatnonzero(byte.class_of < 0).astype(np.uint8).tobytes()
     spelled: dict[bytes, int] = {}
@@ -228,7 +237,8 @@ def over_tokens(
     table = np.full((len(byte.table), len(spelled)), -1, np.int32)
     clock.table(table.nbytes, part)
     levels = _prefixes(list(spelled))
-    step = np.append(byte.table, np.full((1, byte.table.shape[1]), -1, np.int32), 0)  # -1 stays
+    # With a last row of -1, state -1 leads to itself.
+    step = np.append(byte.table, np.full((1, byte.table.shape[1]), -1, np.int32), 0)
     chunk = max(1, _CHUNK // max(1, len(spelled)))
     for low in range(0, len(table), chunk):
         clock.look(part)
@@ -240,13 +250,13 @@ def over_tokens(
 
 
 class _Level(NamedTuple):
-    """Distinct prefixes of words with one length, ``n`` of them.
+    """The ``n`` distinct prefixes of words that have a certain length.
 
     Attributes:
-        parents: ``(n,)``, index of each prefix without its last letter in the previous level.
-        letters: ``(n,)``, last letter of each prefix.
-        words: the words with this length.
-        ends: index of the prefix that equals each of these words.
+        parents: Index in the previous level of each prefix without its last letter, ``(n,)``.
+        letters: Last letter of each prefix, ``(n,)``.
+        words: Indices of the words of this length.
+        ends: Index of the prefix that equals each of these words.
     """
 
     parents: Ints
@@ -256,7 +266,7 @@ class _Level(NamedTuple):
 
 
 def _prefixes(words: list[bytes]) -> list[_Level]:
-    """Return the prefixes of words by length, so that shared prefixes are read only once."""
+    """Return the prefixes of words, one level per length, so that a shared prefix is read once."""
     length = np.array([len(w) for w in words], np.int64)
     first = np.cumsum(length) - length
     letters = np.frombuffer(b"".join(words), np.uint8).astype(np.int64)

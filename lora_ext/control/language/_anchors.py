@@ -1,7 +1,7 @@
 r"""Anchors ``^`` and ``$`` (or ``\A`` and ``\z``) of expressions that match a whole text.
 
-At the two ends they have no effect, and are removed. Elsewhere outlines-core does not support them,
-so they are rejected.
+At the beginning and end of the text, anchors have no effect and are removed. outlines-core does not
+support anchors in other positions, so they are rejected.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 
 from lora_ext._checks import require
 
-# Parts of an expression: an escape, flags, the begin of a character class, or a character.
+# Part of an expression: an escape, flags, the beginning of a character class, or a character.
 _PART = re.compile(r"\\(?:[pP]\{[\w=!: .-]*\}|.)|\(\?[a-zA-Z-]+\)|\[\^?\]?|.", re.DOTALL)
 _FLAGS = re.compile(r"\(\?[a-zA-Z-]+\)")
 _BEGIN, _END = ("^", r"\A"), ("$", r"\z")
@@ -18,21 +18,23 @@ _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 
 
 def unanchored(where: str, argument: str, pattern: str) -> str:
-    """Remove the ``^`` at the begin and the ``$`` at the end of an expression's alternatives.
+    """Remove the ``^`` at the beginning and the ``$`` at the end of an expression's alternatives.
 
     Args:
-        where, argument: names in the error message.
-        pattern: expression in the syntax of Rust's regex crate.
+        where: Name of the caller, for the error message.
+        argument: Name of the argument, for the error message.
+        pattern: Expression in the syntax of Rust's regex crate.
 
     Raises:
         ValueError: If there is an anchor in another position.
     """
     parts = _PART.findall(pattern)
-    # Comments may then contain brackets, so only the two ends of the whole are certain.
+    # A verbose expression may have comments with brackets, which hide where alternatives end. Then
+    # only anchors at the two ends of the whole expression are removed.
     verbose = _VERBOSE.search(pattern) is not None
     kept: list[str] = []
     groups = classes = 0
-    before = True  # only flags since the begin of the alternative
+    before = True  # whether only flags precede in the alternative
     for i, part in enumerate(parts):
         if part in _BEGIN + _END and (verbose or not classes):
             first = part in _BEGIN and before
@@ -52,7 +54,7 @@ def unanchored(where: str, argument: str, pattern: str) -> str:
 
 
 def _ends(parts: list[str], place: int, verbose: bool) -> bool:
-    """Return whether an alternative ends after a part."""
+    """Return whether the alternative ends after a part, except for further end anchors."""
     for part in parts[place + 1 :]:
         if part not in _END:
             return part == "|" and not verbose

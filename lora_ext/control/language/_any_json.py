@@ -12,7 +12,8 @@ from ._limits import Clock
 DEPTH = 3  # levels of nested objects and arrays
 _DIGITS, _HEX = b"0123456789", b"0123456789abcdefABCDEF"
 _PLAIN = bytes(b for b in range(32, 127) if b not in b'"\\')
-# Multi-byte characters of UTF-8: first bytes, range of the second, and number of further bytes.
+# Multi-byte characters of UTF-8: range of the first byte, range of the second byte, and number of
+# further bytes.
 _LETTERS = [
     (range(0xC2, 0xE0), range(0x80, 0xC0), 0),
     (range(0xE0, 0xE1), range(0xA0, 0xC0), 1),
@@ -23,7 +24,7 @@ _LETTERS = [
     (range(0xF1, 0xF4), range(0x80, 0xC0), 2),
     (range(0xF4, 0xF5), range(0x80, 0x90), 2),
 ]
-# Transitions inside a number, by the kind of its last byte; a number may end in "... end".
+# Transitions inside a number by the kind of its last byte. A number may end in a state "... end".
 _NUMBER: dict[str, list[tuple[bytes, str]]] = {
     "-": [(b"0", "0 end"), (b"123456789", "1 end")],
     "0 end": [(b".", "."), (b"eE", "e")],
@@ -39,7 +40,8 @@ _NUMBER: dict[str, list[tuple[bytes, str]]] = {
 def json_object(depth: int, clock: Clock) -> Automaton:
     """Return the automaton of JSON objects with at most one space between their parts.
 
-    Each level of ``depth``, which includes the outer object, doubles the states.
+    ``depth`` is the largest number of nested objects and arrays, including the outer object. Each
+    level doubles the number of states.
     """
     return _Walk(depth, clock).automaton()
 
@@ -47,8 +49,8 @@ def json_object(depth: int, clock: Clock) -> Automaton:
 class _Walk:
     """Builder of the automaton.
 
-    A state is a position in the grammar and the open containers, "o" for objects and "a" for
-    arrays.
+    A state consists of a position in the grammar and the open containers: a string with an "o" for
+    each open object and an "a" for each open array.
     """
 
     def __init__(self, depth: int, clock: Clock):
@@ -124,7 +126,8 @@ class _Walk:
     def _letters(self, state: int, place: str, within: str) -> None:
         """Add the edges inside a string.
 
-        ``place`` is "key" or "text", and after a colon the rest of an incomplete character.
+        ``place`` is "key" or "text". Inside an escape or a multi-byte character, a colon and a code
+        for the missing part of the character follow.
         """
         kind, _, rest = place.partition(":")
         if rest == "":

@@ -3,22 +3,24 @@
 It runs as a child process because outlines-core cannot be interrupted, and a few characters can
 require more states than fit into memory. It does not import this package and receives no tokens.
 
-Standard input: a JSON object with ``folder`` (of outlines_core), ``seconds``, ``bytes``,
-``pattern`` or ``schema``, and ``inner``: patterns that must stay inside a JSON string. Standard
-output: a line of JSON, ``{"states": S}`` or ``{"error": text}``, then S times 256 next states and S
-flags, int32 in the machine's byte order.
+Standard input is a JSON object with ``folder`` (of outlines_core), the limits ``seconds`` and
+``bytes``, ``pattern`` or ``schema``, and ``inner``: patterns that must only match the inside of a
+JSON string. Standard output is a line of JSON, ``{"states": S}`` or ``{"error": text}``. After
+``states``, it continues with S times 256 next states and S flags, int32 in the machine's byte
+order.
 """
 
 import sys
 
-sys.path = sys.path[1:]  # without this folder, whose files could shadow other modules
+sys.path = sys.path[1:]  # Remove this folder, because its files could shadow other modules.
 
 import array  # noqa: E402
 import json  # noqa: E402
 import resource  # noqa: E402
 
-# Appended to the expression: outlines-core drops tokens that end one byte after a position where a
-# match may end. With this byte there is only one such position, and no token ends after it.
+# This byte is appended to the expression, because outlines-core drops tokens that end one byte
+# after a position where a match may end. With the byte, a match can only end at the end of the
+# text, and no token ends later.
 SENTINEL = 0
 # Bytes that end a JSON string or must be escaped in it.
 UNSAFE = [*range(1, 32), 34, 92, 127]
@@ -66,7 +68,8 @@ def main():
 
             pattern = build_regex_from_schema(request["schema"])
         elif ")" in pattern:
-            Index(pattern + "\\x00", every)  # an unmatched bracket must not close the group
+            # In `automaton`, an unmatched bracket would close the group; alone it is an error.
+            Index(pattern + "\\x00", every)
         for inner in request.get("inner", ()):
             Index(inner + "\\x00", every)
             table, final = automaton(lambda rx: Index(rx, every), inner)

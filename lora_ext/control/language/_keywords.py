@@ -1,4 +1,4 @@
-"""Automata over bytes of choices between texts, and of texts with required or forbidden words."""
+"""Automata over bytes for choices between texts, and for texts with required or forbidden words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Group = str | Sequence[str]
 
 
 def choice(texts: Sequence[str], clock: Clock) -> Automaton:
-    """Return the automaton that accepts exactly the given texts, a tree of their bytes."""
+    """Return the automaton that accepts exactly the given texts: the prefix tree of their bytes."""
     listed = [] if isinstance(texts, str) else list(texts)
     good = bool(listed) and all(isinstance(t, str) for t in listed)
     require(good, "choice", "texts", "a list of at least one text", repr(texts)[:80])
@@ -33,15 +33,17 @@ def choice(texts: Sequence[str], clock: Clock) -> Automaton:
 
 
 def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> Automaton:
-    """Return the automaton of texts with each group of ``all_of`` and no word of ``none_of``.
+    """Return the automaton of texts with a word of each group of ``all_of`` and none of
+    ``none_of``.
 
-    It is the product of the Aho-Corasick automaton of all words and the set of groups that have
-    occurred.
+    A state consists of a state of the Aho-Corasick automaton of all words and the set of groups of
+    which a word has occurred.
     """
     groups = [_group(f"all_of[{i}]", g) for i, g in enumerate(_listed("all_of", all_of))]
     banned = [_word("none_of", w) for w in _listed("none_of", none_of)]
     tree = _Tree(clock, "the letters of all words")
-    marks: dict[int, int] = {}  # a bit for each group; the highest bit is for forbidden words
+    # One bit per group with a word at the node; the highest bit is for forbidden words.
+    marks: dict[int, int] = {}
     for i, words in enumerate([*groups, banned]):
         for word in words:
             node = tree.add(word)
@@ -55,7 +57,7 @@ def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> A
     order, rows = [(0, 0)], []
     for node, have in order:  # the list grows during the loop
         row = []
-        for target in (*moves[node], 0):  # 0: after a letter that is in no word
+        for target in (*moves[node], 0):  # the last target is for letters that are in no word
             new = have | seen[target]
             if new & never:
                 row.append(-1)
@@ -98,14 +100,14 @@ class _Tree:
     ) -> tuple[list[list[int]], list[int]]:
         """Return the transitions of the Aho-Corasick automaton, and the marks of each node.
 
-        A node's marks include those of all words that are suffixes of it.
+        The marks of a node include the marks of all words that are suffixes of the node's text.
         """
         moves: list[list[int]] = [[] for _ in self.below]
         seen = [marks.get(node, 0) for node in range(len(self.below))]
         moves[0] = [self.below[0].get(b, 0) for b in letters]
         place_of = {b: i for i, b in enumerate(letters)}
         queue = [(child, 0) for child in self.below[0].values()]
-        for node, back in queue:  # in order of depth, so that shorter suffixes are known
+        for node, back in queue:  # in order of depth: the longest suffix, `back`, is complete
             seen[node] |= seen[back]
             moves[node] = [self.below[node].get(b, moves[back][i]) for i, b in enumerate(letters)]
             queue += [(child, moves[back][place_of[b]]) for b, child in self.below[node].items()]

@@ -1,7 +1,7 @@
-"""Limits of the size and build time of constraints, and the error of exceeding them.
+"""Limits of the size and build time of constraints, and the error for larger constraints.
 
 A schema or a regular expression may be untrusted, and a few characters can require more states than
-fit into memory. All builders therefore check a clock and the sizes.
+fit into memory. All builders therefore check the elapsed time and the sizes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Limits:
     """Limits for building a constraint and its tables.
 
     Attributes:
-        max_states: most states of the automaton over tokens.
-        max_table_bytes: most bytes of one table; larger look-ahead tables are stored in part and
-            recomputed.
-        max_seconds: most seconds for building one constraint.
-        max_pattern: most characters of a regular expression, or of a schema as JSON.
+        max_states: Largest number of states of the automaton over tokens.
+        max_table_bytes: Largest number of bytes of one table. If the tables of a guide are larger,
+            only some of them are stored and the others are recomputed.
+        max_seconds: Longest time for building one constraint, in seconds.
+        max_pattern: Largest number of characters of a regular expression, or of a schema as JSON.
     """
 
     max_states: int = 4096
@@ -41,7 +41,7 @@ class Limits:
 
     @property
     def max_pairs(self) -> int:
-        """Most states of an automaton before equivalent ones are merged."""
+        """Largest number of states of an automaton before equivalent states are merged."""
         return 16 * self.max_states
 
 
@@ -52,8 +52,8 @@ class Clock:
     """Checks of the time and sizes of one construction.
 
     Args:
-        what: name of the construction, for messages.
-        limits: the limits.
+        what: Name of the construction, for messages.
+        limits: Limits to check.
     """
 
     def __init__(self, what: str, limits: Limits = DEFAULT):
@@ -67,18 +67,27 @@ class Clock:
         return max(0.0, self._end - time.monotonic())
 
     def look(self, part: str) -> None:
-        """Raise ConstraintTooLarge if the time is over; ``part`` describes the current step."""
+        """Raise ConstraintTooLarge if the time is exceeded; ``part`` describes the current step."""
         if time.monotonic() > self._end:
             self.refuse(f"{self.limits.max_seconds} seconds", f"more, {part}")
 
     def states(self, found: int, part: str, merged: bool = True) -> None:
-        """Raise ConstraintTooLarge for too many states; ``part`` describes the factors."""
+        """Raise ConstraintTooLarge for too many states.
+
+        Args:
+            found: Number of states.
+            part: Description of the factors of this number, for the message.
+            merged: Whether equivalent states are merged, to which the lower limit applies.
+        """
         most = self.limits.max_states if merged else self.limits.max_pairs
         if found > most:
             self.refuse(f"{most} states", f"{found} or more, from {part}")
 
     def table(self, nbytes: int, part: str) -> None:
-        """Raise ConstraintTooLarge for too large a table; ``part`` describes the factors."""
+        """Raise ConstraintTooLarge for too many bytes of a table.
+
+        ``part`` describes the factors of the size, for the message.
+        """
         if nbytes > self.limits.max_table_bytes:
             self.refuse(f"{self.limits.max_table_bytes} bytes", f"{nbytes}, from {part}")
 

@@ -28,10 +28,10 @@ _MEMORY = 2 << 30
 
 
 def pattern(text: str, clock: Clock) -> Automaton:
-    """Return the automaton of all texts that match a regular expression as a whole.
+    """Return the automaton of all texts that completely match a regular expression.
 
     Raises:
-        ValueError: If the expression is invalid, or has look-around or back references.
+        ValueError: If the expression is invalid, or contains look-around or back references.
     """
     where = "regex: pattern"
     require(isinstance(text, str), "regex", "pattern", "a text", repr(text)[:80])
@@ -42,10 +42,10 @@ def pattern(text: str, clock: Clock) -> Automaton:
 
 
 def json_schema(schema: dict[str, Any] | str, clock: Clock) -> Automaton:
-    """Return the automaton of JSON texts of a schema, with at most one space between their parts.
+    """Return the automaton of JSON that satisfies a schema, with at most one space between parts.
 
     Raises:
-        NotImplementedError: For keywords that the automaton cannot enforce.
+        NotImplementedError: If the automaton cannot enforce a keyword.
         ValueError: If the schema is invalid.
     """
     where = "json_schema: schema"
@@ -61,7 +61,7 @@ def json_schema(schema: dict[str, Any] | str, clock: Clock) -> Automaton:
         raise ValueError(f"{where}: expected values of JSON, found {error!s:.120}") from None
     _measure(where, text, clock)
     utf8("json_schema", "schema", json.dumps(schema, ensure_ascii=False))
-    schema = json.loads(text)  # a copy, since check may change it
+    schema = json.loads(text)  # a copy, because `check` may change it
     inner = schemas.check(schema)
     return _built(where, {"schema": json.dumps(schema), "inner": inner}, clock, text[:80])
 

@@ -1,4 +1,4 @@
-"""Check that a regular language can enforce a JSON schema, keyword by keyword.
+"""Check of a JSON schema, keyword by keyword, before outlines-core converts it.
 
 outlines-core converts a schema to a regular expression and ignores unknown keywords. A constraint
 must enforce its whole schema, so every keyword is checked here first. Keywords that outlines-core
@@ -31,20 +31,21 @@ _WORDS = {
 _FORMATS = ("date", "date-time", "uuid")
 # outlines-core would accept the digits of any script in a date.
 _DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
-_LETTERS = "\\.+*?()|[]{}^$"  # special characters of an expression
+_LETTERS = "\\.+*?()|[]{}^$"  # special characters of a regular expression
 _WHERE = "json_schema"
 _MOST_DEPTH = 32
 _MOST_LENGTH = (1 << 31) - 1  # outlines-core ignores a length that exceeds a machine word
 
 
 def check(schema: Any) -> list[str]:
-    """Check a schema, and return its patterns, which must stay inside a JSON string.
+    """Check a schema, and return its patterns, which must only match the inside of a JSON string.
 
     Parts that outlines-core would misread are changed in place.
 
     Raises:
-        NotImplementedError: For a keyword that would be ignored, with its name and place.
-        ValueError: If it is not a schema.
+        NotImplementedError: If outlines-core would ignore a keyword; the message contains its name
+            and place.
+        ValueError: If the schema is invalid.
     """
     patterns: list[str] = []
     _check(schema, schema, "#", (), patterns, set())
@@ -56,8 +57,14 @@ def _check(
 ) -> None:
     """Check one schema.
 
-    ``seen`` contains the targets of ``$ref`` that were checked. Each is checked only once, because
-    otherwise nested references could double the work at each level.
+    Args:
+        schema: Schema to check.
+        root: Outermost schema, which ``$ref`` refers to.
+        at: Place of the schema, for error messages.
+        refs: Targets of ``$ref`` that contain this schema. One of them again would be a cycle.
+        patterns: List to which the patterns of the schema are appended.
+        seen: Targets of ``$ref`` that were checked. Each is checked only once, because otherwise
+            nested references could double the work at each level.
     """
     require(isinstance(schema, Mapping), _WHERE, at, "an object", repr(schema)[:80])
     if at.count("/") > 2 * _MOST_DEPTH:
@@ -120,7 +127,8 @@ def _check(
 def _string(schema: dict[str, Any], words: Mapping[str, Any], at: str, patterns: list[str]) -> None:
     """Check the keywords of a string.
 
-    A pattern is put in a group, as its ``|`` would otherwise include the quotes.
+    A pattern is put into a group, because alternatives at its top level would otherwise include the
+    quotes of the string.
     """
     if len(words) > 1 and {"pattern", "format"} & set(words):
         _refuse(at, "pattern or format beside another word for strings")
@@ -148,7 +156,8 @@ def _kinds(kinds: Any, at: str) -> list[str]:
 def _plain(value: Any, at: str) -> None:
     """Raise NotImplementedError for values that outlines-core would change.
 
-    It does not escape special characters in names, and rounds numbers with many digits twice.
+    It does not escape special characters in property names, and rounds numbers with many digits
+    twice.
     """
     if isinstance(value, list):
         for part in value:
@@ -164,7 +173,7 @@ def _plain(value: Any, at: str) -> None:
 
 
 def _unescaped(name: str, at: str) -> None:
-    """Raise NotImplementedError for a name that JSON escapes but outlines-core does not."""
+    """Raise NotImplementedError for a property name that JSON escapes: outlines-core does not."""
     if json.dumps(name, ensure_ascii=False) != f'"{name}"':
         _refuse(at, f"the name {name!r:.40}, of which JSON escapes a letter")
 
@@ -173,7 +182,8 @@ def _exact(number: float) -> bool:
     if isinstance(number, int):
         return -(1 << 63) <= number < 1 << 64
     _, digits, exponent = Decimal(repr(number)).as_tuple()
-    # These digits and powers of ten are exact doubles, so their product is rounded only once.
+    # Digits and power of ten are exact as doubles within these limits, so their product is rounded
+    # only once, as in Python.
     return int("".join(map(str, digits))) <= 1 << 53 and abs(int(exponent)) <= 22
 
 
@@ -250,7 +260,7 @@ def _wide(kinds: str | Sequence[str]) -> set[str]:
 
 
 def _apart(parts: Sequence[Any], root: Any) -> bool:
-    """Return whether types and constants show that no value satisfies two of the schemas."""
+    """Return whether types and constants prove that no value satisfies two of the schemas."""
     resolved = [p if "$ref" not in p else _resolved(p["$ref"], root, "#") for p in parts]
     pairs = ((a, b) for i, a in enumerate(resolved) for b in resolved[:i])
     return all(_differ(a, b) for a, b in pairs)

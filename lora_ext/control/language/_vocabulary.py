@@ -1,6 +1,6 @@
 """Bytes of the text of each token of a tokenizer.
 
-Three notations of tokens are supported: byte-level BPE (a letter per byte), SentencePiece
+Tokens may be written in three notations: byte-level BPE (one letter per byte), SentencePiece
 (``\u2581`` for a space, ``<0x0A>`` for a byte), and plain text.
 """
 
@@ -24,7 +24,7 @@ def utf8(where: str, argument: str, text: str) -> bytes:
     """Return the UTF-8 bytes of a text.
 
     Raises:
-        ValueError: If the text has half of a surrogate pair.
+        ValueError: If the text contains one half of a surrogate pair without the other.
     """
     try:
         return text.encode()
@@ -34,7 +34,7 @@ def utf8(where: str, argument: str, text: str) -> bytes:
 
 
 def end_tokens(where: str, eos: int | Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    """Return the checked end tokens in ascending order."""
+    """Check the end tokens; return them in ascending order."""
     ends = (eos,) if isinstance(eos, int) else tuple(eos)
     whole = bool(ends) and all(type(e) is int and 0 <= e < vocab_size for e in ends)
     require(whole, where, "eos_token_id", f"tokens in 0 .. {vocab_size - 1}", repr(eos))
@@ -45,10 +45,10 @@ class Vocabulary:
     """Bytes of all tokens.
 
     Attributes:
-        tokens: the bytes of each token; None for a token without text: ends, padding, special
-            tokens of a chat, and ids that the tokenizer does not have.
-        eos: the tokens that end a text.
-        key: equal for equal vocabularies.
+        tokens: Bytes of each token. None for a token without text, which is an end token, padding,
+            a special token of a chat, or an id that the tokenizer does not have.
+        eos: Tokens that end a text.
+        key: Hash, which is equal for equal vocabularies.
     """
 
     def __init__(self, tokens: Sequence[bytes | None], eos: tuple[int, ...]):
@@ -71,10 +71,11 @@ def vocabulary_of(
     """Return the vocabulary of a transformers tokenizer, cached for the life of the tokenizer.
 
     Args:
-        where: name of the caller, for messages.
-        tokenizer: a tokenizer with ``get_vocab``.
-        vocab_size: ``V`` of the model, which may exceed the tokenizer's; None uses the tokenizer's.
-        eos_token_id: the tokens that end a text; None uses the tokenizer's.
+        where: Name of the caller, for messages.
+        tokenizer: Tokenizer with a method ``get_vocab``.
+        vocab_size: Number of ids of the model, which may exceed that of the tokenizer; None for
+            that of the tokenizer.
+        eos_token_id: Token or tokens that end a text; None for those of the tokenizer.
 
     Raises:
         ValueError: If the object is not a tokenizer, has no end token, or has more tokens than
@@ -127,7 +128,7 @@ def _token_bytes(tokenizer: Any, ids: dict[str, int], size: int) -> list[bytes |
 
 
 def _is_byte_level(tokenizer: Any, ids: dict[str, int]) -> bool:
-    """Return whether tokens use the alphabet of byte-level BPE."""
+    """Return whether tokens are written in the alphabet of byte-level BPE."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         parts = json.loads(backend.to_str())
@@ -136,7 +137,7 @@ def _is_byte_level(tokenizer: Any, ids: dict[str, int]) -> bool:
 
 
 def _byte_letters() -> dict[str, int]:
-    """Return the byte of each letter of byte-level BPE; printable bytes are unchanged."""
+    """Return the byte of each letter of byte-level BPE; printable letters represent themselves."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {chr(b): b for b in plain}
     others = (b for b in range(256) if b not in set(plain))

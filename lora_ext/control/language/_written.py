@@ -26,8 +26,8 @@ _kept_lock = threading.Lock()
 class Written:
     """Constructors of :class:`~lora_ext.control.Constraint` that need a tokenizer.
 
-    A constraint is built once and cached by its content and vocabulary. Constructors that use
-    outlines-core raise ImportError without it, with the command that installs it.
+    Constraints are cached by their content and vocabulary. Constructors that need outlines-core
+    raise ImportError if it is not installed; the message contains the command that installs it.
     """
 
     @classmethod
@@ -49,15 +49,15 @@ class Written:
         """Return the constraint that allows exactly the given texts, in any tokenization.
 
         Args:
-            texts: at least one text.
-            tokenizer: a tokenizer of transformers.
-            vocab_size: ``V`` of the model, if it has more ids than the tokenizer.
-            eos_token_id: the tokens that end a text; None uses the tokenizer's.
-            limits: limits of states, bytes and seconds.
+            texts: Allowed texts, at least one.
+            tokenizer: Tokenizer of transformers.
+            vocab_size: Number of ids of the model, if it has more than the tokenizer.
+            eos_token_id: Token or tokens that end a text; None for those of the tokenizer.
+            limits: Limits of states, bytes and seconds.
 
         Raises:
-            ValueError: If there is no text, or the tokenizer cannot be used.
-            ConstraintTooLarge: If it exceeds the limits.
+            ValueError: If there is no text, or the tokenizer is not supported.
+            ConstraintTooLarge: If the constraint exceeds the limits.
         """
         how = tokenizer, vocab_size, eos_token_id, limits
         return cls._spelled("choice", (texts,), _keywords.choice, *how)
@@ -73,18 +73,23 @@ class Written:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Self:
-        """Return the constraint that a text contains all of some words and none of others.
+        """Return the constraint that a text contains all words of one list and none of another.
 
-        A word may be any substring of the text, in any tokenization: "dog" is contained in "a dog"
-        and in "dogma".
+        A word may occur as any substring of the text, in any tokenization: "a dog" and "dogma" both
+        contain "dog".
 
         Args:
-            tokenizer, vocab_size, eos_token_id, limits: see :meth:`choice`.
-            all_of: words, or lists of words of which one must occur.
-            none_of: words that must not occur.
+            tokenizer: See :meth:`choice`.
+            all_of: Words that must occur. An item may be a list of words, of which at least one
+                must occur.
+            none_of: Words that must not occur.
+            vocab_size: See :meth:`choice`.
+            eos_token_id: See :meth:`choice`.
+            limits: See :meth:`choice`.
 
         Raises:
-            ValueError: If a word is empty, or words exclude each other.
+            ValueError: If a word is empty, or no text can satisfy both lists.
+            ConstraintTooLarge: If the constraint exceeds the limits.
         """
         how = tokenizer, vocab_size, eos_token_id, limits
         return cls._spelled("keywords", (all_of, none_of), _keywords.keywords, *how)
@@ -103,14 +108,18 @@ class Written:
 
         The syntax is that of Rust's regex crate, without ``\b``. ``^`` and ``$`` are only allowed
         at the beginning and end of the whole text, where they have no effect. A text with a NUL
-        byte matches nothing. Needs the extra ``control``.
+        byte does not match any expression. Requires the extra ``control`` (outlines-core).
 
         Args:
-            pattern: the expression.
-            tokenizer, vocab_size, eos_token_id, limits: see :meth:`choice`.
+            pattern: Regular expression.
+            tokenizer: See :meth:`choice`.
+            vocab_size: See :meth:`choice`.
+            eos_token_id: See :meth:`choice`.
+            limits: See :meth:`choice`.
 
         Raises:
             ValueError: If the expression is invalid.
+            ConstraintTooLarge: If the constraint exceeds the limits.
         """
         how = tokenizer, vocab_size, eos_token_id, limits
         return cls._spelled("regex", (pattern,), _regex.pattern, *how)
@@ -125,22 +134,26 @@ class Written:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Self:
-        """Return the constraint of JSON texts of a schema, with at most one space between parts.
+        """Return the constraint that a text is JSON that satisfies a schema.
 
-        Properties have the order of the schema, and no other properties are allowed. ``date`` and
-        ``date-time`` are checked for their format, not for the calendar. Needs the extra
-        ``control``.
+        The parts of the JSON are separated by at most one space. Properties must have the order of
+        the schema, and other properties are not allowed. For ``date`` and ``date-time``, only the
+        format is enforced, not the calendar. Requires the extra ``control`` (outlines-core).
 
         Args:
-            schema: a dictionary, or JSON.
-            tokenizer, vocab_size, eos_token_id, limits: see :meth:`choice`.
+            schema: JSON schema, as a dictionary or as JSON text.
+            tokenizer: See :meth:`choice`.
+            vocab_size: See :meth:`choice`.
+            eos_token_id: See :meth:`choice`.
+            limits: See :meth:`choice`.
 
         Raises:
-            NotImplementedError: For a keyword that the automaton cannot enforce, such as
-                ``minimum`` or ``uniqueItems``, which the message names; and for values of ``enum``
-                and ``const`` that outlines-core would change: numbers with too many digits, or
-                names with a special character of expressions.
+            NotImplementedError: If an automaton cannot enforce a keyword, such as ``minimum`` or
+                ``uniqueItems``; the message names it. Also if outlines-core would change a value of
+                ``enum`` or ``const``: a number with too many digits, or a property name with a
+                special character of regular expressions.
             ValueError: If the schema is invalid.
+            ConstraintTooLarge: If the constraint exceeds the limits.
         """
         how = tokenizer, vocab_size, eos_token_id, limits
         return cls._spelled("json_schema", (schema,), _regex.json_schema, *how)
@@ -155,13 +168,17 @@ class Written:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Self:
-        """Return the constraint of JSON objects of any content, with at most one space between
-        parts.
+        """Return the constraint that a text is a JSON object, with any content.
+
+        The parts of the JSON are separated by at most one space.
 
         Args:
-            tokenizer, vocab_size, eos_token_id, limits: see :meth:`choice`.
-            depth: levels of nested objects and arrays, including the outer object, at least 1;
-                every level doubles the states.
+            tokenizer: See :meth:`choice`.
+            depth: Largest number of nested objects and arrays, including the outer object, at least
+                1. Each level doubles the number of states.
+            vocab_size: See :meth:`choice`.
+            eos_token_id: See :meth:`choice`.
+            limits: See :meth:`choice`.
         """
         integer("json_object", "depth", depth, 1)
         how = tokenizer, vocab_size, eos_token_id, limits
@@ -178,7 +195,9 @@ class Written:
         eos_token_id: int | Sequence[int] | None,
         limits: Limits,
     ) -> Self:
-        """Build the constraint of an automaton over bytes; cached by its content."""
+        """Build the constraint of the automaton over bytes that ``build`` returns, or load it from
+        the cache.
+        """
         vocabulary = vocabulary_of(what, tokenizer, vocab_size, eos_token_id)
         content = tuple(map(_settled, content))
         told = hashlib.blake2b(repr(content).encode(), digest_size=24).digest()
@@ -200,7 +219,7 @@ class Written:
 
 
 def _settled(content: Any) -> Any:
-    """Convert nested iterables to lists, since ``repr`` abbreviates arrays and iterators."""
+    """Convert nested iterables to lists, because ``repr`` abbreviates arrays and iterators."""
     if isinstance(content, (str, bytes, Mapping)) or not isinstance(content, Iterable):
         return content
     return [_settled(part) for part in content]

@@ -1,4 +1,7 @@
-"""Constraints: regular languages over the tokens of a model."""
+"""Constraints: regular languages over the tokens of a model.
+
+Letters: ``V`` vocabulary, ``S`` states of the automaton.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +23,22 @@ from ._vocabulary import end_tokens
 from ._written import Written
 from .matched import Matched
 
-_MOST_CLASSES = 1 << 15  # range of int16
+_MOST_CLASSES = 1 << 15  # classes are stored as int16
 
 
 class Constraint(Written):
-    """Regular language of token sequences that a text may have, stored as its minimal automaton.
+    """Regular language of the token sequences that a text may have, stored as a minimal automaton.
 
-    Constraints with one vocabulary can be combined: ``a & b`` is the intersection, ``a | b`` the
-    union, ``~a`` the complement. Two constraints with the same language are equal.
+    You can combine constraints with the same vocabulary: ``a & b`` is the intersection, ``a | b``
+    the union, ``~a`` the complement. Two constraints with the same language are equal.
 
     Attributes:
-        vocab_size: ``V``.
-        eos: the tokens that end a text.
-        class_of: ``(V,)`` int16 on the CPU; tokens of one class have the same next state in every
-            state.
-        table: ``(S, classes)`` int16 on the CPU, the next state, -1 forbidden, ``S`` the end. Class
-            0 contains the end tokens.
+        vocab_size: Number ``V`` of tokens of the vocabulary.
+        eos: Tokens that end a text.
+        class_of: Class of each token, ``(V,)`` int16 on the CPU. In every state, the tokens of a
+            class lead to the same next state. Class 0 contains the end tokens.
+        table: Next state by state and class, ``(S, classes)`` int16 on the CPU; -1 if the class is
+            forbidden, and ``S`` after the end of the text.
     """
 
     def __init__(self, content: Automaton, vocab_size: int, eos: tuple[int, ...]):
@@ -55,7 +58,7 @@ class Constraint(Written):
     def _of(
         cls, what: str, automaton: Automaton, eos: tuple[int, ...], clock: Clock, part: str
     ) -> Constraint:
-        """Return the constraint of an automaton over tokens."""
+        """Build the constraint of an automaton over tokens."""
         automaton.class_of[list(eos)] = -1
         content = _algebra.minimal(automaton, clock)
         clock.states(len(content.table), part)
@@ -77,20 +80,20 @@ class Constraint(Written):
         *,
         limits: Limits = DEFAULT,
     ) -> Constraint:
-        """Return the constraint of an automaton.
+        """Build a constraint from the edges of a deterministic automaton.
 
         Args:
-            edges: triples (state, token, next state). A state is any non-negative integer.
-            start: the state before the first token.
-            final: states in which a text may end.
-            vocab_size: ``V``.
-            eos_token_id: the token, or tokens, that end a text; no edge may have one.
-            limits: limits of states, bytes and seconds.
+            edges: Triples (state, token, next state). A state is any non-negative integer.
+            start: State before the first token.
+            final: States in which a text may end.
+            vocab_size: Number ``V`` of tokens of the vocabulary.
+            eos_token_id: Token or tokens that end a text; no edge may have such a token.
+            limits: Limits of states, bytes and seconds.
 
         Raises:
             ValueError: If states or tokens are out of range, a state and token have two next
                 states, or the language is empty.
-            ConstraintTooLarge: If it exceeds the limits.
+            ConstraintTooLarge: If the constraint exceeds the limits.
         """
         what = "from_edges"
         whole = type(vocab_size) is int and vocab_size >= 1
@@ -129,19 +132,21 @@ class Constraint(Written):
 
     @staticmethod
     def from_matcher(matcher: Any, vocab_size: int, eos_token_id: int | Sequence[int]) -> Matched:
-        """Return the constraint of a matcher of xgrammar or llguidance, such as a grammar.
+        """Build a constraint from a matcher of xgrammar or llguidance, for example of a grammar.
 
-        It uses the mask law without a budget: the states of a parser cannot be enumerated, so it is
-        not known whether a text can still end in time. A text that the budget cuts is a prefix of
-        one that satisfies the constraint. Guides, ``&``, ``|`` and ``~`` are not supported.
+        The constraint only forbids the tokens that the matcher forbids. It does not look ahead: the
+        states of a parser cannot be enumerated, so it is not known whether a text can still end
+        within its budget. A text that is truncated at the budget is a prefix of a text that
+        satisfies the constraint. Guides, ``&``, ``|`` and ``~`` are not supported.
 
         Args:
-            matcher: an object like xgrammar's ``GrammarMatcher`` (``fill_next_token_bitmask``,
-                ``accept_token``, ``rollback``) or llguidance's ``LLMatcher`` (``compute_bitmask``,
-                ``consume_token``, ``rollback``), before its first token. Do not use it elsewhere.
-                All rows may share one; with one per row no rollback is needed.
-            vocab_size: ``V`` of the model.
-            eos_token_id: the tokens that end a text, as in the matcher.
+            matcher: Object before its first token with the methods of xgrammar's ``GrammarMatcher``
+                (``fill_next_token_bitmask``, ``accept_token``, ``rollback``) or of llguidance's
+                ``LLMatcher`` (``compute_bitmask``, ``consume_token``, ``rollback``). Do not use it
+                elsewhere. All rows may share one matcher; with one matcher per row, no rollback is
+                needed.
+            vocab_size: Number ``V`` of tokens of the model's vocabulary.
+            eos_token_id: Token or tokens that end a text, as in the matcher.
 
         Raises:
             ValueError: If the object is not a matcher, or tokens are out of range.
@@ -183,16 +188,16 @@ class Constraint(Written):
 
     @cached_property
     def rows(self) -> list[list[int]]:
-        """Table as lists, for looking up single tokens."""
+        """Copy of :attr:`table` as lists, for fast access to single entries."""
         return self.table.tolist()
 
     @cached_property
     def classes(self) -> list[int]:
-        """Class of each token, as a list."""
+        """Copy of :attr:`class_of` as a list, for fast access to single entries."""
         return self.class_of.tolist()
 
     def next_state(self, state: int, token: int) -> int:
-        """Return the state after a token, -1 if it is forbidden; after the end, the end."""
+        """Return the next state: -1 if the token is forbidden. ``-1`` and ``end`` do not change."""
         if state in (-1, self.end):
             return state
         if not 0 <= token < self.vocab_size:
@@ -200,11 +205,11 @@ class Constraint(Written):
         return self.rows[state][self.classes[token]]
 
     def reads(self, token: int) -> bool:
-        """Return whether any text of the language contains a token."""
+        """Return whether a text of the language contains a token."""
         return bool((self.table[:, self.classes[token]] >= 0).any())
 
     def accepts(self, tokens: Iterable[int] | Tensor) -> bool:
-        """Return whether a text is in the language; ``tokens`` are without the end token."""
+        """Return whether a text is in the language. ``tokens`` do not include the end token."""
         state = 0
         for token in tokens.tolist() if isinstance(tokens, Tensor) else tokens:
             state = self.next_state(state, int(token))
@@ -214,7 +219,10 @@ class Constraint(Written):
 
     @cached_property
     def distance(self) -> Tensor:
-        """Fewest tokens to the end from each state, including the end token, ``(S + 1,)``."""
+        """Smallest number of tokens from each state to the end, including the end token.
+
+        Shape ``(S + 1,)``; the last entry is for the end.
+        """
         table = np.concatenate([self.table.numpy(), np.full((1, self.table.shape[1]), -1)])
         sources, targets = _algebra.edges(table)
         seeds = np.array([self.end])
@@ -227,14 +235,17 @@ class Constraint(Written):
 
     @cached_property
     def tokens_by_class(self) -> tuple[Tensor, Tensor]:
-        """All tokens ordered by class, and the start of each class, ``(classes + 1,)``."""
+        """All tokens sorted by class, and the index of the first token of each class.
+
+        Shapes ``(V,)`` and ``(classes + 1,)``.
+        """
         counts = torch.bincount(self.class_index, minlength=self.table.shape[1])
         first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return self.class_of.argsort(stable=True), first
 
     @cached_property
     def key(self) -> bytes:
-        """Hash of the content, equal for equal languages over equal vocabularies."""
+        """Hash of the content, which is equal for equal languages over equal vocabularies."""
         digest = hashlib.blake2b(repr((self.vocab_size, self.eos)).encode(), digest_size=24)
         digest.update(self.class_of.numpy().tobytes())
         digest.update(self.table.numpy().tobytes())

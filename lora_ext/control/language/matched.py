@@ -1,4 +1,4 @@
-"""Constraints given by a parser of another package, which is queried token by token."""
+"""Constraints that a matcher, the parser of another package, evaluates token by token."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ _ONE_OF = (
 class Matched:
     """Constraint of a matcher, with the prefixes of texts as states.
 
-    Made by :meth:`Constraint.from_matcher <lora_ext.control.Constraint.from_matcher>`. A state is
-    the number of a prefix. To change states, the matcher is rolled back to the common prefix and
-    then reads the rest, so one matcher serves all rows. It must not be used elsewhere.
+    :meth:`Constraint.from_matcher <lora_ext.control.Constraint.from_matcher>` creates it. A state
+    is the number of a prefix that occurred. To change to another state, the matcher is rolled back
+    to the common prefix and then reads the other tokens, so that one matcher is sufficient for all
+    rows. It must not be used elsewhere.
 
     Attributes:
-        vocab_size: ``V``.
-        eos: the tokens that end a text.
-        end: the state after the end.
+        vocab_size: Number ``V`` of tokens of the vocabulary.
+        eos: Tokens that end a text.
+        end: State after the end of a text.
     """
 
     end = sys.maxsize
@@ -55,7 +56,7 @@ class Matched:
         self._masks: OrderedDict[int, Tensor] = OrderedDict()
 
     def mask(self, state: int) -> Tensor:
-        """Return the allowed tokens in a state, ``(V,)`` bool; in ``end``, the end tokens."""
+        """Return which tokens are allowed in a state, ``(V,)`` bool; in ``end``, the end tokens."""
         if state == self.end:
             found = torch.zeros(self.vocab_size, dtype=torch.bool)
             found[list(self.eos)] = True
@@ -86,7 +87,7 @@ class Matched:
             return self._number[key]
 
     def accepts(self, tokens: Sequence[int] | Tensor) -> bool:
-        """Return whether a text is in the language; ``tokens`` are without the end token."""
+        """Return whether a text is in the language. ``tokens`` do not include the end token."""
         state = 0
         for token in tokens.tolist() if isinstance(tokens, Tensor) else tokens:
             state = self.next_state(state, int(token))
