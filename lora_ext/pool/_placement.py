@@ -30,11 +30,7 @@ def find_place(
 ) -> Placement:
     """Choose slot and pages for an adapter, and the victims: the adapters to evict for it.
 
-    Args:
-        store: slots and pages of the pool.
-        name: name of the adapter, for messages.
-        packed: the adapter.
-        order: adapters in the order in which to evict them. Pinned ones are skipped.
+    Victims are chosen in ``order``; pinned adapters are skipped.
 
     Raises:
         PoolFullError: If there is no room; the message contains the need, the pinned adapters and a
@@ -83,16 +79,10 @@ def find_place(
 
 
 class _Search:
-    """Free pages and bytes of a store, as if the victims chosen so far were evicted.
-
-    Args:
-        store: slots and pages of the pool.
-        need: number of pages that the new adapter needs, by module.
-        packed: the new adapter.
-    """
+    """Free pages and bytes of a store, as if the victims chosen so far were evicted."""
 
     def __init__(self, store: PageStore, need: dict[str, int], packed: PackedAdapter):
-        self.store, self.need = store, need
+        self.store, self.need = store, need  # number of needed pages by module
         specs = store.index.specs
         self.new = {
             m: Slab(specs[m], store.pages * specs[m].experts) for m in need.keys() - store.slabs

@@ -151,12 +151,7 @@ class Residence:
             self._retire(self.by_name.pop(name))
 
     def bring_back(self, names: Sequence[str | None], absent: list[str]) -> None:
-        """Copy evicted adapters back to the device.
-
-        Args:
-            names: names of adapters that must not be evicted for this.
-            absent: those of the names whose adapters are not on the device.
-        """
+        """Copy the ``absent`` adapters back to the device without evicting others of ``names``."""
         self.check_known(absent)
         held = [self.by_name[n] for n in set(names) if n is not None and n in self.by_name]
         for resident in held:
@@ -284,12 +279,9 @@ class Residence:
             resident.pins += 1
 
     def unpin(self, slots: Sequence[int], checked: bool) -> None:
-        """Remove one pin per entry.
+        """Remove one pin per entry except -1.
 
-        Args:
-            slots: slots; -1 is ignored.
-            checked: whether the slots are known to be pinned. Otherwise a slot with fewer pins than
-                entries raises ValueError.
+        Unless ``checked``, raise ValueError if a slot has fewer pins than entries.
         """
         residents = self._store.residents
         for slot in () if checked else {*slots} - {NO_SLOT}:

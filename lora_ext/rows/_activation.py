@@ -198,14 +198,10 @@ class Activated(Assignment):
     # Forwards
 
     def at(self, past: int, length: int, rows: int) -> Assignment:
-        """Return the ordinary assignment for a forward with ``past`` tokens in its cache.
+        """Return the ordinary assignment of a forward of ``rows`` sequences of ``length`` tokens.
 
-        It has one entry per sequence, or one per token if an adapter starts inside these tokens.
-
-        Args:
-            past: Number of tokens in the cache.
-            length: Number of tokens of each sequence in the forward.
-            rows: Number of sequences.
+        The cache contains ``past`` tokens. The assignment has one entry per sequence, or one per
+        token if an adapter starts inside the forward.
         """
         if self.starts is None:
             raise self._unknown("found a layer that runs before any prompt was searched")
@@ -288,12 +284,8 @@ def with_starts(
 ) -> Assignment:
     """Return an assignment with the starts that the arguments of :func:`lora_ext.adapters` give.
 
-    An assignment with one entry per token has no starts and is returned unchanged.
-
-    Args:
-        assignment: Assignment of the names.
-        invocations: Invocation of each name; empty for ordinary adapters.
-        token_ids, input_ids, starts: See :func:`lora_ext.adapters`.
+    ``invocations`` contains the invocation of each name, empty for ordinary adapters. An assignment
+    with one entry per token has no starts and is returned unchanged.
 
     Raises:
         ValueError: If more than one of the last three arguments is not None, or if one of them does

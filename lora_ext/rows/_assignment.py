@@ -130,10 +130,7 @@ class Assignment:
     def select(self, rows: Sequence[int], batch: int) -> Assignment:
         """Return the assignment for a batch that contains only some rows of the current batch.
 
-        Args:
-            rows: Indices of the rows.
-            batch: Number of rows of the current batch. If this is not the number of rows of the
-                entries, ``self`` is returned.
+        Returns ``self`` if ``batch``, the current number of rows, is not that of the entries.
         """
         places = self.places
         of_rows = self.shape == (len(places),) and len(places) * self.repeat == batch

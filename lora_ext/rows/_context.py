@@ -129,11 +129,8 @@ class Block:
     ) -> Rows:
         """Return the rows of a layer of :mod:`lora_ext.nn`, which contains its own adapters.
 
-        The ids are indices into ``used``, and ``used`` contains indices into ``names``. Other
-        arguments and errors are those of :meth:`rows`.
-
-        Args:
-            names: Names of the adapters of the layer.
+        The ids are indices into ``used``, which contains indices into ``names``, the layer's
+        adapters. Other arguments and errors are those of :meth:`rows`.
         """
         if self.lease.released:
             raise _outlived()

@@ -90,10 +90,6 @@ def together(rows: Rows, also: Sequence[int]) -> Rows:
     each process and sum the results over the processes. If an adapter had no gradient in one
     process, the gradient of another adapter would be added to it. Every process therefore uses all
     adapters in training, in the order of the layer. The gradients of adapters without rows are 0.
-
-    Args:
-        rows: Rows of a layer with its own adapters.
-        also: Indices of adapters.
     """
     used = tuple(sorted({*rows.used, *also}))
     if used == rows.used:

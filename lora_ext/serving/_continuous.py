@@ -87,10 +87,9 @@ class _Request:
         return self.lease.residents[0].serial if self.lease.residents else 0
 
     def runs(self, past: int, length: int) -> list[tuple[str | None, int, int]]:
-        """Divide the ``length`` tokens after the first ``past`` ones into tokens with one adapter.
+        """Return name, slot and number of tokens of each run of tokens with one adapter.
 
-        Returns:
-            For each part, the name, the slot and the number of tokens.
+        The runs cover the ``length`` tokens after the first ``past`` ones.
         """
         base = max(0, min(length, self.start - past))
         parts = (None, -1, base), (self.name, self.lease[0], length - base)
@@ -215,18 +214,10 @@ class AdapterRequests:
         logprobs: list[float] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Pin the adapter of a request and add the request to the manager.
+        """Pin the adapter of a request, and add the request with its sampling and constraint.
 
-        Args:
-            original: the manager's ``add_request``, called with the prompt, the id and ``args``.
-            input_ids: token ids of the prompt.
-            request_id: unique id; None makes one.
-            adapter_name: name of the adapter; default is the surrounding block's.
-            sampling, constraint, guide: how tokens are chosen; None leaves it to the manager.
-            allow_base: whether the base model serves a prompt without the invocation of its
-                activated adapter.
-            logprobs: list to which the log-probability of each new token under the model is
-                appended, independently of sampling and constraint.
+        With ``allow_base``, a prompt without the invocation of its activated adapter uses the base
+        model. The log-probability of each new token under the model is appended to ``logprobs``.
 
         Raises:
             PoolFullError: If the pool has no room for the adapter.

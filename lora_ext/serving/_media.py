@@ -1,11 +1,9 @@
 """Assignment of adapters to images, videos and sounds: each uses the adapter of its sequence.
 
-The rows of vision and audio towers (encoders), and of their projectors, are images and not
-sequences. The placeholder tokens of an image determine its sequence. If they do not, a block with
-several names raises an error at the first layer of the tower that has adapters.
-
-In this file, media are images, videos or sounds, a unit is one of them, and the owner of a unit is
-the sequence that contains its placeholder tokens.
+The rows of vision and audio towers (encoders), and of their projectors, are units of media (images,
+videos or sounds) and not sequences. The owner of a unit is the sequence that contains its
+placeholder tokens. If they do not determine it, a block with several names raises an error at the
+first layer of the tower that has adapters.
 """
 
 from __future__ import annotations
@@ -170,15 +168,9 @@ def _rows(
 
 
 def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> bool:
-    """Return whether an argument with grid sizes explains the tokens of each sequence.
+    """Return whether the grid sizes of the units explain the number of tokens of each sequence.
 
-    The tokens of a unit are assumed to be proportional to its patches. The units, in order, must
-    then divide exactly into the sequences.
-
-    Args:
-        counts: number of placeholder tokens in each sequence.
-        kwargs: arguments of the forward.
-        patches: number of patches of all units.
+    The number of tokens of a unit is assumed to be proportional to its number of patches.
     """
     grids = [v for k, v in kwargs.items() if k.endswith("grid_thw") and isinstance(v, Tensor)]
     total = sum(counts)

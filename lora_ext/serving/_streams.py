@@ -147,13 +147,9 @@ class RequestStream:
         return new
 
     async def texts(self, tokenizer: Any, stop: str | Sequence[str] = ()) -> AsyncIterator[str]:
-        """Yield the text of the answer in pieces, up to the first stop string.
+        """Yield the text of the answer in pieces, up to the first of the stop strings.
 
         A stop string ends the request.
-
-        Args:
-            tokenizer: tokenizer of the model.
-            stop: stop string, or several of them.
         """
         text = TextStream(tokenizer, stop)
         async for tokens in self:
@@ -224,11 +220,7 @@ class TextStream:
         return text
 
     def _text(self) -> str:
-        """Return the text after the text that was returned.
-
-        The returned tokens of the window are decoded again, because the text of a token depends on
-        the preceding tokens.
-        """
+        """Return the text after the returned text, decoded together with the preceding tokens."""
         how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         told = self._tokenizer.decode(self._window[: self._told], **how)
         return self._tokenizer.decode(self._window, **how)[len(told) :]

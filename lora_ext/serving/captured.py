@@ -249,12 +249,7 @@ class Capturable:
         return {**self.pool.modules, **self.pool.experts}
 
     def note_capture(self, device: torch.device, rows: int = 0) -> None:
-        """Record the parts that a graph computes, if a layer of the pool is being captured.
-
-        Args:
-            device: device of the layer.
-            rows: number of rows of the layer's input.
-        """
+        """Record the parts that a graph has if a layer with ``rows`` rows is being captured."""
         graph = capture(device)
         if graph is None:
             return
@@ -283,11 +278,7 @@ class Capturable:
             )
 
     def _missing_parts(self, resident: Any) -> tuple[str, list[str]] | None:
-        """Return the first module for which the graphs lack parts that an adapter needs.
-
-        Returns:
-            The name of the module and the missing parts, or None if nothing is missing.
-        """
+        """Return the first module in which the graphs lack parts of an adapter, and these parts."""
         graphs = self._graphs
         if graphs.parts is None or resident.serial in graphs.served:
             return None
@@ -307,10 +298,7 @@ class Capturable:
         return None
 
     def _place(self, residents: Collection[Any]) -> None:
-        """Assign a place in the banks to each adapter that replaces modules.
-
-        An adapter that has a place keeps it.
-        """
+        """Assign a place in the banks to each adapter that replaces modules, if it has none."""
         slabs = [slab for slab in self._slabs().values() if slab.replaced]
         for r in residents:
             if any(r.slot in s.replaced and s.replaced[r.slot].rows is not None for s in slabs):
