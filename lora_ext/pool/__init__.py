@@ -1,4 +1,4 @@
-"""Adapters of one base model, stored in pages and shared by the rows of a batch."""
+"""Pool of the adapters of one base model, stored in pages; the rows of a batch may mix adapters."""
 
 from lora_ext.rows import UnknownAdapterError
 

@@ -1,4 +1,4 @@
-"""Adapters of one folder by name, for servers; nothing outside the folder is read."""
+"""Loader of the adapters in one folder, for servers; nothing outside the folder is read."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from ._residence import BASE
 from .pool import AdapterPool
 
 _log = logging.getLogger(__name__)
-_MAX_NAME_LENGTH = 200  # characters of a name; most file systems allow 255 bytes
+_MAX_NAME_LENGTH = 200  # in characters; most file systems allow names of 255 bytes
 
 
 class AdapterFolder:
-    """Loader of adapters below one folder. Names and paths may be untrusted.
+    """Loader of the adapters below one folder. Names and paths may come from untrusted clients.
 
     Args:
-        pool: the pool of the adapters.
+        pool: the pool that the adapters are loaded into.
         root: the folder.
 
-    Every method may be called from any thread, and waits while another one loads. An error contains
-    the name of an adapter and only the path that the caller gave. Errors in its files are logged.
+    Every method may be called from any thread. A load or unload waits while another thread loads an
+    adapter. Error messages contain no paths except the one that the caller passed; the details of
+    invalid files are logged.
     """
 
     def __init__(self, pool: AdapterPool, root: str | os.PathLike[str]):
@@ -35,26 +36,27 @@ class AdapterFolder:
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """Return the sorted names of folders with an ``adapter_config.json``, which is not read.
+        """Return the sorted names of the folders that contain an ``adapter_config.json``.
 
-        Folders with an invalid name or a link that leads out are left out.
+        The file is not read. Folders with an invalid name, or with a link to a place outside the
+        root, are omitted.
         """
         found = sorted(file.parent.name for file in self.root.glob("*/adapter_config.json"))
         return [name for name in found if self._has(name)]
 
     def load(self, name: str, path: str | os.PathLike[str] | None = None) -> None:
-        """Load an adapter, or replace the one with this name for later requests.
+        """Load an adapter; if the name is loaded already, replace that adapter for later requests.
 
         Args:
-            name: a valid name of a folder: printable, without slashes, of at most 200 characters
+            name: valid name of a folder, in printable characters without slashes, at most 200 long
                 and not ``"__base__"``.
-            path: path below the folder; default is the name.
+            path: path of the adapter's folder, relative to the root; default is ``name``.
 
         Raises:
-            ValueError: If the name is invalid, the path is outside the folder, or
+            ValueError: If the name is invalid, the path is outside the root, or
                 :meth:`AdapterPool.load` rejects the files.
-            FileNotFoundError: If the path does not exist.
-            PoolFullError: If all adapters that could be evicted are pinned.
+            FileNotFoundError: If the path is not an existing folder.
+            PoolFullError: If there is no room because other adapters are pinned.
         """
         _check_name(name)
         found = self._checked(name if path is None else path)
@@ -62,12 +64,14 @@ class AdapterFolder:
             self._load(name, found)
 
     def ready(self, name: str) -> None:
-        """Load an adapter if the pool does not have it: again, or from the folder of that name.
+        """Load an adapter if the pool does not have it.
+
+        It is loaded from the path of its last :meth:`load`, or from the folder with its name.
 
         Raises:
             UnknownAdapterError: If there is no such folder.
 
-        Errors of :meth:`load` are raised too.
+        Errors of :meth:`load` are raised, too.
         """
         with self._lock:
             if name in self.pool:
@@ -80,7 +84,7 @@ class AdapterFolder:
             self._load(name, self._paths.get(name) or self._checked(name))
 
     def unload(self, name: str) -> None:
-        """Unload an adapter. Leases on it stay valid.
+        """Unload an adapter. Leases of it stay valid.
 
         Raises:
             UnknownAdapterError: If the adapter is not loaded.
@@ -110,7 +114,7 @@ class AdapterFolder:
             return False
 
     def _checked(self, path: str | os.PathLike[str]) -> Path:
-        """Return a folder below the root, with links in its path and to its files checked."""
+        """Return the resolved path of a folder; raise if it or one of its files is not inside."""
         try:
             found = (self.root / path).resolve()
             inside = self.root in found.parents and all(
@@ -130,7 +134,7 @@ class AdapterFolder:
 
 
 def _check_name(name: str) -> None:
-    """Raise ValueError for a name that is not a valid name of a folder."""
+    """Raise ValueError unless ``name`` is a valid name of a folder."""
     printable = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _MAX_NAME_LENGTH
     fits = printable and name not in (BASE, "..") and Path(name).name == name
     expected = f"a name of a folder, of at most {_MAX_NAME_LENGTH} printable characters"

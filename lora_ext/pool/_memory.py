@@ -1,10 +1,10 @@
-"""Memory with a fixed address that allocates bytes of the device as it grows.
+"""Memory with a fixed address whose physical size grows and shrinks.
 
-A kernel gets one pointer for all pages of a module, and a captured graph keeps it. The address
-space of all pages is therefore reserved at once, which costs nothing, and only its front is backed.
-On the CPU the operating system backs memory when it is first written. On CUDA the driver's virtual
-memory maps it without copies or changes of addresses. On other devices all of it is allocated at
-once.
+A kernel receives one pointer for all pages of a module, and a captured graph stores this pointer.
+The addresses of all pages are therefore reserved at once, which needs no memory. Physical memory
+backs only the first bytes. On the CPU, the operating system allocates it at the first write. On
+CUDA, the virtual memory functions of the driver map it without copies or changes of addresses. On
+other devices, all of it is allocated at once.
 
 The driver's functions are called with ctypes, as torch does not expose them. This part has been
 tested with a mock that is compiled from ``cuda.h``, but not on a device.
@@ -38,9 +38,10 @@ class Memory:
 
     Attributes:
         tensor: uint8 ``(nbytes,)``; only the first ``backed`` bytes may be used.
-        backed: bytes allocated on the device.
-        least: bytes that are always allocated.
-        granularity: ``backed`` is a multiple of this, or equal to ``nbytes``.
+        nbytes: reserved bytes, the maximum of ``backed``.
+        backed: bytes that are allocated on the device.
+        least: minimum of ``backed``.
+        granularity: unit of allocation in bytes: ``backed`` is a multiple of it, or ``nbytes``.
     """
 
     def __init__(self, nbytes: int, device: torch.device):
@@ -49,14 +50,15 @@ class Memory:
         self.granularity = 1
 
     def rounded(self, nbytes: int) -> int:
-        """Return the bytes that are allocated if the first ``nbytes`` are in use."""
+        """Return the bytes that must be allocated for the use of the first ``nbytes``."""
         whole = -(-nbytes // self.granularity) * self.granularity
         return max(self.least, min(whole, self.nbytes))
 
     def resize(self, nbytes: int) -> None:
-        """Set the backed size to ``nbytes``, a result of :meth:`rounded`.
+        """Set the number of allocated bytes to ``nbytes``, a result of :meth:`rounded`.
 
-        Values beyond it are lost. A device waits for its queued work before bytes are freed.
+        Values after these bytes are lost. Before bytes of a device are freed, this method waits for
+        the queued work of the device.
 
         Raises:
             RuntimeError: If the device has no room; the size is then unchanged.
@@ -64,7 +66,7 @@ class Memory:
 
 
 class HostMemory(Memory):
-    """Memory of the CPU, in a private mapping."""
+    """Memory of the CPU, in a private anonymous mapping."""
 
     def __init__(self, nbytes: int):
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -73,7 +75,7 @@ class HostMemory(Memory):
         self.nbytes, self.least, self.backed, self.granularity = nbytes, 0, 0, 1
 
     def resize(self, nbytes: int) -> None:
-        """Free pages beyond ``nbytes``; the operating system backs new ones at the first write."""
+        """Free pages after ``nbytes``. The operating system allocates others at the first write."""
         start = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if start < self.backed:
             self._mapping.madvise(mmap.MADV_DONTNEED, start, self.backed - start)
@@ -81,19 +83,20 @@ class HostMemory(Memory):
 
 
 class CudaMemory(Memory):
-    """Memory of a CUDA device, in pieces of its granularity (usually 2 MiB)."""
+    """Memory of a CUDA device, allocated in pieces of the driver's granularity (usually 2 MiB)."""
 
     def __init__(self, nbytes: int, index: int, driver: Driver):
         self.granularity = driver.granularity(index)
         size = -(-nbytes // self.granularity) * self.granularity
         self._reservation = Reservation(driver, index, size, self.granularity)
-        self._reservation.grow(self.granularity)  # torch queries the address of a tensor
+        # torch queries attributes of the tensor's address, which must be mapped for this.
+        self._reservation.grow(self.granularity)
         self.tensor = self._reservation.tensor()[:nbytes]
         self.nbytes, self.least, self.backed = size, self.granularity, self.granularity
         self._index = index
 
     def resize(self, nbytes: int) -> None:
-        """Map missing pieces, or wait for the device and unmap excess ones."""
+        """Map missing pieces; or wait for the device, then unmap the pieces after ``nbytes``."""
         if nbytes > self.backed:
             self._reservation.grow(nbytes)
         elif nbytes < self.backed:
@@ -103,9 +106,11 @@ class CudaMemory(Memory):
 
 
 def memory_on(device: torch.device, nbytes: int) -> Memory:
-    """Return memory that grows, if the device can.
+    """Return memory of ``nbytes`` bytes that can grow if the device supports this.
 
-    Raises RuntimeError or OSError if there is no room.
+    Raises:
+        RuntimeError: If a device has no room.
+        OSError: If the operating system cannot reserve the addresses.
     """
     if device.type == "cpu":
         return HostMemory(nbytes)
@@ -177,13 +182,13 @@ class Driver:
             raise RuntimeError(f"{name} returned CUresult {code}")
 
     def code(self, name: str, *arguments: Any) -> int:
-        """Return the result of a function."""
+        """Call a function and return its ``CUresult``, which is 0 for success."""
         return self._functions[name](*arguments)
 
     @staticmethod
     @functools.cache
     def load(index: int) -> Driver | None:
-        """Return the driver; None if it or the device does not support virtual memory."""
+        """Return the driver, or None if it or the device does not support virtual memory."""
         try:
             driver = Driver(ctypes.CDLL("libcuda.so.1"))
         except (OSError, AttributeError):
@@ -195,7 +200,7 @@ class Driver:
         return driver if supported.value and not failed else None
 
     def granularity(self, index: int) -> int:
-        """Return the smallest size of a piece of a device's memory in bytes."""
+        """Return the smallest size in bytes in which memory of a device can be mapped."""
         found = c_size_t(0)
         self("cuMemGetAllocationGranularity", byref(found), byref(_properties(index)), 0)
         return found.value
@@ -206,9 +211,10 @@ def _properties(index: int) -> _Properties:
 
 
 class Reservation:
-    """Reserved addresses of ``size`` bytes, a multiple of ``piece``, backed from the front.
+    """Reserved addresses of ``size`` bytes, of which the first ones are mapped to memory.
 
-    When neither this object nor a tensor on it is referenced, :func:`give_back` frees it.
+    Memory is mapped in pieces of ``piece`` bytes, and ``size`` is a multiple of that. When this
+    object and its tensors are no longer referenced, :func:`give_back` frees addresses and memory.
     """
 
     def __init__(self, driver: Driver, index: int, size: int, piece: int):
@@ -219,10 +225,11 @@ class Reservation:
         self.address: int = address.value
         self._handles: list[int] = []
         rest = _Rest(driver, index, self.address, size, self._handles, piece, os.getpid())
-        weakref.finalize(self, _left.append, rest).atexit = False  # the exit frees everything
+        # Not called at exit, as the end of the process frees everything.
+        weakref.finalize(self, _left.append, rest).atexit = False
 
     def tensor(self) -> Tensor:
-        """Return a uint8 tensor ``(size,)`` on these addresses; it keeps them reserved."""
+        """Return a uint8 tensor ``(size,)`` at these addresses, which keeps them reserved."""
         return torch.as_tensor(self, device=torch.device("cuda", self._index))
 
     @property
@@ -231,7 +238,11 @@ class Reservation:
         return {"shape": (self._size,), "typestr": "|u1", "data": data, "version": 3}
 
     def grow(self, nbytes: int) -> None:
-        """Map the first ``nbytes``, a multiple of the piece; after RuntimeError nothing changes."""
+        """Map the first ``nbytes``, a multiple of ``piece``.
+
+        Raises:
+            RuntimeError: If the device has no room; nothing is changed then.
+        """
         before = len(self._handles)
         try:
             while len(self._handles) * self._piece < nbytes:
@@ -247,7 +258,7 @@ class Reservation:
         code = driver.code(*create)
         if code == _OUT_OF_MEMORY:
             give_back()
-            torch.cuda.empty_cache()  # torch's cached memory may suffice
+            torch.cuda.empty_cache()  # cached memory of torch's allocator may be enough
         if code:
             driver(*create)
         at = self.address + len(self._handles) * piece
@@ -261,7 +272,7 @@ class Reservation:
         driver("cuMemSetAccess", at, piece, byref(access), 1)
 
     def shrink(self, nbytes: int) -> None:
-        """Free the memory beyond ``nbytes``, which must not be in use."""
+        """Free the memory after the first ``nbytes``, which must not be in use."""
         _unmap(self._driver, self.address, self._handles, self._piece, nbytes)
 
 
@@ -273,7 +284,7 @@ def _unmap(driver: Driver, address: int, handles: list[int], piece: int, nbytes:
 
 
 class _Rest(NamedTuple):
-    """Addresses and memory of a deleted reservation."""
+    """Addresses and memory of a deleted reservation, to be freed later."""
 
     driver: Driver
     device: int
@@ -288,15 +299,17 @@ _left: deque[_Rest] = deque()
 
 
 def give_back() -> None:
-    """Free the memory of deleted reservations, after the queued work of their devices.
+    """Free the memory of deleted reservations, after waiting for the queued work of their devices.
 
-    Pools call this before they reserve addresses for a module, if a device has no room, and in
-    ``trim()``. A finalizer must not call it, as Python may collect garbage anywhere: inside the
-    capture of a graph, which fails on synchronisation, or before a launch for which the queued work
-    waits, such as the other half of a collective.
+    A pool calls this before it reserves addresses for a module, if a device has no room, and in
+    ``trim()``. A finalizer must not call it, because Python may collect garbage at any point. One
+    such point is the capture of a graph, in which synchronisation raises. Another is a moment in
+    which the queued work waits for a kernel that the thread has not launched yet, such as the other
+    half of a collective; the wait would never end.
 
     Raises:
-        RuntimeError: If the device or its driver failed; the rest is kept for the next call.
+        RuntimeError: If the device or its driver fails. What is not freed is kept for the next
+            call.
     """
     while _left:
         try:

@@ -1,11 +1,13 @@
-"""Pages of eight ranks: packed adapters, and the tables and memory of a module.
+"""Pages of eight ranks: adapters packed into pages, and the tables and memory of a module.
 
-A page holds 8 consecutive ranks of one module; the last page of an adapter is padded with zeros::
+A page contains 8 consecutive ranks of an adapter in one module with I inputs and O outputs. Page
+``p`` of the adapter in a slot is page ``q`` of the P pages of the module::
 
     a_pages[q, j, :] = lora_A[8p + j, :]      (P, 8, I)
     b_pages[q, :, j] = lora_B[:, 8p + j]      (P, O, 8)      q = page_table[slot, p]
 
-``csrc/include/lora_ext/lora.h`` reads the same layout.
+The last page of an adapter is padded with zeros. ``csrc/include/lora_ext/lora.h`` describes the
+same layout for the kernels.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ PAGE = 8
 
 
 def page_count(rank: int) -> int:
-    """Return the number of pages of an adapter of this rank."""
+    """Return the number of pages that an adapter of this rank needs in a module."""
     return -(-rank // PAGE)
 
 
@@ -44,7 +46,7 @@ def page_bytes(spec: LinearSpec) -> int:
 
 
 def in_words(nbytes: int) -> str:
-    """Format a size, such as ``20.0 GiB``."""
+    """Format a number of bytes with a unit, such as ``20.0 GiB``."""
     size, unit = float(nbytes), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
@@ -55,14 +57,14 @@ def in_words(nbytes: int) -> str:
 
 @dataclass(frozen=True)
 class PackedModule:
-    """Module of an adapter in host memory, in page format."""
+    """Factors of an adapter for one module, packed into n pages in host memory."""
 
-    a: Tensor  # (n, 8, I); for experts (E * n, 8, I), ordered by expert
-    b: Tensor  # (n, O, 8); for experts (E * n, O, 8)
+    a: Tensor  # (n, 8, I); for E experts (E * n, 8, I), ordered by expert
+    b: Tensor  # (n, O, 8); for E experts (E * n, O, 8)
     bias: Tensor | None  # (O,)
     rank: int
     scale: float
-    magnitude: Tensor | None = None  # (O,), of magnitude_dtype
+    magnitude: Tensor | None = None  # (O,), with the dtype that magnitude_dtype returns
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +75,7 @@ class PackedModule:
 
 @dataclass(frozen=True)
 class PackedAdapter:
-    """Checked and packed adapter in host memory."""
+    """Adapter in host memory, checked and packed into pages."""
 
     config: AdapterConfig
     modules: dict[str, PackedModule]
@@ -82,7 +84,7 @@ class PackedAdapter:
 
     @property
     def rank(self) -> int:
-        """Largest rank of its modules."""
+        """Largest rank of the adapter in any module."""
         return max((part.rank for part in self.modules.values()), default=0)
 
     @property
@@ -94,10 +96,11 @@ class PackedAdapter:
 def read_packed(
     source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool = True
 ) -> PackedAdapter:
-    """Read an adapter into pages, one module after the other.
+    """Read an adapter and pack it into pages, one module after the other.
 
-    Raises ValueError as :func:`lora_ext.adapter.read_adapter` does, and for values that the dtype
-    of the pages cannot hold.
+    Raises:
+        ValueError: If :func:`lora_ext.adapter.read_adapter` rejects the adapter, or if a value is
+            not finite in the dtype of the pages.
     """
     modules: dict[str, PackedModule] = {}
     replaced: dict[str, Replaced] = {}
@@ -105,7 +108,7 @@ def read_packed(
         for spec, factors in adapter.modules():
             packed = modules[spec.name] = pack(spec, factors)
             for part in ("a", "b", "bias", "magnitude"):
-                # Checked after the conversion, since a value may overflow float16.
+                # Checked after the conversion to spec.dtype, since it may overflow float16.
                 _check_finite(getattr(packed, part), adapter.where_is(spec.name, part))
         for spec, whole in adapter.replaced():
             kept = whole.each(functools.partial(_host, spec))
@@ -122,9 +125,9 @@ def _check_finite(values: Tensor | None, where: str) -> None:
 
 
 def _host(spec: LinearSpec, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Copy to host memory, pinned if a CUDA device reads it.
+    """Copy a tensor to host memory, which is pinned if the module is on a CUDA device.
 
-    Floating values get the dtype of the pages unless another one is given.
+    Floating-point values are converted to ``dtype``, by default to the dtype of the pages.
     """
     if dtype is None:
         dtype = spec.dtype if values.is_floating_point() else values.dtype
@@ -133,12 +136,15 @@ def _host(spec: LinearSpec, values: Tensor, dtype: torch.dtype | None = None) ->
 
 
 def magnitude_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of magnitudes for pages of ``dtype``: at least float32, as in PEFT."""
+    """Return the dtype of DoRA magnitudes for pages of ``dtype``: at least float32, as in PEFT."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
-    """Cut ``a`` (E * r, I) and ``b`` (O, r * E) into pages in (pinned) host memory."""
+    """Pack factors ``a`` (E * r, I) and ``b`` (O, r * E) into pages in host memory.
+
+    The memory is pinned for modules on CUDA devices.
+    """
     a, b, experts, pin = factors.a, factors.b, spec.experts, spec.device.type == "cuda"
     rank = a.shape[0] // experts
     n, count = page_count(rank), page_count(rank) * experts
@@ -160,12 +166,12 @@ def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
 def unpack(
     a_pages: Tensor, b_pages: Tensor, pages: Sequence[int], rank: int
 ) -> tuple[Tensor, Tensor]:
-    """Return copies of the factors in pages, ``lora_A`` (r, I) and ``lora_B`` (O, r).
+    """Return copies of an adapter's factors in a module, ``lora_A`` (r, I) and ``lora_B`` (O, r).
 
     Args:
         a_pages, b_pages: pages of a :class:`ModuleSlab`.
-        pages: the numbers in a row of its ``page_table`` that are not -1.
-        rank: rank of the adapter, from ``ranks``.
+        pages: indices of the adapter's pages: the entries of its row in ``page_table`` except -1.
+        rank: rank r of the adapter, from ``ranks`` of the slab.
     """
     index = torch.as_tensor(pages, dtype=torch.int64, device=a_pages.device)
     a = a_pages[index].flatten(0, 1)  # (8n, I)
@@ -177,40 +183,47 @@ def unpack(
 class ModuleSlab:
     """Tensors of one module that the serving layer reads in every forward.
 
-    The tensors are None until an adapter that targets the module is loaded, and the same objects
-    from then on, so a captured CUDA graph may use their addresses. ``bias`` and ``magnitude`` are
-    made for the first adapter with ``lora_bias`` or ``use_dora``. The rows of a slot change only
-    while it is not pinned. The adapter of slot s adds ``scale[s] * (B A x + bias[s])``: the bias is
-    PEFT's, before scaling. For a slot in ``dora`` the rows of the weight, including ``scale[s] * B
-    A``, are also scaled to the norms ``magnitude[s]``.
+    The tensors are None until an adapter that targets the module is loaded. From then on they are
+    never replaced by other tensors, so a captured CUDA graph may use their addresses. ``bias`` and
+    ``magnitude`` are allocated for the first adapter with ``lora_bias`` or ``use_dora``. The rows
+    of a slot change only while the slot is not pinned.
 
-    A parameter of ``E`` experts has E rows of the tables for each slot, which begin at ``s * E``
-    for slot s; S is then ``slots * E``.
+    The adapter of slot s adds ``scale[s] * (B A x + bias[s])``; as in PEFT, the bias is scaled,
+    too. For a slot in ``dora``, each row of the sum of the base weight and ``scale[s] * B A`` is
+    also rescaled so that its norm is the entry of ``magnitude[s]``.
+
+    P is the number of pages and S the number of rows of the tables, one per slot. If the module is
+    a parameter of E experts, each slot has E rows, and those of slot s begin at ``s * E``. S is
+    then ``slots * E``.
     """
 
     in_features: int
     out_features: int
     a_pages: Tensor | None = None  # (P, 8, I)
     b_pages: Tensor | None = None  # (P, O, 8)
-    page_table: Tensor | None = None  # int32 (S, ceil(max_rank / 8)), -1 for no page
+    page_table: Tensor | None = None  # int32 (S, ceil(max_rank / 8)); -1 where there is no page
     ranks: Tensor | None = None  # int32 (S,), 0 if the slot's adapter does not target this module
     scale: Tensor | None = None  # float32 (S,), alpha / r or alpha / sqrt(r)
     bias: Tensor | None = None  # (S, O), or None while no adapter has a bias
     magnitude: Tensor | None = None  # (S, O), or None while no adapter has a magnitude
     version: int = 0  # number of published adapters that target this module
-    # Slots with a DoRA adapter on this module, with the version that published them. The mapping is
-    # on the host and is replaced, never changed, so a forward reads it without synchronisation.
+    # Slots whose adapter uses DoRA in this module, each with the version that published it. The
+    # mapping is on the host. It is not changed in place but replaced by a new one, so a forward
+    # reads it without synchronisation.
     dora: Mapping[int, int] = field(default_factory=dict)
-    # Weight and bias of the slots whose adapter replaces the module; also never changed.
+    # Weight and bias of each slot whose adapter replaces the module; not changed in place either.
     replaced: Mapping[int, Replaced] = field(default_factory=dict)
-    was_replaced: bool = False  # by any adapter so far; a change recompiles a graph once
+    # Whether any adapter has replaced the module so far. Unlike `replaced` it changes at most once,
+    # so a compiled graph that depends on it is recompiled at most once.
+    was_replaced: bool = False
     experts: int = 1  # E
 
 
 class TableBlock:
-    """Tables of the modules that one load targets first, all with the same number of experts.
+    """Tables of all modules that were targeted for the first time by the same load.
 
-    Publishing a slot takes three copies. All slots are empty at first.
+    The modules are on one device and have the same number of experts. Their tables are stacked, so
+    publishing a slot needs only three copies. All slots are empty at first.
     """
 
     def __init__(
@@ -253,13 +266,14 @@ class TableBlock:
 class Slab:
     """Memory and free pages of one module.
 
-    A and B of a page are adjacent, so that one piece of memory is a number of whole pages. The
-    first pages are used first, and only the used front of the memory is backed.
+    The A and B parts of a page are adjacent, so growing the memory by some bytes adds whole pages.
+    Pages with the smallest indices are used first, and physical memory is allocated only up to the
+    last used page.
 
     Attributes:
-        a, b: ``(P, 8, I)`` and ``(P, O, 8)``, for the life of the pool; uninitialised, but no table
-            row refers to a page that was not written.
-        free: pages without an owner, in descending order.
+        a, b: pages ``(P, 8, I)`` and ``(P, O, 8)``, the same tensors as long as the pool exists.
+            They are not initialised, but no table refers to a page that was not written.
+        free: indices of the pages that no adapter uses, in descending order.
     """
 
     def __init__(self, spec: LinearSpec, pages: int):
@@ -278,19 +292,21 @@ class Slab:
         i, o = spec.in_features, spec.out_features
         values = self.memory.tensor.view(spec.dtype)
         page = PAGE * (i + o)
-        # Not views: torch.compile adds guards for inputs that are views.
+        # set_ instead of views, because torch.compile adds guards for inputs that are views.
         self.a, self.b = (
             values.new_empty(0).set_(values.untyped_storage(), start, size, (page, size[2], 1))
             for start, size in ((0, (pages, PAGE, i)), (PAGE * i, (pages, o, PAGE)))
         )
 
     def bytes_for(self, free: Sequence[int], round_up: int = 1) -> int:
-        """Return the bytes of memory that the used pages need.
+        """Return the bytes of memory that all pages up to the last used one need.
 
-        ``free`` lists the free pages in descending order. The number of pages up to the last used
-        one is rounded up to a multiple of ``round_up``.
+        Args:
+            free: indices of the free pages in descending order.
+            round_up: the number of pages is rounded up to a multiple of this.
         """
-        # Count the free pages at the end: entry i is the page P - 1 - i, up to the first gap.
+        # The free pages at the end of the memory are the first entries of `free`: entry i is page
+        # P - 1 - i. The first entry that is not follows a used page.
         used = self.pages - bisect(
             range(len(free)), False, key=lambda i: free[i] != self.pages - 1 - i
         )

@@ -1,4 +1,4 @@
-"""Placement of a new adapter: its slot, pages and memory, and the adapters to evict."""
+"""Choice of the slot, the pages and the memory of a new adapter, and of the adapters to evict."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from ._pages import (
 )
 from ._store import PageStore, Placement, Resident
 
-_AHEAD = 8  # pages by which the memory of a module grows: 64 ranks
+_AHEAD = 8  # the memory of a module grows in steps of this many pages, which is 64 ranks
 
 
 class PoolFullError(RuntimeError):
-    """Error for an adapter without room in the pool, if no unpinned adapter can be evicted."""
+    """Error for an adapter that does not fit in the pool with the pinned adapters."""
 
 
 def find_place(
     store: PageStore, name: str, packed: PackedAdapter, order: Iterable[Resident]
 ) -> Placement:
-    """Choose slot, pages and victims for an adapter: residents in this order, except pinned ones.
+    """Choose slot and pages for an adapter, and the victims: the adapters to evict for it.
+
+    Victims are chosen in ``order``; pinned adapters are skipped.
 
     Raises:
         PoolFullError: If there is no room; the message contains the need, the pinned adapters and a
@@ -49,7 +51,7 @@ def find_place(
         if slots and not lacking and not missing:
             break
         if resident.pins or (slots and not missing and lacking.isdisjoint(resident.pages)):
-            continue  # pinned, or its eviction does not help
+            continue  # pinned, or it has no page in a module that lacks pages
         victims.append(resident)
         slots = [*slots, resident.slot]
         search.without(resident)
@@ -77,10 +79,10 @@ def find_place(
 
 
 class _Search:
-    """Free pages and bytes after the eviction of the victims chosen so far."""
+    """Free pages and bytes of a store, as if the victims chosen so far were evicted."""
 
     def __init__(self, store: PageStore, need: dict[str, int], packed: PackedAdapter):
-        self.store, self.need = store, need  # pages by module
+        self.store, self.need = store, need  # number of needed pages by module
         specs = store.index.specs
         self.new = {
             m: Slab(specs[m], store.pages * specs[m].experts) for m in need.keys() - store.slabs
@@ -104,7 +106,7 @@ class _Search:
         return {module for module, count in self.need.items() if len(self.free[module]) < count}
 
     def missing_bytes(self) -> int:
-        """Return the bytes above the limit, if no page beyond the last used one is backed."""
+        """Return the bytes above ``max_bytes`` if memory ends at the last used page everywhere."""
         limit = self.store.max_bytes
         if limit is None or self.lacking():
             return 0
@@ -116,14 +118,14 @@ class _Search:
         return slab.bytes_for(free[: len(free) - self.need.get(module, 0)], round_up)
 
     def without(self, resident: Resident) -> None:
-        """Count the pages and bytes of a resident as free."""
+        """Add the pages and bytes of a resident to the free ones."""
         self.others -= self.store.replaced_bytes_of(resident.slot)
         for module, pages in resident.pages.items():
             free = self.free.get(module, self.store.slabs[module].free)
             self.free[module] = sorted([*free, *pages], reverse=True)
 
     def placement(self, slot: int, victims: list[Resident], packed: PackedAdapter) -> Placement:
-        """Return the placement for this search."""
+        """Return the placement of the new adapter in a slot, after the eviction of the victims."""
         sizes = self._sizes()
         pages = {m: [self.free[m].pop() for _ in range(count)] for m, count in self.need.items()}
         rooms = {m: _room_for(self.store, m, whole) for m, whole in packed.replaced.items()}
@@ -132,8 +134,9 @@ class _Search:
     def _sizes(self) -> dict[str, tuple[int, int]]:
         """Return the bytes of pages before and after, for each module in which they change.
 
-        Memory grows in steps of `_AHEAD` pages if that fits, otherwise exactly. If that does not
-        fit either, all modules are trimmed.
+        Memory grows in steps of `_AHEAD` pages if this does not exceed ``max_bytes``, and otherwise
+        by the pages that are needed. If even this exceeds the limit, the memory of every module is
+        reduced to its last used page.
         """
         kept = {module: slab.memory.backed for module, slab in self.slabs.items()}
         ahead, exact = (
@@ -163,7 +166,10 @@ def _room_for(store: PageStore, module: str, whole: Replaced) -> Replaced:
 def _new_vectors(
     store: PageStore, slabs: dict[str, Slab], packed: PackedAdapter
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return new biases and magnitudes (S, O) of modules that have none yet."""
+    """Return new tables (S, O) of biases and magnitudes for modules that have none yet.
+
+    S is the number of slots, and O the number of outputs of the module.
+    """
     biases, magnitudes = {}, {}
     for module, part in packed.modules.items():
         slab = slabs[module]
@@ -177,9 +183,10 @@ def _new_vectors(
 
 
 def resize(store: PageStore, place: Placement) -> None:
-    """Resize the memory of pages for a placement; only its victims lose pages.
+    """Resize the memory of pages for a placement; only pages of its victims are lost.
 
-    After a MemoryError, :func:`set_sizes` undoes the changes.
+    Raises:
+        MemoryError: If a device has no room. Call :func:`set_sizes` to undo the changes.
     """
     try:
         set_sizes(store, place, {module: after for module, (_, after) in place.sizes.items()})
@@ -193,11 +200,12 @@ def resize(store: PageStore, place: Placement) -> None:
 
 
 def set_sizes(store: PageStore, place: Placement, sizes: dict[str, int]) -> None:
-    """Set the backed bytes of each module's pages; raise RuntimeError without room.
+    """Set the allocated bytes of each module's pages. The previous sizes undo a :func:`resize`.
 
-    With the previous sizes it undoes a resize.
+    Raises:
+        RuntimeError: If a device has no room.
     """
     slabs = store.slabs | place.slabs
-    # Memory is freed first, so that it can be allocated again.
+    # The order frees memory of some modules before it allocates memory for others.
     for module, size in sorted(sizes.items(), key=lambda s: s[1] - slabs[s[0]].memory.backed):
         slabs[module].memory.resize(size)

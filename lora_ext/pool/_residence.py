@@ -1,4 +1,4 @@
-"""Adapters of a pool by name: their slots or copies in host memory, pins and evictions."""
+"""Adapters of a pool by name: slots on the device, copies in host memory, pins and evictions."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from ._store import PageStore, Placement, Resident
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 NO_SLOT = -1
-_REMEMBERED = 1024  # stored names of dropped adapters, for errors
+_REMEMBERED = 1024  # maximum number of names of dropped adapters that are kept for messages
 
 
 class PoolLock:
     """Reentrant lock that can run jobs when its thread releases it.
 
-    Python may collect garbage anywhere: a generator that was dropped inside a block may release its
-    adapters in the middle of a load by the same thread, which a reentrant lock does not prevent.
-    Releases are therefore delayed until the thread leaves the lock, see :meth:`at_end`.
+    Python may collect garbage at any point. If a generator that is suspended inside a block is
+    collected, the end of its block releases adapters, possibly in the middle of a load in the same
+    thread. A reentrant lock does not prevent this. A release is therefore passed to :meth:`at_end`,
+    which delays it until the thread releases the lock.
     """
 
     def __init__(self) -> None:
@@ -50,22 +51,26 @@ class PoolLock:
             self._lock.release()
 
     def at_end(self, job: Callable[[], None]) -> None:
-        """Run a job, and raise its errors, when the thread that holds the lock releases it."""
+        """Run a job when the current thread, which holds the lock, releases it.
+
+        Errors of the job are raised at that point.
+        """
         self._jobs.append(job)
 
 
 class HostCache(UserDict[str, PackedAdapter]):
-    """Adapters in host memory by name, the least recently used first.
+    """Adapters in host memory by name, in the order of their last use.
 
-    :meth:`put` drops adapters above ``limit`` bytes.
+    If they need more than ``limit`` bytes, :meth:`put` drops the least recently used ones.
     """
 
     def __init__(self, limit: int):
         super().__init__()
         self.limit = limit
         self.nbytes = 0  # size of all adapters
-        self.dropped = 0  # number of dropped adapters so far
-        self.let_go: OrderedDict[str, None] = OrderedDict()  # names dropped last
+        self.dropped = 0  # number of adapters dropped so far
+        # Names of dropped adapters, the latest last.
+        self.let_go: OrderedDict[str, None] = OrderedDict()
 
     def __setitem__(self, name: str, adapter: PackedAdapter) -> None:
         super().__setitem__(name, adapter)
@@ -76,7 +81,10 @@ class HostCache(UserDict[str, PackedAdapter]):
         super().__delitem__(name)
 
     def put(self, name: str, adapter: PackedAdapter) -> None:
-        """Add an adapter; drop the least recently used until the rest fits, this one last."""
+        """Add an adapter; drop the least recently used ones until the rest fits.
+
+        The new adapter is dropped only if it alone exceeds the limit.
+        """
         self[name] = adapter
         while self.nbytes > self.limit:
             gone = next(iter(self))
@@ -87,19 +95,19 @@ class HostCache(UserDict[str, PackedAdapter]):
                 self.let_go.popitem(last=False)
 
     def forget(self, name: str) -> None:
-        """Remove an adapter, and its name from the dropped ones."""
+        """Remove an adapter, and remove its name from the names of dropped adapters."""
         self.let_go.pop(name, None)
         self.pop(name, None)
 
 
 class Residence:
-    """Adapters of a pool by name. The pool holds the lock around every method."""
+    """Adapters of a pool by name. The pool holds ``lock`` during every method."""
 
     def __init__(self, store: PageStore, host_cache_bytes: int):
         self.lock = PoolLock()
-        #: Adapters in slots, the least recently used first.
+        #: Adapters on the device, the least recently used first.
         self.by_name: OrderedDict[str, Resident] = OrderedDict()
-        self.cache = HostCache(host_cache_bytes)  # all other adapters
+        self.cache = HostCache(host_cache_bytes)  # adapters that are not on the device
         self.counts = Counter(loads=0, evictions=0, cache_hits=0)
         self._store = store
 
@@ -112,14 +120,14 @@ class Residence:
         return name in self.by_name or name in self.cache
 
     def check_new(self, name: str) -> None:
-        """Raise ValueError for an invalid or a known name."""
+        """Raise ValueError if a name is invalid or is used already."""
         fits = isinstance(name, str) and name not in ("", BASE)
         require(fits, "AdapterPool", "name", f"a non-empty name but {BASE!r}", repr(name))
         if name in self:
             raise ValueError(f"AdapterPool: name: {name!r} is loaded already; update() replaces it")
 
     def check_known(self, names: Iterable[str]) -> None:
-        """Raise UnknownAdapterError for unknown names."""
+        """Raise UnknownAdapterError for the first name that the pool does not have."""
         for name in names:
             if name in self:
                 continue
@@ -131,24 +139,25 @@ class Residence:
             raise UnknownAdapterError(f"AdapterPool: adapter {name!r} is not loaded{hint}")
 
     def config_of(self, name: str) -> AdapterConfig:
-        """Return the configuration of an adapter; raise UnknownAdapterError for other names."""
+        """Return the configuration of an adapter; raise UnknownAdapterError for unknown names."""
         self.check_known([name])
         return (self.by_name.get(name) or self.cache[name]).config
 
     def forget(self, name: str) -> None:
-        """Remove a name; its slot and pages are freed at once, or with the last pin."""
+        """Remove an adapter. If it is pinned, its slot is freed when the last pin is removed."""
         self.check_known([name])
         self.cache.forget(name)
         if name in self.by_name:
             self._retire(self.by_name.pop(name))
 
     def bring_back(self, names: Sequence[str | None], absent: list[str]) -> None:
-        """Install evicted adapters without evicting others of ``names``."""
+        """Copy the ``absent`` adapters back to the device without evicting others of ``names``."""
         self.check_known(absent)
         held = [self.by_name[n] for n in set(names) if n is not None and n in self.by_name]
         for resident in held:
             resident.pins += 1
-        # First take them out of the cache: an adapter evicted for one must not drop another.
+        # All are removed from the cache first. Otherwise an adapter that is evicted for one of them
+        # could drop another one from the cache.
         wanted = {name: self.cache.pop(name) for name in dict.fromkeys(absent)}
         try:
             for name in list(wanted):
@@ -160,15 +169,18 @@ class Residence:
         finally:
             for resident in held:
                 resident.pins -= 1
-            for name, adapter in wanted.items():  # even above the limit, so that none is lost
+            for name, adapter in wanted.items():  # not by put(), which might drop some
                 self.cache[name] = adapter
 
-    # Pages must not be inference tensors, since they are also updated outside of inference mode and
-    # saved for backward.
+    # Pages must not be inference tensors: they are saved for backward, and later loads outside of
+    # inference mode update them.
     @torch.inference_mode(False)
     @torch.no_grad()
     def install(self, name: str, packed: PackedAdapter) -> None:
-        """Write an adapter into a free slot, then publish the new or changed name."""
+        """Write an adapter to a free slot, then assign its name to the slot.
+
+        If the name is in use, its previous slot is freed as soon as it is not pinned.
+        """
         old = self.by_name.get(name)
         order = [*([old] if old else []), *(r for r in self.by_name.values() if r is not old)]
         place = find_place(self._store, name, packed, order)
@@ -179,7 +191,7 @@ class Residence:
         except BaseException:
             self._undo(place, saved)
             raise
-        # Only Python assignments follow, so the change is not interrupted by an error.
+        # Only Python assignments follow, so an error cannot interrupt the change.
         config, pages = packed.config, place.pages
         resident = Resident(
             name, place.slot, config, pages, packed.rank, packed.nbytes, config.invocation, written
@@ -198,7 +210,10 @@ class Residence:
                 self.cache.put(victim.name, adapter)
 
     def _undo(self, place: Placement, saved: list[PackedAdapter]) -> None:
-        """Restore the victims after a failed copy; cache those that the device has no room for."""
+        """Restore the victims on the device after a failed copy.
+
+        A victim that cannot be restored is moved to the host cache.
+        """
         backed = True
         try:
             set_sizes(self._store, place, {m: before for m, (before, _) in place.sizes.items()})
@@ -211,7 +226,7 @@ class Residence:
                 self.cache[victim.name] = adapter
 
     def _put_back(self, victim: Resident, adapter: PackedAdapter) -> bool:
-        """Write a victim's pages again; return whether that succeeded."""
+        """Write a victim to its pages and slot again; return whether this succeeded."""
         try:
             there = Placement(victim.slot, victim.pages)
             victim.written = self._store.upload(adapter, there)
@@ -228,9 +243,10 @@ class Residence:
     # Pins
 
     def pin(self, names: Sequence[str | None]) -> tuple[list[int], list[Resident]]:
-        """Pin one adapter per entry, all or none.
+        """Pin one adapter per entry; if an error is raised, no adapter is pinned.
 
-        Returns the slots, -1 for the base model, and the residents of the other slots.
+        Returns:
+            The slots, with -1 for the base model, and the residents of all other entries.
         """
         now, slots, pinned = time.time(), [], []
         absent = [n for n in names if n is not None and n != BASE and n not in self.by_name]
@@ -241,7 +257,7 @@ class Residence:
                 slots.append(NO_SLOT)
                 continue
             resident = self.by_name[name]
-            if resident.written:  # make the current stream wait for queued copies
+            if resident.written:
                 if all([transfer.before_reading(each) for transfer, each in resident.written]):
                     resident.written = []
             resident.pins += 1
@@ -252,7 +268,7 @@ class Residence:
         return slots, pinned
 
     def pin_again(self, residents: Sequence[Resident]) -> None:
-        """Pin residents again; raise RuntimeError if one of them is no longer in its slot."""
+        """Pin residents again; raise RuntimeError if a slot no longer contains its resident."""
         for resident in residents:
             if self._store.residents[resident.slot] is not resident:
                 raise RuntimeError(
@@ -263,13 +279,17 @@ class Residence:
             resident.pins += 1
 
     def unpin(self, slots: Sequence[int], checked: bool) -> None:
-        """Remove one pin per entry; unless ``checked``, raise ValueError if there are too few."""
+        """Remove one pin per entry except -1.
+
+        Unless ``checked``, raise ValueError if a slot has fewer pins than entries.
+        """
         residents = self._store.residents
         for slot in () if checked else {*slots} - {NO_SLOT}:
             resident = residents[slot] if 0 <= slot < len(residents) else None
             pins, asked = resident.pins if resident else 0, slots.count(slot)
             require(asked <= pins, "AdapterPool.release", f"slot {slot}", f"{asked} pins", pins)
-        for transfer in self._store.transfers.values():  # queued steps may read the freed pages
+        # Steps in the stream's queue may still read the pages; later copies to them must wait.
+        for transfer in self._store.transfers.values():
             transfer.mark_use()
         for slot in slots:
             if slot == NO_SLOT:

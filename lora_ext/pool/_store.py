@@ -1,7 +1,7 @@
-"""Slots, pages and tables of a pool on the device, without names.
+"""Slots, pages and tables of a pool on the device. Names of adapters are managed elsewhere.
 
-An adapter is written into pages and a slot that nothing refers to. The pool publishes the name
-last, and holds its lock around every method here.
+A new adapter is written to pages and a slot that no forward uses; only then does the pool publish
+its name. The pool holds its lock during every method of this file.
 """
 
 from __future__ import annotations
@@ -33,34 +33,37 @@ Written = list[tuple[Transfer, Any]]  # copies that may still be queued
 
 @dataclass
 class Resident:
-    """Adapter in a slot. After publication only ``written``, ``last_use``, ``pins`` and ``retired``
-    change."""
+    """Adapter in a slot.
+
+    After its name is published, only ``written``, ``last_use``, ``pins`` and ``retired`` change.
+    """
 
     name: str
     slot: int
     config: AdapterConfig
     pages: dict[str, list[int]]
-    rank: int  # largest rank of its modules
+    rank: int  # largest rank in any module
     nbytes: int
-    invocation: tuple[int, ...] = ()  # tokens with which an activated adapter begins
-    written: Written = field(default_factory=list)  # empty once every stream may read it
-    last_use: float = field(default_factory=time.time)  # of the load or the last acquire
+    invocation: tuple[int, ...] = ()  # tokens that activate an activated adapter (aLoRA)
+    written: Written = field(default_factory=list)  # emptied when all copies are done
+    last_use: float = field(default_factory=time.time)  # time of the load or the last acquire
     pins: int = 0
-    retired: bool = False  # the name was removed or has another slot; freed with the last pin
+    retired: bool = False  # the name is removed or in another slot; the last unpin frees this one
     #: Number of this version of the adapter, unique in the process.
     serial: int = field(default_factory=itertools.count(1).__next__)
 
 
 @dataclass
 class Placement:
-    """Slot, pages and memory of a new adapter, before the store is changed."""
+    """Slot, pages and memory of a new adapter, chosen before the store is changed."""
 
     slot: int
     pages: dict[str, list[int]]
     free: dict[str, list[int]] = field(default_factory=dict)  # free pages afterwards, if changed
     victims: list[Resident] = field(default_factory=list)
-    slabs: dict[str, Slab] = field(default_factory=dict)  # new; added to the store by `commit`
-    blocks: list[TableBlock] = field(default_factory=list)  # new, as are the next three fields
+    # `commit` adds the contents of the next five fields, which are new, to the store.
+    slabs: dict[str, Slab] = field(default_factory=dict)
+    blocks: list[TableBlock] = field(default_factory=list)
     biases: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     replaced: dict[str, Replaced] = field(default_factory=dict)
@@ -69,9 +72,10 @@ class Placement:
 
 
 class PageStore:
-    """Memory for ``max_slots`` adapters, ``pages`` pages per module, ``max_bytes`` in all.
+    """Memory for up to ``max_slots`` adapters, with ``pages`` pages per module.
 
-    Pages get addresses with the first adapter of their module, and memory when they are used.
+    The addresses of a module's pages are reserved for the first adapter that targets it; memory is
+    allocated for the pages when they are used. In total, at most ``max_bytes`` are allocated.
     """
 
     def __init__(
@@ -129,13 +133,13 @@ class PageStore:
 
     @property
     def limit_bytes(self) -> int:
-        """Bytes of all ``pages`` of every module, at most ``max_bytes``."""
+        """Bytes of ``pages`` pages in every module, or ``max_bytes`` if that is less."""
         specs = self.index.specs.values()
         pages = sum(self.pages * spec.experts * page_bytes(spec) for spec in specs)
         return pages if self.max_bytes is None else min(pages, self.max_bytes)
 
     def trim(self) -> int:
-        """Free the memory after the last used page of each module; return its bytes."""
+        """Free the memory after the last used page of each module; return the freed bytes."""
         give_back()
         before = self.page_bytes
         for slab in self.slabs.values():
@@ -146,13 +150,14 @@ class PageStore:
     # Copies
 
     def upload(self, packed: PackedAdapter, place: Placement) -> Written:
-        """Write pages, and all rows of the slot in every table.
+        """Write an adapter's pages, and the rows of its slot in every table.
 
-        Modules that the adapter replaces are only written if the placement has room for them.
+        The weights of replaced modules are written only if the placement contains memory for them.
 
         Returns:
             The copies, which may still be queued, for :attr:`Resident.written`. If the placement
-            has new memory the copies are done, as forwards with other slots also read it.
+            contains new tables or pages, this method waits for the copies, because forwards with
+            other slots read these tensors, too.
         """
         slot, slabs = place.slot, self.slabs | place.slabs
         jobs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {d: [] for d in self.transfers}
@@ -192,7 +197,7 @@ class PageStore:
         return written
 
     def download(self, resident: Resident) -> PackedAdapter:
-        """Copy a resident's pages to host memory."""
+        """Copy an adapter from the device to host memory."""
         for transfer, written in resident.written:
             transfer.finish(written)
         modules = {}
@@ -216,10 +221,13 @@ class PageStore:
         return PackedAdapter(resident.config, modules, replaced)
 
     # ---------------------------------------------------------------------------------------------
-    # Bookkeeping that cannot fail
+    # Publication and removal: only Python assignments, so an error cannot interrupt them
 
     def commit(self, place: Placement, resident: Resident) -> None:
-        """Add a placement's memory to the store and publish it to the modules."""
+        """Publish an adapter: add the memory of its placement to the store and the modules.
+
+        The slots of the victims are freed.
+        """
         self.slabs |= place.slabs
         self.blocks += place.blocks
         for module, free in place.free.items():
@@ -237,7 +245,8 @@ class PageStore:
             self.slabs[name].bias = self.modules[name].bias = bias
         for name, magnitude in place.magnitudes.items():
             self.slabs[name].magnitude = self.modules[name].magnitude = magnitude
-        for name, slab in place.slabs.items():  # pages last: forwards check them first
+        # Pages are set after the tables, because a forward checks a_pages before it reads tables.
+        for name, slab in place.slabs.items():
             self.modules[name].b_pages = slab.b
             self.modules[name].a_pages = slab.a
         for name in resident.pages:
@@ -256,7 +265,10 @@ class PageStore:
                 view.dora = dora
 
     def vacate(self, resident: Resident) -> None:
-        """Free slot and pages. The slot's next adapter overwrites the rows of the tables."""
+        """Free the slot and the pages of an adapter.
+
+        The rows of its slot in the tables remain until the next adapter overwrites them.
+        """
         self._free(resident.slot)
         for module, pages in resident.pages.items():
             slab = self.slabs[module]

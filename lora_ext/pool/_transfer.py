@@ -1,4 +1,4 @@
-"""Copies between host and device, with CUDA streams."""
+"""Copies between host and device, ordered with CUDA streams."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def copy_(destination: Tensor, source: Tensor) -> None:
-    """Copy a tensor; all writes of the pool to slabs and tables use this function."""
+    """Copy a tensor. The pool writes all pages and tables with this function."""
     destination.copy_(source, non_blocking=True)
 
 
@@ -21,52 +21,57 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 class Transfer:
-    """Copies in host memory, which are done when :meth:`run` returns."""
+    """Copies to tensors on the CPU, which are done when :meth:`run` returns."""
 
     def mark_use(self) -> None:
-        """Record that steps queued on the current stream may still read the freed pages."""
+        """Record that the work queued on the current stream may still read pages being freed."""
 
     def run(self, jobs: Iterable[tuple[Tensor, Tensor]], wait: bool) -> Any:
-        """Copy sources to destinations; return the argument of the methods below.
+        """Copy sources to destinations.
 
         Args:
-            jobs: pairs of destination and source. Sources of copies to a device are in pinned
+            jobs: pairs of destination and source. Sources of copies to a CUDA device are in pinned
                 memory.
-            wait: True returns after the copies are done; otherwise they are queued.
+            wait: whether to wait until the copies are done; otherwise they may still be queued.
+
+        Returns:
+            The value to pass as ``written`` to the other methods.
         """
         for destination, source in jobs:
             copy_(destination, source)
 
     def before_reading(self, written: Any) -> bool:
-        """Make the current stream wait for :meth:`run`; return True if the copies are done."""
+        """Make the current stream wait for the copies; return whether they are done already."""
         return True
 
     def finish(self, written: Any) -> None:
         """Wait until the copies are done."""
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Record that copies to this memory may still be queued when it is freed."""
+        """Delay the reuse of these tensors' memory until the queued copies to them are done."""
 
     def check_outside_capture(self) -> None:
         """Raise RuntimeError inside the capture of a graph."""
 
 
 class StreamTransfer(Transfer):
-    """Ordered copies to one CUDA device, which the host does not wait for.
+    """Asynchronous copies to one CUDA device, ordered with the work that reads the same memory.
 
-    They run on a side stream, after all work that may still read the overwritten memory: the work
-    queued on the caller's stream, and all steps whose pins have been released. An event marks their
-    end, and a stream that reads them waits for it. This class has not run on a device yet: the
-    order is tested with a mock of streams.
+    The copies run on a side stream. They begin after all work that may still read the overwritten
+    memory: the work queued on the caller's stream, and all steps whose pins have been released. An
+    event marks the end of the copies, and a stream that reads their results waits for the event.
+    This class has not run on a device yet: the order is tested with a mock of streams.
 
-    ``cuda`` is ``torch.cuda``, or its mock in a test.
+    Args:
+        device: the CUDA device.
+        cuda: ``torch.cuda``, or its mock in a test.
     """
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda):
         self._device = device
         self._cuda = cuda
         self._side: Any = None
-        self._last_use: dict[int, Any] = {}  # stream: event after the last step on it
+        self._last_use: dict[int, Any] = {}  # by stream: event after the last step on it
 
     def mark_use(self) -> None:
         """Make later copies wait for the work queued on the current stream."""
@@ -74,9 +79,10 @@ class StreamTransfer(Transfer):
         self._last_use.setdefault(stream.cuda_stream, self._cuda.Event()).record(stream)
 
     def run(self, jobs: Iterable[tuple[Tensor, Tensor]], wait: bool) -> Any:
-        """Queue the copies; return an event that marks their end."""
+        """Queue the copies; return an event that is recorded after them."""
         side = self._side = self._side or self._cuda.Stream(self._device)
-        side.wait_stream(self._cuda.current_stream(self._device))  # also for the slabs' allocation
+        # The current stream may also still initialise new tables.
+        side.wait_stream(self._cuda.current_stream(self._device))
         for event in self._last_use.values():
             side.wait_event(event)
         try:
@@ -93,7 +99,7 @@ class StreamTransfer(Transfer):
         return written
 
     def before_reading(self, written: Any) -> bool:
-        """Make the current stream wait for the event; return True if it has passed already."""
+        """Make the current stream wait for the event; return True if it is complete already."""
         if written.query():
             return True
         self._cuda.current_stream(self._device).wait_event(written)
@@ -104,7 +110,7 @@ class StreamTransfer(Transfer):
         written.synchronize()
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Record the side stream's use of this memory in torch's allocator."""
+        """Record in torch's allocator that the side stream uses these tensors."""
         for tensor in tensors:
             if tensor.is_cuda:
                 tensor.record_stream(self._side)
@@ -112,8 +118,8 @@ class StreamTransfer(Transfer):
     def check_outside_capture(self) -> None:
         """Raise RuntimeError inside the capture of a graph.
 
-        A graph cannot wait for an event from outside, and a pin that ends with the capture would
-        not protect its replays.
+        A graph cannot wait for an event that was recorded outside of it. Moreover, a pin that is
+        released after the capture does not protect later replays.
         """
         if self._cuda.is_current_stream_capturing():
             raise RuntimeError(

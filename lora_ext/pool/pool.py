@@ -1,4 +1,4 @@
-"""AdapterPool: many adapters of one base model in pages, exchanged while the model runs."""
+"""AdapterPool: many adapters of a base model in pages, loaded and evicted while the model runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ Source = AdapterSource | LoraAdapter | nn.Module
 
 
 class Lease(list[int]):
-    """List of pinned slot ids, -1 for the base model; a context manager that releases them."""
+    """List of pinned slots, with -1 for the base model; a context manager that releases the pins.
+
+    A pinned adapter is not evicted, and its slot does not change.
+    """
 
     def __init__(
         self, pool: AdapterPool, slots: Iterable[int] = (), residents: Sequence[Resident] = ()
@@ -41,14 +44,17 @@ class Lease(list[int]):
 
     @property
     def invocations(self) -> list[tuple[int, ...]]:
-        """Tokens with which each pinned adapter begins; empty for ordinary adapters."""
+        """Invocation of each pinned adapter: the tokens that activate it (aLoRA).
+
+        It is empty for adapters that apply to all tokens.
+        """
         return [resident.invocation for resident in self.residents]
 
     def renew(self) -> None:
-        """Pin the same adapters again after the release, for layers that a backward recomputes.
+        """Pin the same adapters again after a release, for a backward that recomputes layers.
 
         Raises:
-            RuntimeError: If an adapter was unloaded, updated or evicted since.
+            RuntimeError: If one of the adapters was unloaded, updated or evicted in the meantime.
         """
         self.pool.renew(self)
 
@@ -61,25 +67,29 @@ class Lease(list[int]):
 
 
 class AdapterPool:
-    """LoRA adapters of one base model, addressed by slot, stored in pages of eight ranks.
+    """LoRA adapters of one base model, addressed by slot and stored in pages of eight ranks.
+
+    Every adapter on the device has a slot, which is its index in the tables of all modules. Its
+    factors are stored in pages, each with eight consecutive ranks of one module.
 
     Args:
         model: the base model; only a weak reference to it is kept. Its linear and embedding layers
             are found by name.
-        max_slots: most adapters on the device at once.
-        max_rank: largest rank of any adapter in any module; use a multiple of 8 to save memory.
-        pages: most pages of a module, or of each of its experts; default ``max_slots *
-            ceil(max_rank / 8)``, so that any ``max_slots`` adapters fit. A page uses no memory
-            before it is needed.
-        dtype, device: dtype and device of the pages; default is those of each module.
-        targets: modules that adapters may target (names, suffixes, or a regex); default all.
-        host_cache_bytes: most bytes of evicted adapters that are kept in host memory.
-        max_bytes: most bytes that the pool allocates on its devices for pages, tables and replaced
-            modules together; above it the least recently used adapters are evicted. Default is no
-            limit except ``pages``.
+        max_slots: maximum number of adapters on the device at the same time.
+        max_rank: largest rank of any adapter in any module; a multiple of 8 wastes no memory.
+        pages: maximum number of pages of a module, or of each of its experts; default ``max_slots *
+            ceil(max_rank / 8)``, so that any ``max_slots`` adapters fit. Memory is allocated when
+            pages are first used.
+        dtype, device: dtype and device of the pages; default is the dtype and device of each
+            module.
+        targets: modules that adapters may target (names, suffixes, or a regex); default is all.
+        host_cache_bytes: maximum bytes of evicted adapters that are kept in host memory.
+        max_bytes: maximum bytes that the pool allocates on its devices for pages, tables and
+            replaced modules in total. To stay below it, the pool evicts the least recently used
+            adapters. By default only ``pages`` limits the memory.
 
-    Every method may be called from any thread. A method that raises does not change the pool. An
-    adapter for another base model, by its configuration, is served with a warning.
+    Every method may be called from any thread. A method that raises does not change the pool. If
+    the configuration of an adapter names another base model, the adapter is loaded with a warning.
     """
 
     def __init__(
@@ -111,7 +121,7 @@ class AdapterPool:
         self.base_models = BaseModels(model_name(model))
         self._store = PageStore(self.index, max_slots, max_rank, self.pages, max_bytes)
         self.modules = {name: self._store.modules[name] for name in self.index.modules}
-        #: Slabs of the layer of an experts module, by the parameter's name.
+        #: Slabs (pages and tables) of the parameters of experts modules, by parameter name.
         self.experts = {name: self._store.modules[name] for name in self.index.experts}
         self._residence = Residence(self._store, host_cache_bytes)
         self._lock = self._residence.lock
@@ -140,24 +150,26 @@ class AdapterPool:
     def load(
         self, name: str, source: Source, strict: bool = True, *, adapter_name: str | None = None
     ) -> tuple[str, ...]:
-        """Load an adapter into a free slot; evict the least recently used ones if necessary.
+        """Load an adapter into a free slot; evict the least recently used adapters if necessary.
 
         Args:
-            name: a name that the pool does not have.
-            source: PEFT's directory; ``(config, state_dict)``; a :class:`LoraAdapter`; or a PEFT
-                model, or one with layers of :mod:`lora_ext.nn`, as if it had been saved.
-            strict: False skips unused keys and fields.
-            adapter_name: the adapter of a model; default is the active one.
+            name: new name, not used by another adapter of the pool.
+            source: directory that PEFT has saved; pair ``(config, state_dict)``;
+                :class:`LoraAdapter`; or a model with adapter layers of PEFT or :mod:`lora_ext.nn`,
+                whose adapter is read as PEFT would save it.
+            strict: whether unused keys and fields raise; if False, they are skipped.
+            adapter_name: name of the adapter to read if ``source`` is a model; default is the
+                active one.
 
         Returns:
             The skipped keys and fields; empty if ``strict``.
 
         Raises:
             TypeError: If ``strict`` is neither True nor False.
-            ValueError: If the name or content is invalid; the message contains file, key, expected
-                and found.
+            ValueError: If the name or content is invalid; the message contains the file, the key,
+                and the expected and the found value.
             NotImplementedError: If the adapter uses a feature of PEFT that the pool lacks.
-            PoolFullError: If all adapters that could be evicted are pinned.
+            PoolFullError: If there is no room because other adapters are pinned.
         """
         self._residence.check_new(name)
         packed = self._read("load", source, strict, adapter_name)  # slow, so without the lock
@@ -175,13 +187,13 @@ class AdapterPool:
         *,
         adapter_name: str | None = None,
     ) -> tuple[str, ...]:
-        """Replace an adapter's weights: write them to a new slot, then move the name there.
+        """Replace an adapter: write the new weights to another slot, then assign the name to it.
 
-        Leases of the old slot keep it, unchanged, until the last release.
+        Existing leases keep the old slot with the old weights, until the last one is released.
 
         Args:
-            name: name of the adapter in the pool.
-            source: see :meth:`load`; or a state dict alone, which keeps the config.
+            name: name of an adapter in the pool.
+            source: see :meth:`load`; or only a state dict, which keeps the current config.
             strict, adapter_name: see :meth:`load`.
         """
         with self._lock:
@@ -196,7 +208,7 @@ class AdapterPool:
         return packed.leftover
 
     def unload(self, name: str) -> None:
-        """Remove an adapter; its pages are freed at once, or with the release of the last pin."""
+        """Remove an adapter. If it is pinned, its pages are freed when the last pin is released."""
         with self._lock:
             self._residence.forget(name)
 
@@ -207,12 +219,15 @@ class AdapterPool:
     ) -> list[str]:
         """Read adapters into the host cache, so that their first :meth:`acquire` only copies them.
 
+        Either all adapters are added, or none if one fails.
+
         Args:
-            sources: name to source, or directories, each named by its last component.
+            sources: mapping from name to source, or directories; the name of a directory's adapter
+                is the last component of the path.
             strict: see :meth:`load`.
 
         Returns:
-            The names. Either all adapters are added, or none if one fails.
+            The names of the adapters.
         """
         named: dict[str, Source]
         if isinstance(sources, Mapping):
@@ -256,14 +271,14 @@ class AdapterPool:
     # Pins
 
     def acquire(self, names: Sequence[str | None]) -> Lease:
-        """Pin one adapter per entry and return the slots; None and ``"__base__"`` give -1.
+        """Pin one adapter per entry and return the slots, with -1 for None and ``"__base__"``.
 
-        An adapter that was evicted to the host cache is loaded again. Either all adapters are
-        pinned or none.
+        An adapter that was evicted to the host cache is copied back to the device. If the method
+        raises, no adapter is pinned.
 
         Raises:
             UnknownAdapterError: If a name is unknown; the message contains close matches.
-            PoolFullError: If there is no room for an evicted adapter.
+            PoolFullError: If the device has no room for an evicted adapter.
             RuntimeError: If the current stream is capturing a graph.
         """
         if isinstance(names, str):
@@ -283,7 +298,7 @@ class AdapterPool:
                 lease.released = False
 
     def release(self, slots: Iterable[int]) -> None:
-        """Release a lease of :meth:`acquire`, or any slots of leases, one pin per entry."""
+        """Remove one pin per entry of a lease or of any other iterable of pinned slots."""
         with self._lock:
             leased = isinstance(slots, Lease)
             if leased:
@@ -296,7 +311,7 @@ class AdapterPool:
             self._lock.at_end(unpin)
 
     def invocation(self, name: str) -> tuple[int, ...]:
-        """Return the tokens with which an activated adapter begins; empty for other adapters.
+        """Return the tokens that activate an activated adapter (aLoRA); empty for other adapters.
 
         Raises:
             UnknownAdapterError: If the pool has no such adapter.
@@ -309,13 +324,16 @@ class AdapterPool:
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes allocated on the devices so far: pages, tables, replaced modules."""
+        """Bytes that are allocated on the devices for pages, tables and replaced modules."""
         with self._lock:
             return self._store.reserved_bytes
 
     @property
     def host_cache_bytes(self) -> int:
-        """Most bytes of evicted adapters in host memory; a change applies at the next eviction."""
+        """Maximum bytes of evicted adapters in host memory.
+
+        A change takes effect at the next eviction.
+        """
         return self._residence.cache.limit
 
     @host_cache_bytes.setter
@@ -325,13 +343,13 @@ class AdapterPool:
 
     @property
     def limit_bytes(self) -> int:
-        """Most bytes of pages that the pool may allocate."""
+        """Maximum bytes of pages that the pool may allocate."""
         return self._store.limit_bytes
 
     def nbytes(self) -> int:
-        """Return the bytes allocated for pages so far.
+        """Return the bytes that are allocated for pages.
 
-        They grow by at least eight pages of a module.
+        If there is room, they grow in steps of at least eight pages of a module.
         """
         with self._lock:
             return self._store.page_bytes
@@ -340,24 +358,28 @@ class AdapterPool:
         """Return the current statistics.
 
         Returns:
-            ``limit_bytes``, ``reserved_bytes`` and ``used_bytes``: the bytes that the pool may
-            allocate, has allocated on its devices (``page_bytes + table_bytes + replaced_bytes``),
-            and that its adapters use, including pinned adapters that were unloaded.
+            A dict with these keys:
 
-            ``adapters``: by name, a dict with ``rank`` (the largest of its modules), ``bytes``,
-            ``pins`` and ``last_use`` (seconds since 1970, of the load or the last :meth:`acquire`);
-            ``slot`` and ``last_use`` are None for an adapter in the host cache.
+            ``limit_bytes``: maximum bytes of pages; ``reserved_bytes``: bytes allocated on the
+            devices, the sum of ``page_bytes``, ``table_bytes`` and ``replaced_bytes``;
+            ``used_bytes``: bytes that adapters use, including pinned adapters that were unloaded.
 
-            All other values are counts: of slots, pins and pages (``pages_total``: the most pages
-            of the modules targeted so far), of the host cache, and of events so far.
+            ``adapters``: a dict for each name, with ``rank`` (the largest of its modules),
+            ``bytes``, ``pins``, ``slot``, and ``last_use``, the time of the load or of the last
+            :meth:`acquire` in seconds since 1970. ``slot`` and ``last_use`` are None for an adapter
+            in the host cache.
+
+            All other values are counts: of slots, pins and pages (``pages_total`` is the maximum
+            number of pages of all modules that were targeted so far), of adapters and bytes in the
+            host cache, and of past events.
         """
         with self._lock:
             return self._residence.stats()
 
     def trim(self) -> int:
-        """Free memory of pages that are no longer used.
+        """Free the memory after the last used page of each module.
 
-        A page in use keeps all pages before it. A CUDA device waits for its queued work.
+        On a CUDA device, this method waits for the queued work.
 
         Returns:
             The number of freed bytes.
@@ -366,7 +388,7 @@ class AdapterPool:
             return self._store.trim()
 
     def __repr__(self) -> str:
-        """Return the settings and the resulting memory."""
+        """Return the settings, the memory of pages and the number of adapters."""
         count = len(self.names)
         return (
             f"AdapterPool(max_slots={self.max_slots}, max_rank={self.max_rank}, "

@@ -1,7 +1,8 @@
 """The adapter of each row of a batch: ``adapters([...])``, ids, plans, and layouts of rows.
 
-Names that are not in ``__all__`` are for other rooms. ``docs/notes/serving.md`` describes the data
-structures. The table lists all state of the room with its owner and lifetime:
+Names that are not in ``__all__`` are for other packages of ``lora_ext``. ``docs/notes/serving.md``
+describes the data structures. The table lists all state of this package with its owner and
+lifetime:
 
 ==========================================  =====================================================
 ``_context._block``                         context variable: thread and task, until the block is

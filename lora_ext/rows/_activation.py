@@ -1,12 +1,13 @@
 """Activated adapters: their start in each row, and the tokens that use them.
 
-An activated adapter (aLoRA) serves a row from the last occurrence of its *invocation*, a sequence
-of tokens, in the row's prompt. The tokens before that position, the *start*, are the base model's,
-so their keys and values can be shared with the base model and with other activated adapters.
+An activated adapter (aLoRA) applies to a row from the last occurrence of its *invocation*, a
+sequence of tokens, in the row's prompt. This position is the *start*. The tokens before it use the
+base model, so their keys and values can be shared with the base model and with other activated
+adapters.
 
-A start is an absolute position in the tokens of the row, pads included. Token ``t`` of a forward
-with ``past`` tokens in its cache has the adapter iff ``past + t >= start``. A prompt in chunks, a
-cache and no cache therefore give the same result.
+A start is an absolute position in the tokens of the row, including padding. Token ``t`` of a
+forward with ``past`` tokens in its cache uses the adapter if and only if ``past + t >= start``. The
+result is therefore the same with a cache, without a cache, and for a prompt in chunks.
 
 Source: Greenewald et al. 2025, "Activated LoRA: Fine-tuned LLMs for Intrinsics"; PEFT 0.21.
 """
@@ -28,7 +29,7 @@ Invocations = Sequence[tuple[int, ...]]
 
 
 def last_start(ids: Tensor, invocation: Sequence[int]) -> list[int | None]:
-    """Return the last position of an invocation in each row of ``ids (B, T)``; None without one."""
+    """Return the last position of an invocation in each row of ``ids (B, T)``, None if absent."""
     n = len(invocation)
     if ids.shape[1] < n:
         return [None] * len(ids)
@@ -40,22 +41,23 @@ def last_start(ids: Tensor, invocation: Sequence[int]) -> list[int | None]:
 
 
 class Activated(Assignment):
-    """An assignment with the start of each entry.
+    """Assignment that also contains the start of each entry's adapter.
 
-    In an attached model each forward replaces it by an ordinary assignment, :meth:`at`, which
-    depends on the tokens in the cache. Other layers (:mod:`lora_ext.nn`) call :meth:`ids`, which
-    assumes that there is no cache: their activations contain all tokens of each sequence.
+    In an attached model, each forward replaces it by the ordinary assignment that :meth:`at`
+    returns, which depends on the number of tokens in the cache. Layers of :mod:`lora_ext.nn` call
+    :meth:`ids`, which assumes that there is no cache, so that activations contain all tokens of
+    each sequence.
 
     Args:
-        entries: An assignment without a tensor, of shape ``()`` or ``(n,)``.
-        invocations: Invocation of each name; empty for an adapter that serves all tokens.
-        starts: Start of each entry, None if the row does not invoke its adapter. None: not known
-            yet.
-        fixed: True if the starts hold for all forwards; False if each prompt sets them anew.
+        entries: Assignment without a tensor, of shape ``()`` or ``(n,)``.
+        invocations: Invocation of each name; empty for an adapter that applies to all tokens.
+        starts: Start of each entry, which is None if the row does not contain the invocation; or
+            None if the starts are not known yet.
+        fixed: True if the starts are valid for all forwards; False if each prompt sets new ones.
         length: Number of tokens of a sequence, if ``input_ids`` of the block set the starts.
-        unsearched: The assignment from whose entries each prompt is searched. It has the shape that
-            was given, which may be ``()``: prompts may have different numbers of sequences. Its own
-            starts are not used. Default: this assignment.
+        unsearched: Original assignment, which is used to find the starts in the next prompt. Its
+            shape may be ``()``, because prompts may have different numbers of sequences. The starts
+            that it contains are not used. Default: this assignment.
     """
 
     def __init__(
@@ -73,25 +75,28 @@ class Activated(Assignment):
         self.invocations = tuple(invocations)
         self.starts, self.fixed, self.length = starts, fixed, length
         self.unsearched = self if unsearched is None else unsearched
-        # Results of `at` for forwards without a start inside, by the places of their entries. The
-        # same object for all decoding steps keeps the tensors that their layers share.
+        # Results of `at` for forwards in which no adapter starts, by the places of the entries. All
+        # decoding steps use the same object, so their layers share the tensors that it caches.
         self._whole_rows: dict[tuple[int, ...], Assignment] = {}
 
     # ---------------------------------------------------------------------------------------------
     # Starts of prompts and forwards
 
     def of_prompt(self, ids: Tensor | None, origin: int = 0) -> Activated:
-        """Return the assignment with the starts in the whole prompts of a batch, fixed.
+        """Find the starts in the whole prompts of a batch, and fix them for all forwards.
 
-        The block's ``input_ids`` or a call of ``generate`` gives them. Returns ``self`` if the
-        starts are fixed already, or no entry has an invocation.
+        The prompts are the ``input_ids`` of a block or of a call of ``generate``.
 
         Args:
-            ids: ``(B, T)``.
-            origin: Number of tokens before them.
+            ids: Token ids ``(B, T)`` of the prompts.
+            origin: Number of tokens before the first one of ``ids``.
+
+        Returns:
+            The assignment with these starts; or ``self`` if the starts are fixed already or no
+            entry has an invocation.
 
         Raises:
-            ValueError: If there are no ids, or their number of rows is wrong.
+            ValueError: If ``ids`` is None or has a wrong number of rows.
         """
         unsearched = self.unsearched
         if self.fixed or not unsearched._may_begin():
@@ -101,17 +106,24 @@ class Activated(Assignment):
         return unsearched._with(unsearched._found(ids, origin), fixed=True)._warned()
 
     def of_forward(self, ids: Tensor | None, past: int) -> Activated:
-        """Return the assignment with the starts in the ids ``(B, T)`` of a forward, not fixed.
+        """Find the starts in the ids of a forward; later forwards may change them.
 
-        Without cached tokens the ids are new prompts: they set all starts, to None in a row without
-        the invocation. With ``past`` cached tokens they continue the sequences of the last forward:
-        a start in the ids replaces the earlier one, and other rows keep theirs.
+        If no tokens are cached, the ids are new prompts and set all starts; the start of a row
+        without the invocation is None. If ``past`` tokens are cached, the ids continue the
+        sequences of the last forward: if a row of the ids contains the invocation, the new start
+        replaces the earlier one, and otherwise the row keeps its start.
 
-        Returns ``self`` if the starts are fixed or do not change, or no entry has an invocation.
+        Args:
+            ids: Token ids ``(B, T)``, or None if the forward has none.
+            past: Number of cached tokens.
+
+        Returns:
+            The assignment with these starts; or ``self`` if the starts are fixed or do not change,
+            or no entry has an invocation.
 
         Raises:
-            ValueError: If a new prompt has no ids, or a row has cached tokens that were never
-                searched and no start in the ids.
+            ValueError: If a new prompt has no ids; or if the start of a row is not in the ids, and
+                the cached tokens were never searched.
         """
         if self.fixed or not self._may_begin():
             return self
@@ -136,7 +148,7 @@ class Activated(Assignment):
         return Activated(entries, self.invocations, starts, fixed, unsearched=self.unsearched)
 
     def _found(self, ids: Tensor, origin: int) -> tuple[int | None, ...]:
-        """Return the start of each entry in the ids of its sequence; 0 for an ordinary adapter."""
+        """Return the start of each entry's adapter in its sequence, 0 for an ordinary adapter."""
         require(ids.dim() == 2, "adapters", "input_ids", "(B, T)", tuple(ids.shape))
         rows = (len(self.entries) if self.shape else len(ids)) * self.repeat
         expected = f"{rows} rows, as there are names"
@@ -165,7 +177,7 @@ class Activated(Assignment):
         )
 
     def _warned(self) -> Activated:
-        """Return ``self`` after a warning if the base model serves rows without an invocation."""
+        """Return ``self``, after a warning if rows without an invocation use the base model."""
         absent = {
             self.names[place]: i
             for i, (place, start) in enumerate(zip(self.entries, self.starts or (), strict=True))
@@ -186,10 +198,10 @@ class Activated(Assignment):
     # Forwards
 
     def at(self, past: int, length: int, rows: int) -> Assignment:
-        """Return the assignment of a forward of ``rows`` sequences of ``length`` tokens.
+        """Return the ordinary assignment of a forward of ``rows`` sequences of ``length`` tokens.
 
-        It has an entry per sequence, or per token if a start lies inside. The cache has ``past``
-        tokens.
+        The cache contains ``past`` tokens. The assignment has one entry per sequence, or one per
+        token if an adapter starts inside the forward.
         """
         if self.starts is None:
             raise self._unknown("found a layer that runs before any prompt was searched")
@@ -210,14 +222,14 @@ class Activated(Assignment):
         return Assignment(self.names, table.flatten(), tuple(table.shape))
 
     def ids(self, table: Sequence[int], layout: Layout) -> Tensor:
-        """Return the ids of :meth:`Assignment.ids` for a layer outside an attached model's forward.
+        """Return :meth:`Assignment.ids` for a layer outside the forward of an attached model.
 
-        The activations are assumed to contain all tokens of each sequence. Nothing shows this to
-        the layer, so their number of tokens is compared with the starts.
+        The activations are assumed to contain all tokens of each sequence. The layer cannot check
+        this, so the number of tokens is compared with the starts.
 
         Raises:
-            ValueError: If a start is at or beyond the end of the activations, which may continue a
-                cache; or if the starts are from ``input_ids`` of another shape.
+            ValueError: If a start is not before the end of the activations, which may then be the
+                continuation of a cache; or if the starts are from ``input_ids`` of another shape.
         """
         leading = layout.leading
         across = leading[:2][::-1] if layout.tokens_first else leading[:2]
@@ -229,7 +241,7 @@ class Activated(Assignment):
             if late:
                 raise self._unknown(f"found {late[0]} beyond the {length} tokens of a layer")
         elif across != (rows, length) and leading != (rows * length,):
-            # Starts of 0 and None select all tokens of a sequence or none, whatever their number.
+            # Starts of 0 and None select all or no tokens of a sequence, for any number of tokens.
             if self.starts is not None and any(self.starts):
                 raise ValueError(
                     f"adapters: input_ids: expected activations of {rows} rows of {length} tokens, "
@@ -242,13 +254,11 @@ class Activated(Assignment):
     # Changes of rows by generate
 
     def times(self, count: int) -> Activated:
-        """Return the assignment for batches with ``count`` consecutive rows per entry."""
+        """Return the assignment for batches with ``count`` consecutive sequences per entry."""
         return self._like(super().times(count), self.starts)
 
     def select(self, rows: Sequence[int], batch: int) -> Assignment:
-        """Return the assignment of some rows of a batch, or ``self`` if the entries are not its
-        rows.
-        """
+        """Return the assignment for some rows of the batch; see :meth:`Assignment.select`."""
         chosen, starts = super().select(rows, batch), self.starts
         if chosen is self:
             return self
@@ -260,7 +270,7 @@ class Activated(Assignment):
         return Activated(entries, self.invocations, starts, self.fixed, self.length)
 
     def same_as(self, other: Assignment) -> bool:
-        """Return whether both assign each row the same adapter from the same position on."""
+        """Return whether both assign the same adapters with the same starts."""
         alike = isinstance(other, Activated) and self.starts == other.starts
         return alike and super().same_as(other)
 
@@ -272,14 +282,14 @@ def with_starts(
     input_ids: Tensor | None = None,
     starts: Starts = None,
 ) -> Assignment:
-    """Return an assignment of :func:`lora_ext.adapters` with the starts from its arguments.
+    """Return an assignment with the starts that the arguments of :func:`lora_ext.adapters` give.
 
-    ``invocations`` are those of the names, empty for ordinary adapters. An assignment of tokens has
-    no starts and is returned unchanged.
+    ``invocations`` contains the invocation of each name, empty for ordinary adapters. An assignment
+    with one entry per token has no starts and is returned unchanged.
 
     Raises:
-        ValueError: If more than one of the last three arguments is given, or one does not fit the
-            names.
+        ValueError: If more than one of the last three arguments is not None, or if one of them does
+            not match the names.
     """
     given = {"token_ids": token_ids, "input_ids": input_ids, "starts": starts}
     found = [name for name, value in given.items() if value is not None]
@@ -296,7 +306,7 @@ def with_starts(
     if input_ids is not None:
         check_integers("input_ids", input_ids)
     if not any(invocations) and starts is None:
-        if input_ids is not None:  # This raises ValueError if the ids do not fit the names.
+        if input_ids is not None:  # This raises ValueError if the ids do not match the names.
             Activated(assignment, invocations)._found(input_ids, 0)
         return assignment
     activated = Activated(assignment, invocations)

@@ -1,4 +1,4 @@
-"""Assignments of adapters to rows: from names or token ids to adapter ids per row."""
+"""Assignments of adapters to rows: conversion of names or token ids to adapter ids per row."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]]
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 BASE = "__base__"  # PEFT's name of the base model; None is equivalent
 
-# A decode step has one or two shapes; without a KV cache every step brings a new one.
+# Maximum number of cached layouts. A decode step has one or two shapes; without a KV cache every
+# step has a new one.
 MAX_SHAPES = 32
 
 
 class Batch(NamedTuple):
     """Shape of the batch of a model's forward."""
 
-    sequences: int
-    lengths: frozenset[int]  # in tokens; of encoder and decoder, for example
+    sequences: int  # number of sequences
+    lengths: frozenset[int]  # numbers of tokens, for example in the encoder and the decoder
 
 
 class Layout(NamedTuple):
@@ -35,27 +36,28 @@ class Layout(NamedTuple):
 
     leading: torch.Size
     device: torch.device
-    tokens_first: bool = False  # leading is (tokens, sequences, ...)
-    batch: Batch | None = None  # of the model's forward, if it is known
+    tokens_first: bool = False  # whether leading is (tokens, sequences, ...)
+    batch: Batch | None = None  # batch of the model's forward, if it is known
 
 
 class TokensFirstError(ValueError):
-    """An error: the first dimension of the activations is tokens and the second one sequences."""
+    """Error for activations in which tokens are the first dimension and sequences the second."""
 
 
 class Assignment:
-    """The adapter of each entry of a block, a call or PEFT's hooks, by name.
+    """Assignment of an adapter name to each entry: all rows, a sequence, a row or a token.
 
     Args:
-        names: Names of adapters, each once. In :func:`~lora_ext.rows.packed_block` each stands for
-            a slot, so a name occurs once for each of its versions in the step.
-        places: For each entry, the index of its name in ``names``, -1 for the base model; or an
-            int64 tensor of these.
-        shape: Meaning of the entries. ``()``: one entry for all rows. ``(n,)``: one for each of n
-            sequences, or of n rows; :meth:`spread` decides which by the layout of each layer.
-            ``(B, L)``: one per token. If ``places`` is a tensor, the shape of the activations
-            without features.
-        repeat: Number of consecutive rows of a batch per entry: beams or returned sequences.
+        names: Distinct names of adapters. In :func:`~lora_ext.rows.packed_block` there is one name
+            per slot, so a name occurs twice if two versions of its adapter are in the step.
+        places: Index into ``names`` for each entry, -1 for the base model; a tuple or an int64
+            tensor.
+        shape: Meaning of the entries. ``()``: one entry for all rows. ``(n,)``: one entry for each
+            of n sequences, or of n rows; :meth:`spread` decides this by the layout of each layer.
+            ``(B, L)``: one entry per token. If ``places`` is a tensor, ``shape`` is the shape of
+            the activations without features.
+        repeat: Number of consecutive sequences of the batch per entry (beams or returned
+            sequences).
     """
 
     def __init__(
@@ -67,12 +69,12 @@ class Assignment:
     ):
         self.names, self.places, self.shape, self.repeat = names, places, shape, repeat
         entries = places.unique().tolist() if isinstance(places, Tensor) else places
-        #: Places that occur, without -1.
+        #: Values of ``places``, without -1.
         self.occurring = frozenset(entries) - {-1}
-        #: Tensors that the layers of a step share.
+        #: Cache of tensors that the layers of a step share.
         self.kept = Kept(MAX_SHAPES)
-        # Shape of activations for which the entries were read as one per "sequence" or per "row".
-        # Both keys together are an error: see `_read_as`.
+        # By "sequence" and by "row", a shape of activations for which the entries were interpreted
+        # as one per sequence or one per row. It is an error if both occur: see `_read_as`.
         self._readings: dict[str, torch.Size] = {}
 
     @classmethod
@@ -92,14 +94,14 @@ class Assignment:
             expected, fits = f"ids in [-1, {len(flat)})", -1 <= low and high < len(flat)
             require(fits, "adapters", "token_ids", expected, f"{low} to {high}")
         with torch.inference_mode(False), torch.no_grad():
-            # This copies: the caller may write the next batch into it before this one's backward.
+            # This copies the ids: the caller may overwrite them before the backward of this batch.
             own = torch.tensor([*assignment.places, -1], device=token_ids.device)
             places = own[token_ids.long()].flatten()  # -1 reads the last entry
             return cls(assignment.names, places, tuple(token_ids.shape))
 
     @classmethod
     def of_entries(cls, entries: Sequence[str | None], shape: tuple[int, ...]) -> Assignment:
-        """Return the assignment of one name per entry; ``shape`` is that of the class."""
+        """Return the assignment of a name to each entry; see the class for ``shape``."""
         names = tuple(dict.fromkeys(n for n in entries if n is not None and n != BASE))
         place: dict[str | None, int] = {name: i for i, name in enumerate(names)}
         return cls(names, tuple(place.get(name, -1) for name in entries), shape)
@@ -115,19 +117,20 @@ class Assignment:
         return [[*self.names, BASE][place] for place in sorted(places)]
 
     def same_as(self, other: Assignment) -> bool:
-        """Return whether both assign each row the same adapter; two tensors count as different."""
+        """Return whether both assignments are equal; two with tensors count as different."""
         mine, others = self.places, other.places
         if isinstance(mine, Tensor) or isinstance(others, Tensor):
             return self is other
         return (self.names, mine, self.shape) == (other.names, others, other.shape)
 
     def times(self, count: int) -> Assignment:
-        """Return the assignment for batches with ``count`` consecutive rows per entry."""
+        """Return the assignment for batches with ``count`` consecutive sequences per entry."""
         return Assignment(self.names, self.places, self.shape, count)
 
     def select(self, rows: Sequence[int], batch: int) -> Assignment:
-        """Return the assignment of some rows of a batch, or ``self`` if the entries are not its
-        rows.
+        """Return the assignment for a batch that contains only some rows of the current batch.
+
+        Returns ``self`` if ``batch``, the current number of rows, is not that of the entries.
         """
         places = self.places
         of_rows = self.shape == (len(places),) and len(places) * self.repeat == batch
@@ -140,10 +143,10 @@ class Assignment:
     # Rows
 
     def rows_among(self, names: tuple[str, ...], layout: Layout) -> Rows:
-        """Return the rows of a layer with adapters of these names, computed once per layout.
+        """Return the rows of a layer with adapters of these names, from a cache if possible.
 
-        The base model serves rows whose adapter the layer lacks: not every layer needs all
-        adapters. The key of the cache omits ``layout.batch``, as in :meth:`Block.rows`.
+        A layer need not have all adapters: rows use the base model if the layer lacks theirs. The
+        key of the cache omits ``layout.batch``, for the reason given in :meth:`Block.rows`.
         """
         if compiles():
             return self._rows_among(names, layout)
@@ -158,14 +161,16 @@ class Assignment:
         return planned(used, self.ids(table, layout))
 
     def ids(self, table: Sequence[int], layout: Layout) -> Tensor:
-        """Return ``(T,)`` int32: ``table[i]`` for rows of name ``i``, -1 for the base model.
+        """Return the ids of the T rows of a layer, ``(T,)`` int32.
+
+        The id of a row is ``table[i]`` if its adapter is ``names[i]``, and -1 for the base model.
 
         Raises:
-            ValueError: If the entries do not fit the layout.
+            ValueError: If the entries do not match the layout.
         """
         device = layout.device
         if layout.tokens_first and len(self.shape) == 2:
-            # Entries are (B, L) in every layout; the rows of this one are transposed.
+            # The entries are (B, L) in every layout; the rows of this layout are transposed.
             if layout.leading != self.shape[::-1]:
                 raise self._misfit(layout.leading)
             upright = self.ids(table, Layout(torch.Size(self.shape), device))
@@ -188,15 +193,16 @@ class Assignment:
     def spread(self, layout: Layout) -> tuple[int, int]:
         """Return how the entries cover the rows of a layer, as ``(copies, turns)``.
 
-        Each entry has ``copies`` consecutive rows, and the rows of all entries occur ``turns``
-        times. An entry of ``(n,)`` is a sequence if a dimension of the layout, or the batch of the
-        model's forward, has as many sequences; otherwise it is a row. The batch decides only
-        whether the entries fit: every layout that fits has the same result with any batch.
+        Each entry is repeated for ``copies`` consecutive rows, and the resulting list of rows is
+        repeated ``turns`` times. If the shape is ``(n,)``, an entry is a sequence if this number of
+        sequences is a dimension of the layout or the size of the model's batch; otherwise it is a
+        row. The batch decides only whether the entries match: the result for a layout that matches
+        is the same with any batch.
 
         Raises:
-            TokensFirstError: If the batch shows that the first dimension is tokens; the caller
+            TokensFirstError: If the batch shows that the first dimension is tokens. The caller
                 calls again with ``layout.tokens_first``.
-            ValueError: If the entries do not fit.
+            ValueError: If the entries do not match the layout.
         """
         leading, batch = layout.leading, layout.batch
         rows, sequences = math.prod(leading), len(self.places) * self.repeat
@@ -212,7 +218,7 @@ class Assignment:
             self._read_as("sequence", leading)
             return math.prod(leading[2:]) * self.repeat, leading[0]
         if leading[:1] == (sequences,):
-            if rows > sequences:  # with one row per sequence, both readings are the same
+            if rows > sequences:  # with one row per sequence, both interpretations are the same
                 self._read_as("sequence", leading)
             return rows // len(self.places), 1
         if batch is not None and batch.sequences == sequences:
@@ -220,8 +226,8 @@ class Assignment:
                 raise TokensFirstError
             if len(leading) == 1 and any(rows == sequences * n for n in batch.lengths):
                 return rows // len(self.places), 1  # the model has flattened its batch
-        # If the names fit the sequences of the batch, they are not names of rows. A layer with as
-        # many rows in another layout then has rows that all sequences share, such as positions.
+        # If there is one name per sequence of the batch, the names are not names of rows. If a
+        # layer still has this number of rows, all sequences share them, such as positions.
         shared = batch is not None and batch.sequences == sequences > 1
         if self.repeat == 1 and rows == len(self.places) and not shared:
             self._read_as("row", leading)
@@ -243,10 +249,12 @@ class Assignment:
         return ValueError(f"adapters: names: expected {expected}, {found}")
 
     def _read_as(self, unit: str, leading: torch.Size) -> None:
-        """Record a reading of the entries as one per sequence or row; raise ValueError after both.
+        """Record that the entries were interpreted as one per sequence or one per row.
 
-        The number of rows that all sequences share, such as positions, can be that of the names by
-        chance.
+        Raises:
+            ValueError: If both interpretations have occurred. One of them is then wrong: the number
+                of rows that all sequences share, such as positions, can be equal to the number of
+                names by chance.
         """
         readings = {**self._readings, unit: leading}
         if len(self.places) > 1 and len(readings) == 2:
@@ -259,10 +267,10 @@ class Assignment:
         self._readings[unit] = leading
 
     def check_tokens(self, layout: Layout) -> None:
-        """Raise ValueError if the number of names is that of the tokens in a single row.
+        """Raise ValueError if an embedding receives one row with one token per name.
 
-        This row may be positions that all sequences share. With tokens first, the row is one token
-        of each sequence, which is correct.
+        This row may be positions that all sequences share. If tokens are the first dimension, the
+        row is one token of each sequence, which is correct.
         """
         named = len(self.places)
         one_row = self.shape == (named,) != (1,) and layout.leading == (1, named)
@@ -290,7 +298,7 @@ def check_integers(argument: str, t: object) -> None:
 
 
 def refuse_singular(where: str, given: Mapping[str, Any]) -> None:
-    """Raise TypeError for ``adapter_name``, which a model would ignore as an unknown argument."""
+    """Raise TypeError for the argument ``adapter_name``, which a model would ignore as unknown."""
     if "adapter_name" in given:
         raise TypeError(
             f"{where}: expected adapter_names=, a name or one for each row, found "

@@ -1,6 +1,6 @@
-"""Pools, models that are attached to them, and layers with their own adapters.
+"""Pools, the models attached to them, and layers of ``lora_ext.nn``, which own their adapters.
 
-An ``adapters`` block without ``pool`` finds its pool here.
+An ``adapters`` block without ``pool=`` finds its pool with :func:`only_pool`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 
 class UnknownAdapterError(KeyError):
-    """A pool, or every layer, lacks an adapter of that name."""
+    """Error for an adapter name that a pool, or every layer of ``lora_ext.nn``, lacks."""
 
     def __str__(self) -> str:
         """Return the message without KeyError's quotes."""
@@ -22,7 +22,7 @@ class UnknownAdapterError(KeyError):
 
 
 class Pool(Protocol):
-    """Interface of :class:`lora_ext.AdapterPool`, which this room cannot import."""
+    """Interface of :class:`lora_ext.AdapterPool`, which this package cannot import."""
 
     max_slots: int
     modules: Any
@@ -31,31 +31,31 @@ class Pool(Protocol):
         """Pin adapters.
 
         Returns:
-            A list of slots that is a context manager, with ``released``, the ``invocations`` of the
-            names, and ``renew()``, which pins the same adapters again.
+            A list of slots that is also a context manager. It has the attributes ``released`` and
+            ``invocations`` (of each name), and ``renew()``, which pins the same adapters again.
         """
 
 
-# No number is used twice: a graph compiled for a deleted pool cannot use another pool.
+# No number is used twice, so a graph compiled for a deleted pool cannot use another pool.
 _handles: weakref.WeakKeyDictionary[Pool, int] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
 
 
 def pool_handle(pool: Pool) -> int:
-    """Return the number of a pool, which a compiled graph can hold."""
+    """Return the number of a pool, which a compiled graph can contain."""
     return _handles.setdefault(pool, next(_counter))
 
 
-#: Objects with a ``pool``: attachments of models, and layers with their own adapters.
+#: Objects with an attribute ``pool``: attached models' states, and layers with their own adapters.
 attachments: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def only_pool() -> Pool:
-    """Return the one pool that anything is attached to.
+    """Return the only pool of the objects in :data:`attachments`.
 
     Raises:
-        RuntimeError: If there is none.
-        ValueError: If there are several.
+        RuntimeError: If there is no pool.
+        ValueError: If there are several pools.
     """
     pools = {id(a.pool): a.pool for a in attachments}
     if len(pools) > 1:
@@ -79,11 +79,12 @@ def only_pool() -> Pool:
 
 
 class Places(list[int]):
-    """Lease of layers with their own adapters: it pins nothing.
+    """Lease for layers with their own adapters. It has the interface of a pool's but pins nothing.
 
     Args:
-        places: Indices of the names.
-        invocations: Invocation of each name, empty for an adapter that serves all tokens.
+        places: Index of each name, in place of a slot.
+        invocations: Invocation of each name (the tokens that activate its adapter); empty for an
+            adapter that applies to all tokens.
     """
 
     released = False
@@ -104,7 +105,7 @@ class Places(list[int]):
 
 
 class LayerNames:
-    """The adapters of all live layers, by name. Layers may have different names."""
+    """Pool of all layers that own their adapters. Layers may have adapters of different names."""
 
     max_slots = 0
     modules = ()
@@ -119,10 +120,10 @@ class LayerNames:
         attachments.add(layer)
 
     def acquire(self, names: Sequence[str | None]) -> Places:
-        """Return places for the names.
+        """Return a lease of the names.
 
         Raises:
-            UnknownAdapterError: If no layer has a name.
+            UnknownAdapterError: If a name is unknown to every layer.
         """
         known = {known for layer in self._layers for known in layer.adapter_names}
         for name in names:
@@ -133,7 +134,7 @@ class LayerNames:
         return Places(range(len(names)), [self._invocation(name) for name in names])
 
     def _invocation(self, name: str | None) -> tuple[int, ...]:
-        """Return the invocation of an adapter; all layers that have it must agree."""
+        """Return the invocation of an adapter; raise ValueError if layers have different ones."""
         found = self._invocations(name)
         if len(found) > 1:
             gc.collect()  # unreachable layers form reference cycles

@@ -1,7 +1,8 @@
-"""``with adapters([...])``: the block that every layer with adapters reads.
+"""``with adapters([...])``: the block in which layers find the adapter of each row.
 
 A block is entered once per batch and read by hundreds of layers. The first layer with a new layout
-computes the ids per row and their plan; the block's assignment keeps them for the others.
+computes the ids per row and their plan (rows grouped by adapter). The assignment of the block
+caches them for the other layers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ._rows import Rows, capturing, planned
 
 
 class EntryPoint:
-    """Thread, task and backward in which a block was entered, and what has happened to it since.
+    """Thread, task and backward in which a block was entered, and whether it was used or left.
 
     Copies of a block with other assignments share this object.
     """
@@ -55,17 +56,17 @@ def _current_task() -> Any:
 
 
 class SlotRows(NamedTuple):
-    """Rows that some slots of a pool serve, sorted by slot."""
+    """Rows of a layer that use certain slots of a pool, sorted by slot."""
 
-    slots: tuple[int, ...]  # slots that serve a row, in ascending order
-    rows: Tensor  # (D,) int64
+    slots: tuple[int, ...]  # slots that a row uses, in ascending order
+    rows: Tensor  # (D,) int64, indices of the rows
     which: Tensor  # (D,) int64, for each of `rows` the index of its slot in `slots`
     by_slot: tuple[Tensor, ...]  # the rows of each slot
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """An entered ``adapters`` block. It is frozen, so any thread may read it."""
+    """An ``adapters`` block that was entered. It is frozen, so any thread may read it."""
 
     handle: int  # of the pool
     lease: Any
@@ -74,11 +75,11 @@ class Block:
     num_slots: int
     outer: Block | None
     entry: EntryPoint
-    #: True if the rows are tokens of many requests, packed by a server.
+    #: True if the rows are tokens of many requests that a server has packed into one row.
     packed: bool = False
-    #: The block of the output head, if the model passes it only some of the tokens.
+    #: Block for the output head, if the model passes only some of the tokens to the head.
     head: Block | None = None
-    #: The step of :func:`lora_ext.capturable` whose buffers contain the names, if any.
+    #: Step of :func:`lora_ext.capturable` that the block has written its slots to, or None.
     step: Any = None
 
     def rows(
@@ -88,17 +89,20 @@ class Block:
         tokens_first: bool = False,
         of_tokens: bool = False,
     ) -> Rows:
-        """Return the rows of a layer of the pool: ids are slots.
+        """Return the rows of a layer of the pool, with slots as ids.
 
         Args:
-            leading: Dimensions of the activations before the features, or of token ids.
+            leading: Dimensions of the activations before the features, or all dimensions of token
+                ids.
             device: Device of the activations.
-            tokens_first: True if ``leading`` is ``(tokens, sequences, ...)``.
-            of_tokens: True for token ids, which may be positions that all sequences share.
+            tokens_first: Whether ``leading`` is ``(tokens, sequences, ...)``.
+            of_tokens: Whether the input is token ids. They may be positions that all sequences
+                share.
 
         Raises:
-            ValueError: If the names do not fit ``leading``.
-            RuntimeError: If the block was left while a task or thread that started in it runs.
+            ValueError: If the number of names does not match ``leading``.
+            RuntimeError: If the block was left before a task or thread that was started in it
+                ended.
         """
         if self.lease.released:
             raise _outlived()
@@ -108,9 +112,10 @@ class Block:
             rows = self.step_rows(current_layout(leading, device, tokens_first))
             if rows is not None:
                 return rows
-        # A hit makes no layout, which would take a third of its time. The key omits the batch of
-        # the model's forward, which decides only whether the names fit (`Assignment.spread`). The
-        # names of a hit have fitted this shape before, and their ids are the same for any batch.
+        # No layout is made for the lookup, because that would take a third of its time. The key
+        # omits the batch of the model's forward, which decides only whether the names match the
+        # shape (`Assignment.spread`). The names of a cached entry have matched this shape before,
+        # and the ids are the same for any batch.
         key = (leading, tokens_first)
         return self.assignment.kept.get(key, device, self._slot_ids, leading, device, tokens_first)
 
@@ -122,9 +127,10 @@ class Block:
         tokens_first: bool = False,
         of_tokens: bool = False,
     ) -> Rows:
-        """Return the rows of a layer with its own adapters: ids are indices into ``names``.
+        """Return the rows of a layer of :mod:`lora_ext.nn`, which contains its own adapters.
 
-        Other arguments and errors are those of :meth:`rows`.
+        The ids are indices into ``used``, which contains indices into ``names``, the layer's
+        adapters. Other arguments and errors are those of :meth:`rows`.
         """
         if self.lease.released:
             raise _outlived()
@@ -134,13 +140,14 @@ class Block:
         return self.assignment.rows_among(names, layout)
 
     def step_rows(self, layout: Layout) -> Rows | None:
-        """Return the rows in the buffers that a captured graph reads; None outside
-        :func:`lora_ext.capturable`.
+        """Return the rows in the buffers of the :func:`lora_ext.capturable` step.
+
+        Returns None if there is no step or the layer cannot use its buffers.
         """
         return None if self.step is None else self.step.rows(self.assignment, layout)
 
     def slot_rows(self, slots: Set[int], layout: Layout) -> SlotRows | None:
-        """Return the rows that these slots of the pool serve; None if they serve no row."""
+        """Return the rows that use one of these slots of the pool, or None if no row does."""
         serving = {self.slots[place] for place in self.assignment.occurring}
         order = tuple(sorted(slots & serving))
         if not order:
@@ -165,7 +172,7 @@ class Block:
         return SlotRows(order, rows, each[rows].long(), by_slot)
 
     def remedy(self) -> str:
-        """Return the remedy for names that do not fit the rows of a pool's layer."""
+        """Return advice, for a message, on names that do not match the rows of a pool's layer."""
         batch, assignment = _batch.get(), self.assignment
         if batch is None:
             return f"{_ONE_EACH}; {_LEAVE_OUT}"
@@ -198,7 +205,7 @@ _step: ContextVar[Any] = ContextVar("lora_ext.step", default=None)
 
 
 def innermost() -> Block | None:
-    """Return the innermost block of all pools, in this thread and task."""
+    """Return the innermost block of any pool in this thread and task."""
     return _block.get()
 
 
@@ -215,7 +222,7 @@ def innermost_of(block: Block | None, handle: int) -> Block | None:
 
 
 def current_layout(leading: torch.Size, device: torch.device, tokens_first: bool) -> Layout:
-    """Return the layout of a layer's rows in the forward that runs in this thread and task."""
+    """Return the layout of a layer's rows in the forward that this thread and task runs."""
     return Layout(leading, device, tokens_first, _batch.get())
 
 
@@ -226,27 +233,27 @@ def put(block: Block | None) -> None:
 
 
 def current(handle: int, in_graph: bool = False) -> Block | None:
-    """Return the block that serves a layer of a pool now; every such layer calls this function.
+    """Return the block that a layer of a pool has to use; every layer calls this function.
 
     In a forward it is the innermost block of the pool in this thread and task. In a backward that
     computes a layer again, it is the block of the layer's forward.
 
     Args:
         handle: Number of the pool.
-        in_graph: True inside a compiled graph, whose backward runs without grad mode.
+        in_graph: Whether a compiled graph calls this function. Its backward disables grad mode.
 
     Raises:
-        RuntimeError: If there is no block in a capture of the pool's step, or the block of the
-            forward cannot be found.
+        RuntimeError: If there is no block while a step of the pool is captured, or if the block of
+            the forward cannot be found.
     """
     block = _block.get()
     task = torch._C._current_graph_task_id()  # -1 outside of every backward
-    # The context variable does not show the block of the forward: it has the current block of the
-    # thread that calls backward, and autograd's own threads have none.
+    # The context variable does not contain the block of the forward. In the thread that calls
+    # backward it contains that thread's current block, and in autograd's threads it is None.
     if task >= 0:
         return _of_forward(handle, task, block, in_graph)
-    # Entering and leaving record the block for autograd nodes. A switch of asyncio's task does not,
-    # so the first layer after it records the block of its task.
+    # Entering and leaving a block record it for autograd nodes. A switch to another asyncio task
+    # does not, so the first layer after the switch records the block of its task.
     if block is not _past.here.last:
         _past.record(block)
     while block is not None and block.handle != handle:
@@ -275,24 +282,24 @@ def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> 
     Args:
         handle: Number of the pool.
         task: Number of the backward in autograd.
-        block: The current block. It serves the layer only if this backward has entered it: if the
-            checkpointed function itself contains ``with adapters(...)``.
-        in_graph: As in :func:`current`.
+        block: The current block. The layer uses it only if this backward has entered it, because
+            the checkpointed function itself contains ``with adapters(...)``.
+        in_graph: See :func:`current`.
     """
     inside = block is not None and block.entry.backward == task
     block = innermost_of(block if inside else _past.block_of_forward(task), handle)
     if block is None or inside:
         return block
     # Only a reentrant checkpoint inside the region that is computed again disables grad mode. Its
-    # node is made now, so it could not show the block of the forward when autograd evaluates it.
+    # node is made now and not in the forward, so the block of the forward cannot be found from it.
     if not torch.is_grad_enabled() and not in_graph:
         raise RuntimeError(
             "adapters: expected no reentrant checkpoint inside another, found one: the inner one "
             "has no node in the forward's graph; give use_reentrant=False"
         )
     if block.lease.released:
-        # The block was left, which released its pins. They are taken again, and autograd calls the
-        # queued callback at the end of this backward, which releases them.
+        # The pins were released when the block was left. The adapters are pinned again until the
+        # end of this backward, when autograd calls the queued callback.
         block.lease.renew()
         torch.autograd.Variable._execution_engine.queue_callback(block.lease.__exit__)
     return block
@@ -309,20 +316,20 @@ def context_value(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 
 
 def in_step(step: Any) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which blocks of the step's pool write their names into it."""
+    """Return a context in which blocks of a step's pool write their slots to the step."""
     return context_value(_step, step)
 
 
 def forward_of(batch: Batch | None) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which a model computes this batch."""
+    """Return a context that stores the batch of a model's forward for its layers."""
     return context_value(_batch, batch)
 
 
 # -------------------------------------------------------------------------------------------------
 # Entering
 
-#: True while a block is open in any thread. Compiled graphs are guarded by it: one graph without
-#: blocks, one with.
+#: True while a block is open in any thread. Compiled graphs depend on it: one is compiled without
+#: blocks and another one with blocks.
 any_block = False
 #: True while an open block has activated adapters, which compiled graphs do not support.
 any_activated = False
@@ -339,35 +346,39 @@ def adapters(
     starts: Starts = None,
     pool: Pool | None = None,
 ) -> Iterator[None]:
-    """Serve the rows of every forward inside the block with these adapters.
+    """Use these adapters for the rows of every forward inside the block.
 
-    The adapters are pinned in the pool until the block is left. Blocks can be nested; the innermost
-    one of a pool is used. Each thread and each asyncio task has its own blocks; a new thread starts
-    without a block. A backward that computes layers again (activation checkpointing) uses the block
-    of their forward, even if it was left.
+    The adapters are pinned in the pool until the block is left. Blocks can be nested; layers use
+    the innermost block of their pool. Each thread and each asyncio task has its own blocks, and a
+    new thread starts without a block. A backward that computes layers again (activation
+    checkpointing) uses the block of the forward, even if the block was left.
 
     Args:
-        names: One name per sequence of the batch; or one per token, as a list of all rows or a list
-            of lists; or a single one for all rows. None and ``"__base__"`` are the base model.
-        token_ids: For each token the index of its name in ``names``, -1 for the base model:
-            integers of the shape of the activations without features, ``(B, T)`` or ``(rows,)``.
-            They are copied and checked here, which waits for the device.
-        input_ids: The prompts, ``(B, T)`` integers. An activated adapter serves its row from the
-            last position of its invocation on. Without an invocation the base model serves the row,
-            with a warning. Default: the ids of the forwards, if a transformers model is
-            attached.
-        starts: These positions, if they are known: one per name, in the tokens of the row with
-            pads. With None an activated adapter serves no token of the row, an ordinary one all.
-        pool: The pool. Default: the pool of the attached models, or the adapters of the layers of
-            :mod:`lora_ext.nn`, if there is only one of these.
+        names: One name per sequence of the batch; one name per token, as a list of all rows or a
+            list of lists; or a single name for all rows. None and ``"__base__"`` are the base
+            model.
+        token_ids: Index into ``names`` for each token, -1 for the base model: an integer tensor in
+            the shape of the activations without features, ``(B, T)`` or ``(rows,)``. It is copied
+            and checked here, which waits for the device.
+        input_ids: Token ids of the prompts, ``(B, T)``, for activated adapters (aLoRA). Such an
+            adapter applies to a row from the last position of its invocation (a token sequence) on.
+            A row without the invocation uses the base model, with a warning. Default: the ids of
+            each forward, if a transformers model is attached.
+        starts: The positions at which activated adapters begin, if they are known: one per name,
+            counted in the tokens of the row including padding. With None, an activated adapter
+            applies to no token of the row, and an ordinary one to all.
+        pool: The pool. Default: the only pool with an attached model; or the adapters of all layers
+            of :mod:`lora_ext.nn`, if there are such layers and no attached model.
 
     Raises:
-        UnknownAdapterError: If the pool, or every layer, lacks a name.
-        ValueError: If there are no names, lists have unequal lengths, ``token_ids`` are not
-            integers in ``[-1, len(names))``, more than one of ``token_ids``, ``input_ids`` and
-            ``starts`` is given, or there are several pools. The model's forward raises it if the
-            size of the batch differs from that of ``names``, its shape differs from that of
-            ``token_ids``, or a start is not known.
+        UnknownAdapterError: If the pool, or every layer of :mod:`lora_ext.nn`, lacks a name.
+        ValueError: If there are no names; if lists have unequal lengths; if ``token_ids`` are not
+            integers in ``[-1, len(names))``; if more than one of ``token_ids``, ``input_ids`` and
+            ``starts`` is not None; or if ``pool`` is None and there are several pools.
+        RuntimeError: If ``pool`` is None and there is no pool.
+
+    A forward inside the block raises ValueError if the batch does not have the size of ``names`` or
+    the shape of ``token_ids``, or if a start is not known.
     """
     with of_call(names, token_ids, pool=pool, input_ids=input_ids, starts=starts) as block:
         if block.outer is not None:
@@ -401,8 +412,8 @@ def of_call(
         )
         _count(block)
         try:
-            # The token of the context variable is not used to leave: it would restore the outer
-            # block even if that was left first. `_leave` chooses the innermost open one instead.
+            # The context variable is not reset with its token, because that would restore the outer
+            # block even if it was left first. `_leave` chooses the innermost open block instead.
             put(block)
             yield block
         finally:
@@ -413,7 +424,7 @@ def of_call(
 
 @contextlib.contextmanager
 def entered(block: Block | None) -> Iterator[None]:
-    """Make a block the innermost inside this context."""
+    """Make a block the innermost one inside this context."""
     try:
         with context_value(_block, block):
             _record(block)
@@ -423,7 +434,7 @@ def entered(block: Block | None) -> Iterator[None]:
 
 
 def _record(block: Block | None) -> None:
-    """Record the block for the next autograd nodes, except in a backward, which has its own."""
+    """Record the block for the next autograd nodes, unless a backward makes them."""
     if torch._C._current_graph_task_id() < 0:
         _past.record(block)
 
@@ -459,11 +470,11 @@ _warned_elsewhere: set[int] = set()  # pools
 _warned_nested: set[int] = set()  # pools
 
 # A context variable belongs to a thread or task, not to a generator. If a generator yields inside a
-# block, the block stays open for the generator's caller. If two such generators alternate, the one
-# that entered last serves both with its block. This code cannot see a generator; it sees only the
+# block, the block stays open for the generator's caller. If two such generators alternate, both use
+# the block of the one that entered last. This code cannot detect generators; it only knows the
 # order in which blocks are entered and left. Two signs reveal the mistake:
-# * A block is entered inside another one that has served a layer. Correct code rarely does this,
-#   so `_warn_of_nested_block` warns once per pool, before the inner block serves.
+# * A block is entered inside another one that a layer has used. Correct code rarely does this, so
+#   `_warn_of_nested_block` warns once per pool, before a layer uses the inner block.
 # * A block is left while another one is innermost. `_leave` raises an error.
 
 
@@ -489,7 +500,7 @@ def _warn_of_nested_block(block: Block) -> None:
 
 
 def _warn_of_block_elsewhere(handle: int) -> None:
-    """Warn once per pool if this thread has no block and another thread has one."""
+    """Warn once per pool if another thread has a block, since this thread has none."""
     if handle in _warned_elsewhere or _past.here.looked.get(handle) == _changes:
         return
     _past.here.looked[handle] = _changes

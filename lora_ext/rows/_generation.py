@@ -1,4 +1,4 @@
-"""Changes of the current blocks when ``generate`` or a server changes the rows of a batch."""
+"""Functions that adapt the current blocks when ``generate`` or a server changes a batch's rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ._context import Block, EntryPoint, innermost, innermost_of, outwards
 
 
 def generation_scope() -> contextlib.AbstractContextManager[None]:
-    """Return a context that restores the blocks that are changed inside it."""
+    """Return a context that restores, at its end, the blocks that are changed inside it."""
     return _context.entered(innermost())
 
 
 def repeat_rows(handle: int, count: int) -> None:
-    """Repeat each sequence of a pool's blocks ``count`` times consecutively in all later forwards.
+    """Make each entry of a pool's blocks apply to ``count`` consecutive sequences from now on.
 
-    ``generate`` expands a batch like this for beams and returned sequences.
+    ``generate`` repeats the sequences of a batch in this way for beams and returned sequences.
     """
 
     def repeat(block: Block) -> Assignment:
@@ -36,10 +36,14 @@ def repeat_rows(handle: int, count: int) -> None:
 
 
 def select_rows(rows: Tensor | Sequence[int], batch: int) -> None:
-    """Restrict the blocks to these rows of ``batch``, in this order, for all later forwards.
+    """Restrict the blocks to some rows of the current batch, for all later forwards.
 
-    This changes all current blocks with a name for each row of the batch. Blocks with one name for
-    all rows, or with another number of names, are not changed.
+    This changes all current blocks with one name per row of the batch. Blocks with one name for all
+    rows, or with another number of names, are not changed.
+
+    Args:
+        rows: Indices of the rows, in their new order.
+        batch: Number of rows of the current batch.
     """
     chosen = [int(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
     change_blocks(lambda block: block.assignment.select(chosen, batch))
@@ -57,8 +61,9 @@ def change_blocks(assign: Callable[[Block], Assignment]) -> None:
 
 
 def _mapped(block: Block | None, change: Callable[[Block], Block]) -> Block | None:
-    """Return a block with ``change`` applied to it and its outer blocks; the same objects without a
-    change.
+    """Return a block with ``change`` applied to it and its outer blocks.
+
+    Blocks that do not change are not copied.
     """
     if block is None:
         return None
@@ -73,23 +78,23 @@ def has_activated() -> bool:
 
 
 def activated_in(handle: int) -> Activated | None:
-    """Return the activated assignment of the innermost block of a pool; None for another one."""
+    """Return the assignment of a pool's innermost block if it is an :class:`Activated`, or None."""
     block = innermost_of(innermost(), handle) if _context.any_activated else None
     found = None if block is None else block.assignment
     return found if isinstance(found, Activated) else None
 
 
 def prompt_known(input_ids: Tensor | None, origin: int = 0) -> None:
-    """Set the starts of the current blocks from a prompt, until a generation_scope is left.
+    """Set the starts of the current blocks from prompts, until a generation_scope is left.
 
-    Starts that were given to a block are kept.
+    Starts that were passed to a block are kept.
 
     Args:
-        input_ids: ``(B, T)``.
-        origin: Number of tokens before them.
+        input_ids: Token ids ``(B, T)`` of the prompts.
+        origin: Number of tokens before the first one of ``input_ids``.
 
     Raises:
-        ValueError: If a block needs ids and there are none, or their number of rows is wrong.
+        ValueError: If a block needs ids but they are None, or if their number of rows is wrong.
     """
     _change_activated(lambda activated: activated.of_prompt(input_ids, origin))
 
@@ -109,15 +114,15 @@ def activated_forward(
     """Set the adapter of each token for the layers of a model's forward.
 
     Args:
-        input_ids: ``(B, T)`` of the forward, or None.
-        rows: Number of sequences B.
-        length: Number of tokens T.
+        input_ids: Token ids ``(B, T)`` of the forward, or None.
+        rows: Number B of sequences.
+        length: Number T of tokens.
         past: Number of tokens in the cache.
-        kept: ``logits_to_keep`` of the forward: number of last tokens that its output head sees, or
-            their indices; 0 is all.
+        kept: ``logits_to_keep`` of the forward: number of last tokens that its output head
+            receives, or indices of these tokens; 0 for all tokens.
 
     Raises:
-        ValueError: As :meth:`Activated.of_forward`.
+        ValueError: See :meth:`Activated.of_forward`.
     """
     if not has_activated():
         yield
@@ -135,7 +140,7 @@ def activated_forward(
 
 
 def _head(block: Block, found: Assignment, kept: int | Tensor) -> Block | None:
-    """Return the block of the output head, which sees the tokens ``kept``."""
+    """Return the block of the output head, which receives the tokens ``kept``."""
     if not isinstance(found.places, Tensor):
         return block.head
     places = found.places.view(found.shape)
@@ -155,20 +160,20 @@ def packed_block(
     lengths: Sequence[int],
     kept: Sequence[int] | None = None,
 ) -> Block:
-    """Return a block of activations ``(1, sum of lengths, features)``, for one step of a server.
+    """Return a block for one step of a server, with activations ``(1, sum(lengths), features)``.
 
-    The row consists of runs: consecutive tokens of one request with one adapter. A request has one
-    run, or two if its activated adapter begins inside the step: one of the base model before it.
-    The caller keeps the adapters pinned for the step.
+    The tokens are divided into runs of consecutive tokens of one request with one adapter. A
+    request has one run. It has two if its activated adapter begins inside the step: the first run
+    then uses the base model. The caller keeps the adapters pinned during the step.
 
     Args:
         handle: Number of the pool.
         num_slots: Number of slots of the pool.
         names: Name of each run's adapter. Two versions of an adapter have one name and two slots.
-        slots: Slot of each run's adapter; -1 is the base model.
+        slots: Slot of each run's adapter; -1 for the base model.
         lengths: Number of tokens of each run.
-        kept: For each token that the output head sees, the index of its run; the input of the head
-            is ``(1, len(kept), features)``. None: it sees all tokens.
+        kept: Index of the run of each token that the output head receives, if its input is ``(1,
+            len(kept), features)``. None if it receives all tokens.
     """
     distinct = {slot: name for name, slot in zip(names, slots, strict=True) if slot >= 0}
     place = {slot: i for i, slot in enumerate(distinct)}

@@ -1,8 +1,9 @@
 """Layouts of activations other than ``(sequences, tokens, features)``.
 
-A layer sees only activations: ``(4, 4, features)`` may be four sequences of four tokens, or the
-transpose. All layers with an adapter per row use this module: those of a pool, those with their own
-adapters, PEFT's layers, and layers with masks per row or with several clients in a batch.
+A layer receives only activations, which do not show their layout: ``(4, 4, features)`` may be four
+sequences of four tokens, or the transpose. All layers with an adapter per row use this module:
+layers of a pool, layers with their own adapters, PEFT's layers, and layers with masks per row or
+with several clients in a batch.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-#: Patterns of modules whose input is (tokens, sequences, ...), by model type. Other modules are
-#: assumed to have sequences first; a pool's layer corrects this at a batch whose number of tokens
-#: is not its number of sequences.
+#: By model type, patterns of modules with inputs of shape (tokens, sequences, ...). Other modules
+#: are assumed to have sequences first. A layer of a pool corrects this assumption at the first
+#: batch in which the numbers of tokens and sequences differ.
 TOKENS_FIRST = {
     "xlnet": r"(^|\.)(layer\.\d+\.|word_embedding$)",
     "fsmt": r"(^|\.)layers\.\d+\.",
@@ -24,9 +25,10 @@ TOKENS_FIRST = {
 
 
 def tokens_first(model: nn.Module) -> frozenset[str]:
-    """Return the names of a model's modules whose input has tokens in the first dimension.
+    """Return the names of the modules with tokens as the first dimension of their input.
 
-    A model inside another one, such as an encoder or a PEFT model's base, has its own type.
+    The type is read for each model inside the model, such as an encoder or the base of a PEFT
+    model.
     """
     found: set[str] = set()
     for root, module in model.named_modules():
@@ -39,7 +41,7 @@ def tokens_first(model: nn.Module) -> frozenset[str]:
 
 
 def set_tokens_first(model: nn.Module) -> None:
-    """Set ``layer.tokens_first`` in a model's layers that have this attribute and this layout."""
+    """Set ``tokens_first`` in all layers of a model that have this attribute and this layout."""
     for name in tokens_first(model):
         layer: Any = model.get_submodule(name)
         if hasattr(type(layer), "tokens_first"):

@@ -1,15 +1,16 @@
 """The block of each autograd node, for layers that a backward computes again.
 
 Activation checkpointing runs a layer a second time in the backward. The layer needs the block of
-its forward, but this block may have been left by then, and on a GPU autograd runs the backward in
-another thread. The block is therefore found through the autograd node that the backward evaluates:
+its forward, but this block may have been left, and on a GPU autograd runs the backward in another
+thread. The block is therefore found through the autograd node that the backward evaluates:
 
-* Autograd numbers the nodes that a thread makes: 0, 1, 2, ...
-* Whenever a thread enters or leaves a block, it records the number of its next node. The record
-  gives the block that was innermost when any of the thread's nodes was made.
+* Autograd numbers the nodes that a thread creates: 0, 1, 2, ...
+* Whenever a thread enters or leaves a block, it records the number of its next node. From these
+  records follows, for each node of the thread, the block that was innermost when it was created.
 * The backward computes a checkpointed region again while it evaluates a node of that region. A
-  reentrant checkpoint makes this node just before its forward. Other checkpoints use the nodes
-  made during it. In both cases the node was made in the block of the region.
+  reentrant checkpoint creates this node just before the forward of the region; other checkpoints
+  use the nodes created during the forward. In both cases the node was created in the block of the
+  region.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any
 
 import torch
 
-_MOST_CHANGES = 128  # per thread: gradients of as many forwards can be accumulated
+_MOST_CHANGES = 128  # maximum number of records per thread; a forward in a block needs up to two
 
 
 class _Timeline:
-    """The blocks of one thread.
+    """Records of the blocks of one thread.
 
-    ``blocks[i]`` was innermost for the nodes from number ``starts[i]`` up to the next start.
+    ``blocks[i]`` was the innermost block for the nodes from number ``starts[i]`` up to, but not
+    including, ``starts[i + 1]``.
     """
 
     def __init__(self) -> None:
@@ -37,11 +39,11 @@ class _Timeline:
     def record(self, block: Any) -> None:
         """Record that ``block`` is innermost from the next node on."""
         now = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
-        # Without a node since the last change, as in serving, the last entry has no nodes.
+        # If no node was created since the last change, as in serving, the last entry is not needed.
         if self.starts[-1] == now:
             self.starts.pop()
             self.blocks.pop()
-        # The entry before it may have the same block: it was innermost before the last change too.
+        # The entry before it may then have the same block as the new one.
         if not self.blocks or self.blocks[-1] is not block:
             self.starts.append(now)
             self.blocks.append(block)
@@ -64,18 +66,19 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.timeline: _Timeline | None = None
-        self.last: Any = ...  # the block that was recorded last; `...` before the first
-        self.resolved: tuple[tuple[int, int], Any] = ((-1, -1), None)  # last block_of_forward
-        # By pool, `_changes` of `_context` at the last search for blocks of other threads.
+        self.last: Any = ...  # the block that was recorded last; `...` before the first record
+        # Backward and node of the last call of block_of_forward, and its result.
+        self.resolved: tuple[tuple[int, int], Any] = ((-1, -1), None)
+        # By pool, the value of `_context._changes` at the last search for other threads' blocks.
         self.looked: dict[int, int] = {}
 
 
 here = _Thread()
-_timelines: deque[_Timeline] = deque(maxlen=64)  # of all threads, including finished ones
+_timelines: deque[_Timeline] = deque(maxlen=64)  # of the last threads, including finished ones
 
 
 def record(block: Any) -> None:
-    """Set the block of the next autograd nodes of this thread; not for use inside a backward."""
+    """Record the block of this thread's next autograd nodes. Do not call this in a backward."""
     if here.timeline is None:
         here.timeline = _Timeline()
         _timelines.append(here.timeline)
@@ -84,13 +87,14 @@ def record(block: Any) -> None:
 
 
 def block_of_forward(task: int) -> Any:
-    """Return the block of the node that this thread's backward evaluates.
+    """Return the block in which the node was created that a backward evaluates in this thread.
 
     Args:
         task: Number of the backward in autograd.
 
     Raises:
-        RuntimeError: If the node is too old, or threads have different blocks for its number.
+        RuntimeError: If the node is too old, or if several threads have recorded different blocks
+            for its number.
     """
     node = torch._C._current_autograd_node()
     if node is None:  # in a callback at the end of the backward
@@ -102,8 +106,9 @@ def block_of_forward(task: int) -> Any:
     if here.timeline is not None:
         block = here.timeline.at(key[1])
     else:
-        # This is autograd's thread of a device, which has made no nodes. The node does not show the
-        # thread that made it, so all threads that have entered a block must agree on its number.
+        # This is autograd's thread of a device, which creates no nodes. A node does not contain the
+        # thread that created it, so all threads that have entered a block must have recorded the
+        # same block for this number.
         found = [line.at(key[1]) for line in list(_timelines) if line.blocks != [None]]
         block = found[0] if found else None
         if any(other is not block for other in found):

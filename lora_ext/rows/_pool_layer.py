@@ -1,4 +1,4 @@
-"""The base class of layers that replace a base module and serve a pool's adapters."""
+"""The base class of layers that replace a base module and add the adapters of a pool."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SIZES = (("in_features", "out_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim"))
 
 
-#: The value of ``default`` that makes a forward outside every block an error.
+#: Value of ``default`` with which a forward outside every block raises RuntimeError.
 ERROR = "error"
 
 
@@ -41,7 +41,7 @@ _warned: set[int] = set()  # handles of pools
 
 
 def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:
-    """Warn, once per pool, that the base model gets gradients and the adapters do not."""
+    """Warn once per pool that parameters of the base model get gradients and adapters do not."""
     if handle not in _warned:
         _warned.add(handle)
         warnings.warn(
@@ -55,23 +55,25 @@ def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:
 
 
 class PoolLayer(nn.Module):
-    """A base module with the adapters of a pool.
+    """Base class of layers that apply the adapters of a pool to a base module.
 
-    The layer shares the dicts of the parameters, buffers and children of ``base`` and adds no
-    state. Checkpoints therefore keep their keys, ``.to()`` and ``load_state_dict`` act on ``base``,
-    and ``layer.weight`` is ``base.weight``.
+    The layer shares the dicts of parameters, buffers and children with ``base`` and adds no state.
+    The keys of checkpoints therefore do not change, ``.to()`` and ``load_state_dict`` act on
+    ``base``, and ``layer.weight`` is ``base.weight``.
     """
 
     base: nn.Module
 
-    #: True if the input is (tokens, sequences, ...), as in XLNet. Set by the first batch whose
-    #: numbers of tokens and sequences differ.
+    #: True if the input is (tokens, sequences, ...), as in XLNet. Set at the first batch in which
+    #: the numbers of tokens and sequences differ.
     tokens_first = False
 
-    #: True if all sequences share this layer's rows, which may be as many as the names by chance.
+    #: True if all sequences share the rows of this layer. Their number can be that of the names by
+    #: chance.
     shared = False
 
-    #: Adapter of a forward outside every block; None: the base model; "error": RuntimeError.
+    #: Name of the adapter for forwards outside every block; None for the base model; "error" to
+    #: raise RuntimeError.
     default: str | None = None
 
     #: True if a model may pass this layer only the last token of each sequence.
@@ -92,10 +94,10 @@ class PoolLayer(nn.Module):
         self.stand_in(base, pool, name)
 
     def stand_in(self, base: nn.Module, pool: Pool, name: str) -> None:
-        """Share the state of ``base``, and keep the pool."""
+        """Share the state of ``base`` and store the other arguments."""
         for state in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[state] = base.__dict__[state]
-        # A registered child would prefix every key with "base.".
+        # Not registered as a child, which would prefix every key with "base.".
         self.__dict__["base"] = base
         self.training = base.training
         self.pool = pool
@@ -131,7 +133,10 @@ class PoolLayer(nn.Module):
             return self(x, *args)
 
     def watch_backward(self, y: Tensor) -> None:
-        """Register a hook on the output ``y`` that warns in a backward if ``base`` trains."""
+        """Register a hook on the output ``y`` that warns in a backward.
+
+        The hook is registered only if a parameter of ``base`` requires gradients.
+        """
         if y.requires_grad and self.handle not in _warned:
             if any(parameter.requires_grad for parameter in self.base.parameters()):
                 y.register_hook(functools.partial(_warn_of_backward, self.handle, self.name))
@@ -146,7 +151,7 @@ class PoolLayer(nn.Module):
         return f"base={self.base}, slots={self.pool.max_slots}"
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of ``base`` that this layer lacks, such as in_features or nf."""
+        """Return an attribute of ``base``, such as in_features or nf, if the layer lacks it."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -161,7 +166,7 @@ class PoolLayer(nn.Module):
             setattr(layer, setting, getattr(self, setting))
         return layer
 
-    # Subclasses of nn.Linear with another format (quantised ones) override these.
+    # The methods of ``base``, because quantised subclasses of nn.Linear override them.
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.base._save_to_state_dict(*args, **kwargs)
 
@@ -170,5 +175,5 @@ class PoolLayer(nn.Module):
 
 
 def pool_of(model: nn.Module) -> Pool | None:
-    """Return the pool that serves a model's layers; None without one."""
+    """Return the pool that a model is attached to, or None if it is not attached."""
     return next((layer.pool for layer in model.modules() if isinstance(layer, PoolLayer)), None)

@@ -1,7 +1,7 @@
 """Tensors that the layers of a step share: adapter ids per row, their plans, and small constants.
 
-All layers of a step need the same tensors. They are made once and kept, because a fill, a copy to
-the device or a plan takes long compared with the forward of one layer.
+All layers of a step need the same tensors. The tensors are cached, because a fill, a copy to the
+device or the computation of a plan takes long compared with the forward of one layer.
 """
 
 from __future__ import annotations
@@ -18,46 +18,48 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lora_ext import ops
 from lora_ext._torch import compiles
 
-_KEPT = 64  # a training step has a few row counts; generation without a cache has one per token
+# Maximum number of cached tensors. The number of rows, for example, has a few values in a training
+# step, and a new value for each token in generation without a cache.
+_KEPT = 64
 
 
 class Rows(NamedTuple):
     """The adapter of each row, and the rows grouped by adapter.
 
-    A layer with its own adapters leaves out adapters without rows, unless several processes train
-    (:func:`together`). For a layer of a pool ids are slots, and all slots are in use if a row has
-    an adapter.
+    For a layer with its own adapters, ``used`` omits adapters without rows, unless several
+    processes train (:func:`together`). For a layer of a pool, ids are slots, and ``used`` contains
+    all slots, or none if no row has an adapter.
     """
 
-    used: tuple[int, ...]  # positions of the adapters in use, in ascending order
+    used: tuple[int, ...]  # indices of the adapters in use, in ascending order
     ids: Tensor  # (T,) int32, each an index into used; -1 is the base model
     plan: Tensor  # ops.lora_plan of ids
 
 
 def planned(used: tuple[int, ...], ids: Tensor) -> Rows:
-    """Return the rows of these ids. All :class:`Rows` are made by this function."""
+    """Return the rows with these ids. Every :class:`Rows` is created by this function."""
     return Rows(used, ids, ops.lora_plan(ids, len(used)))
 
 
 def renumbered(ids: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Return ``numbers[id]`` for each of ``ids``, in int32; ids of -1 stay -1."""
+    """Return ``numbers[id]`` in int32 for each id; an id of -1 stays -1."""
     return constant([*numbers, -1], torch.int32, ids.device)[ids.long()]  # -1 reads the last entry
 
 
 def subset(rows: Rows, chosen: Sequence[int]) -> Rows:
-    """Return ``rows`` with only some of their adapters.
+    """Return rows that use only some of the adapters of ``rows``.
 
     Args:
         rows: Rows of a layer.
-        chosen: Indices into ``rows.used``, in the order of the result's ``used``. Rows of all other
-            adapters become rows of the base model.
+        chosen: Indices into ``rows.used``, in the order that ``used`` of the result has. Rows with
+            other adapters become rows of the base model.
     """
     place = [chosen.index(i) if i in chosen else -1 for i in range(len(rows.used))]
     return planned(tuple(rows.used[i] for i in chosen), renumbered(rows.ids, place))
 
 
 def everywhere(position: int, num_rows: int, device: torch.device) -> Rows:
-    """Return rows that all have the adapter at this position; -1 is the base model."""
+    """Return rows that all use the adapter with index ``position``; -1 is the base model."""
     return keep(("everywhere", position, num_rows), device, _everywhere, position, num_rows, device)
 
 
@@ -82,12 +84,12 @@ _widened: Any = WeakTensorKeyDictionary()
 
 
 def together(rows: Rows, also: Sequence[int]) -> Rows:
-    """Return the same rows with the adapters at positions ``also`` in use, even without rows.
+    """Return the same rows with the adapters ``also`` in ``used``, even if they have no rows.
 
-    Processes that train one model have different rows. FSDP2 and ZeRO concatenate the gradients of
-    each process and sum them over the processes: an adapter without a gradient in one process would
-    get that of another adapter. Therefore every process uses all adapters in training, in the order
-    of the layer; adapters without rows get zeros.
+    Processes that train one model have different rows. FSDP2 and ZeRO concatenate the gradients in
+    each process and sum the results over the processes. If an adapter had no gradient in one
+    process, the gradient of another adapter would be added to it. Every process therefore uses all
+    adapters in training, in the order of the layer. The gradients of adapters without rows are 0.
     """
     used = tuple(sorted({*rows.used, *also}))
     if used == rows.used:
@@ -97,8 +99,8 @@ def together(rows: Rows, also: Sequence[int]) -> Rows:
     known = _widened.get(rows.ids)
     if known is None:
         known = _widened[rows.ids] = Kept(_KEPT)
-    # `everywhere` gives the same tensor of zeros to rows of different adapters, so the ids alone do
-    # not determine the result: rows.used is part of the key.
+    # The key contains rows.used, because the ids do not determine the result: `everywhere` returns
+    # the same tensor of zeros for different adapters.
     return known.get((rows.used, used), rows.ids.device, _with_used, rows, used)
 
 
@@ -111,7 +113,7 @@ def _with_used(rows: Rows, used: tuple[int, ...]) -> Rows:
 
 
 class _Unknown:
-    """A key in place of a captured graph that torch cannot return; no two are equal."""
+    """Key for a captured graph that torch cannot return; no two objects are equal."""
 
 
 def capture(device: torch.device) -> Any:
@@ -128,28 +130,28 @@ def capturing(device: torch.device) -> bool:
 
 
 def traced_by_python() -> bool:
-    """Return whether a Python dispatch mode sees the ops of this thread, as in tracing."""
+    """Return whether a Python dispatch mode intercepts the ops of this thread, as in tracing."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 class Kept:
-    """Cache of tensors by key and device; above ``most`` entries it drops the oldest.
+    """Cache of tensors by key and device. Above ``most`` entries, the oldest one is dropped.
 
-    It depends on what runs:
+    Which tensors are found depends on the caller:
 
-    * Eager code finds only tensors that its own stream made: it would have to wait for the kernels
-      of another stream.
-    * The capture of a CUDA graph finds only tensors that were made in the same capture, in any of
-      its streams, because a replay computes only these. If torch cannot return the graph in
-      capture, it finds none.
-    * While a graph is traced, nothing is kept or found, since the tensors are part of that graph.
+    * Eager code finds only tensors that were computed on the same stream. For those of another
+      stream it would have to wait.
+    * The capture of a CUDA graph finds only tensors that were computed in the same capture, on any
+      of its streams, because a replay computes only these. If torch cannot return the graph that is
+      being captured, no tensor is found.
+    * While a graph is traced, nothing is stored or found, since the tensors are part of that graph.
     """
 
     def __init__(self, most: int):
         self._most = most
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
-        # Tensors by the graph in capture. A finished graph may be captured again, which does not
-        # fill its old tensors, so the first call outside of a capture drops them.
+        # Tensors by the graph that is being captured. The first call outside of a capture drops
+        # them, as the graph object may be captured again, which does not compute the old tensors.
         self._captured: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] | None = None
 
     def __len__(self) -> int:
@@ -157,7 +159,7 @@ class Kept:
         return len(self._found)
 
     def get(self, key: Hashable, device: torch.device, make: Callable[..., Any], *args: Any) -> Any:
-        """Return ``make(*args)``, or its earlier result for this key."""
+        """Return the cached tensor for this key, or call ``make(*args)`` and cache the result."""
         if traced_by_python():
             return make(*args)
         graph = capture(device)
@@ -182,7 +184,7 @@ class Kept:
 
 
 def _ordinary(make: Callable[..., Any], *args: Any) -> Any:
-    """Return ``make(*args)`` without inference tensors: a later backward may need it."""
+    """Call ``make(*args)`` outside of inference mode, as a later backward may use the result."""
     with torch.inference_mode(False), torch.no_grad():
         return make(*args)
 
@@ -191,17 +193,17 @@ _constants = Kept(_KEPT)
 
 
 def keep(key: Hashable, device: torch.device, make: Callable[..., Any], *args: Any) -> Any:
-    """Return ``make(*args)`` from the cache that all layers of the process share."""
+    """Return the result of ``make(*args)``, cached by key for all layers of the process."""
     if compiles():
         return make(*args)
     return _constants.get(key, device, make, *args)
 
 
 def all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return ids and plan of rows that all have adapter 0.
+    """Return ids and plan of rows that all use adapter 0.
 
-    On the CPU the ids are one expanded number, of which a backward keeps 4 bytes, and the plan is
-    None.
+    On the CPU the ids are one expanded element, so saving them for backward needs 4 bytes, and the
+    plan is None.
     """
     return keep(("all_rows", num_rows), device, _all_rows, num_rows, device)
 
@@ -214,14 +216,14 @@ def _all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor | Non
 
 
 def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return ``(len(values),)`` on the device, filled there: a capture forbids host copies."""
+    """Return a tensor of the values, filled on the device, as a capture forbids host copies."""
     return keep((dtype, *values), device, repeated, values, 1, dtype, device)
 
 
 def repeated(
     values: Sequence[float], times: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return ``times`` of each value, filled on the device: a capture forbids host copies."""
+    """Return a tensor with each value ``times`` times, filled on the device as a capture needs."""
     runs: list[tuple[float, int]] = []
     for value in values:
         same = bool(runs) and runs[-1][0] == value
@@ -231,9 +233,9 @@ def repeated(
 
 
 def scales(values: Sequence[float | Tensor], device: torch.device) -> Tensor | None:
-    """Return ``(len(values),)`` float32, or None if all are 1.
+    """Return a float32 tensor of the values, or None if all are 1.
 
-    Tensors are read at every call: PEFT's hot swap changes scalings in place.
+    Values that are tensors are read at every call, as PEFT's hot swap changes scalings in place.
     """
     for value in values:
         if isinstance(value, Tensor):
@@ -254,21 +256,21 @@ def rows_of(
 ) -> Rows:
     """Group rows by the adapters that occur in ``adapter_ids``.
 
-    The host has to read which adapters occur. On a device this waits once per tensor, not once per
-    layer, and again after a change in place that torch counts (a change through ``.data`` is not
-    counted). In a traced graph every adapter counts as used.
+    The host has to read which adapters occur. If the ids are on a device, it waits for them once
+    per tensor, not once per layer. It waits again after each change in place that torch counts (a
+    change through ``.data`` is not counted). In a traced graph every adapter counts as used.
 
     Args:
-        adapter_ids: int64 or int32, each in ``[-1, num_adapters)``: one per row, or one per
-            sequence if ``leading`` is ``(sequences, ...)``.
+        adapter_ids: int64 or int32 tensor of values in ``[-1, num_adapters)``: one id per row, or
+            one per sequence if ``leading`` is ``(sequences, ...)``.
         num_adapters: Number of adapters that the ids index.
-        leading: Dimensions of ``x`` before the features; default: one row per id.
-        enabled: False for adapters whose rows become rows of the base model.
+        leading: Dimensions of the layer's input before the features; default is one row per id.
+        enabled: Whether each adapter is used; rows of others become rows of the base model.
         tokens_first: Whether ``leading`` is ``(tokens, sequences, ...)``.
 
     Raises:
-        TypeError: If the ids are not integers.
-        ValueError: If the number of ids does not fit, or an id is out of range.
+        TypeError: If the ids are not int64 or int32.
+        ValueError: If the number of ids does not match ``leading``, or an id is out of range.
     """
     if adapter_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"adapter_ids: expected int64 or int32, found {adapter_ids.dtype}")
@@ -284,9 +286,9 @@ def rows_of(
     device = adapter_ids.device
     on_host = device.type == "cpu"
     if compiles() or (adapter_ids.is_inference() and not on_host):
-        return make()  # an inference tensor has no version that shows a change in place
-    # `seen` is what shows a change of the ids since `known` was made. On a device it is their
-    # version. On the host it is a copy, since numpy and `.data` change ids but not the version.
+        return make()  # an inference tensor has no version, so changes in place are not detected
+    # If the ids differ from `seen`, they were changed since `known` was made. On a device `seen` is
+    # their version. On the host it is a copy, as numpy and `.data` do not change the version.
     seen, known = _by_ids.get(adapter_ids, (None, None))
     if known is None or not (
         torch.equal(seen, adapter_ids) if on_host else seen == adapter_ids._version
@@ -313,7 +315,7 @@ def _one_per_row(ids: Tensor, leading: torch.Size | None, tokens_first: bool) ->
 
 
 def group(adapter_ids: Tensor, num_adapters: int) -> Rows:
-    """Return the rows of ids ``(T,)``; on a device this waits for the ids."""
+    """Return the rows of ids ``(T,)``. If the ids are on a device, this waits for them."""
     found = adapter_ids.unique().tolist()  # sorted
     if found and not -1 <= found[0] <= found[-1] < num_adapters:
         expected = f"ids in [-1, {num_adapters})"

@@ -1,7 +1,7 @@
 """Rows for compiled graphs.
 
-torch.compile cannot trace a ContextVar. A graph gets its ids from an op that reads the block while
-the graph runs. One graph therefore serves every assignment of rows to adapters.
+torch.compile cannot trace a ContextVar. A graph therefore calls an op that reads the block and
+returns the ids when the graph runs. The same graph is valid for every assignment of adapters.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from ._rows import Rows, planned, renumbered, rows_of
 class _Tracing:
     """Batch of the model's forward that dynamo traces, set by ``serving/_hooks.py``.
 
-    An eager forward has its batch in a context variable. Dynamo traces neither context variables
-    nor thread-locals, but an attribute of a global object. All threads share it: if two of them
-    trace at once, a graph may contain the batch of the other one. The names of its block may then
-    not fit, which raises ValueError.
+    For an eager forward, the batch is stored in a context variable. Dynamo can trace neither
+    context variables nor thread-locals, but it can trace an attribute of a global object. All
+    threads share this attribute. If two threads trace at the same time, a graph may contain the
+    batch of the other thread. If the names of its block then do not match, ValueError is raised.
     """
 
-    batch: tuple[int, ...] = ()  # number of sequences, then their lengths; empty outside a forward
+    # Number of sequences, then their lengths in tokens; empty outside a forward.
+    batch: tuple[int, ...] = ()
 
 
 tracing = _Tracing()
 
 
-#: ``default`` of a layer whose active adapter is an activated one, which requires a block.
+#: Value of ``default`` for a layer that raises outside every block, because its active adapter is
+#: an activated one.
 NOBODY = -2
 
 
@@ -57,7 +59,7 @@ def pool_rows(
     of_tokens: bool = False,
     default: str | None = None,
 ) -> Rows:
-    """Return the rows of a pool's layer in the block in which the graph runs; ids are slots."""
+    """Return the rows of a pool's layer, with slots as ids, in the block in which a graph runs."""
     ids = _active_adapter_ids(
         handle, leading, device, tokens_first, of_tokens, tracing.batch, default
     )
@@ -72,10 +74,10 @@ def layer_rows(
     tokens_first: bool,
     of_tokens: bool,
 ) -> Rows:
-    """Return the rows of a layer with these adapters, all of which are in use.
+    """Return the rows of a layer that owns adapters of these names; all count as used.
 
-    Outside a block every row has the adapter at position ``default``; :data:`NOBODY` raises
-    ValueError.
+    Outside every block, all rows use the adapter at index ``default``; if this is :data:`NOBODY`,
+    the op raises ValueError.
     """
     ids = _layer_adapter_ids(list(names), default, leading, device, tokens_first, of_tokens)
     return rows_of(ids, len(names))
@@ -116,15 +118,15 @@ def _active_adapter_ids(
     if block is None:
         return torch.full((math.prod(leading),), -1, dtype=torch.int32, device=device)
     with _context.forward_of(batch_of(batch)):
-        try:  # as PoolLayer.rows_in, but the op has no layer in which to set tokens_first
+        try:  # as in PoolLayer.rows_in, but an op cannot set tokens_first of the layer
             rows = block.rows(torch.Size(leading), device, tokens_first, of_tokens)
         except TokensFirstError:
             rows = block.rows(torch.Size(leading), device, True, of_tokens)
-    return rows.ids.clone()  # a graph may reuse the memory of the results of an op
+    return rows.ids.clone()  # a graph may reuse the memory of an op's result, and these are cached
 
 
 def batch_of(batch: Sequence[int]) -> Batch | None:
-    """Return the :class:`Batch` of ``tracing.batch``."""
+    """Return the :class:`Batch` that ``tracing.batch`` describes, or None if it is empty."""
     return Batch(batch[0], frozenset(batch[1:])) if batch else None
 
 

@@ -1,6 +1,7 @@
-"""Serving a pool's adapters with any model.
+"""Layers and functions that serve the adapters of a pool with any model.
 
-Contains the layers, ``attach``, ``generate``, streams, continuous batching and engines of servers.
+Contains the layers, ``attach``, support for ``generate`` and continuous batching, streams of
+tokens, and the engines that servers use.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Constraints of requests of continuous batching."""
+"""Constraints of single requests in continuous batching."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from ._sampling import Sampling
 if TYPE_CHECKING:
     from lora_ext.control import Constraint, Guide, Matched, MatchedPlan, Plan, Row
 
-# lora_ext.control is imported only if a request has a constraint: it imports circuits, which would
+# lora_ext.control is imported only if a request has a constraint. It imports circuits, which would
 # take half of the import time of the package.
 
 _WHERE = "add_request"
-_NAMES = ("max_new_tokens", "streaming", "record_timestamps", "eos_token_id")  # in add_request
-_MAX_FORKS = 64  # most forks of a request with a cached row
+# Positional arguments of the manager's add_request after the id.
+_NAMES = ("max_new_tokens", "streaming", "record_timestamps", "eos_token_id")
+_MAX_FORKS = 64  # maximum number of forks of a request whose rows are cached
 NO_LOGPROBS = "None beside return_logprobs, which has the probabilities of the manager's own tokens"
 
 
 class RequestConstraint:
-    """State of the constraint of a request, and of the requests forked from it.
+    """States of a constraint in a request and in the requests forked from it.
 
     Args:
-        plan: the constraint and its budget.
-        temperature: temperature of the request's sampling; 1 without one.
+        plan: the constraint and the maximum number of new tokens.
+        temperature: temperature of the request's sampling; 1 without sampling.
     """
 
     def __init__(self, plan: Plan | MatchedPlan, temperature: float):
@@ -40,11 +41,11 @@ class RequestConstraint:
         self._known: dict[str, tuple[list[int], Row | None]] = {}
 
     def row(self, state: Any) -> Row | None:
-        """Return the constraint's state after the tokens of a request's state."""
+        """Return the state of the constraint after the tokens that a request has generated."""
         from lora_ext import control
 
         tokens = state.generated_tokens
-        if state._true_initial_tokens:  # preempted; its tokens are read again as a prompt
+        if state._true_initial_tokens:  # preempted: generated tokens became part of the prompt
             tokens = state.initial_tokens[state._true_initial_tokens :] + tokens
         before, row = self._known.get(state.request_id, ([], self._first))
         if tokens[: len(before)] != before:
@@ -65,17 +66,17 @@ def request_constraint(
     arguments: Sequence[Any],
     settings: dict[str, Any],
 ) -> RequestConstraint | None:
-    """Check the constraint of a request before it is queued, and return it; None without one.
+    """Check the constraint of a request before it is queued; return it, or None without one.
 
     Args:
-        manager: transformers' manager.
+        manager: continuous-batching manager of transformers.
         constraint, guide, sampling: arguments of the request.
         arguments, settings: further arguments of the manager's ``add_request``.
 
     Raises:
-        ValueError: If the budget is too small for the constraint, or its end tokens or vocabulary
-            are not those of the model.
-        NotImplementedError: With ``return_logprobs``.
+        ValueError: If ``max_new_tokens`` is too small for the constraint, or if the end tokens or
+            the vocabulary of the constraint are not those of the model.
+        NotImplementedError: If the manager has the option ``return_logprobs``.
     """
     if constraint is None:
         require(guide is None, _WHERE, "guide", "None without a constraint", guide)
@@ -105,14 +106,14 @@ def request_constraint(
 
 
 class Standing(NamedTuple):
-    """Row of a step's scores with a constraint.
+    """Row of a step's scores that belongs to a request with a constraint.
 
     Attributes:
         place: index of the row in the scores.
         row: state of the constraint.
         temperature: divides the scores before a token is drawn.
         whole: True if the token is drawn from the whole distribution, without top-k or top-p.
-        generator: generator of the request.
+        generator: generator of the request, or None for torch's default one.
     """
 
     place: int
@@ -125,16 +126,16 @@ class Standing(NamedTuple):
 def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], list[Standing]]:
     """Draw the tokens of rows that have a guide and sample from the whole distribution.
 
-    This needs no product with the vocabulary. On a GPU the product is cheaper, so no token is drawn
-    here. Rows with a NaN, or without a finite score for an allowed token, are left too, since an
-    error would end the steps of all other requests.
+    Drawing them here needs no matrix product with the vocabulary. On a GPU this product is cheaper,
+    so no token is drawn here. Rows with a NaN or without a finite score for an allowed token are
+    not drawn either, since an error would end the steps of all other requests.
 
     Args:
-        scores: ``(1, N, V)``, not changed.
+        scores: scores ``(1, N, V)`` of N rows and V tokens, not changed.
         rows: the rows with constraints.
 
     Returns:
-        The tokens by place, and the rows that are left.
+        The drawn tokens by place, and the rows for which no token was drawn.
     """
     apart = [e for e in rows if e.whole and e.row and not e.row.lost and e.row.plan.guide]
     if scores.device.type != "cpu" or not apart:
@@ -162,8 +163,8 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
 def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:
     """Return a copy of ``scores (1, N, V)`` with the constraints applied to their rows.
 
-    Other rows keep their bits. A row without an allowed token ends, since an error would end the
-    steps of all other requests.
+    Other rows are unchanged. If a row has no allowed token, its end tokens are allowed, since an
+    error would end the steps of all other requests.
     """
     if not rows:
         return scores

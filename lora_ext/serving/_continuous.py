@@ -1,18 +1,17 @@
-"""Continuous batching of transformers on an attached model: every request has its adapter.
+"""Continuous batching of transformers on an attached model, with one adapter per request.
 
-Steps of a request:
+The steps of a request:
 
-1. ``add_request`` pins its adapter. The request uses this version until its end.
+1. ``add_request`` pins the adapter. The request uses this version of it until its end.
 2. A step packs tokens of many requests into one row. A block around the step has a name for each
    token, and attention separates the requests again. Tokens before the start of an activated
-   adapter use the base model.
-3. Requests share pages of keys and values. From the start of their adapter on, only requests with
-   the same version of the same adapter do.
+   adapter (the position at which it begins) use the base model.
+3. Requests share pages of keys and values. Pages from the start of an adapter on are shared only
+   by requests with the same version of the same adapter.
 4. A request may have its own sampling and constraint (``_sampling.py``, ``_constraining.py``).
-5. The adapter is unpinned when the result is delivered, or the request is cancelled.
+5. The adapter is unpinned when the result is delivered or the request is cancelled.
 
-Methods of a manager, and of the objects that it makes, are wrapped on the instance; no class is
-changed.
+The methods of a manager and of its objects are wrapped on the instances; no class is changed.
 """
 
 from __future__ import annotations
@@ -48,13 +47,13 @@ if TYPE_CHECKING:
 
 _KEY = "_lora_ext_requests"  # attribute of a manager: its AdapterRequests
 _FORK_SUFFIX = "__child#"  # transformers appends it to the id of a request that it forks
-_MARKED_TOKENS = 4  # tokens of a page that carry an adapter's version; no page is smaller
+_MARKED_TOKENS = 4  # tokens of a page that encode an adapter's version; no page is smaller
 _NOT_GIVEN: Any = object()
 _INIT = "init_continuous_batching"
 
 _Method = Callable[..., Any]
 
-#: Number of running managers of attached models in this process. It guards compiled forwards.
+#: Number of running managers of attached models in this process. Compiled forwards depend on it.
 running_managers = 0
 _managers_lock = threading.Lock()
 _all: weakref.WeakSet[AdapterRequests] = weakref.WeakSet()
@@ -62,14 +61,14 @@ _all: weakref.WeakSet[AdapterRequests] = weakref.WeakSet()
 
 @dataclass
 class _Request:
-    """Request between ``add_request`` and its result; forks of it share the object.
+    """Request between ``add_request`` and its result. Requests forked from it share the object.
 
     Attributes:
         name: name of the adapter; None is the base model.
-        lease: the pin.
+        lease: lease that pins the adapter.
         start: number of tokens before the adapter begins, which use the base model.
-        sampling, generator, constraint: choice of its tokens; None leaves it to the manager.
-        logprobs: receives the log-probability of each new token, unless it is None.
+        sampling, generator, constraint: how tokens are chosen; None if the manager chooses them.
+        logprobs: list to which the log-probability of each new token is appended, or None.
         cancelled: True after ``cancel_request``.
     """
 
@@ -88,30 +87,33 @@ class _Request:
         return self.lease.residents[0].serial if self.lease.residents else 0
 
     def runs(self, past: int, length: int) -> list[tuple[str | None, int, int]]:
-        """Return name, slot and number of tokens for the ``length`` tokens after ``past``."""
+        """Return name, slot and number of tokens of each run of tokens with one adapter.
+
+        The runs cover the ``length`` tokens after the first ``past`` ones.
+        """
         base = max(0, min(length, self.start - past))
         parts = (None, -1, base), (self.name, self.lease[0], length - base)
         return [part for part in parts if part[2]]
 
 
 class AdapterRequests:
-    """Requests of one manager with their adapters. Stored on the manager.
+    """Requests of one manager with their adapters, stored as an attribute of the manager.
 
     State: ``_requests``, by id, is guarded by ``_unpinned``, which is notified when a request ends.
-    Only the manager's thread uses ``_choosing``, the requests that choose a token in the current
-    step, in the order of its logits; ``_constrained``, those of them with a constraint; and
-    ``_last``, the rows of the last step and their block.
+    Only the manager's thread uses the other state. ``_choosing`` lists the requests that choose a
+    token in the current step, in the order of its logits. ``_constrained`` lists those of them that
+    have a constraint. ``_last`` is the rows of the last step and their block.
 
     Args:
         manager: transformers' ``ContinuousBatchingManager`` of an attached model.
         names: chooses the adapter names of the model's calls.
 
     Attributes:
-        computed: tokens that steps have read so far, without those of shared pages.
+        computed: number of tokens computed so far, without tokens that were read from shared pages.
 
     Raises:
-        NotImplementedError: For tensor parallelism, compiled steps, or a version of transformers
-            with other methods of the manager.
+        NotImplementedError: If the manager uses tensor parallelism or compiled steps, or lacks a
+            method in this version of transformers.
     """
 
     def __init__(self, manager: Any, names: CallNames):
@@ -128,7 +130,7 @@ class AdapterRequests:
                 f"{_INIT}: expected an attached model without {found[0]}, found it: the rows of a "
                 "step could not be assigned to their adapters"
             )
-        # Both options would replay a step with the block of an earlier one.
+        # Both options would run a step with the block of an earlier step.
         config.use_cuda_graph, config.use_async_batching = (False, False), False
         self.manager, self.names, self.pool = manager, names, names.pool
         self._requests: dict[str, _Request] = {}
@@ -146,7 +148,7 @@ class AdapterRequests:
         weakref.finalize(self, _unpin_all, self._requests).atexit = False
 
     # ---------------------------------------------------------------------------------------------
-    # Wrapped methods: owner, name, and a function that is given the original and its arguments
+    # Wrapped methods: owner, name, and a function that receives the original and its arguments
 
     def _manager_methods(self) -> Iterator[tuple[Any, str, _Method]]:
         manager = self.manager
@@ -212,12 +214,14 @@ class AdapterRequests:
         logprobs: list[float] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Add a request with its adapter pinned, and its own sampling and constraint.
+        """Pin the adapter of a request, and add the request with its sampling and constraint.
 
-        A pool without room raises :class:`~lora_ext.pool.PoolFullError`. A prompt without the
-        invocation of its activated adapter raises ValueError, or is served by the base model with
-        ``allow_base``. ``logprobs`` receives the log-probability of each new token under the model,
-        whatever sampling chose it.
+        With ``allow_base``, a prompt without the invocation of its activated adapter uses the base
+        model. The log-probability of each new token under the model is appended to ``logprobs``.
+
+        Raises:
+            PoolFullError: If the pool has no room for the adapter.
+            ValueError: If the prompt lacks the invocation, or another argument is invalid.
         """
         prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
         if sampling is not None and self.manager.continuous_batching_config.return_logprobs:
@@ -233,7 +237,7 @@ class AdapterRequests:
                 request_id = f"req_{self.manager._request_counter}"
                 self.manager._request_counter += 1
         try:
-            if len(input_ids) == 0:  # it would end the thread that serves all requests
+            if len(input_ids) == 0:  # would raise in the manager's thread and end all requests
                 raise ValueError("add_request: input_ids: expected at least one token, found none")
             built = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
             tokens = list(map(int, input_ids))
@@ -272,14 +276,14 @@ class AdapterRequests:
         allow_base: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Add requests with one name each. If the pool is full, wait until others have ended."""
+        """Add requests with one name each. If the pool is full, wait until other requests end."""
         if not all(isinstance(prompt, NamedPrompt) for prompt in inputs):
             names = self.names.of_requests("add_requests", adapter_names, len(inputs))
             inputs = named_prompts(inputs, names, allow_base)
         return original(inputs, *args, **kwargs)
 
     def _lease(self, name: str | None, wait: bool) -> Lease:
-        """Pin an adapter; with ``wait``, wait for room in the pool while other requests run."""
+        """Pin an adapter; if ``wait``, wait for room in the pool while other requests run."""
         with self._unpinned:
             while True:
                 try:
@@ -294,14 +298,14 @@ class AdapterRequests:
     ) -> _Request:
         """Return a request that owns the lease, with the start of its adapter in the prompt.
 
-        An ordinary adapter starts at 0, an activated one at its last invocation. If the prompt has
-        no invocation, this unpins the adapter, and with ``allow_base`` the base model serves the
-        request.
+        The start is 0 for an ordinary adapter, and the last position of its invocation for an
+        activated one. If the prompt does not contain the invocation, the adapter is unpinned, and
+        with ``allow_base`` the request uses the base model.
 
         Raises:
             ValueError: If the prompt has no invocation and ``allow_base`` is False.
         """
-        # A lease of one name has one invocation, which is empty for an ordinary adapter.
+        # The lease has at most one invocation, which is empty for an ordinary adapter.
         for invocation in filter(None, lease.invocations):
             (start,) = last_start(torch.tensor([prompt]), invocation)
             if start is not None:
@@ -313,7 +317,7 @@ class AdapterRequests:
         return _Request(name if lease.residents else None, lease)
 
     def _end(self, request_id: str) -> None:
-        """Unpin a request's adapter, unless another fork of the request continues."""
+        """Unpin a request's adapter, unless another fork of the request is still running."""
         with self._unpinned:
             root = self._root_id(request_id)
             if root not in self._requests:
@@ -328,7 +332,7 @@ class AdapterRequests:
             self._unpinned.notify_all()
 
     def _root_id(self, request_id: str) -> str:
-        """Return the id of the request from which this one was forked, or its own id."""
+        """Return the id of the request that this one was forked from, or its own id."""
         known = request_id in self._requests
         return request_id if known else request_id.rpartition(_FORK_SUFFIX)[0]
 
@@ -351,7 +355,7 @@ class AdapterRequests:
         original(request_id)
 
     def _clear_cancelled_requests(self, original: Callable[[], list[Any]]) -> list[Any]:
-        with self._unpinned:  # the manager forgets a cancellation that is older than its request
+        with self._unpinned:  # the manager ignores a cancellation of a request it has not read yet
             again = [each for each, request in self._requests.items() if request.cancelled]
         for request_id in again:
             self.manager.batch_processor.scheduler.set_request_cancellation(request_id)
@@ -366,7 +370,7 @@ class AdapterRequests:
         self._count_as(running=True)
 
     def stop(self, original: _Method, *args: Any, **kwargs: Any) -> None:
-        """Stop the manager, and unpin all adapters if it has stopped."""
+        """Stop the manager; if it is no longer running, unpin all adapters."""
         original(*args, **kwargs)
         if not self.manager.is_running():
             self._count_as(running=False)
@@ -412,11 +416,11 @@ class AdapterRequests:
                     )
                     self._constrained.append(standing)
                 self._choosing.append(request)
-        kept = None  # or the runs of the tokens that the output head sees
+        kept = None  # or the index in `runs` of each token that the output head receives
         if processor.model_runner.supports_logits_to_keep(model):
             kept = [end for end, each in zip(ends, batch, strict=True) if each.has_new_token]
-            # transformers gives the head one token per request of the batch. It pads them with the
-            # first token of the row, and ignores the logits of the padding.
+            # The input of the head has one token per request of the batch. transformers pads it
+            # with the first token of the row, and ignores the logits of the padding.
             kept += ends[:1] * (len(batch) - len(kept))
         key = runs, kept
         if self._last is None or self._last[0] != key:  # decoding steps have the same rows
@@ -449,7 +453,7 @@ class AdapterRequests:
             return self._requests[self._root_id(request_id)]
 
     # ---------------------------------------------------------------------------------------------
-    # Pages that requests share: they are found by a hash of their tokens and all tokens before
+    # Shared pages: the manager finds them by a hash of their tokens and of all previous tokens
 
     def _search_prefix_match(
         self, original: Callable[..., int], request_id: str, prompt_ids: list[int]
@@ -464,9 +468,9 @@ class AdapterRequests:
     def _mark_finished_blocks(
         self, original: Callable[..., None], state: Any, complete_blocks: dict[str, int]
     ) -> None:
-        """Share the pages of a request's last step too.
+        """Share the pages of a request's last step, too.
 
-        The manager does not share them because its steps may overlap, but these do not.
+        The manager does not share them because its steps may overlap. With adapters they do not.
         """
         cache = self.manager.batch_processor.cache
         if state.status.name != "FINISHED" or not cache.allow_block_sharing:
@@ -478,29 +482,29 @@ class AdapterRequests:
         return None
 
     def _marked_tokens(self, request_id: str, tokens: list[int]) -> list[int]:
-        """Return the tokens by which the manager finds shared pages, marked with the adapter.
+        """Return a request's tokens with a mark of its adapter, for the search of shared pages.
 
-        Requests with equal tokens share pages. A page with keys and values of an adapter must be
-        shared only by requests with the same version of it and the same start. These two numbers
-        are one mark. Its bits are written to the first tokens of the page in which the adapter
-        begins, above the bits that token ids of the vocabulary use. Earlier pages are the base
-        model's and stay unmarked. Later ones differ too, as their hash covers all tokens before
-        them.
+        The manager lets requests with equal tokens share pages. A page with keys and values of an
+        adapter must be shared only by requests with the same version and the same start of the
+        adapter. These two numbers are combined into one mark. Its bits are written to the first
+        tokens of the page in which the adapter begins, above the bits that token ids of the
+        vocabulary use. Earlier pages are computed by the base model and are not marked. Later pages
+        need no mark, as their hash covers all tokens before them.
 
-        If the mark does not fit into these bits, only the tokens before that page are returned.
-        Then only the base model's pages are shared.
+        If the mark has more bits than are free in these tokens, only the tokens before that page
+        are returned, so only pages of the base model are shared.
         """
         request, result = self._request(request_id), list(tokens)
         caches = self.manager.batch_processor.cache.cache_allocators.values()
         size = min(cache.tokens_per_page for cache in caches)
         page = request.start // size * size
         if request.version == 0 or len(result) < page + _MARKED_TOKENS:
-            return result  # the base model, or a page that is not complete and thus not shared
+            return result  # the base model, or a page that is incomplete and so not shared
         bits = (self.manager.model.config.get_text_config().vocab_size - 1).bit_length()
         mark = request.version * size + request.start % size
         for i in range(page, page + _MARKED_TOKENS):
             mark, digit = divmod(mark, 1 << (31 - bits))  # results are below 2^31
-            result[i] = int(result[i]) + (digit << bits)  # a tensor would change in place
+            result[i] = int(result[i]) + (digit << bits)  # int: += would change a tensor in place
         return result[:page] if mark else result
 
 
@@ -510,7 +514,7 @@ def _unpin_all(requests: dict[str, _Request]) -> None:
 
 
 def add_adapters_to(manager: Any, names: CallNames) -> None:
-    """Make an attached model's manager support adapters per request; further calls do nothing."""
+    """Make an attached model's manager support adapters per request; later calls do nothing."""
     if _KEY not in manager.__dict__:
         AdapterRequests(manager, names)
 
@@ -531,7 +535,7 @@ def load_of(manager: Any) -> Load:
     share = 0.0
     if processor is not None:
         cache = processor.cache
-        # Pages kept for later requests with the same prefix do not count: they can be replaced.
+        # Cached pages that no request uses are not counted, because they can be overwritten.
         allocators = cache.cache_allocators.values()
         kept = sum(len(each.ledger.cached_blocks) * each.bytes_per_block for each in allocators)
         total = cache.num_sectors * cache.bytes_per_sector
@@ -545,11 +549,11 @@ def load_of(manager: Any) -> Load:
 
 
 def computed_tokens(manager: Any) -> int:
-    """Return the number of tokens that a manager's steps have read, without shared pages."""
+    """Return the number of tokens that a manager has computed, without those of shared pages."""
     return manager.__dict__[_KEY].computed
 
 
 def requests_of(model: nn.Module) -> list[AdapterRequests]:
-    """Return the requests of all managers of a model, or of a part of it."""
+    """Return the requests of all managers of a model and of its submodules."""
     parts = set(model.modules())
     return [requests for requests in list(_all) if requests.manager.model in parts]

@@ -1,4 +1,4 @@
-"""Embedding of texts, each with its adapter; waiting requests are computed in one forward."""
+"""Embedding of texts with adapters; one forward computes several waiting requests."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ._metrics import Load
 from .attaching import attach
 
 POOLINGS = ("cls", "mean", "lasttoken")
-#: Kinds of models in the names of sentence-transformers' files, in the order of the search.
+#: Model types in the names of sentence-transformers' files, in the order of the search.
 _KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-_TRIES = 8  # attempts, as an adapter may be unloaded between its load and its forward
+_TRIES = 8  # maximum attempts, as an adapter may be unloaded between its load and the forward
 
 
 class _Waiting(NamedTuple):
@@ -39,9 +39,9 @@ class Preparation:
 
     Args:
         prompt: prefix of every text.
-        max_length: largest number of tokens; longer texts are cut. None uses the tokenizer's limit.
-            A smaller context of the embedder or the model takes precedence.
-        lower_case: True converts the text to lower case.
+        max_length: maximum number of tokens; longer texts are truncated. None uses the tokenizer's
+            limit. A smaller context of the embedder or the model takes precedence.
+        lower_case: whether to convert the text to lower case.
     """
 
     prompt: str = ""
@@ -57,20 +57,20 @@ class Preparation:
 
 
 class Embedder(ServedPool):
-    """Embedding model with adapters of a folder, each loaded at first use.
+    """Embedding model with the adapters in a folder, each loaded at its first use.
 
     Args:
-        model: a transformers model with a ``last_hidden_state``, on its device.
+        model: a transformers model whose output has a ``last_hidden_state``, already on its device.
         tokenizer: tokenizer of the model.
         folder: folder of the adapters. Nothing outside it is read.
-        pooling: vector of a text: "cls" for the first token's, "mean" for the mean of all, or
-            "lasttoken" for the last one's.
-        normalize: True gives vectors of length 1.
-        max_requests: largest number of waiting and running requests.
+        pooling: how the vector of a text is computed from its tokens' hidden states: "cls" for the
+            first one, "mean" for the mean, or "lasttoken" for the last one.
+        normalize: whether to divide vectors by their length.
+        max_requests: maximum number of waiting and running requests.
         max_rank: largest rank of an adapter.
-        context: largest number of tokens of a text.
-        max_batch_tokens: largest number of tokens of one forward, with padding. A longer text gets
-            a separate forward.
+        context: maximum number of tokens of a text.
+        max_batch_tokens: maximum number of tokens in a forward, including padding. A longer text is
+            computed in a separate forward.
         preparation: preparation of texts; None passes them to the tokenizer unchanged.
     """
 
@@ -108,18 +108,18 @@ class Embedder(ServedPool):
 
     @property
     def healthy(self) -> bool:
-        """True until :meth:`interrupt` or the end of the block."""
+        """True until :meth:`interrupt` is called or the ``with`` block ends."""
         return not self._stopped
 
     @property
     def requests(self) -> int:
-        """Number of requests that are tokenized, wait or run."""
+        """Number of requests that are being tokenized, are waiting or are running."""
         return self._preparing + len(self._waiting) + len(self._running)
 
     def interrupt(self) -> None:
-        """Reject new requests, and fail all waiting and running ones.
+        """Reject new requests, and end all waiting and running ones with StoppedError.
 
-        Call this in the event loop in which they began.
+        Call this method in the event loop in which the requests were started.
         """
         self._stopped = True
         for each in (*self._waiting, *self._running):
@@ -132,21 +132,22 @@ class Embedder(ServedPool):
         """Compute the vectors of texts, in one forward with other waiting requests if possible.
 
         Args:
-            texts: texts, or their tokens.
-            adapter_name: None is the base model.
+            texts: N texts, each a string or a list of token ids.
+            adapter_name: name of the adapter, or None for the base model.
 
         Returns:
-            ``(N, D)`` float32 on the CPU, all finite, and the number of tokens of the texts.
+            The vectors, ``(N, D)`` float32 on the CPU and finite, and the number of tokens of the
+            texts.
 
         Raises:
-            QueueFullError: If too many requests wait or run.
+            QueueFullError: If there are ``max_requests`` requests already.
             StoppedError: After :meth:`interrupt`.
-            ValueError: If a text has no tokens, too many, or one that the model lacks, or if a
+            ValueError: If a text has no tokens, too many tokens, or an unknown token, or if a
                 vector is not finite, for example because an adapter overflows.
             UnknownAdapterError: If the folder has no such adapter.
             PoolFullError: If the pool has no room for the adapter.
 
-        Errors of :meth:`AdapterPool.load` are raised too.
+        Errors of :meth:`AdapterPool.load` are raised, too.
         """
         with self._prepared("embed"):
             async with self._encoding:
@@ -162,7 +163,7 @@ class Embedder(ServedPool):
         return vectors, tokens
 
     def load(self) -> Load:
-        """Return the load, for routers of requests."""
+        """Return the load, for routers that choose a server for each request."""
         running, waiting = ([r.name for r in each] for each in (self._running, self._waiting))
         return Load(running, waiting, self.pool.max_slots, 0.0)
 
@@ -184,7 +185,7 @@ class Embedder(ServedPool):
         return ids
 
     async def _work(self) -> None:
-        """Run batches of waiting requests, as large as a forward may be, until none waits."""
+        """Compute batches of waiting requests, each of one forward if possible, until all end."""
         while self._waiting:
             batch, rows, widest = self._running, 0, 0
             while self._waiting:
@@ -206,7 +207,10 @@ class Embedder(ServedPool):
             return False
 
     async def _answer(self, batch: list[_Waiting]) -> None:
-        """Compute a batch; after an error compute its halves, as one request may be the cause."""
+        """Compute a batch and set its results.
+
+        After an error the halves are computed separately, so only the faulty request fails.
+        """
         for left in reversed(range(_TRIES)):
             try:
                 vectors = await asyncio.to_thread(self._forward, batch) if batch else None
@@ -265,9 +269,9 @@ class Embedder(ServedPool):
 
 
 def _positions(model: Any) -> int:
-    """Return the largest number of tokens for which a model has positions.
+    """Return the maximum number of tokens for which a model has position embeddings.
 
-    RoBERTa and similar models count from the position after that of the padding token.
+    In RoBERTa and similar models, positions begin after the index of the padding token.
     """
     most = model.config.get_text_config().max_position_embeddings
     for name, module in model.named_modules():
@@ -291,12 +295,14 @@ def _end(each: _Waiting, answer: Tensor | Exception | None) -> None:
 
 
 def pooling_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
-    """Return the pooling in a folder of sentence-transformers, and whether vectors are normalised.
+    """Read from a sentence-transformers folder the pooling, and whether vectors are normalised.
 
-    Returns None for a folder in another format.
+    Returns:
+        Both values, or None if the folder has another format.
 
     Raises:
-        ValueError: If it has other parts, or a pooling that :class:`Embedder` does not support.
+        ValueError: If the folder lists other modules than a transformer, a pooling and a
+            normalisation, or if :class:`Embedder` does not support its pooling.
     """
     parts = _read(Path(folder) / "modules.json")
     if parts is None:
@@ -324,7 +330,8 @@ def preparation_of(folder: str | os.PathLike[str]) -> Preparation | None:
         The preparation; None if the folder has another format.
 
     Raises:
-        ValueError: If the default prompt is not listed, or if the pooling excludes it.
+        ValueError: If the default prompt is not among the prompts, or if the pooling excludes the
+            tokens of the prompt.
     """
     parts = _read(Path(folder) / "modules.json")
     if parts is None:
@@ -346,5 +353,5 @@ def preparation_of(folder: str | os.PathLike[str]) -> Preparation | None:
 
 
 def _read(file: Path) -> Any:
-    """Return the content of a JSON file, None if the file is missing."""
+    """Return the content of a JSON file, or None if the file is missing."""
     return json.loads(file.read_text()) if file.is_file() else None

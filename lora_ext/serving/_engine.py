@@ -1,4 +1,4 @@
-"""Engine of a server: one model, the adapters of a folder, and a bounded number of requests."""
+"""Engine of a server: one model, the adapters in a folder, and a limited number of requests."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from .attaching import attach
 if TYPE_CHECKING:
     from lora_ext.control import Constraint
 
-_TRIES = 8  # attempts, as an adapter may be unloaded between its load and its pin
-_RECHECK_SECONDS = 1.0  # interval in which a waiting request checks that the manager runs
-_MAX_READ_PROMPTS = 16  # latest prompts whose pages may still be in the cache
+_TRIES = 8  # maximum attempts to start, as an adapter may be unloaded between its load and its pin
+_RECHECK_SECONDS = 1.0  # a waiting request checks at this interval that the manager is running
+_MAX_READ_PROMPTS = 16  # number of latest prompts whose pages are assumed to be in the cache
 
-#: The messages of a chat, a text, or its tokens.
+#: Messages of a chat, a text, or the token ids of a text.
 Prompt: TypeAlias = Sequence[Mapping[str, str]] | str | Sequence[int]
 
 
 class QueueFullError(RuntimeError):
-    """Error for a request beyond the limit of waiting and running requests."""
+    """Error for a request above the maximum number of waiting and running requests."""
 
 
 class StoppedError(RuntimeError):
@@ -44,10 +44,11 @@ class StoppedError(RuntimeError):
 
 
 class ServedPool:
-    """Base class of engines: a pool loaded from a folder, and counts of requests.
+    """Base class of engines: a pool that is filled from a folder, and counts of requests.
 
     Attributes:
-        pool, folder: see :class:`lora_ext.pool.AdapterFolder`.
+        pool: the :class:`AdapterPool` of the model.
+        folder: the :class:`lora_ext.pool.AdapterFolder` that loads adapters into the pool.
         tokenizer, max_requests: arguments of the engine.
     """
 
@@ -69,11 +70,11 @@ class ServedPool:
 
     @property
     def requests(self) -> int:
-        """Number of requests that are tokenized, wait or run."""
+        """Number of requests that are being tokenized, are waiting or are running."""
         return self._preparing
 
     def stats(self) -> dict[str, int]:
-        """Return metrics: numbers of ended and running requests, and those of the pool."""
+        """Return metrics: the numbers of ended and current requests, and the pool's statistics."""
         pool = {f"pool_{k}": v for k, v in self.pool.stats().items() if isinstance(v, int)}
         return {**self._counts, "requests": self.requests, **pool}
 
@@ -82,7 +83,7 @@ class ServedPool:
         """Count a request as being tokenized inside the block.
 
         Raises:
-            QueueFullError: If too many requests wait or run.
+            QueueFullError: If there are ``max_requests`` requests already.
         """
         if self.requests >= self.max_requests:
             raise QueueFullError(
@@ -102,21 +103,24 @@ class ServedPool:
 
 
 class Engine(ServedPool):
-    """Continuous batching with adapters of a folder, each loaded at first use.
+    """Continuous batching with the adapters in a folder, each loaded at its first use.
 
-    Attaches the model and makes its manager, which runs inside ``with engine:``.
+    The constructor attaches the model and creates its continuous-batching manager. The manager runs
+    inside ``with engine:``.
 
     Args:
-        model: a transformers model with ``generate_batch``, on its device.
+        model: a transformers model with ``generate_batch``, already on its device.
         tokenizer: tokenizer of the model.
         folder: folder of the adapters. Nothing outside it is read.
-        max_requests: most waiting and running requests; each may have a different adapter.
+        max_requests: maximum number of waiting and running requests; each may have a different
+            adapter.
         max_rank: largest rank of an adapter. The pool has room for ``max_requests`` adapters of
             rank 16.
-        context: most tokens of prompt and answer of one request. The cache has room for four such
-            requests, and for 256 tokens of each request.
-        pack_base: argument of :func:`attach`.
-        page_size, max_batch_tokens: arguments of transformers' ``ContinuousBatchingConfig``.
+        context: maximum number of tokens in the prompt and answer of one request. The cache of keys
+            and values has room for four requests of this length, or for ``max_requests`` requests
+            of 256 tokens if that is more.
+        pack_base: see :func:`attach`.
+        page_size, max_batch_tokens: see transformers' ``ContinuousBatchingConfig``.
     """
 
     def __init__(
@@ -161,9 +165,9 @@ class Engine(ServedPool):
         self.manager.stop(hard_stop=True)
 
     def interrupt(self) -> None:
-        """Reject new requests, and end running ones with an error for their readers.
+        """Reject new requests, and end the running ones; their iterators raise RuntimeError.
 
-        Call this in the event loop in which they began.
+        Call this method in the event loop in which the requests were started.
         """
         self._stopped = True
         for stream in list(self._streams):
@@ -171,12 +175,12 @@ class Engine(ServedPool):
 
     @property
     def healthy(self) -> bool:
-        """True while the manager runs."""
+        """True while the manager is running."""
         return self.manager.is_running()
 
     @property
     def requests(self) -> int:
-        """Number of requests that are tokenized, wait or run."""
+        """Number of requests that are being tokenized, are waiting or are running."""
         return self._preparing + unfinished(self.manager)
 
     async def begin(
@@ -191,26 +195,29 @@ class Engine(ServedPool):
     ) -> RequestStream:
         """Start a request: load its adapter if necessary, pin it, and add the prompt to the batch.
 
+        An activated adapter applies only after its invocation, a token sequence in the prompt.
+
         Args:
-            prompt: messages for the tokenizer's chat template, a text, or its tokens.
-            adapter_name: None is the base model.
-            max_new_tokens: default is the rest of the context, at most 256.
-            sampling: None takes the largest logit.
-            allow_base: True lets the base model serve a chat without the invocation of its
-                activated adapter.
+            prompt: messages for the tokenizer's chat template, a text, or its token ids.
+            adapter_name: name of the adapter, or None for the base model.
+            max_new_tokens: maximum number of tokens in the answer; default is what the prompt
+                leaves of ``context``, at most 256.
+            sampling: settings of sampling; with None, each token is the one with the largest logit.
+            allow_base: whether the base model answers if the prompt does not contain the invocation
+                of an activated adapter.
             form: format of the answer. Its constraint is built in another thread and cached.
 
         Raises:
-            QueueFullError: If too many requests wait or run.
+            QueueFullError: If there are ``max_requests`` requests already.
             StoppedError: After :meth:`interrupt`.
-            ValueError: If the template rejects the chat; the invocation is missing; the prompt has
-                no tokens, too many, or one that the model lacks; the form is invalid; or the budget
-                is too small for it.
+            ValueError: If the chat template rejects the messages; if the invocation is missing; if
+                the prompt has no tokens, too many tokens, or an unknown token; if the form is
+                invalid; or if ``max_new_tokens`` is too small for it.
             NotImplementedError: If no constraint supports the form.
             UnknownAdapterError: If the folder has no such adapter.
-            PoolFullError: If the pool has no room for it.
+            PoolFullError: If the pool has no room for the adapter.
 
-        Errors of :meth:`AdapterPool.load` are raised too.
+        Errors of :meth:`AdapterPool.load` are raised, too.
         """
         with self._prepared("begin"):
             async with self._encoding:
@@ -248,7 +255,7 @@ class Engine(ServedPool):
         return Asked(ids, name, len(ids) if start is None else start)
 
     async def _constraint(self, form: Format) -> Constraint:
-        """Build a constraint in another thread, two at a time."""
+        """Build a constraint in another thread; at most two are built at the same time."""
         from lora_ext.control import vocabulary_of
 
         async with self._building:
@@ -269,13 +276,13 @@ class Engine(ServedPool):
         )
 
     def load(self) -> Load:
-        """Return the load, for routers of requests."""
+        """Return the load of the manager, for routers that choose a server for each request."""
         return load_of(self.manager)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt; for a chat, up to the begin of the answer.
+        """Return the token ids of a prompt; those of a chat end where the answer begins.
 
-        Without a chat template, the text is the contents of the messages, one per line.
+        If the tokenizer has no chat template, the contents of the messages are joined by newlines.
         """
         if isinstance(prompt, str):
             return self.tokenizer(prompt).input_ids
@@ -300,19 +307,20 @@ class Engine(ServedPool):
 
 
 # -------------------------------------------------------------------------------------------------
-# Waiting for shared prompts. Pages of keys and values can be shared once they are computed.
-# Requests in one batch with the same new prompt would each compute all of it. Later requests
-# therefore wait here until the first has its first token, and then share its pages.
+# Waiting for shared prompts. Requests whose prompts begin with the same tokens can share pages of
+# keys and values, but only if these have been computed. If several such requests entered a batch
+# together, each would compute the same pages. Later requests therefore wait here until the first
+# one has its first token, and then use its pages.
 @dataclass(frozen=True)
 class Asked:
-    """Tokens, adapter and start of a request."""
+    """Prompt tokens and adapter of a request, and the position at which the adapter begins."""
 
     tokens: Sequence[int]
     adapter: str | None  # None is the base model
     start: int  # number of tokens before the adapter begins, which use the base model
 
     def shared(self, other: Asked, page: int) -> int:
-        """Return the number of tokens in pages that both requests may read."""
+        """Return the number of tokens in the pages that the two requests can share."""
         pairs = zip(self.tokens, other.tokens, strict=False)
         count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         if self.adapter != other.adapter:
@@ -321,11 +329,11 @@ class Asked:
 
 
 class Ahead:
-    """Prompts that a manager is reading or has read.
+    """Prompts that a manager is computing or has computed.
 
     Args:
-        page: tokens of a page.
-        alive: function that returns whether the manager runs.
+        page: number of tokens in a page of the cache.
+        alive: function that returns whether the manager is running.
     """
 
     def __init__(self, page: int, alive: Callable[[], bool]):
@@ -334,7 +342,7 @@ class Ahead:
         self._read: deque[Asked] = deque(maxlen=_MAX_READ_PROMPTS)
 
     async def wait(self, asked: Asked) -> None:
-        """Wait while another request reads a part of this prompt that no request has read."""
+        """Wait while another request computes pages of this prompt that are not computed yet."""
         while self._alive():
             known = max((asked.shared(other, self._page) for other in self._read), default=0)
             reading = self._reading.values()
@@ -345,11 +353,11 @@ class Ahead:
                 await asyncio.wait_for(first.wait(), _RECHECK_SECONDS)
 
     def begins(self, stream: Any, asked: Asked) -> None:
-        """Record that a stream's prompt is being read."""
+        """Record that the prompt of a stream is being computed."""
         self._reading[stream] = asked, asyncio.Event()
 
     def ends(self, stream: Any) -> None:
-        """Record that a stream has its first token, or will have none."""
+        """Record that a stream has its first token, or ended without one."""
         if stream in self._reading:
             asked, event = self._reading.pop(stream)
             if stream.tokens:

@@ -1,4 +1,4 @@
-"""Formats of answers that clients of a server request, and their constraints.
+"""Formats that clients of a server can require for answers, and the constraints that enforce them.
 
 Two notations are supported: OpenAI's ``response_format`` and vLLM's ``structured_outputs``. A
 format and its size are checked when the request arrives; the constraint is built later, in another
@@ -18,9 +18,9 @@ from lora_ext._checks import instance, renamed, require
 if TYPE_CHECKING:
     from lora_ext.control import Constraint
 
-# lora_ext.control is imported only if a request has a format: see _constraining.py.
+# lora_ext.control is imported only if a request has a format: _constraining.py gives the reason.
 
-MOST_BYTES = 64 << 10  # largest size of a schema, an expression, or all choices
+MOST_BYTES = 64 << 10  # maximum size of a schema, of an expression, or of all choices of a request
 _KINDS = ("json", "regex", "choice", "json_object")
 _OLD = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
 _REFUSED = ("grammar", "structural_tag")
@@ -38,9 +38,9 @@ class Format:
     """Format of an answer.
 
     Attributes:
-        kind: "json" with a schema, "regex", "choice", or "json_object".
-        content: the schema as JSON, the expression, or the choices.
-        field: field of the request, for error messages.
+        kind: kind of the format: "json" (with a schema), "regex", "choice", or "json_object".
+        content: the schema as JSON, the regular expression, or the choices.
+        field: name of the request's field, for error messages.
     """
 
     kind: str
@@ -48,14 +48,16 @@ class Format:
     field: str = dataclasses.field(default="format", compare=False, repr=False)
 
     def constraint(self, vocabulary: Any) -> Constraint:
-        """Build the constraint, within the limits of ``lora_ext.control``; cached by content.
+        """Return the constraint of this format, from a cache if the same one was built before.
 
         Args:
             vocabulary: result of :func:`lora_ext.control.vocabulary_of`.
 
         Raises:
-            ValueError: If the content is not a schema or expression, or exceeds the limits.
-            NotImplementedError: If no automaton supports it, or outlines-core is not installed.
+            ValueError: If the content is not a valid schema or expression, or exceeds the limits of
+                ``lora_ext.control``.
+            NotImplementedError: If the content cannot be expressed as an automaton, or
+                outlines-core is not installed.
         """
         from lora_ext.control import Constraint
 
@@ -79,13 +81,16 @@ def read_format(
     """Return the format of a request; None for plain text.
 
     Args:
-        response_format: ``{"type": "text" | "json_object" | "json_schema", "json_schema": ...}``.
-        structured_outputs: one of ``json`` (a schema), ``regex``, ``choice``, ``json_object``.
+        response_format: mapping ``{"type": "text" | "json_object" | "json_schema", "json_schema":
+            ...}`` of OpenAI's API.
+        structured_outputs: mapping of vLLM's API with exactly one of the keys ``json`` (a schema),
+            ``regex``, ``choice`` and ``json_object``.
 
     Raises:
-        ValueError: For anything else; the message names the field. :class:`FormatTooLongError` if
-            it is too large.
-        NotImplementedError: For ``grammar`` and ``structural_tag``.
+        ValueError: If an argument has another form, or if both request a format; the message names
+            the field.
+        FormatTooLongError: If a schema, an expression or the choices are too large.
+        NotImplementedError: If ``structured_outputs`` has ``grammar`` or ``structural_tag``.
     """
     first = None if response_format is None else _of_openai(response_format)
     if structured_outputs is None:
@@ -96,7 +101,7 @@ def read_format(
 
 
 def refuse_old_names(body: Mapping[str, Any]) -> None:
-    """Raise ValueError for vLLM's names before 0.12; the message gives the new ones."""
+    """Raise ValueError for a field of vLLM before 0.12; the message contains the new name."""
     for old, kind in _OLD.items():
         if body.get(old) is not None:
             raise ValueError(f'{old}: expected structured_outputs {{"{kind}": ...}}, found {old}')

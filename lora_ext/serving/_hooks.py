@@ -1,7 +1,7 @@
-"""Methods of an attached model that lora_ext replaces on its instances; no class is changed.
+"""Methods that ``attach`` replaces in a model and its modules; no class is changed.
 
 The replacements pass ``adapter_names=`` to the layers, repeat the adapters of a block for beams and
-returned sequences, and reject calls that cannot be served.
+returned sequences, and reject calls that the layers cannot compute.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from ._pipelines import report_lost_names
 
 _Run = Callable[..., Any]
 
-#: Prefix of the attribute for a method in an instance's ``__dict__`` before ``attach``.
+#: Prefix of the attribute that stores a method which was in an instance's ``__dict__`` before.
 _OWN_PREFIX = "_lora_ext_own_"
-#: Arguments of a forward whose first dimension is the sequences.
+#: Arguments of a forward whose first dimension is the sequences of the batch.
 _INPUTS = (
     "input_ids",
     "inputs_embeds",
@@ -57,17 +57,17 @@ _INPUTS = (
     "pixel_values",
     "input_features",
 )
-#: Arguments of a forward for its cache, in different versions of transformers.
+#: Names of the cache among the arguments of a forward, for several versions of transformers.
 _CACHES = ("cache", "past_key_values", "cache_params")
-#: Arguments of a forward that only a step of transformers' continuous batching has.
+#: Arguments of a forward that only steps of transformers' continuous batching pass.
 _PACKED = ("read_index", "write_index", "block_table")
 
 
 class Hooks:
     """Replacements of the methods of one attached model.
 
-    A method here has the name of the method of transformers that it replaces. Its arguments are the
-    model, ``own``, the bound original, and the arguments of the call.
+    Each method has the name of the transformers method that it replaces. Its arguments are the
+    model; ``own``, the original method bound to the model; and the arguments of the call.
 
     Args:
         names: chooses the adapter names of each call.
@@ -77,8 +77,8 @@ class Hooks:
         self.names = names
         self._lock = _ForwardLock()
         # Dynamo does not trace this function: a compiled model breaks its graph here, and the
-        # forward runs eagerly. Disabled as a decorator, it would import dynamo with this file,
-        # which takes a second.
+        # forward runs eagerly. It is not disabled by a decorator, because that would import dynamo
+        # with this file, which takes a second.
         self._uncompiled: Any = torch.compiler.disable(
             self._locked_forward,
             reason="a manager of continuous batching runs, and a compiled forward would not wait; "
@@ -87,18 +87,22 @@ class Hooks:
         )
 
     def install(self, model: nn.Module) -> list[tuple[str, str]]:
-        """Replace the methods of a model and its modules; return the module and name of each."""
+        """Replace methods of a model and its modules.
+
+        Returns:
+            The name of the module and the name of the method, for each replaced method.
+        """
         installed = []
         for name, module in model.named_modules():
             kind = type(module)
             found = {
                 method: replacement
                 for method, replacement in _REPLACEMENTS.items()
-                # A method in the instance's __dict__ stays, except for a repository's generate.
+                # A method in the instance's __dict__ is kept, except for a repository's generate.
                 if (method == "generate" or method not in module.__dict__)
                 and callable(getattr(kind, method, None))
             }
-            # Models of transformers ignore unknown arguments: the names would be lost.
+            # A transformers model would ignore adapter_names= as an unknown argument.
             is_model = hasattr(kind, "get_input_embeddings")
             if is_model or (self.names.default is not None and not name):
                 found["forward"] = Hooks.forward
@@ -113,13 +117,13 @@ class Hooks:
     def forward(
         self, model: Any, own: _Run, /, *args: Any, adapter_names: Names = None, **kw: Any
     ) -> Any:
-        """Run a forward with its names, the model's lock and the sizes of its batch."""
+        """Run a forward in the block of its names, with the model's lock if it is not compiled."""
         refuse_singular("forward", kw)
         if not compiles():
             return self._locked_forward(own, model, args, kw, adapter_names)
-        # A graph cannot wait for the lock, which a running manager holds in its steps. Nor can it
-        # read tokens, which show the starts of activated adapters and the sequences of media. Such
-        # a forward is not compiled.
+        # A graph cannot wait for the lock, which a running manager holds during its steps. Nor can
+        # it read tokens, which determine the starts of activated adapters and the sequences that
+        # contain images, videos or sounds. In these cases the forward is not compiled.
         if _continuous.running_managers or _context.any_activated or has_media(model, kw):
             return self._uncompiled(own, model, args, kw, adapter_names)
         with self.names.block(adapter_names):
@@ -136,7 +140,7 @@ class Hooks:
                 "set by continuous batching; stop it or call set_attn_implementation('sdpa')"
             )
         names = self.names.of_call(names)
-        if names is None and not self._lock.held:  # a nested forward has been checked already
+        if names is None and not self._lock.held:  # held: the outer forward was checked already
             report_lost_names(self.names.handle)
         exclusive = kw.get("is_causal") is not None
         with self._lock.hold(exclusive), self.names.block(names):
@@ -145,7 +149,7 @@ class Hooks:
     def generate(
         self, model: Any, own: _Run, /, *args: Any, adapter_names: Names = None, **kw: Any
     ) -> Any:
-        """Generate with the call's names; changes of the rows end with the call."""
+        """Generate with the names of the call; changes of the rows apply only to this call."""
         refuse_singular("generate", kw)
         names = self.names.of_call(adapter_names)
         with self.names.block(names), generation_scope(), media_owners(model, args, kw):
@@ -163,7 +167,8 @@ class Hooks:
     def _prepare_encoder_decoder_kwargs_for_generation(
         self, _model: Any, own: _Run, /, *args: Any, **kw: Any
     ) -> Any:
-        # The encoder runs once per input. Whisper generates several times in one call.
+        # The encoder runs on the inputs before they are repeated. This resets the count, because
+        # Whisper generates several times in one call.
         repeat_rows(self.names.handle, 1)
         return own(*args, **kw)
 
@@ -174,8 +179,8 @@ class Hooks:
         repeat_rows(self.names.handle, expand_size)
         return expanded
 
-    # Whisper repeats its inputs for returned sequences before the encoder, and drops the recordings
-    # that have ended.
+    # Whisper repeats its inputs for returned sequences before the encoder, and removes recordings
+    # that have ended from the batch.
 
     def _expand_variables_for_generation(
         self, _model: Any, own: _Run, /, *args: Any, **kw: Any
@@ -213,13 +218,14 @@ class Hooks:
     ) -> Any:
         """Generate with one name per request.
 
-        With ``allow_base`` the base model serves prompts without the invocation of their activated
-        adapter, which raise ValueError otherwise.
+        With ``allow_base``, prompts without the invocation of their activated adapter use the base
+        model; otherwise they raise ValueError.
         """
         refuse_singular("generate_batch", kw)
         require_flags("generate_batch", allow_base=allow_base)
         names = self.names.of_requests("generate_batch", adapter_names, len(inputs))
-        # A paged `generate` has already searched the invocations, and warned.
+        # `generate` with a paged cache calls this method after it has searched the prompts for
+        # invocations and warned.
         found = activated_in(self.names.handle) if adapter_names is None else None
         looked = found is not None and found.fixed
         prompts = named_prompts(inputs, names, allow_base or looked)
@@ -230,7 +236,7 @@ class Hooks:
         return results
 
     def resize_token_embeddings(self, model: Any, own: _Run, /, *args: Any, **kw: Any) -> Any:
-        """Raise RuntimeError if the pool has the embeddings, since it depends on their sizes."""
+        """Raise RuntimeError if the embeddings are layers of the pool, which has fixed sizes."""
         found = model.get_input_embeddings(), model.get_output_embeddings()
         for embeddings in found:
             if isinstance(embeddings, PoolLayer):
@@ -241,7 +247,7 @@ class Hooks:
         return own(*args, **kw)
 
 
-#: Replacements by method. :meth:`Hooks.forward` is not included, as not every module gets it.
+#: Replacements by method name, without :meth:`Hooks.forward`, which not every module needs.
 _REPLACEMENTS: dict[str, _Run] = {
     method.__name__: method
     for method in (
@@ -258,14 +264,14 @@ _REPLACEMENTS: dict[str, _Run] = {
 
 
 def _replacing_function(hooks: Hooks, replacement: _Run, kind: type, method: str) -> Any:
-    """Return a function for a method of one module of this class.
+    """Return a function that replaces a method in modules of a class.
 
-    It finds the module through ``self``, so the hooks of a copied model serve the copy.
+    The function uses the module that it is bound to, so it also works in a copied model.
     """
     original = getattr(kind, method)
     static = isinstance(inspect.getattr_static(kind, method), staticmethod)
 
-    @functools.wraps(original)  # transformers reads the signatures
+    @functools.wraps(original)  # transformers inspects the signatures
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = self.__dict__.get(_OWN_PREFIX + method)
         if own is None:
@@ -277,7 +283,7 @@ def _replacing_function(hooks: Hooks, replacement: _Run, kind: type, method: str
 
 
 def is_hook(method: Any) -> bool:
-    """Return whether :meth:`Hooks.install` has made a bound method."""
+    """Return whether a bound method is a replacement that :meth:`Hooks.install` has made."""
     return getattr(getattr(method, "__func__", None), "of_attach", False)
 
 
@@ -294,12 +300,14 @@ def uninstall(model: nn.Module, installed: list[tuple[str, str]]) -> None:
 def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a forward, with the state that its layers need to assign rows to adapters.
 
-    This state is the shape of its batch, the owners of its media and, for activated adapters, the
-    adapter of each token. Outside of every block there are no rows to assign. A forward that dynamo
-    traces stores only the shape, as :meth:`Hooks.forward` does not compile the other two.
+    This state is the shape of the batch, the sequences that contain images, videos or sounds, and
+    the adapter of each token if adapters are activated. Outside of every block the state is not
+    needed. If dynamo traces the forward, only the shape is stored, because :meth:`Hooks.forward`
+    does not compile forwards that need the rest.
 
     Raises:
-        NotImplementedError: In a step of a manager without adapters, or in torch.jit.trace.
+        NotImplementedError: If the forward is a step of a manager that does not support adapters,
+            or is traced by torch.jit.trace.
     """
     if any(name in kwargs for name in _PACKED) and not getattr(innermost(), "packed", False):
         raise NotImplementedError(
@@ -314,15 +322,15 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
     traced = compiles()
     if not traced and innermost() is None:
         return run(*args, **kwargs)
-    # The first dimension of these inputs is the sequences. The second one counts as a number of
-    # tokens, even where it is channels or features.
+    # The first dimension of these inputs is the sequences. The second one is treated as a number of
+    # tokens, even if it is channels or features.
     given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
     tensors = [x for x in given if isinstance(x, Tensor) and x.dim() > 1]
     if not tensors:
         return run(*args, **kwargs)
     lengths = [x.shape[1] for x in tensors if x.dim() == 2 or x.is_floating_point()]
     sequences = tensors[0].shape[0]
-    if traced:  # dynamo traces a changed attribute, but no ContextVar: see `tracing`
+    if traced:  # dynamo can trace attributes of `tracing`, but no ContextVar
         before, tracing.batch = tracing.batch, (sequences, *lengths)
         try:
             return run(*args, **kwargs)
@@ -339,7 +347,7 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
 def _activation(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which a forward's tokens have the activated adapters of its blocks."""
+    """Return a context in which activated adapters are applied to the tokens of a forward."""
     if not has_activated():
         return contextlib.nullcontext()
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -366,14 +374,14 @@ def _activation(
 
 @functools.cache
 def _parameters(kind: type) -> tuple[str, ...]:
-    """Return the arguments of a model's forward, in their order."""
+    """Return the names of the arguments of a model's forward, in their order."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]  # pyright: ignore
 
 
 def _prompt_and_past(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, int]:
-    """Return the ids given to ``generate`` and the number of cached tokens before them.
+    """Return the ids passed to ``generate`` and the number of cached tokens before them.
 
-    With a cache, ``attention_mask`` covers the cached tokens too.
+    If there is a cache, ``attention_mask`` includes the cached tokens.
     """
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
@@ -387,16 +395,15 @@ def _prompt_and_past(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ten
 
 
 class _ForwardLock:
-    """Readers-writer lock of one model's forwards, in order of arrival.
+    """Readers-writer lock of the forwards of one model, in order of arrival.
 
-    transformers writes the ``is_causal=`` of a call into the model's configuration, from which the
-    masks of all threads are made, and removes it when the call ends. Each step of continuous
-    batching is such a call. A forward with ``is_causal=`` therefore runs alone; others run in
-    parallel.
+    During a call with ``is_causal=``, transformers stores this argument in the model's
+    configuration, from which all threads compute their masks. Each step of continuous batching is
+    such a call. A forward with ``is_causal=`` is therefore exclusive; others run in parallel.
 
     State: ``_entrance`` is held while a forward enters, and by an exclusive one until it ends.
-    ``_sharing`` is the number of shared holders, guarded by ``_changed``. ``_thread.held`` is set
-    while the thread holds the lock, which nested forwards do not take again.
+    ``_sharing`` is the number of shared holders, guarded by ``_changed``. ``_thread.held`` is True
+    while the thread holds the lock; its nested forwards do not acquire it again.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,9 @@
-"""Give the images, videos and sounds of a batch the adapter of the sequence that contains them.
+"""Assignment of adapters to images, videos and sounds: each uses the adapter of its sequence.
 
-The input of vision and audio towers, and of their projectors, is images and not sequences. The
-placeholder tokens of an image determine its sequence. If they do not, a block with several names is
-rejected at the first layer of the tower that has adapters.
+The rows of vision and audio towers (encoders), and of their projectors, are units of media (images,
+videos or sounds) and not sequences. The owner of a unit is the sequence that contains its
+placeholder tokens. If they do not determine it, a block with several names raises an error at the
+first layer of the tower that has adapters.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from lora_ext.rows import Assignment, Layout, change_blocks, generation_scope, i
 class _Kind(NamedTuple):
     """Media type, with its names in transformers models."""
 
-    method: str  # method that runs tower and projector
-    given: str  # argument of a forward
-    token: str  # attribute of the configuration: id of the placeholder token
+    method: str  # method of a model that runs tower and projector
+    given: str  # argument of a forward that contains the media
+    token: str  # attribute of the configuration that is the id of the placeholder token
 
 
 KINDS = (
@@ -36,15 +37,16 @@ KINDS = (
 
 
 class _Owners(NamedTuple):
-    """Sequences of the media of a batch."""
+    """Owners of the media of one type in a batch."""
 
     rows: list[int] | None  # sequence of each unit, in order; None if unknown
-    uniform: bool  # True if a tower has equally many rows for each unit
-    given: int  # rows of the argument with the media
-    sequences: int
+    uniform: bool  # True if a tower has the same number of rows for each unit
+    given: int  # number of rows of the argument that contains the media
+    sequences: int  # number of sequences in the batch
 
 
-#: Arguments with sizes; images that differ in them may have different numbers of tokens.
+#: Names of arguments that contain sizes: images with different sizes may have different numbers of
+#: tokens.
 _SIZES = re.compile("image|pixel|spatial|video|audio|feature")
 
 _media_owners: ContextVar[Mapping[str, _Owners] | None] = ContextVar("lora_ext.media", default=None)
@@ -52,21 +54,22 @@ _media_owners: ContextVar[Mapping[str, _Owners] | None] = ContextVar("lora_ext.m
 
 @contextlib.contextmanager
 def media_owners(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Store which sequences own the images, videos and sounds of a forward or ``generate``.
+    """Store the owners of the media of a forward or ``generate`` inside this context.
 
     Raises:
-        ValueError: If the model has no method that runs its tower separately, it has as many media
-            as sequences but not one in each, and the block names several adapters.
+        ValueError: If the model has no method that runs its tower separately, the number of media
+            is the number of sequences although they are not one in each sequence in order, and a
+            block has several names.
     """
     found = _owners(model, args, kwargs)
-    if not found:  # a part of a model, or a later step: keep the stored value
+    if not found:  # a part of a model, or a later step of generate: keep the stored value
         yield
         return
     for kind in KINDS:
         owners = found.get(kind.method)
         if owners is None or owners.given != owners.sequences:
             continue
-        if owners.rows == list(range(owners.sequences)):  # one in each sequence, in order
+        if owners.rows == list(range(owners.sequences)):
             continue
         apart = any(callable(getattr(part, kind.method, None)) for part in model.modules())
         if not apart and _has_several_names():
@@ -83,7 +86,7 @@ def media_owners(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
 
 
 def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a forward has media, so that it must read tokens, which no graph can."""
+    """Return whether a forward has media; it must then read tokens, which no graph can."""
     config = getattr(model, "config", None)
     return any(
         kwargs.get(kind.given) is not None and getattr(config, kind.token, None) is not None
@@ -94,12 +97,12 @@ def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
 def of_media(
     kind: _Kind, _hooks: Any, model: Any, own: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run a method of a tower with blocks that have a name per image, video or sound.
+    """Run a method of a tower in blocks with one name per unit of media.
 
     Args:
-        kind: kind of the media.
+        kind: type of the media.
         model: the model.
-        own: the method of ``model``, called with ``args`` and ``kwargs``.
+        own: the original method of ``model``, called with ``args`` and ``kwargs``.
     """
     owners = (_media_owners.get() or {}).get(kind.method)
     if owners is None:
@@ -107,7 +110,8 @@ def of_media(
     given = kwargs.get(kind.given, args[0] if args else None)
     if not isinstance(given, Tensor) or len(given) != owners.given:
         owners = owners._replace(rows=None)
-    token = _media_owners.set(None)  # applied once: a model may call the same method of a part
+    # Unset inside, because a model may call the same method of a part, which would do this again.
+    token = _media_owners.set(None)
     try:
         with generation_scope():
             change_blocks(lambda block: _assigned(block.assignment, owners))
@@ -136,11 +140,11 @@ def _owners(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
 def _rows(
     counts: Sequence[int], given: Tensor, kwargs: Mapping[str, Any]
 ) -> tuple[list[int] | None, bool]:
-    """Return the sequence of each of the media, and whether a tower has equally many rows for each.
+    """Return ``rows`` and ``uniform`` of :class:`_Owners`.
 
     Args:
-        counts: number of placeholder tokens of each sequence.
-        given: ``(N, ...)`` media, or ``(patches, features)`` of all of them, concatenated.
+        counts: number of placeholder tokens in each sequence.
+        given: N media ``(N, ...)``, or the patches of all media, ``(patches, features)``.
         kwargs: arguments of the forward.
     """
     total, number = sum(counts), len(given)
@@ -164,7 +168,10 @@ def _rows(
 
 
 def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> bool:
-    """Return whether grids, with tokens in proportion to their patches, fill the sequences."""
+    """Return whether the grid sizes of the units explain the number of tokens of each sequence.
+
+    The number of tokens of a unit is assumed to be proportional to its number of patches.
+    """
     grids = [v for k, v in kwargs.items() if k.endswith("grid_thw") and isinstance(v, Tensor)]
     total = sum(counts)
     for grid in grids:
@@ -178,7 +185,7 @@ def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> boo
 
 
 def _alike(number: int, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether all media have the same sizes in the arguments that contain sizes."""
+    """Return whether the arguments with sizes contain the same sizes for all ``number`` media."""
     return all(
         len(value) != number or value.dim() <= 1 or bool((value == value[:1]).all())
         for name, value in kwargs.items()
@@ -191,12 +198,12 @@ def _alike(number: int, kwargs: Mapping[str, Any]) -> bool:
 
 
 class _Units(Assignment):
-    """Names of units of media, such as images, which have several rows each in a tower.
+    """Assignment of one adapter to each unit of media, which has several rows in a tower.
 
     Args:
         names: names of adapters.
-        places: for each unit, the index of its name.
-        uniform: True if all units have equally many rows, so that a layer may pack their rows.
+        places: index of the name for each unit.
+        uniform: True if all units have the same number of rows, so that a layer may pack the rows.
     """
 
     def __init__(self, names: tuple[str, ...], places: tuple[int, ...], uniform: bool):
@@ -204,7 +211,7 @@ class _Units(Assignment):
         self._uniform = uniform
 
     def check_tokens(self, layout: Layout) -> None:
-        """Raise ValueError if the rows of an embedding are not units, but for example positions."""
+        """Raise ValueError if the rows of an embedding are not units but, e.g., positions."""
         if layout.leading[:1] != (len(self.places),):
             raise self._misfit(layout.leading)
 
@@ -219,7 +226,7 @@ class _Units(Assignment):
 
 
 class _Unknown(Assignment):
-    """Names of sequences, in a layer whose rows are not sequences."""
+    """Assignment of adapters to sequences, for a layer in which the rows' sequences are unknown."""
 
     def spread(self, layout: Layout) -> tuple[int, int]:
         raise ValueError(

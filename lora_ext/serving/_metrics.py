@@ -42,10 +42,10 @@ class Load(NamedTuple):
     """Load of an engine.
 
     Args:
-        running: adapter of each running request; None is the base model.
-        waiting: adapter of each waiting request.
-        most_adapters: number of adapters that fit at a time.
-        cache: share of the cache that requests use.
+        running: adapter name of each running request; None is the base model.
+        waiting: adapter name of each waiting request.
+        most_adapters: maximum number of adapters on the device.
+        cache: fraction of the cache of keys and values that requests use.
     """
 
     running: Sequence[str | None]
@@ -59,8 +59,8 @@ def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load)
 
     Args:
         stats: result of :meth:`Engine.stats`.
-        refused: number of rejected requests by the code of their error.
-        load: result of :meth:`Engine.load`; it has vLLM's names, which routers support.
+        refused: number of rejected requests by HTTP status code.
+        load: result of :meth:`Engine.load`. Its metrics have vLLM's names, which routers support.
     """
     samples = {name: {"": value} for name, value in stats.items()}
     if refused:
@@ -68,11 +68,11 @@ def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load)
     lines: list[str] = []
     for name, values in samples.items():
         if name in _GAUGES:
-            short = name.removesuffix("_total")  # Prometheus keeps it for counters
+            short = name.removesuffix("_total")  # in Prometheus only counters have this suffix
             lines += _lines(f"lora_ext_{short}", "gauge", _GAUGES[name], values)
         else:
             lines += _lines(f"lora_ext_{name}", "counter", _COUNTERS[name], values)
-    # Gauges with vLLM's names, by which the Gateway API's inference extension routes requests:
+    # Gauges with vLLM's names, which the Gateway API's inference extension uses to route requests:
     # https://github.com/kubernetes-sigs/gateway-api-inference-extension,
     # docs/proposals/003-model-server-protocol.
     labels = (
@@ -99,7 +99,7 @@ def _lines(name: str, kind: str, text: str, values: Mapping[str, float]) -> list
 def _names(names: Sequence[str | None]) -> str:
     """Return names as the value of a label.
 
-    Readers split it at commas, so a comma inside a name is escaped.
+    A comma inside a name is escaped, because readers split the value at commas.
     """
     listed = ",".join(sorted({name.replace(",", "%2C") for name in names if name is not None}))
     return listed.replace("\\", r"\\").replace('"', r"\"")

@@ -1,8 +1,8 @@
-"""Choice of the adapter names of a call of an attached model.
+"""Choice of the adapter names for a call of an attached model.
 
-A call uses its argument ``adapter_names=``; without it the names of the surrounding block; without
-a block the default of ``attach``. Calls whose names another package has dropped are rejected, as
-the base model would answer them.
+A call uses its argument ``adapter_names=``. Without this argument it uses the names of the
+surrounding block, and without a block the default of ``attach``. If another package has dropped the
+names of a call, the call raises (``_pipelines.py``), as it would use the base model.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from lora_ext.rows import (
 
 
 class CallNames:
-    """Names of the calls of an attached model.
+    """Choice of the adapter names for calls of an attached model.
 
     Args:
         pool: pool of the model.
-        default: argument of ``attach``.
+        default: see :func:`attach`.
     """
 
     def __init__(self, pool: AdapterPool, default: str | None):
@@ -40,14 +40,14 @@ class CallNames:
         self.handle = pool_handle(pool)
 
     def block(self, names: Names) -> contextlib.AbstractContextManager[Any]:
-        """Return the block of a call with these names; None keeps the surrounding block."""
+        """Return a block for a call with these names; None keeps the surrounding block."""
         return contextlib.nullcontext() if names is None else of_call(names, pool=self.pool)
 
     def of_call(self, given: Names) -> Names:
-        """Return the names of a call: the given ones, or the default outside every block.
+        """Return the names ``given`` to a call; if they are None outside every block, the default.
 
         Raises:
-            RuntimeError: If the default is "error" and used.
+            RuntimeError: If the default is needed and is "error".
         """
         if given is not None or self.default is None or current(self.handle) is not None:
             return given
@@ -56,19 +56,19 @@ class CallNames:
         return self.default
 
     def of_requests(self, where: str, given: Names, count: int) -> list[str | None]:
-        """Return a name per request: the given ones, those of the block, or the default.
+        """Return one name per request: the given names, those of the block, or the default.
 
         The base model is None or :data:`BASE`, as in a block.
 
         Args:
             where: name of the function, for messages.
-            given: one name for all, one per request, or None.
+            given: one name for all requests, one name per request, or None.
             count: number of requests.
 
         Raises:
-            ValueError: If the number of names differs, or the block names tokens.
+            ValueError: If the number of names is not ``count``, or the block has names per token.
             UnknownAdapterError: If the pool lacks a name.
-            RuntimeError: If no names are given and the default is "error".
+            RuntimeError: If the default is needed and is "error".
         """
         given = self.of_call(given)
         block = current(self.handle) if given is None else None
@@ -95,7 +95,10 @@ class CallNames:
         return names
 
     def check_invoked(self, where: str, prompts: Sequence[NamedPrompt]) -> None:
-        """Raise ValueError for the first prompt without the invocation of its adapter."""
+        """Raise ValueError if a prompt lacks the invocation of its activated adapter.
+
+        Prompts with ``allow_base`` are not checked.
+        """
         for i, prompt in enumerate(prompts):
             name, allowed = prompt.adapter, prompt.allow_base
             invocation = () if name in (None, BASE) or allowed else self.pool.invocation(name)
@@ -104,11 +107,11 @@ class CallNames:
 
 
 class NamedPrompt(list[int]):
-    """Prompt with its adapter, passed through ``generate_batch`` and ``add_requests``."""
+    """Prompt with an adapter name, passed through ``generate_batch`` and ``add_requests``."""
 
     adapter: str | None
-    allow_base: bool  # use the base model if the prompt lacks the adapter's invocation
-    errors: list[BaseException]  # errors of all prompts, which generate_batch only logs
+    allow_base: bool  # whether to use the base model if the prompt lacks the invocation
+    errors: list[BaseException]  # shared by all prompts; transformers only logs these errors
 
 
 def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> ValueError:
@@ -122,7 +125,7 @@ def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> Valu
 def named_prompts(
     inputs: Sequence[Sequence[int]], names: Sequence[str | None], allow_base: bool = False
 ) -> list[NamedPrompt]:
-    """Return prompts with their adapters and one list for the errors of all of them."""
+    """Return prompts with their adapter names and one shared list of errors."""
     prompts = [NamedPrompt(map(int, ids)) for ids in inputs]
     errors: list[BaseException] = []
     for prompt, name in zip(prompts, names, strict=True):

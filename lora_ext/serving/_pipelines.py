@@ -1,9 +1,9 @@
-"""Detection of calls of transformers' pipelines whose names do not reach the model.
+"""Detection of transformers pipelines that do not pass the adapter names to the model.
 
-Some pipelines drop the names of a call, some make several rows of an input, and some compute when
-their result is read. The model's forward cannot detect this. ``Pipeline.__call__`` and
-``Pipeline.forward``, which every pipeline runs, are therefore wrapped on the class: they store the
-running call and step in a ContextVar. Models that are not attached are not affected.
+Some pipelines ignore the names of a call, some divide an input into several rows, and some compute
+only when their result is read. The model's forward cannot detect this. ``Pipeline.__call__`` and
+``Pipeline.forward``, which every pipeline runs, are therefore wrapped on the class. The wrappers
+store the running call and step in ContextVars. Models that are not attached are not affected.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class _Call:
     """Running call of a pipeline.
 
     Attributes:
-        names: True if ``adapter_names`` was an argument.
-        blocks: handles of the pools whose innermost surrounding block names adapters.
-        lazy: True if the call has returned an iterator, which may be read outside the block.
+        names: whether ``adapter_names`` was an argument.
+        blocks: handles of the pools whose innermost surrounding block has adapters.
+        lazy: whether the call has returned an iterator, which may be read outside the block.
     """
 
     names: bool
@@ -37,15 +37,15 @@ class _Call:
 
 
 _call: ContextVar[_Call | None] = ContextVar("lora_ext.pipeline_call", default=None)
-#: The pipeline whose step runs, and the inputs of the step.
+#: The pipeline that runs a step, and the inputs of the step.
 _step: ContextVar[tuple[Any, Any] | None] = ContextVar("lora_ext.pipeline_step", default=None)
 
 
 def watch_pipelines() -> None:
-    """Wrap the methods of transformers' pipelines, once, if transformers has been imported."""
+    """Wrap the methods of transformers' pipelines once; do nothing if it is not imported."""
     if "transformers.modeling_utils" not in sys.modules:
         return
-    from transformers.pipelines.base import Pipeline  # takes 30 ms after a model was imported
+    from transformers.pipelines.base import Pipeline  # takes only 30 ms after models are imported
 
     call, step = Pipeline.__call__, Pipeline.forward
     if hasattr(step, "of_lora_ext"):
@@ -61,7 +61,7 @@ def watch_pipelines() -> None:
         blocks = frozenset(h for h, b in innermost_of.items() if b.assignment.names)
         names = kwargs.get("adapter_names") is not None
         result = _inside(_call, _Call(names, blocks), call)(self, inputs, *args, **kwargs)
-        # For a generator or a dataset, the result is an iterator over one that runs the steps.
+        # For a generator or a dataset, the result is an iterator whose `loader` runs the steps.
         steps: Any = getattr(result, "loader", None)
         if callable(getattr(steps, "infer", None)):
             steps.infer = _inside(_call, _Call(names, blocks, lazy=True), steps.infer)
@@ -76,7 +76,7 @@ def watch_pipelines() -> None:
 
 
 def _inside(variable: ContextVar[Any], value: Any, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that runs another one while a variable has a value."""
+    """Return a function that calls ``run`` with ``variable`` set to ``value``."""
 
     def inside(*args: Any, **kwargs: Any) -> Any:
         token = variable.set(value)
@@ -89,14 +89,14 @@ def _inside(variable: ContextVar[Any], value: Any, run: Callable[..., Any]) -> C
 
 
 def report_lost_names(handle: int) -> None:
-    """Raise if another adapter or the base model would serve a call; warn if it may.
+    """Raise an error if the forward of a pipeline would use wrong adapters; warn if it might.
 
     Args:
         handle: handle of the pool.
 
     Raises:
-        ValueError: If the pipeline received ``adapter_names`` and there is no block, or a block has
-            several names and the pipeline makes several rows of an input.
+        ValueError: If the pipeline received ``adapter_names`` and there is no block, or if a block
+            has several names and the pipeline divides an input into several rows.
     """
     call, step = _call.get(), _step.get()
     if call is None and step is None:

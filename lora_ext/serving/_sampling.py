@@ -15,11 +15,12 @@ class Sampling:
     """Sampling settings of one request.
 
     Args:
-        temperature: 0 takes the largest logit, the first of equal ones; larger is more random.
-        top_p: draw from the fewest likeliest tokens whose probabilities sum to at least this.
-        seed: seed of a generator for this request, whose draws do not depend on the batch. None
-            uses torch's generator. Requests forked from one share its generator.
-        top_k: number of the likeliest tokens to draw from; -1 for all. Applied before ``top_p``.
+        temperature: divisor of the logits. 0 selects the largest logit, the first of equal ones.
+        top_p: tokens are drawn from the smallest set of most likely tokens whose probabilities sum
+            to at least this.
+        seed: seed of a generator for this request, so that its tokens do not depend on the batch.
+            None uses torch's default generator. Forked requests share a generator.
+        top_k: number of most likely tokens to draw from; -1 for all. Applied before ``top_p``.
 
     Raises:
         ValueError: If an argument is invalid; the message names it.
@@ -40,7 +41,7 @@ class Sampling:
             "top_k": within(-1, expected=("an integer", "a number of tokens, or -1 for all")),
         }
         check_fields(self, bounds)
-        # torch cannot divide by integers of more than 64 bits.
+        # As a float, because torch cannot divide by integers of more than 64 bits.
         object.__setattr__(self, "temperature", float(self.temperature))
         found = self.top_k
         require(found != 0, "Sampling", "top_k", "a number of tokens, or -1 for all", found)
@@ -51,18 +52,18 @@ class Sampling:
         return self.temperature > 0 and self.top_p == 1 and self.top_k == -1
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """Return a new generator with the seed; None without one."""
+        """Return a new generator with the seed, or None if there is no seed."""
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Sample one token id from ``logits``.
 
         Args:
-            logits: ``(V,)``, floating.
-            generator: generator on their device; None is torch's own.
+            logits: floating-point logits ``(V,)`` of the V tokens.
+            generator: generator on the device of ``logits``, or None for torch's default one.
 
         Returns:
-            A token id, ``()`` int64; an arbitrary one if a logit is NaN or no logit is finite.
+            A token id, ``()`` int64; any id if a logit is NaN or no logit is finite.
         """
         if self.temperature == 0:
             return logits.argmax()
@@ -70,8 +71,8 @@ class Sampling:
         heat = (logits - logits.max()).double() / self.temperature
         if 0 < self.top_k < heat.shape[0]:
             least = heat.topk(self.top_k).values[-1]
-            heat = heat.masked_fill(heat < least, float("-inf"))  # keeps ties with the last
-        # An error here, or on a GPU an assertion, would end the steps of all other requests.
+            heat = heat.masked_fill(heat < least, float("-inf"))  # keeps logits equal to the last
+        # multinomial rejects NaN, on a GPU by an assertion, which would end all other requests.
         probabilities = heat.softmax(-1).nan_to_num(1.0)
         if self.top_p < 1:
             falling, order = probabilities.sort(descending=True)

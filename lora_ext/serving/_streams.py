@@ -1,4 +1,4 @@
-"""Requests of a continuous-batching manager as asynchronous streams, for servers."""
+"""Asynchronous streams of the tokens of continuous-batching requests, for servers."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ _RECHECK_SECONDS = 1.0  # time without a token after which a stream checks that 
 
 
 class RequestStream:
-    """Asynchronous iterator over the new tokens of one request, in lists.
+    """Asynchronous iterator over the new tokens of one request; each item is a list of tokens.
 
-    The constructor starts the request, inside a running event loop. A slow reader gets longer
-    lists, and neither the manager nor another reader waits for it.
+    The constructor starts the request and requires a running event loop. A slow reader receives
+    longer lists; neither the manager nor another reader waits for it.
 
     Args:
-        manager: transformers' manager of an attached model, started.
-        input_ids: the prompt.
-        ended: called once, with this stream, after the last token.
-        begun: called with this stream after the first token, or if there is none.
-        settings: arguments of the manager's ``add_request``: ``adapter_name``, ``max_new_tokens``,
-            ``eos_token_id``, ``sampling``.
+        manager: continuous-batching manager of transformers for an attached model; it must have
+            been started.
+        input_ids: token ids of the prompt.
+        ended: function that is called once with this stream after the last token.
+        begun: function that is called with this stream when the first token has arrived, or when
+            the request ends. It may be called several times.
+        settings: keyword arguments of the manager's ``add_request``: ``adapter_name``,
+            ``max_new_tokens``, ``eos_token_id``, ``sampling``.
 
     Raises:
-        RuntimeError: If the manager takes no requests, or, from the iterator, the request failed.
+        RuntimeError: If the manager does not accept requests. The iterator raises it if the request
+            fails.
 
-    Errors of ``add_request`` are raised too.
+    The constructor also raises the errors of ``add_request``.
     """
 
     def __init__(
@@ -41,9 +44,9 @@ class RequestStream:
     ):
         self.request_id = uuid.uuid4().hex
         self._prompt_length = len(input_ids)
-        #: All tokens so far.
+        #: All generated tokens so far.
         self.tokens: list[int] = []
-        self.cancelled = self.stopped = False  # stopped: ended by a stop string
+        self.cancelled = self.stopped = False  # stopped: a stop string ended the request
         self._broken: str | None = None
         self._manager, self._read = manager, 0
         ends = settings.get("eos_token_id", manager.generation_config.eos_token_id)
@@ -75,7 +78,7 @@ class RequestStream:
     def finish_reason(self) -> str | None:
         """OpenAI's ``finish_reason``; None while the request runs.
 
-        It is "stop" after an end token, a stop string or :meth:`cancel`, else "length".
+        It is "stop" after an end token, a stop string or :meth:`cancel`, and otherwise "length".
         """
         if not self.finished:
             return None
@@ -84,7 +87,7 @@ class RequestStream:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Numbers of tokens of the prompt and of the answer so far, with OpenAI's names."""
+        """Numbers of tokens in the prompt and in the answer so far, under OpenAI's names."""
         prompt, answer = self._prompt_length, len(self.tokens)
         return {
             "prompt_tokens": prompt,
@@ -101,7 +104,7 @@ class RequestStream:
             self._arrived.set()
 
     def interrupt(self, why: str) -> None:
-        """End the request; its reader gets a :class:`RuntimeError` with the message ``why``."""
+        """End the request; the iterator raises RuntimeError with the message ``why``."""
         if not self.finished:
             self._broken = why
             self.cancel()
@@ -110,7 +113,8 @@ class RequestStream:
         """Cancel the request when the client of an ASGI connection disconnects.
 
         Args:
-            receive: function of the connection, whose body has been read.
+            receive: the connection's ASGI ``receive`` function. The request body must have been
+                read already.
         """
 
         async def watch() -> None:
@@ -143,7 +147,10 @@ class RequestStream:
         return new
 
     async def texts(self, tokenizer: Any, stop: str | Sequence[str] = ()) -> AsyncIterator[str]:
-        """Yield the text in pieces, up to a stop string, which ends the request."""
+        """Yield the text of the answer in pieces, up to the first of the stop strings.
+
+        A stop string ends the request.
+        """
         text = TextStream(tokenizer, stop)
         async for tokens in self:
             if piece := text.feed(tokens):
@@ -159,7 +166,7 @@ class RequestStream:
         if self.finished:
             return
         self._last = output
-        self.tokens = output.generated_tokens  # all tokens since the prompt
+        self.tokens = output.generated_tokens  # all generated tokens, not only the new ones
         self._arrived.set()
         if self.finished:
             self._end()
@@ -182,23 +189,24 @@ class RequestStream:
 
 
 class TextStream:
-    """Incremental decoder of tokens: whole characters, up to the first stop string.
+    """Incremental decoder that returns whole characters, up to the first stop string.
 
     Args:
-        tokenizer: a tokenizer of transformers.
-        stop: a text, or several, that ends the answer and is not part of it.
+        tokenizer: a transformers tokenizer.
+        stop: stop string, or several of them. A stop string ends the answer and is not part of it.
     """
 
     def __init__(self, tokenizer: Any, stop: str | Sequence[str] = ()):
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        self._window: list[int] = []  # tokens returned last, and the following ones
-        self._told = 0  # number of tokens in the window that were returned
+        # Tokens whose text was returned last, then tokens whose text was not returned yet.
+        self._window: list[int] = []
+        self._told = 0  # number of tokens in the window whose text was returned
         self._held = ""  # text that may be the beginning of a stop string
 
     def feed(self, tokens: Sequence[int]) -> str:
-        """Return the text that is certain after these tokens."""
+        """Return the new text that no later token can change."""
         self._window += tokens
         text = self._text()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -212,7 +220,7 @@ class TextStream:
         return text
 
     def _text(self) -> str:
-        """Return the text that follows the returned one; decoding depends on preceding tokens."""
+        """Return the text after the returned text, decoded together with the preceding tokens."""
         how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         told = self._tokenizer.decode(self._window[: self._told], **how)
         return self._tokenizer.decode(self._window, **how)[len(told) :]
@@ -235,6 +243,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the number of characters at the end of ``text`` that begin ``stop``."""
+    """Return the length of the longest end of ``text`` that is a proper prefix of ``stop``."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""``attach`` and ``detach``: replace modules of a model by layers of a pool.
+"""``attach`` and ``detach``: replace the modules of a model by layers that use a pool's adapters.
 
 This module does not import transformers.
 """
@@ -40,8 +40,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _KEY = "_lora_ext_attachment"
 
-# Modules of T5, MPNet, WavLM, SpeechT5 and MVP whose input is pairs of positions or a learned
-# prompt instead of sequences.
+# Modules of T5, MPNet, WavLM, SpeechT5 and MVP that receive pairs of positions or a learned prompt.
+# This input is the same for all sequences, so it has no row per sequence.
 _SHARED = re.compile(
     r"(^|\.)(\w*relative_attention_bias|rel_attn_embed|distance_embedding|pe_k|"
     r"(self|cross)_attn_prompt\..*)$"
@@ -50,14 +50,17 @@ _SHARED = re.compile(
 
 @dataclass(eq=False)
 class _Attachment:
-    """State of an attached model, in its ``__dict__``; a deep copy of the model is attached too."""
+    """State of an attached model, stored in its ``__dict__``.
+
+    A deep copy of the model copies it, so the copy is attached, too.
+    """
 
     pool: AdapterPool
     swap: Swap
     packed: bool
     fused: bool
     hooked: list[tuple[str, str]]  # result of Hooks.install
-    spaced: list[nn.Module]  # layers with hooks of space_products
+    spaced: list[nn.Module]  # layers with hooks that space_products registered
 
     def __post_init__(self) -> None:
         attachments.add(self)
@@ -66,7 +69,7 @@ class _Attachment:
         swap = copy.deepcopy(self.swap, memo)
         if self.fused:
             set_siblings(swap.placed)
-        # The copied methods are hooks already, bound to the copied modules.
+        # No Hooks.install: the copied methods are already hooks, bound to the copied modules.
         spaced = copy.deepcopy(self.spaced, memo)
         return _Attachment(self.pool, swap, self.packed, self.fused, list(self.hooked), spaced)
 
@@ -80,35 +83,39 @@ def attach(
     fuse_siblings: bool = False,
     overlap: bool = False,
 ) -> Model:
-    """Replace every module that the pool may adapt by a layer of the pool.
+    """Replace every module that an adapter of the pool may target by a layer that uses the pool.
 
     The layers are :class:`MultiLoraLinear`, :class:`MultiLoraEmbedding` and
-    :class:`MultiLoraExperts`. The model is changed in place; :func:`detach` undoes it. Parameters,
-    names and checkpoints do not change. A module with several names is replaced under its first, as
-    in PEFT. If the model has ``generate``, its rows keep their adapters through beams and returned
-    sequences. ``generate`` and the call of a transformers model take PEFT's ``adapter_names=``,
-    which is equivalent to :func:`lora_ext.adapters` around them.
+    :class:`MultiLoraExperts`. The model is changed in place, and :func:`detach` restores it.
+    Parameters, their names and checkpoints do not change. A module that the model contains under
+    several names is replaced only under the first name, as in PEFT. If the model has ``generate``,
+    the adapter of a prompt is also used for its beams and for all sequences returned for it.
+    ``generate`` and the forward of a transformers model accept PEFT's ``adapter_names=``, which is
+    equivalent to a block of :func:`lora_ext.adapters` around the call.
 
     Args:
-        model: the model that the pool was made for, or one of the same shape.
+        model: the model that the pool was made for, or one with the same modules and sizes.
         pool: the pool of the adapters.
         default: adapter of a call outside every block and without ``adapter_names=``: None for the
             base model, the name of an adapter, or "error" to raise RuntimeError.
-        pack_base: keep a packed copy of the weight of every linear layer, which makes products of
-            at most 32 rows on a CPU faster: see :func:`lora_ext.nn.pack_linears`. The copy needs as
-            many bytes as the weights. A decode step of SmolLM2-135M with 16 adapters then takes
-            0.58 of the time of the bare model, and without packing 1.2. It is not the default
-            because of the memory: :func:`lora_ext.nn.packing` checks whether it fits.
-        fuse_siblings: compute the updates of layers of one parent that are called with the same
-            tensor (q, k, v; gate, up) in one op, which needs the launches of one layer on a GPU:
-            see :mod:`lora_ext.serving.layers._siblings`. The first of them also calls the base
-            layers of the others, a little earlier than the model does. The bits are the same. It
-            applies on a GPU, outside gradients, autocast and ``torch.compile``, to plain linear
-            bases without hooks and adapters without DoRA; other layers are computed separately.
-        overlap: begin each layer's update on a second CUDA stream while its base product runs, in
-            calls of at most 256 rows: see :mod:`lora_ext.serving.layers._overlap`. It applies under
-            the conditions of ``fuse_siblings``, except to the output head, and excludes it. The
-            bits are the same. It has not been timed on a GPU.
+        pack_base: whether to keep a packed copy of the weight of every linear layer, which makes
+            products of at most 32 rows on a CPU faster: see :func:`lora_ext.nn.pack_linears`. The
+            copies need as many bytes as the weights. A decode step of SmolLM2-135M with 16 adapters
+            takes 0.58 times as long as a step of the model without adapters, and 1.2 times as long
+            without packing. The default is False because of the memory:
+            :func:`lora_ext.nn.packing` checks whether the copies fit.
+        fuse_siblings: whether to compute in one op the updates of all layers of one parent module
+            that are called with the same tensor (q, k, v; gate, up). On a GPU they then need only
+            the kernel launches of one layer: see :mod:`lora_ext.serving.layers._siblings`. The
+            first of these layers also calls the base layers of the others, slightly earlier than
+            the model does. The results are bitwise the same. The option applies on a GPU, outside
+            gradients, autocast and ``torch.compile``, to plain linear base layers without hooks and
+            to adapters without DoRA; other layers are computed separately.
+        overlap: whether to begin each layer's update on a second CUDA stream while its base layer
+            is computed, in calls of at most 256 rows: see
+            :mod:`lora_ext.serving.layers._overlap`. It applies under the conditions of
+            ``fuse_siblings``, except to the output head, and cannot be combined with it. The
+            results are bitwise the same. It has not been timed on a GPU.
 
     Returns:
         ``model``.
@@ -116,13 +123,14 @@ def attach(
     Raises:
         TypeError: If ``model`` is not a module, ``pool`` is not a pool, or a flag is neither True
             nor False.
-        UnknownAdapterError: If the pool lacks the default.
+        UnknownAdapterError: If the pool does not have the adapter ``default``.
         RuntimeError: If the model, or a part of it, is attached or has PEFT's layers.
-        ValueError: If a module of the pool is missing or has another size; the pool lacks a module
-            of the model; ``overlap`` and ``fuse_siblings`` are both True; or ``pack_linears``
-            raises.
-        NotImplementedError: If transformers' ``tp_plan`` has divided the weights. After any error
-            the model is unchanged.
+        ValueError: If a module of the pool is missing in the model or has another size; if the pool
+            lacks a module of the model; if ``overlap`` and ``fuse_siblings`` are both True; or if
+            ``pack_linears`` raises.
+        NotImplementedError: If transformers' ``tp_plan`` has divided the weights.
+
+    After any error the model is unchanged.
     """
     _check_module("attach", model)
     instance("attach", "pool", pool, AdapterPool)
@@ -177,8 +185,9 @@ def detach(model: Model) -> Model:
 
     Raises:
         TypeError: If ``model`` is not a module.
-        RuntimeError: If the model is not attached, a layer was replaced or offloaded since, or a
-            manager of continuous batching runs. The model is then unchanged.
+        RuntimeError: If the model is not attached, if one of its layers was replaced or offloaded
+            since :func:`attach`, or if a manager of continuous batching is running. The model is
+            then unchanged.
     """
     _check_module("detach", model)
     attachment: _Attachment | None = model.__dict__.get(_KEY)
@@ -214,7 +223,7 @@ def _check_module(where: str, model: object) -> None:
 
 
 def _check_free(model: nn.Module) -> None:
-    """Raise for a model that is attached, tensor-parallel, or has other adapter layers."""
+    """Raise an error if a model is attached, is tensor-parallel, or has adapter layers already."""
     if _KEY in model.__dict__:
         raise RuntimeError(
             "attach: expected a model that is not attached, found an attached one; detach it first"

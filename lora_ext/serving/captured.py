@@ -1,10 +1,11 @@
-"""``capturable``: a decode step whose CUDA graph supports changes of names, ranks and adapters.
+"""``capturable``: a decode step in a CUDA graph whose replays may use any adapters of the pool.
 
 A replay of a captured graph repeats kernels on fixed addresses and runs no Python, so it cannot
-read names. The slot of each row, and all values that depend on it, are therefore written to fixed
-addresses before a replay. The plan (rows grouped by adapter) is computed inside the graph: the
-first layer with some number of rows computes it, and later layers with as many rows use it. In
-versions of torch that cannot return the graph in capture, every layer computes its own plan.
+read the names of adapters. The slot of each row's adapter (its index in the tables of the pool),
+and all values that depend on it, are therefore written to fixed addresses before a replay. The plan
+(rows grouped by adapter) is computed inside the graph: the first layer with a certain number of
+rows computes the plan, and later layers with the same number of rows reuse it. In versions of torch
+that cannot return the graph that is being captured, every layer computes a plan.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from lora_ext.rows import Assignment, Layout, Rows, capture, in_step, planned
 from .layers._pool_dora import DoraFactors, DoraTable
 from .layers._pool_replaced import ReplacedBank
 
-# Parts of a module's forward that a graph computes if adapters have them, by field of its slab.
+# Parts of a module's forward that are captured only if an adapter in the pool has them: description
+# of each part, by the field of ModuleSlab that is not None in this case.
 _PARTS = {"a_pages": "factors", "bias": "a bias", "magnitude": "DoRA magnitudes"}
 _REPLACED = "a module of its own"
 
 
 def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Capturable:
-    """Allocate memory for a captured step of at most ``max_rows`` rows, one name each.
+    """Allocate memory for a captured step of at most ``max_rows`` rows, each with an adapter name.
 
     ::
 
@@ -45,9 +47,10 @@ def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Captur
 
     Args:
         pool: the pool of the adapters; all its modules must be on one device.
-        max_rows: most rows of a step: sequences with one token each, or tokens.
-        replaced: most adapters of one step that replace modules (``modules_to_save``). Each needs a
-            copy of its weight and another product of all rows, for every replaced module.
+        max_rows: maximum number of rows in a step: of sequences with one token each, or of tokens.
+        replaced: maximum number of adapters in one step that replace modules
+            (``modules_to_save``). For every replaced module, each of them needs a copy of its
+            weight and one more product of all rows.
 
     Raises:
         TypeError: If ``pool`` is not a pool.
@@ -68,9 +71,10 @@ class _Graphs:
     """Properties of all graphs that were captured in a step.
 
     Attributes:
-        rows: rows of the largest graph; 0 before the first capture.
-        parts: values of :data:`_PARTS` and :data:`_REPLACED` by module, fixed at the first capture.
-        served: serial numbers of checked adapters that need no other parts.
+        rows: number of rows of the largest graph; 0 before the first capture.
+        parts: captured parts of each module, as values of :data:`_PARTS` and :data:`_REPLACED`;
+            fixed at the first capture.
+        served: serial numbers of the adapters that were checked and need no other parts.
     """
 
     rows: int = 0
@@ -81,26 +85,28 @@ class _Graphs:
 class Capturable:
     """Capturable step, made by :func:`capturable`.
 
-    Blocks of :func:`lora_ext.adapters` that are entered inside ``with step`` write their names
-    here, with one copy. The adapters named last stay pinned until other names are written, so a
-    replay after a block uses them, even if they were unloaded since. A graph that was captured
-    inside keeps this object and the pool alive, in versions of torch that expose the graph being
-    captured.
+    A block of :func:`lora_ext.adapters` that is entered inside ``with step`` writes the slots of
+    its adapters to this object, with one copy to the device. These adapters stay pinned until the
+    next block writes others. A replay after the block therefore still uses them, even if they have
+    been unloaded. A graph that was captured inside ``with step`` keeps this object and the pool
+    alive, in versions of torch that expose the graph that is being captured.
 
-    Only one thread may use the step at a time. A forward whose number of rows differs from the
-    number of names, such as a prefill, is computed as without the step; in a capture it raises.
+    Only one thread may use the step at a time. If the number of rows of a forward differs from the
+    number of names, as in a prefill, it is computed as without the step; in a capture it raises.
 
     State, all owned by this object:
 
-    * Permanent, at fixed addresses that graphs read: ``_buffer`` with two views of one number per
-      row. ``_ids`` has the slot of the row's adapter, -1 for the base model. ``_places`` has the
-      place of that adapter in the banks, -1 if it replaces no module.
-    * Permanent after a first forward that needs it: ``_dora``, a table of DoRA's factors per layer,
-      and ``_banks``, for each replaced module the weights of up to ``replaced`` adapters by place.
+    * Permanent, at fixed addresses that graphs read: ``_buffer`` (2, max_rows) and its two rows,
+      the views ``_ids`` and ``_places``. ``_ids`` contains the slot of each row's adapter, -1 for
+      the base model. ``_places`` contains the index of that adapter in the banks, -1 if it replaces
+      no module.
+    * Permanent after the first forward that needs it: ``_dora``, one table of DoRA's factors per
+      layer, and ``_banks``, one bank per replaced module. A bank stacks the weights of up to
+      ``replaced`` adapters; the index of an adapter, its place, is the same in all banks.
     * Until other names are written: ``_lease``, the pins; ``_assignment``, the names; and
-      ``_owners``, for each place of the banks the adapter whose weights are there.
-    * ``_graphs`` grows with captures. ``_entered`` is the context of ``with step``, None outside.
-      ``_closed`` is set once.
+      ``_owners``, the adapter at each place of the banks, or None.
+    * ``_graphs`` is updated by each capture. ``_entered`` is the context of ``with step``, None
+      outside. ``_closed`` is set once.
     """
 
     def __init__(self, pool: AdapterPool, max_rows: int, replaced: int, device: torch.device):
@@ -122,7 +128,7 @@ class Capturable:
         return f"Capturable(max_rows={self.max_rows}, replaced={self.replaced}, {self.device})"
 
     def __enter__(self) -> Capturable:
-        """Make blocks of the pool, in this thread and task, write their names here."""
+        """Make blocks of the pool in this thread and task write their adapters to this object."""
         self._check_open()
         if self._entered is not None:
             raise RuntimeError("capturable: expected a step to be entered once, found it entered")
@@ -136,7 +142,7 @@ class Capturable:
         entered.__exit__(None, None, None)
 
     def close(self) -> None:
-        """Unpin the adapters. Later replays serve the base model, and later writes raise."""
+        """Unpin the adapters. Later replays use the base model, and later writes raise."""
         self._clear()
         self._closed = True
 
@@ -153,14 +159,14 @@ class Capturable:
     # Before a replay
 
     def write(self, assignment: Assignment) -> None:
-        """Write the names for replays, and pin their adapters until the next write.
+        """Write the slots of a block's adapters for replays; pin the adapters until the next write.
 
-        After an error, even of the pool, replays use the base model. In a capture, or after
-        :meth:`close`, nothing changes.
+        After an error, including errors of the pool, replays use the base model. However, a call
+        inside a capture or after :meth:`close` raises without changing anything.
 
         Raises:
-            ValueError: If there are more names than rows, or an adapter needs a part that a
-                captured graph lacks.
+            ValueError: If there are more names than rows, or if an adapter needs a part (see
+                :data:`_PARTS`) that a captured graph does not compute.
             RuntimeError: If the step is closed, or a graph is being captured.
             NotImplementedError: If an adapter is activated.
         """
@@ -178,11 +184,11 @@ class Capturable:
         self._assignment = assignment
 
     def _rows_of_names(self, assignment: Assignment) -> Tensor:
-        """Pin the adapters, write their weights, and return the values of ``_buffer``.
+        """Pin the adapters, write their weights, and return the new values of ``_buffer``.
 
         DoRA's factors and the weights of replaced modules are copied to the tables and banks that
-        graphs read. The result, ``(2, max_rows)`` int32, has the slot of each row and its place in
-        the banks. After an error the caller releases the pins.
+        graphs read. The result, ``(2, max_rows)`` int32, contains the slot of each row and its
+        place in the banks. After an error the caller releases the pins.
         """
         per_row = assignment.shape != ()  # rows without a name use the base model
         count = len(assignment.places) if per_row else 0
@@ -213,10 +219,10 @@ class Capturable:
             bank.follow(self._owners)
         owners = [None if owner is None else owner.slot for owner in self._owners]
         places = [owners.index(slot) if slot in owners else -1 for slot in lease]
-        of_names = [[*lease, -1], [*places, -1]]  # index -1, the base model, selects the last
+        of_names = [[*lease, -1], [*places, -1]]  # index -1 selects the last entry: the base model
         rest = self.max_rows - count
         names = assignment.places  # the index of each row's name
-        if isinstance(names, Tensor):  # on a device: its values are not known here
+        if isinstance(names, Tensor):  # on a device: reading its values would synchronise
             of_rows = torch.tensor(of_names, dtype=torch.int32, device=names.device)[:, names]
             return torch.nn.functional.pad(of_rows, (0, rest), value=-1)
         if per_row:
@@ -243,7 +249,7 @@ class Capturable:
         return {**self.pool.modules, **self.pool.experts}
 
     def note_capture(self, device: torch.device, rows: int = 0) -> None:
-        """Record the parts of all modules if a layer of the pool is being captured."""
+        """Record the parts that a graph has if a layer with ``rows`` rows is being captured."""
         graph = capture(device)
         if graph is None:
             return
@@ -258,12 +264,12 @@ class Capturable:
                 for name, slab in self._slabs().items()
             }
         if getattr(graph, "lora_ext_step", None) is not self:
-            graph.lora_ext_step = self  # keep the memory alive that the graph reads
+            graph.lora_ext_step = self  # keeps the memory that the graph reads alive
 
     def check_outside_capture(self) -> None:
         """Raise RuntimeError if a layer is captured outside of every block.
 
-        No replay of that graph would serve an adapter.
+        Replays of that graph could only compute the base model.
         """
         if capture(self.device) is not None:
             raise RuntimeError(
@@ -272,7 +278,7 @@ class Capturable:
             )
 
     def _missing_parts(self, resident: Any) -> tuple[str, list[str]] | None:
-        """Return the first module for which the graphs lack parts of the adapter, and these."""
+        """Return the first module in which the graphs lack parts of an adapter, and these parts."""
         graphs = self._graphs
         if graphs.parts is None or resident.serial in graphs.served:
             return None
@@ -292,7 +298,7 @@ class Capturable:
         return None
 
     def _place(self, residents: Collection[Any]) -> None:
-        """Assign a place to each adapter that replaces modules, if possible its current one."""
+        """Assign a place in the banks to each adapter that replaces modules, if it has none."""
         slabs = [slab for slab in self._slabs().values() if slab.replaced]
         for r in residents:
             if any(r.slot in s.replaced and s.replaced[r.slot].rows is not None for s in slabs):
@@ -313,21 +319,26 @@ class Capturable:
     # Called by layers
 
     def rows(self, assignment: Assignment, layout: Layout) -> Rows | None:
-        """Return the rows in the buffers that replays read, with all slots in use.
+        """Return the rows of a layer as views of the buffers that replays read.
+
+        Any slot may occur in the rows, since later replays may use other adapters.
 
         Returns:
-            None if the layer cannot use the buffers, and computes its rows as without the step:
+            The rows, or None if the layer cannot use the buffers. It then computes its rows as
+            without the step. There are four such cases:
 
-            * ``assignment`` is not the object that was written last. The buffers then contain
-              other names: those of a block that was entered later, or of this block before
-              ``generate`` changed its rows. The test is for identity because the plan of the
-              buffers is kept with the assignment, which is valid only while they contain it.
+            * ``assignment`` is not the object that was written last. The buffers then contain other
+              adapters: those of a block that was entered later, or those of this block before
+              ``generate`` changed its rows. The objects are compared by identity because the plan
+              is cached in the assignment, and it is valid only while the buffers contain that
+              assignment.
             * The layer is on another device, or has more than ``max_rows`` rows.
-            * The names are one per token, and the layer has tokens first.
-            * A name has several rows, as in a prefill.
+            * There is one name per token, and tokens are the first dimension of the layer's input.
+            * A name applies to several rows, as in a prefill.
 
         Raises:
-            ValueError: In one of these cases in a capture, or if the names do not fit the layout.
+            ValueError: If one of these cases occurs in a capture, or if the number of names does
+                not match the layout.
         """
         device, count = layout.device, math.prod(layout.leading)
         if (
@@ -351,7 +362,10 @@ class Capturable:
         return planned(tuple(range(self.pool.max_slots)), self._ids[:count])
 
     def table(self, factors: DoraFactors) -> Tensor:
-        """Return DoRA's factors of a layer, ``(slots + 1, O)``, the last row for the base model."""
+        """Return the table of DoRA's factors of a layer with O outputs.
+
+        Its shape is ``(slots + 1, O)``; the last row is for the base model.
+        """
         if factors not in self._dora:
             self._check_warm(factors.name)
             table = self._dora[factors] = DoraTable(factors, self.pool.max_slots)
@@ -359,9 +373,10 @@ class Capturable:
         return self._dora[factors].c
 
     def bank(self, name: str) -> tuple[ReplacedBank | None, Tensor]:
-        """Return the weights of the adapters that replace a module, and the place of each row.
+        """Return the bank of a module, and the place of each row's adapter in it.
 
-        The first is None if no adapter in the pool replaces it.
+        The bank contains the weights of the adapters that replace the module. It is None if no
+        adapter in the pool does.
         """
         slab = self.pool.modules[name]
         whole = any(each.rows is None for each in slab.replaced.values())

@@ -1,1 +1,1 @@
-"""Layers that serve a pool's adapters and replace base modules."""
+"""Layers that replace base modules and add the updates of a pool's adapters."""

@@ -1,4 +1,4 @@
-"""MultiLoraLinear: a linear layer whose rows may each use another adapter of a pool."""
+"""MultiLoraLinear: a linear layer in which each row may use a different adapter of a pool."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from ._pool_replaced import traced_replaced, with_replaced
 
 
 class MultiLoraLinear(PoolLayer):
-    """Linear layer with an adapter of a pool for each row.
+    """Linear layer that adds the update of one adapter of a pool to each row.
 
-    ``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, ``s`` the adapter of row ``t``.
-    Outputs of DoRA adapters are scaled by their magnitudes:
+    Computes ``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, where ``s`` is the slot
+    of row ``t``'s adapter. If it uses DoRA, the sum is rescaled:
     :mod:`lora_ext.serving.layers._pool_dora`.
 
-    Rows get their adapters from :func:`lora_ext.adapters`. Outside such a block all rows have the
-    adapter ``default``: the base model, unless ``attach`` was given another one. The layer is for
-    inference, and differentiable in ``x``; adapters in a pool are not trained.
+    The adapters of the rows are those of the surrounding block :func:`lora_ext.adapters`. Outside
+    every block all rows use the ``default`` of :func:`attach`. The layer is for inference:
+    gradients of ``x`` are computed, but adapters in a pool are not trained.
 
     Args:
         base: ``nn.Linear``, transformers' ``Conv1D``, or any module that maps (..., I) to a new
-            (..., O).
-        pool: :class:`lora_ext.AdapterPool`.
-        name: the module's name in the pool.
+            tensor (..., O).
+        pool: the :class:`lora_ext.AdapterPool`.
+        name: name of the module in the pool.
     """
 
-    #: ``Siblings`` of ``_siblings.py``, which imports this file; None without ``fuse_siblings``.
+    #: A ``Siblings`` of ``_siblings.py``, which imports this file; None without ``fuse_siblings``.
     siblings: Any = None
-    #: ``Overlap`` of ``_overlap.py``, which imports this file; None without ``overlap``.
+    #: An ``Overlap`` of ``_overlap.py``, which imports this file; None without ``overlap``.
     overlap: Any = None
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
@@ -117,7 +117,7 @@ class MultiLoraLinear(PoolLayer):
 def traced_rows(
     layer: PoolLayer, leading: torch.Size, device: torch.device, of_tokens: bool = False
 ) -> Rows:
-    """Return :meth:`PoolLayer.rows_in` for a graph: rows of the block in which it will run."""
+    """Return :meth:`PoolLayer.rows_in` in a compiled graph: the rows of the block it runs in."""
     slots, turned = layer.pool.max_slots, layer.tokens_first
     return pool_rows(layer.handle, leading, device, slots, turned, of_tokens, layer.default)
 
@@ -125,24 +125,24 @@ def traced_rows(
 def add_adapters(
     y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor, rescale: Rescale | None
 ) -> Tensor:
-    """Return ``y (..., O)`` with the update of each row, in place if ``y`` may be changed.
+    """Add the update of each row to ``y (..., O)``, in place if possible, and return the sum.
 
-    A decode step calls this hundreds of times: each line here was timed.
+    A decode step calls this function hundreds of times, so the time of each line was measured.
     """
     a, b = slab.a_pages, slab.b_pages
     scale, ranks, table = slab.scale, slab.ranks, slab.page_table
     dtype = a.dtype
     differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
     if y.dtype == dtype == x.dtype and y.is_contiguous() and not differentiable:
-        # base has just made y, so it may be changed. A view costs less than a reshape.
+        # y may be changed, because base has just made it. A view takes less time than a reshape.
         i = slab.in_features
         x2d = x.view(-1, i) if x.is_contiguous() else x.reshape(-1, i)  # (T, I)
         ops.lora_apply_(y.view(-1, y.shape[-1]), x2d, a, b, ids, scale, ranks, table, plan)
         if rescale is not None:
             y = rescaled(y, rescale)
     else:
-        # Under autocast, or if the model's dtype is not the pool's, the update is computed in the
-        # pool's dtype, and the sum is rounded once to that of y.
+        # Under autocast, or if the dtypes of the model and the pool differ, the update is computed
+        # in the pool's dtype, and the sum is rounded once to the dtype of y.
         x2d = x.reshape(-1, slab.in_features).to(dtype)  # (T, I)
         delta = ops.lora_apply(x2d, a, b, ids, scale, ranks, table, plan)  # (T, O)
         total = y + delta.view(y.shape)
@@ -155,7 +155,7 @@ def add_adapters(
 
 
 def with_bias(y: Tensor, slab: Any, ids: Tensor) -> Tensor:
-    """Return ``y`` with PEFT's ``lora_bias``, scaled; rows without it stay unchanged."""
+    """Return ``y`` plus PEFT's ``lora_bias`` times the scale; rows without it are unchanged."""
     slot = ids.clamp(min=0)
     bias = slab.bias[slot] * slab.scale[slot].unsqueeze(1)  # (T, O)
     uses = (ids >= 0) & (slab.ranks[slot] > 0)  # (T,)

@@ -1,13 +1,14 @@
-"""The first half of an update in parallel with the base product, on a second CUDA stream.
+"""Computation of the first half of an update, in parallel with the base layer's product.
 
-``lora_ext.attach(model, pool, overlap=True)`` gives every layer an :class:`Overlap`. Shrink needs
-only x, so it can run at the same time as the base product. Expand adds to the output of the base,
-so it runs after both. In a captured graph the two streams become two branches.
+``lora_ext.attach(model, pool, overlap=True)`` sets an :class:`Overlap` on every linear layer. The
+first half of the update, shrink (``A x``), needs only x, so it can run on a second CUDA stream at
+the same time as the base product. The second half, expand, adds ``B`` times this to the output of
+the base layer, so it runs after both. In a captured graph the two streams become two branches.
 
-Our choice: off by default, and for at most :data:`MOST_ROWS` rows. With few rows the base product
-is bounded by reading its weights and leaves multiprocessors idle, so the latency of shrink can be
-hidden. With more rows its blocks fill the device, and shrink would compete with them. Neither has
-been timed on a GPU.
+Our choice: off by default, and used for at most :data:`MOST_ROWS` rows. With few rows the time of
+the base product is the time to read its weights, and multiprocessors are idle, so the latency of
+shrink can be hidden. With more rows the thread blocks of the product fill the device, and shrink
+would compete with them. Neither has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lora_ext.rows import current
 from ._multi_lora import MultiLoraLinear, with_bias
 from ._siblings import is_plain_input, is_plain_layer
 
-#: Most rows of an overlapped update: those of the decode kernels.
+#: Maximum number of rows of an overlapped update; it is the limit of the decode kernels.
 MOST_ROWS = 256
 
 
@@ -39,15 +40,15 @@ def begin_early(layers: Mapping[str, nn.Module]) -> None:
 class Overlap:
     """Side streams, one for each stream that calls layers.
 
-    A side stream writes the result of shrink, and the calling stream reads it. When the tensor is
-    freed, torch may give its memory to the next shrink of the same side stream. Before that shrink
-    the side stream waits for all earlier work of the stream that calls it. This work includes the
-    read only if the same stream made both calls. Two calling streams therefore never share a side
-    stream.
+    A side stream writes the result of shrink, and the calling stream reads it. When this tensor is
+    freed, torch may reuse its memory for the next shrink on the same side stream. Before that
+    shrink, the side stream waits for the earlier work of the stream that calls it. This work
+    includes the read only if the same stream made both calls. Two calling streams therefore never
+    share a side stream.
 
     Args:
         cuda: ``torch.cuda``, or its replacement in a test.
-        devices: types of device with streams.
+        devices: device types that have streams.
     """
 
     def __init__(self, cuda: Any = torch.cuda, devices: Collection[str] = ("cuda",)):
@@ -59,10 +60,10 @@ class Overlap:
         return self
 
     def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
-        """Return the layer's output; None if it has to be computed in one stream.
+        """Return the output of a layer, or None if the layer must compute it on one stream.
 
         Raises:
-            ValueError: From the ops.
+            ValueError: If an op rejects its arguments.
         """
         slab = layer.slab
         few = x.numel() <= MOST_ROWS * slab.in_features

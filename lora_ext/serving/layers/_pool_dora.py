@@ -1,13 +1,13 @@
 """DoRA adapters of a pool.
 
-For slot ``s`` with the magnitude ``m[s]`` in the pool::
+For slot ``s``, with the magnitude vector ``m[s]`` (O,) in the pool::
 
     W' = W + scale[s] B[s] A[s]
     y = c[s] * (W' x) + bias
-    c[s] = m[s] / ||W'||    # one factor and one norm for each output
+    c[s] = m[s] / ||W'||    # one factor and one norm for each of the O outputs
 
-The pool has no base weight, so each layer computes ``c`` when a slot is first used, and caches it
-until slot or weight change.
+The pool does not contain base weights. Each layer therefore computes ``c[s]`` when the slot is
+first used, and caches it until the slot or the weight changes.
 
 Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5.
 """
@@ -38,25 +38,26 @@ from lora_ext.rows import (
     tracing,
 )
 
-# A graph contains numbers and tensors but no objects. Its op finds a layer's factors by number in
-# this registry, which keeps no layer alive.
+# A compiled graph can contain numbers and tensors but not objects. An op in the graph finds the
+# factors of a layer by number in this registry, which does not keep layers alive.
 _numbers = itertools.count()
 _by_number: weakref.WeakValueDictionary[int, DoraFactors] = weakref.WeakValueDictionary()
 
 
 class Rescale(NamedTuple):
-    """Rows of DoRA adapters and their factors."""
+    """The D rows with DoRA adapters, and their factors."""
 
-    # (D,), or None for all T rows in a graph, where rows without DoRA have factors 1
+    # (D,) indices of rows; or None for all T rows in a graph, where rows without DoRA have factor 1
     rows: Tensor | None
     c: Tensor  # (D, O)
     bias: Tensor | None  # (O,)
 
 
 def rescaled(y: Tensor, rescale: Rescale) -> Tensor:
-    """Return ``c * (y - bias) + bias`` for some rows of ``y (..., O)``, rounded once to its dtype.
+    """Replace the DoRA rows of ``y (..., O)`` by ``c * (y - bias) + bias``, and return the result.
 
-    Other rows stay unchanged. ``y`` is changed in place if it is contiguous.
+    Results are rounded once to the dtype of ``y``. Other rows are unchanged. If ``y`` is
+    contiguous, it may be changed in place.
     """
     rows, c, bias = rescale
     flat = y.reshape(-1, y.shape[-1])  # (T, O)
@@ -71,27 +72,30 @@ def rescaled(y: Tensor, rescale: Rescale) -> Tensor:
 
 
 class DoraFactors:
-    """Factors ``c`` of one layer by slot.
+    """Factors ``c`` of one layer, by slot.
 
-    Thread-safe: a pinned slot does not change, so threads that compute the same factor at once
-    compute the same bits, and any of the results may be cached.
+    This class is thread-safe: a pinned slot does not change, so threads that compute the same
+    factors at the same time get identical results, and any of them may be cached.
 
     Args:
-        base: the base layer of the adapters.
-        slab: data of the layer in the pool.
-        name: name of the layer, for errors.
+        base: the base layer that the adapters adapt.
+        slab: pages and tables of the layer in the pool.
+        name: name of the layer, for messages.
     """
 
     def __init__(self, base: nn.Module, slab: Any, name: str):
         self.base, self.slab, self.name = base, slab, name
-        self.number = next(_numbers)  # reference to this object in a compiled graph
+        self.number = next(_numbers)  # identifies this object in a compiled graph
         self._known: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
         _by_number[self.number] = self
 
     def rescale(
         self, block: Block, leading: torch.Size, device: torch.device, tokens_first: bool
     ) -> Rescale | None:
-        """Return the argument of :func:`rescaled` for ``(*leading, O)``; None if not needed."""
+        """Return the argument of :func:`rescaled` for an output of shape ``(*leading, O)``.
+
+        Returns None if no row uses DoRA.
+        """
         layout = current_layout(leading, device, tokens_first)
         of_step = block.step_rows(layout)
         if of_step is not None:
@@ -107,7 +111,7 @@ class DoraFactors:
     def traced_rescale(
         self, layer: PoolLayer, leading: Sequence[int], device: torch.device
     ) -> Rescale:
-        """Return :meth:`rescale` for a graph: rows of the block in which it will run."""
+        """Return :meth:`rescale` in a compiled graph: the rows of the block it runs in."""
         slab = self.slab
         c = _active_dora_factors(
             layer.handle,
@@ -131,7 +135,7 @@ class DoraFactors:
         return torch.stack([self.factor(slot) for slot in slots])
 
     def factor(self, slot: int) -> Tensor:
-        """Return the factors of a slot with a DoRA adapter, ``(O,)``.
+        """Return the factors ``(O,)`` of a slot with a DoRA adapter.
 
         The tensor is cached until the slot or the weight changes.
         """
@@ -142,11 +146,11 @@ class DoraFactors:
         if known is not None and known[0] == key:
             return known[1]
         slab = self.slab
-        # Make an ordinary tensor even in inference mode: a later forward may need gradients.
+        # The result must not be an inference tensor, because a later forward may need gradients.
         with torch.inference_mode(False), torch.no_grad():
             pages = slab.page_table[slot]
             pages = pages[pages >= 0].long()
-            a = slab.a_pages[pages].flatten(0, 1)  # (8n, I), zero beyond the rank
+            a = slab.a_pages[pages].flatten(0, 1)  # (8n, I), rows after the rank are 0
             b = slab.b_pages[pages].permute(1, 0, 2).flatten(1)  # (O, 8n)
             a, b = a.to(weight.device), b.to(weight.device)
             norm = ops.lora_dora_norm(weight.detach(), a, b, float(slab.scale[slot]))  # (O,)
@@ -154,8 +158,9 @@ class DoraFactors:
             c = magnitude / norm.to(magnitude)
         if c.is_cuda:
             if capturing(c.device):
-                return c  # not cached, as only the graph may read its memory
-            torch.cuda.current_stream(c.device).synchronize()  # other streams will read it
+                return c  # not cached, as its memory belongs to the graph
+            # Other streams may read the cached tensor without waiting for this one.
+            torch.cuda.current_stream(c.device).synchronize()
         self._known[slot] = key, c
         return c
 
@@ -179,8 +184,8 @@ class DoraTable:
         slots: number of slots of the pool.
 
     Attributes:
-        c: ``(slots + 1, O)``; ones for slots without a DoRA adapter, and in the last row for the
-            base model, whose slot is -1.
+        c: factors ``(slots + 1, O)``. Rows of slots without a DoRA adapter are 1, as is the last
+            row, which is for the base model (slot -1).
     """
 
     def __init__(self, factors: DoraFactors, slots: int):
@@ -191,7 +196,7 @@ class DoraTable:
             self.c = torch.ones(slots + 1, like.shape[1], dtype=like.dtype, device=like.device)
 
     def follow(self, residents: Iterable[Any]) -> None:
-        """Write the factors of the adapters of a step that have changed."""
+        """Write the factors of a step's adapters, if they have changed since the last call."""
         for slot in (resident.slot for resident in residents):
             c = self._factors.factor(slot) if slot in self._factors.slab.dora else None
             if self._holds.get(slot) is c:
@@ -204,7 +209,7 @@ class DoraTable:
                 self._holds[slot] = c
 
 
-# An op for the same reason as ``active_adapter_ids``: a graph cannot read a ContextVar.
+# An op, like ``active_adapter_ids``, because a compiled graph cannot read a ContextVar.
 @traced(
     "active_dora_factors(int handle, int layer, SymInt[] leading, SymInt features, "
     "ScalarType dtype, Device device, bool tokens_first, SymInt[] batch) -> Tensor",

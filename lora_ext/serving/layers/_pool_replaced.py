@@ -1,8 +1,8 @@
-"""Adapters that replace a module (PEFT's ``modules_to_save``), usually the head.
+"""Adapters that replace a module (PEFT's ``modules_to_save``), usually the output head.
 
-They may also replace only some rows of the embedding (``trainable_token_indices``). The base module
-computes all rows, so that rows of other adapters stay unchanged. The rows of such adapters are then
-computed again with their own weight and overwritten.
+An adapter may also replace only some rows of the embedding (``trainable_token_indices``). The base
+module computes all rows of the batch. The rows whose adapter replaces the module are then computed
+again with the weight of the adapter and overwritten; other rows are unchanged.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from lora_ext.rows import Block, batch_of, block_of_graph, current_layout, forwa
 def with_replaced(
     y: Tensor, x: Tensor, name: str, of_slots: Mapping[int, Any], block: Block, tokens_first: bool
 ) -> Tensor:
-    """Return ``y (..., O)`` with the rows of these slots computed by their own weights.
+    """Return ``y (..., O)`` with the rows of these slots computed by the adapters' weights.
 
     Args:
-        y: output of the base module; changed in place if it needs no gradient.
-        x: its input: ``(..., I)``, or token ids ``(...)`` of an embedding.
+        y: output of the base module; changed in place if no gradient is needed.
+        x: input of the module: ``(..., I)``, or token ids ``(...)`` of an embedding.
         name: name of the module in the pool.
-        of_slots: ``weight`` and ``bias`` that replace the module's, by slot.
-        block: the block with the slot of each row.
-        tokens_first: the layout of ``x``.
+        of_slots: by slot, the ``weight`` and ``bias`` that replace those of the module.
+        block: the block that determines the slot of each row.
+        tokens_first: whether the first dimension of ``x`` is tokens.
     """
     of_tokens = not x.is_floating_point()
     leading = x.shape if of_tokens else x.shape[:-1]
     layout = current_layout(leading, x.device, tokens_first)
-    # Inside a captured step the bank of the step has the weights at fixed addresses, and the place
-    # of each row in it. The slots of `of_slots` are those of the capture, not of a replay.
+    # A captured step reads the weights, and the place of each row's adapter among them, at the
+    # fixed addresses of a bank. `of_slots` has the slots at the capture, not those at a replay.
     if block.step_rows(layout) is not None:
         assert block.step is not None
         bank, places = block.step.bank(name)
-        # Without a bank no adapter in the pool replaces this module.
+        # There is no bank if no adapter in the pool replaces this module.
         return y if bank is None else bank.replaced(y, x, places)
     if not of_slots:
         return y
@@ -51,7 +51,7 @@ def with_replaced(
     ours = not (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad))
     for slot, rows in zip(found.slots, found.by_slot, strict=True):
         weight, bias, own = of_slots[slot]
-        if weight.is_cuda:  # the adapter may be unloaded before the device has read the weight
+        if weight.is_cuda:  # the adapter may be unloaded before the device reads the weight
             for tensor in (weight, own):
                 if tensor is not None:
                     tensor.record_stream(torch.cuda.current_stream(weight.device))
@@ -64,17 +64,17 @@ def with_replaced(
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the product with rows ``(T, I)``, or the embeddings of tokens ``(T,)``."""
+    """Return the product with inputs ``(T, I)``, or the embeddings of token ids ``(T,)``."""
     if not x.is_floating_point():
         return F.embedding(x, weight)
     return F.linear(x.to(weight), weight, bias)
 
 
 def _with_rows(y: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-    """Return outputs ``y (T, O)`` of a module with ``rows (n,)`` of its weight replaced.
+    """Return outputs ``y (T, O)`` of a module as if ``rows (n,)`` of its weight were replaced.
 
-    For an embedding, the outputs of tokens ``x (T,)`` in ``rows`` change; for a head, the outputs
-    ``rows``.
+    For an embedding, the outputs of all tokens ``x (T,)`` that are in ``rows`` change. For a head,
+    the columns ``rows`` of ``y`` change.
     """
     if x.is_floating_point():
         return y.index_copy(1, rows, F.linear(x.to(weight), weight).to(y.dtype))
@@ -84,11 +84,11 @@ def _with_rows(y: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
 
 
 class ReplacedBank:
-    """Weights that replace one module in a step, at fixed addresses, for a captured graph.
+    """Weights that replace one module in a captured step, at fixed addresses.
 
     Args:
-        slab: data of the module in the pool, with at least one adapter that replaces it.
-        places: most adapters of a step.
+        slab: data of the module in the pool; at least one adapter must replace the module.
+        places: maximum number of adapters in a step that replace modules.
     """
 
     def __init__(self, slab: Any, places: int):
@@ -103,7 +103,7 @@ class ReplacedBank:
             self._active = torch.zeros(places, dtype=torch.bool, device=like.weight.device)
 
     def follow(self, residents: Sequence[Any]) -> None:
-        """Copy the weights of the adapter at each place that have changed.
+        """Copy the weights of the adapter at each place, if they have changed.
 
         Args:
             residents: the adapter at each place, or None.
@@ -121,12 +121,12 @@ class ReplacedBank:
                     bias.zero_() if whole.bias is None else bias.copy_(whole.bias)
 
     def replaced(self, y: Tensor, x: Tensor, places: Tensor) -> Tensor:
-        """Return ``y (..., O)`` with the rows of each place computed by its weights.
+        """Return ``y (..., O)`` with the rows of each place computed by the weights at the place.
 
         Args:
             y: output of the base module.
-            x: its input.
-            places: ``(T,)`` or longer, -1 for other rows.
+            x: input of the base module.
+            places: place of each of the T rows, ``(T,)`` or longer; -1 for rows that keep ``y``.
         """
         flat = y.reshape(-1, y.shape[-1])  # (T, O)
         rows = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
@@ -138,7 +138,7 @@ class ReplacedBank:
 
 
 def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
-    """Return :func:`with_replaced` for a graph: rows of the block in which it will run."""
+    """Return :func:`with_replaced` in a compiled graph: the rows of the block it runs in."""
     return _replaced_rows(
         y, x, layer.handle, layer.name, layer.tokens_first, tracing.batch, layer.default
     )
@@ -151,7 +151,7 @@ def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
     )
 
 
-# An op for the same reason as ``active_adapter_ids``: a graph cannot read a ContextVar.
+# An op, like ``active_adapter_ids``, because a compiled graph cannot read a ContextVar.
 @traced(
     "replaced_rows(Tensor y, Tensor x, int handle, str name, bool tokens_first, SymInt[] batch, "
     "str? default) -> Tensor",

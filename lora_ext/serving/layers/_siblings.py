@@ -1,20 +1,22 @@
 """Compute the updates of layers that receive the same tensor (q, k, v; gate, up) in one op.
 
-``lora_ext.attach(model, pool, fuse_siblings=True)`` gives the layers of each parent one
-:class:`Siblings`. The groups are determined from the calls: if a layer is called with the tensor
-that another layer, the leader, was called with before it in the same block, it becomes a follower
-of that leader. Names do not matter, so cross-attention gets its own groups.
+``lora_ext.attach(model, pool, fuse_siblings=True)`` sets one :class:`Siblings` on all layers of a
+parent module. Groups of layers are found by observing the calls: if a layer is called with the
+tensor that another layer, the leader, was called with before in the same block, it becomes a
+follower of that leader. Names are not compared, so q of cross-attention is not grouped with k and
+v, which receive another tensor.
 
 A model calls ``q_proj(x)`` before ``k_proj(x)``. The leader therefore also calls the base modules
-of its followers, runs one op for all of them, and stores the followers' outputs. A follower takes
-its output if it is called with the same unchanged tensor in the same block, thread and stream.
-Otherwise it computes its own, and the stored outputs are dropped: at the next call with another
-tensor, or when the tensor or the block is freed.
+of its followers, runs one op for all of them, and stores the outputs of the followers. A follower
+returns its stored output if it is called with the same unchanged tensor in the same block, thread
+and stream. Otherwise it computes its output. Stored outputs are deleted at the next call with
+another tensor, or when the tensor or the block is freed.
 
-A follower is computed before the model calls it, so the tensor must not change in between. Its
-version counter shows changes, but inference tensors have none. Under ``torch.inference_mode`` the
-call of the leader therefore keeps a copy of the tensor while followers are sought. Another layer
-becomes a follower if the tensor still equals this copy when it is called.
+The output of a follower is computed before the model calls the follower, so the tensor must not
+change in between. The version counter of a tensor shows changes, but inference tensors have no
+counter. Under ``torch.inference_mode`` the leader's call therefore keeps a copy of the tensor while
+followers are being searched. A layer becomes a follower if the tensor still equals this copy when
+the layer is called.
 """
 
 from __future__ import annotations
@@ -38,16 +40,16 @@ from ._multi_lora import MultiLoraLinear, with_bias
 
 #: Number of consecutive calls with an unused output after which a leader drops its followers.
 MAX_MISSED_CALLS = 3
-#: Calls of layers without followers that are compared with the next calls to find followers.
-#: Counted again from 0 when a layer serves its first adapter.
+#: Number of calls of layers without followers that are compared with later calls to find followers.
+#: The count restarts when a layer first computes an adapter.
 MAX_OBSERVED_CALLS = 64
-#: True if layers on the CPU share ops too. There are no launches to save there, and no decode step
-#: or prefill of a whole model became faster (docs/notes/lora.md).
+#: Whether layers on the CPU share ops, too. This saves no launches there, and no decode step or
+#: prefill of a whole model became faster (docs/notes/lora.md).
 SHARE_ON_CPU = False
 
 
 def set_siblings(layers: Mapping[str, nn.Module]) -> None:
-    """Give the linear layers with the same parent and input width one :class:`Siblings`."""
+    """Set one :class:`Siblings` on all linear layers with the same parent and input width."""
     families: defaultdict[tuple[str, int], list[MultiLoraLinear]] = defaultdict(list)
     for name, layer in layers.items():
         if type(layer) is MultiLoraLinear and not layer.is_head:
@@ -64,10 +66,11 @@ class _Member:
     """State of one layer, shared by all threads.
 
     Attributes:
-        layer: weak reference, because the layer owns its :class:`Siblings`.
-        followers: layers whose outputs this one computes too. Replaced, never changed in place.
-        missed_calls: latest consecutive calls in which a follower did not take its output.
-        adapted: True if the layer has served an adapter.
+        layer: weak reference to the layer, because the layer owns the :class:`Siblings`.
+        followers: layers whose outputs this layer also computes. The tuple is replaced by a new
+            one, never changed in place.
+        missed_calls: number of consecutive calls up to the latest in which an output was not used.
+        adapted: True if the layer has computed a row with an adapter.
     """
 
     layer: weakref.ref[MultiLoraLinear]
@@ -77,14 +80,14 @@ class _Member:
 
 
 class _Call:
-    """Latest call in a thread of a leader, or of a layer that may become one.
+    """Latest call of a leader, or of a layer that may become one, in a thread.
 
-    It keeps neither the input nor the block alive. When one of them is freed, so are the outputs.
+    It does not keep the input or the block alive. If one of them is freed, the outputs are deleted.
 
     Attributes:
-        leader: the layer.
-        outputs: outputs of followers that have not taken them, by name.
-        waiting: number of followers that have not taken theirs, including freed ones.
+        leader: the layer that was called.
+        outputs: outputs that were not used yet, by name of the follower.
+        waiting: number of outputs that were not used, including deleted ones.
     """
 
     __slots__ = ("_block", "_copy", "_stream", "_version", "_x", "leader", "outputs", "waiting")
@@ -100,7 +103,7 @@ class _Call:
         self._copy = x.clone() if keeps_copy else None
 
     def has_input(self, x: Tensor) -> bool:
-        """Return whether ``x`` is the call's tensor with the same version, block and stream."""
+        """Return whether ``x`` is this call's tensor, in the same version, block and stream."""
         block = innermost()
         return (
             self._x() is x
@@ -112,7 +115,10 @@ class _Call:
         )
 
     def is_unchanged(self, x: Tensor) -> bool:
-        """Return whether ``x`` has its values of the call; synchronizes for inference tensors."""
+        """Return whether ``x`` has the same values as in this call.
+
+        For inference tensors this compares values, which waits for the device.
+        """
         if not x.is_inference():
             return self._version == x._version
         return self._copy is not None and torch.equal(self._copy, x)
@@ -125,15 +131,15 @@ class _ThreadState(threading.local):
 
 
 class Siblings:
-    """Layers of one parent with one input width. Any thread may call them.
+    """Layers with the same parent and input width. Any thread may call them.
 
     State:
 
     * ``_members``: one :class:`_Member` per layer, by name, shared by all threads.
-    * ``_observations``: calls left of :data:`MAX_OBSERVED_CALLS`, shared by all threads.
+    * ``_observations``: remaining number of :data:`MAX_OBSERVED_CALLS`, shared by all threads.
     * ``_needs_copy``: True if the next call keeps a copy of its input for
       :meth:`_Call.is_unchanged`, even if the layer has followers already.
-    * ``_thread.call``: this thread's latest call, until the next one with another tensor.
+    * ``_thread.call``: the latest call in this thread, until the next call with another tensor.
     """
 
     def __init__(self, layers: Iterable[MultiLoraLinear]) -> None:
@@ -143,7 +149,7 @@ class Siblings:
         self._thread = _ThreadState()
 
     def take_output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
-        """Return and remove the output that the layer's leader has computed for ``x``."""
+        """Return and remove the output that a leader has computed for the layer from ``x``."""
         call = self._thread.call
         if call is None or not call.outputs:
             return None
@@ -160,45 +166,45 @@ class Siblings:
     def fused_output(
         self, layer: MultiLoraLinear, x: Tensor, y: Tensor, rows: Rows
     ) -> Tensor | None:
-        """Return the layer's output, computed in one op with those of its followers.
+        """Return the layer's output, computed in one op with the outputs of its followers.
 
-        The layer calls this method if it has not taken a stored output and a row has an adapter.
+        The layer calls this method if there is no stored output for it and a row has an adapter.
 
-        1. Observe: if ``x`` is the tensor of this thread's latest call, by another layer, that
-           layer is the leader, and this one becomes its follower if there is room for one.
-        2. Otherwise drop the latest call, which counts as missed if a follower has not taken its
-           output, and keep this call in its place.
-        3. Call the bases of this layer's followers, add the updates of all layers in one op, and
-           store the followers' outputs.
+        1. Observe: if ``x`` is the tensor of the latest call in this thread, and another layer was
+           called, that layer is the leader. This layer becomes a follower if there is room for it.
+        2. Otherwise drop the latest call, which counts as missed if an output was not used, and
+           store this call as the latest one.
+        3. Call the base layers of this layer's followers, add the updates of all layers in one op,
+           and store the followers' outputs.
 
         Args:
             layer: the layer that the model calls.
-            x: its input.
-            y: output of its base for ``x``; changed in place unless the result is None.
+            x: input of the layer.
+            y: output of its base layer for ``x``; changed in place unless the result is None.
             rows: adapters of the rows.
 
         Returns:
-            None if the caller has to add the update of this layer alone:
+            The output; or None if the caller has to add the update of only this layer:
 
             * Layers on this device do not share ops.
-            * The layer has no followers, with or without observed calls left to find them.
+            * The layer has no followers, even if calls are still observed to find them.
             * A backward computes the layer again, or ``x`` is not :func:`plain <is_plain_input>`.
-            * The layer is a follower (step 1): the leader computes its output from the next call
-              on, or from a later one if this call had no copy of an inference tensor.
-            * The layer is not :func:`plain <is_plain_layer>`, or no follower is.
-            * The output of a base is not contiguous, or its dtype is not that of ``x``.
+            * The layer is a follower (step 1). The leader computes its output from the next call
+              on, or later if this call had no copy of an inference tensor.
+            * The layer is not :func:`plain <is_plain_layer>`, or none of its followers is.
+            * The output of a base layer is not contiguous, or its dtype is not that of ``x``.
 
         Raises:
-            ValueError: From the op.
+            ValueError: If the op rejects its arguments.
         """
         if not (x.is_cuda or SHARE_ON_CPU):
             return None
         member = self._members[layer.name]
-        if not member.adapted:  # its first adapter, which its siblings may have too
+        if not member.adapted:  # its first adapter may target its siblings, too: observe them again
             member.adapted, self._observations = True, MAX_OBSERVED_CALLS
         if not (member.followers or self._observations > 0):
             return None
-        # Usually None in a backward, which uses the block of its forward.
+        # In a backward the innermost block is usually None; layers use the block of the forward.
         block = innermost()
         if block is None or not is_plain_input(x):
             return None
@@ -207,9 +213,9 @@ class Siblings:
             if last.leader is not member and last.has_input(x):
                 if last.is_unchanged(x):
                     _add_follower(last.leader, member)
-                else:  # an inference tensor that has changed, or of which the call kept no copy
+                else:  # an inference tensor that has changed, or that was not copied
                     self._needs_copy = True
-                return None  # the leader's call stays the latest one: other layers may follow
+                return None  # the leader's call stays the latest one, for other followers
             self._drop(last)
         keeps_copy, self._needs_copy = self._needs_copy or not member.followers, False
         self._thread.call = call = _Call(member, x, block, keeps_copy)
@@ -240,7 +246,7 @@ class Siblings:
         return ys[0]
 
     def _drop(self, call: _Call) -> None:
-        """Discard a call; count it as missed if a follower has not taken its output."""
+        """Discard a call; count it as missed if an output was not used."""
         self._thread.call = None
         if call.waiting:
             call.outputs.clear()
@@ -257,7 +263,7 @@ def _add_follower(leader: _Member, member: _Member) -> None:
 
 
 def _is_plain_mode(x: Tensor) -> bool:
-    """Return whether no mode of torch records or changes operations on ``x``."""
+    """Return whether no mode of torch (such as autograd or autocast) affects ops on ``x``."""
     return not (
         torch.is_grad_enabled()
         or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
@@ -269,7 +275,7 @@ def _is_plain_mode(x: Tensor) -> bool:
 
 
 def is_plain_input(x: Tensor) -> bool:
-    """Return whether a product with ``x`` may be computed before the model calls its layer."""
+    """Return whether products with ``x`` may be computed before the model calls the layers."""
     return type(x) is Tensor and _is_plain_mode(x)
 
 
@@ -284,7 +290,8 @@ def _stream(x: Tensor) -> int:
 def is_plain_layer(layer: MultiLoraLinear, x: Tensor) -> bool:
     """Return whether a layer computes only a product and an update for ``x``.
 
-    False for DoRA, or if its base has hooks, is offloaded or stores its weight in another format.
+    This is false if the layer uses DoRA, or if its base layer has hooks, is offloaded, or stores
+    its weight in another format.
     """
     base, slab = layer.base, layer.slab
     a, kind = slab.a_pages, type(base)
@@ -304,7 +311,7 @@ def is_plain_layer(layer: MultiLoraLinear, x: Tensor) -> bool:
 
 
 def _add_updates(ys: list[Tensor], x: Tensor, slabs: list[Any], rows: Rows) -> None:
-    """Add the update of each row to each of ``ys (..., O)``, all contiguous, in place."""
+    """Add the updates of the rows in place to each of the contiguous tensors ``ys (..., O)``."""
     ops.lora_apply_siblings_(
         [y.view(-1, y.shape[-1]) for y in ys],
         x.reshape(-1, slabs[0].in_features),

@@ -1,4 +1,4 @@
-"""MultiLoraEmbedding: an embedding whose rows may each use another adapter of a pool."""
+"""MultiLoraEmbedding: an embedding in which each row may use a different adapter of a pool."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ._pool_replaced import traced_replaced, with_replaced
 
 
 class MultiLoraEmbedding(PoolLayer):
-    """Embedding with an adapter of a pool for each row.
+    """Embedding that adds the update of one adapter of a pool to each row.
 
-    ``y[t] = base(x[t]) + scale[s] * B[s] A[s][:, x[t]]``, ``s`` the adapter of row ``t``. It is not
-    differentiable in the adapters.
+    Computes ``y[t] = base(x[t]) + scale[s] * B[s] A[s][:, x[t]]``, where ``s`` is the slot of row
+    ``t``'s adapter. Adapters get no gradients.
 
     Args:
-        base: ``nn.Embedding``.
-        pool: :class:`lora_ext.AdapterPool`.
-        name: the module's name in the pool.
+        base: the ``nn.Embedding`` to replace.
+        pool: the :class:`lora_ext.AdapterPool`.
+        name: name of the module in the pool.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) ->
     b, ranks, table = slab.b_pages, slab.ranks, slab.page_table
     with torch.no_grad():
         slot = ids.clamp(min=0)
-        # Missing pages are -1. Any page may be read for them: values beyond the rank are not used.
+        # A missing page is -1. Page 0 is read in this case, as values beyond the rank are not used.
         pages = table[slot].clamp(min=0).long()  # (T, n)
         v = slab.a_pages[pages, :, x.long().unsqueeze(1)]  # (T, n, 8)
         v = v.to(torch.promote_types(v.dtype, torch.float32)).flatten(1)  # (T, R)
@@ -73,7 +73,7 @@ def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) ->
         and y.is_contiguous()
         and not (torch.is_grad_enabled() and y.requires_grad)
     ):
-        # base has just made y, so it may be changed.
+        # y may be changed, because base has just made it.
         ops.lora_expand_(y.view(-1, y.shape[-1]), v, b, ids, ranks, table, plan)
         return y
     delta = torch.zeros(len(x), slab.out_features, dtype=b.dtype, device=x.device)

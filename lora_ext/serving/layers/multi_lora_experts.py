@@ -1,4 +1,4 @@
-"""MultiLoraExperts: routed experts whose rows may each use another adapter of a pool."""
+"""MultiLoraExperts: routed experts in which each row may use a different adapter of a pool."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ._multi_lora import add_adapters
 
 
 class MultiLoraExperts(PoolLayer):
-    """Experts module of transformers with an adapter of a pool for each row.
+    """Experts module of transformers that uses one adapter of a pool for each row.
 
-    Adds ``scale[s] * B[s, e] A[s, e] x[t]`` to both products: ``s`` is the adapter of row ``t``,
-    ``e`` each of the experts that the row is routed to. Rows get their adapters from
-    :func:`lora_ext.adapters`; if no row has one, the layer computes ``base``. Each pair of adapter
-    and expert is a slot of the kernels. Its number is computed on the device from the router's
-    choice and the row's adapter, and all pairs of row and expert share one launch per product. The
-    router is not adapted.
+    Adds ``scale[s] * B[s, e] A[s, e] x[t]`` to both products of an expert, where ``s`` is the slot
+    of row ``t``'s adapter, and ``e`` is each of the experts that the row is routed to. The adapters
+    of the rows are those of the block :func:`lora_ext.adapters`; if no row has one, the layer only
+    calls ``base``. The kernels treat each pair of adapter and expert as a slot. The index of this
+    slot is computed on the device from the router's choice and the row's adapter, and one launch
+    per product computes all pairs of row and expert. The router is not adapted.
 
     Args:
-        base: see :mod:`lora_ext.layers._experts`.
-        pool: :class:`lora_ext.AdapterPool`.
-        name: the module's name in the model; the pool has its parameters.
+        base: experts module to replace: see :mod:`lora_ext.layers._experts`.
+        pool: the :class:`lora_ext.AdapterPool`.
+        name: name of the module in the model; the pool contains its parameters by name.
     """
 
     def __init__(self, base: nn.Module, pool: Any, name: str):
@@ -46,7 +46,7 @@ class MultiLoraExperts(PoolLayer):
         self.stand_in(base, pool, name)
 
     def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """Map ``x (T, H)``, with experts and weights ``(T, k)`` of each row, to ``(T, H)``."""
+        """Map ``x (T, H)`` to ``(T, H)``, given the experts and weights ``(T, k)`` of each row."""
         slabs = {name: slab for name, slab in self.slabs.items() if slab.a_pages is not None}
         if not slabs:
             if not compiles():
@@ -55,7 +55,8 @@ class MultiLoraExperts(PoolLayer):
         index, weights = (*args, *kwargs.values())
         if compiles():
             # The graph reads the slot of each row from the block in which it runs. `pool_rows`
-            # calls the same op, but also plans the rows. Experts plan pairs of row and expert.
+            # calls the same op but also plans the rows, whereas the plan of experts is for pairs
+            # of row and expert.
             where = x.shape[:-1], x.device, self.tokens_first, False, tracing.batch
             slots = torch.ops.lora_ext.active_adapter_ids(self.handle, *where, self.default)
         else:
