@@ -1,4 +1,4 @@
-// What module.cpp calls of bindings.cpp.
+// Functions of bindings.cpp that module.cpp calls.
 #pragma once
 
 namespace pybind11 {
@@ -7,9 +7,9 @@ class module_;
 
 namespace lora_ext {
 
-// Makes the ops known to the dispatcher, as those of `library`, once in a process.
+// Registers the ops with the dispatcher under the namespace `library`, once per process.
 void register_ops(const char* library);
-// Gives the module every op as a function, and the settings.
+// Adds every op and the settings to the module.
 void define_ops(pybind11::module_& m);
 
 }  // namespace lora_ext

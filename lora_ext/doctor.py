@@ -63,8 +63,8 @@ def _devices(info: dict[str, object]) -> tuple[list[torch.device], dict[str, obj
 def _try_op(device: torch.device) -> tuple[bool, str]:
     """Run one op on a batch with several adapters.
 
-    Returns whether its result matches the formula, and a line for the report: the largest error, or
-    the exception.
+    Returns whether its result matches the reference, and a line for the report: the largest error,
+    or the exception.
     """
     from lora_ext import ops, reference
 
@@ -86,7 +86,7 @@ def _try_op(device: torch.device) -> tuple[bool, str]:
 
 
 def main(as_json: bool = False) -> int:
-    """Print the report; return 0 if the op matches its formula on every device, otherwise 1."""
+    """Print the report; return 0 if the op matches its reference on every device, otherwise 1."""
     info = _loader.build_info()
     devices, cards = _devices(info)
     sections = _sections(info, cards)

@@ -99,7 +99,8 @@ def _quick(items: list[pytest.Item], cases: int) -> set[pytest.Item]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    lora_ext._C.set_cpu_isa(os.environ.get("LX_ISA", ""))  # for tests without one
+    # The default for tests that set no ISA themselves.
+    lora_ext._C.set_cpu_isa(os.environ.get("LX_ISA", ""))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

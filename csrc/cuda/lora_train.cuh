@@ -1,5 +1,5 @@
-// Code shared by the training kernels: the dropout mask, 16-byte pieces with guards, the rows of v
-// in shared memory, and products of float32 in parts.
+// Code shared by the training kernels: the dropout mask, bounds-checked 16-byte accesses, the rows
+// of v in shared memory, and float32 products with split operands.
 #pragma once
 
 #include "lora_ext/lora_train.h"

@@ -337,7 +337,14 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     beside: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write an adapter like :func:`save_adapter`; ``tensors`` have the names for the file."""
+    """Write an adapter like :func:`save_adapter`, with tensors already named as in the file.
+
+    Args:
+        directory: See :func:`save_adapter`.
+        config: See :func:`save_adapter`.
+        tensors: tensors by their name in the file.
+        beside: contents of further files by file name.
+    """
     from safetensors.torch import save
 
     raw = dict(config.to_dict() if hasattr(config, "to_dict") else config)

@@ -136,7 +136,10 @@ class TensorSource(Protocol):
     infos: dict[str, TensorInfo]
 
     def read(self, key: str) -> Tensor:
-        """Return a tensor, on the CPU or on its device in a state dict."""
+        """Return the tensor with the name ``key``.
+
+        It is on the CPU if it comes from a file, and on its own device if from a state dict.
+        """
         ...
 
     def close(self) -> None:

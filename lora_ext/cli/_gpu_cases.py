@@ -1,4 +1,4 @@
-"""Cases of ``lora-ext gpu-report``: ops with inputs, and the formulas that they must match.
+"""Cases of ``lora-ext gpu-report``: ops with inputs, and the references that they must match.
 
 A launcher is a C++ function that starts the CUDA kernels of an op. The cases call every launcher.
 """
@@ -21,7 +21,7 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """Op with inputs, and the formula that its results must match.
+    """Op with inputs, and the reference that its results must match.
 
     Args:
         op: name of the case, which begins with the name of the op.
@@ -30,7 +30,7 @@ class Case:
         make: function of a generator and a size that returns inputs. Size 0 is small, for the
             check, and size 1 is large, for the timing.
         run: function that calls the op with the inputs and returns the results.
-        formula: function that computes the same results with the formula, from float64 inputs.
+        formula: reference function, which computes the same results from float64 inputs.
         dtype: dtype of the floating-point inputs of the op.
         bound: maximum absolute error of a result, divided by its largest absolute value.
         exact: whether the results must be equal, since they are indices.
@@ -91,16 +91,16 @@ def _lora(sizes: Any, g: torch.Generator, size: int) -> Inputs:
 
 
 def _both(name: str, launchers: tuple[str, ...], make: Any, run: Any, **how: Any) -> Case:
-    """Return the case of an op and of the formula with the same name.
+    """Return the case that compares an op with the reference function of the same name.
 
-    ``run`` is called with either function and the inputs.
+    ``run(function, inputs)`` is called once with each of the two functions.
     """
     op, formula, label = getattr(ops, name), getattr(reference, name), how.pop("op", name)
     return Case(label, launchers, make, lambda i: run(op, i), lambda i: run(formula, i), **how)
 
 
 def _pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> Case:
-    """Return the case of an op and of a formula that have the same arguments.
+    """Return the case of an op and its reference function, which have the same arguments.
 
     ``arguments`` is the function that returns the arguments for the inputs.
     """
@@ -238,7 +238,7 @@ def _head(given: Inputs) -> tuple[str, Tensor, Tensor, Tensor]:
 def _scored(function: Any, given: Inputs) -> list[Tensor]:
     """Return the log-probabilities of the sample that the op has drawn.
 
-    The formula computes them for the op's tokens, since it might draw other tokens by rounding.
+    The reference computes them for the op's tokens, since rounding might make it draw other ones.
     """
     if function is ops.circuit_sample:
         found = function(*_head(given), given["uniforms"])
@@ -341,7 +341,7 @@ def _roots(program: ops.Program) -> list[int]:
 
 def _walk(given: Inputs) -> list[Tensor]:
     program = ops.Program(given["numbers"], list(given["plan"]))
-    # The op receives the values that the formula has computed, so that both walks start from the
+    # The op receives the values that the reference has computed, so that both walks start from the
     # same values.
     leaf, w = (given[key].cpu().double() for key in ("leaf", "w"))
     val = reference.circuit_layers(leaf, w, program.numbers.cpu(), "none", "max")

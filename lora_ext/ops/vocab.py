@@ -4,7 +4,7 @@ The logits are computed in chunks of columns (tokens of the vocabulary). Each ch
 maxima and sums, and is discarded. If the output layer is frozen (and :func:`chunked_kl` has no
 softcap), the forward also adds the chunk's share to the gradient of the hidden states, as
 FlashAttention adds values. Forward and backward of cross entropy then take two products with the
-weight. Otherwise the backward computes the logits again. docs/chunked_loss.md lists the formulas,
+weight. Otherwise the backward recomputes the logits. docs/chunked_loss.md lists the formulas,
 docs/notes/chunked_loss.md the measurements.
 
 Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states per row.

@@ -1,4 +1,4 @@
-"""Formulas of all ops in plain torch: slow but readable, and without kernels.
+"""Reference implementations of all ops in plain torch: slow but readable, and without kernels.
 
 A function has the name of its op. If its docstring contains only the formula, :mod:`lora_ext.ops`
 documents the arguments, shapes, results and sources. Here wrong arguments raise torch's errors.

@@ -1,4 +1,4 @@
-"""Formulas of constrained generation, dense over states, latents and tokens.
+"""Reference of constrained generation, dense over states, latents and tokens.
 
 A constraint is ``delta (S, V)`` int64, the next state for each of ``S`` states and ``V`` tokens: -1
 for a forbidden token, and ``S`` after the end of the text. A guide is a hidden Markov model with

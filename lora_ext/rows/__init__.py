@@ -12,10 +12,10 @@ lifetime:
                                             or ``in_step`` is left
 ``_context.any_block``, ``any_activated``,  process: the open blocks of all threads, written by
 ``_open``, ``_changes``                     ``_count`` under ``_open_lock``
-``Block.lease``                             the block, until it is left; a backward that computes a
-                                            layer again renews it until the backward ends
-``_past.here``                              thread: its recorded blocks by number of autograd node,
-                                            also after the blocks were left
+``Block.lease``                             the block, until it is left; a backward that recomputes
+                                            a layer renews it until the backward ends
+``_past.here``                              thread: the blocks that it recorded, by sequence number
+                                            of the autograd node; kept after the blocks are left
 ``_past._timelines``                        process: the same records, of the last 64 threads
 ``_traced.tracing``                         process: batch of the forward that dynamo traces
 ``Assignment.kept``, ``_readings``,         the assignment. One that ``change_blocks`` or
@@ -27,7 +27,8 @@ lifetime:
 ``_attachment._handles``, ``attachments``,  process, by weak references: pools, attached models,
 ``layer_names``                             layers with their own adapters
 ``_warned...`` of two files                 process: pools that a warning was given for
-``PoolLayer.tokens_first``                  the layer, set by its first batch that shows it
+``PoolLayer.tokens_first``                  the layer, set by the first batch whose shape shows
+                                            whether the first dimension is tokens
 ==========================================  =====================================================
 """
 

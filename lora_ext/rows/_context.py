@@ -277,7 +277,7 @@ def untouched(pool: Pool, device: torch.device) -> None:
 
 
 def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> Block | None:
-    """Return the block of a layer that a backward computes again.
+    """Return the block of a layer that a backward recomputes.
 
     Args:
         handle: Number of the pool.
@@ -290,8 +290,8 @@ def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> 
     block = innermost_of(block if inside else _past.block_of_forward(task), handle)
     if block is None or inside:
         return block
-    # Only a reentrant checkpoint inside the region that is computed again disables grad mode. Its
-    # node is made now and not in the forward, so the block of the forward cannot be found from it.
+    # Only a reentrant checkpoint inside the recomputed region disables grad mode. Its node is
+    # created now and not in the forward, so the block of the forward cannot be found from it.
     if not torch.is_grad_enabled() and not in_graph:
         raise RuntimeError(
             "adapters: expected no reentrant checkpoint inside another, found one: the inner one "

@@ -1,13 +1,13 @@
-"""The block of each autograd node, for layers that a backward computes again.
+"""The block of each autograd node, for layers that a backward recomputes.
 
-Activation checkpointing runs a layer a second time in the backward. The layer needs the block of
-its forward, but this block may have been left, and on a GPU autograd runs the backward in another
-thread. The block is therefore found through the autograd node that the backward evaluates:
+Activation checkpointing recomputes a layer in the backward. The layer needs the block of its
+forward, but this block may already have been exited, and on a GPU autograd runs the backward in
+another thread. The block is therefore found through the autograd node that the backward evaluates:
 
 * Autograd numbers the nodes that a thread creates: 0, 1, 2, ...
-* Whenever a thread enters or leaves a block, it records the number of its next node. From these
-  records follows, for each node of the thread, the block that was innermost when it was created.
-* The backward computes a checkpointed region again while it evaluates a node of that region. A
+* Whenever a thread enters or exits a block, it records the number of its next node. These records
+  determine which block was innermost when each node of the thread was created.
+* The backward recomputes a checkpointed region while it evaluates a node of that region. A
   reentrant checkpoint creates this node just before the forward of the region; other checkpoints
   use the nodes created during the forward. In both cases the node was created in the block of the
   region.

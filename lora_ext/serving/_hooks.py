@@ -47,7 +47,7 @@ _Run = Callable[..., Any]
 
 #: Prefix of the attribute that stores a method which was in an instance's ``__dict__`` before.
 _OWN_PREFIX = "_lora_ext_own_"
-#: Arguments of a forward whose first dimension is the sequences of the batch.
+#: Arguments of ``forward`` whose first dimension is the batch dimension.
 _INPUTS = (
     "input_ids",
     "inputs_embeds",

@@ -211,7 +211,10 @@ class _Units(Assignment):
         self._uniform = uniform
 
     def check_tokens(self, layout: Layout) -> None:
-        """Raise ValueError if the rows of an embedding are not units but, e.g., positions."""
+        """Raise ValueError unless the first dimension of an embedding's input is the media units.
+
+        A unit is an image, video or sound. The first dimension may, e.g., be positions instead.
+        """
         if layout.leading[:1] != (len(self.places),):
             raise self._misfit(layout.leading)
 

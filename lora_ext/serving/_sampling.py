@@ -71,7 +71,8 @@ class Sampling:
         heat = (logits - logits.max()).double() / self.temperature
         if 0 < self.top_k < heat.shape[0]:
             least = heat.topk(self.top_k).values[-1]
-            heat = heat.masked_fill(heat < least, float("-inf"))  # keeps logits equal to the last
+            # Logits equal to the k-th largest are kept too.
+            heat = heat.masked_fill(heat < least, float("-inf"))
         # multinomial rejects NaN, on a GPU by an assertion, which would end all other requests.
         probabilities = heat.softmax(-1).nan_to_num(1.0)
         if self.top_p < 1:

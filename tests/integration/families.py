@@ -76,7 +76,10 @@ def make(build: Maker) -> Any:
 
 
 def merged(model: nn.Module, deltas: dict[str, Tensor]) -> Any:
-    """Return a copy with a merged adapter; a head tied to an embedding is separated."""
+    """Return a copy of the model with the adapter merged.
+
+    A head that is tied to the embedding becomes untied.
+    """
     copied = copy.deepcopy(model)
     for name, delta in deltas.items():
         module: Any = copied.get_submodule(name)

@@ -172,7 +172,7 @@ def table(logprobs: Sequence[Any]) -> Tensor:
 
 
 class Engine:
-    """An engine, and the adapters of the folder as its requests."""
+    """A vLLM engine, and a ``LoRARequest`` for each adapter in the folder."""
 
     def __init__(self, llm: Any, folder: Path):
         self.llm, self._folder = llm, folder

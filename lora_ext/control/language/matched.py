@@ -1,4 +1,7 @@
-"""Constraints that a matcher, the parser of another package, evaluates token by token."""
+"""Constraints that an external matcher evaluates token by token.
+
+Examples of matchers are xgrammar's ``GrammarMatcher`` and llguidance's ``LLMatcher``.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,10 @@ class Matched:
         return bits.flatten()[: self.vocab_size].bool()
 
     def next_state(self, state: int, token: int) -> int:
-        """Return the next state: -1 if the token is forbidden. ``-1`` and ``end`` do not change."""
+        """Return the next state, or -1 if the token is forbidden.
+
+        The states -1 and ``end`` are absorbing.
+        """
         if state in (-1, self.end):
             return state
         if not (0 <= token < self.vocab_size and bool(self.mask(state)[token])):

@@ -56,9 +56,13 @@ def found(name: str) -> Any:
 
 
 def lacking(part: str, name: str) -> str | None:
-    """Return the first member of ``part`` that ``name`` lacks, or None.
+    """Return the first required member that an object of vLLM lacks, or None.
 
-    If ``name`` cannot be imported, returns the error.
+    If the object cannot be imported, returns the error.
+
+    Args:
+        part: part of the interface that requires the members, a key of ``_CALLED``.
+        name: dotted import path of the object.
     """
     try:
         return missing(part, found(name))

@@ -41,8 +41,8 @@ class _Load:
 class Loads:
     """Loads of the adapters of one engine.
 
-    A *user's number* is the number of an adapter in requests, and an *engine's number* is the
-    number of one load inside the engine.
+    A *user's number* is the ``lora_int_id`` of an adapter in requests, and an *engine's number* is
+    the ``lora_int_id`` of one load inside the engine.
     """
 
     def __init__(self) -> None:
@@ -81,9 +81,13 @@ class Loads:
         return loaded
 
     def remove(self, user_id: int, out_of: Callable[[int], bool]) -> bool:
-        """Remove all loads of a user's number with ``out_of``, the engine's ``remove_lora``.
+        """Remove every load that was requested under the ``lora_int_id`` ``user_id``.
 
-        A later request with this number creates a new load.
+        A later request with this number creates a new load. Returns whether any load was removed.
+
+        Args:
+            user_id: user's number.
+            out_of: the engine's ``remove_lora``.
         """
         with self._lock:
             ids = [i for i, user in self._user_ids.items() if user == user_id] or [user_id]
@@ -91,13 +95,16 @@ class Loads:
         return any([out_of(each) for each in ids])
 
     def pin(self, user_id: int, into: Callable[[int], bool]) -> bool:
-        """Pin the last load of a user's number with ``into``, the engine's ``pin_lora``."""
+        """Pin the last load that was requested under the ``lora_int_id`` ``user_id``.
+
+        ``into`` is the engine's ``pin_lora``; its result is returned.
+        """
         with self._lock:
             last = self._last.get(user_id, user_id)
         return into(last)
 
     def listed(self, ids: set[int]) -> set[int]:
-        """Return the user's numbers for ``ids``, which are engine's numbers."""
+        """Convert the engine's numbers ``ids`` of loads to the user's numbers."""
         with self._lock:
             return {self._user_ids.get(each, each) for each in ids}
 

@@ -132,7 +132,7 @@ class Merging(nn.Module):
         """Remove the merged adapters from the base weight.
 
         After ``merge(keep_copy=True)``, every bit is restored if no other base weight has been
-        loaded since. Otherwise the updates are computed again and subtracted, which restores the
+        loaded since. Otherwise the updates are recomputed and subtracted, which restores the
         weight up to rounding, and a UserWarning is issued. In this case the parameters of the
         adapters must not have changed since they were merged.
         """

@@ -17,10 +17,10 @@ _FIRST_NUMBER = r"(?:^|\.)[^.]*[^.\d][^.]*\.(\d+)(?=\.|$)"
 def decoder_layers(model: Any) -> nn.ModuleList:
     """Return the list of layers that the forward of a transformers model iterates over.
 
-    This is the outermost ``nn.ModuleList`` with the number of layers of the configuration. The
-    decoder is searched first, then the model. The result is the list of the encoder for a model
-    with only an encoder (BERT, ViT), the list of the decoder for a model with both (T5, Whisper),
-    and the list of the text model for a model of several modalities.
+    This is the outermost ``nn.ModuleList`` whose length is the number of layers in the
+    configuration. The decoder is searched first, then the model. The result is the encoder's list
+    for encoder-only models (BERT, ViT), the decoder's for encoder-decoder models (T5, Whisper), and
+    the text model's for multimodal models.
 
     Args:
         model: transformers model, with or without a head; PEFT may have wrapped it.

@@ -215,7 +215,10 @@ def _permuted(
 
 
 def _pair_distances(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor | None:
-    """Return ``|X - Y|`` of each pair, ``(N,)`` float64; None for other references."""
+    """Return ``|X - Y|`` of each pair, ``(N,)`` float64.
+
+    Returns None unless ``config.reference`` is ``"pairs"``.
+    """
     if config.reference != "pairs":
         if pairs is not None:
             expected = f"None with reference={config.reference!r}"

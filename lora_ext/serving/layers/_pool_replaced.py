@@ -138,7 +138,11 @@ class ReplacedBank:
 
 
 def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
-    """Return :func:`with_replaced` in a compiled graph: the rows of the block it runs in."""
+    """Apply :func:`with_replaced` in a compiled graph.
+
+    The slots of the rows come from the ``with lora_ext.adapters(...)`` block that is current when
+    the graph runs.
+    """
     return _replaced_rows(
         y, x, layer.handle, layer.name, layer.tokens_first, tracing.batch, layer.default
     )
