@@ -23,14 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command-line arguments; None uses the arguments of the process.
 
     Returns:
-        The exit status:
-
-        * 0 on success.
-        * 1 if ``doctor`` or ``gpu-report`` finds a fault, or ``inspect`` finds a value that is not
-          finite.
-        * 2 on bad input, which one sentence on standard error describes.
-        * 130 after Ctrl-C.
-        * 141 if the process that reads standard output has closed it.
+        The exit status: 0 on success; 1 if ``doctor`` or ``gpu-report`` finds a fault, or
+        ``inspect`` finds a value that is not finite; 2 on bad input, which one sentence on standard
+        error describes; 130 after Ctrl-C; 141 if the process that reads standard output has closed
+        it.
 
     Raises:
         SystemExit: After ``--help`` and ``--version`` with status 0, and on invalid arguments with

@@ -321,20 +321,20 @@ class Capturable:
     def rows(self, assignment: Assignment, layout: Layout) -> Rows | None:
         """Return the rows of a layer as views of the buffers that replays read.
 
-        Any slot may occur in the rows, since later replays may use other adapters.
+        Any slot may occur in the rows, since later replays may use other adapters. A layer cannot
+        use the buffers in four cases:
+
+        * ``assignment`` is not the object that was written last. The buffers then contain other
+          adapters: those of a block that was entered later, or those of this block before
+          ``generate`` changed its rows. The objects are compared by identity because the plan is
+          cached in the assignment, and it is valid only while the buffers contain that assignment.
+        * The layer is on another device, or has more than ``max_rows`` rows.
+        * There is one name per token, and tokens are the first dimension of the layer's input.
+        * A name applies to several rows, as in a prefill.
 
         Returns:
             The rows, or None if the layer cannot use the buffers. It then computes its rows as
-            without the step. There are four such cases:
-
-            * ``assignment`` is not the object that was written last. The buffers then contain other
-              adapters: those of a block that was entered later, or those of this block before
-              ``generate`` changed its rows. The objects are compared by identity because the plan
-              is cached in the assignment, and it is valid only while the buffers contain that
-              assignment.
-            * The layer is on another device, or has more than ``max_rows`` rows.
-            * There is one name per token, and tokens are the first dimension of the layer's input.
-            * A name applies to several rows, as in a prefill.
+            without the step.
 
         Raises:
             ValueError: If one of these cases occurs in a capture, or if the number of names does
