@@ -136,7 +136,7 @@ class Trunk:
     def advance(self, tokens: Tensor) -> None:
         """Append one token per row, ``(B,)``."""
         logits, states = self._feed(tokens[:, None])
-        self._forget(torch.ones_like(tokens), 1)
+        self._forget(torch.ones_like(tokens))
         self.logits, self.hidden = logits[:, 0], states[:, 0]
 
     def feed(self, tokens: Tensor, pending: Tensor | None = None) -> Tensor:
@@ -161,7 +161,7 @@ class Trunk:
     def keep(self, kept: Tensor) -> None:
         """Remove all but the first ``kept (B,)`` tokens of the window of the last :meth:`feed`. A
         pending token is kept."""
-        self._forget(kept + self._fed + 1 - self._states.shape[1], self._fed)
+        self._forget(kept + self._fed + 1 - self._states.shape[1])
         self.hidden = self._states[torch.arange(len(kept), device=kept.device), kept]
 
     def _feed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,8 +174,9 @@ class Trunk:
         self.passes += 1
         return self._run(tokens, positions)
 
-    def _forget(self, kept: Tensor, fed: int) -> None:
-        """Remove all but the first ``kept (B,)`` of the ``fed`` newest tokens of each row."""
+    def _forget(self, kept: Tensor) -> None:
+        """Remove all but the first ``kept (B,)`` tokens of the last pass."""
+        fed = self._fed
         most = int(kept.max())
         if most < fed:
             self.cache.crop(most - fed)  # a negative argument removes slots at the end
