@@ -70,7 +70,7 @@ def checks() -> Iterator[Check]:
 def wrong(device: str) -> list[Wrong]:
     x, w, pack = torch.zeros(3, 4), torch.zeros(40, 4), ops.pack_weight
     half, thin = x.bfloat16(), w[:, :3].bfloat16()
-    pair, of = pack(w.bfloat16()), r"packed: expected pack_weight of a weight \(40,"
+    pair, of = pack(w.bfloat16()), r"packed: expected pack_weight\(\) of a weight \(40,"
     apart = pack(w).transpose(0, 1).contiguous().transpose(0, 1)
     of_weights = [
         (r"weight: expected shape \(O, I\), found \[4\]", w[0]),
@@ -83,8 +83,8 @@ def wrong(device: str) -> list[Wrong]:
         (rf"{of} 3\), shape \[2, 3, 32\], found \[2, 4", x[:, :3], pack(w), None, 40),
         (rf"{of} 4\), shape \[2, 2, 32, 2\], found \[2, 2, 64", half, pack(thin), None, 40),
         (rf"{of} 3\), shape \[2, 2, 64\], found \[2, 2, 32", half[:, :3], pair, None, 40),
-        (r"packed: expected pack_weight of a weight \(65, 4\)", x, pack(w), None, 65),
-        ("packed: expected contiguous numbers", x, apart, None, 40),
+        (r"packed: expected pack_weight\(\) of a weight \(65, 4\)", x, pack(w), None, 65),
+        ("packed: expected a contiguous tensor", x, apart, None, 40),
         (r"bias: expected shape \(O,\) = \[40\], found \[64\]", x, pack(w), torch.zeros(64), 40),
         ("out_features: expected at least 0, found -1", x, pack(w), None, -1),
     ]

@@ -125,7 +125,7 @@ def wrong(device: str) -> list[Wrong]:
         (r"row_attention: k: expected the dtype of q", lambda: op(q, k.half(), v)),
         (r"row_attention: k: expected shape \(B, G, L, D\) = \[2, 2, 3, 4\]",
          lambda: op(q, k[:1], v)),
-        (r"row_attention: k: expected heads that divide those of q, 4, found 3",
+        (r"row_attention: k: expected a number of heads that divides that of q, 4, found 3",
          lambda: op(q, k[:, :1].expand(2, 3, 3, 4), v)),
         (r"row_attention: v: expected shape \(B, G, L, E\) = \[2, 2, 3, 4\]",
          lambda: op(q, k, v[:, :, :2])),

@@ -259,17 +259,17 @@ def test_wrong_siblings_raise_and_change_nothing() -> None:
         r"module 2: ranks\[0\]: expected a rank in \[0, 8\], found 9": {
             "ranks": [*ranks[:2], torch.tensor([9, 0], dtype=torch.int32)]
         },
-        r"module 0: y: expected memory apart from that of another y": {
+        r"module 0: y: expected memory that does not overlap that of another y": {
             "y": [y[0], y[0], y[2]],
             "b": [b[0], b[0], b[2]],
         },
-        r"module 1: y: expected memory apart from that of another y": {
+        r"module 1: y: expected memory that does not overlap that of another y": {
             "y": [y[0], rows[:4, :32], rows[3:, 20:]]
         },
         r"module 2: y: expected rows that do not overlap, found shape \[4, 12\]": {
             "y": [*y[:2], torch.zeros(21).as_strided((4, 12), (3, 1))]
         },
-        r"module 0: y: expected memory apart from that of a, found an overlap": {
+        r"module 0: y: expected memory that does not overlap that of a, found an overlap": {
             "a": [a[0], a[1], y[0].new_zeros(0).set_(y[0].untyped_storage(), 0, (2, 8, 4))]
         },
     }

@@ -1,5 +1,5 @@
-// Dispatcher layer above the kernels: handles of ops, and errors for missing gradients. Only
-// bindings.cpp includes it.
+// Dispatcher layer above the kernels: typed handles of the ops, and errors for ops without a
+// gradient. Only bindings.cpp includes it.
 //
 // Backwards that run hundreds of times per step are in C++ (lora_train_autograd.h,
 // circuit_autograd.h). They call ops through the dispatcher, so torch.compile traces them like any
@@ -78,7 +78,7 @@ inline bool has_tangent(const std::vector<Tensor>& tensors) {
                        [](const Tensor& t) { return has_tangent(t); });
 }
 
-// Increments the version counter after a change in place.
+// Increments the version counter of a tensor that was changed in place.
 inline void count_change(const Tensor& t) {
     torch::autograd::impl::bump_version(t);
 }
@@ -86,16 +86,18 @@ inline void count_change(const std::vector<Tensor>& tensors) {
     for (const Tensor& t : tensors) count_change(t);
 }
 
-// Raises for a tangent instead of dropping it. The check runs above the kernels, because torch.func
-// wraps tensors and a kernel does not see the tangent of a wrapper.
+// Raises if an argument has a forward-mode tangent, which would otherwise be dropped silently. The
+// check runs above the kernels, because torch.func wraps tensors and a kernel does not see the
+// tangent of a wrapper.
 template <class... Args>
 void refuse_tangents(const char* op, const Args&... args) {
     TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(args) || ...), op, " has no forward-mode derivative");
 }
 
-// Autograd layer of an op without a backward, as torch has it for its own operators: it raises for
-// a gradient or a tangent, and increments the version of a tensor changed in place, so that
-// autograd detects a stale saved tensor. kRemedy names the alternative in the message.
+// Autograd layer of an op without a backward, like the one that torch generates for its own
+// operators: it raises if an input requires a gradient or has a tangent, and increments the version
+// counter of a tensor that is changed in place, so that autograd detects a stale saved tensor.
+// kRemedy ends the error message and names the alternative.
 template <auto kOp, const char* kRemedy, class Signature = std::remove_pointer_t<decltype(kOp)>>
 struct Refusal;
 template <auto kOp, const char* kRemedy, class Result, class... Args>

@@ -18,16 +18,16 @@ inline at::ScalarType accumulator_of(const Tensor& t) {
     return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Excludes autocast while it exists, so that a library's GEMM keeps the dtype of its operands.
+// Disables autocast during its lifetime, so that a library's GEMM keeps the dtype of its operands.
 struct NoAutocast {
     c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
-// Smallest number of exponentials per thread.
+// Minimum number of exponentials per thread.
 constexpr int64_t kSerialExps = 1 << 13;
 
-// Calls f(begin, end) for parts of [0, items) on torch's threads. A thread gets at least
-// `serial_work`: below it, a parallel region costs more than a second thread saves.
+// Calls f(begin, end) for parts of [0, items) on torch's threads. Each thread gets at least
+// `serial_work` units of work: for less, a parallel region costs more than a second thread saves.
 template <typename F>
 void for_items(int64_t items, int64_t work_per_item, int64_t serial_work, const F& f) {
     at::parallel_for(0, items,

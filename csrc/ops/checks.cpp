@@ -72,7 +72,7 @@ void check_output(const char* op, const Tensor& y) {
 
 namespace {
 
-// Byte addresses of a tensor: a lattice of elements between the first and the last.
+// Byte addresses that a tensor occupies: a strided lattice of elements from the first to the last.
 struct Bytes {
     const Tensor& t;
     uintptr_t begin;
@@ -93,8 +93,8 @@ struct Bytes {
     }
 };
 
-// Return whether some stride of `rows` is a period in which a and b occupy different bytes, as
-// columns of one packed buffer or interleaved rows do.
+// Returns whether a and b occupy different bytes within each period of some stride of `rows`, like
+// columns of one packed buffer or interleaved rows.
 bool interleaved(const Bytes& rows, const Bytes& a, const Bytes& b) {
     for (int64_t d = 0; d < rows.t.dim(); ++d) {
         const uint64_t period = rows.stride(d);
@@ -107,8 +107,8 @@ bool interleaved(const Bytes& rows, const Bytes& a, const Bytes& b) {
     return false;
 }
 
-// Exact for two matrices with the same row pitch. Two lattices without a common period are reported
-// to overlap if their address ranges do.
+// Returns whether a and b share a byte. The answer is exact for two matrices with the same row
+// stride. Without a common period, a and b are reported to overlap if their address ranges do.
 bool overlap(const Bytes& a, const Bytes& b) {
     if (a.begin + a.length <= b.begin || b.begin + b.length <= a.begin) return false;
     return !interleaved(a, a, b) && !interleaved(b, a, b);
@@ -122,14 +122,14 @@ void check_apart(const char* op, const Tensor& y, std::initializer_list<Argument
     for (const Argument& other : others) {
         if (!other.tensor || other.tensor->numel() == 0) continue;
         require(!overlap(bytes, Bytes(*other.tensor)), op, "y",
-                expected("memory apart from that of ", other.name), found("an overlap"));
+                expected("memory that does not overlap that of ", other.name), found("an overlap"));
     }
 }
 
 void check_one(const char* op, const char* name, const Tensor& t, at::ScalarType dtype,
                at::Device device) {
     require(t.scalar_type() == dtype && t.numel() == 1 && t.device() == device, op, name,
-            expected("one ", dtype, " on ", device),
+            expected("one number of dtype ", dtype, " on ", device),
             found(t.scalar_type(), " of shape ", t.sizes(), " on ", t.device()));
 }
 

@@ -11,7 +11,8 @@
 
 namespace lora_ext {
 
-// Largest number of rows, features or pages: kernels count in int32, and slightly beyond the end.
+// Largest number of rows, features or pages: kernels use int32 indices, which may run slightly past
+// the end.
 constexpr int64_t kMaxSize = (int64_t{1} << 31) - (1 << 16);
 
 // Return the dtype of a tensor of values; raise for float64 if the tensor launches kernels.
@@ -25,11 +26,12 @@ void check_device(const char* op, const char* name, const Tensor& t, at::Device 
 // Checks that t has the device and dtype of x.
 void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x,
                 const char* x_name);
-// Raises for a tangent, which would be dropped silently below autograd.
+// Raises if a tensor has a forward-mode tangent, which would be dropped silently below autograd.
 void check_no_tangents(const char* op, std::initializer_list<const Tensor*> tensors);
 void check_launch(const char* op, LaunchStatus status);
 
-// Checks rows (T, O) that are added to in place: each contiguous, without overlap.
+// Checks the rows (T, O) of an output that is added to in place: each row must be contiguous, and
+// no two rows may overlap.
 void check_output(const char* op, const Tensor& y);
 // Another argument of an in-place op, with its name.
 struct Argument {
@@ -42,7 +44,7 @@ struct Argument {
 // Checks that y, which passed check_output, shares no byte with any of the arguments.
 void check_apart(const char* op, const Tensor& y, std::initializer_list<Argument> others);
 
-// Return the data of a small vector of integers or scales on the device of the weights.
+// Checks a vector of `size` integers or scales on the device of the weights, and returns its data.
 template <class T>
 const T* vector_data(const char* op, const char* name, const Tensor& t, int64_t size,
                      at::ScalarType dtype, at::Device device) {
@@ -50,12 +52,12 @@ const T* vector_data(const char* op, const char* name, const Tensor& t, int64_t 
     require(t.dim() == 1 && t.size(0) == size, op, name, expected("shape (", size, ",)"),
             found(t.sizes()));
     check_device(op, name, t, device);
-    require(t.is_contiguous(), op, name, expected("contiguous numbers"),
+    require(t.is_contiguous(), op, name, expected("a contiguous tensor"),
             found("stride ", t.stride(0)));
     return t.const_data_ptr<T>();
 }
 
-// Checks a tensor with a single number.
+// Checks that t has a single number, of the given dtype and on the given device.
 void check_one(const char* op, const char* name, const Tensor& t, at::ScalarType dtype,
                at::Device device);
 

@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> circuit_scan_backward(
     const Tensor dconditional = gradient("dconditional", dconditional_in);
     const int64_t slots = circuit_num_states(c.kind, c.n_token);
     check_like(op, "states", states_in, e, "e");
-    check_shape(op, "states", states_in, "of circuit_scan(save=True)",
+    check_shape(op, "states", states_in, "of the states of circuit_scan(save=True)",
                 {c.rows, slots, c.components}, e.device());
     const Tensor states = states_in.contiguous();
     const auto empty_like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };

@@ -72,7 +72,7 @@ CircuitWeights circuit_weights(const char* op, std::string_view kind_name, const
     require(c.n_token > 0 && c.components > 0 && c.components <= kMaxComponents &&
                 c.rows <= kMaxSize && c.n_token <= kMaxSize,
             op, leaf_name,
-            expected("1 to ", kMaxComponents, " components, and at most ", kMaxSize,
+            expected("1 to ", kMaxComponents, " components and at most ", kMaxSize,
                      " rows and positions"),
             found(leaf.sizes()));
     require(kind != CircuitKind::kFF || c.components == 1, op, leaf_name,

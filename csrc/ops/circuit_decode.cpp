@@ -27,7 +27,7 @@ struct Circuit {
     CircuitWeights weights;
     Tensor leaf, workspace;
 
-    // block_bytes: returns the shared memory that a kernel's block needs for one row.
+    // `block_bytes` returns the bytes of shared memory that a thread block needs for one row.
     Circuit(const char* op, std::string_view kind, const Tensor& leaf_in,
             const OptionalTensor& prior, const OptionalTensor& trans,
             int64_t (*block_bytes)(const CircuitLogits&) = circuit_row_bytes)
@@ -78,7 +78,8 @@ struct Circuit {
         for (int64_t i = 0; i < tokens.numel(); ++i)
             require(i % c.n_token == 0 || token[i] < 0 || token[i - 1] >= 0, op,
                     words("evidence[", i / c.n_token, ", ", i % c.n_token, "]"),
-                    expected("-1 after a -1, as evidence is a prefix of its row"), found(token[i]));
+                    expected("-1 after a -1, as the given tokens must come first"),
+                    found(token[i]));
         return tokens;
     }
 };
@@ -251,7 +252,7 @@ std::tuple<Tensor, Tensor> spec_verify(const Tensor& target_in, const Tensor& to
     args.posterior = posterior.const_data_ptr();
     args.uniforms = uniforms.const_data_ptr();
     args.num_evidence = data_or_null(num_evidence);
-    // Finite, so that the largest logit, which has been shifted to 0, stays 0.
+    // Clamped to a finite value, so that the largest logit, which has been shifted to 0, stays 0.
     args.inverse_temperature = temperature == 0 ? 0 : std::clamp(1 / temperature, 1e-37, 1e38);
     args.accepted = accepted.mutable_data_ptr<int64_t>();
     args.next_token = next_token.mutable_data_ptr<int64_t>();

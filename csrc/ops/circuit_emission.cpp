@@ -1,5 +1,5 @@
-// Leaves of a linear head without its full logits in memory: products of the library, and the leaf
-// kernels in place.
+// Leaves of a linear head, without all its logits in memory at once: the library computes a chunk
+// of logits, and the leaf kernels process it in place.
 //
 // Shapes: h (B, D); emit (K, C, V, D); x (B, K); e (B, K, C).
 #include <ATen/ops/empty.h>
@@ -21,7 +21,7 @@
 namespace lora_ext {
 namespace {
 
-// Largest size of the logits of one chunk.
+// Maximum size of the logits of one chunk.
 constexpr int64_t kLogitBytes = int64_t{64} << 20;
 
 const CircuitCpu& twin() {
@@ -62,7 +62,7 @@ struct Emission {
 
     Tensor weights(int64_t k) const { return emit.select(0, k).view({components * vocab, width}); }
 
-    // Calls f(k, first row, h of the chunk, its logits, arguments of leaf kernels) per chunk.
+    // Calls f(k, first row, rows of h, their logits, arguments of the leaf kernels) for each chunk.
     template <typename F>
     void for_chunks(F&& f) {
         for (int64_t k = 0; k < n_token; ++k) {
@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor> emission_gather_backward(const Tensor& de_in, const T
     const Tensor e = at::empty(shape, options);
     const Tensor norm = at::empty({2, shape[0], shape[1], shape[2]}, options);
     const auto nothing = [&] { return at::empty({0}, h.options()); };
-    // Sums over positions and over chunks of rows, in float32.
+    // dh is summed over positions, and demit over chunks of rows, in float32.
     Tensor dh = need_h ? at::zeros(h.sizes(), options) : nothing();
     Tensor demit = need_emit ? at::empty(emit.sizes(), h.options()) : nothing();
     if (need_emit && chunks.rows == 0) demit.zero_();

@@ -22,7 +22,7 @@
 namespace lora_ext {
 namespace {
 
-// Work of one thread in 30 us (AVX-512); a second thread costs more than it saves below that.
+// Work that one thread does in 30 us (AVX-512); for less, a second thread costs more than it saves.
 constexpr int64_t kSerialProducts = 1 << 20, kSerialWeights = 1 << 16;
 
 int64_t lanes_of(int64_t rows) {
@@ -36,22 +36,22 @@ Tensor rows_of(const Tensor& t, int64_t rows) {
     return t.narrow(1, 0, rows).t();
 }
 
-// Checks that the numbers of a program are within each other's ranges, so that no twin leaves its
-// memory. Only the host can read them; kernels rely on programs from the same compiler.
+// Checks that every index in a program is in range, so that no twin accesses memory outside its
+// buffers. Only the host can read the program; kernels rely on the compiler that wrote it.
 void check_program(const char* op, const LayersProgram& p, int64_t size, int64_t weights) {
     const auto check = [&](bool holds, const char* what, int64_t i) {
         require(holds, op, "program", expected(what), found("a mismatch at index ", i));
     };
-    require(size >= LayersProgram::kHeader, op, "program", expected("a header"),
-            found(size, " numbers"));
+    require(size >= LayersProgram::kHeader, op, "program",
+            expected("at least ", LayersProgram::kHeader, " numbers"), found(size, " numbers"));
     for (int i = 0; i < LayersProgram::kHeader; ++i)
-        check(p.at[i] >= 0 && p.at[i] <= kMaxSize, "counts in the header", i);
+        check(p.at[i] >= 0 && p.at[i] <= kMaxSize, "valid counts in the header", i);
     require(p.size() == size, op, "program", expected(p.size(), " numbers"), found(size));
-    check(p.units() >= kFirstLeaf + p.leaves(), "columns for all leaves", 0);
+    check(p.units() >= kFirstLeaf + p.leaves(), "a column for each leaf", 0);
     for (int64_t i = 0; i < p.num_children(); ++i) {
         const LayersChild c = p.children()[i];
         check(c.column >= 0 && c.units > 0 && c.column <= p.units() - c.units,
-              "columns of children within the units", i);
+              "columns of children in the range of units", i);
     }
     int64_t covered = 0;
     for (int64_t i = 0; i < p.num_matrices(); ++i) {
@@ -59,17 +59,17 @@ void check_program(const char* op, const LayersProgram& p, int64_t size, int64_t
         const bool shape = m.units > 0 && m.width > 0 && m.row >= 0 && m.weight >= 0;
         check(shape && m.row <= p.rows() - m.units &&
                   m.weight + int64_t{m.units} * m.width <= weights,
-              "matrices within the weights", i);
-        // At least one user: max_width and max_units are taken over nodes.
+              "matrices in the range of the weights", i);
+        // A matrix without a user is rejected, since max_width and max_units are taken over nodes.
         check(m.user_begin >= 0 && m.user_begin < m.user_end && m.user_end <= p.num_users(),
-              "users of a matrix within the list", i);
+              "users of a matrix in the range of the list of users", i);
         for (int64_t u = m.user_begin; u < m.user_end; ++u)
             check(p.users()[u] >= 0 && p.users()[u] < p.num_nodes() &&
                       p.nodes()[p.users()[u]].matrix == i,
-                  "nodes that use the matrix", u);
+                  "only nodes that use the matrix among its users", u);
         check(m.row == (i == 0 ? 0 : p.matrices()[i - 1].row + p.matrices()[i - 1].units) &&
                   (i + 1 < p.num_matrices() || m.row + m.units == p.rows()),
-              "rows of matrices in order", i);
+              "matrices with consecutive rows", i);
         covered += int64_t{m.units} * m.width;
     }
     require(covered == weights, op, "w", expected(covered, " weights"), found(weights));
@@ -79,32 +79,32 @@ void check_program(const char* op, const LayersProgram& p, int64_t size, int64_t
                   node.out <= p.units() - node.units && node.matrix < p.num_matrices() &&
                   node.part_begin >= 0 && node.part_begin <= node.part_end &&
                   node.part_end <= p.num_parts(),
-              "nodes within the units", n);
+              "nodes with units, matrix and parts in range", n);
         int64_t width = 0;
         for (int64_t i = node.part_begin; i < node.part_end; ++i) {
             const LayersPart part = p.parts()[i];
             const int64_t count = int64_t{part.child_end} - part.child_begin;
             check(part.term == width && part.child_begin >= 0 && count >= 1 &&
                       part.child_end <= p.num_children() && (!part.kronecker || count == 2),
-                  "parts with children", i);
+                  "parts with at least one child, kronecker parts with two", i);
             const LayersChild* c = p.children() + part.child_begin;
             for (int64_t k = 0; k < count; ++k)
                 check((part.kronecker || c[k].units == c[0].units) &&
                           c[k].column + c[k].units <= node.out,
-                      "children of one size before their node", i);
+                      "children of equal size that precede their node", i);
             width += part.kronecker ? int64_t{c[0].units} * c[1].units : int64_t{c[0].units};
         }
         const LayersMatrix* m = node.matrix < 0 ? nullptr : p.matrices() + node.matrix;
         check(width == node.width && node.units == (m ? m->units : node.width) &&
                   (!m || m->width == node.width),
-              "as many terms as the parts have", n);
+              "the number of terms of the node's parts", n);
     }
     for (int64_t i = 0; i < p.num_roots(); ++i)
-        check(p.roots()[i] >= 0 && p.roots()[i] < p.units(), "roots within the units", i);
+        check(p.roots()[i] >= 0 && p.roots()[i] < p.units(), "roots in the range of units", i);
 }
 
-// Checks that a walk stays within its memory: every child and root is a unit of an earlier node, or
-// a leaf of one of `variables`.
+// Checks that a walk accesses only its own buffers: every child and root is a unit of an earlier
+// node, or a leaf of one of the `variables`.
 void check_walk(const char* op, const LayersProgram& p, const LayersPlan& plan) {
     const auto check = [&](bool holds, const char* what, int64_t i) {
         require(holds, op, "program", expected(what), found("a mismatch at index ", i));
@@ -113,10 +113,11 @@ void check_walk(const char* op, const LayersProgram& p, const LayersPlan& plan) 
     const auto check_owner = [&](int64_t i, int64_t n, int64_t column, int64_t units) {
         const int64_t owner = p.owners()[i];
         const bool leaf = owner < 0;
-        check(leaf ? owner >= -plan.variables() : owner < n, "owners of children and roots", i);
+        check(leaf ? owner >= -plan.variables() : owner < n,
+              "an earlier node or a variable as owner", i);
         const int64_t first = leaf ? kFirstLeaf : p.nodes()[owner].out;
         const int64_t end = first + (leaf ? p.leaves() : p.nodes()[owner].units);
-        check(column >= first && column + units <= end, "units of their owner", i);
+        check(column >= first && column + units <= end, "columns that belong to their owner", i);
     };
     for (int64_t n = 0; n < p.num_nodes(); ++n) {
         const LayersNode node = p.nodes()[n];
@@ -124,7 +125,8 @@ void check_walk(const char* op, const LayersProgram& p, const LayersPlan& plan) 
             for (int64_t c = p.parts()[i].child_begin; c < p.parts()[i].child_end; ++c)
                 check_owner(c, n, p.children()[c].column, p.children()[c].units);
         const int64_t draw = p.draws()[n];
-        check(node.matrix < 0 || (draw >= 0 && draw < plan.draws()), "places among uniforms", n);
+        check(node.matrix < 0 || (draw >= 0 && draw < plan.draws()),
+              "indices of uniforms in range", n);
     }
     for (int64_t r = 0; r < p.num_roots(); ++r)
         check_owner(p.num_children() + r, p.num_nodes(), p.roots()[r], 1);
@@ -156,7 +158,7 @@ struct Call {
         check_dtype(op, "program", program, at::kInt);
         check_device(op, "program", program, values.device());
         require(program.dim() == 1 && program.is_contiguous(), op, "program",
-                expected("contiguous numbers"), found(program.sizes()));
+                expected("a contiguous vector"), found(program.sizes()));
         check_plan(plan_in);
         require(program.numel() == plan.numbers(), op, "program",
                 expected(plan.numbers(), " numbers, the size in the plan"), found(program.numel()));
@@ -187,7 +189,7 @@ struct Call {
         require(size >= LayersPlan::kHeader && size == plan.size() &&
                     std::all_of(numbers.begin(), numbers.end(),
                                 [](int64_t n) { return n >= 0 && n <= kMaxSize; }),
-                op, "plan", expected("sizes, and four numbers for each stage"), found(numbers));
+                op, "plan", expected("sizes, with four numbers per stage"), found(numbers));
     }
 
     int64_t groups() const { return args.lanes / kLaneGroup; }
@@ -209,7 +211,7 @@ struct Call {
     void* held(at::IntArrayRef sizes, at::ScalarType dtype) {
         return memory.emplace_back(at::empty(sizes, options.dtype(dtype))).mutable_data_ptr();
     }
-    // Allocates the parts of numbers for kernels that run by stages.
+    // Allocates the 16-bit parts of numbers for kernels that run stage by stage.
     void go_by_stages(LayersPrecision precision, bool down) {
         args.parts = parts_of(precision);
         args.weight_parts = held({stored_weights(args)}, at::kShort);
@@ -238,7 +240,7 @@ struct Call {
     }
 };
 
-// Return values in the forward's layout, without a copy if they have it.
+// Returns the values in the forward's layout, without a copy if they already have it.
 Tensor unit_major_values(const Tensor& val) {
     const int64_t rows = val.size(0), units = val.size(1), lanes = lanes_of(rows);
     const bool as_made = (rows == 1 || val.stride(0) == 1) && val.stride(1) == lanes &&
@@ -356,7 +358,8 @@ Tensor circuit_layers_walk(const Tensor& val_in, const Tensor& w, const Tensor& 
         args.wide_uniforms = uniforms_in->scalar_type() == at::kDouble;
         if (!args.wide_uniforms) check_dtype(op, "uniforms", *uniforms_in, at::kFloat);
         require(args.rows > 0 ? args.walks % args.rows == 0 : args.walks == 0, op, "uniforms",
-                expected("M a multiple of ", args.rows, " rows"), found(uniforms_in->sizes()));
+                expected("M a multiple of the number of rows, ", args.rows),
+                found(uniforms_in->sizes()));
         check_uniforms(op, *uniforms_in);
     }
     const Tensor root = root_in.contiguous();

@@ -55,7 +55,7 @@ struct Call {
                 expected("as many terms as w, I = ", w_in.size(-1)), found(values_in.sizes()));
         require(w_in.size(-1) > 0, op, "w", expected("at least one term"), found(w_in.sizes()));
         require(w_in.dim() == 2 || w_in.size(0) == values_in.size(0), op, "w and values",
-                expected("as many ", dims == 3 ? "groups" : "rows", " in both"), sizes);
+                expected("the same number of ", dims == 3 ? "groups" : "rows"), sizes);
         per_row = w_in.dim() == 3 && dims == 2;
         w = per_row && w_in.stride(0) == 0 ? w_in.contiguous() : last_contiguous(w_in);
         values = last_contiguous(dims == 3 ? values_in : values_in.unsqueeze(0));
@@ -111,7 +111,7 @@ struct Call {
     }
 };
 
-// Scaled weights of a product: given, computed here, or uninitialised memory for the twin.
+// Scaled weights of a product: passed by the caller, computed here, or memory for the twin to fill.
 struct Weights {
     Tensor weight, shift;
 
@@ -135,7 +135,7 @@ struct Weights {
                     found("strides ", t->strides()));
         };
         check("scaled.weight", given_weight, "of w", call.w.sizes());
-        check("scaled.shift", given_shift, "of w without terms",
+        check("scaled.shift", given_shift, "of w without its last axis",
               call.w.sizes().slice(0, call.w.dim() - 1));
         weight = given_weight->view(sizes);
         if (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 != 0) weight = weight.clone();

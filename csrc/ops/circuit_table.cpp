@@ -16,7 +16,8 @@
 namespace lora_ext {
 namespace {
 
-// Work of one thread in 20 to 30 us (AVX-512); a second thread costs more than it saves below that.
+// Work that one thread does in 20 to 30 us (AVX-512); for less, a second thread costs more than it
+// saves.
 constexpr int64_t kSerialEntries = 1 << 16, kSerialLookups = 1 << 17;
 
 // Return checked arguments without outputs.
@@ -33,7 +34,8 @@ CircuitTableArgs table_args(const char* op, const Tensor& table, const Tensor& x
     check_dtype(op, "x", x, at::kLong);
     check_dim(op, "x", x, 2, "(B, M)");
     check_device(op, "x", x, table.device());
-    require(block > 0 && block <= kMaxSize, op, "block", expected("a size"), found(block));
+    require(block > 0 && block <= kMaxSize, op, "block", expected("a size of 1 to ", kMaxSize),
+            found(block));
     args.rows = x.size(0), args.lanes = ceil_div(args.rows, kLaneGroup) * kLaneGroup;
     args.blocks = x.size(1), args.block = block;
     args.table_rows = table.size(0), args.values = table.size(1);

@@ -14,7 +14,7 @@
 namespace lora_ext {
 namespace {
 
-// Smallest count of numbers read per thread.
+// Minimum count of numbers that each thread reads.
 constexpr int64_t kSerialWork = 1 << 14;
 
 // Arguments of one call, and the tensors that own their memory.
@@ -64,7 +64,8 @@ class Call {
         }
     }
 
-    // Return the data of t, (..., k) or a tensor of the router, in the dtype of sums.
+    // Returns the data of t, which is (..., k) or a tensor of the router, in the accumulation
+    // dtype.
     const void* take_floats(const char* name, const Tensor& t, const char* letters,
                             at::IntArrayRef sizes) {
         check(name, t, letters, sizes);
@@ -91,7 +92,7 @@ class Call {
         require(t.device() == options_.device(), op, name,
                 expected("a tensor on ", options_.device()), found(t.device()));
     }
-    // Checks that the dtype of sums represents every value of t exactly.
+    // Checks that the accumulation dtype represents every value of t exactly.
     template <class Name>
     void check_exact(const Name& name, const Tensor& t) {
         require(at::isFloatingType(t.scalar_type()) &&
@@ -101,7 +102,7 @@ class Call {
     }
     void check_scales(const char* name, const std::vector<Tensor>& scales) {
         require(scales.size() == static_cast<size_t>(args.depths), op, name,
-                expected("as many as hiddens, ", args.depths), found(scales.size()));
+                expected("one per tensor of hiddens, ", args.depths), found(scales.size()));
         for (size_t e = 0; e < scales.size(); ++e) {
             check(words(name, "[", e, "]"), scales[e], "(d,)", {args.width});
             check_exact(words(name, "[", e, "]"), scales[e]);

@@ -9,16 +9,17 @@
 
 namespace lora_ext {
 
-// Takes either weights, or a router and its bias. Returns the mix, the router's weights (else
-// empty), and values for the backward: 1 / rms (N, k), and the means for norm "layer".
+// Takes either weights, or a router and its bias. Returns the mix, the weights computed by the
+// router (empty without a router), and values for the backward: 1 / rms (N, k), and the means for
+// norm "layer".
 std::tuple<Tensor, Tensor, Tensor, Tensor> depth_mix_forward(
     const std::vector<Tensor>& hiddens, const std::vector<Tensor>& gammas,
     const std::vector<Tensor>& betas, const OptionalTensor& weights, const OptionalTensor& router,
     const OptionalTensor& bias, double eps, std::string_view norm);
 
 // Returns dhiddens (empty if not needed), all sums over rows in the layout of DepthMixArgs::sums,
-// and dweights (..., k), with a router those of its logits. `weights` are the mixing weights,
-// `dweights` the gradient from their other uses.
+// and dweights (..., k), which with a router are the gradients of its logits. `weights` are the
+// mixing weights, `dweights` the gradient from their other uses.
 std::tuple<std::vector<Tensor>, Tensor, Tensor> depth_mix_backward(
     const Tensor& dmixed, const OptionalTensor& dweights, const std::vector<Tensor>& hiddens,
     const std::vector<Tensor>& gammas, const std::vector<Tensor>& betas, const Tensor& weights,

@@ -11,7 +11,7 @@ struct DepthMix : torch::autograd::Function<DepthMix> {
     using Forward = Handle<&depth_mix_forward>;
     using Backward = Handle<&depth_mix_backward>;
 
-    // All tensors in one list, in which needs_input_grad counts: hiddens, gammas, betas, then the
+    // All tensors in one list, in the order of needs_input_grad: hiddens, gammas, betas, then the
     // weights, or the router and its bias.
     struct Inputs {
         std::vector<Tensor> hiddens, gammas, betas;
@@ -96,7 +96,7 @@ struct DepthMix : torch::autograd::Function<DepthMix> {
         const bool fits =
             gammas.size() == hiddens.size() && (betas.empty() || betas.size() == hiddens.size()) &&
             weights.has_value() != router.has_value() && router.has_value() == bias.has_value();
-        // The op below raises for inputs that do not fit.
+        // If the inputs do not fit together, the op below raises.
         if (fits && c10::GradMode::is_enabled() &&
             (wants_grad(hiddens) || wants_grad(gammas) || wants_grad(betas) ||
              wants_grad(weights) || wants_grad(router) || wants_grad(bias))) {

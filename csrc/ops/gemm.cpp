@@ -14,8 +14,8 @@ namespace {
 using at::Tensor;
 
 // In float32 at::linear calls the BLAS that torch was built with. It is usually MKL, which does not
-// use AVX-512 on processors of other vendors. torch also contains oneDNN, called by an operator
-// of its compiler. Without AVX-512, MKL is faster.
+// use AVX-512 on processors of other vendors. torch also contains oneDNN, which is reached through
+// an operator of torch.compile. Without AVX-512, MKL is faster.
 using OneDnnLinear = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&,
                             std::string_view, c10::List<std::optional<at::Scalar>>,
                             std::optional<std::string_view>);
@@ -29,7 +29,7 @@ const c10::TypedOperatorHandle<OneDnnLinear>* onednn_linear() {
                 c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
             if (found && at::globalContext().hasMKLDNN() && best_isa() >= Isa::kAvx512)
                 return found->typed<OneDnnLinear>();
-        } catch (const c10::Error&) {  // another version of torch has another signature
+        } catch (const c10::Error&) {  // other versions of torch have another signature
         }
 #endif
         return std::nullopt;
@@ -37,7 +37,7 @@ const c10::TypedOperatorHandle<OneDnnLinear>* onednn_linear() {
     return handle ? &*handle : nullptr;
 }
 
-// Smallest sizes for oneDNN: below, its setup takes longer than it saves.
+// Minimum sizes for oneDNN: for smaller products its setup takes longer than it saves.
 constexpr int64_t kOneDnnRows = 32, kOneDnnWork = 1 << 20;
 
 // Columns of one AMX tile of 16-bit numbers.

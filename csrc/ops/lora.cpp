@@ -26,8 +26,8 @@ thread_local Scratch plan_scratch, v_scratch;
 
 enum class Step { kShrink, kExpand, kApply };
 
-// A parallel region costs a few microseconds: one thread is faster for fewer bytes of adapters per
-// call.
+// Minimum bytes of adapters per call for several threads: a parallel region costs a few
+// microseconds.
 constexpr int64_t kSerialBytes = 128 * 1024;
 
 void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size) {
@@ -68,8 +68,8 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
         });
     };
     if (step == Step::kApply && one_span && (threads == 1 || chunks >= 4 * threads)) {
-        // The outer loop runs over modules. The other order would read x once, but change pages at
-        // every chunk; which is faster has not been measured.
+        // The outer loop runs over modules. The other order would read x once, but switch to other
+        // adapter pages at every chunk. Which order is faster has not been measured.
         split(chunks, [&](int64_t begin, int64_t end) {
             for (const LoraArgs& args : modules) cpu.apply(args, begin, end);
         });
@@ -79,7 +79,7 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
     if (step != Step::kShrink) run(cpu.expand_items, cpu.expand);
 }
 
-// Allocates memory for each module, as slices of one block from `get`.
+// Allocates one block with `get`, and passes a slice of it to `give` for each module.
 template <class Get, class Give>
 void cut(std::span<LoraArgs> modules, int64_t (*bytes_of)(const LoraArgs&), Get&& get,
          Give&& give) {
@@ -99,8 +99,8 @@ int64_t bytes_of_v(const LoraArgs& args) {
     return args.num_tokens * 8 * args.bank.pages_per_slot * size;
 }
 
-// Common part of all ops: plan, scratch, launch or loop. Several modules are siblings, and share
-// their rows; `names` are their names in messages.
+// Common part of all ops: plan, scratch memory, kernel launch or CPU loop. Several modules are
+// siblings, which share their rows; `names` are their names in messages.
 void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tensor& x,
              const Tensor& ids_in, const OptionalTensor& plan_in,
              const char* const* names = nullptr) {
@@ -113,7 +113,7 @@ void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tenso
             expected("at most ", kMaxSize, " rows"), found(rows));
     const auto idle = [](const LoraArgs& args) { return args.bank.max_rank == 0; };
     if (rows == 0 || std::all_of(modules.begin(), modules.end(), idle)) return;
-    // Without in-features v is zero, and the twins do not write it.
+    // With zero in-features v is zero, and the twins do not write it.
     if (step != Step::kExpand && first.bank.in_features == 0) return;
     const c10::DeviceGuard guard(x.device());
     const Tensor ids = ids_in.contiguous();

@@ -9,7 +9,8 @@
 namespace lora_ext {
 
 constexpr int64_t kMaxAdapters = 1 << 24;
-// Adjacent items of a twin are usually chunks of one adapter and share its packed factors.
+// Number of items that a thread takes together: adjacent items of a twin are usually chunks of one
+// adapter and share its packed factors.
 constexpr int64_t kChunksTogether = 4;
 
 // Adapters of one op, and the tensors that own their memory.
@@ -18,13 +19,13 @@ struct Bank {
     Tensor a, b;
 };
 
-// Return the checked bank. An op passes the factors that it uses; `in` and `out` are the widths of
+// Returns the checked bank. An op passes the factors that it uses; `in` and `out` are the widths of
 // the activations.
 Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTensor& scale,
              const OptionalTensor& ranks, const OptionalTensor& page_table, const Tensor& x,
              const char* x_name, int64_t in, int64_t out);
 
-// Raises if an op without backward would become part of a graph.
+// Raises if an op without a backward would become part of an autograd graph.
 void check_inference(const char* op, std::initializer_list<const Tensor*> tensors);
 // Checks for one id per row, int64 or int32, on the device; only plans read the values.
 void check_ids(const char* op, const Tensor& ids, int64_t rows, at::Device device);

@@ -22,7 +22,7 @@ namespace {
 // Below this number of multiplications a parallel region costs more than a second thread saves.
 constexpr int64_t kSerialWork = 1 << 17;
 
-// Includes float64 on every device.
+// Supported dtypes; float64 is supported on every device.
 constexpr std::pair<at::ScalarType, DType> kDTypes[] = {{at::kFloat, DType::kFloat32},
                                                         {at::kHalf, DType::kFloat16},
                                                         {at::kBFloat16, DType::kBFloat16},
@@ -109,7 +109,8 @@ class Call {
                     for (size_t i = 0; i < chosen.size(); ++i)
                         if (item < items_of(chosen[i].rank))
                             items.push_back(static_cast<int64_t>(i) * args.items + item);
-                // Thread i takes items i, i + hands, ..., to share the items of a large adapter.
+                // Thread i takes items i, i + hands, ..., so that the items of a large adapter are
+                // spread over all threads.
                 const auto count = static_cast<int64_t>(items.size());
                 const int64_t hands = std::min<int64_t>(at::get_num_threads(), count);
                 for_items(hands, work / hands, kSerialWork, [&](int64_t begin, int64_t end) {
@@ -187,8 +188,8 @@ Tensor lora_pair_stats(const std::vector<Tensor>& a, const std::vector<Tensor>& 
     for (int64_t i = 0; i < count; ++i)
         call[i].gram_a = parts.mutable_data_ptr<double>() + i * tiles * 4;
     call.run(a[0], true, pair_items, &GramCpu::pair_stats, launch_lora_pair_stats);
-    // Pairwise sums. The order does not depend on other adapters, because tiles that an adapter
-    // lacks are zero.
+    // Pairwise summation. The order does not depend on other adapters, because tiles beyond the end
+    // of an adapter are zero.
     for (; tiles > 1; tiles /= 2)
         parts = parts.slice(1, 0, tiles, 2).add(parts.slice(1, 1, tiles, 2));
     return parts.select(1, 0).contiguous();

@@ -8,11 +8,13 @@
 
 namespace lora_ext {
 
-// Returns (gram_a, gram_b), (r, r) each, in float32 (float64 for float64), or in `dtype`.
+// Returns the Gram matrices (gram_a, gram_b) of each adapter, (r, r) each: in `dtype` if given,
+// else in float32 (float64 for float64 factors).
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> lora_gram(
     const std::vector<Tensor>& a, const std::vector<Tensor>& b,
     const std::optional<at::ScalarType>& dtype);
-// Returns (L, 4) float64, for adapters with scale 1.
+// Returns (L, 4) float64 for L adapters, with the scale taken as 1: the stats of
+// lora_ext/lora_gram.h.
 Tensor lora_pair_stats(const std::vector<Tensor>& a, const std::vector<Tensor>& b,
                        const std::vector<Tensor>& projected_b);
 

@@ -25,7 +25,7 @@ Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const Optional
         args.num_valid = num_valid->const_data_ptr<int32_t>();
     }
     const LoraPlanLayout layout{args.num_tokens, args.num_adapters};
-    // Zeros make unused entries equal in all calls.
+    // Unused entries are zero, so that all plans of the same ids are equal.
     Tensor plan = at::zeros({layout.size()}, ids.options().dtype(at::kInt));
     args.plan = plan.mutable_data_ptr<int32_t>();
     build_plan(op, ids, args, ids);
@@ -54,7 +54,7 @@ Tensor lora_segment_ids(const Tensor& seg_indptr, const Tensor& seg_adapter, int
     for (int64_t s = 0; s <= segments; ++s)
         require(indptr[s] >= (s == 0 ? 0 : indptr[s - 1]) && indptr[s] <= num_tokens, op,
                 words("seg_indptr[", s, "]"),
-                expected("a bound that does not decrease and stays in [0, ", num_tokens, "]"),
+                expected("a bound that does not decrease, in [0, ", num_tokens, "]"),
                 found(indptr[s]));
     lora_segment_ids_cpu(indptr, adapter, n, out, num_tokens);
     return ids;

@@ -31,20 +31,20 @@ thread_local Scratch plan_scratch, dv_scratch;
 // Below this number of multiplications a parallel region costs more than a second thread saves.
 constexpr int64_t kSerialWork = 1 << 17;
 
-// num_adapters: seed may have one number per adapter; -1: seed has exactly one number.
+// `seed` may have one number or one per adapter; if num_adapters is -1, it must have one number.
 LoraDropout dropout_of(const char* op, const char* p_name, double p, const OptionalTensor& seed,
                        at::Device device, int64_t num_adapters) {
     require(p >= 0 && p < 1, op, p_name, expected("a probability in [0, 1)"), found(p));
     LoraDropout dropout;
     if (p == 0) return dropout;
-    require(seed.has_value(), op, "seed", expected("one Long with ", p_name, " > 0"),
+    require(seed.has_value(), op, "seed", expected("one int64 number if ", p_name, " > 0"),
             found("None"));
     dropout.per_adapter = seed->dim() == 1 && seed->size(0) == num_adapters;
     if (dropout.per_adapter) {
         dropout.seed = vector_data<int64_t>(op, "seed", *seed, num_adapters, at::kLong, device);
     } else {
         require(num_adapters < 0 || seed->numel() == 1, op, "seed",
-                expected("one Long, or one for each of ", num_adapters, " adapters"),
+                expected("one int64 number, or one for each of ", num_adapters, " adapters"),
                 found("shape ", seed->sizes()));
         check_one(op, "seed", *seed, at::kLong, device);
         dropout.seed = seed->const_data_ptr<int64_t>();
@@ -135,15 +135,16 @@ struct Call {
         args.workspace = workspace.mutable_data_ptr();
     }
 
-    // Return left weight^T + bias: the base layer of x, or, from dy and weight^T, the initial dx.
-    // Rows without adapter keep the base layer's bits, so a call with such rows uses its library.
+    // Returns left weight^T + bias: the base layer's output for x, or the initial dx for dy and
+    // weight^T. A row without an adapter must be bitwise equal to the base layer's output, so a
+    // call with such rows uses the base layer's library.
     Tensor base_product(const Tensor& left, const Tensor& weight,
                         const OptionalTensor& bias = {}) const {
         const bool base_bits = !active() || launches_kernels(x) || idle_rows();
         return base_bits ? at::linear(spaced(left), weight, bias) : fast_linear(left, weight, bias);
     }
 
-    // Return whether any row has no adapter or one of rank 0; CPU only, since it reads the plan.
+    // Returns whether any row has no adapter or one of rank 0; CPU only, since it reads the plan.
     bool idle_rows() const {
         const LoraArgs& lora = args.lora;
         if (lora.plan[kPlanNumActive] < lora.num_tokens) return true;
@@ -192,7 +193,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     const Tensor& x = call.x;
     const int64_t out = call.out;
     check_base(op, weight, x, out);
-    require(!bias || weight, op, "bias", expected("None where weight is None"), found("a tensor"));
+    require(!bias || weight, op, "bias", expected("None if weight is None"), found("a tensor"));
     if (bias) {
         check_like(op, "bias", *bias, x, "x");
         check_shape(op, "bias", *bias, "(O,)", {out}, x.device());
@@ -212,7 +213,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     if (launches_kernels(x)) {
         call.set_workspace(lora_train_shrink_workspace_bytes(args));
         void* stream = current_stream(x);
-        // Its sums have serving's order for any number of rows, and db reads them from v.
+        // This kernel sums in the same order as serving for any number of rows, and db reads v.
         check_launch(op, launch_lora_train_shrink(args, stream));
         check_launch(op, launch_lora_expand(args.lora, stream));
         return {y, v};
@@ -220,7 +221,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     const LoraCpu& lora = chosen_twins<LoraCpu>();
     if (dropout_p > 0)
         call.run(args, twin().shrink_items(args), twin().shrink, x.size(1));
-    else  // serving's order of sums: a row has the same bits in training and from a pool
+    else  // same order of sums, and so the same bits, as in serving
         call.run(args.lora, lora.shrink_items(args.lora), lora.shrink, x.size(1));
     call.run(args.lora, lora.expand_items(args.lora), lora.expand, out);
     return {y, v};

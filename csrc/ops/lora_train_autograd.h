@@ -10,8 +10,8 @@
 namespace lora_ext::autograd {
 
 // Saves x, v, the plan and the parameters; the backward recomputes the dropout mask from its seed.
-// If all rows share one id on the CPU (stride 0), 4 bytes are saved and no plan: rebuilding the
-// plan takes as long as checking a saved one.
+// If all rows share one id on the CPU (stride 0), the ids take 4 bytes and no plan is saved:
+// rebuilding the plan takes as long as checking a saved one.
 struct Linear : torch::autograd::Function<Linear> {
     using Forward = Handle<&lora_linear_forward>;
     using Backward = Handle<&lora_linear_backward>;
@@ -111,7 +111,7 @@ struct Linear : torch::autograd::Function<Linear> {
     }
 };
 
-// The gradient is the same function with the same mask.
+// The backward applies the same function with the same mask to the gradient.
 struct Dropout : torch::autograd::Function<Dropout> {
     using Forward = Handle<&lora_dropout>;
 

@@ -10,7 +10,7 @@
 namespace lora_ext {
 namespace {
 
-// Smallest number of bytes of a weight read per thread.
+// Minimum bytes of a weight that each thread reads.
 constexpr int64_t kSerialBytes = 128 * 1024;
 
 DType packed_dtype(const char* op, const char* name, const Tensor& t) {
@@ -21,7 +21,8 @@ DType packed_dtype(const char* op, const char* name, const Tensor& t) {
     return wide ? DType::kFloat32 : DType::kBFloat16;
 }
 
-// With odd I the pairs have one axis fewer, which distinguishes them from those of I + 1.
+// With odd I the bfloat16 shape has one axis fewer, which distinguishes it from the shape for I +
+// 1.
 at::DimVector packed_sizes(const PackedLinearArgs& args) {
     const int64_t panels = ceil_div(args.out_features, kPanel), steps = panel_steps(args);
     if (args.dtype == DType::kFloat32) return {panels, steps, kPanel};
@@ -66,10 +67,10 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const OptionalTensor
     args.out_features = out_features;
     check_like(op, "packed", packed, x, "x");
     require(packed.sizes() == packed_sizes(args), op, "packed",
-            expected("pack_weight of a weight (", out_features, ", ", args.in_features, "), shape ",
-                     at::IntArrayRef(packed_sizes(args))),
+            expected("pack_weight() of a weight (", out_features, ", ", args.in_features,
+                     "), shape ", at::IntArrayRef(packed_sizes(args))),
             found(packed.sizes()));
-    require(packed.is_contiguous(), op, "packed", expected("contiguous numbers"),
+    require(packed.is_contiguous(), op, "packed", expected("a contiguous tensor"),
             found("strides ", packed.strides()));
     Tensor dense;
     if (bias) {

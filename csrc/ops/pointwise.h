@@ -1,4 +1,5 @@
-// Functions of one number, applied to tensors. lora_ext/ops/row_attention.py documents the op.
+// Functions of one number, applied elementwise to tensors. lora_ext/ops/row_attention.py documents
+// the op.
 #pragma once
 
 #include <string_view>

@@ -35,7 +35,7 @@ Words<Parts...> found(Parts... parts) {
     return {{parts...}};
 }
 
-// `argument` is a name, or words() if it has an index.
+// `argument` is a name, or words() if the name has an index.
 template <class Argument, class... Expected, class... Found>
 [[noreturn]] void refuse(const char* op, const Argument& argument,
                          const Words<Expected...>& expected, const Words<Found...>& found) {

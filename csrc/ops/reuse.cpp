@@ -13,7 +13,8 @@ namespace {
 
 class Blocks {
   public:
-    // Return a block of `bytes` to twice that size, or nullptr; set `bytes` to its size.
+    // Returns a stored block of at least `bytes` and at most twice that size, and sets `bytes` to
+    // its size; returns nullptr if there is no such block.
     void* take(size_t& bytes) {
         const std::lock_guard<std::mutex> lock(mutex_);
         for (size_t i = blocks_.size(); i-- > 0;) {
@@ -26,7 +27,7 @@ class Blocks {
         }
         return nullptr;
     }
-    // Adds a block; the oldest blocks are freed if the total exceeds kMost.
+    // Adds a block. If the total exceeds kMost, the oldest blocks are freed.
     void give(void* memory, size_t bytes) {
         const std::lock_guard<std::mutex> lock(mutex_);
         blocks_.push_back({memory, bytes});

@@ -18,10 +18,11 @@ namespace lora_ext {
 namespace {
 
 constexpr const char* kOp = "row_attention";
-// Smallest number of multiplications per thread.
+// Minimum number of multiplications per thread.
 constexpr int64_t kSerialProducts = 1 << 18;
 
-// Return t if its last axis is contiguous, else a copy; set its data and strides.
+// Returns t if its last axis is contiguous, else a copy, and sets the data and strides of the
+// result.
 Tensor lie(const Tensor& t, const void*& data, int64_t (&stride)[3]) {
     const Tensor kept = t.size(3) <= 1 || t.stride(3) == 1 ? t : t.contiguous();
     data = kept.const_data_ptr();
@@ -29,7 +30,7 @@ Tensor lie(const Tensor& t, const void*& data, int64_t (&stride)[3]) {
     return kept;
 }
 
-// Checks spans or a mask: (B or 1, T, last).
+// Checks spans or a mask of shape (B or 1, T, last).
 void check_rows(const char* name, const Tensor& t, const char* letters,
                 const RowAttentionArgs& args, int64_t last, at::ScalarType dtype,
                 at::Device device) {
@@ -75,7 +76,7 @@ Tensor row_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
     check_shape(kOp, "k", k_in, "(B, G, L, D)", {args.batch, args.groups, args.keys, args.width},
                 q_in.device());
     require(args.groups > 0 ? args.heads % args.groups == 0 : args.heads == 0, kOp, "k",
-            expected("heads that divide those of q, ", args.heads), found(args.groups));
+            expected("a number of heads that divides that of q, ", args.heads), found(args.groups));
     check_like(kOp, "v", v_in, q_in, "q");
     check_dim(kOp, "v", v_in, 4, "(B, G, L, E)");
     args.value_width = v_in.size(3);

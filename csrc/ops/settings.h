@@ -7,7 +7,7 @@
 
 namespace lora_ext {
 
-// Instruction set of the CPU twins. Tests may set a lesser one; "" selects the best.
+// Instruction set of the CPU twins. Tests may select a less capable one; "" selects the best.
 std::string cpu_isa();
 void set_cpu_isa(const std::string& isa);
 // True if the CUDA kernels were compiled into this module.

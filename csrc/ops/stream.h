@@ -1,5 +1,5 @@
-// Choice between twin and kernel for a tensor, and its stream; implemented per module in
-// module.cpp.
+// Choice between twin and kernel for a tensor, and the stream of its device; each extension module
+// implements it in module.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>

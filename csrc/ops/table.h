@@ -45,7 +45,7 @@ struct NoGradient : Op<kOp> {
     static constexpr auto above = &autograd::Refusal<kOp, kRemedy>::call;
 };
 
-// The same for an op that also changes its first argument.
+// Like NoGradient, for an op that also changes its first argument in place.
 template <auto kOp, const char* kRemedy>
 struct InPlace : NoGradient<kOp, kRemedy> {
     static constexpr auto in_place = &autograd::Refusal<kOp, kRemedy>::in_place;
@@ -69,7 +69,7 @@ inline constexpr char kMixOnce[] = LX_ONCE("depth_mix");
 inline constexpr char kCrossEntropyOnce[] = LX_ONCE("chunked_cross_entropy");
 inline constexpr char kDivergenceOnce[] = LX_ONCE("chunked_kl");
 
-// Common beginnings and ends of signatures.
+// Common beginnings and ends of schemas.
 #define LX_ADAPTERS "Tensor? ranks=None, Tensor? page_table=None, Tensor? plan=None"
 #define LX_CIRCUIT "str kind, Tensor leaf, Tensor? prior, Tensor? trans"
 

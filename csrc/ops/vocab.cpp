@@ -1,5 +1,5 @@
-// Losses over a vocabulary: checks, allocation, the sweep over chunks, choice of twin or kernel.
-// The products with the weight are a library's; all else is a twin or a kernel.
+// Losses over a vocabulary: checks, allocation, the loop over chunks of the vocabulary, choice of
+// twin or kernel. The products with the weight are a library's; all else is a twin or a kernel.
 #include "ops/vocab.h"
 
 #include <ATen/ops/empty.h>
@@ -140,8 +140,8 @@ struct Call {
             f(rows, logits);
         }
     }
-    // totals += left b, in the dtype of sums. A float16 product would overflow beyond 65504. The
-    // GPU's library can write its float32 sums; on the CPU there is no float16 here.
+    // Computes totals += left b in the accumulation dtype. A float16 product would overflow beyond
+    // 65504. The GPU library can return its float32 sums; on the CPU float16 does not occur here.
     void add_product(Tensor& totals, const Tensor& left, const Tensor& b) const {
         const Tensor a = spaced(left);
         if (a.scalar_type() == sums)
@@ -152,7 +152,7 @@ struct Call {
             totals.add_(at::mm(a, b));
     }
 
-    // Return (loss, lse) of a forward; if `products` is defined, finish writes its result there.
+    // Returns (loss, lse) of a forward. If `products` is defined, `finish` writes its result there.
     std::array<Tensor, 2> forward(const Step& update, const Step& finish, Tensor& products) {
         const int64_t k = args.hiddens;
         const Tensor state = new_sums({3, k, args.rows});
@@ -268,7 +268,8 @@ ThreeTensors vocab_kl(const Tensor& hiddens, const Tensor& weight, const Optiona
     check_no_tangents(op, {&hiddens, &weight});
     check_dim(op, "hiddens", hiddens, 3, "(k, N, d)");
     const int64_t students = hiddens.size(0) - 1;
-    require(students >= 0, op, "hiddens", expected("at least the teacher"), found("none"));
+    require(students >= 0, op, "hiddens", expected("at least the teacher's hidden state"),
+            found("no tensor"));
     require(tau > 0 && std::isfinite(tau), op, "tau", expected("a number above 0"), found(tau));
     require(!with_gradient || softcap == 0, op, "with_gradient",
             expected("false with a softcap, as each student then needs separate products"),
@@ -296,7 +297,8 @@ ThreeTensors vocab_kl_backward(const Tensor& dloss, const Tensor& hiddens, const
     constexpr auto op = "vocab_kl_backward";
     check_dim(op, "hiddens", hiddens, 3, "(k, N, d)");
     const int64_t students = hiddens.size(0) - 1;
-    require(students >= 0, op, "hiddens", expected("at least the teacher"), found("none"));
+    require(students >= 0, op, "hiddens", expected("at least the teacher's hidden state"),
+            found("no tensor"));
     require(tau > 0 && std::isfinite(tau), op, "tau", expected("a number above 0"), found(tau));
     Call call(op, "hiddens", hiddens, students + 1, weight, bias, chunk, softcap, dtype);
     call.args.tau = tau;

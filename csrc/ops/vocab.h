@@ -1,8 +1,10 @@
-// Losses over a vocabulary, in chunks of its columns: the loss per row, and the gradients.
+// Losses over a vocabulary, computed in chunks of vocabulary entries: the loss per row, and the
+// gradients.
 //
-// softcap 0 means no softcap. `dtype` is that of the products with the weight; sums are in float32,
-// or float64 for float64. with_gradient: the same sweep computes dloss/dhidden, for a backward
-// without gradients of weight and bias; otherwise dloss/dhidden is an empty one-dimensional tensor.
+// softcap 0 means no softcap. `dtype` is the dtype of the products with the weight; sums are in
+// float32, or float64 for float64. If with_gradient is true, the same pass computes dloss/dhidden,
+// for a backward that needs no gradients of weight and bias; otherwise dloss/dhidden is an empty
+// one-dimensional tensor.
 #pragma once
 
 #include <tuple>

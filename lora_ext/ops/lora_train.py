@@ -99,10 +99,10 @@ def _fake_linear(
     *_, dropout_p, seed, _ = rest
     adapters = a.shape[0] if a.dim() == 3 else 1
     if dropout_p:
-        require(seed is not None, _LINEAR, "seed", "one Long with dropout_p > 0", None)
+        require(seed is not None, _LINEAR, "seed", "one int64 number if dropout_p > 0", None)
         require(seed.dtype == torch.int64, _LINEAR, "seed", "Long", seed.dtype)
         holds = seed.numel() == 1 or seed.shape == (adapters,)
-        expected = f"one Long, or one for each of {adapters} adapters"
+        expected = f"one int64 number, or one for each of {adapters} adapters"
         require(holds, _LINEAR, "seed", expected, f"shape {list(seed.shape)}")
     y = x.new_empty(x.shape[0], b.shape[-2])
     return y, x.new_empty(x.shape[0], a.shape[-2], dtype=accumulator(x.dtype))

@@ -117,7 +117,7 @@ def _fake_row_attention(
     require_tensor(op, "k", k, "(B, G, L, D)", (batch, groups, keys, width), q.dtype)
     require_tensor(op, "v", v, "(B, G, L, E)", (batch, groups, keys, v.shape[3]), q.dtype)
     divides = heads % groups == 0 if groups else heads == 0
-    require(divides, op, "k", f"heads that divide those of q, {heads}", groups)
+    require(divides, op, "k", f"a number of heads that divides that of q, {heads}", groups)
     spans, mask = limits
     if spans is not None:
         shape = (1 if spans.shape[0] == 1 else batch, rows, 2)

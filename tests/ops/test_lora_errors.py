@@ -133,7 +133,8 @@ def test_output_in_the_memory_of_another_argument_raises(name: str, paged: bool)
         within = memory[start:][:size].view(inputs[name].dtype).view(inputs[name].shape)
         within.copy_(inputs[name])
         before = memory.clone()
-        message = f"lora_apply_: y: expected memory apart from that of {name}, found an overlap"
+        expected = f"expected memory that does not overlap that of {name}, found an overlap"
+        message = f"lora_apply_: y: {expected}"
         with pytest.raises(ValueError, match=message):
             apply_({**inputs, "y": memory[:256].view(16, 16), name: within})
         assert torch.equal(memory, before)
@@ -153,7 +154,7 @@ def test_every_in_place_op_raises_for_an_overlap() -> None:
         ("scale", lambda m: ops.sgmv_(m(y), x, i["a"], i["b"], *segments, m(i["scale"]))),
     ]:
         memory = torch.zeros(512)
-        with pytest.raises(ValueError, match=f"y: expected memory apart from that of {name}"):
+        with pytest.raises(ValueError, match=f"memory that does not overlap that of {name}"):
             call(lambda t, to=memory: to[: t.numel()].view(t.shape))
 
 

@@ -18,10 +18,13 @@ def linear(i: Inputs) -> torch.Tensor:
     return ops.lora_linear(*head, i["scale"], i["ranks"], i["dropout_p"], i["seed"], i.get("plan"))
 
 
-EACH = "one Long, or one for each of 2 adapters"
+EACH = "one int64 number, or one for each of 2 adapters"
 SEEDS: list[tuple[str, Change]] = [
-    (r"seed: expected one Long with dropout_p > 0, found None", is_(seed=None)),
-    (r"seed: expected one Long on cpu, found Int of shape \[1\]", cast("seed", dtype=torch.int32)),
+    (r"seed: expected one int64 number if dropout_p > 0, found None", is_(seed=None)),
+    (
+        r"seed: expected one number of dtype Long on cpu, found Int of shape \[1\]",
+        cast("seed", dtype=torch.int32),
+    ),
     (rf"seed: expected {EACH}, found shape \[3\]", is_(seed=ints(0, 0, 0).long())),
     (rf"seed: expected {EACH}, found shape \[2, 1\]", is_(seed=ints(0, 0).long()[:, None])),
     (r"seed: expected Long, found Int", is_(seed=ints(0, 0))),
@@ -34,7 +37,7 @@ WRONG: list[tuple[str, Change]] = [
     (r"weight: expected the dtype of x, Float, found Half", cast("weight", dtype=torch.half)),
     (r"bias: expected shape \(O,\) = \[24\], found \[23\]", cut("bias")),
     (r"bias: expected the dtype of x, Float, found Double", lambda i: {"bias": i["bias"].double()}),
-    (r"bias: expected None where weight is None", lambda i: {"weight": None}),
+    (r"bias: expected None if weight is None", lambda i: {"weight": None}),
     (r"a: expected the dtype of x, Float, found Double", lambda i: {"a": i["a"].double()}),
     (r"a\.shape\[2\]: expected x\.shape\[1\] = 16, found 15", lambda i: {"a": i["a"][:, :, 1:]}),
     (r"b: expected shape \(A, O, R\), found \[24, 8\]", lambda i: {"b": i["b"][0]}),
@@ -57,7 +60,7 @@ WRONG: list[tuple[str, Change]] = [
     (r"dropout_p: expected .* in \[0, 1\), found nan", lambda i: {"dropout_p": float("nan")}),
     *SEEDS,
     (
-        r"seed: expected contiguous numbers, found stride 0",
+        r"seed: expected a contiguous tensor, found stride 0",
         lambda i: {"seed": torch.zeros(1, dtype=torch.long).expand(2)},
     ),
 ]
@@ -95,8 +98,8 @@ def test_dropout_errors_name_their_arguments() -> None:
     for args, message in [
         ((x[0], 0.5), r"x: expected shape \(T, I\), found \[3\]"),
         ((x, 1.0), r"p: expected .* in \[0, 1\), found 1"),
-        ((x, 0.5), "seed: expected one Long with p > 0, found None"),
-        ((x, 0.5, torch.tensor(1.0)), "seed: expected one Long on cpu, found Float"),
+        ((x, 0.5), "seed: expected one int64 number if p > 0, found None"),
+        ((x, 0.5, torch.tensor(1.0)), "seed: expected one number of dtype Long on cpu, found"),
         ((x.int(), 0.0), "x: expected float32, float16, bfloat16 or float64"),
     ]:
         with pytest.raises(ValueError, match=f"lora_dropout: {message}"):
