@@ -5,7 +5,7 @@
 //   upward    latent by latent, children first: a warp per row of the latent's matrix computes the
 //             row's norm, then the maximum of log softmax + value below and its index
 //   downward  one thread follows the choices; a warp per position selects the token
-// Bound: the logits of one row of the batch through one multiprocessor, then a chain of M short
+// Bound: one multiprocessor reads the logits of one row of the batch, then takes M short dependent
 // steps. Each step reads its matrix twice, the second time from cache.
 #include "circuit_decode.cuh"
 
@@ -21,7 +21,7 @@ int64_t shared_bytes(const CircuitParams& c) {
 }
 
 // Returns the maximum of log softmax(logits) + below and its first index, the same on every lane of
-// the warp. logits nullptr: uniform.
+// the warp. If logits is nullptr, the distribution is uniform.
 template <class P>
 LX_DEVICE Largest best_step(const P* logits, bool aligned, const float* below, int n) {
     const int lane = lx::lane_id();
@@ -55,11 +55,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t row = blockIdx.x;
     const int K = static_cast<int>(c.n_token), C = static_cast<int>(c.components);
     const int V = leaves.vocabulary, lane = lx::lane_id(), warp = lx::warp_id();
-    float* const best = reinterpret_cast<float*>(shared);    // (K, C), given the state
-    float* const stepped = best + K * C;                     // (M, C), given the parent's state
+    float* const best = reinterpret_cast<float*>(shared);    // (K, C), for each state
+    float* const stepped = best + K * C;                     // (M, C), for each state of the parent
     float* const value = stepped + M * C;                    // (C,)
     int* const choices = reinterpret_cast<int*>(value + C);  // (M, C)
-    int* const states = choices + M * C + 1;                 // (M,), preceded by the root's
+    int* const states = choices + M * C + 1;                 // (M,), preceded by the root's state
     const int64_t* const evidence = args.evidence ? args.evidence + row * K : nullptr;
     const auto given = [&](int k) { return evidence ? evidence[k] : int64_t{-1}; };
 

@@ -3,8 +3,8 @@
 //
 // The walk to position k leaves cur[z] - norm[k, z] of that position in shared memory. Then lanes
 // iterate over the vocabulary and read the C logits of a token twice, for their maximum and for
-// their exponentials: a sum of probabilities would underflow. Bound: the logits of k + 1 positions
-// through one multiprocessor, C exponentials per token.
+// their exponentials: a sum of probabilities would underflow. Bound: one multiprocessor reads the
+// logits of k + 1 positions and computes C exponentials per token.
 #include "circuit_row.cuh"
 
 namespace lora_ext {

@@ -118,7 +118,8 @@ inline void declare_circuit(const CircuitLogits& logits, const Leaves& leaves) {
         LX_BUF(logits.workspace, circuit_workspace_bytes(logits), lx::Access::kRead);
 }
 
-// log p = logit - top - log_sum keeps the digits of large logits. log_sum -inf: no possible token.
+// log p = logit - top - log_sum keeps the digits of large logits. If log_sum is -inf, no token is
+// possible.
 struct Norm {
     float top, log_sum;
     LX_DEVICE float log_p(float logit) const {
@@ -150,8 +151,9 @@ LX_DEVICE void for_norms(const LeafRows& rows, int count, int warp, int warps, F
     });
 }
 // Launches a separate kernel that computes the norms of all leaves, (B, K, C), before a kernel that
-// walks, if the logits of a row of the batch are too many for one multiprocessor. With `last`, only
-// of the positions up to last[row]. Does nothing without a workspace.
+// walks, if the logits of a row of the batch are too many for one multiprocessor. If `last` is
+// given, it computes only the norms of the positions up to last[row]. Does nothing without a
+// workspace.
 LaunchStatus run_norms(const CircuitLogits& logits, const Leaves& leaves, const int64_t* last,
                        void* stream);
 // Returns the norms of a row of the batch from the workspace, or nullptr.
@@ -203,7 +205,7 @@ LX_DEVICE double running_sum(double x) {
 LX_DEVICE double last_lane(double x) {
     return lx::shfl_sync(lx::kFullMask, x, lx::kWarpSize - 1);
 }
-// Returns the first lane of the ballot `hit`, or the last of `has` if `hit` is empty.
+// Returns the first lane of the ballot `hit`, or the last lane of `has` if `hit` is empty.
 LX_DEVICE int pick_lane(unsigned hit, unsigned has) {
     return hit ? lx::ffs(hit) - 1 : lx::kWarpSize - 1 - lx::clz(has);
 }

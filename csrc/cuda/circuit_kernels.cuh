@@ -7,7 +7,8 @@
 
 namespace lora_ext {
 
-// Stores the first n values of a piece, each rounded once. `aligned`: all of them, in one store.
+// Stores the first n values of a piece, each rounded once. If `aligned`, all values are stored at
+// once.
 template <class T>
 LX_DEVICE void store_values(T* p, int n, bool aligned, const float (&v)[kPiece<T>]) {
     if (aligned) {
@@ -28,7 +29,7 @@ LX_DEVICE void store_values(T* p, int n, bool aligned, const float (&v)[kPiece<T
     }
 }
 
-// Declares the rows of a batch; a stride of 0 is one row for all.
+// Declares the rows of a batch; a stride of 0 means one row for the whole batch.
 inline void declare_batch([[maybe_unused]] const void* p, [[maybe_unused]] int64_t rows,
                           [[maybe_unused]] int64_t row_bytes, [[maybe_unused]] int64_t stride_bytes,
                           [[maybe_unused]] lx::Access access) {

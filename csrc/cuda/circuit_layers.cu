@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kRowWarps = 4;
 
-// kParts: number of parts of a weight; 0: weights remain floats.
+// kParts: number of 16-bit parts of a weight, or 0 if weights remain floats.
 template <int kParts>
 __global__ void __launch_bounds__(kRowWarps * 32, 4)
     layers_weights_kernel(const __grid_constant__ LayersArgs args) {
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kLayerThreads, 4)
     static_cast<float*>(args.val)[at] = l;
 }
 
-// Nodes begin + blockIdx.y, ... below `end`, and the share blockIdx.z of their results. kMax:
-// max-product, whose terms and weights remain logarithms.
+// Computes the share blockIdx.z of the results of the nodes begin + blockIdx.y, ... below `end`.
+// kMax: max-product, in which terms and weights remain logarithms.
 template <bool kMax>
 __global__ void __launch_bounds__(kLayerThreads, 2)
     layers_up_kernel(const __grid_constant__ LayersArgs args, int64_t begin, int64_t end) {

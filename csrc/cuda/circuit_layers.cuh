@@ -1,8 +1,8 @@
 // Code shared by the kernels of whole circuits: nodes on a tile of lanes, and the product of a
 // node.
 //
-// A block of 256 threads holds kTile lanes, that is rows of data. If a number belongs to one lane,
-// thread % kTile is that lane.
+// A block of 256 threads holds kTile lanes, i.e. rows of data. A thread that computes numbers of a
+// single lane computes those of lane thread % kTile.
 #pragma once
 
 #include "circuit_sum.cuh"
@@ -113,12 +113,13 @@ struct QuadTile : LayerTile {
             const LayersPart part = program.parts()[p];
             const LayersChild* child = program.children() + part.child_begin;
             const int count = part.child_end - part.child_begin;
-            // The loads of both are in flight at once; column 0 is 0.
+            // The loads of both children are in flight at once; column 0, which replaces a missing
+            // child, is 0.
             const LayersChild one = child[0], two = count > 1 ? child[1] : LayersChild{0, 0};
             const int pairs = part.kronecker ? two.units : 1;
             const int stop = lx::min(end, part.term + one.units * pairs);
             while (i < stop) {
-                // Last valid term of this batch; the slots after it repeat it.
+                // Last valid term of this batch; later slots load the same term again.
                 const int last = lx::min(kBatch - 1, (stop - 1 - i) / step);
                 float4 l[kBatch], r[kBatch];
 #pragma unroll
@@ -240,7 +241,7 @@ LX_DEVICE LayersMatrix matrix_of_row(const LayersProgram& program, int64_t row) 
     return program.matrices()[low];
 }
 
-// The terms of a part that contain unit u of a child: u own + k step, k below count.
+// Terms of a part that contain unit u of a child: u * own + k * step for k in [0, count).
 struct ChildTerms {
     int count, own, step;
 
@@ -297,7 +298,8 @@ LX_DEVICE float LayerTile::owed_flow(const LayersNode& node, const LayersMatrix&
     return sum;
 }
 
-// Returns the number of blocks along the nodes of a stage, or along the results of a node.
+// Returns the number of blocks along one axis of the grid, for the nodes of a stage or the results
+// of a node.
 inline unsigned along_grid(int64_t items) {
     return static_cast<unsigned>(lx::min<int64_t>(items, kMaxGridY));
 }
@@ -305,13 +307,15 @@ inline int64_t lane_tiles(const LayersArgs& args) {
     return args.lanes / kTile;
 }
 
-// The steps of a stage on tensor cores: circuit_layers_terms.cu, circuit_layers_product.cu.
+// Launchers of the steps of a stage on tensor cores: circuit_layers_terms.cu,
+// circuit_layers_product.cu.
 enum class LayersProduct { kUp, kDown, kWeights };
 LaunchStatus launch_layers_terms(const LayersArgs& args, const LayersStage& stage, bool down,
                                  void* stream);
 LaunchStatus launch_layers_product(const LayersArgs& args, const LayersStage& stage,
                                    LayersProduct product, void* stream);
-// Returns the end of a run of stages from `begin` that fit into one launch, or `begin`.
+// Returns the end of the run of stages from `begin` that fit into one launch, or `begin` if the
+// first stage does not fit.
 int64_t end_of_run(const LayersArgs& args, int64_t begin);
 LaunchStatus launch_layers_run(const LayersArgs& args, int64_t begin, int64_t end, void* stream);
 LaunchStatus launch_layers_children(const LayersArgs& args, const LayersStage& stage, void* stream);

@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
     }
 }
 
-// Block (tile of sums, tile of terms, matrix). A thread has four of 32 x 32 weights, in one column.
+// Block (tile of sums, tile of terms, matrix). A thread computes four of the 32 x 32 weights, in
+// one column.
 __global__ void __launch_bounds__(kLayerThreads, 2)
     layers_dweights_kernel(const __grid_constant__ LayersArgs args) {
     LX_SHARED(float, ratios, kSide*(kSide + 1));

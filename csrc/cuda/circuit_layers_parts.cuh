@@ -6,9 +6,9 @@
 //
 // The parts of eight numbers of a row are contiguous: eight first parts, eight second parts, ...
 //
-// A stage of a tile is kStep of k, of both sides. cp.async fills a ring of stages of at most 72
-// KiB, so that one block fits any device and three fit a multiprocessor of 227 KiB. A side has the
-// same layout in shared memory as in global memory: row by row, or k by k if ldmatrix.trans
+// A stage of a tile holds kStep values of k of both sides. cp.async fills a ring of stages of at
+// most 72 KiB, so that one block fits any device and three fit a multiprocessor of 227 KiB. A side
+// has the same layout in shared memory as in global memory: row by row, or k by k if ldmatrix.trans
 // transposes it. Its 16-byte pieces are permuted within a row so that the eight lanes of an
 // ldmatrix have no bank conflict.
 #pragma once
@@ -51,7 +51,8 @@ LX_DEVICE void store_parts(uint16_t* row, int64_t at, float a, float b, float c,
         *reinterpret_cast<uint2*>(row + part_at<kParts>(at) + p * kPartPiece) = {first[p],
                                                                                  second[p]};
 }
-// Returns two numbers of three parts, bit for bit; `first` points to the first part of the first.
+// Returns two numbers, exactly, from their three parts; `first` points to the first part of the
+// first number.
 LX_DEVICE float2 joined_pair(const uint16_t* first) {
     float2 sum = {0, 0};
 #pragma unroll
@@ -78,11 +79,11 @@ struct ProductSide {
     static constexpr int kRows = kTurned ? kStep : kSize;
     static constexpr int kPieces = (kTurned ? kSize : kStep) / kPartPiece;
     static constexpr int kRowBytes = kPieces * 16;
-    static constexpr int kPlaneBytes = kRows * kRowBytes;  // of one part
+    static constexpr int kPlaneBytes = kRows * kRowBytes;  // bytes of one part
     static constexpr int kBytes = kParts * kPlaneBytes;
     static constexpr int kRowStep = kProductThreads / kPieces;
     static constexpr int kCopies = kRows / kRowStep;
-    // same permutation for all rows of a thread
+    // The permutation is the same for all rows of a thread.
     static_assert(kRowStep % 8 == 0 && kCopies * kRowStep == kRows);
 
     const unsigned char *origin, *own;  // own: the thread's first piece of the next step
@@ -217,7 +218,7 @@ struct ProductShape {
 #pragma unroll
                     for (int p = 0; p < kParts; ++p)
                         Left::load_rows(a[t][p], left, p, warp_row() + 16 * (m + t), k);
-                // The smallest products first.
+                // The smallest products are added first.
 #pragma unroll
                 for (int below = kParts - 1; below >= 0; --below)
 #pragma unroll

@@ -10,8 +10,8 @@
 // thread in float32. The order of k does not depend on the tile, so the bits of a row do not depend
 // on its batch. Bound: tensor cores, and at 512 states the latency of a stage.
 //
-// Each launch may start before the previous one ends and load its weights, which a launch before
-// all of these has split into parts. Results of earlier stages are read after
+// Each launch may start before the previous one ends, and load its weights early: a launch that
+// precedes all of these has split them into parts. Results of earlier stages are read after
 // grid_dependency_wait().
 #include "circuit_layers_parts.cuh"
 
@@ -22,7 +22,7 @@ template <LayersProduct kProduct, int kParts, bool kLarge>
 using Shape = ProductShape<kParts, kProduct == LayersProduct::kDown,
                            kProduct != LayersProduct::kWeights, kLarge>;
 
-// A node of a stage and the addresses of its parts.
+// A node of a stage, and the addresses of its numbers split into parts.
 struct ProductNode {
     LayersNode node;
     LayersMatrix m;
@@ -175,7 +175,8 @@ LaunchStatus launch_shape(const LayersArgs& args, const LayersStage& stage, int6
                          G::kRingBytes, stream, args, stage);
 }
 
-// Launches the large tile if it occupies most multiprocessors. The result has the same bits.
+// Launches the large tile if it occupies most multiprocessors. The results of both tiles are
+// bitwise equal.
 template <LayersProduct kProduct, int kParts>
 LaunchStatus launch_parts(const LayersArgs& args, const LayersStage& stage, void* stream) {
     constexpr int64_t kEnoughBlocks = 96;

@@ -7,7 +7,7 @@
 //   terms     E[i, lane] = exp(term[i] - t) of the block's terms, t their maximum, in parts, to L2
 //   product   s[o, lane] = sum over blocks b of exp(t_b - t) (sum over its i of W[o, i] E[i, lane])
 //
-// The block then computes its values. If each term uses the sum of the same number, as in a chain,
+// The block then computes its values. If each term uses the sum with the same index, as in a chain,
 // the block computes its next terms from these values. Its rows of the weights stay in shared
 // memory while stages share their matrix. Terms are double-buffered: a block that has finished a
 // stage may write terms of the next stage while another block reads. A sum adds the blocks of terms
@@ -43,14 +43,14 @@ struct RunShape : ProductShape<kParts, false, true, false> {
 
 struct Run {
     int begin, end;      // stages
-    int width;           // maximum number of terms of a node
+    int width;           // maximum number of terms of a node in the run
     int64_t first_lane;  // first lane of the launch
     int64_t lane_tiles;  // total of all launches
     int64_t tops_apart;  // numbers between the maxima of consecutive stages
 };
 
 // Returns whether a block can compute its terms of a node without waiting: they use values of
-// earlier stages and, of the preceding node, only the block's sums with the same numbers.
+// earlier stages and, of the preceding node, only the block's sums with the same indices.
 LX_DEVICE bool of_own_sums(const LayersProgram& program, const LayersNode& node,
                            const LayersNode& before) {
     if (before.matrix < 0 || node.part_end - node.part_begin != 1) return false;

@@ -14,7 +14,7 @@
 namespace lora_ext {
 namespace {
 
-constexpr int kSums = 2;  // per thread in flight
+constexpr int kSums = 2;  // sums per thread whose loads are in flight
 constexpr int kOwedThreads = 128;
 
 struct TermTile : QuadTile {
@@ -45,7 +45,8 @@ struct TermTile : QuadTile {
         }
         return {top[0], top[1], top[2], top[3]};
     }
-    // Computes the ratios of a share of a node's sums, and which lanes have sums to rescue.
+    // Computes the ratios of this block's share of a node's sums, and determines which lanes have
+    // sums to rescue.
     LX_DEVICE void ratios(const LayersNode& node, const LayersMatrix& m, int64_t n, int64_t slot,
                           float4 top, float* partial) const {
         const int rank = lx::thread_rank(), quad = rank % kQuads * 4;

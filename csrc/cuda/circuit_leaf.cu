@@ -10,8 +10,9 @@ namespace lora_ext {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kBatch = 2;  // loads per lane in flight
-// Forward: all warps that fit on a multiprocessor. Backward: fewer, since it uses more registers.
+constexpr int kBatch = 2;  // loads in flight per lane
+// Minimum blocks per multiprocessor: in the forward as many as fit, in the backward fewer, since it
+// uses more registers.
 constexpr int kMinBlocks = 8, kMinBlocksBackward = 5;
 
 // The row of V logits of a warp, and its token.

@@ -16,7 +16,8 @@ constexpr bool kByWarp = Team::kScratch == 0;
 template <class Team>
 constexpr int kRowThreads = kByWarp<Team> ? 512 : 256;
 
-// Returns the floats before the walk's vectors: sums of a draw (double), norms, state and e.
+// Returns the number of floats in shared memory before the walk's vectors: sums of a draw (double),
+// norms, state and e.
 template <class Team>
 LX_HOST_DEVICE constexpr int64_t own_floats(const CircuitParams& c) {
     const int64_t norms = kByWarp<Team> ? c.n_token * c.components : c.components;
@@ -81,7 +82,8 @@ struct Row {
             return norms;
         }
     }
-    // Returns the norms of position k, the last argument of norms_at, without computing them.
+    // Returns the norms of position k without computing them; k must be the last argument of
+    // norms_at.
     LX_DEVICE const Norm* last_norms(int64_t k) const {
         return given ? given + k * components : norms + (kByWarp<Team> ? k * components : 0);
     }

@@ -1,8 +1,8 @@
 // A window drawn from a circuit: one launch, a block per row of the batch. At a position
 //   state ~ softmax(cur), token ~ softmax(leaf[k, state]), e[z] = leaf[k, z, token] - norm[k, z]
 // A row of logits is read once for its norm; C words and one row of each position are read again,
-// from cache. See circuit_row.cuh for the team that walks. Bound: the logits of one row of the
-// batch through one multiprocessor, then a chain of K short steps.
+// from cache. See circuit_row.cuh for the team that walks. Bound: one multiprocessor reads the
+// logits of one row of the batch, then takes K short dependent steps.
 #include "circuit_row.cuh"
 
 namespace lora_ext {

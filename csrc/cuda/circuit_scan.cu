@@ -13,8 +13,8 @@
 //   a projection   Y[z, z'] = du[z] exp(A[z, z'] + up[z'] - u[z])          dup[z'] = sum_z Y
 //   the logits     X + Y - softmax(trans[z]) sum_z' (X + Y)[z, z']
 // X is computed as p[z] P[z, z'] ratio[z'] with P = exp(A) if exp(out[z'] - top) is at least
-// kTrusted. Otherwise it is computed from the logarithms, whose difference is at most 0. Y
-// likewise, row by row.
+// kTrusted. Otherwise it is computed from the logarithms, whose difference is at most 0. Y is
+// computed in the same way, row by row.
 #include "circuit_kernels.cuh"
 
 namespace lora_ext {
@@ -33,7 +33,8 @@ LX_DEVICE bool find_row(const CircuitParams& c, int64_t floats, unsigned char* s
     return row < c.rows;
 }
 
-// The minimum of one block keeps the compiler from limiting itself to 64 registers and spilling.
+// A minimum of one block per multiprocessor keeps the compiler from limiting itself to 64 registers
+// and spilling.
 template <class P, class Team>
 __global__ void __launch_bounds__(256, 1)
     circuit_scan_kernel(const __grid_constant__ CircuitScanArgs args, int64_t floats,
@@ -182,7 +183,7 @@ struct CircuitReverse {
     }
 
     // Backward pass of the step through matrix m: dcur += sums of X over its columns, and the
-    // gradient of the logits. du: gradient of the matrix' projection, or nullptr.
+    // gradient of the logits. du is the gradient of the projection through the matrix, or nullptr.
     LX_DEVICE void trace(int64_t m, int64_t slot, const float* dout, const float* du,
                          float* dcur) const {
         const float shift = shift_of(walk.max_of(cur));

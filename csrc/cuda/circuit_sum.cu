@@ -1,7 +1,7 @@
 // The steps before and after the library's products for sum layers with shared weights. Each is
-// bound by the bytes of its inputs and outputs, once. A warp owns a row: (g, o) of weights, (g, b)
-// of values. Every sum adds the lanes' pieces in order and then in a fixed tree, so no bit depends
-// on the launch.
+// bound by reading its inputs and writing its outputs once. A warp owns a row: (g, o) of weights,
+// (g, b) of values. Every sum adds the lanes' pieces in order and then in a fixed tree, so the
+// result does not depend on the launch.
 #include "circuit_sum.cuh"
 
 namespace lora_ext {

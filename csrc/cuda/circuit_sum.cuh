@@ -8,7 +8,8 @@
 
 namespace lora_ext {
 
-// Sums above kSumTrusted are trusted: terms below 2^-126 are lost. kTrustLog = -log(kSumTrusted).
+// Sums above kSumTrusted are accurate although terms below 2^-126 underflow. kTrustLog =
+// -log(kSumTrusted).
 constexpr float kSumTrusted = 0x1p-80f;
 constexpr float kTrustLog = 55.451774f;
 
@@ -86,7 +87,8 @@ struct WarpWeights {
     }
 };
 
-// Returns the factor from sums relative to `top` to sums relative to `base`; 1 without terms.
+// Returns the factor that converts sums relative to `top` to sums relative to `base`; 1 if there
+// are no terms.
 LX_DEVICE float fade(float top, float base) {
     return top == kImpossible ? 1.0f : lx::exp_approx(top - base);
 }

@@ -4,7 +4,8 @@
 //
 // Block (16 rows, 128 sums, group), eight warps. Each warp computes two rows of values, as 16-bit
 // numbers in shared memory, then two tiles of eight sums: every weight is read from L2 once per
-// block (circuit_mma.cuh). Bound: bytes of weights from L2, until the rows fill the machine.
+// block (circuit_mma.cuh). Bound: bytes of weights from L2, until there are enough rows to occupy
+// all multiprocessors.
 //
 // A sum below the trusted bound of its mode is recomputed by the warp, in float32, from shifted
 // terms. Scaled operands and rescue are our choice (docs/notes/circuit_engine.md).

@@ -30,7 +30,7 @@ LX_DEVICE float scale_values(const float* l, int n, float* value, float* partial
     return top;
 }
 
-// sum W_i value_i and sum W_i, shifted by the running maximum of the weights.
+// Running sum W_i value_i and sum W_i, shifted by the running maximum of the weights.
 template <class T>
 struct OnlineDot {
     float top = kImpossible, dot = 0, total = 0;

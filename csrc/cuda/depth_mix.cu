@@ -1,5 +1,5 @@
-// Mixes of normed hidden states: mixed[t] = sum_e w[t, e] n_e[t], n_e = gamma_e (h_e - m_e) r_e +
-// beta_e; with a router w[t] = softmax(R n_{k-1}[t] + c).
+// Mixes of normalised hidden states: mixed[t] = sum_e w[t, e] n_e[t], n_e = gamma_e (h_e - m_e) r_e
+// + beta_e; with a router w[t] = softmax(R n_{k-1}[t] + c).
 //
 // A block computes a row; a thread holds two pieces of 16 bytes of one hidden state at a time. The
 // next hidden state is loaded while the block sums the squares of the current one; the mix

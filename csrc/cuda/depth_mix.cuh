@@ -7,7 +7,7 @@
 
 namespace lora_ext {
 
-constexpr int kMixThreads = 512;  // of the largest block
+constexpr int kMixThreads = 512;  // threads of the largest block
 constexpr int kHeld = 2;          // pieces of 16 bytes of a row per thread
 constexpr int kMixWarps = kMixThreads / lx::kWarpSize;
 
@@ -49,7 +49,7 @@ class BlockSums {
 };
 
 // The elements of a row that this thread holds: pieces `rank`, `rank + threads`. Beyond the row it
-// reads the last piece, which counts as zero.
+// loads the last piece again, which counts as zero.
 template <class T>
 struct Columns {
     int width;

@@ -1,4 +1,4 @@
-// Backward pass of a mix of normed hidden states; lora_ext/depth_mix.h has the formulas.
+// Backward pass of a mix of normalised hidden states; lora_ext/depth_mix.h has the formulas.
 //
 // A block processes one hidden state of the rows of a part, row after row. A thread holds two
 // pieces of g and of h of a row while those of the next row are loaded. Its shares of dgamma and
@@ -38,8 +38,8 @@ LX_DEVICE float* partial_of(const DepthMixArgs& args) {
     return static_cast<float*>(args.partial) + blockIdx.x * mix_sums(args);
 }
 
-// Computes gradients of the router's logits of one row from the gradients of its weights, and
-// writes them to shared memory and over the latter. A barrier separates reads from writes.
+// Converts the gradients of one row's weights to gradients of the router's logits, and writes them
+// to shared memory and over the gradients of the weights. A barrier separates reads from writes.
 LX_DEVICE void turn_to_logits(const DepthMixArgs& args, int64_t row, float* dl) {
     const int own = lx::thread_rank();
     float mine = 0, mean = 0;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
     }
 }
 
-// The same for rows of any width and at any address.
+// Backward pass for rows of any width and at any address.
 template <class T, class G>
 __global__ void __launch_bounds__(kAnyThreads, 2)
     depth_mix_backward_any_kernel(const __grid_constant__ DepthMixArgs args, bool routed) {

@@ -13,7 +13,7 @@ constexpr LaunchStatus kInvalidValue = 1;  // cudaErrorInvalidValue
 constexpr int64_t kMaxGridX = INT32_MAX;
 
 // Returns the maximum dynamic shared memory of a block on this device. Static arrays take less than
-// 2 KiB in every kernel that uses it (the plan: 4.2).
+// 2 KiB in every kernel that uses dynamic memory, except in the plan's kernel (4.2 KiB).
 inline int64_t most_dynamic_bytes(int64_t static_bytes = 2048) {
     return lx::shared_memory_per_block() - static_bytes;
 }

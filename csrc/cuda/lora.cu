@@ -1,5 +1,5 @@
 // The LoRA launchers. The kernels depend only on sizes known to the host, so a captured graph
-// always contains the same ones. Nothing here allocates or waits.
+// always contains the same kernels. Nothing here allocates or waits.
 //
 //   T <= 256   chunks of 16 rows     shrink_decode, expand with four warps along the outputs
 //   T >  256   chunks of 64 or 128   shrink, expand with a warp per 16 rows
@@ -12,8 +12,8 @@ namespace {
 
 constexpr int kDecodeTokens = 256;
 
-// Large ranks at prefill: split until there are 198 blocks, 1.5 per multiprocessor of an H100,
-// which holds two; more would be a second wave.
+// Large ranks at prefill: the sum is split until there are 198 blocks, 1.5 per multiprocessor of an
+// H100. A multiprocessor holds two blocks, so more blocks would need a second wave.
 SumOrder gemm_order(const LoraArgs& args) {
     const int64_t in = args.bank.in_features;
     const int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens)) *
@@ -47,8 +47,8 @@ Partials partials(const LoraArgs& args) {
             scaled};
 }
 
-// Prefill: every 512 outputs read all splits of v. From 16 MB of such reads on, the splits are
-// summed first; the threshold is an estimate, not a measurement. No bit depends on it.
+// Prefill: every 512 outputs read all splits of v. If these reads reach 16 MB, the splits are
+// summed first; the threshold is an estimate, not a measurement. The result does not depend on it.
 bool sums_splits_first(const LoraArgs& args, const Partials& v) {
     const int64_t again = ceil_div(args.bank.out_features, 512) - 1;
     if (large_rank(args.bank)) return v.splits > 1;
@@ -84,7 +84,7 @@ LaunchStatus run_shrink(const Module& module, void* stream) {
                            stream);
 }
 
-// Without in-features or ranks the delta is zero.
+// With zero in-features or ranks the delta is zero.
 bool adds_nothing(const LoraArgs& args) {
     return empty(args) || args.bank.out_features == 0 || args.bank.in_features == 0;
 }

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
         if (!v.scaled && bank.scale) scale = bank.scale[slot];
     };
     const RowTile tile = find_tile<kRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
-    // Another sibling may have more outputs.
+    // The block may exist only because another sibling has more outputs.
     if (tile.rank == 0 || (kModules > 1 && begin >= bank.out_features)) {
         lx::grid_dependency_wait();  // this grid must not end before its producer
         return;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     if (lx::warp_id() == 0) page_of[lane] = page;
     // One bit for each page that exists.
     const unsigned pages = lx::ballot_sync(lx::kFullMask, lane * kPageRanks < tile.rank && page);
-    lx::syncthreads();  // row_of, page_of
+    lx::syncthreads();  // row_of and page_of are complete
     if (pages == 0) {
         lx::grid_dependency_wait();
         return;

@@ -8,10 +8,10 @@
 //
 // One kernel, four kinds: left (x, dy, v or dv, its rows gathered through the plan) times right (a
 // or b). Block (16, 64 or 128 rows of one adapter, 128 columns), four warps of up to 64 x 64. A
-// stage is 128 bytes of each row of left and as many k of right. cp.async fills a ring of stages of
-// at most 96 KiB, so that two blocks fit a multiprocessor and one fits any device. Ranks are
-// iterated over or divided like any other axis: no array grows with them, and a block stops at the
-// adapter's rank.
+// stage holds 128 bytes of each row of left and the corresponding k of right. cp.async fills a ring
+// of stages of at most 96 KiB, so that two blocks fit a multiprocessor and one fits any device.
+// Ranks are iterated over or divided like any other axis: no array in registers or shared memory
+// grows with the rank, and a block stops at the adapter's rank.
 //
 // Right has the same layout in shared memory as in global memory: column by column (a for kShrink,
 // b for kExpand), or k by k (kProject, kInput), transposed by ldmatrix.trans. 16-byte pieces are
@@ -19,10 +19,11 @@
 //
 // v and dv are float32. With a 16-bit right each warp splits its floats in registers:
 //   bfloat16   v = high + low, two m16n8k16
-//   float16    right as floats, exact in tf32; v = high + low in tf32: any size of v
+//   float16    right as floats, exact in tf32; v = high + low in tf32: any magnitude of v
 //
 // The products of an element are added in the order of k, to one sum for each slice of k, and the
-// slices in order: no bit depends on the tile or on the other rows of the batch.
+// slices in order. The result therefore depends neither on the tile nor on the other rows of the
+// batch.
 #pragma once
 
 #include "lora_gemm_tile.cuh"
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
         if constexpr (kProduct == Product::kExpand) lx::grid_dependency_wait();
         return;
     }
-    lx::syncthreads();  // row_of
+    lx::syncthreads();  // row_of is complete
     for (int row = thread; row < kRows; row += kGemmThreads)
         left_of[row] = static_cast<const Left*>(args.left) +
                        row_of[row < tile.rows ? row : 0] * args.left_row_stride;
@@ -281,7 +282,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
                     if (args.dropout.threshold != 0) {
                         bool keep[kVec<T>];
                         keep_elements_of(mask, mask.row(row, row_of[row]), column, keep);
-                        // Adding -0 changes no bit, not even of another -0.
+                        // Adding -0 leaves every number unchanged, even another -0.
 #pragma unroll
                         for (int e = 0; e < kVec<T>; ++e) d[e] = keep[e] ? d[e] : -0.0f;
                     }

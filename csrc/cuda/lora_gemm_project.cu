@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kGemmThreads)
         lx::grid_dependency_wait();  // this grid must not end before its producer
         return;
     }
-    lx::syncthreads();  // row_of
+    lx::syncthreads();  // row_of is complete
     const float factor = inverse_keep * (args.bank.scale ? args.bank.scale[tile.slot] : 1.0f);
     // Four ranks per lane. Missing ranks read the block's first ones.
     const int rank = first + lx::lane_id() * 4, n = tile.rank - rank;

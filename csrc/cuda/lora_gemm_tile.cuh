@@ -27,7 +27,8 @@ struct GemmShape {
     static constexpr int kStageBytes = kRows * kLeftRow + kRightRows * kRightRow;
     static constexpr int kStages = lx::min(4, 98304 / kStageBytes);
     static constexpr int kRingBytes = kStages * kStageBytes;
-    // An update passes through the ring as floats; the stores of a warp have no bank conflict.
+    // An update passes through the ring as floats. With this row size the stores of a warp have no
+    // bank conflict.
     static constexpr int kDeltaRow = kGemmColumns + 8;
     static_assert(!kUpdate || kRows * kDeltaRow * 4 <= kRingBytes);
 
@@ -45,8 +46,9 @@ struct GemmShape {
     static constexpr int kUnroll = kTf32 || (kUpdate && kRows == 128) ? 1 : kRows == 128 ? 2 : 4;
     using Sums = float[kTilesM][kTilesN][4];
 
-    // Position of piece `piece` in a row. A split left is read as float2, 32 bytes of each of four
-    // rows at once; a transposed right of floats as floats, 32 bytes of each of four rows.
+    // Position of piece `piece` in a row. A left operand that is split is read as float2, 32 bytes
+    // of each of four rows at once. A transposed right operand of floats is read as floats, 32
+    // bytes of each of four rows.
     __host__ __device__ static constexpr int left_piece(int row, int piece) {
         return piece ^ (kParted ? 2 * row : row) % 8;
     }

@@ -7,12 +7,12 @@
 // read one stage earlier. ldmatrix.trans transposes x to operand A; the floats of v are split into
 // operand B in registers:
 //   bfloat16   v = high + low, two m16n8k16
-//   float16    as floats, exact in tf32; v = high + low in tf32: any size of v
+//   float16    as floats, exact in tf32; v = high + low in tf32: any magnitude of v
 //   float32    three tf32 products of parts
-// Splitting a float into two tf32 needs registers: these types use 64 columns.
+// Splitting a float into two tf32 needs more registers, so these types use 64 columns.
 //
-// One sum for all rows of the adapter, in order. The choice between the two kernels depends only on
-// (R, width), so a gradient depends only on the rows of its adapter.
+// There is one sum for all rows of the adapter, in order. The choice between the two kernels
+// depends only on (R, width), so a gradient depends only on the rows of its adapter.
 #include "lora_train.cuh"
 
 namespace lora_ext {

@@ -70,7 +70,7 @@ LX_DEVICE S widen(T x) {
 // The ranks of one side of a tile.
 template <class T>
 struct Side {
-    const T* data;             // of its first rank
+    const T* data;             // of the side's first rank
     const T* minus;            // subtracted from each element, or nullptr
     int stride, minus_stride;  // elements between rows
     int ranks;
@@ -97,11 +97,11 @@ struct Sides {
     bool same;   // y is x
 };
 
-// The part of a thread in a product: the sums (4 i + m, 4 j + n) over the elements of its group.
+// The share of a thread in a product: the sums (4 i + m, 4 j + n) over the elements of its group.
 struct Part {
     int i, j, group, groups, lanes;
 
-    // lower: only i >= j of a diagonal tile.
+    // If `lower`, the tile is diagonal and only sums with i >= j are computed.
     LX_DEVICE Part(int rows, int columns, bool lower) {
         const int thread = lx::thread_rank();
         const int down = (rows + 3) / 4, across = (columns + 3) / 4;

@@ -25,13 +25,14 @@ struct Modules {
     }
 };
 
-// The stages. Several modules share the same rows, at most 256, and are all aligned.
+// Launchers of the stages. Several modules share the same rows, at most 256, and are all aligned.
 LaunchStatus run_shrink_decode(std::span<const Module> modules, void* stream);
-// args.v: the sum of the splits `v`, or the first split.
+// Writes args.v, the sum of the splits `v`; args.v may also be the first split.
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream);
 LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* stream);
 
-// The same for large ranks: grouped products of lora_gemm.cuh. The caller has declared the buffers.
+// Launchers of the stages for large ranks: grouped products of lora_gemm.cuh. The caller has
+// declared the buffers.
 constexpr int kGemmColumns = 128;  // per block
 LaunchStatus run_gemm_shrink(const LoraArgs& args, const Partials& v, void* stream);
 // inverse_keep: 1 / (1 - p) of training. The rows of v are 16-byte aligned and have whole pages.

@@ -42,7 +42,7 @@ LX_DEVICE int block_scan(int x, int (&warp_sums)[kWarps], int& total) {
 
 // Rows of a tile, and their destination in the next pass of the sort.
 struct Sorted {
-    uint32_t *keys, *next_keys;  // slot; num_adapters for rows without one
+    uint32_t *keys, *next_keys;  // slot; num_adapters for rows without an adapter
     uint16_t *rows, *next_rows;  // relative to the start of the tile
 };
 
@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(kThreads)
                 identity && (tile.rows[i] == i || tile.keys[i] == static_cast<uint32_t>(slots));
         }
     } else {
-        // ends[s]: number of rows of s, then its start, and finally, advanced row by row, its end.
+        // ends[s] is first the number of rows of slot s, then its start, which finally advances row
+        // by row to its end.
         int32_t* ends = slot_begin + 1;
         for (int s = thread; s <= slots; s += kThreads) ends[s] = 0;
         if (thread == 0) slot_begin[0] = 0;

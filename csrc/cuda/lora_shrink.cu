@@ -30,7 +30,7 @@ LX_DEVICE int place_of(int row, int piece) {
     return row * kStageRow + (piece ^ row % 2 * 4) * kPieceBytes;
 }
 
-// kWalk: all slices of a row, one after another; otherwise one of them.
+// kWalk: the block computes all slices of a row, one after another; otherwise only one slice.
 template <class T, int kRows, bool kWalk>
 __global__ void __launch_bounds__(kThreads, 2)
     lora_shrink_kernel(const __grid_constant__ Projection args,
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (ranks <= 0) return;
     const int pages = (ranks + kPageRanks - 1) / kPageRanks;
     if (thread < pages) page_of[thread] = a_page<T>(bank, tile.slot, first_page + thread);
-    lx::syncthreads();  // row_of, page_of
+    lx::syncthreads();  // row_of and page_of are complete
 
     const int begin = static_cast<int>(blockIdx.y) * slices.per_block * slices.width;
     const int end = kWalk ? bank.in_features : lx::min(begin + slices.width, bank.in_features);

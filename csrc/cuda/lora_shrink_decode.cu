@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     const int ranks = lx::min(tile.rank - first_page * kPageRanks, kGroupPages * kPageRanks);
     if (ranks <= 0) return;
     const int pages = (ranks + kPageRanks - 1) / kPageRanks;
-    lx::syncthreads();  // row_of
+    lx::syncthreads();  // row_of is complete
 
     const int width = v.split_width / kWarps;
     const int begin = static_cast<int>(blockIdx.y) * v.split_width + warp * width;
@@ -148,7 +148,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
 }
 
 // v[t, j] = scale[s] * sum of the splits. v may overlap the splits: a warp reads the splits of its
-// elements and then writes them. For callers that need v, and before many blocks of expand.
+// elements and then writes them. Used for callers that need v, and before an expand with many
+// blocks.
 __global__ void __launch_bounds__(128)
     lora_reduce_kernel(const __grid_constant__ LoraArgs args, const __grid_constant__ Tiling tiling,
                        const __grid_constant__ Partials v) {
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(128)
         lx::grid_dependency_wait();  // this grid must not end before its producer
         return;
     }
-    lx::syncthreads();  // row_of
+    lx::syncthreads();  // row_of is complete
     lx::grid_dependency_wait();
     const int count = tile.rows * tile.rank;
     for (int first = lx::warp_id() * lx::kWarpSize; first < count; first += 128) {

@@ -59,7 +59,7 @@ LX_DEVICE int64_t valid_rows(const LoraPlanArgs& ids) {
     return ids.num_valid ? lx::min<int64_t>(*ids.num_valid, ids.num_tokens) : ids.num_tokens;
 }
 
-// Up to kRows rows that share an adapter. Rank 0: no work.
+// Up to kRows rows that share an adapter. If the rank is 0, there is no work.
 struct RowTile {
     int slot, rows, rank;
     int first;  // with a plan: start of its rows in perm
@@ -110,12 +110,12 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     return tile;
 }
 
-// The same for decode, where no other work hides the latency before the first byte of a factor, in
-// two memory round trips. The first loads the chunk's entry, or the ids. The second loads
-// everything that depends on the slot before any of it is used: rows, rank, and the loads of
-// also(slot), page numbers and a scale. syncwarp after each trip keeps the compiler from moving
-// loads down to save registers. (Kernels of the form above have no spare registers, and other work
-// to hide the latency.) A block has at least kRows threads.
+// Variant of find_tile for decode, where no other work hides the latency before the first byte of a
+// factor. It takes two memory round trips. The first loads the chunk's entry, or the ids. The
+// second loads everything that depends on the slot before any of it is used: rows, rank, and the
+// loads of also(slot), page numbers and a scale. syncwarp after each trip keeps the compiler from
+// moving loads down to save registers. (Kernels that use the variant above have no spare registers,
+// and other work that hides the latency.) A block has at least kRows threads.
 template <int kRows, class Also>
 LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int index,
                             int32_t (&row_of)[kRows], Also&& also) {
@@ -229,14 +229,15 @@ LX_DEVICE const T* b_page(const LoraBank& bank, int slot, int page) {
     return at < 0 ? nullptr : static_cast<const T*>(bank.b) + at;
 }
 
-// The same in two steps. Returns the table's number of a page of the slot; beyond the table's end
-// it reads a valid entry. Without a table nothing is read, and pages are their own numbers.
+// First of two steps to the address of a page. Returns the table's number of a page of the slot;
+// beyond the table's end it reads a valid entry. Without a table nothing is read, and pages are
+// their own numbers.
 LX_DEVICE int page_number(const LoraBank& bank, int slot, int page) {
     if (!bank.page_table) return page;
     const int here = lx::max(lx::min(page, bank.pages_per_slot - 1), 0);
     return bank.page_table[int64_t{slot} * bank.pages_per_slot + here];
 }
-// Returns the address of the page of this number in `base`.
+// Second step. Returns the address in `base` of the page with this number.
 template <class T>
 LX_DEVICE const T* page_at(const LoraBank& bank, const void* base, int slot, int number,
                            int64_t slot_stride, int64_t page_stride) {

@@ -50,7 +50,7 @@ Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass = false
 int64_t slices_bytes(const Slices& slices);
 int64_t projection_workspace(const LoraArgs& args, bool side_b);
 LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream);
-// Side A without the final sum: serving computes it in expand.
+// Side A without the final sum over slices: as in serving, expand computes it.
 LaunchStatus run_shrink_rows(const Projection& args, const Slices& slices, void* stream);
 // The steps of run_projection: the kernel's output, its buffers, and the final sum.
 Projection projection_step(const Projection& args, const Slices& slices, void* workspace);
@@ -78,7 +78,7 @@ struct Gradient {
     bool rank_major;
 };
 int64_t gradient_workspace(const Gradient& args);
-// beside: the projection of side B, in the same pass over dy.
+// beside: the projection of side B, to compute in the same pass over dy.
 LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream,
                           const Projection* beside = nullptr);
 constexpr int64_t kMostParts = 256 << 20;  // bytes of partial sums; above: two passes, no parts of
@@ -89,8 +89,8 @@ bool takes_one_pass(const Gradient& args, const LoraArgs& side_b);
 // dx[t, :] += mask * (dv[t, :] A)
 LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream);
 
-// The same for large ranks with enough rows or tiles: lora_gemm.cuh and lora_gemm_weights.cu. The
-// caller has declared the buffers.
+// Launchers of the same stages for large ranks with enough rows or tiles: lora_gemm.cuh and
+// lora_gemm_weights.cu. The caller has declared the buffers.
 LaunchStatus run_gemm_projection(const Projection& args, bool side_b, const Slices& slices,
                                  void* stream);
 LaunchStatus run_gemm_input_gradient(const LoraTrainArgs& args, void* stream);

@@ -3,9 +3,10 @@
 // Block (64 rows of one adapter, range of columns), eight warps: four along the rows, two along the
 // columns of a band of 256 bytes. The rows of dv stay in shared memory. The ranks of A for the next
 // band are loaded by cp.async while the current band is written. If a block has no space for all
-// ranks, they and dv are loaded in stages, in order, so that no bit depends on the space. The
-// product is written to shared memory as floats, so that a thread holds 16 bytes of dx in a row:
-// one load, issued before the product, two Philox calls for its mask, one rounding, one store.
+// ranks, they and dv are loaded in stages, in order, so that the result does not depend on the
+// available space. The product is written to shared memory as floats, so that a thread holds 16
+// bytes of dx in a row: one load, issued before the product, two Philox calls for its mask, one
+// rounding, one store.
 //   bfloat16   dv = high + low, two m16n8k16
 //   float16    A as floats, exact in tf32; dv = high + low in tf32
 //   float32    three tf32 products of parts
@@ -35,7 +36,7 @@ constexpr int shared_bytes(int pages) {
            kTrainRows * kDeltaRow<T> * 4;
 }
 
-// kStaged: a stage does not hold all ranks.
+// kStaged: one stage does not hold all ranks, so there are several.
 template <class T, bool kStaged>
 __global__ void __launch_bounds__(kThreads, 2)
     lora_train_input_kernel(const __grid_constant__ LoraTrainArgs args,
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const RowTile tile =
         find_tile<kTrainRows>(args.lora, tiling, static_cast<int>(blockIdx.x), row_of);
     if (tile.rank == 0) return;
-    lx::syncthreads();  // row_of
+    lx::syncthreads();  // row_of is complete
 
     const int all_pages = (tile.rank + 15) / 16 * 2;
     const int stages = kStaged ? (all_pages + width.pages - 1) / width.pages : 1;
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             for (int q = 0; q < kVec<T> / 4; ++q) {
                 const float4 part = from[q];
                 const float four[4] = {part.x, part.y, part.z, part.w};
-                // Adding -0 changes no bit, not even of another -0.
+                // Adding -0 leaves every number unchanged, even another -0.
 #pragma unroll
                 for (int e = 0; e < 4; ++e) d[4 * q + e] = keep[4 * q + e] ? four[e] : -0.0f;
             }

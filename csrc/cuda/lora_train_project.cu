@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kRows * 2, 2)
     const int pages = (ranks + kPageRanks - 1) / kPageRanks;
     const int page_pairs = (pages + 1) / 2;
     const int fill_rows = (tile.rows + kTileRows - 1) / kTileRows * kTileRows;
-    lx::syncthreads();  // row_of
+    lx::syncthreads();  // row_of is complete
 
     const int begin = static_cast<int>(blockIdx.y) * slices.per_block * slices.width;
     const int end = static_cast<int>(lx::min<int64_t>(
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(128)
     const RowTile tile =
         find_tile<kTileRows>(args.lora, tiling, static_cast<int>(blockIdx.x), row_of);
     if (tile.rank == 0) return;
-    lx::syncthreads();  // row_of
+    lx::syncthreads();  // row_of is complete
     const float factor = projection_factor(args, tile.slot);
     for (int i = lx::thread_rank(); i < tile.rows * tile.rank; i += 128) {
         const int64_t row = row_of[i / tile.rank];
@@ -210,7 +210,7 @@ Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass) {
         tiles *= lx::max(1, lora_chunk_rows(args.num_tokens) / kTrainRows) *
                  ceil_div(bank.max_rank, kProjectedRanks);
     }
-    // True if the tiles alone give two blocks per multiprocessor of an H100 (132).
+    // True if the tiles alone give two blocks per multiprocessor of an H100 (132 multiprocessors).
     const bool walk = s.count == 1 || (!in_pass && tiles >= 264);
     s.per_block = walk ? s.count : 1;
     s.finished = walk;

@@ -10,11 +10,12 @@
 // and splits v into high and low bfloat16. ldmatrix.trans transposes both. A warp has 16 columns of
 // each band of 128 and all ranks, and keeps their sums for the whole range.
 //   bfloat16   v = high + low, two m16n8k16: 16 bits of v
-//   float16    as floats, exact in tf32; v = high + low in tf32, two m16n8k8: any size of v
+//   float16    as floats, exact in tf32; v = high + low in tf32, two m16n8k8: any magnitude of v
 //   float32    three tf32 products of parts
 // The rows of an adapter are summed in ranges of a fixed length counted from its first row, each
 // range starting at zero, the ranges in order. Each range has a block, and a second kernel adds the
-// ranges of adapters with several. The bits therefore depend only on the rows of the adapter.
+// ranges of each adapter that has several. The bits therefore depend only on the rows of the
+// adapter.
 //
 // dv: the block's part of B stays in shared memory. In a step a warp computes 16 rows and one or
 // two pages of ranks, summed over its slice of the columns. The slices are added in order, with the
@@ -313,7 +314,7 @@ LX_DEVICE void fill_factor(unsigned char* to, const LoraBank& bank, const Block&
     }
 }
 
-// Blocks per multiprocessor. Parts of float16 and the sums of 64 ranks need many registers.
+// Blocks per multiprocessor. The parts of float16 and the sums of 64 ranks need many registers.
 template <class T, int kPages>
 constexpr int kBlocks = kPages == 2 && !std::is_same_v<T, lx::f16> ? 2 : 1;
 
@@ -447,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kPages>)
     }
 }
 
-// Adds the ranges of adapters with several, one band of 128 columns per block.
+// Adds the ranges of each adapter that has several ranges, one band of 128 columns per block.
 template <class T, int kPages>
 __global__ void __launch_bounds__(kThreads, 3)
     lora_train_weights_reduce_kernel(const __grid_constant__ Gradient args,
@@ -463,7 +464,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     const float4* from = parts_of<T, kPages>(shape, block, index % static_cast<unsigned>(tiles)) +
                          band * kPages * kThreads;
     const int64_t stride = tiles * (kBands<T> * kPages * kThreads);
-    // Eight loads are in flight together. A missing page or range reads another one.
+    // Eight loads are in flight together. A missing page or range is replaced by another, whose
+    // value is not used.
     constexpr int kBatch = 8 / kPages;
     BandSums<kPages> total = {};
 #pragma unroll 1

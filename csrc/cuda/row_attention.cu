@@ -16,7 +16,7 @@ namespace lora_ext {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * lx::kWarpSize;
-constexpr int kOwn = 4;  // rows per warp
+constexpr int kOwn = 4;  // query rows per warp
 constexpr int kRows = kWarps * kOwn;
 constexpr int kKeys = lx::kWarpSize;
 constexpr int kDepth = 64;

@@ -4,7 +4,7 @@
 //
 // This file: one launch, a block per row of the batch. A warp per row of target computes its
 // maximum, then the sum of exp((logit - max) / T), reading from cache the second time. All
-// positions are processed at once, since the rows are few and the block would idle. After one
+// positions are processed at once, since otherwise most warps of the block would idle. After one
 // barrier every thread has the rejected position. Groups of lanes compute the norms of its leaves.
 // Then lanes iterate over the vocabulary, and a weight of the draw costs C exponentials; the warps
 // that search a chunk of 32 for the index recompute its weights. Bound: latency of a load, a

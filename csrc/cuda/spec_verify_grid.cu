@@ -1,5 +1,6 @@
 // Verification if the logits of a row of the batch are too many for one multiprocessor: four
-// kernels that each use the whole machine. Each starts early and waits for the previous one.
+// kernels that each use the whole machine. Each kernel may start before the previous one ends, and
+// waits for its results.
 //
 //   verify_target   (row, position, span)  maximum and sum of exp of 2048 logits of target
 //   verify_leaves   (row, state, span)     all blocks: the rejected position, from those sums;
