@@ -49,7 +49,7 @@ void by_dtype(const Args& args, Rest... rest) {
     }
 }
 
-// Entry of a table. A lambda would get a symbol there, because the table has one.
+// Entry of a table. A lambda would become an exported symbol here, because the table is one.
 #define LX_BY_DTYPE(f) by_dtype<f<float>, f<Half>, f<BFloat>, f<double>>
 
 }  // namespace

@@ -50,7 +50,8 @@ int64_t argmax_of(const T* row, int64_t n) {
 // ------------------------------------------------------------------------------------------------
 // The leaves of one position, C rows of V logits of any dtype.
 
-// log p = logit - top - log_sum loses no digits of large logits. log_sum -inf: nothing is possible.
+// log p = logit - top - log_sum loses no digits of large logits. If log_sum is -inf, no token is
+// possible.
 template <typename A>
 struct Norms {
     A *top, *log_sum;

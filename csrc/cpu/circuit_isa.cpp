@@ -16,8 +16,8 @@
 // otherwise that vector of states is computed from the logarithms, whose difference is at most 0.
 // The same holds for Y, row by row.
 //
-// One thread computes each row of the batch, and of V logits, in one order: no bit depends on
-// threads or on the batch.
+// One thread computes each row of the batch, and each row of V logits, in a fixed order. The result
+// therefore depends neither on the number of threads nor on the rest of the batch.
 #include "by_dtype.h"
 #include "circuit_walk.h"
 
@@ -248,8 +248,9 @@ struct Reverse {
         return of ? static_cast<const A*>(of)[b * c.n_token + k] : A(0);
     }
 
-    // From x = cur and the gradients at position k: `gradient` becomes that of cur, de_k that of
-    // cur + e_k plus dup, if given, since e_k is also part of up. x becomes cur + e_k.
+    // Computes the gradients at position k from x = cur: `gradient` becomes the gradient of cur,
+    // and de_k the gradient of cur + e_k, plus dup if given, since e_k is also part of up. x
+    // becomes cur + e_k.
     void position(int64_t k, A* x, A* gradient, const A* dup) {
         A* const before = ratio;
         const A weight = exp_of(x, shift_of(max_of(x, width)), width, before);
@@ -279,7 +280,8 @@ struct Reverse {
         exp_of(up, shift, width, up_weight);
         exp_of(u, shift, width, u_weight);
     }
-    // Row z of Y: `linear` is the factor of E times up_weight; 0: use the exact logarithms.
+    // Row z of Y: `linear` is the factor of E times up_weight; if it is 0, use the exact
+    // logarithms.
     struct RowOfY {
         A linear, exact, minus, top;
     };

@@ -7,7 +7,8 @@
 //   out = top + log sum_z p[z] E[z, z']
 //   p[z] = exp(cur[z] - top) / sum E[z, :],  E = exp(a - max a)
 // so a transition costs one exponential. A sum below kTrusted may have lost terms to underflow: its
-// vector of states is recomputed as log-sum-exp of exact logarithms. If all are -inf, it is -inf.
+// vector of states is recomputed as log-sum-exp of exact logarithms. If all terms are -inf, the sum
+// is -inf.
 //
 // Logarithms are relative to a base in double, so that a chain of thousands of positions loses no
 // digits. A vector of states is padded with -inf to whole vectors.
@@ -91,7 +92,7 @@ LX_INLINE void add_to(A* x, const A* y, int64_t width) {
 // exp(a - top) of one row of logits, written to `out` and padded with zeros; top and the sum.
 template <typename P>
 struct SoftmaxRow {
-    Acc<P> top, sum;  // sum 0: nothing is possible
+    Acc<P> top, sum;  // sum is 0 if nothing is possible
 
     LX_INLINE SoftmaxRow(const P* a, int64_t n, Acc<P>* out) {
         constexpr int L = kLanes<P>;

@@ -1,4 +1,5 @@
-// CPU plan of a batch, a stable counting sort of its rows by slot, and row ids from segments.
+// Plan of a batch on the CPU, by a stable counting sort of its rows by slot, and row ids from
+// segments.
 #include "lora_ext/lora.h"
 
 #include <algorithm>

@@ -2,10 +2,10 @@
 // kRankSpan.
 //
 // Both factors are packed into stack buffers: widened, masked, transposed so that lanes run along a
-// row of the result, and dense, because rows whole powers of two apart would share one set of the
-// L1 cache. Registers hold kTileRows x 2 vectors of the result. The stack holds the sums of a block
-// of kSumRows rows and kRankSpan columns while the loop over depth runs. The block has that many
-// rows so that the right factor, read from memory in short pieces, is packed rarely.
+// row of the result, and dense, because rows at a distance of a power of two would share one set of
+// the L1 cache. Registers hold kTileRows x 2 vectors of the result. The stack holds the sums of a
+// block of kSumRows rows and kRankSpan columns while the loop over depth runs. The block has that
+// many rows so that the right factor, read from memory in short pieces, is packed rarely.
 //
 // An element of the result has one accumulator and adds its products in ascending order: its bits
 // depend only on its row, its column and the depth.
@@ -113,8 +113,8 @@ void pack_rows(const Rows<E>& from, int64_t rows, int64_t begin, int64_t width, 
 }
 
 // to[k][r] = A[first + r][begin + k], padded with zeros to a whole vector. The ranks of a vector
-// are first copied to the stack, row by row: transposing directly from rows whole powers of two
-// apart would load lines that evict each other from the cache.
+// are first copied to the stack, row by row: transposing directly from rows at a distance of a
+// power of two would load lines that evict each other from the cache.
 template <typename T>
 void pack_a(const Slot<T>& slot, int64_t begin, int64_t depth, int64_t first, int64_t ranks,
             Acc<T>* to, int64_t to_row) {

@@ -7,9 +7,9 @@
 //   dA       = sum_t dv[t, :]^T (m * x)[t, :] inputs
 //   dx[t, :] = dx[t, :] + m * (dv[t, :] A)    inputs
 //
-// Order of every sum, so that no bit depends on threads or on other adapters: one accumulator each,
-// features ascending in v and dv (then times c), the adapter's rows ascending in dA and dB, ranks
-// ascending in dx (then dx + sum, rounded once).
+// Order of every sum, so that the result depends neither on threads nor on other adapters: one
+// accumulator each, features ascending in v and dv (then times c), the adapter's rows ascending in
+// dA and dB, ranks ascending in dx (then dx + sum, rounded once).
 //
 // All five are products of packed blocks (lora_product.h). Ranks are processed in spans of
 // kRankSpan, so that no buffer grows with them.

@@ -4,7 +4,7 @@
 // twice, in chunks that stay in the L1 cache: for the scores, with keys in lanes, and for the
 // values, with features in lanes. In between the weights of each row are computed separately. The
 // rows of a tile share the loads of keys and values. Each element is one chain of multiply-adds in
-// the row's own order, so no bit depends on the other rows of the tile.
+// the row's own order, so the result does not depend on the other rows of the tile.
 #include "lora_ext/row_attention.h"
 
 #include "by_dtype.h"

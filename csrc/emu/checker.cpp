@@ -36,8 +36,8 @@ const char* verb(Touch how) {
 // Clocks that each block has acquired. Only blocks of a resident launch resume.
 std::unordered_map<uint32_t, BlockClocks> acquired;
 std::unordered_map<const void*, BlockClocks> released;  // by address
-// The same per value of a counter. A thread that waits for a value is ordered after the atomics
-// that led to this value, but not after later ones.
+// The same clocks for each value of a counter. A thread that waits for a value is ordered after the
+// atomics that led to this value, but not after later ones.
 std::unordered_map<const void*, std::vector<std::pair<uint64_t, BlockClocks>>> counted;
 
 bool ordered(const Record& before, const Thread& now) {
@@ -263,7 +263,7 @@ void touch(const void* pointer, size_t bytes, Touch how, bool must_align, const 
     if (must_align && p % bytes != 0) {
         report("alignment", place,
                describe(t) + " " + verb(how) + " " + bytes_text(bytes) + " of " + name +
-                   " at an address that is not a multiple of their number");
+                   " at an address that is not aligned to this size");
     }
     if (cells) {
         shadow(cells, (p - base) / kCellBytes, (p + bytes - 1 - base) / kCellBytes, how, shared,
@@ -276,13 +276,13 @@ void check_shared(const void* pointer, size_t bytes, const char* instruction, co
         static_cast<size_t>(static_cast<const unsigned char*>(pointer) - machine.arena);
     if (offset >= kArenaBytes + kArenaSlack || !find_shared(offset, bytes)) {
         fatal("bounds", place,
-              describe(*machine.current) + " gives " + instruction + " " + bytes_text(bytes) +
+              describe(*machine.current) + " passes " + instruction + " " + bytes_text(bytes) +
                   " at " + nearest(reinterpret_cast<uintptr_t>(pointer)) +
                   ", which is not inside shared memory");
     }
     if (offset % bytes != 0) {
         report("alignment", place,
-               describe(*machine.current) + " gives " + instruction +
+               describe(*machine.current) + " passes " + instruction +
                    " a shared address that is not " + std::to_string(bytes) + "-byte aligned");
     }
 }

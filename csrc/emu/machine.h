@@ -37,7 +37,7 @@ struct Place {
 struct Warp;
 
 // Per warp of another block, the clock up to which its accesses are ordered before a given point.
-// BlockClocks maps the serial number of a block to it.
+// BlockClocks maps the serial number of a block to its BlockClock.
 using BlockClock = std::array<uint32_t, kMaxWarps>;
 using BlockClocks = std::unordered_map<uint32_t, BlockClock>;
 
@@ -80,9 +80,9 @@ struct Warp {
     unsigned live;
     int num_slots;
     std::array<Slot, kWarpSize> slots;
-    // Vector clocks. clock[w]: accesses of warp w up to it precede this warp's next access.
+    // Vector clock. Accesses of warp w up to clock[w] precede this warp's next access.
     std::array<uint32_t, kMaxWarps> clock;
-    // The same between the lanes of this warp, advanced by syncwarp.
+    // Vector clocks between the lanes of this warp, advanced by syncwarp.
     std::array<std::array<uint32_t, kWarpSize>, kWarpSize> lane_clock;
 };
 
@@ -200,7 +200,8 @@ void yield();
 void wait_for_blocks(const unsigned* counter, unsigned least, Site site);
 [[noreturn]] void stop_launch();  // returns to run(); no fiber continues
 
-// Joins the lanes of `mask`. The last lane computes for all, with every lane's operand in its slot.
+// Waits for the lanes of `mask`. The last lane to arrive computes for all lanes, with every lane's
+// operand in the slot.
 void collective(const char* name, unsigned mask, void* operand, void (*compute)(Warp&, const Slot&),
                 Site site);
 

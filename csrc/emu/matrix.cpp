@@ -184,14 +184,15 @@ void cp_async(void* shared, const void* global, int bytes, int source_bytes, Sit
     const Place place(site);
     if (source_bytes < 0 || source_bytes > bytes) {
         fatal("bounds", place,
-              describe(*machine.current) + " gives cp.async a source size of " +
-                  std::to_string(source_bytes) + " of " + std::to_string(bytes) + " bytes");
+              describe(*machine.current) + " passes cp.async a source size of " +
+                  std::to_string(source_bytes) + "; expected 0 to " + std::to_string(bytes) +
+                  " bytes");
     }
     check_shared(shared, static_cast<size_t>(bytes), "cp.async", place);
     const auto from = reinterpret_cast<uintptr_t>(global);
     if (from % static_cast<size_t>(bytes) != 0) {
         report("alignment", place,
-               describe(*machine.current) + " gives cp.async a global address that is not " +
+               describe(*machine.current) + " passes cp.async a global address that is not " +
                    std::to_string(bytes) + "-byte aligned");
     }
     if (source_bytes > 0) {

@@ -66,8 +66,8 @@ void complete_block_barrier() {
         if (first->site.line() != t->site.line() ||
             strcmp(first->site.file_name(), t->site.file_name()) != 0) {
             report("divergence", Place(t->site),
-                   describe(*t) + " waits in this barrier, " + describe(*first) +
-                       " of the same warp in the one at " + describe(Place(first->site)));
+                   describe(*t) + " waits in this barrier, while " + describe(*first) +
+                       " of the same warp waits in the one at " + describe(Place(first->site)));
             break;
         }
     }
@@ -89,7 +89,7 @@ void complete_block_barrier() {
     m.at_barrier = 0;
 }
 
-// Completes the collectives that only lanes that have ended were missing from.
+// Completes each collective that waits only for lanes that have ended.
 void release_collectives(Warp& warp);
 
 [[noreturn]] void exit_thread() {
@@ -129,8 +129,9 @@ void allocate(Block& block) {
 void prepare_block(uint3 index, int first_stack) {
     Machine& m = machine;
     m.block_serial = ++m.last_serial;
-    // NaN in every float type, an invalid index otherwise. Blocks that take turns share the array
-    // offsets, which any of them may allocate, so their whole arena is filled.
+    // Uninitialised shared memory reads as NaN in every float type and as an invalid index
+    // otherwise. Blocks that take turns share the array offsets, which any of them may allocate, so
+    // their whole arena is filled.
     const bool turns = m.resident;
     memset(m.arena, 0xff, turns ? kArenaBytes + kArenaSlack : m.shared_used);
     m.waits.clear();
@@ -232,13 +233,16 @@ int configuration_error(const Launch& l) {
     const uint64_t threads = uint64_t{l.block.x} * l.block.y * l.block.z;
     const uint64_t blocks = uint64_t{l.grid.x} * l.grid.y * l.grid.z;
     if (threads == 0 || threads > kMaxThreads || l.block.z > 64) {
-        report("resources", Place(), "a block of " + std::to_string(threads) + " threads");
+        report("resources", Place(),
+               "a block of " + std::to_string(threads) +
+                   " threads; expected 1 to 1024, at most 64 of them along z");
         return kInvalidConfiguration;
     }
     if (blocks == 0 || l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535) {
         report("resources", Place(),
                "a grid of " + std::to_string(l.grid.x) + " x " + std::to_string(l.grid.y) + " x " +
-                   std::to_string(l.grid.z) + " blocks");
+                   std::to_string(l.grid.z) +
+                   " blocks; expected at least 1, at most 65535 along y and along z");
         return kInvalidConfiguration;
     }
     if (machine.resident && blocks > static_cast<uint64_t>(resident_blocks(l.dynamic_bytes))) {

@@ -258,7 +258,7 @@ def test_wrong_input_raises() -> None:
         ("root: expected numbers in 0 .. 1, found 2", lambda: go(val, w, program, root + 1)),
         ("root: expected numbers in 0 .. 1, found -1", lambda: go(val, w, program, root - 1)),
         ("uniforms: expected shape", lambda: go(val, w, program, root, u[:, 1:])),
-        ("uniforms: expected M a multiple of the number of", lambda: go(val, w, program, root, u[1:])),
+        ("uniforms: expected M a multiple of the", lambda: go(val, w, program, root, u[1:])),
         ("uniforms: expected Float", lambda: go(val, w, program, root, u.half())),
         (f"{unit}, found nan at flat index 0", lambda: go(val, w, program, root, u * torch.nan)),
         (f"{unit}, found -0.5 at", lambda: go(val, w, program, root, 0 * u.double() - 0.5)),

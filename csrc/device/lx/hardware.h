@@ -113,7 +113,8 @@ int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, di
         config.numAttrs = dependent && facts.can_wait ? 1 : 0;
         error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
     }
-    // The caller receives the code; otherwise the next unrelated check would report it too.
+    // Clears the error, whose code the caller receives; otherwise the next unrelated check would
+    // report it too.
     if (error != cudaSuccess) cudaGetLastError();
     return error;
 }
@@ -166,7 +167,8 @@ LX_INLINE void syncwarp(unsigned mask = kFullMask) {
     __syncwarp(mask);
 }
 
-// Named barriers 1 to 15 (0 is syncthreads); `threads` of both calls, a multiple of 32.
+// Named barriers 1 to 15 (0 is syncthreads). `threads`, a multiple of 32, counts those of both
+// calls.
 LX_INLINE void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -43,7 +43,7 @@ LX_HOST_DEVICE constexpr int64_t circuit_left_size(int64_t length) {
 // are numbered in pre-order: a subtree of n positions has n - 1 inner nodes.
 struct CircuitNode {
     int64_t lo, hi;
-    int64_t matrix;  // -1: the root
+    int64_t matrix;  // -1 for the root
 
     LX_HOST_DEVICE constexpr bool is_leaf() const { return hi - lo == 1; }
     LX_HOST_DEVICE constexpr int64_t middle() const { return lo + circuit_left_size(hi - lo); }
@@ -67,8 +67,8 @@ LX_HOST_DEVICE constexpr int64_t circuit_tree_levels(int64_t n_token) {
     return levels;
 }
 
-// Input of the walk. A btree over at most two positions and an hmm over one have no matrix.
-// csrc/ops passes them as cp, because the walks do not support a tree without a matrix.
+// Input of the walk. A btree over at most two positions and an hmm over one position have no
+// matrix. csrc/ops passes them as cp, because the walks do not support a tree without a matrix.
 struct CircuitParams {
     CircuitKind kind = CircuitKind::kCP;
     DType dtype = DType::kFloat32;  // of prior and trans; kFloat64 only with float64 leaves
@@ -114,7 +114,7 @@ struct CircuitScanArgs {
     const void* dprefix = nullptr;  // (B, K) float, contiguous
     const void* dconditional = nullptr;  // likewise
     void* de = nullptr;                  // (B, K, C) float
-    void* dprior = nullptr;              // (B, C), dtype of prior; nullptr: not wanted
+    void* dprior = nullptr;              // (B, C), dtype of prior; nullptr if not wanted
     void* dtrans = nullptr;              // (B, M, C, C) likewise, every element written once
 };
 // Return the number of state vectors that the forward stores per row for the backward.
@@ -122,9 +122,9 @@ LX_HOST_DEVICE constexpr int64_t circuit_num_states(CircuitKind kind, int64_t n_
     return kind == CircuitKind::kBTree ? 3 * (n_token - 2) : n_token;
 }
 
-// CPU twins: one table per instruction set, from isa.h. csrc/ops splits [0, items) over threads;
-// the split changes no bit. Items are positions (b, k) for the leaves and rows for the scan. Each
-// thread has its own `scratch`.
+// CPU twins: one table per instruction set, from isa.h. csrc/ops splits [0, items) over threads,
+// and the split does not change the result. Items are positions (b, k) for the leaves and rows for
+// the scan. Each thread has its own `scratch`.
 struct CircuitCpu {
     const char* isa;
     void (*leaf)(const CircuitLeafArgs&, int64_t begin, int64_t end);

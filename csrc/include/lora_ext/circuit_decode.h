@@ -106,12 +106,12 @@ struct CircuitDecodeCpu {
     void (*verify)(const SpecVerifyArgs&, int64_t begin, int64_t end, void* scratch);
 };
 
-// CUDA launchers: asynchronous, no allocation. Each launches one kernel. If the leaves of a row are
-// many bytes, another kernel first computes their norms on all multiprocessors. Verifying more than
-// 32768 logits per row takes four kernels, each on all multiprocessors.
+// CUDA launchers: asynchronous, no allocation. Each launches one kernel. If the leaves of a row
+// occupy many bytes, another kernel first computes their norms on all multiprocessors. Verifying
+// more than 32768 logits per row takes four kernels, each on all multiprocessors.
 int64_t circuit_workspace_bytes(const CircuitLogits& logits);  // reads sizes only
-// Shared memory in bytes: what a block may use on the current device, what sample and
-// conditional_dist need for a row, and what argmax needs for a row.
+// Bytes of shared memory: available to a block on the current device, needed by sample and
+// conditional_dist for a row, and needed by argmax for a row.
 int64_t circuit_block_bytes();
 int64_t circuit_row_bytes(const CircuitLogits& logits);
 int64_t circuit_argmax_bytes(const CircuitLogits& logits);

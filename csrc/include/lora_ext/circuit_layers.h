@@ -18,12 +18,13 @@
 // of data, padded with rows of zeros to a multiple of kLaneGroup. Column 0 of the values is always
 // 0, column 1 always -inf, and the leaves begin at column kFirstLeaf.
 //
-// At sum o a walk weighs its terms by W[o, i] exp(term[i]). It takes the heaviest term (the first
-// of several), or draws one: the first whose running sum exceeds its uniform times the total, never
-// one of weight zero. If rounding leaves no such term, it takes the last term with weight.
+// At sum o a walk weighs its terms by W[o, i] exp(term[i]). It takes the heaviest term (the first,
+// if several are equal), or draws one: the first whose running sum exceeds its uniform times the
+// total, never one of weight zero. If rounding leaves no such term, it takes the last term with
+// weight.
 //
-// The bits of a row depend neither on its batch nor on threads. Sums over rows add the lanes in
-// order.
+// The bits of a row depend neither on its batch nor on the number of threads. Sums over rows add
+// the lanes in order.
 //
 // Source: expected flows, Darwiche 2003; layers of one shape, Peharz et al. 2020.
 #pragma once
@@ -90,7 +91,8 @@ struct LayersProgram {
     LX_HOST_DEVICE const int32_t* users() const { return at + users_at(); }    // nodes of a matrix
     LX_HOST_DEVICE const int32_t* roots() const { return at + roots_at(); }    // columns
     LX_HOST_DEVICE const int32_t* stages() const { return at + stages_at(); }  // their first nodes
-    // For each child, then each root: the node that owns its units, or -1 - the variable of leaves.
+    // For each child, then for each root: the node that owns its units or, if they are leaves, -1 -
+    // their variable.
     LX_HOST_DEVICE const int32_t* owners() const { return at + owners_at(); }
     // For each node with a matrix, the index of its uniform among the uniforms of a walk.
     LX_HOST_DEVICE const int32_t* draws() const { return at + draws_at(); }
@@ -101,7 +103,7 @@ struct LayersProgram {
 struct LayersStage {
     int64_t begin, end, units, width;  // range of nodes; largest units and width of a node
 };
-constexpr int64_t kWalkedWeights = 1 << 14;  // most weights of a node if one launch walks all nodes
+constexpr int64_t kWalkedWeights = 1 << 14;  // maximum per node if one launch walks all nodes
 struct LayersPlan {
     static constexpr int64_t kHeader = 10;
     const int64_t* at;
@@ -117,7 +119,7 @@ struct LayersPlan {
     int64_t variables() const { return at[8]; }
     int64_t draws() const { return at[9]; }
     int64_t size() const { return kHeader + 4 * num_stages(); }
-    int64_t most_terms() const {  // most terms of all nodes of a stage
+    int64_t most_terms() const {  // largest total of terms of a stage
         return most([](const LayersStage& s) { return (s.end - s.begin) * s.width; });
     }
     int64_t most_sums() const {
@@ -142,17 +144,18 @@ struct LayersPlan {
     }
 };
 
-// Precision of sums when kernels run by stages. Each number is split into three bfloat16 parts,
-// which hold all 24 bits of a float, into two (kHigh), or is one scaled float16 (kHalf). Twins and
-// flows have only one precision.
+// Precision of sums when kernels run stage by stage. A number is split into three bfloat16 parts,
+// which hold all 24 bits of a float (kFloat32), or into two (kHigh), or is stored as one scaled
+// float16 (kHalf). Twins and flows have only one precision.
 enum class LayersPrecision { kFloat32, kHigh, kHalf };
 constexpr int parts_of(LayersPrecision precision) {
     return precision == LayersPrecision::kFloat32 ? 3 : precision == LayersPrecision::kHigh ? 2 : 1;
 }
 
-// Kernels run by stages, on tensor cores, if nodes are too large for one launch that walks all
-// nodes. They store numbers as 16-bit parts, those of eight numbers of a row together. A row of
-// weights has part_width numbers, a multiple of eight; a matrix begins at number first_part.
+// Kernels run stage by stage, on tensor cores, if nodes are too large for one launch that walks all
+// nodes. They store numbers as 16-bit parts, and the parts of eight numbers of a row are
+// contiguous. A row of weights has part_width numbers, a multiple of eight; a matrix begins at
+// number first_part.
 LX_HOST_DEVICE constexpr int64_t part_width(int64_t width) {
     return (width + 7) / 8 * 8;
 }
@@ -186,7 +189,7 @@ struct LayersArgs {
     // Kernels only.
     void* terms = nullptr;  // (plan.most_terms(), L), for a backward
     void* tops = nullptr;   // (nodes, L)
-    // By stages: parts per number. 0: one launch walks all nodes.
+    // 16-bit parts per number if kernels run stage by stage; 0 if one launch walks all nodes.
     int parts = 0;
     void* weight_parts = nullptr;  // stored_weights
     void* term_parts = nullptr;    // stored_terms
@@ -205,7 +208,7 @@ struct LayersArgs {
     int64_t* leaves = nullptr;   // (walks, plan.variables()): columns of val, or -1
 };
 
-// Return how many 16-bit numbers each kind of parts has, with the padding of first_part.
+// Return the count of 16-bit numbers of each array of parts, with the padding of first_part.
 inline int64_t stored_weights(const LayersArgs& args) {
     return args.parts * ((args.num_weights + 7 * args.plan.rows() + 7) / 8 * 8);
 }
@@ -227,8 +230,8 @@ inline int64_t stored_arrivals(const LayersArgs& args) {
     return args.plan.num_stages() * ((args.lanes + kRunLanes - 1) / kRunLanes);
 }
 
-// CPU twins: csrc/ops splits [0, items) over threads; the split changes no bit. `scratch` has
-// scratch_bytes bytes per thread.
+// CPU twins: csrc/ops splits [0, items) over threads, and the split does not change the result.
+// `scratch` has scratch_bytes bytes per thread.
 struct LayersCpu {
     const char* isa;
     void (*weights)(const LayersArgs&, int64_t begin, int64_t end);  // items: rows of matrices
@@ -245,8 +248,8 @@ constexpr int64_t kBandRows = 128;
 // CUDA launchers: asynchronous, on `stream`, no allocation, no float64.
 LaunchStatus launch_layers_weights(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream);
-// Computes the flows of units and ratio. By stages it also starts the flows of weights if `dw` is
-// given; dweights finishes them.
+// Computes the flows of units and ratio. If kernels run stage by stage and `dw` is given, it also
+// starts the flows of weights; dweights finishes them.
 LaunchStatus launch_layers_backward(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_dweights(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_walk(const LayersArgs& args, void* stream);

@@ -60,11 +60,12 @@ struct LogSumArgs {
     void* dw = nullptr;  // layout of w, contiguous, dtype of w
 };
 
-// CPU twins: one table per instruction set, from isa.h. csrc/ops splits [0, items) over threads;
-// the split changes no bit.
+// CPU twins: one table per instruction set, from isa.h. csrc/ops splits [0, items) over threads,
+// and the split does not change the result.
 struct LogSumCpu {
     const char* isa;
-    // Shared regime. Items: (g, o) for weights and dweights, (g, b) for the others except forward.
+    // Shared regime. Items: (g, o) for weights and dweights, (g, b) for the other functions except
+    // forward.
     void (*weights)(const LogSumArgs&, int64_t begin, int64_t end);  // w -> weight, weight_shift
     void (*values)(const LogSumArgs&, int64_t begin, int64_t end);   // l -> value, value_shift
     // value and w, or value and scaled weights -> out; also the weights if they were not given.

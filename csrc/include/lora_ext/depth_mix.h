@@ -14,7 +14,8 @@
 //   dgamma_e = sum_rows G_e x_e     dbeta_e = sum_rows G_e
 //   dR_e     = sum_rows dl_e n_{k-1}     dc_e = sum_rows dl_e
 // Sums over rows have two stages: over the rows of a part, ascending, then over the parts. The size
-// of a part depends only on the number of rows, so threads change no bit.
+// of a part depends only on the number of rows, so the number of threads does not change the
+// result.
 //
 // Source: mixture-of-depths ensembles (arXiv 2410.13077), mixed before the head.
 #pragma once
@@ -53,7 +54,7 @@ struct DepthMixArgs {
                                      // with a router dR (k, d) and dc (k,)
 };
 
-// Return how many rows a part has.
+// Return the number of rows of a part.
 LX_HOST_DEVICE constexpr int64_t mix_part_rows(int64_t rows) {
     return rows <= 16 * 256 ? 16 : (rows + 255) / 256;
 }
@@ -74,13 +75,13 @@ LX_HOST_DEVICE inline int64_t mix_sums(const DepthMixArgs& args) {
     return args.router ? mix_bias_at(args) + args.depths : mix_router_at(args);
 }
 
-// CPU twins. The split of items changes no bit.
+// CPU twins. The split of items over threads does not change the result.
 struct DepthMixCpu {
-    void (*forward)(const DepthMixArgs&, int64_t begin, int64_t end);  // rows
-    // Parts. `scratch` has backward_scratch() bytes per thread.
+    void (*forward)(const DepthMixArgs&, int64_t begin, int64_t end);  // items: rows
+    // Items are parts. `scratch` has backward_scratch() bytes per thread.
     void (*backward)(const DepthMixArgs&, void* scratch, int64_t begin, int64_t end);
     int64_t (*backward_scratch)(const DepthMixArgs&);
-    void (*sums)(const DepthMixArgs&, int64_t begin, int64_t end);  // elements of `sums`
+    void (*sums)(const DepthMixArgs&, int64_t begin, int64_t end);  // items: elements of `sums`
 };
 
 // CUDA launchers: asynchronous, on `stream`, no allocation, no float64. The backward is one call.

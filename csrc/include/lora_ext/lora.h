@@ -99,7 +99,7 @@ struct LoraPlanLayout {
 struct LoraPlanArgs {
     const void* adapter_ids = nullptr;  // (T,) int64 or int32
     bool ids_are_int64 = true;
-    // One number on the device of the ids, or nullptr: rows at or beyond it count as -1.
+    // One number on the device of the ids, or nullptr: rows at or beyond this number count as -1.
     const int32_t* num_valid = nullptr;
     int64_t num_tokens = 0;
     int32_t num_adapters = 0;
@@ -127,8 +127,8 @@ struct LoraArgs {
 };
 
 // Modules of one call that share their rows (q, k, v): their LoraArgs differ only in bank, y, v and
-// workspace, with the same number of adapters. Each y has the bits of a call with that module
-// alone.
+// workspace, with the same number of adapters. Each y is bitwise equal to the result of a call with
+// that module alone.
 constexpr int kMaxSiblings = 8;
 
 // Largest number of ranks that the twins process at once: no buffer grows with the rank.
@@ -137,9 +137,9 @@ constexpr int64_t rank_spans(int64_t max_rank) {
     return max_rank <= kRankSpan ? 1 : (max_rank - 1) / kRankSpan + 1;
 }
 
-// CPU twins: one table per instruction set, from isa.h. csrc/ops splits [0, items) over threads;
-// the split changes no bit. Items of shrink are (span of ranks, chunk); items of expand are (block
-// of outputs, chunk).
+// CPU twins: one table per instruction set, from isa.h. csrc/ops splits [0, items) over threads,
+// and the split does not change the result. Items of shrink are (span of ranks, chunk); items of
+// expand are (block of outputs, chunk).
 struct LoraCpu {
     const char* isa;  // "scalar", "avx2", "avx512", "avx512bf16"
     int64_t (*shrink_items)(const LoraArgs&);

@@ -11,7 +11,7 @@
 //
 // The order of every sum depends only on the adapter's own sizes (for twins also on the instruction
 // set), never on threads or on other adapters. An element of a Gram matrix and its mirror image are
-// one sum.
+// computed as one sum.
 //
 // Source: SPLoRA (TACL 2025), the distance of an update to its projection, by the identity
 // <b1 a1, b2 a2> = <b2^T b1, a2 a1^T>.

@@ -57,8 +57,8 @@ struct LoraTrainArgs {
     void* workspace = nullptr;  // size: see the functions below; CUDA only
 };
 
-// CPU twins: one table per instruction set, from isa.h. csrc/ops splits [0, items) over threads;
-// the split changes no bit. dv runs first, then db and da_dx in any order.
+// CPU twins: one table per instruction set, from isa.h. csrc/ops splits [0, items) over threads,
+// and the split does not change the result. dv runs first, then db and da_dx in any order.
 struct LoraTrainCpu {
     const char* isa;
     // x -> v with dropout. Items are (span of ranks, chunk), as in LoraCpu::shrink.
@@ -70,7 +70,7 @@ struct LoraTrainCpu {
     // dy, v -> db. Items are (adapter, span, band of outputs).
     int64_t (*db_items)(const LoraTrainArgs&);
     void (*db)(const LoraTrainArgs&, int64_t begin, int64_t end);
-    // x, dv -> da and dx, each if wanted. Up to kRankSpan ranks items are (adapter, band of
+    // x, dv -> da and dx, each only if wanted. Up to kRankSpan ranks items are (adapter, band of
     // inputs), and each row of x and dx is visited once. Above, items are those of da, (adapter,
     // span, band), then those of dx, (block of inputs, chunk).
     int64_t (*da_dx_items)(const LoraTrainArgs&);
@@ -85,7 +85,7 @@ struct LoraTrainCpu {
 int64_t lora_train_shrink_workspace_bytes(const LoraTrainArgs& args);
 int64_t lora_train_backward_workspace_bytes(const LoraTrainArgs& args);
 LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream);    // x -> v
-LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream);  // dy -> the rest
+LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream);  // dy -> results
 // x -> y, y contiguous.
 LaunchStatus launch_lora_dropout(const LoraTrainArgs& args, void* y, void* stream);
 

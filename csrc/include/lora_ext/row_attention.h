@@ -5,9 +5,9 @@
 // with g = h / (H / G), the group of heads that shares keys. A row without keys yields zeros.
 //
 // The bits of a row depend only on its q and on the keys and values that it sees, in their order. A
-// score is one sum in ascending order of D; weights are added up in lanes that count seen keys; an
-// element of the result adds its products key by key. Other rows, unseen keys, their number and
-// threads change no bit.
+// score is one sum in ascending order of D; weights are summed in lanes, to which the seen keys are
+// assigned in order; an element of the result adds its products key by key. Other rows, unseen
+// keys, their number and the number of threads do not change the result.
 #pragma once
 
 #include "lora_ext/common.h"
@@ -32,8 +32,9 @@ struct RowAttentionArgs {
     int64_t q_stride[3] = {}, k_stride[3] = {}, v_stride[3] = {};
     void* out = nullptr;  // (B, T, H, E), contiguous
 
-    // A row sees a key if all given conditions hold: causal, at least T - t - 1 positions from the
-    // last key; spans, in [first, end); mask, true. Strides over b are 0 for size 1.
+    // Row t sees a key if all given conditions hold. causal: the key is at least T - t - 1
+    // positions before the last key; spans: it is in [first, end); mask: its entry is true. Strides
+    // over b are 0 for size 1.
     bool causal = false;
     const int64_t* spans = nullptr;  // (B or 1, T, 2)
     int64_t spans_stride = 0;
@@ -45,7 +46,7 @@ struct RowAttentionArgs {
     bool seen_alike = true;
 };
 
-// Return the keys that causal and spans let row t of sequence b see.
+// Return the keys that row t of sequence b sees according to causal and spans.
 LX_HOST_DEVICE constexpr SeenKeys span_of(const RowAttentionArgs& args, int64_t b, int64_t t) {
     SeenKeys span{0, args.keys, false};
     const int64_t last = t + 1 + args.keys - args.rows;
@@ -58,7 +59,7 @@ LX_HOST_DEVICE constexpr SeenKeys span_of(const RowAttentionArgs& args, int64_t 
     return span.first < span.end ? span : SeenKeys{};
 }
 
-// Return how many rows t one item of attend takes: rows share each load of the keys while their
+// Return the number of rows t in one item of attend: rows share each load of the keys while their
 // scores fit in the cache.
 constexpr int64_t attention_block(const RowAttentionArgs& args) {
     constexpr int64_t kMost = 48, kLeast = 12, kScores = 1 << 16;
@@ -68,7 +69,7 @@ constexpr int64_t attention_block(const RowAttentionArgs& args) {
     return rows > alike ? rows / alike : 1;
 }
 
-// CPU twins. The split of items changes no bit.
+// CPU twins. The split of items over threads does not change the result.
 struct RowAttentionCpu {
     // Items are rows of seen.
     void (*see)(const RowAttentionArgs&, int64_t begin, int64_t end);

@@ -38,7 +38,7 @@ struct VocabArgs {
     void* lse = nullptr;              // (k, N)
 };
 
-// Rows [begin, end); the split changes no bit.
+// Items are rows; their split over threads does not change the result.
 struct VocabCpu {
     void (*cross_entropy_update)(const VocabArgs&, int64_t begin, int64_t end);
     void (*cross_entropy_finish)(const VocabArgs&, int64_t begin, int64_t end);
