@@ -148,7 +148,7 @@ struct CircuitStep {
     static constexpr int64_t kRows = kLanes<P>;     // rows of a matrix per step
     static constexpr int64_t kVectors = 4 + kRows;  // vectors of scratch
 
-    const P* trans;  // of this row of the batch
+    const P* trans;  // transitions of this row of the batch
     int64_t n, width;
     A *weights, *top, *sum, *u;  // width each
     A* row;                      // kRows times width

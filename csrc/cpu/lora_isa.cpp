@@ -22,10 +22,10 @@ namespace lora_ext::LX_ISA {
 namespace {
 
 constexpr int kGroupRows = 24;     // shrink: rows and ranks whose accumulators are kept
-constexpr int kGroupRanks = 32;    // on the stack between two blocks of I
-constexpr int kDotBlock = 1024;    // of I; 4 ranks of float are half of a 32 KiB L1
+constexpr int kGroupRanks = 32;    // on the stack from one block of I to the next
+constexpr int kDotBlock = 1024;    // in-features; 4 ranks of float are half of a 32 KiB L1
 constexpr int kDirectRows = 3;     // expand: most rows for which B is transposed in registers
-constexpr int kWideTileRank = 16;  // and largest rank for which several vectors of pages are read
+constexpr int kWideTileRank = 16;  // expand: largest rank that reads several vectors of pages
 constexpr int kPackColumns = 128;
 constexpr int kPackSize = 8192;      // elements of the transposed block of B
 constexpr int kVSize = 8192;         // elements of v in apply

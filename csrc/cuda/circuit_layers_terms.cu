@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kLayerThreads, 4)
 __global__ void __launch_bounds__(kOwedThreads, 8)
     layers_owed_kernel(const __grid_constant__ LayersArgs args) {
     LX_SHARED(float, debts, kOwedThreads);   // flows of rescued sums
-    LX_SHARED(float, depths, kOwedThreads);  // and log of the inverse of their products
+    LX_SHARED(float, depths, kOwedThreads);  // log of the inverse of their products
     LX_SHARED(float, parts, kOwedThreads / 32);
     constexpr int kAhead = 4;
     const LayersProgram program = args.program;

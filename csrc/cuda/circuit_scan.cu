@@ -198,7 +198,7 @@ struct CircuitReverse {
         if (du) load_projection(m, du);
         walk.team.sync();
         const P* a = walk.matrix_row(m, 0);
-        float* const total = d;  // of each row; du is no longer needed
+        float* const total = d;  // total of each row; du is no longer needed
         walk.for_own([&](int z) {
             float sum_x = 0, sum_y = 0;
             for_pieces(walk.matrix_row(m, z), n, walk.aligned, 0, 1, [&](int i, const auto& v) {

@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     const int warps = static_cast<int>(blockDim.x) / lx::kWarpSize, lane = lx::lane_id();
     float* value = reinterpret_cast<float*>(shared);
     float* parts = value + n;
-    float* flow = parts + lx::warp_id() * 2 * n;  // of the current sum
-    float* d = flow + n;                          // of all sums of this warp
+    float* flow = parts + lx::warp_id() * 2 * n;  // flow of the current sum
+    float* d = flow + n;                          // flow of all sums of this warp
     const int64_t b = blockIdx.x;
     const float* l = values_of(args, 0, b);
     const float value_shift = scale_values(l, n, value, partial);

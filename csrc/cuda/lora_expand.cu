@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     const LoraBank& bank = args.bank;
     const int begin = static_cast<int>(blockIdx.y) * block_outputs;
     const int lane = lx::lane_id(), g = lane / 4, t = lane % 4;
-    int number = 0;  // of page `lane` of the slot
+    int number = 0;  // number of page `lane` of the slot
     float scale = 1;
     const auto also = [&](int slot) {
         number = page_number(bank, slot, lane);

@@ -32,7 +32,7 @@ namespace lora_ext {
 
 struct Gemm {
     LoraArgs lora;        // the bank and the rows
-    LoraDropout dropout;  // of x (kShrink) or of dx (kInput); inverse_keep is a factor of c
+    LoraDropout dropout;  // mask of x (kShrink) or dx (kInput); inverse_keep is a factor of c
     const void* left;     // rows of `width` elements (kShrink, kProject), or of ranks
     int64_t left_row_stride;
     int width;  // in- or out-features: k of a projection, columns of an update
@@ -41,7 +41,7 @@ struct Gemm {
     int row_tiles;  // block x: row tile x % row_tiles, column tile x / row_tiles
     // Projections: slices of k per block; block y starts at slice y * slice_count.
     int slice_width, slice_count;
-    int64_t split_stride;  // of partial sums
+    int64_t split_stride;  // elements between partial sums
     bool finished;         // no partial sums: the block applies c
     bool left_aligned, right_aligned, out_aligned;
 };

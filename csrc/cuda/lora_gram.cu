@@ -70,7 +70,7 @@ LX_DEVICE S widen(T x) {
 // The ranks of one side of a tile.
 template <class T>
 struct Side {
-    const T* data;             // of the side's first rank
+    const T* data;             // data of the side's first rank
     const T* minus;            // subtracted from each element, or nullptr
     int stride, minus_stride;  // elements between rows
     int ranks;
@@ -92,9 +92,9 @@ struct Side {
 template <class T>
 struct Sides {
     Side<T> x, y;
-    int length;  // of the long axis
-    bool of_b;   // otherwise of a
-    bool same;   // y is x
+    int length;  // length of the long axis
+    bool of_b;   // the sides are factors b, otherwise a
+    bool same;   // both sides are equal: y is x
 };
 
 // The share of a thread in a product: the sums (4 i + m, 4 j + n) over the elements of its group.

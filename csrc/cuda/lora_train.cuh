@@ -30,7 +30,7 @@ struct Projection {
 struct Slices {
     int width, count;
     int per_block;         // slices per block: all or one
-    int64_t split_stride;  // of partial sums
+    int64_t split_stride;  // elements between partial sums
     bool finished;         // no partial sums: the block applies c
     bool x_aligned, w_aligned;
     int ranks_per_stage;
@@ -63,7 +63,7 @@ LX_DEVICE float projection_factor(const Projection& args, int slot) {
 
 // The sum over the rows t of each adapter of v[t, :]^T x[t, :].
 struct Gradient {
-    const void* x;  // x with its mask, or dy
+    const void* x;  // x, to which the mask applies, or dy
     int64_t x_row_stride;
     int32_t width;
     LoraDropout dropout;
@@ -81,8 +81,7 @@ int64_t gradient_workspace(const Gradient& args);
 // beside: the projection of side B, to compute in the same pass over dy.
 LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream,
                           const Projection* beside = nullptr);
-constexpr int64_t kMostParts = 256 << 20;  // bytes of partial sums; above: two passes, no parts of
-                                           // dv
+constexpr int64_t kMostParts = 256 << 20;  // bytes of partial sums; above it, two passes
 int64_t one_pass_workspace(const Gradient& args, const LoraArgs& side_b);
 bool takes_one_pass(const Gradient& args, const LoraArgs& side_b);
 

@@ -54,8 +54,8 @@ struct Shape {
 // The work of a block of either kernel.
 struct Block {
     int slot, range, first_rank, ranks, column;  // ranks of the adapter in this block; first column
-    const int32_t* rows;                         // of the adapter
-    int num_rows, first_row;                     // of the adapter; start of its rows
+    const int32_t* rows;                         // rows of the adapter
+    int num_rows, first_row;                     // number of these rows; index of the first one
 };
 
 // Returns the slot of range `index`. Slot s owns the indices from slot_begin[s] / range_rows + s

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const Row* const own_rows = rows + lx::warp_id() * kOwn;
     const float scale = static_cast<float>(args.scale);
     const int num_keys = static_cast<int>(args.keys);
-    int first_key = num_keys, end_key = 0;  // of the block
+    int first_key = num_keys, end_key = 0;  // range of keys of the block
     for (int i = 0; i < kRows; ++i)
         if (rows[i].first < rows[i].end) {
             first_key = lx::min(first_key, rows[i].first);

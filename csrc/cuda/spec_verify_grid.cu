@@ -25,14 +25,14 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / lx::kWarpSize;
 constexpr int64_t kBlockLogits = 32768;  // one block reads them in about the time of three launches
-constexpr int kSpan = 2048;              // logits of a row per warp
-constexpr int kTokens = 512;             // per block of verify_weights
-constexpr int kLaneTokens = 8;           // of them per lane at once
+constexpr int kSpan = 2048;              // logits of a row that a warp reads
+constexpr int kTokens = 512;             // tokens per block of verify_weights
+constexpr int kLaneTokens = 8;           // tokens that a lane processes at once
 constexpr int kHalves = kTokens / (kLaneTokens * lx::kWarpSize);
 
 // The decision for a row of the batch.
 struct Decision {
-    Stats stats;  // of the row of target from which the token is drawn
+    Stats stats;  // statistics of the row of target from which the token is drawn
     int accepted;
 };
 
@@ -40,7 +40,7 @@ struct Decision {
 struct Space {
     int spans, blocks;
     OnlineSum* target;   // (B, K + 1, spans)
-    int* argmax;         // likewise, only if greedy
+    int* argmax;         // (B, K + 1, spans), only if greedy
     OnlineSum* leaves;   // (B, C, spans)
     Decision* decision;  // (B,)
     double* sums;        // (B, 2, blocks): of max(0, p - q), and of p

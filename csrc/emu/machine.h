@@ -153,7 +153,7 @@ struct Machine : Block {  // base: the running block
     std::vector<std::string> reports;  // since take_reports()
     // Reports of this launch. Places are resolved after it ends: a fiber's stack may be too small.
     std::vector<std::pair<std::string, Place>> pending_reports;
-    std::string last_error;  // of the last launch
+    std::string last_error;  // reports of the last launch
     Counters counters;
 
     // This launch
@@ -164,8 +164,8 @@ struct Machine : Block {  // base: the running block
     size_t argument_bytes;
     std::vector<Buffer> buffers;
     std::vector<SharedArray> shared_arrays;
-    size_t shared_used;   // of the arena
-    size_t static_bytes;  // without gaps
+    size_t shared_used;   // bytes of the arena
+    size_t static_bytes;  // static arrays, without gaps
     bool any_dependency_wait;
     int num_reports;
     bool stopped;
@@ -173,8 +173,8 @@ struct Machine : Block {  // base: the running block
     bool early_copies;
     std::vector<size_t> reported;  // hashes of (category, place)
 
-    int num_threads, num_warps;  // of a block
-    uint32_t last_serial = 0;    // of the last block
+    int num_threads, num_warps;  // size of a block
+    uint32_t last_serial = 0;    // number of the last block
 
     // Fibers
     Thread* current = nullptr;  // nullptr: not inside a kernel

@@ -56,7 +56,7 @@ void run_next() {
 void complete_block_barrier() {
     Machine& m = machine;
     for (const Thread* t : m.barrier_waiting) {
-        const Thread* first = nullptr;  // of the same warp
+        const Thread* first = nullptr;  // first waiting thread of the same warp
         for (const Thread* u : m.barrier_waiting) {
             if (u->warp == t->warp) {
                 first = u;

@@ -71,7 +71,7 @@ LX_HOST_DEVICE constexpr int64_t circuit_tree_levels(int64_t n_token) {
 // matrix. csrc/ops passes them as cp, because the walks do not support a tree without a matrix.
 struct CircuitParams {
     CircuitKind kind = CircuitKind::kCP;
-    DType dtype = DType::kFloat32;  // of prior and trans; kFloat64 only with float64 leaves
+    DType dtype = DType::kFloat32;  // dtype of prior and trans; kFloat64 only with float64 leaves
     int64_t rows = 0, n_token = 0, components = 0;
     const void* prior = nullptr;  // (B, C), C contiguous; nullptr: uniform
     int64_t prior_stride = 0;
@@ -94,9 +94,9 @@ struct CircuitLeafArgs {
     const int64_t* x = nullptr;  // (B, K), each in [-1, V); x_stride elements between rows
     int64_t x_stride = 0;
     void* e = nullptr;                        // (B, K, C) float; e_stride elements between rows
-    void *top = nullptr, *log_sum = nullptr;  // likewise
+    void *top = nullptr, *log_sum = nullptr;  // (B, K, C) float, strides as for e
     int64_t e_stride = 0;
-    const void* de = nullptr;  // likewise
+    const void* de = nullptr;  // (B, K, C) float, strides as for e
     void* dlogits = nullptr;   // (B, K, C, V) contiguous, or the logits themselves
 };
 
@@ -112,10 +112,10 @@ struct CircuitScanArgs {
     void* posterior = nullptr;      // (B, K, C) float
     void* states = nullptr;         // (B, circuit_num_states, C) float for the backward, or nullptr
     const void* dprefix = nullptr;  // (B, K) float, contiguous
-    const void* dconditional = nullptr;  // likewise
+    const void* dconditional = nullptr;  // (B, K) float, contiguous
     void* de = nullptr;                  // (B, K, C) float
     void* dprior = nullptr;              // (B, C), dtype of prior; nullptr if not wanted
-    void* dtrans = nullptr;              // (B, M, C, C) likewise, every element written once
+    void* dtrans = nullptr;              // (B, M, C, C), like dprior; every element written once
 };
 // Return the number of state vectors that the forward stores per row for the backward.
 LX_HOST_DEVICE constexpr int64_t circuit_num_states(CircuitKind kind, int64_t n_token) {

@@ -59,7 +59,7 @@ struct SpecVerifyArgs {
     DType target_dtype = DType::kFloat32, leaf_dtype = DType::kFloat32;  // both float64 or neither
     int64_t rows = 0, n_token = 0, components = 0, vocabulary = 0;
     const void* target = nullptr;  // (B, K + 1, V) logits, each row of the batch contiguous
-    const void* leaf = nullptr;    // (B, K, C, V) logits, likewise
+    const void* leaf = nullptr;    // (B, K, C, V) logits, each row of the batch contiguous
     int64_t target_stride = 0, leaf_stride = 0;
     const int64_t* tokens = nullptr;        // (B, K)
     const void* conditional = nullptr;      // (B, K)
@@ -96,7 +96,7 @@ LX_HOST_DEVICE constexpr CircuitLatent circuit_latent(CircuitKind kind, int64_t 
 // is 64-byte aligned.
 struct CircuitDecodeCpu {
     const char* isa;
-    int64_t (*sample_scratch)(const CircuitLogits&);  // of sample and conditional_dist
+    int64_t (*sample_scratch)(const CircuitLogits&);  // bytes, for sample and conditional_dist
     void (*sample)(const CircuitSampleArgs&, int64_t begin, int64_t end, void* scratch);
     void (*conditional_dist)(const CircuitConditionalArgs&, int64_t begin, int64_t end,
                              void* scratch);

@@ -90,7 +90,7 @@ struct LayersProgram {
     }
     LX_HOST_DEVICE const int32_t* users() const { return at + users_at(); }    // nodes of a matrix
     LX_HOST_DEVICE const int32_t* roots() const { return at + roots_at(); }    // columns
-    LX_HOST_DEVICE const int32_t* stages() const { return at + stages_at(); }  // their first nodes
+    LX_HOST_DEVICE const int32_t* stages() const { return at + stages_at(); }  // first nodes
     // For each child, then for each root: the node that owns its units or, if they are leaves, -1 -
     // their variable.
     LX_HOST_DEVICE const int32_t* owners() const { return at + owners_at(); }
@@ -169,7 +169,7 @@ struct LayersArgs {
     DType dtype = DType::kFloat32;
     WeightNorm norm = WeightNorm::kLogits;
     bool max_product = false;
-    LayersPrecision precision = LayersPrecision::kFloat32;  // of the forward
+    LayersPrecision precision = LayersPrecision::kFloat32;  // forward only
     LayersProgram program = {nullptr};                      // on the device of the values
     LayersPlan plan = {nullptr};
     int64_t rows = 0, lanes = 0;

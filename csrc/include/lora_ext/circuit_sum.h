@@ -36,7 +36,7 @@ enum class WeightNorm : int32_t { kLogits, kLog, kProbs };
 // "float" is double for float64 weights. The last axis is always contiguous; a tensor without
 // stride fields is contiguous.
 struct LogSumArgs {
-    DType dtype = DType::kFloat32;  // of w and dw
+    DType dtype = DType::kFloat32;  // dtype of w and dw
     WeightNorm norm = WeightNorm::kLogits;
     int64_t groups = 0, rows = 0, sums = 0, terms = 0;
     const void* w = nullptr;

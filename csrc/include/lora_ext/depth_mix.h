@@ -28,10 +28,10 @@ constexpr int64_t kMaxDepths = 8;
 
 // "float" is double for float64. The rows of each h_e have a stride; all else is contiguous.
 struct DepthMixArgs {
-    DType dtype = DType::kFloat32;  // of h_e, mixed, dmixed, dh_e
+    DType dtype = DType::kFloat32;  // dtype of h_e, mixed, dmixed, dh_e
     bool wide_scales = false;       // gamma_e and beta_e are float, required by twins; else `dtype`
     bool layer = false;             // "layer" norm, else "rms"
-    int64_t rows = 0, width = 0;    // of every h_e
+    int64_t rows = 0, width = 0;    // shape of every h_e
     int32_t depths = 0;             // k
     double eps = 0;
     const void* hidden[kMaxDepths] = {};

@@ -50,7 +50,7 @@ struct LoraBank {
     int32_t num_adapters = 0;
     int32_t max_rank = 0;
     int32_t pages_per_slot = 0;  // ceil(max_rank / 8)
-    int32_t num_pages = 0;  // of the pool; table entries outside [0, num_pages) mark absent pages
+    int32_t num_pages = 0;  // pool size; table entries outside [0, num_pages) mark absent pages
     int32_t in_features = 0;
     int32_t out_features = 0;
     // Every page has all 8 ranks in memory: true for a pool, and if max_rank % 8 == 0.
@@ -109,7 +109,7 @@ struct LoraPlanArgs {
 // ------------------------------------------------------------------------------------------------
 // Shrink, expand, apply
 struct LoraArgs {
-    DType dtype = DType::kFloat32;  // of x, y, a, b
+    DType dtype = DType::kFloat32;  // dtype of x, y, a, b
     LoraBank bank;
     int64_t num_tokens = 0;
     // (T, I) and (T, O); rows are contiguous, of any alignment, row_stride elements apart.

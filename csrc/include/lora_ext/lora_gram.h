@@ -33,7 +33,7 @@ struct GramAdapter {
 };
 
 struct GramArgs {
-    DType dtype = DType::kFloat32;  // of all factors
+    DType dtype = DType::kFloat32;  // dtype of all factors
     bool float64 = false;           // true if grams are summed in float64, as stats always are
     const GramAdapter* adapters = nullptr;
     int64_t num_adapters = 0;

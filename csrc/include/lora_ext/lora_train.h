@@ -38,7 +38,7 @@ struct LoraDropout {
     const int64_t* seed = nullptr;  // on the device of x: a captured graph may change it
     uint32_t threshold = 0;         // round(p * 2^32); 0: keep everything, the seed is not read
     float inverse_keep = 1.0f;      // 1 / (1 - p)
-    double inverse_keep_f64 = 1.0;  // the same, for float64
+    double inverse_keep_f64 = 1.0;  // 1 / (1 - p) for float64
     bool per_adapter = false;       // true if seed has one number per adapter, else one for all
 };
 

@@ -13,7 +13,7 @@ namespace lora_ext {
 constexpr int64_t kPanel = 32;
 
 struct PackedLinearArgs {
-    DType dtype = DType::kFloat32;  // kFloat32 or kBFloat16, of all tensors
+    DType dtype = DType::kFloat32;  // dtype of all tensors: kFloat32 or kBFloat16
     int64_t rows = 0, in_features = 0, out_features = 0;
     const void* x = nullptr;       // (T, I)
     int64_t x_stride = 0;          // elements between rows

@@ -9,7 +9,7 @@
 namespace lora_ext {
 
 enum class Pointwise : int32_t {
-    kCos,  // cos and sin: up to 2^24 in magnitude, NaN above
+    kCos,  // cos and sin: arguments up to 2^24 in magnitude, NaN above
     kSin,
     kGelu,      // x Phi(x), Phi the standard normal distribution function
     kGeluTanh,  // x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))
@@ -23,10 +23,10 @@ inline constexpr const char* kPointwiseNames[] = {
     "cos", "sin", "gelu", "gelu_tanh", "rsqrt", "sigmoid", "silu", "softplus", "tanh"};
 
 struct PointwiseArgs {
-    DType dtype = DType::kFloat32;  // kFloat32 or kBFloat16, of x and y
+    DType dtype = DType::kFloat32;  // dtype of x and y: kFloat32 or kBFloat16
     Pointwise function = Pointwise::kCos;
     const void* x = nullptr;
-    void* y = nullptr;  // may be x
+    void* y = nullptr;  // may be the memory of x
 };
 
 // CPU twin. Items are numbers; the split into ranges does not change any bit.

@@ -21,7 +21,7 @@ struct SeenKeys {
 };
 
 struct RowAttentionArgs {
-    DType dtype = DType::kFloat32;                                 // of q, k, v and out
+    DType dtype = DType::kFloat32;                                 // dtype of q, k, v and out
     int64_t batch = 0, heads = 0, groups = 0, rows = 0, keys = 0;  // B, H, G, T, L
     int64_t width = 0, value_width = 0;                            // D, E
     double scale = 1;

@@ -21,7 +21,7 @@
 namespace lora_ext {
 
 struct VocabArgs {
-    DType dtype = DType::kFloat32;   // of the logits; all other numbers are float, or double
+    DType dtype = DType::kFloat32;   // dtype of the logits; other numbers are float or double
     int64_t rows = 0, hiddens = 1;   // N, k
     int64_t first = 0, columns = 0;  // the chunk: columns [first, first + columns) of V
     int64_t width = 0;               // d
