@@ -54,7 +54,7 @@ Tensor lora_segment_ids(const Tensor& seg_indptr, const Tensor& seg_adapter, int
     for (int64_t s = 0; s <= segments; ++s)
         require(indptr[s] >= (s == 0 ? 0 : indptr[s - 1]) && indptr[s] <= num_tokens, op,
                 words("seg_indptr[", s, "]"),
-                expected("a bound that does not decrease, in [0, ", num_tokens, "]"),
+                expected("a bound that does not decrease and stays in [0, ", num_tokens, "]"),
                 found(indptr[s]));
     lora_segment_ids_cpu(indptr, adapter, n, out, num_tokens);
     return ids;

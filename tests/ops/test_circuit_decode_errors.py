@@ -75,7 +75,7 @@ EVIDENCE: list[tuple[str, Change]] = [
     (r"evidence\[1, 0\]: expected .* in \[-1, 5\), found 5", of_evidence(1, 0, 5)),
     (r"evidence\[2, 3\]: expected .* in \[-1, 5\), found -2", of_evidence(2, 3, -2)),
     (
-        r"evidence\[1, 2\]: expected -1 after a -1, .* prefix of its row, found 4",
+        r"evidence\[1, 2\]: expected -1 after a -1, .* must come first, found 4",
         of_evidence(1, 2, 4),
     ),
 ]
