@@ -7,9 +7,9 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// load_transposed for adjacent outputs, in a permuted order that in_order() restores. It loads
-// whole vectors, and most shuffles stay within 128 bits. It needs fewer shuffles than joining two
-// blocks of eight outputs.
+// True for types with load_quick, a variant of load_transposed for adjacent outputs. load_quick
+// permutes the outputs, and in_order() restores their order. It loads whole vectors, and most
+// shuffles stay within 128 bits. It needs fewer shuffles than joining two blocks of eight outputs.
 template <typename T>
 constexpr bool kQuick = false;
 #if LX_VEC_BYTES == 64

@@ -33,7 +33,7 @@ struct LeafRows {
     int vocabulary;
     bool aligned;
 
-    // Calls f(row z) with its C++ type.
+    // Calls f with row z as a pointer of its C++ type.
     template <class F>
     LX_DEVICE auto with_row(int z, F&& f) const {
         const int64_t at = int64_t{z} * vocabulary;

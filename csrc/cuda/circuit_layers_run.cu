@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         block.load_weights(now);
         block.make_terms(now.node, s);
         if (now.node.matrix >= 0) block.arrive();
-        // Loaded while waiting for the other blocks.
+        // The next node is loaded while this block waits for the other blocks.
         const RunNode next = s + 1 < run.end ? RunNode(args.program, s + 1, now.node) : now;
         if (now.node.matrix >= 0) {
             block.wait();

@@ -16,7 +16,8 @@
 namespace lora_ext {
 namespace {
 
-// Ranks per block: what four lanes load. A lane loads a page row, or half of one (float32).
+// Ranks per block, that is, ranks that four lanes load together. A lane loads a page row, or half
+// of one (float32).
 template <class T>
 constexpr int kBlockRanks = 4 * kVec<T>;
 template <class T>
@@ -103,7 +104,7 @@ LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float sca
             // stored in place of its two parts.
             const float largest = fmaxf(fmaxf(fabsf(value[0]), fabsf(value[1])),
                                         fmaxf(fabsf(value[2]), fabsf(value[3])));
-            // the bits have the order of the floats
+            // The bits of nonnegative floats are in the same order as the floats.
             lx::atomic_max(&row_max[row], lx::bit_cast<unsigned>(largest));
             *reinterpret_cast<float4*>(slot_of(row, block, t, half)) = {value[0], value[1],
                                                                         value[2], value[3]};

@@ -147,7 +147,8 @@ LX_DEVICE void multiply(const Sides<T>& sides, const Part& part, S* shared, S (&
     constexpr int V = kVec<T>;
     const Side<T>&x = sides.x, &y = sides.y;
     const int thread = lx::thread_rank(), length = sides.length;
-    // Widths and depths are powers of two. A piece of b has V ranks, one of a V elements.
+    // Widths and depths are powers of two. A piece of b has V ranks, and a piece of a has V
+    // elements of the long axis.
     const int most = lx::max(lx::max(x.ranks, y.ranks), V < 4 ? 4 : V);
     const int log_width = 32 - lx::clz(static_cast<unsigned>(most - 1)), width = 1 << log_width;
     const int log_depth = kLogStep<T, S> - (sides.same ? 0 : 1) - log_width, depth = 1 << log_depth;
@@ -365,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     double gram_a[kSums], stats[4] = {};
     // The products are a a^T, those of stats, and off the diagonal b^T p, which is p^T b of the
-    // mirror image. The other mirror images have the same sums, so these count twice.
+    // mirror image. The other mirror images have equal sums, so those sums count twice.
     for (int product = 0; product < (diagonal ? 5 : 6); ++product) {
         auto side = [&](int first, bool of_p) {
             return product == 0   ? a(first)

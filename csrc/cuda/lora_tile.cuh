@@ -75,8 +75,8 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     if (args.plan) {
         const int chunk = index / tiling.per_chunk;
         const int skip = index % tiling.per_chunk * kRows;
-        // Every block has an entry, used or not: it is loaded together with the number of used
-        // ones.
+        // Every block has an entry in the plan, used or not, so the entry is loaded together with
+        // the number of used entries.
         const int32_t* entry = args.plan + kPlanHeader + int64_t{4} * chunk;
         const int num_chunks = args.plan[kPlanNumChunks];
         const int slot = entry[0], start = entry[1], len = entry[2];

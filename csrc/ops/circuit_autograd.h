@@ -1,4 +1,4 @@
-// Backwards of the circuit ops. Only bindings.cpp includes it, like autograd.h.
+// Backwards of the circuit ops. Like autograd.h, this header is included only by bindings.cpp.
 #pragma once
 
 #include "ops/autograd.h"
@@ -7,7 +7,7 @@
 
 namespace lora_ext::autograd {
 
-// Saves the logits, the tokens and the norms.
+// Autograd function of circuit_leaf; saves the logits, the tokens and the norms.
 struct CircuitLeaf : torch::autograd::Function<CircuitLeaf> {
     using Forward = Handle<&circuit_leaf>;
     using Backward = Handle<&circuit_leaf_backward>;
@@ -38,7 +38,7 @@ struct CircuitLeaf : torch::autograd::Function<CircuitLeaf> {
     }
 };
 
-// Saves its inputs; the backward recomputes the norms.
+// Autograd function of circuit_table; saves its inputs, and the backward recomputes the norms.
 struct CircuitTable : torch::autograd::Function<CircuitTable> {
     using Forward = Handle<&circuit_table>;
     using Backward = Handle<&circuit_table_backward>;
@@ -70,7 +70,7 @@ struct CircuitTable : torch::autograd::Function<CircuitTable> {
     }
 };
 
-// Saves only its inputs; the backward recomputes the logits.
+// Autograd function of emission_gather; saves its inputs, and the backward recomputes the logits.
 struct EmissionGather : torch::autograd::Function<EmissionGather> {
     using Forward = Handle<&emission_gather>;
     using Backward = Handle<&emission_gather_backward>;
@@ -99,7 +99,7 @@ struct EmissionGather : torch::autograd::Function<EmissionGather> {
     }
 };
 
-// Saves e, the parameters and the states of the walk.
+// Autograd function of circuit_scan; saves e, the parameters and the states of the walk.
 struct CircuitScan : torch::autograd::Function<CircuitScan> {
     using Forward = Handle<&circuit_scan>;
     using Backward = Handle<&circuit_scan_backward>;
@@ -120,7 +120,7 @@ struct CircuitScan : torch::autograd::Function<CircuitScan> {
         if (!grads[0].defined() && !grads[1].defined()) return out;
         const variable_list saved = ctx->get_saved_variables();
         const OptionalTensor prior = or_none(saved[1]), trans = or_none(saved[2]);
-        // Indices of needs_input_grad count only the tensors that were given.
+        // Indices of needs_input_grad count only the tensors that are not None.
         const bool need_prior = prior && ctx->needs_input_grad(1);
         const bool need_trans = trans && ctx->needs_input_grad(1 + prior.has_value());
         const std::string kind = ctx->saved_data["kind"].toStringRef();

@@ -1,5 +1,5 @@
-// Sum layers: checks, allocation, choice of twin or kernel. On CUDA the products of shared weights
-// are at::bmm; all else is a twin or a kernel.
+// Sum layers: checks, allocation, choice of twin or kernel. On CUDA the products with shared
+// weights call at::bmm; all other steps are twins or kernels.
 //
 // Shapes: w (O, I) with values (B, I), (G, O, I) with (G, B, I), or (B, O, I) with (B, I).
 #include "ops/circuit_sum.h"

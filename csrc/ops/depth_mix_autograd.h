@@ -1,4 +1,5 @@
-// Backward of mixes of hidden states. Only bindings.cpp includes it, like autograd.h.
+// Backward of mixes of hidden states. Like autograd.h, this header is included only by
+// bindings.cpp.
 #pragma once
 
 #include "ops/autograd.h"
@@ -6,7 +7,8 @@
 
 namespace lora_ext::autograd {
 
-// Saves its inputs, the mixing weights, and one or two numbers per row and depth.
+// Autograd function of depth_mix; saves its inputs, the mixing weights, and one or two numbers per
+// row and depth.
 struct DepthMix : torch::autograd::Function<DepthMix> {
     using Forward = Handle<&depth_mix_forward>;
     using Backward = Handle<&depth_mix_backward>;

@@ -52,7 +52,7 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
             deal_items(items, kChunksTogether, f);
         }
     };
-    // Items of all modules, one module after the other.
+    // Runs the items of all modules as one range, one module after the other.
     auto run = [&](auto items_of, auto part) {
         int64_t items = 0;
         for (const LoraArgs& args : modules) items += items_of(args);

@@ -1,5 +1,5 @@
 // The training ops: checks, allocation, choice of twin or kernel. The products with the base weight
-// are a library's; all else is a twin or a kernel.
+// are library calls; all other steps are twins or kernels.
 //
 // Shapes: x (T, I); weight (O, I); bank a (A, R, I), b (A, O, R), or a (R, I), b (O, R) of one
 // adapter; v (T, R); y, dy (T, O).

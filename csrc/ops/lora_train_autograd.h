@@ -1,4 +1,4 @@
-// Backwards of the training ops. Only bindings.cpp includes it, like autograd.h.
+// Backwards of the training ops. Like autograd.h, this header is included only by bindings.cpp.
 #pragma once
 
 #include <ATen/autocast_mode.h>
@@ -9,9 +9,9 @@
 
 namespace lora_ext::autograd {
 
-// Saves x, v, the plan and the parameters; the backward recomputes the dropout mask from its seed.
-// If all rows share one id on the CPU (stride 0), the ids take 4 bytes and no plan is saved:
-// rebuilding the plan takes as long as checking a saved one.
+// Autograd function of lora_linear; saves x, v, the plan and the parameters. The backward
+// recomputes the dropout mask from its seed. If all rows share one id on the CPU (stride 0), the
+// ids take 4 bytes and no plan is saved: rebuilding the plan takes as long as checking a saved one.
 struct Linear : torch::autograd::Function<Linear> {
     using Forward = Handle<&lora_linear_forward>;
     using Backward = Handle<&lora_linear_backward>;
@@ -52,7 +52,7 @@ struct Linear : torch::autograd::Function<Linear> {
         if (!dy.defined()) return out;
         const variable_list saved = ctx->get_saved_variables();
         const Tensor &x = saved[0], &weight = saved[2];
-        // Indices of needs_input_grad count only the tensors that were given.
+        // Indices of needs_input_grad count only the tensors that are not None.
         const bool has_weight = ctx->saved_data["weight"].toBool();
         const bool has_bias = ctx->saved_data["bias"].toBool();
         const size_t after = 1 + has_weight + has_bias;

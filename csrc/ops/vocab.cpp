@@ -1,5 +1,6 @@
 // Losses over a vocabulary: checks, allocation, the loop over chunks of the vocabulary, choice of
-// twin or kernel. The products with the weight are a library's; all else is a twin or a kernel.
+// twin or kernel. The products with the weight are library calls; all other steps are twins or
+// kernels.
 #include "ops/vocab.h"
 
 #include <ATen/ops/empty.h>
