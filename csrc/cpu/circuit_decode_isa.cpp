@@ -388,9 +388,9 @@ int64_t verify_scratch(const SpecVerifyArgs& args) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The table
+// Table of functions
 
-// Calls f<P>(row) for all rows, P the C++ type of `dtype`.
+// Calls f<P>(row) for all rows, where P is the C++ type of `dtype`.
 template <typename F>
 void for_rows(DType dtype, int64_t begin, int64_t end, F&& f) {
     with_dtype(dtype, [&]<typename P>() {

@@ -209,7 +209,7 @@ struct Reverse {
     using A = Acc<P>;
     using V = Vec<P>;
     static constexpr int L = kLanes<P>;
-    static constexpr int64_t kVectors = CircuitStep<P>::kVectors + 10;  // besides two per level
+    static constexpr int64_t kVectors = CircuitStep<P>::kVectors + 10;  // plus two per tree level
 
     const CircuitScanArgs& args;
     const CircuitParams& c;
@@ -460,7 +460,7 @@ void scan_backward(const CircuitScanArgs& args, int64_t begin, int64_t end, void
 }
 
 // ------------------------------------------------------------------------------------------------
-// The table
+// Table of functions
 
 int64_t scan_scratch(const CircuitScanArgs& args) {
     int64_t bytes = 0;

@@ -112,8 +112,8 @@ LX_INLINE int64_t padded(int64_t width) {
 // Flows of the weights of one matrix: rows [o, o_end), summed over all nodes that use it.
 template <typename A>
 struct Flows {
-    static constexpr int64_t kDepth = kMostVecs * kLanes<A>;  // most lanes of a block
-    static constexpr int64_t kPanel = 4 * kLanes<A>;          // most columns of a panel
+    static constexpr int64_t kDepth = kMostVecs * kLanes<A>;  // maximum lanes of a block
+    static constexpr int64_t kPanel = 4 * kLanes<A>;          // maximum columns of a panel
     const LayersArgs& args;
     const LayersMatrix& m;
     int64_t o, o_end, row;  // row: stride of the flows

@@ -65,7 +65,7 @@ void multiply(const A* value, int64_t rows, const A* weight, int64_t sums, int64
     }
 }
 
-// s -> out, for the sums [o, o_end) of one row
+// Converts s to out, for the sums [o, o_end) of one row.
 template <typename T>
 void finish(const LogSumArgs& args, int64_t g, int64_t b, int64_t o, int64_t o_end) {
     using A = Acc<T>;
@@ -125,7 +125,7 @@ void ratios(const LogSumArgs& args, int64_t begin, int64_t end) {
     }
 }
 
-// sum ratio weight -> dl, of one row
+// Converts the sums of ratio * weight of one row to dl.
 template <typename T>
 void scale_dvalues(const LogSumArgs& args, int64_t item) {
     using A = Acc<T>;
@@ -211,7 +211,7 @@ void dvalues(const LogSumArgs& args, int64_t begin, int64_t end) {
     }
 }
 
-// dlog W -> dw of one row; the softmax of logits is scaled * factor.
+// Converts dlog W of one row to dw; the softmax of logits is scaled * factor.
 template <typename T>
 LX_INLINE void store_dw(T* dw, const T* w, WeightNorm norm, int64_t n, const Acc<T>* flow,
                         const Acc<T>* scaled, Acc<T> factor) {
@@ -227,7 +227,7 @@ LX_INLINE void store_dw(T* dw, const T* w, WeightNorm norm, int64_t n, const Acc
     });
 }
 
-// sum ratio value -> dw, of one row
+// Converts the sums of ratio * value of one row to dw.
 template <typename T>
 void scale_dweights(const LogSumArgs& args, int64_t item) {
     using A = Acc<T>;

@@ -24,7 +24,7 @@ namespace lora_ext {
     LX_FAMILIES_WITH_PAIRS(LX_DECLARE_TABLE) \
     }
 
-// In the order of Isa. LX_X86_TABLES is the number of instruction sets of an x86 build.
+// Tables in the order of Isa. LX_X86_TABLES is the number of instruction sets of an x86 build.
 LX_DECLARE_TABLES(scalar)
 #ifndef LX_X86_TABLES
 #define LX_EACH_ISA(table) &scalar::table

@@ -151,7 +151,7 @@ LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const
         const T* b = slot.b_page(p) + o * slot.b_row;
         const bool whole = ranks == 8 || slot.full_pages;
         if constexpr (!kPart) {
-            if (kVecs > 1 || slot.table)  // only tables read several vectors
+            if (kVecs > 1 || slot.table)  // only slots with a page table read several vectors
                 for (int i = 0; i < kTile * 8; i += kLine)
                     __builtin_prefetch(b + kAheadB / sizeof(T) + i, 0, kToL2);
             else if (dense)  // full rows: each page prefetches its share of the next tile
@@ -281,7 +281,7 @@ void expand_rows(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, i
 }
 
 // ------------------------------------------------------------------------------------------------
-// The table
+// Table of functions
 template <typename T>
 Rows<T> y_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<T*>(args.y), args.y_row_stride, chunk.rows};
@@ -311,7 +311,7 @@ void expand(const LoraArgs& args, int64_t begin, int64_t end) {
     });
 }
 
-// v stays on the stack; args.v is unused. Ranks of one span only.
+// v stays on the stack, and args.v is unused. Only for ranks of one span.
 template <typename T>
 void apply(const LoraArgs& args, int64_t begin, int64_t end) {
     alignas(64) Acc<T> buffer[kVSize];

@@ -173,8 +173,8 @@ void add_to_dx(const Rows<T>& dx, int64_t rows, int64_t begin, int64_t width, co
     });
 }
 
-// Blocks of kColumns features, each dense: the accumulators of dA, and A itself. with_dx requires
-// that one span has all ranks.
+// The accumulators of dA and A itself are packed in dense blocks of kColumns features. with_dx
+// requires that one span has all ranks.
 template <typename T>
 void da_bands(const LoraTrainArgs& args, bool with_dx, int64_t begin, int64_t end) {
     alignas(64) Acc<T> sums[kAccumulators], a[kAccumulators], xs[kRowBlock * kColumns],
@@ -293,7 +293,7 @@ void dropout(const LoraTrainArgs& args, int64_t begin, int64_t end) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The table
+// Table of functions
 int64_t span_items(const LoraTrainArgs& args) {
     return args.lora.plan[kPlanNumChunks] * rank_spans(args.lora.bank.max_rank);
 }

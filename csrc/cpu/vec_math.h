@@ -183,7 +183,7 @@ LX_INLINE V log(V x) {
     return x < splat<V>(E(__builtin_inf())) ? out : x;
 }
 
-// Folds all lanes, halves first: one order per instruction set.
+// Folds all lanes by combining halves repeatedly, in one order per instruction set.
 template <typename V, typename F>
 LX_INLINE Element<V> fold_lanes(V v, F&& f) {
     constexpr int kCount = sizeof(V) / sizeof(Element<V>);

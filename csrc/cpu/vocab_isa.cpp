@@ -163,7 +163,7 @@ void cross_entropy_update(const VocabArgs& args, int64_t n) {
     if (args.first == 0) {
         *state.top = kImpossible<Acc<T>>;
         *state.sum = 0;
-        *state.third = Acc<T>(__builtin_nan(""));  // until the label's chunk
+        *state.third = Acc<T>(__builtin_nan(""));  // NaN until the label's chunk is read
     }
     const int64_t y = label_column(args, n);
     if (y >= 0) *state.third = logit.of_one(row + y);

@@ -156,9 +156,10 @@ LX_DEVICE float meet(float w, float term, float result) {
 
 // Computes results [begin, end) of a product and calls f(m, number, sums of the thread's four
 // lanes), with sums[lane] = sum over k of a[m am + k ak] b(k, lane). fill(k0, count) writes b of
-// `count` k into the chunk in shared memory; terms are added in ascending order. A pass has results
-// with numbers below kOwnResults and ends with done(its first result). `vector`: ak is 1 and rows
-// are aligned to 16 bytes. kMax: sums[lane] = max over k of a[..] + b(k, lane).
+// `count` k into the chunk in shared memory; terms are added in ascending order. In a pass a thread
+// computes the results with numbers 0 to kOwnResults - 1; the pass ends with a call of done(the
+// thread's first result). `vector`: ak is 1 and rows are aligned to 16 bytes. kMax: sums[lane] =
+// max over k of a[..] + b(k, lane).
 template <bool kMax = false, class Fill, class F, class Done>
 LX_DEVICE void layer_product(const float* a, int64_t am, int64_t ak, bool vector, int64_t begin,
                              int64_t end, int64_t depth, float* chunk, Fill&& fill, F&& f,

@@ -45,7 +45,7 @@ struct Run {
     int begin, end;      // stages
     int width;           // maximum number of terms of a node in the run
     int64_t first_lane;  // first lane of the launch
-    int64_t lane_tiles;  // total of all launches
+    int64_t lane_tiles;  // lane tiles of all launches together
     int64_t tops_apart;  // numbers between the maxima of consecutive stages
 };
 
@@ -79,7 +79,7 @@ template <int kParts>
 struct RunBlock : QuadTile {
     using G = RunShape<kParts>;
     static constexpr int kLaneQuads = kRunLanes / 4;
-    static constexpr int kRows = kProductThreads / kLaneQuads;  // rows of terms at a time
+    static constexpr int kRows = kProductThreads / kLaneQuads;  // rows of terms processed at a time
 
     const Run& run;
     unsigned char* shared;

@@ -94,8 +94,8 @@ LX_DEVICE void unpack_piece(uint4 words, float (&v)[kPiece<T>]) {
     }
 }
 // Calls f(index, values) for pieces `first`, `first + step`, ... of n elements; values beyond n are
-// -inf. `aligned`: p is aligned to 16 bytes and n is a multiple of a piece. Then kBatch pieces are
-// in flight at once; beyond the end a lane loads its own first piece again, without calling f. It
+// -inf. If `aligned`, p is aligned to 16 bytes, n is a multiple of a piece, and kBatch pieces are
+// in flight at once: beyond the end a lane loads its own first piece again, without calling f. It
 // loads no piece of another lane, so f may overwrite what it has read.
 template <int kBatch = 4, class T, class F>
 LX_DEVICE void for_pieces(const T* p, int n, bool aligned, int first, int step, F&& f) {

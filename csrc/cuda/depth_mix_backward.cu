@@ -6,9 +6,9 @@
 // written once. g is read once per hidden state, mostly from L2, since these blocks run
 // concurrently. Bound: these bytes. A last kernel adds the parts in order.
 //
-// A router needs all dw of a row before the gradient of n_{k-1} is known. The first launch
-// therefore computes only dw of the last hidden state, a second one the rest of it, and a third
-// dR = sum dl n_{k-1}, one column per thread.
+// A router needs all dw of a row before the gradient of n_{k-1} is known. For the last hidden state
+// the first launch therefore computes only dw, and a second launch the other gradients. A third
+// launch computes dR = sum dl n_{k-1}, one column per thread.
 //
 // Rows that are not whole pieces, or too wide for the registers, are processed element by element;
 // shares of dgamma and dbeta are then accumulated in the part's memory.

@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
         }
         lx::syncthreads();  // delta is complete
         const Mask mask = mask_of(args.dropout, args.lora, tiling, tile);
-        // 16 bytes of four rows at a time: loaded together, rounded once.
+        // A thread updates 16 bytes of four rows at a time, which are loaded together and rounded
+        // once.
         constexpr int kPieces = kGemmColumns / kVec<T>, kRowStep = kGemmThreads / kPieces;
         constexpr int kBatch = 4;
         const int piece = thread % kPieces, column = first_column + piece * kVec<T>;

@@ -97,7 +97,7 @@ LX_DEVICE void load_right(uint32_t (&w)[G::kTilesN][2], const unsigned char* rig
                     right + row * G::kRightRow + G::right_piece(row, at / 4) * kPieceBytes)[at % 4];
             }
         } else {
-            // Matrices: both halves of k of one column tile, then of the next.
+            // Matrices of this load: both halves of k of one column tile, then of the next.
             uint32_t four[4];
             if constexpr (G::kTurned) {
                 const int row = k + lane % 16, piece = column / 8 + j + lane / 16;
@@ -128,7 +128,8 @@ LX_DEVICE void multiply(typename G::Sums& sums, const unsigned char* left,
         for (int m = 0; m < G::kTilesM; ++m) {
             const int first = warp_row + m * kTileRows;
             if constexpr (!G::kParted) {
-                // Matrices: rows 0-7 and 8-15 of the first half of k, then of the second.
+                // Matrices of this load: rows 0-7 and 8-15 of the first half of k, then of the
+                // second.
                 uint32_t xf[4];
                 const int row = first + lane % 16, piece = k / kVec<T> + lane / 16;
                 lx::ldmatrix_x4(xf,

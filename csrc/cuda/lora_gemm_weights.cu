@@ -26,7 +26,7 @@ constexpr int kRowSlots = 8;  // stages of row numbers in the buffer, at least k
 constexpr int kTilesN = 8;    // tiles of eight ranks per warp
 constexpr int kVPieces = kRanks / 4;
 constexpr int kVRow = kVPieces * kPieceBytes;
-constexpr int kStoreRow = kRanks + 1;  // floats
+constexpr int kStoreRow = kRanks + 1;  // floats per row
 
 template <class T>
 struct Shape {
@@ -77,7 +77,8 @@ LX_DEVICE void multiply(typename Shape<T>::Sums& sums, const unsigned char* x,
         if constexpr (sizeof(T) == 2) {
 #pragma unroll
             for (int m = 0; m < S::kTilesM; ++m) {
-                // Matrices: rows 0-7 of columns 0-7 and 8-15, then rows 8-15 of both; transposed.
+                // Matrices of this load: rows 0-7 of columns 0-7 and 8-15, then rows 8-15 of both;
+                // transposed.
                 const int row = k + lane / 16 * 8 + lane % 8;
                 const int piece = warp_column / 8 + 2 * m + lane / 8 % 2;
                 lx::ldmatrix_x4_trans(xf[m],
@@ -239,7 +240,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     lx::cp_async_wait_all();
     lx::syncthreads();  // the ring has been read
 
-    // Stored through shared memory, so that neighbouring threads write neighbouring elements.
+    // The result is stored through shared memory, so that neighbouring threads write neighbouring
+    // elements.
     float* const delta = reinterpret_cast<float*>(ring);
     if (active) {
 #pragma unroll

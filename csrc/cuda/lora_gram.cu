@@ -28,7 +28,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTile = static_cast<int>(kGramTile);
 constexpr int kPad = 4;    // after each rank of a: eight consecutive ranks are in different banks
-constexpr int kSums = 16;  // per thread, 4 x 4
+constexpr int kSums = 16;  // sums per thread, 4 x 4
 
 constexpr int kMostAdapters = 500;
 struct GramTable {

@@ -27,7 +27,7 @@ struct Modules {
 
 // Launchers of the stages. Several modules share the same rows, at most 256, and are all aligned.
 LaunchStatus run_shrink_decode(std::span<const Module> modules, void* stream);
-// Writes args.v, the sum of the splits `v`; args.v may also be the first split.
+// Writes the sum of the splits `v` to args.v, which may be the memory of the first split.
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream);
 LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* stream);
 
@@ -97,8 +97,8 @@ int64_t largest(std::span<const Module> modules, F&& f) {
     return found;
 }
 
-// Declares the data that find_tile and the page functions read. It is empty on a GPU; in the
-// emulator it declares, page by page, exactly the rows and ranks that an adapter owns.
+// Declares the data that find_tile and the page functions read. These functions are empty on a GPU;
+// in the emulator they declare, page by page, exactly the rows and ranks that an adapter owns.
 void declare_common(const LoraArgs& args);
 void declare_a(const LoraArgs& args);
 void declare_b(const LoraArgs& args);

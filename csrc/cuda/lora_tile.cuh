@@ -321,8 +321,8 @@ LX_DEVICE void add_part(float (&d)[4], const float (&part)[4]) {
     for (int i = 0; i < 4; ++i) d[i] += part[i];
 }
 
-// d += a b for one k step: 16 k of a 16-bit type, 8 of float32. float32 uses three tf32 products, x
-// = high + low with 11 bits each; the dropped product is below 2^-22 |a| |b|.
+// d += a b for one step of k: 16 elements of a 16-bit type, or 8 of float32. float32 uses three
+// tf32 products, x = high + low with 11 bits each; the dropped product is below 2^-22 |a| |b|.
 template <class T>
 LX_DEVICE void mma_step(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (sizeof(T) == 2) {

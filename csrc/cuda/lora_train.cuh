@@ -18,7 +18,7 @@ constexpr int kBandColumns = kBandBytes / static_cast<int>(sizeof(T));
 
 // The stages of training; `float*` results and inputs are v, dv, or partial sums.
 //
-// x A^T or dy B, by the rows of each adapter, times scale / (1 - p).
+// Projection: x A^T or dy B, with the factors of each row's adapter, times scale / (1 - p).
 struct Projection {
     LoraArgs lora;  // x is dy for side B
     LoraDropout dropout;
@@ -61,7 +61,7 @@ LX_DEVICE float projection_factor(const Projection& args, int slot) {
     return args.dropout.inverse_keep * (args.lora.bank.scale ? args.lora.bank.scale[slot] : 1.0f);
 }
 
-// The sum over the rows t of each adapter of v[t, :]^T x[t, :].
+// Gradient of a factor of each adapter: the sum of v[t, :]^T x[t, :] over the adapter's rows t.
 struct Gradient {
     const void* x;  // x, to which the mask applies, or dy
     int64_t x_row_stride;

@@ -26,7 +26,7 @@ constexpr int kDeltaRow = kBandColumns<T> + 8;  // floats; no bank conflict of f
 
 struct Width {
     int range;  // columns per block
-    int pages;  // per stage, even: those of the largest rank, or as many as fit
+    int pages;  // pages per stage, even: those of the largest rank, or as many as fit
     bool dv_aligned, a_aligned, dx_aligned;
 };
 
@@ -137,14 +137,15 @@ __global__ void __launch_bounds__(kThreads, 2)
             const int pages = has_rows ? pages_of(stage) : 0;
             for (int page = 0; page < pages; page += std::is_same_v<T, lx::bf16> ? 2 : 1) {
                 if constexpr (std::is_same_v<T, lx::bf16>) {
-                    // Matrices: rows 0-7 and 8-15 of one page, then of the next.
+                    // Matrices of this load: rows 0-7 and 8-15 of one page, then of the next.
                     uint32_t high[4], low[4];
                     const unsigned char* p = dv.at(warp_row + lane % 16, page + lane / 16);
                     lx::ldmatrix_x4(high, p);
                     lx::ldmatrix_x4(low, p + kPieceBytes);
 #pragma unroll
                     for (int j = 0; j < kTiles; j += 2) {
-                        // Matrices: both pages of eight columns, then of eight more; transposed.
+                        // Matrices of this load: both pages of eight columns, then of eight more;
+                        // transposed.
                         uint32_t af[4];
                         lx::ldmatrix_x4_trans(af, a_band +
                                                       (page * kPageRanks + lane % 16) * kBandRow +
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                     if constexpr (sizeof(T) == 2) {
 #pragma unroll
                         for (int j = 0; j < kTiles; j += 4) {
-                            // Matrices: four times eight columns; transposed.
+                            // Matrices of this load: four times eight columns; transposed.
                             uint32_t af[4];
                             lx::ldmatrix_x4_trans(af, a_page_rows + lane % 8 * kBandRow +
                                                           (warp_column + 8 * (j + lane / 8)) * 2);

@@ -102,14 +102,15 @@ __global__ void __launch_bounds__(kRows * 2, 2)
         const unsigned char* w_stage = x_stage + kRows * kStageRow;
 #pragma unroll
         for (int p = 0; p < kPieces; p += 2) {
-            // Matrices: rows 0-7 and 8-15 of the first piece, then of the second.
+            // Matrices of this load: rows 0-7 and 8-15 of the first piece, then of the second.
             uint32_t xf[4];
             lx::ldmatrix_x4(xf, x_stage + (warp * kTileRows + lane % 16) * kStageRow +
                                     (p + lane / 16) * kPieceBytes);
 #pragma unroll
             for (int page = 0; page < kGroupPages; page += 2) {
                 if (page >= pages) continue;
-                // Matrices, or equivalent loads: k of both pieces of one page, then of the next.
+                // Matrices of this load, or of equivalent loads: k of both pieces of one page, then
+                // of the next.
                 uint32_t wf[4];
                 if constexpr (sizeof(T) == 2) {
                     lx::ldmatrix_x4_trans(wf, w_stage + (page + lane / 16) * kStagePage +

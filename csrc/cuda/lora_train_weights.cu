@@ -164,7 +164,7 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
         constexpr int kTogether = lx::min(kPages, 4);  // pages in registers at a time
 #pragma unroll
         for (int first = 0; first < kPages; first += kTogether) {
-            // Matrices: high parts of rows 0-7 and 8-15, then low parts; transposed.
+            // Matrices of this load: high parts of rows 0-7 and 8-15, then low parts; transposed.
             uint32_t vf[kTogether][4];
 #pragma unroll
             for (int j = 0; j < kTogether; ++j)
@@ -174,7 +174,8 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
 #pragma unroll
             for (int m = 0; m < kBands<T>; ++m) {
                 if (!has(first)) continue;
-                // Matrices: rows 0-7 of columns 0-7 and 8-15, then rows 8-15 of both; transposed.
+                // Matrices of this load: rows 0-7 of columns 0-7 and 8-15, then rows 8-15 of both;
+                // transposed.
                 uint32_t xf[4];
                 lx::ldmatrix_x4_trans(
                     xf, x + (row + lane / 16 * 8 + lane % 8) * kPassRow +
@@ -198,7 +199,8 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
             if constexpr (sizeof(T) == 2) {
 #pragma unroll
                 for (int m = 0; m < kBands<T>; m += 2) {
-                    // Matrices: columns 0-7 and 8-15 of a band, then of the next; transposed.
+                    // Matrices of this load: columns 0-7 and 8-15 of a band, then of the next;
+                    // transposed.
                     uint32_t xf[4];
                     lx::ldmatrix_x4_trans(
                         xf, x + (row + 8 * half + lane % 8) * kPassRow +
@@ -259,13 +261,15 @@ struct Projecting {
 #pragma unroll
         for (int k0 = 0; k0 < kWidth; k0 += kStep) {
             const int k = share * kWidth + k0;
-            // Matrices: 32 columns of one page; or 16 of one page, then of the next; transposed.
+            // Matrices of this load: 32 columns of one page; or 16 of one page, then of the next;
+            // transposed.
             uint32_t bf[4];
             lx::ldmatrix_x4_trans(bf, b + (k + lane % kStep) * kFactorRow<kPages> +
                                           (page + lane / kStep) * kPieceBytes);
 #pragma unroll
             for (int i = 0; i < kStep / 16; ++i) {
-                // Matrices: rows 0-7 and 8-15 of eight columns, then of the next eight.
+                // Matrices of this load: rows 0-7 and 8-15 of eight columns, then of the next
+                // eight.
                 uint32_t xf[4];
                 lx::ldmatrix_x4(xf, x + (row + lane % 16) * kPassRow +
                                         (k / kVec<T> + 2 * i + lane / 16) * kPieceBytes);

@@ -43,7 +43,7 @@ struct Space {
     int* argmax;         // (B, K + 1, spans), only if greedy
     OnlineSum* leaves;   // (B, C, spans)
     Decision* decision;  // (B,)
-    double* sums;        // (B, 2, blocks): of max(0, p - q), and of p
+    double* sums;        // (B, 2, blocks): sums of max(0, p - q), and of p
     float* weights;      // (B, V): max(0, p - q)
 };
 // Returns the layout of the workspace, and its end.

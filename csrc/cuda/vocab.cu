@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kCapped ? kMinBlocksTwice : kMinBloc
         if (y >= 0)
             *row.third_at = logit.of(lx::to_float(row.logits[y]));
         else if (start)
-            *row.third_at = __builtin_nanf("");  // until the chunk with the label
+            *row.third_at = __builtin_nanf("");  // NaN until the chunk with the label is read
     }
     lx::syncthreads();  // the label's logit has been read
     float sum = 0;

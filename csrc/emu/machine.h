@@ -59,7 +59,7 @@ struct Thread {
     bool live;
     bool dependency_met;  // dependent launch: grid_dependency_wait() has been called
     bool vote;
-    std::vector<std::vector<Copy>> copy_groups;  // committed
+    std::vector<std::vector<Copy>> copy_groups;  // groups that have been committed
     std::vector<Copy> open_copies;
     // Release and acquire through a fence and an atomic, see checker.cpp.
     bool fenced;
@@ -150,7 +150,7 @@ struct Block {
 
 struct Machine : Block {  // base: the running block
     Options options;
-    std::vector<std::string> reports;  // since take_reports()
+    std::vector<std::string> reports;  // since the last take_reports()
     // Reports of this launch. Places are resolved after it ends: a fiber's stack may be too small.
     std::vector<std::pair<std::string, Place>> pending_reports;
     std::string last_error;  // reports of the last launch

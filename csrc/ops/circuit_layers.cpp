@@ -138,7 +138,7 @@ struct Call {
     LayersArgs args;
     LayersPlan plan;
     Tensor w, weight, shift;
-    std::vector<Tensor> memory;  // buffers of kernels that run by stages
+    std::vector<Tensor> memory;  // buffers of kernels that run stage by stage
     at::TensorOptions options;
     bool kernels;
 

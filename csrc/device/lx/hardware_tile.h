@@ -13,8 +13,8 @@ LX_INLINE uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Loads n 8x8 matrices of 16 bits. Lane 8i+r passes the address of row r of matrix i, aligned to 16
-// bytes.
+// Loads n 8x8 matrices of 16-bit elements. Lane 8i+r passes the address of row r of matrix i,
+// aligned to 16 bytes.
 LX_INLINE void ldmatrix_x1(uint32_t (&r)[1], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
                  : "=r"(r[0])

@@ -91,8 +91,8 @@ struct LayersProgram {
     LX_HOST_DEVICE const int32_t* users() const { return at + users_at(); }    // nodes of a matrix
     LX_HOST_DEVICE const int32_t* roots() const { return at + roots_at(); }    // columns
     LX_HOST_DEVICE const int32_t* stages() const { return at + stages_at(); }  // first nodes
-    // For each child, then for each root: the node that owns its units or, if they are leaves, -1 -
-    // their variable.
+    // For each child, then for each root: the node that owns its units, or -1 - v if they are
+    // leaves of variable v.
     LX_HOST_DEVICE const int32_t* owners() const { return at + owners_at(); }
     // For each node with a matrix, the index of its uniform among the uniforms of a walk.
     LX_HOST_DEVICE const int32_t* draws() const { return at + draws_at(); }
@@ -164,7 +164,7 @@ LX_HOST_DEVICE inline int64_t first_part(const LayersMatrix& m) {
 }
 constexpr int kNodeShares = 4;  // blocks that compute the terms of one node and lane
 
-// Everything but leaf and uniforms is contiguous, float or double according to `dtype`.
+// All tensors except leaf and uniforms are contiguous. Values are float or double, see `dtype`.
 struct LayersArgs {
     DType dtype = DType::kFloat32;
     WeightNorm norm = WeightNorm::kLogits;

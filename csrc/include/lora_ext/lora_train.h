@@ -86,7 +86,7 @@ int64_t lora_train_shrink_workspace_bytes(const LoraTrainArgs& args);
 int64_t lora_train_backward_workspace_bytes(const LoraTrainArgs& args);
 LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream);    // x -> v
 LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream);  // dy -> results
-// x -> y, y contiguous.
+// Dropout alone: x -> y, with y contiguous.
 LaunchStatus launch_lora_dropout(const LoraTrainArgs& args, void* y, void* stream);
 
 }  // namespace lora_ext

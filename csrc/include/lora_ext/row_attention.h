@@ -14,7 +14,8 @@
 
 namespace lora_ext {
 
-// Keys that a query row sees: [first, end); with holes, only the keys that the mask selects there.
+// Keys that a query row sees: [first, end) or, if there are holes, the keys in it that the mask
+// selects.
 struct SeenKeys {
     int64_t first = 0, end = 0;
     bool holes = false;

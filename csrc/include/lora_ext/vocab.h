@@ -31,7 +31,7 @@ struct VocabArgs {
     int64_t ignore_index = -100;      // rows with this label have loss and gradient 0
     const bool* mask = nullptr;       // (N,), divergence: rows with false have loss and gradient 0
     void* logits = nullptr;           // (k, N, columns) contiguous
-    void* state = nullptr;            // (3, k, N): top; sum; target, or cross
+    void* state = nullptr;            // (3, k, N): top; sum; z[y], or the cross sum
     void* products = nullptr;         // (k, N, d); nullptr: not wanted
     const void* targets = nullptr;    // (N, d), rows y_n of W; with products of cross entropy
     void* loss = nullptr;             // (N,)
