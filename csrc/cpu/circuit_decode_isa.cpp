@@ -247,8 +247,8 @@ void argmax_row(const CircuitArgmaxArgs& args, int64_t row, Scratch scratch) {
     const int64_t K = circuit.n_token, C = leaves.C, V = leaves.V;
     const int64_t M = circuit_num_transitions(circuit.kind, K);
     const int64_t* const evidence = args.evidence ? args.evidence + row * K : nullptr;
-    A* const best = scratch.take<A>(K * C);     // best of a position given its state
-    A* const stepped = scratch.take<A>(M * C);  // best of a latent given its parent's state
+    A* const best = scratch.take<A>(K * C);     // best value of a position, by its state
+    A* const stepped = scratch.take<A>(M * C);  // best value of a latent, by its parent's state
     A *const value = scratch.take<A>(C), *const sums = scratch.take<A>(C),
              *const w = scratch.take<A>(V);
     const Norms<A> norms{scratch.take<A>(C), scratch.take<A>(C)};

@@ -31,7 +31,7 @@ LX_INLINE void put(S* to, V v) {
     __builtin_memcpy(to, &wide, sizeof(wide));
 }
 
-// Ranks of a tile of a (r, I): rows of the long axis.
+// Ranks of a tile from a (r, I), where each rank is a row along the long axis.
 template <typename T, typename S>
 struct SideA {
     const T* data;
@@ -59,7 +59,8 @@ struct SideA {
     }
 };
 
-// Ranks of a tile of b or p (O, r): columns of the long axis, transposed.
+// Ranks of a tile from b or p (O, r), where each rank is a column along the long axis; they are
+// transposed.
 template <typename T, typename S>
 struct SideB {
     const T* data;

@@ -1,6 +1,6 @@
 // Small matrix products in registers for the LoRA ops and the sum layers of circuits: dot_tile
 // along the axis that is contiguous in both factors, sum_tile across it. Compiled per instruction
-// set like vec.h. Each result is one accumulator, in ascending order, for any tile.
+// set like vec.h. Each result has one accumulator, which adds in ascending order, for any tile.
 #pragma once
 
 #include "vec.h"

@@ -23,7 +23,8 @@ constexpr float kHalfScale = 0x1p14f;
 template <bool kHigh>
 using MmaHalf = std::conditional_t<kHigh, lx::bf16, lx::f16>;
 
-// Returns the bytes between rows of values: whole steps, 64 off a multiple of 128.
+// Returns the bytes between rows of values: a whole number of steps, 64 bytes off a multiple of
+// 128.
 LX_HOST_DEVICE constexpr int value_row_bytes(int64_t terms) {
     const int bytes = (static_cast<int>(terms) + kStep - 1) / kStep * kStep * 2;
     return bytes % 128 == 0 ? bytes + 64 : bytes;

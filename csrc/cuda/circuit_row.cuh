@@ -27,7 +27,8 @@ template <class Team>
 int64_t shared_bytes(const CircuitParams& c) {
     return 4 * (own_floats<Team>(c) + circuit_walk_floats(c, Team::kScratch));
 }
-// Returns whether a warp walks: few states, and the norms of all positions fit in shared memory.
+// Returns whether a warp walks, that is, whether there are few states and the norms of all
+// positions fit in shared memory.
 inline bool walks_by_warp(const CircuitLogits& logits) {
     const CircuitParams& c = logits.circuit;
     return c.components <= kWarpStates && logits.vocabulary <= kMaxWarpTokens &&

@@ -145,7 +145,8 @@ LaunchStatus with_mix_types(const DepthMixArgs& args, F&& f) {
     });
 }
 
-// Returns whether a block can hold its row in registers: aligned whole pieces, not too many.
+// Returns whether a block can hold its row in registers, which requires whole aligned pieces, and
+// not too many of them.
 inline bool row_is_held(const DepthMixArgs& args) {
     const int64_t size = element_size(args.dtype), piece = 16 / size;
     bool held = args.width % piece == 0 && args.width <= kMixThreads * kHeld * piece &&

@@ -32,7 +32,7 @@ LX_DEVICE Draft draft_of(const SpecVerifyArgs& args, int64_t row, int k, Logit&&
             static_cast<const float*>(args.conditional)[at],
             static_cast<const float*>(args.uniforms)[at + row]};
 }
-// Returns whether the draft is accepted; a scale of 0 is greedy.
+// Returns whether the draft is accepted; a scale of 0 means greedy decoding.
 LX_DEVICE bool stands(const Draft& draft, const Stats& stats, float scale) {
     if (scale == 0) return draft.token == stats.argmax;
     const float log_p = (draft.logit - stats.top) * scale - logf(stats.sum);

@@ -14,8 +14,7 @@ namespace lora_ext {
 std::tuple<Tensor, Tensor> circuit_leaf(const Tensor& leaf, const Tensor& x);
 Tensor circuit_leaf_backward(const Tensor& de, const Tensor& leaf, const Tensor& x,
                              const Tensor& norm);
-// Returns e of circuit_leaf for the logits emit[k, z] @ h[b]: h (B, D), emit (K, C, V, D), x (B,
-// K).
+// Returns e of circuit_leaf for logits emit[k, z] @ h[b]: h (B, D), emit (K, C, V, D), x (B, K).
 Tensor emission_gather(const Tensor& h, const Tensor& emit, const Tensor& x);
 // Returns dh and demit; a gradient that is not needed is empty.
 std::tuple<Tensor, Tensor> emission_gather_backward(const Tensor& de, const Tensor& h,

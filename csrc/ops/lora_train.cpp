@@ -213,7 +213,8 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     if (launches_kernels(x)) {
         call.set_workspace(lora_train_shrink_workspace_bytes(args));
         void* stream = current_stream(x);
-        // This kernel sums in the same order as serving for any number of rows, and db reads v.
+        // This kernel sums in the same order as serving for any number of rows, and the backward
+        // reads v for db.
         check_launch(op, launch_lora_train_shrink(args, stream));
         check_launch(op, launch_lora_expand(args.lora, stream));
         return {y, v};

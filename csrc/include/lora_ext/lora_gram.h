@@ -43,12 +43,12 @@ struct GramArgs {
 LX_HOST_DEVICE constexpr int64_t gram_tiles(int64_t rank) {
     return (rank + kGramTile - 1) / kGramTile;
 }
-// Return the items of an adapter: tiles of the lower half of gram_a, then of gram_b.
+// Return the number of items of an adapter: tiles of the lower half of gram_a, then of gram_b.
 LX_HOST_DEVICE constexpr int64_t gram_items(int64_t rank) {
     return gram_tiles(rank) * (gram_tiles(rank) + 1);
 }
-// Return the items of an adapter for stats: tiles of the lower half, in the order of grams, each
-// with four doubles. An off-diagonal tile also counts for its mirror image.
+// Return the number of items of an adapter for stats: tiles of the lower half, in the order of
+// grams, each with four doubles. An off-diagonal tile also counts for its mirror image.
 LX_HOST_DEVICE constexpr int64_t pair_items(int64_t rank) {
     return gram_items(rank) / 2;
 }

@@ -24,7 +24,7 @@ struct PackedLinearArgs {
     void* packed = nullptr;        // written by pack, read by product
 };
 
-// Return the steps of a panel along I, kPanel x 4 bytes each.
+// Return the number of steps of a panel along I, kPanel x 4 bytes each.
 constexpr int64_t panel_steps(const PackedLinearArgs& args) {
     return args.dtype == DType::kFloat32 ? args.in_features : ceil_div(args.in_features, 2);
 }
