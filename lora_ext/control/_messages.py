@@ -35,7 +35,7 @@ from .language import DEFAULT, Constraint, Limits, Matched
 _WHERE = "constraint"
 _KEPT_SEGMENTS = 3
 _KEPT_STEPS = 1024
-_PART = 8  # next states of over V / 8 tokens use a product with the vocabulary, others gather rows
+_PART = 8  # next states of over V / 8 tokens use a product with all tokens, others gather tokens
 _FEW = 64  # up to V / 64 forbidden tokens are stored as indices, more as a mask
 _shared: weakref.WeakKeyDictionary[Guide, weakref.WeakValueDictionary[tuple[object, ...], Messages]]
 _shared = weakref.WeakKeyDictionary()
@@ -69,11 +69,12 @@ class Plan:
         for name, value, low in (("max_new_tokens", budget, 1), ("min_new_tokens", least, 0)):
             whole = type(value) is int and value >= low
             require(whole, _WHERE, name, f"a whole number, at least {low}", repr(value))
-        expected = f"less than max_new_tokens {budget}, of which one ends the text"
+        expected = f"less than max_new_tokens ({budget}), since the last token ends the text"
         require(least < budget, _WHERE, "min_new_tokens", expected, least)
         if guide is not None:
             size = constraint.vocab_size
-            require(guide.vocab_size == size, _WHERE, "guide", f"{size} tokens", guide.vocab_size)
+            expected = f"a vocab_size of {size}, as in the constraint"
+            require(guide.vocab_size == size, _WHERE, "guide", expected, guide.vocab_size)
         self.constraint = constraint
         self.budget = budget
         self.least = least
@@ -81,16 +82,17 @@ class Plan:
         self.limits = limits
         self._steps: dict[tuple[int, int], NextTokens] = {}
         fewest = int(constraint.distance[0])
-        expected = f"at least {fewest}, the shortest text of the constraint and its end"
+        expected = f"at least {fewest}, the length of the shortest allowed text and its end token"
         require(fewest <= budget, _WHERE, "max_new_tokens", expected, budget)
         fits = self.alive(0, budget)
-        found = "none, as each text is shorter or too long"
-        require(fits, _WHERE, "min_new_tokens", f"a text of {least} to {budget - 1} tokens", found)
+        expected = f"an allowed text of {least} to {budget - 1} tokens"
+        found = "none: all allowed texts are shorter or longer"
+        require(fits, _WHERE, "min_new_tokens", expected, found)
 
     # --- dead ends --------------------------------------------------------------------------------
     @cached_property
     def _alive(self) -> Tensor | None:
-        """Table ``(n + 1, S + 1)``: True if END can be reached from a state in at most k tokens.
+        """Table ``(n + 1, S + 1)``: whether END can be reached with k tokens left in state s.
 
         None if ``least`` is 0; the constraint's distances to the end are then sufficient.
         """
@@ -111,7 +113,7 @@ class Plan:
         return int(self.constraint.distance.max())
 
     def alive(self, state: int, k: int) -> bool:
-        """Return whether a text can still end within ``k`` tokens."""
+        """Return whether a text in a state can still end within ``k`` tokens."""
         if state < 0:
             return False
         if self._alive is None:
@@ -119,7 +121,7 @@ class Plan:
         return bool(self._alive[k, state])
 
     def step(self, state: int, k: int) -> NextTokens:
-        """Return the allowed next tokens in a state with ``k`` tokens left, including the next."""
+        """Return the allowed next tokens in a state, if ``k`` tokens are left in the budget."""
         if self.least == 0:  # the result is the same for all k above the longest distance
             k = min(k, self._longest + 1)
         known = self._steps.get((state, k))
@@ -154,7 +156,7 @@ class Plan:
     # --- messages ---------------------------------------------------------------------------------
     @cached_property
     def edges(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Edges of the automaton: sources ``(E,)``, targets ``(E,)``, and the edge of each entry.
+        """Edges of the automaton: sources ``(E,)``, targets ``(E,)``, and the edges by class.
 
         The last tensor, ``(S, classes)``, contains the edge that a class of tokens follows in a
         state, or -1 if the class is forbidden.
@@ -181,9 +183,9 @@ class Plan:
 
     @cached_property
     def messages(self) -> Messages:
-        """Messages of the guide, shared by all existing plans with the same content.
+        """Messages of the guide, shared by existing plans with the same guide and constraint.
 
-        If ``least`` is 0, they do not depend on the budget.
+        If ``least`` is not 0, they also depend on ``least`` and the budget.
         """
         assert self.guide is not None
         states, guide = self.constraint.num_states + 1, self.guide
@@ -205,7 +207,7 @@ class MatchedPlan:
 
     Args:
         constraint: Constraint of the text.
-        budget: Largest number of tokens. A text that does not end before is truncated there.
+        budget: Largest number of tokens. A text that has not ended by then is truncated.
     """
 
     guide: Guide | None = None
@@ -260,7 +262,7 @@ class NextTokens:
 
     @cached_property
     def layout(self) -> Layout:
-        """Tokens grouped by how their guide ratio is computed."""
+        """Tokens, grouped by how their ratio ``r`` is computed (see ``_law.py``)."""
         constraint = self._constraint
         vocab, end = constraint.vocab_size, constraint.end
         after = self.after[constraint.class_index]  # (V,)
@@ -336,7 +338,7 @@ class Messages:
         self._segments: OrderedDict[int, list[tuple[Tensor, Tensor]]] = OrderedDict()
 
     def __call__(self, k: int) -> tuple[Tensor, Tensor]:
-        """Return ``C_k (S + 1, H)`` and the logarithms of the scales of its rows ``(S + 1,)``.
+        """Return ``C_k (S + 1, H)`` with scaled rows, and their scales ``(S + 1,)`` as logarithms.
 
         The largest entry of a row is 1, or 0 if END cannot be reached.
         """
@@ -366,7 +368,7 @@ class Messages:
         if self._least and self._budget - k < self._least:
             inside = target != end
             source, target, weights = source[inside], target[inside], weights[inside]
-        # The terms of a state are scaled by its largest next state before they are added.
+        # The terms of a state are divided by the largest scale of its next states before the sum.
         largest = torch.full_like(scale, -torch.inf)
         largest.scatter_reduce_(0, source, scale[target], "amax")
         factor = (scale[target] - largest[source]).exp().nan_to_num(0.0)  # (E,)

@@ -40,7 +40,7 @@ def unanchored(where: str, argument: str, pattern: str) -> str:
             first = part in _BEGIN and before
             last = part in _END and _ends(parts, i, verbose)
             expected = "^ and $ only at the beginning and end of the whole text"
-            found = f"{part} as part {i + 1} of {pattern!r:.80}"
+            found = f"{part} as element {i + 1} of {pattern!r:.80}"
             require(groups == 0 and (first or last), where, argument, expected, found)
             continue
         kept.append(part)

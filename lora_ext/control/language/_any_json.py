@@ -64,7 +64,8 @@ class _Walk:
         self._link(start, b"{", "{", "o")
         for place, within in self._places:  # the list grows during the loop
             self._fill(place, within)
-            self._clock.states(len(self._places), f"2^{self._depth} ways to nest", merged=False)
+            part = f"2^{self._depth} ways to nest objects and arrays"
+            self._clock.states(len(self._places), part, merged=False)
         table = np.full((len(self._rows), 256), -1, np.int32)
         for state, row in enumerate(self._rows):
             table[state, list(row)] = list(row.values())

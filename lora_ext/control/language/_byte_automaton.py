@@ -61,14 +61,14 @@ def main():
     try:
         pattern = request.get("pattern")
         if pattern is None:
-            # The package makes this module at import; there is no such file.
+            # outlines_core creates this module at import; pyright finds no file for it.
             from outlines_core.json_schema import (  # pyright: ignore[reportMissingImports]
                 build_regex_from_schema,
             )
 
             pattern = build_regex_from_schema(request["schema"])
         elif ")" in pattern:
-            # In `automaton`, an unmatched bracket would close the group; alone it is an error.
+            # In the group that `automaton` adds, an unmatched bracket would be no error.
             Index(pattern + "\\x00", every)
         for inner in request.get("inner", ()):
             Index(inner + "\\x00", every)
