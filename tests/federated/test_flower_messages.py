@@ -150,7 +150,7 @@ MASKED_FAULTS = {
     ),
     "missing": (
         ("base_model.model.layers.2.lora_A.weight", None),
-        "layers.2.lora_A.weight: expected a tensor of every client",
+        "layers.2.lora_A.weight: expected a tensor from every client",
     ),
 }
 

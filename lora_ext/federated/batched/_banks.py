@@ -1,8 +1,9 @@
 """Banks, which stack one parameter of all clients in one tensor, and an AdamW for all banks.
 
-A layer therefore copies nothing, and a step of the optimizer takes few calls for any number of
-clients. Shape letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` inputs, ``O``
-outputs. The *place* of a client is its index when clients are sorted by decreasing number of steps.
+With banks, a layer needs no copies of factors, and a step of the optimizer takes few calls for any
+number of clients. Shape letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` inputs,
+``O`` outputs. The *place* of a client is its index when clients are sorted by decreasing number of
+steps.
 """
 
 from __future__ import annotations

@@ -134,7 +134,8 @@ class _Division:
                 self.shapes.append(value.shape)
                 return value[: self.first], value[self.first :]
             if not self.shapes:
-                raise Unfit(f"a block's first tensor has shape {list(value.shape)}")
+                found, count = list(value.shape), self.count
+                raise Unfit(f"a block's first tensor has shape {found}, and not {count} rows")
             return value, value
         if type(value) in (tuple, list):
             parts = [self.of(each) for each in value]
@@ -168,8 +169,8 @@ class _Division:
 
 
 def _check_close(parts: Any, whole: Any) -> None:
-    """Raise unless the first tensor of a block's output is close in ``parts``, the result of two
-    calls, and in ``whole``, the result of one."""
+    """Raise unless the first tensors of two outputs of a block are close: of ``parts``, which two
+    calls computed, and of ``whole``, which one call computed."""
     while type(parts) in (tuple, list) and type(whole) in (tuple, list):
         parts, whole = parts[0], whole[0]
     eps = torch.finfo(whole.dtype).eps ** 0.5

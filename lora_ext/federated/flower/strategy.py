@@ -133,11 +133,13 @@ class LoraStrategy(FedAvg):
             pattern=pattern,
             shared=self.shared,
         )
-        require(rank_agg != "stack", WHERE, "rank_agg", "one whose result is an adapter", rank_agg)
+        expected = "a method whose result is an adapter"
+        require(rank_agg != "stack", WHERE, "rank_agg", expected, rank_agg)
         choice(WHERE, "payload", payload, get_args(Payload))
         if payload == "dense_masked":
-            require(rank_agg == "covered", WHERE, "rank_agg", "'covered' where masked", rank_agg)
-            require(not shared, WHERE, "shared", "none where masked", [*shared])
+            expected = f"'covered' with payload {payload!r}"
+            require(rank_agg == "covered", WHERE, "rank_agg", expected, rank_agg)
+            require(not shared, WHERE, "shared", f"no names with payload {payload!r}", [*shared])
         self._sending = Sending(self._averaging, send_frozen, pack, self.seed, payload, scaling)
         self.comm = CommLog()
         self.history: list[RoundLog] = []
@@ -179,7 +181,8 @@ class LoraStrategy(FedAvg):
             clients: capabilities of the selected clients.
         """
         if self.allocator is None:
-            raise ValueError(f"{WHERE}: allocator: expected one, or an own plan_round, found None")
+            expected = "expected an allocator, or a subclass that overrides plan_round"
+            raise ValueError(f"{WHERE}: allocator: {expected}, found None")
         return {c: self.allocator.plan(round, c, count) for c, count in clients.items()}
 
     def observe(
@@ -298,8 +301,9 @@ class LoraStrategy(FedAvg):
         current, self._current = self._current, None
         number = self._before + server_round
         if current is None or current.number != number:
-            expected = "none" if current is None else current.number
-            raise ValueError(f"{WHERE}: round: expected {expected} in progress, found {number}")
+            running = "no round" if current is None else f"round {current.number}"
+            expected = f"the round in progress, which is {running}"
+            raise ValueError(f"{WHERE}: round: expected {expected}, found round {number}")
         replies = list(replies)
         updates, contents, reasons, silent = current.collect(replies)
         for reply in replies:  # the echo may contain the node's identity, to use in later rounds
