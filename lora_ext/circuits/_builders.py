@@ -209,7 +209,7 @@ def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: 
 
 
 def join(graphs: Sequence[Regions]) -> Regions:
-    """Return the regions of all graphs, with the index of the graph before all names and ties."""
+    """Return the regions of all graphs; names and ties are prefixed with the graph's index."""
     require(len(graphs) > 0, "join", "graphs", "at least one", "none", PCStructureError)
     joined: list[Region] = []
     for number, regions in enumerate(graphs):

@@ -238,7 +238,7 @@ def kl_divergence(circuit: Parameters, other: Parameters, root: int | None) -> T
     """Compute ``Circuit.kl_divergence``.
 
     Both circuits have the same graph and are deterministic, so an assignment has the same tree of
-    nonzero units in both, and :func:`entropy`'s sum over flows applies to the ratio.
+    nonzero units in both. The sum over flows of :func:`entropy` therefore applies to ``log p / q``.
     """
     name = "kl_divergence"
     same = isinstance(other, Parameters) and other.graph == circuit.graph

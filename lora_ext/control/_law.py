@@ -30,8 +30,8 @@ from torch import Tensor
 from ._guide import Guide
 from ._messages import MatchedPlan, NextTokens, Plan
 
-#: Gap in nats between the least likely next state that has a positive probability under the guide
-#: and next states that the constraint allows although they have probability 0 under the guide.
+#: Next states that the constraint allows, but that have probability 0 under the guide, are treated
+#: as less likely by this number of nats than the least likely of the other next states.
 IMPOSSIBLE_GAP_NATS = 50.0
 
 
@@ -210,7 +210,7 @@ class _GuidedRows:
 
 
 def _guided_blocks(guide: Guide, groups: list[_GuidedRows]) -> list[Block]:
-    """Return ``log r`` of the rows of one guide, using one product with the vocabulary for all."""
+    """Return ``log r`` of all rows of one guide, with a single product over the vocabulary."""
     wide = [group for group in groups if group.layout.wide]
     if not wide:
         return [Block(group.places, group.log_ratio(None)) for group in groups]
@@ -234,7 +234,7 @@ def _guided_blocks(guide: Guide, groups: list[_GuidedRows]) -> list[Block]:
 
 
 def log_quotient(law: Tensor, emitted: Tensor, messages: Tensor) -> Tensor:
-    """Return ``log (sum_z A beta C / sum_z A beta)`` of some tokens, without the messages' scales.
+    """Return ``log (sum_z A beta C / sum_z A beta)`` of tokens, without the scales of messages.
 
     The quotient is at least the smallest normal number of the dtype, so that allowed tokens stay
     possible. A token of probability 0 under the guide does not change the distribution of the

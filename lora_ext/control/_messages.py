@@ -1,9 +1,10 @@
-"""States from which a text can still end within its budget, and the guide's probability of this.
+"""Plans: the states from which a text can end within its budget, and the probability that it does.
 
-A :class:`Plan` is a constraint with a budget of ``n`` tokens, including the end token, and a least
-number ``lo`` of tokens before the end token. All rows with a plan share its tables, the messages:
+A :class:`Plan` is a constraint with a budget of ``n`` tokens, including the end token, and a
+minimum number ``lo`` of tokens before the end token. All rows with a plan share its tables, the
+messages:
 
-    C_k(END) = 1, else C_0(s) = 0
+    C_k(END, z) = 1 for all k;  C_0(s, z) = 0 for all other states s
     C_k(s, z) = sum_z' T(z, z') sum_s' w(s->s', z') C_{k-1}(s', z')
     w(s->s', z) = sum of beta(z, x) over the tokens x of the edge
 
@@ -35,7 +36,9 @@ from .language import DEFAULT, Constraint, Limits, Matched
 _WHERE = "constraint"
 _KEPT_SEGMENTS = 3
 _KEPT_STEPS = 1024
-_PART = 8  # next states of over V / 8 tokens use a product with all tokens, others gather tokens
+# If more than V / _PART tokens lead to a next state, their ratios are computed for all tokens in
+# one product. Otherwise, the emissions of these tokens are gathered.
+_PART = 8
 _FEW = 64  # up to V / 64 forbidden tokens are stored as indices, more as a mask
 _shared: weakref.WeakKeyDictionary[Guide, weakref.WeakValueDictionary[tuple[object, ...], Messages]]
 _shared = weakref.WeakKeyDictionary()
@@ -235,8 +238,8 @@ class NextTokens:
 
     Attributes:
         live: Whether each class of tokens is allowed, ``(classes,)`` bool.
-        after: State after each class, ``(classes,)``; -1 if the class is not allowed.
-        states: Distinct states after allowed classes, without the end.
+        after: State after a token of each class, ``(classes,)``; -1 if the class is not allowed.
+        states: Distinct next states of the allowed classes, without the end.
     """
 
     def __init__(self, plan: Plan, state: int, k: int):
@@ -269,7 +272,7 @@ class NextTokens:
         inside = after[(after >= 0) & (after != end)]
         count = torch.bincount(inside, minlength=1)
         wide: list[int] = []
-        if len(inside) > vocab // _PART:  # too many to gather: at least one state is wide
+        if len(inside) > vocab // _PART:  # too many tokens to gather: at least one state is wide
             wide = (count > vocab // _PART).nonzero()[:, 0].tolist() or [int(count.argmax())]
         narrow = (after >= 0) & (after != end)
         for s in wide:
@@ -303,7 +306,7 @@ class Layout(NamedTuple):
             the whole vocabulary per state.
         others: Masks ``(V,)`` bool of the tokens of each wide state except the first.
         narrow: The other allowed tokens that do not end the text, ``(t,)``.
-        behind: States after the narrow tokens, ``(t,)``.
+        behind: Next state of each narrow token, ``(t,)``.
         dead: Indices of the forbidden tokens, or a mask ``(V,)`` bool if there are many.
         ends: Tokens that end the text.
     """
@@ -364,7 +367,7 @@ class Messages:
         """Return ``C_k`` from ``C_{k-1}``."""
         source, target, weights = self._source, self._target, self._weights
         end = len(table) - 1
-        # Without a least length, all budgets share these tables, and k may exceed self._budget.
+        # Without a minimum length, all budgets share these tables, and k may exceed self._budget.
         if self._least and self._budget - k < self._least:
             inside = target != end
             source, target, weights = source[inside], target[inside], weights[inside]

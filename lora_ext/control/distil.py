@@ -49,12 +49,12 @@ def distil(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Guide:
-    """Learn a guide from texts that a model writes after prompts.
+    """Learn a guide from texts that a model generates from prompts.
 
     Args:
         model: A causal language model of transformers, in evaluation mode.
-        prompts: Tensor of prompts with one row each, or lists of tokens of any lengths. The texts
-            use them in turn.
+        prompts: Prompts as a tensor with one row per prompt, or as lists of tokens of any lengths.
+            Text i continues prompt ``i % len(prompts)``.
         states: Number of states ``H``.
         samples: Number of texts, at least 2.
         length: Largest number of tokens of a text.
@@ -176,7 +176,7 @@ def _learned(
     held_out: float,
     progress: Progress | None,
 ) -> Guide:
-    """Learn a guide from texts: clusters, emissions, counted transitions, EM, and a prior head."""
+    """Learn a guide from texts: clusters, emissions, counts of transitions, EM, and a prior head."""
     tokens, order = written.tokens, torch.randperm(len(written.tokens))
     apart = min(len(order) - 1, max(1, round(held_out * len(order))))
     train, test = tokens[order[:-apart]], tokens[order[-apart:]]

@@ -42,7 +42,7 @@ class Bank:
         members: places of the clients that train the module, in ascending order.
         num_global: number of copies of the global factors in the bank: 1, or with dropout one per
             client that needs them, since each client has separate masks.
-        table: for each place, the index in the bank, or -1 for no factors.
+        table: for each place, the index of the client's factors in the bank; -1 for no factors.
     """
 
     def __init__(

@@ -179,8 +179,8 @@ class ClientsLayer(nn.Module):
 
 
 class UnsupportedModule(ValueError):
-    """Raised for a module with which a client's results would differ from training it
-    separately."""
+    """Raised for a module with which a client's results would differ from those of training the
+    client separately."""
 
 
 def check_model(model: nn.Module, adapter: str, pattern: str) -> None:

@@ -32,8 +32,9 @@ class Staircase:
 
     The blocks must run once each, in the order of their indices, and the first dimension of a
     block's first tensor argument must be the sequences. Other tensor arguments with a first
-    dimension of that size are divided too; the first result for each combination of shapes is
-    compared with one call of all rows. :class:`Unfit` is raised if a condition is violated.
+    dimension of that size are divided too. For each combination of shapes, the first result is
+    compared with that of one call with all rows. :class:`Unfit` is raised if a condition is
+    violated.
 
     Args:
         model: model with the blocks.
@@ -109,7 +110,7 @@ class Staircase:
 
 
 def _run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run a block's forward. Errors become `Unfit`, since a call of all rows may not raise them."""
+    """Run a block's forward. Errors become `Unfit`, since a call with all rows might not raise."""
     try:
         return forward(*args, **kwargs)
     except (Unfit, MemoryError, torch.cuda.OutOfMemoryError):

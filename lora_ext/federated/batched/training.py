@@ -298,7 +298,7 @@ class BatchedClients:
     def _layers(
         self, pairs: list[Pair], global_lora: Mapping[str, Tensor]
     ) -> dict[str, tuple[str, Any]]:
-        """Return the name and the layer in ``self.model`` by name in the base model.
+        """Return the name in ``self.model`` and the layer of each adapted module, by base name.
 
         Raises `ValueError` unless the factors in ``global_lora`` fit the layers.
         """

@@ -145,7 +145,7 @@ class LoraStrategy(FedAvg):
         self.history: list[RoundLog] = []
         self.round = 0
         self._nodes = Nodes(capability, self.comm)
-        self._before = 0  # number of rounds before Flower's first one
+        self._before = 0  # number of rounds before Flower's round 1
         self._timeout: float | None = None
         self._current: Round | None = None
 
@@ -200,7 +200,7 @@ class LoraStrategy(FedAvg):
         """
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Handle a client that did not reply or lost its node. The default does nothing.
+        """Handle a client that did not reply or whose node was lost. The default does nothing.
 
         Args:
             round: number of the round.
