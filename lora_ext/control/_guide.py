@@ -57,8 +57,10 @@ class Guide:
         for (name, tensor), shape in zip(given.items(), shapes, strict=True):
             where, found = ("Guide", name), tuple(tensor.shape)
             require(found == shape, *where, f"shape {shape}", found)
-            require(tensor.dtype == initial.dtype, *where, initial.dtype, tensor.dtype)
-            require(tensor.device == initial.device, *where, initial.device, tensor.device)
+            same = tensor.dtype == initial.dtype
+            require(same, *where, f"{initial.dtype}, as initial", tensor.dtype)
+            same = tensor.device == initial.device
+            require(same, *where, f"{initial.device}, as initial", tensor.device)
             require_distributions(*where, tensor)
         self.initial = initial.detach()
         self.transition = transition.detach()

@@ -176,7 +176,7 @@ def _learned(
     held_out: float,
     progress: Progress | None,
 ) -> Guide:
-    """Learn a guide from texts: clusters, emissions, counts of transitions, EM, and a prior head."""
+    """Learn a guide from texts: clusters, emissions, transitions from counts and EM, prior head."""
     tokens, order = written.tokens, torch.randperm(len(written.tokens))
     apart = min(len(order) - 1, max(1, round(held_out * len(order))))
     train, test = tokens[order[:-apart]], tokens[order[-apart:]]

@@ -204,7 +204,7 @@ def _accepted(update: Update, rules: Rules) -> Reply:
         present = [key for key in (pair.a, pair.b) if key in tensors]
         for key in (pair.a, pair.b):
             if present and key not in present:
-                need(False, key, f"both factors of the module, as {present[0]}", "none")
+                need(False, key, f"a tensor, since the reply has {present[0]}", "none")
             if pair.layer in plan.layers and not partial_ok:
                 need(key in present, key, "a tensor of the plan", "none")
     for key in rules.settings.shared:

@@ -19,8 +19,8 @@ from ._batch import BatchStep, Call, Part
 #: Number of tokens by which each step raises the credit of a waiting tenant. A part of the tenant's
 #: call can join the parts of other tenants if the credit covers its tokens.
 QUANTUM = 1024
-_MAX_WAIT_SHARE = 1 / 3  # maximum wait for recent tenants, divided by the last step's duration
-_MAX_ROUNDS = 8  # maximum number of rounds of items that are not calls before a step of calls
+_MAX_WAIT_SHARE = 1 / 3  # maximum wait for recent tenants, as a share of the last step's duration
+_MAX_ROUNDS = 8  # maximum number of consecutive rounds of items that are not calls
 
 
 def settle(future: Future[Any], action: Callable[[], Any]) -> None:

@@ -115,8 +115,8 @@ FAULTS = {
         changed(**{A0: None, B0: None}),
         rf"{A0}: expected a tensor of the plan, found none",
     ),
-    "half a pair": (with_tensor(B0, None), rf"{B0}: expected both factors .*{A0}, found none"),
-    "the other half": (with_tensor(A0, None), rf"{A0}: expected both factors .*{B0}, found none"),
+    "half a pair": (with_tensor(B0, None), rf"{B0}: expected a tensor, since .*{A0}, found none"),
+    "the other half": (with_tensor(A0, None), rf"{A0}: expected a tensor, since .*{B0}, found none"),
     "nan": (
         with_tensor(A0, torch.full((3, 5), math.nan)),
         rf"{A0}: expected finite values, found 15 that are not finite",
@@ -220,7 +220,7 @@ def test_partial_replies_are_averaged_for_their_modules():
     for k in state:
         assert torch.equal(found.state[k], (alone if k in (A0, B0) else both)[k])
     half = aggregate(state, [FAULTS["half a pair"][0], GOOD], partial_ok=True)
-    assert half.rejected[7].endswith(f"of the module, as {A0}, found none")
+    assert half.rejected[7].endswith(f"since the reply has {A0}, found none")
 
 
 def test_equal_replies_of_a_client_count_once_and_different_ones_are_rejected():

@@ -160,7 +160,7 @@ def test_deployment_app_runs_on_a_local_grid(capsys):
 
 SETTINGS = {
     "server_lr": ({"server_lr": 0}, "server_lr: expected a finite number above 0, found 0"),
-    "fraction": ({"fraction_train": 0.0}, "fraction_train: expected above 0, up to 1, found 0.0"),
+    "fraction": ({"fraction_train": 0.0}, "fraction_train: expected a number above 0, up to 1"),
     "min_replies": ({"min_replies": 0}, "min_replies: expected an integer from 1, found 0"),
     "rank_agg": ({"rank_agg": "mean"}, "rank_agg: expected one of .* found 'mean'"),
     "stack": ({"rank_agg": "stack"}, "rank_agg: expected a method whose result is an"),

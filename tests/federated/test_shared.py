@@ -352,5 +352,5 @@ def test_errors_found_in_the_forward_leave_the_model_unchanged(make, shared: str
 def test_head_of_another_shape_in_the_state_is_refused():
     model = Classifier().double()
     state = {**LoraLayerManager(model).state_slice(), "head.weight": torch.ones(3, WIDTH)}
-    with pytest.raises(ValueError, match=r"head.weight: expected \[4, 6\], found \[3, 6\]"):
+    with pytest.raises(ValueError, match=r"head.weight: expected shape \[4, 6\], found "):
         BatchedClients(model, specs(), shared="head").run_round(PLANS, state)

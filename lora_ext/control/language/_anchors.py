@@ -34,7 +34,7 @@ def unanchored(where: str, argument: str, pattern: str) -> str:
     verbose = _VERBOSE.search(pattern) is not None
     kept: list[str] = []
     groups = classes = 0
-    before = True  # whether only flags precede in the alternative
+    before = True  # whether only flags precede the current part in its alternative
     for i, part in enumerate(parts):
         if part in _BEGIN + _END and (verbose or not classes):
             first = part in _BEGIN and before

@@ -127,8 +127,8 @@ class _Walk:
     def _letters(self, state: int, place: str, within: str) -> None:
         """Add the edges inside a string.
 
-        ``place`` is "key" or "text". Inside an escape or a multi-byte character, a colon and a code
-        for the missing part of the character follow.
+        ``place`` is "key" or "text". Inside an escape or a multi-byte character, it also has a
+        colon and a code for the missing part of the character.
         """
         kind, _, rest = place.partition(":")
         if rest == "":

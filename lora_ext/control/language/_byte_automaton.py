@@ -27,7 +27,10 @@ UNSAFE = [*range(1, 32), 34, 92, 127]
 
 
 def automaton(index_of, pattern):
-    """Return the next states of every state, and flags for states in which a text may end."""
+    """Return the next states of every state, and flags for states in which a text may end.
+
+    ``index_of(expression)`` builds an index of outlines-core.
+    """
     index = index_of(f"(?:{pattern})\\x00")
     moves, ends = index.get_transitions(), set(index.get_final_states())
     start = index.get_initial_state()

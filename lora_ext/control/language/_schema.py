@@ -215,7 +215,7 @@ def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[An
         more = words.get("additionalProperties", True)
         if not inside:
             if not isinstance(more, Mapping):
-                _refuse(at, "an object without properties and a schema in additionalProperties")
+                _refuse(at, "an object without properties or a schema for additionalProperties")
             yield more, f"{at}/additionalProperties"
         for name, child in inside.items():
             yield child, f"{at}/properties/{name}"

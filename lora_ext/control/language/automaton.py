@@ -133,7 +133,7 @@ class Constraint(Written):
 
     @staticmethod
     def from_matcher(matcher: Any, vocab_size: int, eos_token_id: int | Sequence[int]) -> Matched:
-        """Build a constraint from a matcher of xgrammar or llguidance, for example of a grammar.
+        """Build a constraint from a matcher of xgrammar or llguidance, such as one for a grammar.
 
         The constraint only forbids the tokens that the matcher forbids. It does not look ahead: the
         states of a parser cannot be enumerated, so it is not known whether a text can still end
@@ -239,9 +239,9 @@ class Constraint(Written):
 
     @cached_property
     def tokens_by_class(self) -> tuple[Tensor, Tensor]:
-        """All tokens sorted by class, and the index of the first token of each class.
+        """All tokens sorted by class, and the position at which each class begins in this order.
 
-        Shapes ``(V,)`` and ``(classes + 1,)``.
+        Shapes ``(V,)`` and ``(classes + 1,)``; the last position is ``V``.
         """
         counts = torch.bincount(self.class_index, minlength=self.table.shape[1])
         first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -50,7 +50,8 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
     names = [*inputs[0]]
     rows: list[int] = []
     for each in inputs:
-        require([*each] == names, where, "batches", f"tensors {names} as in the first", [*each])
+        expected = f"tensors {names}, as in the first batch"
+        require([*each] == names, where, "batches", expected, [*each])
         counts = {t.shape[0] for t in each.values()}
         require(
             len(counts) == 1, where, "batches", "the same number of rows in each tensor", counts
@@ -78,7 +79,8 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
 def logits_of(output: Any, segments: Sequence[Segment], where: str) -> Tensor:
     """Return ``output.logits`` or, if it has no logits, ``output``; check the number of rows."""
     logits = getattr(output, "logits", output)
-    require(isinstance(logits, Tensor), where, "model", "logits", type(output).__name__)
+    expected = "an output with logits, or a tensor"
+    require(isinstance(logits, Tensor), where, "model", expected, type(output).__name__)
     rows = sum(segment.rows for segment in segments)
     holds = logits.dim() > 0 and logits.shape[0] == rows
     require(holds, where, "model", f"an output of {rows} rows", f"shape {list(logits.shape)}")

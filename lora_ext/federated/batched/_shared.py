@@ -161,5 +161,6 @@ def start_of(
     the model. Raises `ValueError` if the shapes differ."""
     parameter = model.get_parameter(name)
     value = state.get(name, parameter).detach()
-    require(value.shape == parameter.shape, WHERE, name, list(parameter.shape), list(value.shape))
+    expected = f"shape {list(parameter.shape)}"
+    require(value.shape == parameter.shape, WHERE, name, expected, f"shape {list(value.shape)}")
     return value.to(parameter.device, dtype or value.dtype)

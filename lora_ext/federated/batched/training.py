@@ -102,7 +102,8 @@ class BatchedClients:
         require(bool(names), WHERE, "clients", "at least one client", "none")
         require(slots is None or slots > 0, WHERE, "slots", "a number above 0, or None", slots)
         require(optimizer == "adamw", WHERE, "optimizer", "'adamw'", repr(optimizer))
-        require(others in get_args(Others), WHERE, "others", get_args(Others), repr(others))
+        expected = f"one of {get_args(Others)}"
+        require(others in get_args(Others), WHERE, "others", expected, repr(others))
         self.model = model
         self.clients = {spec.client: spec for spec in clients}
         self.slots = slots or len(names)

@@ -31,7 +31,7 @@ class BatchedApp(ClientApp):
         prepare: function that returns the values that ``train`` needs for one task, such as data.
         train: function that trains the clients of all tasks and returns their updates in the order
             of the tasks.
-        state: function that returns the model's adapter and the shared parameters with given names.
+        state: ``state(names)`` returns the model's adapter and the shared parameters ``names``.
         pattern: regular expression whose first group is the index of a layer in a name.
     """
 

@@ -54,8 +54,8 @@ class Nodes:
     def meet(self, grid: Grid, nodes: Iterable[int], timeout: float | None) -> None:
         """Query the identity of new nodes.
 
-        If a node does not answer, its node id is the client, and the node is queried again in the
-        next round.
+        If a node does not answer, its node id is used as the client, and the node is queried again
+        in the next round.
         """
         connected = list(nodes)
         new = [node for node in connected if node not in self._asked]

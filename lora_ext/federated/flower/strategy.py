@@ -115,7 +115,7 @@ class LoraStrategy(FedAvg):
         if "fraction_evaluate" not in fedavg:
             self.fraction_evaluate, self.min_evaluate_nodes = 0.0, 0
         fraction = self.fraction_train
-        require(0 < fraction <= 1, WHERE, "fraction_train", "above 0, up to 1", fraction)
+        require(0 < fraction <= 1, WHERE, "fraction_train", "a number above 0, up to 1", fraction)
         self.seed = integer(WHERE, "seed", seed, 0)
         self.allocator = allocator
         self.on_reject = on_reject
