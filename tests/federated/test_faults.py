@@ -116,7 +116,7 @@ FAULTS = {
         rf"{A0}: expected a tensor of the plan, found none",
     ),
     "half a pair": (with_tensor(B0, None), rf"{B0}: expected a tensor, since .*{A0}, found none"),
-    "the other half": (with_tensor(A0, None), rf"{A0}: expected a tensor, since .*{B0}, found none"),
+    "the other half": (with_tensor(A0, None), rf"{A0}: expected a tensor, .*{B0}, found none"),
     "nan": (
         with_tensor(A0, torch.full((3, 5), math.nan)),
         rf"{A0}: expected finite values, found 15 that are not finite",
