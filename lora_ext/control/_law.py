@@ -30,8 +30,8 @@ from torch import Tensor
 from ._guide import Guide
 from ._messages import MatchedPlan, NextTokens, Plan
 
-#: Next states that the constraint allows, but that have probability 0 under the guide, are treated
-#: as less likely by this number of nats than the least likely of the other next states.
+#: A next state can be allowed by the constraint but have probability 0 under the guide. It is then
+#: treated as less likely than the least likely of the other next states, by this number of nats.
 IMPOSSIBLE_GAP_NATS = 50.0
 
 

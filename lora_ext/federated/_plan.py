@@ -82,7 +82,8 @@ class LayerPlan:
             ValueError: If "layers" is missing, or the plan is not valid.
             TypeError: If an index or a rank is not an integer.
         """
-        require("layers" in config, "LayerPlan", "config", "key 'layers'", sorted(map(str, config)))
+        found = sorted(map(str, config))
+        require("layers" in config, "LayerPlan", "config", "the key 'layers'", found)
         return cls(config["layers"], config.get("ranks"))
 
 

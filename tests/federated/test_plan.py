@@ -56,7 +56,7 @@ def test_invalid_plans_are_refused(arguments: tuple, error: type[Exception], mes
 
 
 def test_message_without_a_plan_is_refused():
-    with pytest.raises(ValueError, match=r"config: expected key 'layers', found .'ranks'"):
+    with pytest.raises(ValueError, match=r"config: expected the key 'layers', found .'ranks'"):
         LayerPlan.from_config({"ranks": [1]})
 
 
