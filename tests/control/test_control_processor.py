@@ -250,7 +250,7 @@ def test_rows_that_do_not_continue_the_last_call_raise() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number, at least 1, found 0"),
         ({"max_new_tokens": 5, "min_new_tokens": 5}, "min_new_tokens: expected less than.*5"),
         ({"max_new_tokens": 5, "temperature": 0.0}, "temperature: expected a number above 0"),
-        ({"max_new_tokens": 5, "prior": torch.ones(1, H) / H}, "prior: expected None without"),
+        ({"max_new_tokens": 5, "prior": torch.ones(1, H) / H}, "prior: expected None, since"),
     ],
 )
 def test_settings_that_cannot_be_satisfied_raise_early(
