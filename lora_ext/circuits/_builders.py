@@ -80,7 +80,7 @@ def hmm(num_variables: int, rank: int, leaf: Leaves, homogeneous: bool) -> Regio
 def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> Regions:
     """Return two regions per variable v: the input ``x<v>`` and the sums ``z<v>`` of its latent."""
     leaves = _checked_leaves("hclt", leaf, len(parents), rank=rank)
-    expected, found = "one family of a homogeneous circuit", len(set(leaves))
+    expected, found = "one family, because the circuit is homogeneous", len(set(leaves))
     one = not homogeneous or found <= 1
     require(one, "hclt", "leaf", expected, found, PCStructureError)
     below: list[list[int]] = [[] for _ in parents]
@@ -96,7 +96,7 @@ def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> 
     for v in order:  # The loop appends to the list, parents first.
         order += below[v]
     lost = sorted(set(range(len(parents))) - set(order))
-    found = f"a cycle: variables {lost[:12]} do not hang from the root"
+    found = f"a cycle: variables {lost[:12]} are not connected to the root"
     require(not lost, "hclt", "parents", "a tree", found, PCStructureError)
     regions: list[Region] = []
     latent_of: dict[int, int] = {}
@@ -209,7 +209,7 @@ def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: 
 
 
 def join(graphs: Sequence[Regions]) -> Regions:
-    """Return the regions of all graphs, with the index of the graph before all names and ties."""
+    """Return the regions of all graphs; names and ties are prefixed with the graph's index."""
     require(len(graphs) > 0, "join", "graphs", "at least one", "none", PCStructureError)
     joined: list[Region] = []
     for number, regions in enumerate(graphs):
@@ -270,7 +270,7 @@ def _children_first(
         return list(sorter.static_order())
     except CycleError as error:
         lost = ", ".join(sorted(set(error.args[1]))[:8])
-        found = f"a cyclic graph: units {lost} wait for each other"
+        found = f"a cycle of units {lost}"
         raise PCStructureError(f"{where}: products: expected no cycle, found {found}") from None
 
 
@@ -295,10 +295,10 @@ def chow_liu_parents(x: Tensor, num_categories: int) -> list[int]:
     remedy = f"{x.dtype}; bin real numbers first, or call x.long() if these are whole"
     require(not x.is_floating_point() and not x.is_complex(), where, "x", "integers", remedy)
     fits = x.dim() == 2 and x.numel() > 0
-    require(fits, where, "x", "shape (B, n), not empty", tuple(x.shape))
+    require(fits, where, "x", "a non-empty shape (B, n)", tuple(x.shape))
     x = x.long()
     low, high = int(x.min()), int(x.max())
-    expected = f"values in 0 .. {num_categories - 1}, none missing"
+    expected = f"values in 0 .. {num_categories - 1} without missing values"
     require(low >= 0 and high < num_categories, where, "x", expected, f"{low} .. {high}")
     one_hot = torch.nn.functional.one_hot(x, num_categories).double()  # (B, n, V)
     joint = torch.einsum("bnv,bmw->nmvw", one_hot, one_hot) / len(x)

@@ -238,11 +238,12 @@ def kl_divergence(circuit: Parameters, other: Parameters, root: int | None) -> T
     """Compute ``Circuit.kl_divergence``.
 
     Both circuits have the same graph and are deterministic, so an assignment has the same tree of
-    nonzero units in both, and :func:`entropy`'s sum over flows applies to the ratio.
+    nonzero units in both. The sum over flows of :func:`entropy` therefore applies to ``log p / q``.
     """
     name = "kl_divergence"
     same = isinstance(other, Parameters) and other.graph == circuit.graph
-    found = f"one of {other.graph}" if isinstance(other, Parameters) else type(other).__name__
+    kind = type(other).__name__
+    found = f"a circuit of {other.graph}" if isinstance(other, Parameters) else kind
     require(same, name, "other", f"a circuit of the same graph, {circuit.graph}", found)
     for each in (circuit, other):
         _require_deterministic(each, name)
@@ -253,7 +254,7 @@ def kl_divergence(circuit: Parameters, other: Parameters, root: int | None) -> T
 
 def _require_logits(circuit: Parameters, name: str) -> None:
     norm = circuit.norm
-    require(norm == "logits", name, "norm", "a circuit of 'logits'", repr(norm))
+    require(norm == "logits", name, "norm", "a circuit with norm 'logits'", repr(norm))
 
 
 def _require_deterministic(circuit: Parameters, name: str) -> None:
@@ -264,8 +265,8 @@ def _require_deterministic(circuit: Parameters, name: str) -> None:
     _require_logits(circuit, name)
     circuit._refuse_external(name)
     known = _structure.is_deterministic(circuit.graph)
-    found = "one that is not" if known is False else "one that is not known to be"
-    remedy = "; estimate it from samples: -circuit.log_prob(circuit.sample(10000)[0]).mean()"
+    found = "one that is not" if known is False else "one that is not known to be deterministic"
+    remedy = "; estimate it from samples, as in -circuit.log_prob(circuit.sample(10000)[0]).mean()"
     require(known is True, name, "graph", "a deterministic circuit", found + remedy)
 
 

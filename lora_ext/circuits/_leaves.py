@@ -369,7 +369,7 @@ class Gaussian(Leaf):
         new_mean = mean + _per_row(row, flow * (x - mean[row]), len(mean)) / safe
         new_variance = _per_row(row, flow * (x - new_mean[row]).square(), len(mean)) / safe
         # The result has the variance of a mixture of both distributions, so that a step does not
-        # decrease the likelihood. Mixing only the variances could.
+        # decrease the likelihood. Mixing only the variances could decrease it.
         between = step * (1 - step) * (mean - new_mean).square()
         variance = _mix((2 * log_std).exp(), new_variance, step) + between
         new_log_std = 0.5 * variance.clamp(min=self.min_std**2).log()

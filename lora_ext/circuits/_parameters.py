@@ -39,7 +39,7 @@ from .multivariate import MultivariateGaussian
 from .region_graph import RegionGraph
 
 _METADATA = "lora_ext.circuit"
-_MAX_UNITS = 1 << 24  # leaf, sum and product units; a small file could describe many more
+_MAX_UNITS = 1 << 24  # limit of leaf, sum and product units, because a small file can describe many
 
 
 def require_tensor(where: str, name: str, x: object) -> None:
@@ -189,7 +189,7 @@ class Parameters(nn.Module):
     def _rows(self, flat: Tensor) -> list[Tensor]:
         """Return views ``(sums, terms)`` that cover ``flat``, which has the order of the weights.
 
-        Neighbouring sums with the same number of terms are in one view, so there are few.
+        Neighbouring sums with the same number of terms are in one view, so there are few views.
         """
         return [flat[span].view(-1, width) for span, width in self._matrices]
 
@@ -339,7 +339,8 @@ def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
         where = file.where
         data = parse_json(file.metadata.get(_METADATA, "null").encode(), where)
         known = isinstance(data, dict) and data.keys() == {"norm", "graph"}
-        require(known, where, "header", "a circuit", f"metadata {[*file.metadata]}")
+        expected = "a circuit, with norm and graph"
+        require(known, where, "header", expected, f"metadata {[*file.metadata]}")
         norm = data["norm"]
         require(norm in ("logits", "none"), where, "norm", "logits or none", f"{norm!r:.80}")
         graph = RegionGraph.from_json(data["graph"], where)

@@ -4,26 +4,28 @@ The log-values of all units are in one buffer ``val (B, U)`` of ``B`` rows of da
 Column 0 is a unit that is always 1 (log-value 0), and column 1 a unit that is always 0 (log-value
 -inf). The next columns are the leaf units, the inputs over several variables, and the sums, stage
 by stage. A stage is a set of regions of one depth, which is the longest distance from the inputs;
-no region of a stage depends on another one. Products are not stored; the backward pass computes
-them again.
+no region of a stage depends on another one. Products are not stored; the backward pass recomputes
+them.
 
 :class:`Layered` describes the layout. A program describes the computation: it is one list of int32
 numbers that ``ops.circuit_layers`` executes in one call. Its parts, in order:
 
-    header    units, leaf units, rows of all matrices, then the length of each list below
-    nodes     first column of the results, sums, terms, matrix or -1, range of parts
-    parts     first term, 1 if of pairs, range of children
-    children  first column, units
-    matrices  first weight, sums, terms, number of the first row, range of users
-    users     the nodes of each matrix
-    roots     columns
-    stages    first node of each, and the number of nodes: a stage reads the stages before it
-    owners    of each child, then of each root: its node, or -1 - the variable of a leaf
-    draws     of each node with a matrix: the place of its region among the inner regions
+    header    numbers of units, leaf units and rows of all matrices, then the length of each list
+    nodes     per node: first column of its results, number of sums, number of terms, index of its
+              matrix or -1, range of its parts
+    parts     per part: first term, 1 for a Kronecker product and otherwise 0, range of its children
+    children  per child: first column, number of units
+    matrices  per matrix: first weight, number of sums, number of terms, index of its first row
+              among the rows of all matrices, range of its users
+    users     nodes that use each matrix
+    roots     column of each root unit
+    stages    first node of each stage, then the number of nodes
+    owners    node of each child, then of each root unit; -1 - v for a leaf unit of variable v
+    draws     per node: index of its region among the regions of sums, or -1 without a matrix
 
 A node is a region, a part is a partition, and a matrix contains the weights of a region. A node
 without a matrix is an input over several variables: its results are its products. Regions with tied
-parameters share a matrix.
+parameters share a matrix. A stage reads the results of earlier stages.
 """
 
 from __future__ import annotations
@@ -330,7 +332,7 @@ def matrices_of(program: Program) -> list[tuple[int, int, int]]:
 
 
 def rows_of_one_width(program: Program) -> list[tuple[slice, int]]:
-    """Return ranges of the weights in which all sums have one number of terms, with this number."""
+    """Return ranges of the weights in which all sums have equally many terms, and this number."""
     found: list[tuple[slice, int]] = []
     for first, sums, terms in matrices_of(program):
         end = first + sums * terms
@@ -342,7 +344,7 @@ def rows_of_one_width(program: Program) -> list[tuple[slice, int]]:
 
 
 class Weights(NamedTuple):
-    """Weights of an evaluation, flat, with their norm and the precision of the upward pass."""
+    """Flat weights of an evaluation, with their norm and the precision of the upward pass."""
 
     flat: Tensor
     norm: str
@@ -372,8 +374,8 @@ class Execution:
         """Compute gradients from those of the roots, ``droots (B, R)``.
 
         Returns:
-            The gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the weights,
-            which is empty without ``need_weights``.
+            The gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the weights. The
+            last one is empty if ``need_weights`` is False.
         """
         with torch._C._AutoDispatchBelowAutograd():
             grad, dflat = ops.circuit_layers_backward(
@@ -390,7 +392,8 @@ class Execution:
     def walk(
         self, val: Tensor, weights: Weights, root: Tensor, uniforms: Tensor | None = None
     ) -> Tensor:
-        """Return the column of the leaf unit that each walk reaches for each variable, or -1.
+        """Return the column of the leaf unit that each walk reaches per variable; -1 if it reaches
+        none.
 
         The result is ``(M, n)`` for M walks, see ``ops.circuit_layers_walk``.
         """

@@ -100,7 +100,8 @@ def leaf_from_json(data: Any, where: str) -> Leaf:
         value = data[name]
         if name == "values":
             good = isinstance(value, list) and all(_is_count(v, 0) for v in value)
-            value, expected = tuple(value) if good else value, "a list of values"
+            value = tuple(value) if good else value
+            expected = "a list of whole numbers from 0, below 2^31"
         elif name == "min_std":
             good = type(value) in (int, float) and 0 < value < math.inf
             expected = "a positive number"
@@ -137,7 +138,7 @@ def regions_to_json(regions: tuple[Region, ...], multi_root: bool) -> str:
 def regions_from_json(data: Any, where: str) -> tuple[tuple[Region, ...], bool]:
     """Build regions and ``multi_root`` from an untrusted description parsed by ``json.loads``."""
     whole = isinstance(data, dict) and data.keys() == {"multi_root", "regions"}
-    require(whole, where, "graph", "multi_root and regions", f"{data!r:.100}")
+    require(whole, where, "graph", "the fields multi_root and regions", f"{data!r:.100}")
     listed, multi_root = data["regions"], data["multi_root"]
     require(isinstance(listed, list), where, "regions", "a list", f"{listed!r:.100}")
     flag = isinstance(multi_root, bool)
@@ -146,8 +147,8 @@ def regions_from_json(data: Any, where: str) -> tuple[tuple[Region, ...], bool]:
     entries = sum(r.variables.bit_count() for r in regions)
     largest = max((r.variables.bit_length() for r in regions), default=0)
     fits = largest <= entries and largest * len(regions) <= _MAX_SCOPE_BITS
-    expected = "every variable, and scopes of at most 1 GiB"
-    found = f"{largest} variables in {entries} entries of {len(regions)} regions"
+    expected = "an input for every variable, and scopes of at most 1 GiB"
+    found = f"{largest} variables for {entries} inputs in {len(regions)} regions"
     require(fits, where, "variables", expected, found)
     return regions, multi_root
 
@@ -157,18 +158,20 @@ def _region_from_json(data: Any, where: str, name: str) -> Region:
     fields = {"units", "name", "tie"}
     inner = fields | {"partitions"}
     known = data.keys() in (inner, fields | {"leaf", "variables"})
-    require(known, where, name, f"{sorted(inner)}, or leaf and variables", [*data])
+    expected = f"the fields {sorted(inner)}, or leaf and variables instead of partitions"
+    require(known, where, name, expected, [*data])
     where = f"{where}: {name}"
     units, name, tie = data["units"], data["name"], data["tie"]
-    require(_is_count(units, 1), where, "units", "a positive number", f"{units!r:.100}")
-    require(isinstance(name, str), where, "name", "text", f"{name!r:.80}")
-    require(tie is None or isinstance(tie, str), where, "tie", "text or null", f"{tie!r:.80}")
+    expected = "a positive whole number below 2^31"
+    require(_is_count(units, 1), where, "units", expected, f"{units!r:.100}")
+    require(isinstance(name, str), where, "name", "a string", f"{name!r:.80}")
+    require(tie is None or isinstance(tie, str), where, "tie", "a string or null", f"{tie!r:.80}")
     if "leaf" in data:
         names = data["variables"]
         indices = isinstance(names, list) and all(
             type(v) is int and 0 <= v < MAX_VARIABLE for v in names
         )
-        require(indices, where, "variables", "indices", f"{names!r:.100}")
+        require(indices, where, "variables", f"indices below {MAX_VARIABLE}", f"{names!r:.100}")
         scope = 0
         for v in names:
             scope |= 1 << v

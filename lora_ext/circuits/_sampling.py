@@ -1,4 +1,4 @@
-"""Queries that walk down from the root: exact samples, the best tree, the k best of a chain.
+"""Queries that walk down from the root: exact samples, the best tree, and a chain's k best paths.
 
 Letters: ``B`` rows of data, ``n`` variables, ``S`` samples per row; in a chain, ``r`` states, ``J``
 candidate values of a variable, ``O`` units of a latent.
@@ -257,7 +257,7 @@ def k_best(
 def _chain(circuit: Parameters) -> list[_Step]:
     """Return the positions of a chain, root first; raise ValueError if the graph is not a chain."""
     graph, regions = circuit.graph, circuit.graph.regions
-    expected = "a chain, each latent above one input of one variable and the next latent"
+    expected = "a chain, in which a latent's children are an input of one variable and a latent"
     steps: list[_Step] = []
     latent: int | None = graph.roots[0]
     while latent is not None:
@@ -288,7 +288,7 @@ def _lengths(lengths: Tensor | None, rows: int, most: int, device: torch.device)
     whole = whole and lengths.shape == (rows,)
     require(whole, "k_best", "lengths", f"integers of shape ({rows},)", found)
     wrong = lengths[(lengths < 1) | (lengths > most)]
-    require(len(wrong) == 0, "k_best", "lengths", f"1 .. {most}", wrong[:1].tolist())
+    require(len(wrong) == 0, "k_best", "lengths", f"values in 1 .. {most}", wrong[:1].tolist())
     return lengths.to(device)
 
 
@@ -320,7 +320,7 @@ def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
         return value, torch.zeros_like(value, dtype=circuit.weights.dtype)
     table = {name: t.detach() for name, t in circuit.region_leaves(step.input).items()}
     if family.num_values() is None:
-        name, expected = f"variable {step.variable}", "evidence, or k = 1, of a continuous variable"
+        name, expected = f"variable {step.variable}", "evidence for a continuous variable, or k = 1"
         require(k == 1, "k_best", name, expected, f"k = {k}")
         every = torch.arange(len(units), device=circuit.weights.device)
         value, log_prob = family.mode(table, every)
@@ -330,7 +330,7 @@ def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest entries of the last axis and their indices; ties by lower index."""
+    """Return the k largest entries of the last axis and their indices; ties keep their order."""
     found, index = values.sort(dim=-1, descending=True, stable=True)
     return found[..., :k], index[..., :k]
 

@@ -106,7 +106,7 @@ def _jointly(*parts: dict[int, int]) -> dict[int, int]:
 
 
 def _disjoint(terms: list[dict[int, int]], merged: dict[int, int]) -> bool:
-    """Return whether the terms are shown to exclude each other.
+    """Return whether it is certain that the terms exclude each other.
 
     Either one variable separates all terms, or there are at most 64 terms and every pair has a
     variable that separates it. ``merged`` contains the values that any term allows, for each

@@ -1,7 +1,7 @@
 """Sums in one fixed order, on every device and for any number of threads.
 
 If indices repeat, torch adds with atomics, in an order that may vary: on the CPU in ``index_put_``,
-on CUDA in ``index_add_``. The other function of the two adds the entries in order on that device.
+on CUDA in ``index_add_``. On each device, the other one of these functions adds them in order.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def sums_at(index: Tensor, values: Tensor, size: int) -> Tensor:
 def in_rows(t: Tensor) -> Tensor:
     """Return ``t`` with a new first axis, of size 2 if ``t`` is a single row and 1 otherwise.
 
-    torch divides the sum of a single long row among its threads, so its bits would depend on their
-    number. It does not divide the sums of two rows.
+    torch divides the sum of a single long row among its threads, so the bits of the sum would
+    depend on the number of threads. It does not divide the sums of two rows.
     """
     return t.expand(2, *t.shape) if t.numel() == t.shape[-1] else t[None]
 

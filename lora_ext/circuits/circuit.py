@@ -63,7 +63,7 @@ class Circuit(Parameters):
         graph: Structure of the circuit.
         norm: Meaning of the weights. ``"logits"``: they are log-softmaxed over the terms of each
             sum. ``"none"``: they are used as log-weights, and :meth:`log_partition` is not zero.
-        precision: Precision of ``log_prob``, see ``ops.circuit_layers``; may be set later.
+        precision: Precision of ``log_prob``, see ``ops.circuit_layers``; can be changed later.
 
     Attributes:
         weights: All log-weights, flat; :meth:`region_weights` returns a view of those of a region.
@@ -137,7 +137,7 @@ class Circuit(Parameters):
             root: See :meth:`log_prob`.
 
         Raises:
-            ValueError: If ``keep`` has an unknown variable, or as :meth:`log_prob`.
+            ValueError: If ``keep`` has an unknown variable, or if :meth:`log_prob` raises it.
         """
         require_tensor("marginal", "x", x)
         names = list(keep)
@@ -165,8 +165,8 @@ class Circuit(Parameters):
             Probabilities below the smallest number of the dtype are 0.
 
         Raises:
-            ValueError: As :meth:`log_prob`; if the circuit has external leaves; or if it has
-                several root units and ``root`` is missing.
+            ValueError: If the circuit has external leaves; if it has several root units and
+                ``root`` is missing; or if :meth:`log_prob` raises it.
         """
         return _flows.univariate_marginals(self, evidence, root)
 
@@ -180,9 +180,9 @@ class Circuit(Parameters):
             root: Index of a root unit; required if there are several.
 
         Raises:
-            ValueError: If the circuit is not known to be deterministic (:meth:`check`), because no
-                formula of the circuit's size is known for other circuits; or if it is unnormalised
-                or has external leaves.
+            ValueError: If the circuit is not known to be deterministic (:meth:`check`), because
+                other circuits have no known formula that is only as large as the circuit; or if it
+                is unnormalised or has external leaves.
 
         Source: Vergari et al. 2021, "A compositional atlas of tractable circuit operations".
         """
@@ -199,9 +199,9 @@ class Circuit(Parameters):
             root: See :meth:`entropy`.
 
         Raises:
-            ValueError: If the graphs differ, or as :meth:`entropy`.
+            ValueError: If the graphs differ, or if :meth:`entropy` raises it.
 
-        Source: as :meth:`entropy`.
+        Source: See :meth:`entropy`.
         """
         return _flows.kl_divergence(self, other, root)
 
@@ -220,8 +220,8 @@ class Circuit(Parameters):
             ``(B, n)``; ``-inf`` after an impossible prefix.
 
         Raises:
-            ValueError: As :meth:`log_prob`, or if there are several root units and ``root`` is
-                missing.
+            ValueError: If there are several root units and ``root`` is missing, or if
+                :meth:`log_prob` raises it.
         """
         self._read("conditionals", x)
         top = self._root_numbers("conditionals", root, len(x))[:, None]
@@ -337,8 +337,8 @@ class Circuit(Parameters):
             root: Index of a root unit, or one per row, see the class.
 
         Raises:
-            ValueError: As :meth:`log_prob`, or if there are several root units and ``root`` is
-                missing.
+            ValueError: If there are several root units and ``root`` is missing, or if
+                :meth:`log_prob` raises it.
         """
         leaf = self._leaf_values("flows", x, external)
         return _flows.flows(self, "flows", leaf, self._log_weights(), root)

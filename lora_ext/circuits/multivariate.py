@@ -6,8 +6,8 @@ Letters: those of ``_leaves``; ``d`` variables of a region, ``M`` blocks of ``K`
 module, ``E`` rows of data each have an owner: the block or distribution that evaluates the row.
 
 All queries use one factorisation. Let ``L`` be the Cholesky factor of the covariance, with its rows
-sorted so that the observed variables are first. The transposed R of the QR decomposition of its
-transpose is the Cholesky factor of the covariance in this order, ``[[A, 0], [D, C]]``. ``A`` is the
+sorted so that the observed variables are first, and ``Q R`` the QR decomposition of ``L^T``. Then
+``R^T`` is the Cholesky factor of the covariance in this order, ``[[A, 0], [D, C]]``. ``A`` is the
 factor of the observed variables. ``D A^-1`` maps the deviation of the observed values from their
 mean to the shift of the conditional mean of the missing variables. ``C`` is the factor of the
 conditional covariance of the missing variables. No covariance is formed, so no digits are lost.
@@ -175,17 +175,18 @@ def _triangle(rows: Tensor) -> Tensor:
 class MultivariateGaussian(Leaf):
     """A multivariate Gaussian: each unit is a distribution over the d variables of its region.
 
-    Parameters: ``mean (R, d)``, and the Cholesky factor of the covariance. Of the factor, the table
-    stores the logarithms of the diagonal, ``log_diagonal (R, d)``, and the entries below the
-    diagonal, row by row, ``lower (R, d (d - 1) / 2)``. Any values are a valid distribution if the
-    exponential of ``log_diagonal`` is neither 0 nor infinite in its dtype. Pseudocounts have no
+    Parameters: ``mean (R, d)``, and the Cholesky factor of the covariance. The table stores the
+    factor as the logarithms of its diagonal, ``log_diagonal (R, d)``, and its entries below the
+    diagonal, row by row, ``lower (R, d (d - 1) / 2)``. Any values define a valid distribution if
+    the exponential of ``log_diagonal`` is neither 0 nor infinite in its dtype. Pseudocounts have no
     effect.
 
-    A region has one leaf unit per unit, not one per unit and variable. Each block of leaf units
-    receives d variables. Data are ``(B, M, d)`` in floating point, NaN if missing.
+    Each unit of a region is one leaf unit; in other families it is one leaf unit per variable. Each
+    block of leaf units receives d variables. Data are ``(B, M, d)`` in floating point, NaN if
+    missing.
 
     Args:
-        min_std: Lower bound in EM of the standard deviation along every direction.
+        min_std: Lower bound of the standard deviation in every direction, applied by EM.
     """
 
     min_std: float = 1e-3
@@ -278,7 +279,7 @@ class MultivariateGaussian(Leaf):
         old = _gaussians({k: t.double() for k, t in table.items()})
         count, mean, covariance = _expected(old, row, x.double(), flow.double())
         # The result has the moments of a mixture of both distributions, so that a step does not
-        # decrease the likelihood. Mixing only the covariances could.
+        # decrease the likelihood. Mixing only the covariances could decrease it.
         far = (mean - old.mean)[..., None]
         mixed = (1 - step) * old.factor @ old.factor.mT + step * covariance
         values, vectors = torch.linalg.eigh(mixed + step * (1 - step) * far * far.mT)

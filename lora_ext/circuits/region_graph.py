@@ -71,7 +71,7 @@ class RegionGraph:
                 shape = (region.leaf, region.units, width)
                 first = ties.setdefault(region.tie, shape)
                 where, name = f"unit {self.label(i)}", f"tie {region.tie!r}"
-                expected = f"leaf, units and width of the regions tied to it, {first}"
+                expected = f"(leaf, units, number of variables or terms) {first} as in its tie"
                 require(shape == first, where, name, expected, shape, PCStructureError)
         roots = tuple(i for i, free in enumerate(parentless) if free)
         require(bool(roots), "RegionGraph", "regions", "at least one", "none", PCStructureError)
@@ -135,7 +135,7 @@ class RegionGraph:
             check(not given, "variables", "no variables beside partitions", variables(given))
         else:
             check(not region.partitions, "region", "either a leaf or partitions", "both")
-            check(given > 0, "variables", "at least one of an input", "none")
+            check(given > 0, "variables", "at least one variable in an input", "none")
             if isinstance(leaf, Indicator):
                 found = len(leaf.values)
                 check(found == region.units, "leaf", f"{region.units} values, one per unit", found)
@@ -145,7 +145,7 @@ class RegionGraph:
             check(p.kind in ("hadamard", "kronecker"), "kind", "hadamard or kronecker", p.kind)
             if p.kind == "kronecker":
                 number = len(p.children)
-                check(number == 2, "children", "two of a kronecker product", number)
+                check(number == 2, "children", "two children in a kronecker product", number)
             else:
                 counts = {self.label(c): self.regions[c].units for c in p.children}
                 equal = len(set(counts.values())) == 1
@@ -177,7 +177,7 @@ class RegionGraph:
             homogeneous: Whether all steps share one transition matrix and one set of emissions.
 
         Raises:
-            PCStructureError: As :meth:`hclt`.
+            PCStructureError: See :meth:`hclt`.
         """
         return RegionGraph(_builders.hmm(num_variables, rank, leaf, homogeneous))
 
@@ -300,7 +300,8 @@ class RegionGraph:
             multi_root: Whether several roots are allowed.
 
         Raises:
-            PCStructureError: If there is a cycle or an unknown name, or as the class.
+            PCStructureError: If there is a cycle or an unknown name, or in a case that the class
+                documents.
         """
         regions = _builders.from_edges(inputs, products, units or {}, ties or {})
         return RegionGraph(regions, multi_root)
@@ -310,10 +311,10 @@ class RegionGraph:
         return f"RegionGraph({', '.join(self.counts())})"
 
     def counts(self) -> list[str]:
-        """Return a summary of the graph as texts, such as "3 variables".
+        """Return a summary of the graph as a list of strings, such as "3 variables".
 
-        They contain the numbers of variables, inputs, regions of sums, partitions, layers and root
-        units, and the families of the leaves.
+        The strings contain the numbers of variables, inputs, regions of sums, partitions, layers
+        and root units, and the families of the leaves.
         """
         inputs = sum(r.leaf is not None for r in self.regions)
         partitions = sum(len(r.partitions) for r in self.regions)
@@ -341,7 +342,7 @@ class RegionGraph:
 
         Args:
             data: Result of :meth:`to_json`, parsed by ``json.loads``.
-            where: First words of error messages.
+            where: Beginning of error messages.
 
         Raises:
             ValueError: If the description is wrong; the message names the region and the field.

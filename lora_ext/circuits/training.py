@@ -68,7 +68,7 @@ def train_em(
 
     Raises:
         ValueError: If ``batches`` is empty or can be iterated only once, if ``epochs_before`` is
-            negative, or as :meth:`Circuit.em_step`.
+            negative, or if :meth:`Circuit.em_step` raises it.
 
     Source: decreasing steps, Cappe and Moulines 2009 (online EM).
     """
@@ -111,7 +111,7 @@ def train_gradient(
         Mean log-likelihoods of each epoch.
 
     Raises:
-        ValueError: As :func:`train_em` and :meth:`Circuit.log_prob`.
+        ValueError: See :func:`train_em` and :meth:`Circuit.log_prob`.
     """
     chosen = optimizer or torch.optim.Adam(circuit.parameters(), lr)
 
@@ -167,8 +167,10 @@ def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | No
     parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     good = len(parts) in (1, 2) and all(isinstance(t, Tensor) for t in parts)
     found = ", ".join(type(t).__name__ for t in parts)
-    require(good, name, "batches", "rows, or rows and roots, as tensors", f"({found})")
-    x, root, *_ = (*(t.to(circuit.weights.device) for t in parts), None)  # None without roots
+    expected = "a tensor of rows, or a pair of tensors (rows, roots)"
+    require(good, name, "batches", expected, f"({found})")
+    # If the batch has no roots, `root` is None.
+    x, root, *_ = (*(t.to(circuit.weights.device) for t in parts), None)
     assert x is not None
     return x, root
 
@@ -179,8 +181,8 @@ def _log_prob(name: str, circuit: Circuit, x: Tensor, root: Tensor | None) -> Te
     Raise ValueError if the circuit has several root units and ``root`` is None.
     """
     log_prob = circuit.log_prob(x, root=root)
-    expected = "rows and their roots in a circuit of several root units"
-    found = f"rows without roots and {log_prob.shape[-1]} root units"
+    expected = "pairs (rows, roots), because the circuit has several root units"
+    found = f"rows without roots for {log_prob.shape[-1]} root units"
     require(log_prob.dim() == 1, name, "batches", expected, found)
     return log_prob
 

@@ -57,8 +57,10 @@ class Guide:
         for (name, tensor), shape in zip(given.items(), shapes, strict=True):
             where, found = ("Guide", name), tuple(tensor.shape)
             require(found == shape, *where, f"shape {shape}", found)
-            require(tensor.dtype == initial.dtype, *where, initial.dtype, tensor.dtype)
-            require(tensor.device == initial.device, *where, initial.device, tensor.device)
+            same = tensor.dtype == initial.dtype
+            require(same, *where, f"{initial.dtype}, as initial", tensor.dtype)
+            same = tensor.device == initial.device
+            require(same, *where, f"{initial.device}, as initial", tensor.device)
             require_distributions(*where, tensor)
         self.initial = initial.detach()
         self.transition = transition.detach()
@@ -84,7 +86,7 @@ class Guide:
         one = len(leaves) == 1 and isinstance(next(iter(leaves)), Categorical)
         told = f"{len(graph.regions)} regions over {graph.num_variables} variables"
         fits = one and graph.num_variables >= 2
-        require(fits, *where, f"{expected} of Categorical", told)
+        require(fits, *where, f"{expected} of at least 2 Categorical variables", told)
         (leaf,) = leaves
         assert leaf is not None
         rank = next(r.units for r in graph.regions if r.leaf is not None)
@@ -107,7 +109,7 @@ class Guide:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Guide:
-        """Load a guide that :meth:`save` wrote, from an untrusted file.
+        """Load a guide that :meth:`save` wrote. The file may be untrusted, as it is validated.
 
         Raises:
             ValueError: If the file is malformed, or values are not probabilities.
@@ -127,8 +129,9 @@ class Guide:
                 require(weight.dtype == dtype, file.where, _PRIOR, dtype, weight.dtype)
                 fits = weight.dim() == 2 and weight.shape == shape and weight.numel() > 0
                 finite = fits and bool(weight.isfinite().all())
-                expected = "finite numbers, (H, D)"
-                require(finite, file.where, _PRIOR, expected, f"{tuple(weight.shape)}")
+                expected = f"finite numbers of shape ({guide.num_states}, D)"
+                found = f"shape {tuple(weight.shape)}" + (" with NaN or inf" if fits else "")
+                require(finite, file.where, _PRIOR, expected, found)
         measures = kept.get("measures", {}) if isinstance(kept, dict) else {}
         if isinstance(measures, dict):
             guide.measures = {str(k): float(v) for k, v in measures.items() if _finite(v)}
@@ -251,7 +254,8 @@ def _product(rows: Tensor, packed: Tensor | None, matrix: Tensor) -> Tensor:
 def regions_of_hmm(graph: RegionGraph) -> tuple[int, int, int]:
     """Return the indices of three regions of ``RegionGraph.hmm(..., homogeneous=True)``.
 
-    They are the root z0, a latent with the shared transitions, and an input with the shared leaves.
+    They are the root z0, a latent region with the shared transitions, and an input region with the
+    shared leaves.
     """
     latent = next(i for i, r in enumerate(graph.regions) if r.tie == "transition")
     inputs = next(i for i, r in enumerate(graph.regions) if r.leaf is not None)

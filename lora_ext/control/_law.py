@@ -7,8 +7,9 @@ distribution and
     r(x) = sum_z A(z) beta(z, x) C_{k-1}(delta(s, x), z) / sum_z A(z) beta(z, x)
 
 is the guide's probability that the text will satisfy the constraint, given the tokens so far and
-``x``. ``A`` is the guide's distribution of its state, ``beta`` its emission, ``delta`` the next
-state of the constraint's automaton and ``s`` its current one. ``_messages.py`` computes ``C``.
+``x``. ``A`` is the guide's distribution of its state and ``beta`` its emission. ``s`` is the
+current state of the constraint's automaton and ``delta`` its transition function. ``_messages.py``
+computes ``C``.
 
 All functions compute with ``log r``. For the mask law it is 0 for allowed tokens, and for both laws
 ``-inf`` for forbidden tokens. ``_rejection.py`` draws tokens from these laws.
@@ -29,8 +30,8 @@ from torch import Tensor
 from ._guide import Guide
 from ._messages import MatchedPlan, NextTokens, Plan
 
-#: Gap in nats between the least likely next state that has a positive probability under the guide
-#: and next states that the constraint allows although they have probability 0 under the guide.
+#: A next state can be allowed by the constraint but have probability 0 under the guide. It is then
+#: treated as less likely than the least likely of the other next states, by this number of nats.
 IMPOSSIBLE_GAP_NATS = 50.0
 
 
@@ -133,7 +134,7 @@ def log_ratios(rows: Sequence[Row | None]) -> list[Block]:
 
     The blocks omit rows without a constraint, rows after a forbidden token, and rows without a
     guide in which every token is allowed. If the guide of a row is in float32 on the CPU, the bits
-    of the row do not depend on the other rows.
+    of the row's ratios do not depend on the other rows.
     """
     alike: dict[tuple[Plan | MatchedPlan, int, int], dict[int, Row]] = {}
     for i, row in enumerate(rows):
@@ -183,8 +184,8 @@ class _GuidedRows:
     def log_ratio(self, of_wide: Tensor | None) -> Tensor:
         """Return ``log r (n, V)``.
 
-        ``of_wide (w n, V)`` is ``log r`` under the assumption that a token leads to each of the
-        wide next states; None if there are none.
+        ``of_wide (w n, V)`` contains, for each wide next state, ``log r`` as if every token led to
+        this state. It is None if there are no wide next states.
         """
         layout, device, rows = self.layout, self.laws.device, len(self.laws)
         if of_wide is None or not layout.wide:
@@ -209,7 +210,7 @@ class _GuidedRows:
 
 
 def _guided_blocks(guide: Guide, groups: list[_GuidedRows]) -> list[Block]:
-    """Return ``log r`` of the rows of one guide, using one product with the vocabulary for all."""
+    """Return ``log r`` of all rows of one guide, with a single product over the vocabulary."""
     wide = [group for group in groups if group.layout.wide]
     if not wide:
         return [Block(group.places, group.log_ratio(None)) for group in groups]
@@ -233,7 +234,7 @@ def _guided_blocks(guide: Guide, groups: list[_GuidedRows]) -> list[Block]:
 
 
 def log_quotient(law: Tensor, emitted: Tensor, messages: Tensor) -> Tensor:
-    """Return ``log (sum_z A beta C / sum_z A beta)`` of some tokens, without the messages' scales.
+    """Return ``log (sum_z A beta C / sum_z A beta)`` of tokens, without the scales of messages.
 
     The quotient is at least the smallest normal number of the dtype, so that allowed tokens stay
     possible. A token of probability 0 under the guide does not change the distribution of the
@@ -272,8 +273,9 @@ def apply(
 ) -> tuple[Tensor, list[Block]]:
     """Return ``scores (B, V) + temperature * log r``, and the blocks of ``log r``.
 
-    ``softmax(result / temperature)`` is the mask law or the guided law of each row. Rows without a
-    block are bitwise equal to ``scores``, which is not changed.
+    ``softmax(result / temperature)`` is the mask law or the guided law of each row. An item of
+    ``rows`` is None if the row has no constraint. Rows without a block are bitwise equal to
+    ``scores``, which is not changed.
     """
     blocks = [Block(places, r.to(scores.device)) for places, r in log_ratios(rows)]
     return moved(blocks, scores, temperature), blocks

@@ -1,9 +1,10 @@
-"""States from which a text can still end within its budget, and the guide's probability of this.
+"""Plans: the states from which a text can end within its budget, and the probability that it does.
 
-A :class:`Plan` is a constraint with a budget of ``n`` tokens, including the end token, and a least
-number ``lo`` of tokens before the end token. All rows with a plan share its tables, the messages:
+A :class:`Plan` is a constraint with a budget of ``n`` tokens, including the end token, and a
+minimum number ``lo`` of tokens before the end token. All rows with a plan share its tables, the
+messages:
 
-    C_k(END) = 1, else C_0(s) = 0
+    C_k(END, z) = 1 for all k;  C_0(s, z) = 0 for all other states s
     C_k(s, z) = sum_z' T(z, z') sum_s' w(s->s', z') C_{k-1}(s', z')
     w(s->s', z) = sum of beta(z, x) over the tokens x of the edge
 
@@ -35,7 +36,9 @@ from .language import DEFAULT, Constraint, Limits, Matched
 _WHERE = "constraint"
 _KEPT_SEGMENTS = 3
 _KEPT_STEPS = 1024
-_PART = 8  # next states of over V / 8 tokens use a product with the vocabulary, others gather rows
+# If more than V / _PART tokens lead to a next state, their ratios are computed for all tokens in
+# one product. Otherwise, the emissions of these tokens are gathered.
+_PART = 8
 _FEW = 64  # up to V / 64 forbidden tokens are stored as indices, more as a mask
 _shared: weakref.WeakKeyDictionary[Guide, weakref.WeakValueDictionary[tuple[object, ...], Messages]]
 _shared = weakref.WeakKeyDictionary()
@@ -69,11 +72,12 @@ class Plan:
         for name, value, low in (("max_new_tokens", budget, 1), ("min_new_tokens", least, 0)):
             whole = type(value) is int and value >= low
             require(whole, _WHERE, name, f"a whole number, at least {low}", repr(value))
-        expected = f"less than max_new_tokens {budget}, of which one ends the text"
+        expected = f"less than max_new_tokens ({budget}), since the last token ends the text"
         require(least < budget, _WHERE, "min_new_tokens", expected, least)
         if guide is not None:
             size = constraint.vocab_size
-            require(guide.vocab_size == size, _WHERE, "guide", f"{size} tokens", guide.vocab_size)
+            expected = f"a vocab_size of {size}, as in the constraint"
+            require(guide.vocab_size == size, _WHERE, "guide", expected, guide.vocab_size)
         self.constraint = constraint
         self.budget = budget
         self.least = least
@@ -81,16 +85,17 @@ class Plan:
         self.limits = limits
         self._steps: dict[tuple[int, int], NextTokens] = {}
         fewest = int(constraint.distance[0])
-        expected = f"at least {fewest}, the shortest text of the constraint and its end"
+        expected = f"at least {fewest}, the length of the shortest allowed text and its end token"
         require(fewest <= budget, _WHERE, "max_new_tokens", expected, budget)
         fits = self.alive(0, budget)
-        found = "none, as each text is shorter or too long"
-        require(fits, _WHERE, "min_new_tokens", f"a text of {least} to {budget - 1} tokens", found)
+        expected = f"an allowed text of {least} to {budget - 1} tokens"
+        found = "none: all allowed texts are shorter or longer"
+        require(fits, _WHERE, "min_new_tokens", expected, found)
 
     # --- dead ends --------------------------------------------------------------------------------
     @cached_property
     def _alive(self) -> Tensor | None:
-        """Table ``(n + 1, S + 1)``: True if END can be reached from a state in at most k tokens.
+        """Table ``(n + 1, S + 1)``: whether END can be reached with k tokens left in state s.
 
         None if ``least`` is 0; the constraint's distances to the end are then sufficient.
         """
@@ -111,7 +116,7 @@ class Plan:
         return int(self.constraint.distance.max())
 
     def alive(self, state: int, k: int) -> bool:
-        """Return whether a text can still end within ``k`` tokens."""
+        """Return whether a text in a state can still end within ``k`` tokens."""
         if state < 0:
             return False
         if self._alive is None:
@@ -119,7 +124,7 @@ class Plan:
         return bool(self._alive[k, state])
 
     def step(self, state: int, k: int) -> NextTokens:
-        """Return the allowed next tokens in a state with ``k`` tokens left, including the next."""
+        """Return the allowed next tokens in a state, if ``k`` tokens are left in the budget."""
         if self.least == 0:  # the result is the same for all k above the longest distance
             k = min(k, self._longest + 1)
         known = self._steps.get((state, k))
@@ -154,7 +159,7 @@ class Plan:
     # --- messages ---------------------------------------------------------------------------------
     @cached_property
     def edges(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Edges of the automaton: sources ``(E,)``, targets ``(E,)``, and the edge of each entry.
+        """Edges of the automaton: sources ``(E,)``, targets ``(E,)``, and the edges by class.
 
         The last tensor, ``(S, classes)``, contains the edge that a class of tokens follows in a
         state, or -1 if the class is forbidden.
@@ -181,9 +186,9 @@ class Plan:
 
     @cached_property
     def messages(self) -> Messages:
-        """Messages of the guide, shared by all existing plans with the same content.
+        """Messages of the guide, shared by existing plans with the same guide and constraint.
 
-        If ``least`` is 0, they do not depend on the budget.
+        If ``least`` is not 0, they also depend on ``least`` and the budget.
         """
         assert self.guide is not None
         states, guide = self.constraint.num_states + 1, self.guide
@@ -205,7 +210,7 @@ class MatchedPlan:
 
     Args:
         constraint: Constraint of the text.
-        budget: Largest number of tokens. A text that does not end before is truncated there.
+        budget: Largest number of tokens. A text that has not ended by then is truncated.
     """
 
     guide: Guide | None = None
@@ -233,8 +238,8 @@ class NextTokens:
 
     Attributes:
         live: Whether each class of tokens is allowed, ``(classes,)`` bool.
-        after: State after each class, ``(classes,)``; -1 if the class is not allowed.
-        states: Distinct states after allowed classes, without the end.
+        after: State after a token of each class, ``(classes,)``; -1 if the class is not allowed.
+        states: Distinct next states of the allowed classes, without the end.
     """
 
     def __init__(self, plan: Plan, state: int, k: int):
@@ -260,14 +265,14 @@ class NextTokens:
 
     @cached_property
     def layout(self) -> Layout:
-        """Tokens grouped by how their guide ratio is computed."""
+        """Tokens, grouped by how their ratio ``r`` is computed (see ``_law.py``)."""
         constraint = self._constraint
         vocab, end = constraint.vocab_size, constraint.end
         after = self.after[constraint.class_index]  # (V,)
         inside = after[(after >= 0) & (after != end)]
         count = torch.bincount(inside, minlength=1)
         wide: list[int] = []
-        if len(inside) > vocab // _PART:  # too many to gather: at least one state is wide
+        if len(inside) > vocab // _PART:  # too many tokens to gather: at least one state is wide
             wide = (count > vocab // _PART).nonzero()[:, 0].tolist() or [int(count.argmax())]
         narrow = (after >= 0) & (after != end)
         for s in wide:
@@ -301,7 +306,7 @@ class Layout(NamedTuple):
             the whole vocabulary per state.
         others: Masks ``(V,)`` bool of the tokens of each wide state except the first.
         narrow: The other allowed tokens that do not end the text, ``(t,)``.
-        behind: States after the narrow tokens, ``(t,)``.
+        behind: Next state of each narrow token, ``(t,)``.
         dead: Indices of the forbidden tokens, or a mask ``(V,)`` bool if there are many.
         ends: Tokens that end the text.
     """
@@ -336,7 +341,7 @@ class Messages:
         self._segments: OrderedDict[int, list[tuple[Tensor, Tensor]]] = OrderedDict()
 
     def __call__(self, k: int) -> tuple[Tensor, Tensor]:
-        """Return ``C_k (S + 1, H)`` and the logarithms of the scales of its rows ``(S + 1,)``.
+        """Return ``C_k (S + 1, H)`` with scaled rows, and their scales ``(S + 1,)`` as logarithms.
 
         The largest entry of a row is 1, or 0 if END cannot be reached.
         """
@@ -362,11 +367,11 @@ class Messages:
         """Return ``C_k`` from ``C_{k-1}``."""
         source, target, weights = self._source, self._target, self._weights
         end = len(table) - 1
-        # Without a least length, all budgets share these tables, and k may exceed self._budget.
+        # Without a minimum length, all budgets share these tables, and k may exceed self._budget.
         if self._least and self._budget - k < self._least:
             inside = target != end
             source, target, weights = source[inside], target[inside], weights[inside]
-        # The terms of a state are scaled by its largest next state before they are added.
+        # The terms of a state are divided by the largest scale of its next states before the sum.
         largest = torch.full_like(scale, -torch.inf)
         largest.scatter_reduce_(0, source, scale[target], "amax")
         factor = (scale[target] - largest[source]).exp().nan_to_num(0.0)  # (E,)

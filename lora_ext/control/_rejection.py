@@ -1,12 +1,12 @@
-"""Draws from the guided law without a product with the whole vocabulary.
+"""Draws from the guided law without computing it for the whole vocabulary.
 
-The guided law is ``p(x) r(x)``, see ``_law.py``. ``r(x) <= b(x) = max_z C_{k-1}(delta(s, x), z)``,
-and ``b`` is looked up by the class of a token. Tokens are therefore drawn by rejection sampling
-with the envelope ``p(x) b(x)``: a token drawn from the envelope is kept with probability
-``r(x) / b(x)``, which is computed only for drawn tokens.
+The guided law is ``p(x) r(x)``, see ``_law.py``. ``r(x)`` has the upper bound
+``b(x) = max_z C_{k-1}(delta(s, x), z)``, which is the same for all tokens of a class. Tokens are
+therefore drawn by rejection sampling with the envelope ``p(x) b(x)``: a token drawn from the
+envelope is kept with probability ``r(x) / b(x)``, which is computed only for drawn tokens.
 
-Letters: ``B`` rows of the batch, ``V`` vocabulary, ``H`` states of the guide; ``n`` rows and ``m``
-tokens per row of a round.
+Letters: ``B`` rows of the batch, ``V`` vocabulary, ``H`` states of the guide; ``n`` rows of a round
+and ``m`` tokens that it draws per row.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def draw(
     vocabulary.
 
     Args:
-        rows: See :func:`apply`.
-        scores: See :func:`apply`.
-        temperature: See :func:`apply`.
-        uniforms: Function ``uniforms(places, m)`` that returns new numbers ``(n, m, 2)`` in [0, 1)
-            for n rows at every call; ``places`` are the indices of the rows.
+        rows: State of every row; None for a row without a constraint.
+        scores: Model's scores (logits) of the next token, ``(B, V)``.
+        temperature: Number by which the scores are divided.
+        uniforms: Function ``uniforms(places, m)`` that returns new random numbers ``(n, m, 2)`` in
+            [0, 1) at every call; ``places`` are the indices of the n rows.
         tries: Number of tokens per round.
         rounds: Largest number of rounds before the whole vocabulary is used.
 
@@ -92,8 +92,8 @@ def draw(
         The tokens, and the number of drawn tokens that were examined.
 
     Raises:
-        ValueError: If all allowed tokens of a row have the score ``-inf``, or if one has the score
-            NaN or inf.
+        ValueError: If all allowed tokens of a row have the score ``-inf``, or if one of them has
+            the score NaN or inf.
     """
     tempered, envelope = proposal_scores(rows, scores, temperature)
     wrong = (~envelope.amax(-1).isfinite()).nonzero()[:, 0].tolist()
@@ -108,8 +108,8 @@ def proposal_scores(
     """Return the scores at a temperature and the envelope ``log p b``, ``(B, V)`` each.
 
     Args:
-        rows: See :func:`apply`.
-        scores: See :func:`apply`.
+        rows: See :func:`draw`.
+        scores: See :func:`draw`.
         temperature: One number, or one per row as ``(B, 1)``.
 
     Returns:
@@ -201,9 +201,9 @@ def _sampled(logits: Tensor, numbers: Tensor) -> Tensor:
 def likeliest(rows: Sequence[Row | None], scores: Tensor, tries: int = 256) -> list[int]:
     """Return the most likely token of every row under its law at temperature 1.
 
-    Tokens are examined in descending order of ``p(x) b(x)``, until this bound does not exceed the
-    largest ``p(x) r(x)`` found. After ``tries`` tokens without such a bound, ``p(x) r(x)`` is
-    computed over the whole vocabulary.
+    Tokens are examined in descending order of the bound ``p(x) b(x)``. The search ends as soon as
+    the bound does not exceed the largest ``p(x) r(x)`` found. If it has not ended after ``tries``
+    tokens, ``p(x) r(x)`` is computed over the whole vocabulary.
     """
     found = [(i, log_bound(row)) for i, row in enumerate(rows) if row is not None]
     envelope = moved([Block([i], bound[None]) for i, bound in found if bound is not None], scores)

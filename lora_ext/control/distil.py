@@ -1,11 +1,13 @@
 """Learning a guide from texts that a language model writes.
 
 The model's hidden states in these texts are clustered; each cluster is a state of the guide. The
-emission of a state is the mean of the model's next-token distributions over the cluster. From a few
-thousand hidden states, this is a better estimate than counting the drawn tokens. Transitions are
-first counted, and then improved by EM as long as held-out texts become likelier.
+emission of a state is the mean of the model's next-token distributions over the cluster. With a few
+thousand hidden states, this estimate is better than counts of the sampled tokens. Transitions are
+first estimated from counts, and then improved by EM as long as the likelihood of held-out texts
+increases.
 
-Letters: ``N`` texts, ``L`` tokens of a text, ``D`` features of a hidden state, ``H`` states.
+Letters: ``N`` texts, ``L`` tokens of the longest text, ``D`` features of a hidden state, ``H``
+states of the guide.
 """
 
 from __future__ import annotations
@@ -47,21 +49,21 @@ def distil(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Guide:
-    """Learn a guide from texts that a model writes after prompts.
+    """Learn a guide from texts that a model generates from prompts.
 
     Args:
         model: A causal language model of transformers, in evaluation mode.
-        prompts: Tensor of prompts with one row each, or lists of tokens of any lengths. The texts
-            use them in turn.
+        prompts: Prompts as a tensor with one row per prompt, or as lists of tokens of any lengths.
+            Text i continues prompt ``i % len(prompts)``.
         states: Number of states ``H``.
         samples: Number of texts, at least 2.
         length: Largest number of tokens of a text.
-        batch: Number of rows of a call of the model.
+        batch: Number of texts that are generated in one batch.
         em_steps: Largest number of EM steps for the transitions. EM stops at the first step that
-            does not make held-out texts likelier.
+            does not increase the likelihood of held-out texts.
         prior_steps: Number of training steps of the guide's :class:`~lora_ext.control.PriorHead`; 0
             for no head.
-        held_out: Share of the texts that are held out for the measures.
+        held_out: Share of the texts that are held out to compute the measures and to stop EM.
         eos_token_id: End token or tokens; None for those of the model's ``generation_config``.
         seed: Seed of the samples and the clusters. The state of torch's generator is restored
             afterwards.
@@ -72,8 +74,8 @@ def distil(
         A guide whose ``measures`` are ``held_out_nats`` and ``model_nats``, the negative
         log-likelihoods per token of held-out texts under the guide and under the model, and
         ``tokens``, the number of training tokens. With a prior head there is also ``prior_nats``:
-        the guide's nats per token of the 8 tokens after a held-out position, starting from the
-        distribution that the head predicts there.
+        the guide's negative log-likelihood per token of the 8 tokens after a held-out hidden state,
+        starting from the distribution that the head predicts from this hidden state.
 
     Raises:
         ValueError: If a number is out of range; the message names the argument.
@@ -91,7 +93,8 @@ def distil(
     require(0 < held_out < 1, _WHERE, "held_out", "a share between 0 and 1", held_out)
     rows = [list(map(int, p)) for p in prompts]
     good = bool(rows) and all(rows)
-    require(good, _WHERE, "prompts", "at least one prompt of at least one token", "none")
+    expected = "at least one prompt, each of at least one token"
+    require(good, _WHERE, "prompts", expected, f"{rows!r:.80}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = getattr(model, "generation_config", None)
@@ -155,7 +158,7 @@ def _written(model: Any, ids: Tensor, length: int, eos: list[int]) -> _Texts:
 def _settings(model: Any) -> dict[str, Any]:
     """Return arguments for the model's forward: a new cache, which the calls extend in place.
 
-    If the model supports ``logits_to_keep``, its LM head only computes the last token of a prompt.
+    If the model supports ``logits_to_keep``, its LM head is only applied to a prompt's last token.
     """
     from transformers import DynamicCache
 
@@ -173,13 +176,14 @@ def _learned(
     held_out: float,
     progress: Progress | None,
 ) -> Guide:
-    """Learn a guide from texts: clusters, emissions, counted transitions, EM, and a prior head."""
+    """Learn a guide from texts: clusters, emissions, transitions from counts and EM, prior head."""
     tokens, order = written.tokens, torch.randperm(len(written.tokens))
     apart = min(len(order) - 1, max(1, round(held_out * len(order))))
     train, test = tokens[order[:-apart]], tokens[order[-apart:]]
     seen = train >= 0
     hidden = written.hidden[order[:-apart]][seen]
-    require(len(hidden) >= states, _WHERE, "states", f"at most {len(hidden)} tokens", states)
+    expected = f"at most {len(hidden)}, the number of sampled training tokens"
+    require(len(hidden) >= states, _WHERE, "states", expected, states)
     cluster = torch.full(train.shape, -1)
     cluster[seen] = _clusters(hidden, states, progress)
     emission = _emission(head, hidden, cluster[seen], states, progress)
@@ -263,8 +267,8 @@ def _with_transitions(
 ) -> tuple[Guide, float]:
     """Update the transitions and the initial distribution by EM, and return the best guide.
 
-    EM stops at the first step that does not make held-out texts likelier. Emissions do not change,
-    because EM would overfit them to the few sampled tokens.
+    EM stops at the first step that does not increase the likelihood of held-out texts. Emissions do
+    not change, because EM would overfit them to the few sampled tokens.
 
     Returns:
         The guide, and the log-likelihood of the held-out texts.

@@ -29,12 +29,12 @@ class PriorHead(nn.Module):
 
     Args:
         guide: Guide whose state is predicted.
-        hidden_size: Number of features ``D``; None for that of ``guide.prior``, the weight learned
-            with the guide.
+        hidden_size: Number of features ``D``; None for the number in ``guide.prior``, the weight
+            learned with the guide.
 
     Attributes:
-        weight: Weight ``P (H, D)``, initialised with ``guide.prior``. Without it, it is initialised
-            with zeros, which give a uniform distribution.
+        weight: Weight ``P (H, D)``, initialised with ``guide.prior``. If ``guide.prior`` is None,
+            it is initialised with zeros, which give a uniform distribution.
 
     Raises:
         ValueError: If ``hidden_size`` differs from that of ``guide.prior``, or both are None.
@@ -47,7 +47,8 @@ class PriorHead(nn.Module):
         if hidden_size is not None:
             integer(_WHERE, "hidden_size", hidden_size, 1)
         size = known if hidden_size is None else hidden_size
-        expected = "a size, as the guide has no head" if known is None else f"{known}, the guide's"
+        expected = "a number, since guide.prior is None"
+        expected = expected if known is None else f"{known}, as in guide.prior"
         require(size is not None and known in (None, size), _WHERE, "hidden_size", expected, size)
         if guide.prior is not None:
             self.weight = nn.Parameter(guide.prior.clone())
@@ -63,7 +64,7 @@ class PriorHead(nn.Module):
         """Return the guide's log-probability of the tokens after each hidden state, ``(B,)``.
 
         It is ``log sum_z A(z) p(x_1 .. x_m | z)``, where ``p(. | z)`` is the guide's probability of
-        tokens from state z on.
+        the tokens if state z emits the first one.
 
         Args:
             hidden: Hidden states ``(B, D)``.
@@ -117,7 +118,7 @@ class PriorHead(nn.Module):
         number(_WHERE, "learning_rate", learning_rate, above=0)
         fits = len(hidden) == len(following) >= 2 and hidden.shape[1:] == self.weight.shape[1:]
         shapes = f"{tuple(hidden.shape)} and {tuple(following.shape)}"
-        expected = f"(N, {self.weight.shape[1]}) and (N, m) with N at least 2"
+        expected = f"shapes (N, {self.weight.shape[1]}) and (N, m) with N at least 2"
         require(fits, _WHERE, "hidden and following", expected, shapes)
         apart = max(1, len(hidden) // 10) if apart is None else apart
         integer(_WHERE, "apart", apart, 1, len(hidden) - 1)

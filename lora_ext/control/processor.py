@@ -99,7 +99,8 @@ class ConstraintProcessor:
         if prior is None:
             return None
         where = _WHERE, "prior"
-        require(self._guide is not None, *where, "None without a guide", tuple(prior.shape))
+        expected, found = "None, since there is no guide", f"shape {tuple(prior.shape)}"
+        require(self._guide is not None, *where, expected, found)
         assert self._guide is not None
         shape, states = tuple(prior.shape), self._guide.num_states
         require(len(shape) == 2 and shape[1] == states, *where, f"shape (B, {states})", shape)
@@ -131,8 +132,8 @@ class ConstraintProcessor:
             before, after = self._total(scores[places]), self._total(changed[places])
             gone = (after == -torch.inf) & (before > -torch.inf)
             none = [i for i, g in zip(places, gone.tolist(), strict=True) if g]
-            expected = "a finite score for a token that the constraint allows"
-            why = "another processor, such as a penalty or min_new_tokens, forbids them all"
+            expected = "a finite score for at least one token that the constraint allows"
+            why = "another processor, such as a penalty or min_new_tokens, forbids all of them"
             require(not none, _WHERE, "scores", expected, f"none in rows {none[:4]}: {why}")
             self._next[places] = (after - before).double().cpu().nan_to_num(0.0)
         ended = [i for i in range(batch) if self._at_end(i)]
@@ -148,7 +149,7 @@ class ConstraintProcessor:
     def log_weight(self) -> Tensor:
         """Log-weights ``(B,)`` float64, see the class.
 
-        A row that has not ended is weighted as if the next token ended it.
+        A row that has not ended is weighted as if it ended with the next token.
         """
         return self._weight + self._next
 
@@ -167,16 +168,17 @@ class ConstraintProcessor:
         if length == self._before.shape[1] + 1:
             return True
         before = self._before.shape[1]
-        expected = "the rows of the last call with one token more, or other prompts"
-        found = f"{length} columns after {before} (reset() begins a new run)"
+        expected = "the rows of the last call with one more token each, or other prompts"
+        found = f"{length} tokens per row after {before} (call reset() to begin a new run)"
         require(length > before, _WHERE, "input_ids", expected, found)
         return False
 
     def _warn_if_over(self, input_ids: Tensor) -> None:
         """Warn once per run if ``generate`` would already have stopped.
 
-        With this budget and these end tokens, the call then belongs to a new call of ``generate``.
-        Rows in another order are beams of the same call, for which there is no warning.
+        If ``generate`` has the processor's budget and end tokens, these rows are then the prompts
+        of a new ``generate``. There is no warning if the rows are reordered, which only happens
+        between the steps of one beam search.
         """
         if self._warned or not torch.equal(input_ids[:, :-1], self._before):
             return
@@ -187,9 +189,9 @@ class ConstraintProcessor:
             return
         self._warned = True
         warnings.warn(
-            f"{_WHERE}: input_ids: expected no more tokens after max_new_tokens={self._budget} or "
-            f"an end token in every row, found {new.shape[1]} new tokens and one more call, which "
-            "continues the run: its ended rows get end tokens only. For a new call of generate "
+            f"{_WHERE}: input_ids: expected no call after max_new_tokens={self._budget} tokens or "
+            f"an end token in every row, found one after {new.shape[1]} new tokens. It continues "
+            "the run, and rows that have ended only get end tokens. For a new call of generate "
             "with the returned rows, call reset() first; otherwise pass the same max_new_tokens "
             "and eos_token_id to generate",
             stacklevel=3,
@@ -198,17 +200,18 @@ class ConstraintProcessor:
     def _begin(self, input_ids: Tensor, scores: Tensor) -> None:
         batch = len(input_ids)
         count = 1 if self._one else len(self._plans)
-        expected = f"one, or one per prompt, for {batch} rows"
+        expected = f"a number of constraints that divides the {batch} rows, as one per prompt does"
         require(batch % count == 0, _WHERE, "constraints", expected, count)
         plans = [self._plans[i * count // batch] for i in range(batch)]
         size = scores.shape[1]
         for found in {plan.constraint.vocab_size for plan in plans if plan is not None}:
-            expected = f"the vocabulary of the scores, {size}"
+            expected = f"a vocab_size of {size}, as in the scores"
             require(found == size, _WHERE, "constraints", expected, found)
         priors: list[Any] = [None] * batch
         if self._prior is not None:
             rows = len(self._prior)
-            require(batch % rows == 0, _WHERE, "prior", f"a row for each of {batch}", rows)
+            expected = f"a number of rows that divides the {batch} rows of the batch"
+            require(batch % rows == 0, _WHERE, "prior", expected, rows)
             priors = [self._prior[i * rows // batch] for i in range(batch)]
         self._rows = [
             None if plan is None else Row.first(plan, prior)
@@ -228,10 +231,10 @@ class ConstraintProcessor:
         for i, tokens in enumerate(self._before.tolist()):
             known.setdefault((i * count // batch, *tokens), i)
         parents: list[int] = []
-        expected = "a row of the last call with one token more"
+        expected = "a row of the last call with one more token"
         for i, tokens in enumerate(input_ids[:, :-1].tolist()):
             place = (i * count // batch, *tokens)
-            found = f"one that ends with {tokens[-3:]} before the new token"
+            found = f"a row with {tokens[-3:]} before the new token"
             require(place in known, _WHERE, f"input_ids: row {i}", expected, found)
             parents.append(known[place])
         return parents
@@ -270,7 +273,7 @@ def plans_of(
     """Return the plan of each constraint: a list with one item, or with one per prompt.
 
     Args:
-        where: First words of error messages.
+        where: Beginning of error messages.
         constraints: See :class:`ConstraintProcessor`.
         guide: See :class:`ConstraintProcessor`.
         budget: Largest number of tokens, including the end token.
@@ -278,8 +281,8 @@ def plans_of(
         limits: See :class:`ConstraintProcessor`.
 
     Raises:
-        ValueError: If an item is not a constraint, or as :class:`Plan`.
-        NotImplementedError: If a matcher is combined with a guide or a least length.
+        ValueError: If an item is not a constraint, or if :class:`Plan` raises it.
+        NotImplementedError: If a matcher is combined with a guide or a smallest number of tokens.
     """
     listed = list(constraints) if isinstance(constraints, Sequence) else [constraints]
     good = bool(listed) and all(c is None or isinstance(c, Constraint | Matched) for c in listed)
@@ -289,7 +292,7 @@ def plans_of(
     for c in listed:
         if isinstance(c, Matched):
             for name, value, none in (("guide", guide, None), ("min_new_tokens", least, 0)):
-                expected = f"{none} beside from_matcher, which cannot look ahead"
+                expected = f"{none} for a constraint of from_matcher, which cannot look ahead"
                 require(value == none, where, name, expected, value, NotImplementedError)
             plans[c] = MatchedPlan(c, budget)
         elif c is not None and c not in plans:

@@ -85,14 +85,14 @@ def aggregate(
     "zero_pad"  A and B, with zeros for the rows and columns that a client lacks
     "fro"       as "covered", with weights ``w_i ||B_i A_i||_F``, or ``w_i`` if all of these are 0
     "svd"       the products: ``sum_i w_i B_i A_i``, truncated to the global rank; each factor
-                contains the roots of the singular values
+                contains the square roots of the singular values
     "stack"     the products, exactly: ``stacked`` contains factors of the sum, to be added to the
                 base weight; in the new state, B is 0 and A does not change
     =========== ===================================================================================
 
-    A rank can become 0 in both factors if the values of clients cancel or "svd" finds fewer
-    directions. Its row of A is then drawn at random, so that training can change it; the product
-    does not change. "zero_pad" keeps these zeros.
+    All values of a rank can become 0, if the values of clients cancel or the product has a smaller
+    rank in "svd". The rank's row of A is then drawn at random, so that training can change it; the
+    product does not change. "zero_pad" keeps these zeros.
 
     Sums are computed in float64, with the clients in sorted order, and rounded once to the dtype of
     the state, so the order of replies does not change any bit. Invalid replies are rejected
@@ -101,7 +101,7 @@ def aggregate(
     Args:
         state: the whole global adapter under PEFT's names: A ``(r, I)``, B ``(O, r)``.
         updates: the clients' replies. Identical updates of one client count once.
-        rank_agg: a row of the table.
+        rank_agg: method of averaging, one of those in the table.
         upload: content of a reply's tensors: "delta", differences from the state, or "value".
         weighted_by: weight of a client: its number of examples, or 1 if None.
         server_lr: step size of the server, above 0.
@@ -147,7 +147,8 @@ def average(rules: Rules, updates: Iterable[Update]) -> Aggregate:
     """Average the replies, as :func:`aggregate` does, with settings that are already checked."""
     state, settings = rules.state, rules.settings
     for key in settings.shared:
-        require(key in state, WHERE, "shared", f"names of the {len(state)} tensors", repr(key))
+        expected = f"names among the {len(state)} tensors of the state"
+        require(key in state, WHERE, "shared", expected, repr(key))
     scales = _scales(settings.scaling, rules.pairs)
     replies, rejected, clipped = accept(updates, rules)
     accepted = tuple(reply.client for reply in replies)
@@ -224,7 +225,7 @@ class _Round:
             if own:
                 means.append(_mean_of(start, own, axis, zero_pad))
             alone = self.parts(key) if self.rank_agg != "fro" else own
-            if len(alone) > len(own):  # the partner was dropped for some clients
+            if len(alone) > len(own):  # the other factor of some clients was dropped
                 self.write(key, _mean_of(start, alone, axis, zero_pad))
             elif own:
                 self.write(key, means[-1])
@@ -295,7 +296,7 @@ def _scales(scaling: float | Mapping[str, float], pairs: Sequence[Pair]) -> dict
     if isinstance(scaling, Mapping):
         named = {str(name).removeprefix(PREFIX): value for name, value in scaling.items()}
         for module in given:
-            require(module in named, WHERE, "scaling", f"one of {module}", sorted(named))
+            require(module in named, WHERE, "scaling", f"a scale for {module}", sorted(named))
         given = {module: named[module] for module in given}
     return {m: float(number(WHERE, f"scaling: {m}", value)) for m, value in given.items()}
 
@@ -368,7 +369,7 @@ def _by_norm(parts: Sequence[PairPart]) -> list[float]:
 
 
 def _stack_of(parts: Sequence[PairPart]) -> tuple[Tensor, Tensor]:
-    """Return factors of ``sum w_i B_i A_i``; each factor contains the roots of the weights."""
+    """Return factors of ``sum w_i B_i A_i``, each scaled by the square roots of the weights."""
     roots = [math.sqrt(abs(part.weight)) for part in parts]
     a = torch.cat([root * part.a.flatten(1) for root, part in zip(roots, parts, strict=True)])
     signs = [math.copysign(root, part.weight) for root, part in zip(roots, parts, strict=True)]

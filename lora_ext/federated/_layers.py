@@ -120,7 +120,8 @@ class LoraLayerManager:
         trained = set(plan.layers) if mode == "train" else set()
         for layer, index in self._layer_of:
             apart = self.adapter not in layer.merged_adapters
-            require(apart, where, "model", "an adapter apart from the base weight", "it merged")
+            expected = "an adapter that is not merged into the base weight"
+            require(apart, where, "model", expected, "a merged one")
             active = index not in trained or self.adapter in layer.active_adapters
             require(active, where, "model", f"{self.adapter!r} to be active", layer.active_adapters)
         on = [i is None or i in plan.layers or others == "frozen" for _, i in self._layer_of]
@@ -209,25 +210,28 @@ class LoraLayerManager:
             parsed = parse_key(key)
             known = parsed is not None and parsed.module in by_module
             if parsed is None or not known or parsed.role not in ("A.weight", "B.weight"):
-                require(not strict, where, key, "a factor of a layer of the model", "none")
+                expected = "the name of a factor in a layer of the model"
+                require(not strict, where, key, expected, "another name")
                 continue
             axis = 0 if parsed.role == "A.weight" else 1
             shape = list(self._factors(by_module[parsed.module])[axis].shape)
             floating = isinstance(value, Tensor) and value.is_floating_point()
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            require(floating, where, key, "a floating tensor", kind)
+            require(floating, where, key, "a floating-point tensor", kind)
             own = list(value.shape)
             fits = len(own) == len(shape) and 0 < own[axis] <= shape[axis]
             fits = fits and own[:axis] + own[axis + 1 :] == shape[:axis] + shape[axis + 1 :]
-            require(fits, where, key, f"shape {shape} or one of a smaller rank", own)
+            require(fits, where, key, f"shape {shape} or that of a smaller rank", own)
             found.setdefault(parsed.module, {})[parsed.role] = value
         for module, halves in found.items():
             require(len(halves) >= 2, where, module, "lora_A and lora_B", [*halves], KeyError)
             a, b = halves["A.weight"], halves["B.weight"]
-            require(a.shape[0] == b.shape[1], where, module, "one rank", [*a.shape, *b.shape])
+            expected, found_shapes = "factors of equal rank", f"{[*a.shape]} and {[*b.shape]}"
+            require(a.shape[0] == b.shape[1], where, module, expected, found_shapes)
         touched = {by_module[module].layer for module in found}
         missing = [p.module for p in self._pairs if p.layer in touched and p.module not in found]
-        require(not (strict and missing), where, "state", f"{missing[:3]} as well", "none")
+        expected = "factors of all modules of a layer"
+        require(not (strict and missing), where, "state", expected, f"none of {missing[:3]}")
         for module, halves in found.items():
             a, b = self._factors(by_module[module])
             rank = halves["A.weight"].shape[0]
@@ -242,13 +246,13 @@ class LoraLayerManager:
     def _check_plan(self, where: str, plan: LayerPlan) -> None:
         instance(where, "plan", plan, LayerPlan)
         for layer in plan.layers:
-            expected = f"below {self.num_layers}"
+            expected = f"layers below {self.num_layers}"
             require(layer < self.num_layers, where, "plan.layers", expected, layer)
         for pair in self._pairs:
             if pair.layer in plan.layers:
                 full = self._factors(pair)[0].shape[0]
                 rank = plan.rank_of(pair.layer, full)
-                expected = f"at most {full}, as {pair.module} has"
+                expected = f"at most {full}, the rank of {pair.module}"
                 require(rank <= full, where, "plan.ranks", expected, rank)
 
 
@@ -309,7 +313,7 @@ def _check_carried(name: str, layer: Any, adapter: str) -> None:
     elif layer.lora_bias[adapter]:
         found = "a bias"
     elif adapter not in layer.lora_A:
-        found = f"those of a {type(layer).__name__}"
+        found = f"parameters of a {type(layer).__name__}"
     elif getattr(layer, "num_experts", 1) > 1:  # their rows are grouped by expert, not by rank
         found = f"a pair for each of {layer.num_experts} experts"
     require(found is None, where, repr(adapter), "only lora_A and lora_B", found)

@@ -1,9 +1,9 @@
 """Updates for secure summation: they have one size for every plan, and the server uses only sums.
 
-Secure summation adds vectors without revealing a single one. Each client therefore sends all layers
-multiplied by its weight, with zeros for untrained layers, and its weight for each rank of each
-module. The server divides the first sum by the second. The result is the "covered" mean of
-:func:`aggregate`; its other rules and its rejections require individual replies.
+Secure summation adds vectors without revealing any single one. Each client therefore sends all
+layers multiplied by its weight, with zeros for untrained layers, and its weight for each rank of
+each module. The server divides the sum of the layers by the sum of the weights. The result is the
+"covered" mean of :func:`aggregate`, whose other methods and rejections need the individual replies.
 """
 
 from __future__ import annotations
@@ -103,17 +103,17 @@ def aggregate_masked(
     pairs = layer_pairs(f"{where}: state", state, pattern)
     shapes = masked_shapes(pairs, state)
     odd = sorted(shapes.keys() ^ sums.keys())
-    expected = f"the names of {len(shapes)} tensors"
-    require(not odd, where, "sums", expected, f"a difference: {odd[:3]}")
+    expected = f"exactly the names of {len(shapes)} tensors"
+    require(not odd, where, "sums", expected, f"missing or unknown names {odd[:3]}")
     for key, shape in shapes.items():
         value = sums[key]
         require(tuple(value.shape) == shape, where, key, f"shape {shape}", tuple(value.shape))
         fits = value.is_floating_point() and bool(value.isfinite().all())
         found = f"NaN or inf in {value.dtype}" if value.is_floating_point() else value.dtype
-        require(fits, where, key, "finite floating values", found)
+        require(fits, where, key, "finite floating-point values", found)
     for pair in pairs:
         least = min(sums[weights_key(pair)].tolist(), default=0)
-        require(least >= 0, where, pair.module, "weights from 0", least)
+        require(least >= 0, where, pair.module, "weights of at least 0", least)
     return divided(pairs, state, sums, server_lr)
 
 

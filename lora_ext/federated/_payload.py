@@ -1,7 +1,7 @@
 """Conversion of the tensors of planned layers to arrays of a message, and back.
 
-Messages are untrusted. A message has named arrays and a manifest of flat lists, the content of
-Flower's records. numpy has no bfloat16, so the bits of bfloat16 are sent as ``uint16``, and the
+Messages are untrusted. A message has named arrays and a manifest of flat lists, which Flower's
+records can store. numpy has no bfloat16, so the bits of bfloat16 are sent as ``uint16``, and the
 names of these tensors are in the manifest. Shape letters: r rank, I inputs and O outputs of a
 module.
 """
@@ -77,7 +77,7 @@ def shapes_of(
     where = "plan_shapes"
     known = {pair.layer for pair in pairs}
     for layer in plan.layers:
-        require(layer in known, where, "plan.layers", f"layers of {sorted(known)}", layer)
+        require(layer in known, where, "plan.layers", f"layers among {sorted(known)}", layer)
     shapes: dict[str, tuple[int, ...]] = {}
     for pair in pairs:
         if pair.layer in plan.layers:
@@ -161,7 +161,7 @@ def unpack_tensors(
             for key, array in payload.arrays.items()
         }
     for key, (_, array) in entries.items():
-        require(key in shapes, where, f"{key!s:.200}", "a name of the plan", "another name")
+        require(key in shapes, where, f"{key!s:.200}", "a tensor of the plan", "another tensor")
         fits = array.shape == tuple(shapes[key])
         require(fits, where, key, f"shape {list(shapes[key])}", f"shape {list(array.shape)}")
     for key, (name, array) in entries.items():
@@ -174,7 +174,8 @@ def _name_of(key: str, array: Any, brain: bool, where: str) -> str:
     """Return the name of the dtype that an array represents."""
     require(isinstance(array, np.ndarray), where, key, "an array", type(array).__name__)
     if brain:
-        require(array.dtype == np.dtype("<u2"), where, key, "uint16, of bfloat16", array.dtype)
+        expected = "uint16 for the bits of bfloat16"
+        require(array.dtype == np.dtype("<u2"), where, key, expected, array.dtype)
         return "bfloat16"
     names = [n for n, (_, d) in _DTYPES.items() if d == array.dtype and n != "bfloat16"]
     require(bool(names), where, key, f"one of {[*_DTYPES]}", array.dtype)
@@ -193,12 +194,12 @@ def _flat_entries(payload: Payload, where: str) -> dict[str, tuple[str, np.ndarr
     dims = _list(payload.manifest, "dims", int, where)
     sizes = _list(payload.manifest, "sizes", int, where)
     repeated = len(names) - len(set(names))
-    require(repeated == 0, where, "names", "each once", f"{repeated} repeated")
+    require(repeated == 0, where, "names", "each name once", f"{repeated} repeated")
     for name, each in (("dtypes", dtypes), ("dims", dims)):
         require(len(each) == len(names), where, name, f"{len(names)} entries", len(each))
     for name, most, each in (("dims", _MAX_DIMS, dims), ("sizes", _MAX_SIZE, sizes)):
         outside = sum(not 0 <= value <= most for value in each)
-        found = f"{outside} of {len(each)} outside"
+        found = f"{outside} of {len(each)} out of range"
         require(outside == 0, where, name, f"integers from 0 to {most}", found)
     require(sum(dims) == len(sizes), where, "sizes", f"{sum(dims)} entries", len(sizes))
     entries: dict[str, tuple[str, np.ndarray]] = {}
@@ -208,7 +209,8 @@ def _flat_entries(payload: Payload, where: str) -> dict[str, tuple[str, np.ndarr
         shape = tuple(sizes[place : place + dim])
         kind = _DTYPES[dtype][1]
         stop = start + kind.itemsize * math.prod(shape)
-        require(stop <= packed.size, where, key, f"at most {packed.size} bytes", stop)
+        expected, found = f"an end within {packed.size} packed bytes", f"an end at byte {stop}"
+        require(stop <= packed.size, where, key, expected, found)
         entries[key] = dtype, packed[start:stop].view(kind).reshape(shape)
         start, place = stop, place + dim
     require(start == packed.size, where, _PACKED, f"{start} bytes", packed.size)
@@ -236,7 +238,7 @@ def read_npy(data: bytes, where: str = "read_npy") -> np.ndarray:
         a read-only array that shares the memory of ``data``.
 
     Raises:
-        ValueError: If the bytes are not a .npy file of numbers.
+        ValueError: If the bytes are not a .npy file of floating-point or unsigned integer numbers.
     """
     file = io.BytesIO(data)
     try:
@@ -250,9 +252,9 @@ def read_npy(data: bytes, where: str = "read_npy") -> np.ndarray:
         found = f"{error!s:.200}"
         raise ValueError(f"{where}: expected the bytes of a .npy file, found {found}") from None
     plain = all(type(size) is int and size >= 0 for size in shape)  # excludes bool
-    require(plain, where, "shape", "sizes from 0", shape)
-    require(dtype.kind in "fu", where, "dtype", "numbers", dtype)
-    require(len(shape) <= _MAX_DIMS, where, "shape", f"up to {_MAX_DIMS} sizes", len(shape))
+    require(plain, where, "shape", "sizes of at least 0", shape)
+    require(dtype.kind in "fu", where, "dtype", "floating-point or unsigned integers", dtype)
+    require(len(shape) <= _MAX_DIMS, where, "shape", f"up to {_MAX_DIMS} dimensions", len(shape))
     size, start = dtype.itemsize * math.prod(shape), file.tell()
     require(size == len(data) - start, where, "data", f"{size} bytes", len(data) - start)
     array = np.frombuffer(data, dtype, offset=start)

@@ -48,7 +48,7 @@ class LayerPlan:
             twice = next(layer for layer in layers if counts[layer] > 1)
             raise ValueError(f"LayerPlan: layers: expected each layer once, found {twice} twice")
         if ranks is not None:
-            expected = f"one for each of {len(layers)} layers"
+            expected = f"one rank for each of {len(layers)} layers"
             require(len(ranks) == len(layers), "LayerPlan", "ranks", expected, len(ranks))
         order = sorted(range(len(layers)), key=layers.__getitem__)
         object.__setattr__(self, "layers", tuple(layers[i] for i in order))
@@ -82,7 +82,8 @@ class LayerPlan:
             ValueError: If "layers" is missing, or the plan is not valid.
             TypeError: If an index or a rank is not an integer.
         """
-        require("layers" in config, "LayerPlan", "config", "layers", sorted(map(str, config)))
+        found = sorted(map(str, config))
+        require("layers" in config, "LayerPlan", "config", "the key 'layers'", found)
         return cls(config["layers"], config.get("ranks"))
 
 
@@ -126,7 +127,8 @@ def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[P
     Raises:
         KeyError: If a module lacks one of its two factors.
         LayerNotFound: If the pattern matches no name of a factor.
-        ValueError: If the factors of a module have different ranks, or are not floating matrices.
+        ValueError: If the factors of a module have different ranks, or are not floating-point
+            matrices.
     """
     found: list[Pair] = []
     for module, (a, b) in factor_keys(where, state).items():
@@ -153,5 +155,6 @@ def _check_pair(where: str, module: str, a: Tensor, b: Tensor) -> None:
     for name, factor in (("lora_A", a), ("lora_B", b)):
         holds = isinstance(factor, Tensor) and factor.is_floating_point() and factor.dim() > 1
         found = (factor.dtype, list(factor.shape)) if isinstance(factor, Tensor) else type(factor)
-        require(holds, where, f"{module}.{name}", "a floating matrix", found)
-    require(a.shape[0] == b.shape[1], where, module, f"lora_B of rank {a.shape[0]}", list(b.shape))
+        require(holds, where, f"{module}.{name}", "a floating-point matrix", found)
+    expected, found = f"lora_B of rank {a.shape[0]}, as lora_A", f"shape {list(b.shape)}"
+    require(a.shape[0] == b.shape[1], where, module, expected, found)

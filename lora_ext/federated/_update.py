@@ -97,8 +97,8 @@ class Rules:
         return {key: p.layer for p in self.pairs for key in (p.a, p.b)}
 
     def head(self, key: str, rank: int) -> Tensor:
-        """Return the first ``rank`` ranks of a global factor, or a whole other tensor, in
-        float64."""
+        """Return a global factor, cut to its first ``rank`` ranks, in float64. A tensor that is not
+        a factor is returned whole."""
         value = self.state[key].detach().to("cpu", torch.float64)
         return value if key not in self.axes else value.narrow(self.axes[key], 0, rank)
 
@@ -157,10 +157,11 @@ def by_client(updates: Iterable[Update]) -> dict[Client, list[Update]]:
 
 
 def only(updates: Sequence[Update]) -> Update:
-    """Return the first reply of a client; raise :class:`Rejected` unless its others are equal."""
+    """Return the first reply of a client; raise :class:`Rejected` unless all its replies are
+    equal."""
     first, *others = updates
     once = all(_same(first, other) for other in others)
-    need(once, "reply", "one, or equal ones", "two that differ")
+    need(once, "reply", "one reply, or several equal ones", "two that differ")
     return first
 
 
@@ -195,7 +196,7 @@ def _accepted(update: Update, rules: Rules) -> Reply:
     need(isinstance(plan, LayerPlan), "plan", "a LayerPlan", type(plan).__name__)
     known = sorted(set(rules.layers.values()))
     for layer in plan.layers:
-        need(layer in known, "plan.layers", f"layers of {known}", layer)
+        need(layer in known, "plan.layers", f"layers among {known}", layer)
     partial_ok = rules.settings.partial_ok
     weight = weight_of(update.num_examples)
     tensors = _checked(update.tensors, plan, rules)
@@ -203,13 +204,13 @@ def _accepted(update: Update, rules: Rules) -> Reply:
         present = [key for key in (pair.a, pair.b) if key in tensors]
         for key in (pair.a, pair.b):
             if present and key not in present:
-                need(False, key, f"it beside {present[0]}", "none")
+                need(False, key, f"a tensor, since the reply has {present[0]}", "none")
             if pair.layer in plan.layers and not partial_ok:
                 need(key in present, key, "a tensor of the plan", "none")
     for key in rules.settings.shared:
-        need(key in tensors or partial_ok, key, "a tensor of every client", "none")
+        need(key in tensors or partial_ok, key, "a tensor from every client", "none")
     tensors = _finite(tensors, rules)
-    need(bool(tensors), "tensors", "at least one that can be averaged", "none")
+    need(bool(tensors), "tensors", "at least one tensor that can be averaged", "none")
     factor = _clip_factor(tensors, rules)
     weight = 1.0 if rules.settings.weighted_by is None else weight
     reply = Reply(update.client, weight, tensors, factor)
@@ -242,9 +243,9 @@ def _checked(tensors: Any, plan: LayerPlan, rules: Rules) -> dict[str, Tensor]:
             planned = rules.layers[key] in plan.layers
             need(planned, key, f"one of layers {plan.layers}", f"layer {rules.layers[key]}")
         need(isinstance(value, Tensor), key, "a tensor", type(value).__name__)
-        found = "a nested one" if value.is_nested else value.layout
+        found = "a nested tensor" if value.is_nested else value.layout
         dense = value.layout == torch.strided and not (value.is_meta or value.is_nested)
-        need(dense, key, "a dense tensor", "one on meta" if value.is_meta else found)
+        need(dense, key, "a dense tensor", "a meta tensor" if value.is_meta else found)
         need(value.dtype in _DTYPES, key, f"one of {_DTYPES}", value.dtype)
         shape = list(rules.state[key].shape)
         if key in rules.axes:
@@ -262,7 +263,7 @@ def _finite(tensors: dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     for key, count in bad.items():
         if count and policy != "drop_tensor":
             kind = _EndsRound if policy == "raise" else Rejected
-            raise kind(f"{key}: expected finite values, found {count} that are not")
+            raise kind(f"{key}: expected finite values, found {count} that are not finite")
     return {key: value for key, value in tensors.items() if not bad[key]}
 
 
@@ -282,8 +283,8 @@ def _clip_factor(tensors: dict[str, Tensor], rules: Rules) -> float:
     need(math.isfinite(largest), "norm", "a finite number", largest)
     if largest == 0:
         return 1.0
-    # numpy sums on one thread, which gives the same bits on all machines of one kind. The division
-    # by the largest value prevents an overflow of the squares.
+    # numpy sums on one thread, which gives the same bits on all machines of the same kind. The
+    # division by the largest value prevents an overflow of the squares.
     norm = largest * math.sqrt(sum(float(np.square(c / largest).sum()) for c in changes))
     return min(1.0, bound / norm)
 

@@ -49,9 +49,10 @@ def partition_pathological(
     integer(where, "seed", seed, 0)
     most = len(classes)
     name, count = "classes_per_client", classes_per_client
-    require(count <= most, where, name, f"at most {most}", count)
+    require(count <= most, where, name, f"at most {most}, the number of classes", count)
     least = math.ceil(most / n_clients)
-    require(count >= least, where, name, f"at least {least}", count)
+    expected = f"at least {least}, so that every class has a client"
+    require(count >= least, where, name, expected, count)
     generator = np.random.default_rng(seed)
     owners: list[list[int]] = [[] for _ in classes]
     for client in range(n_clients):
@@ -81,7 +82,7 @@ def partition_dirichlet(
             values similar parts of all.
         seed: seed of the random numbers; the global random state is not used.
         min_size: minimum number of samples of a client. At most a hundred splits are drawn until
-            every client has that many.
+            every client has that many samples.
 
     Returns:
         for each client, the indices of its samples in ascending order. Each sample belongs to
@@ -111,14 +112,15 @@ def partition_dirichlet(
         if smallest >= min_size:
             return _sorted(shares)
     expected = f"a split with at least {min_size} samples per client within {_TRIES} draws"
-    found = f"{smallest} in the last; raise alpha or lower min_size"
+    found = f"{smallest} in the last draw; raise alpha or lower min_size"
     raise ValueError(f"{where}: min_size: expected {expected}, found {found}")
 
 
 def _by_class(where: str, labels: ArrayLike) -> tuple[list[Any], Shares]:
     """Return the classes, and for each class the indices of its samples."""
     array = np.asarray(labels)
-    require(array.ndim == 1 and array.size > 0, where, "labels", "(samples,)", array.shape)
+    holds = array.ndim == 1 and array.size > 0
+    require(holds, where, "labels", "a non-empty shape (samples,)", array.shape)
     classes, inverse = np.unique(array, return_inverse=True)
     return classes.tolist(), [np.flatnonzero(inverse == i) for i in range(len(classes))]
 

@@ -175,7 +175,7 @@ class BatchStep:
         wanted = [p for p in parts if p.call.backward and math.isfinite(totals[p])]
         gradients = self._gradients(wanted, sums)
         # The code below does not raise. A call is therefore changed either completely or not at
-        # all, and `run` may compute its part again after an error.
+        # all, and `run` may recompute its part after an error.
         for (part, i), logprobs in zip(owners, found, strict=True):
             part.call.logprobs[i] = logprobs.detach().cpu()
         for part in parts:

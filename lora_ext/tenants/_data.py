@@ -30,7 +30,8 @@ class Datum:
             * ``weights``: weight of each target, in the shape of the targets; default 1.
             * ``logprobs``: ``(N,)`` log-probability with which each target was sampled, for the
               losses of reinforcement learning.
-            * ``advantages``: ``(N,)`` advantage of each target, for the same losses.
+            * ``advantages``: ``(N,)`` advantage of each target, for the losses of reinforcement
+              learning.
     """
 
     tokens: Sequence[int] | Tensor
@@ -97,7 +98,8 @@ def _checked(
     for key in inputs:
         require(key in known, where, f"{name}.inputs", f"one of {known}", repr(key))
     for key in (_TARGETS, *loss.needs):
-        require(key in inputs, where, f"{name}.inputs", f"{key!r}", f"only {sorted(inputs)}")
+        expected = f"the key {key!r}"
+        require(key in inputs, where, f"{name}.inputs", expected, f"only {sorted(inputs)}")
     argument = f"{name}.inputs[{_TARGETS!r}]"
     targets = _tensor(where, argument, inputs.pop(_TARGETS))
     many = not loss.needs and targets.dim() == 2 and targets.shape[1] > 0

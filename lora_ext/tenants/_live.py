@@ -31,7 +31,7 @@ class LiveAdapter:
             wrap(model, config, name, autocast_adapter_dtype=False)
         layers: Any = adapted_layers(model, name)
         self.layers: dict[str, Any] = layers
-        if first:  # `wrap` has made it active, but rows without a name must use the base model.
+        if first:  # `wrap` activated the adapter, but rows without a name must use the base model.
             for layer in self.layers.values():
                 layer.set_adapter([])
         generators: dict[torch.device, torch.Generator] = {}

@@ -250,7 +250,8 @@ class Sampler:
         ends, texts = self._stops(stop)
         first = secrets.randbits(62) if seed is None else integer(_ERROR, "seed", seed)
         waiting = sum(each.adapter == self.adapter for each in list(models.asked.values()))
-        expected, found = f"at most {_MOST} samples of an adapter that wait", waiting + num_samples
+        expected = f"at most {_MOST} samples of an adapter in the queue"
+        found = waiting + num_samples
         require(found <= _MOST, _ERROR, "queue", expected, found, QueueFullError)
         of_all = prompt, self.adapter, max_tokens
         begun = []
@@ -293,7 +294,8 @@ class Sampler:
         for item in each:
             if isinstance(item, str):
                 asked = self._models.tokenizer is not None and item != ""
-                require(asked, _ERROR, "stop", "texts only with Service(tokenizer=)", repr(item))
+                expected = "non-empty texts, and only with Service(tokenizer=)"
+                require(asked, _ERROR, "stop", expected, repr(item))
                 texts.append(item)
             else:
                 most = self._models.vocabulary - 1

@@ -19,8 +19,8 @@ from ._batch import BatchStep, Call, Part
 #: Number of tokens by which each step raises the credit of a waiting tenant. A part of the tenant's
 #: call can join the parts of other tenants if the credit covers its tokens.
 QUANTUM = 1024
-_MAX_WAIT_SHARE = 1 / 3  # maximum wait for recent tenants, divided by the last step's duration
-_MAX_ROUNDS = 8  # maximum number of rounds of other items before a step, so that calls can run
+_MAX_WAIT_SHARE = 1 / 3  # maximum wait for recent tenants, as a share of the last step's duration
+_MAX_ROUNDS = 8  # maximum number of consecutive rounds of items that are not calls
 
 
 def settle(future: Future[Any], action: Callable[[], Any]) -> None:
@@ -57,11 +57,11 @@ class Queue:
         """Raise QueueFullError if adding ``item`` would exceed a limit of the queue."""
         if self.size is None or not self.items:
             return
-        expected, fits = f"at most {self.size} calls that wait", len(self.items) < self.size
+        expected, fits = f"at most {self.size} calls in the queue", len(self.items) < self.size
         require(fits, where, "queue", expected, len(self.items) + 1, QueueFullError)
         if isinstance(item, Call):
             held = sum(each.tokens for each in self.items if isinstance(each, Call))
-            expected = f"at most {self.tokens} tokens of calls that wait"
+            expected = f"at most {self.tokens} tokens of calls in the queue"
             fits = held + item.tokens <= self.tokens
             require(fits, where, "queue", expected, held + item.tokens, QueueFullError)
 
@@ -70,7 +70,7 @@ class Scheduler:
     """Thread that computes calls of several tenants in common steps, each queue in order.
 
     Deficit round robin in tokens decides which parts of calls join a step. An item that is not a
-    call, such as a save or an optimizer step, runs as soon as it is the first of its queue. Before
+    call, such as a save or an optimizer step, runs as soon as it is the first in its queue. Before
     a step, the thread waits briefly for calls of the tenants of the last two steps. Otherwise, a
     tenant that was late once would take part only in every second step from then on.
 
@@ -88,7 +88,7 @@ class Scheduler:
         self._queues: list[Queue] = []
         self._recent: deque[set[Queue]] = deque([set(), set()], 2)
         self._duration = 0.0
-        self._rounds = 0  # rounds of other items since the last step
+        self._rounds = 0  # rounds of items that are not calls, since the last step
         self._stopping = False
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._loop, daemon=True, name="lora_ext.tenants")

@@ -45,8 +45,8 @@ class Service:
         store: folder of all saves, which is created if it does not exist; None disables saves.
         queue: maximum number of waiting calls of a tenant. In total, they may have at most
             ``queue * max_tokens`` tokens; a single waiting call may have more.
-        tokenizer: tokenizer that decodes samples, which is needed if a sample must end at a text;
-            None otherwise.
+        tokenizer: tokenizer that decodes samples. It is only needed if the argument ``stop`` of
+            :meth:`Sampler.sample` contains texts; None otherwise.
         max_adapters: maximum number of adapters that are loaded for sampling at the same time.
     """
 
@@ -96,9 +96,9 @@ class Service:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of ``steps`` so far, of ``parts`` in all of them, and of parts in the largest one.
+        """Counters: ``steps``, ``parts`` in all steps, and ``most``, the most parts in one step.
 
-        A part is the data of one call in one step. The number for the largest step is ``most``.
+        A part is the data of one call in one step.
         """
         return dict(self._scheduler.counts)
 
@@ -233,7 +233,7 @@ class Tenant:
     def forward_backward(
         self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
     ) -> Future[Result]:
-        """Compute the gradient of a loss, summed over the data, and add it to the tenant's.
+        """Compute the gradient of a loss, summed over the data, and add it to the sum of gradients.
 
         The next :meth:`optim_step` uses the sum of all gradients since the previous one.
 
@@ -358,7 +358,8 @@ class Tenant:
         for path, layer in self.adapter.layers.items():
             scaling = saved.modules[path].scaling
             same = abs(layer.scaling[self.adapter.name] - scaling) <= 1e-6 * abs(scaling)
-            require(same, "restore", "path", f"scaling {layer.scaling[self.adapter.name]}", scaling)
+            expected = f"a save with scaling {layer.scaling[self.adapter.name]}"
+            require(same, "restore", "path", expected, scaling)
         self.adapter.write(saved)
         self.service.store.restore(folder, self.adapter.optimizer, optimizer)
         self.adapter.take()
@@ -442,5 +443,5 @@ def _check_trained(where: str, folder: Any, saved: LoraAdapter) -> None:
     fields = ("use_dora", "lora_bias", "alora_invocation_tokens", "modules_to_save")
     more = [field for field in (*fields, "target_parameters") if getattr(saved.config, field)]
     more += ["bias"] if saved.config.base_bias != "none" else []
-    expected = "an adapter with only factors of modules"
+    expected = "an adapter that only has LoRA factors"
     require(not more, where, "path", expected, f"{', '.join(more)} in {folder}")

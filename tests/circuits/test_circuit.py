@@ -416,7 +416,7 @@ def test_unnormalised_circuits_have_a_log_partition():
     place = torch.tensor([16, 8, 4, 2, 1])
     counts = torch.bincount((samples * place).sum(1), minlength=32) / 20000
     assert (counts - total).abs().max() < 0.02
-    with pytest.raises(ValueError, match="em_step: norm: expected a circuit of 'logits'"):
+    with pytest.raises(ValueError, match="em_step: norm: expected a circuit with norm"):
         circuit.em_step(x)
 
 

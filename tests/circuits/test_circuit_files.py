@@ -43,7 +43,7 @@ def parts(path):
         (lambda t, d: d["graph"]["regions"][0].update(units=2**30), "units, found"),
         (lambda t, d: d["graph"]["regions"][0].update(units=True), "units: expected a positive"),
         (lambda t, d: d["graph"]["regions"][0].update(variables=[2**40]), "variables: expected"),
-        (lambda t, d: d["graph"]["regions"][0].update(variables=[2**20]), "every variable"),
+        (lambda t, d: d["graph"]["regions"][0].update(variables=[2**20]), "an input for every"),
         (lambda t, d: d["graph"]["regions"][0]["leaf"].update(family="os"), "family: expected"),
         (lambda t, d: d["graph"]["regions"][0]["leaf"].update(extra=1), "expected the fields"),
         (

@@ -69,7 +69,7 @@ def test_numbers_and_categories_are_learned_together():
 
 
 def test_homogeneous_chain_accepts_one_family_only():
-    with pytest.raises(PCStructureError, match="hclt: leaf: expected one family of a homogeneous"):
+    with pytest.raises(PCStructureError, match="hclt: leaf: expected one family, because the cir"):
         RegionGraph.hmm(6, 2, LEAVES, homogeneous=True)
 
 

@@ -141,7 +141,7 @@ def test_rows_without_data_have_results():
 def test_arguments_without_meaning_raise():
     with pytest.raises(ValueError, match="MultivariateGaussian: min_std: expected a positive numb"):
         MultivariateGaussian(-1.0)
-    with pytest.raises(ValueError, match="k_best: graph: expected a chain, each latent above one"):
+    with pytest.raises(ValueError, match="k_best: graph: expected a chain, in which a latent's c"):
         circuit("chain").k_best(1)
     with pytest.raises(ValueError, match="entropy: graph: expected a deterministic circuit"):
         circuit("mixture").entropy()

@@ -198,5 +198,5 @@ def test_intractable_queries_raise():
         hmm.kl_divergence(hmm)
     with pytest.raises(ValueError, match="kl_divergence: other: expected a circuit of the same"):
         one.kl_divergence(decision(categories=4))
-    with pytest.raises(ValueError, match="entropy: norm: expected a circuit of 'logits'"):
+    with pytest.raises(ValueError, match="entropy: norm: expected a circuit with norm 'l"):
         circuit_of(one.graph, norm="none").entropy()

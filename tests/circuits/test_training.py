@@ -110,7 +110,7 @@ def test_invalid_batches_raise():
     for train, batches, message in (
         (train_em, iter([data()]), "train_em: batches: expected batches that can be read again"),
         (train_gradient, [], "train_gradient: batches: expected at least one batch, found none"),
-        (train_em, [(data(), data(), data())], "train_em: batches: expected rows, or rows and"),
+        (train_em, [(data(), data(), data())], "train_em: batches: expected a tensor of rows,"),
     ):
         with pytest.raises(ValueError, match=message):
             train(circuit, batches, epochs=2)

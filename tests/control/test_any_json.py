@@ -40,5 +40,5 @@ def test_every_text_is_an_object() -> None:
 def test_depth_below_one_raises_and_a_large_one_names_the_factors() -> None:
     with pytest.raises(ValueError, match="json_object: depth: expected an integer from 1, found 0"):
         Constraint.json_object(tokenizer(), depth=0)
-    with pytest.raises(ValueError, match=r"states.*2\^30 ways to nest"):
+    with pytest.raises(ValueError, match=r"states.*2\^30 ways to nest objects"):
         Constraint.json_object(tokenizer(), depth=30)

@@ -66,11 +66,11 @@ def test_distance_is_the_fewest_tokens_to_the_end() -> None:
     ("arguments", "message"),
     [
         (([(0, 9, 1)], 0, {1}, V, EOS), "edges: expected tokens below vocab_size 5, found \\[9\\]"),
-        (([(0, EOS, 1)], 0, {1}, V, EOS), "name its state in final"),
-        (([(0, 1, 1), (0, 1, 2)], 0, {1}, V, EOS), "one next state of state 0 and token 1"),
-        (([(0, 1, 1)], 0, set(), V, EOS), "language with a text, found an empty one"),
+        (([(0, EOS, 1)], 0, {1}, V, EOS), "no edge of an end token"),
+        (([(0, 1, 1), (0, 1, 2)], 0, {1}, V, EOS), "one next state for state 0 and token 1"),
+        (([(0, 1, 1)], 0, set(), V, EOS), "satisfies the constraint, found none"),
         (([(0, 1)], 0, {1}, V, EOS), "triples"),
-        (([(0, 1, 1)], -1, {1}, V, EOS), "start: expected a state"),
+        (([(0, 1, 1)], -1, {1}, V, EOS), "start: expected a whole number"),
         (([(0, 1, 1)], 0, {1}, V, 9), "eos_token_id: expected tokens in 0 .. 4, found 9"),
         (([(0, 1, 1)], 0, {1}, 0, EOS), "vocab_size: expected a whole number"),
     ],
@@ -93,9 +93,9 @@ def test_and_or_and_not_equal_those_of_sets() -> None:
 
 
 def test_empty_intersections_and_different_vocabularies_raise() -> None:
-    with pytest.raises(ValueError, match="found an empty one"):
+    with pytest.raises(ValueError, match="satisfies the constraint, found none"):
         _ = constraint() & ~constraint()
-    with pytest.raises(ValueError, match="other vocabulary"):
+    with pytest.raises(ValueError, match="right operand: expected vocab_size and eos"):
         _ = constraint() & Constraint.from_edges([(0, 1, 1)], 0, {1}, V + 1, EOS)
 
 
@@ -155,9 +155,9 @@ def test_empty_keywords_forbid_only_special_tokens() -> None:
     ("arguments", "message"),
     [
         ({"all_of": "dog"}, "all_of: expected a list of texts"),
-        ({"all_of": [""]}, r"all_of\[0\]: expected a text that is not empty"),
-        ({"all_of": ["dog"], "none_of": ["o"]}, "found an empty one"),
-        ({"none_of": [3]}, "none_of: expected a text"),
+        ({"all_of": [""]}, r"all_of\[0\]: expected a non-empty string"),
+        ({"all_of": ["dog"], "none_of": ["o"]}, "satisfies the constraint, found none"),
+        ({"none_of": [3]}, "none_of: expected a non-empty string"),
     ],
 )
 def test_invalid_keywords_raise(arguments: Any, message: str) -> None:
@@ -225,7 +225,7 @@ def test_characters_of_several_bytes_match_as_one() -> None:
 @outlines
 @pytest.mark.parametrize("pattern", ["(", "(?=a)b", r"(a)\1", "a{3,1}", r"\bdog"])
 def test_invalid_regular_expression_raises(pattern: str) -> None:
-    with pytest.raises(ValueError, match="regex: pattern: expected one that outlines-core reads"):
+    with pytest.raises(ValueError, match="regex: pattern: expected input that outlines-core acc"):
         Constraint.regex(pattern, tokenizer())
 
 
@@ -263,10 +263,10 @@ def test_escaped_dollar_is_a_literal() -> None:
         ("json_schema", {"type": "object", "properties": {"\ud800": {"type": "null"}}}, "schema"),
     ],
 )
-def test_half_of_a_surrogate_pair_raises(what: str, content: Any, argument: str) -> None:
-    with pytest.raises(ValueError, match=f"{argument}: expected no half of a surrogate pair"):
+def test_unpaired_surrogate_raises(what: str, content: Any, argument: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument}: expected no unpaired surrogate"):
         getattr(Constraint, what)(content, tokenizer())
-    with pytest.raises(ValueError, match=r"none_of: .* surrogate pair, found '.ud800' at place 1"):
+    with pytest.raises(ValueError, match=r"none_of: .* surrogate, found '.ud800' at index 1"):
         Constraint.keywords(tokenizer(), none_of=["a\ud800"])
 
 
@@ -345,9 +345,9 @@ def test_every_text_of_a_schema_is_valid_json_of_it() -> None:
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
         ({"type": "string", "format": "email"}, "format 'email'"),
         ({"type": "string", "pattern": "a", "minLength": 3}, "pattern or format beside"),
-        ({"type": "string", "pattern": ".*"}, "stay inside a JSON string"),
+        ({"type": "string", "pattern": ".*"}, "only match the inside of a JSON string"),
         ({"anyOf": [{"type": "integer"}], "minimum": 1}, "minimum beside anyOf"),
-        ({"$ref": "#"}, "leads to itself"),
+        ({"$ref": "#"}, "a recursive reference"),
         ({}, "no type"),
         ({"type": "object"}, "an object without properties"),
     ],
@@ -376,16 +376,16 @@ def test_invalid_schema_raises(schema: Any) -> None:
         ({"type": "array", "items": {"type": "null"}, "minItems": 2**70}, "#/minItems: expected"),
         (
             {"type": "array", "items": {"type": "null"}, "minItems": 1, "maxItems": 0},
-            "#/minItems: expected at most maxItems, 0, found 1",
+            r"#/minItems: expected at most maxItems \(0\), found 1",
         ),
         (
             {"type": "string", "minLength": 3, "maxLength": 2},
-            "#/minLength: expected at most maxLength, 2, found 3",
+            r"#/minLength: expected at most maxLength \(2\), found 3",
         ),
-        ({"enum": [9373.711634780513]}, "9373.711634780513, a number of more digits than are kept"),
-        ({"const": {"a": [2**64 + 1]}}, "18446744073709551617, a number of more digits"),
-        ({"const": {"a.b": 1}}, "the name 'a.b' in a value"),  # The point matched any letter.
-        ({"enum": [1, [{"a|b": 1}]]}, r"the name 'a\|b' in a value"),
+        ({"enum": [9373.711634780513]}, "9373.711634780513, a number with more digits than outli"),
+        ({"const": {"a": [2**64 + 1]}}, "18446744073709551617, a number with more digits"),
+        ({"const": {"a.b": 1}}, "a value with the name 'a.b'"),  # The dot matched any character.
+        ({"enum": [1, [{"a|b": 1}]]}, r"a value with the name 'a\|b'"),
     ],
 )
 def test_schemas_that_outlines_core_misreads_raise(schema: Any, message: str) -> None:
@@ -466,9 +466,9 @@ def test_string_constraints_apply_inside_the_quotes(
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"type": "string", "pattern": "a)|(b"}, "outlines-core reads"),
-        ({"type": "object", "properties": {'a"b': {"type": "null"}}}, "a letter"),
-        ({"const": [{"a\nb": 1}]}, "a letter"),
+        ({"type": "string", "pattern": "a)|(b"}, "outlines-core accepts"),
+        ({"type": "object", "properties": {'a"b': {"type": "null"}}}, "that JSON escapes"),
+        ({"const": [{"a\nb": 1}]}, "that JSON escapes"),
         ({"type": []}, "#/type: expected one of"),
         ({"type": "string", "maxLength": 2.0}, "maxLength: expected a whole number"),
         ({"type": "array", "items": {"type": "null"}, "minItems": True}, "minItems: expected"),
@@ -482,7 +482,7 @@ def test_schemas_that_outlines_misreads_raise(schema: dict[str, Any], message: s
 
 @outlines
 def test_unbalanced_bracket_raises() -> None:
-    with pytest.raises(ValueError, match="outlines-core reads"):
+    with pytest.raises(ValueError, match="outlines-core accepts"):
         Constraint.regex("a)|(b", tokenizer())
 
 

@@ -103,11 +103,11 @@ def test_drafts_are_masked_by_a_matcher() -> None:
 
 def test_guides_least_lengths_and_other_objects_raise() -> None:
     one = Constraint.from_matcher(Bits(), V, EOS)
-    with pytest.raises(NotImplementedError, match="guide: expected None beside from_matcher"):
+    with pytest.raises(NotImplementedError, match="guide: expected None for a constraint"):
         ConstraintProcessor(one, guide(), max_new_tokens=9)
-    with pytest.raises(NotImplementedError, match="min_new_tokens: expected 0 beside from_matcher"):
+    with pytest.raises(NotImplementedError, match="min_new_tokens: expected 0 for a constraint"):
         ConstraintProcessor(one, max_new_tokens=9, min_new_tokens=2)
-    with pytest.raises(ValueError, match="matcher: expected a matcher as xgrammar"):
+    with pytest.raises(ValueError, match="matcher: expected a matcher like xgrammar"):
         Constraint.from_matcher(object(), V, EOS)
     with pytest.raises(ValueError, match=r"eos_token_id: expected tokens in 0 \.\. 4, found 9"):
         Constraint.from_matcher(Bits(), V, 9)

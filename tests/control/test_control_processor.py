@@ -222,7 +222,7 @@ def test_row_beyond_the_budget_changes_no_weight_of_other_rows() -> None:
     how = ConstraintProcessor([constraint(), None], max_new_tokens=3)
     rows, weights = torch.ones(2, 3, dtype=torch.long), []
     scores = torch.randn(2, V, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(UserWarning, match="found 3 new tokens and one more call") as caught:
+    with pytest.warns(UserWarning, match="found one after 3 new tokens") as caught:
         for _ in range(7):
             chosen = how(rows, scores).argmax(1)
             chosen[1] = 0
@@ -239,7 +239,7 @@ def test_rows_that_do_not_continue_the_last_call_raise() -> None:
     how(ids, scores)
     how(torch.tensor([[1, 2, 0]]), scores)
     how(torch.tensor([[1, 2, 0, 2]]), scores)
-    with pytest.raises(ValueError, match=r"input_ids.*one token more"):
+    with pytest.raises(ValueError, match=r"input_ids.*one more token each"):
         how(torch.tensor([[1, 2, 0]]), scores)
 
 
@@ -250,7 +250,7 @@ def test_rows_that_do_not_continue_the_last_call_raise() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number, at least 1, found 0"),
         ({"max_new_tokens": 5, "min_new_tokens": 5}, "min_new_tokens: expected less than.*5"),
         ({"max_new_tokens": 5, "temperature": 0.0}, "temperature: expected a number above 0"),
-        ({"max_new_tokens": 5, "prior": torch.ones(1, H) / H}, "prior: expected None without"),
+        ({"max_new_tokens": 5, "prior": torch.ones(1, H) / H}, "prior: expected None, since"),
     ],
 )
 def test_settings_that_cannot_be_satisfied_raise_early(
@@ -262,18 +262,18 @@ def test_settings_that_cannot_be_satisfied_raise_early(
 
 def test_minimum_length_beyond_the_language_raises() -> None:
     short = Constraint.from_edges([(0, 1, 1)], 0, {1}, V, EOS)
-    with pytest.raises(ValueError, match="min_new_tokens: expected a text of 3 to 7 tokens"):
+    with pytest.raises(ValueError, match="min_new_tokens: expected an allowed text of 3 to 7"):
         ConstraintProcessor(short, max_new_tokens=8, min_new_tokens=3)
 
 
 def test_vocabularies_and_rows_that_do_not_fit_raise() -> None:
     how = ConstraintProcessor(constraint(), max_new_tokens=BUDGET)
-    with pytest.raises(ValueError, match="vocabulary of the scores, 6, found 5"):
+    with pytest.raises(ValueError, match="a vocab_size of 6, as in the scores, found 5"):
         how(torch.tensor([[1]]), torch.zeros(1, 6))
     how = ConstraintProcessor([constraint(), None], max_new_tokens=BUDGET)
-    with pytest.raises(ValueError, match="one per prompt, for 3 rows, found 2"):
+    with pytest.raises(ValueError, match="divides the 3 rows, as one per prompt does, found 2"):
         how(torch.ones(3, 1, dtype=torch.long), torch.zeros(3, V))
-    with pytest.raises(ValueError, match="guide: expected 5 tokens, found 7"):
+    with pytest.raises(ValueError, match="guide: expected a vocab_size of 5, as in the c"):
         ConstraintProcessor(constraint(), guide(vocab=7), max_new_tokens=BUDGET)
 
 
@@ -298,7 +298,7 @@ def test_penalty_that_forbids_all_allowed_tokens_raises() -> None:
     how = ConstraintProcessor(constraint(), max_new_tokens=2)  # Only a 2 is allowed.
     scores = torch.zeros(1, V)
     scores[0, 2] = -torch.inf
-    with pytest.raises(ValueError, match=re.escape("min_new_tokens, forbids them all")):
+    with pytest.raises(ValueError, match=re.escape("min_new_tokens, forbids all of them")):
         how(torch.tensor([[1]]), scores)
 
 

@@ -138,7 +138,7 @@ def test_masked_sums_equal_the_covered_mean(allocator, weighted_by):
 MASKED_FAULTS = {
     "too heavy": (
         ("layers.2.rank_weights", lambda v: v * 2),
-        "layers.2.rank_weights: expected 6 for 3 ranks, and zeros, found",
+        "layers.2.rank_weights: expected 6 for 3 ranks, and zeros for the others",
     ),
     "outside the plan": (
         ("base_model.model.layers.0.lora_A.weight", lambda v: v + 1),
@@ -150,7 +150,7 @@ MASKED_FAULTS = {
     ),
     "missing": (
         ("base_model.model.layers.2.lora_A.weight", None),
-        "layers.2.lora_A.weight: expected a tensor of every client",
+        "layers.2.lora_A.weight: expected a tensor from every client",
     ),
 }
 

@@ -155,7 +155,7 @@ def test_error_sent_by_the_server_names_the_lost_node():
     run(strategy, grid, rounds=1, timeout=9.0)
     (log,) = strategy.history
     assert log.accepted == (0, 1) and late == [(1, 2, 9.0)]
-    reason = "reply: expected one without error, found error 5: gone"
+    reason = "reply: expected a reply without error, found error 5: gone"
     assert log.rejected == {2: f"node {BIG + 2}: {reason}"}
 
 

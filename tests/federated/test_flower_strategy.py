@@ -132,7 +132,7 @@ def test_global_adapter_of_a_larger_rank_is_an_error_reply():
 
 
 def test_strategy_without_an_allocator_raises():
-    with pytest.raises(ValueError, match="allocator: expected one, or an own plan_round"):
+    with pytest.raises(ValueError, match="allocator: expected an allocator, or a subclass"):
         run(LoraStrategy(), local())
 
 

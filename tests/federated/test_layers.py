@@ -295,19 +295,19 @@ def test_dora_and_biases_are_refused(settings: dict, found: str):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.apply(LayerPlan((3,))), r"plan.layers: expected below 3, found 3"),
+        (lambda m: m.apply(LayerPlan((3,))), r"plan.layers: expected layers below 3, found 3"),
         (lambda m: m.apply(LayerPlan((1,), (5,))), r"plan.ranks: expected at most 4, .* found 5"),
         (lambda m: m.apply(LayerPlan(()), "test"), r"mode: expected one of .*, found 'test'"),
         (lambda m: m.apply(LayerPlan(()), others="off"), r"others: expected one of .* 'off'"),
-        (lambda m: m.state_slice([7]), r"plan.layers: expected below 3, found 7"),
-        (lambda m: m.load_slice({"x": torch.ones(1)}), r"x: expected a factor of a layer"),
+        (lambda m: m.state_slice([7]), r"plan.layers: expected layers below 3, found 7"),
+        (lambda m: m.load_slice({"x": torch.ones(1)}), r"x: expected the name of a factor"),
         (
             lambda m: m.load_slice({k: v[:1] for k, v in m.state_slice([0]).items()}),
-            r"down_proj.lora_B.weight: expected shape \[16, 4\] or one of a smaller rank, .*\[1, 4",
+            r"down_proj.lora_B.weight: expected shape \[16, 4\] or that of a smaller .*\[1, 4",
         ),
         (
             lambda m: m.load_slice(dict(list(m.state_slice([0]).items())[:2])),
-            r"state: expected .'model.layers.0.self_attn.q_proj'.|.*down_proj'. as well",
+            r"state: expected factors of all modules of a layer, found none of .'model.layers.0",
         ),
     ],
 )
@@ -328,7 +328,7 @@ def test_merged_and_inactive_adapters_are_refused():
     with pytest.raises(ValueError, match=r"expected 'other' to be active, found .'default'"):
         LoraLayerManager(model, adapter="other").apply(LayerPlan((1,)))
     next(iter(adapted_layers(model).values())).merge()
-    with pytest.raises(ValueError, match="an adapter apart from the base weight, found it merged"):
+    with pytest.raises(ValueError, match="not merged into the base weight, found a merged one"):
         LoraLayerManager(model).apply(LayerPlan((1,)))
 
 

@@ -68,7 +68,7 @@ def test_masked_payload_refuses_invalid_updates():
     bad.tensors[key(0, "A")] = torch.full((3, 5), math.nan)
     with pytest.raises(ValueError, match=r"^masked_payload: client 1: .*expected finite values"):
         masked_payload(state, bad)
-    with pytest.raises(ValueError, match=r"plan.layers: expected layers of \[0, 1, 2\], found 5"):
+    with pytest.raises(ValueError, match=r"plan.layers: expected layers among \[0, 1, 2\], found"):
         masked_payload(state, dataclasses.replace(make_update(1), plan=LayerPlan((5,))))
 
 
@@ -79,15 +79,15 @@ def test_invalid_sums_are_refused_and_change_nothing():
     weights = "layers.0.q.rank_weights"
     for name, value, message in (
         (key(0, "A"), torch.ones(1, 5), r"expected shape \(3, 5\), found \(1, 5\)"),
-        (key(0, "A"), torch.full((3, 5), math.inf), "expected finite floating values"),
-        (key(0, "A"), torch.ones(3, 5, dtype=torch.int64), "expected finite floating values"),
-        (weights, torch.tensor([-1.0, 1, 1]), "layers.0.q: expected weights from 0, found -1"),
-        ("x", torch.ones(1), r"sums: expected the names of 18 tensors, found a difference: \['x'"),
+        (key(0, "A"), torch.full((3, 5), math.inf), "expected finite floating-point values"),
+        (key(0, "A"), torch.ones(3, 5, dtype=torch.int64), "expected finite floating-point values"),
+        (weights, torch.tensor([-1.0, 1, 1]), "layers.0.q: expected weights of at least 0"),
+        ("x", torch.ones(1), r"sums: expected exactly the names of 18 tensors, found .* \['x'"),
     ):
         with pytest.raises(ValueError, match=message):
             aggregate_masked(state, {**sums, name: value})
     del sums[weights]
-    with pytest.raises(ValueError, match=r"a difference: .'layers.0.q.rank_weights'"):
+    with pytest.raises(ValueError, match=r"missing or unknown names .'layers.0.q.rank_weights'"):
         aggregate_masked(state, sums)
     with pytest.raises(ValueError, match="server_lr: expected a finite number above 0, found 0"):
         aggregate_masked(state, sums, server_lr=0)

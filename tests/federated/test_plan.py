@@ -45,7 +45,7 @@ def test_numpy_integers_are_accepted():
         ((3,), TypeError, "layers: expected integers, found 3"),
         (((-1,),), ValueError, "layers: expected integers from 0, found -1"),
         (((1, 1),), ValueError, "layers: expected each layer once, found 1 twice"),
-        (((1, 2), (4,)), ValueError, "ranks: expected one for each of 2 layers, found 1"),
+        (((1, 2), (4,)), ValueError, "ranks: expected one rank for each of 2 layers"),
         (((1,), (0,)), ValueError, "ranks: expected integers from 1, found 0"),
         (((1,), (True,)), TypeError, "ranks: expected integers, found True"),
     ],
@@ -56,7 +56,7 @@ def test_invalid_plans_are_refused(arguments: tuple, error: type[Exception], mes
 
 
 def test_message_without_a_plan_is_refused():
-    with pytest.raises(ValueError, match=r"config: expected layers, found .'ranks'"):
+    with pytest.raises(ValueError, match=r"config: expected the key 'layers', found .'ranks'"):
         LayerPlan.from_config({"ranks": [1]})
 
 

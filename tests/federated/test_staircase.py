@@ -249,7 +249,7 @@ def test_blocks_that_cannot_be_split_run_whole_with_a_warning(run, compute, foun
 
 def test_blocks_that_write_into_their_inputs_run_whole():
     model, state, clients = of_stack(in_order, writes=True)
-    with pytest.warns(UserWarning, match="found a block changes an argument of shape"):
+    with pytest.warns(UserWarning, match="error: a block changes an argument of shape"):
         updates = BatchedClients(model, clients).run_round(PLANS, state)
     check_equal(model, clients, updates)
 

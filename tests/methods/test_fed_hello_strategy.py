@@ -161,7 +161,7 @@ def test_round_without_plans_is_skipped():
         (
             lambda: run(fed_hello.FedHello(HLA("uniform", 3), capability={0: 3}), grid()),
             ValueError,
-            "capability: expected one for client 1",
+            "capability: expected a number for client 1",
         ),
         (
             lambda: fed_hello.FedHello(HLA("uniform", 3), capability={0: True}),

@@ -151,7 +151,8 @@ def joined(
     Args:
         a: First automaton.
         b: Second automaton.
-        both: Logical "and" of the flags of a pair for the intersection, or "or" for the union.
+        both: Function that combines the ``final`` flags of a pair: logical "and" for the
+            intersection, "or" for the union.
         clock: Limits of time and size.
 
     Raises:

@@ -34,13 +34,13 @@ def unanchored(where: str, argument: str, pattern: str) -> str:
     verbose = _VERBOSE.search(pattern) is not None
     kept: list[str] = []
     groups = classes = 0
-    before = True  # whether only flags precede in the alternative
+    before = True  # whether only flags precede the current part in its alternative
     for i, part in enumerate(parts):
         if part in _BEGIN + _END and (verbose or not classes):
             first = part in _BEGIN and before
             last = part in _END and _ends(parts, i, verbose)
             expected = "^ and $ only at the beginning and end of the whole text"
-            found = f"{part} as part {i + 1} of {pattern!r:.80}"
+            found = f"{part} as element {i + 1} of {pattern!r:.80}"
             require(groups == 0 and (first or last), where, argument, expected, found)
             continue
         kept.append(part)

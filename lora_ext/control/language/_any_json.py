@@ -64,7 +64,8 @@ class _Walk:
         self._link(start, b"{", "{", "o")
         for place, within in self._places:  # the list grows during the loop
             self._fill(place, within)
-            self._clock.states(len(self._places), f"2^{self._depth} ways to nest", merged=False)
+            part = f"2^{self._depth} ways to nest objects and arrays"
+            self._clock.states(len(self._places), part, merged=False)
         table = np.full((len(self._rows), 256), -1, np.int32)
         for state, row in enumerate(self._rows):
             table[state, list(row)] = list(row.values())
@@ -126,8 +127,8 @@ class _Walk:
     def _letters(self, state: int, place: str, within: str) -> None:
         """Add the edges inside a string.
 
-        ``place`` is "key" or "text". Inside an escape or a multi-byte character, a colon and a code
-        for the missing part of the character follow.
+        ``place`` is "key" or "text". Inside an escape or a multi-byte character, it also has a
+        colon and a code for the missing part of the character.
         """
         kind, _, rest = place.partition(":")
         if rest == "":

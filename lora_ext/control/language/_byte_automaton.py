@@ -27,7 +27,10 @@ UNSAFE = [*range(1, 32), 34, 92, 127]
 
 
 def automaton(index_of, pattern):
-    """Return the next states of every state, and flags for states in which a text may end."""
+    """Return the next states of every state, and flags for states in which a text may end.
+
+    ``index_of(expression)`` builds an index of outlines-core.
+    """
     index = index_of(f"(?:{pattern})\\x00")
     moves, ends = index.get_transitions(), set(index.get_final_states())
     start = index.get_initial_state()
@@ -61,14 +64,14 @@ def main():
     try:
         pattern = request.get("pattern")
         if pattern is None:
-            # The package makes this module at import; there is no such file.
+            # outlines_core creates this module at import; pyright finds no file for it.
             from outlines_core.json_schema import (  # pyright: ignore[reportMissingImports]
                 build_regex_from_schema,
             )
 
             pattern = build_regex_from_schema(request["schema"])
         elif ")" in pattern:
-            # In `automaton`, an unmatched bracket would close the group; alone it is an error.
+            # In the group that `automaton` adds, an unmatched bracket would be no error.
             Index(pattern + "\\x00", every)
         for inner in request.get("inner", ()):
             Index(inner + "\\x00", every)

@@ -21,7 +21,7 @@ def choice(texts: Sequence[str], clock: Clock) -> Automaton:
     listed = [] if isinstance(texts, str) else list(texts)
     good = bool(listed) and all(isinstance(t, str) for t in listed)
     require(good, "choice", "texts", "a list of at least one text", repr(texts)[:80])
-    tree = _Tree(clock, "the letters of all texts")
+    tree = _Tree(clock, "the bytes of all texts")
     ends = {tree.add(utf8("choice", "texts", text)) for text in listed}
     final = np.zeros(len(tree.below), bool)
     final[sorted(ends)] = True
@@ -41,7 +41,7 @@ def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> A
     """
     groups = [_group(f"all_of[{i}]", g) for i, g in enumerate(_listed("all_of", all_of))]
     banned = [_word("none_of", w) for w in _listed("none_of", none_of)]
-    tree = _Tree(clock, "the letters of all words")
+    tree = _Tree(clock, "the bytes of all words")
     # One bit per group with a word at the node; the highest bit is for forbidden words.
     marks: dict[int, int] = {}
     for i, words in enumerate([*groups, banned]):
@@ -122,12 +122,12 @@ def _listed(name: str, words: Sequence[Group]) -> list[Group]:
 
 def _group(argument: str, group: Group) -> list[bytes]:
     words = [group] if isinstance(group, str) else list(group)
-    require(bool(words), "keywords", argument, "a text, or several of which one must occur", "none")
+    require(bool(words), "keywords", argument, "a word or a non-empty list of words", repr(group))
     return [_word(argument, w) for w in words]
 
 
 def _word(argument: str, word: object) -> bytes:
     full = isinstance(word, str) and word != ""
-    require(full, "keywords", argument, "a text that is not empty", repr(word)[:80])
+    require(full, "keywords", argument, "a non-empty string", repr(word)[:80])
     assert isinstance(word, str)
     return utf8("keywords", argument, word)

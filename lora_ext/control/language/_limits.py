@@ -69,7 +69,7 @@ class Clock:
     def look(self, part: str) -> None:
         """Raise ConstraintTooLarge if the time is exceeded; ``part`` describes the current step."""
         if time.monotonic() > self._end:
-            self.refuse(f"{self.limits.max_seconds} seconds", f"more, {part}")
+            self.refuse(f"{self.limits.max_seconds} seconds", f"more ({part})")
 
     def states(self, found: int, part: str, merged: bool = True) -> None:
         """Raise ConstraintTooLarge for too many states.
@@ -77,7 +77,8 @@ class Clock:
         Args:
             found: Number of states.
             part: Description of the factors of this number, for the message.
-            merged: Whether equivalent states are merged, to which the lower limit applies.
+            merged: Whether equivalent states are already merged. The limit is then ``max_states``,
+                otherwise ``max_pairs``.
         """
         most = self.limits.max_states if merged else self.limits.max_pairs
         if found > most:

@@ -34,7 +34,7 @@ def pattern(text: str, clock: Clock) -> Automaton:
         ValueError: If the expression is invalid, or contains look-around or back references.
     """
     where = "regex: pattern"
-    require(isinstance(text, str), "regex", "pattern", "a text", repr(text)[:80])
+    require(isinstance(text, str), "regex", "pattern", "a string", repr(text)[:80])
     _measure(where, text, clock)
     utf8("regex", "pattern", text)
     bare = unanchored("regex", "pattern", text)
@@ -58,7 +58,7 @@ def json_schema(schema: dict[str, Any] | str, clock: Clock) -> Automaton:
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: expected values of JSON, found {error!s:.120}") from None
+        raise ValueError(f"{where}: expected JSON values, found {error!s:.120}") from None
     _measure(where, text, clock)
     utf8("json_schema", "schema", json.dumps(schema, ensure_ascii=False))
     schema = json.loads(text)  # a copy, because `check` may change it
@@ -76,7 +76,7 @@ def _built(where: str, request: dict[str, Any], clock: Clock, told: str) -> Auto
     found = importlib.util.find_spec("outlines_core")
     if found is None or found.origin is None:
         raise ImportError(
-            f"{where}: expected outlines-core, found none: run "
+            f"{where}: expected an installed outlines-core, found none: run "
             "`pip install --no-build-isolation '.[control]'` in a checkout of lora_ext"
         )
     request |= {
@@ -95,20 +95,21 @@ def _built(where: str, request: dict[str, Any], clock: Clock, told: str) -> Auto
         ).stdout
     except subprocess.TimeoutExpired:
         seconds = clock.limits.max_seconds
-        clock.refuse(f"{seconds} seconds", f"more: repetitions inside each other in {told}")
+        clock.refuse(f"{seconds} seconds", f"more: check for nested repetitions in {told}")
     line, _, data = answer.partition(b"\n")
     head = json.loads(line) if line.startswith(b"{") else {}
     if "error" in head:
         if str(head["error"]).startswith("unsafe: "):
             raise NotImplementedError(
-                f"{where}: expected patterns that stay inside a JSON string, found one that lets a "
-                f"quote, a backslash or a control character through: {head['error'][8:]!r:.80}"
+                f"{where}: expected patterns that only match the inside of a JSON string, found "
+                f"one with a quote, backslash or control character: {head['error'][8:]!r:.80}"
             )
         raise ValueError(
-            f"{where}: expected one that outlines-core reads, found {told}: {head['error']:.200}"
+            f"{where}: expected input that outlines-core accepts, found {told}: "
+            f"{head['error']:.200}"
         )
     if "states" not in head or len(data) != 4 * 257 * head["states"]:
-        clock.refuse(f"{_MEMORY} bytes", f"more: repetitions inside each other in {told}")
+        clock.refuse(f"{_MEMORY} bytes", f"more: check for nested repetitions in {told}")
     states = head["states"]
     clock.states(states, f"the repetitions in {told}", merged=False)
     numbers = np.frombuffer(data, np.int32)

@@ -61,14 +61,14 @@ def _check(
         schema: Schema to check.
         root: Outermost schema, which ``$ref`` refers to.
         at: Place of the schema, for error messages.
-        refs: Targets of ``$ref`` that contain this schema. One of them again would be a cycle.
+        refs: Targets of ``$ref`` that contain this schema. A ``$ref`` to one of them is a cycle.
         patterns: List to which the patterns of the schema are appended.
         seen: Targets of ``$ref`` that were checked. Each is checked only once, because otherwise
             nested references could double the work at each level.
     """
     require(isinstance(schema, Mapping), _WHERE, at, "an object", repr(schema)[:80])
     if at.count("/") > 2 * _MOST_DEPTH:
-        _refuse(at, f"more than {_MOST_DEPTH} schemas inside each other")
+        _refuse(at, f"more than {_MOST_DEPTH} nested schemas")
     words = {w: v for w, v in schema.items() if w not in _SAID}
     for choice in ("$ref", "enum", "const", "anyOf", "oneOf", "allOf"):
         if choice not in words:
@@ -79,7 +79,7 @@ def _check(
         if choice == "$ref":
             name = words["$ref"]
             if name in refs:
-                _refuse(at, f"$ref {name!r}, which leads to itself: no finite depth")
+                _refuse(at, f"$ref {name!r}, a recursive reference, which has no finite depth")
             found = _resolved(name, root, at)
             if name not in seen:
                 _check(found, root, f"{at}/$ref", (*refs, name), patterns, seen)
@@ -102,21 +102,21 @@ def _check(
             for i, part in enumerate(parts):
                 _check(part, root, f"{at}/{choice}/{i}", refs, patterns, seen)
             if choice == "oneOf" and not _apart(parts, root):
-                _refuse(at, "oneOf whose schemas may hold together (anyOf says either)")
+                _refuse(at, "oneOf with schemas that a value may satisfy together (use anyOf)")
         return
     kinds: Any = words.pop("type", "object" if "properties" in words else None)
     if kinds is None:
         _refuse(
-            at, "no type (any value at all)" if not words else f"{sorted(words)[0]} without type"
+            at, "no type (any value)" if not words else f"{sorted(words)[0]} without type"
         )
     allowed = {w for k in _kinds(kinds, at) for w in _WORDS[k]}
     if others := sorted(set(words) - allowed):
         _refuse(at, others[0])
     if not isinstance(kinds, str):
         if words:
-            _refuse(at, f"{sorted(words)[0]} beside several types (anyOf says it)")
+            _refuse(at, f"{sorted(words)[0]} beside several types (use anyOf)")
         if {"object", "array"} & set(kinds):
-            _refuse(at, "an object or array among several types (anyOf says it)")
+            _refuse(at, "an object or array among several types (use anyOf)")
         return
     if kinds == "string":
         _string(schema, words, at, patterns)
@@ -131,7 +131,7 @@ def _string(schema: dict[str, Any], words: Mapping[str, Any], at: str, patterns:
     quotes of the string.
     """
     if len(words) > 1 and {"pattern", "format"} & set(words):
-        _refuse(at, "pattern or format beside another word for strings")
+        _refuse(at, "pattern or format beside another keyword for strings")
     if "format" in words and words["format"] not in _FORMATS:
         _refuse(at, f"format {words['format']!r:.40}")
     if words.get("format") == "date":
@@ -139,7 +139,7 @@ def _string(schema: dict[str, Any], words: Mapping[str, Any], at: str, patterns:
         schema["pattern"] = f"^(?:{_DATE})$"
     if "pattern" in words:
         pattern = words["pattern"]
-        require(isinstance(pattern, str), _WHERE, f"{at}/pattern", "a text", repr(pattern))
+        require(isinstance(pattern, str), _WHERE, f"{at}/pattern", "a string", repr(pattern))
         patterns.append(unanchored(_WHERE, f"{at}/pattern", pattern))
         schema["pattern"] = f"^(?:{patterns[-1]})$"
 
@@ -156,26 +156,29 @@ def _kinds(kinds: Any, at: str) -> list[str]:
 def _plain(value: Any, at: str) -> None:
     """Raise NotImplementedError for values that outlines-core would change.
 
-    It does not escape special characters in property names, and rounds numbers with many digits
-    twice.
+    outlines-core does not escape special characters in property names, and rounds numbers with many
+    digits twice.
     """
     if isinstance(value, list):
         for part in value:
             _plain(part, at)
     elif isinstance(value, (int, float)) and not _exact(value):
-        _refuse(at, f"{value!r:.40}, a number of more digits than are kept")
+        _refuse(at, f"{value!r:.40}, a number with more digits than outlines-core keeps")
     elif isinstance(value, Mapping):
         for name, part in value.items():
             _unescaped(name, at)
             if set(_LETTERS) & set(name):
-                _refuse(at, f"the name {name!r:.40} in a value, with a letter of {_LETTERS}")
+                _refuse(at, f"a value with the name {name!r:.40}, which has one of {_LETTERS}")
             _plain(part, at)
 
 
 def _unescaped(name: str, at: str) -> None:
-    """Raise NotImplementedError for a property name that JSON escapes: outlines-core does not."""
+    """Raise NotImplementedError for a property name with characters that JSON escapes.
+
+    outlines-core does not escape them.
+    """
     if json.dumps(name, ensure_ascii=False) != f'"{name}"':
-        _refuse(at, f"the name {name!r:.40}, of which JSON escapes a letter")
+        _refuse(at, f"the name {name!r:.40}, which has a character that JSON escapes")
 
 
 def _exact(number: float) -> bool:
@@ -196,7 +199,7 @@ def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[An
         require(whole, _WHERE, f"{at}/{name}", expected, repr(value)[:80])
     for least, most in (("minLength", "maxLength"), ("minItems", "maxItems")):
         low, high = words.get(least, 0), words.get(most)
-        expected = f"at most {most}, {high}"
+        expected = f"at most {most} ({high})"
         require(high is None or low <= high, _WHERE, f"{at}/{least}", expected, low)
     if kind == "object":
         inside = words.get("properties", {})
@@ -212,7 +215,7 @@ def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[An
         more = words.get("additionalProperties", True)
         if not inside:
             if not isinstance(more, Mapping):
-                _refuse(at, "an object without properties or additionalProperties as a schema")
+                _refuse(at, "an object without properties or a schema for additionalProperties")
             yield more, f"{at}/additionalProperties"
         for name, child in inside.items():
             yield child, f"{at}/properties/{name}"
@@ -237,12 +240,14 @@ def _refuse(at: str, what: str) -> NoReturn:
 
 def _resolved(name: Any, root: Any, at: str) -> Any:
     good = isinstance(name, str) and (name == "#" or name.startswith("#/"))
-    require(good, _WHERE, f"{at}/$ref", "a place in this schema, #/...", repr(name)[:80])
+    expected = "a reference into this schema, such as #/$defs/name"
+    require(good, _WHERE, f"{at}/$ref", expected, repr(name)[:80])
     found = root
     for part in name.split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
         known = isinstance(found, Mapping) and part in found
-        require(known, _WHERE, f"{at}/$ref", "a place that the schema has", repr(name)[:80])
+        expected = "a reference to an existing part of the schema"
+        require(known, _WHERE, f"{at}/$ref", expected, repr(name)[:80])
         found = found[part]
     return found
 

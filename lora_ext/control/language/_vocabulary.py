@@ -24,13 +24,13 @@ def utf8(where: str, argument: str, text: str) -> bytes:
     """Return the UTF-8 bytes of a text.
 
     Raises:
-        ValueError: If the text contains one half of a surrogate pair without the other.
+        ValueError: If the text contains an unpaired surrogate.
     """
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        found = f"{text[error.start]!r} at place {error.start}"
-    raise ValueError(f"{where}: {argument}: expected no half of a surrogate pair, found {found}")
+        found = f"{text[error.start]!r} at index {error.start}"
+    raise ValueError(f"{where}: {argument}: expected no unpaired surrogate, found {found}")
 
 
 def end_tokens(where: str, eos: int | Sequence[int], vocab_size: int) -> tuple[int, ...]:
@@ -87,12 +87,14 @@ def vocabulary_of(
     expected = "a transformers tokenizer, with get_vocab"
     require(known, where, "tokenizer", expected, type(tokenizer).__name__)
     eos = getattr(tokenizer, "eos_token_id", None) if eos_token_id is None else eos_token_id
-    require(eos is not None, where, "tokenizer", "an eos_token_id, here or as argument", "none")
+    expected = "a tokenizer with an end token, or the argument eos_token_id"
+    require(eos is not None, where, "tokenizer", expected, "neither")
     assert eos is not None
     ids = tokenizer.get_vocab()
     fewest = max(ids.values()) + 1
     size = fewest if vocab_size is None else vocab_size
-    require(size >= fewest, where, "vocab_size", f"at least {fewest}, the tokenizer's", size)
+    expected = f"at least {fewest}, the number of ids of the tokenizer"
+    require(size >= fewest, where, "vocab_size", expected, size)
     ends = end_tokens(where, eos, size)
     key = (len(ids), size, ends)
     with _lock:

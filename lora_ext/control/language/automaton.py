@@ -58,7 +58,7 @@ class Constraint(Written):
     def _of(
         cls, what: str, automaton: Automaton, eos: tuple[int, ...], clock: Clock, part: str
     ) -> Constraint:
-        """Build the constraint of an automaton over tokens."""
+        """Build the constraint of an automaton over tokens; ``part`` names it in messages."""
         automaton.class_of[list(eos)] = -1
         content = _algebra.minimal(automaton, clock)
         clock.states(len(content.table), part)
@@ -66,7 +66,7 @@ class Constraint(Written):
         if classes >= _MOST_CLASSES:
             clock.refuse(f"{_MOST_CLASSES} classes of tokens", f"{classes}, from {part}")
         some = bool(content.final.any())
-        require(some, what, "texts", "a language with a text", "an empty one: nothing satisfies it")
+        require(some, what, "texts", "at least one text that satisfies the constraint", "none")
         return cls(content, len(automaton.class_of), eos)
 
     @classmethod
@@ -105,8 +105,8 @@ class Constraint(Written):
         expected = "triples (state, token, next state) of whole numbers"
         require(not wrong, what, "edges", expected, f"{wrong[:1]!r:.80}")
         ends = list(final)
-        require(_whole(start), what, "start", "a state, a whole number, at least 0", repr(start))
-        require(all(map(_whole, ends)), what, "final", "states, whole numbers, at least 0", ends)
+        require(_whole(start), what, "start", "a whole number of at least 0", repr(start))
+        require(all(map(_whole, ends)), what, "final", "whole numbers of at least 0", ends)
         states = {start, *ends, *(e[0] for e in listed), *(e[2] for e in listed)}
         clock.states(len(states), "edges", merged=False)
         number = {s: i for i, s in enumerate(sorted(states))}
@@ -114,7 +114,7 @@ class Constraint(Written):
         wrong = [t for t in tokens if t >= vocab_size]
         require(not wrong, what, "edges", f"tokens below vocab_size {vocab_size}", wrong[:1])
         both = [t for t in tokens if t in eos]
-        expected = "no edge of a token that ends a text (name its state in final)"
+        expected = "no edge of an end token (list the state before it in final instead)"
         require(not both, what, "edges", expected, f"token {both[:1]}")
         place = {t: i for i, t in enumerate(tokens)}
         clock.table(4 * len(states) * (len(tokens) + 1), "states times tokens")
@@ -122,7 +122,8 @@ class Constraint(Written):
         for s, t, after in listed:
             at = number[s], place[t]
             one = table[at] in (-1, number[after])
-            require(one, what, "edges", f"one next state of state {s} and token {t}", "two")
+            expected = f"one next state for state {s} and token {t}"
+            require(one, what, "edges", expected, f"{after} and another one")
             table[at] = number[after]
         class_of = np.full(vocab_size, -1, np.int32)
         class_of[tokens] = np.arange(len(tokens))
@@ -132,7 +133,7 @@ class Constraint(Written):
 
     @staticmethod
     def from_matcher(matcher: Any, vocab_size: int, eos_token_id: int | Sequence[int]) -> Matched:
-        """Build a constraint from a matcher of xgrammar or llguidance, for example of a grammar.
+        """Build a constraint from a matcher of xgrammar or llguidance, such as one for a grammar.
 
         The constraint only forbids the tokens that the matcher forbids. It does not look ahead: the
         states of a parser cannot be enumerated, so it is not known whether a text can still end
@@ -168,8 +169,8 @@ class Constraint(Written):
         if not isinstance(other, Constraint):
             return NotImplemented
         mine, theirs = (self.vocab_size, self.eos), (other.vocab_size, other.eos)
-        expected = f"size and ends {mine} as on the left"
-        require(mine == theirs, sign, "other vocabulary", expected, theirs)
+        expected = f"vocab_size and eos {mine}, as in the left operand"
+        require(mine == theirs, sign, "right operand", expected, theirs)
         clock = Clock(sign)
         joined = _algebra.joined(self._content, other._content, both, clock)
         part = f"{self.num_states} states times {other.num_states}"
@@ -197,7 +198,10 @@ class Constraint(Written):
         return self.class_of.tolist()
 
     def next_state(self, state: int, token: int) -> int:
-        """Return the next state: -1 if the token is forbidden. ``-1`` and ``end`` do not change."""
+        """Return the next state, or -1 if the token is forbidden.
+
+        The states -1 and ``end`` are absorbing.
+        """
         if state in (-1, self.end):
             return state
         if not 0 <= token < self.vocab_size:
@@ -235,9 +239,9 @@ class Constraint(Written):
 
     @cached_property
     def tokens_by_class(self) -> tuple[Tensor, Tensor]:
-        """All tokens sorted by class, and the index of the first token of each class.
+        """All tokens sorted by class, and the position at which each class begins in this order.
 
-        Shapes ``(V,)`` and ``(classes + 1,)``.
+        Shapes ``(V,)`` and ``(classes + 1,)``; the last position is ``V``.
         """
         counts = torch.bincount(self.class_index, minlength=self.table.shape[1])
         first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -29,9 +29,9 @@ class Matched:
     """Constraint of a matcher, with the prefixes of texts as states.
 
     :meth:`Constraint.from_matcher <lora_ext.control.Constraint.from_matcher>` creates it. A state
-    is the number of a prefix that occurred. To change to another state, the matcher is rolled back
-    to the common prefix and then reads the other tokens, so that one matcher is sufficient for all
-    rows. It must not be used elsewhere.
+    is the number of a prefix that has occurred. To change from one state to another, the matcher is
+    rolled back to the common prefix and then reads the remaining tokens, so that one matcher is
+    sufficient for all rows. The matcher must not be used elsewhere.
 
     Attributes:
         vocab_size: Number ``V`` of tokens of the vocabulary.
@@ -47,7 +47,7 @@ class Matched:
         require(vocab_size >= 1, where, "vocab_size", "at least 1", vocab_size)
         known = any(all(callable(getattr(matcher, m, None)) for m in way) for way in _ONE_OF)
         methods = " or ".join(map(", ".join, _ONE_OF))
-        expected = f"a matcher as xgrammar's or llguidance's: {methods}"
+        expected = f"a matcher like xgrammar's or llguidance's, with the methods {methods}"
         require(known, where, "matcher", expected, type(matcher).__name__)
         self.vocab_size = vocab_size
         self.eos = end_tokens(where, eos_token_id, vocab_size)
@@ -59,7 +59,10 @@ class Matched:
         self._masks: OrderedDict[int, Tensor] = OrderedDict()
 
     def mask(self, state: int) -> Tensor:
-        """Return which tokens are allowed in a state, ``(V,)`` bool; in ``end``, the end tokens."""
+        """Return which tokens are allowed in a state, ``(V,)`` bool.
+
+        In the state ``end``, only the end tokens are allowed.
+        """
         if state == self.end:
             found = torch.zeros(self.vocab_size, dtype=torch.bool)
             found[list(self.eos)] = True
@@ -132,7 +135,8 @@ class Matched:
         self._standing = text[:shared]
         for token in text[shared:]:
             taken = take(token)
-            expected, found = "one that accepts the tokens of its mask", f"{token} rejected"
+            expected = "a matcher that accepts every token of its mask"
+            found = f"a matcher that rejects token {token}"
             require(taken, "from_matcher", "matcher", expected, found)
             self._standing.append(token)
 

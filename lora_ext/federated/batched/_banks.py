@@ -1,8 +1,9 @@
 """Banks, which stack one parameter of all clients in one tensor, and an AdamW for all banks.
 
-A layer therefore copies nothing, and a step of the optimizer takes few calls for any number of
-clients. Shape letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` inputs, ``O``
-outputs. The *place* of a client is its index when clients are sorted by decreasing number of steps.
+With banks, a layer needs no copies of factors, and a step of the optimizer takes few calls for any
+number of clients. Shape letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` inputs,
+``O`` outputs. The *place* of a client is its index when clients are sorted by decreasing number of
+steps.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Bank:
         members: places of the clients that train the module, in ascending order.
         num_global: number of copies of the global factors in the bank: 1, or with dropout one per
             client that needs them, since each client has separate masks.
-        table: for each place, the index in the bank, or -1 for no factors.
+        table: for each place, the index of the client's factors in the bank; -1 for no factors.
     """
 
     def __init__(

@@ -45,12 +45,13 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
         ValueError: If the batches differ in type, names or shapes.
     """
     kinds = {isinstance(batch, Mapping) for batch in batches}
-    require(len(kinds) == 1, where, "batches", "mappings, or none of them", "both")
+    require(len(kinds) == 1, where, "batches", "only mappings, or no mappings", "both")
     inputs = [_inputs(batch, where) for batch in batches]
     names = [*inputs[0]]
     rows: list[int] = []
     for each in inputs:
-        require([*each] == names, where, "batches", f"tensors {names}", [*each])
+        expected = f"tensors {names}, as in the first batch"
+        require([*each] == names, where, "batches", expected, [*each])
         counts = {t.shape[0] for t in each.values()}
         require(
             len(counts) == 1, where, "batches", "the same number of rows in each tensor", counts
@@ -78,10 +79,11 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
 def logits_of(output: Any, segments: Sequence[Segment], where: str) -> Tensor:
     """Return ``output.logits`` or, if it has no logits, ``output``; check the number of rows."""
     logits = getattr(output, "logits", output)
-    require(isinstance(logits, Tensor), where, "model", "logits", type(output).__name__)
+    expected = "an output with logits, or a tensor"
+    require(isinstance(logits, Tensor), where, "model", expected, type(output).__name__)
     rows = sum(segment.rows for segment in segments)
     holds = logits.dim() > 0 and logits.shape[0] == rows
-    require(holds, where, "model", f"an output of {rows} rows", list(logits.shape))
+    require(holds, where, "model", f"an output of {rows} rows", f"shape {list(logits.shape)}")
     return logits
 
 
@@ -105,7 +107,8 @@ def _inputs(batch: Any, where: str) -> dict[str, Tensor]:
         found = {"x": batch[0] if isinstance(batch, tuple | list) else batch}
     for name, value in found.items():
         rows = isinstance(value, Tensor) and value.dim() > 0
-        require(rows, where, f"batches: {name}", "a tensor of rows", type(value).__name__)
+        expected = "a tensor of at least one dimension"
+        require(rows, where, f"batches: {name}", expected, f"{value!r:.80}")
     require(bool(found), where, "batches", "at least one tensor", "none")
     return found
 
@@ -120,14 +123,14 @@ class Losses(NamedTuple):
     """Losses of K clients. ``(weights * roots).sum()`` is the sum of the K losses."""
 
     values: Tensor  # (K,) float64, loss of each client, without a graph
-    roots: Tensor  # (rows, ...), loss of each element, or (K,), with a graph
+    roots: Tensor  # (rows, ...), loss of each element, or (K,), loss of each client; with a graph
     weights: Tensor  # shape of roots
     owners: Tensor  # (roots.shape[0],), index of the client for each row of roots
 
     def gradients(self, leaves: Sequence[Tensor], going: Sequence[bool]) -> list[Tensor | None]:
         """Return the gradient of the sum of some clients' losses for each of ``leaves``.
 
-        ``going[k]`` is whether the loss of client k is part of the sum.
+        ``going[k]`` is True if the loss of client k is part of the sum.
         """
         if not (leaves and any(going) and self.roots.requires_grad):
             return [None] * len(leaves)
@@ -185,12 +188,14 @@ def own_losses(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any
 def _labels(logits: Tensor, batch: Any, segment: Segment) -> Tensor:
     """Return one client's labels, aligned with its rows of the logits."""
     if isinstance(batch, Mapping):
-        require("labels" in batch, WHERE, "batches", "labels, or a loss_fn", sorted(batch))
+        expected = "the key 'labels', or the argument loss_fn"
+        require("labels" in batch, WHERE, "batches", expected, sorted(batch))
         labels = batch["labels"].to(logits.device)
         if logits.dim() == 3:  # language model
             labels = shift_labels(labels)
             if segment.length is not None:
                 labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]), value=IGNORE)
         return labels
-    require(isinstance(batch, tuple | list), WHERE, "batches", "(x, y), or a loss_fn", type(batch))
+    expected = "pairs (x, y), or the argument loss_fn"
+    require(isinstance(batch, tuple | list), WHERE, "batches", expected, type(batch))
     return batch[1].to(logits.device)

@@ -55,7 +55,7 @@ class BatchRows:
         get gradients from rows that are excluded from the graph in that layer."""
         if self.above is not None:
             expected = "shared parameters above the layers"
-            supported(self._backward, self.above, expected, f"{module} after it")
+            supported(self._backward, self.above, expected, f"that {module} runs after them")
 
     def owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the number of sequences of each client, and the client of each sequence."""
@@ -114,7 +114,7 @@ class BatchRows:
         found = leading[0] if leading else 0
         if self._backward:
             own = own[:found]
-        require(found == len(own), WHERE, "model", f"{len(own)} sequences at a layer", found)
+        require(found == len(own), WHERE, "model", f"layer inputs of {len(own)} sequences", found)
         lengths = [segment.length for segment in segments if segment.length is not None]
         if bank.p and lengths and leading[1:2] == (max(lengths),):
             ends = torch.tensor(lengths).repeat_interleave(sizes)[self._part][: len(own)]
@@ -179,8 +179,8 @@ class ClientsLayer(nn.Module):
 
 
 class UnsupportedModule(ValueError):
-    """Raised for a module with which a client's results would differ from training it
-    separately."""
+    """Raised for a module with which a client's results would differ from those of training the
+    client separately."""
 
 
 def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
@@ -194,20 +194,20 @@ def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             alone = not module.training and module.running_mean is not None
-            supported(alone, name, "rows that do not see each other", "batch normalisation")
+            supported(alone, name, "a module that does not mix rows", "batch normalisation")
         for setting, p in _dropouts(module) if id(module) not in own else []:
             off = not module.training or p == 0
-            supported(off, name, "no dropout of the base in training", f"{setting} = {p}")
+            supported(off, name, "no dropout of the base model in training", f"{setting} = {p}")
     for name, layer in _layers(model, adapter, pattern):
         linear = adapter in layer.lora_A and layer.lora_A[adapter].weight.dim() == 2
         linear &= not hasattr(layer, "parameter_name")  # a layer of PEFT's target_parameters
         supported(linear, name, "a linear layer", type(layer).__name__)
-        supported(not layer.use_dora[adapter], name, "LoRA", "DoRA")
-        supported(not layer.lora_bias[adapter], name, "lora_A and lora_B", "a bias")
+        supported(not layer.use_dora[adapter], name, "LoRA without DoRA", "DoRA")
+        supported(not layer.lora_bias[adapter], name, "only lora_A and lora_B", "a bias")
         active = [other for other in layer.active_adapters if other in layer.lora_A]
-        supported({*active} <= {adapter}, name, f"no adapter active but {adapter!r}", active)
+        supported({*active} <= {adapter}, name, f"no active adapter except {adapter!r}", active)
         merged_in = list(layer.merged_adapters)
-        supported(not merged_in, name, "adapters apart from the weight", merged_in)
+        supported(not merged_in, name, "no adapter merged into the base weight", merged_in)
 
 
 def _layers(model: nn.Module, adapter: str, pattern: str) -> list[tuple[str, Any]]:

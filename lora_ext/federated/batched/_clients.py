@@ -33,10 +33,9 @@ class ClientSpec:
         client: unique name or number.
         batches: one batch per optimizer step: a mapping of tensors, ``(x, y)``, or x. All tensors
             of a mapping except ``labels`` are inputs of the model. The first dimension of each
-            tensor is the rows.
+            tensor is that of the rows.
         lr, weight_decay, betas, eps: settings of AdamW.
-        max_grad_norm: maximum norm of the gradient, which is scaled down to it; None for no
-            maximum.
+        max_grad_norm: norm to which larger gradients are scaled down; None for no limit.
         seed: seed of the dropout masks, which also depend on the round and on ``client``.
 
     Raises:
@@ -58,7 +57,7 @@ class ClientSpec:
         check_fields(self, {**table, "seed": {}})
         pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
         holds = pair and all(isinstance(b, numbers.Real) and 0 <= b < 1 for b in self.betas)
-        require(holds, "ClientSpec", "betas", "two numbers from 0, below 1", repr(self.betas))
+        require(holds, "ClientSpec", "betas", "two numbers in [0, 1)", repr(self.betas))
 
 
 class ClientRound:

@@ -1,8 +1,8 @@
 """Shared parameters, which every client trains in addition to its adapter, such as a head.
 
-Each client has a copy, and a module with shared parameters is called once per client. Modules above
-the adapted layers are small, and a product of one client's rows is bitwise equal to the product in
-training that client separately.
+Each client has a copy, and a module with shared parameters is called once per client. This costs
+little, since modules above the adapted layers are small. A product of one client's rows is then
+bitwise equal to the product in training that client separately.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def shared_names(
         ValueError: If the regular expression is invalid or matches nothing, or if the model lacks a
             name.
         UnsupportedModule: If a parameter cannot have one copy per client: it is in a layer; its
-            module contains an adapted module or is inside one; two modules share it; or it has
-            integers.
+            module contains an adapted module or is inside one; two modules share it; or it is not
+            floating-point.
     """
     if shared is None:
         return ()
@@ -50,7 +50,7 @@ def shared_names(
         except re.error as error:
             expected, found = "expected a regular expression", f"{shared!r} ({error})"
             raise ValueError(f"{WHERE}: shared: {expected}, found {found}") from None
-        expected = "a pattern that a parameter outside the adapters matches"
+        expected = "a pattern that matches a parameter outside the adapters"
         require(bool(names), WHERE, "shared", expected, repr(shared))
     else:
         for name in shared:
@@ -60,14 +60,16 @@ def shared_names(
     adapted = [f"{n}." for n, m in model.named_modules() if hasattr(m, "lora_A")]
     for name in names:
         layer = block_index(name, pattern)
-        supported(layer is None, name, "shared parameters outside the layers", f"layer {layer}")
+        expected, found = "shared parameters outside the layers", f"a parameter of layer {layer}"
+        supported(layer is None, name, expected, found)
         owner = name[: name.rfind(".") + 1]  # "" for the model itself
         near = [each for each in adapted if name.startswith(each) or each.startswith(owner)]
-        supported(not near, name, "shared parameters of modules without adapters", near[:3])
+        expected = "shared parameters of modules without adapters"
+        supported(not near, name, expected, f"the adapted modules {near[:3]}")
         twins = [n for n, p in known.items() if p is known[name] and n != name]
-        supported(not twins, name, "a parameter of one module", f"it tied to {twins}")
+        supported(not twins, name, "a parameter that is not tied", f"one tied to {twins}")
         real = known[name].is_floating_point()
-        supported(real, name, "floating values, which can train", known[name].dtype)
+        supported(real, name, "a floating-point dtype, which can train", known[name].dtype)
     return tuple(names)
 
 
@@ -93,7 +95,8 @@ class SharedModules:
         """Raise for a module that the model's forward has not called. The clients' copies of its
         parameters would have no effect if other code reads the parameters."""
         for owner in self._owners:
-            supported(owner in self._called, owner, "a module that the forward calls", "it unused")
+            expected = "a module that the forward calls"
+            supported(owner in self._called, owner, expected, "no call of it")
 
     def _divided(self, owner: str, module: nn.Module) -> Callable[..., Any]:
         own = _Own(module)
@@ -107,7 +110,8 @@ class SharedModules:
             sizes = [segment.rows for segment in segments]
             first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
             found = [] if first is None else [*first.shape]
-            supported(found[:1] == [sum(sizes)], owner, f"{sum(sizes)} sequences at it", found)
+            expected = f"an input of {sum(sizes)} sequences"
+            supported(found[:1] == [sum(sizes)], owner, expected, f"shape {found}")
             # ``unbind`` returns the copies of all clients, so that the backward allocates the
             # gradient of the stacked tensor once and not once per client.
             copies = {name: bank.leaves[0].unbind() for name, bank in names.items()}
@@ -157,5 +161,6 @@ def start_of(
     the model. Raises `ValueError` if the shapes differ."""
     parameter = model.get_parameter(name)
     value = state.get(name, parameter).detach()
-    require(value.shape == parameter.shape, WHERE, name, list(parameter.shape), list(value.shape))
+    expected = f"shape {list(parameter.shape)}"
+    require(value.shape == parameter.shape, WHERE, name, expected, f"shape {list(value.shape)}")
     return value.to(parameter.device, dtype or value.dtype)

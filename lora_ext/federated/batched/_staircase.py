@@ -32,8 +32,9 @@ class Staircase:
 
     The blocks must run once each, in the order of their indices, and the first dimension of a
     block's first tensor argument must be the sequences. Other tensor arguments with a first
-    dimension of that size are divided too; the first result for each combination of shapes is
-    compared with one call of all rows. :class:`Unfit` is raised if a condition is violated.
+    dimension of that size are divided too. For each combination of shapes, the first result is
+    compared with that of one call with all rows. :class:`Unfit` is raised if a condition is
+    violated.
 
     Args:
         model: model with the blocks.
@@ -109,7 +110,7 @@ class Staircase:
 
 
 def _run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run a block's forward. Errors become `Unfit`, since a call of all rows may not raise them."""
+    """Run a block's forward. Errors become `Unfit`, since a call with all rows might not raise."""
     try:
         return forward(*args, **kwargs)
     except (Unfit, MemoryError, torch.cuda.OutOfMemoryError):
@@ -134,7 +135,8 @@ class _Division:
                 self.shapes.append(value.shape)
                 return value[: self.first], value[self.first :]
             if not self.shapes:
-                raise Unfit(f"a block's first tensor has shape {list(value.shape)}")
+                found, count = list(value.shape), self.count
+                raise Unfit(f"a block's first tensor has shape {found}, and not {count} rows")
             return value, value
         if type(value) in (tuple, list):
             parts = [self.of(each) for each in value]
@@ -168,8 +170,8 @@ class _Division:
 
 
 def _check_close(parts: Any, whole: Any) -> None:
-    """Raise unless the first tensor of a block's output is close in ``parts``, the result of two
-    calls, and in ``whole``, the result of one."""
+    """Raise unless the first tensors of two outputs of a block are close: of ``parts``, which two
+    calls computed, and of ``whole``, which one call computed."""
     while type(parts) in (tuple, list) and type(whole) in (tuple, list):
         parts, whole = parts[0], whole[0]
     eps = torch.finfo(whole.dtype).eps ** 0.5

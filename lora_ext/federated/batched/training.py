@@ -74,7 +74,7 @@ class BatchedClients:
         UnsupportedModule: If a module has active dropout outside the adapter or batch normalisation
             over the batch; if an adapted module is not linear, or has DoRA, a bias of the adapter,
             a merged adapter or another active adapter; or if a shared parameter is in or below the
-            layers, is tied to another one, or has integers.
+            layers, is tied to another one, or is not floating-point.
         ValueError: If an argument is out of range, a client's name is repeated, or ``shared``
             matches nothing.
 
@@ -98,11 +98,12 @@ class BatchedClients:
         staircase: bool = True,
     ):
         names = [spec.client for spec in clients]
-        require(len(set(names)) == len(names), WHERE, "clients", "each name once", names)
-        require(bool(names), WHERE, "clients", "at least one", "none")
+        require(len(set(names)) == len(names), WHERE, "clients", "unique names", names)
+        require(bool(names), WHERE, "clients", "at least one client", "none")
         require(slots is None or slots > 0, WHERE, "slots", "a number above 0, or None", slots)
         require(optimizer == "adamw", WHERE, "optimizer", "'adamw'", repr(optimizer))
-        require(others in get_args(Others), WHERE, "others", get_args(Others), repr(others))
+        expected = f"one of {get_args(Others)}"
+        require(others in get_args(Others), WHERE, "others", expected, repr(others))
         self.model = model
         self.clients = {spec.client: spec for spec in clients}
         self.slots = slots or len(names)
@@ -146,10 +147,11 @@ class BatchedClients:
         """
         if not isinstance(plans, Mapping):
             given = list(plans)
-            require(len(given) == len(self.clients), WHERE, "plans", len(self.clients), len(given))
+            expected = f"one plan for each of {len(self.clients)} clients"
+            require(len(given) == len(self.clients), WHERE, "plans", expected, len(given))
             plans = dict(zip(self.clients, given, strict=True))
         for client in plans:
-            require(client in self.clients, WHERE, "plans", "known clients", repr(client))
+            require(client in self.clients, WHERE, "plans", "names of clients", repr(client))
         check_model(self.model, self.adapter, self.pattern)
         pairs = layer_pairs(f"{WHERE}: global_lora", global_lora, self.pattern)
         layers = self._layers(pairs, global_lora)
@@ -244,7 +246,7 @@ class BatchedClients:
         factors = gradients[: sum(len(bank.leaves) for bank in banks if bank.trained)]
         fits = not training or not all(gradient is None for gradient in factors)
         expected = "losses that depend on the factors that train"
-        found = "no dependence on them; checkpointing must not be reentrant"
+        found = "losses without gradients for them; checkpointing must not be reentrant"
         require(fits, WHERE, "model", expected, found, UnsupportedModule)
         optimizer.step(gradients)
         for client, size, value in zip(going, sizes, values, strict=True):
@@ -269,11 +271,11 @@ class BatchedClients:
                 return call()
         except Unfit as error:
             stairs.remove()
-            inputs, _ = merged(batches, WHERE)  # blocks may have changed the old ones in place
+            inputs, _ = merged(batches, WHERE)  # blocks may have changed the inputs in place
             output = call()
             warnings.warn(
-                f"{WHERE}: staircase: expected blocks that can run on a part of the rows, found "
-                f"{error!s:.200}; all rows take part in the whole backward",
+                f"{WHERE}: staircase: expected blocks that can run on a part of the rows, found an "
+                f"error: {error!s:.200}; all rows therefore stay in the autograd graph",
                 stacklevel=2,
             )
             return output
@@ -297,7 +299,7 @@ class BatchedClients:
     def _layers(
         self, pairs: list[Pair], global_lora: Mapping[str, Tensor]
     ) -> dict[str, tuple[str, Any]]:
-        """Return the name and the layer in ``self.model`` by name in the base model.
+        """Return the name in ``self.model`` and the layer of each adapted module, by base name.
 
         Raises `ValueError` unless the factors in ``global_lora`` fit the layers.
         """
@@ -310,7 +312,8 @@ class BatchedClients:
             known = any(pair.module == module for pair in pairs)
             require(known or not inside, WHERE, "global_lora", f"factors of {module}", "none")
         for pair in pairs:
-            require(pair.module in found, WHERE, pair.a, "a module of the model", "none")
+            expected = "the name of an adapted module of the model"
+            require(pair.module in found, WHERE, pair.a, expected, "another name")
             layer = found[pair.module][1]
             sides = (pair.a, 1, layer.in_features), (pair.b, 0, layer.out_features)
             for key, axis, size in sides:

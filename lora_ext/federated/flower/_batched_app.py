@@ -31,7 +31,7 @@ class BatchedApp(ClientApp):
         prepare: function that returns the values that ``train`` needs for one task, such as data.
         train: function that trains the clients of all tasks and returns their updates in the order
             of the tasks.
-        state: function that returns the model's adapter and the shared parameters with given names.
+        state: ``state(names)`` returns the model's adapter and the shared parameters ``names``.
         pattern: regular expression whose first group is the index of a layer in a name.
     """
 
@@ -129,9 +129,11 @@ def of_clients(batched: BatchedClients) -> BatchedApp:
     def prepare(task: Task) -> Any:
         check_scaling(manager, task.config)
         found, expected = task.others, batched.others
-        require(found == expected, "LocalGrid", "client_app", f"others {found!r}", repr(expected))
+        same = f"others={found!r}, as in the strategy"
+        require(found == expected, "LocalGrid", "client_app", same, repr(expected))
         asked, own = sorted(task.shared), sorted(batched.shared)
-        require(asked == own, "LocalGrid", "client_app", f"shared {asked}", own)
+        same = f"shared={asked}, as in the strategy"
+        require(asked == own, "LocalGrid", "client_app", same, own)
         return names[task.partition]
 
     def train(tasks: list[tuple[Task, Any]], state: State) -> list[Update]:

@@ -1,5 +1,8 @@
-"""Aggregation of masked replies: each has all layers, multiplied by the client's weight, and zeros
-for untrained layers, so that only the sums over the clients are needed."""
+"""Aggregation of masked replies, of which only the sums over the clients are used.
+
+A masked reply contains all layers, multiplied by the client's weight, with zeros for untrained
+layers.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +55,9 @@ def _check(update: Update, rules: Rules, shapes: Mapping[str, tuple[int, ...]]) 
     if rules.settings.weighted_by is not None:
         weight = weight_of(update.num_examples)
     for key in shapes:
-        need(key in update.tensors, key, "a tensor of every client", "none")
+        need(key in update.tensors, key, "a tensor from every client", "none")
         count = int((~update.tensors[key].isfinite()).sum())
-        need(count == 0, key, "finite values", f"{count} that are not")
+        need(count == 0, key, "finite values", f"{count} that are not finite")
     for pair in rules.pairs:
         full = shapes[pair.a][0]
         planned = pair.layer in update.plan.layers
@@ -63,7 +66,7 @@ def _check(update: Update, rules: Rules, shapes: Mapping[str, tuple[int, ...]]) 
         weights = torch.zeros_like(update.tensors[key])
         weights[:rank] = weight
         found = update.tensors[key]
-        expected = f"{weight:g} for {rank} ranks, and zeros"
+        expected = f"{weight:g} for {rank} ranks, and zeros for the others"
         need(torch.equal(found, weights), key, expected, found.tolist())
         for axis, key in enumerate((pair.a, pair.b)):
             beyond = int(update.tensors[key].narrow(axis, rank, full - rank).count_nonzero())

@@ -51,8 +51,8 @@ class Model:
 
 
 def check_scaling(manager: LoraLayerManager, config: Mapping[str, Any]) -> None:
-    """Raise if the adapter's scale differs from the scale in the server's message, if there is one.
-    An average of adapters with different scales would be wrong."""
+    """Raise if the server's message contains a scale that differs from the adapter's. An average of
+    adapters with different scales would be wrong."""
     if "scaling" not in config:
         return
     for name, layer in adapted_layers(manager.model, manager.adapter).items():
@@ -75,7 +75,8 @@ class Tensors:
     def __init__(self, manager: LoraLayerManager, shared: Sequence[str]):
         known = dict(manager.model.named_parameters())
         for name in shared:
-            require(name in known, "message", "shared", "parameters of the model", repr(name))
+            expected = "names of parameters of the model"
+            require(name in known, "message", "shared", expected, repr(name))
         self._manager = manager
         self._shared = {name: known[name] for name in shared}
 

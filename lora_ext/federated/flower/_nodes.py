@@ -54,8 +54,8 @@ class Nodes:
     def meet(self, grid: Grid, nodes: Iterable[int], timeout: float | None) -> None:
         """Query the identity of new nodes.
 
-        If a node does not answer, its node id is the client, and the node is queried again in the
-        next round.
+        If a node does not answer, its node id is used as the client, and the node is queried again
+        in the next round.
         """
         connected = list(nodes)
         new = [node for node in connected if node not in self._asked]
@@ -93,8 +93,8 @@ class Nodes:
         holders = [n for n in connected if n != node and self.client(n) == partition]
         if holders:
             _log.warning(
-                "node %d: partition-id %d belongs to node %d, which is connected: its client is "
-                "its node id",
+                "node %d: partition-id %d belongs to node %d, which is connected, so the node id "
+                "is used as the client",
                 node,
                 partition,
                 holders[0],
@@ -131,7 +131,8 @@ class Nodes:
             found = known(client)
         else:
             holds = client in known or node in known
-            require(holds, where, "capability", f"one for client {client} of node {node}", "none")
+            expected = f"a number for client {client} of node {node}"
+            require(holds, where, "capability", expected, "none")
             found = known[client] if client in known else known[node]
         name = f"capability of client {client}"
         if isinstance(found, bool) or not isinstance(found, int):

@@ -99,7 +99,7 @@ def unpack(
     """
     if "names" not in settings:  # check the names before any array is decoded
         for key in record:
-            require(key in shapes, where, f"{key!s:.200}", "a name of the plan", "another name")
+            require(key in shapes, where, f"{key!s:.200}", "a tensor of the plan", "another tensor")
     return unpack_tensors(_payload(record, settings, where), shapes, where)
 
 
@@ -117,7 +117,8 @@ def said_shapes(
 def read_config(message: Message) -> ConfigRecord:
     """Return the settings of a message from the server."""
     records = message.content.config_records
-    require(CONFIG in records, "message", "records", f"{CONFIG!r}", sorted(message.content))
+    expected = f"a record {CONFIG!r}"
+    require(CONFIG in records, "message", "records", expected, sorted(message.content))
     config = records[CONFIG]
     found = config.get("protocol")
     require(found == PROTOCOL, "message", "protocol", PROTOCOL, found)
@@ -126,15 +127,15 @@ def read_config(message: Message) -> ConfigRecord:
 
 def who(message: Message, context: Context) -> Message:
     """Return the answer to an identity query: the partition and the capability in the node's
-    configuration, as far as they are integers."""
+    configuration, each only if it is an integer."""
     given = {name: context.node_config.get(name) for name in (PARTITION, CAPABILITY)}
     identity: Any = {name: value for name, value in given.items() if type(value) is int}
     return Message(RecordDict({NODE: ConfigRecord(identity)}), reply_to=message)
 
 
 def count_bytes(content: Mapping[str, Any]) -> int:
-    """Count the bytes of all records with Flower's method, or by serialising a record if that
-    raises."""
+    """Count the bytes of all records with Flower's method. If it raises for a record, count the
+    bytes of the serialised record."""
     total = 0
     for record in content.values():
         try:

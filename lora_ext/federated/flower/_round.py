@@ -133,12 +133,13 @@ class Round:
         for client in [c for c, each in reported.items() if len(each) > 1]:
             updates = [update for update in updates if update.client != client]
             where = f"node {self.node(client)}: client {client}: reply"
-            reasons[client] = f"{where}: expected one, or equal ones, found two that differ"
+            found = "expected one reply, or several equal ones, found two that differ"
+            reasons[client] = f"{where}: {found}"
         silent = [client for client in self.plans if client not in answered]
         return updates, contents, reasons, silent
 
     def sender(self, reply: Message) -> int:
-        """Return the node that a reply is for; the server sends error replies for lost nodes."""
+        """Return the node of a reply; for an error reply of the server, this is the lost node."""
         if reply.has_error():
             for asked in self._asked:  # by now, the grid has assigned ids to these messages
                 if asked.message_id and asked.message_id == reply.metadata.reply_to_message_id:
@@ -149,12 +150,13 @@ class Round:
         """Return a node's reply as an update. Raises `ValueError` for errors that cannot be
         detected in the update, such as an error reply or a wrong echo of the plan."""
         where = f"node {node}"
-        require(node in self.nodes, where, "reply", "none, as it was not asked", "one")
+        expected = "no reply, since the node received no message"
+        require(node in self.nodes, where, "reply", expected, "a reply")
         self._count(node, reply, "up")
         if reply.has_error():
             found = f"error {reply.error.code}: {reply.error.reason!s:.500}"
             kind = _Unanswered if reply.error.code in _UNANSWERED else ValueError
-            raise kind(f"{where}: reply: expected one without error, found {found}")
+            raise kind(f"{where}: reply: expected a reply without error, found {found}")
         client, content = self.nodes[node], reply.content
         plan = self.plans[client]
         for name, kind in (
@@ -162,7 +164,8 @@ class Round:
             (_records.LORA, content.array_records),
             (_records.METRICS, content.metric_records),
         ):
-            require(name in kind, where, "records", f"{name!r}", f"{sorted(content)!s:.200}")
+            expected, found = f"a record {name!r}", f"{sorted(content)!s:.200}"
+            require(name in kind, where, "records", expected, found)
         echo = content.config_records[_records.ECHO]
         number = echo.get("server-round")
         require(number == self.number, where, "echo", f"round {self.number}", f"{number!r:.50}")

@@ -56,7 +56,8 @@ class Task:
     round: int
     client: int
     partition: int  # index of the client's data
-    tensors: dict[str, Tensor]  # have the plan's ranks or, if it has none, at most the model's
+    #: Tensors with the plan's ranks or, if the plan has none, with at most the model's ranks.
+    tensors: dict[str, Tensor]
     others: Others  # state of the layers outside the plan
     shared: list[str]  # names of the parameters to train in addition to the adapter
     pattern: str  # regular expression whose first group is the index of a layer in a name
@@ -75,10 +76,11 @@ class Task:
         plan, shared = LayerPlan.from_config(config), shared_names(config)
         others = choice("message", "others", config.get("others"), get_args(Others))
         arrays = message.content.array_records
-        require(_records.LORA in arrays, "message", "records", f"{_records.LORA!r}", sorted(arrays))
+        expected = f"a record {_records.LORA!r}"
+        require(_records.LORA in arrays, "message", "records", expected, sorted(arrays))
         record = arrays[_records.LORA]
-        # Expected ranks are those of the plan or, if it has none, those that the message declares,
-        # but at most the model's.
+        # Expected ranks are those of the plan or, if the plan has none, those that the message
+        # declares, but at most the model's.
         declared = _records.said_shapes(record, config)
         pairs = layer_pairs("message: model", state, pattern)
         shapes = shapes_of(pairs, state, plan)
@@ -92,7 +94,8 @@ class Task:
         shapes |= {key: tuple(state[key].shape) for key in shared}
         tensors = _records.unpack(record, config, shapes, "message")
         missing = [key for key in shapes if key not in tensors]
-        require(not missing, "message", "lora", f"{len(shapes)} tensors", f"none of {missing[:3]}")
+        expected = f"{len(shapes)} tensors, which the plan needs"
+        require(not missing, "message", "lora", expected, f"none of {missing[:3]}")
         return cls(
             message=message,
             config=config,

@@ -28,7 +28,7 @@ class LocalGrid(Grid):
     ``strategy.start(grid=LocalGrid(app, 10), ...)`` is a complete simulation. Clients run one after
     another in the order of the messages, or all in one batch if the app supports it. Replies have
     the same order. If a client raises, its reply is an error, as in Flower. The timeout is checked
-    between clients: after it, no client starts, and a reply that is completed later is lost.
+    between clients: when it has passed, no client starts, and later replies are lost.
 
     Node i has partition i and a separate ``Context``. It receives copies of the records.
 
@@ -55,11 +55,12 @@ class LocalGrid(Grid):
         where = "LocalGrid"
         if isinstance(client_app, BatchedClients):
             found = len(client_app.clients)
-            require(num_nodes == found, where, "num_nodes", f"{found}, as clients", num_nodes)
+            expected = f"{found}, the number of clients"
+            require(num_nodes == found, where, "num_nodes", expected, num_nodes)
             client_app = of_clients(client_app)
         kind = type(client_app).__name__
         require(callable(client_app), where, "client_app", "a ClientApp", kind, TypeError)
-        require(num_nodes > 0, where, "num_nodes", "from 1", num_nodes)
+        require(num_nodes > 0, where, "num_nodes", "at least 1", num_nodes)
         self._app = client_app
         self._clock = clock
         self._numbers = itertools.count(1)

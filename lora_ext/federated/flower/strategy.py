@@ -115,7 +115,7 @@ class LoraStrategy(FedAvg):
         if "fraction_evaluate" not in fedavg:
             self.fraction_evaluate, self.min_evaluate_nodes = 0.0, 0
         fraction = self.fraction_train
-        require(0 < fraction <= 1, WHERE, "fraction_train", "above 0, up to 1", fraction)
+        require(0 < fraction <= 1, WHERE, "fraction_train", "a number above 0, up to 1", fraction)
         self.seed = integer(WHERE, "seed", seed, 0)
         self.allocator = allocator
         self.on_reject = on_reject
@@ -133,17 +133,19 @@ class LoraStrategy(FedAvg):
             pattern=pattern,
             shared=self.shared,
         )
-        require(rank_agg != "stack", WHERE, "rank_agg", "one whose result is an adapter", rank_agg)
+        expected = "a method whose result is an adapter"
+        require(rank_agg != "stack", WHERE, "rank_agg", expected, rank_agg)
         choice(WHERE, "payload", payload, get_args(Payload))
         if payload == "dense_masked":
-            require(rank_agg == "covered", WHERE, "rank_agg", "'covered' where masked", rank_agg)
-            require(not shared, WHERE, "shared", "none where masked", [*shared])
+            expected = f"'covered' with payload {payload!r}"
+            require(rank_agg == "covered", WHERE, "rank_agg", expected, rank_agg)
+            require(not shared, WHERE, "shared", f"no names with payload {payload!r}", [*shared])
         self._sending = Sending(self._averaging, send_frozen, pack, self.seed, payload, scaling)
         self.comm = CommLog()
         self.history: list[RoundLog] = []
         self.round = 0
         self._nodes = Nodes(capability, self.comm)
-        self._before = 0  # number of rounds before Flower's first one
+        self._before = 0  # number of rounds before Flower's round 1
         self._timeout: float | None = None
         self._current: Round | None = None
 
@@ -179,7 +181,8 @@ class LoraStrategy(FedAvg):
             clients: capabilities of the selected clients.
         """
         if self.allocator is None:
-            raise ValueError(f"{WHERE}: allocator: expected one, or an own plan_round, found None")
+            expected = "expected an allocator, or a subclass that overrides plan_round"
+            raise ValueError(f"{WHERE}: allocator: {expected}, found None")
         return {c: self.allocator.plan(round, c, count) for c, count in clients.items()}
 
     def observe(
@@ -197,7 +200,7 @@ class LoraStrategy(FedAvg):
         """
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Handle a client that did not reply or lost its node. The default does nothing.
+        """Handle a client that did not reply or whose node was lost. The default does nothing.
 
         Args:
             round: number of the round.
@@ -298,8 +301,9 @@ class LoraStrategy(FedAvg):
         current, self._current = self._current, None
         number = self._before + server_round
         if current is None or current.number != number:
-            expected = "none" if current is None else current.number
-            raise ValueError(f"{WHERE}: round: expected {expected} in progress, found {number}")
+            running = "no round" if current is None else f"round {current.number}"
+            expected = f"the round in progress, which is {running}"
+            raise ValueError(f"{WHERE}: round: expected {expected}, found round {number}")
         replies = list(replies)
         updates, contents, reasons, silent = current.collect(replies)
         for reply in replies:  # the echo may contain the node's identity, to use in later rounds
