@@ -149,7 +149,7 @@ def test_completions_accept_a_text_or_its_tokens(server: Any) -> None:
     assert done == "[DONE]" and "".join(choice["text"] for choice in choices) == text
     assert [choice["finish_reason"] for choice in choices][-2:] == [None, "length"]
     for prompt, code, named in (
-        ([5, 97], 400, "prompt: expected tokens in [0, 97), found [97]"),
+        ([5, 97], 400, "prompt: expected token ids in [0, 97), found [97]"),
         ([-1], 400, "found [-1]"),
         ([], 422, "prompt"),
         (["w5", "w6"], 422, "prompt"),
