@@ -160,7 +160,7 @@ def test_row_without_its_invocation_equals_the_base_model(pair: Any) -> None:
             {"input_ids": prompts(), "starts": [1, 2, 3, 4]},
             "input_ids and starts: expected at",
         ),
-        ({"input_ids": prompts()[:2]}, "input_ids: expected 4 rows, as there are names, found 2"),
+        ({"input_ids": prompts()[:2]}, "input_ids: expected 4 rows, as the names require, found 2"),
         ({"input_ids": prompts().float()}, "input_ids: expected integers, found torch.float32"),
         ({"input_ids": prompts()[0]}, r"input_ids: expected \(B, T\), found \(20,\)"),
         ({"starts": [1, 2]}, "starts: expected a position or None for each of 4 names, found 2"),

@@ -93,7 +93,7 @@ def test_unsupported_calls_of_an_activated_adapter_raise() -> None:
     layer: Any = model.model.layers[0].self_attn.q_proj
     with pytest.raises(ValueError, match=r"merge: adapter_names: .*'default'.*begin in mid-seq"):
         layer.merge()
-    with pytest.raises(ValueError, match="input_ids: expected the rows in which 'default'"):
+    with pytest.raises(ValueError, match="input_ids: expected the prompts, because 'default'"):
         model(ids)
     with pytest.raises(ValueError, match=r"starts: expected .*'default'"):
         with lora_ext.adapters("default", pool=layer_names):

@@ -83,7 +83,7 @@ def test_wrong_ids_raise_and_name_the_argument(ids: Any, message: str, pooled: b
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         with lora_ext.adapters(names, token_ids=ids, pool=pool):
             model(inputs(2, 3))
-    with pytest.raises(ValueError, match="names: expected one list of names beside token_ids"):
+    with pytest.raises(ValueError, match="names: expected one list of names with token_ids"):
         lora_ext.adapters([names], IDS, pool=pool).__enter__()
 
 
