@@ -188,7 +188,7 @@ def test_tokens_given_singly_set_their_starts_and_guidance_raises(pair: Any) -> 
 
 
 REFUSED: list[tuple[dict[str, Any], Any, str]] = [
-    ({"alora_invocation_tokens": [97]}, ValueError, "token ids below the vocabulary, 97, found 97"),
+    ({"alora_invocation_tokens": [97]}, ValueError, "ids below the vocabulary size 97, found 97"),
     ({"alora_invocation_tokens": [-1]}, ValueError, "non-negative integers"),
     ({"alora_invocation_tokens": "<a>"}, ValueError, "a list of token ids"),
     ({"use_dora": True}, NotImplementedError, "use_dora is not supported beside alora_inv"),

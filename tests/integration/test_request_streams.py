@@ -80,7 +80,7 @@ def test_each_request_uses_its_sampling_settings() -> None:
         assert run((3, seeded)) == run((3, seeded)) == [mixed[3]] != [mixed[4]]
     how = batching(return_logprobs=True)
     with model.continuous_batching_context_manager(**how) as manager:
-        with pytest.raises(NotImplementedError, match="sampling: expected None beside"):
+        with pytest.raises(NotImplementedError, match="sampling: expected None with r"):
             manager.add_request([5], adapter_name="a0", sampling=seeded)
     assert pool.stats()["pins"] == 0
 
