@@ -79,7 +79,7 @@ def test_labels_only_before_the_start_warn() -> None:
     labels = ids.clone()
     labels[0, 13:] = labels[1, 4:] = -100  # Earlier tokens predict the labels at 12 and 3.
     with lora_ext.adapters("default", input_ids=ids, pool=layer_names):
-        with pytest.warns(UserWarning, match="labels: expected some after the start"):
+        with pytest.warns(UserWarning, match="labels: expected labels after the sta"):
             model(input_ids=ids, labels=labels)
         labels[1, 4] = 8
         model(input_ids=ids, labels=labels)  # Warnings are errors here.

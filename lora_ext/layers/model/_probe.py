@@ -103,7 +103,7 @@ class LoraProbe:
 
     def __enter__(self) -> LoraProbe:
         if self._handles:
-            raise RuntimeError("LoraProbe: expected a probe to be entered once, found it open")
+            raise RuntimeError("LoraProbe: expected one `with probe`, found it entered already")
         # The hook that counts steps is registered first, since ``model`` may be a recorded layer
         # itself.
         self._handles.append(self.model.register_forward_pre_hook(self._count))
