@@ -150,7 +150,7 @@ def test_split_weight_computes_the_same_and_is_restored(scheme, base):
     assert ours.adapter_names == ("default",)
     ours.delete_adapter("default")
     assert torch.equal(base.weight, weight)
-    with pytest.raises(ValueError, match="no adapter's initialisation"):
+    with pytest.raises(ValueError, match="no initialisation has changed"):
         ours.restore_base_weight()
 
 
