@@ -106,9 +106,9 @@ class _Search:
         return {module for module, count in self.need.items() if len(self.free[module]) < count}
 
     def missing_bytes(self) -> int:
-        """Return by how many bytes ``max_bytes`` is exceeded, even without unused memory.
+        """Return by how many bytes the pool would exceed ``max_bytes``.
 
-        The memory of every module is then assumed to end at its last used page.
+        The memory of every module is assumed to end at its last used page.
         """
         limit = self.store.max_bytes
         if limit is None or self.lacking():

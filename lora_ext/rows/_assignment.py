@@ -197,10 +197,10 @@ class Assignment:
         """Return how the entries cover the rows of a layer, as ``(copies, turns)``.
 
         Each entry is repeated for ``copies`` consecutive rows, and the resulting list of rows is
-        repeated ``turns`` times. If the shape is ``(n,)``, an entry is a sequence if this number of
-        sequences is a dimension of the layout or the size of the model's batch; otherwise it is a
-        row. The batch decides only whether the entries match: the result for a layout that matches
-        is the same with any batch.
+        repeated ``turns`` times. If the shape is ``(n,)``, each entry stands for a sequence if the
+        number of sequences, ``n * repeat``, is a dimension of the layout or the size of the model's
+        batch. Otherwise each entry stands for a row. The batch decides only whether the entries
+        match: the result for a layout that matches is the same with any batch.
 
         Raises:
             TokensFirstError: If the batch shows that the first dimension is tokens. The caller

@@ -133,9 +133,9 @@ class PoolLayer(nn.Module):
             return self(x, *args)
 
     def watch_backward(self, y: Tensor) -> None:
-        """Make a backward through the output ``y`` warn if a parameter of ``base`` gets gradients.
+        """Register a hook on the output ``y`` that warns in a backward.
 
-        The warning is a hook on ``y``.
+        The hook is registered only if a parameter of ``base`` requires gradients.
         """
         if y.requires_grad and self.handle not in _warned:
             if any(parameter.requires_grad for parameter in self.base.parameters()):

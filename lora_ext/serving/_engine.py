@@ -284,8 +284,8 @@ class Engine(ServedPool):
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt.
 
-        The ids of a chat include the template's beginning of an answer. If the tokenizer has no
-        chat template, the contents of the messages are joined by newlines.
+        The ids of a chat end with the template's generation prompt. If the tokenizer has no chat
+        template, the contents of the messages are joined by newlines.
         """
         if isinstance(prompt, str):
             return self.tokenizer(prompt).input_ids

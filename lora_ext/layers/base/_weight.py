@@ -1,4 +1,4 @@
-"""Views of the weights of base layers, which are read as matrices and written in their layout.
+"""Views of base layers' weights, which are read as matrices and written in the layer's layout.
 
 The operations of adapters on a base weight (merging, decomposing initialisations, DoRA's norms) use
 a matrix ``(O, I)``, with ``O`` output and ``I`` input features. This module defines how each kind

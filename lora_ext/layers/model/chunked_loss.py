@@ -156,7 +156,7 @@ class _Loss:
         layer: Any = self.layer
         weight, bias, scale = layer.weight, layer.bias, self.head.scale
         if hidden is None or hasattr(weight, "full_tensor"):
-            expected = "the output layer that the model had at the call, not sharded"
+            expected = f"the unsharded output layer from the call of {_WHERE}"
             found = f"another output layer, or a sharded weight ({type(weight).__name__})"
             raise NotImplementedError(f"{_WHERE}: model: expected {expected}, found {found}")
         targets: Any = shifted(labels, ignore_index) if shift_labels is None else shift_labels

@@ -160,7 +160,7 @@ def add_adapters(
 def with_bias(y: Tensor, slab: Any, ids: Tensor) -> Tensor:
     """Return ``y`` plus the scaled bias of each row's adapter (PEFT's ``lora_bias``).
 
-    Rows whose adapter does not target the module are unchanged.
+    Rows without an adapter in this module are unchanged.
     """
     slot = ids.clamp(min=0)
     bias = slab.bias[slot] * slab.scale[slot].unsqueeze(1)  # (T, O)

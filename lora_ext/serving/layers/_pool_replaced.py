@@ -123,7 +123,7 @@ class ReplacedBank:
                     bias.zero_() if whole.bias is None else bias.copy_(whole.bias)
 
     def replaced(self, y: Tensor, x: Tensor, places: Tensor) -> Tensor:
-        """Return ``y (..., O)``, in which rows with a place are recomputed with its weights.
+        """Return ``y (..., O)``, in which rows are recomputed with the weights at their places.
 
         Args:
             y: output of the base module.

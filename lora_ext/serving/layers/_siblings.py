@@ -201,7 +201,7 @@ class Siblings:
         if not (x.is_cuda or SHARE_ON_CPU):
             return None
         member = self._members[layer.name]
-        if not member.adapted:  # the adapter may be the first one of siblings, too: observe again
+        if not member.adapted:  # the layer's first adapter may also target siblings: observe again
             member.adapted, self._observations = True, MAX_OBSERVED_CALLS
         if not (member.followers or self._observations > 0):
             return None
