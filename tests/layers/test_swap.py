@@ -65,7 +65,7 @@ def test_unknown_name_leaves_the_model_unchanged():
     m = model()
     before = dict(m.named_modules())
     for name in ("7", "1.b", "0.weight", ""):
-        with pytest.raises(ValueError, match=rf"double: '{name}': expected the name of a module"):
+        with pytest.raises(ValueError, match=rf"double: '{name}': expected the name of a submod"):
             Swap(m, {"2": Doubled(m[2]), name: nn.Identity()}, "double")
         assert dict(m.named_modules()) == before
 

@@ -247,7 +247,8 @@ def unpack_linears(model: Model) -> Model:
             parametrized, which changes its class. The model is then unchanged.
     """
     packed = packed_layers(model, "unpack_linears")
-    require(packed, "unpack_linears", "model", "one with packed layers", "none", RuntimeError)
+    found = f"a {type(model).__name__} without packed layers"
+    require(packed, "unpack_linears", "model", "packed layers", found, RuntimeError)
     unpack(packed)
     return model
 

@@ -79,8 +79,8 @@ class BaseWeight:
             if tensor is not None and id(tensor) not in kept:
                 raise ValueError(
                     f"{purpose}: base_layer.{name}: expected a parameter or buffer to change, "
-                    f"found one that {type(self.layer).__name__} computes from others; remove its "
-                    "parametrization (weight_norm, spectral_norm, ...) first"
+                    f"found one that {type(self.layer).__name__} computes from other tensors; "
+                    "remove its parametrization (weight_norm, spectral_norm, ...) first"
                 )
 
     def place(self) -> tuple[torch.device, torch.dtype]:

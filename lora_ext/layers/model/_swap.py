@@ -50,8 +50,8 @@ class Swap:
         for name in replacements:
             original = find_module(model, name) if name else None
             if original is None or name in self.placed:
-                found = "one that is replaced already" if name in self.placed else "none"
-                expected = "the name of a module inside the model"
+                found = "a replaced module" if name in self.placed else "no such submodule"
+                expected = "the name of a submodule that is not replaced yet"
                 raise ValueError(f"{self.by}: {name!r}: expected {expected}, found {found}")
             originals[name] = original
         for name, module in replacements.items():
