@@ -29,7 +29,7 @@ T = TypeVar("T")
 #: then the one for a value that is out of range.
 Words = str | tuple[str, ...]
 
-#: Floating-point dtypes that the ops support; some arguments accept only a part of them.
+#: Floating-point dtypes that the ops support; some arguments accept only some of these dtypes.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -144,7 +144,7 @@ def _inside(
 def choice(
     where: str, argument: str, value: object, choices: Sequence[T], *, expected: str | None = None
 ) -> T:
-    """Return the member of ``choices`` that equals ``value``; raise ValueError without one."""
+    """Return the member of ``choices`` that equals ``value``; raise ValueError if none does."""
     for each in choices:
         if isinstance(value, type(each)) and value == each:
             return each

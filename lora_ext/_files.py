@@ -42,7 +42,7 @@ _DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """Shape and dtype of one tensor in a header; an unsupported dtype is stored as its name."""
+    """Shape and dtype of one tensor in a header; ``dtype`` is the name of an unsupported dtype."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -128,7 +128,8 @@ class SafetensorsFile:
             raise ValueError(f"{where}: header: expected an object, found {header!r:.80}")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
-            raise ValueError(f"{where}: __metadata__: expected text, found {metadata!r:.80}")
+            expected = "an object with string values"
+            raise ValueError(f"{where}: __metadata__: expected {expected}, found {metadata!r:.80}")
         self.metadata: dict[str, str] = metadata
         self.infos = {}
         self._spans: dict[str, tuple[int, int]] = {}
@@ -155,7 +156,8 @@ class SafetensorsFile:
         for field, value in (("shape", shape), ("data_offsets", offsets)):
             few = isinstance(value, list) and len(value) <= 8
             if not few or not all(type(n) is int and 0 <= n < 2**48 for n in value):
-                raise ValueError(f"{where}: {field}: expected a few sizes, found {value!r:.200}")
+                expected = "a list of at most 8 sizes"
+                raise ValueError(f"{where}: {field}: expected {expected}, found {value!r:.200}")
         if len(offsets) != 2 or not isinstance(name, str):
             expected = "two data_offsets and a dtype"
             raise ValueError(f"{where}: entry: expected {expected}, found {entry!r:.200}")
@@ -172,7 +174,7 @@ class SafetensorsFile:
         data = bytearray(count)
         found = self._file.readinto(data)
         if found != count:
-            raise ValueError(f"{self.where}: expected {count} bytes, found {found}: it ended early")
+            raise ValueError(f"{self.where}: expected {count} bytes, found {found} before its end")
         return data
 
     def read(self, key: str) -> Tensor:
@@ -232,7 +234,7 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
         except OSError:
             if not path.is_dir():
                 raise
-            _replace_files(path, files, mark)  # Another process has created the folder meanwhile.
+            _replace_files(path, files, mark)  # another process has created the folder
             shutil.rmtree(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

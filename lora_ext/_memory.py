@@ -12,8 +12,8 @@ import torch
 def free_bytes(device: torch.device | str | None = None) -> int | None:
     """Return the free bytes of a device, or None if they are not known, as for ``meta``.
 
-    For the CPU, returns the smaller of the system's available memory and the memory that the limit
-    of the process's control group (the limit of a container, for example) leaves.
+    For the CPU, this is the available memory of the system, or less if the process has a control
+    group (for example, in a container) whose limit leaves less memory.
 
     Args:
         device: device; None is torch's default device.

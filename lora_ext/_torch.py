@@ -24,7 +24,7 @@ def exactly(device: torch.device) -> AbstractContextManager[object]:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype to which autocast casts ``x`` in a linear layer; None if it does not."""
+    """Return the dtype to which autocast casts ``x`` in a linear layer, or None if it does not."""
     kind = x.device.type
     if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
         return None
@@ -59,7 +59,7 @@ def parameter(module: nn.Module, name: str) -> Any:
 
 
 def zero_gradients(y: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """Return ``y`` so that its backward also computes a gradient of zeros for each parameter.
+    """Return a view of ``y`` whose backward also computes a gradient of zeros for each parameter.
 
     Data-parallel training waits for a gradient of every parameter. The values of the parameters are
     not read.

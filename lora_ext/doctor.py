@@ -1,4 +1,4 @@
-"""``lora-ext doctor``: report of versions, build and a test of each device, for a bug report.
+"""``lora-ext doctor``: report for bug reports, with versions, build and a test of each device.
 
 Run ``python -m lora_ext.doctor`` if the command ``lora-ext`` is not on the path. The exit status is
 1 if the test failed on a device.
@@ -45,7 +45,7 @@ def _devices(info: dict[str, object]) -> tuple[list[torch.device], dict[str, obj
     if not torch.version.cuda:
         return devices, {"cuda": "this torch is a CPU build"}
     if not torch.cuda.is_available():
-        return devices, {"cuda": "torch finds no GPU (`nvidia-smi` shows whether the driver does)"}
+        return devices, {"cuda": "torch finds no GPU; `nvidia-smi` shows if the driver finds one"}
     rows: dict[str, object] = {}
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)

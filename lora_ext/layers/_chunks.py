@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-_ELEMENTS = 1 << 24  # most elements of an intermediate tensor of one chunk
+_ELEMENTS = 1 << 24  # maximum number of elements of an intermediate tensor of one chunk
 
 
 def rows_per_chunk(elements_per_row: int) -> int:
@@ -16,5 +16,5 @@ def rows_per_chunk(elements_per_row: int) -> int:
 
 
 def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-    """Compute ``function(*args)``; its intermediate tensors are recomputed in the backward."""
+    """Compute ``function(*args)``, and recompute its intermediate tensors in the backward."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]

@@ -1,9 +1,9 @@
 """DoRA: the direction of ``W + s B A``, with a separate trained magnitude per output feature.
 
 ``y = (m / norm) * ((W + s B A) x) + bias`` with ``norm = || W + s B A ||`` per row of the matrix.
-The backward treats the norm as a constant. Forward and gradients are those of PEFT's layer, also
-for several adapters: they are applied in order, and a DoRA adapter scales the updates of the
-adapters before it, too.
+The backward treats the norm as a constant. The forward and the gradients are those of PEFT's layer.
+Several adapters are applied in order, as in PEFT, and a DoRA adapter also scales the updates of the
+adapters before it.
 
 Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eqs. 5 and 6, section 4.3.
 """
@@ -60,20 +60,21 @@ def dora_forward(
             does. It is called after ``base``, because with ZeRO-3 the forward of ``base`` releases
             the gathered weight.
         adapters: factors of the adapters.
-        magnitudes: magnitude ``(O,)`` of each adapter, None for an adapter without DoRA.
+        magnitudes: magnitude ``(O,)`` of each adapter, or None for an adapter without DoRA.
         rows: assignment of the rows to the adapters; None applies all adapters to all rows, in
             order.
-        norms: result of :func:`lora_ext.ops.lora_dora_norm` for each adapter, None to compute it.
+        norms: result of :func:`lora_ext.ops.lora_dora_norm` for each adapter; norms that are None
+            are computed.
     """
     norms = [None] * len(adapters) if norms is None else norms
     if rows is None:
         return _in_order(x, base, dense, adapters, magnitudes, norms)
-    # One call computes the rows of all adapters without DoRA. Each DoRA adapter's rows are computed
-    # separately.
+    # One call computes the rows of all adapters without DoRA. The rows of each DoRA adapter are
+    # computed in a separate call.
     plain = [i for i in rows.used if magnitudes[i] is None]
     plain_rows = subset(rows, [slot for slot, i in enumerate(rows.used) if i in plain])
     y = lora_forward(x, base, adapters, plain_rows)
-    read = dense()  # on every process, even without rows of DoRA adapters
+    read = dense()  # called in every process, even if no row uses a DoRA adapter
     x2d, y2d = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     for slot, i in enumerate(rows.used):
         magnitude = magnitudes[i]
@@ -94,7 +95,8 @@ def _in_order(
 ) -> Tensor:
     first, magnitude = adapters[0], magnitudes[0]
     plain_base = dense_parameters(base)
-    exact = isinstance(base, PackedLinear) and base.exact  # the fused op would use torch's product
+    # The fused op would use torch's product, which is not exact.
+    exact = isinstance(base, PackedLinear) and base.exact
     alone = len(adapters) == 1 and first.p == 0 and not exact
     if alone and magnitude is not None and fuses(x, plain_base, first):
         read = weight, bias = dense()

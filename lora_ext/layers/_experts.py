@@ -7,7 +7,7 @@ of one product, ``A`` adapters, ``R`` largest rank.
 transformers stores the experts of a layer in one module. Its parameters are
 ``gate_up_proj (E, 2M, H)``, or ``up_proj (E, M, H)`` without a gate, and ``down_proj (E, H, M)``.
 If ``is_transposed`` is True, the last two dimensions are exchanged. The other flags state whether
-there are a gate, biases and a norm. ``_apply_gate`` of the module is called between the two
+the module has a gate, biases and a norm. Its method ``_apply_gate`` is called between the two
 products.
 """
 
@@ -36,9 +36,9 @@ _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expe
 
 
 class Routing(NamedTuple):
-    """Pairs of token and expert in a batch, in the order in which they are multiplied."""
+    """Pairs of token and expert in a batch, in the order in which products compute them."""
 
-    order: Tensor  # (P,) int64, pairs in this order; pair p has token p // k
+    order: Tensor  # (P,) int64, indices p of the pairs in this order; pair p has token p // k
     token: Tensor  # (P,) int64, token of each pair
     expert: Tensor  # (P,) int64, expert of each pair
     ends: Tensor | None  # (E,) int32, end of each expert's pairs; None if not sorted by expert
@@ -61,7 +61,7 @@ def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
     known = (up_name(module), "down_proj")
     found: dict[str, tuple[int, int]] = {}
     for name, parameter in module.named_parameters(recurse=False):
-        plain = type(parameter) is nn.Parameter  # others: quantised, distributed
+        plain = type(parameter) is nn.Parameter  # quantised and distributed ones have other types
         if name in known and plain and parameter.dim() == 3 and parameter.dtype in FLOATS:
             _, out, inner = parameter.shape
             found[name] = (out, inner) if module.is_transposed else (inner, out)
@@ -69,7 +69,7 @@ def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def obstacle_of(experts: nn.Module) -> str | None:
-    """Return why :func:`experts_forward` cannot replace a module's forward, or None if it can."""
+    """Return why :func:`experts_forward` cannot replace a module's forward; None if it can."""
     if getattr(experts, "_is_expert_parallel", False):
         return "expert parallelism"
     if not is_plain(experts):
@@ -83,7 +83,7 @@ def up_name(experts: Any) -> str:
 
 
 def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Routing:
-    """Return the pairs of token and expert in the order that transformers' implementation uses.
+    """Return the pairs of token and expert in the order of transformers' implementation ``how``.
 
     The bits of a product depend on this order. The pairs are computed on the device of
     ``top_k_index``, without a synchronisation.
@@ -138,7 +138,7 @@ def experts_forward(
     module: Any = experts
     obstacle = obstacle_of(experts)
     if obstacle is not None:
-        where, expected = type(experts).__name__, "experts whose rows can have adapters"
+        where, expected = type(experts).__name__, "experts that support an adapter per row"
         raise NotImplementedError(f"{where}: expected {expected}, found {obstacle}")
     how = getattr(module.config, "_experts_implementation", None)
     routing = route(top_k_index, module.num_experts, how)
@@ -158,7 +158,7 @@ def experts_forward(
 
 
 def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tensor:
-    """Return ``weight[e] @ x[p] + bias[e]`` for every pair p, in the order of ``routing``."""
+    """Return ``weight[e] @ x[p] + bias[e]`` for every pair p of an expert e, as in ``routing``."""
     weight: Tensor = getattr(experts, name)
     x = x.to(weight.dtype)
     if routing.ends is not None:

@@ -60,11 +60,12 @@ def init_lora_(
         B: factor ``(m, r)`` in one of these dtypes; further dimensions are flattened into r.
         scheme: name of a scheme in the table, or a bool.
         fan_in: value of n in the distributions; default is the n of the shape of ``A``.
-        generator: random generator; default is torch's default generator for the device of ``A``.
+        generator: random generator. The default is torch's default generator for the device of
+            ``A``.
 
     Raises:
-        ValueError: If the scheme is unknown or needs the base weight of a layer; the factors differ
-            in r; a factor has fewer than two dimensions; or r is odd and the scheme is
+        ValueError: If the scheme is unknown or needs the base weight of a layer; if the factors
+            differ in r or have fewer than two dimensions; or if r is odd and the scheme is
             "orthogonal".
         NotImplementedError: If the scheme is implemented only in PEFT.
         TypeError: If the dtype of a factor is not one of those above.
@@ -75,7 +76,7 @@ def init_lora_(
     """
     name = known_scheme(scheme, "init_lora_: scheme")
     if name not in FREE:
-        why, known = "splits the base weight, which a layer has", ", ".join(map(repr, FREE))
+        why, known = "splits the base weight, so it needs a layer", ", ".join(map(repr, FREE))
         expected = f"one of True, False, {known}"
         raise ValueError(f"init_lora_: scheme: {scheme!r} {why}; expected {expected}")
     for factor_name, factor in (("A", A), ("B", B)):
@@ -87,7 +88,7 @@ def init_lora_(
         expected, found = "A (r, n) and B (m, r) with the same r > 0", tuple(A.shape)
         raise ValueError(f"init_lora_: expected {expected}, found {found} and {tuple(B.shape)}")
     if A.is_meta or B.is_meta:
-        raise RuntimeError("init_lora_: expected factors with memory, found the meta device")
+        raise RuntimeError("init_lora_: expected factors with values, found the meta device")
     r, n = a.shape[0], a.shape[1] if fan_in is None else fan_in
     zero_a, zero_b = (torch.zeros_like(t, dtype=torch.float32) for t in (a, b))
     if name == "init_a":
@@ -131,7 +132,7 @@ def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
         return name
     if name in _ELSEWHERE or name.startswith("corda"):
         remedy = "let PEFT initialise the adapter, and load the file that it saves"
-        raise NotImplementedError(f"{where}: {scheme!r} is not offered here; {remedy}")
+        raise NotImplementedError(f"{where}: {scheme!r} is not implemented here; {remedy}")
     known = ", ".join(map(repr, FREE + DECOMPOSING))
     raise ValueError(f"{where}: expected True, False or one of {known}, found {scheme!r}")
 
@@ -142,8 +143,8 @@ def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tens
     A is ``(r, n)`` and B is ``(m, r)``, both in float32. The caller subtracts ``scaling * B A``
     from the base weight. The schemes are:
 
-    * "pissa": the r largest singular values and their vectors; the square root of the singular
-      values is part of each factor.
+    * "pissa": the r largest singular values and their vectors; each factor is scaled by the square
+      roots of the singular values.
     * "pissa_niter_<K>": the same, by a randomised singular value decomposition with K iterations.
     * "olora": the first r columns of Q (in B) and the first r rows of R (in A) of a QR
       decomposition.
@@ -154,7 +155,7 @@ def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tens
     if r > min(weight.shape):
         raise ValueError(
             f"init_lora_weights: {scheme!r} needs r of at most {min(weight.shape)}, the smaller "
-            f"side of the base weight, found {r}"
+            f"dimension of the base weight, found {r}"
         )
     weight = weight.detach().float()
     if scheme == "olora":
@@ -171,8 +172,8 @@ def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tens
 
 
 def _uniform(like: Tensor, fan_in: int, generator: torch.Generator | None) -> Tensor:
-    # This is the bound of kaiming_uniform_(a=sqrt(5)). The expression is that of torch, so that the
-    # bits are equal.
+    # This is the bound of kaiming_uniform_(a=sqrt(5)). The expression is written as in torch, so
+    # that the values are bitwise equal.
     std = nn.init.calculate_gain("leaky_relu", math.sqrt(5)) / math.sqrt(fan_in)
     bound = math.sqrt(3.0) * std
     new = torch.empty_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)

@@ -31,9 +31,9 @@ from .base._dense import BaseLayer, DenseParameters, dense_parameters
 from .base._packed_linear import PackedLinear
 from .base._spacing import base_product
 
-# A bank (the stacked factors of several adapters) pads every adapter to the largest rank. If it
-# would be more than _MOST_ROOM times as large as the factors, it is split into two banks: one for
-# ranks up to _SMALL_RANK, and one for larger ranks.
+# A bank (the stacked factors of several adapters) pads every adapter to the largest rank. If the
+# bank would be more than _MOST_ROOM times as large as the factors, it is split into two banks: one
+# for ranks up to _SMALL_RANK, and one for larger ranks.
 _MOST_ROOM, _SMALL_RANK = 4, 256
 
 
@@ -45,7 +45,7 @@ class LoraFactors(NamedTuple):
     scaling: float | Tensor
     p: float = 0.0  # current dropout probability: 0 outside training
     bias: Tensor | None = None  # (O,): PEFT's lora_bias
-    seed: Tensor | None = None  # dropout seed, one int64 on the device of x; None draws one
+    seed: Tensor | None = None  # dropout seed, one int64 on the device of x; None draws a new seed
 
 
 def dropout_now(dropout: nn.Module) -> float:
@@ -62,10 +62,10 @@ def lora_forward(
     """Compute ``base(x)`` plus the updates of the adapters.
 
     ``y[t] = base(x[t]) + sum of scaling * (b @ a @ dropout(x[t]) + bias)``. The sum is over all
-    adapters. If ``adapter_ids`` is given, it contains only the adapter ``adapter_ids[t]``. Without
+    adapters; if ``adapter_ids`` is given, it is only over the adapter ``adapter_ids[t]``. Without
     adapters the result is ``base(x)``. An adapter without rows costs nothing, and its ``grad``
     stays None. If torch.distributed has several processes, an adapter without rows gets zero
-    gradients if it requires gradients, because another process may have rows of it.
+    gradients if it requires gradients, because another process may have rows that use it.
 
     If ``base`` is a plain ``nn.Linear`` or transformers' ``Conv1D``, one fused op computes the
     product with its weight and the update. Any other base layer (quantised, wrapped, with hooks) is
@@ -80,7 +80,7 @@ def lora_forward(
     other rows of the batch.
 
     Args:
-        x: input ``(..., I)``, with ``T`` rows in all leading dimensions together.
+        x: input ``(..., I)``; the product of its leading dimensions is the number of rows ``T``.
         base: base layer, which maps ``(..., I)`` to ``(..., O)``.
         adapters: factors of the adapters, which may differ in rank. Adapters that are computed in
             the same call of the op are promoted to a common dtype.
@@ -115,7 +115,7 @@ def lora_forward(
 
 
 def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFactors) -> Tensor:
-    """Compute :func:`_forward` for one adapter with the dtype of the base, without further checks.
+    """Compute :func:`_forward` for one adapter with the dtype of ``base``, with fewer checks.
 
     In decoding, the Python code of the general function would take longer than the op.
     """
@@ -160,7 +160,7 @@ def lora_update(
 
 
 def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> bool:
-    """Return whether base layer and update have the same dtype, so that one op can compute both."""
+    """Return whether one op can compute base layer and update, as they have the same dtype."""
     if dense is None:
         return False
     return autocast_dtype(x) is not None or x.dtype == dense[0].dtype == factors.a.dtype
@@ -236,8 +236,8 @@ class _Call(NamedTuple):
     adapters: Sequence[LoraFactors]  # all with the same dropout probability
     ids: Tensor  # (T,), position of each row's adapter in adapters
     plan: Tensor | None
-    biases: Sequence[Tensor | None]  # of all adapters, also if these are concatenated to one
-    everywhere: bool  # True if all rows use the only adapter
+    biases: Sequence[Tensor | None]  # of all adapters, even if these are concatenated to one
+    everywhere: bool  # True if the call has only one adapter, which all rows use
 
 
 def _run(
@@ -302,7 +302,7 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
 
 
 def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
-    """Return the calls that apply to each row the adapter that it selects.
+    """Return the calls that apply to each row the adapter selected by ``rows``.
 
     Adapters share a call if they have the same dropout probability and fit into one bank.
     """

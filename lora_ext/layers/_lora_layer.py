@@ -28,10 +28,10 @@ _BY_ADAPTER = (
 
 
 class LoraLayer(Participants):
-    """Abstract layer of a base layer and named adapters, with PEFT's parameter and setting names.
+    """Abstract layer with a base layer and named adapters; parameters and settings as in PEFT.
 
-    A subclass defines ``forward`` and :attr:`base_weight`. The latter reads and writes the weight
-    and the factors in the layout of the layer.
+    A subclass defines ``forward`` and :attr:`base_weight`, which reads and writes the weight and
+    the factors in the layout of the layer.
     """
 
     base_layer: nn.Module
@@ -77,7 +77,7 @@ class LoraLayer(Participants):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Adapters of rows without a given name; the updates of several adapters are summed."""
+        """Adapters of rows that select no adapter; the updates of several adapters are summed."""
         return list(self._active)
 
     @property
@@ -136,7 +136,7 @@ class LoraLayer(Participants):
             ValueError: If the name is invalid or exists already; r, alpha or dropout is out of
                 range; the scheme is unknown; DoRA is combined with a bias or with invocation
                 tokens; DoRA or a decomposing scheme is used and the base weight cannot be read; or
-                the base weight would have to change, but is computed from other parameters.
+                the base weight has to be changed, but is computed from other parameters.
             NotImplementedError: If invocation tokens are given and the layer is not linear.
             TypeError: If r is not an int, or a flag is neither True nor False.
 
@@ -284,7 +284,7 @@ class LoraLayer(Participants):
             ValueError: If no initialisation has changed the weight, or adapters are merged.
         """
         if self._before_init is None:
-            raise ValueError("restore_base_weight: no adapter's initialisation changed the weight")
+            raise ValueError("restore_base_weight: no initialisation has changed the base weight")
         if self.merged:
             found = f"{self.merged_adapters} are merged"
             raise ValueError(f"restore_base_weight: {found}; unmerge them first")
@@ -304,22 +304,23 @@ class LoraLayer(Participants):
         expected = "a name that is not an attribute of nn.ModuleDict"
         require(free, where, "adapter_name", expected, repr(name))
         if name in self.r:
-            remedy = "give the new one another adapter_name, or delete or unwrap the old one"
+            remedy = "pass another adapter_name, or delete or unwrap the existing adapter"
             raise ValueError(f"{where}: adapter {name!r} exists already; {remedy}")
 
     def _check_bias(self, lora_bias: bool, use_dora: bool) -> None:
         takes = self.base_weight.takes_bias
         if lora_bias and (use_dora or not takes):
             where = "a DoRA adapter" if takes else f"a {type(self).__name__}"
-            raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
+            raise ValueError(f"lora_bias: expected False for {where}, as in PEFT, found True")
 
     def _checked_invocation(self, tokens: Sequence[int] | None, dora: bool) -> tuple[int, ...]:
         where, name = "add_adapter", "alora_invocation_tokens"
         tokens = checked_invocation(where, name, tokens) or ()
         fits = not tokens or self.takes_invocation
-        found = f"a {type(self).__name__}: only linear layers have such adapters"
+        found = f"a {type(self).__name__}: only linear layers support activated adapters"
         require(fits, where, name, "a LoraLinear", found, NotImplementedError)
-        require(not (tokens and dora), where, "use_dora", "False beside an invocation", True)
+        expected = "False for an activated adapter"
+        require(not (tokens and dora), where, "use_dora", expected, True)
         return tokens
 
     def _check_scheme(self, scheme: bool | str, preserve_base_output: bool) -> str:
@@ -328,13 +329,13 @@ class LoraLayer(Participants):
             return name  # does not change the base weight
         if name not in FREE and preserve_base_output:
             raise ValueError(
-                f"init_lora_weights: {scheme!r} preserves the output by itself; expected "
+                f"init_lora_weights: {scheme!r} already preserves the output; expected "
                 "preserve_base_output=False"
             )
         if self.base_changed_by is not None:
             raise ValueError(
-                f"init_lora_weights: the initialisation of {self.base_changed_by!r} changed the "
-                "base weight already; delete it or restore_base_weight() first"
+                f"init_lora_weights: the initialisation of {self.base_changed_by!r} has changed "
+                "the base weight; delete this adapter or call restore_base_weight() first"
             )
         if self._merged:
             raise ValueError(
@@ -387,9 +388,10 @@ def _checked_scaling(r: int, alpha: float, dropout: float, use_rslora: bool) -> 
 def _new_factors(
     base: BaseWeight, r: int, scaling: float, scheme: str, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Return initial factors A and B in float32, on the CPU or, for a base layer on meta, on meta.
+    """Return initial factors A and B in float32, on the CPU.
 
-    The same seed gives the same values as in PEFT, which also draws them on the CPU.
+    They are on the meta device if the base layer is. The same seed gives the same values as in
+    PEFT, which also draws them on the CPU.
     """
     memory = "meta" if base.place()[0].type == "meta" else "cpu"
     a, b = (torch.zeros(shape, device=memory) for shape in base.factor_shapes(r))
@@ -405,7 +407,7 @@ def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | N
     """Return invocation tokens as a tuple, or None; raise ValueError if they are invalid."""
     if value is None:
         return None
-    expected = "None or a list of token ids, non-negative integers"
+    expected = "None or a list of token ids (non-negative integers)"
     listed = isinstance(value, list | tuple)
     require(listed, where, name, expected, f"{value!r:.200}", WrongKind)
     return tuple(integer(where, name, each, 0, expected=expected) for each in value)

@@ -34,7 +34,7 @@ class Participants(Merging):
     off_in_training: frozenset[str]
     disable_adapters: bool
 
-    #: True if the dimensions of the input are tokens, sequences, features, in this order.
+    #: True if the input is ``(tokens, sequences, features)``.
     tokens_first = False
 
     #: True if the rows are ids, as in an embedding. They may then be positions that all sequences
@@ -51,8 +51,8 @@ class Participants(Merging):
     ) -> tuple[list[str], Rows | None]:
         """Return the adapters of a forward and their rows.
 
-        Without adapters the forward computes only the base layer. Rows are None if all adapters
-        apply to all rows.
+        If the list is empty, the forward computes only the base layer. The rows are None if all
+        adapters apply to all rows.
         """
         if self.disable_adapters:
             if self._merged:
@@ -62,7 +62,7 @@ class Participants(Merging):
         if self._merged:
             merged = "are merged into the base weight and"
             if rows is not None:
-                why = f"{self.merged_adapters} {merged} serve every row"
+                why = f"{self.merged_adapters} {merged} apply to every row"
                 raise ValueError(f"adapter_ids: {why}; unmerge them first")
             off = [m.name for m in self._merged if not self._is_on(m.name)]
             if off:
@@ -85,7 +85,7 @@ class Participants(Merging):
     def _rows_of_all(
         self, rows: Rows | None, leading: torch.Size, device: torch.device
     ) -> Rows | None:
-        """Return the rows, with all trained adapters marked as used; :func:`together` explains why.
+        """Return the rows with all trained adapters marked as used, as :func:`together` explains.
 
         Returns None if all active adapters apply to every row and no other adapter is trained.
         """
@@ -136,6 +136,6 @@ class Participants(Merging):
         if len(active) == 1 and active[0] in self.alora_invocation_tokens:
             return NOBODY
         if len(active) > 1:
-            expected = "a compiled graph that follows adapters blocks takes one active adapter"
+            expected = "expected one active adapter in a graph compiled with adapters blocks"
             raise NotImplementedError(f"{type(self).__name__}: {expected}, found {active}")
         return self.adapter_names.index(active[0]) if active else -1

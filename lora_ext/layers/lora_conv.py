@@ -95,7 +95,7 @@ class LoraConv(LoraLayer):
         return y if batched else y[0]
 
     def factors(self, adapter_name: str) -> LoraFactors:
-        """Return an adapter of patches for :func:`lora_forward`, with ``a (r, C k k)``."""
+        """Return the factors of an adapter for rows that are patches, with ``a (r, C k k)``."""
         found = super().factors(adapter_name)
         return found._replace(a=found.a.flatten(1), b=found.b.flatten(1))
 
@@ -106,19 +106,19 @@ class LoraConv(LoraLayer):
 
 
 class _OnPatches:
-    """Convolution as a linear layer on patches."""
+    """Linear layer that applies a convolution to patches."""
 
     def __init__(self, conv: nn.Module):
         self.conv: Any = conv
 
     def dense_parameters(self) -> DenseParameters | None:
-        """Return weight and bias; None if the convolution's forward does more than multiply."""
+        """Return weight and bias, or None if the convolution's forward does more than multiply."""
         if type(self.conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not is_plain(self.conv):
             return None
         return self.conv.weight.flatten(1), self.conv.bias
 
     def __call__(self, patches: Tensor) -> Tensor:
-        """Apply the convolution to each patch as an image: ``(..., C k k)`` to ``(..., O)``."""
+        """Apply the convolution to each patch as an image; map ``(..., C k k)`` to ``(..., O)``."""
         # The sizes are not read from the weight, since ZeRO-3 leaves it empty outside the forward.
         images = patches.reshape(-1, self.conv.in_channels, *self.conv.kernel_size)
         return self.conv(images).view(*patches.shape[:-1], self.conv.out_channels)

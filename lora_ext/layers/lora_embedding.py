@@ -93,7 +93,7 @@ class LoraEmbedding(LoraLayer):
         scale = getattr(base, "embed_scale", None)
         if isinstance(scale, Tensor):
             where, found = "LoraEmbedding", f"shape {tuple(scale.shape)}"
-            require(scale.numel() == 1, where, "base_layer.embed_scale", "one number", found)
+            require(scale.numel() == 1, where, "base_layer.embed_scale", "a scalar", found)
             scale = scale.to(update.dtype)
         if scale is not None:
             update = update * scale

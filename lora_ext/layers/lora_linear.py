@@ -30,7 +30,7 @@ class LoraLinear(LoraLayer):
     is switched off (``adapter_active`` is False) or that no row uses causes no allocation, no
     kernel launch and no graph node, and its ``grad`` stays None. If torch.distributed has several
     processes, a trained adapter without rows gets zero gradients instead, because another process
-    may have rows of it.
+    may have rows that use it.
 
     Under ``torch.compile``, an adapter without rows also gets zero gradients if the rows of the
     batch have different adapters. Rows of DoRA adapters cause a graph break.

@@ -1,4 +1,4 @@
-"""All modules of the package, and functions for them, under one name.
+"""All ``nn.Module`` classes of the package and the functions for them, in one namespace.
 
 They are defined in ``lora_ext.layers``, ``lora_ext.methods``, ``lora_ext.rows`` and
 ``lora_ext.serving``.

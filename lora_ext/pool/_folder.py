@@ -32,7 +32,7 @@ class AdapterFolder:
     def __init__(self, pool: AdapterPool, root: str | os.PathLike[str]):
         self.pool = pool
         self.root = Path(root).resolve(strict=True)
-        self._paths: dict[str, Path] = {}  # folders of the loaded names
+        self._paths: dict[str, Path] = {}  # folder of each loaded adapter, by adapter name
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -48,8 +48,8 @@ class AdapterFolder:
         """Load an adapter; if the name is loaded already, replace that adapter for later requests.
 
         Args:
-            name: valid name of a folder, in printable characters without slashes, at most 200 long
-                and not ``"__base__"``.
+            name: name of the adapter, which must be valid as a folder name: at most 200 printable
+                characters without slashes, and not ``"__base__"``.
             path: path of the adapter's folder, relative to the root; default is ``name``.
 
         Raises:
@@ -101,8 +101,8 @@ class AdapterFolder:
         except (ValueError, NotImplementedError, OSError) as error:
             _log.warning("adapter %r is not loaded: %s", name, error)
             raise ValueError(
-                f"AdapterFolder: adapter {name!r}: expected files of an adapter for this model, "
-                f"found others ({type(error).__name__}); the log says which and why"
+                f"AdapterFolder: adapter {name!r}: expected the files of an adapter for this "
+                f"model, found invalid files ({type(error).__name__}); the log has the reason"
             ) from error
         self._paths[name] = path
 
@@ -114,7 +114,7 @@ class AdapterFolder:
             return False
 
     def _checked(self, path: str | os.PathLike[str]) -> Path:
-        """Return the resolved path of a folder; raise if it or one of its files is not inside."""
+        """Return the resolved path of a folder; raise if it or a file in it is outside the root."""
         try:
             found = (self.root / path).resolve()
             inside = self.root in found.parents and all(
@@ -137,5 +137,5 @@ def _check_name(name: str) -> None:
     """Raise ValueError unless ``name`` is a valid name of a folder."""
     printable = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _MAX_NAME_LENGTH
     fits = printable and name not in (BASE, "..") and Path(name).name == name
-    expected = f"a name of a folder, of at most {_MAX_NAME_LENGTH} printable characters"
+    expected = f"a folder name of at most {_MAX_NAME_LENGTH} printable characters"
     require(fits, "AdapterFolder", "name", f"{expected} and not {BASE!r}", f"{name!r:.200}")

@@ -4,7 +4,7 @@ A kernel receives one pointer for all pages of a module, and a captured graph st
 The addresses of all pages are therefore reserved at once, which needs no memory. Physical memory
 backs only the first bytes. On the CPU, the operating system allocates it at the first write. On
 CUDA, the virtual memory functions of the driver map it without copies or changes of addresses. On
-other devices, all of it is allocated at once.
+other devices, all memory is allocated at once.
 
 The driver's functions are called with ctypes, as torch does not expose them. This part has been
 tested with a mock that is compiled from ``cuda.h``, but not on a device.
@@ -75,7 +75,7 @@ class HostMemory(Memory):
         self.nbytes, self.least, self.backed, self.granularity = nbytes, 0, 0, 1
 
     def resize(self, nbytes: int) -> None:
-        """Free pages after ``nbytes``. The operating system allocates others at the first write."""
+        """Free the pages after ``nbytes``; earlier pages are allocated at their first write."""
         start = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if start < self.backed:
             self._mapping.madvise(mmap.MADV_DONTNEED, start, self.backed - start)
@@ -188,7 +188,7 @@ class Driver:
     @staticmethod
     @functools.cache
     def load(index: int) -> Driver | None:
-        """Return the driver, or None if it or the device does not support virtual memory."""
+        """Return the driver, or None if it or the device lacks virtual memory functions."""
         try:
             driver = Driver(ctypes.CDLL("libcuda.so.1"))
         except (OSError, AttributeError):
@@ -211,10 +211,11 @@ def _properties(index: int) -> _Properties:
 
 
 class Reservation:
-    """Reserved addresses of ``size`` bytes, of which the first ones are mapped to memory.
+    """Reserved addresses of ``size`` bytes, the first of which are mapped to memory.
 
-    Memory is mapped in pieces of ``piece`` bytes, and ``size`` is a multiple of that. When this
-    object and its tensors are no longer referenced, :func:`give_back` frees addresses and memory.
+    Memory is mapped in pieces of ``piece`` bytes, and ``size`` is a multiple of ``piece``. When
+    this object and its tensors are no longer referenced, :func:`give_back` frees the addresses and
+    the memory.
     """
 
     def __init__(self, driver: Driver, index: int, size: int, piece: int):
@@ -308,15 +309,15 @@ def give_back() -> None:
     half of a collective; the wait would never end.
 
     Raises:
-        RuntimeError: If the device or its driver fails. What is not freed is kept for the next
-            call.
+        RuntimeError: If the device or its driver fails. Reservations that were not freed are kept
+            for the next call.
     """
     while _left:
         try:
             rest = _left.popleft()
-        except IndexError:  # another thread took the last one
+        except IndexError:  # another thread took the last reservation
             return
-        if rest.process != os.getpid():  # it belongs to the parent process
+        if rest.process != os.getpid():  # the reservation belongs to the parent process
             continue
         try:
             torch.cuda.synchronize(rest.device)

@@ -28,20 +28,20 @@ class PoolFullError(RuntimeError):
 def find_place(
     store: PageStore, name: str, packed: PackedAdapter, order: Iterable[Resident]
 ) -> Placement:
-    """Choose slot and pages for an adapter, and the victims: the adapters to evict for it.
+    """Choose the slot and the pages of an adapter, and the victims (the adapters to evict for it).
 
     Victims are chosen in ``order``; pinned adapters are skipped.
 
     Raises:
-        PoolFullError: If there is no room; the message contains the need, the pinned adapters and a
-            remedy.
+        PoolFullError: If there is no room; the message contains what is needed, the pinned adapters
+            and a remedy.
     """
     need = {module: part.a.shape[0] for module, part in packed.modules.items()}
     for module, count in need.items():
         experts = store.index.specs[module].experts
         if count > store.pages * experts:
             needs = f"{name!r} needs {count // experts} pages of {module}"
-            has = f"the pool has pages={store.pages}; make the pool with at least as many"
+            has = f"the pool has pages={store.pages}; make a pool with larger pages="
             raise PoolFullError(f"AdapterPool: {needs}, {has}")
     search = _Search(store, need, packed)
     victims: list[Resident] = []
@@ -73,7 +73,7 @@ def find_place(
             f"{others if names else 'there is no adapter to evict'}. With max_slots="
             f"{store.max_slots}, pages={store.pages} and {limit}, "
             f"{in_words(store.reserved_bytes)} are reserved, {held} of it pinned; release leases "
-            "and leave blocks, or make the pool with more room"
+            "and leave blocks, or make a larger pool"
         )
     return search.placement(slots[-1], victims, packed)
 
@@ -106,7 +106,10 @@ class _Search:
         return {module for module, count in self.need.items() if len(self.free[module]) < count}
 
     def missing_bytes(self) -> int:
-        """Return the bytes above ``max_bytes`` if memory ends at the last used page everywhere."""
+        """Return by how many bytes the pool would exceed ``max_bytes``.
+
+        The memory of every module is assumed to end at its last used page.
+        """
         limit = self.store.max_bytes
         if limit is None or self.lacking():
             return 0
@@ -118,7 +121,7 @@ class _Search:
         return slab.bytes_for(free[: len(free) - self.need.get(module, 0)], round_up)
 
     def without(self, resident: Resident) -> None:
-        """Add the pages and bytes of a resident to the free ones."""
+        """Count the pages and bytes of a resident as free."""
         self.others -= self.store.replaced_bytes_of(resident.slot)
         for module, pages in resident.pages.items():
             free = self.free.get(module, self.store.slabs[module].free)
@@ -132,11 +135,11 @@ class _Search:
         return Placement(slot, pages, self.free, victims, self.new, *self.tables, rooms, sizes)
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
-        """Return the bytes of pages before and after, for each module in which they change.
+        """Return the bytes of pages before and after the placement, for modules that change.
 
         Memory grows in steps of `_AHEAD` pages if this does not exceed ``max_bytes``, and otherwise
         by the pages that are needed. If even this exceeds the limit, the memory of every module is
-        reduced to its last used page.
+        cut off after its last used page.
         """
         kept = {module: slab.memory.backed for module, slab in self.slabs.items()}
         ahead, exact = (
@@ -158,8 +161,8 @@ def _room_for(store: PageStore, module: str, whole: Replaced) -> Replaced:
         return whole.each(lambda t: torch.empty_like(t, device=device))
     except RuntimeError as error:  # includes torch.OutOfMemoryError
         raise MemoryError(
-            f"AdapterPool: expected room for {module} of an adapter that replaces it "
-            f"({in_words(whole.nbytes)}), found none ({error}); unload other adapters"
+            f"AdapterPool: expected {in_words(whole.nbytes)} of memory for an adapter that "
+            f"replaces module {module}, found less ({error}); unload other adapters"
         ) from error
 
 
@@ -193,9 +196,9 @@ def resize(store: PageStore, place: Placement) -> None:
     except RuntimeError as error:
         more = in_words(sum(after - before for before, after in place.sizes.values()))
         raise MemoryError(
-            f"AdapterPool: expected room for {more} of pages beside the "
+            f"AdapterPool: expected room for {more} of pages in addition to the "
             f"{in_words(store.reserved_bytes)} that are reserved, found less ({error}); unload "
-            "adapters, or pass max_bytes=, above which adapters are evicted"
+            "adapters, or pass max_bytes= to evict adapters above this limit"
         ) from error
 
 

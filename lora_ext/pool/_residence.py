@@ -120,9 +120,9 @@ class Residence:
         return name in self.by_name or name in self.cache
 
     def check_new(self, name: str) -> None:
-        """Raise ValueError if a name is invalid or is used already."""
+        """Raise ValueError if a name is invalid or already used."""
         fits = isinstance(name, str) and name not in ("", BASE)
-        require(fits, "AdapterPool", "name", f"a non-empty name but {BASE!r}", repr(name))
+        require(fits, "AdapterPool", "name", f"a non-empty str except {BASE!r}", repr(name))
         if name in self:
             raise ValueError(f"AdapterPool: name: {name!r} is loaded already; update() replaces it")
 
@@ -151,13 +151,13 @@ class Residence:
             self._retire(self.by_name.pop(name))
 
     def bring_back(self, names: Sequence[str | None], absent: list[str]) -> None:
-        """Copy the ``absent`` adapters back to the device without evicting others of ``names``."""
+        """Copy the ``absent`` adapters back to the device. No adapter in ``names`` is evicted."""
         self.check_known(absent)
         held = [self.by_name[n] for n in set(names) if n is not None and n in self.by_name]
         for resident in held:
             resident.pins += 1
-        # All are removed from the cache first. Otherwise an adapter that is evicted for one of them
-        # could drop another one from the cache.
+        # All absent adapters are removed from the cache first. Otherwise the cache could drop one
+        # of them when it receives an adapter that is evicted for another one.
         wanted = {name: self.cache.pop(name) for name in dict.fromkeys(absent)}
         try:
             for name in list(wanted):
@@ -169,7 +169,7 @@ class Residence:
         finally:
             for resident in held:
                 resident.pins -= 1
-            for name, adapter in wanted.items():  # not by put(), which might drop some
+            for name, adapter in wanted.items():  # not with put(), which might drop some of them
                 self.cache[name] = adapter
 
     # Pages must not be inference tensors: they are saved for backward, and later loads outside of
@@ -287,7 +287,8 @@ class Residence:
         for slot in () if checked else {*slots} - {NO_SLOT}:
             resident = residents[slot] if 0 <= slot < len(residents) else None
             pins, asked = resident.pins if resident else 0, slots.count(slot)
-            require(asked <= pins, "AdapterPool.release", f"slot {slot}", f"{asked} pins", pins)
+            expected = f"at least {asked} pins"
+            require(asked <= pins, "AdapterPool.release", f"slot {slot}", expected, pins)
         # Steps in the stream's queue may still read the pages; later copies to them must wait.
         for transfer in self._store.transfers.values():
             transfer.mark_use()
@@ -304,7 +305,7 @@ class Residence:
     # Numbers
 
     def stats(self) -> dict[str, Any]:
-        """Return :meth:`AdapterPool.stats`."""
+        """Return the statistics of :meth:`AdapterPool.stats`."""
         cache, store = self.cache, self._store
         live = [r for r in store.residents if r is not None]
         absent = {"pins": 0, "last_use": None, "slot": None}

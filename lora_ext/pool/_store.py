@@ -1,4 +1,4 @@
-"""Slots, pages and tables of a pool on the device. Names of adapters are managed elsewhere.
+"""Slots, pages and tables of a pool on the device. ``_residence.py`` manages adapters by name.
 
 A new adapter is written to pages and a slot that no forward uses; only then does the pool publish
 its name. The pool holds its lock during every method of this file.
@@ -48,7 +48,7 @@ class Resident:
     written: Written = field(default_factory=list)  # emptied when all copies are done
     last_use: float = field(default_factory=time.time)  # time of the load or the last acquire
     pins: int = 0
-    retired: bool = False  # the name is removed or in another slot; the last unpin frees this one
+    retired: bool = False  # the name is removed or in another slot; the last unpin frees this slot
     #: Number of this version of the adapter, unique in the process.
     serial: int = field(default_factory=itertools.count(1).__next__)
 
@@ -59,7 +59,7 @@ class Placement:
 
     slot: int
     pages: dict[str, list[int]]
-    free: dict[str, list[int]] = field(default_factory=dict)  # free pages afterwards, if changed
+    free: dict[str, list[int]] = field(default_factory=dict)  # free pages after `commit`
     victims: list[Resident] = field(default_factory=list)
     # `commit` adds the contents of the next five fields, which are new, to the store.
     slabs: dict[str, Slab] = field(default_factory=dict)
@@ -67,15 +67,15 @@ class Placement:
     biases: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     replaced: dict[str, Replaced] = field(default_factory=dict)
-    #: Bytes of pages before and after, for the modules in which they change.
+    #: Bytes of pages before and after the placement, for the modules in which they change.
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class PageStore:
     """Memory for up to ``max_slots`` adapters, with ``pages`` pages per module.
 
-    The addresses of a module's pages are reserved for the first adapter that targets it; memory is
-    allocated for the pages when they are used. In total, at most ``max_bytes`` are allocated.
+    The addresses of a module's pages are reserved when the first adapter targets the module; memory
+    is allocated for the pages when they are used. In total, at most ``max_bytes`` are allocated.
     """
 
     def __init__(
@@ -118,11 +118,11 @@ class PageStore:
 
     @property
     def replaced_bytes(self) -> int:
-        """Bytes of modules that adapters replace."""
+        """Bytes of the weights and biases with which adapters replace modules."""
         return sum(self.replaced_bytes_of(slot) for slot in range(self.max_slots))
 
     def replaced_bytes_of(self, slot: int) -> int:
-        """Return the bytes of replaced modules of one slot."""
+        """Return the bytes of the weights and biases with which one slot replaces modules."""
         wholes = [self.modules[name].replaced.get(slot) for name in self._replacing]
         return sum(whole.nbytes for whole in wholes if whole)
 

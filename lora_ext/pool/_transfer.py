@@ -51,7 +51,7 @@ class Transfer:
         """Delay the reuse of these tensors' memory until the queued copies to them are done."""
 
     def check_outside_capture(self) -> None:
-        """Raise RuntimeError inside the capture of a graph."""
+        """Raise RuntimeError if the current stream is capturing a graph."""
 
 
 class StreamTransfer(Transfer):
@@ -116,7 +116,7 @@ class StreamTransfer(Transfer):
                 tensor.record_stream(self._side)
 
     def check_outside_capture(self) -> None:
-        """Raise RuntimeError inside the capture of a graph.
+        """Raise RuntimeError if the current stream is capturing a graph.
 
         A graph cannot wait for an event that was recorded outside of it. Moreover, a pin that is
         released after the capture does not protect later replays.

@@ -129,8 +129,8 @@ class AdapterPool:
     def __reduce__(self) -> NoReturn:
         """Raise TypeError, because slots and pins belong to one process."""
         raise TypeError(
-            "AdapterPool: expected not to be copied or pickled, found copy, pickle or torch.save; "
-            "save the model's state_dict, or detach the model first"
+            "AdapterPool: a pool cannot be copied, pickled or saved with torch.save; save the "
+            "model's state_dict, or detach the model first"
         )
 
     # ---------------------------------------------------------------------------------------------
@@ -157,9 +157,9 @@ class AdapterPool:
             source: directory that PEFT has saved; pair ``(config, state_dict)``;
                 :class:`LoraAdapter`; or a model with adapter layers of PEFT or :mod:`lora_ext.nn`,
                 whose adapter is read as PEFT would save it.
-            strict: whether unused keys and fields raise; if False, they are skipped.
+            strict: whether unused keys and fields raise ValueError; if False, they are skipped.
             adapter_name: name of the adapter to read if ``source`` is a model; default is the
-                active one.
+                active adapter.
 
         Returns:
             The skipped keys and fields; empty if ``strict``.
@@ -259,7 +259,7 @@ class AdapterPool:
             source = live_adapter(source, adapter_name, where)
         elif adapter_name is not None:
             kind = "LoraAdapter" if isinstance(source, LoraAdapter) else "directory or state dict"
-            expected = f"expected None beside a {kind}, found {adapter_name!r}"
+            expected = f"expected None if source is a {kind}, found {adapter_name!r}"
             raise ValueError(f"AdapterPool.{caller}: adapter_name: {expected}")
         elif isinstance(source, LoraAdapter):
             source = source.config, source.state_dict()
@@ -349,7 +349,7 @@ class AdapterPool:
     def nbytes(self) -> int:
         """Return the bytes that are allocated for pages.
 
-        If there is room, they grow in steps of at least eight pages of a module.
+        If there is room, the allocation of a module grows in steps of at least eight pages.
         """
         with self._lock:
             return self._store.page_bytes
@@ -369,7 +369,7 @@ class AdapterPool:
             :meth:`acquire` in seconds since 1970. ``slot`` and ``last_use`` are None for an adapter
             in the host cache.
 
-            All other values are counts: of slots, pins and pages (``pages_total`` is the maximum
+            All other values are numbers of slots, pins and pages (``pages_total`` is the maximum
             number of pages of all modules that were targeted so far), of adapters and bytes in the
             host cache, and of past events.
         """

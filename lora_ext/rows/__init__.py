@@ -1,35 +1,43 @@
 """The adapter of each row of a batch: ``adapters([...])``, ids, plans, and layouts of rows.
 
 Names that are not in ``__all__`` are for other packages of ``lora_ext``. ``docs/notes/serving.md``
-describes the data structures. The table lists all state of this package with its owner and
-lifetime:
+describes the data structures. The table lists all state of this package:
 
-==========================================  =====================================================
-``_context._block``                         context variable: thread and task, until the block is
-                                            left; ``change_blocks`` and ``activated_forward``
-                                            replace it until their scope is left
-``_context._batch``, ``_step``              context variables: thread and task, until ``forward_of``
-                                            or ``in_step`` is left
-``_context.any_block``, ``any_activated``,  process: the open blocks of all threads, written by
-``_open``, ``_changes``                     ``_count`` under ``_open_lock``
-``Block.lease``                             the block, until it is left; a backward that recomputes
-                                            a layer renews it until the backward ends
-``_past.here``                              thread: the blocks that it recorded, by sequence number
-                                            of the autograd node; kept after the blocks are left
-``_past._timelines``                        process: the same records, of the last 64 threads
-``_traced.tracing``                         process: batch of the forward that dynamo traces
-``Assignment.kept``, ``_readings``,         the assignment. One that ``change_blocks`` or
-``Activated._whole_rows``                   ``Activated.at`` makes may live for one forward. One to
-                                            which ``_past``, ``Capturable._assignment`` or
-                                            ``AdapterRequests._last`` refers outlives its block
-``_rows._constants``                        process: the last 64 tensors
-``_rows._by_ids``, ``_widened``             the tensor of ids
-``_attachment._handles``, ``attachments``,  process, by weak references: pools, attached models,
-``layer_names``                             layers with their own adapters
-``_warned...`` of two files                 process: pools that a warning was given for
-``PoolLayer.tokens_first``                  the layer, set by the first batch whose shape shows
-                                            whether the first dimension is tokens
-==========================================  =====================================================
+==========================================  ===============  ======================================
+State                                       Owner            Content and lifetime
+==========================================  ===============  ======================================
+``_context._block``                         thread and task  innermost block, until it is left;
+                                                             ``change_blocks`` and
+                                                             ``activated_forward`` replace it until
+                                                             their scope is left
+``_context._batch``, ``_step``              thread and task  until ``forward_of`` or ``in_step`` is
+                                                             left
+``_context.any_block``, ``any_activated``,  process          open blocks of all threads, written by
+``_open``, ``_changes``                                      ``_count`` under ``_open_lock``
+``Block.lease``                             block            until the block is left; a backward
+                                                             that recomputes a layer renews it until
+                                                             the backward ends
+``_past.here``                              thread           recorded blocks, by sequence number of
+                                                             the autograd node; kept after the
+                                                             blocks are left
+``_past._timelines``                        process          records of the last 64 threads
+``_traced.tracing``                         process          batch of the forward that dynamo traces
+``Assignment.kept``, ``_readings``,         assignment       one forward for an assignment that
+``Activated._whole_rows``                                    ``change_blocks`` or ``Activated.at``
+                                                             makes; longer than the block if
+                                                             ``_past``, ``Capturable._assignment``
+                                                             or ``AdapterRequests._last`` refers to
+                                                             the assignment
+``_rows._constants``                        process          the last 64 tensors
+``_rows._by_ids``, ``_widened``             tensor of ids    as long as the tensor
+``_attachment._handles``, ``attachments``,  process          weak references to pools, attached
+``layer_names``                                              models and layers with their own
+                                                             adapters
+``_warned...`` of two files                 process          pools for which a warning was shown
+``PoolLayer.tokens_first``                  layer            set by the first batch whose shape
+                                                             shows whether tokens are the first
+                                                             dimension
+==========================================  ===============  ======================================
 """
 
 from . import _attachment, _context, _layouts

@@ -7,7 +7,7 @@ adapters.
 
 A start is an absolute position in the tokens of the row, including padding. Token ``t`` of a
 forward with ``past`` tokens in its cache uses the adapter if and only if ``past + t >= start``. The
-result is therefore the same with a cache, without a cache, and for a prompt in chunks.
+result is therefore the same with a cache, without a cache, and for a prompt split into chunks.
 
 Source: Greenewald et al. 2025, "Activated LoRA: Fine-tuned LLMs for Intrinsics"; PEFT 0.21.
 """
@@ -151,7 +151,7 @@ class Activated(Assignment):
         """Return the start of each entry's adapter in its sequence, 0 for an ordinary adapter."""
         require(ids.dim() == 2, "adapters", "input_ids", "(B, T)", tuple(ids.shape))
         rows = (len(self.entries) if self.shape else len(ids)) * self.repeat
-        expected = f"{rows} rows, as there are names"
+        expected = f"{rows} rows, as the names require"
         require(len(ids) == rows, "adapters", "input_ids", expected, len(ids))
         ids, places = ids[:: self.repeat], self.entries
         if not self.shape:
@@ -171,8 +171,8 @@ class Activated(Assignment):
     def _unknown(self, found: str) -> ValueError:
         names = [name for name, n in zip(self.names, self.invocations, strict=True) if n]
         return ValueError(
-            f"adapters: starts: expected the position at which each of {names!r:.200} begins in "
-            f"its row, found by its alora_invocation_tokens in the prompt, {found}; enter "
+            f"adapters: starts: expected known positions at which {names!r:.200} begin (the last "
+            f"alora_invocation_tokens in each prompt), {found}; enter "
             "lora_ext.adapters(names, starts=[...]), or input_ids= with the whole prompts"
         )
 
@@ -186,10 +186,10 @@ class Activated(Assignment):
         if absent:
             name, i = next(iter(absent.items()))
             tokens = list(self.invocations[self.names.index(name)])
-            more = "" if len(absent) == 1 else ", and rows of other adapters likewise"
+            more = "" if len(absent) == 1 else ", as do rows of other adapters"
             warnings.warn(
-                f"adapters: row {i} lacks the invocation of adapter {name!r}, {tokens!r:.200}: "
-                f"the base model serves it{more}",
+                f"adapters: row {i} lacks the invocation of adapter {name!r}, {tokens!r:.200}, "
+                f"and uses the base model{more}",
                 stacklevel=5,
             )
         return self
@@ -282,7 +282,7 @@ def with_starts(
     input_ids: Tensor | None = None,
     starts: Starts = None,
 ) -> Assignment:
-    """Return an assignment with the starts that the arguments of :func:`lora_ext.adapters` give.
+    """Return an assignment with the starts that arguments of :func:`lora_ext.adapters` determine.
 
     ``invocations`` contains the invocation of each name, empty for ordinary adapters. An assignment
     with one entry per token has no starts and is returned unchanged.
@@ -299,7 +299,7 @@ def with_starts(
         return assignment
     if len(assignment.shape) > 1:
         if found:
-            expected = "None beside names of tokens, which determine the starts"
+            expected = "None with one name per token, which determines the starts"
             value = given[found[0]]
             raise ValueError(f"adapters: {found[0]}: expected {expected}, found {value!r:.100}")
         return assignment

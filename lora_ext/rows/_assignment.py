@@ -45,7 +45,7 @@ class TokensFirstError(ValueError):
 
 
 class Assignment:
-    """Assignment of an adapter name to each entry: all rows, a sequence, a row or a token.
+    """Assignment of an adapter name to each entry. An entry is a sequence, row, token or all rows.
 
     Args:
         names: Distinct names of adapters. In :func:`~lora_ext.rows.packed_block` there is one name
@@ -69,7 +69,7 @@ class Assignment:
     ):
         self.names, self.places, self.shape, self.repeat = names, places, shape, repeat
         entries = places.unique().tolist() if isinstance(places, Tensor) else places
-        #: Values of ``places``, without -1.
+        #: Distinct values of ``places``, without -1.
         self.occurring = frozenset(entries) - {-1}
         #: Cache of tensors that the layers of a step share.
         self.kept = Kept(MAX_SHAPES)
@@ -84,10 +84,10 @@ class Assignment:
         assignment = cls.of_entries(flat, shape)
         if token_ids is None:
             return assignment
-        expected = "one list of names beside token_ids"
+        expected = "one list of names with token_ids"
         require(len(shape) <= 1, "adapters", "names", expected, f"lists of shape {shape}")
         check_integers("token_ids", token_ids)
-        expected = "the activations' shape without features, (B, T) or (rows,)"
+        expected = "the shape (B, T) or (rows,) of activations without features"
         require(token_ids.dim() != 0, "adapters", "token_ids", expected, tuple(token_ids.shape))
         if token_ids.numel():
             low, high = (int(v) for v in token_ids.aminmax())
@@ -117,7 +117,10 @@ class Assignment:
         return [[*self.names, BASE][place] for place in sorted(places)]
 
     def same_as(self, other: Assignment) -> bool:
-        """Return whether both assignments are equal; two with tensors count as different."""
+        """Return whether both assignments are equal.
+
+        Different assignments with tensors count as unequal.
+        """
         mine, others = self.places, other.places
         if isinstance(mine, Tensor) or isinstance(others, Tensor):
             return self is other
@@ -194,10 +197,10 @@ class Assignment:
         """Return how the entries cover the rows of a layer, as ``(copies, turns)``.
 
         Each entry is repeated for ``copies`` consecutive rows, and the resulting list of rows is
-        repeated ``turns`` times. If the shape is ``(n,)``, an entry is a sequence if this number of
-        sequences is a dimension of the layout or the size of the model's batch; otherwise it is a
-        row. The batch decides only whether the entries match: the result for a layout that matches
-        is the same with any batch.
+        repeated ``turns`` times. If the shape is ``(n,)``, each entry stands for a sequence if the
+        number of sequences, ``n * repeat``, is a dimension of the layout or the size of the model's
+        batch. Otherwise each entry stands for a row. The batch decides only whether the entries
+        match: the result for a layout that matches is the same with any batch.
 
         Raises:
             TokensFirstError: If the batch shows that the first dimension is tokens. The caller
@@ -237,7 +240,7 @@ class Assignment:
     def _misfit(self, leading: torch.Size) -> ValueError:
         named, found = len(self.places), f"found activations of shape {_activations(leading)}"
         if isinstance(self.places, Tensor):
-            expected = f"the activations' shape without features, as {self.shape} has it"
+            expected = f"activations of shape {_activations(torch.Size(self.shape))}"
             return ValueError(f"adapters: token_ids: expected {expected}, {found}")
         if len(self.shape) == 2:
             expected = f"{self.shape[0]} sequences of {self.shape[1]} tokens"
@@ -245,7 +248,7 @@ class Assignment:
             expected = f"a batch of {named} sequences, or {named} rows"
         else:
             rows = named * self.repeat
-            expected = f"a batch of {rows} = {named} names x {self.repeat} beams or returns"
+            expected = f"a batch of {rows} = {named} names x {self.repeat} beams or returned rows"
         return ValueError(f"adapters: names: expected {expected}, {found}")
 
     def _read_as(self, unit: str, leading: torch.Size) -> None:
@@ -260,9 +263,9 @@ class Assignment:
         if len(self.places) > 1 and len(readings) == 2:
             per_sequence, per_row = readings["sequence"], readings["row"]
             raise ValueError(
-                f"adapters: names: found them read as one per sequence by activations of shape "
-                f"{_activations(per_sequence)} and as one per row by {_activations(per_row)}: "
-                "expected a list of names for each sequence, or no adapter on rows that all share"
+                "adapters: names: expected one meaning, found one name per sequence for shape "
+                f"{_activations(per_sequence)} and one per row for {_activations(per_row)}; pass a "
+                "list of names per sequence, or exclude modules whose rows all sequences share"
             )
         self._readings[unit] = leading
 
@@ -276,9 +279,9 @@ class Assignment:
         one_row = self.shape == (named,) != (1,) and layout.leading == (1, named)
         if one_row and not layout.tokens_first:
             raise ValueError(
-                f"adapters: names: found {named} for an embedding that sees one row of {named} "
-                "tokens or positions: expected [[...]], a name for each token, or no adapter on "
-                "positions that all sequences share"
+                f"adapters: names: expected one sequence per name, found {named} names and an "
+                f"embedding with one row of {named} tokens or positions; pass [[...]] with one "
+                "name per token, or exclude embeddings of positions that all sequences share"
             )
 
 
@@ -301,7 +304,7 @@ def refuse_singular(where: str, given: Mapping[str, Any]) -> None:
     """Raise TypeError for the argument ``adapter_name``, which a model would ignore as unknown."""
     if "adapter_name" in given:
         raise TypeError(
-            f"{where}: expected adapter_names=, a name or one for each row, found "
+            f"{where}: expected adapter_names= with one name or one per row, found "
             f"adapter_name={given['adapter_name']!r:.200}"
         )
 
@@ -317,7 +320,7 @@ def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
     if not isinstance(names, Sequence) or not names:
         raise ValueError(
             f"adapters: names: expected a name or a list of names, found {names!r:.200}; "
-            "list(names) makes one of an array or a generator"
+            "convert an array or a generator with list(names)"
         )
     flat: list[Any] = list(names)
     shape: tuple[int, ...] = (len(flat),)
@@ -325,7 +328,7 @@ def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
         lengths = sorted({len(row) for row in flat})
         if len(lengths) != 1 or lengths[0] == 0:
             raise ValueError(
-                "adapters: names: expected as many names for every sequence, found lengths "
+                "adapters: names: expected the same number of names for every sequence, found "
                 f"{lengths}"
             )
         flat, shape = [name for row in flat for name in row], (len(flat), lengths[0])

@@ -1,4 +1,4 @@
-"""Pools, the models attached to them, and layers of ``lora_ext.nn``, which own their adapters.
+"""Pools, the models attached to them, and the layers of ``lora_ext.nn``, which own their adapters.
 
 An ``adapters`` block without ``pool=`` finds its pool with :func:`only_pool`.
 """
@@ -64,7 +64,7 @@ def only_pool() -> Pool:
     if not pools:
         raise RuntimeError(
             "adapters: expected an attached model, found none; call lora_ext.attach(model, pool), "
-            "or give pool=; a model of from_peft takes adapter_names= instead of a block"
+            "or pass pool=; a model of from_peft takes adapter_names= instead of a block"
         )
     if len(pools) > 1:
         raise ValueError(
@@ -79,7 +79,9 @@ def only_pool() -> Pool:
 
 
 class Places(list[int]):
-    """Lease for layers with their own adapters. It has the interface of a pool's but pins nothing.
+    """Lease for layers with their own adapters.
+
+    It has the interface of a pool's lease, but pins nothing.
 
     Args:
         places: Index of each name, in place of a slot.

@@ -68,11 +68,11 @@ class SlotRows(NamedTuple):
 class Block:
     """An ``adapters`` block that was entered. It is frozen, so any thread may read it."""
 
-    handle: int  # of the pool
+    handle: int  # number of the pool
     lease: Any
     assignment: Assignment
-    slots: tuple[int, ...]  # one per name of the assignment
-    num_slots: int
+    slots: tuple[int, ...]  # slot of each name of the assignment
+    num_slots: int  # number of slots of the pool
     outer: Block | None
     entry: EntryPoint
     #: True if the rows are tokens of many requests that a server has packed into one row.
@@ -172,7 +172,7 @@ class Block:
         return SlotRows(order, rows, each[rows].long(), by_slot)
 
     def remedy(self) -> str:
-        """Return advice, for a message, on names that do not match the rows of a pool's layer."""
+        """Return the remedy, for an error message, if names do not match the rows of a layer."""
         batch, assignment = _batch.get(), self.assignment
         if batch is None:
             return f"{_ONE_EACH}; {_LEAVE_OUT}"
@@ -187,15 +187,15 @@ class Block:
 
 _ONE_EACH = "give one name for each sequence of the batch, or adapters('name') for all of them"
 _LEAVE_OUT = (
-    "if the rows of that module are not the model's sequences or tokens, leave it out with "
-    "AdapterPool(targets=...), or give token_ids of the module's shape"
+    "if the rows of that module are not the model's sequences or tokens, exclude the module with "
+    "AdapterPool(targets=...), or pass token_ids of the module's shape"
 )
 
 
 def _outlived() -> RuntimeError:
     return RuntimeError(
         "adapters: the block was left while work started inside it still runs; wait for tasks and "
-        "threads inside the block, or enter one in each of them"
+        "threads inside the block, or enter a block in each of them"
     )
 
 
@@ -236,11 +236,12 @@ def current(handle: int, in_graph: bool = False) -> Block | None:
     """Return the block that a layer of a pool has to use; every layer calls this function.
 
     In a forward it is the innermost block of the pool in this thread and task. In a backward that
-    computes a layer again, it is the block of the layer's forward.
+    recomputes a layer, it is the block of the layer's forward.
 
     Args:
         handle: Number of the pool.
-        in_graph: Whether a compiled graph calls this function. Its backward disables grad mode.
+        in_graph: Whether a compiled graph calls this function. The backward of a graph disables
+            grad mode.
 
     Raises:
         RuntimeError: If there is no block while a step of the pool is captured, or if the block of
@@ -295,7 +296,7 @@ def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> 
     if not torch.is_grad_enabled() and not in_graph:
         raise RuntimeError(
             "adapters: expected no reentrant checkpoint inside another, found one: the inner one "
-            "has no node in the forward's graph; give use_reentrant=False"
+            "has no node in the forward's graph; pass use_reentrant=False"
         )
     if block.lease.released:
         # The pins were released when the block was left. The adapters are pinned again until the
@@ -350,8 +351,8 @@ def adapters(
 
     The adapters are pinned in the pool until the block is left. Blocks can be nested; layers use
     the innermost block of their pool. Each thread and each asyncio task has its own blocks, and a
-    new thread starts without a block. A backward that computes layers again (activation
-    checkpointing) uses the block of the forward, even if the block was left.
+    new thread starts without a block. A backward that recomputes layers (activation checkpointing)
+    uses the block of the forward, even if the block was left.
 
     Args:
         names: One name per sequence of the batch; one name per token, as a list of all rows or a
@@ -361,12 +362,12 @@ def adapters(
             the shape of the activations without features, ``(B, T)`` or ``(rows,)``. It is copied
             and checked here, which waits for the device.
         input_ids: Token ids of the prompts, ``(B, T)``, for activated adapters (aLoRA). Such an
-            adapter applies to a row from the last position of its invocation (a token sequence) on.
-            A row without the invocation uses the base model, with a warning. Default: the ids of
-            each forward, if a transformers model is attached.
+            adapter applies to the tokens of a row from the last occurrence of its invocation (a
+            token sequence). A row without the invocation uses the base model, with a warning.
+            Default: the ids of each forward, if a transformers model is attached.
         starts: The positions at which activated adapters begin, if they are known: one per name,
-            counted in the tokens of the row including padding. With None, an activated adapter
-            applies to no token of the row, and an ordinary one to all.
+            counted in the tokens of the row including padding. If an entry is None, an activated
+            adapter applies to no token of the row, and an ordinary adapter to all tokens.
         pool: The pool. Default: the only pool with an attached model; or the adapters of all layers
             of :mod:`lora_ext.nn`, if there are such layers and no attached model.
 
@@ -456,8 +457,8 @@ def _leave(block: Block) -> None:
     found = _block.get()
     if found is None or found.entry is not block.entry:
         raise RuntimeError(
-            f"adapters: expected the innermost block to be left first, found {found} where "
-            f"{block} is left; a generator should enter and leave a block between two yields"
+            f"adapters: expected the innermost block to be left first, found {found} innermost "
+            f"while {block} is left; a generator should leave a block before it yields"
         )
     put(next((outer for outer in outwards(block.outer) if not outer.entry.left), None))
 
@@ -466,8 +467,8 @@ def _leave(block: Block) -> None:
 # Forwards that a block does not reach
 
 _changes = 0  # number of times that a block was entered or left, in any thread
-_warned_elsewhere: set[int] = set()  # pools
-_warned_nested: set[int] = set()  # pools
+_warned_elsewhere: set[int] = set()  # handles of pools
+_warned_nested: set[int] = set()  # handles of pools
 
 # A context variable belongs to a thread or task, not to a generator. If a generator yields inside a
 # block, the block stays open for the generator's caller. If two such generators alternate, both use
@@ -484,17 +485,17 @@ def _warn_of_nested_block(block: Block) -> None:
         outer is None
         or block.handle in _warned_nested
         or not (outer.entry.served and outer.entry.here)
-        or not block.assignment.names  # a block of the base model is intended
+        or not block.assignment.names  # a block with only the base model is intended
         or outer.assignment.same_as(block.assignment)
     ):
         return
     _warned_nested.add(block.handle)
     inner, around = block.assignment.each(), outer.assignment.each()
     warnings.warn(
-        f"adapters: a block of {inner!r:.200} is entered inside one of {around!r:.200} that has "
-        "served: until it is left it serves every forward of this thread and task, even those of a "
-        "generator that yielded inside the outer block. Leave a block before a yield, or give "
-        "adapter_names= to each call",
+        f"adapters: a block of {inner!r:.200} is entered inside a block of {around!r:.200} that a "
+        "forward has used. Until it is left, all forwards of this thread and task use it, even "
+        "those of a generator that yielded inside the outer block. Leave a block before a yield, "
+        "or pass adapter_names= to each call",
         stacklevel=4,
     )
 
@@ -510,18 +511,18 @@ def _warn_of_block_elsewhere(handle: int) -> None:
         for block in list(_open.values())
         if block.handle == handle
         and block.entry.thread != thread.ident
-        and block.assignment.names  # a block of the base model changes nothing
+        and block.assignment.names  # a block with only the base model needs no warning
     ]
     if elsewhere:
         _warned_elsewhere.add(handle)
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         other = names.get(elsewhere[-1].entry.thread)
         warnings.warn(
-            f"adapters: thread {thread.name!r} runs a model without a block, and serves the base "
-            "model, attach's default or what its layers have active, while thread "
+            f"adapters: thread {thread.name!r} runs a model without a block, and so uses the base "
+            "model, the default of attach or the active adapters of layers, while thread "
             f"{other!r} is inside "
-            f"adapters({list(elsewhere[-1].assignment.names)!r:.200}): a block does not reach "
-            "other threads. Enter adapters(...) in the thread, or give adapter_names= to the "
+            f"adapters({list(elsewhere[-1].assignment.names)!r:.200}): a block does not apply to "
+            "other threads. Enter adapters(...) in the thread, or pass adapter_names= to the "
             "call; adapters(None) selects the base model without a warning",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Functions that adapt the current blocks when ``generate`` or a server changes a batch's rows."""
+"""Functions that change the current blocks when ``generate`` or a server changes a batch's rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._context import Block, EntryPoint, innermost, innermost_of, outwards
 
 
 def generation_scope() -> contextlib.AbstractContextManager[None]:
-    """Return a context that restores, at its end, the blocks that are changed inside it."""
+    """Return a context that restores the blocks at its end, if they were changed inside it."""
     return _context.entered(innermost())
 
 
@@ -85,9 +85,10 @@ def activated_in(handle: int) -> Activated | None:
 
 
 def prompt_known(input_ids: Tensor | None, origin: int = 0) -> None:
-    """Set the starts of the current blocks from prompts, until a generation_scope is left.
+    """Find the starts of activated adapters in prompts, for the current blocks.
 
-    Starts that were passed to a block are kept.
+    The starts are valid until the surrounding :func:`generation_scope` is left. Starts that were
+    passed to a block are kept.
 
     Args:
         input_ids: Token ids ``(B, T)`` of the prompts.
@@ -118,8 +119,8 @@ def activated_forward(
         rows: Number B of sequences.
         length: Number T of tokens.
         past: Number of tokens in the cache.
-        kept: ``logits_to_keep`` of the forward: number of last tokens that its output head
-            receives, or indices of these tokens; 0 for all tokens.
+        kept: ``logits_to_keep`` of the forward: number of last tokens that the output head
+            receives, or indices of the tokens that it receives; 0 for all tokens.
 
     Raises:
         ValueError: See :meth:`Activated.of_forward`.
@@ -169,11 +170,12 @@ def packed_block(
     Args:
         handle: Number of the pool.
         num_slots: Number of slots of the pool.
-        names: Name of each run's adapter. Two versions of an adapter have one name and two slots.
+        names: Name of each run's adapter. Two versions of an adapter have the same name but
+            different slots.
         slots: Slot of each run's adapter; -1 for the base model.
         lengths: Number of tokens of each run.
-        kept: Index of the run of each token that the output head receives, if its input is ``(1,
-            len(kept), features)``. None if it receives all tokens.
+        kept: For each token that the output head receives, the index of its run; the head's input
+            is then ``(1, len(kept), features)``. None if the head receives all tokens.
     """
     distinct = {slot: name for name, slot in zip(names, slots, strict=True) if slot >= 0}
     place = {slot: i for i, slot in enumerate(distinct)}

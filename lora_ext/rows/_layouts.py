@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-#: By model type, patterns of modules with inputs of shape (tokens, sequences, ...). Other modules
-#: are assumed to have sequences first. A layer of a pool corrects this assumption at the first
-#: batch in which the numbers of tokens and sequences differ.
+#: By model type, a pattern for the names of modules with inputs of shape (tokens, sequences, ...).
+#: Other modules are assumed to have sequences first. A layer of a pool corrects this assumption at
+#: the first batch in which the numbers of tokens and sequences differ.
 TOKENS_FIRST = {
     "xlnet": r"(^|\.)(layer\.\d+\.|word_embedding$)",
     "fsmt": r"(^|\.)layers\.\d+\.",

@@ -54,9 +54,10 @@ class _Timeline:
         found = bisect.bisect_right(self.starts, number) - 1
         if found < 0:
             raise RuntimeError(
-                "adapters: expected the backward of a layer that is computed again within "
-                f"{_MOST_CHANGES} changes of the block since its forward, found autograd node "
-                f"{number} before node {self.starts[0]}, the oldest known; call backward() earlier"
+                "adapters: expected the backward of a recomputed layer within "
+                f"{_MOST_CHANGES} entries and exits of blocks after its forward, found autograd "
+                f"node {number}, older than the oldest known {self.starts[0]}; call backward() "
+                "earlier"
             )
         return self.blocks[found]
 
@@ -74,7 +75,7 @@ class _Thread(threading.local):
 
 
 here = _Thread()
-_timelines: deque[_Timeline] = deque(maxlen=64)  # of the last threads, including finished ones
+_timelines: deque[_Timeline] = deque(maxlen=64)  # of the latest threads, including finished ones
 
 
 def record(block: Any) -> None:
@@ -87,7 +88,7 @@ def record(block: Any) -> None:
 
 
 def block_of_forward(task: int) -> Any:
-    """Return the block in which the node was created that a backward evaluates in this thread.
+    """Return the block in which the node that this thread's backward evaluates was created.
 
     Args:
         task: Number of the backward in autograd.
@@ -114,7 +115,7 @@ def block_of_forward(task: int) -> Any:
         if any(other is not block for other in found):
             raise RuntimeError(
                 "adapters: expected one block for the forward of a layer that the backward "
-                f"computes again, found different blocks in {len(found)} threads; give "
+                f"recomputes, found different blocks in {len(found)} threads; pass "
                 "adapter_ids, or train in one thread"
             )
     here.resolved = (key, block)

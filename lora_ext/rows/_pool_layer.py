@@ -33,7 +33,7 @@ def no_block(where: str = "") -> RuntimeError:
     """Return the error for a forward outside every block."""
     return RuntimeError(
         f"attach: default='error': expected a block around every forward, found none{where}; enter "
-        "lora_ext.adapters(...) in this thread, or give adapter_names= to the call"
+        "lora_ext.adapters(...) in this thread, or pass adapter_names= to the call"
     )
 
 
@@ -49,7 +49,7 @@ def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:
             f"{name!r} that require gradients; adapters of a pool get no gradients, so an "
             "optimizer would train the base model. Freeze it with model.requires_grad_(False); "
             "to train adapters, call lora_ext.from_peft or lora_ext.nn.wrap. Gradients that no "
-            "optimizer uses, such as those of torch.autograd.grad for attribution, are right",
+            "optimizer uses, such as those of torch.autograd.grad for attribution, are correct",
             stacklevel=1,
         )
 
@@ -68,8 +68,8 @@ class PoolLayer(nn.Module):
     #: the numbers of tokens and sequences differ.
     tokens_first = False
 
-    #: True if all sequences share the rows of this layer. Their number can be that of the names by
-    #: chance.
+    #: True if all sequences share the rows of this layer. The number of these rows can be equal to
+    #: the number of names by chance.
     shared = False
 
     #: Name of the adapter for forwards outside every block; None for the base model; "error" to
@@ -110,8 +110,8 @@ class PoolLayer(nn.Module):
         """Return the rows of this layer's input in a block."""
         if self.shared and block.assignment.shape != ():
             raise ValueError(
-                f"adapters: names: expected one name for all sequences, adapters('name'), found "
-                f"{block} at {self.name!r}, whose rows all sequences share"
+                "adapters: names: expected one name for all sequences, as in adapters('name'), "
+                f"because they share the rows of {self.name!r}, found {block}"
             )
         try:
             return block.rows(leading, device, self.tokens_first, of_tokens)

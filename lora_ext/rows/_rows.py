@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
 
 def planned(used: tuple[int, ...], ids: Tensor) -> Rows:
-    """Return the rows with these ids. Every :class:`Rows` is created by this function."""
+    """Return the rows with these ids and their plan. Only this function creates :class:`Rows`."""
     return Rows(used, ids, ops.lora_plan(ids, len(used)))
 
 
@@ -51,8 +51,8 @@ def subset(rows: Rows, chosen: Sequence[int]) -> Rows:
 
     Args:
         rows: Rows of a layer.
-        chosen: Indices into ``rows.used``, in the order that ``used`` of the result has. Rows with
-            other adapters become rows of the base model.
+        chosen: Indices into ``rows.used``, in the order of the result's ``used``. Rows with other
+            adapters become rows of the base model.
     """
     place = [chosen.index(i) if i in chosen else -1 for i in range(len(rows.used))]
     return planned(tuple(rows.used[i] for i in chosen), renumbered(rows.ids, place))
@@ -113,7 +113,7 @@ def _with_used(rows: Rows, used: tuple[int, ...]) -> Rows:
 
 
 class _Unknown:
-    """Key for a captured graph that torch cannot return; no two objects are equal."""
+    """Substitute for a captured graph that torch cannot return; no two objects are equal."""
 
 
 def capture(device: torch.device) -> Any:
@@ -200,7 +200,7 @@ def keep(key: Hashable, device: torch.device, make: Callable[..., Any], *args: A
 
 
 def all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return ids and plan of rows that all use adapter 0.
+    """Return the ids and the plan of ``num_rows`` rows that all use adapter 0.
 
     On the CPU the ids are one expanded element, so saving them for backward needs 4 bytes, and the
     plan is None.
@@ -223,7 +223,7 @@ def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) 
 def repeated(
     values: Sequence[float], times: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return a tensor with each value ``times`` times, filled on the device as a capture needs."""
+    """Return a tensor with each value ``times`` times, filled on the device as in `constant`."""
     runs: list[tuple[float, int]] = []
     for value in values:
         same = bool(runs) and runs[-1][0] == value
@@ -256,16 +256,16 @@ def rows_of(
 ) -> Rows:
     """Group rows by the adapters that occur in ``adapter_ids``.
 
-    The host has to read which adapters occur. If the ids are on a device, it waits for them once
-    per tensor, not once per layer. It waits again after each change in place that torch counts (a
-    change through ``.data`` is not counted). In a traced graph every adapter counts as used.
+    The host has to read which adapters occur. If the ids are on a device, the host waits for them
+    once per tensor, not once per layer. It waits again after each in-place change that torch counts
+    (a change through ``.data`` is not counted). In a traced graph every adapter counts as used.
 
     Args:
         adapter_ids: int64 or int32 tensor of values in ``[-1, num_adapters)``: one id per row, or
             one per sequence if ``leading`` is ``(sequences, ...)``.
         num_adapters: Number of adapters that the ids index.
         leading: Dimensions of the layer's input before the features; default is one row per id.
-        enabled: Whether each adapter is used; rows of others become rows of the base model.
+        enabled: Whether each adapter is used; rows of other adapters become rows of the base model.
         tokens_first: Whether ``leading`` is ``(tokens, sequences, ...)``.
 
     Raises:
@@ -315,7 +315,7 @@ def _one_per_row(ids: Tensor, leading: torch.Size | None, tokens_first: bool) ->
 
 
 def group(adapter_ids: Tensor, num_adapters: int) -> Rows:
-    """Return the rows of ids ``(T,)``. If the ids are on a device, this waits for them."""
+    """Return the rows with the ids ``(T,)``; the host waits for ids on a device."""
     found = adapter_ids.unique().tolist()  # sorted
     if found and not -1 <= found[0] <= found[-1] < num_adapters:
         expected = f"ids in [-1, {num_adapters})"

@@ -44,8 +44,8 @@ NOBODY = -2
 def no_rows(name: str) -> ValueError:
     """Return the error for an activated adapter outside every block."""
     return ValueError(
-        f"adapters: input_ids: expected the rows in which {name} is invoked, as it begins in "
-        "mid-sequence (alora_invocation_tokens), found no block around the layer; enter "
+        f"adapters: input_ids: expected the prompts, because {name} begins at its invocation "
+        "(alora_invocation_tokens), found no block around the layer; enter "
         "lora_ext.adapters(names, input_ids=...)"
     )
 
@@ -59,7 +59,7 @@ def pool_rows(
     of_tokens: bool = False,
     default: str | None = None,
 ) -> Rows:
-    """Return the rows of a pool's layer, with slots as ids, in the block in which a graph runs."""
+    """Return the rows of a pool's layer in the block in which a graph runs, with slots as ids."""
     ids = _active_adapter_ids(
         handle, leading, device, tokens_first, of_tokens, tracing.batch, default
     )
@@ -74,10 +74,10 @@ def layer_rows(
     tokens_first: bool,
     of_tokens: bool,
 ) -> Rows:
-    """Return the rows of a layer that owns adapters of these names; all count as used.
+    """Return the rows of a layer that owns adapters of these names; all adapters count as used.
 
-    Outside every block, all rows use the adapter at index ``default``; if this is :data:`NOBODY`,
-    the op raises ValueError.
+    Outside every block, all rows use the adapter at index ``default``; if ``default`` is
+    :data:`NOBODY`, the op raises ValueError.
     """
     ids = _layer_adapter_ids(list(names), default, leading, device, tokens_first, of_tokens)
     return rows_of(ids, len(names))

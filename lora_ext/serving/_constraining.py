@@ -1,4 +1,4 @@
-"""Constraints of single requests in continuous batching."""
+"""Per-request constraints in continuous batching."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ._sampling import Sampling
 if TYPE_CHECKING:
     from lora_ext.control import Constraint, Guide, Matched, MatchedPlan, Plan, Row
 
-# lora_ext.control is imported only if a request has a constraint. It imports circuits, which would
-# take half of the import time of the package.
+# lora_ext.control is imported only if a request has a constraint, because it imports
+# lora_ext.circuits, which would take half of the import time of the package.
 
 _WHERE = "add_request"
-# Positional arguments of the manager's add_request after the id.
+# Names of the positional arguments of the manager's add_request that follow request_id.
 _NAMES = ("max_new_tokens", "streaming", "record_timestamps", "eos_token_id")
-_MAX_FORKS = 64  # maximum number of forks of a request whose rows are cached
-NO_LOGPROBS = "None beside return_logprobs, which has the probabilities of the manager's own tokens"
+_MAX_FORKS = 64  # maximum number of forks of a request whose constraint states are cached
+NO_LOGPROBS = "None with return_logprobs, which supports only tokens that the manager chooses"
 
 
 class RequestConstraint:
@@ -41,7 +41,10 @@ class RequestConstraint:
         self._known: dict[str, tuple[list[int], Row | None]] = {}
 
     def row(self, state: Any) -> Row | None:
-        """Return the state of the constraint after the tokens that a request has generated."""
+        """Return the state of the constraint after the tokens that a request has generated.
+
+        ``state`` is the request's state in transformers.
+        """
         from lora_ext import control
 
         tokens = state.generated_tokens
@@ -66,7 +69,9 @@ def request_constraint(
     arguments: Sequence[Any],
     settings: dict[str, Any],
 ) -> RequestConstraint | None:
-    """Check the constraint of a request before it is queued; return it, or None without one.
+    """Check a request's constraint before the request is queued, and return it.
+
+    Returns None if the request has no constraint.
 
     Args:
         manager: continuous-batching manager of transformers.
@@ -89,16 +94,17 @@ def request_constraint(
         getattr(config, name) if plain.get(name) is None else plain[name]
         for name in ("max_new_tokens", "eos_token_id")
     )
-    require(budget is not None, _WHERE, "max_new_tokens", "a number beside a constraint", budget)
+    expected = "a number, which a constraint needs"
+    require(budget is not None, _WHERE, "max_new_tokens", expected, budget)
     if manager.continuous_batching_config.return_logprobs:
         raise NotImplementedError(f"{_WHERE}: constraint: expected {NO_LOGPROBS}, found one")
     (plan,) = control.plans_of(_WHERE, constraint, guide, budget)
     assert plan is not None
     ends = {eos} if isinstance(eos, int) else set(eos or ())
-    expected = f"those of the constraint, {list(constraint.eos)}"
+    expected = f"the end tokens of the constraint, {list(constraint.eos)}"
     require(ends == set(constraint.eos), _WHERE, "eos_token_id", expected, sorted(ends))
     size = manager.model.get_output_embeddings().weight.shape[0]
-    expected = f"the model's vocabulary, {size}"
+    expected = f"a vocabulary of {size} tokens, as in the model"
     found = constraint.vocab_size
     require(found == size, _WHERE, "constraint", expected, found)
     temperature = 1.0 if sampling is None else sampling.temperature
@@ -113,7 +119,7 @@ class Standing(NamedTuple):
         row: state of the constraint.
         temperature: divides the scores before a token is drawn.
         whole: True if the token is drawn from the whole distribution, without top-k or top-p.
-        generator: generator of the request, or None for torch's default one.
+        generator: generator of the request, or None for torch's default generator.
     """
 
     place: int
@@ -126,9 +132,10 @@ class Standing(NamedTuple):
 def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], list[Standing]]:
     """Draw the tokens of rows that have a guide and sample from the whole distribution.
 
-    Drawing them here needs no matrix product with the vocabulary. On a GPU this product is cheaper,
-    so no token is drawn here. Rows with a NaN or without a finite score for an allowed token are
-    not drawn either, since an error would end the steps of all other requests.
+    These tokens are drawn by rejection sampling, which needs no matrix product over the vocabulary.
+    On a GPU that product is the cheaper way, so no token is drawn here. No token is drawn either
+    for rows with a NaN score or without a finite score for an allowed token, since an error would
+    end the steps of all other requests.
 
     Args:
         scores: scores ``(1, N, V)`` of N rows and V tokens, not changed.
@@ -171,7 +178,7 @@ def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:
     from lora_ext import control
 
     ratios = control.log_ratios([each.row for each in rows])
-    # Clamped to float32: otherwise 0 times infinity would allow a forbidden token.
+    # Clamped to the range of float32: otherwise 0 times infinity would allow a forbidden token.
     warm = torch.tensor([each.temperature for each in rows]).clamp(1e-30, 1e30)
     blocks = [
         control.Block(inside, ratio * warm[inside, None].to(ratio)) for inside, ratio in ratios

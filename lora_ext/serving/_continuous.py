@@ -2,9 +2,9 @@
 
 The steps of a request:
 
-1. ``add_request`` pins the adapter. The request uses this version of it until its end.
-2. A step packs tokens of many requests into one row. A block around the step has a name for each
-   token, and attention separates the requests again. Tokens before the start of an activated
+1. ``add_request`` pins the adapter. The request uses this version of the adapter until it ends.
+2. A step packs tokens of many requests into one row. A block around the step assigns an adapter to
+   each token, and attention keeps the requests separate. Tokens before the start of an activated
    adapter (the position at which it begins) use the base model.
 3. Requests share pages of keys and values. Pages from the start of an adapter on are shared only
    by requests with the same version of the same adapter.
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 _KEY = "_lora_ext_requests"  # attribute of a manager: its AdapterRequests
 _FORK_SUFFIX = "__child#"  # transformers appends it to the id of a request that it forks
-_MARKED_TOKENS = 4  # tokens of a page that encode an adapter's version; no page is smaller
+_MARKED_TOKENS = 4  # first tokens of a page that encode an adapter's version; the minimum page size
 _NOT_GIVEN: Any = object()
 _INIT = "init_continuous_batching"
 
@@ -61,13 +61,14 @@ _all: weakref.WeakSet[AdapterRequests] = weakref.WeakSet()
 
 @dataclass
 class _Request:
-    """Request between ``add_request`` and its result. Requests forked from it share the object.
+    """Request between ``add_request`` and its result. Requests forked from it share this object.
 
     Attributes:
         name: name of the adapter; None is the base model.
         lease: lease that pins the adapter.
         start: number of tokens before the adapter begins, which use the base model.
-        sampling, generator, constraint: how tokens are chosen; None if the manager chooses them.
+        sampling, generator, constraint: how tokens are chosen; each is None if the request does not
+            set it.
         logprobs: list to which the log-probability of each new token is appended, or None.
         cancelled: True after ``cancel_request``.
     """
@@ -99,21 +100,22 @@ class _Request:
 class AdapterRequests:
     """Requests of one manager with their adapters, stored as an attribute of the manager.
 
-    State: ``_requests``, by id, is guarded by ``_unpinned``, which is notified when a request ends.
-    Only the manager's thread uses the other state. ``_choosing`` lists the requests that choose a
-    token in the current step, in the order of its logits. ``_constrained`` lists those of them that
-    have a constraint. ``_last`` is the rows of the last step and their block.
+    State: ``_requests`` maps ids to requests. It is guarded by the condition ``_unpinned``, which
+    is notified when a request ends. Only the manager's thread uses the other state. ``_choosing``
+    lists the requests that get a new token in the current step, in the order of the step's logits.
+    ``_constrained`` has an entry for each of these requests that has a constraint. ``_last``
+    contains the key of the last step (its runs of tokens) and the block made for it.
 
     Args:
         manager: transformers' ``ContinuousBatchingManager`` of an attached model.
         names: chooses the adapter names of the model's calls.
 
     Attributes:
-        computed: number of tokens computed so far, without tokens that were read from shared pages.
+        computed: number of tokens computed so far, excluding tokens read from shared pages.
 
     Raises:
-        NotImplementedError: If the manager uses tensor parallelism or compiled steps, or lacks a
-            method in this version of transformers.
+        NotImplementedError: If the manager uses tensor parallelism or compiled steps, or if the
+            installed version of transformers lacks a method that has to be wrapped.
     """
 
     def __init__(self, manager: Any, names: CallNames):
@@ -127,8 +129,8 @@ class AdapterRequests:
             if manager._original_attn_impl is not None:
                 manager.model.set_attn_implementation(manager._original_attn_impl)
             raise NotImplementedError(
-                f"{_INIT}: expected an attached model without {found[0]}, found it: the rows of a "
-                "step could not be assigned to their adapters"
+                f"{_INIT}: expected an attached model without {found[0]}, found one with it: the "
+                "tokens of a step could not be assigned to their adapters"
             )
         # Both options would run a step with the block of an earlier step.
         config.use_cuda_graph, config.use_async_batching = (False, False), False
@@ -175,8 +177,8 @@ class AdapterRequests:
                 import transformers
 
                 self.remove()
-                expected = f"{type(owner).__name__}.{name} as in transformers 5.24"
-                found = f"none in {transformers.__version__}"
+                expected = f"a method {type(owner).__name__}.{name} as in transformers 5.24"
+                found = f"none in transformers {transformers.__version__}"
                 raise NotImplementedError(f"{_INIT}: expected {expected}, found {found}")
             owner.__dict__[name] = functools.partial(wrapper, original)
 
@@ -251,7 +253,7 @@ class AdapterRequests:
                 if request_id in self._requests:
                     request.lease.__exit__()
                     raise ValueError(
-                        "add_request: request_id: expected one that is not in use, found "
+                        "add_request: request_id: expected an id that is not in use, found "
                         f"{request_id!r}"
                     )
                 self._requests[request_id] = request
@@ -276,7 +278,7 @@ class AdapterRequests:
         allow_base: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Add requests with one name each. If the pool is full, wait until other requests end."""
+        """Add requests, each with an adapter name. While the pool is full, wait for room in it."""
         if not all(isinstance(prompt, NamedPrompt) for prompt in inputs):
             names = self.names.of_requests("add_requests", adapter_names, len(inputs))
             inputs = named_prompts(inputs, names, allow_base)
@@ -332,7 +334,7 @@ class AdapterRequests:
             self._unpinned.notify_all()
 
     def _root_id(self, request_id: str) -> str:
-        """Return the id of the request that this one was forked from, or its own id."""
+        """Return the id of the request from which ``request_id`` was forked, or ``request_id``."""
         known = request_id in self._requests
         return request_id if known else request_id.rpartition(_FORK_SUFFIX)[0]
 
@@ -423,7 +425,7 @@ class AdapterRequests:
             # with the first token of the row, and ignores the logits of the padding.
             kept += ends[:1] * (len(batch) - len(kept))
         key = runs, kept
-        if self._last is None or self._last[0] != key:  # decoding steps have the same rows
+        if self._last is None or self._last[0] != key:  # consecutive decode steps have equal keys
             names, slots, lengths = zip(*runs, strict=True)
             block = packed_block(
                 self.names.handle, self.pool.max_slots, names, slots, lengths, kept
@@ -470,7 +472,8 @@ class AdapterRequests:
     ) -> None:
         """Share the pages of a request's last step, too.
 
-        The manager does not share them because its steps may overlap. With adapters they do not.
+        The manager does not share them, because its steps may overlap. With adapters, steps never
+        overlap.
         """
         cache = self.manager.batch_processor.cache
         if state.status.name != "FINISHED" or not cache.allow_block_sharing:
@@ -482,7 +485,7 @@ class AdapterRequests:
         return None
 
     def _marked_tokens(self, request_id: str, tokens: list[int]) -> list[int]:
-        """Return a request's tokens with a mark of its adapter, for the search of shared pages.
+        """Return a request's tokens, marked with its adapter, for the lookup of shared pages.
 
         The manager lets requests with equal tokens share pages. A page with keys and values of an
         adapter must be shared only by requests with the same version and the same start of the

@@ -1,4 +1,4 @@
-"""Embedding of texts with adapters; one forward computes several waiting requests."""
+"""Embeddings of texts with adapters; one forward computes several waiting requests."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from ._metrics import Load
 from .attaching import attach
 
 POOLINGS = ("cls", "mean", "lasttoken")
-#: Model types in the names of sentence-transformers' files, in the order of the search.
+#: Model types in the file names ``sentence_<type>_config.json``, in the order of the search.
 _KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-_TRIES = 8  # maximum attempts, as an adapter may be unloaded between its load and the forward
+# Maximum number of attempts to compute a batch. An attempt fails if an adapter is unloaded between
+# its load and the forward.
+_TRIES = 8
 
 
 class _Waiting(NamedTuple):
@@ -124,7 +126,7 @@ class Embedder(ServedPool):
         self._stopped = True
         for each in (*self._waiting, *self._running):
             if not each.vectors.done():
-                each.vectors.set_exception(StoppedError("embed: the server stops"))
+                each.vectors.set_exception(StoppedError("embed: the server is stopping"))
 
     async def embed(
         self, texts: Sequence[str | list[int]], adapter_name: str | None = None
@@ -136,7 +138,7 @@ class Embedder(ServedPool):
             adapter_name: name of the adapter, or None for the base model.
 
         Returns:
-            The vectors, ``(N, D)`` float32 on the CPU and finite, and the number of tokens of the
+            The vectors, ``(N, D)`` finite float32 on the CPU, and the total number of tokens of the
             texts.
 
         Raises:
@@ -153,7 +155,7 @@ class Embedder(ServedPool):
             async with self._encoding:
                 ids = await asyncio.to_thread(self._encode, texts)
         if self._stopped:
-            raise StoppedError("embed: the server stops, and takes no more requests")
+            raise StoppedError("embed: the server is stopping")
         each = _Waiting(ids, adapter_name, asyncio.get_running_loop().create_future())
         self._waiting.append(each)
         if self._worker is None or self._worker.done():
@@ -180,12 +182,15 @@ class Embedder(ServedPool):
             expected = f"1 to {self.context} tokens"
             require(0 < len(one) <= self.context, "embed", f"input[{i}]", expected, len(one))
             wrong = [token for token in one if not 0 <= token < size]
-            require(not wrong, "embed", f"input[{i}]", f"tokens in [0, {size})", f"{wrong[:3]}")
+            require(not wrong, "embed", f"input[{i}]", f"token ids in [0, {size})", f"{wrong[:3]}")
             ids.append(one)
         return ids
 
     async def _work(self) -> None:
-        """Compute batches of waiting requests, each of one forward if possible, until all end."""
+        """Compute batches until no request is waiting.
+
+        A batch contains as many requests as fit into one forward, but at least one request.
+        """
         while self._waiting:
             batch, rows, widest = self._running, 0, 0
             while self._waiting:
@@ -209,7 +214,8 @@ class Embedder(ServedPool):
     async def _answer(self, batch: list[_Waiting]) -> None:
         """Compute a batch and set its results.
 
-        After an error the halves are computed separately, so only the faulty request fails.
+        After an error the two halves of the batch are computed separately, so that only the faulty
+        request fails.
         """
         for left in reversed(range(_TRIES)):
             try:
@@ -241,7 +247,7 @@ class Embedder(ServedPool):
         start = 0
         while start < len(order):
             if self._stopped:
-                raise StoppedError("embed: the server stops")
+                raise StoppedError("embed: the server is stopping")
             rows = max(1, self.max_batch_tokens // len(texts[order[start]][0]))
             parts.append(self._vectors([texts[i] for i in order[start : start + rows]]))
             start += rows
@@ -295,20 +301,21 @@ def _end(each: _Waiting, answer: Tensor | Exception | None) -> None:
 
 
 def pooling_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
-    """Read from a sentence-transformers folder the pooling, and whether vectors are normalised.
+    """Read the pooling from a sentence-transformers folder, and whether vectors are normalised.
 
     Returns:
-        Both values, or None if the folder has another format.
+        The pooling, as for :class:`Embedder`, and True if vectors are normalised; or None if the
+        folder has another format.
 
     Raises:
-        ValueError: If the folder lists other modules than a transformer, a pooling and a
+        ValueError: If the folder lists modules other than a transformer, a pooling and a
             normalisation, or if :class:`Embedder` does not support its pooling.
     """
     parts = _read(Path(folder) / "modules.json")
     if parts is None:
         return None
     kinds = [str(part["type"]).rpartition(".")[2] for part in parts]
-    expected = "Transformer, Pooling and perhaps Normalize"
+    expected = "Transformer, Pooling and optionally Normalize"
     known = kinds in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
     require(known, "modules.json", "type", expected, ", ".join(kinds))
     config = _read(Path(folder) / parts[1]["path"] / "config.json") or {}
@@ -327,7 +334,7 @@ def preparation_of(folder: str | os.PathLike[str]) -> Preparation | None:
     """Read the preparation of texts from a folder in the format of sentence-transformers.
 
     Returns:
-        The preparation; None if the folder has another format.
+        The preparation, or None if the folder has another format.
 
     Raises:
         ValueError: If the default prompt is not among the prompts, or if the pooling excludes the
@@ -346,7 +353,7 @@ def preparation_of(folder: str | os.PathLike[str]) -> Preparation | None:
         expected = f"one of {sorted(listed)}"
         require(name in listed, where, "default_prompt_name", expected, f"{name!r:.200}")
         counted = (_read(pooling / "config.json") or {}).get("include_prompt", True)
-        expected = f"true beside the default prompt {name!r:.200}"
+        expected = f"true, as the folder has the default prompt {name!r:.200}"
         require(counted, "Pooling", "include_prompt", expected, counted)
     prompt = "" if name is None else listed[name]
     return Preparation(prompt, config.get("max_seq_length"), bool(config.get("do_lower_case")))

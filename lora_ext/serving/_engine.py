@@ -27,16 +27,18 @@ from .attaching import attach
 if TYPE_CHECKING:
     from lora_ext.control import Constraint
 
-_TRIES = 8  # maximum attempts to start, as an adapter may be unloaded between its load and its pin
+# Maximum number of attempts to start a request. An attempt fails if the adapter is unloaded between
+# its load and its pin.
+_TRIES = 8
 _RECHECK_SECONDS = 1.0  # a waiting request checks at this interval that the manager is running
-_MAX_READ_PROMPTS = 16  # number of latest prompts whose pages are assumed to be in the cache
+_MAX_READ_PROMPTS = 16  # number of most recent prompts whose pages are assumed to be in the cache
 
-#: Messages of a chat, a text, or the token ids of a text.
+#: Prompt: messages of a chat, a text, or the token ids of a text.
 Prompt: TypeAlias = Sequence[Mapping[str, str]] | str | Sequence[int]
 
 
 class QueueFullError(RuntimeError):
-    """Error for a request above the maximum number of waiting and running requests."""
+    """Error for a request that exceeds the maximum number of waiting and running requests."""
 
 
 class StoppedError(RuntimeError):
@@ -171,7 +173,7 @@ class Engine(ServedPool):
         """
         self._stopped = True
         for stream in list(self._streams):
-            stream.interrupt("the server stops")
+            stream.interrupt("the server is stopping")
 
     @property
     def healthy(self) -> bool:
@@ -200,20 +202,20 @@ class Engine(ServedPool):
         Args:
             prompt: messages for the tokenizer's chat template, a text, or its token ids.
             adapter_name: name of the adapter, or None for the base model.
-            max_new_tokens: maximum number of tokens in the answer; default is what the prompt
-                leaves of ``context``, at most 256.
-            sampling: settings of sampling; with None, each token is the one with the largest logit.
+            max_new_tokens: maximum number of tokens in the answer. The default is 256, or fewer if
+                the prompt leaves less room in ``context``.
+            sampling: settings of sampling; None always chooses the token with the largest logit.
             allow_base: whether the base model answers if the prompt does not contain the invocation
-                of an activated adapter.
+                of its activated adapter; otherwise ValueError is raised.
             form: format of the answer. Its constraint is built in another thread and cached.
 
         Raises:
             QueueFullError: If there are ``max_requests`` requests already.
             StoppedError: After :meth:`interrupt`.
             ValueError: If the chat template rejects the messages; if the invocation is missing; if
-                the prompt has no tokens, too many tokens, or an unknown token; if the form is
-                invalid; or if ``max_new_tokens`` is too small for it.
-            NotImplementedError: If no constraint supports the form.
+                the prompt has no tokens, too many tokens, or an unknown token; if ``form`` is
+                invalid; or if ``max_new_tokens`` is too small for ``form``.
+            NotImplementedError: If ``form`` cannot be expressed as a constraint.
             UnknownAdapterError: If the folder has no such adapter.
             PoolFullError: If the pool has no room for the adapter.
 
@@ -224,8 +226,8 @@ class Engine(ServedPool):
                 ids = await asyncio.to_thread(self.encode, prompt)
             room = self.context - len(ids)
             new = max(1, min(256, room)) if max_new_tokens is None else max_new_tokens
-            expected = f"at most {self.context} tokens of prompt and answer"
-            require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} and {new}")
+            expected = f"at most {self.context} tokens of prompt and answer together"
+            require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} + {new}")
             how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
             how |= {"adapter_name": adapter_name, "ended": self._count, "begun": self._ahead.ends}
             if form is not None:
@@ -236,7 +238,7 @@ class Engine(ServedPool):
                     asked = self._asked(ids, adapter_name)
                     await self._ahead.wait(asked)
                     if self._stopped:
-                        raise StoppedError("begin: the server stops, and takes no more requests")
+                        raise StoppedError("begin: the server is stopping")
                     stream = RequestStream(self.manager, ids, **how)
                 except UnknownAdapterError:
                     if not left:
@@ -245,7 +247,7 @@ class Engine(ServedPool):
                     self._streams.add(stream)
                     self._ahead.begins(stream, asked)
                     return stream
-            raise AssertionError("the last try returns or raises")
+            raise AssertionError("the last attempt returns or raises")
 
     def _asked(self, ids: list[int], name: str | None) -> Asked:
         if name is None:
@@ -280,16 +282,17 @@ class Engine(ServedPool):
         return load_of(self.manager)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt; those of a chat end where the answer begins.
+        """Return the token ids of a prompt.
 
-        If the tokenizer has no chat template, the contents of the messages are joined by newlines.
+        The ids of a chat end with the template's generation prompt. If the tokenizer has no chat
+        template, the contents of the messages are joined by newlines.
         """
         if isinstance(prompt, str):
             return self.tokenizer(prompt).input_ids
         if prompt and not isinstance(prompt[0], Mapping):
             size = self.model.config.get_text_config().vocab_size
             wrong = [token for token in prompt if not 0 <= token < size]  # pyright: ignore
-            require(not wrong, "begin", "prompt", f"tokens in [0, {size})", f"{wrong[:3]}")
+            require(not wrong, "begin", "prompt", f"token ids in [0, {size})", f"{wrong[:3]}")
             return list(prompt)  # pyright: ignore[reportReturnType]
         from jinja2 import TemplateError
 
@@ -302,7 +305,7 @@ class Engine(ServedPool):
             )
             return self.tokenizer(text, add_special_tokens=False).input_ids
         except (TemplateError, TypeError, KeyError) as error:
-            words = f"begin: messages: expected messages for the chat template, found {error}"
+            words = f"begin: messages: the chat template does not accept the messages: {error}"
             raise ValueError(words) from None
 
 
@@ -357,7 +360,7 @@ class Ahead:
         self._reading[stream] = asked, asyncio.Event()
 
     def ends(self, stream: Any) -> None:
-        """Record that a stream has its first token, or ended without one."""
+        """Record that a stream has its first token, or that it ended without a token."""
         if stream in self._reading:
             asked, event = self._reading.pop(stream)
             if stream.tokens:

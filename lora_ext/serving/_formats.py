@@ -40,7 +40,7 @@ class Format:
     Attributes:
         kind: kind of the format: "json" (with a schema), "regex", "choice", or "json_object".
         content: the schema as JSON, the regular expression, or the choices.
-        field: name of the request's field, for error messages.
+        field: name of the request's field that contains the format, for error messages.
     """
 
     kind: str
@@ -78,7 +78,7 @@ def read_format(
     response_format: Mapping[str, Any] | None = None,
     structured_outputs: Mapping[str, Any] | None = None,
 ) -> Format | None:
-    """Return the format of a request; None for plain text.
+    """Return the format that a request requires, or None if its answer is plain text.
 
     Args:
         response_format: mapping ``{"type": "text" | "json_object" | "json_schema", "json_schema":
@@ -87,21 +87,24 @@ def read_format(
             ``regex``, ``choice`` and ``json_object``.
 
     Raises:
-        ValueError: If an argument has another form, or if both request a format; the message names
-            the field.
+        ValueError: If an argument has another form, or if both arguments require a format; the
+            message names the field.
         FormatTooLongError: If a schema, an expression or the choices are too large.
         NotImplementedError: If ``structured_outputs`` has ``grammar`` or ``structural_tag``.
     """
     first = None if response_format is None else _of_openai(response_format)
     if structured_outputs is None:
         return first
-    expected, found = "none beside response_format", f"{structured_outputs!r:.200}"
+    expected, found = "None with response_format", f"{structured_outputs!r:.200}"
     require(first is None, "structured_outputs", "value", expected, found)
     return _of_vllm(structured_outputs)
 
 
 def refuse_old_names(body: Mapping[str, Any]) -> None:
-    """Raise ValueError for a field of vLLM before 0.12; the message contains the new name."""
+    """Raise ValueError if a request has a field that vLLM renamed in version 0.12.
+
+    The message contains the new name.
+    """
     for old, kind in _OLD.items():
         if body.get(old) is not None:
             raise ValueError(f'{old}: expected structured_outputs {{"{kind}": ...}}, found {old}')
@@ -132,9 +135,9 @@ def _of_vllm(given: Mapping[str, Any]) -> Format:
     for name in _REFUSED:
         if name in named:
             raise NotImplementedError(
-                f"{where}: {name}: expected {', '.join(_KINDS)}, found a field without an automaton"
+                f"{where}: {name}: expected {', '.join(_KINDS)}, found an unsupported field"
             )
-    require(len(named) == 1, where, "fields", f"one of {_KINDS}", sorted(named)[:5])
+    require(len(named) == 1, where, "fields", f"exactly one of {_KINDS}", sorted(named)[:5])
     ((kind, content),) = named.items()
     require(kind in _KINDS, where, "fields", f"one of {_KINDS}", repr(kind)[:80])
     field = f"{where}.{kind}"
@@ -144,7 +147,7 @@ def _of_vllm(given: Mapping[str, Any]) -> Format:
     if kind == "choice":
         good = isinstance(content, list) and bool(content)
         good = good and all(isinstance(text, str) for text in content)
-        require(good, where, kind, "a list of at least one text", repr(content)[:80])
+        require(good, where, kind, "a list of at least one string", repr(content)[:80])
         _measured(field, "".join(content))
         return Format(kind, tuple(content), field)
     if kind == "json" and isinstance(content, Mapping):

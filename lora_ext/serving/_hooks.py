@@ -45,7 +45,7 @@ from ._pipelines import report_lost_names
 
 _Run = Callable[..., Any]
 
-#: Prefix of the attribute that stores a method which was in an instance's ``__dict__`` before.
+#: Prefix of the attribute that stores a method that an instance had in its ``__dict__`` before.
 _OWN_PREFIX = "_lora_ext_own_"
 #: Arguments of ``forward`` whose first dimension is the batch dimension.
 _INPUTS = (
@@ -57,9 +57,9 @@ _INPUTS = (
     "pixel_values",
     "input_features",
 )
-#: Names of the cache among the arguments of a forward, for several versions of transformers.
+#: Names of the argument of ``forward`` that contains the cache, in versions of transformers.
 _CACHES = ("cache", "past_key_values", "cache_params")
-#: Arguments of a forward that only steps of transformers' continuous batching pass.
+#: Arguments of ``forward`` that only a step of transformers' continuous batching passes.
 _PACKED = ("read_index", "write_index", "block_table")
 
 
@@ -76,9 +76,9 @@ class Hooks:
     def __init__(self, names: CallNames):
         self.names = names
         self._lock = _ForwardLock()
-        # Dynamo does not trace this function: a compiled model breaks its graph here, and the
-        # forward runs eagerly. It is not disabled by a decorator, because that would import dynamo
-        # with this file, which takes a second.
+        # Dynamo does not trace this function: a compiled model has a graph break here, and the
+        # forward runs eagerly. No decorator is used, because it would import dynamo together with
+        # this file, which takes a second.
         self._uncompiled: Any = torch.compiler.disable(
             self._locked_forward,
             reason="a manager of continuous batching runs, and a compiled forward would not wait; "
@@ -98,7 +98,7 @@ class Hooks:
             found = {
                 method: replacement
                 for method, replacement in _REPLACEMENTS.items()
-                # A method in the instance's __dict__ is kept, except for a repository's generate.
+                # A method in the instance's __dict__ is kept, except for a Hub model's generate.
                 if (method == "generate" or method not in module.__dict__)
                 and callable(getattr(kind, method, None))
             }
@@ -107,7 +107,7 @@ class Hooks:
             if is_model or (self.names.default is not None and not name):
                 found["forward"] = Hooks.forward
             for method, replacement in found.items():
-                if method in module.__dict__:  # accelerate's forward, a repository's generate
+                if method in module.__dict__:  # accelerate's forward, a Hub model's generate
                     module.__dict__[_OWN_PREFIX + method] = module.__dict__[method]
                 hook = _replacing_function(self, replacement, kind, method)
                 setattr(module, method, MethodType(hook, module))
@@ -117,7 +117,7 @@ class Hooks:
     def forward(
         self, model: Any, own: _Run, /, *args: Any, adapter_names: Names = None, **kw: Any
     ) -> Any:
-        """Run a forward in the block of its names, with the model's lock if it is not compiled."""
+        """Run a forward in a block with its adapter names, and hold the lock if not compiled."""
         refuse_singular("forward", kw)
         if not compiles():
             return self._locked_forward(own, model, args, kw, adapter_names)
@@ -136,11 +136,11 @@ class Hooks:
         if str(attention).startswith("paged|") and not any(name in kw for name in _PACKED):
             # transformers makes no mask for this attention outside the manager's steps.
             raise RuntimeError(
-                f"attach: attention: expected one that masks later tokens, found {attention!r}, "
-                "set by continuous batching; stop it or call set_attn_implementation('sdpa')"
+                f"attach: attention: expected one with a causal mask, found {attention!r}, set by "
+                "continuous batching; stop its manager or call set_attn_implementation('sdpa')"
             )
         names = self.names.of_call(names)
-        if names is None and not self._lock.held:  # held: the outer forward was checked already
+        if names is None and not self._lock.held:  # held: the enclosing forward was checked
             report_lost_names(self.names.handle)
         exclusive = kw.get("is_causal") is not None
         with self._lock.hold(exclusive), self.names.block(names):
@@ -149,7 +149,10 @@ class Hooks:
     def generate(
         self, model: Any, own: _Run, /, *args: Any, adapter_names: Names = None, **kw: Any
     ) -> Any:
-        """Generate with the names of the call; changes of the rows apply only to this call."""
+        """Generate with the adapter names of the call.
+
+        The repetition of rows for beams and returned sequences applies only to this call.
+        """
         refuse_singular("generate", kw)
         names = self.names.of_call(adapter_names)
         with self.names.block(names), generation_scope(), media_owners(model, args, kw):
@@ -158,7 +161,7 @@ class Hooks:
                 scale = kw.get("guidance_scale", getattr(config, "guidance_scale", None))
                 if scale is not None and scale != 1:
                     raise NotImplementedError(
-                        "generate: guidance_scale: expected none beside an activated adapter, "
+                        "generate: guidance_scale: expected None or 1 with an activated adapter, "
                         f"found {scale}: its start in the unconditional prompt is not known"
                     )
                 prompt_known(*_prompt_and_past(args, kw))
@@ -167,8 +170,8 @@ class Hooks:
     def _prepare_encoder_decoder_kwargs_for_generation(
         self, _model: Any, own: _Run, /, *args: Any, **kw: Any
     ) -> Any:
-        # The encoder runs on the inputs before they are repeated. This resets the count, because
-        # Whisper generates several times in one call.
+        # The encoder runs on the inputs before they are repeated. The number of repetitions is
+        # reset to 1, because Whisper generates several times in one call.
         repeat_rows(self.names.handle, 1)
         return own(*args, **kw)
 
@@ -179,8 +182,8 @@ class Hooks:
         repeat_rows(self.names.handle, expand_size)
         return expanded
 
-    # Whisper repeats its inputs for returned sequences before the encoder, and removes recordings
-    # that have ended from the batch.
+    # Whisper repeats its inputs for returned sequences before the encoder runs. It also removes
+    # recordings that have ended from the batch.
 
     def _expand_variables_for_generation(
         self, _model: Any, own: _Run, /, *args: Any, **kw: Any
@@ -216,7 +219,7 @@ class Hooks:
         allow_base: bool = False,
         **kw: Any,
     ) -> Any:
-        """Generate with one name per request.
+        """Generate with one adapter name per request.
 
         With ``allow_base``, prompts without the invocation of their activated adapter use the base
         model; otherwise they raise ValueError.
@@ -242,12 +245,12 @@ class Hooks:
             if isinstance(embeddings, PoolLayer):
                 raise RuntimeError(
                     "resize_token_embeddings: expected embeddings that are not attached, found a "
-                    f"{type(embeddings).__name__}; detach the model, resize it, and make a new pool"
+                    f"{type(embeddings).__name__}; detach the model, resize it and make a new pool"
                 )
         return own(*args, **kw)
 
 
-#: Replacements by method name, without :meth:`Hooks.forward`, which not every module needs.
+#: Replacements by method name, except :meth:`Hooks.forward`, which not every module needs.
 _REPLACEMENTS: dict[str, _Run] = {
     method.__name__: method
     for method in (
@@ -264,9 +267,9 @@ _REPLACEMENTS: dict[str, _Run] = {
 
 
 def _replacing_function(hooks: Hooks, replacement: _Run, kind: type, method: str) -> Any:
-    """Return a function that replaces a method in modules of a class.
+    """Return a function that replaces ``method`` in modules of the class ``kind``.
 
-    The function uses the module that it is bound to, so it also works in a copied model.
+    The function uses the module to which it is bound, so it also works in a copied model.
     """
     original = getattr(kind, method)
     static = isinstance(inspect.getattr_static(kind, method), staticmethod)
@@ -283,7 +286,7 @@ def _replacing_function(hooks: Hooks, replacement: _Run, kind: type, method: str
 
 
 def is_hook(method: Any) -> bool:
-    """Return whether a bound method is a replacement that :meth:`Hooks.install` has made."""
+    """Return whether a bound method is a replacement made by :meth:`Hooks.install`."""
     return getattr(getattr(method, "__func__", None), "of_attach", False)
 
 
@@ -301,9 +304,9 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
     """Run a forward, with the state that its layers need to assign rows to adapters.
 
     This state is the shape of the batch, the sequences that contain images, videos or sounds, and
-    the adapter of each token if adapters are activated. Outside of every block the state is not
-    needed. If dynamo traces the forward, only the shape is stored, because :meth:`Hooks.forward`
-    does not compile forwards that need the rest.
+    the adapter of each token if adapters are activated. Outside of every block no state is stored.
+    If dynamo traces the forward, only the shape is stored, because :meth:`Hooks.forward` does not
+    compile forwards that need more.
 
     Raises:
         NotImplementedError: If the forward is a step of a manager that does not support adapters,
@@ -311,19 +314,19 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
     """
     if any(name in kwargs for name in _PACKED) and not getattr(innermost(), "packed", False):
         raise NotImplementedError(
-            "attach: expected one row per sequence, found continuous batching by a manager without "
-            "adapters; use the attached model's init_continuous_batching or generate_batch"
+            "attach: expected one row per sequence, found a step of a continuous-batching manager "
+            "without adapters; use the attached model's init_continuous_batching or generate_batch"
         )
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise NotImplementedError(
-            "attach: expected a model that is not recorded by torch.jit.trace, which would keep "
-            "the rows of this block; use torch.export or torch.compile, which follow blocks"
+            "attach: expected a model that is not recorded by torch.jit.trace, as the trace would "
+            "keep the adapters of the current block; use torch.export or torch.compile instead"
         )
     traced = compiles()
     if not traced and innermost() is None:
         return run(*args, **kwargs)
-    # The first dimension of these inputs is the sequences. The second one is treated as a number of
-    # tokens, even if it is channels or features.
+    # The first dimension of these inputs is the batch dimension. The size of the second one is
+    # treated as a number of tokens, even if it is a number of channels or features.
     given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
     tensors = [x for x in given if isinstance(x, Tensor) and x.dim() > 1]
     if not tensors:
@@ -352,8 +355,8 @@ def _activation(
         return contextlib.nullcontext()
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise NotImplementedError(
-            "adapters: names: expected ordinary adapters on a model with encoder and decoder, "
-            "found one that begins in mid-sequence (alora_invocation_tokens)"
+            "adapters: names: expected ordinary adapters on an encoder-decoder model, found an "
+            "activated one (alora_invocation_tokens)"
         )
     given = dict(zip(_parameters(type(model)), args, strict=False)) | kwargs
     ids = given.get("input_ids")
@@ -363,7 +366,7 @@ def _activation(
     past = next((given[name] for name in _CACHES if given.get(name) is not None), None)
     if past is not None and not hasattr(past, "get_seq_length"):
         raise NotImplementedError(
-            "adapters: names: expected a cache with get_seq_length beside an activated adapter, "
+            "adapters: names: expected a cache with get_seq_length for an activated adapter, "
             f"found a {type(past).__name__}"
         )
     length = 0 if past is None else int(past.get_seq_length())
@@ -379,7 +382,9 @@ def _parameters(kind: type) -> tuple[str, ...]:
 
 
 def _prompt_and_past(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, int]:
-    """Return the ids passed to ``generate`` and the number of cached tokens before them.
+    """Return the token ids passed to ``generate`` and the number of cached tokens before them.
+
+    The ids are None if they are not given or do not contain the whole prompt.
 
     If there is a cache, ``attention_mask`` includes the cached tokens.
     """
@@ -395,11 +400,12 @@ def _prompt_and_past(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ten
 
 
 class _ForwardLock:
-    """Readers-writer lock of the forwards of one model, in order of arrival.
+    """Readers-writer lock of the forwards of one model, granted in order of arrival.
 
     During a call with ``is_causal=``, transformers stores this argument in the model's
     configuration, from which all threads compute their masks. Each step of continuous batching is
-    such a call. A forward with ``is_causal=`` is therefore exclusive; others run in parallel.
+    such a call. A forward with ``is_causal=`` therefore holds the lock exclusively; other forwards
+    share it.
 
     State: ``_entrance`` is held while a forward enters, and by an exclusive one until it ends.
     ``_sharing`` is the number of shared holders, guarded by ``_changed``. ``_thread.held`` is True

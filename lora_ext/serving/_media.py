@@ -2,8 +2,8 @@
 
 The rows of vision and audio towers (encoders), and of their projectors, are units of media (images,
 videos or sounds) and not sequences. The owner of a unit is the sequence that contains its
-placeholder tokens. If they do not determine it, a block with several names raises an error at the
-first layer of the tower that has adapters.
+placeholder tokens. If these tokens do not determine the owner, a block with several names raises an
+error at the first layer of the tower that has adapters.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lora_ext.rows import Assignment, Layout, change_blocks, generation_scope, i
 
 
 class _Kind(NamedTuple):
-    """Media type, with its names in transformers models."""
+    """Media type and its names in transformers models."""
 
-    method: str  # method of a model that runs tower and projector
-    given: str  # argument of a forward that contains the media
-    token: str  # attribute of the configuration that is the id of the placeholder token
+    method: str  # method of a model that runs the tower and the projector
+    given: str  # argument of forward that contains the media
+    token: str  # attribute of the configuration that contains the placeholder token's id
 
 
 KINDS = (
@@ -57,9 +57,8 @@ def media_owners(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
     """Store the owners of the media of a forward or ``generate`` inside this context.
 
     Raises:
-        ValueError: If the model has no method that runs its tower separately, the number of media
-            is the number of sequences although they are not one in each sequence in order, and a
-            block has several names.
+        ValueError: If a block has several names, the model has no method that runs its tower
+            separately, and there are as many units as sequences, but not one unit in each sequence.
     """
     found = _owners(model, args, kwargs)
     if not found:  # a part of a model, or a later step of generate: keep the stored value
@@ -74,9 +73,9 @@ def media_owners(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
         apart = any(callable(getattr(part, kind.method, None)) for part in model.modules())
         if not apart and _has_several_names():
             raise ValueError(
-                f"adapters: names: expected one name for all sequences, or one of {kind.given} in "
-                f"each of them, found several names and {owners.given} in other places: "
-                f"{type(model).__name__} does not run its tower separately, in {kind.method}"
+                "adapters: names: expected one name for all sequences, or one entry of "
+                f"{kind.given} in each sequence, found several names and {owners.given} entries in "
+                f"other positions: {type(model).__name__} does not run its tower in {kind.method}"
             )
     token = _media_owners.set(found)
     try:
@@ -86,7 +85,7 @@ def media_owners(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
 
 
 def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a forward has media; it must then read tokens, which no graph can."""
+    """Return whether a forward has media; it then reads token ids, which no graph can do."""
     config = getattr(model, "config", None)
     return any(
         kwargs.get(kind.given) is not None and getattr(config, kind.token, None) is not None
@@ -110,7 +109,8 @@ def of_media(
     given = kwargs.get(kind.given, args[0] if args else None)
     if not isinstance(given, Tensor) or len(given) != owners.given:
         owners = owners._replace(rows=None)
-    # Unset inside, because a model may call the same method of a part, which would do this again.
+    # Unset during the call: the method may call the same method of a submodule, which must not
+    # change the blocks again.
     token = _media_owners.set(None)
     try:
         with generation_scope():
@@ -168,7 +168,7 @@ def _rows(
 
 
 def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> bool:
-    """Return whether the grid sizes of the units explain the number of tokens of each sequence.
+    """Return whether the grid sizes of the units fit the number of tokens of each sequence.
 
     The number of tokens of a unit is assumed to be proportional to its number of patches.
     """
@@ -233,7 +233,7 @@ class _Unknown(Assignment):
 
     def spread(self, layout: Layout) -> tuple[int, int]:
         raise ValueError(
-            "adapters: names: expected one name for all sequences, as their tokens do not tell "
+            "adapters: names: expected one name for all sequences, as the tokens do not determine "
             f"which one contains each image, video or sound, found {self.each()!r:.200}"
         )
 

@@ -15,7 +15,7 @@ _COUNTERS = {
     "cancelled_total": "Requests that have ended because their client has disconnected.",
     "refused_total": "Requests that were answered with an error, by its code.",
     "pool_loads": "Adapters that were read.",
-    "pool_evictions": "Adapters that were evicted for others.",
+    "pool_evictions": "Adapters that were evicted to make room for others.",
     "pool_cache_hits": "Adapters that were loaded from host memory.",
     "pool_dropped": "Adapters that did not fit into host memory.",
 }
@@ -25,11 +25,11 @@ _GAUGES = {
     "pool_slots_pinned": "Adapters on the device that requests pin.",
     "pool_pins": "Requests that pin an adapter.",
     "pool_modules_targeted": "Modules that an adapter has targeted.",
-    "pool_pages_total": "Most pages of these modules.",
-    "pool_pages_free": "Free pages of these modules.",
-    "pool_limit_bytes": "Most bytes that the pool may allocate on its devices.",
-    "pool_reserved_bytes": "Bytes that it has allocated: pages, tables and replaced modules.",
-    "pool_used_bytes": "Bytes that its adapters use.",
+    "pool_pages_total": "Maximum number of pages of targeted modules.",
+    "pool_pages_free": "Free pages of targeted modules.",
+    "pool_limit_bytes": "Maximum number of bytes that the pool may allocate on its devices.",
+    "pool_reserved_bytes": "Bytes that the pool has allocated: pages, tables, replaced modules.",
+    "pool_used_bytes": "Bytes that the adapters of the pool use.",
     "pool_page_bytes": "Bytes allocated for pages.",
     "pool_table_bytes": "Bytes allocated for tables.",
     "pool_replaced_bytes": "Bytes allocated for replaced modules.",
@@ -45,7 +45,7 @@ class Load(NamedTuple):
         running: adapter name of each running request; None is the base model.
         waiting: adapter name of each waiting request.
         most_adapters: maximum number of adapters on the device.
-        cache: fraction of the cache of keys and values that requests use.
+        cache: used fraction of the cache of keys and values.
     """
 
     running: Sequence[str | None]
@@ -79,12 +79,12 @@ def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load)
         f'{{max_lora="{load.most_adapters}",running_lora_adapters="{_names(load.running)}",'
         f'waiting_lora_adapters="{_names(load.waiting)}"}}'
     )
-    info = "Adapters of requests; its value is the time."
+    info = "Adapters of running and waiting requests; the value is the Unix time."
     lines += _lines("vllm:lora_requests_info", "gauge", info, {labels: time.time()})
     gauges = {
         "num_requests_running": ("Running requests.", len(load.running)),
         "num_requests_waiting": ("Waiting requests.", len(load.waiting)),
-        "kv_cache_usage_perc": ("Share of the cache that requests use.", load.cache),
+        "kv_cache_usage_perc": ("Fraction of the cache that requests use.", load.cache),
     }
     for name, (text, value) in gauges.items():
         lines += _lines(f"vllm:{name}", "gauge", text, {"": value})
@@ -97,7 +97,7 @@ def _lines(name: str, kind: str, text: str, values: Mapping[str, float]) -> list
 
 
 def _names(names: Sequence[str | None]) -> str:
-    """Return names as the value of a label.
+    """Return adapter names as the value of a label, separated by commas.
 
     A comma inside a name is escaped, because readers split the value at commas.
     """

@@ -1,8 +1,8 @@
 """Choice of the adapter names for a call of an attached model.
 
 A call uses its argument ``adapter_names=``. Without this argument it uses the names of the
-surrounding block, and without a block the default of ``attach``. If another package has dropped the
-names of a call, the call raises (``_pipelines.py``), as it would use the base model.
+surrounding block, and without a block the default of ``attach``. If a pipeline has dropped the
+names of a call, the call raises (``_pipelines.py``), because it would use the base model.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class CallNames:
         self.handle = pool_handle(pool)
 
     def block(self, names: Names) -> contextlib.AbstractContextManager[Any]:
-        """Return a block for a call with these names; None keeps the surrounding block."""
+        """Return a block for a call with these names; if they are None, keep the current block."""
         return contextlib.nullcontext() if names is None else of_call(names, pool=self.pool)
 
     def of_call(self, given: Names) -> Names:
-        """Return the names ``given`` to a call; if they are None outside every block, the default.
+        """Return the names for a call: ``given``, or the default if it is None outside a block.
 
         Raises:
             RuntimeError: If the default is needed and is "error".
@@ -58,7 +58,7 @@ class CallNames:
     def of_requests(self, where: str, given: Names, count: int) -> list[str | None]:
         """Return one name per request: the given names, those of the block, or the default.
 
-        The base model is None or :data:`BASE`, as in a block.
+        The name of the base model is None or :data:`BASE`, as in a block.
 
         Args:
             where: name of the function, for messages.
@@ -76,8 +76,8 @@ class CallNames:
             shape = block.assignment.shape
             if len(shape) > 1 or not isinstance(block.assignment.places, tuple):
                 raise ValueError(
-                    f"{where}: expected a block with one name per request, found names of tokens, "
-                    f"{list(shape)}"
+                    f"{where}: expected a block with one name per request, found names per token, "
+                    f"of shape {list(shape)}"
                 )
             given = block.assignment.spelled()
             given = given if shape else given[0]
@@ -85,7 +85,7 @@ class CallNames:
             [given] * count if given is None or isinstance(given, str) else list(given)
         )
         source = "adapter_names" if block is None else "names of the block"
-        expected = f"one for each of {count} requests"
+        expected = f"one name for each of {count} requests"
         require(len(names) == count, where, source, expected, len(names))
         for name in names:
             fits = name is None or isinstance(name, str)
@@ -118,7 +118,7 @@ def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> Valu
     """Return the error for a prompt without the invocation of its activated adapter."""
     return ValueError(
         f"{where}: expected the invocation {list(invocation)!r:.200} of adapter {name!r} in the "
-        "prompt, found none; allow_base=True lets the base model serve it"
+        "prompt, found none; pass allow_base=True to use the base model for such prompts"
     )
 
 

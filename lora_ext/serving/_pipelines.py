@@ -1,6 +1,6 @@
 """Detection of transformers pipelines that do not pass the adapter names to the model.
 
-Some pipelines ignore the names of a call, some divide an input into several rows, and some compute
+Some pipelines ignore the names of a call, some split an input into several rows, and some compute
 only when their result is read. The model's forward cannot detect this. ``Pipeline.__call__`` and
 ``Pipeline.forward``, which every pipeline runs, are therefore wrapped on the class. The wrappers
 store the running call and step in ContextVars. Models that are not attached are not affected.
@@ -18,7 +18,7 @@ from typing import Any
 
 from lora_ext.rows import Block, current, innermost
 
-_warned: set[int] = set()  # pools
+_warned: set[int] = set()  # handles of the pools for which a warning was shown
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class _Call:
     """Running call of a pipeline.
 
     Attributes:
-        names: whether ``adapter_names`` was an argument.
+        names: whether the call received ``adapter_names``.
         blocks: handles of the pools whose innermost surrounding block has adapters.
         lazy: whether the call has returned an iterator, which may be read outside the block.
     """
@@ -37,12 +37,12 @@ class _Call:
 
 
 _call: ContextVar[_Call | None] = ContextVar("lora_ext.pipeline_call", default=None)
-#: The pipeline that runs a step, and the inputs of the step.
+#: The pipeline that runs the current step, and the inputs of this step.
 _step: ContextVar[tuple[Any, Any] | None] = ContextVar("lora_ext.pipeline_step", default=None)
 
 
 def watch_pipelines() -> None:
-    """Wrap the methods of transformers' pipelines once; do nothing if it is not imported."""
+    """Wrap the methods of transformers' pipelines once, if transformers' models are imported."""
     if "transformers.modeling_utils" not in sys.modules:
         return
     from transformers.pipelines.base import Pipeline  # takes only 30 ms after models are imported
@@ -96,7 +96,7 @@ def report_lost_names(handle: int) -> None:
 
     Raises:
         ValueError: If the pipeline received ``adapter_names`` and there is no block, or if a block
-            has several names and the pipeline divides an input into several rows.
+            has several names and the pipeline splits an input into several rows.
     """
     call, step = _call.get(), _step.get()
     if call is None and step is None:
@@ -113,19 +113,19 @@ def report_lost_names(handle: int) -> None:
                 kind = type(pipeline).__name__
                 raise ValueError(
                     f"adapters: names: expected one name for all rows of a {kind}, "
-                    f"which makes several rows of an input, found {block}"
+                    f"which splits an input into several rows, found {block}"
                 )
         return
     if call is not None and call.names:
         kind = "a pipeline" if step is None else f"a {type(step[0]).__name__}"
         raise ValueError(
-            "adapter_names: expected a block around the pipeline, found an argument of its call: "
-            f"{kind} does not pass it to the model; enter lora_ext.adapters(...)"
+            f"adapter_names: expected a block around the pipeline, found an argument that {kind} "
+            "does not pass to the model; call it inside `with lora_ext.adapters(...)`"
         )
     if call is not None and call.lazy and handle in call.blocks and handle not in _warned:
         _warned.add(handle)
         warnings.warn(
             "adapters: an iterator that a pipeline returned inside a block is read outside every "
-            "block, and the base model or attach's default serves it: read it inside the block",
+            "block, so it uses the base model or the default of attach; read it inside the block",
             stacklevel=2,
         )

@@ -15,9 +15,10 @@ class Sampling:
     """Sampling settings of one request.
 
     Args:
-        temperature: divisor of the logits. 0 selects the largest logit, the first of equal ones.
+        temperature: divisor of the logits. 0 selects the token with the largest logit, the first
+            one in a tie.
         top_p: tokens are drawn from the smallest set of most likely tokens whose probabilities sum
-            to at least this.
+            to at least this value.
         seed: seed of a generator for this request, so that its tokens do not depend on the batch.
             None uses torch's default generator. Forked requests share a generator.
         top_k: number of most likely tokens to draw from; -1 for all. Applied before ``top_p``.
@@ -37,11 +38,11 @@ class Sampling:
         bounds = {
             "temperature": within(0),
             "top_p": within(above=0, maximum=1),
-            "seed": within(-(1 << 63), (1 << 63) - 1, expected="None or an integer of 64 bits"),
+            "seed": within(-(1 << 63), (1 << 63) - 1, expected="None or a 64-bit integer"),
             "top_k": within(-1, expected=("an integer", "a number of tokens, or -1 for all")),
         }
         check_fields(self, bounds)
-        # As a float, because torch cannot divide by integers of more than 64 bits.
+        # Stored as a float, because torch cannot divide by integers of more than 64 bits.
         object.__setattr__(self, "temperature", float(self.temperature))
         found = self.top_k
         require(found != 0, "Sampling", "top_k", "a number of tokens, or -1 for all", found)
@@ -60,7 +61,7 @@ class Sampling:
 
         Args:
             logits: floating-point logits ``(V,)`` of the V tokens.
-            generator: generator on the device of ``logits``, or None for torch's default one.
+            generator: generator on the device of ``logits``, or None for torch's default generator.
 
         Returns:
             A token id, ``()`` int64; any id if a logit is NaN or no logit is finite.

@@ -11,10 +11,10 @@ _RECHECK_SECONDS = 1.0  # time without a token after which a stream checks that 
 
 
 class RequestStream:
-    """Asynchronous iterator over the new tokens of one request; each item is a list of tokens.
+    """Asynchronous iterator over the new tokens of one request; each item is a list of token ids.
 
     The constructor starts the request and requires a running event loop. A slow reader receives
-    longer lists; neither the manager nor another reader waits for it.
+    longer lists; neither the manager nor another reader waits for a slow reader.
 
     Args:
         manager: continuous-batching manager of transformers for an attached model; it must have
@@ -27,8 +27,8 @@ class RequestStream:
             ``max_new_tokens``, ``eos_token_id``, ``sampling``.
 
     Raises:
-        RuntimeError: If the manager does not accept requests. The iterator raises it if the request
-            fails.
+        RuntimeError: If the manager does not accept requests. The iterator raises RuntimeError if
+            the request fails.
 
     The constructor also raises the errors of ``add_request``.
     """
@@ -66,7 +66,7 @@ class RequestStream:
                 self._forget()
         if accepted is None:
             raise RuntimeError(
-                "RequestStream: manager: expected a running one, found one that stops or failed"
+                "RequestStream: expected a running manager, found one that is stopping or failed"
             )
 
     @property
@@ -226,7 +226,7 @@ class TextStream:
         return self._tokenizer.decode(self._window, **how)[len(told) :]
 
     def _tell(self, text: str) -> str:
-        if text:  # tokens without text are kept with the preceding ones
+        if text:  # tokens without text stay in the window with the preceding tokens
             self._window = self._window[self._told :]
         self._told = len(self._window)
         if self.stopped:

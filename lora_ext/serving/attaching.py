@@ -1,4 +1,4 @@
-"""``attach`` and ``detach``: replace the modules of a model by layers that use a pool's adapters.
+"""``attach`` and ``detach``: replace modules of a model by layers that use the adapters of a pool.
 
 This module does not import transformers.
 """
@@ -101,8 +101,8 @@ def attach(
         pack_base: whether to keep a packed copy of the weight of every linear layer, which makes
             products of at most 32 rows on a CPU faster: see :func:`lora_ext.nn.pack_linears`. The
             copies need as many bytes as the weights. A decode step of SmolLM2-135M with 16 adapters
-            takes 0.58 times as long as a step of the model without adapters, and 1.2 times as long
-            without packing. The default is False because of the memory:
+            takes 0.58 times as long as a step of the model without adapters. Without packing it
+            takes 1.2 times as long as that step. The default is False because of the memory:
             :func:`lora_ext.nn.packing` checks whether the copies fit.
         fuse_siblings: whether to compute in one op the updates of all layers of one parent module
             that are called with the same tensor (q, k, v; gate, up). On a GPU they then need only
@@ -113,9 +113,9 @@ def attach(
             to adapters without DoRA; other layers are computed separately.
         overlap: whether to begin each layer's update on a second CUDA stream while its base layer
             is computed, in calls of at most 256 rows: see
-            :mod:`lora_ext.serving.layers._overlap`. It applies under the conditions of
-            ``fuse_siblings``, except to the output head, and cannot be combined with it. The
-            results are bitwise the same. It has not been timed on a GPU.
+            :mod:`lora_ext.serving.layers._overlap`. It applies under the same conditions as
+            ``fuse_siblings``, but not to the output head, and cannot be combined with
+            ``fuse_siblings``. The results are bitwise the same. It has not been timed on a GPU.
 
     Returns:
         ``model``.
@@ -128,7 +128,7 @@ def attach(
         ValueError: If a module of the pool is missing in the model or has another size; if the pool
             lacks a module of the model; if ``overlap`` and ``fuse_siblings`` are both True; or if
             ``pack_linears`` raises.
-        NotImplementedError: If transformers' ``tp_plan`` has divided the weights.
+        NotImplementedError: If transformers' ``tp_plan`` has sharded the weights.
 
     After any error the model is unchanged.
     """
@@ -136,7 +136,7 @@ def attach(
     instance("attach", "pool", pool, AdapterPool)
     require_flags("attach", pack_base=pack_base, fuse_siblings=fuse_siblings, overlap=overlap)
     one = not (overlap and fuse_siblings)
-    require(one, "attach", "overlap", "False where fuse_siblings is True", overlap)
+    require(one, "attach", "overlap", "False if fuse_siblings is True", overlap)
     default = None if default == BASE else default
     if default not in (None, ERROR) and default not in pool:
         raise UnknownAdapterError(
@@ -158,8 +158,8 @@ def attach(
     found = ModelIndex.build(model, pool.targets, device="cpu").specs
     if more := [name for name in found if name not in pool.index.specs]:
         raise ValueError(  # these layers would silently compute the base model
-            f"attach: pool: expected a pool of this model, found one without {len(more)} modules "
-            f"of the model, {more[0]!r} first; make the pool of this model"
+            f"attach: pool: expected a pool made for this model, found one that lacks {len(more)} "
+            f"modules of the model, for example {more[0]!r}; make a pool for this model"
         )
     pool.base_models.meet("attach: model", model_name(model), stacklevel=2)
     if pack_base:
@@ -194,12 +194,12 @@ def detach(model: Model) -> Model:
     if attachment is None:
         found = f"a {type(model).__name__} that is not"
         raise RuntimeError(f"detach: expected an attached model, found {found}")
-    for name, module in model.named_modules():  # accelerate would leave weights on meta
+    for name, module in model.named_modules():  # accelerate would leave weights on the meta device
         on_layer = name in attachment.swap.placed and "_hf_hook" in module.__dict__
         if on_layer or is_hook(module.__dict__.get("_old_forward")):
             raise RuntimeError(
-                f"detach: {name or 'model'}: expected no hooks of accelerate, found some; call "
-                "remove_hook_from_submodules(model) first, or offload before attach"
+                f"detach: {name or 'model'}: expected no hooks of accelerate, found hooks; call "
+                "remove_hook_from_submodules(model) first, or offload the model before attach"
             )
     managers = requests_of(model)
     if any(requests.manager.is_running() for requests in managers):
@@ -229,8 +229,8 @@ def _check_free(model: nn.Module) -> None:
             "attach: expected a model that is not attached, found an attached one; detach it first"
         )
     parts = getattr(model, "_tp_size", None) or 1  # attribute of transformers
-    found = f"weights that tp_plan has divided between {parts} processes"
-    require(parts == 1, "attach", "model", "undivided weights", found, NotImplementedError)
+    found = f"weights that tp_plan has sharded across {parts} processes"
+    require(parts == 1, "attach", "model", "unsharded weights", found, NotImplementedError)
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer) or type(module).__module__.startswith("peft."):
             found = f"{type(module).__name__} at {name!r}"
@@ -238,10 +238,12 @@ def _check_free(model: nn.Module) -> None:
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
-    require(name, "attach", "pool", "a module inside the model", "the model itself")
+    expected, found = "names of submodules of the model", "'' (the model itself)"
+    require(name, "attach", "pool", expected, found)
     module = find_module(model, name)
     if module is None:
         raise ValueError(
-            f"attach: pool: expected a pool of this model, found {name!r}, which the model lacks"
+            f"attach: pool: expected a pool made for this model, found one with module {name!r}, "
+            "which the model lacks"
         )
     return module

@@ -26,10 +26,10 @@ from lora_ext.rows import Assignment, Layout, Rows, capture, in_step, planned
 from .layers._pool_dora import DoraFactors, DoraTable
 from .layers._pool_replaced import ReplacedBank
 
-# Parts of a module's forward that are captured only if an adapter in the pool has them: description
-# of each part, by the field of ModuleSlab that is not None in this case.
+# Parts of a module's forward that are captured only if an adapter in the pool has them. The keys
+# are the fields of ModuleSlab that are then not None; the values are descriptions for messages.
 _PARTS = {"a_pages": "factors", "bias": "a bias", "magnitude": "DoRA magnitudes"}
-_REPLACED = "a module of its own"
+_REPLACED = "a replaced module"
 
 
 def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Capturable:
@@ -39,7 +39,7 @@ def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Captur
 
         step = lora_ext.capturable(pool, max_rows=4)
         with step, lora_ext.adapters(["a", "b", None, "a"]):
-            model(ids)  # once without a graph, as torch asks for
+            model(ids)  # once without a graph, as torch requires
             with torch.cuda.graph(graph):
                 logits = model(ids)
         with step, lora_ext.adapters(["c", None, "a"]):  # rows without a name: the base model
@@ -47,10 +47,10 @@ def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Captur
 
     Args:
         pool: the pool of the adapters; all its modules must be on one device.
-        max_rows: maximum number of rows in a step: of sequences with one token each, or of tokens.
+        max_rows: maximum number of rows in a step. A row is a sequence with one token, or a token.
         replaced: maximum number of adapters in one step that replace modules
-            (``modules_to_save``). For every replaced module, each of them needs a copy of its
-            weight and one more product of all rows.
+            (``modules_to_save``). For every replaced module, each such adapter needs a copy of the
+            weight and one more product with all rows.
 
     Raises:
         TypeError: If ``pool`` is not a pool.
@@ -74,7 +74,7 @@ class _Graphs:
         rows: number of rows of the largest graph; 0 before the first capture.
         parts: captured parts of each module, as values of :data:`_PARTS` and :data:`_REPLACED`;
             fixed at the first capture.
-        served: serial numbers of the adapters that were checked and need no other parts.
+        served: serial numbers of adapters that were checked and need only captured parts.
     """
 
     rows: int = 0
@@ -87,12 +87,13 @@ class Capturable:
 
     A block of :func:`lora_ext.adapters` that is entered inside ``with step`` writes the slots of
     its adapters to this object, with one copy to the device. These adapters stay pinned until the
-    next block writes others. A replay after the block therefore still uses them, even if they have
-    been unloaded. A graph that was captured inside ``with step`` keeps this object and the pool
-    alive, in versions of torch that expose the graph that is being captured.
+    next block writes other adapters. A replay after the block therefore still uses them, even if
+    they have been unloaded. A graph that was captured inside ``with step`` keeps this object and
+    the pool alive, in versions of torch that expose the graph that is being captured.
 
     Only one thread may use the step at a time. If the number of rows of a forward differs from the
-    number of names, as in a prefill, it is computed as without the step; in a capture it raises.
+    number of names, as in a prefill, the forward is computed as without the step; in a capture it
+    raises ValueError.
 
     State, all owned by this object:
 
@@ -103,10 +104,10 @@ class Capturable:
     * Permanent after the first forward that needs it: ``_dora``, one table of DoRA's factors per
       layer, and ``_banks``, one bank per replaced module. A bank stacks the weights of up to
       ``replaced`` adapters; the index of an adapter, its place, is the same in all banks.
-    * Until other names are written: ``_lease``, the pins; ``_assignment``, the names; and
-      ``_owners``, the adapter at each place of the banks, or None.
-    * ``_graphs`` is updated by each capture. ``_entered`` is the context of ``with step``, None
-      outside. ``_closed`` is set once.
+    * Until other names are written: ``_lease``, which pins the adapters; ``_assignment``, the
+      names; and ``_owners``, the adapter at each place of the banks, or None.
+    * ``_graphs`` is updated by each capture. ``_entered`` is the context of ``with step``, or None
+      outside of it. ``_closed`` is set by :meth:`close`.
     """
 
     def __init__(self, pool: AdapterPool, max_rows: int, replaced: int, device: torch.device):
@@ -128,10 +129,10 @@ class Capturable:
         return f"Capturable(max_rows={self.max_rows}, replaced={self.replaced}, {self.device})"
 
     def __enter__(self) -> Capturable:
-        """Make blocks of the pool in this thread and task write their adapters to this object."""
+        """Make this thread's and task's blocks of the pool write their adapters to this object."""
         self._check_open()
         if self._entered is not None:
-            raise RuntimeError("capturable: expected a step to be entered once, found it entered")
+            raise RuntimeError("capturable: expected `with step` to be entered once, found it open")
         self._entered = in_step(self)
         self._entered.__enter__()
         return self
@@ -173,7 +174,7 @@ class Capturable:
         self._check_open()
         if capture(self.device) is not None:
             raise RuntimeError(
-                "adapters: expected a block around a capture, found one entered inside it"
+                "adapters: expected a block around the capture, found one entered inside it"
             )
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -201,7 +202,7 @@ class Capturable:
         for name, invocation in zip(assignment.names, lease.invocations, strict=True):
             if invocation:
                 raise NotImplementedError(
-                    f"capturable: adapter {name!r}: expected one that serves all tokens, found an "
+                    f"capturable: adapter {name!r}: expected an ordinary adapter, found an "
                     "activated one, whose rows depend on the prompt"
                 )
         residents = {resident.slot: resident for resident in lease.residents}.values()
@@ -209,8 +210,8 @@ class Capturable:
             if missing := self._missing_parts(resident):
                 found = f"{' and '.join(missing[1])} at {missing[0]!r}"
                 raise ValueError(
-                    f"capturable: adapter {resident.name!r}: expected what the graphs compute, "
-                    f"found {found}; make a new capturable and capture again"
+                    f"capturable: adapter {resident.name!r}: expected only parts that the graphs "
+                    f"compute, found {found}; make a new capturable and capture again"
                 )
         self._place(residents)
         for table in self._dora.values():
@@ -274,7 +275,7 @@ class Capturable:
         if capture(self.device) is not None:
             raise RuntimeError(
                 "capturable: expected a block of lora_ext.adapters around the capture, found none; "
-                "adapters(None) will do: replays serve the names that are written before them"
+                "enter any, as adapters(None): a replay uses the names that were written before it"
             )
 
     def _missing_parts(self, resident: Any) -> tuple[str, list[str]] | None:
@@ -302,12 +303,12 @@ class Capturable:
         slabs = [slab for slab in self._slabs().values() if slab.replaced]
         for r in residents:
             if any(r.slot in s.replaced and s.replaced[r.slot].rows is not None for s in slabs):
-                expected = "none with trainable_token_indices in a step"
+                expected = "adapters without trainable_token_indices"
                 raise NotImplementedError(
                     f"capturable: adapters: expected {expected}, found {r.name!r}"
                 )
         replacing = [r for r in residents if any(r.slot in slab.replaced for slab in slabs)]
-        expected = f"at most {self.replaced} adapters of a step that replace modules"
+        expected = f"at most {self.replaced} adapters per step that replace modules"
         found = f"{[r.name for r in replacing]!r:.200}"
         require(len(replacing) <= self.replaced, "capturable", "replaced", expected, found)
         self._owners = [owner if owner in replacing else None for owner in self._owners]
@@ -376,7 +377,7 @@ class Capturable:
         """Return the bank of a module, and the place of each row's adapter in it.
 
         The bank contains the weights of the adapters that replace the module. It is None if no
-        adapter in the pool does.
+        adapter in the pool replaces the module.
         """
         slab = self.pool.modules[name]
         whole = any(each.rows is None for each in slab.replaced.values())
@@ -390,5 +391,5 @@ class Capturable:
         if capture(self.device) is not None:
             raise RuntimeError(
                 f"capturable: {name}: expected a step that has run once outside of a capture with "
-                "these adapters in the pool, found its first run captured"
+                "these adapters in the pool, found a capture of its first run"
             )

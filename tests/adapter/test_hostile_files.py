@@ -333,7 +333,7 @@ def test_magnitudes_that_do_not_fit_are_refused(pool):
     lost = MAGNITUDE.replace("up", "head")
     refused(pool, changed(lambda t: t.update({lost: good[:5]})), "config targets, found")
     refused(pool, changed(nothing, use_dora="yes"), "use_dora: expected true or false")
-    refused(pool, changed(nothing, lora_bias=True), "lora_bias: expected false beside use_dora")
+    refused(pool, changed(nothing, lora_bias=True), "lora_bias: expected false with use_dora")
     half = AdapterPool(Base(), max_slots=1, max_rank=8, dtype=torch.float16)
     half.load("x", changed(put(good * 1e6)))
     assert half.modules["up"].magnitude.dtype == torch.float32, "float32, as in PEFT"

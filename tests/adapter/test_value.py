@@ -321,7 +321,7 @@ def test_pool_loads_the_active_or_the_named_adapter_of_a_model():
     assert targets["one"] == targets["two"], "it was updated"
     with pytest.raises(ValueError, match=r"expected one of \['red', 'blue'\], found 'green'"):
         pool.load("four", model, adapter_name="green")
-    with pytest.raises(ValueError, match="adapter_name: expected None beside a directory"):
+    with pytest.raises(ValueError, match="adapter_name: expected None if source is a dir"):
         pool.load("four", "adapters/red", adapter_name="red")
     model.base_model.set_adapter(["red", "blue"])
     with pytest.raises(ValueError, match=r"adapter_name: expected a name, .*\['red', 'blue'\]"):

@@ -267,13 +267,13 @@ def test_failed_attach_changes_nothing() -> None:
     assert snapshot(other) == before and snapshot(small) == before_small
     divided = make_model("llama")
     divided._tp_size = 2  # transformers sets this for a model that tp_plan= divided.
-    with pytest.raises(NotImplementedError, match="tp_plan has divided between 2 processes"):
+    with pytest.raises(NotImplementedError, match="tp_plan has sharded across 2 processes"):
         lora_ext.attach(divided, pool)
     wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(RuntimeError, match="expected a model without adapter layers, found PeftM"):
         lora_ext.attach(wrapped, pool)
     bare = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="expected a module inside the model, found the model"):
+    with pytest.raises(ValueError, match="expected names of submodules of the model, found ''"):
         lora_ext.attach(bare, lora_ext.AdapterPool(bare))
     lora_ext.attach(model, pool)
     with pytest.raises(RuntimeError, match="expected a model that is not attached, found an att"):

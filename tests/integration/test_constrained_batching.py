@@ -136,7 +136,7 @@ def test_guided_requests_draw_from_their_law_without_a_product(
     ("settings", "message"),
     [
         ({"max_new_tokens": 3}, "max_new_tokens: expected at least 4"),
-        ({"eos_token_id": 3}, r"eos_token_id: expected those of the constraint, \[2\]"),
+        ({"eos_token_id": 3}, r"eos_token_id: expected the end tokens of the .*, \[2\]"),
         ({"constraint": None, "guide": guide(11)}, "guide: expected None without a constraint"),
         ({"guide": guide(11)}, "guide: expected"),
     ],

@@ -237,7 +237,7 @@ def test_block_or_default_sets_the_names_of_requests() -> None:
     expected = [alone(model, *each) for each in zip(given, names, strict=True)]
     with lora_ext.adapters(names):
         assert generated(model.generate_batch(given, **batching())) == expected
-        with pytest.raises(ValueError, match="names of the block: expected one for each of 3 req"):
+        with pytest.raises(ValueError, match="names of the block: expected one name for each of"):
             model.generate_batch(prompts(3), **batching())
         other = generated(model.generate_batch(given, adapter_names=["a0", "a0"], **batching()))
     assert other == [alone(model, prompt, "a0") for prompt in given] != expected
@@ -273,16 +273,16 @@ def test_single_requests_use_the_block_and_wrong_names_raise() -> None:
     model, pool = attached(slots=2)
     for names, error, message in (
         (["a0", "a7"], KeyError, "'a7' is not loaded; 2 are loaded"),
-        (["a0"], ValueError, "adapter_names: expected one for each of 2 requests, found 1"),
+        (["a0"], ValueError, "adapter_names: expected one name for each of 2 req.*, found 1"),
         (["a0", 3], ValueError, "adapter_names: expected str or None, found 3"),
     ):
         with pytest.raises(error, match=message):
             model.generate_batch(prompts(2), adapter_names=names, **batching())
-    with lora_ext.adapters([["a0", "a1"]]), pytest.raises(ValueError, match="names of tokens"):
+    with lora_ext.adapters([["a0", "a1"]]), pytest.raises(ValueError, match="names per token"):
         model.generate_batch(prompts(2), **batching())
     with model.continuous_batching_context_manager(**batching()) as manager:
         manager.add_request([5, 6], "mine", adapter_name="a0", max_new_tokens=400)
-        with pytest.raises(ValueError, match="request_id: expected one that is not in use"):
+        with pytest.raises(ValueError, match="request_id: expected an id that is not in use"):
             manager.add_request([5, 6], "mine", adapter_name="a1")
         manager.cancel_request("mine")
     assert pool.stats()["pins"] == 0
@@ -310,7 +310,7 @@ def test_managers_without_adapters_and_compiled_steps_raise() -> None:
     manager.add_request([5, 6, 7])
     result = manager.get_result(timeout=30)
     manager.stop()
-    assert "a manager without adapters" in result.error
+    assert "manager without adapters" in result.error
     assert result.generated_tokens == []
     model.set_attn_implementation("eager")
     how = batching(varlen_compile_config=CompileConfig(fullgraph=False))

@@ -35,7 +35,7 @@ def test_every_wrapper_is_replaced(family: str) -> None:
     assert not found.left
     assert sum(".experts" in name for name in found.taken) == 4  # two parameters, two layers
     layer = ours.base_model.model.model.layers[0].mlp.experts
-    with pytest.raises(NotImplementedError, match=r"one for each of [45] experts"):
+    with pytest.raises(NotImplementedError, match=r"pair for each of [45] experts"):
         adapter_factors(layer, "red")
 
 

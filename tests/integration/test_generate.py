@@ -82,7 +82,7 @@ def test_sampled_sequences_follow_their_rows_and_wrong_names_raise(tmp_path: Pat
     with lora_ext.adapters(["red", "blue"]):
         with pytest.raises(ValueError, match=r"expected a batch of 2 seq.*found .*\(4, 5, feat"):
             model.generate(input_ids=prompt, max_new_tokens=2)
-        message = r"expected a batch of 6 = 2 names x 3 beams or returns, found .*\(12, "
+        message = r"expected a batch of 6 = 2 names x 3 beams or returned rows.*\(12, "
         with pytest.raises(ValueError, match=message):
             model.generate(input_ids=prompt, max_new_tokens=2, num_beams=3)
         with torch.no_grad():

@@ -202,7 +202,7 @@ def test_ambiguous_batch_needs_one_name() -> None:
             assert (same - judges["red"](**whole).logits).abs().max() < 1e-8
         with lora_ext.adapters(NAMES):
             with pytest.raises(
-                ValueError, match=r"do not tell which one contains each image.* at 'model.vision"
+                ValueError, match=r"determine which one contains each image.* at 'model.vision"
             ):
                 model(**whole)
 
@@ -220,7 +220,7 @@ def test_inseparable_tower_accepts_one_sound_per_sequence() -> None:
             own = {key: value[i : i + 1] for key, value in given.items()}
             alone = judges[name](input_ids=ids[i : i + 1], **own).logits
             assert (mixed[i] - alone[0]).abs().max() < 1e-8
-        with pytest.raises(ValueError, match="one of input_features in each"):
+        with pytest.raises(ValueError, match="one entry of input_features in"):
             model(input_ids=rows(AUDIO, [16, 0, 8, 8], 24), **given)
 
 

@@ -95,7 +95,7 @@ def test_classification_pipelines_use_blocks_and_reject_names(tmp_path: Path) ->
 def test_iterator_of_a_pipeline_must_be_read_inside_the_block(tmp_path: Path) -> None:
     model, _, pool = make_pair("bert", tmp_path)
     pipe: Any = transformers.pipeline("text-classification", model=model, tokenizer=TOKENIZER)
-    message = "is read outside every block, and the base model or attach's default serves it"
+    message = "is read outside every block, so it uses the base model or the default of attach"
 
     def texts() -> Iterator[str]:
         yield from TEXTS

@@ -48,8 +48,8 @@ def test_invalid_sampling_settings_raise() -> None:
         ({"temperature": float("nan")}, "temperature: expected a number from 0, found nan"),
         ({"temperature": "hot"}, "temperature: expected a number from 0, found 'hot'"),
         ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], found 0.0"),
-        ({"seed": 1.5}, "seed: expected None or an integer of 64 bits, found 1.5"),
-        ({"seed": 1 << 70}, "seed: expected None or an integer of 64 bits"),
+        ({"seed": 1.5}, "seed: expected None or a 64-bit integer, found 1.5"),
+        ({"seed": 1 << 70}, "seed: expected None or a 64-bit integer"),
     ):
         with pytest.raises(ValueError, match=f"Sampling: {message}"):
             Sampling(**fields)
@@ -80,7 +80,7 @@ def test_each_request_uses_its_sampling_settings() -> None:
         assert run((3, seeded)) == run((3, seeded)) == [mixed[3]] != [mixed[4]]
     how = batching(return_logprobs=True)
     with model.continuous_batching_context_manager(**how) as manager:
-        with pytest.raises(NotImplementedError, match="sampling: expected None beside"):
+        with pytest.raises(NotImplementedError, match="sampling: expected None with r"):
             manager.add_request([5], adapter_name="a0", sampling=seeded)
     assert pool.stats()["pins"] == 0
 
@@ -149,7 +149,7 @@ def test_cancelled_or_failed_stream_releases_everything() -> None:
         with pytest.raises(RuntimeError, match="RequestStream: the request failed: "):
             async for _ in broken:
                 pass
-        with pytest.raises(RuntimeError, match="RequestStream: manager: expected a running one"):
+        with pytest.raises(RuntimeError, match="RequestStream: expected a running manager"):
             RequestStream(manager, [5, 6, 7])
         assert manager.output_router.result_handlers == {}
 
@@ -178,7 +178,7 @@ def test_streams_of_a_stopped_manager_end_with_an_error() -> None:
             assert stream.finished
         assert manager.output_router.result_handlers == {}
         assert pool.stats()["pins"] == unfinished(manager) == 0
-        with pytest.raises(RuntimeError, match="manager: expected a running one"):
+        with pytest.raises(RuntimeError, match="expected a running manager"):
             stream = RequestStream(manager, [5, 6, 7], adapter_name="a0")
             await anext(stream)
 

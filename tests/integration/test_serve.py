@@ -149,7 +149,7 @@ def test_completions_accept_a_text_or_its_tokens(server: Any) -> None:
     assert done == "[DONE]" and "".join(choice["text"] for choice in choices) == text
     assert [choice["finish_reason"] for choice in choices][-2:] == [None, "length"]
     for prompt, code, named in (
-        ([5, 97], 400, "prompt: expected tokens in [0, 97), found [97]"),
+        ([5, 97], 400, "prompt: expected token ids in [0, 97), found [97]"),
         ([-1], 400, "found [-1]"),
         ([], 422, "prompt"),
         (["w5", "w6"], 422, "prompt"),
@@ -339,7 +339,7 @@ def test_unknown_routes_return_the_error_of_openai(
 def test_server_listens_on_loopback_and_reports_failed_health(server: Any) -> None:
     """Check the health last, because it ends the manager's thread."""
     packed, answers = server.said
-    assert packed.startswith("the base is packed") and packed.endswith("--no-pack leaves it plain")
+    assert packed.startswith("the base model is") and packed.endswith("--no-pack leaves it plain")
     assert answers.startswith("tiny with 17 adapters answers at http://127.0.0.1:")
     assert server.client.get("/health").json() == {"healthy": True}
     asked = server.client.head("/health")

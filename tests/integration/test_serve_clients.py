@@ -50,7 +50,7 @@ def test_names_that_are_not_a_folder_return_400(server: Any, name: str) -> None:
     response = server.client.post("/v1/load_lora_adapter", json=body)
     assert response.status_code == 400
     told = response.json()["error"]["message"]
-    assert told.startswith("AdapterFolder: name: expected a name of a folder")
+    assert told.startswith("AdapterFolder: name: expected a folder name of")
     assert len(told) < 400 and told.isprintable()
     listed = [m["id"] for m in server.client.get("/v1/models").json()["data"]]
     assert name not in listed
@@ -83,7 +83,7 @@ def test_details_of_an_invalid_adapter_are_only_in_the_log(
     for name, response in (("mine", loaded), (how, ask(server, how))):
         assert response.status_code == 400
         told = response.json()["error"]["message"]
-        assert repr(name) in told and "the log says" in told
+        assert repr(name) in told and "the log has" in told
         assert str(server.folder) not in response.text and "/" not in told
         assert any(repr(name) in message for message in caplog.messages)
     assert sum(" is not loaded: " in message for message in caplog.messages) == 2

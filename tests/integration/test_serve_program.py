@@ -123,4 +123,4 @@ def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads:
         assert took < 2
         *_, error, done = re.findall(rb"data: (.*)", found)
         told = json.loads(error)["error"]
-        assert done.strip() == b"[DONE]" and told["message"].endswith("the server stops")
+        assert done.strip() == b"[DONE]" and told["message"].endswith("server is stopping")

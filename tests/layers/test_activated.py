@@ -79,7 +79,7 @@ def test_labels_only_before_the_start_warn() -> None:
     labels = ids.clone()
     labels[0, 13:] = labels[1, 4:] = -100  # Earlier tokens predict the labels at 12 and 3.
     with lora_ext.adapters("default", input_ids=ids, pool=layer_names):
-        with pytest.warns(UserWarning, match="labels: expected some after the start"):
+        with pytest.warns(UserWarning, match="labels: expected labels after the sta"):
             model(input_ids=ids, labels=labels)
         labels[1, 4] = 8
         model(input_ids=ids, labels=labels)  # Warnings are errors here.
@@ -93,7 +93,7 @@ def test_unsupported_calls_of_an_activated_adapter_raise() -> None:
     layer: Any = model.model.layers[0].self_attn.q_proj
     with pytest.raises(ValueError, match=r"merge: adapter_names: .*'default'.*begin in mid-seq"):
         layer.merge()
-    with pytest.raises(ValueError, match="input_ids: expected the rows in which 'default'"):
+    with pytest.raises(ValueError, match="input_ids: expected the prompts, because 'default'"):
         model(ids)
     with pytest.raises(ValueError, match=r"starts: expected .*'default'"):
         with lora_ext.adapters("default", pool=layer_names):
@@ -103,14 +103,14 @@ def test_unsupported_calls_of_an_activated_adapter_raise() -> None:
             model(ids[:2, :7])
     layer.delete_adapter("default")
     assert layer.alora_invocation_tokens == {}
-    with pytest.raises(ValueError, match="below the vocabulary, 97, found 97"):
+    with pytest.raises(ValueError, match="below the vocabulary size 97, found 97"):
         wrap(make_model("llama"), LoraConfig(**{**INVOKED, "alora_invocation_tokens": [97]}))
     with pytest.raises(ValueError, match="use_dora: expected false for an activated adapter"):
         LoraConfig(**INVOKED, use_dora=True)
     for base, kind in ((nn.Embedding(9, 4), LoraEmbedding), (nn.Conv2d(3, 4, 2, 2), LoraConv)):
         with pytest.raises(NotImplementedError, match="alora_invocation_tokens"):
             kind(base, alora_invocation_tokens=[1])
-    with pytest.raises(ValueError, match="use_dora: expected False beside an invocation"):
+    with pytest.raises(ValueError, match="use_dora: expected False for an activated"):
         LoraLinear(nn.Linear(3, 4), use_dora=True, alora_invocation_tokens=[1])
 
 

@@ -83,7 +83,7 @@ def test_model_of_another_package_raises():
 def test_model_without_a_layer_list_raises():
     model = llama()
     model.model.layers = nn.Sequential(*model.model.layers)  # pyright: ignore
-    with pytest.raises(ValueError, match=r"expected a list of 2 layers, .* in LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"expected an nn.ModuleList of 2 layers, .* in Llama"):
         decoder_layers(model)
 
 

@@ -80,17 +80,17 @@ def test_ranks_and_alphas_equal_those_of_peft(pattern: dict):
         ({"target_modules": [3]}, r"target_modules: expected a string or a list of strings"),
         ({"exclude_modules": {"a": 1}}, r"exclude_modules: expected a string or a list"),
         ({"layers_to_transform": [1.5]}, r"layers_to_transform: expected an integer or a list"),
-        ({"layers_to_transform": [1]}, r"expected None beside a target_modules string"),
-        ({"layers_pattern": "h"}, r"layers_pattern: expected None beside .* found 'h'"),
+        ({"layers_to_transform": [1]}, r"expected None with a target_modules string"),
+        ({"layers_pattern": "h"}, r"layers_pattern: expected None with .* found 'h'"),
         (
             {"target_modules": ["q"], "layers_pattern": "h"},
-            r"layers_pattern: expected layers_to_transform beside it, found None",
+            r"layers_to_transform: expected indices, as .* is set, found None",
         ),
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]: expected a positive integer, found 0"),
-        ({"rank_pattern": [4]}, r"rank_pattern: expected an object from name patterns to numbers"),
+        ({"rank_pattern": [4]}, r"rank_pattern: expected an object that maps name patterns to"),
         ({"alpha_pattern": {"q": "x"}}, r"alpha_pattern\['q'\]: expected a finite number"),
         ({"use_dora": 1}, r"use_dora: expected true or false, found 1"),
-        ({"use_dora": True, "lora_bias": True}, r"lora_bias: expected false beside use_dora"),
+        ({"use_dora": True, "lora_bias": True}, r"lora_bias: expected false with use_dora"),
         ({"init_lora_weights": "zeros"}, r"init_lora_weights: expected True, False or one of"),
         ({"bias": "all"}, r"bias: expected 'none' .*, found 'all'"),
     ],
@@ -102,7 +102,7 @@ def test_invalid_field_raises_at_construction(fields: dict, message: str):
 
 
 def test_initialisation_that_only_peft_has_raises():
-    with pytest.raises(NotImplementedError, match=r"init_lora_weights: 'eva' is not offered here"):
+    with pytest.raises(NotImplementedError, match=r"init_lora_weights: 'eva' is not implemented"):
         LoraConfig(init_lora_weights="eva")
 
 

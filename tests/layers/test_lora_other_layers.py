@@ -105,7 +105,7 @@ def test_block_does_not_confuse_positions_with_sequences():
     with lora_ext.adapters([names], pool=layer.pool):
         assert torch.equal(layer(positions), expected)
     with lora_ext.adapters(names, pool=layer.pool):
-        with pytest.raises(ValueError, match="an embedding that sees one row of 3 tokens or posit"):
+        with pytest.raises(ValueError, match="an embedding with one row of 3 tokens or positions"):
             layer(positions)
 
 

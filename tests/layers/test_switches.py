@@ -313,11 +313,11 @@ def test_invalid_mask_switches_nothing(kind: str):
     [
         ([True], r"LayerGroups: mask: expected one value for each of the 3 groups, found 1"),
         (torch.ones(2, dtype=torch.bool), r"each of the 3 groups, found 2"),
-        ([1, 0, 1], r"LayerGroups: mask: expected bools, found \[1, 0, 1\]"),
-        (None, r"LayerGroups: mask: expected bools, found None"),
-        (torch.ones(3), r"LayerGroups: mask: expected bools, found torch.float32"),
-        (torch.ones(1, 3, dtype=torch.bool), r"LayerGroups: mask: expected bools, found torch.boo"),
-        (torch.tensor(True), r"LayerGroups: mask: expected bools"),
+        ([1, 0, 1], r"LayerGroups: mask: .* bools, found \[1, 0, 1\]"),
+        (None, r"LayerGroups: mask: .* bools, found None"),
+        (torch.ones(3), r"LayerGroups: mask: .* bools, found torch.float32"),
+        (torch.ones(1, 3, dtype=torch.bool), r"LayerGroups: mask: .* bools, found torch.boo"),
+        (torch.tensor(True), r"LayerGroups: mask: .* bools"),
     ],
 )
 def test_mask_that_does_not_fit_raises(mask, message: str):

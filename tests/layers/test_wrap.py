@@ -302,7 +302,7 @@ def test_merged_adapters_and_replaced_layers_prevent_unwrapping():
         unwrap(model)
     layer.unmerge()
     model.model.layers[1].mlp.up_proj = nn.Identity()
-    with pytest.raises(RuntimeError, match=r"up_proj: expected the layer that wrap put there"):
+    with pytest.raises(RuntimeError, match=r"up_proj: expected the layer that wrap has inser"):
         unwrap(model)
     assert isinstance(model.lm_head, nn.Linear) and len(adapted_layers(model)) == 20
     model.model.layers[1].mlp.up_proj = layer

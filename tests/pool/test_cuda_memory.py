@@ -101,7 +101,7 @@ def test_load_without_device_memory_leaves_the_pool_unchanged(driver, library):
     pool = fill(AdapterPool(Base(), max_slots=64, max_rank=64), range(8), 8)
     library.stand_in_limit(library.stand_in_taken() + 4096)
     before, taken = snapshot(pool), library.stand_in_taken()
-    with pytest.raises(MemoryError, match=r"room for 16\.0 KiB of pages beside the .*CUresult 2"):
+    with pytest.raises(MemoryError, match=r"room for 16\.0 KiB of pages in addition.*CUresult 2"):
         load(pool, "y", 9, 8)
     with pytest.raises(MemoryError, match="512 pages of 'head'"):
         library.stand_in_limit(taken)

@@ -18,7 +18,7 @@ from two_layers import inputs, make, pins
 import lora_ext
 
 Forward = Callable[[], torch.Tensor]
-TOLD = r"runs a model without a block, and serves the base.*\(\['red'\]\).*\(None\) selects"
+TOLD = r"runs a model without a block, and so uses the base.*\(\['red'\]\).*\(None\) selects"
 
 
 def forwards(model: Any) -> tuple[Forward, dict[str | None, torch.Tensor]]:
@@ -115,7 +115,7 @@ def test_forward_in_a_thread_does_not_warn_if_the_intent_is_clear() -> None:
 # Generators
 
 
-INSIDE = r"block of \['blue'\] is entered inside one of \['red'\] that has served"
+INSIDE = r"block of \['blue'\] is entered inside a block of \['red'\] that a forward has used"
 
 
 def test_generators_that_yield_inside_blocks_warn_before_one_uses_the_others_block() -> None:

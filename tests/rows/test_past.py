@@ -182,7 +182,7 @@ def test_backward_after_too_many_blocks_raises() -> None:
     for _ in range(140):
         with lora_ext.adapters("red"):
             model(x)
-    with pytest.raises(RuntimeError, match=r"within 128 changes of the block"):
+    with pytest.raises(RuntimeError, match=r"within 128 entries and exits of blocks"):
         run.sum().backward()
     lora_ext.detach(model)
     assert len(_past.here.timeline.starts) <= 130

@@ -66,12 +66,12 @@ WRONG: list[tuple[Any, str]] = [
     (IDS.float(), r"token_ids: expected integers, found torch.float32"),
     (IDS > 0, r"token_ids: expected integers, found torch.bool"),
     (IDS.tolist(), r"token_ids: expected a tensor of integers, found list"),
-    (torch.tensor(1), r"token_ids: expected the activations' shape .*found \(\)"),
+    (torch.tensor(1), r"token_ids: expected the shape \(B, T\) or .*found \(\)"),
     (IDS + 1, r"token_ids: expected ids in \[-1, 4\), found 0 to 4"),
     (IDS - 1, r"token_ids: expected ids in \[-1, 4\), found -2 to 2"),
-    (IDS[:1], r"token_ids: expected the activations' shape .* \(1, 3\) .*found .*\(2, 3, features"),
-    (IDS.t(), r"token_ids: expected the activations' shape .* \(3, 2\) .*found .*\(2, 3, features"),
-    (IDS[:, 0], r"token_ids: expected the activations' shape .* \(2,\) .*found .*\(2, 3, features"),
+    (IDS[:1], r"token_ids: expected activations of shape \(1, 3, fe.*found .*\(2, 3, features"),
+    (IDS.t(), r"token_ids: expected activations of shape \(3, 2, fe.*found .*\(2, 3, features"),
+    (IDS[:, 0], r"token_ids: expected activations of shape \(2, feat.*found .*\(2, 3, features"),
 ]
 
 
@@ -83,7 +83,7 @@ def test_wrong_ids_raise_and_name_the_argument(ids: Any, message: str, pooled: b
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         with lora_ext.adapters(names, token_ids=ids, pool=pool):
             model(inputs(2, 3))
-    with pytest.raises(ValueError, match="names: expected one list of names beside token_ids"):
+    with pytest.raises(ValueError, match="names: expected one list of names with token_ids"):
         lora_ext.adapters([names], IDS, pool=pool).__enter__()
 
 

@@ -286,7 +286,7 @@ def test_more_rows_than_max_rows_or_captured_are_refused(device: Device) -> None
         (adapter(2, target_modules=["q"], use_dora=True), r"DoRA magnitudes at 'layers.0.q'"),
         (
             adapter(2, target_modules=["q"], modules_to_save=["head"]),
-            r"a module of its own at 'head'",
+            r"a replaced module at 'head'",
         ),
     ],
 )

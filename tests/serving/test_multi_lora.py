@@ -50,7 +50,7 @@ def test_one_list_is_not_read_both_per_sequence_and_per_row(order: int, compiled
     model: Any = make()
     run = torch.compile(model, backend="aot_eager") if compiled else model
     forwards = [inputs(4, 3), inputs(1, 4)][::order]
-    message = r"as one per sequence .* shape \(4, 3, features\) and as one per row by \(1, 4, feat"
+    message = r"one name per sequence for shape \(4, 3, features\) and one per row for \(1, 4, feat"
     with torch.no_grad(), lora_ext.adapters(PER_SEQUENCE):
         run(inputs(4))  # fits both readings
         run(forwards[0])
@@ -179,7 +179,7 @@ ERRORS: list[tuple[Any, type[Exception], str]] = [
     (7, ValueError, "names: expected a name or a list of names, found 7"),
     (iter(["red"]), ValueError, r"a list of names, found <list_it.*; list\(names\) makes one"),
     (["red", 3], ValueError, r"names: expected names \(str or None\), found \['red', 3\]"),
-    ([["red"], ["red", "red"]], ValueError, r"as many names for every sequence, found .*\[1, 2\]"),
+    ([["red"], ["red", "red"]], ValueError, r"same number of names for every seq.*\[1, 2\]"),
     (["red"] * 3, ValueError, r"expected a batch of 3 sequences, or 3 rows, found .*\(4, 5, feat"),
     (["red"] * 8, ValueError, r"expected a batch of 8 sequences, or 8 rows, found .*\(4, 5, feat"),
     (["red"] * 2, ValueError, r"expected a batch of 2 sequences, or 2 rows, found .*\(4, 5, feat"),

@@ -125,7 +125,7 @@ def test_many_rows_and_gradients_use_one_stream() -> None:
 def test_overlap_is_refused_beside_fused_siblings() -> None:
     model = nn.ModuleDict({"q": nn.Linear(24, 16)})
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8)
-    expected = "attach: overlap: expected False where fuse_siblings is True, found True"
+    expected = "attach: overlap: expected False if fuse_siblings is True, found True"
     with pytest.raises(ValueError, match=expected):
         lora_ext.attach(model, pool, fuse_siblings=True, overlap=True)
     lora_ext.attach(model, pool)

@@ -1,4 +1,4 @@
-"""Access to weight and bias of layers that compute only a linear function."""
+"""Access to the weight and bias of layers that compute only a linear function."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dense_parameters(base: BaseLayer, divided: bool = False) -> DenseParameters 
         divided: whether the hooks of ZeRO-3 are allowed, see :func:`is_plain`.
     """
     kind = type(base)
-    disguised = getattr(kind, "dense_parameters", None)  # for example, of a convolution on patches
+    disguised = getattr(kind, "dense_parameters", None)  # method of a convolution on patches
     if disguised is not None:
         return disguised(base)
     if not isinstance(base, nn.Module):
@@ -65,7 +65,8 @@ def is_plain(module: nn.Module, divided: bool = False) -> bool:
 
 
 def _is_plain(module: nn.Module, weight: object, divided: bool) -> bool:
-    if type(weight) not in _PLAIN or "forward" in module.__dict__:  # as accelerate does to offload
+    # accelerate replaces the forward of a module to offload its weights.
+    if type(weight) not in _PLAIN or "forward" in module.__dict__:
         return False
     hooked = (
         has_other_hooks(module)
@@ -80,7 +81,7 @@ def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False)
     """Return weight ``(O, I)`` and bias of a linear layer, even if the layer has hooks.
 
     Args:
-        base: linear layer, which may be of a subclass or have hooks.
+        base: linear layer, which may be an instance of a subclass or have hooks.
         purpose: start of the error message if the weight is not a floating-point matrix.
         fan_in_fan_out: whether the layer stores its weight as ``(I, O)``.
     """
@@ -91,7 +92,7 @@ def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False)
     if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
         return (weight.t() if fan_in_fan_out else weight), bias
     kind = "no weight" if weight is None else f"one of {getattr(weight, 'dtype', type(weight))}"
-    expected, found = "a base layer with a floating (O, I) weight to read", type(base).__name__
+    expected, found = "a base layer with a floating-point matrix as weight", type(base).__name__
     raise ValueError(f"{purpose}: expected {expected}, found {found} with {kind}")
 
 

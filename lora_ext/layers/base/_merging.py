@@ -16,11 +16,11 @@ from ._weight import BaseWeight
 
 
 class _Merged(NamedTuple):
-    """Record of a merged adapter; unmerging needs these values."""
+    """Values of a merged adapter that are needed to unmerge it."""
 
     name: str
     scaling: float
-    factor: Tensor | None  # (O,), magnitude / norm of DoRA
+    factor: Tensor | None  # (O,), magnitude / norm of a DoRA adapter; None without DoRA
 
 
 class Merging(nn.Module):
@@ -94,7 +94,7 @@ class Merging(nn.Module):
             found = f"{self.merged_adapters} are merged already, and no copy was kept"
             raise ValueError(f"merge: keep_copy: {found}; unmerge them first")
         begins = [n for n in names if n in self.alora_invocation_tokens]
-        expected = "adapters that serve all tokens, as the base weight does"
+        expected = "adapters that apply to all tokens, as the base weight does"
         found = f"{begins}, which begin in mid-sequence (alora_invocation_tokens)"
         require(not begins, "merge", "adapter_names", expected, found)
         base = self.base_weight
@@ -120,7 +120,7 @@ class Merging(nn.Module):
         new = new.to(weight.dtype)
         results = [new] if bias is None or new_bias is None else [new, new_bias.to(bias.dtype)]
         if safe_merge and not all(bool(torch.isfinite(r).all()) for r in results):
-            found = f"NaN or infinity: one of the adapters {names} is broken"
+            found = f"NaN or infinity after merging the adapters {names}"
             raise ValueError(f"merge: expected finite merged weights, found {found}")
         if keep_copy and self._copy is None:
             kept = None if bias is None else bias.detach().clone()
@@ -137,7 +137,7 @@ class Merging(nn.Module):
         adapters must not have changed since they were merged.
         """
         if not self._merged:
-            warnings.warn("unmerge: nothing is merged", stacklevel=2)
+            warnings.warn("unmerge: nothing is merged, so the layer is unchanged", stacklevel=2)
             return
         base = self.base_weight
         base.check_writable("unmerge")
@@ -145,8 +145,8 @@ class Merging(nn.Module):
             base.write(*self._copy)
         else:
             warnings.warn(
-                "unmerge: no copy of the base weight was kept, so it returns up to rounding only; "
-                "merge(keep_copy=True) restores every bit",
+                "unmerge: no copy of the base weight was kept, so it is restored only up to "
+                "rounding; after merge(keep_copy=True) every bit is restored",
                 stacklevel=2,
             )
             weight, bias = self._unmerged()

@@ -63,12 +63,12 @@ def head_names(model: nn.Module) -> tuple[str | None, str | None]:
 # -------------------------------------------------------------------------------------------------
 # Layers that are bypassed
 
-# Attributes of a weight that do not depend on its values. Reading only these does not bypass a
-# layer.
+# Attributes of a weight that do not depend on its values. Code that reads only these attributes
+# does not bypass a layer.
 _ASKED = frozenset({"dtype", "device", "shape", "is_meta", "ndim"})
 
-# These classes of transformers call these children in some models, and read the children's weights
-# in other models.
+# Children that these classes of transformers call in some models and bypass in other models, by
+# reading their weights.
 _BY_SETTING = {
     "FalconMambaMixer": ("dt_proj",),
     "JambaMambaMixer": ("dt_proj",),
@@ -97,7 +97,7 @@ def bypassed(parent: nn.Module) -> frozenset[str]:
 
 @functools.cache
 def _read_and_not_called(kind: type) -> frozenset[str]:
-    """Return the names of the children with ``self.child.weight`` in the class's methods.
+    """Return the children of a class whose weight is read in its methods (``self.child.weight``).
 
     Children with a bare ``self.child`` in any method are excluded, since they may be called.
     """

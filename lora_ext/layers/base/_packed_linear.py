@@ -50,9 +50,9 @@ class PackedLinear(nn.Linear):
     """``nn.Linear`` with a second, packed copy of its weight for evaluation on the CPU.
 
     :func:`pack_linears` sets the class of an ``nn.Linear`` to this class; the object and its
-    parameters remain the same. :func:`unpack_linears` undoes this. Before it is used, the copy is
-    checked, and it is made again if the weight has changed. Letters: ``T`` rows, ``I`` input and
-    ``O`` output features.
+    parameters remain the same. :func:`unpack_linears` undoes this. Before each use of the copy, the
+    weight is checked, and the copy is renewed if the weight has changed. Letters: ``T`` rows, ``I``
+    input and ``O`` output features.
     """
 
     #: True if all products use the packed copy, with any number of rows and with gradients.
@@ -70,7 +70,7 @@ class PackedLinear(nn.Linear):
             The copy, or None if the layer is not exact or ``x`` is empty.
 
         Raises:
-            RuntimeError: If the copy cannot be used; the result would not be exact.
+            RuntimeError: If an exact layer cannot use the copy.
         """
         if not self.exact:
             return None
@@ -86,7 +86,8 @@ class PackedLinear(nn.Linear):
             return None
         packed = self.__dict__[_STATE].copy_made_now(weight)
         if packed is None:
-            raise _not_exact(why_not_packed(weight) or "a weight that no other thread changes")
+            refusal = why_not_packed(weight)
+            raise _not_exact(refusal or "a constant weight, found one that another thread changes")
         return packed
 
     def packed_product(self, x: Tensor) -> Tensor | None:
@@ -136,7 +137,7 @@ class PackedLinear(nn.Linear):
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
-        """Free the copy in ``to`` and similar calls; on another device no product would free it."""
+        """Free the copy in ``to`` and similar calls; products on another device never free it."""
         self.__dict__[_STATE].drop()
         return super()._apply(*args, **kwargs)
 
@@ -193,7 +194,7 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
     A copy is used for products without gradients, in evaluation mode, outside ``torch.compile``,
     with inputs in the dtype of the weight. torch computes all other products. A copy needs as much
     memory as the weight; tied weights share one copy. This function makes the copies. After a
-    change of a weight, the second product makes its copy again.
+    weight has changed, the second product renews its copy.
 
     A change is detected by the identity, address, dtype, shape and version of the weight, and by a
     sample of its values from every few rows and columns. These values change if an adapter is
@@ -225,7 +226,8 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
             expected = "the name of a linear layer of the model"
             require(name in linears, "pack_linears", "names", expected, repr(name))
             chosen[name] = linears[name]
-    require(chosen, "pack_linears", "model", "a model with linear layers", "none")
+    found = f"a {type(model).__name__} without linear layers"
+    require(chosen, "pack_linears", "model", "a model with linear layers", found)
     for name, module in chosen.items():
         _check(name, module)
     shared: dict[int, PackedWeight] = {}
@@ -245,7 +247,8 @@ def unpack_linears(model: Model) -> Model:
             parametrized, which changes its class. The model is then unchanged.
     """
     packed = packed_layers(model, "unpack_linears")
-    require(packed, "unpack_linears", "model", "one with packed layers", "none", RuntimeError)
+    found = f"a {type(model).__name__} without packed layers"
+    require(packed, "unpack_linears", "model", "packed layers", found, RuntimeError)
     unpack(packed)
     return model
 
@@ -289,8 +292,8 @@ class Packing(NamedTuple):
     def __str__(self) -> str:
         size = f"{self.bytes / 1e9:.2f} GB of the {self.free / 1e9:.2f} GB that are free"
         if self.reason is None:
-            return f"the base is packed for decoding, which takes {size}"
-        return f"the base is not packed for decoding: {self.reason}"
+            return f"the base model is packed for decoding, which takes {size}"
+        return f"the base model is not packed for decoding: {self.reason}"
 
 
 def packing(model: nn.Module, share: float = 0.25) -> Packing:
@@ -317,10 +320,10 @@ def packing(model: nn.Module, share: float = 0.25) -> Packing:
     if not weights:
         reason = "it has no plain linear layer"
     elif refused is not None:
-        reason = f"it wants {refused}"
+        reason = f"expected {refused}"
     elif wanted > share * free:
         most = f"{share:.0%} of the {free / 1e9:.2f} GB that are free"
-        reason = f"the copy's {wanted / 1e9:.2f} GB are more than {most}"
+        reason = f"the copies need {wanted / 1e9:.2f} GB, more than {most}"
     return Packing(wanted, free, reason)
 
 

@@ -1,4 +1,4 @@
-"""Cache for the packed copy of a weight, which is made again after the weight has changed.
+"""Cache for the packed copy of a weight. The copy is renewed after the weight has changed.
 
 torch counts in-place writes to a tensor in ``_version``, but it does not count writes through
 ``weight.data`` or ``weight.numpy()``. The cache therefore also compares a sample of the weight's
@@ -18,9 +18,9 @@ from lora_ext import ops
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
-#: Maximum number of values of a weight that is compared as a whole.
+#: Maximum number of values of a weight of which all values are compared, not only a sample.
 MAX_VALUES_COMPARED_WHOLE = 4096
-#: Number of rows, or of columns if there are more columns, per value of a sample.
+#: Number of rows (or of columns, if there are fewer rows than columns) per value of a sample.
 LINES_PER_SAMPLED_VALUE = 4
 #: ``(3 - sqrt(5)) / 2``, from the golden ratio: its multiples modulo 1 are spread evenly over [0,
 #: 1).
@@ -58,7 +58,7 @@ class PackedWeight:
         return None
 
     def copy_made_now(self, weight: Tensor) -> Tensor | None:
-        """Return the copy of ``weight``, made now if necessary; None if it cannot be packed."""
+        """Return the copy of ``weight``, and make it if necessary; None if it cannot be packed."""
         copy = self.copy_of(weight)
         return self.copy_of(weight) if copy is None else copy
 
@@ -68,11 +68,11 @@ class PackedWeight:
 
 
 class _Snapshot:
-    """State of a weight at one product, and the copy that was made of it."""
+    """State of a weight at one product, and its packed copy."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight, self._version = weakref.ref(weight), _version(weight)
-        self._sample: tuple[Tensor, Tensor] | None = None  # view, its values at packing
+        self._sample: tuple[Tensor, Tensor] | None = None  # view of the weight, values at packing
         self.packed: Tensor | None = None
 
     def matches(self, weight: Tensor) -> bool:
@@ -90,13 +90,13 @@ class _Snapshot:
 
 
 def why_not_packed(weight: Tensor) -> str | None:
-    """Return why a weight cannot be packed, as ``<expected>, found <found>``, else None."""
+    """Return why a weight cannot be packed, as ``<expected>, found <found>``; None if it can."""
     if weight.device.type != "cpu":
         return f"a weight on the CPU, found one on {weight.device}"
     if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES:
         return f"a weight of float32 or bfloat16, found {type(weight).__name__} of {weight.dtype}"
     if weight.is_inference():
-        return "a weight made outside inference_mode, whose changes are counted, found one inside"
+        return "a weight created outside inference_mode (to detect changes), found one from inside"
     return None
 
 
@@ -124,8 +124,8 @@ def _sample_stride(rows: int, width: int) -> int:
     The sample has to detect changes of a few neighbouring rows or columns, and of every second or
     third (and so on) row or column. The stride is ``width * (k + g)`` or ``width / (k + g)`` for an
     integer k and the golden fraction g. Successive values are then shifted by the fraction g of a
-    row, so their columns (or rows) do not repeat. A stride that is coprime to the width visits all
-    columns.
+    row, so their columns (or rows) do not repeat. The stride is made coprime to the width, so that
+    the sample visits all columns.
     """
     rows_per_value = LINES_PER_SAMPLED_VALUE * min(rows, width) / width
     if rows_per_value >= 1:

@@ -1,4 +1,4 @@
-"""Views of the weights of base layers, which are read as matrices and written in their layout.
+"""Views of base layers' weights, which are read as matrices and written in the layer's layout.
 
 The operations of adapters on a base weight (merging, decomposing initialisations, DoRA's norms) use
 a matrix ``(O, I)``, with ``O`` output and ``I`` input features. This module defines how each kind
@@ -79,8 +79,8 @@ class BaseWeight:
             if tensor is not None and id(tensor) not in kept:
                 raise ValueError(
                     f"{purpose}: base_layer.{name}: expected a parameter or buffer to change, "
-                    f"found one that {type(self.layer).__name__} computes from others; remove its "
-                    "parametrization (weight_norm, spectral_norm, ...) first"
+                    f"found one that {type(self.layer).__name__} computes from other tensors; "
+                    "remove its parametrization (weight_norm, spectral_norm, ...) first"
                 )
 
     def place(self) -> tuple[torch.device, torch.dtype]:

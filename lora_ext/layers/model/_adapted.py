@@ -21,7 +21,7 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[st
     the pool stores their adapters.
 
     Args:
-        model: module to search. If it is such a layer itself, its name is ``""``.
+        model: module to search. If it is itself a layer with adapters, its name is ``""``.
         adapter_name: name of an adapter, to return only the layers that have it; None returns all.
 
     Returns:
@@ -89,7 +89,7 @@ def adapter_factors(layer: nn.Module, adapter_name: str) -> tuple[Tensor, Tensor
     """
     experts: Any = getattr(layer, "num_experts", 1)
     expected = "one pair of factors"
-    more = f"a {type(layer).__name__} with one for each of {experts} experts"
+    more = f"a {type(layer).__name__} with one pair for each of {experts} experts"
     require(experts <= 1, "adapter_factors", "layer", expected, more, NotImplementedError)
     found: list[Tensor] = []
     for role in "AB":

@@ -40,9 +40,9 @@ def requests_apart() -> Iterator[None]:
     """Compute attention for each request separately during a ``with`` block, in this thread.
 
     In a step of continuous batching, transformers concatenates the requests to one row and
-    separates them by a mask. Every query is multiplied with the keys of every request, so a value
-    of one request that is not finite would reach all other requests. The block has an effect only
-    on the CPU and only with the attention "sdpa".
+    separates them by a mask. Every query is multiplied by the keys of every request, so a NaN or
+    inf of one request would spread to all other requests. The block has an effect only on the CPU
+    and only with the attention "sdpa".
     """
     ask_first(_each_request)
     before, _here.apart = getattr(_here, "apart", False), True

@@ -102,7 +102,10 @@ def has_adapters(module: nn.Module) -> bool:
 
 
 def _name_of(func: Any) -> tuple[str, bool]:
-    """Return the name of an op of torch without its trailing underscore, and whether it has one."""
+    """Return the name of an aten op without a trailing underscore, and whether it had one.
+
+    The name is empty for other ops.
+    """
     if func.namespace != "aten":
         return "", False
     name: str = func.overloadpacket.__name__
@@ -118,7 +121,8 @@ def _function_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
         raise _Unknown(f"{name} of {args[0].dtype}")
     if "out" in kwargs:
         raise _Unknown(f"{name} with out=")
-    if name == "rsqrt" and args[0].dtype == torch.float32:  # rounded root, rounded quotient
+    # In float32, torch computes rsqrt from a rounded root and a rounded quotient.
+    if name == "rsqrt" and args[0].dtype == torch.float32:
         return None
     if name == "gelu" and kwargs.get("approximate") == "tanh":
         return "gelu_tanh"
@@ -150,7 +154,7 @@ class _Positionless(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self._module()
-        if MARK not in module.__dict__:  # restored, but another wrapper calls this
+        if MARK not in module.__dict__:  # the model was restored, but another wrapper calls this
             return self.own(*args, **kwargs)
         with _Functions():
             return self.own(*args, **kwargs)
@@ -187,7 +191,7 @@ def restore_functions(model: nn.Module) -> None:
 def _entered(model: nn.Module, probe: _Probe) -> Iterator[None]:
     """Record the stack of running modules in ``probe.entered`` during a ``with`` block."""
     handles: list[Any] = []
-    parts: set[nn.Module] = set()  # of adapter layers: a hook would disable fused ops
+    parts: set[nn.Module] = set()  # parts of adapter layers, where a hook would disable fused ops
     for name, module in model.named_modules():
         if has_adapters(module):
             parts.update(module.children())

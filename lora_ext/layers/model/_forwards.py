@@ -39,8 +39,8 @@ class Forward:
     def remove(cls, module: nn.Module, run: Callable[[Run], bool]) -> bool:
         """Undo :meth:`put_before` if ``run`` returns True for the function that was set.
 
-        Returns False if the forward is another one. If another wrapper has replaced it since, that
-        wrapper may still call this forward, which then has to call the original.
+        Returns False if the module now has another forward. If this is a wrapper that was set
+        later, it may still call the forward of this class, which must then call the original.
         """
         found = module.__dict__.get("forward")
         if not isinstance(found, cls) or not run(found.run):

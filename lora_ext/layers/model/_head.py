@@ -53,7 +53,7 @@ class Head:
         return self.scale * weight, None if bias is None else self.scale * bias
 
     def logits(self, normed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the logits of normalised states ``(..., d)`` for some rows of s W and s b."""
+        """Return the logits of normalised states ``(..., d)``, given some rows of s W and s b."""
         return self.capped(linear(normed, weight, bias))
 
     def capped(self, z: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def causal_lm(model: Any, where: str) -> Any:
 
     Raises:
         ValueError: If the model contains no causal LM.
-        NotImplementedError: If the model has an encoder and a decoder.
+        NotImplementedError: If the model is an encoder-decoder model.
     """
     found = type(model).__name__
     module: Any
@@ -74,7 +74,7 @@ def causal_lm(model: Any, where: str) -> Any:
         if not hasattr(type(module), "get_output_embeddings"):
             continue
         fits = not getattr(module.config, "is_encoder_decoder", False)
-        other = f"an encoder beside it in {type(module).__name__}"
+        other = f"a {type(module).__name__} with an encoder"
         require(fits, where, "model", "a decoder-only model", other, NotImplementedError)
         if module.get_output_embeddings() is not None:
             return module
@@ -104,18 +104,18 @@ def measured_head(
         if type(layer) is nn.Linear:
             last = entered.flatten(0, -2)[-1].to(layer.weight)
             z = F.linear(last, layer.weight, layer.bias).float()
-        else:  # rows may have different adapters, so the layer needs all of them
+        else:  # rows may have different adapters, so the layer needs all rows
             z = layer(entered).flatten(0, -2)[-1].float()
         wanted = logits.flatten(0, -2)[-1].float()
-        expected = "logits that are numbers in the first forward, which determines the head"
-        found = f"NaN among those of {type(lm).__name__}"
+        expected = "logits without NaN in the first forward, which determines the head"
+        found = f"NaN among the logits of {type(lm).__name__}"
         require(not bool(wanted.isnan().any()), where, "model", expected, found)
         heads = [Head(softcap, scale) for scale in _scales(lm)]
         nearest = min(heads, key=lambda h: float((h.capped(z * h.scale) - wanted).norm()))
         if _explains(nearest, z * nearest.scale, wanted):
             return nearest
     expected = "logits that are the head's product with the hidden state, scaled or soft-capped"
-    found = f"others in {type(lm).__name__}"
+    found = f"other logits from {type(lm).__name__}"
     raise NotImplementedError(f"{where}: model: expected {expected}, found {found}")
 
 

@@ -27,7 +27,7 @@ _NOT_IN_FILES = ("where", "preserve_base_output")
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Configuration of a LoRA adapter, with those fields of PEFT that this package supports.
+    """Configuration of a LoRA adapter, with the fields of PEFT that this package supports.
 
     Args:
         r: rank of the factors.
@@ -35,8 +35,8 @@ class LoraConfig:
         lora_dropout: probability of dropping an element of the adapter's input in training.
         target_modules: modules to adapt: a regular expression that matches whole names; or a list
             of names and suffixes of names, such as ``"q_proj"`` for every ``...q_proj``; or
-            "all-linear" for every linear layer except the output head (except the classifier, if
-            the task is "SEQ_CLS" and there is no head). Our choice: the default is "all-linear",
+            "all-linear" for every linear layer except the output head (if there is no head and the
+            task is "SEQ_CLS", except the classifier). Our choice: the default is "all-linear",
             whereas PEFT's default depends on the architecture.
         exclude_modules: modules to exclude from ``target_modules``: a regular expression or a list
             of names and suffixes.
@@ -46,13 +46,14 @@ class LoraConfig:
             ``"layers"``; default is the part before the first number.
         rank_pattern: ranks of modules that differ from ``r``. Keys are regular expressions for the
             end of a module's name; the first match is used.
-        alpha_pattern: alphas of modules that differ from ``lora_alpha``, with such keys.
+        alpha_pattern: alphas of modules that differ from ``lora_alpha``, with keys as in
+            ``rank_pattern``.
         use_rslora: whether the scale is ``lora_alpha / sqrt(r)`` instead.
         use_dora: whether to train a magnitude per output feature as well (DoRA).
         lora_bias: whether B has a bias.
         init_lora_weights: initialisation scheme, see :meth:`lora_ext.nn.LoraLinear.add_adapter`.
         preserve_base_output: whether training starts at the outputs of the base model, see the same
-            method. It changes the base weight, so it is not written to files.
+            method. True changes the base weight, so this field is not written to files.
         fan_in_fan_out: accepted without effect, because the layout of a weight is detected.
         alora_invocation_tokens: token ids of an activated adapter (aLoRA), which applies to a
             sequence only from the last occurrence of these tokens on. None or an empty sequence
@@ -106,17 +107,18 @@ class LoraConfig:
         known_scheme(self.init_lora_weights)
         layers, pattern = self.layers_to_transform, self.layers_pattern
         listed = not isinstance(self.target_modules, str)
-        alone = "None beside a target_modules string"
+        alone = "None with a target_modules string"
         for ok, name, expected in (
             (self.bias == "none", "bias", "'none' (the base model's biases are shared)"),
             (not (self.use_dora and self.invocation), "use_dora", "false for an activated adapter"),
-            (not (self.use_dora and self.lora_bias), "lora_bias", "false beside use_dora, as PEFT"),
+            (not (self.use_dora and self.lora_bias), "lora_bias", "false with use_dora, as PEFT"),
             (listed or not layers, "layers_to_transform", alone),
             (listed or not pattern, "layers_pattern", alone),
         ):
             require(ok, self.where, name, expected, repr(getattr(self, name)))
         holds = layers is not None or not pattern
-        require(holds, self.where, "layers_pattern", "layers_to_transform beside it", None)
+        expected = "indices, as layers_pattern is set"
+        require(holds, self.where, "layers_to_transform", expected, None)
 
     @property
     def invocation(self) -> tuple[int, ...]:
@@ -129,7 +131,7 @@ class LoraConfig:
         If ``size`` is None, the vocabulary is unknown and nothing is checked.
         """
         if self.invocation and size is not None:
-            expected, most = f"token ids below the vocabulary, {size}", max(self.invocation)
+            expected, most = f"token ids below the vocabulary size {size}", max(self.invocation)
             require(most < size, where, "alora_invocation_tokens", expected, most)
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +144,7 @@ class LoraConfig:
         return found
 
     # ---------------------------------------------------------------------------------------------
-    # Rules
+    # Rules that select modules
 
     def head_of(self, output_head: str | None, classifier: str | None) -> str | None:
         """Return the name of the layer that "all-linear" excludes.
@@ -201,9 +203,9 @@ class LoraConfig:
     def _patterned(
         self, where: str, table: Mapping[str, float], default: float, names: tuple[str, ...]
     ) -> tuple[list[float], list[str]]:
-        """Return the value of each name, and the unused keys.
+        """Return the value of each name in ``table``, and the unused keys of the table.
 
-        The first pattern that matches a name or a suffix of it is used.
+        The value is that of the first key that matches the name or a suffix of it.
         """
         keys = tuple(table)
         rows = self._match(where, "match", r"(.*\.)?({})$", keys, names)
@@ -245,7 +247,7 @@ class LoraConfig:
 
 
 def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether ``patterns`` contains a module's name or a suffix of it that follows a dot."""
+    """Return whether ``patterns`` contains a module's name, or a suffix of it after a dot."""
     patterns = patterns if isinstance(patterns, frozenset) else frozenset(patterns)
     parts = name.split(".")
     return any(".".join(parts[i:]) in patterns for i in range(len(parts)))
@@ -268,7 +270,7 @@ def _flag(where: str, name: str, value: Any) -> bool:
 def _table(where: str, name: str, value: Any, check: Any, bounds: Any) -> dict[str, Any]:
     value = value or {}
     named = isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
-    expected = "an object from name patterns to numbers"
+    expected = "an object that maps name patterns to numbers"
     require(named, where, name, expected, f"{value!r:.200}", WrongKind)
     return {k: check(where, f"{name}[{k!r:.100}]", v, **bounds) for k, v in value.items()}
 

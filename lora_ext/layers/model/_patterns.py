@@ -49,7 +49,7 @@ def match_names(
     hard: list[int] = []
     for i, pattern in enumerate(patterns):
         if (length := len(pattern)) > MAX_PATTERN:
-            raise ValueError(f"pattern of {length} characters, expected at most {MAX_PATTERN}")
+            raise ValueError(f"expected at most {MAX_PATTERN} characters, found {length}")
         if not _PLAIN.fullmatch(pattern):
             hard.append(i)
             continue
@@ -73,14 +73,14 @@ def _match_in_child(jobs: list[list[str]], names: tuple[str, ...]) -> list[list[
         )
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"regular expression not matched within {TIMEOUT_S:g} s (catastrophic backtracking?): "
-            f"{jobs[0][1][:200]!r}"
+            f"matching the regular expression took over {TIMEOUT_S:g} s (catastrophic "
+            f"backtracking?): {jobs[0][1][:200]!r}"
         ) from None
     try:
         result = json.loads(done.stdout)
     except ValueError:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise ValueError(f"regular expression not matched: {reason[0][:200]}") from None
+        raise ValueError(f"matching the regular expression failed: {reason[0][:200]}") from None
     if isinstance(result, dict):
         raise ValueError(f"expected a regular expression, found {result['error'][:300]}")
     return result

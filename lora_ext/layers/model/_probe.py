@@ -1,4 +1,4 @@
-"""LoraProbe: recording of the size of adapters' inner features during training."""
+"""LoraProbe: recorder of the norms of adapters' inner features during training."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class Decomposition(NamedTuple):
     A' and B' are the factors before the step, A and B after it.
     """
 
-    d1: Tensor  # B' (A - A') x: from the change of A
-    d2: Tensor  # (B - B') A' x: from the change of B
-    d3: Tensor  # (B - B') (A - A') x: from both changes
+    d1: Tensor  # B' (A - A') x, due to the change of A
+    d2: Tensor  # (B - B') A' x, due to the change of B
+    d3: Tensor  # (B - B') (A - A') x, due to both changes
 
 
 def decompose_step(x: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> Decomposition:
-    """Split the change of ``B A x`` between two steps into three parts ``(T, m)``.
+    """Split the change of ``B A x`` between two training steps into three parts ``(T, m)``.
 
     Args:
         x: input ``(T, n)`` of the adapter, for ``T`` rows.
         before: factors A ``(r, n)`` and B ``(m, r)`` at the first step.
-        after: factors at the second step.
+        after: factors A and B at the second step.
 
     Source: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics".
     """
@@ -51,8 +51,8 @@ class LoraProbe:
 
     The layers may be :class:`lora_ext.nn.LoraLinear` or layers of PEFT. The outputs of the model do
     not change, and all hooks are removed after the block, even after an exception. Each record
-    computes the products of the adapter again, in float32 and without dropout. Recorded values
-    remain on the device until they are read. A compiled model is not recorded.
+    recomputes the products of the adapter, in float32 and without dropout. Recorded values remain
+    on the device until they are read. A compiled model is not recorded.
 
     Args:
         model: module that contains the layers, or a layer itself.
@@ -80,7 +80,7 @@ class LoraProbe:
         every: int = 1,
         track_decomposition: bool = False,
     ):
-        require(every >= 1, "LoraProbe", "every", "at least 1", every)
+        require(every >= 1, "LoraProbe", "every", "a number of at least 1", every)
         self.model = model
         self.adapter = adapter
         self.every = every
@@ -94,7 +94,8 @@ class LoraProbe:
                 if all(w.dim() == 2 for w in weights):
                     self._layers.append((name, layer))
         expected = f"linear layers with an adapter {adapter!r}"
-        require(self._layers, "LoraProbe", "model", expected, "none")
+        found = f"none in {type(model).__name__}"
+        require(self._layers, "LoraProbe", "model", expected, found)
         self._step = -1
         self._records: list[tuple[int, str, dict[str, Tensor]]] = []
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
@@ -102,7 +103,7 @@ class LoraProbe:
 
     def __enter__(self) -> LoraProbe:
         if self._handles:
-            raise RuntimeError("LoraProbe: expected to be entered once, found it entered already")
+            raise RuntimeError("LoraProbe: expected one `with probe`, found it entered already")
         # The hook that counts steps is registered first, since ``model`` may be a recorded layer
         # itself.
         self._handles.append(self.model.register_forward_pre_hook(self._count))

@@ -10,7 +10,7 @@ from lora_ext._checks import require
 
 
 class Swap:
-    """Replacement of modules of a model; :meth:`restore` undoes it.
+    """Replacement of modules of a model; :meth:`restore` undoes the replacement.
 
     If a module has several names, it is replaced only under the given name. If an error is raised,
     no module has been replaced.
@@ -21,8 +21,8 @@ class Swap:
     Args:
         model: model that contains the modules.
         replacements: new modules by the name of the module to replace, as in
-            ``model.named_modules()``. No name may be that of a submodule of another. Usually a new
-            module contains the module that it replaces.
+            ``model.named_modules()``. No name may denote a submodule of another named module.
+            Usually a new module contains the module that it replaces.
         by: name of the calling function, for messages.
 
     Attributes:
@@ -43,14 +43,15 @@ class Swap:
     def add(self, model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
         """Replace further modules of the same model.
 
-        Modules that are replaced already are refused. Arguments and errors are those of the class.
+        Modules that have already been replaced raise ValueError. Arguments and errors are those of
+        the class.
         """
         originals: dict[str, nn.Module] = {}
         for name in replacements:
             original = find_module(model, name) if name else None
             if original is None or name in self.placed:
-                found = "one that is replaced already" if name in self.placed else "none"
-                expected = "the name of a module inside the model"
+                found = "a replaced module" if name in self.placed else "no such submodule"
+                expected = "the name of a submodule that is not replaced yet"
                 raise ValueError(f"{self.by}: {name!r}: expected {expected}, found {found}")
             originals[name] = original
         for name, module in replacements.items():
@@ -79,7 +80,7 @@ class Swap:
             found = find_module(model, name)
             kind = "nothing" if found is None else type(found).__name__
             other = "another " if type(found) is type(module) else ""
-            expected = f"the layer that {self.by} put there"
+            expected = f"the layer that {self.by} has inserted"
             require(found is module, by, name, expected, f"{other}{kind}", RuntimeError)
 
 

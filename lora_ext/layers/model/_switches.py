@@ -3,8 +3,8 @@
 A layer with its adapter off computes only its base layer. Parameters, their ``requires_grad``
 flags, ``state_dict`` and the active adapters do not change.
 
-An adapter may also be switched off only in training. Each forward then reads the ``training`` flag
-of the layer, so that evaluations during training use the adapter.
+An adapter may also be switched off only in training mode. Each forward then reads the ``training``
+flag of the layer, so that evaluations between training steps use the adapter.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def set_active(
     """Switch an adapter of one layer on or off.
 
     An adapter that is off runs no operator, creates no graph node and gets no gradient, even if it
-    is active or selected for rows. For PEFT's layers, the state is stored by the adapter's name: if
-    an adapter is deleted while it is off and then added again, it is still off.
+    is active or selected for rows. For PEFT's layers, the state is stored under the adapter's name:
+    if an adapter is deleted while it is off, a new adapter of the same name is also off.
 
     Args:
         layer: layer with adapters, from :func:`lora_ext.nn.adapted_layers`.
@@ -56,7 +56,7 @@ def set_active(
 
     Raises:
         TypeError: If a flag is neither True nor False.
-        ValueError: If the layer does not have the adapter. If ``active`` is False, also if the
+        ValueError: If the layer does not have the adapter; or if ``active`` is False and the
             adapter is merged into the base weight, or another package has replaced the layer's
             forward (for example accelerate, to offload weights).
     """
@@ -66,7 +66,7 @@ def set_active(
 
 
 class _State(NamedTuple):
-    """Modes of a layer in which an adapter is on. If it is on in training, it is on in both."""
+    """Modes of a layer in which an adapter is on: both, only evaluation, or none."""
 
     in_evaluation: bool
     in_training: bool
@@ -166,7 +166,7 @@ class LayerGroups:
         values: Any = mask.tolist() if isinstance(mask, Tensor) else mask
         bools = isinstance(values, Sequence) and all(isinstance(v, bool) for v in values)
         kind = mask.dtype if isinstance(mask, Tensor) else repr(mask)
-        require(bools, "LayerGroups", "mask", "bools", kind)
+        require(bools, "LayerGroups", "mask", "a list or 1-D tensor of bools", kind)
         expected = f"one value for each of the {len(self)} groups"
         require(len(values) == len(self), "LayerGroups", "mask", expected, len(values))
         for names, group, on in zip(self.names, self.layers, values, strict=True):
@@ -259,7 +259,7 @@ _NONE: frozenset[str] = frozenset()
 
 
 _BASE = "__base__"  # PEFT's name for rows without an adapter
-_OF_ADAPTERS = ("adapter_names", "alora_offsets")  # arguments only of adapter layers
+_OF_ADAPTERS = ("adapter_names", "alora_offsets")  # arguments that only adapter layers accept
 
 
 def forward_of_the_rest(

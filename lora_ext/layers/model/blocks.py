@@ -43,7 +43,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
         for module in root.modules():
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return module
-    expected = f"a list of {count} layers, as its configuration says"
+    expected = f"an nn.ModuleList of {count} layers, the number in the configuration"
     raise ValueError(f"decoder_layers: model: expected {expected}, found none in {found}")
 
 

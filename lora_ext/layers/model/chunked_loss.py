@@ -35,7 +35,7 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
     ``ForCausalLMLoss``, including its arguments ``num_items_in_batch`` and ``shift_labels``, and
     ``logits=None``. :func:`lora_ext.ops.chunked_cross_entropy` computes the product of the output
     layer, the softmax and their gradients for ``chunk`` columns at a time. For B sequences of T
-    tokens and a vocabulary of V tokens, ``B T chunk`` numbers are in memory instead of ``B T V``.
+    tokens and a vocabulary of V tokens, ``B T chunk`` logits are in memory instead of ``B T V``.
     Forwards in evaluation mode, without labels or without gradients do not change.
 
     Args:
@@ -51,14 +51,15 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
     Raises:
         ValueError: If the model is not a causal LM, ``chunk`` is below 1, or the loss is not
             transformers' own.
-        NotImplementedError: If the model has an encoder and a decoder; the output layer has
-            adapters or is quantised; FSDP2 has sharded the parameters; the logits are not the
-            output layer's product, scaled or soft-capped; or the model computes its loss itself.
+        NotImplementedError: If the model is an encoder-decoder model; the output layer has adapters
+            or is quantised; FSDP2 has sharded the parameters; the logits are not the output layer's
+            product, scaled or soft-capped; or the model does not pass its logits to a loss
+            function.
 
     To detect unsupported models, the function runs the model once on four tokens. If all labels of
-    a batch are ignored, the loss is 0 instead of NaN. Training steps that do not call the model's
-    forward, but compute hidden states and the loss themselves, as in TRL's trainers, do not use
-    this loss. The first such step issues a warning.
+    a batch are ignored, the loss is 0 instead of NaN. Some trainers, such as TRL's, do not call the
+    model's forward with labels, but compute the loss from the hidden states. Their training steps
+    do not use this loss, and the first such step issues a warning.
     """
     lm = causal_lm(model, _WHERE)
     fits = isinstance(chunk, int) and chunk >= 1
@@ -128,7 +129,7 @@ class _Loss:
 
     layer: nn.Module
     own: Callable[..., Any]
-    before: Callable[..., Any] | None  # loss set on the model before; None for the class's loss
+    before: Callable[..., Any] | None  # loss that was set on the model; None for the class's loss
     chunk: int
     head: Head = field(default_factory=lambda: Head(None))
     hook: RemovableHandle | None = None  # hook of the warning
@@ -155,8 +156,8 @@ class _Loss:
         layer: Any = self.layer
         weight, bias, scale = layer.weight, layer.bias, self.head.scale
         if hidden is None or hasattr(weight, "full_tensor"):
-            expected = "the output layer that the model had when enabled, not sharded"
-            found = f"a {type(weight).__name__} or another output layer"
+            expected = f"the unsharded output layer from the call of {_WHERE}"
+            found = f"another output layer, or a sharded weight ({type(weight).__name__})"
             raise NotImplementedError(f"{_WHERE}: model: expected {expected}, found {found}")
         targets: Any = shifted(labels, ignore_index) if shift_labels is None else shift_labels
         targets = targets.to(hidden.device).flatten()
@@ -234,7 +235,7 @@ def _probed(lm: Any, loss: _Loss) -> Head:
         lm(input_ids=ids, labels=ids)
     if call.logits is None or call.entered is None:
         expected = "a forward that passes its logits to loss_function"
-        found = f"none in {type(lm).__name__}"
+        found = f"a {type(lm).__name__} that does not"
         raise NotImplementedError(f"{_WHERE}: model: expected {expected}, found {found}")
     return measured_head(_WHERE, lm, softcap_of(lm), call.entered, call.logits)
 

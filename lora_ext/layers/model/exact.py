@@ -30,8 +30,8 @@ def exact(model: Model, enabled: bool = True) -> Model:
 
     In a plain decoder, the bits of three operations depend on the batch:
 
-    * products of a library with a weight, because the order of their sums depends on the number of
-      rows. An exact model multiplies with packed weights instead, for any number of rows
+    * matrix products with a weight, because a library's order of summation depends on the number of
+      rows. An exact model multiplies by packed weights instead, for any number of rows
       (:func:`lora_ext.ops.packed_linear`).
     * attention, because its block sizes depend on the number of queries. An exact model computes
       each query separately over the keys of its row (:func:`lora_ext.ops.row_attention`).
@@ -45,8 +45,8 @@ def exact(model: Model, enabled: bool = True) -> Model:
     costs and limits.
 
     A forward raises an error if its result would not be exact: under ``torch.compile`` or autocast,
-    after ``double()``, with another attention, with modules that were added later, or if the model
-    was loaded from a file.
+    after ``double()``, with another attention implementation, with modules that were added later,
+    or if the model was loaded from a file.
 
     Args:
         model: transformers model on the CPU, in float32 or bfloat16, in evaluation mode, with the
@@ -56,9 +56,10 @@ def exact(model: Model, enabled: bool = True) -> Model:
 
     Raises:
         TypeError: If ``model`` is not a module, or ``enabled`` is not a bool.
-        ValueError: If the model has another attention, layers of PEFT, a layer that cannot be
-            packed, or an operation with bits that may depend on the batch, or if the model is exact
-            and has been changed. The message names the cause, and the model is unchanged.
+        ValueError: If the model has another attention implementation, layers of PEFT, a layer that
+            cannot be packed, or an operation with bits that may depend on the batch, or if the
+            model is exact and has been changed. The message names the cause, and the model is
+            unchanged.
         RuntimeError: If ``enabled`` is False and the model is not exact.
     """
     instance("exact", "model", model, nn.Module)
@@ -71,7 +72,8 @@ def exact(model: Model, enabled: bool = True) -> Model:
         return model
     config: Any = getattr(model, "config", None)
     found = getattr(config, "_attn_implementation", None)
-    require(found == "sdpa", "exact", "model", "a transformers model with sdpa", repr(found))
+    expected = "a transformers model with the attention 'sdpa'"
+    require(found == "sdpa", "exact", "model", expected, repr(found))
     _check_weights(model)
     plain = {name: layer for name, layer in linears_of(model) if type(layer) is nn.Linear}
     if plain:
@@ -166,11 +168,11 @@ def _check_unchanged(module: nn.Module, _: Any) -> None:
 
 
 def _check_modules(model: nn.Module) -> None:
-    """Raise ValueError if a module is not exact. Parts of adapter layers need no MARK."""
+    """Raise ValueError if a module is not exact. Submodules of adapter layers need no MARK."""
     _check_weights(model)
     for name, layer in linears_of(model):
         packed = isinstance(layer, PackedLinear) and layer.exact
-        found = f"one that was added, loaded or undone later; {_AGAIN}"
+        found = f"one that was added, loaded or restored later; {_AGAIN}"
         require(packed, "exact: model", repr(name), "a layer that exact has packed", found)
     parts: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -214,7 +216,8 @@ def _attention(
         return inner(module, query, key, value, attention_mask, **how)
     require(dropout == 0, "exact", "attention_dropout", "0", dropout)
     for name in ("softcap", "position_bias"):
-        require(more.get(name) is None, "exact", "model", f"attention without {name}", "it")
+        absent = more.get(name) is None
+        require(absent, "exact", "model", f"attention without {name}", f"attention with {name}")
     causal, mask = False, None
     if attention_mask is not None:
         mask = _allowed(attention_mask, key.shape[2]).expand(-1, query.shape[2], -1)
@@ -228,12 +231,14 @@ def _attention(
 
 def _allowed(mask: Tensor, keys: int) -> Tensor:
     """Convert an attention mask to bool ``(B, T, L)``: B rows or 1, T queries, L keys."""
-    require(mask.shape[1] == 1, "exact", "attention_mask", "one for all heads", list(mask.shape))
+    expected = "shape (B, 1, T, L), the same for all heads"
+    require(mask.shape[1] == 1, "exact", "attention_mask", expected, list(mask.shape))
     mask = mask[:, 0, :, :keys]
     if mask.dtype == torch.bool:
         return mask
     least = torch.finfo(mask.dtype).min
     allowed = mask == 0
     known = bool((allowed | (mask <= least / 2)).all())
-    require(known, "exact", "attention_mask", "0 and the least number", "a bias of attention")
+    expected = f"only 0 and {least} as values"
+    require(known, "exact", "attention_mask", expected, "other values (an attention bias)")
     return allowed

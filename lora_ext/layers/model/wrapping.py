@@ -173,7 +173,7 @@ def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> Non
         for start, row in zip(starts, labels, strict=False)
     ):
         warnings.warn(
-            "wrap: labels: expected some after the start of an activated adapter "
+            "wrap: labels: expected labels after the start of an activated adapter "
             f"(alora_invocation_tokens), found none in any row: {found.names!r:.200} would learn "
             "nothing from this batch",
             stacklevel=4,
@@ -215,8 +215,8 @@ def _targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig
     require(found, "wrap", "target_modules", expected, "none")
     if ignored := sorted(found & uncalled):
         raise NotImplementedError(
-            f"wrap: target_modules: expected layers that are called, found {ignored[0]!r}, whose "
-            "weight its parent reads: its adapter would be ignored"
+            f"wrap: target_modules: expected layers that are called, found {ignored[0]!r}: its "
+            "parent module only reads its weight, so an adapter would be ignored"
         )
     return [name for name in modules if name in found]
 
@@ -226,7 +226,7 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def _adapt(name: str, module: nn.Module, adapter_name: str, settings: dict[str, Any]) -> LoraLayer:
-    """Return ``module`` as a layer with the new adapter; messages of errors contain ``name``."""
+    """Return a layer with the new adapter for ``module``; error messages contain ``name``."""
     try:
         if isinstance(module, LoraLayer):
             module.add_adapter(adapter_name, **settings)
@@ -237,7 +237,7 @@ def _adapt(name: str, module: nn.Module, adapter_name: str, settings: dict[str, 
             return LoraEmbedding(module, adapter_name, **settings)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return LoraConv(module, adapter_name, **settings)
-        expected, found = "Linear, Conv1D, Embedding and convolutions", type(module).__name__
+        expected, found = "a Linear, Conv1D, Embedding or convolution", type(module).__name__
         raise ValueError(f"target_modules: expected {expected}, found a {found}")
     except (TypeError, ValueError, NotImplementedError) as error:
         raise type(error)(f"wrap: {name}: {error}") from error

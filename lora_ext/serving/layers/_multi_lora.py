@@ -19,7 +19,7 @@ class MultiLoraLinear(PoolLayer):
     """Linear layer that adds the update of one adapter of a pool to each row.
 
     Computes ``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, where ``s`` is the slot
-    of row ``t``'s adapter. If it uses DoRA, the sum is rescaled:
+    of row ``t``'s adapter. If the adapter uses DoRA, the sum is rescaled:
     :mod:`lora_ext.serving.layers._pool_dora`.
 
     The adapters of the rows are those of the surrounding block :func:`lora_ext.adapters`. Outside
@@ -109,15 +109,18 @@ class MultiLoraLinear(PoolLayer):
 
     def _explained(self, error: ValueError) -> ValueError:
         return ValueError(
-            f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that the "
-            "model had; make the pool after moving the model, or pass device= and dtype=)"
+            f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices of the "
+            "model it was made for; make it after moving the model, or pass device= and dtype=)"
         )
 
 
 def traced_rows(
     layer: PoolLayer, leading: torch.Size, device: torch.device, of_tokens: bool = False
 ) -> Rows:
-    """Return :meth:`PoolLayer.rows_in` in a compiled graph: the rows of the block it runs in."""
+    """Return the rows of a layer's input in a compiled graph, like :meth:`PoolLayer.rows_in`.
+
+    Their adapters are those of the block in which the graph runs.
+    """
     slots, turned = layer.pool.max_slots, layer.tokens_first
     return pool_rows(layer.handle, leading, device, slots, turned, of_tokens, layer.default)
 
@@ -155,7 +158,10 @@ def add_adapters(
 
 
 def with_bias(y: Tensor, slab: Any, ids: Tensor) -> Tensor:
-    """Return ``y`` plus PEFT's ``lora_bias`` times the scale; rows without it are unchanged."""
+    """Return ``y`` plus the scaled bias of each row's adapter (PEFT's ``lora_bias``).
+
+    Rows without an adapter in this module are unchanged.
+    """
     slot = ids.clamp(min=0)
     bias = slab.bias[slot] * slab.scale[slot].unsqueeze(1)  # (T, O)
     uses = (ids >= 0) & (slab.ranks[slot] > 0)  # (T,)

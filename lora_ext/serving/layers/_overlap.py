@@ -2,13 +2,13 @@
 
 ``lora_ext.attach(model, pool, overlap=True)`` sets an :class:`Overlap` on every linear layer. The
 first half of the update, shrink (``A x``), needs only x, so it can run on a second CUDA stream at
-the same time as the base product. The second half, expand, adds ``B`` times this to the output of
-the base layer, so it runs after both. In a captured graph the two streams become two branches.
+the same time as the base product. The second half, expand, adds ``B A x`` to the output of the base
+layer, so it runs after both. In a captured graph the two streams become two branches.
 
 Our choice: off by default, and used for at most :data:`MOST_ROWS` rows. With few rows the time of
 the base product is the time to read its weights, and multiprocessors are idle, so the latency of
 shrink can be hidden. With more rows the thread blocks of the product fill the device, and shrink
-would compete with them. Neither has been timed on a GPU.
+would compete with them. Neither case has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOST_ROWS = 256
 
 
 def begin_early(layers: Mapping[str, nn.Module]) -> None:
-    """Set one :class:`Overlap` on all linear layers among ``layers``."""
+    """Set the same :class:`Overlap` on all linear layers in ``layers``."""
     overlap = Overlap()
     for layer in layers.values():
         if type(layer) is MultiLoraLinear:
@@ -42,7 +42,7 @@ class Overlap:
 
     A side stream writes the result of shrink, and the calling stream reads it. When this tensor is
     freed, torch may reuse its memory for the next shrink on the same side stream. Before that
-    shrink, the side stream waits for the earlier work of the stream that calls it. This work
+    shrink, the side stream waits for the earlier work of the stream that calls the layer. This work
     includes the read only if the same stream made both calls. Two calling streams therefore never
     share a side stream.
 

@@ -47,7 +47,7 @@ _by_number: weakref.WeakValueDictionary[int, DoraFactors] = weakref.WeakValueDic
 class Rescale(NamedTuple):
     """The D rows with DoRA adapters, and their factors."""
 
-    # (D,) indices of rows; or None for all T rows in a graph, where rows without DoRA have factor 1
+    # (D,) indices of the rows. In a graph it is None for all T rows; those without DoRA have c = 1
     rows: Tensor | None
     c: Tensor  # (D, O)
     bias: Tensor | None  # (O,)
@@ -111,7 +111,10 @@ class DoraFactors:
     def traced_rescale(
         self, layer: PoolLayer, leading: Sequence[int], device: torch.device
     ) -> Rescale:
-        """Return :meth:`rescale` in a compiled graph: the rows of the block it runs in."""
+        """Return the argument of :func:`rescaled` in a compiled graph, for all rows of a layer.
+
+        The adapters of the rows are those of the block in which the graph runs.
+        """
         slab = self.slab
         c = _active_dora_factors(
             layer.handle,
@@ -170,8 +173,8 @@ class DoraFactors:
         weight, _ = readable_weight(self.base, purpose, fan_in_fan_out=not linear)
         if weight.is_meta or weight.dtype not in FLOATS:  # quantised weights have separate scales
             raise ValueError(
-                f"{purpose}: expected a base weight of float16, bfloat16, float32 or float64 to "
-                f"take norms of, found {weight.dtype} on {weight.device}"
+                f"{purpose}: expected a base weight with values in float16, bfloat16, float32 or "
+                f"float64, for its norms, found {weight.dtype} on {weight.device}"
             )
         return weight
 

@@ -1,8 +1,8 @@
 """Adapters that replace a module (PEFT's ``modules_to_save``), usually the output head.
 
 An adapter may also replace only some rows of the embedding (``trainable_token_indices``). The base
-module computes all rows of the batch. The rows whose adapter replaces the module are then computed
-again with the weight of the adapter and overwritten; other rows are unchanged.
+module computes all rows of the batch. The rows whose adapter replaces the module are then
+recomputed with the weight of the adapter and overwritten; other rows are unchanged.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from lora_ext.rows import Block, batch_of, block_of_graph, current_layout, forwa
 def with_replaced(
     y: Tensor, x: Tensor, name: str, of_slots: Mapping[int, Any], block: Block, tokens_first: bool
 ) -> Tensor:
-    """Return ``y (..., O)`` with the rows of these slots computed by the adapters' weights.
+    """Return ``y (..., O)``, in which rows are recomputed if their adapter replaces the module.
 
     Args:
         y: output of the base module; changed in place if no gradient is needed.
         x: input of the module: ``(..., I)``, or token ids ``(...)`` of an embedding.
         name: name of the module in the pool.
-        of_slots: by slot, the ``weight`` and ``bias`` that replace those of the module.
+        of_slots: by slot of an adapter, the ``weight`` and ``bias`` that replace those of the
+            module.
         block: the block that determines the slot of each row.
         tokens_first: whether the first dimension of ``x`` is tokens.
     """
@@ -35,7 +36,8 @@ def with_replaced(
     leading = x.shape if of_tokens else x.shape[:-1]
     layout = current_layout(leading, x.device, tokens_first)
     # A captured step reads the weights, and the place of each row's adapter among them, at the
-    # fixed addresses of a bank. `of_slots` has the slots at the capture, not those at a replay.
+    # fixed addresses of a bank. `of_slots` contains the slots at the time of the capture, not those
+    # at the time of a replay.
     if block.step_rows(layout) is not None:
         assert block.step is not None
         bank, places = block.step.bank(name)
@@ -64,7 +66,7 @@ def with_replaced(
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the product with inputs ``(T, I)``, or the embeddings of token ids ``(T,)``."""
+    """Return the product of ``weight`` with inputs ``(T, I)``, or embeddings of ids ``(T,)``."""
     if not x.is_floating_point():
         return F.embedding(x, weight)
     return F.linear(x.to(weight), weight, bias)
@@ -121,7 +123,7 @@ class ReplacedBank:
                     bias.zero_() if whole.bias is None else bias.copy_(whole.bias)
 
     def replaced(self, y: Tensor, x: Tensor, places: Tensor) -> Tensor:
-        """Return ``y (..., O)`` with the rows of each place computed by the weights at the place.
+        """Return ``y (..., O)``, in which rows are recomputed with the weights at their places.
 
         Args:
             y: output of the base module.
@@ -150,8 +152,8 @@ def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
 
 def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
     raise NotImplementedError(
-        "lora_ext: expected a compiled graph without gradients, as an adapter replaces a module "
-        "(modules_to_save), found a backward; compile inside torch.no_grad(), or do not compile"
+        "lora_ext: expected a compiled graph without gradients, because an adapter replaces a "
+        "module (modules_to_save), found a backward; compile inside torch.no_grad(), or not at all"
     )
 
 

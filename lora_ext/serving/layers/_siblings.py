@@ -1,16 +1,16 @@
 """Compute the updates of layers that receive the same tensor (q, k, v; gate, up) in one op.
 
 ``lora_ext.attach(model, pool, fuse_siblings=True)`` sets one :class:`Siblings` on all layers of a
-parent module. Groups of layers are found by observing the calls: if a layer is called with the
-tensor that another layer, the leader, was called with before in the same block, it becomes a
-follower of that leader. Names are not compared, so q of cross-attention is not grouped with k and
-v, which receive another tensor.
+parent module. Groups of layers are found by observing the calls in a block. The first layer that is
+called with a tensor is the leader, and a layer that is called with the same tensor later becomes
+its follower. Names are not compared, so q of cross-attention is not grouped with k and v, which
+receive another tensor.
 
 A model calls ``q_proj(x)`` before ``k_proj(x)``. The leader therefore also calls the base modules
 of its followers, runs one op for all of them, and stores the outputs of the followers. A follower
 returns its stored output if it is called with the same unchanged tensor in the same block, thread
-and stream. Otherwise it computes its output. Stored outputs are deleted at the next call with
-another tensor, or when the tensor or the block is freed.
+and stream. Otherwise the follower computes its output. Stored outputs are deleted at the next call
+with another tensor, or when the tensor or the block is freed.
 
 The output of a follower is computed before the model calls the follower, so the tensor must not
 change in between. The version counter of a tensor shows changes, but inference tensors have no
@@ -38,10 +38,11 @@ from lora_ext.rows import Block, Rows, capturing, innermost, traced_by_python
 
 from ._multi_lora import MultiLoraLinear, with_bias
 
-#: Number of consecutive calls with an unused output after which a leader drops its followers.
+#: Number of consecutive calls with an unused stored output after which a leader drops its
+#: followers.
 MAX_MISSED_CALLS = 3
 #: Number of calls of layers without followers that are compared with later calls to find followers.
-#: The count restarts when a layer first computes an adapter.
+#: The count restarts when a layer computes a row with an adapter for the first time.
 MAX_OBSERVED_CALLS = 64
 #: Whether layers on the CPU share ops, too. This saves no launches there, and no decode step or
 #: prefill of a whole model became faster (docs/notes/lora.md).
@@ -69,7 +70,7 @@ class _Member:
         layer: weak reference to the layer, because the layer owns the :class:`Siblings`.
         followers: layers whose outputs this layer also computes. The tuple is replaced by a new
             one, never changed in place.
-        missed_calls: number of consecutive calls up to the latest in which an output was not used.
+        missed_calls: number of latest consecutive calls with a stored output that was not used.
         adapted: True if the layer has computed a row with an adapter.
     """
 
@@ -86,8 +87,8 @@ class _Call:
 
     Attributes:
         leader: the layer that was called.
-        outputs: outputs that were not used yet, by name of the follower.
-        waiting: number of outputs that were not used, including deleted ones.
+        outputs: stored outputs that were not used yet, by name of the follower.
+        waiting: number of stored outputs that were not used, including deleted ones.
     """
 
     __slots__ = ("_block", "_copy", "_stream", "_version", "_x", "leader", "outputs", "waiting")
@@ -200,7 +201,7 @@ class Siblings:
         if not (x.is_cuda or SHARE_ON_CPU):
             return None
         member = self._members[layer.name]
-        if not member.adapted:  # its first adapter may target its siblings, too: observe them again
+        if not member.adapted:  # the layer's first adapter may also target siblings: observe again
             member.adapted, self._observations = True, MAX_OBSERVED_CALLS
         if not (member.followers or self._observations > 0):
             return None

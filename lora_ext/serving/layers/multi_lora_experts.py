@@ -20,10 +20,10 @@ class MultiLoraExperts(PoolLayer):
 
     Adds ``scale[s] * B[s, e] A[s, e] x[t]`` to both products of an expert, where ``s`` is the slot
     of row ``t``'s adapter, and ``e`` is each of the experts that the row is routed to. The adapters
-    of the rows are those of the block :func:`lora_ext.adapters`; if no row has one, the layer only
-    calls ``base``. The kernels treat each pair of adapter and expert as a slot. The index of this
-    slot is computed on the device from the router's choice and the row's adapter, and one launch
-    per product computes all pairs of row and expert. The router is not adapted.
+    of the rows are those of the block :func:`lora_ext.adapters`; if no row has an adapter, the
+    layer only calls ``base``. The kernels treat each pair of adapter and expert as a slot. The
+    index of this slot is computed on the device from the router's choice and the row's adapter, and
+    one launch per product computes all pairs of row and expert. The router is not adapted.
 
     Args:
         base: experts module to replace: see :mod:`lora_ext.layers._experts`.
@@ -40,13 +40,16 @@ class MultiLoraExperts(PoolLayer):
         }
         sizes = {p: (s.experts, s.in_features, s.out_features) for p, s in self.slabs.items()}
         found = {p: (len(getattr(base, p)), *projections(base)[p]) for p in self.slabs}
-        expected = f"experts, in and out features as in the pool, {sizes}"
+        expected = f"(experts, in_features, out_features) as in the pool, {sizes}"
         of_base = f"a {type(base).__name__} with {found}"
         require(sizes and found == sizes, "MultiLoraExperts", name, expected, of_base)
         self.stand_in(base, pool, name)
 
     def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """Map ``x (T, H)`` to ``(T, H)``, given the experts and weights ``(T, k)`` of each row."""
+        """Map ``x (T, H)`` to ``(T, H)``.
+
+        The further arguments are the experts of each row and their weights, ``(T, k)`` each.
+        """
         slabs = {name: slab for name, slab in self.slabs.items() if slab.a_pages is not None}
         if not slabs:
             if not compiles():
