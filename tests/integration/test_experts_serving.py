@@ -235,7 +235,7 @@ def saved(family: str = "mixtral", **fields: Any) -> tuple[Any, dict[str, Any], 
 def test_fields_without_support_for_parameters_raise(field: str, value: Any) -> None:
     model, config, tensors = saved()
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8)
-    message = rf"{field}={value} is not supported beside target_parameters"
+    message = rf"{field}={value} is not supported together with target_parameters"
     with pytest.raises(NotImplementedError, match=message):
         pool.load("red", ({**config, field: value}, tensors))
     assert pool.names == []

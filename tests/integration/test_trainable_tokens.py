@@ -159,7 +159,7 @@ def test_rows_that_do_not_fit_raise_and_the_pool_is_unchanged(tmp_path: Path) ->
         ({}, {STEM: None}, ValueError, "the rows of trainable_token_indices, found none"),
         ({"trainable_token_indices": None}, {}, ValueError, "trainable_tokens_delta"),
         ({"trainable_token_indices": [3, 97]}, {}, ValueError, "tokens up to 96, found 97"),
-        ({"trainable_token_indices": [3, 3]}, {}, ValueError, "each token once"),
+        ({"trainable_token_indices": [3, 3]}, {}, ValueError, "distinct tokens"),
         ({"trainable_token_indices": [3, -1]}, {}, ValueError, "an integer from 0, found -1"),
         ({"trainable_token_indices": "ab"}, {}, ValueError, "a list of tokens"),
         (
