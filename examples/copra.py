@@ -51,7 +51,7 @@ def main() -> None:
     blocks = len(model.model.layers)
     examples = read_examples(tokenizer, "pirate")
     held_out = collate(examples[:2], tokenizer.pad_token_id)
-    keep = sorted({round(blocks * part / 6) for part in range(7)})  # blocks
+    keep = sorted({round(blocks * part / 6) for part in range(7)})  # numbers of blocks to keep
 
     games: dict[str, copra.Shapley] = {}
     kept: dict[str, list[float]] = {}

@@ -67,7 +67,11 @@ class Allocator(fed_hello.HLA):
 
 
 def in_one_batch(make: Any, data: Any, allocator: Allocator, measure: Any, rounds: int) -> Any:
-    """Train all clients as rows of a batch; return adapter, losses, bytes and heights by round."""
+    """Train all clients as rows of one batch.
+
+    Returns:
+        The adapter and, by round, the losses, the sent bytes and the number of clients per layer.
+    """
     model = make()
     manager, log = federated.LoraLayerManager(model), federated.CommLog()
     clients = [federated.ClientSpec(c, data[c], LEARNING_RATE) for c in allocator.depths]

@@ -103,7 +103,7 @@ def draw(strategy: Legend, layers: int, path: Path) -> Path:
 
 
 def draw_depths(rounds: Sequence[Mapping[Client, LayerPlan]], layers: int, axes: Any) -> None:
-    """Draw the number of layers of each device and round; rounds without it stay empty."""
+    """Draw the number of layers of each device and round; rounds without the device stay empty."""
     devices = sorted({d for plans in rounds for d in plans}, key=lambda d: (isinstance(d, str), d))
     depths = [
         [len(plans[device].layers) if device in plans else float("nan") for plans in rounds]

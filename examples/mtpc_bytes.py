@@ -183,7 +183,7 @@ def model_loss(model: Any, rows: Tensor, sizes: Sizes) -> float:
 def train_head(
     model: Any, kind: str, rows: Tensor, held_out: Tensor, sizes: Sizes, found: Found
 ) -> mtpc.Draft:
-    """Train a retrofitted head alone and return it."""
+    """Retrofit a head to the frozen model, train only the head, and return it."""
     rank = 1 if kind == "ff" else sizes.rank
     config = mtpc.MtpcConfig(sizes.n_token, rank, kind, "adapter", sizes.adapter_rank)
     draft = mtpc.retrofit(model, config)

@@ -1,7 +1,7 @@
 """Train adapters for planning and for reasoning on one small model, and compare their ranks.
 
-A transformer learns to follow short chains and is frozen. One adapter then learns to take three
-hops, another to find the shorter of two chains. A monitor records the ranks of their updates. The
+A transformer learns to follow short chains and is frozen. One adapter then learns to follow three
+hops, and another to find the shorter of two chains. A monitor records the ranks of the updates. The
 example takes two minutes on two cores, without GPU or network: `python examples/reasoning.py` if
 `.[demo]` is installed. `--quick` takes seconds and only checks that the code runs.
 """

@@ -261,7 +261,7 @@ def test_save_refuses_a_configuration_that_contradicts_the_factors(tmp_path):
         LoraAdapter(adapter.config, doubled).save(tmp_path)
     stray = {**adapter.modules, "elsewhere": factors}
     with pytest.raises(
-        ValueError, match=r"expected factors of modules that .* found base_model.model.elsewhere"
+        ValueError, match=r"factors only of modules that .* found base_model.model.elsewhere"
     ):
         LoraAdapter(adapter.config, stray).save(tmp_path)
     assert list(tmp_path.iterdir()) == []

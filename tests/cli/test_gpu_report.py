@@ -105,7 +105,7 @@ def test_wrong_result_fails_the_command(
     monkeypatch.setattr("lora_ext.cli._gpu_report.all_cases", lambda: [wrong])
     out = tmp_path / "wrong.json"
     assert main(["gpu-report", "--out", str(out), "--backend", "emu"]) == 1
-    assert "found larger errors of lora_shrink" in capsys.readouterr().err
+    assert "found larger errors in lora_shrink" in capsys.readouterr().err
     (check,) = json.loads(out.read_text())["checks"]
     assert not check["ok"] and check["error"] > 0.5
 

@@ -224,12 +224,12 @@ def test_llm_engine_refuses_a_request_before_it_is_recorded():
         (7, {}, "expected a Mapping"),
         ({"regex": "a", "choice": ["b"]}, {}, "fields: expected one of"),
         ({"keywords": ["dog"]}, {}, "keywords: expected a Mapping"),
-        ({"keywords": {"all": ["dog"]}}, {}, "keywords: expected all_of, none_of"),
+        ({"keywords": {"all": ["dog"]}}, {}, "keywords: expected only the keys all_of"),
         ({"grammar": "a"}, {}, "grammar"),
         ({"regex": "a"}, {"stop": ["b"]}, "stop: expected none"),
         ({"regex": "a"}, {"ignore_eos": True}, "ignore_eos: expected none"),
         ({"regex": "a"}, {"structured_outputs": object()}, "structured_outputs: expected none"),
-        ({"regex": "a"}, {}, "expected the plug-in"),
+        ({"regex": "a"}, {}, "expected lora_ext's vLLM plug-in"),
     ],
 )
 def test_invalid_constraints_are_refused_by_validate_params(given, more, message):

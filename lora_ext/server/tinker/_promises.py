@@ -78,7 +78,7 @@ class Model:
 
 
 class Promises:
-    """Promised responses of all API keys; the limits apply to each key separately."""
+    """Promised responses of all API keys. The maximum numbers apply to each key separately."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
