@@ -211,7 +211,7 @@ def draw(
 
 
 def draw_barriers(lines: dict[str, copra.Barrier], unit: str, axes: Any) -> None:
-    """Draw the loss on lines between adapters, and dotted the interpolated loss of the ends."""
+    """Draw the loss on lines between adapters, with a dotted straight line between the ends."""
     for color, (label, line) in zip(COLORS, lines.items(), strict=False):
         label = f"{label}, barrier {line.barrier:.3g}"
         axes.plot(line.lambdas, line.losses, marker="o", color=color, label=label)

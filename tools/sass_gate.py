@@ -98,7 +98,7 @@ class Kernel:
 
     @cached_property
     def costs(self) -> dict[str, float | None]:
-        """Numbers that rules of the same name bound; None if a kernel has no such place."""
+        """Values that the rules with the same names limit; None if the kernel has no such code."""
         first = re.search(r"<(float|double|__half|__nv_bfloat16)", self.name)
         size = {"__half": 2, "__nv_bfloat16": 2, "double": 8}.get(first[1] if first else "", 4)
         prologue = sass_loops.prologue(self.code)
@@ -217,7 +217,7 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
         if kernel.registers > rule.get("max_registers", 255):
             wrong.append(f"{kernel.registers} registers, budget {rule['max_registers']}")
         if "min_blocks" in rule:
-            # From sm_90 on the tool counts the reserved 1,024 bytes of a kernel that uses any.
+            # From sm_90 on, cuobjdump includes the 1,024 reserved bytes if a kernel uses any.
             static = kernel.shared - (1024 if kernel.shared and kernel.arch >= "sm_90" else 0)
             shared = static + rule.get("dynamic_shared", 0)
             blocks = blocks_per_multiprocessor(kernel.registers, rule["threads"], shared)
@@ -249,7 +249,7 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
     return wrong
 
 
-# Text of each cost, and whether the bound of a rule is a maximum.
+# Description of each cost in messages, and whether the limit in a rule is a maximum.
 COSTS = {
     "max_trips": ("memory trips before the first wide load", True),
     "first_bytes": ("bytes per thread requested before the wait for the previous kernel", False),

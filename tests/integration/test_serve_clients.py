@@ -135,8 +135,7 @@ def test_bodies_above_the_limit_are_rejected_with_and_without_a_length(server: A
         for content in (large, chunks()):
             response = server.client.post(f"/v1/{path}", content=content)
             assert response.status_code == 413
-            message = response.json()["error"]["message"]
-            assert message == "body: expected at most 20000 bytes, found more"
+            assert response.json()["error"]["message"].endswith("at most 20000 bytes, found more")
     body = json.dumps(chat("a1")).encode()
     exact = server.client.post("/v1/chat/completions", content=body.ljust(LIMIT))
     assert exact.status_code == 200

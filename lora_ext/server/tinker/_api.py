@@ -202,8 +202,7 @@ class Api:
         for session in self._of(key):
             if name in session.samplers:
                 return session, session.samplers[name]
-        expected = "expected a sampling session of this API key"
-        raise GoneError(f"sampling_session_id: {expected}, found {name!r:.200}")
+        raise GoneError(f"sampling_session_id: expected a session of this key, found {name!r:.200}")
 
     def sample(self, key: str, asked: Answer) -> Answer:
         """Return a promise of samples; a request with a repeated ``seq_id`` returns the same."""

@@ -92,20 +92,17 @@ def read_request(body: bytes) -> tuple[Any, list[Datum], dict[str, float]]:
 
 def _array(where: str, data: bytes, dtype: Any) -> torch.Tensor:
     if len(data) % np.dtype(dtype).itemsize:
-        expected = f"expected a whole number of {np.dtype(dtype)} values"
-        raise ValueError(f"{where}: {expected}, found {len(data)} bytes")
+        raise ValueError(f"{where}: expected {np.dtype(dtype)} numbers, found {len(data)} bytes")
     return torch.from_numpy(np.frombuffer(data, dtype).copy())
 
 
 def _tensor(where: str, tensor: Any) -> torch.Tensor:
     if tensor.sparse_csr or tensor.dtype not in _DTYPES:
         found = "a sparse tensor" if tensor.sparse_csr else f"dtype {tensor.dtype}"
-        expected = "expected a dense tensor of float32, int64 or int32"
-        raise ValueError(f"{where}: {expected}, found {found}")
+        raise ValueError(f"{where}: expected dense float32, int64 or int32, found {found}")
     found, shape = _array(where, tensor.dense, _DTYPES[tensor.dtype]), list(tensor.shape)
     if any(n < 0 for n in shape) or math.prod(shape) != found.numel():
-        expected = f"expected a shape with {found.numel()} elements"
-        raise ValueError(f"{where}: {expected}, found {shape}")
+        raise ValueError(f"{where}: expected a shape of {found.numel()} elements, found {shape}")
     return found.reshape(shape)
 
 

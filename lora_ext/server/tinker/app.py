@@ -68,7 +68,7 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
 
     def error_answer(_: Request, error: Exception) -> JSONResponse:
         code = next(code for kind in type(error).__mro__ if (code := _CODES.get(kind)))  # pyright: ignore[reportArgumentType]
-        words = f"{error.args[0]}: expected a value in the body, found none"  # of a KeyError
+        words = f"{error.args[0]}: expected a value, found none"  # of a KeyError
         words = words if type(error) is KeyError else api.words_of(error)
         return JSONResponse({"error": words, "category": "user"}, code)
 
@@ -206,8 +206,7 @@ def _add_models(post: Any, api: Api) -> None:
         where = folder(key, model, kind, name)
         target = api.service.store.folder("save", where)
         if asked.get("overwrite") is False and target.exists():
-            expected = "expected a new name, or overwrite=true"
-            raise ValueError(f"path: {expected}, found the existing {name!r:.200}")
+            raise ValueError(f"path: expected a new name, or overwrite=true, found {name!r:.200}")
         answer = {"type": done, "path": f"tinker://{model}/{kind}/{name}"}
         begin = methodcaller("save", where, wait=False)
         return api.in_order(key, asked, begin, lambda _: answer)
