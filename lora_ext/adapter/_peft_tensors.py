@@ -264,5 +264,5 @@ def _read_bin(path: Path) -> StateDict:
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
     }
     total = sum(storages.values())
-    require(total <= size, where, "tensors", f"at most {size} bytes", total)
+    require(total <= size, where, "tensors", f"at most the file's {size} bytes", f"{total} bytes")
     return source

@@ -319,4 +319,4 @@ def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
         for key, weight in adapter.base_weights.items():
             other, known = base.setdefault(key, (label, weight))
             expected = f"the base model's weight as in {other}"
-            require(same_values(known, weight), at, key, expected, "other values")
+            require(same_values(known, weight), at, key, expected, "different values")

@@ -240,7 +240,7 @@ class _Shards:
                 continue
             if key in self.infos:
                 found = f"found in {Path(self._owner[key].where).name} and {path.name}"
-                raise ValueError(f"{self.where}: {key:.200}: expected in one file, {found}")
+                raise ValueError(f"{self.where}: {key:.200}: expected in a single file, {found}")
             self.infos[key], self._owner[key] = info, shard
 
     def read(self, key: str) -> Tensor:
@@ -291,6 +291,6 @@ def _read_index(path: Path) -> dict[str, str]:
     for key, name in placed.items():
         plain = isinstance(name, str) and name.endswith(".safetensors") and "\0" not in name
         fits = plain and Path(name).name == name and "\\" not in name
-        expected = "the name of a safetensors file beside it"
+        expected = "the name of a safetensors file in the same folder"
         require(fits, f"{path}: weight_map", f"{key:.200}", expected, f"{name!r:.200}")
     return placed

@@ -87,7 +87,7 @@ def _backend(name: str) -> Iterator[tuple[torch.device, Any]]:
     try:
         module = _loader.load("_emu")
     except ImportError:
-        raise Fault("expected a build with LORA_EXT_EMU=1, found one without emulator") from None
+        raise Fault("expected a build with LORA_EXT_EMU=1, found no emulator") from None
     with ops.routed("lora_ext_emu"):
         yield torch.device("cpu"), module
 

@@ -125,7 +125,7 @@ def log_einsum_exp(
     if w.dim() == 3 and values.dim() == 2 and len(w) > 1 and w.stride(0) == 0 and not leaf:
         found = f"{tuple(w.shape)} and {tuple(values.shape)}"
         same = len(w) == len(values)
-        require(same, "log_einsum_exp", "w and values", "the same number of rows in both", found)
+        require(same, "log_einsum_exp", "w and values", "as many rows in both", found)
         w = w[0]
     if semiring == "sum":
         return _c.log_einsum_exp.default(w, values, norm, precision, *(scaled or (None, None)))

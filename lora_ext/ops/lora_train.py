@@ -166,7 +166,7 @@ def lora_linear_apart(
     """
     if ranks is None and any(f.shape[0] != a[0].shape[0] for f in a):
         expected, found = "the rank of each adapter as (A,) int32", [f.shape[0] for f in a]
-        raise ValueError(f"lora_linear_apart: ranks: expected {expected}, found None for {found}")
+        raise ValueError(f"lora_linear_apart: ranks: expected {expected}, found None: {found}")
     rest = adapter_ids, scale, ranks, dropout_p, seed, plan
     if len(a) == 1 and packed is None:
         return lora_linear(x, weight, bias, a[0].to(x.dtype), b[0].to(x.dtype), *rest)

@@ -118,7 +118,7 @@ def chunked_kl(
         NotImplementedError: If an argument has a forward-mode tangent.
     """
     op = "chunked_kl"
-    require(len(hiddens) > 0, op, "hiddens", "at least one tensor, the teacher", "no tensor")
+    require(len(hiddens) > 0, op, "hiddens", "at least the teacher", "no tensor")
     number(op, "tau", tau, above=0)
     first = hiddens[0]
     require_tensor(op, "hiddens[0]", first, "(N, d)", None, *FLOATS)

@@ -386,7 +386,7 @@ def test_opcheck(regime: str) -> None:
     [
         ({"w": torch.zeros(4)}, "w and values: expected shapes"),
         ({"w": torch.zeros(4, 6)}, "as many terms as w, I = 6"),
-        ({"w": torch.zeros(2, 4, 5)}, "the same number of rows in both"),
+        ({"w": torch.zeros(2, 4, 5)}, "as many rows in both"),
         ({"w": torch.zeros(4, 5, dtype=torch.int32)}, "w: expected float32"),
         ({"w": torch.zeros(4, 0), "values": torch.zeros(3, 0)}, "at least one term"),
         ({"values": torch.zeros(3, 5).half()}, "values: expected Float"),

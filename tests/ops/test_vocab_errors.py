@@ -28,7 +28,7 @@ def _refusals() -> list[tuple[str, Callable[[], object]]]:
         (r"softcap: expected None or .*, found 0", lambda: ce(h, w, b, y, softcap=0.0)),
         (r"softcap: expected None or .*, found inf", lambda: ce(h, w, b, y, softcap=math.inf)),
         (r"tau: expected a number above 0, found inf", lambda: kl([h, h], w, b, tau=math.inf)),
-        (r"hiddens: expected at least one tensor, the teacher", lambda: kl([], w, b)),
+        (r"hiddens: expected at least the teacher", lambda: kl([], w, b)),
         (r"hiddens\[1\]: expected shape \(N, d\) = \[3, 4\]", lambda: kl([h, wide], w, b)),
         (r"hiddens\[1\]: expected torch.float32, found", lambda: kl([h, h.double()], w, b)),
         (r"tau: expected a number above 0, found -1", lambda: kl([h, h], w, b, tau=-1.0)),

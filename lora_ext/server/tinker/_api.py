@@ -82,7 +82,7 @@ class Api:
         """Create a session; raise QueueFullError if the key has too many."""
         with self.promises.lock:
             if (found := len(self._of(key)) + 1) > _SESSIONS:
-                expected = f"at most {_SESSIONS} per API key"
+                expected = f"at most {_SESSIONS} sessions per API key"
                 raise QueueFullError(f"session: expected {expected}, found {found}")
             name = uuid.uuid4().hex
             self.sessions[name] = Session(key)
@@ -143,7 +143,7 @@ class Api:
         session = self.alive(key, asked["session_id"])
         name = f"{asked['session_id']}:train:{asked['model_seq_id']}"
         if (count := sum(len(each.models) for each in self._of(key)) + 1) > _MODELS:
-            raise ValueError(f"model: expected at most {_MODELS} per API key, found {count}")
+            raise ValueError(f"model: expected at most {_MODELS} models per API key, found {count}")
         path = parsed(key, asked["path"]) if "path" in asked else None  # only in load_weights
         if path is None:
             self.check_base(asked.get("base_model"))

@@ -106,7 +106,7 @@ class Promises:
         with self.lock:
             found = self._of_keys[key].get(name) if key in self._of_keys else None
         if found is None:
-            raise GoneError(f"request_id: expected a promise of this server, found {name!r:.200}")
+            raise GoneError(f"request_id: expected a promise to this API key, found {name!r:.200}")
         return found
 
     def at_once(self, key: str, action: Callable[[], Any]) -> Answer:
