@@ -71,7 +71,7 @@ def truncated(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tens
     kept = s[:rank].where(s[:rank] > noise, 0)
     dropped = math.hypot(float(s[rank:].norm()), float((s[:rank] - kept).norm()))
     root = kept.sqrt()
-    # The rounding errors of the ranks are independent, so their squares add up.
+    # The rounding errors of the r terms are independent, so their squares add up.
     near_zero = (kept > 0) & (kept <= torch.finfo(dtype).eps * float(sizes.norm()))
     row = root.where(~near_zero, root.clamp(min=DRAWN_ROW_NORM))
     column = root.where(~near_zero, kept / row)

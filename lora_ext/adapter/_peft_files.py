@@ -204,7 +204,7 @@ def _check_targets(
     """Check that exactly the modules that the config targets, if it specifies any, have factors,
     and that an activated adapter changes no token before its invocation tokens."""
     targets = config.targets(index)
-    if targets is not None:  # even if not strict: with other factors, it is another adapter
+    if targets is not None:  # even if not strict: with other factors, it is a different adapter
         stray = [key for m in sorted(grouped.keys() - targets) for key in grouped[m].values()]
         expected = f"factors only of modules that {config.where} targets"
         require(not stray, where, "keys", expected, _some(stray))
@@ -255,7 +255,7 @@ def _group_keys(
             kind = index.unsupported.get(module)
             if kind is None and own and in_routed_experts(module):
                 kind = f"module of {ROUTED}"
-            # Even if not strict: with a part of its factors, it is another adapter.
+            # Raise even if not strict: without these factors, it would be a different adapter.
             expected, found = "no adapters on unsupported modules", f"a {kind}"
             require(kind is None, where, key, expected, found, NotImplementedError)
             leftover.append(key)

@@ -213,7 +213,7 @@ class StateDict:
             self.infos[key] = TensorInfo(tuple(value.shape), value.dtype)
 
     def read(self, key: str) -> Tensor:
-        """Return a tensor without a graph."""
+        """Return the tensor with the name ``key``, detached from its autograd graph."""
         tensor: Tensor = self._tensors[key]
         return tensor.detach() if tensor.requires_grad else tensor
 

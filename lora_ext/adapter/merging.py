@@ -21,7 +21,7 @@ MergeMode = Literal["delta", "factors", "delta_svd", "ties", "dare"]
 Space = Literal["factors", "delta"]
 Parts = list[tuple[float, Factors]]  # weight and factors of each adapter that has the module
 
-#: Default share of an update's values that is kept, as in the papers, by mode.
+#: Share of an update's values that each mode keeps by default, as in its paper.
 DENSITIES: dict[str, float] = {"ties": 0.2, "dare": 0.1}
 
 
@@ -220,7 +220,7 @@ def _merged(
         )
     changes: dict[str, Any] = {}
     excluded = {value.config.exclude_modules for value in values}
-    if excluded != {first.config.exclude_modules}:  # one may adapt what another excludes
+    if excluded != {first.config.exclude_modules}:  # one may adapt a module that another excludes
         changes["exclude_modules"] = longer_than(modules)
     return first.with_modules(
         modules,
@@ -233,8 +233,8 @@ def _merged(
 
 
 def _summed(parts: Parts, stacked: bool) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return A, B, the bias and the scale of the sum. The scale is that of all parts or, if they
-    differ, 1."""
+    """Return A, B, the bias and the scale of the sum. The scale is the common scale of all parts,
+    or 1 if their scales differ."""
     scaling = parts[0][1].scaling
     factors = [w for w, _ in parts]  # number by which each B is multiplied
     if any(f.scaling != scaling for _, f in parts):

@@ -127,7 +127,7 @@ class ModelWeights:
         return key in getattr(self._tensors, "transposed", ())
 
     def read(self, key: str) -> Tensor:
-        """Return a weight without a graph; ``key`` is a value from :meth:`keys`.
+        """Return a weight, detached from its autograd graph; ``key`` is a value from :meth:`keys`.
 
         A weight from a model or mapping shares its memory. A weight from a file is a new tensor on
         the CPU.

@@ -25,7 +25,7 @@ def check_values(model: nn.Module) -> None:
 
     An adapter that is added to a base layer which accelerate has offloaded is on ``meta`` and has
     no values. Adapters that accelerate itself has offloaded are also on ``meta``, but they have a
-    hook that loads their values, and do not raise.
+    hook that loads their values, and cause no error.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -42,7 +42,7 @@ def check_values(model: nn.Module) -> None:
 
 
 def warn_of_other_bases(model: nn.Module) -> None:
-    """Warn about adapters that were trained on another base model, once per name of a model."""
+    """Warn about adapters that were trained on another base model, once per model name."""
     configs = getattr(model, "peft_config", None)
     bases = BaseModels(model_name(model))
     for name, config in (configs if isinstance(configs, Mapping) else {}).items():
@@ -233,7 +233,7 @@ def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
 
 
 def by_reason(left: dict[str, str]) -> str:
-    """Format the reasons of a report: each once, with the names of at most `_LISTED` layers."""
+    """Format the reasons of a report, each once with the names of at most `_LISTED` layers."""
     layers: dict[str, list[str]] = {}
     for name, reason in left.items():
         layers.setdefault(reason, []).append(name)

@@ -89,7 +89,7 @@ def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment 
 def offsets_of_layer(given: Sequence[int | None] | None) -> Sequence[int | None] | None:
     """Return the ``alora_offsets`` of a layer's forward.
 
-    ``given`` is the value from PEFT's hooks. If it is None, the value is that of the checkpoint.
+    ``given`` is the value from PEFT's hooks. If it is None, a checkpoint's value is used, if any.
     """
     again = None if given is not None or compiles() else _recomputed.get()
     return given if again is None else again.offsets

@@ -32,7 +32,7 @@ class GoneError(LookupError):
 class Model:
     """Model of a training client, with calls that run in the order of their sequence numbers.
 
-    Calls may arrive in another order.
+    Calls may arrive out of order.
 
     Args:
         tenant: tenant of the service that trains the model.
