@@ -127,7 +127,7 @@ def keep(rows: list[Said], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--words", action="store_true", help="required words only, no forms")
     parser.add_argument("--out", type=Path, default=OUT)
     text = "folder that lora-ext distil-guide has written; default: distil a guide"

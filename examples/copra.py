@@ -41,7 +41,7 @@ def losses_of(model: Any, controller: copra.CopraController, batch: Any, masks: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     steps, orders = (2, 1) if args.quick else (32, 2)

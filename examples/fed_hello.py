@@ -34,7 +34,7 @@ console = Console()
 def main() -> None:
     """Train both federations, print a table and draw the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of a minute")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     sizes = section_texts.QUICK if args.quick else section_texts.EXAMPLE

@@ -151,7 +151,7 @@ def serve(model: Any, tokenizer: Any, adapter: LoraAdapter) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--flower", action="store_true", help="run in Flower's simulation")
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     num_layers, rounds, steps = (4, 2, 1) if args.quick else (30, ROUNDS, None)

@@ -42,7 +42,7 @@ SLOW = range(8, 13)  # rounds in which device 0 is five times as slow
 def main() -> None:
     """Train the devices, print their estimates, and draw depths and times."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few rounds")
+    parser.add_argument("--quick", action="store_true", help="check the code in a few rounds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.WARNING)

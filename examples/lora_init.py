@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def train(model: Any, tokenizer: Any, name: str, steps: int) -> tuple[list[float], dict]:
-    """Train an adapter; return losses (means of eight) and the probe's means over the layers."""
+    """Train an adapter; return losses, averaged over eight steps, and the probe's layer means."""
     scheme, lr, ratio, _ = RUNS[name]
     torch.manual_seed(0)
     last = list(range(20, model.config.num_hidden_layers))  # backward stops at the first one

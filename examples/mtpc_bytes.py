@@ -77,7 +77,7 @@ class Found:
 def main() -> None:
     """Train the model, retrofit the heads, decode with them and draw the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     sizes = QUICK if args.quick else Sizes()

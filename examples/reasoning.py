@@ -89,7 +89,7 @@ def draw(reports: dict[str, Any], histories: dict[str, Any], path: Path) -> None
 def main() -> None:
     """Train both adapters, record their ranks, and draw the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -36,7 +36,7 @@ Curve = Mapping[int, Mapping[str, float]]  # by K: shares of refusals, and the l
 def main() -> None:
     """Train, save and prune the adapter, and draw the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     console.print("training a copy of the model to refuse, then an adapter on a task ...")

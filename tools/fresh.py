@@ -77,7 +77,7 @@ def bare(room: Path) -> dict[str, str]:
 def main() -> None:
     """Install the wheel, run the code and print the times."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("wheel", type=Path, help="a wheel of `make wheels`")
+    parser.add_argument("wheel", type=Path, help="wheel that `make wheels` has built")
     parser.add_argument("--python", default=sys.executable, help="Python that the wheel is for")
     place = ROOT / "out" / "demo"
     parser.add_argument("--place", type=Path, default=place, help="folder of model and adapters")

@@ -76,7 +76,7 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def merged(page: str, reports: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page with the table of the reports between its marks."""
+    """Return the page with the table of the reports inserted between the page's marks."""
     before, _, rest = page.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:

@@ -205,7 +205,7 @@ class Api:
         raise GoneError(f"sampling_session_id: expected a session of this key, found {name!r:.200}")
 
     def sample(self, key: str, asked: Answer) -> Answer:
-        """Return a promise of samples, the same promise for a request with a repeated ``seq_id``."""
+        """Return a promise of samples, the same one if a request repeats a ``seq_id``."""
         name, number = asked.get("sampling_session_id"), asked.get("seq_id")
         session, sampler = self.samplers(key, name) if name else (None, self.sampler(key, asked))
         if session is not None and (name, number) in session.asked:
