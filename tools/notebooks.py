@@ -56,7 +56,7 @@ def run(notebook: dict[str, Any], **parameters: Any) -> dict[str, Any]:
 
 
 def _pyplot() -> Any:
-    """Import pyplot with a backend without windows; the site is built without matplotlib."""
+    """Import pyplot with a non-interactive backend, only here: a site needs no matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -296,9 +296,9 @@ def trips(way: Sequence[Instruction]) -> int:
     return clock
 
 
-# --- what a turn costs ----------------------------------------------------------------------------
+# --- cost of an iteration -------------------------------------------------------------------------
 def mma_share(turns: Sequence[Sequence[Instruction]]) -> int | None:
-    """Return the least percentage of tensor-core instructions over the main loops that have any."""
+    """Return the lowest percentage of tensor-core instructions in a main loop that has any."""
     counts = [(sum(bool(re.match(TENSOR, i.opcode)) for i in turn), len(turn)) for turn in turns]
     return min((100 * mma // every for mma, every in counts if mma), default=None)
 

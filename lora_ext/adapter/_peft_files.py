@@ -43,9 +43,9 @@ class Factors(NamedTuple):
     """The factors of one module. They add ``scaling * (b @ a @ x + bias)`` to the output for x.
 
     For a convolution, the factors are kernels: ``a`` has the shape ``(r, I, *k)`` with the kernel
-    size k, and ``b`` has the shape ``(O, r / groups, 1, ...)``. The magnitude is ``(1, O, 1,
-    ...)``. For a parameter of E experts, ``a`` is ``(E * r, I)`` with the rows grouped by expert,
-    and ``b`` is ``(O, r * E)`` with the columns grouped by rank.
+    size k, and ``b`` has the shape ``(O, r / groups, 1, ...)``. The magnitude has the shape
+    ``(1, O, 1, ...)``. For a parameter of E experts, ``a`` is ``(E * r, I)`` with the rows grouped
+    by expert, and ``b`` is ``(O, r * E)`` with the columns grouped by rank.
     """
 
     a: Tensor  # (r, I); for an embedding, I is the number of tokens
