@@ -168,7 +168,7 @@ def test_rows_that_do_not_fit_raise_and_the_pool_is_unchanged(tmp_path: Path) ->
             NotImplementedError,
             "the input emb",
         ),
-        ({"alora_invocation_tokens": [1]}, {}, NotImplementedError, "rows of the embedding serve"),
+        ({"alora_invocation_tokens": [1]}, {}, NotImplementedError, "rows of the embedding apply"),
     ):
         tensors = {key: t for key, t in {**good, **state}.items() if t is not None}
         with pytest.raises(error, match=message):
@@ -179,7 +179,7 @@ def test_rows_that_do_not_fit_raise_and_the_pool_is_unchanged(tmp_path: Path) ->
     whole.extra.weight = whole.get_input_embeddings().weight
     with pytest.raises(NotImplementedError, match="the input embedding, a plain"):
         lora_ext.AdapterPool(whole, max_slots=2, max_rank=8).load("bad", tmp_path)
-    with pytest.raises(NotImplementedError, match="trainable_token_indices is not supported apart"):
+    with pytest.raises(NotImplementedError, match="trainable_token_indices is not supported in a"):
         LoraAdapter.load(tmp_path)
     save_file(good, tmp_path / "adapter_model.safetensors")
     pool.load("good", tmp_path)
