@@ -30,7 +30,7 @@ find_cuda_python = for p in python3 python python3.14 python3.13 python3.12 pyth
   $$p -c 'import torch, sys; sys.exit(not torch.version.cuda)' 2>/dev/null && echo $$p && exit; done; echo python3
 
 # setup.py compiles the kernels if torch is a CUDA build; `make check` always compiles them, for all architectures.
-# Without nvcc, a build beside a CUDA torch fails unless LORA_EXT_CUDA is 0.
+# Without nvcc, a build for a CUDA build of torch fails unless LORA_EXT_CUDA is 0.
 nvcc := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
 check: export LORA_EXT_CUDA ?= 1
 ifeq ($(nvcc),)
@@ -74,7 +74,8 @@ test: build-emu
 hosts: build-emu
 	$(PY) tools/hosts.py
 
-# Packages are downloaded while the compiler runs, unless there is no toolkit: the build then needs headers from them.
+# Packages are downloaded while the compiler runs. Without a CUDA toolkit, they are downloaded before the build, which
+# then needs their headers.
 check: export LORA_EXT_EMU = 1
 check: $(VENV)/base.stamp
 	$(MAKE) $(if $(filter 1,$(LORA_EXT_CUDA)),-j 2) $(VENV)/extras-test-dev-demo-peers-fed-serve-docs.stamp $(VENV)/editable.stamp
@@ -111,7 +112,7 @@ $(DOCS_VENV)/docs.stamp: pyproject.toml tools/install_extras.py
 docs: $(DOCS_VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --site-dir "$(OUT)/docs"
 
-# torchaudio and torchcodec are installed as CUDA builds, which do not load beside a torch without CUDA.
+# torchaudio and torchcodec are installed as CUDA builds, which cannot be imported with a CPU build of torch.
 $(VLLM_VENV)/vllm.stamp: pyproject.toml
 	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q --upgrade pip

@@ -1,11 +1,11 @@
 """Packaging: find torch and nvcc, compile with CMake and ninja, and copy the modules in place.
 
-Environment: LORA_EXT_CUDA=0|1 (default: CUDA if torch is a CUDA build, which needs nvcc; beside a
-CPU build of torch, where kernels cannot run, they are compiled only on request),
-TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CUDAHOSTCXX, LORA_EXT_EMU=1|fast (test-only emulator
-modules, or only the fast one; in-place builds only), LORA_EXT_SANITIZE=1 (AddressSanitizer and
-UndefinedBehaviorSanitizer; preload their libraries to load the module: `make asan`). The build
-downloads nothing and uses neither git nor a GPU.
+Environment: LORA_EXT_CUDA=0|1 (default: 1 if torch is a CUDA build, which needs nvcc; 0 for a CPU
+build of torch, which cannot run the kernels), TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX,
+CUDAHOSTCXX, LORA_EXT_EMU=1|fast (both test-only emulator modules, or only the fast one; in-place
+builds only), LORA_EXT_SANITIZE=1 (AddressSanitizer and UndefinedBehaviorSanitizer; preload their
+libraries to load the module: `make asan`). The build downloads nothing and uses neither git nor a
+GPU.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def find_torch():
 
 
 def find_tool(name: str) -> str:
-    """Return the program that a PyPI wheel put beside this Python, or else the one on PATH."""
+    """Return the program that pip installed next to this Python, or else the one on PATH."""
     beside = Path(sys.executable).with_name(name)
     path = str(beside) if beside.exists() else shutil.which(name)
     if not path:
@@ -132,7 +132,7 @@ def nvidia_wheels(pattern: str) -> list[Path]:
 
 
 def nvcc_remedy(torch_cuda: str) -> str:
-    """Return how to get nvcc for a torch of this CUDA; NVIDIA's wheels are complete from 13 on."""
+    """Return how to install nvcc for a CUDA version; NVIDIA's wheels are complete from 13 on."""
     major, minor = version_of(torch_cuda)
     if major < 13:
         return f"install CUDA's toolkit of version {major} and set CUDA_HOME"
@@ -155,8 +155,8 @@ def find_toolkit(torch, cxx: str) -> Toolkit | None:
             )
         fail(
             f"torch is built for CUDA {torch.version.cuda}, but there is no nvcc; "
-            f"{nvcc_remedy(torch.version.cuda)}, or set LORA_EXT_CUDA=0 for a build whose layers "
-            "run on the CPU alone."
+            f"{nvcc_remedy(torch.version.cuda)}, or set LORA_EXT_CUDA=0 for a build that runs "
+            "only on the CPU."
         )
     # nvcc may be a link or a script; a dry run prints where its headers are.
     dry = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
@@ -279,7 +279,7 @@ STEP = re.compile(r"\[(\d+)/(\d+)\] (.*)")
 
 
 class Progress:
-    """Progress of ninja: a bar on the terminal, and one line per file in output that is kept.
+    """Progress of ninja: a bar on the terminal, and one line per file in captured output.
 
     pip captures the output of a build, so the bar is also written to the terminal directly.
     """
@@ -332,13 +332,13 @@ class CMakeBuild(build_ext):
         emulator = os.environ.get("LORA_EXT_EMU", "") if inplace else ""
         emulator = emulator.strip("0")
         if emulator not in EMULATORS:
-            fail(f"LORA_EXT_EMU must be 0, 1 or fast, got {emulator!r}.")
+            fail(f"LORA_EXT_EMU: expected 0, 1 or fast, found {emulator!r}.")
         package = ROOT / "lora_ext" if inplace else Path(self.build_lib).resolve() / "lora_ext"
         package.mkdir(parents=True, exist_ok=True)
         modules, info = self.compile(emulator)
         for module in modules:
             target = package / module.name
-            target.unlink(missing_ok=True)  # a process that has the old one mapped keeps it
+            target.unlink(missing_ok=True)  # processes that have mapped the old file keep it
             shutil.copy2(module, target)
         lines = ["# Written by setup.py: the inputs of this build."]
         lines += [f"{key} = {value!r}" for key, value in info.items()]

@@ -79,7 +79,7 @@ class Care:
 def main() -> None:
     """Train, inspect, merge, prune and serve the adapters."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def serve(care: Care, adapters: dict[str, LoraAdapter], out: Path) -> dict[str, 
 def show(losses: dict[str, list[float]], adapters: dict[str, LoraAdapter]) -> None:
     """Print each adapter's loss on both texts and its size."""
     table = Table(title="loss on unseen questions, nats per token")
-    for column in ("adapter", *TEXTS, "modules", "numbers"):
+    for column in ("adapter", *TEXTS, "modules", "parameters"):
         table.add_column(column)
     for name, values in losses.items():
         modules = adapters[name].modules if name in adapters else {}
@@ -211,7 +211,7 @@ def draw(
 
 
 def draw_barriers(lines: dict[str, copra.Barrier], unit: str, axes: Any) -> None:
-    """Draw the loss on lines between adapters; dotted, the straight line between the ends."""
+    """Draw the loss on lines between adapters, with a dotted straight line between the ends."""
     for color, (label, line) in zip(COLORS, lines.items(), strict=False):
         label = f"{label}, barrier {line.barrier:.3g}"
         axes.plot(line.lambdas, line.losses, marker="o", color=color, label=label)

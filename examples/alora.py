@@ -43,7 +43,7 @@ def texts(count: int, tail: list[int]) -> Tensor:
 
 
 def train(model: Any, name: str, steps: int) -> LoraAdapter:
-    """Train an adapter to answer its invocation; the text before it uses the base model."""
+    """Train an adapter to answer after its invocation; earlier tokens use the base model."""
     invocation, word = ADAPTERS[name]
     config = LoraConfig(
         r=8, lora_alpha=16, target_modules=TARGETS, alora_invocation_tokens=invocation

@@ -1,8 +1,9 @@
 """Constrained output on SmolLM2: JSON from two adapters in one batch, and required words.
 
 Two adapters are trained for a few steps. In one batch, both adapters and the base model fill in the
-same form. Then a text of 32 tokens must contain a word. A mask alone adds the word when no later
-position is left. A guide, distilled from a few of the model's texts, prepares for the word earlier.
+same form. Then a text of 32 tokens must contain a word. With a mask alone, the word only appears
+when no later position is left for it. A guide, distilled from a few of the model's texts, prepares
+for the word earlier.
 The example takes two minutes on two cores, without GPU or network: `python examples/control.py` if
 `.[demo,control]` is installed. A better guide takes half an hour:
 `lora-ext distil-guide MODEL --out DIR`, then `--guide DIR`.
@@ -77,7 +78,10 @@ def forms(model: Any, tokenizer: Any, steps: int) -> None:
 
 
 def words(model: Any, tokenizer: Any, prompts: torch.Tensor, guide: Any) -> list[Said]:
-    """Find the word in texts of the mask alone and of the guide; one batch has all words."""
+    """Generate texts with the mask alone and with the guide, and find the required word in each.
+
+    One batch contains the texts for all words.
+    """
     rows: list[Said] = []
     required = [word for word in WORDS for _ in prompts]
     each = [control.Constraint.keywords(tokenizer, [word]) for word in required]
@@ -123,10 +127,11 @@ def keep(rows: list[Said], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--words", action="store_true", help="required words only, no forms")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--guide", type=Path, help="folder of distil-guide; default: distil one")
+    text = "folder that lora-ext distil-guide has written; default: distil a guide"
+    parser.add_argument("--guide", type=Path, help=text)
     args = parser.parse_args()
     steps, rows, states, samples = (2, 2, 4, 4) if args.quick else (8, 10, 128, 96)
     torch.manual_seed(0)

@@ -41,7 +41,7 @@ def losses_of(model: Any, controller: copra.CopraController, batch: Any, masks: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     steps, orders = (2, 1) if args.quick else (32, 2)
@@ -51,7 +51,7 @@ def main() -> None:
     blocks = len(model.model.layers)
     examples = read_examples(tokenizer, "pirate")
     held_out = collate(examples[:2], tokenizer.pad_token_id)
-    keep = sorted({round(blocks * part / 6) for part in range(7)})  # blocks
+    keep = sorted({round(blocks * part / 6) for part in range(7)})  # numbers of blocks to keep
 
     games: dict[str, copra.Shapley] = {}
     kept: dict[str, list[float]] = {}

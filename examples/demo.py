@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--tokens", type=int, default=16, help="new tokens per row that are timed")
     parser.add_argument("--rounds", type=int, default=2, help="timed runs of each engine")
-    parser.add_argument("--adapters", type=int, default=8, help="maximum in the curve")
+    parser.add_argument("--adapters", type=int, default=8, help="most adapters in the curve")
     parser.add_argument("--no-pack", dest="pack", action="store_false", help="do not pack the base")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
     args = parser.parse_args()
@@ -82,14 +82,14 @@ def main() -> None:
 def serve(
     model: Any, tokenizer: Any, folders: dict[str, Path], args: argparse.Namespace
 ) -> list[str]:
-    """Serve all adapters in one batch, with lora_ext and PEFT; return errors of the logits."""
+    """Serve all adapters in one batch, with lora_ext and PEFT; return messages about errors."""
     console.rule("3. One pool, one batch, four rows")
     pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=max(r.rank for r in RECIPES))
     for name, folder in folders.items():
         pool.load(name, folder)
     packing = lora_ext.nn.packing(model) if args.pack else None
     if packing is not None:
-        console.print(f"{packing}" + ("; --no-pack leaves it plain" if packing.fits else ""))
+        console.print(f"{packing}" + ("; --no-pack disables packing" if packing.fits else ""))
     ours = lora_ext.attach(model, pool, pack_base=packing is not None and packing.fits)
     batch = make_batch(tokenizer, [args.question] * len(NAMES))
     with torch.inference_mode(), lora_ext.adapters(NAMES):

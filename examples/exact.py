@@ -61,7 +61,7 @@ def main(
     layers: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """Return the largest difference, plain and exact."""
+    """Return the largest difference in nats, for the plain and for the exact model."""
     largest: dict[str, float] = {}
     for way in ("plain", "exact"):
         model, tokenizer = load_smollm2()
@@ -80,7 +80,7 @@ def main(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two layers and a few tokens")
-    parser.add_argument("--bfloat16", action="store_true", help="the model in 16 bits")
+    parser.add_argument("--bfloat16", action="store_true", help="use the model in bfloat16")
     args = parser.parse_args()
     sizes: dict[str, Any] = {"length": 4, "rows": 2, "layers": 2} if args.quick else {}
     main(**sizes, dtype=torch.bfloat16 if args.bfloat16 else torch.float32)

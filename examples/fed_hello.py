@@ -1,10 +1,11 @@
 """Train MiniLM with Fed-HeLLo on twelve clients that can train 3, 4 or 6 blocks.
 
 The clients learn which of the twenty sections of Debian's packages a text belongs to; each client
-has texts of four. Fed-HeLLo gives every client as many blocks as it can train, in one batch on one
-base model. A second run trains the strong clients alone. The example takes two minutes on two
-cores: `python examples/fed_hello.py`, if the packages that benchmarks/claims/material.py names are
-installed. `--quick` uses a tiny random model; it takes seconds and only checks that the code runs.
+has texts of four sections. Fed-HeLLo gives every client as many blocks as it can train, and all
+clients train in one batch on one base model. A second run trains the strong clients alone. The
+example takes two minutes on two cores: `python examples/fed_hello.py`, if the packages that
+benchmarks/claims/material.py names are installed. `--quick` uses a tiny random model; it takes
+seconds and only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ console = Console()
 def main() -> None:
     """Train both federations, print a table and draw the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of a minute")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     sizes = section_texts.QUICK if args.quick else section_texts.EXAMPLE
@@ -61,7 +62,7 @@ def tell(
     """Print how many sections the strong clients have, and a table of both runs."""
     seen = {int(label) for client in strong for label in labels[shares[client]]}
     console.print(f"sections that some strong client has: {len(seen)} of {section_texts.CLASSES}")
-    table = Table("clients", "best accuracy", "last", "MB up", "of all layers' bytes")
+    table = Table("clients", "best accuracy", "last", "MB uploaded", "share of all layers' bytes")
     for name, run in runs.items():
         up = run.comm.total("up")
         numbers = f"{run.best:.3f}", f"{run.accuracy[-1]:.3f}", f"{up / 1e6:.2f}"
@@ -82,7 +83,7 @@ def draw(runs: Mapping[str, Run], path: Path) -> Path:
     draw_heights([log.heights for log in first.history], axes[1])
     sent = {name: [*run.comm.cumulative("up").values()] for name, run in runs.items()}
     draw_bytes(sent, axes[2])
-    for axis, title in zip(axes, ("accuracy", "clients per layer", "bytes up"), strict=True):
+    for axis, title in zip(axes, ("accuracy", "clients per layer", "bytes uploaded"), strict=True):
         axis.set_title(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -67,7 +67,11 @@ class Allocator(fed_hello.HLA):
 
 
 def in_one_batch(make: Any, data: Any, allocator: Allocator, measure: Any, rounds: int) -> Any:
-    """Train all clients as rows of a batch; return adapter, losses, bytes and heights by round."""
+    """Train all clients as rows of one batch.
+
+    Returns:
+        The adapter and, by round, the losses, the sent bytes and the number of clients per layer.
+    """
     model = make()
     manager, log = federated.LoraLayerManager(model), federated.CommLog()
     clients = [federated.ClientSpec(c, data[c], LEARNING_RATE) for c in allocator.depths]
@@ -147,7 +151,7 @@ def serve(model: Any, tokenizer: Any, adapter: LoraAdapter) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--flower", action="store_true", help="run in Flower's simulation")
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     num_layers, rounds, steps = (4, 2, 1) if args.quick else (30, ROUNDS, None)

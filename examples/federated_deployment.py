@@ -87,7 +87,7 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 
 @contextlib.contextmanager
 def started(command: list[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen]:
-    """Run a program in a new process group, and end the group with the block."""
+    """Run a program in a new process group, which is ended at the end of the ``with`` block."""
     program = Path(sys.executable).with_name(command[0])
     with log.open("w") as out:
         process = subprocess.Popen(

@@ -42,7 +42,7 @@ SLOW = range(8, 13)  # rounds in which device 0 is five times as slow
 def main() -> None:
     """Train the devices, print their estimates, and draw depths and times."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few rounds")
+    parser.add_argument("--quick", action="store_true", help="check the code in a few rounds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -103,7 +103,7 @@ def draw(strategy: Legend, layers: int, path: Path) -> Path:
 
 
 def draw_depths(rounds: Sequence[Mapping[Client, LayerPlan]], layers: int, axes: Any) -> None:
-    """Draw the number of layers of each device and round; rounds without it stay empty."""
+    """Draw the number of layers of each device and round; rounds without the device stay empty."""
     devices = sorted({d for plans in rounds for d in plans}, key=lambda d: (isinstance(d, str), d))
     depths = [
         [len(plans[device].layers) if device in plans else float("nan") for plans in rounds]

@@ -1,8 +1,9 @@
-"""Train three adapters on SmolLM2-135M that differ in which factor starts random.
+"""Train three adapters on SmolLM2-135M that differ in initialisation and learning rates.
 
-Init[A] and Init[B] use the same learning rate; LoRA+ starts from Init[A]. Each reads the same 128
-answers once. The picture shows the loss, the size of A x, and the parts of each step that are due
-to A and to B. The example takes two minutes on two cores, without GPU or network:
+Init[A] starts with a random A, Init[B] with a random B, both with the same learning rate. LoRA+
+starts from Init[A], with a larger learning rate for B. Each adapter is trained once on the same 128
+answers. The picture shows the loss, the size of A x, and the parts of each step that are due to A
+and to B. The example takes two minutes on two cores, without GPU or network:
 `python examples/lora_init.py`. `--quick` trains two steps.
 """
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def train(model: Any, tokenizer: Any, name: str, steps: int) -> tuple[list[float], dict]:
-    """Train an adapter; return losses (means of eight) and the probe's means over the layers."""
+    """Train an adapter; return losses, averaged over eight steps, and the probe's layer means."""
     scheme, lr, ratio, _ = RUNS[name]
     torch.manual_seed(0)
     last = list(range(20, model.config.num_hidden_layers))  # backward stops at the first one

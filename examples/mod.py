@@ -59,7 +59,7 @@ def draw_routing(weights: torch.Tensor, tokens: list[str], first_layer: int, axe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     model, tokenizer = load_smollm2()

@@ -77,7 +77,7 @@ class Found:
 def main() -> None:
     """Train the model, retrofit the heads, decode with them and draw the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     sizes = QUICK if args.quick else Sizes()
@@ -183,7 +183,7 @@ def model_loss(model: Any, rows: Tensor, sizes: Sizes) -> float:
 def train_head(
     model: Any, kind: str, rows: Tensor, held_out: Tensor, sizes: Sizes, found: Found
 ) -> mtpc.Draft:
-    """Train a retrofitted head alone and return it."""
+    """Retrofit a head to the frozen model, train only the head, and return it."""
     rank = 1 if kind == "ff" else sizes.rank
     config = mtpc.MtpcConfig(sizes.n_token, rank, kind, "adapter", sizes.adapter_rank)
     draft = mtpc.retrofit(model, config)

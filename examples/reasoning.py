@@ -1,7 +1,7 @@
 """Train adapters for planning and for reasoning on one small model, and compare their ranks.
 
-A transformer learns to follow short chains and is frozen. One adapter then learns to take three
-hops, another to find the shorter of two chains. A monitor records the ranks of their updates. The
+A transformer learns to follow short chains and is frozen. One adapter then learns to follow three
+hops, and another to find the shorter of two chains. A monitor records the ranks of the updates. The
 example takes two minutes on two cores, without GPU or network: `python examples/reasoning.py` if
 `.[demo]` is installed. `--quick` takes seconds and only checks that the code runs.
 """
@@ -89,7 +89,7 @@ def draw(reports: dict[str, Any], histories: dict[str, Any], path: Path) -> None
 def main() -> None:
     """Train both adapters, record their ranks, and draw the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -33,8 +33,8 @@ ENGINES = ("base, no adapters", "PEFT", "lora_ext", "lora_ext, base packed")
 RANK = 16
 UPDATE = 0.02  # factor of PEFT's random B: updates as large as after training
 PROMPT, NEW_TOKENS = 8, 4  # tokens; short prompts, because decoding is measured
-# Prompts begin like the texts that the model was trained on. After random first tokens an error may
-# be a hundred times as large in every engine, and it changes with the order of the same sums.
+# Prompts begin like the texts that the model was trained on. After random first tokens, rounding
+# errors may be a hundred times as large in every engine, and depend on the order of summation.
 BEGINNING = "<|im_start|>user\n"
 
 

@@ -36,10 +36,10 @@ Curve = Mapping[int, Mapping[str, float]]  # by K: shares of refusals, and the l
 def main() -> None:
     """Train, save and prune the adapter, and draw the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    console.print("training a sibling to refuse, then an adapter on its task ...")
+    console.print("training a copy of the model to refuse, then an adapter on a task ...")
     stage = staged(0, args.quick)
     stage.adapter.save(args.out / "adapter")
     half = SploraConfig(num=len(stage.adapter.modules) // 2, **HOW)

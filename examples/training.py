@@ -31,7 +31,7 @@ class Recipe:
     rank: int
     modules: tuple[str, ...]
     learning_rate: float
-    first_layer: int = 14  # of 30; backward stops here; later layers suffice for style
+    first_layer: int = 14  # first trained layer of 30, where the backward stops; enough for style
     epochs: int = 6
     batch: int = 4
     seed: int = 0
@@ -174,7 +174,7 @@ def take_steps(
     controller: CopraController | None = None,
     batch: int = 4,
 ) -> None:
-    """Train the unfrozen parameters on random batches, with a controller's masks if given."""
+    """Train the unfrozen parameters on random batches, with the masks of a controller, if any."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)

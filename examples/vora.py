@@ -58,7 +58,7 @@ def read(model: Any, tokenizer: Any) -> list[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Teach SmolLM2 to caption pictures with VoRA.")
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="check the code in seconds")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     steps, count = (1, 4) if args.quick else (400, 96)

@@ -19,7 +19,8 @@ def main() -> int:
     share_compilations()
     tests = [PY, "-m", "pytest", "-q", "--durations=15", "--require-emu", "tests"]
     tests += ["-n", "2", "--dist", "worksteal"]  # adjacent tests share fixtures
-    tests += ["--deselect", "tests/docs/test_pages.py::test_code_of_the_page_runs"]  # leg "pages"
+    # The leg "pages" runs this test.
+    tests += ["--deselect", "tests/docs/test_pages.py::test_code_of_the_page_runs"]
     tests.append("--hypothesis-profile=ci")  # fixed examples; `make test` draws new ones
     if os.environ.get("CHECK_REST") == "1":
         tests += ["--rest", "1"]  # `make test` has run the other tests in this build
@@ -35,7 +36,7 @@ def main() -> int:
         Leg("hosts", [PY, "tools/hosts.py"], 1200, after="build"),
     ]
     if cuda == "1" and os.environ.get("SKIP_CUDA_TORCH") != "1":
-        # It starts beside the tests, because its download needs no core.
+        # It runs in parallel with the tests, because its download needs no core.
         command = [PY, "tools/cuda_torch_check.py"]
         legs.append(Leg("cuda torch", command, 2400, after="build", beside=True))
     lowest = [PY, "tools/lowest_check.py"]
@@ -53,9 +54,10 @@ def main() -> int:
 
 
 def share_compilations() -> None:
-    """Make later builds (of the wheel, and beside a CUDA torch) reuse objects of earlier ones.
+    """Make later builds (of the wheel, and for a CUDA torch) reuse objects of earlier ones.
 
-    Twins and kernels do not include torch. Without ccache, each build compiles everything.
+    Twins and kernels do not include torch's headers, so their objects fit every torch. Without
+    ccache, each build compiles everything.
     """
     if shutil.which("ccache"):
         for language in ("CXX", "CUDA"):

@@ -1,6 +1,6 @@
-"""Build and import the package beside a CUDA build of torch, without a GPU.
+"""Build the package for a CUDA build of torch and import it, without a GPU.
 
-Only this check compiles the whole CUDA build with CUDA headers of torch and its libraries. It
+No other check compiles the CUDA build with the headers and libraries of a CUDA torch. This one
 downloads about 5 GB into a temporary environment, which is removed afterwards.
 """
 
@@ -56,8 +56,8 @@ def main() -> int:
             str(ROOT),
         )
         sdist = str(next(Path(folder).glob("lora_ext-*.tar.gz")))
-        # Kernels do not include torch, so a compiler cache has them from the ordinary build.
-        # Without a cache, a single architecture is enough here.
+        # Kernels do not include torch's headers, so a compiler cache has their objects from the
+        # ordinary build. Without a cache, a single architecture is enough here.
         archs = {} if shutil.which("ccache") else {"TORCH_CUDA_ARCH_LIST": "9.0a"}
         build = ["--no-build-isolation", "--no-deps", sdist]
         step(*pip, *build, LORA_EXT_CUDA="1", **archs)

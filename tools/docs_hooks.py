@@ -66,7 +66,10 @@ def _written_out(package: str, here: str) -> str:
 
 
 def _example(place: str, here: str) -> str:
-    """Return a line that links to code using a name; the reference is the last choice."""
+    """Return a line that links to code in which a name is used, preferably outside the reference.
+
+    Returns an empty text if no tested code uses the name.
+    """
     if place not in in_use():
         return ""
     path = min(in_use()[place], key=lambda path: path.startswith("docs/reference/"))
@@ -129,13 +132,13 @@ def _place(name: str, here: Any, package: griffe.Module) -> str | None:
 
 
 def _path(package: griffe.Module, name: str) -> str | None:
-    """Return the canonical path of a dotted name, through faces and base classes."""
+    """Return the canonical path of a dotted name, through re-exports and base classes."""
     here: Any = package
     parts = name.split(".")[1:]
     for i, part in enumerate(parts):
         if here.is_module and face_file(here.path).exists() and part in places(here.path):
             place = places(here.path)[part]
-            module = face_file(here.path).parent / f"{part}.py"  # with the same name
+            module = face_file(here.path).parent / f"{part}.py"  # a module named like the object
             if place != f"{here.path}.{part}" and not (parts[i + 1 :] and module.exists()):
                 return _path(package, ".".join([place, *parts[i + 1 :]]))
         try:

@@ -67,7 +67,7 @@ def used(code: str) -> set[str]:
 
 
 def _defined(path: str) -> str:
-    """Return where the first name behind the packages of a path is defined."""
+    """Return the definition of the first name after the packages of a path."""
     package, *names = path.split(".")
     while names and face_file(f"{package}.{names[0]}").exists():
         package = f"{package}.{names.pop(0)}"

@@ -17,7 +17,7 @@ ASKED = re.compile(r"^::: (?P<name>[\w.]+)\n(?!    )", re.MULTILINE)
 
 @lru_cache
 def places(package: str) -> dict[str, str]:
-    """Return where each name that a package's face defines or imports is defined."""
+    """Return the path of the definition of each name that a package's face defines or imports."""
     found: dict[str, str] = {}
     for node in _statements(ast.parse(face_file(package).read_text())):
         if isinstance(node, ast.ImportFrom) and node.level < 2:
@@ -53,7 +53,7 @@ def face_file(package: str) -> Path:
 
 
 def origin(place: str) -> str:
-    """Follow a name from face to face to the file that defines it."""
+    """Return the path of a definition by following a name through the faces that re-export it."""
     package, _, name = place.rpartition(".")
     if package.startswith("lora_ext") and face_file(package).exists():
         return places(package).get(name, place)
@@ -62,7 +62,7 @@ def origin(place: str) -> str:
 
 @lru_cache
 def shown() -> dict[str, str]:
-    """Return the package with the reference page that shows each definition."""
+    """Return, by definition, the package whose reference page shows it."""
     pages = sorted((ROOT / "docs/reference").rglob("*.md"))
     asked = [found["name"] for page in pages for found in ASKED.finditer(page.read_text())]
     found = {package: package for package in asked}

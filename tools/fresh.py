@@ -3,8 +3,8 @@
 `python tools/fresh.py dist/lora_ext-*.whl --python python3.13` creates an environment of that
 Python and installs torch and transformers, then the wheel. No compiler, cmake or nvcc is on PATH.
 It runs the ten lines of the README, in a folder made by `make demo`, and `lora-ext doctor`. The
-wheel is timed apart from the downloads. Only pip uses the network. CI does not run this script; a
-release does (docs/releasing.md).
+installation of the wheel is timed separately from the downloads. Only pip uses the network. CI does
+not run this script; run it before a release (docs/releasing.md).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def torch_of(wheel: Path) -> str:
     found = re.search(r"\+torch(\d+\.\d+)\.", wheel.name)
     if found is None:
         raise SystemExit(
-            f"fresh: {wheel.name}: expected a version with +torchX.Y, as `make wheels`"
+            f"fresh: expected a wheel of `make wheels`, with +torchX.Y, found {wheel.name}"
         )
     return found[1]
 
@@ -77,7 +77,7 @@ def bare(room: Path) -> dict[str, str]:
 def main() -> None:
     """Install the wheel, run the code and print the times."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("wheel", type=Path, help="a wheel of `make wheels`")
+    parser.add_argument("wheel", type=Path, help="wheel that `make wheels` has built")
     parser.add_argument("--python", default=sys.executable, help="Python that the wheel is for")
     place = ROOT / "out" / "demo"
     parser.add_argument("--place", type=Path, default=place, help="folder of model and adapters")
@@ -97,9 +97,9 @@ def main() -> None:
         subprocess.run([inside, "-m", "lora_ext", "doctor"], check=True, cwd=room, env=bare(room))
         result = json.loads(run.stdout.splitlines()[-1])
         assert result["rows"] == 3 and result["file"].startswith(folder), result
-    print(f"{args.wheel.name} beside torch {result['torch']}, no compiler on PATH")
-    ours = f"import {result['import']:.2f} s behind torch's, ten lines {result['ten lines']:.1f} s"
-    print(f"ours: install {seconds['install']:.1f} s, {ours}")
+    print(f"{args.wheel.name} with torch {result['torch']}, no compiler on PATH")
+    ours = f"import {result['import']:.2f} s after torch, ten lines {result['ten lines']:.1f} s"
+    print(f"lora_ext: install {seconds['install']:.1f} s, {ours}")
     print(f"torch and transformers from the index: {seconds['downloads']:.0f} s")
 
 

@@ -1,9 +1,9 @@
 """Run the checks that need a GPU, in calls of at most nine minutes: `make gpu CALL=1 OUT=folder`.
 
-1. Build the kernels in place; without a compiler, use the modules that are there. Then run the
-   wrappers' micro-kernels, every launcher against its formula and its floor
-   (`lora-ext gpu-report`), the probe of the estimates' assumptions (tools/gpu_probe.cu), a captured
-   8B-shaped step, and memcheck and racecheck.
+1. Build the kernels in place; without a compiler, use the existing modules. Then run the wrappers'
+   micro-kernels, every launcher compared with its formula and timed (`lora-ext gpu-report`), the
+   measurement of what the estimates assume (tools/gpu_probe.cu), a captured step in the shape of an
+   8B model, and memcheck and racecheck.
 2. Run all CUDA tests, and the other tools of compute-sanitizer.
 3. Run the benchmarks.
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from legs import ROOT, Leg, run
 
 PY = sys.executable
-REMEDY = "set PYTHON to one with a CUDA torch."
+REMEDY = "set PYTHON to a Python with a CUDA build of torch."
 # A few shapes of one law launch every kernel; the sanitizer is slow.
 SMALL = "random_values and (lora-T3- or lora-T70- or train-T17-)"
 LAWS = "tests/test_contract.py"

@@ -52,14 +52,14 @@ def read(path: Path, known: set[str]) -> Mapping[str, Any]:
     if module not in known:
         raise refuse("the kernels of this tree's build", f"a module with hash {module[:12]}")
     if failed or not checks:
-        raise refuse("checks that held", f"failures of {', '.join(failed)}" if failed else "none")
+        raise refuse("passed checks", f"failures of {', '.join(failed)}" if failed else "none")
     if capability is None:
-        raise refuse("a card", card["name"])
+        raise refuse("a GPU", card["name"])
     return report
 
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table of time and time over floor, one row per op, one column per GPU."""
+    """Return a Markdown table of times and their ratios to the floor, with one column per GPU."""
     cards = [report["card"]["name"] for report in reports]
     ops = list(dict.fromkeys(time["op"] for report in reports for time in report["times"]))
     lines = [f"| op | {' | '.join(f'{card}, us (over floor)' for card in cards)} |"]
@@ -76,7 +76,7 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def merged(page: str, reports: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page with the table of the reports between its marks."""
+    """Return the page with the table of the reports inserted between the page's marks."""
     before, _, rest = page.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:

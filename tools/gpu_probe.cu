@@ -1,8 +1,8 @@
-// What docs/gpu.md's estimates take for granted, measured on the card in about ten seconds.
+// Measures the constants that the estimates in docs/gpu.md assume, on the GPU in about ten seconds.
 //
 //     nvcc -O3 -std=c++20 -arch=native tools/gpu_probe.cu -o probe && ./probe
 //
-// Prints one line for each figure as soon as it is known, "name value unit". Not yet run on a GPU.
+// Prints one line "name value unit" per constant as soon as it is measured. Not yet run on a GPU.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -29,7 +29,8 @@ void say(const char* name, double value, const char* unit) {
     std::fflush(stdout);
 }
 
-// Milliseconds of what `work` puts on the stream: the median of nine, after one that is not counted.
+// Returns the time in ms of the work that `work` enqueues on the stream: the median of nine runs,
+// after a warm-up run.
 template <class Work>
 double measured(cudaStream_t stream, Work work) {
     cudaEvent_t begin, end;
@@ -52,7 +53,7 @@ double measured(cudaStream_t stream, Work work) {
 // --- launches ------------------------------------------------------------------------------------
 __global__ void nothing() {}
 
-// Lets the next kernel start, and waits for the one before: what decode's pair of kernels does.
+// Lets the next kernel start and waits for the previous one, as the two kernels of decoding do.
 __global__ void hand_on() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -93,7 +94,8 @@ __global__ void chase(const uint32_t* next, int steps, uint32_t* last, long long
     *last = at;
 }
 
-// Clocks of one load that depends on the one before, over a ring of lines in random order.
+// Returns the cycles of a load that depends on the previous load, over a ring of cache lines in
+// random order.
 double chase_clocks(cudaStream_t stream, size_t bytes) {
     constexpr size_t kLine = 128 / sizeof(uint32_t);
     const size_t lines = bytes / 128;
@@ -140,7 +142,7 @@ double copy_tb_s(cudaStream_t stream) {
 // --- arithmetic ----------------------------------------------------------------------------------
 constexpr int kRounds = 4096, kChains = 8;
 
-// Chains of products that do not wait for each other; the result is kept so that none is dropped.
+// Independent chains of tensor-core products; their result is used, so that none is optimised away.
 __global__ void products(float* out) {
     float c[kChains][4] = {};
     uint32_t a[4], b[2];

@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 
 def marked() -> list[str]:
-    """Return the test files that contain the mark; collecting all files would take longer."""
+    """Return the test files with the mark `hosts`; collecting all test files would take longer."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if "mark.hosts" in file.read_text()]
 

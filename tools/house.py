@@ -86,7 +86,7 @@ def names_of(package: str, face: Path) -> set[str]:
 def imports_of(
     module: str, path: Path, known: dict[str, Path], shown: dict[str, set[str]]
 ) -> list[Import]:
-    """Return what a file imports from the package, including in functions and for annotations."""
+    """Return a file's imports from the package, also those in functions and for annotations."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -124,7 +124,10 @@ def imports_in_full(module: str, path: Path) -> list[str]:
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Return files that import each other: strongly connected components above one file."""
+    """Return groups of files that import each other: components of more than one file.
+
+    The components are the strongly connected ones of the import graph.
+    """
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -245,9 +248,9 @@ def faults(house: dict) -> dict[str, list]:
     loose = house["loose_names"]
     long = {k: n for room in house["rooms"].values() for k, n in room["long_functions"].items()}
     return {
-        "circles of imports": [" <-> ".join(group) for group in house["circles"]],
-        "imports that run up": house["arrows_up"],
-        "imports past the face of a room": house["past_the_face"],
+        "import cycles": [" <-> ".join(group) for group in house["circles"]],
+        "imports from a higher room": house["arrows_up"],
+        "imports that bypass the __init__ of a room": house["past_the_face"],
         "imports inside a room that are not relative": house["in_full"],
         "methods that import a method": house["methods_that_meet"],
         f"folders with more than {MOST_FILES} files": [

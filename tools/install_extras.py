@@ -1,4 +1,4 @@
-"""Install what the named extras of pyproject.toml list, without building the package itself.
+"""Install the requirements of the named extras of pyproject.toml, without building the package.
 
 ``pip install .[extra]`` would build the package, and cannot leave out the dependencies of single
 requirements.

@@ -1,4 +1,4 @@
-"""Estimate the time of each kernel from its machine code, and compare it with its floor.
+"""Estimate the time of each kernel from its machine code, and compare it with a lower bound.
 
     python tools/kernel_report.py [--json | --check]
 
@@ -70,11 +70,11 @@ class Case:
     `products` products of 16 bits. `blocks` of `threads` are launched and read `l2` bytes again
     from L2.
 
-    A chain has `repeat` launches, one after the other, and as many of each case in `beside`. A
-    launch may have several `steps`, whose blocks wait for each other, make `hops` trips to L2, and
-    run `once` instructions per warp outside the main loop. `loop` is the index of the main loop
-    that takes the time, if other loops are fallbacks; by default it is the one with the fewest
-    bytes in flight.
+    A chain has `repeat` launches, one after the other, and also `repeat` launches of each case in
+    `beside`. A launch may have several `steps`, whose blocks wait for each other, make `hops` trips
+    to L2, and run `once` instructions per warp outside the main loop. `loop` is the index of the
+    main loop that takes the time, if other loops are fallbacks; by default it is the one with the
+    fewest bytes in flight.
     """
 
     kernel: str
@@ -147,7 +147,7 @@ BF16 = "__nv_bfloat16"
 def decode_pair(
     rows: int, slots: int, i: int, outputs: Sequence[int], rank: int, said: str
 ) -> tuple[Case, Case]:
-    """Return shrink and expand up to 256 rows, of one module or of siblings that read one x."""
+    """Return shrink and expand for up to 256 rows, of one module or of several with one input."""
     tiles = slots * ceil(rows / slots / 16)
     splits = min(16, max(1, ceil(i / 512)))
     v = 4 * rows * rank * splits * len(outputs)
@@ -209,7 +209,7 @@ def large_cases() -> Iterator[Case]:
         parts=4 * rank * rows * ceil(width / 512),
         flops=2 * rows * width * rank,
     )
-    # Blocks of 512 columns and a range of rows; with dv, sums over the columns in slices as well.
+    # A block has 512 columns and a range of rows. With dv, slices of columns are summed as well.
     for width, rank, pages, ranges, slices in ((4096, 16, 2, 16, 16), (14336, 64, 8, 8, 28)):
         for form, passes in (("false", 2), ("true", 3)):
             what = "da" if passes == 2 else "db and dv"
@@ -314,7 +314,7 @@ def verify_cases(words: int) -> Iterator[Case]:
 
 
 # --- whole circuits: a chain whose stages go to tensor cores --------------------------------------
-PRODUCTS = {3: 6, 2: 3, 1: 1}  # products of the parts of two numbers
+PRODUCTS = {3: 6, 2: 3, 1: 1}  # number of products of parts, by parts per number
 PRECISIONS = {3: "fp32", 2: "high", 1: "fp16s"}
 
 
@@ -353,8 +353,8 @@ def layers_run(parts: int, states: int, batch: int, steps: int) -> Case | None:
         products=PRODUCTS[parts],
         l2=blocks * states * 2 * parts * (32 + 64 / steps) + values * (8 + 2 * parts),
         steps=steps,
-        hops=2,  # its part and its children; the node is loaded while blocks wait
-        once=1600,  # by hand: 16 numbers per thread, each with an exponential and a logarithm
+        hops=2,  # for a node's part and children; the node itself is loaded while blocks wait
+        once=1600,  # counted: 16 numbers per thread, each with an exponential and a logarithm
     )
 
 
@@ -409,7 +409,11 @@ CASES = [*decode_cases(), *large_cases(), *circuit_cases(), *layers_cases()]
 
 # --- the model ------------------------------------------------------------------------------------
 def floor_us(case: Case) -> float:
-    """Return the largest time of bytes, products and an empty launch (in a chain, of a step)."""
+    """Return the lower bound of the time, the floor, in us.
+
+    It is the largest time of moving the bytes, of the products, and of an empty launch (in a chain,
+    of a step).
+    """
     each = (case, *case.beside)
     rounds = case.repeat * case.steps
     least = NULL if rounds == 1 else STEP * sum(one.flops > 0 for one in each)
@@ -450,7 +454,7 @@ def estimate_us(case: Case, lock: Mapping[str, Code]) -> float:
 
 
 def code_of(case: Case, lock: Mapping[str, Code]) -> Code:
-    """Return the lock's numbers of a case's kernel."""
+    """Return the numbers that `kernels.lock` records for the kernel of a case."""
     if case.kernel not in lock:
         raise SystemExit(f"kernel_report: kernels.lock has no {case.kernel}")
     return lock[case.kernel]
@@ -485,7 +489,7 @@ def rows(lock: Mapping[str, Code], cases: Sequence[Case] = CASES) -> list[dict[s
 # --- reasons --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Reason:
-    """Reason why rows are above `RED`; kernel and shape are shell patterns."""
+    """Reason why the ratios of some rows are above `RED`; kernel and shape are shell patterns."""
 
     kernel: str
     shape: str
@@ -537,7 +541,7 @@ WHY = [
 
 
 def reasons(found: Sequence[Mapping[str, Any]], why: Sequence[Reason] = WHY) -> str:
-    """Return the list of reasons; raise if a red row has no reason or a reason no red row."""
+    """Return the list of reasons; raise if a red row has no reason, or a reason has no red row."""
     red = [row for row in found if row["ratio"] > RED]
     for row in red:
         if not any(reason.speaks_of(row) for reason in why):

@@ -22,7 +22,7 @@ _PRINTING = threading.Lock()
 
 @dataclass
 class Leg:
-    """Command, or function that raises or returns a word for the summary."""
+    """Step: a command, or a function that returns a note for the summary and raises if it fails."""
 
     name: str
     command: list[str] | Callable[[], str]

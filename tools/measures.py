@@ -55,7 +55,7 @@ def _is_checker(name: str) -> bool:
 
 
 def _checks(node: ast.AST) -> bool:
-    """Return whether a node is a raise, an ``if`` that only raises, or (a call of) a checker."""
+    """Return whether a node is a raise, an ``if`` that only raises, a checker, or its call."""
     if isinstance(node, Function):
         return _is_checker(node.name)
     if isinstance(node, ast.If):
@@ -69,7 +69,7 @@ def _checks(node: ast.AST) -> bool:
 
 
 def _parameters(function: Function) -> int:
-    """Return the number of parameters, keyword-only ones included, ``self`` and ``cls`` not."""
+    """Return the number of parameters, with keyword-only ones, without ``self`` and ``cls``."""
     names = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
     return len([n for n in names if n not in ("self", "cls")]) + len(function.args.kwonlyargs)
 

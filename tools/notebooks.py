@@ -47,7 +47,8 @@ def run(notebook: dict[str, Any], **parameters: Any) -> dict[str, Any]:
             exec(compile("".join(cell["source"]), f"<cell {number}>", "exec"), scope)
         if "parameters" in cell["metadata"].get("tags", []):
             if unknown := parameters.keys() - scope.keys():
-                raise ValueError(f"notebook: expected parameters of its cell, got {unknown}")
+                expected = "expected parameters that the cell with the tag sets"
+                raise ValueError(f"notebook: {expected}, found {unknown}")
             scope.update(parameters)
         cell["execution_count"] = number
         cell["outputs"] = [*_text(printed.getvalue()), *_figures(pyplot)]
@@ -55,7 +56,7 @@ def run(notebook: dict[str, Any], **parameters: Any) -> dict[str, Any]:
 
 
 def _pyplot() -> Any:
-    """Import pyplot with a backend without windows; the site is built without matplotlib."""
+    """Import pyplot with a non-interactive backend, only here: a site needs no matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,7 +95,7 @@ def page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:
             elif "image/png" in output.get("data", {}):
                 name = f"{stem}-{len(pictures) + 1}.png"
                 pictures[name] = base64.b64decode(output["data"]["image/png"])
-                parts.append(f"![What the cell draws]({name})")
+                parts.append(f"![Figure drawn by the cell]({name})")
     parts.append(f'<a href="{stem}.ipynb" download>This page as a notebook</a>')
     return "\n\n".join(parts) + "\n", pictures
 

@@ -251,7 +251,7 @@ def main() -> int:
     parser.add_argument("root", type=Path, nargs="?", default=ROOT / "lora_ext")
     parser.add_argument("--list", type=int, default=0, metavar="N")
     parser.add_argument("--file", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="of the sample of --list")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample of --list")
     parser.add_argument("--md", action="store_true", help="print the pages below the root")
     parser.add_argument("--change", metavar="BASE")
     parser.add_argument("--json", action="store_true")

@@ -98,7 +98,7 @@ class Kernel:
 
     @cached_property
     def costs(self) -> dict[str, float | None]:
-        """Numbers that rules of the same name bound; None if a kernel has no such place."""
+        """Values that the rules with the same names limit; None if the kernel has no such code."""
         first = re.search(r"<(float|double|__half|__nv_bfloat16)", self.name)
         size = {"__half": 2, "__nv_bfloat16": 2, "double": 8}.get(first[1] if first else "", 4)
         prologue = sass_loops.prologue(self.code)
@@ -215,14 +215,14 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
         if kernel.arch not in rule.get("arch", [kernel.arch]):
             continue
         if kernel.registers > rule.get("max_registers", 255):
-            wrong.append(f"{kernel.registers} registers, budget {rule['max_registers']}")
+            wrong.append(f"{kernel.registers} registers (max. {rule['max_registers']})")
         if "min_blocks" in rule:
-            # From sm_90 on the tool counts the reserved 1,024 bytes of a kernel that uses any.
+            # From sm_90 on, cuobjdump includes the 1,024 reserved bytes if a kernel uses any.
             static = kernel.shared - (1024 if kernel.shared and kernel.arch >= "sm_90" else 0)
             shared = static + rule.get("dynamic_shared", 0)
             blocks = blocks_per_multiprocessor(kernel.registers, rule["threads"], shared)
             if blocks < rule["min_blocks"]:
-                wrong.append(f"{blocks} blocks per multiprocessor, least {rule['min_blocks']}")
+                wrong.append(f"{blocks} blocks per multiprocessor (min. {rule['min_blocks']})")
         for key in ("inflight", "overlap"):
             if (least := rule.get(f"min_{key}")) is None:
                 continue
@@ -235,7 +235,7 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
                 wrong.append(f"no main loop to measure min_{key} in")
             elif min(found) < least:
                 meant = "in flight" if key == "inflight" else "in flight during a product"
-                wrong.append(f"{min(found)} bytes per thread {meant} in a main loop, least {least}")
+                wrong.append(f"{min(found)} bytes per thread {meant} in a main loop (min. {least})")
         wrong += judge_costs(kernel, rule)
         for suffix, opcodes in (("", kernel.opcodes), ("_loop", kernel.loop_opcodes())):
             place = " in a loop" if suffix else ""
@@ -249,7 +249,7 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
     return wrong
 
 
-# Text of each cost, and whether the bound of a rule is a maximum.
+# Description of each cost in messages, and whether the limit in a rule is a maximum.
 COSTS = {
     "max_trips": ("memory trips before the first wide load", True),
     "first_bytes": ("bytes per thread requested before the wait for the previous kernel", False),
@@ -268,7 +268,7 @@ def judge_costs(kernel: Kernel, rule: dict) -> list[str]:
         if found is None:
             wrong.append(f"nothing to measure {key} in")
         elif found > bound if is_most else found < bound:
-            wrong.append(f"{found} {what}, {'most' if is_most else 'least'} {bound}")
+            wrong.append(f"{found} {what} ({'max.' if is_most else 'min.'} {bound})")
     return wrong
 
 

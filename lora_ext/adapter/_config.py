@@ -63,9 +63,9 @@ _REFUSED_BESIDE = {
     # tokens are shared with other rows.
     "alora_invocation_tokens": {
         "use_dora": "PEFT refuses it too",
-        "modules_to_save": "a replaced module serves every token",
-        "trainable_token_indices": "rows of the embedding serve every token",
-        "target_parameters": "adapters on experts have no rows of single tokens",
+        "modules_to_save": "a replaced module processes every token",
+        "trainable_token_indices": "replaced rows of the embedding apply to every token",
+        "target_parameters": "adapters on experts cannot be applied to a part of the tokens",
     },
 }
 _TRAINED_BIASES = ("all", "lora_only")
@@ -220,7 +220,7 @@ class AdapterConfig(LoraConfig):
         wanted = tuple(self.target_parameters or ())
         known = [name for names in index.parameters.values() for name in names]
         other = [each for each in wanted if not any(matches_suffix(n, (each,)) for n in known)]
-        expected = f"matrices of routed experts alone, as {known[:2] or 'this model has none'}"
+        expected = f"names of matrices of routed experts (the model has {known[:2] or 'none'})"
         found = f"{other!r:.200}"
         require(not other, self.where, "target_parameters", expected, found, NotImplementedError)
         return {name for name in known if matches_suffix(name, wanted)}
@@ -244,7 +244,7 @@ def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for name, reason in table.items() if raw.get(other) else ():
             if raw.get(name):
                 value = f"={raw[name]!r:.40}" if other == "target_parameters" else ""
-                yield f"{name}{value}", f" beside {other}: {reason}"
+                yield f"{name}{value}", f" together with {other}: {reason}"
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         remedy = "save it with PEFT's path_initial_model_for_weight_conversion instead"
@@ -258,13 +258,13 @@ def _token_rows(where: str, argument: str, given: Any) -> Any:
         return None
     if isinstance(given, Mapping):
         named = all(isinstance(name, str) and name for name in given)
-        require(named, where, argument, "names with lists of tokens", f"{given!r:.200}")
+        require(named, where, argument, "lists of tokens by embedding name", f"{given!r:.200}")
         found = {name: _token_rows(where, argument, rows) for name, rows in given.items() if rows}
         return found or None
     listed = isinstance(given, list | tuple)
     require(listed, where, argument, "a list of tokens", f"{given!r:.200}", WrongKind)
     tokens = tuple(integer(where, argument, token, 0) for token in given)
-    require(len(set(tokens)) == len(tokens), where, argument, "each token once", f"{given!r:.200}")
+    require(len(set(tokens)) == len(tokens), where, argument, "distinct tokens", f"{given!r:.200}")
     return tokens
 
 
@@ -340,7 +340,7 @@ class BaseModels:
             self._first = name
             return
         gone = next(filter(_is_gone, (name, self._first)), None)
-        meaning = "the results mean nothing unless both are names of one model"
+        meaning = "the results are meaningless unless both are names of the same model"
         if gone is not None:
             meaning = (
                 f"there is no folder {gone!r:.200} here; if it was moved or copied to the other "
@@ -354,7 +354,7 @@ class BaseModels:
 
 
 def model_name(model: Any) -> Any:
-    """Return the name of a model that PEFT writes into ``base_model_name_or_path``, or None."""
+    """Return the name that PEFT stores as ``base_model_name_or_path``, or None if there is none."""
     return getattr(model, "name_or_path", None)
 
 

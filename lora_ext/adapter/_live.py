@@ -39,7 +39,7 @@ def live_adapter(
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if isinstance(configs, Mapping):
         active: Any = []
-        if adapter is None:  # only then, since transformers raises if PEFT alone added the layers
+        if adapter is None:  # not read otherwise: transformers raises if only PEFT added layers
             active = getattr(model, "active_adapters", [])
             if callable(active):  # a method in transformers, a property in PEFT
                 active = active()
@@ -112,13 +112,13 @@ def _describe(
         values = {name: getattr(layer, field)[adapter] for name, layer in layers.items()}
         others = [name for name, value in values.items() if not value]
         expected = "the same value in every layer, since PEFT's configuration has one for all"
-        found = f"it off in {', '.join(others[:4])}"
+        found = f"False in {', '.join(others[:4])} only"
         require(len(others) in (0, len(values)), where, field, expected, found)
         return not others
 
     for name, layer in layers.items():
-        expected = "an adapter of the base weight"
-        found = f"one whose initialisation ({layer.init_lora_weights[adapter]!r}) changed it"
+        expected = "an unchanged base weight"
+        found = f"one that the initialisation {layer.init_lora_weights[adapter]!r} changed"
         require(layer.base_changed_by != adapter, where, name, expected, found, NotImplementedError)
     inits = {layer.init_lora_weights[adapter] for layer in layers.values()}
     inits = {init.lower() if isinstance(init, str) else init for init in inits}
@@ -129,7 +129,7 @@ def _describe(
     alphas = {n: alpha_of(x.scaling[adapter], ranks[n], rslora) for n, x in layers.items()}
     rates = {float(getattr(layer.lora_dropout[adapter], "p", 0.0)) for layer in layers.values()}
     invocations = {layer.alora_invocation_tokens.get(adapter, ()) for layer in layers.values()}
-    alike, expected = len(invocations) == 1, "the same in every layer"
+    alike, expected = len(invocations) == 1, "the same tokens in every layer"
     require(alike, where, "alora_invocation_tokens", expected, f"{invocations!r:.200}")
     r, rank_pattern = patterns(ranks)
     lora_alpha, alpha_pattern = patterns(alphas)

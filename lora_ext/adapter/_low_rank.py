@@ -1,4 +1,4 @@
-"""Norms, truncation and padding of low-rank products, and new rows for ranks that are zero.
+"""Norms, truncation and padding of low-rank products, and random rows for ranks that are zero.
 
 The product of the factors a ``(r, I)`` and b ``(O, r)`` is ``b @ a``. It is never formed.
 """
@@ -71,7 +71,7 @@ def truncated(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tens
     kept = s[:rank].where(s[:rank] > noise, 0)
     dropped = math.hypot(float(s[rank:].norm()), float((s[:rank] - kept).norm()))
     root = kept.sqrt()
-    # The rounding errors of the ranks are independent, so their squares add up.
+    # The rounding errors of the r terms are independent, so their squares add up.
     near_zero = (kept > 0) & (kept <= torch.finfo(dtype).eps * float(sizes.norm()))
     row = root.where(~near_zero, root.clamp(min=DRAWN_ROW_NORM))
     column = root.where(~near_zero, kept / row)
@@ -169,8 +169,8 @@ def check_matrices(factors: Factors, where: str) -> None:
     """Raise if a factor contains NaN or infinity, or belongs to a grouped convolution. The update
     of a grouped convolution is not a product of two matrices."""
     a, b = factors.a, factors.b
-    expected = f"as many columns as a has rows, {a.shape[0]} (a grouped convolution can only be "
-    expected += "loaded and saved)"
+    expected = f"{a.shape[0]} columns, one per row of a (a grouped convolution can only be loaded "
+    expected += "and saved)"
     require(a.shape[0] == b.shape[1], where, "b", expected, b.shape[1], NotImplementedError)
     parts = {"a": a, "b": b, "bias": factors.bias, "magnitude": factors.magnitude}
     for name, values in parts.items():

@@ -40,8 +40,8 @@ PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Modules that PEFT can adapt and this package cannot. An adapter that targets one is rejected.
 _UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
-# The linear layers of routed experts receive rows in a different order than the batch has, so the
-# adapter of a row is unknown there.
+# The linear layers of routed experts receive rows in a different order from that of the batch, so
+# they do not know the adapter of a row.
 ROUTED = "routed experts"
 
 
@@ -69,7 +69,7 @@ class ModelIndex:
     embedding: dict[str, LinearSpec]
     unsupported: dict[str, str]  # name -> class name
     output_head: str | None  # PEFT's "all-linear" excludes it
-    classifier: str | None  # "all-linear" excludes it for a SEQ_CLS task without an output head
+    classifier: str | None  # PEFT's "all-linear" excludes it for SEQ_CLS without an output head
     weights: BaseWeights
     shared: bool = True  # whether many adapters share the model and must not change its weights
     experts: dict[str, LinearSpec] = field(default_factory=dict)  # by parameter name
@@ -213,14 +213,14 @@ def check_base(where: str, model: object) -> None:
     """Raise unless ``model`` is a module without adapters. The message contains a remedy."""
     if not isinstance(model, nn.Module):
         found = repr(model) if model is None or isinstance(model, str) else type(model).__name__
-        remedy = "load the base model first, with AutoModelForCausalLM, say"
+        remedy = "load the base model first, e.g. with AutoModelForCausalLM"
         expected = "expected a torch.nn.Module"
         raise TypeError(f"{where}: model: {expected}, found {found:.200}; {remedy}")
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer):
             remedy = "detach the model first"
         elif isinstance(module, LoraLayer):
-            remedy = "take it before layers are wrapped, or another copy of the model"
+            remedy = "pass the model before its layers are wrapped, or another copy of it"
         elif any(base.__module__.startswith("peft.") for base in type(module).__mro__):
             remedy = "save its adapters and pass model.unload(), the model without them"
         else:
@@ -275,7 +275,7 @@ class BaseWeights:
         """Raise unless the tensor ``key`` has the shape of the model's weight ``name``. The tensor
         is not read."""
         info, shape = tensors.infos[key], self._shapes[name]
-        remedy = "copy it into the model (resize_token_embeddings) before the pool is made"
+        remedy = "resize the model (resize_token_embeddings) before you create the pool"
         expected, found = f"{shape} as in the base model", f"{info.shape}; {remedy}"
         require(info.shape == shape, f"{tensors.where}: {key}", "shape", expected, found)
 
@@ -293,14 +293,14 @@ class BaseWeights:
             self.check_header(tensors, key, name)
         if not _equal(tensors.read(key), own.detach()):
             raise ValueError(
-                f"{where}: expected the base model's own values, found different ones; all "
-                "adapters share the base model: copy this weight into it first if all may use it"
+                f"{where}: expected the values of the base model's weight, found different ones; "
+                "all adapters share the base model: if all may use this weight, copy it there first"
             )
 
     def _values(self, where: str, name: str) -> Tensor:
         model = self._model()
         if model is None:
-            expected = "expected the model that the pool was built for, to compare this weight with"
+            expected = "expected the pool's base model, to compare this weight with its weight"
             raise ValueError(f"{where}: {expected}, found a deleted model: keep a reference to it")
         for full, tensor in _tensors(model):
             if base_name(full) == name:
@@ -309,8 +309,8 @@ class BaseWeights:
                 offloaded = offloaded_values(model, full)
                 if offloaded is not None:
                     return offloaded
-        expected = f"expected {name} of the base model to compare this weight with"
-        raise ValueError(f"{where}: {expected}, found no values there (on meta?)")
+        expected = f"expected values of {name} in the base model, to compare this weight with"
+        raise ValueError(f"{where}: {expected}, found none (is it on meta?)")
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -43,7 +43,7 @@ class Factors(NamedTuple):
     """The factors of one module. They add ``scaling * (b @ a @ x + bias)`` to the output for x.
 
     For a convolution, the factors are kernels: ``a`` has the shape ``(r, I, *k)`` with the kernel
-    size k, and ``b`` has ``(O, r, 1, ...)``, or r / groups columns with groups. The magnitude is
+    size k, and ``b`` has the shape ``(O, r / groups, 1, ...)``. The magnitude has the shape
     ``(1, O, 1, ...)``. For a parameter of E experts, ``a`` is ``(E * r, I)`` with the rows grouped
     by expert, and ``b`` is ``(O, r * E)`` with the columns grouped by rank.
     """
@@ -87,8 +87,8 @@ class CheckedAdapter:
                 where = self.where_is(module, "b")
                 reader = self.index.bypassed[module]
                 raise NotImplementedError(
-                    f"{where}: expected zeros, found up to {parts['b'].abs().max().item():.6g}, "
-                    f"which would not be served: {reader} reads the weight of this module and "
+                    f"{where}: expected zeros, found a value of {parts['b'].abs().max().item():.6g}"
+                    f", which would have no effect: {reader} reads the weight of this module and "
                     "never calls it"
                 )
             factors = Factors(**parts, scaling=self.scalings[module], embedding=embedding)
@@ -162,7 +162,7 @@ def check_adapter(
     for name in () if index.shared else ("target_parameters", "trainable_token_indices"):
         if getattr(config, name):
             raise NotImplementedError(
-                f"{field}: {name} is not supported apart from a model: AdapterPool serves such "
+                f"{field}: {name} is not supported in a LoraAdapter: AdapterPool serves such "
                 "adapters, and from_peft trains them"
             )
     experts = wrapped_names(index.parameters, config.targeted_parameters(index))
@@ -176,10 +176,11 @@ def check_adapter(
         base = {key: name for key, name in base.items() if key not in saved}
         leftover = [key for key in leftover if key not in saved]
     _check_targets(config, where, index, grouped)
-    require(grouped, where, "keys", "adapted modules", _some(leftover) or "none")
+    expected = "LoRA factors of modules of the base model"
+    require(grouped, where, "keys", expected, _some(leftover) or "none")
     ranks, unused = config.ranks_and_scales(grouped)
     leftover += [*(f"config field {name}" for name in config.unknown), *unused]
-    expected = f"expected only what the base model and {field} account for"
+    expected = f"expected only tensors and fields that the base model and {field} use"
     if strict and leftover:
         raise ValueError(f"{where}: {expected}, found {_some(leftover)} (strict=False skips them)")
     for module, keys in grouped.items():  # check all headers before reading any tensor
@@ -200,12 +201,12 @@ def check_adapter(
 def _check_targets(
     config: AdapterConfig, where: str, index: ModelIndex, grouped: dict[str, dict[str, str]]
 ) -> None:
-    """Check that exactly the modules that the config targets have factors, if it specifies any, and
-    that an activated adapter changes no token before its invocation tokens."""
+    """Check that exactly the modules that the config targets, if it specifies any, have factors,
+    and that an activated adapter changes no token before its invocation tokens."""
     targets = config.targets(index)
-    if targets is not None:  # even if not strict: with other factors, it is another adapter
+    if targets is not None:  # even if not strict: with other factors, it is a different adapter
         stray = [key for m in sorted(grouped.keys() - targets) for key in grouped[m].values()]
-        expected = f"factors of modules that {config.where} targets"
+        expected = f"factors only of modules that {config.where} targets"
         require(not stray, where, "keys", expected, _some(stray))
         missing = sorted(targets - grouped.keys())
         expected = f"lora_A and lora_B for each of {len(targets)} targeted modules"
@@ -234,9 +235,10 @@ def _group_keys(
     leftover: list[str] = []
     where = tensors.where
     for key in tensors.infos:
-        expected = "no replaced modules under their names in a live model"
+        expected = "a name in a file, without 'modules_to_save'"
+        found = "a name in the state dict of a model"
         parsed = parse_key(key)
-        require("modules_to_save" not in key, where, key, expected, "one", NotImplementedError)
+        require("modules_to_save" not in key, where, key, expected, found, NotImplementedError)
         if parsed is None:
             name = base_name(key)
             if name in index.weights:
@@ -247,19 +249,19 @@ def _group_keys(
         module = experts.get(parsed.module, parsed.module)
         own = module == parsed.module
         owner, _, _ = parsed.module.partition(".base_layer")
-        expected = f"factors of {len(experts)} parameters of experts, as in target_parameters"
+        expected = f"factors of only the {len(experts)} expert parameters in target_parameters"
         require(not (own and owner in index.parameters), where, "keys", expected, key)
         if module not in index.specs:
             kind = index.unsupported.get(module)
             if kind is None and own and in_routed_experts(module):
                 kind = f"module of {ROUTED}"
-            # Even if not strict: with a part of its factors, it is another adapter.
+            # Raise even if not strict: without these factors, it would be a different adapter.
             expected, found = "no adapters on unsupported modules", f"a {kind}"
             require(kind is None, where, key, expected, found, NotImplementedError)
             leftover.append(key)
             continue
         other = grouped.setdefault(module, {}).setdefault(parsed.role, key)
-        require(other == key, where, "keys", "one adapter", f"both {other} and {key}")
+        require(other == key, where, "keys", "a single adapter", f"both {other} and {key}")
     return grouped, base, leftover
 
 
@@ -282,7 +284,7 @@ def _check_headers(
     dora = embedding and config.use_dora and index.shared
     wanted = "no DoRA on embeddings"
     require(not dora, config.where, f"use_dora of {module}", wanted, True, NotImplementedError)
-    wanted = f"false beside the embedding {module}, as PEFT does"
+    wanted = f"false for an adapter of the embedding {module}, as in PEFT"
     require(not (embedding and config.lora_bias), config.where, "lora_bias", wanted, True)
     if config.lora_bias:
         expected[roles["bias"]] = (spec.out_features,)
@@ -325,8 +327,8 @@ def save_adapter(
     for key, value in state.items():
         parsed = parse_key(key)
         name = "" if parsed is None else parsed.in_file
-        require(name, "save_adapter", "state", "<module>.lora_A.weight or its like", key)
-        require(name not in tensors, "save_adapter", "state", "one adapter", f"{name} twice")
+        require(name, "save_adapter", "state", "names such as <module>.lora_A.weight", key)
+        require(name not in tensors, "save_adapter", "state", "a single adapter", f"{name} twice")
         tensors[name] = value
     write_adapter(directory, config, tensors, beside)
 

@@ -157,10 +157,10 @@ def adapter_directory(source: str | os.PathLike[str]) -> Path:
     try:
         names = directory_names(path, expected)
     except NotADirectoryError:
-        raise ValueError(f"{path}: {expected}, found a file; name its directory") from None
+        raise ValueError(f"{path}: {expected}, found a file; pass its directory") from None
     if "adapter_config.json" not in names:
         inner = sorted(n for n in names if os.path.lexists(path / n / "adapter_config.json"))
-        found = f"one with adapters in {', '.join(inner[:4])}" if inner else "one without"
+        found = f"one with adapters in {', '.join(inner[:4])}" if inner else "one without this file"
         raise ValueError(f"{path}: {expected}, found {found}")
     return path
 
@@ -206,14 +206,14 @@ class StateDict:
         for key, value in tensors.items():
             if not isinstance(key, str) or not isinstance(value, Tensor):
                 found = f"{key!r:.100}: {type(value).__name__}"
-                raise ValueError(f"{where}: expected names with tensors, found {found}")
+                raise ValueError(f"{where}: expected a dict of tensors by name, found {found}")
             dense = value.layout == torch.strided and not value.is_meta
-            found = "one on meta, without values" if value.is_meta else value.layout
-            require(dense, where, key, "a dense tensor", found)
+            found = "a tensor on meta" if value.is_meta else value.layout
+            require(dense, where, key, "a dense tensor with values", found)
             self.infos[key] = TensorInfo(tuple(value.shape), value.dtype)
 
     def read(self, key: str) -> Tensor:
-        """Return a tensor without a graph."""
+        """Return the tensor with the name ``key``, detached from its autograd graph."""
         tensor: Tensor = self._tensors[key]
         return tensor.detach() if tensor.requires_grad else tensor
 
@@ -226,7 +226,7 @@ def _refusal(error: str) -> str:
     with ``weights_only=False``."""
     asked = re.search(r"GLOBAL ([\w.]{1,200})", error)
     if asked is None:
-        return "expected tensors as torch.save writes them, found a damaged file, or other objects"
+        return "expected tensors as torch.save writes them, found a damaged file or other objects"
     return (
         f"expected only tensors, found a pickle that imports {asked[1]}; it is not loaded, since a "
         "pickle can run code: ask its author for adapter_model.safetensors"
@@ -243,12 +243,13 @@ def _read_bin(path: Path) -> StateDict:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
         except Exception as error:  # zipfile raises various exceptions for a damaged directory
-            raise ValueError(f"{where}: expected a zip written by torch.save: {error}") from None
+            expected = "expected a zip archive written by torch.save"
+            raise ValueError(f"{where}: {expected}, found a damaged file: {error}") from None
         compressed = sum(e.compress_type != zipfile.ZIP_STORED for e in entries)
         total = sum(e.file_size for e in entries)
         found = f"{compressed} compressed entries and {total} bytes in a file of {size}"
         stored = compressed == 0 and total <= size
-        require(stored, where, "zip", "stored zip entries", found)
+        require(stored, where, "zip", f"uncompressed entries of at most {size} bytes", found)
         file.seek(0)
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
@@ -263,5 +264,5 @@ def _read_bin(path: Path) -> StateDict:
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
     }
     total = sum(storages.values())
-    require(total <= size, where, "tensors", f"at most {size} bytes", total)
+    require(total <= size, where, "tensors", f"at most the file's {size} bytes", f"{total} bytes")
     return source

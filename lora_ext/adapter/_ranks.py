@@ -93,7 +93,7 @@ def effective_rank(
     Args:
         a: factor ``(r, n)`` of a floating dtype; without ``b``, a dense matrix ``(m, n)``.
         b: factor ``(m, r)`` of a floating dtype.
-        kind: a row of the table.
+        kind: kind of effective rank, see the table.
         tau: threshold of "threshold", between 0 and 1, or of "absolute", above 0.
         k: number of singular values for "top_k_share".
         scaling: scale of the update.
@@ -210,7 +210,7 @@ def rank_report(
     k: int = 5,
     layout: str = "r_in",
 ) -> RankReport:
-    """Compute norm and effective ranks of the update of every module of an adapter.
+    """Compute the norm and the effective ranks of the update of every module of an adapter.
 
     Args:
         source: a :class:`LoraAdapter`; a model of PEFT or of this package; a folder of PEFT, or
@@ -219,7 +219,8 @@ def rank_report(
             paper's code (``<module>.lora_layer.lora_A``). Other tensors are skipped.
         adapter_name: name of the adapter in a model, or in a state dict with adapter names.
         kinds: kinds of effective rank, see :func:`effective_rank`.
-        taus: thresholds for "threshold" and "absolute". Each kind has one entry per threshold.
+        taus: thresholds for "threshold" and "absolute". Each of these two kinds has one entry per
+            threshold.
         k: number of singular values for "top_k_share".
         layout: "r_in" for A ``(r, n)`` and B ``(m, r)``; "in_r", only for a state dict, for A
             ``(n, r)`` and B ``(r, m)``, as in the paper's code.

@@ -62,7 +62,7 @@ def find_replaced(
         reader = index.bypassed.get(module)
         refusal = None
         if spec is None or not spec.plain or role not in ("weight", "bias"):
-            refusal = "here: expected whole Linear and Embedding modules in the pool's targets="
+            refusal = "here: expected plain Linear and Embedding modules in the pool's targets="
         elif reader is not None:
             refusal = f"on {module}, whose weight {reader} reads without calling it"
         elif module in adapted:
@@ -70,9 +70,9 @@ def find_replaced(
         if refusal is not None:
             where = f"{tensors.where}: {key}"
             raise NotImplementedError(f"{where}: modules_to_save is not supported {refusal}")
-        expected = "weights that the base model has"
-        require(name in index.weights, tensors.where, key, expected, f"{name}, which it lacks")
-        remedy = "; a head with another number of labels needs its own model"
+        expected = "a weight of the base model"
+        require(name in index.weights, tensors.where, key, expected, f"the unknown name {name}")
+        remedy = "; a head with a different number of labels needs a separate model"
         check_header(tensors, key, index.weights.shape(name), " as in the base model", remedy)
         found.setdefault(module, {})[role] = key
     return found
@@ -114,7 +114,7 @@ def find_rows(
             "a module that the pool does not serve": each not in index.modules,
         }
         found = " and ".join(name for name, holds in problems.items() if holds)
-        expected = f"only these rows of {each}, in a module without a bias that the pool serves"
+        expected = f"{each} without a bias, served by the pool and changed only in these rows"
         require(not found, config.where, field, expected, found, NotImplementedError)
     key = f"{PREFIX}{module}{_ROWS}"
     key = key if key in tensors.infos else key.removeprefix(PREFIX)

@@ -99,8 +99,8 @@ class LoraAdapter:
         """
         for name in names:
             if name not in self.modules:
-                found = f"{name!r:.200}, which it lacks"
-                raise ValueError(f"{where}: expected modules of the adapter, found {found}")
+                expected = f"names of the adapter's {len(self.modules)} modules"
+                raise ValueError(f"{where}: expected {expected}, found {name!r:.200}")
 
     def with_modules(
         self,
@@ -108,8 +108,8 @@ class LoraAdapter:
         base_weights: Mapping[str, Tensor] | None = None,
         **changes: Any,
     ) -> LoraAdapter:
-        """Return a copy of this adapter with other factors. Its configuration contains the full
-        names of the modules.
+        """Return a copy of this adapter with other factors. The copy's configuration contains the
+        full names of the modules.
 
         Args:
             modules: factors by module name. A scale that PEFT's configuration cannot express
@@ -257,7 +257,7 @@ class _Unknown(BaseWeights):
     def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
         dtype = tensors.infos[key].dtype
         known = not isinstance(dtype, str)
-        require(known, f"{tensors.where}: {key}", "dtype", "one that torch has", dtype)
+        require(known, f"{tensors.where}: {key}", "dtype", "a dtype of torch", dtype)
 
     def check(self, tensors: TensorSource, key: str, name: str) -> None:
         pass

@@ -18,7 +18,8 @@ from ._low_rank import check_matrices, norm_of, wide
 from ._peft_files import AdapterSource, Factors
 from ._value import LoraAdapter
 
-# Singular values above this share of the largest count. It exceeds the rounding error of float32.
+# Singular values above this fraction of the largest one count as nonzero. The fraction exceeds the
+# rounding error of float32.
 _TOLERANCE = 1e-6
 
 
@@ -89,7 +90,7 @@ def _compared(name: str, first: Factors | None, second: Factors | None) -> Modul
     assert known is not None  # one of the adapters has the module
     (a, b), (other_a, other_b) = (_matrices(f, known) for f in (first, second))
     sizes, found = ((x.shape[1], y.shape[0]) for x, y in ((a, b), (other_a, other_b)))
-    expected = f"in {sizes[0]} and out {sizes[1]} as in first"
+    expected = f"{sizes[0]} inputs and {sizes[1]} outputs, as in first"
     where = "compare_adapters: second"
     require(sizes == found, where, name, expected, f"{found[0]} and {found[1]}")
     norms = norm_of(a, b), norm_of(other_a, other_b)

@@ -21,7 +21,7 @@ MergeMode = Literal["delta", "factors", "delta_svd", "ties", "dare"]
 Space = Literal["factors", "delta"]
 Parts = list[tuple[float, Factors]]  # weight and factors of each adapter that has the module
 
-#: Default share of an update's values that is kept, as in the papers, by mode.
+#: Share of an update's values that each mode keeps by default, as in its paper.
 DENSITIES: dict[str, float] = {"ties": 0.2, "dare": 0.1}
 
 
@@ -60,13 +60,13 @@ def merge_adapters(
 
     Sums are computed in float64 on the CPU and rounded once, to the widest dtype of the adapters.
     Except with "factors", an adapter may lack modules that others have. Biases are summed like the
-    updates. If a rank is 0 in both factors, its row of A is drawn at random, so that training can
-    change it.
+    updates. If a row of A and the corresponding column of B are both 0, the row is drawn at random,
+    so that training can change it.
 
     Args:
         adapters: adapters, as values, folders, or (config, state dict). They are not changed.
         weights: weight of each adapter. A single adapter of weight 1 is returned unchanged.
-        mode: a row of the table.
+        mode: mode of merging, see the table.
         rank: rank of the merged modules, only with "delta_svd", "ties" and "dare".
         progress: function that wraps the list of module names, as ``tqdm`` does.
         density: share d of an update's values that is kept, above 0 and at most 1, only with "ties"
@@ -102,12 +102,12 @@ def merge_adapters(
     weights = [float(number(where, f"weights[{i}]", w)) for i, w in enumerate(weights)]
     if rank is not None:
         fits = mode not in ("delta", "factors")
-        require(fits, where, "rank", f"None beside mode={mode!r}", repr(rank))
+        require(fits, where, "rank", f"None with mode={mode!r}", repr(rank))
         rank = integer(where, "rank", rank, 1, expected="a positive integer")
     if density is None:
         density = DENSITIES.get(mode)
     else:
-        require(mode in DENSITIES, where, "density", f"None beside mode={mode!r}", repr(density))
+        require(mode in DENSITIES, where, "density", f"None with mode={mode!r}", repr(density))
         density = number(where, "density", density, above=0, maximum=1)
     seed = integer(where, "seed", seed, 0, expected=("an int", "at least 0"))
     _check_bases(where, values)
@@ -220,7 +220,7 @@ def _merged(
         )
     changes: dict[str, Any] = {}
     excluded = {value.config.exclude_modules for value in values}
-    if excluded != {first.config.exclude_modules}:  # one may adapt what another excludes
+    if excluded != {first.config.exclude_modules}:  # one may adapt a module that another excludes
         changes["exclude_modules"] = longer_than(modules)
     return first.with_modules(
         modules,
@@ -233,8 +233,8 @@ def _merged(
 
 
 def _summed(parts: Parts, stacked: bool) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return A, B, the bias and the scale of the sum. The scale is that of all parts or, if they
-    differ, 1."""
+    """Return A, B, the bias and the scale of the sum. The scale is the common scale of all parts,
+    or 1 if their scales differ."""
     scaling = parts[0][1].scaling
     factors = [w for w, _ in parts]  # number by which each B is multiplied
     if any(f.scaling != scaling for _, f in parts):
@@ -287,13 +287,13 @@ def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) 
             require(size == known, at, name, f"{known} as in {origin}", size)
             rank, known = factors.a.shape[0], other.a.shape[0]
             fits = rank == known or not equal
-            found = f"{rank} ('delta' sums updates of different ranks)"
+            found = f"{rank} ('delta' can sum updates of different ranks)"
             require(fits, f"{at}: {name}", "rank", f"{known} as in {origin}", found)
 
 
 def _size(factors: Factors) -> str:
     kind = "an embedding" if factors.embedding else "a layer"
-    return f"{kind} of in {tuple(factors.a.shape[1:])} and out {factors.b.shape[0]}"
+    return f"{kind} with inputs {tuple(factors.a.shape[1:])} and {factors.b.shape[0]} outputs"
 
 
 def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
@@ -310,13 +310,13 @@ def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
             raise NotImplementedError(f"{at}: {key}: expected {expected}, found {found}")
         for name, factors in adapter.modules.items():
             plain = factors.magnitude is None
-            found = "a magnitude, whose sum depends on the base weight: merge it into that first"
+            found = "a magnitude; merge this adapter into the base weight first"
             require(plain, at, name, "no DoRA", found, NotImplementedError)
             check_matrices(factors, f"{at}: {name}")
             fits = biased is None or not factors.embedding
-            expected = "no lora_bias beside an adapted embedding, as PEFT does"
+            expected = "no lora_bias together with an adapted embedding, as in PEFT"
             require(fits, at, name, expected, f"one in {biased}", NotImplementedError)
         for key, weight in adapter.base_weights.items():
             other, known = base.setdefault(key, (label, weight))
             expected = f"the base model's weight as in {other}"
-            require(same_values(known, weight), at, key, expected, "other values")
+            require(same_values(known, weight), at, key, expected, "different values")

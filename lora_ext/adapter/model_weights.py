@@ -98,7 +98,7 @@ class ModelWeights:
                 found[module] = exact
                 continue
             keys = self._by_plain_name.get(_plain(module), [])
-            expected = "one weight of that name"
+            expected = "a single weight with this name"
             require(len(keys) <= 1, self.where, module, expected, ", ".join(keys[:4]))
             if keys:
                 found[module] = keys[0]
@@ -127,7 +127,7 @@ class ModelWeights:
         return key in getattr(self._tensors, "transposed", ())
 
     def read(self, key: str) -> Tensor:
-        """Return a weight without a graph; ``key`` is a value from :meth:`keys`.
+        """Return a weight, detached from its autograd graph; ``key`` is a value from :meth:`keys`.
 
         A weight from a model or mapping shares its memory. A weight from a file is a new tensor on
         the CPU.
@@ -240,7 +240,7 @@ class _Shards:
                 continue
             if key in self.infos:
                 found = f"found in {Path(self._owner[key].where).name} and {path.name}"
-                raise ValueError(f"{self.where}: {key:.200}: expected in one file, {found}")
+                raise ValueError(f"{self.where}: {key:.200}: expected in a single file, {found}")
             self.infos[key], self._owner[key] = info, shard
 
     def read(self, key: str) -> Tensor:
@@ -274,7 +274,7 @@ def _listed(path: Path) -> tuple[list[Path], dict[str, str] | None]:
         return [path / name for name in shards], None
     found = "none"
     if any(name.startswith("adapter_model.") for name in names):
-        found = "an adapter; name the folder of the model that it was trained on"
+        found = "an adapter; pass the folder of the model that it was trained on"
     elif any(name.endswith(".bin") for name in names):
         found = "a .bin file; save the model with save_pretrained, which writes safetensors"
     raise ValueError(f"{path}: {expected}, found {found}")
@@ -286,10 +286,11 @@ def _read_index(path: Path) -> dict[str, str]:
     raw = read_json(path, MAX_HEADER_BYTES)
     placed = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(placed, dict) or not placed:
-        raise ValueError(f"{path}: weight_map: expected files by tensor, found {placed!r:.100}")
+        expected = "expected file names by tensor name"
+        raise ValueError(f"{path}: weight_map: {expected}, found {placed!r:.100}")
     for key, name in placed.items():
         plain = isinstance(name, str) and name.endswith(".safetensors") and "\0" not in name
         fits = plain and Path(name).name == name and "\\" not in name
-        expected = "the name of a safetensors file beside it"
+        expected = "the name of a safetensors file in the same folder"
         require(fits, f"{path}: weight_map", f"{key:.200}", expected, f"{name!r:.200}")
     return placed

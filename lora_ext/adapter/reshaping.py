@@ -26,10 +26,11 @@ def resize_adapter(
 ) -> tuple[LoraAdapter, dict[str, float]]:
     """Change the ranks of an adapter; its updates are kept, or approximated as well as possible.
 
-    A smaller rank keeps the largest singular values of ``B A``, with their roots in each factor. A
-    larger rank appends random rows to ``A`` and zeros to ``B``. If a rank is 0 in both factors, its
-    row of ``A`` is drawn at random too, so that training can change it. The scale does not change,
-    so alpha does. Rank 0 removes the module. A bias and DoRA's magnitude do not change.
+    A smaller rank keeps the largest singular values of ``B A``, with their square roots in each
+    factor. A larger rank appends random rows to ``A`` and zeros to ``B``. If a row of ``A`` and the
+    corresponding column of ``B`` are both 0, the row is drawn at random too, so that training can
+    change it. The scale is kept, so alpha changes. Rank 0 removes the module. A bias and DoRA's
+    magnitude do not change.
 
     Args:
         adapter: adapter, as a value, a folder, or (config, state dict). It is not changed.
@@ -103,7 +104,7 @@ def prune_adapter(
         modules.
 
     Raises:
-        ValueError: If the adapter has no module of a name.
+        ValueError: If a name in ``keep`` is not a module of the adapter.
         TypeError: If ``keep`` is neither names nor a function.
         NotImplementedError: If "zero" is used on a module with DoRA, where the magnitude would
             still change the base weight.

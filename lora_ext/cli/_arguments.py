@@ -119,7 +119,7 @@ def _add_gpu_report(commands: Any) -> None:
     )
     _add(parser, "--out", "file of the report, e.g. card.json", "FILE", required=True)
     _add(parser, "--minutes", "minutes for the timing", "N", type=float, default=3.0)
-    text = "emu: check on the emulator, if it was built; without times"
+    text = "emu: check on the emulator, if it was built, without timing"
     _add(parser, "--backend", text, choices=("cuda", "emu"), default="cuda")
     _add(parser, "--only", "prefixes of op names, separated by commas", "OPS")
 
@@ -161,9 +161,9 @@ def _add_merge(commands: Any) -> None:
         _changes.merge,
     )
     _add(parser, "adapters", _FOLDER, "ADAPTER", nargs="+")
-    text = "one per adapter (default: equal weights that sum to 1; 1 for ties and dare)"
+    text = "weight of each adapter (default: equal, with sum 1; for ties and dare 1 each)"
     _add(parser, "--weights", text, "W", nargs="+", type=_numbers)
-    _add(parser, "--mode", "see above", choices=get_args(MergeMode), default="delta")
+    _add(parser, "--mode", "mode, see above", choices=get_args(MergeMode), default="delta")
     text = "rank of delta_svd, ties, dare (default: the largest rank of the adapters)"
     _add(parser, "--rank", text, "N", type=int)
     text = "share of an update's values that ties and dare keep (default: 0.2 and 0.1)"
@@ -192,8 +192,9 @@ _PRUNE_CHOICES = (  # option, choices with the default first, help
     (
         "score",
         ("distance", "angle", "alignment"),
-        "distance of the update from its projection, mostly a measure of its size; angle between "
-        "them; or cosine with the change by alignment, negative if the update undoes it",
+        "distance of the update from its projection, mostly a measure of the update's size; angle "
+        "between the two; or the update's cosine with the change by alignment, negative if the "
+        "update undoes it",
     ),
     ("reference", ("population", "permutation", "released"), "what a distance is compared with"),
     ("granularity", ("module", "block"), "unit that is scored and pruned"),
@@ -223,14 +224,14 @@ def _add_prune(commands: Any) -> None:
     _add(parser, "--aligned", "folder of the aligned model", "DIR", required=True)
     amount = parser.add_mutually_exclusive_group(required=True)
     _add(amount, "--num", "prune K layers", "K", type=int)
-    text = "prune scores of at most T (smallest) or at least T (largest)"
+    text = "prune layers with scores of at most T (smallest) or at least T (largest)"
     _add(amount, "--threshold", text, "T", type=float)
-    text = "which scores are pruned; their meaning depends on --score"
+    text = "whether to prune the smallest or the largest scores; depends on --score"
     _add(parser, "--direction", text, choices=("smallest", "largest"), required=True)
     for name, choices, text in _PRUNE_CHOICES:
         _add(parser, f"--{name}", text, choices=choices, default=choices[0])
     _add(parser, "--rank", "largest number of directions (orthogonal)", "Q", type=int)
-    text = "use only the directions with this share of the change (orthogonal)"
+    text = "share of the squared singular values of the change to keep (orthogonal)"
     _add(parser, "--energy", text, "E", type=float)
     text = "set all scores to 0 if the distances do not differ, instead of an error"
     parser.add_argument("--allow-degenerate", action="store_true", help=text)
@@ -256,11 +257,11 @@ def _add_diff(commands: Any) -> None:
 
 
 _SERVE_NUMBERS = (  # option, metavar, default and help
-    ("port", "N", 8000, "port; 0 for any free one"),
+    ("port", "N", 8000, "port; 0 for any free port"),
     ("max-requests", "N", 64, "limit of waiting and running requests; others get status 429"),
     ("max-rank", "N", 64, "largest rank of an adapter"),
-    ("context", "N", 4096, "largest number of tokens of prompt and answer"),
-    ("max-body", "BYTES", 1 << 20, "largest body of a request"),
+    ("context", "N", 4096, "largest number of tokens of a prompt and its answer"),
+    ("max-body", "BYTES", 1 << 20, "largest size of a request's body"),
 )
 
 

@@ -27,8 +27,8 @@ class Case:
         op: name of the case, which begins with the name of the op.
         launchers: names of the launchers in ``csrc/include`` that the op calls, without the prefix
             ``launch_``.
-        make: function of a generator and a size that returns inputs. Size 0 is small, for the
-            check, and size 1 is large, for the timing.
+        make: function that receives a generator and a size, and returns inputs. Size 0 is small,
+            for the check, and size 1 is large, for the timing.
         run: function that calls the op with the inputs and returns the results.
         formula: reference function, which computes the same results from float64 inputs.
         dtype: dtype of the floating-point inputs of the op.
@@ -358,7 +358,8 @@ def _walk_formula(given: Inputs) -> list[Tensor]:
 def circuit_cases() -> list[Case]:
     """Return the cases of the ops of circuits.
 
-    They cover circuits with emitted parameters, sums, tables, and circuits of any graph.
+    They cover circuits with parameters that a network computes, sums, tables, and circuits of any
+    graph.
     """
     scan = ("circuit_leaf", "circuit_leaf_backward", "circuit_scan", "circuit_scan_backward")
     sums = tuple(

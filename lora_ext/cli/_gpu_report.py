@@ -55,7 +55,7 @@ def gpu_report(arguments: Any) -> int:
     say(page(report))
     failed = [check["op"] for check in report["checks"] if not check["ok"]]
     if failed:
-        raise Fault(f"expected errors within bounds, found larger errors of {', '.join(failed)}")
+        raise Fault(f"expected errors within bounds, found larger errors in {', '.join(failed)}")
     return 0
 
 
@@ -87,7 +87,7 @@ def _backend(name: str) -> Iterator[tuple[torch.device, Any]]:
     try:
         module = _loader.load("_emu")
     except ImportError:
-        raise Fault("expected a build with LORA_EXT_EMU=1, found one without emulator") from None
+        raise Fault("expected a build with LORA_EXT_EMU=1, found no emulator") from None
     with ops.routed("lora_ext_emu"):
         yield torch.device("cpu"), module
 
@@ -164,7 +164,7 @@ def _check(case: Case, device: torch.device) -> dict[str, Any]:
 def _error(found: Tensor, wanted: Tensor) -> float:
     """Return the largest absolute error, divided by the largest absolute value of ``wanted``.
 
-    Returns infinity if the shapes differ, or if other values are NaN or infinite.
+    Returns infinity if the shapes differ, or if NaN and infinity are not at the same positions.
     """
     if found.shape != wanted.shape or not torch.equal(found.isfinite(), wanted.isfinite()):
         return float("inf")

@@ -72,8 +72,8 @@ def circuit_scan(
         leaf: Logits ``(B, K, C, V)``, float32, float16, bfloat16, or float64 on the CPU. If ``x``
             is None, log-probabilities ``(B, K, C)`` of the observed tokens. ``C = 1`` for ``ff``.
             This tensor and those below may have any batch stride, including 0, and are not copied.
-        prior: Logits ``(B, C)`` of the first state in any of these dtypes, or None for equal
-            components.
+        prior: Logits ``(B, C)`` of the first state in any of these dtypes, or None if all states
+            are equally likely.
         trans: Transition logits ``(B, M, C, C)`` in the dtype of ``prior``, one row per parent
             state; None if ``M = 0``. ``M`` is ``K - 1`` for ``hmm``, ``K - 2`` for ``btree``,
             otherwise 0.
@@ -147,11 +147,11 @@ def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
     result to :func:`circuit_scan` as ``leaf``, without ``x``.
 
     Differentiable once in ``h`` and ``emit``. Forward and backward process one position and one
-    chunk of rows at a time. The logits ``(rows, C, V)`` of a chunk, in the dtype of ``h``, have at
+    chunk of rows at a time. The logits ``(rows, C, V)`` of a chunk, in the dtype of ``h``, take at
     most 64 MiB if the chunk has more than one row. A library GEMM writes them into one buffer, on
-    which the leaf kernels run in place; the backward computes the logits again. Sums over positions
-    and chunks are float32. The bits of the GEMM, and so of the result, may depend on the batch and
-    the number of threads.
+    which the leaf kernels run in place; the backward recomputes the logits. Sums over positions and
+    chunks are float32. The bits of the GEMM, and therefore of the result, may depend on the batch
+    and the number of threads.
 
     Args:
         h: Hidden states ``(B, D)`` of D features, float16, bfloat16, float32, or float64 on the

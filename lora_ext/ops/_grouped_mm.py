@@ -21,7 +21,7 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Args:
         x: Rows ``(P, I)``.
         weight: Matrices ``(E, I, O)``, one per group.
-        ends: Index after the last row of each group, ``(E,)``.
+        ends: Ends of the groups, ``(E,)``: for each group, the index after its last row.
 
     Returns:
         ``(P, O)``.

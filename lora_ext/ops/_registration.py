@@ -79,12 +79,12 @@ def routed(library: str) -> Generator[None]:
 
 
 def register(library: str) -> None:
-    """Register all fake kernels and backwards for ``torch.ops.<library>``, at the first call."""
+    """Register all fake kernels and backwards for ``torch.ops.<library>``, once per library."""
     if library in _registered:
         return
     _registered.add(library)
     ops = getattr(torch.ops, library)
-    # torch's annotations of both functions are incomplete.
+    # torch's annotations of `register_fake` and `register_autograd` are incomplete.
     for op, function in _fakes.items():
         torch.library.register_fake(  # pyright: ignore[reportUnknownMemberType]
             f"{library}::{op}", _checked(op, getattr(ops, op).default._schema, function)

@@ -9,8 +9,8 @@ differ from that of ``leaf``. If rows share parameters, the tensors may be views
 and results are float32 (float64 for float64).
 
 Uniform numbers are float32 in [0, 1), or float64 with float64 logits; 1 is accepted because
-rounding can produce it. The same numbers give the same tokens. Numbers out of range raise on the
-CPU, and in debug mode on other devices, too. The result of a row does not depend on its batch. A
+rounding can produce it. The same numbers give the same tokens. Numbers out of range raise an error
+on the CPU and, in debug mode, on other devices. The result of a row does not depend on its batch. A
 row with NaN logits gets an arbitrary token of the vocabulary. The ops have no gradient.
 
 Sources: arXiv 2511.11346; speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
@@ -33,13 +33,13 @@ _c = torch.ops.lora_ext
 def circuit_conditional_dist(
     kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, x: Tensor, k: Tensor
 ) -> Tensor:
-    """Return the distribution ``log q(. | x_<k)`` of one token of each row, ``(B, V)``.
+    """Compute ``log q(. | x_<k)``, the distribution of the token at ``k`` in each row, ``(B, V)``.
 
     Args:
         kind: Kind of circuit: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``, see
             :mod:`lora_ext.reference._circuit`.
         leaf: Logits ``(B, K, C, V)`` of the tokens.
-        prior: Logits ``(B, C)`` of the first state, or None for equal components.
+        prior: Logits ``(B, C)`` of the first state, or None if all states are equally likely.
         trans: Logits ``(B, M, C, C)`` of the transitions, or None if ``M = 0``.
         x: Tokens ``(B, K)`` int64 in [-1, V); -1 marginalises the position. Tokens at positions
             ``k`` and above are ignored.
@@ -55,7 +55,7 @@ def circuit_conditional_dist(
 def _check(
     op: str, kind: str, leaf: Tensor, prior: Any, trans: Any, **tokens: Tensor | None
 ) -> None:
-    """Check the arguments that the ops with logits share; ``tokens`` are ``(B, K)`` int64."""
+    """Check the arguments common to the ops on logits; ``tokens`` must be ``(B, K)`` int64."""
     require_dim(op, "leaf", leaf, "(B, K, C, V)")
     check_circuit(op, kind, leaf, "leaf", prior, trans)
     for name, t in tokens.items():
@@ -81,21 +81,21 @@ def circuit_sample(
     uniforms: Tensor,
     evidence: Tensor | None = None,
 ) -> CircuitSample:
-    """Draw exact samples of a window, and compute the values for their verification, in one pass.
+    """Draw exact samples of each window, with the values that :func:`spec_verify` needs.
 
-    At each position, ``z ~ q(state | x_<k)``, then ``x_k ~ softmax(leaf[k, z])``. A draw selects
-    the smallest index with a positive weight and a running sum above ``u`` times the total. Two
-    devices can draw different tokens only if the running sum differs from this limit by less than
-    1e-5 of the total.
+    One pass over the positions draws ``z ~ q(state | x_<k)``, then ``x_k ~ softmax(leaf[k, z])``. A
+    draw selects the smallest index with a positive weight and a running sum above ``u`` times the
+    total. Two devices can draw different tokens only if the running sum differs from this limit by
+    less than 1e-5 of the total.
 
     Args:
         kind: Kind of circuit, see :func:`circuit_conditional_dist`.
         leaf: Logits ``(B, K, C, V)`` of the tokens.
-        prior: Logits ``(B, C)`` of the first state, or None for equal components.
+        prior: Logits ``(B, C)`` of the first state, or None if all states are equally likely.
         trans: Logits ``(B, M, C, C)`` of the transitions, or None if ``M = 0``.
         uniforms: Uniform numbers ``u (B, K, 2)``, for the state and for the token.
-        evidence: Given tokens at the start of each row, then -1: ``(B, K)`` int64 in [-1, V), or
-            None. They are not drawn.
+        evidence: Given tokens, which are not drawn, at the start of each row, then -1 for all
+            tokens to draw: ``(B, K)`` int64 in [-1, V). None if no token is given.
 
     Returns:
         ``tokens (B, K)`` int64; ``conditional (B, K)``, ``log q(x_k | x_<k)``;
@@ -129,12 +129,13 @@ def circuit_argmax(
 ) -> tuple[Tensor, Tensor]:
     """Find the most probable tokens *and* latents of each window, by max-product.
 
-    Except for ``ff``, this is not the mode of the tokens only. Ties resolve to the lowest index.
+    Except for ``ff``, these tokens need not be the mode of the distribution over tokens alone. Ties
+    resolve to the lowest index.
 
     Args:
         kind: Kind of circuit, see :func:`circuit_conditional_dist`.
         leaf: Logits ``(B, K, C, V)`` of the tokens.
-        prior: Logits ``(B, C)`` of the first state, or None for equal components.
+        prior: Logits ``(B, C)`` of the first state, or None if all states are equally likely.
         trans: Logits ``(B, M, C, C)`` of the transitions, or None if ``M = 0``.
         evidence: Given tokens, see :func:`circuit_sample`.
 
@@ -166,7 +167,7 @@ def spec_verify(
     num_evidence: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Accept a prefix of every draft and draw the next token, with the verifier's distribution.
+    """Accept a prefix of every draft and draw the next token, as if the verifier had sampled both.
 
     With ``p = softmax(target / temperature)``, position k is accepted if all positions before it
     are and ``u_k < p_k(x_k) / q(x_k | x_<k)``. At the first rejected position, the next token is

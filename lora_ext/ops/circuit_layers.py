@@ -1,12 +1,13 @@
 """Whole circuits in one call: tables of leaves, values of all units, their flows, and walks.
 
-A unit is a leaf, a sum, or a product of leaves. Flows are the expected uses of units and weights.
+A unit is a leaf, a sum, or a product of leaves. The flow of a unit or weight is how often it is
+used in expectation.
 
 Letters: ``B`` rows, ``N`` leaf units, ``U`` units, ``W`` weights, ``R`` roots; ``M`` blocks of leaf
 units, or walks. Results ``(B, U)`` are unit-major in memory: the values of one unit for all rows
 are contiguous, so that a SIMD vector contains one unit of many rows.
 
-Sources: expected flows as gradients, Darwiche 2003; layers of one shape, Peharz et al. 2020.
+Sources: expected flows as gradients, Darwiche 2003; layers of equal shape, Peharz et al. 2020.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ class Program(NamedTuple):
 
 
 def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
-    """Look up the log-values of leaves over finitely many values.
+    """Look up the log-values of leaves of discrete variables in a table.
 
     ``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, or 0 if ``x[b, m]`` is -1.
     Differentiable once in ``table``; the backward sums over the rows of ``x`` in order.
 
     Args:
-        table: Distributions ``(R, V)``, one of R per row, over ``V`` values; float32, or float64 on
+        table: ``R`` distributions over ``V`` values, one per row: ``(R, V)`` float32, or float64 on
             the CPU.
         x: Values ``(B, M)`` int64 in [-1, V).
         row: First table row of each block, ``(M,)`` int64, multiples of ``block``.
@@ -63,8 +64,8 @@ def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str =
         ``(B, M * block)`` in the dtype of ``table``.
 
     Raises:
-        ValueError: If a shape, dtype, device or name is wrong or, on the CPU, a number is out of
-            range.
+        ValueError: If a shape, dtype, device or ``norm`` is wrong or, on the CPU, a number is out
+            of range.
     """
     return _c.circuit_table.default(table, x, row, block, norm)
 
@@ -93,9 +94,10 @@ def circuit_layers(
 ) -> Tensor:
     """Compute the log-values of all units of a circuit from those of its leaves.
 
-    ``l[out] = log sum_i W[o, i] exp(term[i])`` for every sum, where a term is a product, the sum of
-    the log-values of its factors. Each sum is a :func:`log_einsum_exp`, equally exact at ``-inf``
-    and safe from underflow. A row's bits depend neither on its batch nor on the number of threads.
+    ``l[out] = log sum_i W[o, i] exp(term[i])`` for every sum. A term is the log-value of a product,
+    which is the sum of the log-values of its factors. Each sum is computed as in
+    :func:`log_einsum_exp`, equally exact at ``-inf`` and safe from underflow. A row's bits depend
+    neither on its batch nor on the number of threads.
 
     Args:
         leaf: Log-values of the leaf units, ``(B, N)`` float32, or float64 on the CPU.
@@ -111,7 +113,7 @@ def circuit_layers(
         Log-values ``(B, U)``: the constants 0 and ``-inf``, the leaf units, then all other units.
 
     Raises:
-        ValueError: If a shape, dtype, device or name is wrong or, on the CPU, the program is
+        ValueError: If a shape, dtype, device or option is wrong or, on the CPU, the program is
             inconsistent.
     """
     return _c.circuit_layers.default(
@@ -136,7 +138,8 @@ def circuit_layers_backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of :func:`circuit_layers` from the gradients of the roots.
 
-    With log-weights, ``norm="none"`` and ``droots`` 1, they are the expected flows of a circuit.
+    With log-weights (``norm="none"``) and ``droots`` 1, the gradients are the expected flows of the
+    circuit.
 
     Args:
         droots: Gradients of the roots, ``(B, R)``.
@@ -171,11 +174,11 @@ def circuit_layers_walk(
 ) -> Tensor:
     """Walk from a root to the leaves, along one term of each sum and all factors of each product.
 
-    Term i of sum o has weight ``W[o, i] exp(term[i])``. A walk follows the first term with the
-    largest weight, or draws a term with :func:`reference._circuit.draw`. If ``val`` is from
-    :func:`circuit_layers` with ``"max"``, the largest weights lead to the most probable tree; if it
-    is from ``"sum"``, a drawn tree is an exact sample. The normaliser of a row of weights cancels,
-    so there is no argument ``norm``.
+    Term i of sum o has weight ``W[o, i] exp(term[i])``. A walk follows the term with the largest
+    weight (the first one at a tie), or draws a term with :func:`reference._circuit.draw`. If
+    ``val`` is from :func:`circuit_layers` with ``"max"``, the largest weights lead to the most
+    probable tree; if it is from ``"sum"``, a drawn tree is an exact sample. The normaliser of a row
+    of weights cancels, so there is no argument ``norm``.
 
     Args:
         val: Result of :func:`circuit_layers`, ``(B, U)``.

@@ -82,8 +82,8 @@ def log_einsum_exp(
     """Compute ``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
 
     A sum without possible terms is ``-inf``, with gradient zero; ``+inf`` and NaN give NaN. If a
-    product would underflow, forward and backward compute it again from shifted terms. For example,
-    a term of probability ``e^-1000`` is not lost if a much larger value has weight zero.
+    product would underflow, forward and backward recompute it from shifted terms. For example, a
+    term of probability ``e^-1000`` is not lost if a much larger value has weight zero.
 
     Differentiable in ``w`` and ``values``: any number of times for the sum, once for the max
     (through the largest term). A row's bits depend neither on its batch nor on the number of
@@ -104,15 +104,15 @@ def log_einsum_exp(
             both operands to float16 and keeps 11 bits. ``"fp32"`` uses the library's float32.
             Everything else, including gradients and the CPU, uses float32. docs/circuit_engine.md,
             "Precision", lists the errors.
-        scaled: Result of :func:`log_einsum_weights` for the same ``w`` and ``norm``, to share it
-            between calls; or None.
+        scaled: Result of :func:`log_einsum_weights` for the same ``w`` and ``norm``, to scale the
+            weights only once for several calls; or None.
 
     Returns:
         ``(B, O)`` or ``(G, B, O)`` in the dtype of ``values``. For ``"max"``, a :class:`LogMax`,
         which also contains the lowest index of the largest term, int64.
 
     Raises:
-        ValueError: If a shape, dtype, device or name is wrong.
+        ValueError: If a shape, dtype, device or option is wrong.
         NotImplementedError: If an argument has a forward-mode tangent.
 
     Source: log-einsum-exp, Peharz et al. 2020, section 3.2.
@@ -120,7 +120,8 @@ def log_einsum_exp(
     choice("log_einsum_exp", "norm", norm, NORMS)
     choice("log_einsum_exp", "semiring", semiring, ("sum", "max"))
     refuse_tangents("log_einsum_exp", w, values)
-    leaf = w.requires_grad and w.is_leaf  # The gradient of a leaf must have one matrix per row.
+    # The gradient of a leaf tensor has its shape, with one matrix per row.
+    leaf = w.requires_grad and w.is_leaf
     if w.dim() == 3 and values.dim() == 2 and len(w) > 1 and w.stride(0) == 0 and not leaf:
         found = f"{tuple(w.shape)} and {tuple(values.shape)}"
         same = len(w) == len(values)
@@ -179,13 +180,13 @@ def log_einsum_exp_backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients ``(dw, dvalues)`` of :func:`log_einsum_exp` from its result.
 
-    It is for use without an autograd graph. With log-weights and ``dout`` 1 at a root, the
+    Use it where there is no autograd graph. With log-weights and ``dout`` 1 at a root, the
     gradients are the expected flows of a circuit.
 
     Args:
         dout: Gradient of ``out``, in its shape.
-        w: Weights of :func:`log_einsum_exp`. Unlike there, a matrix that is expanded over the rows
-            is used as one matrix per row.
+        w: Weights of :func:`log_einsum_exp`. Unlike in that function, a matrix that is expanded
+            over the rows is used as one matrix per row.
         values: Log-values, see :func:`log_einsum_exp`.
         out: Result of :func:`log_einsum_exp`.
         norm: Meaning of ``w``, see :func:`log_einsum_exp`.
@@ -220,14 +221,14 @@ def _save_exp_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> Non
 def _exp_double_backward(
     library: Any, ctx: Any, ddw: Tensor | None, ddvalues: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Differentiate the reference with torch.
+    """Differentiate the reference implementation with torch.
 
     This stores all terms and is slow, but second derivatives are rare.
     """
     again = torch.is_grad_enabled()  # The caller may compute a third derivative.
     with torch.enable_grad():
-        # The gradients are with respect to views, so that a dependence of dout on w or values does
-        # not count.
+        # The gradients are with respect to views, so that they do not include a dependence of dout
+        # on w or values.
         leaves = [
             t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
             for t in ctx.saved_tensors
@@ -239,7 +240,7 @@ def _exp_double_backward(
         pairs = [(g, d) for g, d in given if d is not None and d.numel()]
         outputs, ahead = [g for g, _ in pairs], [d for _, d in pairs]
         grads = torch.autograd.grad(outputs, leaves, ahead, create_graph=again, allow_unused=True)
-    # `out` has no gradient: it is recomputed here, so the gradients of w and values include it.
+    # `out` gets no gradient: it is recomputed above from w and values, whose gradients include it.
     return *grads, *(None,) * 6
 
 

@@ -35,7 +35,8 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
             adapter.
         num_adapters: Number ``A`` of slots of the bank or pool.
         num_valid: Number of valid rows, one int32 on the device of ``adapter_ids``, or None for all
-            rows. The other rows are treated as -1, so that a captured graph can run a padded batch.
+            rows. Rows after these are treated as if their id were -1, so that a captured graph can
+            run a padded batch.
 
     Returns:
         Opaque int32 vector to pass as ``plan``. Its size depends only on ``T`` and ``A``.
@@ -52,7 +53,10 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
 
 @fake("lora_plan")
 def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None) -> Tensor:
-    """Return ``LoraPlanLayout::size()`` empty numbers; comparisons guard a symbolic ``T``."""
+    """Return an uninitialised plan of ``LoraPlanLayout::size()`` numbers.
+
+    If ``T`` is symbolic, the comparisons add guards to the graph.
+    """
     rows = adapter_ids.shape[0]
     chunk = 16 if rows <= 256 else 64 if rows < 4096 else 128
     chunks = rows // chunk + min(rows, num_adapters)

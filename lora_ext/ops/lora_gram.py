@@ -32,13 +32,13 @@ def lora_gram(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Compute ``a @ a^T`` and ``b^T @ b`` of every adapter.
 
-    From these matrices, a norm of ``b a`` takes ``r^2`` operations. Gram matrices square the
-    condition number, so small singular values need float64, and very small ones a QR decomposition
-    of the factors instead.
+    Given these matrices, the Frobenius norm of ``b a`` takes ``r^2`` operations. Gram matrices
+    square the condition number, so small singular values need float64, and very small ones a QR
+    decomposition of the factors instead.
 
     On a GPU, up to 500 adapters of one dtype take one launch. Adapters on several devices take one
-    call per device. A factor of up to 64 ranks is read once. It is copied only if the elements of a
-    row are not contiguous or the other factor has a wider dtype.
+    call of the op per device. A factor of rank up to 64 is read once. It is copied only if the
+    elements of a row are not contiguous or the other factor has a wider dtype.
 
     Args:
         a: Factors ``(r, I)`` of the adapters, float32, float16, bfloat16 or float64. Shapes and
@@ -58,7 +58,7 @@ def lora_gram(
     require(len(a) == len(b), "lora_gram", "b", f"as many tensors as a, {len(a)}", len(b))
     grams: dict[int, tuple[Tensor, Tensor]] = {}
     devices = dict.fromkeys(t.device for t in a)
-    if len(devices) > 1:  # The op would index only the factors of one device.
+    if len(devices) > 1:  # Messages of the op would number only the factors of one device.
         _check_adapters("lora_gram", a, spread=True, b=b)
     for device in devices:
         here = [i for i, t in enumerate(a) if t.device == device]
@@ -229,8 +229,8 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
     The square of a row's norm is ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>``. If the
     adapter nearly cancels a row, its absolute error is a few roundings of ``|w|^2``: in float32 a
     norm of 1e-2 ``|w|`` has a relative error of 2e-3, and a norm of 1e-4 ``|w|`` is noise. If a row
-    of ``b`` is zero, the norm has the bits of ``torch.linalg.vector_norm``, with which PEFT
-    initialises magnitudes.
+    of ``b`` is zero, the norm is bitwise equal to that of ``torch.linalg.vector_norm``, with which
+    PEFT initialises magnitudes.
 
     Args:
         weight: Weight ``(O, I)`` of a floating dtype.
@@ -252,7 +252,7 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
         wide, wide_a, wide_b = weight.to(dtype), a.to(dtype), b.to(dtype)
         # torch does not annotate vector_norm.
         norm = cast(Tensor, torch.linalg.vector_norm(wide, dim=1))  # pyright: ignore[reportUnknownMemberType]
-        square = norm.square_()  # Its root is exactly the norm.
+        square = norm.square_()  # The square root of this square is exactly the norm.
         square += 2 * scale * ((wide @ wide_a.T) * wide_b).sum(1)
         square += scale**2 * ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
         return square.clamp_(min=0).sqrt_()

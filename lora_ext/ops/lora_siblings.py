@@ -31,7 +31,7 @@ def lora_apply_siblings_(
     page_table: Sequence[Tensor] = (),
     plan: Tensor | None = None,
 ) -> Sequence[Tensor]:
-    """Add the low-rank updates of several modules in place, as one :func:`lora_apply_` per module.
+    """Add the low-rank updates of several modules in place: one :func:`lora_apply_` per module.
 
     ``y[m][t] = round(y[m][t] + scale[m][s] * b[m][s] @ (a[m][s] @ x[t]))`` with
     ``s = adapter_ids[t]``. The results are bitwise equal to separate calls.
@@ -56,8 +56,8 @@ def lora_apply_siblings_(
         plan: Result of :func:`lora_plan` for the same ids, or None.
 
     Raises:
-        ValueError: If a number, shape, dtype or device is wrong, or a ``y`` overlaps another
-            argument; the message names module and argument.
+        ValueError: If the number of tensors, a shape, dtype or device is wrong, or a ``y`` overlaps
+            another argument; the message names module and argument.
         RuntimeError: If an argument requires gradients; use :func:`lora_apply`.
 
     Source: Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al. 2023), section 5.

@@ -1,11 +1,11 @@
-"""Training of batched multi-adapter LoRA: base product, update, dropout in one differentiable op.
+"""Training of batched multi-adapter LoRA: a linear layer with adapters in one differentiable op.
 
 Letters: ``T`` tokens (rows), ``I`` input features, ``O`` output features, ``R`` largest rank, ``A``
 adapters. Adapters are in a bank, ``a (A, R, I)`` and ``b (A, O, R)``. Pages have no gradient and
 raise an error.
 
-Dropout stores no mask. The generator Philox computes from (seed, row, column) whether to keep an
-element, so the mask is the same in forward, backward and checkpointing, and on all devices. With
+The op includes dropout but stores no mask. The generator Philox computes from (seed, row, column)
+whether to keep an element, so forward, backward, checkpointing and all devices use one mask. With
 one seed per adapter, "row" is the index among the rows of the adapter, so its mask does not depend
 on other adapters.
 
@@ -134,9 +134,9 @@ def lora_linear_apart(
 ) -> Tensor:
     """Compute :func:`lora_linear` of adapters that are separate tensors, such as parameters.
 
-    Each forward copies the factors into a temporary bank, and the backward builds the bank again.
-    If the banks were stored for the backward, those of all layers would need as much memory as the
-    adapters. The gradients are views of the gradients of a bank.
+    Each forward copies the factors into a temporary bank, and the backward rebuilds the bank. If
+    the banks were stored for the backward, those of all layers would need as much memory as the
+    adapters. The gradients of the factors are views of the gradients of a bank.
 
     Args:
         x: Input ``(T, I)``, see :func:`lora_linear`.
@@ -165,8 +165,8 @@ def lora_linear_apart(
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
     if ranks is None and any(f.shape[0] != a[0].shape[0] for f in a):
-        expected, found = "the rank of each adapter as (A,) int32", [f.shape[0] for f in a]
-        raise ValueError(f"lora_linear_apart: ranks: expected {expected}, found None for {found}")
+        expected, found = "one int32 per adapter", f"None for ranks {[f.shape[0] for f in a]}"
+        raise ValueError(f"lora_linear_apart: ranks: expected {expected}, found {found}")
     rest = adapter_ids, scale, ranks, dropout_p, seed, plan
     if len(a) == 1 and packed is None:
         return lora_linear(x, weight, bias, a[0].to(x.dtype), b[0].to(x.dtype), *rest)
@@ -257,8 +257,8 @@ _kept = threading.local()
 def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
     """Return uninitialised memory for one call.
 
-    On the CPU, later calls of the same thread reuse the memory, because new pages from the
-    operating system cost more time than filling them.
+    On the CPU, later calls of the same thread reuse the memory, because obtaining new pages from
+    the operating system takes longer than filling them.
     """
     traced = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
     if device.type != "cpu" or traced:
@@ -266,7 +266,7 @@ def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
     nbytes = size * dtype.itemsize
     memory: Tensor | None = getattr(_kept, "memory", None)
     if memory is None or memory.numel() < nbytes:
-        with torch.inference_mode(False):  # calls outside inference mode must be able to write it
+        with torch.inference_mode(False):  # Calls outside inference mode must be able to write it.
             memory = _kept.memory = torch.empty(nbytes, dtype=torch.uint8)
     return memory[:nbytes].view(dtype)
 

@@ -15,7 +15,7 @@ from ._registration import fake
 
 _c = torch.ops.lora_ext
 
-#: Outputs per panel.
+#: Output features per panel.
 PANEL = 32
 
 
@@ -44,7 +44,7 @@ def packed_linear(
     A row's bits depend only on the row, the weight and the bias, not on other rows or the number of
     threads. Sums start with the bias and add the products in ascending order of the input features,
     in float32; they are rounded once. Machines with other instruction sets may round differently.
-    If their instructions multiply bfloat16 in pairs, they treat subnormal numbers as zero.
+    Instructions that multiply bfloat16 in pairs also treat subnormal numbers as zero.
 
     The op is not differentiable and ignores autocast.
 
@@ -52,7 +52,8 @@ def packed_linear(
         x: Input ``(T, I)`` float32 or bfloat16 on the CPU; any row stride.
         packed: Result of :func:`pack_weight`, dtype of ``x``.
         bias: Bias ``(O,)``, dtype of ``x``, or None.
-        out_features: Number ``O`` of output features; None for all of ``packed``, a multiple of 32.
+        out_features: Number ``O`` of output features. None for all features of ``packed``,
+            including the padding: 32 per panel.
 
     Returns:
         ``(T, O)``, dtype of ``x``.

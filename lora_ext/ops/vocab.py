@@ -3,9 +3,9 @@
 The logits are computed in chunks of columns (tokens of the vocabulary). Each chunk updates running
 maxima and sums, and is discarded. If the output layer is frozen (and :func:`chunked_kl` has no
 softcap), the forward also adds the chunk's share to the gradient of the hidden states, as
-FlashAttention adds values. Forward and backward of cross entropy then take two products with the
-weight. Otherwise the backward recomputes the logits. docs/chunked_loss.md lists the formulas,
-docs/notes/chunked_loss.md the measurements.
+FlashAttention accumulates its output. Forward and backward of cross entropy then take two products
+with the weight in total. Otherwise the backward recomputes the logits. docs/chunked_loss.md lists
+the formulas, docs/notes/chunked_loss.md the measurements.
 
 Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states per row.
 """
@@ -53,13 +53,13 @@ def chunked_cross_entropy(
             CPU.
         bias: Bias ``(V,)`` of the output layer, or None.
         labels: Labels ``(N,)`` int64 in ``[0, V)``, or ``ignore_index``. On a GPU, their range is
-            not checked; other labels make the loss NaN.
+            not checked; a label out of range makes the loss NaN.
         chunk: Number of columns of logits in memory at a time.
         ignore_index: Label of ignored rows.
         softcap: Bound of the absolute values of the logits, or None.
 
     Returns:
-        Scalar, float32, or float64 if ``hidden`` or ``weight`` is.
+        Scalar, float32, or float64 if ``hidden`` or ``weight`` is float64.
 
     Raises:
         ValueError: If a shape, dtype, device or number is wrong.
@@ -88,14 +88,14 @@ def chunked_kl(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Compute the mean divergence of students from a teacher with the same output layer, in chunks.
+    """Compute the mean KL divergence of a teacher and students with one output layer, in chunks.
 
     The students are the first ``k - 1`` hidden states of a row, and the teacher is the last one.
     The loss is ``tau^2 mean_{e < k, n} KL(softmax(z_k[n] / tau) || softmax(z_e[n] / tau))`` with
     ``z_e = hiddens[e] @ weight^T + bias``, soft-capped as in :func:`chunked_cross_entropy`. The
-    mean is over the rows of the mask; without such a row, or without a student, the loss and its
-    gradients are 0. The gradient of the teacher is zero, and the gradients of the output layer are
-    only from the students.
+    mean is over the rows that the mask selects. If it selects no row, or if there is no student,
+    the loss and its gradients are 0. The gradient of the teacher is zero, and the output layer
+    receives gradients only through the students.
 
     Memory, derivatives, dtypes and bits are as in :func:`chunked_cross_entropy`, with ``k N``
     instead of ``N``. Equal logits give exactly 0.
@@ -111,7 +111,7 @@ def chunked_kl(
         softcap: Bound of the absolute values of the logits, or None.
 
     Returns:
-        Scalar, float32, or float64 if a hidden state or ``weight`` is.
+        Scalar, float32, or float64 if a hidden state or ``weight`` is float64.
 
     Raises:
         ValueError: If a shape, dtype, device or number is wrong.

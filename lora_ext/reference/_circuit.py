@@ -70,7 +70,10 @@ def num_transitions(kind: str, n_token: int) -> int:
 
 
 def left_size(length: int) -> int:
-    """Return the number of positions of a node's left child: half, rounded to even at a tie."""
+    """Return how many of the ``length`` positions of a tree node its left child has.
+
+    This is half of them; a tie is rounded to an even number.
+    """
     return round(length / 2)
 
 
@@ -258,7 +261,7 @@ def circuit_argmax(
     """Compute :func:`lora_ext.ops.circuit_argmax` by max-product.
 
     An upward pass computes the best values, and a downward pass reads the choices. No fast method
-    is known for the mode of only the tokens, which maximises a sum over latents.
+    is known for the mode of the tokens alone, which maximises a sum over latents.
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]

@@ -1,4 +1,4 @@
-"""Reference of constrained generation, dense over states, latents and tokens.
+"""Reference of constrained generation, with dense tensors over states, latents and tokens.
 
 A constraint is ``delta (S, V)`` int64, the next state for each of ``S`` states and ``V`` tokens: -1
 for a forbidden token, and ``S`` after the end of the text. A guide is a hidden Markov model with
@@ -74,5 +74,5 @@ def control_filter(law: Tensor, transition: Tensor, emission: Tensor, token: int
 
 
 def _open(delta: Tensor, closed: bool) -> Tensor:
-    """Return which edges are allowed, ``(S, V)``; if ``closed``, edges into the end are not."""
+    """Return which edges are allowed, ``(S, V)``; if ``closed``, no edge into the end is."""
     return (delta >= 0) & ~((delta == len(delta)) & closed)

@@ -21,6 +21,6 @@ def pack_weight(weight: Tensor) -> Tensor:
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """Compute ``x @ weight.T + bias`` in float64, ``(T, O)``."""
     panels = packed.view(*packed.shape[:2], 32, 2 if packed.dtype == torch.bfloat16 else 1)
-    padded = panels.transpose(1, 2).flatten(2).flatten(0, 1)  # (32 panels, I or one more)
+    padded = panels.transpose(1, 2).flatten(2).flatten(0, 1)  # (32 * panels, I or I + 1)
     y = x.double() @ padded[:out_features, : x.shape[1]].double().t()
     return y if bias is None else y + bias.double()

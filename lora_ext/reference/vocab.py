@@ -15,7 +15,7 @@ from ._lora import accumulator
 def vocab_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
 ) -> Tensor:
-    """Compute ``z = hidden @ weight^T + bias``, or with a softcap c ``c * tanh(z / c)``.
+    """Compute ``z = hidden @ weight^T + bias``, or ``c * tanh(z / c)`` with a softcap ``c``.
 
     The result is float32 (float64 for float64).
     """

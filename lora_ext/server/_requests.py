@@ -25,7 +25,7 @@ Prompt: TypeAlias = str | list[int] | list[dict[str, Any]]
 
 
 class _Asked(BaseModel):
-    """JSON object in the body of a request; unknown fields and values of other types raise."""
+    """JSON object in the body of a request; unknown fields and wrong types raise an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
@@ -114,10 +114,10 @@ class _Generates(_Asked):
         """
         if self.stream_options and not self.stream:
             found = f"stream={self.stream}"
-            raise ValueError(f"stream_options: expected beside stream=True, found {found}")
+            raise ValueError(f"stream_options: expected only with stream=True, found {found}")
         form = read_format(self.response_format, self.structured_outputs)
         if form is not None and self.stop:
-            expected = "none with a format, which it would cut"
+            expected = "none with a format, since it could cut the text off"
             raise ValueError(f"stop: expected {expected}, found {self.stop!r:.200}")
         temperature, top_p = (1.0 if x is None else x for x in (self.temperature, self.top_p))
         most = self.default_max_tokens if self.max_tokens is None else self.max_tokens
@@ -208,7 +208,7 @@ async def read_body(request: Request, most: int) -> bytes:
     async for part in request.stream():
         body += part
         if len(body) > most:
-            raise HTTPException(413, f"body: expected at most {most} bytes")
+            raise HTTPException(413, f"body: expected at most {most} bytes, found more")
     return bytes(body)
 
 

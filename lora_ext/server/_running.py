@@ -76,7 +76,7 @@ class Settings:
             require(folder.is_dir(), _WHERE, f"--{name}", "a folder", f"{str(folder)!r:.200}")
         there = (Path(self.model) / "config.json").is_file()
         found = f"no config.json in {str(self.model)!r:.200}"
-        require(there, _WHERE, "--model", "a folder of transformers", found)
+        require(there, _WHERE, "--model", "a folder of a transformers model", found)
         instance(_WHERE, "--host", self.host, str)
         integer(_WHERE, "--port", self.port, 0, 65535, expected="0 to 65535")
         for name in ("max_requests", "max_rank", "context", "max_body"):
@@ -106,7 +106,7 @@ class Settings:
         except OSError as error:
             listening.close()
             raise ValueError(
-                f"{_WHERE}: --host, --port: expected an address that is free, found "
+                f"{_WHERE}: --host, --port: expected a free address, found "
                 f"{self.host}:{self.port} ({error.strerror or error})"
             ) from error
         return listening
@@ -134,7 +134,7 @@ class Settings:
         if embeds is None:
             if self.pack:
                 found = packing(model)
-                say(f"{found}{'; --no-pack leaves it plain' if found.fits else ''}")
+                say(f"{found}{'; --no-pack disables packing' if found.fits else ''}")
                 how["pack_base"] = found.fits
             return Engine(model, tokenizer, self.adapters, **how)
         pooling, normalize = embeds
@@ -234,8 +234,8 @@ def serve(settings: Settings, say: Callable[[str], None] = print) -> None:
 
     Args:
         settings: settings of the server.
-        say: function that prints a line. It is called with the memory of the packed copy, and with
-            the address when the server begins to accept requests.
+        say: function that prints a line. It is called with a line about the memory of the packed
+            copy, and with the address when the server begins to accept requests.
 
     Raises:
         ValueError: If a setting is invalid.

@@ -121,7 +121,8 @@ def _add_answers(
 
     async def generate(asked: Chat | Completion, request: Request) -> Any:
         if not isinstance(engine, Engine):
-            raise ValueError(f"model: expected one that generates, found {base!r}, which embeds")
+            expected = "expected a model that generates text"
+            raise ValueError(f"model: {expected}, found the embedding model {base!r}")
         name, how = adapter(asked.model), asked.settings()
         with renamed("begin", max_new_tokens="max_tokens"):
             stream = await engine.begin(asked.prompt(), name, **how)
@@ -144,10 +145,11 @@ def _add_answers(
     async def embed(request: Request) -> Any:
         asked = await read(Embedding, request)
         if not isinstance(engine, Embedder):
-            raise ValueError(f"model: expected one that embeds, found {base!r}, which generates")
+            expected = "expected an embedding model"
+            raise ValueError(f"model: {expected}, found {base!r}, which generates text")
         if asked.dimensions not in (None, engine.dimensions):
-            found = f"dimensions: expected the model's, {engine.dimensions}, found "
-            raise ValueError(f"{found}{asked.dimensions}")
+            expected = f"expected {engine.dimensions}, as the model has"
+            raise ValueError(f"dimensions: {expected}, found {asked.dimensions}")
         vectors, tokens = await engine.embed(asked.texts(), adapter(asked.model))
         return embeddings(asked, vectors, tokens)
 
@@ -169,13 +171,13 @@ def _add_models(app: FastAPI, engine: Engine | Embedder, base: str, read: Any) -
         for each in listed():
             if each["id"] == name:
                 return each
-        raise UnknownAdapterError(f"model: expected one that /v1/models lists, found {name!r:.200}")
+        raise UnknownAdapterError(f"model: expected a name in /v1/models, found {name!r:.200}")
 
     @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Any:
         asked = await read(Load, request)
         if asked.lora_name == base:
-            raise ValueError(f"lora_name: expected another than the base model's, found {base!r}")
+            raise ValueError(f"lora_name: expected a name unlike the base model's, found {base!r}")
         await asyncio.to_thread(engine.folder.load, asked.lora_name, asked.lora_path)
         return {"loaded": asked.lora_name}
 

@@ -68,12 +68,12 @@ def test_warning_for_a_missing_folder_says_that_it_may_have_moved(tmp_path):
     for folder in (old, new):
         os.makedirs(folder)
     (message,) = found(lambda: BaseModels(new).meet("here", old, 1))
-    assert "the results mean nothing" in message  # both folders exist
+    assert "the results are meaningless" in message  # both folders exist
     os.rmdir(old)
     for names in ((new, old), (old, new)):
         (message,) = found(lambda names=names: BaseModels(names[0]).meet("here", names[1], 1))
         assert f"there is no folder {old!r} here; if it was moved" in message
-        assert "mean nothing" not in message
+        assert "are meaningless" not in message
 
 
 @pytest.mark.parametrize("mode", ["delta", "factors", "delta_svd"])

@@ -83,7 +83,7 @@ def test_folders_are_accepted_and_progress_is_reported(tmp_path):
 
 def test_modules_that_cannot_be_compared_are_named():
     value, other = adapter(), adapter(shapes={Q: (24, 19)})
-    with pytest.raises(ValueError, match=rf"second: {Q}: expected in 20 and out 24 .* found 19"):
+    with pytest.raises(ValueError, match=rf"second: {Q}: expected 20 inputs and 24 .* found 19"):
         compare_adapters(value, other)
     bad = LoraAdapter(value.config, value.modules)
     bad.modules[V].b[0, 0] = float("nan")

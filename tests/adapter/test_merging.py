@@ -279,7 +279,7 @@ def test_invalid_arguments_are_named():
     refused(r"weights\[0\]: expected a finite number, found nan", [one], [float("nan")])
     refused(r"weights\[0\]: expected a finite number, found True", [one], [True])
     refused(r"mode: expected one of .*'delta'.*, found 'slerp'", [one], [1.0], "slerp")
-    refused(r"rank: expected None beside mode='delta', found 3", [one], [1.0], rank=3)
+    refused(r"rank: expected None with mode='delta', found 3", [one], [1.0], rank=3)
     refused(r"rank: expected a positive integer, found 0", [one], [1.0], "delta_svd", rank=0)
     refused(r"adapters: expected a list of adapters, found 'a'", "a", [1.0], kind=TypeError)
     with pytest.raises(ValueError, match=r"interpolate_adapters: space: .* found 'delta_svd'"):

@@ -35,7 +35,7 @@ def _attached():
     ("make", "kind", "words"),
     [
         (lambda: None, TypeError, "expected a torch.nn.Module, found None"),
-        (lambda: "org/name", TypeError, "found 'org/name'; load the base model first, with"),
+        (lambda: "org/name", TypeError, "found 'org/name'; load the base model first, e.g. with"),
         (_peft_model, ValueError, r"found PeftModel; .*model\.unload\(\)"),
         (
             lambda: lora_ext.from_peft(_peft_model()).base_model.model,
@@ -46,7 +46,7 @@ def _attached():
         (
             lambda: nn.Sequential(lora_ext.nn.LoraLinear(nn.Linear(3, 3))),
             ValueError,
-            "found LoraLinear at '0'; take it before",
+            "found LoraLinear at '0'; pass the model before",
         ),
         (lambda: nn.LayerNorm(3), ValueError, "expected at least one Linear, Conv1D or Embedding"),
     ],

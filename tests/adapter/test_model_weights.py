@@ -95,7 +95,7 @@ def test_exact_name_is_preferred_and_two_others_are_ambiguous():
     assert weights({"model.up.weight": one, "up.weight": two}, "up")[0].sum() == 0
     with pytest.raises(
         ValueError,
-        match=r"test: base: transformer.up: expected one weight .*found model.up.weight, up.weight",
+        match=r"test: base: transformer.up: expected a single .*found model.up.weight, up.weight",
     ):
         weights({"model.up.weight": one, "up.weight": two}, "transformer.up")
 
@@ -175,7 +175,7 @@ def test_weight_on_meta_is_refused():
     [
         (3, TypeError, "test: base: expected a folder .*found int"),
         ("nowhere/model", ValueError, "nowhere/model: cannot be opened: .*nothing is downloaded"),
-        ({"a.weight": 3}, ValueError, "test: base: expected names with tensors"),
+        ({"a.weight": 3}, ValueError, "test: base: expected a dict of tensors by name"),
     ],
 )
 def test_invalid_sources_are_refused(source, error: type, message: str):
@@ -190,15 +190,15 @@ def test_error_for_a_folder_without_safetensors_names_its_content(tmp_path: Path
     with pytest.raises(ValueError, match=r"found a .bin file; save the model with save_pretrained"):
         weights(tmp_path, Q)
     LoraAdapter.from_model(adapted("ours")).save(tmp_path)
-    with pytest.raises(ValueError, match="found an adapter; name the folder of the model"):
+    with pytest.raises(ValueError, match="found an adapter; pass the folder of the model"):
         weights(tmp_path, Q)
 
 
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("[]", "weight_map: expected files by tensor"),
-        ('{"weight_map": {}}', "weight_map: expected files by tensor"),
+        ("[]", "weight_map: expected file names by tensor"),
+        ('{"weight_map": {}}', "weight_map: expected file names by tensor"),
         ('{"weight_map": {"a": 3}}', "a: expected the name of a safetensors file .*found 3"),
         ('{"weight_map": {"a": "../x.safetensors"}}', "found '../x.safetensors'"),
         ('{"weight_map": {"a": "/etc/x.safetensors"}}', "found '/etc/x.safetensors'"),
@@ -218,7 +218,7 @@ def test_invalid_index_is_refused(tmp_path: Path, index: str, message: str):
 def test_tensor_in_two_files_is_refused(tmp_path: Path):
     for name in ("one", "two"):
         save_file({"b.weight": torch.ones(2, 2)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(ValueError, match=r"b.weight: expected in one file, found in one.* and two"):
+    with pytest.raises(ValueError, match=r"b.weight: expected in a single .*one.* and two"):
         weights(tmp_path, "b")
 
 

@@ -107,7 +107,7 @@ def test_invalid_ranks_and_values_are_named():
     for rank, found in ((-1, "-1"), (2.0, "2.0"), (True, "True"), (None, "None")):
         with pytest.raises(ValueError, match=rf"resize_adapter: rank: .* integer .*found {found}"):
             resize_adapter(value, rank)
-    with pytest.raises(ValueError, match=r"rank: expected modules .* found 'q_proj'"):
+    with pytest.raises(ValueError, match=r"rank: expected names .* found 'q_proj'"):
         resize_adapter(value, {"q_proj": 2})
     value.modules[V].a[0, 0] = float("inf")
     with pytest.raises(ValueError, match=rf"resize_adapter: {V}: a: expected finite"):

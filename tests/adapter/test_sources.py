@@ -28,10 +28,10 @@ def test_error_for_a_path_without_an_adapter_names_its_content(pool, tmp_path):
         save_adapter(tmp_path / name, config(), state(0))
     with pytest.raises(ValueError, match=r"json, found one with adapters in blue, red$"):
         pool.load("a", tmp_path)
-    with pytest.raises(ValueError, match="found a file; name its directory"):
+    with pytest.raises(ValueError, match="found a file; pass its directory"):
         pool.load("a", tmp_path / "red" / "adapter_model.safetensors")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"json, found one without$"):
+    with pytest.raises(ValueError, match=r"json, found one without this file$"):
         pool.load("a", tmp_path / "empty")
 
 

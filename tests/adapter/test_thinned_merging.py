@@ -100,7 +100,7 @@ def test_single_adapter_is_thinned_and_absent_modules_are_skipped():
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"mode": "delta", "density": 0.5}, "density: expected None beside mode='delta'"),
+        ({"mode": "delta", "density": 0.5}, "density: expected None with mode='delta'"),
         ({"mode": "ties", "density": 0.0}, "density: expected .* found 0"),
         ({"mode": "dare", "density": 1.5}, "density: expected .* found 1.5"),
         ({"mode": "dare", "seed": -1}, "seed: expected"),

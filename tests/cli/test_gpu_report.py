@@ -76,8 +76,8 @@ def test_reports_become_one_column_per_card(report: Path, page: Path, tmp_path: 
     [
         ({"module": "0" * 64}, "expected the kernels of this tree's build, found .* 000000000000"),
         ({"checks": [{"op": "lora_plan", "ok": False}]}, "found failures of lora_plan"),
-        ({"checks": []}, "expected checks that held, found none"),
-        ({"card": {"name": "emulator", "capability": None}}, "expected a card, found emulator"),
+        ({"checks": []}, "expected passed checks, found none"),
+        ({"card": {"name": "emulator", "capability": None}}, "expected a GPU, found emulator"),
         ({"times": [{"op": 1}]}, "expected a report of lora-ext gpu-report"),
         ({"format": 2}, "expected format 1, found 2"),
     ],
@@ -105,7 +105,7 @@ def test_wrong_result_fails_the_command(
     monkeypatch.setattr("lora_ext.cli._gpu_report.all_cases", lambda: [wrong])
     out = tmp_path / "wrong.json"
     assert main(["gpu-report", "--out", str(out), "--backend", "emu"]) == 1
-    assert "found larger errors of lora_shrink" in capsys.readouterr().err
+    assert "found larger errors in lora_shrink" in capsys.readouterr().err
     (check,) = json.loads(out.read_text())["checks"]
     assert not check["ok"] and check["error"] > 0.5
 

@@ -67,19 +67,19 @@ METHODS["methods/one/a.py"] = "from .. import two\n"
 @pytest.mark.parametrize(
     ("files", "faults"),
     [
-        (CIRCLE, {"circles of imports": "rows.a <-> rows.b"}),
+        (CIRCLE, {"import cycles": "rows.a <-> rows.b"}),
         (
             UP,
             {
-                "circles of imports": "ops.lora <-> rows <-> rows.ids",
-                "imports that run up": "ops.lora -> rows",
-                "imports past the face of a room": "rows.ids -> ops.lora",
+                "import cycles": "ops.lora <-> rows <-> rows.ids",
+                "imports from a higher room": "ops.lora -> rows",
+                "imports that bypass the __init__ of a room": "rows.ids -> ops.lora",
             },
         ),
         (
             INSIDE,
             {
-                "circles of imports": "rows <-> rows.b",
+                "import cycles": "rows <-> rows.b",
                 "imports inside a room that are not relative": (
                     "rows.a -> rows.b, rows.a -> rows.b.g, rows.b -> rows"
                 ),

@@ -191,7 +191,7 @@ REFUSED: list[tuple[dict[str, Any], Any, str]] = [
     ({"alora_invocation_tokens": [97]}, ValueError, "ids below the vocabulary size 97, found 97"),
     ({"alora_invocation_tokens": [-1]}, ValueError, "non-negative integers"),
     ({"alora_invocation_tokens": "<a>"}, ValueError, "a list of token ids"),
-    ({"use_dora": True}, NotImplementedError, "use_dora is not supported beside alora_inv"),
+    ({"use_dora": True}, NotImplementedError, "use_dora is not supported together with alora_inv"),
     ({"modules_to_save": ["lm_head"]}, NotImplementedError, "modules_to_save is not supported"),
     ({"target_parameters": ["x"]}, NotImplementedError, "target_parameters is not supported bes"),
 ]

@@ -324,7 +324,7 @@ def test_peft_model_uses_its_active_adapter_and_rejects_names() -> None:
     plain = make_model("llama")
     model = lora_ext.from_peft(make_peft(plain, CONFIGS["llama"]))
     given = prompts(2)
-    with pytest.raises(NotImplementedError, match="adapter_names: expected none on a PEFT model"):
+    with pytest.raises(NotImplementedError, match="adapter_names: expected none for a PEFT model"):
         model.generate_batch(given, adapter_names=["red", "green"], **batching())
     model.set_adapter("green")
     found = generated(model.generate_batch(given, **batching()))

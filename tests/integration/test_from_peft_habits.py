@@ -90,7 +90,7 @@ def test_block_of_another_model_with_a_common_name_warns(names: Any, tmp_path: P
 
 
 def assert_one_warning(forward: Callable[[], Tensor], expected: Tensor) -> None:
-    with pytest.warns(UserWarning, match="found one of from_peft") as caught:
+    with pytest.warns(UserWarning, match="found a model of from_peft") as caught:
         assert torch.equal(forward(), expected)
     assert len(caught) == 1
     with warnings.catch_warnings():
@@ -109,7 +109,7 @@ def test_block_of_a_pool_that_serves_layers_of_the_same_model_raises(
     attached: Any = lora_ext.attach(base, pool)
     ours = lora_ext.from_peft(peft.get_peft_model(attached, config, adapter_name="red"))
     with lora_ext.adapters(["red", None] * 2 + ["red"]):
-        with pytest.raises(RuntimeError, match="give adapter_names="):
+        with pytest.raises(RuntimeError, match="pass adapter_names="):
             logits(ours)
 
 

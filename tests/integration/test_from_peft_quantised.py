@@ -271,6 +271,6 @@ def test_model_without_a_supported_layer_raises_with_a_list() -> None:
         if type(module) is PeftLinear:
             module.__class__ = Foreign
     with pytest.warns(
-        UserWarning, match=r"8 of them \(only peft.*Linear4bit.*q_proj, .*down_proj\)"
+        UserWarning, match=r"8 of them \(lora_ext runs only peft.*Linear4bit.*q_proj, .*down_proj\)"
     ):
         lora_ext.from_peft(model)

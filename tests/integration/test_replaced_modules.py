@@ -249,7 +249,7 @@ def test_head_that_does_not_fit_raises_and_the_pool_is_unchanged(saved: Path) ->
 
     refused(
         ValueError,
-        r"weight: shape: expected \(5, 32\) .* found \(7, 32\); a head with another number of lab",
+        r"weight: shape: expected \(5, 32\) .* found \(7, 32\); a head with a different number",
         weight=torch.ones(7, 32),
     )
     refused(ValueError, r"modules_to_save, found none for classifier.bias", bias=None)

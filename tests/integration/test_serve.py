@@ -339,7 +339,7 @@ def test_unknown_routes_return_the_error_of_openai(
 def test_server_listens_on_loopback_and_reports_failed_health(server: Any) -> None:
     """Check the health last, because it ends the manager's thread."""
     packed, answers = server.said
-    assert packed.startswith("the base model is") and packed.endswith("--no-pack leaves it plain")
+    assert packed.startswith("the base model is") and packed.endswith("--no-pack disables packing")
     assert answers.startswith("tiny with 17 adapters answers at http://127.0.0.1:")
     assert server.client.get("/health").json() == {"healthy": True}
     asked = server.client.head("/health")

@@ -102,7 +102,7 @@ def test_bad_requests_name_the_field_and_the_server_keeps_working(server: Any) -
         ({"logprobs": True}, 422, "logprobs"),
         ({"tools": [{"type": "function"}]}, 422, "tools: "),
         ({"stop": [""]}, 422, "stop"),
-        ({"stream_options": {"include_usage": True}}, 400, "stream_options: expected beside"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options: expected only with"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, 422, "stream_options"),
         ({"stream": True, "stream_options": {"obfuscate": True}}, 422, "obfuscate"),
         ({"messages": []}, 422, "messages"),
@@ -135,7 +135,7 @@ def test_bodies_above_the_limit_are_rejected_with_and_without_a_length(server: A
         for content in (large, chunks()):
             response = server.client.post(f"/v1/{path}", content=content)
             assert response.status_code == 413
-            assert response.json()["error"]["message"] == "body: expected at most 20000 bytes"
+            assert response.json()["error"]["message"].endswith("at most 20000 bytes, found more")
     body = json.dumps(chat("a1")).encode()
     exact = server.client.post("/v1/chat/completions", content=body.ljust(LIMIT))
     assert exact.status_code == 200

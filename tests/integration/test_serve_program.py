@@ -37,7 +37,7 @@ def test_arguments_are_checked_before_the_model_is_read(
     for given, named in (
         ([], "--model, --adapters"),
         (["--model", "nowhere", *adapters], "--model: expected a folder, found 'nowhere'"),
-        (["--model", str(folder), *adapters], "--model: expected a folder of transformers"),
+        (["--model", str(folder), *adapters], "--model: expected a folder of a transformers model"),
         ([*model, "--adapters", "nowhere"], "--adapters: expected a folder, found 'nowhere'"),
         (["--model", str(bad), *adapters, "--port", "70000"], "--port: expected 0 to 65535"),
         (["--model", str(bad), *adapters, "--port", "x"], "--port"),
@@ -48,7 +48,7 @@ def test_arguments_are_checked_before_the_model_is_read(
         ),
         (
             ["--model", str(bad), *adapters, "--port", str(taken.getsockname()[1])],
-            "--host, --port: expected an address that is free",
+            "--host, --port: expected a free address",
         ),
     ):
         try:

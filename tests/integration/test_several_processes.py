@@ -82,5 +82,5 @@ def _refused(rank: int) -> str:
 
 def test_layers_run_by_peft_raise_and_are_named(two_processes: TwoProcesses) -> None:
     for found in two_processes.run(_refused):
-        assert found.startswith("from_peft: adapter_names: expected trained adapters")
+        assert found.startswith("from_peft: adapter_names: expected lora_ext to run")
         assert "embed_tokens" in found

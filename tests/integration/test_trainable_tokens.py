@@ -159,7 +159,7 @@ def test_rows_that_do_not_fit_raise_and_the_pool_is_unchanged(tmp_path: Path) ->
         ({}, {STEM: None}, ValueError, "the rows of trainable_token_indices, found none"),
         ({"trainable_token_indices": None}, {}, ValueError, "trainable_tokens_delta"),
         ({"trainable_token_indices": [3, 97]}, {}, ValueError, "tokens up to 96, found 97"),
-        ({"trainable_token_indices": [3, 3]}, {}, ValueError, "each token once"),
+        ({"trainable_token_indices": [3, 3]}, {}, ValueError, "distinct tokens"),
         ({"trainable_token_indices": [3, -1]}, {}, ValueError, "an integer from 0, found -1"),
         ({"trainable_token_indices": "ab"}, {}, ValueError, "a list of tokens"),
         (
@@ -168,7 +168,7 @@ def test_rows_that_do_not_fit_raise_and_the_pool_is_unchanged(tmp_path: Path) ->
             NotImplementedError,
             "the input emb",
         ),
-        ({"alora_invocation_tokens": [1]}, {}, NotImplementedError, "rows of the embedding serve"),
+        ({"alora_invocation_tokens": [1]}, {}, NotImplementedError, "rows of the embedding apply"),
     ):
         tensors = {key: t for key, t in {**good, **state}.items() if t is not None}
         with pytest.raises(error, match=message):
@@ -179,7 +179,7 @@ def test_rows_that_do_not_fit_raise_and_the_pool_is_unchanged(tmp_path: Path) ->
     whole.extra.weight = whole.get_input_embeddings().weight
     with pytest.raises(NotImplementedError, match="the input embedding, a plain"):
         lora_ext.AdapterPool(whole, max_slots=2, max_rank=8).load("bad", tmp_path)
-    with pytest.raises(NotImplementedError, match="trainable_token_indices is not supported apart"):
+    with pytest.raises(NotImplementedError, match="trainable_token_indices is not supported in a"):
         LoraAdapter.load(tmp_path)
     save_file(good, tmp_path / "adapter_model.safetensors")
     pool.load("good", tmp_path)

@@ -308,7 +308,7 @@ def test_names_beside_a_reference_adapter_raise(tmp_path: Path) -> None:
         return ours
 
     given = {"data_collator": ByName(pairs, times=2)}
-    with pytest.raises(ValueError, match=r"'ref' is active.*give the trainer a ref_model"):
+    with pytest.raises(ValueError, match=r"'ref' is active.*to the trainer as ref_model"):
         train("DPO", model(), tmp_path, given=given, **by_name)
     ours, start = model(), weights_of(model(), "lora_")
     train("DPO", ours, tmp_path, given={**given, "ref_model": make_model("llama")}, **by_name)

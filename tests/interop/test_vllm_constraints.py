@@ -186,7 +186,7 @@ def test_unsatisfiable_constraints_are_refused_by_the_engine_core():
         built(sampling(date), prompt=range(LENGTH - 4))
     with pytest.raises(ValueError, match="min_new_tokens: expected a text of 8 to"):
         built(sampling({"choice": ["yes"]}, min_tokens=8))
-    with pytest.raises(ValueError, match=r"expected logits_processors=\['lora_ext.interop.vllm"):
+    with pytest.raises(ValueError, match=r"with logits_processors=\['lora_ext.interop.vllm"):
         built(sampling(date), settings(processors=()))
     with pytest.raises(ValueError, match="prompt: expected tokens"):
         built(sampling(date), prompt=None)
@@ -224,12 +224,12 @@ def test_llm_engine_refuses_a_request_before_it_is_recorded():
         (7, {}, "expected a Mapping"),
         ({"regex": "a", "choice": ["b"]}, {}, "fields: expected one of"),
         ({"keywords": ["dog"]}, {}, "keywords: expected a Mapping"),
-        ({"keywords": {"all": ["dog"]}}, {}, "keywords: expected all_of, none_of"),
+        ({"keywords": {"all": ["dog"]}}, {}, "keywords: expected only the keys all_of"),
         ({"grammar": "a"}, {}, "grammar"),
         ({"regex": "a"}, {"stop": ["b"]}, "stop: expected none"),
         ({"regex": "a"}, {"ignore_eos": True}, "ignore_eos: expected none"),
         ({"regex": "a"}, {"structured_outputs": object()}, "structured_outputs: expected none"),
-        ({"regex": "a"}, {}, "expected the plug-in"),
+        ({"regex": "a"}, {}, "expected lora_ext's vLLM plug-in"),
     ],
 )
 def test_invalid_constraints_are_refused_by_validate_params(given, more, message):

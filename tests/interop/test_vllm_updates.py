@@ -408,10 +408,10 @@ def test_missing_module_of_vllm_is_named(fake_vllm, monkeypatch):
     with pytest.warns(UserWarning, match=r"vllm\.v1\.engine\.core.*blocks of the prefix cache"):
         plugin.register()
     monkeypatch.setitem(sys.modules, "vllm.lora.model_manager", None)
-    with pytest.warns(UserWarning, match=r"vllm\.lora\.model_manager.*own LoRA kernels serve"):
+    with pytest.warns(UserWarning, match=r"vllm\.lora\.model_manager.*own LoRA kernels are used"):
         assert fake_vllm.CpuPlatform.get_punica_wrapper() == "own"
     monkeypatch.setitem(sys.modules, "vllm.platforms.cpu", None)
-    with pytest.warns(UserWarning, match=r"vllm\.platforms\.cpu.*own LoRA kernels serve"):
+    with pytest.warns(UserWarning, match=r"vllm\.platforms\.cpu.*own LoRA kernels are used"):
         plugin.register()
 
 

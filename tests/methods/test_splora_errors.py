@@ -294,7 +294,7 @@ def test_convolutions_are_refused():
 
 def test_projecting_an_absent_module_names_it():
     adapter, base, aligned = made(blocks())
-    with pytest.raises(ValueError, match=r"project: names: .*found 'model.gone', which it lacks"):
+    with pytest.raises(ValueError, match=r"project: names: .*modules, found 'model.gone'"):
         splora.project(adapter, base, aligned, [Q, "model.gone"])
 
 

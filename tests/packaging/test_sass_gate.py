@@ -176,24 +176,24 @@ def test_dependent_loads_are_distinguished_from_loads_in_flight_together(kernels
     assert [one.inflight for one in kernels["apart_kernel", arch].flights] == [16]
     assert gate.judge(kernels["together_kernel", arch], [rule]) == []
     (reason,) = gate.judge(kernels["apart_kernel", arch], [rule])
-    assert reason == "16 bytes per thread in flight in a main loop, least 60"
+    assert reason == "16 bytes per thread in flight in a main loop (min. 60)"
 
 
 @pytest.mark.parametrize(
     ("good", "bad", "rule", "reason"),
     [
-        ("near", "far", {"max_trips": 0}, "3 memory trips before the first wide load, most 0"),
+        ("near", "far", {"max_trips": 0}, "3 memory trips before the first wide load (max. 0)"),
         (
             "early",
             "late",
             {"first_bytes": 32},
-            "0 bytes per thread requested before the wait for the previous kernel, least 32",
+            "0 bytes per thread requested before the wait for the previous kernel (min. 32)",
         ),
         (
             "together",
             "slow",
             {"instructions_per_element": 6},
-            "instructions for each value that a main loop loads, most 6",
+            "instructions for each value that a main loop loads (max. 6)",
         ),
     ],
 )
@@ -271,13 +271,13 @@ def test_path_through_a_loop_is_the_one_with_most_loads():
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        ({"min_inflight": 17}, "16 bytes per thread in flight in a main loop, least 17"),
+        ({"min_inflight": 17}, "16 bytes per thread in flight in a main loop (min. 17)"),
         ({"min_overlap": 1}, "no main loop to measure min_overlap in"),
-        ({"max_registers": 4}, "registers, budget 4"),
+        ({"max_registers": 4}, "registers (max. 4)"),
         ({"require": [r"HMMA\b"]}, r"no HMMA\b"),
         ({"require_loop": [r"EXIT\b"]}, r"no EXIT\b in a loop"),
         ({"forbid_loop": [r"LDG\b"]}, "in a loop, forbidden by"),
-        ({"threads": 1024, "min_blocks": 3}, "2 blocks per multiprocessor, least 3"),
+        ({"threads": 1024, "min_blocks": 3}, "2 blocks per multiprocessor (min. 3)"),
     ],
 )
 def test_invalid_rule_is_named(kernels, rule, words):
@@ -325,4 +325,4 @@ def test_loop_with_too_few_products_fails():
     rule = {"match": "k", "mma_share": 40}
     assert gate.judge(kernel(0), [rule]) == []
     (reason,) = gate.judge(kernel(4), [rule])
-    assert reason == "25 percent of a main loop multiplies on tensor cores, least 40"
+    assert reason == "25 percent of a main loop multiplies on tensor cores (min. 40)"

@@ -247,7 +247,7 @@ def test_unreadable_bodies_are_answered_400(app: Any) -> None:
     routes = ("save_weights", "save_weights_for_sampler", "optim_step", "get_info", "unload_model")
     for path in routes:
         code, answer = app.ask(path, {"model_id": None, "path": "a"})
-        assert (code, answer["error"]) == (400, "model_id: expected in the body, found none"), path
+        assert (code, answer["error"]) == (400, "model_id: expected a value, found none"), path
     kept = {"model_id": model, "path": "a", "optimizer": None, "overwrite": None, "seq_id": None}
     assert app.ask("save_weights", kept)[0] == 200  # null means that the field is not given
 

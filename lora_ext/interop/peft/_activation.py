@@ -117,16 +117,16 @@ def refuse_other_forwards(model: Any, settings: dict[str, Any]) -> None:
     """Raise NotImplementedError for settings of ``generate`` that PEFT's offsets do not support.
 
     PEFT counts the adapted tokens from the end of a forward's input. Without a cache, or with a
-    prompt in chunks, this is not the end of the prompt, and other tokens would be adapted. Also
-    raises if the number of beams or returned sequences is set only in the model's
+    prompt in chunks, this is not the end of the prompt, and the wrong tokens would be adapted. The
+    error is also raised if the number of beams or returned sequences is set only in the model's
     ``generation_config``.
     """
     given, used = copies_of_prompt(settings), copies_of_prompt(settings, model.generation_config)
     if given != used:
         raise NotImplementedError(
-            "from_peft: generate: expected num_beams and num_return_sequences as arguments, as "
-            f"an adapter is activated, found {used} rows per prompt in model.generation_config; "
-            "pass them to generate"
+            "from_peft: generate: expected num_beams and num_return_sequences as arguments with "
+            f"an activated adapter, found {used} rows per prompt in model.generation_config; pass "
+            "both to generate"
         )
     config = settings.get("generation_config") or model.generation_config
     chosen = {k: settings.get(k, getattr(config, k, None)) for k in ("use_cache", _CHUNK)}
@@ -135,5 +135,5 @@ def refuse_other_forwards(model: Any, settings: dict[str, Any]) -> None:
         raise NotImplementedError(
             "from_peft: generate: expected a cache and a prompt in one piece for an activated "
             f"adapter, found {found}: PEFT counts from the end of a forward's input, and would "
-            "adapt other tokens; use lora_ext.attach"
+            "adapt the wrong tokens; use lora_ext.attach"
         )

@@ -25,7 +25,7 @@ def check_values(model: nn.Module) -> None:
 
     An adapter that is added to a base layer which accelerate has offloaded is on ``meta`` and has
     no values. Adapters that accelerate itself has offloaded are also on ``meta``, but they have a
-    hook that loads their values, and do not raise.
+    hook that loads their values, and cause no error.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -35,14 +35,14 @@ def check_values(model: nn.Module) -> None:
             hook = getattr(layer.get_base_layer(), "_hf_hook", None)
             if lost and getattr(hook, "offload", False):
                 raise ValueError(
-                    f"from_peft: {name}: expected adapters with values, found them on meta, as "
-                    "accelerate has offloaded the base layer; add the adapters first, then call "
-                    "accelerate.cpu_offload(layer.base_layer, execution_device) for each layer"
+                    f"from_peft: {name}: expected adapters with values, found adapters on meta, "
+                    "since accelerate has offloaded the base layer; add the adapters first, then "
+                    "call accelerate.cpu_offload(layer.base_layer, execution_device) for each layer"
                 )
 
 
 def warn_of_other_bases(model: nn.Module) -> None:
-    """Warn about adapters that were trained on another base model, once per name of a model."""
+    """Warn about adapters that were trained on another base model, once per model name."""
     configs = getattr(model, "peft_config", None)
     bases = BaseModels(model_name(model))
     for name, config in (configs if isinstance(configs, Mapping) else {}).items():
@@ -55,16 +55,16 @@ def refuse_names_of_a_reference(active: list[str], names: Assignment) -> None:
     """Raise ValueError if TRL computes its reference with the ``adapter_names`` of the policy.
 
     TRL activates a frozen copy of the adapter, the reference. Names replace the active adapter, so
-    the reference would be equal to the policy. Raises if the reference is the active adapter, rows
-    name other adapters but not the reference, and gradients are disabled. Rows of the base model do
-    not raise.
+    the reference would be equal to the policy. The error is raised if the reference is the active
+    adapter, rows name other adapters but not the reference, and gradients are disabled. It is not
+    raised if all rows use the base model.
     """
     others = names.names and _REFERENCE not in names.names
     if active == [_REFERENCE] and others and not torch.is_grad_enabled():
         found = ", ".join(map(repr, names.names))
         raise ValueError(
             f"from_peft: adapter_names: expected none while TRL's {_REFERENCE!r} is active, found "
-            f"{found}; give the trainer a ref_model, a base model without adapters"
+            f"{found}; pass a base model without adapters to the trainer as ref_model"
         )
 
 
@@ -160,9 +160,9 @@ def refuse_block(
     if block is None or block.assignment.each() == list(active):
         return
     message = (
-        "adapters: names: expected a model that reads its adapters from the block, found one of "
-        f"from_peft, which runs {list(active)!r:.200} and ignores the block's names "
-        f"{list(block.assignment.names)!r:.200}; give adapter_names= to its call, or call it "
+        "adapters: names: expected a model that reads its adapters from the block, found a model "
+        f"of from_peft, which uses {list(active)!r:.200} and ignores the block's names "
+        f"{list(block.assignment.names)!r:.200}; pass adapter_names= to the model, or call it "
         "outside the block"
     )
     ours = any(name in names for name in block.assignment.names)
@@ -199,8 +199,9 @@ def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
 def no_gradients_without_rows(found: str) -> NotImplementedError:
     """Return the error for a layer that computes no gradient for adapters without rows."""
     return NotImplementedError(
-        "from_peft: adapter_names: expected trained adapters that lora_ext runs where there are "
-        f"several processes, found {found}; FSDP2 and ZeRO would sum gradients of other adapters"
+        "from_peft: adapter_names: expected lora_ext to run every layer with a trained adapter, "
+        f"since there are several processes, found {found}; FSDP2 and ZeRO would sum gradients of "
+        "different adapters"
     )
 
 
@@ -219,7 +220,7 @@ def turned_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
-    """Raise ValueError if there are different names and ``turned`` contains layers.
+    """Raise ValueError if ``names`` differ and ``turned`` is not empty.
 
     ``turned`` is the result of :func:`turned_layers`.
     """
@@ -227,12 +228,12 @@ def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
         raise ValueError(
             f"from_peft: adapter_names: {turned[0]}: expected one name for all rows, because PEFT "
             "runs this layer and the first dimension of its input is the tokens, found "
-            f"{', '.join(sorted(set(map(str, names))))!r:.200}; leave it out of target_modules"
+            f"{', '.join(sorted(set(map(str, names))))!r:.200}; remove it from target_modules"
         )
 
 
 def by_reason(left: dict[str, str]) -> str:
-    """Format the reasons of a report: each once, with the names of at most `_LISTED` layers."""
+    """Format the reasons of a report, each once with the names of at most `_LISTED` layers."""
     layers: dict[str, list[str]] = {}
     for name, reason in left.items():
         layers.setdefault(reason, []).append(name)

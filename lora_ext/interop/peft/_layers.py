@@ -53,11 +53,11 @@ def uncovered(module: Any, adapter: str) -> str | None:
         if scaling.numel() != 1 or scaling.requires_grad:
             return f"adapter {adapter!r} has a scaling of several values, or one that is learned"
     elif not isinstance(scaling, int | float):
-        return f"adapter {adapter!r} has a {type(scaling).__name__} for a scaling"
+        return f"adapter {adapter!r} has a scaling of type {type(scaling).__name__}"
     dropout = module.lora_dropout[adapter]
     if type(dropout) not in (nn.Dropout, nn.Identity) or not is_plain(dropout, True):
         return (
-            f"adapter {adapter!r} has a {type(dropout).__name__} for a dropout, or one with hooks"
+            f"adapter {adapter!r} has a {type(dropout).__name__} as its dropout, or has hooks on it"
         )
     if getattr(dropout, "p", 0.0) >= 1.0:
         return f"adapter {adapter!r} has dropout 1"
@@ -114,7 +114,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             of_tokens = None if turned else rows_of_offsets(whole, begin, offsets, x.shape[:-1])
             rows = rows if of_tokens is None else of_tokens
             if of_tokens is None:
-                left.append(f"adapter {begin[0]!r} begins in mid-sequence")
+                left.append(f"adapter {begin[0]!r} starts in the middle of a sequence")
         if not fits or left:
             exact = getattr(self.base_layer, "exact", False)
             expected = "adapters that lora_ext computes"

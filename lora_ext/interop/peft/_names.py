@@ -79,7 +79,7 @@ def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment 
         if torch._C._current_graph_task_id() != -1:  # True inside a backward.
             raise RuntimeError(
                 "from_peft: adapter_names: expected transformers' own gradient checkpointing, "
-                f"found another, which recomputes a {type(layer).__name__} without the "
+                f"found a different one, which recomputes a {type(layer).__name__} without the "
                 "adapter_names of its forward; pass no names, or do not checkpoint these layers"
             )
         _named.discard(layer)
@@ -89,7 +89,7 @@ def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment 
 def offsets_of_layer(given: Sequence[int | None] | None) -> Sequence[int | None] | None:
     """Return the ``alora_offsets`` of a layer's forward.
 
-    ``given`` is the value from PEFT's hooks. If it is None, the value is that of the checkpoint.
+    ``given`` is the value from PEFT's hooks. If it is None, a checkpoint's value is used, if any.
     """
     again = None if given is not None or compiles() else _recomputed.get()
     return given if again is None else again.offsets

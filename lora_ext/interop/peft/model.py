@@ -142,7 +142,7 @@ def report(model: nn.Module) -> Report:
             left[name] = (
                 "it was adapted after from_peft was called"
                 if _fused_class(kind) is not kind
-                else f"only {_quantised.COVERED} are covered, found {_quantised.full_name(kind)}"
+                else f"lora_ext runs only {_quantised.COVERED}, found {_quantised.full_name(kind)}"
             )
     return Report(tuple(taken), left)
 
@@ -168,8 +168,8 @@ class _FusedLoraModel(LoraModel):
         """Call the model's ``generate_batch``; reject ``adapter_names``, which it would ignore."""
         if adapter_names is not None:
             raise NotImplementedError(
-                "generate_batch: adapter_names: expected none on a PEFT model, whose requests all "
-                f"have the active adapter, found {adapter_names!r:.200}; use lora_ext.attach for "
+                "generate_batch: adapter_names: expected none for a PEFT model, whose requests all "
+                f"use the active adapter, found {adapter_names!r:.200}; use lora_ext.attach for "
                 "one adapter per request"
             )
         refuse_singular("generate_batch", kwargs)
@@ -223,4 +223,4 @@ class _FusedLoraModel(LoraModel):
             hooks.__exit__(None, None, None)
 
 
-_FusedLoraModel.__name__ = LoraModel.__name__  # for the reason given at FusedLinear
+_FusedLoraModel.__name__ = LoraModel.__name__  # printed, as explained at FusedLinear

@@ -60,7 +60,7 @@ def register() -> None:
         platform: Any = _interface.found(f"vllm.platforms.{of_platform}")
         own = platform.get_punica_wrapper
     except (ImportError, AttributeError) as error:
-        _warn(str(error), "vLLM's own LoRA kernels serve")
+        _warn(str(error), "vLLM's own LoRA kernels are used")
         return
     if hasattr(own, _MARK):
         return
@@ -74,7 +74,7 @@ def register() -> None:
 
             follow_activations()
             return f"{__name__}.{ours}"
-        _warn(lacking, "vLLM's own LoRA kernels serve")
+        _warn(lacking, "vLLM's own LoRA kernels are used")
         return own()
 
     setattr(get_punica_wrapper, _MARK, True)
@@ -91,7 +91,7 @@ def _follow_requests() -> None:
         if front is None:
             _front.register_check(_interface.found(_FRONT), _activated.in_front)
     else:
-        _warn(engine, "an adapter that is loaded again keeps its old blocks of the prefix cache")
+        _warn(engine, "a reloaded adapter uses the old blocks of the prefix cache")
     door = _interface.lacking("door", _ENGINE) or front
     if door is None:
         from . import _constraints  # imports control and serving
@@ -99,7 +99,7 @@ def _follow_requests() -> None:
         _constraints.build_at_door(_interface.found(_ENGINE))
         _front.register_check(_interface.found(_FRONT), _constraints.in_front)
     else:
-        _warn(door, "constraints of requests are not built")
+        _warn(door, "constraints of requests are not supported")
 
 
 def _warn(lacking: str, consequence: str) -> None:

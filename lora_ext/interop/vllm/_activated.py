@@ -76,8 +76,8 @@ def read(lora_request: Any) -> tuple[int, ...]:
     elif lacking is None and importlib.import_module("vllm.envs").VLLM_USE_V2_MODEL_RUNNER:
         lacking = "VLLM_USE_V2_MODEL_RUNNER is set"
     if lacking is not None:
-        more = f"found {found!r:.200}; lora_ext.attach serves it"
-        raise ValueError(f"{where} none, as {lacking}, {more}")
+        more = f"found {found!r:.200}; lora_ext.attach supports them"
+        raise ValueError(f"{where} none in this vLLM ({lacking}), {more}")
     return tuple(found)
 
 
@@ -107,15 +107,16 @@ def check(request: Any, invocation: tuple[int, ...]) -> None:
     adapter = request.lora_request
     if not invocation:
         return
-    where = f"lora_request: {adapter.lora_name!r} begins in mid-sequence:"
+    where = f"lora_request: activated adapter {adapter.lora_name!r}:"
     if request.prompt_token_ids is None or getattr(request, "resumable", False):
-        raise ValueError(f"{where} expected a whole prompt of tokens, found embeddings or a part")
-    if getattr(request.sampling_params, "prompt_logprobs", None) is not None:
-        raise ValueError(f"{where} expected prompt_logprobs None, found it set")
+        found = "embeddings or a part of a prompt"
+        raise ValueError(f"{where} expected a whole prompt of tokens, found {found}")
+    if (found := getattr(request.sampling_params, "prompt_logprobs", None)) is not None:
+        raise ValueError(f"{where} expected prompt_logprobs None, found {found}")
     if _last(torch.tensor(request.prompt_token_ids), invocation) is None:
         raise ValueError(
             f"{where} expected a prompt with its invocation {list(invocation)!r:.200}, found none "
-            "in it; lora_request=None asks the base model"
+            f"in {len(request.prompt_token_ids)} tokens; lora_request=None uses the base model"
         )
 
 
@@ -168,7 +169,7 @@ def _features(inner: Any, helper: Any) -> Any:
 def _keys(
     inner: Any, request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
 ) -> Any:
-    """Return the additional keys of one block of a request, with respect to the start."""
+    """Return the additional keys of one block of a request, given the start of its adapter."""
     keys, place = inner(request, start_token_idx, end_token_idx, start_mm_idx)
     # The start is cached: this is called for each block, and the prompt may be long.
     if not hasattr(request, _START):
@@ -202,7 +203,7 @@ def _rows(inner: Any, batch: Any, num_scheduled_tokens: Any, num_sampled_tokens:
             start = _last(torch.from_numpy(batch.token_ids_cpu[row, :prompt]), invocation)
             base = min(count, max(0, (prompt if start is None else start) - done))
             of_tokens[token : token + base] = [0] * base
-            if base == count:  # The sampled positions are the last tokens, which use the base.
+            if base == count:  # The sampled positions are the last tokens: they use the base model.
                 of_samples[sample : sample + sampled] = [0] * sampled
         token, sample = token + count, sample + sampled
     return tuple(of_samples), tuple(of_tokens), requests

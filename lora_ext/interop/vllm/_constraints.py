@@ -65,18 +65,18 @@ def asked_for(params: Any) -> Callable[[Any], Constraint] | None:
         try:
             given = json.loads(given)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{KEY}: expected JSON, found {error!s:.120}") from None
+            raise ValueError(f"{KEY}: expected JSON, found an error: {error!s:.120}") from None
     instance(KEY, "value", given, Mapping)
     for name in _NONE_OF:
         found = getattr(params, name, None)
-        require(not found, KEY, name, "none beside a constraint", found)
+        require(not found, KEY, name, "none with a constraint", found)
     if set(given) != {"keywords"}:
         form = read_format(structured_outputs=given)
         return None if form is None else form.constraint
     words = given["keywords"]
     instance(KEY, "keywords", words, Mapping)
     more = sorted(map(str, set(words) - {"all_of", "none_of"}))
-    require(not more, KEY, "keywords", "all_of, none_of", more[:3])
+    require(not more, KEY, "keywords", "only the keys all_of and none_of", more[:3])
     return functools.partial(Constraint.keywords, **words)
 
 
@@ -117,10 +117,10 @@ class Builder:
         params = request.sampling_params
         if params is None or (asked := asked_for(params)) is None:
             return params
-        expected = f"logits_processors=[{PROCESSOR!r}] of the engine beside it"
+        expected = f"an engine with logits_processors=[{PROCESSOR!r}]"
         require(self._enabled, KEY, "value", expected, self._model.logits_processors)
         prompt = request.prompt_token_ids
-        require(prompt is not None, KEY, "prompt", "tokens beside a constraint", "embeddings")
+        require(prompt is not None, KEY, "prompt", "tokens with a constraint", "embeddings")
         ends = tuple(sorted(params.all_stop_token_ids))
         require(ends, KEY, "stop_token_ids", "a token that ends texts", "none")
         constraint = asked(self._vocabulary(ends))
@@ -212,13 +212,14 @@ class ConstrainedRows:
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Raise ValueError for an invalid constraint, or for any if the plug-in is disabled."""
+        """Raise ValueError if a constraint is invalid, or if it is given but the plug-in is off."""
         try:
             asked = asked_for(sampling_params)
         except NotImplementedError as error:
             raise ValueError(str(error)) from None
-        expected = "the plug-in, which builds it (LORA_EXT_VLLM; a warning says what vLLM lacks)"
-        require(asked is None or _doors, KEY, "value", expected, "it off")
+        expected = "lora_ext's vLLM plug-in, which builds constraints, to be enabled"
+        found = "it disabled (by LORA_EXT_VLLM, or as a warning at the start explains)"
+        require(asked is None or _doors, KEY, "value", expected, found)
 
     def is_argmax_invariant(self) -> bool:
         """Return False, because a constraint can forbid the most likely token."""

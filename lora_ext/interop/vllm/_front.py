@@ -18,7 +18,7 @@ _checkers: dict[type, list[Callable[[Any], Callable[[Any], object]]]] = {}  # by
 
 
 def register_check(front: Any, checker: Callable[[Any], Callable[[Any], object]]) -> None:
-    """Check each request of all ``LLMEngine`` that this process creates from now on.
+    """Check the requests of every ``LLMEngine`` that this process creates from now on.
 
     Registering the same ``checker`` again does nothing.
 

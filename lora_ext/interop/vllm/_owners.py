@@ -41,7 +41,7 @@ class Owners:
         self.count = 0
 
     def follow(self, names: Sequence[int]) -> None:
-        """Store the number of each row's adapter in a new step, 0 for the base model."""
+        """Store the ``lora_int_id`` of each row's adapter in a new step; 0 is the base model."""
         self._kept = Kept(_PLANS)
         self.count, self._names = len(names), frozenset(names)
         self._buffer[self.count :] = -1  # Padding rows use the base model.

@@ -220,7 +220,7 @@ class Updates:
     def add_lora_embedding(
         self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
-        """Compute ``y += b @ x``. ``x (T, R)`` are columns of ``a``, which vLLM has looked up."""
+        """Compute ``y += b @ x``. vLLM has looked up ``x (T, R)``, the tokens' columns of ``a``."""
         self._expand(y, x, lora_b_stacked, 0, y.shape[1], add_inputs)
 
     def _rows_of_tokens(self, x: Tensor) -> OwnedRows | None:

@@ -72,7 +72,7 @@ class Api:
         """Return the message of an error, with the path of the store removed."""
         words, root = str(error), self.service.store.root
         for place in () if root is None else (root.resolve(), root):
-            # A path that only begins with the same letters, as /database with /data, is kept.
+            # A path that only begins with the same letters is kept: /database if the root is /data.
             whole = rf"(?<![\w.-]){re.escape(str(place))}"
             words = re.sub(rf"{whole}{re.escape(os.sep)}", "", words)
             words = re.sub(rf"{whole}(?![\w-]|\.\w)", "the store", words)
@@ -82,7 +82,7 @@ class Api:
         """Create a session; raise QueueFullError if the key has too many."""
         with self.promises.lock:
             if (found := len(self._of(key)) + 1) > _SESSIONS:
-                expected = f"at most {_SESSIONS} of a key"
+                expected = f"at most {_SESSIONS} sessions per API key"
                 raise QueueFullError(f"session: expected {expected}, found {found}")
             name = uuid.uuid4().hex
             self.sessions[name] = Session(key)
@@ -128,7 +128,7 @@ class Api:
             for session in self._of(key):
                 if name in session.models:
                     return session, session.models[name]
-        raise GoneError(f"model_id: expected a model of this key, found {name!r:.200}")
+        raise GoneError(f"model_id: expected a model of this API key, found {name!r:.200}")
 
     def in_order(self, key: str, asked: Answer, begin: Any, told: Any) -> Answer:
         """Return a promise of a model's call, which runs in the order of the sequence numbers.
@@ -143,7 +143,7 @@ class Api:
         session = self.alive(key, asked["session_id"])
         name = f"{asked['session_id']}:train:{asked['model_seq_id']}"
         if (count := sum(len(each.models) for each in self._of(key)) + 1) > _MODELS:
-            raise ValueError(f"model: expected at most {_MODELS} of a key, found {count}")
+            raise ValueError(f"model: expected at most {_MODELS} models per API key, found {count}")
         path = parsed(key, asked["path"]) if "path" in asked else None  # only in load_weights
         if path is None:
             self.check_base(asked.get("base_model"))
@@ -202,10 +202,10 @@ class Api:
         for session in self._of(key):
             if name in session.samplers:
                 return session, session.samplers[name]
-        raise GoneError(f"sampling_session_id: expected one of this key, found {name!r:.200}")
+        raise GoneError(f"sampling_session_id: expected a session of this key, found {name!r:.200}")
 
     def sample(self, key: str, asked: Answer) -> Answer:
-        """Return a promise of samples; a request with a repeated ``seq_id`` returns the same."""
+        """Return a promise of samples, the same one if a request repeats a ``seq_id``."""
         name, number = asked.get("sampling_session_id"), asked.get("seq_id")
         session, sampler = self.samplers(key, name) if name else (None, self.sampler(key, asked))
         if session is not None and (name, number) in session.asked:

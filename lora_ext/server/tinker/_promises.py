@@ -32,7 +32,7 @@ class GoneError(LookupError):
 class Model:
     """Model of a training client, with calls that run in the order of their sequence numbers.
 
-    Calls may arrive in another order.
+    Calls may arrive out of order.
 
     Args:
         tenant: tenant of the service that trains the model.
@@ -78,7 +78,7 @@ class Model:
 
 
 class Promises:
-    """Promised responses of all API keys; the limits apply to each key separately."""
+    """Promised responses of all API keys. The maximum numbers apply to each key separately."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -106,7 +106,7 @@ class Promises:
         with self.lock:
             found = self._of_keys[key].get(name) if key in self._of_keys else None
         if found is None:
-            raise GoneError(f"request_id: expected a promise of this server, found {name!r:.200}")
+            raise GoneError(f"request_id: expected a promise to this API key, found {name!r:.200}")
         return found
 
     def at_once(self, key: str, action: Callable[[], Any]) -> Answer:

@@ -1,8 +1,8 @@
 """Protobuf messages of Tinker's API: https://pypi.org/project/tinker, version 0.25 and later.
 
-The messages are defined here with the field numbers and types of Tinker's, which determine the
-encoding. Names may differ. A map is encoded as a list of messages with a key and a value, and an
-enumeration as a number. The only package that is needed is ``protobuf``.
+The messages are defined here with the field numbers and types of Tinker's messages, which determine
+the encoding. Names may differ. A map is encoded as a list of messages with a key and a value, and
+an enumeration as a number. The only package that is needed is ``protobuf``.
 """
 
 from __future__ import annotations
@@ -92,17 +92,17 @@ def read_request(body: bytes) -> tuple[Any, list[Datum], dict[str, float]]:
 
 def _array(where: str, data: bytes, dtype: Any) -> torch.Tensor:
     if len(data) % np.dtype(dtype).itemsize:
-        raise ValueError(f"{where}: expected whole {np.dtype(dtype)}, found {len(data)} bytes")
+        raise ValueError(f"{where}: expected {np.dtype(dtype)} numbers, found {len(data)} bytes")
     return torch.from_numpy(np.frombuffer(data, dtype).copy())
 
 
 def _tensor(where: str, tensor: Any) -> torch.Tensor:
     if tensor.sparse_csr or tensor.dtype not in _DTYPES:
         found = "a sparse tensor" if tensor.sparse_csr else f"dtype {tensor.dtype}"
-        raise ValueError(f"{where}: expected a dense float32 or int64, found {found}")
+        raise ValueError(f"{where}: expected dense float32, int64 or int32, found {found}")
     found, shape = _array(where, tensor.dense, _DTYPES[tensor.dtype]), list(tensor.shape)
     if any(n < 0 for n in shape) or math.prod(shape) != found.numel():
-        raise ValueError(f"{where}: expected {found.numel()} numbers, found shape {shape}")
+        raise ValueError(f"{where}: expected a shape of {found.numel()} elements, found {shape}")
     return found.reshape(shape)
 
 

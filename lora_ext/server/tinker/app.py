@@ -68,7 +68,7 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
 
     def error_answer(_: Request, error: Exception) -> JSONResponse:
         code = next(code for kind in type(error).__mro__ if (code := _CODES.get(kind)))  # pyright: ignore[reportArgumentType]
-        words = f"{error.args[0]}: expected in the body, found none"  # of a KeyError
+        words = f"{error.args[0]}: expected a value, found none"  # of a KeyError
         words = words if type(error) is KeyError else api.words_of(error)
         return JSONResponse({"error": words, "category": "user"}, code)
 
@@ -130,7 +130,7 @@ async def _read(request: Request) -> Answer:
     except RecursionError:
         raise ValueError("body: expected JSON nested less deeply, found too many levels") from None
     if not isinstance(asked, dict):
-        raise ValueError(f"body: expected an object of JSON, found {type(asked).__name__}")
+        raise ValueError(f"body: expected a JSON object, found {type(asked).__name__}")
     for kind, names in _KINDS.items():
         for name in names.split():
             found = asked.get(name)
@@ -206,7 +206,7 @@ def _add_models(post: Any, api: Api) -> None:
         where = folder(key, model, kind, name)
         target = api.service.store.folder("save", where)
         if asked.get("overwrite") is False and target.exists():
-            raise ValueError(f"path: expected a new name, or overwrite, found {name!r:.200}")
+            raise ValueError(f"path: expected a new name, or overwrite=true, found {name!r:.200}")
         answer = {"type": done, "path": f"tinker://{model}/{kind}/{name}"}
         begin = methodcaller("save", where, wait=False)
         return api.in_order(key, asked, begin, lambda _: answer)
@@ -246,13 +246,14 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
         body = await read_body(request, MAX_BODY)
         if request.headers.get("content-encoding") == "zstd":
             if zstandard is None:
-                raise HTTPException(415, "content-encoding: expected none; pip install zstandard")
+                remedy = "run `pip install zstandard` on the server"
+                raise HTTPException(415, f"content-encoding: expected none, found zstd; {remedy}")
             try:
                 body = zstandard.ZstdDecompressor().stream_reader(body).read(MAX_BODY + 1)
             except zstandard.ZstdError as error:
-                raise ValueError(f"body: expected zstd, found {error}") from None
+                raise ValueError(f"body: expected zstd data, found an error: {error}") from None
             if len(body) > MAX_BODY:
-                raise HTTPException(413, f"body: expected at most {MAX_BODY} bytes")
+                raise HTTPException(413, f"body: expected at most {MAX_BODY} bytes, found more")
         asked, data, options = read_request(body)
 
         def begin(tenant: Tenant) -> Any:
