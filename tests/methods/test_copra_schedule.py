@@ -189,7 +189,7 @@ def test_invalid_numbers_of_steps_and_groups_are_refused(arguments, error, messa
 
 
 def test_min_active_above_the_number_of_groups_is_refused():
-    message = r"CopraSchedule: min_active: expected at most the 4 groups, found 5"
+    message = r"CopraSchedule: min_active: expected at most the number of groups, 4, found 5"
     with pytest.raises(ValueError, match=message):
         schedule(min_active=5)
 
