@@ -41,7 +41,7 @@ def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapt
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num": 1, "threshold": 0.5}, "num and threshold: expected one of them, found both, 1"),
+        ({"num": 1, "threshold": 0.5}, "num and threshold: expected at most one, found both, 1"),
         ({"num": -1}, "num: expected an integer from 0, found -1"),
         ({"num": 2.0}, "num: expected an integer from 0, found 2.0"),
         ({"num": True}, "num: expected an integer from 0, found True"),
@@ -54,7 +54,7 @@ def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapt
         ({"score": "norm"}, r"score: expected one of \('distance', 'angle', 'alignment'\)"),
         (
             {"score": "angle", "reference": "released"},
-            "reference: expected 'population' beside score='angle', found 'released'",
+            "reference: expected 'population' with score='angle', found 'released'",
         ),
         ({"stat": "mad"}, r"stat: expected one of \('iqr', 'std'\), found 'mad'"),
         ({"mode": "drop"}, r"mode: expected one of \('remove', 'zero'\), found 'drop'"),
@@ -110,11 +110,11 @@ def test_weights_of_different_shapes_are_refused():
     [
         (
             {"b": torch.ones(11, 3)},
-            r"\(11, 10\), as B \(11, 3\) and A \(3, 10\) have, found \(12, 10\)",
+            r"\(11, 10\), the shape of B A for B \(11, 3\) and A \(3, 10\), found \(12, 10\)",
         ),
         (
             {"a": torch.ones(3, 9)},
-            r"\(12, 9\), as B \(12, 3\) and A \(3, 9\) have, found \(12, 10\)",
+            r"\(12, 9\), the shape of B A for B \(12, 3\) and A \(3, 9\), found \(12, 10\)",
         ),
         ({"a": torch.ones(4, 10)}, r"one rank, found B \(12, 3\) and A \(4, 10\)"),
         (
@@ -255,7 +255,7 @@ def test_factor_without_its_partner_raises_a_key_error(tmp_path: Path):
 
 
 def test_state_dict_without_factors_is_refused():
-    with pytest.raises(ValueError, match=r"adapter: expected names as <module>.lora_A.weight, f"):
+    with pytest.raises(ValueError, match=r"expected names such as <module>.lora_A.weight, found"):
         ediem_scores({"up.weight": torch.ones(2, 2)}, {}, {})
 
 
@@ -321,7 +321,7 @@ def test_pair_stats_refuses_invalid_factors():
 
 def test_diem_refuses_invalid_vectors():
     x = torch.rand(4)
-    with pytest.raises(ValueError, match=r"diem: b: expected as many entries as in a \(4,\)"):
+    with pytest.raises(ValueError, match=r"diem: b: expected the shape of a, \(4,\)"):
         diem(x, x[:3], v_min=0, v_max=1)
     with pytest.raises(ValueError, match="diem: a: expected finite"):
         diem(x * float("nan"), x, v_min=0, v_max=1)
@@ -350,6 +350,6 @@ def test_pairs_are_only_accepted_with_their_reference():
         ediem_scores(adapter, base, aligned, config)
     bad = [(torch.ones(2, 2), torch.ones(2, 3))]
     with pytest.raises(
-        ValueError, match=r"pairs\[0\]: expected matrices of one shape, found \(2, 2"
+        ValueError, match=r"pairs\[0\]: expected matrices of equal shape, found \(2, 2"
     ):
         ediem_scores(adapter, base, aligned, config, pairs=bad)

@@ -83,8 +83,8 @@ class LegendConfig:
         }
         check_fields(self, table)
         for holds, name, expected in (
-            (self.r_max is None or self.r_max >= self.r_min, "r_max", f"r_min={self.r_min} or more"),
-            (self.k_max is None or self.k_max >= self.k_min, "k_max", f"k_min={self.k_min} or more"),
+            (self.r_max is None or self.r_max >= self.r_min, "r_max", f">= r_min = {self.r_min}"),
+            (self.k_max is None or self.k_max >= self.k_min, "k_max", f">= k_min = {self.k_min}"),
             (self.step >= 0 or self.shape in ("uniform", "geometric"), "step", rises),
         ):
             require(holds, "LegendConfig", name, expected, getattr(self, name))

@@ -87,7 +87,8 @@ def rank_distribution(
     require(total >= least - slack, where, "total", f"at least {least}, r_min in each layer", total)
     if high is not None:
         most = L * high * multiple
-        require(total <= most + slack, where, "total", f"at most {most}, r_max in each layer", total)
+        fits = total <= most + slack
+        require(fits, where, "total", f"at most {most}, r_max in each layer", total)
     if shape == "geometric":
         growth = [ratio ** (i / max(1, L - 1)) for i in range(L)]
         wished = [total * g / math.fsum(growth) for g in growth]

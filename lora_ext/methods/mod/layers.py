@@ -64,7 +64,7 @@ class DepthMixer(nn.Module):
         weights: list[Any] = [norm.weight for norm in norms]
         for e in range(k):
             found, wanted = (forms[e], *weights[e].shape), (forms[-1], *weights[-1].shape)
-            require(found == wanted, "DepthMixer: norms", str(e), f"{wanted} as the last norm", found)
+            require(found == wanted, "DepthMixer: norms", str(e), f"{wanted} as the last", found)
         self.config = config
         self.form = forms[-1]
         self.norms = nn.ModuleList(norms[:-1] if config.share_final_norm else norms)
