@@ -48,7 +48,7 @@ def test_ramps_at_their_middle_equal_the_formulas(ramp, expected: float):
 
 @pytest.mark.parametrize("value", [-0.1, math.nan])
 def test_ramp_outside_zero_to_one_is_refused(value: float):
-    with pytest.raises(ValueError, match=r"CopraSchedule: ramp: expected a fraction .* found"):
+    with pytest.raises(ValueError, match=r"CopraSchedule: ramp: expected a function .* found"):
         schedule(ramp=lambda fraction: value).probability(3)
 
 

@@ -161,7 +161,7 @@ def test_samples_depend_on_seed_round_and_client():
         (
             lambda: rgd_layers([1.0, float("nan")], 1, seed=0, round=0, client=0),
             ValueError,
-            "weights: expected finite numbers from 0",
+            "weights: expected finite numbers >= 0",
         ),
         (
             lambda: rgd_layers([1.0, 0.0, 2.0], 3, seed=0, round=0, client=0),

@@ -187,7 +187,7 @@ def test_device_without_memory_for_the_least_depth_is_refused():
     one = configurator(memory={3: 1.5}, mem=lambda k: k, k_min=2)
     one.configure(TWELVE, (0, 1))
     with pytest.raises(
-        ValueError, match=r"memory\[3\]: expected at least 2 for depth 2; it cannot"
+        ValueError, match=r"memory\[3\]: expected at least 2 bytes, which depth 2 ne"
     ):
         one.configure(TWELVE, (0, 3))
 
@@ -298,7 +298,7 @@ def test_rank_cap_lowers_ranks_and_bytes_of_a_device():
         ({"cover_every": 0}, "cover_every: expected an integer from 1"),
         ({"eps": -0.1}, "eps: expected a number from 0"),
         ({"byte_budget": 0}, "byte_budget: expected a number above 0"),
-        ({"memory": {0: 1}}, r"mem: expected mem\(k\) beside memory, found None"),
+        ({"memory": {0: 1}}, r"mem: expected a function if memory is given, found None"),
         ({"shares": {0: -1}}, r"shares\[0\]: expected a number from 0, found -1"),
         ({"rank_caps": {0: 0}}, r"rank_caps\[0\]: expected an integer from 1"),
     ],

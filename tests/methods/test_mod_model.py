@@ -252,7 +252,7 @@ def test_second_apply_raises_and_names_remove():
     assert traces(model) == before
     mod.remove(model)
     for use in (mod.remove, mod.state_dict, mod.trainable_report):
-        with pytest.raises(RuntimeError, match=r": model: expected a model of mod\.apply"):
+        with pytest.raises(RuntimeError, match=r": model: expected a model with MoD from mod"):
             use(model)
 
 

@@ -116,7 +116,7 @@ def test_weights_of_different_shapes_are_refused():
             {"a": torch.ones(3, 9)},
             r"\(12, 9\), the shape of B A for B \(12, 3\) and A \(3, 9\), found \(12, 10\)",
         ),
-        ({"a": torch.ones(4, 10)}, r"one rank, found B \(12, 3\) and A \(4, 10\)"),
+        ({"a": torch.ones(4, 10)}, r"equal rank, found B \(12, 3\) and A \(4, 10\)"),
         (
             {"a": torch.ones(0, 10), "b": torch.ones(12, 0)},
             r"rank of at least 1, found 0: B \(12, 0\) and A \(0, 10\)",
@@ -134,7 +134,7 @@ def test_state_dict_with_different_or_zero_ranks_is_refused():
     state = adapter.state_dict()
     key = f"base_model.model.{Q}.lora_B.weight"
     with pytest.raises(
-        ValueError, match=rf"{Q}.lora_B.weight: .*rank of A, which is 3, found \(12, 4"
+        ValueError, match=rf"{Q}.lora_B.weight: .*since A has rank 3, found \(12, 4"
     ):
         ediem_scores({**state, key: torch.ones(12, 4)}, base, aligned)
     empty = {f"{Q}.lora_A.weight": torch.ones(0, 10), f"{Q}.lora_B.weight": torch.ones(12, 0)}
@@ -176,7 +176,7 @@ def test_equal_weights_raise_zero_alignment_error():
     aligned[KEY] = base[KEY].clone()
     for projection in ("frobenius", "orthogonal"):
         config = SploraConfig(direction="smallest", projection=projection, rank=2)
-        with pytest.raises(ZeroAlignmentError, match=rf"{Q}: expected .*differs.*equal ones"):
+        with pytest.raises(ZeroAlignmentError, match=rf"{Q}: expected .*differs.*equal weights"):
             ediem_scores(adapter, base, aligned, config)
     assert issubclass(ZeroAlignmentError, ValueError)
     with pytest.raises(ZeroAlignmentError, match="project_factor: expected an aligned weight"):
@@ -307,7 +307,7 @@ def test_pair_stats_refuses_invalid_factors():
     assert pair_stats(a, b, b).tolist() == [80, 80, 80, 0]
     with pytest.raises(ValueError, match="pair_stats: expected a rank of at least 1, found 0"):
         pair_stats(a[:0], b[:, :0], b[:, :0])
-    with pytest.raises(ValueError, match=r"one rank, found B \(4, 2\) and A \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"equal rank, found B \(4, 2\) and A \(3, 5\)"):
         pair_stats(torch.ones(3, 5), b, b)
     with pytest.raises(
         ValueError, match=r"projected_b: expected the shape of b \(4, 2\), found \(3, 2"

@@ -154,7 +154,7 @@ def test_copies_and_pickles_are_independent_models() -> None:
 
 def test_more_blocks_than_the_model_has_are_refused() -> None:
     model = language()
-    with pytest.raises(ValueError, match=r"n_blocks: expected at most the model's 3 .*found 4"):
+    with pytest.raises(ValueError, match=r"n_blocks: .* at most the number of blocks, 3, found 4"):
         vora.apply(model, settings(n_blocks=4))
     assert all(p.requires_grad for p in model.parameters())
     vora.apply(model, settings(n_blocks=3))
