@@ -158,7 +158,7 @@ def test_activations_of_other_shapes_are_refused_by_the_layers_name(kind: str):
     layer = groups.layers[0][0]
     with every_row_its_own(groups, MASKS, 2):
         for x in (torch.randn(40, 16), torch.randn(4, 10, 16), torch.randn(1, 10, 16)):
-            with pytest.raises(RowwiseError, match=r"q_proj: expected activations with 10 sequence"):
+            with pytest.raises(RowwiseError, match=r"q_proj: .* activations with 10 sequences"):
                 layer(x)
         key = "adapter_ids" if kind == "ours" else "adapter_names"
         with pytest.raises(RowwiseError, match=r"q_proj: expected a call with activations only"):

@@ -181,9 +181,9 @@ def test_flattened_rows_are_evaluated_one_by_one():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batched_coalitions": 4}, r"batched_coalitions: expected at least 1, or 1 without a"),
+        ({"batched_coalitions": 4}, r"batched_coalitions: expected 1, or more with a"),
         ({"batch": BATCH, "batched_coalitions": 0}, r"batched_coalitions: .* found 0"),
-        ({"batch": {"name": "a"}}, r"batch: .* at least one tensor of rows, found \['name'\]"),
+        ({"batch": {"name": "a"}}, r"batch: .* with a batch dimension, found \['name'\]"),
         ({"batch": BATCH, "samples": 0}, r"samples: expected an integer from 1, found 0"),
     ],
 )

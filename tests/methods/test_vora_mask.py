@@ -157,7 +157,7 @@ def test_invalid_arguments_are_refused(arguments, fields: dict, message: str):
 
 
 def test_image_in_two_pieces_is_refused():
-    message = r"image_ids: sample 0: expected adjacent tokens of image 0, found others in between"
+    message = r"image_ids: sample 0: expected adjacent tokens of image 0, found other tokens"
     with pytest.raises(ValueError, match=message):
         mask_of([[0, 0, -1, 0]])
     with pytest.raises(ValueError, match=message):

@@ -123,7 +123,7 @@ def _groups(source: Source, where: str) -> list[list[str]]:
         source = source.groups
     elif isinstance(source, (str, os.PathLike)):
         source = LoraAdapter.load(source)
-    expected = "a controller, an adapter or its folder, or names"
+    expected = "a CopraController, an adapter, its folder, or module names"
     known = isinstance(source, (LoraAdapter, Iterable))
     require(known, where, "source", expected, type(source).__name__)
     names: list[str] = []

@@ -147,7 +147,7 @@ def layer_shapley(
     estimator = _estimator(n, method, samples, generator, antithetic, levels)
     count = batched_coalitions
     fits = count == 1 or (count > 1 and batch is not None)
-    require(fits, where, "batched_coalitions", "at least 1, or 1 without a batch", count)
+    require(fits, where, "batched_coalitions", "1, or more with a batch", count)
 
     values = _Utilities(model, controller, eval_fn, batch)
     at_once = 1 if batch is None else _coalitions_at_once(values.first, count)
@@ -183,7 +183,7 @@ class _Utilities:
     def __post_init__(self) -> None:
         batch = {"": torch.empty(0)} if self.batch is None else self.batch
         tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
-        require(tensors, "layer_shapley", "batch", "at least one tensor of rows", sorted(batch))
+        require(tensors, "layer_shapley", "batch", "a tensor with a batch dimension", sorted(batch))
         self.first, self.rows = tensors[0], len(tensors[0])
 
     def __call__(self, queried: Sequence[int]) -> list[float]:

@@ -237,7 +237,7 @@ def _by_sample(name: str, tensors: Sequence[Tensor], n: int) -> Tensor:
     samples in one dimension, ``(n * T, width)``."""
     for t in tensors:
         fits = t.dim() > 1 and t.shape[0] % n == 0
-        require(fits, WHERE, name, f"a multiple of {n} (samples) rows", list(t.shape))
+        require(fits, WHERE, name, f"{n} samples in dimension 0", list(t.shape))
     return torch.cat([t.reshape(n, -1, t.shape[-1]) for t in tensors], 1)
 
 

@@ -86,7 +86,7 @@ class LegendAllocator:
             self.L, bytes_per_layer, ranks=self.ranks, **settings
         )
         self.last: Configuration | None = None
-        self._depths: dict[Client, int] = {}  # latest depths; a fault removes the device's entry
+        self._depths: dict[Client, int] = {}  # latest depths; removed after timeouts, bad reports
         self._probes: Counter[Client] = Counter()
 
     @classmethod

@@ -102,7 +102,7 @@ class PrefixCache:
         for name, module in manager.model.named_modules():
             inside = f"{name}.".startswith(above) or ".lora_dropout." in name
             found = _randomness(module) if module.training and not inside else ""
-            require(not found, WHERE, name, "rows that depend only on their sample", found)
+            require(not found, WHERE, name, "no dropout or batch normalisation in training", found)
         if self._blocks > lowest:
             self._rows.clear()
         if not self._rows:
@@ -162,8 +162,8 @@ class PrefixCache:
 
 
 def _randomness(module: nn.Module) -> str:
-    """Return why a row of a module's output does not depend only on its sample in training, or ""
-    if it does."""
+    """Return the reason why a row of a module's output does not depend only on its sample in
+    training mode, or "" if it depends only on its sample."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "batch normalisation"
     drops = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else {}

@@ -49,7 +49,7 @@ class DepthMixer(nn.Module):
         TypeError: If a norm computes neither RMSNorm nor LayerNorm.
         ValueError: If the number of norms is not k, or their widths or forms differ.
 
-    Source: arXiv 2410.13077; router and initial values are ours (docs/mod.md).
+    Source: arXiv 2410.13077; router and initial values are our choice (docs/mod.md).
     """
 
     final_norm: nn.Module
@@ -64,7 +64,7 @@ class DepthMixer(nn.Module):
         weights: list[Any] = [norm.weight for norm in norms]
         for e in range(k):
             found, wanted = (forms[e], *weights[e].shape), (forms[-1], *weights[-1].shape)
-            require(found == wanted, "DepthMixer: norms", str(e), f"{wanted} as the last", found)
+            require(found == wanted, "DepthMixer: norms", str(e), f"{wanted} like the last", found)
         self.config = config
         self.form = forms[-1]
         self.norms = nn.ModuleList(norms[:-1] if config.share_final_norm else norms)
@@ -155,7 +155,7 @@ class DepthMixer(nn.Module):
         wanted = hiddens[-1].shape, hiddens[-1].dtype, hiddens[-1].device
         for e, hidden in enumerate(hiddens):
             found = hidden.shape, hidden.dtype, hidden.device
-            require(found == wanted, "DepthMixer: hiddens", str(e), f"{wanted} as the last", found)
+            require(found == wanted, "DepthMixer: hiddens", str(e), f"{wanted} like the last", found)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DepthMixer:
         if self.config.share_final_norm:

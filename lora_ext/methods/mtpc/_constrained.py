@@ -33,7 +33,7 @@ from ._shortlist import Shortlist
 from .layers import Circuit
 
 _WHERE = "SpeculativeDecoder"
-_MAX_FORCED_TOKENS = 32  # maximum of a run, which lengthens the pass of every row
+_MAX_FORCED_TOKENS = 32  # longest run; a run lengthens the pass of every row
 
 
 class _Position(NamedTuple):

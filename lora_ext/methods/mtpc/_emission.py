@@ -18,7 +18,7 @@ have leaves, ``R`` rank of an adapter, ``M`` transition matrices. Rows have the 
 parameters. The softmax is computed in float32 (float64 for float64).
 
 Sources: ``full`` and ``expander`` are the authors' (arXiv 2511.11346 and its code); ``adapter`` is
-ours (docs/mtpc.md, "Head").
+our addition (docs/mtpc.md, "Head").
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
         text = [*before, *new]
         ends = range(len(before) + 1, len(text) + 1)
         tails = [[*[filler] * (width - end), *text[max(0, end - width) : end]] for end in ends]
-        ids: Any = torch.tensor(tails, dtype=torch.int64)  # annotated as LongTensor
+        ids: Any = torch.tensor(tails, dtype=torch.int64)  # the criteria's annotation is LongTensor
         completed = criteria(ids, None).tolist()
         return completed.index(True) + 1 if True in completed else None
 

@@ -131,7 +131,7 @@ class Trunk:
         prompt = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
         logits, hidden = self._run(input_ids, positions, **prompt)
         self.logits, self.hidden = logits[:, -1], hidden[:, -1]
-        self._states = hidden[:, -1:]  # (B, K + 1, D): before and inside the last window
+        self._states = hidden[:, -1:]  # (B, K + 1, D), before and inside the last window
         self.passes = 0
 
     def advance(self, tokens: Tensor) -> None:

@@ -134,8 +134,8 @@ class CircuitHead(nn.Module):
             are larger than the free memory.
         NotImplementedError: If ``dtype`` is not one of these.
 
-    Source: arXiv 2511.11346 and its code; ``adapter`` is ours (docs/mtpc.md). The shortlist for the
-    draft is from FR-Spec (arXiv 2502.14856).
+    Source: arXiv 2511.11346 and its code; ``adapter`` is our addition (docs/mtpc.md). The shortlist
+    for the draft is from FR-Spec (arXiv 2502.14856).
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class CircuitHead(nn.Module):
         self.init_identity = init_identity
         ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
         if ids is not None:
-            ids = ids.to(torch.empty(0, device=device).device)  # None: the default device
+            ids = ids.to(torch.empty(0, device=device).device)  # the default device if None
         self.shortlist: Tensor | None
         self.register_buffer("shortlist", ids)
         self.num_leaves = self.listed.size

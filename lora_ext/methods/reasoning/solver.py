@@ -17,8 +17,8 @@ _PROMPT = re.compile(
 def solve(instance: HashInstance | str) -> str:
     """Return the answer to a prompt.
 
-    In the hop task, as many edges as there are hops are followed; in the chain task, a
-    breadth-first search finds the nearest end.
+    In the hop task, k edges are followed from the start (k is the number of hops). In the chain
+    task, a breadth-first search finds the nearest end.
 
     Args:
         instance: prompt, or instance, of which only the prompt is read.

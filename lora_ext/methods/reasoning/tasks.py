@@ -183,7 +183,7 @@ class HashChain(_Task):
             largest = max(self._longest(lengths, shortest) for shortest in lengths[:-1])
         else:
             enough = num_chains <= len(chains)
-            expected = f"at most the number of chains, {len(chains)}"
+            expected = f"at most the number of entries of chains, {len(chains)}"
             require(enough, "HashChain", "num_chains", expected, num_chains)
             used = chains[:num_chains]
             unique = used.count(min(used)) == 1

@@ -23,7 +23,7 @@ OnZeroAlignment = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class SploraConfig:
-    """Settings for scoring layers and for selecting those to prune.
+    """Settings for scoring layers and for selecting the layers to prune.
 
     A layer has factors A and B, scaling s and the update ``D = s B A``. V is the change of its
     weight by the alignment, aligned minus base, and P maps onto the directions of V. Norms are

@@ -81,7 +81,7 @@ def remove(model: nn.Module) -> None:
     """
     applied: _Applied | None = model.__dict__.pop(_KEY, None)
     if applied is None:
-        found = f"a {type(model).__name__} without it"
+        found = f"a {type(model).__name__} that is not pruned"
         raise RuntimeError(f"remove: model: expected a model pruned by apply_to, found {found}")
     layers = adapted_layers(model)
     for name in applied.switched:

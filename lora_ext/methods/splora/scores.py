@@ -205,7 +205,7 @@ def _permuted(
 ) -> Tensor:
     """Return ``|(P B - B[pi]) A| s`` for random permutations pi of the rows, ``(n_samples,)``.
 
-    The generator is seeded anew for every layer, so that its score does not depend on other layers.
+    The generator is re-seeded for every layer, so that its score does not depend on other layers.
     """
     generator = torch.Generator().manual_seed(config.seed)
     orders = (torch.randperm(len(b), generator=generator) for _ in range(config.n_samples))

@@ -45,7 +45,7 @@ class VoraForCausalLM(nn.Module):
         model: causal LM, which is changed in place: :func:`apply` is called unless it was called
             already.
         config: settings of the layers, the embedding and the distillation.
-        teacher_width: d_v, width of the teacher of the distillation; None for no heads.
+        teacher_width: d_v, width of the teacher of the distillation; None creates no heads.
 
     Attributes:
         model: the language model.

@@ -91,7 +91,8 @@ def splice_images(
     is_image = valid & (input_ids == placeholder)
     is_text = valid & ~is_image
     where = f"{where}: image_tokens"
-    # Checked before `embed` is called, for which the id of a different placeholder is invalid.
+    # Checked before `embed` is called, which would fail on placeholders that differ from
+    # `placeholder`.
     for sample, (count, tokens) in enumerate(zip(is_image.sum(1).tolist(), images, strict=True)):
         expected = f"as many images as there are placeholders, {count}"
         require(count == len(tokens), where, f"sample {sample}", expected, len(tokens))
@@ -184,8 +185,8 @@ def build_vision_mask(
         bidirectional: whether the tokens of an image attend to each other in both directions;
             otherwise images are in causal order too.
         dtype: dtype of an additive mask, with 0 for allowed pairs and the lowest finite number for
-            others; None returns bools. Eager attention of transformers needs the additive form: it
-            would add bools as 0 and 1, which masks nothing.
+            all other pairs; None returns bools. Eager attention of transformers needs the additive
+            form: it would add bools as 0 and 1, which masks nothing.
         past_length: number of the T tokens that are in the cache; they are keys but not queries.
         window: number of tokens that a query attends to in layers with sliding attention,
             ``j > i - window``; with ``bidirectional``, the tokens of an image attend to the whole
@@ -218,7 +219,7 @@ def build_vision_mask(
         starts = [i for i, _ in itertools.groupby(ids) if i >= 0]
         apart = next((i for n, i in enumerate(starts) if i in starts[:n]), None)
         expected = f"adjacent tokens of image {apart}"
-        require(apart is None, f"{where}: image_ids", which, expected, "others in between")
+        require(apart is None, f"{where}: image_ids", which, expected, "other tokens in between")
         if 0 < past < length:
             image = ids[past]
             whole = image < 0 or ids[past - 1] != image
