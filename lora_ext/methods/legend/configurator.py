@@ -71,8 +71,8 @@ class LegendConfigurator:
        the last k layers.
     2. ``k_i`` is the largest depth with ``T_i(k) <= tau``. If there is none, it is the largest
        depth that takes no longer than ``k_min``.
-    3. No depth changes by more than ``max_step`` from one round to the next. 4. Every
-    ``cover_every`` rounds, one device trains all layers or, if no device can, the largest
+    3. No depth changes by more than ``max_step`` from one round to the next.
+    4. Every ``cover_every`` rounds, one device trains all layers or, if no device can, the largest
        possible number of layers.
     5. While the layers to send have more than ``byte_budget`` bytes in total, the depth of the
        device with the most bytes per share of the data is lowered by one.

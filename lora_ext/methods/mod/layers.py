@@ -64,7 +64,8 @@ class DepthMixer(nn.Module):
         weights: list[Any] = [norm.weight for norm in norms]
         for e in range(k):
             found, wanted = (forms[e], *weights[e].shape), (forms[-1], *weights[-1].shape)
-            require(found == wanted, "DepthMixer: norms", str(e), f"{wanted} like the last", found)
+            expected = f"{wanted}, as for the last one"
+            require(found == wanted, "DepthMixer: norms", str(e), expected, found)
         self.config = config
         self.form = forms[-1]
         self.norms = nn.ModuleList(norms[:-1] if config.share_final_norm else norms)
@@ -155,7 +156,8 @@ class DepthMixer(nn.Module):
         wanted = hiddens[-1].shape, hiddens[-1].dtype, hiddens[-1].device
         for e, hidden in enumerate(hiddens):
             found = hidden.shape, hidden.dtype, hidden.device
-            require(found == wanted, "DepthMixer: hiddens", str(e), f"{wanted} like the last", found)
+            expected = f"{wanted}, as for the last one"
+            require(found == wanted, "DepthMixer: hiddens", str(e), expected, found)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DepthMixer:
         if self.config.share_final_norm:
