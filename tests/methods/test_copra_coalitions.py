@@ -188,7 +188,7 @@ def test_invalid_masks_and_merged_layers_are_refused(kind: str):
         (MASKS[:, :2], 2, r"masks: expected bools of shape \(K, 3\), found .* \(5, 2\)"),
         (MASKS.long(), 2, r"masks: expected bools"),
         (MASKS[:0], 2, r"expected at least one mask and one sequence, found 0 masks and 2"),
-        (MASKS, 0, r"found 5 and 0"),
+        (MASKS, 0, r"found 5 masks and 0"),
     ):
         with pytest.raises(ValueError, match=message), every_row_its_own(groups, masks, sequences):
             pytest.fail("the block was entered")

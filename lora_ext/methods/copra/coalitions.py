@@ -51,7 +51,7 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
     found = f"{table.dtype} of shape {tuple(table.shape)}"
     require(fits, "coalitions", "masks", f"bools of shape (K, {len(groups)})", found)
     if not len(table) or sequences < 1:
-        found = f"{len(table)} masks and {sequences}"
+        found = f"{len(table)} masks and {sequences} sequences"
         raise ValueError(f"coalitions: expected at least one mask and one sequence, found {found}")
     groups.checked(table.all(0))  # raises for a merged layer
     with groups.masked(table.any(0)), contextlib.ExitStack() as hooks:
