@@ -1,8 +1,8 @@
 """Forwards in which the sequences of a batch have different sets of adapted layers.
 
 To evaluate a batch with K masks over the layers of a model, one can run K forwards, or one forward
-on K copies of the batch, which reads each weight only once. In the latter, a layer has one adapter
-id for each row, which is -1 if the row's mask switches the layer off.
+on K copies of the batch, which reads each weight only once. In the second case, a layer has one
+adapter id for each row, which is -1 if the row's mask switches the layer off.
 """
 
 from __future__ import annotations

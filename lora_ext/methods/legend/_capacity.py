@@ -64,9 +64,9 @@ class CapacityTracker:
         L: Number of layers.
         rho: Weight of the old value of beta.
         forgetting: lambda, factor by which the weight of a report decreases with each later report.
-        outlier: Largest factor between a reported and an estimated value. A report that exceeds it
-            is ignored. If the next report exceeds it too, the change counts as real, and all
-            earlier reports are forgotten.
+        outlier: Largest accepted factor between a reported and an estimated value. A report that
+            exceeds it is ignored. If the next report exceeds it too, the change counts as real, and
+            all earlier reports are forgotten.
         most_seconds: Upper bound of a duration; a report above it is not a measurement.
         max_bad: Number of consecutive reports that are not measurements after which a device is not
             trusted.

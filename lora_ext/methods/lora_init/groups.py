@@ -23,8 +23,8 @@ def loraplus_param_groups(
     weight_decay: float = 0.0,
     lr_embedding: float = 1e-6,
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups of LoRA+ for a torch optimizer, with the same division of
-    parameters as in PEFT's function.
+    """Return the parameter groups of LoRA+ for a torch optimizer, divided as in PEFT's
+    ``create_loraplus_optimizer``.
 
     According to the theory, B needs the larger rate even if its initial values are random
     ("init_b"), since the updates of B become smaller with the width.

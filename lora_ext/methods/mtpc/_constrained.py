@@ -1,11 +1,11 @@
 """Speculative decoding under a constraint: the draft contains only tokens that the constraint
 allows.
 
-The constraint state of every row advances with the drafted tokens. At every position, the draft's
-distribution is the circuit's conditional times the ``r`` of the target (the guide's probability
-that the constraint will be satisfied, :mod:`lora_ext.control`), or times the mask of allowed
-tokens. Draft and target share this factor, so ``ops.spec_verify`` is used unchanged. After the end
-of a text, both distributions contain only end tokens.
+The constraint state of every row advances with the drafted tokens. At every position, the
+conditional distribution of the circuit is multiplied by the same factor as the target's: ``r``, the
+guide's probability that the constraint will be satisfied (:mod:`lora_ext.control`), or the mask of
+allowed tokens. Since draft and target share this factor, ``ops.spec_verify`` is used unchanged.
+After the end of a text, both distributions contain only end tokens.
 
 If only one token is allowed, it has probability 1 in draft and target. A run of such tokens that
 follows a window is appended to it. The run needs no test; the last test of the window uses the
