@@ -222,7 +222,7 @@ def test_missing_direction_is_reported_and_remedies_are_options_of_the_command(
     found = run("prune", models / "adapter", *folders, *out)
     assert_refused(found, "lora-ext prune: ", "--direction")
     asked = ("prune", models / "adapter", *folders, *out, "--direction", "smallest")
-    assert_refused(run(*asked), "equal ones", "(--on-zero-alignment skip leaves such layers alone)")
+    assert_refused(run(*asked), "equal weights", "; --on-zero-alignment skip keeps such layers")
     skipping = (*asked, "--on-zero-alignment", "skip", "--score", "alignment")
     assert run_json(*skipping)["modules"] == []
     shutil.rmtree(tmp_path / "out")
@@ -230,7 +230,7 @@ def test_missing_direction_is_reported_and_remedies_are_options_of_the_command(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the warning about the identity
         status, text, err = run(*same)
-        assert status == 2 and text == "" and "(--allow-degenerate makes all scores 0)" in err
+        assert status == 2 and text == "" and "; --allow-degenerate sets all scores to 0" in err
         found = run_json(*same, "--allow-degenerate")
     assert {row["score"] for row in found["modules"]} == {0.0}
     assert found["size_correlation"] is None

@@ -132,7 +132,7 @@ def test_masks_reach_their_rows(family: str, kind: str, length: int) -> None:
             alone.append(model(input_ids=ids).logits)
     torch.testing.assert_close(mixed, torch.cat(alone), **NEAR)
     assert (alone[0] - alone[1]).abs().max() > 1e-3
-    with pytest.raises(RowwiseError, match="6 sequences after the tokens"):
+    with pytest.raises(RowwiseError, match="6 sequences in dimension 1"):
         with coalitions(groups, masks, 2):
             model(input_ids=ids.repeat(2, 1))
 

@@ -39,7 +39,7 @@ def test_rows_equal_one_forward_per_mask(kind: str, settings: dict, group_by: st
     groups = LayerGroups(model, group_by=group_by)
     if kind == "peft" and settings == {"use_dora": True}:
         with (
-            pytest.raises(RowwiseError, match=r"q_proj: .* takes an adapter .* with a DoRA"),
+            pytest.raises(RowwiseError, match=r"q_proj: .* adapter can be .* with a DoRA"),
             every_row_its_own(groups, ~torch.eye(len(groups), dtype=torch.bool), 2),
         ):
             pytest.fail("the block was entered")
@@ -158,10 +158,10 @@ def test_activations_of_other_shapes_are_refused_by_the_layers_name(kind: str):
     layer = groups.layers[0][0]
     with every_row_its_own(groups, MASKS, 2):
         for x in (torch.randn(40, 16), torch.randn(4, 10, 16), torch.randn(1, 10, 16)):
-            with pytest.raises(RowwiseError, match=r"q_proj: expected activations of 10 sequences"):
+            with pytest.raises(RowwiseError, match=r"q_proj: .* activations with 10 sequences"):
                 layer(x)
         key = "adapter_ids" if kind == "ours" else "adapter_names"
-        with pytest.raises(RowwiseError, match=r"q_proj: expected a call with only activations"):
+        with pytest.raises(RowwiseError, match=r"q_proj: expected a call with activations only"):
             layer(torch.randn(10, 4, 16), **{key: ["default"] * 10})
 
 
@@ -187,8 +187,8 @@ def test_invalid_masks_and_merged_layers_are_refused(kind: str):
     for masks, sequences, message in (
         (MASKS[:, :2], 2, r"masks: expected bools of shape \(K, 3\), found .* \(5, 2\)"),
         (MASKS.long(), 2, r"masks: expected bools"),
-        (MASKS[:0], 2, r"expected at least one mask and one sequence, found 0 and 2"),
-        (MASKS, 0, r"found 5 and 0"),
+        (MASKS[:0], 2, r"expected at least one mask and one sequence, found 0 masks and 2"),
+        (MASKS, 0, r"found 5 masks and 0"),
     ):
         with pytest.raises(ValueError, match=message), every_row_its_own(groups, masks, sequences):
             pytest.fail("the block was entered")

@@ -134,7 +134,7 @@ def test_remove_restores_hooks_flags_and_bits(kind: str, sync: str):
     )
     assert not any(getattr(m, hook) for m in model.modules() for hook in hooks)
     for use in (controller.step, controller.activate_all, lambda: controller.coalition([True] * 3)):
-        with pytest.raises(RuntimeError, match=r"CopraController: expected one that is in use"):
+        with pytest.raises(RuntimeError, match=r"CopraController: the controller was removed"):
             use()
 
 
@@ -425,6 +425,6 @@ def test_invalid_masks_are_refused_and_change_nothing(sync: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dora_is_refused_with_gates(kind: str):
     model = adapted(kind, use_dora=True)
-    with pytest.raises(ValueError, match=r"sync='tensor': .*q_proj: expected .* found DoRA"):
+    with pytest.raises(ValueError, match=r"sync='tensor': .*q_proj: expected .* found a DoRA"):
         controller_of(model, sync="tensor")
     assert not any(m._forward_pre_hooks for m in adapted_layers(model).values())

@@ -48,7 +48,7 @@ def test_ramps_at_their_middle_equal_the_formulas(ramp, expected: float):
 
 @pytest.mark.parametrize("value", [-0.1, math.nan])
 def test_ramp_outside_zero_to_one_is_refused(value: float):
-    with pytest.raises(ValueError, match=r"CopraSchedule: ramp: expected a fraction .* found"):
+    with pytest.raises(ValueError, match=r"CopraSchedule: ramp: expected a function .* found"):
         schedule(ramp=lambda fraction: value).probability(3)
 
 
@@ -189,7 +189,7 @@ def test_invalid_numbers_of_steps_and_groups_are_refused(arguments, error, messa
 
 
 def test_min_active_above_the_number_of_groups_is_refused():
-    message = r"CopraSchedule: min_active: expected at most the 4 groups, found 5"
+    message = r"CopraSchedule: min_active: expected at most the number of groups, 4, found 5"
     with pytest.raises(ValueError, match=message):
         schedule(min_active=5)
 

@@ -174,7 +174,7 @@ def test_nonfinite_value_is_refused_with_its_coalition(value: float):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((21, "exact"), r"at most 20 players .*found 21; 'permutation' and 'owen' take samples"),
+        ((21, "exact"), r"at most 20 players .*found 21; use 'permutation' or 'owen' instead"),
         ((0, "exact"), r"shapley_values: n: expected an integer from 1, found 0"),
         ((3, "monte carlo"), r"method: expected 'exact', 'permutation' or 'owen', found 'monte"),
         ((3, "owen", 0), r"samples: expected an integer from 1, found 0"),

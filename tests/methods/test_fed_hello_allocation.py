@@ -42,7 +42,7 @@ def test_given_weights_replace_the_pattern():
     assert {layer for r in range(50) for layer in drawn.plan(r, 0, 2).layers} == {1, 2, 3}
     assert drawn.weights(0).tolist() == pytest.approx([0, 1 / 7, 5 / 7, 1 / 7])
     for kind in ("gd", "rgd"):
-        with pytest.raises(ValueError, match="weights: expected at least 4 above 0, found"):
+        with pytest.raises(ValueError, match="weights: expected at least 4 weights above 0, found"):
             HLA("uniform", 4, kind=kind, weights=weights).plan(0, 0, 4)
 
 
@@ -174,7 +174,7 @@ def test_config_and_arguments_give_the_same_allocation():
         (
             lambda: HLA("uniform", 2, weights=[1.0, float("nan")]),
             ValueError,
-            "weights: expected finite numbers from 0, one above it, found [1.0, nan]",
+            "weights: expected finite numbers >= 0, at least one > 0, found [1.0, nan]",
         ),
         (lambda: HLA("uniform", 2, weights=[0, 0]), ValueError, "weights: expected finite numbers"),
         (
@@ -196,7 +196,7 @@ def test_config_and_arguments_give_the_same_allocation():
         (
             lambda: HLA("uniform", 6, k=4),
             ValueError,
-            "levels: expected at least k = 4 numbers above 0, found (1, 2, 3)",
+            "levels: expected at least k = 4 positive numbers, found (1, 2, 3)",
         ),
         (
             lambda: HLA("uniform", 6).plan(1, 4, 7),

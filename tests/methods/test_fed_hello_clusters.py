@@ -73,7 +73,7 @@ def test_clusters_minimise_the_sum_of_squares(scores, k):
     ("arguments", "message"),
     [
         (([1.0], 0), "k: expected an integer from 1, found 0"),
-        (([1.0], 2, (1,)), "levels: expected at least k = 2 of them, found [1]"),
+        (([1.0], 2, (1,)), "levels: expected at least k = 2 levels, found [1]"),
         (([1.0], 1, (0,)), "levels: expected finite numbers above 0, found [0]"),
         (([], 3), "scores: expected shape (L,), found [0]"),
         (([[1.0]], 3), "scores: expected shape (L,), found [1, 1]"),

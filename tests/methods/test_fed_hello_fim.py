@@ -204,7 +204,7 @@ def test_flags_modes_and_gradients_are_restored_and_ignored(kind):
         assert p.requires_grad == flag and p.grad is grad and torch.equal(p, value)
     assert not [m for m in model.modules() if m._forward_hooks]
     failing = {**batch, "labels": batch["labels"] + 50}
-    with pytest.raises(ValueError, match="labels: expected classes below 11"):
+    with pytest.raises(ValueError, match="labels: expected class indices below 11"):
         fim_scores(model, [failing], layer_of)
     assert [module.training for module in model.modules()] == modes
     assert all(p.requires_grad == flag for p, flag, _, _ in before)
@@ -251,7 +251,7 @@ def merged_model() -> nn.Module:
         (
             lambda m, b: fim_scores(m, [b], lambda name: None),
             LayerNotFound,
-            "layer_of: expected an index for some LoRA tensor of an active adapter of Classifier",
+            "layer_of: expected an index for a LoRA tensor of an active adapter of Classifier",
         ),
         (
             lambda m, b: fim_scores(m, [b], lambda n: {0: 0, 2: 2}.get(layer_of(n))),  # pyright: ignore
@@ -286,17 +286,17 @@ def merged_model() -> nn.Module:
         (
             lambda m, b: fim_scores(m, [b[0]], layer_of),
             ValueError,
-            "batches: expected mappings, or (x, y), found Tensor",
+            "batches: expected mappings or pairs (x, y), found Tensor",
         ),
         (
             lambda m, b: fim_scores(m, [(b[0], b[1] + 4)], layer_of),
             ValueError,
-            "labels: expected classes below 4, or -100, found [",
+            "labels: expected class indices below 4, or -100, found [",
         ),
         (
             lambda m, b: fim_scores(merged_model(), [tokens(2, 4)], layer_of),
             ValueError,
-            "q_proj: expected an adapter apart from the base weight, found it merged",
+            "q_proj: expected an adapter that is not merged into the base weight, found",
         ),
     ],
 )

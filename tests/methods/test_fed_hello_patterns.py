@@ -156,17 +156,17 @@ def test_samples_depend_on_seed_round_and_client():
         (
             lambda: rgd_layers([1.0, -1.0], 1, seed=0, round=0, client=0),
             ValueError,
-            "weights: expected finite numbers from 0, one above it, found [1.0, -1.0]",
+            "weights: expected finite numbers >= 0, at least one > 0, found [1.0, -1.0]",
         ),
         (
             lambda: rgd_layers([1.0, float("nan")], 1, seed=0, round=0, client=0),
             ValueError,
-            "weights: expected finite numbers from 0",
+            "weights: expected finite numbers >= 0",
         ),
         (
             lambda: rgd_layers([1.0, 0.0, 2.0], 3, seed=0, round=0, client=0),
             ValueError,
-            "weights: expected at least 3 above 0, found 2",
+            "weights: expected at least 3 weights above 0, found 2",
         ),
         (
             lambda: rgd_layers([[1.0]], 1, seed=0, round=0, client=0),

@@ -151,12 +151,12 @@ def test_round_without_plans_is_skipped():
         (
             lambda: strategy(fim(), model_fn=None),
             ValueError,
-            "model_fn: expected a model for kind 'fim', found None",
+            "model_fn: expected a function that returns the model, for kind 'fim', found None",
         ),
         (
             lambda: run(strategy(HLA("triangle", 4, kind="rgd")), grid()),
             ValueError,
-            "allocator: expected one of 3 layers, found 4",
+            "allocator: expected an HLA of 3 layers, found 4",
         ),
         (
             lambda: run(fed_hello.FedHello(HLA("uniform", 3), capability={0: 3}), grid()),

@@ -187,7 +187,7 @@ def test_device_without_memory_for_the_least_depth_is_refused():
     one = configurator(memory={3: 1.5}, mem=lambda k: k, k_min=2)
     one.configure(TWELVE, (0, 1))
     with pytest.raises(
-        ValueError, match=r"memory\[3\]: expected at least 2 for depth 2; it cannot"
+        ValueError, match=r"memory\[3\]: expected at least 2 bytes, which depth 2 ne"
     ):
         one.configure(TWELVE, (0, 3))
 
@@ -254,7 +254,7 @@ def test_untrusted_device_trains_the_least_and_sets_no_target():
 def test_one_warning_if_all_devices_exceed_the_deadline():
     one = configurator(deadline=0.5)
     with pytest.warns(
-        UserWarning, match="all devices are over the target even at depth 1"
+        UserWarning, match="all devices exceed the target time even at depth 1"
     ) as caught:
         found = one.configure(TWELVE, range(12))
     assert len(caught) == 1
@@ -281,14 +281,14 @@ def test_rank_cap_lowers_ranks_and_bytes_of_a_device():
         ({"L": 0, "bytes_per_layer": (), "ranks": ()}, "L: expected an integer from 1, found 0"),
         (
             {"bytes_per_layer": (1, 2)},
-            "bytes_per_layer: expected one for each of 3 layers, found 2",
+            "bytes_per_layer: expected one value for each of 3 layers, found 2",
         ),
         (
             {"bytes_per_layer": (1, 0, 2)},
             r"bytes_per_layer\[1\]: expected a number above 0, found 0",
         ),
         ({"bytes_per_layer": (1, math.nan, 2)}, r"bytes_per_layer\[1\]: expected a number above 0"),
-        ({"ranks": (1, 2)}, "ranks: expected one for each of 3 layers"),
+        ({"ranks": (1, 2)}, "ranks: expected one value for each of 3 layers"),
         ({"ranks": (1, 2, 0)}, r"ranks\[2\]: expected an integer from 1, found 0"),
         ({"k_min": 0}, r"k_min: expected an integer from 1 to 3, found 0"),
         ({"k_min": 4}, r"k_min: expected an integer from 1 to 3, found 4"),
@@ -298,7 +298,7 @@ def test_rank_cap_lowers_ranks_and_bytes_of_a_device():
         ({"cover_every": 0}, "cover_every: expected an integer from 1"),
         ({"eps": -0.1}, "eps: expected a number from 0"),
         ({"byte_budget": 0}, "byte_budget: expected a number above 0"),
-        ({"memory": {0: 1}}, r"mem: expected mem\(k\) beside memory, found None"),
+        ({"memory": {0: 1}}, r"mem: expected a function if memory is given, found None"),
         ({"shares": {0: -1}}, r"shares\[0\]: expected a number from 0, found -1"),
         ({"rank_caps": {0: 0}}, r"rank_caps\[0\]: expected an integer from 1"),
     ],
@@ -321,8 +321,8 @@ def test_invalid_estimates_are_refused_and_never_clipped(part: str, value: float
     ("selected", "fields", "message"),
     [
         ((), {}, "selected: expected at least one device, found none"),
-        ((0, 1, 0), {}, r"selected: expected each device once, found \[0\]"),
-        ((0, 99), {}, "estimates: expected one of device 99, found none"),
+        ((0, 1, 0), {}, r"selected: expected each device only once, found \[0\]"),
+        ((0, 99), {}, "estimates: expected one for device 99, found none"),
         ((0, 1), {"limits": {1: 0}}, r"limits\[1\]: expected an integer from 1, found 0"),
     ],
 )
@@ -336,8 +336,8 @@ def test_waiting_time_is_zero_only_if_all_finish_together():
     assert waiting_time({"a": 1, "b": 2, "c": 6}) == pytest.approx(3)
     assert waiting_time([3]) == 0
     for times, message in (
-        ([], "at least one"),
-        ([1, -1], "seconds from 0"),
+        ([], "at least one time"),
+        ([1, -1], "finite seconds >= 0"),
         ([math.nan], "seconds"),
     ):
         with pytest.raises(ValueError, match=f"waiting_time: times: expected {message}"):

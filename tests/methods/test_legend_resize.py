@@ -65,7 +65,7 @@ def test_growing_and_shrinking_back_keeps_the_product():
         ({"r_new": -1}, "r_new: expected an integer from 0, found -1"),
         ({"r_new": 2.0}, "r_new: expected an integer from 0, found 2.0"),
         ({"a": torch.zeros(4)}, r"a: expected a matrix, found \[4\]"),
-        ({"b": torch.zeros(6, 3)}, r"b: expected \(O, 4\), found \[6, 3\]"),
+        ({"b": torch.zeros(6, 3)}, r"b: expected shape \(O, 4\), found \[6, 3\]"),
         ({"b": torch.full((6, 4), math.nan)}, "b: expected finite values, found NaN or inf"),
     ],
 )

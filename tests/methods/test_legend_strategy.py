@@ -192,7 +192,7 @@ def test_reply_of_another_depth_than_planned_is_rejected():
 def test_ranks_of_the_config_must_be_those_of_the_adapter():
     config = LegendConfig(total=6)
     state: dict[str, Tensor] = initial()
-    with pytest.raises(ValueError, match=r"state: expected ranks \(1, 2, 3\), see resize_state"):
+    with pytest.raises(ValueError, match=r"state: expected ranks \(1, 2, 3\) \(use resize_state\)"):
         run(legend.Legend(config), LocalGrid(Clients().app(), 3), 1, state=state)
     resized, _ = resize_state(state, config.ranks(LAYERS))
     strategy = legend.Legend(config)

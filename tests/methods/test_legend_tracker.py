@@ -227,7 +227,7 @@ def test_device_without_reports_has_no_estimate():
     tracker = learned(report(12))
     assert 0 in tracker
     assert 5 not in tracker
-    with pytest.raises(KeyError, match="one that reported, found 5"):
+    with pytest.raises(KeyError, match="a device with reports, found 5"):
         tracker.estimate(5)
 
 
@@ -250,7 +250,7 @@ def test_invalid_settings_are_refused(fields: dict, message: str):
 
 
 def test_invalid_timeouts_are_refused():
-    with pytest.raises(ValueError, match=r"depth: expected in \[1, 12\], found 13"):
+    with pytest.raises(ValueError, match=r"depth: expected a number in \[1, 12\], found 13"):
         CapacityTracker(L).update_timeout(0, 13, 1.0)
     with pytest.raises(ValueError, match="seconds: expected a finite number above 0, found inf"):
         CapacityTracker(L).update_timeout(0, 3, math.inf)

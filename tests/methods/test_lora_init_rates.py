@@ -180,7 +180,7 @@ def test_ratio_below_one_warns():
         ({"loraplus_lr_ratio": -2}, "loraplus_lr_ratio: .*found -2"),
         ({"weight_decay": -0.1}, "weight_decay: .*from 0, found -0.1"),
         ({"lr_embedding": 0}, "lr_embedding: .*found 0"),
-        ({"model": llama().requires_grad_(False)}, "model: expected parameters that train"),
+        ({"model": llama().requires_grad_(False)}, "model: expected trainable parameters"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -96,7 +96,7 @@ def test_transformers_checkpoint_contains_the_mixture(tmp_path: Path):
         ),
         (
             lambda s: s.update({"mod.bias": torch.ones(3, dtype=torch.int64)}),
-            r"state: mod\.bias: expected floating point numbers, found torch\.int64",
+            r"state: mod\.bias: expected a floating-point dtype, found torch\.int64",
         ),
     ],
 )
@@ -120,11 +120,11 @@ def test_state_of_another_mixture_is_refused_by_key(change: Any, message: str, t
     ("data", "message"),
     [
         ("{", r"mod_config\.json: expected JSON"),
-        ("[]", r"mod_config\.json: expected version and config, found \[\]"),
+        ("[]", r"mod_config\.json: expected the keys 'version' and 'config', found \[\]"),
         ('{"version": 2, "config": {}}', r"version: expected 1, found 2"),
-        ('{"version": 1, "config": {"depth": 3}}', r"config: expected some of .*, found"),
+        ('{"version": 1, "config": {"depth": 3}}', r"config: expected keys from .*, found"),
         ('{"version": 1, "config": {"k": -1}}', r"mod_config\.json: ModConfig: k: expected an int"),
-        ('{"version": 1, "config": {"k": 40}}', r"apply: k: expected at most the model's 4 layers"),
+        ('{"version": 1, "config": {"k": 40}}', r"apply: k: expected at most the number of layers"),
     ],
 )
 def test_invalid_configurations_are_refused(data: str, message: str, tmp_path: Path):

@@ -420,10 +420,10 @@ def test_rows_are_reproduced_by_their_recorded_seeds():
 
 
 def test_invalid_seeds_are_refused():
-    with pytest.raises(ValueError, match="seed: expected None, one or 3, found 2"):
+    with pytest.raises(ValueError, match="seed: expected None, one seed or 3 seeds, found 2"):
         sampled([1, 2])
     for wrong in ([1.5, 2, 3], 1.5, "abc"):
-        with pytest.raises(TypeError, match="seed: expected None, an integer or 3 of them, found"):
+        with pytest.raises(TypeError, match="seed: expected None, an integer or 3 integers, found"):
             sampled(wrong)
 
 
@@ -459,7 +459,7 @@ def test_invalid_arguments_are_named():
         ("top_p", lambda: make(model, head, top_p=0)),
         ("head", lambda: make(model, other)),
         ("max_new_tokens", lambda: decoder.generate(ids, mask, max_new_tokens=0)),
-        ("max_new_tokens: .* found none", lambda: decoder.generate(ids, mask)),
+        ("max_new_tokens: .* found no value", lambda: decoder.generate(ids, mask)),
         ("input_ids", lambda: decoder.generate(ids[0], max_new_tokens=1)),
         (
             "attention_mask: expected shape",

@@ -218,7 +218,7 @@ def test_stop_strings_may_be_in_the_configuration_and_need_a_tokenizer():
     )
     assert torch.equal(found.sequences, named.sequences)
     with pytest.raises(
-        ValueError, match="tokenizer: expected one for the stop_strings, found none"
+        ValueError, match="tokenizer: expected the tokenizer of the stop_strings, found None"
     ):
         decoder.generate(ids, mask, generation_config=config)
 
@@ -244,7 +244,7 @@ def test_text_streamer_of_transformers_prints_the_text(capsys: pytest.CaptureFix
 
 def test_streamer_with_several_prompts_is_refused():
     _, decoder, ids, mask = make(2)
-    with pytest.raises(ValueError, match="streamer: expected one prompt, found 2"):
+    with pytest.raises(ValueError, match="streamer: expected a single prompt, found 2"):
         decoder.generate(ids, mask, max_new_tokens=2, streamer=Recorder())
 
 

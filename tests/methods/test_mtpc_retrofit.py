@@ -163,7 +163,7 @@ def test_layers_use_assigned_and_functional_factors(way: str):
 
 
 def test_more_draft_layers_than_the_model_has_are_refused():
-    with pytest.raises(ValueError, match="num_layers: expected 1 to 2, found 3"):
+    with pytest.raises(ValueError, match="num_layers: expected a number from 1 to 2, found 3"):
         mtpc.retrofit(make_model("llama"), mtpc.MtpcConfig(draft_layers=3))
 
 
@@ -213,7 +213,7 @@ def test_failed_retrofit_leaves_the_model_unchanged():
         assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="output embeddings"):
         mtpc.retrofit(model.base_model)
-    with pytest.raises(TypeError, match="shortlist: expected ids of tokens, found 'abc'"):
+    with pytest.raises(TypeError, match="shortlist: expected token ids, found 'abc'"):
         mtpc.retrofit(model, shortlist="abc")
 
 
@@ -221,7 +221,7 @@ def test_second_draft_tail_is_refused_until_the_first_is_removed():
     model, (ids, _) = make_model("llama"), prompts(1)
     first = make_draft(model, draft_layers=2)
     expected = first.loss(ids)[0]
-    with pytest.raises(ValueError, match=r"without a draft tail, found one at .*remove\(\)"):
+    with pytest.raises(ValueError, match=r"without a draft tail, found a draft .*remove\(\)"):
         make_draft(model, draft_layers=1)
     assert torch.equal(first.loss(ids)[0], expected)
     first.remove()

@@ -120,7 +120,7 @@ def test_exception_leaves_no_hook_and_the_monitor_can_be_reentered():
     assert hooks(model) == 0 and len(watch.history) == 6
     with watch:
         model(IDS)
-        with pytest.raises(RuntimeError, match="RankMonitor: it is already entered"):
+        with pytest.raises(RuntimeError, match="RankMonitor: already entered"):
             watch.__enter__()
     assert [row["step"] for row in watch.history] == [0] * 6 + [1] * 6
 

@@ -42,9 +42,9 @@ def test_last_blocks_are_taken_in_each_stack():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"suffixes": ("up_proj",)}, r"suffixes: expected the end of a name in SymbolModel, found"),
-        ({"last_n": 0}, "last_n: expected one of 4 blocks, found 0"),
-        ({"last_n": 5}, "last_n: expected one of 4 blocks, found 5"),
+        ({"suffixes": ("up_proj",)}, r"suffixes: expected ends of names in a SymbolModel, found"),
+        ({"last_n": 0}, "last_n: expected 1 to 4 blocks, found 0"),
+        ({"last_n": 5}, "last_n: expected 1 to 4 blocks, found 5"),
     ],
 )
 def test_invalid_choices_are_named(arguments, message):

@@ -218,7 +218,7 @@ def test_invalid_arguments_are_named(arguments, message):
 def test_tokenizer_without_an_end_token_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match=r"^collate: tokenizer: expected one with an end of text"):
+    with pytest.raises(ValueError, match=r"^collate: tokenizer: expected one with an eos_token"):
         collate(tokenizer, [HOPS[0]])
     with pytest.raises(ValueError, match=r"^collate: instances: expected at least one, found 0"):
         collate(TOKENIZER, [])

@@ -41,7 +41,7 @@ def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapt
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num": 1, "threshold": 0.5}, "num and threshold: expected one of them, found both, 1"),
+        ({"num": 1, "threshold": 0.5}, "num and threshold: expected at most one, found both, 1"),
         ({"num": -1}, "num: expected an integer from 0, found -1"),
         ({"num": 2.0}, "num: expected an integer from 0, found 2.0"),
         ({"num": True}, "num: expected an integer from 0, found True"),
@@ -54,7 +54,7 @@ def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapt
         ({"score": "norm"}, r"score: expected one of \('distance', 'angle', 'alignment'\)"),
         (
             {"score": "angle", "reference": "released"},
-            "reference: expected 'population' beside score='angle', found 'released'",
+            "reference: expected 'population' with score='angle', found 'released'",
         ),
         ({"stat": "mad"}, r"stat: expected one of \('iqr', 'std'\), found 'mad'"),
         ({"mode": "drop"}, r"mode: expected one of \('remove', 'zero'\), found 'drop'"),
@@ -110,13 +110,13 @@ def test_weights_of_different_shapes_are_refused():
     [
         (
             {"b": torch.ones(11, 3)},
-            r"\(11, 10\), as B \(11, 3\) and A \(3, 10\) have, found \(12, 10\)",
+            r"\(11, 10\), the shape of B A for B \(11, 3\) and A \(3, 10\), found \(12, 10\)",
         ),
         (
             {"a": torch.ones(3, 9)},
-            r"\(12, 9\), as B \(12, 3\) and A \(3, 9\) have, found \(12, 10\)",
+            r"\(12, 9\), the shape of B A for B \(12, 3\) and A \(3, 9\), found \(12, 10\)",
         ),
-        ({"a": torch.ones(4, 10)}, r"one rank, found B \(12, 3\) and A \(4, 10\)"),
+        ({"a": torch.ones(4, 10)}, r"equal rank, found B \(12, 3\) and A \(4, 10\)"),
         (
             {"a": torch.ones(0, 10), "b": torch.ones(12, 0)},
             r"rank of at least 1, found 0: B \(12, 0\) and A \(0, 10\)",
@@ -134,7 +134,7 @@ def test_state_dict_with_different_or_zero_ranks_is_refused():
     state = adapter.state_dict()
     key = f"base_model.model.{Q}.lora_B.weight"
     with pytest.raises(
-        ValueError, match=rf"{Q}.lora_B.weight: .*rank of A, which is 3, found \(12, 4"
+        ValueError, match=rf"{Q}.lora_B.weight: .*since A has rank 3, found \(12, 4"
     ):
         ediem_scores({**state, key: torch.ones(12, 4)}, base, aligned)
     empty = {f"{Q}.lora_A.weight": torch.ones(0, 10), f"{Q}.lora_B.weight": torch.ones(12, 0)}
@@ -176,7 +176,7 @@ def test_equal_weights_raise_zero_alignment_error():
     aligned[KEY] = base[KEY].clone()
     for projection in ("frobenius", "orthogonal"):
         config = SploraConfig(direction="smallest", projection=projection, rank=2)
-        with pytest.raises(ZeroAlignmentError, match=rf"{Q}: expected .*differs.*equal ones"):
+        with pytest.raises(ZeroAlignmentError, match=rf"{Q}: expected .*differs.*equal weights"):
             ediem_scores(adapter, base, aligned, config)
     assert issubclass(ZeroAlignmentError, ValueError)
     with pytest.raises(ZeroAlignmentError, match="project_factor: expected an aligned weight"):
@@ -255,7 +255,7 @@ def test_factor_without_its_partner_raises_a_key_error(tmp_path: Path):
 
 
 def test_state_dict_without_factors_is_refused():
-    with pytest.raises(ValueError, match=r"adapter: expected names as <module>.lora_A.weight, f"):
+    with pytest.raises(ValueError, match=r"expected names such as <module>.lora_A.weight, found"):
         ediem_scores({"up.weight": torch.ones(2, 2)}, {}, {})
 
 
@@ -307,7 +307,7 @@ def test_pair_stats_refuses_invalid_factors():
     assert pair_stats(a, b, b).tolist() == [80, 80, 80, 0]
     with pytest.raises(ValueError, match="pair_stats: expected a rank of at least 1, found 0"):
         pair_stats(a[:0], b[:, :0], b[:, :0])
-    with pytest.raises(ValueError, match=r"one rank, found B \(4, 2\) and A \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"equal rank, found B \(4, 2\) and A \(3, 5\)"):
         pair_stats(torch.ones(3, 5), b, b)
     with pytest.raises(
         ValueError, match=r"projected_b: expected the shape of b \(4, 2\), found \(3, 2"
@@ -321,7 +321,7 @@ def test_pair_stats_refuses_invalid_factors():
 
 def test_diem_refuses_invalid_vectors():
     x = torch.rand(4)
-    with pytest.raises(ValueError, match=r"diem: b: expected as many entries as in a \(4,\)"):
+    with pytest.raises(ValueError, match=r"diem: b: expected the shape of a, \(4,\)"):
         diem(x, x[:3], v_min=0, v_max=1)
     with pytest.raises(ValueError, match="diem: a: expected finite"):
         diem(x * float("nan"), x, v_min=0, v_max=1)
@@ -350,6 +350,6 @@ def test_pairs_are_only_accepted_with_their_reference():
         ediem_scores(adapter, base, aligned, config)
     bad = [(torch.ones(2, 2), torch.ones(2, 3))]
     with pytest.raises(
-        ValueError, match=r"pairs\[0\]: expected matrices of one shape, found \(2, 2"
+        ValueError, match=r"pairs\[0\]: expected matrices of equal shape, found \(2, 2"
     ):
         ediem_scores(adapter, base, aligned, config, pairs=bad)

@@ -92,7 +92,7 @@ def test_model_may_be_its_own_aligned_model():
 
 def test_second_apply_names_remove_and_remove_needs_an_apply():
     model, (base, aligned) = adapted("ours"), models()
-    with pytest.raises(RuntimeError, match=r"remove: model: expected a model of splora.apply_to"):
+    with pytest.raises(RuntimeError, match=r"remove: model: expected a model pruned by apply_to"):
         splora.remove(model)
     splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=1))
     with pytest.raises(RuntimeError, match=r"apply_to: model: .*call splora.remove\(model\) first"):

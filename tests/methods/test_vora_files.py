@@ -92,9 +92,9 @@ def test_missing_unexpected_and_invalid_keys_are_named(wrapped: bool) -> None:
         ({**good, "nonsense": good[key]}, "nonsense: expected only tensors"),
         ({**good, key: good[key][:, :1]}, rf"{key}: .*shape \(16, 4\), found \(16, 1\)"),
         ({**good, key: 3.0}, f"{key}: .*found float"),
-        ({**good, key: good[key].cfloat()}, f"{key}: expected floating .*found torch.complex64"),
-        ({**good, key: good[key].long()}, f"{key}: expected floating .*found torch.int64"),
-        ({**good, key: good[key].to("meta")}, f"{key}: expected a dense .*without values"),
+        ({**good, key: good[key].cfloat()}, f"{key}: .*floating.* found torch.complex64"),
+        ({**good, key: good[key].long()}, f"{key}: .*floating.* found torch.int64"),
+        ({**good, key: good[key].to("meta")}, f"{key}: expected a dense .*found a meta tensor"),
         ({**good, key: good[key].to_sparse()}, f"{key}: expected a dense .*found torch.sparse"),
         ({**good, f"llm.{key}": good[key]}, f"{key}: expected one tensor .*found a second"),
     ]

@@ -182,7 +182,7 @@ def test_inputs_are_unchanged():
         (
             {"image_std": (1, 0, 1)},
             ValueError,
-            r"image_std: expected 3 numbers, none 0, found \(1, 0",
+            r"image_std: expected 3 numbers other than 0, found \(1, 0",
         ),
         ({"patch_size": 16}, TypeError, r"patch_size: expected one of .* found 'patch_size'"),
     ],
@@ -213,7 +213,7 @@ def test_invalid_settings_are_refused_by_name(fields: dict, error, message: str)
             [pixels(56, 56), pixels(56, 70)],
             {"return_tensors": "pt"},
             ValueError,
-            r"become one size",
+            r"images of equal size",
         ),
         (
             pixels(56, 56),

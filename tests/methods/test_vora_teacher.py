@@ -89,7 +89,7 @@ def test_invalid_arguments_are_refused(arguments, message: str):
 
 def test_teacher_in_training_mode_is_refused():
     with pytest.raises(
-        ValueError, match=r"teacher_states: teacher: expected one in evaluation mode"
+        ValueError, match=r"teacher_states: teacher: expected a model in evaluation mode"
     ):
         teacher_states(vit().train(), images((16, 16)), 2)
 

@@ -17,11 +17,11 @@ from lora_ext.layers import LayerGroups, Mask, adapter_parameters, is_active
 
 
 class TouchedGroups(LayerGroups):
-    """Layer groups in which the parameters of inactive layers get gradients of zero.
+    """Layer groups in which the parameters of inactive layers get zero gradients.
 
-    Data-parallel training waits for the gradient of each parameter. An inactive layer adds one
-    graph node, and the backward runs through all blocks, including those below the lowest active
-    one.
+    Data-parallel training waits for the gradient of each parameter. An inactive layer therefore
+    adds one node to the autograd graph, and the backward runs through all blocks, including those
+    below the lowest active layer.
     """
 
     def __init__(self, *args: Any):
@@ -43,21 +43,22 @@ def _touch(adapter_name: str, layer: nn.Module, _: Any, output: Tensor) -> Tenso
 
 
 class GatedGroups(LayerGroups):
-    """Layer groups in which a mask of 0 and 1 on the device multiplies the layers' scales.
+    """Layer groups in which the scale of each layer is multiplied by 0 or 1, read from a mask on
+    the device.
 
     The adapter of an inactive layer therefore adds zero, and a graph that was compiled once is
     valid for every mask. No work is saved, and inactive layers have gradients of zero. DoRA is not
-    supported, since a DoRA layer with scale zero differs from its base layer. A layer has one gate,
-    which uses the mask of the controller that set its mask last.
+    supported, since a DoRA layer with scale zero differs from its base layer. An adapter of a layer
+    has one gate. If several controllers switch it, the gate uses the mask that was set last.
     """
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         layers: Any = chain(*self.layers)
         where = "CopraController: sync='tensor'"
-        expected = "an adapter that its scale can switch off"
+        expected = "no DoRA, which a scale of 0 does not switch off"
         for name, layer in zip(chain(*self.names), layers, strict=True):
-            require(not layer.use_dora[self.adapter_name], where, name, expected, "DoRA")
+            require(not layer.use_dora[self.adapter_name], where, name, expected, "a DoRA adapter")
         self._placed = [
             (layer, adapter_parameters(layer, self.adapter_name)[0].device, index)
             for index, group in enumerate(self.layers)

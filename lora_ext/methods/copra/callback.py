@@ -18,7 +18,7 @@ from .controller import CopraController
 
 
 class CopraCallback(TrainerCallback):
-    """Callback that sets the mask of every step. Use it as
+    """Callback that sets the mask of active layers before every optimizer step. Use it as
     ``Trainer(..., callbacks=[CopraCallback(controller)])``.
 
     The mask depends only on ``state.global_step``. It is therefore the same for all micro-batches
@@ -46,7 +46,7 @@ class CopraCallback(TrainerCallback):
         """Warn if the Trainer's number of steps differs from that of the schedule."""
         own = self.controller.schedule.total_steps
         if state.max_steps != own:
-            expected = f"one made with total_steps={state.max_steps}, the steps of this Trainer"
+            expected = f"total_steps={state.max_steps}, the number of steps of this Trainer"
             message = f"CopraCallback: controller: expected {expected}, found {own}"
             warnings.warn(message, stacklevel=2)
 

@@ -1,8 +1,8 @@
 """Forwards in which the sequences of a batch have different sets of adapted layers.
 
 To evaluate a batch with K masks over the layers of a model, one can run K forwards, or one forward
-on K copies of the batch, which reads each weight only once. In the latter, a layer has one adapter
-id for each row, which is -1 if the row's mask switches the layer off.
+on K copies of the batch, which reads each weight only once. In the second case, a layer has one
+adapter id for each row, which is -1 if the row's mask switches the layer off.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
     found = f"{table.dtype} of shape {tuple(table.shape)}"
     require(fits, "coalitions", "masks", f"bools of shape (K, {len(groups)})", found)
     if not len(table) or sequences < 1:
-        found = f"{len(table)} and {sequences}"
+        found = f"{len(table)} masks and {sequences} sequences"
         raise ValueError(f"coalitions: expected at least one mask and one sequence, found {found}")
     groups.checked(table.all(0))  # raises for a merged layer
     with groups.masked(table.any(0)), contextlib.ExitStack() as hooks:
@@ -75,13 +75,13 @@ def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
     active = [n for n in layer.active_adapters if n in adapters_of(layer) and is_active(layer, n)]
     if layer.disable_adapters or adapter_name not in active:
         return False
-    expected = f"{adapter_name!r} as its one active adapter"
-    found = f"{active}: a row has one adapter"
+    expected = f"{adapter_name!r} as the only active adapter"
+    found = f"{active}; a row can use only one adapter"
     require(len(active) <= 1, "coalitions", name, expected, found, RowwiseError)
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     found = f"{kind} with a DoRA adapter" if layer.use_dora[adapter_name] else kind
     fits = isinstance(layer, LoraLayer) or _takes_names(layer, adapter_name)
-    expected = "a layer that takes an adapter for each row"
+    expected = "a layer whose adapter can be chosen for each row"
     require(fits, "coalitions", name, expected, found, RowwiseError)
     return True
 
@@ -104,8 +104,8 @@ class _GiveRows:
     def __init__(self, name: str, layer: Any, rows: NamedRows, tokens_first: bool):
         self.name, self.rows = name, rows
         self.place = int(tokens_first)  # index of the dimension of the sequences
-        #: Whether to transpose input and output, since plain PEFT layers require that the first
-        #: dimension is the sequences.
+        #: Whether to transpose input and output, since plain PEFT layers require the sequences to
+        #: be the first dimension.
         self.transposes = tokens_first and not hasattr(type(layer), "tokens_first")
         base = layer.get_base_layer()
         #: Smallest number of dimensions of an input whose first dimension is the sequences.
@@ -121,12 +121,13 @@ class _GiveRows:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = kwargs.get("adapter_ids"), kwargs.get("adapter_names")
         fits = len(args) == 1 and not any(value is not None for value in given)
-        found = f"{len(args)} arguments and {sorted(kwargs)}"
-        require(fits, "coalitions", self.name, "a call with only activations", found, RowwiseError)
+        found = f"{len(args)} positional arguments and keywords {sorted(kwargs)}"
+        require(
+            fits, "coalitions", self.name, "a call with activations only", found, RowwiseError
+        )
         x = args[0]
         fits = x.dim() >= self.dims + self.place and x.shape[self.place] == len(self.rows)
-        place = "after the tokens" if self.place else "first"
-        expected = f"activations of {len(self.rows)} sequences {place}"
+        expected = f"activations with {len(self.rows)} sequences in dimension {self.place}"
         found = f"shape {tuple(x.shape)}"
         require(fits, "coalitions", self.name, expected, found, RowwiseError)
         if self.transposes:

@@ -16,7 +16,8 @@ Sync = Literal["seed", "touch", "tensor"]
 class CopraConfig:
     """Settings of CopRA: the schedule of layer dropping and the treatment of inactive layers.
 
-    At each training step, some groups of layers are active; the adapters of the others are off.
+    At each training step, some groups of layers are active; the adapters of all other groups are
+    off.
 
     Attributes:
         p0: Probability that a group of layers is active at the first step.

@@ -17,11 +17,12 @@ from lora_ext.layers import adapted_layers, adapter_factors
 
 
 class Barrier(NamedTuple):
-    """Loss at interpolated adapters, and how far it rises above the interpolated losses.
+    """Loss of interpolated adapters, and its largest rise above the interpolated losses of the two
+    adapters.
 
     Attributes:
-        barrier: Largest rise over ``lambdas``, in the unit of the loss. It is at least 0 if
-            ``lambdas`` contains 0 or 1.
+        barrier: Largest rise at any position of ``lambdas``, in the unit of the loss. It is at
+            least 0 if ``lambdas`` contains 0 or 1.
         lambdas: Positions from 0 (the first adapter) to 1 (the second).
         losses: Loss at each position.
     """
@@ -53,15 +54,15 @@ def lmc_barrier(
             same modules as ``first`` and ``second``.
         first, second: Adapters: each a :class:`lora_ext.adapter.LoraAdapter`, a folder, or a pair
             of configuration and state dict.
-        eval_fn: Function that returns the loss of the model; for the barrier of an accuracy, the
-            negative accuracy.
+        eval_fn: Function that returns the loss of the model. To compute the barrier of an accuracy,
+            return the negative accuracy.
         lambdas: Number of evenly spaced positions from 0 to 1, or the positions themselves. The
             losses at 0 and 1 are always evaluated.
         space: "factors" or "delta", see :func:`lora_ext.adapter.interpolate_adapters`.
         adapter: Name of the model's adapter that is replaced.
 
     Raises:
-        ValueError: If a lambda is outside [0, 1], their number is below 2, or a sequence is empty;
+        ValueError: If ``lambdas`` is an int below 2, is empty, or contains a number outside [0, 1];
             if the model's adapter is missing, not active or merged; if the adapters' modules differ
             from the model's; if a loss is not finite; or if ``interpolate_adapters`` raises it.
         NotImplementedError: If an adapter or the model has DoRA, or if ``interpolate_adapters``
@@ -74,14 +75,14 @@ def lmc_barrier(
     layers: dict[str, Any] = {}  # layers by their names in the base model
     for name, layer in adapted_layers(model, adapter).items():
         one: Any = layer
-        expected = "an adapter apart from the base weight"
-        found = f"{adapter!r} merged into it; unmerge it first"
+        expected = "an adapter that is not merged into the base weight"
+        found = f"{adapter!r} merged; unmerge it first"
         require(adapter not in one.merged_adapters, "lmc_barrier", name, expected, found)
         fits = adapter in one.active_adapters and not one.disable_adapters
         other = "disabled adapters" if one.disable_adapters else one.active_adapters
-        require(fits, "lmc_barrier", name, f"{adapter!r} to be active", other)
+        require(fits, "lmc_barrier", name, f"{adapter!r} as an active adapter", other)
         layers[name.removeprefix(PREFIX)] = one
-    # Raises before the first evaluation if the adapters cannot be interpolated.
+    # This raises before the first evaluation if the adapters cannot be interpolated.
     _check_modules(layers, adapter, interpolate_adapters(*ends, 0.5, space))
     losses: dict[float, float] = {}
     with evaluating(model), torch.no_grad():
@@ -113,12 +114,12 @@ def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> 
     for name in (*layers, *value.modules):
         both = name in layers and name in value.modules
         found = f"it only in {'the model' if name in layers else 'the adapters'}"
-        require(both, where, name, "the same modules in model and adapters", found)
+        require(both, where, name, "a module of both model and adapters", found)
         plain = not layers[name].use_dora[adapter]
-        found = "a magnitude in the model's layer"
-        require(plain, where, name, "no DoRA", found, NotImplementedError)
+        found = "a DoRA adapter in the model"
+        require(plain, where, name, "an adapter without DoRA", found, NotImplementedError)
         pairs = adapter_factors(layers[name], adapter), value.modules[name][:2]
-        own, new = (f"in {a.flatten(1).shape[1]} and out {b.shape[0]}" for a, b in pairs)
+        own, new = (f"{a.flatten(1).shape[1]} inputs, {b.shape[0]} outputs" for a, b in pairs)
         require(own == new, where, name, f"{own} as in the model", f"{new} in the adapters")
 
 
@@ -135,9 +136,9 @@ def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factor
         if own is None and new is None:
             continue
         if own is None:
-            expected = "a layer with a bias beside B, as in the adapters"
-            raise ValueError(f"lmc_barrier: {name}: expected {expected}, found no bias")
-        # No bias has the same effect as a bias of zeros.
+            expected = "a layer with lora_bias=True, as in the adapters"
+            raise ValueError(f"lmc_barrier: {name}: expected {expected}, found no bias of B")
+        # A missing bias has the same effect as a bias of zeros.
         value = torch.zeros_like(own) if new is None else new.to(own.device, own.dtype)
         parameter = nn.Parameter(value, requires_grad=own.requires_grad)
         undo.callback(setattr, owner, key, own)

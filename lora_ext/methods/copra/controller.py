@@ -52,10 +52,10 @@ class CopraController:
         where = "CopraController"
         groups: Any = config.group_by
         _check_groups(groups, list(found))
-        merged = f"{adapter!r} merged into it: it cannot be skipped; unmerge it first"
+        merged = f"{adapter!r} merged, which cannot be skipped; unmerge it first"
         for name, layer in found.items():
             apart = adapter not in layer.merged_adapters  # pyright: ignore[reportOperatorIssue]
-            require(apart, where, name, "an adapter apart from the base weight", merged)
+            require(apart, where, name, "an adapter not merged into the base weight", merged)
         count = len(LayerGroups(model, adapter, groups))
         self.config = config
         self.adapter = adapter
@@ -66,7 +66,7 @@ class CopraController:
 
     @property
     def groups(self) -> list[list[str]]:
-        """Layer names of each group, as in the model and in its order."""
+        """Names of the layers of each group, as in the model and in the order of the model."""
         return [list(names) for names in self.layers.names]
 
     @property
@@ -79,8 +79,8 @@ class CopraController:
         """Set the mask of one optimizer step for training; in evaluation all groups are on.
 
         Args:
-            step: Index of the optimizer step, from 0. The default is 0 in the first call, and then
-                the index after that of the previous call.
+            step: Index of the optimizer step, from 0. The default is 0 in the first call, and
+                afterwards the index of the previous call plus 1.
 
         Returns:
             Mask ``(num_groups,)`` bool, True for the groups that train.
@@ -170,7 +170,9 @@ class CopraController:
 
     def _check_in_use(self) -> None:
         if self._removed:
-            raise RuntimeError("CopraController: expected one that is in use, found a removed one")
+            raise RuntimeError(
+                "CopraController: the controller was removed by `remove`; create a new one"
+            )
 
 
 def _check_groups(group_by: Any, names: list[str]) -> None:

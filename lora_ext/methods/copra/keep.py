@@ -17,8 +17,8 @@ from lora_ext.layers import block_name, matches_suffix
 from .controller import CopraController
 from .shapley import Shapley
 
-#: Source of groups of module names: a controller or its groups; or an adapter, its folder or a list
-#: of names, whose modules are grouped by block.
+#: Source of groups of module names. A controller, or a list of groups, is used as it is. For an
+#: adapter, an adapter's folder or a list of names, the modules are grouped by block.
 Source = (
     CopraController | LoraAdapter | str | os.PathLike[str] | Sequence[str] | Sequence[Sequence[str]]
 )
@@ -29,7 +29,7 @@ def every_other(source: Source, first: int = 0) -> list[str]:
 
     Args:
         source: Groups of modules, see :data:`Source`.
-        first: Index of the first group, 0 or 1.
+        first: Index of the first group to return, 0 or 1.
 
     Returns:
         Module names as in the base model.
@@ -59,7 +59,7 @@ def thirds(source: Source, part: Literal["low", "middle", "high"]) -> list[str]:
 
 
 def by_suffix(source: Source, *suffixes: str) -> list[str]:
-    """Return the modules with a name that ends with one of the suffixes.
+    """Return the modules whose names end with one of the suffixes.
 
     For example ``by_suffix(adapter, "q_proj", "mlp.up_proj")``.
 
@@ -84,7 +84,7 @@ def top_by_shapley(source: Source, values: Shapley | Tensor | Sequence[float], k
 
     Args:
         source: Groups of modules, see :data:`Source`.
-        values: Values of the groups, for example of :func:`layer_shapley`.
+        values: Value of each group, for example from :func:`layer_shapley`.
         k: Number of groups to keep.
 
     Raises:
@@ -93,7 +93,7 @@ def top_by_shapley(source: Source, values: Shapley | Tensor | Sequence[float], k
     """
     groups = _groups(source, "top_by_shapley")
     worth = torch.as_tensor(values.values if isinstance(values, Shapley) else values).tolist()
-    expected = f"one for each of {len(groups)} groups"
+    expected = f"one value for each of {len(groups)} groups"
     require(len(worth) == len(groups), "top_by_shapley", "values", expected, len(worth))
     integer("top_by_shapley", "k", k, 0, len(groups))
     best = sorted(range(len(groups)), key=worth.__getitem__, reverse=True)[:k]
@@ -123,7 +123,7 @@ def _groups(source: Source, where: str) -> list[list[str]]:
         source = source.groups
     elif isinstance(source, (str, os.PathLike)):
         source = LoraAdapter.load(source)
-    expected = "a controller, an adapter or its folder, or names"
+    expected = "a CopraController, an adapter, its folder, or module names"
     known = isinstance(source, (LoraAdapter, Iterable))
     require(known, where, "source", expected, type(source).__name__)
     names: list[str] = []
@@ -137,7 +137,7 @@ def _groups(source: Source, where: str) -> list[list[str]]:
     for name in names:
         by_block.setdefault(block_name(name) or name, []).append(name)
     groups += (by_block[block] for block in _in_order(list(by_block)))
-    require(groups, where, "source", "modules", "none")
+    require(groups, where, "source", "at least one module", "none")
     return groups
 
 

@@ -1,4 +1,4 @@
-"""Schedule of the layer groups that train at each step, determined by seed and step."""
+"""Schedule of the layer groups that train at each step, determined by the seed and the step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class CopraSchedule:
     def __init__(self, config: CopraConfig, num_groups: int, total_steps: int):
         for name, value in (("num_groups", num_groups), ("total_steps", total_steps)):
             integer("CopraSchedule", name, value, 1)
-        least, expected = config.min_active, f"at most the {num_groups} groups"
+        least, expected = config.min_active, f"at most the number of groups, {num_groups}"
         require(least <= num_groups, "CopraSchedule", "min_active", expected, least)
         self.config = config
         self.num_groups = num_groups
@@ -71,7 +71,7 @@ class CopraSchedule:
             return p1
         ramp, fraction = self.config.ramp, step / self.ramp_steps
         value = ramp(fraction) if callable(ramp) else _RAMPS[ramp](fraction)
-        expected = "a fraction in [0, 1]"
+        expected = "a function with values in [0, 1]"
         require(value >= 0, "CopraSchedule", "ramp", expected, f"{value!r} at {fraction}")
         return min(p1, p0 + (p1 - p0) * value)
 
@@ -117,7 +117,7 @@ class CopraSchedule:
             return {least: 1.0}
         if p == 1:
             return {n: 1.0}
-        # In the log domain, since the weights underflow if p is tiny.
+        # Computed in the log domain, since the weights underflow if p is tiny.
         odds = math.log(p) - math.log1p(-p)
         logs = [math.log(math.comb(n, k)) + k * odds for k in range(least, n + 1)]
         highest = max(logs)

@@ -21,9 +21,10 @@ from .controller import CopraController
 Method = Literal["exact", "permutation", "owen"]
 
 _MAX_EXACT_PLAYERS = 20  # a million coalitions
-# Limit of the default method only: each coalition costs a forward of the model.
+# Largest number of groups for which "exact" is the default method, since each coalition costs a
+# forward of the model.
 _MAX_EXACT_GROUPS = 12
-_ORDERS, _DRAWS, _LEVELS = 32, 4, 16  # default numbers
+_ORDERS, _DRAWS, _LEVELS = 32, 4, 16  # defaults of orders, draws per level, and levels
 # Tokens per forward on the CPU, enough to amortise reading the weights. Larger forwards allocate
 # new memory for activations every time: this took a quarter of the time of one forward of SmolLM2
 # on 4096 tokens, but a twentieth of the time of 16 forwards on 256 tokens.
@@ -70,8 +71,9 @@ def shapley_values(
             player with probability q, and evaluates n + 1 coalitions per draw: the drawn one, and
             for each player the drawn one with this player added or removed. The error due to the
             midpoints is of the order of 1 / levels^2.
-        samples: Number of orders (default 32), or of drawn coalitions per level (default 4).
-        generator: Random generator of the samples; default is torch's, on the CPU.
+        samples: Number of orders of "permutation" (default 32), or of coalitions drawn per level of
+            "owen" (default 4).
+        generator: Random generator of the samples; default is torch's global one for the CPU.
         cache: Whether to evaluate each coalition only once. Use False for a noisy v.
         antithetic: Whether "permutation" also uses the reverse of each order, which doubles the
             number of orders.
@@ -137,15 +139,15 @@ def layer_shapley(
     """
     n, modules = len(controller.layers), set(model.modules())
     where = "layer_shapley"
-    other = f"a {type(model).__name__} without its layers"
+    other = f"a {type(model).__name__} without the controller's layers"
     fits = modules.issuperset(chain(*controller.layers.layers))
-    require(fits, where, "model", "the controller's", other)
+    require(fits, where, "model", "the model of the controller", other)
     if method is None:
         method = "exact" if n <= _MAX_EXACT_GROUPS else "permutation"
     estimator = _estimator(n, method, samples, generator, antithetic, levels)
     count = batched_coalitions
     fits = count == 1 or (count > 1 and batch is not None)
-    require(fits, where, "batched_coalitions", "at least 1, and 1 without a batch", count)
+    require(fits, where, "batched_coalitions", "1, or more with a batch", count)
 
     values = _Utilities(model, controller, eval_fn, batch)
     at_once = 1 if batch is None else _coalitions_at_once(values.first, count)
@@ -154,8 +156,10 @@ def layer_shapley(
 
 
 def _coalitions_at_once(inputs: Tensor, most: int) -> int:
-    """Return the number of copies of a batch in one forward: ``most``, but on the CPU at most 1024
-    tokens and at least one copy.
+    """Return the number of copies of a batch in one forward.
+
+    It is ``most``. On the CPU, it is reduced until a forward has at most 1024 tokens, but not below
+    1.
 
     ``inputs`` are token ids ``(rows, ...)``, or features with one more dimension.
     """
@@ -179,7 +183,7 @@ class _Utilities:
     def __post_init__(self) -> None:
         batch = {"": torch.empty(0)} if self.batch is None else self.batch
         tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
-        require(tensors, "layer_shapley", "batch", "tensors with rows", sorted(batch))
+        require(tensors, "layer_shapley", "batch", "a tensor with a batch dimension", sorted(batch))
         self.first, self.rows = tensors[0], len(tensors[0])
 
     def __call__(self, queried: Sequence[int]) -> list[float]:
@@ -207,7 +211,7 @@ class _Utilities:
                 batch[name] = value.repeat(times, *[1] * (value.dim() - 1))
         found = self.eval_fn(self.model(**batch), batch)
         shape = tuple(found.shape) if isinstance(found, Tensor) else found
-        expected = f"the utility of each row, of shape {(times * self.rows,)}"
+        expected = f"the utilities of the rows, of shape {(times * self.rows,)}"
         require(shape == (times * self.rows,), "layer_shapley", "eval_fn", expected, shape)
         return found.double().view(times, self.rows).mean(1).tolist()
 
@@ -231,7 +235,7 @@ def _estimator(
     require(method == "exact", where, "method", "'exact', 'permutation' or 'owen'", repr(method))
     expected = f"at most {_MAX_EXACT_PLAYERS} players for method 'exact'"
     require(
-        n <= _MAX_EXACT_PLAYERS, where, "n", expected, f"{n}; 'permutation' and 'owen' take samples"
+        n <= _MAX_EXACT_PLAYERS, where, "n", expected, f"{n}; use 'permutation' or 'owen' instead"
     )
     return _exact(n)
 

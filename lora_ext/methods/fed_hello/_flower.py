@@ -25,12 +25,13 @@ class FedHello(LoraStrategy):
     """Flower strategy in which each client trains as many layers as it can.
 
     The layers are chosen by position, at random, or by importance. With ``kind="fim"``, the server
-    scores the layers on samples that only it has, before it makes the plans of a round for which
-    :meth:`HLA.wants_scores` returns True. If a score is not finite, a warning is logged and the
-    previous weights are kept.
+    scores the layers on samples that no client has. It does so before it makes the plans of each
+    round for which :meth:`HLA.wants_scores` returns True. If a score is not finite, a warning is
+    logged and the previous weights are kept.
 
     Args:
-        allocator: An :class:`HLA` for the number of layers of the global adapter, or its settings.
+        allocator: An :class:`HLA` for the number of layers of the global adapter, or a
+            :class:`FedHelloConfig`, with which the HLA is made in the first round.
         model_fn: With "fim", function that returns the base model with the adapter. It is called
             once; the global adapter is loaded into the model whenever layers are scored.
         proxy: With "fim", samples of the server, which no client has, in batches for
@@ -45,7 +46,8 @@ class FedHello(LoraStrategy):
         TypeError: If the allocator has another type.
 
     Warns:
-        UserWarning: If no client can ever train some layer with its capability.
+        UserWarning: If there are layers that no client can ever train, given the capabilities of
+            the clients.
 
     Source: arXiv 2506.12213.
     """
@@ -62,7 +64,8 @@ class FedHello(LoraStrategy):
         instance(WHERE, "allocator", allocator, (FedHelloConfig, HLA))
         self.config = allocator.config if isinstance(allocator, HLA) else allocator
         if self.config.kind == "fim":
-            require(model_fn is not None, WHERE, "model_fn", "a model for kind 'fim'", None)
+            expected = "a function that returns the model, for kind 'fim'"
+            require(model_fn is not None, WHERE, "model_fn", expected, None)
             if proxy is None or (not callable(proxy) and len(proxy) == 0):
                 raise EmptyProxySet(f"{WHERE}: proxy: expected samples for kind 'fim', found none")
         super().__init__(allocator if isinstance(allocator, HLA) else None, **strategy)
@@ -81,7 +84,7 @@ class FedHello(LoraStrategy):
         pairs = layer_pairs(WHERE, state, self._pattern)
         num_layers = check_layers(WHERE, {pair.layer for pair in pairs})
         hla = self._allocation(num_layers)
-        require(hla.L == num_layers, WHERE, "allocator", f"one of {num_layers} layers", hla.L)
+        require(hla.L == num_layers, WHERE, "allocator", f"an HLA of {num_layers} layers", hla.L)
         if not self._logged:
             _log.info("%s: %s", WHERE, hla)
             self._logged = True
@@ -118,7 +121,11 @@ class FedHello(LoraStrategy):
         layer_of = partial(block_index, pattern=self._pattern)
         scores = fim_scores(manager.model, batches, layer_of, **how)
         if not bool(scores.isfinite().all()):
-            _log.warning("round %d: scores %s: the previous weights stay", round, scores.tolist())
+            _log.warning(
+                "round %d: scores %s are not all finite; the previous weights are kept",
+                round,
+                scores.tolist(),
+            )
             return
         hla.update(round, scores)
         weights = [f"{g:.3f}" for g in hla.weights(round).tolist()]
@@ -127,6 +134,6 @@ class FedHello(LoraStrategy):
     def _warn_uncovered(self, hla: HLA, capabilities: Iterable[int]) -> None:
         self._warned = True
         if missing := hla.uncovered(capabilities):
-            why = f"{hla!r} gives them to no client of these capabilities"
+            why = f"{hla!r} assigns them to no client with the given capabilities"
             never = f"layers {[*missing]} can never be trained: {why}"
             warnings.warn(f"{WHERE}: capability: {never}", stacklevel=3)

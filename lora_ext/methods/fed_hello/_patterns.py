@@ -1,4 +1,4 @@
-"""GD and RGD: the layers of a client, either fixed by a pattern or drawn with its weights."""
+"""Selection of a client's layers: fixed by a pattern (GD), or drawn with its weights (RGD)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BOTTLENECK = (3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3)  # from the authors' configur
 
 
 class Pattern(str, Enum):
-    """P, where the layers that most clients train are. Layer 0 is at the input of the model."""
+    """P, position of the layers that most clients train. Layer 0 is at the input of the model."""
 
     UNIFORM = "uniform"
     TRIANGLE = "triangle"  # near the input
@@ -36,7 +36,7 @@ _LINES = {Pattern.UNIFORM: (1, 0), Pattern.TRIANGLE: (3, -2), Pattern.INVERTED_T
 
 
 def as_pattern(where: str, pattern: Pattern | str) -> Pattern:
-    """Return the pattern with this name; raise an error that lists all names for another one."""
+    """Return the pattern with this name; raise an error that lists all names if it is unknown."""
     return Pattern(choice(where, "pattern", pattern, [each.value for each in Pattern]))
 
 
@@ -118,10 +118,10 @@ def rgd_layers(
     """Draw S, c distinct layers, without replacement and with probabilities proportional to the
     weights of the remaining layers.
 
-    The draw is the c layers l with the largest ``log g_l - log(-log U_l)``, which has the same
-    distribution. The U_l in (0, 1) are hashes of seed, round, client and layer. The layers of a
-    client therefore depend neither on the other clients of the round nor on the version of a
-    library.
+    The c layers l with the largest ``log g_l - log(-log U_l)`` are returned, which have the
+    distribution of such a draw (Gumbel top-k). The U_l in (0, 1) are hashes of seed, round, client
+    and layer. The layers of a client therefore depend neither on the other clients of the round nor
+    on the version of a library.
 
     Args:
         weights: g, ``(L,)``, with any sum above 0. A layer with weight 0 is never drawn.
@@ -142,7 +142,7 @@ def rgd_layers(
     g = checked_weights(where, weights).tolist()
     c = integer(where, "c", c, 0, len(g))
     likely = [layer for layer, weight in enumerate(g) if weight > 0]
-    require(len(likely) >= c, where, "weights", f"at least {c} above 0", len(likely))
+    require(len(likely) >= c, where, "weights", f"at least {c} weights above 0", len(likely))
 
     def key(layer: int) -> float:
         return math.log(g[layer]) - math.log(-math.log(_uniform(seed, round, client, layer)))
@@ -157,7 +157,7 @@ def checked_weights(where: str, weights: Weights, L: int | None = None) -> Tenso
     fits = g.dim() == 1 and (g.numel() == L if L is not None else g.numel() > 0)
     require(fits, where, "weights", f"shape ({'L' if L is None else L},)", list(g.shape))
     fine = bool((g.isfinite() & (g >= 0)).all()) and float(g.sum()) > 0
-    require(fine, where, "weights", "finite numbers from 0, one above it", g.tolist())
+    require(fine, where, "weights", "finite numbers >= 0, at least one > 0", g.tolist())
     return g
 
 

@@ -89,8 +89,8 @@ class HLA:
         self._importance: dict[int, Tensor] = {}  # by the argument `round` of `update`
 
     def weights(self, round: int) -> Tensor:
-        """Return g, the weight of each layer in a round, ``(L,)`` float64 with sum 1. Only with
-        "fim", rounds can have different weights.
+        """Return g, the weight of each layer in a round, ``(L,)`` float64 with sum 1. The weights
+        can differ between rounds only with "fim".
 
         Raises:
             ValueError: If the round is negative.
@@ -175,7 +175,8 @@ class HLA:
         if self.config.weights is None:
             return gd_layers(self.config.pattern, self.L, c)
         g = self._prior.tolist()
-        require(sum(w > 0 for w in g) >= c, "HLA.plan", "weights", f"at least {c} above 0", g)
+        expected = f"at least {c} weights above 0"
+        require(sum(w > 0 for w in g) >= c, "HLA.plan", "weights", expected, g)
         return tuple(sorted(sorted(range(self.L), key=lambda layer: -g[layer])[:c]))
 
     def __repr__(self) -> str:
@@ -191,7 +192,7 @@ class HLA:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state returned by :meth:`state_dict`, including the settings. Plans then equal
-        those of the object that returned it.
+        those of the object that returned the state.
 
         Raises:
             ValueError: If the number of layers differs, or settings or weights are invalid. Then

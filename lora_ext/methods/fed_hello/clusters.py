@@ -29,7 +29,7 @@ def cluster_weights(
     Args:
         scores: Importance of each of L layers, ``(L,)``, finite.
         k: Number of groups.
-        levels: Weight of each group before normalisation, from the group of the lowest scores.
+        levels: Weight of each group before normalisation, in ascending order of the scores.
 
     Returns:
         ``(L,)`` float64 with sum 1.
@@ -44,7 +44,7 @@ def cluster_weights(
     """
     where = "cluster_weights"
     k = integer(where, "k", k, 1)
-    require(len(levels) >= k, where, "levels", f"at least k = {k} of them", list(levels))
+    require(len(levels) >= k, where, "levels", f"at least k = {k} levels", list(levels))
     positive = all(math.isfinite(level) and level > 0 for level in levels)
     require(positive, where, "levels", "finite numbers above 0", list(levels))
     values = torch.as_tensor(scores, dtype=torch.float64).detach().cpu()
@@ -60,7 +60,7 @@ def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
     """Return the group of each of the ascending, distinct ``points``, where ``counts[i]`` scores
     are equal to ``points[i]``."""
     n = len(points)
-    # In exact fractions, so that rounding does not decide between equally good cuts.
+    # Computed in exact fractions, so that rounding does not decide between equally good cuts.
     pairs = zip(map(Fraction, points), counts, strict=True)
     powers = zip(*((Fraction(count), count * p, count * p * p) for p, count in pairs), strict=True)
     sums = [[*accumulate(values, initial=Fraction(0))] for values in powers]

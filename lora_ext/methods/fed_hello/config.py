@@ -31,14 +31,14 @@ class FedHelloConfig:
             with the largest weights are chosen, the lower layer first if weights are equal (our
             choice).
         prior_rounds: T_prior, first round of "fim" that can use importance.
-        every: Interval in rounds; importance is computed in each round from ``prior_rounds`` that
-            is a multiple of it.
+        every: Interval in rounds: from round ``prior_rounds``, importance is computed in every
+            round whose number is a multiple of ``every``.
         hold: Whether the rounds between two computations use the last importance (our choice). If
             False, they use the pattern, as in the authors' code.
         mix: Share of importance: ``g = mix g_FIM + (1 - mix) g_GD``. g_FIM are the weights by
             importance and g_GD those of the pattern, each with sum 1 (our choice).
         k: Number of groups of importance, see :func:`cluster_weights`.
-        levels: Weight of each group, from the group of lowest importance.
+        levels: Weight of each group, in ascending order of the groups' importance.
         score, reduce, chunk: As in :func:`fim_scores`.
 
     Raises:
@@ -74,7 +74,7 @@ class FedHelloConfig:
         levels = tuple(self.levels)
         positive = all(math.isfinite(level) and level > 0 for level in levels)
         holds = positive and len(levels) >= self.k
-        require(holds, where, "levels", f"at least k = {self.k} numbers above 0", levels)
+        require(holds, where, "levels", f"at least k = {self.k} positive numbers", levels)
         object.__setattr__(self, "levels", tuple(map(float, levels)))
         if self.weights is not None:
             g = checked_weights(where, self.weights)

@@ -27,7 +27,8 @@ from lora_ext.layers import (
 from .config import Reduce, Score
 
 WHERE = "fim_scores"
-#: Function from a parameter's name to the index of its layer, or None if it is not scored.
+#: Function from a parameter's name to the index of its layer, or to None for parameters that are
+#: not scored.
 LayerOf = Callable[[str], int | None]
 
 
@@ -64,11 +65,11 @@ def fim_scores(
             shifted, as in transformers. A label of -100 is ignored. The division into batches
             affects only rounding.
         layer_of: Function from the name of a LoRA tensor in ``model.named_parameters()`` to the
-            index of its layer, or None if it is not scored.
+            index of its layer, or to None for tensors that are not scored.
         score: Function whose gradient is taken: "log_prob", log p(y | x), or "logit", the logit of
             the label, as in the authors' code.
         reduce: norm(D): "fro", the Frobenius norm, or "trace", the sum of the entries.
-        chunk: Largest number of samples with gradients in memory.
+        chunk: Largest number of samples whose gradients are in memory at once.
 
     Returns:
         F, ``(L,)`` float64 on the CPU, for L layers.
@@ -121,18 +122,19 @@ def _scored(
     for name, module in adapted_layers(model).items():
         layer: Any = module
         for adapter in layer.active_adapters:
-            own = dict.fromkeys(adapter_parameters(layer, adapter))  # PEFT has duplicates
+            own = dict.fromkeys(adapter_parameters(layer, adapter))  # without PEFT's duplicates
             scored = [p for p in own if id(p) in names and layer_of(names[id(p)]) is not None]
             layers |= {p: integer(WHERE, "layer_of", layer_of(names[id(p)]), 0) for p in scored}
             apart = not scored or adapter not in layer.merged_adapters
-            require(apart, WHERE, name, "an adapter apart from the base weight", "it merged")
+            expected = "an adapter that is not merged into the base weight"
+            require(apart, WHERE, name, expected, f"{adapter!r} merged")
             if scored and _is_plain(layer, adapter):
                 a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
                 pairs.append(_Pair(name, layer, adapter, a, b, layer.scaling[adapter]))
             else:
                 alone += scored
-    expected = f"an index for some LoRA tensor of an active adapter of {type(model).__name__}"
-    require(layers, WHERE, "layer_of", expected, "none", LayerNotFound)
+    expected = f"an index for a LoRA tensor of an active adapter of {type(model).__name__}"
+    require(layers, WHERE, "layer_of", expected, "no index", LayerNotFound)
     check_layers(WHERE, set(layers.values()))
     return layers, pairs, alone
 
@@ -231,11 +233,11 @@ class _Fisher:
 
 
 def _by_sample(name: str, tensors: Sequence[Tensor], n: int) -> Tensor:
-    """Concatenate tensors as ``(n, T, width)``. Some models pass a layer the tokens of all samples
-    in one axis, ``(n * T, width)``."""
+    """Concatenate tensors as ``(n, T, width)``. Some models pass a layer the tokens of all n
+    samples in one dimension, ``(n * T, width)``."""
     for t in tensors:
         fits = t.dim() > 1 and t.shape[0] % n == 0
-        require(fits, WHERE, name, f"an input of {n} samples", list(t.shape))
+        require(fits, WHERE, name, f"{n} samples in dimension 0", list(t.shape))
     return torch.cat([t.reshape(n, -1, t.shape[-1]) for t in tensors], 1)
 
 
@@ -251,11 +253,11 @@ def _sample_scores(model: nn.Module, batch: Any, score: Score) -> Tensor:
     """Return log p(y | x) of each sample, or the logit of y, ``(n,)``."""
     named = isinstance(batch, Mapping)
     if named:
-        require("labels" in batch, WHERE, "batches", "labels", list(batch))
+        require("labels" in batch, WHERE, "batches", "the key 'labels'", list(batch))
         labels = batch["labels"]
     else:
         pair = isinstance(batch, tuple | list) and len(batch) == 2
-        require(pair, WHERE, "batches", "mappings, or (x, y)", type(batch).__name__)
+        require(pair, WHERE, "batches", "mappings or pairs (x, y)", type(batch).__name__)
         labels = batch[1]
     inputs, segments = merged([batch], WHERE)
     if not segments[0].rows:
@@ -272,7 +274,7 @@ def _sample_scores(model: nn.Module, batch: Any, score: Score) -> Tensor:
     inside = (labels >= 0) & (labels < classes) | ~known
     if not bool(inside.all()):
         found = labels[~inside].unique().tolist()
-        expected = f"classes below {classes}, or {IGNORE}"
+        expected = f"class indices below {classes}, or {IGNORE}"
         raise ValueError(f"{WHERE}: labels: expected {expected}, found {found!r:.200}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     values = logits.log_softmax(-1) if score == "log_prob" else logits

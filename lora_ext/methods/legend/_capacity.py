@@ -21,8 +21,8 @@ _RATIO_WEIGHT = 1e-3
 
 
 class CapacityReport(NamedTuple):
-    """Report of a device on one round, not checked yet. The device's clock measures every
-    duration."""
+    """Unchecked report of a device on one round. Every duration is measured by the device's clock.
+    """
 
     device: Client
     depth: int  # k, number of trained layers
@@ -47,29 +47,30 @@ class Estimate(NamedTuple):
 
 @dataclass(eq=False, repr=False)
 class CapacityTracker:
-    """Estimates of the devices' speeds (:class:`Estimate`), which their reports update.
+    """Estimates of the devices' speeds (:class:`Estimate`), updated by the devices' reports.
 
     A report updates beta to ``rho beta + (1 - rho) observed``. f and mu are fitted to the training
     times ``f + k mu`` of all reports by weighted least squares: a report has ``forgetting`` times
     the weight of the next one. If all reports of a device have the same depth k, the ratio f : mu
-    keeps its previous value. Its initial value is L : 2, since a backward costs two forwards.
+    keeps its previous value. Its initial value is L : 2, since f contains the forward of L layers,
+    and the backward of a layer costs two of its forwards.
 
     If a report has the same depth as the previous one, but more than twice or less than half of the
-    estimated training time, the speed of the whole device has changed. The times of the earlier
-    reports are then multiplied by the ratio of the speeds. This is our choice, since a line through
-    reports of different speeds has a meaningless slope.
+    estimated training time, the speed of the whole device is assumed to have changed. The times of
+    the earlier reports are then multiplied by the ratio of the speeds. This is our choice, since a
+    line through reports of different speeds has a meaningless slope.
 
     Args:
         L: Number of layers.
         rho: Weight of the old value of beta.
         forgetting: lambda, factor by which the weight of a report decreases with each later report.
-        outlier: Largest factor between a reported and an estimated value. A report that exceeds it
-            is ignored. If the next report exceeds it too, the change counts as real, and all
-            earlier reports are forgotten.
+        outlier: Largest accepted factor between a reported and an estimated value. A report that
+            exceeds it is ignored. If the next report exceeds it too, the change counts as real, and
+            all earlier reports are forgotten.
         most_seconds: Upper bound of a duration; a report above it is not a measurement.
-        max_bad: Number of reports in a row that are not measurements after which a device is not
+        max_bad: Number of consecutive reports that are not measurements after which a device is not
             trusted.
-        max_timeouts: Number of timeouts in a row after which a device rests.
+        max_timeouts: Number of consecutive timeouts after which a device rests.
         cooldown: Number of rounds for which a device rests, that is, must not be selected.
         prior: Known speeds by device; they count as two reports, one of depth L and one of depth
             ``ceil(L / 2)``.
@@ -136,9 +137,9 @@ class CapacityTracker:
         if not self._is_measurement(report._replace(up_time=up_time)):
             state.bad += 1
             self.dropped[report.device] += 1
-            _log.warning("CapacityTracker: dropped, not a measurement: %s", report)
+            _log.warning("CapacityTracker: dropped a report that is not a measurement: %s", report)
             return False
-        # Converted to Python numbers, since JSON cannot store those of other packages.
+        # Converted to Python numbers, since JSON cannot store those of NumPy.
         depth, seconds = int(report.depth), float(report.train_time)
         beta = (float(report.down_time) + float(up_time)) / float(report.bytes)
         state.bad = state.timeouts = 0
@@ -149,7 +150,7 @@ class CapacityTracker:
             if not state.off:
                 state.off = True
                 self.ignored[report.device] += 1
-                _log.info("CapacityTracker: far off, ignored once: %s", report)
+                _log.info("CapacityTracker: ignored an outlier: %s", report)
                 return False
             state.forget()
         state.off = False
@@ -173,14 +174,14 @@ class CapacityTracker:
         Args:
             device: Name of the device.
             depth: k, depth of the device's plan.
-            seconds: Time that the server waited, the deadline.
+            seconds: Time that the server waited (the deadline).
             round: Round of the timeout. With None, the device does not start to rest.
 
         Raises:
             ValueError: If the depth is outside [1, L], or the seconds are not finite and above 0.
         """
         where = "CapacityTracker.update_timeout"
-        require(1 <= depth <= self.L, where, "depth", f"in [1, {self.L}]", depth)
+        require(1 <= depth <= self.L, where, "depth", f"a number in [1, {self.L}]", depth)
         proper = math.isfinite(seconds) and seconds > 0
         require(proper, where, "seconds", "a finite number above 0", seconds)
         state = self._device(device)
@@ -196,8 +197,8 @@ class CapacityTracker:
             _log.warning("%s: %r rests until round %d", where, device, state.rests_until)
 
     def rests(self, device: Client, round: int) -> bool:
-        """Return whether ``device`` must not be selected in ``round`` because of too many timeouts
-        in a row."""
+        """Return whether ``device`` must not be selected in ``round`` because of too many
+        consecutive timeouts."""
         return device in self._devices and round <= self._devices[device].rests_until
 
     def trusted(self, device: Client) -> bool:
@@ -212,12 +213,12 @@ class CapacityTracker:
             KeyError: If there is no estimate for the device.
         """
         where = "CapacityTracker.estimate"
-        require(device in self, where, "device", "one that reported", repr(device), KeyError)
+        require(device in self, where, "device", "a device with reports", repr(device), KeyError)
         state = self._devices[device]
         return Estimate(*state.solved(), state.beta or 0.0, self.trusted(device))
 
     def repeats(self, device: Client, depth: int) -> int:
-        """Return the number of latest reports of ``device`` in a row that have this ``depth``."""
+        """Return the number of latest consecutive reports of ``device`` with this ``depth``."""
         state = self._devices.get(device)
         return state.repeats if state is not None and state.last == depth else 0
 
@@ -267,7 +268,7 @@ class _Device:
     t: float = 0.0  # weighted sum of times
     kt: float = 0.0  # weighted sum of depth times time
     last: int = 0  # depth of the latest report
-    repeats: int = 0  # number of latest reports in a row with that depth
+    repeats: int = 0  # number of latest consecutive reports with that depth
     bad: int = 0
     off: bool = False
     timeouts: int = 0
@@ -299,8 +300,8 @@ class _Device:
         """Return f and mu of the least squares fit, each at least 0."""
         if not self.count:
             return 0.0, 0.0
-        # The ratio adds the equation (ratio_mu f - ratio_f mu) / norm = 0 with a small weight, so
-        # that the system is never singular.
+        # The previous ratio adds the equation (ratio_mu f - ratio_f mu) / norm = 0 with a small
+        # weight, so that the system is never singular.
         weight = _RATIO_WEIGHT / (self.ratio_f**2 + self.ratio_mu**2)
         ff = self.count + weight * self.ratio_mu**2
         fm = self.k - weight * self.ratio_f * self.ratio_mu

@@ -19,14 +19,15 @@ _OF_ALLOCATOR = ("draw", "prior", "memory", "mem", "shares", "rank_caps")
 class Legend(LoraStrategy):
     """Flower strategy in which each client trains as many of the last layers as time allows.
 
-    The number of layers, the depth, is computed from the durations that clients report
+    The number of these layers, called the depth, is computed from the durations that clients report
     (``train-time-s`` and ``down-time-s``), each measured by the client's clock. A client that does
     not reply is treated as if it had trained until the timeout. After three timeouts in a row it is
     not selected for ``cooldown`` rounds.
 
     Args:
         config: Settings of ranks, depths and speeds. With ``total``, the global adapter must have
-            the ranks of ``config.ranks(L)``; use :func:`lora_ext.methods.legend.resize_state`.
+            the ranks of ``config.ranks(L)``; :func:`lora_ext.methods.legend.resize_state` changes
+            its ranks.
         settings: Arguments ``draw``, ``prior``, ``memory``, ``mem``, ``shares`` and ``rank_caps``
             of :class:`lora_ext.methods.legend.LegendAllocator`, and all arguments of
             :class:`LoraStrategy`, in which ``capability`` is the largest depth of a client.

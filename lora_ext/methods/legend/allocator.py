@@ -1,4 +1,4 @@
-"""Server side of LEGEND in one object that does not need Flower: from reports to plans."""
+"""Server side of LEGEND without Flower: an object that computes plans from devices' reports."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class LegendAllocator:
 
     With ``warmup="probe"``, a new device is probed: it trains all layers in its first round and
     half of them in its second. A device that is not trusted, since its latest reports were not
-    measurements, trains the smallest depth. A device that rests after timeouts has no plan.
+    measurements, trains only ``k_min`` layers. A device that rests after timeouts has no plan.
 
     Args:
         config: Settings. ``total`` and ``shape`` determine the ranks, unless ``ranks`` is given.
         bytes_per_layer: Bytes of each layer's factors in one direction, see :func:`layer_bytes`.
         ranks: Rank of each layer.
-        draw: With ``depth_as_count``, function that chooses the layers, for example with
-            Fed-HeLLo's ``rgd_layers``.
+        draw: With ``depth_as_count``, function ``draw(count, round, client)`` that returns the
+            layers to train, for example with Fed-HeLLo's ``rgd_layers``.
         prior: Known speeds by device.
         memory, mem, shares, rank_caps: As in :class:`LegendConfigurator`.
 
@@ -76,7 +76,7 @@ class LegendAllocator:
         expected += f" with depth_as_count={config.depth_as_count}"
         require(fits, WHERE, "draw", expected, draw)
         known = config.warmup == "probe" or bool(prior)
-        require(known, WHERE, "prior", "speeds of the devices with warmup 'prior'", prior)
+        require(known, WHERE, "prior", "speeds of the devices for warmup 'prior'", prior)
         self.draw = draw
         speeds: Any = {name: getattr(config, name) for name in _OF_TRACKER}
         self.tracker = CapacityTracker(self.L, prior=prior, **speeds)
@@ -86,7 +86,7 @@ class LegendAllocator:
             self.L, bytes_per_layer, ranks=self.ranks, **settings
         )
         self.last: Configuration | None = None
-        self._depths: dict[Client, int] = {}  # latest depths; a fault removes the device's entry
+        self._depths: dict[Client, int] = {}  # latest depths; removed after timeouts, bad reports
         self._probes: Counter[Client] = Counter()
 
     @classmethod
@@ -113,12 +113,13 @@ class LegendAllocator:
         for pair in layer_pairs(f"{WHERE}: state", state, pattern):
             rank = state[pair.a].shape[0]
             first = ranks.setdefault(pair.layer, rank)
-            require(rank == first, WHERE, pair.module, f"rank {first}, as its layer has", rank)
+            expected = f"rank {first}, the rank of the other modules of its layer"
+            require(rank == first, WHERE, pair.module, expected, f"rank {rank}")
         found = tuple(ranks[layer] for layer in sorted(ranks))
         sizes = layer_bytes(state, found, pattern)
         if config.total is not None:
             wanted = config.ranks(len(sizes))
-            require(found == wanted, WHERE, "state", f"ranks {wanted}, see resize_state", found)
+            require(found == wanted, WHERE, "state", f"ranks {wanted} (use resize_state)", found)
         return cls(config, sizes, ranks=found, **settings)
 
     def plan(self, round: int, client: Client, capability: int) -> LayerPlan:
@@ -154,10 +155,10 @@ class LegendAllocator:
         """
         tracker, config = self.tracker, self.config
         awake = {c: limit for c, limit in clients.items() if not tracker.rests(c, round)}
-        new: list[Client] = []  # a list, since the saved state is in the order of `clients`
+        new: list[Client] = []  # a list, so that the saved state keeps their order
         for c in awake:
             if config.warmup == "prior":
-                require(c in tracker, WHERE, "prior", f"speeds of {c!r}", "none")
+                require(c in tracker, WHERE, "prior", f"the speeds of device {c!r}", "none")
             elif c not in tracker or self._probes[c] < 2:
                 new.append(c)
         depths = {c: self._probe(c, awake[c]) for c in new}
@@ -166,7 +167,8 @@ class LegendAllocator:
         self._probes.update(new)
         self._depths |= chosen
         for c, depth in chosen.items():
-            # After `explore_every` reports of equal depth, the device trains one more layer once.
+            # After `explore_every` reports of equal depth, the device trains one more layer for one
+            # round.
             repeated = tracker.repeats(c, depth) >= config.explore_every
             free = config.byte_budget is None and tracker.trusted(c)
             more = repeated and free and depth < self.configurator.deepest(c, known[c])
@@ -260,5 +262,5 @@ class LegendAllocator:
     def _reach(self, plan: LayerPlan) -> int:
         """Return the number of layers that the backward passes through, from the output to the
         lowest planned layer. If the last k layers are planned, it is k."""
-        require(bool(plan.layers), WHERE, "plan", "layers to train", "none, of a device that rests")
+        require(bool(plan.layers), WHERE, "plan", "at least one layer", "none: the device rests")
         return self.L - plan.layers[0]

@@ -28,14 +28,15 @@ class LegendConfig:
             :class:`LegendConfigurator`.
         every: Number of rounds after which depths are chosen again.
         rho, forgetting: As in :class:`CapacityTracker`.
-        cooldown: Number of rounds in which a device is not selected after three timeouts in a row.
+        cooldown: Number of rounds in which a device is not selected after three consecutive
+            timeouts.
         warmup: Source of the first estimates. "probe": each device trains all layers in its first
             round, and half of them in its second; "prior": the caller passes the speeds.
-        explore_every: Number of reports of equal depth in a row after which a device trains one
-            more layer once, since reports of only one depth cannot separate f from mu.
+        explore_every: Number of consecutive reports of equal depth after which a device trains one
+            more layer for one round, since reports of only one depth cannot separate f from mu.
         send_frozen: Whether a device also receives, and applies, the layers that it does not train.
         depth_as_count: Whether a function of the caller chooses which k layers a device trains. If
-            False, these are the last k layers.
+            False, a device trains the last k layers.
 
     Raises:
         ValueError: If a field is out of range. Limits that depend on the number of layers are
@@ -82,8 +83,8 @@ class LegendConfig:
         }
         check_fields(self, table)
         for holds, name, expected in (
-            (self.r_max is None or self.r_max >= self.r_min, "r_max", f"at least {self.r_min}"),
-            (self.k_max is None or self.k_max >= self.k_min, "k_max", f"at least {self.k_min}"),
+            (self.r_max is None or self.r_max >= self.r_min, "r_max", f">= r_min = {self.r_min}"),
+            (self.k_max is None or self.k_max >= self.k_min, "k_max", f">= k_min = {self.k_min}"),
             (self.step >= 0 or self.shape in ("uniform", "geometric"), "step", rises),
         ):
             require(holds, "LegendConfig", name, expected, getattr(self, name))

@@ -1,4 +1,4 @@
-"""Choice of each device's depth, the number of last layers that it trains, by pure functions."""
+"""Choice of each device's depth (the number of last layers that it trains) by pure functions."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Configuration(dict[Client, LayerPlan]):
         seconds: Largest value of ``times``.
         waiting: W, mean time in seconds that devices wait for the slowest one.
         over_target: Devices that need longer than tau even at depth ``k_min``.
-        raised: Device that got a larger depth so that all layers are trained, or None.
-        extra_wait: Seconds that this added to W.
+        raised: Device whose depth was increased so that all layers are trained, or None.
+        extra_wait: Seconds that the increase of this depth added to W.
         uncovered: Layers that no device trains.
         bytes: Bytes of the planned layers of all devices, in one direction.
     """
@@ -72,12 +72,14 @@ class LegendConfigurator:
     2. ``k_i`` is the largest depth with ``T_i(k) <= tau``. If there is none, it is the largest
        depth that takes no longer than ``k_min``.
     3. No depth changes by more than ``max_step`` from one round to the next.
-    4. Every ``cover_every`` rounds, one device trains all layers, or as many as a device can.
+    4. Every ``cover_every`` rounds, one device trains all layers or, if no device can, the largest
+       possible number of layers.
     5. While the layers to send have more than ``byte_budget`` bytes in total, the depth of the
        device with the most bytes per share of the data is lowered by one.
 
     **Our choice** of order: 3 precedes 4 and 5, since these cannot be deferred. Devices that are
-    not trusted (see :class:`Estimate`) get ``k_min`` and do not affect tau, unless none is trusted.
+    not trusted (see :class:`Estimate`) get ``k_min`` and do not affect tau, unless no device is
+    trusted.
 
     Args:
         L: Number of layers.
@@ -136,16 +138,16 @@ class LegendConfigurator:
         check_fields(self, table)
         sizes, ranks = tuple(self.bytes_per_layer), self.ranks
         for name, values in (("bytes_per_layer", sizes), ("ranks", ranks)):
-            require(len(values) == L, where, name, f"one for each of {L} layers", len(values))
+            require(len(values) == L, where, name, f"one value for each of {L} layers", len(values))
         for layer, size in enumerate(sizes):
             number(where, f"bytes_per_layer[{layer}]", size, above=0)
         self.bytes_per_layer = sizes
         self.ranks = tuple(integer(where, f"ranks[{i}]", r, 1) for i, r in enumerate(ranks))
         fits = self.memory is None or self.mem is not None
-        require(fits, where, "mem", "mem(k) beside memory", "None")
+        require(fits, where, "mem", "a function if memory is given", "None")
         for device, share in (self.shares or {}).items():
             number(where, f"shares[{device!r}]", share, 0)
-        # Copies, since the caller may change its mappings later.
+        # The mappings are copied, since the caller may change them later.
         self.rank_caps = {
             device: integer(where, f"rank_caps[{device!r}]", cap, 1)
             for device, cap in (self.rank_caps or {}).items()
@@ -173,7 +175,7 @@ class LegendConfigurator:
             return top
         has, mem = self.memory[device], self.mem
         fits = [k for k in range(self.k_min, top + 1) if mem(k) <= has]
-        needed = f"at least {mem(self.k_min)} for depth {self.k_min}; it cannot take part"
+        needed = f"at least {mem(self.k_min)} bytes, which depth {self.k_min} needs"
         require(bool(fits), where, f"memory[{device!r}]", needed, has)
         return fits[-1]
 
@@ -220,7 +222,7 @@ class LegendConfigurator:
             raised = self._cover(devices, depths, previous or {})
         extra_wait = waiting_time(_times(devices, depths)) - wait_before
         if raised is not None:
-            _log.info("%s: raised the depth of %r, waiting %.3g s more", WHERE, raised, extra_wait)
+            _log.info("%s: depth of %r raised, W increased by %.3g s", WHERE, raised, extra_wait)
         if self.byte_budget is not None:
             self._fit_byte_budget(devices, depths, self.byte_budget)
         pairs = [(device.name, k) for device, k in zip(devices, depths, strict=True)]
@@ -235,10 +237,11 @@ class LegendConfigurator:
         found.bytes = _bytes(devices, depths)
         if len(found.over_target) == len(devices):
             warnings.warn(
-                f"{WHERE}: all devices are over the target even at depth {self.k_min}", stacklevel=2
+                f"{WHERE}: all devices exceed the target time even at depth {self.k_min}",
+                stacklevel=2,
             )
         elif found.over_target:
-            _log.info("%s: over the target of %.3g s: %s", WHERE, target, found.over_target)
+            _log.info("%s: over the target time of %.3g s: %s", WHERE, target, found.over_target)
         return found
 
     def _devices(
@@ -251,10 +254,10 @@ class LegendConfigurator:
         names = list(selected)
         require(bool(names), where, "selected", "at least one device", "none")
         twice = [name for name, count in Counter(names).items() if count > 1]
-        require(not twice, where, "selected", "each device once", twice[:1])
+        require(not twice, where, "selected", "each device only once", f"{twice[:1]} repeated")
         found: list[_Device] = []
         for name in sorted(names, key=lambda name: (isinstance(name, str), name)):
-            require(name in estimates, where, "estimates", f"one of device {name!r}", "none")
+            require(name in estimates, where, "estimates", f"one for device {name!r}", "none")
             estimate = Estimate(*estimates[name])
             check_estimate(where, f"estimates[{name!r}]", estimate)
             k_max = self.deepest(name, limits.get(name, self.L))
@@ -263,7 +266,7 @@ class LegendConfigurator:
                 cut = zip(sizes, ranks, self.ranks, strict=True)
                 sizes = [size * rank / full for size, rank, full in cut]
             share = 1.0 if self.shares is None else self.shares.get(name, math.nan)
-            require(not math.isnan(share), where, "shares", f"one of device {name!r}", "none")
+            require(not math.isnan(share), where, "shares", f"one for device {name!r}", "none")
             sums = [[0, *accumulate(reversed(values))] for values in (sizes, ranks)]
             found.append(_Device(name, estimate, self.k_min, k_max, share, *sums))
         return found
@@ -290,8 +293,8 @@ class LegendConfigurator:
     def _limit_steps(
         self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
     ) -> list[int]:
-        """Return the depths, each changed to be at most ``max_step`` away from the previous one.
-        If the waiting time of the previous depths is within the tolerance ``eps``, return those."""
+        """Return the depths, each limited to a change of ``max_step`` from the previous round. If
+        the waiting time of the previous depths is within the tolerance ``eps``, return those."""
         before = [_depth(previous.get(d.name, k)) for d, k in zip(devices, depths, strict=True)]
         bounds = [(self.k_min, device.deepest(math.inf)) for device in devices]
         if all(
@@ -312,8 +315,8 @@ class LegendConfigurator:
     def _cover(
         self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
     ) -> Client | None:
-        """Increase one depth to the largest possible, unless a device has it already; return the
-        device's name.
+        """Increase the depth of one device to the largest possible, and return the device's name.
+        If a device has this depth already, return None.
 
         Of the devices that can train the most layers, those within ``max_step`` of that depth are
         preferred, and of these the fastest.
@@ -330,7 +333,7 @@ class LegendConfigurator:
         return chosen.name
 
     def _fit_byte_budget(self, devices: list[_Device], depths: list[int], budget: float) -> None:
-        """Lower depths in place until the layers to send are within the budget."""
+        """Lower ``depths`` in place until the layers to send have at most ``budget`` bytes."""
 
         def cost(i: int) -> tuple[float, float]:
             device, size = devices[i], devices[i].bytes_of[depths[i]]

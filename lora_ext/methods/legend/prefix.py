@@ -19,13 +19,13 @@ WHERE = "PrefixCache"
 
 @dataclass(eq=False, repr=False)
 class PrefixCache:
-    """Cache of the activations that the samples have after the blocks below the trained layers.
+    """Cache of each sample's activations after the blocks below the trained layers.
 
     A device that trains the last k of L layers runs only the base model in the blocks below them.
     The activations after these blocks therefore depend only on the sample. They are computed once;
     later epochs and rounds start from them. A step costs about ``L + 2k`` block forwards, of which
-    the cache saves ``L - k``. If k decreases, the cache is still used, and the blocks between run
-    again; if k increases, the cached activations are from too high a block and are dropped.
+    the cache saves ``L - k``. If k decreases, the cache is still used, and the blocks in between
+    run again; if k increases, the cached activations are from too high a block and are dropped.
 
         manager.apply(plan, others="disabled")
         with manager.boundary(), cache.batch(samples):
@@ -94,14 +94,15 @@ class PrefixCache:
         manager = self.manager
         blocks = [f"{name}." for name in self.manager.blocks]
         below, above = tuple(blocks[:lowest]), tuple(blocks[lowest:])
-        expected = "no adapter below the layers that train: apply(plan, others='disabled')"
+        expected = "no adapter below the trained layers"
+        found = f"{manager.adapter!r} active; call apply(plan, others='disabled')"
         for name, layer in adapted_layers(manager.model, manager.adapter).items():
             off = not name.startswith(below) or not is_active(layer, manager.adapter)
-            require(off, WHERE, name, expected, f"{manager.adapter!r} on")
+            require(off, WHERE, name, expected, found)
         for name, module in manager.model.named_modules():
             inside = f"{name}.".startswith(above) or ".lora_dropout." in name
             found = _randomness(module) if module.training and not inside else ""
-            require(not found, WHERE, name, "rows that depend on their sample alone", found)
+            require(not found, WHERE, name, "no dropout or batch normalisation in training", found)
         if self._blocks > lowest:
             self._rows.clear()
         if not self._rows:
@@ -147,8 +148,9 @@ class PrefixCache:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             alone = hidden is output or all(part is None for part in output[1:])
-            require(alone, WHERE, "model", "blocks that return their hidden state", type(output))
-            require(hidden.shape[0] == len(names), WHERE, "samples", hidden.shape[0], len(names))
+            require(alone, WHERE, "model", "blocks that return only a hidden state", type(output))
+            expected = f"{hidden.shape[0]} names, one per row"
+            require(hidden.shape[0] == len(names), WHERE, "samples", expected, len(names))
             self._in_tuple = hidden is not output
             # A copy is necessary, since the next block may write into its input.
             found = hidden.detach().to(self.device, self.dtype or hidden.dtype, copy=True)
@@ -160,8 +162,8 @@ class PrefixCache:
 
 
 def _randomness(module: nn.Module) -> str:
-    """Return why a row of a module's output does not depend only on its sample in training, or ""
-    if it does."""
+    """Return the reason why a row of a module's output does not depend only on its sample in
+    training mode, or "" if it depends only on its sample."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "batch normalisation"
     drops = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else {}
@@ -181,6 +183,6 @@ class _Skipped(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.rows is not None:
             expected, found = self.rows.shape[:-1], hidden_states.shape[:-1]
-            require(expected == found, WHERE, "samples", f"rows {[*expected]} as kept", [*found])
+            require(expected == found, WHERE, "samples", f"cached shape {[*expected]}", [*found])
             hidden_states = self.rows.to(hidden_states.device, hidden_states.dtype)
         return (hidden_states,) if self.in_tuple else hidden_states

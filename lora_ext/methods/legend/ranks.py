@@ -81,12 +81,14 @@ def rank_distribution(
     sum_of = min(max(units, L * low), math.inf if high is None else L * high)
     slack = multiple * L / 2 if multiple > 1 else 0
     enough = high is None or high >= low
-    require(enough, where, "r_max", f"a multiple of {multiple} from r_min = {r_min} on", r_max)
+    expected = f"a multiple of {multiple} from r_min to r_max"
+    require(enough, where, "r_max", expected, f"none from {r_min} to {r_max}")
     least = L * low * multiple
     require(total >= least - slack, where, "total", f"at least {least}, r_min in each layer", total)
     if high is not None:
         most = L * high * multiple
-        require(total <= most + slack, where, "total", f"at most {most}, r_max in each", total)
+        fits = total <= most + slack
+        require(fits, where, "total", f"at most {most}, r_max in each layer", total)
     if shape == "geometric":
         growth = [ratio ** (i / max(1, L - 1)) for i in range(L)]
         wished = [total * g / math.fsum(growth) for g in growth]
@@ -122,7 +124,7 @@ def layer_bytes(
     where = "layer_bytes"
     pairs = layer_pairs(f"{where}: state", state, pattern)
     count = check_layers(where, {pair.layer for pair in pairs})
-    require(len(ranks) == count, where, "ranks", f"one for each of {count} layers", len(ranks))
+    require(len(ranks) == count, where, "ranks", f"one rank for each of {count} layers", len(ranks))
     sums = [0] * count
     for pair in pairs:
         a, b = state[pair.a], state[pair.b]

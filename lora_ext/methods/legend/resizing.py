@@ -21,8 +21,9 @@ def resize_lora(
 
     For a larger rank, random rows are added to A and zero columns to B, so that ``B A`` is
     unchanged. For a smaller rank, the largest singular values of ``B A`` are kept, and the square
-    root of each is in both factors. If a singular value is zero, its row of A is random as well, so
-    that training can use every rank. The scale does not depend on the rank and is not changed.
+    root of each is multiplied into both factors. If a singular value is zero, its row of A is
+    random as well, so that training can use every rank. The scale does not depend on the rank and
+    is not changed.
 
     Args:
         a: Factor A, ``(r, I)``.
@@ -45,7 +46,7 @@ def resize_lora(
     for name, factor in (("a", a), ("b", b)):
         require(factor.dim() == 2, where, name, "a matrix", list(factor.shape))
         require(bool(factor.isfinite().all()), where, name, "finite values", "NaN or inf")
-    require(a.shape[0] == b.shape[1], where, "b", f"(O, {a.shape[0]})", list(b.shape))
+    require(a.shape[0] == b.shape[1], where, "b", f"shape (O, {a.shape[0]})", list(b.shape))
     return resized(where, a, b, integer(where, "r_new", r_new, 0), generator)
 
 
@@ -65,7 +66,8 @@ def resize_state(
         generator: Generator of random rows of A, on the CPU; default is a generator with seed 0.
 
     Returns:
-        The new state, and by layer the error: the root of the summed squared errors of its modules.
+        The new state, and the error of each layer: the square root of the summed squared errors of
+        its modules.
 
     Raises:
         ValueError: If there is not one rank per layer, a rank is below 1, or :func:`resize_lora`
@@ -74,7 +76,7 @@ def resize_state(
     where = "resize_state"
     pairs = layer_pairs(f"{where}: state", state, pattern)
     count = check_layers(where, {pair.layer for pair in pairs})
-    require(len(ranks) == count, where, "ranks", f"one for each of {count} layers", len(ranks))
+    require(len(ranks) == count, where, "ranks", f"one rank for each of {count} layers", len(ranks))
     require(min(ranks) >= 1, where, "ranks", "at least 1 each", min(ranks))
     generator = generator or torch.Generator().manual_seed(0)
     found = dict(state)

@@ -30,10 +30,10 @@ def waiting_time(times: Iterable[float] | Mapping[Any, float]) -> float:
     Source: LEGEND (arXiv 2412.20004), which aims to let devices finish together.
     """
     found = list(times.values() if isinstance(times, Mapping) else times)
-    require(bool(found), "waiting_time", "times", "at least one", "none")
+    require(bool(found), "waiting_time", "times", "at least one time", "none")
     for value in found:
         real = math.isfinite(value) and value >= 0
-        require(real, "waiting_time", "times", "seconds from 0", value)
+        require(real, "waiting_time", "times", "finite seconds >= 0", value)
     longest = max(found)
     return math.fsum(longest - value for value in found) / len(found)
 
@@ -80,8 +80,8 @@ class SimulatedClock:
         self.speeds = dict(self.speeds)
 
     def report(self, device: Client, plan: LayerPlan) -> CapacityReport:
-        """Return the report that ``device`` would send after a round with ``plan``: durations in
-        seconds, computed from its speeds, and the bytes of the planned layers."""
+        """Return the report that ``device`` would send after a round with ``plan``. Its durations
+        in seconds are computed from the device's speeds."""
         f, mu, beta = self.speeds[device][:3]
         up = plan_bytes(self.state, plan, self.pattern)
         whole = LayerPlan(tuple(range(self.L)))

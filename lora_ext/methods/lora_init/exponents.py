@@ -16,7 +16,7 @@ _INITIAL_EXPONENTS = {
     **dict.fromkeys(("init_b", "init_b_normal", "init_b_unit"), (_ZERO, 0.0)),
     "init_ab": (0.0, 0.0),
 }
-_TOLERANCE = 1e-9  # of comparisons with sums that are rounded, such as 2/3 - 2/3
+_TOLERANCE = 1e-9  # for comparisons of rounded sums, such as 2/3 - 2/3
 
 
 def gamma_exponents(

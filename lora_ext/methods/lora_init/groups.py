@@ -23,11 +23,11 @@ def loraplus_param_groups(
     weight_decay: float = 0.0,
     lr_embedding: float = 1e-6,
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups of LoRA+ for a torch optimizer, with the same division of
-    parameters as in PEFT's function.
+    """Return the parameter groups of LoRA+ for a torch optimizer, divided as in PEFT's
+    ``create_loraplus_optimizer``.
 
     According to the theory, B needs the larger rate even if its initial values are random
-    ("init_b"), since its updates become smaller with the width.
+    ("init_b"), since the updates of B become smaller with the width.
 
     Args:
         model: Model with layers of :mod:`lora_ext.nn` or PEFT. Frozen parameters are ignored.
@@ -76,7 +76,7 @@ def loraplus_param_groups(
         {"params": faster_undecayed, "lr": lr * loraplus_lr_ratio, "weight_decay": 0.0},
     ]
     trained = any(group["params"] for group in groups)
-    require(trained, where, "model", "parameters that train", "none")
+    require(trained, where, "model", "trainable parameters", "none")
     return groups
 
 
@@ -94,8 +94,9 @@ def suggest_lr(
     """Return the learning rate for width n, given a rate that was tuned at width n0.
 
     One rate for both factors is ``base_lr (n0 / n) ** 0.5`` if the initial values of A are random,
-    and ``base_lr n0 / n`` if those of B are. With LoRA+, the rate of A is proportional to
-    ``n0 / n``, and that of B does not depend on the width, for both kinds of schemes.
+    and ``base_lr n0 / n`` if the initial values of B are random. With LoRA+, the rate of A is
+    proportional to ``n0 / n``, and that of B does not depend on the width, for both kinds of
+    schemes.
 
     Args:
         base_lr: Rate that was tuned at ``base_width``; with LoRA+ the rate of A.
@@ -133,7 +134,7 @@ def suggest_lr(
     of_rank = 1.0
     if rank_rule == "inverse":
         for argument, value in (("rank", rank), ("base_rank", base_rank)):
-            require(value is not None, where, argument, "a rank beside rank_rule='inverse'", None)
+            require(value is not None, where, argument, "a rank with rank_rule='inverse'", None)
             number(where, argument, value, above=0)
         of_rank = base_rank / rank  # pyright: ignore[reportOperatorIssue]  (neither is None)
     narrower = base_width / width

@@ -31,7 +31,7 @@ class Call:
         self.grad = torch.is_grad_enabled()
 
 
-#: Running call of this thread, in which the hooks store hidden states.
+#: Call that is running in this thread. The hooks store hidden states in it.
 _running: ContextVar[Call | None] = ContextVar("lora_ext.mod_call", default=None)
 
 
@@ -72,7 +72,8 @@ class Mix:
         self.mixer = mixer
 
     def __call__(self, decoder: nn.Module, args: Any, output: Any) -> Any:
-        """Mix the hidden states of this forward, and replace the last one with the mixture."""
+        """Mix the hidden states of this forward, and replace the last one with the mixture if
+        ``Call.replace`` is True. Otherwise compute only the weights."""
         call = _call_of(self.mixer)
         if call is None:
             return None

@@ -44,8 +44,8 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     """Make the last k layers of a causal LM predict as an ensemble, in place.
 
     Afterwards ``model(...)`` returns a :class:`ModOutput` with the logits of the mixture, and
-    ``generate`` and a Trainer use them. With labels, the loss includes the distillation. All other
-    fields are the model's own, including its hidden states.
+    ``generate`` and a Trainer use them. With labels, the loss includes the distillation term. All
+    other output fields are those of the model itself, including its hidden states.
 
     New parameters are named ``mod.*`` and are trained; a copied final norm is trained only with
     ``train_final_norm``. The model's own parameters keep ``requires_grad``, except those of the
@@ -85,22 +85,22 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     new = Ensemble.KEY not in lm.__dict__
     require(new, where, "model", "a model without MoD", remedy, RuntimeError)
     found = type(getattr(lm, NAME, None)).__name__
-    require(not hasattr(lm, NAME), where, "model", f"no attribute {NAME!r}", found)
+    require(not hasattr(lm, NAME), where, "model", f"no attribute {NAME!r}", f"a {found}")
     blocks = decoder_layers(lm)
     softcap = softcap_of(lm)
     stack = list(blocks)
     fits = config.k <= len(stack)
-    require(fits, where, "k", f"at most the model's {len(stack)} layers", config.k)
+    require(fits, where, "k", f"at most the number of layers, {len(stack)}", config.k)
     exact = config.backend != "hidden" or softcap is None or config.k <= 1
     expected = f"'auto' or 'chunked' for a head that soft-caps its logits at {softcap}"
-    found = "'hidden', whose mix of hidden states is not a mix of such logits"
+    found = "'hidden': mixing hidden states does not equal mixing such logits"
     require(exact, where, "backend", expected, found, InexactMixError)
     decoder = next(module for module in lm.modules() if blocks in module.children())
     norm = _final_norm(decoder, lm)
     # Some models, such as OPT-350m, project the normed hidden states before the head.
     width, head = norm.weight.shape[0], head_width(lm.get_output_embeddings())
-    expected = f"a head as wide as the {width} features of the hidden states"
-    found = f"{head} in {type(lm).__name__}, which projects them in between"
+    expected = f"a head with {width} input features, the width of the hidden states"
+    found = f"{head} in {type(lm).__name__}, which projects them before the head"
     require(head == width, where, "model", expected, found, NotImplementedError)
     copies = [_copy(norm) for _ in range(config.k - config.share_final_norm)]
     mixer = DepthMixer([*copies, norm] if config.share_final_norm else copies, config)
@@ -163,7 +163,7 @@ def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
         if ensemble is not None:
             return module, ensemble
     found = f"{type(model).__name__} without MoD"
-    raise RuntimeError(f"{where}: model: expected a model of mod.apply, found {found}")
+    raise RuntimeError(f"{where}: model: expected a model with MoD from mod.apply, found {found}")
 
 
 def _final_norm(decoder: nn.Module, lm: Any) -> Any:

@@ -61,7 +61,7 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
         try:
             found = norm(rows).to(wide)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            raise _refusal(norm, where, f"a failure with shape (3, d): {error!s:.200}") from None
+            raise _refusal(norm, where, f"an error for shape (3, d): {error!s:.200}") from None
         bound = 4 * torch.finfo(weight.dtype).eps * found.abs().max() + 1e-5
         # If eps is None, torch's RMSNorm uses the machine epsilon of its weight's dtype or of its
         # compute dtype.
@@ -73,7 +73,7 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
             wanted = reference.depth_norm(rows, form.gamma(norm), form.eps, bias, form.kind)
             if found.shape == wanted.shape and bool(((found - wanted).abs() <= bound).all()):
                 return form
-    raise _refusal(norm, where, "another function")
+    raise _refusal(norm, where, "it computes another function")
 
 
 def _refusal(norm: nn.Module, where: str, found: str) -> TypeError:

@@ -1,7 +1,8 @@
 """Mixtures of the logits of an ensemble's layers, and the terms of the loss that MoD adds.
 
 Shape letters: ``B`` sequences, ``T`` positions, ``N`` positions of all sequences, ``d`` hidden
-width, ``V`` vocabulary, ``k`` layers of the ensemble. Late layers are all of these but the last.
+width, ``V`` vocabulary, ``k`` layers of the ensemble. Late layers are all layers of the ensemble
+except the last.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Layers(NamedTuple):
         return self._replace(normed=[n.flatten(0, -2) for n in self.normed])
 
     def late(self) -> Layers:
-        """Return the layers without the last, which is the teacher of the others."""
+        """Return the layers without the last, which is the teacher of the late layers."""
         return self._replace(normed=self.normed[:-1])
 
 
@@ -109,14 +110,14 @@ def kept(values: Tensor, logits_to_keep: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets of the loss terms at the N positions with kept logits.
+    """Targets of the loss terms at the N positions whose logits are kept.
 
     Attributes:
-        labels: ``(N,)``, the label that each position predicts; IGNORE for no label.
+        labels: ``(N,)``, the label that each position predicts; IGNORE if there is none.
         counted: ``(N,)`` bool, True for labels other than IGNORE.
-        mask: ``(N,)`` bool, True for positions of the distillation.
-        share: fraction of an accumulated batch's labels that are in this call, if the loss is
-            divided by their number (gradient accumulation); otherwise 1.
+        mask: ``(N,)`` bool, True for positions that the distillation includes.
+        share: with gradient accumulation, in which the loss is divided by the number of labels of
+            all micro-batches, the fraction of these labels that are in this call; otherwise 1.
     """
 
     labels: Tensor

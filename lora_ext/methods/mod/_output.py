@@ -29,7 +29,8 @@ class ModOutput(ModelOutput):
     Attributes:
         loss: ``ce_loss + distill_weight * distill_loss + layer_ce * layer_ce_loss``.
         logits: logits ``(B, T, V)`` of the mixture; log-probabilities if probabilities are mixed.
-        ce_loss: the model's own loss function of these logits; 0 if all labels are ignored.
+        ce_loss: value of the model's own loss function for these logits; 0 if all labels are
+            ignored.
         distill_loss: divergence of the late layers (all but the last) from the last layer; None if
             its weight is 0.
         layer_ce_loss: mean cross entropy of the late layers; None if its weight is 0.

@@ -37,9 +37,9 @@ class ModConfig:
         mix: mixed quantity: "logit" or "prob" (probability).
         distill_weight: lambda, weight of the divergence of the late layers from the last. Our
             choice.
-        tau: temperature of that divergence.
-        distill_on: positions of that divergence. "labels": those with a label that is not ignored;
-            "all": those that the attention mask keeps.
+        tau: temperature of this divergence.
+        distill_on: positions at which this divergence is computed. "labels": positions with a label
+            that is not ignored; "all": positions that the attention mask keeps.
         layer_ce: weight of the mean cross entropy of the late layers.
         share_final_norm: whether the mixture uses the model's own norm for the last layer;
             otherwise it uses a copy.
@@ -47,7 +47,7 @@ class ModConfig:
         vocab_chunk: number of columns of one layer's logits that are in memory at a time.
         backend: "hidden" mixes hidden states before the head; "chunked" mixes the logits or
             probabilities themselves, one part of the vocabulary at a time; "auto" uses "hidden" if
-            the two are equal.
+            both compute the same mixture.
 
     Raises:
         ValueError: If a value is out of range; the message names the field.
@@ -84,7 +84,7 @@ class ModConfig:
         require(fits, "ModConfig", "final_mass", "a number in (0, 1)", self.final_mass)
         exact = self.mix != "prob" or self.backend != "hidden" or self.k <= 1
         expected = "'auto' or 'chunked' with mix='prob'"
-        found = "'hidden', whose mix of hidden states is not a mix of probabilities"
+        found = "'hidden': mixing hidden states does not equal mixing probabilities"
         require(exact, "ModConfig", "backend", expected, found, InexactMixError)
 
     def _weights(self, where: str, name: str, given: Any) -> tuple[float, ...] | None:

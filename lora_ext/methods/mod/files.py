@@ -131,20 +131,20 @@ def _compare(
         require(wanted == shape, where, f"{name:.200}", wanted, shape)
         dtype = found[name].dtype
         fits = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        require(fits, where, f"{name:.200}", "floating point numbers", f"{dtype!s:.80}")
+        require(fits, where, f"{name:.200}", "a floating-point dtype", f"{dtype!s:.80}")
 
 
 def _read_config(path: Path) -> ModConfig:
     data: Any = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config"}:
-        raise ValueError(f"{path}: expected version and config, found {data!r:.200}")
+        raise ValueError(f"{path}: expected the keys 'version' and 'config', found {data!r:.200}")
     where = str(path)
     version = data["version"]
     config = data["config"]
     require(version == _VERSION, where, "version", _VERSION, f"{version!r:.80}")
     known = {field.name for field in dataclasses.fields(ModConfig)}
     fits = isinstance(config, dict) and config.keys() <= known
-    require(fits, where, "config", f"some of {sorted(known)}", f"{config!r:.200}")
+    require(fits, where, "config", f"keys from {sorted(known)}", f"{config!r:.200}")
     try:
         return ModConfig(**config)
     except (ValueError, TypeError, OverflowError) as error:

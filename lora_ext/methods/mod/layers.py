@@ -25,7 +25,7 @@ class DepthMixer(nn.Module):
     ``u[t] = sum_e w[t, e] norm_e(h_e[t])`` for position t and layer e, with
     ``w[t] = softmax(R norm_k(h_k[t]) + c)`` for the router "token", ``softmax(c)`` for "static",
     and given weights for "fixed". Initially ``R = 0``, and ``c`` gives the last hidden state the
-    weight ``final_mass`` and the others equal weights.
+    weight ``final_mass`` and all other hidden states equal weights.
 
     If ``k = 1``, the norm module itself is called, and the weight is 1.
 
@@ -33,7 +33,7 @@ class DepthMixer(nn.Module):
 
     Args:
         norms: k modules of one form (:func:`lora_ext.methods.mod._norms.norm_form`), in the order
-            of the layers; the last is the model's final norm. They are not copied.
+            of the layers; the last is the model's final norm. The modules are not copied.
         config: settings, of which k, router, final_mass, fixed_weights and share_final_norm are
             used. With share_final_norm, the last norm is a child of another module: its parameters
             are not in this module or its state dict, but ``to`` and similar calls of the mixer
@@ -49,7 +49,7 @@ class DepthMixer(nn.Module):
         TypeError: If a norm computes neither RMSNorm nor LayerNorm.
         ValueError: If the number of norms is not k, or their widths or forms differ.
 
-    Source: arXiv 2410.13077; router and initial values are ours (docs/mod.md).
+    Source: arXiv 2410.13077; router and initial values are our choice (docs/mod.md).
     """
 
     final_norm: nn.Module
@@ -64,7 +64,8 @@ class DepthMixer(nn.Module):
         weights: list[Any] = [norm.weight for norm in norms]
         for e in range(k):
             found, wanted = (forms[e], *weights[e].shape), (forms[-1], *weights[-1].shape)
-            require(found == wanted, "DepthMixer: norms", str(e), wanted, found)
+            expected = f"{wanted}, as for the last one"
+            require(found == wanted, "DepthMixer: norms", str(e), expected, found)
         self.config = config
         self.form = forms[-1]
         self.norms = nn.ModuleList(norms[:-1] if config.share_final_norm else norms)
@@ -155,7 +156,8 @@ class DepthMixer(nn.Module):
         wanted = hiddens[-1].shape, hiddens[-1].dtype, hiddens[-1].device
         for e, hidden in enumerate(hiddens):
             found = hidden.shape, hidden.dtype, hidden.device
-            require(found == wanted, "DepthMixer: hiddens", str(e), wanted, found)
+            expected = f"{wanted}, as for the last one"
+            require(found == wanted, "DepthMixer: hiddens", str(e), expected, found)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DepthMixer:
         if self.config.share_final_norm:

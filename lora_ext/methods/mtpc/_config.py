@@ -57,9 +57,9 @@ class MtpcConfig:
         gamma: discount per position of a window, in (0, 1].
         beta: weight of KL(verifier || circuit), in [0, 1]; the cross entropy has the weight
             ``1 - beta``.
-        bridge: width of the :class:`lora_ext.nn.TokenBridge`, a network that adds a decided token
-            to the hidden state, so that the circuit covers only later tokens; 0 for no bridge. Our
-            choice.
+        bridge: width of the :class:`lora_ext.nn.TokenBridge`, a network that advances the hidden
+            state by a token that is already decided, so that the circuit covers only later tokens;
+            0 for no bridge. Our choice.
         chain: number of consecutive windows of n tokens in a draft, each conditioned on the tokens
             of the previous one; at most 1024. More than 1 requires a bridge.
         draft_layers: K, number of last layers with LoRA in the draft path; 0 for no LoRA.
@@ -93,8 +93,8 @@ class MtpcConfig:
             "gamma": within(above=0, maximum=1),
             "beta": within(0, 1),
             "bridge": within(0),
-            # Limited because every window uses memory, and a draft's file, which is not trusted,
-            # contains no tensor that confirms this number.
+            # Limited because every window uses memory. The file of a draft is not trusted, and no
+            # tensor in it has a shape that confirms this number.
             "chain": within(maximum=1024),
             "draft_layers": within(0),
             "draft_rank": within(1),

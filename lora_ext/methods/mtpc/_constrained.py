@@ -1,15 +1,15 @@
 """Speculative decoding under a constraint: the draft contains only tokens that the constraint
 allows.
 
-The constraint state of every row advances with the drafted tokens. At every position, the draft's
-distribution is the circuit's conditional times the ``r`` of the target (the guide's probability
-that the constraint will be satisfied, :mod:`lora_ext.control`), or times the mask of allowed
-tokens. Draft and target share this factor, so ``ops.spec_verify`` is used unchanged. After the end
-of a text, both distributions contain only end tokens.
+The constraint state of every row advances with the drafted tokens. At every position, the
+conditional distribution of the circuit is multiplied by the same factor as the target's: ``r``, the
+guide's probability that the constraint will be satisfied (:mod:`lora_ext.control`), or the mask of
+allowed tokens. Since draft and target share this factor, ``ops.spec_verify`` is used unchanged.
+After the end of a text, both distributions contain only end tokens.
 
-If only one token is allowed, it has probability 1 in draft and target. A run of such tokens after a
-window is appended to it. The run needs no test; the last test of the window reads the logits after
-the run.
+If only one token is allowed, it has probability 1 in draft and target. A run of such tokens that
+follows a window is appended to it. The run needs no test; the last test of the window uses the
+logits after the run.
 
 Shape letters: ``B`` rows, ``K`` drafted tokens, ``n`` tokens per window, ``F`` tokens of the
 longest run, ``V`` vocabulary.
@@ -33,7 +33,7 @@ from ._shortlist import Shortlist
 from .layers import Circuit
 
 _WHERE = "SpeculativeDecoder"
-_MAX_FORCED_TOKENS = 32  # maximum of a run, which lengthens the pass of every row
+_MAX_FORCED_TOKENS = 32  # longest run; a run lengthens the pass of every row
 
 
 class _Position(NamedTuple):
@@ -59,7 +59,7 @@ class Constrained:
     def __init__(self, decoder: Any, request: Request, batch: int):
         plans = control.plans_of(_WHERE, decoder.constraint, decoder.guide, request.budget)
         count = len(plans)
-        require(count in (1, batch), _WHERE, "constraint", f"one, or one per row of {batch}", count)
+        require(count in (1, batch), _WHERE, "constraint", f"1 or {batch}, one per row", count)
         for plan in plans:
             if plan is not None:
                 _check(plan, request, decoder.head.vocab_size)
@@ -85,7 +85,7 @@ class Constrained:
     def drafted(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> DraftedWindow:
         """Draft a window that the constraints allow; the arguments are those of ``Steps.draft``."""
         self._window: list[_Position] = []
-        self._behind = self.rows  # states after the tokens that are drafted so far
+        self._behind = self.rows  # states after the tokens drafted so far
         self._runs = torch.zeros(len(self.rows), dtype=torch.long)
         decoder, head = self.decoder, self.decoder.head
         # Rows without a constraint use the same draft as in a batch without constraints, so that a
@@ -131,7 +131,7 @@ class Constrained:
                 blocks = control.log_ratios(rows)
                 self._window.append(_Position(rows, blocks))
                 law = control.moved(blocks, q)
-                # If the draft has no mass on the allowed tokens, their distribution is r.
+                # If the draft gives the allowed tokens no probability, they are drawn from r.
                 nothing = (law == -torch.inf).all(1, keepdim=True)
                 if bool(nothing.any()):
                     law = torch.where(nothing, control.moved(blocks, torch.zeros_like(q)), law)
@@ -151,7 +151,7 @@ class Constrained:
         return token, law.gather(2, token[..., None])[..., 0], law
 
     def with_forced(self, tokens: Tensor) -> Tensor:
-        """Append the run of each row to a window ``(B, K)``; return ``(B, K + F)``.
+        """Append each row's run of forced tokens to a window ``(B, K)``; return ``(B, K + F)``.
 
         Runs differ in length. A shorter run is padded with zeros, which its row does not keep.
         """
@@ -216,18 +216,18 @@ def _possible(rows: list[Row | None], law: Tensor) -> None:
     lost = any(row is not None and row.lost and row.left >= 0 for row in rows)
     none = bool((~law.amax(-1).isfinite() & torch.tensor(waits, device=law.device)).any())
     if lost or none:
-        expected = "a finite one for a token that the constraint allows"
+        expected = "a finite logit of a token that the constraint allows"
         found = f"largest logits {law.amax(-1).tolist()!r:.200}"
         raise ValueError(f"{_WHERE}: logits: expected {expected}, found {found}")
 
 
 def _check(plan: Plan | MatchedPlan, request: Request, vocab_size: int) -> None:
     constraint, size, ends = plan.constraint, plan.constraint.vocab_size, sorted(request.ends)
-    require(size == vocab_size, _WHERE, "constraint", f"the model's vocabulary, {vocab_size}", size)
-    require(request.stops is None, _WHERE, "stop_strings", "none beside a constraint", "some")
+    require(size == vocab_size, _WHERE, "constraint", f"{vocab_size} tokens, as in the model", size)
+    require(request.stops is None, _WHERE, "stop_strings", "None with a constraint", "strings")
     eos = set(constraint.eos)
-    expected = f"those of the constraint, {list(constraint.eos)}, to end a row"
+    expected = f"all end tokens of the constraint, {list(constraint.eos)}"
     require(eos <= request.ends, _WHERE, "eos_token_id", expected, ends)
     inside = any(constraint.reads(token) for token in request.ends - eos)
-    expected = "no token that the constraint has inside a text"
+    expected = "no token that the constraint allows inside a text"
     require(not inside, _WHERE, "eos_token_id", expected, ends)

@@ -12,8 +12,8 @@ Shape letters: ``B`` rows, ``K`` drafted tokens, ``n`` tokens per window, ``C`` 
 vocabulary, ``D`` hidden width.
 
 Source: draft heads that read the previous token are Hydra's (Ankner et al. 2024, arXiv 2402.05109)
-and EAGLE's (Li et al. 2024, arXiv 2401.15077); a circuit after one is ours (docs/mtpc.md,
-"Bridge").
+and EAGLE's (Li et al. 2024, arXiv 2401.15077); a circuit after that token is our choice
+(docs/mtpc.md, "Bridge").
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class DraftedWindow(NamedTuple):
 
     @classmethod
     def greedy(cls, tokens: Tensor) -> DraftedWindow:
-        """Return a window with tokens only: greedy verification reads nothing else."""
+        """Return a window with tokens only, since greedy verification uses no other field."""
         none = torch.empty(0)
         return cls(Circuit(none, None, None), tokens, none, none)
 
@@ -171,10 +171,11 @@ class Steps:
         """Draw a window.
 
         Args:
-            hidden: hidden states ``(B, D)`` of the last tokens that were fed and kept.
+            hidden: hidden states ``(B, D)`` of the last tokens that the model has processed and
+                that were kept.
             pending: ``(B,)``, the window's first tokens if they are decided already; with a bridge,
                 the tokens before the window.
-            uniforms: random numbers ``(B, K, 2)``; not read by greedy drafts.
+            uniforms: random numbers ``(B, K, 2)``; greedy drafts do not use them.
         """
         if self.bridge is not None and pending is not None:
             return self._draft_behind(hidden, pending, uniforms)
@@ -192,8 +193,9 @@ class Steps:
     def circuit(self, hidden: Tensor, pending: Tensor | None) -> Circuit:
         """Return the circuit of the window.
 
-        A pending token outside the head's shortlist would be impossible. It gets probability 1 in
-        every component instead, so that it does not change the distribution of the tokens after it.
+        A pending token outside the head's shortlist would have probability 0. It gets probability 1
+        in every component instead, so that it does not change the distribution of the tokens after
+        it.
         """
         circuit = self.head.circuit(hidden)
         if pending is None or self.head.shortlist is None:
@@ -205,8 +207,8 @@ class Steps:
         return circuit
 
     def _draft_behind(self, hidden: Tensor, token: Tensor, uniforms: Tensor) -> DraftedWindow:
-        """Draw all windows after a token, as one window with one component: the mixture at each
-        position.
+        """Draw all windows after a token, and return them as one window with one component, the
+        mixture at each position.
 
         A greedy draft uses the most likely token given the previous ones at every position, as the
         verifier does; this is not always the most likely window.
@@ -254,7 +256,8 @@ class Steps:
 
         Args:
             draft: result of :meth:`draft`.
-            target: ``(B, K + 1, V)``, the verifier's logits before, inside and after the window.
+            target: ``(B, K + 1, V)``, the verifier's logits for the tokens of the window and for
+                the token after it.
             pending: as in :meth:`draft`.
             uniforms: random numbers ``(B, K + 1)``.
 
@@ -274,7 +277,7 @@ class Steps:
             wide = target.to(accumulator(target.dtype))
             target, temperature = nucleus(wide / temperature, self.top_p), 1.0
         numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
-        if any(t.dtype == torch.float64 for t in numbers):  # the op needs float64 for all or none
+        if any(t.dtype == torch.float64 for t in numbers):  # the op needs all or none in float64
             numbers = [t.double() for t in numbers]
         target, conditional, posterior, leaf = numbers
         return ops.spec_verify(
@@ -291,7 +294,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Mask logits with ``-inf`` outside the smallest set of most likely tokens that has probability
+    """Set logits to ``-inf`` outside the smallest set of most likely tokens that has probability
     ``top_p`` or more."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)

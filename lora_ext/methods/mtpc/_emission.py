@@ -1,4 +1,4 @@
-"""Parameters of a circuit from hidden states: three ways to compute leaves, one to compute sums.
+"""Modules that compute a circuit's parameters from hidden states: three for leaves, one for sums.
 
 An emission contains the parameters of the leaves. Each class has four methods:
 
@@ -6,7 +6,8 @@ An emission contains the parameters of the leaves. Each class has four methods:
   few rows;
 * ``observed(rows, places)``: compute the log-probability of one token per position, ``(N, K, C)``;
   for training, since the logits of all rows would not fit in memory. ``places (N, K)``, the tokens'
-  indices in the shortlist, are in [-1, L); -1 marginalises its position. Differentiable once;
+  indices in the shortlist, are in [-1, L); -1 marginalises its position. The result is
+  differentiable once;
 * ``reset_parameters(bound)``: draw new values from torch's generator; new unembeddings are uniform
   in ``±bound``;
 * ``start_from(blocks)``: start from a language model's unembedding, ``blocks (positions, L, D)``
@@ -17,7 +18,7 @@ have leaves, ``R`` rank of an adapter, ``M`` transition matrices. Rows have the 
 parameters. The softmax is computed in float32 (float64 for float64).
 
 Sources: ``full`` and ``expander`` are the authors' (arXiv 2511.11346 and its code); ``adapter`` is
-ours (docs/mtpc.md, "Head").
+our addition (docs/mtpc.md, "Head").
 """
 
 from __future__ import annotations
@@ -212,8 +213,8 @@ class SumWeights(nn.Module):
         prior: ``(C, D)``; None for ``ff``, which has no sum.
         trans_bias: ``(M, C, C)``, or ``(1, C, C)`` if the steps share one matrix; None if
             ``M = 0``.
-        trans: ``(M, C, C, D)`` or ``(1, C, C, D)``; None also if transitions do not depend on
-            ``h``.
+        trans: ``(M, C, C, D)`` or ``(1, C, C, D)``; None if ``M = 0`` or transitions do not depend
+            on ``h``.
     """
 
     def __init__(

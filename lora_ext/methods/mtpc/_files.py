@@ -55,7 +55,8 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
     path = folder / CONFIG
     data = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config", "shortlist"}:
-        raise ValueError(f"{path}: expected version, config and shortlist, found {data!r:.200}")
+        expected = "the keys 'version', 'config' and 'shortlist'"
+        raise ValueError(f"{path}: expected {expected}, found {data!r:.200}")
     where = str(path)
     version = data["version"]
     found = data["config"]
@@ -64,10 +65,10 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
     if ids is not None:
         fits = isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
         require(fits, where, "shortlist", "token ids or null", f"{ids!r:.80}")
-    require(isinstance(found, dict), where, "config", "an object", f"{found!r:.80}")
+    require(isinstance(found, dict), where, "config", "a JSON object", f"{found!r:.80}")
     known = [field.name for field in dataclasses.fields(MtpcConfig)]
     for name in found:
-        require(name in known, where, "config", f"some of {known}", f"{name!r:.80}")
+        require(name in known, where, "config", f"keys from {known}", f"{name!r:.80}")
     try:
         config = MtpcConfig(**found)
     except (ValueError, OverflowError) as error:
@@ -78,7 +79,7 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
 
 
 class DraftFile:
-    """Parameters of a draft, checked against a configuration without reading them.
+    """Parameters of a draft, checked against a configuration without being read.
 
     Args:
         folder: folder of the draft.
@@ -119,7 +120,7 @@ class DraftFile:
                 rank, first = config.draft_rank, f"{_FACTORS}0"
                 shape_found = tail[first].shape if first in tail else None
                 fits = shape_found is not None and shape_found[:1] == (rank,)
-                require(fits, file.where, first, f"rank {rank}", shape_found)
+                require(fits, file.where, first, f"shape ({rank}, ...)", shape_found)
         except BaseException:
             file.close()
             raise
@@ -128,7 +129,7 @@ class DraftFile:
         found = {info.dtype for info in infos.values()}
         dtype = next(iter(found), None)
         if len(found) != 1 or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            expected = f"one floating dtype, found {found!r:.200}"
+            expected = f"one floating-point dtype, found {found!r:.200}"
             raise ValueError(f"{self._file.where}: {part}: expected {expected}")
         return dtype
 

@@ -2,9 +2,9 @@
 
 Arguments of the call override its ``generation_config``. If neither sets end tokens or padding,
 those of the model's own configuration are used. The sampling settings of that configuration are not
-read, since the decoder has its own. The decoder's output has the model's distribution. A setting
-that would change this distribution, or that the decoder does not implement, is not ignored: it
-raises an error that names the setting. :class:`GeneratedRows` applies the request to each row.
+read, since the decoder has its own settings. The decoder's output has the model's distribution. A
+setting that would change this distribution, or that the decoder does not implement, is not ignored:
+it raises an error that names the setting. :class:`GeneratedRows` applies the request to each row.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ _PENALTIES = (
     "sequence_bias", "suppress_tokens",
 )  # fmt: skip
 
-#: ``stops(before, new)`` returns the number of new tokens that a row keeps; None to continue.
+#: ``stops(before, new)`` returns the number of new tokens that a row keeps, or None if the row
+#: continues.
 StopRule = Callable[[list[int], list[int]], int | None]
 
 
@@ -95,7 +96,7 @@ def read_request(
     budget = settings.get("max_new_tokens")
     if budget is None and "max_length" in settings:
         budget = settings["max_length"] - input_ids.shape[-1]
-    found = "none, here or in generation_config" if budget is None else budget
+    found = "no value in the call or generation_config" if budget is None else budget
     require(budget is not None and budget >= 1, _WHERE, "max_new_tokens", "at least 1", found)
     assert budget is not None
     eos = settings.get("eos_token_id", getattr(own, "eos_token_id", None))
@@ -124,14 +125,14 @@ def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
         seeds = [operator.index(s) for s in ([seed] if one else seed)]
     except TypeError:
         raise TypeError(
-            f"{_WHERE}: seed: expected None, an integer or {batch} of them, found {seed!r:.80}"
+            f"{_WHERE}: seed: expected None, an integer or {batch} integers, found {seed!r:.80}"
         ) from None
     for each in seeds:
-        require(0 <= each < 2**64, _WHERE, "seed", "0 to 2^64 - 1", each)
+        require(0 <= each < 2**64, _WHERE, "seed", "a number from 0 to 2^64 - 1", each)
     if one:
         generator = torch.Generator().manual_seed(seeds[0])
         return torch.randint(2**63 - 1, (batch,), generator=generator).tolist()
-    require(len(seeds) == batch, _WHERE, "seed", f"None, one or {batch}", len(seeds))
+    require(len(seeds) == batch, _WHERE, "seed", f"None, one seed or {batch} seeds", len(seeds))
     return seeds
 
 
@@ -142,10 +143,11 @@ def _merged_settings(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any
 
     plain = vars(GenerationConfig())
     named = {name: value for name, value in arguments.items() if value is not None}
-    expected = "settings of transformers' GenerationConfig"
+    expected = "a setting of transformers' GenerationConfig"
     for name, value in named.items():
         known = name in plain or name in _HONOURED
-        require(known, _WHERE, name, expected, type(value).__name__, TypeError)
+        found = f"an unknown name with the value {value!r:.80}"
+        require(known, _WHERE, name, expected, found, TypeError)
     changed = {
         name: value
         for name, value in ({} if config is None else vars(config)).items()
@@ -154,7 +156,7 @@ def _merged_settings(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any
     settings = changed | named
     for name, value in settings.items():
         fits = name in _HONOURED | _WITHOUT_EFFECT or value == _NEUTRAL.get(name, False)
-        expected = f"{_NEUTRAL.get(name, 'none')}, all that speculative decoding honours"
+        expected = f"{_NEUTRAL.get(name, 'None')}, the only value that the decoder supports"
         require(fits, _WHERE, name, expected, f"{value!r:.80}")
     return settings
 
@@ -162,7 +164,7 @@ def _merged_settings(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any
 def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
     from transformers import StopStringCriteria
 
-    require(tokenizer is not None, _WHERE, "tokenizer", "one for the stop_strings", "none")
+    require(tokenizer is not None, _WHERE, "tokenizer", "the tokenizer of the stop_strings", None)
     strings = [strings] if isinstance(strings, str) else list(strings)
     criteria = StopStringCriteria(tokenizer, strings)
     width = criteria.maximum_token_len
@@ -172,7 +174,7 @@ def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
         text = [*before, *new]
         ends = range(len(before) + 1, len(text) + 1)
         tails = [[*[filler] * (width - end), *text[max(0, end - width) : end]] for end in ends]
-        ids: Any = torch.tensor(tails, dtype=torch.int64)  # annotated as LongTensor
+        ids: Any = torch.tensor(tails, dtype=torch.int64)  # the criteria's annotation is LongTensor
         completed = criteria(ids, None).tolist()
         return completed.index(True) + 1 if True in completed else None
 
@@ -188,7 +190,7 @@ class GeneratedRows:
 
     def __init__(self, prompts: Tensor, request: Request, streamer: Any = None):
         batch = len(prompts)
-        require(streamer is None or batch == 1, _WHERE, "streamer", "one prompt", batch)
+        require(streamer is None or batch == 1, _WHERE, "streamer", "a single prompt", batch)
         self.prompts = prompts
         self.request = request
         self.streamer = streamer

@@ -3,7 +3,7 @@
 A head with a shortlist computes leaves for its tokens only, in the order of the list. The *place*
 of a token is its index in the list. :meth:`Shortlist.places` converts tokens to places, and
 :meth:`Shortlist.widen` converts leaves over places to leaves over the vocabulary. Without a list,
-both return their argument.
+both methods return their argument.
 
 Source: FR-Spec (arXiv 2502.14856), for drafts; the treatment of evidence and targets outside the
 list is ours (docs/mtpc.md, "Shortlist").
@@ -41,7 +41,7 @@ class Shortlist:
         """Return the place of each token, and -1 for a token of the vocabulary without a place.
 
         A number outside the vocabulary is returned unchanged: -1 still marks a marginalised
-        position, and the op that receives the places raises for any other.
+        position, and the op that receives the places raises an error for any other number.
         """
         if self.ids is None:
             return tokens
@@ -76,8 +76,8 @@ class Shortlist:
 
 
 def looked_at(t: Tensor) -> bool:
-    """Return whether the values of tokens can be checked on the host at this time. The ops check
-    them again when they run."""
+    """Return whether the values of ``t`` can be checked on the host: it is on the CPU, and no graph
+    is being compiled. The ops check the values again when they run."""
     return t.device.type == "cpu" and not compiles()
 
 
@@ -88,7 +88,7 @@ def checked_ids(ids: Tensor | Sequence[int], vocab_size: int) -> Tensor:
     """
     where = "CircuitHead: shortlist: expected"
     if not isinstance(ids, Tensor | Sequence) or isinstance(ids, str):
-        raise TypeError(f"{where} ids of tokens, found {ids!r:.100}")
+        raise TypeError(f"{where} token ids, found {ids!r:.100}")
     ids = torch.as_tensor(ids, device="cpu")
     if ids.dim() != 1 or len(ids) < 2:
         raise ValueError(f"{where} shape (L,) with L >= 2, found {tuple(ids.shape)}")

@@ -55,7 +55,8 @@ def roomy_cache(room: int) -> Any:
             return self.keys, self.values
 
         def fits(self, end: int) -> bool:
-            """Return whether the buffers have room, and the keys are still a view of them."""
+            """Return whether the buffers have ``end`` slots, and the keys are still a view of
+            them."""
             assert self.buffers is not None
             own = self.keys is not None and self.keys.data_ptr() == self.buffers[0].data_ptr()
             return own and self.buffers[0].shape[-2] >= end
@@ -85,8 +86,8 @@ def run_trunk(model: Any, tail: DraftTail | None, **inputs: Any) -> tuple[Tensor
 
 
 def cache_argument(model: Any) -> str:
-    """Return the name of the cache argument of the model's forward, which transformers has
-    renamed."""
+    """Return the name of the cache argument of the model's forward, which depends on the version of
+    transformers."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -130,7 +131,7 @@ class Trunk:
         prompt = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
         logits, hidden = self._run(input_ids, positions, **prompt)
         self.logits, self.hidden = logits[:, -1], hidden[:, -1]
-        self._states = hidden[:, -1:]  # (B, K + 1, D): before and inside the last window
+        self._states = hidden[:, -1:]  # (B, K + 1, D), before and inside the last window
         self.passes = 0
 
     def advance(self, tokens: Tensor) -> None:
@@ -149,7 +150,7 @@ class Trunk:
                 them if the first token of the window is itself a decided token.
 
         Returns:
-            ``(B, K + 1, V)``, the logits before, inside and after the window.
+            ``(B, K + 1, V)``, the logits for the tokens of the window and for the token after it.
         """
         if pending is None:
             logits, states = self._feed(tokens)
@@ -160,7 +161,7 @@ class Trunk:
 
     def keep(self, kept: Tensor) -> None:
         """Remove all but the first ``kept (B,)`` tokens of the window of the last :meth:`feed`. A
-        pending token is kept."""
+        pending token is always kept."""
         self._forget(kept + self._fed + 1 - self._states.shape[1])
         self.hidden = self._states[torch.arange(len(kept), device=kept.device), kept]
 
@@ -217,8 +218,8 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
     found = "" if fits else f"zeros after a token: {mask.long().tolist()!r:.200}"
     require(fits, where, "attention_mask", "prompts padded on the left", found)
     alibi = getattr(getattr(config, "attn_config", None), "alibi", False)
-    found = f"ALiBi that counts the cache's slots ({config.model_type})"
-    require(not alibi, where, "model", "attention by positions", found)
+    found = f"ALiBi, which counts the slots of the cache ({config.model_type})"
+    require(not alibi, where, "model", "one that uses position_ids", found)
     kinds = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None)
     fits = all("full" in kind for kind in kinds) and (window is None or kinds)

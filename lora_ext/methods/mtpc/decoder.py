@@ -111,7 +111,7 @@ class SpeculativeDecoder(Steps):
             bridge.
         constraint: constraint that every row satisfies at the end of its budget, or a list with one
             (or None) per row. docs/control.md defines the distribution of constrained rows.
-        guide: model of the future tokens that constraints use.
+        guide: model of future tokens, which constraints use.
 
     Raises:
         ValueError: If a setting is out of range, or if the width or the vocabulary of the head
@@ -136,7 +136,7 @@ class SpeculativeDecoder(Steps):
     def __post_init__(self) -> None:
         where, shape = "SpeculativeDecoder", tuple(self.model.get_output_embeddings().weight.shape)
         found = self.head.vocab_size, self.head.hidden_size
-        expected = f"vocabulary and width {shape} as in the model's LM head"
+        expected = f"(vocabulary, width) = {shape} as in the model's LM head"
         require(found == shape, where, "head", expected, found)
         if self.bridge is not None:
             width = self.bridge.hidden_size
@@ -237,7 +237,7 @@ class SpeculativeDecoder(Steps):
             n = decoder.drafted
             bridged = decoder.bridge is not None
             generators = [torch.Generator().manual_seed(s) for s in request.seeds]
-            pending: Tensor | None = None  # (B,) decided tokens that are not yet fed
+            pending: Tensor | None = None  # (B,) decided but not processed yet
             stay = rows.live
             if bridged:
                 law = trunk.logits if control is None else control.first(trunk.logits)

@@ -74,9 +74,9 @@ def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> Non
     smaller = "a shortlist or a smaller n_token and rank"
     if emission != "adapter":
         smaller = f'emission="adapter", {smaller}'
-    expected = f"leaves that fit into the {free / 1e9:.1f} GB that are free; {smaller} take less"
+    expected = f"leaves that fit into the free memory of {free / 1e9:.1f} GB"
     size = f"{k} positions x {c} components x {num_leaves} tokens x width {width}"
-    found = f"{emission!r} of {size}, which take {wanted / 1e9:.1f} GB"
+    found = f"{emission!r} of {size}, which takes {wanted / 1e9:.1f} GB; use {smaller}"
     require(wanted <= free, "CircuitHead", "emission", expected, found)
 
 
@@ -121,9 +121,9 @@ class CircuitHead(nn.Module):
             an HMM or tree starts near the mixture CP; otherwise they start near uniform.
         shortlist: ``(L,)`` int64, at least 2 distinct ids of the tokens that have leaves. All other
             tokens have probability exactly 0, without parameters or products. As evidence they are
-            impossible: tokens after one have log-probability ``-inf``. Default is the whole
-            vocabulary. The ids are a buffer: after ``to_empty()`` they are undefined until a state
-            dict is loaded.
+            impossible: tokens after such a token have log-probability ``-inf``. Default is the
+            whole vocabulary. The ids are a buffer: after ``to_empty()`` they are undefined until a
+            state dict is loaded.
         dtype: dtype of the parameters: float16, bfloat16, float32 or float64.
         device: device of the parameters.
 
@@ -134,8 +134,8 @@ class CircuitHead(nn.Module):
             are larger than the free memory.
         NotImplementedError: If ``dtype`` is not one of these.
 
-    Source: arXiv 2511.11346 and its code; ``adapter`` is ours (docs/mtpc.md). The shortlist for the
-    draft is from FR-Spec (arXiv 2502.14856).
+    Source: arXiv 2511.11346 and its code; ``adapter`` is our addition (docs/mtpc.md). The shortlist
+    for the draft is from FR-Spec (arXiv 2502.14856).
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class CircuitHead(nn.Module):
         self.init_identity = init_identity
         ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
         if ids is not None:
-            ids = ids.to(torch.empty(0, device=device).device)  # None: the default device
+            ids = ids.to(torch.empty(0, device=device).device)  # the default device if None
         self.shortlist: Tensor | None
         self.register_buffer("shortlist", ids)
         self.num_leaves = self.listed.size
@@ -267,8 +267,8 @@ class CircuitHead(nn.Module):
         The last entry is the log-probability of the whole window. If the window has a token outside
         the shortlist, the entries of this and all later positions are ``-inf``.
 
-        The result is differentiable. Memory is ``N K C`` numbers and a bounded chunk; logits over
-        the vocabulary are not stored.
+        The result is differentiable. It stores ``N K C`` numbers and one chunk of bounded size, but
+        no logits over the whole vocabulary.
 
         Args:
             h: hidden states ``(..., D)``, floating-point.
@@ -410,8 +410,9 @@ class CircuitHead(nn.Module):
             return None
         given = self.tokens(h, evidence)
         if looked_at(given) and bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any()):
-            found = f"{given.tolist()!r:.200} (-1 is ignored)"
-            raise ValueError(f"CircuitHead: evidence: expected given tokens first, found {found}")
+            expected = "all given tokens before the ignored ones (-1)"
+            found = f"{given.tolist()!r:.200}"
+            raise ValueError(f"CircuitHead: evidence: expected {expected}, found {found}")
         return given
 
     def extra_repr(self) -> str:

@@ -202,8 +202,8 @@ def retrofit(
         config: settings; default is ``MtpcConfig()``.
         shortlist: ``(L,)`` int64, ids of the tokens that may be drafted, such as
             :func:`frequent_tokens` of similar texts. Default is the whole vocabulary. A list of a
-            few thousand tokens of a large vocabulary makes the head cheaper in that proportion, in
-            training and drafting; generated tokens still have exactly the model's distribution.
+            few thousand tokens of a large vocabulary makes training and drafting with the head
+            proportionally cheaper; generated tokens still have exactly the model's distribution.
 
     Raises:
         ValueError: If the model has no output embeddings, if the head is larger than the free

@@ -49,10 +49,10 @@ class DraftTail(nn.Module):
         super().__init__()
         stack = decoder_layers(model)
         fits = 1 <= num_layers <= len(stack)
-        count = f"1 to {len(stack)}"
+        count = f"a number from 1 to {len(stack)}"
         require(fits, "DraftTail", "num_layers", count, num_layers)
-        found = "an attached one; detach it, or draft with only a head (draft_layers=0)"
-        require(pool_of(model) is None, "DraftTail", "model", "a model that is not attached", found)
+        found = "an attached model; detach it, or draft with only a head (draft_layers=0)"
+        require(pool_of(model) is None, "DraftTail", "model", "a model without a pool", found)
         # Not registered as children: they belong to the model.
         self.__dict__["_model"], self.__dict__["_layers"] = model, list(stack)[-num_layers:]
         inside = {module for layer in self._layers for module in layer.modules()}
@@ -60,7 +60,7 @@ class DraftTail(nn.Module):
         holders: list[Any] = []
         for name, base in ((n, m) for n, m in model.named_modules() if m in inside):
             new = not isinstance(base, LoraLinear) or NAME not in base.lora_A
-            found = f"one at {name}; call its remove() first"
+            found = f"a draft tail at {name}; call its remove() first"
             require(new, "DraftTail", "model", "layers without a draft tail", found)
             if linear_size(base) is not None:
                 lora = LoraLinear(base, NAME, r=rank, lora_alpha=alpha)
@@ -106,8 +106,8 @@ class DraftTail(nn.Module):
         def before(
             _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            expected = "attention by positions"
-            found = "ALiBi of all heads as an argument of the layers"
+            expected = "a model that uses position_ids"
+            found = "ALiBi of all heads, passed to the layers as the argument alibi"
             require(kwargs.get("alibi") is None, "DraftTail", "model", expected, found)
             # Only the first layer duplicates the hidden states; later layers receive both halves.
             return twice(args), {name: twice(value) for name, value in kwargs.items()}

@@ -46,7 +46,7 @@ class RankMonitor:
 
     def __enter__(self) -> RankMonitor:
         if self._handle is not None:
-            raise RuntimeError("RankMonitor: it is already entered; leave its `with` block first")
+            raise RuntimeError("RankMonitor: already entered; leave its `with` block first")
         self._handle = self.model.register_forward_pre_hook(self._before_forward)
         return self
 

@@ -17,8 +17,8 @@ _PROMPT = re.compile(
 def solve(instance: HashInstance | str) -> str:
     """Return the answer to a prompt.
 
-    In the hop task, the edges are followed; in the chain task, a breadth-first search finds the
-    nearest end.
+    In the hop task, k edges are followed from the start (k is the number of hops). In the chain
+    task, a breadth-first search finds the nearest end.
 
     Args:
         instance: prompt, or instance, of which only the prompt is read.
@@ -40,7 +40,7 @@ def solve(instance: HashInstance | str) -> str:
         place = start
         for _ in range(int(match["hops"])):
             following = successors.get(place, [])
-            require(len(following) <= 1, "solve", "prompt", f"one way on from {place}", following)
+            require(len(following) <= 1, "solve", "prompt", f"one edge from {place}", following)
             if not following:
                 break  # Beyond the end of the chain, its last hash is the answer.
             (place,) = following
@@ -50,7 +50,7 @@ def solve(instance: HashInstance | str) -> str:
         ends = [place for place in level if place not in successors]
         if len(ends) == 1:
             return ends[0]
-        require(not ends, "solve", "prompt", "one nearest end", ends)
+        require(not ends, "solve", "prompt", "a unique nearest end", ends)
         level = [following for place in level for following in successors[place]]
         level = [place for place in dict.fromkeys(level) if place not in seen]
         seen.update(level)

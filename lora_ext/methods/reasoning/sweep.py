@@ -38,7 +38,7 @@ def select_modules(
     suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
     names = [name for name, _ in model.named_modules()]
     found = [name for name in names if matches_suffix(name, suffixes)]
-    require(found, where, "suffixes", f"the end of a name in {type(model).__name__}", suffixes)
+    require(found, where, "suffixes", f"ends of names in a {type(model).__name__}", suffixes)
     if last_n is None:
         return found
     places: dict[str, tuple[str, int]] = {}  # module: stack and index of its block
@@ -50,7 +50,7 @@ def select_modules(
             depths[stack] = max(depths.get(stack, 0), 1 + index)
     inside = [(name, *places[name]) for name in found if name in places]
     most = max((depths[stack] for _, stack, _ in inside), default=0)
-    require(1 <= last_n <= most, where, "last_n", f"one of {most} blocks", last_n)
+    require(1 <= last_n <= most, where, "last_n", f"1 to {most} blocks", last_n)
     return [name for name, stack, index in inside if index >= depths[stack] - last_n]
 
 
@@ -107,7 +107,8 @@ def rank_sweep(
         report: arguments ``kinds``, ``taus`` and ``k`` of :func:`lora_ext.adapter.rank_report`.
 
     Returns:
-        One point per setting: all ranks for the first value of ``layers``, then for the next.
+        One point per setting: all ranks for the first value of ``layers``, then all ranks for the
+        next value, and so on.
 
     Raises:
         ValueError: If there is no setting to try, or if :func:`select_modules` or ``LoraConfig``

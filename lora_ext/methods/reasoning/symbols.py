@@ -34,7 +34,7 @@ def encode_symbols(instance: HashInstance, vocab: int) -> dict[str, Any]:
         ValueError: If there are more hashes than ids.
     """
     hashes = list(dict.fromkeys(name for edge in instance.edges for name in edge))
-    expected = f"at least the {len(hashes)} hashes of the instance"
+    expected = f"at least the number of hashes of the instance, {len(hashes)}"
     require(len(hashes) <= vocab, "encode_symbols", "vocab", expected, vocab)
     drawn = random.Random(instance.prompt).sample(range(vocab), len(hashes))
     ids = dict(zip(hashes, drawn, strict=True))
@@ -71,8 +71,8 @@ class SymbolModel(nn.Module):
     """Small transformer over the edges of a map, with one position per edge.
 
     The embedding of an edge is the sum of the embeddings of its key and its value. The last
-    position is the question. Its embedding is the sum of three: that of the start as a key, that of
-    "no value", and that of ``aux``. All positions attend to each other. There are no position
+    position is the question. Its embedding is the sum of the embeddings of the start as a key, of
+    "no value", and of ``aux``. All positions attend to each other. There are no position
     embeddings, since the order of the edges has no meaning. The logits are computed from the last
     position. Shapes: B instances, E edges.
 

@@ -54,8 +54,8 @@ class _Task(Dataset[HashInstance]):
         require(hash_length >= 1, name, "hash_length", "at least 1", hash_length)
         possible = len(ALPHABET) ** hash_length
         # Hashes are redrawn until they are distinct, which is quick if at most half are used.
-        expected = f"one with at least twice the {needed} hashes that an instance needs"
-        found = f"{hash_length}, with {possible}"
+        expected = f"at least {2 * needed} possible hashes, twice the number per instance"
+        found = f"{hash_length}, which gives {possible}"
         require(2 * needed <= possible, name, "hash_length", expected, found)
         self.num_samples, self.hash_length, self.seed = num_samples, hash_length, seed
 
@@ -126,7 +126,7 @@ class HashHop(_Task):
             warnings.warn(
                 f"HashHop: max_hops: expected less than chain_length={chain_length}, found "
                 f"{max_hops}: beyond the end, the answer is the last hash, which can be found as "
-                "the only one without a successor",
+                "the only hash without a successor",
                 stacklevel=2,
             )
         self.chain_length, self.max_hops, self.vary_hops = chain_length, max_hops, vary_hops
@@ -145,8 +145,8 @@ class HashChain(_Task):
     """Reasoning task: find the end of the shortest of several chains from one start.
 
     With ``vary_hash``, the length of the shortest chain is drawn uniformly from all allowed lengths
-    except the largest. The lengths of the other chains are drawn from the larger ones, without
-    repetition if there are enough. Therefore exactly one chain is the shortest.
+    except the largest. The lengths of the other chains are drawn from the larger allowed lengths,
+    without repetition if there are enough of them. Therefore exactly one chain is the shortest.
 
     Args:
         num_samples: number of instances.
@@ -158,8 +158,8 @@ class HashChain(_Task):
         seed: seed of the instances.
 
     Raises:
-        ValueError: If a number is too small, there are too few lengths, two chains would be the
-            shortest, or an instance would need more than half of all possible hashes.
+        ValueError: If a number is too small, there are too few lengths, the shortest chain would
+            not be unique, or an instance would need more than half of all possible hashes.
 
     Sources: arXiv 2412.00029, its code (neelr/lora-reasoning-experiments).
     """
@@ -179,14 +179,16 @@ class HashChain(_Task):
         self.chains, self.num_chains, self.vary_hash = chains, num_chains, vary_hash
         lengths = sorted(set(chains))
         if vary_hash:
-            require(len(lengths) >= 2, "HashChain", "chains", "two distinct lengths", chains)
+            require(len(lengths) >= 2, "HashChain", "chains", "2 or more distinct lengths", chains)
             largest = max(self._longest(lengths, shortest) for shortest in lengths[:-1])
         else:
             enough = num_chains <= len(chains)
-            require(enough, "HashChain", "num_chains", f"at most {len(chains)} lengths", num_chains)
+            expected = f"at most the number of entries of chains, {len(chains)}"
+            require(enough, "HashChain", "num_chains", expected, num_chains)
             used = chains[:num_chains]
             unique = used.count(min(used)) == 1
-            require(unique, "HashChain", "chains", "one shortest among those used", used)
+            expected = "exactly one shortest chain among the first num_chains"
+            require(unique, "HashChain", "chains", expected, used)
             largest = sum(used)
         super().__init__(num_samples, hash_length, seed, 1 + largest - num_chains)
 

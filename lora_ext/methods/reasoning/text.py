@@ -31,8 +31,8 @@ def collate(
 ) -> dict[str, Tensor]:
     """Tokenise a training batch: prompt, answer, end-of-text token, and padding on the right.
 
-    Rows are not truncated, and their lengths are not compared with the model's context, as
-    :func:`evaluate` does.
+    Rows are not truncated. Unlike in :func:`evaluate`, their lengths are not compared with the
+    model's context.
 
     Args:
         tokenizer: transformers tokenizer with an end-of-text token.
@@ -50,7 +50,7 @@ def collate(
     instances = list(instances)
     require(bool(instances), "collate", "instances", "at least one", 0)
     end = tokenizer.eos_token_id
-    require(end is not None, "collate", "tokenizer", "one with an end of text", "none (eos_token)")
+    require(end is not None, "collate", "tokenizer", "one with an eos_token", "no eos_token")
     prompts = [_prompt_ids(tokenizer, instance) for instance in instances]
     answers = [[*_answer_ids(tokenizer, instance), end] for instance in instances]
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
@@ -113,7 +113,7 @@ def evaluate(
     prompts = [_prompt_ids(tokenizer, instance) for instance in instances]
     new_tokens = _room(model, tokenizer, instances, prompts)
     answers: list[str] = []
-    # An object with `generate` need not be a module.
+    # `model` may be an object with `generate` that is not a module.
     with evaluating(model) if isinstance(model, torch.nn.Module) else nullcontext():
         for first in range(0, len(prompts), batch_size):
             chosen = prompts[first : first + batch_size]
@@ -172,7 +172,7 @@ def _room(
     longest = max(map(len, prompts))
     expected = f"prompts of at most {context - needed} tokens, which leave the model's context of "
     expected += f"{context} room for an answer of {needed}"
-    require(longest + needed <= context, "evaluate", "instances", expected, f"one of {longest}")
+    require(longest + needed <= context, "evaluate", "instances", expected, f"{longest} tokens")
     return min(wanted, context - longest)
 
 

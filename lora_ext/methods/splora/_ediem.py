@@ -50,7 +50,7 @@ def diem(
 
     Source: "Surpassing Cosine Similarity for Multidimensional Comparisons" (arXiv 2407.08623).
     """
-    words = f"as many entries as in a {tuple(a.shape)}, at least 1"
+    words = f"the shape of a, {tuple(a.shape)}, with at least 1 entry"
     require(a.shape == b.shape and a.numel() != 0, "diem", "b", words, tuple(b.shape))
     for name, t in (("a", a), ("b", b)):
         require(bool(torch.isfinite(t).all()), "diem", name, "finite values", "NaN or infinity")
@@ -76,8 +76,8 @@ def standardised(where: str, x: Tensor, sample: Tensor, config: SploraConfig) ->
             return torch.zeros_like(x)
         raise DegenerateReferenceError(
             f"{where}: reference={config.reference!r}: expected distances that differ, found "
-            f"{len(sample)} with a spread of {spread.item():.3g} about {centre.item():.3g} "
-            "(SploraConfig(allow_degenerate=True) makes all scores 0)"
+            f"{len(sample)} with a spread of {spread.item():.3g} around {centre.item():.3g}; "
+            "SploraConfig(allow_degenerate=True) sets all scores to 0"
         )
     return (x - centre) / (spread + EPS)
 
@@ -92,8 +92,8 @@ def released_score(
         distance: distance of the layer, float64.
         sample: ``(N,)`` float64, distances of the caller's pairs. None stands for the sample of the
             authors' script, 50 copies of the layer's distance d. The first term is then
-            ``(d + eps - d) / (0 + eps)``, which is exactly 1; the script's float32 result is far
-            from it.
+            ``(d + eps - d) / (0 + eps)``, which is exactly 1; the script's float32 result differs
+            much from 1.
         projected: ``P D``, dense.
         update: D, dense.
     """

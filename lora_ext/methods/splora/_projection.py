@@ -100,8 +100,8 @@ def warn_of_identity(where: str, layers: list[str]) -> None:
     """Warn that the orthogonal projection changes nothing in these layers."""
     more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
     warnings.warn(
-        f"{where}: projection: the alignment of {', '.join(layers[:4])}{more} has full row rank: "
-        "'orthogonal' is the identity there, and every distance 0; set rank or energy",
+        f"{where}: projection: the alignment of {', '.join(layers[:4])}{more} has full row rank, "
+        "so that 'orthogonal' is the identity and every distance is 0; set rank or energy",
         stacklevel=3,
     )
 
@@ -144,9 +144,9 @@ class WeightPair:
         norm = square.sqrt().item()
         if norm == 0:
             raise ZeroAlignmentError(
-                f"{self.where}: expected an aligned weight that differs from the base model's, "
-                "found equal ones: no direction is the safe one "
-                "(SploraConfig(on_zero_alignment='skip') leaves such layers alone)"
+                f"{self.where}: expected an aligned weight that differs from the base weight, "
+                "found equal weights, which define no safe direction; "
+                "SploraConfig(on_zero_alignment='skip') keeps such layers unscored"
             )
         if not math.isfinite(norm):
             weights = {"base weight": self.base, "aligned weight": self.aligned}
@@ -161,7 +161,7 @@ class WeightPair:
 def _orthogonal(
     pair: WeightPair, b: Tensor, inner: Tensor, config: SploraConfig
 ) -> tuple[Tensor, bool]:
-    """Return ``P b`` and whether P is the identity, by the eigenvectors of a Gram matrix.
+    """Return ``P b`` and whether P is the identity, from the eigenvectors of a Gram matrix.
 
     The Gram matrix squares the condition number, which is exact enough in float64: eigenvalues
     below the square of the cut, which is at least 1e-14 of the largest eigenvalue, are not used.
@@ -210,14 +210,14 @@ def check_shapes(where: str, b: Shape, base: Shape, aligned: Shape, a: Shape | N
     a = (b[-1], base[-1]) if a is None and len(b) == len(base) == 2 else a
     base, aligned = tuple(base), tuple(aligned)
     if len(b) != 2 or a is None or len(a) != 2 or a[0] != b[1]:
-        raise ValueError(f"{where}: expected B (m, r) and A (r, n) of one rank, found {factors}")
+        raise ValueError(f"{where}: expected B (m, r) and A (r, n) of equal rank, found {factors}")
     if b[1] == 0:
         raise ValueError(f"{where}: expected a rank of at least 1, found 0: {factors}")
     if base != aligned:
         expected = f"an aligned weight of the base weight's shape {base}"
         raise ValueError(f"{where}: expected {expected}, found {aligned}")
     if base != (b[0], a[1]):
-        expected = f"weights of shape {(b[0], a[1])}, as {factors} have"
+        expected = f"weights of shape {(b[0], a[1])}, the shape of B A for {factors}"
         raise ValueError(f"{where}: expected {expected}, found {base}")
 
 

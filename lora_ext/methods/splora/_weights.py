@@ -33,7 +33,8 @@ from ._projection import (
 )
 from .config import SploraConfig
 
-#: Adapter: an object, a folder of PEFT, ``(config, state dict)``, or a state dict with scaling 1.
+#: Adapter: an object, a folder in PEFT's format, a pair ``(config, state dict)``, or only a state
+#: dict, for which the scaling is 1.
 Source = LoraAdapter | AdapterSource | Mapping[str, Tensor]
 
 
@@ -52,7 +53,7 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
     """Return a configuration with the ranks of a state dict and scaling 1, and its LoRA tensors."""
     keys = {key: parsed for key in state if (parsed := parse_key(key)) is not None}
     if not keys:
-        expected, found = "names as <module>.lora_A.weight", ", ".join(list(state)[:4])
+        expected, found = "names such as <module>.lora_A.weight", ", ".join(list(state)[:4])
         raise ValueError(f"{where}: expected {expected}, found {found}")
     ranks: dict[str, int] = {}
     factor_keys(where, keys)
@@ -65,7 +66,7 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
         if role == "B.weight":  # factor_keys has checked that A exists
             shape, rank = tuple(state[key].shape), ranks[module]
             fits = len(shape) != 2 or shape[1] == rank
-            require(fits, where, key, f"B (m, r) of the rank of A, which is {rank}", shape)
+            require(fits, where, key, f"shape (m, {rank}), since A has rank {rank}", shape)
     r, rank_pattern = patterns(ranks)
     roles = {role for _, role, _ in keys.values()}
     config = {
@@ -92,7 +93,7 @@ class Layer(NamedTuple):
     factors: Factors
     base_key: str
     aligned_key: str
-    transposed: bool  # the weights are stored as (n, m)
+    transposed: bool  # True if the weights are stored as (n, m)
 
 
 #: Function that yields the given layers one by one and may show progress, such as ``tqdm.tqdm``.

@@ -23,7 +23,7 @@ OnZeroAlignment = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class SploraConfig:
-    """Settings for scoring layers and for selecting those to prune.
+    """Settings for scoring layers and for selecting the layers to prune.
 
     A layer has factors A and B, scaling s and the update ``D = s B A``. V is the change of its
     weight by the alignment, aligned minus base, and P maps onto the directions of V. Norms are
@@ -37,8 +37,8 @@ class SploraConfig:
             meaning of a small score depends on ``score``, see docs/splora.md.
         granularity: unit of pruning, a "module" or a "block" with the mean score of its modules.
         score: quantity that a layer is scored by. "distance", E-DIEM of ``|P D - D|``, ranks layers
-            much like the size of their update. "angle", E-DIEM of ``|c P D - D| / |D|`` with the c
-            that minimizes it, does not depend on sizes. "alignment" is ``<D, V> / (|D| |V|)``
+            mainly by the size of their updates. "angle", E-DIEM of ``|c P D - D| / |D|`` with the c
+            that minimizes it, does not depend on this size. "alignment" is ``<D, V> / (|D| |V|)``
             itself: if it is below 0, the update undoes the alignment.
         projection: P, "frobenius" ``V V^T / |V|`` or "orthogonal" ``U_q U_q^T``, where ``U_q`` are
             the first q left singular vectors of V.
@@ -46,16 +46,18 @@ class SploraConfig:
         energy: share of the squared singular values, for "orthogonal" only; q is at most the
             smallest number of directions with this share.
         reference: S, sample of distances that a layer's distance is compared with: "population",
-            those of all scored layers; "permutation", those for rows of B in random order; "pairs",
-            those of matrices from the caller; "released", copies of the layer's distance, as in the
-            authors' script. The order of the scores then depends only on the shift of the lower
-            quartile, like that of the script's scores in exact arithmetic. Values other than
-            "population" require ``score="distance"``. "alignment" uses no reference.
+            the distances of all scored layers; "permutation", the layer's distances with the rows
+            of B in random order; "pairs", the distances of pairs of matrices from the caller;
+            "released", copies of the layer's distance, as in the authors' script. The order of the
+            scores then depends only on the shift of the lower quartile, as for the script in exact
+            arithmetic. Values other than "population" require ``score="distance"``. "alignment"
+            uses no reference.
         stat: t(S), the spread: "iqr", the interquartile range, or "std".
         n_samples: number of permutations per layer.
         seed: seed of the permutations.
-        include_scaling: whether D includes the factor s. Both published codes omit it (False).
-        mode: what is left of a pruned module, see :func:`lora_ext.adapter.prune_adapter`.
+        include_scaling: whether D includes the factor s. Both published implementations omit s
+            (False).
+        mode: what remains of a pruned module, see :func:`lora_ext.adapter.prune_adapter`.
         device: device of the comparison; default is that of the base model's weight.
         center: c(S), "mean" or "median".
         on_zero_alignment: treatment of a layer with equal weights in both models. "raise" raises an
@@ -92,7 +94,7 @@ class SploraConfig:
     def __post_init__(self) -> None:
         holds = self.num is None or self.threshold is None
         found = f"both, {self.num!r} and {self.threshold!r}"
-        require(holds, "SploraConfig", "num and threshold", "one of them", found)
+        require(holds, "SploraConfig", "num and threshold", "at most one", found)
         table = {
             "num": within(0),
             "threshold": {"maximum": math.inf, "expected": "a number"},
@@ -104,7 +106,7 @@ class SploraConfig:
         }
         check_fields(self, table)
         alone = self.reference == "population" or self.score == "distance"
-        expected = f"'population' beside score={self.score!r}"
+        expected = f"'population' with score={self.score!r}"
         require(alone, "SploraConfig", "reference", expected, repr(self.reference))
 
 

@@ -59,7 +59,7 @@ def apply_to(
             it. Then the model is unchanged.
     """
     new = _KEY not in model.__dict__
-    found = "a pruned one; call splora.remove(model) first"
+    found = "a pruned model; call splora.remove(model) first"
     require(new, "apply_to", "model", "a model that SPLoRA has not pruned", found, RuntimeError)
     value = LoraAdapter.from_model(model, adapter)
     result = apply(value, base, aligned, config, pairs=pairs, progress=progress)
@@ -81,8 +81,8 @@ def remove(model: nn.Module) -> None:
     """
     applied: _Applied | None = model.__dict__.pop(_KEY, None)
     if applied is None:
-        found = f"{type(model).__name__} that is not pruned"
-        raise RuntimeError(f"remove: model: expected a model of splora.apply_to, found {found}")
+        found = f"a {type(model).__name__} that is not pruned"
+        raise RuntimeError(f"remove: model: expected a model pruned by apply_to, found {found}")
     layers = adapted_layers(model)
     for name in applied.switched:
         layer = layers.get(name)

@@ -27,7 +27,7 @@ class SploraResult(NamedTuple):
     """Result of :func:`apply`: measurements of the layers (``stats``), names of the pruned and of
     the kept layers, and the pruned ``adapter``.
 
-    ``str(result)`` is a summary in one line. The table is
+    ``str(result)`` is a summary in one line. For a table of all layers, use
     ``[row._asdict() for row in result.stats]``.
     """
 
@@ -116,7 +116,7 @@ def project(
     *,
     progress: Progress = iter,
 ) -> LoraAdapter:
-    """Replace B by ``P B`` in some layers, as Safe LoRA does, and keep the others unchanged.
+    """Replace B by ``P B`` in some layers, as Safe LoRA does, and keep all other layers unchanged.
 
     P is the projection of a layer, see :class:`SploraConfig`.
 
@@ -127,8 +127,9 @@ def project(
             a skipped layer keeps its B.
 
     Returns:
-        the new adapter. Its B has the dtype and device of the old B, rounded once. Our choice: a
-        bias of B (``lora_bias``) is mapped by P as well, since it is added to the same outputs.
+        the new adapter. Each B has the dtype and device of the old B, and is rounded once. Our
+        choice: a bias of B (``lora_bias``) is mapped by P as well, since it is added to the same
+        outputs.
 
     Raises:
         ValueError: If the adapter has no layer of a given name.

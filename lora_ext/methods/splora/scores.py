@@ -1,4 +1,4 @@
-"""Distance of each layer of an adapter from the aligned directions."""
+"""Distance of each layer's update from the directions of the alignment."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def _permuted(
 ) -> Tensor:
     """Return ``|(P B - B[pi]) A| s`` for random permutations pi of the rows, ``(n_samples,)``.
 
-    The generator is seeded anew for every layer, so that its score does not depend on others.
+    The generator is re-seeded for every layer, so that its score does not depend on other layers.
     """
     generator = torch.Generator().manual_seed(config.seed)
     orders = (torch.randperm(len(b), generator=generator) for _ in range(config.n_samples))
@@ -234,6 +234,6 @@ def _pair_distances(where: str, pairs: Pairs | None, config: SploraConfig) -> Te
             check_floating(where, **{name: t})
             check_finite(where, **{name: t})
         found = f"{tuple(x.shape)} and {tuple(y.shape)}"
-        require(x.shape == y.shape, where, name, "matrices of one shape", found)
+        require(x.shape == y.shape, where, name, "matrices of equal shape", found)
         distances.append(torch.linalg.vector_norm(x.double() - y.double()).cpu())
     return torch.stack(distances)

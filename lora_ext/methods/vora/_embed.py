@@ -64,8 +64,8 @@ class VisionPatchEmbed(nn.Module):
         embed_dim: C, width of the embedding.
         patch: p, side of a patch in pixels.
         image_size: side in pixels of the square image that the table of positions is made for.
-        pos_mode: positions for grids of other sizes. "interp": the table, interpolated (bilinear,
-            ``align_corners=False``). "released": the first N rows of the table, or the
+        pos_mode: position embeddings for grids of other sizes. "interp": the table, interpolated
+            (bilinear, ``align_corners=False``). "released": the first N rows of the table, or the
             interpolation if it has fewer. These rows are wrong for a grid of another width, but the
             released checkpoints were trained with them.
         eps: eps of the norm.
@@ -149,7 +149,7 @@ class VisionPatchEmbed(nn.Module):
         real = image.is_floating_point()
         fits = image.dim() >= 3 and image.shape[-3] == 3
         require(fits, where, "images", "three channels, (3, H, W)", tuple(image.shape))
-        require(real, where, "images", "floating numbers", image.dtype, TypeError)
+        require(real, where, "images", "a floating-point dtype", image.dtype, TypeError)
         height, width = image.shape[-2:]
         whole = height * width > 0 and not (height % self.patch or width % self.patch)
         expected = f"sides that are multiples of the patch {self.patch}"
@@ -230,7 +230,7 @@ def smart_resize(
     expected = f"above 0 and at most max_pixels = {max_pixels}"
     require(0 < min_pixels <= max_pixels, where, "min_pixels", expected, min_pixels)
     for name, side in zip(("height", "width"), sides, strict=True):
-        require(side >= factor, where, name, f"at least {factor}", side)
+        require(side >= factor, where, name, f"at least factor = {factor}", side)
     fits = max(sides) <= MAX_RATIO * min(sides)
     require(fits, where, "height, width", f"a ratio of at most {MAX_RATIO}", found)
     resized = [round(side / factor) * factor for side in sides]
@@ -240,6 +240,6 @@ def smart_resize(
     elif math.prod(resized) < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
         resized = [math.ceil(side * beta / factor) * factor for side in sides]
-    expected = f"enough for patches of side {factor} in an image of {found}"
+    expected = f"enough for one row of patches of side {factor} in an image of {found}"
     require(all(resized), where, "max_pixels", expected, max_pixels)
     return resized[0], resized[1]

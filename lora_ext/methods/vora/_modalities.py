@@ -1,8 +1,8 @@
-"""``with modality(mask)``: marks vision tokens for the layers that adapt only these.
+"""``with modality(mask)``: marks vision tokens for the layers that adapt only vision tokens.
 
-A mask assigns one adapter to tokens. It is therefore implemented as an ``adapters`` block of a
-separate pool. Such a block already supports threads, activation checkpoints and layers that share
-rows.
+A mask assigns one adapter to some of the tokens. It is therefore implemented as an ``adapters``
+block of a separate pool. Such a block already supports threads, activation checkpointing, and rows
+that several layers share.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def modality(vision_mask: Tensor) -> Iterator[None]:
 
     Args:
         vision_mask: mask of bools, or of integers 0 and 1, with True or 1 for vision tokens. Its
-            shape is that of the activations without features, usually ``(B, T)``. It is copied and
-            checked here, which synchronizes with the device.
+            shape is that of the activations without the feature dimension, usually ``(B, T)``. It
+            is copied and checked here, which synchronizes with the device.
 
     Raises:
         ValueError: If the mask has another type or other values. A layer raises it if its
@@ -65,7 +65,7 @@ def vision_block() -> Block | None:
 def vision_rows(block: Block, leading: torch.Size, device: torch.device) -> Rows:
     """Return rows of activations ``(*leading, I)``: id 0 for vision tokens, -1 for all others."""
     found, shape = tuple(block.assignment.shape), tuple(leading)
-    expected = f"the activations' shape without features, {shape}"
+    expected = f"the shape of the activations without the feature dimension, {shape}"
     require(found == shape, "modality", "vision_mask", expected, found)
     return block.rows(leading, device)
 
@@ -93,6 +93,6 @@ def _token_ids(vision_mask: Tensor) -> Tensor:
         low, high = (int(v) for v in vision_mask.aminmax())
         fits = 0 <= low <= high <= 1
         found = f"{low} to {high}"
-    expected = "a tensor of bools, or of integers that are all 0 or 1, of the activations' shape"
-    require(fits, "modality", "vision_mask", f"{expected} without features", found)
+    expected = "a tensor of bools, or of integers 0 and 1, with at least one dimension"
+    require(fits, "modality", "vision_mask", expected, found)
     return vision_mask.to(torch.int8) - 1

@@ -40,9 +40,9 @@ class Applied:
     def require_apart(self, where: str) -> None:
         """Raise RuntimeError if a layer's adapter is merged into its base weight by
         :meth:`VoraLinear.merge`."""
-        expected = "an adapter apart from the base weight"
+        expected = "an adapter that is not merged into the base weight"
         for name, layer in self.layers.items():
-            found = f"{layer.merged_adapters} merged into it; unmerge it first"
+            found = f"{layer.merged_adapters} merged; unmerge it first"
             require(not layer.merged, f"vora.{where}", name, expected, found, RuntimeError)
 
 
@@ -76,8 +76,8 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
     instance(where, "config", config, VoraConfig)
     state: Applied | None = model.__dict__.get(KEY)
     new = state is None or state.merged
-    found = "one with them; call vora.remove first"
-    require(new, where, "model", "one without VoRA's layers", found, RuntimeError)
+    found = "a model with VoRA layers; call vora.remove first"
+    require(new, where, "model", "a model without VoRA layers", found, RuntimeError)
     layers: dict[str, nn.Module] = {}
     for name, module in _targets(where, model, config).items():
         dtype = getattr(getattr(module, "weight", None), "dtype", None)
@@ -107,7 +107,7 @@ def remove(model: Model) -> Model:
 
     Raises:
         RuntimeError: If nothing was applied, if the adapters were merged (by :func:`merge` or by
-            :meth:`VoraLinear.merge`), or if a layer was replaced since. The model is then
+            :meth:`VoraLinear.merge`), or if a layer has been replaced since. The model is then
             unchanged.
     """
     language = language_model(model)
@@ -160,7 +160,7 @@ def merge(model: Model, force: bool = False) -> Model:
             raise type(error)(f"{where}: {name}: {error}") from error
         # Other modules that share the weight would also use its update.
         found = holders[id(layer.base_layer.weight)]
-        require(len(found) <= 1, where, name, "a weight that is not shared", f"it as {found}")
+        require(len(found) <= 1, where, name, "a weight that is not shared", f"one of {found}")
     state.swap.check(language, where)
     for layer in layers.values():
         layer.merge(force, keep_copy=False)
@@ -184,9 +184,9 @@ def applied(where: str, model: nn.Module) -> Applied:
     """Return the state of :func:`apply`; raise RuntimeError if it is missing or was merged."""
     state: Applied | None = language_model(model).__dict__.get(KEY)
     if state is None or state.merged:
-        folded = "that vora.merge has folded them into its weights"
-        found = "none; call vora.apply first" if state is None else folded
-        raise RuntimeError(f"vora.{where}: model: expected one with VoRA's layers, found {found}")
+        merged = "a model whose VoRA layers vora.merge has merged"
+        found = "no VoRA layers; call vora.apply first" if state is None else merged
+        raise RuntimeError(f"vora.{where}: model: expected a model with VoRA layers, found {found}")
     return state
 
 
@@ -197,16 +197,16 @@ def _targets(where: str, model: nn.Module, config: VoraConfig) -> dict[str, nn.M
         fits = not is_adapted(module)
         found = f"{type(module).__name__} at {name!r}"
         fits = fits and not isinstance(module, PoolLayer)
-        require(fits, where, "model", "one without adapters", found, RuntimeError)
+        require(fits, where, "model", "a model without adapters", found, RuntimeError)
         names[module] = name
     blocks = decoder_layers(model)
     n = config.n_blocks
-    require(n <= len(blocks), where, "n_blocks", f"at most the model's {len(blocks)} blocks", n)
+    require(n <= len(blocks), where, "n_blocks", f"at most the number of blocks, {len(blocks)}", n)
     inside = (pair for block in blocks[:n] for pair in block.named_modules() if pair[0])
     kinds = config.target_modules
     targets = {names[m]: m for inner, m in inside if matches_suffix(inner, kinds)}
-    expected = f"modules in the first {n} blocks of {type(model).__name__} to match {kinds}"
-    require(targets, where, "target_modules", expected, "none")
+    expected = f"names of modules in the first {n} blocks of {type(model).__name__}"
+    require(targets, where, "target_modules", expected, kinds)
     return targets
 
 

@@ -38,7 +38,7 @@ def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list
             return
         fits = not trains or torch.is_grad_enabled()
         expected = "use_reentrant=False"
-        found = "a reentrant checkpoint, inside which nothing can be distilled"
+        found = "a reentrant checkpoint, whose hidden states have no gradient"
         require(fits, "VoraForCausalLM", "gradient_checkpointing_kwargs", expected, found)
         states[index] = hidden[0] if isinstance(hidden, tuple) else hidden
 
@@ -70,10 +70,10 @@ def prefill(
 
     Args:
         model: the language model.
-        mask: additive attention mask ``(B, 1, T, T)``, or a dict of one per type of layer; None
-            keeps the model's mask.
-        vision_mask: mask ``(B, T)`` of the vision tokens for layers of route "vision"; None for no
-            :func:`modality` block.
+        mask: additive attention mask ``(B, 1, T, T)``, or a dict with one mask per type of layer;
+            None keeps the model's mask.
+        vision_mask: mask ``(B, T)`` of the vision tokens for layers of route "vision"; with None,
+            no :func:`modality` block is opened.
     """
     thread, inside = threading.get_ident(), contextlib.ExitStack()
 

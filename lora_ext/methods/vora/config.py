@@ -23,8 +23,8 @@ class VoraConfig:
     """Settings of the layers, the vision embedding and the distillation.
 
     Attributes:
-        n_blocks: N_vit, number of adapted blocks at the start of the model, as many as in the
-            teacher.
+        n_blocks: N_vit, number of adapted blocks at the start of the model, as many as the teacher
+            has.
         rank: r, rank of the adapters.
         scale: scale of the adapters' updates; the paper has no alpha.
         target_modules: names of linear layers in these blocks, or ends of their names.
@@ -79,5 +79,5 @@ class VoraConfig:
 def _names(where: str, name: str, given: Any) -> tuple[str, ...]:
     names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
     ok = bool(names) and all(isinstance(each, str) and each for each in names)
-    require(ok, where, name, "at least one name of linear layers", repr(given))
+    require(ok, where, name, "at least one name of a linear layer", repr(given))
     return names

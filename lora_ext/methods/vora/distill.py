@@ -28,7 +28,7 @@ Grid = tuple[int, int]
 class DistillHeads(nn.ModuleList):
     """Heads for the distillation, one per block: a norm and a projection to the teacher's width.
 
-    They are not needed after training.
+    The heads are not needed after training.
 
     Args:
         n_blocks: number of heads.
@@ -83,8 +83,8 @@ def block_distill_loss(
             gradient. None for a batch without images.
         student_grids: numbers of rows and columns ``(h, w)`` of each image's tokens in ``hiddens``.
             Without both grids, M' must be M.
-        teacher_grids: the same numbers for ``teachers``. If they differ for an image, the teacher's
-            states are interpolated to the student's grid.
+        teacher_grids: the same numbers for ``teachers``. If the two grids of an image differ, the
+            teacher's states are interpolated to the student's grid.
 
     Returns:
         Scalar in float32 (float64 for float64). Without images it is 0, and every head and hidden
@@ -110,10 +110,10 @@ def block_distill_loss(
     pairs: list[tuple[Grid, Grid]] | None = None  # (teacher's, student's) grid of each image
     if student_grids is not None and teacher_grids is not None:
         images, found = len(student_grids), len(teacher_grids)
-        expected = f"one for each of the student's {images} images"
+        expected = f"one grid for each of the student's {images} images"
         require(images == found, where, "teacher_grids", expected, found)
         total = sum(h * w for h, w in student_grids)
-        expected = f"grids of {count} tokens in all"
+        expected = f"grids with {count} tokens in total"
         require(total == count, where, "student_grids", expected, [*student_grids])
         pairs = [*zip(teacher_grids, student_grids, strict=True)]
     cosines: list[Tensor] = []
@@ -124,11 +124,11 @@ def block_distill_loss(
         if pairs is not None:
             found = [grid for grid, _ in pairs]
             sizes = [h * w for h, w in found]
-            expected = f"grids of {len(u)} tokens in all"
+            expected = f"grids with {len(u)} tokens in total"
             require(sum(sizes) == len(u), where, "teacher_grids", expected, found)
             parts = zip(u.split(sizes), pairs, strict=True)
             u = torch.cat([u[:0], *(resample_grid(image, *pair) for image, pair in parts)])
-        expected = f"the student's {count} tokens unless both grids are given"
+        expected = f"{count} tokens, as in hiddens, unless both grids are given"
         require(len(u) == count, where, "teachers", expected, len(u))
         cosines.append(F.cosine_similarity(p, u, dim=-1, eps=1e-8))  # (M,)
     if count == 0:  # A mean over no tokens would be NaN.
@@ -137,4 +137,5 @@ def block_distill_loss(
 
 
 def _check_count(where: str, name: str, tensors: Sequence[Tensor], blocks: int) -> None:
-    require(len(tensors) == blocks, where, name, f"one for each of {blocks} blocks", len(tensors))
+    expected = f"one tensor for each of {blocks} blocks"
+    require(len(tensors) == blocks, where, name, expected, len(tensors))

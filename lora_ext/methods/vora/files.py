@@ -104,7 +104,7 @@ def load_state_dict(
     every = (language.named_parameters, language.named_buffers)
     tensors = (pair for named in every for pair in named(remove_duplicate=False))
     base = {base_name(name): tensor for name, tensor in tensors if parse_key(name) is None}
-    copies: dict[str, tuple[Tensor, Tensor]] = {}  # from, to
+    copies: dict[str, tuple[Tensor, Tensor]] = {}  # source, destination
     biases: dict[str, tuple[VoraLinear, Tensor]] = {}
     has_bias = [f"{name}.bias" for name, layer in layers.items() if layer.has_extra_bias]
     unexpected: list[str] = []
@@ -114,7 +114,7 @@ def load_state_dict(
             name = pattern.sub(ours, name)
         owner = layers.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
         once = name not in copies and name not in biases
-        require(once, where, key, f"one tensor for {name}", "a second")
+        require(once, where, key, f"one tensor for {name}", "a second one")
         if name in wanted:
             copies[name] = _fitting(key, value, wanted[name]), wanted[name]
         elif name in base:
@@ -126,21 +126,21 @@ def load_state_dict(
             biases[name] = owner, _fitting(key, value, owner.B.new_empty(owner.out_features))
         else:
             if owner is not None and strict:
-                found = "one; allow_extra_bias=True loads it, strict=False ignores it"
+                found = "a bias; allow_extra_bias=True loads it, strict=False ignores it"
                 raise ValueError(
-                    f"{where}: {key}: expected no bias, as the layer has none, found {found}"
+                    f"{where}: {key}: expected no bias, since the layer has none, found {found}"
                 )
             unexpected.append(key)
     for name, (owner, _) in biases.items():
-        require(owner.scale != 0, where, name, "no bias if the scale is 0", "one")
+        require(owner.scale != 0, where, name, "no bias if the scale is 0", "a bias")
     missing = [key for key in (*wanted, *has_bias) if key not in copies and key not in biases]
     for keys, expected, found in (
         (missing, "a tensor", "none"),
-        (unexpected, "only tensors of the model", "this one"),
+        (unexpected, "only tensors of the model", "another tensor"),
     ):
         if strict and keys:
-            more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
-            found = f"{found}{more} (strict=False ignores this)"
+            more = f", as for {len(keys) - 1} more keys" if len(keys) > 1 else ""
+            found = f"{found}{more} (strict=False ignores such keys)"
             raise ValueError(f"{where}: {keys[0]}: expected {expected}, found {found}")
     with torch.no_grad():
         for value, place in copies.values():
@@ -168,8 +168,8 @@ def _fitting(key: str, value: Any, place: Tensor) -> Tensor:
     require(found == shape, where, key, f"a tensor of shape {shape}", found)
     real = place.is_floating_point()
     fits = value.is_floating_point() == real and not value.is_complex()
-    require(fits, where, key, "floating numbers" if real else place.dtype, value.dtype)
-    found = "one without values" if value.is_meta else value.layout
+    require(fits, where, key, "a floating-point dtype" if real else place.dtype, value.dtype)
+    found = "a meta tensor" if value.is_meta else value.layout
     require(found == torch.strided, where, key, "a dense tensor", found)
     return value
 
@@ -198,7 +198,7 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     config = state.config
     _check_route("to_peft", config)
     alpha = alpha_of(float(config.scale), config.rank, rslora=False)
-    scale = alpha / config.rank  # PEFT's, which may differ in the last bit, as for 0.1 at rank 3
+    scale = alpha / config.rank  # PEFT's scale; the last bit may differ, e.g. 0.1 at rank 3
     biased = any(layer.has_extra_bias for layer in state.layers.values())
     factors: dict[str, Factors] = {}
     for name, layer in state.layers.items():
@@ -249,7 +249,7 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
     if new:
         indices = [i for name in adapter.modules if (i := block_index(name)) is not None]
         found = list(adapter.modules)[:4]
-        require(indices, "vora.from_peft", "folder", "an adapter of modules in blocks", found)
+        require(indices, "vora.from_peft", "folder", "modules in numbered blocks", found)
         names = dict.fromkeys(name.rpartition(".")[2] for name in adapter.modules)
         first = next(iter(adapter.modules.values()))
         config = VoraConfig(
@@ -269,11 +269,11 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
         for name in adapter.modules:
             require(name in state.layers, where, name, expected, "another module")
         for name, layer in state.layers.items():
-            require(name in adapter.modules, where, name, "factors", "none in the folder")
+            require(name in adapter.modules, where, name, "factors in the folder", "none")
             factors = adapter.modules[name]
             at = f"{where}: {name}"
             plain = factors.magnitude is None
-            require(plain, where, name, "plain LoRA", "the magnitude of DoRA")
+            require(plain, where, name, "plain LoRA", "a DoRA magnitude")
             for factor, given, own in (("A", factors.a, layer.A), ("B", factors.b, layer.B)):
                 found, shape = tuple(given.shape), tuple(own.shape)
                 require(found == shape, at, f"lora_{factor}", f"shape {shape}", found)
@@ -297,5 +297,5 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
 
 def _check_route(where: str, config: VoraConfig) -> None:
     fits = config.route != "vision"
-    found = "'vision': PEFT's layers serve every token"
+    found = "'vision'; PEFT's layers adapt every token"
     require(fits, f"vora.{where}", "route", "'all'", found, UnmergeableRouteError)

@@ -39,8 +39,8 @@ class VoraLinear(LoraLinear):
 
     It is a :class:`LoraLinear` with an adapter that applies to all tokens (route "all", m = 1) or
     only to the vision tokens of a :func:`modality` block (route "vision", m = 1 for vision tokens
-    and 0 for others). Outside such a block, route "vision" treats all tokens as text: the output is
-    that of the base layer, bit for bit.
+    and m = 0 for all other tokens). Outside such a block, route "vision" treats all tokens as text:
+    the output is that of the base layer, bit for bit.
 
     All features of :class:`LoraLinear` are available. With route "vision", text tokens may use
     other adapters: either a second active adapter, or adapters that an :func:`lora_ext.adapters`
@@ -93,7 +93,7 @@ class VoraLinear(LoraLinear):
         self.scaling[adapter_name] = float(scale)  # `rank * scale / rank` may have rounding errors.
         self.adapter_name = adapter_name
         self.route: Route = route
-        self._lent_bias = False  # True while the base layer's bias is only the merged one
+        self._lent_bias = False  # True while the base layer's bias is only a merged extra bias
 
     @classmethod
     def from_linear(
@@ -214,11 +214,11 @@ class VoraLinear(LoraLinear):
         require(fits, "merge", "route", "'all'", found, UnmergeableRouteError)
         name = self.adapter_name
         if name in names and name in self.merged_adapters:
-            expected = "an adapter apart from the base weight"
+            expected = "an adapter that is not merged"
             raise RuntimeError(f"merge: expected {expected}, found {name!r} merged already")
         fits = not _is_quantised(self.base_layer)
         expected = "a floating-point weight"
-        found = f"the quantised one of {type(self.base_layer).__name__}"
+        found = f"a quantised weight in {type(self.base_layer).__name__}"
         require(fits, "merge", "base_layer", expected, found, NotImplementedError)
 
     def unmerge(self) -> None:
@@ -289,8 +289,8 @@ class VoraLinear(LoraLinear):
         return kept.get(key, device, _overlaid, vision, named, own, len(self.r))
 
     def _default_position(self) -> int:
-        """Return the index of the adapter for rows without a name, or -1. With "vision", these rows
-        are text."""
+        """Return the index of the adapter for rows without a name, or -1 if there is none. With
+        "vision", these rows are text."""
         if self.route == "all":
             return super()._default_position()
         active = [n for n in self._active if self._is_on(n) and n != self.adapter_name]

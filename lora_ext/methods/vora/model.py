@@ -45,7 +45,7 @@ class VoraForCausalLM(nn.Module):
         model: causal LM, which is changed in place: :func:`apply` is called unless it was called
             already.
         config: settings of the layers, the embedding and the distillation.
-        teacher_width: d_v, width of the teacher of the distillation; None for no heads.
+        teacher_width: d_v, width of the teacher of the distillation; None creates no heads.
 
     Attributes:
         model: the language model.
@@ -73,7 +73,7 @@ class VoraForCausalLM(nn.Module):
             apply(model, config)
         else:
             same = state.config == config
-            expected = f"the one that was applied, {state.config}"
+            expected = f"the config that was applied, {state.config}"
             require(same, "VoraForCausalLM", "config", expected, config)
         weight = model.get_input_embeddings().weight
         width, dtype = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
@@ -127,9 +127,10 @@ class VoraForCausalLM(nn.Module):
                 the patch; None or an empty list for a sample without images.
             labels: target ids ``(B, S)``, aligned with ``input_ids``; -100 is ignored.
             attention_mask: mask ``(B, S)`` with 0 for padding, on either side.
-            teacher_states: hidden states of the teacher for all images of the batch in order,
-                without a class token: one ``(M', d_v)`` per block of the ``n_blocks``, from
-                :func:`teacher_states` with the ``pairing`` of the configuration.
+            teacher_states: hidden states of the teacher for the M' patches of all images of the
+                batch in order, without a class token: one ``(M', d_v)`` for each of the
+                ``n_blocks`` blocks, from :func:`teacher_states` with the ``pairing`` of the
+                configuration.
             teacher_grids: rows and columns ``(h, w)`` of the teacher's patches of each image;
                 default is the student's.
 
@@ -205,15 +206,15 @@ class VoraForCausalLM(nn.Module):
         """
         where = "VoraForCausalLM.generate"
         for name in ("inputs_embeds", "past_key_values", "position_ids", "inputs"):
-            expected = "None, as it follows from input_ids and images"
+            expected = "None, since input_ids and images determine it"
             found = type(options.get(name)).__name__
             require(options.get(name) is None, where, name, expected, f"a {found}")
         given: Any = options.get("generation_config") or self.model.generation_config
         chunk = options.get("prefill_chunk_size", given.prefill_chunk_size)
-        expected = "None, as one call must contain a whole image"
+        expected = "None, since one forward must contain a whole image"
         require(chunk is None, where, "prefill_chunk_size", expected, chunk)
         cache = options.get("cache_implementation", given.cache_implementation)
-        expected = "a cache that grows, as the mask of the images has a key for each token"
+        expected = "a cache that grows, since the mask of the images has one key per token"
         require(cache in _GROWING, where, "cache_implementation", expected, repr(cache))
         batch, flat = self._spliced(input_ids, images, attention_mask, padding_side="left")
         mask = self._mask(batch, flat, attention_mask)
@@ -260,7 +261,7 @@ class VoraForCausalLM(nn.Module):
         if getattr(text, "alibi", text.model_type == "bloom"):
             reason = "computes ALiBi from a mask per token"
         biases = [pair for pair in self.model.named_buffers() if pair[0].endswith(".bias")]
-        # Attention such as GPT-Neo's applies a causal mask of its own, stored as a buffer.
+        # Attention such as GPT-Neo's also applies a causal mask that is stored as a buffer.
         triangles = (n for n, b in biases if b.shape == (1, 1, *b.shape[-1:] * 2))
         if name := next(triangles, None):
             reason = f"masks future tokens with a buffer ({name})"
@@ -271,7 +272,7 @@ class VoraForCausalLM(nn.Module):
         windows = {"full_attention": None, "sliding_attention": sliding}
         others = sorted({*(kinds or ())} - {*windows})
         found = f"{others[0]!r} {remedy}" if others else ""
-        require(not others, where, "layer_types", f"layers of {list(windows)}", found)
+        require(not others, where, "layer_types", f"only layers of type {list(windows)}", found)
 
         def mask(window: int | None) -> Tensor:
             # The mask is additive, since eager attention adds bools as 0 and 1.

@@ -56,7 +56,7 @@ class VoraImageProcessor(BaseImageProcessor):
         resample: Pillow's number of the filter: 0 nearest, 2 bilinear, 3 bicubic; 2 and 3 antialias
             when shrinking.
         do_rescale: whether to multiply the values by ``rescale_factor``.
-        rescale_factor: the factor.
+        rescale_factor: factor for ``do_rescale``.
         do_normalize: whether to compute ``(x - image_mean) / image_std``.
         image_mean: one number per channel.
         image_std: one number per channel, not 0.
@@ -95,7 +95,7 @@ class VoraImageProcessor(BaseImageProcessor):
         fits, expected = _are_three_numbers(image_mean), "a number for each of 3 channels"
         require(fits, where, "image_mean", expected, repr(image_mean))
         fits = _are_three_numbers(image_std) and all(image_std)
-        require(fits, where, "image_std", "3 numbers, none 0", repr(image_std))
+        require(fits, where, "image_std", "3 numbers other than 0", repr(image_std))
         require_flags(where, do_resize=do_resize, do_rescale=do_rescale, do_normalize=do_normalize)
         self.patch, self.resample, self.rescale_factor = patch, int(resample), rescale_factor
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
@@ -104,8 +104,8 @@ class VoraImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Create a processor with these settings; keyword arguments override them and are also
-        checked."""
+        """Create a processor with the settings in ``image_processor_dict``. Keyword arguments
+        override them and are also checked."""
         wants_rest = kwargs.pop("return_unused_kwargs", False)
         ours = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
         processor = cls(**{**image_processor_dict, **ours})
@@ -163,7 +163,7 @@ class VoraImageProcessor(BaseImageProcessor):
         places: Any = grids
         if return_tensors is not None:
             sizes = [tuple(image.shape[1:]) for image in flat]
-            expected = f"images that become one size if return_tensors is {given}"
+            expected = f"images of equal size after resizing if return_tensors is {given}"
             require(len(set(sizes)) == 1, where, "images", expected, sizes)
             values, places = torch.stack(flat), torch.tensor(grids)
         if return_tensors == "np":
@@ -179,13 +179,13 @@ class VoraImageProcessor(BaseImageProcessor):
         if self.do_resize:
             target = smart_resize(height, width, self.patch, self.min_pixels, self.max_pixels)
         whole = not (target[0] % self.patch or target[1] % self.patch)
-        expected = f"multiples of the patch {self.patch} if do_resize is False"
+        expected = f"sides that are multiples of the patch {self.patch} if do_resize is False"
         require(whole, "VoraImageProcessor", "images", expected, f"{height} x {width}")
         if target != (height, width):
             mode, smooth = FILTERS[self.resample], self.resample != 0
             pixels = F.interpolate(pixels[None], target, mode=mode, antialias=smooth)[0]
             if is_integer:
-                pixels = pixels.clamp(0, 255)  # Bicubic interpolation overshoots.
+                pixels = pixels.clamp(0, 255)  # Bicubic interpolation can exceed the range.
         if self.do_rescale:
             if not is_integer and pixels.min() >= 0 and 0 < pixels.max() <= 1:
                 warnings.warn(

@@ -53,8 +53,8 @@ def splice_images(
             ``model.get_input_embeddings()``. It is called once with all text of the batch, without
             placeholders.
         image_tokens: one list per sample with the tokens ``(N, d)`` of its images in order. For a
-            sample with one image, it may be that tensor; for a sample without images, an empty list
-            or None. None for a batch of text.
+            sample with one image, its tensor may replace the list; for a sample without images,
+            pass an empty list or None. None for a batch without images.
         attention_mask: mask ``(B, S)``, bool or 0 and 1, with 0 for padding. Default is no padding.
         labels: target ids ``(B, S)``, aligned with ``input_ids``.
         placeholder: id that represents an image.
@@ -91,9 +91,10 @@ def splice_images(
     is_image = valid & (input_ids == placeholder)
     is_text = valid & ~is_image
     where = f"{where}: image_tokens"
-    # Checked before `embed` is called, since the id of another placeholder would be out of range.
+    # Checked before `embed` is called, which would fail on placeholders that differ from
+    # `placeholder`.
     for sample, (count, tokens) in enumerate(zip(is_image.sum(1).tolist(), images, strict=True)):
-        expected = f"as many images as placeholders, {count}"
+        expected = f"as many images as there are placeholders, {count}"
         require(count == len(tokens), where, f"sample {sample}", expected, len(tokens))
     text = embed(input_ids[is_text])  # (all text, d)
     expected = f"shape (N, {text.shape[1]})"
@@ -184,11 +185,12 @@ def build_vision_mask(
         bidirectional: whether the tokens of an image attend to each other in both directions;
             otherwise images are in causal order too.
         dtype: dtype of an additive mask, with 0 for allowed pairs and the lowest finite number for
-            others; None returns bools. Eager attention of transformers needs the additive form: it
-            would add bools as 0 and 1, which masks nothing.
+            all other pairs; None returns bools. Eager attention of transformers needs the additive
+            form: it would add bools as 0 and 1, which masks nothing.
         past_length: number of the T tokens that are in the cache; they are keys but not queries.
         window: number of tokens that a query attends to in layers with sliding attention,
-            ``j > i - window``; the tokens of an image always attend to the whole image.
+            ``j > i - window``; with ``bidirectional``, the tokens of an image attend to the whole
+            image nevertheless.
 
     Returns:
         ``(B, 1, T - past_length, T)``.
@@ -207,17 +209,17 @@ def build_vision_mask(
     require(fits, where, "image_ids", f"shape (B, T), that of attention_mask {shape}", found)
     length = shape[1]
     floating = dtype is None or dtype.is_floating_point
-    require(floating, where, "dtype", "a floating one or None", dtype)
+    require(floating, where, "dtype", "a floating-point dtype or None", dtype)
     require(0 <= past_length <= length, where, "past_length", f"0 to {length}", past_length)
-    require(window is None or window >= 1, where, "window", "at least 1 or None", window)
+    require(window is None or window >= 1, where, "window", "at least 1, or None", window)
     valid = _as_bool(where, attention_mask)
     past = past_length if bidirectional else 0  # The cache may end inside a causal image.
     for sample, ids in enumerate(image_ids.tolist()):
         which = f"sample {sample}"
         starts = [i for i, _ in itertools.groupby(ids) if i >= 0]
         apart = next((i for n, i in enumerate(starts) if i in starts[:n]), None)
-        expected = f"the tokens of image {apart} side by side"
-        require(apart is None, f"{where}: image_ids", which, expected, "them apart")
+        expected = f"adjacent tokens of image {apart}"
+        require(apart is None, f"{where}: image_ids", which, expected, "other tokens in between")
         if 0 < past < length:
             image = ids[past]
             whole = image < 0 or ids[past - 1] != image

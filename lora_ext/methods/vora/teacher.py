@@ -53,9 +53,9 @@ def teacher_states(
             sides of an image are not multiples of the patch; or if ``pairing`` is unknown.
     """
     where = "teacher_states"
-    mode = "training mode; call teacher.eval()"
+    mode = "one in training mode; call teacher.eval()"
     choice(where, "pairing", pairing, get_args(Pairing))
-    require(not teacher.training, where, "teacher", "one in evaluation mode", mode)
+    require(not teacher.training, where, "teacher", "a model in evaluation mode", mode)
     blocks = list(decoder_layers(teacher))
     fits = len(blocks) >= n_blocks
     require(fits, where, "teacher", f"at least n_blocks = {n_blocks} blocks", len(blocks))
