@@ -31,8 +31,9 @@ small_shapes = pytest.mark.parametrize("shape", SMALL, ids=str)
 
 
 def dtype_pairs(backend: Backend, shape: Shape) -> list[tuple[torch.dtype, torch.dtype]]:
-    """Return pairs of a leaf dtype and a dtype of prior and transitions. Each dtype occurs once,
-    shifted by shape so that every pair occurs."""
+    """Return pairs of a dtype for leaves and a dtype for prior and transitions. For one shape, each
+    dtype occurs once in each place; over all shapes, every pair of dtypes other than float64
+    occurs."""
     narrow = [t for t in backend.dtypes() if t != torch.float64]
     turn = (SMALL + MEDIUM).index(shape) % len(narrow)
     pairs = list(zip(narrow, narrow[turn:] + narrow[:turn], strict=True))
@@ -87,7 +88,7 @@ def test_verify_accepts_and_draws_by_the_uniforms(
     for dtype, leaf_dtype in dtype_pairs(backend, shape):
         i = make_inputs(shape, leaf_dtype, seed=3, device=backend.device)
         i["target"] = i["target"].to(dtype)
-        if shape.rows > 1:  # The verifier prefers this draft, so rows are accepted in full.
+        if shape.rows > 1:  # Small uniforms: the drafts of these rows are accepted in full.
             i["accept"][1:, :-1] *= 1e-3
         sample = ops.circuit_sample(*circuit(i), i["uniforms"])
         for num_evidence in (None, i["num_evidence"]):
@@ -110,8 +111,8 @@ def test_argmax_equals_the_formula(backend: Backend, shape: Shape, given: bool) 
         tokens, value = ops.circuit_argmax(*circuit(i), evidence)
         exact = reference.circuit_argmax(*circuit(w), w["evidence"] if given else None)
         assert_log_close(value, exact[1], dtype, shape)
-        # If another path is equally good within rounding, the tokens may differ. They must be
-        # equally probable then: the best value with all of them given.
+        # If several paths are equally probable up to rounding, the op may choose other tokens. The
+        # best value given these tokens must then equal the best value of all.
         best = reference.circuit_argmax(*circuit(w), tokens.cpu())[1]
         assert_log_close(best, exact[1], torch.float32, shape)
         if dtype in (torch.float32, torch.float64):
@@ -131,13 +132,13 @@ def test_power_of_two_weights_give_the_same_tokens_on_every_backend(
         verified = reference.spec_verify(*draft(w, sample), w["num_evidence"])
         assert_same_bits(got["accepted"], verified[0], f"{dtype} accepted: ")
         assert_same_bits(got["next_token"], verified[1], f"{dtype} next token: ")
-        # Every row of a matrix has equally many possible transitions: ties everywhere.
+        # All rows of a matrix have the same number of possible transitions, so there are many ties.
         expected = reference.circuit_argmax(*circuit(w), w["evidence"])[0]
         assert_same_bits(got["argmax"], expected, f"{dtype} argmax: ")
 
 
 @small_shapes
-def test_row_does_not_depend_on_its_batch(backend: Backend, shape: Shape) -> None:
+def test_result_of_a_row_does_not_depend_on_the_batch(backend: Backend, shape: Shape) -> None:
     i = make_inputs(shape, torch.bfloat16, seed=7, device=backend.device)
     together = run_all(i)
     for row in range(shape.rows):
@@ -158,7 +159,7 @@ def test_shared_strided_and_unaligned_parameters_change_no_bit(
     expected = run_all({n: t.contiguous() if n in names else t for n, t in first.items()})
 
     def off_grid(t: Tensor) -> Tensor:
-        """Return the rows three elements further apart, one element off their alignment."""
+        """Return a copy with three unused elements (NaN) between rows, and one before the first."""
         width = t[0].numel()
         store = t.new_full((len(t) * (width + 3) + 1,), torch.nan)
         view = store[1:].view(len(t), width + 3)[:, :width]
@@ -180,7 +181,7 @@ def test_missing_prior_and_transitions_are_uniform(backend: Backend) -> None:
         assert_same_bits(a, b, f"{name}: ")
 
 
-def test_one_hot_rows_are_deterministic_and_impossible_rows_give_token_zero(
+def test_one_hot_rows_give_their_token_and_impossible_rows_give_token_zero(
     backend: Backend,
 ) -> None:
     shape = Shape("hmm", 4, 5, 3, 70)
@@ -208,7 +209,7 @@ def test_one_hot_rows_are_deterministic_and_impossible_rows_give_token_zero(
 
 
 def test_mixture_keeps_probabilities_below_the_smallest_float(backend: Backend) -> None:
-    """Check a value for which a sum of probabilities is 0 and its logarithm -inf."""
+    """Check a log-probability of -200, for which a sum of float32 probabilities would be 0."""
     leaf = torch.zeros(1, 1, 2, 3)
     leaf[..., 1] = -200.0
     got = ops.circuit_conditional_dist(
@@ -249,8 +250,8 @@ def test_forbidden_tokens_are_never_emitted(backend: Backend, temperature: float
     assert (accepted == 0).any() and (accepted > 0).any()
 
 
-def test_rejection_with_equal_laws_draws_from_p(backend: Backend) -> None:
-    """Check a rejection although p = q, which happens if the caller's conditional is wrong."""
+def test_rejection_with_equal_distributions_draws_from_p(backend: Backend) -> None:
+    """Check a rejection although p = q, which happens if the caller passes a wrong conditional."""
     leaf = torch.tensor([0.0, 0.0, -torch.inf, 0.0]).view(1, 1, 1, 4).to(backend.device)
     target = leaf[:, :, 0].repeat(1, 2, 1)
     far = torch.full((1, 1), 9.0, device=backend.device)
@@ -264,7 +265,7 @@ def test_rejection_with_equal_laws_draws_from_p(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 31, 257, 4097])
-def test_greedy_chooses_the_first_of_the_largest(backend: Backend, vocabulary: int) -> None:
+def test_greedy_chooses_the_first_of_tied_tokens(backend: Backend, vocabulary: int) -> None:
     shape = Shape("cp", 6, 2, 2, vocabulary)
     i = make_inputs(shape, torch.bfloat16, seed=13, device=backend.device)
     g = torch.Generator().manual_seed(2)
