@@ -41,7 +41,7 @@ def test_mask_counts_only_the_rows_of_the_adapter() -> None:
 
 
 @shapes(OPS[1], SMALL, DEEP, MEDIUM, LARGE[1:2], [GEMM])
-def test_adapter_in_a_batch_equals_the_adapter_alone_bitwise(backend: Backend, shape: Shape) -> None:
+def test_adapter_in_a_batch_equals_it_alone_bitwise(backend: Backend, shape: Shape) -> None:
     i = inputs(shape, seed=3, base=False, device=backend.device)
     together = run(i)
     for s in range(min(len(shape.ranks), 3)):
