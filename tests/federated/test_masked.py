@@ -1,4 +1,5 @@
-"""Sums of masked updates: divided by their weights, they are the covered mean."""
+"""Sums of masked updates, which are the mean of the covering clients when divided by the
+weights."""
 
 from __future__ import annotations
 

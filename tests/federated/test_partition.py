@@ -1,4 +1,4 @@
-"""Partitions of samples among clients: each sample once, with the requested classes."""
+"""Partitions of samples among clients: each sample has one client, with the requested classes."""
 
 from __future__ import annotations
 
