@@ -94,7 +94,7 @@ def test_training_adapters_in_two_processes_equals_one_process(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_training_dora_adapters_in_two_processes_equals_one_process(way: str, two_processes: TwoProcesses):
+def test_training_dora_in_two_processes_equals_one_process(way: str, two_processes: TwoProcesses):
     options = {"dora": ("red", "blue")}
     found, _ = two_processes.run(_process_step, way, "disjoint", options)
     assert_same(

@@ -43,7 +43,7 @@ def uniforms_of(program: ops.Program, walks: int, seed: int = 0) -> Tensor:
 
 
 def certain(like: Tensor, seed: int) -> Tensor:
-    """Return logarithms of 0 and 1, a third of which are 0 (probability 1). Their sums are
+    """Return logarithms of 0 and 1, a third of which are 0 (probability 1). Results from them are
     exact."""
     chance = torch.rand(like.shape, generator=torch.Generator().manual_seed(seed))
     return torch.where(chance < 1 / 3, 0.0, -torch.inf)
@@ -225,7 +225,7 @@ def test_one_graph_works_for_any_number_of_rows(drawn: bool) -> None:
 
 
 @pytest.mark.cuda
-def test_captured_graph_of_a_walk_replays_with_changed_inputs(request: pytest.FixtureRequest) -> None:
+def test_captured_walk_replays_with_changed_inputs(request: pytest.FixtureRequest) -> None:
     if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
         if request.config.getoption("--require-gpu"):
             pytest.fail(f"--require-gpu: {NO_CAPTURE}")

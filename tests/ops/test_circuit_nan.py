@@ -17,7 +17,7 @@ def test_leaf_with_nan_makes_only_its_row_nan(
 ) -> None:
     for dtype in backend.dtypes():
         leaf = torch.full((2, 1, 2, vocab), other, dtype=dtype)
-        leaf[:, :, :, 1] = 2  # The other row has no NaN.
+        leaf[:, :, :, 1] = 2  # Row 1 has a possible token and no NaN.
         leaf[0, :, :, 1] = other
         leaf[0, 0, 1, place] = torch.nan
         x = torch.ones(2, 1, dtype=torch.long)
