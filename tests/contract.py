@@ -47,7 +47,7 @@ class Op:
     exact: bool = True  # bitwise equal to the formula on exact inputs
     steady: bool = True  # all runs are bitwise equal
     random: dict[str, Any] = field(default_factory=dict)  # overrides variants in the test of bounds
-    threads: dict[str, Any] | None = field(default_factory=dict)  # likewise, threads; None: no test
+    threads: dict[str, Any] | None = field(default_factory=dict)  # same for threads; None: untested
     replays: Sequence[Any] | None = None  # shapes for CUDA graphs; None: small and medium
     captured: Callable[[Any], Outputs] | None = None  # outputs of a captured graph; None: run
     checks: Callable[[], Iterator[Check]] | None = None  # for torch.library.opcheck

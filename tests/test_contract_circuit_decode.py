@@ -1,4 +1,4 @@
-"""Decoding ops of circuits against the formula, on every backend that can run here."""
+"""Decoding ops of circuits, compared with the formula on every backend that can run here."""
 
 from dataclasses import replace
 from typing import Any

@@ -269,7 +269,7 @@ def test_single_row_of_a_circuit_with_multivariate_inputs(name):
     ],
     ids=["tied chain", "gaussian chain", "rat_spn", "poon_domingos", "long sum", "wide sum"],
 )
-def test_steps_flows_and_gradients_have_the_same_bits_for_any_number_of_threads(graph, rows):
+def test_steps_flows_and_gradients_are_bitwise_equal_for_any_number_of_threads(graph, rows):
     start = circuit_of(graph, seed=26).float()
     state = {k: t.clone() for k, t in start.state_dict().items()}
     x = start.sample(rows, generator=torch.manual_seed(3))[0]

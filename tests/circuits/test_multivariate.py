@@ -212,7 +212,7 @@ def test_tied_regions_learn_from_all_their_uses():
         close(again.leaves[0][k].detach(), v)
 
 
-def test_step_and_gradients_have_the_same_bits_for_any_number_of_threads():
+def test_step_and_gradients_are_bitwise_equal_for_any_number_of_threads():
     graph = RegionGraph.rat_spn(24, 2, 4, 9, 9, MultivariateGaussian())
     state = Circuit(graph).state_dict()
     x = rows_with_gaps(24, 300, share=0.02).float()

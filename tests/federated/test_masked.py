@@ -1,5 +1,4 @@
-"""Sums of masked updates, which are the mean of the covering clients when divided by the
-weights."""
+"""Sums of masked updates. Divided by their weights, they are the mean over the covering clients."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ STEPS = [
 
 @pytest.mark.parametrize(("done", "count", "sampled", "tokens", "samples"), STEPS)
 def test_tokens_before_the_start_use_the_base_model(done, count, sampled, tokens, samples):
-    prompt = [7, 8, 1, 2, 7, 8, 3, 4] # The last invocation [7, 8] starts at 4.
+    prompt = [7, 8, 1, 2, 7, 8, 3, 4]  # The last invocation [7, 8] starts at 4.
     ids = np.zeros((3, 12), dtype=np.int32)
     ids[1, :8] = prompt
     ids[1, 8:10] = INVOCATION  # generated, so not an invocation

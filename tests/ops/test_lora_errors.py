@@ -291,7 +291,7 @@ def test_plan_of_other_ids_raises(ids_dtype: torch.dtype) -> None:
     inputs = make_inputs(SHAPE, torch.float32)
     inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0], dtype=ids_dtype)
     plan = ops.lora_plan(inputs["adapter_ids"].flip(0), 2)
-    for other in (plan, torch.zeros_like(plan)):  # Zeros are no valid plan.
+    for other in (plan, torch.zeros_like(plan)):  # Zeros are not a plan.
         with pytest.raises(ValueError, match=r"plan: expected lora_plan\(\) of these adapter_ids"):
             apply_({**inputs, "plan": other})
 

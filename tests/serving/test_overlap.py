@@ -123,7 +123,7 @@ def test_many_rows_and_gradients_use_one_stream() -> None:
     assert len(world.streams) == 2
 
 
-def test_overlap_is_refused_beside_fused_siblings() -> None:
+def test_overlap_with_fused_siblings_is_refused() -> None:
     model = nn.ModuleDict({"q": nn.Linear(24, 16)})
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8)
     expected = "attach: overlap: expected False where fuse_siblings is True, found True"
