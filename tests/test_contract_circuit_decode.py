@@ -221,7 +221,7 @@ def test_mixture_keeps_probabilities_below_the_smallest_float(backend: Backend) 
     torch.testing.assert_close(got[0].cpu(), expected)
 
 
-def test_large_logits_lose_no_digits(backend: Backend) -> None:
+def test_results_for_large_logits_are_accurate(backend: Backend) -> None:
     shape = Shape("hmm", 2, 3, 3, 20)
     i = make_inputs(shape, torch.float32, seed=12, device=backend.device)
     far = {n: i[n] + 1e4 for n in ("leaf", "prior", "trans", "target")}
@@ -284,7 +284,7 @@ every_op = pytest.mark.parametrize("name", CALLS)
 
 
 @every_op
-def test_leaf_with_gradient_raises(name: str) -> None:
+def test_leaf_that_requires_a_gradient_raises(name: str) -> None:
     i = make_inputs(Shape("hmm", 2, 3, 2, 4), torch.float32, seed=15)
     i["leaf"].requires_grad_()
     args = [t.detach() if isinstance(t, Tensor) and t.grad_fn else t for t in CALLS[name](i)]

@@ -49,7 +49,7 @@ def test_pair_stats_agree_with_dense_products(backend: Backend) -> None:
         assert torch.allclose(got, dense, rtol=1e-10, atol=1e-12)
 
 
-def test_known_values_and_empty_lists_and_adapters(backend: Backend) -> None:
+def test_results_equal_known_values_and_empty_adapters_are_supported(backend: Backend) -> None:
     """Check values for a = (3, 4), b = (1, 1) and projected b = (2, 0): |D|^2 = 50, |PD|^2 = 100
     and d^2 = 50."""
     a = torch.tensor([[3.0, 4.0]], device=backend.device)

@@ -42,7 +42,7 @@ def test_distance_of_an_adapter_to_itself_is_zero():
 
 
 @pytest.mark.parametrize("angle", [1e-9, 1e-3, 0.5, 1.2, math.pi / 2])
-def test_principal_angles_equal_known_ones(angle):
+def test_principal_angles_equal_known_angles(angle):
     a = torch.randn(2, 8, dtype=torch.float64)
     one, two = torch.zeros(2, 10, 2, dtype=torch.float64)
     one[0, 0] = one[1, 1] = two[1, 1] = 1
@@ -81,7 +81,7 @@ def test_folders_are_accepted_and_progress_is_reported(tmp_path):
     assert sorted(seen) == sorted(SHAPES)
 
 
-def test_modules_that_cannot_be_compared_are_named():
+def test_errors_name_modules_that_cannot_be_compared():
     value, other = adapter(), adapter(shapes={Q: (24, 19)})
     with pytest.raises(ValueError, match=rf"second: {Q}: expected in 20 and out 24 .* found 19"):
         compare_adapters(value, other)

@@ -127,7 +127,7 @@ def test_trained_bias_of_a_removed_module_is_renamed_as_in_peft(bias, tmp_path):
     assert LoraAdapter.load(tmp_path) == found == LoraAdapter.from_model(theirs)
 
 
-def test_invalid_arguments_are_named():
+def test_errors_name_invalid_arguments():
     value = adapter()
     with pytest.raises(
         ValueError, match=r"prune_adapter: keep: expected modules .* found 'q_proj'"

@@ -102,7 +102,7 @@ def test_peft_and_the_pool_load_resized_adapters(case, rank, tmp_path):
     assert LoraAdapter.load(tmp_path / "new") == found
 
 
-def test_invalid_ranks_and_values_are_named():
+def test_errors_name_invalid_ranks_and_values():
     value = adapter()
     for rank, found in ((-1, "-1"), (2.0, "2.0"), (True, "True"), (None, "None")):
         with pytest.raises(ValueError, match=rf"resize_adapter: rank: .* integer .*found {found}"):

@@ -108,6 +108,6 @@ def test_single_adapter_is_thinned_and_absent_modules_are_skipped():
         ({"mode": "ties", "rank": 0}, "rank: expected a positive"),
     ],
 )
-def test_invalid_combinations_are_named(how, message):
+def test_errors_name_invalid_combinations(how, message):
     with pytest.raises(ValueError, match=f"merge_adapters: {message}"):
         merge_adapters([adapter(1), adapter(2)], [1.0, 1.0], **how)

@@ -110,7 +110,7 @@ def test_wrong_baseline_is_not_timed(chain) -> None:
             circuit_engine.compare("hmm", "case", circuit, {"peer": wrong}, x, rounds=1)
 
 
-def test_jax_is_skipped_with_its_reason(capsys, monkeypatch) -> None:
+def test_missing_jax_is_skipped_with_a_reason(capsys, monkeypatch) -> None:
     monkeypatch.setattr(circuit_engine, "STEPS", 3)
     options = {"rounds": 1, "compile": False, "least": True}
     args = argparse.Namespace(ranks=[2], jax_python="no-such-python", **options)

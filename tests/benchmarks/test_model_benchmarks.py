@@ -89,7 +89,7 @@ def test_line_has_every_provider(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
     assert ("oneDNN" in lines[0]) == packed_linear.has_onednn(dtype)
 
 
-def test_spaced_products_are_compared_with_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spaced_products_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_linear, "WIDTHS", (33,))
     monkeypatch.setattr(packed_linear, "WIDE_ROWS", (17,))
     (line,) = packed_linear.bench_widths(torch.bfloat16, rounds=1)

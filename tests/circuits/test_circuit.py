@@ -252,7 +252,7 @@ def test_external_leaf_values_are_used_and_receive_gradients():
         (torch.tensor([[0.5, 1, 0, 0]]), "variable 0: expected values 0 .. 2, found 0.5"),
     ],
 )
-def test_data_out_of_range_raise(x, message):
+def test_data_out_of_range_raises(x, message):
     circuit = circuit_of(GRAPHS["hmm"]())
     for query in (circuit.log_prob, circuit.conditionals, circuit.map, circuit.em_step):
         with pytest.raises(ValueError, match=message):
@@ -443,7 +443,7 @@ def test_invalid_variables_and_pseudocounts_raise():
         circuit.em_step(x[:0])
 
 
-def test_repr_counts_the_parts():
+def test_repr_contains_the_numbers_of_parts():
     graph = RegionGraph.hmm(4, 3, Categorical(5))
     shown = str(graph)
     assert shown.startswith("RegionGraph(4 variables, ") and len(shown) < 250

@@ -85,7 +85,7 @@ def test_entries_beyond_the_number_of_pairs_are_minus_infinity():
     assert (circuit.k_best(2, torch.tensor([[0, 1]])).value == -torch.inf).all()
 
 
-def test_chosen_values_fit_the_integers_of_the_evidence():
+def test_returned_values_are_int64_for_any_integer_dtype_of_the_evidence():
     """Check uint8 evidence, which cannot represent -1, and a value above 127, the largest int8."""
     circuit = circuit_of(RegionGraph.hmm(2, 2, Categorical(200)))
     with torch.no_grad():

@@ -238,7 +238,7 @@ def test_families_with_invalid_arguments_raise(make, message):
 
 # --- single rows and threads ----------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["rat_spn", "poon_domingos delta 2"])
-def test_single_row_of_a_circuit_with_multivariate_inputs(name):
+def test_rows_one_by_one_equal_a_batch_for_multivariate_inputs(name):
     circuit = circuit_of(GRAPHS[name](), seed=25)
     x = assignments(circuit)[[5, 9]]
     both = circuit.flows(x)

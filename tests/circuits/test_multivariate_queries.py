@@ -59,7 +59,7 @@ def test_marginals_equal_a_mixture_of_conditionals():
     assert found.log_prob.shape == (20, 3, 0)
 
 
-def test_correlations_near_one_keep_their_digits_in_float32():
+def test_results_for_correlations_near_one_are_accurate_in_float32():
     """Check a conditional variance of 1 - 1 / (1 + 1e-6). Computed from a float32 covariance, it
     would have an error of several percent."""
     made = Circuit(RegionGraph.cp(2, 1, LEAF))

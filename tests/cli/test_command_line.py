@@ -128,7 +128,7 @@ def test_resize_writes_the_adapter_and_prints_the_error(run, run_json, folders, 
     assert re.search(rf"{re.escape(Q)} +4 +9 +\S+ +0 +0$", text, re.M)
 
 
-def test_diff_of_two_adapters_and_of_one_with_itself(run, run_json, folders):
+def test_diff_equals_compare_adapters_and_is_zero_for_equal_adapters(run, run_json, folders):
     found = run_json("diff", *folders)
     wanted = {each.module: each for each in compare_adapters(*folders)}
     for row in found["modules"]:
@@ -238,7 +238,7 @@ def test_missing_direction_is_reported_and_remedies_are_options_of_the_command(
 
 
 @pytest.mark.parametrize("score", ["angle", "alignment", "distance"])
-def test_prune_with_a_score_that_determines_the_direction(run_json, models, tmp_path, score):
+def test_prune_needs_no_direction_for_scores_that_determine_it(run_json, models, tmp_path, score):
     out = ("--score", score, "--out", tmp_path / "out")
     found = run_json("prune", *of(models), "--num", 2, *out)
     config = splora.SploraConfig(num=2, direction="smallest", score=score)

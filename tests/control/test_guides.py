@@ -75,7 +75,7 @@ def test_files_without_a_guide_raise(tmp_path: Path) -> None:
             Guide.load(tmp_path)
 
 
-def test_damaged_files_raise_and_are_named(tmp_path: Path) -> None:
+def test_damaged_files_raise_errors_that_name_them(tmp_path: Path) -> None:
     """Check random changes of bytes and lengths, most of which make the guide invalid."""
     one, rng, refused = guide(), random.Random(4), 0
     one.measures = {"abcdef": 2.5, "more": 10**400}  # larger than any float

@@ -117,7 +117,7 @@ def test_rows_that_pad_a_batch_use_the_base_model(backend):
     assert torch.equal(linear(wrapper, x, layer, y), wanted)
 
 
-def test_scale_multiplies_the_update_and_overwriting_zeroes_base_rows(backend):
+def test_update_is_scaled_and_overwriting_sets_rows_of_the_base_model_to_zero(backend):
     wrapper, x, layer, y = wrapper_for(TOKENS), integers(6, IN), stacks(), integers(6, 5, seed=3)
     wanted = expected(ZEROS, x, *layer, TOKEN_SLOTS)
     assert torch.equal(linear(wrapper, x, layer, scale=2.0), 2 * wanted)
@@ -139,7 +139,7 @@ def test_shrink_and_expand_equal_the_whole_update(backend):
     assert torch.equal(y[1, 2:], torch.zeros(7))
 
 
-def test_embedding_only_expands(backend):
+def test_update_of_an_embedding_is_only_an_expand(backend):
     wrapper, (_, b) = wrapper_for(TOKENS), stacks()
     picked, y = integers(6, RANK, seed=4), integers(6, 5, seed=3)
     wanted = reference.lora_expand_(
@@ -407,7 +407,7 @@ def test_method_wrapped_by_another_plug_in_with_args_and_kwargs_is_accepted(fake
         assert fake_vllm.CpuPlatform.get_punica_wrapper() == OURS
 
 
-def test_missing_module_of_vllm_is_named(fake_vllm, monkeypatch):
+def test_warning_names_a_missing_module_of_vllm(fake_vllm, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", None)
     with pytest.warns(UserWarning, match=r"vllm\.v1\.engine\.core.*blocks of the prefix cache"):
         plugin.register()

@@ -305,7 +305,7 @@ def test_replaced_module_of_an_exact_model_raises() -> None:
     assert_law(lora_ext.exact(lora_ext.exact(model, enabled=False)), 20, tokens(3, 26))
 
 
-def test_module_of_a_copy_is_exact_in_the_original() -> None:
+def test_module_of_a_copy_stays_exact_when_moved_to_the_original() -> None:
     model = lora_ext.exact(build())
     model.model.layers[0] = copy.deepcopy(model).model.layers[0]
     assert_law(model, 20, tokens(3, 26))

@@ -210,7 +210,7 @@ def test_copies_of_a_layer_are_independent_and_equal(kind):
     assert torch.equal(fresh(x), expected)
 
 
-def test_checkpointing_repeats_the_mask():
+def test_checkpointing_recomputes_with_the_same_mask():
     ours = layer({"lora_dropout": 0.5}, {"lora_dropout": 0.2, "use_dora": True})
     x = batch(6)
     found = []

@@ -113,7 +113,7 @@ def doctor_in_a_checkout(folder: Path, *, built: bool) -> subprocess.CompletedPr
 
 
 @pytest.mark.slow
-def test_checkout_that_hides_an_installed_package_is_named(tmp_path):
+def test_error_names_a_checkout_that_hides_an_installed_package(tmp_path):
     run = doctor_in_a_checkout(tmp_path, built=False)
     assert run.returncode == 1
     assert run.stderr.strip().splitlines()[-1] == (

@@ -145,7 +145,7 @@ def test_objects_are_checked_in_parallel_and_reported_in_order(compiled, kernels
         assert bool(one.wrong) == (one.name.startswith(("good_kernel", "spill_kernel")))
 
 
-def test_object_that_cannot_be_read_is_named(tmp_path):
+def test_error_names_an_object_file_that_cannot_be_read(tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     (tmp_path / "no.o").write_text("no object")
@@ -280,7 +280,7 @@ def test_path_through_a_loop_is_the_one_with_most_loads():
         ({"threads": 1024, "min_blocks": 3}, "2 blocks per multiprocessor, least 3"),
     ],
 )
-def test_invalid_rule_is_named(kernels, rule, words):
+def test_error_names_an_invalid_rule(kernels, rule, words):
     reasons = gate.judge(kernels["good_kernel<float4, 1>", "sm_90a"], [{"match": "*", **rule}])
     assert len(reasons) == 1 and words in reasons[0]
 

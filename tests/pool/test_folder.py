@@ -89,7 +89,7 @@ def test_nothing_outside_the_folder_is_read(folder: AdapterFolder, root: Path, p
     assert folder.pool.names == []
 
 
-def test_links_and_absolute_paths_below_the_root_work(folder: AdapterFolder, root: Path) -> None:
+def test_links_and_absolute_paths_below_the_root_load(folder: AdapterFolder, root: Path) -> None:
     os.symlink(root / "deep" / "b", root / "alias")
     folder.ready("alias")
     folder.load("abs", root / "a")

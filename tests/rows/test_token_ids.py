@@ -18,7 +18,7 @@ ROWS = ["red", None, "blue", "green", None, "blue"]
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
 @pytest.mark.parametrize("flat", [False, True])
-def test_tokens_of_pool_layers_follow_the_formula(dtype: torch.dtype, flat: bool) -> None:
+def test_tokens_of_pool_layers_equal_the_formula(dtype: torch.dtype, flat: bool) -> None:
     model, x = make(torch.float64), inputs(2, 3, dtype=torch.float64)
     expected, ids = formula(model, x, ROWS), IDS.to(dtype)
     if flat:

@@ -210,7 +210,7 @@ def test_without_an_attached_model_the_pool_must_be_given() -> None:
         pass
 
 
-def test_wrong_layers_and_shapes_are_named() -> None:
+def test_errors_name_wrong_layers_and_shapes() -> None:
     model = make()
     pool = model.up.pool
     with pytest.raises(ValueError, match="name: expected a module of the pool, found 'side'"):
