@@ -38,7 +38,7 @@ SMALL = [
     Shape("btree", 2, 5, 4, 6),
     Shape("btree", 2, 2, 3, 17),
     Shape("btree", 2, 7, 3, 33),
-    Shape("cp", 2, 2, 3, 6001),  # A grid of blocks verifies this shape and the last two of MEDIUM.
+    Shape("cp", 2, 2, 3, 6001),  # A grid of blocks verifies this shape, the next, and MEDIUM[-2:].
     Shape("ff", 1, 1, 1, 11264),
 ]
 MEDIUM = [

@@ -131,7 +131,7 @@ def test_exception_leaves_no_hooks():
     assert not any(module._forward_pre_hooks for module in model.modules())
     model(torch.randn(2, 24))
     assert len(probe.history) == 2
-    with probe:  # A probe can be entered again.
+    with probe:  # Entering it again continues the count of steps.
         model(torch.randn(2, 24))
     assert probe.history[-1]["step"] == 1
 

@@ -153,7 +153,7 @@ def test_partial_writes_without_a_new_version_are_detected(
 ) -> None:
     module = nn.Linear(shape[1], shape[0], False, dtype=dtype).eval().requires_grad_(False)
     values = small_integers(*shape)
-    module.weight.copy_(torch.where(values == 0, 1.0, values))  # Zeros must be changed too.
+    module.weight.copy_(torch.where(values == 0, 1.0, values))  # Writing 0 over 0 changes nothing.
     if turned:
         module.weight.data = module.weight.t().contiguous().t()
     x = small_integers(2, shape[1], dtype=dtype)

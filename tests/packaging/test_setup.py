@@ -35,8 +35,8 @@ def script(path: Path, text: str) -> str:
 
 @pytest.fixture
 def toolkit(tmp_path, monkeypatch):
-    """Return a function that makes a fake CUDA toolkit of a given version, with the newest gcc
-    version that it accepts."""
+    """Return a function that makes a fake CUDA toolkit of version ``release``, which accepts gcc up
+    to version ``gcc``."""
 
     def make(release: str = "13.0", gcc: int = 15) -> Path:
         home = tmp_path / "cuda"

@@ -119,8 +119,8 @@ def test_bfloat16_error_is_bounded_by_its_roundings() -> None:
     rows = [name for name in NAMES for _ in range(5)]
     layer, x = model.layer, x.double().reshape(-1, IN)
     exact = formula(layer, x, rows).view(y.shape)
-    # The base output, its sum with the update, and the scaled sum are each rounded once, with a
-    # relative error of 2**-9. The factor c multiplies the first two errors. It also multiplies the
+    # The base output, its sum with the update, and the scaled sum are each rounded once, by half of
+    # 2**-8 of their values. The factor c multiplies the first two errors. It also multiplies the
     # error of A and B, which the pool rounds to bfloat16, unlike the formula: at most 2 * 2**-9 of
     # the sum of |B| |A| |x|, and the same again through the norm. The bound uses the largest value
     # of each.
