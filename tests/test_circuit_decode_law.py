@@ -206,7 +206,7 @@ def tokens_of(backend: Backend) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_distribution_is_that_of_the_verifier(backend: Backend, kind: str) -> None:
     if backend.small and not backend.is_twin and kind != "hmm":
-        pytest.skip("one kind is enough for the checks of the emulator")
+        pytest.skip("the checking emulator is slow and runs only one kind")
     game = Game(backend, kind, tokens_of(backend), torch.float32)
     law = game.output_law()
     assert (law - game.expected_law()).abs().sum() / 2 < 1e-6
@@ -229,7 +229,7 @@ def test_replacing_the_residual_token_changes_the_output_distribution() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_drafts_have_the_distribution_of_the_conditionals(backend: Backend, kind: str) -> None:
     if backend.small:
-        pytest.skip("the large backends are sufficient")
+        pytest.skip("this test runs only on fast backends")
     game = Game(backend, kind, tokens_of(backend), torch.float32)
     for prefix, q in game.draft_law().items():
         for token in range(V):

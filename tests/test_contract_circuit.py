@@ -126,7 +126,7 @@ def test_only_impossible_windows_are_minus_infinity_with_zero_gradient(
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding_errors_stay_small_on_long_chains(backend: Backend, kind: str) -> None:
     if backend.small:
-        pytest.skip("this backend runs the small shapes")
+        pytest.skip("this backend runs only small shapes")
     window = window_of(kind, 1, 2048 if backend.is_twin else 256, 3, 5)
     i = circuit_inputs(window, torch.float32, seed=10, device=backend.device)
     got, exact = run(i), formula(i)

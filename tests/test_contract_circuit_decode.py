@@ -154,7 +154,7 @@ def test_shared_strided_and_unaligned_parameters_change_no_bit(
 ) -> None:
     i = make_inputs(shape, torch.float16, seed=8, device=backend.device)
     if shape.rows == 0:
-        pytest.skip("no rows to share")
+        pytest.skip("a batch without rows shares no parameters")
     names = ("leaf", "prior", "trans", "target")
     first = {n: t[:1].expand_as(t) if n in names else t for n, t in i.items()}
     expected = run_all({n: t.contiguous() if n in names else t for n, t in first.items()})

@@ -203,7 +203,7 @@ def test_siblings_need_as_many_launches_as_one_module(
     """Check the number of launches: 2 for all modules, or 2 per module for more than 256 rows
     (prefill) or rows that are not aligned to 16 bytes."""
     if backend.is_twin or backend.device == "cuda":
-        pytest.skip("the emulator counts launches")
+        pytest.skip("only the emulator counts launches")
     modules = family(Shape(tokens, 64, out, (16, 8)), torch.bfloat16, seed=6, paged=paged)
     plan = ops.lora_plan(modules[0]["adapter_ids"], 2)
     before = backend.module.launches()

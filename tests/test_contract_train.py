@@ -372,7 +372,7 @@ def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool, own_see
 )
 def test_update_without_dropout_is_bitwise_equal_to_a_pool(backend: Backend, shape: Shape) -> None:
     if backend.small:
-        pytest.skip("this backend runs the small shapes")
+        pytest.skip("this backend runs only small shapes")
     if not backend.is_twin and max(shape.ranks) > 256:
         pytest.skip("above rank 256 the kernels split sums by the number of rows: docs/exact.md")
     for dtype in backend.dtypes():

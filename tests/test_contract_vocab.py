@@ -51,7 +51,7 @@ def test_sum_beyond_float16_does_not_overflow(backend: Backend) -> None:
     """Check a chunk of equal logits. Its gradient first sums its rows of W with weight one, and
     8192 * 16 exceeds 65504, the largest float16."""
     if backend.library != "lora_ext":
-        pytest.skip("the library of the emulator has no float32 results for float16")
+        pytest.skip("the GEMM of the emulator has no float32 results for float16")
     hidden = torch.zeros(2, 4, dtype=torch.float16, device=backend.device, requires_grad=True)
     weight = torch.full((8192, 4), 16.0, dtype=torch.float16, device=backend.device)
     labels = torch.zeros(2, dtype=torch.int64, device=backend.device)

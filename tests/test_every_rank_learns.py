@@ -264,7 +264,7 @@ def test_one_step_changes_every_rank_and_the_product_is_as_expected(
             eps = max(8 * torch.finfo(dtype).eps, 64 * torch.finfo(torch.float64).eps)
             assert off <= eps * size
     again, _ = WAYS[way](one, two, tmp_path / "again")
-    assert again == found, "two calls gave different rows"
+    assert again == found, "expected equal results of two calls"
 
 
 def of_two_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ def test_values_flows_and_gradients_agree_with_float64(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, name: str, precision: str
 ) -> None:
     if precision != "fp32" and backend.is_twin:
-        pytest.skip("twins have one precision")
+        pytest.skip("CPU twins have only one precision")
     exact = circuit_of(GRAPHS[name](), seed=1)
     circuit = circuit_of(GRAPHS[name](), seed=1).float().to(backend.device)
     circuit.precision = precision

@@ -68,7 +68,7 @@ def test_errors_of_exp_and_log_stay_within_their_bounds(tmp_path: Path, isa: str
         pytest.skip("no C++ compiler on PATH")
     known = [*ISAS, "avx512bf16"]
     if known.index(isa) > known.index(lora_ext._C.cpu_isa()):
-        pytest.skip(f"this machine has no {isa}")
+        pytest.skip(f"this processor does not support {isa}")
     program = tmp_path / "vec_math"
     flags = "-std=c++20 -O2 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}", f"-DLX_ISA={isa}"]

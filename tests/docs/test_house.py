@@ -167,12 +167,12 @@ def test_table_of_rooms_equals_the_tool_and_the_rooms_exist() -> None:
 def test_code_that_the_page_names_exists(file: str, name: str) -> None:
     text = (ROOT / file).read_text()
     if not file.endswith(".py"):
-        assert re.search(rf"\b{re.escape(name)}\b", text), f"{file} has no {name}"
+        assert re.search(rf"\b{re.escape(name)}\b", text), f"{file}: expected the text {name}"
         return
     body: list[ast.stmt] = ast.parse(text).body
     for part in name.split("."):
         found = [node for node in body if getattr(node, "name", None) == part]
-        assert found, f"{file} defines no {name}"
+        assert found, f"{file}: expected a definition of {name}"
         body = getattr(found[0], "body", [])
 
 

@@ -35,7 +35,7 @@ def test_plan_equals_the_reference(
     backend: Backend, tokens: int, slots: int, valid: int | None
 ) -> None:
     if backend.is_twin or (backend.small and tokens > 1000):
-        pytest.skip("twins have another test; the checking emulator runs small plans")
+        pytest.skip("twins have another test; the checking emulator runs only small plans")
     g = torch.Generator().manual_seed(tokens)
     ids = torch.randint(-3, slots + 2, (tokens,), generator=g)  # Some are out of range.
     num_valid = None if valid is None else torch.tensor([valid], dtype=torch.int32)
@@ -79,7 +79,7 @@ def test_float32_sums_of_one_sign_are_not_rounded_in_one_direction(backend: Back
     The rows without an adapter make so many tiles that the sum is not split; they cost no time.
     """
     if backend.small:
-        pytest.skip("many rows need the fast emulator")
+        pytest.skip("too many rows for this backend")
     g = torch.Generator().manual_seed(0)
     rows, features, rank = 34000, 4096, 8
     x = torch.rand(1, features, generator=g).expand(rows, -1)
@@ -90,7 +90,7 @@ def test_float32_sums_of_one_sign_are_not_rounded_in_one_direction(backend: Back
     exact = x[0].double() @ a[0].double().T
     error = (got[ids == 0].double() - exact).abs()
     allowed = (16 + features**0.5 / 2) * 2.0**-24 * exact  # as in cases.v_bound
-    assert (error <= allowed).all(), f"{(error / exact).max() * 2**24:.0f} units of 2^-24"
+    assert (error <= allowed).all(), f"error {(error / exact).max() * 2**24:.0f} units of 2^-24"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -99,7 +99,7 @@ def test_apply_that_sums_splits_of_v_equals_shrink_and_expand_bitwise(
 ) -> None:
     """Check enough rows, outputs and ranks that apply first sums the parts of v, in place."""
     if backend.small:
-        pytest.skip("many rows need the fast emulator")
+        pytest.skip("too many rows for this backend")
     g = torch.Generator().manual_seed(0)
     rows, features, out, rank = 8192, 2048, 2056, 64
     x = torch.randn(1, features, generator=g).to(dtype).expand(rows, -1)
@@ -180,7 +180,7 @@ def test_one_block_per_adapter_and_blocks_per_range_agree(
     """Check that the size of the buffer for partial sums, which depends on the bank, changes no
     bit."""
     if backend.is_twin or backend.small:
-        pytest.skip("tests only kernels; the large bank needs the fast emulator")
+        pytest.skip("tests only kernels, with a bank too large for the checking emulator")
     g = torch.Generator().manual_seed(0)
     rows, width = 1100, 16  # two ranges of up to 1024 rows
     x, dy = (torch.randn(rows, width, generator=g).to(dtype) for _ in range(2))
@@ -197,7 +197,7 @@ def test_one_block_per_adapter_and_blocks_per_range_agree(
 def test_v_does_not_depend_on_the_number_of_rows(backend: Backend) -> None:
     """Check more than 264 tiles of 128 rows, for which each block iterates over all features."""
     if backend.is_twin or backend.small:
-        pytest.skip("tests only kernels; many rows need the fast emulator")
+        pytest.skip("tests only kernels, with too many rows for the checking emulator")
     g = torch.Generator().manual_seed(1)
     x = torch.randn(1, 1100, generator=g).bfloat16().expand(34000, 1100).contiguous()
     a = torch.randn(1, 1, 1100, generator=g).bfloat16()
@@ -236,7 +236,7 @@ def test_float32_gradients_of_one_sign_are_not_rounded_in_one_direction(backend:
     """Check sums of terms of one sign, for which rounding toward zero, as on tensor cores, adds
     up."""
     if backend.small:
-        pytest.skip("many rows need the fast emulator")
+        pytest.skip("too many rows for this backend")
     shape = Shape(2048, 16, 16, (24,), "identical")
     i = train_inputs(shape, torch.float32, base=False, device=backend.device)
     i |= {k: i[k].abs() for k in ("x", "a", "b", "dy")}

@@ -35,7 +35,7 @@ def skip_unless_kernels(backend: Backend, rows: int = 0, dtype: torch.dtype | No
     if backend.small and dtype not in (None, torch.bfloat16):
         pytest.skip("one dtype is enough for the emulator that checks every access")
     if backend.small and rows > 1000:
-        pytest.skip("many rows need the fast emulator")
+        pytest.skip("too many rows for this backend")
 
 
 TILES = [

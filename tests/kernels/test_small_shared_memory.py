@@ -16,7 +16,7 @@ LARGE, SMALL = 227 * 1024, 99 * 1024  # sm_90, and sm_86, sm_89 and sm_120
 
 def under_both_limits(backend: Backend, run: Callable[[], Outputs]) -> tuple[Outputs, Outputs]:
     if backend.is_twin or backend.device == "cuda" or backend.small:
-        pytest.skip("the limit is a setting of the emulator, and many rows need the fast one")
+        pytest.skip("only the fast emulator has this limit and runs so many rows")
     large = run()
     backend.module.set_shared_memory(SMALL)
     try:

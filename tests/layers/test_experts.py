@@ -51,7 +51,7 @@ def experts(how: str = "grouped_mm", **flags: bool) -> Any:
             return x / x.norm(dim=-1, keepdim=True)
 
         def forward(self, *_: Any) -> None:
-            raise AssertionError("transformers' functions replace it")
+            raise AssertionError("expected a call of transformers' functions")
 
     torch.manual_seed(0)
     return Experts(SimpleNamespace(_experts_implementation=how)).requires_grad_(False)

@@ -81,7 +81,7 @@ def test_sums_of_one_term_of_probability_one_are_exact(backend: Backend) -> None
 @pytest.mark.parametrize("name", GRAPHS)
 def test_max_product_equals_the_formula(backend: Backend, name: str) -> None:
     if backend.small and name == "a stage a launch":
-        pytest.skip("the emulator that checks every access is slow")
+        pytest.skip("the emulator that checks every access is too slow")
     program, leaf, w, _ = case(name, 5)
     on_device = program.to(torch.device(backend.device))
 
@@ -151,7 +151,7 @@ def test_errors_of_lower_precisions_stay_within_the_bound_above_256_terms(
     backend: Backend, precision: str, bound: float
 ) -> None:
     if backend.is_twin:
-        pytest.skip("twins have one precision")
+        pytest.skip("CPU twins have only one precision")
     program, leaf, w, _ = case("pairs, a stage a launch", 3)
     expected = reference.circuit_layers(leaf.double(), w.double(), program.numbers)
     on_device = program.to(torch.device(backend.device))
@@ -170,7 +170,7 @@ def test_tile_size_changes_no_bit_of_a_row(backend: Backend) -> None:
     """Compare flows of 3072 rows, in tiles of 128 x 64, with flows of one row, in a tile of 64 x
     32."""
     if backend.is_twin or backend.small:
-        pytest.skip("the tiles are those of kernels, and the emulator that checks them is slow")
+        pytest.skip("only kernels have tiles, and the checking emulator is too slow")
     circuit = Circuit(RegionGraph.hmm(2, 130, LEAF))
     g = torch.Generator().manual_seed(0)
     program = circuit._execution.program.to(torch.device(backend.device))
@@ -190,7 +190,7 @@ def test_chain_is_one_launch_and_more_rows_need_another(backend: Backend) -> Non
     """Check 130 states. Three blocks share 32 rows, so 132 multiprocessors process 1408 rows per
     launch."""
     if backend.is_twin or backend.small or backend.device != "cpu":
-        pytest.skip("the emulator counts launches, and the one that checks them is slow")
+        pytest.skip("only the emulator counts launches, and the checking emulator is too slow")
     circuit = Circuit(RegionGraph.hmm(3, 130, LEAF, homogeneous=True))
     program = circuit._execution.program
     g = torch.Generator().manual_seed(0)
@@ -211,7 +211,7 @@ def test_chain_is_one_launch_and_more_rows_need_another(backend: Backend) -> Non
 def test_flows_of_many_weights_equal_the_formula(backend: Backend) -> None:
     """Check 900 x 900 weights, whose flows are computed in tiles of 128 x 64."""
     if backend.small:
-        pytest.skip("the emulator that checks every access is slow")
+        pytest.skip("the emulator that checks every access is too slow")
     circuit = Circuit(RegionGraph.hmm(2, 900, LEAF))
     g = torch.Generator().manual_seed(0)
     program = circuit._execution.program

@@ -15,7 +15,7 @@ import lora_ext
 from lora_ext import ops, reference
 from lora_ext.circuits import Circuit, Gaussian, Input, RegionGraph
 
-SLOW = "the emulator that checks every access is slow"
+SLOW = "the emulator that checks every access is too slow"
 NO_CAPTURE = "no CUDA device, or a build without kernels"
 
 

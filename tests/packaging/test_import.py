@@ -67,7 +67,7 @@ def test_import_takes_under_300_ms_beyond_torch():
         if own < 0.3 * max(1, other / 1.5):
             return
         found.append((own, other))
-    pytest.fail(f"seconds of lora_ext and of torch: {found}")
+    pytest.fail(f"seconds to import lora_ext and torch: {found}")
 
 
 def test_build_that_cannot_be_imported_is_explained(monkeypatch):

@@ -175,10 +175,10 @@ def test_every_op_has_a_formula_a_loop_a_kernel_and_a_stub():
     kernels = "\n".join(p.read_text() for p in (CSRC / "cuda").rglob("*.cu"))
     refusals = (CSRC / "ops/no_kernels.cpp").read_text()
     for op, (formula, twin, launcher) in TELLINGS.items():
-        assert hasattr(reference, formula), f"{op}: no reference.{formula}"
+        assert hasattr(reference, formula), f"{op}: expected reference.{formula}"
         family, _, step = twin.rpartition(".")
         declared = rf"struct {family} {{[^}}]*\(\*{step}\)" if family else rf"void {twin}\("
-        assert re.search(declared, headers), f"{op}: no twin {twin}"
+        assert re.search(declared, headers), f"{op}: expected a twin {twin}"
         for text in (headers, kernels, refusals) if launcher != "-" else ():
             assert re.search(rf"\blaunch_{launcher}\(|LX_NO_KERNEL\(launch_{launcher},", text), op
     tree = ast.parse(runpy.run_path(str(ROOT / "tools/stubs.py"))["stubs"]())

@@ -116,7 +116,7 @@ def check(model: Any, step: Any, graph: FakeGraph, y: Tensor, x: Tensor, names: 
 
 def emulated(backend: Backend) -> None:
     if backend.name != "emu":
-        pytest.skip("the emulator counts launches")
+        pytest.skip("only the emulator counts launches")
 
 
 # --- launches -----------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_replay_uses_current_names_ranks_loads_and_unloads(
     backend: Backend, device: Device, shared_on_cpu: None
 ) -> None:
     if backend.name not in ("cpu", "emu"):
-        pytest.skip("runs on one CPU twin and the emulator")
+        pytest.skip("this test runs only on one CPU twin and the emulator")
     model, pool = make(a=adapter(1), b=adapter(2, rank=12))
     step, x = lora_ext.capturable(pool, max_rows=5), tokens(4)
     graph, y = captured(device, model, step, ["a", None, "b", "a"], x)

@@ -464,7 +464,7 @@ def test_traced_model_has_one_op_per_layer() -> None:
 
 def test_siblings_need_as_many_launches_as_one_layer(backend: Backend) -> None:
     if backend.is_twin or backend.device == "cuda":
-        pytest.skip("the emulator counts launches")
+        pytest.skip("only the emulator counts launches")
     model, plain = make(), make(fuse=False)
 
     def launches(m: Any) -> int:
