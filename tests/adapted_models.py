@@ -1,4 +1,4 @@
-"""A small language model whose layers carry adapters, as ours, PEFT's or fused PEFT layers."""
+"""A small language model with adapters, as lora_ext's, PEFT's or fused PEFT layers."""
 
 import warnings
 
@@ -36,8 +36,8 @@ def operations(run) -> list[str]:
 
 
 def adapted(kind: str, *names: str, targets: tuple[str, ...] = TARGETS, **settings) -> nn.Module:
-    """Return the model with random adapters of the given names, by default one named "default". The
-    first adapter is active."""
+    """Return the model with one random adapter per name, or one named "default". The first adapter
+    is active. ``kind`` is one of :data:`KINDS`, and ``settings`` go to PEFT's config."""
     model, names = llama(), names or ("default",)
     settings = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, **settings}
     if kind == "ours":

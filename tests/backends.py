@@ -12,8 +12,8 @@ import torch
 import lora_ext
 from lora_ext import _loader, ops
 
-# Modules that call compiled ops, each through its name ``_c`` for the library. They are discovered:
-# a module that a list forgot would test the twins under the name of every other backend.
+# Modules that call compiled ops through their attribute ``_c``. They are discovered, not listed:
+# for a module missing from a list, the tests of every backend would run the twins.
 _MODULES = (
     importlib.import_module(m.name) for m in pkgutil.iter_modules(ops.__path__, "lora_ext.ops.")
 )
@@ -22,7 +22,7 @@ OP_MODULES = [m for m in _MODULES if hasattr(m, "_c")]
 
 @dataclass(frozen=True)
 class Backend:
-    """Device and library that run every op. ``small`` backends run only small shapes."""
+    """Device and library that run every op. Backends with ``small`` run only small shapes."""
 
     name: str
     device: str = "cpu"

@@ -15,13 +15,13 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch: ``tokens`` rows of width ``wide`` onto ``out``, adapters of the given ranks."""
+    """Sizes of a call: ``tokens`` rows, ``wide`` inputs, ``out`` outputs, one rank per adapter."""
 
     tokens: int
     wide: int
     out: int
     ranks: tuple[int, ...]
-    pattern: str = "uniform"  # how rows choose adapters, see `assign`
+    pattern: str = "uniform"  # how adapters are assigned to rows, see `assign`
     bank_rank: int | None = None  # R of the bank; None: the largest rank, rounded up to 8
 
     @property
@@ -56,7 +56,8 @@ MEDIUM = [
     Shape(300, 130, 514, (12, 24, 40), "uniform", bank_rank=42),
     Shape(1000, 200, 136, (8,) * 5 + (128,), "contiguous"),
 ]
-# Ranks of several tiles, mixed with ranks of one tile and 0; small enough for emulators.
+# Ranks that need several tiles, mixed with rank 0 and ranks of one tile; small enough for
+# emulators.
 DEEP = [
     Shape(5, 24, 17, (257,), bank_rank=257),
     Shape(18, 40, 24, (300, 8, 0), "interleaved", bank_rank=300),
@@ -107,7 +108,8 @@ def _values(
 def to_pages(
     a: Tensor, b: Tensor, ranks: Tensor, g: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a bank as shuffled pages with one page to spare; unneeded pages are absent (-1)."""
+    """Return the pages of A and B in shuffled order, with one unused page, and the page table.
+    Table entries beyond the rank of an adapter are -1."""
     slots, max_rank, wide = a.shape
     per_slot = -(-max_rank // 8)
     pad = per_slot * 8 - max_rank
@@ -132,7 +134,8 @@ def make_inputs(
     paged: bool = False,
     device: str = "cpu",
 ) -> Inputs:
-    """Return the inputs of every LoRA op. Entries beyond a rank are NaN, which reveals reads."""
+    """Return the inputs of every LoRA op. Entries of a and b beyond the rank of an adapter are NaN,
+    so reading one makes the result NaN."""
     g = torch.Generator().manual_seed(seed)
     slots, rank = len(shape.ranks), shape.max_rank
     ranks = torch.tensor(shape.ranks, dtype=torch.int32)
@@ -166,15 +169,16 @@ ROUNDING = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
 }
-# v enters a 16-bit matrix product as hi + lo. The pair cannot represent this part of |v|.
+# v enters a 16-bit matrix product as a pair hi + lo, with this error relative to |v|.
 SPLIT = {torch.float16: 2.0**-21, torch.bfloat16: 2.0**-16}
 
 
 def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
-    """Return the largest |error| allowed for y, entry by entry.
+    """Return the largest |error| allowed for each entry of y.
 
-    It sums one final rounding of ``result``, the split of v, and the accumulation of I and then R
-    products, with a constant that covers float32 fused multiply-adds and tensor cores.
+    It is the sum of one final rounding of ``result``, the error of v as hi + lo, and the errors of
+    accumulating I and then R products. The constant of the last covers float32 fused multiply-adds
+    and tensor cores.
     """
     dtype = inputs["x"].dtype
     exactly = wider(inputs)
@@ -195,7 +199,8 @@ def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
 
 
 def v_bound(inputs: Inputs) -> Tensor:
-    """Return the largest |error| allowed for v: I accumulated products and one with the scale."""
+    """Return the largest |error| allowed for v: the errors of I accumulated products and of the
+    product with the scale."""
     exactly = wider(inputs)
     args = (exactly["adapter_ids"], exactly["scale"], exactly["ranks"], exactly["page_table"])
     total = reference.lora_shrink(exactly["x"].abs(), exactly["a"].abs(), *args)

@@ -17,7 +17,7 @@ LEAVES = ("leaf", "prior", "trans")
 
 @dataclass(frozen=True)
 class Window:
-    """Sizes of one circuit: kind, rows, positions, components, vocabulary."""
+    """Kind and sizes of one circuit: rows, positions, components, vocabulary."""
 
     kind: str
     rows: int
@@ -62,7 +62,8 @@ def circuit_inputs(
     marginalised: bool = True,
     device: str = "cpu",
 ) -> Inputs:
-    """Return random logits, tokens (some are -1), and the gradients of prefix and conditional."""
+    """Return random logits, tokens (some are -1), and upstream gradients of both results, prefix
+    and conditional."""
     g = torch.Generator().manual_seed(seed)
     b, n, c, v = window.rows, window.n_token, window.components, window.vocab
 
@@ -98,7 +99,7 @@ def _gradients(scan: reference.CircuitScan, i: Inputs, leaves: dict[str, Tensor]
 
 
 def run(i: Inputs, scan: Any = None) -> Outputs:
-    """Return the three outputs and the gradient of every leaf that is present."""
+    """Return the three outputs, and the gradient of every leaf that is not None."""
     leaves = {k: i[k].detach().requires_grad_() for k in LEAVES if i[k] is not None}
     out = (scan or ops.circuit_scan)(i["kind"], *(leaves.get(k) for k in LEAVES), i["x"])
     return {**{k: t.detach() for k, t in out._asdict().items()}, **_gradients(out, i, leaves)}
@@ -109,7 +110,7 @@ def formula(inputs: Inputs) -> Outputs:
 
 
 def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
-    """Return the largest |error| allowed, entry by entry; the inputs are taken as exact.
+    """Return the largest |error| allowed for each entry; the inputs count as exact.
 
     The absolute error of the logarithm of a sum of positive terms is the relative error of its
     terms. It consists of a few roundings u per position, of numbers of the size of the logits and

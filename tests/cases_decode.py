@@ -12,7 +12,7 @@ from lora_ext import ops, reference
 from lora_ext.reference._circuit import CircuitSample, log_softmax, num_transitions
 
 Inputs = dict[str, Any]
-BAND = 1e-5  # share of the total within which two devices may draw differently
+BAND = 1e-5  # two devices may draw differently this close to a border, relative to the total
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ SMALL = [
     Shape("btree", 2, 5, 4, 6),
     Shape("btree", 2, 2, 3, 17),
     Shape("btree", 2, 7, 3, 33),
-    Shape("cp", 2, 2, 3, 6001),  # A grid of blocks verifies this shape and the last two below.
+    Shape("cp", 2, 2, 3, 6001),  # A grid of blocks verifies this shape, the next, and MEDIUM[-2:].
     Shape("ff", 1, 1, 1, 11264),
 ]
 MEDIUM = [
@@ -47,7 +47,7 @@ MEDIUM = [
     Shape("hmm", 5, 8, 32, 320),
     Shape("hmm", 2, 4, 130, 40),
     Shape("btree", 2, 9, 40, 321),
-    Shape("btree", 1, 4, 16, 3008),  # norms by a separate kernel, here and below
+    Shape("btree", 1, 4, 16, 3008),  # Here and below, a separate kernel computes the norms.
     Shape("hmm", 1, 2, 2, 49152),
 ]
 
@@ -61,10 +61,12 @@ def make_inputs(
     exact: bool = False,
     device: str = "cpu",
 ) -> Inputs:
-    """Return every argument of every op. A tenth of the logits is -inf, but never a row's first.
+    """Return all arguments of all ops, by name. A tenth of the logits are -inf, but never the first
+    logit of a row.
 
-    If ``exact``, logits are 0 or -inf, a row has a power of two of zeros, and uniforms are odd
-    multiples of a power of two. No draw is near a border, so every device takes the same token.
+    If ``exact``, logits are 0 or -inf, the number of zeros in a row is a power of two, and uniforms
+    are odd multiples of 2^-18. No uniform is then close to a border between two tokens, so every
+    device draws the same token.
     """
     g = torch.Generator().manual_seed(seed)
     b, k, c, v = shape.rows, shape.tokens, shape.components, shape.vocabulary
@@ -120,8 +122,9 @@ def draft(i: Inputs, sample: CircuitSample) -> tuple[Tensor, ...]:
 def log_bound(exact: Tensor, dtype: torch.dtype, shape: Shape) -> Tensor:
     """Return the largest |error| of a log-probability.
 
-    Each position adds a shift (|logit - max| below 20), two transitions and a logarithm, each off
-    by a few units of 2^-24 of at most 20. Sums have C or V terms, in vectors or warps.
+    Each position adds a shift (|logit - max| below 20), two transitions and a logarithm. Each of
+    these values is at most 20 and has a relative error of a few units of 2^-24. Sums of C or V
+    terms are accumulated in the lanes of vectors or warps.
     """
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     sums = (shape.vocabulary**0.5 + shape.components**0.5) / 4
@@ -129,7 +132,8 @@ def log_bound(exact: Tensor, dtype: torch.dtype, shape: Shape) -> Tensor:
 
 
 def within_band(weights: Tensor, uniform: Tensor, index: Tensor) -> Tensor:
-    """Return whether ``uniform`` may draw ``index`` from ``weights (..., N)``, in float64."""
+    """Return whether ``uniform`` draws ``index`` from ``weights (..., N)``, up to :data:`BAND`,
+    computed in float64."""
     sums = weights.cumsum(-1)
     total = sums[..., -1]
     at = index[..., None]
@@ -141,7 +145,8 @@ def within_band(weights: Tensor, uniform: Tensor, index: Tensor) -> Tensor:
 
 
 def sample_within_band(i: Inputs, tokens: Tensor) -> Tensor:
-    """Return whether the uniforms may draw every token of a sample, given the tokens before it."""
+    """Return, for each row, whether its uniforms draw every token of the sample given the tokens
+    before it, up to :data:`BAND`."""
     w = wide(i)
     posterior = reference.circuit_scan(*circuit(w), tokens).posterior
     emit = log_softmax(w["leaf"]).exp()  # (B, K, C, V)
@@ -162,7 +167,8 @@ def sample_within_band(i: Inputs, tokens: Tensor) -> Tensor:
 def verify_within_band(
     i: Inputs, sample: CircuitSample, accepted: Tensor, next_token: Tensor, given: Tensor, t: float
 ) -> Tensor:
-    """Return whether each row of a verification follows from its uniforms, in float64."""
+    """Return, for each row of a verification, whether its uniforms lead to this result, up to
+    :data:`BAND`, computed in float64."""
     w = wide(i)
     rows, n_token = sample.tokens.shape
     row, position = torch.arange(rows), torch.arange(n_token)
@@ -186,7 +192,7 @@ def verify_within_band(
 
 
 def run_all(i: Inputs, temperature: float = 0.75) -> Outputs:
-    """Return every result of every op, for comparisons of bits."""
+    """Return every result of every op, for bitwise comparisons."""
     sample = ops.circuit_sample(*circuit(i), i["uniforms"], i["evidence"])
     accepted, token = ops.spec_verify(*draft(i, sample), i["num_evidence"], temperature)
     greedy = ops.spec_verify(*draft(i, sample), i["num_evidence"], 0.0)
@@ -221,7 +227,7 @@ def checks() -> Iterator[Check]:
         yield from ((name, call(i)) for name, call in CALLS.items())
 
 
-# Draws are checked with bands instead of a formula: see test_contract_circuit_decode.py.
+# Draws are compared with BAND instead of a formula: see test_contract_circuit_decode.py.
 OPS = [
     Op(
         "decode",

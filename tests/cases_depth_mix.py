@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_ext import ops
 
-Shape = tuple[tuple[int, ...], int, int]  # (...), d, k
+Shape = tuple[tuple[int, ...], int, int]  # leading dimensions (...), width d, number of depths k
 
 SMALL: list[Shape] = [
     ((1,), 1, 1), ((1,), 3, 2), ((5,), 8, 3), ((2, 3), 33, 4), ((19,), 24, 2), ((4,), 64, 8),
@@ -57,7 +57,7 @@ class Mix:
         return replace(self, **{f.name: of(getattr(self, f.name)) for f in fields(self)})
 
     def tensors(self) -> list[Tensor]:
-        """Return all tensors that have a gradient, in the order of the arguments."""
+        """Return all differentiable arguments, in their order."""
         last = [self.weights] if self.router is None else [self.router, self.bias]
         return [*self.hiddens, *self.gammas, *(self.betas or []), *last]  # type: ignore[list-item]
 
@@ -76,7 +76,8 @@ def make(
     routed: bool = False,
     exact: bool = False,
 ) -> Mix:
-    """Return random arguments; ``exact``: rows of plus and minus a power of two (exact norms)."""
+    """Return random arguments. If ``exact``, the entries of each row are plus and minus the same
+    power of two, which makes its norm exact."""
     lead, width, depths = shape
     g = torch.Generator().manual_seed(width + 31 * depths + 7 * len(lead))
     sums = torch.float64 if dtype == torch.float64 else torch.float32
@@ -89,7 +90,7 @@ def make(
 
     hiddens = []
     for e in range(depths):
-        if exact:  # Equally many plus and minus signs make the mean zero too.
+        if exact:  # Half of the signs are minus, which makes the mean zero too.
             signs = torch.rand((*lead, width), generator=g).argsort(-1) * 2 < width
             size = 2.0 ** torch.randint(-1, 2, (*lead, 1), generator=g)
             hiddens.append(torch.where(signs, size, -size).to(dtype))
@@ -116,7 +117,8 @@ def shapes_of(backend: Backend) -> list[Shape]:
 
 
 def scale_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
-    """Return the dtypes allowed for gammas: that of the hiddens and that of sums."""
+    """Return the dtypes allowed for gammas: that of the hidden states, and float32 if this is a
+    16-bit dtype."""
     return [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]
 
 
@@ -129,7 +131,8 @@ def each(backend: Backend) -> Iterator[tuple[torch.dtype, torch.dtype]]:
 def gradients(
     mix: Mix, ups: Sequence[Tensor], library: Any = ops, *, copies: bool = True
 ) -> list[Tensor]:
-    """Return gradients of copies of the arguments; ``copies=False`` keeps their strided layout."""
+    """Return the gradients of copies of the arguments, or of the arguments with their strides if
+    ``copies`` is False."""
     mix = mix.map(lambda t: (t.detach().clone() if copies else t.detach()).requires_grad_())
     return list(torch.autograd.grad(mix.run(library), mix.tensors(), list(ups)))
 
@@ -160,7 +163,7 @@ def inputs(
 
 
 def run(i: dict[str, Any]) -> Outputs:
-    """Return every result and, for a fixed gradient of the results, every gradient."""
+    """Return every result and, for fixed upstream gradients, the gradient of every argument."""
     mix = Mix(**i)
     found = [*mix.run(), *gradients(mix, upstream(mix))]
     return {str(n): t for n, t in enumerate(found)}

@@ -1,4 +1,4 @@
-"""Factors of adapters of many shapes, and the table row of the ops on them."""
+"""Factors of adapters of many shapes, and the table row of the Gram ops."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ LARGE: list[Shape] = [
     (576, 1536, 16), (192, 576, 16), (1100, 300, 32), (300, 640, 100), (130, 90, 256),
     (64, 40, 300),
 ]  # fmt: skip
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]  # also for kernels
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]  # kernels support all
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
@@ -35,7 +35,7 @@ def adapters(
     exact: bool = False,
     device: str = "cpu",
 ) -> Lists:
-    """Return factors a and b and the projected b of adapters of these shapes."""
+    """Return lists of random a, b and projected b, with one entry per shape."""
     lists: Lists = ([], [], [])
     for out, wide, rank in shapes:
         g = torch.Generator().manual_seed(out + 7 * wide + 31 * rank)

@@ -1,4 +1,4 @@
-"""Weights to pack, and the table row of products with packed weights, on the CPU only."""
+"""Inputs and table row of linear layers with packed weights, which run on the CPU only."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_ext import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
-# Rows, I, O: full and partial panels, chunks of up to and beyond 128 steps, an odd I, empty sizes.
+# (rows, I, O), with full and partial panels, I up to and above a chunk of 128, odd I, and sizes 0.
 SHAPES = [
     (1, 1, 1), (2, 7, 31), (3, 64, 32), (5, 33, 40), (8, 128, 96), (9, 129, 65), (12, 300, 33),
     (16, 257, 70), (17, 520, 64), (31, 96, 100), (32, 255, 32), (33, 40, 50), (70, 140, 37),
@@ -51,8 +51,8 @@ def formula(i: dict[str, Any]) -> Outputs:
 
 
 def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
-    """Bound the error by one float32 rounding for each of at most I terms (two if pairs are
-    multiplied), plus one rounding of the result."""
+    """Return the largest |error| allowed: one float32 rounding for each of at most I terms (two if
+    pairs are multiplied), plus one rounding of the result."""
     last = torch.finfo(i["x"].dtype).eps / 2
     signless = {k: None if t is None else t.abs() for k, t in i.items()}
     bound = (2 * i["x"].shape[1] + 1) * 2.0**-24 * formula(signless)["y"]

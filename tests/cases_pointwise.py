@@ -34,13 +34,13 @@ def formula(i: dict[str, Any]) -> Outputs:
 
 
 def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
-    """Bound the error by roundings.
+    """Return the largest |error| allowed for each function.
 
-    The result has eight roundings to float32, and a few more for the error of the exponent, which
-    is relative to 1. One rounding to the dtype follows. The exponent of GELU is ``x^2 / 2``, that
-    of its approximation is up to ``0.1 |x|^3 + 1.6 |x|``, and that of the others is ``x``. torch's
-    formulas lose small numbers that they add to 1 or -1, and results whose exponential overflows.
-    Results below 4e-37 are therefore not compared.
+    A result has eight roundings to float32. The absolute error of the exponent, which is a relative
+    error of the exponential, adds a few more. One rounding to the dtype follows. The exponent of
+    GELU is ``x^2 / 2``, the exponent of its approximation is up to ``0.1 |x|^3 + 1.6 |x|``, and the
+    exponent of the other functions is ``x``. torch's formulas lose small numbers that they add to 1
+    or -1, and results whose exponential overflows. Results below 4e-37 are therefore not compared.
     """
     x = i["x"].double().abs()
     grown = {"gelu": x.square(), "gelu_tanh": 0.1 * x**3 + 1.6 * x, "cos": 0 * x, "sin": 0 * x}
@@ -60,7 +60,7 @@ def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
 def checks() -> Iterator[Check]:
     for dtype in DTYPES:
         x = inputs((5, 33), dtype)["x"]
-        for each in (x, x.t(), x.t()[:, ::2], x[:1].expand(4, 33)):  # Two of these are not dense.
+        for each in (x, x.t(), x.t()[:, ::2], x[:1].expand(4, 33)):  # The last two are not dense.
             yield "pointwise", (each, "silu")
 
 

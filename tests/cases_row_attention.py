@@ -1,4 +1,4 @@
-"""Queries, keys and values of row attention, and the keys that each row sees."""
+"""Inputs and table row of row attention, with masks of the keys that each row attends to."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lora_ext import ops, reference
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one call; ``sees`` names the pattern of keys that a row sees."""
+    """Sizes of one call. ``sees`` names the pattern of keys that a row attends to."""
 
     batch: int
     heads: int
@@ -36,8 +36,8 @@ SMALL = [
     Case(1, 1, 1, 1, 1, 1, 1),
     Case(1, 3, 1, 1, 21, 64, 64),
     Case(2, 4, 2, 5, 5, 12, 20, "causal"),
-    Case(2, 9, 3, 7, 19, 16, 16, "causal"),  # The first keys belong to earlier calls.
-    Case(1, 2, 1, 9, 4, 8, 8, "causal"),  # The first rows are before the first key.
+    Case(2, 9, 3, 7, 19, 16, 16, "causal"),  # The first keys come from a cache.
+    Case(1, 2, 1, 9, 4, 8, 8, "causal"),  # The first rows precede the first key and see none.
     Case(3, 2, 2, 6, 17, 10, 33, "padded"),
     Case(2, 6, 2, 11, 40, 8, 32, "holes"),
     Case(2, 5, 1, 8, 35, 3, 5, "window"),
@@ -69,8 +69,9 @@ def seen_of(case: Case, g: torch.Generator) -> dict[str, Any]:
 def inputs(
     case: Case, dtype: torch.dtype, *, seed: int = 0, exact: bool = False, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Return the arguments of a case. If ``exact``, scores are multiples of 1024, so weights are 1
-    or 0, and a row's result is the mean of a few small integers."""
+    """Return the arguments of a case. If ``exact``, scores are multiples of 1024. The keys with the
+    largest score then share all the weight, and the result of a row is a mean of a few small
+    integers."""
     g = torch.Generator().manual_seed(seed)
 
     def numbers(*size: int) -> Tensor:
@@ -78,7 +79,8 @@ def inputs(
             return torch.randint(-2, 3, size, generator=g).to(dtype)
         return torch.randn(size, generator=g).to(dtype)
 
-    # Use a model's layout: the heads are the last dimension but one, and q and k share one tensor.
+    # The layout is that of a model: heads are the second-to-last dimension in memory, and each row
+    # of q and k is half of a wider row, as if both shared one tensor.
     q, k = (
         numbers(case.batch, n, heads, 2 * case.width)[..., : case.width].transpose(1, 2)
         for n, heads in ((case.rows, case.heads), (case.keys, case.groups))
@@ -90,9 +92,10 @@ def inputs(
 
 
 def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
-    """Bound the error. Scores are sums of D products; their error is the relative error of the
-    weights, plus the exponential's (its last place, and half a place of its argument) and that of
-    two sums over L. The result is rounded once."""
+    """Return the largest |error| allowed. The relative error of a weight has three parts: the
+    absolute error of its score, a sum of D products; the error of the exponential (its last place,
+    and half a place of its argument); and the errors of two sums over L. The result is rounded
+    once."""
     w = wide(i)
     eps = torch.finfo(torch.float64 if i["q"].dtype == torch.float64 else torch.float32).eps
     heads, width = w["q"].shape[1], w["q"].shape[3]

@@ -1,4 +1,4 @@
-"""Inputs and table row of the op for three modules that see the same rows."""
+"""Inputs and table row of the op for siblings: three modules with the same input rows."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +13,8 @@ from lora_ext import ops, reference
 
 
 def family(shape: Shape, dtype: torch.dtype, **how: Any) -> list[Inputs]:
-    """Return three modules with different widths and adapters for the same rows and ids."""
+    """Return the inputs of three modules with the same rows and adapter ids, but different output
+    widths and adapters."""
     first = make_inputs(shape, dtype, **how)
     others = [
         make_inputs(replace(shape, out=out), dtype, **{**how, "seed": how.get("seed", 0) + 100 + i})

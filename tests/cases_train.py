@@ -33,7 +33,7 @@ DEEP = [
 LARGE = [
     Shape(40, 2100, 1200, (8, 16), "uniform"),
     Shape(4100, 72, 40, (16, 8), "contiguous"),
-    Shape(66, 320, 307, (8, 16), "contiguous"),  # There is no idle row: the faster library.
+    Shape(66, 320, 307, (8, 16), "contiguous"),  # All rows have adapters, so oneDNN is used.
 ]
 
 
@@ -48,8 +48,8 @@ def train_inputs(
     base: bool = True,
     device: str = "cpu",
 ) -> Inputs:
-    """Return `make_inputs` of a bank, with base layer, dropout and gradient of y; ``own_seeds``:
-    one seed per adapter."""
+    """Return the inputs of :func:`make_inputs` for a bank, plus a base layer, dropout and the
+    gradient of y. If ``own_seeds``, there is one seed per adapter."""
     inputs = make_inputs(shape, dtype, seed=seed, exact=exact)
     g = torch.Generator().manual_seed(seed + 1000)
     weight = _values(g, exact, (shape.out, shape.wide), dtype, shape.wide**-0.5)
@@ -72,7 +72,7 @@ def _tail(i: Inputs) -> tuple[object, ...]:
 
 
 def run(i: Inputs, leaves: tuple[str, ...] = LEAVES) -> Outputs:
-    """Return y and the gradient of every leaf that is present: dx, dweight, dbias, da, db."""
+    """Return y, and the gradient of every leaf that is not None: dx, dweight, dbias, da, db."""
     values = {k: i[k] for k in LEAVES}
     wanted = {
         k: v.detach().requires_grad_() for k, v in values.items() if k in leaves and v is not None
@@ -95,12 +95,13 @@ def formula(inputs: Inputs) -> Outputs:
 
 
 def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
-    """Return the largest |error| allowed, entry by entry.
+    """Return the largest |error| allowed for each entry.
 
     Every output is rounded once to its dtype; y and dx are rounded twice, since the library rounds
     the base product. The accumulations of O, I, R and T products are in float32 (float64 for
-    float64). The same formula of absolute values bounds them, and its constant covers fused
-    multiply-adds and tensor cores. v and dv enter a 16-bit matrix product as hi + lo.
+    float64). Their errors are at most a constant times the formula applied to absolute values; the
+    constant covers fused multiply-adds and tensor cores. v and dv enter a 16-bit matrix product as
+    hi + lo.
     """
     dtype = inputs["x"].dtype
     signless = {
@@ -148,7 +149,7 @@ def with_seeds(shape: Shape, dtype: torch.dtype, **how: Any) -> Inputs:
     return train_inputs(shape, dtype, **{"dropout_p": 0.5, "own_seeds": True, "base": False} | how)
 
 
-# Large ranks in enough rows for tiles of 64: they use grouped matrix products.
+# Large ranks, with enough rows for tiles of 64, which use grouped matrix products.
 GEMM = Shape(270, 40, 48, (264, 0, 3), "interleaved", bank_rank=264)
 PLAIN, MASKED, UPDATE = {"dropout_p": 0.0}, {"dropout_p": 0.5}, {"base": False}
 
@@ -164,7 +165,7 @@ OPS = [
         large=LARGE,
         variants=((PLAIN, MASKED | UPDATE), (MASKED, PLAIN | UPDATE)),
         random={"dropout_p": 0.1},
-        threads=UPDATE,  # The base is a product of the library.
+        threads=UPDATE,  # no base layer: torch's product depends on the number of threads
         checks=checks,
     ),
     Op(

@@ -1,4 +1,4 @@
-"""Arguments and table row of the losses over a vocabulary in chunks."""
+"""Inputs and table row of the losses that process the vocabulary in chunks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lora_ext import ops, reference
 
-# Largest error. The products of d numbers of order one are in float32. 16-bit logits are rounded to
-# 2^-12 (2^-9) of themselves, and so are weights and gradients.
+# Largest relative error. Sums of d products of order one are in float32. In 16 bits, the rounding
+# of logits, weights and gradients has a relative error of 2^-12 (float16) or 2^-9 (bfloat16).
 BOUNDS = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,
@@ -32,7 +32,7 @@ class Case:
     bias: bool = False
     softcap: float | None = None
     tau: float = 1.0
-    some: bool = True  # Some rows do not count.
+    some: bool = True  # Some rows are ignored.
     frozen: bool = False
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ LARGE = [
 
 
 class Layer:
-    """Arguments of a case; the hiddens are leaves."""
+    """Arguments of a case; the hidden states are autograd leaves."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str, exact: bool = False) -> None:
         g = torch.Generator().manual_seed(case.rows + 7 * case.vocab + case.chunk)
@@ -129,7 +129,7 @@ def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
 def close(got: Tensor, expected: Tensor, bound: float, what: str) -> None:
     gap = (got.detach().cpu().double() - expected.detach()).abs().max().item() if got.numel() else 0
     size = max(1.0, expected.abs().max().item()) if got.numel() else 1
-    assert gap <= bound * size, f"{what}: {gap:.3g} of {size:.3g}"
+    assert gap <= bound * size, f"{what}: error {gap:.3g}, values up to {size:.3g}"
 
 
 def inputs(
@@ -143,7 +143,8 @@ def run(layer: Layer, ours: bool = True) -> Outputs:
     for loss in ("cross_entropy", "kl"):
         value = both(layer, loss, ours)
         found[loss] = value.detach()
-        if loss == "cross_entropy" or layer.case.hiddens > 1:  # A single hidden is the teacher.
+        # A single hidden state is only the teacher, which has no gradient.
+        if loss == "cross_entropy" or layer.case.hiddens > 1:
             grads = gradients(value, layer.leaves())
             found |= {f"{loss} gradient {n}": g for n, g in enumerate(grads)}
     return found
@@ -171,7 +172,7 @@ def checks() -> Iterator[Check]:
         yield "vocab_kl", (together, *head, layer.mask, 2.0, 16, 0.0, *tail)
 
 
-# The library's products differ in their bits from the formula's, and between numbers of threads.
+# torch's matrix products are not bitwise equal to the formula's, nor for other numbers of threads.
 OPS = [
     Op(
         "vocab",

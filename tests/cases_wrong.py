@@ -1,4 +1,4 @@
-"""Changes of an op's inputs that make it raise."""
+"""Changes to the inputs of an op that make it raise."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def is_(**named: Any) -> Change:
-    """Return a change that replaces arguments."""
+    """Return a change that replaces the named arguments."""
     return lambda i: named
 
 
 def cut(name: str, dim: int = 0) -> Change:
-    """Return a change that removes the first entry of a dimension."""
+    """Return a change that removes the first entry of an argument along a dimension."""
     return lambda i: {name: i[name].narrow(dim, 1, i[name].shape[dim] - 1)}
 
 
 def cast(*names: str, dtype: torch.dtype) -> Change:
-    """Return a change that converts arguments to another dtype."""
+    """Return a change that converts the named arguments to another dtype."""
     return lambda i: {name: i[name].nan_to_num(0).to(dtype) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""Programs of whole circuits, with values and weights, for the laws of the ops that run them."""
+"""Programs of whole circuits with random leaf values and weights, to test the ops that run them."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ GRAPHS: dict[str, Callable[[], RegionGraph]] = {
     "shared parts": lambda: RegionGraph.poon_domingos(2, 3, 2, LEAF),
     "a stage a launch": lambda: RegionGraph.hmm(3, 140, LEAF),
 }
-# More than 2^14 weights per node, which are summed in stages.
+# Nodes with more than 2^14 weights, which are summed in stages.
 STAGED: dict[str, Callable[[], RegionGraph]] = {
     "tied, a stage a launch": lambda: RegionGraph.hmm(4, 130, LEAF, homogeneous=True),
     "pairs, a stage a launch": lambda: RegionGraph.rat_spn(4, 2, 2, 26, 26, LEAF, num_roots=2),
@@ -26,7 +26,8 @@ STAGED: dict[str, Callable[[], RegionGraph]] = {
 
 
 def case(name: str, rows: int, seed: int = 0) -> tuple[ops.Program, Tensor, Tensor, int]:
-    """Return ``(program, leaf (B, N), w (W,), roots)``. A tenth is impossible."""
+    """Return ``(program, leaf, w, number of roots)``, with ``leaf`` ``(rows, N)`` and ``w``
+    ``(W,)``. A tenth of the entries of ``leaf`` and ``w`` are -inf."""
     circuit = Circuit({**GRAPHS, **STAGED}[name]())
     g = torch.Generator().manual_seed(seed)
     program = circuit._execution.program

@@ -1,4 +1,4 @@
-"""Clients of small models, and the training of one client alone, which a batch is compared with."""
+"""Clients of small models, and a training loop for one client, the reference for batches."""
 
 import pytest
 import torch
@@ -43,7 +43,8 @@ def vectors(rows: list[int], seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def specs() -> list[ClientSpec]:
-    """Return clients with ragged batches and different numbers of steps, rates and bounds."""
+    """Return clients with ragged batches, and different step counts, learning rates and norm
+    bounds."""
     return [
         ClientSpec(1, vectors([3, 5, 2], 1), lr=0.05, weight_decay=0.1),
         ClientSpec("b", vectors([4], 2), lr=0.1),
@@ -59,7 +60,8 @@ def cross_entropy(model: nn.Module, batch) -> Tensor:
 def loop(
     model, manager, state, spec, plan, others="frozen", loss_of=cross_entropy, shared=()
 ) -> Update:
-    """Train one client alone; the parameters named in ``shared`` are restored afterwards."""
+    """Train one client alone and return its update. The parameters named in ``shared`` are trained
+    too, and restored afterwards."""
     heads = {name: model.get_parameter(name) for name in shared}
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in heads.items()}
     with torch.no_grad():
@@ -103,7 +105,7 @@ def assert_close(found: Update, wanted: Update, atol: float) -> None:
 
 
 def assert_as_alone(updates, model, state, clients, plans, *options, atol=1e-10, **more) -> None:
-    """Check the update of each client that trains something against :func:`loop`."""
+    """Compare the update of each client that trains any parameter with that of :func:`loop`."""
     manager = LoraLayerManager(model)
     for i, (update, spec) in enumerate(zip(updates, clients, strict=True)):
         plan = plans[spec.client if isinstance(plans, dict) else i]
@@ -123,6 +125,6 @@ def tokens(lengths: list[int], seed: int, rows: int = 2) -> list[dict[str, Tenso
 
 
 def next_token(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return transformers' loss, without its rounding to float32."""
+    """Return transformers' next-token loss, without its conversion of the logits to float32."""
     logits = model(**batch).logits[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# This must run before torch is imported. Waiting threads then sleep instead of spinning, so
-# parallel tests and other work keep their cores.
+# This must run before torch is imported. Idle OpenMP threads then sleep instead of spinning, which
+# leaves the cores to parallel tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Import tests/methods first; otherwise the name means benchmarks/methods.py.
+# Import tests/methods first; otherwise `methods` would later be benchmarks/methods.py.
 import methods  # noqa: F401
 import pytest
 import torch
@@ -26,7 +26,8 @@ from lora_ext.serving.layers import _siblings
 
 QUICK_CASES = 2  # cases per test, op and backend with --quick
 
-# Makes `common` importable. Appended, because benchmarks/ has modules control and methods.
+# For benchmarks/common.py. It is appended because benchmarks/ also has modules named control and
+# methods, like folders of tests/.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 settings.register_profile("default", deadline=None, print_blob=True)
@@ -34,9 +35,9 @@ settings.load_profile("default")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--require-gpu", action="store_true", help="a skipped CUDA test is a failure")
+    parser.addoption("--require-gpu", action="store_true", help="fail CUDA tests that cannot run")
     parser.addoption(
-        "--require-emu", action="store_true", help="a skipped emulator test is a failure"
+        "--require-emu", action="store_true", help="fail emulator tests that cannot run"
     )
     parser.addoption("--sanitizers", action="store_true", help="also run the tests of `make asan`")
     parser.addoption(
@@ -70,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = _quick(items, quick or rest)
         config.hook.pytest_deselected(items=[it for it in items if (it in chosen) != bool(quick)])
         items[:] = [it for it in items if (it in chosen) == bool(quick)]
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # Slow tests are first.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # Slow tests run first.
     if not config.getoption("--sanitizers"):
         skip = pytest.mark.skip(reason="run by `make asan` (--sanitizers)")
         for item in items:
@@ -99,7 +100,7 @@ def _quick(items: list[pytest.Item], cases: int) -> set[pytest.Item]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    # The default for tests that set no ISA themselves.
+    # Tests that set no ISA use that of LX_ISA, or the best one of this processor.
     lora_ext._C.set_cpu_isa(os.environ.get("LX_ISA", ""))
 
 
@@ -113,7 +114,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
-    """Route ``lora_ext.ops`` to one backend for the length of a test."""
+    """Run ``lora_ext.ops`` on one backend for the duration of a test."""
     chosen: Backend = request.param
     reason = closed(chosen)
     if reason:
@@ -134,7 +135,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def two_processes() -> Iterator[TwoProcesses]:
-    """Yield a pair of processes that train together; they start with their first test."""
+    """Yield a group of two processes, which start when the first test needs them."""
     pair = TwoProcesses()
     yield pair
     pair.close()
@@ -142,13 +143,14 @@ def two_processes() -> Iterator[TwoProcesses]:
 
 @pytest.fixture
 def shared_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Share ops between siblings on the CPU, as on a GPU."""
+    """Process siblings with one op on the CPU too, as on a GPU."""
     monkeypatch.setattr(_siblings, "SHARE_ON_CPU", True)
 
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record the number of modules in each call of the op that siblings share."""
+    """Return a list that receives the number of modules of each call of
+    ``lora_apply_siblings_``."""
     found: list[int] = []
     op = ops.lora_apply_siblings_
 

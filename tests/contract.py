@@ -28,30 +28,30 @@ class Op:
 
     ``inputs(shape, dtype, seed=, exact=, device=, **variant)`` returns the argument of ``run`` (the
     op) and of ``formula`` (the reference, in float64 on the CPU). Both return every output and
-    gradient by name. ``exact`` inputs are small integers, or others with the formula's bits.
+    gradient by name. With ``exact`` inputs, such as small integers, both must be bitwise equal.
     """
 
     name: str
     inputs: Callable[..., Any]
     run: Callable[[Any], Outputs]
     formula: Callable[[Any], Outputs] | None = None
-    bounds: Callable[[Any, Outputs], Outputs] | None = None  # largest |error|, entry by entry
+    bounds: Callable[[Any, Outputs], Outputs] | None = None  # largest |error| of each entry
     small: Sequence[Any] = ()  # shapes for every backend
-    medium: Sequence[Any] = ()  # not for lesser twins and the emulator that checks every access
-    large: Sequence[Any] = ()  # for the best twin only
-    # Groups of variants, which the shapes use in turn: every pair of a shape and a value of an axis
-    # occurs, but not every product of them.
+    medium: Sequence[Any] = ()  # not for `small` backends
+    large: Sequence[Any] = ()  # for the default twin only
+    # Groups of variants (keyword arguments of `inputs`). The shapes use the groups in turn: each
+    # shape runs with every value of every axis, but not with every combination of values.
     variants: Sequence[Sequence[dict[str, Any]]] = (({},),)
     dtypes: Callable[[Backend], list[torch.dtype]] = Backend.dtypes
     on_gpu: bool = True
-    exact: bool = True  # the op has the formula's bits on exact inputs
-    steady: bool = True  # every run gives the same bits
-    random: dict[str, Any] = field(default_factory=dict)  # overrides variants for bounds
-    threads: dict[str, Any] | None = field(default_factory=dict)  # likewise; None: bits may differ
+    exact: bool = True  # bitwise equal to the formula on exact inputs
+    steady: bool = True  # all runs are bitwise equal
+    random: dict[str, Any] = field(default_factory=dict)  # overrides variants in the test of bounds
+    threads: dict[str, Any] | None = field(default_factory=dict)  # same for threads; None: untested
     replays: Sequence[Any] | None = None  # shapes for CUDA graphs; None: small and medium
     captured: Callable[[Any], Outputs] | None = None  # outputs of a captured graph; None: run
     checks: Callable[[], Iterator[Check]] | None = None  # for torch.library.opcheck
-    wrong: Callable[[str], list[Wrong]] | None = None  # bad input on a device
+    wrong: Callable[[str], list[Wrong]] | None = None  # wrong calls on a device
 
     def shapes(self, backend: Backend) -> list[Any]:
         if backend.device == "cuda" and not self.on_gpu:
@@ -61,14 +61,15 @@ class Op:
         return [*self.small, *self.medium, *(self.large if backend.is_twin else ())]
 
     def feed(self, shape: Any, dtype: torch.dtype, turn: int = 0, **how: Any) -> Iterator[Any]:
-        """Yield the inputs of a shape, once for each variant of its turn."""
+        """Yield the inputs of a shape for each variant of its group. ``turn`` selects a later
+        group."""
         at = [*self.small, *self.medium, *self.large].index(shape) + turn
         for variant in self.variants[at % len(self.variants)]:
             yield self.inputs(shape, dtype, **{**variant, **how})
 
 
 def shapes(op: Op, *groups: Sequence[Any], name: str = "shape") -> pytest.MarkDecorator:
-    """Return a mark for each shape on each backend that runs it."""
+    """Parametrize a test with each pair of a backend and a shape of ``groups`` that it runs."""
     params = [
         pytest.param(b, s, id=f"{b.name}-{s}", marks=marks_of(b))
         for b in BACKENDS
@@ -80,12 +81,12 @@ def shapes(op: Op, *groups: Sequence[Any], name: str = "shape") -> pytest.MarkDe
 
 
 def wrong_calls(name: str, op: Callable[..., Any], rows: Sequence[tuple[Any, ...]]) -> list[Wrong]:
-    """Return :attr:`Op.wrong` for rows of a message and the arguments that cause it."""
+    """Return entries of :attr:`Op.wrong` for ``rows`` of ``(message, *arguments)``."""
     return [(f"{name}: {message}", functools.partial(op, *args)) for message, *args in rows]
 
 
 def wide(inputs: dict[str, Any], keep: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the inputs in float64 on the CPU; those named in ``keep`` keep their dtype."""
+    """Return the inputs in float64 on the CPU; the inputs named in ``keep`` keep their dtype."""
     return {
         k: v.cpu().double() if v.is_floating_point() and k not in keep else v.cpu()
         for k, v in inputs.items()
@@ -94,7 +95,7 @@ def wide(inputs: dict[str, Any], keep: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def with_threads(*counts: int) -> Iterator[int]:
-    """Yield each count while that number of threads computes."""
+    """Set torch's number of threads to each count in turn, and yield the count."""
     before = torch.get_num_threads()
     try:
         for count in counts:
@@ -109,31 +110,32 @@ def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
     assert got.dtype == expected.dtype and got.shape == expected.shape
     differs = (got != expected) & ~(got.isnan() & expected.isnan())
     where = differs.nonzero()
-    assert not len(where), f"{what}{len(where)} of {differs.numel()}, first {where[0].tolist()}"
+    assert not len(where), f"{what}{len(where)} of {differs.numel()}, first at {where[0].tolist()}"
 
 
 def same(got: Outputs, expected: Outputs, what: object = "") -> None:
-    """Check bitwise equality; a float64 formula is first rounded to the dtype that was found."""
+    """Check bitwise equality, after rounding ``expected`` to the dtypes of ``got``."""
     assert got.keys() == expected.keys()
     for name, value in got.items():
         assert_same_bits(value, expected[name].to(value.dtype), f"{what} {name}: ")
 
 
 def within(got: Outputs, exact: Outputs, allowed: Outputs, what: object = "") -> None:
-    """Check each error against its bound. Minus infinity must be where the formula has it."""
+    """Check each error against its bound. Entries must be -inf exactly where the formula's are."""
     assert got.keys() == exact.keys()
     for name, value in got.items():
         value = value.cpu().double()
         impossible = exact[name] == -math.inf
-        assert torch.equal(value == -math.inf, impossible), f"{what} {name}: -inf elsewhere"
+        assert torch.equal(value == -math.inf, impossible), f"{what} {name}: wrong -inf entries"
         error = (value - exact[name]).abs()[~impossible]
         worst = error / allowed[name].expand_as(exact[name])[~impossible].clamp(min=1e-300)
         worst = worst.nan_to_num(torch.inf)
-        assert (worst <= 1).all(), f"{what} {name}: {worst.max():.2f} times the bound"
+        assert (worst <= 1).all(), f"{what} {name}: the error is {worst.max():.2f} times the bound"
 
 
 def off_grid(t: Tensor, gap: int = 3) -> Tensor:
-    """Return the values in rows `gap` elements further apart, one element off their alignment."""
+    """Return a copy with `gap` unused elements (NaN) between rows, and one element before the
+    first."""
     rows, width = t.shape
     store = t.new_full((rows * (width + gap) + 1,), float("nan"))
     view = store[1:].view(rows, width + gap)[:, :width]
@@ -141,19 +143,20 @@ def off_grid(t: Tensor, gap: int = 3) -> Tensor:
 
 
 def strided(t: Tensor) -> Tensor:
-    """Return the values with rows further apart, at an unaligned address."""
+    """Return a copy with three unused elements (NaN) between rows, at an unaligned address."""
     room = t.new_full((*t.shape[:-1], t.shape[-1] + 3), float("nan"))
     room[..., 1:-2] = t
     return room[..., 1:-2]
 
 
 def transposed(t: Tensor) -> Tensor:
-    """Return the values in a layout with rows that are not contiguous."""
+    """Return a copy in which the first dimension, not the last one, is contiguous."""
     return t.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Return few rows with every pair of values of two axes; greedy and deterministic."""
+    """Return few combinations of values, one per axis, that contain every pair of values of two
+    axes. The choice is greedy and deterministic."""
     rows = list(itertools.product(*(range(len(axis)) for axis in axes)))
 
     def pairs(row: tuple[int, ...]) -> set[Any]:

@@ -23,8 +23,8 @@ WAYS = [
     pytest.param("zero3", marks=needs_deepspeed),
 ]
 STEPS, RATE = 2, 0.5
-# DeepSpeed keeps the parameters that it optimizes in float32. Their sums differ by 1e-6 to 1e-5
-# after two steps. Gradients of other adapters in a sum would change it by more than 0.1.
+# DeepSpeed optimizes float32 copies of the parameters. Their relative error is 1e-6 to 1e-5 after
+# two steps. It would be above 0.1 if gradients of other adapters were added.
 BOUND = {"zero2": 1e-4, "zero3": 1e-4}
 
 LossOf = Callable[[nn.Module], Tensor]
@@ -33,7 +33,7 @@ LossOf = Callable[[nn.Module], Tensor]
 def trained(
     model: Any, way: str | None, units: Iterable[nn.Module], loss_of: LossOf
 ) -> dict[str, Tensor]:
-    """Return the adapters after some steps of SGD.
+    """Return the adapters after :data:`STEPS` steps of SGD.
 
     Args:
         way: One of :data:`WAYS`; None for one process.
@@ -90,14 +90,15 @@ def _by_deepspeed(
 def assert_same(
     found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor], bound: float
 ) -> None:
-    """Check that every parameter changed as it does in one process.
+    """Check that every parameter changed as in one process.
 
     Args:
-        bound: Largest distance of the two changes, relative to the largest change of all.
+        bound: Largest difference between the two changes, relative to the largest change of any
+            parameter.
     """
     assert found.keys() == expected.keys() == start.keys()
     largest = max((expected[k] - start[k]).abs().max().item() for k in start)
     assert largest > 0
     for key in start:
         apart = (found[key] - expected[key]).abs().max().item()
-        assert apart <= bound * largest, f"{key}: {apart / largest} of the largest change"
+        assert apart <= bound * largest, f"{key}: error {apart / largest} of the largest change"

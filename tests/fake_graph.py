@@ -19,8 +19,8 @@ _FREE = ("empty", "permute", "squeeze", "_unsafe_view", "as_strided", "lift_fres
 
 
 class FakeGraph:
-    """Captured ops in their order; a replay writes where the capture wrote. ``launches`` counts by
-    name the ops that are kernels, copies or fills on a device."""
+    """Sequence of captured ops. A replay writes its results to the tensors of the capture.
+    ``launches`` counts, by name, the ops that would launch a kernel, copy or fill on a device."""
 
     def __init__(self) -> None:
         self.ops: list[tuple[Any, Any, Any, Any]] = []
@@ -52,13 +52,14 @@ class _Recorder(TorchDispatchMode):
 
 
 class Device:
-    """Capture state that replaces the one of ``lora_ext.rows``."""
+    """Simulated device that can capture a graph. It replaces the capture state of
+    ``lora_ext.rows``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self._graph: FakeGraph | None = None
         for module in (_rows, captured):
             monkeypatch.setattr(module, "capture", lambda device: self._graph)
-        # The recorder is not a tracer: it sees the ops that a device would receive.
+        # The recorder must not count as a tracer, since it records the ops that a device would run.
         for module in (_rows, _siblings):
             monkeypatch.setattr(module, "traced_by_python", lambda: False)
 
@@ -74,7 +75,7 @@ class Device:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Yield a counter of the launches inside the block, by name."""
+    """Yield a counter, by name of the op, of the launches inside the block."""
     graph = FakeGraph()
     with _Recorder(graph):
         yield graph.launches

@@ -40,7 +40,7 @@ def batches(partition: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class Suffixes:
-    """Plan of the layers nearest to the output, as many as the client can train."""
+    """Strategy that plans the last ``capability`` layers for every client."""
 
     def plan(self, round: int, client: int | str, capability: int) -> LayerPlan:
         return LayerPlan(tuple(range(LAYERS - capability, LAYERS)))
@@ -57,14 +57,14 @@ def run(
     state: Mapping[str, Tensor] | None = None,
     **settings: Any,
 ):
-    """Run all rounds and return Flower's result."""
+    """Run ``rounds`` rounds and return Flower's result."""
     return strategy.start(grid, to_arrays(state or initial()), rounds, **settings)
 
 
 class Meddled(ClientApp):
-    """App in which some nodes send another reply.
+    """App in which some nodes send manipulated replies.
 
-    ``meddle`` maps a node to a function of its reply, which changes or replaces it.
+    ``meddle`` maps a node to a function that changes its reply in place or returns another one.
     """
 
     def __init__(self, app: ClientApp, meddle: Mapping[int, Callable[[Message], Any]]):
@@ -81,7 +81,8 @@ class Meddled(ClientApp):
 
 
 class Wire(LocalGrid):
-    """Grid that counts the bytes sent and applies ``change`` to replies for the strategy."""
+    """Grid that counts the bytes sent in each direction and applies ``change`` to the training
+    replies."""
 
     def __init__(self, app: Any, nodes: int, change: Callable[[list[Message]], Any] | None = None):
         super().__init__(app, nodes)

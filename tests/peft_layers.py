@@ -9,12 +9,12 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
-# float32 sums of some tens of products of order one, in two orders
+# Difference of float32 sums of some tens of products of order one, added in two orders.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def peft_layer(base: nn.Module, *settings: dict, seed: int = 0) -> PeftLinear:
-    """Return PEFT's layer with random adapters "0", "1", ..."""
+    """Return PEFT's layer with random adapters "0", "1", ..., one per config in ``settings``."""
     torch.manual_seed(seed)
     configs = [
         LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **s}) for s in settings
@@ -27,7 +27,8 @@ def peft_layer(base: nn.Module, *settings: dict, seed: int = 0) -> PeftLinear:
 
 
 def gradients(y: Tensor, layer: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
-    """Return the gradients of a loss that weighs every row differently, and clear them."""
+    """Return the gradients of x and the parameters, for a loss with a different weight for each
+    entry of y. Reset the gradients to None."""
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float32).reshape(y.shape)
     (y.float() * weights).sum().backward()
     found = {"x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}}
@@ -39,7 +40,8 @@ def gradients(y: Tensor, layer: nn.Module, x: Tensor) -> dict[str, Tensor | None
 def assert_same(
     layer: PeftLinear, x: Tensor, ours: Callable[[], Tensor], theirs: Callable[[], Tensor]
 ) -> None:
-    """Compare two forwards of ``layer`` and their gradients with ``theirs`` in float64."""
+    """Check that two forwards of ``layer``, and their gradients, are about equally far from
+    ``theirs`` in float64."""
     mine, peft = _results(ours, layer, x), _results(theirs, layer, x)
     dtype = x.dtype
     layer.double()
@@ -51,7 +53,8 @@ def assert_same(
 
 
 def assert_layers_agree(ours: nn.Module, theirs: nn.Module, x: Tensor, **names) -> None:
-    """Compare outputs and gradients; ``names``: PEFT's ``adapter_names``, our ``adapter_ids``."""
+    """Compare the outputs and gradients of two layers. ``names`` is the ``adapter_names`` argument
+    of PEFT, which is our ``adapter_ids``."""
     mine = _results(lambda: ours(x, *names.values()), ours, x)
     peft = _results(lambda: theirs(x, **names), theirs, x)
     wide = copy.deepcopy(theirs).double()
@@ -68,7 +71,7 @@ def _results(run: Callable[[], Tensor], layer: nn.Module, x: Tensor) -> Results:
 
 
 def _assert_within(mine: Results, peft: Results, exact: Results) -> None:
-    """Check that our errors are within the bound of PEFT's errors on the same data."""
+    """Check that our errors are within a bound derived from PEFT's errors on the same data."""
     assert mine.keys() == peft.keys()
     for name, true in exact.items():
         ours, other = mine[name], peft[name]
@@ -77,12 +80,12 @@ def _assert_within(mine: Results, peft: Results, exact: Results) -> None:
             assert ours.dtype == other.dtype and ours.shape == other.shape, name
             least = 2.0**-46 if other.dtype == torch.float64 else MIN_PEER_ERROR
             worst = error_over_bound(ours, other, true, least) if ours.numel() else 0
-            assert worst <= 1, f"{name}: {worst:.3g} times the bound"
+            assert worst <= 1, f"{name}: the error is {worst:.3g} times the bound"
 
 
 def assert_as_exact(run, ours: nn.Module, theirs: nn.Module, x: Tensor, unit: float) -> None:
-    """Check that ``run(x)`` is as far from the exact result as PEFT's, up to one rounding of every
-    entry. The gradients in ``ours`` are checked likewise.
+    """Check that ``run(x)`` and the gradients in ``ours`` have at most the error of PEFT's, plus
+    one rounding of every entry.
 
     PEFT rounds more often, so single entries of the two results need not be close to each other.
     """

@@ -1,4 +1,4 @@
-"""A small base model, random adapters for it, and a reader of the pages of a slot."""
+"""A small base model, random adapters for it, and a function that reads the pages of a slot."""
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ def make(**arguments):
 
 
 def load(pool, name, seed, rank=4, **fields):
-    """Load a random adapter; ``fields`` belong to its configuration."""
+    """Load a random adapter; ``fields`` are added to its configuration."""
     bias, dora = fields.get("lora_bias", False), fields.get("use_dora", False)
     targets = fields.pop("targets", ("up", "down"))
     tensors = state(seed, rank, targets, bias, dora=dora)
@@ -57,14 +57,15 @@ def load(pool, name, seed, rank=4, **fields):
 
 
 def fill(pool, seeds, rank=4):
-    """Load an adapter ``x<seed>`` for each of ``seeds`` and return the pool."""
+    """Load an adapter named ``x<seed>`` for each seed and return the pool."""
     for seed in seeds:
         load(pool, f"x{seed}", seed, rank)
     return pool
 
 
 class FailingCopies:
-    """``copy_`` that fails at call number ``at`` and, if ``for_good``, at every later call."""
+    """Substitute for ``copy_`` that raises at call number ``at`` (from 1) and, if ``for_good``, at
+    every later call."""
 
     def __init__(self, at, for_good=False):
         self.count, self.at, self.for_good = 0, at, for_good
@@ -92,7 +93,7 @@ def read_slot(pool, slot):
             magnitude = slab.magnitude[slot] if slot in slab.dora else None
             found[name] = (a, b, bias, float(slab.scale[slot]), magnitude)
             tail = slab.b_pages[pages[-1], :, rank % 8 :] if rank % 8 else torch.zeros(1)
-            assert not tail.any(), f"{name}: beyond rank {rank}: {tail}"
+            assert not tail.any(), f"{name}: expected 0 beyond rank {rank}, found {tail}"
         elif bias is not None:
             assert not bias.any(), f"{name}: slot {slot} has rank 0 and a bias"
         if slot not in slab.dora and slab.magnitude is not None:
@@ -102,7 +103,7 @@ def read_slot(pool, slot):
 
 
 def assert_slot_holds(pool, slot, tensors, scale):
-    """Check that the slot has exactly these tensors, bit for bit."""
+    """Check that the slot contains exactly these tensors, bitwise, and this scale."""
     found = read_slot(pool, slot)
     expected = {key.split(".")[2] for key in tensors}
     assert found.keys() == expected
@@ -122,13 +123,15 @@ def assert_slot_holds(pool, slot, tensors, scale):
 
 
 def assert_holds(pool, name, tensors, scale):
-    """Check that the adapter of this name has exactly these tensors, bit for bit."""
+    """Check that the slot of this adapter contains exactly these tensors, bitwise, and this
+    scale."""
     with pool.acquire([name]) as slots:
         assert_slot_holds(pool, slots[0], tensors, scale)
 
 
 def snapshot(pool):
-    """Return the observable state: names, numbers, and every adapter's bytes, slot by slot."""
+    """Return the state of the pool: names, statistics, slots, free pages, versions of the views,
+    and the tensors of every adapter."""
     numbers = pool.stats()
     slots = {r.name: r.slot for r in pool._residence.by_name.values()}
     tensors = {}

@@ -1,4 +1,4 @@
-"""A group of two processes, for tests of collective behaviour.
+"""A group of two processes, for tests of distributed training.
 
 The processes start once and then run one function after another, because starting them takes most
 of the time of a short test. A function is found by its file and name, so it may be defined in a
@@ -22,7 +22,7 @@ from scripts import module_of
 from torch import distributed
 
 WORLD = 2
-# Seconds for a function and its imports; a deadlocked pair would never end.
+# Time limit in seconds for a function and its imports, since deadlocked processes never end.
 _TIMEOUT_S = 240.0
 
 
@@ -52,7 +52,7 @@ class TwoProcesses:
         for _, pipe in self._members:
             pipe.send_bytes(work)
         for rank, (_, pipe) in enumerate(self._members):
-            # The other process of a failed pair waits for ever.
+            # If one process fails, the other one would wait for it for ever.
             if not pipe.poll(5.0 if failures else _TIMEOUT_S):
                 failures.append(f"process {rank}: no answer")
                 continue
@@ -110,7 +110,7 @@ def _serve(pipe: Connection, rank: int, port: int) -> None:
             torch.manual_seed(0)
             module = module_of(Path(path), "of_processes_" + path.replace(os.sep, "_"))
             answer = None, getattr(module, name)(rank, *args)
-            distributed.barrier()  # No process continues while the other still needs it.
+            distributed.barrier()  # Neither process goes on while the other one needs it.
         except Exception:
             answer = traceback.format_exc(), None
         pipe.send_bytes(pickle.dumps(answer))

@@ -1,4 +1,4 @@
-"""Scripts of this repository, loaded and run as modules."""
+"""Functions that load and run scripts of this repository as modules."""
 
 import importlib.util
 import sys
@@ -20,8 +20,8 @@ def needs(*names: str) -> pytest.MarkDecorator:
 
 
 def load_script(monkeypatch: pytest.MonkeyPatch, folder: str, name: str) -> ModuleType:
-    """Load ``folder/name.py`` under a unique module name, with its folder on the path, as if it
-    were run as a script. The test's end undoes both."""
+    """Load ``folder/name.py`` under a unique module name, with its folder in ``sys.path`` as for a
+    script. Both changes are undone at the end of the test."""
     path = ROOT / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"{folder}_{name}", path)
     assert spec is not None and spec.loader is not None
@@ -33,8 +33,8 @@ def load_script(monkeypatch: pytest.MonkeyPatch, folder: str, name: str) -> Modu
 
 
 def module_of(path: Path, name: str) -> ModuleType:
-    """Return the file as a module of this name. All calls return the same module, because pickle
-    looks up its classes by this name."""
+    """Return the file as a module of this name. Later calls return the same module, because pickle
+    finds its classes by this name."""
     known = sys.modules.get(name)
     if known is None or known.__file__ != str(path):
         spec = importlib.util.spec_from_file_location(name, path)
@@ -45,7 +45,7 @@ def module_of(path: Path, name: str) -> ModuleType:
 
 def tool(name: str) -> ModuleType:
     """Return a module of the folder ``tools``, which is not a package."""
-    if str(ROOT / "tools") not in sys.path:  # for the tools that it imports
+    if str(ROOT / "tools") not in sys.path:  # Tools import each other.
         sys.path.append(str(ROOT / "tools"))
     return module_of(ROOT / f"tools/{name}.py", name)
 

@@ -1,4 +1,4 @@
-"""A block that keeps the calls of a :class:`lora_ext.tenants.Service` in their queues."""
+"""A context manager that keeps the calls of a :class:`lora_ext.tenants.Service` in their queues."""
 
 import threading
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from lora_ext.tenants import Service
 
 @contextmanager
 def held(service: Service) -> Iterator[None]:
-    """Block the service's thread until the block ends, so that calls wait in their queues."""
+    """Stop the service's thread inside the ``with`` block, so that calls wait in their queues."""
     gate: Future[None] = Future()
     begun = threading.Event()
 
@@ -19,7 +19,7 @@ def held(service: Service) -> Iterator[None]:
         gate.result()
 
     service._scheduler.put("test", service._own, hold)
-    assert begun.wait(60)  # An earlier call, or one of another queue, may run first.
+    assert begun.wait(60)  # Calls that were queued earlier, or in another queue, may run first.
     try:
         yield
     finally:

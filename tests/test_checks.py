@@ -27,19 +27,19 @@ NO_NUMBERS = (None, "3", True, np.bool_(True), torch.tensor(True), [3], np.array
 
 
 @pytest.mark.parametrize("three", THREES, ids=repr)
-def test_numpy_and_torch_integers_return_python_numbers(three):
+def test_numpy_and_torch_integers_are_returned_as_python_numbers(three):
     for found in (integer("op", "n", three), number("op", "x", three)):
         assert (type(found), found) == (int, 3)
 
 
 @pytest.mark.parametrize("half", [0.5, np.float16(0.5), np.array(0.5), torch.tensor(0.5)], ids=repr)
-def test_numpy_and_torch_floats_return_python_floats(half):
+def test_numpy_and_torch_floats_are_returned_as_python_floats(half):
     found = number("op", "x", half)
     assert (type(found), found) == (float, 0.5)
 
 
 @pytest.mark.parametrize("true", [True, np.bool_(True), np.array(True), torch.tensor(True)])
-def test_numpy_and_torch_flags_return_python_bools(true):
+def test_numpy_and_torch_bools_are_returned_as_python_bools(true):
     assert flag("op", "on", true) is True
 
 
@@ -73,7 +73,7 @@ def test_nan_infinity_and_integers_too_large_for_floats_are_out_of_range(value):
             number("op", "x", value, **bounds)
 
 
-def test_infinity_is_allowed_if_it_is_a_bound_but_nan_is_not():
+def test_infinite_bounds_allow_infinity_but_not_nan():
     assert number("op", "x", math.inf, 0, math.inf) == math.inf
     with pytest.raises(ValueError, match="found nan"):
         number("op", "x", math.nan, maximum=math.inf)

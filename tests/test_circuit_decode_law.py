@@ -1,8 +1,8 @@
-"""The law of drafting and verifying, checked by enumeration through the ops themselves.
+"""The distribution of tokens from drafting and verifying, enumerated with the ops themselves.
 
-Every draw and every test is a step function of its uniform. Bisection finds the steps, so the
-probability of each outcome is measured on the op and not assumed. The law of the output is then a
-sum over all paths, without chance. The verifier is a table of next-token distributions.
+Every draw and every acceptance test is a step function of its uniform number. Bisection finds the
+steps, which gives the probability of each outcome of the op. The distribution of the output is then
+a sum over all paths, without sampling. The verifier is a table of next-token distributions.
 """
 
 import itertools
@@ -22,10 +22,10 @@ Prefix = tuple[int, ...]
 
 
 def step_sizes(f: Callable[[Tensor], Tensor], rows: int, outcomes: int, dtype: torch.dtype):
-    """Return the share of [0, 1) that gives each outcome, ``(rows, outcomes)``, in float64.
+    """Return the share of [0, 1) that leads to each outcome, ``(rows, outcomes)`` float64.
 
-    ``f`` returns the outcome of each row for one uniform per row, and does not decrease. All
-    borders are bisected at once, with ``outcomes - 1`` copies of the rows.
+    ``f`` maps one uniform number per row to one outcome per row, and is monotonic. All borders
+    between outcomes are bisected at once, with ``outcomes - 1`` copies of the rows.
     """
     border = torch.arange(1, outcomes).repeat_interleave(
         rows
@@ -84,7 +84,8 @@ class Game:
         return CircuitSample(*(t.cpu() for t in got))
 
     def draft_law(self) -> dict[Prefix, Tensor]:
-        """Return ``q(. | prefix)`` of every prefix, as ``circuit_sample`` draws."""
+        """Return the distribution ``q(. | prefix)`` from which ``circuit_sample`` draws, for each
+        prefix."""
         law: dict[Prefix, Tensor] = {}
         c = self.leaf.shape[2]
         for k in range(self.n_token):
@@ -98,8 +99,8 @@ class Game:
                 uniforms[:, k, 0], uniforms[:, k, 1] = u_state, u_token
                 return self.sample(rows, uniforms).tokens[:, k]
 
-            # The state is not an output, but its probability is: the posterior. The token given the
-            # state is read at a uniform in the middle of the state's share.
+            # The op returns the probability of each state (the posterior), but not the drawn state.
+            # A state is selected by a uniform number in the middle of its share.
             full = evidence.clone()
             share = self.sample(full, torch.zeros(len(full), self.n_token, 2, dtype=self.uniform()))
             share = share.posterior[:, k].double()  # (prefixes, C)
@@ -115,9 +116,10 @@ class Game:
         return law
 
     def step_law(self) -> dict[Prefix, tuple[Tensor, Tensor]]:
-        """Return for every prefix of a draft the probability that each next token is kept,
-        ``(V,)``, and the law of the token that ``spec_verify`` emits instead, ``(V, V)`` by the
-        rejected token. After a full window, row 0 is the law of the next token."""
+        """Return two tensors for each prefix of a draft. The first one is the probability ``(V,)``
+        that each next token is accepted. Row i of the second one, ``(V, V)``, is the distribution
+        of the token that ``spec_verify`` emits after it rejects token i. After a full window, row 0
+        is the distribution of the next token."""
         n, rows = self.n_token, len(self.drafts)
         zeros = torch.zeros(rows, n, 2, dtype=self.uniform())
         sample = self.sample(self.drafts, zeros)
@@ -134,7 +136,7 @@ class Game:
             def run(u: Tensor, which: int, k: int = k) -> tuple[Tensor, Tensor]:
                 copies = len(u) // rows
                 uniforms = torch.zeros(len(u), n + 1, dtype=self.uniform())
-                uniforms[:, k] = 1 - 2.0**-24  # rejected there if possible
+                uniforms[:, k] = 1 - 2.0**-24  # rejects at position k if possible
                 uniforms[:, which] = u
                 tensors = (t.repeat(copies, *[1] * (t.dim() - 1)) for t in (target, *sample, leaf))
                 got = ops.spec_verify(*self.put(*tensors, uniforms), temperature=self.temperature)
@@ -155,9 +157,10 @@ class Game:
         return steps
 
     def output_law(self, *, keep_residual: bool = True) -> Tensor:
-        """Return the law of the first two tokens that a step emits, ``(V, V)``. If it emits one,
-        the verifier draws the second. With ``keep_residual=False`` the verifier also draws the
-        position of a rejection after an acceptance, as a common rule does."""
+        """Return the distribution of the first two tokens that a step emits, ``(V, V)``. If the
+        step emits one token, the verifier draws the second one. With ``keep_residual=False``, a
+        common variant, the verifier also draws the token at a rejected position, unless it is the
+        first one."""
         q, steps = self.draft_law(), self.step_law()
         law = torch.zeros(V, V, dtype=torch.float64)
 
@@ -201,32 +204,32 @@ def tokens_of(backend: Backend) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_draft_and_verify_have_the_law_of_the_verifier(backend: Backend, kind: str) -> None:
+def test_output_distribution_is_that_of_the_verifier(backend: Backend, kind: str) -> None:
     if backend.small and not backend.is_twin and kind != "hmm":
-        pytest.skip("one kind is enough for the checks of the emulator")
+        pytest.skip("the checking emulator is slow and runs only one kind")
     game = Game(backend, kind, tokens_of(backend), torch.float32)
     law = game.output_law()
     assert (law - game.expected_law()).abs().sum() / 2 < 1e-6
-    assert law[1].sum() == 0  # The verifier forbids it, to the last bit.
+    assert law[1].sum() == 0  # The verifier forbids token 1: exactly 0.
     if backend.is_twin:
         assert total_variation(Game(backend, kind, 3, torch.float64)) < 1e-12
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_output_law_includes_the_temperature(temperature: float) -> None:
+def test_output_distribution_includes_the_temperature(temperature: float) -> None:
     game = Game(Backend("cpu"), "hmm", 3, torch.float64, temperature)
     assert total_variation(game) < 1e-12
 
 
-def test_output_law_without_the_residual_token_is_wrong() -> None:
+def test_replacing_the_residual_token_changes_the_output_distribution() -> None:
     game = Game(Backend("cpu"), "hmm", 3, torch.float64)
     assert total_variation(game, keep_residual=False) > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_drafted_tokens_have_the_law_of_the_conditionals(backend: Backend, kind: str) -> None:
+def test_drafts_have_the_distribution_of_the_conditionals(backend: Backend, kind: str) -> None:
     if backend.small:
-        pytest.skip("the large backends are sufficient")
+        pytest.skip("this test runs only on fast backends")
     game = Game(backend, kind, tokens_of(backend), torch.float32)
     for prefix, q in game.draft_law().items():
         for token in range(V):
@@ -238,7 +241,7 @@ def test_drafted_tokens_have_the_law_of_the_conditionals(backend: Backend, kind:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_decoding_equals_token_by_token_decoding(backend: Backend, kind: str) -> None:
-    """Check drafts by max-product, three rows at a time, conditioned on the last token kept."""
+    """Check three rows of max-product drafts, conditioned on the last accepted token."""
     n, length, rows = tokens_of(backend), 12, 3
     game = Game(backend, kind, n, torch.float32)
 
@@ -256,7 +259,7 @@ def test_greedy_decoding_equals_token_by_token_decoding(backend: Backend, kind: 
     g = torch.Generator().manual_seed(5)
     kept = 0
     while min(map(len, contexts)) < length:
-        # The window begins with the last token as evidence.
+        # The window begins with the last accepted token as evidence.
         evidence = torch.full((rows, n), -1)
         evidence[:, 0] = torch.tensor([c[-1] for c in contexts])
         m = num_transitions(kind, n)

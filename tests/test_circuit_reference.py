@@ -1,4 +1,4 @@
-"""Formulas of the circuits against enumeration of windows and, in one test, of latents."""
+"""Compare the formulas of the circuits with sums over all windows and, in one test, all latents."""
 
 import itertools
 import math
@@ -36,10 +36,10 @@ def scan_all(kind: str, leaf: Tensor, prior: Tensor, trans: Tensor, x: Tensor):
 
 
 def joint_by_latents(kind: str, leaf: Tensor, prior: Tensor, trans: Tensor, x: list[int]) -> float:
-    """Return p(x) as the sum over all latents, without a scan or a recursion over values."""
+    """Return p(x) as a sum over all values of all latents, without a scan or recursion."""
     n_token, c = leaf.shape[1:3]
     emit, w, a = leaf[0].softmax(-1), prior[0].softmax(-1), trans[0].softmax(-1)
-    # Pairs (latent, parent) except the root's, and the latent that each position sees.
+    # Pairs (latent, parent) of all latents but the root, and the latent that emits each position.
     edges: list[tuple[int, int]] = []
     sees = [0] * n_token
     if kind == "hmm":
@@ -82,7 +82,7 @@ def test_circuit_scan_is_the_sum_over_all_latents(kind: str, n_token: int):
 
 @pytest.mark.parametrize("n_token", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("kind", KINDS)
-def test_prefixes_are_marginals_and_all_windows_sum_to_one(kind: str, n_token: int):
+def test_prefixes_are_marginals_and_window_probabilities_sum_to_one(kind: str, n_token: int):
     x = windows(n_token)
     scan = scan_all(kind, *circuit(kind, n_token), x)
     joint = scan.prefix[:, -1].exp()
@@ -96,7 +96,7 @@ def test_prefixes_are_marginals_and_all_windows_sum_to_one(kind: str, n_token: i
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_minus_one_marginalises_and_conditionals_are_ratios_of_marginals(kind: str):
+def test_token_minus_one_is_marginalised_and_conditionals_are_ratios_of_marginals(kind: str):
     x = windows(4)
     parts = circuit(kind, 4)
     joint = scan_all(kind, *parts, x).prefix[:, -1].exp().view(3, 3, 3, 3)
@@ -115,7 +115,7 @@ def test_minus_one_marginalises_and_conditionals_are_ratios_of_marginals(kind: s
         torch.testing.assert_close(dist.exp().sum(1), torch.ones(len(x)), check_dtype=False)
 
 
-def test_kinds_agree_and_draws_skip_zero_weights():
+def test_all_kinds_agree_for_identity_transitions_and_draws_skip_zero_weights():
     leaf, prior, _ = circuit("cp", 4)
     x = windows(4)
     identity = torch.full((1, 3, 2, 2), -math.inf, dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_kinds_agree_and_draws_skip_zero_weights():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_circuit_scan_gradient(kind: str):
+def test_circuit_scan_gradient_passes_gradcheck(kind: str):
     leaf, prior, trans = (t.requires_grad_() for t in circuit(kind, 5, seed=3))
     x = torch.tensor([[0, -1, 2, 1, 0]])
 
@@ -196,7 +196,8 @@ def test_circuit_argmax_is_the_best_pair_of_tokens_and_latents(kind, n_token, gi
     evidence[:, :given] = 1
     tokens, value = reference.circuit_argmax(kind, leaf, prior, trans, evidence)
     assert (tokens[:, :given] == 1).all()
-    # The max over latents is the limit of sums at temperature 0 of all logs at once.
+    # The max over latents is the limit of the sum if all log-probabilities are divided by a
+    # temperature that goes to 0.
     cold = 400.0
     x = windows(n_token)
     x = x[(x[:, :given] == 1).all(1)]
@@ -207,7 +208,8 @@ def test_circuit_argmax_is_the_best_pair_of_tokens_and_latents(kind, n_token, gi
 
 
 def reference_unnormalised(kind: str, leaf: Tensor, prior: Tensor, trans: Tensor, x: Tensor):
-    """Return the scan of unnormalised logits: log of the sum over latents of the products."""
+    """Return the scan of unnormalised logits: the log of the sum, over latents, of the product of
+    all exponentials."""
     e = leaf[0][torch.arange(x.shape[1]), :, x].double()  # (B, K, C)
     last: list[Tensor] = []
 

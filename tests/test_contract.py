@@ -23,7 +23,7 @@ TABLE: list[Op] = [op for family in FAMILIES for op in getattr(family, "OPS", ()
 
 
 def everywhere(has: Callable[[Op], Any], large: bool = True) -> pytest.MarkDecorator:
-    """Return a mark for each shape and backend of each op for which ``has`` is true."""
+    """Parametrize a test with each op for which ``has`` is true, and its backends and shapes."""
     params = [
         pytest.param(b, op, shape, id=f"{b.name}-{op.name}-{shape}", marks=marks_of(b))
         for b in BACKENDS
@@ -49,7 +49,7 @@ def test_equals_the_formula_bit_for_bit_on_small_integers(
 
 
 @everywhere(lambda op: op.bounds)
-def test_stays_within_the_bound_on_random_values(backend: Backend, op: Op, shape: Any) -> None:
+def test_errors_on_random_values_stay_within_bounds(backend: Backend, op: Op, shape: Any) -> None:
     for dtype in op.dtypes(backend):
         for i in op.feed(shape, dtype, 1, seed=2, device=backend.device, **op.random):
             exact = op.formula(i)
@@ -57,7 +57,7 @@ def test_stays_within_the_bound_on_random_values(backend: Backend, op: Op, shape
 
 
 @everywhere(lambda op: op.steady, large=False)
-def test_repeats_its_bits(backend: Backend, op: Op, shape: Any) -> None:
+def test_repeated_runs_are_bitwise_equal(backend: Backend, op: Op, shape: Any) -> None:
     for i in op.feed(shape, torch.float32, seed=4, device=backend.device):
         first = op.run(i)
         for _ in range(2):
@@ -65,7 +65,7 @@ def test_repeats_its_bits(backend: Backend, op: Op, shape: Any) -> None:
 
 
 @alone(lambda op: op.threads is not None)
-def test_threads_change_no_bit(op: Op) -> None:
+def test_number_of_threads_changes_no_bit(op: Op) -> None:
     for shape in op.shapes(Backend("cpu")):
         for i in op.feed(shape, torch.float32, 1, seed=12, **op.threads):
             one, four = (op.run(i) for _ in with_threads(1, 4))
@@ -94,7 +94,7 @@ def test_captured_graph_replays_with_changed_contents(op: Op, request: Any) -> N
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = run(live)
-        for seed in (19, 20):  # Ids, ranks and the seed of a mask change as well.
+        for seed in (19, 20):  # Ids, ranks and dropout seeds change too.
             fresh = op.inputs(shape, torch.bfloat16, seed=seed, **how)
             for old, new in zip(tree_leaves(live), tree_leaves(fresh), strict=True):
                 if isinstance(old, torch.Tensor):

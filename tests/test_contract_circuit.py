@@ -65,10 +65,10 @@ def impossible_cases(device: str) -> dict[str, Inputs]:
     for kind in ("cp", "hmm", "btree"):
         i = circuit_inputs(Window(kind, 4, 5, 6, 7), torch.float32, seed=5, marginalised=False)
         i["x"] %= 6
-        i["leaf"][1, 2, :, i["x"][1, 2]] = inf  # No state may emit the token.
+        i["leaf"][1, 2, :, i["x"][1, 2]] = inf  # No state can emit the token.
         i["leaf"][2, 1] = inf  # rows that are all -inf
-        i["prior"][0, :5] = inf  # one possible start
-        i["prior"][3] = inf  # no possible start
+        i["prior"][0, :5] = inf  # only one possible initial state
+        i["prior"][3] = inf  # no possible initial state
         if i["trans"] is not None:
             i["trans"][:, :, 2, 1:] = inf
             i["trans"][0, 1, 4] = inf  # a state without a successor
@@ -83,7 +83,7 @@ def impossible_cases(device: str) -> dict[str, Inputs]:
         band.diagonal(shift).zero_()
     i["trans"] = i["trans"] + band
     i["prior"] = torch.where(torch.arange(40) == 0, 0.0, inf).expand(2, 40).contiguous()
-    # The path that the tokens allow is far below the states that later tokens forbid.
+    # The path allowed by the tokens is much less probable than states forbidden by later tokens.
     i["leaf"] = i["leaf"] * 40
     cases["left to right"] = i
     i = circuit_inputs(Window("hmm", 1, 4, 3, 3), torch.float32, seed=8, marginalised=False)
@@ -94,8 +94,8 @@ def impossible_cases(device: str) -> dict[str, Inputs]:
     cases["one path below the smallest float"] = i
     i = circuit_inputs(Window("btree", 1, 4, 2, 3), torch.float32, seed=9, marginalised=False)
     i["trans"][:] = torch.tensor([[0.0, -180.0], [-300.0, 0.0]])
-    i["leaf"][:, 0, 0] = inf  # Only the second state starts,
-    i["leaf"][:, 3, 1] = inf  # and only the first one ends.
+    i["leaf"][:, 0, 0] = inf  # Only the second state emits the first token,
+    i["leaf"][:, 3, 1] = inf  # and only the first state emits the last token.
     i["leaf"][:, 2, 1] = inf
     cases["a tree whose halves need different states"] = i
     return {
@@ -110,7 +110,7 @@ def test_only_impossible_windows_are_minus_infinity_with_zero_gradient(
 ) -> None:
     i = impossible_cases(backend.device)[name]
     got, exact = run(i), formula(i)
-    # e has the size of the logits and is rounded once, as is every sum with it.
+    # The emission e, as large as the logits, is rounded once, and so is every sum that contains it.
     largest = max(i[k].nan_to_num(neginf=0).abs().max() for k in LEAVES if i[k] is not None)
     near = 2.0**-24 * (256 + 4 * float(largest))
     for key, value in got.items():
@@ -124,21 +124,21 @@ def test_only_impossible_windows_are_minus_infinity_with_zero_gradient(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_chain_keeps_its_digits(backend: Backend, kind: str) -> None:
+def test_rounding_errors_stay_small_on_long_chains(backend: Backend, kind: str) -> None:
     if backend.small:
-        pytest.skip("this backend runs the small shapes")
+        pytest.skip("this backend runs only small shapes")
     window = window_of(kind, 1, 2048 if backend.is_twin else 256, 3, 5)
     i = circuit_inputs(window, torch.float32, seed=10, device=backend.device)
     got, exact = run(i), formula(i)
     for key, value in got.items():
         assert value.isfinite().all()
         exactly = exact[key].float()
-        # A component of cp sums its own log-probabilities in float32.
+        # Each component of kind "cp" sums its log-probabilities in float32.
         torch.testing.assert_close(value.cpu(), exactly, rtol=3e-6, atol=1.3e-3)
 
 
 @shapes(OPS[0], SMALL, MEDIUM, name="window")
-def test_row_bits_do_not_depend_on_the_batch(backend: Backend, window: Window) -> None:
+def test_bits_of_a_row_do_not_depend_on_the_batch(backend: Backend, window: Window) -> None:
     i = circuit_inputs(window, torch.float32, seed=11, device=backend.device)
     together = run(i)
     for b in range(min(2, window.rows)):
@@ -169,7 +169,7 @@ def test_expanded_leaf_is_not_copied() -> None:
     with torch.profiler.profile(profile_memory=True) as profile:
         ops.circuit_scan("cp", leaf, None, None, x)
     most = max(event.cpu_memory_usage for event in profile.key_averages())
-    assert most < leaf[0].nelement() * 4 * 8  # The copy would be 64 times as large.
+    assert most < leaf[0].nelement() * 4 * 8  # A copy would be 64 times as large.
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,7 +223,7 @@ def head(
     seed: int = 0,
     sizes: tuple[int, ...] = (3, 4, 9, 8),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return h, emit, x and the gradient of e; ``sizes``: K, C, V, D."""
+    """Return h, emit, x and the gradient of e. ``sizes`` is (K, C, V, D)."""
     g = torch.Generator().manual_seed(seed)
     h = torch.randn(rows, sizes[-1], generator=g).to(dtype)
     emit = torch.randn(sizes, generator=g).to(dtype)
@@ -243,7 +243,7 @@ def test_emission_gather_equals_the_formula(backend: Backend, rows: int) -> None
         wide = [t.detach().cpu().double().requires_grad_() for t in (h, emit)]
         formula = reference.emission_gather(*wide, x.cpu())
         exact = [formula.detach(), *torch.autograd.grad(formula, wide, de.cpu().double())]
-        # Logits, |l| <= 12, their gradients and sums of them are rounded to dtype.
+        # The logits (at most 12), their gradients, and sums of both are rounded to dtype.
         u = torch.finfo(dtype).eps / 2
         for mine, exactly, size in zip(got, exact, (12, 8, 8), strict=True):
             error = (mine.cpu().double() - exactly).abs()

@@ -1,4 +1,4 @@
-"""Decoding ops of circuits against the formula, on every backend that can run here."""
+"""Decoding ops of circuits, compared with the formula on every backend that can run here."""
 
 from dataclasses import replace
 from typing import Any
@@ -31,8 +31,9 @@ small_shapes = pytest.mark.parametrize("shape", SMALL, ids=str)
 
 
 def dtype_pairs(backend: Backend, shape: Shape) -> list[tuple[torch.dtype, torch.dtype]]:
-    """Return pairs of a leaf dtype and a dtype of prior and transitions. Each dtype occurs once,
-    shifted by shape so that every pair occurs."""
+    """Return pairs of a dtype for leaves and a dtype for prior and transitions. For one shape, each
+    dtype occurs once in each place; over all shapes, every pair of dtypes other than float64
+    occurs."""
     narrow = [t for t in backend.dtypes() if t != torch.float64]
     turn = (SMALL + MEDIUM).index(shape) % len(narrow)
     pairs = list(zip(narrow, narrow[turn:] + narrow[:turn], strict=True))
@@ -87,7 +88,7 @@ def test_verify_accepts_and_draws_by_the_uniforms(
     for dtype, leaf_dtype in dtype_pairs(backend, shape):
         i = make_inputs(shape, leaf_dtype, seed=3, device=backend.device)
         i["target"] = i["target"].to(dtype)
-        if shape.rows > 1:  # The verifier prefers this draft, so rows are accepted in full.
+        if shape.rows > 1:  # Small uniforms: the drafts of these rows are accepted in full.
             i["accept"][1:, :-1] *= 1e-3
         sample = ops.circuit_sample(*circuit(i), i["uniforms"])
         for num_evidence in (None, i["num_evidence"]):
@@ -103,15 +104,16 @@ def test_verify_accepts_and_draws_by_the_uniforms(
 @pytest.mark.parametrize("given", [False, True])
 def test_argmax_equals_the_formula(backend: Backend, shape: Shape, given: bool) -> None:
     for dtype, weights in dtype_pairs(backend, shape):
-        # Coarse 16-bit logits would tie within float32's rounding. These differ in every dtype.
+        # With coarse 16-bit logits, paths can tie up to float32 rounding. With this seed, they
+        # differ.
         i = make_inputs(shape, dtype, weights=weights, seed=4, device=backend.device)
         w = wide(i)
         evidence = i["evidence"] if given else None
         tokens, value = ops.circuit_argmax(*circuit(i), evidence)
         exact = reference.circuit_argmax(*circuit(w), w["evidence"] if given else None)
         assert_log_close(value, exact[1], dtype, shape)
-        # If another path is equally good within rounding, the tokens may differ. They must be
-        # equally probable then: the best value with all of them given.
+        # If several paths are equally probable up to rounding, the op may choose other tokens. The
+        # best value given these tokens must then equal the best value of all.
         best = reference.circuit_argmax(*circuit(w), tokens.cpu())[1]
         assert_log_close(best, exact[1], torch.float32, shape)
         if dtype in (torch.float32, torch.float64):
@@ -131,13 +133,13 @@ def test_power_of_two_weights_give_the_same_tokens_on_every_backend(
         verified = reference.spec_verify(*draft(w, sample), w["num_evidence"])
         assert_same_bits(got["accepted"], verified[0], f"{dtype} accepted: ")
         assert_same_bits(got["next_token"], verified[1], f"{dtype} next token: ")
-        # Every row of a matrix has equally many possible transitions: ties everywhere.
+        # All rows of a matrix have the same number of possible transitions, so there are many ties.
         expected = reference.circuit_argmax(*circuit(w), w["evidence"])[0]
         assert_same_bits(got["argmax"], expected, f"{dtype} argmax: ")
 
 
 @small_shapes
-def test_row_does_not_depend_on_its_batch(backend: Backend, shape: Shape) -> None:
+def test_result_of_a_row_does_not_depend_on_the_batch(backend: Backend, shape: Shape) -> None:
     i = make_inputs(shape, torch.bfloat16, seed=7, device=backend.device)
     together = run_all(i)
     for row in range(shape.rows):
@@ -152,13 +154,13 @@ def test_shared_strided_and_unaligned_parameters_change_no_bit(
 ) -> None:
     i = make_inputs(shape, torch.float16, seed=8, device=backend.device)
     if shape.rows == 0:
-        pytest.skip("no rows to share")
+        pytest.skip("a batch without rows shares no parameters")
     names = ("leaf", "prior", "trans", "target")
     first = {n: t[:1].expand_as(t) if n in names else t for n, t in i.items()}
     expected = run_all({n: t.contiguous() if n in names else t for n, t in first.items()})
 
     def off_grid(t: Tensor) -> Tensor:
-        """Return the rows three elements further apart, one element off their alignment."""
+        """Return a copy with three unused elements (NaN) between rows, and one before the first."""
         width = t[0].numel()
         store = t.new_full((len(t) * (width + 3) + 1,), torch.nan)
         view = store[1:].view(len(t), width + 3)[:, :width]
@@ -180,7 +182,7 @@ def test_missing_prior_and_transitions_are_uniform(backend: Backend) -> None:
         assert_same_bits(a, b, f"{name}: ")
 
 
-def test_one_hot_rows_are_deterministic_and_impossible_rows_give_token_zero(
+def test_one_hot_rows_give_their_token_and_impossible_rows_give_token_zero(
     backend: Backend,
 ) -> None:
     shape = Shape("hmm", 4, 5, 3, 70)
@@ -208,7 +210,7 @@ def test_one_hot_rows_are_deterministic_and_impossible_rows_give_token_zero(
 
 
 def test_mixture_keeps_probabilities_below_the_smallest_float(backend: Backend) -> None:
-    """Check a value for which a sum of probabilities is 0 and its logarithm -inf."""
+    """Check a log-probability of -200, for which a sum of float32 probabilities would be 0."""
     leaf = torch.zeros(1, 1, 2, 3)
     leaf[..., 1] = -200.0
     got = ops.circuit_conditional_dist(
@@ -220,7 +222,7 @@ def test_mixture_keeps_probabilities_below_the_smallest_float(backend: Backend) 
     torch.testing.assert_close(got[0].cpu(), expected)
 
 
-def test_large_logits_lose_no_digits(backend: Backend) -> None:
+def test_results_for_large_logits_are_accurate(backend: Backend) -> None:
     shape = Shape("hmm", 2, 3, 3, 20)
     i = make_inputs(shape, torch.float32, seed=12, device=backend.device)
     far = {n: i[n] + 1e4 for n in ("leaf", "prior", "trans", "target")}
@@ -249,8 +251,8 @@ def test_forbidden_tokens_are_never_emitted(backend: Backend, temperature: float
     assert (accepted == 0).any() and (accepted > 0).any()
 
 
-def test_rejection_with_equal_laws_draws_from_p(backend: Backend) -> None:
-    """Check a rejection although p = q, which happens if the caller's conditional is wrong."""
+def test_rejection_with_equal_distributions_draws_from_p(backend: Backend) -> None:
+    """Check a rejection although p = q, which happens if the caller passes a wrong conditional."""
     leaf = torch.tensor([0.0, 0.0, -torch.inf, 0.0]).view(1, 1, 1, 4).to(backend.device)
     target = leaf[:, :, 0].repeat(1, 2, 1)
     far = torch.full((1, 1), 9.0, device=backend.device)
@@ -264,7 +266,7 @@ def test_rejection_with_equal_laws_draws_from_p(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 31, 257, 4097])
-def test_greedy_chooses_the_first_of_the_largest(backend: Backend, vocabulary: int) -> None:
+def test_greedy_chooses_the_first_of_tied_tokens(backend: Backend, vocabulary: int) -> None:
     shape = Shape("cp", 6, 2, 2, vocabulary)
     i = make_inputs(shape, torch.bfloat16, seed=13, device=backend.device)
     g = torch.Generator().manual_seed(2)
@@ -283,7 +285,7 @@ every_op = pytest.mark.parametrize("name", CALLS)
 
 
 @every_op
-def test_leaf_with_gradient_raises(name: str) -> None:
+def test_leaf_that_requires_a_gradient_raises(name: str) -> None:
     i = make_inputs(Shape("hmm", 2, 3, 2, 4), torch.float32, seed=15)
     i["leaf"].requires_grad_()
     args = [t.detach() if isinstance(t, Tensor) and t.grad_fn else t for t in CALLS[name](i)]

@@ -26,7 +26,7 @@ from torch import Tensor
 from lora_ext import ops, reference
 
 
-def test_mix_has_the_known_value(backend: Backend) -> None:
+def test_mix_of_small_vectors_has_the_known_value(backend: Backend) -> None:
     h = [torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]])]
     gammas = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])]
     mix = Mix(h, gammas, None, torch.tensor([[0.25, 0.75]]), eps=0.0)
@@ -36,11 +36,11 @@ def test_mix_has_the_known_value(backend: Backend) -> None:
 
 @norms
 def test_equals_the_formula_bit_for_bit_if_norms_are_exact(backend: Backend, norm: str) -> None:
-    """Check also that a router with equal weights is exact."""
+    """Check weights, and a router that gives all depths equal weights."""
     for dtype, scales in each(backend):
         for shape in shapes_of(backend):
             if norm == "layer" and shape[1] % 2:
-                continue  # A row of plus and minus one has mean zero only at even widths.
+                continue  # Plus and minus signs can have mean zero only at even widths.
             mix = make(shape, dtype, backend, norm=norm, scales=scales, exact=True)
             (got,), (formula,) = mix.run(), mix.wide().run(reference)
             assert got.device == mix.weights.device
@@ -54,8 +54,8 @@ def test_equals_the_formula_bit_for_bit_if_norms_are_exact(backend: Backend, nor
 def norm_bound(mix: Mix, width: int) -> list[Tensor]:
     """Return the largest |error| of each n_e against float64, before n_e is rounded.
 
-    A row's sum rounds at most once per term, which changes a root by half as much. A mean changes
-    by its own terms. Five products and sums follow.
+    The sum of a row has at most one rounding per term, and the root halves its relative error. The
+    error of a mean is bounded in the same way. Five products and sums follow.
     """
     u = unit(torch.float64 if mix.hiddens[0].dtype == torch.float64 else torch.float32)
     wide, found = mix.wide(), []
@@ -73,7 +73,7 @@ def norm_bound(mix: Mix, width: int) -> list[Tensor]:
 
 
 @norms
-def test_stays_within_the_bound_on_random_values(backend: Backend, norm: str) -> None:
+def test_errors_on_random_values_stay_within_bounds(backend: Backend, norm: str) -> None:
     for dtype, scales in each(backend):
         for shape in shapes_of(backend):
             mix = make(shape, dtype, backend, norm=norm, scales=scales)
@@ -103,7 +103,7 @@ def test_router_agrees_with_the_formula(backend: Backend, norm: str) -> None:
             (u, w), formula = mix.run(), mix.wide().run(reference)
             sums = torch.float64 if dtype == torch.float64 else torch.float32
             assert w.dtype == sums and u.dtype == dtype
-            # A logit errs by the terms of its row, and a weight by the same relative error.
+            # The error of a logit grows with the width. It is the relative error of the weight.
             near = 4 * (shape[1] + 16) * unit(sums)
             assert torch.allclose(w.cpu().double(), formula[1], rtol=near, atol=0)
             assert torch.allclose(w.sum(-1), torch.ones_like(w[..., 0]), rtol=8 * unit(sums))
@@ -112,14 +112,14 @@ def test_router_agrees_with_the_formula(backend: Backend, norm: str) -> None:
             assert torch.allclose(u.cpu().double(), formula[0], rtol=0, atol=near), (dtype, shape)
 
 
-def test_router_mixes_like_its_weights(backend: Backend) -> None:
+def test_mix_with_a_router_equals_the_mix_with_the_router_weights(backend: Backend) -> None:
     for dtype, scales in each(backend):
         mix = make(((7,), 48, 3), dtype, backend, scales=scales, routed=True)
         u, w = mix.run()
         (other,) = replace(mix, router=None, bias=None, weights=w).run()
         if backend.is_twin:
             assert_same_bits(u, other)
-        else:  # A kernel with a router adds the last depth first.
+        else:  # With a router, kernels add the last depth first.
             near = 2 * unit(dtype) * u.abs().max().item() + 1e-5
             assert torch.allclose(u.float(), other.float(), rtol=0, atol=near)
 
@@ -152,7 +152,8 @@ def last_token(t: Tensor) -> Tensor:
 def test_layouts_change_no_bit_of_twins_and_only_rounding_of_kernels(
     backend: Backend, layout: Callable[[Tensor], Tensor], routed: bool
 ) -> None:
-    """Check layouts; kernels process unaligned rows on another path."""
+    """Check several layouts. Kernels process unaligned rows on a separate path, which rounds
+    differently."""
     for dtype, scales in each(backend):
         for shape in [((5,), 24, 3), ((20,), 40, 2), ((3,), 33, 4)]:
             mix = make(shape, dtype, backend, scales=scales, routed=routed)
@@ -186,7 +187,7 @@ def test_expanded_arguments_and_gradients_equal_their_copies(
 
 
 @pytest.mark.parametrize("routed", [False, True], ids=["weights", "router"])
-def test_row_bits_do_not_depend_on_the_batch(backend: Backend, routed: bool) -> None:
+def test_bits_of_a_row_do_not_depend_on_the_batch(backend: Backend, routed: bool) -> None:
     for dtype, scales in each(backend):
         for width in (40, 33):
             mix = make(((7,), width, 3), dtype, backend, scales=scales, routed=routed)
@@ -203,8 +204,9 @@ def test_row_bits_do_not_depend_on_the_batch(backend: Backend, routed: bool) -> 
                     assert_same_bits(got, expected[rows])
 
 
-def test_mix_too_large_for_caches_has_the_same_bits() -> None:
-    """Check mixes of at least 4 MiB, which twins write past the caches."""
+def test_large_mix_is_bitwise_equal_to_the_mixes_of_its_parts() -> None:
+    """Check mixes of at least 4 MiB, which twins write with non-temporal stores (past the
+    caches)."""
     for dtype, width in [(torch.float32, 2048), (torch.float32, 2052), (torch.float64, 1040)]:
         mix = make(((520,), width, 2), dtype)
         (together,) = mix.run()
@@ -233,12 +235,14 @@ def test_gradients_equal_the_formula_bit_for_bit_if_norms_are_exact(
 
 
 def near_formula(mix: Mix, what: object) -> None:
-    """Check gradients within a multiple of the number of terms and the largest of each kind."""
+    """Compare gradients with the formula. The bound of each gradient is proportional to its number
+    of terms and its largest entry."""
     up = upstream(mix)
     formula = gradients(mix.wide(), [t.cpu().double() for t in up], reference)
     h = mix.hiddens[0]
     sums = torch.float64 if h.dtype == torch.float64 else torch.float32
-    # Terms of a row, then of rows. Each sum errs by at most one unit per term of its largest term.
+    # The sums are over the entries of a row, then over rows. The error of a sum is at most one unit
+    # of its largest term per term.
     terms = h.shape[-1] + math.prod(h.shape[:-1]) + 32
     for mine, exact, of in zip(gradients(mix, up), formula, mix.tensors(), strict=True):
         assert mine.dtype == of.dtype and mine.shape == of.shape
@@ -255,7 +259,7 @@ def test_gradients_agree_with_the_formula(backend: Backend, norm: str) -> None:
     for dtype, scales in each(backend):
         for shape in SMALL if backend.small else [*SMALL, *LARGE[:-1]]:
             if shape[1] <= (3 if norm == "layer" else 1):
-                continue  # The norm of few numbers is almost constant, which cancels.
+                continue  # Gradients of the norm of so few numbers are almost 0, by cancellation.
             near_formula(make(shape, dtype, backend, norm=norm, scales=scales), (dtype, shape))
 
 
@@ -267,7 +271,7 @@ def test_gradients_of_a_router_agree_with_the_formula(backend: Backend, norm: st
             near_formula(mix, (dtype, shape))
 
 
-def test_router_gradient_sums_those_of_both_results(backend: Backend) -> None:
+def test_router_gradient_is_the_sum_of_the_gradients_of_both_results(backend: Backend) -> None:
     mix = make(((6,), 40, 3), torch.float32, backend, routed=True)
     up = upstream(mix)
     both = gradients(mix, up)

@@ -16,11 +16,11 @@ from lora_ext import ops, reference
 def test_grams_stay_within_the_bound_on_random_values(
     backend: Backend, asked: torch.dtype | None
 ) -> None:
-    """Check the error of sums of n terms: at most n roundings, and at most n / 32 + 140.
+    """Check the error of sums of n terms: at most n and at most n / 32 + 140 roundings.
 
-    Twins add a span of 256 in at least four lanes; kernels add a step of 32 to 128 at 64 ranks. The
-    lanes are then added, followed by the spans or steps in turn. A product is exact, or rounded
-    with its sum. On the emulator it is rounded once before.
+    Twins add spans of 256 terms in at least four lanes; kernels add steps of 32 to 128 terms (128
+    up to 64 ranks). Then the lanes are added, and finally the spans or steps one after another. A
+    product is exact, or rounded together with its sum; on the emulator it is also rounded before.
     """
     for dtype in DTYPES:
         shapes = shapes_of(backend)
@@ -32,7 +32,7 @@ def test_grams_stay_within_the_bound_on_random_values(
             grams(a, b, asked), exact, magnitude, lengths, strict=True
         ):
             unit = 2.0**-53 if got.dtype == torch.float64 else 2.0**-24
-            # The float64 formula is a sum of n terms too.
+            # The float64 formula has a rounding error of n terms too.
             allowed = (min(n + 1, n / 32 + 140) * unit + n * 2.0**-53) * total
             assert ((got.cpu().double() - formula).abs() <= allowed).all(), (dtype, n)
             assert_same_bits(got, got.T)
@@ -42,15 +42,16 @@ def test_pair_stats_agree_with_dense_products(backend: Backend) -> None:
     for dtype in DTYPES:
         lists = adapters(shapes_of(backend), dtype, backend)
         for b, projected in zip(lists[1], lists[2], strict=True):
-            projected.mul_(1e-3).add_(b)  # almost equal: the expanded form cancels
+            projected.mul_(1e-3).add_(b)  # almost equal, so that |b|^2 - 2 b p + |p|^2 would cancel
         scaling = [1.0 + i for i in range(len(lists[0]))]
         got = ops.lora_pair_stats(*lists, scaling).cpu()
         dense = reference.lora_pair_stats(*([t.cpu() for t in kept] for kept in lists), scaling)
         assert torch.allclose(got, dense, rtol=1e-10, atol=1e-12)
 
 
-def test_known_values_and_empty_lists_and_adapters(backend: Backend) -> None:
-    """Check V = diag(2, 0), which maps b = (1, 1) to (2, 0): |D|^2 = 50, |PD|^2 = 100, d^2 = 50."""
+def test_results_equal_known_values_and_empty_adapters_are_supported(backend: Backend) -> None:
+    """Check values for a = (3, 4), b = (1, 1) and projected b = (2, 0): |D|^2 = 50, |PD|^2 = 100
+    and d^2 = 50."""
     a = torch.tensor([[3.0, 4.0]], device=backend.device)
     b = torch.tensor([[1.0], [1.0]], device=backend.device)
     moved = torch.tensor([[2.0], [0.0]], device=backend.device)
@@ -85,7 +86,7 @@ def test_factors_may_be_expanded_and_rows_may_overlap(backend: Backend) -> None:
             assert_same_bits(got, expected.float())
 
 
-def test_stride_of_a_single_row_and_neighbouring_memory_are_not_read(
+def test_stride_of_a_single_row_is_ignored_and_neighbouring_memory_is_not_read(
     backend: Backend,
 ) -> None:
     numbers = torch.arange(8.0, device=backend.device)
@@ -100,7 +101,7 @@ def test_stride_of_a_single_row_and_neighbouring_memory_are_not_read(
 
 
 def test_rows_may_be_further_apart_than_int32_counts(backend: Backend) -> None:
-    """Check rows with untouched pages between them."""
+    """Check rows at distances above 2^31 elements; memory between them is never touched."""
     far = torch.empty(2**31 + 8, dtype=torch.float16, device=backend.device)
     far[:4], far[2**31 : 2**31 + 4] = 1, 2
     rows = far.as_strided((2, 4), (2**31, 1))
@@ -109,7 +110,7 @@ def test_rows_may_be_further_apart_than_int32_counts(backend: Backend) -> None:
 
 
 @pytest.mark.slow
-def test_list_single_adapter_and_repetition_give_the_same_bits(backend: Backend) -> None:
+def test_lists_single_adapters_and_repeated_calls_are_bitwise_equal(backend: Backend) -> None:
     for dtype in DTYPES:
         a, b, p = adapters(shapes_of(backend), dtype, backend)
         together, stats = ops.lora_gram(a, b), ops.lora_pair_stats(a, b, p, 3.0)
@@ -141,7 +142,7 @@ def test_dtypes_may_be_mixed_in_a_list_and_in_an_adapter(backend: Backend) -> No
 
 @pytest.mark.slow
 def test_list_may_be_longer_than_one_launch(backend: Backend) -> None:
-    """Check more than the 500 adapters of one dtype that a kernel processes at a time."""
+    """Check more than 500 adapters of one dtype, the maximum of one launch."""
     count = 40 if backend.small else 502
     shapes = [(20, 24, 65) if i == 500 else (4, 5 + i % 7, 1 + i % 3) for i in range(count)]
     a, b, p = adapters(shapes, torch.float32, backend)
@@ -155,7 +156,7 @@ def test_list_may_be_longer_than_one_launch(backend: Backend) -> None:
     assert torch.allclose(torch.stack([g.trace().double().cpu() for g in first]), wide, rtol=1e-5)
 
 
-def test_list_may_be_spread_over_devices() -> None:
+def test_adapters_of_a_list_may_be_on_different_devices() -> None:
     shapes = [(6, 5, 3), (4, 7, 2), (9, 4, 2)]
     a, b, p = adapters(shapes, torch.float32, Backend("cpu"))
     spread = [[kept[0], kept[1].to("meta"), kept[2]] for kept in (a, b, p)]
@@ -176,7 +177,7 @@ def test_list_may_be_spread_over_devices() -> None:
             ops.lora_gram(a, [wrong if i == at else t for i, t in enumerate(b)])
 
 
-def test_non_finite_values_affect_only_their_adapter_and_stay_infinite(
+def test_non_finite_values_affect_only_their_adapter_and_infinity_stays_infinite(
     backend: Backend,
 ) -> None:
     a, b, p = adapters([(40, 32, 8), (40, 48, 8)], torch.float32, backend)

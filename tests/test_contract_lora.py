@@ -34,14 +34,14 @@ def test_rows_without_adapter_or_rank_keep_every_bit(backend: Backend, shape: Sh
         if len(shape.ranks):
             idle = idle | (inputs["ranks"][ids.clamp(min=0)] == 0)
         y = inputs["y"]
-        y[idle] = -0.0  # A kernel that adds zero would turn it into +0.0.
+        y[idle] = -0.0  # Adding zero would turn -0.0 into +0.0.
         got = APPLY_.call(inputs)
         assert torch.equal(torch.signbit(got[idle]), torch.signbit(y[idle]))
         assert_same_bits(got[idle], y[idle])
 
 
 @shapes(OP, SMALL, DEEP, MEDIUM)
-def test_plans_int32_ids_and_other_orders_change_no_bit(backend: Backend, shape: Shape) -> None:
+def test_plans_int32_ids_and_the_row_order_change_no_bit(backend: Backend, shape: Shape) -> None:
     inputs = make_inputs(shape, torch.float32, seed=5, device=backend.device)
     plan = ops.lora_plan(inputs["adapter_ids"], len(shape.ranks))
     same(OP.run({**inputs, "plan": plan}), OP.run(inputs))
@@ -55,11 +55,12 @@ def test_plans_int32_ids_and_other_orders_change_no_bit(backend: Backend, shape:
 
 
 @shapes(OP, SMALL, DEEP)
-def test_pages_give_the_bits_of_a_bank(backend: Backend, shape: Shape) -> None:
+def test_pages_are_bitwise_equal_to_a_bank(backend: Backend, shape: Shape) -> None:
     for dtype in backend.dtypes():
         bank = OP.run(make_inputs(shape, dtype, seed=6, device=backend.device))
         pages = OP.run(make_inputs(shape, dtype, seed=6, paged=True, device=backend.device))
-        # A bank and its v may be narrower than pages.
+        # The rank of a bank need not be a multiple of 8, so its v can be narrower than that of
+        # pages.
         same({k: t[:, : bank[k].shape[1]] for k, t in pages.items()}, bank)
 
 
@@ -90,7 +91,7 @@ def test_x_may_be_expanded_and_a_bank_a_view(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("shape", [*SMALL, *DEEP], ids=str)
-def test_row_does_not_depend_on_its_batch_on_the_cpu(shape: Shape) -> None:
+def test_result_of_a_row_does_not_depend_on_the_batch_on_the_cpu(shape: Shape) -> None:
     inputs = make_inputs(shape, torch.float32, seed=13)
     together = APPLY_.call(inputs)
     for t in range(min(shape.tokens, 8)):
@@ -103,7 +104,7 @@ def gradients(inputs: Inputs, names: str, function: Any) -> list[Tensor]:
     tail = (inputs[k] for k in ("adapter_ids", "scale", "ranks", "page_table"))
     values = [leaves.get(k, inputs[k]) for k in "xab"]
     y = function(*values, *tail)
-    if not y.requires_grad:  # No row has an adapter, so the formula does not use the leaves.
+    if not y.requires_grad:  # If no row has an adapter, the formula does not use the leaves.
         return [torch.zeros_like(leaf) for leaf in leaves.values()]
     weights = torch.arange(y.numel()).reshape(y.shape) % 3 - 1
     return list(torch.autograd.grad(y, list(leaves.values()), weights.to(y)))
@@ -128,7 +129,7 @@ def test_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda *values: ops.lora_apply(*values, *tail), leaves)
 
 
-def test_nan_affects_only_its_adapter_and_no_gradient_exceeds_the_rank() -> None:
+def test_nan_affects_only_its_adapter_and_gradients_beyond_the_rank_are_zero() -> None:
     inputs = make_inputs(Shape(6, 16, 12, (8, 8), "interleaved"), torch.float32, seed=15)
     inputs["x"][1] = torch.nan
     a, b = inputs["a"].requires_grad_(), inputs["b"].requires_grad_()
@@ -159,8 +160,9 @@ def test_compiles_without_a_graph_break(backend: Backend) -> None:
 
 
 @shapes(SIBLINGS[0], SMALL, DEEP, MEDIUM)
-def test_siblings_have_the_bits_of_a_single_module(backend: Backend, shape: Shape) -> None:
-    """Check siblings with and without a plan, in banks and pages; each dtype is used with both."""
+def test_siblings_are_bitwise_equal_to_single_modules(backend: Backend, shape: Shape) -> None:
+    """Check siblings with and without a plan, in banks and pages. Over all shapes, each dtype is
+    used with both."""
     for turn, dtype in enumerate(backend.dtypes()):
         (modules,) = SIBLINGS[0].feed(shape, dtype, turn, seed=2, device=backend.device)
         plan = ops.lora_plan(modules[0]["adapter_ids"], len(shape.ranks))
@@ -169,7 +171,7 @@ def test_siblings_have_the_bits_of_a_single_module(backend: Backend, shape: Shap
 
 
 def test_siblings_may_differ_in_ranks_and_alignment(backend: Backend) -> None:
-    """Check no, few and many ranks, a module without adapters, and unaligned outputs."""
+    """Check rank 0, small and large ranks, a module without adapters, and unaligned outputs."""
     shape = Shape(19, 64, 48, (8, 3), "uniform")
     for dtype in backend.dtypes():
         modules = family(shape, dtype, seed=3, device=backend.device)
@@ -195,12 +197,13 @@ def test_siblings_may_differ_in_ranks_and_alignment(backend: Backend) -> None:
         (16, 60, True, 6),
     ],
 )
-def test_siblings_need_the_launches_of_one_module(
+def test_siblings_need_as_many_launches_as_one_module(
     backend: Backend, tokens: int, out: int, paged: bool, launches: int
 ) -> None:
-    """Check launches; prefill and rows not aligned to 16 bytes need some per module."""
+    """Check the number of launches: 2 for all modules, or 2 per module for more than 256 rows
+    (prefill) or rows that are not aligned to 16 bytes."""
     if backend.is_twin or backend.device == "cuda":
-        pytest.skip("the emulator counts launches")
+        pytest.skip("only the emulator counts launches")
     modules = family(Shape(tokens, 64, out, (16, 8)), torch.bfloat16, seed=6, paged=paged)
     plan = ops.lora_plan(modules[0]["adapter_ids"], 2)
     before = backend.module.launches()
@@ -212,8 +215,8 @@ def test_siblings_need_the_launches_of_one_module(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_two_calls_may_add_to_the_same_outputs(backend: Backend, dtype: torch.dtype) -> None:
-    """Check that the expand of a second call does not race with that of the first, which the
-    emulator would report. Expand reads y before it waits for the preceding shrink."""
+    """Check that the expand of a second call does not race with the expand of the first call; the
+    emulator would report it. Expand reads y before it waits for the preceding shrink."""
     modules = family(Shape(5, 64, 32, (8, 8)), dtype, seed=7, paged=True, exact=True)
     modules = [{k: v if v is None else v.to(backend.device) for k, v in m.items()} for m in modules]
     once = together(modules)
@@ -281,7 +284,8 @@ def test_wrong_siblings_raise_and_change_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["y", "x", "a", "b", "adapter_ids", "scale", "ranks"])
 def test_meta_tensor_among_siblings_raises(name: str) -> None:
-    """Check the fake kernel, which runs if a tensor is on meta and would silently do nothing."""
+    """Check the fake kernel. It runs if any tensor is on meta, and without a check would silently
+    do nothing."""
     modules = family(Shape(4, 16, 24, (8, 3)), torch.float32, seed=8)
     if name in ("x", "adapter_ids"):
         changed = modules[0][name].to("meta")
@@ -295,7 +299,7 @@ def test_meta_tensor_among_siblings_raises(name: str) -> None:
 
 
 def test_siblings_increment_versions_and_reject_gradients() -> None:
-    """Check the version counters, by which autograd notices that a saved tensor changed."""
+    """Check the version counters, from which autograd detects that a saved tensor was changed."""
     modules = family(Shape(4, 16, 24, (8, 3)), torch.float32, seed=11)
     with torch.no_grad():
         before = [m["y"]._version for m in modules]

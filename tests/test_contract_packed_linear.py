@@ -29,7 +29,7 @@ def test_packing_equals_the_formula(backend: Backend, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_row_bits_do_not_depend_on_other_rows(backend: Backend, dtype: torch.dtype) -> None:
+def test_bits_of_a_row_do_not_depend_on_other_rows(backend: Backend, dtype: torch.dtype) -> None:
     x, weight, bias = make((70, 301, 70), dtype, exact=False)
     packed = ops.pack_weight(weight)
     together = ops.packed_linear(x, packed, bias, 70)
@@ -71,7 +71,7 @@ def test_inputs_that_require_gradients_raise(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_bits_of_a_number_do_not_depend_on_position_or_threads(
+def test_bits_of_a_result_do_not_depend_on_its_position_or_the_threads(
     backend: Backend, function: str
 ) -> None:
     for dtype in DTYPES:

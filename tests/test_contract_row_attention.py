@@ -1,4 +1,5 @@
-"""Laws of row attention: the bits of a row depend only on its query and the keys that it sees."""
+"""Laws of row attention. The result of a row depends, bitwise, only on its query and the keys and
+values that it attends to."""
 
 from collections.abc import Iterator
 
@@ -24,7 +25,8 @@ def draw(rows: int, keys: int, dtype: torch.dtype, device: str = "cpu") -> tuple
 
 
 def alone(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Iterator[Tensor]:
-    """Yield each row's result ``(H, E)`` from a separate call with copies of its keys."""
+    """Yield the result ``(H, E)`` of each row, computed by a separate call with copies of its
+    keys."""
     for b in range(q.shape[0]):
         for t in range(q.shape[2]):
             keys = seen[b % seen.shape[0], t].nonzero()[:, 0].to(q.device)
@@ -33,7 +35,7 @@ def alone(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_row_has_the_bits_of_the_row_alone(backend: Backend, dtype: torch.dtype) -> None:
+def test_row_of_a_batch_equals_the_row_alone_bitwise(backend: Backend, dtype: torch.dtype) -> None:
     rows, keys = (9, 21) if backend.small else (23, 150)
     q, k, v = draw(rows, keys, dtype, backend.device)
     at, t = torch.arange(keys), torch.arange(rows)[:, None]
@@ -68,7 +70,7 @@ def test_unseen_keys_change_no_bit_whatever_they_contain(backend: Backend) -> No
             t[:, :, ~seen] = garbage
         mask = seen.expand(1, 5, 12)
         assert_same_bits(ops.row_attention(q, k, v, mask=mask), expected)
-    q[1, 2, 3] = torch.nan  # One row's faults do not reach other rows.
+    q[1, 2, 3] = torch.nan  # NaN in one row does not affect other rows.
     found = ops.row_attention(q, k, v, mask=mask)
     assert found[1, 2, 3].isnan().all()
     found[1, 2, 3] = expected[1, 2, 3]

@@ -61,7 +61,7 @@ def test_dropout_equals_the_formula_bit_for_bit(backend: Backend, seed: int, p: 
 
 
 @pytest.mark.parametrize("isa", ["scalar", ""])
-def test_float64_divides_by_the_kept_share_in_float64(isa: str) -> None:
+def test_float64_dropout_scales_by_the_keep_probability_in_float64(isa: str) -> None:
     """Check values for which 1 / 0.9 in float32 would be off by 2e-9, and 1 / 0.7 by 3e-8."""
     lora_ext._C.set_cpu_isa(isa)
     try:
@@ -90,7 +90,7 @@ def test_float64_divides_by_the_kept_share_in_float64(isa: str) -> None:
         lora_ext._C.set_cpu_isa("")
 
 
-def test_philox_gives_its_published_values_and_dropout_keeps_its_share() -> None:
+def test_philox_gives_its_published_values_and_dropout_keeps_the_expected_share() -> None:
     kept = ops.lora_dropout(torch.ones(512, 2048), 0.1, torch.tensor(7)) != 0
     expected = 0.9 * kept.numel()
     assert abs(int(kept.sum()) - expected) < 5 * (expected * 0.1) ** 0.5
@@ -110,7 +110,7 @@ def test_philox_gives_its_published_values_and_dropout_keeps_its_share() -> None
         assert got.tolist() == words[6:]
 
 
-def test_dropped_elements_do_not_count_even_if_nan(backend: Backend) -> None:
+def test_dropped_elements_do_not_affect_results_even_if_nan(backend: Backend) -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=6, dropout_p=0.5, device=backend.device)
     i["weight"] = i["bias"] = None
     expected = run(i)
@@ -129,7 +129,7 @@ def test_rows_without_adapter_or_rank_equal_the_base_bit_for_bit(
         ids = i["adapter_ids"]
         idle = (ids < 0) | (i["ranks"][ids.clamp(min=0)] == 0)
         i["dy"][idle] = -0.0
-        i["x"][idle] = -0.0  # A kernel that adds zero would turn -0.0 into +0.0.
+        i["x"][idle] = -0.0  # Adding zero would turn -0.0 into +0.0.
         out = run(i)
         base = {
             "y": torch.nn.functional.linear(i["x"], i["weight"], i["bias"]),
@@ -141,7 +141,7 @@ def test_rows_without_adapter_or_rank_equal_the_base_bit_for_bit(
 
 
 @pytest.mark.parametrize("idle", ["no adapter", "rank 0"])
-def test_large_call_with_an_idle_row_has_the_bits_of_the_base(idle: str) -> None:
+def test_idle_row_of_a_large_call_is_bitwise_equal_to_the_base(idle: str) -> None:
     i = train_inputs(LARGE[2], torch.float32, seed=17)
     if idle == "rank 0":
         i["ranks"] = torch.tensor([0, 16], dtype=torch.int32)
@@ -171,7 +171,7 @@ def test_adapters_without_rows_and_entries_beyond_a_rank_get_no_gradient(
     for dtype in backend.dtypes():
         i = train_inputs(shape, dtype, seed=8, device=backend.device)
         i["adapter_ids"] = torch.where(i["adapter_ids"] < 2, 1, -1)
-        for _ in range(3):  # memory that was used before
+        for _ in range(3):  # The allocator reuses memory that contained NaN.
             out = run(i)
             assert not out["da"][[0, 2, 3]].any() and not out["db"][[0, 2, 3]].any()
             assert out["da"][1].any() and out["db"][1].any()
@@ -182,7 +182,7 @@ def test_adapters_without_rows_and_entries_beyond_a_rank_get_no_gradient(
         out = run(i)
         beyond = torch.arange(shape.max_rank, device=backend.device) >= i["ranks"][:, None]
         assert not out["da"][beyond].any() and not out["db"].transpose(1, 2)[beyond].any()
-        if shape.tokens:  # The same holds if the sums are not finite.
+        if shape.tokens:  # This also holds for sums that are not finite.
             i["x"][0, 0] = i["dy"][0, 0] = torch.inf
             out = run(i)
             assert not out["da"][beyond].any() and not out["db"].transpose(1, 2)[beyond].any()
@@ -214,7 +214,8 @@ def test_gradient_of_an_adapter_does_not_depend_on_other_rows(
         assert_same_bits(alone["dx"], together["dx"][own], "dx: ")
 
 
-# Slices of 256 and 512 outputs, the last one partial, and ranges of 512 rows.
+# Two shapes with slices of 256 and 512 outputs, the last one partial, and a shape with more than
+# one range of 512 rows.
 PASSES = [
     Shape(35, 24, 600, (8, 16), "interleaved"),
     Shape(40, 40, 1030, (64, 5, 0), "interleaved"),
@@ -223,7 +224,7 @@ PASSES = [
 
 
 @pytest.mark.parametrize("shape", PASSES, ids=str)
-def test_one_pass_over_dy_has_the_bits_of_two(backend: Backend, shape: Shape) -> None:
+def test_one_pass_over_dy_is_bitwise_equal_to_two_passes(backend: Backend, shape: Shape) -> None:
     for dtype in backend.dtypes():
         i = train_inputs(shape, dtype, seed=23, base=False, device=backend.device)
         together = run(i)
@@ -233,7 +234,7 @@ def test_one_pass_over_dy_has_the_bits_of_two(backend: Backend, shape: Shape) ->
 
 
 @dropouts
-def test_nan_in_rows_of_an_adapter_stays_with_it(backend: Backend, p: float) -> None:
+def test_nan_in_rows_of_an_adapter_leaves_others_unchanged(backend: Backend, p: float) -> None:
     for dtype in backend.dtypes():
         shape = Shape(48, 70, 37, (8, 20, 4), "interleaved")
         i = train_inputs(shape, dtype, seed=13, dropout_p=p, base=False, device=backend.device)
@@ -267,14 +268,14 @@ def test_upstream_gradient_may_be_expanded(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_only_leaves_that_require_gradients_get_one(backend: Backend, leaf: str) -> None:
+def test_only_leaves_that_require_gradients_get_a_gradient(backend: Backend, leaf: str) -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=16, dropout_p=0.5, device=backend.device)
     every, one = run(i), run(i, (leaf,))
     assert one.keys() == {"y", f"d{leaf}"}
     same(one, {k: every[k] for k in one})
 
 
-def test_nothing_is_tracked_without_gradients_and_double_backward_raises() -> None:
+def test_without_requires_grad_no_graph_is_built_and_double_backward_raises() -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=17, dropout_p=0.5)
     args = [i[k] for k in (*LEAVES, "adapter_ids", "scale", "ranks", "dropout_p", "seed")]
     y = ops.lora_linear(*args)
@@ -310,7 +311,7 @@ def test_autocast_casts_as_linear_does(backend: Backend, own_seeds: bool) -> Non
         assert_same_bits(out[name].bfloat16(), expected[name], f"{name}: ")
     leaves = [i[k].requires_grad_() for k in LEAVES]
     y = ops.lora_linear(*leaves, i["adapter_ids"], i["scale"], i["ranks"])
-    with torch.autocast(backend.device, torch.bfloat16):  # A backward inside is not cast either.
+    with torch.autocast(backend.device, torch.bfloat16):  # does not affect a backward
         (dx,) = torch.autograd.grad(y, leaves[:1], i["dy"])
     assert dx.dtype == torch.float32
 
@@ -342,7 +343,7 @@ def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool, own_see
         )
         return y * 2 + ops.lora_dropout(y, 0.5, seed[0])
 
-    torch._dynamo.reset()  # The backends share `step` and its limit of recompilations.
+    torch._dynamo.reset()  # All backends compile `step`, which has a recompilation limit.
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (17, 9):
         seed = i["seed"] + rows
@@ -362,16 +363,16 @@ def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool, own_see
         Shape(70, 333, 41, (4, 16, 1, 8)),
         Shape(70, 333, 41, (64, 256)),
         Shape(70, 333, 41, (300, 8)),
-        Shape(300, 1100, 24, (4, 16, 1)),  # for the kernels: decode and prefill, several slices
-        Shape(300, 8200, 8, (4,)),  # slices of 768
+        Shape(300, 1100, 24, (4, 16, 1)),  # for the kernels: decode and prefill with several slices
+        Shape(300, 8200, 8, (4,)),  # slices of 768 inputs
         Shape(4_100, 520, 8, (8,)),  # tiles of 128 rows
-        Shape(8_500, 520, 8, (72,)),  # A block iterates over all slices.
+        Shape(8_500, 520, 8, (72,)),  # Each block iterates over all slices.
     ],
     ids=str,
 )
-def test_update_without_dropout_has_the_bits_of_a_pool(backend: Backend, shape: Shape) -> None:
+def test_update_without_dropout_is_bitwise_equal_to_a_pool(backend: Backend, shape: Shape) -> None:
     if backend.small:
-        pytest.skip("this backend runs the small shapes")
+        pytest.skip("this backend runs only small shapes")
     if not backend.is_twin and max(shape.ranks) > 256:
         pytest.skip("above rank 256 the kernels split sums by the number of rows: docs/exact.md")
     for dtype in backend.dtypes():

@@ -1,4 +1,5 @@
-"""Dropout with one seed per adapter: its rows get the masks that they get alone."""
+"""Dropout with one seed per adapter: the mask of an adapter's rows does not depend on other
+rows."""
 
 from typing import Any
 
@@ -40,13 +41,13 @@ def test_mask_counts_only_the_rows_of_the_adapter() -> None:
 
 
 @shapes(OPS[1], SMALL, DEEP, MEDIUM, LARGE[1:2], [GEMM])
-def test_adapter_gets_the_same_bits_alone(backend: Backend, shape: Shape) -> None:
+def test_adapter_in_a_batch_equals_it_alone_bitwise(backend: Backend, shape: Shape) -> None:
     i = inputs(shape, seed=3, base=False, device=backend.device)
     together = run(i)
     for s in range(min(len(shape.ranks), 3)):
         own = (i["adapter_ids"] == s).nonzero()[:, 0]
         everywhere = torch.arange(shape.tokens, device=own.device)
-        for rows in (own, everywhere):  # alone, and among rows of the base
+        for rows in (own, everywhere):  # alone, and among rows without an adapter
             i_s = one_adapter(i, s, rows)
             for seed in (i_s["seed"], i_s["seed"][0])[: 1 + (rows is own)]:
                 alone = run({**i_s, "seed": seed})
@@ -77,8 +78,9 @@ def test_slots_and_other_rows_change_no_bit(backend: Backend) -> None:
         assert_same_bits(out["da"][1], first["da"][1], f"{dtype} da: ")
 
 
-def test_one_seed_for_all_counts_the_rows_of_the_batch(backend: Backend) -> None:
-    """Check a single adapter too: `()` is one seed for all rows, `(1,)` the adapter's."""
+def test_mask_of_one_seed_for_all_counts_the_rows_of_the_batch(backend: Backend) -> None:
+    """Check a single adapter: a seed of shape `()` is for all rows, a seed of shape `(1,)` is for
+    the adapter."""
     i = inputs(Shape(40, 48, 24, (8,), "half"), seed=5, device=backend.device)
     of_adapter, of_batch = run(i), run({**i, "seed": i["seed"][0]})
     own = i["adapter_ids"] == 0
@@ -110,7 +112,7 @@ def formula_of_base(i: Inputs) -> Outputs:
     return {"y": y, "dx": i["dy"] @ i["weight"], "dweight": weight, "dbias": bias, **zeros}
 
 
-def test_separate_adapters_have_the_seeds_of_a_bank(backend: Backend) -> None:
+def test_separate_calls_per_adapter_equal_a_bank_with_the_same_seeds(backend: Backend) -> None:
     shape = Shape(33, 40, 31, (8, 8, 8))
     i = inputs(shape, seed=9, device=backend.device)
     expected = run(i)

@@ -48,9 +48,10 @@ def test_extreme_logits_stay_finite(backend: Backend, frozen: bool) -> None:
 
 
 def test_sum_beyond_float16_does_not_overflow(backend: Backend) -> None:
-    """Check a chunk of equal logits, which weighs its rows of W by one each: 8192 * 16 > 65504."""
+    """Check a chunk of equal logits. Its gradient first sums its rows of W with weight one, and
+    8192 * 16 exceeds 65504, the largest float16."""
     if backend.library != "lora_ext":
-        pytest.skip("the library of the emulator has no float32 results for float16")
+        pytest.skip("the GEMM of the emulator has no float32 results for float16")
     hidden = torch.zeros(2, 4, dtype=torch.float16, device=backend.device, requires_grad=True)
     weight = torch.full((8192, 4), 16.0, dtype=torch.float16, device=backend.device)
     labels = torch.zeros(2, dtype=torch.int64, device=backend.device)
@@ -58,7 +59,7 @@ def test_sum_beyond_float16_does_not_overflow(backend: Backend) -> None:
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))  # All rows of W are equal.
 
 
-def test_tokens_with_a_bias_of_minus_infinity_have_no_share(backend: Backend) -> None:
+def test_tokens_with_a_bias_of_minus_infinity_have_probability_zero(backend: Backend) -> None:
     """Check that both distributions give probability 0 to tokens with a bias of -inf."""
     layer = Layer(Case(4, 8, 20, 6, bias=True, frozen=True), torch.float32, backend.device)
     layer.bias[:8] = -torch.inf
@@ -72,10 +73,10 @@ def test_tokens_with_a_bias_of_minus_infinity_have_no_share(backend: Backend) ->
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("label", [2, 17], ids=["another", "the label"])
-def test_non_finite_logit_has_the_effect_it_has_in_the_formula(
+def test_non_finite_logit_has_the_same_effect_as_in_the_formula(
     backend: Backend, label: int, value: float, softcap: float | None
 ) -> None:
-    """Check the last, partial chunk; the second row does not count."""
+    """Check a logit in the last chunk, which is partial. The second row is ignored."""
     bias = torch.linspace(-1, 1, 18)
     bias[17] = value
     weight = torch.randn(18, 4, generator=torch.Generator().manual_seed(0))
@@ -95,7 +96,8 @@ def test_non_finite_logit_has_the_effect_it_has_in_the_formula(
 
 
 def test_confident_prediction_keeps_its_small_loss_and_gradient(backend: Backend) -> None:
-    """Check exp(-20), which is below the last bit of 1: the formula in float32 would give 0."""
+    """Check a loss of exp(-20). It is smaller than the last bit of 1, so the formula in float32
+    would give 0."""
     hidden = torch.tensor([[20.0, 0.0]], device=backend.device, requires_grad=True)
     eye = torch.eye(2, device=backend.device)
     loss = ops.chunked_cross_entropy(
@@ -109,7 +111,7 @@ def test_confident_prediction_keeps_its_small_loss_and_gradient(backend: Backend
 
 @pytest.mark.parametrize("frozen", [False, True])
 @both_losses
-def test_loss_and_gradients_are_zero_without_counted_rows(
+def test_loss_and_gradients_are_zero_if_all_rows_are_ignored(
     backend: Backend, frozen: bool, loss: str
 ) -> None:
     for softcap in (None, 2.0):
@@ -124,8 +126,9 @@ def test_loss_and_gradients_are_zero_without_counted_rows(
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_teacher_equal_to_student_gives_no_loss_or_gradient(backend: Backend, frozen: bool) -> None:
-    """Check that equal logits give exactly 0. A library may round equal rows of a product
-    differently; rows of integers are equal, and others almost equal."""
+    """Check that equal logits give exactly 0. A library may round equal rows of a matrix product
+    differently. Products of integers are therefore compared exactly, and others with a
+    tolerance."""
     for dtype in backend.dtypes():
         for exact in (True, False):
             case = Case(5, 16, 40, 16, some=False, frozen=frozen)
@@ -161,7 +164,7 @@ def test_ignore_index_is_respected_and_labels_out_of_range_raise(backend: Backen
 
 
 def test_layouts_and_repetition_change_no_bit(backend: Backend) -> None:
-    """Check with integers: their products are exact in any order of additions."""
+    """Check with integers, whose sums of products are exact in any order."""
 
     def strided(t: Tensor) -> Tensor:
         room = t.detach().new_zeros(*t.shape[:-1], 2 * t.shape[-1] + 3)
@@ -184,7 +187,7 @@ def test_layouts_and_repetition_change_no_bit(backend: Backend) -> None:
 
 
 def test_number_of_threads_changes_no_bit() -> None:
-    """Check the losses and the gradient by the label: their products are exact."""
+    """Check the losses for integers, whose products are exact."""
     layer = Layer(Case(70, 16, 3000, 1000, hiddens=2), torch.float32, "cpu", exact=True)
     for loss in ("cross_entropy", "kl"):
         one, two = (both(layer, loss, True) for _ in with_threads(1, 2))
@@ -192,7 +195,7 @@ def test_number_of_threads_changes_no_bit() -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_mixed_dtypes_use_the_wider_one(backend: Backend, frozen: bool) -> None:
+def test_mixed_dtypes_are_computed_in_the_wider_one(backend: Backend, frozen: bool) -> None:
     for low in (torch.bfloat16, torch.float16):
         for first, second in ((low, torch.float32), (torch.float32, low)):
             case = Case(5, 16, 40, 16, bias=True, frozen=frozen)
@@ -229,7 +232,8 @@ def test_autocast_sets_the_dtype_of_the_products(backend: Backend) -> None:
 @both_losses
 def test_gradcheck_in_float64(loss: str) -> None:
     for case in (SMALL[3], SMALL[4], SMALL[6], SMALL[7]):
-        # The teacher is constant on purpose, and so is the layer: finite differences would move it.
+        # The teacher must be constant, and so must the layer, since finite differences would change
+        # it.
         kl = loss == "kl"
         layer = Layer(replace(case, frozen=case.frozen or kl), torch.float64, "cpu")
         layer.hiddens = layer.hiddens if kl else layer.hiddens[:1]
@@ -266,7 +270,7 @@ def test_compiled_losses_equal_eager_ones(frozen: bool) -> None:
         assert torch.allclose(g, e, rtol=1e-5, atol=1e-7)
 
 
-def test_second_backward_gives_the_same_and_double_backward_raises(
+def test_second_backward_gives_the_same_gradients_and_double_backward_raises(
     backend: Backend,
 ) -> None:
     for frozen in (False, True):

@@ -1,4 +1,4 @@
-"""The law of factors: one training step changes every rank, however the factors were made.
+"""The law of factors: one training step changes every rank, whichever function made the factors.
 
 The gradient of a row of A is a multiple of its column of B, and vice versa. A rank that is 0 in
 both can therefore never change, and no error reports it.
@@ -41,7 +41,7 @@ def with_a_rank_twice(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-#: The two adapters before an operation.
+#: Changes to the factors (a, b) of the two adapters before an operation.
 STARTS: dict[str, tuple[Callable, Callable]] = {
     "trained": (lambda a, b: (a, b), lambda a, b: (a.flip(0), b + 1)),
     "fresh": (lambda a, b: (a, b * 0), lambda a, b: (a.flip(0), b * 0)),
@@ -72,7 +72,7 @@ def summed(one: LoraAdapter, two: LoraAdapter, weights: tuple[float, float]) -> 
 
 
 def of_means(one: LoraAdapter, two: LoraAdapter, weights: tuple[float, float]) -> Products:
-    """Return ``s (sum w B) (sum w A)``."""
+    """Return ``s (sum w B) (sum w A)`` for each module."""
     found = {}
     for name, factors in one.modules.items():
         other = two.modules[name]
@@ -132,7 +132,7 @@ def interpolated(space: str, lam: float) -> Way:
 
 
 def with_state(value: LoraAdapter, state: dict[str, Tensor]) -> LoraAdapter:
-    """Return the adapter with the factors of a state; ``resize_adapter`` handles other ranks."""
+    """Return the adapter with the factors of a state dict, which may have other ranks."""
     modules = {
         name: f._replace(
             a=state[f"base_model.model.{name}.lora_A.weight"],
@@ -144,7 +144,8 @@ def with_state(value: LoraAdapter, state: dict[str, Tensor]) -> LoraAdapter:
 
 
 def aggregated(rank_agg: str, server_lr: float = 1.0, rank: int = RANK) -> Way:
-    """Aggregate two equal clients with the values of the adapters, starting at the first."""
+    """Aggregate two equally weighted clients, which upload the two adapters; the first adapter is
+    the server's state."""
 
     def way(one: LoraAdapter, two: LoraAdapter, folder: Path):
         state, plan = one.state_dict(), LayerPlan((0,), None if rank == RANK else (rank,))
@@ -232,7 +233,7 @@ def gradients_of_a_step(a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, T
 def assert_a_step_moves_every_rank(a: Tensor, b: Tensor, scaling: float, where: str) -> None:
     of_a, of_b = gradients_of_a_step(a, b, scaling)
     moved = of_a.any(1) | of_b.any(0)
-    assert bool(moved.all()), f"{where}: ranks {(~moved).nonzero().flatten().tolist()} are lost"
+    assert bool(moved.all()), f"{where}: gradient 0 at ranks {(~moved).nonzero()[:, 0].tolist()}"
 
 
 @pytest.mark.parametrize(
@@ -258,15 +259,16 @@ def test_one_step_changes_every_rank_and_the_product_is_as_expected(
                 for f in (one.modules[name], two.modules[name])
             )
             off = (delta(found, name) - expected[name]).norm()
-            # A product is rounded to the dtype once. Both SVDs round in float64 before that.
+            # The product is rounded to the dtype once, after rounding errors of both SVDs in
+            # float64.
             eps = max(8 * torch.finfo(dtype).eps, 64 * torch.finfo(torch.float64).eps)
             assert off <= eps * size
     again, _ = WAYS[way](one, two, tmp_path / "again")
-    assert again == found, "two calls gave different rows"
+    assert again == found, "expected equal results of two calls"
 
 
 def of_two_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors where all rows of A are combinations of two rows, up to rounding."""
+    """Return factors in which all rows of A are combinations of two rows, up to rounding."""
     g = torch.Generator().manual_seed(3)
     mix = torch.randn(RANK, 2, generator=g, dtype=torch.float64)
     return (mix @ a[:2].double()).to(a.dtype), b
@@ -282,7 +284,7 @@ def of_two_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         "LEGEND's resizing of a state, smaller",
     ],
 )
-def test_ranks_that_are_only_rounding_get_gradients_like_the_others(way: str, tmp_path: Path):
+def test_ranks_with_a_singular_value_of_rounding_size_get_gradients(way: str, tmp_path: Path):
     ways = WAYS | {
         "resize, three of four": resized(3),
         "LEGEND's resizing of a module, smaller": resized_by_legend(3, whole_state=False),
@@ -293,7 +295,8 @@ def test_ranks_that_are_only_rounding_get_gradients_like_the_others(way: str, tm
     for name, factors in found.modules.items():
         gradients = gradients_of_a_step(factors.a, factors.b, factors.scaling)
         sizes = torch.hypot(gradients[0].norm(dim=1), gradients[1].norm(dim=0))
-        # With the root of a rounding-only singular value in both factors, it is about sqrt(eps).
+        # Both factors contain the root of the singular value. If that is only rounding (about eps),
+        # the smallest gradient is about sqrt(eps) of the largest.
         assert sizes.min() >= 10 * eps**0.5 * sizes.max(), f"{name}: {sizes.tolist()}"
         size = one.modules[name].a.norm() * one.modules[name].b.norm() * factors.scaling
         assert (delta(found, name) - expected[name]).norm() <= 8 * eps * size
@@ -306,12 +309,13 @@ def test_no_rank_of_independent_factors_counts_as_rounding(rank: int):
     b = (0.05 * torch.randn(512, rank, generator=g)).bfloat16()
     found_a, found_b, _ = _low_rank.resized("resize", a, b, rank // 2)
     ratio = found_a.double().norm(dim=1) / found_b.double().norm(dim=0)
-    # Each factor has the root of the singular value, up to the rounding of its entries.
+    # Both factors contain the root of the singular value, up to the rounding of their entries.
     assert (ratio - 1).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps
 
 
-def test_rows_are_drawn_only_for_lost_ranks_and_requested_zeros_stay():
-    """Check HetLoRA's rule, which counts the missing ranks of a client as zeros."""
+def test_random_rows_replace_only_lost_ranks_and_zeros_of_zero_pad_stay():
+    """Check HetLoRA's aggregation "zero_pad", which counts missing ranks of a client as zeros, and
+    merging of adapters with a lost rank."""
     one = adapter(0, RANK)
     state = one.state_dict()
     cut = {k: v[:2] if "lora_A" in k else v[:, :2] for k, v in state.items()}
@@ -331,7 +335,7 @@ def test_rows_are_drawn_only_for_lost_ranks_and_requested_zeros_stay():
 
 @pytest.mark.parametrize("total", [3, 6, 9])
 def test_legend_round_changes_every_rank_of_the_trained_layers(total: int):
-    """Check a fresh adapter with other ranks, trained above cached activations."""
+    """Check a resized, untrained adapter that is trained on cached activations."""
     model = adapted("ours", init_lora_weights=True)
     manager = LoraLayerManager(model)
     ranks = legend.LegendConfig(total=total).ranks(manager.num_layers)
@@ -343,7 +347,7 @@ def test_legend_round_changes_every_rank_of_the_trained_layers(total: int):
     cache = legend.PrefixCache(manager)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-    for _ in range(2):  # The first step fills the cache, the second one starts above it.
+    for _ in range(2):  # The first step fills the cache, which the second one reads.
         before = {k: v.clone() for k, v in manager.state_slice(plan.layers, plan.ranks).items()}
         with manager.boundary(), cache.batch([0, 1]):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss

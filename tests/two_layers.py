@@ -1,4 +1,4 @@
-"""A model of two linear layers on a pool of three adapters, and its formula row by row."""
+"""A model of two linear layers, three adapters for its pool, and its reference, row by row."""
 
 from typing import Any
 
@@ -59,7 +59,8 @@ def make(dtype: torch.dtype = torch.float32, biased: str = "") -> Mlp:
 
 
 def formula(model: Mlp, x: Tensor, rows: list[str | None], biased: str = "") -> Tensor:
-    """Return the output in the dtype of x, row by row: ``base(x) + scale * (B A x + bias)``."""
+    """Return the reference output in the dtype of x: ``base(x) + scale * (B A x + bias)`` for each
+    row with its adapter. ``biased`` names the adapter that has biases."""
     out = []
     for t, name in enumerate(rows):
         h = x.reshape(-1, IN)[t]

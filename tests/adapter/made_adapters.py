@@ -1,4 +1,4 @@
-"""Adapters with random factors, and their updates of a weight."""
+"""Functions that make adapters with random factors, and compute their weight updates."""
 
 import torch
 import transformers
@@ -21,7 +21,8 @@ def llama(layers=2, **fields):
 
 
 def adapter(seed=0, ranks=4, shapes=SHAPES, dtype=torch.float32, scale=2.0, **fields):
-    """Return an adapter with random factors; ``ranks`` is one rank for all modules, or a dict."""
+    """Return an adapter with random factors. ``ranks`` is the rank of all modules, or a dict with a
+    rank per module."""
     g = torch.Generator().manual_seed(seed)
     ranks = ranks if isinstance(ranks, dict) else dict.fromkeys(shapes, ranks)
 
@@ -50,7 +51,7 @@ def adapter(seed=0, ranks=4, shapes=SHAPES, dtype=torch.float32, scale=2.0, **fi
 
 
 def rescaled(value, scaling):
-    """Return the same factors with another scale."""
+    """Return a copy of an adapter with the same factors and the scale ``scaling``."""
     modules = {n: f._replace(scaling=scaling) for n, f in value.modules.items()}
     return value.with_modules(modules)
 

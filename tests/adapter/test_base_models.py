@@ -1,4 +1,4 @@
-"""Warnings for adapters of different base models: one for each pair, and no false ones."""
+"""Warnings for adapters of different base models: one per pair of models, none for one model."""
 
 import os
 import warnings
@@ -20,7 +20,8 @@ def of(name, seed=0):
 
 
 def found(call):
-    """Return the warnings of a call, after a check that each points to the caller's line."""
+    """Return the texts of the warnings of a call. Check that each one points to the calling
+    file."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
@@ -44,7 +45,7 @@ SAME = [
 
 
 @pytest.mark.parametrize("names", SAME)
-def test_two_names_of_one_model_do_not_warn(names):
+def test_two_names_of_one_base_model_do_not_warn(names):
     bases = BaseModels(names[0])
     assert found(lambda: bases.meet("here", names[1], 1)) == []
 
@@ -53,7 +54,7 @@ def test_two_names_of_one_model_do_not_warn(names):
     "names",
     [("a/llama", "a/mistral"), ("a/b", "/c/models--a--c/snapshots/b"), ("q-4B", "q-4B-Instruct")],
 )
-def test_another_base_model_warns_once(names):
+def test_adapter_of_another_base_model_warns_once(names):
     bases = BaseModels()
     first, second, third = ([] for _ in range(3))
     first += found(lambda: bases.meet("here", names[0], 1))
@@ -110,12 +111,12 @@ def test_pool_warns_of_adapters_of_another_model_and_serves_them(tmp_path):
     messages = found(lambda: pool.load("other", other))
     assert len(messages) == 1 and messages[0].startswith("AdapterPool.load: source: ")
     assert "'a/llama' and 'a/mistral'" in messages[0]
-    assert found(lambda: pool.prefetch({"again": other})) == [], "one warning for each base model"
+    assert found(lambda: pool.prefetch({"again": other})) == [], "expected one warning per model"
     assert pool.names == ["one", "other", "again"]
     assert found(lambda: lora_ext.attach(model, pool)) == []
 
 
-def test_pool_of_an_unnamed_model_compares_its_adapters_and_attached_models(
+def test_pool_of_an_unnamed_model_compares_adapters_with_each_other_and_attached_models(
     tmp_path,
 ):
     one, other = saved(tmp_path / "one", "a/llama"), saved(tmp_path / "two", "a/mistral")

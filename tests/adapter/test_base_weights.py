@@ -1,4 +1,4 @@
-"""Adapter files that also contain base weights, as PEFT writes them beside an adapted head."""
+"""Adapter files that also contain base weights, as PEFT saves them if the head is adapted."""
 
 import copy
 import gc
@@ -25,7 +25,7 @@ def small(tied=False, vocabulary=64):
 
 
 def trained(model, targets):
-    """Return PEFT's model over a copy of ``model``, with random factors."""
+    """Return a PEFT model that wraps a copy of ``model`` and has random factors."""
     config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     return peft.get_peft_model(copy.deepcopy(model), config)
 
@@ -57,7 +57,7 @@ def test_equal_base_weight_is_accepted_and_a_changed_one_is_refused(case, strict
     assert {key for key in tensors if "lora_" not in key} == expected, "as saved by PEFT"
 
     pool = pool_of(model)
-    assert pool.load("same", tmp_path, strict=strict) == (), "base weights are not skipped"
+    assert pool.load("same", tmp_path, strict=strict) == (), "expected no skipped base weights"
     lora_ext.attach(model, pool)
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad(), lora_ext.adapters("same"):
@@ -74,7 +74,7 @@ def test_equal_base_weight_is_accepted_and_a_changed_one_is_refused(case, strict
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_head_trained_without_an_adapter_is_compared_too(strict, tmp_path):
+def test_base_weight_of_a_head_without_adapter_is_compared_too(strict, tmp_path):
     # PEFT's ``save_embedding_layers=True`` saves embedding and head without ``base_layer``.
     model = small()
     theirs = trained(model, ["q_proj"])
@@ -115,8 +115,8 @@ def test_resized_vocabulary_is_refused_until_the_model_is_resized_too(strict, tm
 @pytest.mark.parametrize(
     ("file", "model_dtype", "fits"),
     [
-        (torch.bfloat16, torch.float32, False),  # the file has lost bits that the model has
-        (torch.float32, torch.bfloat16, True),  # loading the file changes no bit of the model
+        (torch.bfloat16, torch.float32, False),  # the file is rounded, the model is not
+        (torch.float32, torch.bfloat16, True),  # rounding the file gives the model's weights
         (torch.float32, torch.float64, True),
     ],
 )

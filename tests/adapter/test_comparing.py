@@ -1,4 +1,4 @@
-"""``compare_adapters``: distance, cosine and principal angles, against dense matrices."""
+"""``compare_adapters``: distance, cosine and principal angles, compared with dense matrices."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_distance_of_an_adapter_to_itself_is_zero():
 
 
 @pytest.mark.parametrize("angle", [1e-9, 1e-3, 0.5, 1.2, math.pi / 2])
-def test_principal_angles_equal_known_ones(angle):
+def test_principal_angles_equal_known_angles(angle):
     a = torch.randn(2, 8, dtype=torch.float64)
     one, two = torch.zeros(2, 10, 2, dtype=torch.float64)
     one[0, 0] = one[1, 1] = two[1, 1] = 1
@@ -51,7 +51,7 @@ def test_principal_angles_equal_known_ones(angle):
     assert found.angles == pytest.approx((0.0, angle), abs=1e-12)
     wider = torch.cat([two, torch.eye(10, dtype=torch.float64)[:, 5:7]], 1)
     (found,) = compare_adapters(of(torch.randn(4, 8).double(), wider), of(a, one))
-    assert found.angles == pytest.approx((0.0, angle), abs=1e-12), "as many as the smaller rank"
+    assert found.angles == pytest.approx((0.0, angle), abs=1e-12), "expected 2, the smaller rank"
 
 
 def test_zero_updates_have_no_angles():
@@ -60,7 +60,7 @@ def test_zero_updates_have_no_angles():
     (found,) = compare_adapters(value, fresh)
     assert found.cosine is None and found.angles == ()
     assert found.distance == pytest.approx(found.norms[0])
-    twice = merge_adapters([value, value], [0.5, 0.5])  # rank 8, of which 4 are used
+    twice = merge_adapters([value, value], [0.5, 0.5])  # factors of rank 8, update of rank 4
     (found,) = compare_adapters(twice, value)
     assert found.ranks == (8, 4) and len(found.angles) == 4 and max(found.angles) < 1e-5
 
@@ -81,7 +81,7 @@ def test_folders_are_accepted_and_progress_is_reported(tmp_path):
     assert sorted(seen) == sorted(SHAPES)
 
 
-def test_modules_that_cannot_be_compared_are_named():
+def test_errors_name_modules_that_cannot_be_compared():
     value, other = adapter(), adapter(shapes={Q: (24, 19)})
     with pytest.raises(ValueError, match=rf"second: {Q}: expected 20 inputs and 24 .* found 19"):
         compare_adapters(value, other)

@@ -1,4 +1,4 @@
-"""Initialisations of this package in saved files, which PEFT must be able to load."""
+"""Saving of lora_ext's own initialisation schemes, in files that PEFT can load."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def test_init_scheme_of_peft_needs_no_separate_field(scheme, tmp_path):
     assert raw["init_lora_weights"] is (scheme is not False) and "lora_ext_init" not in raw
 
 
-def test_layers_with_different_schemes_are_saved_with_pefts_default(tmp_path):
+def test_layers_with_different_init_schemes_are_saved_with_the_default_of_peft(tmp_path):
     ours = model()
     ours[0] = LoraLinear(ours[0], r=2, init_lora_weights="init_b")
     ours[2] = LoraLinear(ours[2], r=2, init_lora_weights="init_a")
@@ -57,7 +57,7 @@ def test_layers_with_different_schemes_are_saved_with_pefts_default(tmp_path):
     assert raw_of(tmp_path / "second")["lora_ext_init"] == "init_b"
 
 
-def test_saved_lora_config_of_ours_is_loadable_by_peft(tmp_path):
+def test_saved_lora_config_of_lora_ext_is_loadable_by_peft(tmp_path):
     config = LoraConfig(r=2, init_lora_weights="init_b", target_modules=["0"])
     ours = wrap(model(), config)
     save_adapter(tmp_path, config.to_dict(), LoraAdapter.from_model(ours).state_dict())

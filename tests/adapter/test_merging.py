@@ -19,8 +19,8 @@ MODES = ("delta", "factors", "delta_svd")
 
 
 def assert_delta(value, name, expected, tolerance=1e-5):
-    """Check the update of ``name``: rounding the float32 factors once changes an entry by a few
-    2^-24 of a sum of products."""
+    """Check the weight update of module ``name``. The tolerance covers one rounding of the float32
+    factors, a few 2^-24 of a sum of products."""
     found = delta(value, name)
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
@@ -272,7 +272,7 @@ def refused(match, *arguments, kind=ValueError, **options):
         merge_adapters(*arguments, **options)
 
 
-def test_invalid_arguments_are_named():
+def test_errors_name_invalid_arguments():
     one = adapter()
     refused(r"merge_adapters: adapters: expected at least one, found none", [], [])
     refused(r"weights: expected one for each of 1 adapters, found 2", [one], [1, 2])
@@ -320,7 +320,7 @@ def test_dora_is_refused_by_name(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nonfinite_factors_are_named(mode, value):
+def test_error_names_nonfinite_factors(mode, value):
     bad = adapter(1)
     bad.modules[V].b[3, 2] = value
     refused(rf"adapters\[1\]: {V}: b: expected finite", [adapter(), bad], [1, 1], mode)
@@ -331,7 +331,7 @@ def test_sum_that_overflows_its_dtype_is_refused():
     refused(rf"merge_adapters: {Q}: b: .*float16 can hold", values, [1e6, 1.0])
 
 
-def test_modes_agree_if_all_are_exact():
+def test_all_modes_agree_for_adapters_that_share_a():
     # Both adapters share A, so summing factors equals summing updates if the weights sum to one.
     first = adapter(1, dtype=torch.float64)
     modules = {n: f._replace(b=f.b.flip(0)) for n, f in first.modules.items()}

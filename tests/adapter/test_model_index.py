@@ -1,4 +1,4 @@
-"""`ModelIndex`: the modules of a model that can have an adapter, and the devices of their pages."""
+"""`ModelIndex`: the modules of a model that can have adapters, and the devices of their pages."""
 
 import copy
 
@@ -16,10 +16,10 @@ from lora_ext.adapter._model_index import ModelIndex
 from lora_ext.pool import AdapterPool
 
 
-def test_packages_and_the_context_manager_keep_their_names():
+def test_public_names_are_packages_or_the_context_manager_adapters():
     assert lora_ext.pool.AdapterPool is lora_ext.AdapterPool is AdapterPool
     assert lora_ext.adapter.save_adapter is not None
-    assert lora_ext.adapters is lora_ext.nn.adapters, "the context manager, not a package"
+    assert lora_ext.adapters is lora_ext.nn.adapters, "found another object"
 
 
 def _peft_model():
@@ -121,7 +121,7 @@ def test_offloaded_model_serves_the_same_adapters(offload, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Modules whose rows differ from the batch's, or that are not called at all
+# Modules with other rows than the batch, such as routed experts, and modules that are not called
 
 
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
@@ -129,7 +129,7 @@ _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def _small(name, kind="ForCausalLM", **fields):
-    """Return a function that makes a small model of the transformers class of that name."""
+    """Return a function that makes a small model of the transformers class ``name + kind``."""
     config = getattr(transformers, f"{name}Config")
     return lambda: getattr(transformers, f"{name}{kind}")(config(**fields))
 
@@ -148,7 +148,7 @@ _switch = _small(
 
 
 class _ExpertsInAList(nn.Module):
-    """Mixture of experts as in earlier versions of Mixtral and in many other models."""
+    """Mixture of experts with one module per expert, as in earlier versions of Mixtral."""
 
     def __init__(self):
         super().__init__()
@@ -177,7 +177,7 @@ def test_pool_of_a_mixture_excludes_its_routed_experts(family):
     make, some = MIXTURES[family]
     model = make()
     pool = AdapterPool(model, max_slots=1, max_rank=8)
-    assert some <= pool.modules.keys(), "routers and shared experts, which all tokens pass"
+    assert some <= pool.modules.keys(), "expected modules that process all tokens in the pool"
     assert not [name for name in pool.modules if ".experts." in name and "router" not in name]
     lora_ext.attach(model, pool)
     lora_ext.detach(model)
@@ -197,7 +197,7 @@ def _factors(name, i=12, o=20):
 )
 @pytest.mark.parametrize("targets", [["q_proj", "w1"], None])
 def test_adapter_of_routed_experts_is_refused_by_name(make, targets, strict):
-    # Also if the model keeps its experts in one tensor and has no module of that name.
+    # The second model has no module of this name, as if it stored its experts in one tensor.
     pool = AdapterPool(make(), max_slots=1, max_rank=8)
     raw = config(targets=()) | {"target_modules": targets}
     tensors = _factors("q_proj", 12, 12) | _factors(EXPERT)
@@ -224,7 +224,8 @@ def test_factors_of_a_module_that_is_not_called_are_never_skipped(strict):
 
 
 class _Reads(nn.Module):
-    """Model that, as Mamba, never calls ``read`` and reads the dtype of ``asked``."""
+    """Model that, like Mamba, uses the weight of ``read`` without calling this layer. Of ``asked``,
+    which is called, it also reads the dtype."""
 
     def __init__(self):
         super().__init__()
@@ -257,13 +258,13 @@ _JAMBA = {
     ],
     ids=["ours", "mamba", "falcon-mamba", "jamba", "bloom", "exact-bloom"],
 )
-def test_layers_whose_weights_are_read_are_bypassed(make, ends):
+def test_layers_that_are_not_called_but_used_by_weight_are_bypassed(make, ends):
     assert {name.rpartition(".")[2] for name in ModelIndex.build(make()).bypassed} == ends
 
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_adapter_on_a_layer_that_is_not_called_is_refused_by_name(strict):
-    # Zeros are accepted: PEFT adds factors there too, and no gradient reaches them.
+    # B = 0 is accepted: PEFT adds factors to these layers too, and they receive no gradient.
     pool = AdapterPool(nn.Sequential(_Reads()), max_slots=1, max_rank=2)
     targets = ["read", "called"]
     state = {}

@@ -1,4 +1,4 @@
-"""`ModelWeights`: weights of a model, paired by name, read lazily, from untrusted files."""
+"""`ModelWeights`: weights of a model by name, read on demand from files that are not trusted."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_model_without_its_head_is_paired_with_one_that_has_it():
     assert torch.equal(weights(whole, Q.removeprefix("model."))[0], weights(bare, Q)[0])
 
 
-def test_exact_name_is_preferred_and_two_others_are_ambiguous():
+def test_exact_name_is_preferred_and_two_other_matches_are_ambiguous():
     one, two = torch.ones(2, 2), torch.zeros(2, 2)
     assert weights({"model.up.weight": one, "up.weight": two}, "up")[0].sum() == 0
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""``prune_adapter``: fewer modules; the kept ones share their tensors."""
+"""``prune_adapter``: removal of modules; the kept modules share their tensors with the original."""
 
 import copy
 import warnings
@@ -70,7 +70,7 @@ def test_peft_and_the_pool_load_pruned_adapters(case, mode, tmp_path):
     assert LoraAdapter.load(tmp_path / "new") == found
 
 
-def test_kept_names_that_are_suffixes_of_others_do_not_match_these(tmp_path):
+def test_kept_name_does_not_match_longer_names_with_this_suffix(tmp_path):
     shapes = {"up": (6, 5), "block.up": (6, 5), "block.down": (5, 6), "c.block.up": (6, 5)}
     base = nn.ModuleDict(
         {
@@ -127,7 +127,7 @@ def test_trained_bias_of_a_removed_module_is_renamed_as_in_peft(bias, tmp_path):
     assert LoraAdapter.load(tmp_path) == found == LoraAdapter.from_model(theirs)
 
 
-def test_invalid_arguments_are_named():
+def test_errors_name_invalid_arguments():
     value = adapter()
     with pytest.raises(
         ValueError, match=r"prune_adapter: keep: expected names .* found 'q_proj'"

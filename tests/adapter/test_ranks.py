@@ -80,12 +80,12 @@ SPECTRA = [
 
 
 @pytest.mark.parametrize(("spectrum", "expected"), SPECTRA, ids=str)
-def test_effective_ranks_of_known_spectra(spectrum, expected):
+def test_effective_ranks_equal_known_values(spectrum, expected):
     for kind, value in expected.items():
         assert effective_rank(diagonal(*spectrum), kind=kind, k=2) == pytest.approx(value, rel=1e-8)
 
 
-def test_threshold_ranks_of_known_spectra():
+def test_threshold_ranks_equal_known_values():
     dense = diagonal(1, 0.5, 0.05, 0.005, 0.0005)
     taus = (1e-1, 1e-2, 1e-3, 1e-4)
     found = [effective_rank(dense, kind="threshold", tau=tau) for tau in taus]
@@ -342,7 +342,7 @@ A, B = factors(4)
         ({"a": A, "b": B, "scaling": math.nan}, "scaling: expected a finite number, found nan"),
     ],
 )
-def test_invalid_arguments_are_named(arguments, message):
+def test_errors_name_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=f"^effective_rank: {message}"):
         effective_rank(**arguments)
 
@@ -355,7 +355,7 @@ def test_integer_and_complex_factors_are_refused(dtype):
         effective_rank(A, B.tolist())
 
 
-def test_nonfinite_module_is_named(tmp_path):
+def test_error_names_a_nonfinite_module(tmp_path):
     model = adapted("ours")
     name = "model.layers.1.mlp.down_proj"
     with torch.no_grad():
@@ -366,7 +366,7 @@ def test_nonfinite_module_is_named(tmp_path):
             rank_report(source)
 
 
-def test_module_with_only_one_factor_is_named(tmp_path):
+def test_error_names_a_module_with_only_one_factor(tmp_path):
     state = {"x.lora_A.weight": A, "x.lora_B.weight": B, "y.lora_A.weight": A}
     with pytest.raises(KeyError, match=r"y: .* found y\.lora_A\.weight without its lora_B"):
         rank_report(state)
@@ -385,12 +385,12 @@ def test_module_with_only_one_factor_is_named(tmp_path):
         ({"layout": "r_out"}, "rank_report: layout: expected one of .*, found 'r_out'"),
     ],
 )
-def test_invalid_settings_of_a_report_are_named(arguments, message):
+def test_errors_name_invalid_settings_of_a_report(arguments, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         rank_report({"x.lora_A.weight": A, "x.lora_B.weight": B}, **arguments)
 
 
-def test_layout_of_the_published_code_is_only_for_state_dicts():
+def test_layout_of_the_published_code_is_refused_except_for_state_dicts():
     with pytest.raises(ValueError, match=r"layout: expected one of .*'r_in'.*, found 'in_r'"):
         rank_report(adapted("ours"), layout="in_r")
 

@@ -1,4 +1,4 @@
-"""``resize_adapter``: exact for larger ranks, the best approximation and its error for smaller."""
+"""``resize_adapter``: exact for larger ranks, and the best approximation for smaller ranks."""
 
 import copy
 import time
@@ -43,7 +43,7 @@ def test_larger_rank_changes_no_bit_of_the_update(fields):
         assert not new.b[:, 4:].any() and new.scaling == old.scaling
         assert (new.a[4:] != 0).all() and new.a[4:].abs().max() <= 20**-0.5
         assert new.bias is old.bias and new.magnitude is old.magnitude
-    assert big == resize_adapter(value, 9)[0], "the new rows must be deterministic"
+    assert big == resize_adapter(value, 9)[0], "expected deterministic new rows"
     other, _ = resize_adapter(value, 9, torch.Generator().manual_seed(1))
     assert big != other
 
@@ -102,7 +102,7 @@ def test_peft_and_the_pool_load_resized_adapters(case, rank, tmp_path):
     assert LoraAdapter.load(tmp_path / "new") == found
 
 
-def test_invalid_ranks_and_values_are_named():
+def test_errors_name_invalid_ranks_and_values():
     value = adapter()
     for rank, found in ((-1, "-1"), (2.0, "2.0"), (True, "True"), (None, "None")):
         with pytest.raises(ValueError, match=rf"resize_adapter: rank: .* integer .*found {found}"):
@@ -116,7 +116,7 @@ def test_invalid_ranks_and_values_are_named():
 
 @pytest.mark.slow
 def test_large_adapters_are_merged_and_resized_within_seconds():
-    # 24 modules of (3072, 768) at r = 64 take less than 3 s on one core.
+    # 24 modules of size (3072, 768) with rank 64 take less than 3 s on one core.
     shapes = {f"layers.{i}.mlp": (3072, 768) for i in range(24)}
     values = [adapter(i, ranks=64, shapes=shapes) for i in range(2)]
     threads = torch.get_num_threads()
@@ -142,13 +142,13 @@ def test_scale_without_an_exact_alpha_changes_by_at_most_one_bit():
         assert new == found.config.ranks_and_scales([Q])[0][Q][1]
 
 
-def test_resized_adapter_loads_whatever_its_init_scheme(tmp_path):
-    # PEFT has initialisations that no longer matter after training.
+def test_resized_adapter_loads_in_peft_for_any_init_scheme(tmp_path):
+    # The initialisation scheme of an adapter no longer matters after training.
     model = peft.get_peft_model(
         CASES["plain"][0](),
         peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights="orthogonal"),
     )
-    # Odd rank: PEFT's "orthogonal" would refuse it.
+    # The new rank is odd, which PEFT's scheme "orthogonal" does not support.
     found, _ = resize_adapter(LoraAdapter.from_model(model), 3)
     found.save(tmp_path)
     assert_peft_finds_every_key(CASES["plain"][0](), tmp_path)

@@ -1,4 +1,5 @@
-"""Round trips preserve PEFT's files bit for bit, including parts that no operation supports."""
+"""Loading and saving preserves PEFT's files bit for bit, even tensors that no operation
+supports."""
 
 import copy
 import json
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Mixed(nn.Module):
-    """Model with every kind of layer that PEFT adapts, and two modules that are trained whole."""
+    """Model with every kind of layer that PEFT adapts, and two modules that are fully trained."""
 
     def __init__(self):
         super().__init__()
@@ -184,9 +185,9 @@ def test_operations_without_an_exact_result_are_refused_by_name():
         merge_adapters([biases, biases], [0.5, 0.5])
 
 
-def test_resizing_and_pruning_keep_whole_modules(tmp_path):
+def test_resizing_and_pruning_keep_fully_trained_modules(tmp_path):
     whole = LoraAdapter.from_model(peft_model("whole"))
-    assert len(whole.replacements) == 3 + 5, "score: 3 tensors; norm: 2, and 3 buffers"
+    assert len(whole.replacements) == 3 + 5, "expected 3 tensors of score, 2 and 3 buffers of norm"
     for value in (resize_adapter(whole, 2)[0], prune_adapter(whole, ["up"])):
         assert value.replacements == whole.replacements
         value.save(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Saving is atomic: full disks, faults and interruptions leave the old files or none."""
+"""Saving is atomic: after a full disk, an error or an interrupt, only the old files exist."""
 
 import os
 import resource
@@ -28,7 +28,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("limit", [0, 100, 1000])  # fails in the config, and in the tensors
+@pytest.mark.parametrize("limit", [0, 100, 1000])  # fail in the config or in the tensors
 def test_full_disk_leaves_the_old_files(limit, tmp_path):
     old, new = adapter(0), adapter(1)
     old.save(tmp_path / "there")
@@ -39,7 +39,7 @@ def test_full_disk_leaves_the_old_files(limit, tmp_path):
             with pytest.raises(OSError):
                 new.save(tmp_path / name)
     assert contents(tmp_path / "there") == before and LoraAdapter.load(tmp_path / "there") == old
-    assert os.listdir(tmp_path) == ["there"], "no temporary files are left"
+    assert os.listdir(tmp_path) == ["there"], "expected no temporary files"
     new.save(tmp_path / "there")
     assert LoraAdapter.load(tmp_path / "there") == new
     assert (tmp_path / "there" / "README.md").read_text() == "kept"
@@ -48,8 +48,8 @@ def test_full_disk_leaves_the_old_files(limit, tmp_path):
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("function", ["fsync", "replace", "link"])
-def test_fault_at_any_call_leaves_the_old_files(function, existing, error, tmp_path, monkeypatch):
-    # The n-th call fails, for every n up to the number of calls.
+def test_error_in_any_call_leaves_the_old_files(function, existing, error, tmp_path, monkeypatch):
+    # Let the n-th call of the function fail, for every n up to the number of calls.
     folder = tmp_path / "there"
     folder.mkdir()
     if existing:
@@ -76,7 +76,7 @@ def test_fault_at_any_call_leaves_the_old_files(function, existing, error, tmp_p
         assert LoraAdapter.load(folder) == adapter(1)
         assert sorted(contents(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
         return
-    raise AssertionError("expected a save without a fault within 5 calls")
+    raise AssertionError("expected at most 4 calls per save")
 
 
 def test_links_are_replaced_and_their_targets_unchanged(tmp_path):

@@ -1,4 +1,4 @@
-"""``merge_adapters`` by TIES and DARE, against PEFT's results and examples computed by hand."""
+"""``merge_adapters`` with TIES and DARE, compared with PEFT and with examples computed by hand."""
 
 import peft
 import pytest
@@ -22,7 +22,7 @@ def two_adapters():
 
 
 @pytest.mark.parametrize("density", [0.3, 1.0])
-def test_ties_equals_pefts(density):
+def test_ties_equals_the_result_of_peft(density):
     model, values = two_adapters()
     weights, how = [0.7, -1.5], {"svd_rank": 5, "density": density}
     model.add_weighted_adapter(["one", "two"], weights, "both", "ties_svd", **how)
@@ -31,11 +31,12 @@ def test_ties_equals_pefts(density):
     for name in ("0", "1"):
         assert merged.modules[name].a.shape[0] == 5
         wanted = delta(expected, name)
-        # PEFT computes in float32, which perturbs singular vectors of nearly equal values.
+        # PEFT computes in float32, which perturbs the singular vectors of nearly equal singular
+        # values.
         assert (delta(merged, name) - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-def test_dare_equals_pefts_for_the_same_seed():
+def test_dare_equals_the_result_of_peft_for_the_same_seed():
     # PEFT samples after it initialises the new adapter, so its function is called directly.
     _, values = two_adapters()
     weights = [0.7, -1.5]
@@ -50,7 +51,7 @@ def test_dare_equals_pefts_for_the_same_seed():
 
 
 def update(rows):
-    """Return an adapter of rank 2 with this update of two rows."""
+    """Return an adapter of rank 2 whose weight update has these two rows."""
     b, a = torch.eye(2), torch.tensor(rows)
     value = adapter(ranks=2, shapes={Q: (2, a.shape[1])}, scale=1.0)
     factors = value.modules[Q]
@@ -60,7 +61,7 @@ def update(rows):
 def test_ties_trims_elects_signs_and_averages_agreeing_values():
     one = update([[4.0, -3.0, 0.1], [0.2, 2.0, 0.0]])
     two = update([[-1.0, -5.0, 0.3], [6.0, -2.5, 0.0]])
-    # Half of the six values are kept: 4, -3, 2 of one and -5, 6, -2.5 of the other.
+    # Half of the six values are kept: 4, -3 and 2 of the first, -5, 6 and -2.5 of the second.
     merged = merge_adapters([one, two], [1.0, 1.0], "ties", density=0.5)
     wanted = torch.tensor([[4.0, -4.0, 0.0], [6.0, -2.5, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(delta(merged, Q), wanted, atol=1e-6, rtol=1e-6)
@@ -107,6 +108,6 @@ def test_single_adapter_is_thinned_and_absent_modules_are_skipped():
         ({"mode": "ties", "rank": 0}, "rank: expected a positive"),
     ],
 )
-def test_invalid_combinations_are_named(how, message):
+def test_errors_name_invalid_combinations(how, message):
     with pytest.raises(ValueError, match=f"merge_adapters: {message}"):
         merge_adapters([adapter(1), adapter(2)], [1.0, 1.0], **how)

@@ -79,7 +79,7 @@ def test_folder_state_dict_and_model_give_the_same_adapter(case, tmp_path):
         for name, module in model.base_model.model.named_modules()
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
-    assert loaded.modules.keys() == layers.keys(), "keyed by names in the base model"
+    assert loaded.modules.keys() == layers.keys(), "expected names of modules in the base model"
     for name, factors in loaded.modules.items():
         layer = layers[name]
         a, b, scaling, bias, magnitude, embedding = factors
@@ -122,7 +122,7 @@ def test_adapter_is_independent_of_its_model_and_immutable():
         adapter.config = None
 
 
-def test_equality_compares_only_what_changes_the_function():
+def test_equality_compares_only_fields_that_change_the_output():
     adapter = LoraAdapter.from_model(peft_model("dora"))
     name, factors = next(iter(adapter.modules.items()))
 
@@ -131,7 +131,7 @@ def test_equality_compares_only_what_changes_the_function():
 
     assert adapter == changed()
     wider = {key: value.double() for key, value in factors._asdict().items() if key in ("a", "b")}
-    assert adapter == changed(**wider), "the dtype is not compared"
+    assert adapter == changed(**wider), "expected equality of different dtypes"
     assert adapter == LoraAdapter(
         dataclasses.replace(adapter.config, task_type="X"), adapter.modules
     )
@@ -214,9 +214,9 @@ def test_embedding_layers_and_names_that_are_suffixes_are_saved(tmp_path):
     )
     model = copy.deepcopy(base)
     model["embed"] = LoraEmbedding(model["embed"], r=2)
-    model["up"] = LoraLinear(model["up"], r=2)  # block.up is not adapted
+    model["up"] = LoraLinear(model["up"], r=2)  # block.up has no adapter
     model["a"]["b"] = LoraLinear(model["a"]["b"], r=4)
-    # Its rank differs from that of a.b.
+    # The name ends in "a.b", but its rank differs from that of a.b.
     model["c"]["a"]["b"] = LoraLinear(model["c"]["a"]["b"], r=3)
     adapter = LoraAdapter.from_model(model)
     assert adapter.modules["embed"].a.shape == (2, 7) and adapter.modules["embed"].embedding

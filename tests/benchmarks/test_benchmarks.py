@@ -1,4 +1,4 @@
-"""The benchmarks check results before timing, keep their files valid, and report misses."""
+"""The benchmarks check results before timing, keep result files valid, and report missed goals."""
 
 import copy
 import csv
@@ -45,21 +45,21 @@ def test_provider_that_is_slightly_wrong_is_not_timed(problem):
         lora_ops.check(problem, wrong)
 
 
-def test_mixed_ranks_are_counted_at_their_rank_in_banks_and_pages(monkeypatch):
+def test_bytes_of_mixed_ranks_are_counted_by_rank_in_banks_and_pages(monkeypatch):
     monkeypatch.setattr(lora_ops, "COLD_BYTES", 1)
     full = lora_ops.Problem.make(SMALL, "cpu", torch.float32)
     mixed = lora_ops.Problem.make(SMALL, "cpu", torch.float32, ranks=[8, 16, 8, 16])
     assert lora_ops.check(mixed, lora_ops.run_lora_ext) <= 1
     assert full.nbytes() - mixed.nbytes() == 4 * 16 * (SMALL.in_features + SMALL.out_features)
-    with pytest.raises(SystemExit):  # The peers do not support ranks.
+    with pytest.raises(SystemExit):  # The baselines do not support mixed ranks.
         lora_ops.check(mixed, lora_ops.run_loop)
     pool = lora_ops.Problem.make(SMALL, "cpu", torch.float32, [8, 16, 8, 16], paged=True)
-    assert [a.shape[0] for a, _ in pool.banks] == [6, 6]  # pages of eight ranks
+    assert [a.shape[0] for a, _ in pool.banks] == [6, 6]  # six pages of 8 ranks
     assert pool.page_table.shape == (4, 2) and (pool.page_table[[0, 2], 1] == -1).all()
     assert lora_ops.check(pool, lora_ops.run_lora_ext) <= 1
 
 
-def test_error_may_be_three_times_that_of_the_peer_in_the_same_run():
+def test_error_may_be_three_times_that_of_the_baseline_in_the_same_run():
     exact = torch.tensor([4.0, 1.0], dtype=torch.float64)
     peer, ours = (exact + exact.new_tensor([0.0, off]) for off in (0.01, -0.03))
     assert common.error_over_bound(ours, peer, exact) == pytest.approx(1)
@@ -129,13 +129,13 @@ def test_calls_alternate_in_rounds_and_ratios_are_per_round():
     log: list[str] = []
     calls = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
     times = common.interleaved(calls, rounds=2, warm_up=0)
-    assert log == ["a", "b", "a", "b", "b", "a"]  # one untimed call of each, then the rounds
+    assert log == ["a", "b", "a", "b", "b", "a"]  # an untimed call of each, then two rounds
     assert len(times["a"].rounds) == 2 and times["a"].p20 <= times["a"].median <= times["a"].p80
     slow, fast = common.Timing.of([2.0, 40.0, 6.0]), common.Timing.of([1.0, 20.0, 3.0])
     assert slow.over(fast) == 2.0
 
 
-def test_rows_without_the_processor_get_an_empty_column_and_other_columns_raise(tmp_path):
+def test_rows_without_processor_get_an_empty_column_and_unknown_columns_raise(tmp_path):
     row = {"device": "H100", "cpu": "Xeon", "a": "3"}
     for name, old in (
         ("old", [{"device": "T4", "a": "1,5"}, {"device": "T4", "a": "2"}]),
@@ -167,7 +167,7 @@ def test_rows_contain_processor_and_device(monkeypatch):
     assert gpu["device"] == "H100" and gpu["cpu"] == cpu["cpu"] == cpu["device"] != ""
 
 
-def test_report_uses_the_last_row_and_names_misses_and_gaps(tmp_path, monkeypatch, capsys):
+def test_report_uses_the_last_row_and_lists_missed_and_open_goals(tmp_path, monkeypatch, capsys):
     path = tmp_path / "lora_cpu.csv"
     case = "decode 16 rows of 16 adapters"
     for over_base, over_peft in ((9.0, 9.0), (1.5, 2.6)):

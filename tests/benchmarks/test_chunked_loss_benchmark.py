@@ -1,4 +1,4 @@
-"""Memory of the losses over a vocabulary, and the benchmark that compares it, at small sizes."""
+"""Memory of the chunked vocabulary losses, and the benchmark that compares it, at small sizes."""
 
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +28,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_peak_memory_does_not_depend_on_the_vocabulary(
     bench: ModuleType, loss: str, trained: bool
 ) -> None:
-    """Check further memory: at most two chunks of logits and a few sums per row."""
+    """Check that memory besides the gradients is at most two chunks of logits and a few sums per
+    row."""
     k = 3 if loss == "chunked_kl" else 1
     peaks: list[int] = []
     for vocab in (4096, 16384):
@@ -44,7 +45,7 @@ def test_peak_memory_does_not_depend_on_the_vocabulary(
         peaks.append(bench.peak_bytes(step) - sum(t.nbytes for t in leaves))
     assert max(peaks) < 2 * k * ROWS * CHUNK * 4 + 12 * k * ROWS * WIDE * 4 + 4096
     assert abs(peaks[0] - peaks[1]) < 4096
-    assert max(peaks) < ROWS * 4096 * 4  # less than one tensor of logits
+    assert max(peaks) < ROWS * 4096 * 4  # less than the full logits
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The benchmarks of circuits: their peers equal the circuit, and wrong results are not timed."""
+"""The benchmarks of circuits: the baselines equal the circuit, and wrong results are not timed."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ from lora_ext.circuits import Categorical, Circuit, RegionGraph
 @pytest.mark.parametrize("kind", ["cp", "hmm"])
 @pytest.mark.parametrize("case", bench_circuit.CASES)
 @pytest.mark.parametrize("observed", [bench_circuit.gathered, bench_circuit.crossed])
-def test_torch_implementation_equals_the_scan(kind: str, case: str, observed) -> None:
+def test_baseline_in_torch_equals_the_scan(kind: str, case: str, observed) -> None:
     shape = bench_circuit.Shape(kind, rows=3, n_token=4, components=5, vocab=7)
     args = bench_circuit.inputs(shape)
     plain = bench_circuit.providers(shape, case, compiled=False)["torch"]
@@ -28,7 +28,7 @@ def test_torch_implementation_equals_the_scan(kind: str, case: str, observed) ->
 
 
 @pytest.mark.parametrize("case", bench_circuit.CASES)
-def test_result_that_is_off_is_not_timed(case: str) -> None:
+def test_wrong_training_result_is_not_timed(case: str) -> None:
     shape = bench_circuit.Shape("cp", rows=3, n_token=4, components=5, vocab=7)
     ours = bench_circuit.providers(shape, case, compiled=False)["lora_ext"]
     found = bench_circuit.call(case, lambda *a: ours(*a) * (1 + 1e-3), bench_circuit.inputs(shape))
@@ -58,7 +58,7 @@ def test_every_case_is_checked_and_timed(monkeypatch):
 
 
 @pytest.mark.parametrize("case", circuit_decode.CASES)
-def test_result_that_is_slightly_wrong_is_not_timed(monkeypatch, case):
+def test_wrong_decoding_result_is_not_timed(monkeypatch, case):
     p = circuit_decode.Problem.make("btree", 2, "cpu", torch.float32)
     run = circuit_decode.CASES[case]
 
@@ -98,7 +98,7 @@ def test_einsum_layers_have_the_values_and_gradients_of_the_circuit() -> None:
     torch.testing.assert_close(peer.gradient(), ours.gradient(), rtol=1e-4, atol=1e-5)
 
 
-def test_peer_that_is_off_is_not_timed(chain) -> None:
+def test_wrong_baseline_is_not_timed(chain) -> None:
     circuit, x = chain
     right = chain_peers.Chain.of(circuit).peer(chain_peers.stacked, x)
     value = right.value()
@@ -110,7 +110,7 @@ def test_peer_that_is_off_is_not_timed(chain) -> None:
             circuit_engine.compare("hmm", "case", circuit, {"peer": wrong}, x, rounds=1)
 
 
-def test_jax_is_skipped_with_its_reason(capsys, monkeypatch) -> None:
+def test_missing_jax_is_skipped_with_a_reason(capsys, monkeypatch) -> None:
     monkeypatch.setattr(circuit_engine, "STEPS", 3)
     options = {"rounds": 1, "compile": False, "least": True}
     args = argparse.Namespace(ranks=[2], jax_python="no-such-python", **options)
@@ -131,7 +131,7 @@ def test_jax_equals_the_circuit_if_it_is_installed(chain) -> None:
     jax.close()
 
 
-def test_call_in_another_process_is_timed_by_its_clock() -> None:
+def test_call_in_another_process_is_timed_by_the_clock_of_that_process() -> None:
     class Elsewhere:
         def __call__(self) -> None: ...
         def seconds(self, count: int) -> float:

@@ -1,4 +1,5 @@
-"""Inputs of the reproductions: missing or different packages, Debian's texts, both small models."""
+"""Inputs of the reproductions: files of packages, texts of Debian packages, and two small
+models."""
 
 import re
 from pathlib import Path
@@ -50,14 +51,14 @@ def test_texts_are_of_the_largest_sections_and_unique(monkeypatch: pytest.Monkey
     material.sections.cache_clear()
     texts, names, found = material.sections(2, 8)
     assert names == ["games", "net"] and len(found) == 12
-    assert len(texts) == len(set(texts)) == 16  # 8 of 16 net texts of two sources
+    assert len(texts) == len(set(texts)) == 16  # 8 different texts per section
     assert all(text.startswith(f"text {names[place]} ") for text, place in texts)
     with pytest.raises(RuntimeError, match="run `apt-get update`"):
         material.sections(2, 9)
     material.sections.cache_clear()
 
 
-def test_classifier_is_the_encoder_and_padding_changes_nothing():
+def test_padding_does_not_change_the_logits_of_the_text_classifier():
     own = section_texts.load(quick=True)
     world = section_texts.make_world(0, section_texts.QUICK, quick=True)
     assert {int(c) for c in world.testing[1]} == set(range(section_texts.CLASSES))
@@ -70,7 +71,7 @@ def test_classifier_is_the_encoder_and_padding_changes_nothing():
         torch.testing.assert_close(model(padded), model(ids))
 
 
-def test_head_is_trained_averaged_and_counted():
+def test_head_is_trained_averaged_and_counted_in_bytes():
     world = section_texts.make_world(0, section_texts.QUICK, quick=True)
     model, seen = world.adapted(), []
     head = shared_state(world, model)
@@ -82,7 +83,7 @@ def test_head_is_trained_averaged_and_counted():
         model=model,
         before=lambda round, state: seen.append(state["head.weight"].clone()),
     )
-    assert not torch.equal(seen[0], seen[1])  # The state of the second round has changed.
+    assert not torch.equal(seen[0], seen[1])  # The first round changed the state.
     assert not torch.equal(model.get_parameter("head.weight"), head["head.weight"])
     layer = 2 * world.sizes.rank * (16 + 16) * 4
     nbytes = sum(tensor.nbytes for tensor in head.values())
@@ -96,7 +97,7 @@ def test_rows_of_text_are_equal_in_every_process_and_decode_to_the_text():
     assert text.startswith("def ") and re.fullmatch(r"[\x00-\x7f]{16}", text)
 
 
-def test_peers_train_and_keep_their_documented_parameters():
+def test_baselines_train_some_parameters_and_keep_those_documented_as_constant():
     world = section_texts.make_world(0, section_texts.QUICK, quick=True)
     shares = world.shares("iid")
     module = "layers.0.attention.self.query"
@@ -105,7 +106,7 @@ def test_peers_train_and_keep_their_documented_parameters():
     for name in peers.NAMES:
         peer = peers.Peer(name, world)
         start = dict(peer.state)
-        with torch.no_grad():  # products of two factors that are not zero
+        with torch.no_grad():  # so that no factor is zero
             start[keys[1]] = peer.state[keys[1]] = torch.full_like(start[keys[1]], 0.1)
         update = peer.trained(3, shares[3], round=1)
         moved[name] = (bool(update.tensors[keys[0]].any()), bool(update.tensors[keys[1]].any()))

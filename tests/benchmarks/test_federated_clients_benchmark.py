@@ -1,4 +1,5 @@
-"""The benchmark of clients checks results before timing; a round copies no base weight."""
+"""The benchmark of federated clients checks results before timing; a round copies no base
+weight."""
 
 from collections import OrderedDict
 
@@ -62,7 +63,7 @@ def test_round_copies_no_weight_of_the_base() -> None:
         batched.run_round([LayerPlan((0, 1, 2))] * clients, state)
 
     weight = 4 * width * width
-    factors = 3 * 2 * 4 * width  # of one client
+    factors = 3 * 2 * 4 * width  # bytes per client
     peak = federated_clients.peak_bytes(run)
     assert peak < weight / 2
-    assert peak > 4 * clients * factors  # values, gradients and two moments
+    assert peak > 4 * clients * factors  # values, gradients, two AdamW moments

@@ -1,4 +1,4 @@
-"""The federation of digits that two studies use, with the smallest sizes."""
+"""The federated training on digits that two studies use, with the smallest sizes."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_run_draws_clients_calls_the_planner_and_counts_bytes(world):
     assert again.accuracy == run.accuracy
 
 
-def test_rounds_without_training_or_with_disabled_layers(world):
+def test_federation_supports_rounds_without_training_and_disabled_layers(world):
     states = []
     before = accuracy(world.base, world.testing)
     run = federate(

@@ -1,4 +1,4 @@
-"""The page of reproductions: it contains every study as in its rows."""
+"""The page of reproductions contains every study, with the figures of its result rows."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import study
 from scripts import module_of, needs
 
-# Loaded under another name, because `methods` is the folder tests/methods.
+# The module is loaded under another name, because `methods` is already the package tests/methods.
 path = Path(study.__file__).with_name("methods.py")
 methods = module_of(path, "reproductions")
 
@@ -16,7 +16,7 @@ pytestmark = needs("matplotlib", "peft", "rich", "sklearn", "tqdm", "transformer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", methods.studies())
-def test_study_judges_its_file_like_its_run(name, tmp_path, capsys):
+def test_verdict_from_results_equals_the_verdict_of_the_run(name, tmp_path, capsys):
     """Check with the smallest sizes that all required functions exist and agree on the columns."""
     module = importlib.import_module(name)
     arguments = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
@@ -36,7 +36,7 @@ def test_page_contains_every_study(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "found_rows", lambda name, module: (ROWS.get(name, []), 0))
     assert methods.main(["--from-results", "--page", str(tmp_path / "page.md")]) == 0
     text = (tmp_path / "page.md").read_text()
-    flat = " ".join(text.split())  # The page is wrapped.
+    flat = " ".join(text.split())  # The page has line breaks.
     for name in methods.studies():
         claim = importlib.import_module(name).CLAIM
         assert f"\n## {name}\n" in text

@@ -1,4 +1,4 @@
-"""Checks in the benchmarks of activated adapters, experts, exact models, packed weights."""
+"""Checks in the benchmarks of activated adapters, experts, exact models and packed weights."""
 
 import pytest
 
@@ -89,7 +89,7 @@ def test_line_has_every_provider(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
     assert ("oneDNN" in lines[0]) == packed_linear.has_onednn(dtype)
 
 
-def test_spaced_products_are_compared_with_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spaced_products_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_linear, "WIDTHS", (33,))
     monkeypatch.setattr(packed_linear, "WIDE_ROWS", (17,))
     (line,) = packed_linear.bench_widths(torch.bfloat16, rounds=1)
@@ -117,7 +117,7 @@ def test_step_with_packed_weights_is_checked_against_float64(
         intermediate_size=48,
         num_hidden_layers=1,
         num_attention_heads=4,
-        vocab_size=49152,  # as many tokens as the benchmark draws from
+        vocab_size=49152,  # as in the benchmark, which draws from these tokens
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval()

@@ -1,4 +1,4 @@
-"""The lean passes of the decoding benchmarks, and the training data of SmolLM2's draft."""
+"""The lean forward passes of the decoding benchmarks, and the training data of SmolLM2's draft."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def test_lean_decoding_gives_the_tokens_of_generate_only_for_llamas(model) -> No
 def test_speculation_with_lean_passes_gives_the_tokens_of_the_model(model, mode) -> None:
     draft = mtpc.retrofit(model.double(), mtpc.MtpcConfig(3, 2, "hmm", "adapter", 4)).eval()
     ids = torch.randint(1, 23, (2, 6))
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])  # rows of two lengths
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])  # The first row has two padding tokens.
     settings = {"max_new_tokens": 10, "eos_token_id": [], "seed": 3, "attention_mask": mask}
     expected = draft.decoder(mode=mode).generate(ids, **settings)
     lean = mtpc.SpeculativeDecoder(LeanLlama(model), draft.head, mode=mode)
@@ -67,7 +67,7 @@ def test_only_greedy_answers_are_the_most_likely_tokens_of_their_states(model, s
     assert torch.equal(logits.argmax(-1), ids) != sample
 
 
-def test_answers_end_at_their_end_token_and_windows_stay_within_them():
+def test_answers_end_at_their_end_token_and_windows_stay_within_answers():
     ids = torch.tensor([[5, 9, 7, 9], [1, 2, 3, 4]])
     hidden = torch.arange(8.0).view(2, 4, 1)
     first, second = mtpc_samples._cut(ids, hidden, eos=9)
@@ -83,7 +83,7 @@ def test_answers_end_at_their_end_token_and_windows_stay_within_them():
     assert torch.equal(batch.teacher[..., 0].float(), batch.normaliser)
 
 
-def test_acceptance_is_the_smaller_of_one_and_the_ratio_and_cumulative():
+def test_acceptance_probability_is_min_of_one_and_p_over_q_and_cumulative():
     p = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [0.5, 0.25, 0.25]])
     q = torch.tensor([[0.25, 0.5, 0.25]] * 3)
     assert mtpc_samples._kept(p, q, torch.tensor([0, 1, -1])).tolist() == [0.5, 1, 0]
@@ -92,7 +92,7 @@ def test_acceptance_is_the_smaller_of_one_and_the_ratio_and_cumulative():
 
 
 def texts(model: LlamaForCausalLM, sample: bool) -> mtpc_samples.Answers:
-    """Return 64 answers of 40 tokens."""
+    """Return 64 answers of 40 tokens, generated greedily or by sampling."""
     prompts = torch.randint(1, 23, (64, 5))
     ids, hidden = mtpc_samples._answer(LeanLlama(model), prompts, 40, sample)
     parts = list(mtpc_samples._cut(ids, hidden.bfloat16(), eos=-1))
@@ -114,7 +114,8 @@ WINDOW = mtpc.MtpcConfig(2, 3, "hmm", "adapter", adapter_rank=4, bridge=32)
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "distil"), [(CHAIN, True), (CHAIN, False), (WINDOW, False)])
 def test_draft_learns_what_the_model_accepts(model, config, distil):
-    """Check also that the estimate on the model's texts equals the decoder's tokens per call."""
+    """Check also that the tokens per call estimated on texts of the model agree with the
+    decoder's."""
     draft = mtpc.retrofit(model, config, torch.arange(21))
     data = texts(model, sample=True)
     before = estimated(draft, data, "sample")
@@ -125,7 +126,7 @@ def test_draft_learns_what_the_model_accepts(model, config, distil):
     for mode, text in (("sample", data), ("greedy", texts(model, sample=False))):
         decoder = draft.eval().decoder(mode=mode)
         found = decoder.generate(prompts, max_new_tokens=40, eos_token_id=[], seed=0)
-        # The prompts differ from those of the texts: differences of 0.02 to 0.07 were measured.
+        # The texts have other prompts. Differences of 0.02 to 0.07 were measured.
         assert abs(estimated(draft, text, mode) - found.emitted_per_call) < 0.12
 
 
@@ -163,13 +164,13 @@ def test_invalid_arguments_raise_before_minutes_of_answers(arguments, message, m
     assert message in capsys.readouterr().err
 
 
-def test_shorter_chains_and_the_rule_keep_their_drafts():
+def test_emitted_tokens_are_computed_for_shorter_chains_and_the_confidence_rule():
     sure = torch.tensor([[0.9, 0.9, 0.9], [0.2, 0.2, 0.2]])
     accepted = torch.tensor([3, 0])
     found = {name: rest for name, *rest in mtpc_heldout.lengths(sure, accepted, 0.1)}
     assert found["chain 1"] == pytest.approx([1.5, 1.5 / 1.1])
     assert found["chain 3"] == pytest.approx([2.5, 2.5 / 1.3])
-    assert found["rule"] == pytest.approx([2.5, 2.5 / 1.2])  # three tokens, and one
+    assert found["rule"] == pytest.approx([2.5, 2.5 / 1.2])  # drafts three tokens, then one
 
 
 def test_calls_of_the_decoder_are_recorded_with_its_confidence(model):

@@ -1,4 +1,4 @@
-"""The frame of the reproductions: arms, rows, intervals, criteria, verdicts, exit status."""
+"""The framework of the reproductions: arms, rows, intervals, criteria, verdicts, exit status."""
 
 import csv
 import statistics
@@ -12,7 +12,7 @@ from study import Claim, Criterion, Interval
 
 @pytest.fixture
 def coin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """Return a study that counts heads of its seeds and writes beside the test."""
+    """Return a toy study that tosses a coin and writes its results to ``tmp_path``."""
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     module = ModuleType("coin")
     module.__doc__ = "A coin."
@@ -55,7 +55,7 @@ def claimed(module: ModuleType, seeds: int) -> None:
 
 
 def test_only_the_headline_determines_verdict_and_status(coin, capsys):
-    assert study.run(coin, ["--check"]) == 0  # The other criterion fails.
+    assert study.run(coin, ["--check"]) == 0  # Only the criterion "weight" fails.
     assert "reproduced, 2 of 2 seeds: 0.333333 over 4 rows" in capsys.readouterr().out
     claimed(coin, 3)
     assert study.run(coin, ["--check"]) == 1
@@ -82,7 +82,7 @@ def test_interrupted_run_resumes_and_has_no_verdict_until_it_is_complete(coin, c
         (1, "obverse", 2),
         (1, "reverse", 3),
     ]
-    assert study.run(coin, ["--check"]) == 0 and len(coin.asked) == 4  # Nothing was missing.
+    assert study.run(coin, ["--check"]) == 0 and len(coin.asked) == 4  # Nothing was left to do.
 
 
 def test_rows_of_other_settings_are_separate(coin, capsys, tmp_path):
@@ -97,20 +97,20 @@ def test_rows_of_other_settings_are_separate(coin, capsys, tmp_path):
     assert "over 4 rows" in capsys.readouterr().out
 
 
-def test_rows_contain_their_origin_and_may_have_other_columns(coin, tmp_path):
+def test_rows_contain_their_origin_and_may_have_additional_columns(coin, tmp_path):
     study.run(coin, ["--seeds", "1"])
     first = rows_of(tmp_path / "coin.csv")[0]
     assert first["date"] and first["device"] and first["torch"] and "revision" in first
     assert (first["seed"], first["heads"], first["share"]) == ("0", "1", "0.333333")
     study.run(coin, ["--quick", "--seeds", "1"])
-    assert len(rows_of(tmp_path / "coin.csv")) == 2  # Quick runs write nothing here.
+    assert len(rows_of(tmp_path / "coin.csv")) == 2  # Quick runs do not write to this file.
     study.run(coin, ["--quick", "--seeds", "1", "--out", str(tmp_path)])
     old, new = rows_of(tmp_path / "coin.csv")[0::3]
     assert (old["quick"], new["quick"]) == ("", "1")
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_unmeasured_criterion_leaves_the_verdict_open(coin):
+def test_study_with_an_unmeasured_criterion_has_no_verdict(coin):
     study.run(coin, [])
     rows = study.Store.of(study.RESULTS / "coin.csv", coin, quick=False).rows()
     coin.criteria = lambda rows: [Criterion("seconds", "few", "busy", None, True)]
@@ -124,12 +124,13 @@ def test_unmeasured_criterion_leaves_the_verdict_open(coin):
 
 def test_interval_contains_the_figure_and_supports_groups():
     found = study.interval([1.0, 2.0, 3.0, 4.0])
-    # Of 256 equally likely draws of four, 2.5 % of the means are at most 1.25 or 1.5.
+    # Of the means of all 256 equally likely bootstrap draws, the 2.5 % quantile is 1.25 or 1.5.
     assert found.middle == 2.5 and 1.25 <= found.low <= 1.5 and 3.5 <= found.high <= 3.75
     assert f"{found:.1f}" == f"2.5 [{found.low:.1f}, {found.high:.1f}]"
     assert study.interval([2.0, 2.0]) == Interval(2.0, 2.0, 2.0)
     assert study.interval([1.0, 2.0, 9.0], statistics.median).middle == 2.0
-    # Groups of one seed: their mean is the figure, and draws within them widen the interval.
+    # Each group holds values of one seed. The figure is the mean of the group means; drawing within
+    # groups widens the interval.
     grouped = study.interval([[0.0, 2.0], [1.0, 3.0]])
     assert grouped.middle == 1.5 and grouped.low < study.interval([1.0, 2.0]).low
 

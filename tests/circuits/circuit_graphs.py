@@ -1,4 +1,4 @@
-"""Graphs for tests, and a slow and simple evaluation of a circuit."""
+"""Region graphs for tests, and a slow but simple evaluation of a circuit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def circuit_of(graph: RegionGraph, seed: int = 0, **options) -> Circuit:
 
 
 def mixed() -> RegionGraph:
-    """Return a mixture over one variable of each kind."""
+    """Return a mixture over a Gaussian, a binomial and a categorical variable."""
     families = {"g": Gaussian(), "k": Binomial(3), "c": Categorical(4)}
     inputs = {k: Input([v], leaf, 2) for v, (k, leaf) in enumerate(families.items())}
     return RegionGraph.from_edges(inputs, [("s", list(families))])
@@ -49,7 +49,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -
 
 
 def num_values(circuit: Circuit) -> list[int]:
-    """Return the number of values of each variable; indicators count up to their largest."""
+    """Return the number of values of each variable, for indicators the largest value plus one."""
     sizes = [1] * circuit.num_variables
     for i, region in enumerate(circuit.graph.regions):
         if region.leaf is None:
@@ -64,7 +64,7 @@ def num_values(circuit: Circuit) -> list[int]:
 
 
 def assignments(circuit: Circuit) -> torch.Tensor:
-    """Return all rows of data."""
+    """Return all assignments of values to the variables, one per row."""
     axes = [torch.arange(size) for size in num_values(circuit)]
     return torch.cartesian_prod(*axes).view(-1, len(axes))
 
@@ -78,7 +78,7 @@ def leaf_probability(leaf: Leaf, parameters: dict[str, torch.Tensor], row: int, 
 
 
 def evaluate(circuit: Circuit, x: list[int]) -> float:
-    """Return p(x) by recursion over units in plain Python; -1 sums a variable out."""
+    """Return p(x) by recursion over units in plain Python. Variables with x = -1 are summed out."""
     graph = circuit.graph
     known: dict[tuple[int, int], float] = {}
 
@@ -120,7 +120,7 @@ def evaluate(circuit: Circuit, x: list[int]) -> float:
 
 
 def random_graph(seed: int) -> RegionGraph:
-    """Return a smooth, decomposable graph with shared regions, both products and all leaves."""
+    """Return a random smooth, decomposable graph with shared regions and both kinds of products."""
     rng = random.Random(seed)
     num_variables = rng.randint(1, 5)
     families: list[Leaf] = [
@@ -160,7 +160,7 @@ def random_graph(seed: int) -> RegionGraph:
 
     def split(scope: list[int], count: int) -> tuple[list[str], str]:
         scope = rng.sample(scope, len(scope))
-        if len(scope) == 1 or rng.random() < 0.1:  # mixes units of the same variables
+        if len(scope) == 1 or rng.random() < 0.1:  # a sum over regions of the same scope
             leaf = leaf_for(scope, count)
             if leaf is not None:
                 name = f"r{len(inputs) + len(units)}"

@@ -1,4 +1,4 @@
-"""Circuits of Gaussians over several variables, and their leaves as torch distributions."""
+"""Circuits with multivariate Gaussian leaves, and these leaves as torch distributions."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ GRAPHS = {
 
 
 def chain(tie: str | None = "emission") -> RegionGraph:
-    """Return a graph of three steps with two states; each step emits two correlated numbers."""
+    """Return the graph of a chain of three steps with two states. Each step emits two correlated
+    numbers."""
     inputs = {f"x{t}": Input([2 * t, 2 * t + 1], LEAF, 2, tie) for t in range(3)}
     products = [("z0", ["x0", "z1"]), ("z1", ["x1", "z2"]), ("z2", ["x2"])]
     return RegionGraph.from_edges(inputs, products, {"z1": 2, "z2": 2})
 
 
 def circuit(name: str, seed: int = 0) -> Circuit:
-    """Return a float64 circuit with correlated variables and different units."""
+    """Return a float64 circuit with random parameters, whose variables are correlated."""
     made = circuit_of(GRAPHS[name](), seed)
     with torch.no_grad():
         for table in made.leaves:
@@ -49,7 +50,8 @@ def circuit(name: str, seed: int = 0) -> Circuit:
 
 
 def normals(made: Circuit, region: int) -> MultivariateNormal:
-    """Return the distributions of an input, built from the documented meaning of its parameters."""
+    """Return the distributions of the units of an input region, built from the documented meaning
+    of its parameters."""
     t = {k: v.detach().clone() for k, v in made.region_leaves(region).items()}
     lower = torch.diag_embed(t["log_diagonal"].exp())
     for u in range(len(lower)):
@@ -61,7 +63,8 @@ def normals(made: Circuit, region: int) -> MultivariateNormal:
 
 
 def given(normal: MultivariateNormal, unit: int, x: Tensor) -> tuple[MultivariateNormal, float]:
-    """Return the distribution of the NaNs of ``x (d,)`` given the rest, and its density."""
+    """Return the distribution of the missing entries (NaN) of ``x (d,)`` given the other entries,
+    and the log-density of the latter."""
     mean, cov = normal.mean[unit], normal.covariance_matrix[unit]
     h, o = x.isnan(), ~x.isnan()
     log_prob, gain = 0.0, cov[h][:, o]

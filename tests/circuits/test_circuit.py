@@ -1,4 +1,4 @@
-"""Circuits against enumeration, a recursive evaluator, and the per-row formulas."""
+"""Circuits, compared with enumeration, a recursive evaluator, and the per-row formulas."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def test_gradients_equal_finite_differences(name):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_gradients_of_random_graphs_have_no_nan_and_sum_to_zero(seed):
-    """Check that adding a constant to all logits of a sum changes nothing."""
+    """Check that gradients sum to zero over the logits of a sum, to which a constant may be
+    added."""
     circuit = circuit_of(random_graph(seed), seed)
     log_prob = circuit.log_prob(assignments(circuit)[:20])
     log_prob[log_prob > -torch.inf].sum().backward()
@@ -98,7 +99,7 @@ def test_gradients_of_random_graphs_have_no_nan_and_sum_to_zero(seed):
             assert rows.sum(1).abs().max() < 1e-10
 
 
-def test_row_does_not_depend_on_its_batch():
+def test_result_of_a_row_does_not_depend_on_the_batch():
     circuit = circuit_of(GRAPHS["rat_spn"]()).float()
     x = assignments(circuit)
     together = circuit.log_prob(x)
@@ -197,12 +198,12 @@ def test_weights_of_minus_infinity_and_huge_logits_keep_probabilities():
     assert circuit.weights.grad[0] == 0
 
 
-def test_long_chain_keeps_its_log_partition():
+def test_log_partition_of_a_long_chain_stays_accurate():
     circuit = circuit_of(RegionGraph.hmm(500, 4, Categorical(3), homogeneous=True)).float()
     assert circuit.log_partition().abs() < 1e-3
     x = torch.zeros(1, 500, dtype=torch.long)
     exact = circuit_of(RegionGraph.hmm(500, 4, Categorical(3), homogeneous=True)).log_prob(x)
-    # Step t rounds a value of about |exact| t / 500 twice, by up to 2^-24 of it.
+    # Step t has two roundings of a value of about |exact| t / 500, each with relative error 2^-24.
     assert (circuit.log_prob(x) - exact).abs() < 500 * 2.0**-24 * exact.abs()
 
 
@@ -212,7 +213,7 @@ def test_families_equal_torch_distributions():
     x = torch.tensor([[0.3, 2, 3], [-1.2, 0, torch.nan], [torch.nan, 3, 1]]).double()
     g, k, c = (circuit.region_leaves(i) for i in range(3))
     d = torch.distributions
-    d.Distribution.set_default_validate_args(False)  # NaN is masked by our code.
+    d.Distribution.set_default_validate_args(False)  # The circuit masks NaN.
     each = [
         d.Normal(g["mean"], g["log_std"].exp()).log_prob(x[:, :1]),
         d.Binomial(3, logits=k["logit"]).log_prob(x[:, 1:2]),
@@ -223,7 +224,7 @@ def test_families_equal_torch_distributions():
     close(circuit.log_prob(x), expected)
 
 
-def test_external_leaves_use_the_given_values_and_have_gradients():
+def test_external_leaf_values_are_used_and_receive_gradients():
     inputs = {"e": Input([0], External(), 3), "b": Input([1], BIT, 3)}
     circuit = circuit_of(RegionGraph.from_edges(inputs, [("s", ["e", "b"])]))
     x = torch.tensor([[-1, 1], [0, 0]])
@@ -251,7 +252,7 @@ def test_external_leaves_use_the_given_values_and_have_gradients():
         (torch.tensor([[0.5, 1, 0, 0]]), "variable 0: expected values 0 .. 2, found 0.5"),
     ],
 )
-def test_data_out_of_range_raise(x, message):
+def test_data_out_of_range_raises(x, message):
     circuit = circuit_of(GRAPHS["hmm"]())
     for query in (circuit.log_prob, circuit.conditionals, circuit.map, circuit.em_step):
         with pytest.raises(ValueError, match=message):
@@ -283,7 +284,8 @@ def test_data_that_are_not_tensors_raise_with_the_remedy():
 
 
 def test_data_may_have_any_precision():
-    """Check numpy's float64 numbers, which are converted to the precision of the parameters."""
+    """Check float64 data, the default of numpy, which is converted to the dtype of the
+    parameters."""
     circuit = circuit_of(mixed()).float()
     x = torch.tensor([[0.3, 2, 3], [-1.25, 0, torch.nan]])
     for dtype in (torch.float64, torch.float16):
@@ -295,8 +297,8 @@ def test_data_may_have_any_precision():
         circuit.log_prob(torch.tensor([[1e300, 2, 3]], dtype=torch.float64))
 
 
-def test_numbers_far_outside_have_gradient_zero_without_nan():
-    """Check densities that underflow to 0; numbers that overflow when squared raise."""
+def test_numbers_far_from_the_mean_have_gradient_zero_without_nan():
+    """Check numbers whose density underflows to 0. Numbers whose square overflows raise."""
     circuit = circuit_of(mixed()).float()
     with torch.no_grad():
         circuit.leaves[0]["log_std"].fill_(-5)
@@ -309,7 +311,7 @@ def test_numbers_far_outside_have_gradient_zero_without_nan():
         circuit.log_prob(torch.tensor([[1e30, 2, 3]]))
 
 
-def test_no_rows_give_no_conditionals():
+def test_empty_batch_has_empty_conditionals():
     assert circuit_of(GRAPHS["hmm"]()).conditionals(torch.zeros(0, 4)).shape == (0, 4)
 
 
@@ -346,7 +348,8 @@ def test_samples_given_evidence_follow_the_posterior():
 
 
 def test_uniforms_determine_a_sample_by_inverse_cumulative_sums():
-    """Check a chain sampled by hand: one uniform per sum region, then one per variable."""
+    """Compare with a chain sampled by hand, with one uniform per sum region, then one per
+    variable."""
     n, rank = 4, 3
     circuit = circuit_of(RegionGraph.hmm(n, rank, Categorical(5)), seed=6)
     u = torch.rand(1, 50, n + n, generator=torch.Generator().manual_seed(2))
@@ -379,7 +382,8 @@ def test_samples_of_continuous_leaves_follow_the_distribution():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_map_equals_the_best_tree(seed):
-    """Check against the maximum over assignments and latents, by the recursive evaluator."""
+    """Compare with the maximum over all assignments and latents, computed by the recursive
+    evaluator."""
     circuit = circuit_of(random_graph(seed), seed)
     x = assignments(circuit)
     nothing_missing = torch.zeros_like(x, dtype=torch.bool)
@@ -420,7 +424,7 @@ def test_unnormalised_circuits_have_a_log_partition():
         circuit.em_step(x)
 
 
-def test_bytes_are_valid_data():
+def test_uint8_data_is_valid():
     circuit = circuit_of(GRAPHS["hmm"]())
     x = torch.tensor([[0, 2, 1, 1], [2, 2, 0, 1]])
     assert torch.equal(circuit.log_prob(x.byte()), circuit.log_prob(x))
@@ -428,7 +432,7 @@ def test_bytes_are_valid_data():
     assert torch.equal(circuit.conditionals(x.byte()), circuit.conditionals(x))
 
 
-def test_wrong_variables_and_pseudocounts_raise():
+def test_invalid_variables_and_pseudocounts_raise():
     circuit, x = circuit_of(GRAPHS["hmm"]()), torch.zeros(1, 4, dtype=torch.int64)
     for keep in ([-1], [4], [1.5]):
         with pytest.raises(ValueError, match="keep"):
@@ -439,7 +443,7 @@ def test_wrong_variables_and_pseudocounts_raise():
         circuit.em_step(x[:0])
 
 
-def test_repr_counts_the_parts():
+def test_repr_contains_the_numbers_of_parts():
     graph = RegionGraph.hmm(4, 3, Categorical(5))
     shown = str(graph)
     assert shown.startswith("RegionGraph(4 variables, ") and len(shown) < 250

@@ -1,4 +1,4 @@
-"""The same circuits on every backend of the ops."""
+"""Circuits on every backend of the ops: the results must agree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_ext.circuits import Categorical, RegionGraph
 
 
 def run_on_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the following calls on the twins, which have float64."""
+    """Run the following ops on the CPU twins, which support float64."""
     for module in OP_MODULES:
         monkeypatch.setattr(module, "_c", torch.ops.lora_ext)
 
@@ -22,7 +22,7 @@ def test_values_flows_and_gradients_agree_with_float64(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, name: str, precision: str
 ) -> None:
     if precision != "fp32" and backend.is_twin:
-        pytest.skip("twins have one precision")
+        pytest.skip("CPU twins have only one precision")
     exact = circuit_of(GRAPHS[name](), seed=1)
     circuit = circuit_of(GRAPHS[name](), seed=1).float().to(backend.device)
     circuit.precision = precision
@@ -51,6 +51,6 @@ def test_samples_and_maps_are_equal_on_every_backend(
     u = torch.rand(1, 40, 10, generator=torch.Generator().manual_seed(0))
     samples, best = circuit.sample(40, uniforms=u.to(backend.device)), circuit.map().x
     run_on_twins(monkeypatch)
-    # No running sum of these weights is within a rounding of its uniform.
+    # No cumulative sum of these weights is within a rounding error of its uniform.
     assert torch.equal(samples.cpu(), exact.sample(40, uniforms=u))
     assert torch.equal(best.cpu(), exact.map().x)

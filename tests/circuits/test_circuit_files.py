@@ -1,4 +1,4 @@
-"""Saving and loading circuits; a file is not trusted."""
+"""Saving circuits, and loading them from files that are not trusted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The k best pairs of states and values of a chain, against enumeration of all of them."""
+"""The k best pairs of states and values of a chain, compared with all pairs by enumeration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS, RANK, VALUES = 4, 3, 3
 
 
 def tables(circuit: Circuit) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return log prior, transitions and emissions of every step."""
+    """Return the log prior, and the log transitions and log emissions of every step."""
     names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
     weights = [circuit.region_weights(names[f"z{t}"]).detach().log_softmax(1) for t in range(STEPS)]
     leaves = [circuit.region_leaves(names[f"x{t}"])["logits"].detach() for t in range(STEPS)]
@@ -31,7 +31,7 @@ def tables(circuit: Circuit) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 
 
 def enumerated(circuit: Circuit, given: list[int], length: int) -> list[tuple[float, tuple, tuple]]:
-    """Return (value, states, x) of all pairs, the best first."""
+    """Return ``(value, states, x)`` for all pairs of states and x, sorted from the best one."""
     prior, steps, leaves = tables(circuit)
     found = []
     for states in itertools.product(range(RANK), repeat=length):
@@ -59,7 +59,7 @@ def test_best_pairs_equal_those_of_the_enumeration(k, homogeneous):
             ((*got.states[row, i, :length].tolist(),), (*got.x[row, i, :length].tolist(),))
             for i in range(k)
         ]
-        assert len({*pairs}) == k  # Rounding decides which of equal pairs is first.
+        assert len({*pairs}) == k  # Rounding decides the order of equal pairs.
         expected = torch.tensor([value for value, *_ in every[:k]], dtype=torch.float64)
         close(got.value[row], expected)
         close(torch.tensor([table[pair] for pair in pairs], dtype=torch.float64), expected)
@@ -75,7 +75,7 @@ def test_best_pair_equals_the_map():
     assert torch.equal(circuit.k_best(2).x[:, 0], circuit.map().x)
 
 
-def test_missing_pairs_are_impossible():
+def test_entries_beyond_the_number_of_pairs_are_minus_infinity():
     circuit = circuit_of(RegionGraph.hmm(2, 2, Categorical(2)), seed=6)
     got = circuit.k_best(6, torch.tensor([[0, 1]]))  # four paths
     assert got.value[0, :4].isfinite().all() and (got.value[0, 4:] == -torch.inf).all()
@@ -85,11 +85,11 @@ def test_missing_pairs_are_impossible():
     assert (circuit.k_best(2, torch.tensor([[0, 1]])).value == -torch.inf).all()
 
 
-def test_chosen_values_fit_the_integers_of_the_evidence():
-    """Check bytes, which cannot represent -1, and a value above 127, which is not an int8."""
+def test_returned_values_are_int64_for_any_integer_dtype_of_the_evidence():
+    """Check uint8 evidence, which cannot represent -1, and a value above 127, the largest int8."""
     circuit = circuit_of(RegionGraph.hmm(2, 2, Categorical(200)))
     with torch.no_grad():
-        circuit.region_leaves(0)["logits"][:, 199] = 50  # of variable 1, children first
+        circuit.region_leaves(0)["logits"][:, 199] = 50  # region 0 is variable 1
     for dtype in (torch.int8, torch.int32):
         evidence = torch.tensor([[0, -1]], dtype=dtype)
         for x in (
@@ -102,7 +102,7 @@ def test_chosen_values_fit_the_integers_of_the_evidence():
     assert (got.x[0, :4] == torch.tensor([0, 1])).all() and (got.x[0, 4:] == -1).all()
 
 
-def test_chains_of_other_leaves_are_supported():
+def test_chains_of_other_leaf_families_are_supported():
     circuit = circuit_of(RegionGraph.hmm(3, 2, Gaussian()), seed=7)
     x = torch.tensor([[0.5, -0.5, 1.0]], dtype=torch.float64)
     got = circuit.k_best(8, x)

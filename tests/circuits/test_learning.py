@@ -1,4 +1,4 @@
-"""Flows and expectation maximisation."""
+"""Flows (expected counts) and expectation maximisation (EM)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ BIT = Bernoulli()
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_flows_sum_to_one(name):
-    """Check the leaf units of each variable, and every region if the circuit is a tree."""
+    """Check the sum over the leaf units of each variable and, if the circuit is a tree, of each
+    region."""
     circuit = circuit_of(GRAPHS[name](), seed=8)
     x = assignments(circuit)[:20]
     x[1::2, 0] = -1
@@ -124,7 +125,8 @@ def test_tied_parameters_sum_gradients_and_flows_of_all_their_uses():
 
 
 def test_em_with_pseudocounts_never_decreases_likelihood_times_prior():
-    """Check the prior of c / I per term, which the docstring of ``em_step`` describes."""
+    """Check EM with the prior described by ``em_step``: pseudocounts of c / I for each of I
+    terms."""
     circuit = circuit_of(GRAPHS["hmm"](), seed=20)
     x = circuit_of(GRAPHS["hmm"](), seed=21).sample(60, generator=torch.manual_seed(0))[0]
     c = 2.0
@@ -148,12 +150,12 @@ def test_default_pseudocount_keeps_held_out_rows_possible():
     x = circuit_of(RegionGraph.hmm(4, 3, Categorical(5)), seed=23).sample(
         40, generator=torch.manual_seed(0)
     )[0]
-    x[x == 4] = 3  # The training data do not contain this value.
+    x[x == 4] = 3  # Remove the value 4 from the training data.
     for _ in range(50):
         circuit.em_step(x)
     held_out = torch.full((1, 4), 4)
     assert circuit.log_prob(held_out).isfinite().all()
-    # A tenth of a row over five values changes the learned values very little.
+    # A pseudocount of 0.1 rows, shared by five values, changes learned probabilities very little.
     assert circuit.leaves[0]["logits"].softmax(1)[:, 4].max() < 0.02
 
 
@@ -161,7 +163,7 @@ def test_default_pseudocount_keeps_held_out_rows_possible():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("step", [1.0, 0.5])
 @pytest.mark.parametrize("leaf", [Bernoulli(), Binomial(3), Binomial(7)])
-def test_columns_that_are_always_zero_or_total_stay_finite(leaf, step, dtype):
+def test_parameters_stay_finite_for_columns_that_are_always_zero_or_the_maximum(leaf, step, dtype):
     total = leaf.num_values() - 1
     circuit = circuit_of(RegionGraph.cp(3, 2, leaf), seed=24).to(dtype)
     x = torch.tensor([[0, total, 0], [0, total, total], [0, total, 1], [0, total, 0]])
@@ -179,7 +181,8 @@ def test_columns_that_are_always_zero_or_total_stay_finite(leaf, step, dtype):
 
 
 def test_rounded_shares_of_successes_stay_probabilities():
-    """Check flows of 1/3 and 2/3 in float32: the hits of a row may exceed its count."""
+    """Check flows of 1/3 and 2/3, whose float32 rounding may make the successes exceed the
+    total."""
     for seed in range(50):
         circuit = circuit_of(RegionGraph.cp(2, 3, Binomial(7)), seed=seed).float()
         x = torch.full((33, 2), 7)
@@ -201,7 +204,8 @@ def test_gaussian_far_from_zero_stays_at_its_optimum(dtype, step):
     x = x.to(dtype)
     before = circuit.em_step(x, step)
     after = circuit.log_prob(x).mean()
-    # Means near 10000 are rounded to 2^-11 in float32. The cost is at most half its square.
+    # In float32, means near 10000 are rounded by up to 2^-11. The log-likelihood falls by at most
+    # half the square of this.
     assert abs(after - before) < 2.0**-22
     assert circuit.leaves[0]["mean"].item() == pytest.approx(10000, abs=0.1)
 
@@ -227,14 +231,14 @@ def test_gaussian_fits_data_far_away_in_one_step(dtype):
         (lambda: Indicator((0, -1)), "Indicator: values: expected whole numbers, at least 0"),
     ],
 )
-def test_families_without_meaning_raise(make, message):
+def test_families_with_invalid_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
 # --- single rows and threads ----------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["rat_spn", "poon_domingos delta 2"])
-def test_single_row_of_a_circuit_with_multivariate_inputs(name):
+def test_rows_one_by_one_equal_a_batch_for_multivariate_inputs(name):
     circuit = circuit_of(GRAPHS[name](), seed=25)
     x = assignments(circuit)[[5, 9]]
     both = circuit.flows(x)
@@ -265,7 +269,7 @@ def test_single_row_of_a_circuit_with_multivariate_inputs(name):
     ],
     ids=["tied chain", "gaussian chain", "rat_spn", "poon_domingos", "long sum", "wide sum"],
 )
-def test_steps_flows_and_gradients_have_the_same_bits_for_any_number_of_threads(graph, rows):
+def test_steps_flows_and_gradients_are_bitwise_equal_for_any_number_of_threads(graph, rows):
     start = circuit_of(graph, seed=26).float()
     state = {k: t.clone() for k, t in start.state_dict().items()}
     x = start.sample(rows, generator=torch.manual_seed(3))[0]
@@ -275,7 +279,8 @@ def test_steps_flows_and_gradients_have_the_same_bits_for_any_number_of_threads(
             torch.set_num_threads(number)
             circuit = Circuit(graph)
             circuit.load_state_dict(state)
-            # torch splits the gradient of a single number among threads, so one leaf is left out.
+            # One leaf is excluded, because torch splits the gradient of a scalar parameter among
+            # threads.
             circuit.log_prob(x[:30000]).sum().backward()
             results = [p.grad for p in circuit.parameters()] + [*circuit.flows(x)]
             results += [circuit.em_step(x) for _ in range(2)] + [*circuit.parameters()]

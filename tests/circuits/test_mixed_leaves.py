@@ -1,4 +1,4 @@
-"""Every builder with a different family for each variable."""
+"""Graph builders with a different leaf family for each variable."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_homogeneous_chain_accepts_one_family_only():
 
 @pytest.mark.parametrize("leaf", [Bernoulli(), Binomial(8), Categorical(1), Categorical(13)])
 def test_values_are_drawn_like_draw_does_row_by_row(leaf):
-    """Check also uniforms at the steps of the running sums and at both ends."""
+    """Check also uniforms equal to the cumulative sums, 0, and the largest number below 1."""
     g = torch.Generator().manual_seed(0)
     table = {k: 3 * torch.randn(t.shape, generator=g) for k, t in leaf.table(20).items()}
     if isinstance(leaf, Categorical):

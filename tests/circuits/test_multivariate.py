@@ -1,4 +1,4 @@
-"""Gaussians over several variables: densities and learning, against scikit-learn and torch."""
+"""Multivariate Gaussian leaves: densities and learning, compared with scikit-learn and torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_leaves_of_several_regions_with_gaps_equal_torch(name):
             close(values[:, column - 2], torch.tensor(expected, dtype=torch.float64))
 
 
-def test_one_variable_equals_a_gaussian():
+def test_multivariate_gaussian_of_one_variable_equals_a_gaussian():
     one = circuit_of(RegionGraph.hmm(4, 3, Gaussian()), 1)
     many = circuit_of(RegionGraph.hmm(4, 3, MultivariateGaussian()), 1)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_gradients_with_gaps_equal_finite_differences():
 
 # --- learning -------------------------------------------------------------------------------------
 def clusters(rows: int, seed: int = 0) -> Tensor:
-    """Return two elongated clouds of three numbers."""
+    """Return ``(rows, 3)`` points of two elongated clusters."""
     g = torch.Generator().manual_seed(seed)
     z = torch.randn(rows, 3, generator=g, dtype=torch.float64)
     turn = torch.tensor([[1.0, 0, 0], [0.9, 0.3, 0], [-0.5, 0.4, 0.6]], dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_mixture_equals_scikit_learn_before_and_after_a_step():
     before = made.log_prob(x).mean()
     assert made.em_step(x, pseudocount=0) == pytest.approx(before.item())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # One step does not converge.
+        warnings.simplefilter("ignore")  # One step cannot converge.
         peer.fit(x.numpy())
     after = normals(made, 0)
     close(made.weights.detach().softmax(0), torch.from_numpy(peer.weights_))
@@ -126,7 +126,8 @@ def test_mixture_equals_scikit_learn_before_and_after_a_step():
 
 @pytest.mark.parametrize("step", [1.0, 0.3])
 def test_step_with_gaps_equals_the_plain_formula(step):
-    """Check row by row: a missing value is its conditional mean and adds its covariance."""
+    """Compare with a formula per row: a missing value counts as its conditional mean, and its
+    conditional covariance is added."""
     made = circuit_of(RegionGraph.cp(3, 1, LEAF), 4)
     with torch.no_grad():
         made.leaves[0]["lower"].normal_()
@@ -166,7 +167,7 @@ def test_em_with_gaps_never_decreases_the_likelihood(name, step):
     assert values[-1] > values[0] + 0.1
 
 
-def test_no_direction_becomes_narrower_than_min_std():
+def test_standard_deviation_of_every_direction_stays_above_min_std():
     made = circuit_of(RegionGraph.cp(2, 1, MultivariateGaussian(min_std=0.01)))
     line = torch.linspace(-1, 1, 41, dtype=torch.float64)[:, None] * torch.tensor([1.0, 1.0])
     values = [made.em_step(line) for _ in range(4)]
@@ -211,7 +212,7 @@ def test_tied_regions_learn_from_all_their_uses():
         close(again.leaves[0][k].detach(), v)
 
 
-def test_step_and_gradients_have_the_same_bits_for_any_number_of_threads():
+def test_step_and_gradients_are_bitwise_equal_for_any_number_of_threads():
     graph = RegionGraph.rat_spn(24, 2, 4, 9, 9, MultivariateGaussian())
     state = Circuit(graph).state_dict()
     x = rows_with_gaps(24, 300, share=0.02).float()

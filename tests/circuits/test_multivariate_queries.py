@@ -1,4 +1,4 @@
-"""Queries of circuits of Gaussians over several variables, against torch and plain formulas."""
+"""Queries of circuits with multivariate Gaussian leaves, compared with torch and plain formulas."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_samples_given_evidence_follow_the_conditional():
     x = torch.tensor([[math.nan, 0.5, math.nan, -1.0]], dtype=torch.float64)
     u = torch.rand(1, 5, 5, generator=torch.Generator().manual_seed(0))
     rest = given(normals(made, 0), 0, x[0])[0]
-    z = torch.special.ndtri(u[0, :, [1, 3]].double())  # one sum, then the variables 0 and 2
+    z = torch.special.ndtri(u[0, :, [1, 3]].double())  # u[:, 0] is for the sum
     got = made.sample(5, x, u)[0]
     close(got[:, [0, 2]], rest.mean + z @ rest.scale_tril.T)
     assert (got[:, [1, 3]] == x[0, [1, 3]]).all()
@@ -59,8 +59,9 @@ def test_marginals_equal_a_mixture_of_conditionals():
     assert found.log_prob.shape == (20, 3, 0)
 
 
-def test_correlations_near_one_keep_their_digits_in_float32():
-    """Check 1 - 1 / (1 + 1e-6), which from a covariance is off by several percent."""
+def test_results_for_correlations_near_one_are_accurate_in_float32():
+    """Check a conditional variance of 1 - 1 / (1 + 1e-6). Computed from a float32 covariance, it
+    would have an error of several percent."""
     made = Circuit(RegionGraph.cp(2, 1, LEAF))
     with torch.no_grad():
         made.leaves[0]["lower"].fill_(1.0)
@@ -95,7 +96,7 @@ def test_one_gaussian_has_the_entropy_and_divergence_of_torch():
     assert p.kl_divergence(p).abs() < 1e-12
 
 
-def test_entropy_and_divergence_of_a_decision_between_gaussians_equal_the_formula():
+def test_entropy_and_divergence_of_a_deterministic_mixture_of_gaussians_equal_the_formula():
     inputs = {f"is {v}": Input([0], Indicator((v,))) for v in range(2)}
     inputs |= {f"then {v}": Input([1, 2], LEAF) for v in range(2)}
     graph = RegionGraph.from_edges(inputs, [("s", [f"is {v}", f"then {v}"]) for v in range(2)])
@@ -113,7 +114,7 @@ def test_entropy_and_divergence_of_a_decision_between_gaussians_equal_the_formul
 
 # --- files, copies and errors ---------------------------------------------------------------------
 @pytest.mark.parametrize("name", GRAPHS)
-def test_circuit_is_equal_after_a_file_a_copy_and_a_pickle(name, tmp_path):
+def test_saved_copied_and_pickled_circuits_equal_the_original(name, tmp_path):
     made = circuit(name, 14)
     made.save(tmp_path / "c.safetensors")
     x = made.sample(5, generator=torch.Generator().manual_seed(0))[0]
@@ -127,18 +128,18 @@ def test_circuit_is_equal_after_a_file_a_copy_and_a_pickle(name, tmp_path):
     torch.testing.assert_close(narrow.log_prob(x), again[1].log_prob(x).float(), rtol=1e-4, atol=0)
 
 
-def test_rows_without_data_have_results():
+def test_rows_with_only_missing_values_have_results():
     made = circuit("rat_spn")
     empty = torch.empty(0, 6, dtype=torch.float64)
     assert made.log_prob(empty).shape == (0,)
     assert made.sample(2, empty).shape == (0, 2, 6)
     assert made.map(empty).x.shape == made.univariate_marginals(empty).mean.shape == (0, 6)
-    whole = torch.full((2, 6), -1)  # Integers can only mark Gaussian variables as missing.
+    whole = torch.full((2, 6), -1)  # In integer data, Gaussian variables can only be missing.
     close(made.log_prob(whole), torch.zeros(2, dtype=torch.float64))
     assert made.sample(1, whole).dtype == torch.float64
 
 
-def test_arguments_without_meaning_raise():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="MultivariateGaussian: min_std: expected a positive numb"):
         MultivariateGaussian(-1.0)
     with pytest.raises(ValueError, match="k_best: graph: expected a chain, in which a latent's c"):

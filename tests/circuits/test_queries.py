@@ -1,4 +1,4 @@
-"""Marginals of every variable, log_prob of a root, entropy and KL, against enumeration."""
+"""Marginals of every variable, log_prob of a root, entropy and KL, compared with enumeration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lora_ext.circuits import (
 
 
 def enumerated(circuit: Circuit, evidence: Tensor, root: int | None = None) -> Tensor:
-    """Return ``p(x_v = value | evidence)`` by summing the whole table, ``(B, n, V)``."""
+    """Return ``p(x_v = value | evidence)``, ``(B, n, V)``, by summing over all assignments."""
     x = assignments(circuit)
     p = circuit.log_prob(x, root=root).exp().detach()
     out = torch.zeros(*evidence.shape, max(num_values(circuit)), dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_gaussian_has_moments_and_no_table():
     close(got.mean[0, 0], expected)
     close(got.variance[0, 0], posterior[0] @ (variance + mean.square()) - expected.square())
     assert got.mean[1, 0] == 0.5 and got.variance[1, 0] == 0
-    assert got.log_prob[:, 0].isnan().all()  # A density has no table.
+    assert got.log_prob[:, 0].isnan().all()  # A density has no table of probabilities.
     assert got.log_prob[0, 1].exp().tolist() == [0, 0, 1, 0]
     close(got.log_prob[0, 2].exp().sum(), torch.tensor(1.0, dtype=torch.float64))
 
@@ -108,7 +108,7 @@ def test_impossible_evidence_has_no_marginals():
     assert got.log_prob[1].exp().tolist() == [[1, 0], [0, 1]]
 
 
-def test_no_rows_have_no_marginals_even_for_indicator_leaves():
+def test_empty_batch_has_empty_marginals_even_for_indicator_leaves():
     graph = RegionGraph.from_edges(
         {"a": Input([0], Indicator((0, 1)), 2), "b": Input([1], Categorical(3), 2)},
         [("s", ["a", "b"])],
@@ -140,7 +140,8 @@ def test_log_prob_of_a_root_equals_its_column():
 
 # --- entropy and divergence -----------------------------------------------------------------------
 def decision(seed: int = 0, categories: int = 3) -> Circuit:
-    """Return a deterministic circuit: the distributions of x1 and x2 depend on x0."""
+    """Return a deterministic circuit in which the value of x0 selects the distributions of x1 and
+    x2."""
     inputs = {f"x0={v}": Input([0], Indicator((v,))) for v in range(3)}
     inputs |= {f"x1|{v}": Input([1], Categorical(categories)) for v in range(3)}
     inputs["x2"] = Input([2], Binomial(2))

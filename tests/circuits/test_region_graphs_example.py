@@ -1,4 +1,4 @@
-"""Run examples/region_graphs.py and check that it counts and draws every graph."""
+"""Run examples/region_graphs.py and check that it counts the parts of every graph and draws it."""
 
 from __future__ import annotations
 

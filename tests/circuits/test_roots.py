@@ -83,7 +83,8 @@ def test_every_row_may_have_a_different_root():
 
 
 def test_em_trains_each_root_on_its_rows():
-    """Check two classes of data: the labelled likelihood never falls, and EM learns the labels."""
+    """Check data of two classes: the likelihood of labelled rows never decreases, and EM learns the
+    labels."""
     circuit = classes(seed=3, num_roots=2)
     g = torch.Generator().manual_seed(0)
     label = torch.arange(200) % 2
@@ -106,7 +107,8 @@ def test_variables_outside_the_scope_of_a_root_stay_missing():
 
 
 def test_joined_graphs_are_roots_of_one_circuit():
-    """Check two graphs with separate names and ties: each root equals the circuit of its graph."""
+    """Check two joined graphs with separate names and ties. Each root must equal the circuit of its
+    graph."""
     graphs = [
         RegionGraph.hmm(3, 2, Categorical(3), homogeneous=True),
         RegionGraph.cp(3, 4, Categorical(3)),

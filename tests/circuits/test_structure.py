@@ -1,4 +1,4 @@
-"""Region graphs: error messages, and results of the structure checks."""
+"""Region graphs: checks of their structure and the error messages."""
 
 from __future__ import annotations
 
@@ -151,7 +151,8 @@ def test_determinism_is_detected_if_indicators_separate_terms():
 
     assert _structure.is_deterministic(graph(0, 1, 2)) is True
     assert _structure.is_deterministic(graph(0, 1, 0)) == "unknown"
-    # No single variable separates all three, but for every pair one variable does.
+    # No single variable separates all three terms, but for each pair of terms there is one that
+    # does.
     corner = {"a": ([0, 1], (0,)), "b": ([0], (1,)), "c": ([1], (0,)), "d": ([0, 1], (1,))}
     inputs = {k: Input(v, Indicator(values)) for k, (v, values) in corner.items()}
     products = [("s", ["a"]), ("s", ["b", "c"]), ("s", ["d"])]
@@ -175,7 +176,7 @@ def test_tied_regions_share_their_weights_and_inputs_their_tables():
     assert layered.inputs.row.tolist() == list(range(8)) * 4
 
 
-def test_many_shapes_of_a_layer_need_few_stages():
+def test_layer_with_many_shapes_needs_few_stages():
     inputs = {f"i{n}": Input([n], BIT) for n in range(9)}
     inputs |= {f"j{n}": Input([n], BIT) for n in range(9)}
     products = [(f"s{n}", [c]) for n in range(9) for c in ([f"i{n}", f"j{n}"] * 5)[: n + 2]]
@@ -214,16 +215,16 @@ def test_chow_liu_errors_contain_the_remedy(x, message):
         chow_liu_parents(x, 2)
 
 
-def test_family_without_a_reader_is_not_written():
-    class Categorical(Bernoulli):  # the name of one of our families
+def test_leaf_family_that_cannot_be_loaded_is_not_saved():
+    class Categorical(Bernoulli):  # same name as a family of lora_ext
         pass
 
     with pytest.raises(ValueError, match="family: expected one of"):
         RegionGraph.cp(2, 2, Categorical()).to_json()
 
 
-def test_modules_of_the_room_do_not_import_each_other_in_a_circle():
-    """Check imports for type checkers too, because a circle of names is also a circle."""
+def test_modules_of_the_package_have_no_circular_imports():
+    """Check also imports under ``TYPE_CHECKING``, which count as circular imports too."""
     room = Path(_structure.__file__).parent
     graph: dict[str, set[str]] = {}
     for path in room.glob("*.py"):
@@ -237,7 +238,7 @@ def test_modules_of_the_room_do_not_import_each_other_in_a_circle():
     assert set(order) == modules  # No CycleError was raised.
 
 
-def test_dot_text_has_all_arrows():
+def test_dot_text_contains_all_edges():
     graph = RegionGraph.rat_spn(4, 1, 2, 2, 2, BIT)
     dot = graph.to_dot()
     assert dot.count("->") == sum(1 + len(p.children) for r in graph.regions for p in r.partitions)

@@ -1,4 +1,4 @@
-"""Training over batches, and sequences of different lengths."""
+"""Training over batches of a data loader, and on sequences of different lengths."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_tensor_is_one_batch_with_full_steps():
     for epoch in history:
         assert epoch.log_prob == other.em_step(data()).item()
     assert torch.equal(one.weights, other.weights)
-    train_em(one, loader(data(), batch_size=60), epochs=1)  # also for a single batch
+    train_em(one, loader(data(), batch_size=60), epochs=1)  # a loader with one batch
     other.em_step(data())
     close(one.weights, other.weights)
 
@@ -79,7 +79,7 @@ def test_second_tensor_of_a_batch_is_the_root_of_each_row(train):
     assert (circuit.log_prob(x.long()).argmax(1) == label).double().mean() > 0.85
 
 
-def test_step_size_may_follow_a_schedule_and_a_bar_receives_the_figures():
+def test_step_size_may_follow_a_schedule_and_a_progress_bar_receives_the_likelihood():
     asked: list[int] = []
     seen: list[dict[str, str]] = []
 
@@ -127,7 +127,8 @@ def test_padded_sequences_have_the_scores_of_shorter_chains():
     for row, sequence in enumerate(sequences):
         short = circuit_of(RegionGraph.hmm(len(sequence), 3, Categorical(4), homogeneous=True))
         with torch.no_grad():
-            # In both, the first weights belong to the last variable: transitions, then prior.
+            # In both circuits, the weights start with the last variable: first the transitions,
+            # then the prior.
             short.leaves[0]["logits"].copy_(circuit.leaves[0]["logits"])
             short.weights.copy_(circuit.weights[-len(short.weights) :])
         close(circuit.log_prob(x[row : row + 1]), short.log_prob(sequence[None]))
@@ -151,8 +152,8 @@ def test_floating_sequences_are_padded_with_nan():
 
 
 def test_parameters_without_data_learn_nothing():
-    """Check that a transition into the padding keeps its weights. Without its own transitions, EM
-    learns as fast as on shorter chains."""
+    """Check that a transition into the padding keeps its weights. With tied transitions, EM learns
+    as fast as on shorter chains."""
     circuit = circuit_of(RegionGraph.hmm(4, 2, Categorical(3)))
     names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
     before = circuit.region_weights(names["z3"]).detach().clone()

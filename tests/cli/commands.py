@@ -1,4 +1,4 @@
-"""Helpers of the tests of ``lora-ext``."""
+"""Helpers for the tests of the command ``lora-ext``."""
 
 import subprocess
 import sys
@@ -21,7 +21,8 @@ def as_process(*arguments, **options):
 
 
 def assert_refused(found, *words):
-    """Check for status 2, no standard output, and one sentence on standard error."""
+    """Check that a command returned status 2, printed nothing to standard output, and one line that
+    contains ``words`` to standard error."""
     status, out, err = found
     assert status == 2 and out == "", (out, err)
     assert err.count("\n") == 1 and "Traceback" not in err and err.startswith("lora-ext")

@@ -1,4 +1,4 @@
-"""Commands of ``lora-ext``, run in this process, and folders for them."""
+"""Fixtures that run commands of ``lora-ext`` in this process, and adapter folders for them."""
 
 import json
 

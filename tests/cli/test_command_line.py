@@ -73,7 +73,7 @@ def test_inspect_reports_modules_with_non_finite_values_and_fails(run, folders):
     assert re.search(rf"{re.escape(Q)} .* - +- +- +4$", out, re.M)
 
 
-def test_inspect_reports_bad_values_of_replaced_weights_in_a_short_line(run, tmp_path):
+def test_inspect_reports_non_finite_replaced_weights_in_a_short_line(run, tmp_path):
     shapes = {f"layers.{i}.up": (6, 5) for i in range(12)}
     value = adapter(shapes=shapes, modules_to_save=["norm"])
     for factors in value.modules.values():
@@ -91,7 +91,7 @@ def test_inspect_reports_bad_values_of_replaced_weights_in_a_short_line(run, tmp
 
 @pytest.mark.parametrize("case", ["plain", "patterns", "bias", "regex"])
 @pytest.mark.parametrize("mode", ["delta", "factors", "delta_svd"])
-def test_merge_writes_what_the_function_returns(case, mode, run_json, tmp_path):
+def test_merge_writes_the_result_of_merge_adapters(case, mode, run_json, tmp_path):
     folders = []
     for name in ("one", "two"):
         torch.manual_seed(len(folders))
@@ -114,7 +114,7 @@ def test_merge_without_weights_is_the_mean_of_any_number_of_adapters(run_json, f
     assert LoraAdapter.load(tmp_path / "out") == merge_adapters(three, [0.5, 0.25, 1])
 
 
-def test_resize_writes_the_adapter_and_prints_the_loss(run, run_json, folders, tmp_path):
+def test_resize_writes_the_adapter_and_prints_the_error(run, run_json, folders, tmp_path):
     out = tmp_path / "out"
     found = run_json("resize", folders[0], "--rank", 2, "--out", out)
     wanted, errors = resize_adapter(folders[0], 2)
@@ -128,7 +128,7 @@ def test_resize_writes_the_adapter_and_prints_the_loss(run, run_json, folders, t
     assert re.search(rf"{re.escape(Q)} +4 +9 +\S+ +0 +0$", text, re.M)
 
 
-def test_diff_of_two_adapters_and_of_one_with_itself(run, run_json, folders):
+def test_diff_equals_compare_adapters_and_is_zero_for_equal_adapters(run, run_json, folders):
     found = run_json("diff", *folders)
     wanted = {each.module: each for each in compare_adapters(*folders)}
     for row in found["modules"]:
@@ -144,7 +144,7 @@ def test_diff_of_two_adapters_and_of_one_with_itself(run, run_json, folders):
     assert status == 0 and re.search(rf"{re.escape(Q)} +4/4 .* \d+\.\d \.\. \d+\.\d$", out, re.M)
 
 
-def test_diff_prints_what_it_does_not_compare(run, run_json, tmp_path):
+def test_diff_lists_modules_that_it_does_not_compare(run, run_json, tmp_path):
     adapter(use_dora=True).save(tmp_path / "dora")
     assert run_json("diff", tmp_path / "dora", tmp_path / "dora")["not_compared"] == ["magnitude"]
     assert "not compared  magnitude" in run("diff", tmp_path / "dora", tmp_path / "dora")[1]
@@ -152,7 +152,8 @@ def test_diff_prints_what_it_does_not_compare(run, run_json, tmp_path):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Return an adapter of PEFT in eight modules, and the two models that SPLoRA compares."""
+    """Return a folder with a PEFT adapter of eight modules and the two models that SPLoRA
+    compares."""
     folder = tmp_path_factory.mktemp("models")
     base, aligned = llama(), llama()
     with torch.no_grad():
@@ -195,17 +196,17 @@ def test_prune_removes_the_modules_that_splora_selects(run, run_json, models, tm
     assert LoraAdapter.load(out) == wanted.adapter and 0 < len(wanted.pruned) < 8
 
 
-def test_warning_is_one_line(run, models, tmp_path):
+def test_warning_is_printed_as_one_line(run, models, tmp_path):
     out = ("--num", 1, "--projection", "orthogonal", "--out", tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        status, text, err = run("prune", *of(models), *out)  # No distance remains.
+        status, text, err = run("prune", *of(models), *out)  # All distances are 0.
     assert status == 2 and text == ""
     assert [line.startswith("lora-ext prune: ") for line in err.splitlines()] == [True, True]
     assert "warning: " in err.splitlines()[0] and "spread" in err.splitlines()[1]
 
 
-def test_prune_can_project_instead(run_json, models, tmp_path):
+def test_prune_with_project_projects_modules_instead_of_removing_them(run_json, models, tmp_path):
     found = run_json("prune", *of(models), "--num", 2, "--project", "--out", tmp_path / "out")
     chosen = [row["module"] for row in found["modules"] if row["verdict"] == "projected"]
     folders = models / "adapter", models / "base", models / "aligned"
@@ -237,7 +238,7 @@ def test_missing_direction_is_reported_and_remedies_are_options_of_the_command(
 
 
 @pytest.mark.parametrize("score", ["angle", "alignment", "distance"])
-def test_prune_with_a_score_that_determines_the_direction(run_json, models, tmp_path, score):
+def test_prune_needs_no_direction_for_scores_that_determine_it(run_json, models, tmp_path, score):
     out = ("--score", score, "--out", tmp_path / "out")
     found = run_json("prune", *of(models), "--num", 2, *out)
     config = splora.SploraConfig(num=2, direction="smallest", score=score)

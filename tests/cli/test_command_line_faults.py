@@ -1,4 +1,4 @@
-"""``lora-ext`` with hostile folders, bad arguments, too little memory and a full disk."""
+"""``lora-ext`` with malicious folders, invalid arguments, too little memory and a full disk."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def spoiled(folder, how):
-    """Return a folder that is not a valid adapter, in one of several ways."""
+    """Make ``folder`` an invalid adapter in the way named by ``how`` and return it."""
     tensors, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     if how == "missing":
         return folder / "nowhere"
@@ -194,12 +194,12 @@ def test_internal_error_keeps_its_traceback(monkeypatch, folders):
 
 def test_rank_that_no_module_can_use_is_rejected_early(run, folders, tmp_path):
     out = tmp_path / "out"
-    found = run("resize", folders[0], "--rank", 1_000_000, "--out", out)  # of (24, 20) and (12, 20)
+    found = run("resize", folders[0], "--rank", 1_000_000, "--out", out)  # layers have 12, 20, 24
     assert_refused(found, "--rank: expected at most 20", "1000000", str(folders[0]), "min(I, O)")
     assert_refused(run("resize", folders[0], "--rank", 21, "--out", out), "expected at most 20")
     assert not out.exists()
     status, _, _ = run("resize", folders[0], "--rank", 20, "--out", out)
-    assert status == 0, "expected one rank for all modules, above the 12 of the smaller"
+    assert status == 0, "expected rank 20 for all modules, even the smaller one"
     assert {f.a.shape[0] for f in LoraAdapter.load(out).modules.values()} == {20}
 
 
@@ -213,13 +213,13 @@ def test_rank_that_is_already_too_large_may_stay_or_decrease(run, tmp_path):
     assert_refused(found, "--rank: expected at most 40")
 
 
-def test_pickle_with_code_is_rejected_with_our_message(run, folders):
+def test_pickle_with_code_is_rejected_with_a_safe_remedy(run, folders):
     (folders[0] / "adapter_model.safetensors").unlink()
     torch.save({"lora_A": _Runs()}, folders[0] / "adapter_model.bin")
     found = run("inspect", folders[0])
     assert_refused(found, "adapter_model.bin", "mkdir", "adapter_model.safetensors")
     for advice in ("weights_only", "torch.load", "add_safe_globals", "trust", "Re-running"):
-        assert advice not in found[2], f"{advice} leads to loading the pickle"
+        assert advice not in found[2], f"found {advice}, which leads to loading the pickle"
 
 
 class _Runs:

@@ -1,4 +1,4 @@
-"""``lora-ext`` as a program: help, signals, closed outputs, progress."""
+"""``lora-ext`` as a program: help, signals, closed outputs and progress bars."""
 
 import contextlib
 import fcntl
@@ -56,7 +56,7 @@ def test_module_runs_as_a_program_and_handles_a_signal(folders, tmp_path):
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A shell starts its background jobs with this signal ignored.
+        # A shell without job control starts background jobs with this signal ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -70,7 +70,7 @@ def test_module_runs_as_a_program_and_handles_a_signal(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_reader_that_closes_its_pipe_is_no_error(folders):
+def test_pipe_closed_by_its_reader_is_no_error(folders):
     command = f"{sys.executable} -m lora_ext inspect {folders[0]} | true; echo ${{PIPESTATUS[0]}}"
     found = subprocess.run(
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -87,7 +87,7 @@ def test_closed_output_and_limited_encoding_are_no_errors(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "stdout", letters)
     assert cli.main(["inspect", str(folder)]) == 0
     assert rb"f\xfcr" in letters.buffer.getvalue()
-    assert letters.errors == "strict", "the stream's error handling changed"
+    assert letters.errors == "strict", "found a changed error handler"
 
 
 def test_progress_is_shown_only_on_terminals(monkeypatch, capsys):
@@ -101,8 +101,8 @@ def test_progress_is_shown_only_on_terminals(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_bar_appears_after_a_second_and_is_removed():
-    """Check that the bar is on a terminal's standard error, and not on standard output."""
+def test_progress_bar_appears_after_a_second_and_is_removed():
+    """Check also that the bar is written to standard error, and not to standard output."""
     code = (
         "import time\n"
         "from lora_ext.cli._output import progress\n"
@@ -117,7 +117,7 @@ def test_bar_appears_after_a_second_and_is_removed():
     )
     os.close(slave)
     shown = b""
-    with contextlib.suppress(OSError):  # The terminal ends with the process.
+    with contextlib.suppress(OSError):  # Reading fails once the process has ended.
         while data := os.read(master, 4096):
             shown += data
     os.close(master)

@@ -1,4 +1,4 @@
-"""``lora-ext distil-guide`` on a tiny model in a folder."""
+"""``lora-ext distil-guide`` with a tiny model."""
 
 from __future__ import annotations
 

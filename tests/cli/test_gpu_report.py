@@ -1,4 +1,4 @@
-"""The report of a card, with the emulator as the card, and the page made from it."""
+"""The report of ``lora-ext gpu-report``, made with the emulator as the GPU, and its page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 
 @pytest.mark.emulated
-def test_report_contains_the_checks_and_no_personal_name(report: Path) -> None:
+def test_report_contains_the_checks_and_no_path_of_a_user(report: Path) -> None:
     found = json.loads(report.read_text())
     assert report.stat().st_size < 200_000
     assert found["checks"][0]["op"] == "lora_plan"
@@ -45,7 +45,7 @@ def test_report_contains_the_checks_and_no_personal_name(report: Path) -> None:
 
 
 def on_a_card(report: Path, tmp_path: Path, name: str = "Card A", **changes: Any) -> Path:
-    """Return the report as if a card had made it."""
+    """Return the path of a copy of the report that looks like the report of a real GPU."""
     found = json.loads(report.read_text())
     found["card"] = {"name": name, "capability": [9, 0]}
     found["times"] = [{"op": "lora_plan", "us": 6.0, "floor_us": 2.0}]

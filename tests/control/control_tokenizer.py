@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer: one token per byte, and some tokens that join several bytes."""
+"""A small byte-level tokenizer, with one token per byte and some tokens of several bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def accepts(constraint: Constraint, text: str) -> bool:
 
 
 def random_texts(constraint: Constraint, count: int, longest: int, seed: int = 0) -> list[str]:
-    """Return texts of the constraint, from random walks along all allowed tokens."""
+    """Return random texts that satisfy the constraint, drawn token by token among the allowed
+    ones."""
     rng, tokens = random.Random(seed), tokenizer()
     order, first = constraint.tokens_by_class
     out: list[str] = []

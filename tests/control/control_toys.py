@@ -1,7 +1,9 @@
-"""A language small enough to enumerate: five tokens, a text of at most four and its end.
+"""A language small enough to enumerate: a vocabulary of five, texts of at most four tokens and an
+end token.
 
-A text must contain a 2 and may not contain two adjacent 3s. ``budget`` counts the end; at least
-``LEAST`` tokens precede it. The language model is a table, so every law is a finite sum.
+A text must contain a 2 and must not contain two adjacent 3s. ``budget`` counts all tokens with the
+end token, before which there are at least ``LEAST`` tokens. The language model is a table, so all
+probabilities are finite sums.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ def constraint() -> Constraint:
 
 
 def satisfies(text: Prefix) -> bool:
-    """Return whether a text satisfies the constraint, by another formula."""
+    """Return whether a text satisfies the constraint, without the automaton."""
     return 2 in text and all(pair != (3, 3) for pair in itertools.pairwise(text))
 
 
 def texts(budget: int = BUDGET, least: int = LEAST) -> Iterator[Prefix]:
-    """Yield all texts of the constraint that fit, with their ends."""
+    """Yield all texts that satisfy the constraint and fit the budget, with their end tokens."""
     for length in range(least, budget):
         for text in itertools.product(range(4), repeat=length):
             if satisfies(text):
@@ -51,12 +53,13 @@ def guide(seed: int = 0, states: int = H, vocab: int = V) -> Guide:
 
 
 def table_model(seed: int = 5) -> Callable[[Prefix], Tensor]:
-    """Return a language model: the law of the next token after every prefix, in float64."""
+    """Return a language model, a function from a prefix to float64 probabilities of the next
+    token."""
     known: dict[Prefix, Tensor] = {}
 
     def model(prefix: Prefix) -> Tensor:
         if prefix not in known:
-            # The numbers depend only on the prefix and not on the order of calls.
+            # The seed depends only on the prefix, so the order of calls does not matter.
             number = seed + sum((t + 1) * 7**i for i, t in enumerate(prefix))
             g = torch.Generator().manual_seed(number)
             known[prefix] = (1.5 * torch.randn(V, generator=g, dtype=torch.float64)).softmax(-1)
@@ -66,7 +69,7 @@ def table_model(seed: int = 5) -> Callable[[Prefix], Tensor]:
 
 
 def hmm_model(guide: Guide) -> Callable[[Prefix], Tensor]:
-    """Return the language model with the law of the guide."""
+    """Return the guide as a language model."""
 
     def model(prefix: Prefix) -> Tensor:
         law = guide.initial
@@ -78,7 +81,7 @@ def hmm_model(guide: Guide) -> Callable[[Prefix], Tensor]:
 
 
 def probability(model: Callable[[Prefix], Tensor], text: Prefix) -> float:
-    """Return the probability of a text with its end."""
+    """Return the probability of a text, including its end token."""
     product = 1.0
     for i, token in enumerate(text):
         product *= float(model(text[:i])[token])

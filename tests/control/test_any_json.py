@@ -1,4 +1,4 @@
-"""JSON objects of any content, against json.loads."""
+"""Constraint to JSON objects with any content, compared with json.loads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRONG += ['{"a":"\n"}', '{"a":+1}', '{"a":.5}', '{"a":1.}', "{}}", '{"a":1 "b":2
 WRONG += ['{"a":"\\x"}', '{"a":-}', '{"a":1e}']
 
 
-def test_json_objects_equal_those_of_python_up_to_the_depth() -> None:
+def test_json_objects_up_to_the_depth_are_accepted_like_by_python() -> None:
     one = Constraint.json_object(tokenizer())
     for text in RIGHT:
         assert type(json.loads(text)) is dict and accepts(one, text), text
@@ -32,12 +32,12 @@ def test_json_objects_equal_those_of_python_up_to_the_depth() -> None:
     assert not accepts(Constraint.json_object(tokenizer(), depth=2), deep)
 
 
-def test_every_text_is_an_object() -> None:
+def test_random_texts_of_the_constraint_are_json_objects() -> None:
     for text in random_texts(Constraint.json_object(tokenizer()), 200, 40):
         assert type(json.loads(text)) is dict
 
 
-def test_depth_below_one_raises_and_a_large_one_names_the_factors() -> None:
+def test_depth_below_one_and_too_large_a_depth_raise() -> None:
     with pytest.raises(ValueError, match="json_object: depth: expected an integer from 1, found 0"):
         Constraint.json_object(tokenizer(), depth=0)
     with pytest.raises(ValueError, match=r"states.*2\^30 ways to nest objects"):

@@ -1,4 +1,4 @@
-"""Constraints as languages: construction, combination, caching and errors."""
+"""Constraints as formal languages: construction, combination, caching and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def every(longest: int, tokens: int = 4) -> list[tuple[int, ...]]:
 
 
 def small(*texts: tuple[int, ...]) -> Constraint:
-    """Return the constraint that accepts exactly these texts, as a tree."""
+    """Return a constraint that accepts exactly these texts, built from a tree of edges."""
     number: dict[tuple[int, ...], int] = {(): 0}
     edges = []
     for text in texts:
@@ -45,9 +45,9 @@ def test_automaton_accepts_the_texts_of_its_edges() -> None:
     assert one.accepts(torch.tensor([2])) and not one.accepts([EOS]) and not one.accepts([99])
 
 
-def test_equal_languages_are_equal_for_any_edges() -> None:
+def test_constraints_of_equal_languages_are_equal_for_any_edges() -> None:
     twice = [(s + 10, t, n + 10) for s, t, n in EDGES]  # an unreachable copy of the automaton
-    lost = [(0, 0, 77)]  # No text ends from this state, so the edge is dropped.
+    lost = [(0, 0, 77)]  # No final state follows, so the edge is dropped.
     again = Constraint.from_edges([*EDGES[1:], *twice], 0, {2, 3, 12, 13}, V, EOS)
     other = Constraint.from_edges([*EDGES[1:], *lost], 0, {2, 3}, V, EOS)
     assert again == other and hash(again) == hash(other) and again.key == other.key
@@ -57,7 +57,7 @@ def test_equal_languages_are_equal_for_any_edges() -> None:
 
 def test_distance_is_the_fewest_tokens_to_the_end() -> None:
     one = small((0, 1, 2), (1,))
-    assert one.distance[0] == 2  # a 1 and the end
+    assert one.distance[0] == 2  # token 1 and the end token
     assert one.distance[one.next_state(0, 0)] == 3
     assert one.distance[one.end] == 0
 
@@ -81,7 +81,7 @@ def test_edges_that_are_not_an_automaton_raise(arguments: Any, message: str) -> 
 
 
 # --- combining ------------------------------------------------------------------------------------
-def test_and_or_and_not_equal_those_of_sets() -> None:
+def test_and_or_and_not_equal_set_operations() -> None:
     a, b = constraint(), small((2,), (3, 3), (2, 1, 0), (3, 2))
     for text in every(4):
         one, two = a.accepts(text), b.accepts(text)
@@ -99,8 +99,9 @@ def test_empty_intersections_and_different_vocabularies_raise() -> None:
         _ = constraint() & Constraint.from_edges([(0, 1, 1)], 0, {1}, V + 1, EOS)
 
 
-def test_products_above_the_limit_name_the_factors() -> None:
-    """Check lengths that are multiples of 61, 67 and 71: their product has 290177 states."""
+def test_errors_for_products_above_the_limit_name_the_factors() -> None:
+    """Check three constraints on the length, multiples of 61, 67 and 71. Their product has 290177
+    states."""
     cycles = [
         Constraint.from_edges([(s, 0, (s + 1) % n) for s in range(n)], 0, {0}, V, EOS)
         for n in (61, 67, 71)
@@ -165,7 +166,7 @@ def test_invalid_keywords_raise(arguments: Any, message: str) -> None:
         Constraint.keywords(tokenizer(), **arguments)
 
 
-def test_tables_above_the_limit_name_the_factors() -> None:
+def test_errors_for_tables_above_the_limit_name_the_factors() -> None:
     with pytest.raises(ConstraintTooLarge, match=r"50 bytes, found \d+, from .* vocabulary"):
         Constraint.choice(["no", "yes"], tokenizer(), limits=Limits(max_table_bytes=50))
 
@@ -202,7 +203,7 @@ PATTERNS = [
 @outlines
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_token_sequences_are_accepted_if_their_text_matches(pattern: str) -> None:
-    """Check also a last token that ends one byte after a possible end of the match."""
+    """Check also texts whose last token extends one byte beyond a possible match."""
     import re
 
     tokens = tokenizer()
@@ -217,7 +218,7 @@ def test_token_sequences_are_accepted_if_their_text_matches(pattern: str) -> Non
 
 
 @outlines
-def test_characters_of_several_bytes_match_as_one() -> None:
+def test_character_of_several_bytes_matches_as_one_character() -> None:
     one = Constraint.regex("[é-ü]{2}.", tokenizer())
     assert accepts(one, "éü日") and not accepts(one, "éü") and not accepts(one, "éé12")
 
@@ -272,7 +273,7 @@ def test_unpaired_surrogate_raises(what: str, content: Any, argument: str) -> No
 
 @outlines
 @pytest.mark.parametrize("pattern", ["(a|b)*a(a|b){24}", "((a{1,50}){1,50}){1,50}"])
-def test_hostile_expressions_stop_within_the_limits(pattern: str) -> None:
+def test_malicious_expressions_stop_within_the_limits(pattern: str) -> None:
     start = time.monotonic()
     with pytest.raises(ConstraintTooLarge, match=r"seconds|states|bytes"):
         Constraint.regex(pattern, tokenizer(), limits=Limits(max_seconds=2))
@@ -309,7 +310,7 @@ SCHEMA = {
 
 
 def holds(value: Any) -> bool:
-    """Return whether a value satisfies the schema, by another formula."""
+    """Return whether a value satisfies the schema, without a constraint."""
     keys = {"name", "age", "tags", "kind", "size"}
     return (
         {"name", "kind"} <= set(value) <= keys
@@ -323,7 +324,7 @@ def holds(value: Any) -> bool:
 
 
 @outlines
-def test_every_text_of_a_schema_is_valid_json_of_it() -> None:
+def test_random_texts_of_a_schema_are_json_that_satisfies_it() -> None:
     one = Constraint.json_schema(SCHEMA, tokenizer())
     assert one == Constraint.json_schema(json.dumps(SCHEMA), tokenizer())
     for text in random_texts(one, 300, 60):
@@ -352,7 +353,7 @@ def test_every_text_of_a_schema_is_valid_json_of_it() -> None:
         ({"type": "object"}, "an object without properties"),
     ],
 )
-def test_schema_words_that_would_be_ignored_raise(schema: Any, word: str) -> None:
+def test_schema_keywords_that_would_be_ignored_raise(schema: Any, word: str) -> None:
     with pytest.raises(NotImplementedError, match=word):
         Constraint.json_schema(schema, tokenizer())
 
@@ -389,8 +390,8 @@ def test_invalid_schema_raises(schema: Any) -> None:
     ],
 )
 def test_schemas_that_outlines_core_misreads_raise(schema: Any, message: str) -> None:
-    """Check that outlines-core does not drop a length above a machine word, change the last digit
-    of a number, or read a name inside a value as an expression."""
+    """Check schemas for which outlines-core would ignore a length of 2^64 or more, change the last
+    digit of a number, or read a name inside a value as a regular expression."""
     with pytest.raises((ValueError, NotImplementedError), match=message) as error:
         Constraint.json_schema(schema, tokenizer())
     assert not isinstance(error.value, ConstraintTooLarge)
@@ -418,7 +419,7 @@ def test_iterators_and_arrays_with_equal_repr_are_not_confused() -> None:
     import numpy as np
 
     for i in range(8):
-        texts: Any = (text for text in [f"w{i}"])  # This is not a Sequence, unlike the annotation.
+        texts: Any = (text for text in [f"w{i}"])  # an iterator instead of a Sequence
         assert accepts(Constraint.choice(texts, tokenizer()), f"w{i}")
     many: Any = np.array([f"a{i:04d}" for i in range(1100)])
     other = many.copy()
@@ -427,7 +428,7 @@ def test_iterators_and_arrays_with_equal_repr_are_not_confused() -> None:
     assert accepts(Constraint.choice(other, tokenizer()), "b")
 
 
-def test_all_256_bytes_may_be_different_classes() -> None:
+def test_all_256_bytes_may_be_in_different_classes() -> None:
     import numpy as np
 
     from lora_ext.control.language._algebra import Automaton, over_tokens
@@ -486,7 +487,7 @@ def test_unbalanced_bracket_raises() -> None:
         Constraint.regex("a)|(b", tokenizer())
 
 
-def test_names_that_double_from_one_to_the_next_are_visited_once() -> None:
+def test_definitions_are_visited_once_if_each_one_references_the_next_twice() -> None:
     from lora_ext.control.language import _schema
 
     names = {

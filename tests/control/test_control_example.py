@@ -1,4 +1,4 @@
-"""Run examples/control.py with its smallest sizes, and check the criteria of the benchmark."""
+"""Run examples/control.py with its smallest sizes, and test the criteria of the benchmark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = [
 ]
 
 
-def test_two_adapters_fill_in_forms_and_words_are_drawn(tmp_path, monkeypatch, capsys):
+def test_example_fills_in_forms_with_two_adapters_and_draws_words(tmp_path, monkeypatch, capsys):
     run_quickly(monkeypatch, "control", tmp_path)
     assert (tmp_path / "control.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
@@ -21,7 +21,7 @@ def test_two_adapters_fill_in_forms_and_words_are_drawn(tmp_path, monkeypatch, c
     assert printed.count(" mask: ") == printed.count(" guided: ") == 3
 
 
-def test_missed_target_is_reported_as_missed(monkeypatch):
+def test_missed_criterion_is_reported_as_missed(monkeypatch):
     benchmark = load_script(monkeypatch, "benchmarks", "control")
     values = {
         ("satisfied", "date", "samples"): 4, ("satisfied", "date", "share"): 0.75,

@@ -1,4 +1,4 @@
-"""The mask law and the guided law, by enumeration of all texts."""
+"""The token distributions of masking and of guides, checked by enumeration of all texts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def every_text() -> list[Prefix]:
 def forced(
     processor: ConstraintProcessor, model: Model, rows: Sequence[Prefix]
 ) -> tuple[list[float], Tensor]:
-    """Return probabilities of whole texts as the processor draws them, and their log weights."""
+    """Return the probabilities with which the processor draws these texts, and their log
+    weights."""
     out = [1.0] * len(rows)
     for step in range(max(map(len, rows))):
         ids = torch.tensor([[PROMPT, *(row + (0,) * step)[:step]] for row in rows])
@@ -71,7 +72,7 @@ def test_drawn_texts_satisfy_the_constraint_and_weights_recover_the_model(
 ) -> None:
     model, rows = table_model(), every_text()
     law, weight = forced(processor(guide() if guided else None), model, rows)
-    assert sum(law) == pytest.approx(1, abs=1e-13)  # No probability is left for other texts.
+    assert sum(law) == pytest.approx(1, abs=1e-13)  # All other texts have probability 0.
     back = [p * math.exp(w) for p, w in zip(law, weight.tolist(), strict=True)]
     assert back == pytest.approx([probability(model, row) for row in rows], rel=1e-11)
 
@@ -91,7 +92,7 @@ def test_mask_law_is_the_model_on_tokens_that_can_still_end_in_time() -> None:
 
 
 @pytest.mark.parametrize("prefix", [(), (0,), (3,), (2, 0), (0, 3), (1, 2, 3)])
-def test_r_is_the_probability_of_the_constraint_under_the_guide(prefix: Prefix) -> None:
+def test_ratio_is_the_probability_of_the_constraint_under_the_guide(prefix: Prefix) -> None:
     rows = torch.tensor([[PROMPT]])
     how = processor(guide())
     got = how(rows, torch.zeros(1, V, dtype=torch.float64))
@@ -102,7 +103,7 @@ def test_r_is_the_probability_of_the_constraint_under_the_guide(prefix: Prefix) 
     assert got[0].exp().tolist() == pytest.approx(wanted, abs=1e-14)
 
 
-def test_r_of_a_single_state_does_not_depend_on_the_prefix() -> None:
+def test_ratio_of_a_guide_of_one_state_does_not_depend_on_the_prefix() -> None:
     one = guide(3, states=1)
     behind = []
     for prefix in ((0, 2), (1, 2)):
@@ -119,7 +120,7 @@ def test_r_of_a_single_state_does_not_depend_on_the_prefix() -> None:
     assert float(behind[0][0, 0]) == pytest.approx(float(table[state, 0].log() + scale[state]))
 
 
-def test_empty_constraint_keeps_every_bit_until_the_last_token() -> None:
+def test_constraint_that_allows_all_tokens_changes_no_bit_before_the_last_token() -> None:
     free = Constraint.from_edges([(0, t, 0) for t in range(4)], 0, {0}, V, EOS)
     how = ConstraintProcessor(free, max_new_tokens=3)
     ids, scores = torch.zeros(2, 1, dtype=torch.long), torch.randn(2, V)
@@ -141,7 +142,7 @@ def test_prior_takes_the_prompt_into_account() -> None:
     assert law == pytest.approx([p / sum(joint) for p in joint], abs=1e-13)
 
 
-def test_padding_before_a_prompt_does_not_change_the_state_law() -> None:
+def test_padding_before_a_prompt_does_not_change_the_state_distribution() -> None:
     prompts = torch.tensor([[-1, -1, 0, 3], [1, 2, 0, 3]])
     laws = guide().filter(prompts)
     assert torch.allclose(laws[:1], guide().filter(torch.tensor([[0, 3]])), atol=1e-15)
@@ -157,11 +158,12 @@ def test_token_that_is_impossible_for_the_guide_can_still_satisfy_the_constraint
     law, _ = forced(
         processor(Guide(whole.initial, whole.transition, emission)), table_model(), rows
     )
-    assert sum(law) == pytest.approx(1, abs=1e-13)  # No other text and no NaN occurs.
+    assert sum(law) == pytest.approx(1, abs=1e-13)  # There is no other text and no NaN.
 
 
 def test_float32_guide_keeps_allowed_tokens_through_a_long_budget() -> None:
-    """Check 300 tokens: under the guide, all but one in a thousand break the constraint."""
+    """Check 300 tokens, of which each satisfies the constraint with probability 0.001 under the
+    guide."""
     emission = torch.tensor([[0.001, 0.9989, 1e-4], [0.001, 0.9989, 1e-4]])
     whole = Guide(torch.tensor([0.5, 0.5]), torch.full((2, 2), 0.5), emission)
     zeros = Constraint.from_edges([(s, 0, s + 1) for s in range(299)], 0, {299}, 3, 2)
@@ -197,7 +199,7 @@ def test_tables_of_a_small_budget_are_reused_for_a_large_one() -> None:
     whole = guide()
     small, large = Plan(constraint(), 3, 0, whole), Plan(constraint(), 30, 0, whole)
     alone = Plan(constraint(), 30, 0, guide())
-    assert small.messages is large.messages  # The first plan, with budget 3, made these tables.
+    assert small.messages is large.messages  # The smaller plan made these tables.
     for k in range(31):
         for got, wanted in zip(large.messages(k), alone.messages(k), strict=True):
             assert torch.equal(got, wanted)

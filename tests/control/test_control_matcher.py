@@ -1,4 +1,4 @@
-"""Constraints of matchers: the mask law without a budget, for matchers of any package."""
+"""Constraints evaluated by a matcher of another package: masks without a token budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from lora_ext.control import Constraint, ConstraintProcessor, Row, advance, plan
 
 
 class Bits:
-    """Matcher of the toy language with the interface of xgrammar; it counts the tokens it reads."""
+    """Matcher of the toy language with the interface of xgrammar. It counts the tokens that it
+    reads."""
 
     def __init__(self) -> None:
         self.states, self.read = [0], 0
@@ -62,8 +63,8 @@ def test_matcher_is_rolled_back_to_the_common_prefix(make: Any) -> None:
 
 
 @MATCHERS
-def test_law_equals_that_of_the_edges_if_the_budget_is_large(make: Any) -> None:
-    """Check rows that diverge and rows that stay equal, with one matcher for all."""
+def test_matcher_and_edges_have_the_same_distribution_if_the_budget_is_large(make: Any) -> None:
+    """Check rows with different and with equal texts, which share one matcher."""
     plans = [plans_of("test", c, None, 99)[0] for c in
              (Constraint.from_matcher(make(), V, EOS), constraint())]  # fmt: skip
     texts = torch.randint(0, 4, (6, 5), generator=torch.Generator().manual_seed(0))
@@ -88,7 +89,7 @@ def test_single_row_is_never_rolled_back() -> None:
     assert matcher.read == 4
 
 
-def test_drafts_are_masked_by_a_matcher() -> None:
+def test_matcher_masks_drafts_like_edges() -> None:
     ids, mask = prompts(3)
     for mode in ("greedy", "sample"):
         found = []
@@ -97,11 +98,11 @@ def test_drafts_are_masked_by_a_matcher() -> None:
             found.append(draft.decoder(mode=mode, constraint=one).generate(
                 ids, mask, max_new_tokens=30, eos_token_id=EOS, seed=1
             ).sequences)  # fmt: skip
-        same = min(f.shape[1] for f in found) - 8  # If the budget is far away, both laws are equal.
+        same = min(f.shape[1] for f in found) - 8  # Only the last 8 depend on the budget.
         assert torch.equal(found[0][:, :same], found[1][:, :same])
 
 
-def test_guides_least_lengths_and_other_objects_raise() -> None:
+def test_matcher_with_a_guide_or_minimum_length_and_other_objects_raise() -> None:
     one = Constraint.from_matcher(Bits(), V, EOS)
     with pytest.raises(NotImplementedError, match="guide: expected None for a constraint"):
         ConstraintProcessor(one, guide(), max_new_tokens=9)

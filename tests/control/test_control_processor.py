@@ -1,4 +1,4 @@
-"""The processor in transformers' generate, and its errors."""
+"""``ConstraintProcessor`` in transformers' ``generate``, and its errors."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def tiny_model(vocab: int = V, seed: int = 0) -> Any:
     )
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(config).eval()
-    model.lm_head.weight.data *= 20  # The laws are not flat.
+    model.lm_head.weight.data *= 20  # makes probabilities differ
     return model
 
 
 def new_texts(tokens: Tensor, prompt: int) -> list[tuple[int, ...]]:
-    """Return the new tokens without the ends; raise if a row has no end."""
+    """Return the new tokens of each row without the end token; raise if a row has no end token."""
     rows = [tuple(row[prompt:]) for row in tokens.tolist()]
     return [row[: row.index(EOS)] for row in rows]
 
@@ -61,7 +61,7 @@ def test_ten_thousand_samples_satisfy_the_constraint(guided: bool) -> None:
 
 @pytest.mark.slow
 def test_resampling_by_the_weights_gives_the_model_given_the_constraint() -> None:
-    """Check weighted means against all texts, enumerated with the model."""
+    """Compare weighted means of samples with sums over all texts."""
     from control_toys import texts
 
     model, rows = tiny_model(), list(texts(BUDGET, 0))
@@ -109,8 +109,8 @@ def test_greedy_and_beams_satisfy_the_constraint_and_beams_are_at_least_as_likel
     assert len(best) == 2
 
 
-def test_beams_keep_the_states_of_the_rows_that_they_continue() -> None:
-    """Check against scores of a new processor for each row's tokens alone."""
+def test_beams_have_the_automaton_states_of_the_rows_that_they_continue() -> None:
+    """Compare the scores of each beam with those of a new processor for its tokens alone."""
 
     class Watched(ConstraintProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -136,8 +136,8 @@ def test_beams_keep_the_states_of_the_rows_that_they_continue() -> None:
     assert all(map(satisfies, new_texts(out, 2)))
 
 
-@pytest.mark.filterwarnings("ignore:ConstraintProcessor")  # A single row continues after its end.
-def test_rows_may_have_different_constraints_and_keep_their_bits() -> None:
+@pytest.mark.filterwarnings("ignore:ConstraintProcessor")  # The row continues after its end.
+def test_rows_may_have_different_constraints_without_changing_other_rows() -> None:
     whole = guide()
     small = Guide(whole.initial.float(), whole.transition.float(), whole.emission.float())
     other = Constraint.from_edges([(0, 1, 1), (1, 3, 1)], 0, {1}, V, EOS)
@@ -207,7 +207,7 @@ def test_run_without_reset_on_the_same_rows_warns() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:ConstraintProcessor")
-def test_generate_without_the_end_token_writes_one_text_and_end_tokens() -> None:
+def test_generate_without_eos_token_id_gives_one_text_followed_by_end_tokens() -> None:
     once = Constraint.from_edges([(0, 1, 1), (1, 2, 2), (2, 3, 3)], 0, {3}, V, EOS)
     how = ConstraintProcessor(once, max_new_tokens=10)
     model = tiny_model()
@@ -279,7 +279,7 @@ def test_vocabularies_and_rows_that_do_not_fit_raise() -> None:
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_lost_row_does_not_change_other_rows(guided: bool) -> None:
-    """Check a token forced against the constraint: the row is left unconstrained from then on."""
+    """Check a row with a forbidden token, which is unconstrained afterwards."""
     look, scores = guide() if guided else None, torch.randn(2, V, dtype=torch.float64)
     both = ConstraintProcessor(constraint(), look, max_new_tokens=BUDGET)
     alone = ConstraintProcessor(constraint(), look, max_new_tokens=BUDGET)
@@ -295,12 +295,12 @@ def test_lost_row_does_not_change_other_rows(guided: bool) -> None:
 
 
 def test_penalty_that_forbids_all_allowed_tokens_raises() -> None:
-    how = ConstraintProcessor(constraint(), max_new_tokens=2)  # Only a 2 is allowed.
+    how = ConstraintProcessor(constraint(), max_new_tokens=2)  # Only token 2 is allowed.
     scores = torch.zeros(1, V)
     scores[0, 2] = -torch.inf
     with pytest.raises(ValueError, match=re.escape("min_new_tokens, forbids all of them")):
         how(torch.tensor([[1]]), scores)
 
 
-def test_toy_edges_are_the_smallest_automaton() -> None:
+def test_edges_of_the_toy_language_are_the_smallest_automaton() -> None:
     assert constraint().num_states == len({s for s, _, _ in EDGES})

@@ -1,4 +1,5 @@
-"""The laws against the dense formulas of ``reference``, on random automata and guides."""
+"""Ratios and masks compared with the dense formulas of ``reference``, for random automata and
+guides."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ V, EOS, BUDGET = 9, 8, 7
 
 
 def drawn(seed: int) -> Constraint:
-    """Return an automaton of six states without a third of its edges."""
+    """Return a random automaton of six states in which a third of the edges are missing."""
     g = torch.Generator().manual_seed(seed)
     table = torch.where(torch.rand(6, 8, generator=g) < 0.67, 0, -7) + torch.randint(
         6, (6, 8), generator=g
@@ -52,9 +53,9 @@ def test_live_states_messages_and_ratios_equal_the_formulas(seed: int, least: in
 
 
 @pytest.mark.parametrize("forbidden", [2, 40])
-def test_tokens_of_every_layout_have_the_ratio_of_the_formula(forbidden: int) -> None:
-    """Check two successors with many tokens, one with few, and few or many forbidden tokens; two
-    rows share a state, one has another."""
+def test_ratios_of_tokens_of_every_layout_equal_the_formula(forbidden: int) -> None:
+    """Check next states with many tokens and with few, and few or many forbidden tokens. Two of
+    three rows share a state."""
     vocab, eos = 200, 199
     ways = [(100, 0), (40, 1), (3, 2), (56 - forbidden, 0)]
     targets = [target for count, target in ways for _ in range(count)]
@@ -66,7 +67,7 @@ def test_tokens_of_every_layout_have_the_ratio_of_the_formula(forbidden: int) ->
     wanted = reference.control_messages(table, whole.transition, whole.emission, 5)
     laws = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     laws = laws / laws.sum(1, keepdim=True)
-    behind = plan.after(0, 5, 120)  # of the second successor
+    behind = plan.after(0, 5, 120)  # the second next state
     rows = [Row(plan, s, 4, x) for s, x in zip((0, behind, 0), laws, strict=True)]
     found = {i: r for places, ratio in log_ratios(rows) for i, r in zip(places, ratio, strict=True)}
     for i, row in enumerate(rows):
@@ -74,7 +75,7 @@ def test_tokens_of_every_layout_have_the_ratio_of_the_formula(forbidden: int) ->
         assert torch.allclose(found[i].exp(), ratio, rtol=1e-11, atol=1e-300)
 
 
-def test_every_forbidden_bit_is_off_in_both() -> None:
+def test_processor_and_formula_allow_the_same_tokens() -> None:
     one = drawn(4)
     how = ConstraintProcessor(one, max_new_tokens=BUDGET)
     scores = how(torch.tensor([[0]]), torch.zeros(1, V))[0]

@@ -1,4 +1,4 @@
-"""The sparse path: the same law without a product with the vocabulary."""
+"""The sparse path: the same distribution without a matrix product over the vocabulary."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def normal(scores: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("prefix", [p for p in PREFIXES if not row_at(p).lost])
-def test_proposed_and_accepted_tokens_follow_the_guided_law(prefix: Prefix) -> None:
+def test_accepted_tokens_of_rejection_sampling_follow_the_guided_law(prefix: Prefix) -> None:
     row, scores = row_at(prefix), table_model()(prefix).log()[None]
     bound = _rejection.log_bound(row)
     assert bound is not None
@@ -44,27 +44,27 @@ def test_proposed_and_accepted_tokens_follow_the_guided_law(prefix: Prefix) -> N
     assert torch.allclose(got / got.sum(), wanted, atol=1e-14)
 
 
-def test_draw_follows_its_uniforms_and_falls_back_to_the_dense_law() -> None:
+def test_draw_follows_its_uniforms_and_falls_back_to_the_dense_distribution() -> None:
     row, scores = row_at(()), table_model()(()).log()[None]
     dense = normal(control.apply([row], scores)[0])[0].cumsum(-1)
     for u in torch.linspace(0.01, 0.99, 25).tolist():
 
         def never(rows: list[int], count: int, u: float = u) -> Tensor:
-            return torch.tensor([u, 1.0]).expand(len(rows), count, 2)  # 1.0 accepts nothing.
+            return torch.tensor([u, 1.0]).expand(len(rows), count, 2)  # 1.0 rejects.
 
         token, drawn = control.draw([row], scores, 1.0, never, tries=4, rounds=2)
         assert token == [int(torch.searchsorted(dense, torch.tensor(u).double(), right=True))]
         assert drawn == 1 + 4 + 1
 
 
-def test_rejected_token_has_its_law_in_the_next_round() -> None:
+def test_tokens_rejected_in_the_first_round_are_drawn_correctly_in_the_next() -> None:
     row, scores = row_at(()), table_model()(()).log()[None]
     wanted = normal(control.apply([row], scores)[0])[0].cumsum(-1)
     for u in torch.linspace(0.01, 0.99, 25).tolist():
         turns = itertools.count()
 
         def numbers(rows: list[int], count: int, u: float = u, turns: Any = turns) -> Tensor:
-            if next(turns) == 0:  # The uniforms meet every token and accept none.
+            if next(turns) == 0:  # proposes every token and accepts none
                 first = torch.linspace(0.001, 0.999, count)
                 return torch.stack([first, torch.ones(count)], -1).expand(len(rows), count, 2)
             return torch.tensor([u, 0.999]).expand(len(rows), count, 2)
@@ -74,7 +74,7 @@ def test_rejected_token_has_its_law_in_the_next_round() -> None:
         assert drawn == 100 + 1  # The first draw of the second round is accepted.
 
 
-def test_draws_of_mixed_rows_have_the_dense_laws() -> None:
+def test_draws_of_mixed_rows_have_the_dense_distributions() -> None:
     kinds: list[Row | None] = [
         row_at(()),
         None,
@@ -100,7 +100,7 @@ def test_draws_of_mixed_rows_have_the_dense_laws() -> None:
 
 
 @pytest.mark.parametrize("tries", [1, 2, 5])
-def test_most_likely_token_equals_that_of_the_dense_law(tries: int) -> None:
+def test_most_likely_token_equals_that_of_the_dense_distribution(tries: int) -> None:
     for prefix in PREFIXES:
         row = row_at(prefix)
         if row.lost:
@@ -114,7 +114,7 @@ def test_most_likely_token_equals_that_of_the_dense_law(tries: int) -> None:
 def test_draw_at_almost_zero_temperature_is_the_most_likely_allowed_token(
     temperature: float,
 ) -> None:
-    row, scores = row_at(()), torch.tensor([[1.0, 0.5, 3.0, 2.0, 40.0]])  # no end here
+    row, scores = row_at(()), torch.tensor([[1.0, 0.5, 3.0, 2.0, 40.0]])  # end token forbidden
     numbers = torch.tensor([0.7, 0.5])
     for one in (row, row_at((), guided=False)):
         tokens, _ = control.draw(

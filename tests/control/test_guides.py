@@ -1,4 +1,4 @@
-"""Guides: from circuits, in files, and learned from a model."""
+"""Guides (HMMs): made from circuits, stored in files, and learned from a model."""
 
 from __future__ import annotations
 
@@ -75,16 +75,16 @@ def test_files_without_a_guide_raise(tmp_path: Path) -> None:
             Guide.load(tmp_path)
 
 
-def test_damaged_files_raise_and_are_named(tmp_path: Path) -> None:
-    """Check random changes of bytes and lengths; most of them do not leave a valid guide."""
+def test_damaged_files_raise_errors_that_name_them(tmp_path: Path) -> None:
+    """Check random changes of bytes and lengths, most of which make the guide invalid."""
     one, rng, refused = guide(), random.Random(4), 0
-    one.measures = {"abcdef": 2.5, "more": 10**400}  # above every float
+    one.measures = {"abcdef": 2.5, "more": 10**400}  # larger than any float
     one.save(tmp_path)
     path = tmp_path / "guide.safetensors"
     whole = path.read_bytes()
     dtype = b'"F64","shape":[3]'
-    damaged = [whole, whole.replace(b"abcdef", b"\\ud800")]  # half of a surrogate pair
-    damaged += [whole.replace(dtype, b'"U64","shape":[3]')]  # No reader here supports this dtype.
+    damaged = [whole, whole.replace(b"abcdef", b"\\ud800")]  # an unpaired surrogate
+    damaged += [whole.replace(dtype, b'"U64","shape":[3]')]  # not a dtype of guides
     for _ in range(300):
         data = bytearray(whole)
         data[rng.randrange(700)] = rng.randrange(32, 127)
@@ -112,7 +112,7 @@ def test_damaged_files_raise_and_are_named(tmp_path: Path) -> None:
         ({"emission": torch.ones(3, 5) / 5}, "emission: expected torch.float64"),
     ],
 )
-def test_numbers_that_are_not_a_guide_raise(change: Any, message: str) -> None:
+def test_parameters_that_are_not_a_valid_guide_raise(change: Any, message: str) -> None:
     whole = guide()
     given = {k: getattr(whole, k) for k in ("initial", "transition", "emission")}
     with pytest.raises(ValueError, match=message):
@@ -121,7 +121,8 @@ def test_numbers_that_are_not_a_guide_raise(change: Any, message: str) -> None:
 
 # --- learning -------------------------------------------------------------------------------------
 def cyclic_model(vocab: int = 12) -> Any:
-    """Return a model in which the last token almost determines the next: few states suffice."""
+    """Return a model in which the last token almost determines the next token, so few states
+    suffice."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=vocab,
@@ -159,7 +160,7 @@ def test_distilled_guide_is_better_than_one_state_and_reports_its_measures() -> 
     model_nats = many.measures["model_nats"]
     assert nats[1] - model_nats < 0.2 * (nats[0] - model_nats)
     assert {d for d, _ in said} == {"texts", "clusters", "laws", "EM steps", "prior"}
-    # The head depends on the place in the text, unlike the guide's law of the first state.
+    # The head depends on the position in the text, unlike the guide's initial distribution.
     assert many.prior is not None and many.prior.shape == (12, 16)
     assert many.measures["prior_nats"] - model_nats < 0.2 * (nats[0] - model_nats)
     again = distil(model, [[0], [1, 2]], 12, **arguments)
@@ -170,14 +171,14 @@ def test_distilled_guide_is_better_than_one_state_and_reports_its_measures() -> 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_contexts_get_separate_states_if_there_are_enough(seed: int) -> None:
-    """Check a model with eleven contexts: the next token depends on the last one."""
+    """Check a model whose next token depends only on the last token, one of eleven."""
     settings = {"samples": 100, "length": 8, "batch": 50, "em_steps": 0, "prior_steps": 0}
     found = distil(cyclic_model(), [[0], [1, 2]], 11, seed=seed, **settings)
     assert len(set(found.emission.argmax(1).tolist())) == 11
 
 
 class LargestResult(TorchDispatchMode):
-    """Number of elements of the largest tensor that an op returned."""
+    """Mode that records the number of elements of the largest tensor returned by an op."""
 
     most = 0
 
@@ -188,7 +189,7 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-def test_first_centres_copy_no_points_and_equal_points_are_drawn_once() -> None:
+def test_initial_centres_are_different_points_and_found_without_a_copy_of_all_points() -> None:
     torch.manual_seed(0)
     contexts = torch.randn(9, 64)
     points = contexts.repeat(20, 1)
@@ -199,13 +200,13 @@ def test_first_centres_copy_no_points_and_equal_points_are_drawn_once() -> None:
     assert len(centres.unique(dim=0)) == 9
 
 
-def test_guide_of_one_state_emits_the_mean_of_the_model_laws() -> None:
+def test_guide_of_one_state_emits_the_mean_of_the_model_distributions() -> None:
     model = cyclic_model()
     one = distil(model, torch.tensor([[3]]), 1, samples=40, length=2, em_steps=0, prior_steps=0)
     assert one.prior is None
     with torch.no_grad():
         start = model(torch.tensor([[3]])).logits[0, -1].softmax(-1)
-    # Half of the places are first ones, where the law is that of the prompt.
+    # Half of the positions are directly after the prompt, with the distribution `start`.
     assert torch.all(one.emission[0] >= 0.45 * start)
     assert math.isclose(float(one.emission.sum()), 1, abs_tol=1e-5)
 

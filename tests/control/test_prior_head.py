@@ -1,4 +1,4 @@
-"""The prior head, which reads the guide's state from a hidden state."""
+"""The prior head, which predicts the state of a guide from a hidden state of the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_ext.control import ConstraintProcessor, PriorHead
 
 
 def places(count: int) -> tuple[Tensor, Tensor]:
-    """Return hidden states that show the guide's state with noise, and the next three tokens."""
+    """Return noisy one-hot hidden states of the guide's state, and the next three tokens."""
     g, whole = torch.Generator().manual_seed(0), guide()
     state = torch.multinomial(whole.initial, count, replacement=True, generator=g)
     hidden = 2 * torch.eye(H, dtype=torch.float64)[state]
@@ -25,7 +25,7 @@ def places(count: int) -> tuple[Tensor, Tensor]:
     return hidden, torch.stack(tokens, 1)
 
 
-def test_texts_have_the_guide_probability_under_the_law_of_the_head() -> None:
+def test_log_prob_of_texts_equals_that_of_the_guide_with_the_prior_of_the_head() -> None:
     head = PriorHead(guide(), H)
     torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
     hidden, following = places(40)
@@ -34,7 +34,7 @@ def test_texts_have_the_guide_probability_under_the_law_of_the_head() -> None:
     assert torch.allclose(head.log_prob(hidden, following), wanted, atol=1e-12)
 
 
-def test_head_learns_the_state_of_hidden_states_and_is_a_prior_of_a_run() -> None:
+def test_head_learns_the_state_of_hidden_states_and_gives_the_prior_of_a_run() -> None:
     hidden, following = places(2000)
     before = PriorHead(guide(), H).fit(hidden, following, steps=0)
     head = PriorHead(guide(), H)
@@ -50,7 +50,7 @@ def test_head_learns_the_state_of_hidden_states_and_is_a_prior_of_a_run() -> Non
     assert not torch.allclose(how(ids, scores), other(ids, scores))
 
 
-def test_places_that_do_not_fit_raise() -> None:
+def test_hidden_states_and_tokens_of_invalid_shapes_raise() -> None:
     head, (hidden, following) = PriorHead(guide(), H), places(4)
     for bad in ((hidden[:3], following), (hidden[:, :2], following), (hidden[:1], following[:1])):
         with pytest.raises(ValueError, match="PriorHead: hidden and following: expected"):

@@ -1,7 +1,7 @@
-"""Laws of the twins in C++; with --sanitizers, under address and undefined sanitizers.
+"""C++ tests of the CPU twins; with --sanitizers, with the address and undefined sanitizers.
 
-They are built at -O1, and only for the plain source and the widest vectors: sanitized -O3 code of
-every instruction set takes the compiler a quarter of an hour.
+The twins are built at -O1, and only for scalars and the widest vectors, because compiling sanitized
+-O3 code for every instruction set takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLAGS = ["-std=c++20", "-O1", "-I", str(ROOT / "csrc/include"), "-fno-math-errno
 
 
 @pytest.mark.parametrize("family", ["lora", "circuit", "circuit_decode", "circuit_sum"])
-def test_twins_keep_their_laws(tmp_path: Path, family: str, request: pytest.FixtureRequest) -> None:
+def test_twins_pass_cpp_tests(tmp_path: Path, family: str, request: pytest.FixtureRequest) -> None:
     sanitize = SANITIZE if request.config.getoption("--sanitizers") else []
     flags = [*FLAGS, *sanitize]
     compiler = shutil.which(os.environ.get("CXX", "g++"))
@@ -62,13 +62,13 @@ def test_twins_keep_their_laws(tmp_path: Path, family: str, request: pytest.Fixt
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_exp_and_log_keep_their_accuracy(tmp_path: Path, isa: str) -> None:
+def test_errors_of_exp_and_log_stay_within_their_bounds(tmp_path: Path, isa: str) -> None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler on PATH")
     known = [*ISAS, "avx512bf16"]
     if known.index(isa) > known.index(lora_ext._C.cpu_isa()):
-        pytest.skip(f"this machine has no {isa}")
+        pytest.skip(f"this processor does not support {isa}")
     program = tmp_path / "vec_math"
     flags = "-std=c++20 -O2 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}", f"-DLX_ISA={isa}"]

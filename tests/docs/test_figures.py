@@ -1,8 +1,9 @@
 """Compare the figures of the README and of pages in docs with the rows in benchmarks/results.
 
-`FIGURES` lists every figure: its page, its place, and how it is computed from the newest rows. A
-place is the first cell of a table row, where `...` matches any text, or text with `#` for each
-number. Values are rounded half up to the decimals of the page, which has at least two digits.
+`FIGURES` maps the page and the place of each figure to its computation from the newest rows. A
+place is the first cell of a table row, in which `...` matches any text, or a piece of text with `#`
+for each number. Values are rounded half up to the number of decimals on the page. Figures have at
+least two significant digits.
 """
 
 import csv
@@ -22,12 +23,12 @@ Value = Callable[[], Decimal]
 README, BENCHMARKS, TRAINING = "README.md", "docs/benchmarks.md", "docs/training.md"
 CLIENTS, MANY = "docs/notes/federated.md", "docs/many_adapters.md"
 
-# Sections whose tables may contain only figures that are checked here.
+# Sections in whose tables every figure must be checked here.
 SECTIONS = (
     (README, "Speed"), (BENCHMARKS, "LoRA on the CPU"), (BENCHMARKS, "Circuits on the CPU"),
     (TRAINING, "What a step can gain"), (CLIENTS, "Many clients in one batch"),
 )  # fmt: skip
-# Their table rows without rows in benchmarks/results, and the reason.
+# Table rows of these sections whose figures are not in benchmarks/results, and the reason.
 NOT_FROM_ROWS = {
     (README, "the same for SmolLM2-135M with [packed]..."): "packed_linear.py writes no rows",
 }
@@ -43,7 +44,7 @@ def value(file: str, column: str = "over_lora_ext", **wanted: str) -> Value:
     def newest() -> Decimal:
         found = [row for row in rows(file) if wanted.items() <= row.items()]
         assert found, f"benchmarks/results/{file}.csv: expected a row with {wanted}, found none"
-        (row,) = (row for row in found if row["date"] == found[-1]["date"])  # one in each run
+        (row,) = (row for row in found if row["date"] == found[-1]["date"])  # one row per run
         return Decimal(row[column])
 
     return newest
@@ -152,10 +153,11 @@ FIGURES: dict[tuple[str, str], list[Value]] = {
 
 
 def table_rows(page: str) -> list[tuple[str, list[str]]]:
-    """Return the first cell and the numbers of the other cells, for all rows of the sections."""
+    """Return the first cell, and the numbers in the other cells, of each table row in the
+    :data:`SECTIONS` of a page."""
     parts = re.split(r"^## ", (ROOT / page).read_text(), flags=re.M)
     chosen = "".join(p for p in parts if (page, p.partition("\n")[0]) in SECTIONS)
-    body = re.sub(r"^\|.*\n\|-.*$", "", chosen, flags=re.M)  # without headers
+    body = re.sub(r"^\|.*\n\|-.*$", "", chosen, flags=re.M)  # removes table headers
     lines = re.findall(r"^\| *([^|]*?) *\|(.*)\|$", body, re.M)
     return [(label, re.findall(r"\d+(?:\.\d+)?", cells)) for label, cells in lines]
 
@@ -165,7 +167,7 @@ def matches(place: str, label: str) -> bool:
 
 
 def numbers(page: str, place: str) -> list[str]:
-    """Return the numbers at the only place that matches."""
+    """Return the numbers at a place of the page, which must occur exactly once."""
     if "#" in place:
         text = " ".join((ROOT / page).read_text().split())
         pattern = re.escape(place).replace(r"\#", r"(\d+(?:\.\d+)?)")

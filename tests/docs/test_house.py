@@ -1,4 +1,4 @@
-"""Check docs/house.md and the package's rooms against ``tools/house.py``."""
+"""Check docs/house.md, and the rooms (subpackages) of the package, with ``tools/house.py``."""
 
 import ast
 import json
@@ -22,11 +22,11 @@ def found() -> dict[str, list]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", sorted(house.faults(house.survey(ROOT / "no such folder"))))
-def test_house_has_no_fault(found: dict[str, list], what: str) -> None:
+def test_package_breaks_no_rule_of_the_tool(found: dict[str, list], what: str) -> None:
     assert not found[what]
 
 
-def test_rooms_are_ordered_below_their_importers() -> None:
+def test_rooms_import_only_rooms_below_them() -> None:
     folders = {p.parent.name for p in (ROOT / "lora_ext").glob("*/__init__.py")}
     assert folders <= house.BELOW.keys()
     order = list(house.BELOW)
@@ -135,12 +135,12 @@ _STEP = re.compile(r"^\d+\. `([^`]+)`: `([^`]+)`", re.MULTILINE)
 
 
 def section(title: str) -> str:
-    """Return the text of the section, up to the next heading of its level."""
+    """Return the text of a section, up to the next heading of the same level."""
     return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def rows(title: str) -> list[list[str]]:
-    """Return the cells of the section's table, without its head."""
+    """Return the cells of the table in a section, without the table header."""
     lines = [line for line in section(title).splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -167,16 +167,16 @@ def test_table_of_rooms_equals_the_tool_and_the_rooms_exist() -> None:
 def test_code_that_the_page_names_exists(file: str, name: str) -> None:
     text = (ROOT / file).read_text()
     if not file.endswith(".py"):
-        assert re.search(rf"\b{re.escape(name)}\b", text), f"{file} has no {name}"
+        assert re.search(rf"\b{re.escape(name)}\b", text), f"{file}: expected the text {name}"
         return
     body: list[ast.stmt] = ast.parse(text).body
     for part in name.split("."):
         found = [node for node in body if getattr(node, "name", None) == part]
-        assert found, f"{file} defines no {name}"
+        assert found, f"{file}: expected a definition of {name}"
         body = getattr(found[0], "body", [])
 
 
-def test_page_has_five_doors_of_at_most_eight_steps() -> None:
+def test_page_describes_five_entry_points_in_at_most_eight_steps() -> None:
     assert list(DOORS) == ["Serving", "Training", "Scan", "Head", "Federation"]
     for door, part in zip(DOORS, section("The five doors").split("\n### ")[1:], strict=True):
         items = re.findall(r"^\d+\.", part, re.MULTILINE)

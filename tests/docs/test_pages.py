@@ -1,4 +1,4 @@
-"""Run the Python blocks of the README and of every page in order, and check the pages' text."""
+"""Run the Python blocks of the README and of every page, in their order, and check the texts."""
 
 import dataclasses
 import re
@@ -26,7 +26,7 @@ PAGES = {
 }
 
 
-# Sentence of every page that uses the folder of `make demo`, except the README.
+# This sentence must be on every page, except the README, that uses the folder of `make demo`.
 LEFT = (
     "`make demo` writes `base-model` and the adapters to `out/demo`. "
     "Run the code of this page there."
@@ -68,7 +68,8 @@ def save_stand_in(path: Path) -> None:
 def left_by_the_demo(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Path]]:
-    """Return the base model and the adapters in the folder of `--demo`, or small substitutes."""
+    """Return the paths of the base model and the adapters, from the folder of `--demo` or small
+    substitutes."""
     given = request.config.getoption("--demo")
     names = [recipe.name for recipe in training.RECIPES]
     if given is not None:
@@ -115,7 +116,7 @@ def test_page_names_the_source_of_its_base_model_and_adapters() -> None:
             assert LEFT in " ".join(text[: found.start()].split()), page.name
 
 
-def test_no_text_installs_an_extra_from_an_index_without_the_package() -> None:
+def test_no_text_installs_an_extra_from_pypi_where_the_package_is_missing() -> None:
     files = [*ALL, *(ROOT / "docs").rglob("*.ipynb")]
     files += [p for d in ("lora_ext", "examples") for p in (ROOT / d).rglob("*.py")]
     named = [
@@ -142,7 +143,8 @@ def test_links_of_the_page_have_targets(page: str) -> None:
 
 
 def test_pages_and_sections_that_code_names_exist() -> None:
-    """Check comments `docs/page.md` or `docs/page.md, "Section"` (a heading or bold words)."""
+    """Check references in code such as `docs/page.md` or `docs/page.md, "Section"`, where the
+    section is a heading or bold text."""
     named = re.compile(r'(docs/[\w/]+\.md)`*(?:,\s+"([^"]+)"(?: and "([^"]+)")?)?')
     seen = 0
     for file in [p for d in ("lora_ext", "csrc") for p in (ROOT / d).rglob("*") if p.is_file()]:
@@ -159,11 +161,11 @@ def test_pages_and_sections_that_code_names_exist() -> None:
 
 @pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
 def test_lines_of_prose_and_paragraphs_are_short(page: Path) -> None:
-    """Check all lines except tables, code, pictures and a link without spaces."""
+    """Check all lines except tables, code, images and links without spaces."""
     long = [n for n, line in prose(page.read_text()) if len(line) > WIDTH and " " in line.strip()]
-    assert not long, f"{page.name}: lines {long}: run `python tools/wrap_docs.py`"
+    assert not long, f"{page.name}: too long lines {long}: run `python tools/wrap_docs.py`"
     long = [each[:60] for each in paragraphs(page.read_text()) if len(each.split()) > 120]
-    assert not long, f"{page.name}: more than 120 words: {long}"
+    assert not long, f"{page.name}: paragraphs of more than 120 words: {long}"
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
@@ -190,7 +192,8 @@ def test_paragraphs_and_items_are_separate_and_wrapping_changes_only_line_breaks
 
 @pytest.mark.parametrize("page", ["generating.md", "works_with.md"])
 def test_tests_that_the_tables_name_exist(page: str) -> None:
-    """Check each line's last cell: files below tests/, or names in the previous folder."""
+    """Check the last cell of each table row: paths below tests/, or names of files in the folder of
+    the preceding path."""
     rows = [row for row in (ROOT / "docs" / page).read_text().splitlines() if row.startswith("| ")]
     named = [re.findall(r"`(?:(\w+)/)?(test_\w+\.py)`", row.rsplit("|", 2)[1]) for row in rows]
     for row, files in zip(rows, named, strict=True):

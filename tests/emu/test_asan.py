@@ -1,7 +1,7 @@
-"""The asan flavour: silent for a correct run, on all those stacks, and an error for a bad one.
+"""The flavour with the address sanitizer: it must report wrong accesses and nothing else.
 
-The flavour `check` compares every access of every kernel with the size that the launcher declares.
-The asan flavour checks the buffers themselves; with all kernels it runs only in `make asan`.
+The flavour `check` compares every access of a kernel with the buffer size that the launcher
+declares. The flavour `asan` checks the actual buffers. It runs on all kernels only in `make asan`.
 """
 
 import subprocess
@@ -48,7 +48,7 @@ def test_kernels_stay_inside_their_buffers(sanitized_kernels: Path, program: str
 @pytest.mark.parametrize(
     ("program", "mode", "kernel"),
     [
-        ("lora_asan", "workspace", "lora_expand_kernel"),  # reads rows padded to full pieces
+        ("lora_asan", "workspace", "lora_expand_kernel"),  # reads rows in full 16-byte pieces
         ("lora_asan", "overread", "lora_shrink_decode_kernel"),
         ("lora_train_asan", "workspace", "lora_train_project_kernel"),
         ("circuit_asan", "overread", "circuit_leaf_kernel"),
@@ -59,7 +59,8 @@ def test_kernels_stay_inside_their_buffers(sanitized_kernels: Path, program: str
 def test_access_one_element_beyond_a_kernel_buffer_is_found(
     sanitized_kernels: Path, program: str, mode: str, kernel: str
 ):
-    """Check that ``workspace`` fails with one float less than the launcher's size."""
+    """Check that mode ``workspace``, with a workspace one float smaller than the launcher's size,
+    fails."""
     done = subprocess.run([sanitized_kernels / program, mode], capture_output=True, text=True)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr

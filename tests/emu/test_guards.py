@@ -1,11 +1,12 @@
-"""Broken kernels: the right check reports each mistake, and a seed replays it."""
+"""Broken kernels: each mistake is reported by the right check, and the same seed reproduces it."""
 
 import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow
 
-# The check that must report, followed by further symptoms of some thread orders.
+# For each mistake, the check that must report it, and checks that may report it in some thread
+# orders.
 GUARDS = {
     "wait_one_fewer": "asynchrony",
     "no_barrier_after_wait": "race initialisation asynchrony",
@@ -54,13 +55,13 @@ def buffers() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", [*GUARDS, "swapped_registers"])
-def test_correct_form_is_clean(emulator, name, seed):
+def test_correct_kernel_has_no_reports(emulator, name, seed):
     emulator.run(f"guard_{name}", 0, *buffers(), seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("name", "category"), GUARDS.items())
-def test_mistake_is_reported(check, name, category, seed):
+def test_mistake_in_a_kernel_is_reported(check, name, category, seed):
     status = check.call(f"guard_{name}", 1, *buffers(), seed=seed)
     assert status == LAUNCH_FAILURE
     expected, *also = category.split()
@@ -69,7 +70,7 @@ def test_mistake_is_reported(check, name, category, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_concurrent_blocks_pass_numbers_on(emulator, seed):
+def test_concurrent_blocks_can_pass_numbers_to_each_other(emulator, seed):
     values, out = buffers()
     emulator.run("guard_hand_on_unfenced", 0, values, out, seed=seed)
     assert out[:1].view(np.uint32)[0] == 10
@@ -79,7 +80,7 @@ def test_concurrent_blocks_pass_numbers_on(emulator, seed):
 def test_more_concurrent_blocks_than_the_machine_runs_raise(check):
     values, out = buffers()
     check.run("guard_hand_on_too_wide", 0, values, out)
-    assert check.call("guard_hand_on_too_wide", 1, values, out) == 720  # CUDA's code of this error
+    assert check.call("guard_hand_on_too_wide", 1, values, out) == 720  # as in CUDA
     assert check.reports[0].startswith("resources: ") and "133 blocks at once" in check.reports[0]
 
 
@@ -92,7 +93,7 @@ def test_swapped_fragment_registers_give_wrong_numbers(fast):
     assert not np.array_equal(*results)
 
 
-def test_access_out_of_bounds_stops_before_it_happens_and_a_deadlock_is_located(check):
+def test_access_out_of_bounds_is_prevented_and_a_deadlock_is_located(check):
     values, out = buffers()
     out[:] = 5
     check.call("guard_row_guard", 1, values, out)
@@ -105,7 +106,7 @@ def test_access_out_of_bounds_stops_before_it_happens_and_a_deadlock_is_located(
     assert "waits in bar_sync at guards.cu:" in check.reports[0]
 
 
-def test_launch_after_a_stopped_one_is_clean(check):
+def test_launch_after_an_aborted_launch_has_no_reports(check):
     assert check.call("guard_shared_past_end", 1, *buffers()) == LAUNCH_FAILURE
     check.run("guard_shared_past_end", 0, *buffers())
 
@@ -119,14 +120,14 @@ def broken_run(emulator, seed: int) -> tuple[list[float], list[str]]:
     return out.tolist(), list(emulator.reports)
 
 
-def test_seed_replays_the_run(check):
+def test_same_seed_reproduces_the_run(check):
     for seed in (0, 1, 2, 12345):
         first, again = broken_run(check, seed), broken_run(check, seed)
         np.testing.assert_array_equal(first[0], again[0])
         assert first[1] == again[1]
 
 
-def test_seeds_differ_and_reports_are_capped(check):
+def test_seeds_give_different_reports_and_their_number_is_limited(check):
     assert len({tuple(broken_run(check, seed)[1]) for seed in range(6)}) > 1
     _, reports = broken_run(check, 0)
     assert 0 < len(reports) == len(set(reports)) <= 20

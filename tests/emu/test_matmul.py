@@ -1,4 +1,4 @@
-"""Products and sums of small integers: their partial sums are exact in any order."""
+"""Matrix products and sums of small integers, whose partial sums are exact in any order."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,8 @@ SHAPES = [(32, 32, 32), (1, 1, 8), (33, 31, 40), (31, 65, 8), (64, 32, 136), (17
 
 
 def encode(values: np.ndarray, kind: str) -> np.ndarray:
-    """Return the bits of bf16 (the upper half of a float32), f16, or float32 for tf32."""
+    """Return the values in the format ``kind``, as bits: bf16 (the upper half of a float32), f16,
+    or float32 for tf32."""
     if kind == "bf16":
         return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(np.float16 if kind == "f16" else np.float32)
@@ -27,7 +28,7 @@ def test_matmul_is_exact_at_every_tail(emulator, kind, seed):
 
 
 @pytest.mark.parametrize("cp_async", [1, 2], ids=["late", "early"])
-def test_matmul_does_not_depend_on_the_time_of_copies(emulator, cp_async):
+def test_matmul_does_not_depend_on_when_asynchronous_copies_finish(emulator, cp_async):
     m, n, k = 33, 33, 136
     rng = np.random.default_rng(7)
     x, w = rng.integers(-4, 5, (m, k)), rng.integers(-4, 5, (n, k))

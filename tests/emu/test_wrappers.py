@@ -1,4 +1,5 @@
-"""Every wrapper's micro-kernel against formulas, and against a dump of a GPU if there is one."""
+"""Kernels of single hardware instructions, compared with formulas and, if present, a dump of a
+GPU."""
 
 import ctypes
 import json
@@ -15,7 +16,8 @@ G, T = LANES // 4, LANES % 4
 
 
 def golden_input() -> np.ndarray:
-    """Return 4096 words that are finite and of moderate size as bf16 or f16 pairs."""
+    """Return 4096 words which, read as pairs of bf16 or f16 numbers, are finite and of moderate
+    size."""
     words = np.random.default_rng(1).integers(0, 1 << 32, 4096, dtype=np.uint32)
     return words & np.uint32(0xBFFFBFFF)  # clears the upper bit of the exponent
 
@@ -34,7 +36,7 @@ def run(emulator, name: str, words: np.ndarray, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("matrices", [1, 2, 4])
-def test_ldmatrix_gives_each_lane_its_pair(emulator, matrices, transposed, seed):
+def test_ldmatrix_gives_each_lane_the_expected_pair(emulator, matrices, transposed, seed):
     words = golden_input()
     m = words[:128].view(np.uint16).reshape(4, 8, 8)[:matrices]
     if transposed:
@@ -51,7 +53,7 @@ def one_of(kind: str) -> int:
 
 
 def a_register(kind: str, row: int, column: int) -> tuple[int, int, int]:
-    """Return (lane, register, half) of an element of A, from the inverted tables of the PTX ISA."""
+    """Return (lane, register, half) of an element of A, by inverting the tables of the PTX ISA."""
     if kind == "tf32":
         return row % 8 * 4 + column % 4, row // 8 + 2 * (column // 4), 0
     return row % 8 * 4 + column % 8 // 2, row // 8 + 2 * (column // 8), column % 2
@@ -75,7 +77,7 @@ def test_mma_of_one_hot_operands_changes_one_accumulator(fast, kind):
         words[lane * 4 + register] = one_of(kind) << 16 * half
         lane, register, half = b_register(kind, k, j)
         words[128 + lane * 2 + register] = one_of(kind) << 16 * half
-        words[192:320] = np.float32(2).view(np.uint32)  # d += : the accumulator is kept.
+        words[192:320] = np.float32(2).view(np.uint32)  # The product is added to these.
         d = run(fast, f"mma_{kind}", words)[:128].view(np.float32).reshape(32, 4)
         expected = np.full((32, 4), 2, np.float32)
         expected[i % 8 * 4 + j // 2, j % 2 + i // 8 * 2] = 3
@@ -93,7 +95,7 @@ def test_cp_async_zero_fills_beyond_the_source_size(emulator, size, seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_shuffles_stay_in_their_segment(emulator, seed):
+def test_shuffles_exchange_values_only_within_their_segment(emulator, seed):
     words = golden_input()
     out = run(emulator, "shuffle", words, seed)[: 12 * 32].reshape(3, 4, 32)
     for row, width in enumerate((8, 16, 32)):

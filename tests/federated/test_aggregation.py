@@ -1,4 +1,4 @@
-"""`aggregate` on valid replies: examples computed by hand, formulas in numpy, and properties."""
+"""`aggregate` of valid replies, compared with examples computed by hand and formulas in numpy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def product(state: dict[str, Tensor], layer: int, module: str = "q") -> np.ndarr
 
 
 def value_of(state: dict[str, Tensor], update: Update, layer: int, module: str):
-    """Return a client's A and B as numpy arrays."""
+    """Return A and B of a module after the client's update, as numpy arrays."""
     da = update.tensors[key(layer, "A", module)].numpy()
     db = update.tensors[key(layer, "B", module)].numpy()
     r = len(da)
@@ -36,7 +36,7 @@ def value_of(state: dict[str, Tensor], update: Update, layer: int, module: str):
     return a[:r] + da, b[:, :r] + db
 
 
-def test_mean_of_three_clients_equals_one_computed_by_hand():
+def test_mean_of_three_clients_equals_the_mean_computed_by_hand():
     # Layer 0 is trained by all clients, with weights 10, 30 and 60; layer 1 only by the second.
     state = {key(i, "A"): torch.tensor([[1.0, 2.0]]) for i in range(2)}
     state |= {key(i, "B"): torch.tensor([[0.0]]) for i in range(2)}
@@ -149,9 +149,9 @@ def test_svd_is_the_best_approximation_of_the_global_rank(server_lr: float):
             assert np.abs(product(found.state, layer, module) - nearest).max() < 1e-12
             a, b = found.state[key(layer, "A", module)], found.state[key(layer, "B", module)]
             squares = (b.T @ b).diagonal()
-            # Roots of the singular values.
+            # Each factor contains the root of the singular value.
             assert torch.allclose((a @ a.T).diagonal()[squares > 0], squares[squares > 0])
-            assert a.any(1).all()  # also for the third rank where the only client has rank 2
+            assert a.any(1).all()  # even the third rank if the only client has rank 2
             squared = scaling[f"layers.{layer}.{module}"] ** 2
             lost += squared * (s[RANK:] ** 2).sum()
             whole += squared * (s**2).sum()
@@ -172,7 +172,7 @@ def test_noise_is_the_error_of_averaging_the_factors_separately():
             error += squared * np.square(wanted - product(found.state, layer, module)).sum()
             size += squared * np.square(wanted).sum()
         assert found.noise[layer] == pytest.approx(math.sqrt(error / size), rel=1e-9)
-    assert found.noise[1] == 0  # one client, of a smaller rank
+    assert found.noise[1] == 0  # a single client, with a smaller rank
 
 
 @pytest.mark.parametrize("factor", ["A", "B"])
@@ -236,7 +236,7 @@ def test_single_client_determines_the_state(dtype: torch.dtype, rank_agg: str):
 
 @given(st.integers(1, 5), st.floats(1e-3, 1e3))
 @settings(max_examples=10, deadline=None)
-def test_equal_clients_give_the_state_of_one(clients: int, examples: float):
+def test_equal_clients_give_the_state_of_a_single_client(clients: int, examples: float):
     state = make_state()
     reply = make_update(0)
     replies = [
@@ -255,7 +255,7 @@ def test_covered_equals_zero_pad_if_all_clients_train_everything():
     assert covered.noise == padded.noise
 
 
-def test_untrained_tensors_are_returned_uncopied():
+def test_untrained_tensors_are_returned_without_a_copy():
     state = make_state()
     found = aggregate(state, [make_update(1, (2,), (2,)), make_update(2, (2,), (1,))])
     assert found.uncovered == (0, 1)
@@ -280,7 +280,7 @@ def test_fro_with_zero_norms_uses_the_weights_alone():
     assert set(fro.noise.values()) == {0.0}
 
 
-def test_fro_client_of_norm_zero_counts_in_ranks_that_it_alone_has():
+def test_fro_client_of_norm_zero_determines_ranks_that_no_other_client_has():
     state = {k: v if "lora_A" in k else torch.zeros_like(v) for k, v in make_state(1).items()}
     narrow, wide = make_update(1, (0,), (1,)), make_update(2, (0,), (3,))
     wide.tensors[key(0, "B")] = torch.zeros_like(wide.tensors[key(0, "B")])

@@ -1,4 +1,4 @@
-"""`BatchedClients`: each client gets its result of training alone; the model is restored."""
+"""`BatchedClients`: the update of each client equals training it alone; the model is restored."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lora_ext.nn import LoraLinear, adapted_layers
 
 @pytest.mark.parametrize("slots", [None, 3, 1])
 @pytest.mark.parametrize("others", ["frozen", "disabled"])
-def test_batch_of_clients_equals_the_loop(slots: int | None, others: str):
+def test_batch_of_clients_equals_training_them_one_by_one(slots: int | None, others: str):
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -106,7 +106,7 @@ def test_client_that_fails_early_does_not_change_others():
         assert_close(update, wanted, 1e-10)
 
 
-def test_finished_client_keeps_every_bit():
+def test_finished_client_does_not_change_by_a_bit():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     first = [dataclasses.replace(s, batches=s.batches[:1], weight_decay=0.1) for s in specs()]
@@ -129,7 +129,7 @@ def test_clients_of_equal_settings_share_optimizer_steps_at_all_ranks():
     assert_as_alone(found, model, state, clients, plans)
 
 
-def test_nonfinite_factors_at_the_end_are_a_failure():
+def test_client_with_nonfinite_factors_at_the_end_fails():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     client = ClientSpec(1, vectors([3], 1), lr=1e308, weight_decay=1e10)
@@ -194,7 +194,7 @@ def test_dropout_inside_a_forward_is_refused():
     with pytest.raises(UnsupportedModule, match=r"self_attn: .*, found attention_dropout = 0.2"):
         BatchedClients(model, [ClientSpec(1, tokens([4], 1), lr=0.1)])
     model.model.layers[1].self_attn.attention_dropout = 0.0
-    model.model.layerdrop = 0.5  # attribute of models that skip whole layers
+    model.model.layerdrop = 0.5  # attribute of models that skip layers at random
     with pytest.raises(UnsupportedModule, match=r"model: .*, found layerdrop = 0.5"):
         BatchedClients(model, [ClientSpec(1, tokens([4], 1), lr=0.1)])
 

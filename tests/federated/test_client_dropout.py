@@ -1,4 +1,4 @@
-"""A client's dropout masks are the same alone and in any batch."""
+"""Dropout masks of a client are the same when it is trained alone and in any batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLANS = [LayerPlan((2,)), LayerPlan((0, 2), (3, 2)), LayerPlan((1,)), LayerPlan(
 
 
 def with_own_masks(model: nn.Module, spec: ClientSpec, round: int, loss_of: Any) -> Any:
-    """Return the loss of one client's step, which first sets the dropout seeds of that step."""
+    """Return a loss function that first sets the dropout seeds of the client's next step."""
     found: dict[str, Any] = dict(adapted_layers(model))
     layers = [found[name] for names in LoraLayerManager(model).modules for name in names]
     seed = client_seed(spec.seed, round, spec.client)

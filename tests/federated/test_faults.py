@@ -1,4 +1,5 @@
-"""Invalid replies: each is rejected alone, with client, key, expected and found value."""
+"""Invalid replies: only they are rejected, with the client, the key, and expected and found
+values."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ A0, B0 = key(0, "A"), key(0, "B")
 
 
 def changed(**tensors: Any) -> Update:
-    """Return client 7's reply with other tensors; None removes a tensor."""
+    """Return a reply of client 7 in which ``tensors`` replace others; None removes a tensor."""
     bad = make_update(7)
     found = {**bad.tensors, **{k.replace("__", "."): v for k, v in tensors.items()}}
     return dataclasses.replace(bad, tensors={k: v for k, v in found.items() if v is not None})
@@ -28,7 +29,7 @@ def with_tensor(name: str, value: Any) -> Update:
 
 
 class Odd:
-    """Object as a client could send it, with a ``__repr__`` that raises."""
+    """Object that a client could send and whose ``__repr__`` raises."""
 
     def __repr__(self) -> str:
         raise RuntimeError
@@ -195,7 +196,7 @@ def test_drop_tensor_drops_only_the_tensor():
     for k in state:
         assert torch.equal(found.state[k], (alone if k == A0 else both)[k])
     assert found.noise[0] != 0
-    for rank_agg in ("svd", "stack", "fro"):  # rules whose products need both factors
+    for rank_agg in ("svd", "stack", "fro"):  # rules that need both factors
         with_pair = aggregate(state, [bad, GOOD], rank_agg=rank_agg, nan_policy="drop_tensor")
         without = aggregate(state, [GOOD], rank_agg=rank_agg)
         assert torch.equal(with_pair.state[B0], without.state[B0])
@@ -209,7 +210,7 @@ def test_nan_policy_raise_names_client_and_key():
     with pytest.raises(ValueError, match=rf"^aggregate: client 7: {A0}: expected finite values"):
         aggregate(make_state(), [FAULTS["nan"][0], GOOD], nan_policy="raise")
     rejected = aggregate(make_state(), [FAULTS["turned"][0]], nan_policy="raise").rejected
-    assert "shape" in rejected[7]  # other faults do not raise
+    assert "shape" in rejected[7]  # Other faults do not raise.
 
 
 def test_partial_replies_are_averaged_for_their_modules():
@@ -242,7 +243,7 @@ def test_equal_replies_of_a_client_count_once_and_different_ones_are_rejected():
     assert "expected shape" in aggregate(state, empty).rejected[7]
     many = dataclasses.replace(make_update(7), num_examples=10**5000)
     assert "num-examples" in aggregate(state, [many, many, GOOD]).rejected[7]
-    lost = [FAULTS["nan"][0]] * 2  # equal, although NaN != NaN
+    lost = [FAULTS["nan"][0]] * 2  # equal replies, although NaN != NaN
     assert aggregate(state, lost, nan_policy="drop_tensor").accepted == (7,)
 
 

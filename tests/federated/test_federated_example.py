@@ -1,4 +1,4 @@
-"""examples/federated.py at its smallest sizes: eight clients on four layers of a real model."""
+"""Run examples/federated.py with its smallest sizes: eight clients, four layers of a real model."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ def npy(value: np.ndarray, pickle: bool = False) -> bytes:
 
 
 def federation(meddle: dict[int, Any], rounds: int = 1, **settings: Any):
-    """Run a federation with changed replies; return the strategy and the final state."""
+    """Run a federation in which ``meddle`` maps nodes to functions that change their replies.
+    Return the strategy and the final state."""
     app = Meddled(make_client_app(Classifier, batches), meddle)
     strategy = LoraStrategy(Suffixes(), **{"capability": CAPABILITY, **settings})
     result = run(strategy, LocalGrid(app, 3), rounds)
@@ -36,7 +37,7 @@ def federation(meddle: dict[int, Any], rounds: int = 1, **settings: Any):
 
 
 def array(key: str, **fields: Any):
-    """Return a function that changes fields of an array of a reply."""
+    """Return a function that sets fields of the array ``key`` of a reply."""
 
     def meddle(reply: Message) -> None:
         for name, value in fields.items():
@@ -166,7 +167,7 @@ def test_invalid_reply_is_rejected_and_the_others_are_averaged(name):
     assert set(log.rejected) == {1}
     assert re.search(rf"^node 1: .*{reason}", log.rejected[1]), log.rejected[1]
     assert rejections == [(1, 1, log.rejected[1])]
-    assert same_bits(end, without_client_1()), "equal to a run without the client"
+    assert same_bits(end, without_client_1()), "expected the state of a run without the client"
 
 
 @functools.cache
@@ -270,7 +271,7 @@ def test_straggler_times_out_and_later_clients_are_not_started():
     reason = "node {0}: no reply within 30 s"
     assert first.rejected == {client: reason.format(client) for client in (1, 2)}
     assert late == [(1, 1, LayerPlan((2,)), 30.0), (1, 2, LayerPlan((1, 2)), 30.0)]
-    assert second.accepted == (0, 1, 2), "the node is used again in the next round"
+    assert second.accepted == (0, 1, 2), "expected that the next round uses the node again"
 
 
 def test_late_reply_is_rejected_by_its_echo():
@@ -285,7 +286,7 @@ def test_late_reply_is_rejected_by_its_echo():
     strategy.on_reject = lambda round, client, reason: rejections.append((round, client, reason))
     run(strategy, Wire(make_client_app(Classifier, batches), 3, late), rounds=2)
     assert [log.accepted for log in strategy.history] == [(0, 2), (0, 1, 2)]
-    assert strategy.history[1].rejected == {}, "its reply of this round is accepted"
+    assert strategy.history[1].rejected == {}, "expected that the reply of this round is accepted"
     assert rejections[-1] == (2, 1, "node 1: echo: expected round 2, found 1")
 
 
@@ -311,7 +312,7 @@ def test_two_replies_of_a_node_are_accepted_only_if_equal(kind):
     assert log.rejected == ({} if kind == "equal" else {1: reason})
 
 
-def test_reply_of_a_node_that_was_not_asked_is_rejected():
+def test_reply_of_a_node_that_received_no_message_is_rejected():
     strategy = LoraStrategy(Suffixes(), capability={0: 1, 1: 0, 2: 2})
 
     def stranger(replies: list[Message]) -> list[Message]:

@@ -1,4 +1,4 @@
-"""`LocalGrid`, the client and server apps, and settings refused before a message is sent."""
+"""`LocalGrid`, the client and server apps, and settings rejected before any message is sent."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_batched_clients_can_be_the_nodes_of_a_local_grid():
         assert (value - end[key]).abs().max() < 1e-5, key
 
 
-def test_batched_clients_that_freeze_layers_are_refused_without_them():
+def test_batched_clients_are_refused_if_the_server_sends_no_frozen_layers():
     grid = LocalGrid(BatchedClients(Classifier(), [ClientSpec("a", batches(0), lr=1e-2)]), 1)
     strategy = LoraStrategy(Suffixes(), send_frozen=False)
     run(strategy, grid, rounds=1)
@@ -102,7 +102,7 @@ def test_nodes_keep_their_context_and_receive_copies_of_records():
     content = RecordDict({"config": ConfigRecord({"x": 1})})
     for count in (1, 2):
         replies = grid.send_and_receive([Message(content, node, "train") for node in (1, 0)])
-        assert [m.metadata.src_node_id for m in replies] == [1, 0], "the order of the messages"
+        assert [m.metadata.src_node_id for m in replies] == [1, 0], "expected message order"
         assert [m.content["config"]["mine"] for m in replies] == [1, 0]
         assert [c.state["count"]["n"] for c in grid.contexts.values()] == [count] * 2
     assert "mine" not in content["config"]
@@ -180,8 +180,8 @@ def test_invalid_settings_are_refused(name):
         LoraStrategy(Suffixes(), **settings)
 
 
-def test_model_lives_as_long_as_its_app_and_once_per_worker(monkeypatch: pytest.MonkeyPatch):
-    # Models kept by a worker are released after the test.
+def test_model_is_made_once_per_worker_and_released_with_its_app(monkeypatch: pytest.MonkeyPatch):
+    # Release the models that this process keeps, after the test.
     monkeypatch.setattr(model_of_apps, "_kept", {})
     made: list[weakref.ref[torch.nn.Module]] = []
 

@@ -1,4 +1,4 @@
-"""Messages on Flower: logged bytes, packed and masked payloads, and Flower's mods."""
+"""Flower messages: logged bytes, packed and masked payloads, and Flower's client mods."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ CAPABILITY = {0: 1, 1: 2, 2: 3}
 
 
 class Ranked:
-    """Allocator in which client i trains the last layers, the last one at rank 1 + i."""
+    """Allocator that gives client i the last ``capability`` layers, with rank 1 + i for the last
+    one and 2 for the others."""
 
     def plan(self, round: int, client: int | str, capability: int) -> LayerPlan:
         layers = range(LAYERS - capability, LAYERS)
@@ -62,7 +63,7 @@ def test_full_bytes_equal_the_bytes_of_all_layers_of_all_clients():
     _, strategy = end_of(capability=None)
     for row in strategy.comm.rows[3:]:
         assert row.full == row.up + row.down
-    assert 0.99 < strategy.comm.share <= 1.02  # queries are not part of full
+    assert 0.99 < strategy.comm.share <= 1.02  # The total contains queries too, unlike full.
 
 
 def test_packing_saves_framing_and_changes_no_bit():
@@ -129,10 +130,10 @@ def test_masked_sums_equal_the_covered_mean(allocator, weighted_by):
         payload="dense_masked",
     )
     for key, value in plain.items():
-        assert (value - masked[key]).abs().max() < 1e-6, key  # shares are float32
-    numbers = 2 if isinstance(allocator, Ranked) else 1  # integers in the echo per layer
+        assert (value - masked[key]).abs().max() < 1e-6, key  # Masked sums are float32.
+    numbers = 2 if isinstance(allocator, Ranked) else 1  # integers per layer in the echo
     sizes = {row.up - 8 * numbers * (row.client + 1) for row in strategy.comm.rows[3:]}
-    assert len(sizes) == 1, "equal sizes for every plan"
+    assert len(sizes) == 1, "expected equal sizes for all plans"
 
 
 MASKED_FAULTS = {
@@ -175,7 +176,8 @@ def test_invalid_share_is_rejected(name):
 
 
 def test_flowers_clipping_mod_bounds_the_update_of_a_client():
-    # The mod needs replies with the received keys: values, and only of the planned layers.
+    # The mod needs replies with the keys of the message, so only planned layers are sent, and
+    # values are uploaded.
     bound = 1e-3
     changes: list[float] = []
     start = initial()
@@ -236,7 +238,7 @@ def test_learning_rate_and_epochs_are_sent_by_the_server():
     result = run(strategy, LocalGrid(app, 3), rounds=1, train_config=ConfigRecord({"lr": 0.25}))
     assert lrs == [(0.25, 1, 2)] * 3
     assert result.train_metrics_clientapp[1]["train-loss"] == 0.5
-    assert strategy.history[0].accepted == (0, 1, 2), "rows of the batches are the examples"
+    assert strategy.history[0].accepted == (0, 1, 2), "num-examples must count rows"
 
 
 @pytest.mark.parametrize("kind", ["loop", "batched"])
@@ -248,7 +250,7 @@ def test_batches_may_be_an_iterator(kind):
 
 
 def test_local_run_starts_no_thread():
-    end_of(rounds=1)  # torch starts its threads in the first backward pass
+    end_of(rounds=1)  # torch starts threads in its first backward
     before = set(threading.enumerate())
     end_of(rounds=1)
     assert set(threading.enumerate()) <= before

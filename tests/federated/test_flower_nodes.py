@@ -1,4 +1,4 @@
-"""Servers that restart, nodes that leave and return, and the client names of nodes."""
+"""Servers that restart, nodes that leave and return, and the names of clients of nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPABILITY = {0: 1, 1: 1, 2: 2}
 
 
 class Drawn:
-    """Allocator that samples layers from a generator that a restart must restore."""
+    """Allocator that samples layers with a random generator, whose state a restart must restore."""
 
     def __init__(self) -> None:
         self.generator = np.random.default_rng(0)
@@ -51,7 +51,7 @@ def test_restarted_server_continues_bitwise():
     assert resumed.object_id == end.object_id
     assert after.history == whole.history and [log.round for log in after.history] == [*range(1, 6)]
     assert after.comm.rows == whole.comm.rows
-    assert len({log.accepted for log in whole.history}) > 1, "the sampled clients must vary"
+    assert len({log.accepted for log in whole.history}) > 1, "expected rounds to differ"
 
 
 class Leaving(LocalGrid):
@@ -71,7 +71,7 @@ def test_node_that_leaves_and_returns_does_not_stop_the_run():
 
 
 class Random(LocalGrid):
-    """Grid with large node ids as Flower draws them; ``ids`` maps each id to its partition."""
+    """Grid with large random node ids, as in Flower. ``ids`` maps each id to its partition."""
 
     def __init__(self, app: Any, ids: dict[int, int | None]):
         super().__init__(app, len(ids))
@@ -161,7 +161,7 @@ def test_error_sent_by_the_server_names_the_lost_node():
 
 def test_custom_app_is_named_by_the_partition_in_its_echo_unless_taken():
     inner = make_client_app(Classifier, lambda partition: batches(partition % 7))
-    own = ClientApp()  # does not answer queries
+    own = ClientApp()  # an app that does not answer queries
 
     @own.train()
     def train(message: Message, context: Context) -> Message:

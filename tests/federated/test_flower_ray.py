@@ -1,4 +1,4 @@
-"""Flower's simulation with Ray gives the bits of a run in this process."""
+"""Flower's simulation with Ray is bitwise equal to a run in this process."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_four_nodes_on_ray_equal_a_local_run_and_leave_no_process(tmp_path):
     tools = deployment()
     env = {
         **tools.environment(tmp_path),
-        # Ray listens on all interfaces of Linux unless this variable rules out a cluster.
+        # On Linux, Ray listens on all network interfaces unless this variable is 0.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # at the default of 15, this takes minutes beside other tests
+        "RAY_worker_niceness": "0",  # With the default, 15, other tests delay it by minutes.
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     log = tmp_path / "log"
@@ -51,7 +51,7 @@ def test_four_nodes_on_ray_equal_a_local_run_and_leave_no_process(tmp_path):
     end = time.monotonic() + SECONDS
     while process.poll() is None and time.monotonic() < end:
         outside |= tools.listening(set(tools.marked(env[tools.MARK]))) - tools.LOOPBACK
-        time.sleep(2)  # listening() reads all of /proc, which slows the process down
+        time.sleep(2)  # Polling more often would be slow: listening() reads all of /proc.
     process.kill()
     assert process.wait() == 0, log.read_text()[-3000:]
     while (left := tools.marked(env[tools.MARK])) and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""`LoraStrategy` on Flower: what it sends to clients, and its hooks for subclasses."""
+"""`LoraStrategy` for Flower: its messages to clients, and its hooks for subclasses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scripts import load_script
 from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
 from lora_ext.federated.flower import from_arrays, to_arrays
 
-MOST_STAYS = 10  # files that the calls of a round visit
+MOST_STAYS = 10  # largest number of files visited by the calls of a round
 
 
 def local(nodes: int = 3, **settings: Any) -> LocalGrid:
@@ -33,7 +33,7 @@ def test_run_changes_only_the_trained_layers():
 
 
 @pytest.mark.parametrize("payload", ["sliced", "dense_masked"])
-def test_round_goes_down_through_few_files(monkeypatch: pytest.MonkeyPatch, payload: str):
+def test_calls_of_a_round_visit_few_files(monkeypatch: pytest.MonkeyPatch, payload: str):
     ways = load_script(monkeypatch, "tests/serving", "test_ways")
     monkeypatch.setattr(ways, "ROOMS", ("federated", "adapter", "layers", "rows"))
     strategy, grid = LoraStrategy(Suffixes(), payload=payload), local()
@@ -59,7 +59,7 @@ def test_batched_backend_equals_the_loop():
 
 
 class Hooks(LoraStrategy):
-    """Strategy that plans all clients at once and records every call of a hook."""
+    """Strategy that plans all clients together and records all calls of its hooks."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -109,7 +109,7 @@ class Shrinking(LoraStrategy):
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_ranks_may_change_between_rounds(pack):
-    # A client's model has the largest rank, and trains at the rank that it receives.
+    # The model of a client has the largest rank; it is trained with the rank of the plan.
     ends = []
     for backend in ("loop", "batched"):
         strategy = Shrinking(Suffixes(), capability={0: 0, 1: 1, 2: 2}, pack=pack)
@@ -160,5 +160,5 @@ def test_random_numbers_of_a_client_depend_only_on_seed_round_and_client():
         return seen
 
     alone, among = replies_of_1(2), replies_of_1(4)
-    assert alone[0] == among[0], "both runs send it the same adapter"
+    assert alone[0] == among[0], "expected the same adapter in both runs"
     assert alone[0] != alone[1] and alone[0] != replies_of_1(2, seed=1)[0]

@@ -1,4 +1,4 @@
-"""`LoraLayerManager`: trained, frozen and disabled layers, and the tensors saved for backward."""
+"""`LoraLayerManager`: trained, frozen and disabled layers, and tensors saved for the backward."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def names_of(model: nn.Module, layers: set[int]) -> set[str]:
 
 
 def saved_bytes(manager: LoraLayerManager) -> int:
-    """Return the bytes that a forward saves for its backward, counting each storage once."""
+    """Return the number of bytes that a forward saves for its backward. Each storage counts once,
+    and parameters do not count."""
     found: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def saved_bytes(manager: LoraLayerManager) -> int:
 
 
 class Stack(nn.Module):
-    """Residual layers alone; their input may require gradients."""
+    """Model of residual layers only, whose input may require gradients."""
 
     def __init__(self, layers: int = 12, width: int = 6, dropout: float = 0.0):
         super().__init__()
@@ -165,7 +166,7 @@ def test_no_graph_is_built_below_the_lowest_trained_layer():
 
 
 def test_copy_made_within_the_boundary_is_independent_and_trainable():
-    # A client that compares itself with its initial model makes such a copy.
+    # Clients make such a copy, for example, to compare the trained with the initial model.
     model = Stack()
     manager = LoraLayerManager(model)
     manager.apply(LayerPlan((10, 11)))
@@ -202,7 +203,7 @@ def test_layers_1_10_and_11_are_distinguished():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_slice_has_the_names_and_values_of_a_saved_file(kind: str):
+def test_state_slice_has_the_names_and_values_of_a_saved_file(kind: str):
     model = adapted(kind)
     manager = LoraLayerManager(model)
     saved = LoraAdapter.from_model(model).state_dict()
@@ -211,12 +212,12 @@ def test_slice_has_the_names_and_values_of_a_saved_file(kind: str):
     assert all(torch.equal(found[key], saved[key]) for key in saved)
     part = manager.state_slice([2], [3])
     assert {tuple(v.shape) for v in part.values()} == {(3, 16), (16, 3), (3, 24)}
-    next(iter(found.values())).zero_()  # modifies a copy
+    next(iter(found.values())).zero_()  # changes only a copy
     assert torch.equal(manager.state_slice()[next(iter(saved))], next(iter(saved.values())))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_slice_of_smaller_rank_trains_as_an_adapter_of_that_rank(kind: str):
+def test_state_slice_of_smaller_rank_trains_like_an_adapter_of_that_rank(kind: str):
     wide, narrow = adapted(kind), adapted(kind, r=2, lora_alpha=3)  # both have scale 1.5
     part = LoraLayerManager(narrow).state_slice()
     for model in (wide, narrow):

@@ -1,4 +1,4 @@
-"""Logs: sums of bytes, entries of rounds, and their JSON form."""
+"""Logs: sums of bytes, entries per round, and their JSON representation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Partitions of samples among clients: each sample once, with the requested classes."""
+"""Partitions of samples among clients, each of which gets the requested number of classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tensors in messages: they arrive as sent, and forged ones are refused without being read."""
+"""Tensors in messages: they arrive unchanged, and forged tensors are rejected without being
+read."""
 
 from __future__ import annotations
 
@@ -48,10 +49,10 @@ def test_tensors_arrive_as_sent(flat: bool, shapes: list[list[int]], data: st.Da
         Payload(arrays, sent.manifest), {k: tuple(v.shape) for k, v in tensors.items()}
     )
     assert same_bits(found, tensors)
-    assert all(sent.manifest.values())  # no empty list
+    assert all(sent.manifest.values())  # The manifest has no empty list.
     assert sent.nbytes == sum(t.nbytes for t in tensors.values())
     for value in found.values():
-        value.zero_()  # writable, so not in the memory of the message
+        value.zero_()  # writable: the tensors do not share the memory of the message
 
 
 def test_plan_determines_shapes_and_bytes():

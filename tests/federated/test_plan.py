@@ -1,4 +1,4 @@
-"""`LayerPlan`: its contents, errors and message form."""
+"""`LayerPlan`: its contents, its errors, and its representation in messages."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_message_without_a_plan_is_refused():
         LayerPlan.from_config({"ranks": [1]})
 
 
-def test_check_for_duplicate_layers_is_not_quadratic():
-    layers = range(200_000)  # as in an echo of a hostile client
+def test_check_for_duplicate_layers_takes_no_quadratic_time():
+    layers = range(200_000)  # as a malicious client could send
     assert LayerPlan(tuple(layers)).layers[-1] == 199_999
     with pytest.raises(ValueError, match="each layer once, found 199999 twice"):
         LayerPlan((*layers, 199_999))

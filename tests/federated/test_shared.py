@@ -1,4 +1,5 @@
-"""Heads trained by all clients beside their adapters: batched, looped and by Flower."""
+"""Shared heads, which all clients train besides their adapters: in batches, one by one, and with
+Flower."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ HEAD = ("head.weight", "head.bias")
 
 
 def state_of(model: nn.Module, shared) -> dict[str, Tensor]:
-    """Return a global state with other heads than those of the model."""
+    """Return a global state in which the shared parameters differ from those of the model."""
     g = torch.Generator().manual_seed(3)
     heads = {name: model.get_parameter(name).detach() for name in shared}
     noise = {name: torch.randn(p.shape, generator=g, dtype=p.dtype) for name, p in heads.items()}
@@ -35,7 +36,7 @@ def state_of(model: nn.Module, shared) -> dict[str, Tensor]:
 
 
 class Pooled(nn.Module):
-    """Head of several modules, with a direct parameter and a keyword argument."""
+    """Head of several modules, with a parameter of its own and a keyword argument."""
 
     def __init__(self):
         super().__init__()
@@ -174,7 +175,7 @@ def test_client_that_fails_changes_no_bit_of_other_heads():
         assert same_bits(dict(found[i].tensors), dict(good[i].tensors))
 
 
-def test_nonfinite_head_at_the_end_is_a_failure():
+def test_client_with_a_nonfinite_head_at_the_end_fails():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     client = ClientSpec(1, specs()[0].batches[:1], lr=1e308, weight_decay=1e10)
@@ -186,7 +187,7 @@ def test_nonfinite_head_at_the_end_is_a_failure():
 # Flower
 
 
-def test_flowers_loop_and_batch_and_existing_clients_agree():
+def test_looped_batched_and_existing_clients_agree_with_flower():
     pytest.importorskip("flwr")
     import flower_apps as apps
 

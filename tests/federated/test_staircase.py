@@ -1,4 +1,4 @@
-"""The staircase: rows below their client's lowest layer need no graph; results are unchanged."""
+"""The staircase: rows need no autograd graph below the lowest trained layer of their client."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from lora_ext.federated import BatchedClients, ClientSpec, LayerPlan, LoraLayerM
 from lora_ext.nn import LoraLinear
 
 ALL = (0, 1, 2)
-ROWS = 8  # rows of the four clients' first steps together
+ROWS = 8  # of the first steps of the four clients, together
 
 
 def trained(model: nn.Module, clients, plans, state, **options) -> list[Update]:
-    """Run a round in which a warning of the staircase is an error."""
+    """Run a round in which warnings are errors, since the staircase warns if it cannot split a
+    block."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return BatchedClients(model, clients, **options).run_round(plans, state)
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
-    """Return the bytes of the tensors that a graph saves for its backward, without the weights."""
+    """Return the number of bytes that ``run`` saves for the backward, without the weights."""
     total = 0
     weights = {p.data_ptr() for p in model.parameters()}
 
@@ -72,7 +73,8 @@ def test_mixed_depths_equal_the_loop(kind: str, others: str):
 
 
 def rows_with_a_graph(model: nn.Module, run: Callable[[], object]) -> list[list[tuple[int, bool]]]:
-    """Return for each call of each block its number of rows, and whether gradients were enabled."""
+    """Return, for each call of each block, the number of rows and whether gradients were
+    enabled."""
     calls: list[list[tuple[int, bool]]] = [[] for _ in ALL]
     for index, layer in enumerate(model.model.layers):
 
@@ -104,12 +106,12 @@ def test_saved_bytes_decrease_with_each_clients_depth():
 
     whole, two, one = (saved(depth, depth) for depth in (3, 2, 1))
     assert one < two < whole
-    assert one + whole == pytest.approx(2 * two, rel=0.05)  # the same for each layer
+    assert one + whole == pytest.approx(2 * two, rel=0.05)  # Each layer saves the same.
     assert saved(3, 1) == pytest.approx((whole + one) / 2, rel=0.05)
     assert saved(3, 1, staircase=False) > 0.95 * whole
 
 
-# Transformers renames arguments that it passes.
+# transformers passes deprecated argument names and warns.
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_checkpoint_recomputes_the_same_rows():
     model = adapted("ours").double().train()
@@ -123,7 +125,7 @@ def test_checkpoint_recomputes_the_same_rows():
         assert_close(update, other, 1e-12)
 
 
-def test_submodule_with_its_own_config_keeps_no_cache():
+def test_submodule_with_its_own_config_uses_no_cache():
     model = adapted("ours").double()
     model.model.config = copy.deepcopy(model.config)
     state = LoraLayerManager(model).state_slice()
@@ -133,7 +135,7 @@ def test_submodule_with_its_own_config_keeps_no_cache():
 
 
 class Block(nn.Module):
-    """Layer with arbitrary further inputs and outputs."""
+    """Layer whose further inputs and outputs are determined by ``compute``."""
 
     def __init__(self, q: LoraLinear, compute: Callable[..., Any]):
         super().__init__()
@@ -149,7 +151,7 @@ class Writing(Block):
 
 
 class Stack(nn.Module):
-    """Model that runs its blocks by ``run(blocks, x)``."""
+    """Model that calls its blocks with ``run(blocks, x)``."""
 
     def __init__(self, run: Callable[..., Tensor], compute: Callable[..., Any] = lambda y: y):
         super().__init__()
@@ -243,7 +245,7 @@ def test_blocks_that_cannot_be_split_run_whole_with_a_warning(run, compute, foun
     model, state, clients = of_stack(run, compute)
     with pytest.warns(UserWarning, match=f"^BatchedClients: staircase: .*{found}") as caught:
         updates = BatchedClients(model, clients).run_round(PLANS, state)
-    assert len(caught) == 1  # only in the round's first step
+    assert len(caught) == 1  # only in the first step of the round
     check_equal(model, clients, updates)
 
 

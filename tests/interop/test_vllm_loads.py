@@ -1,4 +1,4 @@
-"""Names and ids of loaded adapters, tested without vLLM on an engine that records its calls."""
+"""Names and ids of adapters loaded in vLLM, tested with a fake engine that records its calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_ext.interop.vllm._loads import follow_loads
 
 @dataclasses.dataclass
 class Request:
-    """The fields of vLLM's LoRARequest that are read."""
+    """Fields of vLLM's LoRARequest that lora_ext reads."""
 
     lora_name: str
     lora_int_id: int
@@ -78,7 +78,7 @@ def test_name_with_another_id_is_renamed(engine):
     assert asked(engine, Request("a#2", 3)).lora_name == "a#2#2"
 
 
-def test_load_in_place_is_a_new_adapter_for_the_engine(engine):
+def test_load_in_place_gives_the_engine_a_new_adapter(engine):
     first = asked(engine, Request("a", 1, "/one"))
     assert engine.add_lora(Request("a", 1, "/one", load_inplace=True))
     second = asked(engine, Request("a", 1, "/one"))
@@ -95,8 +95,8 @@ def test_load_in_place_is_a_new_adapter_for_the_engine(engine):
     assert engine.remove_lora(1) and not engine.loaded
 
 
-def test_one_id_with_several_adapters_is_several_loads(engine):
-    # Several servers on one engine each count their own ids.
+def test_adapters_with_the_same_id_are_loaded_separately(engine):
+    # Several servers with one engine assign ids independently.
     a, b = asked(engine, Request("a", 1, "/a")), asked(engine, Request("b", 1, "/b"))
     assert (b.lora_name, a.lora_int_id) == ("b", 1) and b.lora_int_id != 1
     assert asked(engine, Request("a", 1, "/a")) == a and asked(engine, Request("b", 1, "/b")) == b
@@ -111,14 +111,14 @@ def test_failed_load_keeps_the_previous_adapter(engine):
     assert engine.pin_lora(1) and engine.pinned == [1]
 
 
-def test_removed_adapter_is_a_new_load_when_loaded_again(engine):
+def test_adapter_loaded_again_after_its_removal_gets_a_new_name(engine):
     engine.add_lora(Request("a", 1))
     assert engine.remove_lora(1)
     assert asked(engine, Request("a", 1)).lora_name == "a#2"
 
 
 def test_request_with_load_inplace_reloads_only_changed_files(engine, tmp_path):
-    # vLLM's server copies the flag of a load into all later requests.
+    # vLLM's server copies the flag load_inplace into all later requests for the adapter.
     file = tmp_path / "one" / "adapter_model.safetensors"
     file.parent.mkdir()
     file.write_bytes(b"one")
@@ -127,7 +127,7 @@ def test_request_with_load_inplace_reloads_only_changed_files(engine, tmp_path):
     assert asked(engine, request) == first and first.lora_name == "a"
     times = os.stat(file)
     file.write_bytes(b"two")
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as after `cp -p`
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # `cp -p` keeps the times too
     second = asked(engine, request)
     assert second.lora_name == "a#2" and asked(engine, request) == second
     file.write_bytes(b"three")
@@ -137,7 +137,7 @@ def test_request_with_load_inplace_reloads_only_changed_files(engine, tmp_path):
 
 
 def test_activated_adapter_is_refused_if_vllm_is_not_prepared(engine, tmp_path):
-    # In a step it would stop the engine, or apply to all tokens.
+    # Such an adapter would stop the engine in a step, or be applied to all tokens.
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({"r": 4, "alora_invocation_tokens": [7, 8]}))
     request = Request("judge", 1, str(tmp_path))

@@ -1,6 +1,6 @@
-"""Updates of vLLM's layers, tested without vLLM on every twin and on the emulator of the kernels.
+"""LoRA updates in layers of vLLM, tested without vLLM with all CPU twins and the emulated kernels.
 
-Data are small integers, so that every sum is exact.
+Data are small integers, so all sums are exact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ RANKS = (8, 2, 5)
 
 
 class Base:
-    """The part of vLLM's wrapper that :class:`Updates` uses: two buffers, filled at each step."""
+    """Part of vLLM's Punica wrapper that :class:`Updates` uses: two buffers, filled at each
+    step."""
 
     def __init__(self, most, max_batches, device, **kwargs):
         self._token_lora_indices = torch.full((most,), 77)
@@ -45,7 +46,8 @@ class Wrapper(Updates, Base):
 
 
 def wrapper_for(tokens, samples=None):
-    """Return a wrapper with adapters 30, 10, 20 in slots 0, 1, 2, at a step with these rows."""
+    """Return a wrapper with the adapters 30, 10, 20 in the slots 0, 1, 2, in a step whose rows use
+    the adapters ``tokens``."""
     made = Wrapper(12, 4, "cpu", lora_config=SimpleNamespace(max_loras=SLOTS))
     step(made, tokens, samples)
     return made
@@ -61,7 +63,7 @@ def integers(*shape, seed=0, dtype=torch.float32):
 
 
 def stacks(out=5, seed=1, ranks=RANKS, dtype=torch.float32):
-    """Return the two stacks of a layer, which are zero beyond the rank of each slot."""
+    """Return the stacks of A and B of a layer, which are zero beyond the rank of each slot."""
     a = integers(SLOTS, 1, RANK, IN, seed=seed, dtype=dtype)
     b = integers(SLOTS, 1, out, RANK, seed=seed + 1, dtype=dtype)
     for slot, rank in enumerate(ranks):
@@ -78,7 +80,7 @@ def expected(y, x, a, b, slots):
 
 
 def linear(wrapper, x, layer, y=None, scale=1.0, **options):
-    """Return ``y``, by default zeros, with the updates of a layer of five outputs."""
+    """Return a copy of ``y`` (by default zeros) plus the updates of a layer with five outputs."""
     y = torch.zeros(len(x), 5) if y is None else y.clone()
     wrapper.add_lora_linear(y, x, layer[:1], layer[1:], scale, (5,), **options)
     return y
@@ -100,7 +102,7 @@ def test_slices_of_a_layer_get_separate_updates(backend):
     assert torch.equal(y, torch.cat(wanted, 1))
 
 
-def test_base_rows_keep_every_bit_if_all_slots_are_full(backend):
+def test_rows_of_the_base_model_keep_every_bit_if_all_slots_are_full(backend):
     wrapper, x = wrapper_for((0, 30, 0, 0)), integers(4, IN)
     before, base = integers(4, 5, seed=3), [0, 2, 3]
     before[0, 0] = -0.0
@@ -115,7 +117,7 @@ def test_rows_that_pad_a_batch_use_the_base_model(backend):
     assert torch.equal(linear(wrapper, x, layer, y), wanted)
 
 
-def test_scale_multiplies_the_update_and_overwriting_zeroes_base_rows(backend):
+def test_update_is_scaled_and_overwriting_sets_rows_of_the_base_model_to_zero(backend):
     wrapper, x, layer, y = wrapper_for(TOKENS), integers(6, IN), stacks(), integers(6, 5, seed=3)
     wanted = expected(ZEROS, x, *layer, TOKEN_SLOTS)
     assert torch.equal(linear(wrapper, x, layer, scale=2.0), 2 * wanted)
@@ -137,7 +139,7 @@ def test_shrink_and_expand_equal_the_whole_update(backend):
     assert torch.equal(y[1, 2:], torch.zeros(7))
 
 
-def test_embedding_only_expands(backend):
+def test_update_of_an_embedding_is_only_an_expand(backend):
     wrapper, (_, b) = wrapper_for(TOKENS), stacks()
     picked, y = integers(6, RANK, seed=4), integers(6, 5, seed=3)
     wanted = reference.lora_expand_(
@@ -149,7 +151,7 @@ def test_embedding_only_expands(backend):
 
 def test_logits_use_the_adapters_of_sampled_rows(backend):
     wrapper, hidden, (a, b) = wrapper_for((30, 30, 0, 10), (30, 0, 10)), integers(3, IN), stacks()
-    y = integers(3, 8, seed=3)  # three columns pad the vocabulary
+    y = integers(3, 8, seed=3)  # The last 3 columns are padding.
     wanted = y.clone()
     wanted[:, :5] = expected(y[:, :5], hidden, a, b, (0, -1, 1))
     wrapper.add_lora_logits(y, hidden, a, b, 1.0)
@@ -158,7 +160,8 @@ def test_logits_use_the_adapters_of_sampled_rows(backend):
 
 @pytest.mark.parametrize("samples", [(30, 10), (30, 10, 10)])
 def test_prompt_logits_use_the_adapters_of_their_tokens(samples, backend):
-    # vLLM passes part of the hidden states of all tokens; the number of samples may differ.
+    # vLLM passes hidden states of some prompt tokens, whose number may differ from that of the
+    # samples.
     wrapper = wrapper_for((30, 30, 10, 10, 10), samples)
     states, (a, b), y = integers(5, IN), stacks(), torch.zeros(3, 5)
     wrapper.add_lora_logits(y, states[1:4], a, b, 1.0)
@@ -185,7 +188,7 @@ def test_rows_of_an_unexpected_number_raise():
 def test_layer_without_adapters_calls_no_op(monkeypatch):
     wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks(ranks=(0, 0, 0))
     wrapper._stacks.of_a(a)
-    monkeypatch.setattr(_updates, "ops", None)  # any call of an op would raise
+    monkeypatch.setattr(_updates, "ops", None)  # a call of an op would raise
     linear(wrapper, x, (a, b))
     wrapper.add_lora_logits(ZEROS.clone(), x, a, b, 1.0)
     step(wrapper, (0,) * 6)
@@ -231,7 +234,7 @@ def test_values_beyond_a_rank_are_not_read(backend):
 
 
 def in_halves(wrapper, x, layer, y):
-    """Compute :func:`linear` by a shrink and an expand."""
+    """Compute :func:`linear` with separate shrink and expand calls."""
     y, v = y.clone(), torch.zeros(1, len(x), RANK)
     wrapper.add_shrink(v, x, layer[:1], 1.0)
     wrapper.add_expand(y, v, layer[1:], (5,))
@@ -248,7 +251,7 @@ def test_stacks_may_have_another_dtype_than_the_model(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_base_rows_keep_every_bit_beside_stacks_of_another_dtype(dtype):
+def test_rows_of_the_base_model_keep_every_bit_if_stacks_have_another_dtype(dtype):
     wrapper, x, (a, b) = wrapper_for((0, 30, 0)), integers(3, IN), stacks(dtype=dtype)
     y = integers(3, 5, seed=3)
     y[0] = -0.0
@@ -259,8 +262,8 @@ def test_base_rows_keep_every_bit_beside_stacks_of_another_dtype(dtype):
 
 
 def test_captured_graph_reads_ids_and_ranks_from_their_buffers(backend, monkeypatch):
-    # A graph uses no plan and no facts of the step at capture: it runs the kernels even if all rows
-    # use the base model and no adapter is loaded.
+    # A captured graph must not depend on the plan or the adapters of the step at capture. It
+    # therefore contains the kernels even if all rows used the base model and no adapter was loaded.
     for module in (_owners, true_ranks):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     wrapper, x, (a, b) = wrapper_for((0,) * 6), integers(6, IN), stacks(ranks=(0, 0, 0))
@@ -278,7 +281,7 @@ def test_captured_graph_reads_ids_and_ranks_from_their_buffers(backend, monkeypa
     assert torch.equal(y, wanted) and torch.equal(head, wanted)
 
 
-def test_compiled_graph_follows_steps_and_adapters():
+def test_compiled_graph_uses_the_rows_and_adapters_of_the_current_step():
     wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
     (c, d) = stacks(9, seed=5)
 
@@ -313,7 +316,8 @@ def test_compiled_graph_follows_steps_and_adapters():
 
 @pytest.fixture
 def fake_vllm(monkeypatch):
-    """Return a fake vllm of version 0.33.1 with the members that the plug-in uses."""
+    """Install and return a fake package vllm, version 0.33.1, with the members that the plug-in
+    uses."""
 
     class PunicaWrapperCPU:
         def __init__(self):
@@ -373,7 +377,7 @@ def test_register_sets_the_wrapper_of_the_cpu_platform(fake_vllm):
         once = fake_vllm.CpuPlatform.get_punica_wrapper, fake_vllm.EngineCore.add_lora
         plugin.register()
         assert fake_vllm.CpuPlatform.get_punica_wrapper() == OURS
-    # Activations are followed.
+    # Updates follow activations of adapters.
     assert hasattr(fake_vllm.LoRAModelManager.activate_adapter, _interface.MARK)
     assert once == (fake_vllm.CpuPlatform.get_punica_wrapper, fake_vllm.EngineCore.add_lora)
 
@@ -395,7 +399,7 @@ def test_vllm_with_another_interface_is_unchanged_with_one_warning(owner, name, 
         assert fake_vllm.CpuPlatform.get_punica_wrapper() == "own"
 
 
-def test_method_wrapped_by_another_plug_in_without_its_parameters_is_accepted(fake_vllm):
+def test_method_wrapped_by_another_plug_in_with_args_and_kwargs_is_accepted(fake_vllm):
     inner = fake_vllm.PunicaWrapperCPU.add_shrink
     fake_vllm.PunicaWrapperCPU.add_shrink = lambda *args, **kwargs: inner(*args, **kwargs)
     plugin.register()
@@ -403,7 +407,7 @@ def test_method_wrapped_by_another_plug_in_without_its_parameters_is_accepted(fa
         assert fake_vllm.CpuPlatform.get_punica_wrapper() == OURS
 
 
-def test_missing_module_of_vllm_is_named(fake_vllm, monkeypatch):
+def test_warning_names_a_missing_module_of_vllm(fake_vllm, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", None)
     with pytest.warns(UserWarning, match=r"vllm\.v1\.engine\.core.*blocks of the prefix cache"):
         plugin.register()
@@ -457,12 +461,12 @@ def test_slots_are_read_if_another_plug_in_wrapped_the_manager_first(wraps, fake
     assert manager.activate_adapter(held, 10)
     assert read.ranks.tolist() == [8, 8, 5]
 
-    read.read = None  # would raise: slots are only read after an activation
+    read.read = None  # a read would raise: it is needed only after an activation
     held.moved = False
     assert not manager.activate_adapter(held, 10)
 
 
-def test_wrapper_around_ours_by_another_plug_in_is_not_wrapped_again(fake_vllm):
+def test_method_that_another_plug_in_wrapped_after_lora_ext_is_not_wrapped_again(fake_vllm):
     manager = fake_vllm.LoRAModelManager
     follow_activations()
     ours = manager.activate_adapter

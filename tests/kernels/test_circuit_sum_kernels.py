@@ -1,4 +1,4 @@
-"""Sum layers on tensor cores: both modes against float64, and rescued underflows."""
+"""Sum layers on tensor cores: both modes compared with float64, and terms that would underflow."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from backends import Backend
 
 from lora_ext import ops, reference
 
-# Per layer: two roundings of 2^-12 (fp16s) or 2^-17 (high) in each term, float32 in the rest.
+# Bounds per layer: each term has two roundings of 2^-12 (fp16s) or 2^-17 (high); the rest is
+# float32.
 MODES = {"fp16s": 2.0**-10, "high": 2.0**-15}
 SHAPES = [(1, 1, 1), (16, 8, 32), (17, 9, 33), (5, 130, 70), (40, 256, 250), (3, 20, 256)]
 
@@ -14,7 +15,7 @@ SHAPES = [(1, 1, 1), (16, 8, 32), (17, 9, 33), (5, 130, 70), (40, 256, 250), (3,
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_modes_keep_their_bound(
+def test_errors_of_both_modes_stay_within_their_bounds(
     backend: Backend, dtype: torch.dtype, shape: tuple[int, int, int], mode: str
 ) -> None:
     rows, sums, terms = shape
@@ -36,17 +37,17 @@ def test_modes_keep_their_bound(
     alone = ops.log_einsum_exp(
         w.to(backend.device), values[:, :1].contiguous().to(backend.device), precision=mode
     )
-    if not backend.is_twin:  # The library's GEMM does not promise this.
+    if not backend.is_twin:  # Twins call torch's GEMM, which does not guarantee it.
         assert torch.equal(alone.cpu().double(), got[:, :1])
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("depth", [15.0, 40.0, 90.0])
-def test_terms_far_below_a_closed_path_are_rescued(
+def test_terms_far_below_the_largest_value_do_not_underflow(
     backend: Backend, depth: float, mode: str
 ) -> None:
-    """Check a left-to-right chain: each sum reaches a state and its predecessor, and the mass is on
-    later states, ``depth`` higher per state."""
+    """Check a left-to-right chain. The weights of a sum allow only a state and its predecessor, but
+    the values of later states are larger, by ``depth`` per state."""
     states = 40
     w = torch.full((states, states), -torch.inf)
     for o in range(states):
@@ -60,7 +61,7 @@ def test_terms_far_below_a_closed_path_are_rescued(
 
 
 def test_exact_data_gives_exact_sums(backend: Backend) -> None:
-    """Check powers of two: terms and partial sums are exact in every mode."""
+    """Check powers of two, for which terms and partial sums are exact in every mode."""
     g = torch.Generator().manual_seed(1)
     w = 2.0 ** torch.randint(-3, 1, (24, 64), generator=g)
     values = torch.zeros(19, 64)

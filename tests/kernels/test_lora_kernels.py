@@ -1,4 +1,4 @@
-"""Cases beyond the contract table: plans of several tiles, extreme float16, long sums."""
+"""Cases beyond the table of ops: plans of several tiles, extreme float16 values, long sums."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_plan_equals_the_reference(
     backend: Backend, tokens: int, slots: int, valid: int | None
 ) -> None:
     if backend.is_twin or (backend.small and tokens > 1000):
-        pytest.skip("twins have another test; the checking emulator runs small plans")
+        pytest.skip("twins have another test; the checking emulator runs only small plans")
     g = torch.Generator().manual_seed(tokens)
     ids = torch.randint(-3, slots + 2, (tokens,), generator=g)  # Some are out of range.
     num_valid = None if valid is None else torch.tensor([valid], dtype=torch.int32)
@@ -56,7 +56,7 @@ def test_plan_equals_the_reference(
 @pytest.mark.parametrize("size", [2.0**-20, 2.0**13], ids=["tiny v", "huge v"])
 @pytest.mark.parametrize("rank", [8, 264])
 def test_float16_v_may_be_far_from_one(backend: Backend, rank: int, size: float) -> None:
-    """Check v for which plain float16 would lose its low part or overflow.
+    """Check values of v whose float16 split would lose its low part or overflow.
 
     With large ranks v is a tf32 operand, which has the exponents of float32.
     """
@@ -68,18 +68,18 @@ def test_float16_v_may_be_far_from_one(backend: Backend, rank: int, size: float)
     got = ops.lora_apply_(*(t.to(backend.device) for t in (y, x, a, b, ids, scale))).cpu()
     v = reference.lora_shrink(x.double(), a.double(), ids, scale)
     exact = v @ b[0].double().T
-    # One rounding (spacing 2^-24 among the subnormal), the split of v, the sums in float32.
+    # Errors of the final rounding (subnormal spacing 2^-24), of v as hi + lo, and of float32 sums.
     allowed = 2.0**-11 * exact.abs() + 2.0**-25 + 2.0**-18 * (v.abs() @ b[0].double().abs().T)
     assert ((got.double() - exact).abs() <= allowed).all()
 
 
 def test_float32_sums_of_one_sign_are_not_rounded_in_one_direction(backend: Backend) -> None:
-    """Check sums of one sign: tensor cores round toward zero, and random signs hide it.
+    """Check sums of terms of one sign, for which rounding toward zero, as on tensor cores, adds up.
 
     The rows without an adapter make so many tiles that the sum is not split; they cost no time.
     """
     if backend.small:
-        pytest.skip("many rows need the fast emulator")
+        pytest.skip("too many rows for this backend")
     g = torch.Generator().manual_seed(0)
     rows, features, rank = 34000, 4096, 8
     x = torch.rand(1, features, generator=g).expand(rows, -1)
@@ -89,17 +89,17 @@ def test_float32_sums_of_one_sign_are_not_rounded_in_one_direction(backend: Back
     got = ops.lora_shrink(*(t.to(backend.device) for t in (x, a, ids))).cpu()
     exact = x[0].double() @ a[0].double().T
     error = (got[ids == 0].double() - exact).abs()
-    allowed = (16 + features**0.5 / 2) * 2.0**-24 * exact  # as cases.v_bound
-    assert (error <= allowed).all(), f"{(error / exact).max() * 2**24:.0f} units of 2^-24"
+    allowed = (16 + features**0.5 / 2) * 2.0**-24 * exact  # as in cases.v_bound
+    assert (error <= allowed).all(), f"error {(error / exact).max() * 2**24:.0f} units of 2^-24"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_splits_summed_before_expand_give_the_bits_of_the_halves(
+def test_apply_that_sums_splits_of_v_equals_shrink_and_expand_bitwise(
     backend: Backend, dtype: torch.dtype
 ) -> None:
-    """Check so many rows, outputs and ranks that apply first sums the splits of v in place."""
+    """Check enough rows, outputs and ranks that apply first sums the parts of v, in place."""
     if backend.small:
-        pytest.skip("many rows need the fast emulator")
+        pytest.skip("too many rows for this backend")
     g = torch.Generator().manual_seed(0)
     rows, features, out, rank = 8192, 2048, 2056, 64
     x = torch.randn(1, features, generator=g).to(dtype).expand(rows, -1)
@@ -114,10 +114,10 @@ def test_splits_summed_before_expand_give_the_bits_of_the_halves(
 
 
 def test_two_successive_calls_may_add_to_one_y(backend: Backend) -> None:
-    """Check the order of shrink and expand, as expand reads y before it waits for its shrink.
+    """Check the order of shrink and expand. Expand reads y before it waits for its shrink.
 
-    If a shrink started early, as expand does, the second expand could read what the first one is
-    writing. The emulator would report that.
+    If shrink also started before its predecessor finished, the second expand could read y while the
+    first one writes it. The emulator would report this.
     """
     g = torch.Generator().manual_seed(0)
     x, a = torch.randn(3, 64, generator=g), torch.randn(1, 8, 64, generator=g)
@@ -136,7 +136,7 @@ def test_padding_of_missing_rows_and_ranks_changes_nothing(
 ) -> None:
     """Check loads that read an existing row in place of a missing one.
 
-    The first row of x of an adapter is NaN, and so are a and b beyond its rank.
+    The first row of each adapter in x is NaN, and so are a and b beyond its rank.
     """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(5, features, generator=g).to(dtype)
@@ -160,7 +160,7 @@ def test_padding_of_missing_rows_and_ranks_changes_nothing(
 def gradients(
     backend: Backend, x: torch.Tensor, dy: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slot: int
 ) -> dict[str, torch.Tensor]:
-    """Return da and db of the one adapter that has rows, and dx."""
+    """Return dx, and da and db of the adapter ``slot``, to which all rows belong."""
     x, dy, a, b = (t.to(backend.device) for t in (x, dy, a, b))
     leaves = [t.requires_grad_() for t in (x, a, b)]
     ids = torch.full((len(x),), slot, device=backend.device)
@@ -177,11 +177,12 @@ def gradients(
 def test_one_block_per_adapter_and_blocks_per_range_agree(
     backend: Backend, dtype: torch.dtype
 ) -> None:
-    """Check that no bit depends on the room for partial sums, which depends on the bank's size."""
+    """Check that the size of the buffer for partial sums, which depends on the bank, changes no
+    bit."""
     if backend.is_twin or backend.small:
-        pytest.skip("only kernels; the large bank needs the fast emulator")
+        pytest.skip("tests only kernels, with a bank too large for the checking emulator")
     g = torch.Generator().manual_seed(0)
-    rows, width = 1100, 16  # ranges of 1024 rows
+    rows, width = 1100, 16  # two ranges of up to 1024 rows
     x, dy = (torch.randn(rows, width, generator=g).to(dtype) for _ in range(2))
     a, b = torch.randn(1, 2, width, generator=g).to(dtype), torch.randn(1, width, 2, generator=g)
     alone = gradients(backend, x, dy, a, b.to(dtype), 0)
@@ -194,9 +195,9 @@ def test_one_block_per_adapter_and_blocks_per_range_agree(
 
 
 def test_v_does_not_depend_on_the_number_of_rows(backend: Backend) -> None:
-    """Check more than 264 tiles of 128 rows, for which a block iterates over all features."""
+    """Check more than 264 tiles of 128 rows, for which each block iterates over all features."""
     if backend.is_twin or backend.small:
-        pytest.skip("only kernels; many rows need the fast emulator")
+        pytest.skip("tests only kernels, with too many rows for the checking emulator")
     g = torch.Generator().manual_seed(1)
     x = torch.randn(1, 1100, generator=g).bfloat16().expand(34000, 1100).contiguous()
     a = torch.randn(1, 1, 1100, generator=g).bfloat16()
@@ -211,7 +212,7 @@ def test_v_does_not_depend_on_the_number_of_rows(backend: Backend) -> None:
 
 @pytest.mark.parametrize("size", [2.0**-20, 2.0**13], ids=["tiny v", "huge v"])
 def test_float16_v_of_training_may_be_far_from_one(backend: Backend, size: float) -> None:
-    """Check v for which plain float16 would vanish from db or overflow."""
+    """Check values of v that would underflow or overflow in plain float16."""
     g = torch.Generator().manual_seed(2)
     tokens, wide, out, rank = 40, 64, 24, 8
     small = 2.0**6 if size < 1 else 2.0**-10
@@ -226,15 +227,16 @@ def test_float16_v_of_training_may_be_far_from_one(backend: Backend, size: float
     (db,) = torch.autograd.grad(y, leaf, dy.to(backend.device))
     v = size * (x.double() @ a[0].double().T)
     exact = dy.double().T @ v
-    # One rounding (spacing 2^-24 among the subnormal), v and the sums in float32.
+    # Errors of the final rounding (subnormal spacing 2^-24), of v, and of float32 sums.
     allowed = 2.0**-11 * exact.abs() + 2.0**-25 + 2.0**-18 * (dy.double().abs().T @ v.abs())
     assert ((db[0].cpu().double() - exact).abs() <= allowed).all()
 
 
 def test_float32_gradients_of_one_sign_are_not_rounded_in_one_direction(backend: Backend) -> None:
-    """Check sums of one sign: tensor cores round toward zero, and random signs hide it."""
+    """Check sums of terms of one sign, for which rounding toward zero, as on tensor cores, adds
+    up."""
     if backend.small:
-        pytest.skip("many rows need the fast emulator")
+        pytest.skip("too many rows for this backend")
     shape = Shape(2048, 16, 16, (24,), "identical")
     i = train_inputs(shape, torch.float32, base=False, device=backend.device)
     i |= {k: i[k].abs() for k in ("x", "a", "b", "dy")}

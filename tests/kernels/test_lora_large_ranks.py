@@ -1,4 +1,4 @@
-"""Kernels of ranks above 256, which are matrix products: every tile, and its bits."""
+"""Kernels for ranks above 256, which use matrix products: all tile sizes must be bitwise equal."""
 
 import pytest
 import torch
@@ -10,14 +10,15 @@ from contract import assert_same_bits, pairwise, within
 from lora_ext import ops
 
 APPLY_ = next(c for c in CASES if c.name == "lora_apply_")
-# Chunks of 16, 64 and 128 rows. The rows without an adapter cost no time.
+# Batch sizes for chunks of 16, 64 and 128 rows. Most rows have no adapter and cost no time.
 ROWS = [20, 270, 4100]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def among_idle_rows(inputs: Inputs, rows: int) -> Inputs:
-    """Return a batch of ``rows`` that ends in the active rows; the others are NaN."""
+    """Return a batch of ``rows`` rows. The last ones are the given rows; the others are NaN and
+    have no adapter."""
     wider_batch = dict(inputs)
     for name, value in inputs.items():
         if name in ("x", "y", "dy"):
@@ -30,11 +31,11 @@ def among_idle_rows(inputs: Inputs, rows: int) -> Inputs:
 
 def skip_unless_kernels(backend: Backend, rows: int = 0, dtype: torch.dtype | None = None) -> None:
     if backend.is_twin:
-        pytest.skip("only kernels")
+        pytest.skip("tests only kernels")
     if backend.small and dtype not in (None, torch.bfloat16):
         pytest.skip("one dtype is enough for the emulator that checks every access")
     if backend.small and rows > 1000:
-        pytest.skip("many rows need the fast emulator")
+        pytest.skip("too many rows for this backend")
 
 
 TILES = [
@@ -57,7 +58,7 @@ def test_mixed_ranks_in_every_tile_stay_within_the_bound(
 
 
 @every_dtype
-def test_update_has_the_same_bits_in_every_tile(backend: Backend, dtype: torch.dtype) -> None:
+def test_update_is_bitwise_equal_for_all_tile_sizes(backend: Backend, dtype: torch.dtype) -> None:
     skip_unless_kernels(backend)
     shape = Shape(19, 8, 40, (272, 24), "interleaved")
     inputs = make_inputs(shape, dtype, device=backend.device)
@@ -75,10 +76,11 @@ def test_update_has_the_same_bits_in_every_tile(backend: Backend, dtype: torch.d
 
 @every_dtype
 @pytest.mark.parametrize("features", [1100, 40], ids=["slices", "one slice"])
-def test_training_has_the_same_bits_in_every_tile(
+def test_training_is_bitwise_equal_for_all_tile_sizes(
     backend: Backend, features: int, dtype: torch.dtype
 ) -> None:
-    """Check up to 256 rows, where the kernels of small ranks also process large ranks."""
+    """Compare with 18 rows: up to 256 rows, the kernels for small ranks also process large
+    ranks."""
     skip_unless_kernels(backend, dtype=dtype)
     small = backend.small
     shape = Shape(18, 64 if small else features, 40, (264, 9), "interleaved")
@@ -86,7 +88,7 @@ def test_training_has_the_same_bits_in_every_tile(
 
     def step(rows: int) -> dict[str, torch.Tensor]:
         i = among_idle_rows(inputs, rows)
-        i["x"], i["dy"] = i["x"].nan_to_num(), i["dy"].nan_to_num()  # dx = dy W for idle rows
+        i["x"], i["dy"] = i["x"].nan_to_num(), i["dy"].nan_to_num()  # NaN would reach dx
         got = run(i)
         return {k: v[-shape.tokens :] if k in ("y", "dx") else v for k, v in got.items()}
 
@@ -97,10 +99,11 @@ def test_training_has_the_same_bits_in_every_tile(
 
 
 @every_dtype
-def test_block_that_iterates_over_slices_adds_like_separate_blocks(
+def test_block_that_iterates_over_slices_equals_separate_blocks_bitwise(
     backend: Backend, dtype: torch.dtype
 ) -> None:
-    """Check a bank rank with enough tiles for the machine: one block then processes all slices."""
+    """Check a bank with so many ranks that the tiles fill the GPU. Each block then processes all
+    slices."""
     skip_unless_kernels(backend, dtype=dtype)
     rank, tiles = 264, 264
     shape = Shape(18, 1100, 8 if backend.small else 1030, (rank, 9), "interleaved")
@@ -117,7 +120,7 @@ def test_block_that_iterates_over_slices_adds_like_separate_blocks(
         got = run(i)
         return got | {"da": got["da"][:, :rank], "db": got["db"][:, :, :rank]}
 
-    apart, walked = step(rank), step(-(-tiles // 5) * 128)  # 270 rows are five chunks.
+    apart, walked = step(rank), step(-(-tiles // 5) * 128)  # 270 rows: 5 chunks
     for name, value in walked.items():
         assert_same_bits(value, apart[name], f"{name}: ")
 
@@ -137,14 +140,15 @@ def test_gradients_with_dropout_stay_within_the_bound(backend: Backend, dtype: t
 def test_gradients_of_many_tiles_stay_within_the_bound(
     backend: Backend, wide_input: bool, dtype: torch.dtype
 ) -> None:
-    """Check at least 64 tiles: gradients are grouped products, aligned for da, not for db."""
+    """Check at least 64 tiles, for which gradients are grouped matrix products, aligned for da but
+    not for db."""
     skip_unless_kernels(backend, dtype=dtype)
     if backend.small and not wide_input:
-        pytest.skip("the checking emulator runs one of the two")
+        pytest.skip("one case is enough for the checking emulator")
     width = 904 if dtype == torch.bfloat16 else 456  # 8 tiles of 128 or 64 columns
     if wide_input:
         shape = Shape(40, width, 8, (1032, 8), "skewed")
-    else:  # The ring has stages of 32 rows; these are more rows.
+    else:  # 150 rows need several 32-row stages of the ring buffer.
         shape = Shape(150, 5, width - 3, (8, 1030), "skewed", bank_rank=1030)
     inputs = train_inputs(shape, dtype, dropout_p=0.25, base=False, device=backend.device)
     exact = formula(inputs)

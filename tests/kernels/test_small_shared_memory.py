@@ -1,4 +1,5 @@
-"""Devices with 99 KiB of shared memory per block use smaller tiles and give the same bits."""
+"""On devices with 99 KiB of shared memory per block, tiles are smaller and results bitwise
+equal."""
 
 from collections.abc import Callable
 
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from lora_ext import ops
 
-LARGE, SMALL = 227 * 1024, 99 * 1024  # sm_90; sm_86, sm_89 and sm_120
+LARGE, SMALL = 227 * 1024, 99 * 1024  # sm_90, and sm_86, sm_89 and sm_120
 
 
 def under_both_limits(backend: Backend, run: Callable[[], Outputs]) -> tuple[Outputs, Outputs]:
     if backend.is_twin or backend.device == "cuda" or backend.small:
-        pytest.skip("the limit is a setting of the emulator, and many rows need the fast one")
+        pytest.skip("only the fast emulator has this limit and runs so many rows")
     large = run()
     backend.module.set_shared_memory(SMALL)
     try:
@@ -27,7 +28,7 @@ def under_both_limits(backend: Backend, run: Callable[[], Outputs]) -> tuple[Out
 def factors(
     dtype: torch.dtype, rank: int, width: int, tokens: int = 4096, adapters: int = 2, out: int = 0
 ) -> list[Tensor]:
-    """Return x, a, b and dy."""
+    """Return random x, a, b and dy."""
     g, out = torch.Generator().manual_seed(0), out or width
     sizes = (tokens, width), (adapters, rank, width), (adapters, out, rank), (tokens, out)
     return [torch.randn(size, generator=g).to(dtype) for size in sizes]
@@ -74,7 +75,7 @@ def test_training_processes_fewer_rows_and_ranks(backend: Backend, dtype: torch.
 def test_gradient_of_the_input_processes_ranks_in_stages(
     backend: Backend, rank: int, dtype: torch.dtype
 ) -> None:
-    """Check three bands of 256 bytes, the last one partial."""
+    """Check an input of three bands of 256 bytes, the last one partial."""
     x, a, b, dy = factors(dtype, rank, 600 // dtype.itemsize, tokens=70, out=8)
     ids, ranks = torch.arange(70) % 3 - 1, torch.tensor([rank, 9], dtype=torch.int32)
     x.requires_grad_()
@@ -102,7 +103,8 @@ def test_large_ranks_need_no_smaller_tiles(
 
 
 def test_window_too_large_for_a_warp_is_processed_by_the_block(backend: Backend) -> None:
-    """Check 32 states at 400 positions, for which a warp would need 100 KiB of norms."""
+    """Check 32 states and 400 positions, whose norms would need 100 KiB of shared memory per
+    warp."""
     g = torch.Generator().manual_seed(0)
     leaf = torch.randn(1, 400, 32, 4, generator=g)
     prior, trans = torch.randn(1, 32, generator=g), torch.randn(1, 399, 32, 32, generator=g)

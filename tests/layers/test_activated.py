@@ -1,4 +1,5 @@
-"""Activated adapters in training: layers of lora_ext.nn against PEFT's, and their errors."""
+"""Training of activated adapters (aLoRA): layers of lora_ext.nn compared with PEFT's, and
+errors."""
 
 import gc
 from typing import Any
@@ -19,7 +20,8 @@ INVOKED = {**FIELDS, "alora_invocation_tokens": [7, 8]}
 
 
 def texts() -> Tensor:
-    """Return two texts that invoke the adapter, at 12 and 3, and one that does not."""
+    """Return three texts. The first two invoke the adapter, at positions 12 and 3; the last does
+    not."""
     rows = [[*words(12, 0), 7, 8, *words(6, 1)], [*words(3, 2), 7, 8, *words(15, 3)], words(20, 4)]
     return torch.tensor(rows)
 
@@ -66,7 +68,7 @@ def test_deleted_model_does_not_define_an_adapter_of_its_name() -> None:
             pass
     gc.disable()
     try:
-        gone.itself = [gone]  # This garbage is found only by the collector.
+        gone.itself = [gone]  # Only the garbage collector can free it.
         del gone
         with lora_ext.adapters("default", input_ids=ids, pool=layer_names):
             model(ids)
@@ -74,7 +76,7 @@ def test_deleted_model_does_not_define_an_adapter_of_its_name() -> None:
         gc.enable()
 
 
-def test_labels_only_before_the_start_warn() -> None:
+def test_labels_that_are_all_before_the_start_of_the_adapter_warn() -> None:
     model, ids = wrap(make_model("llama"), LoraConfig(**INVOKED)), texts()[:2]
     labels = ids.clone()
     labels[0, 13:] = labels[1, 4:] = -100  # Earlier tokens predict the labels at 12 and 3.
@@ -114,7 +116,7 @@ def test_unsupported_calls_of_an_activated_adapter_raise() -> None:
         LoraLinear(nn.Linear(3, 4), use_dora=True, alora_invocation_tokens=[1])
 
 
-def test_invocation_is_kept_by_files_and_merging(tmp_path: Any) -> None:
+def test_saving_and_merging_keep_the_invocation(tmp_path: Any) -> None:
     model = wrap(make_model("llama"), LoraConfig(**INVOKED))
     value = LoraAdapter.from_model(model)
     value.save(tmp_path / "act")

@@ -1,4 +1,4 @@
-"""Discovery of layers with adapters, for every package that makes them."""
+"""``adapted_layers`` finds layers with adapters of lora_ext and of PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weight of a base layer as a matrix, for every kind of layer."""
+"""The weight of a base layer as an (out, in) matrix, for every kind of layer."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_factors_multiply_to_an_update_of_the_weight(make):
 
 
 @every_kind
-def test_writing_keeps_the_memory(make):
+def test_writing_a_weight_keeps_its_memory(make):
     base: BaseWeight = make()
     memory = base.weight.data_ptr()
     base.write(base.as_stored(torch.full_like(base.matrix(), 3.0)), None)
     assert base.weight.data_ptr() == memory and bool((base.weight == 3).all())
 
 
-def test_computed_weight_cannot_be_written():
+def test_weight_that_a_parametrization_computes_cannot_be_written():
     base = LinearWeight(parametrizations.weight_norm(nn.Linear(6, 4)))
     assert base.matrix().shape == (4, 6)
     with pytest.raises(ValueError, match=r"merge: base_layer.weight: expected a parameter or buf"):

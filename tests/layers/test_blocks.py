@@ -1,4 +1,4 @@
-"""Blocks of a model: the list of its layers, and the block of a module's name."""
+"""Blocks (transformer layers) of a model, and the index of the block that contains a module."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def llama(layers: int = 2) -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, num_hidden_layers=layers))
 
 
-def test_causal_model_with_and_without_its_head():
+def test_blocks_of_a_causal_model_with_and_without_head_are_found():
     model = llama()
     assert decoder_layers(model) is model.model.layers
     assert decoder_layers(model.model) is model.model.layers
 
 
-def test_model_with_another_name_of_its_layers():
+def test_blocks_are_found_if_the_list_has_another_name():
     config = transformers.GPT2Config(vocab_size=9, n_embd=16, n_layer=3, n_head=4)
     model = transformers.GPT2LMHeadModel(config)
     assert decoder_layers(model) is model.transformer.h
 
 
-def test_layers_of_a_mixture_of_experts_are_not_its_experts():
+def test_blocks_of_a_mixture_of_experts_are_its_layers_and_not_its_experts():
     config = transformers.MixtralConfig(**TINY, num_hidden_layers=2, num_local_experts=2)
     model = transformers.MixtralForCausalLM(config)
     assert decoder_layers(model) is model.model.layers
 
 
-def test_encoder_has_its_layers():
+def test_blocks_of_an_encoder_only_model_are_its_layers():
     config = transformers.BertConfig(
         vocab_size=9, hidden_size=16, intermediate_size=24, num_attention_heads=4
     )
@@ -49,7 +49,7 @@ def test_encoder_has_its_layers():
     assert decoder_layers(model) is model.bert.encoder.layer
 
 
-def test_encoder_and_decoder_of_equal_depth_give_the_decoder():
+def test_blocks_of_an_encoder_decoder_model_of_equal_depths_are_those_of_the_decoder():
     config = transformers.WhisperConfig(
         vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, num_mel_bins=8,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
@@ -103,7 +103,7 @@ def test_model_without_a_layer_list_raises():
         ("0.weight", None, None),
     ],
 )
-def test_block_of_a_name_is_its_first_number(name: str, block: str | None, index: int | None):
+def test_block_index_is_the_first_number_in_a_name(name: str, block: str | None, index: int | None):
     assert block_name(name) == block
     assert block_index(name) == index
 
@@ -129,7 +129,7 @@ def test_pattern_without_an_index_raises(pattern: str, message: str):
         block_index("model.layers.7.mlp", pattern)
 
 
-def test_every_adapted_module_has_the_block_of_its_layer():
+def test_block_of_each_adapted_module_is_its_transformer_layer():
     model = llama(layers=3)
     for position, layer in enumerate(decoder_layers(model)):
         inside = {id(m) for m in layer.modules()}

@@ -1,4 +1,4 @@
-"""The training loss of a causal LM without its logits, against transformers, for every family."""
+"""The training loss of causal LMs without their full logits, compared with transformers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ IDS = torch.randint(0, 61, (3, 7), generator=torch.manual_seed(0))
 LABELS = IDS.masked_fill(torch.rand(3, 7, generator=torch.manual_seed(1)) < 0.3, -100)
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
-    "Phi": {},  # The output layer has a bias.
+    "Phi": {},  # output layer with a bias
     "Gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, "tie_word_embeddings": True},
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 3.0},
-    "Mixtral": {"num_local_experts": 2, "output_router_logits": True},  # has another loss
+    "Mixtral": {"num_local_experts": 2, "output_router_logits": True},  # loss with a router term
 }
 
 
@@ -58,15 +58,17 @@ def step(model: Any, **given: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def steps_of_transformers(model: Any, **given: Any) -> tuple[Any, Any]:
-    """Return a step of a copy of ``model``, and one of a copy in float64."""
+    """Return the results of a training step with copies of ``model``, in its dtype and in
+    float64."""
     wide = copy.deepcopy(model).double()
     if hasattr(wide, "set_experts_implementation"):
-        wide.set_experts_implementation("eager")  # torch's grouped products do not support float64.
+        wide.set_experts_implementation("eager")  # Grouped products do not support float64.
     return step(copy.deepcopy(model), **given), step(wide, **given)
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """Compare losses, and all gradients together: some are zero except for rounding."""
+    """Compare the losses, and the norm of the error of all gradients together, since some gradients
+    are zero up to rounding."""
     assert found[0].logits is None
     steps = (found, *expected)
     assert error_over_bound(*(output.loss.detach() for output, _ in steps)) <= 1
@@ -120,7 +122,7 @@ def test_other_forwards_and_the_disabled_model_are_unchanged() -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copy_is_independent(copied: Any) -> None:
+def test_copy_of_a_model_has_an_independent_loss(copied: Any) -> None:
     model = lora_ext.chunked_loss(model_of(), chunk=16)
     expected = step(model)[0].loss.item()
     other = copied(model)
@@ -131,7 +133,7 @@ def test_copy_is_independent(copied: Any) -> None:
     assert model.lm_head.weight.grad is not None  # The copy did not change this gradient.
 
 
-def test_peft_model_trains_with_it() -> None:
+def test_peft_model_trains_with_the_chunked_loss() -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     peft = get_peft_model(model_of(), config).train()
@@ -152,7 +154,7 @@ def test_compiler_and_autocast_are_supported() -> None:
     assert loss == pytest.approx(expected[0][0].loss.item(), rel=2e-2)
 
 
-def test_no_tensor_of_vocabulary_size_is_made() -> None:
+def test_no_tensor_of_full_vocabulary_size_is_made() -> None:
     model = lora_ext.chunked_loss(model_of(), chunk=16)
     sizes: list[int] = []
 
@@ -200,7 +202,7 @@ def test_model_with_nan_logits_raises_in_the_call() -> None:
 
 
 @pytest.mark.slow
-def test_transformers_trainer_learns_the_same(tmp_path: Any) -> None:
+def test_transformers_trainer_gives_the_same_weights(tmp_path: Any) -> None:
     losses = []
     for chunked in (False, True):
         model = model_of()
@@ -254,7 +256,8 @@ def test_nothing_warns_after_disabling_a_model_with_a_wrapped_inner_model() -> N
 
 
 def of_fsdp2(rank: int, case: str) -> dict[str, Tensor]:
-    """Train two steps on two processes, or on one (rank -1); case "divided" shards first."""
+    """Train two steps in two processes, or in one if ``rank`` is -1. Case "divided" shards the
+    model before it enables the chunked loss."""
     model = model_of().double()
     if case == "divided":
         mesh = init_device_mesh("cpu", (2,))

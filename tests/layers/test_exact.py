@@ -1,4 +1,5 @@
-"""Exact models: the law of their bits, and the changes of a model that they detect."""
+"""Exact models: bitwise equality of decoding, prefill and batches, and detected changes of a
+model."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ transformers = pytest.importorskip("transformers", reason="exact models are tran
 
 VOCAB = 97
 DTYPES = [torch.float32, torch.bfloat16]
-# Rotary embeddings of heads with 10 features do not fill whole vectors.
+# Heads with 10 features: rotary embeddings do not fill whole vector registers.
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 40,
@@ -59,7 +60,8 @@ def threads() -> Iterator[None]:
 
 
 def assert_law(model: Any, length: int, batch: Tensor) -> None:
-    """Compare the logits of each row alone, decoded token by token, with those of the batch."""
+    """Check that logits of each row, decoded alone token by token, are bitwise equal to those of
+    the batch."""
     ids = batch[:1]
     with torch.no_grad():
         together = model(batch).logits
@@ -79,7 +81,7 @@ def assert_law(model: Any, length: int, batch: Tensor) -> None:
 # --- the law --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [33, 172, 1000, 8192])
-def test_decode_prefill_and_batch_have_the_same_bits(
+def test_decode_prefill_and_batch_are_bitwise_equal(
     width: int, dtype: torch.dtype, threads: None
 ) -> None:
     model = lora_ext.exact(build(intermediate_size=width).to(dtype))
@@ -93,7 +95,7 @@ def test_decode_prefill_and_batch_have_the_same_bits(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_law_holds_in_every_family(family: str, threads: None) -> None:
+def test_decode_and_batch_are_bitwise_equal_in_every_family(family: str, threads: None) -> None:
     for dtype in DTYPES:
         plain = build(family).to(dtype)
         with torch.no_grad():
@@ -112,7 +114,7 @@ def test_law_holds_in_every_family(family: str, threads: None) -> None:
 def test_torch_ops_in_exact_models_are_independent_of_the_batch(
     hidden: int, dtype: torch.dtype, threads: None
 ) -> None:
-    """Check torch's norms, softmax and sums, which exact models use."""
+    """Check the norms, softmax and sums of torch, which exact models use unchanged."""
     x = 3 * torch.randn(64, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
     norms: list[Any] = [nn.RMSNorm(hidden), nn.LayerNorm(hidden)]
     norms.append(transformers.models.llama.modeling_llama.LlamaRMSNorm(hidden))
@@ -159,21 +161,21 @@ def test_copy_is_exact_and_undoing_it_keeps_the_original() -> None:
 
 # --- errors ---------------------------------------------------------------------------------------
 class Odd(nn.Module):
-    """Activation with an op that ``ops.pointwise`` does not replace."""
+    """Activation module with an op that ``ops.pointwise`` cannot replace."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.erf(x)
 
 
 class Mixing(nn.Module):
-    """Activation with a matrix product of torch."""
+    """Activation module that contains a matrix product of torch."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ torch.eye(x.shape[-1], dtype=x.dtype)
 
 
 class Writing(nn.Module):
-    """Activation that writes its result to a new tensor."""
+    """Activation module that writes its result to a new tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(x, out=torch.empty_like(x))
@@ -261,7 +263,7 @@ def test_exact_model_can_be_attached_and_undone_while_attached() -> None:
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
 
 
-def test_another_attention_raises() -> None:
+def test_model_with_another_attention_implementation_raises() -> None:
     model = lora_ext.exact(build())
     model.set_attn_implementation("eager")
     for call in (model, model.model):
@@ -281,7 +283,7 @@ def test_attention_of_other_models_accepts_dropout_by_position() -> None:
     assert torch.equal(found, sdpa(module, q, q, q, None, dropout=0.0)[0])
 
 
-def test_new_head_raises_and_can_be_made_exact() -> None:
+def test_new_head_of_an_exact_model_raises_until_made_exact() -> None:
     model = lora_ext.exact(build())
     model.resize_token_embeddings(VOCAB + 3)
     with pytest.raises(ValueError, match=r"'lm_head': .*call lora_ext\.exact\(model, enabled=Fals"):
@@ -290,7 +292,7 @@ def test_new_head_raises_and_can_be_made_exact() -> None:
     assert_law(lora_ext.exact(model), 20, tokens(3, 26))
 
 
-def test_replaced_module_raises() -> None:
+def test_replaced_module_of_an_exact_model_raises() -> None:
     found = (
         r"expected a module that exact has checked, found a SiLU .*call lora_ext\.exact\(model, e"
     )
@@ -303,7 +305,7 @@ def test_replaced_module_raises() -> None:
     assert_law(lora_ext.exact(lora_ext.exact(model, enabled=False)), 20, tokens(3, 26))
 
 
-def test_module_of_a_copy_is_exact_in_the_original() -> None:
+def test_module_of_a_copy_stays_exact_when_moved_to_the_original() -> None:
     model = lora_ext.exact(build())
     model.model.layers[0] = copy.deepcopy(model).model.layers[0]
     assert_law(model, 20, tokens(3, 26))
@@ -360,14 +362,14 @@ def test_model_with_an_exact_part_becomes_exact() -> None:
         model(tokens(1, 3))
 
 
-def test_another_dtype_raises() -> None:
+def test_exact_model_converted_to_another_dtype_raises() -> None:
     model = lora_ext.exact(build()).double()
     with pytest.raises(RuntimeError, match=r"float32 or bfloat16, found .*float64; call lora_ext"):
         model(tokens(1, 3))
     assert_law(model.float(), 20, tokens(3, 26))
 
 
-def test_autocast_raises() -> None:
+def test_exact_model_under_autocast_raises() -> None:
     model = lora_ext.exact(build())
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast"):
         model(tokens(1, 3))

@@ -1,4 +1,4 @@
-"""The forward of routed experts against transformers, and known values of the update."""
+"""The forward of routed experts, compared with transformers and with values computed by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_ext.layers._experts import (
 )
 from lora_ext.layers._lora_forward import LoraFactors
 
-EXPERTS, HIDDEN, INNER = 3, 8, 4  # Rows have 16 bytes, which torch's grouped product requires.
+EXPERTS, HIDDEN, INNER = 3, 8, 4  # torch's grouped product requires rows of 16 bytes.
 FLAGS: list[dict[str, bool]] = [
     {},
     {"has_gate": False},
@@ -31,7 +31,7 @@ FLAGS: list[dict[str, bool]] = [
 
 
 def experts(how: str = "grouped_mm", **flags: bool) -> Any:
-    """Return a module of experts like those of transformers' models, with these flags."""
+    """Return a module of experts as in models of transformers. ``flags`` select its layout."""
 
     @use_experts_implementation(**flags)
     class Experts(nn.Module):
@@ -51,7 +51,7 @@ def experts(how: str = "grouped_mm", **flags: bool) -> Any:
             return x / x.norm(dim=-1, keepdim=True)
 
         def forward(self, *_: Any) -> None:
-            raise AssertionError("transformers' functions replace it")
+            raise AssertionError("expected a call of transformers' functions")
 
     torch.manual_seed(0)
     return Experts(SimpleNamespace(_experts_implementation=how)).requires_grad_(False)
@@ -62,7 +62,7 @@ def unchanged(_: str, y: Tensor, __: Tensor, ___: Routing) -> Tensor:
 
 
 def batch(rows: int = 7) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows, experts and weights. No row is sent to expert 1."""
+    """Return rows, indices of their experts, and routing weights. No row is sent to expert 1."""
     generator = torch.manual_seed(1)
     x = torch.randn(rows, HIDDEN, generator=generator)
     index = torch.tensor([[0, 2], [2, 0]])[torch.arange(rows) % 2]
@@ -111,7 +111,7 @@ def test_routing_contains_every_pair_once(how: str) -> None:
     if found.ends is not None:
         assert found.expert.tolist() == sorted(found.expert.tolist())
         assert found.ends.tolist() == [2, 4, 6, 6]
-    if how == "eager":  # First choices precede second ones.
+    if how == "eager":  # First choices come before second ones.
         assert found.order.tolist() == [2, 1, 3, 5, 0, 4]
 
 
@@ -123,7 +123,7 @@ def test_slots_count_the_experts_of_each_adapter() -> None:
 
 
 def test_update_uses_the_factors_of_adapter_and_expert() -> None:
-    """Check small integers: factors of rank 2 and 1 as stacked by PEFT, two experts."""
+    """Check an update of small integers, with two experts and factors stacked as by PEFT."""
     first = LoraFactors(
         a=torch.tensor([[1.0, 0], [0, 1], [2, 0], [0, 3]]),  # expert 0: e1, e2; expert 1: 2e1, 3e2
         b=torch.tensor([[1.0, 10, 100, 1000]]),  # rank by rank: (e0, e1), (e0, e1)

@@ -1,4 +1,4 @@
-"""Boolean arguments: any other value raises, because "no" would count as True."""
+"""Boolean arguments: values other than bools raise, because "no" would count as True."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels: transformers' -100, and the shift of each label to the position that predicts it."""
+"""Labels of language models: the shift to the position that predicts them, and ignored labels."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch.nn import functional as F
 from lora_ext.nn import IGNORE, shift_labels
 
 
-def test_position_gets_the_label_of_the_next_and_the_last_gets_ignored():
+def test_each_position_gets_the_label_of_the_next_and_the_last_is_ignored():
     labels = torch.tensor([[1, 2, 3], [4, IGNORE, 6]])
     assert shift_labels(labels).tolist() == [[2, 3, IGNORE], [IGNORE, 6, IGNORE]]
 
 
-def test_any_leading_shape_and_ignore_value():
+def test_any_leading_shape_and_ignore_index_is_supported():
     assert shift_labels(torch.tensor([1, 2]), ignore=-1).tolist() == [2, -1]
     assert shift_labels(torch.arange(8).view(2, 2, 2))[1, 1].tolist() == [7, IGNORE]
 

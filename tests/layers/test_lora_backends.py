@@ -1,4 +1,4 @@
-"""LoraLinear on every backend of the ops, against plain torch: forward, gradients, masks."""
+"""LoraLinear on every backend of the ops, compared with plain torch: forward, gradients, masks."""
 
 import sys
 
@@ -48,12 +48,12 @@ def gradients(y: Tensor, dy: Tensor, made: LoraLinear, x: Tensor) -> dict[str, T
 
 
 @pytest.mark.parametrize("names", [["a"] * 5, NAMES], ids=["one adapter", "mixed"])
-def test_layers_compute_the_formula(backend: Backend, names):
+def test_layers_equal_the_formula(backend: Backend, names):
     made = layer(backend.device)
     x = torch.randn(5, 2, 40, device=backend.device, requires_grad=True)
     dy = torch.randn(5, 2, 24, device=backend.device)
     made.set_adapter("a")
-    made.requires_grad_()  # all parameters, including those of inactive adapters
+    made.requires_grad_()  # also parameters of inactive adapters
     y = made(x) if names == ["a"] * 5 else made(x, names)
     expected = formula(made, x, names, x)
     torch.testing.assert_close(y, expected, **CLOSE)
@@ -79,7 +79,7 @@ def test_dropout_equals_the_mask_of_its_seed(backend: Backend, monkeypatch):
     )
 
 
-def test_checkpoint_repeats_its_rows_and_masks(backend: Backend):
+def test_checkpoint_recomputes_with_the_same_rows_and_masks(backend: Backend):
     made = layer(backend.device, lora_dropout=0.25)
     x = torch.randn(5, 40, device=backend.device, requires_grad=True)
     dy = torch.randn(5, 24, device=backend.device)

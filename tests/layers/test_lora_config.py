@@ -1,4 +1,5 @@
-"""LoraConfig: PEFT's fields, checked at construction, matched by PEFT's rules."""
+"""LoraConfig: it has PEFT's fields, checks them at construction, and matches names by PEFT's
+rules."""
 
 from __future__ import annotations
 
@@ -101,7 +102,7 @@ def test_invalid_field_raises_at_construction(fields: dict, message: str):
         LoraConfig(**fields)
 
 
-def test_initialisation_that_only_peft_has_raises():
+def test_initialisation_that_only_peft_supports_raises():
     with pytest.raises(NotImplementedError, match=r"init_lora_weights: 'eva' is not implemented"):
         LoraConfig(init_lora_weights="eva")
 
@@ -122,7 +123,7 @@ def test_config_is_an_immutable_value():
     assert dataclasses.replace(config, r=5).r == 5
 
 
-def test_peft_accepts_the_fields_under_their_names():
+def test_config_of_peft_accepts_all_fields():
     config = LoraConfig(
         r=4,
         target_modules=["q_proj"],

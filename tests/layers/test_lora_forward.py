@@ -1,4 +1,4 @@
-"""The functional forward of layers with adapters, against PEFT's layer on the same parameters."""
+"""``lora_forward``, the functional forward of layers with adapters, compared with PEFT's layer."""
 
 import copy
 import sys
@@ -72,7 +72,7 @@ def test_tensor_scaling_is_read_at_every_call(dtype):
     layer = peft_layer(nn.Linear(24, 17), {}, {"r": 2}).to(dtype)
     x, ids = torch.randn(4, 24, dtype=dtype, requires_grad=True), torch.tensor([1, 0, -1, 1])
     both = ["0", "1"]
-    for value in (2.25, 1.0, 9.0):  # as in PEFT's hot swap
+    for value in (2.25, 1.0, 9.0):  # as PEFT's hot swap does
         for name in both:
             scaling = layer.scaling[name]
             if isinstance(scaling, Tensor):
@@ -116,7 +116,7 @@ def test_hook_of_the_base_is_called_every_time():
     assert_same(
         layer, x, lambda: lora_forward(x, layer.base_layer, factors(layer)), lambda: layer(x)
     )
-    assert len(calls) == 3  # ours, PEFT's, and PEFT's in float64
+    assert len(calls) == 3  # lora_ext's forward, PEFT's, and PEFT's in float64
     handle.remove()
     assert dense_parameters(layer.base_layer) is not None
 
@@ -179,14 +179,14 @@ def test_autocast_is_as_exact_as_peft(plain_base):
 
 
 def test_float64_is_not_rounded_to_float32():
-    layer = peft_layer(nn.Linear(24, 17), {"r": 3}).double()  # float32 would round this scaling.
+    layer = peft_layer(nn.Linear(24, 17), {"r": 3}).double()  # float32 would round 1 / 3.
     layer.scaling["0"] = 1 / 3
     x = torch.randn(5, 24, dtype=torch.float64)
     y = lora_forward(x, layer.base_layer, factors(layer))
     torch.testing.assert_close(y, layer(x), rtol=1e-13, atol=1e-13)
 
 
-def test_dropout_follows_the_seed_of_torch_and_its_law():
+def test_dropout_depends_on_the_seed_of_torch_and_drops_the_expected_share():
     torch.manual_seed(0)
     base, a, b = nn.Linear(64, 64), torch.eye(64), torch.eye(64)
     x = torch.ones(200, 64)
@@ -202,7 +202,7 @@ def test_dropout_follows_the_seed_of_torch_and_its_law():
     assert not torch.equal(first, second)
     kept = first.abs() > 0.5
     torch.testing.assert_close(first[kept], torch.full_like(first[kept], 1 / 0.75), **CLOSE)
-    # 12800 coin flips: five standard deviations are 0.019.
+    # Five standard deviations of the share among 12800 elements are 0.019.
     assert abs(kept.float().mean() - 0.75) < 0.019
 
 
@@ -215,7 +215,7 @@ def test_dropout_equals_the_formula_with_the_mask_of_its_seed(plain_base, monkey
     a, b = torch.randn(4, 24, requires_grad=True), torch.randn(17, 4, requires_grad=True)
     x = torch.randn(6, 24, requires_grad=True)
     seed = torch.tensor([2**40 + 5])
-    module = sys.modules[lora_forward.__module__]  # The function has the module's name.
+    module = sys.modules[lora_forward.__module__]  # The function hides the module of the same name.
     monkeypatch.setattr(module, "draw_seed", lambda device: seed)
     keep = dropout_keep(6, 24, 0.25, seed)
     assert 0 < keep.sum() < keep.numel()
@@ -246,7 +246,7 @@ def test_rows_may_have_adapters_with_different_dropout():
     assert set(y[2].tolist()) <= {0.0, 6.0}
 
 
-def test_checkpointing_repeats_the_mask():
+def test_checkpointing_recomputes_with_the_same_mask():
     torch.manual_seed(0)
     base = nn.Linear(24, 17)
     a, b = torch.randn(4, 24, requires_grad=True), torch.randn(17, 4, requires_grad=True)
@@ -286,14 +286,14 @@ def test_compiles_into_one_graph():
         )
 
 
-def test_rows_are_grouped_once_and_again_after_a_change():
+def test_rows_are_grouped_once_and_again_after_a_change_of_ids():
     ids = torch.tensor([3, -1, 1, 3])
     rows = rows_of(ids, 4)
     assert rows.used == (1, 3) and rows.ids.tolist() == [1, -1, 0, 1]
     assert rows_of(ids, 4) is rows
     ids[0] = 0
     assert rows_of(ids, 4).used == (0, 1, 3)
-    ids.data[1] = 2  # torch does not count this change as a version.
+    ids.data[1] = 2  # This does not increment the version counter.
     assert rows_of(ids, 4).used == (0, 1, 2, 3)
     ids.numpy()[:] = 1
     assert rows_of(ids, 4).used == (1,)
@@ -356,4 +356,4 @@ def test_backward_saves_no_more_bytes_per_row_than_plain_torch():
     plain = kept(lambda: w(x) + x @ a.T @ b.T)
     assert kept(lambda: lora_forward(x, w, [LoraFactors(a, b, 1.0)])) <= plain + 4
     dropped = kept(lambda: lora_forward(x, w, [LoraFactors(a, b, 1.0, p=0.5)]))
-    assert dropped <= plain + 4 + 8  # one id and one seed
+    assert dropped <= plain + 4 + 8  # an id (4 bytes) and a seed (8 bytes)

@@ -1,4 +1,4 @@
-"""Initial values: the laws of each scheme, equality with PEFT and torch, and undoing."""
+"""Initial values: the distribution of each scheme, equality with PEFT and torch, and undoing."""
 
 import copy
 import math
@@ -42,7 +42,7 @@ def test_init_a_equals_the_kaiming_uniform_of_torch(scheme):
 
 
 @pytest.mark.parametrize("scheme", ["init_ab", False])
-def test_random_factors_equal_two_initial_linear_layers(scheme):
+def test_random_factors_equal_the_initial_weights_of_two_linear_layers(scheme):
     torch.manual_seed(3)
     first, second = nn.Linear(64, 8, bias=False), nn.Linear(8, 48, bias=False)
     torch.manual_seed(3)
@@ -61,7 +61,7 @@ def test_random_factors_equal_two_initial_linear_layers(scheme):
         ("init_b_normal", 1, 1 / 64),
     ],
 )
-def test_one_factor_has_the_variance_of_its_law_and_the_other_is_zero(scheme, factor, variance):
+def test_one_factor_has_the_documented_variance_and_the_other_is_zero(scheme, factor, variance):
     found = drawn(scheme, r=64, n=4096, m=4096)
     assert found[factor].var().item() == pytest.approx(variance, rel=0.03)
     assert not found[1 - factor].any()
@@ -80,7 +80,7 @@ def test_fan_in_may_be_given():
 
 @pytest.mark.parametrize("scheme", [True, False, *FREE])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_every_dtype_is_the_cast_of_float32(scheme, dtype):
+def test_factors_of_every_dtype_are_casts_of_the_float32_factors(scheme, dtype):
     for found, wide in zip(drawn(scheme, dtype=dtype), drawn(scheme), strict=True):
         assert torch.equal(found, wide.to(dtype))
 
@@ -98,7 +98,7 @@ def test_training_starts_at_the_base_model_bit_for_bit(scheme, base):
 
 
 @pytest.mark.parametrize(("scheme", "still"), [("init_a", "lora_A"), ("init_b", "lora_B")])
-def test_factor_beside_the_zero_one_has_no_first_gradient(scheme, still):
+def test_random_factor_has_gradient_zero_in_the_first_step(scheme, still):
     ours = adapter(nn.Linear(24, 17), scheme)
     x = torch.randn(5, 24, requires_grad=True)
     found = gradients(ours(x), ours, x)
@@ -121,7 +121,7 @@ def test_values_equal_those_of_peft(scheme, base):
     config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=scheme)
     torch.manual_seed(1)
     theirs = PeftLinear(copy.deepcopy(base), "default", config, r=4, lora_alpha=6)
-    if scheme in (True, "gaussian"):  # PEFT draws two layers first and then resets them.
+    if scheme in (True, "gaussian"):  # PEFT first initialises two linear layers, then resets them.
         torch.manual_seed(1)
         theirs.reset_lora_parameters("default", scheme)
     torch.manual_seed(1)
@@ -138,7 +138,7 @@ DECOMPOSING = ["pissa", "pissa_niter_16", "olora"]
 
 @pytest.mark.parametrize("scheme", DECOMPOSING)
 @pytest.mark.parametrize("base", [nn.Linear(24, 17), Conv1D(17, 24)], ids=["Linear", "Conv1D"])
-def test_split_weight_computes_the_same_and_is_restored(scheme, base):
+def test_layer_with_a_split_weight_has_the_same_output_and_its_weight_is_restored(scheme, base):
     base = copy.deepcopy(base)
     x = torch.randn(5, 24)
     expected, weight = base(x), base.weight.detach().clone()
@@ -154,7 +154,7 @@ def test_split_weight_computes_the_same_and_is_restored(scheme, base):
         ours.restore_base_weight()
 
 
-def test_leading_part_of_the_weight_is_the_update():
+def test_pissa_update_is_the_leading_part_of_the_weight():
     base = nn.Linear(24, 17)
     u, s, vh = torch.linalg.svd(base.weight.detach())
     ours = adapter(base, "pissa", lora_alpha=6)
@@ -173,7 +173,7 @@ def test_preserve_base_output_subtracts_the_first_update_from_the_weight():
 
 @pytest.mark.parametrize("scheme", [True, False, *FREE, *DECOMPOSING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_merging_and_unmerging_is_within_a_rounding(scheme, dtype):
+def test_error_of_merging_and_unmerging_is_within_two_roundings(scheme, dtype):
     ours = adapter(nn.Linear(24, 17, dtype=dtype), scheme, lora_alpha=6, use_rslora=True)
     with torch.no_grad():
         for factor in (ours.lora_A["default"].weight, ours.lora_B["default"].weight):
@@ -183,9 +183,9 @@ def test_merging_and_unmerging_is_within_a_rounding(scheme, dtype):
     merged = ours.base_layer.weight.detach().clone()
     assert not torch.equal(merged, weight)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warning about bits that the subtraction may lose
+        warnings.simplefilter("ignore")  # The subtraction may lose bits, which warns.
         ours.unmerge()
-    # One rounding of the merged weight, and one of the remaining weight.
+    # The merged weight and the remaining weight are each rounded once.
     rounding = torch.finfo(dtype).eps * (merged.abs() + weight.abs())
     assert ((ours.base_layer.weight - weight).abs() <= rounding).all()
 
@@ -211,7 +211,7 @@ def test_reset_draws_new_values_with_a_generator():
     assert not ours.lora_B["default"].weight.any() and not ours.lora_B["default"].bias.any()
 
 
-def test_layer_on_meta_waits_for_its_weights():
+def test_layer_on_meta_has_no_values_and_init_raises():
     ours = LoraLinear(nn.Linear(24, 17, device="meta"), init_lora_weights="pissa")
     assert all(p.is_meta for p in ours.parameters())
     ours.add_adapter("b", use_dora=True)

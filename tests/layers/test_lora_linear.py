@@ -1,4 +1,4 @@
-"""LoraLinear against PEFT's layer with the same state dict, and changes of its adapters."""
+"""LoraLinear, compared with PEFT's layer with the same state dict, and changes of its adapters."""
 
 import copy
 import io
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.hosts
 
 
 def pair(*settings: dict, base: nn.Module | None = None):
-    """Return PEFT's layer and ours with its state dict on equal bases, all adapters active."""
+    """Return PEFT's layer and a LoraLinear with the same state dict and base. All adapters are
+    active."""
     torch.manual_seed(0)
     base = nn.Linear(24, 17) if base is None else base
     conv1d = isinstance(base, Conv1D)
@@ -97,7 +98,7 @@ def test_each_row_uses_its_adapter():
         assert torch.equal(ours(x, torch.tensor(ids)), expected)
 
 
-def test_rows_of_dora_adapters_beside_others():
+def test_rows_of_dora_adapters_in_a_mixed_batch_equal_the_adapter_alone():
     ours = layer({}, {"use_dora": True}, {"use_dora": True, "r": 2})
     x = batch(4, 3)
     y = ours(x, ["1", None, "0", "2"])
@@ -133,7 +134,7 @@ def test_names_may_exist_in_some_layers_only():
         assert torch.equal(one(x)[1], one.base_layer(x)[1])
         assert not torch.equal(one(x)[0], one.base_layer(x)[0])
         two(x)
-    kept = LoraLinear(nn.Linear(2, 2), "zigzag")  # Other tests have no name this close.
+    kept = LoraLinear(nn.Linear(2, 2), "zigzag")  # No other test uses a similar name.
     with pytest.raises(lora_ext.nn.UnknownAdapterError, match=r"'zigzig'; did you mean 'zigzag'\?"):
         lora_ext.adapters(["zigzig", None]).__enter__()
     del kept
@@ -189,7 +190,7 @@ def test_set_scale_and_enable_adapters_equal_peft():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_are_independent_and_equal(kind):
+def test_copies_of_a_layer_are_independent_and_equal(kind):
     ours = layer(*KINDS[kind])
     x = batch(2, 3)
     expected = ours(x)
@@ -209,7 +210,7 @@ def test_copies_are_independent_and_equal(kind):
     assert torch.equal(fresh(x), expected)
 
 
-def test_checkpointing_repeats_the_mask():
+def test_checkpointing_recomputes_with_the_same_mask():
     ours = layer({"lora_dropout": 0.5}, {"lora_dropout": 0.2, "use_dora": True})
     x = batch(6)
     found = []
@@ -242,7 +243,7 @@ def test_compiles_without_a_break(kind):
     torch.testing.assert_close(mine, eager, **CLOSE)
 
 
-def test_one_graph_follows_the_blocks():
+def test_one_compiled_graph_serves_all_blocks():
     ours = layer({}, {"r": 2})
     ours.set_adapter("0")
     x = batch(3, 4)
@@ -276,7 +277,7 @@ def test_checkpointed_layer_uses_the_block_of_its_forward(reentrant):
         found = gradients(run(x), ours, x)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     y = run(x)
-    with lora_ext.adapters([None, "1", "1"]):  # a different block than that of the forward
+    with lora_ext.adapters([None, "1", "1"]):  # not the block of the forward
         torch.testing.assert_close(gradients(y, ours, x), gradients(ours(x, ["0"] * 3), ours, x))
     with lora_ext.adapters(["1", None, "1"]):
         late = run(x)
@@ -287,14 +288,14 @@ def test_checkpointed_layer_uses_the_block_of_its_forward(reentrant):
             second = run(x)
             third = run(x)
     other = gradients(ours(x, ["0", None, "1"]), ours, x)
-    # This is neither the order of the forwards nor its reverse.
+    # The order of the backward passes is neither that of the forward passes nor its reverse.
     torch.testing.assert_close(gradients(second, ours, x), other, rtol=0, atol=0)
     torch.testing.assert_close(gradients(first, ours, x), expected, rtol=0, atol=0)
     torch.testing.assert_close(gradients(third, ours, x), other, rtol=0, atol=0)
     torch.testing.assert_close(gradients(run(x), ours, x), gradients(ours(x), ours, x))
 
 
-def test_name_that_a_module_dict_rejects_leaves_the_layer_unchanged() -> None:
+def test_invalid_adapter_name_leaves_the_layer_unchanged() -> None:
     made = layer({})
     before = list(made.state_dict()), made.adapter_names
     for name in ("keys", "pop", "training"):
@@ -309,7 +310,7 @@ def test_rows_of_an_lm_head_may_be_selected_before_it():
     head.add_adapter("b", r=2, init_lora_weights=False)
     head.set_adapter(["a", "b"])
     x, ids = torch.randn(4, 6, 24, dtype=torch.double), torch.tensor([0, 1, -1, 1])
-    rows = torch.tensor([3, 5, 11, 17, 23])  # rows of the 24 with requested logits
+    rows = torch.tensor([3, 5, 11, 17, 23])  # the rows, of 24, whose logits are requested
     results = []
     for chosen in (False, True):
         head.zero_grad()
@@ -323,5 +324,5 @@ def test_rows_of_an_lm_head_may_be_selected_before_it():
         torch.testing.assert_close(mine, other)
     last = head(
         x[:, -1:], ["a", "b", None, "b"]
-    )  # as in transformers' logits_to_keep: the names still fit
+    )  # like logits_to_keep of transformers, after which the names still match the rows
     torch.testing.assert_close(last, head(x, ids)[:, -1:])

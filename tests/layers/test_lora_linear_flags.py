@@ -1,4 +1,4 @@
-"""The cost of a switched-off adapter, and the base weight before and after merging."""
+"""Disabled adapters, which must cost nothing, and the base weight before and after merging."""
 
 import copy
 import warnings
@@ -41,7 +41,7 @@ def disabled(ours: LoraLinear) -> None:
 
 @pytest.mark.parametrize("off", [switched_off, without_rows, disabled])
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
-def test_adapter_that_is_off_costs_nothing(off, settings):
+def test_adapter_that_is_off_runs_no_further_op(off, settings):
     ours = layer(**settings)
     off(ours)
     x = batch(6)
@@ -52,12 +52,12 @@ def test_adapter_that_is_off_costs_nothing(off, settings):
     assert all(p.grad is None for n, p in ours.named_parameters() if "lora" in n)
 
 
-def test_profile_of_an_active_adapter_differs():
+def test_active_adapter_runs_further_ops():
     ours, x = layer(), batch(6)
     assert operations(lambda: ours(x)) != operations(lambda: ours.base_layer(x))
 
 
-def test_optimizer_does_not_change_a_switched_off_adapter():
+def test_optimizer_does_not_change_a_disabled_adapter():
     ours = layer()
     optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1, weight_decay=0.1)
     x = batch(6)
@@ -73,7 +73,7 @@ def test_optimizer_does_not_change_a_switched_off_adapter():
     torch.testing.assert_close(optimizer.state[a], before[1], rtol=0, atol=0)
 
 
-def test_flags_of_one_adapter_among_several():
+def test_disabled_adapter_does_not_affect_other_adapters():
     ours = layer()
     ours.add_adapter("b", r=2, init_lora_weights=False)
     ours.set_adapter(["default", "b"])
@@ -137,15 +137,16 @@ def test_merged_output_equals_unmerged_output(settings, base, dtype):
     expected, weight = ours(x).float(), ours.weight.detach().clone()
     ours.merge(safe_merge=True)
     assert ours.merged and ours.merged_adapters == ["default"]
-    # One rounding of every weight: 24 products of order one, relative to float32 for the sums.
+    # The rounding of every weight in sums of 24 products of order one, or the rounding of sums in
+    # float32.
     bound = 24**0.5 * 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(ours(x).float(), expected, rtol=bound, atol=bound)
     assert torch.equal(ours(x), ours.base_layer(x))
     merged = ours.weight.detach().clone()
     with pytest.warns(UserWarning, match="only up to rounding"):
         ours.unmerge()
-    # Half a unit of the merged weight and half a unit of the restored one are rounded away. DoRA
-    # divides the first by its factor, which is near 1 at the start. float32 adds some units.
+    # The merged and the restored weight are each rounded by at most half a unit. DoRA divides the
+    # first error by its factor, which is initially near 1. Operations in float32 add some units.
     largest = torch.maximum(merged.abs().max(), weight.abs().max())
     units = 1.2 * torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps
     assert (ours.weight - weight).abs().max() <= units * largest
@@ -166,7 +167,7 @@ def test_merged_weights_equal_those_of_peft():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kept_copy_restores_every_bit(dtype):
+def test_unmerging_with_a_kept_copy_restores_every_bit(dtype):
     ours = layer(nn.Linear(24, 17, dtype=dtype), lora_bias=True)
     ours.add_adapter("b", use_dora=True, init_lora_weights=False)
     weight, bias = ours.weight.detach().clone(), ours.bias.detach().clone()
@@ -191,7 +192,7 @@ def test_weight_loaded_while_merged_is_not_replaced_by_the_kept_copy():
     adapters = {k: v for k, v in ours.state_dict().items() if "lora_" in k}
     before = ours.weight.detach().clone()
     ours.load_state_dict(adapters, strict=False)
-    copy.deepcopy(ours).unmerge()  # No base weight was loaded, so nothing warns.
+    copy.deepcopy(ours).unmerge()  # No base weight was loaded: no warning.
     ours.load_state_dict(other.state_dict())
     assert not torch.equal(ours.weight, before)
     with pytest.warns(UserWarning, match="no copy of the base weight was kept"):
@@ -199,7 +200,7 @@ def test_weight_loaded_while_merged_is_not_replaced_by_the_kept_copy():
     torch.testing.assert_close(ours(x), y, **CLOSE)
 
 
-def test_several_adapters_merge_as_they_run():
+def test_merging_several_adapters_keeps_the_output():
     ours = layer()
     ours.add_adapter("b", r=2, use_dora=True, init_lora_weights=False)
     ours.add_adapter("c", r=8, init_lora_weights=False)
@@ -253,7 +254,7 @@ def test_unsupported_calls_of_merged_adapters_raise():
     with pytest.raises(ValueError, match="'default' is merged"):
         ours.delete_adapter("default")
     ours.adapter_active["default"] = True
-    ours.enable_adapters(False)  # PEFT: a disabled layer unmerges itself.
+    ours.enable_adapters(False)  # As in PEFT, disabling a layer unmerges it.
     ours(x)
     assert not ours.merged
     ours.merge()
@@ -276,7 +277,7 @@ def test_unsupported_calls_of_merged_adapters_raise():
     ids=lambda f: f"{f.__module__.rpartition('.')[2]}.{f.__name__}",
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-def test_weight_computed_from_others_is_not_written(reparametrize):
+def test_weight_that_a_parametrization_computes_is_not_written(reparametrize):
     ours, x = layer(reparametrize(nn.Linear(24, 17))).eval(), batch(3)
     before = {k: v.clone() for k, v in ours.state_dict().items()}
     y = ours(x)

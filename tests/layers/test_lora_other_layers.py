@@ -1,4 +1,4 @@
-"""Embeddings and convolutions with adapters, against PEFT's layers with the same state dict."""
+"""Embeddings and convolutions with adapters, compared with PEFT's layers with equal parameters."""
 
 import copy
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.hosts
 
 
 class Scaled(nn.Embedding):
-    """Embedding with scaled output, as in Gemma."""
+    """Embedding that scales its output, as in Gemma."""
 
     def __init__(self, *sizes: int):
         super().__init__(*sizes, padding_idx=1)
@@ -98,10 +98,10 @@ def test_each_sequence_of_tokens_uses_its_adapter():
     assert torch.equal(ours(x), ours.base_layer(x))
 
 
-def test_block_does_not_confuse_positions_with_sequences():
+def test_one_row_of_positions_in_a_block_for_several_rows_raises():
     layer = LoraEmbedding(nn.Embedding(9, 5), "red", r=2, init_lora_weights=False)
     positions, names = torch.arange(3)[None], ["red", None, "red"]
-    expected = layer(positions, names)  # names for this layer only
+    expected = layer(positions, names)  # names passed to this layer only
     with lora_ext.adapters([names], pool=layer.pool):
         assert torch.equal(layer(positions), expected)
     with lora_ext.adapters(names, pool=layer.pool):
@@ -109,7 +109,7 @@ def test_block_does_not_confuse_positions_with_sequences():
             layer(positions)
 
 
-def test_embeddings_start_like_those_of_peft():
+def test_initial_embeddings_equal_those_of_peft():
     torch.manual_seed(1)
     expected = nn.init.normal_(torch.empty(24, 8))
     base = nn.Embedding(11, 24)
@@ -124,7 +124,7 @@ def test_embeddings_start_like_those_of_peft():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_merge_as_they_run(kind):
+def test_merging_embeddings_keeps_the_output(kind):
     ours, _ = pair(nn.Embedding(11, 24), *KINDS[kind])
     x = torch.arange(11)
     expected, weight = ours(x), ours.weight.detach().clone()
@@ -152,7 +152,7 @@ def test_patch_convolutions_equal_peft(kind, shape):
     ours, theirs = pair(base, *KINDS.get(kind, [has_bias]))
     x = torch.randn(size, requires_grad=True)
     if shape == "one image":
-        # PEFT's DoRA stores the bias in a shape for batches.
+        # PEFT's DoRA layer stores the bias with a batch dimension.
         y = ours(x[None])[0]
         torch.testing.assert_close(ours(x), y, **CLOSE)
         return
@@ -177,7 +177,7 @@ def test_convolution_with_a_hook_is_called():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_patch_convolutions_merge_as_they_run(kind):
+def test_merging_patch_convolutions_keeps_the_output(kind):
     ours, _ = pair(nn.Conv2d(3, 12, 4, 4), *KINDS[kind])
     x = torch.randn(2, 3, 8, 4)
     expected, weight = ours(x), ours.weight.detach().clone()

@@ -1,4 +1,4 @@
-"""LoraProbe: its numbers against plain torch, and the removal of its hooks."""
+"""LoraProbe: its numbers, compared with plain torch, and the removal of its hooks."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ def rms(z):
     return z.square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("r", [1, 4, 64])  # The last rank is above the width.
+@pytest.mark.parametrize("r", [1, 4, 64])  # The last rank exceeds the width.
 def test_values_equal_plain_torch(r):
     model = Model(r).eval()
     x = torch.randn(2, 5, 24)
@@ -71,7 +71,7 @@ def test_norm_of_a_zero_product_is_small():
     assert product <= 1e-5 * a.norm() * b.norm()
 
 
-def test_masked_rows_do_not_count():
+def test_masked_rows_do_not_affect_the_values():
     layer = LoraLinear(nn.Linear(24, 17), init_lora_weights=False)
     x = torch.randn(2, 5, 24)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
@@ -84,7 +84,7 @@ def test_masked_rows_do_not_count():
     assert probe.history[0]["module"] == "" and math.isfinite(probe.history[0]["rms_Z_B"])
 
 
-def test_parts_of_a_step_sum_to_its_change():
+def test_parts_of_the_change_in_a_step_sum_to_the_change():
     torch.manual_seed(0)
     x, before, after = torch.randn(6, 24), [], []
     for factors in (before, after):
@@ -131,12 +131,12 @@ def test_exception_leaves_no_hooks():
     assert not any(module._forward_pre_hooks for module in model.modules())
     model(torch.randn(2, 24))
     assert len(probe.history) == 2
-    with probe:  # It may be entered again and continues counting.
+    with probe:  # Entering it again continues the count of steps.
         model(torch.randn(2, 24))
     assert probe.history[-1]["step"] == 1
 
 
-def test_report_names_the_grown_values():
+def test_report_lists_values_that_have_grown():
     model = Model()
     x = torch.randn(6, 24)
     with LoraProbe(model) as probe:

@@ -1,4 +1,5 @@
-"""Dropout seeds per adapter: an adapter has the same masks alone and among others."""
+"""Dropout seeds per adapter: the masks of an adapter do not depend on other adapters in the
+batch."""
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ def test_layer_uses_the_seed_of_its_adapter() -> None:
     assert list(layer.dropout_seed) == ["other"]
 
 
-def test_adapter_without_a_seed_draws_one_beside_seeded_ones() -> None:
+def test_adapter_without_a_seed_draws_one_if_others_have_seeds() -> None:
     base, x = nn.Linear(20, 12), torch.randn(10, 20)
     parts = adapters([torch.tensor(5), None, torch.tensor(7)])
     first, second = (lora_forward(x, base, parts, IDS) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Linear layers with a packed copy of their weight for products of few rows."""
+"""Linear layers with a packed copy of the weight, which they use for few rows."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.hosts
 
 
 def small_integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return small integers: their products and sums are exact in float32 in any order."""
+    """Return random small integers, whose products and sums are exact in float32 in any order."""
     return torch.randint(-4, 5, shape).to(dtype)
 
 
@@ -33,7 +33,7 @@ def layer(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
 
 
 class Tied(nn.Module):
-    """An embedding, a layer, and two heads that share the embedding's weight."""
+    """Model of an embedding, a linear layer, and two heads tied to the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Tied(nn.Module):
 
 
 def uses_copy(run: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch, x: Tensor) -> bool:
-    """Return whether a call multiplies with a packed copy."""
+    """Return whether ``run(x)`` multiplies with a packed copy of a weight."""
     product, calls = ops.packed_linear, []
 
     def watched(*args: Any) -> Tensor:
@@ -63,7 +63,7 @@ def uses_copy(run: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_few_rows_give_the_exact_product(dtype: torch.dtype, bias: bool) -> None:
+def test_product_of_few_rows_of_integers_is_exact(dtype: torch.dtype, bias: bool) -> None:
     plain = layer(dtype, bias)
     packed = pack_linears(copy.deepcopy(plain))
     for leading in [(), (1,), (5,), (2, 3), (MOST_ROWS,), (MOST_ROWS + 1,), (0, 2)]:
@@ -101,7 +101,7 @@ def change_parameter(module: nn.Linear) -> None:
 
 
 def change_unseen(module: nn.Linear) -> None:
-    module.weight.data *= 2  # PEFT merges like this, and torch does not count it.
+    module.weight.data *= 2  # as PEFT merges, without a new version of the weight
 
 
 def change_by_loading(module: nn.Linear) -> None:
@@ -124,7 +124,7 @@ def test_changed_weight_is_packed_again(
     assert uses_copy(module, monkeypatch, x)
 
 
-# Parts of a weight (O, I) that are written without a version count of torch.
+# Parts of a weight (O, I) to write without incrementing its version counter.
 WRITES = {
     "odd rows": (slice(1, None, 2),),
     "even rows": (slice(0, None, 2),),
@@ -148,12 +148,12 @@ WRITES = {
 @pytest.mark.parametrize("shape", [(192, 576), (576, 192), (400, 400)])
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("name", WRITES)
-def test_partial_writes_past_torch_are_detected(
+def test_partial_writes_without_a_new_version_are_detected(
     name: str, turned: bool, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     module = nn.Linear(shape[1], shape[0], False, dtype=dtype).eval().requires_grad_(False)
     values = small_integers(*shape)
-    module.weight.copy_(torch.where(values == 0, 1.0, values))  # Zeros over zeros are no change.
+    module.weight.copy_(torch.where(values == 0, 1.0, values))  # Writing 0 over 0 changes nothing.
     if turned:
         module.weight.data = module.weight.t().contiguous().t()
     x = small_integers(2, shape[1], dtype=dtype)
@@ -247,7 +247,7 @@ def test_state_and_copies_equal_those_of_the_plain_model() -> None:
     pack_linears(model)
     assert list(model.state_dict()) == keys and not list(model.buffers())
     assert [name for name, _ in model.named_parameters()] == names
-    assert b"lora_ext" not in pickle.dumps(model.inner)  # Unpickling needs no lora_ext.
+    assert b"lora_ext" not in pickle.dumps(model.inner)  # It can be loaded without lora_ext.
     loaded = pickle.loads(pickle.dumps(model))
     twin = copy.deepcopy(model)
     assert twin.head.weight is twin.tokens.weight is not model.head.weight
@@ -310,7 +310,7 @@ def test_factors_of_adapters_are_not_packed() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["0"], modules_to_save=["1"])
     theirs = peft.get_peft_model(nn.Sequential(layer(), layer()), config).eval()
-    for model, heads in ((ours, 0), (theirs, 2)):  # PEFT keeps the original of a saved module.
+    for model, heads in ((ours, 0), (theirs, 2)):  # PEFT keeps the original head too.
         pack_linears(model.requires_grad_(False))
         packed = [name for name, m in model.named_modules() if isinstance(m, PackedLinear)]
         assert len(packed) == 1 + heads and not any("lora_" in name for name in packed)
@@ -334,7 +334,7 @@ def test_layers_with_adapters_use_the_copy(
     assert uses_copy(lambda x: lora(x, ids), monkeypatch, x)
     if dtype == torch.float32:
         assert torch.equal(lora(x, ids), expected)
-    else:  # Base product and update may be rounded separately, and their sum once more.
+    else:  # Base product, update and their sum may each be rounded.
         largest = max(lora.base_layer(x).abs().max(), expected.abs().max())
         assert (lora(x, ids) - expected).abs().max() <= 2.0**-7 * largest
     lora.requires_grad_(True)
@@ -396,7 +396,7 @@ def test_layers_that_cannot_be_packed_raise(
     assert [type(m) for m in model.modules()] == kinds
 
 
-def test_names_select_modules() -> None:
+def test_modules_to_pack_can_be_selected_by_name() -> None:
     model = Tied().eval()
     pack_linears(model, ["head"])
     assert type(model.head) is PackedLinear and type(model.inner) is nn.Linear
@@ -407,7 +407,7 @@ def test_names_select_modules() -> None:
         unpack_linears(Tied())
 
 
-def test_packing_reports_the_size_of_the_copy_and_if_it_fits(monkeypatch):
+def test_packing_reports_the_size_of_the_copy_and_whether_it_fits(monkeypatch):
     model = nn.Sequential(nn.Linear(16, 33, bias=False), nn.ReLU(), nn.Linear(16, 32)).eval()
     taken = (64 * 16 + 32 * 16) * 4
     monkeypatch.setattr(_packed_linear, "free_bytes", lambda device: 4 * taken)

@@ -1,4 +1,4 @@
-"""Adapters per row if two processes train one model on different rows."""
+"""Training of adapters per row in two processes, each with different rows of the batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_ext.nn import LoraConv, LoraEmbedding, LoraLinear
 RANKS = {"red": 4, "green": 2, "blue": 3}
 ROWS = torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(1))
 
-#: Names of the rows of the first and of the second process; None: no block.
+#: Adapter names of the rows of the first and the second process; None if there is no block.
 NAMES: dict[str, tuple[Any, Any]] = {
     "disjoint": (["red", "red"], ["green", "blue"]),
     "in another order": (["green", "red"], ["red", "green"]),
@@ -29,7 +29,8 @@ NAMES: dict[str, tuple[Any, Any]] = {
 
 
 class Model(nn.Module):
-    """Model with one layer of each kind, each with three trainable adapters of different ranks."""
+    """Model with one layer of each kind. Each layer has three trainable adapters of different
+    ranks."""
 
     def __init__(self, dora: tuple[str, ...] = (), checkpoints: bool = False):
         super().__init__()
@@ -60,7 +61,8 @@ class Model(nn.Module):
 
 
 def step(rank: int | None, way: str | None, case: str, **options: Any) -> dict[str, Tensor]:
-    """Return the adapters after training on one of two processes, or on one with all rows."""
+    """Return the adapters after training, in one of two processes or (``rank`` None) with all rows
+    in one."""
     model = Model(**options)
     first, second = NAMES[case]
     names = (
@@ -83,7 +85,7 @@ def start(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", NAMES)
-def test_adapters_learn_on_two_processes_as_on_one(
+def test_training_adapters_in_two_processes_equals_one_process(
     way: str, case: str, two_processes: TwoProcesses
 ):
     found, other = two_processes.run(step, way, case)
@@ -92,7 +94,7 @@ def test_adapters_learn_on_two_processes_as_on_one(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_dora_adapters_learn_on_two_processes_as_on_one(way: str, two_processes: TwoProcesses):
+def test_training_dora_in_two_processes_equals_one_process(way: str, two_processes: TwoProcesses):
     options = {"dora": ("red", "blue")}
     found, _ = two_processes.run(_process_step, way, "disjoint", options)
     assert_same(
@@ -104,7 +106,7 @@ def test_dora_adapters_learn_on_two_processes_as_on_one(way: str, two_processes:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_checkpointed_layers_on_two_processes_learn_as_on_one(
+def test_training_checkpointed_layers_in_two_processes_equals_one_process(
     way: str, two_processes: TwoProcesses
 ):
     options = {"checkpoints": True}

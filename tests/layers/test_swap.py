@@ -1,4 +1,4 @@
-"""Swap: it replaces modules and restores the same objects, all or none."""
+"""``Swap`` replaces modules and restores the original objects, either all or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Switching adapted layers on and off: cost, effect and restoration."""
+"""``set_active`` and related functions, which switch adapters of layers on and off."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_layer_that_is_off_removes_only_its_update(kind: str):
     set_active(layer, "default", True)
     with torch.no_grad():
         layer.lora_B["default"].weight.zero_()
-    torch.testing.assert_close(off, logits(model), rtol=1e-5, atol=1e-5)  # rounding of a sum
+    torch.testing.assert_close(off, logits(model), rtol=1e-5, atol=1e-5)  # one rounding of a sum
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,7 +113,7 @@ def test_other_adapters_of_a_layer_stay_active(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_an_adapter_that_is_off_are_base_rows(kind: str):
+def test_rows_of_an_adapter_that_is_off_use_the_base_model(kind: str):
     model = adapted(kind, "first", "second")
     layer = some_layer(model)
     x, names = torch.randn(3, 2, 24), ["first", "second", "__base__"]
@@ -149,7 +149,7 @@ def test_checkpoint_of_rows_with_names_recomputes_the_same_layers():
         model.requires_grad_(True)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        set_active(some_layer(model), "first", False)  # active adapter, without rows
+        set_active(some_layer(model), "first", False)  # an active adapter without rows
         logits(model, adapter_names=["second", "second", "__base__"]).square().sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert any("second" in name for name in gradients[0])
@@ -157,7 +157,7 @@ def test_checkpoint_of_rows_with_names_recomputes_the_same_layers():
 
 
 @pytest.mark.parametrize("kind", ["peft", "fused"])
-def test_switching_and_changes_by_peft_do_not_undo_each_other(kind: str):
+def test_switches_and_changes_by_peft_do_not_undo_each_other(kind: str):
     model = adapted(kind)
     layer = some_layer(model)
     x, grads = torch.randn(6, 24), flags(model)
@@ -176,7 +176,7 @@ def test_switching_and_changes_by_peft_do_not_undo_each_other(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copy_is_switched_separately(kind: str, copied):
+def test_copy_of_a_model_is_switched_separately(kind: str, copied):
     layer = some_layer(adapted(kind))
     set_active(layer, "default", False)
     twin, x = copied(layer), torch.randn(6, 24)
@@ -254,7 +254,7 @@ def test_layers_outside_every_block_are_single_groups():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mask_switches_whole_groups_until_the_next_one(kind: str):
+def test_mask_switches_whole_groups_until_the_next_mask(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     full = logits(model)
@@ -268,7 +268,7 @@ def test_mask_switches_whole_groups_until_the_next_one(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_block_restores_every_layer_even_after_an_exception(kind: str):
+def test_with_block_restores_every_layer_even_after_an_exception(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     half = groups.layers[0][0]
@@ -320,7 +320,7 @@ def test_invalid_mask_switches_nothing(kind: str):
         (torch.tensor(True), r"LayerGroups: mask: .* bools"),
     ],
 )
-def test_mask_that_does_not_fit_raises(mask, message: str):
+def test_mask_of_another_length_raises(mask, message: str):
     with pytest.raises(ValueError, match=message):
         LayerGroups(adapted("ours")).set_mask(mask)
 
@@ -332,7 +332,7 @@ def test_invalid_grouping_raises(group_by):
 
 
 # -------------------------------------------------------------------------------------------------
-# Off only in training
+# Switches for training only
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -355,7 +355,7 @@ def test_training_only_switch_is_on_in_evaluation(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_block_restores_training_only_switches(kind: str):
+def test_with_block_restores_training_only_switches(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     groups.set_mask([True, False, True], training_only=True)
@@ -379,7 +379,7 @@ def test_mask_error_names_the_merged_layer(kind: str):
             groups.set_mask([True, False, True], training_only)
 
 
-def test_name_of_a_deleted_adapter_starts_with_default_switches():
+def test_new_adapter_with_the_name_of_a_deleted_one_has_default_switches():
     layer = some_layer(adapted("ours", "first", "second"))
     set_active(layer, "first", False, training_only=True)
     layer.delete_adapter("first")

@@ -1,4 +1,5 @@
-"""wrap against get_peft_model, without PEFT, and unwrap, which restores every bit."""
+"""``wrap``, compared with get_peft_model and without PEFT, and ``unwrap``, which restores all
+bits."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from lora_ext.nn import LoraConv, LoraEmbedding, LoraLinear, adapted_layers, unw
 
 PREFIX = "base_model.model."
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # sums of some tens of products of order one, in two orders
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # other order of some tens of terms of order one
 
 
 def gpt2() -> transformers.GPT2LMHeadModel:
@@ -41,14 +42,15 @@ def vision() -> transformers.ViTForImageClassification:
 
 
 def pair(make, **fields) -> tuple[nn.Module, nn.Module]:
-    """Return our and PEFT's version of a model, with PEFT's random values in both."""
+    """Return a model with adapters of lora_ext and the model with adapters of PEFT, with equal
+    values."""
     fields = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, **fields}
     ours = wrap(make(), LoraConfig(**fields))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(make(), peft.LoraConfig(**fields)).eval()
     state = {name.removeprefix(PREFIX): value for name, value in theirs.state_dict().items()}
-    ours.load_state_dict(state)  # strict: the keys are equal
+    ours.load_state_dict(state)  # strict, so the keys are equal
     return ours, theirs
 
 
@@ -109,7 +111,7 @@ def test_layers_with_a_transposed_weight_equal_peft(fields: dict):
     assert_agree(ours, theirs)
 
 
-def test_patches_of_a_vision_model_equal_peft():
+def test_patch_embedding_of_a_vision_model_equals_peft():
     ours, theirs = pair(vision, target_modules=["projection", "query"])
     assert any(isinstance(m, LoraConv) for m in ours.modules())
     assert_agree(ours, theirs)
@@ -136,7 +138,7 @@ def test_adapters_of_16_bit_layers_have_the_dtype_of_peft(autocast: bool):
     assert run(ours).dtype == torch.bfloat16
 
 
-def test_fresh_adapter_changes_nothing_and_alone_is_trainable():
+def test_new_adapter_keeps_the_output_and_only_its_parameters_are_trainable():
     model = llama()
     before = run(model)
     assert wrap(model, LoraConfig()) is model
@@ -165,11 +167,11 @@ def test_unwrapping_restores_every_object_flag_and_bit():
     assert set(model.__dict__) == attributes
     assert len(model.lm_head._forward_hooks) == 1
     hook.remove()
-    wrap(model, LoraConfig())  # a second time
+    wrap(model, LoraConfig())  # wrapped again
     unwrap(model)
 
 
-def test_two_random_factors_may_start_at_the_base_model():
+def test_adapter_with_two_random_factors_can_start_with_the_output_of_the_base_model():
     base = run(llama())
     settings = {"init_lora_weights": "init_ab", "target_modules": ["q_proj", "down_proj"]}
     assert (run(wrap(llama(), LoraConfig(**settings))) - base).abs().max() > 1e-3
@@ -203,7 +205,7 @@ def test_second_adapter_is_inactive_until_it_is_chosen():
     assert adapted_layers(model) == {}
 
 
-def test_copy_unwraps_to_its_own_modules():
+def test_unwrapping_a_copy_restores_the_modules_of_the_copy():
     model = wrap(llama(), LoraConfig())
     twin = copy.deepcopy(model)
     inner = twin.model.layers[0].mlp.up_proj.base_layer
@@ -321,7 +323,7 @@ def test_trained_adapter_is_saved_and_peft_loads_it(tmp_path: Path):
     state = {name: value for name, value in model.state_dict().items() if "lora_" in name}
     save_adapter(tmp_path, config, state)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # missing or unexpected keys
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of missing keys.
         theirs = peft.PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
     torch.testing.assert_close(run(theirs), run(model), **CLOSE)
 

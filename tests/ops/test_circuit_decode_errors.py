@@ -1,4 +1,4 @@
-"""Errors of the decoding ops and their messages: op, argument, expected, found."""
+"""Errors of the decoding ops; messages contain op, argument, expected and found value."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_meta_tensors_are_checked_like_real_ones(
         op(on_meta({**i, **change(i)}))
 
 
-def test_nan_uniforms_raise_and_nan_logits_give_some_token() -> None:
+def test_nan_uniforms_raise_and_nan_logits_give_a_token_in_range() -> None:
     i = inputs()
     u = i["draft"][5].clone()
     u[1, 2] = torch.nan
@@ -200,13 +200,13 @@ def test_nan_uniforms_raise_and_nan_logits_give_some_token() -> None:
     clean = ops.spec_verify(*i["draft"])
     accepted, token = ops.spec_verify(target, *i["draft"][1:])
     assert (0 <= token).all() and (token < 5).all() and 0 <= accepted[1] <= 4
-    for row in (0, 2):  # The other rows do not change.
+    for row in (0, 2):  # Other rows must not change.
         assert accepted[row] == clean[0][row] and token[row] == clean[1][row]
 
 
 @pytest.mark.slow  # `make test` does not build _emu_check
 def test_kernels_check_values_only_in_debug_mode() -> None:
-    """Check a token out of range; without debug mode it has probability 0."""
+    """Check a token out of range, which has probability 0 unless debug mode is on."""
     from lora_ext import _loader
 
     try:

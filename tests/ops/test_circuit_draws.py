@@ -1,4 +1,5 @@
-"""Draws with weights that are small beside the running sum, and drafts of probability 0."""
+"""Draws of tokens whose weights are small compared with the cumulative sum, and impossible
+drafts."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from backends import Backend
 from lora_ext import ops, reference
 from lora_ext.reference._circuit import draw
 
-HEAD, V = 320, 49152  # a few likely tokens, then a tail that holds 0.14 % in all
+HEAD, V = 320, 49152  # likely tokens, then a tail with 0.14 % in total
 TAIL = 0.0014
 
 
 def long_tail() -> torch.Tensor:
-    """Return logits ``(V,)``; each token of the tail has a probability below 2^-25."""
+    """Return logits ``(V,)`` for which each token of the tail has a probability below 2^-25."""
     p = torch.full((V,), TAIL / (V - HEAD), dtype=torch.float64)
     p[:HEAD] = (1 - TAIL) / HEAD
     return p.log().float()
@@ -27,7 +28,7 @@ def tail_uniforms(rows: int) -> torch.Tensor:
 def assert_drawn_by_mass(tokens: torch.Tensor, uniforms: torch.Tensor) -> None:
     below = long_tail().double().softmax(-1).cumsum(-1)
     off = (below[tokens.cpu()] - uniforms.double()).abs()
-    assert off.max() < 1e-6, f"a token is {off.max():.1e} from its uniform"
+    assert off.max() < 1e-6, f"a token is off its uniform by {off.max():.1e}"
     assert len(tokens.unique()) == len(tokens)
 
 
@@ -69,13 +70,13 @@ def test_reference_draw_counts_weights_below_the_rounding_of_their_sum() -> None
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_draft_of_probability_zero_is_rejected(backend: Backend, temperature: float) -> None:
-    """Check evidence that is impossible under the circuit: q is 0, and p / q is not a probability.
-    Every token must be rejected, and the emitted tokens follow p."""
+    """Check evidence that is impossible under the circuit, for which q is 0 and p / q undefined.
+    Every draft must be rejected, and the emitted tokens must follow p."""
     rows, v = 64, 4
     target = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(rows, 3, v)
     draft = torch.zeros(rows, 2, dtype=torch.long)
     leaf = torch.zeros(rows, 2, 1, v)
-    leaf[:, 0, :, 0] = -torch.inf  # the token of the evidence
+    leaf[:, 0, :, 0] = -torch.inf  # makes the evidence token impossible
     uniforms = torch.stack([torch.zeros(rows), torch.zeros(rows), torch.arange(rows) / rows], -1)
     scan = reference.circuit_scan("ff", leaf, None, None, draft)
     assert (scan.conditional == -torch.inf).all()

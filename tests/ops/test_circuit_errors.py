@@ -1,4 +1,4 @@
-"""Errors of the circuit ops and their messages: op, argument, expected, found."""
+"""Errors of the circuit ops; messages contain op, argument, expected and found value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole circuits in one call, and the tables of their leaves, on every backend."""
+"""Ops that evaluate whole circuits, or tables of leaf log-probabilities, on every backend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_ext.circuits._program import matrices_of
 
 
 def run(backend: Backend, name: str, rows: int, norm: str, dtype: torch.dtype = torch.float32):
-    """Return values, flows and the gradient of the weights, on the CPU."""
+    """Return values, flows and the gradient of the weights, as CPU tensors."""
     program, leaf, w, roots = case(name, rows)
     program = program.to(torch.device(backend.device))
     leaf, w = (t.to(backend.device, dtype) for t in (leaf, w))
@@ -44,14 +44,15 @@ def test_values_and_gradients_equal_the_formula(backend: Backend, name: str, nor
     expected, dleaf, exact_dw = formula(name, rows, norm)
     assert torch.equal(val == -torch.inf, expected == -torch.inf)
     finite = expected > -torch.inf
-    # Sums have up to 1352 terms, added in runs with a few roundings each, over at most six layers.
+    # There are at most six layers. Sums have up to 1352 terms, added in groups with a few
+    # roundings.
     torch.testing.assert_close(val[finite].double(), expected[finite], rtol=2e-6, atol=2e-5)
     got = units[:, 2 : 2 + dleaf.shape[1]].double()
     torch.testing.assert_close(got, dleaf, rtol=2e-4, atol=2e-5)
     torch.testing.assert_close(dw.double(), exact_dw, rtol=2e-4, atol=2e-4)
 
 
-def test_float64_is_exact_to_its_own_rounding() -> None:
+def test_float64_results_are_within_float64_rounding() -> None:
     for name in GRAPHS:
         for norm in ("logits", "none"):
             val, units, dw = run(Backend("cpu"), name, 9, norm, torch.float64)
@@ -63,11 +64,11 @@ def test_float64_is_exact_to_its_own_rounding() -> None:
             torch.testing.assert_close(dw, exact_dw, rtol=1e-11, atol=1e-12)
 
 
-def test_sums_of_one_certain_term_are_exact(backend: Backend) -> None:
+def test_sums_of_one_term_of_probability_one_are_exact(backend: Backend) -> None:
     program, leaf, w, _ = case("tree", 33)
     g = torch.Generator().manual_seed(3)
     leaf = torch.randint(-8, 9, leaf.shape, generator=g).float()
-    for first, sums, terms in matrices_of(program):  # Each sum has one term, of weight 1.
+    for first, sums, terms in matrices_of(program):  # leaves one term of weight 1 per sum
         rows = torch.full((sums, terms), -torch.inf)
         rows[torch.arange(sums), torch.randint(terms, (sums,), generator=g)] = 0
         w[first : first + sums * terms] = rows.flatten()
@@ -80,7 +81,7 @@ def test_sums_of_one_certain_term_are_exact(backend: Backend) -> None:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_max_product_equals_the_formula(backend: Backend, name: str) -> None:
     if backend.small and name == "a stage a launch":
-        pytest.skip("the emulator that checks every access is slow")
+        pytest.skip("the emulator that checks every access is too slow")
     program, leaf, w, _ = case(name, 5)
     on_device = program.to(torch.device(backend.device))
 
@@ -92,12 +93,13 @@ def test_max_product_equals_the_formula(backend: Backend, name: str) -> None:
     expected = reference.circuit_layers(*whole, program.numbers, "none", "max")
     assert torch.equal(up(*whole, "none"), expected)
     exact = reference.circuit_layers(leaf.double(), w.double(), program.numbers, "logits", "max")
-    # A normaliser has one rounding per term, and a path has at most 11 of weights and leaves.
+    # A normaliser has one rounding per term. A path has at most 11 weights and leaves.
     torch.testing.assert_close(up(leaf, w, "logits").double(), exact, rtol=2e-6, atol=2e-5)
 
 
 def test_path_far_below_the_dominant_states_keeps_its_value(backend: Backend) -> None:
-    """Check a sum in which the likely state has weight 0; the other is e^-900 below it."""
+    """Check a sum in which the likely state has weight 0 and the other state is less likely by
+    e^-900."""
     program = Circuit(RegionGraph.cp(1, 2, LEAF))._execution.program
     leaf = torch.tensor([[0.0, -900.0], [-900.0, 0.0], [-torch.inf, -900.0]])
     w = torch.tensor([-torch.inf, 1.5])
@@ -112,9 +114,9 @@ def test_path_far_below_the_dominant_states_keeps_its_value(backend: Backend) ->
 
 
 @pytest.mark.slow
-def test_rescued_sums_of_a_stage_keep_their_values_and_flows(backend: Backend) -> None:
-    """Check a left-to-right chain with its mass on the last states, which most sums do not reach.
-    Each sum reaches a state and its predecessor, which is 90 below it."""
+def test_sums_that_would_underflow_keep_their_values_and_flows(backend: Backend) -> None:
+    """Check a left-to-right chain in which the last states are the most likely, but most sums
+    contain only a state and its predecessor, whose log-probability is lower by 90."""
     states = 130
     program = Circuit(RegionGraph.hmm(2, states, LEAF))._execution.program
     g = torch.Generator().manual_seed(0)
@@ -138,17 +140,18 @@ def test_rescued_sums_of_a_stage_keep_their_values_and_flows(backend: Backend) -
     val = ops.circuit_layers(leaf, w, on_device, "none")
     units, dw = ops.circuit_layers_backward(droots.to(backend.device), val, w, on_device, "none")
     got = units[:, 2 : 2 + leaf.shape[1]].cpu().double()
-    # Logarithms near -12000 have a rounding of 5e-4, which their flows inherit.
+    # The rounding error of logarithms near -12000 is 5e-4, and so is the relative error of the
+    # flows.
     torch.testing.assert_close(got, dleaf, rtol=4e-3, atol=1e-6)
     torch.testing.assert_close(dw.cpu().double(), exact_dw, rtol=4e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("high", 2.0**-15), ("fp16s", 2.0**-10)])
-def test_lower_precisions_keep_their_bound_above_256_terms(
+def test_errors_of_lower_precisions_stay_within_the_bound_above_256_terms(
     backend: Backend, precision: str, bound: float
 ) -> None:
     if backend.is_twin:
-        pytest.skip("twins have one precision")
+        pytest.skip("CPU twins have only one precision")
     program, leaf, w, _ = case("pairs, a stage a launch", 3)
     expected = reference.circuit_layers(leaf.double(), w.double(), program.numbers)
     on_device = program.to(torch.device(backend.device))
@@ -156,17 +159,18 @@ def test_lower_precisions_keep_their_bound_above_256_terms(
     val = ops.circuit_layers(leaf, w, on_device, precision=precision).cpu().double()
     possible = expected > -torch.inf
     assert torch.equal(val > -torch.inf, possible)
-    # Two layers of sums, after one float32 rounding of each value.
+    # Each value is rounded to float32 once, followed by two layers of sums.
     error = (val - expected)[possible].abs()
     assert (error <= 3 * bound + 2.0**-21 * (20 + expected[possible].abs())).all()
-    assert precision == "high" or error.max() > 2.0**-17  # float16 was really used.
+    assert precision == "high" or error.max() > 2.0**-17  # Errors show that float16 was used.
 
 
 @pytest.mark.slow
 def test_tile_size_changes_no_bit_of_a_row(backend: Backend) -> None:
-    """Check flows of 3072 rows in tiles of 128 x 64 against one row in a tile of 64 x 32."""
+    """Compare flows of 3072 rows, in tiles of 128 x 64, with flows of one row, in a tile of 64 x
+    32."""
     if backend.is_twin or backend.small:
-        pytest.skip("the tiles are those of kernels, and the emulator that checks them is slow")
+        pytest.skip("only kernels have tiles, and the checking emulator is too slow")
     circuit = Circuit(RegionGraph.hmm(2, 130, LEAF))
     g = torch.Generator().manual_seed(0)
     program = circuit._execution.program.to(torch.device(backend.device))
@@ -183,9 +187,10 @@ def test_tile_size_changes_no_bit_of_a_row(backend: Backend) -> None:
 
 @pytest.mark.slow
 def test_chain_is_one_launch_and_more_rows_need_another(backend: Backend) -> None:
-    """Check 130 states: three blocks share 32 rows, so 132 multiprocessors run 1408 rows."""
+    """Check 130 states. Three blocks share 32 rows, so 132 multiprocessors process 1408 rows per
+    launch."""
     if backend.is_twin or backend.small or backend.device != "cpu":
-        pytest.skip("the emulator counts launches, and the one that checks them is slow")
+        pytest.skip("only the emulator counts launches, and the checking emulator is too slow")
     circuit = Circuit(RegionGraph.hmm(3, 130, LEAF, homogeneous=True))
     program = circuit._execution.program
     g = torch.Generator().manual_seed(0)
@@ -198,15 +203,15 @@ def test_chain_is_one_launch_and_more_rows_need_another(backend: Backend) -> Non
 
     one, few = launches(20)
     two, many = launches(1440)
-    assert (one, two) == (3, 4)  # weights, leaves, and the chain
+    assert (one, two) == (3, 4)  # for weights, leaves, and one or two for the chain
     assert torch.equal(few, many[:20])
 
 
 @pytest.mark.slow
 def test_flows_of_many_weights_equal_the_formula(backend: Backend) -> None:
-    """Check 900 x 900 weights, which are processed in tiles of 128 x 64."""
+    """Check 900 x 900 weights, whose flows are computed in tiles of 128 x 64."""
     if backend.small:
-        pytest.skip("the emulator that checks every access is slow")
+        pytest.skip("the emulator that checks every access is too slow")
     circuit = Circuit(RegionGraph.hmm(2, 900, LEAF))
     g = torch.Generator().manual_seed(0)
     program = circuit._execution.program
@@ -223,7 +228,7 @@ def test_flows_of_many_weights_equal_the_formula(backend: Backend) -> None:
     torch.testing.assert_close(dw.cpu().double(), flows, rtol=2e-4, atol=1e-7)
 
 
-def test_row_has_the_same_bits_alone_and_in_a_batch(backend: Backend) -> None:
+def test_row_is_bitwise_equal_alone_and_in_a_batch(backend: Backend) -> None:
     program, leaf, w, _ = case("pairs", 37)
     program, leaf, w = program.to(torch.device(backend.device)), leaf.to(backend.device), w
     w = w.to(backend.device)
@@ -234,7 +239,7 @@ def test_row_has_the_same_bits_alone_and_in_a_batch(backend: Backend) -> None:
     assert torch.equal(again, val)
 
 
-def test_threads_change_no_bit() -> None:
+def test_number_of_threads_changes_no_bit() -> None:
     found: list[list[Tensor]] = []
     threads = torch.get_num_threads()
     try:
@@ -259,10 +264,10 @@ def test_values_in_another_layout_give_the_same_gradient(backend: Backend) -> No
     assert not ops.circuit_layers_backward(ones, val, w, program, need_dw=False)[1].numel()
 
 
-def test_large_weights_do_not_depend_on_the_padding_of_copied_values(backend: Backend) -> None:
+def test_padding_of_copied_values_does_not_affect_large_weights(backend: Backend) -> None:
     program, leaf, w, roots = case("chain", 6)
     program, leaf = program.to(torch.device(backend.device)), leaf.to(backend.device)
-    w = (w + 90).to(backend.device)  # e^90 is not a float.
+    w = (w + 90).to(backend.device)  # e^90 overflows float32.
     val, ones = ops.circuit_layers(leaf, w, program, "none"), leaf.new_ones(6, roots)
     first = ops.circuit_layers_backward(ones, val, w, program, "none")
     second = ops.circuit_layers_backward(ones, val.contiguous(), w, program, "none")
@@ -290,7 +295,7 @@ def test_leaves_and_gradients_may_have_any_strides(backend: Backend) -> None:
     assert torch.equal(got, expected)
 
 
-def test_no_rows_give_empty_values(backend: Backend) -> None:
+def test_empty_batch_gives_empty_values(backend: Backend) -> None:
     program, leaf, w, roots = case("chain", 0)
     program = program.to(torch.device(backend.device))
     leaf, w = leaf.to(backend.device), w.to(backend.device)
@@ -305,8 +310,8 @@ def test_tables_of_logits_are_softmaxed(backend: Backend, values: int) -> None:
     g = torch.Generator().manual_seed(values)
     logits = 3 * torch.randn(40, values, generator=g)
     logits[1, 1:] = -torch.inf
-    logits[2] = -torch.inf  # a distribution without possible values
-    logits[3] += 1e4  # 1 in 1e4 is lost if the maximum is added to the logarithm of the sum.
+    logits[2] = -torch.inf  # no value is possible
+    logits[3] += 1e4  # Adding the maximum to the log of the sum would round.
     table = logits.to(backend.device).requires_grad_()
     x = torch.randint(-1, values, (37, 4), generator=g).to(backend.device)
     row = torch.tensor([0, 20, 0, 0], device=backend.device)
@@ -317,7 +322,7 @@ def test_tables_of_logits_are_softmaxed(backend: Backend, values: int) -> None:
     dout = torch.randn(out.shape, generator=g).to(out).masked_fill(expected == -torch.inf, 0)
     (got,) = torch.autograd.grad(out, table, dout)
     (dtable,) = torch.autograd.grad(expected, exact, dout.double())
-    # A row sums up to 111 numbers of size 1.
+    # A row is the sum of up to 111 numbers of size 1.
     torch.testing.assert_close(got.double(), dtable, rtol=1e-5, atol=2e-5)
 
 
@@ -375,7 +380,7 @@ def test_wrong_input_raises() -> None:
     program, leaf, w, roots = case("chain", 2)
     first_part = 10 + 6 * program.plan[3]
     parts, children = program.numbers[4:6].tolist()
-    end_of_users = first_part + 4 * parts + 2 * children + 5  # of the first matrix
+    end_of_users = first_part + 4 * parts + 2 * children + 5  # offset of the first matrix
     up = ops.circuit_layers
     refusals: list[tuple[str, Callable[[], object]]] = [
         ("leaf: expected N = 20", lambda: up(leaf[:, 1:], w, program)),

@@ -1,4 +1,4 @@
-"""Walks through whole circuits, from a root to a leaf of every variable, on every backend."""
+"""Walks through whole circuits, from a root to one leaf per variable, on every backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import lora_ext
 from lora_ext import ops, reference
 from lora_ext.circuits import Circuit, Gaussian, Input, RegionGraph
 
-SLOW = "the emulator that checks every access is slow"
+SLOW = "the emulator that checks every access is too slow"
 NO_CAPTURE = "no CUDA device, or a build without kernels"
 
 
@@ -27,7 +27,7 @@ def walk(
     root: Tensor,
     uniforms: Tensor | None = None,
 ) -> Tensor:
-    """Return the walk of a backend, on the CPU."""
+    """Return the walk of a backend, as CPU tensors."""
     on_device = program.to(torch.device(backend.device))
     val, w, root = (t.to(backend.device) for t in (val, w, root))
     u = None if uniforms is None else uniforms.to(backend.device)
@@ -43,7 +43,8 @@ def uniforms_of(program: ops.Program, walks: int, seed: int = 0) -> Tensor:
 
 
 def certain(like: Tensor, seed: int) -> Tensor:
-    """Return logarithms of 0 and 1, a third of them possible; results from them are exact."""
+    """Return logarithms of 0 and 1, a third of which are 0 (probability 1). Results from them are
+    exact."""
     chance = torch.rand(like.shape, generator=torch.Generator().manual_seed(seed))
     return torch.where(chance < 1 / 3, 0.0, -torch.inf)
 
@@ -55,7 +56,7 @@ def test_draws_equal_the_formula_if_sums_are_exact(backend: Backend, name: str) 
     program, leaf, w, _ = case(name, 6)
     val, w = certain(leaf.new_empty(6, program.plan[0]), 1), certain(w, 2)
     u = uniforms_of(program, 18)
-    u[::2] = (u[::2] * 8).floor() / 8  # on the steps of many running sums
+    u[::2] = (u[::2] * 8).floor() / 8  # equal to many cumulative sums
     args = val, w, start(program, 6), u
     expected = reference.circuit_layers_walk(val, w, program.numbers, *args[2:])
     assert torch.equal(walk(backend, program, *args), expected)
@@ -69,7 +70,7 @@ def test_draws_and_best_trees_equal_the_formula(backend: Backend, name: str) -> 
     for semiring, u in (("sum", uniforms_of(program, 10)), ("max", None)):
         val = reference.circuit_layers(leaf.double(), w.double(), program.numbers, "none", semiring)
         root = start(program, 5)
-        # The reference is in float64: no running sum is within a rounding of its uniform.
+        # The reference is in float64. No cumulative sum is within a rounding error of its uniform.
         expected = reference.circuit_layers_walk(val, w.double(), program.numbers, root, u)
         assert torch.equal(walk(backend, program, val.float(), w, root, u), expected)
 
@@ -95,8 +96,8 @@ def test_first_of_equal_terms_is_chosen(backend: Backend, name: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["logits", "none"])
-def test_best_tree_has_the_value_of_its_root(backend: Backend, norm: str) -> None:
-    """Check equality to the bit: the walk compares the same terms as the upward pass."""
+def test_best_tree_has_the_max_product_value_of_its_root(backend: Backend, norm: str) -> None:
+    """Check bitwise equality, since the walk compares the same terms as the upward pass."""
     program, leaf, w, _ = case("pairs", 19)
     on_device, w_on = program.to(torch.device(backend.device)), w.to(backend.device)
     root = start(program, 19)
@@ -121,8 +122,8 @@ def test_term_of_weight_zero_is_never_drawn(backend: Backend) -> None:
     assert (found[:, 0] - 2).tolist() == [1, 2, 1, 2]
 
 
-def test_weights_far_below_the_largest_count(backend: Backend) -> None:
-    """Check that sums are float64, which represents 1 + 2^-30."""
+def test_weights_far_below_the_largest_are_drawn(backend: Backend) -> None:
+    """Check that sums are in float64, which can represent 1 + 2^-30."""
     program = Circuit(RegionGraph.cp(1, 3, Gaussian()))._execution.program
     w = torch.tensor([0.0, -30.0, -30.0]) * torch.tensor(2.0).log()
     near_one = [[2**-28], [2**-30 - 2**-32], [2**-30 + 2**-32]]
@@ -159,7 +160,7 @@ def test_walk_is_the_same_alone_and_in_a_batch(backend: Backend) -> None:
     assert torch.equal(walk(backend, program, val, w, root, loose[:, 2:-1]), together)
 
 
-def test_threads_change_no_walk() -> None:
+def test_number_of_threads_changes_no_walk() -> None:
     program, leaf, w, _ = case("tree", 3)
     val, u = ops.circuit_layers(leaf, w, program), uniforms_of(program, 3000)
     found: list[Tensor] = []
@@ -173,7 +174,7 @@ def test_threads_change_no_walk() -> None:
     assert all(torch.equal(other, found[0]) for other in found[1:])
 
 
-def test_no_rows_and_no_walks_give_empty_results(backend: Backend) -> None:
+def test_empty_batches_and_zero_walks_give_empty_results(backend: Backend) -> None:
     program, leaf, w, _ = case("chain", 2)
     val = reference.circuit_layers(leaf, w, program.numbers)
     none = torch.zeros(0, dtype=torch.long)
@@ -184,12 +185,12 @@ def test_no_rows_and_no_walks_give_empty_results(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("fill", [torch.nan, -torch.inf, torch.inf])
-def test_any_values_keep_the_walk_inside_the_circuit(backend: Backend, fill: float) -> None:
+def test_walk_stays_inside_the_circuit_for_any_values(backend: Backend, fill: float) -> None:
     program, _, w, _ = case("pairs", 4)
     val = torch.full((4, program.plan[0]), fill)
     root, n = start(program, 4), program.plan[1]
     uniforms = [None, uniforms_of(program, 8)]
-    if not backend.is_twin:  # Twins check their uniforms and raise for NaN.
+    if not backend.is_twin:  # Twins raise for NaN uniforms.
         uniforms.append(torch.full((8, program.plan[9]), torch.nan))
     for u in uniforms:
         for weights in (w, torch.full_like(w, fill)):
@@ -224,7 +225,7 @@ def test_one_graph_works_for_any_number_of_rows(drawn: bool) -> None:
 
 
 @pytest.mark.cuda
-def test_captured_walk_replays_with_changed_contents(request: pytest.FixtureRequest) -> None:
+def test_captured_walk_replays_with_changed_inputs(request: pytest.FixtureRequest) -> None:
     if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
         if request.config.getoption("--require-gpu"):
             pytest.fail(f"--require-gpu: {NO_CAPTURE}")
@@ -286,7 +287,7 @@ def test_wrong_input_raises() -> None:
             call()
 
 
-def test_forged_programs_keep_the_walk_inside_the_circuit() -> None:
+def test_walk_stays_inside_the_circuit_for_forged_programs() -> None:
     program, leaf, w, _ = case("pairs", 2)
     val, root, u = ops.circuit_layers(leaf, w, program), start(program, 2), uniforms_of(program, 4)
     accepted = 0

@@ -1,4 +1,4 @@
-"""NaN among the logits of a leaf, which a maximum does not propagate, on every backend."""
+"""NaN among leaf logits, on every backend; a hardware maximum would not propagate it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_leaf_with_nan_makes_only_its_row_nan(
 ) -> None:
     for dtype in backend.dtypes():
         leaf = torch.full((2, 1, 2, vocab), other, dtype=dtype)
-        leaf[:, :, :, 1] = 2  # The other row is possible.
+        leaf[:, :, :, 1] = 2  # Row 1 has a possible token and no NaN.
         leaf[0, :, :, 1] = other
         leaf[0, 0, 1, place] = torch.nan
         x = torch.ones(2, 1, dtype=torch.long)

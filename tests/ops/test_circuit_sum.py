@@ -1,4 +1,4 @@
-"""Sum layers: log_einsum_exp and log_bmm, on every backend."""
+"""Sum layers, log_einsum_exp and log_bmm, on every backend."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lora_ext import ops, reference
 from lora_ext.reference._circuit_sum import log_weights
 
 NORMS = ["logits", "logprobs", "probs", "none"]
-# 16-bit weights differ only in how they are read.
+# 16-bit weights have only two norms here, because they differ only in how they are loaded.
 KINDS = [
     *itertools.product([torch.float32, torch.float64], NORMS),
     *itertools.product([torch.float16, torch.bfloat16], ["logits", "probs"]),
 ]
-# (regime, G or None, B, O, I)
+# (regime, shape): the shape is (B, O, I), or (G, B, O, I) for "grouped".
 SHAPES = [
     ("shared", (1, 1, 1)),
     ("shared", (3, 5, 7)),
@@ -32,7 +32,7 @@ SHAPES = [
 
 
 def inputs(regime: str, shape: tuple[int, ...], norm: str, dtype: torch.dtype, seed: int = 0):
-    """Return (w, values); a fifth of each is impossible."""
+    """Return random (w, values); a fifth of the entries of each are impossible (-inf)."""
     g = torch.Generator().manual_seed(seed)
     *lead, rows, sums, terms = shape
     matrices = {"shared": [], "grouped": lead, "per row": [rows]}[regime]
@@ -46,7 +46,8 @@ def inputs(regime: str, shape: tuple[int, ...], norm: str, dtype: torch.dtype, s
 
 
 def allowed(expected: Tensor, terms: int) -> Tensor:
-    """Return the bound: four roundings per term, I of the sum, and shifts like the result."""
+    """Return the largest |error| allowed: four roundings per term, I roundings of the sum, and
+    shifts as large as the result."""
     bound = (terms + 16) * 2.0**-24 + 2.0**-22 * (20 + expected.abs())
     return torch.where(expected == -torch.inf, 0, bound)
 
@@ -89,7 +90,7 @@ def test_log_einsum_exp_and_its_gradient_equal_the_formula(
         assert ((a - b).abs() <= (rounding + shape[-1] * 2e-7 + 1e-5) * scale).all(), name
 
 
-def test_float64_is_exact_to_its_own_rounding() -> None:
+def test_float64_results_are_within_float64_rounding() -> None:
     for (regime, shape), norm in itertools.product(SHAPES, NORMS):
         w, values = inputs(regime, shape, norm, torch.float64)
         expected = reference.log_einsum_exp(w, values, norm)
@@ -135,8 +136,8 @@ def test_impossible_sums_stay_impossible_without_nan(
     w, values = inputs(
         regime, (2, 4, 5, 6) if regime == "grouped" else (4, 5, 6), norm, torch.float32
     )
-    values[..., 1, :] = -torch.inf  # a row of impossible terms
-    w[..., 2, :] = 0 if norm == "probs" else -torch.inf  # a sum of impossible weights
+    values[..., 1, :] = -torch.inf  # a row with impossible terms only
+    w[..., 2, :] = 0 if norm == "probs" else -torch.inf  # a sum with impossible weights only
     w, values = (t.to(backend.device).requires_grad_() for t in (w, values))
     out = ops.log_einsum_exp(w, values, norm)
     assert (out[..., 1, :] == -torch.inf).all() and (out[..., 2] == -torch.inf).all()
@@ -147,7 +148,7 @@ def test_impossible_sums_stay_impossible_without_nan(
 
 
 def banded(states: int, rows: int, regime: str):
-    """Return left-to-right transitions, and values with their mass on later states."""
+    """Return left-to-right transitions, and values that are much larger for later states."""
     w = torch.full((states, states), -torch.inf)
     for o in range(states):
         w[o, max(0, o - 1) : o + 1] = torch.tensor([-0.3, -1.35])[-(o + 1) :]
@@ -163,7 +164,7 @@ def banded(states: int, rows: int, regime: str):
 
 @pytest.mark.parametrize("regime", ["shared", "grouped", "per row"])
 @pytest.mark.parametrize("norm", ["logits", "logprobs", "probs"])
-def test_terms_that_underflow_beside_a_closed_path_are_rescued(
+def test_terms_far_below_the_largest_value_do_not_underflow(
     backend: Backend, regime: str, norm: str
 ) -> None:
     w, values = banded(6, 3, regime)
@@ -200,7 +201,7 @@ def test_nan_stays_nan(backend: Backend) -> None:
 # --- autograd, shapes, errors ---------------------------------------------------------------------
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("regime", ["shared", "grouped", "per row"])
-def test_first_and_second_derivatives(regime: str, norm: str) -> None:
+def test_first_and_second_derivatives_pass_gradcheck(regime: str, norm: str) -> None:
     shape = (2, 3, 2, 4) if regime == "grouped" else (3, 2, 4)
     w, values = inputs(regime, shape, norm, torch.float64, seed=3)
     w, values = w.nan_to_num(neginf=-1), values.nan_to_num(neginf=-1)
@@ -217,7 +218,7 @@ def test_third_derivative_equals_that_of_the_formula(regime: str) -> None:
     leaves = [t.nan_to_num(neginf=-1).requires_grad_() for t in (w, values)]
 
     def third(f) -> tuple[Tensor, ...]:
-        # Each gradient is used so that the next one depends on it and on its inputs.
+        # Powers of all gradients are summed, so that the next derivative depends on all of them.
         value = f(*leaves).square().sum()
         for power in (3, 2):
             grads = torch.autograd.grad(value, leaves, create_graph=True)
@@ -239,7 +240,7 @@ def test_tangents_raise() -> None:
             torch.func.jvp(f, (values,), (values,))
 
 
-def test_log_bmm_equals_the_formula_with_two_derivatives(backend: Backend) -> None:
+def test_log_bmm_and_two_derivatives_equal_the_formula(backend: Backend) -> None:
     g = torch.Generator().manual_seed(0)
     a, b = 3 * torch.randn(3, 4, 5, generator=g), 3 * torch.randn(3, 5, 6, generator=g)
     a[0, 1] = -torch.inf
@@ -257,13 +258,13 @@ def test_log_bmm_equals_the_formula_with_two_derivatives(backend: Backend) -> No
 
 
 @pytest.mark.parametrize("regime", ["shared", "grouped", "per row"])
-def test_strided_inputs_and_empty_batches(backend: Backend, regime: str) -> None:
+def test_strided_inputs_and_empty_batches_are_supported(backend: Backend, regime: str) -> None:
     shape = (2, 6, 5, 8) if regime == "grouped" else (6, 5, 8)
     w, values = inputs(regime, shape, "logits", torch.float32)
     w, values = w.to(backend.device), values.to(backend.device)
     out = ops.log_einsum_exp(w, values)
     sliced_w = torch.stack([w, w], -1)[..., 0]  # The last axis is not contiguous.
-    wide = torch.cat([values, values], -1)[..., :8]  # rows further apart
+    wide = torch.cat([values, values], -1)[..., :8]  # larger row stride
     assert torch.equal(ops.log_einsum_exp(sliced_w, wide), out)
     wide_w = torch.cat([w, w], -2)[..., :5, :]
     assert torch.equal(ops.log_einsum_exp(wide_w, values), out)
@@ -274,7 +275,7 @@ def test_strided_inputs_and_empty_batches(backend: Backend, regime: str) -> None
         leaf[:0] if regime == "per row" else leaf, values[..., :0, :]
     ).sum().backward()
     assert leaf.grad is not None and not leaf.grad.any()
-    # The gradient of a sum has stride 0.
+    # The upstream gradient from a sum is expanded (stride 0).
     a = torch.autograd.grad(ops.log_einsum_exp(leaf, values).clamp(min=-99).sum(), leaf)[0]
     b = torch.autograd.grad(
         ops.log_einsum_exp(leaf, values), leaf, (out >= -99).float().contiguous()
@@ -282,7 +283,7 @@ def test_strided_inputs_and_empty_batches(backend: Backend, regime: str) -> None
     assert torch.equal(a, b)
 
 
-def test_expanded_matrix_counts_as_shared(backend: Backend) -> None:
+def test_expanded_matrix_gives_the_same_result_as_a_shared_one(backend: Backend) -> None:
     w, values = inputs("shared", (6, 5, 8), "logits", torch.float32)
     w, values = w.to(backend.device).requires_grad_(), values.to(backend.device)
     a, b = ops.log_einsum_exp(w, values), ops.log_einsum_exp(w.expand(6, 5, 8), values)
@@ -304,7 +305,7 @@ def test_rows_of_an_expanded_leaf_have_separate_gradients(backend: Backend) -> N
     assert torch.equal(*grads)
 
 
-def test_row_with_its_own_matrix_does_not_depend_on_its_batch(backend: Backend) -> None:
+def test_row_with_its_own_matrix_does_not_depend_on_the_batch(backend: Backend) -> None:
     w, values = inputs("per row", (7, 20, 33), "logits", torch.float32)
     w, values = w.to(backend.device), values.to(backend.device)
     together = ops.log_einsum_exp(w, values)
@@ -336,7 +337,7 @@ def test_row_with_shared_weights_does_not_depend_on_batch_or_threads() -> None:
     assert torch.equal(ops.log_einsum_exp(w, values, scaled=scaled), together)
 
 
-def test_threads_change_no_bit_of_rows_with_their_own_matrix() -> None:
+def test_number_of_threads_changes_no_bit_of_rows_with_their_own_matrix() -> None:
     w, values = inputs("per row", (64, 16, 64), "logits", torch.float32)
     w.requires_grad_()
     results = []
@@ -370,7 +371,7 @@ def test_scaled_weights_may_be_passed(backend: Backend, regime: str, norm: str) 
 
 
 @pytest.mark.parametrize("regime", ["shared", "grouped", "per row"])
-def test_opcheck(regime: str) -> None:
+def test_ops_pass_opcheck(regime: str) -> None:
     shape = (2, 3, 4, 5) if regime == "grouped" else (3, 4, 5)
     w, values = inputs(regime, shape, "logits", torch.float32)
     w, values = w.nan_to_num(neginf=-3), values.nan_to_num(neginf=-3)

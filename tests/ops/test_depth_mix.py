@@ -1,4 +1,4 @@
-"""Mixes of hidden states: non-finite values, autocast, tracing and errors."""
+"""``depth_mix`` with non-finite values, under autocast and tracing, and its errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_ext import ops, reference
 
 # --- empty and non-finite inputs ------------------------------------------------------------------
 @pytest.mark.parametrize("routed", [False, True], ids=["weights", "router"])
-def test_no_rows_give_empty_results(backend: Backend, routed: bool) -> None:
+def test_empty_batch_gives_empty_results(backend: Backend, routed: bool) -> None:
     mix = make(((2, 0), 24, 3), torch.float32, backend, routed=routed)
     live = mix.map(lambda t: t.detach().clone().requires_grad_())
     u = live.run()[0]
@@ -39,11 +39,11 @@ def test_row_of_zeros_gives_the_betas_and_finite_gradients(backend: Backend, nor
     assert all(t.isfinite().all() for t in gradients(mix, upstream(mix)))
     plain = replace(mix, betas=None)
     assert (plain.run()[0] == 0).all()
-    assert replace(plain, eps=0.0).run()[0].isnan().all()  # 0 / 0, as in the formula
+    assert replace(plain, eps=0.0).run()[0].isnan().all()  # 0 / 0 as in the formula
 
 
 def test_non_finite_values_affect_only_their_row_whatever_their_weight(backend: Backend) -> None:
-    """Check a weight of zero, which is a factor: zero times NaN is NaN, as in the formula."""
+    """Check that a row with NaN in a hidden state of weight zero is NaN, as in the formula."""
     for wrong in (math.nan, math.inf):
         mix = make(((5,), 24, 2), torch.float32, backend)
         mix.hiddens[1][2, 7] = wrong
@@ -213,7 +213,7 @@ def test_wrong_input_raises(backend: Backend) -> None:
     for wrong, message in [*faults(mix), *routed_faults(routed)]:
         with pytest.raises(ValueError, match=message):
             wrong.run()
-        with pytest.raises(ValueError, match=message):  # above autograd too
+        with pytest.raises(ValueError, match=message):  # also with autograd
             wrong.map(lambda t: t.requires_grad_() if t.is_floating_point() else t).run()
     with pytest.raises(
         ValueError, match=r"depth_mix: hiddens\[1\]: expected a tensor on .*, found meta"

@@ -1,4 +1,4 @@
-"""Errors of the LoRA ops and their messages: op, argument, expected, found."""
+"""Errors of the LoRA ops; messages contain op, argument, expected and found value."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_overlapping_output_rows_raise() -> None:
 
 
 def square_inputs(paged: bool) -> Inputs:
-    """Return inputs in which every float32 and every int32 argument could share the memory of y."""
+    """Return inputs whose sizes and 32-bit dtypes allow every argument to share the memory of y."""
     inputs = make_inputs(Shape(16, 16, 16, (8, 8)), torch.float32, seed=1, paged=paged)
     names = ("y", "x", "a", "b", "scale")
     inputs |= {name: inputs[name].nan_to_num() for name in names}
@@ -127,7 +127,7 @@ def test_output_in_the_memory_of_another_argument_raises(name: str, paged: bool)
     if inputs[name] is None:
         pytest.skip("a bank has no page table")
     size = inputs[name].numel()
-    for start in (0, 7, 256 - size // 2 - 1, 255):  # from inside y to its last element only
+    for start in (0, 7, 256 - size // 2 - 1, 255):  # from inside y to only its last element
         memory = torch.zeros(256 + size)
         memory[:256] = inputs["y"].flatten()
         within = memory[start:][:size].view(inputs[name].dtype).view(inputs[name].shape)
@@ -159,17 +159,17 @@ def test_every_in_place_op_raises_for_an_overlap() -> None:
 
 
 def digits(*shape: int) -> torch.Tensor:
-    """Return small integers, for which sums of products are exact."""
+    """Return small integers, whose sums of products are exact."""
     return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(1)).float()
 
 
 def packed(rows: int, *widths: int) -> list[torch.Tensor]:
-    """Return columns of one buffer, side by side, like q, k and v of one projection."""
+    """Return slices of the columns of one buffer, like q, k and v of one projection."""
     return list(digits(rows, sum(widths)).split(widths, 1))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_output_between_the_rows_of_others_is_written(rows: int) -> None:
+def test_output_between_rows_of_another_argument_is_allowed(rows: int) -> None:
     a, b, ids = digits(1, 8, 16), digits(1, 24, 8), torch.zeros(rows, dtype=torch.long)
     columns, reverse = packed(rows, 24, 3, 16), packed(rows, 16, 24)
     pairs = [
@@ -185,7 +185,7 @@ def test_output_between_the_rows_of_others_is_written(rows: int) -> None:
         kept = x.clone()
         assert torch.equal(ops.lora_apply_(y, x, a, b, ids), want)
         assert torch.equal(x, kept)
-    # The adapters are in the gaps between the rows of y, at the row pitch.
+    # The adapters are stored in the gaps between the rows of y, with the same row stride.
     if rows > 1:
         buffer = digits(8 * rows, 24 + 16)
         y, held = buffer[::8, :24], buffer[:8, 24:]
@@ -193,8 +193,8 @@ def test_output_between_the_rows_of_others_is_written(rows: int) -> None:
         assert torch.equal(ops.lora_apply_(y, torch.ones(rows, 16), held[None], b, ids), want)
 
 
-def test_overlaps_of_matrices_of_one_pitch_are_found_exactly() -> None:
-    """Check that pairs of small windows of one buffer raise exactly if they share an element."""
+def test_overlaps_of_matrices_with_equal_row_strides_are_found_exactly() -> None:
+    """Check that two windows of one buffer raise if, and only if, they share an element."""
     a, b = torch.zeros(1, 8, 2), torch.zeros(1, 2, 8)
     buffer = torch.zeros(6, 5)
     where = torch.arange(30).view(6, 5)
@@ -215,7 +215,7 @@ def test_overlaps_of_matrices_of_one_pitch_are_found_exactly() -> None:
     assert 0 < refused < len(windows) ** 2
 
 
-def test_expand_checks_v() -> None:
+def test_expand_raises_for_an_invalid_v() -> None:
     i = make_inputs(SHAPE, torch.bfloat16)
     for message, v in [
         ("v: expected Float, found BFloat16", torch.zeros(4, 8, dtype=torch.bfloat16)),
@@ -227,7 +227,7 @@ def test_expand_checks_v() -> None:
             ops.lora_expand_(i["y"], v, i["b"], i["adapter_ids"])
 
 
-def test_segments_are_checked() -> None:
+def test_invalid_segments_raise() -> None:
     for message, args in [
         (r"seg_indptr: expected shape \(3,\), found \[2\]", (ints(0, 4), ints(0, 1), 4)),
         (
@@ -242,7 +242,7 @@ def test_segments_are_checked() -> None:
             ops.lora_segment_ids(*args)
 
 
-def test_ops_without_a_backward_raise() -> None:
+def test_ops_without_a_backward_raise_for_inputs_that_require_gradients() -> None:
     i = make_inputs(SHAPE, torch.float32)
     x = i["x"].requires_grad_()
     with pytest.raises(RuntimeError, match=r"lora_apply_ has no backward; .* use lora_apply"):
@@ -269,7 +269,7 @@ def test_empty_inputs_return_at_once() -> None:
     ops.lora_apply_(y, x, torch.zeros(2, 0, 16), torch.zeros(2, 24, 0), ids)  # no ranks
     ops.lora_apply_(y[:0], x[:0], torch.zeros(2, 8, 16), torch.zeros(2, 24, 8), ids[:0])  # no rows
     assert torch.equal(y, before)
-    many = torch.zeros(40, dtype=torch.long)  # no in-features: zero, not old scratch memory
+    many = torch.zeros(40, dtype=torch.long)  # no in-features: zeros, not old memory
     nothing = ops.lora_apply(torch.zeros(40, 0), torch.zeros(1, 8, 0), torch.ones(1, 16, 8), many)
     assert torch.equal(nothing, torch.zeros(40, 16))
     empty = ops.lora_apply(x[:0], torch.zeros(2, 8, 16), torch.zeros(2, 24, 8), ids[:0])
@@ -292,13 +292,13 @@ def test_plan_of_other_ids_raises(ids_dtype: torch.dtype) -> None:
     inputs = make_inputs(SHAPE, torch.float32)
     inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0], dtype=ids_dtype)
     plan = ops.lora_plan(inputs["adapter_ids"].flip(0), 2)
-    for other in (plan, torch.zeros_like(plan)):  # The second one is not a plan.
+    for other in (plan, torch.zeros_like(plan)):  # Zeros are not a plan.
         with pytest.raises(ValueError, match=r"plan: expected lora_plan\(\) of these adapter_ids"):
             apply_({**inputs, "plan": other})
 
 
 @pytest.mark.parametrize("adapters", [2**31, 2**32 + 1])
-def test_more_adapters_than_an_int32_counts_raise(adapters: int) -> None:
+def test_more_adapters_than_int32_can_represent_raise(adapters: int) -> None:
     a, b = torch.zeros(1, 8, 4).expand(adapters, 8, 4), torch.zeros(1, 5, 8).expand(adapters, 5, 8)
     with pytest.raises(ValueError, match=r"a: expected fewer than 2\^24 adapters"):
         ops.lora_apply(torch.zeros(1, 4), a, b, torch.zeros(1, dtype=torch.long))

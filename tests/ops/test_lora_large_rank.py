@@ -1,4 +1,4 @@
-"""Ranks above one span of the twins, which the case tables do not cover."""
+"""Ranks that the twins process in several spans, which the tables of cases do not contain."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def apply(i: Inputs, rows: Tensor | slice = slice(None)) -> Tensor:
 
 
 def linear(i: Inputs, rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
-    """Return y and every gradient of the update, for some rows."""
+    """Return y and all gradients of the update for the given rows."""
     x, dy, ids = (i[k][rows] for k in ("x", "dy", "adapter_ids"))
     x, a, b = (t.detach().requires_grad_() for t in (x, i["a"], i["b"]))
     tail = i["scale"], i["ranks"], i["dropout_p"], i["seed"]
@@ -46,7 +46,7 @@ def linear(i: Inputs, rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
 # --- a row and its batch ------------------------------------------------------------------------
 @pytest.mark.parametrize("paged", [False, True], ids=["bank", "paged"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_row_has_the_same_bits_in_any_batch(paged: bool, dtype: torch.dtype) -> None:
+def test_row_is_bitwise_equal_in_any_batch(paged: bool, dtype: torch.dtype) -> None:
     i = make_inputs(Shape(1000, 40, 24, RANKS), dtype, seed=1, paged=paged)
     together = apply(i)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(2))
@@ -55,14 +55,15 @@ def test_row_has_the_same_bits_in_any_batch(paged: bool, dtype: torch.dtype) -> 
         assert_same_bits(apply(i, some), together[some], f"{end - begin} rows: ")
     for rows in ROWS:
         assert_same_bits(apply(i, slice(rows)), together[:rows], f"the first {rows}: ")
-        for s in (0, 4):  # only its adapter's rows
+        for s in (0, 4):  # only rows of adapter s
             own = (i["adapter_ids"] == s).nonzero()[:rows, 0]
             assert_same_bits(apply(i, own), together[own], f"{rows} rows of adapter {s}: ")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
-def test_training_row_has_the_same_bits_in_any_batch(p: float) -> None:
-    """Check only the first rows with dropout, because the mask of a row depends on its index."""
+def test_training_row_is_bitwise_equal_in_any_batch(p: float) -> None:
+    """Check only batches of the first rows, because the dropout mask of a row depends on its
+    index."""
     i = train_inputs(Shape(1000, 40, 24, RANKS), torch.float32, seed=3, dropout_p=p)
     together = linear(i)
     for rows in ROWS:
@@ -72,7 +73,8 @@ def test_training_row_has_the_same_bits_in_any_batch(p: float) -> None:
 
 
 def test_gradient_of_an_adapter_does_not_depend_on_other_ranks() -> None:
-    """Check bank ranks, which decide how the work is split and if dx needs a separate pass."""
+    """Check that the rank of the bank changes no bit, although it determines how the work is split
+    and whether dx needs a separate pass."""
     small = train_inputs(Shape(90, 70, 33, (8, 40), "interleaved"), torch.float32, seed=4)
     a, b = (small["a"].new_full(size, torch.nan) for size in ((3, 600, 70), (3, 33, 600)))
     a[:2, :40], b[:2, :, :40] = small["a"], small["b"]
@@ -89,7 +91,7 @@ def test_gradient_of_an_adapter_does_not_depend_on_other_ranks() -> None:
 
 
 @pytest.mark.parametrize("tokens", [5, 130, 700])
-def test_threads_change_no_bit(tokens: int, threads: Callable[[int], None]) -> None:
+def test_number_of_threads_changes_no_bit(tokens: int, threads: Callable[[int], None]) -> None:
     i = train_inputs(Shape(tokens, 200, 330, RANKS), torch.float32, seed=5, dropout_p=0.25)
     results = []
     for count in (1, 2, 5):
@@ -117,7 +119,8 @@ def test_nan_in_rows_without_an_adapter_is_not_read(backend: Backend, paged: boo
 
 # --- dropout ------------------------------------------------------------------------------------
 def test_dropout_drops_the_same_elements_as_at_small_ranks(backend: Backend) -> None:
-    """Check 600 ranks with 8 that are not zero: y and every gradient equal those of rank 8."""
+    """Check rank 600 with 8 ranks that are not zero: y and all gradients must equal those of rank
+    8."""
     common = {"seed": 7, "exact": True, "dropout_p": 0.5, "base": False}
     small = train_inputs(Shape(70, 65, 33, (8,)), torch.float32, **common)
     at = torch.tensor([0, 5, 255, 256, 300, 511, 512, 599])
@@ -178,8 +181,9 @@ def test_segments_and_single_rows_support_large_ranks(backend: Backend) -> None:
     assert_same_bits(sgmv, expected, "sgmv_: ")
 
 
-def test_training_step_uses_only_our_ops() -> None:
-    """Check that no index, nonzero or copy of rows runs outside the op that gathers them."""
+def test_training_step_runs_only_ops_of_lora_ext() -> None:
+    """Check that the step runs no index, nonzero or copy op of torch; rows are gathered inside the
+    op."""
     i = train_inputs(Shape(300, 40, 24, RANKS), torch.float32, seed=11)
     a, b = i["a"].requires_grad_(), i["b"].requires_grad_()
     with torch.profiler.profile() as profile:

@@ -1,4 +1,4 @@
-"""The plan and the segment ids against their formulas."""
+"""The plan and the segment ids, compared with their formulas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = [
 
 
 def fields(plan: Tensor, tokens: int, adapters: int) -> dict[str, object]:
-    """Return the fields of the vector described in `lora_ext/lora.h`."""
+    """Return the fields of a plan, a vector described in `lora_ext/lora.h`."""
     plan = plan.cpu()
     chunk_rows = 16 if tokens <= 256 else 64 if tokens < 4096 else 128
     most = tokens // chunk_rows + min(tokens, adapters)
@@ -70,7 +70,7 @@ def test_rows_past_num_valid_have_no_adapter(backend: Backend, tokens: int, vali
     assert_plan(ops.lora_plan(ids, 4, num_valid), ids, 4, num_valid)
 
 
-def test_kernels_count_ids_out_of_range_and_twins_raise(backend: Backend) -> None:
+def test_ids_out_of_range_are_counted_by_kernels_and_raise_in_twins(backend: Backend) -> None:
     ids = torch.tensor([0, 7, -2, 1, 2**31 - 1], device=backend.device)
     if backend.is_twin:
         with pytest.raises(

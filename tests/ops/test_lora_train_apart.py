@@ -1,4 +1,4 @@
-"""``lora_linear_apart``: the results of ``lora_linear`` for factors that are not in a bank."""
+"""``lora_linear_apart``, which equals ``lora_linear`` for factors that are not in a bank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def apart(i: dict, a: list[Tensor], b: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     "frozen", [(), ("x", "weight", "bias"), ("a",), ("b",), ("x", "b")], ids=str
 )
-def test_has_the_bits_of_a_bank(p: float, frozen: tuple[str, ...]) -> None:
+def test_separate_factors_are_bitwise_equal_to_a_bank(p: float, frozen: tuple[str, ...]) -> None:
     i, a, b = parts(p)
     for name in LEAVES:
         i[name].requires_grad_(name not in frozen)
@@ -102,7 +102,7 @@ def test_double_backward_and_missing_ranks_raise() -> None:
         ops.lora_linear_apart(i["x"], None, None, a, b, i["adapter_ids"])
 
 
-def test_memory_of_an_earlier_call_does_not_count() -> None:
+def test_memory_of_an_earlier_call_does_not_affect_results() -> None:
     i, a, b = parts()
     expected = apart(i, a, b)
     nan = [[torch.full((16, 33), torch.nan)] * 3, [torch.full((21, 16), torch.nan)] * 3]

@@ -1,4 +1,4 @@
-"""Errors of the training ops and their messages: op, argument, expected, found."""
+"""Errors of the training ops; messages contain op, argument, expected and found value."""
 
 from __future__ import annotations
 

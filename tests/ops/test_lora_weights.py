@@ -1,4 +1,4 @@
-"""Products, merging and DoRA norms of adapters against their formulas."""
+"""Weight updates, merging and DoRA norms of adapters, compared with their formulas."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def factors(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_small_integers_are_exact(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_small_integer_results_are_exact(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     weight, a, b = factors(shape, dtype, exact=True)
     wide = [t.double() for t in (weight, a, b)]
     assert torch.equal(ops.lora_delta(a, b, 0.5).double(), reference.lora_delta(*wide[1:], 0.5))
@@ -41,7 +41,7 @@ def test_small_integers_are_exact(shape: tuple[int, int, int], dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_random_values_are_rounded_once(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_random_results_are_rounded_once(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     weight, a, b = factors(shape, dtype)
     wide = [t.double() for t in (weight, a, b)]
     accumulator = 2.0**-53 if dtype == torch.float64 else 2.0**-24
@@ -55,7 +55,8 @@ def test_random_values_are_rounded_once(shape: tuple[int, int, int], dtype: torc
         tiny = torch.finfo(dtype).smallest_normal
         allowed = 1.02 * ROUNDING[dtype] * (expected.abs() + tiny) + sums
         assert ((got.double() - expected).abs() <= allowed).all()
-    # The square errs by its three sums of up to I products, all within (|w| + |b||a|)^2.
+    # The squared norm contains three sums of up to I products, which are all bounded by (|w| +
+    # |b||a|)^2.
     norm = (wide[0] + exact).norm(dim=1)
     square = (16 + 2 * shape[1] ** 0.5) * accumulator * magnitude.sum(1).square()
     got = ops.lora_dora_norm(weight, a, b, 3.0).double()
@@ -64,7 +65,7 @@ def test_random_values_are_rounded_once(shape: tuple[int, int, int], dtype: torc
     assert torch.allclose(got, norm, rtol=2e-6, atol=0)
 
 
-def test_norm_of_a_cancelled_weight_is_zero_and_not_nan() -> None:
+def test_norm_of_a_weight_that_cancels_the_update_is_zero_and_not_nan() -> None:
     _, a, b = factors((33, 130, 8), torch.float32)
     norm = ops.lora_dora_norm(ops.lora_delta(a, b), a, b, -1.0)
     assert norm.isfinite().all() and (norm < 0.02).all()

@@ -1,4 +1,5 @@
-"""Check that ops reject wrong shapes and dtypes on meta tensors, as they do while torch traces."""
+"""Check that ops reject wrong shapes and dtypes of meta tensors, which torch uses while it
+traces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of the losses over a vocabulary and their messages."""
+"""Errors of the chunked vocabulary losses and their messages."""
 
 from __future__ import annotations
 

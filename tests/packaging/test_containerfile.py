@@ -1,4 +1,4 @@
-"""The Containerfile, checked without a builder: its steps, its files, and its command."""
+"""The Containerfile, checked without building an image: its steps, files and command."""
 
 import json
 import re

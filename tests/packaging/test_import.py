@@ -1,4 +1,5 @@
-"""The cost and output of `import lora_ext`, and the loader's message for a failed import."""
+"""Time and output of `import lora_ext`, the loader's messages for failed imports, and the
+doctor."""
 
 import ast
 import importlib.util
@@ -20,7 +21,8 @@ PACKAGE = Path(lora_ext.__file__).parent
 
 
 def python(code: str) -> str:
-    """Run code in a new process beside this package and return its whole output."""
+    """Run code in a new process that can import this package, and return its standard output and
+    error output."""
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -29,7 +31,7 @@ def python(code: str) -> str:
 
 @pytest.mark.slow
 def test_import_is_silent_starts_nothing_and_defers_large_packages():
-    """Check all in one process, because the import of torch takes seconds of processor time."""
+    """Check everything in one process, because importing torch takes seconds of processor time."""
     code = (
         "import sys, lora_ext\n"
         "assert not {'transformers', 'peft', 'safetensors'} & set(sys.modules)\n"
@@ -51,10 +53,10 @@ def test_import_is_silent_starts_nothing_and_defers_large_packages():
 
 @pytest.mark.slow
 def test_import_takes_under_300_ms_beyond_torch():
-    # Measure the processor time of this process: on a busy machine, wall-clock time includes other
-    # processes. The garbage collector is off, since its pass over all objects of torch would fall
-    # into one of the imports. Beside other work the same instructions take up to twice as long, as
-    # does torch's own import, which takes 1.5 s on an idle machine.
+    # Measure processor time, since wall-clock time includes other processes. The garbage collector
+    # is off, because its pass over all objects of torch would run during one of the imports. On a
+    # busy machine, the same instructions take up to twice as long. The limit is therefore scaled by
+    # the time of torch's import, which takes 1.5 s on an idle machine.
     code = (
         "import gc, time; gc.disable(); t = time.process_time(); import torch; "
         "u = time.process_time(); import lora_ext; print(time.process_time() - u, u - t)"
@@ -65,7 +67,7 @@ def test_import_takes_under_300_ms_beyond_torch():
         if own < 0.3 * max(1, other / 1.5):
             return
         found.append((own, other))
-    pytest.fail(f"seconds of lora_ext and of torch: {found}")
+    pytest.fail(f"seconds to import lora_ext and torch: {found}")
 
 
 def test_build_that_cannot_be_imported_is_explained(monkeypatch):
@@ -87,7 +89,8 @@ def test_stubs_have_the_names_of_the_module():
 
 
 def doctor_in_a_checkout(folder: Path, *, built: bool) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m lora_ext.doctor`` in a copy of this package; PYTHONPATH has another."""
+    """Run ``python -m lora_ext.doctor`` in a copy of this package, with the original on
+    PYTHONPATH."""
     outputs = ("_C*.so", "_emu*.so", "_build_info.py", "__pycache__")
     shutil.copytree(PACKAGE, folder / "lora_ext", ignore=shutil.ignore_patterns(*outputs))
     if built:
@@ -110,7 +113,7 @@ def doctor_in_a_checkout(folder: Path, *, built: bool) -> subprocess.CompletedPr
 
 
 @pytest.mark.slow
-def test_checkout_that_hides_an_installed_package_is_named(tmp_path):
+def test_error_names_a_checkout_that_hides_an_installed_package(tmp_path):
     run = doctor_in_a_checkout(tmp_path, built=False)
     assert run.returncode == 1
     assert run.stderr.strip().splitlines()[-1] == (
@@ -134,7 +137,7 @@ def test_doctor_passes_and_prints_the_paths_it_uses(tmp_path):
 
 
 def test_package_outside_the_path_is_found_too(monkeypatch, tmp_path):
-    """Check an editable install, which adds its own finder."""
+    """Check a package found by an import hook, as in an editable install."""
 
     class Finder:
         @staticmethod

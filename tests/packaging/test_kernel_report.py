@@ -1,4 +1,4 @@
-"""Check that the page of estimates agrees with the lock and leaves nothing out."""
+"""The page of estimated kernel times: it agrees with kernels.lock and is complete."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from scripts import ROOT, tool
 
-loops, gate = tool("sass_loops"), tool("sass_gate")  # Each imports the previous one by its name.
+loops, gate = tool("sass_loops"), tool("sass_gate")  # The second module imports the first one.
 report = tool("kernel_report")
 RULES = gate.load_rules(gate.RULES)
 
@@ -16,11 +16,11 @@ def lock():
     return report.read_lock((ROOT / "kernels.lock").read_text(), RULES)
 
 
-def test_page_agrees_with_the_lock() -> None:
+def test_page_agrees_with_the_lock_file() -> None:
     assert report.main(["--check"]) == 0, "run `python tools/kernel_report.py`"
 
 
-def test_objects_have_the_documented_keys(capsys) -> None:
+def test_rows_of_the_json_output_have_the_documented_keys(capsys) -> None:
     assert report.main(["--json"]) == 0
     keys = {"name", "shape", "estimate_us", "floor_us", "ratio"}
     blanks = {"trips", "mma_share", "instructions_per_element"}
@@ -35,7 +35,7 @@ def test_objects_have_the_documented_keys(capsys) -> None:
 
 
 def test_trips_and_instructions_cost_what_the_model_predicts(lock) -> None:
-    """Check that ten more trips cost 2 us at a shape that waits for memory."""
+    """Check that ten more memory trips cost 2 us at a shape that is bound by memory latency."""
     case = next(c for c in report.CASES if c.shape.startswith("D1") and "shrink" in c.kernel)
     code = lock[case.kernel]
     longer = replace(code, trips=(code.trips or 0) + 10)
@@ -43,18 +43,18 @@ def test_trips_and_instructions_cost_what_the_model_predicts(lock) -> None:
     assert gap == pytest.approx(10 * report.L2)
     leaf = next(c for c in report.CASES if "circuit_leaf" in c.kernel)
     slow = replace(lock[leaf.kernel], each=64.0)
-    cycles = leaf.values * 64 / 32 / (4 * report.SMS)  # of a scheduler
+    cycles = leaf.values * 64 / 32 / (4 * report.SMS)  # cycles per scheduler
     assert report.launch_us(leaf, slow) >= cycles / report.CLOCK
 
 
-def test_chain_costs_all_its_launches_or_a_wait_per_step(lock) -> None:
+def test_estimate_of_a_chain_has_all_its_launches_or_a_wait_per_step(lock) -> None:
     chain = next(c for c in report.CASES if "2048 states" in c.shape and "forward, fp32" in c.shape)
     each = [report.launch_us(c, lock[c.kernel]) for c in (chain, *chain.beside)]
-    saved = 2 * (report.NULL - report.HANDOFF)  # Each kernel overlaps the end of the other.
+    saved = 2 * (report.NULL - report.HANDOFF)  # Each kernel starts before the other ends.
     assert all(lock[c.kernel].dependent for c in (chain, *chain.beside))
     assert report.estimate_us(chain, lock) == pytest.approx(31 * (sum(each) - saved))
     assert report.floor_us(chain) == pytest.approx(31 * 2 * 2048**2 * 512 / report.TENSOR)
-    # Each float32 product is six 16-bit products, no faster than tensor cores compute them.
+    # A float32 product consists of six 16-bit products, each at most as fast as tensor cores allow.
     assert each[0] > 6 * chain.flops / report.TENSOR
     chain = next(c for c in report.CASES if c.steps > 1)
     code = lock[chain.kernel]
@@ -65,7 +65,7 @@ def test_chain_costs_all_its_launches_or_a_wait_per_step(lock) -> None:
     assert report.layers_run(3, 2048, 512, 31) is None  # 64 rows of weights are 768 KiB
 
 
-def test_only_rows_above_twice_their_floor_are_red() -> None:
+def test_only_rows_with_an_estimate_above_twice_the_lower_bound_are_red() -> None:
     row = {"name": "k", "shape": "s", "estimate_us": 1.0, "floor_us": 1.0, "trips": 3}
     row |= {"mma_share": None, "instructions_per_element": 1.5, "bytes": 2_500_000}
     row |= {"registers": 40, "blocks_per_sm": 6}
@@ -95,11 +95,11 @@ def test_threads_equal_the_rules_and_blocks_fit_the_multiprocessor(lock) -> None
             RULES, case.kernel, "min_blocks"
         )
     code = report.Code(64, 1024 + 2048, (), None, None, None, dynamic=100_000)
-    assert code.per_multiprocessor(256) == 2  # The limit is shared memory; registers allow 4.
+    assert code.per_multiprocessor(256) == 2  # limited by shared memory; registers allow 4
     assert replace(code, dynamic=0).per_multiprocessor(256) == 4
 
 
-def test_rescue_loop_is_not_timed_and_a_missing_kernel_is_named(lock) -> None:
+def test_loop_for_underflowing_sums_is_not_timed_and_a_missing_kernel_is_named(lock) -> None:
     case = next(c for c in report.CASES if c.loop is not None)
     code = replace(lock[case.kernel], inflight=(64, 6))
     assert report.launch_us(case, code) < report.launch_us(replace(case, loop=None), code)

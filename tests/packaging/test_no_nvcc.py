@@ -1,7 +1,7 @@
-"""A machine without a CUDA toolkit: the emulator, with only the headers from NVIDIA's wheels.
+"""The emulator on a machine without a CUDA toolkit, with only the headers of NVIDIA's wheels.
 
-setup.py finds these headers. The emulator and the micro-kernels of tests/emu are compiled with
-them. All kernels include the headers through one device header, and compiling each of them again
+setup.py finds these headers. Only the emulator and the small kernels of tests/emu are compiled with
+them: all kernels include the headers through one device header, and compiling every kernel again
 would take minutes of CI time.
 """
 
@@ -28,7 +28,8 @@ print(json.dumps(setup.cmake_options(torch, setup.find_cxx(), toolkit, emulator=
 
 
 def path_without_nvcc(folder: Path) -> str:
-    """Return PATH, with links to all other files in place of each folder that contains nvcc."""
+    """Return PATH, in which each folder that contains nvcc is replaced by a folder of links to its
+    other files."""
     folders = []
     for number, place in enumerate(filter(None, os.environ["PATH"].split(os.pathsep))):
         if Path(place, "nvcc").exists():
@@ -73,11 +74,12 @@ def test_emulator_builds_and_runs_without_nvcc(
     run(cmake, "--build", build, "-j2", "--target", "emu_fast", env=env, cwd=tmp_path)
     read = run(options["CMAKE_MAKE_PROGRAM"], "-t", "deps", env=env, cwd=tmp_path / build).split()
     headers = [name for name in read if name.endswith(("/cuda_bf16.h", "/nv/target"))]
-    cuda = {(tmp_path / build / name).resolve() for name in headers}  # ccache may make it relative
+    cuda = {(tmp_path / build / name).resolve() for name in headers}  # ccache prints relative paths
     assert len(cuda) == 2
     assert all(any(name.is_relative_to(base.resolve()) for base in bases) for name in cuda), cuda
 
-    # Check tensor cores, asynchronous copies and barriers with an exact product of small integers.
+    # A matrix product of small integers uses tensor cores, asynchronous copies and barriers, and is
+    # exact.
     emulator = load_script(monkeypatch, "tests/emu", "conftest").load(tmp_path / build, "fast")
     m, n, k = 33, 31, 40
     numbers = np.random.default_rng(0)

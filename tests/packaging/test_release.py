@@ -1,4 +1,4 @@
-"""Version and changelog of a release, the torch version of a wheel, `make gpu` and `make hosts`."""
+"""Release recipe: version and changelog, torch version of wheels, `make gpu` and `make hosts`."""
 
 import re
 import shutil
@@ -57,7 +57,7 @@ def test_wheel_name_contains_the_torch_version(
     text = found.read(f"{info}/METADATA").decode()
     assert f"Version: 0.2.0+{local}\nRequires-Dist: torch==2.13.*\nRequires-Dist: numpy" in text
     record = found.read(f"{info}/RECORD").decode().splitlines()
-    # of nine zero bytes, computed by openssl
+    # SHA-256 of nine zero bytes, computed with openssl
     assert record[0] == "lora_ext/_C.so,sha256=PnB3_S9m1ongzuanz1s3vy3KfJea81bQoxy8XIVgXH0,9"
     assert record[2] == f"{info}/RECORD,,"
 
@@ -69,7 +69,7 @@ def leg(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize("compiler", ["/usr/bin/nvcc", None])
-def test_call_takes_nine_minutes_at_most(call, compiler, leg, tmp_path, monkeypatch):
+def test_time_limits_of_a_call_sum_to_nine_minutes(call, compiler, leg, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: compiler)
     steps = leg.legs(call, "9.0a", tmp_path)
     assert sum(step.seconds for step in steps) <= 540
@@ -83,7 +83,7 @@ def test_call_takes_nine_minutes_at_most(call, compiler, leg, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_probe_compiles(leg, tmp_path):
+def test_gpu_probe_compiles(leg, tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     command = ["nvcc", "-std=c++20", "-arch=sm_90a", "tools/gpu_probe.cu", "-o", tmp_path / "probe"]

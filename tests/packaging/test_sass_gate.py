@@ -1,4 +1,4 @@
-"""The gate on machine code: a kernel that spills must fail, and its good twin must pass."""
+"""The gate on machine code (SASS): kernels that break a rule fail, and correct kernels pass."""
 
 import shutil
 import subprocess
@@ -9,7 +9,7 @@ from scripts import tool
 pytestmark = pytest.mark.slow
 
 
-loops = tool("sass_loops")  # This must be first, because the gate imports it by this name.
+loops = tool("sass_loops")  # The gate imports this module.
 gate = tool("sass_gate")
 
 SOURCE = """
@@ -145,7 +145,7 @@ def test_objects_are_checked_in_parallel_and_reported_in_order(compiled, kernels
         assert bool(one.wrong) == (one.name.startswith(("good_kernel", "spill_kernel")))
 
 
-def test_object_that_cannot_be_read_is_named(tmp_path):
+def test_error_names_an_object_file_that_cannot_be_read(tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     (tmp_path / "no.o").write_text("no object")
@@ -197,7 +197,7 @@ def test_dependent_loads_are_distinguished_from_loads_in_flight_together(kernels
         ),
     ],
 )
-def test_prologue_or_iteration_that_grows_fails(kernels, good, bad, rule, reason):
+def test_kernel_with_a_longer_prologue_or_iteration_fails(kernels, good, bad, rule, reason):
     rule = {"match": "*_kernel", **rule}
     assert gate.judge(kernels[f"{good}_kernel", "sm_90a"], [rule]) == []
     (found,) = gate.judge(kernels[f"{bad}_kernel", "sm_90a"], [rule])
@@ -205,7 +205,7 @@ def test_prologue_or_iteration_that_grows_fails(kernels, good, bad, rule, reason
 
 
 @pytest.mark.parametrize("key", gate.COSTS)
-def test_cost_that_a_kernel_does_not_have_fails(kernels, key):
+def test_rule_for_a_cost_that_cannot_be_measured_in_a_kernel_fails(kernels, key):
     kernel = kernels["spill_kernel", "sm_80"]
     reasons = gate.judge(kernel, [{"match": "spill_kernel", key: 1}])
     assert f"nothing to measure {key} in" in reasons
@@ -222,17 +222,17 @@ LOAD = "LDG.E.128 R4, desc[UR4][R2.64]"
 @pytest.mark.parametrize(
     ("turn", "inflight", "overlap"),
     [
-        # one load, used at once
+        # one load, used immediately
         ([(LOAD, 0, 0), ("FADD R0, R0, R4", 7, 1)], 16, 0),
-        # two loads on two barriers, both issued before the first is used
+        # two loads with separate barriers, both issued before the first one is used
         ([(LOAD, 0, 0), (LOAD, 1, 0), ("FADD R0", 7, 1), ("FADD R0", 7, 2)], 32, 0),
-        # the second load is issued after the first one has arrived
+        # The second load is issued after the first one has arrived.
         ([(LOAD, 0, 0), ("FADD R0", 7, 1), (LOAD, 1, 0), ("FADD R0", 7, 2)], 16, 0),
-        # a barrier shared with a load that is needed first makes both wait
+        # The product waits for the load, so nothing is in flight during it.
         ([(LOAD, 0, 0), ("HMMA.16816.F32 R8", 7, 1)], 16, 0),
-        # the load of the last iteration is used in this one and is in flight during the product
+        # The load is used in the next iteration, so it is in flight during the product.
         ([("MOV R8, R4", 7, 1), (LOAD, 0, 0), ("HMMA.16816.F32 R8", 7, 0)], 16, 16),
-        # a ring of three stages: two loads are in flight while one is used
+        # A ring buffer of three stages: two loads are in flight while one is used.
         (
             [
                 ("DEPBAR.LE SB0, 0x1", 7, 0),
@@ -245,7 +245,7 @@ LOAD = "LDG.E.128 R4, desc[UR4][R2.64]"
         ),
     ],
 )
-def test_bytes_in_flight_follow_from_the_barriers(turn, inflight, overlap):
+def test_bytes_in_flight_are_derived_from_the_barriers(turn, inflight, overlap):
     found = loops.flight([instruction(text, sets, waits) for text, sets, waits in turn])
     assert (found.inflight, found.overlap) == (inflight, overlap)
 
@@ -253,7 +253,7 @@ def test_bytes_in_flight_follow_from_the_barriers(turn, inflight, overlap):
 def test_path_through_a_loop_is_the_one_with_most_loads():
     lines = [
         ("MOV R0, RZ", 7, 0),
-        (LOAD, 0, 0),  # 0x10, the head
+        (LOAD, 0, 0),  # 0x10, the loop head
         ("BRA P1, 0x50", 7, 0),
         (LOAD.replace(".128", ""), 1, 0),
         ("BRA 0x60", 7, 0),
@@ -280,7 +280,7 @@ def test_path_through_a_loop_is_the_one_with_most_loads():
         ({"threads": 1024, "min_blocks": 3}, "2 blocks per multiprocessor (min. 3)"),
     ],
 )
-def test_invalid_rule_is_named(kernels, rule, words):
+def test_error_names_an_invalid_rule(kernels, rule, words):
     reasons = gate.judge(kernels["good_kernel<float4, 1>", "sm_90a"], [{"match": "*", **rule}])
     assert len(reasons) == 1 and words in reasons[0]
 
@@ -312,7 +312,8 @@ def test_unknown_key_raises_and_the_rules_of_the_repository_are_valid(tmp_path):
 
 
 def test_loop_with_too_few_products_fails():
-    """Check two products among eight instructions (a quarter) and among four (a half)."""
+    """Check loops with two products among eight instructions (a quarter) and among four (a
+    half)."""
     product, move = "HMMA.16816.F32.BF16 R8, R4, R6, R8", "IMAD R9, R9, R9, RZ"
 
     def kernel(moves):

@@ -1,4 +1,4 @@
-"""setup.py: each failure of an install prints one sentence with the remedy."""
+"""setup.py: every failed installation prints one sentence with the remedy."""
 
 import importlib
 import importlib.util
@@ -35,7 +35,8 @@ def script(path: Path, text: str) -> str:
 
 @pytest.fixture
 def toolkit(tmp_path, monkeypatch):
-    """Return a function that makes a CUDA toolkit of a version that accepts gcc up to a version."""
+    """Return a function that makes a fake CUDA toolkit of version ``release``, which accepts gcc up
+    to version ``gcc``."""
 
     def make(release: str = "13.0", gcc: int = 15) -> Path:
         home = tmp_path / "cuda"

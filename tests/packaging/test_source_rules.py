@@ -1,4 +1,5 @@
-"""Rules of the tree that a compiler does not enforce: which files may include or import which."""
+"""Rules for source files that a compiler does not enforce, such as which files may include
+which."""
 
 import ast
 import re
@@ -56,7 +57,7 @@ def test_kernel_files_access_the_hardware_only_through_the_device_header():
 
 
 def test_comments_have_at_most_a_hundred_columns():
-    """Check comments, which clang-format does not break because they contain tables."""
+    """Check comments. clang-format does not wrap them, because they contain tables."""
     long = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in SOURCES
@@ -73,7 +74,8 @@ def test_federated_needs_no_flower():
 
 
 def test_ops_are_called_only_by_ops_through_the_name_that_tests_replace():
-    """Check calls of ops; a room may call an op that it defines in Python (``torch.library``)."""
+    """Check calls through ``torch.ops``. Other packages may only call ops that they define in
+    Python."""
     callers = {
         path.relative_to(ROOT / "lora_ext").parts[0]
         for path in (ROOT / "lora_ext").rglob("*.py")
@@ -99,14 +101,15 @@ OPS = set(
 
 
 class Tellings(NamedTuple):
-    """The same op as a formula (a name of ``lora_ext.reference``), as a loop and as a kernel."""
+    """Names of the formula (in ``lora_ext.reference``), the loop (twin) and the kernel launcher of
+    an op."""
 
     reference: str
     twin: str
-    launcher: str  # launch_..., or - for tensors on the CPU only
+    launcher: str  # without "launch_", or "-" if the op runs on the CPU only
 
 
-# An op, its formula, its twin and its launcher.
+# Per line: an op, its formula, its twin and its launcher.
 TABLE = """\
 lora_plan lora_plan lora_plan_cpu lora_plan
 lora_segment_ids lora_segment_ids lora_segment_ids_cpu lora_segment_ids
@@ -163,7 +166,7 @@ def test_table_of_ops_equals_both_registrations():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("lora_ext::")
     }
-    assert registered >= OPS  # Python defines further ops.
+    assert registered >= OPS  # More ops are defined in Python.
 
 
 def test_every_op_has_a_formula_a_loop_a_kernel_and_a_stub():
@@ -172,10 +175,10 @@ def test_every_op_has_a_formula_a_loop_a_kernel_and_a_stub():
     kernels = "\n".join(p.read_text() for p in (CSRC / "cuda").rglob("*.cu"))
     refusals = (CSRC / "ops/no_kernels.cpp").read_text()
     for op, (formula, twin, launcher) in TELLINGS.items():
-        assert hasattr(reference, formula), f"{op}: no reference.{formula}"
+        assert hasattr(reference, formula), f"{op}: expected reference.{formula}"
         family, _, step = twin.rpartition(".")
         declared = rf"struct {family} {{[^}}]*\(\*{step}\)" if family else rf"void {twin}\("
-        assert re.search(declared, headers), f"{op}: no twin {twin}"
+        assert re.search(declared, headers), f"{op}: expected a twin {twin}"
         for text in (headers, kernels, refusals) if launcher != "-" else ():
             assert re.search(rf"\blaunch_{launcher}\(|LX_NO_KERNEL\(launch_{launcher},", text), op
     tree = ast.parse(runpy.run_path(str(ROOT / "tools/stubs.py"))["stubs"]())
@@ -191,9 +194,9 @@ def test_every_op_has_a_formula_a_loop_a_kernel_and_a_stub():
     assert {op: stubs.get(op) for op in OPS} == schemas
 
 
-def test_every_op_is_in_the_laws_and_has_a_fake_kernel():
+def test_every_op_is_tested_and_has_a_fake_kernel():
     laws = [*(ROOT / "tests").glob("cases*.py"), *(ROOT / "tests").glob("test_contract*.py")]
-    laws += (ROOT / "tests/ops").glob("test_*.py")  # Plans and sums have separate laws.
+    laws += (ROOT / "tests/ops").glob("test_*.py")  # Plans and sum layers are tested there.
     text = "\n".join(path.read_text() for path in laws)
     driven = set(re.findall(r"\b(?:ops|reference)\.(\w+)", text))
     assert {t.reference for t in TELLINGS.values()} <= driven

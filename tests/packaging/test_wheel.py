@@ -1,4 +1,5 @@
-"""sdist -> wheel -> import in a new environment, outside the checkout."""
+"""Build an sdist, a wheel from it, and import the wheel in a new environment outside the
+checkout."""
 
 import fcntl
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 from scripts import ROOT
 
-# A CPU build: the ordinary build of the test run includes the kernels. The proxies are invalid.
+# Build for the CPU only, since the build under test already includes the kernels. The invalid
+# proxies prevent downloads.
 NO_NETWORK = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https", "all")}
 ENV = {**os.environ, "LORA_EXT_CUDA": "0", "LORA_EXT_EMU": "1", "PIP_NO_INDEX": "1", **NO_NETWORK}
 
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory) -> tuple[Path, Path]:
-    """Return the sdist and the wheel from it, built once for all workers of pytest-xdist."""
+    """Return the sdist and the wheel built from it, which all workers of pytest-xdist share."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "dist"
     folder.mkdir(exist_ok=True)
@@ -54,8 +56,8 @@ def test_sdist_and_wheel_contain_exactly_the_expected_files(archives):
 def test_wheel_imports_and_computes_outside_the_checkout(archives, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
-    # This environment's packages, which include torch, follow those of the new one. Links to the
-    # checkout (.pth files) are not followed from there.
+    # The packages of this environment, such as torch, are appended to the path of the new one. Its
+    # .pth files, which link to the checkout, are then not processed.
     (site / "zz_outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = tmp_path / "venv/bin/python"
     env = {k: v for k, v in ENV.items() if k != "PYTHONPATH"}

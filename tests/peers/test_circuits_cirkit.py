@@ -1,4 +1,4 @@
-"""Circuits against libcirkit: the same graph and parameters, built from libcirkit's layers."""
+"""Circuits, compared with libcirkit circuits that have the same graph and parameters."""
 
 from collections.abc import Iterator
 
@@ -30,7 +30,7 @@ scope = pytest.importorskip("cirkit.utils.scope", reason=_REASON)
 
 @pytest.fixture(autouse=True)
 def double() -> Iterator[None]:
-    """Set torch's default precision to float64, which libcirkit uses for parameters."""
+    """Set torch's default dtype, which libcirkit uses for parameters, to float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
@@ -38,14 +38,15 @@ def double() -> Iterator[None]:
 
 
 def constant(values: torch.Tensor):
-    """Return a parameter of the peer with our values."""
+    """Return a libcirkit parameter with the given values."""
     initializer = initializers.ConstantTensorInitializer(values.detach().numpy().astype(np.float64))
     node = parameters.TensorParameter(*values.shape, initializer=initializer)
     return parameters.Parameter.from_input(node)
 
 
 class Translation:
-    """Our circuit in the layers of the peer: one layer per input and variable, product and sum."""
+    """Translation of a circuit to libcirkit layers: one layer per variable of an input, per product
+    and per sum."""
 
     def __init__(self, circuit: Circuit):
         self.circuit, self.graph = circuit, circuit.graph
@@ -58,7 +59,7 @@ class Translation:
                 continue
             products = [self.partition(p, tops) for p in region.partitions]
             widths = {self.graph.partition_units(p) for p in region.partitions}
-            assert len(widths) == 1, "the peer's sums have inputs of one size"
+            assert len(widths) == 1, "expected sums whose inputs have one size, as in libcirkit"
             weight = constant(circuit.region_weights(i).softmax(1))
             width = widths.pop()
             top = layers.SumLayer(width, region.units, len(products), weight=weight)
@@ -100,7 +101,7 @@ class Translation:
 
 
 def compiled(circuit: Circuit):
-    """Return the peer's circuit and the context that made it."""
+    """Return the compiled libcirkit circuit and the context that compiled it."""
     context = pipeline.PipelineContext("torch", semiring="lse-sum", fold=True, optimize=True)
     return context, context.compile(Translation(circuit).circuit)
 
@@ -114,9 +115,9 @@ def test_log_probabilities_and_marginals_equal_libcirkit(name: str, seed: int) -
     close(circuit.log_prob(x), peer(x)[:, 0, 0])
     keep = list(range(seed % 2, circuit.num_variables, 2))
     unseen = scope.Scope(set(range(circuit.num_variables)) - set(keep))
-    if isinstance(circuit.layered.families[0][0], Categorical):  # integrated as a circuit only
+    if isinstance(circuit.layered.families[0][0], Categorical):  # integrated as a circuit
         expected = context.integrate(peer, unseen)(x)
-    else:  # Binomial leaves are integrated in a query only.
+    else:  # libcirkit can integrate binomial leaves only in a query.
         expected = queries.IntegrateQuery(peer)(x, integrate_vars=unseen)
     close(circuit.marginal(x, keep), expected[:, 0, 0])
 
@@ -132,7 +133,7 @@ def test_mixed_leaves_and_gradients_equal_libcirkit() -> None:
     peer(x).sum().backward()
     ours, logits = circuit.leaves[0]["logits"].grad, circuit.leaves[0]["logits"].detach()
     leaves = [p for p in peer.parameters() if p.numel() == ours.numel()]
-    assert len(leaves) == 1  # All leaves are in one fold, in our order.
+    assert len(leaves) == 1  # one fold with all leaves, in the order of lora_ext
     close(leaves[0].detach().view_as(ours), logits.log_softmax(1))
     theirs = leaves[0].grad.view_as(ours)
     close(ours, theirs - logits.softmax(1) * theirs.sum(1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Homogeneous chains against hmmlearn: log-likelihood, best path, and one step of Baum-Welch."""
+"""Homogeneous chains, compared with hmmlearn: log-likelihood, best path, one Baum-Welch step."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ STEPS, RANK, VALUES, ROWS = 7, 3, 4, 40
 
 
 def chain(leaf: Leaf, seed: int) -> Circuit:
-    """Return a float64 chain with one transition matrix and one table of emissions."""
+    """Return a float64 chain in which all steps share the transition matrix and the emissions."""
     circuit = circuit_of(RegionGraph.hmm(STEPS, RANK, leaf, homogeneous=True), seed)
     if isinstance(leaf, Gaussian):
         with torch.no_grad():
@@ -26,7 +26,8 @@ def chain(leaf: Leaf, seed: int) -> Circuit:
 
 
 def tables(circuit: Circuit) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return prior (C), transitions (C C) and emissions, all by state."""
+    """Return the prior (C), the transitions (C, C) and the emissions, in the order of the
+    states."""
     names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
     prior = circuit.region_weights(names["z0"])[0].softmax(0).detach()
     steps = circuit.region_weights(names["z1"]).softmax(1).detach()
@@ -34,7 +35,8 @@ def tables(circuit: Circuit) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 def peer_of(circuit: Circuit):
-    """Return hmmlearn's model with our parameters; ``fit`` does one iteration without priors."""
+    """Return hmmlearn's model with the parameters of ``circuit``. Its ``fit`` does one iteration,
+    without priors."""
     prior, steps, leaves = tables(circuit)
     options = {"n_components": RANK, "n_iter": 1, "init_params": ""}
     if "logits" in leaves:
@@ -51,7 +53,7 @@ def peer_of(circuit: Circuit):
 
 
 def columns(x: Tensor) -> tuple[np.ndarray, list[int]]:
-    """Return all rows concatenated, and their lengths, in the format of the peer."""
+    """Return the rows in hmmlearn's format, concatenated, with their lengths."""
     return x.reshape(-1, 1).numpy(), [STEPS] * len(x)
 
 
@@ -73,7 +75,7 @@ def test_log_likelihoods_and_best_paths_equal_hmmlearn(leaf: Leaf, seed: int) ->
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_scans_of_rows_equal_log_likelihoods(seed: int) -> None:
+def test_circuit_scan_of_each_row_equals_the_log_likelihood_of_hmmlearn(seed: int) -> None:
     circuit = chain(Categorical(VALUES), seed)
     x = rows_of(circuit, seed)
     prior, steps, leaves = tables(circuit)
@@ -87,7 +89,7 @@ def test_scans_of_rows_equal_log_likelihoods(seed: int) -> None:
 @pytest.mark.parametrize("ragged", [False, True], ids=["one length", "many lengths"])
 @pytest.mark.parametrize("leaf", [Categorical(VALUES), Gaussian()], ids=["categorical", "gaussian"])
 @pytest.mark.parametrize("seed", range(3))
-def test_em_step_equals_a_baum_welch_step(leaf: Leaf, seed: int, ragged: bool) -> None:
+def test_em_step_equals_a_baum_welch_step_of_hmmlearn(leaf: Leaf, seed: int, ragged: bool) -> None:
     circuit = chain(leaf, seed)
     x = rows_of(chain(leaf, seed + 20), seed)
     lengths = [1 + i % STEPS if ragged else STEPS for i in range(ROWS)]

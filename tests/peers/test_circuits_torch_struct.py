@@ -1,4 +1,4 @@
-"""Chains against torch-struct: partition functions, marginals and best paths of linear chains."""
+"""Chains, compared with torch-struct: partition functions, marginals and best paths."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ torch_struct = pytest.importorskip(
     "torch_struct",
     reason="torch-struct is not installed: pip install --no-build-isolation '.[peers]'",
 )
-# The peer predates the constraints that torch requires of distributions.
+# torch-struct was written before torch required constraints of distributions.
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not define `arg_constraints`")
 STEPS, RANK, VALUES, ROWS = 6, 4, 5, 7
 
 
 def chain(seed: int) -> tuple[Circuit, Tensor, Tensor, Tensor]:
-    """Return an HMM and its log-probabilities: prior (C), steps (T-1 C C), leaves."""
+    """Return an HMM and its log-probabilities: prior (C), transitions (T - 1, C, C) and leaves."""
     circuit = circuit_of(RegionGraph.hmm(STEPS, RANK, Categorical(VALUES)), seed)
     names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
     prior = circuit.region_weights(names["z0"])[0].log_softmax(0)
@@ -33,7 +33,7 @@ def data(seed: int) -> Tensor:
 
 
 def potentials(prior: Tensor, steps: Tensor, leaves: Tensor, x: Tensor) -> Tensor:
-    """Return the potentials in the peer's layout ``(B, T - 1, next state, state)``."""
+    """Return the potentials in torch-struct's layout ``(B, T - 1, next state, state)``."""
     seen = torch.stack([leaves[t][:, x[:, t]].T for t in range(STEPS)], 1)  # (B, T, C)
     edges = steps.transpose(1, 2)[None] + seen[:, 1:, :, None]
     edges[:, 0] = edges[:, 0] + (prior + seen[:, 0])[:, None]
@@ -41,7 +41,7 @@ def potentials(prior: Tensor, steps: Tensor, leaves: Tensor, x: Tensor) -> Tenso
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_log_probabilities_gradients_flows_and_best_paths_equal_the_peer(seed: int) -> None:
+def test_log_probabilities_gradients_flows_and_best_paths_equal_torch_struct(seed: int) -> None:
     circuit, *tables = chain(seed)
     x = data(seed)
     peer = torch_struct.LinearChainCRF(potentials(*tables, x))

@@ -1,4 +1,4 @@
-"""Constraints and guides against the classes of Ctrl-G (Zhang et al., arXiv 2406.13892; MIT)."""
+"""Constraints and guides, compared with Ctrl-G (Zhang et al., arXiv 2406.13892; MIT licence)."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ REASON = "ctrlg is not installed: pip install git+https://github.com/joshuacnf/C
 
 @pytest.fixture(scope="module")
 def ctrlg() -> Iterator[Any]:
-    """Yield their package; its import compiles functions and sets torch's precision."""
+    """Yield the package ctrlg and undo the changes of torch's precision that its import makes."""
     compiled, precision = torch.compile, torch.get_float32_matmul_precision()
     torch.compile = lambda f: f  # type: ignore[assignment]
     try:
@@ -34,7 +34,7 @@ def their_hmm(ctrlg: Any, whole: Guide) -> Any:
     return found
 
 
-def test_guided_law_equals_their_logits_processor(ctrlg: Any) -> None:
+def test_guided_distribution_equals_the_logits_processor_of_ctrlg(ctrlg: Any) -> None:
     masks: dict[tuple[int, int], Any] = {}
     for state, token, after in EDGES:
         masks.setdefault((state, after), np.zeros(V, bool))[token] = True
@@ -64,7 +64,7 @@ def test_guided_law_equals_their_logits_processor(ctrlg: Any) -> None:
     assert compared > 70
 
 
-def test_keywords_equal_their_automata(ctrlg: Any) -> None:
+def test_keyword_constraints_equal_the_automata_of_ctrlg(ctrlg: Any) -> None:
     tokens = tokenizer()
     ids = dict(zip("abc", tokens.convert_tokens_to_ids(list("abc")), strict=True))
     size = len(tokens)
@@ -93,7 +93,7 @@ def test_keywords_equal_their_automata(ctrlg: Any) -> None:
                 assert theirs.is_accept(state) == ours.accepts(text)
 
 
-def test_likelihoods_and_expected_counts_equal_their_hmm(ctrlg: Any) -> None:
+def test_likelihoods_and_expected_counts_equal_the_hmm_of_ctrlg(ctrlg: Any) -> None:
     whole, texts = guide(), torch.tensor(list(itertools.product(range(V), repeat=3)))
     theirs = their_hmm(ctrlg, whole)
     with torch.no_grad():

@@ -1,7 +1,8 @@
 """Properties of PEFT's LoRA layers after ``from_peft``, for each model family.
 
-The laws follow PEFT's own tests of its LoRA layers. If results may differ by a few roundings, the
-expected values are PEFT's in float64. Results that PEFT keeps bit for bit are compared bit for bit.
+The tests follow PEFT's own tests of its LoRA layers. Results that may differ by a few roundings are
+compared with PEFT's results in float64. Results that PEFT preserves bit for bit are compared bit
+for bit.
 """
 
 import copy
@@ -27,7 +28,7 @@ from lora_ext.interop.peft._layers import FusedLinear  # noqa: E402
 
 pytestmark = pytest.mark.hosts
 
-CLOSE = 1e-11  # relative to the largest entry: some hundred float64 roundings
+CLOSE = 1e-11  # several hundred float64 roundings, relative to the largest entry
 IDS = torch.randint(2, VOCAB, (4, 6), generator=torch.Generator().manual_seed(5))
 NAMES = ["red", "__base__", "green", "red"]
 
@@ -42,11 +43,11 @@ TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
     "gpt2": ["c_attn", "c_fc"],
     "bert": ["query", "dense"],
-    "opt": ["q_proj", "out_proj"],  # fc1 gets rows without their sequences.
+    "opt": ["q_proj", "out_proj"],  # The input of fc1 has no batch dimension.
     "t5": ["q", "v", "wo"],
 }
 BY_NAME = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "adapter_names": NAMES}
-WRITERS = ["llama", "gpt2", "opt", "t5"]  # models that can generate
+WRITERS = ["llama", "gpt2", "opt", "t5"]  # models that can generate text
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True, "lora_alpha": 5},
@@ -65,14 +66,14 @@ def base_model(family: str) -> Any:
 
 def config_of(family: str, rank: int = 4, **fields: Any) -> Any:
     settings = {"r": rank, "target_modules": TARGETS[family], "init_lora_weights": False, **fields}
-    for pattern in ("rank_pattern", "alpha_pattern"):  # for the first and second target
+    for pattern in ("rank_pattern", "alpha_pattern"):  # for the first and the second target
         found = settings.get(pattern, {})
         settings[pattern] = {TARGETS[family][int(i)]: value for i, value in found.items()}
     return peft.LoraConfig(**settings)
 
 
 def theirs_of(family: str, **fields: Any) -> Any:
-    """Return two adapters in PEFT's layers, with PEFT's random values."""
+    """Return a model with two adapters in PEFT's layers, with random values from PEFT."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns about the transposed weights of Conv1D.
         model = peft.get_peft_model(base_model(family), config_of(family, **fields), "red")
@@ -126,7 +127,7 @@ def test_output_and_gradients_of_one_and_both_adapters_equal_peft(family: str, k
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @every_family
-def test_fresh_adapter_has_the_bits_of_peft(family: str, dora: bool) -> None:
+def test_new_adapter_is_bitwise_equal_to_that_of_peft(family: str, dora: bool) -> None:
     config = config_of(family, use_dora=dora, init_lora_weights=True)
     theirs = peft.get_peft_model(base_model(family), config).eval()
     expected = run(theirs)
@@ -180,7 +181,7 @@ def test_merging_keeps_the_output_and_unmerging_restores_it(family: str, kind: s
     apart = run(ours)
     for model in (theirs, ours):
         model.merge_adapter()
-    assert torch.equal(run(ours), run(theirs))  # PEFT's code runs on the same weights.
+    assert torch.equal(run(ours), run(theirs))  # Both run PEFT's code on equal weights.
     assert_close(run(ours), apart)
     for model in (theirs, ours):
         model.unmerge_adapter()
@@ -192,7 +193,7 @@ def test_merging_keeps_the_output_and_unmerging_restores_it(family: str, kind: s
 
 @every_kind
 @every_family
-def test_loaded_adapters_compute_the_same_bits(family: str, kind: str, tmp_path: Path) -> None:
+def test_loaded_adapters_are_bitwise_equal(family: str, kind: str, tmp_path: Path) -> None:
     _, ours = pair(family, **KINDS[kind])
     ours.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(base_model(family), tmp_path / "red", "red")
@@ -264,7 +265,7 @@ def test_replicated_and_injected_layers_have_separate_adapters() -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(family: str, reentrant: bool) -> None:
     theirs, ours = pair(family)
     for model in (theirs, ours):
-        for layer in model.modules():  # Checkpoints need training mode, with dropout.
+        for layer in model.modules():  # Checkpointing needs training mode, so set dropout to 0.
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0
             for name in ("dropout_prob", "dropout"):
@@ -291,7 +292,7 @@ def test_generation_by_name_equals_peft(family: str, beams: int) -> None:
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_several_samples_by_name_raise_as_in_peft(family: str) -> None:
+def test_several_samples_per_prompt_with_adapter_names_raise_as_in_peft(family: str) -> None:
     theirs, ours = pair(family)
     messages = []
     for model in (theirs, ours):

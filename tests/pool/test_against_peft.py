@@ -85,7 +85,7 @@ def test_pages_equal_the_tensors_that_peft_saved(case, tmp_path):
                 torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path)
     assert pool.load("a", tmp_path) == ()
-    # The live state dict, whose keys contain the adapter's name, gives the same adapter.
+    # The state dict of the model, whose keys contain the adapter name, must give the same adapter.
     live = {k: v for k, v in model.state_dict().items() if "lora_" in k}
     pool.load("b", (lora, live))
     layers = {
@@ -98,7 +98,7 @@ def test_pages_equal_the_tensors_that_peft_saved(case, tmp_path):
         for slot in slots:
             for name, slab in pool.modules.items():
                 if name not in layers:
-                    assert slab.a_pages is None, "a module without an adapter takes no pages"
+                    assert slab.a_pages is None, "found pages of a module without an adapter"
                     continue
                 layer, rank = layers[name], int(slab.ranks[slot])
                 pages = [q for q in slab.page_table[slot].tolist() if q >= 0]
@@ -113,7 +113,7 @@ def test_pages_equal_the_tensors_that_peft_saved(case, tmp_path):
         )
 
 
-def test_delta_computed_from_the_pages_equals_pefts_delta():
+def test_update_computed_from_the_pages_equals_the_delta_weight_of_peft():
     torch.manual_seed(1)
     base = llama()
     pool = AdapterPool(base, max_slots=1, max_rank=16)

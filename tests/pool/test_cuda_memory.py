@@ -1,5 +1,6 @@
-"""Memory that grows on CUDA, run on a fake driver that is compiled against ``cuda.h``. The compiler
-checks structures and signatures; the processor checks every access."""
+"""Growing CUDA memory of a pool, tested with a fake driver compiled against ``cuda.h``. The
+compiler checks structures and signatures, and the processor's memory protection checks every
+access."""
 
 import ctypes
 import gc
@@ -44,7 +45,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def driver(library, monkeypatch):
-    """Return the fake driver, with every pool on the CPU allocating its memory from it."""
+    """Return the fake driver, from which every pool on the CPU allocates its memory."""
     driver = _memory.Driver(library)
 
     def tensor(self):
@@ -69,7 +70,7 @@ def test_driver_loads_only_if_the_device_has_virtual_memory(library, monkeypatch
     _memory.Driver.load.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert _memory.Driver.load(DEVICE) is not None
-    assert _memory.Driver.load(2) is None, "device 2 has no virtual memory"
+    assert _memory.Driver.load(2) is None, "expected None for a device without virtual memory"
     _memory.Driver.load.cache_clear()
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="cuMemRelease returned CUresult 1"):
@@ -82,7 +83,7 @@ def test_pool_grows_in_pieces_at_one_address(driver, library):
     load(pool, "x0", 0, 8)
     slab = pool.modules["up"]
     address = slab.a_pages.data_ptr()
-    assert pool.nbytes() == library.stand_in_taken() == 2 * 8192  # 8 KiB: 8 pages of each module
+    assert pool.nbytes() == library.stand_in_taken() == 2 * 8192  # 8 KiB (8 pages) per module
     fill(pool, range(1, 20), 8)
     assert pool.nbytes() == library.stand_in_taken() == 2 * 24 * 1024
     for seed in range(20):
@@ -136,7 +137,7 @@ def test_memory_is_released_after_its_last_tensor(driver, library):
     del pool
     gc.collect()
     _memory.give_back()
-    assert torch.equal(kept[0], expected), "a running forward may still hold the pages"
+    assert torch.equal(kept[0], expected), "found released pages that are still referenced"
     del kept
     gc.collect()
     _memory.give_back()
@@ -145,7 +146,7 @@ def test_memory_is_released_after_its_last_tensor(driver, library):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Return a list of the devices that were synchronized."""
+    """Return a list that receives the devices that are synchronized."""
     calls = []
     monkeypatch.setattr(torch.cuda, "synchronize", calls.append)
     return calls
@@ -160,14 +161,15 @@ def drop_a_pool(max_slots=4):
 
 @pytest.mark.slow
 def test_finalizer_neither_waits_for_the_device_nor_calls_the_driver(driver, library, waits):
-    # A finalizer may run in a capture, or before a launch that the queued work waits for.
+    # A finalizer may run during a CUDA graph capture, or before a launch for which queued work
+    # waits.
     drop_a_pool()
     assert waits == []
     assert library.stand_in_taken() == 2 * 4096
     other = AdapterPool(Base(), max_slots=4, max_rank=8)
     load(other, "y", 1)
-    assert waits == [DEVICE] * 2, "one wait before the memory of each module is released"
-    assert library.stand_in_taken() == 2 * 4096, "a new pool frees memory of deleted pools"
+    assert waits == [DEVICE] * 2, "expected one wait per module before its memory is released"
+    assert library.stand_in_taken() == 2 * 4096, "expected only the memory of the new pool"
     drop_a_pool()
     other.trim()
     assert library.stand_in_taken() == 2 * 4096
@@ -192,7 +194,7 @@ def test_memory_of_deleted_pools_is_reused_when_the_device_is_full(driver, libra
     pool = fill(AdapterPool(Base(), max_slots=64, max_rank=8), range(4), 8)
     drop_a_pool(max_slots=8)
     library.stand_in_limit(library.stand_in_taken())
-    fill(pool, range(4, 9), 8)  # both modules need one page more than is mapped
+    fill(pool, range(4, 9), 8)  # Both modules need one more page than is mapped.
     assert library.stand_in_taken() == pool.nbytes()
 
 

@@ -1,4 +1,4 @@
-"""`AdapterFolder`: adapters are named by their folders, and nothing outside the root is read."""
+"""`AdapterFolder`: adapters are named by their folders, and no files outside the root are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_ext.pool._folder import AdapterFolder
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Return a folder with two adapters in it and a third one beside it."""
+    """Return a folder that contains two adapters; a third adapter is outside of it."""
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
     root = tmp_path / "adapters"
     for folder in (root / "a", root / "deep" / "b", tmp_path / "secret"):
@@ -89,7 +89,7 @@ def test_nothing_outside_the_folder_is_read(folder: AdapterFolder, root: Path, p
     assert folder.pool.names == []
 
 
-def test_links_and_absolute_paths_below_the_root_work(folder: AdapterFolder, root: Path) -> None:
+def test_links_and_absolute_paths_below_the_root_load(folder: AdapterFolder, root: Path) -> None:
     os.symlink(root / "deep" / "b", root / "alias")
     folder.ready("alias")
     folder.load("abs", root / "a")

@@ -1,4 +1,4 @@
-"""Slots, pins, eviction and the host cache."""
+"""Slots, pins, eviction and the host cache of a pool."""
 
 import threading
 import time
@@ -31,7 +31,7 @@ def test_nbytes_counts_allocated_pages():
     held = [t for s in pool.modules.values() for t in (s.a_pages, s.b_pages) if t is not None]
     assert pool.nbytes() == sum(t.nbytes for t in held)
     load(pool, "y", 1, rank=16)
-    assert pool.nbytes() == 5 * 8 * 64 * 4, "further adapters use allocated pages"
+    assert pool.nbytes() == 5 * 8 * 64 * 4, "expected further adapters to use allocated pages"
 
 
 def test_limit_bytes_is_known_before_memory_is_allocated():
@@ -93,7 +93,7 @@ def test_an_unknown_name_raises_with_close_matches_and_pins_nothing():
             call("german")
 
 
-def test_a_name_may_look_like_a_path():
+def test_adapter_name_may_look_like_a_path():
     pool = make()
     load(pool, "../../etc/passwd\0", 0)
     assert "../../etc/passwd\0" in pool
@@ -115,7 +115,7 @@ def test_least_recently_used_adapter_is_evicted_and_restored_from_host():
     pool.acquire(["x0"]).pool.release([pool._residence.by_name["x0"].slot])
     load(pool, "x3", 3)
     assert pool.stats()["evictions"] == 1 and pool.stats()["cached"] == 1
-    assert "x1" in pool and "x1" not in pool._residence.by_name, "x1 is the least recently used"
+    assert "x1" in pool and "x1" not in pool._residence.by_name, "expected eviction of x1"
     assert_holds(pool, "x1", state(1, 4, bias=True), 2.0)
     assert pool.stats()["cache_hits"] == 1
 
@@ -226,7 +226,7 @@ def test_unloading_a_pinned_adapter_frees_its_pages_at_the_last_release():
 
 
 def test_pin_released_by_garbage_collection_during_a_load_frees_its_pages(monkeypatch):
-    # The garbage collector may close a generator, and with it its block, at any point.
+    # The garbage collector may close a generator, which exits its `with` block, at any time.
     pool = make()
     load(pool, "x", 0)
     lease = pool.acquire(["x"])
@@ -288,7 +288,7 @@ def test_magnitudes_are_evicted_to_the_host_and_restored():
         first = slab.dora[slots[0]]
         load(pool, "y", 2)
         load(pool, "z", 3, targets=("head",))
-        assert slab.dora == {slots[0]: first}, "other loads keep the slot's version"
+        assert slab.dora == {slots[0]: first}, "expected that other loads keep the version"
     size = pool._residence.cache["x"].nbytes
     for seed, name in ((4, "p"), (5, "q")):
         load(pool, name, seed)
@@ -369,7 +369,7 @@ def test_acquire_and_release_are_fast():
         for _ in range(100):
             pool.release(pool.acquire(names))
         best = min(best, (time.perf_counter() - start) / 100)
-    assert best < 20e-6, "an acquire and a release of four names take about 10 us each"
+    assert best < 20e-6, "expected acquire and release to take about 10 us each"
 
 
 def test_pool_loaded_in_inference_mode_is_updated_outside_it():

@@ -29,7 +29,8 @@ def test_reserved_and_invalid_names_are_refused(name):
 
 
 def _crowded():
-    """Return a pool with both slots taken; loading ``new`` evicts and adds a module and a bias."""
+    """Return a pool whose two slots are used. Loading ``new`` evicts an adapter, and adds a module
+    and a bias."""
     pool = make(max_slots=2, pages=3)
     load(pool, "x", 0, rank=16)
     load(pool, "y", 1, rank=8)
@@ -59,7 +60,7 @@ def test_failed_copy_at_any_point_leaves_the_pool_unchanged(action, monkeypatch)
             except RuntimeError as error:
                 assert "the copy failed" in str(error)
             else:
-                assert at > fails.count > 10, "the loop must have failed at every copy"
+                assert at > fails.count > 10, "expected a failure of every copy"
                 break
         assert_same(before, snapshot(pool))
         ACTIONS[action](pool)

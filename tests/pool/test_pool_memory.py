@@ -1,4 +1,4 @@
-"""Memory of a pool: growth with its adapters, limits in bytes, and reported sizes."""
+"""Memory of a pool: its growth with the number of adapters, limits in bytes, and reported sizes."""
 
 import itertools
 import subprocess
@@ -23,7 +23,7 @@ from pool_support import (
 from lora_ext import ops
 from lora_ext.pool import AdapterPool, PoolFullError, _transfer
 
-PAGE = {name: 8 * (i + o) * 4 for name, (i, o) in SIZES.items()}  # bytes, float32
+PAGE = {name: 8 * (i + o) * 4 for name, (i, o) in SIZES.items()}  # bytes in float32
 BOTH = PAGE["up"] + PAGE["down"]
 
 
@@ -34,7 +34,7 @@ def test_memory_grows_with_pages_in_use_at_stable_addresses():
     )
     assert pool.reserved_bytes == pool.nbytes() == 0
     load(pool, "x0", 0, 8)
-    assert pool.nbytes() == 8 * BOTH, "eight pages of two modules"
+    assert pool.nbytes() == 8 * BOTH, "expected eight pages of each module"
     slab = pool.modules["up"]
     address = slab.a_pages.data_ptr(), slab.b_pages.data_ptr()
     fill(pool, range(1, 9), 8)
@@ -52,7 +52,7 @@ def test_trim_releases_memory_after_the_last_page_in_use():
     assert pool.trim() == 4 * BOTH and pool.trim() == 0
     for seed in range(1, 20):
         pool.unload(f"x{seed}")
-    assert pool.nbytes() == 20 * BOTH, "unloading keeps the memory for later adapters"
+    assert pool.nbytes() == 20 * BOTH, "expected that unloading keeps the memory"
     assert pool.trim() == 19 * BOTH and pool.nbytes() == BOTH
     assert_holds(pool, "x0", state(0, 8), 1.0)
     load(pool, "x1", 1, 8)
@@ -66,12 +66,13 @@ def test_trim_releases_memory_after_the_last_page_in_use():
 
 
 def tables(pool):
-    """Return the bytes of the tables of ``up`` and ``down``."""
+    """Return the number of bytes of the tables of ``up`` and ``down``."""
     return 2 * pool.max_slots * (8 + 1 + 1) * 4
 
 
 def limited(adapters, extra=0):
-    """Return a pool limited to `adapters` adapters of rank 8 and their tables."""
+    """Return a pool with a byte limit for `adapters` adapters of rank 8, the tables, and ``extra``
+    bytes."""
     probe = AdapterPool(Base(), max_slots=16, max_rank=64)
     return AdapterPool(
         Base(), max_slots=16, max_rank=64, max_bytes=adapters * BOTH + tables(probe) + extra
@@ -86,7 +87,7 @@ def test_byte_limit_evicts_adapters_before_the_slots_are_full():
     with pool.acquire(["x0"]):
         pass
     load(pool, "x3", 3, 8)
-    assert "x1" not in pool._residence.by_name and "x1" in pool, "x1 was used least recently"
+    assert "x1" not in pool._residence.by_name and "x1" in pool, "expected the eviction of x1"
     assert pool.stats()["evictions"] == 1 and pool.reserved_bytes == pool.max_bytes
     for name in ("x0", "x2", "x3", "x1"):
         assert_holds(pool, name, state(int(name[1]), 8), 1.0)
@@ -141,7 +142,7 @@ def test_random_loads_under_a_limit_stay_under_it_and_keep_every_adapter():
         held = [n for n in pool.names if n in pool._residence.by_name]
         pages = sum(numbers["adapters"][n]["bytes"] for n in held)
         assert pages == numbers["used_bytes"] <= numbers["page_bytes"]
-    assert pool.stats()["evictions"] > 10, "the limit must have caused evictions"
+    assert pool.stats()["evictions"] > 10, "expected evictions due to the limit"
     for name, (tensors, scale) in meaning.items():
         assert_holds(pool, name, tensors, scale)
 
@@ -158,7 +159,7 @@ def test_failed_copy_restores_memory_moved_to_another_module(monkeypatch):
                 assert "the copy failed" in str(error)
                 assert_same(before, snapshot(pool))
             else:
-                assert at > refuses.count > 10, "the loop must have failed at every copy"
+                assert at > refuses.count > 10, "expected a failure of every copy"
                 assert pool.stats()["evictions"] > 0
                 break
 
@@ -232,17 +233,17 @@ print(empty, held() - start, pool.nbytes())
 
 @pytest.mark.slow
 def test_resident_memory_of_the_process_grows_only_with_loaded_adapters():
-    # The limit is 1 GiB; an adapter of rank 16 takes 4 MiB.
+    # The limit of the pool is 1 GiB; an adapter of rank 16 needs 4 MiB.
     run = subprocess.run(
         [sys.executable, "-c", WHAT_A_PROCESS_HOLDS], capture_output=True, text=True, check=True
     )
     empty, loaded, reserved = map(int, run.stdout.split())
     assert empty < 2**22 and reserved == 32 * 8 * 8 * 4096 * 2 == 2**24
-    assert loaded < reserved + 2**25, "the pages, and the memory to read an adapter"
+    assert loaded < reserved + 2**25, "expected memory of the pages and of one loaded file"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strided_pages_give_the_bits_of_contiguous_pages(backend, dtype):
+def test_strided_pages_are_bitwise_equal_to_contiguous_pages(backend, dtype):
     g = torch.Generator().manual_seed(3)
     x = torch.randn(5, 20, generator=g).to(dtype)
     apart = torch.randn(4, 8 * (20 + 12), generator=g).to(dtype)

@@ -1,4 +1,4 @@
-"""Random operations on a pool, compared with a dict of the expected adapter of each name."""
+"""Random operations on a pool, compared with a dict from names to expected adapters."""
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -14,8 +14,8 @@ TARGETS = st.sampled_from([("up", "down"), ("up",), ("down", "head"), ("up", "do
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """State machine of a pool. ``meaning[name]`` is (tensors, scale); a lease keeps the values of
-    its slots when it was made."""
+    """State machine of a pool. ``meaning`` maps names to the expected (tensors, scale). A lease is
+    stored with the values of its slots at the time of its creation."""
 
     def __init__(self):
         super().__init__()
@@ -71,7 +71,7 @@ class PoolMachine(RuleBasedStateMachine):
         except UnknownAdapterError:
             assert not set(names) - {None} <= self.meaning.keys()
         except PoolFullError:
-            pass  # The invariant checks that nothing was lost or pinned.
+            pass  # The invariant checks that no adapter was lost or pinned.
         else:
             self.leases.append((lease, [n and self.meaning[n] for n in names]))
 

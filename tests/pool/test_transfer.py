@@ -1,4 +1,4 @@
-"""Order of copies and steps on a device, on fake streams that run as late as allowed."""
+"""Order of copies and steps on a device, with fake streams that run work in any allowed order."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SEEDS = range(40)
 
 @pytest.fixture
 def cuda(request, monkeypatch):
-    """Return a fake device on which every copy of the pool is queued."""
+    """Return a fake device that queues all copies of the pool."""
     world = FakeCuda(getattr(request, "param", 0))
 
     def copy_(destination, source):
@@ -38,7 +38,8 @@ def pool(cuda):
 
 
 def step(cuda, pool, slot, seen):
-    """Queue a step that reads a slot of the pool through its tables, as a kernel does."""
+    """Queue a step that reads a slot through the tables of the pool, like a kernel, and appends the
+    values to ``seen``."""
     slab = pool.modules["up"]
 
     def work():
@@ -53,7 +54,7 @@ def factor(seed):
 
 
 @pytest.mark.parametrize("cuda", SEEDS, indirect=True)
-def test_step_reads_the_adapter_it_was_queued_with(cuda, pool):
+def test_step_reads_the_adapter_that_the_slot_had_when_it_was_queued(cuda, pool):
     # The slot is reused as soon as the lease is released, and the step runs late.
     before, after = [], []
     with pool.acquire(["a"]) as slots:
@@ -101,15 +102,15 @@ def test_host_waits_only_for_new_modules_and_the_first_bias(cuda, pool):
     cuda.waits = 0
     pool.unload("a")
     load(pool, "c", 3)
-    assert cuda.waits == 0 and cuda.streams, "load returned while the copies are queued"
+    assert cuda.waits == 0 and cuda.streams, "expected that load returns while copies are queued"
     assert any(stream.queue for stream in cuda.streams)
     pool.unload("b")
-    # Open leases read the tables of a new module, which must be there at once.
+    # Open leases read the tables of a new module, so the host waits until these are copied.
     pool.load("h", (config(targets=("head",)), state(4, targets=("head",))))
     assert cuda.waits == 1
     pool.unload("c")
     pool.load("bias", (config(lora_bias=True), state(5, bias=True)))
-    assert cuda.waits == 2, "the table of the first bias is waited for as well"
+    assert cuda.waits == 2, "expected a wait for the table of the first bias"
 
 
 def test_a_pin_inside_a_capture_is_refused(cuda, pool):
@@ -139,7 +140,7 @@ def test_failed_copy_leaves_nothing_queued(cuda, pool, monkeypatch):
 
 @pytest.mark.parametrize("cuda", SEEDS, indirect=True)
 def test_graph_reads_its_adapter_while_its_lease_is_open(cuda, pool):
-    # A replay neither pins nor releases an adapter; only the lease does.
+    # Only the lease pins the adapter; replays neither pin nor release it.
     lease = pool.acquire(["a"])
     seen = []
 
@@ -156,7 +157,7 @@ def test_graph_reads_its_adapter_while_its_lease_is_open(cuda, pool):
         if seed == 14:
             load(pool, "a", 14)
             replay()
-    pool.release(lease)  # on the stream of the replays, which are part of its last use
+    pool.release(lease)  # on the stream of the replays, the last use of the adapter
     load(pool, "y", 20)
     load(pool, "z", 21)
     cuda.run()

@@ -1,4 +1,4 @@
-"""Blocks in threads, executors and generators, which do not inherit them or leave them late."""
+"""Blocks of ``lora_ext.adapters`` in threads, which do not inherit them, and in generators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ TOLD = r"runs a model without a block, and so uses the base.*\(\['red'\]\).*\(No
 
 
 def forwards(model: Any) -> tuple[Forward, dict[str | None, torch.Tensor]]:
-    """Return a forward pass, and its expected output in each block."""
+    """Return a function that runs a forward pass, and its expected output in the block of each
+    name."""
     x = inputs(2, 3)
     expected = {}
     with torch.no_grad():
@@ -76,8 +77,9 @@ def test_forward_in_a_thread_older_than_the_block_warns() -> None:
             executor.submit(forward).result()
 
 
-def test_forward_in_a_thread_does_not_warn_if_the_intent_is_clear() -> None:
-    # A block of None, layers of another pool, the block's own thread, and calls after the block.
+def test_forward_in_a_thread_does_not_warn_in_unambiguous_cases() -> None:
+    # Cases: a block of None, layers of another pool, the thread of the block, and calls after the
+    # block.
     model, other = make(), make()
     x = inputs(2, 3)
 
@@ -118,8 +120,8 @@ def test_forward_in_a_thread_does_not_warn_if_the_intent_is_clear() -> None:
 INSIDE = r"block of \['blue'\] is entered inside a block of \['red'\] that a forward has used"
 
 
-def test_generators_that_yield_inside_blocks_warn_before_one_uses_the_others_block() -> None:
-    # Only the frames of the caller could show which generator continues.
+def test_generators_that_yield_inside_blocks_warn_before_one_uses_the_block_of_another() -> None:
+    # Without inspecting stack frames, lora_ext cannot detect which generator continues.
     model = make()
     forward, expected = forwards(model)
 
@@ -133,7 +135,7 @@ def test_generators_that_yield_inside_blocks_warn_before_one_uses_the_others_blo
     with pytest.warns(UserWarning, match=INSIDE) as caught:
         assert torch.equal(next(blue), expected["blue"])
     assert [warning.filename for warning in caught] == [__file__]
-    assert torch.equal(next(red), expected["blue"])  # as the warning says
+    assert torch.equal(next(red), expected["blue"])  # the mistake that the warning describes
     with pytest.raises(RuntimeError, match=r"expected the innermost block to be left first"):
         red.close()
     assert torch.equal(next(blue), expected["blue"])
@@ -142,7 +144,7 @@ def test_generators_that_yield_inside_blocks_warn_before_one_uses_the_others_blo
     assert pins(model) == 0
 
 
-def test_block_left_out_of_order_raises_and_keeps_the_others() -> None:
+def test_exiting_blocks_out_of_order_raises_and_keeps_the_other_blocks() -> None:
     model = make()
     forward, expected = forwards(model)
     first, second = lora_ext.adapters("red"), lora_ext.adapters("blue")
@@ -157,7 +159,8 @@ def test_block_left_out_of_order_raises_and_keeps_the_others() -> None:
 
 
 def test_nested_blocks_do_not_warn_if_they_are_intended() -> None:
-    # The base model, the same names, an unused outer block, and blocks of a call or a parent task.
+    # Cases: the base model, the same names, an unused outer block, and blocks of a call or a parent
+    # task.
     model = make()
     forward, expected = forwards(model)
 
@@ -235,7 +238,7 @@ def test_context_managers_made_of_generators_and_children_of_tasks_nest() -> Non
             assert torch.equal(forward(), expected["blue"])
 
 
-def test_unfinished_generator_leaves_its_block_when_collected() -> None:
+def test_block_of_an_unfinished_generator_is_exited_when_it_is_garbage_collected() -> None:
     model = make()
     forward, expected = forwards(model)
 

@@ -1,4 +1,4 @@
-"""A backward pass that recomputes layers uses the block of their forward pass, or raises."""
+"""Layers recomputed in a backward pass use the block of their forward pass, or raise."""
 
 import contextvars
 import threading
@@ -35,9 +35,9 @@ def test_recomputed_pool_layers_use_the_block_of_their_forward(reentrant: bool) 
             runs[name] = checkpoint(model, x, use_reentrant=reentrant)
     outside = checkpoint(model, x, use_reentrant=reentrant)
     for name in ("blue", "red", None):
-        with lora_ext.adapters("green"):  # not the block of the forward pass
+        with lora_ext.adapters("green"):  # another block than in the forward pass
             found = gradient(runs[name], x)
-            # Pinned by the open block, and by nothing else after the backward pass.
+            # The open block is the only pin after the backward pass.
             assert pins(model) == 1
         torch.testing.assert_close(found, expected(model, x, name), rtol=1e-12, atol=1e-12)
     with lora_ext.adapters("green"):
@@ -47,7 +47,7 @@ def test_recomputed_pool_layers_use_the_block_of_their_forward(reentrant: bool) 
 
 
 @pytest.mark.parametrize("change", ["update", "unload", "evict"])
-def test_adapter_changed_since_the_forward_is_named(change: str) -> None:
+def test_error_for_an_adapter_changed_since_the_forward_names_it(change: str) -> None:
     model, x = make(), inputs(2, 3).requires_grad_()
     pool = model.up.pool
     with lora_ext.adapters("red"):
@@ -64,7 +64,7 @@ def test_adapter_changed_since_the_forward_is_named(change: str) -> None:
     with pytest.raises(RuntimeError, match="adapter 'red' was unloaded, updated or evicted after"):
         run.sum().backward()
     assert pins(model) == 0
-    # The model may outlive the test after this error; the reason is unknown.
+    # After this error, the model may outlive the test for an unknown reason, so detach it.
     lora_ext.detach(model)
 
 
@@ -114,7 +114,7 @@ def test_checkpoint_inside_a_compiled_graph_uses_the_block_of_its_forward() -> N
 
 
 def test_threads_record_their_blocks_separately() -> None:
-    # Autograd nodes are numbered per thread: equal numbers belong to different blocks.
+    # Autograd numbers nodes per thread, so nodes with equal numbers belong to different blocks.
     model, x = make(torch.float64), inputs(2, 3, dtype=torch.float64)
     found: dict[str | None, Tensor] = {}
 
@@ -142,10 +142,11 @@ def test_threads_record_their_blocks_separately() -> None:
     assert len(found) == 4
 
 
-def test_block_before_the_first_node_of_its_thread_is_found(
+def test_block_entered_before_the_first_autograd_node_of_its_thread_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Check a thread of autograd, as on a GPU, while the forward's thread is in its block."""
+    """Check a backward in a thread of autograd, as on a GPU, while the thread of the forward is in
+    its block."""
     monkeypatch.setattr(_past, "_timelines", deque())
     block, nodes, found = object(), [], []
 

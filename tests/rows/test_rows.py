@@ -1,4 +1,4 @@
-"""Values that layers share by shape, device and stream, and never across a graph's boundary."""
+"""Values that layers share by shape, device and stream, but not with a captured or traced graph."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Return the state of the fake ``torch.cuda`` streams, for a test to set."""
+    """Return the state of the fake ``torch.cuda`` streams, which a test can change."""
     state = SimpleNamespace(stream=1, capturing=False)
 
     def current(_device: torch.device) -> SimpleNamespace:
@@ -40,7 +40,7 @@ def test_values_are_not_shared_between_streams(streams: SimpleNamespace) -> None
     assert get() == get() == 2
     streams.stream = 1
     assert get() == 1
-    streams.capturing = True  # a graph owns what it reads, so nothing is reused or kept
+    streams.capturing = True  # A graph must own what it reads, so no value is reused or kept.
     assert (get(), get()) == (3, 4)
     streams.capturing = False
     assert get() == 1 and len(kept) == 2
@@ -54,7 +54,7 @@ def test_oldest_value_is_dropped_first() -> None:
 
 
 def test_rows_of_a_block_are_kept_by_names_shape_and_device(streams: SimpleNamespace) -> None:
-    # `Kept` adds the stream to the key: test_values_are_not_shared_between_streams.
+    # `Kept` adds the stream to the key, see test_values_are_not_shared_between_streams.
     keys: list[Any] = []
 
     class Spy(Kept):
@@ -69,20 +69,20 @@ def test_rows_of_a_block_are_kept_by_names_shape_and_device(streams: SimpleNames
         assignment.rows_among(("red",), layout)
     assert {device for _, device in keys} == {"cpu"}
     assert [key[:2] for key, _ in keys] == [(("red",), (2, 3)), *[(("red",), (2, 2))] * 2]
-    assert len({key for key, _ in keys}) == 3  # a square layout differs from its transpose
+    assert len({key for key, _ in keys}) == 3  # A square layout differs from its transpose.
     ids = torch.tensor([0, -1])
     assert rows_of(ids, 1) is rows_of(ids, 1)
 
 
 def test_capture_copies_nothing_from_the_host(streams: SimpleNamespace) -> None:
-    # Ids are filled on the device, with one call per run of equal values.
+    # Ids are filled on the device, with one call per sequence of equal values.
     for values, times in (([3, 3, -1, 0, 0], 2), ([5], 7), ([1, 2], 0)):
         expected = torch.tensor(values, dtype=torch.int32).repeat_interleave(times)
         assert torch.equal(repeated(values, times, torch.int32, torch.device("cpu")), expected)
     assignment = Assignment.of(["red", None, "red"])
     layout = Layout(torch.Size([3, 2]), torch.device("meta"))
     streams.capturing = True
-    # Not a device to compute on: the test only checks that nothing is copied.
+    # Meta tensors have no values. The test checks only that nothing is copied.
     with torch.device("meta"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("lora_ext.rows._assignment.capturing", lambda _device: True)
@@ -114,7 +114,7 @@ def test_error_of_a_capture_with_dora_rows_names_the_remedy(
             model(inputs(2, 3))
 
 
-def test_forward_with_fake_tensors_leaves_nothing_behind() -> None:
+def test_forward_with_fake_tensors_keeps_no_values() -> None:
     model, x = make(), inputs(2, 3)
     names = list(RANKS)[:2]
     with torch.no_grad(), lora_ext.adapters(names):

@@ -1,4 +1,4 @@
-"""A captured step whose replays follow names, ranks, loads and unloads, with one copy and plan."""
+"""Captured decoding steps, whose replays use the current adapter names and pool contents."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Model with the products of SmolLM2's decoder and without mixing of rows."""
+    """Model with the linear layers of a SmolLM2 decoder, but without attention, so rows are
+    independent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +81,8 @@ def tokens(rows: int) -> Tensor:
 
 
 def row_by_row(model: Any, pool: Any, names: list[str | None], x: Tensor) -> Tensor:
-    """Return the output of `model` with each row as a batch in its own block, outside the step."""
+    """Return the output of `model` for each row as a separate batch and block, without the captured
+    step."""
     parts = []
     for row, name in enumerate(names):
         with lora_ext.adapters(name, pool=pool):
@@ -97,7 +99,7 @@ def captured(
     device: Device, model: Any, step: Any, names: Any, x: Tensor
 ) -> tuple[FakeGraph, Tensor]:
     with step, lora_ext.adapters(names, pool=step.pool), torch.no_grad():
-        model(x), model(x)  # The first call learns siblings and makes tables.
+        model(x), model(x)  # The first call detects siblings and makes tables.
         with device.capture() as graph:
             y = model(x)
     return graph, y
@@ -114,11 +116,11 @@ def check(model: Any, step: Any, graph: FakeGraph, y: Tensor, x: Tensor, names: 
 
 def emulated(backend: Backend) -> None:
     if backend.name != "emu":
-        pytest.skip("the emulator counts launches")
+        pytest.skip("only the emulator counts launches")
 
 
 # --- launches -----------------------------------------------------------------------------------
-def test_step_is_one_copy_one_plan_and_the_launches_of_its_ops(
+def test_step_launches_one_copy_one_plan_and_its_ops(
     backend: Backend, device: Device, shared_on_cpu: None
 ) -> None:
     emulated(backend)
@@ -132,11 +134,11 @@ def test_step_is_one_copy_one_plan_and_the_launches_of_its_ops(
             model(x)
         kernels = backend.module.launches() - before
     groups = 4  # q, k and v; o; gate and up; down
-    assert kernels == 1 + 2 * groups * LAYERS  # the plan; shrink and expand of each group
+    assert kernels == 1 + 2 * groups * LAYERS  # the plan, and shrink and expand of each group
     ours = {op for op in graph.launches if op.startswith("lora_")}
     assert ours == {"lora_plan", "lora_apply_", "lora_apply_siblings_"}
     assert graph.launches["lora_plan"] == 1
-    # All other launches belong to the model: none fills, copies or gathers for the rows.
+    # All other launches are those of the model. None fills, copies or gathers rows.
     with torch.no_grad(), counted() as own:
         Model().eval()(x)
     made = Model()
@@ -154,7 +156,7 @@ def test_capture_without_a_step_makes_ids_and_plan_once(backend: Backend, device
     model, pool = make(a=adapter(1), b=adapter(2))
     with lora_ext.adapters(["a", "b", None], pool=pool), torch.no_grad():
         model(tokens(3))
-        for _ in range(2):  # the second graph reuses nothing of the first
+        for _ in range(2):  # The second graph reuses no value of the first.
             with device.capture() as graph:
                 model(tokens(3))
             assert graph.launches["lora_plan"] == 1
@@ -162,11 +164,11 @@ def test_capture_without_a_step_makes_ids_and_plan_once(backend: Backend, device
 
 
 # --- replays ------------------------------------------------------------------------------------
-def test_replay_follows_names_ranks_loads_and_unloads(
+def test_replay_uses_current_names_ranks_loads_and_unloads(
     backend: Backend, device: Device, shared_on_cpu: None
 ) -> None:
     if backend.name not in ("cpu", "emu"):
-        pytest.skip("runs on one CPU twin and the emulator")
+        pytest.skip("this test runs only on one CPU twin and the emulator")
     model, pool = make(a=adapter(1), b=adapter(2, rank=12))
     step, x = lora_ext.capturable(pool, max_rows=5), tokens(4)
     graph, y = captured(device, model, step, ["a", None, "b", "a"], x)
@@ -182,7 +184,8 @@ def test_replay_follows_names_ranks_loads_and_unloads(
 
 
 def test_replay_outside_its_block_uses_the_names_written_last(device: Device) -> None:
-    # Their adapters stay pinned, even if the name is unloaded and the pool is full.
+    # The adapters of the names written last stay pinned, even if a name is unloaded and the pool is
+    # full.
     model, pool = make(a=adapter(1), b=adapter(2))
     step, x = lora_ext.capturable(pool, max_rows=2), tokens(2)
     graph, y = captured(device, model, step, None, x)
@@ -199,7 +202,7 @@ def test_replay_outside_its_block_uses_the_names_written_last(device: Device) ->
             with step, lora_ext.adapters(["a", "b"], pool=pool):
                 pass
         base = row_by_row(model, pool, [None, None], x)
-        graph.replay()  # after the error, all rows use the base model
+        graph.replay()  # After the error, all rows use the base model.
         torch.testing.assert_close(y, base, rtol=1e-4, atol=1e-4)
         check(model, step, graph, y, x, ["other 4", "b"])
         step.close()
@@ -226,7 +229,7 @@ def test_dora_rows_and_replaced_heads_are_captured(device: Device) -> None:
     pool.update("head", adapter(6, **whole))
     check(model, step, graph, y, x, ["head", "dora", "both", "plain"])
     pool.unload("both")
-    pool.load("other", adapter(9, **whole))  # a third head; at most two are used at once
+    pool.load("other", adapter(9, **whole))  # a third replaced head; a step uses at most two
     check(model, step, graph, y, x, ["other", "head", "dora", None])
 
 
@@ -266,7 +269,7 @@ def write(step: Any, names: Any) -> None:
         pass
 
 
-def test_more_rows_than_max_rows_or_captured_are_refused(device: Device) -> None:
+def test_more_rows_than_max_rows_or_than_captured_are_refused(device: Device) -> None:
     model, pool = make(a=adapter(1))
     step = lora_ext.capturable(pool, max_rows=3)
     with pytest.raises(ValueError, match="names: expected at most max_rows=3, found 4"):
@@ -313,7 +316,7 @@ def test_graph_captured_without_adapters_refuses_adapters(device: Device) -> Non
         write(step, ["late"])
 
 
-def test_captures_that_replays_could_not_follow_are_refused(device: Device) -> None:
+def test_captures_whose_replays_could_not_use_other_adapters_are_refused(device: Device) -> None:
     model, pool = make(a=adapter(1), dora=adapter(2, use_dora=True))
     step, x = lora_ext.capturable(pool, max_rows=2), tokens(2)
     with step, torch.no_grad():

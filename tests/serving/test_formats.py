@@ -1,4 +1,4 @@
-"""Output formats in requests, in the fields of OpenAI and of vLLM."""
+"""Output formats of requests, given in the fields of OpenAI's or vLLM's API."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_error_without_outlines_core_names_the_command_to_install_it(
 ) -> None:
     from control_tokenizer import tokenizer
 
-    vocabulary = tokenizer()  # made first: transformers also looks for packages with find_spec
+    vocabulary = tokenizer()  # Made before the patch, since transformers uses find_spec too.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         NotImplementedError, match=r"`pip install --no-build-isolation '\.\[control\]'`"

@@ -1,4 +1,5 @@
-"""`MultiLoraLinear` against its formula, and the blocks that select adapters, on two layers."""
+"""`MultiLoraLinear`, compared with its formula, and blocks that select adapters, with two
+layers."""
 
 import asyncio
 import contextvars
@@ -21,7 +22,7 @@ PER_SEQUENCE = ["red", None, "blue", "green"]
 
 @pytest.mark.parametrize("biased", ["", "blue"])
 @pytest.mark.parametrize("leading", [(4,), (4, 1), (4, 5), (4, 2, 3)])
-def test_sequences_follow_the_formula(leading: tuple[int, ...], biased: str) -> None:
+def test_names_per_sequence_equal_the_formula(leading: tuple[int, ...], biased: str) -> None:
     model, x = make(torch.float64, biased), inputs(*leading, dtype=torch.float64)
     copies = x[..., 0].numel() // 4
     rows = [name for name in PER_SEQUENCE for _ in range(copies)]
@@ -31,7 +32,7 @@ def test_sequences_follow_the_formula(leading: tuple[int, ...], biased: str) -> 
 
 
 @pytest.mark.parametrize("spelling", ["flat", "nested", "flat on rows", "nested on rows"])
-def test_tokens_follow_the_formula(spelling: str) -> None:
+def test_names_per_token_equal_the_formula(spelling: str) -> None:
     model, x = make(torch.float64), inputs(2, 3, dtype=torch.float64)
     nested = [["red", None, "blue"], ["green", "red", "__base__"]]
     rows = ["red", None, "blue", "green", "red", None]
@@ -45,14 +46,14 @@ def test_tokens_follow_the_formula(spelling: str) -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_one_list_is_not_read_both_per_sequence_and_per_row(order: int, compiled: bool) -> None:
-    # DeBERTa's relative positions can be as many rows as the batch has sequences.
+def test_list_read_both_per_sequence_and_per_row_raises(order: int, compiled: bool) -> None:
+    # In DeBERTa, the number of relative positions can equal the number of sequences in the batch.
     model: Any = make()
     run = torch.compile(model, backend="aot_eager") if compiled else model
     forwards = [inputs(4, 3), inputs(1, 4)][::order]
     message = r"one name per sequence for shape \(4, 3, features\) and one per row for \(1, 4, feat"
     with torch.no_grad(), lora_ext.adapters(PER_SEQUENCE):
-        run(inputs(4))  # fits both readings
+        run(inputs(4))  # compatible with both readings
         run(forwards[0])
         with pytest.raises(ValueError, match=message):
             run(forwards[1])
@@ -100,7 +101,7 @@ def test_gradients_reach_the_input() -> None:
     weights = torch.randn(4, 2, OUT, dtype=torch.float64)
     with lora_ext.adapters(PER_SEQUENCE):
         with torch.inference_mode():
-            model(x)  # Tensors that this call caches in the block must be usable by autograd.
+            model(x)  # This call caches tensors in the block, which autograd must be able to use.
         (ours,) = torch.autograd.grad((model(x) * weights).sum(), x)
     (expected,) = torch.autograd.grad((formula(model, x, rows) * weights).sum(), x)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
@@ -117,8 +118,9 @@ def test_activations_of_another_dtype_than_the_pool_are_served(how: str) -> None
     with torch.no_grad(), scope, lora_ext.adapters(PER_SEQUENCE):
         y = model(x)
     assert y.dtype == torch.bfloat16
-    # Relative to the largest output: x, both weights, and both outputs of up and down are each
-    # rounded once or twice at 2**-9. The two layers pass such errors on with a gain of about one.
+    # The bound is relative to the largest output. x, both weights, and both outputs of up and down
+    # are rounded once or twice, each with a relative error of 2**-9. The two layers propagate these
+    # errors with a gain of about one.
     assert (y - exact).abs().max() <= 8 * 2**-9 * exact.abs().max()
 
 
@@ -134,7 +136,7 @@ def test_layers_of_a_step_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> Non
             model(inputs(4, 1))
         model(inputs(4, 6))
         assert len(calls) == 2
-        for length in range(2, 100):  # the cache of shapes is bounded
+        for length in range(2, 100):  # The cache of shapes has a limit.
             model(inputs(4, length))
         assert len(_context.current(model.up.handle).assignment.kept) <= 32
 
@@ -153,7 +155,7 @@ def test_blocks_nest_and_pin() -> None:
                 assert torch.equal(model(x), blue)
                 _ = 1 / 0
             assert pins(model) == 1
-            model.up.pool.unload("red")  # pinned, so it stays until the block is left
+            model.up.pool.unload("red")  # pinned until the block is exited
             assert torch.equal(model(x), red)
     assert pins(model) == 0
     assert model.up.pool.stats()["slots_used"] == 2
@@ -208,7 +210,7 @@ def test_without_an_attached_model_the_pool_must_be_given() -> None:
         pass
 
 
-def test_wrong_layers_and_shapes_are_named() -> None:
+def test_errors_name_wrong_layers_and_shapes() -> None:
     model = make()
     pool = model.up.pool
     with pytest.raises(ValueError, match="name: expected a module of the pool, found 'side'"):
@@ -224,7 +226,7 @@ def test_wrong_layers_and_shapes_are_named() -> None:
             model(inputs(4, 5))
 
 
-def test_forward_after_its_block_was_left_raises() -> None:
+def test_forward_after_its_block_was_exited_raises() -> None:
     model = make()
     with lora_ext.adapters("red"):
         kept = contextvars.copy_context()
@@ -245,21 +247,21 @@ def test_asyncio_tasks_and_threads_have_separate_blocks() -> None:
             with lora_ext.adapters(name):
                 await asyncio.sleep(0)
                 assert torch.equal(model(x), expected[name])
-                inside = await asyncio.to_thread(model, x)  # carries the task's context over
+                inside = await asyncio.to_thread(model, x)  # copies the context of the task
                 torch.testing.assert_close(inside.detach(), expected[name])
             assert torch.equal(model(x), expected[None])
 
     async def main() -> None:
         await asyncio.gather(*(serve(name) for name in (*RANKS, None)))
 
-    with torch.no_grad():  # around all tasks, because the grad mode belongs to the thread
+    with torch.no_grad():  # around all tasks, because grad mode is a property of the thread
         asyncio.run(main())
     seen = []
     with lora_ext.adapters("red"), pytest.warns(UserWarning, match="without a block"):
         thread = threading.Thread(target=lambda: seen.append(model(x).detach()))
         thread.start()
         thread.join()
-    # Close, not equal: a library may split its GEMM differently on a new thread.
+    # Results are close, not equal, because a library may split a GEMM differently in a new thread.
     torch.testing.assert_close(seen[0], expected[None])
     assert not torch.allclose(expected["red"], expected[None])
     assert pins(model) == 0
@@ -295,7 +297,7 @@ def test_deep_copy_is_attached_to_the_same_pool() -> None:
 
 
 class Counted:
-    """Backend that counts the graphs it compiles."""
+    """torch.compile backend that counts the graphs that it compiles."""
 
     def __init__(self, name: str) -> None:
         from torch._dynamo.backends.registry import lookup_backend
@@ -323,7 +325,7 @@ def test_one_compiled_graph_serves_every_assignment(target: str) -> None:
             with lora_ext.adapters(names):
                 torch.testing.assert_close(compiled(x), eager(x))
         torch.testing.assert_close(compiled(x), eager(x))
-        model.up.pool.update("red", (adapter("green")[0], adapter("green")[1]))  # with another rank
+        model.up.pool.update("red", (adapter("green")[0], adapter("green")[1]))  # another rank
         with lora_ext.adapters("red"):
             torch.testing.assert_close(compiled(x), eager(x))
         with pytest.raises(ValueError, match="expected a batch of 2 sequences"):

@@ -1,4 +1,4 @@
-"""Updates on a second stream: off by default, and the same bits in every legal order."""
+"""Updates on a second stream: off by default, and bitwise equal for every allowed order."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ def outputs(layer: Any, tokens: int = 5) -> Tensor:
 
 
 class Queues:
-    """Products that are queued on the current stream of a fake device and computed when it runs."""
+    """Replacement of linear, shrink and expand by functions that queue their work on the current
+    stream of a fake device."""
 
     def __init__(self, world: FakeCuda, monkeypatch: pytest.MonkeyPatch):
-        self.seen: list[tuple[str, Any]] = []  # name and stream of each product queued
+        self.seen: list[tuple[str, Any]] = []  # name and stream of each queued function
         self._world = world
         self._linear, self._shrink, self._expand = F.linear, ops.lora_shrink, ops.lora_expand_
         monkeypatch.setattr(F, "linear", self.linear)
@@ -69,7 +70,7 @@ class Queues:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_legal_order_has_the_bits_of_one_stream(
+def test_every_allowed_order_is_bitwise_equal_to_one_stream(
     backend: Backend, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = attached()
@@ -77,17 +78,17 @@ def test_every_legal_order_has_the_bits_of_one_stream(
     world = FakeCuda(seed)
     layer.overlap = Overlap(world, devices=("cpu",))
     queues = Queues(world, monkeypatch)
-    found = [outputs(layer), outputs(layer)]  # the second fork waits for the first
+    found = [outputs(layer), outputs(layer)]  # The second fork must wait for the first.
     world.run()
     for y in found:
         assert_same_bits(y, expected)
     here = world.streams[0]
     assert [name for name, _ in queues.seen] == ["shrink", "base", "expand"] * 2
     assert [stream is here for _, stream in queues.seen] == [False, True, True] * 2
-    assert len(world.streams) == 2  # the caller's stream and one more
+    assert len(world.streams) == 2  # the current stream and one more
 
 
-def test_some_order_is_wrong_without_the_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_order_is_wrong_if_streams_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fake_cuda.Stream.wait_stream", lambda *_: None)
     wrong = 0
     for seed in range(8):
@@ -116,13 +117,13 @@ def test_many_rows_and_gradients_use_one_stream() -> None:
         layer(torch.ones(3, 5, 24, requires_grad=True)).sum().backward()
         layer(torch.ones(3, 5, 24))
     with torch.no_grad():
-        layer(torch.ones(3, 5, 24))  # the base model alone
+        layer(torch.ones(3, 5, 24))  # base model only
     assert len(world.streams) == 1
     outputs(layer, MOST_ROWS // 3)
     assert len(world.streams) == 2
 
 
-def test_overlap_is_refused_beside_fused_siblings() -> None:
+def test_overlap_with_fused_siblings_is_refused() -> None:
     model = nn.ModuleDict({"q": nn.Linear(24, 16)})
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8)
     expected = "attach: overlap: expected False if fuse_siblings is True, found True"

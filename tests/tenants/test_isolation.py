@@ -1,4 +1,4 @@
-"""Isolation of tenants: overflowing adapters, floods of calls and tenants that close."""
+"""Isolation of tenants from others that overflow, flood the service with calls, or close."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ NAN = float("nan")
 
 
 def assert_like(expected: Sample, found: list[Sample]) -> None:
-    """Check for the same tokens, with log-probabilities up to the rounding of another batch."""
+    """Check that the tokens are equal, and the log-probabilities equal up to the rounding of
+    another batch."""
     assert [each.tokens for each in found] == [expected.tokens]
     assert found[0].logprobs == pytest.approx(expected.logprobs, abs=1e-5)
 
@@ -25,7 +26,7 @@ def assert_like(expected: Sample, found: list[Sample]) -> None:
 def test_overflowing_adapter_fails_only_its_own_samples() -> None:
     with Service(llama()) as service:
         good, bad = service.create(4), service.create(4, seed=1)
-        with torch.no_grad():  # each factor is finite, their product is not
+        with torch.no_grad():  # finite factors with a product that overflows
             for parameter in bad.adapter.parameters.values():
                 parameter.normal_().mul_(1e30)
         samplers = good.sampler(), bad.sampler()
@@ -53,7 +54,7 @@ def test_running_samples_of_a_closed_tenant_finish() -> None:
         mine, theirs = good.sampler(), gone.sampler()
         begun = theirs.begin([1, 2], 30)
         gone.close()
-        del theirs  # unloads the adapter while its sample runs
+        del theirs  # unloads the adapter during its sample
         (expected,) = mine.sample([1, 2], 5, seed=1)
         assert len(begun[0].result().tokens) == 30
         assert_like(expected, mine.sample([1, 2], 5, seed=1))
@@ -87,18 +88,18 @@ def test_flood_of_tokens_delays_other_tenants_by_one_round() -> None:
             future.add_done_callback(lambda _: order.append(f"{name} {service.counts['steps']}"))
             return future
 
-        data = [datum(i, 64) for i in range(20)]  # ten steps if run alone
+        data = [datum(i, 64) for i in range(20)]  # ten steps alone
         together(
             service,
             lambda: recorded("flood", flood.forward(data)),
             lambda: recorded("other", other.forward([datum(1)])),
         )
-        # Three queues take turns; the service owns one of them.
+        # Three queues take turns, one of which belongs to the service.
         assert order == ["other 3", "flood 11"]
 
 
-def test_many_targets_take_memory_only_for_their_own_rows() -> None:
-    many = 5000  # targets of one token; another tenant has 200 tokens. Never 200 * 5000 places.
+def test_many_targets_of_one_row_need_no_memory_for_other_rows() -> None:
+    many = 5000  # targets of one token; another tenant has 200 tokens, without 200 * 5000 entries
     with Service(llama(), max_tokens=512) as service:
         flood, other = service.create(2), service.create(2)
         targets = torch.arange(many)[None] % VOCAB
@@ -131,7 +132,7 @@ def test_overflowing_gradient_norm_changes_no_parameter() -> None:
 
 
 class Letters:
-    """Tokenizer with one letter per token that counts the calls of `decode`."""
+    """Tokenizer with one letter per token. It counts the calls of `decode`."""
 
     asked = 0
 
@@ -151,5 +152,5 @@ def test_stop_text_is_found_in_few_decodes() -> None:
         letters.asked = 0
         (cut,) = sampler.sample([1, 2], 60, seed=5, stop=["no such text", text])
         assert cut.tokens == whole.tokens[:first] and cut.stop_reason == "stop"
-        assert letters.asked <= 8  # the whole text, then a bisection of 60 tokens
+        assert letters.asked <= 8  # decodes the whole text, then bisects 60 tokens
         assert sampler.sample([1, 2], 60, seed=5, stop=["no such text"])[0].tokens == whole.tokens

@@ -1,4 +1,5 @@
-"""Rejected values: one table of wrong values per argument; errors name the caller's argument."""
+"""Rejected values, as tables of wrong values per argument. Errors name the argument of the
+caller."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def learns(**inputs: Any) -> list[Datum]:
     return [Datum([1], {"target_tokens": [1], **inputs})]
 
 
-#: Per entry: function, argument as errors name it, how it is passed, and rejected values.
+#: Entries are (function, argument as in the error, call that passes a value, rejected values).
 SERVICE: list[tuple[str, Any]] = [
     ("max_tokens", COUNT),
     ("queue", COUNT),
@@ -62,7 +63,7 @@ TENANT: list[tuple[str, str, Any, Any]] = [
         "create", "targets", lambda s, t, d, v: s.create(2, targets=v),
         ("", "zz", "(", [], ["zz"], [""], [None], 1, True, b"x", NAN, {}, object()),
     ),
-    # A module that takes no adapter is named before the argument.
+    # Errors name a module that supports no adapter before the argument.
     ("create: model.norm", "targets", lambda s, t, d, v: s.create(2, targets=v), (["norm"],)),
     ("load", "path", lambda s, t, d, v: s.load(v), (*PATH, "none", "x" * 999)),
     ("sampler", "path", lambda s, t, d, v: s.sampler(v), (*PATH[1:], "none")),
@@ -89,7 +90,7 @@ TENANT: list[tuple[str, str, Any, Any]] = [
         "forward", "data[0].inputs['advantages']",
         lambda s, t, d, v: t.forward(one(advantages=v), "ppo"), FLOATS,
     ),
-    (  # the loss needs both inputs
+    (  # The loss needs both inputs.
         "forward", "data[0].inputs", lambda s, t, d, v: t.forward(learns(**v), "ppo"),
         ({}, {"logprobs": [0.0]}, {"advantages": [0.0]}),
     ),
@@ -177,7 +178,7 @@ def test_every_error_names_the_argument_of_the_caller(made: Any) -> None:
             refused("Sampler.sample", argument, value, lambda: sampler.sample(**how))  # noqa: B023
     for value in (*TOKENS, [1] * 129):
         refused("Sampler.logprobs", "tokens", value, lambda: sampler.logprobs(value))  # noqa: B023
-    # The rejected calls have changed nothing.
+    # The rejected calls must not have changed the service.
     assert tenant.forward([datum(1)]).result().metrics["loss:sum"] > 0
     assert len(sampler.sample([1], 2, temperature=HUGE, top_k=HUGE, seed=HUGE)[0].tokens) == 2
 
@@ -189,7 +190,7 @@ def test_only_causal_models_without_adapters_are_accepted() -> None:
         "name",
         torch.nn.Linear(2, 2),
         small(BertModel, BertConfig),
-        small(BertForMaskedLM, BertConfig),  # not causal: a token sees the padding after it
+        small(BertForMaskedLM, BertConfig),  # not causal: tokens attend to later padding
         small(T5ForConditionalGeneration, T5Config, d_model=16, d_kv=8, d_ff=16, num_layers=1),
         wrapped,
     ):
@@ -199,7 +200,8 @@ def test_only_causal_models_without_adapters_are_accepted() -> None:
 
 
 def test_low_precision_encoder_is_refused() -> None:
-    # Its first logits change by only one unit in the last place; a causal model's by 0.
+    # The first logits of this encoder change by only one unit in the last place, those of a causal
+    # model by 0.
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = small(BertForMaskedLM, BertConfig, **sizes).to(torch.bfloat16)
@@ -207,8 +209,9 @@ def test_low_precision_encoder_is_refused() -> None:
     Service(llama().to(torch.bfloat16)).close()
 
 
-def test_causal_model_is_accepted_however_its_rows_are_rounded() -> None:
-    # Equal rows of a batch differ by up to 25 eps in libraries for older processors.
+def test_causal_model_is_accepted_if_rows_of_a_batch_are_rounded_differently() -> None:
+    # On older processors, libraries give results for equal rows of a batch that differ by up to 25
+    # eps.
     model = llama()
 
     def round_rows(_: Any, __: Any, out: Any) -> None:
@@ -221,7 +224,8 @@ def test_causal_model_is_accepted_however_its_rows_are_rounded() -> None:
 
 
 def test_causal_mixture_of_experts_is_accepted() -> None:
-    # Experts process tokens of all rows together, so rows change each other's rounding.
+    # Experts process the tokens of all rows together, so the rounding of a row depends on other
+    # rows.
     torch.manual_seed(0)
     experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     Service(small(MixtralForCausalLM, MixtralConfig, hidden_size=64, **experts)).close()

@@ -1,4 +1,5 @@
-"""Tenants on one tiny Llama: equality with a plain loop, isolation, saving and sampling."""
+"""Tenants of a service with a tiny Llama: equality with a plain loop, isolation, saving,
+sampling."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def datum(seed: int, n: int = 20, **inputs: Any) -> Datum:
 
 
 def together(service: Service, *actions: Any) -> list[Any]:
-    """Queue all calls before the first one runs; return their results or errors."""
+    """Queue all calls before the first one runs. Return the result or error of each."""
     with held(service):
         futures = [action() for action in actions]
     return [future.exception() or future.result() for future in futures]
@@ -67,7 +68,7 @@ def factors(tenant: Tenant) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Granite"])
-def test_capped_or_scaled_logits_are_detected_if_the_padding_embedding_is_zero(family: str):
+def test_capped_or_scaled_logits_are_detected_even_if_the_padding_embedding_is_zero(family: str):
     shape = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     own = {"final_logit_softcapping": 1.0, "logits_scaling": 3.0, "pad_token_id": 0}
@@ -110,7 +111,7 @@ def test_training_a_tenant_equals_training_with_peft(service: Service, tmp_path:
         assert step.result().metrics["grad_norm:mean"] == pytest.approx(norm, rel=1e-5)
 
 
-def test_training_beside_other_tenants_equals_training_alone() -> None:
+def test_training_together_with_other_tenants_equals_training_alone() -> None:
     with Service(llama()) as service:
         start = [factors(service.create(r, seed=i)) for i, r in enumerate((4, 8, 16, 5))]
 
@@ -139,7 +140,7 @@ def test_training_beside_other_tenants_equals_training_alone() -> None:
     assert all(error_over_bound(*each) <= 1 for each in zip(among, alone, exact, strict=True))
 
 
-def test_faults_of_another_tenant_change_no_bit() -> None:
+def test_errors_of_another_tenant_change_no_bit() -> None:
     def run(fault: str | None) -> list[Tensor]:
         with Service(llama(), max_tokens=64, queue=2) as service:
             good, bad = service.create(4), service.create(8)
@@ -147,7 +148,7 @@ def test_faults_of_another_tenant_change_no_bit() -> None:
                 next(iter(bad.adapter.parameters.values())).data.fill_(NAN)
             weights = torch.full((24,), NAN if fault == "loss" else 1.0)
             if fault == "gradient":
-                weights.fill_(2e37)  # finite loss, infinite gradient
+                weights.fill_(2e37)  # a finite loss with an infinite gradient
             calls = [
                 lambda: good.forward_backward([datum(1, 24)]),
                 lambda: bad.forward_backward([datum(2, 24, weights=weights)]),
@@ -181,7 +182,7 @@ def test_idle_service_frees_a_closed_tenant(service: Service) -> None:
     adapter = weakref.ref(tenant.adapter)
     tenant.close()
     del tenant
-    deadline = time.monotonic() + 10  # the service's thread may still be finishing the call
+    deadline = time.monotonic() + 10  # The thread of the service may still finish the call.
     while adapter() is not None and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)
@@ -195,7 +196,7 @@ def test_step_out_of_memory_is_split_and_fails_only_calls_that_do_not_fit(servic
     inner = base.forward
 
     def forward(input_ids: Tensor, **how: Any) -> Any:
-        if len(input_ids) > 1:  # rows of the single call of two data
+        if len(input_ids) > 1:  # a call with two data
             raise MemoryError("no room")
         return inner(input_ids=input_ids, **how)
 
@@ -230,10 +231,10 @@ def test_queues_are_limited_in_calls_and_tokens(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = service.create(2), service.create(2)
-    large = [datum(i, 64) for i in range(40)]  # more tokens than 8 calls of 256
+    large = [datum(i, 64) for i in range(40)]  # more tokens than in 8 calls of 256
     found = together(
         service,
-        lambda: one.forward(large),  # one call may exceed the limit if it is alone
+        lambda: one.forward(large),  # A call may exceed the limit if no other call is queued.
         lambda: two.forward(large[:20]),
         lambda: two.optim_step(0.0),
     )
@@ -284,7 +285,7 @@ def test_waiting_call_cannot_be_cancelled(service: Service) -> None:
     assert tenant.forward([datum(0)]).result().metrics["loss:sum"] > 0
 
 
-def test_losses_are_summed_as_in_tinker(service: Service) -> None:
+def test_losses_are_summed_over_tokens_as_in_tinker(service: Service) -> None:
     tenant = service.create(4)
     old, advantages = torch.full((6,), -4.4), torch.linspace(-1, 1, 6)
     d = datum(1, 6, logprobs=old, advantages=advantages)
@@ -391,7 +392,7 @@ def test_restored_optimizer_state_is_on_the_device_of_its_weights() -> None:
 
     saved = Optimizer(parameters("cpu"))
     saved.step([torch.ones(3)], checked_settings(1e-2, (0.9, 0.95), 1e-12, 0.0, None))
-    other = Optimizer(parameters("meta"))  # "meta" represents any device other than the file's
+    other = Optimizer(parameters("meta"))  # "meta" stands for a device other than that of the file
     other.restore(saved.tensors())
     assert {t.device.type for t in other.tensors().values()} == {"meta"}
     assert len(other.tensors()) == 3

@@ -1,4 +1,5 @@
-"""Eight tenants on two processes that train one tiny Llama; each equals its training alone."""
+"""Eight tenants that train adapters of a tiny Llama in two processes, compared with training
+alone."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lora_ext
 from lora_ext.nn import wrap
 
-BOUND = 1e-6  # of the largest change; float64, except the float32 angles and norms of Llama
+BOUND = 1e-6  # relative to the largest change; Llama's angles and norms are in float32
 TENANTS = [f"tenant{i}" for i in range(8)]
-#: Tenant of each row. The first process has rows 0 to 3; no tenant has rows in both.
+#: Tenant of each row. The first process has the rows 0 to 3. No tenant has rows in both processes.
 SPREADS = {
     "one row each": [5, 0, 3, 6, 1, 7, 2, 4],
     "some without": [2, 2, 2, 0, 7, 7, 5, 5],
@@ -26,7 +27,7 @@ ROWS = torch.randint(0, VOCAB, (8, 7), generator=torch.Generator().manual_seed(2
 
 
 def make() -> Any:
-    """Return a model with eight trainable adapters of unequal ranks."""
+    """Return a model with eight trainable adapters of different ranks."""
     torch.manual_seed(0)
     sizes: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = LlamaConfig(vocab_size=VOCAB, num_attention_heads=2, eos_token_id=None, **sizes)
@@ -43,7 +44,8 @@ def make() -> Any:
 
 
 def step(rank: int | None, way: str | None, spread: list[int]) -> dict[str, Tensor]:
-    """Return the tenants' parameters after a step on one of two processes, or on all rows."""
+    """Return the parameters of all tenants after a training step, in one of two processes or
+    (``rank`` None) in one with all rows."""
     model = make()
     own = slice(None) if rank is None else slice(rank * 4, rank * 4 + 4)
     names = [TENANTS[i] for i in spread[own]]
@@ -56,7 +58,8 @@ def step(rank: int | None, way: str | None, spread: list[int]) -> dict[str, Tens
 
 
 def alone(tenant: int, spread: list[int]) -> dict[str, Tensor]:
-    """Return one tenant's parameters after a step on its rows alone, weighted as in all rows."""
+    """Return the parameters of a tenant after a training step with its rows only, weighted as in
+    the whole batch."""
     model, rows = make(), [k for k, i in enumerate(spread) if i == tenant]
 
     def loss(wrapped: nn.Module) -> Tensor:

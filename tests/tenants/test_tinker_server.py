@@ -1,4 +1,5 @@
-"""The server of examples/, tested through handwritten requests and, if installed, Tinker's SDK."""
+"""The Tinker server in examples/, tested with handwritten requests and, if installed, Tinker's
+SDK."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ KEY = {"X-API-Key": "tml-a"}
 
 
 class Server:
-    """Server process over a folder."""
+    """Server in a separate process that stores adapters in a folder."""
 
     def __init__(self, folder: Path, *more: str):
         self.model = str(folder / "model")
@@ -129,7 +130,7 @@ def test_requests_train_save_load_and_sample(server: Server, folder: Path) -> No
     assert server.status("create_session", {}, "tml-c") == 401
     model, tokens = new_model(server), [1, 2, 3, 4, 5]
     step = {"model_id": model, "seq_id": 2, "adam_params": {"learning_rate": 0.05}}
-    second = server.post("optim_step", step)  # waits for the first
+    second = server.post("optim_step", step)  # must wait for the first step
     third = server.post("forward_backward", request(model, 3, tokens))
     first = server.post("forward_backward", request(model, 1, tokens))
     assert server.post("forward_backward", request(model, 1, tokens)) == first
@@ -159,10 +160,10 @@ def test_requests_train_save_load_and_sample(server: Server, folder: Path) -> No
 
     other = {"session_id": "none", "model_seq_id": 0, "path": saved["path"]}
     assert server.status("load_weights", other) == 410
-    with pytest.raises(KeyError):  # a save of another key is not found
+    with pytest.raises(KeyError):  # Saves of another key are not found.
         new_model(server, "tml-b", path=saved["path"])
     server.close()
-    again = Server(folder)  # without a file of keys, any key is accepted
+    again = Server(folder)  # Without a key file, any key is accepted.
     try:
         assert again.status("retrieve_future", first) == 410
         loaded = new_model(again, path=saved["path"])
@@ -174,7 +175,8 @@ def test_requests_train_save_load_and_sample(server: Server, folder: Path) -> No
 
 @pytest.fixture
 def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Yield a server without a process: ``ask(path, body, key) -> (code, JSON)``."""
+    """Yield the server app in this process. ``ask(path, body, key)`` returns ``(status code,
+    JSON)``."""
     from starlette.testclient import TestClient
 
     from lora_ext.server import tinker
@@ -205,10 +207,10 @@ def test_floods_are_answered_429_for_the_flooding_key_only(
     monkeypatch.setattr(_promises, "MOST", 6)
     model, other = app.begun(), app.begun("tml-b")
     tokens = [1, 2, 3]
-    # Calls with a later number wait for missing ones; up to MOST may wait.
+    # Calls wait for calls with smaller numbers that are missing. At most MOST calls may wait.
     codes = [app.ask("forward_backward", request(model, n, tokens))[0] for n in range(2, 11)]
     assert codes == [200] * 6 + [429] * 3
-    # The tenant's queue fills up while a long call runs.
+    # The queue of the tenant fills up while a long call runs.
     monkeypatch.setattr(_promises, "MOST", 100)
     with held(app.service):
         calls = [request(other, n, tokens) for n in range(1, 6)]
@@ -236,7 +238,7 @@ def test_calls_without_a_number_are_independent(app: Any) -> None:
     expected = [loss(1, first), loss(2, second)]
     assert expected[0] != expected[1]
     assert [loss(None, first), loss(None, second)] == pytest.approx(expected, rel=1e-5)
-    assert loss(1, second) == expected[0]  # the same number means the same call
+    assert loss(1, second) == expected[0]  # A repeated number is the same call.
 
 
 def test_unreadable_bodies_are_answered_400(app: Any) -> None:
@@ -249,7 +251,7 @@ def test_unreadable_bodies_are_answered_400(app: Any) -> None:
         code, answer = app.ask(path, {"model_id": None, "path": "a"})
         assert (code, answer["error"]) == (400, "model_id: expected a value, found none"), path
     kept = {"model_id": model, "path": "a", "optimizer": None, "overwrite": None, "seq_id": None}
-    assert app.ask("save_weights", kept)[0] == 200  # null means that the field is not given
+    assert app.ask("save_weights", kept)[0] == 200  # null counts as a missing field
 
 
 def test_answers_do_not_reveal_the_path_of_the_store(app: Any, tmp_path: Path) -> None:
@@ -294,7 +296,7 @@ def test_answers_do_not_reveal_the_path_of_the_store(app: Any, tmp_path: Path) -
         ("/", "base/model: /x/y and 1/2", None),
     ],
 )
-def test_only_the_whole_path_of_the_store_is_replaced_in_a_message(
+def test_only_the_complete_path_of_the_store_is_replaced_in_a_message(
     root: str, message: str, expected: str | None
 ) -> None:
     from lora_ext.server.tinker._api import Api
@@ -305,9 +307,9 @@ def test_only_the_whole_path_of_the_store_is_replaced_in_a_message(
 
 
 def wrong_fields(model: str) -> list[tuple[str, dict[str, Any], str]]:
-    """Return path, body, and the field that the answer names."""
+    """Return the path and body of wrong requests, with the field that the answer must name."""
     begins = {"session_id": model.partition(":")[0], "model_seq_id": 1, "base_model": "base"}
-    step = {"model_id": model}  # runs at once because it has no number
+    step = {"model_id": model}  # runs immediately, since it has no number
     prompt = {"chunks": [{"tokens": [1, 2, 3]}]}
     sample = {"base_model": "base", "prompt": prompt, "sampling_params": {"max_tokens": 1}}
     numbers = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
@@ -355,7 +357,7 @@ def wrong_fields(model: str) -> list[tuple[str, dict[str, Any], str]]:
 def test_wrong_fields_are_refused_by_their_names_in_the_protocol(app: Any) -> None:
     model, tokens = app.begun(), [1, 2, 3]
     for path, body, field in wrong_fields(model):
-        code, answer = app.ask(path, json.dumps(body).encode())  # allows NaN
+        code, answer = app.ask(path, json.dumps(body).encode())  # json.dumps allows NaN
         named = answer["error"].partition(": expected")[0]
         assert code == 400 and field in named, (path, body, answer)
     cases: Any = (
@@ -376,7 +378,7 @@ def test_wrong_fields_are_refused_by_their_names_in_the_protocol(app: Any) -> No
         promise = app.ask("create_model", {**begins, "lora_config": lora})[1]
         answer = app.ask("retrieve_future", promise)[1]
         assert answer["category"] == "user" and f": {field}: expected" in answer["error"], answer
-    # The rejected calls have changed nothing.
+    # The rejected calls must not have changed the state.
     assert app.ask("forward_backward", request(model, 4, tokens))[0] == 200
 
 
@@ -470,7 +472,7 @@ print("ok", saved[-1]["state_path"])
 
 
 def run_client(folder: Path, script: str, *more: str) -> None:
-    """Run `script` in another process, which is given only the address of the server."""
+    """Run `script` in another process, which knows only the address of the server."""
     server = Server(folder)
     try:
         env = {**os.environ, "TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local"}
@@ -489,12 +491,12 @@ def installed(name: str) -> None:
         )
 
 
-def test_unmodified_sdk_trains(folder: Path) -> None:
+def test_unmodified_tinker_sdk_trains(folder: Path) -> None:
     installed("tinker")
     run_client(folder, SCRIPT)
 
 
-def test_supervised_loop_of_the_cookbook_trains_evaluates_and_saves(folder: Path) -> None:
+def test_supervised_loop_of_the_tinker_cookbook_trains_evaluates_and_saves(folder: Path) -> None:
     installed("tinker_cookbook")
     letters = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, "w0")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(letters))

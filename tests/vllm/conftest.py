@@ -1,4 +1,5 @@
-"""Engines of vLLM, if it is installed: `make vllm` makes an environment and runs these tests."""
+"""vLLM engines for the tests. `make vllm` installs vLLM in an environment and runs the tests
+there."""
 
 import contextlib
 import functools
@@ -11,7 +12,8 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # This folder is on the path for its helpers, so it would be found as a package named vllm.
+    # tests/ is in sys.path for its helpers, so this folder would be imported as a package named
+    # vllm.
     spec = importlib.util.find_spec("vllm")
     if spec is not None and spec.origin is not None:
         return
@@ -24,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the model `base`, a classifier, and adapters."""
+    """Return a folder with the base model `base`, a classifier, and adapters."""
     import served_llama
 
     made = tmp_path_factory.mktemp("llama")
@@ -34,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def peft_model(folder: Path) -> Any:
-    """Return the same model with the same adapters in transformers and PEFT."""
+    """Return the answers of the same model and adapters in transformers and PEFT."""
     import served_llama
 
     return served_llama.Reference(folder)
@@ -52,8 +54,8 @@ def _environment(processes: bool) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def make_engine(folder: Path) -> Iterator[Callable]:
-    """Yield ``make_engine(**options)``: a block with an engine in this process and the kernels that
-    LORA_EXT_VLLM selects by default."""
+    """Yield a function that returns a context manager. It starts an engine in this process, with
+    the kernels that LORA_EXT_VLLM selects by default."""
     import served_llama
 
     with _environment(processes=False):
@@ -62,7 +64,7 @@ def make_engine(folder: Path) -> Iterator[Callable]:
 
 @pytest.fixture
 def make_processes(folder: Path) -> Iterator[Callable]:
-    """Yield a function for engines in separate processes, which is vLLM's default."""
+    """Yield a function like ``make_engine`` for engines in separate processes, vLLM's default."""
     import served_llama
 
     with _environment(processes=True):
@@ -71,6 +73,6 @@ def make_processes(folder: Path) -> Iterator[Callable]:
 
 @pytest.fixture(scope="module")
 def engine(make_engine: Callable) -> Iterator[Any]:
-    """Yield an engine with four slots, fewer than the adapters, and rank 16 at most."""
+    """Yield an engine with four slots, fewer than adapters, and a maximum rank of 16."""
     with make_engine() as made:
         yield made

@@ -1,4 +1,4 @@
-"""A tiny Llama with adapters for it, and its answers by vLLM and by PEFT."""
+"""A tiny Llama with adapters, and its answers with vLLM and with PEFT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 VOCABULARY = 97
 RANKS = {"a": 4, "b": 8, "c": 3, "d": 16, "e": 8, "f": 5}
-# Another set of modules, which includes the output head and the embedding.
+# This adapter has other modules, including the output head and the embedding.
 HEAD = {"r": 8, "target_modules": ["q_proj", "down_proj", "lm_head", "embed_tokens"]}
 ADAPTERS = {name: {"r": r, "target_modules": "all-linear"} for name, r in RANKS.items()} | {
     "head": HEAD,
@@ -46,7 +46,7 @@ def config(**changes: Any) -> transformers.LlamaConfig:
 
 
 def filled(model: torch.nn.Module, seed: int, only: str = "") -> Any:
-    """Set the matrices with ``only`` in their name to values for which answers differ."""
+    """Set the matrices whose names contain ``only`` to random values, with which answers differ."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() > 1 and only in name:
@@ -57,7 +57,7 @@ def filled(model: torch.nn.Module, seed: int, only: str = "") -> Any:
 def save_adapter(base: Path, to: Path, options: dict[str, Any], seed: int) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     adapted = peft.get_peft_model(model, peft.LoraConfig(lora_alpha=16, **options))
-    # Leave out the base embedding, which vLLM does not read and PEFT would add.
+    # Do not save the base embedding, which PEFT would save and vLLM cannot read.
     filled(adapted, seed, only="lora_").save_pretrained(to, save_embedding_layers=False)
 
 
@@ -83,7 +83,7 @@ def make(folder: Path) -> None:
     save_tokenizer(folder / "classifier")
     for seed, (name, options) in enumerate(ADAPTERS.items(), 1):
         save_adapter(base, folder / name, options, seed)
-    # This adapter replaces another one.
+    # An adapter that replaces another one in tests.
     save_adapter(base, folder / "a2", ADAPTERS["b"], seed=50)
     shutil.copytree(folder / "a", folder / "changing")
     for name, source in ACTIVATED.items():
@@ -92,14 +92,15 @@ def make(folder: Path) -> None:
 
 
 def activate(folder: Path, invocation: list[int]) -> None:
-    """Make an adapter start at the last occurrence of these tokens in a prompt."""
+    """Change an adapter to an activated adapter that starts at the last occurrence of
+    ``invocation`` in a prompt."""
     path = folder / "adapter_config.json"
     own = {"alora_invocation_tokens": invocation, "task_type": "CAUSAL_LM"}
     path.write_text(json.dumps(json.loads(path.read_text()) | own))
 
 
 class Reference:
-    """PEFT's answers, one row at a time."""
+    """Answers of PEFT, one row at a time."""
 
     def __init__(self, folder: Path, model: Any = None, names: Sequence[str] = (*ADAPTERS, "a2")):
         model = model or transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
@@ -113,12 +114,12 @@ class Reference:
         return self._as(name, self._model, ids).logits[0]
 
     def logprobs(self, name: str | None, ids: Sequence[int]) -> Tensor:
-        """Return the log-probabilities of the token after each token, ``(len(ids), V)``."""
+        """Return log-probabilities of the next token at each position, ``(len(ids), V)``."""
         return self.logits(name, ids).log_softmax(-1)
 
     @torch.no_grad()
     def embedding(self, name: str | None, ids: Sequence[int]) -> Tensor:
-        """Return the last token's hidden state, normalized to length one."""
+        """Return the hidden state of the last token, normalized to length one."""
         found = self._as(name, self._model.base_model.model.model, ids).last_hidden_state[0, -1]
         return found / found.norm()
 
@@ -139,13 +140,14 @@ class Reference:
 
 
 class ActivatedReference(Reference):
-    """PEFT's answers with the activated adapters and an ordinary one."""
+    """Answers of PEFT with the activated adapters and an ordinary adapter."""
 
     def __init__(self, folder: Path):
-        super().__init__(folder, names=[*ACTIVATED, "b"])  # The first task makes the hooks.
+        super().__init__(folder, names=[*ACTIVATED, "b"])  # PEFT's hooks depend on the first one.
 
     def check(self, answers: Sequence[Answer], names: Sequence[str | None], atol: float) -> None:
-        """Check the answers; they may not contain the invocation, since PEFT searches them too."""
+        """Check the answers, which must not contain the invocation, since PEFT searches in them
+        too."""
         for answer in answers:
             written = [answer.prompt[-1], *answer.tokens]
             assert tuple(INVOCATION) not in itertools.pairwise(written)
@@ -153,7 +155,7 @@ class ActivatedReference(Reference):
 
 
 class Answer:
-    """New tokens of one row, and their ``(tokens, V)`` log-probabilities."""
+    """New tokens of one row, and log-probabilities ``(tokens, V)`` at their positions."""
 
     def __init__(self, output: Any):
         self.prompt = list(output.prompt_token_ids)
@@ -163,7 +165,7 @@ class Answer:
 
 
 def table(logprobs: Sequence[Any]) -> Tensor:
-    """Return vLLM's dictionaries as a matrix."""
+    """Return vLLM's dictionaries of log-probabilities as a matrix."""
     out = torch.full((len(logprobs), VOCABULARY), torch.nan)
     for row, found in zip(out, logprobs, strict=True):
         for token, value in found.items():
@@ -188,7 +190,7 @@ class Engine:
     def run(
         self, names: Sequence[str | None], prompts: Any = None, new: int = 6, **sampling: Any
     ) -> list[Answer]:
-        """Return greedy answers to one prompt per name."""
+        """Return greedy answers to one prompt per adapter name."""
         from vllm import SamplingParams
 
         how = {"temperature": 0, "max_tokens": new, "ignore_eos": True, "logprobs": VOCABULARY}
@@ -206,7 +208,7 @@ class Engine:
 
     @property
     def runner(self) -> Any:
-        core = self.llm.llm_engine.engine_core.engine_core  # in this process
+        core = self.llm.llm_engine.engine_core.engine_core  # the core runs in this process
         return core.model_executor.driver_worker.worker.model_runner
 
     @property
@@ -219,8 +221,8 @@ class Engine:
         return wrapper
 
     def forget(self) -> None:
-        """Clear all slots and the prefix cache. vLLM keeps removed adapters in place, and its
-        kernels apply those of the last slot to base rows."""
+        """Clear all slots and the prefix cache. vLLM does not overwrite removed adapters, and its
+        kernels apply the adapter in the last slot to rows of the base model."""
         self.manager.remove_all_adapters()
         for module in self.manager.modules.values():
             for slot in range(self.manager.lora_slots):
@@ -229,7 +231,7 @@ class Engine:
 
     @contextlib.contextmanager
     def theirs(self) -> Iterator[None]:
-        """Use vLLM's kernels in this engine."""
+        """Use the kernels of vLLM in this engine inside the ``with`` block."""
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
         own = [name for name in vars(PunicaWrapperCPU) if name.startswith("add_")]
@@ -246,7 +248,7 @@ class Engine:
 
 @contextlib.contextmanager
 def started(folder: Path, model: str = "base", **options: Any) -> Iterator[Engine]:
-    """Yield an engine in this process, small enough to start within seconds."""
+    """Yield an engine in this process, whose settings are small enough to start within seconds."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 

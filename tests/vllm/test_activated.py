@@ -1,4 +1,5 @@
-"""Activated adapters: each row equals PEFT's, and blocks before a start are the base model's."""
+"""Activated adapters: rows equal PEFT's, and cache blocks before a start are shared with the base
+model."""
 
 import shutil
 
@@ -7,7 +8,7 @@ import torch
 from served_llama import ActivatedReference, activate
 
 ATOL = 3e-4  # as in test_against_peft.py
-SHARED = [2 + i % 30 for i in range(70)]  # A block of the cache has 32 tokens.
+SHARED = [2 + i % 30 for i in range(70)]  # A cache block has 32 tokens.
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def reference(folder):
     return ActivatedReference(folder)
 
 
-def test_rows_equal_peft_beside_ordinary_ones(engine, reference):
+def test_rows_of_activated_and_ordinary_adapters_equal_peft(engine, reference):
     prompts = [[5, 6, 40, 41, 7], [9, 40, 41, 10, 40, 41, 11], [12, 13], [40, 41], [9, 8, 7]]
     names = ["alora", "alora2", None, "alora", "b"]
     reference.check(engine.run(names, prompts), names, ATOL)
@@ -30,8 +31,8 @@ def test_blocks_before_the_start_are_shared_and_later_ones_are_not(engine, refer
         ("alora", late, 64),  # two blocks of the base model
         ("alora2", late, 64),
         ("alora", early, 32),
-        ("alora", [*early, 6, 40, 41, 8], 32),  # the same tokens in its first block, another start
-        ("alora", early, 64),  # the first prompt of this adapter again
+        ("alora", [*early, 6, 40, 41, 8], 32),  # same first block, another start
+        ("alora", early, 64),  # same prompt as before
         (None, late, 64),
         ("b", late, 0),
     ]
@@ -41,14 +42,14 @@ def test_blocks_before_the_start_are_shared_and_later_ones_are_not(engine, refer
         assert answers[0].cached == cached, (name, prompt)
 
 
-def test_prompt_in_chunks_equals_peft(engine, reference):
+def test_prompt_processed_in_chunks_equals_peft(engine, reference):
     engine.forget()
     prompts = [[*SHARED, *SHARED[:20], 40, 41, 3], [*SHARED[:63], 40, 41, *SHARED[:9]]]
     names = ["alora", "alora2"]
     reference.check(engine.run(names, prompts), names, ATOL)
 
 
-def test_invalid_prompts_raise_and_the_others_are_answered(engine, reference):
+def test_invalid_prompts_raise_and_other_prompts_are_answered(engine, reference):
     with pytest.raises(ValueError, match=r"'alora'.*its invocation \[40, 41\], found none"):
         engine.run(["alora"], [[5, 6, 7]])
     with pytest.raises(ValueError, match="prompt_logprobs None"):

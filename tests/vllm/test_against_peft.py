@@ -1,4 +1,4 @@
-"""Rows of many adapters in one engine, against PEFT row by row and vLLM's kernels."""
+"""Rows of many adapters in one engine, compared with PEFT, row by row, and with vLLM's kernels."""
 
 import shutil
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from served_llama import PROMPTS, VOCABULARY, Answer, table
 
-# float32, two layers: the largest difference measured against PEFT is 5e-5, at |logprob| of 30.
+# For two layers in float32, the largest measured difference from PEFT is 5e-5, at |logprob| = 30.
 ATOL = 3e-4
 FULL = ["a", "b", "c", "d", "a", "b"]
 HALF = ["a", None, "c", None, "b", None]
@@ -22,7 +22,7 @@ def test_plugin_is_in_use(engine):
 
 
 @pytest.mark.parametrize("names", [FULL, HALF, [None] * 4, ["d"] * 5], ids=repr)
-def test_rows_equal_peft_and_vllms_kernels(names, engine, peft_model):
+def test_rows_equal_peft_and_the_kernels_of_vllm(names, engine, peft_model):
     ours = engine.run(names)
     peft_model.check(ours, names, ATOL)
     with engine.theirs():
@@ -32,22 +32,22 @@ def test_rows_equal_peft_and_vllms_kernels(names, engine, peft_model):
         assert mine.tokens == other.tokens
 
 
-def test_true_ranks_are_used(engine):
+def test_ranks_of_the_adapters_are_used_instead_of_the_maximum(engine):
     engine.run(["a", "b", "c", "d"])
     slots = {name: engine.manager.lora_index_to_id.index(i) for i, name in enumerate("abcd", 1)}
     met = list(engine.wrapper._stacks._met.values())
     assert len(met) >= 2 * 7
     for stack in met:
         found = [int(stack.ranks[slots[name]]) for name in "abcd"]
-        assert found in ([4, 8, 3, 16], [0] * 4)  # Zeros: no adapter changes the output head.
+        assert found in ([4, 8, 3, 16], [0] * 4)  # 0: no adapter of the output head
 
 
-def test_base_rows_are_correct_if_all_slots_are_full(engine, peft_model):
+def test_rows_of_the_base_model_are_correct_if_all_slots_are_full(engine, peft_model):
     names = [None, "a", "b", None, "c", "d"]
     peft_model.check(engine.run(names), names, ATOL)
 
 
-def test_base_rows_are_correct_after_the_last_slot_was_removed(engine, peft_model):
+def test_rows_of_the_base_model_are_correct_after_the_last_slot_was_cleared(engine, peft_model):
     engine.run(["a", "b", "c", "d"])
     engine.llm.llm_engine.remove_lora(4)
     peft_model.check(engine.run([None, "a"]), [None, "a"], ATOL)
@@ -62,7 +62,7 @@ def test_heads_and_embeddings_of_some_rows_equal_peft(engine, peft_model):
 def test_more_adapters_than_slots_equal_peft(engine, peft_model):
     for names in (["a", "b", "c", "d"], ["e", "f", "b", None], ["a", "e", None, "c"], ["d", "f"]):
         peft_model.check(engine.run(names), names, ATOL)
-    everyone = ["a", "b", "c", "d", "e", "f", "head", None] * 2  # in turns, as slots become free
+    everyone = ["a", "b", "c", "d", "e", "f", "head", None] * 2  # run as slots become free
     peft_model.check(engine.run(everyone), everyone, ATOL)
 
 
@@ -71,12 +71,12 @@ def test_adapter_is_replaced_in_place(engine, peft_model, folder):
     peft_model.check(engine.run(names), ["a", None, "b"], ATOL)
     shutil.copytree(folder / "a2", folder / "changing", dirs_exist_ok=True)
     assert engine.llm.llm_engine.add_lora(engine.request("changing", load_inplace=True))
-    assert engine.llm.reset_prefix_cache()  # Blocks have the adapter's name in their key.
-    peft_model.check(engine.run(names), ["a2", None, "b"], ATOL)  # another rank too
+    assert engine.llm.reset_prefix_cache()  # Keys of cache blocks contain the adapter name.
+    peft_model.check(engine.run(names), ["a2", None, "b"], ATOL)  # a2 has another rank
 
 
-def test_long_prompts_in_chunks_equal_peft(engine, peft_model):
-    names = ["a", None, "d", "head"]  # A step has room for 64 tokens.
+def test_long_prompts_processed_in_chunks_equal_peft(engine, peft_model):
+    names = ["a", None, "d", "head"]  # A step processes at most 64 tokens.
     prompts = [[2 + (7 * i + k) % 90 for i in range(90)] for k in range(4)]
     peft_model.check(engine.run(names, prompts), names, ATOL)
 

@@ -1,4 +1,4 @@
-"""Constraints of requests in vLLM's engine, beside adapters."""
+"""Constraints of requests in a vLLM engine, combined with adapters."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 from lora_ext.interop.vllm._constraints import KEY, PROCESSOR
 
-# A text is the concatenation of its tokens' letters; token 2 ends it.
+# A text is the concatenation of the letters of its tokens. Token 2 is the end token.
 FORMS = {
     r"(w[3-9]){2}w1[0-9]": {"regex": "(w[3-9]){2}w1[0-9]"},
     r"(w7w8|w9)": {"choice": ["w7w8", "w9"]},
@@ -17,7 +17,7 @@ PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14], [17, 18]]
 
 
 def asked(engine, forms, **more):
-    """Return texts and tokens of requests with a form or None each."""
+    """Return the texts and tokens of requests, one per form; a form may be None."""
     from vllm import SamplingParams
 
     how = [
@@ -44,17 +44,17 @@ def engine(make_engine):
 
 
 @pytest.mark.parametrize("warm", [0.0, 1.0, 1.7])
-def test_every_row_satisfies_its_form_beside_its_adapter(engine, warm):
+def test_every_row_satisfies_its_form_and_uses_its_adapter(engine, warm):
     (plain,) = asked(engine, [None], temperature=warm)
     forms = [None, *FORMS]
     found = asked(engine, [None, *FORMS.values()], temperature=warm)
     check(found[1:], forms[1:])
     if warm == 0:
-        assert found[0] == plain  # This row has no form, unlike the others of its batch.
+        assert found[0] == plain  # the only row of the batch without a form
     assert len({tuple(t) for _, t in found}) == 4
 
 
-def test_form_that_does_not_fit_raises_and_the_engine_keeps_working(engine):
+def test_unsatisfiable_form_raises_and_the_engine_keeps_working(engine):
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 

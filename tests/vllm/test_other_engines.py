@@ -1,4 +1,4 @@
-"""Engines with other settings, one for each test: another dtype, compilation, no generation."""
+"""Engines with other settings, one per test: another dtype, compilation, and no generation."""
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ NAMES = ["a", None, "b", "d", "c", None]  # All four slots are full.
 
 
 def test_bfloat16_is_as_close_to_peft_as_the_vllm_kernels(make_engine, peft_model):
-    """Check the first logits, because bfloat16 rounding of a whole model changes later tokens."""
+    """Check only the first logits, because the bfloat16 rounding of a whole model can change later
+    tokens."""
     with make_engine(dtype="bfloat16") as engine:
         names = ["a", "b", "c", "d"]
         ours = torch.stack([answer.logprobs[0] for answer in engine.run(names, new=1)])
@@ -28,7 +29,8 @@ def test_bfloat16_is_as_close_to_peft_as_the_vllm_kernels(make_engine, peft_mode
 
 
 def test_engine_that_may_compile_gives_the_same_results(make_engine, peft_model):
-    """Check an engine only: with LoRA, vLLM compiles nothing on the CPU."""
+    """Check an engine with compilation enabled, although with LoRA, vLLM compiles nothing on the
+    CPU."""
     with make_engine(enforce_eager=False) as engine:
         assert int(engine.runner.compilation_config.mode) == 0
         peft_model.check(engine.run(NAMES), NAMES, ATOL)

