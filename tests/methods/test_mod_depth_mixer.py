@@ -141,7 +141,7 @@ def test_gradients_reach_states_norms_and_router(k: int):
 # Ownership of the last norm
 
 
-def test_shared_last_norm_is_not_a_child_but_follows_to():
+def test_shared_last_norm_is_no_submodule_but_is_moved_by_to():
     norms = random_norms(3)
     mixer = DepthMixer(norms, ModConfig())
     assert list(mixer.state_dict()) == ["router", "bias", "norms.0.weight", "norms.1.weight"]
@@ -194,7 +194,7 @@ def _transformers_norm(model: str, name: str) -> nn.Module:
         (lambda: _transformers_norm("cohere", "CohereLayerNorm"), "layer", 0),
     ],
 )
-def test_norms_are_recognised_by_what_they_compute(
+def test_norms_are_recognised_by_their_outputs(
     norm: Any, kind: str, offset: int, dtype: torch.dtype
 ):
     made = norm().to(dtype)
@@ -211,7 +211,7 @@ def test_norms_are_recognised_by_what_they_compute(
 
 
 class _Half(nn.Module):
-    """RMSNorm with a halved output, which no known kind of norm computes."""
+    """RMSNorm with a halved output, which is no known kind of norm."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ def test_reentrant_checkpoint_around_the_hooks_is_refused():
     assert torch.is_grad_enabled() == kept
 
 
-def test_decoder_alone_gives_the_base_models_states():
+def test_decoder_called_without_its_head_gives_the_base_models_states():
     model = make()
     base = model.model(input_ids=IDS).last_hidden_state
     mod.apply(model)

@@ -1,4 +1,4 @@
-"""The loss of MoD: its terms against dense expressions, and cases where it is zero."""
+"""The loss of MoD: its terms compared with dense expressions, and cases in which it is zero."""
 
 from __future__ import annotations
 

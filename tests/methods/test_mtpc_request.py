@@ -25,7 +25,7 @@ def make_tokenizer() -> Any:
         *WORDS,
         "abcdef",
         "[UNK]",
-    ]  # transformers prepends the first of these to a word to get its text
+    ]  # To get the text of a word, transformers decodes it after the first of these words.
     model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
     inner = tokenizers.Tokenizer(model)
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -42,7 +42,7 @@ def test_teacher_windows_are_aligned_with_label_windows():
     assert teacher.shape == (2, 5, 3, 7)
     inside = windows != X
     assert torch.equal(teacher.argmax(-1)[inside], windows[inside])
-    # One copy of the padded logits.
+    # The windows are views of one copy of the padded logits.
     assert teacher.untyped_storage().nbytes() == 2 * (5 + 2) * 7 * 8
 
 

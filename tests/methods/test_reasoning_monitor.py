@@ -1,4 +1,4 @@
-"""`RankMonitor`: values equal the decomposition, one grouped call per record, no hooks left."""
+"""`RankMonitor`: exact values, one grouped call per record, and no remaining hooks."""
 
 import pytest
 import torch

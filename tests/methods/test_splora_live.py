@@ -1,4 +1,4 @@
-"""SPLoRA on live models: layers of three kinds are switched off and on again."""
+"""SPLoRA on models in memory: layers of three kinds are switched off and on again."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_same_layers_are_selected_for_every_kind():
 
 
 def test_model_may_be_its_own_aligned_model():
-    # The weights below the adapters are compared.
+    # SPLoRA compares the base weights below the adapters.
     base, _ = models()
     model = adapted("peft")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Block-wise distillation: known values, gradients, different grids, and batches of text."""
+"""Block-wise distillation: known values, gradients, different grids, and text-only batches."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_all_forms_of_an_image_give_equal_pixels(tmp_path):
     first, *others = processor(forms)["pixel_values"]
     assert first.shape == (3, 98, 196) and first.dtype == torch.float32
     for other in others:
-        torch.testing.assert_close(other, first, atol=0.05, rtol=0)  # floats are not clamped
+        torch.testing.assert_close(other, first, atol=0.05, rtol=0)  # Float images are not clamped.
     for other in (*others[:8], *others[9:]):
         assert torch.equal(other, first)
 
@@ -61,7 +61,8 @@ def test_grey_images_have_three_equal_channels():
         assert torch.equal(found, torch.from_numpy(grey.copy()).float().expand(3, -1, -1))
 
 
-# Pillow rounds after each of two passes; a cubic kernel multiplies the first error by 1.25.
+# Pillow resizes in two passes and rounds after each; a cubic kernel multiplies the first pass's
+# rounding error by 1.25.
 @pytest.mark.parametrize(("resample", "worst"), [(2, 1.0), (3, 1.125)])
 @pytest.mark.parametrize("size", [(1000, 700), (40, 30)])
 def test_resizing_equals_pillow_up_to_one_level(size: tuple[int, int], resample: int, worst: float):
