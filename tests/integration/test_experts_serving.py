@@ -1,4 +1,4 @@
-"""Adapters on routed experts, served from a pool, against PEFT's ``target_parameters``."""
+"""Adapters on routed experts served from a pool, compared with PEFT's ``target_parameters``."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""PEFT's adapters per row if two processes train one model on different rows."""
+"""PEFT adapters per row, trained by two data-parallel processes on different rows."""
 
 from typing import Any
 

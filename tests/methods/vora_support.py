@@ -98,7 +98,7 @@ def image(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def batch() -> dict[str, Any]:
-    """Return three right-padded samples: with two images of different sizes, none, and one image."""
+    """Return three right-padded samples with two images of different sizes, none, and one image."""
     p = PLACEHOLDER
     ids = torch.tensor([[3, p, 4, p, 5, 6], [7, 8, 9, 1, 0, 0], [p, 2, 3, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
