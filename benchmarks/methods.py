@@ -34,18 +34,18 @@ INTRODUCTION = """# The papers' claims, and the results here
 This page explains, for each method, what its paper claims and what a small reproduction found.
 
 The experiments use pretrained models wherever two cores allow it. Criteria and seeds were committed
-before the runs and not adapted to the results. The verdict follows from the criteria of the
-headline alone:
+before the runs and not adapted afterwards. The verdict follows from the criteria of the headline
+alone:
 
 * *Reproduced*: all are met.
-* *Direction only*: each is met or has at least the reported sign.
-* *Not reproduced*: at least one does not have the reported sign.
-* *Not run yet*: rows are missing, or the machine was too busy to measure seconds. The page then
-  shows the result of an earlier protocol, which is no verdict on this one.
+* *Direction only*: each is met, or its effect has the reported sign.
+* *Not reproduced*: at least one effect does not have the reported sign.
+* *Not run yet*: rows are missing, or the machine was too busy for timing. The page then shows the
+  result of an earlier protocol, which is no verdict on this one.
 
-Brackets contain 95 % intervals, by bootstrap over the seeds. A small reproduction neither proves
-nor refutes a paper. A `+` after a revision means uncommitted changes. The notes of each method have
-the results of earlier protocols, with their verdicts.
+Brackets contain 95 % bootstrap intervals over the seeds. A small reproduction neither proves nor
+refutes a paper. A `+` after a revision means uncommitted changes. The notes contain the results and
+verdicts of earlier protocols.
 
 `pip install --no-build-isolation '.[claims]'` installs the models and texts
 (`benchmarks/claims/material.py` lists their licences). `python benchmarks/methods.py` measures what

@@ -155,24 +155,24 @@ def criteria(rows: Rows) -> list[Criterion]:
     added, alone, part = less(rows, BOTH, LORA), share(rows), part_of_parameters(rows)
     return [
         Criterion(
-            "loss of LoRA + MoD against LoRA's, nats a token",
-            "below 0 with its interval",
+            "loss of LoRA + MoD minus that of LoRA, nats per token",
+            "interval below 0",
             f"{added:+.4f}",
             added.high < 0,
             headline=True,
             points=added.middle < 0,
         ),
         Criterion(
-            "MoD alone: of LoRA's gain",
+            "MoD alone: share of LoRA's gain",
             "at least half",
             f"{alone:.0%}",
             alone.middle >= 0.5,
             headline=True,
             points=alone.middle > 0.25,
         ),
-        Criterion("MoD alone: of LoRA's parameters", "<= 5 %", f"{part:.2%}", part <= 0.05),
+        Criterion("MoD alone: share of LoRA's parameters", "<= 5 %", f"{part:.2%}", part <= 0.05),
         *(
-            Criterion(f"the first on {kind}", "below 0", f"{each:+.4f}", each.middle < 0)
+            Criterion(f"LoRA + MoD minus LoRA, {kind}", "below 0", f"{each:+.4f}", each.middle < 0)
             for kind, each in ((kind, less(rows, BOTH, LORA, kind)) for kind in language.KINDS)
         ),
     ]
@@ -181,8 +181,9 @@ def criteria(rows: Rows) -> list[Criterion]:
 def figure(rows: Rows) -> str:
     """Format both halves of the claim."""
     return (
-        f"loss against LoRA {less(rows, BOTH, LORA):+.4f} nats a token where MoD is added; alone "
-        f"{share(rows):.0%} of LoRA's gain for {part_of_parameters(rows):.2%} of its parameters"
+        f"adding MoD to LoRA changed the loss by {less(rows, BOTH, LORA):+.4f} nats per token; MoD "
+        f"alone had {share(rows):.0%} of LoRA's gain for {part_of_parameters(rows):.2%} of its "
+        "parameters"
     )
 
 

@@ -28,7 +28,7 @@ CLAIM = Claim(
     "than the update for a planning task, and a low rank is enough for most of the gain.",
     setup="SmolLM2-135M (the paper uses GPT-2), both tasks as text with hashes of 3 letters, "
     "losses matched before tuning. LoRA of ranks 1, 4, 16, 64 on the second MLP matrices or on all "
-    "linear layers, 60 steps of 4; 64 held-out questions.",
+    "linear layers, 60 steps of batch 4; 64 held-out questions.",
     headline="ratio of ranks",
     use="you want to know which rank a task needs: sweep, and read the smallest rank that reaches "
     "95 % of the gain",
@@ -154,8 +154,8 @@ def criteria(rows: Rows) -> list[Criterion]:
     entropy, smallest = (ratio(rows, "second MLP", name) for name in ("entropy", "enough"))
     found = [
         Criterion(
-            "ratio of ranks, planning over reasoning: effective (entropy), or the smallest that "
-            "reaches 95 % of the gain",
+            "ratio of ranks on the second MLP matrices, planning / reasoning: effective rank "
+            "(entropy), smallest rank with 95 % of the gain",
             f"above {LEAST} in either",
             f"{entropy:.2f}, {smallest:.2f}",
             max(entropy.middle, smallest.middle) > LEAST,
@@ -167,7 +167,7 @@ def criteria(rows: Rows) -> list[Criterion]:
         each = ratio(rows, "all", name)
         found.append(
             Criterion(
-                f"on all layers, {name}", f"above {LEAST}", f"{each:.2f}", each.middle > LEAST
+                f"ratio on all layers, {name}", f"above {LEAST}", f"{each:.2f}", each.middle > LEAST
             )
         )
     before = {task: study.mean(rows, "loss", task=task, part="untuned") for task in TASKS}
@@ -179,11 +179,12 @@ def criteria(rows: Rows) -> list[Criterion]:
 def figure(rows: Rows) -> str:
     """Format the ratios on both kinds of modules."""
     parts = [
-        f"{modules}: "
-        + ", ".join(f"{name} {ratio(rows, modules, name):.2f}" for name in (*FIGURES, "enough"))
+        f"{modules} matrices: "
+        + ", ".join(f"{name} {ratio(rows, modules, name):.2f}" for name in FIGURES)
+        + f", smallest sufficient rank {ratio(rows, modules, 'enough'):.2f}"
         for modules in MODULES
     ]
-    return f"ratio of ranks, planning over reasoning: {'; '.join(parts)}"
+    return f"ratio of effective ranks, planning / reasoning, {'; '.join(parts)}"
 
 
 def panels(rows: Rows) -> study.Panels:
