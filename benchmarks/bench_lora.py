@@ -48,7 +48,7 @@ def main() -> None:
     wanted = MATRICES if "all" in args.matrix else tuple(args.matrix)
     path = args.out / f"lora_{args.device}.csv"
     for row in measure(wanted, args.device, args.rounds):
-        append_rows(path, [row.columns(args.device)])  # at once: an aborted run keeps its rows
+        append_rows(path, [row.columns(args.device)])  # Rows of an aborted run are kept.
         print(summary(row), flush=True)
     print(f"\n{path}")
 

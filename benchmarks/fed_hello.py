@@ -1,10 +1,10 @@
 """Compare Fed-HeLLo with strong clients alone: `python benchmarks/fed_hello.py`.
 
-A third each of 36 clients can train 3, 4 and 6 of the 6 blocks of a pretrained encoder
+Of 36 clients, a third can train 3, a third 4 and a third all 6 blocks of a pretrained encoder
 (claims/section_texts.py); six train per round. In "strong only", clients that can train all blocks
 do so in every round. `--full` adds the other patterns, importance, Dirichlet's partition, and
-strong clients drawn as rarely as all others, which is the comparison of the authors' logs. It also
-adds peers: those of claims/peers.py on all clients and all layers, HetLoRA and FlexLoRA with ranks
+strong clients drawn as rarely as all others, the comparison in the authors' logs. It also adds
+baselines: those of claims/peers.py on all clients and all layers, HetLoRA and FlexLoRA with ranks
 by capability, and FedAvg with differential privacy (claims/private.py).
 """
 
@@ -51,9 +51,9 @@ OURS, STRONG, DRAWN = "RGD bottleneck", "strong only", "strong, drawn from all"
 FIM = {"FIM": 1.0, "FIM, mix 0.5": 0.5}  # share of importance in a layer's weight
 PATTERNS = [f"RGD {pattern}" for pattern in Pattern]
 RANKED = {"HetLoRA": "zero_pad", "FlexLoRA": "svd"}  # how ranks of 2, 5 and 8 are aggregated
-PROXY = 100  # texts of the server, for FIM
+PROXY = 100  # number of texts on the server, for FIM
 LOSS = -0.01
-CLIENTS, ROUNDS = 36, 20  # 10 rounds, tried in one arm, learned little: 0.17
+CLIENTS, ROUNDS = 36, 20  # With 10 rounds, tried in one arm, accuracy was only 0.17.
 
 
 def settings(quick: bool) -> Mapping[str, object]:
@@ -65,7 +65,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the arms of the rates, then those of the criteria."""
+    """Yield the arms that choose the rate, then those of the criteria."""
     for rate in section_texts.RATES:
         yield {"seed": section_texts.CHOOSING, "partition": SKEWED, "arm": "FedAvg", "rate": rate}
     for seed in seeds:
@@ -75,7 +75,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def more(seeds: Sequence[int], quick: bool) -> list[Row]:
-    """Return all patterns, importance, and a third kind of data."""
+    """Return arms with all patterns, with importance, baselines, and a third kind of data."""
     others = [*(name for name in PATTERNS if name != OURS), *FIM, DRAWN, *peers.NAMES, *RANKED]
     iid = [*others, *private.NOISE]
     return [
@@ -98,7 +98,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     else:
         run, hides = peer.run(shares) if peer else one(world, shares, arm["arm"]), {}
     right = [run.right[run.accuracy.index(run.best)]] * len(shares)
-    if peer and peer.own:  # at the end, each client has a different B
+    if peer and peer.own:  # At the end, each client has a different B.
         right = [peer.accuracy_of(client) for client in range(len(shares))]
     labels = world.training[1].numpy()
     strong = np.concatenate([shares[c] for c in _strong(world)])
@@ -171,7 +171,7 @@ def planner_of(hla: HLA, world: World) -> federated_digits.Planner:
 def by_importance(world: World, shares: Sequence[Any], mix: float) -> Run:
     """Run the bottleneck pattern for a third of the rounds, then importance.
 
-    Importance is recomputed every third from texts that the clients give up.
+    Importance is recomputed after every third, from texts that are taken from the clients.
     """
     x, y = world.training
     proxy = np.random.default_rng(world.seed).permutation(len(y))[:PROXY]
@@ -205,12 +205,12 @@ def by_importance(world: World, shares: Sequence[Any], mix: float) -> Run:
 
 
 def judged(rows: Rows) -> Rows:
-    """Return the rows without those that chose the rate."""
+    """Return the rows without those of the arms that choose the rate."""
     return [row for row in rows if row["seed"] != section_texts.CHOOSING]
 
 
 def gain(rows: Rows, partition: str, arm: str = OURS, rival: str = STRONG) -> Interval:
-    """Return the mean gain in accuracy over seeds and devices, with its interval."""
+    """Return the mean gain in accuracy over a rival, for seeds and devices, with its interval."""
     found: dict[tuple[int, str], list[float]] = {
         (row["seed"], row["arm"]): [float(a) for a in str(row["devices"]).split()]
         for row in judged(rows)
@@ -226,7 +226,7 @@ def gain(rows: Rows, partition: str, arm: str = OURS, rival: str = STRONG) -> In
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Check the gain with its interval on skewed labels."""
+    """Check the gain on skewed labels (the headline), the gain on IID data, and the bytes."""
     skewed, even = gain(rows, SKEWED), gain(rows, IID)
     # All layers are sent down, so these bytes equal those of uploading all layers.
     share = study.mean(rows, "up", arm=OURS) / study.mean(rows, "down", arm=OURS)

@@ -1,10 +1,10 @@
-"""Compare the random start of A with that of B: `python benchmarks/lora_init.py`.
+"""Compare random A with random B as the initial factor: `python benchmarks/lora_init.py`.
 
 A frozen network with one adapted layer, f(x) = w_out . relu((W + B A) relu(W_in x)) at widths 128,
-512 and 2048, learns from one with another update of rank 20. For each width and start, 27 rates
-from 2^-2 to 2^-15, a factor of 1.41 apart, are trained at once, as adapters of one batch: Adam with
-betas (0.9, 0.99), 100 full steps. On MiniLM, LoRA of rank 8 and a head learn Debian's sections
-(claims/section_texts.py) in 30 steps, one rate at a time.
+512 and 2048, learns from one whose update has rank 20. For each width and initialisation, 27
+learning rates from 2^-2 to 2^-15, a factor of 1.41 apart, are trained at once, as adapters of one
+batch: Adam with betas (0.9, 0.99), 100 full-batch steps. On MiniLM, LoRA of rank 8 and a head learn
+Debian's sections (claims/section_texts.py) in 30 steps, one rate at a time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield sweeps of the network, and rates on MiniLM."""
+    """Yield the arms: sweeps of the network, and single rates on MiniLM."""
     for seed in seeds:
         for start in STARTS:
             for width in _widths(quick):
@@ -67,7 +67,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Yield the loss after training, and on the network the rms of A u."""
+    """Yield the loss after training; on the network, also the RMS of A u."""
     torch.set_num_threads(1)
     scheme = STARTS[arm["start"]]
     if arm["task"] == MINILM:
@@ -120,7 +120,7 @@ def on_minilm(world: World, scheme: str, rate: float, steps: int) -> float:
 
 
 def sweep(seed: int, n: int, scheme: str, steps: int) -> tuple[Tensor, Tensor]:
-    """Return losses and rms of A u after training, one per rate."""
+    """Return the losses and the RMS of A u after training, one per rate."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, fan_in: int = 1) -> Tensor:
@@ -161,7 +161,7 @@ def sweep(seed: int, n: int, scheme: str, steps: int) -> tuple[Tensor, Tensor]:
 
 
 class Best:
-    """Rate with the lowest mean loss over the seeds, for one task and start."""
+    """Rate with the lowest mean loss over the seeds, for one task and initialisation."""
 
     def __init__(self, rows: Rows, start: str, **task: object):
         own = [r for r in rows if r["start"] == start and all(r[k] == v for k, v in task.items())]
@@ -175,13 +175,13 @@ class Best:
 
 
 def bests(rows: Rows) -> dict[str, dict[int, Best]]:
-    """Return the best rates of the network by start, then width."""
+    """Return the best rates of the network by initialisation, then width."""
     widths = sorted({row["width"] for row in rows if row["task"] == "network"})
     return {start: {n: Best(rows, start, width=n) for n in widths} for start in STARTS}
 
 
 def gain(a: Best, b: Best) -> Interval:
-    """Return how far the best loss of Init[A] is below that of Init[B], as a share of it."""
+    """Return the share by which the best loss of Init[A] is below that of Init[B]."""
     pairs = zip(a.losses, b.losses, strict=True)
     return study.interval([1 - own / other for own, other in pairs])
 
@@ -254,7 +254,7 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Return every rate of MiniLM, and the best of the network."""
+    """Return the losses of all rates on MiniLM, and of the best rates on the network."""
     found: dict[str, dict[str, Interval]] = {}
     for start in STARTS:
         own = [r for r in rows if (r["task"], r["start"]) == (MINILM, start)]

@@ -1,8 +1,8 @@
-"""Compare MoD on SmolLM2 with LoRA, beside LoRA and alone: `python benchmarks/mod.py`.
+"""Compare MoD, alone and added to LoRA, with LoRA on SmolLM2: `python benchmarks/mod.py`.
 
 SmolLM2 is tuned on two kinds of text (claims/language.py) by LoRA, by LoRA and MoD, and by MoD
-alone, 200 steps each. Rates are chosen first, on a separate seed: LoRA's, and for MoD alone those
-of its router and of its norms separately.
+alone, 200 steps each. Learning rates are chosen first, on a separate seed: that of LoRA, and for
+MoD alone those of the router and of the norms.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the arms of the rates, then each way of tuning on each kind of text."""
+    """Yield the arms that choose rates, then each way of tuning on each kind of text."""
     for rate in LORA_RATES:
         yield {"seed": CHOOSING, "kind": "python", "arm": LORA, "rate": rate}
     for router, norms in itertools.product(ROUTER_RATES, NORM_RATES):
@@ -84,11 +84,11 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def data(kind: str, seed: int, steps: int, quick: bool) -> tuple[Any, Any]:
-    """Return rows that are held out of every seed, and batches of the others."""
+    """Return rows that are held out for every seed, and batches of the others."""
     held, length = (4, 16) if quick else (HELD_OUT, LENGTH)
     total = held + (STEPS + CHOOSING_STEPS) * BATCH if not quick else held + 40
     if kind == "packages" and not quick:
-        total = held + 380  # of 3,000 lines
+        total = held + 380  # from 3,000 lines
     rows = language.rows_of(kind, total, length, quick)
     g = torch.Generator().manual_seed(seed)
     order = torch.randint(held, len(rows), (steps * BATCH,), generator=g)
@@ -96,7 +96,7 @@ def data(kind: str, seed: int, steps: int, quick: bool) -> tuple[Any, Any]:
 
 
 def rates_of(arm: Row, rows: Rows) -> dict[str, float]:
-    """Return rates of LoRA, router and norms: the arm's if it chooses them, else the best."""
+    """Return rates of LoRA, router and norms: the arm's if it is there to choose, else the best."""
     if arm["seed"] == CHOOSING:
         return {"lora": arm["rate"], "router": arm["rate"], "norms": arm.get("norm_rate", 0.0)}
     tried = [row for row in rows if row["seed"] == CHOOSING]
@@ -134,19 +134,19 @@ def losses(rows: Rows, arm: str, kind: str | None = None) -> list[float]:
 
 
 def less(rows: Rows, one: str, other: str, kind: str | None = None) -> Interval:
-    """Return the difference of two arms in nats per token."""
+    """Return the loss of arm `one` minus that of `other`, in nats per token."""
     pairs = zip(losses(rows, one, kind), losses(rows, other, kind), strict=True)
     return study.interval([a - b for a, b in pairs])
 
 
 def share(rows: Rows) -> Interval:
-    """Return the gain of MoD alone as a share of LoRA's."""
+    """Return the gain of MoD alone as a share of the gain of LoRA."""
     columns = (losses(rows, name) for name in (UNTUNED, ALONE, LORA))
     return study.interval([(u - m) / (u - a) for u, m, a in zip(*columns, strict=True)])
 
 
 def part_of_parameters(rows: Rows) -> float:
-    """Return the parameters of MoD as a share of LoRA's."""
+    """Return the number of MoD's parameters as a share of LoRA's."""
     return study.mean(rows, "parameters", arm=ALONE) / study.mean(rows, "parameters", arm=LORA)
 
 

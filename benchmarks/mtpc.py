@@ -1,9 +1,10 @@
-"""Compare circuit drafts with independent drafts in seconds: `python benchmarks/mtpc.py`.
+"""Compare the speed of circuit drafts and independent drafts: `python benchmarks/mtpc.py`.
 
 The text is that of `examples/mtpc_bytes.py`, the model is smaller. Four heads of n = 8 are trained
-alike on one frozen model. Held-out prompts are then decoded, sampling and greedy, at batch 1 and 8,
-with the passes of `lean.py`, all engines in turn. Seconds count only if nothing else ran at the
-same time; otherwise they stay open. `mtpc_smollm2.py` races a trained head on SmolLM2.
+in the same way on one frozen model. Held-out prompts are then decoded, sampling and greedy, at
+batch 1 and 8, with the forwards of `lean.py`, by all engines in turn. Times count only if nothing
+else ran on the machine; otherwise there is no verdict. `mtpc_smollm2.py` times a trained head on
+SmolLM2.
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ SMALL = Sizes(
     new_tokens=64,
     rounds=7,
 )
-QUIET = 1.5  # load above which seconds are not valid
+QUIET = 1.5  # system load above which times are not valid
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Yield one row per head: nats, then tokens per call and speedup over ff by mode and batch."""
+    """Yield one row per head: nats, and by mode and batch tokens per call and speedup over ff."""
     sizes = mtpc_bytes.QUICK if quick else SMALL
     torch.manual_seed(arm["seed"])
     train, held_out = mtpc_bytes.read_text(sizes)
@@ -89,12 +90,12 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def faster(rows: Rows, kind: str, mode: str, batch: int) -> Interval:
-    """Return how many times a head is faster than ff."""
+    """Return the speedup of a head over ff."""
     return study.interval(study.column(rows, f"faster_{mode}_{batch}", kind=kind))
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Check the seconds of chains and trees in every mode and batch (the headline)."""
+    """Check the speedups of chains and trees in every mode and batch (the headline)."""
     quiet = max(row["load"] for row in rows) <= QUIET
     found: list[Criterion] = []
     for kind, mode, batch in itertools.product(TREES, MODES, BATCHES):
@@ -122,12 +123,12 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def emitted(rows: Rows, kind: str) -> float:
-    """Return the bytes per call, sampling at the larger batch."""
+    """Return the bytes per call when sampling at the larger batch."""
     return study.mean(rows, f"emitted_{MODES[0]}_{max(BATCHES)}", kind=kind)
 
 
 def figure(rows: Rows) -> str:
-    """Return the bytes per call; the criteria list the seconds."""
+    """Return the bytes per call; the criteria contain the speedups."""
     quiet = max(row["load"] for row in rows) <= QUIET
     calls = ", ".join(f"{kind} {emitted(rows, kind):.2f}" for kind in ("ff", *LATENT))
     seconds = "in the table" if quiet else "left for a quiet machine"
@@ -135,7 +136,7 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Return the bytes per call, and the ratio of seconds in the same rounds."""
+    """Return the bytes per call, and the speedups over ff in the same rounds."""
     found = {
         "bytes per call, sampling": {
             kind: study.interval(

@@ -1,10 +1,10 @@
-"""Time packed weights: products of few rows against torch's, and SmolLM2 with 16 adapters.
+"""Time packed weights: products of few rows relative to torch's, and SmolLM2 with 16 adapters.
 
 `python benchmarks/packed_linear.py [--matrix ops model widths] [--dtype bfloat16] [--check]`.
 `widths` times products with spaced rows (`docs/layers.md`). Results are checked before they are
 timed. `--check` exits with 1 if a decode step of 8 or 16 rows with different adapters takes more
 than 0.75 of the time of torch's step without adapters. With `--threads 1`, times are processor
-times. `packed_twin` measures the floor of the products, reading the weight once
+times. `packed_twin` measures the least time of the products, that of reading the weight once
 (`benchmarks/packed_twin.cpp`).
 """
 
@@ -33,13 +33,13 @@ from lora_ext.interop.smollm2 import load_smollm2
 SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152))  # SmolLM2-135M's
 ROWS = (1, 2, 4, 8, 16, 32)
 WIDTHS, WIDE_ROWS = (144, 172, 1000), (17, 128, 512)
-COLD_BYTES = 64 << 20  # bytes of the weights of one shape that are used in turn
+COLD_BYTES = 64 << 20  # total size of the weights of one shape, which are used in turn
 MOST = 0.75
 MATRICES = ("ops", "model", "widths")
 
 
 class OwnTime:
-    """Call timed by the clock of its thread, which other work disturbs less."""
+    """Call timed by the clock of its thread, which is less affected by other processes."""
 
     def __init__(self, call: Call):
         self.call = call
@@ -61,7 +61,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 
 def products(x: Tensor, weights: list[Tensor]) -> dict[str, Call]:
-    """Return each provider's products of x with all weights, one after another."""
+    """Return by provider a call that multiplies x by all weights, one after another."""
     rows = x.shape[0]
     packed = [ops.pack_weight(w) for w in weights]
     out = weights[0].shape[0]
@@ -88,7 +88,7 @@ def _all(weights: list[Tensor], call: Any) -> None:
 
 
 def bench_ops(dtype: torch.dtype, rounds: int) -> Iterator[str]:
-    """Yield the least time of each provider; on one thread, its processor time."""
+    """Yield the least time of each provider; with one thread, the least processor time."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for wide, out in SHAPES:
         count = max(1, COLD_BYTES // (wide * out * dtype.itemsize))
@@ -107,7 +107,7 @@ def bench_ops(dtype: torch.dtype, rounds: int) -> Iterator[str]:
 
 
 def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
-    """Time products with spaced rows over torch's, at widths that are not multiples of 32."""
+    """Time products with spaced rows relative to torch's, at widths that are no multiples of 32."""
     for wide in WIDTHS:
         weight = torch.randn(4 * wide, wide).to(dtype)
         for rows in WIDE_ROWS:
@@ -132,7 +132,7 @@ def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
 def engines(dtype: torch.dtype) -> dict[str, Any]:
     """Return SmolLM2-135M with and without adapters and packed weights; the weights are shared.
 
-    Names that end with "float64" are models in float64 without packed weights.
+    Models whose name ends with "float64" are in float64, without packed weights.
     """
     base = load_smollm2()[0].to(dtype).requires_grad_(False)
     wide = copy.deepcopy(base).double()
@@ -181,7 +181,7 @@ def _factors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 def bench_model(
     models: Mapping[str, Any], dtype: torch.dtype, rounds: int
 ) -> Iterator[tuple[int, dict[str, Timing]]]:
-    """Yield decode steps after a cache of 32 tokens, every row with another adapter."""
+    """Yield the times of decode steps after 32 cached tokens; every row has another adapter."""
     for rows in (16, 8, 1):
         tokens = torch.randint(0, 49152, (rows, 33), generator=torch.manual_seed(1))
         steps: dict[str, Call] = {}

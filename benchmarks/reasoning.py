@@ -1,10 +1,10 @@
 """Measure the ranks of planning and reasoning on SmolLM2: `python benchmarks/reasoning.py`.
 
-Both tasks are text. On a separate seed, the chain task gets the setting on which the untuned
-model's loss is nearest to that on the hop task, so that both tasks have the same headroom. LoRA of
-ranks 1 to 64 then learns each task, on the second MLP matrices as in the paper, and on all linear
-layers. Reported are the effective ranks of the updates, and the smallest rank that reaches 95 % of
-the best gain.
+Both tasks are text. On a separate seed, the setting of the chain task is chosen for which the
+untuned model's loss is nearest to that on the hop task, so both tasks have the same headroom. LoRA
+of ranks 1 to 64 then learns each task, on the second MLP matrices as in the paper, and on all
+linear layers. Reported are the effective ranks of the updates, and the smallest rank that reaches
+95 % of the best gain.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MODULES = {"second MLP": ["down_proj"], "all": [f"{p}_proj" for p in ("q", "k", 
 MODULES["all"] += ["gate_proj", "up_proj", "down_proj"]
 RANKS, RATE, STEPS, BATCH, HELD_OUT, HASH = (1, 4, 16, 64), 2e-3, 60, 4, 64, 3
 FIGURES = ("entropy", "threshold@0.1", "threshold@0.01")
-MATCHING = 100  # seed on which losses are matched
+MATCHING = 100  # seed on which the losses of the tasks are matched
 LEAST = 1.5
 
 
@@ -55,7 +55,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the losses before tuning, then an adapter of every rank."""
+    """Yield the arms of the losses before tuning, then one per rank."""
     yield {"seed": MATCHING, "task": PLANNING, "part": "untuned"}
     for place in range(len(CHAINS)):
         yield {"seed": MATCHING, "task": REASONING, "part": "untuned", "chains": place}
@@ -108,7 +108,7 @@ def questions(task: str, chains: int, count: int, seed: int) -> HashHop | HashCh
 
 
 def matched(arm: Row, rows: Rows) -> int:
-    """Return the setting of the chain task with the loss nearest to the hop task's."""
+    """Return the setting of the chain task whose loss is nearest to that of the hop task."""
     own = [row for row in rows if row["seed"] == MATCHING]
     if arm["seed"] == MATCHING:
         return 0  # the hop task has no chains
@@ -122,7 +122,7 @@ def matched(arm: Row, rows: Rows) -> int:
 
 
 def gains(rows: Rows, seed: int, task: str, modules: str) -> dict[int, float]:
-    """Return the decrease of the loss by rank."""
+    """Return the decrease of the loss by tuning, for each rank."""
     before = study.mean(rows, "loss", seed=seed, task=task, part="untuned")
     own = [r for r in rows if r["part"] == "lora" and r["modules"] == modules]
     own = [r for r in own if (r["seed"], r["task"]) == (seed, task)]
@@ -136,7 +136,7 @@ def enough(rows: Rows, seed: int, task: str, modules: str) -> int:
 
 
 def ratio(rows: Rows, modules: str, measure: str) -> Interval:
-    """Return the ratio of planning to reasoning, the mean over the seeds."""
+    """Return the ratio of planning to reasoning in a measure, as the mean over the seeds."""
     seeds = sorted({r["seed"] for r in rows if r["part"] == "lora"})
     most = max(r["rank"] for r in rows if r["part"] == "lora")
 
@@ -150,7 +150,7 @@ def ratio(rows: Rows, modules: str, measure: str) -> Interval:
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Check the ratio in either measure on the paper's matrices (the headline)."""
+    """Check the ratio on the paper's matrices in two measures (the headline), and on all layers."""
     entropy, smallest = (ratio(rows, "second MLP", name) for name in ("entropy", "enough"))
     found = [
         Criterion(

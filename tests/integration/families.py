@@ -1,7 +1,7 @@
 """Tiny random models of many families, with adapters served and merged.
 
-The merged model is an independent check. Its weights contain one adapter, so it needs no block.
-It is also correct if a model reads the weights of a layer without calling it, or transposes rows.
+The merged model is an independent check. Its weights contain one adapter, so it needs no block. It
+is also correct if a model reads the weights of a layer without calling it, or transposes rows.
 """
 
 import copy

@@ -101,9 +101,7 @@ def test_product_of_3d_rows_is_bitwise_equal_to_that_of_2d_rows(planted: bool, w
 
 @widths
 @dtypes
-def test_spaced_rows_are_unchanged_and_followed_by_zeros(
-    width: int, dtype: torch.dtype
-) -> None:
+def test_spaced_rows_are_unchanged_and_followed_by_zeros(width: int, dtype: torch.dtype) -> None:
     x = randn(0, 2, 3, width, dtype=dtype)
     y = spaced(x)
     assert torch.equal(x, y)

@@ -1,7 +1,7 @@
 """Growth of the peak memory of a process while an adapter of a whole model is scored.
 
-`python tests/methods/splora_memory.py ADAPTER BASE ALIGNED` prints the growth in mebibytes
-and the number of scored layers.
+`python tests/methods/splora_memory.py ADAPTER BASE ALIGNED` prints the growth in mebibytes and the
+number of scored layers.
 """
 
 import sys
