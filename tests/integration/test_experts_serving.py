@@ -269,7 +269,7 @@ def test_configuration_that_does_not_fit_the_tensors_raises(
         pool.load("red", ({**config, **change}, tensors), strict=strict)
 
 
-def test_pool_of_some_parameters_rejects_or_skips_the_others() -> None:
+def test_pool_of_some_parameters_rejects_or_skips_adapters_on_others() -> None:
     model, config, tensors = saved()
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8, targets=[UP, "q_proj"])
     with pytest.raises(ValueError, match=r"found .*0\.mlp\.experts\.lora_A\.weight"):

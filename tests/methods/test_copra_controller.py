@@ -395,7 +395,7 @@ def test_invalid_groupings_are_refused_with_the_modules(group_by):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:unmerge")
-def test_merged_adapters_are_refused_by_layer_name(kind: str):
+def test_error_for_merged_adapters_names_the_layer(kind: str):
     model = adapted(kind)
     controller = controller_of(model)
     layer, name = controller.layers.layers[2][1], controller.groups[2][1]

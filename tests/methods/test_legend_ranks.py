@@ -112,7 +112,7 @@ def test_layer_bytes_are_those_of_its_modules_at_its_rank():
     assert layer_bytes(state, (1, 2, 3)) == (each, 2 * each, 3 * each)
 
 
-def test_rank_above_a_module_is_refused_by_the_modules_name():
+def test_error_for_a_rank_above_a_module_names_the_module():
     state = make_state(layers=2)
     with pytest.raises(ValueError, match=r"ranks\[1\]: layers.1.q: expected at most 4, found 5"):
         layer_bytes(state, (4, 5))
@@ -150,7 +150,7 @@ def test_config_distributes_its_total():
         ({"send_frozen": 1}, "send_frozen: expected True or False, found 1"),
     ],
 )
-def test_invalid_config_fields_are_named(settings: dict, message: str):
+def test_errors_name_invalid_config_fields(settings: dict, message: str):
     with pytest.raises(ValueError, match=f"LegendConfig: {message}"):
         LegendConfig(**settings)
 

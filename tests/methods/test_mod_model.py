@@ -297,7 +297,7 @@ def test_labels_of_another_shape_are_refused():
             model(input_ids=IDS, labels=labels)
 
 
-def test_head_of_another_width_is_refused_by_name():
+def test_error_names_head_of_another_width():
     # OPT-350m projects its hidden states to the width of its embeddings.
     model = make("opt", word_embed_proj_dim=8)
     before = traces(model)

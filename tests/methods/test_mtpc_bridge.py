@@ -336,7 +336,7 @@ def test_file_without_the_bridge_is_refused(tmp_path: Path):
         mtpc.Draft.load(model, tmp_path)
 
 
-def test_invalid_arguments_are_named():
+def test_errors_name_invalid_arguments():
     model = make_model("llama")
     draft = make_draft(model, bridge=8)
     with pytest.raises(ValueError, match="window: expected 'condition' with a bridge"):

@@ -255,7 +255,7 @@ def test_shared_lm_head_is_never_written():
         ({"adapter_rank": 0}, "adapter_rank"),
     ],
 )
-def test_invalid_sizes_are_named(options: dict[str, Any], name: str):
+def test_errors_name_invalid_sizes(options: dict[str, Any], name: str):
     sizes = {"hidden_size": D, "vocab_size": V, "n_token": K, "rank": 3, "kind": "cp"}
     with pytest.raises(ValueError, match=f"CircuitHead: {name}: expected .*, found"):
         CircuitHead(**{**sizes, **options})
@@ -289,7 +289,7 @@ def test_unsupported_dtypes_are_refused():
         CircuitHead(D, V, K, 3, "cp", dtype=torch.float8_e4m3fn)
 
 
-def test_invalid_inputs_are_named():
+def test_errors_name_invalid_inputs():
     head, h, x = make("cp"), hidden(2, 3), torch.zeros(2, 3, K, dtype=torch.int64)
     gap = x.clone()
     gap[0, 0, 1] = IGNORE

@@ -449,7 +449,7 @@ def test_head_and_model_may_differ_in_dtype(model_dtype: str, head_dtype: str, w
     assert sampled.sequences.shape == expected.shape
 
 
-def test_invalid_arguments_are_named():
+def test_errors_name_invalid_arguments():
     model, (ids, mask) = make_model("llama"), prompts(2)
     head = make_draft(model).head
     make: Any = mtpc.SpeculativeDecoder

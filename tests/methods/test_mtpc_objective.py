@@ -162,7 +162,7 @@ def test_empty_batch_has_zero_loss_and_gradients():
     assert loss == 0
 
 
-def test_invalid_arguments_are_named():
+def test_errors_name_invalid_arguments():
     head, h, x = make("cp"), hidden(2, 3), torch.zeros(2, 3, K, dtype=torch.int64)
     wide = torch.zeros(2, 3, K, V + 1)
     cases: list[tuple[str, dict[str, Any]]] = [

@@ -275,7 +275,7 @@ def test_default_emission_is_adapter_for_large_vocabularies(listed: int | None, 
         assert draft.head.unembed.data_ptr() == model.lm_head.weight.data_ptr()
 
 
-def test_draft_tail_refuses_alibi_by_name():
+def test_error_of_the_draft_tail_names_alibi():
     config = transformers.BloomConfig(vocab_size=9, hidden_size=16, n_layer=2, n_head=4)
     model = transformers.BloomForCausalLM(config).eval()
     tail = mtpc.DraftTail(model, num_layers=1)

@@ -66,7 +66,7 @@ def test_frequent_tokens_are_the_most_frequent_in_ascending_order():
         frequent_tokens(ids.int(), 3)
 
 
-def test_invalid_arguments_are_named():
+def test_errors_name_invalid_arguments():
     for call, name in (
         (lambda: unfold_windows(torch.zeros(1, 2), 0), "n: expected"),
         (lambda: unfold_windows(torch.zeros(2), 1), "labels: expected shape"),

@@ -47,7 +47,7 @@ def test_last_blocks_are_selected_in_each_stack():
         ({"last_n": 5}, "last_n: expected one of 4 blocks, found 5"),
     ],
 )
-def test_invalid_choices_are_named(arguments, message):
+def test_errors_name_invalid_choices(arguments, message):
     with pytest.raises(ValueError, match=f"^select_modules: {message}"):
         select_modules(SymbolModel(), **arguments)
 

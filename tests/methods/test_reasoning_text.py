@@ -210,7 +210,7 @@ def test_context_must_fit_prompt_and_answer():
         ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
     ],
 )
-def test_invalid_arguments_are_named(arguments, message):
+def test_errors_name_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=f"^evaluate: {message}"):
         evaluate(**{"model": Oracle(), "tokenizer": TOKENIZER, "instances": CHAINS, **arguments})
 

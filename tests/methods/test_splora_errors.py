@@ -71,7 +71,7 @@ def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapt
     ],
     ids=str,
 )
-def test_invalid_settings_are_named(fields: dict, message: str):
+def test_errors_name_invalid_settings(fields: dict, message: str):
     with pytest.raises(ValueError, match=f"^SploraConfig: {message}"):
         SploraConfig(**{"direction": "smallest", **fields})
 

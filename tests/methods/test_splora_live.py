@@ -150,7 +150,7 @@ def test_model_with_a_merged_adapter_is_refused_unchanged(kind: str):
     assert "_lora_ext_splora" not in model.__dict__
 
 
-def test_absent_adapter_is_named():
+def test_error_names_absent_adapter():
     with pytest.raises(ValueError, match=r"adapter: expected one of \['default'\], found 'gone'"):
         splora.apply_to(
             adapted("ours"), *models(), SploraConfig(direction="smallest", num=1), adapter="gone"

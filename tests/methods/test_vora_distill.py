@@ -158,7 +158,7 @@ def test_inputs_that_cannot_be_compared_are_refused(arguments, message: str):
         block_distill_loss(heads(), *arguments)
 
 
-def test_invalid_heads_are_refused_by_name():
+def test_errors_name_invalid_heads():
     with pytest.raises(ValueError, match=r"DistillHeads: teacher_width: .* at least 1, found 0"):
         DistillHeads(2, 3, 0)
     with pytest.raises(ValueError, match=r"DistillHeads: hiddens: expected one for each of 3 bloc"):

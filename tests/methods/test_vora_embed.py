@@ -144,7 +144,7 @@ def test_equal_grids_are_not_resampled():
         ),
     ],
 )
-def test_invalid_fields_are_refused_by_name(fields: dict, message: str):
+def test_errors_name_invalid_fields(fields: dict, message: str):
     with pytest.raises(ValueError, match=f"VisionPatchEmbed: {message}"):
         VisionPatchEmbed(8, **fields)
 

@@ -80,7 +80,7 @@ def test_state_dict_of_a_wrapped_model_contains_vision_and_heads() -> None:
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_missing_unexpected_and_invalid_keys_are_named(wrapped: bool) -> None:
+def test_errors_name_missing_unexpected_and_invalid_keys(wrapped: bool) -> None:
     model: Any = seeing() if wrapped else vora.apply(language(), settings())
     good = {name: value + 1 for name, value in vora.state_dict(model).items()}
     before = {name: value.clone() for name, value in vora.state_dict(model).items()}

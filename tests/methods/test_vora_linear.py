@@ -409,12 +409,12 @@ def test_extra_bias_is_merged_and_removed_with_the_adapter() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True])
-def test_invalid_rank_is_named(rank: Any) -> None:
+def test_error_names_invalid_rank(rank: Any) -> None:
     with pytest.raises(ValueError, match=f"VoraLinear: rank: expected .*found {rank!r}"):
         VoraLinear.from_linear(nn.Linear(2, 3), rank)
 
 
-def test_unknown_route_is_named() -> None:
+def test_error_names_unknown_route() -> None:
     with pytest.raises(ValueError, match=r"VoraLinear: route: expected .*found 'text'"):
         VoraLinear.from_linear(nn.Linear(2, 3), 2, "text")  # pyright: ignore[reportArgumentType]
 
@@ -439,7 +439,7 @@ def test_other_modules_are_refused(make_module: Callable[[], nn.Module]) -> None
     [torch.ones(2, 6), torch.full((2, 7), 2), torch.ones(2, 7), torch.ones(2, 6, dtype=torch.bool)],
     ids=["floats of another shape", "twos", "floats", "another shape"],
 )
-def test_invalid_mask_is_named(mask: Tensor) -> None:
+def test_error_names_invalid_mask(mask: Tensor) -> None:
     with pytest.raises(ValueError, match="vision_mask: expected"):
         make("vision")(inputs(2, 7), mask)
 

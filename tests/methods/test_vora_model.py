@@ -305,9 +305,7 @@ def _other(family: str) -> Any:
         ("falcon", None),
     ],
 )
-def test_attention_that_ignores_pairwise_masks_is_refused_by_name(
-    family: str, found: str | None
-) -> None:
+def test_error_names_attention_that_ignores_pairwise_masks(family: str, found: str | None) -> None:
     language_model, targets = _other(family)
     how: dict[str, Any] = {"n_blocks": 1, "target_modules": targets}
     model = vora.VoraForCausalLM(language_model, settings(**how))

@@ -133,7 +133,7 @@ def test_settings_are_saved_and_may_be_overridden(tmp_path):
     assert torch.equal(one, two) and one.shape == (3, 40, 80)
 
 
-def test_settings_of_a_call_apply_only_to_it():
+def test_settings_of_a_call_apply_only_to_this_call():
     processor, image = VoraImageProcessor(), pixels(64, 64)
     (found,) = processor(image, patch=16, do_normalize=False)["pixel_values"]
     assert found.shape == (3, 64, 64) and found.min() >= 0
@@ -188,7 +188,7 @@ def test_inputs_are_unchanged():
         ({"patch_size": 16}, TypeError, r"patch_size: expected one of .* found 'patch_size'"),
     ],
 )
-def test_invalid_settings_are_refused_by_name(fields: dict, error, message: str):
+def test_errors_name_invalid_settings(fields: dict, error, message: str):
     with pytest.raises(error, match=f"VoraImageProcessor: {message}"):
         VoraImageProcessor(**fields)
     with pytest.raises(error, match=f"VoraImageProcessor: {message}"):
