@@ -118,7 +118,7 @@ def learned(model: Any, tokenizer: Any, folder: Path) -> Guide:
 
 # --- satisfaction and words -----------------------------------------------------------------------
 def satisfied(bench: Bench) -> Iterator[Found]:
-    """Yield the share of sampled texts that code other than the constraint's accepts."""
+    """Yield the share of sampled texts that an independent check accepts."""
 
     def is_json(text: str) -> bool:
         value = json.loads(text)

@@ -37,7 +37,7 @@ def einsum_layers(leaf: Tensor, weights: list[Tensor], scopes: Tensor, x: Tensor
 
 
 def _pairs(val: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both siblings of every pair, divided by their largest, and its logarithm."""
+    """Return both siblings of every pair, divided by their maxima, and the sum of log maxima."""
     tops = [val[:, side::2].amax(2, keepdim=True) for side in (0, 1)]
     a, b = ((val[:, side::2] - tops[side]).exp() for side in (0, 1))
     return a, b, tops[0] + tops[1]

@@ -7,7 +7,8 @@ tokens with an adapter of rank 16. A ratio is the time of exact over plain, as t
 in one run. Results are compared with the plain model's before they are timed.
 
 `--check` prints the target of each ratio, and exits with 1 if one is missed; `--tiny` uses a small
-random model; `--dtype bfloat16` uses 16 bits. Use a quiet machine; threads are torch's.
+random model; `--dtype bfloat16` uses 16 bits. The machine must be idle; the number of threads is
+torch's default.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def bench_modalities(rounds: int, samples: int = 12, length: int = 64) -> Iterat
     mask[::3, : length // 2] = True
     names = [None if i % 3 == 2 else "text" for i in range(samples)]
     ids = torch.tensor([-1 if name is None else 1 for name in names])[:, None]
-    ids = torch.where(mask, 0, ids)  # the same rows, passed to each sample's call
+    ids = torch.where(mask, 0, ids)  # Calls per sample get slices of these.
     each = [(slice(i, i + 1), ids[i].clone()) for i in range(samples)]
     x = torch.randn(samples, length, wide)
     dy = torch.randn(samples, length, out)
@@ -232,7 +232,7 @@ def _step_of(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
 
 
 def _check_layer(theirs: Any, ours: Any, x: Tensor, dy: Tensor) -> float:
-    """Compare results and gradients without dropout, because the masks would differ."""
+    """Compare results and gradients without dropout, whose masks would differ."""
     wide, x64 = copy.deepcopy(theirs).double(), x.detach().double().requires_grad_()
     found: list[list[Tensor]] = []
     for layer, rows in ((ours, x), (theirs, x), (wide, x64)):

@@ -149,7 +149,7 @@ PROVIDERS: dict[str, Callable[[Problem], None]] = {
 
 
 def providers_of(p: Problem) -> dict[str, Callable[[Problem], None]]:
-    """Return the providers, without gathering if its copies would exceed 1 GiB."""
+    """Return the providers, without "gather_bmm" if its copies would exceed 1 GiB."""
     s = p.shape
     gathered = s.tokens * s.rank * (s.in_features + s.out_features) * p.x.dtype.itemsize
     return {n: f for n, f in PROVIDERS.items() if n != "gather_bmm" or gathered <= 1 << 30}
@@ -288,7 +288,7 @@ def bench_allocation() -> Iterator[Row]:
 
 
 def shape_columns(shape: Shape, dtype: torch.dtype) -> dict:
-    """Return the columns of a row that its shape determines."""
+    """Return the columns of a row that depend on the shape."""
     return {
         "case": shape.case,
         "dtype": str(dtype).removeprefix("torch."),

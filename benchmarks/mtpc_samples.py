@@ -175,8 +175,8 @@ def learn(
     """Train a draft with a bridge for some steps, with products in bfloat16.
 
     Args:
-        distil: Learn from the model's states, for one component and windows of one token. Otherwise
-            the loss is the cross entropy of the answers' tokens, for any circuit.
+        distil: If true, learn from the model's states; this requires one component and windows of
+            one token. If false, the loss is the cross entropy of the answers' tokens.
     """
     unembed = draft.head.unembed.detach().bfloat16()
     optimizer = torch.optim.AdamW(draft.parameters(), lr=rate, betas=(0.9, 0.98))

@@ -68,7 +68,10 @@ def peft_step(model: Any, optimizers: list[Any], each: list[Tensor]) -> float:
 
 
 def settled(way: Callable[[], float]) -> Callable[[], float]:
-    """Wrap ``way`` to time its third call: a step waits for tenants of the last two steps."""
+    """Return a call that runs ``way`` three times and returns the last time.
+
+    A step of the service waits for the tenants of the last two steps.
+    """
     return lambda: [way() for _ in range(3)][-1]
 
 

@@ -3,7 +3,7 @@
 A ViT learns to classify the pictures, a small Llama learns caption-like text, and both are frozen.
 VoRA then teaches the Llama to caption unseen pictures: as in the paper, without distillation, and
 with a causal mask. The baseline has what VoRA avoids: the ViT and a projector of two layers in
-front of the Llama, which has LoRA of as many parameters as VoRA. VoRA is merged and evaluated on
+front of the Llama, whose LoRA has as many parameters as VoRA's. VoRA is merged and evaluated on
 text, and so is a run of route "vision".
 """
 
@@ -374,7 +374,7 @@ def text_logits(model: Any, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """Models and pictures that all runs share and none changes."""
+    """Models and pictures that all runs share and do not change."""
 
     model: Any
     teacher: Any

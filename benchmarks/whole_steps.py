@@ -118,7 +118,10 @@ class Steps:
         return loss
 
     def _backward(self, model: Any, times: int, **given: Any) -> float:
-        """Return the mean loss; its backward is scaled by ``times``, for a sum over adapters."""
+        """Run forward and backward; return the mean loss.
+
+        The gradient is that of ``times`` the loss, which is the sum over adapters.
+        """
         labels = given.get("input_ids", self.ids)
         autocast: Any = contextlib.nullcontext()
         if self.case.dtype == "autocast" and model is not self.models["exact"]:

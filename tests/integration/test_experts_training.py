@@ -86,7 +86,7 @@ def trained_alone(theirs: Any, ids: Tensor, names: list[str]) -> tuple[Tensor, d
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_with_an_adapter_per_row_equals_separate_runs(family: str, checkpointing: bool) -> None:
+def test_adapters_per_row_train_as_in_separate_runs(family: str, checkpointing: bool) -> None:
     theirs, ours = pair(family)
     theirs.train()
     ours.train()
