@@ -164,7 +164,7 @@ def measure(model: Any, case: Case) -> list[dict[str, Any]]:
             raise SystemExit(f"{kind}: expected PEFT's first tokens {wanted}, found {tokens}")
         counts = [count for *_, count in found]
         if counts != [expected[kind]] * case.adapters:
-            raise SystemExit(f"{kind}: expected {expected[kind]} tokens computed, found {counts}")
+            raise SystemExit(f"{kind}: expected {expected[kind]} computed tokens, found {counts}")
     providers = {"peft": judge["alora"], "lora": ours["plain"], "alora": ours["alora"]}
     return [
         {

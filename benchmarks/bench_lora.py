@@ -1,7 +1,8 @@
 """Time LoRA: `python benchmarks/bench_lora.py --matrix decode layers ...`.
 
-Rows are appended to OUT/lora_cpu.csv or lora_cuda.csv, from which `benchmarks/report.py` makes the
-tables and the chart. Every result is checked before it is timed. See docs/benchmarks.md.
+A matrix is a group of cases. Rows are appended to OUT/lora_cpu.csv or lora_cuda.csv, from which
+`benchmarks/report.py` makes the tables and the chart. Every result is checked before it is timed.
+See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
-    """Yield all rows of the wanted matrices."""
+    """Yield all rows of the requested matrices."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     with torch.inference_mode():
         if "decode" in wanted:

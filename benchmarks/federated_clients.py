@@ -290,7 +290,7 @@ def check(case: Case, device: str) -> dict[str, float]:
 
 
 def measure(case: Case, device: str, rounds: int) -> Iterator[dict[str, object]]:
-    """Yield one row per provider, and on the CPU rows of the memory of lora_ext."""
+    """Yield one row per provider, and on the CPU also rows with the memory of lora_ext."""
     errors = check(case, device)
     problem = Problem(case, torch.float32, device)
     calls: dict[str, Call] = dict(problem.providers())

@@ -1,4 +1,4 @@
-"""Time matrix gram: Gram matrices of all adapters of a model, and pair statistics, in one call.
+"""Cases of `--matrix gram`: Gram matrices of all adapters, and pair statistics, in one call each.
 
 The adapters are those of SmolLM2-135M at rank 16 on its seven linear layers; no weight of the model
 is read. The peers are torch's products, one adapter after another.

@@ -1,4 +1,4 @@
-"""Time the matrix large_rank: adapters of rank 1024 as in vision-language models, and GEMMs.
+"""Cases of `--matrix large_rank`: rank 1024 as in vision-language models, and plain GEMMs.
 
 "one" is a single adapter on all rows; its peer is torch's products of the same sizes, two in the
 forward and four in the backward. "mixed" gives every second row an adapter of rank 1024 and the

@@ -1,4 +1,4 @@
-"""Time matrix layers: steps of a SmolLM2-shaped model and of single layers, PEFT against lora_ext.
+"""Cases of `--matrix layers`: steps of a SmolLM2-shaped model and of layers, PEFT and lora_ext.
 
 A step is forward, backward and AdamW (``fused=True`` for all). Adapters trained at once are
 compared with one PEFT run per adapter, one after another. Losses and gradients are compared before

@@ -1,4 +1,4 @@
-"""Time the matrices model and swap: a random model of SmolLM2's shape with many adapters.
+"""Cases of `--matrix model swap`: a random model of SmolLM2's shape with many adapters.
 
 The model without adapters, PEFT with ``adapter_names``, and lora_ext share one set of base weights.
 """

@@ -1,4 +1,4 @@
-"""Time the matrices decode, prefill and ops: single LoRA ops at shapes of 8B models, and peers.
+"""Cases of `--matrix decode prefill ops`: single LoRA ops at shapes of 8B models, and peers.
 
 The adapters of a case are in several banks that are used in turn, together far larger than any
 cache, because a serving step visits every layer before it uses the same adapter again. x and y,

@@ -1,7 +1,7 @@
-"""Time the matrix train: forward and backward of LoRA in training, without the base GEMMs.
+"""Cases of `--matrix train`: forward and backward of LoRA in training, without the base GEMMs.
 
 T1 to T3 are a layer of an 8B model on 8192 tokens. The peer is the usual training code for several
-adapters: one after another, two GEMMs each way, with a new mask of torch's dropout.
+adapters: one after another, two GEMMs in each direction, with a new mask of torch's dropout.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def check(servers: dict[str, Server], names: list[str], log: Path) -> None:
             for model in (base, *names[:2])
         ]
         if len(set(texts)) < 3:
-            raise SystemExit(f"server_load: {name}: expected three answers, found {texts}")
+            raise SystemExit(f"server_load: {name}: expected three distinct answers, found {texts}")
 
 
 def main() -> int:

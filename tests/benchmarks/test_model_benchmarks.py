@@ -29,7 +29,7 @@ def test_providers_agree_and_activated_adapters_read_only_their_tokens() -> None
 def test_wrong_count_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(alora.TINY, adapters=1)
     monkeypatch.setattr(alora.Case, "shared", 0)
-    with pytest.raises(SystemExit, match="alora: expected 70 tokens computed, found"):
+    with pytest.raises(SystemExit, match="alora: expected 70 computed tokens, found"):
         alora.measure(alora.tiny_model(), case)
 
 

@@ -182,7 +182,7 @@ def test_packed_requests_equal_single_requests(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_graph_follows_the_blocks() -> None:
+def test_compiled_model_uses_the_current_block() -> None:
     model = make_mixture("gpt_oss", "grouped_mm")
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
     for name in ("red", "blue"):

@@ -56,7 +56,7 @@ BOUND = 1e-6
 
 @pytest.mark.parametrize("kind", [DORA, EMBEDDINGS], ids=["dora", "embeddings"])
 @pytest.mark.parametrize("family", DORA)
-def test_alone_and_mixed_equal_peft(family: str, kind: Any, tmp_path: Path) -> None:
+def test_adapters_alone_and_mixed_equal_peft(family: str, kind: Any, tmp_path: Path) -> None:
     model, reference, pool = make_pair(family, tmp_path, kind[family], torch.float64)
     moved = assert_alone_and_mixed_equal_peft(model, reference, NAMES, BOUND)
     assert (moved if kind is DORA else moved.amax(1)).min() > 1e-3

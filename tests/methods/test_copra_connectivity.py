@@ -281,7 +281,7 @@ def test_invalid_choices_are_refused(pick, message: str):
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "lora_alpha": 5}], ids=str)
-def test_one_adapter_of_weight_one_is_unchanged(settings: dict):
+def test_merging_one_adapter_with_weight_one_changes_nothing(settings: dict):
     value = LoraAdapter.from_model(adapted("ours", **settings))
     for mode in ("delta", "factors", "delta_svd"):
         assert merge_adapters([value], [1.0], mode=mode) == value

@@ -168,7 +168,7 @@ def test_nonfinite_value_is_refused_with_its_coalition(value: float):
 
     with pytest.raises(ValueError, match=message):
         shapley_values(v, 3)
-    assert asked[-1] == [True, False, True], "evaluation must stop at the first error"
+    assert asked[-1] == [True, False, True], "expected evaluation to stop at the first error"
 
 
 @pytest.mark.parametrize(

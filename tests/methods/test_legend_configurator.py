@@ -193,7 +193,7 @@ def test_device_without_memory_for_the_least_depth_is_refused():
         one.configure(TWELVE, (0, 3))
 
 
-def test_fastest_able_device_periodically_trains_all_layers():
+def test_fastest_device_with_enough_memory_periodically_trains_all_layers():
     slow = {0: Estimate(1, 1, 0), 1: Estimate(1, 0.9, 0), 2: Estimate(1, 0, 0)}
     one = configurator(memory={2: 2}, mem=lambda k: k, cover_every=3)
     by_round = {r: one.configure(slow, slow, round=r) for r in range(1, 8)}

@@ -156,7 +156,7 @@ def test_change_of_speed_keeps_the_ratio_of_f_to_mu(factor: float):
     assert tracker.estimate(0)[:2] == pytest.approx(TRUE[:2], rel=0.01)
 
 
-def test_distant_depths_are_not_a_change_of_speed():
+def test_times_of_distant_depths_are_no_change_of_speed():
     steep = Estimate(0.1, 1.0, 1e-6)
     found = learned(*(report(k, steep) for k in (12, 1, 12, 1))).estimate(0)
     assert found[:2] == pytest.approx(steep[:2], rel=0.01)

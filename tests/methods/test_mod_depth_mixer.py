@@ -80,7 +80,7 @@ def test_mix_is_the_softmax_weighted_sum_of_normed_states(k: int, kind: Any, rou
 
 @pytest.mark.parametrize("router", ["token", "static"])
 @pytest.mark.parametrize(("k", "mass"), [(2, 0.9), (3, 0.9), (3, 1 / 3), (5, 0.01), (1, 0.9)])
-def test_initial_weights_give_the_last_state_its_mass(router: Any, k: int, mass: float):
+def test_initial_weight_of_the_last_state_is_final_mass(router: Any, k: int, mass: float):
     mixer = DepthMixer(random_norms(k), ModConfig(k=k, router=router, final_mass=mass))
     _, weights = mixer(random_hiddens(k, 4))
     expected = torch.tensor(

@@ -338,8 +338,7 @@ def test_autocast_changes_results_only_by_its_rounding(kind: str, emission: str,
         tokens, conditional = head.sample(h, uniforms=torch.rand(3, K, 2))
         dist = head.full_conditional(h, x, 1)
     assert found.dtype == torch.float32
-    # Logits up to 60 are rounded to 8 significant bits: an error of 0.125 at each of four
-    # positions.
+    # Logits up to 60 are rounded to 8 bits: the error is 0.125 at each of four positions.
     assert (found - exact).abs().max() < 1
     assert conditional.isfinite().all() and tokens.max() < V
     torch.testing.assert_close(dist.exp().sum(-1), torch.ones(3))
