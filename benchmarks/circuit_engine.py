@@ -243,7 +243,7 @@ def numerics_table() -> list[dict[str, object]]:
         try:
             _loader.load("_emu")
         except ImportError:
-            raise SystemExit("numerics: neither a GPU nor the emulator (LORA_EXT_EMU=1)") from None
+            raise SystemExit("numerics: expected a GPU or the emulator (LORA_EXT_EMU=1)") from None
         _registration.register("lora_ext_emu")
         device, library, where = "cpu", "lora_ext_emu", "emulator"
     circuit_sum._c = getattr(torch.ops, library)

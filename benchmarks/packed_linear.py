@@ -78,7 +78,7 @@ def products(x: Tensor, weights: list[Tensor]) -> dict[str, Call]:
     for name, (kept, call) in each.items():
         if not (worst := error_over_bound(call(kept[0]), peer, exact)) <= 1:
             case = f"{name}, {rows} rows of {x.shape[1]} -> {out}"
-            raise SystemExit(f"packed_linear: {case}: {worst:.2g} x its bound off")
+            raise SystemExit(f"packed_linear: {case}: error is {worst:.2g} x its bound")
     return {name: functools.partial(_all, kept, call) for name, (kept, call) in each.items()}
 
 
@@ -116,7 +116,7 @@ def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
             bound = wide * torch.finfo(dtype).eps * exact.abs().max()
             if not (off := (linear(x, weight) - exact).abs().max()) <= bound:
                 case = f"{rows} spaced rows of {wide}"
-                raise SystemExit(f"packed_linear: {case}: {off / bound:.2g} x its bound off")
+                raise SystemExit(f"packed_linear: {case}: error is {off / bound:.2g} x its bound")
             calls = {
                 "torch": OwnTime(functools.partial(F.linear, x, weight)),
                 "spaced": OwnTime(functools.partial(linear, x, weight)),
@@ -193,7 +193,8 @@ def bench_model(
         for name, other in (("packed", "lora_ext"), ("base packed", "base")):
             worst = error_over_bound(logits[name], logits[other], logits[f"{other}, float64"])
             if not worst <= 1:
-                raise SystemExit(f"packed_linear: {rows} rows, {name}: {worst:.2g} x its bound off")
+                case = f"{rows} rows, {name}"
+                raise SystemExit(f"packed_linear: {case}: error is {worst:.2g} x its bound")
         each = (logits[name] for name in ("base", "lora_ext", "lora_ext, float64"))
         if not (effect := min(map(error_over_bound, *each))) > 1:
             found = f"expected adapters to change logits by over 1 bound, found {effect:.2g}"

@@ -220,7 +220,7 @@ def check(servers: dict[str, Server], names: list[str], log: Path) -> None:
     """
     if "LoraExtWrapperCPU" not in log.read_text():
         raise SystemExit(
-            f"server_load: expected vLLM to use the plug-in:\n{log.read_text()[-2000:]}"
+            f"server_load: expected vLLM to use the plug-in; its log:\n{log.read_text()[-2000:]}"
         )
     for name, server in servers.items():
         models = [row["id"] for row in json.loads(server.get("models"))["data"]]

@@ -158,7 +158,7 @@ def judge(study: ModuleType, rows: Rows, quick: bool = False) -> Judged:
     criteria = study.criteria(rows)
     head = [criterion for criterion in criteria if criterion.headline]
     if not head:
-        raise ValueError(f"{study.__name__}: criteria: expected one of the headline, found none")
+        raise ValueError(f"{study.__name__}: criteria: expected one with headline=True, found none")
     if len(seeds) < study.CLAIM.seeds or any(c.passed is None for c in head):
         word = NOT_RUN
     elif all(c.passed for c in head):
@@ -296,8 +296,8 @@ def run(study: ModuleType, arguments: list[str] | None = None) -> int:
         rows = store.rows()
     if not rows:
         raise SystemExit(
-            f"{store.path}: expected rows of settings {store.settings}, found {store.others()} of "
-            f"others; `python benchmarks/{name}.py` measures them"
+            f"{store.path}: expected rows of settings {store.settings}, found {store.others()} "
+            f"rows of other settings; `python benchmarks/{name}.py` measures the missing ones"
         )
     panels = study.panels(rows) if hasattr(study, "panels") else {}
     for title, each in panels.items():
