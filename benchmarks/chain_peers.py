@@ -197,7 +197,7 @@ class JaxCall:
 
 
 def jax_missing(python: str) -> str | None:
-    """Return the reason why jax is skipped, or None."""
+    """Return the reason why jax is skipped, or None if it can run."""
     if shutil.which(python) is None:
         return f"no interpreter {python}"
     found = subprocess.run([python, "-c", "import jax"], capture_output=True, text=True)

@@ -84,7 +84,7 @@ def digits() -> Tensor | None:
 def epoch(
     model: Callable[[Tensor], Tensor], parameters: Iterable[nn.Parameter | Tensor], x: Tensor
 ):
-    """Return a call that makes one step of Adam per batch of 100."""
+    """Return a call that trains for one epoch with Adam, in batches of 100."""
     optimizer = torch.optim.Adam(list(parameters), lr=1e-3)
 
     def run() -> float:

@@ -72,12 +72,12 @@ class Problem:
 
 
 def apply(p: Problem) -> None:
-    """Run the op of serving."""
+    """Run the serving op."""
     ops.lora_apply_(p.y, p.x, p.a, p.b, p.ids, ranks=p.device_ranks, plan=p.plan)
 
 
 def step_forward(p: Problem) -> tuple[Tensor, Tensor]:
-    """Run the op of training; return y and v."""
+    """Run the training op; return y and v."""
     return _c.lora_linear_forward(
         p.x, None, None, p.a, p.b, p.ids, None, p.device_ranks, 0.0, None, p.plan
     )

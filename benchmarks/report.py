@@ -18,7 +18,7 @@ MIX = "mix of 3, width 4096, 512 tokens"
 
 @dataclass(frozen=True)
 class Target:
-    """Target: a column of one case of lora_ext, and its bound."""
+    """Bound for one column of one case of lora_ext."""
 
     text: str
     case: str

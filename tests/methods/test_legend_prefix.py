@@ -224,4 +224,4 @@ def test_sample_names_that_do_not_fit_the_rows_are_refused():
         cache.batch([0]),
     ):
         model(torch.ones(1, 5, 6))
-    assert dict(model.named_modules()) == before  # An error restores the same blocks.
+    assert dict(model.named_modules()) == before  # The blocks are restored after an error.

@@ -408,7 +408,7 @@ def test_calls_without_a_seed_use_torchs_generator():
 @pytest.mark.slow
 def test_rows_of_successive_seeds_all_differ():
     rows = [tuple(row) for seed in range(4) for row in sampled(seed).sequences.tolist()]
-    assert len(set(rows)) == 12  # Prompts are equal, so equal random numbers give equal rows.
+    assert len(set(rows)) == 12  # Prompts are equal, so only seeds make rows differ.
     assert torch.equal(sampled(1).sequences, sampled(1).sequences)
     assert torch.equal(sampled(1, batch=2).sequences, sampled(1).sequences[:2])
     assert len({seed for s in range(50) for seed in sampled(s, batch=2).seeds}) == 100
