@@ -100,7 +100,7 @@ WAYS = {"forward": forward, "forward and backward": both_ways}
 
 
 def bench_mix(device: str, rounds: int) -> Iterator[Row]:
-    """Yield forward and forward with backward of all providers, and a copy in the same rounds."""
+    """Yield all providers, without and with the backward, and a copy in the same rounds."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     copy, copied = copy_call(device=device)
     with torch.inference_mode(False):

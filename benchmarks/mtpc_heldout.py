@@ -5,10 +5,10 @@ call are estimated on the model's answers to questions about unseen things. For 
 estimate is ``1 + E[sum_k prod_{j <= k} min(1, q_j / p_j)]``, the mean number that the verifier of a
 sampling decoder keeps. For greedy text, it counts drafted tokens that equal the model's likeliest.
 
-Then the decoder runs with a long chain. Its calls show how many tokens shorter chains would have
-kept, and a rule that continues drafting while the product of the draft's confidences is high. The
-cost of a drafted token then determines the best choice. --compare STEPS instead trains other drafts
-on the same answers, for STEPS steps each. Rows are appended to OUT/mtpc_smollm2.csv.
+Then the decoder runs with a long chain. Its calls show how many tokens would have been kept by
+shorter chains, and by a rule that continues drafting while the product of the draft's confidences
+is high. The cost of a drafted token then determines the best choice. --compare STEPS instead trains
+other drafts on the same answers, for STEPS steps each. Rows are appended to OUT/mtpc_smollm2.csv.
 """
 
 from __future__ import annotations

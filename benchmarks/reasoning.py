@@ -1,7 +1,7 @@
 """Measure the ranks of planning and reasoning on SmolLM2: `python benchmarks/reasoning.py`.
 
-Both tasks are text. On a separate seed, the setting of the chain task is chosen for which the
-untuned model's loss is nearest to that on the hop task, so both tasks have the same headroom. LoRA
+Both tasks are text. On a separate seed, the chain task gets the setting on which the untuned
+model's loss is nearest to that on the hop task, so that both tasks have the same headroom. LoRA
 of ranks 1 to 64 then learns each task, on the second MLP matrices as in the paper, and on all
 linear layers. Reported are the effective ranks of the updates, and the smallest rank that reaches
 95 % of the best gain.

@@ -48,7 +48,7 @@ SUBJECTS = "the sea,a fox,two trains,my bread,her garden,old maps,an engine,the 
 
 
 def save_adapters(folder: Path) -> list[str]:
-    """Save random adapters with PEFT; their updates are a tenth of the base's."""
+    """Save random adapters with PEFT; updates are a tenth of the base outputs."""
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MODULES, task_type="CAUSAL_LM")
     names = [f"a{i}" for i in range(ADAPTERS)]
     model = peft.get_peft_model(load_smollm2()[0], config)

@@ -118,7 +118,7 @@ def test_forwards_with_a_cache_equal_the_whole_forward_of_peft(pair: Any) -> Non
         torch.testing.assert_close(ours, whole, **close)
         cache = DynamicCache()
         model(ids[:, :14], cache=cache)
-        for t in range(14, 20):  # The block contains the start.
+        for t in range(14, 20):  # The block has stored the start.
             ours = model(ids[:, t : t + 1], cache=cache).logits[:, -1]
         torch.testing.assert_close(ours, whole, **close)
     with lora_ext.adapters("act", starts=12):

@@ -53,7 +53,7 @@ def test_training_with_checkpoints_and_several_forwards(pair: Any, named: bool) 
         if named:
             model.set_requires_grad(["act", "other", "plain"])
         if model is pair[1]:
-            model.eval()  # PEFT accepts names only in evaluation, which is equal.
+            model.eval()  # PEFT accepts names only in evaluation; there is no dropout.
         toggle = (
             "gradient_checkpointing_enable" if checkpoints else "gradient_checkpointing_disable"
         )

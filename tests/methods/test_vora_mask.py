@@ -239,7 +239,8 @@ def test_last_patch_reaches_the_first_only_if_bidirectional(bidirectional: bool)
         for batch in (before, after)
     )
     assert torch.equal(one[0, 0], two[0, 0])  # text before the image is unchanged
-    assert torch.equal(one[0, 1], two[0, 1]) is not bidirectional  # first patch changes if so
+    # The first patch changes only if attention is bidirectional.
+    assert torch.equal(one[0, 1], two[0, 1]) is not bidirectional
     assert not torch.equal(one[0, 5:], two[0, 5:])  # text after the image changes
     torch.testing.assert_close(one[1], two[1], atol=1e-6, rtol=0)  # the other sample is unchanged
 
