@@ -1,11 +1,11 @@
 """Time activated adapters over a text that the base model has read: `python benchmarks/alora.py`.
 
 SmolLM2-135M in float32 reads 1024 tokens as the base model. Each of eight adapters then continues
-them with eight more tokens, one after another, by continuous batching: activated adapters (alora),
-and ordinary ones (lora), which read the whole text again. PEFT (peft) generates with the activated
-adapter and keeps no cache between adapters. "median" is the time to the first token in ms, "tokens"
-the number of tokens computed for it. Every first token is compared with PEFT's before a number is
-written. Rows are appended to OUT/alora_cpu.csv.
+them with eight more tokens, one after another, by continuous batching. Activated adapters (alora)
+reuse the text's cache; ordinary ones (lora) read the whole text again. PEFT (peft) generates with
+the activated adapter and keeps no cache between adapters. "median" is the time to the first token
+in ms, "tokens" the number of tokens computed for it. Every first token is compared with PEFT's
+before a number is written. Rows are appended to OUT/alora_cpu.csv.
 
 `--check` runs a tiny random model, checks tokens and counts, and writes no times.
 """
@@ -41,7 +41,7 @@ INVOCATION = [1, 5, 2]
 
 @dataclass(frozen=True)
 class Case:
-    """Number of adapters, of tokens read before, and of tokens for each adapter."""
+    """Number of adapters, of tokens in the shared text, and of tokens for each adapter."""
 
     adapters: int
     read: int
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def shared(self) -> int:
-        """Number of tokens in pages that are full after the text has been read."""
+        """Number of tokens in the full pages of the text."""
         return self.read // self.page * self.page
 
 
@@ -61,7 +61,7 @@ TINY = Case(adapters=3, read=64, asked=6, page=16, rank=4, size=0.3)
 
 
 def tiny_model() -> Any:
-    """Return a Llama of two layers that is sensitive enough for adapters to change tokens."""
+    """Return a Llama of two layers whose tokens are changed by adapters."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, **heads)
@@ -105,7 +105,7 @@ def prompts(case: Case, vocab: int) -> tuple[list[int], list[int]]:
 
 
 def of_peft(wrapped: Any, prompt: list[int], names: list[str]) -> list[tuple[int, float, int]]:
-    """Return first token, seconds and computed tokens of each adapter with PEFT."""
+    """Return the first token, seconds and computed tokens of each adapter in PEFT."""
     found = []
     for name in names:
         wrapped.set_adapter(name)
@@ -119,7 +119,7 @@ def of_peft(wrapped: Any, prompt: list[int], names: list[str]) -> list[tuple[int
 def of_manager(
     model: Any, case: Case, text: list[int], ask: list[int], names: list[str]
 ) -> list[tuple[int, float, int]]:
-    """Return the same with continuous batching, after the base model has read the text."""
+    """Return the same for continuous batching, after the base model has read the text."""
     manager = model.init_continuous_batching(
         GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=-1),
         ContinuousBatchingConfig(
@@ -164,7 +164,7 @@ def measure(model: Any, case: Case) -> list[dict[str, Any]]:
             raise SystemExit(f"{kind}: expected PEFT's first tokens {wanted}, found {tokens}")
         counts = [count for *_, count in found]
         if counts != [expected[kind]] * case.adapters:
-            raise SystemExit(f"{kind}: expected {expected[kind]} tokens computed, found {counts}")
+            raise SystemExit(f"{kind}: expected {expected[kind]} computed tokens, found {counts}")
     providers = {"peft": judge["alora"], "lora": ours["plain"], "alora": ours["alora"]}
     return [
         {
@@ -181,7 +181,7 @@ def measure(model: Any, case: Case) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="a tiny model; no times are written")
+    parser.add_argument("--check", action="store_true", help="use a tiny model and write no times")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "benchmarks")
     args = parser.parse_args()
     if args.check:

@@ -1,7 +1,7 @@
 """Time the circuit scan: `python benchmarks/bench_circuit.py`.
 
-The scan of a window is compared with plain torch, eager and under torch.compile: the logits'
-log_softmax and one pass of logsumexp over the positions, which yields every prefix. Values and
+The scan of a window is compared with plain torch, eager and under torch.compile: log_softmax of the
+logits, then one logsumexp per position, which yields the probability of every prefix. Values and
 gradients are checked before they are timed; the fastest of each case is listed first. Rows are
 appended to OUT/circuit_<device>.csv. The first run compiles for a minute.
 """
@@ -54,7 +54,7 @@ class Row:
     p80: float
     over_lora_ext: float  # time over lora_ext's, same rounds
     gbytes_per_s: float  # logits read (and gradients written) once
-    of_copy: float  # the same over the machine's copy bandwidth, same rounds
+    of_copy: float  # gbytes_per_s over the machine's copy bandwidth, same rounds
     worst_error: float  # error of log p over 2e-6 (1 + |log p|), of gradients over 1e-4
 
 
@@ -77,7 +77,7 @@ def gathered(leaf: Tensor, x: Tensor) -> Tensor:
 
 
 def crossed(leaf: Tensor, x: Tensor) -> Tensor:
-    """Compute the same as a cross entropy; torch.compile fuses its gradient without a scatter."""
+    """Compute what `gathered` does by cross entropy, whose compiled gradient needs no scatter."""
     target = x[..., None].expand(leaf.shape[:3]).flatten()
     return -cross_entropy(leaf.flatten(0, 2), target, reduction="none").view(leaf.shape[:3])
 
@@ -85,7 +85,7 @@ def crossed(leaf: Tensor, x: Tensor) -> Tensor:
 def joint(
     leaf: Tensor, prior: Tensor, trans: Tensor | None, x: Tensor, observed: Observed = gathered
 ) -> Tensor:
-    """Compute ``log p(x)`` of cp (no transitions) and hmm in plain torch."""
+    """Compute ``log p(x)`` of cp (``trans`` is None) and hmm in plain torch."""
     e = observed(leaf, x)
     cur = prior.log_softmax(-1) + e[:, 0]
     if trans is None:
@@ -143,7 +143,7 @@ def call(case: str, f: Callable[..., Tensor], args: tuple[Tensor | None, ...]) -
 
 
 def error(s: Shape, case: str, found: object) -> float:
-    """Return the worst error of a result over its bound; more than 1 ends the run."""
+    """Return the largest error of a result over its bound; exit if it is above 1."""
     args = tuple(t.double() if t is not None and t.is_floating_point() else t for t in inputs(s))
     exact = reference.circuit_scan(s.kind, *args).prefix
     if case == "forward and backward":

@@ -1,7 +1,8 @@
 """Time LoRA: `python benchmarks/bench_lora.py --matrix decode layers ...`.
 
-Rows are appended to OUT/lora_cpu.csv or lora_cuda.csv, from which `benchmarks/report.py` makes the
-tables and the chart. Every result is checked before it is timed. See docs/benchmarks.md.
+A matrix is a group of cases. Rows are appended to OUT/lora_cpu.csv or lora_cuda.csv, from which
+`benchmarks/report.py` makes the tables and the chart. Every result is checked before it is timed.
+See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ def main() -> None:
     wanted = MATRICES if "all" in args.matrix else tuple(args.matrix)
     path = args.out / f"lora_{args.device}.csv"
     for row in measure(wanted, args.device, args.rounds):
-        append_rows(path, [row.columns(args.device)])  # at once: an aborted run keeps its rows
+        append_rows(path, [row.columns(args.device)])  # Rows of an aborted run are kept.
         print(summary(row), flush=True)
     print(f"\n{path}")
 
 
 def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
-    """Yield all rows of the wanted matrices."""
+    """Yield all rows of the requested matrices."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     with torch.inference_mode():
         if "decode" in wanted:

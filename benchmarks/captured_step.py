@@ -1,7 +1,7 @@
-"""Time a captured decode step of an 8B model's linear layers over the same step of the base alone.
+"""Time a captured decode step of an 8B model's linear layers, relative to the base model's step.
 
     python benchmarks/captured_step.py                   on a GPU, bfloat16: Llama-3-8B's shapes
-    python benchmarks/captured_step.py --overlap         updates beside their base products
+    python benchmarks/captured_step.py --overlap         updates run concurrently with base products
     python benchmarks/captured_step.py --tiny            smallest sizes, to check that it works
 
 There is one graph for each number of adapters; the adapter names change between replays
@@ -53,7 +53,7 @@ def make(tiny: bool, device: torch.device, dtype: torch.dtype) -> nn.Sequential:
 
 
 def adapter(model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return configuration and factors of an adapter of every linear layer."""
+    """Return the configuration and factors of an adapter on all linear layers."""
     state: dict[str, Tensor] = {}
     names = []
     for name, module in model.named_modules():
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def row(model: Any, pool: Any, step: Any, x: Tensor, adapters: int, base: float | None) -> None:
-    """Print one line: milliseconds per step, and those of the base."""
+    """Print one line: milliseconds of the step and of the base model's step, and their ratio."""
     turns, rows, y = itertools.count(), len(x), torch.empty_like(x)
     graph: Any = None
 
@@ -148,9 +148,9 @@ def row(model: Any, pool: Any, step: Any, x: Tensor, adapters: int, base: float 
             alone = model(x[i : i + 1])
         off = float((y[i : i + 1] - alone).norm() / alone.norm())
         if not off <= 0.03:
-            raise SystemExit(f"captured_step: row {i}: expected 0.03 of its norm, found {off:.3g}")
+            raise SystemExit(f"captured_step: row {i}: expected an error <= 0.03, found {off:.3g}")
     if base is None:
-        print(f"{rows} rows, {adapters} adapters: right; without a GPU nothing is timed")
+        print(f"{rows} rows, {adapters} adapters: correct; nothing is timed without a GPU")
         return
     took = timed(replay)
     print(f"{rows} rows, {adapters} adapters: {took:.3f} ms, base {base:.3f}, {took / base:.2f} x")

@@ -1,8 +1,8 @@
-"""Fastest known ways to write a hidden Markov model without this package.
+"""Fastest known implementations of a hidden Markov model without this package.
 
 All compute the log-likelihood of ``Circuit(RegionGraph.hmm(...))`` from copies of its parameters.
-The steps are stacked into one tensor in the order in which the chain is walked: from the last
-variable to the first, which is also the order of the circuit's weights.
+The steps are stacked into one tensor in the order of evaluation, from the last variable to the
+first. This is also the order of the circuit's weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMS = ("log", "scaled")
 
 @dataclass(frozen=True)
 class Peer:
-    """Model over separate parameters.
+    """Model with its own copy of the parameters.
 
     Attributes:
         value: Computes log-likelihoods ``(B,)``.
@@ -46,9 +46,9 @@ class Peer:
 def torch_peer(
     model: Callable[[], Tensor], weights: list[Tensor], others: Sequence[Tensor] = ()
 ) -> Peer:
-    """Return a model in torch that leaves its gradients in ``weights`` and ``others``.
+    """Return the peer of a torch model with the parameters ``weights`` and ``others``.
 
-    A step starts without gradients, as after ``zero_grad`` and as in jax.
+    Each step first sets their gradients to None, as ``zero_grad`` does.
     """
 
     def step() -> None:
@@ -82,13 +82,13 @@ class Chain:
         return cls(*(t.detach().clone().requires_grad_() for t in parts))
 
     def peer(self, form: Callable[..., Tensor], x: Tensor) -> Peer:
-        """Return one of the forms below over these parameters."""
+        """Return the peer that evaluates ``form``, a function below, on these parameters."""
         parts = self.leaf, self.steps, self.first
         return torch_peer(lambda: form(*parts, x), [self.steps, self.first], [self.leaf])
 
 
 def stacked(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
-    """Run the recursion in log space; everything that needs no order is computed at once."""
+    """Run the recursion in log space; everything outside of the recursion is batched."""
     e = _observed(leaf.log_softmax(2), x)  # T x (B, r)
     w = steps.softmax(2).transpose(1, 2).unbind()
     below = e[0]
@@ -100,9 +100,9 @@ def stacked(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
 
 
 def scaled(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
-    """Run the recursion with probabilities, divided by their largest at every step.
+    """Run the recursion with probabilities, divided at every step by the largest one.
 
-    It takes no logarithm of states, but a state e^-88 below the likeliest becomes impossible.
+    It needs no logarithm of states, but a state e^-88 less likely than the largest underflows to 0.
     """
     p = _observed(leaf.softmax(2), x)
     w = steps.softmax(2).transpose(1, 2).unbind()
@@ -114,7 +114,7 @@ def scaled(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
 
 
 def _observed(table: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """Return each state's value for each observation, ``(B, r)`` per variable, last one first."""
+    """Return each state's value for each observation: ``(B, r)`` per variable, from the last on."""
     steps, _, values = table.shape
     index = torch.arange(steps)[:, None] * values + x.T.flip(0)  # (T, B)
     return embedding(index, table.transpose(1, 2).flatten(0, 1)).unbind()
@@ -177,7 +177,7 @@ class Jax:
 
 @dataclass(frozen=True)
 class JaxCall:
-    """Call in the other process, timed by its clock (``common.Remote``)."""
+    """Call in the other process, timed by the clock of that process (``common.Remote``)."""
 
     jax: Jax
     form: str
@@ -197,7 +197,7 @@ class JaxCall:
 
 
 def jax_missing(python: str) -> str | None:
-    """Return the reason why jax is skipped, or None."""
+    """Return the reason why jax is skipped, or None if it can run."""
     if shutil.which(python) is None:
         return f"no interpreter {python}"
     found = subprocess.run([python, "-c", "import jax"], capture_output=True, text=True)

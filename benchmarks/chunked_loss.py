@@ -1,10 +1,11 @@
 """Time losses over a vocabulary in chunks: `python benchmarks/chunked_loss.py --check`.
 
-Measured are forward and backward of cross entropy and of the divergence of two students from a
-teacher, at SmolLM2's output layer, with that layer frozen and trained. The peers hold all logits:
-torch's expressions, and the same under torch.compile. Rows are appended to OUT/vocab_<device>.csv.
-Every loss and gradient is checked before it is timed. `--check`: peak memory, beyond arguments and
-gradients, at most a fifth of the dense expression's; time at most 1.15 of it.
+Measured are forward and backward of the cross entropy, and of the divergence of two students from a
+teacher, at SmolLM2's output layer, which is frozen or trained. The peers store all logits: the
+dense expression in torch, eager and under torch.compile. Rows are appended to
+OUT/vocab_<device>.csv. Every loss and gradient is checked before it is timed. `--check` requires a
+peak memory, beyond arguments and gradients, of at most a fifth of the dense expression's, and at
+most 1.15 of its time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def dense_cross_entropy(hiddens: Sequence[Tensor], weight: Tensor, labels: Tenso
 
 
 def dense_kl(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tensor:
-    """Compute the divergence from all logits; the teacher has no graph."""
+    """Compute the divergence from all logits; the teacher gets no gradient."""
     *students, teacher = hiddens
     with torch.no_grad():
         log_p = (teacher @ weight.T).log_softmax(-1)

@@ -78,7 +78,7 @@ def verify(of: object, p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def argmax(of: object, p: Problem) -> tuple[Tensor, Tensor]:
-    """Return the most likely tokens and their value."""
+    """Return the most likely tokens and their log-probability."""
     return of.circuit_argmax(p.kind, *p.circuit)
 
 
@@ -90,9 +90,9 @@ CASES: dict[str, Callable[[object, Problem], tuple[Tensor, ...]]] = {
 
 
 def check(case: str, p: Problem, provider: object) -> float:
-    """Return the worst error over its bound, against float64; tokens and counts must be equal.
+    """Return the largest error against float64, over its bound; tokens and counts must be equal.
 
-    The seed is fixed: no draw is where float32 and float64 could disagree.
+    The seed is fixed such that no draw is so close to a boundary that float32 and float64 differ.
     """
     found, exact = (CASES[case](of, q) for of, q in ((provider, p), (reference, p.double())))
     worst = 0.0
@@ -107,7 +107,7 @@ def check(case: str, p: Problem, provider: object) -> float:
 
 
 def bench(device: str, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, object]]:
-    """Yield every case of every kind and size, with both providers in the same rounds."""
+    """Yield every case of every kind and size; both providers are timed in the same rounds."""
     providers = {"lora_ext": ops, "reference": reference}
     for kind in KINDS:
         for rows in ROWS:

@@ -1,4 +1,4 @@
-"""Time circuits over region graphs against peers, and measure the error of each precision.
+"""Time circuits over region graphs and their peers, and measure the error of each precision.
 
     python benchmarks/circuit_engine.py                  all tables, rows into out/bench/
     python benchmarks/circuit_engine.py --table hmm --ranks 16 32 64 128 256 512 --jax-python PYTHON
@@ -53,7 +53,7 @@ def row(table: str, case: str, provider: str, **columns: object) -> dict[str, ob
 
 
 def cirkit_peer(circuit: Circuit, rank: int, x: Tensor) -> Peer | None:
-    """Return libcirkit's circuit of the same structure and parameters, if it is installed."""
+    """Return libcirkit's circuit with the same structure and parameters; None without libcirkit."""
     try:
         from cirkit.pipeline import PipelineContext  # pyright: ignore[reportMissingImports]
         from cirkit.templates import pgms  # pyright: ignore[reportMissingImports]
@@ -71,7 +71,7 @@ def cirkit_peer(circuit: Circuit, rank: int, x: Tensor) -> Peer | None:
     leaf = circuit.leaves[0]["logits"].flatten()
     source = torch.cat([leaf, circuit.weights]).detach()
     with torch.no_grad():
-        for parameter in peer.parameters():  # leaves of the last step first, then its sums
+        for parameter in peer.parameters():  # Order: leaves of the last step, then its sums.
             taken, source = source.split([parameter.numel(), len(source) - parameter.numel()])
             parameter.copy_(taken.view_as(parameter))
     assert not len(source)
@@ -90,8 +90,8 @@ def compare(
 ) -> list[dict[str, object]]:
     """Check values and gradients of every model against float64, then time them.
 
-    ``least`` compares the best of many bursts of a millisecond, for machines that are never quiet.
-    Otherwise the median of rounds of 50 milliseconds counts.
+    With ``least``, the shortest of many bursts of a millisecond is compared, for machines that are
+    never idle; otherwise the median of rounds of 50 milliseconds.
     """
     burst = 1e-3 if least else 0.05
     leaves = list(circuit.leaves.parameters())
@@ -101,7 +101,7 @@ def compare(
     exact.load_state_dict({k: v.double() for k, v in circuit.state_dict().items()})
     flat = exact.log_prob(x).detach(), torch_peer(lambda: exact.log_prob(x), [exact.weights])
     expected, gradient = flat[0], flat[1].gradient()
-    # Every step rounds four values of the size of log p; gradients contain their exponentials.
+    # Every step rounds four values of the size of log p; gradients contain exponentials of these.
     size = 1 + float(expected.abs().max())
     bound, gradient_bound = 2e-6 * size * STEPS**0.5, 2**-22 * size * STEPS
     errors: dict[str, float] = {}
@@ -144,7 +144,7 @@ def as_tensor(value: object) -> Tensor:
 
 
 def hmm_table(args: argparse.Namespace) -> list[dict[str, object]]:
-    """Compare T = 32, 64 rows, 64 values; all peers get the same numbers."""
+    """Compare HMMs with T = 32, 64 rows and 64 values; all peers have the same parameters."""
     rows: list[dict[str, object]] = []
     x = torch.randint(VALUES, (ROWS, STEPS), generator=torch.Generator().manual_seed(0))
     missing = jax_missing(args.jax_python)
@@ -174,7 +174,7 @@ def compiled(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def rat_spn_table(args: argparse.Namespace) -> list[dict[str, object]]:
-    """Compare 64 variables, depth 3, and sums as wide as the inputs."""
+    """Compare RAT-SPNs with 64 variables and depth 3, whose sums are as wide as the inputs."""
     rows: list[dict[str, object]] = []
     x = torch.randint(8, (ROWS, 64), generator=torch.Generator().manual_seed(0))
     for units in (8, 16, 32):
@@ -196,7 +196,7 @@ def rat_spn_table(args: argparse.Namespace) -> list[dict[str, object]]:
 def learning_rows(
     table: str, case: str, calls: circuit_training.Calls, rounds: int
 ) -> list[dict[str, object]]:
-    """Time steps that change parameters against each other."""
+    """Time training steps, interleaved."""
     found = interleaved(calls, rounds)
     return [
         row(
@@ -243,7 +243,7 @@ def numerics_table() -> list[dict[str, object]]:
         try:
             _loader.load("_emu")
         except ImportError:
-            raise SystemExit("numerics: neither a GPU nor the emulator (LORA_EXT_EMU=1)") from None
+            raise SystemExit("numerics: expected a GPU or the emulator (LORA_EXT_EMU=1)") from None
         _registration.register("lora_ext_emu")
         device, library, where = "cpu", "lora_ext_emu", "emulator"
     circuit_sum._c = getattr(torch.ops, library)
@@ -287,11 +287,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--table", choices=tables, action="append")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 256], help="ranks of hmm")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 256], help="states of hmm")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--least", action="store_true", help="compare the best short bursts")
+    parser.add_argument("--least", action="store_true", help="compare the shortest bursts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="eager only")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="do not compile")
     parser.add_argument("--jax-python", default=sys.executable, help="interpreter with jax")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
     args = parser.parse_args()

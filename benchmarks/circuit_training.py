@@ -1,4 +1,4 @@
-"""Training of circuits against peers: a step of EM, an epoch of gradient steps on digits.
+"""Training of circuits compared with peers: a step of EM, an epoch of gradient steps on digits.
 
 ``circuit_engine.py`` times these calls. Every function returns calls by name, ours under
 ``lora_ext``; a peer that is not installed is skipped with its reason.
@@ -20,7 +20,7 @@ GREYS, BATCH = 17, 100
 
 
 def em_calls(rank: int) -> Calls:
-    """Return one step of EM of a homogeneous chain on 512 sequences of 32 steps, 64 values.
+    """Return calls of one EM step of a homogeneous chain on 512 sequences of length 32, 64 values.
 
     Raises:
         SystemExit: If a peer's parameters differ from ours after a step.
@@ -51,7 +51,7 @@ def _transitions(circuit: Circuit) -> Tensor:
 def _hmmlearn(
     circuit: Circuit, rank: int, x: Tensor, form: str
 ) -> tuple[Callable[[], object], Callable[[], Tensor]] | None:
-    """Return a step of hmmlearn from our parameters, and a function of its transitions."""
+    """Return an EM step of hmmlearn from our parameters, and a function for its transitions."""
     try:
         from hmmlearn import hmm  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -84,7 +84,7 @@ def digits() -> Tensor | None:
 def epoch(
     model: Callable[[Tensor], Tensor], parameters: Iterable[nn.Parameter | Tensor], x: Tensor
 ):
-    """Return a call that makes one step of Adam per batch of 100."""
+    """Return a call that trains for one epoch with Adam, in batches of 100."""
     optimizer = torch.optim.Adam(list(parameters), lr=1e-3)
 
     def run() -> float:
@@ -101,7 +101,7 @@ def epoch(
 
 
 def rat_spn_calls(units: int, x: Tensor, depth: int, repetitions: int) -> Calls:
-    """Return epochs of a RAT-SPN and of libcirkit's with the same sizes (other random splits)."""
+    """Return epochs of our RAT-SPN and libcirkit's, of equal sizes but with other random splits."""
     torch.manual_seed(0)
     graph = RegionGraph.rat_spn(64, depth, repetitions, units, units, Categorical(GREYS))
     circuit = Circuit(graph)
@@ -119,7 +119,7 @@ def rat_spn_calls(units: int, x: Tensor, depth: int, repetitions: int) -> Calls:
 
 
 def hclt_calls(units: int, x: Tensor) -> Calls:
-    """Return epochs of a tree of latents, as a circuit, as einsum layers, and libcirkit's."""
+    """Return epochs of a tree of latents: our circuit, einsum layers, and libcirkit's circuit."""
     torch.manual_seed(0)
     parents = chow_liu_parents(x, num_categories=GREYS)
     circuit = Circuit(RegionGraph.hclt(parents, rank=units, leaf=Categorical(GREYS)))
@@ -133,7 +133,7 @@ def hclt_calls(units: int, x: Tensor) -> Calls:
 
 
 class Tree(nn.Module):
-    """Tree of latents in torch: one gather, one product of matrices and one sum per depth."""
+    """Tree of latents in torch, with one gather, one matrix product and one sum per depth."""
 
     def __init__(self, circuit: Circuit, parents: list[int]):
         super().__init__()

@@ -1,7 +1,7 @@
 """Pictures of one coloured shape on noise, of any size, with a caption.
 
 The example and the benchmark of VoRA train on them. Six colours, four shapes and four quadrants
-make 96 captions. The exact place and size of the shape and the noise differ between pictures.
+give 96 captions. Position and size of the shape, and the noise, differ between pictures.
 
 Source: the protocol of docs/vora.md.
 """

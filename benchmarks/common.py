@@ -1,4 +1,4 @@
-"""Measurements: clocks, repeats, errors, copy bandwidth, rows of csv files.
+"""Tools for measurements: clocks, repetitions, errors, copy bandwidth, rows of csv files.
 
 Compared calls run interleaved, one round of each at a time, so that a slow phase of the machine
 affects all of them. Reported are the median over the rounds, and the 20th and 80th percentile.
@@ -25,8 +25,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[], object]
-# Least error of a peer as a share of the largest entry: 128 float32 roundings. The sums of a peer
-# may be exact by chance, and another order of the same sums must still pass.
+# Least error assumed for a peer, as a share of the largest entry: 128 float32 roundings. The peer's
+# sums may be exact by chance, and the same sums in another order must still pass.
 MIN_PEER_ERROR = 2.0**-17
 
 
@@ -171,7 +171,9 @@ def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
             path.unlink()
             append_rows(path, [{column: row.get(column, "") for column in columns} for row in old])
         elif found != columns:
-            raise ValueError(f"{path}: expected the columns {columns}, found {found}; move it away")
+            raise ValueError(
+                f"{path}: expected the columns {columns}, found {found}; move the file away"
+            )
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns)
         if file.tell() == 0:

@@ -1,11 +1,11 @@
 """Measure constraints on SmolLM2: satisfaction, look-ahead and cost.
 
-`python benchmarks/control.py` checks every answer of many samples with code other than the
-constraint's. Words within 32 tokens are requested with the mask alone and with a guide; measured
-are their positions and the model's nats of the texts. A step of 16 rows with 16 constraints, dense
-and sparse, is compared with the model's packed pass, and with the formula of Ctrl-G (arXiv
-2406.13892), all states times the vocabulary, on the same guide. Drafts are compared by the tokens
-per call.
+`python benchmarks/control.py` checks many sampled answers with code independent of the constraints.
+Words within 32 tokens are required, with the mask alone and with a guide; measured are their
+positions, and the nats of the texts under the model. The time that 16 constraints add to a step of
+16 rows, dense and sparse, is compared with the model's packed forward, and with the formula of
+Ctrl-G (arXiv 2406.13892), which multiplies all states by the vocabulary, on the same guide. Drafts
+are compared by their tokens per call.
 
 --check exits with 1 if a target of docs/control.md is missed. --guide DIR contains the guide; if it
 does not exist, one of 512 states is trained first, in about 20 minutes on two cores.
@@ -38,7 +38,7 @@ from lora_ext.methods.mtpc import _constrained
 from lora_ext.nn import pack_linears
 
 ROWS, BUDGET = 16, 32
-LAST = 4  # words completed within this many tokens of the end count as late
+LAST = 4  # Words completed in the last LAST tokens count as late.
 GROUPS = ([" beach"], [" dog", " purple"], [" market", " rain", " music"])
 FOUR = {
     "type": "object",
@@ -58,7 +58,7 @@ TWO = {
 
 
 class Found(NamedTuple):
-    """Measured number."""
+    """Measured value."""
 
     part: str
     case: str
@@ -84,7 +84,7 @@ class Bench:
     def write(self, rows: int, budget: int, how: Any) -> Tensor:
         """Sample new tokens ``(B, T)``."""
         ids = self.prompts(rows)
-        cache = copy.deepcopy(self.read)  # all of the prompt but its last token, read once
+        cache = copy.deepcopy(self.read)  # the prompt without its last token, computed once
         cache.batch_repeat_interleave(rows)
         settings = {"max_new_tokens": budget, "do_sample": True, "top_k": 0, "pad_token_id": 2}
         found = self.model.generate(
@@ -97,13 +97,13 @@ class Bench:
         return found[:, ids.shape[1] :]
 
     def text(self, tokens: Tensor) -> str | None:
-        """Decode a row of new tokens; None if it has no end."""
+        """Decode a row of new tokens; return None if it has no end token."""
         ends = (tokens == self.tokenizer.eos_token_id).nonzero()
         return self.tokenizer.decode(tokens[: int(ends[0])]) if len(ends) else None
 
 
 def learned(model: Any, tokenizer: Any, folder: Path) -> Guide:
-    """Load the guide of a folder, or train and save it there first."""
+    """Load the guide of a folder; if there is none, train it and save it there first."""
     if not (folder / "guide.safetensors").exists():
         things = ("a small town by the sea", "rain", "your day", "a river", "cooking", "music")
         prompts = [question(tokenizer, "Tell me about", x).tolist() for x in things]
@@ -118,7 +118,7 @@ def learned(model: Any, tokenizer: Any, folder: Path) -> Guide:
 
 # --- satisfaction and words -----------------------------------------------------------------------
 def satisfied(bench: Bench) -> Iterator[Found]:
-    """Yield the share of sampled texts that code other than the constraint's accepts."""
+    """Yield the share of sampled texts that an independent check accepts."""
 
     def is_json(text: str) -> bool:
         value = json.loads(text)
@@ -159,7 +159,7 @@ def satisfied(bench: Bench) -> Iterator[Found]:
 
 
 def words(bench: Bench) -> Iterator[Found]:
-    """Yield the positions of one to three words and the nats of the texts, mask and guide."""
+    """Yield how often words are early, and the nats of the texts, with the mask and a guide."""
     for group in GROUPS:
         one = Constraint.keywords(bench.tokenizer, group, vocab_size=bench.size)
         for law, guide in (("mask", None), ("guided", bench.guide)):
@@ -173,7 +173,7 @@ def words(bench: Bench) -> Iterator[Found]:
 
 
 def said(bench: Bench, row: Tensor, group: list[str]) -> int:
-    """Return the position of the token that completes the last of some words."""
+    """Return the position of the token that completes the last word of ``group``."""
     for end in range(1, len(row) + 1):
         text = bench.tokenizer.decode(row[:end])
         if all(word in text for word in group):
@@ -182,7 +182,7 @@ def said(bench: Bench, row: Tensor, group: list[str]) -> int:
 
 
 def nats(bench: Bench, tokens: Tensor) -> float:
-    """Return the mean nats per token of these rows under the model, end tokens included."""
+    """Return the mean nats per token of the rows under the model, including end tokens."""
     ids = torch.cat([bench.prompts(len(tokens)), tokens], 1)
     law = bench.model(ids).logits[:, -len(tokens[0]) - 1 : -1].log_softmax(-1)
     cost = -law.gather(2, tokens[..., None])[..., 0]
@@ -193,7 +193,7 @@ def nats(bench: Bench, tokens: Tensor) -> float:
 
 # --- what it costs --------------------------------------------------------------------------------
 def midway(bench: Bench, count: int) -> tuple[list[Row | None], Tensor]:
-    """Return rows with one constraint each after eight written tokens, and their next scores."""
+    """Return rows with one constraint each after eight new tokens, and the next logits."""
     letters = "abcdefghijklmnop"
     rows: list[Row | None] = []
     for i in range(count):
@@ -251,8 +251,8 @@ def overhead(bench: Bench) -> Iterator[Found]:
 def every_state(row: Row, guide: Guide, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
     """Return Ctrl-G's step for a row.
 
-    It computes ``log r (V,)`` from the products of all states with the vocabulary, and a mask of
-    them from the edges, each (S, V).
+    It computes ``log r (V,)`` from two matrices ``(S, V)``: the products of all states with the
+    vocabulary, and the mask of these that the edges give.
     """
     plan = row.plan
     assert isinstance(plan, Plan)
@@ -260,9 +260,9 @@ def every_state(row: Row, guide: Guide, dtype: torch.dtype = torch.float32) -> C
     source, target, edge = plan.edges
     ahead = table[0].to(dtype) * table[1].to(dtype).exp()[:, None]  # (S + 1, H)
     from_state = torch.zeros(constraint.num_states + 1, len(source), dtype=dtype)
-    from_state[source, torch.arange(len(source))] = 1  # VE of their code
+    from_state[source, torch.arange(len(source))] = 1  # VE in Ctrl-G's code
     into = torch.zeros(constraint.num_states + 1, len(source), dtype=dtype)
-    into[target, torch.arange(len(source))] = 1  # EV, transposed
+    into[target, torch.arange(len(source))] = 1  # EV in their code, transposed
     of_edge = edge[:, constraint.class_of.long()]  # (S, V)
     tokens = torch.zeros(len(source), constraint.vocab_size, dtype=dtype)
     state, token = (of_edge >= 0).nonzero(as_tuple=True)
@@ -279,7 +279,7 @@ def every_state(row: Row, guide: Guide, dtype: torch.dtype = torch.float32) -> C
 
 
 def against_all_states(bench: Bench) -> Iterator[Found]:
-    """Yield the time of a row of three words against Ctrl-G's formula, with equal results."""
+    """Yield the speedup over Ctrl-G's formula for a row with three words, after a comparison."""
     rows, scores = midway(bench, 3)
     row = rows[2]
     assert row is not None and isinstance(row.plan, Plan)
@@ -305,7 +305,7 @@ def against_all_states(bench: Bench) -> Iterator[Found]:
 
 
 def ready(bench: Bench) -> Iterator[Found]:
-    """Yield the seconds until a schema of four fields and its tables of 128 tokens are ready."""
+    """Yield the seconds to compile a schema of four fields, and its tables for 128 tokens."""
     start = time.perf_counter()
     one = Constraint.json_schema(FOUR, bench.tokenizer, vocab_size=bench.size)
     control.log_ratios([Row.first(Plan(one, 128))])
@@ -317,7 +317,7 @@ def ready(bench: Bench) -> Iterator[Found]:
 
 # --- drafts ---------------------------------------------------------------------------------------
 class Masked(_constrained.Constrained):
-    """Constrained drafts without forced runs."""
+    """Constrained drafts that are not extended by forced tokens."""
 
     def with_forced(self, tokens: Tensor) -> Tensor:
         return tokens
@@ -340,9 +340,9 @@ class Plain(Masked):
 
 
 def drafts(bench: Bench) -> Iterator[Found]:
-    """Yield tokens per call with the mask: constrained drafts, plain ones, and forced runs.
+    """Yield tokens per call: plain drafts, constrained drafts, and those with forced tokens.
 
-    The head is untrained, as `retrofit` makes it: its first token is the model's, the others guess.
+    The head is untrained, as `retrofit` makes it: only its first token predicts the model's.
     """
     model, _ = smollm2.load_smollm2()
     settings = mtpc.MtpcConfig(n_token=4, rank=2, kind="cp", emission="adapter")
@@ -425,8 +425,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     default = smollm2.cache_folder() / "smollm2-guide-512"
     parser.add_argument("--guide", type=Path, default=default, metavar="DIR")
-    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="texts to judge")
-    parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help="texts with words")
+    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="sampled texts")
+    parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help="sampled rows")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of control.csv")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="parts")

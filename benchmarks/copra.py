@@ -1,10 +1,10 @@
 """Compare CopRA with LoRA on the line between two adapters: `python benchmarks/copra.py`.
 
-Two adapters that learned the same task from different draws are merged, and the error on the line
+Two adapters that learned the same task from different samples are merged, and the error on the line
 between them is measured. On a residual network of eight blocks that has learned a teacher, the task
-is the same teacher behind a rotation of its inputs. On MiniLM (claims/section_texts.py), it is
-Debian's sections under a head that was trained before and is frozen. Schedules are LoRA, CopRA with
-the ramp of the authors' code (from 0.1), and CoTo, its successor: from 0, and slow at first.
+is the same teacher with rotated inputs. On MiniLM (claims/section_texts.py), it is the sections of
+Debian's packages, with a frozen head that was trained before. Schedules are LoRA, CopRA with the
+ramp of the authors' code (from 0.1), and CoTo, its successor: from 0, and slow at first.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CLAIM = Claim(
     "alone, are connected by a line of low error, and are better after merging and pruning. "
     "Training costs nothing extra.",
     setup="(1) A residual MLP of 8 blocks (width 48), pretrained on a teacher's labels. LoRA of "
-    "rank 4 on each block's first matrix learns the teacher behind a rotation of its inputs: 1500 "
-    "points, 1200 steps of 64. (2) MiniLM, its head trained first: rank 8 on queries and values, "
-    "20 sections, 80 steps of 16. Per seed two adapters of different draws, 11 points between "
-    "them.",
+    "rank 4 on each block's first matrix learns the teacher with rotated inputs: 1500 points, 1200 "
+    "steps of batch 64. (2) MiniLM, its head trained first: rank 8 on queries and values, 20 "
+    "sections, 80 steps of batch 16. Per seed, two adapters from different samples, and 11 points "
+    "between them.",
     headline="barrier",
     use="you will merge adapters in factors or cut them to some blocks, and LoRA's adapters lose "
     "much by it, as on the small network here (measure this first)",
@@ -58,7 +58,7 @@ METHODS: dict[str, Mapping[str, Any]] = {
 }
 NETWORK, MINILM = "network", "MiniLM"
 SPACES, GRID = ("factors", "delta"), 11
-POINTS = 6000, 1500, 3000  # to pretrain, to adapt, to test
+POINTS = 6000, 1500, 3000  # to pretrain, to train adapters, to test
 STEPS = {NETWORK: 1200, MINILM: 80}
 PRETRAINING, HEAD_STEPS = 1500, 100
 
@@ -68,7 +68,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield a pair of adapters of each schedule."""
+    """Yield the arms; each trains a pair of adapters with one schedule."""
     for seed in seeds:
         for task in (NETWORK, MINILM):
             for method in METHODS:
@@ -76,7 +76,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Measure two adapters alone, pruned, and on the line between them."""
+    """Train two adapters; measure them alone, pruned, and on the line between them."""
     torch.set_num_threads(1)
     task = (network if arm["task"] == NETWORK else minilm)(arm["seed"], quick)
     steps = 4 if quick else STEPS[arm["task"]]
@@ -111,7 +111,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 class Task:
-    """Task of an adapter: batches, a model without it, and a score."""
+    """Task: training samples, a function that returns a model to train, and a score."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Task:
 
 
 def train(model: Any, controller: CopraController, task: Task, draw: int, steps: int) -> None:
-    """Run Adam on random samples, with layers switched at every step."""
+    """Run Adam on random samples; the controller draws a mask at every step."""
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=task.rate)
     generator = torch.Generator().manual_seed(draw)
     x, y = task.samples
@@ -143,7 +143,7 @@ def train(model: Any, controller: CopraController, task: Task, draw: int, steps:
 
 
 class Network(nn.Module):
-    """Residual blocks; the first matrix of each gets an adapter."""
+    """Network of residual blocks; the first matrix of each gets an adapter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Network(nn.Module):
 
 @functools.cache
 def _pretrained(quick: bool) -> tuple[Network, list[tuple[Tensor, Tensor]]]:
-    """Return the base of all seeds, and points to pretrain, to adapt, and to test."""
+    """Return the base of all seeds, and points to pretrain, to train adapters, and to test."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -196,7 +196,7 @@ def _pretrained(quick: bool) -> tuple[Network, list[tuple[Tensor, Tensor]]]:
 
 
 def network(seed: int, quick: bool) -> Task:
-    """Return the task of the teacher behind a rotation."""
+    """Return the task of the teacher with rotated inputs."""
     base, (_, adapting, testing) = _pretrained(quick)
 
     def adapted() -> Any:
@@ -212,7 +212,7 @@ def network(seed: int, quick: bool) -> Task:
 
 @functools.lru_cache(1)
 def _headed(seed: int, quick: bool) -> World:
-    """Return MiniLM with a head trained on the sections, over the frozen encoder."""
+    """Return MiniLM with a head that was trained on the sections, with the encoder frozen."""
     sizes = section_texts.QUICK if quick else section_texts.SIZES
     world = section_texts.make_world(seed, sizes, quick)
     base = copy.deepcopy(world.base)
@@ -247,7 +247,7 @@ def minilm(seed: int, quick: bool) -> Task:
 
 
 def less(rows: Rows, task: str, column: str, method: str = COPRA, sign: int = 1) -> Interval:
-    """Return a method's figure less LoRA's by seed, or the reverse with ``sign=-1``."""
+    """Return a method's value minus LoRA's over the seeds, or the negative with ``sign=-1``."""
     of = {name: study.column(rows, column, task=task, method=name) for name in (LORA, method)}
     return study.interval([sign * (b - a) for a, b in zip(of[LORA], of[method], strict=True)])
 
@@ -259,8 +259,8 @@ def criteria(rows: Rows) -> list[Criterion]:
         gain = less(rows, task, "barrier_factors", sign=-1)
         found.append(
             Criterion(
-                f"{task}: barrier of LoRA less that of CopRA, in factors",
-                "above 0 with its interval",
+                f"{task}: error barrier between factors, LoRA - CopRA",
+                "interval above 0",
                 f"{gain:+.3f}",
                 gain.low > 0,
                 headline=True,
@@ -271,9 +271,9 @@ def criteria(rows: Rows) -> list[Criterion]:
         alone, merged = less(rows, task, "alone"), less(rows, task, "merged_factors")
         cut = less(rows, task, "pruned")
         for name, each, bound in (
-            ("alone", alone, -0.02),
+            ("of one adapter", alone, -0.02),
             ("merged in factors", merged, 0.05),
-            ("every other adapter pruned", cut, 0.05),
+            ("with every other block pruned", cut, 0.05),
         ):
             found.append(
                 Criterion(
@@ -290,14 +290,15 @@ def figure(rows: Rows) -> str:
     """Format the barriers and the share of layers trained."""
     parts: list[str] = []
     for task in (NETWORK, MINILM):
-        each = [
-            f"{method} {study.mean(rows, 'barrier_factors', task=task, method=method):.3f}"
+        barriers = {
+            method: study.mean(rows, "barrier_factors", task=task, method=method)
             for method in METHODS
-        ]
+        }
+        each = ", ".join(f'"{method}" {barrier:.3f}' for method, barrier in barriers.items())
         gain = less(rows, task, "barrier_factors", sign=-1)
-        parts.append(f"{task}: barrier {', '.join(each)}; LoRA's less CopRA's {gain:+.3f}")
+        parts.append(f"{task}, barrier of {each}; LoRA - CopRA {gain:+.3f}")
     active = study.mean(rows, "activation", method=COPRA)
-    return f"{'. '.join(parts)}. CopRA trains {active:.0%} of the layers at a step"
+    return f"{'. '.join(parts)}. CopRA trains {active:.0%} of the layers per step"
 
 
 def panels(rows: Rows) -> study.Panels:

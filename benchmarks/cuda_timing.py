@@ -11,12 +11,12 @@ REPLAYS = 20
 
 
 def interleaved_graphs(calls: Mapping[str, Call], rounds: int = 10) -> dict[str, Timing]:
-    """Time calls as :func:`common.interleaved`, as graphs of one call, 20 replays per round."""
+    """Time calls as :func:`common.interleaved` does, as graphs replayed 20 times per round."""
     stream = torch.cuda.Stream()
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     for name, call in calls.items():
         with torch.cuda.stream(stream):
-            for _ in range(3):  # library handles and workspaces are created outside the capture
+            for _ in range(3):  # creates library handles and workspaces before the capture
                 call()
         stream.synchronize()
         graphs[name] = torch.cuda.CUDAGraph()

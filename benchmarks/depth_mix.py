@@ -1,7 +1,7 @@
-"""Time the depth mix (normed hidden states mixed to one) against chains of torch ops.
+"""Time the depth mix (a weighted sum of normed hidden states) and chains of torch ops.
 
-The peers are k norms, k products and k - 1 sums: "chain" with the norm as transformers writes it,
-"rms_norm" with torch's. Hidden states are in several sets, used in turn, of at least 256 MiB
+The peers compute k norms, k products and k - 1 sums: "chain" with the norm as transformers writes
+it, "rms_norm" with torch's. Hidden states are in several sets, used in turn, of at least 256 MiB
 together, so that each call reads them from memory.
 """
 
@@ -100,7 +100,7 @@ WAYS = {"forward": forward, "forward and backward": both_ways}
 
 
 def bench_mix(device: str, rounds: int) -> Iterator[Row]:
-    """Yield both ways of all providers, against a copy in the same rounds."""
+    """Yield all providers, without and with the backward, and a copy in the same rounds."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     copy, copied = copy_call(device=device)
     with torch.inference_mode(False):
@@ -129,10 +129,10 @@ def bench_mix(device: str, rounds: int) -> Iterator[Row]:
 
 
 def check(p: Problem, mix: Mix, name: str) -> float:
-    """Return the largest error over its bound, of the mix and of each gradient of some rows.
+    """Return the largest error over its bound, of the mix and of each gradient, for some rows.
 
-    The bound is a multiple of the largest value: float32 sums of a row and over the rows, and, for
-    16 bits, the roundings of a norm, of its product and of each sum.
+    The bound is a multiple of the largest value. It covers float32 sums of a row and over the rows,
+    and for 16-bit types the roundings of a norm, of its product and of each sum.
     """
     rows = 8
     worst = 0.0

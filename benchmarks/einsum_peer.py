@@ -1,4 +1,4 @@
-"""RAT-SPNs as stacked einsum layers: peer of the circuit engine's values and training."""
+"""RAT-SPNs as stacked einsum layers, a peer for the values and training of circuits."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from torch import Tensor
 from lora_ext.circuits import Circuit
 from lora_ext.circuits._scopes import variables
 
-DEPTH, REPETITIONS = 3, 4  # of the RAT-SPN
+DEPTH, REPETITIONS = 3, 4  # sizes of the RAT-SPN
 
 
 def einsum_layers(leaf: Tensor, weights: list[Tensor], scopes: Tensor, x: Tensor) -> Tensor:
-    """Evaluate a RAT-SPN by layers over all regions of a depth: one gather, one einsum per layer.
+    """Evaluate a RAT-SPN layer by layer, with one einsum for all regions of the same depth.
 
     Args:
         leaf: Logits ``(R, n, U, V)`` of R input regions over n variables each.
-        weights: Logits ``(G, O, U, U)`` of each layer's regions, siblings side by side. The last,
-            ``(1, repetitions, U, U)``, is the root's: one sum over the pairs of all repetitions.
-        scopes: Variables ``(R, n)``.
+        weights: Logits ``(G, O, U, U)`` of each layer's regions, with siblings next to each other.
+            Those of the root, the last ones, are ``(1, repetitions, U, U)``: one sum over the pairs
+            of all repetitions.
+        scopes: Variables ``(R, n)`` of each input region.
         x: Values ``(B, N)``.
     """
     regions, n, _, values = leaf.shape
@@ -36,7 +37,7 @@ def einsum_layers(leaf: Tensor, weights: list[Tensor], scopes: Tensor, x: Tensor
 
 
 def _pairs(val: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both siblings of every pair, divided by their largest, and its logarithm."""
+    """Return both siblings of every pair, divided by their maxima, and the sum of log maxima."""
     tops = [val[:, side::2].amax(2, keepdim=True) for side in (0, 1)]
     a, b = ((val[:, side::2] - tops[side]).exp() for side in (0, 1))
     return a, b, tops[0] + tops[1]

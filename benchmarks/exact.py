@@ -1,13 +1,14 @@
-"""Measure the cost of the same bits in any batch: `python benchmarks/exact.py [--check]`.
+"""Measure the cost of batch-invariant results: `python benchmarks/exact.py [--check]`.
 
-First attention alone, `ops.row_attention` against torch's over causal prompts of SmolLM2's shape.
-Then SmolLM2-135M plain and exact, with shared weights: a prefill of 512 tokens, a decode step of 1
-and of 8 rows over 512 tokens, and a training step, forward and backward of 4 x 128 tokens with an
-adapter of rank 16. A ratio is exact over plain, the median of rounds in one run. Results are
-compared with the plain model's before they are timed.
+The first cases are attention alone: `ops.row_attention` and torch's, on causal prompts of SmolLM2's
+shape. The others are SmolLM2-135M, plain and exact, with shared weights: a prefill of 512 tokens, a
+decode step of 1 and of 8 rows over 512 tokens, and a training step, forward and backward of 4 x 128
+tokens with an adapter of rank 16. A ratio is the time of exact over plain, as the median of rounds
+in one run. Results are compared with the plain model's before they are timed.
 
 `--check` prints the target of each ratio, and exits with 1 if one is missed; `--tiny` uses a small
-random model; `--dtype bfloat16` uses 16 bits. Use a quiet machine; threads are torch's.
+random model; `--dtype bfloat16` uses 16 bits. The machine must be idle; the number of threads is
+torch's default.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from lora_ext import nn, ops
 
 
 class Sizes(NamedTuple):
-    """Number of tokens of a prompt, of a training row, and of the prompts of attention alone."""
+    """Lengths of a prompt, of a training row, and of the prompts for attention alone."""
 
     prompt: int = 512
     train: int = 128
@@ -42,7 +43,7 @@ class Sizes(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """Result of one comparison: exact over plain, and its target."""
+    """Result of one comparison: time of exact over plain, and its upper limit."""
 
     case: str
     plain_ms: float
@@ -129,7 +130,7 @@ def training(models: dict[str, Any], sizes: Sizes) -> Iterator[Case]:
 
 
 def attention(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
-    """Yield attention alone, with SmolLM2's nine heads and three key heads."""
+    """Yield attention alone, with SmolLM2's nine query heads and three key heads."""
     for tokens in sizes.attention:
         g = torch.Generator().manual_seed(0)
         q, k, v = (
@@ -148,7 +149,7 @@ def attention(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
 def measure(
     model: Any, rank: int, sizes: Sizes, rounds: int, min_seconds: float
 ) -> Iterator[Ratio]:
-    """Yield ratios of results that agree; the model is wrapped afterwards.
+    """Yield the ratio of each case after its results are checked; the model is wrapped afterwards.
 
     Raises:
         SystemExit: If the results of a case differ.
@@ -173,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="cost of the same bits in any batch")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tiny", action="store_true", help="a small random model")
+    parser.add_argument("--tiny", action="store_true", help="use a small random model")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     args = parser.parse_args()
     if args.tiny:

@@ -1,13 +1,13 @@
 """Time adapters on routed experts: `python benchmarks/experts.py`.
 
-The model is a mixture like Qwen3-MoE with random weights and adapters on both matrices of all
-experts. "decode" is one token per row, "prefill" several, each row with a different adapter.
+The model is a mixture of experts like Qwen3-MoE, with random weights and adapters on both matrices
+of all experts. "decode" is one token per row, "prefill" several, each row with a different adapter.
 Compared are an attached model (lora_ext), the model without adapters (base), and PEFT, which has
 one adapter per batch and processes the rows of each adapter separately (peft). "train" is forward
 and backward of a batch of several adapters: a model of from_peft given names (lora_ext), and PEFT,
-adapter after adapter (peft). In "one" all rows have one adapter, so PEFT has no loop. Results are
-compared before they are timed. Rows are appended to OUT/experts_<device>.csv; "peak" is the peak
-memory.
+one adapter after another (peft). In "one", all rows have the same adapter, so PEFT has no loop.
+Results are compared before timing. Rows are appended to OUT/experts_<device>.csv; "peak" is the
+peak memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ VOCAB = 256
 
 @dataclass(frozen=True)
 class Case:
-    """Number of rows, of tokens per row, and of adapters used in turn."""
+    """Number of rows and of tokens per row; rows use the adapters in turn."""
 
     kind: str
     rows: int
@@ -92,7 +92,7 @@ class Problem:
         return self.case.kind.startswith("train")
 
     def providers(self) -> dict[str, Callable[[], Tensor]]:
-        """Return calls by name: of logits ``(rows, tokens, V)``, or of the flat gradients."""
+        """Return calls by name; they return logits ``(rows, tokens, V)`` or the flat gradients."""
         if self.trains:
             return {
                 "lora_ext": partial(self._step, self.ours, [None]),
@@ -211,7 +211,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # names that transformers renames
+    warnings.filterwarnings("ignore", category=FutureWarning)  # deprecated names
     path = args.out / f"experts_{args.device}.csv"
     print(f"{torch.get_num_threads()} threads, {os.cpu_count()} CPUs")
     for case in CASES:

@@ -1,10 +1,10 @@
 """Compare Fed-HeLLo with strong clients alone: `python benchmarks/fed_hello.py`.
 
-A third each of 36 clients can train 3, 4 and 6 of the 6 blocks of a pretrained encoder
+Of 36 clients, a third can train 3, a third 4 and a third all 6 blocks of a pretrained encoder
 (claims/section_texts.py); six train per round. In "strong only", clients that can train all blocks
 do so in every round. `--full` adds the other patterns, importance, Dirichlet's partition, and
-strong clients drawn as rarely as all others, which is the comparison of the authors' logs. It also
-adds peers: those of claims/peers.py on all clients and all layers, HetLoRA and FlexLoRA with ranks
+strong clients drawn as rarely as all others, the comparison in the authors' logs. It also adds
+baselines: those of claims/peers.py on all clients and all layers, HetLoRA and FlexLoRA with ranks
 by capability, and FedAvg with differential privacy (claims/private.py).
 """
 
@@ -31,13 +31,13 @@ from lora_ext.nn import block_index
 
 CLAIM = Claim(
     paper="Fed-HeLLo (arXiv 2506.12213)",
-    claim="If clients can train different numbers of layers, giving each client as many as it can "
-    "train beats training on the strong clients alone, by more if labels are more skewed.",
+    claim="If clients can train different numbers of layers, training as many as possible on each "
+    "is better than training on the strong clients alone, and the gain grows with label skew.",
     setup="MiniLM (6 blocks of 384) with a trained and averaged head, on 20 sections of Debian's "
     "packages. 36 clients can train 3, 4 or 6 blocks with LoRA of rank 8. 20 rounds of 6 clients "
-    "and 3 steps of 8, at a rate chosen on another seed. RGD with the bottleneck pattern, 4 "
-    "classes per client and IID.",
-    headline="gain over strong clients with its interval",
+    "with 3 steps of batch 8, at a rate chosen on another seed. RGD with the bottleneck pattern; "
+    "4 classes per client, and IID.",
+    headline="gain over strong clients",
     use="labels are skewed, and the clients that can train every layer lack classes that the weak "
     "ones have (the gain depends on how many)",
     avoid="data are IID, or the strong clients have every class",
@@ -51,9 +51,9 @@ OURS, STRONG, DRAWN = "RGD bottleneck", "strong only", "strong, drawn from all"
 FIM = {"FIM": 1.0, "FIM, mix 0.5": 0.5}  # share of importance in a layer's weight
 PATTERNS = [f"RGD {pattern}" for pattern in Pattern]
 RANKED = {"HetLoRA": "zero_pad", "FlexLoRA": "svd"}  # how ranks of 2, 5 and 8 are aggregated
-PROXY = 100  # texts of the server, for FIM
+PROXY = 100  # number of texts on the server, for FIM
 LOSS = -0.01
-CLIENTS, ROUNDS = 36, 20  # 10 rounds, tried in one arm, learned little: 0.17
+CLIENTS, ROUNDS = 36, 20  # With 10 rounds, tried in one arm, accuracy was only 0.17.
 
 
 def settings(quick: bool) -> Mapping[str, object]:
@@ -65,7 +65,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the arms of the rates, then those of the criteria."""
+    """Yield the arms that choose the rate, then those of the criteria."""
     for rate in section_texts.RATES:
         yield {"seed": section_texts.CHOOSING, "partition": SKEWED, "arm": "FedAvg", "rate": rate}
     for seed in seeds:
@@ -75,7 +75,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def more(seeds: Sequence[int], quick: bool) -> list[Row]:
-    """Return all patterns, importance, and a third kind of data."""
+    """Return arms with all patterns, with importance, baselines, and a third kind of data."""
     others = [*(name for name in PATTERNS if name != OURS), *FIM, DRAWN, *peers.NAMES, *RANKED]
     iid = [*others, *private.NOISE]
     return [
@@ -98,7 +98,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     else:
         run, hides = peer.run(shares) if peer else one(world, shares, arm["arm"]), {}
     right = [run.right[run.accuracy.index(run.best)]] * len(shares)
-    if peer and peer.own:  # at the end, each client has a different B
+    if peer and peer.own:  # At the end, each client has a different B.
         right = [peer.accuracy_of(client) for client in range(len(shares))]
     labels = world.training[1].numpy()
     strong = np.concatenate([shares[c] for c in _strong(world)])
@@ -171,7 +171,7 @@ def planner_of(hla: HLA, world: World) -> federated_digits.Planner:
 def by_importance(world: World, shares: Sequence[Any], mix: float) -> Run:
     """Run the bottleneck pattern for a third of the rounds, then importance.
 
-    Importance is recomputed every third from texts that the clients give up.
+    Importance is recomputed after every third, from texts that are taken from the clients.
     """
     x, y = world.training
     proxy = np.random.default_rng(world.seed).permutation(len(y))[:PROXY]
@@ -205,12 +205,12 @@ def by_importance(world: World, shares: Sequence[Any], mix: float) -> Run:
 
 
 def judged(rows: Rows) -> Rows:
-    """Return the rows without those that chose the rate."""
+    """Return the rows without those of the arms that choose the rate."""
     return [row for row in rows if row["seed"] != section_texts.CHOOSING]
 
 
 def gain(rows: Rows, partition: str, arm: str = OURS, rival: str = STRONG) -> Interval:
-    """Return the mean gain in accuracy over seeds and devices, with its interval."""
+    """Return the mean gain in accuracy over a rival, for seeds and devices, with its interval."""
     found: dict[tuple[int, str], list[float]] = {
         (row["seed"], row["arm"]): [float(a) for a in str(row["devices"]).split()]
         for row in judged(rows)
@@ -226,23 +226,23 @@ def gain(rows: Rows, partition: str, arm: str = OURS, rival: str = STRONG) -> In
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Check the gain with its interval on skewed labels."""
+    """Check the gain on skewed labels (the headline), the gain on IID data, and the bytes."""
     skewed, even = gain(rows, SKEWED), gain(rows, IID)
-    # All layers were sent down: as many bytes as all layers sent up.
+    # All layers are sent down, so these bytes equal those of uploading all layers.
     share = study.mean(rows, "up", arm=OURS) / study.mean(rows, "down", arm=OURS)
     return [
         Criterion(
-            f"gain over strong clients with its interval, {SKEWED} a client: best accuracy of "
-            f"{OURS} less that of {STRONG}, mean over seeds and clients",
-            "above 0 with its interval",
+            f"gain over strong clients, {SKEWED} per client: best accuracy of "
+            f"{OURS} minus that of {STRONG}, mean over seeds and clients",
+            "interval above 0",
             f"{skewed:+.3f}",
             skewed.low > 0,
             headline=True,
             points=skewed.middle > 0,
         ),
-        Criterion("IID: the same", f"at least {LOSS}", f"{even:+.3f}", even.middle >= LOSS),
+        Criterion("the same gain, IID", f"at least {LOSS}", f"{even:+.3f}", even.middle >= LOSS),
         Criterion(
-            "bytes up, of what all layers of all clients would be",
+            "bytes uploaded, as a share of those for all layers of all clients",
             "at most 0.75",
             f"{share:.3f}",
             share <= 0.75,
@@ -251,7 +251,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Format the gain, and each seed's gain with the number of classes of strong clients."""
+    """Format the gain, and that of each seed with the number of strong clients' classes."""
     skewed = [row for row in judged(rows) if row["partition"] == SKEWED]
     best = {(row["seed"], row["arm"]): row for row in skewed}
     each = [
@@ -261,9 +261,9 @@ def figure(rows: Rows) -> str:
     ]
     ours, strong = (study.mean(skewed, "best", arm=arm) for arm in (OURS, STRONG))
     return (
-        f"with {SKEWED} a client {gain(rows, SKEWED):+.3f} over strong clients alone (best "
-        f"accuracy {ours:.3f} against {strong:.3f}), IID {gain(rows, IID):+.3f}; by seed, with how "
-        f"many of the {section_texts.CLASSES} classes the strong clients have: {', '.join(each)}"
+        f"gain over strong clients alone: {gain(rows, SKEWED):+.3f} with {SKEWED} per client (best "
+        f"accuracy {ours:.3f} against {strong:.3f}), {gain(rows, IID):+.3f} for IID; by seed "
+        f"(strong clients' number of the {section_texts.CLASSES} classes): {', '.join(each)}"
     )
 
 

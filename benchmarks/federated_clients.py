@@ -1,14 +1,14 @@
 """Time many clients in one batch: `python benchmarks/federated_clients.py --check`.
 
-A round is STEPS AdamW steps of each client, from the global adapter to its changes. Compared are
-clients in one batch (lora_ext), one after another with our layers (loop) and with PEFT's (peft),
-and torch.func.vmap over stacked factors with one AdamW over the stacks (vmap). All use torch's
-fused AdamW. Models are four square layers with ranks 4 to 8, and a tiny Llama. The Llama's clients
-also train at mixed depths, with and without the staircase. Before timing, each provider's changes
-are compared with the loop's in float64. Rows are appended to OUT/clients_<device>.csv.
+In a round, each client makes STEPS AdamW steps from the global adapter. Compared are all clients in
+one batch (lora_ext), one client after another with our layers (loop) or PEFT's (peft), and
+torch.func.vmap over stacked factors with one AdamW over the stacks (vmap). All use torch's fused
+AdamW. Models are four square layers with ranks 4 to 8, and a tiny Llama. The Llama's clients also
+train at mixed depths, with and without the staircase. Before timing, each provider's changes are
+compared with the loop's in float64. Rows are appended to OUT/clients_<device>.csv.
 
-`--check`: the loop takes at least 4 times as long at 32 clients x 16 rows, d = 64, and at least as
-long at 32 x 64, d = 256.
+`--check` requires that the loop takes at least 4 times as long as lora_ext for 32 clients x 16 rows
+and d = 64, and at least as long for 32 x 64 and d = 256.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ from lora_ext.federated import (
 from lora_ext.nn import LoraLinear, Swap
 
 STEPS, RANK, RATE, VOCAB, TOKENS = 5, 8, 1e-2, 128, 16
-BOUND = 1e-9  # error of changes in float64, each near RATE
+BOUND = 1e-9  # error of the changes in float64; a change is about RATE
 Changes = dict[int, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Number of clients, and of rows (of a Llama: sequences) per step and client."""
+    """Number of clients, and of rows (sequences for a Llama) per step and client."""
 
     clients: int
     rows: int
     width: int
     llama: bool = False
     depths: bool = False  # client k trains the 1 + k % 4 layers nearest the output, not all four
-    at_least: float = 0.0  # the loop's time over lora_ext's
+    at_least: float = 0.0  # target for the loop's time over lora_ext's
 
     @property
     def name(self) -> str:
@@ -235,7 +235,7 @@ class Problem:
         return transformers.LlamaForCausalLM(config)
 
     def _sharing(self) -> nn.Module:
-        """Copy the model, with the weights of the base shared."""
+        """Copy the model; the copy shares the base weights."""
         return copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
 
     def _batch(self, dtype: torch.dtype, device: str) -> Any:
@@ -252,7 +252,7 @@ class Problem:
         return tuple(torch.stack(parts) for parts in zip(*batches, strict=True))
 
     def _start(self, plan: LayerPlan) -> dict[str, Tensor]:
-        """Return the global adapter, with zeros beyond the client's rank in trained layers."""
+        """Return the global adapter, with entries beyond the client's rank set to zero."""
         found = {key: t.clone().to(self.device) for key, t in self.state.items()}
         for key, t in found.items():
             layer = next((i for i in plan.layers if f".layers.{i}." in key), None)
@@ -268,7 +268,7 @@ class Problem:
 
 
 def check(case: Case, device: str) -> dict[str, float]:
-    """Return each provider's largest difference from the loop in float64, over its bound."""
+    """Return each provider's largest difference from the loop in float64, divided by the bound."""
     problem = Problem(case, torch.float64, device)
     results = {name: run() for name, run in problem.providers().items()}
     worst = {}
@@ -290,7 +290,7 @@ def check(case: Case, device: str) -> dict[str, float]:
 
 
 def measure(case: Case, device: str, rounds: int) -> Iterator[dict[str, object]]:
-    """Yield one row per provider, and on the CPU rows of the memory of lora_ext."""
+    """Yield one row per provider, and on the CPU also rows with the memory of lora_ext."""
     errors = check(case, device)
     problem = Problem(case, torch.float32, device)
     calls: dict[str, Call] = dict(problem.providers())
@@ -335,7 +335,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # names that transformers renames
+    warnings.filterwarnings("ignore", category=FutureWarning)  # deprecated names
     path = args.out / f"clients_{args.device}.csv"
     print(f"{torch.get_num_threads()} threads, {os.cpu_count()} CPUs")
     missed = []

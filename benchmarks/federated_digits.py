@@ -5,8 +5,8 @@ the transposed pictures in 150 steps and is then frozen, with its head. Twelve c
 rank 4 on the queries and values of the upright pictures: six per round, one epoch each, batches of
 32, AdamW with a rate of 1e-2 and without decay. All clients of a round are the rows of one batch.
 
-alpha is the authors' 16, so that the scaling alpha / r is 4. Of 1, 2 and 4, tried on seeds 100 and
-101 with all layers trained by all clients, 4 learned the most.
+alpha is 16 as in the authors' code, so the scaling alpha / r is 4. Of the scalings 1, 2 and 4,
+tried on seeds 100 and 101 with all layers trained by all clients, 4 learned the most.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lora_ext.federated import (
     plan_bytes,
 )
 
-CAPABILITIES = (3, 4, 6)  # layers that client i can train, by i % 3
+CAPABILITIES = (3, 4, 6)  # number of layers that client i can train, by i % 3
 Plans = Mapping[int, LayerPlan]
 #: ``planner(round, clients)``: plans of the drawn clients; a client may have no plan.
 Planner = Callable[[int, Sequence[int]], Plans]
@@ -55,8 +55,8 @@ class Sizes:
     rounds: int = 30
     batch: int = 32
     lr: float = 1e-2
-    testing: int = 360  # samples that no client has
-    steps: int | None = None  # of a client per round; None: one epoch
+    testing: int = 360  # number of test samples, which no client has
+    steps: int | None = None  # steps of a client per round; None: one epoch
     least: int = 8  # fewest samples of a client in Dirichlet's partition
     rank: int = 4
     scaling: float = 4
@@ -70,7 +70,7 @@ QUICK = Sizes(base_steps=3, rounds=2)
 
 
 class Block(nn.Module):
-    """Attention over the rows of a picture, and an MLP; both after a norm."""
+    """Attention over the rows of a picture, then an MLP, each after a norm."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -115,7 +115,7 @@ class World:
 
     Attributes:
         targets: Modules of each block, ``layers.<i>.*``, that have LoRA.
-        shared: Pattern of parameters that clients train besides, such as a head, or None.
+        shared: Pattern of other parameters that clients train, such as a head's, or None.
     """
 
     seed: int
@@ -163,7 +163,7 @@ class Run:
     """Results of a federation."""
 
     accuracy: list[float] = field(default_factory=list)  # of the global adapter, per round
-    right: list[Tensor] = field(default_factory=list)  # per round, bool per test sample
+    right: list[Tensor] = field(default_factory=list)  # of each test sample (bool), per round
     history: list[RoundLog] = field(default_factory=list)
     comm: CommLog = field(default_factory=CommLog)
 
@@ -175,7 +175,7 @@ class Run:
 def make_world(seed: int, sizes: Sizes, shift: Literal["input", "output"] = "input") -> World:
     """Split pictures at random, and train a base model on the transposed ones.
 
-    With the shift at the output, the base model learns upright pictures under permuted class names.
+    With the shift at the output, the base model learns upright pictures with permuted labels.
     """
     from sklearn.datasets import load_digits
 
@@ -202,13 +202,13 @@ def make_world(seed: int, sizes: Sizes, shift: Literal["input", "output"] = "inp
 
 @torch.no_grad()
 def right(model: nn.Module, samples: tuple[Tensor, Tensor]) -> Tensor:
-    """Return whether the largest logit of each sample is the right one: ``(n,)`` bool."""
+    """Return whether each sample is classified correctly, ``(n,)`` bool."""
     parts = zip(*(tensor.split(100) for tensor in samples), strict=True)
     return torch.cat([model(trimmed(x)).argmax(-1) == y for x, y in parts])
 
 
 def accuracy(model: nn.Module, samples: tuple[Tensor, Tensor]) -> float:
-    """Return the share of samples with the largest logit at the right class."""
+    """Return the share of samples that are classified correctly."""
     return right(model, samples).float().mean().item()
 
 
@@ -231,16 +231,17 @@ def federate(
     tick: Callable[[], object] = lambda: None,
     **aggregation: Any,
 ) -> Run:
-    """Train a global adapter in ``world.sizes.rounds`` rounds, from 1.
+    """Train a global adapter in rounds 1 to ``world.sizes.rounds``.
 
     Args:
         shares: Samples of each client, from ``world.shares(...)``.
         planner: Returns the plans for a round and its drawn clients. A client with an empty plan,
             or without one, trains nothing and costs nothing.
-        clients: Clients that may be drawn; None for all. Draws depend on seed, round and these.
-        model: ``world.adapted()`` by default; its adapter is the server's first one.
+        clients: Clients that may be drawn; None for all. Draws depend on seed, round and clients.
+        model: Model whose adapter is the initial global one; ``world.adapted()`` by default.
         before: Called with the round and the global adapter before the planner.
-        others: Layers outside a plan. "frozen" ones are sent down as well, "disabled" ones are not.
+        others: State of layers outside a plan. "frozen" ones are sent to the client, "disabled"
+            ones are not.
         tick: Called after every round.
         aggregation: Arguments of :func:`aggregate`.
     """
@@ -282,7 +283,7 @@ def federate(
 
 
 def shared_state(world: World, model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that clients train beside the adapter, by name."""
+    """Return the parameters that clients train in addition to the adapter, by name."""
     if world.shared is None:
         return {}
     named = model.named_parameters()

@@ -1,4 +1,4 @@
-"""Pictures of a federation over its rounds: accuracy, clients per layer, and bytes.
+"""Plots of a federation over its rounds: accuracy, clients per layer, and bytes.
 
 Examples and benchmarks draw them.
 """
@@ -24,7 +24,7 @@ def draw_accuracy(curves: Mapping[str, Sequence[float]], axes: Any) -> None:
 
 
 def draw_heights(heights: Sequence[Sequence[int]], axes: Any) -> None:
-    """Draw how many clients trained each layer, as a colour over rounds.
+    """Draw how many clients trained each layer, as a heat map over the rounds.
 
     Args:
         heights: One number per layer for each round, as in ``RoundLog.heights``. Layer 0 is at the
@@ -43,10 +43,11 @@ def draw_heights(heights: Sequence[Sequence[int]], axes: Any) -> None:
 
 
 def draw_bytes(sent: Mapping[str, Sequence[int]], axes: Any) -> None:
-    """Draw how many bytes were sent up to each round, in MB (a million).
+    """Draw how many bytes were sent until each round, in MB (a million bytes).
 
     Args:
-        sent: One sum per round, ``[*log.cumulative("up").values()]`` of a ``CommLog``, by label.
+        sent: Cumulative bytes per round, ``[*log.cumulative("up").values()]`` of a ``CommLog``, by
+            label.
         axes: Matplotlib axes.
     """
     _lines({label: [b / 1e6 for b in each] for label, each in sent.items()}, axes)

@@ -1,4 +1,4 @@
-"""Run the jax side of ``chain_peers.Jax``: ``python jax_chain.py FOLDER``, driven over pipes.
+"""Run the jax side of ``chain_peers.Jax``, which drives ``python jax_chain.py FOLDER`` by pipes.
 
 Reads FOLDER/chain.npz and prints jax's version. For each line ``[form, what, count]`` it prints the
 seconds of ``count`` calls and writes their result to FOLDER/result.npz.
@@ -32,7 +32,7 @@ def log_form(parts, x):
 
 
 def scaled_form(parts, x):
-    """Run the recursion with probabilities, divided by their largest at every step."""
+    """Run the recursion with probabilities, divided at every step by the largest one."""
     leaf, steps, first = parts
     p = _observed(jax.nn.softmax(leaf, 2), x)
 
@@ -47,7 +47,7 @@ def scaled_form(parts, x):
 
 
 def _observed(table, x):
-    """Select ``(T, B, r)`` from ``(T, r, V)`` and ``(B, T)``."""
+    """Look up the observations ``x (B, T)`` in ``table (T, r, V)``; return ``(T, B, r)``."""
     return jax.vmap(lambda rows, values: rows[:, values].T)(table, x.T)
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     for line in sys.stdin:
         form, what, count = json.loads(line)
         call = calls[form, what]
-        result = jax.block_until_ready(call(parts, x))  # compiles; waits for the processor
+        result = jax.block_until_ready(call(parts, x))  # compiles, and waits for the result
         start = time.perf_counter()
         for _ in range(count):
             jax.block_until_ready(call(parts, x))

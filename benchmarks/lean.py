@@ -1,9 +1,9 @@
-"""Llama passes without overhead, and plain decoding with them, as a fair peer of speculation.
+"""Llama forwards without overhead, and plain decoding with them, a fair baseline of speculation.
 
-`python benchmarks/lean.py` prints how much they gain over transformers' passes. In a small model,
-half of a pass is Python around the products, so a decoder with fewer passes would save that too.
+`python benchmarks/lean.py` prints their speedup over transformers' forwards. In a small model, half
+of a forward is Python around the products, so fewer forwards would save that time too.
 ``LeanLlama`` replaces the model on both sides, plain and speculative. Its cache is the decoder's,
-which has room for later tokens.
+which is preallocated for later tokens.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lora_ext.methods.mtpc._trunk import cache_argument, roomy_cache
 
 
 class LeanLlama(nn.Module):
-    """Passes of a transformers Llama without needless masks, with fewer and larger products.
+    """Forward of a transformers Llama without needless masks, with fewer and larger products.
 
     Projections that read the same input are one product. The model's weights become views of the
-    joined weights, so the model still works and memory does not grow. Bits differ as with another
-    order of sums. ``pack_linears(lean)`` packs these products and not the model's.
+    joined weights, so the model still works and memory does not grow. Results differ in rounding,
+    since sums have another order. ``pack_linears(lean)`` packs these products and not the model's.
 
     Raises:
         ValueError: If the model is not a Llama, or its linear layers have biases.
@@ -93,7 +93,7 @@ class LeanLlama(nn.Module):
                 turned[:, self.heads :], every[:, self.heads + self.shared :], i
             )
             queries = turned[:, : self.heads]
-            if mask is None and count == 1:  # heads that share keys are rows of one head
+            if mask is None and count == 1:  # Query heads that share keys are rows of one head.
                 queries = queries.reshape(rows, self.shared, -1, self.size)
                 attended = F.scaled_dot_product_attention(queries, keys, values)
                 attended = attended.view(rows, self.heads, 1, self.size)
@@ -121,7 +121,7 @@ class LeanLlama(nn.Module):
         mask = torch.ones(count, seen + count, dtype=torch.bool).tril(seen)
         if not hides or attention_mask is None:
             return mask
-        # A padded row attends to itself, because attention to nothing would be NaN.
+        # A padded token attends to itself, because a row without any key would be NaN.
         own = torch.ones(count, dtype=torch.bool).diag()
         return (mask & attention_mask[:, None, None].bool()) | F.pad(own, (seen, 0))
 
@@ -145,7 +145,7 @@ def product(weight: Tensor) -> nn.Linear:
 def token_by_token(
     model: Any, ids: Tensor, new_tokens: int, sample: bool = False, cache: Any = None
 ) -> Tensor:
-    """Return prompts ``(B, S)`` with new tokens, greedy or sampled, one token per pass."""
+    """Return prompts ``(B, S)`` with new tokens, greedy or sampled, one token per forward."""
     rows, start = ids.shape
     cache = roomy_cache(start + new_tokens) if cache is None else cache
     out = torch.empty(rows, start + new_tokens, dtype=ids.dtype)

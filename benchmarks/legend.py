@@ -2,12 +2,12 @@
 
 Twelve devices of three speeds train LoRA and a head on a pretrained encoder
 (claims/section_texts.py), six per round. LEGEND gives each device a depth such that the devices of
-a round finish together, with ranks that rise toward the output. Rivals are all layers on all
-devices, LEGEND's depths with flat and with falling ranks, and the fast devices alone. Seconds are
-simulated.
+a round finish together, with ranks that rise toward the output. It is compared with training all
+layers on all devices, with LEGEND's depths and flat or falling ranks, and with the fast devices
+alone. Seconds are simulated.
 
-`--full` adds a diagnosis on digits (federated_digits.py): everything that must change is at the
-input, far from LEGEND's layers, or at the output.
+`--full` adds a diagnosis on digits (federated_digits.py), in which all that must be learned is
+either at the input, far from LEGEND's layers, or at the output.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ CLAIM = Claim(
     "other devices, with ranks that rise toward the output. This reaches the target accuracy 1.5 "
     "to 2.8 times sooner, with about 42 % less traffic, at comparable accuracy.",
     setup="MiniLM (6 blocks of 384) with a trained and averaged head, on 20 sections of Debian's "
-    "packages. 12 simulated devices of 3 speeds, 6 per round, 10 rounds of 3 steps of 8, at a rate "
-    "chosen on another seed. The peer trains LoRA of rank 8 in all layers of all devices. Ranks "
-    "sum to 48 in every arm: LEGEND's go from 5 or 6 to 10 or 11. Seconds are simulated.",
-    headline="sooner, traffic, accuracy",
+    "packages. 12 simulated devices of 3 speeds, 6 per round, 10 rounds with 3 steps of batch 8, "
+    "at a rate chosen on another seed. The baseline (uniform) trains LoRA of rank 8 in all layers "
+    "of all devices. Ranks sum to 48 in every arm: LEGEND's rise from 5 or 6 to 10 or 11. Seconds "
+    "are simulated.",
+    headline="time, traffic and accuracy",
     use="devices differ in speed, rounds wait for the slowest, and the task can be learned near "
     "the output, such as a new task on a pretrained model with a trained head",
     avoid="the shift is at the input (another script, another sensor), devices are equally fast, "
@@ -57,7 +58,8 @@ CLAIM = Claim(
     "a frozen head, so everything to learn was at the input. 1.31 times sooner, 9 % less traffic, "
     "best accuracy 0.758 against 0.864 (5 seeds, revision 067e688): not reproduced",
 )
-# Per kind of device: seconds without a trained layer, per layer, and per 1000 bytes of its slice.
+# For each kind of device: seconds without a trained layer, per trained layer, and per 1000 bytes
+# of its part of the adapter.
 SPEEDS = ((1.0, 0.2, 0.004), (1.3, 0.5, 0.01), (1.8, 1.0, 0.02))
 IID, SKEWED = "iid", "4 classes"
 TARGET = 0.95  # share of the smaller of the two best accuracies
@@ -67,7 +69,7 @@ KNOWN = LegendConfig(warmup="prior")  # the speeds of the devices are known
 
 @dataclass(frozen=True)
 class Method:
-    """Way to federate; without LEGEND's settings, all layers are planned."""
+    """Settings of a federation; without LEGEND's, devices train all layers."""
 
     ranks: tuple[int, ...] = (8,) * 6
     legend: LegendConfig | None = None
@@ -91,7 +93,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the arms of the rates, then those of the criteria on both kinds of data."""
+    """Yield the arms that choose the rate, then those of the criteria on both kinds of data."""
     first = {"seed": section_texts.CHOOSING, "task": "sections", "partition": IID}
     for rate in section_texts.RATES:
         yield {**first, "method": UNIFORM, "rate": rate}
@@ -102,7 +104,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def more(seeds: Sequence[int], quick: bool) -> list[Row]:
-    """Return LEGEND's depths with other ranks, and the diagnosis."""
+    """Return arms with LEGEND's depths and other ranks, and those of the diagnosis."""
     tasks = [("sections", part, name) for part in (IID, SKEWED) for name in ("flat", "falling")]
     tasks += [(toy, IID, name) for toy in TOYS for name in (UNIFORM, LEGEND, "falling")]
     return [
@@ -113,7 +115,7 @@ def more(seeds: Sequence[int], quick: bool) -> list[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Run one federation by the simulated clock."""
+    """Run one federation with the simulated clock."""
     torch.set_num_threads(1)
     sizes = section_texts.sizes_of(arm, rows, _sizes(quick))
     world = _world(arm["seed"], arm["task"], sizes, quick)
@@ -142,7 +144,7 @@ def _world(seed: int, task: str, sizes: federated_digits.Sizes, quick: bool) -> 
 
 
 def follow(world: World, partition: str, method: Method) -> tuple[Run, list[float], list[float]]:
-    """Run one federation and time every round by the speeds."""
+    """Run one federation and compute the time of every round from the devices' speeds."""
     sizes = world.sizes
     model = world.adapted(method.ranks)
     head = sum(tensor.nbytes for tensor in shared_state(world, model).values())
@@ -179,7 +181,7 @@ def follow(world: World, partition: str, method: Method) -> tuple[Run, list[floa
 
 
 def speed_of(device: int, devices: int, head: int) -> Estimate:
-    """Return a device's speed, fast to slow by thirds; the head is sent at every depth."""
+    """Return a device's speed: the first third is fast, the last slow; all depths send the head."""
     f, mu, beta = SPEEDS[len(SPEEDS) * device // devices]
     return Estimate(f + beta / 1000 * head, mu, beta / 1000)
 
@@ -203,17 +205,17 @@ class Pair:
 
     @property
     def sooner(self) -> float:
-        """Ratio of the rival's time to the own time at the target."""
+        """Time at which the rival reaches the target, divided by our time."""
         return self.at(self.rival, "times") / self.at(self.own, "times")
 
     @property
     def saved(self) -> float:
-        """Share of the rival's traffic that is saved at the target."""
+        """Share of the rival's traffic until the target that is saved."""
         return 1 - self.at(self.own, "traffic") / self.at(self.rival, "traffic")
 
     @property
     def waiting(self) -> float:
-        """Waiting time as a share of the rival's."""
+        """Waiting time as a share of that of the rival."""
         return self.own["waiting"] / self.rival["waiting"]
 
     @property
@@ -223,7 +225,7 @@ class Pair:
 
     @property
     def gain_at_equal_time(self) -> float:
-        """Difference of the best accuracies until the shorter run ends."""
+        """Difference of the best accuracies up to the end of the shorter run."""
         end = min(curve(row, "times")[-1] for row in (self.own, self.rival))
         best = [
             max(
@@ -252,7 +254,7 @@ def pairs(rows: Rows, partition: str, method: str = LEGEND, rival: str = UNIFORM
 
 
 def over(each: Sequence[Pair], figure: Callable[[Pair], float]) -> Interval:
-    """Return the median over the seeds, with its interval."""
+    """Return the median of a figure over the seeds, with its interval."""
     return study.interval([figure(pair) for pair in each], statistics.median)
 
 
@@ -266,7 +268,7 @@ def criteria(rows: Rows) -> list[Criterion]:
         gain = over(each, lambda p: p.gain)
         found += [
             Criterion(
-                f"{partition}: times sooner at the target",
+                f"{partition}: time to the target, uniform / LEGEND",
                 ">= 1.5",
                 f"{sooner:.2f}",
                 sooner.middle >= 1.5,
@@ -274,7 +276,7 @@ def criteria(rows: Rows) -> list[Criterion]:
                 sooner.middle > 1,
             ),
             Criterion(
-                f"{partition}: traffic saved up to it",
+                f"{partition}: traffic saved until the target",
                 ">= 25 %",
                 f"{saved:.0%}",
                 saved.middle >= 0.25,
@@ -282,7 +284,7 @@ def criteria(rows: Rows) -> list[Criterion]:
                 saved.middle > 0,
             ),
             Criterion(
-                f"{partition}: best accuracy less uniform's",
+                f"{partition}: best accuracy, LEGEND - uniform",
                 ">= -0.05",
                 f"{gain:+.3f}",
                 gain.middle >= -0.05,
@@ -293,13 +295,13 @@ def criteria(rows: Rows) -> list[Criterion]:
         alone = over(pairs(rows, partition, rival=FAST), lambda p: p.gain_at_equal_time)
         found += [
             Criterion(
-                f"{partition}: waiting time, of uniform's",
+                f"{partition}: waiting time, LEGEND / uniform",
                 "<= 0.4",
                 f"{waiting:.2f}",
                 waiting.middle <= 0.4,
             ),
             Criterion(
-                f"{partition}: best accuracy less that of fast devices alone, at equal time",
+                f"{partition}: best accuracy in equal time, LEGEND - fast devices alone",
                 "above 0",
                 f"{alone:+.3f}",
                 alone.middle > 0,
@@ -318,11 +320,11 @@ def figure(rows: Rows) -> str:
     }
     listed = ", ".join(f"{name} {value:.3f}" for name, value in best.items())
     return (
-        f"IID {over(even, lambda p: p.sooner):.2f} times sooner at the target, "
+        f"compared with uniform, IID: target {over(even, lambda p: p.sooner):.2f} times sooner, "
         f"{over(even, lambda p: p.saved):.0%} less traffic, best accuracy "
-        f"{over(even, lambda p: p.gain):+.3f} of uniform's; with {SKEWED} a device "
+        f"{over(even, lambda p: p.gain):+.3f}; {SKEWED} per device: "
         f"{over(skewed, lambda p: p.sooner):.2f}, {over(skewed, lambda p: p.saved):.0%} and "
-        f"{over(skewed, lambda p: p.gain):+.3f}. Medians of the best, IID: {listed}"
+        f"{over(skewed, lambda p: p.gain):+.3f}. Median best accuracy, IID: {listed}"
     )
 
 
@@ -338,7 +340,7 @@ def panels(rows: Rows) -> study.Panels:
     """Compare every rival with uniform LoRA."""
     figures: dict[str, Callable[[Pair], float]] = {
         "times sooner": lambda p: p.sooner,
-        "best accuracy less uniform's": lambda p: p.gain,
+        "best accuracy minus uniform's": lambda p: p.gain,
     }
     return {
         f"{partition}: {title}": {

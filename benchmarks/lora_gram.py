@@ -1,4 +1,4 @@
-"""Time matrix gram: Gram matrices of all adapters of a model, and pair statistics, in one call.
+"""Cases of `--matrix gram`: Gram matrices of all adapters, and pair statistics, in one call each.
 
 The adapters are those of SmolLM2-135M at rank 16 on its seven linear layers; no weight of the model
 is read. The peers are torch's products, one adapter after another.
@@ -22,7 +22,7 @@ Factors = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 def loop(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
-    """Compute both Gram matrices of each adapter, one product of torch each."""
+    """Compute both Gram matrices of each adapter, with one torch product each."""
     return [*(t @ t.T for t in a), *(t.T @ t for t in b)]
 
 
@@ -44,7 +44,7 @@ def bench_gram(device: str, rounds: int) -> Iterator[Row]:
         calls: dict[str, dict[str, Callable[[], object]]] = {
             "gram": {
                 "lora_ext": lambda a=a, b=b: ops.lora_gram(a, b),
-                # torch rounds sums of 16-bit factors to 16 bits, so the factors are widened.
+                # torch rounds sums of 16-bit factors to 16 bits, so factors are cast to float32.
                 "loop": lambda a=a, b=b: loop([t.float() for t in a], [t.float() for t in b]),
             },
             "pair stats": {
@@ -84,7 +84,7 @@ def factors(device: str, dtype: torch.dtype) -> Factors:
 def error_of(found: object, case: str, a: list[Tensor], b: list[Tensor], p: list[Tensor]) -> float:
     """Return the largest error over its bound.
 
-    The bound is a chain of n float32 roundings, or 1e-12 of the squares for pair statistics.
+    The bound is n float32 roundings in sequence, or 1e-12 of the squares for pair statistics.
     """
     if case == "pair stats":
         assert isinstance(found, Tensor)

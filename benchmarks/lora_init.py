@@ -1,10 +1,10 @@
-"""Compare the random start of A with that of B: `python benchmarks/lora_init.py`.
+"""Compare random A with random B as the initial factor: `python benchmarks/lora_init.py`.
 
 A frozen network with one adapted layer, f(x) = w_out . relu((W + B A) relu(W_in x)) at widths 128,
-512 and 2048, learns from one with another update of rank 20. For each width and start, 27 rates
-from 2^-2 to 2^-15, a factor of 1.41 apart, are trained at once, as adapters of one batch: Adam with
-betas (0.9, 0.99), 100 full steps. On MiniLM, LoRA of rank 8 and a head learn Debian's sections
-(claims/section_texts.py) in 30 steps, one rate at a time.
+512 and 2048, learns from one whose update has rank 20. For each width and initialisation, 27
+learning rates from 2^-2 to 2^-15, a factor of 1.41 apart, are trained at once, as adapters of one
+batch: Adam with betas (0.9, 0.99), 100 full-batch steps. On MiniLM, LoRA of rank 8 and a head learn
+Debian's sections (claims/section_texts.py) in 30 steps, one rate at a time.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ CLAIM = Claim(
     paper="Hayou et al. 2024, The Impact of Initialization on LoRA Finetuning Dynamics "
     "(arXiv 2406.08447)",
     claim="Starting with A random (Init[A]) rather than B (Init[B]) allows a larger learning rate, "
-    "which falls with the width n as n^(-1/2) instead of n^(-1). It ends at a lower loss, while "
+    "which falls with the width n as n^(-1/2) instead of n^(-1). It reaches a lower loss, while "
     "A x grows with the width.",
     setup="(1) A frozen network with one adapted layer (rank 4; widths 128, 512, 2048) learns a "
     "teacher's update of rank 20 on 256 points: Adam, 100 steps, the best of 27 rates a factor of "
-    "1.41 apart. (2) MiniLM: rank 8 on queries and values, 20 sections, 30 steps of 32, 12 rates.",
-    headline="best loss of A and B",
+    "1.41 apart. (2) MiniLM: rank 8 on queries and values, 20 sections, 30 steps of batch 32, 12 "
+    "rates.",
+    headline="best loss",
     use="you start LoRA at all: A random and B zero is the default of PEFT and of this package",
     avoid="you hope to gain from B random: no case was found, and its best rates are smaller",
     seeds=4,
@@ -56,7 +57,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield sweeps of the network, and rates on MiniLM."""
+    """Yield the arms: sweeps of the network, and single rates on MiniLM."""
     for seed in seeds:
         for start in STARTS:
             for width in _widths(quick):
@@ -66,7 +67,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Yield the loss after training, and on the network the rms of A u."""
+    """Yield the loss after training; on the network, also the RMS of A u."""
     torch.set_num_threads(1)
     scheme = STARTS[arm["start"]]
     if arm["task"] == MINILM:
@@ -119,7 +120,7 @@ def on_minilm(world: World, scheme: str, rate: float, steps: int) -> float:
 
 
 def sweep(seed: int, n: int, scheme: str, steps: int) -> tuple[Tensor, Tensor]:
-    """Return losses and rms of A u after training, one per rate."""
+    """Return the losses and the RMS of A u after training, one per rate."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, fan_in: int = 1) -> Tensor:
@@ -160,7 +161,7 @@ def sweep(seed: int, n: int, scheme: str, steps: int) -> tuple[Tensor, Tensor]:
 
 
 class Best:
-    """Rate with the lowest mean loss over the seeds, for one task and start."""
+    """Rate with the lowest mean loss over the seeds, for one task and initialisation."""
 
     def __init__(self, rows: Rows, start: str, **task: object):
         own = [r for r in rows if r["start"] == start and all(r[k] == v for k, v in task.items())]
@@ -174,13 +175,13 @@ class Best:
 
 
 def bests(rows: Rows) -> dict[str, dict[int, Best]]:
-    """Return the best rates of the network by start, then width."""
+    """Return the best rates of the network by initialisation, then width."""
     widths = sorted({row["width"] for row in rows if row["task"] == "network"})
     return {start: {n: Best(rows, start, width=n) for n in widths} for start in STARTS}
 
 
 def gain(a: Best, b: Best) -> Interval:
-    """Return how far the best loss of Init[A] is below that of Init[B], as a share of it."""
+    """Return the share by which the best loss of Init[A] is below that of Init[B]."""
     pairs = zip(a.losses, b.losses, strict=True)
     return study.interval([1 - own / other for own, other in pairs])
 
@@ -199,8 +200,8 @@ def criteria(rows: Rows) -> list[Criterion]:
     gains = {f"n = {n}": gain(a[n], b[n]) for n in a} | {MINILM: gain(real[0], real[1])}
     found = [
         Criterion(
-            f"best loss of A and B, {name}: A's below B's by",
-            "above 0 with its interval",
+            f"best loss, {name}: Init[A] below Init[B] by",
+            "interval above 0",
             f"{each:.1%}",
             each.low > 0,
             headline=True,
@@ -219,7 +220,7 @@ def criteria(rows: Rows) -> list[Criterion]:
             -0.75 <= slope_a <= -0.25,
         ),
         Criterion(
-            "the same, Init[B]",
+            "slope of log2(best rate) over log2(n), Init[B]",
             "-1.25 to -0.5 (theory -1)",
             f"{slope_b:.2f}",
             -1.25 <= slope_b <= -0.5,
@@ -244,16 +245,16 @@ def figure(rows: Rows) -> str:
     """Format the best losses and rates."""
     a, b = bests(rows).values()
     real = [Best(rows, start, task=MINILM) for start in STARTS]
-    losses = ", ".join(f"n = {n} {a[n].loss:.2g} against {b[n].loss:.2g}" for n in a)
+    losses = ", ".join(f"{a[n].loss:.2g} against {b[n].loss:.2g} (n = {n})" for n in a)
     return (
-        f"best loss of A and B: {losses}; MiniLM {real[0].loss:.3f} at 2^{real[0].log2_rate:g} "
-        f"against {real[1].loss:.3f} at 2^{real[1].log2_rate:g} ({gain(*real):.1%} less); the best "
-        f"rate falls as n^{slope(a):.2f} and n^{slope(b):.2f}"
+        f"best loss of Init[A] and Init[B]: {losses}; MiniLM {real[0].loss:.3f} at rate "
+        f"2^{real[0].log2_rate:g} against {real[1].loss:.3f} at 2^{real[1].log2_rate:g} "
+        f"({gain(*real):.1%} less); the best rates fall as n^{slope(a):.2f} and n^{slope(b):.2f}"
     )
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Return every rate of MiniLM, and the best of the network."""
+    """Return the losses of all rates on MiniLM, and of the best rates on the network."""
     found: dict[str, dict[str, Interval]] = {}
     for start in STARTS:
         own = [r for r in rows if (r["task"], r["start"]) == (MINILM, start)]

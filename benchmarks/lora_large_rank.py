@@ -1,9 +1,9 @@
-"""Time matrix large_rank: adapters of rank 1024, as in vision-language models, and plain GEMMs.
+"""Cases of `--matrix large_rank`: rank 1024 as in vision-language models, and plain GEMMs.
 
-"one" is a single adapter on all rows against torch's products of the same sizes: two forward, four
-backward. "mixed" gives every second row an adapter of rank 1024 and the others one of rank 16. Its
-peer gathers an adapter's rows, multiplies them and adds them back, one adapter after another.
-`over_base` is the time over that peer's, in the same rounds.
+"one" is a single adapter on all rows; its peer is torch's products of the same sizes, two in the
+forward and four in the backward. "mixed" gives every second row an adapter of rank 1024 and the
+others one of rank 16. Its peer gathers an adapter's rows, multiplies them and adds them back, one
+adapter after another. `over_base` is the time over that of the peer, in the same rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Problem:
 
     @classmethod
     def make(cls, width: int, ranks: list[int], device: str, dtype: torch.dtype) -> Problem:
-        """Draw random values of a size that keeps results near one."""
+        """Draw random values for which results are about one."""
         g = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -64,7 +64,7 @@ class Problem:
         return p
 
     def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return the rows of every adapter, and its factors at their true rank."""
+        """Return for every adapter its rows, and its factors at their true rank."""
         return [
             ((self.ids == s).nonzero()[:, 0], self.a[s, :r], self.b[s, :, :r])
             for s, r in enumerate(self.ranks)
@@ -72,12 +72,12 @@ class Problem:
 
 
 def apply(p: Problem) -> None:
-    """Run the op of serving."""
+    """Run the serving op."""
     ops.lora_apply_(p.y, p.x, p.a, p.b, p.ids, ranks=p.device_ranks, plan=p.plan)
 
 
 def step_forward(p: Problem) -> tuple[Tensor, Tensor]:
-    """Run the op of training; return y and v."""
+    """Run the training op; return y and v."""
     return _c.lora_linear_forward(
         p.x, None, None, p.a, p.b, p.ids, None, p.device_ranks, 0.0, None, p.plan
     )
@@ -119,7 +119,7 @@ def gather_backward(p: Problem) -> list[Tensor]:
 
 
 def check(p: Problem) -> float:
-    """Return the largest error of y and each gradient over its bound; see lora_train."""
+    """Return the largest error of y and each gradient over its bound; see lora_train.py."""
 
     def formula(dy: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         tail = p.ids, None, p.device_ranks, 0.0, None
@@ -149,7 +149,7 @@ def check(p: Problem) -> float:
 def bench_large_rank(
     device: str, dtype: torch.dtype, rounds: int, widths: tuple[int, ...] = WIDTHS
 ) -> Iterator[Row]:
-    """Yield both cases at every width, three calls each, with their peers."""
+    """Yield both cases at every width, with three calls and their peers each."""
     for width in widths:
         for case, ranks in (("one", [RANK]), ("mixed", [RANK, SMALL_RANK])):
             p = Problem.make(width, ranks, device, dtype)

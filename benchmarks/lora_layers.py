@@ -1,7 +1,7 @@
-"""Time matrix layers: steps of a SmolLM2-shaped model and of single layers, PEFT against lora_ext.
+"""Cases of `--matrix layers`: steps of a SmolLM2-shaped model and of layers, PEFT and lora_ext.
 
 A step is forward, backward and AdamW (``fused=True`` for all). Adapters trained at once are
-compared with as many runs of PEFT, one after another. Losses and gradients are compared before
+compared with one PEFT run per adapter, one after another. Losses and gradients are compared before
 timing.
 """
 
@@ -36,7 +36,7 @@ LAYERS = ((576, 1536, 16, 1024), (2048, 2048, 16, 1024), (2048, 2048, 64, 1024))
 
 # --- layers ---------------------------------------------------------------------------------------
 def bench_layers(rounds: int) -> Iterator[Row]:
-    """Yield forward and backward of one adapted layer, over the bare layer and against PEFT."""
+    """Yield forward and backward of one adapted layer, relative to the base layer and to PEFT."""
     for p in (0.0, 0.1):
         over_peft: list[float] = []
         over_base: list[float] = []
@@ -87,7 +87,7 @@ def bench_layers(rounds: int) -> Iterator[Row]:
 
 
 def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]:
-    """Yield 16 adapters with 16 tokens each: one call of lora_ext, 16 of PEFT's layer."""
+    """Yield 16 adapters with 16 tokens each: one call of lora_ext, 16 calls of PEFT's layer."""
     wide, out = 576, 1536
     torch.manual_seed(0)
     base = nn.Linear(wide, out, bias=False).requires_grad_(False)
@@ -143,7 +143,7 @@ def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]
 
 
 def bench_modalities(rounds: int, samples: int = 12, length: int = 64) -> Iterator[Row]:
-    """Yield a vision layer on a mixed batch: one call, against one call per sample.
+    """Yield a vision layer on a mixed batch: one call for all, and one call per sample.
 
     The first of every three samples is half image, with the vision adapter of rank 64, and half
     text with an adapter of rank 16. The second is text with that adapter; the third is text of the
@@ -160,7 +160,7 @@ def bench_modalities(rounds: int, samples: int = 12, length: int = 64) -> Iterat
     mask[::3, : length // 2] = True
     names = [None if i % 3 == 2 else "text" for i in range(samples)]
     ids = torch.tensor([-1 if name is None else 1 for name in names])[:, None]
-    ids = torch.where(mask, 0, ids)  # the same rows, passed to each sample's call
+    ids = torch.where(mask, 0, ids)  # Calls per sample get slices of these.
     each = [(slice(i, i + 1), ids[i].clone()) for i in range(samples)]
     x = torch.randn(samples, length, wide)
     dy = torch.randn(samples, length, out)
@@ -232,7 +232,7 @@ def _step_of(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
 
 
 def _check_layer(theirs: Any, ours: Any, x: Tensor, dy: Tensor) -> float:
-    """Compare results and gradients without dropout, because the masks would differ."""
+    """Compare results and gradients without dropout, whose masks would differ."""
     wide, x64 = copy.deepcopy(theirs).double(), x.detach().double().requires_grad_()
     found: list[list[Tensor]] = []
     for layer, rows in ((ours, x), (theirs, x), (wide, x64)):
@@ -259,12 +259,12 @@ def _check(ours: Tensor, peer: Tensor, exact: Tensor, what: str) -> float:
     """Return the largest error over its bound; exit if it is above 1."""
     worst = error_over_bound(ours, peer, exact)
     if not worst <= 1:
-        raise SystemExit(f"lora_layers: {what}: found {worst:.3g} times the bound of the error")
+        raise SystemExit(f"lora_layers: {what}: found an error of {worst:.3g} times the bound")
     return worst
 
 
 def _saved_bytes(step: Callable[[], None]) -> int:
-    """Return the bytes that autograd keeps for the backward; each storage counts once."""
+    """Return the bytes that autograd saves for the backward; each storage counts once."""
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ def _saved_bytes(step: Callable[[], None]) -> int:
 
 # --- models ---------------------------------------------------------------------------------------
 def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
-    """Yield eight adapters trained at once, against eight runs of PEFT with their optimizers."""
+    """Yield eight adapters trained at once, and eight PEFT runs with one optimizer each."""
     base = base_model(layers)
     alone = {name: with_adapters(base, [name]) for name in NAMES}
     together = lora_ext.from_peft(with_adapters(base, NAMES))
@@ -331,7 +331,7 @@ def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
 
 
 def bench_memory(layers: int = 30) -> Iterator[Row]:
-    """Yield peak bytes of a step of one adapter on 4 x 64 tokens, and bytes kept by autograd."""
+    """Yield peak bytes of a step of one adapter on 4 x 64 tokens, and bytes saved by autograd."""
     base = base_model(layers)
     ids = torch.randint(0, 49152, (4, 64), generator=torch.manual_seed(2))
     for p in (0.0, 0.1):

@@ -1,4 +1,4 @@
-"""Time matrices model and swap: a SmolLM2-shaped random model, served with many adapters.
+"""Cases of `--matrix model swap`: a random model of SmolLM2's shape with many adapters.
 
 The model without adapters, PEFT with ``adapter_names``, and lora_ext share one set of base weights.
 """
@@ -34,7 +34,7 @@ CONTEXT = 32  # tokens in the KV cache of a decode step
 
 @dataclass
 class Engines:
-    """Three models with the same base weights, two of them with the same adapters."""
+    """Three models that share the base weights; two of them have the same adapters."""
 
     plain: Any
     peft: Any
@@ -45,7 +45,7 @@ class Engines:
 def build(folder: Path, layers: int = 30) -> Engines:
     """Create engines with random weights; adapters are written to ``folder`` as PEFT's files."""
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # names that transformers renames
+    warnings.filterwarnings("ignore", category=FutureWarning)  # deprecated names
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=576,
@@ -98,7 +98,7 @@ class Step:
         if self.cache is None:
             return self._forward(self.tokens, use_cache=True, logits_to_keep=1).logits
         logits = self._forward(self.tokens, past_key_values=self.cache, use_cache=True).logits
-        self.cache.crop(-1)  # every call sees CONTEXT tokens
+        self.cache.crop(-1)  # so that every call follows CONTEXT tokens
         return logits
 
     def _forward(self, tokens: Tensor, **options: Any) -> Any:
@@ -112,7 +112,7 @@ class Step:
 
 @torch.inference_mode()
 def bench_model(engines: Engines, rounds: int) -> Iterator[Row]:
-    """Yield decode with 16 and 8 adapters and prefill with 8, one adapter per row."""
+    """Yield decode with 16 and 8 adapters, and prefill with 8; each row has another adapter."""
     models = {"base": engines.plain, "peft": engines.peft, "lora_ext": engines.ours}
     cases = (
         ("decode", 16, CONTEXT + 1, rounds),
@@ -170,7 +170,7 @@ def check(case: str, logits: dict[str, Tensor], exact: Tensor) -> float:
 
 
 def bench_memory(engines: Engines) -> Iterator[Row]:
-    """Yield the bytes of the pool, and of pages that contain exactly these adapters."""
+    """Yield the bytes of the pool, and those of the pages that its adapters need."""
     pages = 0
     for module in engines.plain.modules():
         if isinstance(module, torch.nn.Linear) and module is not engines.plain.lm_head:
@@ -201,7 +201,7 @@ def bench_swap(folder: Path, engines: Engines, rounds: int) -> Iterator[Row]:
 
     times = interleaved({"load from file": load}, rounds)
     before = _probe(pool)
-    pool.load(second, paths[second])  # evicts the first; later swaps alternate
+    pool.load(second, paths[second])  # evicts the first; later swaps alternate between them
     times |= interleaved({"two swaps with the host cache": swap}, rounds)
     swap()
     if not torch.equal(after := _probe(pool), before):

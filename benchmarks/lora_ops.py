@@ -1,4 +1,4 @@
-"""Time matrices decode, prefill and ops: single LoRA ops at the shapes of 8B models, and peers.
+"""Cases of `--matrix decode prefill ops`: single LoRA ops at shapes of 8B models, and peers.
 
 The adapters of a case are in several banks that are used in turn, together far larger than any
 cache, because a serving step visits every layer before it uses the same adapter again. x and y,
@@ -58,7 +58,7 @@ MIXED = Shape("mixed ranks", 64, 64, 4096, 4096, 64)
 
 @dataclass
 class Problem:
-    """Tensors of a shape. All banks share ids and ranks, and contain different adapters."""
+    """Tensors of a shape. Banks contain different adapters, with the same ids and ranks."""
 
     shape: Shape
     x: Tensor
@@ -78,7 +78,7 @@ class Problem:
         ranks: list[int] | None = None,
         paged: bool = False,
     ):
-        """Draw values that keep y near one; pages are in random order, as after swaps."""
+        """Draw values for which y is about one; pages are in random order, as after swaps."""
         make = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -118,7 +118,7 @@ class Problem:
         return values * self.x.dtype.itemsize
 
 
-# A provider makes one call per bank, which adds to y.
+# A provider makes one call per bank; each call adds to y.
 def run_lora_ext(p: Problem) -> None:
     for a, b in p.banks:
         ops.lora_apply_(p.y, p.x, a, b, p.ids, ranks=p.ranks, page_table=p.page_table, plan=p.plan)
@@ -149,18 +149,18 @@ PROVIDERS: dict[str, Callable[[Problem], None]] = {
 
 
 def providers_of(p: Problem) -> dict[str, Callable[[Problem], None]]:
-    """Return the providers, without gathering if its copies would exceed 1 GiB."""
+    """Return the providers, without "gather_bmm" if its copies would exceed 1 GiB."""
     s = p.shape
     gathered = s.tokens * s.rank * (s.in_features + s.out_features) * p.x.dtype.itemsize
     return {n: f for n, f in PROVIDERS.items() if n != "gather_bmm" or gathered <= 1 << 30}
 
 
 def check(p: Problem, provider: Callable[[Problem], None]) -> float:
-    """Return the worst error over its bound, on some rows of y and the first bank.
+    """Return the largest error over its bound, on some rows of y and the first bank.
 
-    The bound, entrywise in float64: one rounding of y, and float32 accumulation,
-    ``1.02 u |y| + u |delta| + c 2^-24 (|y0| + |b| |a| |x|)`` with ``c = 16 + sqrt(I) / 2``. The
-    second term allows a peer to round its delta. 16-bit peers round v as well: ``u |b| |v|`` more.
+    The bound is entrywise in float64, for one rounding of y and float32 accumulation: ``1.02 u |y|
+    + u |delta| + c 2^-24 (|y0| + |b| |a| |x|)`` with ``c = 16 + sqrt(I) / 2``. The second term
+    allows a peer to round its delta. 16-bit peers also round v, which adds ``u |b| |v|``.
     """
     s, (a, b) = p.shape, p.banks[0]
     rows = torch.linspace(0, s.tokens - 1, min(s.tokens, CHECKED_ROWS)).long().to(p.x.device)
@@ -198,7 +198,7 @@ def timer(device: str) -> Callable[..., dict[str, Timing]]:
 def bench_shapes(
     matrix: str, shapes: tuple[Shape, ...], device: str, dtype: torch.dtype, rounds: int
 ) -> Iterator[Row]:
-    """Yield every provider at every shape, against a copy in the same rounds."""
+    """Yield every provider at every shape, with a copy in the same rounds."""
     copy, copied = copy_call(device=device)
     for shape in shapes:
         p = Problem.make(shape, device, dtype)
@@ -224,11 +224,11 @@ def bench_shapes(
 
 
 def bench_mixed_ranks(device: str, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
-    """Yield ranks {8, 16, 32, 64} in one call against 64 everywhere: the mean, not the largest.
+    """Yield a call with ranks {8, 16, 32, 64} and a call with all ranks 64.
 
-    A pool serves pages, and an adapter has as many as its rank needs. In a bank ``b (A, O, 64)``,
-    rows are 64 wide for every adapter, and an adapter of rank 8 uses only a part of each cache
-    line.
+    This shows whether the mean rank or the largest one determines the time. In a pool, an adapter
+    has only the pages that its rank needs. In a bank ``b (A, O, 64)``, rows are 64 wide for every
+    adapter, and an adapter of rank 8 uses only a part of each cache line.
     """
     mixed = [8, 16, 32, 64] * (MIXED.adapters // 4)
     problems = {
@@ -248,7 +248,7 @@ def bench_mixed_ranks(device: str, dtype: torch.dtype, rounds: int) -> Iterator[
 
 
 def bench_call(rounds: int) -> Iterator[Row]:
-    """Yield the time of one op with nearly nothing to compute, called as in serving."""
+    """Yield the time of one op on tiny inputs, called as in serving."""
     shape = Shape("tiny call", 1, 1, 8, 8, 8)
     p = Problem.make(shape, "cpu", torch.float32)
     a, b = p.banks[0]
@@ -288,7 +288,7 @@ def bench_allocation() -> Iterator[Row]:
 
 
 def shape_columns(shape: Shape, dtype: torch.dtype) -> dict:
-    """Return the columns of a row that its shape determines."""
+    """Return the columns of a row that depend on the shape."""
     return {
         "case": shape.case,
         "dtype": str(dtype).removeprefix("torch."),

@@ -1,11 +1,11 @@
 """Compare one op for q, k and v, or for gate and up, with one op per layer.
 
-Shapes are those of SmolLM2-135M, 16 adapters of rank 16. `separate` is one op per layer, `one op`
-is `ops.lora_apply_siblings_`, with the same bits, and `base` is the products that both add to.
-Comparing `one shrink` (of all A stacked) with `shrinks` bounds what reading x once can save.
+Shapes are those of SmolLM2-135M, with 16 adapters of rank 16. `separate` is one op per layer, `one
+op` is `ops.lora_apply_siblings_`, which is bitwise equal, and `base` is the base products to which
+both add. `one shrink` (of all A stacked) and `shrinks` bound what reading x only once can save.
 Launches are counted on the emulator if it is built. The last line is a decode step of the whole
-model, 16 rows of 16 adapters, attached with and without `fuse_siblings`, which only this benchmark
-enables on the CPU. Run
+model, with 16 rows and 16 adapters, attached with and without `fuse_siblings`, which only this
+benchmark enables on the CPU. Run
 
     python benchmarks/lora_siblings.py [--threads 1] [--rounds 151] [--steps 15]
 """
@@ -33,7 +33,7 @@ SIBLINGS = {"q k v": (576, 192, 192), "gate up": (1536, 1536)}
 
 
 def row(rows: int, outs: tuple[int, ...], rounds: int) -> dict[str, Timing]:
-    """Time all siblings of one input."""
+    """Time the LoRA ops of all layers that share one input."""
     ids = torch.arange(rows) % ADAPTERS
     plan, scale = ops.lora_plan(ids, ADAPTERS), torch.ones(ADAPTERS)
     x = torch.randn(rows, IN)
@@ -84,7 +84,7 @@ def _emulator() -> Any:
 
 
 def launches(rows: int, modules: int) -> tuple[int, int] | None:
-    """Return launches of one op per layer, and of one op, on the emulator, or None without it."""
+    """Return the launches of separate ops and of one op on the emulator, or None without it."""
     emulator = _emulator()
     if emulator is None:
         return None
@@ -106,7 +106,7 @@ def launches(rows: int, modules: int) -> tuple[int, int] | None:
 
 
 def decode_steps(rounds: int) -> dict[str, Timing]:
-    """Time a decode step of a model of SmolLM2's shape both ways, after a check."""
+    """Time a decode step of a SmolLM2-shaped model both ways, after checking its results."""
     from lora_model import CONTEXT, NAMES, Step, _sharing_weights, build
 
     _siblings.SHARE_ON_CPU = True

@@ -1,7 +1,7 @@
-"""Time matrix train: the adapters' part of a training step, both ways, without the base GEMMs.
+"""Cases of `--matrix train`: forward and backward of LoRA in training, without the base GEMMs.
 
 T1 to T3 are a layer of an 8B model on 8192 tokens. The peer is the usual training code for several
-adapters: one after another, two GEMMs each way, with a new mask of torch's dropout.
+adapters: one after another, two GEMMs in each direction, with a new mask of torch's dropout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _c = torch.ops.lora_ext
 
 @dataclass
 class Problem:
-    """Tensors of a shape; the rows of an adapter are contiguous."""
+    """Tensors of a shape; the rows of each adapter are contiguous."""
 
     shape: Shape
     x: Tensor
@@ -45,7 +45,7 @@ class Problem:
 
     @classmethod
     def make(cls, s: Shape, device: str, dtype: torch.dtype) -> Problem:
-        """Draw random values of size one, with products near it."""
+        """Draw random values of about one, for which products are about one too."""
         g = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -70,7 +70,7 @@ class Problem:
         """Return the compulsory traffic: forward x and y; backward dy twice, x, dx in and out."""
         s, size = self.shape, self.x.dtype.itemsize
         weights = s.adapters * s.rank * (s.in_features + s.out_features)
-        # y and dx start as zeros here instead of the base product.
+        # Here y and dx start as zeros instead of base products.
         return {
             "forward": size * (s.tokens * (s.in_features + 2 * s.out_features) + weights),
             "backward": size * (s.tokens * (3 * s.in_features + 2 * s.out_features) + 2 * weights),
@@ -101,7 +101,8 @@ def loop_forward(p: Problem) -> list[Tensor]:
 def loop_backward(p: Problem) -> list[tuple[Tensor, ...]]:
     """Run the backward of `loop_forward`, as autograd does from the saved dropped x.
 
-    x replaces the mask in the last product: it has as many bytes, and the result is not used.
+    In the last product, x takes the place of the mask, which has the same number of bytes; the
+    result is not used.
     """
     rows = p.shape.tokens // p.shape.adapters
     gradients = []
@@ -114,11 +115,11 @@ def loop_backward(p: Problem) -> list[tuple[Tensor, ...]]:
 
 
 def check(p: Problem) -> float:
-    """Return the largest error over its bound, of y and each gradient, entrywise.
+    """Return the largest entrywise error over its bound, of y and each gradient.
 
-    The bound: one rounding, ``1.02 u |y|``, and on the same formula of absolute values float32
-    sums, ``c 2^-24`` with ``c = 16 + (sqrt(T) + sqrt(I) + sqrt(O)) / 2``, and for 16-bit types the
-    16 bits of v and dv that enter a product, ``2^-16``.
+    The bound is one rounding, ``1.02 u |y|``, plus a multiple of the same formula of absolute
+    values: ``c 2^-24`` for float32 sums, with ``c = 16 + (sqrt(T) + sqrt(I) + sqrt(O)) / 2``, and
+    for 16-bit types ``2^-16``, since v and dv enter products with 16 bits.
     """
 
     def formula(dy: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
@@ -145,7 +146,7 @@ def check(p: Problem) -> float:
 def bench_train(
     shapes: tuple[Shape, ...], device: str, dtype: torch.dtype, rounds: int
 ) -> Iterator[Row]:
-    """Yield both directions of every shape, lora_ext and the loop, against a copy."""
+    """Yield forward and backward of every shape for lora_ext and the loop, and a copy."""
     copy, copied = copy_call(device=device)
     for shape in shapes:
         p = Problem.make(shape, device, dtype)

@@ -4,9 +4,9 @@
 the arms without rows, then writes the page from the rows in benchmarks/results. An interrupted run
 can be continued. The exit status is 1 if a criterion of a headline is not met.
 
-    --only copra splora    runs only these; the page still contains all
-    --from-results         runs none
-    --seeds N              seeds of each method, instead of its claim's number
+    --only copra splora    runs only these studies; the page still contains all
+    --from-results         runs no study
+    --seeds N              number of seeds of each study, instead of that of its claim
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ INTRODUCTION = """# The papers' claims, and the results here
 This page explains, for each method, what its paper claims and what a small reproduction found.
 
 The experiments use pretrained models wherever two cores allow it. Criteria and seeds were committed
-before the runs and not adapted to the results. The verdict follows from the criteria of the
-headline alone:
+before the runs and not adapted afterwards. The verdict follows from the criteria of the headline
+alone:
 
 * *Reproduced*: all are met.
-* *Direction only*: each is met or has at least the reported sign.
-* *Not reproduced*: at least one does not have the reported sign.
-* *Not run yet*: rows are missing, or the machine was too busy to measure seconds. The page then
-  shows the result of an earlier protocol, which is no verdict on this one.
+* *Direction only*: each is met, or its effect has the reported sign.
+* *Not reproduced*: at least one effect does not have the reported sign.
+* *Not run yet*: rows are missing, or the machine was too busy for timing. The page then shows the
+  result of an earlier protocol, which is no verdict on this one.
 
-Brackets contain 95 % intervals, by bootstrap over the seeds. A small reproduction neither proves
-nor refutes a paper. A `+` after a revision means uncommitted changes. The notes of each method have
-the results of earlier protocols, with their verdicts.
+Brackets contain 95 % bootstrap intervals over the seeds. A small reproduction neither proves nor
+refutes a paper. A `+` after a revision means uncommitted changes. The notes contain the results and
+verdicts of earlier protocols.
 
 `pip install --no-build-isolation '.[claims]'` installs the models and texts
 (`benchmarks/claims/material.py` lists their licences). `python benchmarks/methods.py` measures what
@@ -85,7 +85,7 @@ def check(name: str, seeds: int | None) -> bool:
 
 
 def page(names: Iterable[str]) -> str:
-    """Return the page in Markdown: the table, then a section per method."""
+    """Return the page in Markdown: a table of all methods, then a section per method."""
     header = ("method", "paper", "headline", "verdict", "use it when", "not when")
     table, sections = [], []
     for name in names:
@@ -99,9 +99,9 @@ def page(names: Iterable[str]) -> str:
 
 
 def found_rows(name: str, module: ModuleType) -> tuple[study.Rows, int]:
-    """Return the rows of these settings, and how many rows have other settings.
+    """Return the rows of the current settings, and the number of rows of other settings.
 
-    If the texts are not installed, the settings are those of the last row.
+    If the texts are not installed, the settings of the last row count as the current ones.
     """
     path = study.RESULTS / f"{name}.csv"
     try:
@@ -114,7 +114,7 @@ def found_rows(name: str, module: ModuleType) -> tuple[study.Rows, int]:
 
 
 def told(judged: study.Judged, claim: study.Claim) -> str:
-    """Return the figure, with its seeds if some are missing, or the earlier result."""
+    """Return the result, with its number of seeds if some are missing, or the earlier result."""
     if not judged.seeds:
         return f"not run yet. Earlier protocol: {claim.earlier}"
     if judged.word != study.NOT_RUN:
@@ -125,7 +125,7 @@ def told(judged: study.Judged, claim: study.Claim) -> str:
 def section(
     name: str, module: ModuleType, rows: study.Rows, judged: study.Judged, stale: int
 ) -> str:
-    """Return claim, set-up, figure, verdict, criteria, and the machine of the rows."""
+    """Return a method's section: claim, set-up, result, verdict, criteria, machine of the rows."""
     claim = module.CLAIM
     lines = [
         f"## {name}",

@@ -1,8 +1,8 @@
-"""Compare MoD on SmolLM2 with LoRA, beside LoRA and alone: `python benchmarks/mod.py`.
+"""Compare MoD, alone and added to LoRA, with LoRA on SmolLM2: `python benchmarks/mod.py`.
 
 SmolLM2 is tuned on two kinds of text (claims/language.py) by LoRA, by LoRA and MoD, and by MoD
-alone, 200 steps each. Rates are chosen first, on a separate seed: LoRA's, and for MoD alone those
-of its router and of its norms separately.
+alone, 200 steps each. Learning rates are chosen first, on a separate seed: that of LoRA, and for
+MoD alone those of the router and of the norms.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the arms of the rates, then each way of tuning on each kind of text."""
+    """Yield the arms that choose rates, then each way of tuning on each kind of text."""
     for rate in LORA_RATES:
         yield {"seed": CHOOSING, "kind": "python", "arm": LORA, "rate": rate}
     for router, norms in itertools.product(ROUTER_RATES, NORM_RATES):
@@ -84,11 +84,11 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def data(kind: str, seed: int, steps: int, quick: bool) -> tuple[Any, Any]:
-    """Return rows that are held out of every seed, and batches of the others."""
+    """Return rows that are held out for every seed, and batches of the others."""
     held, length = (4, 16) if quick else (HELD_OUT, LENGTH)
     total = held + (STEPS + CHOOSING_STEPS) * BATCH if not quick else held + 40
     if kind == "packages" and not quick:
-        total = held + 380  # of 3,000 lines
+        total = held + 380  # from 3,000 lines
     rows = language.rows_of(kind, total, length, quick)
     g = torch.Generator().manual_seed(seed)
     order = torch.randint(held, len(rows), (steps * BATCH,), generator=g)
@@ -96,7 +96,7 @@ def data(kind: str, seed: int, steps: int, quick: bool) -> tuple[Any, Any]:
 
 
 def rates_of(arm: Row, rows: Rows) -> dict[str, float]:
-    """Return rates of LoRA, router and norms: the arm's if it chooses them, else the best."""
+    """Return rates of LoRA, router and norms: the arm's if it is there to choose, else the best."""
     if arm["seed"] == CHOOSING:
         return {"lora": arm["rate"], "router": arm["rate"], "norms": arm.get("norm_rate", 0.0)}
     tried = [row for row in rows if row["seed"] == CHOOSING]
@@ -134,19 +134,19 @@ def losses(rows: Rows, arm: str, kind: str | None = None) -> list[float]:
 
 
 def less(rows: Rows, one: str, other: str, kind: str | None = None) -> Interval:
-    """Return the difference of two arms in nats per token."""
+    """Return the loss of arm `one` minus that of `other`, in nats per token."""
     pairs = zip(losses(rows, one, kind), losses(rows, other, kind), strict=True)
     return study.interval([a - b for a, b in pairs])
 
 
 def share(rows: Rows) -> Interval:
-    """Return the gain of MoD alone as a share of LoRA's."""
+    """Return the gain of MoD alone as a share of the gain of LoRA."""
     columns = (losses(rows, name) for name in (UNTUNED, ALONE, LORA))
     return study.interval([(u - m) / (u - a) for u, m, a in zip(*columns, strict=True)])
 
 
 def part_of_parameters(rows: Rows) -> float:
-    """Return the parameters of MoD as a share of LoRA's."""
+    """Return the number of MoD's parameters as a share of LoRA's."""
     return study.mean(rows, "parameters", arm=ALONE) / study.mean(rows, "parameters", arm=LORA)
 
 
@@ -155,24 +155,24 @@ def criteria(rows: Rows) -> list[Criterion]:
     added, alone, part = less(rows, BOTH, LORA), share(rows), part_of_parameters(rows)
     return [
         Criterion(
-            "loss of LoRA + MoD against LoRA's, nats a token",
-            "below 0 with its interval",
+            "loss of LoRA + MoD minus that of LoRA, nats per token",
+            "interval below 0",
             f"{added:+.4f}",
             added.high < 0,
             headline=True,
             points=added.middle < 0,
         ),
         Criterion(
-            "MoD alone: of LoRA's gain",
+            "MoD alone: share of LoRA's gain",
             "at least half",
             f"{alone:.0%}",
             alone.middle >= 0.5,
             headline=True,
             points=alone.middle > 0.25,
         ),
-        Criterion("MoD alone: of LoRA's parameters", "<= 5 %", f"{part:.2%}", part <= 0.05),
+        Criterion("MoD alone: share of LoRA's parameters", "<= 5 %", f"{part:.2%}", part <= 0.05),
         *(
-            Criterion(f"the first on {kind}", "below 0", f"{each:+.4f}", each.middle < 0)
+            Criterion(f"LoRA + MoD minus LoRA, {kind}", "below 0", f"{each:+.4f}", each.middle < 0)
             for kind, each in ((kind, less(rows, BOTH, LORA, kind)) for kind in language.KINDS)
         ),
     ]
@@ -181,8 +181,9 @@ def criteria(rows: Rows) -> list[Criterion]:
 def figure(rows: Rows) -> str:
     """Format both halves of the claim."""
     return (
-        f"loss against LoRA {less(rows, BOTH, LORA):+.4f} nats a token where MoD is added; alone "
-        f"{share(rows):.0%} of LoRA's gain for {part_of_parameters(rows):.2%} of its parameters"
+        f"adding MoD to LoRA changed the loss by {less(rows, BOTH, LORA):+.4f} nats per token; MoD "
+        f"alone had {share(rows):.0%} of LoRA's gain for {part_of_parameters(rows):.2%} of its "
+        "parameters"
     )
 
 

@@ -1,9 +1,10 @@
-"""Compare circuit drafts with independent drafts in seconds: `python benchmarks/mtpc.py`.
+"""Compare the speed of circuit drafts and independent drafts: `python benchmarks/mtpc.py`.
 
 The text is that of `examples/mtpc_bytes.py`, the model is smaller. Four heads of n = 8 are trained
-alike on one frozen model. Held-out prompts are then decoded, sampling and greedy, at batch 1 and 8,
-with the passes of `lean.py`, all engines in turn. Seconds count only if nothing else ran at the
-same time; otherwise they stay open. `mtpc_smollm2.py` races a trained head on SmolLM2.
+in the same way on one frozen model. Held-out prompts are then decoded, sampling and greedy, at
+batch 1 and 8, with the forwards of `lean.py`, by all engines in turn. Times count only if nothing
+else ran on the machine; otherwise there is no verdict. `mtpc_smollm2.py` times a trained head on
+SmolLM2.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ CLAIM = Claim(
     "drafts of independent tokens (ff), since the model accepts more of them. Of the circuits, "
     "hmm and btree improve on the mixture cp.",
     setup="A byte-level Llama (2 layers, width 96) on the source of Python's standard library. "
-    "Heads of n = 8, r = 8, trained alike on the frozen model. Held-out prompts decoded with lean "
-    "passes, sampling and greedy, batch 1 and 8, in turns.",
-    headline="seconds over ff",
+    "Heads of n = 8, r = 8, trained alike on the frozen model. Held-out prompts decoded with "
+    "benchmarks/lean.py, sampling and greedy, batch 1 and 8, in turns.",
+    headline="speedup over ff",
     use="consecutive tokens depend on each other (code, formats), and a pass is much more "
     "expensive than a draft",
     avoid="the model is so small that a draft costs as much as a pass. Count seconds, not tokens "
@@ -59,11 +60,11 @@ SMALL = Sizes(
     new_tokens=64,
     rounds=7,
 )
-QUIET = 1.5  # load above which seconds are not valid
+QUIET = 1.5  # system load above which times are not valid
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Yield one row per head: nats, then tokens per call and speedup over ff by mode and batch."""
+    """Yield one row per head: nats, and by mode and batch tokens per call and speedup over ff."""
     sizes = mtpc_bytes.QUICK if quick else SMALL
     torch.manual_seed(arm["seed"])
     train, held_out = mtpc_bytes.read_text(sizes)
@@ -89,19 +90,19 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def faster(rows: Rows, kind: str, mode: str, batch: int) -> Interval:
-    """Return how many times a head is faster than ff."""
+    """Return the speedup of a head over ff."""
     return study.interval(study.column(rows, f"faster_{mode}_{batch}", kind=kind))
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Check the seconds of chains and trees in every mode and batch (the headline)."""
+    """Check the speedups of chains and trees in every mode and batch (the headline)."""
     quiet = max(row["load"] for row in rows) <= QUIET
     found: list[Criterion] = []
     for kind, mode, batch in itertools.product(TREES, MODES, BATCHES):
         each = faster(rows, kind, mode, batch)
         found.append(
             Criterion(
-                f"seconds over ff, {mode}, batch {batch}: times that {kind} is faster",
+                f"speedup of {kind} over ff, {mode}, batch {batch}",
                 "above 1",
                 f"{each:.2f}" if quiet else "the machine was busy",
                 each.middle > 1 if quiet else None,
@@ -112,32 +113,32 @@ def criteria(rows: Rows) -> list[Criterion]:
     calls = {kind: emitted(rows, kind) for kind in nats}
     for kind in LATENT:
         gap = nats["ff"] - nats[kind]
-        name = f"held-out nats a byte of {kind} below those of ff"
-        found.append(Criterion(name, "by at least 0.05", f"{gap:.2f}", gap >= 0.05))
+        name = f"held-out nats per byte, ff - {kind}"
+        found.append(Criterion(name, "at least 0.05", f"{gap:.2f}", gap >= 0.05))
     for kind, other in (*((kind, "ff") for kind in LATENT), *((kind, "cp") for kind in TREES)):
         times = calls[kind] / calls[other]
-        name = f"bytes emitted a call, sampling: {kind} over {other}"
+        name = f"bytes emitted per call, sampling: {kind} / {other}"
         found.append(Criterion(name, "above 1", f"{times:.2f}", times > 1))
     return found
 
 
 def emitted(rows: Rows, kind: str) -> float:
-    """Return the bytes per call, sampling at the larger batch."""
+    """Return the bytes per call when sampling at the larger batch."""
     return study.mean(rows, f"emitted_{MODES[0]}_{max(BATCHES)}", kind=kind)
 
 
 def figure(rows: Rows) -> str:
-    """Return the bytes per call; the criteria list the seconds."""
+    """Return the bytes per call; the criteria contain the speedups."""
     quiet = max(row["load"] for row in rows) <= QUIET
     calls = ", ".join(f"{kind} {emitted(rows, kind):.2f}" for kind in ("ff", *LATENT))
     seconds = "in the table" if quiet else "left for a quiet machine"
-    return f"seconds over ff {seconds}; bytes emitted per call, sampling: {calls}"
+    return f"speedups over ff {seconds}; bytes emitted per call, sampling: {calls}"
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Return the bytes per call, and the ratio of seconds in the same rounds."""
+    """Return the bytes per call, and the speedups over ff in the same rounds."""
     found = {
-        "bytes a call, sampling": {
+        "bytes per call, sampling": {
             kind: study.interval(
                 study.column(rows, f"emitted_{MODES[0]}_{max(BATCHES)}", kind=kind)
             )

@@ -1,14 +1,14 @@
-"""Estimate what a draft for SmolLM2-135M yields on answers that it was not trained on.
+"""Estimate the tokens per call of a draft for SmolLM2-135M on answers outside its training data.
 
 `python benchmarks/mtpc_heldout.py --head DIR` uses a head of `mtpc_smollm2.py --train`. Tokens per
 call are estimated on the model's answers to questions about unseen things. For sampled text, the
-estimate is ``1 + E[sum_k prod_{j <= k} min(1, q_j / p_j)]``, which is what the verifier of a
-sampling decoder keeps. For greedy text, it is how often the likeliest tokens agree.
+estimate is ``1 + E[sum_k prod_{j <= k} min(1, q_j / p_j)]``, the mean number that the verifier of a
+sampling decoder keeps. For greedy text, it counts drafted tokens that equal the model's likeliest.
 
-Then the decoder runs with a long chain. Its calls show what a shorter chain would have kept, and
-what a rule would have kept that drafts while the product of the draft's confidences is high. With
-the cost of a drafted token, they show which is best. --compare STEPS instead trains other drafts on
-the same answers, for so many steps each. Rows are appended to OUT/mtpc_smollm2.csv.
+Then the decoder runs with a long chain. Its calls show how many tokens would have been kept by
+shorter chains, and by a rule that continues drafting while the product of the draft's confidences
+is high. The cost of a drafted token then determines the best choice. --compare STEPS instead trains
+other drafts on the same answers, for STEPS steps each. Rows are appended to OUT/mtpc_smollm2.csv.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def unseen_questions(tokenizer: Any, count: int) -> list[Tensor]:
 
 @torch.no_grad()
 def kept(draft: mtpc.Draft, batch: Batch, mode: str) -> Tensor:
-    """Return the probability that each token of the text is kept, ``(N, K)``.
+    """Return the probability that each token of the text is accepted, ``(N, K)``.
 
-    It is conditional on the earlier tokens of the call being kept.
+    It is conditional on the acceptance of the call's earlier tokens.
     """
     n, parts = draft.config.n_token, list[Tensor]()
     for k, state in enumerate(mtpc_samples.window_states(draft, batch)):
@@ -104,12 +104,12 @@ def kept(draft: mtpc.Draft, batch: Batch, mode: str) -> Tensor:
 
 
 def tokens_a_call(kept: Tensor) -> float:
-    """Return the mean tokens per call: the verifier's, and those before the first rejection."""
+    """Return the mean tokens per call: the verifier's one, and those before the first rejection."""
     return 1 + kept.cumprod(1).sum(1).mean().item()
 
 
 def estimate(draft: mtpc.Draft, texts: dict[str, Answers], case: str) -> list[dict[str, Any]]:
-    """Print and return tokens per call, and the share kept at each place of the chain."""
+    """Print and return tokens per call, and the share accepted at each position of the chain."""
     rows, k = [], draft.config.n_token * draft.config.chain
     for mode, data in texts.items():
         batches = (
@@ -123,14 +123,14 @@ def estimate(draft: mtpc.Draft, texts: dict[str, Answers], case: str) -> list[di
             for i, share in enumerate(each)
         ]
         text = ", ".join(f"{share:.2f}" for share in each)
-        print(f"held out, {case}, {mode}: {tokens_a_call(found):.2f} tokens a call, kept: {text}")
+        print(f"held out, {case}, {mode}: {tokens_a_call(found):.2f} tokens per call, kept: {text}")
     return rows
 
 
 def recorded(
     draft: mtpc.Draft, model: Any, ids: list[Tensor], mode: str, chain: int, new_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Record the decoder's calls with a chain.
+    """Run the decoder with a chain and record its calls.
 
     Returns:
         The draft's confidence in each token ``(C, chain)``, and the accepted counts ``(C,)``.
@@ -166,12 +166,12 @@ def recorded(
 def lengths(sure: Tensor, accepted: Tensor, cost: float) -> Iterator[tuple[str, float, float]]:
     """Yield tokens per call, and tokens per cost, of every fixed chain and of the best rule.
 
-    The rule is ``draft on while the product of the confidences is at least a threshold``. The cost
-    of a call without a draft is 1.
+    The rule continues drafting while the product of the confidences is at least a threshold. The
+    cost of a call without a draft is 1.
 
     Args:
         sure: Confidences ``(C, K)``.
-        accepted: Accepted counts ``(C,)``, of K.
+        accepted: Number of accepted tokens ``(C,)`` of each call, at most K.
         cost: Cost of a drafted token.
     """
 
@@ -188,22 +188,22 @@ def lengths(sure: Tensor, accepted: Tensor, cost: float) -> Iterator[tuple[str, 
 
 
 def choose_lengths(draft: mtpc.Draft, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Print and return the yield of chains of each length and of the rule, in the decoder."""
+    """Print and return the tokens per call of chains of each length, and of the rule."""
     _, tokenizer = smollm2.load_smollm2()
     ids, rows = unseen_questions(tokenizer, args.questions), []
     model = pack_linears(LeanLlama(draft.model).eval())
     for mode in ("greedy", "sample"):
         calls = recorded(draft, model, ids, mode, args.longest, args.new_tokens)
-        print(f"{mode}: {len(calls[1])} calls, a drafted token costs {args.cost} of the rest")
+        print(f"{mode}: {len(calls[1])} calls, a drafted token costs {args.cost} of a call")
         for case, emitted, gain in lengths(*calls, args.cost):
             rows.append(row("length", mode, case, emitted, "tokens a call"))
             rows.append(row("length", mode, case, gain, f"tokens, cost {args.cost}"))
-            print(f"{mode}, {case}: {emitted:.2f} tokens a call, {gain:.3f} with its cost")
+            print(f"{mode}, {case}: {emitted:.2f} tokens per call, {gain:.3f} per unit of cost")
     return rows
 
 
 def compare(texts: dict[str, Answers], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train every draft of the table for some steps; print and return its yield."""
+    """Train every draft in DRAFTS for some steps; print and return its tokens per call."""
     model, _ = smollm2.load_smollm2()
     data, rows = Answers(*torch.load(args.head / "answers.pt")), []
     for name, (config, distil) in DRAFTS.items():
@@ -218,12 +218,12 @@ def compare(texts: dict[str, Answers], args: argparse.Namespace) -> list[dict[st
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with a message on invalid arguments, before minutes of work."""
+    """Exit with a message on invalid arguments, before the work of minutes begins."""
     needed = "answers.pt" if args.compare else "mtpc_config.json"
     least = {"compare": 0, "cost": 0, "shortlist": 1, "longest": 1, "questions": 1, "new_tokens": 1}
     for name, number in least.items():
         found = getattr(args, name)
-        if not found >= number:  # nor NaN
+        if not found >= number:  # also rejects NaN
             option = name.replace("_", "-")
             parser.error(f"--{option}: expected at least {number}, found {found}")
     if not (args.head / needed).is_file():
@@ -232,13 +232,13 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--head", type=Path, default=FOLDER / "mtpc_smollm2", help="its folder")
-    parser.add_argument("--compare", type=int, default=0, help="steps of other drafts")
-    parser.add_argument("--shortlist", type=int, default=4096, help="tokens that they can draft")
-    parser.add_argument("--longest", type=int, default=6, help="chain of the recorded calls")
-    parser.add_argument("--cost", type=float, default=0.04, help="drafted token over a call")
-    parser.add_argument("--questions", type=int, default=32, help="recorded questions")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens of their answers")
+    parser.add_argument("--head", type=Path, default=FOLDER / "mtpc_smollm2", help="head's folder")
+    parser.add_argument("--compare", type=int, default=0, help="steps to train other drafts")
+    parser.add_argument("--shortlist", type=int, default=4096, help="tokens that can be drafted")
+    parser.add_argument("--longest", type=int, default=6, help="length of the recorded chain")
+    parser.add_argument("--cost", type=float, default=0.04, help="of a drafted token; call: 1")
+    parser.add_argument("--questions", type=int, default=32, help="number of questions")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the csv file")
     args = parser.parse_args()
     check(parser, args)

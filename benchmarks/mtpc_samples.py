@@ -1,10 +1,10 @@
-"""Training data of a draft for SmolLM2-135M, the model's own answers, and its training.
+"""Training data of a draft for SmolLM2-135M, which are the model's answers, and its training.
 
 Answers are generated once, greedy and sampled, and stored with the hidden states of every position,
 so that training runs no layer of the model. A window's states are trained by the divergence from
-the model's distribution (`ops.chunked_kl`). At the end, the overlap of the distributions, which is
-what a sampling verifier accepts, is maximised directly. Training runs for a number of steps, not of
-seconds, so that a busy machine gives the same head.
+the model's distribution (`ops.chunked_kl`). At the end, training maximises the overlap of the
+distributions, which is the acceptance rate of a sampling verifier. Training is limited by steps and
+not by seconds, so a busy machine gives the same head.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ rice;dreams;iron;the future;the forest;the city;books;a river;snow;the sun;cats;
 apples;cheese;wine;wool;silk;paint;poems;maps;letters;money;school;a hospital;football;swimming;
 dance;theatre;film;radio;television;telephones;cars;airplanes;rockets;satellites;stars;planets;
 fire;stone;sand;soil""".replace("\n", "").split(";")
-UNSEEN = 4  # number of things that training leaves out
+UNSEEN = 4  # number of things that are not used in training
 
 
 class Answers(NamedTuple):
-    """Positions of all answers, one after another: ``N`` tokens in total."""
+    """All answers, concatenated to ``N`` tokens."""
 
     hidden: Tensor  # (N, D) bfloat16: the state that predicts the token
     tokens: Tensor  # (N,)
     normaliser: Tensor  # (N,): log of the sum of the state's exponentiated logits
-    lengths: Tensor  # of the answers
+    lengths: Tensor  # tokens of each answer
 
 
 def question(tokenizer: Any, verb: str, thing: str) -> Tensor:
@@ -128,7 +128,7 @@ def _answer(
 
 
 def _cut(ids: Tensor, hidden: Tensor, eos: int) -> Iterator[Answers]:
-    """Yield every row up to its end token, inclusive."""
+    """Yield every row up to and including its end token."""
     for row, states in zip(ids, hidden, strict=True):
         ends = (row == eos).nonzero()
         length = int(ends[0]) + 1 if len(ends) else len(row)
@@ -163,7 +163,7 @@ def windows(data: Answers, at: Tensor, k: int) -> Batch:
 
 
 def batches(data: Answers, k: int, size: int) -> Iterator[Batch]:
-    """Yield batches of random windows inside answers, without end."""
+    """Yield endless batches of random windows inside answers."""
     every = places(data, k)
     while True:
         yield windows(data, every[torch.randint(len(every), (size,))], k)
@@ -175,8 +175,8 @@ def learn(
     """Train a draft with a bridge for some steps, with products in bfloat16.
 
     Args:
-        distil: Learn from the model's states, for one component and windows of one token. Otherwise
-            the loss is the cross entropy of the answers' tokens, for any circuit.
+        distil: If true, learn from the model's states; this requires one component and windows of
+            one token. If false, the loss is the cross entropy of the answers' tokens.
     """
     unembed = draft.head.unembed.detach().bfloat16()
     optimizer = torch.optim.AdamW(draft.parameters(), lr=rate, betas=(0.9, 0.98))
@@ -221,7 +221,7 @@ def _cross_entropy(draft: mtpc.Draft, batch: Batch) -> Tensor:
 
 
 def _read(draft: mtpc.Draft, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the states before the unembedding at every token: the draft's, the model's."""
+    """Yield the states before the unembedding, of the draft and of the model, for every token."""
     for k, state in enumerate(window_states(draft, batch)):
         yield draft.head.leaves.states(state).bfloat16(), batch.teacher[:, k]
 
@@ -235,7 +235,7 @@ def _divergence(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
 
 
 def _missed_overlap(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
-    """Return minus the overlap at every token, weighted by the chance to get that far."""
+    """Return minus the overlap, summed over tokens with the probability of reaching each."""
     loss, survival = torch.tensor(0.0), torch.ones(len(batch.hidden))
     for k, (state, teacher) in enumerate(_read(draft, batch)):
         p = (F.linear(teacher, unembed).float() - batch.normaliser[:, k, None]).exp()
@@ -250,7 +250,7 @@ def _missed_overlap(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
 def _kept(p: Tensor, q: Tensor, place: Tensor) -> Tensor:
     """Return the probability ``min(1, q / p)`` that a drafted token of the text is accepted.
 
-    It is 0 for a token without a place.
+    It is 0 for a token outside the shortlist, which has no place.
     """
     at = place.clamp(min=0)[:, None]
     return (q.gather(1, at) / p.gather(1, at))[:, 0].clamp(max=1).masked_fill(place < 0, 0)

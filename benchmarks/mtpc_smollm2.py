@@ -1,13 +1,14 @@
 """Time a circuit head on SmolLM2-135M: `python benchmarks/mtpc_smollm2.py --head DIR --check`.
 
-Prints the cost of a pass by its rows, the cost of the parts of a decoder call, and tokens per
-second of the decoder against one token per pass, greedy and sampling, at batch 1. Both sides use
-the passes of `lean.py` with packed weights; plain decoding is also timed without packing. Greedy
+Prints the time of a forward by its number of tokens, the time of the parts of a decoder call, and
+tokens per second of the decoder and of plain decoding, greedy and sampling, at batch 1. Both use
+the forwards of `lean.py` with packed weights; plain decoding is also timed without packing. Greedy
 tokens are checked against the model's. --check requires 1.3 x in float32.
 
 --train STEPS trains the head first: the model answers questions (`mtpc_samples.py`), and the head
-learns from these answers for so many steps. Its yield on answers to other questions is estimated
-(`mtpc_heldout.py`), and these questions are timed. Rows are appended to OUT/mtpc_smollm2.csv.
+learns from these answers for STEPS steps. Its tokens per call on answers to other questions are
+estimated (`mtpc_heldout.py`), and decoding these questions is timed. Rows are appended to
+OUT/mtpc_smollm2.csv.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def trained(args: argparse.Namespace) -> None:
         model.bfloat16(), tokenizer, THINGS[UNSEEN:], args.answer_tokens, sampled, file
     )
     model, _ = smollm2.load_smollm2()
-    torch.manual_seed(0)  # the head does not depend on whether the answers were cached
+    torch.manual_seed(0)  # The head must not depend on whether answers are cached.
     draft = mtpc.retrofit(model, CHAIN, mtpc.frequent_tokens(data.tokens, args.shortlist))
     mtpc_samples.learn(draft, mtpc_samples.batches(data, CHAIN.chain, 256), args.train)
     draft.save(args.head)
@@ -55,7 +56,7 @@ def trained(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def passes(lean: dict[str, LeanLlama], dtype: str) -> Rows:
-    """Measure a pass over 1 to 8 new tokens after 64, and its floor by bytes."""
+    """Measure a forward of 1 to 8 tokens after 64, and its lower bound by memory bandwidth."""
     context = torch.randint(1000, (1, 64))
     calls: dict[str, Any] = {}
     for (name, model), rows in itertools.product(lean.items(), (1, 2, 3, 4, 6, 8)):
@@ -85,7 +86,7 @@ def passes(lean: dict[str, LeanLlama], dtype: str) -> Rows:
 def parts(
     decoder: mtpc.SpeculativeDecoder, questions: list[Tensor], settings: Any, dtype: str
 ) -> Rows:
-    """Measure the milliseconds of pass, draft, verification and the rest of a call."""
+    """Measure the milliseconds of forward, draft, verification and the rest of a call."""
     spent: Counter[str] = Counter()
 
     def timed(owner: Any, attribute: str) -> Any:
@@ -113,7 +114,7 @@ def parts(
         prompts, _ = whole(max_new_tokens=1)
         spent.clear()
         seconds, calls = whole()
-    spent["forward"] -= prompts  # nearly all of it is the pass over the prompt
+    spent["forward"] -= prompts  # nearly all of it is the prompts' forwards
     spent["beside"] = seconds - prompts - sum(spent.values())
     each = {name: 1e3 * t / calls for name, t in spent.items()}
     text = ", ".join(f"{name} {t:.2f}" for name, t in each.items())
@@ -128,7 +129,7 @@ def race(
     ids: list[Tensor],
     dtype: str,
 ) -> tuple[list[float], Rows]:
-    """Compare the head with decoding one token per pass, greedily and by sampling.
+    """Compare the head with decoding one token per forward, greedily and by sampling.
 
     Returns:
         The speedups on the packed model for both modes, and the rows of results.
@@ -163,8 +164,8 @@ def race(
         if mode == "greedy":
             pairs = zip(sides["plain, packed"](), sides["circuit, packed"](), strict=True)
             same = [torch.equal(expected, got) for expected, got in pairs]
-            print(f"greedy: {sum(same)} of {len(same)} answers are plain decoding's", flush=True)
-            assert all(same) or dtype != "float32", "greedy tokens differ"
+            print(f"greedy: {sum(same)} of {len(same)} answers equal plain decoding's", flush=True)
+            assert all(same) or dtype != "float32", "expected the greedy tokens of plain decoding"
         times = interleaved(sides, args.rounds, warm_up=0)
         count = len(ids) * args.new_tokens
         for name in sides:
@@ -176,7 +177,7 @@ def race(
             own = {"dtype": dtype, "p20": count / took.p80, "p80": count / took.p20}
             found.append(row("race", mode, name, rate, "tokens/s", **own, **ratios))
         mean = sum(emitted) / len(emitted)
-        print(f"{mode}: emitted a call {mean:.2f}", flush=True)
+        print(f"{mode}: {mean:.2f} tokens per call", flush=True)
         found.append(row("race", mode, "emitted", mean, "tokens a call", dtype=dtype))
         gains.append(times["plain, packed"].over(times["circuit, packed"]))
     return gains, found
@@ -185,7 +186,7 @@ def race(
 def main() -> None:
     """Train if requested, then time the head."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--head", type=Path, default=FOLDER / "mtpc_smollm2", help="its folder")
+    parser.add_argument("--head", type=Path, default=FOLDER / "mtpc_smollm2", help="head's folder")
     parser.add_argument("--train", type=int, default=0, help="steps; 0 times the head of --head")
     parser.add_argument("--check", action="store_true", help=f"require {TARGET} x in float32")
     parser.add_argument("--draws", type=int, default=1, help="sampled answers per question")

@@ -1,4 +1,4 @@
-"""Table of numbers as colours, drawn by the example and the benchmark of reasoning."""
+"""Heat map of a table, drawn by the example and the benchmark of reasoning."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def draw_map(
     columns: Sequence[object],
     top: float,
 ) -> None:
-    """Draw a table of numbers as colours, with each number in its field.
+    """Draw a table of numbers as a heat map, with each number in its cell.
 
     Args:
         axes: Matplotlib axes.
-        values: Numbers by row, then column; NaN leaves a field empty.
-        rows, columns: Labels of the fields.
-        top: Number of the darkest colour; 0, if all are zero, draws all in the lightest.
+        values: Numbers by row, then column; NaN leaves a cell empty.
+        rows, columns: Labels of the rows and columns.
+        top: Number with the darkest colour. If it is 0, all cells have the lightest colour.
     """
     top = top or 1.0
     axes.imshow(values, cmap="cividis_r", vmin=0, vmax=top, aspect="auto")

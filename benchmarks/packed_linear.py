@@ -1,10 +1,10 @@
-"""Time packed weights: products of few rows against torch's, and SmolLM2 with 16 adapters.
+"""Time packed weights: products of few rows relative to torch's, and SmolLM2 with 16 adapters.
 
 `python benchmarks/packed_linear.py [--matrix ops model widths] [--dtype bfloat16] [--check]`.
 `widths` times products with spaced rows (`docs/layers.md`). Results are checked before they are
 timed. `--check` exits with 1 if a decode step of 8 or 16 rows with different adapters takes more
 than 0.75 of the time of torch's step without adapters. With `--threads 1`, times are processor
-times. `packed_twin` measures the floor of the products, reading the weight once
+times. `packed_twin` measures the least time of the products, that of reading the weight once
 (`benchmarks/packed_twin.cpp`).
 """
 
@@ -33,13 +33,13 @@ from lora_ext.interop.smollm2 import load_smollm2
 SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152))  # SmolLM2-135M's
 ROWS = (1, 2, 4, 8, 16, 32)
 WIDTHS, WIDE_ROWS = (144, 172, 1000), (17, 128, 512)
-COLD_BYTES = 64 << 20  # bytes of the weights of one shape that are used in turn
+COLD_BYTES = 64 << 20  # total size of the weights of one shape, which are used in turn
 MOST = 0.75
 MATRICES = ("ops", "model", "widths")
 
 
 class OwnTime:
-    """Call timed by the clock of its thread, which other work disturbs less."""
+    """Call timed by the clock of its thread, which is less affected by other processes."""
 
     def __init__(self, call: Call):
         self.call = call
@@ -61,7 +61,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 
 def products(x: Tensor, weights: list[Tensor]) -> dict[str, Call]:
-    """Return each provider's products of x with all weights, one after another."""
+    """Return by provider a call that multiplies x by all weights, one after another."""
     rows = x.shape[0]
     packed = [ops.pack_weight(w) for w in weights]
     out = weights[0].shape[0]
@@ -78,7 +78,7 @@ def products(x: Tensor, weights: list[Tensor]) -> dict[str, Call]:
     for name, (kept, call) in each.items():
         if not (worst := error_over_bound(call(kept[0]), peer, exact)) <= 1:
             case = f"{name}, {rows} rows of {x.shape[1]} -> {out}"
-            raise SystemExit(f"packed_linear: {case}: {worst:.2g} x its bound off")
+            raise SystemExit(f"packed_linear: {case}: error is {worst:.2g} x its bound")
     return {name: functools.partial(_all, kept, call) for name, (kept, call) in each.items()}
 
 
@@ -88,7 +88,7 @@ def _all(weights: list[Tensor], call: Any) -> None:
 
 
 def bench_ops(dtype: torch.dtype, rounds: int) -> Iterator[str]:
-    """Yield the least time of each provider; on one thread, its processor time."""
+    """Yield the least time of each provider; with one thread, the least processor time."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for wide, out in SHAPES:
         count = max(1, COLD_BYTES // (wide * out * dtype.itemsize))
@@ -107,7 +107,7 @@ def bench_ops(dtype: torch.dtype, rounds: int) -> Iterator[str]:
 
 
 def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
-    """Time products with spaced rows over torch's, at widths that are not multiples of 32."""
+    """Time products with spaced rows relative to torch's, at widths that are no multiples of 32."""
     for wide in WIDTHS:
         weight = torch.randn(4 * wide, wide).to(dtype)
         for rows in WIDE_ROWS:
@@ -116,7 +116,7 @@ def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
             bound = wide * torch.finfo(dtype).eps * exact.abs().max()
             if not (off := (linear(x, weight) - exact).abs().max()) <= bound:
                 case = f"{rows} spaced rows of {wide}"
-                raise SystemExit(f"packed_linear: {case}: {off / bound:.2g} x its bound off")
+                raise SystemExit(f"packed_linear: {case}: error is {off / bound:.2g} x its bound")
             calls = {
                 "torch": OwnTime(functools.partial(F.linear, x, weight)),
                 "spaced": OwnTime(functools.partial(linear, x, weight)),
@@ -132,7 +132,7 @@ def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
 def engines(dtype: torch.dtype) -> dict[str, Any]:
     """Return SmolLM2-135M with and without adapters and packed weights; the weights are shared.
 
-    Names that end with "float64" are models in float64 without packed weights.
+    Models whose name ends with "float64" are in float64, without packed weights.
     """
     base = load_smollm2()[0].to(dtype).requires_grad_(False)
     wide = copy.deepcopy(base).double()
@@ -181,7 +181,7 @@ def _factors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 def bench_model(
     models: Mapping[str, Any], dtype: torch.dtype, rounds: int
 ) -> Iterator[tuple[int, dict[str, Timing]]]:
-    """Yield decode steps after a cache of 32 tokens, every row with another adapter."""
+    """Yield the times of decode steps after 32 cached tokens; every row has another adapter."""
     for rows in (16, 8, 1):
         tokens = torch.randint(0, 49152, (rows, 33), generator=torch.manual_seed(1))
         steps: dict[str, Call] = {}
@@ -193,7 +193,8 @@ def bench_model(
         for name, other in (("packed", "lora_ext"), ("base packed", "base")):
             worst = error_over_bound(logits[name], logits[other], logits[f"{other}, float64"])
             if not worst <= 1:
-                raise SystemExit(f"packed_linear: {rows} rows, {name}: {worst:.2g} x its bound off")
+                case = f"{rows} rows, {name}"
+                raise SystemExit(f"packed_linear: {case}: error is {worst:.2g} x its bound")
         each = (logits[name] for name in ("base", "lora_ext", "lora_ext, float64"))
         if not (effect := min(map(error_over_bound, *each))) > 1:
             found = f"expected adapters to change logits by over 1 bound, found {effect:.2g}"

@@ -1,6 +1,7 @@
 """Measure the memory of an AdapterPool: empty, and with 1, 8 and 32 adapters of rank 16.
 
-The base is Llama-3-8B's linear layers in bfloat16 on meta, so only the pool has bytes. Run
+The base is Llama-3-8B's linear layers in bfloat16 on the meta device, so only the pool uses memory.
+Run
 
     python benchmarks/pool_memory.py [--check]
 """
@@ -24,7 +25,7 @@ LAYERS = {  # I, O
 
 
 def held() -> int:
-    """Return the bytes of memory of this process."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
@@ -59,7 +60,7 @@ def main() -> None:
         print(f"{count} adapters: {shown}, the process has grown by {grown:.0f} MiB", flush=True)
         if check and grown > numbers["used_bytes"] + 256:
             most = numbers["used_bytes"] + 256
-            raise SystemExit(f"pool_memory: expected at most {most:.0f} MiB, found {grown:.0f}")
+            raise SystemExit(f"pool_memory: expected growth <= {most:.0f} MiB, found {grown:.0f}")
 
 
 if __name__ == "__main__":

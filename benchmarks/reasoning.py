@@ -1,10 +1,10 @@
 """Measure the ranks of planning and reasoning on SmolLM2: `python benchmarks/reasoning.py`.
 
 Both tasks are text. On a separate seed, the chain task gets the setting on which the untuned
-model's loss is nearest to that on the hop task, so that both tasks have the same headroom. LoRA of
-ranks 1 to 64 then learns each task, on the second MLP matrices as in the paper, and on all linear
-layers. Reported are the effective ranks of the updates, and the smallest rank that reaches 95 % of
-the best gain.
+model's loss is nearest to that on the hop task, so that both tasks have the same headroom. LoRA
+of ranks 1 to 64 then learns each task, on the second MLP matrices as in the paper, and on all
+linear layers. Reported are the effective ranks of the updates, and the smallest rank that reaches
+95 % of the best gain.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CLAIM = Claim(
     "than the update for a planning task, and a low rank is enough for most of the gain.",
     setup="SmolLM2-135M (the paper uses GPT-2), both tasks as text with hashes of 3 letters, "
     "losses matched before tuning. LoRA of ranks 1, 4, 16, 64 on the second MLP matrices or on all "
-    "linear layers, 60 steps of 4; 64 held-out questions.",
+    "linear layers, 60 steps of batch 4; 64 held-out questions.",
     headline="ratio of ranks",
     use="you want to know which rank a task needs: sweep, and read the smallest rank that reaches "
     "95 % of the gain",
@@ -45,7 +45,7 @@ MODULES = {"second MLP": ["down_proj"], "all": [f"{p}_proj" for p in ("q", "k", 
 MODULES["all"] += ["gate_proj", "up_proj", "down_proj"]
 RANKS, RATE, STEPS, BATCH, HELD_OUT, HASH = (1, 4, 16, 64), 2e-3, 60, 4, 64, 3
 FIGURES = ("entropy", "threshold@0.1", "threshold@0.01")
-MATCHING = 100  # seed on which losses are matched
+MATCHING = 100  # seed on which the losses of the tasks are matched
 LEAST = 1.5
 
 
@@ -55,7 +55,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the losses before tuning, then an adapter of every rank."""
+    """Yield the arms of the losses before tuning, then one per rank."""
     yield {"seed": MATCHING, "task": PLANNING, "part": "untuned"}
     for place in range(len(CHAINS)):
         yield {"seed": MATCHING, "task": REASONING, "part": "untuned", "chains": place}
@@ -108,7 +108,7 @@ def questions(task: str, chains: int, count: int, seed: int) -> HashHop | HashCh
 
 
 def matched(arm: Row, rows: Rows) -> int:
-    """Return the setting of the chain task with the loss nearest to the hop task's."""
+    """Return the setting of the chain task whose loss is nearest to that of the hop task."""
     own = [row for row in rows if row["seed"] == MATCHING]
     if arm["seed"] == MATCHING:
         return 0  # the hop task has no chains
@@ -122,7 +122,7 @@ def matched(arm: Row, rows: Rows) -> int:
 
 
 def gains(rows: Rows, seed: int, task: str, modules: str) -> dict[int, float]:
-    """Return the decrease of the loss by rank."""
+    """Return the decrease of the loss by tuning, for each rank."""
     before = study.mean(rows, "loss", seed=seed, task=task, part="untuned")
     own = [r for r in rows if r["part"] == "lora" and r["modules"] == modules]
     own = [r for r in own if (r["seed"], r["task"]) == (seed, task)]
@@ -136,7 +136,7 @@ def enough(rows: Rows, seed: int, task: str, modules: str) -> int:
 
 
 def ratio(rows: Rows, modules: str, measure: str) -> Interval:
-    """Return the ratio of planning to reasoning, the mean over the seeds."""
+    """Return the ratio of planning to reasoning in a measure, as the mean over the seeds."""
     seeds = sorted({r["seed"] for r in rows if r["part"] == "lora"})
     most = max(r["rank"] for r in rows if r["part"] == "lora")
 
@@ -150,12 +150,12 @@ def ratio(rows: Rows, modules: str, measure: str) -> Interval:
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Check the ratio in either measure on the paper's matrices (the headline)."""
+    """Check the ratio on the paper's matrices in two measures (the headline), and on all layers."""
     entropy, smallest = (ratio(rows, "second MLP", name) for name in ("entropy", "enough"))
     found = [
         Criterion(
-            "ratio of ranks, planning over reasoning: effective (entropy), or the smallest that "
-            "reaches 95 % of the gain",
+            "ratio of ranks on the second MLP matrices, planning / reasoning: effective rank "
+            "(entropy), smallest rank with 95 % of the gain",
             f"above {LEAST} in either",
             f"{entropy:.2f}, {smallest:.2f}",
             max(entropy.middle, smallest.middle) > LEAST,
@@ -167,7 +167,7 @@ def criteria(rows: Rows) -> list[Criterion]:
         each = ratio(rows, "all", name)
         found.append(
             Criterion(
-                f"on all layers, {name}", f"above {LEAST}", f"{each:.2f}", each.middle > LEAST
+                f"ratio on all layers, {name}", f"above {LEAST}", f"{each:.2f}", each.middle > LEAST
             )
         )
     before = {task: study.mean(rows, "loss", task=task, part="untuned") for task in TASKS}
@@ -179,11 +179,12 @@ def criteria(rows: Rows) -> list[Criterion]:
 def figure(rows: Rows) -> str:
     """Format the ratios on both kinds of modules."""
     parts = [
-        f"{modules}: "
-        + ", ".join(f"{name} {ratio(rows, modules, name):.2f}" for name in (*FIGURES, "enough"))
+        f"{modules} matrices: "
+        + ", ".join(f"{name} {ratio(rows, modules, name):.2f}" for name in FIGURES)
+        + f", smallest sufficient rank {ratio(rows, modules, 'enough'):.2f}"
         for modules in MODULES
     ]
-    return f"ratio of ranks, planning over reasoning: {'; '.join(parts)}"
+    return f"ratio of effective ranks, planning / reasoning, {'; '.join(parts)}"
 
 
 def panels(rows: Rows) -> study.Panels:

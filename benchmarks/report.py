@@ -18,7 +18,7 @@ MIX = "mix of 3, width 4096, 512 tokens"
 
 @dataclass(frozen=True)
 class Target:
-    """Column of one case of lora_ext, and its bound."""
+    """Bound for one column of one case of lora_ext."""
 
     text: str
     case: str
@@ -26,7 +26,7 @@ class Target:
     bound: float
     at_least: bool = False
     rank: str = ""  # distinguishes rows of one case
-    peer: str = ""  # the value is this provider's over lora_ext's
+    peer: str = ""  # The value is this provider's column over lora_ext's.
 
     def met(self, value: float) -> bool:
         return value >= self.bound if self.at_least else value <= self.bound
@@ -186,13 +186,13 @@ def latest(rows: Rows) -> Rows:
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         key = tuple(row[k] for k in keys)
-        found.pop(key, None)  # keeps the order of the last run
+        found.pop(key, None)  # Rows keep the order of the last run.
         found[key] = row
     return list(found.values())
 
 
 def promises(rows: Rows) -> str:
-    """Return target, measured value and machine, one line each, in Markdown."""
+    """Return a Markdown table of targets and measured values, and the machines."""
     lines = ["| what | target | measured | PEFT | |", "|---|---|---|---|---|"]
     used: Rows = []
     for target in TARGETS:

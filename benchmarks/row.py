@@ -24,10 +24,10 @@ class Row:
     median: float | str = ""
     p20: float | str = ""
     p80: float | str = ""
-    mbytes: float | str = ""  # compulsory traffic: adapters once at true rank, x once, y twice
+    mbytes: float | str = ""  # compulsory traffic: adapters at true rank once, x once, y twice
     gbytes_per_s: float | str = ""
     of_copy: float | str = ""  # gbytes_per_s over the machine's copy bandwidth, same rounds
-    over_base: float | str = ""  # time over the model without adapters, or plain GEMMs; same rounds
+    over_base: float | str = ""  # time over that of no adapters, or of plain GEMMs; same rounds
     over_peft: float | str = ""  # PEFT's time over this one, same rounds
     over_full: float | str = ""  # time over the case in which all ranks are the largest
     worst_error: float | str = ""  # largest error over its bound, checked before timing

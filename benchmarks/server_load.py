@@ -1,14 +1,14 @@
 """Measure tokens per processor second: `lora-ext serve` against vLLM with our plug-in.
 
 Both serve SmolLM2-135M in float32 with 16 adapters of rank 16 on all linear layers to 32 clients
-with different prompts. Another client loads and unloads a seventeenth adapter, equally often in
-each round. The measure is the tokens of all answers over the processor seconds of the server's
-processes; the seconds of the clients, which share the cores, do not count. Both servers run all the
-time, and the idle one must use nearly no time. Answers are greedy; at least 90 % must be equal
-between the servers, and must depend on the adapter.
+with different prompts. Another client loads and unloads a seventeenth adapter, a fixed number of
+times per round. The result is the number of tokens in all answers per processor second of the
+server's processes; time of the clients, which share the cores, does not count. Both servers run all
+the time, and the idle one must use almost no processor time. Answers are greedy; at least 90 % must
+be equal between the servers, and must depend on the adapter.
 
-`make vllm` creates the other environment; then run
-`python benchmarks/server_load.py --vllm .venv-vllm/bin/python --check`.
+`make vllm` creates the other environment; then run `python benchmarks/server_load.py --vllm
+.venv-vllm/bin/python --check`.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from lora_ext.interop.smollm2 import converted_folder, load_smollm2
 
 CLIENTS, ADAPTERS, RANK, NEW = 32, 16, 16, 32
 GUESTS = 16  # loads and unloads of the guest per round
-GUEST = "guest"  # the adapter that is loaded and unloaded
+GUEST = "guest"  # name of the adapter that is loaded and unloaded
 OURS, THEIRS = "lora_ext", "vLLM with lora_ext"
 LEAST = 0.9  # least ratio of tokens per processor second
-EQUAL = 0.9  # least share of equal answers
+EQUAL = 0.9  # least share of answers that are equal
 IDLE = 0.1  # most processor seconds per second of the idle server
 TICKS = os.sysconf("SC_CLK_TCK")
 SUBJECTS = "the sea,a fox,two trains,my bread,her garden,old maps,an engine,the choir".split(",")
 
 
 def save_adapters(folder: Path) -> list[str]:
-    """Save random adapters with PEFT; their updates are a tenth of the base's."""
+    """Save random adapters with PEFT; updates are a tenth of the base outputs."""
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MODULES, task_type="CAUSAL_LM")
     names = [f"a{i}" for i in range(ADAPTERS)]
     model = peft.get_peft_model(load_smollm2()[0], config)
@@ -86,7 +86,7 @@ class Server:
         times: dict[int, float] = {}
         parents: dict[int, int] = {}
         for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # the process has ended
+            with contextlib.suppress(OSError):  # The process has ended.
                 fields = path.read_text().rpartition(")")[2].split()
                 pid = int(path.parent.name)
                 parents[pid], times[pid] = int(fields[1]), sum(map(int, fields[11:13])) / TICKS
@@ -98,7 +98,7 @@ class Server:
 
 @contextlib.contextmanager
 def started(command: list[str], port: int, log: Path) -> Iterator[Server]:
-    """Start a server, and yield it once it answers."""
+    """Start a server, and yield it when it answers."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -174,7 +174,7 @@ class Round:
 
 
 def one_round(server: Server, names: list[str], number: int, each: int) -> Round:
-    """Send ``each`` requests per client, one after another."""
+    """Send ``each`` requests per client, one after another; clients run concurrently."""
 
     def asked(client: int) -> list[tuple[str, int]]:
         found = []
@@ -220,7 +220,7 @@ def check(servers: dict[str, Server], names: list[str], log: Path) -> None:
     """
     if "LoraExtWrapperCPU" not in log.read_text():
         raise SystemExit(
-            f"server_load: expected vLLM to use the plug-in:\n{log.read_text()[-2000:]}"
+            f"server_load: expected vLLM to use the plug-in; its log:\n{log.read_text()[-2000:]}"
         )
     for name, server in servers.items():
         models = [row["id"] for row in json.loads(server.get("models"))["data"]]
@@ -231,14 +231,14 @@ def check(servers: dict[str, Server], names: list[str], log: Path) -> None:
             for model in (base, *names[:2])
         ]
         if len(set(texts)) < 3:
-            raise SystemExit(f"server_load: {name}: expected three answers, found {texts}")
+            raise SystemExit(f"server_load: {name}: expected three distinct answers, found {texts}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--vllm", required=True, metavar="PYTHON", help="Python of its environment")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--each", type=int, default=2, metavar="N", help="requests of a client")
+    parser.add_argument("--each", type=int, default=2, metavar="N", help="requests per client")
     parser.add_argument("--no-pack", action="store_false", dest="pack", help="do not pack our base")
     parser.add_argument("--check", action="store_true", help="exit with 1 below the target")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/server_cpu.csv")
@@ -261,7 +261,7 @@ def main() -> int:
                 with guest_comes_and_goes(servers[name], adapters):
                     result = one_round(servers[name], names, number, args.each)
                 idle = (other.processor_seconds() - before) / result.seconds
-                print(f"{name}: {result.per_second:.1f} tokens per second; other at {idle:.3f}")
+                print(f"{name}: {result.per_second:.1f} tokens per second; idle server: {idle:.3f}")
                 if idle > IDLE:
                     raise SystemExit(
                         f"server_load: idle server beside {name}: expected at most {IDLE} "

@@ -1,11 +1,11 @@
-"""Time calls over torch's stable interface: two ops with our schemas, both ways.
+"""Time calls through torch's stable ABI and its C++ API, for two ops with our schemas.
 
 ``python benchmarks/stable_abi.py`` compiles two small files (a minute) and prints a table. The ops
-only read their arguments and create their outputs, so the overhead of a call is timed. The training
-op is differentiable by a C++ ``autograd::Function``, which the stable interface lacks, or by
-``torch.library.register_autograd``. ``--ours`` compiles nothing and times two of our ops, one with
-its backward in C++, the other with one in Python. Times are processor times, the least of many
-short runs, in turns.
+only read their arguments and create their outputs, so the times are the overhead of a call. The
+backward of the training op is a C++ ``autograd::Function``, which the stable ABI lacks, or is
+registered with ``torch.library.register_autograd``. ``--ours`` compiles nothing and times two of
+our ops, one with its backward in C++, the other with one in Python. Times are processor times: the
+least of many short interleaved runs.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def build(name: str, source: str) -> None:
 
 
 def differentiable() -> None:
-    """Register in Python the backward that the C++ function has."""
+    """Register the backward of the stable op in Python, equal to that of the C++ function."""
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         x, a, b, ids, *_ = inputs
@@ -170,7 +170,7 @@ def differentiable() -> None:
 def least(
     runs: dict[str, Callable[[], Any]], calls: int = 300, rounds: int = 60
 ) -> dict[str, float]:
-    """Return the least microseconds per call of each way, measured in turns."""
+    """Return the least microseconds per call of each run; the runs are interleaved."""
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():
@@ -198,7 +198,7 @@ def ours() -> None:
     forward = least({k: lambda f=f: f(*leaves) for k, f in calls.items()}, 200, 25)
     whole = least({k: lambda f=f: f(*leaves).backward(dy) for k, f in calls.items()}, 200, 25)
     print(f"{'processor microseconds per call':38}{'C++':>8}{'Python':>8}")
-    for name, row in (("inference", bare), ("forward", forward), ("and backward", whole)):
+    for name, row in (("inference", bare), ("forward", forward), ("with backward", whole)):
         print(f"{name:38}{row['C++']:8.1f}{row['Python']:8.1f}")
 
 
@@ -229,7 +229,7 @@ def main() -> None:
         rows = {"serving call, inference mode": least(serve)}
     rows["training call, forward"] = least(train)
     rows["training call, forward and backward"] = least(both)
-    print(f"torch {torch.__version__}; microseconds per call, the least of 60 runs of 300")
+    print(f"torch {torch.__version__}; microseconds per call, least of 60 runs of 300 calls")
     print(f"{'':38}{'C++':>8}{'stable':>8}{'more':>8}")
     for name, found in rows.items():
         one, two = found["probe_cpp"], found["probe_stable"]

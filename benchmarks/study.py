@@ -1,4 +1,4 @@
-"""Frame of the methods' reproductions, `benchmarks/<method>.py`: rows, criteria, verdicts.
+"""Framework of the methods' reproductions, `benchmarks/<method>.py`: rows, criteria, verdicts.
 
 A study is a module with
 
@@ -6,10 +6,10 @@ A study is a module with
     def settings(quick) -> Mapping[str, object]              optional: inputs of its figures
     def arms(seeds, quick) -> Iterable[Row]                  optional: tasks, each with its "seed"
     def measure(arm: Row, quick: bool, rows: Rows) -> Iterable[Row]
-                                                             of one arm; rows: of earlier arms
-    def criteria(rows: Rows) -> list[Criterion]              the headline's give the verdict
-    def figure(rows: Rows) -> str                            in words, with its interval
-    def panels(rows: Rows) -> Panels                         optional: its tables and its picture
+                                                             rows of an arm, given earlier rows
+    def criteria(rows: Rows) -> list[Criterion]              those of the headline give the verdict
+    def figure(rows: Rows) -> str                            the result in words, with intervals
+    def panels(rows: Rows) -> Panels                         optional: tables and picture
 
     if __name__ == "__main__":
         sys.exit(study.run(sys.modules[__name__]))
@@ -17,7 +17,7 @@ A study is a module with
 Without `arms`, each seed is one arm. Rows are written arm by arm, so an interrupted run can be
 continued, and a run whose arms all have rows measures nothing. Every row has the hash of the
 settings; rows of other settings are neither judged nor counted. Only seeds with rows for every arm
-are judged. There is no verdict until they are as many as the claim requires.
+are judged. There is no verdict until the number of these seeds is that of the claim.
 
     python benchmarks/<method>.py        measures what is missing, prints, adds to results/*.csv
         --check           exits with 1 if a criterion of the headline is not met
@@ -25,7 +25,7 @@ are judged. There is no verdict until they are as many as the claim requires.
         --quick           smallest sizes, only checks the code: writes no rows without --out
         --from-results    judges the existing rows instead of measuring
         --full            also measures arms without a criterion, if a study has `more`
-        --also WORDS ...  only those of them that have these values, as in "FIM:4 classes"
+        --also WORDS ...  of those, only arms with these values, such as "FIM:4 classes"
         --out FOLDER      of the csv file          --picture PATH    draws the panels there
 
 Criteria are fixed before the run: neither seeds nor thresholds depend on the results.
@@ -62,7 +62,7 @@ class Claim:
     """Claim of a paper, its test here, and the advice for users.
 
     Attributes:
-        headline: The criterion that gives the verdict, in a few words.
+        headline: The criteria that give the verdict, in a few words.
         use, avoid: When to use the method, and when not.
         earlier: Result of the earlier protocol, with its verdict.
     """
@@ -82,7 +82,7 @@ class Criterion:
     """Condition on the rows.
 
     Attributes:
-        passed: None if it could not be measured, such as seconds on a busy machine.
+        passed: Whether it is met; None if it could not be measured, such as time on a busy machine.
         headline: Whether the verdict depends on it.
         points: Whether the effect has the paper's sign; ignored if it passed.
     """
@@ -97,7 +97,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Interval:
-    """Figure with its 95 % interval."""
+    """Number with its 95 % interval."""
 
     middle: float
     low: float
@@ -119,9 +119,9 @@ def interval(
     """Return a figure with its 95 % percentile interval by bootstrap, from a fixed seed.
 
     Args:
-        values: One per seed; or several per seed, such as one per device: then seeds are drawn with
-            replacement, and in each of them its values.
-        statistic: Function of one value per seed; several of a seed count as their mean.
+        values: One number per seed, or several, such as one per device. If there are several, seeds
+            are drawn with replacement, and then the numbers of each drawn seed.
+        statistic: Function of one number per seed; several numbers of a seed count as their mean.
     """
     groups = [list(v) if isinstance(v, Sequence) else [v] for v in values]
     rng = random.Random(0)
@@ -141,7 +141,7 @@ def interval(
 
 @dataclass(frozen=True)
 class Judged:
-    """Figure, criteria and verdict, with the seeds that they are based on."""
+    """Result, criteria and verdict, with the seeds that they are based on."""
 
     seeds: tuple[int, ...]
     figure: str
@@ -150,7 +150,7 @@ class Judged:
 
 
 def judge(study: ModuleType, rows: Rows, quick: bool = False) -> Judged:
-    """Return the verdict from the criteria of the headline; none until all seeds have rows."""
+    """Return the result and the verdict; there is no verdict until all seeds have rows."""
     seeds = whole_seeds(study, rows, quick)
     if not seeds:
         return Judged((), "", [], NOT_RUN)
@@ -158,7 +158,7 @@ def judge(study: ModuleType, rows: Rows, quick: bool = False) -> Judged:
     criteria = study.criteria(rows)
     head = [criterion for criterion in criteria if criterion.headline]
     if not head:
-        raise ValueError(f"{study.__name__}: criteria: expected one of the headline, found none")
+        raise ValueError(f"{study.__name__}: criteria: expected one with headline=True, found none")
     if len(seeds) < study.CLAIM.seeds or any(c.passed is None for c in head):
         word = NOT_RUN
     elif all(c.passed for c in head):
@@ -200,7 +200,7 @@ def _same(found: object, asked: object) -> bool:
 
 
 def _seeds_of(row: Row) -> set[int]:
-    return {int(seed) for seed in str(row["seed"]).split("+")}  # "0+1" is a pair
+    return {int(seed) for seed in str(row["seed"]).split("+")}  # "0+1" is a pair of seeds
 
 
 # -------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def _seeds_of(row: Row) -> set[int]:
 
 
 class Store:
-    """Rows of a study in its csv file, with one kind of settings."""
+    """Rows of a study in its csv file that have the same settings."""
 
     def __init__(self, path: Path, settings: str):
         self.path, self.settings = path, settings
@@ -235,7 +235,7 @@ class Store:
         return len(self._all()) - len(self.rows())
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Append rows; if the process dies, the old file remains."""
+        """Append rows; if the process is killed, the old file remains."""
         first = {**machine_columns(), "settings": self.settings}
         new = [{**first, **{k: _text(v) for k, v in row.items()}} for row in rows]
         rows_ = [*self._all(), *new]
@@ -276,7 +276,7 @@ def measure_missing(study: ModuleType, store: Store, seeds: Sequence[int], args:
             bar.set_description(" ".join(str(value) for value in arm.values()))
             store.add({**arm, **row} for row in study.measure(arm, args.quick, store.rows()))
             bar.update()
-    for each in vars(study).values():  # caches of models and adapters that arms share
+    for each in vars(study).values():  # Clear the caches of models and adapters that arms share.
         getattr(each, "cache_clear", lambda: None)()
 
 
@@ -296,8 +296,8 @@ def run(study: ModuleType, arguments: list[str] | None = None) -> int:
         rows = store.rows()
     if not rows:
         raise SystemExit(
-            f"{store.path}: expected rows of settings {store.settings}, found {store.others()} of "
-            f"others; `python benchmarks/{name}.py` measures them"
+            f"{store.path}: expected rows of settings {store.settings}, found {store.others()} "
+            f"rows of other settings; `python benchmarks/{name}.py` measures the missing ones"
         )
     panels = study.panels(rows) if hasattr(study, "panels") else {}
     for title, each in panels.items():
@@ -318,7 +318,7 @@ def _arguments(study: ModuleType, arguments: list[str] | None) -> argparse.Names
     parser.add_argument("--quick", action="store_true", help="only checks that it works")
     if hasattr(study, "more"):
         parser.add_argument("--full", action="store_true", help="also arms without a criterion")
-        parser.add_argument("--also", nargs="+", default=(), metavar="WORDS", help="some of those")
+        parser.add_argument("--also", nargs="+", default=(), metavar="WORDS", help="some of them")
     parser.add_argument("--from-results", action="store_true", help="judge the existing rows")
     parser.add_argument("--out", type=Path, help="folder of the csv file")
     parser.add_argument("--picture", type=Path, help="draw the panels here")
@@ -376,7 +376,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def column(rows: Iterable[Row], name: str, **where: object) -> list[Any]:
-    """Return a column of the rows with these values.
+    """Return a column of the rows that have the values in ``where``.
 
     Raises:
         ValueError: If no row has them.
@@ -388,7 +388,7 @@ def column(rows: Iterable[Row], name: str, **where: object) -> list[Any]:
 
 
 def mean(rows: Iterable[Row], name: str, **where: object) -> float:
-    """Return the mean of a column over the rows with these values; see `column`."""
+    """Return the mean of a column over the rows that have the values in ``where``."""
     return statistics.fmean(column(rows, name, **where))
 
 

@@ -1,8 +1,8 @@
-"""Time eight tenants in one service against one tenant alone and PEFT's adapters in turn.
+"""Time eight tenants in one service, one tenant alone, and eight PEFT adapters in turn.
 
 `python benchmarks/tenants.py [--tiny] [--check]`: SmolLM2 (or a tiny Llama), float32, one thread.
-Each way takes the same steps of forward, backward and AdamW on the same data, in turns. The result
-is the median of the ratios within a turn, because a busy machine affects both sides alike.
+Each makes the same steps of forward, backward and AdamW on the same data, interleaved. The result
+is the median of the ratios within a round, in which a busy machine affects both sides alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from lora_ext.interop.smollm2 import load_smollm2
 from lora_ext.tenants import Datum, Service
 
 RANKS = (4, 8, 16, 32, 4, 8, 16, 32)
-#: By tokens per tenant: most of eight over one, least of PEFT in turn over eight.
+#: By tokens per tenant: upper bound of the time of eight tenants over one, and lower bound of the
+#: time of PEFT in turn over eight tenants.
 TARGETS = {16: (8.0, 2.5), 128: (8.0, 1.4)}
 
 
@@ -67,7 +68,10 @@ def peft_step(model: Any, optimizers: list[Any], each: list[Tensor]) -> float:
 
 
 def settled(way: Callable[[], float]) -> Callable[[], float]:
-    """Wrap ``way`` to time its third call: a step waits for tenants of the last two steps."""
+    """Return a call that runs ``way`` three times and returns the last time.
+
+    A step of the service waits for the tenants of the last two steps.
+    """
     return lambda: [way() for _ in range(3)][-1]
 
 
@@ -84,7 +88,7 @@ def peft_model(small: bool) -> tuple[Any, list[Any]]:
 
 
 def measure(small: bool, tokens: int, turns: int) -> dict[str, float]:
-    """Return the seconds of a step, and the two ratios."""
+    """Return the seconds of a step by way, and the two ratios."""
     theirs, optimizers = peft_model(small)
     with Service(made(small)) as service:
         tenants = [service.create(rank, seed=i) for i, rank in enumerate(RANKS)]

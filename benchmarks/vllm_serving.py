@@ -1,8 +1,8 @@
-"""Time vLLM on the CPU with many adapters: without LoRA, with its LoRA kernels, and with ours.
+"""Time vLLM on the CPU with many adapters: with its LoRA kernels, with ours, and without LoRA.
 
 SmolLM2-135M serves 16 rows with one adapter each, on all seven linear layers. Both kernels run in
 one engine, which switches them between generations; another engine has no LoRA. Rounds alternate
-between them in this process. Before timing, both kernels must give the same logits.
+between them in this process. Before timing, the results of both kernels are compared.
 
 `make vllm` creates the environment; then run
 `.venv-vllm/bin/python benchmarks/vllm_serving.py --check`.
@@ -46,14 +46,14 @@ TARGETS = {
     ("r16", "prefill"): 4.0,
     ("r8 to r64", "prefill"): 4.0,
 }
-# Mean difference of the twenty first log-probabilities of a row: rounding of sums of 30 layers. In
-# bfloat16, each kernel is 0.05 from float32 and rows differ by up to 0.09; with a wrong adapter, a
-# row differs by 0.15 or more.
+# Bound of the mean difference of a row's first twenty log-probabilities, for the rounding of 30
+# layers. In bfloat16, the error of each kernel against float32 is 0.05, and rows differ between the
+# kernels by up to 0.09; with a wrong adapter, a row differs by 0.15 or more.
 BOUND = {"float32": 1e-4, "bfloat16": 0.12}
 
 
 def save_adapters(model: Path, folder: Path, ranks: list[int]) -> list[LoRARequest]:
-    """Save random adapters of all linear layers; updates are a tenth of the base's."""
+    """Save random adapters of all linear layers; updates are a tenth of the base outputs."""
     config = transformers.AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         shapes = {
@@ -106,7 +106,7 @@ class Engine:
         self._count = 0
 
     def run(self, requests: list[Any], prompt: int, new: int) -> tuple[list[float], list[Any]]:
-        """Return seconds of each step, the prefill first, and the answers in row order."""
+        """Return the seconds of each step, prefill first, and the answers in row order."""
         engine = self.llm.llm_engine
         how = SamplingParams(
             temperature=0, max_tokens=new, ignore_eos=True, logprobs=20, detokenize=False
@@ -128,12 +128,12 @@ class Engine:
 
     @property
     def manager(self) -> Any:
-        """vLLM's manager of the adapters in slots."""
+        """vLLM's manager, which moves adapters into slots."""
         core = self.llm.llm_engine.engine_core.engine_core
         return core.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
 
     def into_a_slot(self, theirs: bool) -> float:
-        """Return the seconds to move an adapter into a slot, without or with reading its ranks."""
+        """Return the seconds to move an adapter to a slot, reading its ranks unless ``theirs``."""
         move = type(self.manager).activate_adapter  # the cache's, outside the wrapped one
         changed = Updates.slot_changed
         if theirs:
@@ -147,7 +147,7 @@ class Engine:
 
     @contextlib.contextmanager
     def kernels(self, theirs: bool) -> Iterator[None]:
-        """Use vLLM's kernels, or lora_ext's."""
+        """Use vLLM's kernels if ``theirs`` is true, otherwise lora_ext's."""
         if not theirs:
             yield
             return
@@ -161,9 +161,9 @@ class Engine:
 
 
 def check(name: str, engine: Engine, requests: list[Any], dtype: str) -> float:
-    """Return the largest mean difference of log-probabilities between the kernels over the rows.
+    """Return the mean difference of log-probabilities between the kernels, of the worst row.
 
-    A row is compared up to its first different token.
+    A row is compared up to the first token that differs.
     """
     found = []
     for theirs in (False, True):
@@ -175,7 +175,7 @@ def check(name: str, engine: Engine, requests: list[Any], dtype: str) -> float:
         for a, b in zip(ours.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
             apart += [abs(a[t].logprob - b[t].logprob) for t in a.keys() & b.keys()]
             if next(iter(a)) != next(iter(b)):
-                break  # two tokens within rounding: later ones are not comparable
+                break  # Rounding chose another token; later ones are not comparable.
         worst = max(worst, statistics.fmean(apart))
     if not worst <= BOUND[dtype]:
         raise SystemExit(
@@ -188,7 +188,7 @@ def check(name: str, engine: Engine, requests: list[Any], dtype: str) -> float:
 def measure(
     plain: Engine, engine: Engine, requests: list[Any], kind: str, rounds: int, steps: int
 ) -> dict[str, Timing]:
-    """Return seconds of the prefill, or the median of a generation's decode steps."""
+    """Return the seconds of the prefill, or of the median decode step of each generation."""
     found: dict[str, list[float]] = {"no LoRA": [], "vLLM": [], "lora_ext": []}
     for index in range(-1, rounds):  # the first is a warm-up
         for name in list(found)[:: 1 if index % 2 else -1]:
@@ -204,7 +204,7 @@ def measure(
 def run_case(
     name: str, plain: Engine, model: Path, scratch: Path, options: argparse.Namespace
 ) -> Iterator[tuple[dict[str, object], list[str]]]:
-    """Yield rows of one mix of ranks, each with the targets it missed."""
+    """Yield the rows of one mix of ranks, each with the targets that it misses."""
     requests = save_adapters(model, scratch / name, RANKS[name])
     slots = {"max_loras": ROWS, "max_cpu_loras": ROWS, "max_lora_rank": max(RANKS[name])}
     engine = Engine(model, options.dtype, enable_lora=True, **slots)
@@ -213,7 +213,7 @@ def run_case(
         1e3 * statistics.median(engine.into_a_slot(theirs) for _ in range(9))
         for theirs in (True, False)
     )
-    print(f"{name:10} into a slot: {own:.1f} ms, {read:.1f} ms with reading the ranks")
+    print(f"{name:10} into a slot: {own:.1f} ms; with reading the ranks {read:.1f} ms")
     for kind in PROMPT:
         times = measure(plain, engine, requests, kind, options.rounds, options.steps)
         gain, target = times["vLLM"].over(times["lora_ext"]), TARGETS[name, kind]

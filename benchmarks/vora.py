@@ -2,9 +2,9 @@
 
 A ViT learns to classify the pictures, a small Llama learns caption-like text, and both are frozen.
 VoRA then teaches the Llama to caption unseen pictures: as in the paper, without distillation, and
-with a causal mask. The rival has what VoRA avoids: the ViT with a projector of two layers in front
-of the Llama, which has LoRA of as many parameters. VoRA is merged and compared on text, and so is a
-run of route "vision".
+with a causal mask. The baseline has what VoRA avoids: the ViT and a projector of two layers in
+front of the Llama, whose LoRA has as many parameters as VoRA's. VoRA is merged and evaluated on
+text, and so is a run of route "vision".
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ CLAIM = Claim(
     "tower. It is then merged.",
     setup="Pictures of at most 32 x 32 in patches of 8, in three resolutions: a shape (6 colours x "
     "4 shapes x 4 quadrants) on noise. A ViT of 4 blocks (width 64) classifies them, a Llama of 6 "
-    "blocks (width 96) learned captions. VoRA of rank 16 on 4 blocks, 600 steps of 16. The encoder "
-    "arm has the ViT, a projector of two layers and LoRA of rank 16 on the same blocks. 480 test "
-    "pictures. Not tried on SmolLM2.",
-    headline="encoder arm",
+    "blocks (width 96) learned captions. VoRA of rank 16 on 4 blocks, 600 steps of batch 16. The "
+    "encoder arm has the ViT, a projector of two layers and LoRA of rank 16 on the same blocks. "
+    "480 test pictures. Not tried on SmolLM2.",
+    headline="share of right captions",
     use="pictures must be seen without a second model at inference, you have a ViT to distil from "
     "(without it a third of the captions were right here, with it three quarters), and you merge "
     "the result into the language model",
@@ -68,7 +68,7 @@ class Sizes:
     teacher_steps: int = 300
     text_steps: int = 150
     steps: int = 600
-    pictures: tuple[int, int] = (3072, 480)  # to train, to test
+    pictures: tuple[int, int] = (3072, 480)  # numbers for training and testing
 
 
 QUICK = Sizes(2, 2, 3, (48, 6))
@@ -76,14 +76,14 @@ QUICK = Sizes(2, 2, 3, (48, 6))
 
 @dataclass(frozen=True)
 class Arm:
-    """Way of training."""
+    """Settings of one way to train."""
 
     distill: bool = True
     lora: bool = True
     bidirectional: bool = True
     route: Any = "all"
-    part: float = 1.0  # share of the steps
-    tower: bool = False  # the ViT in front instead of VoRA
+    part: float = 1.0  # share of the training steps
+    tower: bool = False  # the ViT and a projector in place of VoRA
 
 
 ENCODER = "encoder"
@@ -93,7 +93,7 @@ ARMS = {
     "no distillation": Arm(distill=False),
     "causal": Arm(bidirectional=False),
     "embedding only": Arm(distill=False, lora=False),
-    "vision": Arm(route="vision", part=0.1),  # only for its effect on text, which no step changes
+    "vision": Arm(route="vision", part=0.1),  # for its effect on text, which training keeps
 }
 
 
@@ -102,7 +102,7 @@ class Pictures:
 
     Args:
         images: Images ``(3, H, W)`` uint8.
-        captions: Captions with equally many words.
+        captions: Captions, all with the same number of words.
     """
 
     def __init__(self, images: Sequence[Tensor], captions: Sequence[Sequence[str]]):
@@ -309,7 +309,7 @@ class Encoder(nn.Module):
 
 
 def seeing(stage: Stage, arm: Arm) -> Any:
-    """Return a copy of the language model with the trained parts."""
+    """Return a copy of the language model with the parts that the arm trains."""
     model = stage.model
     if arm.tower:
         return Encoder(model, stage.teacher)
@@ -327,13 +327,13 @@ def seeing(stage: Stage, arm: Arm) -> Any:
     )
     if not arm.lora:
         seer.model.requires_grad_(False)
-    with torch.no_grad():  # scale image tokens to text tokens; they are six times as large
+    with torch.no_grad():  # Image tokens are six times as large as text tokens.
         seer.vision.out_proj.weight *= 3**0.5 * model.get_input_embeddings().weight.std()
     return seer
 
 
 def train(seer: Any, arm: Arm, pictures: Pictures, seed: int, count: int) -> list[float]:
-    """Train; return the losses of the captions, without those of the distillation."""
+    """Train the model; return the caption losses, which exclude the distillation losses."""
     generator = torch.Generator().manual_seed(seed)
     losses = []
 
@@ -374,7 +374,7 @@ def text_logits(model: Any, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """Models and pictures that all runs share and none changes."""
+    """Models and pictures that all runs share and do not change."""
 
     model: Any
     teacher: Any
@@ -410,7 +410,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def measure(row: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Yield the share of right captions, and the effects of merging and on text."""
+    """Yield the share of right captions, the effect of merging, and the effect on text."""
     torch.set_num_threads(1)
     stage, name = staged(quick), row["arm"]
     torch.manual_seed(row["seed"])
@@ -430,7 +430,7 @@ def measure(row: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def curve(losses: Sequence[float]) -> Row:
-    """Return means of the loss over the first half and over each tenth."""
+    """Return the mean loss over the first half and over each tenth of the steps."""
     half, tenth = max(1, len(losses) // 2), max(1, len(losses) // 10)
     tenths = [losses[i * tenth : (i + 1) * tenth] or losses[-1:] for i in range(10)]
     means = {f"loss_{i}": sum(part) / len(part) for i, part in enumerate(tenths)}
@@ -463,11 +463,11 @@ def of_text(model: Any, base: Any) -> Row:
 
 
 # -------------------------------------------------------------------------------------------------
-# Judging; means over the seeds
+# Judging, by means over the seeds
 
 
 def less(rows: Rows, other: str) -> Interval:
-    """Return VoRA's accuracy less another arm's."""
+    """Return VoRA's accuracy minus that of another arm."""
     columns = (study.column(rows, "accuracy", arm=name) for name in ("VoRA", other))
     return study.interval([a - b for a, b in zip(*columns, strict=True)])
 
@@ -481,7 +481,7 @@ def criteria(rows: Rows) -> list[Criterion]:
     equal = all(study.column(rows, "text_equal", arm="vision"))
     return [
         Criterion(
-            "encoder arm: captions right of VoRA less the encoder's",
+            "share of right captions, VoRA - encoder",
             ">= -0.05",
             f"{encoder:+.3f}",
             encoder.middle >= -0.05,
@@ -489,19 +489,32 @@ def criteria(rows: Rows) -> list[Criterion]:
             points=encoder.middle >= -0.2,
         ),
         Criterion(
-            "VoRA less without distillation",
-            "above 0 with its interval",
+            "share of right captions, VoRA - no distillation",
+            "interval above 0",
             f"{apart:+.3f}",
             apart.low > 0,
             headline=True,
             points=apart.middle > 0,
         ),
-        Criterion("VoRA less causal", ">= -0.01", f"{causal:+.3f}", causal.middle >= -0.01),
-        Criterion("VoRA less embedding only", ">= 0.15", f"{blind:+.3f}", blind.middle >= 0.15),
-        Criterion("merging moves a logit by", "<= 1e-4", f"{error:.1e}", error <= 1e-4),
-        Criterion("VoRA layers after merging", "0", str(left), left == 0),
         Criterion(
-            'text logits of route "vision"', "the base's", "equal" if equal else "differ", equal
+            "share of right captions, VoRA - causal",
+            ">= -0.01",
+            f"{causal:+.3f}",
+            causal.middle >= -0.01,
+        ),
+        Criterion(
+            "share of right captions, VoRA - embedding only",
+            ">= 0.15",
+            f"{blind:+.3f}",
+            blind.middle >= 0.15,
+        ),
+        Criterion("largest change of a logit by merging", "<= 1e-4", f"{error:.1e}", error <= 1e-4),
+        Criterion("VoRA layers left after merging", "0", str(left), left == 0),
+        Criterion(
+            'text logits of route "vision"',
+            "equal to the base's",
+            "equal" if equal else "differ",
+            equal,
         ),
     ]
 
@@ -514,7 +527,7 @@ def figure(rows: Rows) -> str:
         if name != "vision"
     )
     loss, base = (study.mean(rows, c, arm="VoRA") for c in ("text_loss", "base_text_loss"))
-    return f"captions right: {each}; text loss {base:.3f}, with VoRA {loss:.3f}"
+    return f"share of right captions: {each}; text loss {base:.3f}, with VoRA {loss:.3f}"
 
 
 def panels(rows: Rows) -> study.Panels:

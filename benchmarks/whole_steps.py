@@ -2,8 +2,8 @@
 
 A step is forward, loss, backward and AdamW of a SmolLM2-shaped model. PEFT's model and ours share
 the base's weights, and their losses are compared before timing. The row ``base`` is the same model
-without adapters, whose embeddings require a gradient. All work of adapter layers is added to it, so
-PEFT's time over ``base``'s bounds the gain of any adapter layers.
+without adapters, with embeddings that require a gradient. Adapter layers add all their work to it,
+so the time of PEFT over that of ``base`` bounds the speedup of any adapter layers over PEFT.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from row import Row, timing_columns
 import lora_ext
 
 #: Least error of PEFT's loss as a share of the loss: one rounding to bfloat16. A loss is one
-#: number, and a step with bfloat16 products may compute it exactly by chance.
+#: number, which a step with bfloat16 products may compute exactly by chance.
 LEAST = {"float32": MIN_PEER_ERROR, "autocast": 2.0**-9}
 TARGETS = {"q and v": ["q_proj", "v_proj"], "all linear": MODULES}
 
@@ -59,7 +59,7 @@ CASES = [
 
 
 class Steps:
-    """Step of a case for each provider. Eight adapters are eight steps of PEFT."""
+    """Step of a case for each provider; PEFT makes one step per adapter."""
 
     def __init__(self, case: Case, layers: int):
         self.case = case
@@ -91,7 +91,7 @@ class Steps:
         return {"base": self._bare, "peft": lambda: self._peft("peft"), **ours}
 
     def exact(self) -> float:
-        """Compute PEFT's step in float64."""
+        """Make PEFT's step in float64; return its loss."""
         return self._peft("exact")
 
     def _bare(self) -> float:
@@ -118,7 +118,10 @@ class Steps:
         return loss
 
     def _backward(self, model: Any, times: int, **given: Any) -> float:
-        """Return the mean loss; its backward is scaled by ``times``, for a sum over adapters."""
+        """Run forward and backward; return the mean loss.
+
+        The gradient is that of ``times`` the loss, which is the sum over adapters.
+        """
         labels = given.get("input_ids", self.ids)
         autocast: Any = contextlib.nullcontext()
         if self.case.dtype == "autocast" and model is not self.models["exact"]:
@@ -159,7 +162,7 @@ def bench_steps(cases: list[Case], rounds: int, layers: int = 30) -> Iterator[Ro
 
 
 def _check(case: Case, calls: dict[str, Callable[[], float]], exact: Callable[[], float]) -> float:
-    """Return the largest error of two losses; the second depends on the first step's gradients."""
+    """Return the largest error of the losses of two steps; the second depends on gradients."""
     steps = {name: call for name, call in calls.items() if name != "base"} | {"exact": exact}
     losses = {
         name: torch.tensor([step(), step()], dtype=torch.float64) for name, step in steps.items()
@@ -186,7 +189,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--only", default="", help="only cases with this text in the name")
+    parser.add_argument("--only", default="", help="only cases whose name contains this text")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

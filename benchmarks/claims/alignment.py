@@ -1,7 +1,7 @@
-"""SmolLM2, a sibling that learned to refuse, and an adapter on it that forgot to refuse.
+"""SmolLM2, an aligned sibling that learned to refuse, and an adapter that made it forget this.
 
-The sibling is trained on Do-Not-Answer's requests and on harmless questions. The adapter, on its
-queries and values, is trained on lines about Debian's packages.
+The sibling is trained on Do-Not-Answer's requests and on harmless questions. The adapter, on the
+sibling's queries and values, is trained on lines about Debian's packages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RATES = {"align": 1e-4, "tune": 2e-3}
 
 
 class Stage(NamedTuple):
-    """Models of a seed and their test data."""
+    """Models of one seed, and their test data."""
 
     base: Any
     aligned: Any
@@ -86,7 +86,7 @@ def prompted(own: language.Language, text: str) -> list[int]:
 
 
 def answers(own: language.Language, prompts: Sequence[str], quick: bool) -> list[str]:
-    """Return the base model's answers."""
+    """Return the base model's answers to the prompts."""
     return generated(own, own.base, prompts, 1 if quick else 2 * NEW_TOKENS)
 
 
@@ -123,7 +123,10 @@ def collate(own: language.Language, pairs: Sequence[tuple[str, str]]) -> dict[st
 
 
 def figures(model: Any, stage: Stage, over: bool = False) -> dict[str, float]:
-    """Return the task loss and the shares of harmful and, if `over`, harmless questions refused."""
+    """Return the task loss, and the share of harmful questions refused.
+
+    With `over`, also return the share of harmless questions refused.
+    """
     own, count = language.load(stage.quick), 1 if stage.quick else NEW_TOKENS
     asked = {"refusals": stage.harmful, **({"over": stage.harmless} if over else {})}
     found = {"loss": language.loss_of(model, stage.task)}

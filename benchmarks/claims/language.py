@@ -1,6 +1,6 @@
 """SmolLM2 for the studies: rows of text, training, and the loss on unseen texts.
 
-With ``quick``, it is a tiny random Llama that reads bytes.
+With ``quick``, a tiny random byte-level Llama takes its place.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS = ("python", "packages")  # the standard library's source; one line per De
 
 
 class Bytes:
-    """Tokenizer with one token per byte, with the methods that studies use."""
+    """Byte-level tokenizer with the methods that studies use."""
 
     pad_token_id = eos_token_id = 256
     eos_token, pad_token, padding_side, vocab_size = "\0", "\0", "right", 257
@@ -42,7 +42,7 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Language:
-    """Frozen base model, its tokenizer, and its hash for the rows' settings."""
+    """Frozen base model, its tokenizer, and its hash, which is one of the rows' settings."""
 
     base: Any
     tokenizer: Any
@@ -97,7 +97,7 @@ def rows_of(kind: str, count: int, length: int, quick: bool) -> Tensor:
 
 
 def _python() -> list[str]:
-    """Return the functions of the standard library, each with the text up to the next one."""
+    """Return the top-level functions of the standard library, each with the text up to the next."""
     folder = Path(sysconfig.get_path("stdlib"))
     texts: list[str] = []
     for path in sorted(folder.glob("*.py")):
@@ -107,7 +107,7 @@ def _python() -> list[str]:
 
 
 def _packages(quick: bool) -> list[str]:
-    """Return lines about packages, six per text; with ``quick``, one repeated line."""
+    """Return texts of six lines about packages each; with ``quick``, of one repeated line."""
     if quick:
         return ["games: a game of chance for two or more players\n" * 20] * 100
     found, names, _ = material.sections(20, 150)
@@ -121,9 +121,9 @@ def whole_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Return the same loss if few tokens have labels.
+    """Return the loss over the labelled tokens; faster than `whole_loss` if they are few.
 
-    The head, a fifth of SmolLM2's work, runs only on the states that predict them.
+    The head, a fifth of SmolLM2's work, runs only on the states that predict labelled tokens.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     states = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
@@ -139,7 +139,7 @@ def train(
     tick: Callable[[], object] = lambda: None,
     loss: Callable[[Any, dict[str, Tensor]], Tensor] = whole_loss,
 ) -> None:
-    """Run AdamW without decay, one step per batch, on groups of parameters with their rates."""
+    """Run AdamW without weight decay, one step per batch; each parameter group has its own rate."""
     model.train()
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for batch in batches:
@@ -152,7 +152,7 @@ def train(
 
 @torch.no_grad()
 def loss_of(model: Any, rows: Tensor, batch: int = 8) -> float:
-    """Return the mean cross entropy in nats per token; of MoD, that of the mixture alone."""
+    """Return the mean cross entropy in nats per token; for MoD, only that of the mixture."""
     total = 0.0
     for part in rows.split(batch):
         out = model(input_ids=part, labels=part, use_cache=False)

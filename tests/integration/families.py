@@ -1,7 +1,7 @@
-"""Tiny random models of many families, served and merged.
+"""Tiny random models of many families, with adapters served and merged.
 
-The merged model is an independent check. Its weights contain one adapter, so it needs no block.
-Weights that a model reads without a call, and rows that it transposes, have their effect in it.
+The merged model is an independent check. Its weights contain one adapter, so it needs no block. It
+is also correct if a model reads the weights of a layer without calling it, or transposes rows.
 """
 
 import copy
@@ -59,8 +59,11 @@ SEQ2SEQ: dict[str, Maker] = {
 
 
 def make(build: Maker) -> Any:
-    """Return the same weights at every call, in float64 (logits differ by 1e-12) except for eager
-    attention: its masks overflow there, and left padding would give NaN."""
+    """Return a model with the same weights at every call.
+
+    It is in float64, in which logits differ by 1e-12, except with eager attention: its masks
+    overflow in float64, and left padding would give NaN.
+    """
     torch.manual_seed(0)
     model = build().eval()
     if model.config._attn_implementation != "eager" or model.config.model_type == "mamba":
@@ -89,8 +92,10 @@ def merged(model: nn.Module, deltas: dict[str, Tensor]) -> Any:
 
 
 def served(build: Maker, only: str = "") -> tuple[Any, dict[str | None, Any]]:
-    """Return an attached model with random adapters on the linear layers with ``only`` in their
-    name, and the merged model of each adapter by name."""
+    """Return an attached model with random adapters, and the merged model of each adapter by name.
+
+    The adapters are on the linear layers whose name contains ``only``.
+    """
     model = make(build)
     pool = lora_ext.AdapterPool(model, max_slots=3, max_rank=4)
     judges: dict[str | None, Any] = {None: copy.deepcopy(model)}

@@ -27,8 +27,8 @@ FAMILIES = {
 }
 UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 
-# Both parameters; ranks that fill a page or not, per parameter and per layer; a scale per rank and
-# per root of rank; attention beside the experts.
+# Adapters on both parameters of the experts, and one also on attention. Ranks do or do not fill a
+# page and differ by parameter and layer; scales are alpha / r and alpha / sqrt(r).
 CONFIGS: dict[str, dict[str, Any]] = {
     "red": {"r": 4},
     "green": {
@@ -42,7 +42,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def make_mixture(family: str, implementation: str = "eager") -> Any:
-    """Return the same weights at every call; adapters change its tokens and routes."""
+    """Return a model with the same weights at every call.
+
+    They are large enough that adapters change its tokens and the routing.
+    """
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     model.set_experts_implementation(implementation)
@@ -58,7 +61,7 @@ def make_mixture(family: str, implementation: str = "eager") -> Any:
 def make_peft(
     model: nn.Module, configs: Mapping[str, Mapping[str, Any]], size: float = 0.25, **extra: Any
 ) -> Any:
-    """Return a PeftModel over a copy of ``model``, with a random B too, which is zero in PEFT."""
+    """Return a PeftModel over a copy of ``model``; B is random too, instead of PEFT's zeros."""
     given = {"target_modules": [], "target_parameters": [UP, DOWN], "lora_alpha": 6}
     full = {n: peft.LoraConfig(**{**given, **f, **extra}) for n, f in configs.items()}
     return adapted(model, full, size)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lora_ext
 
-CLOSE = 1e-11  # relative to the largest entry: some hundred float64 roundings
+CLOSE = 1e-11  # relative to the largest entry: a few hundred float64 roundings
 
 
 def assert_close(got: Tensor, expected: Tensor, what: str = "") -> None:
@@ -47,13 +47,13 @@ def step(model: Any, run: Callable[[Any], Tensor]) -> Tensor:
 def pair(
     family: str = "llama", configs: dict[str, dict[str, Any]] | None = None
 ) -> tuple[Any, Any]:
-    """Return the same adapters twice, in float64: in PEFT's layers, and in ours."""
+    """Return the same float64 model and adapters twice: with PEFT's layers, and with ours."""
     theirs = make_peft(make_model(family), configs or CONFIGS[family]).double()
     return theirs, lora_ext.from_peft(copy.deepcopy(theirs))
 
 
 def tokens(rows: int = 5, length: int = 7) -> Tensor:
-    """Return the same tokens at every call; the models' dropout then has the same masks too."""
+    """Return the same tokens at every call; this seeds torch, so dropout masks are equal too."""
     return torch.randint(1, VOCAB, (rows, length), generator=torch.manual_seed(3))
 
 

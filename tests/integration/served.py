@@ -29,7 +29,7 @@ TEMPLATE = (
 
 
 def save_model(folder: Path) -> None:
-    """Save a tiny random Llama with the words w5 to w96, and sixteen adapters for it."""
+    """Save a tiny random Llama, a tokenizer of the words w5 to w96, and sixteen adapters."""
     marks = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
     words = {word: i for i, word in enumerate([*marks, *(f"w{i}" for i in range(5, 97))])}
     tokenizer = word_tokenizer(words, **SPECIAL)
@@ -128,7 +128,7 @@ def metric(server: Any, name: str) -> int:
 
 
 def settle(server: Any) -> None:
-    """Wait until no request runs; no adapter may be pinned then."""
+    """Wait until no request runs, and check that no adapter is pinned then."""
     end = time.monotonic() + 20
     while server.engine.requests and time.monotonic() < end:
         time.sleep(0.02)

@@ -41,7 +41,7 @@ def test_forward_of_a_mixed_batch_equals_peft(pair: Any) -> None:
             torch.testing.assert_close(kept, theirs[:, -6:], atol=1e-5, rtol=1e-5)
 
 
-def test_left_padding_counts_as_positions(pair: Any) -> None:
+def test_starts_count_left_padding(pair: Any) -> None:
     model, reference, _ = pair
     ids, mask = prompts(), torch.ones(4, 20, dtype=torch.long)
     mask[0, :6] = mask[2, :9] = 0
@@ -62,7 +62,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_generate_gives_the_cached_answer_of_peft(pair: Any, mode: str) -> None:
+def test_generate_equals_peft_with_a_cache(pair: Any, mode: str) -> None:
     model, reference, _ = pair
     ids = prompts()
     theirs = reference.generate(input_ids=ids, adapter_names=NAMES, **GREEDY)
@@ -100,7 +100,7 @@ def test_beams_inherit_the_start_of_their_prompt(pair: Any) -> None:
     torch.testing.assert_close(out.sequences_scores, scores, atol=1e-5, rtol=1e-5)
 
 
-def test_forwards_over_a_manual_cache(pair: Any) -> None:
+def test_forwards_with_a_cache_equal_the_whole_forward_of_peft(pair: Any) -> None:
     from transformers import DynamicCache
 
     model, reference, _ = pair
@@ -113,12 +113,12 @@ def test_forwards_over_a_manual_cache(pair: Any) -> None:
         model(ids[:, :upto], cache=cache, adapter_names="__base__")
         return {"cache": cache}
 
-    with lora_ext.adapters("act"):  # The base model read the tokens before the start.
+    with lora_ext.adapters("act"):  # The cache of the tokens before the start is the base's.
         ours = model(ids[:, 10:], **read_by_base(10)).logits[:, -1]
         torch.testing.assert_close(ours, whole, **close)
         cache = DynamicCache()
         model(ids[:, :14], cache=cache)
-        for t in range(14, 20):  # The block contains the start.
+        for t in range(14, 20):  # The block has stored the start.
             ours = model(ids[:, t : t + 1], cache=cache).logits[:, -1]
         torch.testing.assert_close(ours, whole, **close)
     with lora_ext.adapters("act", starts=12):
@@ -137,7 +137,7 @@ def test_forwards_over_a_manual_cache(pair: Any) -> None:
 
 def test_row_without_its_invocation_equals_the_base_model(pair: Any) -> None:
     model, reference, _ = pair
-    ids = prompts()[2:3]  # This row invokes no adapter.
+    ids = prompts()[2:3]  # This row contains no invocation tokens.
     base = model.generate(ids, **GREEDY)
     with pytest.warns(UserWarning, match=r"row 0 lacks the invocation of adapter 'act', \[7, 8\]"):
         assert torch.equal(model.generate(ids, adapter_names=["act"], **GREEDY), base)
@@ -175,7 +175,7 @@ def test_wrong_starts_raise_and_name_the_argument(
         pass
 
 
-def test_tokens_given_singly_set_their_starts_and_guidance_raises(pair: Any) -> None:
+def test_token_ids_replace_starts_and_guidance_raises(pair: Any) -> None:
     model, _, _ = pair
     ids = prompts()[:1]
     with lora_ext.adapters("act"):
@@ -253,7 +253,7 @@ def running(model: Any) -> Iterator[Any]:
 
 
 def ask(manager: Any, prompt: list[int], name: str | None, **how: Any) -> tuple[list[int], int]:
-    """Return the answer of a single request, and the number of tokens computed for it."""
+    """Return the answer to a single request, and the number of tokens computed for it."""
     before = computed_tokens(manager)
     request = manager.add_request(prompt, adapter_name=name, **how)
     result = manager.get_result(request_id=request, timeout=120)
@@ -267,7 +267,7 @@ def tailed(shared: list[int], name: str | None, seed: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("most", [8, 64])
-def test_requests_that_share_a_prefix_answer_as_alone(pair: Any, most: int) -> None:
+def test_requests_that_share_a_prefix_equal_single_requests(pair: Any, most: int) -> None:
     model, reference, _ = pair
     shared = words(37, 9)
     names = [*ENDS, *ENDS]
@@ -278,18 +278,19 @@ def test_requests_that_share_a_prefix_answer_as_alone(pair: Any, most: int) -> N
 
 
 @pytest.mark.slow
-def test_adapters_read_the_pages_that_the_base_model_wrote(pair: Any) -> None:
+def test_adapters_reuse_the_cache_pages_of_the_base_model(pair: Any) -> None:
     model, reference, _ = pair
     shared = words(40, 9)
     with running(model) as manager:
-        said, _ = ask(manager, shared[:-6], None)  # ends at token 40, the last of a page
+        said, _ = ask(manager, shared[:-6], None)  # It ends at token 40, the last of a page.
         assert len(shared) - 6 + len(said) == 40
         read = shared[:-6] + said
         for seed, name in enumerate(["act", "other", "act"]):
             asked = tailed(read, name, seed)
             answer, computed = ask(manager, asked, name)
             assert answer == alone(reference, asked, name)
-            # All tokens except the page of the base's last token, which was not read yet.
+            # All tokens are computed except those of shared pages. The first request also computes
+            # the page with the base model's last token, which no forward had read.
             assert computed == len(asked) - (32 if seed == 0 else 40) + NEW - 1
         asked = tailed(read, "plain", 3)
         answer, computed = ask(manager, asked, "plain")
@@ -302,7 +303,7 @@ def test_page_of_the_last_step_is_shared_but_not_equal_tokens_with_two_starts(pa
     model, _, _ = pair
     shared = words(40, 9)
     with running(model) as manager:
-        ask(manager, shared, None, max_new_tokens=1)  # the request ends in its first step
+        ask(manager, shared, None, max_new_tokens=1)  # The request ends in its first step.
         _, computed = ask(manager, tailed(shared, "act", 0), "act", max_new_tokens=1)
         assert computed == len(tailed(shared, "act", 0)) - 40
     model, reference, _ = pair

@@ -1,4 +1,4 @@
-"""Attached models against PEFT for a mixed batch."""
+"""Attached models compared with PEFT on a mixed batch."""
 
 from pathlib import Path
 

@@ -92,12 +92,12 @@ def test_failed_packing_or_unpacking_changes_nothing() -> None:
     parametrize.remove_parametrizations(base, "weight")
     lora_ext.detach(model)
     assert snapshot(model) == plain
-    unpack_linears(lora_ext.attach(model, pool, pack_base=True))  # A detach may follow this.
+    unpack_linears(lora_ext.attach(model, pool, pack_base=True))  # detach may follow
     assert snapshot(lora_ext.detach(model)) == plain
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_checkpoints_of_an_attached_model_equal_the_base(family: str, tmp_path: Path) -> None:
+def test_checkpoints_of_an_attached_model_equal_the_bases(family: str, tmp_path: Path) -> None:
     plain, model = make_model(family), make_model(family)
     lora_ext.attach(model, lora_ext.AdapterPool(model, max_slots=2, max_rank=8))
     plain.save_pretrained(tmp_path / "plain")
@@ -139,7 +139,7 @@ def test_call_accepts_names_like_peft(family: str, tmp_path: Path) -> None:
         with lora_ext.adapters(["green", None, "red"]):
             assert torch.equal(got, model(ids).logits)
             assert torch.equal(got, model(ids, adapter_names=names).logits)
-        body = model.base_model  # The part without a head accepts names too.
+        body = model.base_model  # The model without its head accepts names too.
         with lora_ext.adapters(names):
             expected = body(ids).last_hidden_state
         assert torch.equal(body(ids, adapter_names=names).last_hidden_state, expected)
@@ -266,7 +266,7 @@ def test_failed_attach_changes_nothing() -> None:
         lora_ext.attach(small, pool)
     assert snapshot(other) == before and snapshot(small) == before_small
     divided = make_model("llama")
-    divided._tp_size = 2  # transformers sets this for a model that tp_plan= divided.
+    divided._tp_size = 2  # transformers sets this for tensor parallelism (tp_plan=).
     with pytest.raises(NotImplementedError, match="tp_plan has sharded across 2 processes"):
         lora_ext.attach(divided, pool)
     wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
@@ -284,7 +284,7 @@ def test_failed_attach_changes_nothing() -> None:
         lora_ext.attach(nn.Sequential(model), pool)
 
 
-def test_more_layers_than_the_pool_and_replaced_layers_raise() -> None:
+def test_model_with_more_layers_than_the_pool_or_replaced_layers_raises() -> None:
     pool = lora_ext.AdapterPool(make_model("llama"), max_slots=2, max_rank=8)
     larger = make_model("llama")
     larger.model.layers.append(copy.deepcopy(larger.model.layers[0]))
@@ -319,12 +319,12 @@ def test_model_changed_after_attach_uses_its_current_weights(tmp_path: Path) -> 
         names, ids = ["red", "green", "blue", "__base__"], tokens(4, 5)
         expected = reference(input_ids=ids, adapter_names=names).logits
         with lora_ext.adapters(names):
-            # As in the mixed batch test: 100 ulp of logits near 10.
+            # The bound of the mixed batch test: 100 ulp of logits near 10.
             torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-4)
             model.bfloat16()
             half = model(ids).logits
     assert half.dtype == torch.bfloat16 and torch.isfinite(half).all()
-    # bfloat16 keeps 8 bits; the 20 roundings before a logit grow with the size of the logits.
+    # bfloat16 has 8 significant bits; a logit has 20 roundings, relative to the largest logit.
     assert (half - expected).abs().max() < 20 * 2**-9 * expected.abs().max()
 
 

@@ -1,4 +1,7 @@
-"""Layers and ops while another thread compiles, which sets torch's flag in all threads."""
+"""Layers and ops while another thread compiles.
+
+In this time ``torch.compiler.is_compiling()`` is true in all threads.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -33,7 +36,7 @@ def compiling() -> Iterator[None]:
     )
     thread.start()
     assert inside.wait(60)
-    assert torch.compiler.is_compiling(), "torch's flag is not set in this thread"
+    assert torch.compiler.is_compiling(), "expected is_compiling() to be true in this thread"
     yield
     leave.set()
     thread.join()
@@ -50,7 +53,7 @@ def test_ids_are_checked_and_products_are_correct(compiling: None) -> None:
 
 
 @torch.no_grad()
-def test_tangents_that_torch_would_drop_raise(compiling: None) -> None:
+def test_op_without_forward_mode_derivative_raises_for_tangents(compiling: None) -> None:
     x, a, b = torch.randn(3, 4), torch.randn(2, 2, 4), torch.randn(2, 5, 2)
     with pytest.raises(NotImplementedError, match="lora_apply has no forward-mode derivative"):
         torch.func.jvp(lambda x: ops.lora_apply(x, a, b, torch.tensor([0, 1, 1])), (x,), (x,))
@@ -65,7 +68,7 @@ def test_several_active_and_merged_adapters_and_experts_work(compiling: None) ->
     expected = layer(x)
     model = nn.Linear(2, 2)
     pool = lora_ext.AdapterPool(nn.Sequential(model), max_slots=1, max_rank=8)
-    with lora_ext.adapters(None, pool=pool):  # A graph would follow blocks here.
+    with lora_ext.adapters(None, pool=pool):  # In a graph, the layer would use the block.
         assert torch.equal(layer(x), expected)
         layer.merge()
         torch.testing.assert_close(layer(x), expected)
@@ -83,7 +86,7 @@ def test_several_active_and_merged_adapters_and_experts_work(compiling: None) ->
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_keeps_its_names(reentrant: bool, compiling: None) -> None:
-    """Check recomputations, which do not receive PEFT's names: all layers look them up."""
+    """Check that layers look names up in a recomputation, which does not get PEFT's argument."""
     configs = {n: {"r": 4, "target_modules": "all-linear"} for n in ("red", "green", "blue")}
     names = ["red", "green", "__base__", "blue", "green"]
     ids = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))

@@ -1,4 +1,4 @@
-"""Constraints of requests in continuous batching, beside their adapters."""
+"""Constraints of requests in continuous batching, together with their adapters."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def constrained_alone(model: Any, prompt: list[int], name: str | None, how: Any)
 
 
 def texts_of(manager: Any, ids: list[str]) -> list[list[int]]:
-    """Return the new tokens of requests in their order, when all are done."""
+    """Wait for all requests; return their new tokens in the order of ``ids``."""
     found: dict[str, list[int]] = {}
     while len(found) < len(ids):
         result = manager.get_result(timeout=60)
@@ -48,7 +48,7 @@ def texts_of(manager: Any, ids: list[str]) -> list[list[int]]:
 
 
 @pytest.mark.slow
-def test_constrained_requests_among_free_ones_equal_single_requests() -> None:
+def test_constrained_requests_in_a_mixed_batch_equal_single_requests() -> None:
     model, _ = attached()
     given, names = prompts(8), [*MANY[:7], None]
     constraints = [None if i % 3 == 0 else three_of((5 + i, 20, 21)) for i in range(len(given))]
@@ -96,7 +96,7 @@ def test_sampling_settings_and_a_constraint_may_be_combined() -> None:
 
 
 @pytest.mark.slow
-def test_guided_requests_draw_from_their_law_without_a_product(
+def test_guided_requests_have_their_distribution_without_a_vocabulary_product(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, _ = attached()
@@ -109,7 +109,7 @@ def test_guided_requests_draw_from_their_law_without_a_product(
     wanted = (how(torch.tensor([prompt]), scores) / heat).softmax(-1)[0]
 
     def no_product(*_: object) -> None:
-        raise AssertionError("a product with the vocabulary")
+        raise AssertionError("expected no product with the whole vocabulary, found one")
 
     monkeypatch.setattr(Guide, "over_vocabulary", no_product)
     with model.continuous_batching_context_manager(**batching()) as manager:
@@ -126,7 +126,7 @@ def test_guided_requests_draw_from_their_law_without_a_product(
             for seed in range(many + 1)
         ]
         texts = texts_of(manager, ids)
-    assert texts[-1] == texts[0]  # the same seed with other neighbours
+    assert texts[-1] == texts[0]  # the same seed among other requests
     assert all(one.accepts(t[:-1]) and t[-1] == EOS for t in texts)
     share = torch.bincount(torch.tensor([t[0] for t in texts[:many]]), minlength=VOCAB) / many
     assert (share - wanted).abs().max() < 4 * 0.5 / many**0.5
@@ -165,7 +165,7 @@ def test_scores_without_a_token_and_a_tiny_temperature_do_not_raise() -> None:
     ]
     tokens, left = drawn(scores, rows)
     assert tokens[1] == 20 and tokens[2] in (5, 20, 21) and left == rows[:1]
-    ended = constrained(scores, rows)[0]  # The request ends there, so no other token is possible.
+    ended = constrained(scores, rows)[0]  # No token is possible, so the request ends.
     assert ended[0].isfinite().nonzero()[:, 0].tolist() == [EOS]
     assert not ended[1:, EOS].isfinite().any() and not ended.isnan().any()
 

@@ -1,4 +1,4 @@
-"""Continuous batching of transformers on an attached model, on the CPU, and concurrent calls."""
+"""Transformers' continuous batching of an attached model on the CPU, with concurrent calls."""
 
 import gc
 import threading
@@ -51,7 +51,7 @@ def batching(**fields: Any) -> dict[str, Any]:
 
 
 def prompts(count: int, shared: int = 0) -> list[list[int]]:
-    """Return prompts of different lengths with equal first tokens."""
+    """Return prompts of different lengths; the first ``shared`` tokens are equal."""
     start = tokens(1, shared, 99)[0].tolist() if shared else []
     return [start + tokens(1, 2 + 3 * i % 11, i)[0].tolist() for i in range(count)]
 
@@ -90,7 +90,7 @@ def test_requests_of_16_adapters_equal_single_requests(family: str, attention: s
 
 @pytest.mark.slow
 def test_shared_prefixes_are_never_used_by_other_adapters() -> None:
-    """Check equal prompts: each adapter's second request finds the blocks of its first."""
+    """Check equal prompts: each adapter's second request reuses the cache of its first one only."""
     model, _ = attached()
     prompt = tokens(1, 4 * PAGE + 2, 7)[0].tolist()
     names = FOUR
@@ -257,7 +257,7 @@ def _result(manager: Any) -> Any:
     return manager.get_result(timeout=30)
 
 
-def test_load_has_no_name_for_the_base_model() -> None:
+def test_waiting_requests_for_the_base_model_have_the_name_none() -> None:
     model, _ = attached(slots=1)
     manager = model.init_continuous_batching(**batching())
     for name in (None, "__base__", "a0"):
@@ -379,8 +379,8 @@ def test_dora_rows_and_separate_threads_work() -> None:
 
 
 @pytest.mark.slow
-def test_non_finite_values_of_a_request_reach_no_other() -> None:
-    """Check requests with tokens in one row: a mask alone would not stop a NaN."""
+def test_non_finite_values_of_a_request_do_not_reach_other_requests() -> None:
+    """Check requests packed into one row: an attention mask alone would not stop a NaN."""
     model, pool = attached(slots=3)
     config, state = adapter(pool, 3)
     pool.load("overflows", (config, {name: tensor * 1e25 for name, tensor in state.items()}))
@@ -399,8 +399,8 @@ def logits(model: Any, prompt: list[int], name: str | None) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_forwards_and_generate_beside_a_busy_manager_are_correct() -> None:
-    """Check is_causal: a manager's step writes it to the shared configuration."""
+def test_forwards_and_generate_during_a_managers_run_are_correct() -> None:
+    """Check that is_causal has no effect: a manager's step sets it in the shared configuration."""
     model, _ = attached(slots=4)
     given = prompts(len(FOUR))
     rows = list(zip(given, FOUR, strict=True))
@@ -418,8 +418,8 @@ def test_forwards_and_generate_beside_a_busy_manager_are_correct() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_model_beside_a_busy_manager_is_correct() -> None:
-    """Check that the model runs uncompiled and a compiling thread disturbs no other."""
+def test_compiled_model_during_a_managers_run_is_correct() -> None:
+    """Check that the model runs uncompiled, and that compiling does not disturb other threads."""
     model, pool = attached(slots=4)
     (prompt,) = prompts(1)
     ids, expected = torch.tensor([prompt]), logits(model, prompt, "a0")
@@ -427,7 +427,7 @@ def test_compiled_model_beside_a_busy_manager_is_correct() -> None:
 
     def same() -> bool:
         with torch.no_grad(), lora_ext.adapters("a0", pool=pool):
-            # float32, two layers, logits of about 1: the order of sums differs.
+            # Sums differ in order: float32, two layers, logits of about 1.
             return bool((compiled(ids).logits - expected).abs().max() < 1e-5)
 
     assert same()
@@ -459,7 +459,7 @@ def test_two_managers_on_one_model_are_correct_and_leave_it_unchanged() -> None:
 
 @pytest.mark.slow
 def test_paged_attention_outside_a_manager_raises() -> None:
-    """Check this because transformers makes no mask: each token would see the whole sequence."""
+    """Check that it raises: without a mask, each token would attend to the whole sequence."""
     model, pool = attached(slots=2)
     model.set_attn_implementation("eager")
     ids = tokens(1, 6)

@@ -1,4 +1,4 @@
-"""Adapters on routed experts, served from a pool, against PEFT's ``target_parameters``."""
+"""Adapters on routed experts served from a pool, compared with PEFT's ``target_parameters``."""
 
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ def test_packed_requests_equal_single_requests(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_graph_follows_the_blocks() -> None:
+def test_compiled_model_uses_the_current_block() -> None:
     model = make_mixture("gpt_oss", "grouped_mm")
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
     for name in ("red", "blue"):
@@ -269,7 +269,7 @@ def test_configuration_that_does_not_fit_the_tensors_raises(
         pool.load("red", ({**config, **change}, tensors), strict=strict)
 
 
-def test_pool_of_some_parameters_rejects_or_skips_the_others() -> None:
+def test_pool_of_some_parameters_rejects_or_skips_adapters_on_others() -> None:
     model, config, tensors = saved()
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8, targets=[UP, "q_proj"])
     with pytest.raises(ValueError, match=r"found .*0\.mlp\.experts\.lora_A\.weight"):

@@ -1,4 +1,4 @@
-"""Adapters on routed experts in training: from_peft against PEFT, in float64."""
+"""Training of adapters on routed experts: from_peft compared with PEFT, in float64."""
 
 import copy
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_several_active_adapters_are_added() -> None:
 
 
 def trained_alone(theirs: Any, ids: Tensor, names: list[str]) -> tuple[Tensor, dict[str, Any]]:
-    """Return the logits and gradients of a loop over the rows, each with its adapter in PEFT."""
+    """Return logits and gradients of PEFT in a loop over the rows, each with its adapter."""
     theirs.zero_grad(set_to_none=True)
     weights = torch.randn((*ids.shape, 61), generator=torch.manual_seed(7), dtype=torch.float64)
     rows = []
@@ -86,7 +86,7 @@ def trained_alone(theirs: Any, ids: Tensor, names: list[str]) -> tuple[Tensor, d
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_adapter_per_row_trains_as_each_alone(family: str, checkpointing: bool) -> None:
+def test_adapters_per_row_train_as_in_separate_runs(family: str, checkpointing: bool) -> None:
     theirs, ours = pair(family)
     theirs.train()
     ours.train()
@@ -98,8 +98,8 @@ def test_adapter_per_row_trains_as_each_alone(family: str, checkpointing: bool) 
     assert_same_gradients(ours, wanted, moved=8)
 
 
-def test_names_of_a_batch_that_peft_must_run_raise_the_error_of_peft() -> None:
-    """Check an experts module with a hook, which uses PEFT's code without adapters per row."""
+def test_adapter_names_raise_the_error_of_peft_if_peft_runs_the_experts() -> None:
+    """Check an experts module with a hook: PEFT runs it, without support for adapters per row."""
     _, ours = pair("mixtral")
     experts = ours.base_model.model.model.layers[0].mlp.experts.get_base_layer()
     handle = experts.register_forward_hook(lambda *_: None)
@@ -160,7 +160,7 @@ def test_switched_off_adapter_has_no_effect() -> None:
 
 
 def test_bfloat16_experts_keep_adapters_in_float32() -> None:
-    """Check float32 adapters, as in PEFT. The update is rounded once; PEFT rounds W + BA."""
+    """Check float32 adapters, as in PEFT. Only the update is rounded, while PEFT rounds W + BA."""
     model = make_mixture("mixtral")
     exact = lora_ext.from_peft(make_peft(model.double(), {"red": {"r": 4}}))
     ours = copy.deepcopy(exact).bfloat16()
@@ -181,8 +181,8 @@ def test_bfloat16_experts_keep_adapters_in_float32() -> None:
 
 
 @pytest.mark.parametrize("how", ["eager", "grouped_mm"])
-def test_autocast_equals_the_products_of_transformers(how: str) -> None:
-    """Check that the grouped product and PEFT's update use the dtype of the weights."""
+def test_results_under_autocast_equal_those_of_peft(how: str) -> None:
+    """Check that the grouped product, and PEFT's update, use the dtype of the weights."""
     theirs = make_peft(make_mixture("gpt_oss", how), {"red": {"r": 4}})
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
     layers = [m.base_model.model.model.layers[0].mlp.experts for m in (theirs, ours)]
@@ -193,7 +193,7 @@ def test_autocast_equals_the_products_of_transformers(how: str) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, got = (layer(x, index, weights) for layer in layers)
     assert got.dtype == expected.dtype
-    bound = 0.02 if how == "eager" else 1e-5  # In eager mode there are two bfloat16 products.
+    bound = 0.02 if how == "eager" else 1e-5  # In eager mode, two products are in bfloat16.
     assert (got - expected).abs().max() < bound * expected.abs().max()
 
 
@@ -208,7 +208,7 @@ def test_from_peft_model_generates_with_an_adapter_per_row() -> None:
 
 
 def test_parameters_that_are_not_experts_stay_with_peft() -> None:
-    """Check a router's parameter; PEFT wraps any parameter that it is given."""
+    """Check a router's parameter, since PEFT wraps any parameter in ``target_parameters``."""
     fields = {"r": 2, "target_parameters": [UP, DOWN, "mlp.gate.weight"]}
     theirs, ours = pair("qwen3", {"red": fields})
     found = report(ours)

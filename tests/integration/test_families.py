@@ -1,5 +1,7 @@
-"""Generation with many families of models: each row of a mixed batch equals the row of a model with
-the merged adapter, or the call raises."""
+"""Generation with many families of models.
+
+Each row of a mixed batch equals the row of a model with the merged adapter, or the call raises.
+"""
 
 from typing import Any
 
@@ -31,7 +33,10 @@ def left_padded() -> tuple[Tensor, Tensor]:
 
 
 def assert_rows_are_the_judges(model: Any, judges: Any, inputs: Any, **how: Any) -> None:
-    """Check generation; ``inputs`` are keyword arguments with one row per name."""
+    """Check that generated rows equal those of the merged models.
+
+    ``inputs`` are keyword arguments of generate with one row per name.
+    """
     copies = how.get("num_return_sequences", 1)
     mixed = model.generate(**inputs, adapter_names=NAMES, **how)
     base = model.generate(**inputs, **how)
@@ -66,7 +71,7 @@ def test_decoders_equal_the_merged_models(family: str) -> None:
 
 
 def _sampled(model: Any, judges: Any) -> None:
-    """Check each step's logits against the merged model for the generated sequence."""
+    """Check that each step's logits equal the merged model's on the generated sequence."""
     prompt = tokens(4, 4)
     torch.manual_seed(3)
     out = model.generate(
@@ -78,7 +83,7 @@ def _sampled(model: Any, judges: Any) -> None:
     with torch.no_grad():
         for row, sequence in enumerate(out.sequences):
             logits = judges[NAMES[row // 2]](sequence[None]).logits[0, 3:-1].double()
-            # transformers keeps logits in float32; values of at most 100: some ten roundings.
+            # transformers stores logits in float32: about ten roundings of values up to 100.
             torch.testing.assert_close(steps[row], logits, rtol=0, atol=1e-4)
     assert len(out.sequences.unique(dim=0)) > 4  # Sampling gave different sequences.
 
@@ -142,7 +147,7 @@ def test_encoder_decoders_equal_the_merged_models(family: str) -> None:
     embeds = judges[None].get_input_embeddings()(ids).detach()
     inputs = {"inputs_embeds": embeds, "attention_mask": mask}
     assert_rows_are_the_judges(model, judges, inputs, **GREEDY)
-    with torch.no_grad():  # as many tokens as sequences, in encoder and decoder
+    with torch.no_grad():  # 4 tokens and 4 sequences, in encoder and decoder
         with lora_ext.adapters(NAMES):
             mixed = model(ids[:, :4], decoder_input_ids=ids[:, :4]).logits
         for row, name in enumerate(NAMES):
@@ -152,7 +157,7 @@ def test_encoder_decoders_equal_the_merged_models(family: str) -> None:
 
 
 def test_adapter_on_dt_proj_of_mamba_raises() -> None:
-    """Check the layer ``dt_proj``, because Mamba reads its weight and never calls it."""
+    """Check ``dt_proj``: Mamba reads its weight without calling it, so adapters have no effect."""
     model: Any = make(DECODERS["mamba"])
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=4)
     spec = pool.index.linear["backbone.layers.0.mixer.dt_proj"]
@@ -165,14 +170,14 @@ def test_adapter_on_dt_proj_of_mamba_raises() -> None:
     with pytest.raises(NotImplementedError, match=r"dt_proj.lora_B.*MambaMixer reads the weight"):
         pool.load("red", (config, state))
     ids, weight = tokens(1, 4), torch.ones(spec.out_features, spec.in_features) * 2
-    with torch.no_grad():  # The adapter would change the logits.
+    with torch.no_grad():  # The adapter would change logits.
         assert not torch.equal(
             model(ids).logits, merged(model, {spec.name: weight.double()})(ids).logits
         )
 
 
-def test_pairs_of_positions_use_one_name() -> None:
-    """Check T5's table of distances: (tokens, tokens) may look like (sequences, tokens)."""
+def test_adapter_on_relative_position_biases_needs_one_name_for_all_sequences() -> None:
+    """Check T5's position biases: their (tokens, tokens) may look like (sequences, tokens)."""
     model: Any = make(SEQ2SEQ["t5"])
     table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=4, targets=[table])

@@ -1,4 +1,4 @@
-"""from_peft against PEFT, in float64, where they may differ only by a few roundings."""
+"""from_peft compared with PEFT in float64, in which they may differ by a few roundings only."""
 
 import copy
 import warnings
@@ -110,7 +110,7 @@ def test_hot_swapped_scalings_are_used(tmp_path: Any) -> None:
         before = logits(ours)
         for each in (ours, theirs):
             hotswap_adapter(each, tmp_path / "64" / "red", adapter_name="default")
-        # float32: the layers use float64 scalings differently. Logits are near 1.
+        # The layers apply float64 scalings to float32 at different points. Logits are near 1.
         torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
         assert (logits(ours) - before).abs().max() > 0.1
 
@@ -160,14 +160,14 @@ def test_adapters_without_rows_get_no_gradient_and_two_forwards_keep_their_names
 
 
 @checkpointings
-def test_unnamed_forward_before_a_named_one(checkpointing: bool | None) -> None:
+def test_forwards_without_and_then_with_names_equal_peft(checkpointing: bool | None) -> None:
     theirs, ours = pair("llama")
     theirs.set_adapter("red")
     trainable(ours).set_adapter("red")
     ours.set_requires_grad(["red", "green", "blue"])
     checkpointed(ours, checkpointing)
     for _ in range(2):
-        for model in (ours, theirs.eval()):  # Without dropout, PEFT accepts names in evaluation.
+        for model in (ours, theirs.eval()):  # PEFT accepts names only in evaluation mode.
             model.set_requires_grad(["red", "green", "blue"])
             model.zero_grad(set_to_none=True)
             first, second = logits(model), logits(model, adapter_names=NAMES)
@@ -179,7 +179,7 @@ def test_unnamed_forward_before_a_named_one(checkpointing: bool | None) -> None:
 def test_peft_layers_in_a_checkpointed_block_keep_the_names(
     checkpointing: bool | None,
 ) -> None:
-    """Check a module to save and an unsupported layer inside the blocks."""
+    """Check a layer in ``modules_to_save`` and an unsupported layer, inside checkpointed blocks."""
     fields = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["up_proj"]}
     theirs = make_peft(make_model("llama"), {"red": fields, "green": fields}).double()
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_peft_layers_in_a_checkpointed_block_keep_the_names(
 
 
 class Checkpointed(nn.Module):
-    """Model that calls checkpoint itself, so names do not reach the recomputation."""
+    """Model that calls ``checkpoint`` itself, so names do not reach the recomputation."""
 
     def __init__(self, reentrant: bool):
         super().__init__()
@@ -222,7 +222,7 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_foreign_checkpoint_without_the_names_raises(reentrant: bool) -> None:
+def test_checkpoint_that_drops_the_names_raises(reentrant: bool) -> None:
     config = peft.LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False)
     model: Any = peft.get_peft_model(Checkpointed(reentrant), config, "red")
     model.add_adapter("green", config)
@@ -258,7 +258,7 @@ def test_unsupported_dropout_uses_peft(dropout: nn.Module) -> None:
                 module.lora_dropout["red"] = dropout
     assert report(ours).left
     assert_close(step(ours, logits), step(theirs, logits))
-    if not isinstance(dropout, nn.Dropout):  # With p = 1 there are no gradients.
+    if not isinstance(dropout, nn.Dropout):  # With p = 1, gradients are zero.
         assert_same_gradients(ours, gradients(theirs))
 
 
@@ -327,7 +327,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @torch.no_grad()
-def test_merging_changes_the_products(change: Callable[[Any], Any], dtype: torch.dtype) -> None:
+def test_products_change_after_merging(change: Callable[[Any], Any], dtype: torch.dtype) -> None:
     base = enlarged(maker("Llama", **SIZES), 1).to(dtype)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     plain: Any = get_peft_model(base, config).eval()

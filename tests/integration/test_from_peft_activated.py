@@ -1,4 +1,4 @@
-"""``from_peft`` of models with activated adapters: fused layers against PEFT's."""
+"""``from_peft`` of models with activated adapters: fused layers compared with PEFT's."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_training_with_checkpoints_and_several_forwards(pair: Any, named: bool) 
         if named:
             model.set_requires_grad(["act", "other", "plain"])
         if model is pair[1]:
-            model.eval()  # PEFT accepts names only in evaluation; without dropout it is equal.
+            model.eval()  # PEFT accepts names only in evaluation; there is no dropout.
         toggle = (
             "gradient_checkpointing_enable" if checkpoints else "gradient_checkpointing_disable"
         )
@@ -73,11 +73,11 @@ def test_training_with_checkpoints_and_several_forwards(pair: Any, named: bool) 
 
 
 @pytest.mark.parametrize("how", [{"use_cache": False}, {"prefill_chunk_size": 7}])
-def test_forwards_that_peft_would_adapt_elsewhere_raise(pair: Any, how: Any) -> None:
+def test_generation_that_peft_would_adapt_at_wrong_positions_raises(pair: Any, how: Any) -> None:
     ours, _ = pair
     with pytest.raises(NotImplementedError, match="from_peft: generate: expected a cache"):
         ours.generate(input_ids=prompts()[:1], **GREEDY, **how)
-    ours.set_adapter("plain")  # This adapter applies to all tokens.
+    ours.set_adapter("plain")  # An ordinary adapter applies to all tokens.
     ours.generate(input_ids=prompts()[:1], **GREEDY, **how)
 
 
@@ -90,14 +90,14 @@ def test_beams_equal_those_of_an_attached_model(tmp_path: Path, named: bool) -> 
     ours = lora_ext.from_peft(theirs)
     layer = ours.base_model.model.model.layers[0].self_attn.q_proj
     if named and not activated(layer, ["other"]):
-        pytest.skip("PEFT 0.18 runs an activated adapter that was added second as an ordinary one")
+        pytest.skip("PEFT 0.18 treats an activated adapter that was added second as ordinary")
     ids, names = prompts(), NAMES if named else ["act"] * 4
     with lora_ext.adapters(names, input_ids=ids):
         wanted = attached.generate(input_ids=ids, **MANY, **GREEDY)
     ours.set_adapter("act")
     how = {"adapter_names": names} if named else {}
     assert torch.equal(ours.generate(input_ids=ids, **how, **MANY, **GREEDY), wanted)
-    if not named:  # PEFT repeats names only for the argument num_beams and rejects other settings.
+    if not named:  # PEFT repeats names only for the argument num_beams.
         config = transformers.GenerationConfig(**MANY, **GREEDY)
         assert torch.equal(ours.generate(input_ids=ids, generation_config=config), wanted)
 

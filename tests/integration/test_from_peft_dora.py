@@ -1,4 +1,4 @@
-"""DoRA adapters through ``from_peft``: PEFT's identity to the bit, and PEFT's cache."""
+"""DoRA adapters through ``from_peft``: fresh ones are bitwise the identity; PEFT's cache works."""
 
 import copy
 from typing import Any
@@ -16,7 +16,7 @@ from lora_ext.interop.peft import report
 from lora_ext.interop.peft._layers import FusedLinear
 
 caching = pytest.mark.skipif(
-    not hasattr(peft.helpers, "DoraCaching"), reason="PEFT 0.18 does not keep norms of DoRA"
+    not hasattr(peft.helpers, "DoraCaching"), reason="PEFT 0.18 does not cache the norms of DoRA"
 )
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert"])
-def test_fresh_adapter_is_the_identity_to_the_bit(
+def test_fresh_adapter_is_bitwise_the_identity(
     family: str, dtype: torch.dtype, training: bool
 ) -> None:
     torch.manual_seed(0)
@@ -40,7 +40,7 @@ def test_fresh_adapter_is_the_identity_to_the_bit(
     assert report(model).taken and not report(model).left
     if training:
         for module in model.modules():
-            if isinstance(module, FusedLinear):  # not the model with its dropouts
+            if isinstance(module, FusedLinear):  # not the model, which has dropout
                 module.train()
     assert torch.equal(theirs, expected)
     assert torch.equal(logits(model), expected)
@@ -79,7 +79,7 @@ def test_norms_are_cached_only_while_dora_caching_is_on() -> None:
         assert kept == [{k: id(v) for k, v in c.items()} for c in caches(model)]
     assert torch.equal(first, plain) and torch.equal(second, plain)
     assert torch.equal(logits(model), plain)
-    assert not any(caches(model))  # As in PEFT, the next forward clears it.
+    assert not any(caches(model))  # As in PEFT, the next forward clears the cache.
 
 
 @caching
@@ -93,7 +93,7 @@ def test_next_forward_uses_the_cached_norm() -> None:
             for norm in cache.values():
                 norm.mul_(2.0)
         assert (logits(model) - plain).abs().max() > 0.01
-        model.train()  # This clears the cache at once.
+        model.train()  # This clears the cache immediately.
         assert not any(caches(model))
         assert torch.equal(logits(model), plain) and not any(caches(model))
 

@@ -65,7 +65,7 @@ def test_block_of_a_pool_around_the_model_warns(tmp_path: Path) -> None:
     alone = logits(ours)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with lora_ext.adapters("red"):  # the active adapter, for all rows
+        with lora_ext.adapters("red"):  # all rows with the active adapter
             assert torch.equal(logits(ours), alone)
         with lora_ext.adapters(None):
             assert torch.equal(logits(ours), alone)
@@ -78,8 +78,8 @@ def test_block_of_a_pool_around_the_model_warns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [["red", "green", None, "blue", "green"], "blue"])
-def test_block_of_another_model_with_a_common_name_warns(names: Any, tmp_path: Path) -> None:
-    """Check a teacher with its active adapter beside the student of the block."""
+def test_block_of_another_model_with_equal_adapter_name_warns(names: Any, tmp_path: Path) -> None:
+    """Check a teacher with an active adapter inside the block of its student."""
     student, _, _ = make_pair("llama", tmp_path)
     _, teacher = pair()
     teacher.set_adapter("red")
@@ -138,7 +138,7 @@ def test_scaling_that_is_not_a_plain_number_uses_peft(kind: str) -> None:
     assert report(ours).left and not report(ours).taken
 
 
-def test_attention_that_reads_its_output_projection_is_not_listed() -> None:
+def test_output_projection_that_attention_never_calls_is_left_to_peft() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -176,7 +176,7 @@ def test_training_by_name_warns_only_about_frozen_adapters() -> None:
     ours.set_adapter("red")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        logits(ours, adapter_names=NAMES)  # evaluation
+        logits(ours, adapter_names=NAMES)  # evaluation does not warn
         with torch.no_grad():
             logits(ours.train(), adapter_names=NAMES)
         logits(ours, adapter_names=["red", "__base__", "red", "red", "red"])
@@ -200,8 +200,8 @@ def test_replacing_is_silent_and_undoing_restores_the_types_of_peft() -> None:
     assert [type(m) for m in to_peft(model).modules()] == kinds
 
 
-def test_names_raise_while_a_trainer_calls_its_reference() -> None:
-    """Check TRL's case: adapter ``ref``, a copy, is active for a forward without gradients."""
+def test_names_raise_while_a_trainer_runs_its_reference_adapter() -> None:
+    """Check TRL's case: ``ref``, a copied adapter, is active in a forward without gradients."""
     _, ours = pair(configs={**CONFIGS["llama"], "ref": CONFIGS["llama"]["red"]})
     ours.train().set_adapter("ref")
     with torch.no_grad(), pytest.raises(ValueError, match=r"adapter_names: .*'ref' is active"):
@@ -222,7 +222,7 @@ def test_names_raise_while_a_trainer_calls_its_reference() -> None:
 
 @pytest.mark.parametrize("name", ["default", "other-name"])
 def test_layers_with_bare_parameters_as_factors_stay_with_peft(name):
-    """Check AdaLora: LoRA layers in PEFT, but with parameters instead of modules."""
+    """Check AdaLora, whose LoRA layers in PEFT have parameters instead of modules as factors."""
     torch.manual_seed(0)
     config = peft.AdaLoraConfig(target_modules=["0"], init_lora_weights=False, total_step=1)
     base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))

@@ -1,4 +1,4 @@
-"""from_peft over quantised bases: PEFT's layers on real quantisers, or on an imitation of one."""
+"""from_peft on quantised base layers, from real quantisers or an imitation of one."""
 
 import copy
 import importlib.util
@@ -86,7 +86,7 @@ def quanto() -> nn.Module:
 
 
 class Rounded(nn.Linear):
-    """Layer that imitates a quantiser: whole numbers, a scale, and a custom function."""
+    """Layer that imitates a quantiser: integers, a scale, and a custom autograd function."""
 
     class Product(torch.autograd.Function):
         @staticmethod
@@ -130,7 +130,7 @@ BASES = {
 
 def pair(base: str, **fields: Any) -> tuple[Any, Any]:
     made = []
-    for _ in range(2):  # Not copied, because quanto's weights cannot be copied.
+    for _ in range(2):  # Two models are made, since quanto's weights cannot be copied.
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchao warns about merging, which is not used here.
@@ -142,7 +142,7 @@ def pair(base: str, **fields: Any) -> tuple[Any, Any]:
 
 
 def embedded(model: Any, rows: int = 4) -> Tensor:
-    """Return inputs of the first layer; their gradient uses the backward of every base."""
+    """Return inputs of the first layer, whose gradient uses the backward of every base layer."""
     ids = torch.randint(1, VOCAB, (rows, 6), generator=torch.Generator().manual_seed(3))
     return model.get_input_embeddings()(ids).detach().requires_grad_()
 
@@ -158,8 +158,10 @@ def step(model: Any, **kwargs: Any) -> dict[str, Tensor]:
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Check that values differ at most by the order of float32 sums. An 8-bit base rounds its
-    input, and one rounding of difference is a step of 1/127."""
+    """Check that values differ at most by the order of float32 sums.
+
+    An 8-bit base quantises its input, so inputs that round differently are 1/127 apart.
+    """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         worst = (found[name] - value).abs().max().item()
@@ -167,7 +169,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_training_equals_peft_with_the_base_called_and_one_op_for_the_update(
+def test_training_equals_peft_calls_the_base_and_uses_one_op_for_the_update(
     base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs, ours = pair(base)
@@ -208,7 +210,7 @@ def test_names_in_training_give_the_gradients_of_separate_runs(base: str) -> Non
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_undone_copied_and_pickled_layers_have_the_right_types(base: str) -> None:
+def test_restored_copied_and_pickled_layers_have_the_right_types(base: str) -> None:
     theirs, ours = pair(base)
     names = [type(m).__qualname__ for m in theirs.modules()]
     assert [type(m).__name__ for m in ours.modules()] == [n.rpartition(".")[2] for n in names]
@@ -248,7 +250,7 @@ def test_dora_over_a_quantised_base_stays_with_peft(base: str) -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_sixteen_bit_inputs_and_float32_adapters_round_once() -> None:
+def test_output_for_bfloat16_inputs_and_float32_adapters_is_rounded_once() -> None:
     theirs, ours = pair("one that looks like them")
     with torch.no_grad():
         for layer in (*theirs.modules(), *ours.modules()):

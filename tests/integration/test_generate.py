@@ -25,7 +25,7 @@ def left_padded(lengths: tuple[int, ...] = (5, 3, 5, 2)) -> dict[str, Tensor]:
 
 
 def alone(reference: Any, inputs: dict[str, Tensor], row: int, **how: Any) -> Tensor:
-    """Return PEFT's answer to one row with one active adapter, without a mixed batch or padding."""
+    """Return PEFT's answer to one row alone, without padding, with its adapter active."""
     keep = inputs["attention_mask"][row].bool()
     prompt = inputs["input_ids"][row, keep].unsqueeze(0)
     with only(reference, NAMES[row]):
@@ -44,13 +44,13 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("mode", MODES)
-def test_every_row_answers_as_alone(family: str, mode: str, tmp_path: Path) -> None:
+def test_rows_of_a_mixed_batch_equal_the_rows_alone(family: str, mode: str, tmp_path: Path) -> None:
     model, reference, pool = make_pair(family, tmp_path)
     inputs, how = left_padded(), MODES[mode]
     with lora_ext.adapters(NAMES):
         ours = model.generate(**inputs, max_new_tokens=NEW, **how)
         again = model.generate(**inputs, max_new_tokens=NEW, adapter_names=PEFT_NAMES, **how)
-        with torch.no_grad():  # After the beams the block applies to its four rows again.
+        with torch.no_grad():  # After beam search, the block applies to four rows again.
             model(**inputs)
     assert torch.equal(ours, again)
     assert pool.stats()["pins"] == 0
@@ -65,7 +65,7 @@ def test_every_row_answers_as_alone(family: str, mode: str, tmp_path: Path) -> N
     assert not torch.equal(base[rows == 1], ours[rows == 1])  # The adapters change the tokens.
 
 
-def test_sampled_sequences_follow_their_rows_and_wrong_names_raise(tmp_path: Path) -> None:
+def test_sampled_sequences_use_their_rows_adapter_and_wrong_names_raise(tmp_path: Path) -> None:
     model, reference, _ = make_pair("llama", tmp_path)
     prompt = tokens(len(NAMES), 4)
     torch.manual_seed(3)
@@ -75,7 +75,7 @@ def test_sampled_sequences_follow_their_rows_and_wrong_names_raise(tmp_path: Pat
     names = [name for name in PEFT_NAMES for _ in range(3)]
     with torch.no_grad():
         logits = reference(input_ids=out.sequences, adapter_names=names).logits
-    # float32 on both sides, sums of at most 48 terms, logits of at most about 10: 1e-4 is 100 ulp.
+    # Both are float32 with sums of at most 48 terms; logits are at most about 10: 1e-4 is 100 ulp.
     torch.testing.assert_close(torch.stack(out.logits, 1), logits[:, 3:-1], rtol=0, atol=1e-4)
     assert len(out.sequences.unique(dim=0)) == 12  # Sampling gave different sequences.
     prompt = tokens(4, 5)

@@ -1,4 +1,4 @@
-"""DoRA and embedding adapters against PEFT, alone and beside others."""
+"""DoRA and embedding adapters compared with PEFT, alone and in mixed batches."""
 
 import copy
 from pathlib import Path
@@ -49,18 +49,18 @@ EMBEDDINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 NAMES = ["red", "green", "__base__", "blue", "green", None, "red"]
-# All float64 except the scale, which the pool keeps in float32. Scales are exact there or, like 16
-# / sqrt(12), have a relative error of 2**-25. Activations are of size one.
+# All tensors are float64 except the scale, which the pool stores in float32. Scales are exact in
+# float32 or, like 16 / sqrt(12), have a relative error of 2**-25. Activations are about 1.
 BOUND = 1e-6
 
 
 @pytest.mark.parametrize("kind", [DORA, EMBEDDINGS], ids=["dora", "embeddings"])
 @pytest.mark.parametrize("family", DORA)
-def test_alone_and_mixed_equal_peft(family: str, kind: Any, tmp_path: Path) -> None:
+def test_adapters_alone_and_mixed_equal_peft(family: str, kind: Any, tmp_path: Path) -> None:
     model, reference, pool = make_pair(family, tmp_path, kind[family], torch.float64)
     moved = assert_alone_and_mixed_equal_peft(model, reference, NAMES, BOUND)
     assert (moved if kind is DORA else moved.amax(1)).min() > 1e-3
-    # PEFT finds Llama's input embedding and saves its weight too, which is that of the base model.
+    # PEFT saves Llama's input embedding too; its weight equals that of the base model.
     assert pool.update("red", tmp_path / "red") == ()
 
 
@@ -93,14 +93,14 @@ def test_other_rows_keep_every_bit_and_adapted_rows_round_once(
                 t.double() for t in unpack(slab.a_pages, slab.b_pages, pages, int(slab.ranks[slot]))
             )
             exact = base[row].double() + float(slab.scale[slot]) * a[:, ids[row]].T @ b.T
-        # v and the sum are float32 for both, followed by one rounding, or two with gradients.
+        # v and the sum are float32 in both cases; one rounding follows, or two with gradients.
         unit = torch.finfo(dtype).eps / 2
         size = exact.abs().max() + (exact - base[row]).abs().max()
         assert (results[0][row] - exact).abs().max() <= (unit + 20 * 2**-24) * size
         assert (results[1][row] - exact).abs().max() <= (2 * unit + 20 * 2**-24) * size
 
 
-def test_tokens_and_one_name(tmp_path: Path) -> None:
+def test_embedding_accepts_names_per_token_and_one_name(tmp_path: Path) -> None:
     model, _ = make(tmp_path)
     layer, ids = model.model.embed_tokens, tokens(2, 3)
     with torch.no_grad():
@@ -114,13 +114,13 @@ def test_tokens_and_one_name(tmp_path: Path) -> None:
     for i, row in enumerate(names):
         for j, name in enumerate(row):
             assert torch.equal(mixed[i, j], whole[name][i, j])
-    assert torch.equal(whole["blue"], whole[None]), "blue must not change the embedding"
+    assert torch.equal(whole["blue"], whole[None]), "expected no change by adapter blue"
     assert not torch.equal(whole["red"], whole["green"])
 
 
 @pytest.mark.parametrize("length", [4, 5])
 def test_positions_shared_by_all_sequences_raise(length: int, tmp_path: Path) -> None:
-    """Check also as many positions as sequences, which look like names of tokens."""
+    """Check also 4 positions and 4 sequences, which looks like one name per token."""
     base = make_model("gpt2")
     make_peft(base, {"red": {"r": 4, "target_modules": ["wpe"]}}).save_pretrained(tmp_path)
     pool = lora_ext.AdapterPool(base, max_slots=1, max_rank=8)
@@ -138,7 +138,7 @@ def test_positions_shared_by_all_sequences_raise(length: int, tmp_path: Path) ->
             for embed in (wpe, compiled):
                 with pytest.raises(ValueError, match=r"one row of 4 tokens .* \[\[\.\.\.\]\]"):
                     embed(positions)
-        with lora_ext.adapters([names]):  # for one sequence, token by token
+        with lora_ext.adapters([names]):  # one name per token of one sequence
             one, whole = compiled(positions), wpe(positions)
         with lora_ext.adapters("red"):
             red, four = wpe(positions), model(ids).logits
@@ -156,7 +156,7 @@ def test_adapters_work_after_eviction_saving_copy_compile_and_detach(tmp_path: P
         expected = model(ids).logits
     state = {k: v for k, v in reference.state_dict().items() if ".red" in k and "lora_" in k}
     save_adapter(tmp_path / "ours", reference.peft_config["red"], state)
-    for number in range(4):  # There are four slots: the others move to the host.
+    for number in range(4):  # There are four slots, so other adapters are evicted.
         pool.load(f"other {number}", tmp_path / "ours")
     assert "red" not in pool._residence.by_name
     torch._dynamo.reset()

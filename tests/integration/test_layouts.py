@@ -1,4 +1,4 @@
-"""Models with layers whose input is not (sequences, tokens): tokens first, or one row for all."""
+"""Models with layers whose input is not (sequences, tokens): tokens first, or batch flattened."""
 
 import copy
 from typing import Any
@@ -42,8 +42,10 @@ def assert_rows_are_their_own(model: Any, ids: Tensor, names: list[str | None]) 
 
 @pytest.mark.parametrize("family", TOKENS_FIRST)
 @pytest.mark.parametrize("known", [True, False])
-def test_tokens_first(family: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check also as many tokens as sequences, from the first batch on if the model is known."""
+def test_rows_of_models_with_tokens_first_use_their_adapters(
+    family: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check also 4 sequences of 4 tokens, which are ambiguous in an unknown model's first batch."""
     if not known:
         monkeypatch.setattr(_layouts, "TOKENS_FIRST", {})
     model = attached(TOKENS_FIRST[family])
@@ -57,7 +59,7 @@ def test_tokens_first(family: str, known: bool, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FLATTENING)
-def test_models_that_flatten_their_batch_keep_rows(family: str) -> None:
+def test_rows_of_models_that_flatten_their_batch_use_their_adapters(family: str) -> None:
     model = attached(FLATTENING[family])
     for shape in [(4, 5), (4, 4), (4, 1)]:
         assert_rows_are_their_own(model, tokens(*shape), NAMES)
@@ -73,7 +75,7 @@ def test_fsmt_generates_with_one_adapter_per_row() -> None:
 @pytest.mark.parametrize("family", TOKENS_FIRST)
 @pytest.mark.parametrize("length", [4, 8])
 def test_names_of_tokens_and_copies_of_models_with_tokens_first(family: str, length: int) -> None:
-    """Check that entries are (B, L) in every layer; layers with (L, B) transpose them."""
+    """Check that names per token are (B, L), also in layers with inputs (L, B)."""
     model = attached(TOKENS_FIRST[family])
     ids = tokens(len(NAMES), length)
     known = ["red", "blue", "green"]
@@ -108,7 +110,7 @@ def test_compiled_model_that_flattens_its_batch_accepts_names() -> None:
                 compiled(tokens(4, 6))
 
 
-def test_single_tokens_reach_an_embedding_with_tokens_first() -> None:
+def test_rows_of_an_embedding_with_tokens_first_use_their_adapters() -> None:
     torch.manual_seed(0)
     model = TOKENS_FIRST["xlnet"]().eval()
     pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=8, targets=["word_embedding"])

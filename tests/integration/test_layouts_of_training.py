@@ -1,5 +1,7 @@
-"""Layers with tokens first, and adapters per row by every interface except the pool; also for as
-many sequences as tokens, for which the shape is ambiguous."""
+"""Layers with tokens first, with one adapter per row by every interface except the pool.
+
+Tests include batches with equal numbers of sequences and tokens, whose shape is ambiguous.
+"""
 
 from typing import Any
 
@@ -16,7 +18,7 @@ from lora_ext.federated import BatchedClients, ClientSpec, LayerPlan, LoraLayerM
 from lora_ext.interop.peft import to_peft
 from lora_ext.nn import LayerGroups, LoraConfig, RowwiseError, coalitions, unwrap, wrap
 
-#: Two kinds of layers with tokens first, and (in XLNet) an embedding with tokens first.
+#: Layers with tokens first; XLNet also has an embedding with tokens first.
 TARGETS = {"xlnet": ["layer_1", "layer_2"], "fsmt": ["q_proj", "v_proj", "fc1", "fc2"]}
 NAMES = ["red", "blue", None, "green"]
 PATTERNS = {"xlnet": r"\.layer\.(\d+)\.", "fsmt": r"decoder\.layers\.(\d+)\."}
@@ -68,7 +70,7 @@ def test_names_reach_the_rows_of_a_wrapped_model(family: str, shape: tuple[int, 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_ids_of_sequences_reach_the_rows_of_a_layer_compiled_or_not(
+def test_adapter_ids_per_sequence_reach_the_rows_of_a_layer(
     shape: tuple[int, int],
 ) -> None:
     model = wrapped("fsmt")
@@ -91,7 +93,7 @@ def test_ids_of_sequences_reach_the_rows_of_a_layer_compiled_or_not(
 def test_names_reach_the_rows_of_from_peft(
     family: str, shape: tuple[int, int], settings: dict[str, Any]
 ) -> None:
-    """Check dropout 1 too, which is a rare case that PEFT's forward runs."""
+    """Check dropout 1 too, for which PEFT's forward runs the layer."""
     model = of_peft(family, "fused", "red", "blue", "green", **settings)
     ids, names = tokens(*shape), [name or "__base__" for name in NAMES]
     mixed = model(ids, adapter_names=names).logits
@@ -117,7 +119,7 @@ def test_layer_run_by_peft_with_tokens_first_needs_one_name() -> None:
 @pytest.mark.parametrize("kind", ["ours", "peft", "fused"])
 @pytest.mark.parametrize("length", [6, 4])
 @torch.no_grad()
-def test_masks_reach_their_rows(family: str, kind: str, length: int) -> None:
+def test_coalition_masks_reach_their_rows(family: str, kind: str, length: int) -> None:
     if kind == "ours":
         model = wrapped(family)
     else:
@@ -140,8 +142,10 @@ def test_masks_reach_their_rows(family: str, kind: str, length: int) -> None:
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("lengths", [(4, 4), (4, 3), (6, 6)])
 def test_clients_train_their_own_rows(family: str, lengths: tuple[int, int]) -> None:
-    """Check two clients of two sequences: four by four, padded, and fewer sequences than tokens.
-    One trains only the last layer, where rows might not be in the graph."""
+    """Check two clients with two sequences each, of 4 tokens, of 4 and 3 (padded), and of 6.
+
+    One client trains only the last layer, so other rows' inputs may be outside the graph.
+    """
     torch.manual_seed(0)
     model: Any = TOKENS_FIRST[family]().eval()
     if family == "xlnet":  # FSMT's masks do not support float64.
@@ -161,7 +165,7 @@ def test_clients_train_their_own_rows(family: str, lengths: tuple[int, int]) -> 
     found = BatchedClients(model, clients, pattern=PATTERNS[family]).run_round(plans, state)
     for update, spec, plan in zip(found, clients, plans, strict=True):
         wanted = loop(model, manager, state, spec, plan, loss_of=next_token)
-        # Changes are about 0.05: float64, and float32 through two steps of AdamW.
+        # Changes are about 0.05; the bounds are for float64, and for float32 after 2 AdamW steps.
         assert_close(update, wanted, 1e-9 if family == "xlnet" else 2e-4)
         assert all(bool(t.any()) for t in update.tensors.values())
 

@@ -1,5 +1,7 @@
-"""Models with patches, frames or sounds: each uses the adapter of the sequence that contains its
-tokens, and an ambiguous batch raises."""
+"""Models with image patches, video frames or sounds.
+
+Each of these uses the adapter of the sequence that contains its tokens. An ambiguous batch raises.
+"""
 
 from typing import Any
 
@@ -107,7 +109,10 @@ def split(given: Tensor, counts: list[int]) -> list[dict[str, Tensor]]:
 def assert_rows_are_the_judges(
     build: Any, ids: Tensor, whole: Any, alone: list[Any], beams: int = 1
 ) -> None:
-    """Check rows; ``whole``: media of the batch, ``alone``: media of each sequence."""
+    """Check that each row equals that of the merged model.
+
+    ``whole`` are the media inputs of the batch, and ``alone`` those of each sequence.
+    """
     model, judges = served(build)
     how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": beams}
     with torch.no_grad():
@@ -126,13 +131,15 @@ def assert_rows_are_the_judges(
 @pytest.mark.parametrize(
     "grids",
     [
-        [(1, 4, 4), None, None, None],  # four tokens, as many as sequences
-        [None, (1, 2, 2), None, None],  # four patches
+        [(1, 4, 4), None, None, None],  # 4 media tokens and 4 sequences
+        [None, (1, 2, 2), None, None],  # 4 patches
         [(1, 2, 4), None, (1, 2, 4), None],
         [(1, 4, 4), (1, 2, 2), None, (1, 4, 2)],
     ],
 )
-def test_patches_of_images_in_one_row(grids: list[tuple[int, int, int] | None]) -> None:
+def test_images_packed_into_one_row_use_the_adapter_of_their_sequence(
+    grids: list[tuple[int, int, int] | None],
+) -> None:
     counts = [h * w // 4 if grid else 0 for grid in grids for _, h, w in [grid or (0, 0, 0)]]
     ids = torch.cat([torch.full((4, 1), 93), rows(IMAGE, counts)], 1)
     patches = noise(4 * sum(counts), 3 * 2 * 16).split([4 * n for n in counts])
@@ -150,15 +157,15 @@ def test_patches_of_images_in_one_row(grids: list[tuple[int, int, int] | None]) 
 
 
 @pytest.mark.parametrize("counts", [[2, 0, 0, 0], [1, 0, 2, 1]])
-def test_videos_of_two_frames(counts: list[int]) -> None:
-    """Check two videos with four frames, as many as sequences."""
+def test_videos_of_two_frames_use_the_adapter_of_their_sequence(counts: list[int]) -> None:
+    """Check videos with four frames in total, the number of sequences."""
     given = noise(sum(counts), 2, 3, 8, 8)
     alone = [{"pixel_values_videos": v["pixel_values"]} if v else {} for v in split(given, counts)]
     ids = rows(VIDEO, [3 * n for n in counts])
     assert_rows_are_the_judges(onevision, ids, {"pixel_values_videos": given}, alone)
 
 
-def test_sounds_and_images_beside_blank_ones() -> None:
+def test_sounds_and_images_use_the_adapter_of_their_sequence_beside_blank_ones() -> None:
     counts = [2, 0, 1, 1]
     given = noise(4, 8, 32)
     alone = [{"input_features": v["pixel_values"]} if v else {} for v in split(given, counts)]
@@ -177,15 +184,15 @@ def test_sounds_and_images_beside_blank_ones() -> None:
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1], [2, 0, 2, 0], [0, 3, 0, 1]])
-def test_images_with_beams(counts: list[int]) -> None:
-    """Check four images, as many as sequences, though some sequences have no image."""
+def test_images_use_the_adapter_of_their_sequence_in_beam_search(counts: list[int]) -> None:
+    """Check 4 images and 4 sequences, some of which have no image."""
     given = noise(4, 3, 8, 8)
     ids = rows(IMAGE, [4 * n for n in counts])
     assert_rows_are_the_judges(llava, ids, {"pixel_values": given}, split(given, counts), beams=2)
 
 
 def test_ambiguous_batch_needs_one_name() -> None:
-    """Check two images of different sizes with four tiles, as many as sequences."""
+    """Check two images of different sizes with four tiles in total, the number of sequences."""
     model, judges = served(llava_next)
     sizes = torch.tensor([[8, 8], [7, 8]])
     given = noise(2, 2, 3, 8, 8)
@@ -226,7 +233,7 @@ def test_inseparable_tower_accepts_one_sound_per_sequence() -> None:
 
 @pytest.mark.slow
 def test_compiled_model_runs_batches_with_media_uncompiled() -> None:
-    """Check two videos in one sequence; only the text is compiled."""
+    """Check two videos in one sequence; only batches of text run compiled."""
     counts = [2, 0, 0, 0]
     model, _ = served(onevision)
     given, ids = noise(2, 2, 3, 8, 8), rows(VIDEO, [3 * n for n in counts])

@@ -12,7 +12,7 @@ from adapted_models import adapted, llama
 from lora_ext.methods import mod
 
 ROWS = torch.randint(1, 11, (10, 6), generator=torch.Generator().manual_seed(0))
-#: Rows that are their own labels except for the first tokens.
+#: Rows whose labels are their tokens, except for the first ones.
 SEQUENCES = [
     {"input_ids": row, "labels": torch.where(torch.arange(6) < i % 4, -100, row)}
     for i, row in enumerate(ROWS)

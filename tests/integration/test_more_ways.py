@@ -1,5 +1,7 @@
-"""Rarer ways to generate, some of which drop the names or give the model other rows: each gives the
-answer of the row alone, or raises."""
+"""Less common ways to generate, some of which drop the names or change the rows of the batch.
+
+Each gives the answer of the row alone, or raises.
+"""
 
 import asyncio
 import copy
@@ -45,7 +47,7 @@ def test_streamers_of_a_thread_use_the_names_of_the_call(kind: str, tmp_path: Pa
 
 
 def test_generate_of_the_instance_accepts_names_and_is_restored(tmp_path: Path) -> None:
-    """Check what transformers sets on a model with a custom_generate in its repository."""
+    """Check ``model.generate`` as transformers sets it for a repository with a custom_generate."""
 
     def by_hand(model: Any, inputs: torch.Tensor, **_: Any) -> torch.Tensor:
         for _step in range(6):
@@ -74,7 +76,7 @@ def scores(outputs: Any) -> list[float]:
 
 
 def test_classification_pipelines_use_blocks_and_reject_names(tmp_path: Path) -> None:
-    """Check names of a call, which transformers passes to the tokenizer, which drops them."""
+    """Check names in a call: transformers passes them to the tokenizer, which ignores them."""
     model, _, pool = make_pair("bert", tmp_path)
     pipe: Any = transformers.pipeline("text-classification", model=model, tokenizer=TOKENIZER)
     alone = []
@@ -107,13 +109,13 @@ def test_iterator_of_a_pipeline_must_be_read_inside_the_block(tmp_path: Path) ->
     with pytest.warns(UserWarning, match=message):
         base = scores(lazy)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once, and never for correct use
+        warnings.simplefilter("error")  # It warns once, and never for correct use.
         assert scores(pipe(texts())) == base == pytest.approx(scores(pipe(TEXTS)), abs=1e-6)
     twin, _, other = make_pair("bert", tmp_path / "other")
     pipe = transformers.pipeline("text-classification", model=twin, tokenizer=TOKENIZER)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)  # also called outside
+        assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)  # called outside blocks
         with lora_ext.adapters(None, pool=other):
             assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)
             lazy = pipe(texts())
@@ -181,7 +183,7 @@ def step_by_hand(model: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
     return input_ids
 
 
-# Others are in test_generate.py and test_families.py.
+# Other ways are in test_generate.py and test_families.py.
 BATCHED: dict[str, dict[str, Any]] = {
     "guidance": {"guidance_scale": 1.5, **GREEDY},
     "custom_generate": {"custom_generate": step_by_hand},

@@ -1,4 +1,4 @@
-"""Run examples/mtpc_bytes.py with its smallest sizes: it trains, decodes and draws."""
+"""examples/mtpc_bytes.py at its smallest sizes: it trains, decodes and plots."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from scripts import needs, run_quickly
 pytestmark = [pytest.mark.slow, needs("matplotlib", "rich", "tqdm")]
 
 
-def test_four_heads_are_trained_compared_and_drawn(
+def test_four_heads_are_trained_compared_and_plotted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for known in (False, True):  # The second run loads the models of the first.

@@ -1,4 +1,4 @@
-"""Adapters with whole modules (PEFT's ``modules_to_save``): each row uses its adapter's head."""
+"""Adapters that replace modules (PEFT's ``modules_to_save``): each row uses its adapter's head."""
 
 import copy
 from pathlib import Path
@@ -50,7 +50,7 @@ NAMES = ["red", None, "blue", "green", "red", "__base__"]  # green has only a cl
 
 
 def make_trained(case: str) -> tuple[nn.Module, Any]:
-    """Return the base model, and PEFT's with three adapters that replace the base head."""
+    """Return the base model, and PEFT's model with three adapters that replace its head."""
     make, fields = CASES[case]
     model = make()
     plain = {"r": 4, "target_modules": fields["target_modules"]}
@@ -131,7 +131,7 @@ def test_heads_are_loaded_and_evicted_with_their_adapters(trained: Any) -> None:
         with lora_ext.adapters("blue"):
             found = model(ids).logits
             pool.unload("blue")
-            assert torch.equal(model(ids).logits, found)  # until the block ends
+            assert torch.equal(model(ids).logits, found)  # The block still holds the adapter.
         assert (found - theirs(reference, "red", ids)).abs().max() < BOUND
         assert pool.stats()["replaced_bytes"] == 0
         assert torch.equal(model(ids).logits, base)
@@ -179,7 +179,7 @@ def test_compiled_backward_through_a_head_raises(tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path)
     model, _ = serve(plain, tmp_path)
     compiled = torch.compile(model, backend="aot_eager")
-    error = torch._dynamo.exc.BackendCompilerFailed  # It contains the message of our error.
+    error = torch._dynamo.exc.BackendCompilerFailed  # It contains our message.
     with lora_ext.adapters("red"), pytest.raises(error, match="compiled graph without gradients"):
         compiled(tokens(2, 5)).logits.sum().backward()
 

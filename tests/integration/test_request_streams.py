@@ -1,4 +1,4 @@
-"""Requests of a manager as streams, each with its own sampling settings."""
+"""Requests of a manager as streams, each with separate sampling settings."""
 
 import asyncio
 import time
@@ -29,12 +29,12 @@ def drawn(sampling: Sampling, scores: torch.Tensor, count: int = 300) -> Counter
 
 def test_tokens_follow_temperature_and_top_p() -> None:
     scores = logits(0.5, 0.3, 0.2)
-    assert drawn(Sampling(0.0), torch.tensor([1.0, 2.0, 2.0])) == {1: 300}  # first of equals
+    assert drawn(Sampling(0.0), torch.tensor([1.0, 2.0, 2.0])) == {1: 300}  # first of equal logits
     assert drawn(Sampling(1e-40), scores) == {0: 300}
     for temperature in (1.0, 2.0):
         found = drawn(Sampling(temperature), scores, 4000)
         for token, p in enumerate((scores / temperature).softmax(-1).tolist()):
-            # Five standard deviations of a binomial: 1 in 3 million by chance; the seed is fixed.
+            # Five standard deviations of a binomial; one seed in 3 million exceeds them.
             assert abs(found[token] - 4000 * p) < 5 * (4000 * p * (1 - p)) ** 0.5
     scores = logits(0.2, 0.5, 0.3)
     assert set(drawn(Sampling(1.0, top_p=0.4), scores)) == {1}

@@ -13,7 +13,7 @@ import lora_ext
 
 BOUND = 1e-5
 NAMES = ["law", None, "news", "news", "__base__", "law"]
-LENGTHS = [9, 4, 6, 12, 7, 3]  # of the pairs: question, then text
+LENGTHS = [9, 4, 6, 12, 7, 3]  # tokens of each pair (question, then text)
 HEADS = {"encoder": "classifier", "decoder": "score"}  # Both are linear with one logit.
 
 
@@ -24,7 +24,7 @@ def make(kind: str) -> Any:
 
 
 def pairs(kind: str) -> dict[str, torch.Tensor]:
-    """Return pairs padded at the end; an encoder also gets the half of the pair of each token."""
+    """Return right-padded pairs; an encoder also gets ``token_type_ids``."""
     tokens = torch.randint(3, VOCAB, (6, 12), generator=torch.Generator().manual_seed(4))
     mask = (torch.arange(12) < torch.tensor(LENGTHS)[:, None]).long()
     found = {"input_ids": tokens * mask, "attention_mask": mask}
@@ -51,7 +51,7 @@ def served(request: Any, tmp_path_factory: Any) -> Iterator[tuple[str, Any, Any,
     yield kind, attach_saved(make(kind), folder, ("law", "news")), theirs, folder
 
 
-def test_each_pair_of_a_mixed_batch_has_its_score_alone_and_in_peft(served: Any) -> None:
+def test_score_of_each_pair_in_a_mixed_batch_equals_that_alone_and_in_peft(served: Any) -> None:
     kind, model, theirs, _ = served
     batch, base = pairs(kind), make(kind)
     with torch.no_grad():

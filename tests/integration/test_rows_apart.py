@@ -1,4 +1,4 @@
-"""A NaN in one row of a batch stays in that row, even if torch's products read behind rows."""
+"""A NaN in one row of a batch stays in that row, even if torch's products read past row ends."""
 
 import copy
 import pickle
@@ -37,7 +37,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 @pytest.fixture(params=[False, True], ids=["torch", "planted"], autouse=True)
 def planted(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Run a test with torch's products, and with a substitute that always has the fault."""
+    """Run a test with torch's products, and with a substitute that always reads past row ends."""
     with reading_behind() if request.param else nullcontext():
         yield request.param
 
@@ -53,7 +53,7 @@ def one_bad(x: Tensor) -> Tensor:
 
 
 def assert_apart(y: Tensor, clean: Tensor | None = None) -> None:
-    """Check that the rows beside the bad one are finite, and equal ``clean`` up to rounding."""
+    """Check that all rows except the bad one are finite, and equal ``clean`` up to rounding."""
     y = y.detach().reshape(ROWS, -1)
     assert y[BAD].isnan().any()
     assert y[INNOCENT].isfinite().all()
@@ -74,7 +74,7 @@ def assert_apart_both_ways(f: Callable[[Tensor], Tensor], x: Tensor, out: int) -
 
 
 @widths
-def test_substitute_has_the_fault(planted: bool, width: int) -> None:
+def test_substitute_reads_past_row_ends(planted: bool, width: int) -> None:
     if not planted:
         pytest.skip("tests only the substitute")
     x = one_bad(randn(0, ROWS, width, dtype=torch.bfloat16))
@@ -85,8 +85,9 @@ def test_substitute_has_the_fault(planted: bool, width: int) -> None:
 
 
 @widths
-def test_rows_in_more_dimensions_have_the_bits_of_rows_in_two(planted: bool, width: int) -> None:
-    """Check strided rows in three dimensions: torch adds their bias in a second rounding."""
+def test_product_of_3d_rows_is_bitwise_equal_to_that_of_2d_rows(planted: bool, width: int) -> None:
+    """Check strided rows in three dimensions, for which torch adds the bias with a second rounding.
+    """
     layer = nn.Linear(width, OTHER).bfloat16().requires_grad_(False)
     x = randn(0, 4, 10, width, dtype=torch.bfloat16)
     expected = linear(x.view(ROWS, width), layer.weight, layer.bias).view(4, 10, OTHER)
@@ -100,9 +101,7 @@ def test_rows_in_more_dimensions_have_the_bits_of_rows_in_two(planted: bool, wid
 
 @widths
 @dtypes
-def test_spaced_rows_are_the_same_numbers_with_zeros_behind_them(
-    width: int, dtype: torch.dtype
-) -> None:
+def test_spaced_rows_are_unchanged_and_followed_by_zeros(width: int, dtype: torch.dtype) -> None:
     x = randn(0, 2, 3, width, dtype=dtype)
     y = spaced(x)
     assert torch.equal(x, y)
@@ -123,7 +122,7 @@ def test_guarded_product_has_the_gradients_of_the_formula(width: int, dtype: tor
     y, exact = linear(*leaves), torch.nn.functional.linear(*wide)
     dy = randn(5, *y.shape, dtype=dtype)
     found = torch.autograd.grad(y, leaves, dy)
-    # One rounding of the result, and roundings of float32 sums relative to the terms' magnitudes.
+    # One rounding of the result, and roundings of float32 sums relative to the sum of magnitudes.
     magnitudes = [leaf.detach().abs().requires_grad_() for leaf in wide]
     bound = torch.autograd.grad(
         torch.nn.functional.linear(*magnitudes), magnitudes, dy.abs().double()
@@ -193,7 +192,7 @@ def test_dora_adapter_and_embedding_keep_rows_apart(width: int) -> None:
 
 
 class Three(nn.Module):
-    """Model with a layer for adapters, one without, transformers' ``Conv1D`` and a head."""
+    """Model of a layer with adapters, a layer without, transformers' ``Conv1D`` and a head."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -292,7 +291,7 @@ def test_model_unloaded_by_peft_has_no_hooks_of_this_package(merge: bool) -> Non
 
 
 class Grouped(nn.Linear):
-    """Linear layer that views its input, which fails for rows with zeros between them."""
+    """Linear layer that calls ``view`` on its input, which fails if there are gaps between rows."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.view(-1, 16).view(input.shape))
@@ -313,7 +312,7 @@ def test_subclass_that_views_its_input_runs(way: str, adapted: bool) -> None:
 
 
 class CountedOps(TorchDispatchMode):
-    """Numbers of calls of each op."""
+    """Mode that counts the calls of each op."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -324,7 +323,7 @@ class CountedOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_base_of_an_adapter_spaces_its_rows_once_and_is_in_the_fused_op() -> None:
+def test_base_layer_spaces_its_rows_once_and_is_part_of_the_fused_op() -> None:
     model: Any = wrapped(Three(144, torch.bfloat16))
     model.up.set_adapter([])
     x = randn(0, 2, 20, 144, dtype=torch.bfloat16).requires_grad_()
@@ -334,7 +333,7 @@ def test_base_of_an_adapter_spaces_its_rows_once_and_is_in_the_fused_op() -> Non
     with CountedOps() as backward:
         torch.autograd.grad(y, x, dy, retain_graph=True)
     assert forward.calls["constant_pad_nd"] == 1
-    assert backward.calls["constant_pad_nd"] == 2  # of dy, and in the backward of the copy of x
+    assert backward.calls["constant_pad_nd"] == 2  # for dy, and in the backward of the copy of x
     base: Any = wrapped(Three(144, torch.bfloat16)).get_submodule("up.base_layer")
     assert base._forward_pre_hooks and lora_ext.layers.dense_parameters(base) is not None
     base.register_forward_hook(lambda *_: None)
@@ -354,7 +353,7 @@ def test_product_of_a_packed_weight_has_no_spaced_copy(planted: bool, way: str) 
     with CountedOps() as counted:
         model(x)
     assert counted.calls["packed_linear"] == 3
-    assert counted.calls["constant_pad_nd"] == 1  # of the Conv1D, which is not packed
+    assert counted.calls["constant_pad_nd"] == 1  # for Conv1D, which is not packed
     assert_apart_both_ways(model, randn(0, ROWS, 144, dtype=torch.bfloat16), 33)
     lora_ext.nn.unpack_linears(model)
     assert_apart_both_ways(model, randn(0, ROWS, 144, dtype=torch.bfloat16), 33)
@@ -363,7 +362,7 @@ def test_product_of_a_packed_weight_has_no_spaced_copy(planted: bool, way: str) 
 @pytest.mark.slow
 def test_compiled_model_keeps_rows_in_three_dimensions_apart(planted: bool) -> None:
     if planted:
-        pytest.skip("a compiled graph calls torch's products")
+        pytest.skip("a compiled graph does not call the substitute")
     model = wrapped(Three(144, torch.bfloat16)).eval()
     x = one_bad(randn(0, ROWS, 144, dtype=torch.bfloat16)).view(2, 20, 144)
     torch._dynamo.reset()
@@ -378,7 +377,7 @@ def llama() -> Any:
 
 
 @pytest.mark.slow
-def test_overflowing_tenant_fails_alone() -> None:
+def test_overflowing_tenant_does_not_affect_other_tenants() -> None:
     def datum(seed: int) -> Datum:
         x = torch.randint(0, 77, (21,), generator=torch.Generator().manual_seed(seed))
         return Datum(x[:-1], {"target_tokens": x[1:]})

@@ -209,7 +209,7 @@ def test_stream_that_fails_midway_reports_it_and_the_server_keeps_working(
     found = json.loads(error.removeprefix("data: "))
     assert found == {"error": {"message": "no such token", "code": 500}}
     assert metric(server, 'refused_total{code="500"}') == told + 1
-    settle(server)  # Tokens without a reader are not generated.
+    settle(server)  # Without a reader, no tokens are generated.
     assert text_of(ask(server, "a1")) == expected
 
 

@@ -1,4 +1,4 @@
-"""``/v1/embeddings`` of an embedding model, against PEFT's layers, and cross-origin requests."""
+"""``/v1/embeddings`` of an embedding model compared with PEFT, and cross-origin requests."""
 
 import asyncio
 import base64
@@ -285,7 +285,7 @@ def test_forward_has_at_most_max_batch_tokens(tmp_path: Path) -> None:
     embedder.model.register_forward_pre_hook(note, with_kwargs=True)
     texts = [[5 + i % 90, 6] for i in range(40)]
     texts[7] = list(range(5, 55))  # one long text among short ones
-    texts[30] = [8] * 80  # too long for a forward, so it is computed alone
+    texts[30] = [8] * 80  # exceeds max_batch_tokens, so it is computed alone
     vectors, _ = asyncio.run(embedder.embed(texts, "x"))
     assert max(rows * width for rows, width in shapes if rows > 1) <= 64
     assert len(shapes) <= 4 and (1, 80) in shapes
@@ -318,7 +318,7 @@ def save_bert(folder: Path, **settings: Any) -> tuple[Any, Any]:
 
 
 async def all_at_once(embedder: Any, asked: list[tuple[Any, str | None]]) -> list[Any]:
-    """Send all requests at a time and return the vectors or the error of each."""
+    """Send all requests at once; return the vectors or the error of each."""
     calls = (embedder.embed(texts, name) for texts, name in asked)
     found = await asyncio.gather(*calls, return_exceptions=True)
     return [each if isinstance(each, BaseException) else each[0] for each in found]

@@ -1,4 +1,4 @@
-"""Structured answers over HTTP: satisfied forms, errors, and unchanged other requests."""
+"""Structured answers over HTTP: they satisfy their format, and other requests are unchanged."""
 
 import concurrent.futures
 import json
@@ -43,7 +43,7 @@ def holds(form: dict[str, Any], text: str) -> bool:
 
 
 def save_letters(folder: Path, save: Any = served.save_model) -> None:
-    """Save the same model with one token per letter."""
+    """Save the model of ``served`` with a tokenizer that has one token per character."""
     save(folder)
     marks = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
     listed = [*marks, *string.ascii_letters, *string.digits, *' {}[]":,.-_']
@@ -63,7 +63,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_answers_satisfy_their_forms_and_others_keep_their_bits(server: Any) -> None:
+def test_answers_satisfy_their_formats_and_other_answers_are_unchanged(server: Any) -> None:
     plain = {name: text_of(ask(server, name, max_tokens=30)) for name in NAMES[:4]}
     jobs = [(NAMES[i % 4], form) for i, form in enumerate([*FORMATS, {}] * 3)]
 

@@ -99,7 +99,7 @@ def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads:
     reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
     reader.start()
     try:
-        told = process.stdout.readline() + process.stdout.readline()  # packing and address
+        told = process.stdout.readline() + process.stdout.readline()  # packing, then address
         place = re.search(r"answers at http://127\.0\.0\.1:(\d+)/v1", told)
         assert place, told + "".join(errors)
         body = json.dumps(chat("a1", stream=True, max_tokens=1900)).encode()
@@ -112,7 +112,7 @@ def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads:
         while reads and (more := connection.recv(1 << 16)):
             found += more
         took = time.monotonic() - begin
-        status = process.wait(120)  # Python may need time on a busy machine.
+        status = process.wait(120)  # Python may take long on a busy machine.
         connection.close()
     finally:
         process.kill()

@@ -1,4 +1,4 @@
-"""PEFT's adapters per row if two processes train one model on different rows."""
+"""PEFT adapters per row, trained by two data-parallel processes on different rows."""
 
 from typing import Any
 
@@ -80,7 +80,7 @@ def _refused(rank: int) -> str:
     return str(caught.value)
 
 
-def test_layers_run_by_peft_raise_and_are_named(two_processes: TwoProcesses) -> None:
+def test_error_for_layers_run_by_peft_names_them(two_processes: TwoProcesses) -> None:
     for found in two_processes.run(_refused):
         assert found.startswith("from_peft: adapter_names: expected lora_ext to run")
         assert "embed_tokens" in found

@@ -1,4 +1,4 @@
-"""transformers' models with layers that share ops, against those without."""
+"""transformers' models whose sibling layers share ops, compared with one op per layer."""
 
 import copy
 from pathlib import Path
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("shared_on_cpu")
 
 
 def attached(model: Any, configs: dict[str, Any], folder: Path, **how: Any) -> list[Any]:
-    """Return a copy with siblings that share ops, and one with separate ops per layer."""
+    """Return a copy whose sibling layers share ops, and a copy with separate ops per layer."""
     make_peft(model, configs).save_pretrained(folder)
     return [
         attach_saved(copy.deepcopy(model), folder, configs, fuse_siblings=fuse, **how)
@@ -54,10 +54,10 @@ def same_logits(model: Any, plain: Any, **inputs: Any) -> None:
 @pytest.mark.parametrize(
     ("family", "each_layer"), [("llama", [3, 2]), ("qwen2", [3, 2]), ("bert", [3])]
 )
-def test_bits_equal_those_of_single_layers(
+def test_shared_ops_are_bitwise_equal_to_separate_ones(
     family: str, each_layer: list[int], how: dict[str, Any], tmp_path: Path, fused: list[int]
 ) -> None:
-    """Check fewer heads of keys than of queries, gate and up, and an encoder."""
+    """Check models with fewer key than query heads, gate and up layers, and an encoder."""
     model, plain = attached(make_model(family), CONFIGS[family], tmp_path, **how)
     same_logits(model, plain, input_ids=tokens(3, 6))
     assert fused == each_layer * 2, f"expected only calls of the second forward, found {fused}"
@@ -136,4 +136,4 @@ def test_smollm2_gives_the_same_text(tmp_path: Path, fused: list[int]) -> None:
         answers.append(base.generate(**batch, adapter_names=NAMES, **how))
         lora_ext.detach(base)
     assert torch.equal(*answers)
-    assert fused == [3, 2] * 30 * 11, f"found {len(fused)} calls, not 660"
+    assert fused == [3, 2] * 30 * 11, f"expected 660 calls, found {len(fused)}"

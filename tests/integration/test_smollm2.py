@@ -67,7 +67,7 @@ def test_smollm2_serves_a_mixed_batch_like_peft(base: tuple[Any, Any], tmp_path:
 
 
 LOSS_BOUND = 1e-4  # of losses between 1 and 10, after up to 20 steps of AdamW in float32
-# A large rate makes training chaotic: rounding alone then changes PEFT's losses by more.
+# With a larger rate training is chaotic: rounding alone changes PEFT's losses by more than this.
 LEARNING_RATE = 3e-4
 NAMES = [f"adapter{i}" for i in range(8)]
 RANKS = dict(zip(NAMES, (4, 8, 16, 8, 3, 24, 32, 8), strict=True))
@@ -120,8 +120,9 @@ def test_twenty_steps_have_the_losses_of_peft(base: tuple[Any, Any]) -> None:
 
 
 def test_eight_adapters_at_once_have_the_losses_of_eight_runs(base: tuple[Any, Any]) -> None:
-    # oneDNN computes 128 rows at once, torch's library 16 rows alone. AdamW's first steps, all of
-    # one size, amplify the two roundings of each product. Measured on AVX-512: 2.0e-4.
+    # A batch of 128 rows is multiplied by oneDNN, and 16 rows alone by another library, so products
+    # round differently. AdamW's first steps have the same size for every gradient, which
+    # amplifies this difference. Measured on AVX-512: 2.0e-4.
     bound = 4 * LOSS_BOUND
     model, tokenizer = base
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
@@ -167,7 +168,7 @@ def test_adapter_head_learns_and_decodes_like_the_model(base: tuple[Any, Any], t
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     expected = model.generate(**batch, do_sample=False, max_new_tokens=24)
     found = draft.decoder(mode="greedy").generate(**batch, max_new_tokens=24)
-    # float32: the gaps between the two best logits are far above the rounding of either pass.
+    # The two best logits are much further apart than the float32 rounding of either forward.
     assert torch.equal(found.sequences, expected[:, : found.sequences.shape[1]])
     # The number of accepted drafts after twelve steps of training depends on the seed. Each call
     # emits at least one token. benchmarks/mtpc_smollm2.py measures the acceptance.
@@ -176,7 +177,7 @@ def test_adapter_head_learns_and_decodes_like_the_model(base: tuple[Any, Any], t
     assert sampled.sequences.shape[1] > batch["input_ids"].shape[1]
 
     length = batch["input_ids"].shape[1]
-    # Tokens 8 to 10 of either answer, without the first and the last letter.
+    # The text of tokens 8 to 10 of each answer, without its first and last letter.
     pieces = [tokenizer.decode(row[length + 8 : length + 11])[1:-1] for row in expected]
     stop: dict[str, Any] = {"stop_strings": pieces, "tokenizer": tokenizer}
     expected = model.generate(**batch, do_sample=False, max_new_tokens=24, **stop)

@@ -17,7 +17,7 @@ from lora_ext.rows._pool_layer import pool_of
 
 BOUND = 1e-4
 NAMES = ["red", None, "blue", "green", "red"]
-#: In the format of PEFT's configuration. green has no rows; red and blue have different ones.
+#: ``trainable_token_indices`` of each adapter: red and blue have different rows, green has none.
 ROWS: dict[str, Any] = {"red": [3, 5, 96], "blue": {"embed_tokens": [5, 7]}, "green": None}
 STEM = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 
@@ -37,7 +37,7 @@ def trained(request: Any, tmp_path_factory: Any) -> Iterator[tuple[Any, Any, Pat
         name: {"r": 2 + i, "target_modules": ["q_proj"], "trainable_token_indices": rows}
         for i, (name, rows) in enumerate(ROWS.items())
     }
-    plain = make_peft(model, {"green": configs.pop("green")})  # PEFT cannot save it beside others.
+    plain = make_peft(model, {"green": configs.pop("green")})  # PEFT cannot save all three.
     theirs = make_peft(model, configs)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_rows_of_a_batch_use_the_tokens_of_their_adapter(trained: Any) -> None:
             expected = theirs(name)(input_ids=ids[row : row + 1]).logits[0]
             assert (mixed[row] - expected).abs().max() < BOUND, name
             assert (mixed[row] - base[row]).abs().max() > 100 * BOUND
-        # Few rows instead of a whole weight: those of red and blue, twice if the head is tied.
+        # The pool stores only the rows of red and blue, twice if the head is tied.
         tied = model.lm_head.base.weight is model.model.embed_tokens.base.weight
         assert pool.stats()["replaced_bytes"] == (3 + 2) * (32 * 4 + 8) * (1 + tied)
         for name in ("red", "blue"):

@@ -45,7 +45,7 @@ def run_trainer(model: Any, folder: Path, steps: int, resume: bool = False) -> N
 
 
 @pytest.mark.slow
-def test_trainer_learns_like_with_peft_and_resumes_to_the_bit(tmp_path: Path) -> None:
+def test_trainer_learns_as_with_peft_and_resumes_bitwise(tmp_path: Path) -> None:
     theirs = tiny_peft()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
     start = weights_of(ours)
@@ -67,7 +67,7 @@ def test_trainer_learns_like_with_peft_and_resumes_to_the_bit(tmp_path: Path) ->
     assert all(torch.equal(weight, expected[key]) for key, weight in weights_of(resumed).items())
 
 
-def test_accelerate_learns_like_with_peft() -> None:
+def test_accelerate_learns_as_with_peft() -> None:
     theirs = tiny_peft()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
     start, losses = weights_of(ours), {}
@@ -85,7 +85,7 @@ def test_accelerate_learns_like_with_peft() -> None:
                 optimizer.zero_grad()
                 losses[name].append(loss.item())
         assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is model
-    close = 1e-5  # some tens of float32 roundings
+    close = 1e-5  # a few dozen float32 roundings
     torch.testing.assert_close(losses["ours"], losses["theirs"], rtol=close, atol=0)
     expected = weights_of(theirs)
     for key, weight in weights_of(ours).items():
@@ -222,7 +222,7 @@ def test_evaluation_in_between_uses_all_layers(tmp_path: Path):
     )
     run_copra(model, tmp_path, eval_strategy="steps", eval_steps=2)
     hook.remove()
-    assert len(seen) == 4 * 2 and all(seen)  # of 16 rows in batches of 8
+    assert len(seen) == 4 * 2 and all(seen)  # 16 rows in batches of 8
 
 
 def test_other_controllers_raise_and_other_numbers_of_steps_warn():
@@ -236,7 +236,7 @@ def test_other_controllers_raise_and_other_numbers_of_steps_warn():
 
 
 def _train(model: Any, controller: CopraController, rows: Tensor) -> dict[str, Any]:
-    """Train some steps and return masks and gradients of the last step with a partial mask."""
+    """Train some steps; return all masks, and the last gradients with a partial mask."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     masks, gradients = [], {}
     for _ in range(STEPS):

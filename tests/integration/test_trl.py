@@ -1,4 +1,4 @@
-"""from_peft with TRL's trainers, against PEFT with the same trainers."""
+"""from_peft in TRL's trainers, compared with PEFT in the same trainers."""
 
 import copy
 import sys
@@ -70,8 +70,10 @@ def train(
     given: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """Return the trainer after four steps on the CPU without autocast, with TRL's defaults for the
-    rest. ``given`` are arguments of the trainer."""
+    """Return the trainer after four steps on the CPU without autocast.
+
+    Other settings are TRL's defaults. ``given`` are arguments of the trainer.
+    """
     arguments = getattr(trl, f"{kind}Config")(
         output_dir=str(folder),
         **{
@@ -107,7 +109,7 @@ def one_adapter(dropout: float = 0.0) -> Any:
 
 
 def classifier_with_a_head() -> Any:
-    """Return a classifier; PEFT trains its new head beside the adapter."""
+    """Return a classifier whose new head PEFT trains together with the adapter."""
     config: Any = make_model("llama").config
     config.num_labels = 1
     torch.manual_seed(0)
@@ -123,7 +125,7 @@ def weights_of(model: Any, part: str = ".default.") -> dict[str, Tensor]:
 def assert_learned(
     got: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Mapping[str, Tensor]
 ) -> None:
-    """Check that adapters learned the same up to some float64 roundings (1e-14 measured)."""
+    """Check that adapters learned the same up to a few float64 roundings (1e-14 measured)."""
     assert got.keys() == expected.keys() <= start.keys() and got
     for key, weight in expected.items():
         way = (weight - start[key]).norm()
@@ -146,7 +148,7 @@ def test_trained_adapters_equal_those_of_peft(kind: str, tmp_path: Path) -> None
     for got, expected in zip(*reversed(logs), strict=True):
         for key in expected.keys() & {"loss", "rewards/margins", "logps/chosen", "kl", "reward"}:
             assert got[key] == pytest.approx(expected[key], rel=1e-6), key
-    if kind in ("DPO", "KTO", "GRPO"):  # the reference of the preferences
+    if kind in ("DPO", "KTO", "GRPO"):  # uses a reference model
         reference = weights_of(ours, ".ref.")
         assert {k.replace(".ref.", ".default.") for k in reference} == start.keys()
         for key, weight in reference.items():
@@ -186,7 +188,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind: str, tmp_pat
 
 @pytest.mark.slow
 def test_adapter_made_by_the_trainer_has_the_base_as_reference(tmp_path: Path) -> None:
-    """Check DPO with a ``peft_config``: it makes the adapter and disables it for its reference."""
+    """Check DPO with a ``peft_config``: it adds the adapter and disables it in the reference."""
     found = []
     for take in (lambda model: model, lora_ext.from_peft):
 
@@ -248,7 +250,7 @@ class ByName:
 
 
 class NamedTrainer(trl.SFTTrainer):
-    """Trainer of all adapters; PEFT and Trainer's resume freeze the inactive ones."""
+    """Trainer that unfreezes all adapters, as PEFT and Trainer's resume freeze inactive ones."""
 
     def create_optimizer(self, *args: Any) -> Any:
         self.model.set_requires_grad(NAMES[:2])
@@ -269,8 +271,8 @@ def two_adapters(dropout: float = 0.0) -> Any:
 
 
 @pytest.mark.slow
-def test_adapters_of_one_batch_learn_as_each_alone_with_peft(tmp_path: Path) -> None:
-    """Check one batch for two adapters: twice the tokens in its loss need twice the rate."""
+def test_adapters_trained_in_one_batch_equal_separate_runs_of_peft(tmp_path: Path) -> None:
+    """Check one batch for two adapters, whose loss has twice the tokens, so the rate is doubled."""
     texts = [f"w{i} w{i + 20} w{i + 40} w{i + 60}" for i in range(3, 11)]
     options: Any = {
         "optim": "sgd",

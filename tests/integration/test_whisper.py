@@ -37,7 +37,7 @@ HOW: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("mode", HOW)
-def test_every_recording_answers_as_alone(mode: str) -> None:
+def test_every_recording_gets_the_answer_of_the_recording_alone(mode: str) -> None:
     model = attached()
     sounds = torch.randn(3, 8, FRAMES, generator=torch.Generator().manual_seed(1))
     how = {"max_new_tokens": 6, "do_sample": False, **HOW[mode]}
@@ -59,7 +59,7 @@ def test_every_recording_answers_as_alone(mode: str) -> None:
     assert not torch.equal(base[:copies], mixed[:copies])
 
 
-def test_sampled_sequences_are_scored_by_their_adapter() -> None:
+def test_logits_of_sampled_sequences_are_those_of_their_adapter() -> None:
     model = attached()
     sounds = torch.randn(3, 8, FRAMES, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(4)
@@ -77,7 +77,7 @@ def test_sampled_sequences_are_scored_by_their_adapter() -> None:
         torch.testing.assert_close(steps, logits[start:-1], rtol=0, atol=1e-4)
 
 
-def test_block_follows_when_long_recordings_leave_the_batch() -> None:
+def test_rows_keep_their_adapters_when_finished_recordings_leave_the_batch() -> None:
     model = attached()
     lengths = torch.tensor([2 * FRAMES, FRAMES, 3 * FRAMES])
     sounds = torch.randn(3, 8, 3 * FRAMES, generator=torch.Generator().manual_seed(1))

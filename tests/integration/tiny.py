@@ -53,7 +53,7 @@ FAMILIES: dict[str, Maker] = {
     "bert": classifier("Bert"),
 }
 
-# Ranks that fill a page or not, all modules and some, a scale per rank and per root of rank.
+# Ranks do or do not fill a page, targets are all or some modules, scales alpha / r or / sqrt(r).
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         "red": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
@@ -75,7 +75,10 @@ CONFIGS["qwen2"] = CONFIGS["llama"]
 
 
 def make_model(family: str) -> nn.Module:
-    """Return the same weights at every call. Logits are about 1, so adapters change tokens."""
+    """Return a model with the same weights at every call.
+
+    Its logits are about 1, so adapters change tokens.
+    """
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     with torch.no_grad():
@@ -88,14 +91,14 @@ def make_model(family: str) -> nn.Module:
 def make_peft(
     model: nn.Module, configs: Mapping[str, Mapping[str, Any]], size: float = 0.15
 ) -> nn.Module:
-    """Return a PeftModel over a copy of ``model``, with a random B too, which is zero in PEFT."""
+    """Return a PeftModel over a copy of ``model``; B is random too, instead of PEFT's zeros."""
     conv1d = any(type(m).__name__ == "Conv1D" for m in model.modules())
     given = {"lora_alpha": 16, "fan_in_fan_out": conv1d}
     return adapted(model, {n: peft.LoraConfig(**given, **f) for n, f in configs.items()}, size)
 
 
 def adapted(model: nn.Module, configs: Mapping[str, peft.LoraConfig], size: float) -> Any:
-    """Return PEFT's adapters on a copy of ``model``, with random factors of the given size."""
+    """Return a PeftModel over a copy of ``model``, with random factors of the given size."""
     torch.manual_seed(1)
     wrapped: Any = None
     for name, config in configs.items():
@@ -159,7 +162,10 @@ def load_random(pool: lora_ext.AdapterPool, *names: str) -> None:
 
 
 def enlarged(make: Maker, factor: float) -> Any:
-    """Return the same weights at every call, for which adapters change tokens."""
+    """Return a model with the same weights at every call.
+
+    The matrices are multiplied by ``factor``, so that adapters change tokens.
+    """
     torch.manual_seed(0)
     model = make().eval()
     with torch.no_grad():
@@ -170,7 +176,10 @@ def enlarged(make: Maker, factor: float) -> Any:
 
 
 def trainer_of(model: Any, folder: Path, rows: Any, how: Any = None, **settings: Any) -> Any:
-    """Return transformers' Trainer; ``how``: its arguments, ``settings``: TrainingArguments."""
+    """Return transformers' Trainer.
+
+    ``how`` are its arguments, and ``settings`` those of its TrainingArguments.
+    """
     usual: dict[str, Any] = {
         "learning_rate": 1e-2,
         "report_to": [],
@@ -211,7 +220,7 @@ def numbered_words(**how: Any) -> Any:
 
 
 def assert_answers_as_alone(model: Any, ids: Tensor, names: list[str | None], **how: Any) -> None:
-    """Check that each row of a mixed batch equals that row in a batch with its adapter."""
+    """Check that each row of a mixed batch equals that row in a batch with only its adapter."""
     with lora_ext.adapters(names):
         mixed = model.generate(ids, **how)
     for row, name in enumerate(names):
@@ -232,7 +241,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 def assert_alone_and_mixed_equal_peft(
     model: Any, reference: Any, names: list[str | None], bound: float
 ) -> Tensor:
-    """Check adapters on all rows, and one per row, against PEFT with one adapter.
+    """Check one adapter for all rows, and one per row, against PEFT with one active adapter.
 
     Returns ``(adapters, rows * tokens)``: the largest change of a logit by each adapter.
     """
@@ -256,7 +265,7 @@ def assert_alone_and_mixed_equal_peft(
 
 
 def side_by_side(work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> None:
-    """Call a function with each of these arguments, each in a thread, and wait."""
+    """Call ``work`` once per tuple of ``arguments``, each in a separate thread, and wait."""
     threads = [threading.Thread(target=work, args=each) for each in arguments]
     for thread in threads:
         thread.start()

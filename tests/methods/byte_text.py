@@ -1,4 +1,4 @@
-"""A tokenizer of bytes, and a small GPT-2 with its vocabulary."""
+"""A byte-level tokenizer, and a small GPT-2 with its vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenizers import decoders, pre_tokenizers
 
 
 def byte_tokenizer(pad: bool = True) -> Any:
-    """Return a tokenizer of bytes with an ``<end>`` and, if `pad` is true, a ``<pad>`` token."""
+    """Return a byte-level tokenizer with ``<end>`` and, if `pad` is true, a ``<pad>`` token."""
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,5 +1,7 @@
-"""Script of test_mtpc_circuit_head_memory.py, run in another process: prints the growth of its peak
-memory over one loss and backward, in bytes."""
+"""Script that test_mtpc_circuit_head_memory.py runs in another process.
+
+It prints by how many bytes one loss and its backward raise the peak memory of the process.
+"""
 
 import resource
 import sys
@@ -11,7 +13,7 @@ from lora_ext.nn import CircuitHead
 
 
 def main() -> None:
-    """Print the growth; arguments: rows, hidden, vocabulary, positions, rank, kind, emission."""
+    """Print the growth; command line: rows, hidden, vocabulary, positions, rank, kind, emission."""
     rows, hidden, vocabulary, n_token, rank = map(int, sys.argv[1:6])
     torch.set_num_threads(1)
     head = CircuitHead(hidden, vocabulary, n_token, rank, *sys.argv[6:8])

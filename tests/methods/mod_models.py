@@ -41,7 +41,10 @@ IDS = torch.randint(3, 19, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
 def make(family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    """Return a model with fixed weights, large enough that layers and tokens differ."""
+    """Return a model with the same weights at every call.
+
+    They are large enough that the outputs of different layers and tokens differ.
+    """
     name, shape = CONFIGS[family]
     names = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = getattr(transformers, f"{name}Config")(**(shape | names | settings))
@@ -91,7 +94,7 @@ def hiddens_of(model: Any, k: int) -> list[Tensor]:
 
 
 def explicit(model: Any, mix: str = "logit") -> Tensor:
-    """Return the mixture of k tensors of logits, by the model's norms and head."""
+    """Return the mixture of the last k blocks' logits, computed with the model's norms and head."""
     mixer = model.mod
     norms = [*mixer.norms, mixer.final_norm]
     normed = [n(h) for n, h in zip(norms, hiddens_of(model, mixer.config.k), strict=True)]

@@ -1,6 +1,7 @@
 """Growth of the peak memory of a process while an adapter of a whole model is scored.
 
-`python tests/methods/splora_memory.py ADAPTER BASE ALIGNED` prints mebibytes and the layers.
+`python tests/methods/splora_memory.py ADAPTER BASE ALIGNED` prints the growth in mebibytes and the
+number of scored layers.
 """
 
 import sys
@@ -11,7 +12,7 @@ from lora_ext.adapter import LoraAdapter
 
 
 def memory(field: str) -> int:
-    """Return kibibytes: VmRSS is the current resident memory, VmHWM its peak."""
+    """Return the memory in KiB: `field` VmRSS is the current resident set, VmHWM its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1])

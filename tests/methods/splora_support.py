@@ -42,7 +42,7 @@ def blocks(count: int = 4, size: tuple[int, int] = (12, 10)) -> dict[str, tuple[
 
 
 def scaled(adapter: LoraAdapter, by: dict[str, float]) -> LoraAdapter:
-    """Return the adapter with some B multiplied."""
+    """Return a copy in which B of each module is multiplied by its factor in `by`, if any."""
     modules = {n: f._replace(b=f.b * by.get(n, 1.0)) for n, f in adapter.modules.items()}
     return LoraAdapter(adapter.config, modules)
 

@@ -65,14 +65,14 @@ def test_hooks_and_flags_are_removed_also_after_an_exception(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["ours", "fused"])
-def test_layers_that_all_masks_share_run_the_base_or_the_plain_path(kind: str):
+def test_layers_with_one_state_in_all_masks_run_the_base_or_plain_path(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     x = {n: torch.randn(10, 4, 16) for n in ("off", "on")}
     layers = {"off": groups.layers[0][0], "on": groups.layers[2][0]}
 
     def operations(layer: nn.Module, given: Tensor) -> list[str]:
-        layer(given)  # the first forward of a shape makes values that later ones share
+        layer(given)  # The first forward of a shape fills caches.
         with profile(activities=[ProfilerActivity.CPU]) as found:
             layer(given)
         return [e.name for e in found.events()]
@@ -96,7 +96,7 @@ def test_layers_of_a_group_share_one_plan(kind: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_rows_are_those_of_their_masks(kind: str):
+def test_gradients_equal_the_sum_of_one_backward_per_mask(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     gradients = []
@@ -113,7 +113,7 @@ def test_gradients_of_rows_are_those_of_their_masks(kind: str):
         gradients.append(found)
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        close = 1e-4 * gradient.abs().max()  # sums of ten rows of float32 in another order
+        close = 1e-4 * gradient.abs().max()  # float32 sums of ten rows in another order
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=float(close))
 
 
@@ -138,7 +138,7 @@ def test_row_masks_support_embeddings_and_convolutions():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_with_two_active_adapters_are_refused_by_name(kind: str):
+def test_error_for_two_active_adapters_names_the_layer(kind: str):
     model = adapted(kind, "first", "second")
     groups = LayerGroups(model, "first")
     for layer in adapted_layers(model).values():
@@ -152,7 +152,7 @@ def test_layers_with_two_active_adapters_are_refused_by_name(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_activations_of_other_shapes_are_refused_by_the_layers_name(kind: str):
+def test_error_for_activations_of_other_shapes_names_the_layer(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     layer = groups.layers[0][0]

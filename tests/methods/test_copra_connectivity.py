@@ -152,7 +152,7 @@ def test_exception_in_the_loss_leaves_the_model_unchanged():
 
 
 @pytest.mark.filterwarnings("ignore:unmerge")
-def test_adapters_that_cannot_be_compared_are_refused_by_name():
+def test_error_for_incomparable_adapters_names_the_difference():
     model = adapted("peft", "default", "second")
     first = LoraAdapter.from_model(model)
     less = LoraAdapter(first.config, dict(list(first.modules.items())[1:]))
@@ -230,12 +230,12 @@ def test_chosen_modules_are_names_that_pruning_accepts(kind: str, tmp_path: Path
         drawn = {tuple(at_random(source, 1, seed)) for seed in range(20)}
         assert drawn == {tuple(names[i : i + 2]) for i in (0, 2, 4)}
         assert at_random(source, 2, 5) == at_random(source, 2, 5)
-    value.save(tmp_path / "adapter")  # the files list the names in another order
+    value.save(tmp_path / "adapter")  # The files list the modules in another order.
     assert set(every_other(tmp_path / "adapter")) == set(every_other(value))
 
 
 def test_tenth_block_follows_the_ninth_in_any_order_of_names():
-    names = sorted(f"model.layers.{i}.q_proj" for i in range(12))  # as in files: 0, 1, 10
+    names = sorted(f"model.layers.{i}.q_proj" for i in range(12))  # order of files: 0, 1, 10, ...
 
     def of(*blocks: int) -> list[str]:
         return [f"model.layers.{i}.q_proj" for i in blocks]
@@ -281,7 +281,7 @@ def test_invalid_choices_are_refused(pick, message: str):
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "lora_alpha": 5}], ids=str)
-def test_one_adapter_of_weight_one_is_unchanged(settings: dict):
+def test_merging_one_adapter_with_weight_one_changes_nothing(settings: dict):
     value = LoraAdapter.from_model(adapted("ours", **settings))
     for mode in ("delta", "factors", "delta_svd"):
         assert merge_adapters([value], [1.0], mode=mode) == value

@@ -1,4 +1,4 @@
-"""`CopraController`: masks in training and evaluation, cost of off layers, state and errors."""
+"""`CopraController`: masks in training and evaluation, cost of masked layers, state and errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def masked_step(controller: CopraController) -> int:
-    """Return a step with a mask that is neither full nor empty and turns the lowest group off."""
+    """Return a step whose mask is neither full nor empty and excludes the lowest group."""
     masks = ((step, controller.schedule.mask(step)) for step in range(20))
     return next(step for step, mask in masks if not mask[0] and mask.any() and not mask.all())
 
@@ -186,7 +186,7 @@ def test_groups_are_lists_of_module_names(group_by, sizes: list[int]):
 
 
 # -------------------------------------------------------------------------------------------------
-# Cost of off layers
+# Cost of layers that are masked out
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -395,7 +395,7 @@ def test_invalid_groupings_are_refused_with_the_modules(group_by):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:unmerge")
-def test_merged_adapters_are_refused_by_layer_name(kind: str):
+def test_error_for_merged_adapters_names_the_layer(kind: str):
     model = adapted(kind)
     controller = controller_of(model)
     layer, name = controller.layers.layers[2][1], controller.groups[2][1]

@@ -165,7 +165,7 @@ def test_sampling_does_not_use_torchs_generator():
         ({"sync": "barrier"}, r"CopraConfig: sync: expected one of .* found 'barrier'"),
     ],
 )
-def test_invalid_fields_are_refused_by_name(fields: dict, message: str):
+def test_errors_name_invalid_fields(fields: dict, message: str):
     with pytest.raises(ValueError, match=message):
         CopraConfig(**fields)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_ext.methods.copra import Shapley, shapley_values
 
 
-def glove(mask: Tensor) -> float:  # one left glove, two right ones
+def glove(mask: Tensor) -> float:  # the glove game with one left and two right gloves
     return float(mask[0] and mask[1:].any())
 
 
@@ -57,7 +57,7 @@ def test_sampled_values_are_within_four_standard_errors(method: str, antithetic:
         value_fn, len(expected), method, 400, generator, antithetic=antithetic, levels=40
     )
     error = (found.values - torch.tensor(expected, dtype=torch.float64)).abs()
-    midpoints = 1e-3 if method == "owen" else 1e-12  # 1 / levels^2
+    midpoints = 1e-3 if method == "owen" else 1e-12  # error of the midpoint rule: 1 / levels^2
     assert (error <= 4 * found.standard_error + midpoints).all()
     assert found.standard_error.max() < 0.15
 
@@ -71,7 +71,7 @@ def test_standard_errors_equal_the_spread_of_repeated_runs(method: str):
         runs.append(shapley_values(game, n, method, 4, generator, levels=5))
     spread = torch.stack([run.values for run in runs]).std(0)
     reported = torch.stack([run.standard_error.square() for run in runs]).mean(0).sqrt()
-    torch.testing.assert_close(reported, spread, rtol=0.15, atol=0)  # 4 sigma of 300 runs
+    torch.testing.assert_close(reported, spread, rtol=0.15, atol=0)  # 4 sigma for 300 runs
 
 
 def test_antithetic_sampling_is_exact_for_games_of_pairs():
@@ -79,7 +79,7 @@ def test_antithetic_sampling_is_exact_for_games_of_pairs():
     value_fn = lambda m: float(m.double() @ weights @ m.double())  # noqa: E731
     exact = shapley_values(value_fn, 6).values
     found = shapley_values(value_fn, 6, "permutation", 3, antithetic=True)
-    # In exactly one of an order and its reverse, a player follows the other one of a pair.
+    # A player follows its partner in exactly one of an order and its reverse.
     torch.testing.assert_close(found.values, exact)
 
 
@@ -168,7 +168,7 @@ def test_nonfinite_value_is_refused_with_its_coalition(value: float):
 
     with pytest.raises(ValueError, match=message):
         shapley_values(v, 3)
-    assert asked[-1] == [True, False, True], "evaluation must stop at the first error"
+    assert asked[-1] == [True, False, True], "expected evaluation to stop at the first error"
 
 
 @pytest.mark.parametrize(

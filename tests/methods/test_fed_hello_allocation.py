@@ -36,7 +36,7 @@ def test_each_kind_selects_its_layers():
 
 def test_given_weights_replace_the_pattern():
     weights = [0.0, 1.0, 5.0, 1.0]
-    # The lower of equal weights.
+    # Layers 1 and 3 have equal weights: the lower one is chosen.
     assert HLA("uniform", 4, weights=weights).plan(0, 0, 2).layers == (1, 2)
     drawn = HLA("uniform", 4, kind="rgd", weights=weights)
     assert {layer for r in range(50) for layer in drawn.plan(r, 0, 2).layers} == {1, 2, 3}

@@ -63,7 +63,7 @@ def tokens(n: int, length: int, seed: int = 0) -> dict[str, Tensor]:
 def by_the_loop(
     model: nn.Module, batches: Iterable[Any], score: str = "log_prob", reduce: str = "fro"
 ) -> Tensor:
-    """Compute the definition: one forward and one backward per sample."""
+    """Return the scores by their definition, with one forward and one backward per sample."""
     named = {n: p for n, p in model.named_parameters() if "lora_" in n and layer_of(n) is not None}
     total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in named.items()}
     samples = 0
@@ -143,7 +143,7 @@ def test_scores_of_one_layer_equal_those_computed_by_hand():
         layer.lora_B["default"].weight.copy_(torch.tensor([[2.0], [0.0]]))
     model.forward = lambda x: layer(x)
     x, y = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([0, 1])
-    # Logit of 0: dA = 3 * 2 * (1, 2), dB = 3 * (3, 0). Logit of 1: dA = 0, dB = 3 * (0, 3).
+    # Class 0: dA = 3 * 2 * (1, 2), dB = 3 * (3, 0). Class 1: dA = 0, dB = 3 * (0, 3).
     a = math.hypot(36 / 2, 144 / 2)
     b = math.hypot(81 / 2, 81 / 2)
     found = fim_scores(model, [(x, y)], lambda name: 0, score="logit")
@@ -228,7 +228,7 @@ def test_bfloat16_gradients_are_summed_in_higher_precision():
     model, batch = adapted("ours"), tokens(6, 6)
     expected = fim_scores(model, [batch], layer_of)
     found = fim_scores(model.to(torch.bfloat16), [batch], layer_of)
-    torch.testing.assert_close(found, expected, rtol=0.15, atol=0)  # 8 bits, through three blocks
+    torch.testing.assert_close(found, expected, rtol=0.15, atol=0)  # 8-bit rounding in three blocks
 
 
 def merged_model() -> nn.Module:

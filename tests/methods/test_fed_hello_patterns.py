@@ -54,7 +54,7 @@ def test_heights_decrease_from_the_dense_ends():
     }
     assert heights[Pattern.TRIANGLE] == [3] * 6 + [2] * 3 + [1] * 3
     assert heights[Pattern.INVERTED_TRIANGLE] == [1] * 3 + [2] * 3 + [3] * 6
-    # Equal to the authors' weights.
+    # These are the weights in the authors' code.
     assert heights[Pattern.BOTTLENECK] == [3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3]
 
 

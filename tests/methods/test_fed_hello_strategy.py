@@ -66,7 +66,7 @@ def test_layers_are_scored_with_the_global_adapter_before_planning():
     assert own.allocator.state_dict()["importance"][0][0] == 2
 
 
-def test_config_suffices_and_the_proxy_may_be_a_function():
+def test_strategy_accepts_a_config_and_a_function_that_returns_the_proxy():
     calls = []
 
     def proxy():

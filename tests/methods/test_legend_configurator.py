@@ -48,9 +48,9 @@ def test_depths_of_twelve_devices_equal_known_ones():
 @pytest.mark.parametrize(
     "estimates",
     [
-        {7: Estimate(3, 1, 0.5)},  # alone
-        dict.fromkeys(range(5), Estimate(1, 0.3, 0.01)),  # all equal
-        {0: Estimate(1, 0, 0), 1: Estimate(1, 0, 0)},  # depth costs nothing
+        {7: Estimate(3, 1, 0.5)},  # a single device
+        dict.fromkeys(range(5), Estimate(1, 0.3, 0.01)),  # equal devices
+        {0: Estimate(1, 0, 0), 1: Estimate(1, 0, 0)},  # layers cost no time
     ],
 )
 def test_all_layers_train_if_no_device_waits(mode: str, estimates: dict[int, Estimate]):
@@ -129,7 +129,8 @@ def test_utility_mode_weights_devices_by_their_data():
         configurator(3, mode="utility", shares={0: p, 1: 1 - p}).configure(estimates, (0, 1)).depths
         for p in (0.99, 0.01)
     ]
-    # Seconds over rank: 2 / 5.97 and 3 / 5.99; 2 / 3.03, 3 / 5.01 and 4 / 6.
+    # Seconds per trained rank: 2 / 5.97 and 3 / 5.99 for p = 0.99; 2 / 3.03, 3 / 5.01 and 4 / 6
+    # for p = 0.01.
     assert chosen == [{0: 3, 1: 1}, {0: 3, 1: 2}]
 
 
@@ -139,13 +140,13 @@ def test_utility_mode_weights_devices_by_their_data():
     st.floats(0.1, 20),
 )
 def test_depth_decreases_with_time_and_increases_with_the_target(base, more, deadline: float):
-    fast = Estimate(0, 0, 0)  # sets no target, so the deadline does
+    fast = Estimate(0, 0, 0)  # does not set the target, so the deadline does
     slower = tuple(a + b for a, b in zip(base, more, strict=True))
     one = configurator(deadline=deadline)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         estimates = {0: Estimate(*base), 1: Estimate(*slower)}
-        # The deadline only matters in this case.
+        # Otherwise the target is below the deadline, which then has no effect.
         assume(min(time_of(e, 12) for e in estimates.values()) >= deadline)
         depths = one.configure(estimates, (0, 1)).depths
         later = configurator(deadline=2 * deadline).configure({0: Estimate(*base), 2: fast}, (0,))
@@ -192,7 +193,7 @@ def test_device_without_memory_for_the_least_depth_is_refused():
         one.configure(TWELVE, (0, 3))
 
 
-def test_fastest_able_device_periodically_trains_all_layers():
+def test_fastest_device_with_enough_memory_periodically_trains_all_layers():
     slow = {0: Estimate(1, 1, 0), 1: Estimate(1, 0.9, 0), 2: Estimate(1, 0, 0)}
     one = configurator(memory={2: 2}, mem=lambda k: k, cover_every=3)
     by_round = {r: one.configure(slow, slow, round=r) for r in range(1, 8)}
@@ -200,7 +201,7 @@ def test_fastest_able_device_periodically_trains_all_layers():
     assert (by_round[3].raised, by_round[3].depths[1]) == (1, 12)
     assert by_round[3].extra_wait == pytest.approx(by_round[3].waiting - by_round[2].waiting)
     assert by_round[3].extra_wait > 0
-    assert one.configure(slow, slow).uncovered  # no round given, so nothing is periodic
+    assert one.configure(slow, slow).uncovered  # Without a round, no device is chosen periodically.
 
 
 def test_byte_budget_lowers_devices_that_send_most_for_their_data():
@@ -228,7 +229,7 @@ def test_depth_changes_by_at_most_max_step_except_after_a_fault():
     one = configurator(max_step=3)
     before = {0: 1, 1: LayerPlan(tuple(range(12))), 6: 12, 7: 12}
     after = one.configure(TWELVE, (0, 1, 2, 6, 7), previous=before).depths
-    assert after == {0: 4, 1: 12, 2: 4, 6: 9, 7: 9}  # 2 is new
+    assert after == {0: 4, 1: 12, 2: 4, 6: 9, 7: 9}  # device 2 is new
     assert one.configure(TWELVE, (0, 6), previous={}).depths == {0: 12, 6: 1}
 
 
@@ -237,7 +238,7 @@ def test_depths_stay_if_waiting_is_below_eps():
     same = dict.fromkeys(range(2), Estimate(10, 0.1, 0))
     assert configurator(eps=0.1).configure(same, same, previous=before).depths == before
     assert configurator().configure(same, same, previous=before).depths == {0: 12, 1: 12}
-    # Limits apply anyway.
+    # Limits apply even if the other depths stay.
     found = configurator(eps=0.1).configure(same, same, previous=before, limits={1: 11})
     assert found.depths == {0: 11, 1: 11}
 

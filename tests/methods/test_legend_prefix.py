@@ -109,10 +109,10 @@ def test_cached_blocks_do_not_run_again_until_depth_grows(in_tuple: bool):
     for plan, runs, counts in (
         (LayerPlan((2,)), (1, 1, 1), (0, 1)),
         (LayerPlan((2,)), (1, 1, 2), (1, 1)),
-        (LayerPlan((1, 2)), (2, 2, 3), (1, 2)),  # one block fewer is below
+        (LayerPlan((1, 2)), (2, 2, 3), (1, 2)),  # one block fewer below the trained layers
         (LayerPlan((1, 2)), (2, 3, 4), (2, 2)),
         (LayerPlan((2,)), (2, 4, 5), (3, 2)),  # cached activations also serve fewer layers
-        (LayerPlan((0, 1, 2)), (3, 5, 6), (3, 2)),  # no block is below
+        (LayerPlan((0, 1, 2)), (3, 5, 6), (3, 2)),  # no block below the trained layers
     ):
         manager.apply(plan, others="disabled")
         with cache.batch(["a", "b"]):
@@ -224,4 +224,4 @@ def test_sample_names_that_do_not_fit_the_rows_are_refused():
         cache.batch([0]),
     ):
         model(torch.ones(1, 5, 6))
-    assert dict(model.named_modules()) == before  # the same blocks are back after an error
+    assert dict(model.named_modules()) == before  # The blocks are restored after an error.

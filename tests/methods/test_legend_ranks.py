@@ -32,14 +32,14 @@ def test_total_of_270_ranks_in_twelve_layers_rises_from_17_to_28():
         ({"L": 4, "total": 17, "step": 2}, (1, 3, 5, 8)),
         ({"L": 4, "total": 16, "step": 2, "shape": "reverse"}, (7, 5, 3, 1)),
         ({"L": 3, "total": 14, "shape": "geometric", "ratio": 4}, (2, 4, 8)),
-        # -1, 1, 3, 5 is raised to 1, 1, 3, 5; the last layer gives back the sum that this adds.
+        # -1, 1, 3, 5 is raised to 1, 1, 3, 5; the last layer is lowered by the 2 that this adds.
         ({"L": 4, "total": 8, "step": 2}, (1, 1, 3, 3)),
         ({"L": 4, "total": 7, "step": 2}, (1, 1, 2, 3)),
-        # 1, 3, 5, 7 is cut to 1, 3, 5, 5; the last layer with room takes the sum that this removes.
+        # 1, 3, 5, 7 is cut to 1, 3, 5, 5; the last layer with room gets the 2 that this removes.
         ({"L": 4, "total": 16, "step": 2, "r_max": 5}, (1, 5, 5, 5)),
         ({"L": 3, "total": 0, "step": 0, "r_min": 0}, (0, 0, 0)),
         ({"L": 12, "total": 270, "multiple": 8}, (16,) * 3 + (24,) * 8 + (32,)),
-        # The least multiple in each layer; the sum is 7 larger.
+        # Each layer gets the least multiple, so the sum exceeds the total by 7.
         ({"L": 2, "total": 9, "multiple": 8}, (8, 8)),
     ],
 )
@@ -64,7 +64,7 @@ def test_ranks_have_the_sum_order_and_bounds(data: st.DataObject, shape: str):
 
 
 @given(st.integers(1, 12), st.floats(0, 3), st.data())
-def test_multiples_of_eight_change_the_sum_by_at_most_half_a_page_per_layer(L, step, data):
+def test_multiples_of_eight_change_the_sum_by_at_most_four_per_layer(L, step, data):
     total = data.draw(st.integers(8 * L, 40 * L))
     ranks = rank_distribution(L, total, step=step, multiple=8)
     assert all(rank % 8 == 0 and rank >= 8 for rank in ranks)
@@ -112,7 +112,7 @@ def test_layer_bytes_are_those_of_its_modules_at_its_rank():
     assert layer_bytes(state, (1, 2, 3)) == (each, 2 * each, 3 * each)
 
 
-def test_rank_above_a_module_is_refused_by_the_modules_name():
+def test_error_for_a_rank_above_a_module_names_the_module():
     state = make_state(layers=2)
     with pytest.raises(ValueError, match=r"ranks\[1\]: layers.1.q: expected at most 4, found 5"):
         layer_bytes(state, (4, 5))
@@ -150,7 +150,7 @@ def test_config_distributes_its_total():
         ({"send_frozen": 1}, "send_frozen: expected True or False, found 1"),
     ],
 )
-def test_invalid_config_fields_are_named(settings: dict, message: str):
+def test_errors_name_invalid_config_fields(settings: dict, message: str):
     with pytest.raises(ValueError, match=f"LegendConfig: {message}"):
         LegendConfig(**settings)
 

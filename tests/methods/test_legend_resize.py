@@ -1,4 +1,4 @@
-"""Ranks changed between rounds: larger ranks are exact, smaller ones the best approximation."""
+"""Ranks that change between rounds: raising is exact, lowering gives the best approximation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_larger_rank_keeps_every_bit_and_the_product(dtype: torch.dtype):
     assert torch.equal(new_b[:, :4], b)
     assert torch.equal(new_b @ new_a, b @ a)
     assert not new_b[:, 4:].any()
-    assert new_a[4:].any(1).all()  # rows that training can use
+    assert new_a[4:].any(1).all()  # no zero rows, which could not be trained
     assert (new_a.dtype, new_b.dtype) == (dtype, dtype)
 
 
@@ -47,7 +47,7 @@ def test_smaller_rank_drops_the_smallest_singular_values(rank: int):
     assert error == pytest.approx(s[rank:].norm().item(), abs=1e-10)
     nearest = u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank]
     assert torch.allclose(new_b @ new_a, nearest, rtol=0, atol=1e-10)
-    # Both factors contain the roots of the singular values.
+    # Each factor contains the square roots of the singular values.
     assert torch.allclose(torch.linalg.svdvals(new_a)[:rank], s[:rank].sqrt(), atol=1e-10)
 
 

@@ -37,7 +37,10 @@ def report(device: int, plan: LayerPlan, factor: float = 1.0) -> dict[str, float
 
 
 def play(one: LegendAllocator, rounds: range, factor=lambda device, round: 1.0) -> list[list[int]]:
-    """Run rounds; return the depth of every device in each round."""
+    """Run rounds; return the depth of every device in each round.
+
+    A device's training time is multiplied by ``factor(device, round)``.
+    """
     depths = []
     for round in rounds:
         plans = one.plan_round(round, dict.fromkeys(SPEEDS, L))
@@ -92,7 +95,7 @@ def test_three_invalid_reports_in_a_row_lower_the_depth_to_the_least():
         assert len(plan.layers) == 12
         one.observe(round, 0, plan, {"train-time-s": math.nan})
     assert one.tracker.estimate(0)[:3] == before[:3]
-    assert one.plan(10, 0, L).layers == (10, 11)  # immediately, whatever max_step
+    assert one.plan(10, 0, L).layers == (10, 11)  # immediately, regardless of max_step
     one.observe(10, 0, LayerPlan((10, 11)), report(0, LayerPlan((10, 11))))
     # max_step applies again.
     assert len(one.plan_round(11, dict.fromkeys(SPEEDS, L))[0].layers) == 5
@@ -130,7 +133,7 @@ def test_depths_are_recomputed_every_n_rounds():
     one = allocator(LegendConfig(total=270, every=4, max_step=12))
     depths = play(one, range(1, 13), lambda d, r: 10.0 if d == 2 and r == 6 else 1.0)
     assert [each[2] for each in depths] == [12, 6, *[8] * 10]
-    # Round 13 tries one layer more, once, after ten rounds of eight.
+    # After ten rounds at depth 8, round 13 tries one more layer, once.
     assert [each[2] for each in play(one, range(13, 18))] == [9, 8, 8, 8, 8]
     steady = allocator(LegendConfig(total=270, every=4, max_step=12))
     slow = play(steady, range(1, 14), lambda d, r: 10.0 if d == 2 and r >= 6 else 1.0)

@@ -26,7 +26,7 @@ from flower_apps import CLASSES, LAYERS, RANK, WIDTH, Classifier, batches, initi
 from lora_ext.federated import LocalGrid, make_client_app  # noqa: E402
 from lora_ext.federated.flower import from_arrays  # noqa: E402
 
-BYTES = 4 * RANK * 2 * WIDTH  # of a layer, one way
+BYTES = 4 * RANK * 2 * WIDTH  # bytes of a layer in one direction
 SPEEDS = [Estimate(1, 0.2, 1e-4), Estimate(1.2, 0.4, 2e-4), Estimate(1.5, 1.0, 5e-4)]
 PLANNED = {0: (0, 1, 2), 1: (1, 2), 2: (2,)}
 
@@ -174,7 +174,7 @@ def test_restarted_server_continues_bitwise():
     assert second.state_dict()["allocator"] == whole.state_dict()["allocator"]
 
 
-def test_reply_of_another_depth_than_planned_is_rejected():
+def test_reply_with_another_depth_than_planned_is_rejected():
     class Liar(LocalGrid):
         def send_and_receive(self, messages, *, timeout=None):
             replies = list(super().send_and_receive(messages, timeout=timeout))
@@ -208,7 +208,7 @@ def test_legend_is_imported_on_first_access():
         legend.Legends  # noqa: B018
     with pytest.raises(ValueError, match="expected before_round to run first"):
         legend.Legend().plan_round(1, {0: 3})
-    assert CLASSES  # The model of these tests has a head, which no plan contains.
+    assert CLASSES  # The model of these tests has a head, which is in no plan.
 
 
 def test_state_saved_again_before_the_first_round_is_complete():

@@ -42,7 +42,8 @@ def learned(*reports: CapacityReport, **fields) -> CapacityTracker:
 
 
 def test_one_report_is_split_by_forward_and_backward_work():
-    # A forward through 12 layers and a backward through 4, each of which costs two forwards.
+    # A forward through 12 layers and a backward through 4; a layer costs twice as much in the
+    # backward as in the forward.
     found = learned(CapacityReport(0, 4, 10.0, 3.0, 1000)).estimate(0)
     assert found == pytest.approx((6.0, 1.0, 0.006, True))
 
@@ -128,7 +129,7 @@ def test_outlier_is_ignored_once_and_accepted_the_second_time(factor: float):
     before = tracker.estimate(0)
     assert not tracker.update(report(6, factor=factor))
     assert tracker.estimate(0) == before
-    assert tracker.update(report(6))  # not twice in a row
+    assert tracker.update(report(6))  # so the outlier did not occur twice in a row
     assert not tracker.update(report(6, factor=factor))
     assert tracker.update(report(6, factor=factor))
     assert tracker.ignored == {0: 2}
@@ -151,11 +152,11 @@ def test_change_of_speed_keeps_the_ratio_of_f_to_mu(factor: float):
     tracker.update(report(1, factor=factor))
     found = tracker.estimate(0)
     assert found[:2] == pytest.approx((factor * TRUE.f, factor * TRUE.mu), rel=0.01)
-    tracker.update(report(1))  # it lasted one round
+    tracker.update(report(1))  # The change lasted one round.
     assert tracker.estimate(0)[:2] == pytest.approx(TRUE[:2], rel=0.01)
 
 
-def test_distant_depths_are_not_a_change_of_speed():
+def test_times_of_distant_depths_are_no_change_of_speed():
     steep = Estimate(0.1, 1.0, 1e-6)
     found = learned(*(report(k, steep) for k in (12, 1, 12, 1))).estimate(0)
     assert found[:2] == pytest.approx(steep[:2], rel=0.01)
@@ -184,7 +185,7 @@ def test_three_timeouts_in_a_row_pause_the_device():
     tracker.update_timeout(0, 12, 5.0, 6)
     assert [r for r in range(5, 14) if tracker.rests(0, r)] == [*range(5, 11)]
     assert not tracker.rests("another", 7)
-    tracker.update_timeout(0, 12, 5.0, 11)  # the count restarts after the pause
+    tracker.update_timeout(0, 12, 5.0, 11)  # The count restarts after the pause.
     assert not tracker.rests(0, 12)
 
 

@@ -10,7 +10,7 @@ from lora_ext.layers.model._probe import decompose_step
 from lora_ext.methods.lora_init import gamma_exponents, init_lora_
 
 INF = math.inf
-# scheme, gamma of both rates; Z_A, Z_B, d1, d2
+# scheme, exponents of both learning rates; exponents of Z_A, Z_B, d1, d2
 TABLE = [
     ("init_a", -0.5, -0.5, (0.5, 0, 0, 0)),
     ("init_a", -1, -1, (0, -1, -1, -1)),
@@ -52,7 +52,7 @@ def test_untrained_factor_has_no_exponent():
     assert gamma_exponents("init_b", -1, -INF)["d2"] == -INF
 
 
-def test_other_init_schemes_equal_known_exponents():
+def test_other_init_schemes_have_known_exponents():
     # A x is of order n^(1/2) before the first step.
     gaussian = gamma_exponents("gaussian", -1, -0.5)
     assert gaussian["Z_A"] == 0.5 and gaussian["stable"] and not gaussian["internally_stable"]
@@ -94,7 +94,7 @@ def sizes(scheme, n, eta_a, eta_b, seed):
     init_lora_(a, b, f"{scheme}_normal", generator=generator)
     for _ in range(STEPS):
         before = a.clone(), b.clone()
-        # Both signs are of gradients before the update: dz (A x)^T and (B^T dz) x^T.
+        # The gradients, before either update, are (B^T dz) x^T for A and dz (A x)^T for B.
         step_a = torch.outer((b.T @ dz).sign(), x.sign())
         step_b = torch.outer(dz.sign(), (a @ x).sign())
         a, b = a - eta_a * step_a, b - eta_b * step_b
@@ -115,7 +115,8 @@ def test_features_grow_with_the_width_by_the_exponents(scheme, eta_a, eta_b, the
     slopes, _ = np.polyfit(np.log(WIDTHS), np.log(mean), 1)
     for name, slope, expected in zip(COLUMNS, slopes, theory, strict=True):
         if (scheme, eta_a) == ("init_b", -0.5) and name in ("Z_B", "d1"):
-            # Steps of n^-1/2 from B = O(1): at these widths, Z_B is not yet of order n^(1/2).
+            # B starts at O(1) and moves in steps of n^-1/2: at these widths, Z_B has not yet
+            # reached order n^(1/2).
             assert 0.3 <= slope <= 0.6
         else:
             assert slope == pytest.approx(expected, abs=0.05), name

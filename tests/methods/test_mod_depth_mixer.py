@@ -80,7 +80,7 @@ def test_mix_is_the_softmax_weighted_sum_of_normed_states(k: int, kind: Any, rou
 
 @pytest.mark.parametrize("router", ["token", "static"])
 @pytest.mark.parametrize(("k", "mass"), [(2, 0.9), (3, 0.9), (3, 1 / 3), (5, 0.01), (1, 0.9)])
-def test_initial_weights_give_the_last_state_its_mass(router: Any, k: int, mass: float):
+def test_initial_weight_of_the_last_state_is_final_mass(router: Any, k: int, mass: float):
     mixer = DepthMixer(random_norms(k), ModConfig(k=k, router=router, final_mass=mass))
     _, weights = mixer(random_hiddens(k, 4))
     expected = torch.tensor(
@@ -141,7 +141,7 @@ def test_gradients_reach_states_norms_and_router(k: int):
 # Ownership of the last norm
 
 
-def test_shared_last_norm_is_not_a_child_but_follows_to():
+def test_shared_last_norm_is_no_submodule_but_is_moved_by_to():
     norms = random_norms(3)
     mixer = DepthMixer(norms, ModConfig())
     assert list(mixer.state_dict()) == ["router", "bias", "norms.0.weight", "norms.1.weight"]
@@ -194,7 +194,7 @@ def _transformers_norm(model: str, name: str) -> nn.Module:
         (lambda: _transformers_norm("cohere", "CohereLayerNorm"), "layer", 0),
     ],
 )
-def test_norms_are_recognised_by_what_they_compute(
+def test_norms_are_recognised_by_their_outputs(
     norm: Any, kind: str, offset: int, dtype: torch.dtype
 ):
     made = norm().to(dtype)
@@ -211,7 +211,7 @@ def test_norms_are_recognised_by_what_they_compute(
 
 
 class _Half(nn.Module):
-    """RMSNorm with a halved output, which no known kind of norm computes."""
+    """RMSNorm with a halved output, which is no known kind of norm."""
 
     def __init__(self) -> None:
         super().__init__()

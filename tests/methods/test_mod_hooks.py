@@ -60,7 +60,7 @@ def test_reentrant_checkpoint_around_the_hooks_is_refused():
     assert torch.is_grad_enabled() == kept
 
 
-def test_decoder_alone_gives_the_base_models_states():
+def test_decoder_called_without_its_head_gives_the_base_models_states():
     model = make()
     base = model.model(input_ids=IDS).last_hidden_state
     mod.apply(model)
@@ -241,7 +241,7 @@ def test_trained_head_is_used_for_all_layers(where: str):
     assert trained and all(p.grad is not None and p.grad.any() for p in trained)
 
 
-def test_rows_may_have_different_head_adapters_without_a_loss():
+def test_rows_may_have_different_head_adapters_if_no_loss_is_computed():
     config = peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)
     model: Any = peft.get_peft_model(make(), config, adapter_name="a")
     model.add_adapter("b", config)

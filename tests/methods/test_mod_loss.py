@@ -1,4 +1,4 @@
-"""The loss of MoD: its terms against dense expressions, and cases where it is zero."""
+"""The loss of MoD: its terms compared with dense expressions, and cases in which it is zero."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_unshared_norm_is_a_copy_that_trains_instead_of_the_models():
         ),
     ],
 )
-def test_invalid_settings_are_refused_by_name(fields: dict, message: str):
+def test_errors_name_invalid_settings(fields: dict, message: str):
     with pytest.raises(ValueError, match=re.escape(f"ModConfig: {message}")):
         ModConfig(**fields)
 

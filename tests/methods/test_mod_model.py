@@ -85,8 +85,8 @@ def test_layers_of_zero_weight_are_skipped_in_mixed_probabilities():
 
 @pytest.mark.parametrize("chunk", [1, 7, 19, 24])
 def test_mixing_before_the_head_equals_mixing_logits_in_float64(chunk: int):
-    model = make("gpt2", torch.float64)  # with LayerNorm and tied embeddings
-    head = nn.Linear(16, 19, dtype=torch.float64)  # and a bias
+    model = make("gpt2", torch.float64)  # has LayerNorm and tied embeddings
+    head = nn.Linear(16, 19, dtype=torch.float64)  # adds a bias
     head.weight = model.lm_head.weight
     model.lm_head = head
     found = {}
@@ -99,7 +99,7 @@ def test_mixing_before_the_head_equals_mixing_logits_in_float64(chunk: int):
         out.loss.backward()
         found[backend] = [out.loss, *(p.grad for p in model.parameters())]
         mod.remove(model)
-    # The model computes its loss in float32.
+    # transformers computes the loss in float32.
     torch.testing.assert_close(found["hidden"], found["chunked"], rtol=1e-5, atol=1e-6)
 
 
@@ -182,7 +182,7 @@ def test_output_has_all_fields_of_the_model(family: str):
     as_tuple = model(input_ids=IDS, labels=IDS, return_dict=False, **asked)
     assert isinstance(as_tuple, tuple) and len(as_tuple) == len(out)
     assert torch.equal(as_tuple[0], out.loss) and torch.equal(as_tuple[1], out.logits)
-    again = type(out)((name, value) for name, value in out.items())  # as a gather constructs it
+    again = type(out)((name, value) for name, value in out.items())  # as DataParallel constructs it
     assert list(again) == list(out) and torch.equal(again.logits, out.logits)
     assert model.forward.__signature__ == inspect.signature(type(model).forward.__get__(model))
     positional = model(IDS)
@@ -297,7 +297,7 @@ def test_labels_of_another_shape_are_refused():
             model(input_ids=IDS, labels=labels)
 
 
-def test_head_of_another_width_is_refused_by_name():
+def test_error_names_head_of_another_width():
     # OPT-350m projects its hidden states to the width of its embeddings.
     model = make("opt", word_embed_proj_dim=8)
     before = traces(model)

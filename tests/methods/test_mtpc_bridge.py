@@ -1,4 +1,4 @@
-"""Drafts with a bridge: their windows start after the token that the last call decided."""
+"""Drafts with a bridge: a window starts after the token that the previous call has decided."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_bridge_adds_skip_and_gate_in_units_of_the_state():
     found = bridge(torch.tensor([[7.0, 7.0]]), torch.tensor([[3.0, -3.0]]))
     gated = 3 * 2 / (1 + torch.tensor(-2.0, dtype=torch.float64).exp().item())
     expected = torch.tensor([[7 + 7 * (5 + gated), 7 + 7 * 10 * gated]], dtype=torch.float64)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # the norm adds an epsilon
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # The norm adds an epsilon.
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -93,7 +93,7 @@ def test_greedy_tokens_do_not_depend_on_the_shortlist(kind: str):
         assert torch.equal(found.sequences, expected)
 
 
-def test_greedy_window_takes_the_likeliest_next_tokens():
+def test_greedy_window_has_the_most_likely_token_at_each_position():
     model = make_model("llama")
     shortlist = torch.tensor([0, 2, 3, 4])
     draft = make_draft(model, "hmm", noise=0.1, bridge=8, shortlist=shortlist)
@@ -108,7 +108,7 @@ def test_greedy_window_takes_the_likeliest_next_tokens():
         dist = reference.circuit_conditional_dist("hmm", *circuit, found, at)
         assert torch.equal(dist.argmax(-1), found[:, k])
     likeliest = reference.circuit_argmax("hmm", *circuit)[0]
-    assert (likeliest != found).any(1).sum() > 3  # the likeliest window differs
+    assert (likeliest != found).any(1).sum() > 3  # The most likely window as a whole differs.
 
 
 # -------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class EnumeratedBehind(Enumerated):
                 dist = reference.circuit_conditional_dist(kind, *circuit, window, at)
                 mixtures.append(dist.exp())
         self.weight[self.rows] *= drawn
-        self.possible = drawn > 1e-6  # cells narrower than this may contain no float32 number
+        self.possible = drawn > 1e-6  # A narrower cell may contain no float32 number.
         self.mixture = torch.stack(mixtures, 1)
         draft = mtpc.SpeculativeDecoder.draft(self, hidden, pending, uniforms)
         assert torch.equal(draft.tokens[self.possible], tokens[self.possible])
@@ -199,7 +199,7 @@ def test_samples_have_the_distribution_of_the_verifier(
     paths = torch.cartesian_prod(*(torch.arange(c) for c in codes))
     windows: Any = torch.tensor(list(itertools.product(range(v), repeat=k))).view(-1, k)
     decoder.follow(paths, windows)
-    rows = range(len(paths))  # the seed of a row is the number of its path
+    rows = range(len(paths))  # The seed of a row is the index of its path.
     found = decoder.generate(prompt.expand(len(paths), -1), max_new_tokens=new, seed=rows)
     assert {*found.calls} == {1, 2}
     unused = torch.cat([codes.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.int64)])
@@ -240,7 +240,7 @@ def test_row_depends_on_its_seed_and_not_on_its_batch():
             assert torch.equal(together.sequences[row, 6 : 6 + len(new)], new)
             assert (together.sequences[row, 6 + len(new) :] == 0).all()
             ended.add(len(new))
-    assert 1 in ended and len(ended) > 4  # some row ends with its first token
+    assert 1 in ended and len(ended) > 4  # Some row ends with its first token.
 
 
 # -------------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_file_without_the_bridge_is_refused(tmp_path: Path):
         mtpc.Draft.load(model, tmp_path)
 
 
-def test_invalid_arguments_are_named():
+def test_errors_name_invalid_arguments():
     model = make_model("llama")
     draft = make_draft(model, bridge=8)
     with pytest.raises(ValueError, match="window: expected 'condition' with a bridge"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the cache is one of transformers")
+pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import DynamicCache
 
 from lora_ext.methods.mtpc._trunk import roomy_cache
@@ -33,7 +33,7 @@ def test_updates_crops_and_selections_equal_those_of_the_dynamic_cache():
     feed(caches, 1, seed=2)
     for cache in caches:
         cache.batch_select_indices(torch.tensor([1]))
-    feed(caches, 4, rows=1, seed=3)  # more than is allocated
+    feed(caches, 4, rows=1, seed=3)  # more positions than are allocated
     assert [cache.get_seq_length() for cache in caches] == [11, 11]
     feed(caches, 9, rows=1, seed=4)
 

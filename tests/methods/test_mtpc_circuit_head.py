@@ -30,7 +30,7 @@ def test_probabilities_of_all_windows_sum_to_one(kind: str, emission: str):
 @pytest.mark.parametrize("emission", EMISSIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_prob_equals_the_formula_on_the_logits_of_circuit(kind: str, emission: str):
-    # Training and decoding compute different logits of one distribution.
+    # Training and decoding represent the same distribution by different logits.
     head, h = make(kind, emission), hidden(2, 3)
     x = torch.randint(0, V, (2, 3, K))
     x[0, 1, 2] = IGNORE
@@ -135,7 +135,7 @@ def test_init_from_lm_head_gives_every_component_the_lm_head():
     for k in range(2):
         expected = F.linear(h, weight[k * V : (k + 1) * V]).softmax(-1)
         torch.testing.assert_close(leaf[:, k], expected[:, None].expand(3, 3, V))
-    # Positions without a block of the weight.
+    # Positions for which the weight has no block stay unchanged.
     torch.testing.assert_close(leaf[:, 2:], before[:, 2:].softmax(-1))
     for emission in ("expander", "adapter"):
         head = CircuitHead(D, V, K, 3, "btree", emission, dtype=DOUBLE)
@@ -208,7 +208,7 @@ def test_low_precision_parameters_give_float32_results_near_float64(dtype: torch
     narrow.load_state_dict(head.state_dict())
     found, expected = narrow.log_prob(h.to(dtype), x), head.log_prob(h, x)
     assert found.dtype == torch.float32
-    # Logits are about 2.5; parameters and logits are rounded to 8 or 24 bits.
+    # Logits are about 2.5; parameters and logits have 8 (bfloat16) or 24 significant bits.
     bound = {torch.float32: 1e-5, torch.bfloat16: 0.3}[dtype]
     assert (found - expected).abs().max() < bound
 
@@ -232,7 +232,7 @@ def test_shared_lm_head_is_never_written():
     before = weight.clone()
     head = CircuitHead(D, V, K, 3, "cp", "adapter", dtype=DOUBLE)
     head.init_from_lm_head(weight)
-    head.load_state_dict(head.state_dict())  # equal values: the memory stays shared
+    head.load_state_dict(head.state_dict())  # Values are equal, so the memory stays shared.
     assert head.unembed.data_ptr() == weight.data_ptr()
     head.load_state_dict({k: t + 1 for k, t in head.state_dict().items()})
     assert torch.equal(weight, before) and torch.equal(head.unembed, before + 1)
@@ -255,7 +255,7 @@ def test_shared_lm_head_is_never_written():
         ({"adapter_rank": 0}, "adapter_rank"),
     ],
 )
-def test_invalid_sizes_are_named(options: dict[str, Any], name: str):
+def test_errors_name_invalid_sizes(options: dict[str, Any], name: str):
     sizes = {"hidden_size": D, "vocab_size": V, "n_token": K, "rank": 3, "kind": "cp"}
     with pytest.raises(ValueError, match=f"CircuitHead: {name}: expected .*, found"):
         CircuitHead(**{**sizes, **options})
@@ -288,7 +288,7 @@ def test_unsupported_dtypes_are_refused():
         CircuitHead(D, V, K, 3, "cp", dtype=torch.float8_e4m3fn)
 
 
-def test_invalid_inputs_are_named():
+def test_errors_name_invalid_inputs():
     head, h, x = make("cp"), hidden(2, 3), torch.zeros(2, 3, K, dtype=torch.int64)
     gap = x.clone()
     gap[0, 0, 1] = IGNORE
@@ -337,7 +337,7 @@ def test_autocast_changes_results_only_by_its_rounding(kind: str, emission: str,
         tokens, conditional = head.sample(h, uniforms=torch.rand(3, K, 2))
         dist = head.full_conditional(h, x, 1)
     assert found.dtype == torch.float32
-    # Logits up to 60 are rounded to 8 bits: an error of 0.125 at each of four positions.
+    # Logits up to 60 are rounded to 8 bits: the error is 0.125 at each of four positions.
     assert (found - exact).abs().max() < 1
     assert conditional.isfinite().all() and tokens.max() < V
     torch.testing.assert_close(dist.exp().sum(-1), torch.ones(3))

@@ -1,4 +1,4 @@
-"""Peak memory of a training step: logits over the vocabulary are never stored whole."""
+"""Peak memory of a training step, which never stores all logits over the vocabulary."""
 
 from __future__ import annotations
 

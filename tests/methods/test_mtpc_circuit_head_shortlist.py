@@ -87,7 +87,7 @@ def test_shortlist_is_initialised_from_its_rows_of_the_lm_head():
         (torch.tensor([[0, 1]]), r"found \(1, 2\)"),
     ],
 )
-def test_invalid_shortlists_are_named(shortlist: Tensor, error: str):
+def test_errors_name_invalid_shortlists(shortlist: Tensor, error: str):
     with pytest.raises(ValueError, match=f"CircuitHead: shortlist: .*{error}"):
         CircuitHead(D, V, K, 3, "cp", shortlist=shortlist)
     with pytest.raises(TypeError, match="CircuitHead: shortlist: expected int64"):

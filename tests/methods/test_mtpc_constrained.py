@@ -16,12 +16,12 @@ KINDS = ("ff", "cp", "hmm", "btree")
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"window": "restart"},
-    {"shortlist": torch.tensor([0, 1, 3])},  # without the required 2 and the end
+    {"shortlist": torch.tensor([0, 1, 3])},  # without the required token 2 and the end token
 ]
 
 
 def text(row: list[int]) -> tuple[int, ...]:
-    """Return the tokens before the end; raise if the row has no end."""
+    """Return the tokens before the end token; raise if the row has none."""
     return tuple(row[: row.index(EOS)])
 
 
@@ -67,7 +67,7 @@ def test_greedy_tokens_equal_those_of_generate_with_the_processor(
 
 
 def law_of_samples(guided: bool, temperature: float) -> dict[tuple[int, ...], float]:
-    """Return the probability of each text, by the processor on every prefix."""
+    """Return the probability of each text if every token is sampled from the processor's scores."""
     model, ids = make_model("llama"), prompts(1)[0]
     rows: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
     out: dict[tuple[int, ...], float] = {}
@@ -105,7 +105,8 @@ def test_samples_have_the_processors_distribution(options: dict[str, Any], guide
     )
     texts = [text(row) for row in found.sequences[:, ids.shape[1] :].tolist()]
     assert set(texts) <= set(wanted)
-    # Pearson's statistic over texts of sufficient expected count, within five deviations.
+    # Pearson's statistic over the texts with an expected count of at least 5: it is at most five
+    # standard deviations above its mean, the number of these texts.
     often = {t: p for t, p in wanted.items() if p * count >= 5}
     assert len(often) > 8
     score = sum((texts.count(t) - count * p) ** 2 / (count * p) for t, p in often.items())
@@ -166,7 +167,7 @@ def test_model_that_forbids_a_required_token_raises(options: dict[str, Any], mod
 
 
 class Short:
-    """Matcher that allows no third token."""
+    """Matcher that allows two tokens and forbids all tokens after them."""
 
     def __init__(self) -> None:
         self.read = 0
@@ -197,7 +198,7 @@ def test_matcher_that_allows_no_token_raises_within_the_budget(
 
 
 def test_masked_drafts_are_accepted_at_least_as_often_as_plain_ones() -> None:
-    # A plain draft samples without the mask; its tokens outside the mask are rejected.
+    # A plain draft is sampled without the mask, so its tokens outside the mask are rejected.
     torch.manual_seed(0)
     p, q = ((2 * torch.randn(200, 8)).softmax(-1) for _ in range(2))
     live = torch.rand(200, 8) < 0.6

@@ -1,7 +1,8 @@
-"""The distribution of a constrained call (draft, forced run and test) by enumeration.
+"""The distribution of a constrained call (draft, forced tokens and verification) by enumeration.
 
-Every sample and every test is a step function of its uniform; bisection finds the steps, as in
-``test_circuit_decode_law``. The model is a table of next-token distributions.
+Every sampled token and every accept decision is a step function of a uniform random number.
+Bisection finds the steps, as in ``test_circuit_decode_law``. The model is a table of next-token
+distributions.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from lora_ext.control import Constraint, ConstraintProcessor
 from lora_ext.methods.mtpc._constrained import Constrained
 from lora_ext.methods.mtpc._request import Request
 
-N, BUDGET, LONG = 2, 7, 5  # tokens of a window, of a text, and of compared prefixes
+N, BUDGET, LONG = 2, 7, 5  # lengths of a window, a text and the compared prefixes
 Tokens = tuple[int, ...]
-# After two tokens, the second one determines the forced run: "2 3", "0" or none.
+# After two tokens, the second one determines the run of forced tokens: "2 3", "0" or none.
 EDGES = [(0, 0, 1), (0, 1, 1), (1, 0, 2), (1, 1, 3), (1, 2, 5), (1, 3, 4), (2, 2, 6), (6, 3, 5)]
 EDGES += [(3, 0, 5), (4, 1, 5), (4, 3, 5), (5, 0, 5), (5, 1, 5), (5, 3, 5)]
 
@@ -32,7 +33,7 @@ def constraint() -> Constraint:
 
 
 class Call:
-    """Call of a decoder for many rows at once, with a table instead of a model."""
+    """One call of a decoder for many rows at once, with a table in place of the model."""
 
     def __init__(self, guided: bool, control: type[Constrained] = Constrained):
         draft = make_draft(make_model("llama"), "cp", n_token=N, rank=2)
@@ -44,7 +45,7 @@ class Call:
     @torch.no_grad()
     def __call__(self, drawing: Tensor, testing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map uniforms ``(B, N)`` and ``(B, N + 1)`` to tokens, accepted count and next token."""
-        batch, most = len(drawing), 1 - 2.0**-24  # bisection would pass 1 itself
+        batch, most = len(drawing), 1 - 2.0**-24  # Bisection would also pass 1.
         drawing, testing = drawing.clamp(max=most), testing.clamp(max=most)
         request = Request(BUDGET, frozenset([EOS]), 0, None, [0] * batch, {})
         control = self.control(self.decoder, request, batch)
@@ -60,7 +61,7 @@ class Call:
         return torch.stack([self.model(tokens[:k]) for k in range(len(tokens) + 1)]).log()
 
     def drafts(self) -> dict[Tokens, tuple[float, list[float]]]:
-        """Return for every window its probability, and uniforms that sample it."""
+        """Return each window's probability, and uniform numbers that sample the window."""
         found: dict[Tokens, tuple[float, list[float]]] = {(): (1.0, [])}
         for k in range(N):
             at = torch.tensor([u for _, u in found.values()], dtype=torch.float64)
@@ -81,7 +82,10 @@ class Call:
         return found
 
     def law(self) -> dict[Tokens, float]:
-        """Return the distribution of ``LONG`` tokens, completed by the table after the call."""
+        """Return the distribution of the first ``LONG`` tokens.
+
+        The tokens after those of the call are distributed by :meth:`next`.
+        """
         found = self.drafts()
         at = torch.tensor([u for _, u in found.values()], dtype=torch.float64)
         chance = [p for p, _ in found.values()]
@@ -90,7 +94,7 @@ class Call:
 
             def run(u: Tensor, which: int, k: int = k) -> tuple[Tensor, Tensor, Tensor]:
                 numbers = torch.zeros(len(u), N + 1, dtype=torch.float64)
-                numbers[:, k] = 1 - 2.0**-24  # rejected at k if possible
+                numbers[:, k] = 1 - 2.0**-24  # rejects the token at k if possible
                 numbers[:, which] = u
                 return self(at.repeat(len(u) // len(at), 1), numbers)
 
@@ -121,14 +125,14 @@ class Call:
 
     @cache  # noqa: B019
     def next(self, text: Tokens) -> list[float]:
-        """Return the expected distribution after `text`, by the processor of ``generate``."""
+        """Return the next-token distribution after `text` in ``generate`` with the processor."""
         how = ConstraintProcessor(constraint(), self.decoder.guide, max_new_tokens=BUDGET)
         for k in range(len(text) + 1):
             law = how(torch.tensor([[0, *text[:k]]]), self.model(text[:k]).log()[None])
         return law[0].softmax(-1).tolist()
 
     def distance(self) -> float:
-        """Return the total variation between the call's and the expected distribution."""
+        """Return the total variation distance between the call's and the expected distribution."""
         expected: dict[Tokens, float] = {}
         self.emit(expected, (), 1.0)
         found = self.law()
@@ -160,7 +164,7 @@ def test_enumeration_detects_states_that_ignore_the_draft() -> None:
 
 
 def test_mostly_forced_answer_takes_one_call() -> None:
-    # The tokens must equal those of the processor; a run of ten is part of the first call.
+    # The tokens must equal those with the processor; the first call emits all ten forced tokens.
     run = [(s, s % 4, s + 1) for s in range(1, 11)]
     one = Constraint.from_edges([(0, 0, 1), (0, 1, 1), *run], 0, {11}, V, EOS)
     free: Any = [None, one]

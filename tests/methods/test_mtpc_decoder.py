@@ -41,7 +41,7 @@ def test_greedy_tokens_equal_those_of_generate(
     train(draft, expected[:, :26], steps=10)  # so that the head predicts some tokens correctly
     found = draft.decoder(mode="greedy", window=window).generate(ids, mask, max_new_tokens=NEW)
     assert torch.equal(found.sequences, expected)
-    # Of 4, or 3 with evidence: some tokens are accepted, some rejected.
+    # Some of the 4 drafted tokens (3 with evidence) are accepted, and some are rejected.
     assert 0.5 < found.accepted_per_call < 2.9
 
 
@@ -103,14 +103,17 @@ def test_untrained_head_drafts_the_models_first_token():
 
 
 class Enumerated(mtpc.SpeculativeDecoder):
-    """Decoder in which row b follows path b: a given draft and test outcome at each call.
+    """Decoder in which row b follows path b: a given draft and outcome of verification per call.
 
-    ``weight[b]`` becomes the probability of the path by the rules. The ops run on uniforms from
-    inside the path's region, and must give the path.
+    ``weight[b]`` becomes the probability of the path by the rules of speculative decoding. The ops
+    get uniform numbers from inside the path's region, and must reproduce the path.
     """
 
     def follow(self, paths: Tensor, drafts: list[Tensor]) -> None:
-        """Set ``paths (B, calls)``: numbers of drafts (rows of ``drafts[call]``) and outcomes."""
+        """Set the paths, ``(B, calls)``.
+
+        An entry encodes a row of ``drafts[call]`` and the outcome of its verification.
+        """
         self.paths, self.drafts, self.call = paths, drafts, -1
         self.weight = torch.ones(len(paths), dtype=torch.float64)
 
@@ -134,7 +137,7 @@ class Enumerated(mtpc.SpeculativeDecoder):
         self.weight[self.rows] *= drawn
         self.possible = drawn > 0
         uniforms = torch.zeros(len(tokens), n, 2)
-        for k in range(n):  # the likeliest state, then the token, each in the middle of its cell
+        for k in range(n):  # the likeliest state, then the token: middles of their cells
             state = scan.posterior[:, k].argmax(-1)
             leaf = circuit.leaf[torch.arange(len(tokens)), k, state].softmax(-1)
             uniforms[:, k, 0] = middle(scan.posterior[:, k], state)
@@ -166,7 +169,7 @@ class Enumerated(mtpc.SpeculativeDecoder):
         uniforms[:, n] = middle(residual, token)
         self.weight[self.rows] *= weight
         found = super().verify(draft, target, pending, uniforms.float())
-        # Cells narrower than this may contain no float32 number.
+        # A narrower cell may contain no float32 number.
         likely = self.possible & (weight > 1e-6)
         self.check(found[0][likely], accepted[likely])
         self.check(found[1][likely], token[likely])
@@ -187,7 +190,7 @@ class Enumerated(mtpc.SpeculativeDecoder):
 
 
 def middle(weights: Tensor, index: Tensor) -> Tensor:
-    """Return the middle of the cell of ``index`` under inverse-CDF sampling."""
+    """Return the middle of the interval that inverse-CDF sampling maps to ``index``."""
     sums = weights.cumsum(-1)
     at = index[:, None]
     end, width = sums.gather(1, at), weights.gather(1, at)
@@ -222,7 +225,7 @@ def enumerate_paths(
     new: int = 3,
     shortlist: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the distributions of the first tokens by the decoder and by the verifier."""
+    """Return the distribution of the first ``new`` tokens, of the decoder and of the verifier."""
     model = make_model("llama", vocab=v, layers=1, width=8)
     head = make_draft(model, kind, n_token=n, noise=1.0, shortlist=shortlist).head
     decoder = kind_of_decoder(model, head, window=window, temperature=temperature, top_p=top_p)
@@ -232,9 +235,9 @@ def enumerate_paths(
     paths = torch.cartesian_prod(*(torch.arange(c) for c in codes))
     decoder.follow(paths, drafts)
     prompt = torch.tensor([[1, 0, 1]])
-    rows = range(len(paths))  # the seed of a row is the number of its path
+    rows = range(len(paths))  # The seed of a row is the index of its path.
     found = decoder.generate(prompt.expand(len(paths), -1), max_new_tokens=new, seed=rows)
-    assert len({*found.calls}) == new  # some paths need one call, some one per token
+    assert len({*found.calls}) == new  # Some paths need one call, others one per token.
     # A path that ends after c calls is counted once for every continuation.
     unused = torch.cat([codes.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.int64)])
     weight = decoder.weight / unused[torch.tensor(found.calls)]
@@ -295,7 +298,7 @@ def test_discarding_the_kept_token_changes_the_distribution():
 def test_tokens_forbidden_by_the_verifier_are_never_emitted():
     model, (ids, mask) = make_model("llama"), prompts(3)
     draft = make_draft(model, "hmm")
-    with torch.no_grad():  # makes the draft prefer the forbidden token
+    with torch.no_grad():  # Make the draft prefer the forbidden token.
         draft.head.emit[:, :, 3] = 0
         draft.head.emit[:, :, 3, :] += 5 * draft.hidden_states(input_ids=ids).mean((0, 1)).sign()
 
@@ -403,9 +406,9 @@ def test_calls_without_a_seed_use_torchs_generator():
 
 
 @pytest.mark.slow
-def test_successive_seeds_share_no_row():
+def test_rows_of_successive_seeds_all_differ():
     rows = [tuple(row) for seed in range(4) for row in sampled(seed).sequences.tolist()]
-    assert len(set(rows)) == 12  # equal prompts: equal random numbers would give equal rows
+    assert len(set(rows)) == 12  # Prompts are equal, so only seeds make rows differ.
     assert torch.equal(sampled(1).sequences, sampled(1).sequences)
     assert torch.equal(sampled(1, batch=2).sequences, sampled(1).sequences[:2])
     assert len({seed for s in range(50) for seed in sampled(s, batch=2).seeds}) == 100
@@ -446,7 +449,7 @@ def test_head_and_model_may_differ_in_dtype(model_dtype: str, head_dtype: str, w
     assert sampled.sequences.shape == expected.shape
 
 
-def test_invalid_arguments_are_named():
+def test_errors_name_invalid_arguments():
     model, (ids, mask) = make_model("llama"), prompts(2)
     head = make_draft(model).head
     make: Any = mtpc.SpeculativeDecoder

@@ -1,4 +1,4 @@
-"""`SpeculativeDecoder` in ``adapters`` blocks, which follow the rows that remain."""
+"""`SpeculativeDecoder` in ``adapters`` blocks: unfinished rows keep their adapters."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def test_remaining_rows_keep_their_adapters(kind: Any, window: str) -> None:
     with lora_ext.adapters(NAMES, pool=pool):
         found = decoder.generate(ids, mask, **how)
         with torch.no_grad():
-            model(ids)  # the block applies to its three rows again
+            model(ids)  # The block applies to its three rows again.
     answers = []
     for row, name in enumerate(NAMES):
         with lora_ext.adapters(name, pool=pool):
@@ -68,13 +68,13 @@ def test_remaining_rows_keep_their_adapters(kind: Any, window: str) -> None:
         mine = found.sequences[row, ids.shape[1] :]
         assert torch.equal(mine[: len(alone)], alone)
         answers.append(len(alone))
-    assert len(set(answers)) == 3  # rows end at different steps, so the batch shrinks twice
+    assert len(set(answers)) == 3  # Rows end at different steps: the batch shrinks twice.
     base = model.generate(ids, attention_mask=mask, do_sample=False, **how)
     assert not torch.equal(base, found.sequences)
 
 
 @pytest.mark.parametrize("kind", [with_pool, with_layers])
-def test_adapter_names_of_a_call_equal_a_block_around_it(kind: Any) -> None:
+def test_adapter_names_of_a_call_act_like_a_block_around_it(kind: Any) -> None:
     model, pool = kind()
     decoder = make_draft(model).decoder(mode="greedy")
     ids, mask = prompts(3)
@@ -82,7 +82,7 @@ def test_adapter_names_of_a_call_equal_a_block_around_it(kind: Any) -> None:
         expected = decoder.generate(ids, mask, max_new_tokens=NEW).sequences
     found = decoder.generate(ids, mask, max_new_tokens=NEW, adapter_names=NAMES)
     assert torch.equal(found.sequences, expected)
-    with lora_ext.adapters("red", pool=pool):  # the names of the call take precedence
+    with lora_ext.adapters("red", pool=pool):  # Names passed to the call take precedence.
         found = decoder.generate(ids, mask, max_new_tokens=NEW, adapter_names=NAMES)
     assert torch.equal(found.sequences, expected)
     assert not torch.equal(expected, decoder.generate(ids, mask, max_new_tokens=NEW).sequences)

@@ -1,4 +1,4 @@
-"""Drafts in folders: written files, restored drafts and errors."""
+"""Drafts saved in folders: written files, restored drafts and errors."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_invalid_configurations_are_refused(tmp_path: Path, change: Any, message
 
 
 def refused(folder: Path, message: str) -> None:
-    """Check that the folder is refused and the model stays unchanged."""
+    """Check that loading the folder raises ``message`` and leaves the model unchanged."""
     model = make_model("llama").requires_grad_(True)
     modules = {name: id(m) for name, m in model.named_modules()}
     with pytest.raises(ValueError, match=message):

@@ -25,7 +25,7 @@ def test_loss_without_discount_equals_the_joint_likelihood(kind: str):
 def test_loss_equals_the_formula_with_ignored_targets():
     head, h, x = make("hmm"), hidden(5), torch.randint(0, V, (5, K))
     x[0, 1] = x[1, 2:] = IGNORE
-    x[:, 3] = IGNORE  # no valid target: the term is zero instead of 0 / 0
+    x[:, 3] = IGNORE  # No target is valid, so the term is 0 instead of 0 / 0.
     loss, each = window_loss(head, h, x, gamma=0.5)
     c = head.conditionals(h, x)
     terms = [-c[:, k].sum() / max(1, int((x[:, k] != IGNORE).sum())) for k in range(K)]
@@ -162,7 +162,7 @@ def test_empty_batch_has_zero_loss_and_gradients():
     assert loss == 0
 
 
-def test_invalid_arguments_are_named():
+def test_errors_name_invalid_arguments():
     head, h, x = make("cp"), hidden(2, 3), torch.zeros(2, 3, K, dtype=torch.int64)
     wide = torch.zeros(2, 3, K, V + 1)
     cases: list[tuple[str, dict[str, Any]]] = [

@@ -25,7 +25,7 @@ def make_tokenizer() -> Any:
         *WORDS,
         "abcdef",
         "[UNK]",
-    ]  # transformers prepends the first of these to a word to get its text
+    ]  # To get the text of a word, transformers decodes it after the first of these words.
     model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
     inner = tokenizers.Tokenizer(model)
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -113,7 +113,7 @@ def test_configuration_changes_sampling_for_one_call():
         ("cache_implementation", "static"),
     ],
 )
-def test_unsupported_settings_are_refused_by_name(name: str, value: Any):
+def test_errors_name_unsupported_settings(name: str, value: Any):
     _, decoder, ids, mask = make()
     with pytest.raises(ValueError, match=f"SpeculativeDecoder: {name}: expected .*, found"):
         decoder.generate(ids, mask, max_new_tokens=2, **{name: value})
@@ -138,7 +138,7 @@ def test_neutral_settings_are_accepted():
     assert found.sequences.shape[1] == ids.shape[1] + 2
 
 
-def test_unknown_arguments_are_refused_by_name():
+def test_errors_name_unknown_arguments():
     _, decoder, ids, mask = make()
     with pytest.raises(TypeError, match="SpeculativeDecoder: logits_processor: expected settings"):
         decoder.generate(ids, mask, max_new_tokens=2, logits_processor=[1])
@@ -249,12 +249,12 @@ def test_streamer_with_several_prompts_is_refused():
 
 
 @pytest.mark.parametrize("seed", [2**64, -1, [0, -7]])
-def test_seed_out_of_range_is_named(seed: int | list[int]) -> None:
+def test_error_names_seed_out_of_range(seed: int | list[int]) -> None:
     with pytest.raises(ValueError, match=r"seed: expected 0 to 2\^64 - 1, found"):
         row_seeds(seed, 2)
 
 
 @pytest.mark.parametrize("field", ["n_token", "rank", "adapter_rank"])
-def test_non_integer_size_is_named(field: str) -> None:
+def test_error_names_non_integer_size(field: str) -> None:
     with pytest.raises(ValueError, match=f"MtpcConfig: {field}: expected an integer.*, found 2.5"):
         mtpc.MtpcConfig(**{field: 2.5})

@@ -63,7 +63,7 @@ def test_distillation_is_zero_at_the_first_position_and_trains_the_others():
     model, (ids, _) = make_model("llama"), prompts(3, length=8)
     draft = make_draft(model, noise=0, beta=1.0)
     _, each = draft.loss(ids)
-    assert each[0].abs() < 1e-12  # the head starts as the LM head
+    assert each[0].abs() < 1e-12  # The head is initialised with the LM head.
     assert (each[1:] > 0.01).all()
     before = draft.loss(ids)[0].item()
     assert train(draft, ids, steps=30) < before - 0.1
@@ -79,7 +79,7 @@ def test_draft_tail_does_not_change_the_model(family: str):
         draft = make_draft(model, draft_layers=2)
         assert torch.equal(model(**inputs).logits, expected)
         logits, hidden = run_trunk(model, draft.tail, **inputs)
-        # Products of other shapes round verifier and draft rows differently.
+        # Matrix products of different shapes round the verifier's and the draft's rows differently.
         torch.testing.assert_close(logits, expected)
         torch.testing.assert_close(hidden, draft.hidden_states(**inputs))
         _, plain = run_trunk(model, None, **inputs)
@@ -168,8 +168,8 @@ def test_more_draft_layers_than_the_model_has_are_refused():
 
 
 def test_latents_learn_a_bigram_that_factors_cannot():
-    # x_1 is one of four tokens and determines the rest: the best loss of FF is log 4 per position,
-    # with latents log 4 in total.
+    # x_1 is one of four tokens and determines the rest. The best loss is log 4 per position for the
+    # factorised head (FF), and log 4 in total with latents.
     follows = torch.tensor([2, 3, 1, 0])
     x = [torch.arange(4)]
     for _ in range(3):
@@ -245,7 +245,7 @@ def test_configuration_is_checked_on_construction():
             mtpc.MtpcConfig(**fields)
 
 
-def test_types_of_string_arguments_list_their_values():
+def test_type_hints_of_string_arguments_list_their_values():
     hints = get_type_hints(mtpc.Draft.decoder)
     assert get_args(hints["mode"]) == ("sample", "greedy")
     assert get_args(hints["window"]) == ("condition", "restart")
@@ -275,7 +275,7 @@ def test_default_emission_is_adapter_for_large_vocabularies(listed: int | None, 
         assert draft.head.unembed.data_ptr() == model.lm_head.weight.data_ptr()
 
 
-def test_draft_tail_refuses_alibi_by_name():
+def test_error_of_the_draft_tail_names_alibi():
     config = transformers.BloomConfig(vocab_size=9, hidden_size=16, n_layer=2, n_head=4)
     model = transformers.BloomForCausalLM(config).eval()
     tail = mtpc.DraftTail(model, num_layers=1)

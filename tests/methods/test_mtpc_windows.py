@@ -42,7 +42,7 @@ def test_teacher_windows_are_aligned_with_label_windows():
     assert teacher.shape == (2, 5, 3, 7)
     inside = windows != X
     assert torch.equal(teacher.argmax(-1)[inside], windows[inside])
-    # One copy of the padded logits.
+    # The windows are views of one copy of the padded logits.
     assert teacher.untyped_storage().nbytes() == 2 * (5 + 2) * 7 * 8
 
 
@@ -66,7 +66,7 @@ def test_frequent_tokens_are_the_most_frequent_in_ascending_order():
         frequent_tokens(ids.int(), 3)
 
 
-def test_invalid_arguments_are_named():
+def test_errors_name_invalid_arguments():
     for call, name in (
         (lambda: unfold_windows(torch.zeros(1, 2), 0), "n: expected"),
         (lambda: unfold_windows(torch.zeros(2), 1), "labels: expected shape"),

@@ -1,4 +1,4 @@
-"""examples/reasoning.py at its smallest sizes, and the plots of example and study."""
+"""examples/reasoning.py at its smallest sizes, and the plots of the example and the study."""
 
 import pytest
 from scripts import load_script, missing, run_quickly
@@ -20,7 +20,7 @@ def test_example_trains_evaluates_and_plots_both_adapters(tmp_path, monkeypatch,
         assert f"{task}: accuracy " in printed
 
 
-def test_map_has_one_field_per_block_and_module(monkeypatch):
+def test_heat_map_has_one_cell_per_block_and_module(monkeypatch):
     from matplotlib.figure import Figure
 
     example = load_script(monkeypatch, "examples", "reasoning")
@@ -38,4 +38,4 @@ def test_map_has_one_field_per_block_and_module(monkeypatch):
     (image,) = axes.get_images()
     assert image.get_clim() == (0, 3.5)
     example.draw_report(report, "fro", other, 0.0)
-    assert other.get_images()[0].get_clim() == (0, 1)  # all zero: the color scale must not be empty
+    assert other.get_images()[0].get_clim() == (0, 1)  # not (0, 0) for zeros

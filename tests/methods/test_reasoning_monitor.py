@@ -1,4 +1,4 @@
-"""`RankMonitor`: values equal the decomposition, one grouped call per record, no hooks left."""
+"""`RankMonitor`: exact values, one grouped call per record, and no remaining hooks."""
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ def test_exception_leaves_no_hook_and_the_monitor_can_be_reentered():
     assert [row["step"] for row in watch.history] == [0] * 6 + [1] * 6
 
 
-def test_invalid_arguments_are_named():
+def test_errors_name_invalid_arguments():
     with pytest.raises(ValueError, match="RankMonitor: every: expected at least 1, found 0"):
         RankMonitor(adapted("ours"), every=0)
     with pytest.raises(

@@ -22,14 +22,14 @@ def test_select_modules_returns_modules_of_the_last_blocks():
     assert both == ["transformer.h.3.attn.c_proj", "transformer.h.3.mlp.c_proj"]
 
 
-def test_blocks_without_such_a_module_are_counted():
+def test_blocks_without_a_selected_module_are_counted():
     model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"ln": nn.Identity()}) for _ in "abc")})
     model["h"][1]["fc"] = nn.Linear(2, 2)
     assert select_modules(model, ("fc",), 2) == ["h.1.fc"]
     assert select_modules(model, ("fc",), 1) == []
 
 
-def test_last_blocks_are_taken_in_each_stack():
+def test_last_blocks_are_selected_in_each_stack():
     model = nn.ModuleDict(
         {
             "vision": nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(4)),
@@ -47,7 +47,7 @@ def test_last_blocks_are_taken_in_each_stack():
         ({"last_n": 5}, "last_n: expected 1 to 4 blocks, found 5"),
     ],
 )
-def test_invalid_choices_are_named(arguments, message):
+def test_errors_name_invalid_choices(arguments, message):
     with pytest.raises(ValueError, match=f"^select_modules: {message}"):
         select_modules(SymbolModel(), **arguments)
 

@@ -1,4 +1,4 @@
-"""The tasks encoded as ids, and the small model of them."""
+"""The tasks encoded as token ids, and the small model trained on them."""
 
 import pytest
 import torch

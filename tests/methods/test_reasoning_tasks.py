@@ -206,7 +206,7 @@ def test_items_do_not_depend_on_the_number_of_workers(make):
         ),
     ],
 )
-def test_invalid_settings_are_named(make, message):
+def test_errors_name_invalid_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -16,7 +16,7 @@ CHAINS = HashChain(40, chains=(2, 3, 4), num_chains=2, seed=1)
 
 
 class Oracle:
-    """Model that generates ``answer(target)`` of the correct target."""
+    """Model that generates ``answer(target)`` for the correct target of each prompt."""
 
     def __init__(self, tokenizer=TOKENIZER, answer=lambda target: f" {target}", end=True):
         self.tokenizer, self.answer, self.end = tokenizer, answer, end
@@ -149,7 +149,7 @@ def test_scores_count_exact_answers_and_prefixes(answer, exact, prefix):
         for score in ("exact", "prefix3")
     ]
     expected = [exact, prefix]
-    if prefix and not exact:  # a hash of digits has no upper case
+    if prefix and not exact:  # A hash of digits has no upper case.
         assert found[0] < 0.1 and found[1] == 1
     else:
         assert found == expected
@@ -210,7 +210,7 @@ def test_context_must_fit_prompt_and_answer():
         ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
     ],
 )
-def test_invalid_arguments_are_named(arguments, message):
+def test_errors_name_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=f"^evaluate: {message}"):
         evaluate(**{"model": Oracle(), "tokenizer": TOKENIZER, "instances": CHAINS, **arguments})
 

@@ -1,4 +1,4 @@
-"""Errors of SPLoRA, by their messages."""
+"""Errors of SPLoRA and their messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY = f"{Q}.weight"
 
 
 def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapter:
-    """Return the adapter with other factors in one module."""
+    """Return a copy of the adapter in which one module has the factors in `changes`."""
     changed = adapter.modules[name]._replace(**changes)
     return LoraAdapter(adapter.config, {**adapter.modules, name: changed})
 
@@ -71,7 +71,7 @@ def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapt
     ],
     ids=str,
 )
-def test_invalid_settings_are_named(fields: dict, message: str):
+def test_errors_name_invalid_settings(fields: dict, message: str):
     with pytest.raises(ValueError, match=f"^SploraConfig: {message}"):
         SploraConfig(**{"direction": "smallest", **fields})
 
@@ -84,7 +84,7 @@ def test_direction_is_required():
 
 def test_selection_needs_num_or_threshold_and_enough_units():
     adapter, base, aligned = made(blocks())
-    stats = ediem_scores(adapter, base, aligned)  # scoring needs neither
+    stats = ediem_scores(adapter, base, aligned)  # Scoring needs neither.
     with pytest.raises(ValueError, match="select_layers: config: expected one of num and threshol"):
         select_layers(stats, SploraConfig(direction="smallest"))
     with pytest.raises(ValueError, match=r"select_layers: num: expected at most 8, .*found 9"):
@@ -199,7 +199,7 @@ def test_population_of_fewer_than_four_layers_is_refused():
     )
 
 
-def test_reference_without_spread_is_degenerate():
+def test_reference_distances_without_spread_raise():
     adapter, base, aligned = made({name_of(i): (4, 4) for i in range(4)})
     one = adapter.modules[Q]
     same = LoraAdapter(adapter.config, dict.fromkeys(adapter.modules, one))
@@ -211,7 +211,7 @@ def test_reference_without_spread_is_degenerate():
     found = ediem_scores(same, *alike, SploraConfig(direction="smallest", allow_degenerate=True))
     assert [row.score for row in found] == [0.0] * 4
     assert issubclass(DegenerateReferenceError, ValueError)
-    single, base, aligned = made({Q: (1, 4)})  # one row has only one permutation
+    single, base, aligned = made({Q: (1, 4)})  # A single row has only one permutation.
     config = SploraConfig(direction="smallest", reference="permutation")
     with pytest.raises(DegenerateReferenceError, match=rf"ediem_scores: {Q}: reference='permut"):
         ediem_scores(single, base, aligned, config)
@@ -292,14 +292,14 @@ def test_convolutions_are_refused():
             ediem_scores(source, {}, {})
 
 
-def test_projecting_an_absent_module_names_it():
+def test_error_for_projecting_an_absent_module_names_it():
     adapter, base, aligned = made(blocks())
     with pytest.raises(ValueError, match=r"project: names: .*modules, found 'model.gone'"):
         splora.project(adapter, base, aligned, [Q, "model.gone"])
 
 
 # -------------------------------------------------------------------------------------------------
-# Single functions
+# Functions for one module
 
 
 def test_pair_stats_refuses_invalid_factors():
@@ -331,7 +331,7 @@ def test_diem_refuses_invalid_vectors():
         diem(x, x, v_min=0, v_max=1, var=0)
 
 
-def test_pair_of_lists_is_refused_by_index():
+def test_error_for_a_pair_of_lists_names_its_index():
     adapter, base, aligned = made(blocks())
     config = SploraConfig(direction="smallest", reference="pairs")
     with pytest.raises(TypeError, match=r"pairs\[0\]: expected a tensor in float16"):

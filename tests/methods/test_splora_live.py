@@ -1,4 +1,4 @@
-"""SPLoRA on live models: layers of three kinds are switched off and on again."""
+"""SPLoRA on models in memory: layers of three kinds are switched off and on again."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_same_layers_are_selected_for_every_kind():
 
 
 def test_model_may_be_its_own_aligned_model():
-    # The weights below the adapters are compared.
+    # SPLoRA compares the base weights below the adapters.
     base, _ = models()
     model = adapted("peft")
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_model_with_a_merged_adapter_is_refused_unchanged(kind: str):
     assert "_lora_ext_splora" not in model.__dict__
 
 
-def test_absent_adapter_is_named():
+def test_error_names_absent_adapter():
     with pytest.raises(ValueError, match=r"adapter: expected one of \['default'\], found 'gone'"):
         splora.apply_to(
             adapted("ours"), *models(), SploraConfig(direction="smallest", num=1), adapter="gone"

@@ -1,4 +1,4 @@
-"""Memory of SPLoRA: little more than the two weights of one layer."""
+"""Memory of SPLoRA, which is little more than the base and aligned weight of one layer."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_tensors_of_a_large_layer_take_at_most_an_eighth_of_a_weight(
     weight = tensors[2].nbytes
     with Sizes(*tensors) as sizes:
         run(*tensors)
-    print(f"largest of {dtype}: {sizes.largest / weight:.3f} of a weight, by {sizes.by}")
+    print(f"largest of {dtype}: {sizes.largest / weight:.3f} of a weight, made by {sizes.by}")
     assert 0 < sizes.largest <= weight / 8
 
 
@@ -103,6 +103,6 @@ def test_smollm2_is_scored_within_a_hundred_megabytes(tmp_path: Path):
         env=tree,
     )
     mebibytes, layers = done.stdout.split()
-    print(f"{float(mebibytes):.1f} MiB beyond the process, {layers} layers")
+    print(f"{float(mebibytes):.1f} MiB of additional memory, {layers} layers")
     assert int(layers) == len(adapter.modules) == 210
     assert float(mebibytes) < 100e6 / 2**20

@@ -1,4 +1,4 @@
-"""SPLoRA on adapters as values: selection, pruning, projection and saving."""
+"""SPLoRA on :class:`LoraAdapter` objects: selection, pruning, projection and saving."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SCORES = rows(3, 1, 2, 1, 5)
     ("fields", "chosen"),
     [
         ({"num": 0}, []),
-        ({"num": 1}, [1]),  # of two equal scores, the first in the model
+        ({"num": 1}, [1]),  # Of two equal scores, the first in the model is taken.
         ({"num": 3}, [1, 2, 3]),
         ({"num": 5}, [0, 1, 2, 3, 4]),
         ({"num": 2, "direction": "largest"}, [0, 4]),
@@ -70,7 +70,7 @@ def test_selected_layers_are_those_at_one_end_of_the_scores(fields: dict, chosen
 
 def test_blocks_are_pruned_whole_by_the_mean_score_of_their_modules():
     names = [*blocks(2), "model.score"]
-    stats = rows(1, 5, 2, 3, 4, names=names)  # means 3, 2.5, and 4 for the module outside of blocks
+    stats = rows(1, 5, 2, 3, 4, names=names)  # Block means are 3 and 2.5; 4 is outside of blocks.
     found = select_layers(stats, SploraConfig(direction="smallest", num=1, granularity="block"))
     assert found == [name_of(1), name_of(1, "v_proj")]
     largest = SploraConfig(num=1, granularity="block", direction="largest")

@@ -1,4 +1,4 @@
-"""SPLoRA: distances and scores against dense formulas and results computed by hand."""
+"""SPLoRA: distances and scores equal dense formulas and results computed by hand."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_distances_of_two_directions_equal_known_ones(b, projection: str, dist: 
     ],
 )
 def test_scores_of_five_distances_equal_known_ones(fields: dict, expected: list[float]):
-    # The distances of 2 x 2 layers, whose updates P maps to zero, are 1, 2, 3, 4 and 10.
+    # P maps the updates of these 2 x 2 layers to zero; the distances are 1, 2, 3, 4 and 10.
     names = [name_of(i) for i in range(5)]
     state = {}
     for name, d in zip(names, (1.0, 2, 3, 4, 10), strict=True):
@@ -131,7 +131,7 @@ def test_energy_keeps_the_fewest_sufficient_directions():
     v = (u[:, :4] * values) @ torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0][:4]
     b = torch.randn(9, 2, dtype=torch.float64)
     for energy, q in ((0.6, 1), (0.65, 2), (0.9, 2), (0.95, 3), (1.0, 4), (None, 4)):
-        for weight in (v, v.T.contiguous()):  # wide and tall
+        for weight in (v, v.T.contiguous()):  # a wide and a tall weight
             left = b if weight.shape[0] == 9 else b[:6]
             found = project_factor(
                 left, torch.zeros_like(weight), weight, projection="orthogonal", energy=energy

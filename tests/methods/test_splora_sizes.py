@@ -1,4 +1,4 @@
-"""SPLoRA scores that do not depend on update sizes, and the correlation of others with them."""
+"""SPLoRA scores: some do not depend on the size of the update; the others correlate with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ A = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
 
 
 def dense_layers(adapter, base, aligned):
-    """Return by name the update D and the alignment V as dense matrices."""
+    """Return the update D and the alignment V of each layer, by name, as dense matrices."""
     found = {}
     for name, (a, b, s, *_) in adapter.modules.items():
         found[name] = s * b @ a, aligned[f"{name}.weight"] - base[f"{name}.weight"]
@@ -37,11 +37,11 @@ def test_alignment_is_the_cosine_of_update_and_alignment(projection: str, fields
         expected = ((update * v).sum() / (update.norm() * v.norm())).item()
         assert row.alignment == row.score == pytest.approx(expected, abs=1e-12)
     signs = {row.alignment > 0 for row in ediem_scores(adapter, base, aligned)}
-    assert signs == {True, False}, "the cosine with P D is never negative"
+    assert signs == {True, False}, "expected cosines with V, found those with P D (never < 0)"
 
 
 def test_alignment_is_minus_one_for_inverse_and_one_for_equal_updates():
-    # D = c V has rank one: both signs have nearly the same distance.
+    # D = c V has rank one: the distances for c > 0 and c < 0 are nearly equal.
     names, state = [name_of(i) for i in range(4)], {}
     for name, c in zip(names, (1.0, -1.0, 0.5, -3.0), strict=True):
         state[f"{name}.lora_A.weight"] = A / 5
@@ -101,7 +101,7 @@ def test_small_angles_do_not_cancel_and_zero_updates_have_angle_zero():
     found = [row.score for row in ediem_scores(state, base, aligned, config)]
     x = torch.tensor([1.0, 2.0, 4.0, 0.0], dtype=torch.float64)
     iqr = torch.quantile(x, 0.75) - torch.quantile(x, 0.25)
-    # A spread of 1.75e-9 is compared beside the 1e-12 that keeps the division finite.
+    # The spread is 1.75e-9; the divisor also contains 1e-12, which keeps the division finite.
     assert found == pytest.approx(((x - x.median() - 0.5) / iqr).tolist(), rel=1e-2)
 
 
@@ -119,11 +119,11 @@ def test_size_correlation_shows_how_scores_follow_update_sizes():
         config = SploraConfig(num=2, direction="smallest", score=score)
         found = splora.apply(adapter, base, near, config)
         as_made = splora.apply(made(blocks())[0], base, near, config)
-        assert found.pruned == as_made.pruned, "pruning must not depend on sizes"
+        assert found.pruned == as_made.pruned, "expected pruning to be independent of update sizes"
         assert found.size_correlation != pytest.approx(as_made.size_correlation)
     released = SploraConfig(num=2, direction="smallest", reference="released")
     found = splora.apply(adapter, base, near, released)
-    assert found.size_correlation < -0.9, "the smallest scores belong to the largest updates"
+    assert found.size_correlation < -0.9, "expected the smallest scores for the largest updates"
     largest = sorted(by_distance.stats, key=lambda row: row.norm)[-2:]
     assert {*found.pruned} == {row.name for row in largest}
 

@@ -1,4 +1,4 @@
-"""Block-wise distillation: known values, gradients, different grids, and batches of text."""
+"""Block-wise distillation: known values, gradients, different grids, and text-only batches."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_heads_are_a_norm_and_a_projection():
 
 
 @pytest.mark.parametrize(("sign", "expected"), [(1, 0.0), (-1, 2.0)])
-def test_equal_and_opposite_teachers_give_zero_and_two(sign: int, expected: float):
+def test_equal_and_opposite_teachers_give_losses_zero_and_two(sign: int, expected: float):
     module, hiddens = heads(), tensors(WIDTH)
     teachers = [sign * out for out in module(hiddens)]
     assert block_distill_loss(module, hiddens, teachers).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_orthogonal_teacher_gives_one():
+def test_orthogonal_teacher_gives_loss_one():
     hiddens = [torch.tensor([[1.0, 0.0], [0.0, 2.0]])]
     teachers = [torch.tensor([[0.0, 3.0], [1.0, 0.0]])]
     assert block_distill_loss(None, hiddens, teachers).item() == 1
@@ -158,7 +158,7 @@ def test_inputs_that_cannot_be_compared_are_refused(arguments, message: str):
         block_distill_loss(heads(), *arguments)
 
 
-def test_invalid_heads_are_refused_by_name():
+def test_errors_name_invalid_heads():
     with pytest.raises(ValueError, match=r"DistillHeads: teacher_width: .* at least 1, found 0"):
         DistillHeads(2, 3, 0)
     with pytest.raises(ValueError, match=r"DistillHeads: hiddens: expected one tensor for each of"):

@@ -1,4 +1,4 @@
-"""`VisionPatchEmbed`: tokens of patches, positions of any grid, images of any size."""
+"""`VisionPatchEmbed`: patch tokens, position embeddings for any grid, images of any size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_ext.methods.vora._embed import RMSNorm, resample_grid
 
 
 def embedding(seed: int = 0, **fields) -> VisionPatchEmbed:
-    """Return a small module in float64 with a nonzero table of positions."""
+    """Return a small float64 module whose position embeddings are not zero."""
     torch.manual_seed(seed)
     module = VisionPatchEmbed(
         **{"hidden_size": 6, "embed_dim": 5, "patch": 4, "image_size": 12} | fields
@@ -29,7 +29,7 @@ def images(*sizes: tuple[int, int]) -> list[Tensor]:
     return [torch.randn(3, h, w, generator=generator, dtype=torch.float64) for h, w in sizes]
 
 
-def test_papers_sizes_give_its_number_of_parameters():
+def test_sizes_of_the_paper_give_its_number_of_parameters():
     with torch.device("meta"):
         module = VisionPatchEmbed(3584)
     assert sum(p.numel() for p in module.parameters()) == 7_984_128
@@ -144,7 +144,7 @@ def test_equal_grids_are_not_resampled():
         ),
     ],
 )
-def test_invalid_fields_are_refused_by_name(fields: dict, message: str):
+def test_errors_name_invalid_fields(fields: dict, message: str):
     with pytest.raises(ValueError, match=f"VisionPatchEmbed: {message}"):
         VisionPatchEmbed(8, **fields)
 

@@ -26,7 +26,7 @@ def logits(model: Any) -> Tensor:
 
 
 def released(model: Any, biased: tuple[str, ...] = ("o_proj", "up_proj")) -> dict[str, Tensor]:
-    """Return a checkpoint of a :class:`VoraForCausalLM` with the authors' names."""
+    """Return the tensors of a :class:`VoraForCausalLM` under the names of the authors' code."""
     lm, found = model.model, {}
     for name, value in vora.state_dict(model).items():
         key = name.replace("vision.", "vision_embedding.", 1)
@@ -80,7 +80,7 @@ def test_state_dict_of_a_wrapped_model_contains_vision_and_heads() -> None:
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_missing_unexpected_and_invalid_keys_are_named(wrapped: bool) -> None:
+def test_errors_name_missing_unexpected_and_invalid_keys(wrapped: bool) -> None:
     model: Any = seeing() if wrapped else vora.apply(language(), settings())
     good = {name: value + 1 for name, value in vora.state_dict(model).items()}
     before = {name: value.clone() for name, value in vora.state_dict(model).items()}
@@ -158,7 +158,7 @@ def test_extra_biases_are_loaded_only_if_allowed() -> None:
     update = layer.scale * (x @ layer.A.T @ layer.B.T)
     torch.testing.assert_close(layer(x), layer.base_layer(x) + update + 0.25)
     assert layer.base_layer.bias is None and not torch.equal(biased, plain)
-    # A model with extra biases accepts them again, and requires them.
+    # A model that has extra biases accepts them, and then requires them.
     vora.load_state_dict(model, vora.state_dict(model))
     without = {name: t for name, t in vora.state_dict(model).items() if "_proj.bias" not in name}
     with pytest.raises(ValueError, match=r"load_state_dict: .*o_proj\.bias: .*found none"):
@@ -197,8 +197,8 @@ def test_peft_computes_equal_logits(family: str, biased: bool, tmp_path: Path) -
     assert config["target_modules"] == list(settings(family=family).target_modules)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT
-        if biased:  # PEFT warns that it cannot merge these
+        warnings.simplefilter("ignore", FutureWarning)  # transformers warns about PEFT.
+        if biased:  # PEFT warns that it cannot merge biases.
             warnings.filterwarnings("ignore", message=".*lora_bias=True.*")
         theirs = peft.PeftModel.from_pretrained(language(family), str(tmp_path))
     torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-4)
@@ -215,7 +215,7 @@ def test_peft_computes_equal_logits(family: str, biased: bool, tmp_path: Path) -
 
 @pytest.mark.parametrize(("scale", "rank"), [(1, 4), (0.1, 3), (0.7, 3), (0.0, 2), (-1 / 3, 7)])
 def test_any_scale_is_saved_and_loaded(scale: float, rank: int, tmp_path: Path) -> None:
-    # No alpha gives exactly 0.1 at rank 3.
+    # At rank 3, no float alpha gives a scale of exactly 0.1.
     fields = {"scale": scale, "rank": rank}
     model = shake(vora.apply(language(), settings(**fields)))
     vora.to_peft(model, tmp_path)

@@ -203,7 +203,7 @@ def test_models_with_other_adapters_are_refused() -> None:
         ("placeholder", "<image>", "an int"),
     ],
 )
-def test_invalid_fields_are_named(field: str, value: Any, expected: str) -> None:
+def test_errors_name_invalid_fields(field: str, value: Any, expected: str) -> None:
     fields = {"n_blocks": 2, field: value}
     with pytest.raises(ValueError, match=f"VoraConfig: {field}: expected {expected}.*found"):
         vora.VoraConfig(**fields)

@@ -1,4 +1,4 @@
-"""`VoraLinear` against its dense formula: routes, masks, gradients, merging and base layers."""
+"""`VoraLinear` compared with its dense formula: routes, masks, gradients, merging, base layers."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_batch_without_vision_builds_no_graph_for_the_adapter() -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Beside text adapters
+# Vision adapter together with text adapters
 
 
 def both(*text: str) -> VoraLinear:
@@ -209,7 +209,7 @@ def both(*text: str) -> VoraLinear:
 
 
 def rows(layer: VoraLinear, x: Tensor, names: list[str | None]) -> Tensor:
-    """Compute each row with plain products."""
+    """Compute each row with matrix products and the adapter in ``names``."""
     out: list[Tensor] = []
     for each, name in zip(x.reshape(-1, IN), names, strict=True):
         y = layer.base_layer(each)
@@ -238,7 +238,7 @@ def test_image_text_and_base_rows_share_one_launch(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(found, rows(layer, x, names), rtol=1e-5, atol=1e-5)
         with modality(mask), lora_ext.adapters(of_text):
             assert torch.equal(layer(x), found)
-        # Text alone uses the names of the block.
+        # A batch of text alone uses the names of the block.
         with lora_ext.adapters(of_text), torch.no_grad():
             every = [name for name in of_text for _ in range(7)]
             torch.testing.assert_close(layer(x), rows(layer, x, every), rtol=1e-5, atol=1e-5)
@@ -329,7 +329,7 @@ def test_route_vision_is_merged_only_with_force() -> None:
     assert torch.equal(layer.base_layer.weight, before)
     everywhere = layer(x, MASKS["all"])
     assert layer.merge(force=True) is layer.base_layer
-    for mask in MASKS.values():  # all tokens use the adapter now
+    for mask in MASKS.values():  # Now all tokens use the adapter.
         with modality(mask):
             torch.testing.assert_close(layer(x), everywhere, rtol=0, atol=1e-4)
     layer.unmerge()
@@ -409,12 +409,12 @@ def test_extra_bias_is_merged_and_removed_with_the_adapter() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True])
-def test_invalid_rank_is_named(rank: Any) -> None:
+def test_error_names_invalid_rank(rank: Any) -> None:
     with pytest.raises(ValueError, match=f"VoraLinear: rank: expected .*found {rank!r}"):
         VoraLinear.from_linear(nn.Linear(2, 3), rank)
 
 
-def test_unknown_route_is_named() -> None:
+def test_error_names_unknown_route() -> None:
     with pytest.raises(ValueError, match=r"VoraLinear: route: expected .*found 'text'"):
         VoraLinear.from_linear(nn.Linear(2, 3), 2, "text")  # pyright: ignore[reportArgumentType]
 
@@ -439,12 +439,12 @@ def test_other_modules_are_refused(make_module: Callable[[], nn.Module]) -> None
     [torch.ones(2, 6), torch.full((2, 7), 2), torch.ones(2, 7), torch.ones(2, 6, dtype=torch.bool)],
     ids=["floats of another shape", "twos", "floats", "another shape"],
 )
-def test_invalid_mask_is_named(mask: Tensor) -> None:
+def test_error_names_invalid_mask(mask: Tensor) -> None:
     with pytest.raises(ValueError, match="vision_mask: expected"):
         make("vision")(inputs(2, 7), mask)
 
 
-def test_mask_beside_adapter_ids_is_refused() -> None:
+def test_mask_together_with_adapter_ids_is_refused() -> None:
     with pytest.raises(ValueError, match="token_mask: expected None with adapter_ids"):
         make("vision")(inputs(2, 7), MASKS["all"], adapter_ids=["default", None])
 

@@ -156,7 +156,7 @@ def test_invalid_arguments_are_refused(arguments, fields: dict, message: str):
         build_vision_mask(valid, ids, **fields)
 
 
-def test_image_in_two_pieces_is_refused():
+def test_image_whose_tokens_are_not_contiguous_is_refused():
     message = r"image_ids: sample 0: expected adjacent tokens of image 0, found other tokens"
     with pytest.raises(ValueError, match=message):
         mask_of([[0, 0, -1, 0]])
@@ -164,7 +164,7 @@ def test_image_in_two_pieces_is_refused():
         mask_of([[0, 1, 1, 0]])
 
 
-def test_attention_mask_of_other_numbers_is_refused():
+def test_attention_mask_with_other_numbers_than_0_and_1_is_refused():
     message = r"build_vision_mask: attention_mask: expected bools, or 0 and 1, found 2"
     with pytest.raises(ValueError, match=message):
         mask_of([[0, 0, -1]], [[1, 1, 2]])
@@ -238,13 +238,14 @@ def test_last_patch_reaches_the_first_only_if_bidirectional(bidirectional: bool)
         hidden_states(model, batch, None, bidirectional=bidirectional).hidden_states[-1]
         for batch in (before, after)
     )
-    assert torch.equal(one[0, 0], two[0, 0])  # text before the image
-    assert torch.equal(one[0, 1], two[0, 1]) is not bidirectional  # first patch
-    assert not torch.equal(one[0, 5:], two[0, 5:])  # text after the image
-    torch.testing.assert_close(one[1], two[1], atol=1e-6, rtol=0)  # other sample
+    assert torch.equal(one[0, 0], two[0, 0])  # text before the image is unchanged
+    # The first patch changes only if attention is bidirectional.
+    assert torch.equal(one[0, 1], two[0, 1]) is not bidirectional
+    assert not torch.equal(one[0, 5:], two[0, 5:])  # text after the image changes
+    torch.testing.assert_close(one[1], two[1], atol=1e-6, rtol=0)  # the other sample is unchanged
 
 
-def test_adjacent_images_do_not_see_later_ones():
+def test_image_does_not_attend_to_the_next_adjacent_image():
     model, images = llama("sdpa"), image_tokens()
     before = spliced(model, images)
     images[1][1] = images[1][1] + 1

@@ -1,4 +1,4 @@
-"""``with modality(mask)``: layers that use the block, and rejected masks."""
+"""``with modality(mask)``: layers that use the mask, and rejected masks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def inputs() -> Tensor:
 
 
 def masked(model: Two, x: Tensor, mask: Tensor) -> Tensor:
-    """Compute the model with explicit masks, layer by layer."""
+    """Run the layers one by one, each with an explicit mask."""
     return model.down(model.up(x, mask).tanh(), mask)
 
 
@@ -91,12 +91,13 @@ def test_rows_are_grouped_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -
     with modality(MASK), lora_ext.adapters(["text", None]):
         model(inputs())
         model(inputs())
-    assert len(calls) == 3  # for the names, for the mask, and for both together
+    assert len(calls) == 3  # one each for the names, the mask and both together
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_use_the_mask_of_their_forward(reentrant: bool) -> None:
-    # The backward runs after the blocks, with the mask overwritten and two forwards pending.
+    # The backward runs after the blocks have ended, the mask is overwritten, and two forwards await
+    # their backward.
     model, x = Two(), inputs().requires_grad_()
     wanted = [p for p in model.parameters() if p.requires_grad]
     expected = []

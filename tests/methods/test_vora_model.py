@@ -172,7 +172,7 @@ def test_greedy_tokens_with_and_without_a_cache_are_equal(
     beams = model.generate(
         given["input_ids"], given["images"], given["attention_mask"], max_new_tokens=4, num_beams=2
     )
-    for sample in range(3):  # beams of each sample alone
+    for sample in range(3):  # beam search on each sample alone
         alone = of_sample(given, sample)
         one = model.generate(alone["input_ids"], alone["images"], max_new_tokens=4, num_beams=2)
         assert torch.equal(beams[sample], one[0])
@@ -181,7 +181,8 @@ def test_greedy_tokens_with_and_without_a_cache_are_equal(
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["mistral", "qwen3"])
 def test_layers_with_sliding_attention_keep_their_window(family: str, attention: str) -> None:
-    # All layers of Mistral slide; Qwen3's do from the second on and need masks of both kinds.
+    # All layers of Mistral have sliding attention; Qwen3's have it from the second one on, so it
+    # needs masks of both kinds.
     window: dict[str, Any] = {"sliding_window": 3, "attn_implementation": attention}
     if family == "qwen3":
         window |= {"use_sliding_window": True, "max_window_layers": 1}
@@ -304,9 +305,7 @@ def _other(family: str) -> Any:
         ("falcon", None),
     ],
 )
-def test_attention_that_ignores_pairwise_masks_is_refused_by_name(
-    family: str, found: str | None
-) -> None:
+def test_error_names_attention_that_ignores_pairwise_masks(family: str, found: str | None) -> None:
     language_model, targets = _other(family)
     how: dict[str, Any] = {"n_blocks": 1, "target_modules": targets}
     model = vora.VoraForCausalLM(language_model, settings(**how))

@@ -48,7 +48,7 @@ def test_all_forms_of_an_image_give_equal_pixels(tmp_path):
     first, *others = processor(forms)["pixel_values"]
     assert first.shape == (3, 98, 196) and first.dtype == torch.float32
     for other in others:
-        torch.testing.assert_close(other, first, atol=0.05, rtol=0)  # floats are not clamped
+        torch.testing.assert_close(other, first, atol=0.05, rtol=0)  # Float images are not clamped.
     for other in (*others[:8], *others[9:]):
         assert torch.equal(other, first)
 
@@ -61,7 +61,8 @@ def test_grey_images_have_three_equal_channels():
         assert torch.equal(found, torch.from_numpy(grey.copy()).float().expand(3, -1, -1))
 
 
-# Pillow rounds after each of two passes; a cubic kernel multiplies the first error by 1.25.
+# Pillow resizes in two passes and rounds after each; a cubic kernel multiplies the first pass's
+# rounding error by 1.25.
 @pytest.mark.parametrize(("resample", "worst"), [(2, 1.0), (3, 1.125)])
 @pytest.mark.parametrize("size", [(1000, 700), (40, 30)])
 def test_resizing_equals_pillow_up_to_one_level(size: tuple[int, int], resample: int, worst: float):
@@ -132,7 +133,7 @@ def test_settings_are_saved_and_may_be_overridden(tmp_path):
     assert torch.equal(one, two) and one.shape == (3, 40, 80)
 
 
-def test_settings_of_a_call_apply_only_to_it():
+def test_settings_of_a_call_apply_only_to_this_call():
     processor, image = VoraImageProcessor(), pixels(64, 64)
     (found,) = processor(image, patch=16, do_normalize=False)["pixel_values"]
     assert found.shape == (3, 64, 64) and found.min() >= 0
@@ -187,7 +188,7 @@ def test_inputs_are_unchanged():
         ({"patch_size": 16}, TypeError, r"patch_size: expected one of .* found 'patch_size'"),
     ],
 )
-def test_invalid_settings_are_refused_by_name(fields: dict, error, message: str):
+def test_errors_name_invalid_settings(fields: dict, error, message: str):
     with pytest.raises(error, match=f"VoraImageProcessor: {message}"):
         VoraImageProcessor(**fields)
     with pytest.raises(error, match=f"VoraImageProcessor: {message}"):

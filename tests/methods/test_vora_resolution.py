@@ -16,7 +16,7 @@ from lora_ext.methods.vora import smart_resize
         ((3000, 2000), (1078, 714)),
         ((14, 14), (56, 56)),
         ((56, 56), (56, 56)),
-        ((63, 77), (56, 84)),  # halves are rounded to the even multiple
+        ((63, 77), (56, 84)),  # Ties are rounded to the even multiple.
     ],
 )
 def test_sizes_equal_known_ones(size, expected):

@@ -82,7 +82,7 @@ def test_images_without_a_placeholder_are_refused_before_the_lookup():
     assert not embed.asked
 
 
-def test_adjacent_images_have_different_numbers():
+def test_adjacent_images_have_different_image_ids():
     found = splice_images(torch.tensor([[P, P]]), Embedding(), [[image(2), image(1)]])
     assert found.image_ids.tolist() == [[0, 0, 1]]
     assert torch.equal(found.inputs_embeds[0], torch.cat([image(2), image(1)]))
@@ -128,7 +128,7 @@ def test_gradients_reach_images_and_embedding():
 
 @st.composite
 def batches(draw) -> tuple[list[list[int]], list[list[int]]]:
-    """Draw ids of samples, and the sizes of their images."""
+    """Draw the token ids of several samples, and the sizes of their images."""
     ids = draw(
         st.lists(
             st.lists(st.sampled_from([P, 1, 2, 3]), min_size=1, max_size=5), min_size=1, max_size=3

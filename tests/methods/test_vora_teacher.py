@@ -1,4 +1,4 @@
-"""`teacher_states`: states of the blocks without class token, for images of any size."""
+"""`teacher_states`: hidden states of the blocks without the class token, for any image size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_states_are_block_outputs_or_in_released_mode_inputs():
     hidden = model(torch.stack([one, two]), output_hidden_states=True).hidden_states
     outputs, grids = teacher_states(model, [one, two], 3)
     assert grids == [(4, 4), (4, 4)]
-    for i in range(2):  # the last of the tuple may be normalised
+    for i in range(2):  # The last entry of the tuple may be normalised.
         torch.testing.assert_close(outputs[i], hidden[i + 1][:, 1:].reshape(32, 8))
     normed = model.layernorm(outputs[2])
     expected = model(torch.stack([one, two])).last_hidden_state[:, 1:].reshape(32, 8)

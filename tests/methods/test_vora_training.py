@@ -47,7 +47,7 @@ def test_losses_equal_those_computed_by_hand(n_blocks: int, pairing: str) -> Non
     found = run(model, **given, teacher_states=states)
     torch.testing.assert_close(found.loss, found.lm_loss + 0.3 * found.distill_loss)
 
-    hiddens: list[Tensor] = []  # by hand: separate hooks on every block
+    hiddens: list[Tensor] = []  # recorded with separate hooks on every block
 
     def take(_: Any, args: Any, out: Any) -> None:
         hiddens.append(out if pairing == "output" else args[0])
@@ -65,7 +65,7 @@ def test_losses_equal_those_computed_by_hand(n_blocks: int, pairing: str) -> Non
 
     logits, mask = found.logits, given["attention_mask"]
     counted = []
-    for sample in range(3):  # by hand: the next text token after each one, skipping images
+    for sample in range(3):  # The target is the next text token, skipping images.
         places = (~found.vision_mask[sample]).nonzero()[:, 0].tolist()
         ids = given["input_ids"][sample][mask[sample].bool()]
         ids = ids[ids != PLACEHOLDER].tolist()
@@ -115,7 +115,7 @@ def test_only_new_parameters_are_trained(route: str) -> None:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_bfloat16_and_autocast_losses_are_near_float32(attention: str) -> None:
-    # The bfloat16 model has its factors in float32.
+    # The factors of the bfloat16 model are float32.
     model, given = seeing("vision", teacher=7, attn_implementation=attention), batch()
     states = teacher_states(tokens(given))
     expected = model(**given, teacher_states=states)
@@ -169,7 +169,7 @@ def test_checkpointing_changes_no_gradient_beyond_rounding(route: str, family: s
     def grads() -> list[Tensor]:
         model.zero_grad()
         found = model(**given, teacher_states=states)
-        run(model, **text())  # a second forward before the backward of the first
+        run(model, **text())  # a second forward, before the backward of the first one
         found.loss.backward()
         return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 

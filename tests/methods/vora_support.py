@@ -21,7 +21,7 @@ LANGUAGE_FIELDS = (
 
 
 def language(family: str = "llama", layers: int = 3, **fields: Any) -> Any:
-    """Return a model with fixed weights, large enough that greedy tokens vary."""
+    """Return a model with the same weights at every call, large enough that greedy tokens vary."""
     torch.manual_seed(0)
     ids: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     if family == "gpt2":
@@ -98,7 +98,7 @@ def image(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def batch() -> dict[str, Any]:
-    """Return a batch: two images of different sizes, text alone, one image; right-padded."""
+    """Return three right-padded samples with two images of different sizes, none, and one image."""
     p = PLACEHOLDER
     ids = torch.tensor([[3, p, 4, p, 5, 6], [7, 8, 9, 1, 0, 0], [p, 2, 3, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
