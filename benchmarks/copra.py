@@ -38,10 +38,11 @@ CLAIM = Claim(
     "sections, 80 steps of batch 16. Per seed, two adapters from different samples, and 11 points "
     "between them.",
     headline="barrier",
-    use="you will merge adapters in factors or cut them to some blocks, and LoRA's adapters lose "
-    "much by it, as on the small network here (measure this first)",
-    avoid="LoRA's adapters lose nothing by it (on the pretrained encoder here, CopRA's merged "
-    "adapters were 0.02 worse), or you use an adapter alone and whole, or merge weights (delta)",
+    use="you will merge adapters in factors or prune them to some blocks, and LoRA's adapters "
+    "become much worse by it, as on the small network here (measure this first)",
+    avoid="LoRA's adapters do not become worse (on the pretrained encoder here, CopRA's merged "
+    "adapters were 0.02 worse), or you use a single complete adapter, or merge weights "
+    "(delta)",
     seeds=3,
     earlier="the network alone, without a criterion on the barrier (0.214; LoRA's was 0.327). "
     "Merged in factors +0.101, every other adapter pruned +0.126, alone -0.011, a step 0.85 of "

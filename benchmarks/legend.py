@@ -50,9 +50,9 @@ CLAIM = Claim(
     headline="time, traffic and accuracy",
     use="devices differ in speed, rounds wait for the slowest, and the task can be learned near "
     "the output, such as a new task on a pretrained model with a trained head",
-    avoid="the shift is at the input (another script, another sensor), devices are equally fast, "
-    "or the fast devices have all classes (alone they reached the same accuracy in the same time "
-    "here). The depth matters more than the shape of the ranks",
+    avoid="the new data differ at the input (another script, another sensor), devices are equally "
+    "fast, or the fast devices have all classes (here they alone reached the same accuracy "
+    "in the same time). The depths matter more than the shape of the ranks",
     seeds=5,
     earlier="a transformer of 6 blocks (width 32), trained from scratch on transposed digits, with "
     "a frozen head, so everything to learn was at the input. 1.31 times sooner, 9 % less traffic, "

@@ -30,10 +30,11 @@ CLAIM = Claim(
     "losses matched before tuning. LoRA of ranks 1, 4, 16, 64 on the second MLP matrices or on all "
     "linear layers, 60 steps of batch 4; 64 held-out questions.",
     headline="ratio of ranks",
-    use="you want to know which rank a task needs: sweep, and read the smallest rank that reaches "
-    "95 % of the gain",
-    avoid="you want to choose ranks for planning and reasoning from the ratio alone: here "
-    "planning's effective rank was 0.95 of reasoning's on the second MLP matrices",
+    use="you want to know which rank a task needs: train with several ranks, and take the smallest "
+    "one that reaches 95 % of the gain",
+    avoid="you want to choose ranks for planning and reasoning from the ratio of their effective "
+    "ranks alone: here planning's effective rank was 0.95 of reasoning's on the second MLP "
+    "matrices",
     seeds=3,
     earlier="a transformer of 4 blocks trained from scratch. Three quarters of its training was "
     "planning, so the tasks differed in headroom. No criterion measured the ratio: 0.76 by entropy "

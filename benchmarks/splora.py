@@ -34,13 +34,15 @@ CLAIM = Claim(
     "45 or 60 of 60 modules are pruned. Tested on 100 harmful and 100 harmless requests, with "
     "half of the task's gain kept.",
     headline="refusals at equal gain",
-    use="you may cut an adapter without data or training, and a seventh of its task's gain may "
-    "go. With 85 % of the gain kept, E-DIEM's distance, smallest first (the smallest updates), "
-    "restored 0.95 of the refusals, random modules 0.79, Safe LoRA 0.51 (a point chosen after one "
-    "seed had been seen)",
-    avoid="half of the gain may go: then every rule, even random, refuses nearly all. Nor when "
-    "harmless questions must be answered: at intermediate amounts of pruning some rules refused up "
-    "to 0.64 of those, random modules 0.96",
+    use="you want to prune an adapter without data or training, and can give up a seventh of its "
+    "task's gain. With 85 % of the gain kept, the model refused a share of 0.95 of harmful "
+    "requests after pruning by E-DIEM's distance, smallest first (the smallest updates), 0.79 "
+    "after pruning random modules, and 0.51 after Safe LoRA (85 % was chosen after one seed "
+    "had been seen)",
+    avoid="you can give up half of the gain: then the model refuses nearly all of them after any "
+    "rule, even random pruning. Nor when harmless questions must be answered: at "
+    "intermediate amounts of pruning, a share of up to 0.64 of these was refused after some "
+    "rules, and 0.96 after random pruning",
     seeds=3,
     earlier="a toy that learned to refuse. With 4 of 16 modules pruned, 0.07 of the answers to the "
     "harmful task were refusals, 0.00 at random, and 0.07 of the new task was right (3 seeds, "
