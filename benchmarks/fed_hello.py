@@ -38,8 +38,8 @@ CLAIM = Claim(
     "with 3 steps of batch 8, at a rate chosen on another seed. RGD with the bottleneck pattern; "
     "4 classes per client, and IID.",
     headline="gain over strong clients",
-    use="labels are skewed, and the clients that can train every layer lack classes that the weak "
-    "ones have (the gain depends on how many)",
+    use="labels are skewed, and the clients that can train every layer lack classes that only "
+    "weaker clients have (the gain depends on the number of these classes)",
     avoid="data are IID, or the strong clients have every class",
     seeds=5,
     earlier="digits, 12 clients of 3 classes each. The criterion was a gain in every seed, which "

@@ -40,12 +40,12 @@ CLAIM = Claim(
     "encoder arm has the ViT, a projector of two layers and LoRA of rank 16 on the same blocks. "
     "480 test pictures. Not tried on SmolLM2.",
     headline="share of right captions",
-    use="pictures must be seen without a second model at inference, you have a ViT to distil from "
-    "(without it a third of the captions were right here, with it three quarters), and you merge "
-    "the result into the language model",
-    avoid="a vision tower may stay: the ViT with a projector had 0.95 of the captions right, VoRA "
-    "0.75 with more trained parameters. Nor when text must not change (its loss rose from 1.1 to "
-    '2.9 here), unless the result stays unmerged on route "vision"',
+    use="the model must read pictures without a second model at inference, you have a ViT to "
+    "distil from (here three quarters of the captions were right with it, and a third "
+    "without), and you merge the result into the language model",
+    avoid="you can keep a vision tower: the ViT with a projector had 0.95 of the captions right, "
+    "VoRA 0.75 with more trained parameters. Nor when text must not change (its loss rose "
+    'from 1.1 to 2.9 here), unless you use route "vision" without merging',
     seeds=3,
     earlier="without the encoder arm, which the claim is about. Captions right 0.743, without "
     "distillation 0.274, causal 0.744, embedding only 0.068 (3 seeds, revision 098d618): direction "
