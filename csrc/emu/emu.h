@@ -1,4 +1,4 @@
-// Public interface of the emulator. docs/emulator.md explains runs and reports.
+// Public interface of the emulator. docs/notes/emulator.md explains runs and reports.
 #pragma once
 
 #include <cstdint>

@@ -3,8 +3,8 @@
 // A file under csrc/cuda includes this header and csrc/include, no header of CUDA or torch, and
 // contains no `asm`. nvcc compiles it for a GPU (lx/hardware.h: one intrinsic or PTX instruction
 // per wrapper). g++ with -DLX_EMULATE compiles the same text for the emulator (lx/emulated.h,
-// csrc/emu). docs/emulator.md explains how to write such a kernel and what a run in the emulator
-// proves.
+// csrc/emu). docs/notes/emulator.md explains how to write such a kernel and what a run in the
+// emulator proves.
 //
 // Both implementations provide CUDA's qualifiers, vector types, threadIdx, blockIdx, blockDim and
 // gridDim, and:
