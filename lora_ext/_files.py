@@ -128,8 +128,7 @@ class SafetensorsFile:
             raise ValueError(f"{where}: header: expected an object, found {header!r:.80}")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
-            expected = "an object with string values"
-            raise ValueError(f"{where}: __metadata__: expected {expected}, found {metadata!r:.80}")
+            raise ValueError(f"{where}: __metadata__: expected strings, found {metadata!r:.80}")
         self.metadata: dict[str, str] = metadata
         self.infos = {}
         self._spans: dict[str, tuple[int, int]] = {}
@@ -156,8 +155,7 @@ class SafetensorsFile:
         for field, value in (("shape", shape), ("data_offsets", offsets)):
             few = isinstance(value, list) and len(value) <= 8
             if not few or not all(type(n) is int and 0 <= n < 2**48 for n in value):
-                expected = "a list of at most 8 sizes"
-                raise ValueError(f"{where}: {field}: expected {expected}, found {value!r:.200}")
+                raise ValueError(f"{where}: {field}: expected up to 8 sizes, found {value!r:.200}")
         if len(offsets) != 2 or not isinstance(name, str):
             expected = "two data_offsets and a dtype"
             raise ValueError(f"{where}: entry: expected {expected}, found {entry!r:.200}")

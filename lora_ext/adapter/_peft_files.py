@@ -176,8 +176,7 @@ def check_adapter(
         base = {key: name for key, name in base.items() if key not in saved}
         leftover = [key for key in leftover if key not in saved]
     _check_targets(config, where, index, grouped)
-    expected = "LoRA factors of modules of the base model"
-    require(grouped, where, "keys", expected, _some(leftover) or "none")
+    require(grouped, where, "keys", "LoRA factors of the base model", _some(leftover) or "none")
     ranks, unused = config.ranks_and_scales(grouped)
     leftover += [*(f"config field {name}" for name in config.unknown), *unused]
     expected = f"expected only tensors and fields that the base model and {field} use"
@@ -235,8 +234,7 @@ def _group_keys(
     leftover: list[str] = []
     where = tensors.where
     for key in tensors.infos:
-        expected = "a name in a file, without 'modules_to_save'"
-        found = "a name in the state dict of a model"
+        expected, found = "a name as in an adapter file", "a name as in model.state_dict()"
         parsed = parse_key(key)
         require("modules_to_save" not in key, where, key, expected, found, NotImplementedError)
         if parsed is None:

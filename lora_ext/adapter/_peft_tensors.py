@@ -243,8 +243,7 @@ def _read_bin(path: Path) -> StateDict:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
         except Exception as error:  # zipfile raises various exceptions for a damaged directory
-            expected = "expected a zip archive written by torch.save"
-            raise ValueError(f"{where}: {expected}, found a damaged file: {error}") from None
+            raise ValueError(f"{where}: expected a zip file, found a broken one: {error}") from None
         compressed = sum(e.compress_type != zipfile.ZIP_STORED for e in entries)
         total = sum(e.file_size for e in entries)
         found = f"{compressed} compressed entries and {total} bytes in a file of {size}"

@@ -286,8 +286,7 @@ def _read_index(path: Path) -> dict[str, str]:
     raw = read_json(path, MAX_HEADER_BYTES)
     placed = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(placed, dict) or not placed:
-        expected = "expected file names by tensor name"
-        raise ValueError(f"{path}: weight_map: {expected}, found {placed!r:.100}")
+        raise ValueError(f"{path}: weight_map: expected a dict of filenames, found {placed!r:.100}")
     for key, name in placed.items():
         plain = isinstance(name, str) and name.endswith(".safetensors") and "\0" not in name
         fits = plain and Path(name).name == name and "\\" not in name

@@ -242,8 +242,7 @@ def kl_divergence(circuit: Parameters, other: Parameters, root: int | None) -> T
     """
     name = "kl_divergence"
     same = isinstance(other, Parameters) and other.graph == circuit.graph
-    kind = type(other).__name__
-    found = f"a circuit of {other.graph}" if isinstance(other, Parameters) else kind
+    found = other.graph if isinstance(other, Parameters) else type(other).__name__
     require(same, name, "other", f"a circuit of the same graph, {circuit.graph}", found)
     for each in (circuit, other):
         _require_deterministic(each, name)

@@ -339,8 +339,7 @@ def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
         where = file.where
         data = parse_json(file.metadata.get(_METADATA, "null").encode(), where)
         known = isinstance(data, dict) and data.keys() == {"norm", "graph"}
-        expected = "a circuit, with norm and graph"
-        require(known, where, "header", expected, f"metadata {[*file.metadata]}")
+        require(known, where, "header", "a circuit (norm, graph)", f"metadata {[*file.metadata]}")
         norm = data["norm"]
         require(norm in ("logits", "none"), where, "norm", "logits or none", f"{norm!r:.80}")
         graph = RegionGraph.from_json(data["graph"], where)

@@ -100,8 +100,7 @@ def leaf_from_json(data: Any, where: str) -> Leaf:
         value = data[name]
         if name == "values":
             good = isinstance(value, list) and all(_is_count(v, 0) for v in value)
-            value = tuple(value) if good else value
-            expected = "a list of whole numbers from 0, below 2^31"
+            value, expected = tuple(value) if good else value, "a list of integers in [0, 2^31)"
         elif name == "min_std":
             good = type(value) in (int, float) and 0 < value < math.inf
             expected = "a positive number"
@@ -162,8 +161,7 @@ def _region_from_json(data: Any, where: str, name: str) -> Region:
     require(known, where, name, expected, [*data])
     where = f"{where}: {name}"
     units, name, tie = data["units"], data["name"], data["tie"]
-    expected = "a positive whole number below 2^31"
-    require(_is_count(units, 1), where, "units", expected, f"{units!r:.100}")
+    require(_is_count(units, 1), where, "units", "an integer in [1, 2^31)", f"{units!r:.100}")
     require(isinstance(name, str), where, "name", "a string", f"{name!r:.80}")
     require(tie is None or isinstance(tie, str), where, "tie", "a string or null", f"{tie!r:.80}")
     if "leaf" in data:

@@ -167,8 +167,7 @@ def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | No
     parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     good = len(parts) in (1, 2) and all(isinstance(t, Tensor) for t in parts)
     found = ", ".join(type(t).__name__ for t in parts)
-    expected = "a tensor of rows, or a pair of tensors (rows, roots)"
-    require(good, name, "batches", expected, f"({found})")
+    require(good, name, "batches", "a tensor of rows, or a pair (rows, roots)", f"({found})")
     # If the batch has no roots, `root` is None.
     x, root, *_ = (*(t.to(circuit.weights.device) for t in parts), None)
     assert x is not None

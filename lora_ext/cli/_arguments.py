@@ -193,8 +193,7 @@ _PRUNE_CHOICES = (  # option, choices with the default first, help
         "score",
         ("distance", "angle", "alignment"),
         "distance of the update from its projection, mostly a measure of the update's size; angle "
-        "between the two; or the update's cosine with the change by alignment, negative if the "
-        "update undoes it",
+        "between the two; or cosine with the change by alignment, negative if the update undoes it",
     ),
     ("reference", ("population", "permutation", "released"), "what a distance is compared with"),
     ("granularity", ("module", "block"), "unit that is scored and pruned"),

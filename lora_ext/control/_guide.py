@@ -57,10 +57,9 @@ class Guide:
         for (name, tensor), shape in zip(given.items(), shapes, strict=True):
             where, found = ("Guide", name), tuple(tensor.shape)
             require(found == shape, *where, f"shape {shape}", found)
-            same = tensor.dtype == initial.dtype
-            require(same, *where, f"{initial.dtype}, as initial", tensor.dtype)
-            same = tensor.device == initial.device
-            require(same, *where, f"{initial.device}, as initial", tensor.device)
+            same = tensor.dtype == initial.dtype and tensor.device == initial.device
+            expected = f"{initial.dtype} on {initial.device}, as initial"
+            require(same, *where, expected, f"{tensor.dtype} on {tensor.device}")
             require_distributions(*where, tensor)
         self.initial = initial.detach()
         self.transition = transition.detach()
@@ -129,9 +128,8 @@ class Guide:
                 require(weight.dtype == dtype, file.where, _PRIOR, dtype, weight.dtype)
                 fits = weight.dim() == 2 and weight.shape == shape and weight.numel() > 0
                 finite = fits and bool(weight.isfinite().all())
-                expected = f"finite numbers of shape ({guide.num_states}, D)"
                 found = f"shape {tuple(weight.shape)}" + (" with NaN or inf" if fits else "")
-                require(finite, file.where, _PRIOR, expected, found)
+                require(finite, file.where, _PRIOR, f"shape ({guide.num_states}, D), finite", found)
         measures = kept.get("measures", {}) if isinstance(kept, dict) else {}
         if isinstance(measures, dict):
             guide.measures = {str(k): float(v) for k, v in measures.items() if _finite(v)}

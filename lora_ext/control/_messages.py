@@ -75,9 +75,8 @@ class Plan:
         expected = f"less than max_new_tokens ({budget}), since the last token ends the text"
         require(least < budget, _WHERE, "min_new_tokens", expected, least)
         if guide is not None:
-            size = constraint.vocab_size
-            expected = f"a vocab_size of {size}, as in the constraint"
-            require(guide.vocab_size == size, _WHERE, "guide", expected, guide.vocab_size)
+            size, found = constraint.vocab_size, guide.vocab_size
+            require(found == size, _WHERE, "guide", f"the constraint's vocab_size, {size}", found)
         self.constraint = constraint
         self.budget = budget
         self.least = least
@@ -89,8 +88,7 @@ class Plan:
         require(fewest <= budget, _WHERE, "max_new_tokens", expected, budget)
         fits = self.alive(0, budget)
         expected = f"an allowed text of {least} to {budget - 1} tokens"
-        found = "none: all allowed texts are shorter or longer"
-        require(fits, _WHERE, "min_new_tokens", expected, found)
+        require(fits, _WHERE, "min_new_tokens", expected, "none")
 
     # --- dead ends --------------------------------------------------------------------------------
     @cached_property

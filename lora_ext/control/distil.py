@@ -93,8 +93,7 @@ def distil(
     require(0 < held_out < 1, _WHERE, "held_out", "a share between 0 and 1", held_out)
     rows = [list(map(int, p)) for p in prompts]
     good = bool(rows) and all(rows)
-    expected = "at least one prompt, each of at least one token"
-    require(good, _WHERE, "prompts", expected, f"{rows!r:.80}")
+    require(good, _WHERE, "prompts", "a non-empty list of non-empty prompts", f"{rows!r:.80}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = getattr(model, "generation_config", None)

@@ -47,8 +47,7 @@ class PriorHead(nn.Module):
         if hidden_size is not None:
             integer(_WHERE, "hidden_size", hidden_size, 1)
         size = known if hidden_size is None else hidden_size
-        expected = "a number, since guide.prior is None"
-        expected = expected if known is None else f"{known}, as in guide.prior"
+        expected = "a number (no guide.prior)" if known is None else f"{known}, as in guide.prior"
         require(size is not None and known in (None, size), _WHERE, "hidden_size", expected, size)
         if guide.prior is not None:
             self.weight = nn.Parameter(guide.prior.clone())

@@ -99,8 +99,7 @@ class ConstraintProcessor:
         if prior is None:
             return None
         where = _WHERE, "prior"
-        expected, found = "None, since there is no guide", f"shape {tuple(prior.shape)}"
-        require(self._guide is not None, *where, expected, found)
+        require(self._guide is not None, *where, "None, as there is no guide", tuple(prior.shape))
         assert self._guide is not None
         shape, states = tuple(prior.shape), self._guide.num_states
         require(len(shape) == 2 and shape[1] == states, *where, f"shape (B, {states})", shape)

@@ -147,8 +147,7 @@ def average(rules: Rules, updates: Iterable[Update]) -> Aggregate:
     """Average the replies, as :func:`aggregate` does, with settings that are already checked."""
     state, settings = rules.state, rules.settings
     for key in settings.shared:
-        expected = f"names among the {len(state)} tensors of the state"
-        require(key in state, WHERE, "shared", expected, repr(key))
+        require(key in state, WHERE, "shared", "names of tensors of the state", repr(key))
     scales = _scales(settings.scaling, rules.pairs)
     replies, rejected, clipped = accept(updates, rules)
     accepted = tuple(reply.client for reply in replies)

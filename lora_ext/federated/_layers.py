@@ -120,8 +120,7 @@ class LoraLayerManager:
         trained = set(plan.layers) if mode == "train" else set()
         for layer, index in self._layer_of:
             apart = self.adapter not in layer.merged_adapters
-            expected = "an adapter that is not merged into the base weight"
-            require(apart, where, "model", expected, "a merged one")
+            require(apart, where, "model", "an adapter that is not merged", "a merged one")
             active = index not in trained or self.adapter in layer.active_adapters
             require(active, where, "model", f"{self.adapter!r} to be active", layer.active_adapters)
         on = [i is None or i in plan.layers or others == "frozen" for _, i in self._layer_of]
@@ -210,8 +209,7 @@ class LoraLayerManager:
             parsed = parse_key(key)
             known = parsed is not None and parsed.module in by_module
             if parsed is None or not known or parsed.role not in ("A.weight", "B.weight"):
-                expected = "the name of a factor in a layer of the model"
-                require(not strict, where, key, expected, "another name")
+                require(not strict, where, key, "the name of a factor in the model", "another name")
                 continue
             axis = 0 if parsed.role == "A.weight" else 1
             shape = list(self._factors(by_module[parsed.module])[axis].shape)
@@ -226,12 +224,10 @@ class LoraLayerManager:
         for module, halves in found.items():
             require(len(halves) >= 2, where, module, "lora_A and lora_B", [*halves], KeyError)
             a, b = halves["A.weight"], halves["B.weight"]
-            expected, found_shapes = "factors of equal rank", f"{[*a.shape]} and {[*b.shape]}"
-            require(a.shape[0] == b.shape[1], where, module, expected, found_shapes)
+            require(a.shape[0] == b.shape[1], where, module, "equal ranks", (a.shape, b.shape))
         touched = {by_module[module].layer for module in found}
         missing = [p.module for p in self._pairs if p.layer in touched and p.module not in found]
-        expected = "factors of all modules of a layer"
-        require(not (strict and missing), where, "state", expected, f"none of {missing[:3]}")
+        require(not (strict and missing), where, "state", f"factors of {missing[:3]}", "none")
         for module, halves in found.items():
             a, b = self._factors(by_module[module])
             rank = halves["A.weight"].shape[0]

@@ -174,8 +174,7 @@ def _name_of(key: str, array: Any, brain: bool, where: str) -> str:
     """Return the name of the dtype that an array represents."""
     require(isinstance(array, np.ndarray), where, key, "an array", type(array).__name__)
     if brain:
-        expected = "uint16 for the bits of bfloat16"
-        require(array.dtype == np.dtype("<u2"), where, key, expected, array.dtype)
+        require(array.dtype == np.dtype("<u2"), where, key, "uint16 for bfloat16", array.dtype)
         return "bfloat16"
     names = [n for n, (_, d) in _DTYPES.items() if d == array.dtype and n != "bfloat16"]
     require(bool(names), where, key, f"one of {[*_DTYPES]}", array.dtype)
@@ -209,8 +208,7 @@ def _flat_entries(payload: Payload, where: str) -> dict[str, tuple[str, np.ndarr
         shape = tuple(sizes[place : place + dim])
         kind = _DTYPES[dtype][1]
         stop = start + kind.itemsize * math.prod(shape)
-        expected, found = f"an end within {packed.size} packed bytes", f"an end at byte {stop}"
-        require(stop <= packed.size, where, key, expected, found)
+        require(stop <= packed.size, where, key, f"an end by byte {packed.size}", f"byte {stop}")
         entries[key] = dtype, packed[start:stop].view(kind).reshape(shape)
         start, place = stop, place + dim
     require(start == packed.size, where, _PACKED, f"{start} bytes", packed.size)

@@ -82,8 +82,7 @@ class LayerPlan:
             ValueError: If "layers" is missing, or the plan is not valid.
             TypeError: If an index or a rank is not an integer.
         """
-        found = sorted(map(str, config))
-        require("layers" in config, "LayerPlan", "config", "the key 'layers'", found)
+        require("layers" in config, "LayerPlan", "config", "the key 'layers'", [*config])
         return cls(config["layers"], config.get("ranks"))
 
 
@@ -156,5 +155,4 @@ def _check_pair(where: str, module: str, a: Tensor, b: Tensor) -> None:
         holds = isinstance(factor, Tensor) and factor.is_floating_point() and factor.dim() > 1
         found = (factor.dtype, list(factor.shape)) if isinstance(factor, Tensor) else type(factor)
         require(holds, where, f"{module}.{name}", "a floating-point matrix", found)
-    expected, found = f"lora_B of rank {a.shape[0]}, as lora_A", f"shape {list(b.shape)}"
-    require(a.shape[0] == b.shape[1], where, module, expected, found)
+    require(a.shape[0] == b.shape[1], where, module, "equal ranks of A and B", (a.shape, b.shape))

@@ -51,8 +51,7 @@ def partition_pathological(
     name, count = "classes_per_client", classes_per_client
     require(count <= most, where, name, f"at most {most}, the number of classes", count)
     least = math.ceil(most / n_clients)
-    expected = f"at least {least}, so that every class has a client"
-    require(count >= least, where, name, expected, count)
+    require(count >= least, where, name, f"at least {least}, so that every class is used", count)
     generator = np.random.default_rng(seed)
     owners: list[list[int]] = [[] for _ in classes]
     for client in range(n_clients):
@@ -119,8 +118,7 @@ def partition_dirichlet(
 def _by_class(where: str, labels: ArrayLike) -> tuple[list[Any], Shares]:
     """Return the classes, and for each class the indices of its samples."""
     array = np.asarray(labels)
-    holds = array.ndim == 1 and array.size > 0
-    require(holds, where, "labels", "a non-empty shape (samples,)", array.shape)
+    require(array.ndim == 1 and array.size > 0, where, "labels", "shape (N,), N > 0", array.shape)
     classes, inverse = np.unique(array, return_inverse=True)
     return classes.tolist(), [np.flatnonzero(inverse == i) for i in range(len(classes))]
 

@@ -319,8 +319,7 @@ class LoraLayer(Participants):
         fits = not tokens or self.takes_invocation
         found = f"a {type(self).__name__}: only linear layers support activated adapters"
         require(fits, where, name, "a LoraLinear", found, NotImplementedError)
-        expected = "False for an activated adapter"
-        require(not (tokens and dora), where, "use_dora", expected, True)
+        require(not (tokens and dora), where, "use_dora", "False for an activated adapter", True)
         return tokens
 
     def _check_scheme(self, scheme: bool | str, preserve_base_output: bool) -> str:

@@ -150,8 +150,7 @@ def _fake_mix(
         require(other.dtype == h.dtype, op, f"hiddens[{e}]", known, other.dtype)
     for name, scales in (("gammas", gammas), ("betas", betas)):
         if name == "gammas" or scales:
-            per_depth = f"one per tensor of hiddens, {count}"
-            require(len(scales) == count, op, name, per_depth, len(scales))
+            require(len(scales) == count, op, name, f"{count} tensors, as hiddens", len(scales))
         for e, t in enumerate(scales):
             check_like(f"{name}[{e}]", t, "(d,)", width)
     number(op, "eps", eps, 0, math.inf, expected="at least 0")

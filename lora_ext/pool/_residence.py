@@ -287,8 +287,7 @@ class Residence:
         for slot in () if checked else {*slots} - {NO_SLOT}:
             resident = residents[slot] if 0 <= slot < len(residents) else None
             pins, asked = resident.pins if resident else 0, slots.count(slot)
-            expected = f"at least {asked} pins"
-            require(asked <= pins, "AdapterPool.release", f"slot {slot}", expected, pins)
+            require(asked <= pins, "AdapterPool.release", f"slot {slot}", f"{asked} pins", pins)
         # Steps in the stream's queue may still read the pages; later copies to them must wait.
         for transfer in self._store.transfers.values():
             transfer.mark_use()

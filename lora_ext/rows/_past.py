@@ -54,10 +54,9 @@ class _Timeline:
         found = bisect.bisect_right(self.starts, number) - 1
         if found < 0:
             raise RuntimeError(
-                "adapters: expected the backward of a recomputed layer within "
-                f"{_MOST_CHANGES} entries and exits of blocks after its forward, found autograd "
-                f"node {number}, older than the oldest known {self.starts[0]}; call backward() "
-                "earlier"
+                f"adapters: expected the backward of a recomputed layer within {_MOST_CHANGES} "
+                f"entries and exits of blocks after its forward, found autograd node {number}, "
+                f"older than the oldest known {self.starts[0]}; call backward() earlier"
             )
         return self.blocks[found]
 

@@ -121,8 +121,7 @@ def _add_answers(
 
     async def generate(asked: Chat | Completion, request: Request) -> Any:
         if not isinstance(engine, Engine):
-            expected = "expected a model that generates text"
-            raise ValueError(f"model: {expected}, found the embedding model {base!r}")
+            raise ValueError(f"model: expected a text generator, found embedding model {base!r}")
         name, how = adapter(asked.model), asked.settings()
         with renamed("begin", max_new_tokens="max_tokens"):
             stream = await engine.begin(asked.prompt(), name, **how)
@@ -145,8 +144,7 @@ def _add_answers(
     async def embed(request: Request) -> Any:
         asked = await read(Embedding, request)
         if not isinstance(engine, Embedder):
-            expected = "expected an embedding model"
-            raise ValueError(f"model: {expected}, found {base!r}, which generates text")
+            raise ValueError(f"model: expected an embedding model, found text generator {base!r}")
         if asked.dimensions not in (None, engine.dimensions):
             expected = f"expected {engine.dimensions}, as the model has"
             raise ValueError(f"dimensions: {expected}, found {asked.dimensions}")

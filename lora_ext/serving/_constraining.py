@@ -94,8 +94,7 @@ def request_constraint(
         getattr(config, name) if plain.get(name) is None else plain[name]
         for name in ("max_new_tokens", "eos_token_id")
     )
-    expected = "a number, which a constraint needs"
-    require(budget is not None, _WHERE, "max_new_tokens", expected, budget)
+    require(budget is not None, _WHERE, "max_new_tokens", "a number with a constraint", budget)
     if manager.continuous_batching_config.return_logprobs:
         raise NotImplementedError(f"{_WHERE}: constraint: expected {NO_LOGPROBS}, found one")
     (plan,) = control.plans_of(_WHERE, constraint, guide, budget)

@@ -238,12 +238,10 @@ def _check_free(model: nn.Module) -> None:
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
-    expected, found = "names of submodules of the model", "'' (the model itself)"
-    require(name, "attach", "pool", expected, found)
+    require(name, "attach", "pool", "names of submodules of the model", "'' (the model itself)")
     module = find_module(model, name)
     if module is None:
         raise ValueError(
-            f"attach: pool: expected a pool made for this model, found one with module {name!r}, "
-            "which the model lacks"
+            f"attach: pool: expected a pool of this model, found one with another module, {name!r}"
         )
     return module

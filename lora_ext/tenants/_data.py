@@ -98,8 +98,7 @@ def _checked(
     for key in inputs:
         require(key in known, where, f"{name}.inputs", f"one of {known}", repr(key))
     for key in (_TARGETS, *loss.needs):
-        expected = f"the key {key!r}"
-        require(key in inputs, where, f"{name}.inputs", expected, f"only {sorted(inputs)}")
+        require(key in inputs, where, f"{name}.inputs", f"key {key!r}", f"only {sorted(inputs)}")
     argument = f"{name}.inputs[{_TARGETS!r}]"
     targets = _tensor(where, argument, inputs.pop(_TARGETS))
     many = not loss.needs and targets.dim() == 2 and targets.shape[1] > 0

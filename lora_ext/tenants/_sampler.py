@@ -250,8 +250,7 @@ class Sampler:
         ends, texts = self._stops(stop)
         first = secrets.randbits(62) if seed is None else integer(_ERROR, "seed", seed)
         waiting = sum(each.adapter == self.adapter for each in list(models.asked.values()))
-        expected = f"at most {_MOST} samples of an adapter in the queue"
-        found = waiting + num_samples
+        expected, found = f"at most {_MOST} waiting samples per adapter", waiting + num_samples
         require(found <= _MOST, _ERROR, "queue", expected, found, QueueFullError)
         of_all = prompt, self.adapter, max_tokens
         begun = []

@@ -358,8 +358,7 @@ class Tenant:
         for path, layer in self.adapter.layers.items():
             scaling = saved.modules[path].scaling
             same = abs(layer.scaling[self.adapter.name] - scaling) <= 1e-6 * abs(scaling)
-            expected = f"a save with scaling {layer.scaling[self.adapter.name]}"
-            require(same, "restore", "path", expected, scaling)
+            require(same, "restore", "path", f"scaling {layer.scaling[self.adapter.name]}", scaling)
         self.adapter.write(saved)
         self.service.store.restore(folder, self.adapter.optimizer, optimizer)
         self.adapter.take()

@@ -197,8 +197,8 @@ def test_error_for_a_folder_without_safetensors_names_its_content(tmp_path: Path
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("[]", "weight_map: expected file names by tensor"),
-        ('{"weight_map": {}}', "weight_map: expected file names by tensor"),
+        ("[]", "weight_map: expected a dict of filenames"),
+        ('{"weight_map": {}}', "weight_map: expected a dict of filenames"),
         ('{"weight_map": {"a": 3}}', "a: expected the name of a safetensors file .*found 3"),
         ('{"weight_map": {"a": "../x.safetensors"}}', "found '../x.safetensors'"),
         ('{"weight_map": {"a": "/etc/x.safetensors"}}', "found '/etc/x.safetensors'"),

@@ -250,7 +250,7 @@ def test_rows_that_do_not_continue_the_last_call_raise() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number, at least 1, found 0"),
         ({"max_new_tokens": 5, "min_new_tokens": 5}, "min_new_tokens: expected less than.*5"),
         ({"max_new_tokens": 5, "temperature": 0.0}, "temperature: expected a number above 0"),
-        ({"max_new_tokens": 5, "prior": torch.ones(1, H) / H}, "prior: expected None, since"),
+        ({"max_new_tokens": 5, "prior": torch.ones(1, H) / H}, "prior: expected None, as"),
     ],
 )
 def test_settings_that_cannot_be_satisfied_raise_early(
@@ -273,7 +273,7 @@ def test_vocabularies_and_rows_that_do_not_fit_raise() -> None:
     how = ConstraintProcessor([constraint(), None], max_new_tokens=BUDGET)
     with pytest.raises(ValueError, match="divides the 3 rows, as one per prompt does, found 2"):
         how(torch.ones(3, 1, dtype=torch.long), torch.zeros(3, V))
-    with pytest.raises(ValueError, match="guide: expected a vocab_size of 5, as in the c"):
+    with pytest.raises(ValueError, match="guide: expected the constraint's vocab_size, 5"):
         ConstraintProcessor(constraint(), guide(vocab=7), max_new_tokens=BUDGET)
 
 

@@ -216,7 +216,7 @@ def test_guide_of_one_state_emits_the_mean_of_the_model_distributions() -> None:
     [
         ({"states": 0}, "states: expected a whole number, at least 1, found 0"),
         ({"states": 999}, "states: expected at most"),
-        ({"prompts": []}, "prompts: expected at least one"),
+        ({"prompts": []}, "prompts: expected a non-empty list"),
         ({"held_out": 1.0}, "held_out: expected a share"),
         ({"length": 1}, "length: expected a whole number, at least 2"),
     ],

@@ -289,7 +289,7 @@ def test_invalid_rounds_are_refused_and_leave_the_model_unchanged():
     odd = {k: v[..., :4] if "layers.0.lora_A" in k else v for k, v in state.items()}
     for plans, lora, message in (
         ({9: LayerPlan((0,))}, state, "plans: expected names of clients, found 9"),
-        ([LayerPlan((0,))], state, "plans: expected one plan for each of 4 clients, found 1"),
+        ([LayerPlan((0,))], state, "plans: expected 4, one per client, found 1"),
         ({1: LayerPlan((7,))}, state, "plan.layers: expected layers among .* found 7"),
         ({1: LayerPlan((0,), (9,))}, state, "plan.ranks: layers.0: expected at most 3, found 9"),
         (PLANS, short, "global_lora: expected factors of layers.1, found none"),

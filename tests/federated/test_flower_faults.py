@@ -307,7 +307,7 @@ def test_two_replies_of_a_node_are_accepted_only_if_equal(kind):
     run(strategy, Wire(make_client_app(Classifier, batches), 3, twice), rounds=1)
     (log,) = strategy.history
     assert log.accepted == ((0, 1, 2) if kind == "equal" else (0, 2))
-    reason = "node 1: client 1: reply: expected one reply, or several equal ones, "
+    reason = "node 1: client 1: reply: expected one reply, or equal ones, "
     reason += "found two that differ"
     assert log.rejected == ({} if kind == "equal" else {1: reason})
 
@@ -321,7 +321,7 @@ def test_reply_of_a_node_that_received_no_message_is_rejected():
 
     run(strategy, Wire(make_client_app(Classifier, batches), 3, stranger), rounds=1)
     (log,) = strategy.history
-    reason = "node 1: reply: expected no reply, since the node received no message, found a reply"
+    reason = "node 1: reply: expected no reply, as no message was sent, found a reply"
     assert log.rejected == {"node 1": reason}
     assert log.accepted == (0, 2)
 

@@ -163,7 +163,7 @@ SETTINGS = {
     "fraction": ({"fraction_train": 0.0}, "fraction_train: expected a number above 0, up to 1"),
     "min_replies": ({"min_replies": 0}, "min_replies: expected an integer from 1, found 0"),
     "rank_agg": ({"rank_agg": "mean"}, "rank_agg: expected one of .* found 'mean'"),
-    "stack": ({"rank_agg": "stack"}, "rank_agg: expected a method whose result is an"),
+    "stack": ({"rank_agg": "stack"}, "rank_agg: expected a method returning an"),
     "payload": ({"payload": "all"}, "payload: expected .* found 'all'"),
     "masked svd": (
         {"payload": "dense_masked", "rank_agg": "svd"},
@@ -281,7 +281,7 @@ def test_invalid_apps_and_grids_are_refused():
     with pytest.raises(ValueError, match="num_nodes: expected at least 1, found 0"):
         LocalGrid(app(), 0)
     clients = BatchedClients(Classifier(), [ClientSpec("a", batches(0), lr=1e-2)])
-    with pytest.raises(ValueError, match="num_nodes: expected 1, the number of clients, found"):
+    with pytest.raises(ValueError, match="num_nodes: expected 1, one per client, found"):
         LocalGrid(clients, 2)
 
 

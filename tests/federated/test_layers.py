@@ -308,7 +308,7 @@ def test_dora_and_biases_are_refused(settings: dict, found: str):
         ),
         (
             lambda m: m.load_slice(dict(list(m.state_slice([0]).items())[:2])),
-            r"state: expected factors of all modules of a layer, found none of .'model.layers.0",
+            r"state: expected factors of .'model.layers.0.*, found none",
         ),
     ],
 )
@@ -329,7 +329,7 @@ def test_merged_and_inactive_adapters_are_refused():
     with pytest.raises(ValueError, match=r"expected 'other' to be active, found .'default'"):
         LoraLayerManager(model, adapter="other").apply(LayerPlan((1,)))
     next(iter(adapted_layers(model).values())).merge()
-    with pytest.raises(ValueError, match="not merged into the base weight, found a merged one"):
+    with pytest.raises(ValueError, match="an adapter that is not merged, found a merged one"):
         LoraLayerManager(model).apply(LayerPlan((1,)))
 
 

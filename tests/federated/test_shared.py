@@ -297,25 +297,25 @@ def of_the_model_itself() -> nn.Module:
         (Classifier, "tail", ValueError, "shared: expected a pattern .* adapters, found 'tail'"),
         (Classifier, "lora_A", ValueError, "shared: expected a pattern that .*, found 'lora_A'"),
         (Classifier, "(", ValueError, r"shared: expected a regular expression, found '\('"),
-        (Classifier, ["head"], ValueError, "shared: expected names of parameters .* found 'head'"),
+        (Classifier, ["head"], ValueError, "shared: expected names of model .*, found 'head'"),
         (
             Classifier,
             "weight",
             UnsupportedModule,
-            "layers.0.base_layer.weight: expected shared parameters outside the layers, found a p",
+            "layers.0.base_layer.weight: expected a parameter outside the layers, found one of",
         ),
         (tied, "head", UnsupportedModule, r"head.weight: .*, one tied to \['other.weight'\]"),
         (
             with_an_adapter_on_its_head,
             "head.base_layer",
             UnsupportedModule,
-            "head.base_layer.weight: expected shared parameters of modules without adapters",
+            "head.base_layer.weight: expected a module without adapters, found adapters in",
         ),
         (
             of_the_model_itself,
             "temperature",
             UnsupportedModule,
-            "temperature: expected shared parameters of modules without adapters",
+            "temperature: expected a module without adapters, found adapters in",
         ),
         (of_integers, "head", UnsupportedModule, "head.weight: expected a floating-poi.*int8"),
     ],
@@ -332,7 +332,7 @@ def test_parameters_that_cannot_be_copied_per_client_are_refused_by_name(
     [
         (Below, "below", "below: expected shared parameters above the layers, found that layers"),
         (Reads, "head.weight", "head: expected a module that the forward calls, found no call"),
-        (Flattens, "head", r"head: expected an input of 10 seq.*, found shape \[20"),
+        (Flattens, "head", r"head: expected input shape \(10, \.\.\.\), found \[20"),
         (
             lambda: WithHead(InATuple(WIDTH, 4)),
             "head",
@@ -353,5 +353,5 @@ def test_errors_found_in_the_forward_leave_the_model_unchanged(make, shared: str
 def test_head_of_another_shape_in_the_state_is_refused():
     model = Classifier().double()
     state = {**LoraLayerManager(model).state_slice(), "head.weight": torch.ones(3, WIDTH)}
-    with pytest.raises(ValueError, match=r"head.weight: expected shape \[4, 6\], found "):
+    with pytest.raises(ValueError, match=r"head.weight: expected torch.Size\(\[4, 6\]\), found "):
         BatchedClients(model, specs(), shared="head").run_round(PLANS, state)

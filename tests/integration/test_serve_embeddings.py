@@ -139,7 +139,7 @@ def test_invalid_requests_of_an_embedding_model_are_rejected(server: Any) -> Non
         assert answer.status_code == code and named in answer.json()["error"]["message"]
     body = {"model": "x", "messages": [{"role": "user", "content": "w5"}]}
     (chat,) = server.ask("/v1/chat/completions", [body])
-    assert chat.status_code == 400 and "the embedding model" in chat.json()["error"]["message"]
+    assert chat.status_code == 400 and "found embedding model" in chat.json()["error"]["message"]
 
 
 def test_files_of_sentence_transformers_are_used_or_rejected(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_unsatisfiable_constraints_are_refused_by_the_engine_core():
         built(sampling(date, max_tokens=3))
     with pytest.raises(ValueError, match="max_new_tokens: expected at least"):
         built(sampling(date), prompt=range(LENGTH - 4))
-    with pytest.raises(ValueError, match="min_new_tokens: expected a text of 8 to"):
+    with pytest.raises(ValueError, match="min_new_tokens: expected an allowed text of 8 to"):
         built(sampling({"choice": ["yes"]}, min_tokens=8))
     with pytest.raises(ValueError, match=r"with logits_processors=\['lora_ext.interop.vllm"):
         built(sampling(date), settings(processors=()))

@@ -296,7 +296,7 @@ def merged_model() -> nn.Module:
         (
             lambda m, b: fim_scores(merged_model(), [tokens(2, 4)], layer_of),
             ValueError,
-            "q_proj: expected an adapter that is not merged into the base weight, found",
+            "q_proj: expected an adapter that is not merged, found 'default' merged",
         ),
     ],
 )

@@ -203,7 +203,7 @@ def test_dropout_is_accepted_in_trained_layers_and_disabled_adapters():
 def test_active_adapter_below_is_refused():
     manager = LoraLayerManager(Stack())
     manager.apply(LayerPlan((2,)))  # frozen, not disabled
-    wanted = r"layers.0.linear: expected no adapter below .* apply\(plan, others='disabled'\)"
+    wanted = r"layers.0.linear: expected no active adapter below .*apply\(plan, others='disabled'\)"
     with pytest.raises(ValueError, match=wanted), PrefixCache(manager).batch([0]):
         pass
 
@@ -213,7 +213,7 @@ def test_sample_names_that_do_not_fit_the_rows_are_refused():
     manager = LoraLayerManager(model)
     manager.apply(LayerPlan((2,)), others="disabled")
     cache = PrefixCache(manager)
-    with pytest.raises(ValueError, match="samples: expected 2 .*, found 3"), cache.batch([0, 1, 2]):
+    with pytest.raises(ValueError, match="samples: expected 2 names"), cache.batch([0, 1, 2]):
         model(torch.ones(2, 6))
     assert len(cache) == 0
     with cache.batch([0]):

@@ -198,11 +198,11 @@ def test_items_do_not_depend_on_the_number_of_workers(make):
         (lambda: HashChain(1, num_chains=1), "HashChain: num_chains: expected at least 2, found 1"),
         (
             lambda: HashChain(1, chains=(2, 3), num_chains=3, vary_hash=False),
-            "HashChain: num_chains: expected at most the number of entries .* 2, found 3",
+            "HashChain: num_chains: expected at most 2 chains, found 3",
         ),
         (
             lambda: HashChain(1, chains=(3, 2, 2), num_chains=3, vary_hash=False),
-            r"HashChain: chains: expected exactly one shortest chain .*, found \(3, 2, 2\)",
+            r"HashChain: chains: expected exactly one shortest chain, found \(3, 2, 2\)",
         ),
     ],
 )

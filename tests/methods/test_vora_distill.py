@@ -137,9 +137,9 @@ H, U = tensors(WIDTH), tensors(TEACHER)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((H, U[:2]), r"teachers: expected one tensor for each of 3 blocks, found 2"),
-        ((H, None), r"teachers: expected one tensor for each of 3 blocks, found 0"),
-        ((H[:2], U), r"hiddens: expected one tensor for each of 3 blocks, found 2"),
+        ((H, U[:2]), r"teachers: expected 3 tensors, one per block, found 2"),
+        ((H, None), r"teachers: expected 3 tensors, one per block, found 0"),
+        ((H[:2], U), r"hiddens: expected 3 tensors, one per block, found 2"),
         ((H, tensors(WIDTH)), r"teachers: expected shape \(M, 4\), found \(7, 6\)"),
         ((H, tensors(TEACHER, 8)), r"teachers: expected 7 tokens, as in .* unless .* found 8"),
         ((H, tensors(TEACHER, 8), [(7, 1)]), r"teachers: expected the student's 7 tokens"),
@@ -161,5 +161,5 @@ def test_inputs_that_cannot_be_compared_are_refused(arguments, message: str):
 def test_errors_name_invalid_heads():
     with pytest.raises(ValueError, match=r"DistillHeads: teacher_width: .* at least 1, found 0"):
         DistillHeads(2, 3, 0)
-    with pytest.raises(ValueError, match=r"DistillHeads: hiddens: expected one tensor for each of"):
+    with pytest.raises(ValueError, match=r"DistillHeads: hiddens: expected .*, one per block"):
         heads()(tensors(WIDTH, blocks=2))

@@ -159,7 +159,7 @@ def faults(mix: Mix) -> Iterator[tuple[Mix, str]]:
     )
     yield (
         replace(mix, gammas=gammas[:2]),
-        "depth_mix: gammas: expected one per tensor of hiddens, 3, found 2",
+        "depth_mix: gammas: expected 3 tensors, as hiddens, found 2",
     )
     yield (
         replace(mix, gammas=[gammas[0], gammas[1][1:], gammas[2]]),
@@ -171,7 +171,7 @@ def faults(mix: Mix) -> Iterator[tuple[Mix, str]]:
     )
     yield (
         replace(mix, betas=[*betas, betas[0]]),
-        "depth_mix: betas: expected one per tensor of hiddens, 3, found 4",
+        "depth_mix: betas: expected 3 tensors, as hiddens, found 4",
     )
     yield (
         replace(mix, betas=[*betas[:2], betas[2][:7]]),

@@ -249,7 +249,7 @@ def test_queues_are_limited_in_calls_and_tokens(
     sampler = service.sampler()
     try:
         first = sampler.begin([1], 2, 2)
-        with pytest.raises(QueueFullError, match="queue: expected at most 3 samples"):
+        with pytest.raises(QueueFullError, match="queue: expected at most 3 waiting samples"):
             sampler.begin([1], 2, 2)
     finally:
         goes_on.set()

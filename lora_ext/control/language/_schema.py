@@ -106,9 +106,7 @@ def _check(
         return
     kinds: Any = words.pop("type", "object" if "properties" in words else None)
     if kinds is None:
-        _refuse(
-            at, "no type (any value)" if not words else f"{sorted(words)[0]} without type"
-        )
+        _refuse(at, "no type (any value)" if not words else f"{sorted(words)[0]} without type")
     allowed = {w for k in _kinds(kinds, at) for w in _WORDS[k]}
     if others := sorted(set(words) - allowed):
         _refuse(at, others[0])
@@ -240,14 +238,12 @@ def _refuse(at: str, what: str) -> NoReturn:
 
 def _resolved(name: Any, root: Any, at: str) -> Any:
     good = isinstance(name, str) and (name == "#" or name.startswith("#/"))
-    expected = "a reference into this schema, such as #/$defs/name"
-    require(good, _WHERE, f"{at}/$ref", expected, repr(name)[:80])
+    require(good, _WHERE, f"{at}/$ref", "a reference such as #/$defs/name", repr(name)[:80])
     found = root
     for part in name.split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
         known = isinstance(found, Mapping) and part in found
-        expected = "a reference to an existing part of the schema"
-        require(known, _WHERE, f"{at}/$ref", expected, repr(name)[:80])
+        require(known, _WHERE, f"{at}/$ref", "an existing part of the schema", repr(name)[:80])
         found = found[part]
     return found
 

@@ -87,14 +87,12 @@ def vocabulary_of(
     expected = "a transformers tokenizer, with get_vocab"
     require(known, where, "tokenizer", expected, type(tokenizer).__name__)
     eos = getattr(tokenizer, "eos_token_id", None) if eos_token_id is None else eos_token_id
-    expected = "a tokenizer with an end token, or the argument eos_token_id"
-    require(eos is not None, where, "tokenizer", expected, "neither")
+    require(eos is not None, where, "tokenizer", "an end token (or set eos_token_id)", "none")
     assert eos is not None
     ids = tokenizer.get_vocab()
     fewest = max(ids.values()) + 1
     size = fewest if vocab_size is None else vocab_size
-    expected = f"at least {fewest}, the number of ids of the tokenizer"
-    require(size >= fewest, where, "vocab_size", expected, size)
+    require(size >= fewest, where, "vocab_size", f"at least {fewest}, the tokenizer's size", size)
     ends = end_tokens(where, eos, size)
     key = (len(ids), size, ends)
     with _lock:

@@ -122,8 +122,7 @@ class Constraint(Written):
         for s, t, after in listed:
             at = number[s], place[t]
             one = table[at] in (-1, number[after])
-            expected = f"one next state for state {s} and token {t}"
-            require(one, what, "edges", expected, f"{after} and another one")
+            require(one, what, "edges", f"one next state for state {s} and token {t}", "two")
             table[at] = number[after]
         class_of = np.full(vocab_size, -1, np.int32)
         class_of[tokens] = np.arange(len(tokens))

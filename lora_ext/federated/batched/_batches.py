@@ -50,8 +50,7 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
     names = [*inputs[0]]
     rows: list[int] = []
     for each in inputs:
-        expected = f"tensors {names}, as in the first batch"
-        require([*each] == names, where, "batches", expected, [*each])
+        require([*each] == names, where, "batches", f"tensors {names}, as in the first", [*each])
         counts = {t.shape[0] for t in each.values()}
         require(
             len(counts) == 1, where, "batches", "the same number of rows in each tensor", counts
@@ -79,8 +78,7 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
 def logits_of(output: Any, segments: Sequence[Segment], where: str) -> Tensor:
     """Return ``output.logits`` or, if it has no logits, ``output``; check the number of rows."""
     logits = getattr(output, "logits", output)
-    expected = "an output with logits, or a tensor"
-    require(isinstance(logits, Tensor), where, "model", expected, type(output).__name__)
+    require(isinstance(logits, Tensor), where, "model", "logits or a tensor", type(output).__name__)
     rows = sum(segment.rows for segment in segments)
     holds = logits.dim() > 0 and logits.shape[0] == rows
     require(holds, where, "model", f"an output of {rows} rows", f"shape {list(logits.shape)}")
@@ -107,8 +105,7 @@ def _inputs(batch: Any, where: str) -> dict[str, Tensor]:
         found = {"x": batch[0] if isinstance(batch, tuple | list) else batch}
     for name, value in found.items():
         rows = isinstance(value, Tensor) and value.dim() > 0
-        expected = "a tensor of at least one dimension"
-        require(rows, where, f"batches: {name}", expected, f"{value!r:.80}")
+        require(rows, where, f"batches: {name}", "a tensor with dim() > 0", f"{value!r:.80}")
     require(bool(found), where, "batches", "at least one tensor", "none")
     return found
 
@@ -188,14 +185,12 @@ def own_losses(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any
 def _labels(logits: Tensor, batch: Any, segment: Segment) -> Tensor:
     """Return one client's labels, aligned with its rows of the logits."""
     if isinstance(batch, Mapping):
-        expected = "the key 'labels', or the argument loss_fn"
-        require("labels" in batch, WHERE, "batches", expected, sorted(batch))
+        require("labels" in batch, WHERE, "batches", "the key 'labels' or a loss_fn", sorted(batch))
         labels = batch["labels"].to(logits.device)
         if logits.dim() == 3:  # language model
             labels = shift_labels(labels)
             if segment.length is not None:
                 labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]), value=IGNORE)
         return labels
-    expected = "pairs (x, y), or the argument loss_fn"
-    require(isinstance(batch, tuple | list), WHERE, "batches", expected, type(batch))
+    require(isinstance(batch, tuple | list), WHERE, "batches", "(x, y) or a loss_fn", type(batch))
     return batch[1].to(logits.device)

@@ -60,12 +60,10 @@ def shared_names(
     adapted = [f"{n}." for n, m in model.named_modules() if hasattr(m, "lora_A")]
     for name in names:
         layer = block_index(name, pattern)
-        expected, found = "shared parameters outside the layers", f"a parameter of layer {layer}"
-        supported(layer is None, name, expected, found)
+        supported(layer is None, name, "a parameter outside the layers", f"one of layer {layer}")
         owner = name[: name.rfind(".") + 1]  # "" for the model itself
         near = [each for each in adapted if name.startswith(each) or each.startswith(owner)]
-        expected = "shared parameters of modules without adapters"
-        supported(not near, name, expected, f"the adapted modules {near[:3]}")
+        supported(not near, name, "a module without adapters", f"adapters in {near[:3]}")
         twins = [n for n, p in known.items() if p is known[name] and n != name]
         supported(not twins, name, "a parameter that is not tied", f"one tied to {twins}")
         real = known[name].is_floating_point()
@@ -95,8 +93,7 @@ class SharedModules:
         """Raise for a module that the model's forward has not called. The clients' copies of its
         parameters would have no effect if other code reads the parameters."""
         for owner in self._owners:
-            expected = "a module that the forward calls"
-            supported(owner in self._called, owner, expected, "no call of it")
+            supported(owner in self._called, owner, "a module that the forward calls", "no call")
 
     def _divided(self, owner: str, module: nn.Module) -> Callable[..., Any]:
         own = _Own(module)
@@ -110,8 +107,7 @@ class SharedModules:
             sizes = [segment.rows for segment in segments]
             first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
             found = [] if first is None else [*first.shape]
-            expected = f"an input of {sum(sizes)} sequences"
-            supported(found[:1] == [sum(sizes)], owner, expected, f"shape {found}")
+            supported(found[:1] == [sum(sizes)], owner, f"input shape ({sum(sizes)}, ...)", found)
             # ``unbind`` returns the copies of all clients, so that the backward allocates the
             # gradient of the stacked tensor once and not once per client.
             copies = {name: bank.leaves[0].unbind() for name, bank in names.items()}
@@ -161,6 +157,5 @@ def start_of(
     the model. Raises `ValueError` if the shapes differ."""
     parameter = model.get_parameter(name)
     value = state.get(name, parameter).detach()
-    expected = f"shape {list(parameter.shape)}"
-    require(value.shape == parameter.shape, WHERE, name, expected, f"shape {list(value.shape)}")
+    require(value.shape == parameter.shape, WHERE, name, parameter.shape, value.shape)
     return value.to(parameter.device, dtype or value.dtype)

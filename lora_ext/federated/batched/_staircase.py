@@ -135,8 +135,7 @@ class _Division:
                 self.shapes.append(value.shape)
                 return value[: self.first], value[self.first :]
             if not self.shapes:
-                found, count = list(value.shape), self.count
-                raise Unfit(f"a block's first tensor has shape {found}, and not {count} rows")
+                raise Unfit(f"a block's input has shape {list(value.shape)}, not {self.count} rows")
             return value, value
         if type(value) in (tuple, list):
             parts = [self.of(each) for each in value]

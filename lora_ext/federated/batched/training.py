@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import require
+from lora_ext._checks import choice, require
 from lora_ext.adapter import PREFIX
 from lora_ext.layers import Swap, adapted_layers, block_index, block_name, dropout_now
 from lora_ext.rows import _layouts
@@ -102,8 +102,7 @@ class BatchedClients:
         require(bool(names), WHERE, "clients", "at least one client", "none")
         require(slots is None or slots > 0, WHERE, "slots", "a number above 0, or None", slots)
         require(optimizer == "adamw", WHERE, "optimizer", "'adamw'", repr(optimizer))
-        expected = f"one of {get_args(Others)}"
-        require(others in get_args(Others), WHERE, "others", expected, repr(others))
+        choice(WHERE, "others", others, get_args(Others))
         self.model = model
         self.clients = {spec.client: spec for spec in clients}
         self.slots = slots or len(names)
@@ -146,9 +145,8 @@ class BatchedClients:
                 do not depend on trained factors, as with reentrant checkpointing.
         """
         if not isinstance(plans, Mapping):
-            given = list(plans)
-            expected = f"one plan for each of {len(self.clients)} clients"
-            require(len(given) == len(self.clients), WHERE, "plans", expected, len(given))
+            given, count = list(plans), len(self.clients)
+            require(len(given) == count, WHERE, "plans", f"{count}, one per client", len(given))
             plans = dict(zip(self.clients, given, strict=True))
         for client in plans:
             require(client in self.clients, WHERE, "plans", "names of clients", repr(client))
@@ -312,8 +310,7 @@ class BatchedClients:
             known = any(pair.module == module for pair in pairs)
             require(known or not inside, WHERE, "global_lora", f"factors of {module}", "none")
         for pair in pairs:
-            expected = "the name of an adapted module of the model"
-            require(pair.module in found, WHERE, pair.a, expected, "another name")
+            require(pair.module in found, WHERE, pair.a, "the name of an adapted module", "another")
             layer = found[pair.module][1]
             sides = (pair.a, 1, layer.in_features), (pair.b, 0, layer.out_features)
             for key, axis, size in sides:

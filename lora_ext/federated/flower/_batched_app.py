@@ -132,8 +132,7 @@ def of_clients(batched: BatchedClients) -> BatchedApp:
         same = f"others={found!r}, as in the strategy"
         require(found == expected, "LocalGrid", "client_app", same, repr(expected))
         asked, own = sorted(task.shared), sorted(batched.shared)
-        same = f"shared={asked}, as in the strategy"
-        require(asked == own, "LocalGrid", "client_app", same, own)
+        require(asked == own, "LocalGrid", "client_app", f"shared={asked}, as in the strategy", own)
         return names[task.partition]
 
     def train(tasks: list[tuple[Task, Any]], state: State) -> list[Update]:

@@ -75,8 +75,7 @@ class Tensors:
     def __init__(self, manager: LoraLayerManager, shared: Sequence[str]):
         known = dict(manager.model.named_parameters())
         for name in shared:
-            expected = "names of parameters of the model"
-            require(name in known, "message", "shared", expected, repr(name))
+            require(name in known, "message", "shared", "names of model parameters", repr(name))
         self._manager = manager
         self._shared = {name: known[name] for name in shared}
 

@@ -117,8 +117,7 @@ def said_shapes(
 def read_config(message: Message) -> ConfigRecord:
     """Return the settings of a message from the server."""
     records = message.content.config_records
-    expected = f"a record {CONFIG!r}"
-    require(CONFIG in records, "message", "records", expected, sorted(message.content))
+    require(CONFIG in records, "message", "records", f"a record {CONFIG!r}", [*message.content])
     config = records[CONFIG]
     found = config.get("protocol")
     require(found == PROTOCOL, "message", "protocol", PROTOCOL, found)

@@ -133,8 +133,7 @@ class Round:
         for client in [c for c, each in reported.items() if len(each) > 1]:
             updates = [update for update in updates if update.client != client]
             where = f"node {self.node(client)}: client {client}: reply"
-            found = "expected one reply, or several equal ones, found two that differ"
-            reasons[client] = f"{where}: {found}"
+            reasons[client] = f"{where}: expected one reply, or equal ones, found two that differ"
         silent = [client for client in self.plans if client not in answered]
         return updates, contents, reasons, silent
 
@@ -150,8 +149,7 @@ class Round:
         """Return a node's reply as an update. Raises `ValueError` for errors that cannot be
         detected in the update, such as an error reply or a wrong echo of the plan."""
         where = f"node {node}"
-        expected = "no reply, since the node received no message"
-        require(node in self.nodes, where, "reply", expected, "a reply")
+        require(node in self.nodes, where, "reply", "no reply, as no message was sent", "a reply")
         self._count(node, reply, "up")
         if reply.has_error():
             found = f"error {reply.error.code}: {reply.error.reason!s:.500}"

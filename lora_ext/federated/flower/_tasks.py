@@ -94,8 +94,7 @@ class Task:
         shapes |= {key: tuple(state[key].shape) for key in shared}
         tensors = _records.unpack(record, config, shapes, "message")
         missing = [key for key in shapes if key not in tensors]
-        expected = f"{len(shapes)} tensors, which the plan needs"
-        require(not missing, "message", "lora", expected, f"none of {missing[:3]}")
+        require(not missing, "message", "lora", "all tensors of the plan", f"none of {missing[:3]}")
         return cls(
             message=message,
             config=config,

@@ -55,8 +55,7 @@ class LocalGrid(Grid):
         where = "LocalGrid"
         if isinstance(client_app, BatchedClients):
             found = len(client_app.clients)
-            expected = f"{found}, the number of clients"
-            require(num_nodes == found, where, "num_nodes", expected, num_nodes)
+            require(num_nodes == found, where, "num_nodes", f"{found}, one per client", num_nodes)
             client_app = of_clients(client_app)
         kind = type(client_app).__name__
         require(callable(client_app), where, "client_app", "a ClientApp", kind, TypeError)

@@ -133,8 +133,7 @@ class LoraStrategy(FedAvg):
             pattern=pattern,
             shared=self.shared,
         )
-        expected = "a method whose result is an adapter"
-        require(rank_agg != "stack", WHERE, "rank_agg", expected, rank_agg)
+        require(rank_agg != "stack", WHERE, "rank_agg", "a method returning an adapter", rank_agg)
         choice(WHERE, "payload", payload, get_args(Payload))
         if payload == "dense_masked":
             expected = f"'covered' with payload {payload!r}"
@@ -301,9 +300,8 @@ class LoraStrategy(FedAvg):
         current, self._current = self._current, None
         number = self._before + server_round
         if current is None or current.number != number:
-            running = "no round" if current is None else f"round {current.number}"
-            expected = f"the round in progress, which is {running}"
-            raise ValueError(f"{WHERE}: round: expected {expected}, found round {number}")
+            expected = "none" if current is None else current.number
+            raise ValueError(f"{WHERE}: round: expected {expected} (in progress), found {number}")
         replies = list(replies)
         updates, contents, reasons, silent = current.collect(replies)
         for reply in replies:  # the echo may contain the node's identity, to use in later rounds

@@ -199,9 +199,8 @@ def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
 def no_gradients_without_rows(found: str) -> NotImplementedError:
     """Return the error for a layer that computes no gradient for adapters without rows."""
     return NotImplementedError(
-        "from_peft: adapter_names: expected lora_ext to run every layer with a trained adapter, "
-        f"since there are several processes, found {found}; FSDP2 and ZeRO would sum gradients of "
-        "different adapters"
+        "from_peft: adapter_names: expected lora_ext to run all trained layers in several "
+        f"processes, found {found}; FSDP2 and ZeRO would sum gradients of different adapters"
     )
 
 

@@ -109,8 +109,7 @@ def check(request: Any, invocation: tuple[int, ...]) -> None:
         return
     where = f"lora_request: activated adapter {adapter.lora_name!r}:"
     if request.prompt_token_ids is None or getattr(request, "resumable", False):
-        found = "embeddings or a part of a prompt"
-        raise ValueError(f"{where} expected a whole prompt of tokens, found {found}")
+        raise ValueError(f"{where} expected a whole prompt of tokens, found embeddings or a part")
     if (found := getattr(request.sampling_params, "prompt_logprobs", None)) is not None:
         raise ValueError(f"{where} expected prompt_logprobs None, found {found}")
     if _last(torch.tensor(request.prompt_token_ids), invocation) is None:

@@ -217,9 +217,8 @@ class ConstrainedRows:
             asked = asked_for(sampling_params)
         except NotImplementedError as error:
             raise ValueError(str(error)) from None
-        expected = "lora_ext's vLLM plug-in, which builds constraints, to be enabled"
-        found = "it disabled (by LORA_EXT_VLLM, or as a warning at the start explains)"
-        require(asked is None or _doors, KEY, "value", expected, found)
+        expected = "lora_ext's vLLM plug-in enabled (see LORA_EXT_VLLM and warnings at the start)"
+        require(asked is None or _doors, KEY, "value", expected, "a disabled one")
 
     def is_argmax_invariant(self) -> bool:
         """Return False, because a constraint can forbid the most likely token."""

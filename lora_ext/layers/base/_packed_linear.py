@@ -86,8 +86,7 @@ class PackedLinear(nn.Linear):
             return None
         packed = self.__dict__[_STATE].copy_made_now(weight)
         if packed is None:
-            refusal = why_not_packed(weight)
-            raise _not_exact(refusal or "a constant weight, found one that another thread changes")
+            raise _not_exact(why_not_packed(weight) or "a constant weight, found one that changes")
         return packed
 
     def packed_product(self, x: Tensor) -> Tensor | None:
@@ -226,8 +225,7 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
             expected = "the name of a linear layer of the model"
             require(name in linears, "pack_linears", "names", expected, repr(name))
             chosen[name] = linears[name]
-    found = f"a {type(model).__name__} without linear layers"
-    require(chosen, "pack_linears", "model", "a model with linear layers", found)
+    require(chosen, "pack_linears", "model", "linear layers", f"none in {type(model).__name__}")
     for name, module in chosen.items():
         _check(name, module)
     shared: dict[int, PackedWeight] = {}
@@ -247,8 +245,7 @@ def unpack_linears(model: Model) -> Model:
             parametrized, which changes its class. The model is then unchanged.
     """
     packed = packed_layers(model, "unpack_linears")
-    found = f"a {type(model).__name__} without packed layers"
-    require(packed, "unpack_linears", "model", "packed layers", found, RuntimeError)
+    require(packed, "unpack_linears", "model", "packed layers", "none", RuntimeError)
     unpack(packed)
     return model
 

@@ -117,8 +117,7 @@ class LoraConfig:
         ):
             require(ok, self.where, name, expected, repr(getattr(self, name)))
         holds = layers is not None or not pattern
-        expected = "indices, as layers_pattern is set"
-        require(holds, self.where, "layers_to_transform", expected, None)
+        require(holds, self.where, "layers_to_transform", "indices, as layers_pattern is set", None)
 
     @property
     def invocation(self) -> tuple[int, ...]:

@@ -94,8 +94,7 @@ class LoraProbe:
                 if all(w.dim() == 2 for w in weights):
                     self._layers.append((name, layer))
         expected = f"linear layers with an adapter {adapter!r}"
-        found = f"none in {type(model).__name__}"
-        require(self._layers, "LoraProbe", "model", expected, found)
+        require(self._layers, "LoraProbe", "model", expected, f"none in {type(model).__name__}")
         self._step = -1
         self._records: list[tuple[int, str, dict[str, Tensor]]] = []
         self._before: dict[str, tuple[Tensor, Tensor]] = {}

@@ -72,8 +72,7 @@ def exact(model: Model, enabled: bool = True) -> Model:
         return model
     config: Any = getattr(model, "config", None)
     found = getattr(config, "_attn_implementation", None)
-    expected = "a transformers model with the attention 'sdpa'"
-    require(found == "sdpa", "exact", "model", expected, repr(found))
+    require(found == "sdpa", "exact", "model", "transformers' attention 'sdpa'", repr(found))
     _check_weights(model)
     plain = {name: layer for name, layer in linears_of(model) if type(layer) is nn.Linear}
     if plain:
@@ -216,8 +215,7 @@ def _attention(
         return inner(module, query, key, value, attention_mask, **how)
     require(dropout == 0, "exact", "attention_dropout", "0", dropout)
     for name in ("softcap", "position_bias"):
-        absent = more.get(name) is None
-        require(absent, "exact", "model", f"attention without {name}", f"attention with {name}")
+        require(more.get(name) is None, "exact", name, None, more.get(name))
     causal, mask = False, None
     if attention_mask is not None:
         mask = _allowed(attention_mask, key.shape[2]).expand(-1, query.shape[2], -1)
@@ -231,14 +229,12 @@ def _attention(
 
 def _allowed(mask: Tensor, keys: int) -> Tensor:
     """Convert an attention mask to bool ``(B, T, L)``: B rows or 1, T queries, L keys."""
-    expected = "shape (B, 1, T, L), the same for all heads"
-    require(mask.shape[1] == 1, "exact", "attention_mask", expected, list(mask.shape))
+    require(mask.shape[1] == 1, "exact", "attention_mask", "shape (B, 1, T, L)", list(mask.shape))
     mask = mask[:, 0, :, :keys]
     if mask.dtype == torch.bool:
         return mask
     least = torch.finfo(mask.dtype).min
     allowed = mask == 0
     known = bool((allowed | (mask <= least / 2)).all())
-    expected = f"only 0 and {least} as values"
-    require(known, "exact", "attention_mask", expected, "other values (an attention bias)")
+    require(known, "exact", "attention_mask", f"only 0 and {least} as values", "other values")
     return allowed

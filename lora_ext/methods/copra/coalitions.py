@@ -122,9 +122,7 @@ class _GiveRows:
         given = kwargs.get("adapter_ids"), kwargs.get("adapter_names")
         fits = len(args) == 1 and not any(value is not None for value in given)
         found = f"{len(args)} positional arguments and keywords {sorted(kwargs)}"
-        require(
-            fits, "coalitions", self.name, "a call with activations only", found, RowwiseError
-        )
+        require(fits, "coalitions", self.name, "a call with activations only", found, RowwiseError)
         x = args[0]
         fits = x.dim() >= self.dims + self.place and x.shape[self.place] == len(self.rows)
         expected = f"activations with {len(self.rows)} sequences in dimension {self.place}"

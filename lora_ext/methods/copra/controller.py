@@ -170,9 +170,7 @@ class CopraController:
 
     def _check_in_use(self) -> None:
         if self._removed:
-            raise RuntimeError(
-                "CopraController: the controller was removed by `remove`; create a new one"
-            )
+            raise RuntimeError("CopraController: expected a controller in use, found a removed one")
 
 
 def _check_groups(group_by: Any, names: list[str]) -> None:

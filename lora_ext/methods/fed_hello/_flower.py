@@ -64,8 +64,7 @@ class FedHello(LoraStrategy):
         instance(WHERE, "allocator", allocator, (FedHelloConfig, HLA))
         self.config = allocator.config if isinstance(allocator, HLA) else allocator
         if self.config.kind == "fim":
-            expected = "a function that returns the model, for kind 'fim'"
-            require(model_fn is not None, WHERE, "model_fn", expected, None)
+            require(model_fn is not None, WHERE, "model_fn", "a function, for kind 'fim'", None)
             if proxy is None or (not callable(proxy) and len(proxy) == 0):
                 raise EmptyProxySet(f"{WHERE}: proxy: expected samples for kind 'fim', found none")
         super().__init__(allocator if isinstance(allocator, HLA) else None, **strategy)
@@ -121,11 +120,7 @@ class FedHello(LoraStrategy):
         layer_of = partial(block_index, pattern=self._pattern)
         scores = fim_scores(manager.model, batches, layer_of, **how)
         if not bool(scores.isfinite().all()):
-            _log.warning(
-                "round %d: scores %s are not all finite; the previous weights are kept",
-                round,
-                scores.tolist(),
-            )
+            _log.warning("round %d: scores %s not finite, weights kept", round, scores.tolist())
             return
         hla.update(round, scores)
         weights = [f"{g:.3f}" for g in hla.weights(round).tolist()]

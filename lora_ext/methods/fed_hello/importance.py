@@ -126,8 +126,7 @@ def _scored(
             scored = [p for p in own if id(p) in names and layer_of(names[id(p)]) is not None]
             layers |= {p: integer(WHERE, "layer_of", layer_of(names[id(p)]), 0) for p in scored}
             apart = not scored or adapter not in layer.merged_adapters
-            expected = "an adapter that is not merged into the base weight"
-            require(apart, WHERE, name, expected, f"{adapter!r} merged")
+            require(apart, WHERE, name, "an adapter that is not merged", f"{adapter!r} merged")
             if scored and _is_plain(layer, adapter):
                 a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
                 pairs.append(_Pair(name, layer, adapter, a, b, layer.scaling[adapter]))

@@ -113,8 +113,7 @@ class LegendAllocator:
         for pair in layer_pairs(f"{WHERE}: state", state, pattern):
             rank = state[pair.a].shape[0]
             first = ranks.setdefault(pair.layer, rank)
-            expected = f"rank {first}, the rank of the other modules of its layer"
-            require(rank == first, WHERE, pair.module, expected, f"rank {rank}")
+            require(rank == first, WHERE, pair.module, f"rank {first}, as in its layer", rank)
         found = tuple(ranks[layer] for layer in sorted(ranks))
         sizes = layer_bytes(state, found, pattern)
         if config.total is not None:

@@ -237,8 +237,7 @@ class LegendConfigurator:
         found.bytes = _bytes(devices, depths)
         if len(found.over_target) == len(devices):
             warnings.warn(
-                f"{WHERE}: all devices exceed the target time even at depth {self.k_min}",
-                stacklevel=2,
+                f"{WHERE}: all devices exceed the target time at depth {self.k_min}", stacklevel=2
             )
         elif found.over_target:
             _log.info("%s: over the target time of %.3g s: %s", WHERE, target, found.over_target)

@@ -94,11 +94,10 @@ class PrefixCache:
         manager = self.manager
         blocks = [f"{name}." for name in self.manager.blocks]
         below, above = tuple(blocks[:lowest]), tuple(blocks[lowest:])
-        expected = "no adapter below the trained layers"
-        found = f"{manager.adapter!r} active; call apply(plan, others='disabled')"
+        expected = "no active adapter below the trained layers (apply(plan, others='disabled'))"
         for name, layer in adapted_layers(manager.model, manager.adapter).items():
             off = not name.startswith(below) or not is_active(layer, manager.adapter)
-            require(off, WHERE, name, expected, found)
+            require(off, WHERE, name, expected, repr(manager.adapter))
         for name, module in manager.model.named_modules():
             inside = f"{name}.".startswith(above) or ".lora_dropout." in name
             found = _randomness(module) if module.training and not inside else ""
@@ -149,8 +148,7 @@ class PrefixCache:
             hidden = output[0] if isinstance(output, tuple) else output
             alone = hidden is output or all(part is None for part in output[1:])
             require(alone, WHERE, "model", "blocks that return only a hidden state", type(output))
-            expected = f"{hidden.shape[0]} names, one per row"
-            require(hidden.shape[0] == len(names), WHERE, "samples", expected, len(names))
+            require(len(hidden) == len(names), WHERE, "samples", f"{len(hidden)} names", len(names))
             self._in_tuple = hidden is not output
             # A copy is necessary, since the next block may write into its input.
             found = hidden.detach().to(self.device, self.dtype or hidden.dtype, copy=True)

@@ -81,14 +81,12 @@ def rank_distribution(
     sum_of = min(max(units, L * low), math.inf if high is None else L * high)
     slack = multiple * L / 2 if multiple > 1 else 0
     enough = high is None or high >= low
-    expected = f"a multiple of {multiple} from r_min to r_max"
-    require(enough, where, "r_max", expected, f"none from {r_min} to {r_max}")
+    require(enough, where, "r_max", f"at least {low * multiple} for multiple={multiple}", r_max)
     least = L * low * multiple
     require(total >= least - slack, where, "total", f"at least {least}, r_min in each layer", total)
     if high is not None:
         most = L * high * multiple
-        fits = total <= most + slack
-        require(fits, where, "total", f"at most {most}, r_max in each layer", total)
+        require(total <= most + slack, where, "total", f"at most {most}, r_max per layer", total)
     if shape == "geometric":
         growth = [ratio ** (i / max(1, L - 1)) for i in range(L)]
         wished = [total * g / math.fsum(growth) for g in growth]

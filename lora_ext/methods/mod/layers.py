@@ -64,8 +64,7 @@ class DepthMixer(nn.Module):
         weights: list[Any] = [norm.weight for norm in norms]
         for e in range(k):
             found, wanted = (forms[e], *weights[e].shape), (forms[-1], *weights[-1].shape)
-            expected = f"{wanted}, as for the last one"
-            require(found == wanted, "DepthMixer: norms", str(e), expected, found)
+            require(found == wanted, "DepthMixer: norms", str(e), f"{wanted}, as the last", found)
         self.config = config
         self.form = forms[-1]
         self.norms = nn.ModuleList(norms[:-1] if config.share_final_norm else norms)
@@ -156,8 +155,7 @@ class DepthMixer(nn.Module):
         wanted = hiddens[-1].shape, hiddens[-1].dtype, hiddens[-1].device
         for e, hidden in enumerate(hiddens):
             found = hidden.shape, hidden.dtype, hidden.device
-            expected = f"{wanted}, as for the last one"
-            require(found == wanted, "DepthMixer: hiddens", str(e), expected, found)
+            require(found == wanted, "DepthMixer: hiddens", str(e), f"{wanted}, as the last", found)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DepthMixer:
         if self.config.share_final_norm:

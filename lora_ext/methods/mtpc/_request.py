@@ -144,10 +144,9 @@ def _merged_settings(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any
     plain = vars(GenerationConfig())
     named = {name: value for name, value in arguments.items() if value is not None}
     expected = "a setting of transformers' GenerationConfig"
-    for name, value in named.items():
+    for name in named:
         known = name in plain or name in _HONOURED
-        found = f"an unknown name with the value {value!r:.80}"
-        require(known, _WHERE, name, expected, found, TypeError)
+        require(known, _WHERE, name, expected, "another name", TypeError)
     changed = {
         name: value
         for name, value in ({} if config is None else vars(config)).items()

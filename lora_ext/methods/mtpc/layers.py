@@ -410,9 +410,8 @@ class CircuitHead(nn.Module):
             return None
         given = self.tokens(h, evidence)
         if looked_at(given) and bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any()):
-            expected = "all given tokens before the ignored ones (-1)"
             found = f"{given.tolist()!r:.200}"
-            raise ValueError(f"CircuitHead: evidence: expected {expected}, found {found}")
+            raise ValueError(f"CircuitHead: evidence: expected -1 only at the end, found {found}")
         return given
 
     def extra_repr(self) -> str:

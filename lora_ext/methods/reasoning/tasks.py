@@ -183,12 +183,10 @@ class HashChain(_Task):
             largest = max(self._longest(lengths, shortest) for shortest in lengths[:-1])
         else:
             enough = num_chains <= len(chains)
-            expected = f"at most the number of entries of chains, {len(chains)}"
-            require(enough, "HashChain", "num_chains", expected, num_chains)
+            require(enough, "HashChain", "num_chains", f"at most {len(chains)} chains", num_chains)
             used = chains[:num_chains]
             unique = used.count(min(used)) == 1
-            expected = "exactly one shortest chain among the first num_chains"
-            require(unique, "HashChain", "chains", expected, used)
+            require(unique, "HashChain", "chains", "exactly one shortest chain", used)
             largest = sum(used)
         super().__init__(num_samples, hash_length, seed, 1 + largest - num_chains)
 

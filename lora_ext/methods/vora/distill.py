@@ -137,5 +137,4 @@ def block_distill_loss(
 
 
 def _check_count(where: str, name: str, tensors: Sequence[Tensor], blocks: int) -> None:
-    expected = f"one tensor for each of {blocks} blocks"
-    require(len(tensors) == blocks, where, name, expected, len(tensors))
+    require(len(tensors) == blocks, where, name, f"{blocks} tensors, one per block", len(tensors))
