@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from measures import WIDE, Function, code_lines, is_private, measure, span
+from measures import WIDE, Function, code_lines, is_private, measure, nodes, span
 
 PACKAGE = "lora_ext"
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,8 +78,8 @@ def names_of(package: str, face: Path) -> set[str]:
 
     A file may be imported as a whole (``from . import layouts``).
     """
-    nodes = [n for n in ast.walk(ast.parse(face.read_text())) if isinstance(n, ast.ImportFrom)]
-    shown = [node for node in nodes if node.level or node.module != package]
+    imports = [n for n in nodes(face.read_text()) if isinstance(n, ast.ImportFrom)]
+    shown = [node for node in imports if node.level or node.module != package]
     return {alias.asname or alias.name for node in shown for alias in node.names}
 
 
@@ -89,7 +89,7 @@ def imports_of(
     """Return a file's imports from the package, also those in functions and for annotations."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path.read_text()):
         if isinstance(node, ast.Import):
             pairs = [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -112,7 +112,7 @@ def imports_of(
 def imports_in_full(module: str, path: Path) -> list[str]:
     """Return the absolute imports from the file's own room, which should be relative."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path.read_text()):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -156,10 +156,9 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
 
 def long_functions(path: Path) -> dict[str, int]:
     """Return functions above ``MOST_LINES`` lines; comments and docstrings do not count."""
-    tree = ast.parse(path.read_text())
-    code = code_lines(path.read_text(), tree)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, Function)]
-    lines = {node.name: len(code & span(node)) for node in nodes}
+    text = path.read_text()
+    functions = [node for node in nodes(text) if isinstance(node, Function)]
+    lines = {node.name: len(code_lines(text) & span(node)) for node in functions}
     return {name: n for name, n in lines.items() if n > MOST_LINES}
 
 

@@ -7,6 +7,7 @@ import io
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -36,13 +37,20 @@ def span(node: ast.stmt | ast.expr) -> set[int]:
     return set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
 
 
-def code_lines(text: str, tree: ast.Module) -> set[int]:
+@cache
+def nodes(text: str) -> list[ast.AST]:
+    """Return all nodes of a file; the first one is the module."""
+    return list(ast.walk(ast.parse(text)))
+
+
+@cache
+def code_lines(text: str) -> set[int]:
     """Return the numbers of the lines that are not blank, comment or docstring."""
     code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in NOT_CODE:
             code.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(tree):
+    for node in nodes(text):
         if isinstance(node, Function | ast.ClassDef | ast.Module) and node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
@@ -77,24 +85,23 @@ def _parameters(function: Function) -> int:
 def measure(path: Path) -> Measures:
     """Measure one file."""
     text = path.read_text()
-    tree = ast.parse(text)
-    code = code_lines(text, tree)
-    functions = [node for node in ast.walk(tree) if isinstance(node, Function)]
+    code = code_lines(text)
+    functions = [node for node in nodes(text) if isinstance(node, Function)]
     bodies = [code & set(range(f.body[0].lineno, (f.end_lineno or 0) + 1)) for f in functions]
-    checks = [span(n) for n in ast.walk(tree) if isinstance(n, ast.stmt) and _checks(n)]
-    defined = [n.name for n in tree.body if isinstance(n, Function | ast.ClassDef)]
+    checks = [span(n) for n in nodes(text) if isinstance(n, ast.stmt) and _checks(n)]
+    defined = [n.name for n in ast.parse(text).body if isinstance(n, Function | ast.ClassDef)]
     return Measures(
         code=code,
         checks=code if path.name == "_checks.py" else code.intersection(set().union(*checks)),
         bodies=[len(body) for body in bodies],
         public=[name for name in defined if not name.startswith("_")],
-        shown=list(_shown(tree)),
+        shown=list(_shown(text)),
         wide={f.name: n for f in functions if (n := _parameters(f)) > WIDE},
     )
 
 
-def _shown(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
+def _shown(text: str) -> Iterator[str]:
+    for node in nodes(text):
         if isinstance(node, ast.Assign):
             if any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
                 yield from ast.literal_eval(node.value)

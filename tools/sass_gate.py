@@ -74,7 +74,7 @@ class Kernel:
     shared: int = 0
     code: list[Instruction] = field(default_factory=list)
 
-    @property
+    @cached_property
     def opcodes(self) -> list[str]:
         return [one.opcode for one in self.code]
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 TURNS, MEASURED = 40, 24  # the first turns fill the pipeline; 24 is a multiple of 1, 2, 3, 4, 6, 8
 NO_BARRIER = 7
@@ -31,17 +32,17 @@ class Instruction:
     predicate: str = ""
     high: int = 0  # the upper 64 of the 128 bits
 
-    @property
+    @cached_property
     def sets(self) -> int:
         """Barrier that the result sets, or `NO_BARRIER`."""
         return self.high >> 46 & 7
 
-    @property
+    @cached_property
     def waits(self) -> int:
         """Bit mask of the barriers that must be clear before the instruction is issued."""
         return self.high >> 52 & 63
 
-    @property
+    @cached_property
     def load_bytes(self) -> int:
         """Bytes that a thread loads from global memory."""
         if not re.match(r"(LDG|LD|LDGSTS)\b", self.opcode):
@@ -49,17 +50,22 @@ class Instruction:
         width = re.search(r"\.(128|64|[US]16|[US]8)\b", self.opcode)
         return int(re.sub(r"\D", "", width[1])) // 8 if width else 4
 
-    @property
+    @cached_property
     def target(self) -> int | None:
         """Target address of a branch, or None."""
         found = re.search(r"0x([0-9a-f]+)\s*$", self.operands)
         return int(found[1], 16) if self.opcode.startswith("BRA") and found else None
 
-    @property
+    @cached_property
+    def multiplies(self) -> bool:
+        """Whether a tensor core runs the instruction."""
+        return bool(re.match(TENSOR, self.opcode))
+
+    @cached_property
     def conditional(self) -> bool:
         return bool(self.predicate) or "," in self.operands or "P" in self.operands
 
-    @property
+    @cached_property
     def ends(self) -> bool:
         """True if the next instruction in memory is not the next one that runs."""
         stops = self.target is not None or re.match(r"(EXIT|RET|BRX|KILL)\b", self.opcode)
@@ -244,16 +250,14 @@ def flight(turn: Sequence[Instruction]) -> Flight:
         if number == TURNS - MEASURED:
             began = clock
         for one in turn:
-            for barrier in range(6):
-                if one.waits >> barrier & 1:
-                    clock = max(clock, lands.get(barrier, 0))
+            if one.waits:
+                clock = max([clock, *(t for b, t in lands.items() if one.waits >> b & 1)])
             if one.opcode == "LDGDEPBAR":
                 groups.append(open_group)
                 open_group, group_barrier = 0, one.sets
-            elif found := re.match(r"SB(\d), 0x([0-9a-f]+)", one.operands):
-                pending = int(found[2], 16)
-                if one.opcode.startswith("DEPBAR") and group_barrier != NO_BARRIER:
-                    landed = groups[: len(groups) - pending]
+            elif one.opcode.startswith("DEPBAR") and group_barrier != NO_BARRIER:
+                if found := re.match(r"SB(\d), 0x([0-9a-f]+)", one.operands):
+                    landed = groups[: len(groups) - int(found[2], 16)]
                     clock = max([clock, *landed])
             if size := one.load_bytes:
                 flying.append((clock + 1, size))
@@ -261,12 +265,12 @@ def flight(turn: Sequence[Instruction]) -> Flight:
                     open_group = clock + 1
                 elif one.sets != NO_BARRIER:
                     lands[one.sets] = clock + 1
-            flying = [(when, size) for when, size in flying if when > clock]
-            if number >= TURNS - MEASURED and re.match(TENSOR, one.opcode):
+            if flying and number >= TURNS - MEASURED and one.multiplies:
+                flying = [(when, size) for when, size in flying if when > clock]
                 overlap = max(overlap, sum(size for _, size in flying))
     size = sum(one.load_bytes for one in turn)
     trips = clock - began
-    tensor = any(re.match(TENSOR, one.opcode) for one in turn)
+    tensor = any(one.multiplies for one in turn)
     return Flight(size * MEASURED // trips if trips else size * MEASURED, overlap, tensor)
 
 
@@ -299,7 +303,7 @@ def trips(way: Sequence[Instruction]) -> int:
 # --- cost of an iteration -------------------------------------------------------------------------
 def mma_share(turns: Sequence[Sequence[Instruction]]) -> int | None:
     """Return the lowest percentage of tensor-core instructions in a main loop that has any."""
-    counts = [(sum(bool(re.match(TENSOR, i.opcode)) for i in turn), len(turn)) for turn in turns]
+    counts = [(sum(i.multiplies for i in turn), len(turn)) for turn in turns]
     return min((100 * mma // every for mma, every in counts if mma), default=None)
 
 
@@ -311,6 +315,6 @@ def instructions_per_element(turns: Sequence[Sequence[Instruction]], size: int) 
     found = [
         len(turn) * size / sum(one.load_bytes for one in turn)
         for turn in turns
-        if not any(re.match(TENSOR, one.opcode) for one in turn)
+        if not any(one.multiplies for one in turn)
     ]
     return round(max(found), 1) if found else None
