@@ -1,4 +1,5 @@
-"""A small language model with adapters, as lora_ext's, PEFT's or fused PEFT layers."""
+"""A small language model whose adapters are layers of lora_ext, layers of PEFT, or fused PEFT
+layers."""
 
 import warnings
 

@@ -169,16 +169,17 @@ ROUNDING = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
 }
-# v enters a 16-bit matrix product as a pair hi + lo, with this error relative to |v|.
+# 16-bit matrix products read v as the sum hi + lo of two 16-bit numbers. This is the largest error
+# of the sum, relative to |v|.
 SPLIT = {torch.float16: 2.0**-21, torch.bfloat16: 2.0**-16}
 
 
 def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
     """Return the largest |error| allowed for each entry of y.
 
-    It is the sum of one final rounding of ``result``, the error of v as hi + lo, and the errors of
-    accumulating I and then R products. The constant of the last covers float32 fused multiply-adds
-    and tensor cores.
+    It is the sum of the final rounding of ``result``, the error of v as the sum of two 16-bit
+    numbers (`SPLIT`), and the errors of accumulating I and then R products. The constant factor of
+    the accumulation errors covers float32 fused multiply-adds and tensor cores.
     """
     dtype = inputs["x"].dtype
     exactly = wider(inputs)
@@ -194,13 +195,13 @@ def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
         total = total + start.cpu().double().abs()
     accumulator = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     constant = 16 + inputs["x"].shape[1] ** 0.5 / 2
-    tiny = torch.finfo(dtype).smallest_normal  # Below it the spacing of dtype is constant.
+    tiny = torch.finfo(dtype).smallest_normal  # Smaller numbers have a constant spacing.
     return 1.02 * ROUNDING[dtype] * (result.abs() + tiny) + split + constant * accumulator * total
 
 
 def v_bound(inputs: Inputs) -> Tensor:
-    """Return the largest |error| allowed for v: the errors of I accumulated products and of the
-    product with the scale."""
+    """Return the largest |error| allowed for v: the errors of accumulating I products and of
+    multiplying by the scale."""
     exactly = wider(inputs)
     args = (exactly["adapter_ids"], exactly["scale"], exactly["ranks"], exactly["page_table"])
     total = reference.lora_shrink(exactly["x"].abs(), exactly["a"].abs(), *args)
@@ -224,7 +225,8 @@ def _tail(i: Inputs) -> tuple[Tensor, ...]:
 
 
 def _v(i: Inputs) -> Tensor:
-    """Return the reference's v in the accumulator's dtype, as the input of expand alone."""
+    """Return v, computed by the reference, in the dtype of the accumulator. It is the input for
+    tests of expand alone."""
     v = reference.lora_shrink(*(wider(i)[k] for k in ("x", "a")), *_tail(wider(i)))
     return v.to(i["x"].device, torch.float64 if i["x"].dtype == torch.float64 else torch.float32)
 

@@ -112,9 +112,9 @@ def formula(inputs: Inputs) -> Outputs:
 def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
     """Return the largest |error| allowed for each entry; the inputs count as exact.
 
-    The absolute error of the logarithm of a sum of positive terms is the relative error of its
-    terms. It consists of a few roundings u per position, of numbers of the size of the logits and
-    of log p, therefore of ``(8 + K) (8 + |log p|) u``. The relative error of a posterior is the
+    The absolute error of the logarithm of a sum of positive terms equals the relative error of the
+    terms. Each position adds a few roundings (u) of numbers as large as the logits and log p, so
+    the error is at most ``(8 + K) (8 + |log p|) u``. The relative error of a posterior is the
     absolute error of its logarithm. Gradients are sums of products of such probabilities. Their
     error is within ``64 K u`` of the sum of upstream gradients, before the last rounding.
     """

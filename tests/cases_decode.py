@@ -12,7 +12,9 @@ from lora_ext import ops, reference
 from lora_ext.reference._circuit import CircuitSample, log_softmax, num_transitions
 
 Inputs = dict[str, Any]
-BAND = 1e-5  # two devices may draw differently this close to a border, relative to the total
+# Two devices may draw different tokens if a uniform number is this close to the border between two
+# tokens, relative to the sum of all weights.
+BAND = 1e-5
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ SMALL = [
     Shape("btree", 2, 5, 4, 6),
     Shape("btree", 2, 2, 3, 17),
     Shape("btree", 2, 7, 3, 33),
-    Shape("cp", 2, 2, 3, 6001),  # A grid of blocks verifies this shape, the next, and MEDIUM[-2:].
+    # Kernels verify this shape, the next one and MEDIUM[-2:] with a grid of blocks.
+    Shape("cp", 2, 2, 3, 6001),
     Shape("ff", 1, 1, 1, 11264),
 ]
 MEDIUM = [
@@ -90,7 +93,8 @@ def make_inputs(
     weights = weights or dtype
     evidence = torch.full((b, k), -1)
     x = torch.randint(-1, v, (b, k), generator=g)
-    # Evidence tokens must be possible. The first token of a row always is.
+    # Evidence tokens must be possible. The likeliest token of component 0 always is, because the
+    # first logit of a row is never -inf.
     given = torch.arange(k) < torch.randint(0, k + 1, (b, 1), generator=g)
     leaf = logits(b, k, c, v)
     possible = leaf[:, :, 0].argmax(-1)

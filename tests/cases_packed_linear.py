@@ -11,7 +11,8 @@ from torch import Tensor
 from lora_ext import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
-# (rows, I, O), with full and partial panels, I up to and above a chunk of 128, odd I, and sizes 0.
+# (rows, I, O): full and partial panels of outputs, I of at most and of more than one chunk (128),
+# odd I, and empty sizes.
 SHAPES = [
     (1, 1, 1), (2, 7, 31), (3, 64, 32), (5, 33, 40), (8, 128, 96), (9, 129, 65), (12, 300, 33),
     (16, 257, 70), (17, 520, 64), (31, 96, 100), (32, 255, 32), (33, 40, 50), (70, 140, 37),
@@ -51,8 +52,8 @@ def formula(i: dict[str, Any]) -> Outputs:
 
 
 def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
-    """Return the largest |error| allowed: one float32 rounding for each of at most I terms (two if
-    pairs are multiplied), plus one rounding of the result."""
+    """Return the largest |error| allowed: one float32 rounding for each of at most I terms (two
+    roundings if terms are multiplied in pairs), plus one rounding of the result."""
     last = torch.finfo(i["x"].dtype).eps / 2
     signless = {k: None if t is None else t.abs() for k, t in i.items()}
     bound = (2 * i["x"].shape[1] + 1) * 2.0**-24 * formula(signless)["y"]

@@ -39,8 +39,9 @@ def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
     A result has eight roundings to float32. The absolute error of the exponent, which is a relative
     error of the exponential, adds a few more. One rounding to the dtype follows. The exponent of
     GELU is ``x^2 / 2``, the exponent of its approximation is up to ``0.1 |x|^3 + 1.6 |x|``, and the
-    exponent of the other functions is ``x``. torch's formulas lose small numbers that they add to 1
-    or -1, and results whose exponential overflows. Results below 4e-37 are therefore not compared.
+    exponent of the other functions is ``x``. torch's formulas add small numbers to 1 or -1, which
+    loses their digits, and their exponentials can overflow. Results below 4e-37 are therefore not
+    compared.
     """
     x = i["x"].double().abs()
     grown = {"gelu": x.square(), "gelu_tanh": 0.1 * x**3 + 1.6 * x, "cos": 0 * x, "sin": 0 * x}

@@ -52,7 +52,7 @@ MEDIUM = [
 def seen_of(case: Case, g: torch.Generator) -> dict[str, Any]:
     """Return ``causal``, ``spans`` and ``mask``; some rows see no key."""
     how: dict[str, Any] = {"causal": case.sees in ("causal", "padded", "holes")}
-    if case.sees == "padded":  # on the left, a different number for each sequence
+    if case.sees == "padded":  # Each sequence has a different length of left padding.
         pads = torch.arange(case.batch)[:, None, None] * 3
         mask = torch.arange(case.keys) >= pads
         how["mask"] = mask.expand(case.batch, case.rows, case.keys)

@@ -53,7 +53,7 @@ def train_inputs(
     inputs = make_inputs(shape, dtype, seed=seed, exact=exact)
     g = torch.Generator().manual_seed(seed + 1000)
     weight = _values(g, exact, (shape.out, shape.wide), dtype, shape.wide**-0.5)
-    if exact:  # With one nonzero in eight, bfloat16 base products are exact.
+    if exact:  # With one nonzero weight in eight, base products are exact in bfloat16.
         weight = weight * (torch.rand(weight.shape, generator=g) < 0.125)
     inputs |= {
         "weight": weight if base else None,
@@ -100,8 +100,8 @@ def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
     Every output is rounded once to its dtype; y and dx are rounded twice, since the library rounds
     the base product. The accumulations of O, I, R and T products are in float32 (float64 for
     float64). Their errors are at most a constant times the formula applied to absolute values; the
-    constant covers fused multiply-adds and tensor cores. v and dv enter a 16-bit matrix product as
-    hi + lo.
+    constant covers fused multiply-adds and tensor cores. 16-bit matrix products read v and dv as
+    the sum of two 16-bit numbers (`SPLIT`).
     """
     dtype = inputs["x"].dtype
     signless = {
@@ -115,7 +115,7 @@ def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
     accumulator = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     tokens, wide = inputs["x"].shape
     constant = 16 + (tokens**0.5 + wide**0.5 + inputs["b"].shape[1] ** 0.5) / 2
-    tiny = torch.finfo(dtype).smallest_normal  # Below it the spacing of dtype is constant.
+    tiny = torch.finfo(dtype).smallest_normal  # Smaller numbers have a constant spacing.
     return {
         k: 1.02 * ROUNDING[dtype] * (v.abs() + base.get(k, 0) + tiny)
         + (SPLIT.get(dtype, 0.0) + constant * accumulator) * magnitude[k]
@@ -126,7 +126,8 @@ def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
 def checks() -> Iterator[Check]:
     for p in (0.0, 0.5):
         i = train_inputs(SMALL[3], torch.float32, seed=22, dropout_p=p)
-        i["adapter_ids"] = torch.arange(16)  # Every entry of v is defined.
+        # Every row has an adapter, so v is defined.
+        i["adapter_ids"] = torch.arange(16)
         head = [i[k].requires_grad_() for k in LEAVES]
         ids, scale, seed = i["adapter_ids"], i["scale"], i["seed"]
         yield "lora_linear_forward", (*head, ids, scale, None, p, seed, None)
@@ -139,7 +140,7 @@ def checks() -> Iterator[Check]:
 
 def checks_of_seeds() -> Iterator[Check]:
     i = train_inputs(SMALL[3], torch.float32, seed=13, dropout_p=0.5, own_seeds=True)
-    i["adapter_ids"] = torch.arange(16)  # Every entry of v is defined.
+    i["adapter_ids"] = torch.arange(16)  # Every row has an adapter, so v is defined.
     head = [i[k].requires_grad_() for k in LEAVES]
     tail = (i["adapter_ids"], i["scale"], None, 0.5, i["seed"], None)
     yield "lora_linear_forward", (*head, *tail)
@@ -149,7 +150,7 @@ def with_seeds(shape: Shape, dtype: torch.dtype, **how: Any) -> Inputs:
     return train_inputs(shape, dtype, **{"dropout_p": 0.5, "own_seeds": True, "base": False} | how)
 
 
-# Large ranks, with enough rows for tiles of 64, which use grouped matrix products.
+# A rank above 256, and enough rows for tiles of 64 rows: kernels use grouped matrix products.
 GEMM = Shape(270, 40, 48, (264, 0, 3), "interleaved", bank_rank=264)
 PLAIN, MASKED, UPDATE = {"dropout_p": 0.0}, {"dropout_p": 0.5}, {"base": False}
 
@@ -165,7 +166,8 @@ OPS = [
         large=LARGE,
         variants=((PLAIN, MASKED | UPDATE), (MASKED, PLAIN | UPDATE)),
         random={"dropout_p": 0.1},
-        threads=UPDATE,  # no base layer: torch's product depends on the number of threads
+        # without base layer, since torch's product depends on the number of threads
+        threads=UPDATE,
         checks=checks,
     ),
     Op(

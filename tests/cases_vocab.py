@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lora_ext import ops, reference
 
-# Largest relative error. Sums of d products of order one are in float32. In 16 bits, the rounding
-# of logits, weights and gradients has a relative error of 2^-12 (float16) or 2^-9 (bfloat16).
+# Largest relative errors. Sums of d products of order one are accumulated in float32. In 16 bits,
+# the rounding of logits, weights and gradients has a relative error of 2^-12 (float16) or 2^-9
+# (bfloat16).
 BOUNDS = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,
@@ -143,7 +144,7 @@ def run(layer: Layer, ours: bool = True) -> Outputs:
     for loss in ("cross_entropy", "kl"):
         value = both(layer, loss, ours)
         found[loss] = value.detach()
-        # A single hidden state is only the teacher, which has no gradient.
+        # A single hidden state serves only as the teacher, which has no gradient.
         if loss == "cross_entropy" or layer.case.hiddens > 1:
             grads = gradients(value, layer.leaves())
             found |= {f"{loss} gradient {n}": g for n, g in enumerate(grads)}
@@ -172,7 +173,8 @@ def checks() -> Iterator[Check]:
         yield "vocab_kl", (together, *head, layer.mask, 2.0, 16, 0.0, *tail)
 
 
-# torch's matrix products are not bitwise equal to the formula's, nor for other numbers of threads.
+# torch's matrix products are not bitwise equal to those of the formula, and their bits depend on
+# the number of threads.
 OPS = [
     Op(
         "vocab",

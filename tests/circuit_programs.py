@@ -18,7 +18,8 @@ GRAPHS: dict[str, Callable[[], RegionGraph]] = {
     "shared parts": lambda: RegionGraph.poon_domingos(2, 3, 2, LEAF),
     "a stage a launch": lambda: RegionGraph.hmm(3, 140, LEAF),
 }
-# Nodes with more than 2^14 weights, which are summed in stages.
+# Graphs that contain nodes with more than 2^14 weights. The ops sum the terms of such nodes in
+# stages.
 STAGED: dict[str, Callable[[], RegionGraph]] = {
     "tied, a stage a launch": lambda: RegionGraph.hmm(4, 130, LEAF, homogeneous=True),
     "pairs, a stage a launch": lambda: RegionGraph.rat_spn(4, 2, 2, 26, 26, LEAF, num_roots=2),

@@ -1,4 +1,5 @@
-"""Clients of small models, and a training loop for one client, the reference for batches."""
+"""Clients of small models, and a loop that trains one client alone, as the reference for
+batches."""
 
 import pytest
 import torch

@@ -100,7 +100,7 @@ def _quick(items: list[pytest.Item], cases: int) -> set[pytest.Item]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    # Tests that set no ISA use that of LX_ISA, or the best one of this processor.
+    # Tests that set no instruction set use the one in LX_ISA, or the best one of this processor.
     lora_ext._C.set_cpu_isa(os.environ.get("LX_ISA", ""))
 
 

@@ -39,15 +39,17 @@ class Op:
     small: Sequence[Any] = ()  # shapes for every backend
     medium: Sequence[Any] = ()  # not for `small` backends
     large: Sequence[Any] = ()  # for the default twin only
-    # Groups of variants (keyword arguments of `inputs`). The shapes use the groups in turn: each
-    # shape runs with every value of every axis, but not with every combination of values.
+    # Groups of variants (keyword arguments of `inputs`). The first shape runs with each variant of
+    # the first group, the next shape with each variant of the next group, and so on. A group
+    # contains every value of every argument, but not every combination of values.
     variants: Sequence[Sequence[dict[str, Any]]] = (({},),)
     dtypes: Callable[[Backend], list[torch.dtype]] = Backend.dtypes
     on_gpu: bool = True
     exact: bool = True  # bitwise equal to the formula on exact inputs
     steady: bool = True  # all runs are bitwise equal
     random: dict[str, Any] = field(default_factory=dict)  # overrides variants in the test of bounds
-    threads: dict[str, Any] | None = field(default_factory=dict)  # same for threads; None: untested
+    # overrides variants in the test of threads; None: no test
+    threads: dict[str, Any] | None = field(default_factory=dict)
     replays: Sequence[Any] | None = None  # shapes for CUDA graphs; None: small and medium
     captured: Callable[[Any], Outputs] | None = None  # outputs of a captured graph; None: run
     checks: Callable[[], Iterator[Check]] | None = None  # for torch.library.opcheck

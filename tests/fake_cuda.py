@@ -1,7 +1,8 @@
 """Streams and events without a GPU: work is queued, and executed later in any allowed order.
 
-A stream is a queue. ``run`` picks with a seed any stream whose first entry is ready, which means
-that it waits for no event or for a passed one. Any order that no event forbids can occur.
+A stream is a queue. ``run`` repeatedly picks, at random with a seed, a stream whose first entry is
+ready: the entry waits for no event, or for an event that has passed. Every order that the events
+allow can occur.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ class Stream:
         world.streams.append(self)
 
     def wait_event(self, event):
-        number = event.recorded  # A later record is not waited for.
+        number = event.recorded  # The stream does not wait for later records.
         self.queue.append((lambda: event.passed >= number, lambda: None))
 
     def wait_stream(self, other):
@@ -62,7 +63,7 @@ class FakeCuda:
         self.random = random.Random(seed)
         self.active = Stream(self)
         self.capturing = False
-        self.waits = 0  # number of host waits with work left to do
+        self.waits = 0  # number of times that the host waited for unfinished work
 
     def Stream(self, device=None):
         return Stream(self)
@@ -88,7 +89,8 @@ class FakeCuda:
         self.active.queue.append((None, work))
 
     def run(self, until=None):
-        """Execute all queued work, or until a condition holds, which counts as a host wait."""
+        """Execute all queued work or, if ``until`` is given, only until it returns True. The latter
+        counts as a wait of the host, unless it returns True at once."""
         if until is not None and not until():
             self.waits += 1
         while not (until is not None and until()):

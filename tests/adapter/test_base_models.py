@@ -69,7 +69,7 @@ def test_warning_for_a_missing_folder_says_that_it_may_have_moved(tmp_path):
     for folder in (old, new):
         os.makedirs(folder)
     (message,) = found(lambda: BaseModels(new).meet("here", old, 1))
-    assert "the results are meaningless" in message  # both folders exist
+    assert "the results are meaningless" in message  # because both folders exist
     os.rmdir(old)
     for names in ((new, old), (old, new)):
         (message,) = found(lambda names=names: BaseModels(names[0]).meet("here", names[1], 1))
@@ -99,7 +99,7 @@ def named(name=""):
 
 def saved(folder, base):
     model = peft.get_peft_model(named(base), peft.LoraConfig(target_modules=["q_proj"]))
-    model.save_pretrained(folder, save_embedding_layers=False)  # otherwise it queries the Hub
+    model.save_pretrained(folder, save_embedding_layers=False)  # Otherwise, PEFT queries the Hub.
     return folder
 
 

@@ -133,7 +133,7 @@ def test_only_links_to_regular_files_are_followed(pool, folder, tmp_path):
     path = folder / "adapter_model.safetensors"
     real = path.rename(folder / "blob")
     path.symlink_to(real)
-    pool.load("linked", folder)  # as in the Hub's cache
+    pool.load("linked", folder)  # The Hub's cache uses such links.
     for target in ("/dev/zero", str(folder), "/nonexistent"):
         path.unlink()
         path.symlink_to(target)

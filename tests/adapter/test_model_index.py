@@ -197,7 +197,7 @@ def _factors(name, i=12, o=20):
 )
 @pytest.mark.parametrize("targets", [["q_proj", "w1"], None])
 def test_adapter_of_routed_experts_is_refused_by_name(make, targets, strict):
-    # The second model has no module of this name, as if it stored its experts in one tensor.
+    # The second model has no module named EXPERT, like models that store all experts in one tensor.
     pool = AdapterPool(make(), max_slots=1, max_rank=8)
     raw = config(targets=()) | {"target_modules": targets}
     tensors = _factors("q_proj", 12, 12) | _factors(EXPERT)
@@ -224,8 +224,8 @@ def test_factors_of_a_module_that_is_not_called_are_never_skipped(strict):
 
 
 class _Reads(nn.Module):
-    """Model that, like Mamba, uses the weight of ``read`` without calling this layer. Of ``asked``,
-    which is called, it also reads the dtype."""
+    """Model that, like Mamba, uses the weight of the layer ``read`` without calling this layer. It
+    calls the layer ``asked``, and also reads the dtype of its weight."""
 
     def __init__(self):
         super().__init__()

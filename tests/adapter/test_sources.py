@@ -1,4 +1,4 @@
-"""Sources of adapters: errors for anything but a PEFT folder name the remedy."""
+"""Sources of adapters: for anything other than a PEFT folder, the error names the remedy."""
 
 import pytest
 from pool_support import Base, config, state

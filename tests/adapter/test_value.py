@@ -214,7 +214,7 @@ def test_embedding_layers_and_names_that_are_suffixes_are_saved(tmp_path):
     )
     model = copy.deepcopy(base)
     model["embed"] = LoraEmbedding(model["embed"], r=2)
-    model["up"] = LoraLinear(model["up"], r=2)  # block.up has no adapter
+    model["up"] = LoraLinear(model["up"], r=2)  # block.up, which also ends in "up", has no adapter
     model["a"]["b"] = LoraLinear(model["a"]["b"], r=4)
     # The name ends in "a.b", but its rank differs from that of a.b.
     model["c"]["a"]["b"] = LoraLinear(model["c"]["a"]["b"], r=3)

@@ -155,7 +155,8 @@ def test_private_changes_are_clipped_and_noise_agrees_with_the_accountant():
     pytest.importorskip(
         "opacus", reason="opacus is not installed: pip install --no-build-isolation '.[claims]'"
     )
-    # The bound of the subsampled Gaussian falls with noise and grows with rounds.
+    # The privacy bound (epsilon) of the subsampled Gaussian falls as the noise grows, and grows
+    # with the number of rounds.
     whole = section_texts.make_world(0, section_texts.SIZES, quick=True)
     assert private.epsilon(world, 1.0) < private.epsilon(whole, 1.0) < 20
     assert private.epsilon(whole, 2.0) < private.epsilon(whole, 1.0) / 2

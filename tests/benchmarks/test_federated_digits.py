@@ -55,7 +55,7 @@ def test_federation_supports_rounds_without_training_and_disabled_layers(world):
         clients=(0, 3),
         before=lambda round, state: states.append(state),
     )
-    assert run.accuracy == [before, before]  # B is 0.
+    assert run.accuracy == [before, before]  # B stays 0, so adapters change nothing.
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert run.best == before and all(log.skipped for log in run.history)
 

@@ -17,7 +17,8 @@ pytestmark = needs("matplotlib", "peft", "rich", "sklearn", "tqdm", "transformer
 @pytest.mark.slow
 @pytest.mark.parametrize("name", methods.studies())
 def test_verdict_from_results_equals_the_verdict_of_the_run(name, tmp_path, capsys):
-    """Check with the smallest sizes that all required functions exist and agree on the columns."""
+    """Run a study with its smallest sizes. All functions that a study must define are called, and
+    must use the same columns."""
     module = importlib.import_module(name)
     arguments = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
     assert study.run(module, arguments) == 0
@@ -45,7 +46,7 @@ def test_page_contains_every_study(tmp_path, monkeypatch):
         own = " ".join(path.parents[1].joinpath(f"docs/{name}.md").read_text().split())
         assert f"**Use it when** {claim.use}. **Not when** {claim.avoid}." in own
     assert text.count("not run yet. Earlier protocol") == len(methods.studies())
-    assert "0 of 23 arms have rows" in flat  # of Fed-HeLLo
+    assert "0 of 23 arms have rows" in flat  # the study of Fed-HeLLo
 
 
 ROWS: dict[str, list[study.Row]] = {}

@@ -129,8 +129,8 @@ def test_interval_contains_the_figure_and_supports_groups():
     assert f"{found:.1f}" == f"2.5 [{found.low:.1f}, {found.high:.1f}]"
     assert study.interval([2.0, 2.0]) == Interval(2.0, 2.0, 2.0)
     assert study.interval([1.0, 2.0, 9.0], statistics.median).middle == 2.0
-    # Each group holds values of one seed. The figure is the mean of the group means; drawing within
-    # groups widens the interval.
+    # Each group contains the values of one seed. The middle is the mean of the group means. The
+    # bootstrap also draws within the groups, which widens the interval.
     grouped = study.interval([[0.0, 2.0], [1.0, 3.0]])
     assert grouped.middle == 1.5 and grouped.low < study.interval([1.0, 2.0]).low
 

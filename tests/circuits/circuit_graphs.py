@@ -49,7 +49,8 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -
 
 
 def num_values(circuit: Circuit) -> list[int]:
-    """Return the number of values of each variable, for indicators the largest value plus one."""
+    """Return the number of values of each variable. For an indicator, it is the largest value plus
+    one."""
     sizes = [1] * circuit.num_variables
     for i, region in enumerate(circuit.graph.regions):
         if region.leaf is None:
@@ -160,7 +161,7 @@ def random_graph(seed: int) -> RegionGraph:
 
     def split(scope: list[int], count: int) -> tuple[list[str], str]:
         scope = rng.sample(scope, len(scope))
-        if len(scope) == 1 or rng.random() < 0.1:  # a sum over regions of the same scope
+        if len(scope) == 1 or rng.random() < 0.1:  # a single child with the same scope
             leaf = leaf_for(scope, count)
             if leaf is not None:
                 name = f"r{len(inputs) + len(units)}"

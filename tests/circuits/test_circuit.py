@@ -213,7 +213,7 @@ def test_families_equal_torch_distributions():
     x = torch.tensor([[0.3, 2, 3], [-1.2, 0, torch.nan], [torch.nan, 3, 1]]).double()
     g, k, c = (circuit.region_leaves(i) for i in range(3))
     d = torch.distributions
-    d.Distribution.set_default_validate_args(False)  # The circuit masks NaN.
+    d.Distribution.set_default_validate_args(False)  # Otherwise, torch would reject the NaN in x.
     each = [
         d.Normal(g["mean"], g["log_std"].exp()).log_prob(x[:, :1]),
         d.Binomial(3, logits=k["logit"]).log_prob(x[:, 1:2]),

@@ -11,7 +11,7 @@ from lora_ext.circuits import Categorical, RegionGraph
 
 
 def run_on_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the following ops on the CPU twins, which support float64."""
+    """Run all later calls of ops on the CPU twins, which support float64."""
     for module in OP_MODULES:
         monkeypatch.setattr(module, "_c", torch.ops.lora_ext)
 
@@ -51,6 +51,6 @@ def test_samples_and_maps_are_equal_on_every_backend(
     u = torch.rand(1, 40, 10, generator=torch.Generator().manual_seed(0))
     samples, best = circuit.sample(40, uniforms=u.to(backend.device)), circuit.map().x
     run_on_twins(monkeypatch)
-    # No cumulative sum of these weights is within a rounding error of its uniform.
+    # No uniform is so close to a cumulative sum of these weights that rounding changes the draw.
     assert torch.equal(samples.cpu(), exact.sample(40, uniforms=u))
     assert torch.equal(best.cpu(), exact.map().x)

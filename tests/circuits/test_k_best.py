@@ -59,7 +59,8 @@ def test_best_pairs_equal_those_of_the_enumeration(k, homogeneous):
             ((*got.states[row, i, :length].tolist(),), (*got.x[row, i, :length].tolist(),))
             for i in range(k)
         ]
-        assert len({*pairs}) == k  # Rounding decides the order of equal pairs.
+        # Pairs with equal values may have any order, but none is repeated.
+        assert len({*pairs}) == k
         expected = torch.tensor([value for value, *_ in every[:k]], dtype=torch.float64)
         close(got.value[row], expected)
         close(torch.tensor([table[pair] for pair in pairs], dtype=torch.float64), expected)
@@ -77,7 +78,7 @@ def test_best_pair_equals_the_map():
 
 def test_entries_beyond_the_number_of_pairs_are_minus_infinity():
     circuit = circuit_of(RegionGraph.hmm(2, 2, Categorical(2)), seed=6)
-    got = circuit.k_best(6, torch.tensor([[0, 1]]))  # four paths
+    got = circuit.k_best(6, torch.tensor([[0, 1]]))  # There are four paths.
     assert got.value[0, :4].isfinite().all() and (got.value[0, 4:] == -torch.inf).all()
     assert (got.x[0, 4:] == -1).all() and (got.states[0, 4:] == -1).all()
     with torch.no_grad():
@@ -98,7 +99,7 @@ def test_returned_values_are_int64_for_any_integer_dtype_of_the_evidence():
             circuit.k_best(1, evidence).x[0],
         ):
             assert x.dtype == torch.int64 and (x == torch.tensor([0, 199])).all()
-    got = circuit.k_best(6, torch.tensor([[0, 1]], dtype=torch.uint8))  # four paths
+    got = circuit.k_best(6, torch.tensor([[0, 1]], dtype=torch.uint8))  # There are four paths.
     assert (got.x[0, :4] == torch.tensor([0, 1])).all() and (got.x[0, 4:] == -1).all()
 
 
@@ -106,7 +107,7 @@ def test_chains_of_other_leaf_families_are_supported():
     circuit = circuit_of(RegionGraph.hmm(3, 2, Gaussian()), seed=7)
     x = torch.tensor([[0.5, -0.5, 1.0]], dtype=torch.float64)
     got = circuit.k_best(8, x)
-    close(got.value.logsumexp(1), circuit.log_prob(x).detach())  # all eight paths
+    close(got.value.logsumexp(1), circuit.log_prob(x).detach())  # k = 8 covers all paths of states.
     close(got.x, x[:, None].expand(1, 8, 3))
     one = circuit.k_best(1)
     close(one.value[:, 0], circuit.map().value)

@@ -23,7 +23,7 @@ def test_samples_given_evidence_follow_the_conditional():
     x = torch.tensor([[math.nan, 0.5, math.nan, -1.0]], dtype=torch.float64)
     u = torch.rand(1, 5, 5, generator=torch.Generator().manual_seed(0))
     rest = given(normals(made, 0), 0, x[0])[0]
-    z = torch.special.ndtri(u[0, :, [1, 3]].double())  # u[:, 0] is for the sum
+    z = torch.special.ndtri(u[0, :, [1, 3]].double())  # u[..., 0] is used by the sum region
     got = made.sample(5, x, u)[0]
     close(got[:, [0, 2]], rest.mean + z @ rest.scale_tril.T)
     assert (got[:, [1, 3]] == x[0, [1, 3]]).all()

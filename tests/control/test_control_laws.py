@@ -158,11 +158,11 @@ def test_token_that_is_impossible_for_the_guide_can_still_satisfy_the_constraint
     law, _ = forced(
         processor(Guide(whole.initial, whole.transition, emission)), table_model(), rows
     )
-    assert sum(law) == pytest.approx(1, abs=1e-13)  # There is no other text and no NaN.
+    assert sum(law) == pytest.approx(1, abs=1e-13)  # Other texts have probability 0; none is NaN.
 
 
 def test_float32_guide_keeps_allowed_tokens_through_a_long_budget() -> None:
-    """Check 300 tokens, of which each satisfies the constraint with probability 0.001 under the
+    """Check 300 tokens, each of which satisfies the constraint with probability 0.001 under the
     guide."""
     emission = torch.tensor([[0.001, 0.9989, 1e-4], [0.001, 0.9989, 1e-4]])
     whole = Guide(torch.tensor([0.5, 0.5]), torch.full((2, 2), 0.5), emission)

@@ -64,7 +64,8 @@ def test_matcher_is_rolled_back_to_the_common_prefix(make: Any) -> None:
 
 @MATCHERS
 def test_matcher_and_edges_have_the_same_distribution_if_the_budget_is_large(make: Any) -> None:
-    """Check rows with different and with equal texts, which share one matcher."""
+    """Check rows with different and with equal texts. All rows of the first constraint share one
+    matcher."""
     plans = [plans_of("test", c, None, 99)[0] for c in
              (Constraint.from_matcher(make(), V, EOS), constraint())]  # fmt: skip
     texts = torch.randint(0, 4, (6, 5), generator=torch.Generator().manual_seed(0))

@@ -136,7 +136,7 @@ def test_beams_have_the_automaton_states_of_the_rows_that_they_continue() -> Non
     assert all(map(satisfies, new_texts(out, 2)))
 
 
-@pytest.mark.filterwarnings("ignore:ConstraintProcessor")  # The row continues after its end.
+@pytest.mark.filterwarnings("ignore:ConstraintProcessor")  # Continuing a row after its end warns.
 def test_rows_may_have_different_constraints_without_changing_other_rows() -> None:
     whole = guide()
     small = Guide(whole.initial.float(), whole.transition.float(), whole.emission.float())

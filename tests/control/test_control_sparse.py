@@ -50,7 +50,8 @@ def test_draw_follows_its_uniforms_and_falls_back_to_the_dense_distribution() ->
     for u in torch.linspace(0.01, 0.99, 25).tolist():
 
         def never(rows: list[int], count: int, u: float = u) -> Tensor:
-            return torch.tensor([u, 1.0]).expand(len(rows), count, 2)  # 1.0 rejects.
+            # A second number of 1.0 rejects the token.
+            return torch.tensor([u, 1.0]).expand(len(rows), count, 2)
 
         token, drawn = control.draw([row], scores, 1.0, never, tries=4, rounds=2)
         assert token == [int(torch.searchsorted(dense, torch.tensor(u).double(), right=True))]
@@ -64,7 +65,7 @@ def test_tokens_rejected_in_the_first_round_are_drawn_correctly_in_the_next() ->
         turns = itertools.count()
 
         def numbers(rows: list[int], count: int, u: float = u, turns: Any = turns) -> Tensor:
-            if next(turns) == 0:  # proposes every token and accepts none
+            if next(turns) == 0:  # The first round proposes every token and accepts none.
                 first = torch.linspace(0.001, 0.999, count)
                 return torch.stack([first, torch.ones(count)], -1).expand(len(rows), count, 2)
             return torch.tensor([u, 0.999]).expand(len(rows), count, 2)
@@ -126,7 +127,7 @@ def test_draw_at_almost_zero_temperature_is_the_most_likely_allowed_token(
 @pytest.mark.parametrize("guided", [True, False])
 def test_draw_raises_if_no_token_is_possible(guided: bool) -> None:
     scores = torch.full((1, V), -torch.inf)
-    scores[0, 4] = 0.0  # Only the end has a score, and it is not allowed.
+    scores[0, 4] = 0.0  # Only the end token has a finite score, and it is not allowed here.
     for bad in (scores, torch.full((1, V), torch.nan)):
         with pytest.raises(ValueError, match="scores"):
             control.draw([row_at((), guided)], bad, 1.0, lambda n, m: torch.rand(len(n), m, 2))

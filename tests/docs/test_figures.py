@@ -23,7 +23,7 @@ Value = Callable[[], Decimal]
 README, BENCHMARKS, TRAINING = "README.md", "docs/benchmarks.md", "docs/training.md"
 CLIENTS, MANY = "docs/notes/federated.md", "docs/many_adapters.md"
 
-# Sections in whose tables every figure must be checked here.
+# Sections in which every figure of a table must be checked by this file.
 SECTIONS = (
     (README, "Speed"), (BENCHMARKS, "LoRA on the CPU"), (BENCHMARKS, "Circuits on the CPU"),
     (TRAINING, "What a step can gain"), (CLIENTS, "Many clients in one batch"),

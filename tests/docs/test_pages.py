@@ -26,7 +26,7 @@ PAGES = {
 }
 
 
-# This sentence must be on every page, except the README, that uses the folder of `make demo`.
+# Every page that uses the folder of `make demo` must contain these sentences. The README need not.
 LEFT = (
     "`make demo` writes `base-model` and the adapters to `out/demo`. "
     "Run the code of this page there."
