@@ -54,9 +54,9 @@ def test_mean_of_three_clients_equals_the_mean_computed_by_hand():
     assert torch.equal(found.state[key(1, "A")], torch.tensor([[3.0, 2.0]]))
     assert torch.equal(found.state[key(1, "B")], torch.tensor([[4.0]]))
     assert (found.accepted, found.rejected, found.uncovered) == ((1, 2, 3), {}, ())
-    # The products are (2, 4) * (2, 2), (4) * (3, 2) and (8) * (5, 2). The mean of their first
-    # entries is (10 * 4 + 30 * 12 + 60 * 40) / 100 = 28, and of the second 12.4. The product of the
-    # mean factors is 6.2 * (4.1, 2).
+    # The products B A of the clients are 2 * (2, 2), 4 * (3, 2) and 8 * (5, 2). The mean of their
+    # first entries is (10 * 4 + 30 * 12 + 60 * 40) / 100 = 28, and the mean of their second entries
+    # is 12.4. The product of the mean factors is 6.2 * (4.1, 2).
     off, size = (28 - 6.2 * 4.1, 12.4 - 12.4), (28, 12.4)
     assert found.noise[0] == pytest.approx(math.hypot(*off) / math.hypot(*size))
     assert found.noise[1] == 0
@@ -172,7 +172,7 @@ def test_noise_is_the_error_of_averaging_the_factors_separately():
             error += squared * np.square(wanted - product(found.state, layer, module)).sum()
             size += squared * np.square(wanted).sum()
         assert found.noise[layer] == pytest.approx(math.sqrt(error / size), rel=1e-9)
-    assert found.noise[1] == 0  # a single client, with a smaller rank
+    assert found.noise[1] == 0  # Only one client, of a smaller rank, trains layer 1.
 
 
 @pytest.mark.parametrize("factor", ["A", "B"])

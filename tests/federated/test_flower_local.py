@@ -197,7 +197,7 @@ def test_model_is_made_once_per_worker_and_released_with_its_app(monkeypatch: py
     gc.collect()
     assert made[0]() is None
     there = Model(model, PATTERN, "default")
-    kept = [copy.copy(there).manager for _ in range(3)]  # as after unpickling
+    kept = [copy.copy(there).manager for _ in range(3)]  # Unpickling makes such copies.
     assert len(made) == 2 and kept[0] is kept[1] is kept[2]
 
 

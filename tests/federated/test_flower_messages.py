@@ -63,7 +63,7 @@ def test_full_bytes_equal_the_bytes_of_all_layers_of_all_clients():
     _, strategy = end_of(capability=None)
     for row in strategy.comm.rows[3:]:
         assert row.full == row.up + row.down
-    assert 0.99 < strategy.comm.share <= 1.02  # The total contains queries too, unlike full.
+    assert 0.99 < strategy.comm.share <= 1.02  # Unlike ``full``, the total also contains queries.
 
 
 def test_packing_saves_framing_and_changes_no_bit():
@@ -176,8 +176,8 @@ def test_invalid_share_is_rejected(name):
 
 
 def test_flowers_clipping_mod_bounds_the_update_of_a_client():
-    # The mod needs replies with the keys of the message, so only planned layers are sent, and
-    # values are uploaded.
+    # The mod requires that a reply has the keys of the message. The server therefore sends only
+    # planned layers, and clients upload values instead of differences.
     bound = 1e-3
     changes: list[float] = []
     start = initial()

@@ -138,7 +138,7 @@ def test_strategy_without_an_allocator_raises():
 
 @pytest.mark.parametrize("trained_in", ["loop", "batched"])
 def test_client_with_another_scale_is_an_error_reply(trained_in):
-    for scaling, accepted in ((2 / 3, (0,)), (1.0, ())):  # alpha 2, rank 3
+    for scaling, accepted in ((2 / 3, (0,)), (1.0, ())):  # 2 / 3 is alpha / rank.
         strategy = LoraStrategy(Suffixes(), scaling=scaling)
         run(strategy, local(1, backend=trained_in), rounds=1)
         assert strategy.history[0].accepted == accepted

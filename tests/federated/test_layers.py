@@ -49,7 +49,7 @@ def saved_bytes(manager: LoraLayerManager) -> int:
 
 
 class Stack(nn.Module):
-    """Model of residual layers only, whose input may require gradients."""
+    """Model of residual layers without an embedding, so its input may require gradients."""
 
     def __init__(self, layers: int = 12, width: int = 6, dropout: float = 0.0):
         super().__init__()
@@ -103,7 +103,7 @@ def test_disabled_layers_equal_their_base_layers(kind: str):
 def test_weight_decay_changes_only_planned_layers(kind: str, others: str):
     model = adapted(kind)
     manager = LoraLayerManager(model)
-    loss_of(model).backward()  # leaves gradients on all factors
+    loss_of(model).backward()  # Now all factors have gradients.
     manager.apply(LayerPlan((0, 2)), others=others)
     before = manager.state_slice()
     optimizer = torch.optim.AdamW(

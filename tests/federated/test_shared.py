@@ -36,7 +36,7 @@ def state_of(model: nn.Module, shared) -> dict[str, Tensor]:
 
 
 class Pooled(nn.Module):
-    """Head of several modules, with a parameter of its own and a keyword argument."""
+    """Head that consists of several modules and a parameter, and takes a keyword argument."""
 
     def __init__(self):
         super().__init__()

@@ -39,7 +39,7 @@ def activated_pair(folder: Path, family: str = "llama", **more: Any) -> tuple[An
 
 
 def words(count: int, seed: int) -> list[int]:
-    """Return tokens that invoke no adapter."""
+    """Return random tokens that invoke no adapter."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(9, 97, (count,), generator=generator).tolist()
 

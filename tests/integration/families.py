@@ -1,7 +1,8 @@
-"""Tiny random models of many families, with adapters served and merged.
+"""Tiny random models of many families, with adapters served from a pool or merged.
 
-The merged model is an independent check. Its weights contain one adapter, so it needs no block. It
-is also correct if a model reads the weights of a layer without calling it, or transposes rows.
+A merged model is an independent reference. Its weights contain one adapter, so it needs no
+``adapters`` block. It is correct even if a model reads the weights of a layer without calling the
+layer, or transposes its rows.
 """
 
 import copy
@@ -61,8 +62,8 @@ SEQ2SEQ: dict[str, Maker] = {
 def make(build: Maker) -> Any:
     """Return a model with the same weights at every call.
 
-    It is in float64, in which logits differ by 1e-12, except with eager attention: its masks
-    overflow in float64, and left padding would give NaN.
+    The model is in float64, in which logits differ by 1e-12. Models with eager attention stay in
+    float32, because their masks overflow in float64 and left padding would give NaN.
     """
     torch.manual_seed(0)
     model = build().eval()

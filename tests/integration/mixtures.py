@@ -27,8 +27,9 @@ FAMILIES = {
 }
 UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 
-# Adapters on both parameters of the experts, and one also on attention. Ranks do or do not fill a
-# page and differ by parameter and layer; scales are alpha / r and alpha / sqrt(r).
+# All adapters are on both parameters of the experts, and one is also on attention. Their ranks, of
+# which some are multiples of the page size (8), differ between parameters and layers. Their scales
+# are alpha / r or alpha / sqrt(r).
 CONFIGS: dict[str, dict[str, Any]] = {
     "red": {"r": 4},
     "green": {

@@ -70,7 +70,7 @@ def test_generate_equals_peft_with_a_cache(pair: Any, mode: str) -> None:
     assert (theirs != base)[:3].any(1).all()
     ours = model.generate(ids, adapter_names=NAMES, **GREEDY, **MODES[mode])
     assert torch.equal(ours, theirs)
-    with lora_ext.adapters(NAMES):  # One block is used for successive prompts.
+    with lora_ext.adapters(NAMES):  # The same block applies to successive prompts.
         other = model.generate(prompts(seed=1), **GREEDY, **MODES[mode])
         assert torch.equal(model.generate(ids, **GREEDY, **MODES[mode]), theirs)
     assert not torch.equal(other, theirs)
@@ -113,7 +113,8 @@ def test_forwards_with_a_cache_equal_the_whole_forward_of_peft(pair: Any) -> Non
         model(ids[:, :upto], cache=cache, adapter_names="__base__")
         return {"cache": cache}
 
-    with lora_ext.adapters("act"):  # The cache of the tokens before the start is the base's.
+    # The base model computed the cache of the tokens before the start.
+    with lora_ext.adapters("act"):
         ours = model(ids[:, 10:], **read_by_base(10)).logits[:, -1]
         torch.testing.assert_close(ours, whole, **close)
         cache = DynamicCache()
@@ -282,15 +283,17 @@ def test_adapters_reuse_the_cache_pages_of_the_base_model(pair: Any) -> None:
     model, reference, _ = pair
     shared = words(40, 9)
     with running(model) as manager:
-        said, _ = ask(manager, shared[:-6], None)  # It ends at token 40, the last of a page.
+        # The answer ends at token 40, the last one of a page.
+        said, _ = ask(manager, shared[:-6], None)
         assert len(shared) - 6 + len(said) == 40
         read = shared[:-6] + said
         for seed, name in enumerate(["act", "other", "act"]):
             asked = tailed(read, name, seed)
             answer, computed = ask(manager, asked, name)
             assert answer == alone(reference, asked, name)
-            # All tokens are computed except those of shared pages. The first request also computes
-            # the page with the base model's last token, which no forward had read.
+            # The request reuses shared pages and computes all other tokens. The first request also
+            # computes the page that ends with the last token of the base model, because no forward
+            # pass had read this token.
             assert computed == len(asked) - (32 if seed == 0 else 40) + NEW - 1
         asked = tailed(read, "plain", 3)
         answer, computed = ask(manager, asked, "plain")
@@ -308,7 +311,8 @@ def test_page_of_the_last_step_is_shared_but_not_equal_tokens_with_two_starts(pa
         assert computed == len(tailed(shared, "act", 0)) - 40
     model, reference, _ = pair
     head = words(31, 9)
-    head[26:28] = [7, 8]  # page 24..31 ends in the head of a second invocation, or not
+    # The page of tokens 24 to 31 ends with 7, which starts a second invocation only if 8 follows.
+    head[26:28] = [7, 8]
     first = [*head, 7, 9, *words(5, 8)]
     second = [*head, 7, 8, *words(5, 8)]
     assert first[:32] == second[:32]

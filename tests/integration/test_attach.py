@@ -92,7 +92,8 @@ def test_failed_packing_or_unpacking_changes_nothing() -> None:
     parametrize.remove_parametrizations(base, "weight")
     lora_ext.detach(model)
     assert snapshot(model) == plain
-    unpack_linears(lora_ext.attach(model, pool, pack_base=True))  # detach may follow
+    # A model whose layers were unpacked can be detached.
+    unpack_linears(lora_ext.attach(model, pool, pack_base=True))
     assert snapshot(lora_ext.detach(model)) == plain
 
 

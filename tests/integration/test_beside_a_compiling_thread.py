@@ -86,7 +86,8 @@ def test_several_active_and_merged_adapters_and_experts_work(compiling: None) ->
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_keeps_its_names(reentrant: bool, compiling: None) -> None:
-    """Check that layers look names up in a recomputation, which does not get PEFT's argument."""
+    """Check that layers look up the names in a recomputation, which does not receive
+    ``adapter_names``."""
     configs = {n: {"r": 4, "target_modules": "all-linear"} for n in ("red", "green", "blue")}
     names = ["red", "green", "__base__", "blue", "green"]
     ids = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))

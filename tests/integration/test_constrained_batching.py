@@ -126,7 +126,7 @@ def test_guided_requests_have_their_distribution_without_a_vocabulary_product(
             for seed in range(many + 1)
         ]
         texts = texts_of(manager, ids)
-    assert texts[-1] == texts[0]  # the same seed among other requests
+    assert texts[-1] == texts[0]  # The first and the last request have the same seed.
     assert all(one.accepts(t[:-1]) and t[-1] == EOS for t in texts)
     share = torch.bincount(torch.tensor([t[0] for t in texts[:many]]), minlength=VOCAB) / many
     assert (share - wanted).abs().max() < 4 * 0.5 / many**0.5
@@ -157,7 +157,8 @@ def test_requests_that_cannot_be_satisfied_fail_before_waiting(
 def test_scores_without_a_token_and_a_tiny_temperature_do_not_raise() -> None:
     row = Row.first(Plan(three_of((5, 20, 21)), NEW, guide=guide()))
     scores = torch.randn(1, 3, VOCAB)
-    scores[0, 0, [5, 20, 21]] = -torch.inf  # Another processor forbids only these.
+    # Another processor has forbidden the only tokens of the constraint.
+    scores[0, 0, [5, 20, 21]] = -torch.inf
     scores[0, 1, 20] = 9.0
     rows = [
         Standing(i, row, heat, True, torch.Generator().manual_seed(i))

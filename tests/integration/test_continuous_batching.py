@@ -400,7 +400,8 @@ def logits(model: Any, prompt: list[int], name: str | None) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_forwards_and_generate_during_a_managers_run_are_correct() -> None:
-    """Check that is_causal has no effect: a manager's step sets it in the shared configuration."""
+    """Check that ``is_causal``, which a step of the manager sets in the shared configuration, has
+    no effect on other calls."""
     model, _ = attached(slots=4)
     given = prompts(len(FOUR))
     rows = list(zip(given, FOUR, strict=True))

@@ -177,7 +177,8 @@ def test_adapter_on_dt_proj_of_mamba_raises() -> None:
 
 
 def test_adapter_on_relative_position_biases_needs_one_name_for_all_sequences() -> None:
-    """Check T5's position biases: their (tokens, tokens) may look like (sequences, tokens)."""
+    """Check the position biases of T5, whose shape (tokens, tokens) can be taken for (sequences,
+    tokens)."""
     model: Any = make(SEQ2SEQ["t5"])
     table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=4, targets=[table])

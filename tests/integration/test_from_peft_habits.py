@@ -183,7 +183,7 @@ def test_training_by_name_warns_only_about_frozen_adapters() -> None:
         ours.set_requires_grad(["red", "green", "blue"])
         logits(ours, adapter_names=NAMES)
     _, ours = pair()
-    ours.train().set_adapter("red")  # PEFT freezes the others.
+    ours.train().set_adapter("red")  # PEFT freezes the other adapters.
     with pytest.warns(
         UserWarning, match=r"adapter_names: .*found 'blue', 'green' frozen"
     ) as caught:
@@ -211,7 +211,8 @@ def test_names_raise_while_a_trainer_runs_its_reference_adapter() -> None:
         assert torch.equal(logits(ours, adapter_names=["ref"] * 5), alone)
         with ours.disable_adapter():
             base = logits(ours)
-        assert torch.equal(logits(ours, adapter_names=["__base__"] * 5), base)  # not a policy
+        # Names of the base model alone are accepted.
+        assert torch.equal(logits(ours, adapter_names=["__base__"] * 5), base)
         ours.set_adapter("red")
         trained = logits(ours, adapter_names=NAMES)
         ours.eval().set_adapter("ref")

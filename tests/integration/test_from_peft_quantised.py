@@ -158,9 +158,10 @@ def step(model: Any, **kwargs: Any) -> dict[str, Tensor]:
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Check that values differ at most by the order of float32 sums.
+    """Check that values differ at most by the order of summation in float32.
 
-    An 8-bit base quantises its input, so inputs that round differently are 1/127 apart.
+    An 8-bit base layer quantises its input, so two inputs that are rounded differently are 1/127
+    apart.
     """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -216,7 +217,7 @@ def test_restored_copied_and_pickled_layers_have_the_right_types(base: str) -> N
     assert [type(m).__name__ for m in ours.modules()] == [n.rpartition(".")[2] for n in names]
     fused = next(m for m in ours.modules() if isinstance(m, Fused))
     assert pickle.loads(pickle.dumps(type(fused))) is type(fused)
-    if base != "quanto int8":  # Its weights cannot be copied.
+    if base != "quanto int8":  # Weights of quanto cannot be copied.
         assert type(copy.deepcopy(fused)) is type(fused)
     assert lora_ext.from_peft(ours) is ours and len(report(ours).taken) == LAYERS
     to_peft(ours)

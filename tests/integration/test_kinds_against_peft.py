@@ -93,7 +93,8 @@ def test_other_rows_keep_every_bit_and_adapted_rows_round_once(
                 t.double() for t in unpack(slab.a_pages, slab.b_pages, pages, int(slab.ranks[slot]))
             )
             exact = base[row].double() + float(slab.scale[slot]) * a[:, ids[row]].T @ b.T
-        # v and the sum are float32 in both cases; one rounding follows, or two with gradients.
+        # v and the sum are in float32 with and without gradients. The result is then rounded once,
+        # or twice with gradients.
         unit = torch.finfo(dtype).eps / 2
         size = exact.abs().max() + (exact - base[row]).abs().max()
         assert (results[0][row] - exact).abs().max() <= (unit + 20 * 2**-24) * size

@@ -142,7 +142,7 @@ def test_coalition_masks_reach_their_rows(family: str, kind: str, length: int) -
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("lengths", [(4, 4), (4, 3), (6, 6)])
 def test_clients_train_their_own_rows(family: str, lengths: tuple[int, int]) -> None:
-    """Check two clients with two sequences each, of 4 tokens, of 4 and 3 (padded), and of 6.
+    """Check two clients with two sequences each, of 4 tokens, of 4 and 3 tokens, or of 6 tokens.
 
     One client trains only the last layer, so other rows' inputs may be outside the graph.
     """

@@ -1,6 +1,6 @@
 """Less common ways to generate, some of which drop the names or change the rows of the batch.
 
-Each gives the answer of the row alone, or raises.
+In each way, every row gets the answer that it gets alone, or the call raises.
 """
 
 import asyncio

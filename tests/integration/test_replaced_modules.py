@@ -103,7 +103,7 @@ def test_rows_of_an_adapter_use_its_head(trained: Any) -> None:
             assert (mixed[row] - alone[name][row]).abs().max() < BOUND
             assert (mixed[row] - base[row]).abs().max() > 100 * BOUND
         with lora_ext.adapters([[name] * 6 for name in NAMES]):
-            if case in ("llama", "tied"):  # A classifier does not see tokens.
+            if case in ("llama", "tied"):  # A classifier head has no row per token.
                 assert (model(ids).logits - mixed).abs().max() < BOUND
     lora_ext.detach(model)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_compiled_backward_through_a_head_raises(tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path)
     model, _ = serve(plain, tmp_path)
     compiled = torch.compile(model, backend="aot_eager")
-    error = torch._dynamo.exc.BackendCompilerFailed  # It contains our message.
+    error = torch._dynamo.exc.BackendCompilerFailed  # This error contains our message.
     with lora_ext.adapters("red"), pytest.raises(error, match="compiled graph without gradients"):
         compiled(tokens(2, 5)).logits.sum().backward()
 
@@ -304,7 +304,8 @@ def test_modules_other_than_linear_and_embedding_raise(saved_whole: list[str]) -
 
 
 def test_base_weights_that_differ_raise() -> None:
-    """Check that PEFT's saved base weight of a head must equal the model's."""
+    """Check the base weight of a head, which PEFT saves too. It must equal the weight of the
+    model."""
     model = make_model("llama")
     fields = {"r": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}
     reference = make_peft(model, {"default": fields})

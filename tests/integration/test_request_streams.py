@@ -93,7 +93,8 @@ def test_request_cancelled_before_the_loop_receives_it_is_cancelled() -> None:
 
         def late(state: Any, **how: Any) -> None:
             manager.cancel_request("mine")
-            time.sleep(0.3)  # The loop processes the cancellation and finds no such request.
+            # Meanwhile, the loop processes the cancellation, before the request exists.
+            time.sleep(0.3)
             put(state, **how)
 
         manager.input_queue.put = late

@@ -1,4 +1,5 @@
-"""A NaN in one row of a batch stays in that row, even if torch's products read past row ends."""
+"""A NaN in one row of a batch stays in that row, even if torch's matrix products read past the end
+of rows."""
 
 import copy
 import pickle
@@ -333,7 +334,8 @@ def test_base_layer_spaces_its_rows_once_and_is_part_of_the_fused_op() -> None:
     with CountedOps() as backward:
         torch.autograd.grad(y, x, dy, retain_graph=True)
     assert forward.calls["constant_pad_nd"] == 1
-    assert backward.calls["constant_pad_nd"] == 2  # for dy, and in the backward of the copy of x
+    # one for dy, one in the backward of the copy of x
+    assert backward.calls["constant_pad_nd"] == 2
     base: Any = wrapped(Three(144, torch.bfloat16)).get_submodule("up.base_layer")
     assert base._forward_pre_hooks and lora_ext.layers.dense_parameters(base) is not None
     base.register_forward_hook(lambda *_: None)

@@ -199,7 +199,8 @@ def test_metrics_for_routers_contain_running_adapters_and_cache_usage(server: An
     assert "vllm:num_requests_running 1" in lines and "vllm:num_requests_waiting 0" in lines
     assert 0 < cache_usage(lines) < 1
     settle(server)
-    text_of(ask(server, "a3", " ".join(f"w{5 + i % 90}" for i in range(200))))  # several pages
+    # The prompt fills several pages.
+    text_of(ask(server, "a3", " ".join(f"w{5 + i % 90}" for i in range(200))))
     settle(server)
     allocators = server.engine.manager.batch_processor.cache.cache_allocators.values()
     assert any(each.ledger.cached_blocks for each in allocators), "expected cached pages"
@@ -235,7 +236,7 @@ def test_models_are_listed_loaded_and_unloaded(server: Any) -> None:
     text_of(ask(server, "a5"))
     listed = server.client.get("/v1/models").json()
     assert listed["object"] == "list"
-    folder = {*MANY, "broken"}  # loaded or not
+    folder = {*MANY, "broken"}  # The server lists these adapters whether they are loaded or not.
     assert [m["id"] for m in listed["data"]][:3] == ["tiny", "mine", "a5"]
     parents = {m["id"]: m.get("parent") for m in listed["data"]}
     assert parents == {"tiny": None, **dict.fromkeys(folder | {"mine"}, "tiny")}

@@ -82,7 +82,7 @@ def server(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     engine = Settings(folder / "tiny", folder / "embedders", device="cpu").engine()
     transport = httpx.ASGITransport(make_app(engine, "tiny", origins=[ORIGIN]))
 
-    loop = asyncio.new_event_loop()  # the engine's loop, as in a server
+    loop = asyncio.new_event_loop()  # All requests use this loop, as in a server.
 
     def ask(path: str, bodies: list[Any], method: str = "POST", **how: Any) -> list[Any]:
         async def all_of_them() -> list[Any]:

@@ -33,7 +33,8 @@ def test_arguments_are_checked_before_the_model_is_read(
     model, adapters = ["--model", str(folder / "tiny")], ["--adapters", str(folder / "adapters")]
     bad = folder / "bad"
     bad.mkdir()
-    (bad / "config.json").write_text("{}")  # Reading it as a model would give another message.
+    # An attempt to load this model would give another message.
+    (bad / "config.json").write_text("{}")
     for given, named in (
         ([], "--model, --adapters"),
         (["--model", "nowhere", *adapters], "--model: expected a folder, found 'nowhere'"),
@@ -99,7 +100,8 @@ def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads:
     reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
     reader.start()
     try:
-        told = process.stdout.readline() + process.stdout.readline()  # packing, then address
+        # The first line reports the packing, the second line the address.
+        told = process.stdout.readline() + process.stdout.readline()
         place = re.search(r"answers at http://127\.0\.0\.1:(\d+)/v1", told)
         assert place, told + "".join(errors)
         body = json.dumps(chat("a1", stream=True, max_tokens=1900)).encode()

@@ -186,6 +186,7 @@ def test_adapter_head_learns_and_decodes_like_the_model(base: tuple[Any, Any], t
     assert found.sequences.shape[1] <= length + 11
 
     draft.save(tmp_path)
-    assert (tmp_path / "mtpc.safetensors").stat().st_size < 1 << 20  # without the unembedding
+    # The file does not contain the unembedding.
+    assert (tmp_path / "mtpc.safetensors").stat().st_size < 1 << 20
     again = mtpc.Draft.load(model, tmp_path)
     assert torch.equal(again.loss(ids)[0], draft.loss(ids)[0])

@@ -37,7 +37,8 @@ def trained(request: Any, tmp_path_factory: Any) -> Iterator[tuple[Any, Any, Pat
         name: {"r": 2 + i, "target_modules": ["q_proj"], "trainable_token_indices": rows}
         for i, (name, rows) in enumerate(ROWS.items())
     }
-    plain = make_peft(model, {"green": configs.pop("green")})  # PEFT cannot save all three.
+    # PEFT cannot save all three adapters from one model.
+    plain = make_peft(model, {"green": configs.pop("green")})
     theirs = make_peft(model, configs)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -175,7 +176,8 @@ def test_rows_that_do_not_fit_raise_and_the_pool_is_unchanged(tmp_path: Path) ->
             pool.load("bad", ({**raw, **changes}, tensors))
         assert pool.names == []
     whole = copy.deepcopy(model)
-    whole.extra = torch.nn.Linear(32, 97, bias=False)  # Its rows would not be served.
+    # The adapter's rows would have no effect in this tied layer.
+    whole.extra = torch.nn.Linear(32, 97, bias=False)
     whole.extra.weight = whole.get_input_embeddings().weight
     with pytest.raises(NotImplementedError, match="the input embedding, a plain"):
         lora_ext.AdapterPool(whole, max_slots=2, max_rank=8).load("bad", tmp_path)

@@ -238,7 +238,8 @@ def test_completions_use_the_adapter(batching: bool, tmp_path: Path) -> None:
 
 
 class ByName:
-    """Collator that adds the column ``adapter``, repeated ``times`` times, as adapter_names."""
+    """Collator that repeats the column ``adapter`` ``times`` times and adds it as
+    ``adapter_names``."""
 
     def __init__(self, collator: Any, times: int = 1):
         self.collator, self.times = collator, times
@@ -250,7 +251,8 @@ class ByName:
 
 
 class NamedTrainer(trl.SFTTrainer):
-    """Trainer that unfreezes all adapters, as PEFT and Trainer's resume freeze inactive ones."""
+    """Trainer that unfreezes all adapters, because PEFT and a resumed Trainer freeze inactive
+    ones."""
 
     def create_optimizer(self, *args: Any) -> Any:
         self.model.set_requires_grad(NAMES[:2])
@@ -272,7 +274,8 @@ def two_adapters(dropout: float = 0.0) -> Any:
 
 @pytest.mark.slow
 def test_adapters_trained_in_one_batch_equal_separate_runs_of_peft(tmp_path: Path) -> None:
-    """Check one batch for two adapters, whose loss has twice the tokens, so the rate is doubled."""
+    """Check one batch with rows of two adapters. Its loss is the mean of twice as many tokens, so
+    the learning rate is doubled."""
     texts = [f"w{i} w{i + 20} w{i + 40} w{i + 60}" for i in range(3, 11)]
     options: Any = {
         "optim": "sgd",

@@ -53,7 +53,8 @@ FAMILIES: dict[str, Maker] = {
     "bert": classifier("Bert"),
 }
 
-# Ranks do or do not fill a page, targets are all or some modules, scales alpha / r or / sqrt(r).
+# Adapters whose ranks are or are not multiples of the page size (8), with all or some modules as
+# targets, and with the scales alpha / r or alpha / sqrt(r).
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         "red": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
@@ -114,7 +115,8 @@ def adapted(model: nn.Module, configs: Mapping[str, peft.LoraConfig], size: floa
 
 
 def only(reference: Any, name: str | None) -> Any:
-    """Activate one adapter of PEFT's model, or disable all inside the block."""
+    """Activate one adapter of PEFT's model or, for the base model, return a context manager that
+    disables all adapters."""
     if name in (None, "__base__"):
         return reference.disable_adapter()
     reference.set_adapter(name)
@@ -141,7 +143,8 @@ def make_pair(
     reference = make_peft(model, configs).to(dtype)
     with torch.no_grad():
         for key, parameter in reference.named_parameters():
-            if "magnitude" in key:  # both signs, and far from PEFT's initial norms
+            # Magnitudes have both signs and are far from PEFT's initial norms.
+            if "magnitude" in key:
                 parameter.copy_(torch.randn_like(parameter))
     reference.save_pretrained(directory)
     model = attach_saved(model, directory, configs)

@@ -1,4 +1,5 @@
-"""Cases beyond the table of ops: plans of several tiles, extreme float16 values, long sums."""
+"""LoRA kernels in cases that the table of ops lacks: plans of several tiles, extreme float16
+values, long sums."""
 
 import pytest
 import torch
@@ -56,9 +57,10 @@ def test_plan_equals_the_reference(
 @pytest.mark.parametrize("size", [2.0**-20, 2.0**13], ids=["tiny v", "huge v"])
 @pytest.mark.parametrize("rank", [8, 264])
 def test_float16_v_may_be_far_from_one(backend: Backend, rank: int, size: float) -> None:
-    """Check values of v whose float16 split would lose its low part or overflow.
+    """Check values of v for which the sum of two float16 numbers would lose the smaller one, or
+    overflow.
 
-    With large ranks v is a tf32 operand, which has the exponents of float32.
+    For large ranks, v is a tf32 operand, which has the exponent range of float32.
     """
     g = torch.Generator().manual_seed(0)
     x, a = torch.randn(20, 64, generator=g).half(), torch.randn(1, rank, 64, generator=g).half()
@@ -68,7 +70,8 @@ def test_float16_v_may_be_far_from_one(backend: Backend, rank: int, size: float)
     got = ops.lora_apply_(*(t.to(backend.device) for t in (y, x, a, b, ids, scale))).cpu()
     v = reference.lora_shrink(x.double(), a.double(), ids, scale)
     exact = v @ b[0].double().T
-    # Errors of the final rounding (subnormal spacing 2^-24), of v as hi + lo, and of float32 sums.
+    # Errors of the final rounding (subnormal spacing 2^-24), of v as the sum of two float16
+    # numbers, and of float32 sums.
     allowed = 2.0**-11 * exact.abs() + 2.0**-25 + 2.0**-18 * (v.abs() @ b[0].double().abs().T)
     assert ((got.double() - exact).abs() <= allowed).all()
 
@@ -76,7 +79,7 @@ def test_float16_v_may_be_far_from_one(backend: Backend, rank: int, size: float)
 def test_float32_sums_of_one_sign_are_not_rounded_in_one_direction(backend: Backend) -> None:
     """Check sums of terms of one sign, for which rounding toward zero, as on tensor cores, adds up.
 
-    The rows without an adapter make so many tiles that the sum is not split; they cost no time.
+    Rows without an adapter add so many tiles that kernels do not split the sum; they cost no time.
     """
     if backend.small:
         pytest.skip("too many rows for this backend")
@@ -97,7 +100,8 @@ def test_float32_sums_of_one_sign_are_not_rounded_in_one_direction(backend: Back
 def test_apply_that_sums_splits_of_v_equals_shrink_and_expand_bitwise(
     backend: Backend, dtype: torch.dtype
 ) -> None:
-    """Check enough rows, outputs and ranks that apply first sums the parts of v, in place."""
+    """Check a call with so many rows, outputs and ranks that apply first adds the partial sums of
+    v, in place."""
     if backend.small:
         pytest.skip("too many rows for this backend")
     g = torch.Generator().manual_seed(0)
@@ -134,7 +138,8 @@ def test_two_successive_calls_may_add_to_one_y(backend: Backend) -> None:
 def test_padding_of_missing_rows_and_ranks_changes_nothing(
     backend: Backend, dtype: torch.dtype, features: int
 ) -> None:
-    """Check loads that read an existing row in place of a missing one.
+    """Check that kernels do not use the values of the existing rows that they read in place of
+    missing ones.
 
     The first row of each adapter in x is NaN, and so are a and b beyond its rank.
     """

@@ -79,8 +79,8 @@ def test_update_is_bitwise_equal_for_all_tile_sizes(backend: Backend, dtype: tor
 def test_training_is_bitwise_equal_for_all_tile_sizes(
     backend: Backend, features: int, dtype: torch.dtype
 ) -> None:
-    """Compare with 18 rows: up to 256 rows, the kernels for small ranks also process large
-    ranks."""
+    """Compare with a batch of 18 rows. Up to 256 rows, the kernels for small ranks also process
+    large ranks."""
     skip_unless_kernels(backend, dtype=dtype)
     small = backend.small
     shape = Shape(18, 64 if small else features, 40, (264, 9), "interleaved")
@@ -88,7 +88,8 @@ def test_training_is_bitwise_equal_for_all_tile_sizes(
 
     def step(rows: int) -> dict[str, torch.Tensor]:
         i = among_idle_rows(inputs, rows)
-        i["x"], i["dy"] = i["x"].nan_to_num(), i["dy"].nan_to_num()  # NaN would reach dx
+        # The NaN of idle rows would reach dx.
+        i["x"], i["dy"] = i["x"].nan_to_num(), i["dy"].nan_to_num()
         got = run(i)
         return {k: v[-shape.tokens :] if k in ("y", "dx") else v for k, v in got.items()}
 
@@ -120,7 +121,8 @@ def test_block_that_iterates_over_slices_equals_separate_blocks_bitwise(
         got = run(i)
         return got | {"da": got["da"][:, :rank], "db": got["db"][:, :, :rank]}
 
-    apart, walked = step(rank), step(-(-tiles // 5) * 128)  # 270 rows: 5 chunks
+    # 270 rows are 5 chunks of up to 64 rows.
+    apart, walked = step(rank), step(-(-tiles // 5) * 128)
     for name, value in walked.items():
         assert_same_bits(value, apart[name], f"{name}: ")
 
@@ -140,8 +142,8 @@ def test_gradients_with_dropout_stay_within_the_bound(backend: Backend, dtype: t
 def test_gradients_of_many_tiles_stay_within_the_bound(
     backend: Backend, wide_input: bool, dtype: torch.dtype
 ) -> None:
-    """Check at least 64 tiles, for which gradients are grouped matrix products, aligned for da but
-    not for db."""
+    """Check gradients of at least 64 tiles, which are computed as grouped matrix products. Operands
+    are aligned for da and unaligned for db."""
     skip_unless_kernels(backend, dtype=dtype)
     if backend.small and not wide_input:
         pytest.skip("one case is enough for the checking emulator")

@@ -111,7 +111,7 @@ def test_routing_contains_every_pair_once(how: str) -> None:
     if found.ends is not None:
         assert found.expert.tolist() == sorted(found.expert.tolist())
         assert found.ends.tolist() == [2, 4, 6, 6]
-    if how == "eager":  # First choices come before second ones.
+    if how == "eager":  # First choices of all rows come before second ones.
         assert found.order.tolist() == [2, 1, 3, 5, 0, 4]
 
 
@@ -125,8 +125,10 @@ def test_slots_count_the_experts_of_each_adapter() -> None:
 def test_update_uses_the_factors_of_adapter_and_expert() -> None:
     """Check an update of small integers, with two experts and factors stacked as by PEFT."""
     first = LoraFactors(
-        a=torch.tensor([[1.0, 0], [0, 1], [2, 0], [0, 3]]),  # expert 0: e1, e2; expert 1: 2e1, 3e2
-        b=torch.tensor([[1.0, 10, 100, 1000]]),  # rank by rank: (e0, e1), (e0, e1)
+        # two rows for expert 0, then two rows for expert 1
+        a=torch.tensor([[1.0, 0], [0, 1], [2, 0], [0, 3]]),
+        # columns: rank 0 of both experts, then rank 1 of both
+        b=torch.tensor([[1.0, 10, 100, 1000]]),
         scaling=2.0,
     )
     second = LoraFactors(torch.tensor([[1.0, 1], [1, -1]]), torch.tensor([[5.0, 7]]), 1.0)

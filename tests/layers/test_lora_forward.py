@@ -72,7 +72,7 @@ def test_tensor_scaling_is_read_at_every_call(dtype):
     layer = peft_layer(nn.Linear(24, 17), {}, {"r": 2}).to(dtype)
     x, ids = torch.randn(4, 24, dtype=dtype, requires_grad=True), torch.tensor([1, 0, -1, 1])
     both = ["0", "1"]
-    for value in (2.25, 1.0, 9.0):  # as PEFT's hot swap does
+    for value in (2.25, 1.0, 9.0):  # PEFT's hot swap changes scales in this way.
         for name in both:
             scaling = layer.scaling[name]
             if isinstance(scaling, Tensor):

@@ -183,7 +183,7 @@ def test_error_of_merging_and_unmerging_is_within_two_roundings(scheme, dtype):
     merged = ours.base_layer.weight.detach().clone()
     assert not torch.equal(merged, weight)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # The subtraction may lose bits, which warns.
+        warnings.simplefilter("ignore")  # unmerge warns that the subtraction may lose bits.
         ours.unmerge()
     # The merged weight and the remaining weight are each rounded once.
     rounding = torch.finfo(dtype).eps * (merged.abs() + weight.abs())

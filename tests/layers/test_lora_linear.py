@@ -310,7 +310,7 @@ def test_rows_of_an_lm_head_may_be_selected_before_it():
     head.add_adapter("b", r=2, init_lora_weights=False)
     head.set_adapter(["a", "b"])
     x, ids = torch.randn(4, 6, 24, dtype=torch.double), torch.tensor([0, 1, -1, 1])
-    rows = torch.tensor([3, 5, 11, 17, 23])  # the rows, of 24, whose logits are requested
+    rows = torch.tensor([3, 5, 11, 17, 23])  # indices, among 24 rows, of the requested logits
     results = []
     for chosen in (False, True):
         head.zero_grad()

@@ -137,8 +137,8 @@ def test_merged_output_equals_unmerged_output(settings, base, dtype):
     expected, weight = ours(x).float(), ours.weight.detach().clone()
     ours.merge(safe_merge=True)
     assert ours.merged and ours.merged_adapters == ["default"]
-    # The rounding of every weight in sums of 24 products of order one, or the rounding of sums in
-    # float32.
+    # The bound covers the rounding of every weight, in sums of 24 products of order one, and the
+    # rounding of sums in float32.
     bound = 24**0.5 * 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(ours(x).float(), expected, rtol=bound, atol=bound)
     assert torch.equal(ours(x), ours.base_layer(x))

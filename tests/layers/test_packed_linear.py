@@ -101,7 +101,8 @@ def change_parameter(module: nn.Linear) -> None:
 
 
 def change_unseen(module: nn.Linear) -> None:
-    module.weight.data *= 2  # as PEFT merges, without a new version of the weight
+    # PEFT merges in this way, which does not increment the version counter of the weight.
+    module.weight.data *= 2
 
 
 def change_by_loading(module: nn.Linear) -> None:

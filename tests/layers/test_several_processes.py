@@ -61,8 +61,8 @@ class Model(nn.Module):
 
 
 def step(rank: int | None, way: str | None, case: str, **options: Any) -> dict[str, Tensor]:
-    """Return the adapters after training, in one of two processes or (``rank`` None) with all rows
-    in one."""
+    """Return the adapters after training in one of two processes or, if ``rank`` is None, in a
+    single process with all rows."""
     model = Model(**options)
     first, second = NAMES[case]
     names = (

@@ -149,7 +149,8 @@ def test_checkpoint_of_rows_with_names_recomputes_the_same_layers():
         model.requires_grad_(True)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        set_active(some_layer(model), "first", False)  # an active adapter without rows
+        # This active adapter has no rows in the batch.
+        set_active(some_layer(model), "first", False)
         logits(model, adapter_names=["second", "second", "__base__"]).square().sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert any("second" in name for name in gradients[0])

@@ -23,7 +23,7 @@ from lora_ext.nn import LoraConv, LoraEmbedding, LoraLinear, adapted_layers, unw
 
 PREFIX = "base_model.model."
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # other order of some tens of terms of order one
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # sums of some tens of terms of order one, in another order
 
 
 def gpt2() -> transformers.GPT2LMHeadModel:
