@@ -40,8 +40,8 @@ def gradients(y: Tensor, layer: nn.Module, x: Tensor) -> dict[str, Tensor | None
 def assert_same(
     layer: PeftLinear, x: Tensor, ours: Callable[[], Tensor], theirs: Callable[[], Tensor]
 ) -> None:
-    """Check that two forwards of ``layer``, and their gradients, are about equally far from
-    ``theirs`` in float64."""
+    """Check that the results and gradients of ``ours`` are about as close to those of ``theirs`` in
+    float64 as ``theirs`` is in the dtype of ``x``."""
     mine, peft = _results(ours, layer, x), _results(theirs, layer, x)
     dtype = x.dtype
     layer.double()

@@ -87,7 +87,7 @@ def impossible_cases(device: str) -> dict[str, Inputs]:
     i["leaf"] = i["leaf"] * 40
     cases["left to right"] = i
     i = circuit_inputs(Window("hmm", 1, 4, 3, 3), torch.float32, seed=8, marginalised=False)
-    i["prior"] = torch.tensor([[0.0, -200.0, inf]])  # e^-200 underflows, but is possible.
+    i["prior"] = torch.tensor([[0.0, -200.0, inf]])  # e^-200 underflows, but the state is possible.
     i["leaf"][:, 1:, 0] = inf
     i["trans"][:] = torch.tensor([[0.0, inf, inf], [inf, 0.0, -150.0], [inf, inf, 0.0]])
     i["leaf"][:, 3, 1] = inf

@@ -104,8 +104,8 @@ def test_verify_accepts_and_draws_by_the_uniforms(
 @pytest.mark.parametrize("given", [False, True])
 def test_argmax_equals_the_formula(backend: Backend, shape: Shape, given: bool) -> None:
     for dtype, weights in dtype_pairs(backend, shape):
-        # With coarse 16-bit logits, paths can tie up to float32 rounding. With this seed, they
-        # differ.
+        # Paths with coarse 16-bit logits can have equal probabilities, up to rounding in float32.
+        # With this seed, they do not.
         i = make_inputs(shape, dtype, weights=weights, seed=4, device=backend.device)
         w = wide(i)
         evidence = i["evidence"] if given else None

@@ -36,7 +36,7 @@ def test_mix_of_small_vectors_has_the_known_value(backend: Backend) -> None:
 
 @norms
 def test_equals_the_formula_bit_for_bit_if_norms_are_exact(backend: Backend, norm: str) -> None:
-    """Check weights, and a router that gives all depths equal weights."""
+    """Check mixes with given weights, and with a router that gives all depths equal weights."""
     for dtype, scales in each(backend):
         for shape in shapes_of(backend):
             if norm == "layer" and shape[1] % 2:

@@ -16,7 +16,7 @@ from lora_ext import ops, reference
 def test_grams_stay_within_the_bound_on_random_values(
     backend: Backend, asked: torch.dtype | None
 ) -> None:
-    """Check the error of sums of n terms: at most n and at most n / 32 + 140 roundings.
+    """Check the error of sums of n terms: at most n or n / 32 + 140 roundings, whichever is less.
 
     Twins add spans of 256 terms in at least four lanes; kernels add steps of 32 to 128 terms (128
     up to 64 ranks). Then the lanes are added, and finally the spans or steps one after another. A

@@ -48,15 +48,15 @@ def test_extreme_logits_stay_finite(backend: Backend, frozen: bool) -> None:
 
 
 def test_sum_beyond_float16_does_not_overflow(backend: Backend) -> None:
-    """Check a chunk of equal logits. Its gradient first sums its rows of W with weight one, and
-    8192 * 16 exceeds 65504, the largest float16."""
+    """Check a chunk of equal logits. The gradient first sums the rows of W in the chunk with weight
+    one, and 8192 * 16 exceeds 65504, the largest float16."""
     if backend.library != "lora_ext":
         pytest.skip("the GEMM of the emulator has no float32 results for float16")
     hidden = torch.zeros(2, 4, dtype=torch.float16, device=backend.device, requires_grad=True)
     weight = torch.full((8192, 4), 16.0, dtype=torch.float16, device=backend.device)
     labels = torch.zeros(2, dtype=torch.int64, device=backend.device)
     ops.chunked_cross_entropy(hidden, weight, None, labels).backward()
-    assert torch.equal(hidden.grad, torch.zeros_like(hidden))  # All rows of W are equal.
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))  # All rows of W are equal, so dh = 0.
 
 
 def test_tokens_with_a_bias_of_minus_infinity_have_probability_zero(backend: Backend) -> None:
@@ -232,8 +232,8 @@ def test_autocast_sets_the_dtype_of_the_products(backend: Backend) -> None:
 @both_losses
 def test_gradcheck_in_float64(loss: str) -> None:
     for case in (SMALL[3], SMALL[4], SMALL[6], SMALL[7]):
-        # The teacher must be constant, and so must the layer, since finite differences would change
-        # it.
+        # The teacher must be constant. Therefore the layer must be too, since its finite
+        # differences would change the teacher.
         kl = loss == "kl"
         layer = Layer(replace(case, frozen=case.frozen or kl), torch.float64, "cpu")
         layer.hiddens = layer.hiddens if kl else layer.hiddens[:1]

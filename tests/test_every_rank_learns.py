@@ -72,7 +72,7 @@ def summed(one: LoraAdapter, two: LoraAdapter, weights: tuple[float, float]) -> 
 
 
 def of_means(one: LoraAdapter, two: LoraAdapter, weights: tuple[float, float]) -> Products:
-    """Return ``s (sum w B) (sum w A)`` for each module."""
+    """Return ``s (sum w B) (sum w A)`` for each module, with the weights w and the scale s."""
     found = {}
     for name, factors in one.modules.items():
         other = two.modules[name]

@@ -130,7 +130,7 @@ def test_copy_of_a_model_has_an_independent_loss(copied: Any) -> None:
         model.lm_head.weight.zero_()
     output, gradients = step(other)
     assert output.loss.item() == expected and "lm_head.weight" in gradients
-    # The step of the copy left this gradient of the original.
+    # The step of the copy did not reset the gradient of the original.
     assert model.lm_head.weight.grad is not None
 
 

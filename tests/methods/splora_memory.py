@@ -12,7 +12,8 @@ from lora_ext.adapter import LoraAdapter
 
 
 def memory(field: str) -> int:
-    """Return the memory in KiB: `field` VmRSS is the current resident set, VmHWM its peak."""
+    """Return the resident memory of this process in KiB: the current value if `field` is VmRSS, the
+    peak if it is VmHWM."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1])

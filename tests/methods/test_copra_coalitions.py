@@ -92,7 +92,7 @@ def test_layers_of_a_group_share_one_plan(kind: str, monkeypatch: pytest.MonkeyP
     plan = ops.lora_plan
     monkeypatch.setattr(ops, "lora_plan", lambda *args: plans.append(0) or plan(*args))
     together(model, groups)
-    assert len(plans) == 2  # one for each group on which the masks differ
+    assert len(plans) == 2  # one plan for each group on which masks differ
 
 
 @pytest.mark.parametrize("kind", KINDS)

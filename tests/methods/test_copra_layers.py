@@ -58,7 +58,8 @@ def test_batched_coalitions_equal_single_ones(kind: str, sync: str, method: str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_sum_to_the_full_utility_and_the_model_is_restored(kind: str):
     model = adapted(kind, lora_dropout=0.5).train()
-    model.get_submodule("model.model" if kind != "ours" else "model").eval()  # mixed modes
+    # Some modules are in evaluation mode, others in training mode.
+    model.get_submodule("model.model" if kind != "ours" else "model").eval()
     controller = controller_of(model)
     controller.step(0)
     modes, mask = [m.training for m in model.modules()], controller.mask

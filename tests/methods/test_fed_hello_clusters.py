@@ -47,7 +47,7 @@ def test_numbers_of_groups_and_levels_can_be_set():
 @settings(max_examples=150, deadline=None)
 def test_clusters_minimise_the_sum_of_squares(scores, k):
     groups = [round(level) for level in levels_of(scores, k, (1, 2, 3, 4))]
-    # Integers, because the first group is never empty.
+    # All levels are integers, because the first group is never empty.
     assert groups == levels_of(scores, k, (1, 2, 3, 4))
 
     def squares(parts):

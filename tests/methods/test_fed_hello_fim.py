@@ -162,7 +162,7 @@ def test_layers_with_flattened_tokens_are_scored_per_sample():
 
 def test_layer_that_runs_twice_sums_both_gradients():
     model, batch = Classifier(), vectors(5, 3)
-    model.layers[2] = model.layers[0]  # one module under two names; the first is used
+    model.layers[2] = model.layers[0]  # One module has two names; scores use the first name.
     close(fim_scores(model, [batch], layer_of), by_the_loop(model, [batch]))
 
 
@@ -228,7 +228,8 @@ def test_bfloat16_gradients_are_summed_in_higher_precision():
     model, batch = adapted("ours"), tokens(6, 6)
     expected = fim_scores(model, [batch], layer_of)
     found = fim_scores(model.to(torch.bfloat16), [batch], layer_of)
-    torch.testing.assert_close(found, expected, rtol=0.15, atol=0)  # 8-bit rounding in three blocks
+    # bfloat16 rounds to 8 significant bits in each of three blocks.
+    torch.testing.assert_close(found, expected, rtol=0.15, atol=0)
 
 
 def merged_model() -> nn.Module:

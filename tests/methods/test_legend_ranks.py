@@ -28,7 +28,7 @@ def test_total_of_270_ranks_in_twelve_layers_rises_from_17_to_28():
         (
             {"L": 4, "total": 18, "shape": "uniform"},
             (4, 4, 5, 5),
-        ),  # the remainder is added at the output
+        ),  # The remainder is added to the layers nearest to the output.
         ({"L": 4, "total": 17, "step": 2}, (1, 3, 5, 8)),
         ({"L": 4, "total": 16, "step": 2, "shape": "reverse"}, (7, 5, 3, 1)),
         ({"L": 3, "total": 14, "shape": "geometric", "ratio": 4}, (2, 4, 8)),

@@ -64,7 +64,7 @@ def test_devices_are_probed_twice_and_then_finish_together():
 def test_depth_of_a_device_falls_when_it_slows_down_and_recovers():
     depths = play(allocator(), range(1, 90), lambda d, r: 10.0 if d == 0 and 20 <= r < 40 else 1.0)
     first = [each[0] for each in depths]
-    assert set(first[15:20]) == {12}  # rounds 16 to 20, of which the last is slow
+    assert set(first[15:20]) == {12}  # rounds 16 to 20; the device is slow from round 20 on
     assert first[20] < 12
     assert first[30] == 1  # ten rounds later
     back = next(i for i in range(39, 80) if first[i] >= 11)

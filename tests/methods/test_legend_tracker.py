@@ -129,7 +129,7 @@ def test_outlier_is_ignored_once_and_accepted_the_second_time(factor: float):
     before = tracker.estimate(0)
     assert not tracker.update(report(6, factor=factor))
     assert tracker.estimate(0) == before
-    assert tracker.update(report(6))  # so the outlier did not occur twice in a row
+    assert tracker.update(report(6))  # An accepted report separates the two outliers.
     assert not tracker.update(report(6, factor=factor))
     assert tracker.update(report(6, factor=factor))
     assert tracker.ignored == {0: 2}
@@ -152,7 +152,7 @@ def test_change_of_speed_keeps_the_ratio_of_f_to_mu(factor: float):
     tracker.update(report(1, factor=factor))
     found = tracker.estimate(0)
     assert found[:2] == pytest.approx((factor * TRUE.f, factor * TRUE.mu), rel=0.01)
-    tracker.update(report(1))  # The change lasted one round.
+    tracker.update(report(1))  # The change of speed lasted one round.
     assert tracker.estimate(0)[:2] == pytest.approx(TRUE[:2], rel=0.01)
 
 

@@ -57,7 +57,8 @@ def test_other_init_schemes_have_known_exponents():
     gaussian = gamma_exponents("gaussian", -1, -0.5)
     assert gaussian["Z_A"] == 0.5 and gaussian["stable"] and not gaussian["internally_stable"]
     assert gamma_exponents(False, -1, 0)["efficient"]
-    assert gamma_exponents("init_a", -1 / 3, -2 / 3)["stable"]  # 2/3 - 2/3, rounded
+    # (-1/3 + 1) - 2/3 is rounded to 1e-16.
+    assert gamma_exponents("init_a", -1 / 3, -2 / 3)["stable"]
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,8 @@ class EnumeratedBehind(Enumerated):
                 dist = reference.circuit_conditional_dist(kind, *circuit, window, at)
                 mixtures.append(dist.exp())
         self.weight[self.rows] *= drawn
-        self.possible = drawn > 1e-6  # A narrower cell may contain no float32 number.
+        # The interval of a less probable draft may contain no float32 number.
+        self.possible = drawn > 1e-6
         self.mixture = torch.stack(mixtures, 1)
         draft = mtpc.SpeculativeDecoder.draft(self, hidden, pending, uniforms)
         assert torch.equal(draft.tokens[self.possible], tokens[self.possible])

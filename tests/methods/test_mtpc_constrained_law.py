@@ -45,7 +45,8 @@ class Call:
     @torch.no_grad()
     def __call__(self, drawing: Tensor, testing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map uniforms ``(B, N)`` and ``(B, N + 1)`` to tokens, accepted count and next token."""
-        batch, most = len(drawing), 1 - 2.0**-24  # Bisection would also pass 1.
+        # Bisection also tries 1, which no uniform reaches.
+        batch, most = len(drawing), 1 - 2.0**-24
         drawing, testing = drawing.clamp(max=most), testing.clamp(max=most)
         request = Request(BUDGET, frozenset([EOS]), 0, None, [0] * batch, {})
         control = self.control(self.decoder, request, batch)

@@ -137,7 +137,8 @@ class Enumerated(mtpc.SpeculativeDecoder):
         self.weight[self.rows] *= drawn
         self.possible = drawn > 0
         uniforms = torch.zeros(len(tokens), n, 2)
-        for k in range(n):  # the likeliest state, then the token: middles of their cells
+        # Use the middles of the intervals that draw the likeliest state and the token of the path.
+        for k in range(n):
             state = scan.posterior[:, k].argmax(-1)
             leaf = circuit.leaf[torch.arange(len(tokens)), k, state].softmax(-1)
             uniforms[:, k, 0] = middle(scan.posterior[:, k], state)
@@ -169,7 +170,7 @@ class Enumerated(mtpc.SpeculativeDecoder):
         uniforms[:, n] = middle(residual, token)
         self.weight[self.rows] *= weight
         found = super().verify(draft, target, pending, uniforms.float())
-        # A narrower cell may contain no float32 number.
+        # The interval of a less probable outcome may contain no float32 number.
         likely = self.possible & (weight > 1e-6)
         self.check(found[0][likely], accepted[likely])
         self.check(found[1][likely], token[likely])
@@ -225,7 +226,8 @@ def enumerate_paths(
     new: int = 3,
     shortlist: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the distribution of the first ``new`` tokens, of the decoder and of the verifier."""
+    """Return two distributions of the first ``new`` tokens: that of the decoder and that of the
+    verifier."""
     model = make_model("llama", vocab=v, layers=1, width=8)
     head = make_draft(model, kind, n_token=n, noise=1.0, shortlist=shortlist).head
     decoder = kind_of_decoder(model, head, window=window, temperature=temperature, top_p=top_p)
@@ -279,8 +281,8 @@ def test_shortlist_does_not_change_the_distribution(window: str, kind: str, new:
 
 
 class Dropping(Enumerated):
-    """Decoder by the rule of the authors' code: after a >= 1 accepted tokens, the next one is
-    discarded; its position is drafted and tested again, and gets the verifier's distribution."""
+    """Decoder with the rule of the authors' code: after at least one accepted token, the next token
+    is discarded. Its position is drafted and tested again, and has the verifier's distribution."""
 
     def next_law(self, p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
         return torch.where((accepted > 0)[:, None], p, super().next_law(p, q, accepted))

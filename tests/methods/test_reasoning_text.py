@@ -172,7 +172,7 @@ def test_evaluate_restores_the_training_mode():
 
 def test_end_token_added_by_the_tokenizer_is_not_in_the_prompt():
     class Ending:
-        """Tokenizer with ``add_eos_token``."""
+        """Tokenizer that appends the end token, as ``add_eos_token`` does."""
 
         eos_token_id, pad_token_id = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
         decode = staticmethod(TOKENIZER.decode)

@@ -84,7 +84,7 @@ def test_direction_is_required():
 
 def test_selection_needs_num_or_threshold_and_enough_units():
     adapter, base, aligned = made(blocks())
-    stats = ediem_scores(adapter, base, aligned)  # Scoring needs neither.
+    stats = ediem_scores(adapter, base, aligned)  # Scoring needs neither num nor threshold.
     with pytest.raises(ValueError, match="select_layers: config: expected one of num and threshol"):
         select_layers(stats, SploraConfig(direction="smallest"))
     with pytest.raises(ValueError, match=r"select_layers: num: expected at most 8, .*found 9"):

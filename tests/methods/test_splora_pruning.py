@@ -50,7 +50,7 @@ SCORES = rows(3, 1, 2, 1, 5)
     ("fields", "chosen"),
     [
         ({"num": 0}, []),
-        ({"num": 1}, [1]),  # Of two equal scores, the first in the model is taken.
+        ({"num": 1}, [1]),  # Of two layers with equal scores, the first one is chosen.
         ({"num": 3}, [1, 2, 3]),
         ({"num": 5}, [0, 1, 2, 3, 4]),
         ({"num": 2, "direction": "largest"}, [0, 4]),

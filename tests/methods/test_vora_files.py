@@ -158,7 +158,7 @@ def test_extra_biases_are_loaded_only_if_allowed() -> None:
     update = layer.scale * (x @ layer.A.T @ layer.B.T)
     torch.testing.assert_close(layer(x), layer.base_layer(x) + update + 0.25)
     assert layer.base_layer.bias is None and not torch.equal(biased, plain)
-    # A model that has extra biases accepts them, and then requires them.
+    # A model with extra biases loads a state dict with them, and rejects one without them.
     vora.load_state_dict(model, vora.state_dict(model))
     without = {name: t for name, t in vora.state_dict(model).items() if "_proj.bias" not in name}
     with pytest.raises(ValueError, match=r"load_state_dict: .*o_proj\.bias: .*found none"):

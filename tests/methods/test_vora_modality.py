@@ -96,8 +96,8 @@ def test_rows_are_grouped_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_use_the_mask_of_their_forward(reentrant: bool) -> None:
-    # The backward runs after the blocks have ended, the mask is overwritten, and two forwards await
-    # their backward.
+    # Both backward passes run after both forward passes, when the blocks have ended and the masks
+    # were overwritten.
     model, x = Two(), inputs().requires_grad_()
     wanted = [p for p in model.parameters() if p.requires_grad]
     expected = []

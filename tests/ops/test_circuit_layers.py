@@ -162,7 +162,8 @@ def test_errors_of_lower_precisions_stay_within_the_bound_above_256_terms(
     # Each value is rounded to float32 once, followed by two layers of sums.
     error = (val - expected)[possible].abs()
     assert (error <= 3 * bound + 2.0**-21 * (20 + expected[possible].abs())).all()
-    assert precision == "high" or error.max() > 2.0**-17  # Errors show that float16 was used.
+    # An error this large shows that float16 was used.
+    assert precision == "high" or error.max() > 2.0**-17
 
 
 @pytest.mark.slow
@@ -203,7 +204,7 @@ def test_chain_is_one_launch_and_more_rows_need_another(backend: Backend) -> Non
 
     one, few = launches(20)
     two, many = launches(1440)
-    assert (one, two) == (3, 4)  # for weights, leaves, and one or two for the chain
+    assert (one, two) == (3, 4)  # one launch each for weights and leaves, one or two for the chain
     assert torch.equal(few, many[:20])
 
 
@@ -311,7 +312,8 @@ def test_tables_of_logits_are_softmaxed(backend: Backend, values: int) -> None:
     logits = 3 * torch.randn(40, values, generator=g)
     logits[1, 1:] = -torch.inf
     logits[2] = -torch.inf  # no value is possible
-    logits[3] += 1e4  # Adding the maximum to the log of the sum would round.
+    # so large that maximum + log(sum) would lose digits: the maximum must be subtracted first
+    logits[3] += 1e4
     table = logits.to(backend.device).requires_grad_()
     x = torch.randint(-1, values, (37, 4), generator=g).to(backend.device)
     row = torch.tensor([0, 20, 0, 0], device=backend.device)
@@ -322,7 +324,7 @@ def test_tables_of_logits_are_softmaxed(backend: Backend, values: int) -> None:
     dout = torch.randn(out.shape, generator=g).to(out).masked_fill(expected == -torch.inf, 0)
     (got,) = torch.autograd.grad(out, table, dout)
     (dtable,) = torch.autograd.grad(expected, exact, dout.double())
-    # A row is the sum of up to 111 numbers of size 1.
+    # A row of the gradient is the sum of up to 111 numbers of size 1.
     torch.testing.assert_close(got.double(), dtable, rtol=1e-5, atol=2e-5)
 
 

@@ -43,8 +43,8 @@ def uniforms_of(program: ops.Program, walks: int, seed: int = 0) -> Tensor:
 
 
 def certain(like: Tensor, seed: int) -> Tensor:
-    """Return logarithms of 0 and 1, a third of which are 0 (probability 1). Results from them are
-    exact."""
+    """Return the logarithms of random probabilities, of which a third are 1 and the others 0.
+    Results computed from them are exact."""
     chance = torch.rand(like.shape, generator=torch.Generator().manual_seed(seed))
     return torch.where(chance < 1 / 3, 0.0, -torch.inf)
 
@@ -56,7 +56,7 @@ def test_draws_equal_the_formula_if_sums_are_exact(backend: Backend, name: str) 
     program, leaf, w, _ = case(name, 6)
     val, w = certain(leaf.new_empty(6, program.plan[0]), 1), certain(w, 2)
     u = uniforms_of(program, 18)
-    u[::2] = (u[::2] * 8).floor() / 8  # equal to many cumulative sums
+    u[::2] = (u[::2] * 8).floor() / 8  # Half of the uniforms equal many of the cumulative sums.
     args = val, w, start(program, 6), u
     expected = reference.circuit_layers_walk(val, w, program.numbers, *args[2:])
     assert torch.equal(walk(backend, program, *args), expected)
@@ -70,7 +70,8 @@ def test_draws_and_best_trees_equal_the_formula(backend: Backend, name: str) -> 
     for semiring, u in (("sum", uniforms_of(program, 10)), ("max", None)):
         val = reference.circuit_layers(leaf.double(), w.double(), program.numbers, "none", semiring)
         root = start(program, 5)
-        # The reference is in float64. No cumulative sum is within a rounding error of its uniform.
+        # The reference is in float64. No uniform is so close to a cumulative sum that rounding
+        # changes the draw.
         expected = reference.circuit_layers_walk(val, w.double(), program.numbers, root, u)
         assert torch.equal(walk(backend, program, val.float(), w, root, u), expected)
 
@@ -123,7 +124,7 @@ def test_term_of_weight_zero_is_never_drawn(backend: Backend) -> None:
 
 
 def test_weights_far_below_the_largest_are_drawn(backend: Backend) -> None:
-    """Check that sums are in float64, which can represent 1 + 2^-30."""
+    """Check that weights are added in float64, which can represent 1 + 2^-30."""
     program = Circuit(RegionGraph.cp(1, 3, Gaussian()))._execution.program
     w = torch.tensor([0.0, -30.0, -30.0]) * torch.tensor(2.0).log()
     near_one = [[2**-28], [2**-30 - 2**-32], [2**-30 + 2**-32]]

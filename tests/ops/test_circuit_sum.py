@@ -13,7 +13,8 @@ from lora_ext import ops, reference
 from lora_ext.reference._circuit_sum import log_weights
 
 NORMS = ["logits", "logprobs", "probs", "none"]
-# 16-bit weights have only two norms here, because they differ only in how they are loaded.
+# 16-bit weights are tested with two norms only, since they differ from float32 weights only in how
+# they are loaded.
 KINDS = [
     *itertools.product([torch.float32, torch.float64], NORMS),
     *itertools.product([torch.float16, torch.bfloat16], ["logits", "probs"]),

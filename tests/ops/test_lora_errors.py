@@ -269,7 +269,8 @@ def test_empty_inputs_return_at_once() -> None:
     ops.lora_apply_(y, x, torch.zeros(2, 0, 16), torch.zeros(2, 24, 0), ids)  # no ranks
     ops.lora_apply_(y[:0], x[:0], torch.zeros(2, 8, 16), torch.zeros(2, 24, 8), ids[:0])  # no rows
     assert torch.equal(y, before)
-    many = torch.zeros(40, dtype=torch.long)  # no in-features: zeros, not old memory
+    # Without in-features, the result is zeros, not uninitialised memory.
+    many = torch.zeros(40, dtype=torch.long)
     nothing = ops.lora_apply(torch.zeros(40, 0), torch.zeros(1, 8, 0), torch.ones(1, 16, 8), many)
     assert torch.equal(nothing, torch.zeros(40, 16))
     empty = ops.lora_apply(x[:0], torch.zeros(2, 8, 16), torch.zeros(2, 24, 8), ids[:0])
@@ -292,7 +293,7 @@ def test_plan_of_other_ids_raises(ids_dtype: torch.dtype) -> None:
     inputs = make_inputs(SHAPE, torch.float32)
     inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0], dtype=ids_dtype)
     plan = ops.lora_plan(inputs["adapter_ids"].flip(0), 2)
-    for other in (plan, torch.zeros_like(plan)):  # Zeros are not a plan.
+    for other in (plan, torch.zeros_like(plan)):  # A tensor of zeros is not a plan.
         with pytest.raises(ValueError, match=r"plan: expected lora_plan\(\) of these adapter_ids"):
             apply_({**inputs, "plan": other})
 

@@ -1,4 +1,5 @@
-"""Ranks that the twins process in several spans, which the tables of cases do not contain."""
+"""Ranks so large that the twins process them in several spans. The tables of cases do not contain
+such ranks."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from scripts import ROOT
 
-# Build for the CPU only, since the build under test already includes the kernels. The invalid
-# proxies prevent downloads.
+# Build for the CPU only: the build in the checkout, which the other tests use, has compiled the
+# kernels already. The invalid proxies prevent downloads.
 NO_NETWORK = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https", "all")}
 ENV = {**os.environ, "LORA_EXT_CUDA": "0", "LORA_EXT_EMU": "1", "PIP_NO_INDEX": "1", **NO_NETWORK}
 

@@ -66,7 +66,7 @@ def base_model(family: str) -> Any:
 
 def config_of(family: str, rank: int = 4, **fields: Any) -> Any:
     settings = {"r": rank, "target_modules": TARGETS[family], "init_lora_weights": False, **fields}
-    for pattern in ("rank_pattern", "alpha_pattern"):  # for the first and the second target
+    for pattern in ("rank_pattern", "alpha_pattern"):  # Keys of a pattern are indices of targets.
         found = settings.get(pattern, {})
         settings[pattern] = {TARGETS[family][int(i)]: value for i, value in found.items()}
     return peft.LoraConfig(**settings)

@@ -99,7 +99,7 @@ def test_rows_are_grouped_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -
         with lora_ext.adapters(["blue", "red"], IDS.clamp(max=1), pool=layer_names):
             for layer in layers:
                 layer(inputs(2, 3))
-    subsets = 2  # per DoRA layer: rows with and without DoRA
+    subsets = 2  # Each DoRA layer makes a plan for the rows with DoRA and one for the other rows.
     assert len(calls) - 2 <= subsets * len(layers)
 
 

@@ -94,14 +94,16 @@ def test_names_per_token_and_a_single_name_equal_the_formula() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_without_dora_keep_every_bit(dtype: torch.dtype) -> None:
-    # They must be bitwise equal to those of a pool that never contained a DoRA adapter.
+    # Rows without DoRA must be bitwise equal to those of a pool that never contained a DoRA
+    # adapter.
     model, plain, x = make(dtype), make(dtype), inputs(6, 5, dtype=dtype)
     other = lora_ext.AdapterPool(lora_ext.detach(plain), max_slots=4, max_rank=16)
     for name in RANKS:
         other.load(name, adapter(name, dora=False))
     lora_ext.attach(plain, other)
     assert other.modules["layer"].magnitude is None
-    for context in (torch.no_grad, torch.enable_grad):  # with in-place updates and without
+    # Updates are in place only without gradients.
+    for context in (torch.no_grad, torch.enable_grad):
         leaf = x.clone().requires_grad_(context is torch.enable_grad)
         results = []
         for m in (model, plain):

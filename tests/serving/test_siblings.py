@@ -92,7 +92,8 @@ def test_siblings_are_detected_in_the_first_forward_and_shared_later(fused: list
         assert fused == [3] * seed
         assert kept(model) == []
     x = inputs()
-    agree(model, plain, lambda m: torch.cat([m(x), m(x)]))  # Both calls share an op.
+    # In each call, the siblings share an op.
+    agree(model, plain, lambda m: torch.cat([m(x), m(x)]))
     assert fused == [3] * 4
 
 
@@ -274,8 +275,8 @@ def test_inner_block_between_sibling_calls_uses_its_own_adapters() -> None:
 
 
 def test_shared_outputs_are_dropped_when_their_block_is_exited() -> None:
-    # Layers called after the block must not use them either: a dead reference to a block is not
-    # None.
+    # Layers called after the block must not use the outputs either: a dead reference to a block is
+    # not None.
     for default in (None, "red"):
         model, plain = taught(default=default)
         x, found = inputs(), []

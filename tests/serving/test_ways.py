@@ -19,7 +19,9 @@ import lora_ext
 from lora_ext.rows import Block
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_STAYS = 12  # from_peft visits 12 files; it also registers the spacing of 16-bit rows
+# Largest number of files that a call visits. from_peft visits 12, because it also registers the
+# spacing of 16-bit rows.
+MOST_STAYS = 12
 # Functions that call back into their caller's file to make a value.
 _MADE_TO_BE_KEPT = ("get", "keep", "_ordinary", "<module>")
 #: Packages whose calls are recorded. Calls within the pool and the ops are not.

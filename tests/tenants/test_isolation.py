@@ -1,4 +1,5 @@
-"""Isolation of tenants from others that overflow, flood the service with calls, or close."""
+"""Isolation of tenants from other tenants that cause overflows, flood the service with calls, or
+close."""
 
 from __future__ import annotations
 
@@ -88,7 +89,7 @@ def test_flood_of_tokens_delays_other_tenants_by_one_round() -> None:
             future.add_done_callback(lambda _: order.append(f"{name} {service.counts['steps']}"))
             return future
 
-        data = [datum(i, 64) for i in range(20)]  # ten steps alone
+        data = [datum(i, 64) for i in range(20)]  # These data take ten steps.
         together(
             service,
             lambda: recorded("flood", flood.forward(data)),
@@ -99,7 +100,8 @@ def test_flood_of_tokens_delays_other_tenants_by_one_round() -> None:
 
 
 def test_many_targets_of_one_row_need_no_memory_for_other_rows() -> None:
-    many = 5000  # targets of one token; another tenant has 200 tokens, without 200 * 5000 entries
+    # One token has 5000 targets. The 200 tokens of another tenant must not need 200 * 5000 entries.
+    many = 5000
     with Service(llama(), max_tokens=512) as service:
         flood, other = service.create(2), service.create(2)
         targets = torch.arange(many)[None] % VOCAB
@@ -152,5 +154,5 @@ def test_stop_text_is_found_in_few_decodes() -> None:
         letters.asked = 0
         (cut,) = sampler.sample([1, 2], 60, seed=5, stop=["no such text", text])
         assert cut.tokens == whole.tokens[:first] and cut.stop_reason == "stop"
-        assert letters.asked <= 8  # decodes the whole text, then bisects 60 tokens
+        assert letters.asked <= 8  # one call for the whole text, then a bisection of 60 tokens
         assert sampler.sample([1, 2], 60, seed=5, stop=["no such text"])[0].tokens == whole.tokens

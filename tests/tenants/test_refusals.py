@@ -1,4 +1,4 @@
-"""Rejected values, as tables of wrong values per argument. Errors name the argument of the
+"""Rejected values: tables of wrong values for each argument. Errors name the argument of the
 caller."""
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ TENANT: list[tuple[str, str, Any, Any]] = [
         "create", "targets", lambda s, t, d, v: s.create(2, targets=v),
         ("", "zz", "(", [], ["zz"], [""], [None], 1, True, b"x", NAN, {}, object()),
     ),
-    # Errors name a module that supports no adapter before the argument.
+    # If a module supports no adapter, the error names the module before the argument.
     ("create: model.norm", "targets", lambda s, t, d, v: s.create(2, targets=v), (["norm"],)),
     ("load", "path", lambda s, t, d, v: s.load(v), (*PATH, "none", "x" * 999)),
     ("sampler", "path", lambda s, t, d, v: s.sampler(v), (*PATH[1:], "none")),
@@ -200,8 +200,8 @@ def test_only_causal_models_without_adapters_are_accepted() -> None:
 
 
 def test_low_precision_encoder_is_refused() -> None:
-    # The first logits of this encoder change by only one unit in the last place, those of a causal
-    # model by 0.
+    # If later tokens change, the first logits of this encoder change by only one unit in the last
+    # place, and those of a causal model do not change.
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = small(BertForMaskedLM, BertConfig, **sizes).to(torch.bfloat16)

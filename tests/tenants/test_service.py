@@ -130,7 +130,8 @@ def test_training_together_with_other_tenants_equals_training_alone() -> None:
                 results = together(service, *(calls[:1] if alone else calls))
                 seen += results[0].logprobs
                 for tenant in tenants:
-                    tenant.optim_step(1e-3, eps=1e-4, max_grad_norm=5.0)  # far below the norms
+                    # 5.0 is far below the norms.
+                    tenant.optim_step(1e-3, eps=1e-4, max_grad_norm=5.0)
             tenants[0].optim_step(0.0).result()
             return [*seen, *factors(tenants[0])], service.counts
 
@@ -231,7 +232,7 @@ def test_queues_are_limited_in_calls_and_tokens(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = service.create(2), service.create(2)
-    large = [datum(i, 64) for i in range(40)]  # more tokens than in 8 calls of 256
+    large = [datum(i, 64) for i in range(40)]  # 2560 tokens; the limit of a queue is 8 x 256
     found = together(
         service,
         lambda: one.forward(large),  # A call may exceed the limit if no other call is queued.

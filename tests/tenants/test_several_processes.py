@@ -44,8 +44,8 @@ def make() -> Any:
 
 
 def step(rank: int | None, way: str | None, spread: list[int]) -> dict[str, Tensor]:
-    """Return the parameters of all tenants after a training step, in one of two processes or
-    (``rank`` None) in one with all rows."""
+    """Return the parameters of all tenants after a training step in one of two processes or, if
+    ``rank`` is None, in a single process with all rows."""
     model = make()
     own = slice(None) if rank is None else slice(rank * 4, rank * 4 + 4)
     names = [TENANTS[i] for i in spread[own]]

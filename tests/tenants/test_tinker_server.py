@@ -160,7 +160,7 @@ def test_requests_train_save_load_and_sample(server: Server, folder: Path) -> No
 
     other = {"session_id": "none", "model_seq_id": 0, "path": saved["path"]}
     assert server.status("load_weights", other) == 410
-    with pytest.raises(KeyError):  # Saves of another key are not found.
+    with pytest.raises(KeyError):  # A save of another key is not found.
         new_model(server, "tml-b", path=saved["path"])
     server.close()
     again = Server(folder)  # Without a key file, any key is accepted.
@@ -207,7 +207,7 @@ def test_floods_are_answered_429_for_the_flooding_key_only(
     monkeypatch.setattr(_promises, "MOST", 6)
     model, other = app.begun(), app.begun("tml-b")
     tokens = [1, 2, 3]
-    # Calls wait for calls with smaller numbers that are missing. At most MOST calls may wait.
+    # A call waits until all calls with smaller numbers have arrived. At most MOST calls may wait.
     codes = [app.ask("forward_backward", request(model, n, tokens))[0] for n in range(2, 11)]
     assert codes == [200] * 6 + [429] * 3
     # The queue of the tenant fills up while a long call runs.
