@@ -27,9 +27,8 @@ def step_sizes(f: Callable[[Tensor], Tensor], rows: int, outcomes: int, dtype: t
     ``f`` maps one uniform number per row to one outcome per row, and is monotonic. All borders
     between outcomes are bisected at once, with ``outcomes - 1`` copies of the rows.
     """
-    border = torch.arange(1, outcomes).repeat_interleave(
-        rows
-    )  # first u with an outcome of at least
+    # Find the first u whose outcome is at least ``border``.
+    border = torch.arange(1, outcomes).repeat_interleave(rows)
     low = torch.zeros(rows * (outcomes - 1), dtype=torch.float64)
     high = torch.where(f(low.to(dtype)) >= border, 0.0, torch.ones_like(low))
     for _ in range(53 if dtype == torch.float64 else 25):

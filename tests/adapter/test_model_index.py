@@ -121,7 +121,7 @@ def test_offloaded_model_serves_the_same_adapters(offload, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Modules with other rows than the batch, such as routed experts, and modules that are not called
+# Modules whose rows are not those of the batch (routed experts), and modules that are not called
 
 
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}

@@ -322,7 +322,6 @@ def test_rows_of_an_lm_head_may_be_selected_before_it():
         results.append([y, *(p.grad for p in head.parameters() if p.grad is not None)])
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other)
-    last = head(
-        x[:, -1:], ["a", "b", None, "b"]
-    )  # like logits_to_keep of transformers, after which the names still match the rows
+    # As with logits_to_keep of transformers, only the last token of each row is left.
+    last = head(x[:, -1:], ["a", "b", None, "b"])
     torch.testing.assert_close(last, head(x, ids)[:, -1:])

@@ -21,11 +21,8 @@ WORDS = ["ab", "c", "bc", "a", "ca"]
 
 def make_tokenizer() -> Any:
     """Return a tokenizer of words in which a stop string can start and end inside a word."""
-    words = [
-        *WORDS,
-        "abcdef",
-        "[UNK]",
-    ]  # To get the text of a word, transformers decodes it after the first of these words.
+    # To get the text of a word, transformers decodes it together with the first of these words.
+    words = [*WORDS, "abcdef", "[UNK]"]
     model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
     inner = tokenizers.Tokenizer(model)
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -52,7 +52,7 @@ class Way:
     """Recorder of the calls from file to file while it is entered.
 
     Args:
-        handed: Whether to count the file of a call as visited; other calls only count as steps.
+        handed: Returns whether the file of a call counts as visited. Other calls are only steps.
     """
 
     def __init__(self, handed: Callable[[FrameType], bool]):
