@@ -228,7 +228,7 @@ def test_one_pass_over_dy_is_bitwise_equal_to_two_passes(backend: Backend, shape
     for dtype in backend.dtypes():
         i = train_inputs(shape, dtype, seed=23, base=False, device=backend.device)
         together = run(i)
-        for leaf in ("a", "b"):  # without db, then without dv
+        for leaf in ("a", "b"):  # First db is not needed, then dv is not.
             alone = run(i, (leaf,))[f"d{leaf}"]
             assert_same_bits(alone, together[f"d{leaf}"], f"{dtype} d{leaf}: ")
 
@@ -261,7 +261,8 @@ def test_rows_may_be_strided_and_unaligned(backend: Backend, shape: Shape, p: fl
 
 def test_upstream_gradient_may_be_expanded(backend: Backend) -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=15, exact=True, device=backend.device)
-    i["dy"] = torch.ones(1, 1, device=backend.device).expand(i["dy"].shape)  # of y.sum()
+    # the gradient of y.sum()
+    i["dy"] = torch.ones(1, 1, device=backend.device).expand(i["dy"].shape)
     same(run(i), formula(i))
     i["dy"] = i["x"][:1, :40].expand(i["dy"].shape)
     same(run(i), formula(i))
@@ -311,7 +312,7 @@ def test_autocast_casts_as_linear_does(backend: Backend, own_seeds: bool) -> Non
         assert_same_bits(out[name].bfloat16(), expected[name], f"{name}: ")
     leaves = [i[k].requires_grad_() for k in LEAVES]
     y = ops.lora_linear(*leaves, i["adapter_ids"], i["scale"], i["ranks"])
-    with torch.autocast(backend.device, torch.bfloat16):  # does not affect a backward
+    with torch.autocast(backend.device, torch.bfloat16):  # Autocast does not affect a backward.
         (dx,) = torch.autograd.grad(y, leaves[:1], i["dy"])
     assert dx.dtype == torch.float32
 

@@ -47,7 +47,8 @@ def test_adapter_in_a_batch_equals_it_alone_bitwise(backend: Backend, shape: Sha
     for s in range(min(len(shape.ranks), 3)):
         own = (i["adapter_ids"] == s).nonzero()[:, 0]
         everywhere = torch.arange(shape.tokens, device=own.device)
-        for rows in (own, everywhere):  # alone, and among rows without an adapter
+        # The adapter's rows are alone, or among rows without an adapter.
+        for rows in (own, everywhere):
             i_s = one_adapter(i, s, rows)
             for seed in (i_s["seed"], i_s["seed"][0])[: 1 + (rows is own)]:
                 alone = run({**i_s, "seed": seed})

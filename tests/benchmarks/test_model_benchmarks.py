@@ -117,7 +117,7 @@ def test_step_with_packed_weights_is_checked_against_float64(
         intermediate_size=48,
         num_hidden_layers=1,
         num_attention_heads=4,
-        vocab_size=49152,  # as in the benchmark, which draws from these tokens
+        vocab_size=49152,  # the vocabulary from which the benchmark draws tokens
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval()

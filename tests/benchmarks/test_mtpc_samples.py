@@ -170,7 +170,8 @@ def test_emitted_tokens_are_computed_for_shorter_chains_and_the_confidence_rule(
     found = {name: rest for name, *rest in mtpc_heldout.lengths(sure, accepted, 0.1)}
     assert found["chain 1"] == pytest.approx([1.5, 1.5 / 1.1])
     assert found["chain 3"] == pytest.approx([2.5, 2.5 / 1.3])
-    assert found["rule"] == pytest.approx([2.5, 2.5 / 1.2])  # drafts three tokens, then one
+    # The rule drafts three tokens, then one.
+    assert found["rule"] == pytest.approx([2.5, 2.5 / 1.2])
 
 
 def test_calls_of_the_decoder_are_recorded_with_its_confidence(model):

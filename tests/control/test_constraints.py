@@ -57,7 +57,7 @@ def test_constraints_of_equal_languages_are_equal_for_any_edges() -> None:
 
 def test_distance_is_the_fewest_tokens_to_the_end() -> None:
     one = small((0, 1, 2), (1,))
-    assert one.distance[0] == 2  # token 1 and the end token
+    assert one.distance[0] == 2  # the shortest text: token 1 and the end token
     assert one.distance[one.next_state(0, 0)] == 3
     assert one.distance[one.end] == 0
 

@@ -115,7 +115,8 @@ def test_most_likely_token_equals_that_of_the_dense_distribution(tries: int) -> 
 def test_draw_at_almost_zero_temperature_is_the_most_likely_allowed_token(
     temperature: float,
 ) -> None:
-    row, scores = row_at(()), torch.tensor([[1.0, 0.5, 3.0, 2.0, 40.0]])  # end token forbidden
+    # The end token, the most likely one, is forbidden.
+    row, scores = row_at(()), torch.tensor([[1.0, 0.5, 3.0, 2.0, 40.0]])
     numbers = torch.tensor([0.7, 0.5])
     for one in (row, row_at((), guided=False)):
         tokens, _ = control.draw(

@@ -151,7 +151,7 @@ def test_svd_is_the_best_approximation_of_the_global_rank(server_lr: float):
             squares = (b.T @ b).diagonal()
             # Each factor contains the root of the singular value.
             assert torch.allclose((a @ a.T).diagonal()[squares > 0], squares[squares > 0])
-            assert a.any(1).all()  # even the third rank if the only client has rank 2
+            assert a.any(1).all()  # Even the third rank is not 0 if the only client has rank 2.
             squared = scaling[f"layers.{layer}.{module}"] ** 2
             lost += squared * (s[RANK:] ** 2).sum()
             whole += squared * (s**2).sum()

@@ -243,7 +243,7 @@ def test_equal_replies_of_a_client_count_once_and_different_ones_are_rejected():
     assert "expected shape" in aggregate(state, empty).rejected[7]
     many = dataclasses.replace(make_update(7), num_examples=10**5000)
     assert "num-examples" in aggregate(state, [many, many, GOOD]).rejected[7]
-    lost = [FAULTS["nan"][0]] * 2  # equal replies, although NaN != NaN
+    lost = [FAULTS["nan"][0]] * 2  # The two replies count as equal, although NaN != NaN.
     assert aggregate(state, lost, nan_policy="drop_tensor").accepted == (7,)
 
 

@@ -212,7 +212,7 @@ def test_state_slice_has_the_names_and_values_of_a_saved_file(kind: str):
     assert all(torch.equal(found[key], saved[key]) for key in saved)
     part = manager.state_slice([2], [3])
     assert {tuple(v.shape) for v in part.values()} == {(3, 16), (16, 3), (3, 24)}
-    next(iter(found.values())).zero_()  # changes only a copy
+    next(iter(found.values())).zero_()  # The returned slice is a copy.
     assert torch.equal(manager.state_slice()[next(iter(saved))], next(iter(saved.values())))
 
 

@@ -15,7 +15,7 @@ def test_bytes_are_summed_by_round_and_over_rounds():
     log = CommLog()
     log.record(1, 7, down=100, frames=10, full=300)
     log.record(1, "b", up=30, down=100)
-    log.record(1, 7, up=50, frames=5)  # the reply
+    log.record(1, 7, up=50, frames=5)  # the reply of client 7
     log.record(2, 7, up=20, full=100)
     assert log.rows == [
         CommRow(1, 7, 50, 100, 15, 300),

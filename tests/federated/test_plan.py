@@ -61,7 +61,7 @@ def test_message_without_a_plan_is_refused():
 
 
 def test_check_for_duplicate_layers_takes_no_quadratic_time():
-    layers = range(200_000)  # as a malicious client could send
+    layers = range(200_000)  # A malicious client could send so many layers.
     assert LayerPlan(tuple(layers)).layers[-1] == 199_999
     with pytest.raises(ValueError, match="each layer once, found 199999 twice"):
         LayerPlan((*layers, 199_999))

@@ -61,7 +61,8 @@ def test_training_with_checkpoints_and_several_forwards(pair: Any, named: bool) 
         if checkpoints:
             model.enable_input_require_grads()
         how = {"adapter_names": names} if named else {}
-        outs = [model(input_ids=each, **how).logits for each in ids]  # followed by one backward
+        # two forward passes before one backward
+        outs = [model(input_ids=each, **how).logits for each in ids]
         sum(out.log_softmax(-1)[..., 3].sum() for out in outs).backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     checkpointed, plain, theirs = found

@@ -65,7 +65,7 @@ def test_block_of_a_pool_around_the_model_warns(tmp_path: Path) -> None:
     alone = logits(ours)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with lora_ext.adapters("red"):  # all rows with the active adapter
+        with lora_ext.adapters("red"):  # The block gives all rows the active adapter.
             assert torch.equal(logits(ours), alone)
         with lora_ext.adapters(None):
             assert torch.equal(logits(ours), alone)

@@ -115,7 +115,8 @@ def test_iterator_of_a_pipeline_must_be_read_inside_the_block(tmp_path: Path) ->
     pipe = transformers.pipeline("text-classification", model=twin, tokenizer=TOKENIZER)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)  # called outside blocks
+        # This call is outside of any block.
+        assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)
         with lora_ext.adapters(None, pool=other):
             assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)
             lazy = pipe(texts())

@@ -355,7 +355,7 @@ def test_product_of_a_packed_weight_has_no_spaced_copy(planted: bool, way: str) 
     with CountedOps() as counted:
         model(x)
     assert counted.calls["packed_linear"] == 3
-    assert counted.calls["constant_pad_nd"] == 1  # for Conv1D, which is not packed
+    assert counted.calls["constant_pad_nd"] == 1  # The copy is for Conv1D, which is not packed.
     assert_apart_both_ways(model, randn(0, ROWS, 144, dtype=torch.bfloat16), 33)
     lora_ext.nn.unpack_linears(model)
     assert_apart_both_ways(model, randn(0, ROWS, 144, dtype=torch.bfloat16), 33)

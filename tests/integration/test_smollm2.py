@@ -66,7 +66,8 @@ def test_smollm2_serves_a_mixed_batch_like_peft(base: tuple[Any, Any], tmp_path:
         assert torch.equal(mixed[row, -8:], single[0, -8:])
 
 
-LOSS_BOUND = 1e-4  # of losses between 1 and 10, after up to 20 steps of AdamW in float32
+# largest error of losses between 1 and 10, after up to 20 steps of AdamW in float32
+LOSS_BOUND = 1e-4
 # With a larger rate training is chaotic: rounding alone changes PEFT's losses by more than this.
 LEARNING_RATE = 3e-4
 NAMES = [f"adapter{i}" for i in range(8)]

@@ -148,7 +148,7 @@ def test_trained_adapters_equal_those_of_peft(kind: str, tmp_path: Path) -> None
     for got, expected in zip(*reversed(logs), strict=True):
         for key in expected.keys() & {"loss", "rewards/margins", "logps/chosen", "kl", "reward"}:
             assert got[key] == pytest.approx(expected[key], rel=1e-6), key
-    if kind in ("DPO", "KTO", "GRPO"):  # uses a reference model
+    if kind in ("DPO", "KTO", "GRPO"):  # These trainers use a reference model.
         reference = weights_of(ours, ".ref.")
         assert {k.replace(".ref.", ".default.") for k in reference} == start.keys()
         for key, weight in reference.items():

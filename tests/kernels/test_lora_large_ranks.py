@@ -40,7 +40,7 @@ def skip_unless_kernels(backend: Backend, rows: int = 0, dtype: torch.dtype | No
 
 TILES = [
     Shape(19, 72, 136, (300, 8, 0, 40), "interleaved"),  # two column tiles without a remainder
-    Shape(18, 37, 131, (1030, 5, 257), "interleaved", bank_rank=1030),  # nothing aligned
+    Shape(18, 37, 131, (1030, 5, 257), "interleaved", bank_rank=1030),  # no dimension is aligned
 ]
 
 

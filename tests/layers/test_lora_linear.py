@@ -277,7 +277,7 @@ def test_checkpointed_layer_uses_the_block_of_its_forward(reentrant):
         found = gradients(run(x), ours, x)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     y = run(x)
-    with lora_ext.adapters([None, "1", "1"]):  # not the block of the forward
+    with lora_ext.adapters([None, "1", "1"]):  # This is not the block of the forward pass.
         torch.testing.assert_close(gradients(y, ours, x), gradients(ours(x, ["0"] * 3), ours, x))
     with lora_ext.adapters(["1", None, "1"]):
         late = run(x)

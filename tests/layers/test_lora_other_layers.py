@@ -101,7 +101,7 @@ def test_each_sequence_of_tokens_uses_its_adapter():
 def test_one_row_of_positions_in_a_block_for_several_rows_raises():
     layer = LoraEmbedding(nn.Embedding(9, 5), "red", r=2, init_lora_weights=False)
     positions, names = torch.arange(3)[None], ["red", None, "red"]
-    expected = layer(positions, names)  # names passed to this layer only
+    expected = layer(positions, names)  # Here, names are an argument of this layer.
     with lora_ext.adapters([names], pool=layer.pool):
         assert torch.equal(layer(positions), expected)
     with lora_ext.adapters(names, pool=layer.pool):

@@ -76,7 +76,8 @@ def test_layer_that_is_off_removes_only_its_update(kind: str):
     set_active(layer, "default", True)
     with torch.no_grad():
         layer.lora_B["default"].weight.zero_()
-    torch.testing.assert_close(off, logits(model), rtol=1e-5, atol=1e-5)  # one rounding of a sum
+    # B = 0 adds one rounding of a sum.
+    torch.testing.assert_close(off, logits(model), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -69,7 +69,7 @@ def test_step_masks_training_and_not_evaluation(kind: str, sync: str):
     torch.testing.assert_close(logits(model), without(kind, mask), rtol=1e-5, atol=1e-5)
     model.eval()
     assert torch.equal(logits(model), full)
-    controller.step(19)  # after the ramp
+    controller.step(19)  # a step after the ramp
     assert controller.mask.all() and torch.equal(logits(model.train()), full)
 
 

@@ -71,7 +71,8 @@ def test_values_sum_to_the_full_utility_and_the_model_is_restored(kind: str):
         full = of_model(model)
     with controller.coalition([False] * 3):
         none = of_model(model)
-    assert found.values.sum().item() == pytest.approx(full - none, abs=1e-5)  # float32 forwards
+    # The forward passes are in float32.
+    assert found.values.sum().item() == pytest.approx(full - none, abs=1e-5)
     assert found.evaluations == 8
 
 

@@ -36,7 +36,7 @@ def test_ramp_ends_at_the_first_whole_step(ratio: float, total: int, steps: int)
         ("exponential", (math.exp(0.5) - 1) / (math.e - 1)),
         ("constant", 0.0),
         (lambda fraction: fraction**3, 0.125),
-        (lambda fraction: 5 * fraction, 1.0),  # limited to p1
+        (lambda fraction: 5 * fraction, 1.0),  # The result is limited to p1.
     ],
     ids=["linear", "sine", "exponential", "constant", "cubic", "beyond p1"],
 )

@@ -28,7 +28,7 @@ def levels_of(scores, k=3, levels=(1, 2, 3)):
         ([2.0, 1.0, 2.0, 1.0], [2, 1, 2, 1]),  # fewer distinct scores than groups
         ([0.0, 0.0, 7.0], [1, 1, 2]),
         ([3.0], [1]),
-        ([0, 1, 2, 3], [1, 2, 3, 3]),  # the first of equally good partitions
+        ([0, 1, 2, 3], [1, 2, 3, 3]),  # Of equally good partitions, the first one is chosen.
         ([1e-300, 2e-300, 1e300], [1, 2, 3]),
         ([-1.0, 0.0, 1.0], [1, 2, 3]),
     ],

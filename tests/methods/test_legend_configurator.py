@@ -36,7 +36,7 @@ def test_depths_of_twelve_devices_equal_known_ones():
     assert [found.times[i] for i in (0, 2, 6)] == pytest.approx([2.98, 2.84, 2.50])
     assert found.waiting == pytest.approx(0.2867, abs=5e-5)
     assert found.seconds == pytest.approx(2.98)
-    assert found.bytes == 396  # 936 at full depth
+    assert found.bytes == 396  # At full depth, 936 bytes would be sent.
     assert found[2] == LayerPlan((8, 9, 10, 11), (9, 10, 11, 12))
     assert (found.over_target, found.uncovered, found.raised) == ((), (), None)
     full = [time_of(estimate, 12) for estimate in TWELVE.values()]

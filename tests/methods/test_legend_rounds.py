@@ -95,7 +95,8 @@ def test_three_invalid_reports_in_a_row_lower_the_depth_to_the_least():
         assert len(plan.layers) == 12
         one.observe(round, 0, plan, {"train-time-s": math.nan})
     assert one.tracker.estimate(0)[:3] == before[:3]
-    assert one.plan(10, 0, L).layers == (10, 11)  # immediately, regardless of max_step
+    # The depth falls immediately, regardless of max_step.
+    assert one.plan(10, 0, L).layers == (10, 11)
     one.observe(10, 0, LayerPlan((10, 11)), report(0, LayerPlan((10, 11))))
     # max_step applies again.
     assert len(one.plan_round(11, dict.fromkeys(SPEEDS, L))[0].layers) == 5

@@ -125,7 +125,7 @@ def test_teacher_that_forbids_the_shortlist_gives_finite_gradients():
     head = CircuitHead(D, 5, K, 3, "hmm", dtype=DOUBLE, shortlist=[0, 3])
     labels = torch.tensor([[0, 3, 1, 0]])
     teacher = torch.zeros(1, K, 5, dtype=DOUBLE)
-    teacher[0, 1:3, [0, 3]] = -torch.inf  # at a valid and an ignored label
+    teacher[0, 1:3, [0, 3]] = -torch.inf  # The teacher forbids a valid and an ignored label.
     loss, each = window_loss(head, hidden(1), labels, beta=0.5, teacher_logits=teacher)
     loss.backward()
     assert each.isfinite().all()

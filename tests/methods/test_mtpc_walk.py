@@ -17,7 +17,7 @@ MOST_STAYS = 10
 def test_decoder_goes_down_through_few_files() -> None:
     decoder = make_draft(make_model("llama"), "hmm").decoder()
     ids, mask = prompts(2)
-    functions: dict[tuple[str, int], None] = {}  # in the order of their first call
+    functions: dict[tuple[str, int], None] = {}  # functions in the order of their first call
 
     def on(frame: FrameType, event: str, _: Any) -> None:
         code, path = frame.f_code, Path(frame.f_code.co_filename)

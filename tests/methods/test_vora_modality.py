@@ -91,7 +91,7 @@ def test_rows_are_grouped_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -
     with modality(MASK), lora_ext.adapters(["text", None]):
         model(inputs())
         model(inputs())
-    assert len(calls) == 3  # one each for the names, the mask and both together
+    assert len(calls) == 3  # one plan each for the names, the mask, and both together
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -213,7 +213,7 @@ def test_wrong_input_raises(backend: Backend) -> None:
     for wrong, message in [*faults(mix), *routed_faults(routed)]:
         with pytest.raises(ValueError, match=message):
             wrong.run()
-        with pytest.raises(ValueError, match=message):  # also with autograd
+        with pytest.raises(ValueError, match=message):  # The op raises with autograd too.
             wrong.map(lambda t: t.requires_grad_() if t.is_floating_point() else t).run()
     with pytest.raises(
         ValueError, match=r"depth_mix: hiddens\[1\]: expected a tensor on .*, found meta"

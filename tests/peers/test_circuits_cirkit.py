@@ -115,7 +115,7 @@ def test_log_probabilities_and_marginals_equal_libcirkit(name: str, seed: int) -
     close(circuit.log_prob(x), peer(x)[:, 0, 0])
     keep = list(range(seed % 2, circuit.num_variables, 2))
     unseen = scope.Scope(set(range(circuit.num_variables)) - set(keep))
-    if isinstance(circuit.layered.families[0][0], Categorical):  # integrated as a circuit
+    if isinstance(circuit.layered.families[0][0], Categorical):  # libcirkit integrates the circuit.
         expected = context.integrate(peer, unseen)(x)
     else:  # libcirkit can integrate binomial leaves only in a query.
         expected = queries.IntegrateQuery(peer)(x, integrate_vars=unseen)

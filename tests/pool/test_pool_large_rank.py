@@ -54,7 +54,7 @@ def test_adapters_of_any_rank_share_a_batch() -> None:
     # The tolerance covers two layers of float32 sums of up to 1024 terms of order one.
     torch.testing.assert_close(y.double(), formula(model, x, names, tensors), rtol=1e-5, atol=2e-4)
     with lora_ext.adapters(["text", "odd", None, None, "vision", None, "vision"], pool=pool):
-        assert torch.equal(model(x)[4], y[4])  # does not depend on other rows
+        assert torch.equal(model(x)[4], y[4])  # Row 4 does not depend on the other rows.
     with lora_ext.adapters([None] * 7, pool=pool):
         assert torch.equal(model(x)[1], y[1])
 
@@ -71,7 +71,8 @@ def test_replacing_small_by_large_ranks_equals_a_fresh_pool(order: tuple[int, ..
         assert_holds(pool, "a", tensors, 8 / rank)
         with lora_ext.adapters(names, pool=pool):
             y = model(x)
-        fresh, fresh_pool, _ = loaded({"other": 300})  # same base model, other adapters
+        # The new pool has the same base model and other adapters.
+        fresh, fresh_pool, _ = loaded({"other": 300})
         fresh_pool.load("a", (config(rank), tensors))
         fresh_pool.update("other", (config(300), state(1, 300)))
         with lora_ext.adapters(names, pool=fresh_pool):

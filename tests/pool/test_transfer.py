@@ -157,7 +157,7 @@ def test_graph_reads_its_adapter_while_its_lease_is_open(cuda, pool):
         if seed == 14:
             load(pool, "a", 14)
             replay()
-    pool.release(lease)  # on the stream of the replays, the last use of the adapter
+    pool.release(lease)  # The release is on the stream of the replays, which used the adapter last.
     load(pool, "y", 20)
     load(pool, "z", 21)
     cuda.run()

@@ -56,7 +56,7 @@ def test_error_for_an_adapter_changed_since_the_forward_names_it(change: str) ->
         pool.update("red", adapter("red"))
     elif change == "unload":
         pool.unload("red")
-        pool.load("other", adapter("red"))  # into the same slot
+        pool.load("other", adapter("red"))  # The new adapter gets the slot of red.
     else:
         with lora_ext.adapters(["blue", "green"]):
             pool.load("other", adapter("red"))

@@ -130,7 +130,7 @@ def test_requests_train_save_load_and_sample(server: Server, folder: Path) -> No
     assert server.status("create_session", {}, "tml-c") == 401
     model, tokens = new_model(server), [1, 2, 3, 4, 5]
     step = {"model_id": model, "seq_id": 2, "adam_params": {"learning_rate": 0.05}}
-    second = server.post("optim_step", step)  # must wait for the first step
+    second = server.post("optim_step", step)  # This call must wait for the call with number 1.
     third = server.post("forward_backward", request(model, 3, tokens))
     first = server.post("forward_backward", request(model, 1, tokens))
     assert server.post("forward_backward", request(model, 1, tokens)) == first

@@ -28,10 +28,11 @@ def test_blocks_before_the_start_are_shared_and_later_ones_are_not(engine, refer
     early = [*SHARED[:40], 40, 41, *SHARED[40:]]
     order = [
         (None, [*SHARED, 5], 0),
-        ("alora", late, 64),  # two blocks of the base model
+        ("alora", late, 64),  # The adapter reuses two cache blocks (64 tokens) of the base model.
         ("alora2", late, 64),
         ("alora", early, 32),
-        ("alora", [*early, 6, 40, 41, 8], 32),  # same first block, another start
+        # The first block is the same, but the start is another one.
+        ("alora", [*early, 6, 40, 41, 8], 32),
         ("alora", early, 64),  # same prompt as before
         (None, late, 64),
         ("b", late, 0),

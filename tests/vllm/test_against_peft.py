@@ -62,7 +62,8 @@ def test_heads_and_embeddings_of_some_rows_equal_peft(engine, peft_model):
 def test_more_adapters_than_slots_equal_peft(engine, peft_model):
     for names in (["a", "b", "c", "d"], ["e", "f", "b", None], ["a", "e", None, "c"], ["d", "f"]):
         peft_model.check(engine.run(names), names, ATOL)
-    everyone = ["a", "b", "c", "d", "e", "f", "head", None] * 2  # run as slots become free
+    # Requests run as slots become free.
+    everyone = ["a", "b", "c", "d", "e", "f", "head", None] * 2
     peft_model.check(engine.run(everyone), everyone, ATOL)
 
 
