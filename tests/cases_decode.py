@@ -50,7 +50,8 @@ MEDIUM = [
     Shape("hmm", 5, 8, 32, 320),
     Shape("hmm", 2, 4, 130, 40),
     Shape("btree", 2, 9, 40, 321),
-    Shape("btree", 1, 4, 16, 3008),  # Here and below, a separate kernel computes the norms.
+    # For this shape and the next, a separate kernel computes the log sums of the logits.
+    Shape("btree", 1, 4, 16, 3008),
     Shape("hmm", 1, 2, 2, 49152),
 ]
 

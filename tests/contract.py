@@ -46,7 +46,7 @@ class Op:
     dtypes: Callable[[Backend], list[torch.dtype]] = Backend.dtypes
     on_gpu: bool = True
     exact: bool = True  # bitwise equal to the formula on exact inputs
-    steady: bool = True  # all runs are bitwise equal
+    steady: bool = True  # all runs on one backend are bitwise equal
     random: dict[str, Any] = field(default_factory=dict)  # overrides variants in the test of bounds
     # overrides variants in the test of threads; None: no test
     threads: dict[str, Any] | None = field(default_factory=dict)

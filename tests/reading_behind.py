@@ -13,8 +13,8 @@ _BEHIND = 32  # columns read behind each row
 
 
 def _behind(left: Tensor) -> Tensor:
-    """Return 0 x the sum of the numbers behind each row, ``(T, 1)``: NaN if one of them is not
-    finite. Beyond the end of the memory they count as 0."""
+    """Return 0 times the sum of the numbers behind each row, ``(T, 1)``. It is NaN if one of these
+    numbers is not finite. Numbers beyond the end of the memory count as 0."""
     whole = torch.empty(0, dtype=left.dtype).set_(left.untyped_storage())
     padded = F.pad(whole, (0, _BEHIND))
     start = left.storage_offset() + left.shape[1]
@@ -44,7 +44,7 @@ def _mm_out(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
 def reading_behind() -> Iterator[None]:
     """Replace ``mm`` and ``addmm`` on the CPU, for calls from Python and from C++.
 
-    Each 16-bit product adds 0 x the 32 numbers behind each row of its left operand, unless the
+    Each 16-bit product adds 0 times the 32 numbers behind each row of its left operand, unless the
     width is a multiple of 32. The result is thus NaN if one of these numbers is not finite.
     """
     library = torch.library.Library("aten", "IMPL")

@@ -59,7 +59,7 @@ def test_pages_are_bitwise_equal_to_a_bank(backend: Backend, shape: Shape) -> No
     for dtype in backend.dtypes():
         bank = OP.run(make_inputs(shape, dtype, seed=6, device=backend.device))
         pages = OP.run(make_inputs(shape, dtype, seed=6, paged=True, device=backend.device))
-        # The rank of a bank need not be a multiple of 8, so its v can be narrower than that of
+        # The rank of a bank need not be a multiple of 8, so v can be narrower for a bank than for
         # pages.
         same({k: t[:, : bank[k].shape[1]] for k, t in pages.items()}, bank)
 

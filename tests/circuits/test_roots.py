@@ -107,8 +107,8 @@ def test_variables_outside_the_scope_of_a_root_stay_missing():
 
 
 def test_joined_graphs_are_roots_of_one_circuit():
-    """Check two joined graphs with separate names and ties. Each root must equal the circuit of its
-    graph."""
+    """Check two joined graphs, whose region names and tied parameters stay separate. Each root must
+    equal the circuit of its graph."""
     graphs = [
         RegionGraph.hmm(3, 2, Categorical(3), homogeneous=True),
         RegionGraph.cp(3, 4, Categorical(3)),

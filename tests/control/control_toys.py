@@ -1,9 +1,9 @@
 """A language small enough to enumerate: a vocabulary of five, texts of at most four tokens and an
 end token.
 
-A text must contain a 2 and must not contain two adjacent 3s. ``budget`` counts all tokens with the
-end token, before which there are at least ``LEAST`` tokens. The language model is a table, so all
-probabilities are finite sums.
+A text must contain a 2 and must not contain two adjacent 3s. ``budget`` counts all tokens including
+the end token. At least ``LEAST`` tokens precede the end token. The language model is a table, so
+all probabilities are finite sums.
 """
 
 from __future__ import annotations

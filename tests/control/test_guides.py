@@ -160,7 +160,8 @@ def test_distilled_guide_is_better_than_one_state_and_reports_its_measures() -> 
     model_nats = many.measures["model_nats"]
     assert nats[1] - model_nats < 0.2 * (nats[0] - model_nats)
     assert {d for d, _ in said} == {"texts", "clusters", "laws", "EM steps", "prior"}
-    # The head depends on the position in the text, unlike the guide's initial distribution.
+    # The prior head depends on the position in the text, unlike the initial distribution of the
+    # guide.
     assert many.prior is not None and many.prior.shape == (12, 16)
     assert many.measures["prior_nats"] - model_nats < 0.2 * (nats[0] - model_nats)
     again = distil(model, [[0], [1, 2]], 12, **arguments)

@@ -48,7 +48,8 @@ def test_kernels_stay_inside_their_buffers(sanitized_kernels: Path, program: str
 @pytest.mark.parametrize(
     ("program", "mode", "kernel"),
     [
-        ("lora_asan", "workspace", "lora_expand_kernel"),  # reads rows in full 16-byte pieces
+        # This kernel reads rows in 16-byte pieces.
+        ("lora_asan", "workspace", "lora_expand_kernel"),
         ("lora_asan", "overread", "lora_shrink_decode_kernel"),
         ("lora_train_asan", "workspace", "lora_train_project_kernel"),
         ("circuit_asan", "overread", "circuit_leaf_kernel"),

@@ -29,7 +29,7 @@ def with_tensor(name: str, value: Any) -> Update:
 
 
 class Odd:
-    """Object that a client could send and whose ``__repr__`` raises."""
+    """Object with a ``__repr__`` that raises. A client could send such an object."""
 
     def __repr__(self) -> str:
         raise RuntimeError

@@ -46,7 +46,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ),
 }
-NAMES = ["red", None, "blue", "green", "red", "__base__"]  # green has only a classifier head
+# green replaces only the head of classifiers
+NAMES = ["red", None, "blue", "green", "red", "__base__"]
 
 
 def make_trained(case: str) -> tuple[nn.Module, Any]:

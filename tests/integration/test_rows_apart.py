@@ -87,8 +87,8 @@ def test_substitute_reads_past_row_ends(planted: bool, width: int) -> None:
 
 @widths
 def test_product_of_3d_rows_is_bitwise_equal_to_that_of_2d_rows(planted: bool, width: int) -> None:
-    """Check strided rows in three dimensions, for which torch adds the bias with a second rounding.
-    """
+    """Check strided inputs in three dimensions. For these, torch adds the bias with a second
+    rounding."""
     layer = nn.Linear(width, OTHER).bfloat16().requires_grad_(False)
     x = randn(0, 4, 10, width, dtype=torch.bfloat16)
     expected = linear(x.view(ROWS, width), layer.weight, layer.bias).view(4, 10, OTHER)

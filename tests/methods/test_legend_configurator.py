@@ -140,7 +140,7 @@ def test_utility_mode_weights_devices_by_their_data():
     st.floats(0.1, 20),
 )
 def test_depth_decreases_with_time_and_increases_with_the_target(base, more, deadline: float):
-    fast = Estimate(0, 0, 0)  # does not set the target, so the deadline does
+    fast = Estimate(0, 0, 0)  # not selected below, so it does not set the target
     slower = tuple(a + b for a, b in zip(base, more, strict=True))
     one = configurator(deadline=deadline)
     with warnings.catch_warnings():

@@ -115,8 +115,8 @@ def test_path_far_below_the_dominant_states_keeps_its_value(backend: Backend) ->
 
 @pytest.mark.slow
 def test_sums_that_would_underflow_keep_their_values_and_flows(backend: Backend) -> None:
-    """Check a left-to-right chain in which the last states are the most likely, but most sums
-    contain only a state and its predecessor, whose log-probability is lower by 90."""
+    """Check a left-to-right chain in which the last states are the most likely. Most sums contain
+    only a state and its predecessor; the log-probability of the predecessor is lower by 90."""
     states = 130
     program = Circuit(RegionGraph.hmm(2, states, LEAF))._execution.program
     g = torch.Generator().manual_seed(0)
@@ -210,7 +210,7 @@ def test_chain_is_one_launch_and_more_rows_need_another(backend: Backend) -> Non
 
 @pytest.mark.slow
 def test_flows_of_many_weights_equal_the_formula(backend: Backend) -> None:
-    """Check 900 x 900 weights, whose flows are computed in tiles of 128 x 64."""
+    """Check 900 x 900 weights. Their flows are computed in tiles of 128 x 64."""
     if backend.small:
         pytest.skip("the emulator that checks every access is too slow")
     circuit = Circuit(RegionGraph.hmm(2, 900, LEAF))

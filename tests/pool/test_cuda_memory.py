@@ -161,8 +161,8 @@ def drop_a_pool(max_slots=4):
 
 @pytest.mark.slow
 def test_finalizer_neither_waits_for_the_device_nor_calls_the_driver(driver, library, waits):
-    # A finalizer may run during a CUDA graph capture, or before a launch for which queued work
-    # waits.
+    # A finalizer may run during a CUDA graph capture, or while queued work waits for a later
+    # launch.
     drop_a_pool()
     assert waits == []
     assert library.stand_in_taken() == 2 * 4096
