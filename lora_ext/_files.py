@@ -42,7 +42,7 @@ _DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """Shape and dtype of one tensor in a header; ``dtype`` is the name of an unsupported dtype."""
+    """Shape and dtype of a tensor in a header. An unsupported dtype is given by its name."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str

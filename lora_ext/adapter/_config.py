@@ -136,7 +136,7 @@ class AdapterConfig(LoraConfig):
     def saves_whole(self, weight: str) -> bool:
         """Return whether a weight of the base model belongs to a module of ``modules_to_save``.
 
-        Like PEFT, matches the end of a module's name: ``head`` also matches ``lm_head``.
+        As in PEFT, an entry matches the end of a module's name: ``head`` matches ``lm_head``.
         """
         ends = tuple(self.modules_to_save or ())
         return any(owner.endswith(ends) for owner in _owners(weight)) if ends else False

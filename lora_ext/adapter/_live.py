@@ -39,7 +39,7 @@ def live_adapter(
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if isinstance(configs, Mapping):
         active: Any = []
-        if adapter is None:  # not read otherwise: transformers raises if only PEFT added layers
+        if adapter is None:  # Read only if needed: transformers raises if only PEFT added layers.
             active = getattr(model, "active_adapters", [])
             if callable(active):  # a method in transformers, a property in PEFT
                 active = active()

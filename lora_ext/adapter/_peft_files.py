@@ -203,7 +203,7 @@ def _check_targets(
     """Check that exactly the modules that the config targets, if it specifies any, have factors,
     and that an activated adapter changes no token before its invocation tokens."""
     targets = config.targets(index)
-    if targets is not None:  # even if not strict: with other factors, it is a different adapter
+    if targets is not None:  # Checked even if not strict: other factors are another adapter.
         stray = [key for m in sorted(grouped.keys() - targets) for key in grouped[m].values()]
         expected = f"factors only of modules that {config.where} targets"
         require(not stray, where, "keys", expected, _some(stray))

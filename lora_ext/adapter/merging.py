@@ -220,7 +220,7 @@ def _merged(
         )
     changes: dict[str, Any] = {}
     excluded = {value.config.exclude_modules for value in values}
-    if excluded != {first.config.exclude_modules}:  # one may adapt a module that another excludes
+    if excluded != {first.config.exclude_modules}:  # An adapter may exclude what another adapts.
         changes["exclude_modules"] = longer_than(modules)
     return first.with_modules(
         modules,

@@ -115,7 +115,7 @@ def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> 
 def btree(num_variables: int, rank: int, leaf: Leaves) -> Regions:
     """Return a balanced binary tree with the splits of ``reference.circuit_scan``.
 
-    The left child of a region with n variables has ``left_size(n)`` of them.
+    The left child of a region with n variables has ``left_size(n)`` variables.
     """
     leaves = _checked_leaves("btree", leaf, num_variables, num_variables=num_variables, rank=rank)
     if num_variables == 1:

@@ -335,7 +335,7 @@ class Gaussian(Leaf):
         return {"mean": torch.randn(rows), "log_std": torch.zeros(rows)}
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        mean, log_std = (  # The backward of embedding adds in a fixed order.
+        mean, log_std = (  # F.embedding, because its backward adds in a fixed order
             F.embedding(row, table[k][:, None]).view(x.shape[1], -1) for k in ("mean", "log_std")
         )
         x = x[..., None]
@@ -368,7 +368,7 @@ class Gaussian(Leaf):
         seen, safe = count > 0, torch.where(count > 0, count, 1)
         new_mean = mean + _per_row(row, flow * (x - mean[row]), len(mean)) / safe
         new_variance = _per_row(row, flow * (x - new_mean[row]).square(), len(mean)) / safe
-        # The result has the variance of a mixture of both distributions, so that a step does not
+        # The result has the variance of a mixture of old and new Gaussian, so that a step does not
         # decrease the likelihood. Mixing only the variances could decrease it.
         between = step * (1 - step) * (mean - new_mean).square()
         variance = _mix((2 * log_std).exp(), new_variance, step) + between

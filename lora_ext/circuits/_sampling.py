@@ -213,7 +213,7 @@ class _Choice(NamedTuple):
     inside: Tensor  # (B,), whether the position is before the end of a row's sequence
     state: Tensor  # state of this position, by unit of the latent
     rank: Tensor  # candidate of this state, by unit of the latent
-    value: Tensor  # rank of the value among those of its state, by state
+    value: Tensor  # rank of the value among all values of its state, by state
     below: Tensor  # candidate of the next position, by state
 
 

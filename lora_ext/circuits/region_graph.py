@@ -132,7 +132,7 @@ class RegionGraph:
         check(region.units >= 1, "units", "at least 1", region.units)
         if leaf is None:
             check(bool(region.partitions), "region", "either a leaf or partitions", "neither")
-            check(not given, "variables", "no variables beside partitions", variables(given))
+            check(not given, "variables", "none in a region of sums", variables(given))
         else:
             check(not region.partitions, "region", "either a leaf or partitions", "both")
             check(given > 0, "variables", "at least one variable in an input", "none")

@@ -293,7 +293,7 @@ def _add_serve(commands: Any) -> None:
 def _add_json(parser: argparse.ArgumentParser, out: bool = False) -> None:
     """Add ``--json``; with ``out``, also ``--out``, the folder that the command writes."""
     if out:
-        text = "folder to write; replaces an adapter in it"
+        text = "folder to write; an adapter in it is replaced"
         _add(parser, "--out", text, "DIR", required=True)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

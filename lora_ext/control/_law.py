@@ -258,7 +258,7 @@ def finite_scales(scales: Tensor, step: NextTokens) -> Tensor:
     """Return log-scales ``(S + 1,)`` of messages, finite for all allowed next states of a step.
 
     A next state of probability 0 under the guide is still allowed by the constraint. Its log-scale
-    is set ``IMPOSSIBLE_GAP_NATS`` below the smallest of the other next states.
+    is set ``IMPOSSIBLE_GAP_NATS`` below the smallest log-scale of the others.
     """
     known = scales[step.states.to(scales.device)]
     if bool((known > -torch.inf).all()):

@@ -243,7 +243,7 @@ class NextTokens:
     def __init__(self, plan: Plan, state: int, k: int):
         constraint = plan.constraint
         self._constraint = constraint
-        if state == constraint.end:  # only end tokens follow the end
+        if state == constraint.end:  # After the end, only end tokens are allowed.
             self.live = torch.arange(constraint.table.shape[1]) == 0
             self.after = torch.where(self.live, constraint.end, -1)
         else:

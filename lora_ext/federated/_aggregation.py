@@ -32,7 +32,7 @@ class Aggregate:
         state: the new global adapter. A tensor that no client trained is the original object; if
             the round was skipped, every tensor is.
         accepted: clients with valid replies, in ascending order.
-        rejected: reasons of rejected replies by client, with key, expected and found.
+        rejected: reason of each rejection by client, with the key, expected and found value.
         uncovered: layers that no accepted client trained.
         noise: relative error of each layer: the difference between averaging A and B separately
             and averaging ``B A``, or the truncation error with "svd".
@@ -114,7 +114,7 @@ def aggregate(
         min_replies: number of accepted replies below which the round is skipped.
         partial_ok: whether a reply may lack modules of its plan; both factors must be missing.
         pattern: regular expression whose first group is the index of a layer in a name.
-        shared: additional names of the state that every client sends, such as a head.
+        shared: names of additional tensors that every client sends, such as those of a head.
 
     Raises:
         ValueError: If settings are out of range; if the state has no layers, or its factors do not
@@ -224,7 +224,7 @@ class _Round:
             if own:
                 means.append(_mean_of(start, own, axis, zero_pad))
             alone = self.parts(key) if self.rank_agg != "fro" else own
-            if len(alone) > len(own):  # the other factor of some clients was dropped
+            if len(alone) > len(own):  # The other factor of some clients was dropped.
                 self.write(key, _mean_of(start, alone, axis, zero_pad))
             elif own:
                 self.write(key, means[-1])

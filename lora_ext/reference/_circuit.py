@@ -70,9 +70,9 @@ def num_transitions(kind: str, n_token: int) -> int:
 
 
 def left_size(length: int) -> int:
-    """Return how many of the ``length`` positions of a tree node its left child has.
+    """Return the number of positions of the left child of a tree node of ``length`` positions.
 
-    This is half of them; a tie is rounded to an even number.
+    This is ``length / 2``, rounded to the even neighbour if it is not an integer.
     """
     return round(length / 2)
 

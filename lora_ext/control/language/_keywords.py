@@ -107,7 +107,7 @@ class _Tree:
         moves[0] = [self.below[0].get(b, 0) for b in letters]
         place_of = {b: i for i, b in enumerate(letters)}
         queue = [(child, 0) for child in self.below[0].values()]
-        for node, back in queue:  # in order of depth: the longest suffix, `back`, is complete
+        for node, back in queue:  # In order of depth, so `back`, the longest suffix, is complete.
             seen[node] |= seen[back]
             moves[node] = [self.below[node].get(b, moves[back][i]) for i, b in enumerate(letters)]
             queue += [(child, moves[back][place_of[b]]) for b, child in self.below[node].items()]

@@ -27,7 +27,7 @@ _WORDS = {
     "boolean": set(),
     "null": set(),
 }
-# Other formats allow a quote or a backslash in the string, or are not supported.
+# Accepted formats. Others allow a quote or a backslash in the string, or are not supported.
 _FORMATS = ("date", "date-time", "uuid")
 # outlines-core would accept the digits of any script in a date.
 _DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"

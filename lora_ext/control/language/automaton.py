@@ -208,7 +208,7 @@ class Constraint(Written):
         return self.rows[state][self.classes[token]]
 
     def reads(self, token: int) -> bool:
-        """Return whether a text of the language contains a token."""
+        """Return whether any text of the language contains the token."""
         return bool((self.table[:, self.classes[token]] >= 0).any())
 
     def accepts(self, tokens: Iterable[int] | Tensor) -> bool:

@@ -124,7 +124,7 @@ class _Division:
 
     def __init__(self, first: int, count: int):
         self.first, self.count = first, count
-        self.shapes: list[torch.Size] = []  # of the divided tensors; the first is the hidden state
+        self.shapes: list[torch.Size] = []  # shapes of the divided tensors, hidden state first
         self._versions: list[tuple[Tensor, int]] = []
 
     def of(self, value: Any) -> tuple[Any, Any]:

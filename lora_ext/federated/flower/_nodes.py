@@ -101,7 +101,7 @@ class Nodes:
             )
             return
         for other in [n for n, client in self._clients.items() if client == partition]:
-            del self._clients[other]  # it has left, and is queried again if it returns
+            del self._clients[other]  # The node has left; if it returns, it is queried again.
             self._asked.discard(other)
         self._clients[node] = partition
 

@@ -26,7 +26,7 @@ _MANAGER = "vllm.lora.model_manager.LoRAModelManager"
 _WRAPPERS = {
     "1": ("cpu.CpuPlatform", "punica_cpu.PunicaWrapperCPU", "_cpu.LoraExtWrapperCPU"),
     "cuda": ("cuda.CudaPlatformBase", "punica_gpu.PunicaWrapperGPU", "_cuda.LoraExtWrapperCUDA"),
-}  # by LORA_EXT_VLLM: vLLM's platform, vLLM's wrapper and lora_ext's wrapper
+}  # LORA_EXT_VLLM -> vLLM's platform, vLLM's wrapper and lora_ext's wrapper
 
 
 def register() -> None:

@@ -104,7 +104,7 @@ class Loads:
         return into(last)
 
     def listed(self, ids: set[int]) -> set[int]:
-        """Convert the engine's numbers of loads, ``ids``, to the user's numbers."""
+        """Return the user's numbers of the loads that have the engine's numbers ``ids``."""
         with self._lock:
             return {self._user_ids.get(each, each) for each in ids}
 
