@@ -33,7 +33,7 @@ from lora_ext.rows import PoolLayer
 
 from ._peft_tensors import TensorSource, base_name
 
-_CHUNK = 1 << 24  # elements per comparison
+_CHUNK = 1 << 24  # number of elements that are compared at once
 
 PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -21,7 +21,7 @@ numbers that ``ops.circuit_layers`` executes in one call. Its parts, in order:
     roots     column of each root unit
     stages    first node of each stage, then the number of nodes
     owners    node of each child, then of each root unit; -1 - v for a leaf unit of variable v
-    draws     per node: index of its region among the regions of sums, or -1 without a matrix
+    draws     per node: index of its region among the regions of sums, -1 if it has no matrix
 
 A node is a region, a part is a partition, and a matrix contains the weights of a region. A node
 without a matrix is an input over several variables: its results are its products. Regions with tied
@@ -47,7 +47,7 @@ from ._scopes import PCStructureError, variables
 from .multivariate import MultivariateGaussian
 from .region_graph import RegionGraph
 
-FIRST_LEAF = 2  # columns 0 and 1 are constants
+FIRST_LEAF = 2  # column of the first leaf unit; columns 0 and 1 are constants
 _MAX_BINS = 4
 
 

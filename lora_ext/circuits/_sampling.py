@@ -40,9 +40,9 @@ class MapResult(NamedTuple):
 class _Evidence(NamedTuple):
     """Checked rows of evidence and the root unit of each."""
 
-    given: Tensor  # (B, n), as passed
-    filled: Tensor  # (B, n), 0 for missing entries
-    missing: Tensor  # (B, n) bool
+    given: Tensor  # (B, n), the evidence as passed
+    filled: Tensor  # (B, n), the evidence with 0 for missing entries
+    missing: Tensor  # (B, n) bool, True for missing entries
     start: Tensor  # (B,), index of the root unit
 
     @classmethod

@@ -238,7 +238,7 @@ def _head(given: Inputs) -> tuple[str, Tensor, Tensor, Tensor]:
 def _scored(function: Any, given: Inputs) -> list[Tensor]:
     """Return the log-probabilities of the sample that the op has drawn.
 
-    The reference computes them for the op's tokens, since rounding might make it draw other ones.
+    The reference computes them for the op's tokens, since rounding might make it draw others.
     """
     if function is ops.circuit_sample:
         found = function(*_head(given), given["uniforms"])

@@ -335,7 +335,7 @@ class Messages:
         first[-1] = 1
         scale = plan.guide.initial.new_full((states,), -torch.inf)
         scale[-1] = 0
-        self._marks: list[tuple[Tensor, Tensor]] = [(first, scale)]  # every stride-th table
+        self._marks: list[tuple[Tensor, Tensor]] = [(first, scale)]  # every stride-th C_k
         self._segments: OrderedDict[int, list[tuple[Tensor, Tensor]]] = OrderedDict()
 
     def __call__(self, k: int) -> tuple[Tensor, Tensor]:

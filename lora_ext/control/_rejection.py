@@ -53,7 +53,7 @@ def keep_probabilities(rows: Sequence[Row | None], tokens: Tensor) -> Tensor:
             continue
         step, (messages, _) = plan.step(row.state, row.left), plan.messages(row.left - 1)
         successors = step.after[plan.constraint.class_index[tokens[i]]]
-        of_tokens = messages[successors.to(messages.device)]  # (m, H), all ones for END
+        of_tokens = messages[successors.to(messages.device)]  # (m, H) of the next states, 1 for END
         guided.setdefault(plan.guide, []).append((i, row, of_tokens))
     for guide, members in guided.items():
         places, of_guide, messages = zip(*members, strict=True)

@@ -140,7 +140,7 @@ def _walk(
 
 
 def _normalised(leaf: Tensor, prior: Tensor | None, trans: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of prior and transitions, in the dtype of ``accumulator``."""
+    """Return the log-probabilities of prior and transitions, float32 (float64 for float64)."""
     dtype = accumulator(leaf.dtype)
     rows, components = leaf.shape[0], leaf.shape[2]
     if prior is None:  # All components are equally likely.

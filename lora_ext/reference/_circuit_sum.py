@@ -30,7 +30,7 @@ class LogMax(NamedTuple):
 
 
 def log_weights(w: Tensor, norm: str) -> Tensor:
-    """Convert weights to log-weights in the dtype of ``accumulator``.
+    """Convert weights to log-weights, float32 (float64 for float64).
 
     ``norm`` is one of :data:`NORMS`, see :func:`lora_ext.ops.log_einsum_exp`.
     """

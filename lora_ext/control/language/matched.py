@@ -135,7 +135,7 @@ class Matched:
         self._standing = text[:shared]
         for token in text[shared:]:
             taken = take(token)
-            expected, found = "acceptance of all tokens of its mask", f"token {token} rejected"
+            expected, found = "one that accepts every token of its mask", f"token {token} rejected"
             require(taken, "from_matcher", "matcher", expected, found)
             self._standing.append(token)
 
