@@ -24,7 +24,7 @@ def exactly(device: torch.device) -> AbstractContextManager[object]:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype to which autocast casts ``x`` in a linear layer, or None if it does not."""
+    """Return the dtype to which autocast casts ``x`` in a linear layer; None without a cast."""
     kind = x.device.type
     if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
         return None

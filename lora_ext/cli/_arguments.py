@@ -118,7 +118,7 @@ def _add_gpu_report(commands: Any) -> None:
         _gpu_report.gpu_report,
     )
     _add(parser, "--out", "file of the report, e.g. card.json", "FILE", required=True)
-    _add(parser, "--minutes", "largest duration of the timing in minutes", "N", type=float, default=3.0)
+    _add(parser, "--minutes", "duration of the timing in minutes", "N", type=float, default=3.0)
     text = "emu: check on the emulator, if it was built, without timing"
     _add(parser, "--backend", text, choices=("cuda", "emu"), default="cuda")
     _add(parser, "--only", "prefixes of op names, separated by commas", "OPS")

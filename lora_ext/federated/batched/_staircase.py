@@ -88,7 +88,7 @@ class Staircase:
         return divided
 
     def _in_two(self, index: int, forward: Callable[..., Any], call: Any, going: int) -> Any:
-        """Run the first rows with a graph and the others without, and concatenate the outputs."""
+        """Run the first rows with a graph, the others without one, and concatenate the outputs."""
         division = _Division(going, len(self._lowest))
         (args, kwargs), (free_args, free_kwargs) = division.of(call)
         with self.rows.only(0, going):
