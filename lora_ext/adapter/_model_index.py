@@ -68,8 +68,8 @@ class ModelIndex:
     linear: dict[str, LinearSpec]
     embedding: dict[str, LinearSpec]
     unsupported: dict[str, str]  # name -> class name
-    output_head: str | None  # PEFT's "all-linear" excludes it
-    classifier: str | None  # PEFT's "all-linear" excludes it for SEQ_CLS without an output head
+    output_head: str | None  # name of the output head, which PEFT's "all-linear" excludes
+    classifier: str | None  # name; "all-linear" excludes it for SEQ_CLS without an output head
     weights: BaseWeights
     shared: bool = True  # whether many adapters share the model and must not change its weights
     experts: dict[str, LinearSpec] = field(default_factory=dict)  # by parameter name

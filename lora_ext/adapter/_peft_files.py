@@ -350,7 +350,7 @@ def write_adapter(
     raw = dict(config.to_dict() if hasattr(config, "to_dict") else config)
     raw.setdefault("peft_type", "LORA")
     raw = AdapterConfig.parse(raw, CONFIG).raw  # raises for a config that could not be read back
-    # Copied, since safetensors rejects tensors that share memory, such as tied weights.
+    # Tensors are copied, since safetensors rejects shared memory, as of tied weights.
     whole = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()

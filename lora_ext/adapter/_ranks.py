@@ -158,7 +158,7 @@ def gram_figures(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
     """
     gram_a, gram_b = gram_a.double(), gram_b.double()
     square = (gram_a * gram_b).sum((-2, -1)).clamp(min=0)  # trace(G_b G_a): both are symmetric
-    # Divided by ``sum s^2`` first, since fourth powers of small singular values may underflow.
+    # G_b is divided by ``sum s^2``, since fourth powers of small singular values may underflow.
     product = (gram_b / square.clamp(min=torch.finfo(torch.float64).tiny)[..., None, None]) @ gram_a
     fourth = (product * product.mT).sum((-2, -1))
     rank = torch.where(fourth > 0, 1 / fourth, 0).clamp(max=gram_a.shape[-1])

@@ -332,7 +332,7 @@ def matrices_of(program: Program) -> list[tuple[int, int, int]]:
 
 
 def rows_of_one_width(program: Program) -> list[tuple[slice, int]]:
-    """Return ranges of the weights whose sums have one number of terms, each with this number."""
+    """Return the range of weights and the number of terms of each run of sums of equal width."""
     found: list[tuple[slice, int]] = []
     for first, sums, terms in matrices_of(program):
         end = first + sums * terms

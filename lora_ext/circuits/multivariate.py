@@ -322,7 +322,7 @@ def _expected(
         parts.append((rows, w, value))
     safe = torch.where(count > 0, count, 1)
     mean = old.mean + total / safe[:, None]
-    # Deviations are taken from the new mean: differences of large squares would lose digits.
+    # Sums are over deviations from the new mean: differences of large squares lose digits.
     for rows, w, value in parts:
         away = value - mean[rows][:, :, None]
         _add(scatter, rows, (w[..., None] * away).mT @ away)

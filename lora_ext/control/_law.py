@@ -289,7 +289,7 @@ def moved(blocks: Sequence[Block], scores: Tensor, temperature: float = 1.0) -> 
     for places, ratio in blocks:
         ratio = ratio.to(scores)
         if temperature != 1:
-            # In a fused multiply-add, rounding would depend on the address of the row.
+            # Not fused with the addition: rounding would then depend on the address of the row.
             ratio = temperature * ratio
         first, last = places[0], places[-1]
         if places == list(range(first, last + 1)):

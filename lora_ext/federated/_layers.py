@@ -150,7 +150,7 @@ class LoraLayerManager:
         with contextlib.ExitStack() as hooks:
             for block in map(self.model.get_submodule, self.blocks[:lowest]):
                 hooks.enter_context(block.register_forward_pre_hook(without.enter))
-                # ``always_call``, so that gradients are restored even if the forward raises.
+                # ``always_call`` restores gradients even if the forward raises.
                 leave = block.register_forward_hook(without.leave, always_call=True)
                 hooks.enter_context(leave)
             hooks.callback(without.end)

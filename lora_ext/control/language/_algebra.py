@@ -238,7 +238,7 @@ def over_tokens(
     table = np.full((len(byte.table), len(spelled)), -1, np.int32)
     clock.table(table.nbytes, part)
     levels = _prefixes(list(spelled))
-    # With a last row of -1, state -1 leads to itself.
+    # Index -1 is the last row. Filled with -1, it makes the state -1 absorbing.
     step = np.append(byte.table, np.full((1, byte.table.shape[1]), -1, np.int32), 0)
     chunk = max(1, _CHUNK // max(1, len(spelled)))
     for low in range(0, len(table), chunk):

@@ -134,7 +134,7 @@ class Builder:
         from transformers import AutoTokenizer
 
         model = self._model
-        # Each set of end tokens has its own tokenizer, so that evicting it frees the vocabulary.
+        # One tokenizer per set of end tokens: a vocabulary is cached as long as its tokenizer.
         tokenizer = AutoTokenizer.from_pretrained(
             model.tokenizer,
             revision=model.tokenizer_revision,
