@@ -96,7 +96,7 @@ def parse_json(data: bytes | bytearray, where: str) -> Any:
 
 
 class SafetensorsFile:
-    """Open safetensors file. Its header has been checked for sizes, overlaps and gaps.
+    """An open safetensors file. Its header has been checked for sizes, overlaps and gaps.
 
     Attributes:
         where: path of the file.
@@ -265,7 +265,7 @@ def _replace_files(folder: Path, files: Mapping[str, bytes], mark: str) -> None:
 
 
 def _back_up(path: Path, backup: Path) -> Path | None:
-    """Make a hard link ``backup`` to the file ``path``, which needs no disk space.
+    """Back up the file ``path`` as a hard link ``backup``, which needs no disk space.
 
     If the file system has no hard links, the file is copied. Returns None if there is no file.
     """

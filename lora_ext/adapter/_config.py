@@ -285,7 +285,7 @@ def alpha_of(scaling: float, rank: int, rslora: bool) -> float:
 
 
 def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
-    """Split values by module name into PEFT's default and its pattern field, such as
+    """Split values, given by module name, into PEFT's default value and its pattern field, such as
     ``rank_pattern``.
 
     Returns:

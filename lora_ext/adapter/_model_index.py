@@ -268,7 +268,7 @@ class BaseWeights:
         return iter(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a weight when the index was built."""
+        """Return the shape that a weight had when the index was built."""
         return self._shapes[name]
 
     def check_header(self, tensors: TensorSource, key: str, name: str) -> None:

@@ -200,7 +200,7 @@ def check_adapter(
 def _check_targets(
     config: AdapterConfig, where: str, index: ModelIndex, grouped: dict[str, dict[str, str]]
 ) -> None:
-    """Check that exactly the modules that the config targets, if it specifies any, have factors,
+    """Check that the modules with factors are those that the config targets, if it specifies any,
     and that an activated adapter changes no token before its invocation tokens."""
     targets = config.targets(index)
     if targets is not None:  # Checked even if not strict: other factors are another adapter.
@@ -226,8 +226,8 @@ def _group_keys(
     """Group the keys of an adapter's tensors.
 
     Returns:
-        the keys of factors by module and role (such as ``A.weight`` or ``embedding_A``); for each
-        key of a weight of the base model, its name there; and all remaining keys.
+        the keys of factors by module and role (such as ``A.weight`` or ``embedding_A``); the keys
+        of weights of the base model, with their names there; and all remaining keys.
     """
     grouped: dict[str, dict[str, str]] = {}
     base: dict[str, str] = {}

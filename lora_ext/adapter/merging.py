@@ -180,8 +180,8 @@ def _merged(
     density: float | None = None,
     seed: int = 0,
 ) -> LoraAdapter:
-    """Return the weighted sum of adapters; keep only a share ``density`` of each update's values if
-    it is not None."""
+    """Return the weighted sum of adapters. Unless ``density`` is None, only this share of each
+    update's values is kept."""
     values = list(adapters.values())
     first = values[0]
     whole = all(f.a.shape[0] <= (rank or math.inf) for f in first.modules.values())

@@ -65,7 +65,7 @@ def _add_input(
 
 
 def cp(num_variables: int, rank: int, leaf: Leaves) -> Regions:
-    """Return one input region per family, and the root, which is a mixture of their products."""
+    """Return one input region per family, and the root, which mixes the products of their units."""
     leaves = _checked_leaves("cp", leaf, num_variables, num_variables=num_variables, rank=rank)
     inputs = _inputs(rank, leaves, (1 << num_variables) - 1, "leaves")
     return *inputs, Region(1, (Partition(tuple(range(len(inputs)))),), name="root")

@@ -283,7 +283,7 @@ class _Writer:
         self.nodes.append([first, units, width, matrix, first_part, len(self.parts)])
 
     def owner(self, region: int) -> int:
-        """Return the node of a region, or -1 - variable for an input without a node."""
+        """Return the node of a region, or ``-1 - v`` for an input of variable v without a node."""
         found = self.node_of.get(region)
         if found is None:
             found = -1 - max(variables(self.graph.regions[region].variables))
@@ -371,7 +371,7 @@ class Execution:
     def down(
         self, droots: Tensor, val: Tensor, weights: Weights, need_weights: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute gradients from those of the roots, ``droots (B, R)``.
+        """Compute all gradients from ``droots (B, R)``, the gradients of the roots.
 
         Returns:
             The gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the weights. The
@@ -392,8 +392,8 @@ class Execution:
     def walk(
         self, val: Tensor, weights: Weights, root: Tensor, uniforms: Tensor | None = None
     ) -> Tensor:
-        """Return the column of the leaf unit that each walk reaches per variable; -1 if it reaches
-        none.
+        """Return, for each walk and variable, the column of the leaf unit that the walk reaches, or
+        -1 if it reaches none.
 
         The result is ``(M, n)`` for M walks, see ``ops.circuit_layers_walk``.
         """

@@ -51,7 +51,7 @@ class _Evidence(NamedTuple):
     ) -> _Evidence:
         """Check the evidence and the roots.
 
-        None is replaced by rows without observations: one row, or one per entry of ``root``.
+        If ``evidence`` is None, rows without observations replace it: one, or one per root.
         """
         if evidence is None:
             rows = len(root) if isinstance(root, Tensor) and root.dim() == 1 else 1
@@ -134,7 +134,7 @@ def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None
 def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
     """Return the log-values of all units by max-product.
 
-    A missing variable has the most probable value of each leaf unit.
+    For a missing variable, each leaf unit has the log-probability of its most probable value.
     """
     leaves = circuit._leaf_values_of("map", filled, missing).clone()
     for leaf, table, span in circuit._families():

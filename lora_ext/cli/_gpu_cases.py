@@ -358,8 +358,8 @@ def _walk_formula(given: Inputs) -> list[Tensor]:
 def circuit_cases() -> list[Case]:
     """Return the cases of the ops of circuits.
 
-    They cover circuits with parameters that a network computes, sums, tables, and circuits of any
-    graph.
+    They cover sums, tables, circuits of any graph, and circuits with parameters that a network
+    computes.
     """
     scan = ("circuit_leaf", "circuit_leaf_backward", "circuit_scan", "circuit_scan_backward")
     sums = tuple(

@@ -113,7 +113,7 @@ def advance(rows: Sequence[Row | None], tokens: Sequence[int]) -> list[Row | Non
 
 
 def stacked_laws(rows: Iterable[Row]) -> Tensor:
-    """Stack the guide's distributions ``law`` of rows with a guide, ``(n, H)``."""
+    """Return the ``law`` of every row that has a guide, stacked as ``(n, H)``."""
     return torch.stack([row.law for row in rows if row.law is not None])
 
 

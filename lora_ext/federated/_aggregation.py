@@ -260,8 +260,8 @@ class _Round:
         return 0.0, 1.0
 
     def _moved(self, parts: list[PairPart], a: Tensor, b: Tensor) -> list[PairPart]:
-        """Return parts that sum to the result of a step of ``server_lr`` from the global product to
-        the mean."""
+        """Return parts whose weighted products sum to the global product after a step of
+        ``server_lr`` towards the mean."""
         if self.server_lr == 1:
             return parts
         towards = _normalised(parts, to=self.server_lr)
@@ -362,13 +362,13 @@ def _mean(parts: Sequence[Part]) -> Tensor:
 
 
 def _by_norm(parts: Sequence[PairPart]) -> list[float]:
-    """Return each weight times the norm of ``B A``, or the weights if all of these are 0."""
+    """Return each weight times the norm of ``B A``, or the weights if all such values are 0."""
     scaled = [part.weight * norm_of(part.a.flatten(1), part.b.flatten(1)) for part in parts]
     return scaled if any(scaled) else [part.weight for part in parts]
 
 
 def _stack_of(parts: Sequence[PairPart]) -> tuple[Tensor, Tensor]:
-    """Return factors of ``sum w_i B_i A_i``, each scaled by the square roots of the weights."""
+    """Return stacked A and B with the product ``sum w_i B_i A_i``; each contains ``sqrt(w_i)``."""
     roots = [math.sqrt(abs(part.weight)) for part in parts]
     a = torch.cat([root * part.a.flatten(1) for root, part in zip(roots, parts, strict=True)])
     signs = [math.copysign(root, part.weight) for root, part in zip(roots, parts, strict=True)]
@@ -377,7 +377,7 @@ def _stack_of(parts: Sequence[PairPart]) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(parts: Sequence[PairPart], to: float = 1.0) -> list[PairPart]:
-    """Return the parts with weights that sum to ``to``."""
+    """Return the parts with their weights scaled to the sum ``to``."""
     total = sum(part.weight for part in parts)
     return [part._replace(weight=to * (part.weight / total)) for part in parts]
 

@@ -52,7 +52,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Settings:
-    """Keyword arguments of :func:`aggregate`, checked."""
+    """Checked keyword arguments of :func:`aggregate`."""
 
     rank_agg: RankAgg = "covered"
     upload: Upload = "delta"

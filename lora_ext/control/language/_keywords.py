@@ -33,7 +33,7 @@ def choice(texts: Sequence[str], clock: Clock) -> Automaton:
 
 
 def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> Automaton:
-    """Return the automaton of texts with a word of each group of ``all_of`` and none of
+    """Return the automaton of texts that contain a word of each group of ``all_of`` and no word of
     ``none_of``.
 
     A state consists of a state of the Aho-Corasick automaton of all words and the set of groups of

@@ -58,7 +58,7 @@ class Constraint(Written):
     def _of(
         cls, what: str, automaton: Automaton, eos: tuple[int, ...], clock: Clock, part: str
     ) -> Constraint:
-        """Build the constraint of an automaton over tokens; ``part`` names it in messages."""
+        """Build the constraint of an automaton over tokens; messages contain ``part``, its size."""
         automaton.class_of[list(eos)] = -1
         content = _algebra.minimal(automaton, clock)
         clock.states(len(content.table), part)

@@ -169,8 +169,8 @@ class _Division:
 
 
 def _check_close(parts: Any, whole: Any) -> None:
-    """Raise unless the first tensors of two outputs of a block are close: of ``parts``, which two
-    calls computed, and of ``whole``, which one call computed."""
+    """Raise unless the first tensor of ``parts``, a block's output from two calls, is close to that
+    of ``whole``, its output from one call."""
     while type(parts) in (tuple, list) and type(whole) in (tuple, list):
         parts, whole = parts[0], whole[0]
     eps = torch.finfo(whole.dtype).eps ** 0.5

@@ -137,7 +137,7 @@ def _key(request: Any) -> tuple[str, int, str]:
 
 
 def _stamp(request: Any) -> object:
-    """Return a value that differs if the files in the adapter's folder have changed.
+    """Return a value that changes whenever the files in the adapter's folder change.
 
     Returns None if there is no such folder, as for a repository on the Hugging Face Hub.
     """
