@@ -51,7 +51,7 @@ class _Evidence(NamedTuple):
     ) -> _Evidence:
         """Check the evidence and the roots.
 
-        If ``evidence`` is None, rows without observations replace it: one, or one per root.
+        If None, the evidence is rows without observations: one, or one per entry of ``root``.
         """
         if evidence is None:
             rows = len(root) if isinstance(root, Tensor) and root.dim() == 1 else 1

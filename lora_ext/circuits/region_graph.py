@@ -275,7 +275,7 @@ class RegionGraph:
 
     @staticmethod
     def join(graphs: Sequence[RegionGraph]) -> RegionGraph:
-        """Join graphs over the same variables, such as one per class, into one graph with all roots.
+        """Join graphs over the same variables, e.g. one per class, into one graph with all roots.
 
         The graphs share no parameters. Region ``name`` of graph i is renamed to ``i/name``.
         """

@@ -2,8 +2,8 @@
 
 Letters: ``B`` rows, ``I`` terms of a sum, ``O`` sums, ``G`` groups.
 
-Log-weights and values may be ``-inf``. A sum with only such terms is ``-inf`` with gradient zero,
-never NaN.
+Log-weights and values may be ``-inf``. A sum whose terms are all ``-inf`` is ``-inf`` with gradient
+zero, never NaN.
 """
 
 from typing import Literal, NamedTuple, overload
