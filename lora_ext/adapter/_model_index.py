@@ -300,7 +300,7 @@ class BaseWeights:
     def _values(self, where: str, name: str) -> Tensor:
         model = self._model()
         if model is None:
-            expected = "expected the pool's base model, to compare this weight with"
+            expected = "expected the pool's base model to compare this weight with"
             raise ValueError(f"{where}: {expected}, found a deleted model: keep a reference to it")
         for full, tensor in _tensors(model):
             if base_name(full) == name:

@@ -203,7 +203,7 @@ def _check_targets(
     """Check that the modules with factors are those that the config targets, if it specifies any,
     and that an activated adapter changes no token before its invocation tokens."""
     targets = config.targets(index)
-    if targets is not None:  # Checked even if not strict: other factors are another adapter.
+    if targets is not None:  # Checked even if not strict, as other factors make another adapter.
         stray = [key for m in sorted(grouped.keys() - targets) for key in grouped[m].values()]
         expected = f"factors only of modules that {config.where} targets"
         require(not stray, where, "keys", expected, _some(stray))
@@ -350,7 +350,7 @@ def write_adapter(
     raw = dict(config.to_dict() if hasattr(config, "to_dict") else config)
     raw.setdefault("peft_type", "LORA")
     raw = AdapterConfig.parse(raw, CONFIG).raw  # raises for a config that could not be read back
-    # Tensors are copied, since safetensors rejects shared memory, as of tied weights.
+    # Copies, since safetensors rejects tensors that share memory, such as tied weights.
     whole = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()

@@ -110,8 +110,8 @@ def _add_gpu_report(commands: Any) -> None:
         commands,
         "gpu-report",
         "check and time every kernel on this GPU, and write a report",
-        "Compares every op with its formula and times its kernels, next to the time\n"
-        "that moving their bytes takes. Writes a JSON file and a Markdown page beside it.\n"
+        "Compares every op with its formula and times its kernels, next to the time that\n"
+        "moving their bytes takes. Writes a JSON file and a Markdown page beside it.\n"
         "Compiles and installs nothing. The report contains versions, GPU, clocks, the\n"
         "hash of the kernels, errors and times, but no names or paths. The exit status\n"
         "is 1 if a check fails.",

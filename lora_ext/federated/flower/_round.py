@@ -97,7 +97,7 @@ class Round:
             settings = ConfigRecord({**config, **sending.config(), **own})
             content = RecordDict({_records.LORA: record, _records.CONFIG: settings})
             messages.append(Message(content, node, MessageType.TRAIN))
-        for message in messages:  # A separate loop: nothing is counted if creating one raises.
+        for message in messages:  # A separate loop: nothing is counted if creating a message raises
             self._asked.append(message.metadata)
             self._count(message.metadata.dst_node_id, message, "down")
         return messages

@@ -202,7 +202,7 @@ def _rows(inner: Any, batch: Any, num_scheduled_tokens: Any, num_sampled_tokens:
             start = _last(torch.from_numpy(batch.token_ids_cpu[row, :prompt]), invocation)
             base = min(count, max(0, (prompt if start is None else start) - done))
             of_tokens[token : token + base] = [0] * base
-            if base == count:  # Then the last tokens, which are sampled, use it too.
+            if base == count:  # The sampled positions are last, so they use the base model, too.
                 of_samples[sample : sample + sampled] = [0] * sampled
         token, sample = token + count, sample + sampled
     return tuple(of_samples), tuple(of_tokens), requests

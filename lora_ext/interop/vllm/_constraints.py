@@ -134,7 +134,7 @@ class Builder:
         from transformers import AutoTokenizer
 
         model = self._model
-        # One tokenizer per set of end tokens: a vocabulary is cached as long as its tokenizer.
+        # One tokenizer per set of end tokens: a vocabulary is cached for the life of its tokenizer.
         tokenizer = AutoTokenizer.from_pretrained(
             model.tokenizer,
             revision=model.tokenizer_revision,
