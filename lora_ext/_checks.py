@@ -45,7 +45,7 @@ def require(
     found: object,
     error: type[Exception] = ValueError,
 ) -> None:
-    """Raise ``error``, with a message of the form above, unless ``holds`` is true."""
+    """Raise ``error`` unless ``holds`` is true. The module's docstring shows the message."""
     if not holds:
         raise error(f"{where}: {argument}: expected {expected}, found {found}")
 

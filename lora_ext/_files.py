@@ -42,7 +42,7 @@ _DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """Shape and dtype of one tensor in a header; ``dtype`` is the name of an unsupported dtype."""
+    """Shape and dtype of a tensor in a header. An unsupported dtype is given by its name."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -96,7 +96,7 @@ def parse_json(data: bytes | bytearray, where: str) -> Any:
 
 
 class SafetensorsFile:
-    """Open safetensors file. Its header has been checked for sizes, overlaps and gaps.
+    """An open safetensors file. Its header has been checked for sizes, overlaps and gaps.
 
     Attributes:
         where: path of the file.
@@ -265,7 +265,7 @@ def _replace_files(folder: Path, files: Mapping[str, bytes], mark: str) -> None:
 
 
 def _back_up(path: Path, backup: Path) -> Path | None:
-    """Make a hard link ``backup`` to the file ``path``, which needs no disk space.
+    """Back up the file ``path`` as a hard link ``backup``, which needs no disk space.
 
     If the file system has no hard links, the file is copied. Returns None if there is no file.
     """

@@ -21,7 +21,7 @@ def build_info() -> dict[str, object]:
 
 
 def hidden() -> Path | None:
-    """Return the folder of another lora_ext that the imported one hides, or None.
+    """Return the folder of another lora_ext that the imported one hides; None if there is none.
 
     If Python is started in a checkout, it imports the checkout and not the installed package.
     """

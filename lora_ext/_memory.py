@@ -1,4 +1,4 @@
-"""Free memory of a device."""
+"""Size of the free memory of a device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def free_bytes(device: torch.device | str | None = None) -> int | None:
         line = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
         found += [int(line[1]) << 10] if line else []
     group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # There is no group, or its limit is "max".
+    with contextlib.suppress(OSError, ValueError):  # no control group, or one with limit "max"
         limit = int((group / "memory.max").read_text())
         found.append(limit - int((group / "memory.current").read_text()))
     return max(0, min(found)) if found else None

@@ -1,4 +1,4 @@
-"""``lora-ext doctor``: report for bug reports, with versions, build and a test of each device.
+"""``lora-ext doctor``: versions, build and a test of each device, to attach to bug reports.
 
 Run ``python -m lora_ext.doctor`` if the command ``lora-ext`` is not on the path. The exit status is
 1 if the test failed on a device.

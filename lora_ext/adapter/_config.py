@@ -136,7 +136,7 @@ class AdapterConfig(LoraConfig):
     def saves_whole(self, weight: str) -> bool:
         """Return whether a weight of the base model belongs to a module of ``modules_to_save``.
 
-        Like PEFT, matches the end of a module's name: ``head`` also matches ``lm_head``.
+        As in PEFT, an entry matches the end of a module's name: ``head`` matches ``lm_head``.
         """
         ends = tuple(self.modules_to_save or ())
         return any(owner.endswith(ends) for owner in _owners(weight)) if ends else False
@@ -285,7 +285,7 @@ def alpha_of(scaling: float, rank: int, rslora: bool) -> float:
 
 
 def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
-    """Split values by module name into PEFT's default and its pattern field, such as
+    """Split values, given by module name, into PEFT's default value and its pattern field, such as
     ``rank_pattern``.
 
     Returns:

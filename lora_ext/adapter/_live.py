@@ -39,7 +39,7 @@ def live_adapter(
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if isinstance(configs, Mapping):
         active: Any = []
-        if adapter is None:  # not read otherwise: transformers raises if only PEFT added layers
+        if adapter is None:  # Read only if needed: transformers raises if only PEFT added layers.
             active = getattr(model, "active_adapters", [])
             if callable(active):  # a method in transformers, a property in PEFT
                 active = active()
@@ -125,7 +125,7 @@ def _describe(
     init = inits.pop() if len(inits) == 1 and inits <= {False, *OWN_INITS} else True
     rslora = all(layer.use_rslora[adapter] for layer in layers.values())
     ranks = {name: layer.r[adapter] for name, layer in layers.items()}
-    # Computed from the scale and not read from lora_alpha, since users may change the scale.
+    # Alphas are computed from the scale, which users may change without lora_alpha.
     alphas = {n: alpha_of(x.scaling[adapter], ranks[n], rslora) for n, x in layers.items()}
     rates = {float(getattr(layer.lora_dropout[adapter], "p", 0.0)) for layer in layers.values()}
     invocations = {layer.alora_invocation_tokens.get(adapter, ()) for layer in layers.values()}

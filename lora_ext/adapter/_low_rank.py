@@ -1,4 +1,4 @@
-"""Norms, truncation and padding of low-rank products, and random rows for ranks that are zero.
+"""Norms, truncation and padding of low-rank products, and random rows in place of zero ones.
 
 The product of the factors a ``(r, I)`` and b ``(O, r)`` is ``b @ a``. It is never formed.
 """

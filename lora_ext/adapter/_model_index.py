@@ -33,7 +33,7 @@ from lora_ext.rows import PoolLayer
 
 from ._peft_tensors import TensorSource, base_name
 
-_CHUNK = 1 << 24  # elements per comparison
+_CHUNK = 1 << 24  # number of elements that are compared at once
 
 PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -41,7 +41,7 @@ PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 # The linear layers of routed experts receive rows in a different order from that of the batch, so
-# they do not know the adapter of a row.
+# the assignment of adapters to rows does not apply to them.
 ROUTED = "routed experts"
 
 
@@ -68,8 +68,8 @@ class ModelIndex:
     linear: dict[str, LinearSpec]
     embedding: dict[str, LinearSpec]
     unsupported: dict[str, str]  # name -> class name
-    output_head: str | None  # PEFT's "all-linear" excludes it
-    classifier: str | None  # PEFT's "all-linear" excludes it for SEQ_CLS without an output head
+    output_head: str | None  # name of the output head, which PEFT's "all-linear" excludes
+    classifier: str | None  # name; "all-linear" excludes it for SEQ_CLS without an output head
     weights: BaseWeights
     shared: bool = True  # whether many adapters share the model and must not change its weights
     experts: dict[str, LinearSpec] = field(default_factory=dict)  # by parameter name
@@ -178,11 +178,11 @@ class ModelIndex:
 
 def _input_embedding(model: Any, head: str | None) -> dict[str, Any]:
     """Return the fields ``vocabulary``, ``input_embedding`` and ``tied_head`` of a transformers
-    model's index. The two names are omitted if other modules share the weight too, such as the
+    model's index. The last two are omitted if other modules share the weight too, such as the
     embedding of a decoder."""
     try:
         embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # not from transformers, or without tokens
+    except (AttributeError, NotImplementedError):  # no transformers model, or one without tokens
         return {}
     found = {"vocabulary": getattr(embedding, "num_embeddings", None)}
     weight = getattr(embedding, "weight", None)
@@ -268,7 +268,7 @@ class BaseWeights:
         return iter(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a weight when the index was built."""
+        """Return the shape that a weight had when the index was built."""
         return self._shapes[name]
 
     def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
@@ -300,7 +300,7 @@ class BaseWeights:
     def _values(self, where: str, name: str) -> Tensor:
         model = self._model()
         if model is None:
-            expected = "expected the pool's base model, to compare this weight with its weight"
+            expected = "expected the pool's base model to compare this weight with"
             raise ValueError(f"{where}: {expected}, found a deleted model: keep a reference to it")
         for full, tensor in _tensors(model):
             if base_name(full) == name:
@@ -324,7 +324,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def offloaded_values(model: nn.Module, name: str) -> Tensor | None:
-    """Return the values of a weight that accelerate has offloaded, or None if it has not."""
+    """Return the values of a weight; None unless accelerate has offloaded the weight."""
     owner, _, parameter = name.rpartition(".")
     hook = getattr(model.get_submodule(owner), "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):

@@ -200,10 +200,10 @@ def check_adapter(
 def _check_targets(
     config: AdapterConfig, where: str, index: ModelIndex, grouped: dict[str, dict[str, str]]
 ) -> None:
-    """Check that exactly the modules that the config targets, if it specifies any, have factors,
+    """Check that the modules with factors are those that the config targets, if it specifies any,
     and that an activated adapter changes no token before its invocation tokens."""
     targets = config.targets(index)
-    if targets is not None:  # even if not strict: with other factors, it is a different adapter
+    if targets is not None:  # Checked even if not strict, as other factors make another adapter.
         stray = [key for m in sorted(grouped.keys() - targets) for key in grouped[m].values()]
         expected = f"factors only of modules that {config.where} targets"
         require(not stray, where, "keys", expected, _some(stray))
@@ -226,8 +226,8 @@ def _group_keys(
     """Group the keys of an adapter's tensors.
 
     Returns:
-        the keys of factors by module and role (such as ``A.weight`` or ``embedding_A``); for each
-        key of a weight of the base model, its name there; and all remaining keys.
+        the keys of factors by module and role (such as ``A.weight`` or ``embedding_A``); the keys
+        of weights of the base model, with their names there; and all remaining keys.
     """
     grouped: dict[str, dict[str, str]] = {}
     base: dict[str, str] = {}
@@ -350,7 +350,7 @@ def write_adapter(
     raw = dict(config.to_dict() if hasattr(config, "to_dict") else config)
     raw.setdefault("peft_type", "LORA")
     raw = AdapterConfig.parse(raw, CONFIG).raw  # raises for a config that could not be read back
-    # Copied, since safetensors rejects tensors that share memory, such as tied weights.
+    # Copies, since safetensors rejects tensors that share memory, such as tied weights.
     whole = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()

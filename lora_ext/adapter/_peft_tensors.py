@@ -242,7 +242,7 @@ def _read_bin(path: Path) -> StateDict:
         try:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
-        except Exception as error:  # zipfile raises various exceptions for a damaged directory
+        except Exception as error:  # zipfile may raise anything for a damaged zip file
             raise ValueError(f"{where}: expected a zip file, found a broken one: {error}") from None
         compressed = sum(e.compress_type != zipfile.ZIP_STORED for e in entries)
         total = sum(e.file_size for e in entries)

@@ -78,8 +78,8 @@ def effective_rank(
     ================ ================================================================
     kind             returned value
     ================ ================================================================
-    "threshold"      number of ``s_i / s_1 > tau``
-    "absolute"       number of ``s_i > tau``; the only kind that depends on ``scaling``
+    "threshold"      number of i with ``s_i / s_1 > tau``
+    "absolute"       number of i with ``s_i > tau``; the only kind that depends on ``scaling``
     "entropy"        ``exp(-sum p_i ln p_i)``, ``p_i = s_i / sum s``
     "entropy_energy" ``exp(-sum p_i ln p_i)``, ``p_i = s_i^2 / sum s^2``
     "stable"         ``sum s^2 / s_1^2``
@@ -157,8 +157,8 @@ def gram_figures(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
         matrices. Both are zero if the product is zero.
     """
     gram_a, gram_b = gram_a.double(), gram_b.double()
-    square = (gram_a * gram_b).sum((-2, -1)).clamp(min=0)  # both are symmetric
-    # Divided by ``sum s^2`` first, since fourth powers of small singular values may underflow.
+    square = (gram_a * gram_b).sum((-2, -1)).clamp(min=0)  # trace(G_b G_a): both are symmetric
+    # G_b is divided by ``sum s^2``, since fourth powers of small singular values may underflow.
     product = (gram_b / square.clamp(min=torch.finfo(torch.float64).tiny)[..., None, None]) @ gram_a
     fourth = (product * product.mT).sum((-2, -1))
     rank = torch.where(fourth > 0, 1 / fourth, 0).clamp(max=gram_a.shape[-1])

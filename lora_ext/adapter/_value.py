@@ -162,7 +162,7 @@ class LoraAdapter:
             config = dataclasses.replace(config, target_modules=tuple(sorted(self.modules)))
         state = self.state_dict()
         with open_adapter((config, state)) as (_, tensors):
-            # Not strict, since unused tensors were skipped or rejected when the adapter was loaded.
+            # strict=False: unused tensors were skipped or rejected when the adapter was loaded.
             meant = self._read(config, tensors, strict=False, copy=False)
         for name, factors in self.modules.items():
             configured, found = meant.modules[name].scaling, factors.scaling

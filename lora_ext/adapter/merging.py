@@ -180,8 +180,8 @@ def _merged(
     density: float | None = None,
     seed: int = 0,
 ) -> LoraAdapter:
-    """Return the weighted sum of adapters; keep only a share ``density`` of each update's values if
-    it is not None."""
+    """Return the weighted sum of adapters. Unless ``density`` is None, only this share of each
+    update's values is kept."""
     values = list(adapters.values())
     first = values[0]
     whole = all(f.a.shape[0] <= (rank or math.inf) for f in first.modules.values())
@@ -220,7 +220,7 @@ def _merged(
         )
     changes: dict[str, Any] = {}
     excluded = {value.config.exclude_modules for value in values}
-    if excluded != {first.config.exclude_modules}:  # one may adapt a module that another excludes
+    if excluded != {first.config.exclude_modules}:  # An adapter may exclude what another adapts.
         changes["exclude_modules"] = longer_than(modules)
     return first.with_modules(
         modules,

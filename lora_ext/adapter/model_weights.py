@@ -239,8 +239,8 @@ class _Shards:
             if placed is not None and placed.get(key) != path.name:
                 continue
             if key in self.infos:
-                found = f"found in {Path(self._owner[key].where).name} and {path.name}"
-                raise ValueError(f"{self.where}: {key:.200}: expected in a single file, {found}")
+                found = f"found it in {Path(self._owner[key].where).name} and {path.name}"
+                raise ValueError(f"{self.where}: {key:.200}: expected it in one file, {found}")
             self.infos[key], self._owner[key] = info, shard
 
     def read(self, key: str) -> Tensor:

@@ -59,7 +59,7 @@ def resize_adapter(
     for name in progress(list(adapter.modules)):
         found = factors = adapter.modules[name]
         errors[name] = 0.0
-        product = factors.a.shape[0] == factors.b.shape[1]  # else a grouped convolution
+        product = factors.a.shape[0] == factors.b.shape[1]  # False for a grouped convolution
         changes = ranks[name] != factors.a.shape[0]
         if changes or (product and bool(asleep(factors.a, factors.b).any())):
             where = f"resize_adapter: {name}"

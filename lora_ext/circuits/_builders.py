@@ -65,7 +65,7 @@ def _add_input(
 
 
 def cp(num_variables: int, rank: int, leaf: Leaves) -> Regions:
-    """Return one input region per family, and the root, which is a mixture of their products."""
+    """Return one input region per family, and the root, which mixes the products of their units."""
     leaves = _checked_leaves("cp", leaf, num_variables, num_variables=num_variables, rank=rank)
     inputs = _inputs(rank, leaves, (1 << num_variables) - 1, "leaves")
     return *inputs, Region(1, (Partition(tuple(range(len(inputs)))),), name="root")
@@ -115,7 +115,7 @@ def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> 
 def btree(num_variables: int, rank: int, leaf: Leaves) -> Regions:
     """Return a balanced binary tree with the splits of ``reference.circuit_scan``.
 
-    The left child of a region with n variables has ``left_size(n)`` of them.
+    The left child of a region with n variables has ``left_size(n)`` variables.
     """
     leaves = _checked_leaves("btree", leaf, num_variables, num_variables=num_variables, rank=rank)
     if num_variables == 1:

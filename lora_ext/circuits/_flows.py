@@ -194,7 +194,7 @@ def univariate_marginals(
                 continuous[var] = True
         add_at(mean, var, flow * center)
         parts.append((var, flow, center, spread))
-    # Sums are over deviations from the mean: differences of large squares would lose digits.
+    # Sums are over deviations from the mean, since mean(x^2) - mean(x)^2 would lose digits.
     for var, flow, center, spread in parts:
         add_at(variance, var, flow * (spread + (center - mean[:, var]).square()))
     found = Marginals(table.view(rows, n, size).log(), mean, variance)

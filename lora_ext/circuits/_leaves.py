@@ -191,7 +191,7 @@ def _draw(p: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
         inside = sums[row, more.clamp(max=num_values) - 1] <= limit
         below = torch.where(inside & (more <= num_values), more, below)
     place = torch.arange(num_values, device=p.device)
-    # Rounding may lead past the last value; the draw is then the last possible value.
+    # If rounding leads past the last value, the last possible value is drawn.
     last = torch.where(p > 0, place, 0).amax(1)
     return torch.where(below < num_values, below, last[row])
 
@@ -259,7 +259,7 @@ class _Trials(Finite):
         choose = (
             math.lgamma(self.total + 1) - torch.lgamma(k + 1) - torch.lgamma(self.total - k + 1)
         )
-        # If a success has probability 1 or 0, zero failures or successes add 0, not 0 * -inf.
+        # A count of 0 adds 0, even if its log-probability is -inf: 0 * -inf would be NaN.
         hits = torch.where(k > 0, k * F.logsigmoid(logit), 0)
         misses = torch.where(k < self.total, (self.total - k) * F.logsigmoid(-logit), 0)
         return choose + hits + misses
@@ -335,7 +335,7 @@ class Gaussian(Leaf):
         return {"mean": torch.randn(rows), "log_std": torch.zeros(rows)}
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        mean, log_std = (  # The backward of embedding adds in a fixed order.
+        mean, log_std = (  # F.embedding, because its backward adds in a fixed order
             F.embedding(row, table[k][:, None]).view(x.shape[1], -1) for k in ("mean", "log_std")
         )
         x = x[..., None]
@@ -363,12 +363,12 @@ class Gaussian(Leaf):
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
     ) -> None:
         mean, log_std = table["mean"].double(), table["log_std"].double()
-        # Sums are over deviations from a mean: differences of large squares would lose digits.
+        # Sums are over deviations from the mean, since mean(x^2) - mean(x)^2 would lose digits.
         count = _per_row(row, flow, len(mean))
         seen, safe = count > 0, torch.where(count > 0, count, 1)
         new_mean = mean + _per_row(row, flow * (x - mean[row]), len(mean)) / safe
         new_variance = _per_row(row, flow * (x - new_mean[row]).square(), len(mean)) / safe
-        # The result has the variance of a mixture of both distributions, so that a step does not
+        # The result has the variance of a mixture of old and new Gaussian, so that a step does not
         # decrease the likelihood. Mixing only the variances could decrease it.
         between = step * (1 - step) * (mean - new_mean).square()
         variance = _mix((2 * log_std).exp(), new_variance, step) + between

@@ -21,7 +21,7 @@ numbers that ``ops.circuit_layers`` executes in one call. Its parts, in order:
     roots     column of each root unit
     stages    first node of each stage, then the number of nodes
     owners    node of each child, then of each root unit; -1 - v for a leaf unit of variable v
-    draws     per node: index of its region among the regions of sums, or -1 without a matrix
+    draws     per node: index of its region among the regions of sums, -1 if it has no matrix
 
 A node is a region, a part is a partition, and a matrix contains the weights of a region. A node
 without a matrix is an input over several variables: its results are its products. Regions with tied
@@ -47,7 +47,7 @@ from ._scopes import PCStructureError, variables
 from .multivariate import MultivariateGaussian
 from .region_graph import RegionGraph
 
-FIRST_LEAF = 2  # columns 0 and 1 are constants
+FIRST_LEAF = 2  # column of the first leaf unit; columns 0 and 1 are constants
 _MAX_BINS = 4
 
 
@@ -283,7 +283,7 @@ class _Writer:
         self.nodes.append([first, units, width, matrix, first_part, len(self.parts)])
 
     def owner(self, region: int) -> int:
-        """Return the node of a region, or -1 - variable for an input without a node."""
+        """Return the node of a region, or ``-1 - v`` for an input of variable v without a node."""
         found = self.node_of.get(region)
         if found is None:
             found = -1 - max(variables(self.graph.regions[region].variables))
@@ -332,7 +332,7 @@ def matrices_of(program: Program) -> list[tuple[int, int, int]]:
 
 
 def rows_of_one_width(program: Program) -> list[tuple[slice, int]]:
-    """Return ranges of the weights in which all sums have equally many terms, and this number."""
+    """Return the range of weights and the number of terms of each run of sums of equal width."""
     found: list[tuple[slice, int]] = []
     for first, sums, terms in matrices_of(program):
         end = first + sums * terms
@@ -371,7 +371,7 @@ class Execution:
     def down(
         self, droots: Tensor, val: Tensor, weights: Weights, need_weights: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute gradients from those of the roots, ``droots (B, R)``.
+        """Compute all gradients from ``droots (B, R)``, the gradients of the roots.
 
         Returns:
             The gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the weights. The
@@ -392,8 +392,8 @@ class Execution:
     def walk(
         self, val: Tensor, weights: Weights, root: Tensor, uniforms: Tensor | None = None
     ) -> Tensor:
-        """Return the column of the leaf unit that each walk reaches per variable; -1 if it reaches
-        none.
+        """Return, for each walk and variable, the column of the leaf unit that the walk reaches, or
+        -1 if it reaches none.
 
         The result is ``(M, n)`` for M walks, see ``ops.circuit_layers_walk``.
         """

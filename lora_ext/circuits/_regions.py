@@ -79,7 +79,7 @@ class Input:
 
 # --- leaves ---------------------------------------------------------------------------------------
 def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
-    """Return the name and fields of a family; raise ValueError if it is not of this package."""
+    """Return the name and fields of a family; raise ValueError for families of other packages."""
     name = type(leaf).__name__.lower()
     known = FAMILIES.get(name) is type(leaf)
     require(known, "leaf", "family", f"one of {[*FAMILIES]}", type(leaf).__qualname__)

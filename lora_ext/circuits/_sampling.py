@@ -40,9 +40,9 @@ class MapResult(NamedTuple):
 class _Evidence(NamedTuple):
     """Checked rows of evidence and the root unit of each."""
 
-    given: Tensor  # (B, n), as passed
-    filled: Tensor  # (B, n), 0 for missing entries
-    missing: Tensor  # (B, n) bool
+    given: Tensor  # (B, n), the evidence as passed
+    filled: Tensor  # (B, n), the evidence with 0 for missing entries
+    missing: Tensor  # (B, n) bool, True for missing entries
     start: Tensor  # (B,), index of the root unit
 
     @classmethod
@@ -51,7 +51,7 @@ class _Evidence(NamedTuple):
     ) -> _Evidence:
         """Check the evidence and the roots.
 
-        None is replaced by rows without observations: one row, or one per entry of ``root``.
+        If None, the evidence is rows without observations: one, or one per entry of ``root``.
         """
         if evidence is None:
             rows = len(root) if isinstance(root, Tensor) and root.dim() == 1 else 1
@@ -134,7 +134,7 @@ def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None
 def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
     """Return the log-values of all units by max-product.
 
-    A missing variable has the most probable value of each leaf unit.
+    For a missing variable, each leaf unit has the log-probability of its most probable value.
     """
     leaves = circuit._leaf_values_of("map", filled, missing).clone()
     for leaf, table, span in circuit._families():
@@ -213,7 +213,7 @@ class _Choice(NamedTuple):
     inside: Tensor  # (B,), whether the position is before the end of a row's sequence
     state: Tensor  # state of this position, by unit of the latent
     rank: Tensor  # candidate of this state, by unit of the latent
-    value: Tensor  # rank of the value among those of its state, by state
+    value: Tensor  # rank of the value among all values of its state, by state
     below: Tensor  # candidate of the next position, by state
 
 

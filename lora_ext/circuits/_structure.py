@@ -68,7 +68,7 @@ def is_deterministic(graph: RegionGraph) -> Truth:
     The test is syntactic. True: the terms of each sum differ in an indicator on a common variable.
     False: two terms of a sum are positive everywhere. ``"unknown"``: all other cases.
     """
-    # Allowed values (a bitset) of each variable that a unit restricts, for each unit.
+    # For each unit: the allowed values (a bitset) of every variable that the unit restricts.
     units: list[list[dict[int, int]]] = []
     verdict: Truth = True
     for region in graph.regions:

@@ -1,7 +1,7 @@
 """Sums in one fixed order, on every device and for any number of threads.
 
-If indices repeat, torch adds with atomics, in an order that may vary: on the CPU in ``index_put_``,
-on CUDA in ``index_add_``. On each device, the other one of these functions adds them in order.
+If indices repeat, ``index_put_`` on the CPU and ``index_add_`` on CUDA add with atomics, in an
+order that may vary. ``index_add_`` on the CPU and ``index_put_`` on CUDA add in a fixed order.
 """
 
 from __future__ import annotations

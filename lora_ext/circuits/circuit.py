@@ -181,8 +181,8 @@ class Circuit(Parameters):
 
         Raises:
             ValueError: If the circuit is not known to be deterministic (:meth:`check`), because
-                other circuits have no known formula that is only as large as the circuit; or if it
-                is unnormalised or has external leaves.
+                no formula whose size is linear in the circuit is known for other circuits; or if
+                the circuit is unnormalised or has external leaves.
 
         Source: Vergari et al. 2021, "A compositional atlas of tractable circuit operations".
         """

@@ -56,9 +56,9 @@ class _Group(NamedTuple):
 class _Given(NamedTuple):
     """Distributions of the h missing variables of a group given the observed ones."""
 
-    log_prob: Tensor  # (G, T, K), of the observed variables
+    log_prob: Tensor  # (G, T, K), log-density of the observed variables
     mean: Tensor  # (G, T, K, h)
-    factor: Tensor  # (G, K, h, h), Cholesky
+    factor: Tensor  # (G, K, h, h), Cholesky factors of the conditional covariances
 
 
 class _Gaussians(NamedTuple):
@@ -84,7 +84,7 @@ class _Gaussians(NamedTuple):
             factor = _triangle(factor[..., variables, :])
         known, cross, rest = factor[..., :k, :k], factor[..., k:, :k], factor[..., k:, k:]
         distance = x[group.entry][:, None, :, group.seen] - mean[..., group.seen]  # (G, K, T, k)
-        # Whitened distances: a standard normal vector under the distribution.
+        # Whitened deviations: independent standard normal numbers under the distribution.
         units = torch.linalg.solve_triangular(known, distance.mT, upper=False)
         log_prob = _log_peak(known)[..., None] - 0.5 * units.square().sum(-2)
         shifted = mean[..., variables[k:]] + (cross @ units).mT
@@ -278,7 +278,7 @@ class MultivariateGaussian(Leaf):
     ) -> None:
         old = _gaussians({k: t.double() for k, t in table.items()})
         count, mean, covariance = _expected(old, row, x.double(), flow.double())
-        # The result has the moments of a mixture of both distributions, so that a step does not
+        # The result has the moments of a mixture of old and new Gaussian, so that a step does not
         # decrease the likelihood. Mixing only the covariances could decrease it.
         far = (mean - old.mean)[..., None]
         mixed = (1 - step) * old.factor @ old.factor.mT + step * covariance
@@ -322,7 +322,7 @@ def _expected(
         parts.append((rows, w, value))
     safe = torch.where(count > 0, count, 1)
     mean = old.mean + total / safe[:, None]
-    # Deviations are taken from the new mean: differences of large squares would lose digits.
+    # Sums are over deviations from the new mean: differences of large squares lose digits.
     for rows, w, value in parts:
         away = value - mean[rows][:, :, None]
         _add(scatter, rows, (w[..., None] * away).mT @ away)

@@ -115,7 +115,7 @@ class RegionGraph:
         return sum(self.partition_units(p) for p in region.partitions)
 
     def depths(self) -> list[int]:
-        """Return the longest distance of each region from an input; inputs have 0."""
+        """Return the longest distance of each region from an input; 0 for an input."""
         found: list[int] = []
         for region in self.regions:
             below = (found[c] for p in region.partitions for c in p.children)
@@ -132,7 +132,7 @@ class RegionGraph:
         check(region.units >= 1, "units", "at least 1", region.units)
         if leaf is None:
             check(bool(region.partitions), "region", "either a leaf or partitions", "neither")
-            check(not given, "variables", "no variables beside partitions", variables(given))
+            check(not given, "variables", "none in a region of sums", variables(given))
         else:
             check(not region.partitions, "region", "either a leaf or partitions", "both")
             check(given > 0, "variables", "at least one variable in an input", "none")
@@ -275,7 +275,7 @@ class RegionGraph:
 
     @staticmethod
     def join(graphs: Sequence[RegionGraph]) -> RegionGraph:
-        """Join graphs over the same variables, such as one per class, into one with all roots.
+        """Join graphs over the same variables, e.g. one per class, into one graph with all roots.
 
         The graphs share no parameters. Region ``name`` of graph i is renamed to ``i/name``.
         """

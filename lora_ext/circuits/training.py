@@ -1,4 +1,4 @@
-"""Training over batches of data, by expectation maximisation or by gradients; padded sequences."""
+"""Training over batches, by expectation maximisation or gradients, and padding of sequences."""
 
 from __future__ import annotations
 

@@ -110,15 +110,15 @@ def _add_gpu_report(commands: Any) -> None:
         commands,
         "gpu-report",
         "check and time every kernel on this GPU, and write a report",
-        "Compares every launcher with its formula and times it, next to the time that\n"
-        "moving its bytes takes. Writes a JSON file and a Markdown page beside it.\n"
+        "Compares every op with its formula and times its kernels, next to the time that\n"
+        "moving their bytes takes. Writes a JSON file and a Markdown page beside it.\n"
         "Compiles and installs nothing. The report contains versions, GPU, clocks, the\n"
         "hash of the kernels, errors and times, but no names or paths. The exit status\n"
         "is 1 if a check fails.",
         _gpu_report.gpu_report,
     )
     _add(parser, "--out", "file of the report, e.g. card.json", "FILE", required=True)
-    _add(parser, "--minutes", "minutes for the timing", "N", type=float, default=3.0)
+    _add(parser, "--minutes", "duration of the timing in minutes", "N", type=float, default=3.0)
     text = "emu: check on the emulator, if it was built, without timing"
     _add(parser, "--backend", text, choices=("cuda", "emu"), default="cuda")
     _add(parser, "--only", "prefixes of op names, separated by commas", "OPS")
@@ -130,8 +130,8 @@ def _add_inspect(commands: Any) -> None:
         "inspect",
         "show the modules of an adapter: ranks, norms, bad values",
         "  norm  Frobenius norm of the update, scaling * B A\n"
-        "  bad   number of values that are NaN or infinite; with any, nothing else is\n"
-        "        measured and the exit status is 1\n\n"
+        "  bad   number of values that are NaN or infinite; if there are any, nothing\n"
+        "        else is measured and the exit status is 1\n\n"
         "The other columns are effective ranks: the number of directions that the update\n"
         "uses.",
         _reports.inspect,
@@ -179,8 +179,8 @@ def _add_resize(commands: Any) -> None:
         "change the rank of an adapter and show the error",
         "A smaller rank keeps the largest singular values of each update, which is the\n"
         "best approximation; `error` is the Frobenius norm of the change. A larger rank\n"
-        "changes nothing. It is an error if no module can use it: an update of I inputs\n"
-        "and O outputs has rank min(I, O) at most.",
+        "does not change the updates. A rank that no module can use is an error: an\n"
+        "update of I inputs and O outputs has rank min(I, O) at most.",
         _changes.resize,
     )
     _add(parser, "adapter", _FOLDER, "ADAPTER")
@@ -293,7 +293,7 @@ def _add_serve(commands: Any) -> None:
 def _add_json(parser: argparse.ArgumentParser, out: bool = False) -> None:
     """Add ``--json``; with ``out``, also ``--out``, the folder that the command writes."""
     if out:
-        text = "folder to write; replaces an adapter in it"
+        text = "folder to write; an adapter in it is replaced"
         _add(parser, "--out", text, "DIR", required=True)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

@@ -238,7 +238,7 @@ def _head(given: Inputs) -> tuple[str, Tensor, Tensor, Tensor]:
 def _scored(function: Any, given: Inputs) -> list[Tensor]:
     """Return the log-probabilities of the sample that the op has drawn.
 
-    The reference computes them for the op's tokens, since rounding might make it draw other ones.
+    The reference computes them for the op's tokens, since rounding might make it draw others.
     """
     if function is ops.circuit_sample:
         found = function(*_head(given), given["uniforms"])
@@ -358,8 +358,8 @@ def _walk_formula(given: Inputs) -> list[Tensor]:
 def circuit_cases() -> list[Case]:
     """Return the cases of the ops of circuits.
 
-    They cover circuits with parameters that a network computes, sums, tables, and circuits of any
-    graph.
+    They cover sums, tables, circuits of any graph, and circuits with parameters that a network
+    computes.
     """
     scan = ("circuit_leaf", "circuit_leaf_backward", "circuit_scan", "circuit_scan_backward")
     sums = tuple(

@@ -1,4 +1,4 @@
-"""The command serve, which runs a server."""
+"""The command serve, which runs a server of OpenAI's API."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class Guide:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Guide:
-        """Load a guide that :meth:`save` wrote. The file may be untrusted, as it is validated.
+        """Load a guide that :meth:`save` wrote. The file may be untrusted: it is validated.
 
         Raises:
             ValueError: If the file is malformed, or values are not probabilities.

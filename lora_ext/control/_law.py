@@ -113,7 +113,7 @@ def advance(rows: Sequence[Row | None], tokens: Sequence[int]) -> list[Row | Non
 
 
 def stacked_laws(rows: Iterable[Row]) -> Tensor:
-    """Stack the guide's distributions ``law`` of rows with a guide, ``(n, H)``."""
+    """Return the ``law`` of every row that has a guide, stacked as ``(n, H)``."""
     return torch.stack([row.law for row in rows if row.law is not None])
 
 
@@ -258,7 +258,7 @@ def finite_scales(scales: Tensor, step: NextTokens) -> Tensor:
     """Return log-scales ``(S + 1,)`` of messages, finite for all allowed next states of a step.
 
     A next state of probability 0 under the guide is still allowed by the constraint. Its log-scale
-    is set ``IMPOSSIBLE_GAP_NATS`` below the smallest of the other next states.
+    is set ``IMPOSSIBLE_GAP_NATS`` below the smallest log-scale of the others.
     """
     known = scales[step.states.to(scales.device)]
     if bool((known > -torch.inf).all()):
@@ -289,7 +289,7 @@ def moved(blocks: Sequence[Block], scores: Tensor, temperature: float = 1.0) -> 
     for places, ratio in blocks:
         ratio = ratio.to(scores)
         if temperature != 1:
-            # In a fused multiply-add, rounding would depend on the address of the row.
+            # Not fused with the addition: rounding would then depend on the address of the row.
             ratio = temperature * ratio
         first, last = places[0], places[-1]
         if places == list(range(first, last + 1)):

@@ -243,7 +243,7 @@ class NextTokens:
     def __init__(self, plan: Plan, state: int, k: int):
         constraint = plan.constraint
         self._constraint = constraint
-        if state == constraint.end:  # only end tokens follow the end
+        if state == constraint.end:  # After the end, only end tokens are allowed.
             self.live = torch.arange(constraint.table.shape[1]) == 0
             self.after = torch.where(self.live, constraint.end, -1)
         else:
@@ -335,7 +335,7 @@ class Messages:
         first[-1] = 1
         scale = plan.guide.initial.new_full((states,), -torch.inf)
         scale[-1] = 0
-        self._marks: list[tuple[Tensor, Tensor]] = [(first, scale)]  # every stride-th table
+        self._marks: list[tuple[Tensor, Tensor]] = [(first, scale)]  # every stride-th C_k
         self._segments: OrderedDict[int, list[tuple[Tensor, Tensor]]] = OrderedDict()
 
     def __call__(self, k: int) -> tuple[Tensor, Tensor]:

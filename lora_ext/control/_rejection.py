@@ -53,7 +53,7 @@ def keep_probabilities(rows: Sequence[Row | None], tokens: Tensor) -> Tensor:
             continue
         step, (messages, _) = plan.step(row.state, row.left), plan.messages(row.left - 1)
         successors = step.after[plan.constraint.class_index[tokens[i]]]
-        of_tokens = messages[successors.to(messages.device)]  # (m, H), all ones for END
+        of_tokens = messages[successors.to(messages.device)]  # (m, H) of the next states, 1 for END
         guided.setdefault(plan.guide, []).append((i, row, of_tokens))
     for guide, members in guided.items():
         places, of_guide, messages = zip(*members, strict=True)
@@ -119,7 +119,7 @@ def proposal_scores(
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     found = [None if row is None else log_bound(row) for row in rows]
     bounds = None
-    if any(bound is not None for bound in found):  # one tensor, for fewer passes over all scores
+    if any(bound is not None for bound in found):  # Stacked bounds are added in one pass.
         bounds = wide.new_zeros(wide.shape)
         for row, bound in zip(bounds, found, strict=True):
             if bound is not None:
@@ -167,7 +167,7 @@ def draw_from(
         found = _sampled(envelope, numbers[..., 0])  # (n, m)
         keep = keep_probabilities([rows[i] for i in waiting], found)
         at = found.to(envelope.device)
-        if turn:  # for tokens of earlier rounds the envelope is p r, so they are always kept
+        if turn:  # The envelope of tokens from earlier rounds is p r, so they are always kept.
             tightened = (bounded.gather(1, at) - envelope.gather(1, at)).exp().cpu()
             keep = (keep * tightened).clamp(max=1)
         kept = numbers[..., 1] < keep
@@ -181,7 +181,7 @@ def draw_from(
         if not waiting:
             return tokens, looked_at
         bounded, envelope, at, keep = bounded[still], envelope[still], at[still], keep[still]
-        # The sum is not in place, because a token may have been drawn twice.
+        # `scatter` and not `scatter_add`: a token drawn twice must be lowered only once.
         envelope = envelope.scatter(1, at, envelope.gather(1, at) + keep.log().to(envelope))
         count = tries
     whole = moved(log_ratios([rows[i] for i in waiting]), tempered[waiting])

@@ -187,7 +187,7 @@ def _learned(
     cluster[seen] = _clusters(hidden, states, progress)
     emission = _emission(head, hidden, cluster[seen], states, progress)
     before, after = cluster[:, :-1].flatten(), cluster[:, 1:].flatten()
-    both = after >= 0  # the preceding token then exists, too
+    both = after >= 0  # `before` is then not -1 either
     transition = torch.full((states, states), 1 / states)
     transition.index_put_((before[both], after[both]), torch.ones(int(both.sum())), accumulate=True)
     first = torch.bincount(cluster[:, 0], minlength=states).float() + 0.1

@@ -175,7 +175,7 @@ class ConstraintProcessor:
     def _warn_if_over(self, input_ids: Tensor) -> None:
         """Warn once per run if ``generate`` would already have stopped.
 
-        If ``generate`` has the processor's budget and end tokens, these rows are then the prompts
+        If ``generate`` has the processor's budget and end tokens, ``input_ids`` are then prompts
         of a new ``generate``. There is no warning if the rows are reordered, which only happens
         between the steps of one beam search.
         """

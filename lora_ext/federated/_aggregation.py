@@ -32,7 +32,7 @@ class Aggregate:
         state: the new global adapter. A tensor that no client trained is the original object; if
             the round was skipped, every tensor is.
         accepted: clients with valid replies, in ascending order.
-        rejected: reasons of rejected replies by client, with key, expected and found.
+        rejected: reason of each rejection by client, with the key, expected and found value.
         uncovered: layers that no accepted client trained.
         noise: relative error of each layer: the difference between averaging A and B separately
             and averaging ``B A``, or the truncation error with "svd".
@@ -114,7 +114,7 @@ def aggregate(
         min_replies: number of accepted replies below which the round is skipped.
         partial_ok: whether a reply may lack modules of its plan; both factors must be missing.
         pattern: regular expression whose first group is the index of a layer in a name.
-        shared: additional names of the state that every client sends, such as a head.
+        shared: names of additional tensors that every client sends, such as those of a head.
 
     Raises:
         ValueError: If settings are out of range; if the state has no layers, or its factors do not
@@ -224,7 +224,7 @@ class _Round:
             if own:
                 means.append(_mean_of(start, own, axis, zero_pad))
             alone = self.parts(key) if self.rank_agg != "fro" else own
-            if len(alone) > len(own):  # the other factor of some clients was dropped
+            if len(alone) > len(own):  # The other factor of some clients was dropped.
                 self.write(key, _mean_of(start, alone, axis, zero_pad))
             elif own:
                 self.write(key, means[-1])
@@ -260,8 +260,8 @@ class _Round:
         return 0.0, 1.0
 
     def _moved(self, parts: list[PairPart], a: Tensor, b: Tensor) -> list[PairPart]:
-        """Return parts that sum to the result of a step of ``server_lr`` from the global product to
-        the mean."""
+        """Return parts whose weighted products sum to the global product after a step of
+        ``server_lr`` towards the mean."""
         if self.server_lr == 1:
             return parts
         towards = _normalised(parts, to=self.server_lr)
@@ -362,13 +362,13 @@ def _mean(parts: Sequence[Part]) -> Tensor:
 
 
 def _by_norm(parts: Sequence[PairPart]) -> list[float]:
-    """Return each weight times the norm of ``B A``, or the weights if all of these are 0."""
+    """Return each weight times the norm of ``B A``, or the weights if all such values are 0."""
     scaled = [part.weight * norm_of(part.a.flatten(1), part.b.flatten(1)) for part in parts]
     return scaled if any(scaled) else [part.weight for part in parts]
 
 
 def _stack_of(parts: Sequence[PairPart]) -> tuple[Tensor, Tensor]:
-    """Return factors of ``sum w_i B_i A_i``, each scaled by the square roots of the weights."""
+    """Return stacked A and B with the product ``sum w_i B_i A_i``; each contains ``sqrt(w_i)``."""
     roots = [math.sqrt(abs(part.weight)) for part in parts]
     a = torch.cat([root * part.a.flatten(1) for root, part in zip(roots, parts, strict=True)])
     signs = [math.copysign(root, part.weight) for root, part in zip(roots, parts, strict=True)]
@@ -377,7 +377,7 @@ def _stack_of(parts: Sequence[PairPart]) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(parts: Sequence[PairPart], to: float = 1.0) -> list[PairPart]:
-    """Return the parts with weights that sum to ``to``."""
+    """Return the parts with their weights scaled to the sum ``to``."""
     total = sum(part.weight for part in parts)
     return [part._replace(weight=to * (part.weight / total)) for part in parts]
 

@@ -70,7 +70,7 @@ class LoraLayerManager:
         found: dict[str, Any] = dict(adapted_layers(model, adapter))
         self._groups = LayerGroups(model, adapter, "module")
         state: dict[str, Tensor] = {}
-        blocks: dict[str, str] = {}  # by a module's name in the base model
+        blocks: dict[str, str] = {}  # name of a module in the base model -> block
         self._layers: dict[str, Any] = {}
         for name, layer in found.items():
             block = block_name(f"{name}.lora_A.weight", pattern)
@@ -150,7 +150,7 @@ class LoraLayerManager:
         with contextlib.ExitStack() as hooks:
             for block in map(self.model.get_submodule, self.blocks[:lowest]):
                 hooks.enter_context(block.register_forward_pre_hook(without.enter))
-                # ``always_call``, so that gradients are restored even if the forward raises.
+                # ``always_call`` restores gradients even if the forward raises.
                 leave = block.register_forward_hook(without.leave, always_call=True)
                 hooks.enter_context(leave)
             hooks.callback(without.end)
@@ -193,7 +193,7 @@ class LoraLayerManager:
         change.
 
         Args:
-            state: factors from :meth:`state_slice`, or with module names of the base model.
+            state: factors from :meth:`state_slice`; names may lack ``base_model.model.``.
             strict: whether to raise for names that are not factors of a layer, and for a layer of
                 which ``state`` contains only some modules. False skips these names.
 
@@ -310,6 +310,6 @@ def _check_carried(name: str, layer: Any, adapter: str) -> None:
         found = "a bias"
     elif adapter not in layer.lora_A:
         found = f"parameters of a {type(layer).__name__}"
-    elif getattr(layer, "num_experts", 1) > 1:  # their rows are grouped by expert, not by rank
+    elif getattr(layer, "num_experts", 1) > 1:  # The rows of A are grouped by expert, not by rank.
         found = f"a pair for each of {layer.num_experts} experts"
     require(found is None, where, repr(adapter), "only lora_A and lora_B", found)

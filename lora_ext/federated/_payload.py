@@ -171,7 +171,7 @@ def unpack_tensors(
 
 
 def _name_of(key: str, array: Any, brain: bool, where: str) -> str:
-    """Return the name of the dtype that an array represents."""
+    """Return the name of the dtype that an array represents, bfloat16 if ``brain``."""
     require(isinstance(array, np.ndarray), where, key, "an array", type(array).__name__)
     if brain:
         require(array.dtype == np.dtype("<u2"), where, key, "uint16 for bfloat16", array.dtype)

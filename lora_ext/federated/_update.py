@@ -52,7 +52,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Settings:
-    """Keyword arguments of :func:`aggregate`, checked."""
+    """Checked keyword arguments of :func:`aggregate`."""
 
     rank_agg: RankAgg = "covered"
     upload: Upload = "delta"
@@ -114,7 +114,7 @@ class Reply:
     client: Client
     weight: float
     tensors: Mapping[str, Tensor]
-    factor: float  # at most 1; multiplies the update
+    factor: float  # factor of the update, at most 1
 
     def value(self, key: str, rules: Rules) -> Tensor:
         """Return the client's new value of a tensor, in float64 on the CPU."""

@@ -23,7 +23,7 @@ class CommRow(NamedTuple):
     up: int = 0  # sent by the client
     down: int = 0  # received by the client
     frames: int = 0  # part of up + down that is not tensor data: headers, names and settings
-    full: int = 0  # up + down if the messages contained all layers
+    full: int = 0  # value of up + down if the messages contained all layers
 
 
 class CommLog:

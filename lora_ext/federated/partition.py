@@ -78,7 +78,7 @@ def partition_dirichlet(
         labels: class of each sample, ``(samples,)``.
         n_clients: number of clients.
         alpha: parameter of the distribution, above 0. Small values give a client few classes, large
-            values similar parts of all.
+            values similar parts of all classes.
         seed: seed of the random numbers; the global random state is not used.
         min_size: minimum number of samples of a client. At most a hundred splits are drawn until
             every client has that many samples.

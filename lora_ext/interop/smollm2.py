@@ -96,8 +96,8 @@ def _convert(source: Path, folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         source.parent, dtype="float32", **place
     )
-    # The weights are float32 now. With this entry, newer versions of transformers would load them
-    # as a quantised model.
+    # The weights are float32 now. With ``quantization_config``, newer versions of transformers
+    # would load them as a quantised model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None

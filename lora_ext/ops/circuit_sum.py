@@ -120,7 +120,7 @@ def log_einsum_exp(
     choice("log_einsum_exp", "norm", norm, NORMS)
     choice("log_einsum_exp", "semiring", semiring, ("sum", "max"))
     refuse_tangents("log_einsum_exp", w, values)
-    # The gradient of a leaf tensor has its shape, with one matrix per row.
+    # Leaf tensors are excluded: their gradient must have their shape, one matrix per row.
     leaf = w.requires_grad and w.is_leaf
     if w.dim() == 3 and values.dim() == 2 and len(w) > 1 and w.stride(0) == 0 and not leaf:
         found = f"{tuple(w.shape)} and {tuple(values.shape)}"

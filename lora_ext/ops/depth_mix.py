@@ -53,7 +53,7 @@ def depth_mix(
         gammas: Scales of the norms, ``(k, d)`` or k tensors ``(d,)``, in any dtype that float32
             (float64 for float64 hiddens) represents exactly: float32 norms work with 16-bit
             hiddens. If dtypes differ among gammas and betas, they are copied to float32.
-        weights: Weights of the hidden states, ``(..., k)``, in a dtype as for ``gammas``.
+        weights: Weights of the hidden states, ``(..., k)``, in any dtype allowed for ``gammas``.
         eps: Number added to the mean square, at least 0.
         betas: Shifts of the norms, as ``gammas``, or None for 0.
         norm: Norm, "rms" or "layer".
@@ -89,8 +89,8 @@ def depth_mix_routed(
     Args:
         hiddens: Hidden states, see :func:`depth_mix`.
         gammas: Scales of the norms, see :func:`depth_mix`.
-        router: Weight of the router, ``(k, d)``, in a dtype as for ``gammas``.
-        bias: Bias of the router, ``(k,)``, in a dtype as for ``gammas``.
+        router: Weight of the router, ``(k, d)``, in any dtype allowed for ``gammas``.
+        bias: Bias of the router, ``(k,)``, in any dtype allowed for ``gammas``.
         eps: Number added to the mean square, at least 0.
         betas: Shifts of the norms, see :func:`depth_mix`.
         norm: Norm, "rms" or "layer".

@@ -143,7 +143,7 @@ def lora_expand_(
     page_table: Tensor | None = None,
     plan: Tensor | None = None,
 ) -> Tensor:
-    """Multiply every row of ``v`` by the factor ``b`` of its adapter, and add it to ``y`` in place.
+    """Multiply every row of ``v`` by ``b`` of its adapter, and add the product to ``y`` in place.
 
     ``y[t] = round(y[t] + b[s] @ v[t])`` with ``s = adapter_ids[t]`` and one rounding; rows with id
     -1 stay bitwise unchanged.

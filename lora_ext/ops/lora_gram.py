@@ -58,7 +58,7 @@ def lora_gram(
     require(len(a) == len(b), "lora_gram", "b", f"as many tensors as a, {len(a)}", len(b))
     grams: dict[int, tuple[Tensor, Tensor]] = {}
     devices = dict.fromkeys(t.device for t in a)
-    if len(devices) > 1:  # Messages of the op would number only the factors of one device.
+    if len(devices) > 1:  # In the op's errors, a[i] would be the i-th factor of one device only.
         _check_adapters("lora_gram", a, spread=True, b=b)
     for device in devices:
         here = [i for i, t in enumerate(a) if t.device == device]

@@ -195,7 +195,7 @@ class _Apart(torch.autograd.Function):
         if packed is None or weight is None:
             y, v = _c.lora_linear_forward.default(x, weight, bias, *bank, *rest)
         else:
-            require(not ctx.p, _LINEAR, "dropout_p", "0 with packed", ctx.p)
+            require(not ctx.p, _LINEAR, "dropout_p", "0 if packed is set", ctx.p)
             y = _c.packed_linear.default(x, packed, bias, weight.shape[0])
             v = _c.lora_shrink.default(x, bank[0], ids, scale, ranks, None, plan)
             _c.lora_expand_.default(y, v, bank[1], ids, ranks, None, plan)

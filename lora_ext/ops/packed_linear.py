@@ -28,7 +28,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     Returns:
         For float32, ``(ceil(O / 32), I, 32)``, with the input features of a panel in order. For
         bfloat16, ``(ceil(O / 32), ceil(I / 2), 32, 2)``, with pairs of input features; if ``I`` is
-        odd, the last two axes are merged, which distinguishes it from ``I + 1``.
+        odd, the last two axes are merged, so that the shape differs from that for ``I + 1``.
 
     Raises:
         ValueError: If the shape, dtype or device is wrong.

@@ -70,9 +70,9 @@ def num_transitions(kind: str, n_token: int) -> int:
 
 
 def left_size(length: int) -> int:
-    """Return how many of the ``length`` positions of a tree node its left child has.
+    """Return the number of positions of the left child of a tree node of ``length`` positions.
 
-    This is half of them; a tie is rounded to an even number.
+    This is ``length / 2``, rounded to the even neighbour if it is not an integer.
     """
     return round(length / 2)
 
@@ -140,7 +140,7 @@ def _walk(
 
 
 def _normalised(leaf: Tensor, prior: Tensor | None, trans: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of prior and transitions, in the dtype of ``accumulator``."""
+    """Return the log-probabilities of prior and transitions, float32 (float64 for float64)."""
     dtype = accumulator(leaf.dtype)
     rows, components = leaf.shape[0], leaf.shape[2]
     if prior is None:  # All components are equally likely.

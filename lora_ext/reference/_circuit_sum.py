@@ -2,8 +2,8 @@
 
 Letters: ``B`` rows, ``I`` terms of a sum, ``O`` sums, ``G`` groups.
 
-Log-weights and values may be ``-inf``. A sum with only such terms is ``-inf`` with gradient zero,
-never NaN.
+Log-weights and values may be ``-inf``. A sum whose terms are all ``-inf`` is ``-inf`` with gradient
+zero, never NaN.
 """
 
 from typing import Literal, NamedTuple, overload
@@ -30,7 +30,7 @@ class LogMax(NamedTuple):
 
 
 def log_weights(w: Tensor, norm: str) -> Tensor:
-    """Convert weights to log-weights in the dtype of ``accumulator``.
+    """Convert weights to log-weights, float32 (float64 for float64).
 
     ``norm`` is one of :data:`NORMS`, see :func:`lora_ext.ops.log_einsum_exp`.
     """

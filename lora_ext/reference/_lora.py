@@ -137,7 +137,7 @@ def lora_apply_siblings_(
 ) -> Sequence[Tensor]:
     """Call :func:`lora_apply_` for every module on the same rows.
 
-    An empty list stands for None.
+    An empty ``scale``, ``ranks`` or ``page_table`` stands for None.
     """
     for m, each in enumerate(y):
         rest = (part[m] if part else None for part in (scale, ranks, page_table))

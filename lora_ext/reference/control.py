@@ -32,10 +32,10 @@ def control_live(delta: Tensor, budget: int, least: int = 0) -> Tensor:
 def control_messages(
     delta: Tensor, transition: Tensor, emission: Tensor, budget: int, least: int = 0
 ) -> Tensor:
-    """Compute the probability ``C (n + 1, S + 1, H)`` that a guide completes the text in k tokens.
+    """Compute the probability ``C (n + 1, S + 1, H)`` that a guide ends a text in <= k tokens.
 
     ``C_k(s, z) = sum_z' T(z, z') sum_x beta(z', x) C_{k-1}(delta(s, x), z')`` with the transition
-    ``T`` and the emission ``beta``; 1 after the end.
+    ``T`` and the emission ``beta``; ``C_k(S, z) = 1`` after the end. ``k`` is the first index.
     """
     states = len(delta)
     out = [emission.new_zeros(states + 1, len(transition))]
@@ -74,5 +74,5 @@ def control_filter(law: Tensor, transition: Tensor, emission: Tensor, token: int
 
 
 def _open(delta: Tensor, closed: bool) -> Tensor:
-    """Return which edges are allowed, ``(S, V)``; if ``closed``, no edge into the end is."""
+    """Return which edges are allowed, ``(S, V)``; if ``closed``, edges into the end are not."""
     return (delta >= 0) & ~((delta == len(delta)) & closed)

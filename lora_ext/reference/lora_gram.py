@@ -16,7 +16,7 @@ def lora_gram(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Compute ``a @ a^T`` and ``b^T @ b`` of every adapter, ``(r, r)`` each.
 
-    The results have the dtype ``dtype``, or that of ``accumulator`` if it is None.
+    The results have the dtype ``dtype``; if it is None, float32 (float64 for float64 factors).
     """
     wide_a = [t.to(dtype or accumulator(t.dtype)) for t in a]
     wide_b = [t.to(dtype or accumulator(t.dtype)) for t in b]
@@ -57,7 +57,7 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
 def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Compute ``|| weight + scale * b @ a ||`` of every row, ``(O,)``.
 
-    The result has the dtype of ``accumulator``.
+    The result is float32 (float64 for float64).
 
     Source: DoRA (Liu et al. 2024), eq. 5.
     """

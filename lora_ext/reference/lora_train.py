@@ -15,7 +15,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def _multiply(m: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the high and low word of the 64-bit product.
+    """Return the high and the low 32-bit word of the 64-bit product ``m * word``.
 
     It is computed from 16-bit halves of ``word``, because the product would overflow int64.
     """
@@ -25,7 +25,7 @@ def _multiply(m: int, word: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _philox4x32_10(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """Apply ten rounds of Philox to ``counter (..., 4)``, words in int64.
+    """Apply ten rounds of Philox to ``counter (..., 4)``, 32-bit words stored as int64.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
     """

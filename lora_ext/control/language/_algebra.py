@@ -159,7 +159,7 @@ def joined(
         ConstraintTooLarge: If there are too many pairs.
     """
     part = f"{len(a.table)} states times {len(b.table)}"
-    width = len(b.table) + 1  # both have a sink as last state, in which no text ends
+    width = len(b.table) + 1  # The last state of both tables is a non-final sink.
     mixed = (a.class_of.astype(np.int64) + 1) * (b.table.shape[1] + 1) + b.class_of + 1
     classes, class_of = np.unique(mixed, return_inverse=True)
     of_a = _with_sink(a)[:, classes // (b.table.shape[1] + 1) - 1]
@@ -223,7 +223,7 @@ def over_tokens(
         byte: Automaton over the 256 values of a byte.
         tokens: Bytes of each token; None for a token without text, which gets no edge.
         clock: Limits of time and size.
-        part: Description of the factors of the size, for error messages.
+        part: Origin of the size for error messages, such as "3 states times 4".
     """
     # Tokens with equal sequences of byte classes have equal columns, so they are one class.
     reads = byte.class_of.astype(np.uint8).tobytes()
@@ -238,7 +238,7 @@ def over_tokens(
     table = np.full((len(byte.table), len(spelled)), -1, np.int32)
     clock.table(table.nbytes, part)
     levels = _prefixes(list(spelled))
-    # With a last row of -1, state -1 leads to itself.
+    # Index -1 is the last row. Filled with -1, it makes the state -1 absorbing.
     step = np.append(byte.table, np.full((1, byte.table.shape[1]), -1, np.int32), 0)
     chunk = max(1, _CHUNK // max(1, len(spelled)))
     for low in range(0, len(table), chunk):
@@ -251,7 +251,7 @@ def over_tokens(
 
 
 class _Level(NamedTuple):
-    """The ``n`` distinct prefixes of words that have a certain length.
+    """The ``n`` distinct prefixes of one length, taken from all words.
 
     Attributes:
         parents: Index in the previous level of each prefix without its last letter, ``(n,)``.

@@ -54,7 +54,7 @@ def unanchored(where: str, argument: str, pattern: str) -> str:
 
 
 def _ends(parts: list[str], place: int, verbose: bool) -> bool:
-    """Return whether the alternative ends after a part, except for further end anchors."""
+    """Return whether only end anchors follow a part in its alternative."""
     for part in parts[place + 1 :]:
         if part not in _END:
             return part == "|" and not verbose

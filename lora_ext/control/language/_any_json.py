@@ -1,4 +1,4 @@
-"""Automaton over bytes of JSON objects with any content, up to a fixed depth."""
+"""Automaton over bytes that accepts JSON objects with any content, up to a fixed depth."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def main():
 
             pattern = build_regex_from_schema(request["schema"])
         elif ")" in pattern:
-            # In the group that `automaton` adds, an unmatched bracket would be no error.
+            # Raises for an unmatched bracket, which the group that `automaton` adds would close.
             Index(pattern + "\\x00", every)
         for inner in request.get("inner", ()):
             Index(inner + "\\x00", every)

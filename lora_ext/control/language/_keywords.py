@@ -33,7 +33,7 @@ def choice(texts: Sequence[str], clock: Clock) -> Automaton:
 
 
 def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> Automaton:
-    """Return the automaton of texts with a word of each group of ``all_of`` and none of
+    """Return the automaton of texts that contain a word of each group of ``all_of`` and no word of
     ``none_of``.
 
     A state consists of a state of the Aho-Corasick automaton of all words and the set of groups of
@@ -107,7 +107,7 @@ class _Tree:
         moves[0] = [self.below[0].get(b, 0) for b in letters]
         place_of = {b: i for i, b in enumerate(letters)}
         queue = [(child, 0) for child in self.below[0].values()]
-        for node, back in queue:  # in order of depth: the longest suffix, `back`, is complete
+        for node, back in queue:  # In order of depth, so `back`, the longest suffix, is complete.
             seen[node] |= seen[back]
             moves[node] = [self.below[node].get(b, moves[back][i]) for i, b in enumerate(letters)]
             queue += [(child, moves[back][place_of[b]]) for b, child in self.below[node].items()]

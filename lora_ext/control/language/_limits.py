@@ -63,11 +63,11 @@ class Clock:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds left, at least 0."""
+        """Seconds until the time limit, at least 0."""
         return max(0.0, self._end - time.monotonic())
 
     def look(self, part: str) -> None:
-        """Raise ConstraintTooLarge if the time is exceeded; ``part`` describes the current step."""
+        """Raise ConstraintTooLarge after the time limit; ``part`` describes the current step."""
         if time.monotonic() > self._end:
             self.refuse(f"{self.limits.max_seconds} seconds", f"more ({part})")
 
@@ -76,7 +76,7 @@ class Clock:
 
         Args:
             found: Number of states.
-            part: Description of the factors of this number, for the message.
+            part: Origin of this number for the message, such as "3 states times 4".
             merged: Whether equivalent states are already merged. The limit is then ``max_states``,
                 otherwise ``max_pairs``.
         """
@@ -87,7 +87,7 @@ class Clock:
     def table(self, nbytes: int, part: str) -> None:
         """Raise ConstraintTooLarge for too many bytes of a table.
 
-        ``part`` describes the factors of the size, for the message.
+        ``part`` is the origin of the size for the message, such as "3 states times 4".
         """
         if nbytes > self.limits.max_table_bytes:
             self.refuse(f"{self.limits.max_table_bytes} bytes", f"{nbytes}, from {part}")

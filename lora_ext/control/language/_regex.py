@@ -105,7 +105,7 @@ def _built(where: str, request: dict[str, Any], clock: Clock, told: str) -> Auto
                 f"one with a quote, backslash or control character: {head['error'][8:]!r:.80}"
             )
         raise ValueError(
-            f"{where}: expected input outlines-core accepts, found {told}: {head['error']:.200}"
+            f"{where}: expected valid input of outlines-core, found {told}: {head['error']:.200}"
         )
     if "states" not in head or len(data) != 4 * 257 * head["states"]:
         clock.refuse(f"{_MEMORY} bytes", f"more: check for nested repetitions in {told}")

@@ -27,9 +27,9 @@ _WORDS = {
     "boolean": set(),
     "null": set(),
 }
-# Other formats allow a quote or a backslash in the string, or are not supported.
+# Accepted formats. Others allow a quote or a backslash in the string, or are not supported.
 _FORMATS = ("date", "date-time", "uuid")
-# outlines-core would accept the digits of any script in a date.
+# Replaces the pattern of outlines-core, which accepts the digits of any script in a date.
 _DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
 _LETTERS = "\\.+*?()|[]{}^$"  # special characters of a regular expression
 _WHERE = "json_schema"
@@ -183,8 +183,8 @@ def _exact(number: float) -> bool:
     if isinstance(number, int):
         return -(1 << 63) <= number < 1 << 64
     _, digits, exponent = Decimal(repr(number)).as_tuple()
-    # Digits and power of ten are exact as doubles within these limits, so their product is rounded
-    # only once, as in Python.
+    # The digits and the power of ten are exact doubles within these limits, so their product is
+    # rounded only once, as in Python.
     return int("".join(map(str, digits))) <= 1 << 53 and abs(int(exponent)) <= 22
 
 

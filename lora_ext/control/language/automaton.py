@@ -58,7 +58,7 @@ class Constraint(Written):
     def _of(
         cls, what: str, automaton: Automaton, eos: tuple[int, ...], clock: Clock, part: str
     ) -> Constraint:
-        """Build the constraint of an automaton over tokens; ``part`` names it in messages."""
+        """Build the constraint of an automaton over tokens; messages contain ``part``, its size."""
         automaton.class_of[list(eos)] = -1
         content = _algebra.minimal(automaton, clock)
         clock.states(len(content.table), part)
@@ -208,7 +208,7 @@ class Constraint(Written):
         return self.rows[state][self.classes[token]]
 
     def reads(self, token: int) -> bool:
-        """Return whether a text of the language contains a token."""
+        """Return whether any text of the language contains the token."""
         return bool((self.table[:, self.classes[token]] >= 0).any())
 
     def accepts(self, tokens: Iterable[int] | Tensor) -> bool:

@@ -105,7 +105,7 @@ class Matched:
         return bool(self.mask(state)[list(self.eos)].any())
 
     def reads(self, token: int) -> bool:
-        """Return whether a text may contain a token; True for all tokens except end tokens."""
+        """Return whether any text may contain the token: True except for end tokens."""
         return token not in self.eos
 
     def _bits(self) -> Tensor:
@@ -135,7 +135,7 @@ class Matched:
         self._standing = text[:shared]
         for token in text[shared:]:
             taken = take(token)
-            expected, found = "acceptance of all tokens of its mask", f"token {token} rejected"
+            expected, found = "one that accepts every token of its mask", f"token {token} rejected"
             require(taken, "from_matcher", "matcher", expected, found)
             self._standing.append(token)
 

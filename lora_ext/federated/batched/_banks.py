@@ -86,9 +86,9 @@ class Bank:
         """Tensors that the optimizer changes."""
         return self.a, self.b
 
-    def activate(self, places: int) -> None:
-        """Restrict later steps to the clients at the first ``places`` places."""
-        self.trained = sum(place < places for place in self.members)
+    def activate(self, count: int) -> None:
+        """Restrict later steps to the first ``count`` clients, in the order of their places."""
+        self.trained = sum(place < count for place in self.members)
         self.size = self.num_global + self.trained
         # Leaves share the bank's memory. The optimizer writes to the bank, outside any graph.
         self.leaves = [t[: self.size].detach() for t in (self.a, self.b)]
@@ -103,7 +103,7 @@ class Bank:
         self.seeds = seeds[self._places[: self.size]].to(self.a.device)
 
     def give(self, clients: Sequence[ClientRound]) -> None:
-        """Store the changes of the factors in the clients that train the module, as copies."""
+        """Store a copy of the changes of its factors in each client that trains the module."""
         found: list[Tensor] = []
         for values, start in zip((self.a, self.b), self.start, strict=True):
             own = values[self.num_global :].cpu()
@@ -144,10 +144,10 @@ class SharedBank:
         self.moments = [torch.zeros_like(self.values[0]) for _ in range(2)]
         self.activate(count)
 
-    def activate(self, places: int) -> None:
-        """Train only the clients at the first ``places`` places from now on."""
-        self.trained = places
-        self.leaves = [self.values[0][:places].detach().requires_grad_()]
+    def activate(self, count: int) -> None:
+        """Restrict later steps to the first ``count`` clients, in the order of their places."""
+        self.trained = count
+        self.leaves = [self.values[0][:count].detach().requires_grad_()]
 
     def give(self, clients: Sequence[ClientRound]) -> None:
         """Store the change of each client's copy in the client."""
@@ -185,17 +185,17 @@ class ClientsAdamW:
         self._places = 0
         self._runs: list[tuple[ClientSpec, list[_Run]]] = []
 
-    def activate(self, places: int) -> None:
-        """Train only the clients at the first ``places`` places from now on."""
-        if places == self._places:
+    def activate(self, count: int) -> None:
+        """Restrict later steps to the first ``count`` clients, in the order of their places."""
+        if count == self._places:
             return
-        self._places = places
+        self._places = count
         for bank in self.banks:
-            bank.activate(places)
+            bank.activate(count)
         self._trained = [bank for bank in self.banks if bank.trained]
         self._runs = []
         first = 0
-        for _, group in itertools.groupby(self.clients[:places], lambda c: c.settings):
+        for _, group in itertools.groupby(self.clients[:count], lambda c: c.settings):
             alike = [*group]
             self._runs.append((alike[0].spec, self._runs_of(first, first + len(alike))))
             first += len(alike)

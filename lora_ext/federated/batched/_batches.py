@@ -121,7 +121,7 @@ class Losses(NamedTuple):
 
     values: Tensor  # (K,) float64, loss of each client, without a graph
     roots: Tensor  # (rows, ...), loss of each element, or (K,), loss of each client; with a graph
-    weights: Tensor  # shape of roots
+    weights: Tensor  # weight of each root, in the shape of roots
     owners: Tensor  # (roots.shape[0],), index of the client for each row of roots
 
     def gradients(self, leaves: Sequence[Tensor], going: Sequence[bool]) -> list[Tensor | None]:

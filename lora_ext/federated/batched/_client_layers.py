@@ -220,7 +220,7 @@ def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
     """Return the dropout probabilities that a module applies or passes to functions."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return [("p", module.p)]
-    own = module.__dict__.items()  # such as attention_dropout, layerdrop, drop_prob
+    own = module.__dict__.items()  # e.g. attention_dropout, layerdrop, drop_prob
     return [(name, p) for name, p in own if "drop" in name and isinstance(p, float)]
 
 

@@ -1,8 +1,8 @@
 """Shared parameters, which every client trains in addition to its adapter, such as a head.
 
 Each client has a copy, and a module with shared parameters is called once per client. This costs
-little, since modules above the adapted layers are small. A product of one client's rows is then
-bitwise equal to the product in training that client separately.
+little, since modules above the adapted layers are small. Products of one client's rows are then
+bitwise equal to those in training that client separately.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SharedModules:
         self._called: set[str] = set()
         self._owners: dict[str, list[SharedBank]] = {}
         direct = {bank.name.rpartition(".")[0] for bank in banks}
-        for bank in banks:  # of nested modules, only the outermost is replaced
+        for bank in banks:  # Of nested modules, only the outermost is replaced.
             above = [each for each in direct if bank.name.startswith(f"{each}.")]
             self._owners.setdefault(min(above, key=len), []).append(bank)
         self._modules = {owner: model.get_submodule(owner) for owner in self._owners}

@@ -88,7 +88,7 @@ class Staircase:
         return divided
 
     def _in_two(self, index: int, forward: Callable[..., Any], call: Any, going: int) -> Any:
-        """Run the first rows with a graph and the others without, and concatenate the outputs."""
+        """Run the first rows with a graph, the others without one, and concatenate the outputs."""
         division = _Division(going, len(self._lowest))
         (args, kwargs), (free_args, free_kwargs) = division.of(call)
         with self.rows.only(0, going):
@@ -124,7 +124,7 @@ class _Division:
 
     def __init__(self, first: int, count: int):
         self.first, self.count = first, count
-        self.shapes: list[torch.Size] = []  # of the divided tensors; the first is the hidden state
+        self.shapes: list[torch.Size] = []  # shapes of the divided tensors, hidden state first
         self._versions: list[tuple[Tensor, int]] = []
 
     def of(self, value: Any) -> tuple[Any, Any]:
@@ -169,8 +169,8 @@ class _Division:
 
 
 def _check_close(parts: Any, whole: Any) -> None:
-    """Raise unless the first tensors of two outputs of a block are close: of ``parts``, which two
-    calls computed, and of ``whole``, which one call computed."""
+    """Raise unless the first tensor of ``parts``, a block's output from two calls, is close to that
+    of ``whole``, its output from one call."""
     while type(parts) in (tuple, list) and type(whole) in (tuple, list):
         parts, whole = parts[0], whole[0]
     eps = torch.finfo(whole.dtype).eps ** 0.5

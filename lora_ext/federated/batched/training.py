@@ -58,10 +58,10 @@ class BatchedClients:
         dtype: dtype of the clients' factors; default is the dtype of the global adapter.
         pattern: regular expression whose first group is the index of a layer in a name.
         adapter: name of the adapter to train.
-        shared: additional parameters outside the adapters that every client trains, such as a head:
-            their names, or a regular expression that is searched for in names. Each client has a
-            copy. One AdamW and one gradient bound apply to all that a client trains. The client's
-            update contains the changes; average them with ``aggregate(shared=batched.shared)``. The
+        shared: names of additional parameters that every client trains, such as those of a head,
+            or a regular expression that is searched for in names. Each client has a copy. One AdamW
+            and one gradient bound apply to the adapter and the copy. The client's update contains
+            the changes of the copy; average them with ``aggregate(shared=batched.shared)``. The
             parameters must be above the adapted layers.
         others: whether layers outside a client's plan apply the global adapter to its rows
             ("frozen") or no adapter ("disabled").

@@ -16,7 +16,7 @@ from lora_ext.layers import adapted_layers
 
 from .. import LoraLayerManager
 
-_kept: dict[str, LoraLayerManager] = {}  # by Model._token; at most one in each worker process
+_kept: dict[str, LoraLayerManager] = {}  # manager by Model._token, at most one per process
 
 
 class Model:

@@ -81,8 +81,8 @@ class Nodes:
     ) -> None:
         """Store the capability and the partition that a node reports, unless they are known.
 
-        A partition that belongs to one of the nodes ``connected`` is not stored. None stands for
-        all known nodes.
+        A partition that belongs to one of the nodes ``connected`` is not stored. If
+        ``connected`` is None, it stands for all known nodes.
         """
         connected = [*self._asked, *self._clients] if connected is None else connected
         count, partition = said.get(CAPABILITY), said.get(PARTITION)
@@ -101,7 +101,7 @@ class Nodes:
             )
             return
         for other in [n for n, client in self._clients.items() if client == partition]:
-            del self._clients[other]  # it has left, and is queried again if it returns
+            del self._clients[other]  # The node has left; if it returns, it is queried again.
             self._asked.discard(other)
         self._clients[node] = partition
 

@@ -133,8 +133,8 @@ def who(message: Message, context: Context) -> Message:
 
 
 def count_bytes(content: Mapping[str, Any]) -> int:
-    """Count the bytes of all records with Flower's method. If it raises for a record, count the
-    bytes of the serialised record."""
+    """Count the bytes of all records with Flower's method. If the method raises for a record, count
+    the bytes of the serialised record."""
     total = 0
     for record in content.values():
         try:

@@ -41,7 +41,7 @@ class Sending:
     pack: bool
     seed: int
     payload: str
-    scaling: Any  # as the strategy received it; only a single number is sent to clients
+    scaling: Any  # argument of the strategy; sent to clients only if it is one number
 
     def config(self) -> dict[str, Any]:
         """Return the settings that clients need."""
@@ -97,7 +97,7 @@ class Round:
             settings = ConfigRecord({**config, **sending.config(), **own})
             content = RecordDict({_records.LORA: record, _records.CONFIG: settings})
             messages.append(Message(content, node, MessageType.TRAIN))
-        for message in messages:  # after all were created, so that an error counts no bytes
+        for message in messages:  # A separate loop: nothing is counted if creating a message raises
             self._asked.append(message.metadata)
             self._count(message.metadata.dst_node_id, message, "down")
         return messages

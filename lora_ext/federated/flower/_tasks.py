@@ -33,7 +33,7 @@ class Settings:
     lr: float  # learning rate of AdamW; the default is that of Fed-HeLLo's authors
     weight_decay: float
     epochs: int
-    seed: int  # seed of the strategy
+    seed: int  # argument of the strategy
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:

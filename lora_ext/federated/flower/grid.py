@@ -28,7 +28,7 @@ class LocalGrid(Grid):
     ``strategy.start(grid=LocalGrid(app, 10), ...)`` is a complete simulation. Clients run one after
     another in the order of the messages, or all in one batch if the app supports it. Replies have
     the same order. If a client raises, its reply is an error, as in Flower. The timeout is checked
-    between clients: when it has passed, no client starts, and later replies are lost.
+    between clients: when it has passed, no further client starts, and later replies are lost.
 
     Node i has partition i and a separate ``Context``. It receives copies of the records.
 
@@ -117,7 +117,7 @@ class LocalGrid(Grid):
         ids: list[str] = []
         for message in messages:
             ids.append(f"local-{next(self._numbers)}")
-            message.metadata.__dict__["_message_id"] = ids[-1]  # as in Flower's grids
+            message.metadata.__dict__["_message_id"] = ids[-1]  # Flower's grids do the same.
             self._pushed[ids[-1]] = message
         return ids
 
@@ -133,7 +133,7 @@ class LocalGrid(Grid):
 
         Args:
             messages: one message per client.
-            timeout: seconds after which no client starts; a reply that is completed later is lost.
+            timeout: seconds after which no further client starts; a reply completed later is lost.
                 None for no timeout.
         """
         pushed = self.push_messages(messages)
@@ -144,7 +144,7 @@ class LocalGrid(Grid):
         replies: list[Message] = []
         app = self._app
         groups = [[message] for message in messages]
-        if isinstance(app, BatchedApp):  # one group with all training messages
+        if isinstance(app, BatchedApp):  # All training messages form one group.
             train = [m for m in messages if m.metadata.message_type == "train"]
             groups = [[m] for m in messages if m.metadata.message_type != "train"]
             groups += [train] if train else []

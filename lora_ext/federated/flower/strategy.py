@@ -60,7 +60,7 @@ class LoraStrategy(FedAvg):
             :func:`lora_ext.federated.aggregate`.
         partial_ok, pattern, shared: see :func:`lora_ext.federated.aggregate`.
         scaling: scale s of ``s B A``, one number or numbers by module name. If it is one number,
-            clients with a different scale reply with an error. None is 1, without that check.
+            clients with a different scale reply with an error. None means 1, without this check.
         send_frozen: whether a client also receives the layers that it does not train, and applies
             them (Fed-HeLLo). Otherwise its adapter has only the planned layers (LEGEND).
         pack: whether to send all tensors of a message as one array, which reduces framing (the
@@ -339,8 +339,8 @@ class LoraStrategy(FedAvg):
     ) -> Iterable[Message]:
         """Create messages with the whole global adapter for evaluation on the clients.
 
-        ``fraction_evaluate`` of the connected nodes receive one. The default fraction is 0; with
-        any other, the client app needs an ``evaluate`` function. Flower calls this method.
+        A share ``fraction_evaluate`` of the connected nodes receives one; the default is 0. With
+        a larger share, the client app needs an ``evaluate`` function. Flower calls this method.
         """
         if not self.fraction_evaluate:
             return []

@@ -109,9 +109,9 @@ def taking_part(
 
     Returns:
         The names of the adapters; the adapter of each row, or None if all adapters apply to every
-        row; and the positions of the adapters that must be computed even if no row uses them. With
-        several processes, the last are all trained adapters: see
-        :func:`lora_ext.rows._rows.together`.
+        row; and the positions, in the first tuple, of adapters that are computed even if no row
+        uses them. These are all trained adapters if there are several processes, and none
+        otherwise: see :func:`lora_ext.rows._rows.together`.
     """
     off = switched_off(layer)
     if rows is None:

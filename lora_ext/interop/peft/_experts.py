@@ -85,7 +85,7 @@ class FusedExperts(Fused, ParamWrapper):
         return experts_forward(self.get_base_layer(), x, *args, update)
 
     def uncovered(self, adapter: str) -> str | None:
-        """Return the reason why an adapter needs PEFT's forward, or None."""
+        """Return the reason why an adapter needs PEFT's forward; None if it does not."""
         experts: Any = self.get_base_layer()
         if self.parameter_name not in projections(experts):
             return (

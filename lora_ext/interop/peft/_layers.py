@@ -37,7 +37,7 @@ _OF_ROWS = {"adapter_names", "alora_offsets"}
 
 
 def uncovered(module: Any, adapter: str) -> str | None:
-    """Return the reason why an adapter of a fused layer needs PEFT's forward, or None."""
+    """Return why an adapter of a fused layer needs PEFT's forward; None if it does not."""
     variant = module.lora_variant.get(adapter)
     if variant is not None and type(variant) not in (DoraLinearVariant, ALoraLinearVariant):
         return f"adapter {adapter!r} is a {type(variant).__name__}"

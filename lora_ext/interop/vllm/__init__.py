@@ -26,7 +26,7 @@ _MANAGER = "vllm.lora.model_manager.LoRAModelManager"
 _WRAPPERS = {
     "1": ("cpu.CpuPlatform", "punica_cpu.PunicaWrapperCPU", "_cpu.LoraExtWrapperCPU"),
     "cuda": ("cuda.CudaPlatformBase", "punica_gpu.PunicaWrapperGPU", "_cuda.LoraExtWrapperCUDA"),
-}  # by LORA_EXT_VLLM: vLLM's platform, vLLM's wrapper and lora_ext's wrapper
+}  # LORA_EXT_VLLM -> vLLM's platform, vLLM's wrapper and lora_ext's wrapper
 
 
 def register() -> None:
@@ -70,7 +70,7 @@ def register() -> None:
         lacking = _interface.lacking("wrapper", f"vllm.lora.punica_wrapper.{of_wrapper}")
         lacking = lacking or _interface.lacking("manager", _MANAGER)
         if lacking is None:
-            from ._updates import follow_activations  # loads the kernels
+            from ._updates import follow_activations  # imported here, as it loads the kernels
 
             follow_activations()
             return f"{__name__}.{ours}"
@@ -94,7 +94,7 @@ def _follow_requests() -> None:
         _warn(engine, "a reloaded adapter uses the old blocks of the prefix cache")
     door = _interface.lacking("door", _ENGINE) or front
     if door is None:
-        from . import _constraints  # imports control and serving
+        from . import _constraints  # imported here, as it loads control and serving
 
         _constraints.build_at_door(_interface.found(_ENGINE))
         _front.register_check(_interface.found(_FRONT), _constraints.in_front)

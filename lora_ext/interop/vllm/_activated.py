@@ -149,7 +149,7 @@ def follow_starts(lacking: str | None = None) -> None:
         wrap(batch, "make_lora_inputs", _rows)
         wrap(helper, "_validate_features", _features)
         inner = getattr(keys, _KEY)
-        # This module imports the function by name, so its copy has to be replaced as well.
+        # block_pool imports the function by name, so its copy has to be replaced as well.
         importlib.import_module("vllm.v1.core.block_pool")
         for name, module in list(sys.modules.items()):
             if name.startswith("vllm.") and vars(module).get(_KEY) is inner:
@@ -202,7 +202,7 @@ def _rows(inner: Any, batch: Any, num_scheduled_tokens: Any, num_sampled_tokens:
             start = _last(torch.from_numpy(batch.token_ids_cpu[row, :prompt]), invocation)
             base = min(count, max(0, (prompt if start is None else start) - done))
             of_tokens[token : token + base] = [0] * base
-            if base == count:  # The sampled positions are the last tokens: they use the base model.
+            if base == count:  # The sampled positions are last, so they use the base model, too.
                 of_samples[sample : sample + sampled] = [0] * sampled
         token, sample = token + count, sample + sampled
     return tuple(of_samples), tuple(of_tokens), requests

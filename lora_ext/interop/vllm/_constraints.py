@@ -134,7 +134,7 @@ class Builder:
         from transformers import AutoTokenizer
 
         model = self._model
-        # Each set of end tokens has its own tokenizer, so that evicting it frees the vocabulary.
+        # One tokenizer per set of end tokens: a vocabulary is cached for the life of its tokenizer.
         tokenizer = AutoTokenizer.from_pretrained(
             model.tokenizer,
             revision=model.tokenizer_revision,
@@ -218,7 +218,7 @@ class ConstrainedRows:
         except NotImplementedError as error:
             raise ValueError(str(error)) from None
         expected = "lora_ext's vLLM plug-in enabled (see LORA_EXT_VLLM and warnings at the start)"
-        require(asked is None or _doors, KEY, "value", expected, "a disabled one")
+        require(asked is None or _doors, KEY, "value", expected, "it disabled")
 
     def is_argmax_invariant(self) -> bool:
         """Return False, because a constraint can forbid the most likely token."""

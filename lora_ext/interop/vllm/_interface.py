@@ -56,7 +56,7 @@ def found(name: str) -> Any:
 
 
 def lacking(part: str, name: str) -> str | None:
-    """Return the first required member that an object of vLLM lacks, or None.
+    """Return the first required member that an object of vLLM lacks; None if it has all.
 
     If the object cannot be imported, returns the error.
 
@@ -71,7 +71,7 @@ def lacking(part: str, name: str) -> str | None:
 
 
 def missing(part: str, owner: Any) -> str | None:
-    """Return the first member of the interface that ``owner`` lacks, or None.
+    """Return the first member of the interface that ``owner`` lacks; None if it has all.
 
     Args:
         part: part of the interface, a key of ``_CALLED``.
@@ -87,7 +87,7 @@ def missing(part: str, owner: Any) -> str | None:
 
 
 def _differs(owner: Any, name: str, wanted: Sequence[str], first: int) -> str | None:
-    """Return a description of a function that is missing or has other parameters, or None.
+    """Describe a function that is missing or has other parameters; return None if it fits.
 
     Args:
         owner: class or module of vLLM.

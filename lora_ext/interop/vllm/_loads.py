@@ -104,7 +104,7 @@ class Loads:
         return into(last)
 
     def listed(self, ids: set[int]) -> set[int]:
-        """Convert the engine's numbers of loads, ``ids``, to the user's numbers."""
+        """Return the user's numbers of the loads that have the engine's numbers ``ids``."""
         with self._lock:
             return {self._user_ids.get(each, each) for each in ids}
 
@@ -137,7 +137,7 @@ def _key(request: Any) -> tuple[str, int, str]:
 
 
 def _stamp(request: Any) -> object:
-    """Return a value that differs if the files in the adapter's folder have changed.
+    """Return a value that changes whenever the files in the adapter's folder change.
 
     Returns None if there is no such folder, as for a repository on the Hugging Face Hub.
     """

@@ -34,7 +34,7 @@ class Stack:
     def idle(self) -> bool:
         """Return whether no adapter changes this layer; always False during a CUDA graph capture.
 
-        A replay may run after an adapter for this layer was loaded.
+        The reason is that a replay may run after an adapter for this layer was loaded.
         """
         return not any(self._on_host) and not capturing(self.bank.device)
 

@@ -281,7 +281,7 @@ def _add(y: Tensor, x: Tensor, a: Stack, b: Tensor, scale: float, rows: OwnedRow
     if a.idle():
         return
     b = b.flatten(0, 1)
-    if y.shape[1] != b.shape[1]:  # vLLM pads the vocabulary in one of the two.
+    if y.shape[1] != b.shape[1]:  # vLLM pads the vocabulary in only one of y and b.
         width = min(y.shape[1], b.shape[1])
         y, b = y[:, :width], b[:, :width]
     rest = (a.bank, b, rows.ids, _scales(scale, a), a.ranks, None, rows.plan)
