@@ -230,7 +230,7 @@ template <typename A>
 struct Walks {
     const LayersArgs& args;
     const LayersProgram program;
-    A *across, *l, *p;  // terms of a vector of rows; of one row; weights of a draw
+    A *across, *l, *p;  // terms of a vector of rows; terms of one row; weights of a draw
 
     LX_INLINE Walks(const LayersArgs& args, void* scratch)
         : args(args), program(args.program), across(static_cast<A*>(scratch)) {

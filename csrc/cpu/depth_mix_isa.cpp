@@ -63,7 +63,7 @@ LX_INLINE void end_streams() {
     _mm_sfence();
 #endif
 }
-// Zeroes lanes without a column.
+// Zeroes the lanes beyond the last column.
 template <typename T>
 LX_INLINE Vec<T> only(Vec<T> v, Whole) {
     return v;
@@ -184,7 +184,7 @@ struct Rows {
         });
     }
 
-    // Writes the weights of the router.
+    // Computes the mixing weights with the router.
     LX_INLINE void route() const {
         V sum[kMax][kRows] = {};
         for_normed(depths - 1,

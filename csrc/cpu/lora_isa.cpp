@@ -24,7 +24,7 @@ namespace {
 constexpr int kGroupRows = 24;     // shrink: rows and ranks whose accumulators are kept
 constexpr int kGroupRanks = 32;    // on the stack from one block of I to the next
 constexpr int kDotBlock = 1024;    // in-features; 4 ranks of float are half of a 32 KiB L1
-constexpr int kDirectRows = 3;     // expand: most rows for which B is transposed in registers
+constexpr int kDirectRows = 3;     // expand: maximum rows for which B is transposed in registers
 constexpr int kWideTileRank = 16;  // expand: largest rank that reads several vectors of pages
 constexpr int kPackColumns = 128;
 constexpr int kPackSize = 8192;      // elements of the transposed block of B
@@ -51,7 +51,7 @@ void shrink_few(const Slot<T>& slot, const Rows<const T>& x, const Rows<Acc<T>>&
     for (int64_t r = 0; r < slot.rank; r += kDotRanks)
         with_constant<kDotRanks>(min(slot.rank - r, kDotRanks), [&](auto ranks) {
             Vec<T> acc[kRows][ranks.value] = {};
-            const int64_t after = r + kDotRanks;  // whole tiles only: no unused lines
+            const int64_t after = r + kDotRanks;  // prefetch no lines beyond whole tiles
             const T* next = after + kDotRanks <= slot.rank ? slot.a_at(after) : nullptr;
             dot_tile<T, kRows, ranks.value>(xs, slot.a_at(r), slot.a_row, 0, slot.in, acc, next);
             write_v<T>(acc, slot.scale, v, 0, r);

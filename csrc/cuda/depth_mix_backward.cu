@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
     Scales<T, G> gamma;
     gamma.load(args.gamma[e], columns);
     float of_gamma[kHeld][P] = {}, of_beta[kHeld][P] = {};
-    // The next row is loaded during the current one; with a router there are not enough registers.
+    // The next row is loaded during the current one, except with a router, for lack of registers.
     Pieces<T> now_g, now_h, next_g, next_h;
     const auto load = [&](int64_t row, Pieces<T>& g, Pieces<T>& h) {
         g.load(dmixed_row<T>(args, row), columns);

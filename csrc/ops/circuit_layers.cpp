@@ -31,7 +31,7 @@ int64_t lanes_of(int64_t rows) {
 Tensor unit_major(int64_t units, int64_t rows, const at::TensorOptions& options) {
     return reused_memory({units, lanes_of(rows)}, options);
 }
-// (B, U) over memory (U, L)
+// Return the view (B, U) of memory (U, L).
 Tensor rows_of(const Tensor& t, int64_t rows) {
     return t.narrow(1, 0, rows).t();
 }
