@@ -64,8 +64,8 @@ LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> top) {
     return lane_sum(even + odd);
 }
 
-// log sum exp of `rows` rows of n logits, as top and sum. Short rows run in groups, maxima first,
-// so that the rows' chains of operations overlap; long rows run block by block.
+// Computes log sum exp of `rows` rows of n logits, as maxima and sums. Short rows run in groups,
+// maxima first, so that the chains of operations overlap; long rows run block by block.
 template <typename T>
 void log_sums(const T* x, int64_t rows, int64_t n, Acc<T>* top, Acc<T>* sum) {
     using A = Acc<T>;
@@ -406,8 +406,8 @@ struct Reverse {
         normalise(to, width);
     }
 
-    // Level l of the path to position k: dup, the gradient of its up, at levels + 2 l width,
-    // followed by dcur, the gradient of its cur so far.
+    // Level l of the path to position k has two vectors, at levels + 2 l width: dup, the gradient
+    // of its up, and dcur, the accumulated gradient of its cur.
     void tree() {
         const CircuitNode root{0, c.n_token, -1};
         const auto dup_at = [&](int64_t l) { return levels + 2 * l * width; };

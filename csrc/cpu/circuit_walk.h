@@ -300,7 +300,7 @@ void circuit_walk(const CircuitParams& c, int64_t batch_row, Acc<P>* scratch, Ob
         return;
     }
 
-    // Level l of the path to position k: cur at vectors + 2 l width, followed by up.
+    // Level l of the path to position k has two vectors, at vectors + 2 l width: cur and up.
     constexpr int kMaxLevels = 64;
     double bases[kMaxLevels] = {}, up_bases[kMaxLevels] = {};
     const CircuitNode root{0, c.n_token, -1};

@@ -117,8 +117,8 @@ LX_INLINE void add_to(T* y, Vec<T> delta, int64_t n) {
         store(y, load(y) + delta);
 }
 
-// Outputs of a tile: whole vectors of adjacent outputs in full pages, whole vectors, or n lanes of
-// one.
+// Outputs of a tile: whole vectors of adjacent outputs in full pages, other whole vectors, or n
+// lanes of one vector.
 enum class Outputs { kDense, kWhole, kPart };
 
 // If a bank has room for larger ranks, the rows of B of an adapter have gaps, which must not be
@@ -136,8 +136,8 @@ LX_INLINE void prefetch_rows(const T* b, int64_t row, bool one_line) {
     }
 }
 
-// kVecs vectors of outputs from o on, B transposed in registers. With many pages kVecs is 1,
-// because the lines that a tile reads and prefetches in all pages would leave L1 before use.
+// Updates kVecs vectors of outputs from o on, with B transposed in registers. With many pages kVecs
+// is 1, because the lines that a tile reads and prefetches in all pages would leave L1 before use.
 template <typename T, int kRows, int kVecs, Outputs kOutputs>
 LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const* y, int64_t o,
                            int64_t n) {

@@ -291,8 +291,8 @@ struct Block {
             add_run(row, count, v + (run - begin) * v_stride, v_stride, run, run_end - run);
         };
         for_tiles(0, times * room.alike, [&](int64_t row, int64_t count) {
-            // Keys that all rows of the tile see without holes are added together; the keys before
-            // and after them are added row by row.
+            // The keys that all rows of the tile see without holes are added for all rows at once;
+            // the keys before and after them are added row by row.
             const int64_t i_first = row / room.alike, i_last = (row + count - 1) / room.alike;
             int64_t common = begin, common_end = end;
             for (int64_t i = i_first; i <= i_last; ++i) {

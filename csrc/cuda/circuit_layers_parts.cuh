@@ -90,7 +90,7 @@ struct ProductSide {
     int64_t row_step, step;             // bytes between its rows and between steps
     int to;                             // destination offset
     int left;                           // remaining k from the next step on
-    int others;                         // remaining rows or columns; transposed: of the piece
+    int others;                         // remaining rows or columns; if transposed: in the piece
 
     LX_DEVICE explicit ProductSide(const PartRows& in)
         : origin(static_cast<const unsigned char*>(in.first)) {

@@ -54,7 +54,7 @@ LX_DEVICE void turn_to_logits(const DepthMixArgs& args, int64_t row, float* dl) 
     if (own < args.depths) number_of(args, args.dweights, row, own) = mine;
 }
 
-// The numbers of a row, and dh = factor t - slope (h - mean) - level with t = G gamma.
+// Statistics of a row, for dh = factor t - slope (h - mean) - level, where t = G gamma.
 struct RowNumbers {
     float weight, rinv, mean;
 
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
             next = load(lx::min(row + 1, task.end - 1), next_g, next_h);
         }
 
-        // Gradient of n_e without its weight.
+        // Gradient of n_e; without a router, before the factor w_e.
         float up[kHeld][P];
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) now_g.unpack(i, columns, up[i]);

@@ -45,12 +45,12 @@ inline bool pass_sliced(const LoraArgs& args, bool side_b) {
     return side_b && args.dtype != DType::kFloat32 && args.bank.max_rank <= kPassRanks;
 }
 constexpr int kProjectedRanks = 64;  // per block
-// in_pass: with db in one pass over dy. Every slice has a block; several give partial sums.
+// in_pass: for one pass that also computes db. Each slice has a block; several give partial sums.
 Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass = false);
 int64_t slices_bytes(const Slices& slices);
 int64_t projection_workspace(const LoraArgs& args, bool side_b);
 LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream);
-// Side A without the final sum over slices: as in serving, expand computes it.
+// Computes side A without the final sum over slices, which expand computes, as in serving.
 LaunchStatus run_shrink_rows(const Projection& args, const Slices& slices, void* stream);
 // The steps of run_projection: the kernel's output, its buffers, and the final sum.
 Projection projection_step(const Projection& args, const Slices& slices, void* workspace);

@@ -193,9 +193,9 @@ struct Call {
     }
 
     int64_t groups() const { return args.lanes / kLaneGroup; }
-    // Each weight is used once per lane.
+    // Work per group of lanes: each weight is used once per lane.
     int64_t work() const { return w.numel() * kLaneGroup; }
-    // Upper bound: one sum per node, with one exponential per term.
+    // Upper bound per walk: one sum per node, with one exponential per term.
     int64_t walk_work() const { return plan.nodes() * args.max_width * kLaneGroup; }
 
     static const LayersCpu& twin() { return chosen_twins<LayersCpu>(); }
