@@ -45,7 +45,7 @@ LX_INLINE Vec<T> load_padded(const T* p, int64_t n) {
     if (n >= kLanes<T>) return load(p);
     return keep_first(load_n(p, n), n, kImpossible<Acc<T>>);
 }
-// Copies n >= 1 elements, padded to whole vectors.
+// Copies n >= 1 elements, padded with -inf to whole vectors.
 template <typename T>
 LX_INLINE void copy_padded(const T* from, int64_t n, Acc<T>* to) {
     for (int64_t i = 0; i < n; i += kLanes<T>) store(to + i, load_padded(from + i, n - i));

@@ -286,7 +286,7 @@ template <typename T>
 Rows<T> y_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<T*>(args.y), args.y_row_stride, chunk.rows};
 }
-// Return the maximum rows of merged chunks: with several spans, many rows share a packed block.
+// Return the maximum rows of merged chunks. With several spans of ranks, many rows share a block.
 int64_t most_rows(const LoraArgs& args) {
     return rank_spans(args.bank.max_rank) > 1 ? kSumRows : 0;
 }

@@ -81,7 +81,7 @@ int64_t gradient_workspace(const Gradient& args);
 // beside: the projection of side B, to compute in the same pass over dy.
 LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream,
                           const Projection* beside = nullptr);
-constexpr int64_t kMostParts = 256 << 20;  // bytes of partial sums in one pass, else two
+constexpr int64_t kMostParts = 256 << 20;  // maximum bytes of partial sums for one pass, else two
 int64_t one_pass_workspace(const Gradient& args, const LoraArgs& side_b);
 bool takes_one_pass(const Gradient& args, const LoraArgs& side_b);
 

@@ -5,10 +5,10 @@
 //   dv[t, :] = c * dy[t, :] b[s]                with c = scale[s] / (1 - p)
 //
 // Block (range of an adapter's rows, slice of 1024 bytes of columns, 16 or 64 ranks), eight warps.
-// Two stages of 32 rows of x and v; cp.async fills one while the other is multiplied, and perm is
-// read two steps ahead. A thread then prepares the elements that it copied: it drops elements of x,
-// and splits v into high and low bfloat16. ldmatrix.trans transposes both. A warp has 16 columns of
-// each band of 128 and all ranks, and keeps their sums for the whole range.
+// Shared memory has two stages of 32 rows of x and v; cp.async fills one while the other is used,
+// and perm is read two steps ahead. A thread then prepares the elements that it copied: it drops
+// elements of x, and splits v into high and low bfloat16. ldmatrix.trans transposes both. A warp
+// has 16 columns of each band of 128 and all ranks, and keeps their sums for the whole range.
 //   bfloat16   v = high + low, two m16n8k16: 16 bits of v
 //   float16    x as floats, exact in tf32; v = high + low in tf32, two m16n8k8: any magnitude of v
 //   float32    x and v as high + low in tf32, three products

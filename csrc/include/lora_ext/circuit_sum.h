@@ -55,7 +55,7 @@ struct LogSumArgs {
     // Backward.
     const void* dout = nullptr;  // (G, B, O) float
     void* dvalues = nullptr;     // (G, B, I) float; input of the shared kernels: ratio weight
-    // (G, O, I) float, overwritten. Input of shared kernels: ratio^T value. Twins accept dw itself.
+    // (G, O, I) float, overwritten. Input of shared kernels: ratio^T value. In twins it may be dw.
     void* flow = nullptr;
     void* dw = nullptr;  // layout of w, contiguous, dtype of w
 };
