@@ -369,7 +369,7 @@ void verify_row(const SpecVerifyArgs& args, int64_t row, Scratch scratch) {
         const SoftmaxRow<A> soft(p, V, p);
         if (k == K) break;
         const A log_q = static_cast<const A*>(args.conditional)[row * K + k];
-        const bool drawn = soft.sum > 0 && log_q != kImpossible<A>;  // else p / q is no probability
+        const bool drawn = soft.sum > 0 && log_q != kImpossible<A>;  // otherwise p / q is undefined
         if (drawn && uniforms[k] < exp_of(at - log_of(soft.sum) - log_q)) continue;
         const Vec<A> factor = splat<Vec<A>>(soft.sum > 0 ? 1 / soft.sum : 0);
         for (int64_t v = 0; v < V; v += kLanes<A>) store(residual + v, load(p + v) * factor);

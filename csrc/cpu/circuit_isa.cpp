@@ -41,8 +41,8 @@ LX_INLINE Acc<T> max_of_logits(const T* x, int64_t n) {
     for (; i < n; i += L) most = max(most, load_padded(x + i, n - i));
     return max_lane(max(most, other));
 }
-// Return the sum of exp(x - top), top their maximum. If top is -inf, return 0, or NaN if x contains
-// NaN, which the maximum skips. Prefetches the input of the next maximum.
+// Return the sum of exp(x - top), where top is the maximum of x. If top is -inf, return 0, or NaN
+// if x contains NaN, which the maximum skips. Prefetches the input of the next maximum.
 template <typename T>
 LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> top) {
     constexpr int L = kLanes<T>;
@@ -64,8 +64,8 @@ LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> top) {
     return lane_sum(even + odd);
 }
 
-// log sum exp of `rows` rows of n logits, as top and sum. Short rows run in groups, maxima first,
-// so that the rows' chains of operations overlap; long rows run block by block.
+// Computes log sum exp of `rows` rows of n logits, as maxima and sums. Short rows run in groups,
+// maxima first, so that the chains of operations overlap; long rows run block by block.
 template <typename T>
 void log_sums(const T* x, int64_t rows, int64_t n, Acc<T>* top, Acc<T>* sum) {
     using A = Acc<T>;
@@ -280,8 +280,8 @@ struct Reverse {
         exp_of(up, shift, width, up_weight);
         exp_of(u, shift, width, u_weight);
     }
-    // Row z of Y: `linear` is the factor of E times up_weight; if it is 0, use the exact
-    // logarithms.
+    // Row z of Y is E times up_weight times `linear`. If u_weight[z] is below kTrusted, it is
+    // `exact` times the exponential of exact logarithms.
     struct RowOfY {
         A linear, exact, minus, top;
     };
@@ -307,7 +307,7 @@ struct Reverse {
     }
 
     // Backward of a step: dcur += the sums of X over its columns; also writes the gradient of the
-    // logits of matrix m. du belongs to the projection loaded by load_projection, or is nullptr.
+    // logits of matrix m. du is the gradient of the loaded projection, or nullptr.
     void trace(int64_t m, const A* from, const A* dout, const A* du, A* dcur) const {
         const A shift = shift_of(max_of(from, width));
         exp_of(from, shift, width, step.weights);
@@ -406,8 +406,8 @@ struct Reverse {
         normalise(to, width);
     }
 
-    // Level l of the path to position k: dup, the gradient of its up, at levels + 2 l width,
-    // followed by dcur, the gradient of its cur so far.
+    // Level l of the path to position k has two vectors, at levels + 2 l width: dup, the gradient
+    // of its up, and dcur, the accumulated gradient of its cur.
     void tree() {
         const CircuitNode root{0, c.n_token, -1};
         const auto dup_at = [&](int64_t l) { return levels + 2 * l * width; };

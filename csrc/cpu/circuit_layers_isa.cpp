@@ -183,7 +183,7 @@ struct Flows {
                 add_rescued(args.program.nodes()[args.program.users()[u]], r, dw);
         }
     }
-    // A sum was rescued if its ratio is zero although its flow is nonzero and it is possible.
+    // A sum was rescued if its ratio is zero although its flow is nonzero and its value finite.
     void add_rescued(const LayersNode& node, int64_t r, A* dw) const {
         constexpr int L = kLanes<A>;
         const int64_t at = (node.out + r) * args.lanes;
@@ -230,7 +230,7 @@ template <typename A>
 struct Walks {
     const LayersArgs& args;
     const LayersProgram program;
-    A *across, *l, *p;  // terms of a vector of rows; of one row; weights of a draw
+    A *across, *l, *p;  // terms of a vector of rows; terms of one row; weights of a draw
 
     LX_INLINE Walks(const LayersArgs& args, void* scratch)
         : args(args), program(args.program), across(static_cast<A*>(scratch)) {
@@ -280,7 +280,7 @@ struct Walks {
             descend(node, term, walk);
         }
     }
-    // Return a term of sum o; l holds the values of the terms.
+    // Return the chosen term of sum o; l holds the log-values of the terms.
     int64_t choose(const LayersNode& node, int64_t o, int64_t uniform) const {
         const LayersMatrix& m = program.matrices()[node.matrix];
         const WeightRow<A> w(static_cast<const A*>(args.w) + m.weight + o * m.width, m.width,

@@ -148,7 +148,7 @@ void scale_dvalues(const LogSumArgs& args, int64_t item) {
 
 constexpr int64_t kDepth = 128;  // rows of a strip of b copied at a time, to stay in L1
 
-// kVecs vectors of multiply_across; the last has `count` lanes.
+// Computes kVecs vectors of columns of multiply_across; the last vector has `count` lanes.
 template <int kVecs, typename A, typename S>
 LX_INLINE void multiply_strip(int64_t rows, int64_t depth, S&& s, const A* b, int64_t columns,
                               int64_t count, A* out) {

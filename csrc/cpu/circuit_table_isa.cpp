@@ -3,8 +3,8 @@
 //
 // Forward: up to 64 values of a unit are held in four registers, and one permutation looks up 16
 // rows of data. Longer tables and other instruction sets read one number at a time. Backward:
-// vectors run along the units of a block, so that a row of data is one addition for all of them.
-// They are transposed back when their rows of the table are complete.
+// vectors run along the units of a block, so that a row of data is one addition for all units. The
+// sums are transposed into the table when its rows are complete.
 #include "lora_ext/circuit_layers.h"
 
 #include "sum_rows.h"
@@ -86,7 +86,7 @@ void forward(const CircuitTableArgs& args, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------
 
-// Flows of `count` units of a block, values by units.
+// Flows of `count` units of a block, summed in one row per value with one lane per unit.
 template <typename A>
 struct TableFlows {
     static constexpr int L = kLanes<A>;
@@ -147,7 +147,7 @@ void backward(const CircuitTableArgs& args, int64_t begin, int64_t end, void* sc
     }
 }
 
-// Subtracts the softmax of each row times its sum of flows.
+// Converts the flows d of each row to gradients of logits: d -= softmax(row of table) sum(d).
 template <typename A>
 void finish(const CircuitTableArgs& args, int64_t begin, int64_t end, void* scratch) {
     constexpr int64_t kRows = 4;
@@ -174,7 +174,7 @@ void finish(const CircuitTableArgs& args, int64_t begin, int64_t end, void* scra
 
 template <typename A>
 int64_t scratch_of(const CircuitTableArgs& args) {
-    const int64_t most = kLanes<A> > 4 ? kLanes<A> : 4;  // columns of flows, or rows to finish
+    const int64_t most = kLanes<A> > 4 ? kLanes<A> : 4;  // lanes of backward, or rows of finish
     return whole_vectors<A>(args.values) * most * static_cast<int64_t>(sizeof(A));
 }
 

@@ -45,12 +45,12 @@ LX_INLINE Vec<T> load_padded(const T* p, int64_t n) {
     if (n >= kLanes<T>) return load(p);
     return keep_first(load_n(p, n), n, kImpossible<Acc<T>>);
 }
-// Copies n >= 1 elements, padded to whole vectors.
+// Copies n >= 1 elements, padded with -inf to whole vectors.
 template <typename T>
 LX_INLINE void copy_padded(const T* from, int64_t n, Acc<T>* to) {
     for (int64_t i = 0; i < n; i += kLanes<T>) store(to + i, load_padded(from + i, n - i));
 }
-// Below, `width` is a number of elements in whole vectors.
+// Below, `width` is a number of elements rounded up to whole vectors.
 template <typename A>
 LX_INLINE A max_of(const A* x, int64_t width) {
     VecA<A> top = load(x);
@@ -119,14 +119,14 @@ LX_INLINE int64_t circuit_walk_scratch(const CircuitParams& c) {
     return whole_vectors<A>(c.components) * (2 * levels + 4 + kLanes<A>);
 }
 
-// x = 0, padded.
+// x = 0, padded with -inf.
 template <typename A>
 LX_INLINE void fill_zero(A* x, int64_t n) {
     for (int64_t i = 0; i < n; i += kLanes<A>)
         store(x + i, keep_first(VecA<A>{}, n - i, kImpossible<A>));
 }
 
-// cur = log softmax of the row's prior, or of zeros.
+// cur = log softmax of the row's prior, or of zeros if the circuit has no prior.
 template <typename P>
 void log_prior(const CircuitParams& c, int64_t batch_row, Acc<P>* cur, Acc<P>* scratch) {
     const int64_t n = c.components, width = whole_vectors<P>(n);
@@ -300,7 +300,7 @@ void circuit_walk(const CircuitParams& c, int64_t batch_row, Acc<P>* scratch, Ob
         return;
     }
 
-    // Level l of the path to position k: cur at vectors + 2 l width, followed by up.
+    // Level l of the path to position k has two vectors, at vectors + 2 l width: cur and up.
     constexpr int kMaxLevels = 64;
     double bases[kMaxLevels] = {}, up_bases[kMaxLevels] = {};
     const CircuitNode root{0, c.n_token, -1};

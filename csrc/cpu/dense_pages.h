@@ -1,4 +1,4 @@
-// Transposition in registers of eight ranks by a vector of outputs, for dense B. Compiled per
+// Transposes blocks of eight ranks x one vector of outputs in registers, for dense B. Compiled per
 // instruction set like vec.h.
 #pragma once
 
@@ -20,7 +20,7 @@ constexpr bool kQuick<BFloat> = true;
 
 LX_INLINE void load_quick(const float* b, Vec<float>* out) {
     using V = Vec<float>;
-    V low[4], high[4];  // columns of rows i, i + 8 and of the rows after them
+    V low[4], high[4];  // ranks 0-3 and 4-7 of rows 2i, 2i + 1, 2i + 8, 2i + 9
     for (int i = 0; i < 4; ++i) {
         const V r = load(b + 16 * i), s = load(b + 16 * (i + 4));
         low[i] =

@@ -63,7 +63,7 @@ LX_INLINE void end_streams() {
     _mm_sfence();
 #endif
 }
-// Zeroes lanes without a column.
+// Zeroes the lanes beyond the last column.
 template <typename T>
 LX_INLINE Vec<T> only(Vec<T> v, Whole) {
     return v;
@@ -117,7 +117,7 @@ struct Rows {
     LX_INLINE const A* router(int e) const {
         return static_cast<const A*>(args.router) + e * width;
     }
-    // Return the number of row i and depth e in an array (N, k).
+    // Return the entry for row i and depth e of an array (N, k).
     LX_INLINE A& at(const void* numbers, int e, int i) const {
         return static_cast<A*>(const_cast<void*>(numbers))[(first + i) * depths + e];
     }
@@ -184,7 +184,7 @@ struct Rows {
         });
     }
 
-    // Writes the weights of the router.
+    // Computes the mixing weights with the router.
     LX_INLINE void route() const {
         V sum[kMax][kRows] = {};
         for_normed(depths - 1,
@@ -261,7 +261,7 @@ struct Rows {
     }
 
     // --------------------------------------------------------------------------------------------
-    // Backward. g is a gradient, g_row elements between rows: dmixed, or that of n_e itself.
+    // Backward. g is dmixed or the gradient of n_e, with g_row elements between rows.
 
     // Sums over each row of g gamma (h - m), of g gamma ("layer"), and of g beta.
     struct Products {

@@ -90,7 +90,7 @@ struct SideB {
     }
 };
 
-// p - b, in float64.
+// Ranks of a tile from p - b, in float64.
 template <typename T>
 struct Moved {
     SideB<T, double> p, b;

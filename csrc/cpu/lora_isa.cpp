@@ -24,7 +24,7 @@ namespace {
 constexpr int kGroupRows = 24;     // shrink: rows and ranks whose accumulators are kept
 constexpr int kGroupRanks = 32;    // on the stack from one block of I to the next
 constexpr int kDotBlock = 1024;    // in-features; 4 ranks of float are half of a 32 KiB L1
-constexpr int kDirectRows = 3;     // expand: most rows for which B is transposed in registers
+constexpr int kDirectRows = 3;     // expand: maximum rows for which B is transposed in registers
 constexpr int kWideTileRank = 16;  // expand: largest rank that reads several vectors of pages
 constexpr int kPackColumns = 128;
 constexpr int kPackSize = 8192;      // elements of the transposed block of B
@@ -51,7 +51,7 @@ void shrink_few(const Slot<T>& slot, const Rows<const T>& x, const Rows<Acc<T>>&
     for (int64_t r = 0; r < slot.rank; r += kDotRanks)
         with_constant<kDotRanks>(min(slot.rank - r, kDotRanks), [&](auto ranks) {
             Vec<T> acc[kRows][ranks.value] = {};
-            const int64_t after = r + kDotRanks;  // whole tiles only: no unused lines
+            const int64_t after = r + kDotRanks;  // prefetch no lines beyond whole tiles
             const T* next = after + kDotRanks <= slot.rank ? slot.a_at(after) : nullptr;
             dot_tile<T, kRows, ranks.value>(xs, slot.a_at(r), slot.a_row, 0, slot.in, acc, next);
             write_v<T>(acc, slot.scale, v, 0, r);
@@ -117,8 +117,8 @@ LX_INLINE void add_to(T* y, Vec<T> delta, int64_t n) {
         store(y, load(y) + delta);
 }
 
-// Outputs of a tile: whole vectors of adjacent outputs in full pages, whole vectors, or n lanes of
-// one.
+// Outputs of a tile: whole vectors of adjacent outputs in full pages, other whole vectors, or n
+// lanes of one vector.
 enum class Outputs { kDense, kWhole, kPart };
 
 // If a bank has room for larger ranks, the rows of B of an adapter have gaps, which must not be
@@ -136,8 +136,8 @@ LX_INLINE void prefetch_rows(const T* b, int64_t row, bool one_line) {
     }
 }
 
-// kVecs vectors of outputs from o on, B transposed in registers. With many pages kVecs is 1,
-// because the lines that a tile reads and prefetches in all pages would leave L1 before use.
+// Updates kVecs vectors of outputs from o on, with B transposed in registers. With many pages kVecs
+// is 1, because the lines that a tile reads and prefetches in all pages would leave L1 before use.
 template <typename T, int kRows, int kVecs, Outputs kOutputs>
 LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const* y, int64_t o,
                            int64_t n) {
@@ -286,7 +286,7 @@ template <typename T>
 Rows<T> y_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<T*>(args.y), args.y_row_stride, chunk.rows};
 }
-// Return the maximum rows of merged chunks: with several spans, many rows share a packed block.
+// Return the maximum rows of merged chunks. With several spans of ranks, many rows share a block.
 int64_t most_rows(const LoraArgs& args) {
     return rank_spans(args.bank.max_rank) > 1 ? kSumRows : 0;
 }

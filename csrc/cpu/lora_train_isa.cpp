@@ -173,7 +173,7 @@ void add_to_dx(const Rows<T>& dx, int64_t rows, int64_t begin, int64_t width, co
     });
 }
 
-// The accumulators of dA and A itself are packed in dense blocks of kColumns features. with_dx
+// The sums of dA, and a copy of A, are stored in dense blocks of kColumns features. with_dx
 // requires that one span has all ranks.
 template <typename T>
 void da_bands(const LoraTrainArgs& args, bool with_dx, int64_t begin, int64_t end) {

@@ -22,7 +22,7 @@ constexpr int64_t kRows = 32;                       // rows per pass over W
 
 using Word = VecN<uint32_t, kF>;
 
-// Return the factor of a step's lanes: one in-feature of float32, two of bfloat16.
+// Return the bits of the in-features of one step: one float32 or two bfloat16.
 LX_INLINE uint32_t step_of(const float* x) {
     return load_bits<uint32_t>(x);
 }

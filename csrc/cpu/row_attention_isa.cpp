@@ -95,9 +95,9 @@ LX_INLINE void value_tile(const A* p, int64_t p_stride, const A* v, int64_t v_st
         for (int c = 0; c < kVecs; ++c) store(sums + i * sums_stride + c * L, sum[i][c]);
 }
 
-// Replaces scores by weights, e^(s - max), and returns their sum. Its order counts from the first
-// score; numbers after the last one, up to a whole vector, are overwritten. Not inlined, because
-// two copies could contract its sums differently.
+// Replaces scores by weights, e^(s - max), and returns the sum of the weights, in an order that
+// counts from the first score. Numbers after the last score, up to a whole vector, are overwritten.
+// Not inlined, because the compiler could contract the sums of two copies differently.
 template <typename A>
 __attribute__((noinline)) A weigh(A* scores, int64_t count) {
     constexpr int L = kLanes<A>;
@@ -154,7 +154,7 @@ void widen(const T* from, int64_t from_stride, int64_t rows, int64_t width, Acc<
     }
 }
 
-// Rows t of the heads of one group; rows of q, scores and sums are (t, head).
+// Query rows t, ... of the heads of one group; rows of q, scores and sums are in order (t, head).
 template <typename T>
 struct Block {
     using A = Acc<T>;
@@ -291,8 +291,8 @@ struct Block {
             add_run(row, count, v + (run - begin) * v_stride, v_stride, run, run_end - run);
         };
         for_tiles(0, times * room.alike, [&](int64_t row, int64_t count) {
-            // Keys that all rows of the tile see without holes are added together; the keys before
-            // and after them are added row by row.
+            // The keys that all rows of the tile see without holes are added for all rows at once;
+            // the keys before and after them are added row by row.
             const int64_t i_first = row / room.alike, i_last = (row + count - 1) / room.alike;
             int64_t common = begin, common_end = end;
             for (int64_t i = i_first; i <= i_last; ++i) {

@@ -13,7 +13,7 @@ namespace {
 
 template <typename A>
 constexpr A kInfinity = static_cast<A>(__builtin_inf());
-// Logarithm of 2^80 (2^900). Larger sums are accurate although terms below 2^-126 are lost.
+// -log of 2^-80 (2^-900). Sums above this bound are accurate although terms below 2^-126 are lost.
 template <typename A>
 constexpr A kTrust = sizeof(A) == 4 ? A(55.451774) : A(623.8324625);
 template <typename A>

@@ -1,5 +1,5 @@
-// Transposition in registers of square blocks, as many rows as a vector has lanes, and of eight
-// ranks by a vector of outputs. Compiled per instruction set like vec.h.
+// Transposes blocks in registers: square ones, with as many rows as a vector has lanes, and ones of
+// eight ranks x one vector of outputs. Compiled per instruction set like vec.h.
 #pragma once
 
 #include "vec.h"

@@ -261,8 +261,8 @@ LX_INLINE void store(Half* p, Vec<float> v) {
     __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
-// Only the first n lanes, 0 <= n <= kLanes. The other lanes of a load are zero; a store leaves the
-// memory of the other lanes unchanged.
+// Loads and stores of the first n lanes, 0 <= n <= kLanes. The other lanes of a load are zero; a
+// store leaves the memory of the other lanes unchanged.
 #if defined(__AVX512F__) && LX_VEC_BYTES == 64
 LX_INLINE __mmask16 first_lanes(int64_t n) {
     return static_cast<__mmask16>((1u << n) - 1);

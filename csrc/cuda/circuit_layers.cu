@@ -5,8 +5,8 @@
 //   up        a block per tile of 16 lanes walks all nodes in order. It reads only values that it
 //             has written, so no block waits for another. If a node has more than 2^14 weights,
 //             and in lower precisions, stages run one after another on tensor cores
-//             (circuit_layers_{terms,product,run}.cu), with weights in parts. The max-product of
-//             such nodes has a launch per stage here, a block for each part of their results
+//             (circuit_layers_{terms,product,run}.cu), with weights in 16-bit parts. The
+//             max-product of such nodes has a launch per stage here, a block per share of results
 //
 // A product reads its terms from shared memory and its weights from L2; a thread computes one sum
 // for four lanes. Bound: the bytes of the weights from L2 per tile, and the latency of the nodes.

@@ -86,7 +86,7 @@ struct LayerTile {
     // Returns log sum W_i exp(l_i) of one sum and lane, with terms shifted by their maximum.
     LX_DEVICE float rescued_sum(const LayersNode& node, const LayersMatrix& m, int64_t o,
                                 int lane) const;
-    // Returns the flow of term i, of log-value l, from the sums of a lane that were recomputed.
+    // Returns the flow of term i, of log-value l, from the recomputed sums of a lane.
     LX_DEVICE float owed_flow(const LayersNode& node, const LayersMatrix& m, int64_t i, int lane,
                               float l, float top) const;
 };

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
     LX_SHARED(float, ratios, kSide*(kSide + 1));
     LX_SHARED(float, values, kSide*(kSide + 1));
     LX_SHARED(float, owed, kSide*(kSide + 1));    // flows of rescued sums
-    LX_SHARED(float, depths, kSide*(kSide + 1));  // log of the inverse of their products
+    LX_SHARED(float, depths, kSide*(kSide + 1));  // -log s of these sums
     LX_SHARED(float, totals, kSide);
     LX_SHARED(float, bases, kSide);
     const LayersProgram program = args.program;

@@ -1,7 +1,7 @@
 // Numbers split into 16-bit parts for tensor cores, and the tile of a product of such numbers.
 //
-//   3 parts   bfloat16, together all 24 bits of a float; the six products of at least 2^-16
-//   2 parts   bfloat16, 16 bits; three products
+//   3 parts   bfloat16, all 24 bits of a float; of the nine products, the six above 2^-16
+//   2 parts   bfloat16, 16 bits; of the four products, the three largest
 //   1 part    float16 of the number times 2^14: 11 bits, terms below 2^-38 of the largest vanish
 //
 // The parts of eight numbers of a row are contiguous: eight first parts, eight second parts, ...
@@ -90,7 +90,7 @@ struct ProductSide {
     int64_t row_step, step;             // bytes between its rows and between steps
     int to;                             // destination offset
     int left;                           // remaining k from the next step on
-    int others;                         // remaining rows or columns; transposed: of the piece
+    int others;                         // remaining rows or columns; if transposed: in the piece
 
     LX_DEVICE explicit ProductSide(const PartRows& in)
         : origin(static_cast<const unsigned char*>(in.first)) {

@@ -175,7 +175,7 @@ LaunchStatus launch_shape(const LayersArgs& args, const LayersStage& stage, int6
                          G::kRingBytes, stream, args, stage);
 }
 
-// Launches the large tile if it occupies most multiprocessors. The results of both tiles are
+// Uses the large tile if its blocks occupy most multiprocessors. The results of both tiles are
 // bitwise equal.
 template <LayersProduct kProduct, int kParts>
 LaunchStatus launch_parts(const LayersArgs& args, const LayersStage& stage, void* stream) {

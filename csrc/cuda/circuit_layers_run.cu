@@ -86,7 +86,7 @@ struct RunBlock : QuadTile {
     float *partial, *tops;  // (4, kRunLanes), (kRunLanes)
     unsigned* arrivals;
     unsigned arrived = 0;
-    int row0, matrix = -1;  // matrix: whose weights are in shared memory
+    int row0, matrix = -1;  // matrix: the one in shared memory
 
     LX_DEVICE RunBlock(const LayersArgs& args, const Run& run, unsigned char* shared,
                        float* partial, float* tops)
@@ -109,8 +109,8 @@ struct RunBlock : QuadTile {
         return args.run_tops + stage % 2 * run.tops_apart + lane0;
     }
 
-    // All blocks of these lanes call both. After wait() they see the data that the others wrote
-    // before arrive().
+    // A barrier in two calls, for all blocks of these lanes. After wait() a block sees the data
+    // that the others wrote before arrive().
     LX_DEVICE void arrive() {
         arrived += gridDim.x;
         lx::syncthreads();
@@ -287,7 +287,7 @@ auto with_parts(int parts, F&& f) {
                         : f.template operator()<3>();
 }
 
-// Number of blocks that share lanes, and the bytes of shared memory per block.
+// Size of a run: `rows` blocks share the same lanes, each with bytes() of shared memory.
 struct RunSize {
     int64_t rows = 0, width = 0;
 

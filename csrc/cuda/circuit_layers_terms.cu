@@ -1,8 +1,8 @@
 // The kernels before and after the products of one stage of a circuit; formulas in
 // circuit_layers.h.
 //
-//   terms      E = exp(term - its maximum over the node) of each lane, once, in parts; in the
-//              backward pass also R = flow / s of each sum: block (16 lanes, node, share of terms)
+//   terms      E = exp(term - its maximum over the node) of each lane, once, in 16-bit parts; in
+//              the backward also R = flow / s of each sum: block (16 lanes, node, share of terms)
 //   children   adds flows of terms to the units below. A thread owns columns, so products follow
 //              one another without a barrier, in a fixed order: block (16 lanes, 16 columns)
 //   owed       converts flows of weights to gradients and adds the flows of rescued sums: a block
@@ -167,11 +167,11 @@ __global__ void __launch_bounds__(kLayerThreads, 4)
     }
 }
 
-// Row o of a matrix: the total of its flows, and the flows of rescued sums.
+// Converts the flows of row o of a matrix to gradients, and adds the flows of rescued sums.
 __global__ void __launch_bounds__(kOwedThreads, 8)
     layers_owed_kernel(const __grid_constant__ LayersArgs args) {
     LX_SHARED(float, debts, kOwedThreads);   // flows of rescued sums
-    LX_SHARED(float, depths, kOwedThreads);  // log of the inverse of their products
+    LX_SHARED(float, depths, kOwedThreads);  // -log s of these sums
     LX_SHARED(float, parts, kOwedThreads / 32);
     constexpr int kAhead = 4;
     const LayersProgram program = args.program;

@@ -37,7 +37,7 @@ struct WarpWalk : LayerTile {
             args.leaves[walk * variables + v] = -1;
         lx::syncwarp();
         const int64_t root = args.root[row];
-        const bool possible = root >= 0 && root < program.num_roots();  // the op does not check it
+        const bool possible = root >= 0 && root < program.num_roots();  // not checked by the op
         if (lane == 0 && possible)
             take(program.owners()[program.num_children() + root], program.roots()[root]);
         lx::syncwarp();

@@ -1,8 +1,8 @@
 // A block that walks one row of the batch with the leaves of its positions.
 //
-// Up to 32 states and 4096 tokens a warp walks: all warps first compute the norms of the leaves of
-// every position, then the first warp walks alone without block barriers. Otherwise the block walks
-// and computes a position's norms when it reaches the position.
+// With up to 32 states and 4096 tokens one warp walks: all warps first compute the norms of the
+// leaves of every position, then the first warp walks alone without block barriers. Otherwise the
+// block walks and computes a position's norms when it reaches the position.
 #pragma once
 
 #include "circuit_decode.cuh"

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
             token = lx::max(
                 draw_token(walk.team, own.sums, rows, z, norms[z].top, uniforms[2 * k + 1]), 0);
         }
-        const bool possible = token < leaves.vocabulary;  // the op does not check it
+        const bool possible = token < leaves.vocabulary;  // not checked by the op
         walk.for_own(
             [&](int z) { own.e[z] = possible ? norms[z].log_p(rows.at(z, token)) : kImpossible; });
         const float top =

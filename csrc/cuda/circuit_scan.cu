@@ -269,8 +269,8 @@ struct CircuitReverse {
             walk.team.sync();
     }
 
-    // Level l of the path to position k: dup, the gradient of its up, at vectors + 2 l n, followed
-    // by dcur, the accumulated gradient of its cur.
+    // Level l of the path to position k has two vectors, at vectors + 2 l n: dup, the gradient of
+    // its up, and dcur, the accumulated gradient of its cur.
     LX_DEVICE void tree() {
         const CircuitNode root{0, c.n_token, -1};
         const auto dup_at = [&](int level) { return walk.vectors + 2 * level * n; };

@@ -1,7 +1,7 @@
 // Leaves of finite families, looked up in a table; formula in circuit_layers.h.
 //
 // Forward: a thread per unit and lane, bound by the bytes written. Backward: a thread per entry of
-// the table iterates over the rows of data in order, which are few compared with the table. For
+// the table iterates in order over the rows of data, which are few compared with the entries. For
 // logits, a warp per row of the table computes its norm before the lookup, and subtracts the
 // softmax's share after the flows.
 #include "circuit_layers.cuh"

@@ -329,7 +329,7 @@ struct CircuitWalk {
         }
     }
 
-    // Level l of the path to position k: cur at vectors + 2 l n, followed by up, and their bases.
+    // Level l of the path to position k has cur, at vectors + 2 l n, then up, and a base for each.
     template <class Observe, class Save>
     LX_DEVICE void run_tree(Observe&& observe, Save&& save) const {
         const CircuitNode root{0, c.n_token, -1};

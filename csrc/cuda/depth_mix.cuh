@@ -78,7 +78,7 @@ struct Pieces {
     }
 };
 
-// Factors of the same columns: G is T, or float with 16-bit values.
+// The thread's elements of gamma or beta; G is T, or float if T has 16 bits.
 template <class T, class G>
 struct Scales {
     static constexpr int kWords = kPiece<T> / kPiece<G>;

@@ -54,7 +54,7 @@ LX_DEVICE void turn_to_logits(const DepthMixArgs& args, int64_t row, float* dl) 
     if (own < args.depths) number_of(args, args.dweights, row, own) = mine;
 }
 
-// The numbers of a row, and dh = factor t - slope (h - mean) - level with t = G gamma.
+// Statistics of a row, for dh = factor t - slope (h - mean) - level, where t = G gamma.
 struct RowNumbers {
     float weight, rinv, mean;
 
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
     Scales<T, G> gamma;
     gamma.load(args.gamma[e], columns);
     float of_gamma[kHeld][P] = {}, of_beta[kHeld][P] = {};
-    // The next row is loaded during the current one; with a router there are not enough registers.
+    // The next row is loaded during the current one, except with a router, for lack of registers.
     Pieces<T> now_g, now_h, next_g, next_h;
     const auto load = [&](int64_t row, Pieces<T>& g, Pieces<T>& h) {
         g.load(dmixed_row<T>(args, row), columns);
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
             next = load(lx::min(row + 1, task.end - 1), next_g, next_h);
         }
 
-        // Gradient of n_e without its weight.
+        // Gradient of n_e; without a router, before the factor w_e.
         float up[kHeld][P];
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) now_g.unpack(i, columns, up[i]);

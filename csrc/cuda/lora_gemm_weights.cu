@@ -7,9 +7,9 @@
 // read one stage earlier. ldmatrix.trans transposes x to operand A; the floats of v are split into
 // operand B in registers:
 //   bfloat16   v = high + low, two m16n8k16
-//   float16    as floats, exact in tf32; v = high + low in tf32: any magnitude of v
-//   float32    three tf32 products of parts
-// Splitting a float into two tf32 needs more registers, so these types use 64 columns.
+//   float16    x as floats, exact in tf32; v = high + low in tf32: any magnitude of v
+//   float32    x and v as high + low in tf32, three products
+// Splitting a float into two tf32 needs more registers, so float16 and float32 use 64 columns.
 //
 // There is one sum for all rows of the adapter, in order. The choice between the two kernels
 // depends only on (R, width), so a gradient depends only on the rows of its adapter.

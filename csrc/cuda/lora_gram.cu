@@ -402,8 +402,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int k = 0; k < 4; ++k) out[k] = stats[k];
 }
 
-// Launches a kernel for 500 adapters at a time: launch.operator()<T>(grid, table), T of the
-// factors.
+// Launches a kernel for 500 adapters at a time: launch.operator()<T>(grid, table), where T is the
+// type of the factors.
 template <class F>
 LaunchStatus launch_tables(const GramArgs& args, int64_t (*items_of)(int64_t), int64_t result_bytes,
                            F&& launch) {

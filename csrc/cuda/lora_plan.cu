@@ -19,7 +19,7 @@ constexpr int kMaxTile = 8192;
 constexpr int kRowBytes = 2 * (sizeof(uint32_t) + sizeof(uint16_t));  // shared memory per row
 constexpr int kStaticBytes = (kThreads + kWarps) * 4;
 
-// Returns the sum of `x` over the threads before this one; `total` over all. Every thread calls it.
+// Returns the sum of `x` over earlier threads, and in `total` over all. Every thread calls it.
 LX_DEVICE int block_scan(int x, int (&warp_sums)[kWarps], int& total) {
     const int lane = lx::lane_id(), warp = lx::warp_id();
     auto warp_scan = [lane](int y) {  // inclusive

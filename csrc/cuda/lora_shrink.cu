@@ -199,7 +199,7 @@ LaunchStatus run_shrink_rows(const Projection& args, const Slices& slices, void*
     const LoraArgs& lora = args.lora;
     if (large_rank(lora.bank)) return run_gemm_projection(args, false, slices, stream);
     return with_dtype(lora.dtype, [&]<class T>() {
-        // 128 rows do not fit in registers with three sums per element, nor with two of float32.
+        // Tiles of 128 rows exceed the registers with three sums per element, in float32 with two.
         if (slices.per_block > 1) return launch<T, 64, true>(args, slices, stream);
         if constexpr (sizeof(T) == 2) {
             const bool wide = lora_chunk_rows(lora.num_tokens) == 128 &&

@@ -115,7 +115,7 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
 // second loads everything that depends on the slot before any of it is used: rows, rank, and the
 // loads of also(slot), page numbers and a scale. syncwarp after each trip keeps the compiler from
 // moving loads down to save registers. (Kernels that use the variant above have no spare registers,
-// and other work that hides the latency.) A block has at least kRows threads.
+// but other work that hides the latency.) A block has at least kRows threads.
 template <int kRows, class Also>
 LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int index,
                             int32_t (&row_of)[kRows], Also&& also) {
@@ -145,7 +145,7 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     } else {
         const int lane = thread % lx::kWarpSize;
         const LoraPlanArgs& ids = args.ids;
-        // Loaded together with the number of valid rows, not after it.
+        // The id is loaded together with the number of valid rows, not after it.
         const int64_t at = lx::min<int64_t>(lane, ids.num_tokens - 1);
         const int64_t asked = ids.ids_are_int64 ? static_cast<const int64_t*>(ids.adapter_ids)[at]
                                                 : static_cast<const int32_t*>(ids.adapter_ids)[at];
@@ -229,9 +229,9 @@ LX_DEVICE const T* b_page(const LoraBank& bank, int slot, int page) {
     return at < 0 ? nullptr : static_cast<const T*>(bank.b) + at;
 }
 
-// First of two steps to the address of a page. Returns the table's number of a page of the slot;
-// beyond the table's end it reads a valid entry. Without a table nothing is read, and pages are
-// their own numbers.
+// First of two steps to the address of a page. Returns the number in the page table of a page of
+// the slot; beyond the table's end it reads a valid entry. Without a table it reads nothing and
+// returns `page`.
 LX_DEVICE int page_number(const LoraBank& bank, int slot, int page) {
     if (!bank.page_table) return page;
     const int here = lx::max(lx::min(page, bank.pages_per_slot - 1), 0);

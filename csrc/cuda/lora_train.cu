@@ -107,7 +107,7 @@ LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream)
     if (no_adapters(args)) return 0;
     const bool rows = args.lora.num_tokens > 0;
     LoraDropout factor = args.dropout;
-    factor.threshold = 0;  // dy has no mask but the factor 1 / (1 - p)
+    factor.threshold = 0;  // dy has no mask, only the factor 1 / (1 - p)
     const Projection dv{side_b(args), factor, static_cast<float*>(args.dv), args.dv_row_stride};
     const Gradient db = gradient(args, true);
     const bool wants_dv = rows && (args.da || args.dx);

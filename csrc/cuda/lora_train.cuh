@@ -45,12 +45,12 @@ inline bool pass_sliced(const LoraArgs& args, bool side_b) {
     return side_b && args.dtype != DType::kFloat32 && args.bank.max_rank <= kPassRanks;
 }
 constexpr int kProjectedRanks = 64;  // per block
-// in_pass: every slice has a block, and there are partial sums if there are several slices.
+// in_pass: for one pass that also computes db. Each slice has a block; several give partial sums.
 Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass = false);
 int64_t slices_bytes(const Slices& slices);
 int64_t projection_workspace(const LoraArgs& args, bool side_b);
 LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream);
-// Side A without the final sum over slices: as in serving, expand computes it.
+// Computes side A without the final sum over slices, which expand computes, as in serving.
 LaunchStatus run_shrink_rows(const Projection& args, const Slices& slices, void* stream);
 // The steps of run_projection: the kernel's output, its buffers, and the final sum.
 Projection projection_step(const Projection& args, const Slices& slices, void* workspace);
@@ -81,7 +81,7 @@ int64_t gradient_workspace(const Gradient& args);
 // beside: the projection of side B, to compute in the same pass over dy.
 LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream,
                           const Projection* beside = nullptr);
-constexpr int64_t kMostParts = 256 << 20;  // bytes of partial sums; above it, two passes
+constexpr int64_t kMostParts = 256 << 20;  // maximum bytes of partial sums for one pass, else two
 int64_t one_pass_workspace(const Gradient& args, const LoraArgs& side_b);
 bool takes_one_pass(const Gradient& args, const LoraArgs& side_b);
 
@@ -96,8 +96,8 @@ LaunchStatus run_gemm_input_gradient(const LoraTrainArgs& args, void* stream);
 
 LaunchStatus run_gemm_gradient(const Gradient& args, void* stream);
 
-// Columns per block of that kernel. One block sums all rows of its adapter, so one adapter needs as
-// many blocks as half of an H100's multiprocessors: an estimate.
+// Columns per block of run_gemm_gradient. A block sums all rows of its adapter, so the kernel is
+// used only if one adapter's blocks fill half of an H100's multiprocessors, an estimated bound.
 constexpr int gradient_columns(bool tf32) {
     return tf32 ? 64 : 128;
 }

@@ -9,7 +9,7 @@
 // rounding, one store.
 //   bfloat16   dv = high + low, two m16n8k16
 //   float16    A as floats, exact in tf32; dv = high + low in tf32
-//   float32    three tf32 products of parts
+//   float32    A and dv as high + low in tf32, three products
 // Bound: bytes of dx, read and written once.
 #include "lora_train.cuh"
 

@@ -7,8 +7,8 @@
 // * Pages of B contain eight ranks of one output side by side; ldmatrix.trans transposes them.
 // * The sum is over slices of fixed width, each starting at zero, added in order. Either one block
 //   iterates over all slices of its rows, or each slice has a block and a second kernel adds them.
-//   dv therefore does not depend on the number of rows, nor a gradient on the other rows of the
-//   batch.
+//   dv therefore does not depend on the number of rows, and no gradient depends on the other rows
+//   of the batch.
 // Bound: bytes of dy, streamed once per 64 ranks.
 #include "lora_train.cuh"
 
@@ -207,11 +207,11 @@ Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass) {
     int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
     if (takes_gemm(args)) {
         tiles *= ceil_div(bank.max_rank, kGemmColumns);
-    } else if (!side_b) {  // its loop over slices uses tiles of 64 rows
+    } else if (!side_b) {  // lora_shrink.cu loops over slices in tiles of 64 rows
         tiles *= lx::max(1, lora_chunk_rows(args.num_tokens) / kTrainRows) *
                  ceil_div(bank.max_rank, kProjectedRanks);
     }
-    // True if the tiles alone give two blocks per multiprocessor of an H100 (132 multiprocessors).
+    // A block loops over slices if the tiles give two blocks per multiprocessor of an H100 (132).
     const bool walk = s.count == 1 || (!in_pass && tiles >= 264);
     s.per_block = walk ? s.count : 1;
     s.finished = walk;

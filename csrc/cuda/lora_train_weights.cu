@@ -5,13 +5,13 @@
 //   dv[t, :] = c * dy[t, :] b[s]                with c = scale[s] / (1 - p)
 //
 // Block (range of an adapter's rows, slice of 1024 bytes of columns, 16 or 64 ranks), eight warps.
-// Two stages of 32 rows of x and v; cp.async fills one while the other is multiplied, and perm is
-// read two steps ahead. A thread then prepares the elements that it copied: it drops elements of x,
-// and splits v into high and low bfloat16. ldmatrix.trans transposes both. A warp has 16 columns of
-// each band of 128 and all ranks, and keeps their sums for the whole range.
+// Shared memory has two stages of 32 rows of x and v; cp.async fills one while the other is used,
+// and perm is read two steps ahead. A thread then prepares the elements that it copied: it drops
+// elements of x, and splits v into high and low bfloat16. ldmatrix.trans transposes both. A warp
+// has 16 columns of each band of 128 and all ranks, and keeps their sums for the whole range.
 //   bfloat16   v = high + low, two m16n8k16: 16 bits of v
-//   float16    as floats, exact in tf32; v = high + low in tf32, two m16n8k8: any magnitude of v
-//   float32    three tf32 products of parts
+//   float16    x as floats, exact in tf32; v = high + low in tf32, two m16n8k8: any magnitude of v
+//   float32    x and v as high + low in tf32, three products
 // The rows of an adapter are summed in ranges of a fixed length counted from its first row, each
 // range starting at zero, the ranges in order. Each range has a block, and a second kernel adds the
 // ranges of each adapter that has several. The bits therefore depend only on the rows of the
@@ -318,7 +318,7 @@ LX_DEVICE void fill_factor(unsigned char* to, const LoraBank& bank, const Block&
     }
 }
 
-// Blocks per multiprocessor. The parts of float16 and the sums of 64 ranks need many registers.
+// Blocks per multiprocessor. 64 ranks need registers for sums, and float16 for both halves of v.
 template <class T, int kPages>
 constexpr int kBlocks = kPages == 2 && !std::is_same_v<T, lx::f16> ? 2 : 1;
 

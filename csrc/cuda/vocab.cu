@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 LX_DEVICE bool counts(const VocabArgs& args) {
     return !args.mask || args.mask[blockIdx.x];
 }
-LX_HOST_DEVICE inline float share_of(const VocabArgs& args) {  // per student, without a factor tau
+LX_HOST_DEVICE inline float share_of(const VocabArgs& args) {  // tau^2 / students, divided by tau
     return static_cast<float>(args.tau / static_cast<double>(args.hiddens - 1));
 }
 

@@ -33,7 +33,7 @@ const char* verb(Touch how) {
 }
 
 // --- Between blocks: clocks published by fence and atomic
-// Clocks that each block has acquired. Only blocks of a resident launch resume.
+// Clocks that each block has acquired; in an ordinary launch only those of the current block.
 std::unordered_map<uint32_t, BlockClocks> acquired;
 std::unordered_map<const void*, BlockClocks> released;  // by address
 // The same clocks for each value of a counter. A thread that waits for a value is ordered after the

@@ -15,7 +15,7 @@ struct Options {
     uint64_t seed =
         0;  // 0: threads run first in, first out; otherwise threads and blocks run in random order
     CpAsync cp_async = CpAsync::kBySeed;  // even seeds late, odd seeds early
-    bool races = true;                    // races and initialisation, check flavour only
+    bool races = true;                    // report races, uninitialised reads; check flavour only
     int max_reports = 20;                 // per launch
     int multiprocessors = 132;            // return value of lx::multiprocessors()
     int shared_memory = 227 * 1024;       // bytes per block, and the maximum

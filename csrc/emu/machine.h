@@ -36,8 +36,8 @@ struct Place {
 
 struct Warp;
 
-// Per warp of another block, the clock up to which its accesses are ordered before a given point.
-// BlockClocks maps the serial number of a block to its BlockClock.
+// For each warp of another block: its accesses up to this clock precede a given point. BlockClocks
+// maps the serial number of a block to its BlockClock.
 using BlockClock = std::array<uint32_t, kMaxWarps>;
 using BlockClocks = std::unordered_map<uint32_t, BlockClock>;
 

@@ -337,7 +337,7 @@ int run_as(bool resident, const Launch& launch, void (*body)(void*), void* argum
     m.num_threads = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
     m.num_warps = (m.num_threads + kWarpSize - 1) / kWarpSize;
     const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
-    // Random order of blocks without a list: the step has no common factor with their number.
+    // Blocks in random order, without a list of them: the step is coprime to their number.
     uint64_t step = 1, start = 0;
     if (m.options.seed != 0 && blocks > 1) {
         start = m.random() % blocks;

@@ -31,7 +31,7 @@ int64_t lanes_of(int64_t rows) {
 Tensor unit_major(int64_t units, int64_t rows, const at::TensorOptions& options) {
     return reused_memory({units, lanes_of(rows)}, options);
 }
-// (B, U) over memory (U, L)
+// Return the view (B, U) of memory (U, L).
 Tensor rows_of(const Tensor& t, int64_t rows) {
     return t.narrow(1, 0, rows).t();
 }
@@ -193,9 +193,9 @@ struct Call {
     }
 
     int64_t groups() const { return args.lanes / kLaneGroup; }
-    // Each weight is used once per lane.
+    // Work per group of lanes: each weight is used once per lane.
     int64_t work() const { return w.numel() * kLaneGroup; }
-    // Upper bound: one sum per node, with one exponential per term.
+    // Upper bound per walk: one sum per node, with one exponential per term.
     int64_t walk_work() const { return plan.nodes() * args.max_width * kLaneGroup; }
 
     static const LayersCpu& twin() { return chosen_twins<LayersCpu>(); }

@@ -20,7 +20,7 @@ namespace {
 // saves.
 constexpr int64_t kSerialEntries = 1 << 16, kSerialLookups = 1 << 17;
 
-// Return checked arguments without outputs.
+// Return the checked arguments; the caller sets the outputs.
 CircuitTableArgs table_args(const char* op, const Tensor& table, const Tensor& x, const Tensor& row,
                             int64_t block, std::string_view norm) {
     CircuitTableArgs args;

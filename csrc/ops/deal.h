@@ -9,8 +9,8 @@
 namespace lora_ext {
 
 // Calls f(begin, end) for parts of [0, items); a thread that finishes a part takes the next one.
-// Adjacent groups of `together` items share work, so if there are enough items for four such groups
-// per thread, the size of a part is a multiple of `together`.
+// The items of each group of `together` adjacent items share work. If there are enough items for
+// four groups per thread, the size of a part is therefore a multiple of `together`.
 template <typename F>
 void deal_items(int64_t items, int64_t together, const F& f) {
     const int64_t threads = at::get_num_threads();

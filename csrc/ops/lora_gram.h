@@ -13,8 +13,8 @@ namespace lora_ext {
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> lora_gram(
     const std::vector<Tensor>& a, const std::vector<Tensor>& b,
     const std::optional<at::ScalarType>& dtype);
-// Returns (L, 4) float64 for L adapters, with the scale taken as 1: the stats of
-// lora_ext/lora_gram.h.
+// Returns the stats of lora_ext/lora_gram.h, (L, 4) float64 for L adapters, with the scale taken as
+// 1.
 Tensor lora_pair_stats(const std::vector<Tensor>& a, const std::vector<Tensor>& b,
                        const std::vector<Tensor>& projected_b);
 

@@ -100,7 +100,7 @@ struct Call {
         mask = t->contiguous();
         args.mask = mask.const_data_ptr<bool>();
     }
-    // Sets the lse of the forward.
+    // Checks the forward's lse and sets args.lse; the returned tensor owns the memory.
     Tensor set_lse(const Tensor& t) {
         check_dtype(op, "lse", t, sums);
         require(t.numel() == args.hiddens * args.rows, op, "lse", expected("shape (k, N)"),

@@ -167,8 +167,8 @@ LX_INLINE void syncwarp(unsigned mask = kFullMask) {
     __syncwarp(mask);
 }
 
-// Named barriers 1 to 15 (0 is syncthreads). `threads`, a multiple of 32, counts those of both
-// calls.
+// Named barriers 1 to 15 (0 is syncthreads). `threads`, a multiple of 32, counts the threads of
+// bar_sync and bar_arrive together.
 LX_INLINE void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

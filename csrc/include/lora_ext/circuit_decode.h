@@ -4,7 +4,7 @@
 //   conditional_dist  log q(v | x_<k) = log sum_z posterior_k[z] softmax(leaf_{k,z})[v]
 //   argmax            the most probable tokens and latents jointly, by max-product
 //   verify            accept x_k while u_k < p_k(x_k) / q(x_k | x_<k), never where q is 0; then
-//                     one token from max(0, p - q), or from p after the last position
+//                     draw a token from max(0, p - q), or from p after the last position
 //
 // A draw returns the smallest index whose running sum exceeds u * total, never one of weight zero.
 // If rounding leaves no such index, it returns the last index with weight, or 0 if all weights are
@@ -110,8 +110,8 @@ struct CircuitDecodeCpu {
 // occupy many bytes, another kernel first computes their norms on all multiprocessors. Verifying
 // more than 32768 logits per row takes four kernels, each on all multiprocessors.
 int64_t circuit_workspace_bytes(const CircuitLogits& logits);  // reads sizes only
-// Bytes of shared memory: available to a block on the current device, needed by sample and
-// conditional_dist for a row, and needed by argmax for a row.
+// Bytes of shared memory: those available to a block on the current device, those that sample and
+// conditional_dist need for a row, and those that argmax needs for a row.
 int64_t circuit_block_bytes();
 int64_t circuit_row_bytes(const CircuitLogits& logits);
 int64_t circuit_argmax_bytes(const CircuitLogits& logits);

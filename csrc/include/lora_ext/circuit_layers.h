@@ -1,8 +1,8 @@
 // Circuits over region graphs: all sums and products of one circuit in one call, and the tables of
 // its finite input distributions.
 //
-//   up     l[u] of all units u, from l of the leaves
-//   down   flows dl[u], from the flows of the roots, and the flows of weights
+//   up     log-values l[u] of all units u, from those of the leaves
+//   down   flows dl[u] of the units, and flows of the weights, from the flows of the roots
 //   walk   from a root to a leaf of every variable, choosing one term of every sum on the way
 //
 // A program of int32 numbers describes the computation. Its nodes are regions, children before
@@ -14,9 +14,9 @@
 //
 // The units of a node without a matrix are its products. Products consist of parts: `hadamard`,
 // unit by unit over any number of children, or `kronecker`, all pairs of the units of two children.
-// Nodes of one stage do not read each other. Values are unit-major, val (U, L): lanes are the rows
-// of data, padded with rows of zeros to a multiple of kLaneGroup. Column 0 of the values is always
-// 0, column 1 always -inf, and the leaves begin at column kFirstLeaf.
+// Nodes of one stage do not read each other's values. Values are unit-major, val (U, L): lanes are
+// the rows of data, padded with rows of zeros to a multiple of kLaneGroup. Column 0 of the values
+// is always 0, column 1 always -inf, and the leaves begin at column kFirstLeaf.
 //
 // At sum o a walk weighs its terms by W[o, i] exp(term[i]). It takes the heaviest term (the first,
 // if several are equal), or draws one: the first whose running sum exceeds its uniform times the
@@ -88,9 +88,9 @@ struct LayersProgram {
     LX_HOST_DEVICE const LayersMatrix* matrices() const {
         return items<LayersMatrix>(matrices_at());
     }
-    LX_HOST_DEVICE const int32_t* users() const { return at + users_at(); }    // nodes of a matrix
-    LX_HOST_DEVICE const int32_t* roots() const { return at + roots_at(); }    // columns
-    LX_HOST_DEVICE const int32_t* stages() const { return at + stages_at(); }  // first nodes
+    LX_HOST_DEVICE const int32_t* users() const { return at + users_at(); }    // nodes, by matrix
+    LX_HOST_DEVICE const int32_t* roots() const { return at + roots_at(); }    // columns of val
+    LX_HOST_DEVICE const int32_t* stages() const { return at + stages_at(); }  // their first nodes
     // For each child, then for each root: the node that owns its units, or -1 - v if they are
     // leaves of variable v.
     LX_HOST_DEVICE const int32_t* owners() const { return at + owners_at(); }

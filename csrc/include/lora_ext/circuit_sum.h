@@ -55,7 +55,7 @@ struct LogSumArgs {
     // Backward.
     const void* dout = nullptr;  // (G, B, O) float
     void* dvalues = nullptr;     // (G, B, I) float; input of the shared kernels: ratio weight
-    // (G, O, I) float, overwritten. Input of shared kernels: ratio^T value. For twins it may be dw.
+    // (G, O, I) float, overwritten. Input of shared kernels: ratio^T value. In twins it may be dw.
     void* flow = nullptr;
     void* dw = nullptr;  // layout of w, contiguous, dtype of w
 };
@@ -68,7 +68,7 @@ struct LogSumCpu {
     // forward.
     void (*weights)(const LogSumArgs&, int64_t begin, int64_t end);  // w -> weight, weight_shift
     void (*values)(const LogSumArgs&, int64_t begin, int64_t end);   // l -> value, value_shift
-    // value and w, or value and scaled weights -> out; also the weights if they were not given.
+    // value and w, or value and scaled weights -> out; with w also writes the scaled weights.
     int64_t (*forward_items)(const LogSumArgs&);
     void (*forward)(const LogSumArgs&, int64_t begin, int64_t end);
     void (*ratios)(const LogSumArgs&, int64_t begin, int64_t end);  // dout, out -> ratio

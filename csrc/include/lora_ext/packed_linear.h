@@ -2,8 +2,8 @@
 //
 // Such a product is bound by the bytes of W, which are read once. W (O, I) is stored in consecutive
 // panels of kPanel outputs: (ceil(O / kPanel), I, kPanel) in float32. In bfloat16 two in-features
-// are adjacent, (ceil(O / kPanel), ceil(I / 2), kPanel, 2); if I is odd, the last two axes are one.
-// Entries beyond O or I are zero. All instruction sets use this layout.
+// are adjacent, (ceil(O / kPanel), ceil(I / 2), kPanel, 2); if I is odd, the last two axes are
+// merged. Entries beyond O or I are zero. All instruction sets use this layout.
 #pragma once
 
 #include "lora_ext/common.h"

@@ -13,7 +13,7 @@
 //          the products so far; the caller then adds weights W to them. For cross entropy, sum and
 //          weights exclude the label's own column: q - 1 would cancel.
 // finish   computes loss and lse from the state, and dloss/dhidden from the products.
-// gradient replaces recomputed logits by dloss/draw; teachers keep theirs.
+// gradient replaces recomputed logits by dloss/draw, except the teacher's.
 #pragma once
 
 #include "lora_ext/common.h"
