@@ -61,7 +61,7 @@ def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
     known = (up_name(module), "down_proj")
     found: dict[str, tuple[int, int]] = {}
     for name, parameter in module.named_parameters(recurse=False):
-        plain = type(parameter) is nn.Parameter  # quantised and distributed ones have other types
+        plain = type(parameter) is nn.Parameter  # not a quantised or distributed type
         if name in known and plain and parameter.dim() == 3 and parameter.dtype in FLOATS:
             _, out, inner = parameter.shape
             found[name] = (out, inner) if module.is_transposed else (inner, out)

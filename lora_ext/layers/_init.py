@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_ext._checks import require
 
-#: Schemes that depend only on the two factors.
+#: Schemes that need only the two factors, not the base weight.
 FREE = (
     "init_a", "init_b", "init_a_normal", "init_b_normal", "init_b_unit", "init_ab", "gaussian",
     "orthogonal",

@@ -160,7 +160,7 @@ def lora_update(
 
 
 def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> bool:
-    """Return whether one op can compute base layer and update, as they have the same dtype."""
+    """Return whether the fused op applies: it needs a plain base layer and one common dtype."""
     if dense is None:
         return False
     return autocast_dtype(x) is not None or x.dtype == dense[0].dtype == factors.a.dtype
@@ -236,7 +236,7 @@ class _Call(NamedTuple):
     adapters: Sequence[LoraFactors]  # all with the same dropout probability
     ids: Tensor  # (T,), position of each row's adapter in adapters
     plan: Tensor | None
-    biases: Sequence[Tensor | None]  # of all adapters, even if these are concatenated to one
+    biases: Sequence[Tensor | None]  # of all adapters, also of concatenated ones
     everywhere: bool  # True if the call has only one adapter, which all rows use
 
 

@@ -241,7 +241,7 @@ class Activated(Assignment):
             if late:
                 raise self._unknown(f"found {late[0]} beyond the {length} tokens of a layer")
         elif across != (rows, length) and leading != (rows * length,):
-            # Starts of 0 and None select all or no tokens of a sequence, for any number of tokens.
+            # A start of 0 selects all tokens of a sequence and None selects none, for any length.
             if self.starts is not None and any(self.starts):
                 raise ValueError(
                     f"adapters: input_ids: expected activations of {rows} rows of {length} tokens, "

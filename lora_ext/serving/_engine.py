@@ -158,7 +158,7 @@ class Engine(ServedPool):
         self._vocabulary: Any = None
 
     def __enter__(self) -> Engine:
-        with torch.inference_mode():  # the manager's thread inherits this
+        with torch.inference_mode():  # the manager's thread inherits inference mode
             self.manager.start()
         return self
 

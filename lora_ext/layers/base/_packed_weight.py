@@ -107,8 +107,8 @@ def _version(weight: Tensor) -> tuple[Any, ...]:
 def _sample_of(weight: Tensor) -> Tensor:
     """Return a sample of the values of a weight as a view with an integer dtype.
 
-    Integers with the same bits also compare NaN as equal. The sample is the whole weight if the
-    weight is small, or neither it nor its transpose is contiguous.
+    Viewed as integers, NaNs with the same bits also compare equal. The sample is the whole weight
+    if the weight is small, or neither it nor its transpose is contiguous.
     """
     bits = weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
     if bits.numel() > MAX_VALUES_COMPARED_WHOLE:

@@ -242,7 +242,7 @@ class _Switch:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kind = type(self.layer)
-        if getattr(kind, "asks_what_is_off", False):  # layers of from_peft
+        if getattr(kind, "asks_what_is_off", False):  # from_peft's layers skip what is off
             return kind.forward(self.layer, x, *args, **kwargs)
         return forward_of_the_rest(kind.forward, self.layer, x, *args, **kwargs)
 
