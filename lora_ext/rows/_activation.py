@@ -288,8 +288,8 @@ def with_starts(
     with one entry per token has no starts and is returned unchanged.
 
     Raises:
-        ValueError: If more than one of the last three arguments is not None, or if one of them does
-            not match the names.
+        ValueError: If more than one of ``token_ids``, ``input_ids`` and ``starts`` is not None, or
+            if one of them does not match the names.
     """
     given = {"token_ids": token_ids, "input_ids": input_ids, "starts": starts}
     found = [name for name, value in given.items() if value is not None]

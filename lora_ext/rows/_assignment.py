@@ -112,14 +112,14 @@ class Assignment:
         return [names[place] for place in self.places]  # pyright: ignore[reportCallIssue]
 
     def each(self) -> list[str]:
-        """Return the names that occur; the base model is :data:`BASE`."""
+        """Return the distinct names of all entries; the base model is :data:`BASE`."""
         places = set(self.places.tolist() if isinstance(self.places, Tensor) else self.places)
         return [[*self.names, BASE][place] for place in sorted(places)]
 
     def same_as(self, other: Assignment) -> bool:
         """Return whether both assignments are equal.
 
-        Different assignments with tensors count as unequal.
+        Assignments with tensors are equal only if they are the same object.
         """
         mine, others = self.places, other.places
         if isinstance(mine, Tensor) or isinstance(others, Tensor):

@@ -57,7 +57,7 @@ _INPUTS = (
     "pixel_values",
     "input_features",
 )
-#: Names of the argument of ``forward`` that contains the cache, in versions of transformers.
+#: Names, in different versions of transformers, of the argument of ``forward`` for the cache.
 _CACHES = ("cache", "past_key_values", "cache_params")
 #: Arguments of ``forward`` that only a step of transformers' continuous batching passes.
 _PACKED = ("read_index", "write_index", "block_table")

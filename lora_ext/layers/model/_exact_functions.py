@@ -43,7 +43,7 @@ _PRODUCTS = frozenset(
 
 
 class _Unknown(ValueError):
-    """Error for an op of torch with bits that may depend on an element's position or the batch."""
+    """Error for an op of torch whose result may change with the batch or an element's position."""
 
     def __init__(self, found: str, where: str = "model"):
         expected = "ops whose bits do not depend on the batch"
@@ -164,7 +164,7 @@ def replace_functions(model: nn.Module) -> None:
     """Replace the pointwise functions that the modules of an exact model call.
 
     Raises:
-        ValueError: If a module calls an op with bits that may depend on the batch. The message
+        ValueError: If a module calls an op whose result may change with the batch. The message
             names the module and the op.
     """
     probe, ids = _Probe(model), torch.zeros(1, 2, dtype=torch.int64)

@@ -205,8 +205,7 @@ class Api:
         raise GoneError(f"sampling_session_id: expected a session of this key, found {name!r:.200}")
 
     def sample(self, key: str, asked: Answer) -> Answer:
-        """Return a promise of samples; a request that repeats a ``seq_id`` gets the same
-        promise."""
+        """Return a promise of samples; a repeated ``seq_id`` returns the earlier promise."""
         name, number = asked.get("sampling_session_id"), asked.get("seq_id")
         session, sampler = self.samplers(key, name) if name else (None, self.sampler(key, asked))
         if session is not None and (name, number) in session.asked:
