@@ -136,6 +136,6 @@ class Participants(Merging):
         if len(active) == 1 and active[0] in self.alora_invocation_tokens:
             return NOBODY
         if len(active) > 1:
-            expected = "expected one active adapter in a compiled graph that uses blocks" raise
-            NotImplementedError(f"{type(self).__name__}: {expected}, found {active}")
+            expected = "expected one active adapter in a compiled graph that uses blocks"
+            raise NotImplementedError(f"{type(self).__name__}: {expected}, found {active}")
         return self.adapter_names.index(active[0]) if active else -1

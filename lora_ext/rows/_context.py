@@ -467,8 +467,8 @@ def _leave(block: Block) -> None:
 # Forwards that a block does not reach
 
 _changes = 0  # number of times that a block was entered or left, in any thread
-_warned_elsewhere: set[int] = set()  # handles of pools with `_warn_of_block_elsewhere` done
-_warned_nested: set[int] = set()  # handles of pools with `_warn_of_nested_block` done
+_warned_elsewhere: set[int] = set()  # handles of pools, see `_warn_of_block_elsewhere`
+_warned_nested: set[int] = set()  # handles of pools, see `_warn_of_nested_block`
 
 # A context variable belongs to a thread or task, not to a generator. If a generator yields inside a
 # block, the block stays open for the generator's caller. If two such generators alternate, both use

@@ -28,7 +28,7 @@ MARK = "_lora_ext_exact"
 
 _OURS = frozenset("cos gelu rsqrt sigmoid silu sin softplus tanh".split())
 
-# Ops whose bits do not depend on vector instructions, since every step rounds exactly once.
+# Ops with bitwise equal results with and without vector instructions: each step rounds once.
 _SAFE = frozenset(
     "abs add bitwise_and bitwise_not bitwise_or ceil clamp clamp_max clamp_min clone copy div fill "
     "floor hardtanh leaky_relu logical_and logical_not logical_or masked_fill maximum minimum mul "

@@ -79,7 +79,7 @@ class Api:
         return words
 
     def begin(self, key: str) -> str:
-        """Create a session; raise QueueFullError if the key has too many."""
+        """Create a session; raise QueueFullError if the API key has too many sessions."""
         with self.promises.lock:
             if (found := len(self._of(key)) + 1) > _SESSIONS:
                 expected = f"at most {_SESSIONS} sessions per API key"
