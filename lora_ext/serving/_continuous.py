@@ -239,7 +239,7 @@ class AdapterRequests:
                 request_id = f"req_{self.manager._request_counter}"
                 self.manager._request_counter += 1
         try:
-            if len(input_ids) == 0:  # would raise in the manager's thread and end all requests
+            if len(input_ids) == 0:  # an error in the manager's thread would end all requests
                 raise ValueError("add_request: input_ids: expected at least one token, found none")
             built = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
             tokens = list(map(int, input_ids))

@@ -274,7 +274,7 @@ def _replacing_function(hooks: Hooks, replacement: _Run, kind: type, method: str
     original = getattr(kind, method)
     static = isinstance(inspect.getattr_static(kind, method), staticmethod)
 
-    @functools.wraps(original)  # transformers inspects the signatures
+    @functools.wraps(original)  # keeps the signature, which transformers inspects
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = self.__dict__.get(_OWN_PREFIX + method)
         if own is None:

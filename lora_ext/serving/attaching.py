@@ -228,7 +228,7 @@ def _check_free(model: nn.Module) -> None:
         raise RuntimeError(
             "attach: expected a model that is not attached, found an attached one; detach it first"
         )
-    parts = getattr(model, "_tp_size", None) or 1  # attribute of transformers
+    parts = getattr(model, "_tp_size", None) or 1  # set by transformers' tensor parallelism
     found = f"weights that tp_plan has sharded across {parts} processes"
     require(parts == 1, "attach", "model", "unsharded weights", found, NotImplementedError)
     for name, module in model.named_modules():

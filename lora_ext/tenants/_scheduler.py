@@ -189,7 +189,7 @@ class Scheduler:
                 if all(queue.head() is not None for queue in late):
                     return
                 if any(queue.ready for queue in self._queues):
-                    return  # The item runs first. The next item of its queue may be a call.
+                    return  # That item runs first; the next one in its queue may be a call.
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     return

@@ -72,7 +72,7 @@ class _Snapshot:
 
     def __init__(self, weight: Tensor) -> None:
         self._weight, self._version = weakref.ref(weight), _version(weight)
-        self._sample: tuple[Tensor, Tensor] | None = None  # view of the weight, and its values at packing
+        self._sample: tuple[Tensor, Tensor] | None = None  # view of the weight, copy of its values
         self.packed: Tensor | None = None
 
     def matches(self, weight: Tensor) -> bool:

@@ -133,7 +133,7 @@ def _function_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
 
 
 def _check_op(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-    """Raise for products of torch, and for pointwise functions that are not in ``_SAFE``."""
+    """Raise ValueError for products of torch and for pointwise functions not in ``_SAFE``."""
     if name in _PRODUCTS:
         # A matrix product with one term per sum, as in rotary embeddings, is only rounded once.
         if name not in ("bmm", "mm") or args[0].shape[-1] != 1:

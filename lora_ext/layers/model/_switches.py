@@ -66,7 +66,7 @@ def set_active(
 
 
 class _State(NamedTuple):
-    """Modes of a layer in which an adapter is on: both, only evaluation, or none."""
+    """Modes of a layer in which an adapter is on: both, only evaluation, or neither."""
 
     in_evaluation: bool
     in_training: bool

@@ -135,7 +135,7 @@ class _Loss:
     hook: RemovableHandle | None = None  # hook of the warning
 
     def __call__(self, logits: Tensor, labels: Tensor | None, *args: Any, **given: Any) -> Any:
-        """Compute the loss with transformers' arguments; skipped ``logits`` are not used."""
+        """Compute the loss with transformers' arguments; ``logits`` are not used if skipped."""
         call = _call_of(self.layer)
         if call is not None:
             call.logits = logits
