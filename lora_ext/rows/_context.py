@@ -501,7 +501,7 @@ def _warn_of_nested_block(block: Block) -> None:
 
 
 def _warn_of_block_elsewhere(handle: int) -> None:
-    """Warn once per pool if another thread has a block, since this thread has none."""
+    """Warn once per pool that this thread has no block, if another thread has one."""
     if handle in _warned_elsewhere or _past.here.looked.get(handle) == _changes:
         return
     _past.here.looked[handle] = _changes

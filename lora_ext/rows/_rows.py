@@ -216,7 +216,7 @@ def _all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor | Non
 
 
 def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of the values, filled on the device, as a capture forbids host copies."""
+    """Return a tensor of the values, filled on the device: captures forbid copies from the host."""
     return keep((dtype, *values), device, repeated, values, 1, dtype, device)
 
 
