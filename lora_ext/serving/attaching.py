@@ -242,6 +242,6 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     module = find_module(model, name)
     if module is None:
         raise ValueError(
-            f"attach: pool: expected a pool of this model, found the unknown module {name!r}"
+            f"attach: pool: expected modules of this model, found the unknown module {name!r}"
         )
     return module

@@ -321,7 +321,7 @@ class Sampler:
         return future
 
     def _cut(self, tokens: list[int], texts: list[str]) -> int | None:
-        """Return the number of tokens through the first stop text, or None if there is none."""
+        """Return the number of tokens through the first stop text, or None without a stop text."""
 
         def complete(count: int) -> bool:
             said = self._models.tokenizer.decode(tokens[:count], skip_special_tokens=False)

@@ -43,7 +43,7 @@ _PRODUCTS = frozenset(
 
 
 class _Unknown(ValueError):
-    """Error for an op of torch whose result may change with the batch or an element's position."""
+    """Error for a torch op with results that may change with the batch or an element's position."""
 
     def __init__(self, found: str, where: str = "model"):
         expected = "ops whose bits do not depend on the batch"
