@@ -82,7 +82,7 @@ class LoraLayer(Participants):
 
     @property
     def base_changed_by(self) -> str | None:
-        """Name of the adapter whose initialisation has changed the base weight, or None."""
+        """Name of the adapter that changed the base weight when it was initialised, or None."""
         return None if self._before_init is None else self._before_init[0]
 
     def get_base_layer(self) -> nn.Module:
