@@ -74,7 +74,7 @@ def dora_forward(
     plain = [i for i in rows.used if magnitudes[i] is None]
     plain_rows = subset(rows, [slot for slot, i in enumerate(rows.used) if i in plain])
     y = lora_forward(x, base, adapters, plain_rows)
-    read = dense()  # called in every process, even if no row uses a DoRA adapter
+    read = dense()  # in all processes, even without DoRA rows: ZeRO-3 gathers the weight
     x2d, y2d = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     for slot, i in enumerate(rows.used):
         magnitude = magnitudes[i]

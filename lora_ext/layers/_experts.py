@@ -42,7 +42,7 @@ class Routing(NamedTuple):
     token: Tensor  # (P,) int64, token of each pair
     expert: Tensor  # (P,) int64, expert of each pair
     ends: Tensor | None  # (E,) int32, end of each expert's pairs; None if not sorted by expert
-    autocast: bool  # True if transformers' products use autocast; its grouped product does not
+    autocast: bool  # False for transformers' grouped product, which ignores autocast
 
 
 #: Function that adds the updates of adapters to one product and returns the sum. Arguments: the
@@ -61,7 +61,7 @@ def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
     known = (up_name(module), "down_proj")
     found: dict[str, tuple[int, int]] = {}
     for name, parameter in module.named_parameters(recurse=False):
-        plain = type(parameter) is nn.Parameter  # quantised and distributed ones have other types
+        plain = type(parameter) is nn.Parameter  # not a quantised or distributed type
         if name in known and plain and parameter.dim() == 3 and parameter.dtype in FLOATS:
             _, out, inner = parameter.shape
             found[name] = (out, inner) if module.is_transposed else (inner, out)
@@ -216,7 +216,7 @@ def experts_update(
     dtype = functools.reduce(torch.promote_types, (f.a.dtype for f in adapters))
     all_ranks = [f.a.shape[0] // num_experts for f in adapters]
     scale = scales([f.scaling for f in adapters], x.device)
-    if scale is not None and dtype == torch.float64:  # the op keeps scales in float32
+    if scale is not None and dtype == torch.float64:  # the op would round the scales to float32
         adapters, scale = [f._replace(b=f.b * f.scaling) for f in adapters], None
     ranks = None
     if min(all_ranks) < max(all_ranks):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_ext._checks import require
 
-#: Schemes that depend only on the two factors.
+#: Schemes that need only the two factors, not the base weight.
 FREE = (
     "init_a", "init_b", "init_a_normal", "init_b_normal", "init_b_unit", "init_ab", "gaussian",
     "orthogonal",
@@ -88,7 +88,7 @@ def init_lora_(
         expected, found = "A (r, n) and B (m, r) with the same r > 0", tuple(A.shape)
         raise ValueError(f"init_lora_: expected {expected}, found {found} and {tuple(B.shape)}")
     if A.is_meta or B.is_meta:
-        raise RuntimeError("init_lora_: expected factors with values, found the meta device")
+        raise RuntimeError("init_lora_: expected factors with values, found one on device meta")
     r, n = a.shape[0], a.shape[1] if fan_in is None else fan_in
     zero_a, zero_b = (torch.zeros_like(t, dtype=torch.float32) for t in (a, b))
     if name == "init_a":

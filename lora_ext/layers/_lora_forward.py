@@ -160,7 +160,7 @@ def lora_update(
 
 
 def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> bool:
-    """Return whether one op can compute base layer and update, as they have the same dtype."""
+    """Return whether the fused op applies: it needs a plain base layer and one common dtype."""
     if dense is None:
         return False
     return autocast_dtype(x) is not None or x.dtype == dense[0].dtype == factors.a.dtype
@@ -236,7 +236,7 @@ class _Call(NamedTuple):
     adapters: Sequence[LoraFactors]  # all with the same dropout probability
     ids: Tensor  # (T,), position of each row's adapter in adapters
     plan: Tensor | None
-    biases: Sequence[Tensor | None]  # of all adapters, even if these are concatenated to one
+    biases: Sequence[Tensor | None]  # one per adapter, even if `adapters` is their concatenation
     everywhere: bool  # True if the call has only one adapter, which all rows use
 
 
@@ -254,7 +254,7 @@ def _run(
     if dtype is None:
         dtype = functools.reduce(torch.promote_types, (f.dtype for f in (*a, *b)))
     scale, ranks = scales(scaling, x.device), None
-    if scale is not None and dtype == torch.float64:  # the op keeps scales in float32
+    if scale is not None and dtype == torch.float64:  # the op would round the scales to float32
         b, scale = [f * s for f, s in zip(b, scaling, strict=True)], None
     all_ranks = [f.shape[0] for f in a]
     if min(all_ranks) < max(all_ranks):
@@ -312,7 +312,7 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
     groups: dict[tuple[float, bool], list[int]] = {}
     for i, (f, rank) in enumerate(zip(adapters, all_ranks, strict=True)):
         groups.setdefault((f.p, in_two and rank > _SMALL_RANK), []).append(i)
-    for _, members in sorted(groups.items()):  # so that the order does not depend on the batch
+    for _, members in sorted(groups.items()):  # the same order of calls for any batch
         _, ids, plan = rows if len(groups) == 1 else subset(rows, members)
         group = [adapters[i] for i in members]
         calls.append(_Call(group, ids, plan, [f.bias for f in group], everywhere=False))

@@ -77,12 +77,12 @@ class LoraLayer(Participants):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Adapters of rows that select no adapter; the updates of several adapters are summed."""
+        """Names of the adapters of rows that select no adapter; their updates are summed."""
         return list(self._active)
 
     @property
     def base_changed_by(self) -> str | None:
-        """Name of the adapter with an initialisation that changed the base weight, or None."""
+        """Name of the adapter that changed the base weight when it was initialised, or None."""
         return None if self._before_init is None else self._before_init[0]
 
     def get_base_layer(self) -> nn.Module:

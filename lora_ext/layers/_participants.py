@@ -77,7 +77,7 @@ class Participants(Merging):
             active = [n for n in self._active if self._is_on(n)]
             if self.alora_invocation_tokens:
                 for name in active:
-                    if name in self.alora_invocation_tokens:  # it needs the token ids
+                    if name in self.alora_invocation_tokens:  # an aLoRA needs token ids
                         raise no_rows(repr(name))
             return active, None
         return (list(self.adapter_names) if rows.used else []), rows
@@ -136,6 +136,6 @@ class Participants(Merging):
         if len(active) == 1 and active[0] in self.alora_invocation_tokens:
             return NOBODY
         if len(active) > 1:
-            expected = "expected one active adapter in a graph compiled with adapters blocks"
+            expected = "expected one active adapter in a compiled graph that uses blocks"
             raise NotImplementedError(f"{type(self).__name__}: {expected}, found {active}")
         return self.adapter_names.index(active[0]) if active else -1

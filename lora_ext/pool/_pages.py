@@ -306,7 +306,7 @@ class Slab:
             round_up: the number of pages is rounded up to a multiple of this.
         """
         # The free pages at the end of the memory are the first entries of `free`: entry i is page
-        # P - 1 - i. The first entry that is not follows a used page.
+        # P - 1 - i. If entry i is the first that differs, page P - 1 - i is the last used page.
         used = self.pages - bisect(
             range(len(free)), False, key=lambda i: free[i] != self.pages - 1 - i
         )

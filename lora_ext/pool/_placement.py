@@ -209,6 +209,6 @@ def set_sizes(store: PageStore, place: Placement, sizes: dict[str, int]) -> None
         RuntimeError: If a device has no room.
     """
     slabs = store.slabs | place.slabs
-    # The order frees memory of some modules before it allocates memory for others.
+    # Modules that shrink come first, so their memory is free when others grow.
     for module, size in sorted(sizes.items(), key=lambda s: s[1] - slabs[s[0]].memory.backed):
         slabs[module].memory.resize(size)

@@ -295,7 +295,7 @@ class Residence:
             if slot == NO_SLOT:
                 continue
             resident = residents[slot]
-            assert resident is not None  # it was pinned
+            assert resident is not None  # a pinned slot has a resident
             resident.pins -= 1
             if resident.retired and resident.pins == 0:
                 self._store.vacate(resident)

@@ -48,7 +48,7 @@ class Resident:
     written: Written = field(default_factory=list)  # emptied when all copies are done
     last_use: float = field(default_factory=time.time)  # time of the load or the last acquire
     pins: int = 0
-    retired: bool = False  # the name is removed or in another slot; the last unpin frees this slot
+    retired: bool = False  # no name refers to this slot any more; the last unpin frees it
     #: Number of this version of the adapter, unique in the process.
     serial: int = field(default_factory=itertools.count(1).__next__)
 

@@ -71,7 +71,7 @@ class StreamTransfer(Transfer):
         self._device = device
         self._cuda = cuda
         self._side: Any = None
-        self._last_use: dict[int, Any] = {}  # by stream: event after the last step on it
+        self._last_use: dict[int, Any] = {}  # event after the last step on each stream
 
     def mark_use(self) -> None:
         """Make later copies wait for the work queued on the current stream."""

@@ -111,7 +111,7 @@ class AdapterPool:
             integer("AdapterPool", argument, value, 1, expected=("an integer", "at least 1"))
         _check_host_cache_bytes(host_cache_bytes)
         if device is not None:
-            device = torch.empty(0, device=device).device  # raises for a missing device
+            device = torch.empty(0, device=device).device  # raises if the device does not exist
         self.max_slots = max_slots
         self.max_rank = max_rank
         self.targets = targets if isinstance(targets, str | None) else tuple(targets)

@@ -10,8 +10,8 @@ State                                       Owner            Content and lifetim
                                                              ``change_blocks`` and
                                                              ``activated_forward`` replace it until
                                                              their scope is left
-``_context._batch``, ``_step``              thread and task  until ``forward_of`` or ``in_step`` is
-                                                             left
+``_context._batch``, ``_step``              thread and task  batch or step of the innermost
+                                                             ``forward_of`` or ``in_step``
 ``_context.any_block``, ``any_activated``,  process          open blocks of all threads, written by
 ``_open``, ``_changes``                                      ``_count`` under ``_open_lock``
 ``Block.lease``                             block            until the block is left; a backward
@@ -22,12 +22,11 @@ State                                       Owner            Content and lifetim
                                                              blocks are left
 ``_past._timelines``                        process          records of the last 64 threads
 ``_traced.tracing``                         process          batch of the forward that dynamo traces
-``Assignment.kept``, ``_readings``,         assignment       one forward for an assignment that
-``Activated._whole_rows``                                    ``change_blocks`` or ``Activated.at``
-                                                             makes; longer than the block if
-                                                             ``_past``, ``Capturable._assignment``
-                                                             or ``AdapterRequests._last`` refers to
-                                                             the assignment
+``Assignment.kept``, ``_readings``,         assignment       caches, as long as the assignment: for
+``Activated._whole_rows``                                    one forward if ``Activated.at`` or
+                                                             ``change_blocks`` made it; beyond the
+                                                             block if ``_past``, a ``Capturable`` or
+                                                             ``AdapterRequests._last`` refers to it
 ``_rows._constants``                        process          the last 64 tensors
 ``_rows._by_ids``, ``_widened``             tensor of ids    as long as the tensor
 ``_attachment._handles``, ``attachments``,  process          weak references to pools, attached

@@ -241,7 +241,7 @@ class Activated(Assignment):
             if late:
                 raise self._unknown(f"found {late[0]} beyond the {length} tokens of a layer")
         elif across != (rows, length) and leading != (rows * length,):
-            # Starts of 0 and None select all or no tokens of a sequence, for any number of tokens.
+            # A start of 0 selects all tokens of a sequence and None selects none, for any length.
             if self.starts is not None and any(self.starts):
                 raise ValueError(
                     f"adapters: input_ids: expected activations of {rows} rows of {length} tokens, "
@@ -288,8 +288,8 @@ def with_starts(
     with one entry per token has no starts and is returned unchanged.
 
     Raises:
-        ValueError: If more than one of the last three arguments is not None, or if one of them does
-            not match the names.
+        ValueError: If more than one of ``token_ids``, ``input_ids`` and ``starts`` is not None, or
+            if one of them does not match the names.
     """
     given = {"token_ids": token_ids, "input_ids": input_ids, "starts": starts}
     found = [name for name, value in given.items() if value is not None]

@@ -112,14 +112,14 @@ class Assignment:
         return [names[place] for place in self.places]  # pyright: ignore[reportCallIssue]
 
     def each(self) -> list[str]:
-        """Return the names that occur; the base model is :data:`BASE`."""
+        """Return the distinct names of all entries; the base model is :data:`BASE`."""
         places = set(self.places.tolist() if isinstance(self.places, Tensor) else self.places)
         return [[*self.names, BASE][place] for place in sorted(places)]
 
     def same_as(self, other: Assignment) -> bool:
         """Return whether both assignments are equal.
 
-        Different assignments with tensors count as unequal.
+        Assignments with tensors are equal only if they are the same object.
         """
         mine, others = self.places, other.places
         if isinstance(mine, Tensor) or isinstance(others, Tensor):
@@ -229,8 +229,8 @@ class Assignment:
                 raise TokensFirstError
             if len(leading) == 1 and any(rows == sequences * n for n in batch.lengths):
                 return rows // len(self.places), 1  # the model has flattened its batch
-        # If there is one name per sequence of the batch, the names are not names of rows. If a
-        # layer still has this number of rows, all sequences share them, such as positions.
+        # If there is one name per sequence of the batch, names are not assigned to rows. A layer
+        # with as many rows as names then has rows that all sequences share, such as positions.
         shared = batch is not None and batch.sequences == sequences > 1
         if self.repeat == 1 and rows == len(self.places) and not shared:
             self._read_as("row", leading)
@@ -263,17 +263,17 @@ class Assignment:
         if len(self.places) > 1 and len(readings) == 2:
             per_sequence, per_row = readings["sequence"], readings["row"]
             raise ValueError(
-                "adapters: names: expected one meaning, found one name per sequence for shape "
-                f"{_activations(per_sequence)} and one per row for {_activations(per_row)}; pass a "
+                "adapters: names: expected one interpretation, found one name per sequence for "
+                f"{_activations(per_sequence)}, one per row for {_activations(per_row)}; pass a "
                 "list of names per sequence, or exclude modules whose rows all sequences share"
             )
         self._readings[unit] = leading
 
     def check_tokens(self, layout: Layout) -> None:
-        """Raise ValueError if an embedding receives one row with one token per name.
+        """Raise ValueError if an embedding receives a single row with as many tokens as names.
 
-        This row may be positions that all sequences share. If tokens are the first dimension, the
-        row is one token of each sequence, which is correct.
+        It cannot be told apart from positions that all sequences share. If tokens are the first
+        dimension, the row is one token of each sequence and is accepted.
         """
         named = len(self.places)
         one_row = self.shape == (named,) != (1,) and layout.leading == (1, named)

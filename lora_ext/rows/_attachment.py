@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 
 class UnknownAdapterError(KeyError):
-    """Error for an adapter name that a pool, or every layer of ``lora_ext.nn``, lacks."""
+    """Error for an adapter name that is unknown to a pool or to all layers of ``lora_ext.nn``."""
 
     def __str__(self) -> str:
         """Return the message without KeyError's quotes."""

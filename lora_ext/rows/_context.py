@@ -172,7 +172,7 @@ class Block:
         return SlotRows(order, rows, each[rows].long(), by_slot)
 
     def remedy(self) -> str:
-        """Return the remedy, for an error message, if names do not match the rows of a layer."""
+        """Return the remedy that an error message gives if names do not match a layer's rows."""
         batch, assignment = _batch.get(), self.assignment
         if batch is None:
             return f"{_ONE_EACH}; {_LEAVE_OUT}"
@@ -467,8 +467,8 @@ def _leave(block: Block) -> None:
 # Forwards that a block does not reach
 
 _changes = 0  # number of times that a block was entered or left, in any thread
-_warned_elsewhere: set[int] = set()  # handles of pools
-_warned_nested: set[int] = set()  # handles of pools
+_warned_elsewhere: set[int] = set()  # handles of pools, see `_warn_of_block_elsewhere`
+_warned_nested: set[int] = set()  # handles of pools, see `_warn_of_nested_block`
 
 # A context variable belongs to a thread or task, not to a generator. If a generator yields inside a
 # block, the block stays open for the generator's caller. If two such generators alternate, both use
@@ -501,7 +501,7 @@ def _warn_of_nested_block(block: Block) -> None:
 
 
 def _warn_of_block_elsewhere(handle: int) -> None:
-    """Warn once per pool if another thread has a block, since this thread has none."""
+    """Warn once per pool that this thread has no block, if another thread has one."""
     if handle in _warned_elsewhere or _past.here.looked.get(handle) == _changes:
         return
     _past.here.looked[handle] = _changes

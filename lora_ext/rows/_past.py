@@ -74,7 +74,7 @@ class _Thread(threading.local):
 
 
 here = _Thread()
-_timelines: deque[_Timeline] = deque(maxlen=64)  # of the latest threads, including finished ones
+_timelines: deque[_Timeline] = deque(maxlen=64)  # the latest threads, also finished ones
 
 
 def record(block: Any) -> None:

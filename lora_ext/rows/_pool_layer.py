@@ -37,7 +37,7 @@ def no_block(where: str = "") -> RuntimeError:
     )
 
 
-_warned: set[int] = set()  # handles of pools
+_warned: set[int] = set()  # handles of the pools for which `_warn_of_backward` has warned
 
 
 def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:

@@ -151,7 +151,7 @@ class Kept:
         self._most = most
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
         # Tensors by the graph that is being captured. The first call outside of a capture drops
-        # them, as the graph object may be captured again, which does not compute the old tensors.
+        # them: if the graph object is captured again, the new graph does not compute them.
         self._captured: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] | None = None
 
     def __len__(self) -> int:
@@ -216,7 +216,7 @@ def _all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor | Non
 
 
 def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of the values, filled on the device, as a capture forbids host copies."""
+    """Return a tensor of the values, filled on the device: captures forbid copies from the host."""
     return keep((dtype, *values), device, repeated, values, 1, dtype, device)
 
 
@@ -257,8 +257,8 @@ def rows_of(
     """Group rows by the adapters that occur in ``adapter_ids``.
 
     The host has to read which adapters occur. If the ids are on a device, the host waits for them
-    once per tensor, not once per layer. It waits again after each in-place change that torch counts
-    (a change through ``.data`` is not counted). In a traced graph every adapter counts as used.
+    once per tensor, not once per layer. It waits again after each in-place change that increments
+    the tensor's version (one through ``.data`` does not). A traced graph uses every adapter.
 
     Args:
         adapter_ids: int64 or int32 tensor of values in ``[-1, num_adapters)``: one id per row, or
@@ -286,7 +286,7 @@ def rows_of(
     device = adapter_ids.device
     on_host = device.type == "cpu"
     if compiles() or (adapter_ids.is_inference() and not on_host):
-        return make()  # an inference tensor has no version, so changes in place are not detected
+        return make()  # not cached: without a version, changes of an inference tensor are not seen
     # If the ids differ from `seen`, they were changed since `known` was made. On a device `seen` is
     # their version. On the host it is a copy, as numpy and `.data` do not change the version.
     seen, known = _by_ids.get(adapter_ids, (None, None))

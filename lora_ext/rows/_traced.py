@@ -122,7 +122,7 @@ def _active_adapter_ids(
             rows = block.rows(torch.Size(leading), device, tokens_first, of_tokens)
         except TokensFirstError:
             rows = block.rows(torch.Size(leading), device, True, of_tokens)
-    return rows.ids.clone()  # a graph may reuse the memory of an op's result, and these are cached
+    return rows.ids.clone()  # a copy, as a graph may reuse an op's result, and the ids are cached
 
 
 def batch_of(batch: Sequence[int]) -> Batch | None:

@@ -117,7 +117,7 @@ class _Generates(_Asked):
             raise ValueError(f"stream_options: expected only with stream=True, found {found}")
         form = read_format(self.response_format, self.structured_outputs)
         if form is not None and self.stop:
-            expected = "none with a format, since it could cut the text off"
+            expected = "none with a required format, which it could cut off"
             raise ValueError(f"stop: expected {expected}, found {self.stop!r:.200}")
         temperature, top_p = (1.0 if x is None else x for x in (self.temperature, self.top_p))
         most = self.default_max_tokens if self.max_tokens is None else self.max_tokens

@@ -164,8 +164,8 @@ def embedding_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
 class _Server(uvicorn.Server):
     """Uvicorn server with a callback after startup and one at the beginning of the shutdown.
 
-    The second can end the running requests. Connections that are still open ``_SLOW`` seconds after
-    the beginning of the shutdown are aborted.
+    The second callback can end the running requests. Connections that are still open ``_SLOW``
+    seconds after the beginning of the shutdown are aborted.
     """
 
     def __init__(

@@ -146,7 +146,7 @@ def _add_answers(
         if not isinstance(engine, Embedder):
             raise ValueError(f"model: expected an embedding model, found text generator {base!r}")
         if asked.dimensions not in (None, engine.dimensions):
-            expected = f"expected {engine.dimensions}, as the model has"
+            expected = f"expected {engine.dimensions}, the size of the vectors"
             raise ValueError(f"dimensions: {expected}, found {asked.dimensions}")
         vectors, tokens = await engine.embed(asked.texts(), adapter(asked.model))
         return embeddings(asked, vectors, tokens)

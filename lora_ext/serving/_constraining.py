@@ -96,7 +96,7 @@ def request_constraint(
     )
     require(budget is not None, _WHERE, "max_new_tokens", "a number with a constraint", budget)
     if manager.continuous_batching_config.return_logprobs:
-        raise NotImplementedError(f"{_WHERE}: constraint: expected {NO_LOGPROBS}, found one")
+        raise NotImplementedError(f"{_WHERE}: constraint: expected {NO_LOGPROBS}, found a value")
     (plan,) = control.plans_of(_WHERE, constraint, guide, budget)
     assert plan is not None
     ends = {eos} if isinstance(eos, int) else set(eos or ())

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 _KEY = "_lora_ext_requests"  # attribute of a manager: its AdapterRequests
 _FORK_SUFFIX = "__child#"  # transformers appends it to the id of a request that it forks
-_MARKED_TOKENS = 4  # first tokens of a page that encode an adapter's version; the minimum page size
+_MARKED_TOKENS = 4  # marked tokens of a page, see `_marked_tokens`; also the minimum page size
 _NOT_GIVEN: Any = object()
 _INIT = "init_continuous_batching"
 
@@ -239,7 +239,7 @@ class AdapterRequests:
                 request_id = f"req_{self.manager._request_counter}"
                 self.manager._request_counter += 1
         try:
-            if len(input_ids) == 0:  # would raise in the manager's thread and end all requests
+            if len(input_ids) == 0:  # an error in the manager's thread would end all requests
                 raise ValueError("add_request: input_ids: expected at least one token, found none")
             built = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
             tokens = list(map(int, input_ids))
@@ -344,7 +344,7 @@ class AdapterRequests:
             self._unpinned.notify_all()
 
     def _deliver(self, original: _Method, outputs: Any) -> None:
-        for output in outputs if isinstance(outputs, list) else [outputs]:  # deliver_batch: a list
+        for output in outputs if isinstance(outputs, list) else [outputs]:  # one, or a batch
             if output.is_finished():
                 self._end(output.request_id)
         original(outputs)
@@ -418,7 +418,7 @@ class AdapterRequests:
                     )
                     self._constrained.append(standing)
                 self._choosing.append(request)
-        kept = None  # or the index in `runs` of each token that the output head receives
+        kept = None  # the run of each token that the head receives; None: it receives all tokens
         if processor.model_runner.supports_logits_to_keep(model):
             kept = [end for end, each in zip(ends, batch, strict=True) if each.has_new_token]
             # The input of the head has one token per request of the batch. transformers pads it
@@ -506,7 +506,7 @@ class AdapterRequests:
         bits = (self.manager.model.config.get_text_config().vocab_size - 1).bit_length()
         mark = request.version * size + request.start % size
         for i in range(page, page + _MARKED_TOKENS):
-            mark, digit = divmod(mark, 1 << (31 - bits))  # results are below 2^31
+            mark, digit = divmod(mark, 1 << (31 - bits))  # so marked tokens are below 2^31
             result[i] = int(result[i]) + (digit << bits)  # int: += would change a tensor in place
         return result[:page] if mark else result
 

@@ -66,7 +66,7 @@ class ServedPool:
         self.pool = AdapterPool(model, max_requests, max_rank, pages=2 * max_requests)
         self.folder = AdapterFolder(self.pool, folder)
         self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
-        self._preparing = 0  # requests that are being tokenized
+        self._preparing = 0  # number of requests that are being tokenized
         self._stopped = False
         self._encoding = asyncio.Lock()  # tokenizers are not thread-safe
 
@@ -158,7 +158,7 @@ class Engine(ServedPool):
         self._vocabulary: Any = None
 
     def __enter__(self) -> Engine:
-        with torch.inference_mode():  # the manager's thread inherits this
+        with torch.inference_mode():  # the manager's thread inherits inference mode
             self.manager.start()
         return self
 

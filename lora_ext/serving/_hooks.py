@@ -57,7 +57,7 @@ _INPUTS = (
     "pixel_values",
     "input_features",
 )
-#: Names of the argument of ``forward`` that contains the cache, in versions of transformers.
+#: Names, in different versions of transformers, of the argument of ``forward`` for the cache.
 _CACHES = ("cache", "past_key_values", "cache_params")
 #: Arguments of ``forward`` that only a step of transformers' continuous batching passes.
 _PACKED = ("read_index", "write_index", "block_table")
@@ -107,7 +107,7 @@ class Hooks:
             if is_model or (self.names.default is not None and not name):
                 found["forward"] = Hooks.forward
             for method, replacement in found.items():
-                if method in module.__dict__:  # accelerate's forward, a Hub model's generate
+                if method in module.__dict__:  # for example a forward of accelerate
                     module.__dict__[_OWN_PREFIX + method] = module.__dict__[method]
                 hook = _replacing_function(self, replacement, kind, method)
                 setattr(module, method, MethodType(hook, module))
@@ -117,7 +117,7 @@ class Hooks:
     def forward(
         self, model: Any, own: _Run, /, *args: Any, adapter_names: Names = None, **kw: Any
     ) -> Any:
-        """Run a forward in a block with its adapter names, and hold the lock if not compiled."""
+        """Run a forward in a block with its adapter names, and hold the lock unless compiled."""
         refuse_singular("forward", kw)
         if not compiles():
             return self._locked_forward(own, model, args, kw, adapter_names)
@@ -136,11 +136,11 @@ class Hooks:
         if str(attention).startswith("paged|") and not any(name in kw for name in _PACKED):
             # transformers makes no mask for this attention outside the manager's steps.
             raise RuntimeError(
-                f"attach: attention: expected one with a causal mask, found {attention!r}, set by "
+                f"attach: attention: expected a causal implementation, found {attention!r}, set by "
                 "continuous batching; stop its manager or call set_attn_implementation('sdpa')"
             )
         names = self.names.of_call(names)
-        if names is None and not self._lock.held:  # held: the enclosing forward was checked
+        if names is None and not self._lock.held:  # if held, an outer forward was checked
             report_lost_names(self.names.handle)
         exclusive = kw.get("is_causal") is not None
         with self._lock.hold(exclusive), self.names.block(names):
@@ -274,7 +274,7 @@ def _replacing_function(hooks: Hooks, replacement: _Run, kind: type, method: str
     original = getattr(kind, method)
     static = isinstance(inspect.getattr_static(kind, method), staticmethod)
 
-    @functools.wraps(original)  # transformers inspects the signatures
+    @functools.wraps(original)  # keeps the signature, which transformers inspects
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = self.__dict__.get(_OWN_PREFIX + method)
         if own is None:

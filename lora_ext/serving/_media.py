@@ -229,7 +229,7 @@ class _Units(Assignment):
 
 
 class _Unknown(Assignment):
-    """Assignment of adapters to sequences, for a layer in which the rows' sequences are unknown."""
+    """Assignment of adapters to sequences, for a layer with rows of unknown sequences."""
 
     def spread(self, layout: Layout) -> tuple[int, int]:
         raise ValueError(

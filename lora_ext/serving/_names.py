@@ -91,7 +91,7 @@ class CallNames:
             fits = name is None or isinstance(name, str)
             require(fits, where, "adapter_names", "str or None", f"{name!r:.200}")
             if name not in (None, BASE) and name not in self.pool:
-                self.pool.acquire([name])  # raises with the reason
+                self.pool.acquire([name])  # raises an error with close matches
         return names
 
     def check_invoked(self, where: str, prompts: Sequence[NamedPrompt]) -> None:
@@ -111,7 +111,7 @@ class NamedPrompt(list[int]):
 
     adapter: str | None
     allow_base: bool  # whether to use the base model if the prompt lacks the invocation
-    errors: list[BaseException]  # shared by all prompts; transformers only logs these errors
+    errors: list[BaseException]  # of all prompts; transformers would only log them
 
 
 def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> ValueError:

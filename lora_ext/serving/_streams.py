@@ -214,13 +214,13 @@ class TextStream:
         return self._tell(text)
 
     def flush(self) -> str:
-        """Return the rest of the text after the last token."""
+        """Return the text that is still held back. Call this after the last token."""
         text = self._tell(self._text()) + self._held
         self._held = ""
         return text
 
     def _text(self) -> str:
-        """Return the text after the returned text, decoded together with the preceding tokens."""
+        """Return the new text, decoded together with the tokens of the last returned text."""
         how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         told = self._tokenizer.decode(self._window[: self._told], **how)
         return self._tokenizer.decode(self._window, **how)[len(told) :]
@@ -243,6 +243,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` that is a proper prefix of ``stop``."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)

@@ -228,7 +228,7 @@ def _check_free(model: nn.Module) -> None:
         raise RuntimeError(
             "attach: expected a model that is not attached, found an attached one; detach it first"
         )
-    parts = getattr(model, "_tp_size", None) or 1  # attribute of transformers
+    parts = getattr(model, "_tp_size", None) or 1  # set by transformers' tensor parallelism
     found = f"weights that tp_plan has sharded across {parts} processes"
     require(parts == 1, "attach", "model", "unsharded weights", found, NotImplementedError)
     for name, module in model.named_modules():
@@ -242,6 +242,6 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     module = find_module(model, name)
     if module is None:
         raise ValueError(
-            f"attach: pool: expected a pool of this model, found one with another module, {name!r}"
+            f"attach: pool: expected modules of this model, found the unknown module {name!r}"
         )
     return module

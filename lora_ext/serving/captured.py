@@ -265,7 +265,7 @@ class Capturable:
                 for name, slab in self._slabs().items()
             }
         if getattr(graph, "lora_ext_step", None) is not self:
-            graph.lora_ext_step = self  # keeps the memory that the graph reads alive
+            graph.lora_ext_step = self  # so the memory that the graph reads is not freed
 
     def check_outside_capture(self) -> None:
         """Raise RuntimeError if a layer is captured outside of every block.

@@ -20,8 +20,8 @@ from ._data import Checked, Result
 from ._live import LiveAdapter
 from ._losses import LOSSES
 
-#: Model that a service needs, for messages. Sequences are padded at the end without a mask, so the
-#: logits of a token must not depend on later tokens.
+#: Description, in error messages, of the model that a service needs. Sequences are padded at the
+#: end without a mask, so the logits of a token must not depend on later tokens.
 CAUSAL = "a transformers causal LM, in which no token depends on later tokens"
 
 
@@ -57,7 +57,7 @@ class Call:
 
     @property
     def tokens(self) -> int:
-        """Sum over the data of the number of tokens, or of targets if a datum has more targets."""
+        """Sum over the data of the number of tokens or, if it is larger, the number of targets."""
         return sum(max(each.length, each.targets.numel()) for each in self.data)
 
     def fail(self, error: BaseException) -> None:

@@ -32,7 +32,7 @@ from ._data import checked_tokens
 
 MAX_RANK = 512  # maximum rank of the pool's adapters; pages without an adapter take no memory
 _MOST = 1024  # maximum number of waiting samples of one adapter
-_TRIES = 8  # Several attempts are needed if other adapters evict the loaded one before its use.
+_TRIES = 8  # attempts to load an adapter, as others may evict it before it is used
 _ERROR = "Sampler.sample"
 
 
@@ -44,8 +44,8 @@ class Sample:
         tokens: sampled tokens, including the end token if one was sampled.
         logprobs: log-probability of each sampled token under the model's distribution at
             temperature 1, without top-k or top-p.
-        stop_reason: "stop" if an end token or a stop ended the sample, "length" if ``max_tokens``
-            did.
+        stop_reason: "stop" if an end token, or a token or text of ``stop``, ended the sample;
+            "length" if ``max_tokens`` did.
     """
 
     tokens: list[int]
@@ -95,7 +95,7 @@ class SamplingModel:
         )
         self.asked: dict[str, _Asked] = {}
         self._closed = False
-        with torch.inference_mode():  # The manager's thread inherits the mode.
+        with torch.inference_mode():  # The manager's thread inherits inference mode.
             self.manager.start()
         self._thread = threading.Thread(target=self._deliver, daemon=True)
         self._thread.start()
@@ -211,9 +211,9 @@ class Sampler:
                 :class:`~lora_ext.serving._sampling.Sampling`.
             top_k: number of most likely tokens to sample from; -1 is all tokens.
             seed: seed that makes the samples reproducible. Sample ``i`` uses ``seed + i``.
-            stop: tokens or texts that end a sample. The sample contains the tokens of the stop. The
-                end tokens of the model also end a sample, unless ``stop`` is an empty list: then
-                samples have ``max_tokens`` tokens.
+            stop: tokens or texts that end a sample. The sample includes them. The end tokens of the
+                model also end a sample, unless ``stop`` is an empty list: then samples have
+                ``max_tokens`` tokens.
 
         Returns:
             ``num_samples`` samples.
@@ -293,7 +293,7 @@ class Sampler:
         for item in each:
             if isinstance(item, str):
                 asked = self._models.tokenizer is not None and item != ""
-                expected = "non-empty texts, and only with Service(tokenizer=)"
+                expected = "tokens or, with Service(tokenizer=), non-empty texts"
                 require(asked, _ERROR, "stop", expected, repr(item))
                 texts.append(item)
             else:
@@ -321,7 +321,7 @@ class Sampler:
         return future
 
     def _cut(self, tokens: list[int], texts: list[str]) -> int | None:
-        """Return the number of tokens up to the end of the first stop text, or None without one."""
+        """Return the number of tokens through the first stop text, or None without a stop text."""
 
         def complete(count: int) -> bool:
             said = self._models.tokenizer.decode(tokens[:count], skip_special_tokens=False)

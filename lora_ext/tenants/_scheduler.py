@@ -20,7 +20,7 @@ from ._batch import BatchStep, Call, Part
 #: call can join the parts of other tenants if the credit covers its tokens.
 QUANTUM = 1024
 _MAX_WAIT_SHARE = 1 / 3  # maximum wait for recent tenants, as a share of the last step's duration
-_MAX_ROUNDS = 8  # maximum number of consecutive rounds of items that are not calls
+_MAX_ROUNDS = 8  # maximum rounds of items that are not calls, between two steps
 
 
 def settle(future: Future[Any], action: Callable[[], Any]) -> None:
@@ -168,7 +168,7 @@ class Scheduler:
                 self._rounds = 0
 
     def _run_ready_items(self) -> bool:
-        """Run the first item of each queue if it is not a call; return whether there was any.
+        """Run the first item of each queue if it is not a call; return whether any was run.
 
         This is a separate method so that no variable of the waiting loop keeps the items alive: the
         last item of a tenant refers to all tensors of the tenant.
@@ -189,7 +189,7 @@ class Scheduler:
                 if all(queue.head() is not None for queue in late):
                     return
                 if any(queue.ready for queue in self._queues):
-                    return  # The item runs first. The next item of its queue may be a call.
+                    return  # That item runs first; the next one in its queue may be a call.
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     return

@@ -40,7 +40,7 @@ class Store:
                 raise ValueError(f"Service: store: {expected}, found {found}") from error
 
     def folder(self, where: str, path: Any, argument: str = "path") -> Path:
-        """Return the folder of the save ``path``; messages call the path ``argument``.
+        """Return the folder of the save ``path``. Errors use ``argument`` as the name of the path.
 
         Raises:
             ValueError: If there is no store, or the path is outside it.

@@ -256,7 +256,7 @@ def test_failed_attach_changes_nothing() -> None:
     other = make_model("gpt2")
     before = snapshot(other)
     with pytest.raises(
-        ValueError, match=r"attach: pool: .* another module, 'model.layers.0.self_attn.q_proj'"
+        ValueError, match=r"attach: pool: .* unknown module 'model.layers.0.self_attn.q_proj'"
     ):
         lora_ext.attach(other, pool)
     small = make_model("llama")

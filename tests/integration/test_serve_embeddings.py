@@ -127,7 +127,7 @@ def test_invalid_requests_of_an_embedding_model_are_rejected(server: Any) -> Non
         ({"input": [[5], [5] * 3000]}, 400, "input[1]: expected 1 to 2048 tokens"),
         ({"input": [97]}, 400, "input[0]: expected token ids in [0, 97)"),
         ({"input": []}, 422, "input"),
-        ({"dimensions": 7}, 400, "dimensions: expected 32, as the model has, found 7"),
+        ({"dimensions": 7}, 400, "dimensions: expected 32, the size of the vectors, found 7"),
         ({"encoding_format": "int8"}, 422, "encoding_format"),
         ({"truncate": True}, 422, "truncate"),
     )

@@ -51,7 +51,7 @@ def test_list_read_both_per_sequence_and_per_row_raises(order: int, compiled: bo
     model: Any = make()
     run = torch.compile(model, backend="aot_eager") if compiled else model
     forwards = [inputs(4, 3), inputs(1, 4)][::order]
-    message = r"one name per sequence for shape \(4, 3, features\) and one per row for \(1, 4, feat"
+    message = r"one name per sequence for \(4, 3, features\), one per row for \(1, 4, feat"
     with torch.no_grad(), lora_ext.adapters(PER_SEQUENCE):
         run(inputs(4))  # This shape fits both readings.
         run(forwards[0])

@@ -38,7 +38,7 @@ def dense_parameters(base: BaseLayer, divided: bool = False) -> DenseParameters 
         divided: whether the hooks of ZeRO-3 are allowed, see :func:`is_plain`.
     """
     kind = type(base)
-    disguised = getattr(kind, "dense_parameters", None)  # method of a convolution on patches
+    disguised = getattr(kind, "dense_parameters", None)  # defined by `_OnPatches`
     if disguised is not None:
         return disguised(base)
     if not isinstance(base, nn.Module):

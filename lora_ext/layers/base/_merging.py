@@ -205,7 +205,7 @@ class Merging(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
-            self._copy = None  # it is a copy of the previous weight
+            self._copy = None  # it is a copy of the weight before loading
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # ---------------------------------------------------------------------------------------------

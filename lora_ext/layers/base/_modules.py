@@ -74,7 +74,7 @@ _BY_SETTING = {
     "JambaMambaMixer": ("dt_proj",),
     "BloomAttention": ("dense",),
     "BloomMLP": ("dense_4h_to_h",),
-    "LSHSelfAttention": ("query_key", "value"),  # during generation with a cache
+    "LSHSelfAttention": ("query_key", "value"),  # bypassed during generation with a cache
 }
 
 
@@ -105,7 +105,7 @@ def _read_and_not_called(kind: type) -> frozenset[str]:
     methods = [inspect.unwrap(m) for m in methods if not m.__module__.startswith("torch.nn.")]
     read: set[str] = set()
     for method in methods:
-        names = method.__code__.co_names  # names in nested functions are missing
+        names = method.__code__.co_names  # excludes names used in nested functions
         if "weight" in names and not any(w in method.__name__ for w in ("init", "tie")):
             read.update(child for child, asked in _uses(method) if asked == "weight")
     for method in methods if read else ():

@@ -136,7 +136,7 @@ class PackedLinear(nn.Linear):
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
-        """Free the copy in ``to`` and similar calls; products on another device never free it."""
+        """Free the copy, since ``to`` may move the layer to a device that never frees it."""
         self.__dict__[_STATE].drop()
         return super()._apply(*args, **kwargs)
 

@@ -72,7 +72,7 @@ class _Snapshot:
 
     def __init__(self, weight: Tensor) -> None:
         self._weight, self._version = weakref.ref(weight), _version(weight)
-        self._sample: tuple[Tensor, Tensor] | None = None  # view of the weight, values at packing
+        self._sample: tuple[Tensor, Tensor] | None = None  # view of the weight, copy of its values
         self.packed: Tensor | None = None
 
     def matches(self, weight: Tensor) -> bool:
@@ -107,8 +107,8 @@ def _version(weight: Tensor) -> tuple[Any, ...]:
 def _sample_of(weight: Tensor) -> Tensor:
     """Return a sample of the values of a weight as a view with an integer dtype.
 
-    Integers with the same bits also compare NaN as equal. The sample is the whole weight if the
-    weight is small, or neither it nor its transpose is contiguous.
+    Viewed as integers, NaNs with the same bits also compare equal. The sample is the whole weight
+    if the weight is small, or neither it nor its transpose is contiguous.
     """
     bits = weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
     if bits.numel() > MAX_VALUES_COMPARED_WHOLE:

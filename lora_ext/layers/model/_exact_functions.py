@@ -28,7 +28,7 @@ MARK = "_lora_ext_exact"
 
 _OURS = frozenset("cos gelu rsqrt sigmoid silu sin softplus tanh".split())
 
-# Ops with the same bits with and without vector instructions: every step rounds exactly once.
+# Ops with bitwise equal results with and without vector instructions: each step rounds once.
 _SAFE = frozenset(
     "abs add bitwise_and bitwise_not bitwise_or ceil clamp clamp_max clamp_min clone copy div fill "
     "floor hardtanh leaky_relu logical_and logical_not logical_or masked_fill maximum minimum mul "
@@ -43,7 +43,7 @@ _PRODUCTS = frozenset(
 
 
 class _Unknown(ValueError):
-    """Error for an op of torch with bits that may depend on an element's position or the batch."""
+    """Error for a torch op with results that may change with the batch or an element's position."""
 
     def __init__(self, found: str, where: str = "model"):
         expected = "ops whose bits do not depend on the batch"
@@ -121,7 +121,7 @@ def _function_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
         raise _Unknown(f"{name} of {args[0].dtype}")
     if "out" in kwargs:
         raise _Unknown(f"{name} with out=")
-    # In float32, torch computes rsqrt from a rounded root and a rounded quotient.
+    # torch's float32 rsqrt rounds a root and then a quotient, so it needs no replacement.
     if name == "rsqrt" and args[0].dtype == torch.float32:
         return None
     if name == "gelu" and kwargs.get("approximate") == "tanh":
@@ -133,11 +133,11 @@ def _function_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
 
 
 def _check_op(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-    """Raise for products of torch, and for pointwise functions that are not in ``_SAFE``."""
+    """Raise ValueError for products of torch and for pointwise functions not in ``_SAFE``."""
     if name in _PRODUCTS:
         # A matrix product with one term per sum, as in rotary embeddings, is only rounded once.
         if name not in ("bmm", "mm") or args[0].shape[-1] != 1:
-            raise _Unknown(f"{func}, a product of torch")
+            raise _Unknown(f"{func}, a product computed by torch")
     elif not isinstance(y, Tensor) or not y.is_floating_point():
         return
     elif name == "pow":
@@ -164,7 +164,7 @@ def replace_functions(model: nn.Module) -> None:
     """Replace the pointwise functions that the modules of an exact model call.
 
     Raises:
-        ValueError: If a module calls an op with bits that may depend on the batch. The message
+        ValueError: If a module calls an op whose result may change with the batch. The message
             names the module and the op.
     """
     probe, ids = _Probe(model), torch.zeros(1, 2, dtype=torch.int64)

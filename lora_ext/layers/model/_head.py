@@ -53,7 +53,7 @@ class Head:
         return self.scale * weight, None if bias is None else self.scale * bias
 
     def logits(self, normed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the logits of normalised states ``(..., d)``, given some rows of s W and s b."""
+        """Return logits of normalised states ``(..., d)``; ``weight`` is all or part of s W."""
         return self.capped(linear(normed, weight, bias))
 
     def capped(self, z: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class LoraProbe:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Records in order, as dictionaries.
+        """All records so far, in order, as dictionaries.
 
         The keys are ``step``; ``module``, the name of the layer; the root mean squares ``rms_Z_A``
         and ``rms_Z_B`` and the maximum ``max_Z_A`` over all rows and features; and the Frobenius

@@ -66,7 +66,7 @@ def set_active(
 
 
 class _State(NamedTuple):
-    """Modes of a layer in which an adapter is on: both, only evaluation, or none."""
+    """Modes of a layer in which an adapter is on: both, only evaluation, or neither."""
 
     in_evaluation: bool
     in_training: bool
@@ -242,7 +242,7 @@ class _Switch:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kind = type(self.layer)
-        if getattr(kind, "asks_what_is_off", False):  # layers of from_peft
+        if getattr(kind, "asks_what_is_off", False):  # from_peft's layers skip what is off
             return kind.forward(self.layer, x, *args, **kwargs)
         return forward_of_the_rest(kind.forward, self.layer, x, *args, **kwargs)
 

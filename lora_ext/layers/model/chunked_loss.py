@@ -135,7 +135,7 @@ class _Loss:
     hook: RemovableHandle | None = None  # hook of the warning
 
     def __call__(self, logits: Tensor, labels: Tensor | None, *args: Any, **given: Any) -> Any:
-        """Compute the loss with transformers' arguments; skipped ``logits`` are not used."""
+        """Compute the loss with transformers' arguments; ``logits`` are not used if skipped."""
         call = _call_of(self.layer)
         if call is not None:
             call.logits = logits
@@ -246,7 +246,7 @@ def _remove(lm: Any) -> None:
     loss = lm.__dict__.get(_LOSS)
     if isinstance(loss, _Loss):
         Forward.remove(loss.layer, lambda run: run is _layer_forward)
-        if loss.hook is not None:  # base_model may have changed since
+        if loss.hook is not None:  # base_model may have been replaced since
             loss.hook.remove()
         del lm.__dict__[_LOSS]
         if loss.before is not None:

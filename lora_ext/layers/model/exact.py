@@ -57,7 +57,7 @@ def exact(model: Model, enabled: bool = True) -> Model:
     Raises:
         TypeError: If ``model`` is not a module, or ``enabled`` is not a bool.
         ValueError: If the model has another attention implementation, layers of PEFT, a layer that
-            cannot be packed, or an operation with bits that may depend on the batch, or if the
+            cannot be packed, or an operation whose result may change with the batch, or if the
             model is exact and has been changed. The message names the cause, and the model is
             unchanged.
         RuntimeError: If ``enabled`` is False and the model is not exact.

@@ -37,7 +37,7 @@ class _Wrap:
     """State of a wrapped model, stored in the model's ``__dict__``."""
 
     swap: Swap
-    requires_grad: dict[str, bool]  # of each parameter before wrapping
+    requires_grad: dict[str, bool]  # flag of each parameter before wrapping
     spaced: list[nn.Module] = field(default_factory=list)  # layers that got hooks of space_products
 
 

@@ -79,7 +79,7 @@ class Api:
         return words
 
     def begin(self, key: str) -> str:
-        """Create a session; raise QueueFullError if the key has too many."""
+        """Create a session; raise QueueFullError if the API key has too many sessions."""
         with self.promises.lock:
             if (found := len(self._of(key)) + 1) > _SESSIONS:
                 expected = f"at most {_SESSIONS} sessions per API key"
@@ -131,7 +131,7 @@ class Api:
         raise GoneError(f"model_id: expected a model of this API key, found {name!r:.200}")
 
     def in_order(self, key: str, asked: Answer, begin: Any, told: Any) -> Answer:
-        """Return a promise of a model's call, which runs in the order of the sequence numbers.
+        """Run a model's call in the order of sequence numbers; return a promise of its response.
 
         For ``begin`` and ``told``, see :meth:`Promises.in_order`.
         """
@@ -144,7 +144,7 @@ class Api:
         name = f"{asked['session_id']}:train:{asked['model_seq_id']}"
         if (count := sum(len(each.models) for each in self._of(key)) + 1) > _MODELS:
             raise ValueError(f"model: expected at most {_MODELS} models per API key, found {count}")
-        path = parsed(key, asked["path"]) if "path" in asked else None  # only in load_weights
+        path = parsed(key, asked["path"]) if "path" in asked else None  # of a load_weights request
         if path is None:
             self.check_base(asked.get("base_model"))
         lora = asked.get("lora_config") or {}
@@ -205,7 +205,7 @@ class Api:
         raise GoneError(f"sampling_session_id: expected a session of this key, found {name!r:.200}")
 
     def sample(self, key: str, asked: Answer) -> Answer:
-        """Return a promise of samples, the same one if a request repeats a ``seq_id``."""
+        """Return a promise of samples; a repeated ``seq_id`` returns the earlier promise."""
         name, number = asked.get("sampling_session_id"), asked.get("seq_id")
         session, sampler = self.samplers(key, name) if name else (None, self.sampler(key, asked))
         if session is not None and (name, number) in session.asked:

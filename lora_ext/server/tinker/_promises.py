@@ -78,7 +78,7 @@ class Model:
 
 
 class Promises:
-    """Promised responses of all API keys. The maximum numbers apply to each key separately."""
+    """Promised responses of all API keys. ``MOST`` and ``KEPT`` apply to each key separately."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -88,14 +88,14 @@ class Promises:
         """Add a promise and return its name and future.
 
         Raises:
-            QueueFullError: If too many promises of the key are open.
+            QueueFullError: If too many responses of the key are not ready.
         """
         name, future = uuid.uuid4().hex, future or Future()
         with self.lock:
             own = self._of_keys[key]
             done = [each for each, known in own.items() if known.done()]
             if (count := len(own) - len(done) + 1) > MOST:
-                raise QueueFullError(f"queue: expected at most {MOST} open promises, found {count}")
+                raise QueueFullError(f"queue: expected at most {MOST} pending calls, found {count}")
             for each in done[: max(0, len(own) + 1 - KEPT)]:
                 del own[each]
             own[name] = future
@@ -106,7 +106,7 @@ class Promises:
         with self.lock:
             found = self._of_keys[key].get(name) if key in self._of_keys else None
         if found is None:
-            raise GoneError(f"request_id: expected a promise to this API key, found {name!r:.200}")
+            raise GoneError(f"request_id: expected an id of this API key, found {name!r:.200}")
         return found
 
     def at_once(self, key: str, action: Callable[[], Any]) -> Answer:

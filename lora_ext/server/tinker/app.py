@@ -68,7 +68,7 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
 
     def error_answer(_: Request, error: Exception) -> JSONResponse:
         code = next(code for kind in type(error).__mro__ if (code := _CODES.get(kind)))  # pyright: ignore[reportArgumentType]
-        words = f"{error.args[0]}: expected a value, found none"  # of a KeyError
+        words = f"{error.args[0]}: expected a value, found none"  # for a KeyError: a missing field
         words = words if type(error) is KeyError else api.words_of(error)
         return JSONResponse({"error": words, "category": "user"}, code)
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.model)
         except (OSError, ValueError, KeyError):
-            tokenizer = None  # Requests with a text as a stop are then rejected.
+            tokenizer = None  # Requests with a stop text are then rejected.
         with Service(model, store=args.store, tokenizer=tokenizer) as service:
             app = make_app(service, str(args.model), keys)
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)

@@ -212,7 +212,7 @@ class DoraTable:
                 self._holds[slot] = c
 
 
-# An op, like ``active_adapter_ids``, because a compiled graph cannot read a ContextVar.
+# This is an op, like ``active_adapter_ids``, as a compiled graph cannot read a ContextVar.
 @traced(
     "active_dora_factors(int handle, int layer, SymInt[] leading, SymInt features, "
     "ScalarType dtype, Device device, bool tokens_first, SymInt[] batch) -> Tensor",

@@ -157,7 +157,7 @@ def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
     )
 
 
-# An op, like ``active_adapter_ids``, because a compiled graph cannot read a ContextVar.
+# This is an op, like ``active_adapter_ids``, as a compiled graph cannot read a ContextVar.
 @traced(
     "replaced_rows(Tensor y, Tensor x, int handle, str name, bool tokens_first, SymInt[] batch, "
     "str? default) -> Tensor",
