@@ -124,8 +124,8 @@ def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> 
 
 
 def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factors: Factors) -> None:
-    """Replace the factors and the scale of a layer until ``undo`` is closed. The rank may change,
-    since new parameters are set and the layer's parameters keep their values."""
+    """Replace the factors and the scale of a layer until ``undo`` is closed. The new rank may
+    differ, since the layer gets new parameters, and its own are stored unchanged."""
     if factors.embedding:
         places = {"a": (layer.lora_embedding_A, adapter), "b": (layer.lora_embedding_B, adapter)}
     else:

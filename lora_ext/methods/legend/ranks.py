@@ -150,10 +150,10 @@ def _clipped(ranks: list[int], total: int, low: int, high: int | None) -> list[i
     top = math.inf if high is None else high
     ranks = [int(min(max(rank, low), top)) for rank in ranks]
     last = len(ranks) - 1
-    while sum(ranks) > total:  # lower the highest layer above its lower neighbour
+    while sum(ranks) > total:  # lower the last rank that exceeds its predecessor
         i = next(i for i in range(last, -1, -1) if ranks[i] > (ranks[i - 1] if i else low))
         ranks[i] -= 1
-    while sum(ranks) < total:  # raise the highest layer below its upper neighbour
+    while sum(ranks) < total:  # raise the last rank that is below its successor
         i = next(i for i in range(last, -1, -1) if ranks[i] < (top if i == last else ranks[i + 1]))
         ranks[i] += 1
     return ranks

@@ -44,7 +44,7 @@ class SploraConfig:
             the first q left singular vectors of V.
         rank: upper bound of q, for "orthogonal" only.
         energy: share of the squared singular values, for "orthogonal" only; q is at most the
-            smallest number of directions with this share.
+            smallest number of directions that reach this share.
         reference: S, sample of distances that a layer's distance is compared with: "population",
             the distances of all scored layers; "permutation", the layer's distances with the rows
             of B in random order; "pairs", the distances of pairs of matrices from the caller;
@@ -52,14 +52,14 @@ class SploraConfig:
             scores then depends only on the shift of the lower quartile, as for the script in exact
             arithmetic. Values other than "population" require ``score="distance"``. "alignment"
             uses no reference.
-        stat: t(S), the spread: "iqr", the interquartile range, or "std".
+        stat: t(S), the spread of the reference: "iqr", the interquartile range, or "std".
         n_samples: number of permutations per layer.
         seed: seed of the permutations.
         include_scaling: whether D includes the factor s. Both published implementations omit s
             (False).
         mode: what remains of a pruned module, see :func:`lora_ext.adapter.prune_adapter`.
         device: device of the comparison; default is that of the base model's weight.
-        center: c(S), "mean" or "median".
+        center: c(S), the centre of the reference: "mean" or "median".
         on_zero_alignment: treatment of a layer with equal weights in both models. "raise" raises an
             error; "skip" keeps the layer without a score.
         allow_degenerate: whether all scores are 0 if the reference has no spread; if False, this is

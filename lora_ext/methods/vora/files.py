@@ -104,7 +104,7 @@ def load_state_dict(
     every = (language.named_parameters, language.named_buffers)
     tensors = (pair for named in every for pair in named(remove_duplicate=False))
     base = {base_name(name): tensor for name, tensor in tensors if parse_key(name) is None}
-    copies: dict[str, tuple[Tensor, Tensor]] = {}  # source, destination
+    copies: dict[str, tuple[Tensor, Tensor]] = {}  # by name: source, destination
     biases: dict[str, tuple[VoraLinear, Tensor]] = {}
     has_bias = [f"{name}.bias" for name, layer in layers.items() if layer.has_extra_bias]
     unexpected: list[str] = []

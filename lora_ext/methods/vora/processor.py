@@ -35,7 +35,7 @@ except ModuleNotFoundError:  # Arrays and tensors do not need Pillow.
 #: Normalisation of CLIP and of AIMv2, the paper's teacher.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # torch's names, by Pillow's numbers
 #: Keys that transformers writes into the file of every processor.
 SERVICE = ("image_processor_type", "processor_class", "feature_extractor_type", "auto_map")
 
