@@ -120,7 +120,7 @@ def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> 
         require(plain, where, name, "an adapter without DoRA", found, NotImplementedError)
         pairs = adapter_factors(layers[name], adapter), value.modules[name][:2]
         own, new = (f"{a.flatten(1).shape[1]} inputs, {b.shape[0]} outputs" for a, b in pairs)
-        require(own == new, where, name, f"{own} as in the model", f"{new} in the adapters")
+        require(own == new, where, name, f"{own}, as in the model", f"{new} in the adapters")
 
 
 def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factors: Factors) -> None:

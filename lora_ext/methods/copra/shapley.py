@@ -158,8 +158,8 @@ def layer_shapley(
 def _coalitions_at_once(inputs: Tensor, most: int) -> int:
     """Return the number of copies of a batch in one forward.
 
-    It is ``most``. On the CPU, it is reduced until a forward has at most 1024 tokens, but not below
-    1.
+    The number is ``most``. On the CPU, it is reduced, but not below 1, until a forward has at most
+    1024 tokens.
 
     ``inputs`` are token ids ``(rows, ...)``, or features with one more dimension.
     """

@@ -21,8 +21,7 @@ _RATIO_WEIGHT = 1e-3
 
 
 class CapacityReport(NamedTuple):
-    """Unchecked report of a device on one round. Every duration is measured by the device's clock.
-    """
+    """Unchecked report of a device on one round, with durations by the device's clock."""
 
     device: Client
     depth: int  # k, number of trained layers

@@ -42,13 +42,13 @@ def rank_distribution(
         step: lambda, the increase of the rank from one layer to the next.
         r_min: Lower bound of every rank.
         r_max: Upper bound of every rank; None means no bound.
-        multiple: Number that every rank is a multiple of; 8 suits the pages of the kernels. The sum
+        multiple: Number that divides every rank; 8 suits the pages of the kernels. The sum
             is then the possible sum nearest to ``total``, within ``multiple * L / 2`` of it, and is
             logged if it differs.
         shape: "arithmetic", the formula above; "uniform", with step 0; "reverse", "arithmetic" with
             the layers in reverse order; "geometric", a geometric sequence in which the last layer
             has ``ratio`` times the rank of the first.
-        ratio: Ratio of "geometric".
+        ratio: Rank of the last layer over that of the first, for "geometric".
 
     Returns:
         ``L`` ranks in ascending order from layer 0 ("reverse": in descending order); neighbours may

@@ -37,7 +37,7 @@ _MAX_FORCED_TOKENS = 32  # per run: a run lengthens the verifier's pass for ever
 
 
 class _Position(NamedTuple):
-    """Constraint states of the rows before a position of a window, and ``log r`` of tokens at it."""
+    """Constraint states of the rows before a position of a window, and ``log r`` of its tokens."""
 
     rows: list[Row | None]
     blocks: list[Block]

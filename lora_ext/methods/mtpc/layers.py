@@ -29,8 +29,8 @@ from ._config import EmissionName, Kind, check_structure
 from ._emission import EMISSIONS, LeafSizes, SumWeights
 from ._shortlist import Shortlist, checked_ids, looked_at
 
-# Initial weights are uniform within this bound times D^-1/2, so that the size of the first logits
-# does not depend on D. For D = 4096, this is the authors' bound.
+# Initial weights are uniform in ± _INIT_BOUND / sqrt(D), so that the size of the first logits does
+# not depend on D. For D = 4096, the bound is that of the authors.
 _INIT_BOUND = 0.01275 * 64
 # Attributes of the head that contain parameters, and the names of these parameters in the head.
 _PARTS = {

@@ -79,7 +79,7 @@ class RankMonitor:
         # Float32 sums would lose the norm of a product whose factors nearly cancel.
         found = ops.lora_gram([a for a, _ in pairs], [b for _, b in pairs], dtype=torch.float64)
         grams = dict(zip(self._layers, zip(*found, strict=True), strict=True))
-        alike: dict[Any, list[str]] = {}  # layers of equal rank and device are computed together
+        alike: dict[Any, list[str]] = {}  # by rank and device, computed together
         for name, (gram, _) in grams.items():
             alike.setdefault((gram.shape, gram.device), []).append(name)
         figures: dict[str, tuple[Tensor, Tensor]] = {}

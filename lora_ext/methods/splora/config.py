@@ -33,7 +33,7 @@ class SploraConfig:
         num: K, number of units to prune. To select layers, give exactly one of num and threshold.
         threshold: limit of the score; units with a score of at least (direction "largest") or at
             most (direction "smallest") this value are pruned.
-        direction: scores that are pruned, "smallest" or "largest". There is no default, since the
+        direction: whether the "smallest" or "largest" scores are pruned. No default, since the
             meaning of a small score depends on ``score``, see docs/splora.md.
         granularity: unit of pruning, a "module" or a "block" with the mean score of its modules.
         score: quantity that a layer is scored by. "distance", E-DIEM of ``|P D - D|``, ranks layers
@@ -74,7 +74,7 @@ class SploraConfig:
 
     num: int | None = None
     threshold: float | None = None
-    direction: Direction = None  # pyright: ignore[reportAssignmentType]  # None raises
+    direction: Direction = None  # pyright: ignore[reportAssignmentType]  # None raises ValueError
     granularity: Granularity = "module"
     score: Score = "distance"
     projection: Projection = "frobenius"

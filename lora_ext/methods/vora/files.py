@@ -198,7 +198,7 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     config = state.config
     _check_route("to_peft", config)
     alpha = alpha_of(float(config.scale), config.rank, rslora=False)
-    scale = alpha / config.rank  # PEFT's scale; the last bit may differ, e.g. 0.1 at rank 3
+    scale = alpha / config.rank  # in PEFT; its last bit may differ, e.g. for 0.1 at rank 3
     biased = any(layer.has_extra_bias for layer in state.layers.values())
     factors: dict[str, Factors] = {}
     for name, layer in state.layers.items():
