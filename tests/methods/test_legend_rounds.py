@@ -205,7 +205,7 @@ def test_allocator_reads_ranks_and_bytes_from_the_adapter():
     assert LegendAllocator.of(config, resize_state(state, config.ranks(3))[0]).ranks == (1, 2, 3)
     state[key(1, "A", "v")], state[key(1, "B", "v")] = torch.zeros(3, 5), torch.zeros(4, 3)
     with pytest.raises(
-        ValueError, match=r"layers\.1\.v: expected rank 2, as in its layer, found 3"
+        ValueError, match=r"layers\.1\.v: expected rank 2, its layer's rank, found 3"
     ):
         LegendAllocator.of(LegendConfig(), state)
 

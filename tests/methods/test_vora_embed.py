@@ -135,7 +135,7 @@ def test_equal_grids_are_not_resampled():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"image_size": 450}, r"image_size: expected a multiple of the patch 14, found 450"),
+        ({"image_size": 450}, r"image_size: expected a multiple of the patch size 14, found 450"),
         ({"patch": 0}, r"patch: expected at least 1, found 0"),
         ({"embed_dim": 0}, r"embed_dim: expected at least 1, found 0"),
         (
@@ -152,7 +152,7 @@ def test_errors_name_invalid_fields(fields: dict, message: str):
 @pytest.mark.parametrize(
     ("given_", "error", "message"),
     [
-        (torch.zeros(1, 3, 10, 8), ValueError, r"multiples of the patch 4, found 10 x 8"),
+        (torch.zeros(1, 3, 10, 8), ValueError, r"multiples of the patch size 4, found 10 x 8"),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], ValueError, r"patch 4, found 8 x 9"),
         (torch.zeros(1, 3, 0, 8), ValueError, r"patch 4, found 0 x 8"),
         (torch.zeros(3, 8, 8), ValueError, r"shape \(B, 3, H, W\), .* found \(3, 8, 8\)"),

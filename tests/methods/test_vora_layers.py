@@ -193,7 +193,7 @@ def test_models_with_other_adapters_are_refused() -> None:
         ("target_modules", None, "at least one name"),
         ("target_modules", 3, "at least one name"),
         ("route", "text", r"one of \('all', 'vision'\)"),
-        ("image_size", 449, "a multiple of the patch 14"),
+        ("image_size", 449, "a multiple of the patch size 14"),
         ("patch", 0, "an integer from 1"),
         ("embed_dim", -1, "an integer from 1"),
         ("pos_mode", "none", "one of"),

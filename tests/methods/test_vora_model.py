@@ -253,7 +253,7 @@ def test_placeholders_and_images_must_match_by_sample() -> None:
     with pytest.raises(TypeError, match=r"images: sample 1: expected \(3, H, W\) .*found ndarray"):
         run(model, **{**given, "images": [[], [image(2, 2).numpy()], []]})
     given["images"] = [[image(2, 2), torch.zeros(3, 5, 4)], [], [image(2, 2)]]
-    with pytest.raises(ValueError, match="multiples of the patch 2, found 5 x 4"):
+    with pytest.raises(ValueError, match="multiples of the patch size 2, found 5 x 4"):
         run(model, **given)
 
 

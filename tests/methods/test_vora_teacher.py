@@ -77,7 +77,7 @@ def test_clip_can_be_a_teacher():
         ((images((16, 16)), 4), r"teacher: expected at least n_blocks = 4 blocks, found 3"),
         (
             (images((16, 18)), 2),
-            r"images: expected .* multiples of the patch 4, found \(3, 16, 18\)",
+            r"images: expected .* multiples of the patch size 4, found \(3, 16, 18\)",
         ),
         ((images((16, 16)), 2, "both"), r"pairing: expected one of .* found 'both'"),
     ],

@@ -31,7 +31,7 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
     Every batch must have ``K * sequences`` sequences: K copies of one batch, of which copy k uses
     ``masks[k]``. A group on which all masks agree is switched as a whole: if it is off, only its
     base layers are computed; if it is on, its usual forward is run. For the other groups, rows are
-    grouped by adapter once per group and shape. After the block every layer is restored.
+    grouped by adapter once for each group and input shape. After the block every layer is restored.
 
     Args:
         groups: n groups of layers. A layer on which the masks disagree must have the groups'
@@ -53,7 +53,7 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
     if not len(table) or sequences < 1:
         found = f"{len(table)} masks and {sequences} sequences"
         raise ValueError(f"coalitions: expected at least one mask and one sequence, found {found}")
-    groups.checked(table.all(0))  # raises for a merged layer
+    groups.checked(table.all(0))  # raises if a layer to switch off is merged
     with groups.masked(table.any(0)), contextlib.ExitStack() as hooks:
         for names, layers, column in zip(groups.names, groups.layers, table.T, strict=True):
             if column.all() or not column.any():
@@ -103,12 +103,12 @@ class _GiveRows:
 
     def __init__(self, name: str, layer: Any, rows: NamedRows, tokens_first: bool):
         self.name, self.rows = name, rows
-        self.place = int(tokens_first)  # index of the dimension of the sequences
-        #: Whether to transpose input and output, since plain PEFT layers require the sequences to
-        #: be the first dimension.
+        self.place = int(tokens_first)  # index of the batch dimension
+        #: Whether to transpose input and output, since plain PEFT layers require the batch
+        #: dimension to be the first.
         self.transposes = tokens_first and not hasattr(type(layer), "tokens_first")
         base = layer.get_base_layer()
-        #: Smallest number of dimensions of an input whose first dimension is the sequences.
+        #: Smallest number of dimensions of an input with the batch dimension first.
         self.dims = 2
         if isinstance(base, nn.Embedding):
             self.dims = 1

@@ -120,12 +120,12 @@ def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> 
         require(plain, where, name, "an adapter without DoRA", found, NotImplementedError)
         pairs = adapter_factors(layers[name], adapter), value.modules[name][:2]
         own, new = (f"{a.flatten(1).shape[1]} inputs, {b.shape[0]} outputs" for a, b in pairs)
-        require(own == new, where, name, f"{own} as in the model", f"{new} in the adapters")
+        require(own == new, where, name, f"{own}, as in the model", f"{new} in the adapters")
 
 
 def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factors: Factors) -> None:
-    """Replace the factors and the scale of a layer until ``undo`` is closed. The rank may change,
-    since new parameters are set and the layer's parameters keep their values."""
+    """Replace the factors and the scale of a layer until ``undo`` is closed. The new rank may
+    differ, since the layer gets new parameters, and its own are stored unchanged."""
     if factors.embedding:
         places = {"a": (layer.lora_embedding_A, adapter), "b": (layer.lora_embedding_B, adapter)}
     else:

@@ -94,7 +94,7 @@ class CopraSchedule:
         return mask
 
     def expected_active(self, step: int) -> float:
-        """Return the expected number of active groups at ``step``, given at least ``min_active``.
+        """Return the expected number (at least ``min_active``) of active groups at ``step``.
 
         Raises:
             ValueError, TypeError: As for :meth:`probability`.

@@ -20,14 +20,14 @@ from .controller import CopraController
 
 Method = Literal["exact", "permutation", "owen"]
 
-_MAX_EXACT_PLAYERS = 20  # a million coalitions
+_MAX_EXACT_PLAYERS = 20  # 2^20 is about a million coalitions
 # Largest number of groups for which "exact" is the default method, since each coalition costs a
 # forward of the model.
 _MAX_EXACT_GROUPS = 12
 _ORDERS, _DRAWS, _LEVELS = 32, 4, 16  # defaults of orders, draws per level, and levels
-# Tokens per forward on the CPU, enough to amortise reading the weights. Larger forwards allocate
-# new memory for activations every time: this took a quarter of the time of one forward of SmolLM2
-# on 4096 tokens, but a twentieth of the time of 16 forwards on 256 tokens.
+# Largest number of tokens per forward on the CPU, enough to amortise reading the weights. Larger
+# forwards allocate new memory for their activations: this took 1/4 of the time of one forward of
+# SmolLM2 on 4096 tokens, but only 1/20 of the time of 16 forwards on 256 tokens each.
 _MAX_CPU_TOKENS = 1024
 
 #: Function that returns the values of coalitions. Bit i of a coalition is set if player i is in it.
@@ -158,8 +158,8 @@ def layer_shapley(
 def _coalitions_at_once(inputs: Tensor, most: int) -> int:
     """Return the number of copies of a batch in one forward.
 
-    It is ``most``. On the CPU, it is reduced until a forward has at most 1024 tokens, but not below
-    1.
+    The number is ``most``. On the CPU, it is reduced, but not below 1, until a forward has at most
+    1024 tokens.
 
     ``inputs`` are token ids ``(rows, ...)``, or features with one more dimension.
     """
@@ -314,7 +314,7 @@ def _permutation(
     queried = [c for order in drawn for c in accumulate((1 << i for i in order), initial=0)]
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
-        gains = v.view(len(drawn), n + 1).diff(dim=1)  # by position of the player in the order
+        gains = v.view(len(drawn), n + 1).diff(dim=1)  # [i, k]: gain of the k-th player of order i
         by_player = torch.empty_like(gains).scatter_(1, torch.tensor(drawn), gains)
         samples = by_player.view(orders, -1, n).mean(1)
         return samples.mean(0), _error_of_mean(samples)
@@ -341,9 +341,9 @@ def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) ->
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
         table = v.view(levels * draws, n + 1)
-        changes = table[:, 1:] - table[:, :1]  # when the player joins or leaves
+        changes = table[:, 1:] - table[:, :1]  # of v, when each player joins or leaves
         gains = torch.where(torch.tensor(inside), -changes, changes)
-        if draws == 1:  # the spread between levels is an upper estimate of the spread within them
+        if draws == 1:  # Levels also differ in q, so that this overestimates the error.
             return gains.mean(0), _error_of_mean(gains)
         by_level = gains.view(levels, draws, n)
         errors = torch.stack([_error_of_mean(level) for level in by_level])

@@ -110,7 +110,7 @@ class FedHello(LoraStrategy):
         return self.allocator
 
     def _score(self, hla: HLA, round: int, state: Mapping[str, Tensor]) -> None:
-        assert self._model_fn is not None and self._proxy is not None  # kind "fim"
+        assert self._model_fn is not None and self._proxy is not None  # required by "fim"
         if self._scoring_model is None:
             self._scoring_model = LoraLayerManager(self._model_fn(), self._pattern, self._adapter)
         manager, config = self._scoring_model, self.config

@@ -17,7 +17,7 @@ from lora_ext._checks import choice, integer, require
 #: Weights of L layers, ``(L,)``, with any sum above 0.
 Weights = Tensor | Sequence[float]
 
-_BOTTLENECK = (3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3)  # from the authors' configurations, L = 12
+_BOTTLENECK = (3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3)  # the authors' weights for 12 layers
 
 
 class Pattern(str, Enum):
@@ -125,7 +125,7 @@ def rgd_layers(
 
     Args:
         weights: g, ``(L,)``, with any sum above 0. A layer with weight 0 is never drawn.
-        c: Number of layers, from 0.
+        c: Number of layers to draw, at least 0.
         seed, round, client: Key of the draw: equal keys give equal layers.
 
     Returns:

@@ -86,7 +86,7 @@ class HLA:
             self._prior = pattern_weights(config.pattern, L)
         else:
             self._prior = normalised(checked_weights("HLA", config.weights, L))
-        self._importance: dict[int, Tensor] = {}  # by the argument `round` of `update`
+        self._importance: dict[int, Tensor] = {}  # by the first round that uses them
 
     def weights(self, round: int) -> Tensor:
         """Return g, the weight of each layer in a round, ``(L,)`` float64 with sum 1. The weights

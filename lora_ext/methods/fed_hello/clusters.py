@@ -51,7 +51,7 @@ def cluster_weights(
     fits = values.dim() == 1 and values.numel() > 0
     require(fits, where, "scores", "shape (L,)", [*values.shape])
     require(bool(values.isfinite().all()), where, "scores", "finite numbers", values.tolist())
-    distinct, place, counts = values.unique(return_inverse=True, return_counts=True)  # sorted
+    distinct, place, counts = values.unique(return_inverse=True, return_counts=True)  # ascending
     groups = _groups(distinct.tolist(), counts.tolist(), min(k, len(distinct)))
     return normalised([levels[groups[i]] for i in place.tolist()])
 
@@ -71,9 +71,9 @@ def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
         number, total, squares = (own[end] - own[start] for own in sums)
         return squares - total * total / number
 
-    best = [Fraction(0)] * (n + 1)  # [j]: least cost of the first j points in the groups so far
-    cuts: list[list[int]] = []  # [i][j - 1]: start of group i if it ends before point j
-    for before in range(k):  # number of earlier groups, each with at least one point
+    best = [Fraction(0)] * (n + 1)  # best[j]: least cost of the first j points in the groups so far
+    cuts: list[list[int]] = []  # cuts[i][j - 1]: start of group i if points[j - 1] is its last
+    for before in range(k):  # group index; each earlier group has at least one point
         found: list[tuple[Fraction, int]] = []
         for j in range(1, n + 1):
             starts = range(before, j) if before else range(1)

@@ -216,8 +216,8 @@ class _Fisher:
         return n
 
     def _add_pair(self, pair: _Pair, x: Tensor, gradient: Tensor) -> None:
-        """Add the squared gradients of ``x (n, T, I)`` and output gradients ``(n, T, O)``, per
-        sample."""
+        """Add each sample's squared gradients of both factors, computed from the layer's input
+        ``x (n, T, I)`` and output gradient ``(n, T, O)``."""
         dtype = torch.promote_types(pair.a.dtype, torch.float32)
         a, b = pair.a.detach().to(dtype), pair.b.detach().to(dtype)
         parts = (t.to(dtype).split(self.chunk) for t in (x, gradient))

@@ -15,14 +15,13 @@ from lora_ext.federated import Client
 
 _log = logging.getLogger(__name__)
 
-#: Weight of the previous ratio f : mu, relative to a report of weight 1. The ratio is needed if all
-#: reports have the same depth; otherwise this weight is negligible.
+#: Weight of a device's previous ratio f : mu (see `Estimate`), relative to a report's weight of 1.
+#: The ratio is needed if all reports have the same depth; otherwise this weight is negligible.
 _RATIO_WEIGHT = 1e-3
 
 
 class CapacityReport(NamedTuple):
-    """Unchecked report of a device on one round. Every duration is measured by the device's clock.
-    """
+    """Unchecked report of a device on one round, with durations by the device's clock."""
 
     device: Client
     depth: int  # k, number of trained layers
@@ -42,7 +41,7 @@ class Estimate(NamedTuple):
     f: float  # seconds without any trained layer
     mu: float  # seconds per trained layer
     beta: float  # seconds per byte for both directions together
-    trusted: bool = True  # False if its latest reports were not measurements
+    trusted: bool = True  # False if the device's latest reports were invalid
 
 
 @dataclass(eq=False, repr=False)
@@ -175,7 +174,7 @@ class CapacityTracker:
             device: Name of the device.
             depth: k, depth of the device's plan.
             seconds: Time that the server waited (the deadline).
-            round: Round of the timeout. With None, the device does not start to rest.
+            round: Round of the timeout. With None, the timeout does not make the device rest.
 
         Raises:
             ValueError: If the depth is outside [1, L], or the seconds are not finite and above 0.
@@ -260,13 +259,13 @@ class _Device:
     """State of one device. The weighted sums over its reports suffice for the least squares fit."""
 
     ratio_f: float
-    ratio_mu: float = 2.0  # a backward costs two forwards
+    ratio_mu: float = 2.0  # a layer's backward costs two of its forwards
     beta: float | None = None
     count: float = 0.0  # sum of the weights
     k: float = 0.0  # weighted sum of depths
     kk: float = 0.0  # weighted sum of squared depths
-    t: float = 0.0  # weighted sum of times
-    kt: float = 0.0  # weighted sum of depth times time
+    t: float = 0.0  # weighted sum of training times
+    kt: float = 0.0  # weighted sum of the products of depth and training time
     last: int = 0  # depth of the latest report
     repeats: int = 0  # number of latest consecutive reports with that depth
     bad: int = 0

@@ -86,7 +86,7 @@ class LegendAllocator:
             self.L, bytes_per_layer, ranks=self.ranks, **settings
         )
         self.last: Configuration | None = None
-        self._depths: dict[Client, int] = {}  # latest depths; removed after timeouts, bad reports
+        self._depths: dict[Client, int] = {}  # latest depth, dropped after a timeout or bad report
         self._probes: Counter[Client] = Counter()
 
     @classmethod
@@ -113,7 +113,7 @@ class LegendAllocator:
         for pair in layer_pairs(f"{WHERE}: state", state, pattern):
             rank = state[pair.a].shape[0]
             first = ranks.setdefault(pair.layer, rank)
-            require(rank == first, WHERE, pair.module, f"rank {first}, as in its layer", rank)
+            require(rank == first, WHERE, pair.module, f"rank {first}, its layer's rank", rank)
         found = tuple(ranks[layer] for layer in sorted(ranks))
         sizes = layer_bytes(state, found, pattern)
         if config.total is not None:

@@ -77,9 +77,9 @@ class LegendConfigurator:
     5. While the layers to send have more than ``byte_budget`` bytes in total, the depth of the
        device with the most bytes per share of the data is lowered by one.
 
-    **Our choice** of order: 3 precedes 4 and 5, since these cannot be deferred. Devices that are
-    not trusted (see :class:`Estimate`) get ``k_min`` and do not affect tau, unless no device is
-    trusted.
+    **Our choice**: steps 4 and 5 follow step 3 and may exceed ``max_step``, since they cannot be
+    deferred. Devices that are not trusted (see :class:`Estimate`) get ``k_min`` and do not affect
+    tau, unless no device is trusted.
 
     Args:
         L: Number of layers.
@@ -180,7 +180,7 @@ class LegendConfigurator:
         return fits[-1]
 
     def ranks_of(self, device: Client) -> tuple[int, ...]:
-        """Return the rank of each layer, cut to the device's cap if it has one."""
+        """Return the rank of each layer, at most the device's entry in ``rank_caps``."""
         cap = (self.rank_caps or {}).get(device, math.inf)
         return tuple(int(min(rank, cap)) for rank in self.ranks)
 

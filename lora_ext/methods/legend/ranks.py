@@ -42,13 +42,13 @@ def rank_distribution(
         step: lambda, the increase of the rank from one layer to the next.
         r_min: Lower bound of every rank.
         r_max: Upper bound of every rank; None means no bound.
-        multiple: Number that every rank is a multiple of; 8 suits the pages of the kernels. The sum
+        multiple: Number that divides every rank; 8 suits the pages of the kernels. The sum
             is then the possible sum nearest to ``total``, within ``multiple * L / 2`` of it, and is
             logged if it differs.
         shape: "arithmetic", the formula above; "uniform", with step 0; "reverse", "arithmetic" with
             the layers in reverse order; "geometric", a geometric sequence in which the last layer
             has ``ratio`` times the rank of the first.
-        ratio: Ratio of "geometric".
+        ratio: Rank of the last layer over that of the first, for "geometric".
 
     Returns:
         ``L`` ranks in ascending order from layer 0 ("reverse": in descending order); neighbours may
@@ -150,10 +150,10 @@ def _clipped(ranks: list[int], total: int, low: int, high: int | None) -> list[i
     top = math.inf if high is None else high
     ranks = [int(min(max(rank, low), top)) for rank in ranks]
     last = len(ranks) - 1
-    while sum(ranks) > total:  # lower the highest layer above its lower neighbour
+    while sum(ranks) > total:  # lower the last rank that exceeds its predecessor
         i = next(i for i in range(last, -1, -1) if ranks[i] > (ranks[i - 1] if i else low))
         ranks[i] -= 1
-    while sum(ranks) < total:  # raise the highest layer below its upper neighbour
+    while sum(ranks) < total:  # raise the last rank that is below its successor
         i = next(i for i in range(last, -1, -1) if ranks[i] < (top if i == last else ranks[i + 1]))
         ranks[i] += 1
     return ranks

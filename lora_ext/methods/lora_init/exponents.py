@@ -16,7 +16,7 @@ _INITIAL_EXPONENTS = {
     **dict.fromkeys(("init_b", "init_b_normal", "init_b_unit"), (_ZERO, 0.0)),
     "init_ab": (0.0, 0.0),
 }
-_TOLERANCE = 1e-9  # for comparisons of rounded sums, such as 2/3 - 2/3
+_TOLERANCE = 1e-9  # for comparisons with 0: (-1/3 + 1) - 2/3 is 1e-16
 
 
 def gamma_exponents(
@@ -26,7 +26,7 @@ def gamma_exponents(
 
     ``gamma[v]`` is the exponent g if v is of order ``n^g``. For the input x, ``Z_A = A x`` and
     ``Z_B = B A x``. The entries of Adam's update directions are of order one. For the direction g_A
-    of A, ``gamma[g_A x] = 1``, since the signs of the gradient of A align with x. Therefore:
+    of A, ``gamma[g_A x] = 1``: its signs align with those of x, so that n terms add up. Therefore:
 
         gamma[Z_A^t] = max(gamma[Z_A^(t-1)], gamma[eta_A] + 1)
         gamma[B_t]   = max(gamma[B_(t-1)],   gamma[eta_B])

@@ -120,7 +120,7 @@ def suggest_lr(
             finite; or if ``rank_rule`` is unknown, or is "inverse" and a rank is missing.
 
     Warns:
-        UserWarning: If the ratio is below 1, since B learns faster in LoRA+.
+        UserWarning: If the ratio is below 1, since in LoRA+ the rate of B is the larger one.
 
     Sources: Hayou et al. 2024 (2406.08447); LoRA+ (2402.12354).
     """

@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 NAME = "mod"  # name of the mixer as a child of the causal LM
 _LFM2 = "embedding_norm"  # LFM2's final norm, in spite of its name
-_IGNORED = "keys_to_ignore_at_inference"  # lists outputs that a Trainer does not gather
+_IGNORED = "keys_to_ignore_at_inference"  # the list of outputs that a Trainer does not gather
 
 
 @dataclass(eq=False)
@@ -104,7 +104,7 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     require(head == width, where, "model", expected, found, NotImplementedError)
     copies = [_copy(norm) for _ in range(config.k - config.share_final_norm)]
     mixer = DepthMixer([*copies, norm] if config.share_final_norm else copies, config)
-    mixer.requires_grad_(True).train(lm.training)  # excludes a shared norm, which is not a child
+    mixer.requires_grad_(True).train(lm.training)  # A shared norm is not a child of it.
     flags = [p.requires_grad for p in norm.parameters()]
     trained = config.share_final_norm and config.train_final_norm
     values = [p.detach().clone() for p in norm.parameters()] if trained else []

@@ -111,8 +111,8 @@ def load(model: Model, folder: str | os.PathLike[str]) -> Model:
 
 
 def _mod_parameters(model: nn.Module, where: str) -> dict[str, nn.Parameter]:
-    """Return the parameters that :func:`state_dict` returns detached, by name; the message of an
-    error starts with ``where``."""
+    """Return the parameters of MoD in a model by name, not detached. The message of an error
+    starts with ``where``."""
     _, ensemble = applied(model, where)
     mixer, config = ensemble.mixer, ensemble.config
     found = {f"{NAME}.{name}": p for name, p in mixer.named_parameters()}

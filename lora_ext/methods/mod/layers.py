@@ -144,7 +144,7 @@ class DepthMixer(nn.Module):
         return ops.depth_mix([hidden], [gammas[place]], one, self.form.eps, shift, self.form.kind)
 
     def _affine(self) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Return the gammas, and the betas if the norms have them."""
+        """Return the gammas of all norms, and their betas, or None if the norms have no bias."""
         norms = [*self.norms[: self.config.k - 1], self.final_norm]
         betas: list[Any] = [getattr(norm, "bias", None) for norm in norms]
         return [self.form.gamma(norm) for norm in norms], None if betas[-1] is None else betas

@@ -16,7 +16,7 @@ Kind = Literal["ff", "cp", "hmm", "btree"]
 #: :data:`~lora_ext.methods.mtpc._emission.EMISSIONS`.
 EmissionName = Literal["full", "expander", "adapter"]
 
-MOST_FULL = 4096  # largest number of draft tokens for which "full" is the default emission
+MOST_FULL = 4096  # largest shortlist or vocabulary for which "full" is the default
 _HEAD_FIELDS = (
     "n_token", "rank", "kind", "emission", "adapter_rank", "contextual", "share_transitions",
     "init_identity",
@@ -48,8 +48,9 @@ class MtpcConfig:
         rank: r (R), number of mixture components, or of states of a latent variable.
         kind: circuit family: "ff", "cp", "hmm" or "btree".
         emission: way to compute the leaves from the hidden state, see
-            :class:`lora_ext.nn.CircuitHead`. None selects "full" for a draft of up to 4096 tokens,
-            and "adapter" for a larger one. Our choice.
+            :class:`lora_ext.nn.CircuitHead`. None selects "full" if at most 4096 different tokens
+            may be drafted (the size of the shortlist or of the vocabulary), and "adapter"
+            otherwise. Our choice.
         adapter_rank: k, rank of each adapter with emission "adapter".
         contextual: whether transitions depend on the hidden state.
         share_transitions: whether all steps use the same transition matrix.

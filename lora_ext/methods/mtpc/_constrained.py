@@ -8,8 +8,8 @@ allowed tokens. Since draft and target share this factor, ``ops.spec_verify`` is
 After the end of a text, both distributions contain only end tokens.
 
 If only one token is allowed, it has probability 1 in draft and target. A run of such tokens that
-follows a window is appended to it. The run needs no test; the last test of the window uses the
-logits after the run.
+follows a window is appended to it and needs no acceptance test. If the whole window is accepted,
+the next token is drawn from the logits after the run.
 
 Shape letters: ``B`` rows, ``K`` drafted tokens, ``n`` tokens per window, ``F`` tokens of the
 longest run, ``V`` vocabulary.
@@ -33,11 +33,11 @@ from ._shortlist import Shortlist
 from .layers import Circuit
 
 _WHERE = "SpeculativeDecoder"
-_MAX_FORCED_TOKENS = 32  # longest run; a run lengthens the pass of every row
+_MAX_FORCED_TOKENS = 32  # per run: a run lengthens the verifier's pass for every row
 
 
 class _Position(NamedTuple):
-    """Constraint states of the rows before a position of a window, and their ``log r`` at it."""
+    """Constraint states of the rows before a position of a window, and ``log r`` of its tokens."""
 
     rows: list[Row | None]
     blocks: list[Block]
@@ -124,7 +124,7 @@ class Constrained:
         for k in range(n):
             at = torch.full((batch,), k, device=uniforms.device)
             q = listed.widen(ops.circuit_conditional_dist(kind, *circuit, places, at))  # (B, V)
-            if k == 0 and pending is not None:  # the pending token is not tested
+            if k == 0 and pending is not None:  # The pending token is decided already.
                 self._window.append(_Position(rows, []))
                 token, law = pending, torch.zeros_like(q)
             else:

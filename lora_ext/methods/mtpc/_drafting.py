@@ -2,7 +2,7 @@
 
 With a bridge, windows start after a decided token. Their circuits and samples are over the ``L``
 tokens of the head's shortlist. Only the distribution at each position, mixed over the components,
-is expanded to the vocabulary for the test.
+is expanded to the vocabulary for verification.
 
 The hidden state after a decided token is not known when a draft starts, since the model has not
 been run on that token. :class:`TokenBridge` estimates it from the state before the token and the
@@ -151,7 +151,7 @@ class Steps:
 
     def uniforms(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
         """Draw the random numbers of an iteration from the generator of each row: ``(B, 3 K + 1)``,
-        two per drafted token, one per test, one for the verifier's token."""
+        two per drafted token, one per acceptance test, one for the verifier's token."""
         size = 3 * self.drafted + 1
         return torch.stack([torch.rand(size, generator=g) for g in generators]).to(device)
 
@@ -277,7 +277,7 @@ class Steps:
             wide = target.to(accumulator(target.dtype))
             target, temperature = nucleus(wide / temperature, self.top_p), 1.0
         numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
-        if any(t.dtype == torch.float64 for t in numbers):  # the op needs all or none in float64
+        if any(t.dtype == torch.float64 for t in numbers):  # The op requires float64 for all.
             numbers = [t.double() for t in numbers]
         target, conditional, posterior, leaf = numbers
         return ops.spec_verify(

@@ -187,7 +187,7 @@ class AdapterEmission(SharedEmission):
         if saved is not None and not self.unembed.is_meta:
             same = saved.shape == self.unembed.shape
             if not (same and torch.equal(saved.to(self.unembed), self.unembed)):
-                self.unembed = torch.empty_like(self.unembed)  # it may share the model's memory
+                self.unembed = torch.empty_like(self.unembed)  # The old one may be the model's.
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

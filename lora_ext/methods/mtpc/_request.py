@@ -28,7 +28,7 @@ _HONOURED = {
 _WITHOUT_EFFECT = {
     "bos_token_id", "decoder_start_token_id", "return_dict_in_generate", "transformers_version",
 }  # fmt: skip
-# Values with which a setting has no effect. For a setting that is not listed, this value is False.
+# Settings without effect if they are 0 (_ZERO), 1 (_ONE) or, if not in _NEUTRAL, False.
 _ZERO = (
     "diversity_penalty", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff",
     "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "top_k",

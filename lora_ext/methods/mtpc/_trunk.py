@@ -131,7 +131,7 @@ class Trunk:
         prompt = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
         logits, hidden = self._run(input_ids, positions, **prompt)
         self.logits, self.hidden = logits[:, -1], hidden[:, -1]
-        self._states = hidden[:, -1:]  # (B, K + 1, D), before and inside the last window
+        self._states = hidden[:, -1:]  # (B, K + 1, D): before the last window and in it
         self.passes = 0
 
     def advance(self, tokens: Tensor) -> None:
@@ -192,7 +192,7 @@ class Trunk:
         for layer in self.cache.layers:
             both = len(layer.keys) == 2 * batch  # rows of the verifier, then those of the tail
             layer.batch_select_indices(torch.cat([rows, rows + batch]) if both else rows)
-        select_rows(rows, batch)  # the adapters of those rows
+        select_rows(rows, batch)  # also keeps only these rows' adapters
         self.mask, self.length, self.last = self.mask[rows], self.length[rows], self.last[rows]
         self.logits, self.hidden = self.logits[rows], self.hidden[rows]
 

@@ -29,8 +29,8 @@ from ._config import EmissionName, Kind, check_structure
 from ._emission import EMISSIONS, LeafSizes, SumWeights
 from ._shortlist import Shortlist, checked_ids, looked_at
 
-# Initial weights are uniform within this bound times D^-1/2, so that the size of the first logits
-# does not depend on D. For D = 4096, this is the authors' bound.
+# Initial weights are uniform in ± _INIT_BOUND / sqrt(D), so that the size of the first logits does
+# not depend on D. For D = 4096, the bound is that of the authors.
 _INIT_BOUND = 0.01275 * 64
 # Attributes of the head that contain parameters, and the names of these parameters in the head.
 _PARTS = {
@@ -168,7 +168,7 @@ class CircuitHead(nn.Module):
         self.init_identity = init_identity
         ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
         if ids is not None:
-            ids = ids.to(torch.empty(0, device=device).device)  # the default device if None
+            ids = ids.to(torch.empty(0, device=device).device)  # torch's default device if None
         self.shortlist: Tensor | None
         self.register_buffer("shortlist", ids)
         self.num_leaves = self.listed.size
@@ -284,7 +284,7 @@ class CircuitHead(nn.Module):
         """Compute ``log q(x_k | x_<k, h)`` for every k, ``(..., K)``; 0 if ``x_k`` is ignored.
         Arguments and errors are those of :meth:`log_prob`."""
         conditional = self.scan(h, x).conditional.view(x.shape)
-        return torch.where(x == IGNORE, 0, conditional)  # rounded weights may not sum to 1
+        return torch.where(x == IGNORE, 0, conditional)  # exactly 0 despite rounded weights
 
     @torch.no_grad()
     def full_conditional(self, h: Tensor, x: Tensor, k: int | Tensor) -> Tensor:

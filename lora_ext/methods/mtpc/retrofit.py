@@ -37,9 +37,8 @@ class Draft(nn.Module):
         model: the frozen language model, which verifies drafts; it is not a child of this module.
         config: the :class:`MtpcConfig`.
         head: the :class:`CircuitHead`.
-        tail: the :class:`DraftTail`, LoRA layers of the draft path; None if the configuration has
-            none.
-        bridge: the :class:`TokenBridge`; None if the configuration has none.
+        tail: the :class:`DraftTail`, LoRA layers of the draft path; None if ``draft_layers`` is 0.
+        bridge: the :class:`TokenBridge`; None if ``bridge`` is 0 in ``config``.
     """
 
     model: Any

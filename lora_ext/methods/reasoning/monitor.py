@@ -16,12 +16,12 @@ from lora_ext.layers import adapted_layers, adapter_factors, adapters_of, recomp
 class RankMonitor:
     """Context manager that records the norm and the participation rank of every layer's update.
 
-    The update of a layer is ``scaling * B A``. Run training steps in ``with monitor:``, then read
-    :attr:`history`. The adapted layers of :mod:`lora_ext.nn` and of PEFT are supported. Records are
-    made before forwards of the model. A record reads each factor once, in one call of
-    :func:`lora_ext.ops.lora_gram` for all layers, and decomposes no matrix. The values stay on the
-    device until they are read. The model's outputs do not change, and the hook is removed after the
-    block. Forwards of a compiled model are not recorded.
+    The update of a layer is ``scaling * B A``; with its singular values s, the participation rank
+    is ``(sum s^2)^2 / sum s^4``. Train in ``with monitor:``, then read :attr:`history`.
+    The adapted layers of :mod:`lora_ext.nn` and of PEFT are supported. A record is made before a
+    forward and reads each factor once, in one call of :func:`lora_ext.ops.lora_gram`, without a
+    decomposition. The values stay on the device until they are read. The model's outputs do not
+    change, and the hook is removed after the block. Forwards of a compiled model are not recorded.
 
     Args:
         model: model that contains the layers, or one layer.
@@ -79,7 +79,7 @@ class RankMonitor:
         # Float32 sums would lose the norm of a product whose factors nearly cancel.
         found = ops.lora_gram([a for a, _ in pairs], [b for _, b in pairs], dtype=torch.float64)
         grams = dict(zip(self._layers, zip(*found, strict=True), strict=True))
-        alike: dict[Any, list[str]] = {}  # layers of equal rank and device are computed together
+        alike: dict[Any, list[str]] = {}  # by rank and device, computed together
         for name, (gram, _) in grams.items():
             alike.setdefault((gram.shape, gram.device), []).append(name)
         figures: dict[str, tuple[Tensor, Tensor]] = {}

@@ -53,7 +53,7 @@ class _Task(Dataset[HashInstance]):
         require(num_samples >= 0, name, "num_samples", "at least 0", num_samples)
         require(hash_length >= 1, name, "hash_length", "at least 1", hash_length)
         possible = len(ALPHABET) ** hash_length
-        # Hashes are redrawn until they are distinct, which is quick if at most half are used.
+        # Hashes are redrawn until distinct, which is quick if at most half of all hashes are used.
         expected = f"at least {2 * needed} possible hashes, twice the number per instance"
         found = f"{hash_length}, which gives {possible}"
         require(2 * needed <= possible, name, "hash_length", expected, found)

@@ -159,8 +159,8 @@ def _room(
 ) -> int:
     """Return the maximum number of tokens to generate for an answer.
 
-    It is one per character, one for a space and one for the end of the text, but not more than the
-    model's context has room for.
+    This is one token per character, one for a space and one for the end of the text, but at most
+    the number of tokens that the model's context has room for.
     """
     wanted = max(len(instance.target) for instance in instances) + 2
     config = getattr(model, "config", None)

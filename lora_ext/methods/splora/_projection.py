@@ -164,7 +164,7 @@ def _orthogonal(
     """Return ``P b`` and whether P is the identity, from the eigenvectors of a Gram matrix.
 
     The Gram matrix squares the condition number, which is exact enough in float64: eigenvalues
-    below the square of the cut, which is at least 1e-14 of the largest eigenvalue, are not used.
+    below ``cut^2`` (at least 1e-14) times the largest one are not used.
     """
     m, n = pair.shape
     narrow = n < m  # The smaller one of V^T V and V V^T is computed.

@@ -33,7 +33,7 @@ class SploraConfig:
         num: K, number of units to prune. To select layers, give exactly one of num and threshold.
         threshold: limit of the score; units with a score of at least (direction "largest") or at
             most (direction "smallest") this value are pruned.
-        direction: scores that are pruned, "smallest" or "largest". There is no default, since the
+        direction: whether the "smallest" or "largest" scores are pruned. No default, since the
             meaning of a small score depends on ``score``, see docs/splora.md.
         granularity: unit of pruning, a "module" or a "block" with the mean score of its modules.
         score: quantity that a layer is scored by. "distance", E-DIEM of ``|P D - D|``, ranks layers
@@ -44,7 +44,7 @@ class SploraConfig:
             the first q left singular vectors of V.
         rank: upper bound of q, for "orthogonal" only.
         energy: share of the squared singular values, for "orthogonal" only; q is at most the
-            smallest number of directions with this share.
+            smallest number of directions that reach this share.
         reference: S, sample of distances that a layer's distance is compared with: "population",
             the distances of all scored layers; "permutation", the layer's distances with the rows
             of B in random order; "pairs", the distances of pairs of matrices from the caller;
@@ -52,14 +52,14 @@ class SploraConfig:
             scores then depends only on the shift of the lower quartile, as for the script in exact
             arithmetic. Values other than "population" require ``score="distance"``. "alignment"
             uses no reference.
-        stat: t(S), the spread: "iqr", the interquartile range, or "std".
+        stat: t(S), the spread of the reference: "iqr", the interquartile range, or "std".
         n_samples: number of permutations per layer.
         seed: seed of the permutations.
         include_scaling: whether D includes the factor s. Both published implementations omit s
             (False).
         mode: what remains of a pruned module, see :func:`lora_ext.adapter.prune_adapter`.
         device: device of the comparison; default is that of the base model's weight.
-        center: c(S), "mean" or "median".
+        center: c(S), the centre of the reference: "mean" or "median".
         on_zero_alignment: treatment of a layer with equal weights in both models. "raise" raises an
             error; "skip" keeps the layer without a score.
         allow_degenerate: whether all scores are 0 if the reference has no spread; if False, this is
@@ -74,7 +74,7 @@ class SploraConfig:
 
     num: int | None = None
     threshold: float | None = None
-    direction: Direction = None  # pyright: ignore[reportAssignmentType]  # None raises
+    direction: Direction = None  # pyright: ignore[reportAssignmentType]  # None raises ValueError
     granularity: Granularity = "module"
     score: Score = "distance"
     projection: Projection = "frobenius"

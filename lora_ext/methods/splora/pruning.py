@@ -39,7 +39,7 @@ class SploraResult(NamedTuple):
 
     @property
     def direction(self) -> Direction:
-        """Scores that were pruned, "smallest" or "largest", from the configuration."""
+        """Direction of the configuration: the "smallest" or "largest" scores were pruned."""
         return self.config.direction
 
     @property

@@ -76,7 +76,7 @@ class VisionPatchEmbed(nn.Module):
         out_proj: linear layer from C to d.
 
     Raises:
-        ValueError: If a size is below 1, the image size is not a multiple of the patch, or
+        ValueError: If a size is below 1, the image size is not a multiple of the patch size, or
             ``pos_mode`` is unknown.
     """
 
@@ -95,7 +95,7 @@ class VisionPatchEmbed(nn.Module):
         for name, size in {**sizes, "patch": patch, "image_size": image_size}.items():
             require(size >= 1, where, name, "at least 1", size)
         whole = image_size % patch == 0
-        require(whole, where, "image_size", f"a multiple of the patch {patch}", image_size)
+        require(whole, where, "image_size", f"a multiple of the patch size {patch}", image_size)
         choice(where, "pos_mode", pos_mode, get_args(PosMode))
         self.patch, self.side, self.pos_mode = patch, image_size // patch, pos_mode
         self.patchifier = nn.ModuleDict(
@@ -118,7 +118,7 @@ class VisionPatchEmbed(nn.Module):
             ``(B, N, d)``, or a list of ``(N_i, d)``, in the dtype of the parameters.
 
         Raises:
-            ValueError: If a shape is wrong or a side is not a multiple of the patch.
+            ValueError: If a shape is wrong or a side is not a multiple of the patch size.
             TypeError: If an image has an integer dtype, which means that it is not normalised.
         """
         batch = isinstance(images, Tensor)
@@ -152,7 +152,7 @@ class VisionPatchEmbed(nn.Module):
         require(real, where, "images", "a floating-point dtype", image.dtype, TypeError)
         height, width = image.shape[-2:]
         whole = height * width > 0 and not (height % self.patch or width % self.patch)
-        expected = f"sides that are multiples of the patch {self.patch}"
+        expected = f"sides that are multiples of the patch size {self.patch}"
         require(whole, where, "images", expected, f"{height} x {width}")
         return height // self.patch, width // self.patch
 

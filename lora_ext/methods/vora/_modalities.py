@@ -63,7 +63,7 @@ def vision_block() -> Block | None:
 
 
 def vision_rows(block: Block, leading: torch.Size, device: torch.device) -> Rows:
-    """Return rows of activations ``(*leading, I)``: id 0 for vision tokens, -1 for all others."""
+    """Return the rows of activations ``(*leading, I)``: id 0 for vision tokens, otherwise -1."""
     found, shape = tuple(block.assignment.shape), tuple(leading)
     expected = f"the shape of the activations without the feature dimension, {shape}"
     require(found == shape, "modality", "vision_mask", expected, found)
@@ -71,7 +71,7 @@ def vision_rows(block: Block, leading: torch.Size, device: torch.device) -> Rows
 
 
 def traced_vision_rows(leading: torch.Size, device: torch.device) -> Rows | None:
-    """Return :func:`vision_rows` of the block in which a compiled graph will run.
+    """Return the result of :func:`vision_rows` for the block in which a compiled graph will run.
 
     The result is None if no block is open; this case is compiled as a separate graph.
     """

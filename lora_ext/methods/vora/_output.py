@@ -25,7 +25,7 @@ class VoraOutput(ModelOutput):
         loss: ``lm_loss + distill_weight * distill_loss``, or the only term that exists.
         logits: ``(B, T, V)``.
         lm_loss: mean cross entropy of the next tokens; None without labels, 0 if all are ignored.
-        distill_loss: distillation loss of the blocks without its weight; None for images without a
+        distill_loss: distillation loss of the blocks, before weighting; None for images without a
             teacher, 0 for a batch without images.
         vision_mask: ``(B, T)`` bool, True for tokens of images.
     """

@@ -62,7 +62,7 @@ def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list
 def prefill(
     model: nn.Module, mask: Tensor | dict[str, Tensor] | None, vision_mask: Tensor | None
 ) -> Iterator[None]:
-    """Pass an attention mask and the vision tokens to the prefill of ``model.generate``.
+    """Pass an attention mask and a mask of the vision tokens to the prefill of ``generate``.
 
     The prefill is the forward that receives embeddings; decode steps receive tokens, which are all
     text. ``generate`` repeats each sample in consecutive rows for beams and returned sequences; the

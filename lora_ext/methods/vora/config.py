@@ -71,7 +71,7 @@ class VoraConfig:
             "distill_weight": within(0),
         }
         check_fields(self, table)
-        expected = f"a multiple of the patch {self.patch}"
+        expected = f"a multiple of the patch size {self.patch}"
         fits = self.image_size % self.patch == 0
         require(fits, "VoraConfig", "image_size", expected, self.image_size)
 

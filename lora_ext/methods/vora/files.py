@@ -104,7 +104,7 @@ def load_state_dict(
     every = (language.named_parameters, language.named_buffers)
     tensors = (pair for named in every for pair in named(remove_duplicate=False))
     base = {base_name(name): tensor for name, tensor in tensors if parse_key(name) is None}
-    copies: dict[str, tuple[Tensor, Tensor]] = {}  # source, destination
+    copies: dict[str, tuple[Tensor, Tensor]] = {}  # by name: source, destination
     biases: dict[str, tuple[VoraLinear, Tensor]] = {}
     has_bias = [f"{name}.bias" for name, layer in layers.items() if layer.has_extra_bias]
     unexpected: list[str] = []
@@ -198,7 +198,7 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     config = state.config
     _check_route("to_peft", config)
     alpha = alpha_of(float(config.scale), config.rank, rslora=False)
-    scale = alpha / config.rank  # PEFT's scale; the last bit may differ, e.g. 0.1 at rank 3
+    scale = alpha / config.rank  # in PEFT; its last bit may differ, e.g. for 0.1 at rank 3
     biased = any(layer.has_extra_bias for layer in state.layers.values())
     factors: dict[str, Factors] = {}
     for name, layer in state.layers.items():

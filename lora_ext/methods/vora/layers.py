@@ -282,7 +282,7 @@ class VoraLinear(LoraLinear):
             return named
         if block is None:
             return _overlaid(vision, named, own, len(self.r))
-        # Rows are shared by all layers and computed once per surrounding block of names.
+        # Computed once for all layers, and again if an inner block changes the names.
         names = _context.current(layer_names.handle)
         key = (self.adapter_names, own, named.used, leading, names and names.assignment)
         kept = block.assignment.kept

@@ -35,7 +35,7 @@ except ModuleNotFoundError:  # Arrays and tensors do not need Pillow.
 #: Normalisation of CLIP and of AIMv2, the paper's teacher.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # torch's names, by Pillow's numbers
 #: Keys that transformers writes into the file of every processor.
 SERVICE = ("image_processor_type", "processor_class", "feature_extractor_type", "auto_map")
 
@@ -50,7 +50,7 @@ class VoraImageProcessor(BaseImageProcessor):
     Args:
         patch: p, side of a patch in pixels; sides become multiples of it.
         do_resize: whether to resize images to :func:`smart_resize`; otherwise sides must be
-            multiples of the patch.
+            multiples of the patch size.
         min_pixels: lower bound of the area after resizing.
         max_pixels: upper bound of the area after resizing.
         resample: Pillow's number of the filter: 0 nearest, 2 bilinear, 3 bicubic; 2 and 3 antialias
@@ -179,7 +179,7 @@ class VoraImageProcessor(BaseImageProcessor):
         if self.do_resize:
             target = smart_resize(height, width, self.patch, self.min_pixels, self.max_pixels)
         whole = not (target[0] % self.patch or target[1] % self.patch)
-        expected = f"sides that are multiples of the patch {self.patch} if do_resize is False"
+        expected = f"sides that are multiples of the patch size {self.patch} if do_resize is False"
         require(whole, "VoraImageProcessor", "images", expected, f"{height} x {width}")
         if target != (height, width):
             mode, smooth = FILTERS[self.resample], self.resample != 0

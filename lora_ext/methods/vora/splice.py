@@ -213,7 +213,7 @@ def build_vision_mask(
     require(0 <= past_length <= length, where, "past_length", f"0 to {length}", past_length)
     require(window is None or window >= 1, where, "window", "at least 1, or None", window)
     valid = _as_bool(where, attention_mask)
-    past = past_length if bidirectional else 0  # The cache may end inside a causal image.
+    past = past_length if bidirectional else 0  # With causal images, the cache may end inside one.
     for sample, ids in enumerate(image_ids.tolist()):
         which = f"sample {sample}"
         starts = [i for i, _ in itertools.groupby(ids) if i >= 0]

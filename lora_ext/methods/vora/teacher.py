@@ -50,7 +50,7 @@ def teacher_states(
 
     Raises:
         ValueError: If the teacher has fewer blocks, is in training mode or drops patches; if the
-            sides of an image are not multiples of the patch; or if ``pairing`` is unknown.
+            sides of an image are not multiples of the patch size; or if ``pairing`` is unknown.
     """
     where = "teacher_states"
     mode = "one in training mode; call teacher.eval()"
@@ -64,7 +64,7 @@ def teacher_states(
         flat += [one] if isinstance(one, Tensor) else one
     config: Any = teacher.config
     patch = int(getattr(config, "vision_config", config).patch_size)
-    expected = f"shape (3, H, W) with multiples of the patch {patch}"
+    expected = f"shape (3, H, W) with multiples of the patch size {patch}"
     for image in flat:
         fits = image.dim() == 3 and not (image.shape[1] % patch or image.shape[2] % patch)
         require(fits, where, "images", expected, tuple(image.shape))
