@@ -209,8 +209,8 @@ def figure(rows: Rows) -> str:
             text += f" (r {correlation:.2f})"
         each.append(text)
     return (
-        "refusals at equal gain, by score and what is pruned first (r: rank correlation of the "
-        f"score with the size of the update): {', '.join(each)}"
+        "refusals at equal gain, by score and what is pruned first (r: rank correlation of score "
+        f"and update size): {', '.join(each)}"
     )
 
 
