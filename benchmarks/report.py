@@ -118,7 +118,7 @@ TARGETS = (
         )
         for p in ("0.0", "0.1")
         for text, what in (
-            ("most memory at a time", "peak"),
+            ("peak memory", "peak"),
             ("bytes kept for the backward", "kept for backward"),
         )
     ),
