@@ -99,7 +99,9 @@ def timed(replay: Any) -> float:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, even without a GPU")
-    parser.add_argument("--overlap", action="store_true", help="instead of siblings in one op")
+    parser.add_argument(
+        "--overlap", action="store_true", help="overlap updates, instead of siblings in one op"
+    )
     parser.add_argument("--rows", type=int, default=64, help="rows of the step")
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()

@@ -114,7 +114,7 @@ def scaled(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
 
 
 def _observed(table: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """Return each state's value for each observation: ``(B, r)`` per variable, from the last on."""
+    """Look up the observed values in every state: ``(B, r)`` per variable, last variable first."""
     steps, _, values = table.shape
     index = torch.arange(steps)[:, None] * values + x.T.flip(0)  # (T, B)
     return embedding(index, table.transpose(1, 2).flatten(0, 1)).unbind()

@@ -1,6 +1,6 @@
 """Time losses over a vocabulary in chunks: `python benchmarks/chunked_loss.py --check`.
 
-Measured are forward and backward of the cross entropy, and of the divergence of two students from a
+Times forward and backward of the cross entropy, and of the divergence of two students from a
 teacher, at SmolLM2's output layer, which is frozen or trained. The peers store all logits: the
 dense expression in torch, eager and under torch.compile. Rows are appended to
 OUT/vocab_<device>.csv. Every loss and gradient is checked before it is timed. `--check` requires a

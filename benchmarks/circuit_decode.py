@@ -1,8 +1,8 @@
 """Time drafting and verifying: `python benchmarks/circuit_decode.py [--device cuda]`.
 
 Each of B = 1, 8, 64 rows has one window of K = 8 tokens over C = 32 states and V = 320 tokens.
-Measured are the sample with its conditionals and posteriors, the verification, and the max-product
-draft, against the expression of `lora_ext.reference` in the same dtype. Every result is checked
+The sample with its conditionals and posteriors, the verification, and the max-product draft are
+timed against the formulas of `lora_ext.reference` in the same dtype. Every result is checked
 against float64 before it is timed. Rows are appended to OUT/circuit_decode_<device>.csv.
 """
 

@@ -1,7 +1,7 @@
 """Tools for measurements: clocks, repetitions, errors, copy bandwidth, rows of csv files.
 
 Compared calls run interleaved, one round of each at a time, so that a slow phase of the machine
-affects all of them. Reported are the median over the rounds, and the 20th and 80th percentile.
+affects all of them. A result is the median over the rounds, with the 20th and 80th percentile.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def error_over_bound(
 
 
 def copy_call(nbytes: int = 256 << 20, device: str = "cpu") -> tuple[Call, int]:
-    """Return a copy far larger than any cache, and the bytes that it reads and writes."""
+    """Return a call that copies more than any cache holds, and the bytes read and written."""
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.nbytes

@@ -1,8 +1,8 @@
 """Measure constraints on SmolLM2: satisfaction, look-ahead and cost.
 
 `python benchmarks/control.py` checks many sampled answers with code independent of the constraints.
-Words within 32 tokens are required, with the mask alone and with a guide; measured are their
-positions, and the nats of the texts under the model. The time that 16 constraints add to a step of
+Words within 32 tokens are required, with the mask alone and with a guide. Their positions are
+measured, and the nats of the texts under the model. The time that 16 constraints add to a step of
 16 rows, dense and sparse, is compared with the model's packed forward, and with the formula of
 Ctrl-G (arXiv 2406.13892), which multiplies all states by the vocabulary, on the same guide. Drafts
 are compared by their tokens per call.
@@ -251,8 +251,8 @@ def overhead(bench: Bench) -> Iterator[Found]:
 def every_state(row: Row, guide: Guide, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
     """Return Ctrl-G's step for a row.
 
-    It computes ``log r (V,)`` from two matrices ``(S, V)``: the products of all states with the
-    vocabulary, and the mask of these that the edges give.
+    It computes ``log r (V,)`` from two matrices ``(S, V)``: for every next state, the product of
+    the guide with the vocabulary, and the mask of the tokens that lead to this state.
     """
     plan = row.plan
     assert isinstance(plan, Plan)
@@ -429,7 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help="sampled rows")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of control.csv")
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="parts")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="run these")
     args = parser.parse_args(arguments)
     bench = Bench(args)
     found: list[Found] = []

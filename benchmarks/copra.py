@@ -35,8 +35,8 @@ CLAIM = Claim(
     setup="(1) A residual MLP of 8 blocks (width 48), pretrained on a teacher's labels. LoRA of "
     "rank 4 on each block's first matrix learns the teacher with rotated inputs: 1500 points, 1200 "
     "steps of batch 64. (2) MiniLM, its head trained first: rank 8 on queries and values, 20 "
-    "sections, 80 steps of batch 16. Per seed, two adapters from different samples, and 11 points "
-    "between them.",
+    "sections, 80 steps of batch 16. Per seed, two adapters learn different samples; 11 points "
+    "between them are tested.",
     headline="barrier",
     use="you will merge adapters in factors or prune them to some blocks, and LoRA's adapters "
     "become much worse by it, as on the small network here (measure this first)",

@@ -2,12 +2,12 @@
 
 The model is a mixture of experts like Qwen3-MoE, with random weights and adapters on both matrices
 of all experts. "decode" is one token per row, "prefill" several, each row with a different adapter.
-Compared are an attached model (lora_ext), the model without adapters (base), and PEFT, which has
-one adapter per batch and processes the rows of each adapter separately (peft). "train" is forward
-and backward of a batch of several adapters: a model of from_peft given names (lora_ext), and PEFT,
-one adapter after another (peft). In "one", all rows have the same adapter, so PEFT has no loop.
-Results are compared before timing. Rows are appended to OUT/experts_<device>.csv; "peak" is the
-peak memory.
+The calls compared are those of an attached model (lora_ext), the model without adapters (base), and
+PEFT, which has one adapter per batch and processes the rows of each adapter separately (peft).
+"train" is forward and backward of a batch of several adapters: a model of from_peft given names
+(lora_ext), and PEFT, one adapter after another (peft). In "one", all rows have the same adapter, so
+PEFT has no loop. Results are compared before timing. Rows are appended to OUT/experts_<device>.csv;
+"peak" is the peak memory.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Time many clients in one batch: `python benchmarks/federated_clients.py --check`.
 
-In a round, each client makes STEPS AdamW steps from the global adapter. Compared are all clients in
-one batch (lora_ext), one client after another with our layers (loop) or PEFT's (peft), and
-torch.func.vmap over stacked factors with one AdamW over the stacks (vmap). All use torch's fused
-AdamW. Models are four square layers with ranks 4 to 8, and a tiny Llama. The Llama's clients also
-train at mixed depths, with and without the staircase. Before timing, each provider's changes are
-compared with the loop's in float64. Rows are appended to OUT/clients_<device>.csv.
+In a round, each client makes STEPS AdamW steps from the global adapter. The calls compared train
+all clients in one batch (lora_ext), one client after another with our layers (loop) or PEFT's
+(peft), or use torch.func.vmap over stacked factors with one AdamW over the stacks (vmap). All use
+torch's fused AdamW. Models are four square layers with ranks 4 to 8, and a tiny Llama. The Llama's
+clients also train at mixed depths, with and without the staircase. Before timing, each provider's
+changes are compared with the loop's in float64. Rows are appended to OUT/clients_<device>.csv.
 
 `--check` requires that the loop takes at least 4 times as long as lora_ext for 32 clients x 16 rows
 and d = 64, and at least as long for 32 x 64 and d = 256.

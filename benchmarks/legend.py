@@ -69,7 +69,7 @@ KNOWN = LegendConfig(warmup="prior")  # the speeds of the devices are known
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of a federation; without LEGEND's, devices train all layers."""
+    """Settings of a federation; if ``legend`` is None, devices train all layers."""
 
     ranks: tuple[int, ...] = (8,) * 6
     legend: LegendConfig | None = None

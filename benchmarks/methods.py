@@ -44,8 +44,7 @@ alone:
   result of an earlier protocol, which is no verdict on this one.
 
 Brackets contain 95 % bootstrap intervals over the seeds. A small reproduction neither proves nor
-refutes a paper. A `+` after a revision means uncommitted changes. The notes contain the results and
-verdicts of earlier protocols.
+refutes a paper. A `+` after a revision means uncommitted changes.
 
 `pip install --no-build-isolation '.[claims]'` installs the models and texts
 (`benchmarks/claims/material.py` lists their licences). `python benchmarks/methods.py` measures what

@@ -27,7 +27,7 @@ CLAIM = Claim(
     "modules, the ensemble is nearly as good with far fewer parameters.",
     setup="SmolLM2-135M, 200 steps of 2 x 64 tokens on Python's source and on lines about Debian's "
     "packages. LoRA of rank 8 on all linear layers; MoD with k = 3 and lambda 0.1. Rates of LoRA, "
-    "router and norms chosen on another seed; 64 held-out rows.",
+    "router and norms are chosen on another seed; 64 held-out rows.",
     headline="loss against LoRA",
     use="you can store hardly any parameters, and a small part of LoRA's gain is enough: MoD alone "
     "had 15 % of it on SmolLM2, with 0.12 % of the parameters",
@@ -88,7 +88,7 @@ def data(kind: str, seed: int, steps: int, quick: bool) -> tuple[Any, Any]:
     held, length = (4, 16) if quick else (HELD_OUT, LENGTH)
     total = held + (STEPS + CHOOSING_STEPS) * BATCH if not quick else held + 40
     if kind == "packages" and not quick:
-        total = held + 380  # from 3,000 lines
+        total = held + 380  # 3,000 lines have 500 texts
     rows = language.rows_of(kind, total, length, quick)
     g = torch.Generator().manual_seed(seed)
     order = torch.randint(held, len(rows), (steps * BATCH,), generator=g)
@@ -96,7 +96,7 @@ def data(kind: str, seed: int, steps: int, quick: bool) -> tuple[Any, Any]:
 
 
 def rates_of(arm: Row, rows: Rows) -> dict[str, float]:
-    """Return rates of LoRA, router and norms: the arm's if it is there to choose, else the best."""
+    """Return rates of LoRA, router and norms: the arm's if it chooses rates, else the best ones."""
     if arm["seed"] == CHOOSING:
         return {"lora": arm["rate"], "router": arm["rate"], "norms": arm.get("norm_rate", 0.0)}
     tried = [row for row in rows if row["seed"] == CHOOSING]

@@ -32,8 +32,8 @@ CLAIM = Claim(
     "drafts of independent tokens (ff), since the model accepts more of them. Of the circuits, "
     "hmm and btree improve on the mixture cp.",
     setup="A byte-level Llama (2 layers, width 96) on the source of Python's standard library. "
-    "Heads of n = 8, r = 8, trained alike on the frozen model. Held-out prompts decoded with "
-    "benchmarks/lean.py, sampling and greedy, batch 1 and 8, in turns.",
+    "Heads of n = 8, r = 8 are trained in the same way on the frozen model. Held-out prompts are "
+    "decoded with benchmarks/lean.py, sampling and greedy, at batch 1 and 8, in turn.",
     headline="speedup over ff",
     use="consecutive tokens depend on each other (code, formats), and a pass is much more "
     "expensive than a draft",

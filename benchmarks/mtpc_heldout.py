@@ -104,7 +104,7 @@ def kept(draft: mtpc.Draft, batch: Batch, mode: str) -> Tensor:
 
 
 def tokens_a_call(kept: Tensor) -> float:
-    """Return the mean tokens per call: the verifier's one, and those before the first rejection."""
+    """Return the mean tokens per call: the verifier's, and the drafted ones that are accepted."""
     return 1 + kept.cumprod(1).sum(1).mean().item()
 
 
@@ -236,7 +236,9 @@ def main() -> None:
     parser.add_argument("--compare", type=int, default=0, help="steps to train other drafts")
     parser.add_argument("--shortlist", type=int, default=4096, help="tokens that can be drafted")
     parser.add_argument("--longest", type=int, default=6, help="length of the recorded chain")
-    parser.add_argument("--cost", type=float, default=0.04, help="of a drafted token; call: 1")
+    parser.add_argument(
+        "--cost", type=float, default=0.04, help="of a drafted token; a call without draft costs 1"
+    )
     parser.add_argument("--questions", type=int, default=32, help="number of questions")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the csv file")

@@ -128,7 +128,7 @@ def _answer(
 
 
 def _cut(ids: Tensor, hidden: Tensor, eos: int) -> Iterator[Answers]:
-    """Yield every row up to and including its end token."""
+    """Yield the answer of every row, up to and including its end token."""
     for row, states in zip(ids, hidden, strict=True):
         ends = (row == eos).nonzero()
         length = int(ends[0]) + 1 if len(ends) else len(row)
@@ -235,7 +235,7 @@ def _divergence(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
 
 
 def _missed_overlap(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
-    """Return minus the overlap, summed over tokens with the probability of reaching each."""
+    """Return minus the overlap: a sum over positions, weighted by the probability to reach them."""
     loss, survival = torch.tensor(0.0), torch.ones(len(batch.hidden))
     for k, (state, teacher) in enumerate(_read(draft, batch)):
         p = (F.linear(teacher, unembed).float() - batch.normaliser[:, k, None]).exp()
@@ -250,7 +250,7 @@ def _missed_overlap(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
 def _kept(p: Tensor, q: Tensor, place: Tensor) -> Tensor:
     """Return the probability ``min(1, q / p)`` that a drafted token of the text is accepted.
 
-    It is 0 for a token outside the shortlist, which has no place.
+    It is 0 for a token outside the shortlist, whose ``place`` is -1.
     """
     at = place.clamp(min=0)[:, None]
     return (q.gather(1, at) / p.gather(1, at))[:, 0].clamp(max=1).masked_fill(place < 0, 0)

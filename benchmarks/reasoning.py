@@ -3,8 +3,8 @@
 Both tasks are text. On a separate seed, the chain task gets the setting on which the untuned
 model's loss is nearest to that on the hop task, so that both tasks have the same headroom. LoRA
 of ranks 1 to 64 then learns each task, on the second MLP matrices as in the paper, and on all
-linear layers. Reported are the effective ranks of the updates, and the smallest rank that reaches
-95 % of the best gain.
+linear layers. The results are the effective ranks of the updates, and the smallest rank that
+reaches 95 % of the best gain.
 """
 
 from __future__ import annotations

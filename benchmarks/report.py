@@ -26,7 +26,7 @@ class Target:
     bound: float
     at_least: bool = False
     rank: str = ""  # distinguishes rows of one case
-    peer: str = ""  # The value is this provider's column over lora_ext's.
+    peer: str = ""  # if given, the value is its column divided by lora_ext's
 
     def met(self, value: float) -> bool:
         return value >= self.bound if self.at_least else value <= self.bound
@@ -118,7 +118,7 @@ TARGETS = (
         )
         for p in ("0.0", "0.1")
         for text, what in (
-            ("most memory at a time", "peak"),
+            ("peak memory", "peak"),
             ("bytes kept for the backward", "kept for backward"),
         )
     ),

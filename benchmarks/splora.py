@@ -39,10 +39,10 @@ CLAIM = Claim(
     "requests after pruning by E-DIEM's distance, smallest first (the smallest updates), 0.79 "
     "after pruning random modules, and 0.51 after Safe LoRA (85 % was chosen after one seed "
     "had been seen)",
-    avoid="you can give up half of the gain: then the model refuses nearly all of them after any "
-    "rule, even random pruning. Nor when harmless questions must be answered: at "
-    "intermediate amounts of pruning, a share of up to 0.64 of these was refused after some "
-    "rules, and 0.96 after random pruning",
+    avoid="you can give up half of the gain: then the model refuses nearly all harmful requests, "
+    "whichever layers are pruned, even random ones. Nor when harmless questions must be "
+    "answered: at intermediate amounts of pruning, it refused up to 0.64 of them with some "
+    "scores, and 0.96 with random pruning",
     seeds=3,
     earlier="a toy that learned to refuse. With 4 of 16 modules pruned, 0.07 of the answers to the "
     "harmful task were refusals, 0.00 at random, and 0.07 of the new task was right (3 seeds, "
@@ -209,8 +209,8 @@ def figure(rows: Rows) -> str:
             text += f" (r {correlation:.2f})"
         each.append(text)
     return (
-        "refusals at equal gain, by score and end pruned first (r: the score's rank correlation "
-        f"with update size): {', '.join(each)}"
+        "refusals at equal gain, by score and what is pruned first (r: rank correlation of score "
+        f"and update size): {', '.join(each)}"
     )
 
 

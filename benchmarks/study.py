@@ -318,7 +318,9 @@ def _arguments(study: ModuleType, arguments: list[str] | None) -> argparse.Names
     parser.add_argument("--quick", action="store_true", help="only checks that it works")
     if hasattr(study, "more"):
         parser.add_argument("--full", action="store_true", help="also arms without a criterion")
-        parser.add_argument("--also", nargs="+", default=(), metavar="WORDS", help="some of them")
+        parser.add_argument(
+            "--also", nargs="+", default=(), metavar="WORDS", help="of these, arms with WORDS"
+        )
     parser.add_argument("--from-results", action="store_true", help="judge the existing rows")
     parser.add_argument("--out", type=Path, help="folder of the csv file")
     parser.add_argument("--picture", type=Path, help="draw the panels here")

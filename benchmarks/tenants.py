@@ -70,7 +70,7 @@ def peft_step(model: Any, optimizers: list[Any], each: list[Tensor]) -> float:
 def settled(way: Callable[[], float]) -> Callable[[], float]:
     """Return a call that runs ``way`` three times and returns the last time.
 
-    A step of the service waits for the tenants of the last two steps.
+    The first two calls do not count: a step waits for the tenants of the two steps before it.
     """
     return lambda: [way() for _ in range(3)][-1]
 

@@ -134,7 +134,7 @@ class Engine:
 
     def into_a_slot(self, theirs: bool) -> float:
         """Return the seconds to move an adapter to a slot, reading its ranks unless ``theirs``."""
-        move = type(self.manager).activate_adapter  # the cache's, outside the wrapped one
+        move = type(self.manager).activate_adapter  # the LRU cache's; it calls the wrapped one
         changed = Updates.slot_changed
         if theirs:
             Updates.slot_changed = lambda self, slot: None  # pyright: ignore[reportAttributeAccessIssue]

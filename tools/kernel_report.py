@@ -411,8 +411,8 @@ CASES = [*decode_cases(), *large_cases(), *circuit_cases(), *layers_cases()]
 def floor_us(case: Case) -> float:
     """Return the lower bound of the time, the floor, in us.
 
-    It is the largest time of moving the bytes, of the products, and of an empty launch (in a chain,
-    of a step).
+    It is the largest of three times: moving the bytes, computing the products, and an empty launch
+    (in a chain, the barrier of a step).
     """
     each = (case, *case.beside)
     rounds = case.repeat * case.steps
@@ -526,8 +526,9 @@ WHY = [
         "layers_product_kernel<*",
         "HMM of * states, *",
         "Chains of launches",
-        "a step costs two launches forward and four backward. A float32 number costs six products "
-        "and six bytes, a `high` one three and four; the floor has one product of 16 bits.",
+        "a step takes two launches forward and four backward. A float32 number takes six products "
+        "and six bytes, a `high` one three products and four bytes; the floor assumes one product "
+        "of 16 bits.",
     ),
     Reason(
         "layers_run_kernel<*",

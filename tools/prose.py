@@ -72,7 +72,7 @@ VERBS = set(
 ADVERBS = {"recursively", "lazily", "atomically", "randomly", "greedily", "safely", "exactly"}
 ADVERBS |= {"approximately", "context", "decorator"}
 
-# Phrases that hide who does what, and in docstrings only if they are in the first paragraph.
+# Phrases that hide who does what; in docstrings, only the first paragraph is searched.
 DIALECT = {
     "opens with a relative clause": (
         r"^(What|Who|How|Where|Those|That|Which|As|Of|For|With|Without|Until|Nothing|Nobody|None"
