@@ -102,7 +102,7 @@ class Call {
     }
     void check_scales(const char* name, const std::vector<Tensor>& scales) {
         require(scales.size() == static_cast<size_t>(args.depths), op, name,
-                expected("one per tensor of hiddens, ", args.depths), found(scales.size()));
+                expected(args.depths, " tensors, as hiddens"), found(scales.size()));
         for (size_t e = 0; e < scales.size(); ++e) {
             check(words(name, "[", e, "]"), scales[e], "(d,)", {args.width});
             check_exact(words(name, "[", e, "]"), scales[e]);

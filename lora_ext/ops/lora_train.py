@@ -165,7 +165,7 @@ def lora_linear_apart(
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
     if ranks is None and any(f.shape[0] != a[0].shape[0] for f in a):
-        expected, found = "one int32 per adapter", f"None for ranks {[f.shape[0] for f in a]}"
+        expected, found = "the rank of each adapter", f"None for ranks {[f.shape[0] for f in a]}"
         raise ValueError(f"lora_linear_apart: ranks: expected {expected}, found {found}")
     rest = adapter_ids, scale, ranks, dropout_p, seed, plan
     if len(a) == 1 and packed is None:

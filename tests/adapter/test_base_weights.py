@@ -103,7 +103,7 @@ def test_resized_vocabulary_is_refused_until_the_model_is_resized_too(strict, tm
     ):
         pool_of(model).load("larger", tmp_path, strict=strict)
     model.resize_token_embeddings(70)  # the new rows differ from the trained ones
-    with pytest.raises(ValueError, match="the base model.s weight, found different ones"):
+    with pytest.raises(ValueError, match=r"the base model.s weight, found different ones"):
         pool_of(model).load("larger", tmp_path, strict=strict)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     with torch.no_grad():

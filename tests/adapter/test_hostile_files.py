@@ -195,10 +195,14 @@ def test_tensors_that_do_not_fit_are_refused(pool):
     refused(pool, changed(lambda t: t[KEY].fill_(float("nan"))), "expected finite values")
     refused(pool, changed(lambda t: t[KEY][0].fill_(float("inf"))), "expected finite values")
     refused(pool, changed(lambda t: t.update({KEY: 3})), "found .*int")
-    refused(pool, changed(lambda t: t.update({KEY: t[KEY].to("meta")})), "up.* found one on meta")
+    refused(
+        pool, changed(lambda t: t.update({KEY: t[KEY].to("meta")})), "up.* found a tensor on meta"
+    )
     refused(pool, changed(lambda t: t.update({KEY: t[KEY].to_sparse()})), "found torch.sparse_coo")
     refused(
-        pool, changed(lambda t: t.update({KEY.replace("A.w", "A.two.w"): t[KEY]})), "one adapter"
+        pool,
+        changed(lambda t: t.update({KEY.replace("A.w", "A.two.w"): t[KEY]})),
+        "a single adapter",
     )
     refused(pool, changed(lambda t: None, targets=("up", "down", "head")), "found none for head")
     refused(pool, (config(9), state(1, 9)), "at most max_rank=8, found 9")

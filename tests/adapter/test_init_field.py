@@ -68,9 +68,7 @@ def test_saved_lora_config_of_lora_ext_is_loadable_by_peft(tmp_path):
 def test_adapter_that_changed_the_base_weight_is_refused_until_restored():
     base = model()
     ours = wrap(copy.deepcopy(base), LoraConfig(r=2, init_lora_weights="pissa"))
-    with pytest.raises(
-        NotImplementedError, match=r"from_model: model: 0: .*'pissa' changed"
-    ):
+    with pytest.raises(NotImplementedError, match=r"from_model: model: 0: .*'pissa' changed"):
         LoraAdapter.from_model(ours)
     for layer in (ours[0], ours[2]):
         layer.restore_base_weight()

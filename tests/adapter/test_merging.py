@@ -304,7 +304,7 @@ def test_error_for_different_modules_or_ranks_names_the_first_difference():
 @pytest.mark.parametrize("mode", MODES)
 def test_adapters_of_other_layer_sizes_are_refused(mode):
     other = adapter(shapes={Q: (24, 19), V: (12, 20)})
-    match = rf"adapters\[1\]: {Q}: expected a layer of in \(20,\) and out 24 .*found .*\(19,\)"
+    match = rf"adapters\[1\]: {Q}: expected .* inputs \(20,\) and 24 outputs .*found .*\(19,\)"
     refused(match, [adapter(), other], [1, 1], mode)
 
 

@@ -233,7 +233,7 @@ def test_equal_replies_of_a_client_count_once_and_different_ones_are_rejected():
     for pair in ([make_update(7), other], [other, make_update(7)]):
         found = aggregate(state, [*pair, GOOD])
         assert found.rejected == {
-            7: "client 7: reply: expected one reply, or equal ones, found two that differ"
+            7: "client 7: reply: expected one reply, or several equal ones, found two that differ"
         }
         assert same_bits(found.state, aggregate(state, [GOOD]).state)
     values = make_update(7)

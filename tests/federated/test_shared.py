@@ -297,14 +297,14 @@ def of_the_model_itself() -> nn.Module:
         (Classifier, "tail", ValueError, "shared: expected a pattern .* adapters, found 'tail'"),
         (Classifier, "lora_A", ValueError, "shared: expected a pattern that .*, found 'lora_A'"),
         (Classifier, "(", ValueError, r"shared: expected a regular expression, found '\('"),
-        (Classifier, ["head"], ValueError, "shared: expected names of model .*, found 'head'"),
+        (Classifier, ["head"], ValueError, "shared: expected names of parameters .*, found 'head'"),
         (
             Classifier,
             "weight",
             UnsupportedModule,
             "layers.0.base_layer.weight: expected a parameter outside the layers, found one of",
         ),
-        (tied, "head", UnsupportedModule, r"head.weight: .*, one tied to \['other.weight'\]"),
+        (tied, "head", UnsupportedModule, r"head.weight: .*, found one tied to \['other.weight'\]"),
         (
             with_an_adapter_on_its_head,
             "head.base_layer",

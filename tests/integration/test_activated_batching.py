@@ -194,7 +194,7 @@ REFUSED: list[tuple[dict[str, Any], Any, str]] = [
     ({"alora_invocation_tokens": "<a>"}, ValueError, "a list of token ids"),
     ({"use_dora": True}, NotImplementedError, "use_dora is not supported together with alora_inv"),
     ({"modules_to_save": ["lm_head"]}, NotImplementedError, "modules_to_save is not supported"),
-    ({"target_parameters": ["x"]}, NotImplementedError, "target_parameters is not supported bes"),
+    ({"target_parameters": ["x"]}, NotImplementedError, "target_parameters is not supported tog"),
 ]
 
 

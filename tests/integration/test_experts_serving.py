@@ -255,8 +255,8 @@ def test_other_parameters_and_adapters_without_a_model_raise() -> None:
     ("change", "message"),
     [
         ({"r": 5}, r"layers\.0\.mlp\.experts.*lora_A\.weight: shape: expected \(20, 24\)"),
-        ({"target_parameters": [DOWN]}, r"factors of 2 .*found .*experts\.base_layer\.lora_A"),
-        ({"target_parameters": None}, r"factors of 0 .*found .*experts\.(base_layer\.)?lora_A"),
+        ({"target_parameters": [DOWN]}, r"the 2 expert .*found .*experts\.base_layer\.lora_A"),
+        ({"target_parameters": None}, r"the 0 expert .*found .*experts\.(base_layer\.)?lora_A"),
     ],
 )
 @pytest.mark.parametrize("strict", [True, False])

@@ -319,5 +319,5 @@ def test_base_weights_that_differ_raise() -> None:
     pool.load("good", value)
     with torch.no_grad():
         reference.get_input_embeddings().weight[3, 4] += 1
-    with pytest.raises(ValueError, match=r"embed_tokens.base_layer.weight: expected the base mod"):
+    with pytest.raises(ValueError, match=r"embed_tokens.base_layer.weight: expected the val"):
         pool.load("bad", reference)

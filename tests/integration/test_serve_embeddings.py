@@ -166,7 +166,7 @@ def test_files_of_sentence_transformers_are_used_or_rejected(tmp_path: Path) -> 
     assert preparation_of(tmp_path) == Preparation("to find: ", 128)
     pooling = tmp_path / "Pooling" / "config.json"
     pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": False}))
-    with pytest.raises(ValueError, match=r"Pooling: include_prompt: expected true .* 'query'"):
+    with pytest.raises(ValueError, match=r"Pooling: include_prompt: expected true, .* 'query'"):
         preparation_of(tmp_path)
     listed["default_prompt_name"] = "document"
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(listed))

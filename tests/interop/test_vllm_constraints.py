@@ -223,7 +223,7 @@ def test_llm_engine_refuses_a_request_before_it_is_recorded():
     [
         ("{", {}, "expected JSON"),
         (7, {}, "expected a Mapping"),
-        ({"regex": "a", "choice": ["b"]}, {}, "fields: expected one of"),
+        ({"regex": "a", "choice": ["b"]}, {}, "fields: expected exactly one of"),
         ({"keywords": ["dog"]}, {}, "keywords: expected a Mapping"),
         ({"keywords": {"all": ["dog"]}}, {}, "keywords: expected only the keys all_of"),
         ({"grammar": "a"}, {}, "grammar"),

@@ -191,7 +191,7 @@ def test_models_that_need_their_logits_raise_and_stay_unchanged() -> None:
     assert "forward" not in odd.__dict__ and odd.loss_function is own_loss
     wrapped = lora_ext.chunked_loss(model_of())
     wrapped.lm_head = nn.Linear(16, 61)
-    with pytest.raises(NotImplementedError, match="the output layer that the model had"):
+    with pytest.raises(NotImplementedError, match="the unsharded output layer from the call"):
         wrapped(IDS, labels=LABELS)
 
 

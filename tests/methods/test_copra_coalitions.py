@@ -144,7 +144,7 @@ def test_error_for_two_active_adapters_names_the_layer(kind: str):
     for layer in adapted_layers(model).values():
         layer.set_adapter(["first", "second"])
     with (
-        pytest.raises(RowwiseError, match=rf"{groups.names[0][0]}: expected 'first' as its one"),
+        pytest.raises(RowwiseError, match=rf"{groups.names[0][0]}: expected 'first' as the only"),
         every_row_its_own(groups, MASKS, 2),
     ):
         pytest.fail("the block was entered")

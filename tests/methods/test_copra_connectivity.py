@@ -198,7 +198,7 @@ def test_adapters_of_another_shape_and_dora_are_refused_before_the_first_loss(ki
         with pytest.raises(ValueError, match=rf"lmc_barrier: {name}: expected .*{part}"):
             lmc_barrier(model, found, found, never)
     for ends in (value, LoraAdapter.from_model(dora)):
-        with pytest.raises(NotImplementedError, match=r"adapter without DoRA, found a DoRA"):
+        with pytest.raises(NotImplementedError, match="DoRA, found a "):
             lmc_barrier(dora, ends, ends, never, lambdas=[0.0, 1.0])
 
 

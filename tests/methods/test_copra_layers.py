@@ -152,7 +152,7 @@ def test_layers_without_row_masks_are_named_and_evaluated_one_by_one(kind: str):
         layer.set_adapter(["default", "second"])
     controller = controller_of(model)
     expected = layer_shapley(model, controller, of_model)
-    with pytest.warns(UserWarning, match=r"q_proj: expected 'default' as its one .* one by one"):
+    with pytest.warns(UserWarning, match=r"q_proj: expected 'default' as the only .* one by one"):
         found = layer_shapley(model, controller, of_rows, batch=BATCH, batched_coalitions=8)
     torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-5)
 

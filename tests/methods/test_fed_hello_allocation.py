@@ -42,7 +42,7 @@ def test_given_weights_replace_the_pattern():
     assert {layer for r in range(50) for layer in drawn.plan(r, 0, 2).layers} == {1, 2, 3}
     assert drawn.weights(0).tolist() == pytest.approx([0, 1 / 7, 5 / 7, 1 / 7])
     for kind in ("gd", "rgd"):
-        with pytest.raises(ValueError, match="weights: expected at least 4 above 0, found"):
+        with pytest.raises(ValueError, match=r"weights: expected .*4 weights above 0, found"):
             HLA("uniform", 4, kind=kind, weights=weights).plan(0, 0, 4)
 
 

@@ -337,7 +337,7 @@ def test_waiting_time_is_zero_only_if_all_finish_together():
     for times, message in (
         ([], "at least one time"),
         ([1, -1], "finite seconds >= 0"),
-        ([math.nan], "seconds"),
+        ([math.nan], "finite seconds >= 0, found nan"),
     ):
         with pytest.raises(ValueError, match=f"waiting_time: times: expected {message}"):
             waiting_time(times)

@@ -137,7 +137,7 @@ def test_neutral_settings_are_accepted():
 
 def test_errors_name_unknown_arguments():
     _, decoder, ids, mask = make()
-    with pytest.raises(TypeError, match="SpeculativeDecoder: logits_processor: expected settings"):
+    with pytest.raises(TypeError, match="SpeculativeDecoder: logits_processor: expected a setting"):
         decoder.generate(ids, mask, max_new_tokens=2, logits_processor=[1])
 
 
@@ -247,7 +247,7 @@ def test_streamer_with_several_prompts_is_refused():
 
 @pytest.mark.parametrize("seed", [2**64, -1, [0, -7]])
 def test_error_names_seed_out_of_range(seed: int | list[int]) -> None:
-    with pytest.raises(ValueError, match=r"seed: expected 0 to 2\^64 - 1, found"):
+    with pytest.raises(ValueError, match=r"seed: expected a number from 0 to 2\^64 - 1, found"):
         row_seeds(seed, 2)
 
 

@@ -213,7 +213,7 @@ def test_errors_name_invalid_settings(make, message):
 
 def test_at_most_half_of_all_hashes_may_be_used():
     assert len(HashHop(1, chain_length=18, hash_length=1)[0].edges) == 17
-    with pytest.raises(ValueError, match="the 19 hashes"):
+    with pytest.raises(ValueError, match="at least 38 possible hashes"):
         HashHop(1, chain_length=19, hash_length=1)
 
 

@@ -196,7 +196,7 @@ def test_context_must_fit_prompt_and_answer():
     for context in (prompt + answer, prompt + answer + 1):
         assert evaluate(byte_gpt2(context), TOKENIZER, [instance])["accuracy"] == 0
     for context in (prompt - 3, prompt + answer - 1):
-        with pytest.raises(ValueError, match=f"^evaluate: instances: .*, found one of {prompt}$"):
+        with pytest.raises(ValueError, match=f"^evaluate: instances: .*, found {prompt} tokens$"):
             evaluate(byte_gpt2(context), TOKENIZER, [instance])
 
 

@@ -142,7 +142,7 @@ H, U = tensors(WIDTH), tensors(TEACHER)
         ((H[:2], U), r"hiddens: expected 3 tensors, one per block, found 2"),
         ((H, tensors(WIDTH)), r"teachers: expected shape \(M, 4\), found \(7, 6\)"),
         ((H, tensors(TEACHER, 8)), r"teachers: expected 7 tokens, as in .* unless .* found 8"),
-        ((H, tensors(TEACHER, 8), [(7, 1)]), r"teachers: expected the student's 7 tokens"),
+        ((H, tensors(TEACHER, 8), [(7, 1)]), r"teachers: expected 7 tokens, as in hiddens"),
         ((H, U, [(7, 1)], [(7, 1)] * 2), r"teacher_grids: .* one grid for .* 1 images, found 2"),
         ((H, U, [(6, 1)], [(7, 1)]), r"student_grids: .* with 7 tokens in total, found \["),
         ((H, U, [(7, 1)], [(6, 1)]), r"teacher_grids: .* with 7 tokens in total, found \["),

@@ -264,7 +264,10 @@ def test_route_vision_cannot_be_saved_for_peft(tmp_path: Path) -> None:
         ({"rank": 3}, rf"{FIRST}: lora_A: expected shape \(3, 16\), found \(4, 16\)"),
         ({"scale": 2.0}, rf"{FIRST}: scale: expected 2\.0, found 0\.5"),
         ({"n_blocks": 1}, r"model\.layers\.1\.[a-z_.]+: expected modules in the first 1 blocks"),
-        ({"n_blocks": 3}, r"model\.layers\.2\.self_attn\.q_proj: expected factors, found none"),
+        (
+            {"n_blocks": 3},
+            r"model\.layers\.2\.self_attn\.q_proj: expected factors in the folder, found none",
+        ),
     ],
 )
 def test_adapter_that_does_not_fit_is_refused(fields: Any, message: str, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_image_cut_by_the_cache_is_refused_if_bidirectional():
         (((3,), (3,)), {}, r"image_ids: expected shape \(B, T\)"),
         (((1, 3), (1, 3)), {"dtype": torch.int64}, r"dtype: .* a floating-point dtype or None"),
         (((1, 3), (1, 3)), {"past_length": 4}, r"past_length: expected 0 to 3, found 4"),
-        (((1, 3), (1, 3)), {"window": 0}, r"window: expected at least 1 or None, found 0"),
+        (((1, 3), (1, 3)), {"window": 0}, r"window: expected at least 1, or None, found 0"),
         (((1, 3), (1, 3)), {"past_length": -1}, r"past_length: expected 0 to 3, found -1"),
     ],
 )

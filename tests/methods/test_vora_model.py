@@ -270,7 +270,7 @@ def test_attention_without_pairwise_masks_is_refused() -> None:
 def test_model_keeps_the_configuration_of_apply() -> None:
     model = vora.apply(language(), settings())
     assert vora.VoraForCausalLM(model, settings()).model is model
-    with pytest.raises(ValueError, match="VoraForCausalLM: config: expected the one"):
+    with pytest.raises(ValueError, match="VoraForCausalLM: config: expected the config"):
         vora.VoraForCausalLM(model, settings(rank=3))
 
 

@@ -97,7 +97,7 @@ def test_double_backward_and_missing_ranks_raise() -> None:
     with pytest.raises(RuntimeError, match="not itself differentiable"):
         torch.autograd.grad(apart(i, a, b).square().sum(), a[0], create_graph=True)
     with pytest.raises(
-        ValueError, match=r"ranks: expected the rank of each adapter .*\[5, 16, 9\]"
+        ValueError, match=r"ranks: expected the rank of each adapter, .*\[5, 16, 9\]"
     ):
         ops.lora_linear_apart(i["x"], None, None, a, b, i["adapter_ids"])
 

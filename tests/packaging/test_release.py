@@ -94,7 +94,7 @@ def test_gpu_probe_compiles(leg, tmp_path):
 def test_captured_step_is_correct_at_smallest_sizes(how, capsys, monkeypatch):
     step = load_script(monkeypatch, "benchmarks", "captured_step")
     assert step.main(["--tiny", "--rows", "6", *how]) == 0
-    assert "6 rows, 6 adapters: right" in capsys.readouterr().out
+    assert "6 rows, 6 adapters: correct" in capsys.readouterr().out
 
 
 @pytest.fixture

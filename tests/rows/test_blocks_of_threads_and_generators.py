@@ -150,7 +150,9 @@ def test_exiting_blocks_out_of_order_raises_and_keeps_the_other_blocks() -> None
     first, second = lora_ext.adapters("red"), lora_ext.adapters("blue")
     first.__enter__()
     second.__enter__()
-    with pytest.raises(RuntimeError, match=r"found Block\(\('blue',\)\) where Block\(\('red',\)\)"):
+    with pytest.raises(
+        RuntimeError, match=r"found Block\(\('blue',\)\) innermost while Block\(\('red'"
+    ):
         first.__exit__(None, None, None)
     assert torch.equal(forward(), expected["blue"])
     second.__exit__(None, None, None)

@@ -179,7 +179,7 @@ ERRORS: list[tuple[Any, type[Exception], str]] = [
     (["red", "gren"], KeyError, r"adapter 'gren' is not loaded; close matches: \['green'\]"),
     ([], ValueError, r"names: expected a name or a list of names, found \[\]"),
     (7, ValueError, "names: expected a name or a list of names, found 7"),
-    (iter(["red"]), ValueError, r"a list of names, found <list_it.*; list\(names\) makes one"),
+    (iter(["red"]), ValueError, r"a list of names, found <list_it.*; convert .* list\(names\)"),
     (["red", 3], ValueError, r"names: expected names \(str or None\), found \['red', 3\]"),
     ([["red"], ["red", "red"]], ValueError, r"same number of names for every seq.*\[1, 2\]"),
     (["red"] * 3, ValueError, r"expected a batch of 3 sequences, or 3 rows, found .*\(4, 5, feat"),

@@ -175,7 +175,7 @@ class HLA:
         if self.config.weights is None:
             return gd_layers(self.config.pattern, self.L, c)
         g = self._prior.tolist()
-        require(sum(w > 0 for w in g) >= c, "HLA.plan", "weights", f"at least {c} above 0", g)
+        require(sum(w > 0 for w in g) >= c, "HLA.plan", "weights", f"{c} weights above 0", g)
         return tuple(sorted(sorted(range(self.L), key=lambda layer: -g[layer])[:c]))
 
     def __repr__(self) -> str:
