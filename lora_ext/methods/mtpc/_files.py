@@ -55,8 +55,7 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
     path = folder / CONFIG
     data = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config", "shortlist"}:
-        expected = "the keys 'version', 'config' and 'shortlist'"
-        raise ValueError(f"{path}: expected {expected}, found {data!r:.200}")
+        raise ValueError(f"{path}: expected keys version, config, shortlist, found {data!r:.200}")
     where = str(path)
     version = data["version"]
     found = data["config"]

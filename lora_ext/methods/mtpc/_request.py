@@ -155,9 +155,7 @@ def _merged_settings(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any
     settings = changed | named
     for name, value in settings.items():
         fits = name in _HONOURED | _WITHOUT_EFFECT or value == _NEUTRAL.get(name, False)
-        expected = (
-            f"{_NEUTRAL.get(name, 'None or False')}, the only value that the decoder supports"
-        )
+        expected = f"{_NEUTRAL.get(name, False)}, the only value that the decoder supports"
         require(fits, _WHERE, name, expected, f"{value!r:.80}")
     return settings
 
