@@ -218,7 +218,7 @@ def test_invalid_index_is_refused(tmp_path: Path, index: str, message: str):
 def test_tensor_in_two_files_is_refused(tmp_path: Path):
     for name in ("one", "two"):
         save_file({"b.weight": torch.ones(2, 2)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(ValueError, match=r"b.weight: expected in a single .*one.* and two"):
+    with pytest.raises(ValueError, match=r"b.weight: expected it in one file, .*one.* and two"):
         weights(tmp_path, "b")
 
 

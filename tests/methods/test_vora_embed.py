@@ -153,8 +153,8 @@ def test_errors_name_invalid_fields(fields: dict, message: str):
     ("given_", "error", "message"),
     [
         (torch.zeros(1, 3, 10, 8), ValueError, r"multiples of the patch size 4, found 10 x 8"),
-        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], ValueError, r"patch 4, found 8 x 9"),
-        (torch.zeros(1, 3, 0, 8), ValueError, r"patch 4, found 0 x 8"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], ValueError, r"patch size 4, found 8 x 9"),
+        (torch.zeros(1, 3, 0, 8), ValueError, r"patch size 4, found 0 x 8"),
         (torch.zeros(3, 8, 8), ValueError, r"shape \(B, 3, H, W\), .* found \(3, 8, 8\)"),
         ([torch.zeros(1, 3, 8, 8)], ValueError, r"list of \(3, H, W\), found \(1, 3, 8, 8\)"),
         (torch.zeros(1, 1, 8, 8), ValueError, r"three channels, .* found \(1, 1, 8, 8\)"),

@@ -208,7 +208,7 @@ def test_errors_name_invalid_settings(fields: dict, error, message: str):
             np.ones((56, 57), np.uint8),
             {"do_resize": False},
             ValueError,
-            r"patch 14 .*, found 56 x 57",
+            r"patch size 14 .*, found 56 x 57",
         ),
         (
             [pixels(56, 56), pixels(56, 70)],
