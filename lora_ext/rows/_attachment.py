@@ -69,7 +69,7 @@ def only_pool() -> Pool:
     if len(pools) > 1:
         raise ValueError(
             f"adapters: pool: expected one of the {len(pools)} pools that have models attached, "
-            "found None (lora_ext.nn.layer_names is the pool of layers with their own adapters)"
+            "found None; pass pool= (lora_ext.nn.layer_names for layers with their own adapters)"
         )
     return next(iter(pools.values()))
 
