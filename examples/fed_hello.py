@@ -62,7 +62,7 @@ def tell(
     """Print how many sections the strong clients have, and a table of both runs."""
     seen = {int(label) for client in strong for label in labels[shares[client]]}
     console.print(f"sections that some strong client has: {len(seen)} of {section_texts.CLASSES}")
-    table = Table("clients", "best accuracy", "last", "MB uploaded", "share of all layers' bytes")
+    table = Table("clients", "best accuracy", "last", "MB sent", "share of all layers' bytes")
     for name, run in runs.items():
         up = run.comm.total("up")
         numbers = f"{run.best:.3f}", f"{run.accuracy[-1]:.3f}", f"{up / 1e6:.2f}"
