@@ -1,4 +1,4 @@
-// Batched multi-adapter LoRA: the interface and data layouts of kernels and twins.
+// Batched multi-adapter LoRA: the interface and data layouts of CUDA kernels and CPU twins.
 //
 //   s       = adapter_ids[t]
 //   v[t, :] = scale[s] * a[s] x[t, :]             rank-of-s entries, float32 (float64 for float64)
@@ -131,7 +131,7 @@ struct LoraArgs {
 // that module alone.
 constexpr int kMaxSiblings = 8;
 
-// Largest number of ranks that the twins process at once: no buffer grows with the rank.
+// Largest number of ranks that CPU twins process at once, so that no buffer grows with the rank.
 constexpr int64_t kRankSpan = 256;
 constexpr int64_t rank_spans(int64_t max_rank) {
     return max_rank <= kRankSpan ? 1 : (max_rank - 1) / kRankSpan + 1;
@@ -146,7 +146,7 @@ struct LoraCpu {
     void (*shrink)(const LoraArgs&, int64_t begin, int64_t end);
     int64_t (*expand_items)(const LoraArgs&);
     void (*expand)(const LoraArgs&, int64_t begin, int64_t end);
-    // Shrink and expand of chunks [begin, end) of the plan in one region; one span of ranks only.
+    // Shrinks and expands chunks [begin, end) of the plan; for at most kRankSpan ranks.
     void (*apply)(const LoraArgs&, int64_t begin, int64_t end);
 };
 
@@ -162,12 +162,12 @@ LaunchStatus launch_lora_segment_ids(const int32_t* seg_indptr, const int32_t* s
                                      void* stream);
 // Largest number of rows for which plan may be nullptr.
 constexpr int64_t kPlanlessTokens = 32;
-// Reads sizes only, never pointers. The memory must be aligned to 16 bytes.
+// Reads only the sizes in `args`. The workspace must be aligned to 16 bytes.
 int64_t lora_workspace_bytes(const LoraArgs& args);
 LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream);  // x -> v
 LaunchStatus launch_lora_expand(const LoraArgs& args, void* stream);  // v -> y +=
-// x -> y +=; v of the arguments is unused, each module's workspace holds its v. Siblings with the
-// same kernels share the launches of one module.
+// x -> y +=. The field v is unused, because the workspace of each module holds its v. Siblings that
+// use the same kernels are computed in the same launches.
 LaunchStatus launch_lora_apply(std::span<const LoraArgs> modules, void* stream);
 
 }  // namespace lora_ext
