@@ -1,4 +1,4 @@
-// Helpers for calling a twin or a kernel, shared by the ops of all families.
+// Helpers for calling a CPU twin or a CUDA kernel, shared by the ops of all families.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -1,5 +1,5 @@
-// Sum layers: checks, allocation, choice of twin or kernel. On CUDA the products with shared
-// weights call at::bmm; all other steps are twins or kernels.
+// Sum layers: checks, allocation, CPU twin or CUDA kernel. On CUDA the products with shared weights
+// call at::bmm; twins or kernels compute all other steps.
 //
 // Shapes: w (O, I) with values (B, I), (G, O, I) with (G, B, I), or (B, O, I) with (B, I).
 #include "ops/circuit_sum.h"
@@ -111,7 +111,7 @@ struct Call {
     }
 };
 
-// Scaled weights of a product: passed by the caller, computed here, or memory for the twin to fill.
+// Scaled weights of a product: passed by the caller, computed here, or space for the CPU twin.
 struct Weights {
     Tensor weight, shift;
 

@@ -1,4 +1,4 @@
-// The LoRA ops: checks, allocation, choice of twin or kernel.
+// The LoRA ops: checks, allocation, CPU twin or CUDA kernel.
 //
 // Shapes: x (T, I); bank a (A, R, I), b (A, O, R), or pool a (P, 8, I), b (P, O, 8) with page_table
 // (A, R/8); adapter_ids (T,); v (T, R); y (T, O). lora_ext/lora.h has the layouts.
@@ -79,7 +79,7 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
     if (step != Step::kShrink) run(cpu.expand_items, cpu.expand);
 }
 
-// Allocates one block with `get`, and passes a slice of it to `give` for each module.
+// Allocates one block of memory with `get`, and passes a slice of it to `give` per module.
 template <class Get, class Give>
 void cut(std::span<LoraArgs> modules, int64_t (*bytes_of)(const LoraArgs&), Get&& get,
          Give&& give) {
@@ -113,7 +113,7 @@ void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tenso
             expected("at most ", kMaxSize, " rows"), found(rows));
     const auto idle = [](const LoraArgs& args) { return args.bank.max_rank == 0; };
     if (rows == 0 || std::all_of(modules.begin(), modules.end(), idle)) return;
-    // With zero in-features v is zero, and the twins do not write it.
+    // With zero in-features v is zero, and the CPU twins do not write it.
     if (step != Step::kExpand && first.bank.in_features == 0) return;
     const c10::DeviceGuard guard(x.device());
     const Tensor ids = ids_in.contiguous();

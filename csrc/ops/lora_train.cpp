@@ -1,5 +1,5 @@
-// The training ops: checks, allocation, choice of twin or kernel. The products with the base weight
-// are library calls; all other steps are twins or kernels.
+// The training ops: checks, allocation, CPU twin or CUDA kernel. The products with the base weight
+// are library calls; twins or kernels compute all other steps.
 //
 // Shapes: x (T, I); weight (O, I); bank a (A, R, I), b (A, O, R), or a (R, I), b (O, R) of one
 // adapter; v (T, R); y, dy (T, O).
@@ -99,7 +99,7 @@ struct Call {
         args.lora.v_row_stride = v.stride(0);
     }
 
-    // Takes the caller's plan after checks, or builds one.
+    // Checks the plan that the caller gave and uses it, or builds one.
     void set_plan(const OptionalTensor& given) {
         LoraArgs& lora = args.lora;
         const LoraPlanLayout layout{lora.num_tokens, lora.bank.num_adapters};
@@ -213,8 +213,8 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     if (launches_kernels(x)) {
         call.set_workspace(lora_train_shrink_workspace_bytes(args));
         void* stream = current_stream(x);
-        // This kernel sums in the same order as serving for any number of rows, and the backward
-        // reads v for db.
+        // For any number of rows this kernel sums in the same order as the kernels of serving. It
+        // stores v, from which the backward computes db.
         check_launch(op, launch_lora_train_shrink(args, stream));
         check_launch(op, launch_lora_expand(args.lora, stream));
         return {y, v};

@@ -1,6 +1,6 @@
 // Losses over a vocabulary: checks, allocation, the loop over chunks of the vocabulary, choice of
-// twin or kernel. The products with the weight are library calls; all other steps are twins or
-// kernels.
+// CPU twin or CUDA kernel. The products with the weight are library calls; twins or kernels compute
+// all other steps.
 #include "ops/vocab.h"
 
 #include <ATen/ops/empty.h>

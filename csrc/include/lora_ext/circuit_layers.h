@@ -98,8 +98,8 @@ struct LayersProgram {
     LX_HOST_DEVICE const int32_t* draws() const { return at + draws_at(); }
 };
 
-// Launch plan of a program, in host memory: units, leaves, rows, nodes, matrices, roots, numbers of
-// the program, stages, variables, uniforms of a walk, then four numbers per stage.
+// Launch plan of a program, in host memory: counts of units, leaves, rows, nodes, matrices, roots,
+// numbers of the program, stages, variables, uniforms of a walk; then four numbers per stage.
 struct LayersStage {
     int64_t begin, end, units, width;  // range of nodes; largest units and width of a node
 };
@@ -145,8 +145,8 @@ struct LayersPlan {
 };
 
 // Precision of sums when kernels run stage by stage. A number is split into three bfloat16 parts,
-// which hold all 24 bits of a float (kFloat32), or into two (kHigh), or is stored as one scaled
-// float16 (kHalf). Twins and flows have only one precision.
+// which hold all 24 bits of a float (kFloat32), or two (kHigh), or is stored as one scaled float16
+// (kHalf). CPU twins, and the flows on all devices, have only one precision.
 enum class LayersPrecision { kFloat32, kHigh, kHalf };
 constexpr int parts_of(LayersPrecision precision) {
     return precision == LayersPrecision::kFloat32 ? 3 : precision == LayersPrecision::kHigh ? 2 : 1;

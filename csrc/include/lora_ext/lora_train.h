@@ -12,8 +12,8 @@
 //   da[s]    = sum_t dv[t, :]^T (m[t, :] * x[t, :])
 //   dx[t, :] = dy[t, :] W + m[t, :] * (dv[t, :] a[s])
 //
-// The products with W are a library's GEMM, called by csrc/ops; kernels and twins compute the rest.
-// c contains 1 / (1 - p), so the mask multiplies by 0 or 1 and no element of x is ever rounded.
+// The products with W are a library's GEMM, called by csrc/ops; kernels or CPU twins do the rest. c
+// contains 1 / (1 - p), so the mask multiplies by 0 or 1 and no element of x is ever rounded.
 //
 // Sums over tokens are accumulated in float32 (float64). Their order depends only on the adapter's
 // own rows and on the largest rank R of the bank, not on threads or on other adapters of the batch.
