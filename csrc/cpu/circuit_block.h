@@ -12,7 +12,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// Rows of a tile, by the number of vectors - 1: up to 24 of 32 registers are sums, or 12 of 16.
+// Rows of a tile of 1, 2 or 4 vectors: sums occupy up to 24 of 32 registers, or 12 of 16.
 constexpr int kMostVecs = 4;
 #if defined(__AVX512F__)
 constexpr int kTileRows[] = {12, 12, 0, 6};
@@ -238,7 +238,7 @@ struct Block {
             rescue(m, o, p, tops, s, out);
         }
     }
-    // Recomputes log sum W_i exp(l_i) where s is too small, with terms shifted by their maximum.
+    // Recomputes log sum W_i exp(l_i) for lanes with too small s, shifting terms by their maximum.
     void rescue(const LayersMatrix& m, int64_t o, const A* l, const V (&tops)[kVecs],
                 const V (&s)[kVecs], A* out) const {
         const A* w = weights_of(m, o);
@@ -259,7 +259,7 @@ struct Block {
         const A top = row_max(w, n);
         return top == -kInfinity<A> ? A(0) : top;
     }
-    // Distributes the complete dl of the node to its children; writes `ratio` for dweights.
+    // Distributes the complete flow dl of the node to its children; stores `ratio` for dweights.
     void backward(const LayersNode& node, A* p, A* d, A* ratio) const {
         if (node.matrix < 0) {
             for (int64_t o = 0; o < node.units; ++o)

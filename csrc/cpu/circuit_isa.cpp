@@ -248,9 +248,9 @@ struct Reverse {
         return of ? static_cast<const A*>(of)[b * c.n_token + k] : A(0);
     }
 
-    // Computes the gradients at position k from x = cur: `gradient` becomes the gradient of cur,
-    // and de_k the gradient of cur + e_k, plus dup if given, since e_k is also part of up. x
-    // becomes cur + e_k.
+    // Computes the gradients at position k, given cur in x: writes the gradient of cur to
+    // `gradient`, and the gradient of cur + e_k to de_k. Adds dup to de_k if given, because e_k is
+    // also a term of up. x becomes cur + e_k.
     void position(int64_t k, A* x, A* gradient, const A* dup) {
         A* const before = ratio;
         const A weight = exp_of(x, shift_of(max_of(x, width)), width, before);
@@ -280,8 +280,8 @@ struct Reverse {
         exp_of(up, shift, width, up_weight);
         exp_of(u, shift, width, u_weight);
     }
-    // Row z of Y is E times up_weight times `linear`. If u_weight[z] is below kTrusted, it is
-    // `exact` times the exponential of exact logarithms.
+    // Coefficients of row z of Y. The row is E * up_weight * `linear` or, if u_weight[z] is below
+    // kTrusted, `exact` times the exponential of exact logarithms.
     struct RowOfY {
         A linear, exact, minus, top;
     };
@@ -311,7 +311,7 @@ struct Reverse {
     void trace(int64_t m, const A* from, const A* dout, const A* du, A* dcur) const {
         const A shift = shift_of(max_of(from, width));
         exp_of(from, shift, width, step.weights);
-        // exact[i] is nonzero if this vector of columns is computed from its logarithms.
+        // exact[i] is nonzero if the vector of columns at i is computed from logarithms.
         A* const exact = step.u;
         for (int64_t i = 0; i < width; i += L) {
             const V value = load(out + i), weight = exp(value - shift);

@@ -1,10 +1,10 @@
-// Tables of finite leaves on the CPU, compiled once per instruction set; formulas in
-// circuit_layers.h.
+// Tables of leaves with finite distributions on the CPU, compiled once per instruction set;
+// formulas in circuit_layers.h.
 //
-// Forward: up to 64 values of a unit are held in four registers, and one permutation looks up 16
-// rows of data. Longer tables and other instruction sets read one number at a time. Backward:
-// vectors run along the units of a block, so that a row of data is one addition for all units. The
-// sums are transposed into the table when its rows are complete.
+// Forward: up to 64 values of a unit are held in four registers, and one permutation looks up the
+// values for 16 rows of data. Longer tables and other instruction sets read one number at a time.
+// Backward: vectors run along the units of a block, so that one addition per row of data updates
+// all units. The sums are transposed when they are added to the table.
 #include "lora_ext/circuit_layers.h"
 
 #include "sum_rows.h"

@@ -1,5 +1,5 @@
-// Walk of a circuit from left to right, one row of the batch at a time, shared by the twins: one
-// template for all kinds, with a functor that is called at each position.
+// Walk of a circuit from left to right, one row of the batch at a time, shared by the CPU twins:
+// one template for all kinds, with a functor that is called at each position.
 //
 //   step     out[z'] = log sum_z exp(cur[z] + A[z, z'])         cur before the latent z'
 //   project  u[z]    = log sum_z' exp(A[z, z'] + up[z'])        the return up the tree
@@ -89,7 +89,7 @@ LX_INLINE void add_to(A* x, const A* y, int64_t width) {
     for (int64_t i = 0; i < width; i += kLanes<A>) store(x + i, load(x + i) + load(y + i));
 }
 
-// exp(a - top) of one row of logits, written to `out` and padded with zeros; top and the sum.
+// Softmax of a row of logits a: writes exp(a - top) to `out`, padded with zeros; keeps top, sum.
 template <typename P>
 struct SoftmaxRow {
     Acc<P> top, sum;  // sum is 0 if nothing is possible
@@ -107,11 +107,11 @@ struct SoftmaxRow {
         }
         sum = lane_sum(total);
     }
-    // Return the logarithm of the divisor of exp(a - top).
+    // Return log(sum); the softmax is exp(a - top) / sum.
     LX_INLINE Acc<P> log_sum() const { return log_of(sum); }
 };
 
-// Return the scratch of a walk, in elements of the accumulator type.
+// Return the size of a walk's scratch, in elements of the accumulator type.
 template <typename A>
 LX_INLINE int64_t circuit_walk_scratch(const CircuitParams& c) {
     const int64_t levels =
@@ -212,7 +212,7 @@ struct CircuitStep {
             store(out + i, sum_of_rows);
         }
     }
-    // Replaces sum[z] by its logarithm.
+    // Replaces sum[z] by its logarithm, which exact_step reads.
     void take_logarithms(const A* cur) const {
         for (int64_t z = 0; z < n; ++z)
             if (cur[z] != kImpossible<A>) sum[z] = log_of(sum[z]);

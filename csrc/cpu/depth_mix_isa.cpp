@@ -1,8 +1,8 @@
 // Mixes of normalised hidden states on the CPU, compiled once per instruction set.
 //
-// Vector lanes run along a row. Up to four rows run together, which read gamma and the sums over
-// rows once for all four. Each hidden state is read from memory once, for its mean square; the
-// second read is from a cache.
+// Vector lanes run along a row. Up to four rows are processed together, so that gamma and the sums
+// over rows are loaded once for all four. Each hidden state is read from memory once, for its mean
+// square; the second read is from a cache.
 //
 // Order of every sum: over a row, one vector of sums, then its lanes in a fixed tree; over depths
 // ascending; over the rows of a part ascending, four at a time, then over the parts.
@@ -18,8 +18,8 @@ constexpr int kTogether = 4;
 constexpr int64_t kTile = 512;  // columns mixed at a time, in L1
 constexpr int kMax = kMaxDepths;
 // A mix of at least this many bytes is stored bypassing the caches, which could not hold it.
-// Ordinary stores first read their lines, a fifth of all traffic with three states. Measured: 1.3
-// times faster.
+// Ordinary stores would first read the cache lines, a fifth of all traffic with three hidden
+// states. Measured: bypassing is 1.3 times faster.
 constexpr int64_t kStreamed = 4 << 20;
 constexpr int64_t kAhead = 256;  // prefetch distance in elements of a row; measured gain 8 %
 
@@ -81,7 +81,7 @@ LX_INLINE void for_vectors(int64_t width, F&& f) {
     if (c < width) f(c, width - c);
 }
 
-// Computes up to four sums over rows.
+// Sums the lanes of each of up to four vectors, one vector per row.
 template <typename T, int kRows>
 LX_INLINE void total(const Vec<T> (&sum)[kRows], Acc<T> (&out)[kTogether]) {
     Vec<T> all[kTogether] = {};
@@ -233,8 +233,8 @@ struct Rows {
         }
     }
 
-    // Adds the share of depth e in columns from `begin` on and prefetches the next rows, because
-    // memory would otherwise be idle.
+    // Adds the normalised depth e, times its weight, to the tile of columns from `begin` on.
+    // Prefetches the next rows, because memory would otherwise be idle.
     LX_INLINE void add_depth(int e, int64_t begin, int64_t columns, A (&tile)[kRows][kTile]) const {
         const Hidden h(*this, e);
         V weight[kRows], factor[kRows];
@@ -263,7 +263,7 @@ struct Rows {
     // --------------------------------------------------------------------------------------------
     // Backward. g is dmixed or the gradient of n_e, with g_row elements between rows.
 
-    // Sums over each row of g gamma (h - m), of g gamma ("layer"), and of g beta.
+    // Sums along each row: of g gamma (h - m), of g gamma ("layer"), and of g beta.
     struct Products {
         A scaled[kTogether] = {}, plain[kTogether] = {}, shifted[kTogether] = {};
     };

@@ -1,5 +1,5 @@
-// Products of packed blocks, used by the training twins of LoRA, and by inference at ranks above
-// kRankSpan.
+// Products of packed blocks, used by the CPU twins of LoRA for training, and for inference at ranks
+// above kRankSpan.
 //
 // Both factors are packed into stack buffers: widened, masked, transposed so that lanes run along a
 // row of the result, and dense, because rows at a distance of a power of two would share one set of
@@ -177,7 +177,7 @@ void sum_products(int64_t rows, int64_t depth, int64_t columns, Acc<T>* sums, in
     }
 }
 
-// Ranks that one item of a twin processes.
+// Ranks that one item of a CPU twin processes.
 struct Span {
     int64_t first, ranks;
 };

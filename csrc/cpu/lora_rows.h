@@ -1,4 +1,4 @@
-// Iteration shared by the twins of the LoRA family: the pages of a slot, the chunks of a plan,
+// Iteration shared by the CPU twins of the LoRA family: the pages of a slot, the chunks of a plan,
 // indexed rows. Compiled per instruction set like vec.h.
 #pragma once
 

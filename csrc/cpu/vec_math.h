@@ -6,8 +6,8 @@
 //   float     1.09    0.79
 //   double    1.01    0.85
 // exp: -inf and all arguments below the logarithm of the smallest normal number give exactly 0.
-// Arguments from slightly below that of the largest finite result (float 88.37, double 709.4) give
-// infinity. log: 0 gives -inf, negative numbers NaN; subnormal numbers are handled. NaN
+// Arguments from slightly below the logarithm of the largest finite number (float 88.37, double
+// 709.4) give infinity. log: 0 gives -inf, negative numbers NaN; subnormal numbers are handled. NaN
 // propagates through both.
 #pragma once
 
@@ -63,7 +63,7 @@ template <typename V>
 LX_INLINE V splat(Element<V> s) {
     return s - V{};
 }
-// The result is a if b is NaN.
+// Return the larger of a and b, or a if b is NaN.
 template <typename V>
 LX_INLINE V max(V a, V b) {
 #if defined(__AVX512F__)

@@ -1,4 +1,4 @@
-// Drafting from circuits and verification: checks, allocation, CPU twin or CUDA kernel.
+// Drafting from circuits and verification: checks, allocation, choice of CPU twin or CUDA kernel.
 //
 // Shapes: leaf (B, K, C, V); prior (B, C); trans (B, M, C, C); tokens (B, K); target (B, K + 1, V).
 #include "ops/circuit_decode.h"

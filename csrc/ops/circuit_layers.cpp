@@ -1,4 +1,4 @@
-// Whole circuits: checks, allocation, CPU twins or CUDA kernels.
+// Whole circuits: checks, allocation, choice of CPU twins or CUDA kernels.
 //
 // Shapes: leaf (B, N), val (B, U), w (W,), root (B,), uniforms (M, draws). circuit_layers.h has the
 // layouts of program and plan.

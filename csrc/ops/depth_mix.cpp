@@ -1,4 +1,4 @@
-// Mixes of normalised hidden states: checks, allocation, CPU twin or CUDA kernel.
+// Mixes of normalised hidden states: checks, allocation, choice of CPU twin or CUDA kernel.
 #include "ops/depth_mix.h"
 
 #include <ATen/ops/empty.h>

@@ -1,4 +1,4 @@
-// The LoRA ops: checks, allocation, CPU twin or CUDA kernel.
+// The LoRA ops: checks, allocation, choice of CPU twin or CUDA kernel.
 //
 // Shapes: x (T, I); bank a (A, R, I), b (A, O, R), or pool a (P, 8, I), b (P, O, 8) with page_table
 // (A, R/8); adapter_ids (T,); v (T, R); y (T, O). lora_ext/lora.h has the layouts.

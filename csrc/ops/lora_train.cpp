@@ -1,5 +1,5 @@
-// The training ops: checks, allocation, CPU twin or CUDA kernel. The products with the base weight
-// are library calls; twins or kernels compute all other steps.
+// The training ops: checks, allocation, choice of CPU twin or CUDA kernel. Library calls compute
+// the products with the base weight; twins or kernels compute the rest.
 //
 // Shapes: x (T, I); weight (O, I); bank a (A, R, I), b (A, O, R), or a (R, I), b (O, R) of one
 // adapter; v (T, R); y, dy (T, O).

@@ -72,8 +72,8 @@ struct SpecVerifyArgs {
     void* workspace = nullptr;              // spec_verify_workspace_bytes(); CUDA only
 };
 
-// Children of a latent: adjacent positions and up to two latents. The number of a latent is that of
-// the matrix that leads into it, -1 for the root; child latents have larger numbers.
+// Children of a latent: adjacent positions, up to two latents. A latent has the number of the
+// matrix that leads into it (root: -1); child latents have larger numbers than their parent.
 struct CircuitLatent {
     int64_t first_leaf, num_leaves;
     int64_t inner[2];  // -1: no latent
