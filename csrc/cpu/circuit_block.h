@@ -1,8 +1,8 @@
 // A node of a circuit on a block of lanes: products, sums, and their backward; formulas in
 // circuit_layers.h. Compiled per instruction set like sum_rows.h.
 //
-// Vectors run along the lanes, so that maxima, exponentials and logarithms of a row of data use no
-// other row. A matrix product broadcasts each weight to all lanes.
+// Vectors run along the lanes, one row of data per lane, so that maxima, exponentials and
+// logarithms of a row use no other row. A matrix product broadcasts each weight to all lanes.
 #pragma once
 
 #include "lora_ext/circuit_layers.h"
@@ -20,7 +20,7 @@ constexpr int kTileRows[] = {12, 12, 0, 6};
 constexpr int kTileRows[] = {8, 6, 0, 3};
 #endif
 
-// Calls f(Int<vectors>, first lane) for blocks of the lanes of groups [begin, end).
+// Calls f(Int<vectors>, first lane) for blocks that cover the lanes of groups [begin, end).
 template <typename A, typename F>
 LX_INLINE void for_blocks(int64_t begin, int64_t end, F&& f) {
     constexpr int L = kLanes<A>;
@@ -161,7 +161,7 @@ struct Block {
                 store(p + x, exp<false>(load(p + x) - base[v]));
             });
     }
-    // The flow d of a product is added to each of its factors.
+    // Adds the flow d of each product to the flows of all factors of the product.
     void add_to_children(const LayersNode& node, const A* d) const {
         for (int64_t p = node.part_begin; p < node.part_end; ++p) {
             const LayersPart part = program.parts()[p];

@@ -42,7 +42,7 @@ LX_INLINE Acc<T> max_of_logits(const T* x, int64_t n) {
     return max_lane(max(most, other));
 }
 // Return the sum of exp(x - top), where top is the maximum of x. If top is -inf, return 0, or NaN
-// if x contains NaN, which the maximum skips. Prefetches the input of the next maximum.
+// if x contains NaN, which the maximum skips. Prefetches the logits of the next maximum.
 template <typename T>
 LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> top) {
     constexpr int L = kLanes<T>;

@@ -38,7 +38,7 @@ void weights(const LayersArgs& args, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------
 
-// Copies rows of data to lanes; lanes beyond the data are zero.
+// Copies rows of data to lanes, one row per lane; lanes beyond the data are zero.
 template <typename A, int kVecs>
 void load_leaves(const Block<A, kVecs>& block) {
     constexpr int kWidth = Block<A, kVecs>::kWidth, L = kLanes<A>;
@@ -139,7 +139,7 @@ struct Flows {
         }
         finish(total);
     }
-    // Return the sum of flows over the lanes whose result is possible.
+    // Return the sum of the flows of row r over the lanes whose value is not -inf.
     A total_of(const LayersNode& node, int64_t r) const {
         const A* out = static_cast<const A*>(args.val) + (node.out + r) * args.lanes;
         const A* g = static_cast<const A*>(args.grad) + (node.out + r) * args.lanes;

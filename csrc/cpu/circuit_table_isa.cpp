@@ -22,7 +22,7 @@ void norms(const CircuitTableArgs& args, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < end - begin; ++r) base[r] = base[r] == -kInfinity<A> ? A(0) : base[r];
 }
 
-// Entries of one row of a table, relative to its norm.
+// Entries of one row of a table; those of logits are converted to log-probabilities.
 template <typename A>
 struct Entries {
     const A* of;
@@ -113,7 +113,7 @@ struct TableFlows {
             }
         }
     }
-    // Adds the sums to rows row + j, ... of the table and clears them.
+    // Adds the sums to rows row + j, ... of the table's gradient and clears the sums.
     void flush(int64_t row) const {
         alignas(64) A turned[L * L];
         for (int64_t v = 0; v < args.values; v += L) {

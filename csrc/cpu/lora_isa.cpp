@@ -124,8 +124,8 @@ enum class Outputs { kDense, kWhole, kPart };
 // If a bank has room for larger ranks, the rows of B of an adapter have gaps, which must not be
 // read; rows may also span many lines. The first page in each cache line of a row prefetches that
 // line of later rows: of the next tile to L1, and far ahead to L2, which allows more outstanding
-// lines. Measured on Zen 4 with rows of 64 ranks: prefetching only to L1, ranks 32 and 64 take
-// twice as long; only to L2, or to both in turn, some single lines are not fetched at all.
+// lines. Measured on Zen 4, rows of 64 ranks: with L1 only, ranks 32 and 64 take twice as long;
+// with L2 only, or one or the other in turn, some single lines are not fetched at all.
 template <int kCount, typename T>
 LX_INLINE void prefetch_rows(const T* b, int64_t row, bool one_line) {
     if (one_line)
@@ -286,7 +286,7 @@ template <typename T>
 Rows<T> y_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<T*>(args.y), args.y_row_stride, chunk.rows};
 }
-// Return the most rows of merged chunks. With several spans of ranks, many rows share a block.
+// Return the maximum rows of merged chunks. With several spans, many rows share a block of B.
 int64_t most_rows(const LoraArgs& args) {
     return rank_spans(args.bank.max_rank) > 1 ? kSumRows : 0;
 }

@@ -125,7 +125,7 @@ LX_INLINE V exp_below(V x, V shift) {
     if constexpr (sizeof(x[0]) == 8) {
         return exp<false>(x - shift);
     } else {
-        // 2^t, t = n + r. The polynomial is the minimax polynomial of its degree.
+        // Compute 2^t with t = n + r. The polynomial is the minimax polynomial of its degree.
         const V t = max((x - shift) * 1.44269504f, splat<V>(-124.0f));
         const auto power = [](V r) __attribute__((always_inline)) {
             V q = splat<V>(0x1.5bba12p-10f);

@@ -27,7 +27,7 @@ void compute_ldmatrix(Warp& warp, const Slot& slot) {
     uint16_t rows[32][8];
     for (int lane = 0; lane < 8 * o0.matrices; ++lane) {
         const auto& o = *static_cast<LdmatrixOperand*>(slot.operands[lane]);
-        machine.current = &thread_of(warp, lane);  // the lane that passed the address reads
+        machine.current = &thread_of(warp, lane);  // reports name the lane of the address
         check_shared(o.row, 16, "ldmatrix", Place(o.site));
         touch(o.row, 16, Touch::kRead, true, Place(o.site));
         memcpy(rows[lane], o.row, 16);

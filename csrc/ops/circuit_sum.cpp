@@ -1,5 +1,5 @@
-// Sum layers: checks, allocation, CPU twin or CUDA kernel. On CUDA the products with shared weights
-// call at::bmm; twins or kernels compute all other steps.
+// Sum layers: checks, allocation, choice of CPU twin or CUDA kernel. On CUDA at::bmm computes the
+// products with shared weights; twins or kernels compute the rest.
 //
 // Shapes: w (O, I) with values (B, I), (G, O, I) with (G, B, I), or (B, O, I) with (B, I).
 #include "ops/circuit_sum.h"
@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor> log_einsum_weights(const Tensor& w, std::string_view 
     require(w.dim() == 2 || w.dim() == 3, op, "w", expected("shape (O, I) or (G, O, I)"),
             found(w.sizes()));
     at::DimVector sizes(w.sizes());
-    sizes[w.dim() - 2] = 0;  // no rows of values
+    sizes[w.dim() - 2] = 0;  // values without rows: only w is used
     Call call(op, w, at::empty(sizes, w.options().dtype(accumulator_of(w))), norm);
     const c10::DeviceGuard guard(w.device());
     if (w.numel() == 0)

@@ -1,4 +1,4 @@
-// Tables of leaves with finite distributions: checks, allocation, CPU twins or CUDA kernels.
+// Tables of finite distributions: checks, allocation, choice of CPU twins or CUDA kernels.
 //
 // Shapes: table (R, V), x (B, M), row (M,), e (B, M * block).
 #include <ATen/ops/empty.h>

@@ -14,7 +14,7 @@
 namespace lora_ext {
 namespace {
 
-// Minimum count of numbers that each thread reads.
+// Minimum count of tensor elements that each thread reads.
 constexpr int64_t kSerialWork = 1 << 14;
 
 // Arguments of one call, and the tensors that own their memory.

@@ -26,8 +26,8 @@ thread_local Scratch plan_scratch, v_scratch;
 
 enum class Step { kShrink, kExpand, kApply };
 
-// Minimum bytes of adapters per call for several threads: a parallel region costs a few
-// microseconds.
+// Smallest size of a call's adapters in bytes for which several threads are used: a parallel region
+// costs a few microseconds.
 constexpr int64_t kSerialBytes = 128 * 1024;
 
 void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size) {
@@ -52,7 +52,7 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
             deal_items(items, kChunksTogether, f);
         }
     };
-    // Runs the items of all modules as one range, one module after the other.
+    // Runs the items of all modules as one range: all items of a module precede those of the next.
     auto run = [&](auto items_of, auto part) {
         int64_t items = 0;
         for (const LoraArgs& args : modules) items += items_of(args);
@@ -99,8 +99,8 @@ int64_t bytes_of_v(const LoraArgs& args) {
     return args.num_tokens * 8 * args.bank.pages_per_slot * size;
 }
 
-// Common part of all ops: plan, scratch memory, kernel launch or CPU loop. Several modules are
-// siblings, which share their rows; `names` are their names in messages.
+// Common part of all ops: plan, scratch memory, and kernel launch or loop on the CPU. Several
+// modules are siblings, which share their rows; `names` are their names in messages.
 void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tensor& x,
              const Tensor& ids_in, const OptionalTensor& plan_in,
              const char* const* names = nullptr) {

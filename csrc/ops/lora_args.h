@@ -29,7 +29,7 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
 void check_inference(const char* op, std::initializer_list<const Tensor*> tensors);
 // Checks that there is one id per row, int64 or int32, on `device`. Only plans read the values.
 void check_ids(const char* op, const Tensor& ids, int64_t rows, at::Device device);
-// Checks that a caller's plan has the size and device of a plan for these rows and adapters.
+// Checks that a caller's plan has the size and device that these rows and adapters require.
 void check_plan_tensor(const char* op, const LoraPlanLayout& layout, const Tensor& plan,
                        at::Device device);
 // Checks that a caller's plan on the CPU was made for these ids: every grouped row must have the id

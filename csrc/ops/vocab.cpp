@@ -37,7 +37,7 @@ Tensor nothing(const Tensor& like) {
     return at::empty({0}, like.options());
 }
 
-// Arguments of one call: k hidden states per row, (k N, d) together, and the output layer.
+// Arguments of one call: the output layer, and k hidden states per row, as one tensor (k N, d).
 struct Call {
     const char* op;
     VocabArgs args;

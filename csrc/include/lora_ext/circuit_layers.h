@@ -15,8 +15,8 @@
 // The units of a node without a matrix are its products. Products consist of parts: `hadamard`,
 // unit by unit over any number of children, or `kronecker`, all pairs of the units of two children.
 // Nodes of one stage do not read each other's values. Values are unit-major, val (U, L): lanes are
-// the rows of data, padded with rows of zeros to a multiple of kLaneGroup. Column 0 of the values
-// is always 0, column 1 always -inf, and the leaves begin at column kFirstLeaf.
+// the rows of data, padded with rows of zeros to a multiple of kLaneGroup. Unit 0 always has the
+// value 0, unit 1 always -inf, and the leaves begin at unit kFirstLeaf.
 //
 // At sum o a walk weighs its terms by W[o, i] exp(term[i]). It takes the heaviest term (the first,
 // if several are equal), or draws one: the first whose running sum exceeds its uniform times the
@@ -219,9 +219,9 @@ inline int64_t stored_ratios(const LayersArgs& args) {
     return args.parts * args.plan.most_sums() * args.lanes;
 }
 
-// Consecutive stages of one node each run in one launch if it fits: a block computes kRunTerms sums
-// and terms on kRunLanes lanes. stored_run_tops counts the largest terms per block and lane, in two
-// buffers; stored_arrivals counts the barrier counters per stage and lane tile.
+// Consecutive stages of one node each run in one launch if all blocks of a lane tile can be
+// resident. A block computes kRunTerms sums and terms on kRunLanes lanes. stored_run_tops counts
+// maxima per block and lane, in two buffers; stored_arrivals counts barriers per stage and tile.
 constexpr int kRunTerms = 64, kRunLanes = 32;
 inline int64_t stored_run_tops(const LayersArgs& args) {
     return 2 * ((args.plan.most_terms() + kRunTerms - 1) / kRunTerms) * args.lanes;

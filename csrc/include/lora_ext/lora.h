@@ -120,7 +120,7 @@ struct LoraArgs {
     // (T, >= max_rank) float32 (float64): exactly `rank` entries of an active row are used.
     void* v = nullptr;
     int64_t v_row_stride = 0;
-    // nullptr: decoding without a plan; the CUDA kernel groups `ids` itself.
+    // nullptr: decoding without a plan, in which the CUDA kernel groups the rows itself, by `ids`.
     const int32_t* plan = nullptr;
     LoraPlanArgs ids;
     void* workspace = nullptr;  // lora_workspace_bytes(); CUDA only
@@ -146,7 +146,7 @@ struct LoraCpu {
     void (*shrink)(const LoraArgs&, int64_t begin, int64_t end);
     int64_t (*expand_items)(const LoraArgs&);
     void (*expand)(const LoraArgs&, int64_t begin, int64_t end);
-    // Shrinks and expands chunks [begin, end) of the plan; for at most kRankSpan ranks.
+    // Shrinks and expands chunks [begin, end) of the plan in one call; at most kRankSpan ranks.
     void (*apply)(const LoraArgs&, int64_t begin, int64_t end);
 };
 
