@@ -1,6 +1,6 @@
 // Whole circuits on the CPU, compiled once per instruction set; formulas in circuit_layers.h.
 //
-// A thread runs the whole program for a block of lanes, whose terms stay in its cache.
+// A thread runs the whole program for a block of lanes, so that their terms stay in its cache.
 #include "lora_ext/circuit_layers.h"
 
 #include "circuit_block.h"
@@ -86,7 +86,7 @@ void backward(const LayersArgs& args, int64_t begin, int64_t end, void* scratch)
                 to[b] += static_cast<const A*>(args.droots)[(lane + b) * roots + r];
         }
         A* p = static_cast<A*>(scratch);
-        A *d = p + args.max_width * kWidth, *ratio = d + args.max_width * kWidth;  // max_units
+        A *d = p + args.max_width * kWidth, *ratio = d + args.max_width * kWidth;  // max_units rows
         for (int64_t n = args.program.num_nodes() - 1; n >= 0; --n)
             block.backward(args.program.nodes()[n], p, d, ratio);
     });

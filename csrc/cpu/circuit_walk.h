@@ -57,7 +57,7 @@ LX_INLINE A max_of(const A* x, int64_t width) {
     for (int64_t i = kLanes<A>; i < width; i += kLanes<A>) top = max(top, load(x + i));
     return max_lane(top);
 }
-// Return the number to subtract before exp: the maximum, or 0 if all states are impossible.
+// Return the number to subtract before exp: the maximum, or 0 if all entries are -inf.
 template <typename A>
 LX_INLINE A shift_of(A top) {
     return top == kImpossible<A> ? A(0) : top;

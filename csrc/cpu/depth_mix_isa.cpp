@@ -4,8 +4,8 @@
 // over rows are loaded once for all four. Each hidden state is read from memory once, for its mean
 // square; the second read is from a cache.
 //
-// Order of every sum: over a row, one vector of sums, then its lanes in a fixed tree; over depths
-// ascending; over the rows of a part ascending, four at a time, then over the parts.
+// Order of every sum: along a row, one vector of sums, then its lanes in a fixed tree; over depths,
+// ascending; over the rows of a part (mix_part_rows), four at a time, then over the parts.
 #include "lora_ext/depth_mix.h"
 
 #include "by_dtype.h"

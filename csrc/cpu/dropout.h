@@ -52,7 +52,7 @@ LX_INLINE Words multiply_low(Words c, uint32_t m) {
 #endif
 }
 
-// Bit l: the low word of lane l is at or above the threshold.
+// Return a mask: bit l is set if the low word of lane l is at or above the threshold.
 LX_INLINE uint64_t lanes_at_least(Words words, uint32_t threshold) {
     const auto at_least = (words & 0xffffffffu) >= threshold;
 #if defined(__AVX512F__)

@@ -6,8 +6,8 @@
 //
 // Order of every sum, so that a row's bits depend neither on threads nor on other rows:
 //   v[t, r]           up to kRankSpan ranks one vector accumulator: lane l adds k = l, l + L, ...
-//                     ascending (pair products of the hardware: 2l, 2l + 1, then 2L further), then
-//                     the tree of sum_lanes(). Above, one accumulator, k ascending.
+//                     ascending (with the hardware's pair products: 2l, 2l + 1, 2l + 2L, ...), then
+//                     the tree of sum_lanes(). For more ranks, one accumulator, k ascending.
 //   delta of y[t, o]  one accumulator, ranks ascending; then y + delta, rounded once.
 //
 // If a chunk has few rows, the time is bound by the bytes of A and B, which are read once; x, v and

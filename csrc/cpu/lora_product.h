@@ -25,8 +25,8 @@ constexpr int64_t kDepth = 128;    // depth of a sum packed at a time
 constexpr int64_t kColumns = 64;   // columns of the right factor packed at a time
 static_assert(kColumns == kMaskColumns && kDepth % kMaskColumns == 0);
 
-// Calls f(Int<rows>, Int<vectors>, row, column) for tiles that cover rows x columns; columns is a
-// whole number of vectors.
+// Calls f(Int<rows>, Int<vectors>, row, column) for tiles that cover `rows` x `columns` elements;
+// `columns` is a whole number of vectors.
 template <typename T, typename F>
 LX_INLINE void for_tiles(int64_t rows, int64_t columns, F&& f) {
     constexpr int L = kLanes<T>;

@@ -35,8 +35,8 @@ struct Slot {
           b_row(bank.b_row_stride),
           in(bank.in_features),
           out(bank.out_features),
-          // The rank is clamped as in the kernels, since da and db visit slots without rows, whose
-          // ranks are not checked.
+          // The rank is clamped as in the kernels, because da and db also visit slots without rows,
+          // whose ranks csrc/ops does not check.
           rank(bank.ranks ? clamp_rank(bank.ranks[slot], bank.max_rank) : bank.max_rank),
           full_pages(bank.full_pages),
           scale(bank.scale ? bank.scale[slot] : 1) {

@@ -135,7 +135,7 @@ void lay_out(const T* k, int64_t stride, int64_t keys, int64_t width, Acc<T>* pa
         }
 }
 
-// Widens rows of numbers to the type of sums; the rest of each row is zero.
+// Widens rows to the type of sums; each row is padded with zeros.
 template <typename T>
 void widen(const T* from, int64_t from_stride, int64_t rows, int64_t width, Acc<T>* to,
            int64_t to_stride) {

@@ -59,7 +59,7 @@ LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k,
         step([n = k_end - k](const T* p) __attribute__((always_inline)) { return load_n(p, n); });
 }
 
-// Calls f(row, rank, sum of lanes).
+// Calls f(row, rank, sum of the lanes of acc[row][rank]).
 template <typename T, int kRows, int kRanks, typename F>
 LX_INLINE void for_sums(const Vec<T> (&acc)[kRows][kRanks], F&& f) {
     for (int i = 0; i < kRows; ++i) {

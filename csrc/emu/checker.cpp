@@ -9,8 +9,8 @@
 //   blocks of one launch    only: barrier, fence_device, atomic | atomic on the same address,
 //                           fence_device
 // Shuffles, votes, ldmatrix and mma order nothing. All lanes share their warp's clock towards other
-// warps. An access by a lane after its bar_arrive may therefore count as before the bar_arrive of a
-// later lane: the checker can miss a report but never makes a false one.
+// warps. The checker may therefore take an access by a lane after its bar_arrive for one before the
+// bar_arrive of a later lane: it can miss a race but never reports a false one.
 #include <dlfcn.h>
 #include <link.h>
 

@@ -288,9 +288,9 @@ void prepare(const Launch& launch, void (*body)(void*), void* arguments, size_t 
     m.last_error.clear();
 }
 
-// A dependent launch may overlap earlier launches, back to the last ordinary one, which started
-// after everything before it had ended. Buffers that these launches write are not constant for this
-// launch.
+// A dependent launch may overlap earlier launches, back to the last one that is not dependent,
+// which started after all launches before it had ended. Buffers that these launches write are not
+// constant for this launch.
 struct Written {
     std::string by;
     uintptr_t begin, end;

@@ -68,8 +68,8 @@ struct Call {
          double dropout_p, const OptionalTensor& seed)
         : op(op) {
         check_dim(op, "x", x_in, 2, "(T, I)");
-        // A layer passes its one adapter as 2-d parameters. Views made by the layer would be graph
-        // nodes, which take as long as the op at small batches.
+        // A layer passes its one adapter as 2-d parameters. If the layer made views of them, the
+        // graph nodes of these views would take as long as the op at small batches.
         const bool one = a_in.dim() == 2 && b_in.dim() == 2;
         const Tensor a = one ? a_in.unsqueeze(0) : a_in, b = one ? b_in.unsqueeze(0) : b_in;
         check_dim(op, "b", b, 3, "(A, O, R)");

@@ -254,9 +254,9 @@ LaunchStatus launch_layers_backward(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_dweights(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_walk(const LayersArgs& args, void* stream);
 
-// Leaves of finite families: e[b, m, j] = log p[row[m] + j, x[b, m]], 0 if x is -1. m counts blocks
-// of `block` units; every row[m] is a multiple of `block`. With norm kLog the table holds log p.
-// With kLogits log p = table - base + shift, the log-softmax of its rows.
+// Leaves with finite distributions: e[b, m, j] = log p[row[m] + j, x[b, m]], or 0 if x is -1. m
+// counts blocks of `block` units; every row[m] is a multiple of `block`. With norm kLog the table
+// holds log p. With kLogits log p = table - base + shift, the log-softmax of its rows.
 struct CircuitTableArgs {
     DType dtype = DType::kFloat32;
     WeightNorm norm = WeightNorm::kLog;

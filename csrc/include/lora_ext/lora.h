@@ -53,7 +53,7 @@ struct LoraBank {
     int32_t num_pages = 0;  // pool size; table entries outside [0, num_pages) mark absent pages
     int32_t in_features = 0;
     int32_t out_features = 0;
-    // Every page has all 8 ranks in memory: true for a pool, and if max_rank % 8 == 0.
+    // True if every page has memory for all 8 ranks: for a pool, and if max_rank % 8 == 0.
     bool full_pages = false;
 };
 
@@ -77,7 +77,7 @@ enum PlanField : int32_t {
     kPlanHeader = 8,
 };
 
-// Return the rows per chunk from host-known numbers: few for decode, a matrix tile for prefill.
+// Return the rows per chunk, from sizes that the host knows: few to decode, a tile to prefill.
 constexpr int32_t lora_chunk_rows(int64_t num_tokens) {
     return num_tokens <= 256 ? 16 : num_tokens < 4096 ? 64 : 128;
 }
@@ -99,7 +99,7 @@ struct LoraPlanLayout {
 struct LoraPlanArgs {
     const void* adapter_ids = nullptr;  // (T,) int64 or int32
     bool ids_are_int64 = true;
-    // One number on the device of the ids, or nullptr: rows at or beyond this number count as -1.
+    // Address of a number on the device of the ids, or nullptr: rows at or beyond it have id -1.
     const int32_t* num_valid = nullptr;
     int64_t num_tokens = 0;
     int32_t num_adapters = 0;
