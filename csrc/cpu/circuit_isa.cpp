@@ -12,9 +12,9 @@
 //   a step         X[z, z'] = dout[z'] exp(cur[z] + A[z, z'] - out[z'])    dcur[z] = sum_z' X
 //   a projection   Y[z, z'] = du[z] exp(A[z, z'] + up[z'] - u[z])          dup[z'] = sum_z Y
 //   the logits     X + Y - softmax(trans[z]) sum_z' (X + Y)[z, z']
-// X is p[z] E[z, z'] r[z'] with r = dout / exp(out - top), if no exp(out - top) is below kTrusted;
-// otherwise that vector of states is computed from the logarithms, whose difference is at most 0.
-// The same holds for Y, row by row.
+// X is computed as p[z] E[z, z'] r[z'] (p and E: circuit_walk.h) with r = dout / exp(out - top). A
+// vector of states with an exp(out - top) below kTrusted is computed from the logarithms instead,
+// whose difference is at most 0. The same holds for Y, row by row.
 //
 // One thread computes each row of the batch, and each row of V logits, in a fixed order. The result
 // therefore depends neither on the number of threads nor on the rest of the batch.
@@ -392,7 +392,7 @@ struct Reverse {
         store_prior_gradient(d);
     }
 
-    // Loads cur of `node` before its left or right child.
+    // Loads the vector cur that enters the left or the right child of `node`.
     void load_cur(const CircuitNode& node, bool right, A* to) const {
         if (node.matrix < 0)
             for (int64_t i = 0; i < width; i += L) store(to + i, load(prior + i));
@@ -412,7 +412,7 @@ struct Reverse {
         const CircuitNode root{0, c.n_token, -1};
         const auto dup_at = [&](int64_t l) { return levels + 2 * l * width; };
         const auto dcur_at = [&](int64_t l) { return levels + (2 * l + 1) * width; };
-        // The gradient of u: a child adds u to both up and cur.
+        // Loads the gradient of a child's u, which is a sum, because u is added to both up and cur.
         const auto load_du = [&](int64_t l) {
             for (int64_t i = 0; i < width; i += L)
                 store(d + i, load(dup_at(l) + i) + load(dcur_at(l) + i));

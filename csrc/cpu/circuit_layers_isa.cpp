@@ -223,8 +223,8 @@ void dweights(const LayersArgs& args, int64_t begin, int64_t end, void* scratch)
 }
 
 // ------------------------------------------------------------------------------------------------
-// Walks. All walks visit one node before any visits the next, so that they share its terms and
-// weights.
+// Walks. All walks of a range visit a node before any visits the next node, so that they share the
+// node's terms and weights.
 
 template <typename A>
 struct Walks {

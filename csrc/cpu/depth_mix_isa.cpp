@@ -184,7 +184,7 @@ struct Rows {
         });
     }
 
-    // Computes the mixing weights with the router.
+    // Computes the mixing weights: the softmax of the router's logits for n_{k-1}.
     LX_INLINE void route() const {
         V sum[kMax][kRows] = {};
         for_normed(depths - 1,
@@ -347,7 +347,7 @@ struct Rows {
         if (!args.router) return;
         turn_to_logits();
         add_router(part);
-        // Gradient of n_{k-1}, from the mix and from the router.
+        // The gradient of n_{k-1} is the sum of those from the mix and from the router.
         for_vectors<T>(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
             for (int i = 0; i < kRows; ++i) {
                 V up = take(g + i * width + c, n) * broadcast<T>(at(args.weights, last, i));

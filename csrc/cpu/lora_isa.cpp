@@ -59,8 +59,8 @@ void shrink_few(const Slot<T>& slot, const Rows<const T>& x, const Rows<Acc<T>>&
 }
 
 // kGroupRows x kGroupRanks dot products, block by block of I: the block of A stays in L1 or L2 for
-// all rows, the rows of x stay in L2 for all ranks. Accumulators are saved as vectors, so the
-// blocks do not change the order of the sum.
+// all rows, and the rows of x stay in L2 for all ranks. Accumulators are saved as vectors, so that
+// the blocks do not change the order of the sum.
 template <typename T>
 void shrink_group(const Slot<T>& slot, const Rows<const T>& x, int64_t rows, int64_t rank_begin,
                   int64_t rank_end, const Rows<Acc<T>>& v) {
@@ -311,7 +311,7 @@ void expand(const LoraArgs& args, int64_t begin, int64_t end) {
     });
 }
 
-// v stays on the stack, and args.v is unused. Only for ranks of one span.
+// For ranks of one span only. v is on the stack, and args.v is unused.
 template <typename T>
 void apply(const LoraArgs& args, int64_t begin, int64_t end) {
     alignas(64) Acc<T> buffer[kVSize];

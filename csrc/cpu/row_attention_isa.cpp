@@ -2,9 +2,9 @@
 //
 // A block contains adjacent query rows and all heads that share keys. It passes over the keys
 // twice, in chunks that stay in the L1 cache: for the scores, with keys in lanes, and for the
-// values, with features in lanes. In between the weights of each row are computed separately. The
+// values, with features in lanes. In between, it computes the weights of each row separately. The
 // rows of a tile share the loads of keys and values. Each element is one chain of multiply-adds in
-// the row's own order, so the result does not depend on the other rows of the tile.
+// the order of its own row's keys, so it does not depend on the other rows of the tile.
 #include "lora_ext/row_attention.h"
 
 #include "by_dtype.h"
@@ -253,8 +253,8 @@ struct Block {
         });
     }
 
-    // Replaces the scores of all heads of row t + i by weights. Scores with holes are packed for
-    // the sum and moved back to the positions of their keys.
+    // Replaces the scores of all heads of row t + i by weights. If the row's keys have holes, its
+    // scores are packed for the sum, and the weights are moved back to the positions of the keys.
     void weigh_rows(int64_t i) const {
         for (int64_t row = i * room.alike; row < (i + 1) * room.alike; ++row) {
             A *const own = scores(row), *const packed = scratch + room.packed;
@@ -291,8 +291,8 @@ struct Block {
             add_run(row, count, v + (run - begin) * v_stride, v_stride, run, run_end - run);
         };
         for_tiles(0, times * room.alike, [&](int64_t row, int64_t count) {
-            // The keys that all rows of the tile see without holes are added for all rows at once;
-            // the keys before and after them are added row by row.
+            // The keys that all rows of the tile see, without holes, are added for all rows at
+            // once; the keys before and after this range are added row by row.
             const int64_t i_first = row / room.alike, i_last = (row + count - 1) / room.alike;
             int64_t common = begin, common_end = end;
             for (int64_t i = i_first; i <= i_last; ++i) {
