@@ -203,7 +203,7 @@ void scan(const CircuitScanArgs& args, int64_t begin, int64_t end, void* scratch
 // ------------------------------------------------------------------------------------------------
 // Backward of the scan
 
-// Backward of one row of the batch, from right to left.
+// Backward of one row of the batch, which visits the positions from right to left.
 template <typename P>
 struct Reverse {
     using A = Acc<P>;

@@ -6,9 +6,9 @@
 // with A = log softmax of a row of trans. Both compute with numbers relative to a maximum,
 //   out = top + log sum_z p[z] E[z, z']
 //   p[z] = exp(cur[z] - top) / sum E[z, :],  E = exp(a - max a)
-// so a transition costs one exponential. A sum below kTrusted may have lost terms to underflow: its
-// vector of states is recomputed as log-sum-exp of exact logarithms. If all terms are -inf, the sum
-// is -inf.
+// so that an element of a matrix costs one exponential. A sum below kTrusted may have lost terms to
+// underflow: its vector of states is recomputed as log-sum-exp of exact logarithms. If all terms
+// are -inf, the sum is -inf.
 //
 // Logarithms are relative to a base in double, so that a chain of thousands of positions loses no
 // digits. A vector of states is padded with -inf to whole vectors.

@@ -78,7 +78,7 @@ struct VecOf {
 template <typename E, int kCount>
 using VecN = typename VecOf<E, kCount>::type;
 
-// Vector in which T is computed: float lanes, or double for double.
+// Vector of the type in which T is computed: float lanes, or double lanes for double.
 template <typename T>
 constexpr int kLanes = LX_VEC_BYTES / sizeof(Acc<T>);
 template <typename T>

@@ -51,7 +51,7 @@ float bf16_value(uint32_t bits) {
 
 float f16_value(uint32_t bits) {
     const uint32_t magnitude = (bits & 0x7fff) << 13;
-    // Exponent bias 15 to 127, also for subnormals; infinity and NaN keep the largest exponent.
+    // Changes the exponent bias from 15 to 127; infinity and NaN keep the largest exponent.
     uint32_t value = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
     if (magnitude >= 0x7c00u << 13) value = magnitude | 0x7f800000u;
     return bit_cast<float>(value | (bits & 0x8000) << 16);
