@@ -1,6 +1,6 @@
-// The parts specific to one module: its name, its library's name, and the choice between twin and
-// kernel for a tensor. Compiled once for each of _C, _emu and _emu_check; the modules share all
-// other objects of csrc/ops.
+// The parts specific to one module: its name, its library's name, and the choice of CPU twin or
+// CUDA kernel for a tensor. Compiled once for each of _C, _emu and _emu_check; the modules share
+// all other objects of csrc/ops.
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <pybind11/pybind11.h>

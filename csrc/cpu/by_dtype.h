@@ -23,7 +23,7 @@ LX_INLINE void with_dtype(DType dtype, F&& f) {
     }
 }
 
-// Return the dtype that selects among a table's functions, for the arguments of any family.
+// Return the dtype by which a table's functions are selected, for the arguments of any family.
 template <typename Args>
 LX_INLINE DType dtype_of(const Args& args) {
     if constexpr (requires { args.lora.dtype; })
@@ -49,7 +49,7 @@ void by_dtype(const Args& args, Rest... rest) {
     }
 }
 
-// Entry of a table. A lambda would become an exported symbol here, because the table is one.
+// Entry of a table. The table is exported, so a lambda in it would become an exported symbol.
 #define LX_BY_DTYPE(f) by_dtype<f<float>, f<Half>, f<BFloat>, f<double>>
 
 }  // namespace

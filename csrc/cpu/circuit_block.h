@@ -1,8 +1,8 @@
 // A node of a circuit on a block of lanes: products, sums, and their backward; formulas in
 // circuit_layers.h. Compiled per instruction set like sum_rows.h.
 //
-// Vectors run along the lanes, so that maxima, exponentials and logarithms of a row of data use no
-// other row. A matrix product broadcasts each weight to all lanes.
+// Vectors run along the lanes, one row of data per lane, so that maxima, exponentials and
+// logarithms of a row use no other row. A matrix product broadcasts each weight to all lanes.
 #pragma once
 
 #include "lora_ext/circuit_layers.h"
@@ -12,7 +12,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// Rows of a tile, by the number of vectors - 1: up to 24 of 32 registers are sums, or 12 of 16.
+// Rows of a tile of 1, 2 or 4 vectors: sums occupy up to 24 of 32 registers, or 12 of 16.
 constexpr int kMostVecs = 4;
 #if defined(__AVX512F__)
 constexpr int kTileRows[] = {12, 12, 0, 6};
@@ -20,7 +20,7 @@ constexpr int kTileRows[] = {12, 12, 0, 6};
 constexpr int kTileRows[] = {8, 6, 0, 3};
 #endif
 
-// Calls f(Int<vectors>, first lane) for blocks of the lanes of groups [begin, end).
+// Calls f(Int<vectors>, first lane) for blocks that cover the lanes of groups [begin, end).
 template <typename A, typename F>
 LX_INLINE void for_blocks(int64_t begin, int64_t end, F&& f) {
     constexpr int L = kLanes<A>;
@@ -161,7 +161,7 @@ struct Block {
                 store(p + x, exp<false>(load(p + x) - base[v]));
             });
     }
-    // The flow d of a product is added to each of its factors.
+    // Adds the flow d of each product to the flows of all factors of the product.
     void add_to_children(const LayersNode& node, const A* d) const {
         for (int64_t p = node.part_begin; p < node.part_end; ++p) {
             const LayersPart part = program.parts()[p];
@@ -238,7 +238,7 @@ struct Block {
             rescue(m, o, p, tops, s, out);
         }
     }
-    // Recomputes log sum W_i exp(l_i) where s is too small, with terms shifted by their maximum.
+    // Recomputes log sum W_i exp(l_i) for lanes with too small s, shifting terms by their maximum.
     void rescue(const LayersMatrix& m, int64_t o, const A* l, const V (&tops)[kVecs],
                 const V (&s)[kVecs], A* out) const {
         const A* w = weights_of(m, o);
@@ -259,7 +259,7 @@ struct Block {
         const A top = row_max(w, n);
         return top == -kInfinity<A> ? A(0) : top;
     }
-    // Distributes the complete dl of the node to its children; writes `ratio` for dweights.
+    // Distributes the complete flow dl of the node to its children; stores `ratio` for dweights.
     void backward(const LayersNode& node, A* p, A* d, A* ratio) const {
         if (node.matrix < 0) {
             for (int64_t o = 0; o < node.units; ++o)

@@ -64,7 +64,7 @@ template <typename A>
 struct LeafOps {
     // `w` is scratch for one row, here and below.
     void (*norms)(const void* rows, int64_t C, int64_t V, A* w, Norms<A> norms);
-    // e[z] = log p(v | z)
+    // e[z] = log p(v | z) for token v
     void (*at)(const void* rows, int64_t C, int64_t V, int64_t v, Norms<A> norms, A* e);
     int64_t (*draw)(const void* rows, int64_t z, int64_t V, A uniform, A* w);
     // out[v] = log sum_z exp(log_state[z]) p(v | z)
@@ -142,7 +142,7 @@ struct Leaves {
 // ------------------------------------------------------------------------------------------------
 // Sampling and conditionals
 
-// Writes softmax(cur) to `state`, padded with zeros, and returns the logarithm of the divisor.
+// Writes softmax(cur) to `state`, padded with zeros, and returns log sum exp(cur).
 template <typename A>
 A posterior_of(const A* cur, int64_t width, A* state) {
     const A shift = shift_of(max_of(cur, width)), sum = exp_of(cur, shift, width, state);

@@ -12,9 +12,9 @@
 //   a step         X[z, z'] = dout[z'] exp(cur[z] + A[z, z'] - out[z'])    dcur[z] = sum_z' X
 //   a projection   Y[z, z'] = du[z] exp(A[z, z'] + up[z'] - u[z])          dup[z'] = sum_z Y
 //   the logits     X + Y - softmax(trans[z]) sum_z' (X + Y)[z, z']
-// X is p[z] E[z, z'] r[z'] with r = dout / exp(out - top), if no exp(out - top) is below kTrusted;
-// otherwise that vector of states is computed from the logarithms, whose difference is at most 0.
-// The same holds for Y, row by row.
+// X is computed as p[z] E[z, z'] r[z'] (p and E: circuit_walk.h) with r = dout / exp(out - top). A
+// vector of states with an exp(out - top) below kTrusted is computed from the logarithms instead,
+// whose difference is at most 0. The same holds for Y, row by row.
 //
 // One thread computes each row of the batch, and each row of V logits, in a fixed order. The result
 // therefore depends neither on the number of threads nor on the rest of the batch.
@@ -42,7 +42,7 @@ LX_INLINE Acc<T> max_of_logits(const T* x, int64_t n) {
     return max_lane(max(most, other));
 }
 // Return the sum of exp(x - top), where top is the maximum of x. If top is -inf, return 0, or NaN
-// if x contains NaN, which the maximum skips. Prefetches the input of the next maximum.
+// if x contains NaN, which the maximum skips. Prefetches the logits of the next maximum.
 template <typename T>
 LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> top) {
     constexpr int L = kLanes<T>;
@@ -203,7 +203,7 @@ void scan(const CircuitScanArgs& args, int64_t begin, int64_t end, void* scratch
 // ------------------------------------------------------------------------------------------------
 // Backward of the scan
 
-// Backward of one row of the batch, from right to left.
+// Backward of one row of the batch, which visits the positions from right to left.
 template <typename P>
 struct Reverse {
     using A = Acc<P>;
@@ -248,9 +248,9 @@ struct Reverse {
         return of ? static_cast<const A*>(of)[b * c.n_token + k] : A(0);
     }
 
-    // Computes the gradients at position k from x = cur: `gradient` becomes the gradient of cur,
-    // and de_k the gradient of cur + e_k, plus dup if given, since e_k is also part of up. x
-    // becomes cur + e_k.
+    // Computes the gradients at position k, given cur in x: writes the gradient of cur to
+    // `gradient`, and the gradient of cur + e_k to de_k. Adds dup to de_k if given, because e_k is
+    // also a term of up. x becomes cur + e_k.
     void position(int64_t k, A* x, A* gradient, const A* dup) {
         A* const before = ratio;
         const A weight = exp_of(x, shift_of(max_of(x, width)), width, before);
@@ -280,8 +280,8 @@ struct Reverse {
         exp_of(up, shift, width, up_weight);
         exp_of(u, shift, width, u_weight);
     }
-    // Row z of Y is E times up_weight times `linear`. If u_weight[z] is below kTrusted, it is
-    // `exact` times the exponential of exact logarithms.
+    // Coefficients of row z of Y. The row is E * up_weight * `linear` or, if u_weight[z] is below
+    // kTrusted, `exact` times the exponential of exact logarithms.
     struct RowOfY {
         A linear, exact, minus, top;
     };
@@ -311,7 +311,7 @@ struct Reverse {
     void trace(int64_t m, const A* from, const A* dout, const A* du, A* dcur) const {
         const A shift = shift_of(max_of(from, width));
         exp_of(from, shift, width, step.weights);
-        // exact[i] is nonzero if this vector of columns is computed from its logarithms.
+        // exact[i] is nonzero if the vector of columns at i is computed from logarithms.
         A* const exact = step.u;
         for (int64_t i = 0; i < width; i += L) {
             const V value = load(out + i), weight = exp(value - shift);
@@ -392,7 +392,7 @@ struct Reverse {
         store_prior_gradient(d);
     }
 
-    // Loads cur of `node` before its left or right child.
+    // Loads the vector cur that enters the left or the right child of `node`.
     void load_cur(const CircuitNode& node, bool right, A* to) const {
         if (node.matrix < 0)
             for (int64_t i = 0; i < width; i += L) store(to + i, load(prior + i));
@@ -412,7 +412,7 @@ struct Reverse {
         const CircuitNode root{0, c.n_token, -1};
         const auto dup_at = [&](int64_t l) { return levels + 2 * l * width; };
         const auto dcur_at = [&](int64_t l) { return levels + (2 * l + 1) * width; };
-        // The gradient of u: a child adds u to both up and cur.
+        // Loads the gradient of a child's u, which is a sum, because u is added to both up and cur.
         const auto load_du = [&](int64_t l) {
             for (int64_t i = 0; i < width; i += L)
                 store(d + i, load(dup_at(l) + i) + load(dcur_at(l) + i));

@@ -1,6 +1,6 @@
 // Whole circuits on the CPU, compiled once per instruction set; formulas in circuit_layers.h.
 //
-// A thread runs the whole program for a block of lanes, whose terms stay in its cache.
+// A thread runs the whole program for a block of lanes, so that their terms stay in its cache.
 #include "lora_ext/circuit_layers.h"
 
 #include "circuit_block.h"
@@ -38,7 +38,7 @@ void weights(const LayersArgs& args, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------
 
-// Copies rows of data to lanes; lanes beyond the data are zero.
+// Copies rows of data to lanes, one row per lane; lanes beyond the data are zero.
 template <typename A, int kVecs>
 void load_leaves(const Block<A, kVecs>& block) {
     constexpr int kWidth = Block<A, kVecs>::kWidth, L = kLanes<A>;
@@ -86,7 +86,7 @@ void backward(const LayersArgs& args, int64_t begin, int64_t end, void* scratch)
                 to[b] += static_cast<const A*>(args.droots)[(lane + b) * roots + r];
         }
         A* p = static_cast<A*>(scratch);
-        A *d = p + args.max_width * kWidth, *ratio = d + args.max_width * kWidth;  // max_units
+        A *d = p + args.max_width * kWidth, *ratio = d + args.max_width * kWidth;  // max_units rows
         for (int64_t n = args.program.num_nodes() - 1; n >= 0; --n)
             block.backward(args.program.nodes()[n], p, d, ratio);
     });
@@ -139,7 +139,7 @@ struct Flows {
         }
         finish(total);
     }
-    // Return the sum of flows over the lanes whose result is possible.
+    // Return the sum of the flows of row r over the lanes whose value is not -inf.
     A total_of(const LayersNode& node, int64_t r) const {
         const A* out = static_cast<const A*>(args.val) + (node.out + r) * args.lanes;
         const A* g = static_cast<const A*>(args.grad) + (node.out + r) * args.lanes;
@@ -223,8 +223,8 @@ void dweights(const LayersArgs& args, int64_t begin, int64_t end, void* scratch)
 }
 
 // ------------------------------------------------------------------------------------------------
-// Walks. All walks visit one node before any visits the next, so that they share its terms and
-// weights.
+// Walks. All walks of a range visit a node before any visits the next node, so that they share the
+// node's terms and weights.
 
 template <typename A>
 struct Walks {

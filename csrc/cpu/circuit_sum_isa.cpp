@@ -1,6 +1,6 @@
 // Sum layers on the CPU, compiled once per instruction set; formulas in circuit_sum.h.
 //
-// Lanes run over the terms i of a row, except in functions that visit a row of sums.
+// Lanes run over the terms i of a row, except in functions that process a row of sums.
 #include "lora_ext/circuit_sum.h"
 
 #include "by_dtype.h"
@@ -84,7 +84,7 @@ void finish(const LogSumArgs& args, int64_t g, int64_t b, int64_t o, int64_t o_e
     });
 }
 
-// Weights are scaled just before use and stay in L2 until all rows have used them.
+// Scales weights just before their use, so that they stay in L2 until all rows have used them.
 template <typename T>
 void forward(const LogSumArgs& args, int64_t begin, int64_t end) {
     using A = Acc<T>;

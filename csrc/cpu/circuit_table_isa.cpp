@@ -1,10 +1,10 @@
-// Tables of finite leaves on the CPU, compiled once per instruction set; formulas in
-// circuit_layers.h.
+// Tables of leaves with finite distributions on the CPU, compiled once per instruction set;
+// formulas in circuit_layers.h.
 //
-// Forward: up to 64 values of a unit are held in four registers, and one permutation looks up 16
-// rows of data. Longer tables and other instruction sets read one number at a time. Backward:
-// vectors run along the units of a block, so that a row of data is one addition for all units. The
-// sums are transposed into the table when its rows are complete.
+// Forward: up to 64 values of a unit are held in four registers, and one permutation looks up the
+// values for 16 rows of data. Longer tables and other instruction sets read one number at a time.
+// Backward: vectors run along the units of a block, so that one addition per row of data updates
+// all units. The sums are transposed when they are added to the table.
 #include "lora_ext/circuit_layers.h"
 
 #include "sum_rows.h"
@@ -22,7 +22,7 @@ void norms(const CircuitTableArgs& args, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < end - begin; ++r) base[r] = base[r] == -kInfinity<A> ? A(0) : base[r];
 }
 
-// Entries of one row of a table, relative to its norm.
+// Entries of one row of a table; those of logits are converted to log-probabilities.
 template <typename A>
 struct Entries {
     const A* of;
@@ -113,7 +113,7 @@ struct TableFlows {
             }
         }
     }
-    // Adds the sums to rows row + j, ... of the table and clears them.
+    // Adds the sums to rows row + j, ... of the table's gradient and clears the sums.
     void flush(int64_t row) const {
         alignas(64) A turned[L * L];
         for (int64_t v = 0; v < args.values; v += L) {

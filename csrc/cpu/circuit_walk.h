@@ -1,14 +1,14 @@
-// Walk of a circuit from left to right, one row of the batch at a time, shared by the twins: one
-// template for all kinds, with a functor that is called at each position.
+// Walk of a circuit from left to right, one row of the batch at a time, shared by the CPU twins:
+// one template for all kinds, with a functor that is called at each position.
 //
 //   step     out[z'] = log sum_z exp(cur[z] + A[z, z'])         cur before the latent z'
 //   project  u[z]    = log sum_z' exp(A[z, z'] + up[z'])        the return up the tree
 // with A = log softmax of a row of trans. Both compute with numbers relative to a maximum,
 //   out = top + log sum_z p[z] E[z, z']
 //   p[z] = exp(cur[z] - top) / sum E[z, :],  E = exp(a - max a)
-// so a transition costs one exponential. A sum below kTrusted may have lost terms to underflow: its
-// vector of states is recomputed as log-sum-exp of exact logarithms. If all terms are -inf, the sum
-// is -inf.
+// so that an element of a matrix costs one exponential. A sum below kTrusted may have lost terms to
+// underflow: its vector of states is recomputed as log-sum-exp of exact logarithms. If all terms
+// are -inf, the sum is -inf.
 //
 // Logarithms are relative to a base in double, so that a chain of thousands of positions loses no
 // digits. A vector of states is padded with -inf to whole vectors.
@@ -57,7 +57,7 @@ LX_INLINE A max_of(const A* x, int64_t width) {
     for (int64_t i = kLanes<A>; i < width; i += kLanes<A>) top = max(top, load(x + i));
     return max_lane(top);
 }
-// Return the number to subtract before exp: the maximum, or 0 if all states are impossible.
+// Return the number to subtract before exp: the maximum, or 0 if all entries are -inf.
 template <typename A>
 LX_INLINE A shift_of(A top) {
     return top == kImpossible<A> ? A(0) : top;
@@ -89,7 +89,7 @@ LX_INLINE void add_to(A* x, const A* y, int64_t width) {
     for (int64_t i = 0; i < width; i += kLanes<A>) store(x + i, load(x + i) + load(y + i));
 }
 
-// exp(a - top) of one row of logits, written to `out` and padded with zeros; top and the sum.
+// Softmax of a row of logits a: writes exp(a - top) to `out`, padded with zeros; keeps top, sum.
 template <typename P>
 struct SoftmaxRow {
     Acc<P> top, sum;  // sum is 0 if nothing is possible
@@ -107,11 +107,11 @@ struct SoftmaxRow {
         }
         sum = lane_sum(total);
     }
-    // Return the logarithm of the divisor of exp(a - top).
+    // Return log(sum); the softmax is exp(a - top) / sum.
     LX_INLINE Acc<P> log_sum() const { return log_of(sum); }
 };
 
-// Return the scratch of a walk, in elements of the accumulator type.
+// Return the size of a walk's scratch, in elements of the accumulator type.
 template <typename A>
 LX_INLINE int64_t circuit_walk_scratch(const CircuitParams& c) {
     const int64_t levels =
@@ -212,7 +212,7 @@ struct CircuitStep {
             store(out + i, sum_of_rows);
         }
     }
-    // Replaces sum[z] by its logarithm.
+    // Replaces sum[z] by its logarithm, which exact_step reads.
     void take_logarithms(const A* cur) const {
         for (int64_t z = 0; z < n; ++z)
             if (cur[z] != kImpossible<A>) sum[z] = log_of(sum[z]);

@@ -1,5 +1,5 @@
-// Transposes blocks of eight ranks x one vector of outputs in registers, for dense B. Compiled per
-// instruction set like vec.h.
+// Transposes blocks of eight ranks x one vector of outputs in registers, if B is dense. Compiled
+// per instruction set like vec.h.
 #pragma once
 
 #include "transpose.h"
@@ -36,7 +36,7 @@ LX_INLINE void load_quick(const BFloat* b, Vec<float>* out) {
     U rows[4], words[4];
     for (int i = 0; i < 4; ++i) rows[i] = load_bits<U>(b + 32 * i);
     transpose_quads(rows, words);
-    for (int p = 0; p < 4; ++p) {  // two ranks make a word
+    for (int p = 0; p < 4; ++p) {  // two ranks form a 32-bit word
         out[2 * p] = bit_cast<Vec<float>>(words[p] << 16);
         out[2 * p + 1] = bit_cast<Vec<float>>(words[p] & 0xffff0000u);
     }

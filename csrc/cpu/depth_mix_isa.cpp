@@ -1,11 +1,11 @@
 // Mixes of normalised hidden states on the CPU, compiled once per instruction set.
 //
-// Vector lanes run along a row. Up to four rows run together, which read gamma and the sums over
-// rows once for all four. Each hidden state is read from memory once, for its mean square; the
-// second read is from a cache.
+// Vector lanes run along a row. Up to four rows are processed together, so that gamma and the sums
+// over rows are loaded once for all four. Each hidden state is read from memory once, for its mean
+// square; the second read is from a cache.
 //
-// Order of every sum: over a row, one vector of sums, then its lanes in a fixed tree; over depths
-// ascending; over the rows of a part ascending, four at a time, then over the parts.
+// Order of every sum: along a row, one vector of sums, then its lanes in a fixed tree; over depths,
+// ascending; over the rows of a part (mix_part_rows), four at a time, then over the parts.
 #include "lora_ext/depth_mix.h"
 
 #include "by_dtype.h"
@@ -18,8 +18,8 @@ constexpr int kTogether = 4;
 constexpr int64_t kTile = 512;  // columns mixed at a time, in L1
 constexpr int kMax = kMaxDepths;
 // A mix of at least this many bytes is stored bypassing the caches, which could not hold it.
-// Ordinary stores first read their lines, a fifth of all traffic with three states. Measured: 1.3
-// times faster.
+// Ordinary stores would first read the cache lines, a fifth of all traffic with three hidden
+// states. Measured: bypassing is 1.3 times faster.
 constexpr int64_t kStreamed = 4 << 20;
 constexpr int64_t kAhead = 256;  // prefetch distance in elements of a row; measured gain 8 %
 
@@ -81,7 +81,7 @@ LX_INLINE void for_vectors(int64_t width, F&& f) {
     if (c < width) f(c, width - c);
 }
 
-// Computes up to four sums over rows.
+// Sums the lanes of each of up to four vectors, one vector per row.
 template <typename T, int kRows>
 LX_INLINE void total(const Vec<T> (&sum)[kRows], Acc<T> (&out)[kTogether]) {
     Vec<T> all[kTogether] = {};
@@ -184,7 +184,7 @@ struct Rows {
         });
     }
 
-    // Computes the mixing weights with the router.
+    // Computes the mixing weights: the softmax of the router's logits for n_{k-1}.
     LX_INLINE void route() const {
         V sum[kMax][kRows] = {};
         for_normed(depths - 1,
@@ -233,8 +233,8 @@ struct Rows {
         }
     }
 
-    // Adds the share of depth e in columns from `begin` on and prefetches the next rows, because
-    // memory would otherwise be idle.
+    // Adds the normalised depth e, times its weight, to the tile of columns from `begin` on.
+    // Prefetches the next rows, because memory would otherwise be idle.
     LX_INLINE void add_depth(int e, int64_t begin, int64_t columns, A (&tile)[kRows][kTile]) const {
         const Hidden h(*this, e);
         V weight[kRows], factor[kRows];
@@ -263,7 +263,7 @@ struct Rows {
     // --------------------------------------------------------------------------------------------
     // Backward. g is dmixed or the gradient of n_e, with g_row elements between rows.
 
-    // Sums over each row of g gamma (h - m), of g gamma ("layer"), and of g beta.
+    // Sums along each row: of g gamma (h - m), of g gamma ("layer"), and of g beta.
     struct Products {
         A scaled[kTogether] = {}, plain[kTogether] = {}, shifted[kTogether] = {};
     };
@@ -347,7 +347,7 @@ struct Rows {
         if (!args.router) return;
         turn_to_logits();
         add_router(part);
-        // Gradient of n_{k-1}, from the mix and from the router.
+        // The gradient of n_{k-1} is the sum of those from the mix and from the router.
         for_vectors<T>(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
             for (int i = 0; i < kRows; ++i) {
                 V up = take(g + i * width + c, n) * broadcast<T>(at(args.weights, last, i));

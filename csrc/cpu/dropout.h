@@ -52,7 +52,7 @@ LX_INLINE Words multiply_low(Words c, uint32_t m) {
 #endif
 }
 
-// Bit l: the low word of lane l is at or above the threshold.
+// Return a mask: bit l is set if the low word of lane l is at or above the threshold.
 LX_INLINE uint64_t lanes_at_least(Words words, uint32_t threshold) {
     const auto at_least = (words & 0xffffffffu) >= threshold;
 #if defined(__AVX512F__)
@@ -76,7 +76,7 @@ LX_INLINE uint64_t spread(uint64_t bits) {
 
 // Return the mask of the columns [column, column + 64); column is a multiple of four.
 inline uint64_t keep_bits(const DropoutKey& key, uint32_t row, int64_t column) {
-    constexpr int kChains = kCounters < 8 ? 2 : 1;  // in flight, to hide multiplier latency
+    constexpr int kChains = kCounters < 8 ? 2 : 1;  // independent, to hide latency
     uint64_t kept[4] = {};
     for (int done = 0; done < 16; done += kChains * kCounters) {
         Words c0[kChains], c1[kChains], c2[kChains] = {}, c3[kChains] = {};

@@ -1,4 +1,4 @@
-// Choice of the instruction set for the twins of every family.
+// Choice of the instruction set for the CPU twins of every family.
 #include "lora_ext/isa.h"
 
 #include "lora_ext/circuit.h"
@@ -39,8 +39,8 @@ constexpr int kBuilt = LX_X86_TABLES;
 #else
 LX_DECLARE_TABLES(avx512)
 LX_DECLARE_TABLES(avx512bf16)
-// A family without products of pairs would have the same code for AVX-512-bf16, so its AVX-512
-// table is registered twice.
+// A family that multiplies no pairs of bfloat16 would have the same code for AVX-512-bf16, so its
+// AVX-512 table is registered twice.
 #define LX_EACH_ISA(table) &scalar::table, &avx2::table, &avx512::table, &avx512::table
 #define LX_EACH_ISA_WITH_PAIRS(table) \
     &scalar::table, &avx2::table, &avx512::table, &avx512bf16::table

@@ -1,9 +1,9 @@
 // Gram matrices of adapters on the CPU, compiled once per instruction set.
 //
-// An item is a tile of 64 x 64 ranks. The long axis is processed in spans of 256. The span of each
-// side is packed into one row per rank, in the type of sums; `a` is read in place if it has that
-// type. Each element of the tile adds the span's sum of products, lanes along the span. If both
-// sides are the same, one is packed and only the lower half is computed.
+// An item is a tile of 64 x 64 ranks. The long axis is processed in spans of 256. For each side of
+// the tile, a span is packed into one row per rank, in the type of sums; `a` is read in place if it
+// has that type. Each element of the tile adds its sum of products over the span, with lanes along
+// the span. If both sides are the same, one is packed and only the lower half is computed.
 //
 // Every sum runs along the lanes of a span, then over the lanes in a fixed tree, then span by span.
 #include "lora_ext/lora_gram.h"
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kSpan = 256;
 
-// Rows of one tile's ranks along a span, in the type S of sums.
+// A span of one side of a tile: one row per rank, in the type S of sums.
 template <typename S>
 struct Panel {
     const S* data;

@@ -6,14 +6,14 @@
 //
 // Order of every sum, so that a row's bits depend neither on threads nor on other rows:
 //   v[t, r]           up to kRankSpan ranks one vector accumulator: lane l adds k = l, l + L, ...
-//                     ascending (pair products of the hardware: 2l, 2l + 1, then 2L further), then
-//                     the tree of sum_lanes(). Above, one accumulator, k ascending.
+//                     ascending (with the hardware's pair products: 2l, 2l + 1, 2l + 2L, ...), then
+//                     the tree of sum_lanes(). For more ranks, one accumulator, k ascending.
 //   delta of y[t, o]  one accumulator, ranks ascending; then y + delta, rounded once.
 //
-// Bound by bytes if a chunk has few rows: A and B are read once; x, v and y stay in cache. With
-// many rows both products are small GEMMs: shrink holds kDotRows x 4 dot products in registers;
-// expand transposes a block of B into a stack buffer and holds kTileRows rows x 2 vectors of y.
-// Ranks above kRankSpan are large GEMMs of packed blocks (lora_product.h).
+// If a chunk has few rows, the time is bound by the bytes of A and B, which are read once; x, v and
+// y stay in cache. With many rows both products are small GEMMs: shrink holds kDotRows x 4 dot
+// products in registers; expand transposes a block of B to the stack and holds kTileRows rows x 2
+// vectors of y. Ranks above kRankSpan are large GEMMs of packed blocks (lora_product.h).
 #include "dense_pages.h"
 #include "lora_product.h"
 #include "tiles.h"
@@ -43,7 +43,7 @@ LX_INLINE void write_v(const Vec<T> (&acc)[kRows][kRanks], Acc<T> scale, const R
                          __attribute__((always_inline)) { v[row + i][rank + j] = scale * sum; });
 }
 
-// Few rows: one pass over A, without accumulators in memory.
+// For few rows: one pass over A, without accumulators in memory.
 template <typename T, int kRows>
 void shrink_few(const Slot<T>& slot, const Rows<const T>& x, const Rows<Acc<T>>& v) {
     const T* xs[kRows];
@@ -59,8 +59,8 @@ void shrink_few(const Slot<T>& slot, const Rows<const T>& x, const Rows<Acc<T>>&
 }
 
 // kGroupRows x kGroupRanks dot products, block by block of I: the block of A stays in L1 or L2 for
-// all rows, the rows of x stay in L2 for all ranks. Accumulators are saved as vectors, so the
-// blocks do not change the order of the sum.
+// all rows, and the rows of x stay in L2 for all ranks. Accumulators are saved as vectors, so that
+// the blocks do not change the order of the sum.
 template <typename T>
 void shrink_group(const Slot<T>& slot, const Rows<const T>& x, int64_t rows, int64_t rank_begin,
                   int64_t rank_end, const Rows<Acc<T>>& v) {
@@ -124,8 +124,8 @@ enum class Outputs { kDense, kWhole, kPart };
 // If a bank has room for larger ranks, the rows of B of an adapter have gaps, which must not be
 // read; rows may also span many lines. The first page in each cache line of a row prefetches that
 // line of later rows: of the next tile to L1, and far ahead to L2, which allows more outstanding
-// lines. Measured on Zen 4, rows of 64: with L1 alone, ranks 32 and 64 take twice as long; with L2
-// alone, or alternating, some single lines are not fetched at all.
+// lines. Measured on Zen 4, rows of 64 ranks: with L1 only, ranks 32 and 64 take twice as long;
+// with L2 only, or one or the other in turn, some single lines are not fetched at all.
 template <int kCount, typename T>
 LX_INLINE void prefetch_rows(const T* b, int64_t row, bool one_line) {
     if (one_line)
@@ -286,7 +286,7 @@ template <typename T>
 Rows<T> y_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<T*>(args.y), args.y_row_stride, chunk.rows};
 }
-// Return the maximum rows of merged chunks. With several spans of ranks, many rows share a block.
+// Return the maximum rows of merged chunks. With several spans, many rows share a block of B.
 int64_t most_rows(const LoraArgs& args) {
     return rank_spans(args.bank.max_rank) > 1 ? kSumRows : 0;
 }
@@ -311,7 +311,7 @@ void expand(const LoraArgs& args, int64_t begin, int64_t end) {
     });
 }
 
-// v stays on the stack, and args.v is unused. Only for ranks of one span.
+// For ranks of one span only. v is on the stack, and args.v is unused.
 template <typename T>
 void apply(const LoraArgs& args, int64_t begin, int64_t end) {
     alignas(64) Acc<T> buffer[kVSize];

@@ -48,8 +48,8 @@ void plan_by_slot(const LoraPlanArgs& args) {
     }
     const int32_t num_active = slot_begin[num_slots];
 
-    // Scatter with slot_begin as the write cursors; afterwards slot_begin[s] is the end of s, so
-    // shift back by one.
+    // Scatter the rows, with slot_begin as the write cursors. Afterwards slot_begin[s] is the end
+    // of slot s, so that the entries must be shifted by one.
     int32_t next_inactive = num_active;
     bool identity = true;
     for (int64_t t = 0; t < num_tokens; ++t) {

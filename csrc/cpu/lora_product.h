@@ -1,5 +1,5 @@
-// Products of packed blocks, used by the training twins of LoRA, and by inference at ranks above
-// kRankSpan.
+// Products of packed blocks, used by the CPU twins of LoRA for training, and for inference at ranks
+// above kRankSpan.
 //
 // Both factors are packed into stack buffers: widened, masked, transposed so that lanes run along a
 // row of the result, and dense, because rows at a distance of a power of two would share one set of
@@ -25,8 +25,8 @@ constexpr int64_t kDepth = 128;    // depth of a sum packed at a time
 constexpr int64_t kColumns = 64;   // columns of the right factor packed at a time
 static_assert(kColumns == kMaskColumns && kDepth % kMaskColumns == 0);
 
-// Calls f(Int<rows>, Int<vectors>, row, column) for tiles that cover rows x columns; columns is a
-// whole number of vectors.
+// Calls f(Int<rows>, Int<vectors>, row, column) for tiles that cover `rows` x `columns` elements;
+// `columns` is a whole number of vectors.
 template <typename T, typename F>
 LX_INLINE void for_tiles(int64_t rows, int64_t columns, F&& f) {
     constexpr int L = kLanes<T>;
@@ -177,7 +177,7 @@ void sum_products(int64_t rows, int64_t depth, int64_t columns, Acc<T>* sums, in
     }
 }
 
-// Ranks that one item of a twin processes.
+// Ranks that one item of a CPU twin processes.
 struct Span {
     int64_t first, ranks;
 };

@@ -1,4 +1,4 @@
-// Iteration shared by the twins of the LoRA family: the pages of a slot, the chunks of a plan,
+// Iteration shared by the CPU twins of the LoRA family: the pages of a slot, the chunks of a plan,
 // indexed rows. Compiled per instruction set like vec.h.
 #pragma once
 
@@ -35,8 +35,8 @@ struct Slot {
           b_row(bank.b_row_stride),
           in(bank.in_features),
           out(bank.out_features),
-          // The rank is clamped as in the kernels, since da and db visit slots without rows, whose
-          // ranks are not checked.
+          // The rank is clamped as in the kernels, because da and db also visit slots without rows,
+          // whose ranks csrc/ops does not check.
           rank(bank.ranks ? clamp_rank(bank.ranks[slot], bank.max_rank) : bank.max_rank),
           full_pages(bank.full_pages),
           scale(bank.scale ? bank.scale[slot] : 1) {

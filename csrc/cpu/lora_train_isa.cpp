@@ -108,7 +108,7 @@ int64_t band_items(const LoraTrainArgs& args, int64_t features) {
     return bank.num_adapters * rank_spans(bank.max_rank) * blocks_of(features, kColumns);
 }
 
-// Return the row width of a span in dA or dB; ranks beyond the adapter's are zero.
+// Return the width of a span's rows in dA or dB; ranks beyond the adapter's rank are zero.
 int64_t span_width(const LoraBank& bank, const Span& span) {
     return min(kRankSpan, bank.max_rank - span.first);
 }
@@ -173,8 +173,8 @@ void add_to_dx(const Rows<T>& dx, int64_t rows, int64_t begin, int64_t width, co
     });
 }
 
-// The sums of dA, and a copy of A, are stored in dense blocks of kColumns features. with_dx
-// requires that one span has all ranks.
+// Sums of dA, and a copy of A, are stored in dense blocks of kColumns features. with_dx: also
+// computes dx, which requires that one span has all ranks.
 template <typename T>
 void da_bands(const LoraTrainArgs& args, bool with_dx, int64_t begin, int64_t end) {
     alignas(64) Acc<T> sums[kAccumulators], a[kAccumulators], xs[kRowBlock * kColumns],

@@ -15,9 +15,9 @@ namespace {
 constexpr int kTileRows = LX_VEC_BYTES == 64 ? 8 : 6;  // x 2 vectors of sums, in registers
 constexpr int64_t kTileColumns = 2 * kF;
 constexpr int64_t kHalves = kPanel / kTileColumns;  // adjacent tiles of a panel
-constexpr int64_t kChunk = 128;                     // steps
+constexpr int64_t kChunk = 128;                     // steps of a panel that stay in L1
 constexpr int64_t kStepBytes = kPanel * 4;          // two cache lines
-constexpr int64_t kAhead = 4096;                    // prefetch distance in bytes of a single pass
+constexpr int64_t kAhead = 4096;                    // prefetch distance in bytes, for one pass
 constexpr int64_t kRows = 32;                       // rows per pass over W
 
 using Word = VecN<uint32_t, kF>;

@@ -14,7 +14,7 @@ LX_INLINE void for_vectors(int64_t begin, int64_t end, F&& f) {
     for (; i + L <= end; i += L) f(i, int64_t{L});
     if (i < end) f(i, end - i);
 }
-// Lanes from `count` on are zero.
+// Loads the first `count` lanes; the others are zero.
 template <typename T>
 LX_INLINE Vec<T> load_part(const T* p, int64_t count) {
     return count == kLanes<T> ? load(p) : load_n(p, count);

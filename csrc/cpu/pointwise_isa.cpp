@@ -110,8 +110,8 @@ LX_INLINE V value(V x) {
     }
 }
 
-// Not inlined, and called with counts that the compiler cannot see, so that the same code computes
-// every vector.
+// Not inlined, and called with counts that the compiler cannot see, so that every vector is
+// computed by the same code.
 template <typename T, Pointwise kFunction>
 __attribute__((noinline)) void vectors(const T* x, T* y, int64_t count) {
     for (int64_t i = 0; i < count; ++i) store(y + i * kF, value<kFunction>(load(x + i * kF)));

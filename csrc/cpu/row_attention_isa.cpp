@@ -2,9 +2,9 @@
 //
 // A block contains adjacent query rows and all heads that share keys. It passes over the keys
 // twice, in chunks that stay in the L1 cache: for the scores, with keys in lanes, and for the
-// values, with features in lanes. In between the weights of each row are computed separately. The
+// values, with features in lanes. In between, it computes the weights of each row separately. The
 // rows of a tile share the loads of keys and values. Each element is one chain of multiply-adds in
-// the row's own order, so the result does not depend on the other rows of the tile.
+// the order of its own row's keys, so it does not depend on the other rows of the tile.
 #include "lora_ext/row_attention.h"
 
 #include "by_dtype.h"
@@ -135,7 +135,7 @@ void lay_out(const T* k, int64_t stride, int64_t keys, int64_t width, Acc<T>* pa
         }
 }
 
-// Widens rows of numbers to the type of sums; the rest of each row is zero.
+// Widens rows to the type of sums; each row is padded with zeros.
 template <typename T>
 void widen(const T* from, int64_t from_stride, int64_t rows, int64_t width, Acc<T>* to,
            int64_t to_stride) {
@@ -253,8 +253,8 @@ struct Block {
         });
     }
 
-    // Replaces the scores of all heads of row t + i by weights. Scores with holes are packed for
-    // the sum and moved back to the positions of their keys.
+    // Replaces the scores of all heads of row t + i by weights. If the row's keys have holes, its
+    // scores are packed for the sum, and the weights are moved back to the positions of the keys.
     void weigh_rows(int64_t i) const {
         for (int64_t row = i * room.alike; row < (i + 1) * room.alike; ++row) {
             A *const own = scores(row), *const packed = scratch + room.packed;
@@ -291,8 +291,8 @@ struct Block {
             add_run(row, count, v + (run - begin) * v_stride, v_stride, run, run_end - run);
         };
         for_tiles(0, times * room.alike, [&](int64_t row, int64_t count) {
-            // The keys that all rows of the tile see without holes are added for all rows at once;
-            // the keys before and after them are added row by row.
+            // The keys that all rows of the tile see, without holes, are added for all rows at
+            // once; the keys before and after this range are added row by row.
             const int64_t i_first = row / room.alike, i_last = (row + count - 1) / room.alike;
             int64_t common = begin, common_end = end;
             for (int64_t i = i_first; i <= i_last; ++i) {
@@ -338,7 +338,7 @@ struct Block {
         for (int64_t head = 0; head < room.alike; ++head, out += args.value_width) {
             A* const own = sums(i * room.alike + head);
             const A total = scratch[room.totals + i * room.alike + head];
-            const bool none = total == 0;  // no key seen: the largest score has weight 1
+            const bool none = total == 0;  // the row sees no key, else a weight is 1
             for (int64_t c = 0; c < args.value_width; ++c) own[c] = none ? 0 : own[c] / total;
             store_rounded<T>(out, own, args.value_width);
         }

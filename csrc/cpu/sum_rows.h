@@ -13,7 +13,7 @@ namespace {
 
 template <typename A>
 constexpr A kInfinity = static_cast<A>(__builtin_inf());
-// -log of 2^-80 (2^-900). Sums above this bound are accurate although terms below 2^-126 are lost.
+// -log of 2^-80 (double: 2^-900). Larger sums are accurate though terms below 2^-126 are lost.
 template <typename A>
 constexpr A kTrust = sizeof(A) == 4 ? A(55.451774) : A(623.8324625);
 template <typename A>
@@ -104,7 +104,7 @@ struct WeightRow {
         if (norm == WeightNorm::kProbs) return log(v <= Vec<T>{} ? Vec<T>{} : v) - lifted;
         return v - base;
     }
-    // Return the shift, from the sum over `scaled`.
+    // Return the shift, given the sum of scaled(i) over the row.
     LX_INLINE A shift(A total) const {
         if (total == 0) return -kInfinity<A>;
         return norm == WeightNorm::kLogits ? -log_of(total) : lifted;
@@ -201,7 +201,7 @@ void add_shares(const WeightRow<T>& row, const Acc<T>* l, int64_t n, Acc<T> shif
     });
 }
 
-// Return -log s.
+// Return -log s, where s is the sum of scaled weights times scaled values.
 template <typename A>
 LX_INLINE A depth_of(A value_shift, A weight_shift, A out) {
     return value_shift + weight_shift - out;

@@ -17,8 +17,8 @@ constexpr int kDotRanks = 4;
 constexpr int64_t kAheadA = 512;  // prefetch distance of `a` in bytes
 constexpr int kToL2 = 2;          // locality argument of __builtin_prefetch
 
-// acc[row][rank] += x[row] . a[rank] over [k, k_end). With few rows, reading `a` dominates the
-// time. The ranks that follow are therefore prefetched, from `next` if it is known.
+// acc[row][rank] += x[row] . a[rank] over [k, k_end). With few rows, most time is spent on reading
+// `a`, so the ranks that follow are prefetched, from `next` if it is known.
 template <typename T, int kRows, int kRanks>
 LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k, int64_t k_end,
                         Vec<T> (&acc)[kRows][kRanks], const T* next = nullptr) {
@@ -59,7 +59,7 @@ LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k,
         step([n = k_end - k](const T* p) __attribute__((always_inline)) { return load_n(p, n); });
 }
 
-// Calls f(row, rank, sum of lanes).
+// Calls f(row, rank, sum of the lanes of acc[row][rank]).
 template <typename T, int kRows, int kRanks, typename F>
 LX_INLINE void for_sums(const Vec<T> (&acc)[kRows][kRanks], F&& f) {
     for (int i = 0; i < kRows; ++i) {

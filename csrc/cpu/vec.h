@@ -78,7 +78,7 @@ struct VecOf {
 template <typename E, int kCount>
 using VecN = typename VecOf<E, kCount>::type;
 
-// Vector in which T is computed: float lanes, or double for double.
+// Vector of the type in which T is computed: float lanes, or double lanes for double.
 template <typename T>
 constexpr int kLanes = LX_VEC_BYTES / sizeof(Acc<T>);
 template <typename T>
@@ -197,8 +197,8 @@ LX_INLINE VecN<float, kCount> widen_half(VecN<uint16_t, kCount> bits) {
     if constexpr (kCount == 16) return (VecN<float, 16>)_mm512_cvtph_ps((__m256i)bits);
 #endif
 #endif
-    // Exponent and mantissa, shifted into place, represent a value 2^112 too small. The product is
-    // also right for subnormals.
+    // Exponent and mantissa, shifted into place, represent a value 2^112 times too small. The
+    // product with 2^112 is right for subnormals too.
     using F = VecN<float, kCount>;
     using U = VecN<uint32_t, kCount>;
     const U wide = __builtin_convertvector(bits, U), magnitude = wide & 0x7fffu;

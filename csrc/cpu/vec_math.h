@@ -6,8 +6,8 @@
 //   float     1.09    0.79
 //   double    1.01    0.85
 // exp: -inf and all arguments below the logarithm of the smallest normal number give exactly 0.
-// Arguments from slightly below that of the largest finite result (float 88.37, double 709.4) give
-// infinity. log: 0 gives -inf, negative numbers NaN; subnormal numbers are handled. NaN
+// Arguments from slightly below the logarithm of the largest finite number (float 88.37, double
+// 709.4) give infinity. log: 0 gives -inf, negative numbers NaN; subnormal numbers are handled. NaN
 // propagates through both.
 #pragma once
 
@@ -63,7 +63,7 @@ template <typename V>
 LX_INLINE V splat(Element<V> s) {
     return s - V{};
 }
-// The result is a if b is NaN.
+// Return the larger of a and b, or a if b is NaN.
 template <typename V>
 LX_INLINE V max(V a, V b) {
 #if defined(__AVX512F__)
@@ -125,7 +125,7 @@ LX_INLINE V exp_below(V x, V shift) {
     if constexpr (sizeof(x[0]) == 8) {
         return exp<false>(x - shift);
     } else {
-        // 2^t, t = n + r. The polynomial is the minimax polynomial of its degree.
+        // Compute 2^t with t = n + r. The polynomial is the minimax polynomial of its degree.
         const V t = max((x - shift) * 1.44269504f, splat<V>(-124.0f));
         const auto power = [](V r) __attribute__((always_inline)) {
             V q = splat<V>(0x1.5bba12p-10f);

@@ -1,8 +1,8 @@
 // Losses over a vocabulary on the CPU, compiled once per instruction set; formulas in vocab.h.
 //
 // An item is a row of the batch, with all its hidden states. The first pass over a chunk finds the
-// largest logit, the second computes exponentials from the cached row. Sums run along lanes for a
-// block of columns, then over blocks, then over lanes.
+// largest logit; the second computes exponentials from the row, which is then in cache. Sums run
+// along lanes for a block of columns, then over blocks, then over lanes.
 #include "lora_ext/vocab.h"
 
 #include "by_dtype.h"

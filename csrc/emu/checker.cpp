@@ -9,8 +9,8 @@
 //   blocks of one launch    only: barrier, fence_device, atomic | atomic on the same address,
 //                           fence_device
 // Shuffles, votes, ldmatrix and mma order nothing. All lanes share their warp's clock towards other
-// warps. An access by a lane after its bar_arrive may therefore count as before the bar_arrive of a
-// later lane: the checker can miss a report but never makes a false one.
+// warps. The checker may therefore take an access by a lane after its bar_arrive for one before the
+// bar_arrive of a later lane: it can miss a race but never reports a false one.
 #include <dlfcn.h>
 #include <link.h>
 
@@ -35,8 +35,8 @@ const char* verb(Touch how) {
 // --- Between blocks: clocks published by fence and atomic
 // Clocks that each block has acquired; in an ordinary launch only those of the current block.
 std::unordered_map<uint32_t, BlockClocks> acquired;
-std::unordered_map<const void*, BlockClocks> released;  // by address
-// The same clocks for each value of a counter. A thread that waits for a value is ordered after the
+std::unordered_map<const void*, BlockClocks> released;  // by address of the atomic
+// Released clocks for each value of a counter. A thread that waits for a value is ordered after the
 // atomics that led to this value, but not after later ones.
 std::unordered_map<const void*, std::vector<std::pair<uint64_t, BlockClocks>>> counted;
 
@@ -71,8 +71,8 @@ Record record_of(const Thread& t, bool atomic) {
             static_cast<uint16_t>(t.rank), atomic,           false};
 }
 
-// Checks and records an access to cells [first, last]; records of earlier blocks do not count if
-// `shared`.
+// Checks an access to cells [first, last] and records it. If `shared`, the cells are shared memory,
+// for which records of earlier blocks do not count.
 void shadow(Cell* cells, size_t first, size_t last, Touch how, bool shared, bool must_be_written,
             const char* name, const Place& place) {
     const Thread& t = *machine.current;

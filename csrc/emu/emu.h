@@ -7,8 +7,8 @@
 
 namespace lx::emu {
 
-// When a cp.async writes its bytes: as late as its wait allows (a missing wait leaves poison), at
-// issue (overwrites a stage that is still being read), or one of the two, chosen by the seed.
+// When a cp.async writes its bytes: as late as its wait allows (without a wait, poison is read), at
+// issue (overwrites a stage that is still read), or one of the two, chosen by the seed.
 enum class CpAsync { kBySeed, kLate, kEarly };
 
 struct Options {

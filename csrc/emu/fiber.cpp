@@ -73,7 +73,7 @@ Stack fiber_stack(int index) {
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) abort();
         stack.low = static_cast<unsigned char*>(memory) + page;
-        // Equal offsets of the stack tops would map all hot lines to the same cache sets.
+        // With equal offsets of the stack tops, all hot lines would share the same cache sets.
         stack.high = static_cast<unsigned char*>(memory) + kStackBytes - 64 * (index % 32);
     }
     return stack;

@@ -26,7 +26,7 @@ Stack fiber_stack(int index);
 void fiber_prepare(Context* context, const Stack& stack, void (*entry)());
 // `stack` is the stack of `to`, or nullptr for the stack of the program that launches kernels.
 void fiber_switch(Context* from, Context* to, const Stack* stack);
-// Must be called first in `entry`.
+// Must be called in `entry` before anything else.
 void fiber_entered();
 
 }  // namespace lx::emu

@@ -1,5 +1,5 @@
-// Included before everything else in the check flavour. -fsanitize=thread does not report copies
-// and fills that the compiler turns into calls. These names redirect them to hooks.cpp.
+// Included first in the check flavour. -fsanitize=thread does not report copies and fills that the
+// compiler turns into calls. The assembler names below redirect these calls to hooks.cpp.
 #pragma once
 
 #include <stddef.h>

@@ -139,7 +139,7 @@ struct Block {
     std::array<NamedBarrier, 16> named;
     std::vector<Wait> waits;
 
-    std::array<Thread*, kMaxThreads> ready;  // ring
+    std::array<Thread*, kMaxThreads> ready;  // ring buffer
     uint32_t ready_head = 0, ready_tail = 0;
 
     std::unique_ptr<Thread[]> threads;

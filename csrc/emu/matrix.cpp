@@ -27,7 +27,7 @@ void compute_ldmatrix(Warp& warp, const Slot& slot) {
     uint16_t rows[32][8];
     for (int lane = 0; lane < 8 * o0.matrices; ++lane) {
         const auto& o = *static_cast<LdmatrixOperand*>(slot.operands[lane]);
-        machine.current = &thread_of(warp, lane);  // the lane that passed the address reads
+        machine.current = &thread_of(warp, lane);  // reports name the lane of the address
         check_shared(o.row, 16, "ldmatrix", Place(o.site));
         touch(o.row, 16, Touch::kRead, true, Place(o.site));
         memcpy(rows[lane], o.row, 16);
@@ -51,7 +51,7 @@ float bf16_value(uint32_t bits) {
 
 float f16_value(uint32_t bits) {
     const uint32_t magnitude = (bits & 0x7fff) << 13;
-    // Exponent bias 15 to 127, also for subnormals; infinity and NaN keep the largest exponent.
+    // Changes the exponent bias from 15 to 127; infinity and NaN keep the largest exponent.
     uint32_t value = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
     if (magnitude >= 0x7c00u << 13) value = magnitude | 0x7f800000u;
     return bit_cast<float>(value | (bits & 0x8000) << 16);

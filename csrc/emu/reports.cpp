@@ -1,4 +1,4 @@
-// Reports: text, places, and the interface of emu.h.
+// Text of reports, places in source code, and the functions of emu.h.
 #include <dlfcn.h>
 
 #include <algorithm>

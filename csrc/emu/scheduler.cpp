@@ -130,8 +130,8 @@ void prepare_block(uint3 index, int first_stack) {
     Machine& m = machine;
     m.block_serial = ++m.last_serial;
     // Uninitialised shared memory reads as NaN in every float type and as an invalid index
-    // otherwise. Blocks that take turns share the array offsets, which any of them may allocate, so
-    // their whole arena is filled.
+    // otherwise. Blocks that take turns share array offsets, and any of them may allocate an array,
+    // so the whole arena of each block is filled.
     const bool turns = m.resident;
     memset(m.arena, 0xff, turns ? kArenaBytes + kArenaSlack : m.shared_used);
     m.waits.clear();
@@ -288,9 +288,9 @@ void prepare(const Launch& launch, void (*body)(void*), void* arguments, size_t 
     m.last_error.clear();
 }
 
-// A dependent launch may overlap earlier launches, back to the last ordinary one, which started
-// after everything before it had ended. Buffers that these launches write are not constant for this
-// launch.
+// A dependent launch may overlap earlier launches, back to the last one that is not dependent,
+// which started after all launches before it had ended. Buffers that these launches write are not
+// constant for this launch.
 struct Written {
     std::string by;
     uintptr_t begin, end;

@@ -1,4 +1,4 @@
-// Helpers for calling a twin or a kernel, shared by the ops of all families.
+// Helpers for calling a CPU twin or a CUDA kernel, shared by the ops of all families.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -26,7 +26,7 @@ struct NoAutocast {
 // Minimum number of exponentials per thread.
 constexpr int64_t kSerialExps = 1 << 13;
 
-// Calls f(begin, end) for parts of [0, items) on torch's threads. Each thread gets at least
+// Calls f(begin, end) for parts of [0, items) on torch's threads. Each thread has at least
 // `serial_work` units of work: for less, a parallel region costs more than a second thread saves.
 template <typename F>
 void for_items(int64_t items, int64_t work_per_item, int64_t serial_work, const F& f) {

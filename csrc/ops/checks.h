@@ -15,18 +15,18 @@ namespace lora_ext {
 // the end.
 constexpr int64_t kMaxSize = (int64_t{1} << 31) - (1 << 16);
 
-// Return the dtype of a tensor of values; raise for float64 if the tensor launches kernels.
+// Return the dtype of a tensor of values; raise if it is float64 and its ops launch kernels.
 DType dtype_of(const char* op, const char* name, const Tensor& t);
 void check_dtype(const char* op, const char* name, const Tensor& t, at::ScalarType dtype);
 void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* shape);
-// Checks shape and device; `letters` names the sizes, as in "(B, K)".
+// Checks shape and device; `letters` are the names of the sizes, as in "(B, K)".
 void check_shape(const char* op, const char* name, const Tensor& t, const char* letters,
                  at::IntArrayRef sizes, at::Device device);
 void check_device(const char* op, const char* name, const Tensor& t, at::Device device);
 // Checks that t has the device and dtype of x.
 void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x,
                 const char* x_name);
-// Raises if a tensor has a forward-mode tangent, which would be dropped silently below autograd.
+// Raises if a tensor has a forward-mode tangent, which ops below autograd would drop silently.
 void check_no_tangents(const char* op, std::initializer_list<const Tensor*> tensors);
 void check_launch(const char* op, LaunchStatus status);
 

@@ -1,4 +1,4 @@
-// The circuit ops: tensors in, checks, allocation, choice of twin or kernel.
+// The circuit ops: tensors in, checks, allocation, choice of CPU twin or CUDA kernel.
 //
 // Shapes: leaf (B, K, C, V); x (B, K); e (B, K, C); prior (B, C); trans (B, M, C, C).
 #include "ops/circuit.h"
@@ -48,7 +48,7 @@ CircuitLeafArgs leaf_args(const char* op, Tensor& leaf, Tensor& x) {
     return args;
 }
 
-// norm (2, B, K, C) holds the maxima, then the logarithms of the sums.
+// norm (2, B, K, C) contains the maxima and then the logarithms of the sums, see circuit.h.
 void set_norm(CircuitLeafArgs& args, const Tensor& norm) {
     args.top = const_cast<void*>(norm.const_data_ptr());
     args.log_sum = static_cast<char*>(args.top) + norm.nbytes() / 2;

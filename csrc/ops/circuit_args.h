@@ -16,7 +16,7 @@ Tensor batch_of_rows(const Tensor& t);
 // Checks that values are in [least, most): always on the CPU, and in debug mode on a device.
 void check_range(const char* op, const char* name, const Tensor& t, int64_t least, int64_t most);
 // Checks that float32 or float64 uniforms are in [0, 1], under the same conditions. 1 is allowed
-// because a double below 1 may round to it.
+// because a double below 1 may round to 1 in float32.
 void check_uniforms(const char* op, const Tensor& uniforms);
 
 // Raises unless x is (B, K) int64 in [-1, vocab).

@@ -1,4 +1,4 @@
-// Drafting from circuits and verification: checks, allocation, choice of twin or kernel.
+// Drafting from circuits and verification: checks, allocation, choice of CPU twin or CUDA kernel.
 //
 // Shapes: leaf (B, K, C, V); prior (B, C); trans (B, M, C, C); tokens (B, K); target (B, K + 1, V).
 #include "ops/circuit_decode.h"
@@ -252,7 +252,7 @@ std::tuple<Tensor, Tensor> spec_verify(const Tensor& target_in, const Tensor& to
     args.posterior = posterior.const_data_ptr();
     args.uniforms = uniforms.const_data_ptr();
     args.num_evidence = data_or_null(num_evidence);
-    // Clamped to a finite value, so that the largest logit, which has been shifted to 0, stays 0.
+    // Clamped to finite values, because the largest logit, shifted to 0, must stay 0 when scaled.
     args.inverse_temperature = temperature == 0 ? 0 : std::clamp(1 / temperature, 1e-37, 1e38);
     args.accepted = accepted.mutable_data_ptr<int64_t>();
     args.next_token = next_token.mutable_data_ptr<int64_t>();

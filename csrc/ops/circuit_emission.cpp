@@ -1,5 +1,5 @@
-// Leaves of a linear head, without all its logits in memory at once: the library computes a chunk
-// of logits, and the leaf kernels process it in place.
+// Leaves whose logits a linear head computes, without all logits in memory at once: a library's
+// GEMM computes a chunk of logits, and the leaf kernels process it in place.
 //
 // Shapes: h (B, D); emit (K, C, V, D); x (B, K); e (B, K, C).
 #include <ATen/ops/empty.h>
@@ -28,8 +28,8 @@ const CircuitCpu& twin() {
     return chosen_twins<CircuitCpu>();
 }
 
-// Arguments of one call. For each position and chunk of rows: logits = h @ emit[k].T by the
-// library, then the leaf kernels in place.
+// Arguments of one call. For each position and chunk of rows, the library computes logits = h @
+// emit[k].T, and the leaf kernels process them in place.
 struct Emission {
     const char* op;
     Tensor h, emit, x;

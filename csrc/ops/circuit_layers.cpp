@@ -1,4 +1,4 @@
-// Whole circuits: checks, allocation, choice of twins or kernels.
+// Whole circuits: checks, allocation, choice of CPU twins or CUDA kernels.
 //
 // Shapes: leaf (B, N), val (B, U), w (W,), root (B,), uniforms (M, draws). circuit_layers.h has the
 // layouts of program and plan.
@@ -36,7 +36,7 @@ Tensor rows_of(const Tensor& t, int64_t rows) {
     return t.narrow(1, 0, rows).t();
 }
 
-// Checks that every index in a program is in range, so that no twin accesses memory outside its
+// Checks that every index in a program is in range, so that no CPU twin accesses memory outside its
 // buffers. Only the host can read the program; kernels rely on the compiler that wrote it.
 void check_program(const char* op, const LayersProgram& p, int64_t size, int64_t weights) {
     const auto check = [&](bool holds, const char* what, int64_t i) {
@@ -60,7 +60,7 @@ void check_program(const char* op, const LayersProgram& p, int64_t size, int64_t
         check(shape && m.row <= p.rows() - m.units &&
                   m.weight + int64_t{m.units} * m.width <= weights,
               "matrices in the range of the weights", i);
-        // A matrix without a user is rejected, since max_width and max_units are taken over nodes.
+        // A matrix that no node uses is rejected: max_width and max_units are maxima over nodes.
         check(m.user_begin >= 0 && m.user_begin < m.user_end && m.user_end <= p.num_users(),
               "users of a matrix in the range of the list of users", i);
         for (int64_t u = m.user_begin; u < m.user_end; ++u)
@@ -193,9 +193,9 @@ struct Call {
     }
 
     int64_t groups() const { return args.lanes / kLaneGroup; }
-    // Work per group of lanes: each weight is used once per lane.
+    // Number of products per group of lanes: each weight is used once per lane.
     int64_t work() const { return w.numel() * kLaneGroup; }
-    // Upper bound per walk: one sum per node, with one exponential per term.
+    // Upper bound of the work of one walk, if an exponential takes as long as kLaneGroup products.
     int64_t walk_work() const { return plan.nodes() * args.max_width * kLaneGroup; }
 
     static const LayersCpu& twin() { return chosen_twins<LayersCpu>(); }
@@ -211,7 +211,7 @@ struct Call {
     void* held(at::IntArrayRef sizes, at::ScalarType dtype) {
         return memory.emplace_back(at::empty(sizes, options.dtype(dtype))).mutable_data_ptr();
     }
-    // Allocates the 16-bit parts of numbers for kernels that run stage by stage.
+    // Allocates the buffers of kernels that run stage by stage; `down`: for the backward.
     void go_by_stages(LayersPrecision precision, bool down) {
         args.parts = parts_of(precision);
         args.weight_parts = held({stored_weights(args)}, at::kShort);

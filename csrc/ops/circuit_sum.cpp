@@ -1,5 +1,5 @@
-// Sum layers: checks, allocation, choice of twin or kernel. On CUDA the products with shared
-// weights call at::bmm; all other steps are twins or kernels.
+// Sum layers: checks, allocation, choice of CPU twin or CUDA kernel. On CUDA at::bmm computes the
+// products with shared weights; twins or kernels compute the rest.
 //
 // Shapes: w (O, I) with values (B, I), (G, O, I) with (G, B, I), or (B, O, I) with (B, I).
 #include "ops/circuit_sum.h"
@@ -111,7 +111,7 @@ struct Call {
     }
 };
 
-// Scaled weights of a product: passed by the caller, computed here, or memory for the twin to fill.
+// Scaled weights of a product: passed by the caller, computed here, or space for the CPU twin.
 struct Weights {
     Tensor weight, shift;
 
@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor> log_einsum_weights(const Tensor& w, std::string_view 
     require(w.dim() == 2 || w.dim() == 3, op, "w", expected("shape (O, I) or (G, O, I)"),
             found(w.sizes()));
     at::DimVector sizes(w.sizes());
-    sizes[w.dim() - 2] = 0;  // no rows of values
+    sizes[w.dim() - 2] = 0;  // values without rows: only w is used
     Call call(op, w, at::empty(sizes, w.options().dtype(accumulator_of(w))), norm);
     const c10::DeviceGuard guard(w.device());
     if (w.numel() == 0)

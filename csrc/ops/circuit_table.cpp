@@ -1,4 +1,4 @@
-// Tables of finite leaves: checks, allocation, choice of twins or kernels.
+// Tables of finite distributions: checks, allocation, choice of CPU twins or CUDA kernels.
 //
 // Shapes: table (R, V), x (B, M), row (M,), e (B, M * block).
 #include <ATen/ops/empty.h>

@@ -1,4 +1,4 @@
-// Mixes of normalised hidden states: checks, allocation, choice of twin or kernel.
+// Mixes of normalised hidden states: checks, allocation, choice of CPU twin or CUDA kernel.
 #include "ops/depth_mix.h"
 
 #include <ATen/ops/empty.h>
@@ -14,7 +14,7 @@
 namespace lora_ext {
 namespace {
 
-// Minimum count of numbers that each thread reads.
+// Minimum count of tensor elements that each thread reads.
 constexpr int64_t kSerialWork = 1 << 14;
 
 // Arguments of one call, and the tensors that own their memory.
@@ -64,8 +64,8 @@ class Call {
         }
     }
 
-    // Returns the data of t, which is (..., k) or a tensor of the router, in the accumulation
-    // dtype.
+    // Checks the shape of t and returns its data in the accumulation dtype. Raises if that dtype
+    // cannot represent the values exactly.
     const void* take_floats(const char* name, const Tensor& t, const char* letters,
                             at::IntArrayRef sizes) {
         check(name, t, letters, sizes);

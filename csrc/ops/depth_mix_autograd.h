@@ -98,7 +98,7 @@ struct DepthMix : torch::autograd::Function<DepthMix> {
         const bool fits =
             gammas.size() == hiddens.size() && (betas.empty() || betas.size() == hiddens.size()) &&
             weights.has_value() != router.has_value() && router.has_value() == bias.has_value();
-        // If the inputs do not fit together, the op below raises.
+        // If the lists of inputs do not match in length, the op below raises.
         if (fits && c10::GradMode::is_enabled() &&
             (wants_grad(hiddens) || wants_grad(gammas) || wants_grad(betas) ||
              wants_grad(weights) || wants_grad(router) || wants_grad(bias))) {

@@ -13,9 +13,9 @@ namespace {
 
 using at::Tensor;
 
-// In float32 at::linear calls the BLAS that torch was built with. It is usually MKL, which does not
-// use AVX-512 on processors of other vendors. torch also contains oneDNN, which is reached through
-// an operator of torch.compile. Without AVX-512, MKL is faster.
+// In float32 at::linear calls the BLAS that torch was built with, usually MKL, which does not use
+// AVX-512 on processors of vendors other than Intel. torch also contains oneDNN, which is reached
+// through an operator of torch.compile. Without AVX-512, MKL is faster.
 using OneDnnLinear = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&,
                             std::string_view, c10::List<std::optional<at::Scalar>>,
                             std::optional<std::string_view>);

@@ -1,4 +1,4 @@
-// The LoRA ops: checks, allocation, choice of twin or kernel.
+// The LoRA ops: checks, allocation, choice of CPU twin or CUDA kernel.
 //
 // Shapes: x (T, I); bank a (A, R, I), b (A, O, R), or pool a (P, 8, I), b (P, O, 8) with page_table
 // (A, R/8); adapter_ids (T,); v (T, R); y (T, O). lora_ext/lora.h has the layouts.
@@ -26,8 +26,8 @@ thread_local Scratch plan_scratch, v_scratch;
 
 enum class Step { kShrink, kExpand, kApply };
 
-// Minimum bytes of adapters per call for several threads: a parallel region costs a few
-// microseconds.
+// Smallest size of a call's adapters in bytes for which several threads are used: a parallel region
+// costs a few microseconds.
 constexpr int64_t kSerialBytes = 128 * 1024;
 
 void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size) {
@@ -52,7 +52,7 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
             deal_items(items, kChunksTogether, f);
         }
     };
-    // Runs the items of all modules as one range, one module after the other.
+    // Runs the items of all modules as one range: all items of a module precede those of the next.
     auto run = [&](auto items_of, auto part) {
         int64_t items = 0;
         for (const LoraArgs& args : modules) items += items_of(args);
@@ -79,7 +79,7 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
     if (step != Step::kShrink) run(cpu.expand_items, cpu.expand);
 }
 
-// Allocates one block with `get`, and passes a slice of it to `give` for each module.
+// Allocates one block of memory with `get`, and passes a slice of it to `give` per module.
 template <class Get, class Give>
 void cut(std::span<LoraArgs> modules, int64_t (*bytes_of)(const LoraArgs&), Get&& get,
          Give&& give) {
@@ -99,8 +99,8 @@ int64_t bytes_of_v(const LoraArgs& args) {
     return args.num_tokens * 8 * args.bank.pages_per_slot * size;
 }
 
-// Common part of all ops: plan, scratch memory, kernel launch or CPU loop. Several modules are
-// siblings, which share their rows; `names` are their names in messages.
+// Common part of all ops: plan, scratch memory, and kernel launch or loop on the CPU. Several
+// modules are siblings, which share their rows; `names` are their names in messages.
 void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tensor& x,
              const Tensor& ids_in, const OptionalTensor& plan_in,
              const char* const* names = nullptr) {
@@ -113,7 +113,7 @@ void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tenso
             expected("at most ", kMaxSize, " rows"), found(rows));
     const auto idle = [](const LoraArgs& args) { return args.bank.max_rank == 0; };
     if (rows == 0 || std::all_of(modules.begin(), modules.end(), idle)) return;
-    // With zero in-features v is zero, and the twins do not write it.
+    // With zero in-features v is zero, and the CPU twins do not write it.
     if (step != Step::kExpand && first.bank.in_features == 0) return;
     const c10::DeviceGuard guard(x.device());
     const Tensor ids = ids_in.contiguous();

@@ -9,8 +9,8 @@
 namespace lora_ext {
 
 constexpr int64_t kMaxAdapters = 1 << 24;
-// Number of items that a thread takes together: adjacent items of a twin are usually chunks of one
-// adapter and share its packed factors.
+// Number of items that a thread takes at once: adjacent items of a CPU twin are usually chunks of
+// one adapter and share its packed factors.
 constexpr int64_t kChunksTogether = 4;
 
 // Adapters of one op, and the tensors that own their memory.
@@ -19,31 +19,31 @@ struct Bank {
     Tensor a, b;
 };
 
-// Returns the checked bank. An op passes the factors that it uses; `in` and `out` are the widths of
-// the activations.
+// Returns the checked bank. An op passes only the factors that it uses; `in` and `out` are the
+// widths of the activations.
 Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTensor& scale,
              const OptionalTensor& ranks, const OptionalTensor& page_table, const Tensor& x,
              const char* x_name, int64_t in, int64_t out);
 
 // Raises if an op without a backward would become part of an autograd graph.
 void check_inference(const char* op, std::initializer_list<const Tensor*> tensors);
-// Checks for one id per row, int64 or int32, on the device; only plans read the values.
+// Checks that there is one id per row, int64 or int32, on `device`. Only plans read the values.
 void check_ids(const char* op, const Tensor& ids, int64_t rows, at::Device device);
-// Checks that a caller's plan has the size and device of a plan for these rows and adapters.
+// Checks that a caller's plan has the size and device that these rows and adapters require.
 void check_plan_tensor(const char* op, const LoraPlanLayout& layout, const Tensor& plan,
                        at::Device device);
 // Checks that a caller's plan on the CPU was made for these ids: every grouped row must have the id
-// of its chunk, otherwise a twin would access memory outside the tensors.
+// of its chunk, otherwise a CPU twin would access memory outside the tensors.
 void check_plan(const char* op, const LoraPlanLayout& layout, const Tensor& ids,
                 const int32_t* plan);
 // Checks ranks and pages of the slots that a plan on the CPU uses. A pool may be changing other
 // slots at the same time.
 void check_slots(const char* op, const LoraBank& w, const int32_t* plan);
 
-// Requires contiguous `ids`; the caller sets the memory of the plan.
+// Returns the arguments for a plan of `ids`, which must be contiguous; the caller sets `plan`.
 LoraPlanArgs plan_args(const Tensor& ids, int32_t num_adapters);
-// Fills `plan`; raises for an id out of range on the CPU. On a device the caller checks in debug
-// mode.
+// Fills the plan of `args`. On the CPU, raises if an id is out of range; on a device, the caller
+// checks this in debug mode.
 void build_plan(const char* op, const Tensor& ids, LoraPlanArgs args, const Tensor& like);
 [[noreturn]] void raise_bad_id(const char* op, const Tensor& ids, int64_t num_adapters);
 

@@ -1,4 +1,4 @@
-// Inner products of adapters: checks, allocation, choice of twin or kernel.
+// Inner products of adapters: checks, allocation, choice of CPU twin or CUDA kernel.
 //
 // The adapters of a call may differ in dtype; adapters of one dtype run together, in order.
 #include "ops/lora_gram.h"

@@ -1,5 +1,5 @@
-// The training ops: checks, allocation, choice of twin or kernel. The products with the base weight
-// are library calls; all other steps are twins or kernels.
+// The training ops: checks, allocation, choice of CPU twin or CUDA kernel. Library calls compute
+// the products with the base weight; twins or kernels compute the rest.
 //
 // Shapes: x (T, I); weight (O, I); bank a (A, R, I), b (A, O, R), or a (R, I), b (O, R) of one
 // adapter; v (T, R); y, dy (T, O).
@@ -68,8 +68,8 @@ struct Call {
          double dropout_p, const OptionalTensor& seed)
         : op(op) {
         check_dim(op, "x", x_in, 2, "(T, I)");
-        // A layer passes its one adapter as 2-d parameters. Views made by the layer would be graph
-        // nodes, which take as long as the op at small batches.
+        // A layer passes its one adapter as 2-d parameters. If the layer made views of them, the
+        // graph nodes of these views would take as long as the op at small batches.
         const bool one = a_in.dim() == 2 && b_in.dim() == 2;
         const Tensor a = one ? a_in.unsqueeze(0) : a_in, b = one ? b_in.unsqueeze(0) : b_in;
         check_dim(op, "b", b, 3, "(A, O, R)");
@@ -99,7 +99,7 @@ struct Call {
         args.lora.v_row_stride = v.stride(0);
     }
 
-    // Takes the caller's plan after checks, or builds one.
+    // Checks the plan that the caller gave and uses it, or builds one.
     void set_plan(const OptionalTensor& given) {
         LoraArgs& lora = args.lora;
         const LoraPlanLayout layout{lora.num_tokens, lora.bank.num_adapters};
@@ -213,8 +213,8 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     if (launches_kernels(x)) {
         call.set_workspace(lora_train_shrink_workspace_bytes(args));
         void* stream = current_stream(x);
-        // This kernel sums in the same order as serving for any number of rows, and the backward
-        // reads v for db.
+        // For any number of rows this kernel sums in the same order as the kernels of serving. It
+        // stores v, from which the backward computes db.
         check_launch(op, launch_lora_train_shrink(args, stream));
         check_launch(op, launch_lora_expand(args.lora, stream));
         return {y, v};

@@ -10,7 +10,7 @@
 namespace lora_ext {
 namespace {
 
-// Minimum bytes of a weight that each thread reads.
+// Minimum number of bytes of the weight that each thread reads.
 constexpr int64_t kSerialBytes = 128 * 1024;
 
 DType packed_dtype(const char* op, const char* name, const Tensor& t) {

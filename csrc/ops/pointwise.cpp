@@ -31,7 +31,7 @@ Tensor pointwise(const Tensor& x, std::string_view function) {
     require(name != std::end(kPointwiseNames), op, "function",
             expected("the name of a function, such as 'silu'"), found("'", function, "'"));
     args.function = static_cast<Pointwise>(name - std::begin(kPointwiseNames));
-    // The twin visits the elements in memory order, whatever their strides.
+    // The CPU twin visits the elements in memory order, whatever their strides.
     const Tensor dense = x.is_non_overlapping_and_dense() ? x : x.contiguous();
     Tensor y = at::empty_like(dense);
     args.x = dense.const_data_ptr();

@@ -1,4 +1,4 @@
-// Attention of one query row at a time: checks, memory, choice of twin or kernel.
+// Attention of one query row at a time: checks, memory, choice of CPU twin or CUDA kernel.
 #include "ops/row_attention.h"
 
 #include <ATen/ops/empty.h>

@@ -1,5 +1,5 @@
-// Choice between twin and kernel for a tensor, and the stream of its device; each extension module
-// implements it in module.cpp.
+// Whether an op on a tensor launches CUDA kernels or runs its CPU twin, and the current stream of
+// the tensor's device. Each extension module implements both functions in module.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -23,7 +23,7 @@
 
 namespace lora_ext::table {
 
-// Op without autograd layer: it handles only integers, or Python registers its backward.
+// Op without an autograd layer: it handles only integers, or Python registers its backward.
 template <auto kOp>
 struct Op {
     static constexpr auto kernel = kOp;

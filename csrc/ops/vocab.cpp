@@ -1,6 +1,6 @@
 // Losses over a vocabulary: checks, allocation, the loop over chunks of the vocabulary, choice of
-// twin or kernel. The products with the weight are library calls; all other steps are twins or
-// kernels.
+// CPU twin or CUDA kernel. The products with the weight are library calls; twins or kernels compute
+// all other steps.
 #include "ops/vocab.h"
 
 #include <ATen/ops/empty.h>
@@ -37,7 +37,7 @@ Tensor nothing(const Tensor& like) {
     return at::empty({0}, like.options());
 }
 
-// Arguments of one call: k hidden states per row, (k N, d) together, and the output layer.
+// Arguments of one call: the output layer, and k hidden states per row, as one tensor (k N, d).
 struct Call {
     const char* op;
     VocabArgs args;

@@ -34,7 +34,7 @@ LX_HOST_DEVICE constexpr int64_t circuit_num_transitions(CircuitKind kind, int64
     return steps > 0 ? steps : 0;
 }
 
-// Return how many positions of a tree node belong to its left child: half, ties rounded to even.
+// Return the number of positions of a tree node's left child: half, ties rounded to even.
 LX_HOST_DEVICE constexpr int64_t circuit_left_size(int64_t length) {
     return length % 4 == 3 ? (length + 1) / 2 : length / 2;
 }
@@ -83,9 +83,9 @@ struct CircuitParams {
 // Leaves: e = log softmax(logits)[x]; each row of V logits is read once. If x is -1, e is 0 and the
 // logits are not read. Backward, from de:
 //   dlogit[v] = de (1[v = x] - softmax(logits)[v]), every element written once; 0 where de is 0.
-// The normaliser of a row is stored as top, its maximum (0 if all logits are -inf), and log_sum =
-// log sum exp(logit - top): adding the two would lose digits of large logits. "float" below is
-// double for float64 logits.
+// The normaliser of a row is stored as two numbers, because their sum would lose digits of large
+// logits: top, its maximum (0 if all logits are -inf), and log_sum = log sum exp(logit - top). In
+// the fields below, float means double if the logits are float64.
 struct CircuitLeafArgs {
     DType dtype = DType::kFloat32;
     int64_t rows = 0, n_token = 0, components = 0, vocab = 0;
@@ -115,7 +115,7 @@ struct CircuitScanArgs {
     const void* dconditional = nullptr;  // (B, K) float, contiguous
     void* de = nullptr;                  // (B, K, C) float
     void* dprior = nullptr;              // (B, C), dtype of prior; nullptr if not wanted
-    void* dtrans = nullptr;              // (B, M, C, C), like dprior; every element written once
+    void* dtrans = nullptr;              // (B, M, C, C), as dprior; every element is written once
 };
 // Return the number of state vectors that the forward stores per row for the backward.
 LX_HOST_DEVICE constexpr int64_t circuit_num_states(CircuitKind kind, int64_t n_token) {

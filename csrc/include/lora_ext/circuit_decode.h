@@ -6,14 +6,14 @@
 //   verify            accept x_k while u_k < p_k(x_k) / q(x_k | x_<k), never where q is 0; then
 //                     draw a token from max(0, p - q), or from p after the last position
 //
-// A draw returns the smallest index whose running sum exceeds u * total, never one of weight zero.
-// If rounding leaves no such index, it returns the last index with weight, or 0 if all weights are
-// zero. Sums are double, so that a small weight counts beside a large sum. Weights are float32, and
-// the exponentials of a twin and of a kernel differ in their last bits. The two may therefore draw
-// different indices, but only where |sum - u * total| <= 1e-5 total.
+// A draw returns the smallest index whose running sum of weights exceeds u * total, never one of
+// weight zero. If rounding leaves no such index, it returns the last index with weight, or 0 if all
+// weights are zero. Sums are double, so that a small weight counts beside a large sum. Weights are
+// float32, and exponentials of a CPU twin and of a CUDA kernel differ in their last bits. The two
+// may therefore draw different indices, but only where |sum - u * total| <= 1e-5 total.
 //
-// One row of the batch is one item and one block: a row's result does not depend on its batch.
-// Results have the accumulator's type, float32 (float64 for float64).
+// A row of the batch is one item (CPU) or one thread block (CUDA), and its result does not depend
+// on other rows. Results have the accumulator's type: float32, or float64 for float64 logits.
 //
 // Sources: arXiv 2511.11346; speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
 #pragma once
@@ -34,7 +34,7 @@ struct CircuitLogits {
 
 struct CircuitSampleArgs {
     CircuitLogits logits;
-    const void* uniforms = nullptr;     // (B, K, 2) in [0, 1): for the state, for the token
+    const void* uniforms = nullptr;     // (B, K, 2) in [0, 1): one for the state, one for the token
     const int64_t* evidence = nullptr;  // (B, K), -1: to be drawn; nullptr: draw all
     int64_t* tokens = nullptr;          // (B, K)
     void* conditional = nullptr;        // (B, K)
@@ -72,8 +72,8 @@ struct SpecVerifyArgs {
     void* workspace = nullptr;              // spec_verify_workspace_bytes(); CUDA only
 };
 
-// Children of a latent: adjacent positions and up to two latents. The number of a latent is that of
-// the matrix that leads into it, -1 for the root; child latents have larger numbers.
+// Children of a latent: adjacent positions, up to two latents. A latent has the number of the
+// matrix that leads into it (root: -1); child latents have larger numbers than their parent.
 struct CircuitLatent {
     int64_t first_leaf, num_leaves;
     int64_t inner[2];  // -1: no latent
@@ -118,7 +118,7 @@ int64_t circuit_argmax_bytes(const CircuitLogits& logits);
 LaunchStatus launch_circuit_sample(const CircuitSampleArgs& args, void* stream);
 LaunchStatus launch_circuit_conditional_dist(const CircuitConditionalArgs& args, void* stream);
 LaunchStatus launch_circuit_argmax(const CircuitArgmaxArgs& args, void* stream);
-// Reads sizes only. The memory must be aligned to 16 bytes.
+// Reads only the sizes in `args`. The workspace must be aligned to 16 bytes.
 int64_t spec_verify_workspace_bytes(const SpecVerifyArgs& args);
 LaunchStatus launch_spec_verify(const SpecVerifyArgs& args, void* stream);
 

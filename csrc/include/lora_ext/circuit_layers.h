@@ -15,16 +15,16 @@
 // The units of a node without a matrix are its products. Products consist of parts: `hadamard`,
 // unit by unit over any number of children, or `kronecker`, all pairs of the units of two children.
 // Nodes of one stage do not read each other's values. Values are unit-major, val (U, L): lanes are
-// the rows of data, padded with rows of zeros to a multiple of kLaneGroup. Column 0 of the values
-// is always 0, column 1 always -inf, and the leaves begin at column kFirstLeaf.
+// the rows of data, padded with rows of zeros to a multiple of kLaneGroup. Unit 0 always has the
+// value 0, unit 1 always -inf, and the leaves begin at unit kFirstLeaf.
 //
 // At sum o a walk weighs its terms by W[o, i] exp(term[i]). It takes the heaviest term (the first,
 // if several are equal), or draws one: the first whose running sum exceeds its uniform times the
 // total, never one of weight zero. If rounding leaves no such term, it takes the last term with
 // weight.
 //
-// The bits of a row depend neither on its batch nor on the number of threads. Sums over rows add
-// the lanes in order.
+// The bits of a row's results depend neither on the other rows nor on the number of threads. Flows
+// of weights are sums over the rows of data and add the lanes in order.
 //
 // Source: expected flows, Darwiche 2003; layers of one shape, Peharz et al. 2020.
 #pragma once
@@ -57,7 +57,7 @@ struct LayersProgram {
 
     LX_HOST_DEVICE int32_t units() const { return at[0]; }
     LX_HOST_DEVICE int32_t leaves() const { return at[1]; }
-    LX_HOST_DEVICE int32_t rows() const { return at[2]; }  // rows of all matrices
+    LX_HOST_DEVICE int32_t rows() const { return at[2]; }  // number of rows of all matrices
     LX_HOST_DEVICE int32_t num_nodes() const { return at[3]; }
     LX_HOST_DEVICE int32_t num_parts() const { return at[4]; }
     LX_HOST_DEVICE int32_t num_children() const { return at[5]; }
@@ -98,12 +98,12 @@ struct LayersProgram {
     LX_HOST_DEVICE const int32_t* draws() const { return at + draws_at(); }
 };
 
-// Launch plan of a program, in host memory: units, leaves, rows, nodes, matrices, roots, numbers of
-// the program, stages, variables, uniforms of a walk, then four numbers per stage.
+// Launch plan of a program, in host memory: counts of units, leaves, rows, nodes, matrices, roots,
+// numbers of the program, stages, variables, uniforms of a walk; then four numbers per stage.
 struct LayersStage {
     int64_t begin, end, units, width;  // range of nodes; largest units and width of a node
 };
-constexpr int64_t kWalkedWeights = 1 << 14;  // maximum per node if one launch walks all nodes
+constexpr int64_t kWalkedWeights = 1 << 14;  // maximum per node if one launch runs all nodes
 struct LayersPlan {
     static constexpr int64_t kHeader = 10;
     const int64_t* at;
@@ -145,16 +145,16 @@ struct LayersPlan {
 };
 
 // Precision of sums when kernels run stage by stage. A number is split into three bfloat16 parts,
-// which hold all 24 bits of a float (kFloat32), or into two (kHigh), or is stored as one scaled
-// float16 (kHalf). Twins and flows have only one precision.
+// which hold all 24 bits of a float (kFloat32), or two (kHigh), or is stored as one scaled float16
+// (kHalf). CPU twins, and the flows on all devices, have only one precision.
 enum class LayersPrecision { kFloat32, kHigh, kHalf };
 constexpr int parts_of(LayersPrecision precision) {
     return precision == LayersPrecision::kFloat32 ? 3 : precision == LayersPrecision::kHigh ? 2 : 1;
 }
 
-// Kernels run stage by stage, on tensor cores, if nodes are too large for one launch that walks all
-// nodes. They store numbers as 16-bit parts, and the parts of eight numbers of a row are
-// contiguous. A row of weights has part_width numbers, a multiple of eight; a matrix begins at
+// Kernels run stage by stage, on tensor cores, if nodes are too large for one launch that runs all
+// nodes. They store numbers as 16-bit parts; the parts of eight adjacent numbers of a row are
+// contiguous. A row of weights has part_width numbers, a multiple of eight, and a matrix begins at
 // number first_part.
 LX_HOST_DEVICE constexpr int64_t part_width(int64_t width) {
     return (width + 7) / 8 * 8;
@@ -162,7 +162,7 @@ LX_HOST_DEVICE constexpr int64_t part_width(int64_t width) {
 LX_HOST_DEVICE inline int64_t first_part(const LayersMatrix& m) {
     return (m.weight + int64_t{7} * m.row + 7) / 8 * 8;
 }
-constexpr int kNodeShares = 4;  // blocks that compute the terms of one node and lane
+constexpr int kNodeShares = 4;  // number of blocks that share the terms of a node
 
 // All tensors except leaf and uniforms are contiguous. Values are float or double, see `dtype`.
 struct LayersArgs {
@@ -184,20 +184,20 @@ struct LayersArgs {
     // Backward.
     const void* droots = nullptr;  // (B, roots)
     void* grad = nullptr;          // (U, L)
-    void* ratio = nullptr;         // (U, L), for sums
+    void* ratio = nullptr;         // (U, L), set for units that are sums
     void* dw = nullptr;            // layout of w
     // Kernels only.
     void* terms = nullptr;  // (plan.most_terms(), L), for a backward
     void* tops = nullptr;   // (nodes, L)
-    // 16-bit parts per number if kernels run stage by stage; 0 if one launch walks all nodes.
+    // 16-bit parts per number if kernels run stage by stage; 0 if one launch runs all nodes.
     int parts = 0;
-    void* weight_parts = nullptr;  // stored_weights
-    void* term_parts = nullptr;    // stored_terms
-    void* ratio_parts = nullptr;   // stored_ratios, for a backward
+    void* weight_parts = nullptr;  // stored_weights() numbers
+    void* term_parts = nullptr;    // stored_terms() numbers
+    void* ratio_parts = nullptr;   // stored_ratios() numbers, for a backward
     void* lost = nullptr;          // (nodes, kNodeShares, L), for a backward
     void* next_parts = nullptr;    // layout of term_parts, for a forward
-    float* run_tops = nullptr;     // stored_run_tops, for a forward
-    uint32_t* arrivals = nullptr;  // stored_arrivals, for a forward
+    float* run_tops = nullptr;     // stored_run_tops() numbers, for a forward
+    uint32_t* arrivals = nullptr;  // stored_arrivals() numbers, for a forward
     // Walks; the walks of one row of data are consecutive.
     int64_t walks = 0, walks_per_row = 0;
     const int64_t* root = nullptr;   // (B,) in [0, roots)
@@ -219,9 +219,9 @@ inline int64_t stored_ratios(const LayersArgs& args) {
     return args.parts * args.plan.most_sums() * args.lanes;
 }
 
-// Consecutive stages of one node each run in one launch if it fits: a block computes kRunTerms sums
-// and terms on kRunLanes lanes. stored_run_tops counts the largest terms per block and lane, in two
-// buffers; stored_arrivals counts the barrier counters per stage and lane tile.
+// Consecutive stages of one node each run in one launch if all blocks of a lane tile can be
+// resident. A block computes kRunTerms sums and terms on kRunLanes lanes. stored_run_tops counts
+// maxima per block and lane, in two buffers; stored_arrivals counts barriers per stage and tile.
 constexpr int kRunTerms = 64, kRunLanes = 32;
 inline int64_t stored_run_tops(const LayersArgs& args) {
     return 2 * ((args.plan.most_terms() + kRunTerms - 1) / kRunTerms) * args.lanes;
@@ -254,9 +254,9 @@ LaunchStatus launch_layers_backward(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_dweights(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_walk(const LayersArgs& args, void* stream);
 
-// Leaves of finite families: e[b, m, j] = log p[row[m] + j, x[b, m]], 0 if x is -1. m counts blocks
-// of `block` units; every row[m] is a multiple of `block`. With norm kLog the table holds log p.
-// With kLogits log p = table - base + shift, the log-softmax of its rows.
+// Leaves with finite distributions: e[b, m, j] = log p[row[m] + j, x[b, m]], or 0 if x is -1. m
+// counts blocks of `block` units; every row[m] is a multiple of `block`. With norm kLog the table
+// holds log p. With kLogits log p = table - base + shift, the log-softmax of its rows.
 struct CircuitTableArgs {
     DType dtype = DType::kFloat32;
     WeightNorm norm = WeightNorm::kLog;
@@ -267,7 +267,7 @@ struct CircuitTableArgs {
     const int64_t* row = nullptr;  // (M,)
     void* base = nullptr;          // (R,) for logits: the largest entry, or 0 for rows of -inf
     void* shift = nullptr;         // (R,) for logits
-    void* e = nullptr;             // (M * block, L), 0 in lanes beyond the rows
+    void* e = nullptr;             // (M * block, L), 0 in lanes beyond the rows of data
     // Backward.
     const void* de = nullptr;  // (B, M * block), strided
     int64_t de_row = 0, de_unit = 0;

@@ -11,7 +11,7 @@
 //   W[o, i] = weight[o, i] exp(weight_shift[o]),   weight with row maximum 1
 //   exp(l[b, i]) = value[b, i] exp(value_shift[b]), value with row maximum 1
 //   s = value weight^T,   out = log s + weight_shift + value_shift
-// On CUDA the product is the library's GEMM, or one fused kernel computes everything.
+// On CUDA a library's GEMM computes the product s, or one fused kernel computes everything.
 // Nonzero: each row has its own matrix, and each weight is read once.
 //
 // -inf is legal in l and in w. A row without possible terms has shift -inf and scaled entries 0,
@@ -21,8 +21,8 @@
 // Backward, from g = dout, with the terms' shares t_i = W_i exp(l_i - out), which sum to 1:
 //   dl[b, i]    = sum_o g t_i
 //   dlog W[o, i] = sum_b g t_i;   logits: minus softmax(w) sum_b g;   probs: divided by w
-// Shared: t_i = ratio weight value with ratio = g / s, two more products. If out is -inf, all
-// gradients are 0. If s was rescued, ratio is 0 and the shares are added one by one.
+// Shared weights: g t_i = ratio weight value with ratio = g / s: two more products. If out is -inf,
+// all gradients are 0. If s was rescued, ratio is 0 and the shares are added one by one.
 //
 // Source: expected flows, Darwiche 2003; the log-einsum-exp trick, Peharz et al. 2020.
 #pragma once
@@ -33,8 +33,8 @@ namespace lora_ext {
 
 enum class WeightNorm : int32_t { kLogits, kLog, kProbs };
 
-// "float" is double for float64 weights. The last axis is always contiguous; a tensor without
-// stride fields is contiguous.
+// In the comments below, float means double if the weights are float64. The last axis is always
+// contiguous; a tensor without stride fields is contiguous.
 struct LogSumArgs {
     DType dtype = DType::kFloat32;  // dtype of w and dw
     WeightNorm norm = WeightNorm::kLogits;
@@ -54,8 +54,8 @@ struct LogSumArgs {
     void* ratio = nullptr;         // (G, B, O)
     // Backward.
     const void* dout = nullptr;  // (G, B, O) float
-    void* dvalues = nullptr;     // (G, B, I) float; input of the shared kernels: ratio weight
-    // (G, O, I) float, overwritten. Input of shared kernels: ratio^T value. In twins it may be dw.
+    void* dvalues = nullptr;     // (G, B, I) float; shared weights on CUDA: ratio weight on input
+    // (G, O, I) float, overwritten. Shared weights, CUDA: ratio^T value on input. CPU: may be dw.
     void* flow = nullptr;
     void* dw = nullptr;  // layout of w, contiguous, dtype of w
 };
@@ -78,8 +78,8 @@ struct LogSumCpu {
     // `weight`, each (G, B, I).
     void (*per_row)(const LogSumArgs&, int64_t begin, int64_t end);
     void (*per_row_backward)(const LogSumArgs&, int64_t begin, int64_t end);
-    // Writes max_i (log W + l) to `out` and the lowest i that attains it to `indices`, 0 if it is
-    // -inf. Items are (g, o) with shared weights, else (g, b).
+    // Writes the maximum over i of log W + l to `out` and the lowest i that attains it to `indices`
+    // (0 if the maximum is -inf). Items are (g, o) with shared weights, else (g, b).
     void (*max)(const LogSumArgs&, int64_t begin, int64_t end);
 };
 
@@ -92,8 +92,8 @@ LaunchStatus launch_log_sum_dvalues(const LogSumArgs& args, void* stream);
 LaunchStatus launch_log_sum_dweights(const LogSumArgs& args, void* stream);
 LaunchStatus launch_log_sum_per_row(const LogSumArgs& args, void* stream);
 LaunchStatus launch_log_sum_per_row_backward(const LogSumArgs& args, void* stream);
-// Values, product and finish in one kernel, on tensor cores. `high`: parts in bfloat16, otherwise
-// scaled float16.
+// Scales the values, multiplies them by the weights, and converts s to out in one kernel, on tensor
+// cores. `high`: splits operands into bfloat16 parts instead of using scaled float16.
 bool log_sum_fused_fits(const LogSumArgs& args);
 LaunchStatus launch_log_sum_fused(const LogSumArgs& args, bool high, void* stream);
 LaunchStatus launch_log_max(const LogSumArgs& args, void* stream);

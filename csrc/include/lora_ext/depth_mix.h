@@ -13,9 +13,9 @@
 //   dh_e     = r_e (G_e gamma_e - x_e mean(G_e gamma_e x_e) - ["layer"] mean(G_e gamma_e))
 //   dgamma_e = sum_rows G_e x_e     dbeta_e = sum_rows G_e
 //   dR_e     = sum_rows dl_e n_{k-1}     dc_e = sum_rows dl_e
-// Sums over rows have two stages: over the rows of a part, ascending, then over the parts. The size
-// of a part depends only on the number of rows, so the number of threads does not change the
-// result.
+// The sums over rows (dgamma, dbeta, dR, dc) have two stages: over the rows of each part of the
+// batch, ascending, then over the parts. The size of a part depends only on the number of rows, so
+// the number of threads does not change the result.
 //
 // Source: mixture-of-depths ensembles (arXiv 2410.13077), mixed before the head.
 #pragma once
@@ -26,7 +26,7 @@ namespace lora_ext {
 
 constexpr int64_t kMaxDepths = 8;
 
-// "float" is double for float64. The rows of each h_e have a stride; all else is contiguous.
+// Below, float means double for float64. Rows of each h_e are strided; all else is contiguous.
 struct DepthMixArgs {
     DType dtype = DType::kFloat32;  // dtype of h_e, mixed, dmixed, dh_e
     bool wide_scales = false;       // gamma_e and beta_e are float, required by twins; else `dtype`
@@ -54,7 +54,7 @@ struct DepthMixArgs {
                                      // with a router dR (k, d) and dc (k,)
 };
 
-// Return the number of rows of a part.
+// Return the number of rows that one part of the sums over rows contains.
 LX_HOST_DEVICE constexpr int64_t mix_part_rows(int64_t rows) {
     return rows <= 16 * 256 ? 16 : (rows + 255) / 256;
 }
@@ -84,7 +84,7 @@ struct DepthMixCpu {
     void (*sums)(const DepthMixArgs&, int64_t begin, int64_t end);  // items: elements of `sums`
 };
 
-// CUDA launchers: asynchronous, on `stream`, no allocation, no float64. The backward is one call.
+// CUDA launchers: asynchronous, on `stream`, no allocation, no float64; one call per backward.
 LaunchStatus launch_depth_mix(const DepthMixArgs& args, void* stream);
 LaunchStatus launch_depth_mix_backward(const DepthMixArgs& args, void* stream);
 

@@ -15,12 +15,12 @@ enum class Isa : int32_t { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
 const char* isa_name(Isa isa);  // "scalar", "avx2", "avx512", "avx512bf16"
 std::optional<Isa> isa_named(std::string_view name);
-// Return whether this library has twins for `isa` and this machine can run them.
+// Return whether this library has CPU twins for `isa` and this machine can run them.
 bool isa_runs(Isa isa);
 // Return the best instruction set that runs here; the choice is made once.
 Isa best_isa();
 
-// All families of twins: the type of the table, defined by the family's header, and the table's
+// All families of CPU twins: the type of the table, defined by the family's header, and the table's
 // name in the namespace of an instruction set. Families of the second list are also compiled for
 // AVX-512-bf16, which multiplies pairs of bfloat16 (dot_pairs in vec.h).
 #define LX_FAMILIES(X)                      \

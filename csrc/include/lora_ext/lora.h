@@ -1,4 +1,4 @@
-// Batched multi-adapter LoRA: the interface and data layouts of kernels and twins.
+// Batched multi-adapter LoRA: the interface and data layouts of CUDA kernels and CPU twins.
 //
 //   s       = adapter_ids[t]
 //   v[t, :] = scale[s] * a[s] x[t, :]             rank-of-s entries, float32 (float64 for float64)
@@ -53,7 +53,7 @@ struct LoraBank {
     int32_t num_pages = 0;  // pool size; table entries outside [0, num_pages) mark absent pages
     int32_t in_features = 0;
     int32_t out_features = 0;
-    // Every page has all 8 ranks in memory: true for a pool, and if max_rank % 8 == 0.
+    // True if every page has memory for all 8 ranks: for a pool, and if max_rank % 8 == 0.
     bool full_pages = false;
 };
 
@@ -77,7 +77,7 @@ enum PlanField : int32_t {
     kPlanHeader = 8,
 };
 
-// Return the rows per chunk from host-known numbers: few for decode, a matrix tile for prefill.
+// Return the rows per chunk, from sizes that the host knows: few to decode, a tile to prefill.
 constexpr int32_t lora_chunk_rows(int64_t num_tokens) {
     return num_tokens <= 256 ? 16 : num_tokens < 4096 ? 64 : 128;
 }
@@ -99,7 +99,7 @@ struct LoraPlanLayout {
 struct LoraPlanArgs {
     const void* adapter_ids = nullptr;  // (T,) int64 or int32
     bool ids_are_int64 = true;
-    // One number on the device of the ids, or nullptr: rows at or beyond this number count as -1.
+    // Address of a number on the device of the ids, or nullptr: rows at or beyond it have id -1.
     const int32_t* num_valid = nullptr;
     int64_t num_tokens = 0;
     int32_t num_adapters = 0;
@@ -120,7 +120,7 @@ struct LoraArgs {
     // (T, >= max_rank) float32 (float64): exactly `rank` entries of an active row are used.
     void* v = nullptr;
     int64_t v_row_stride = 0;
-    // nullptr: decoding without a plan; the CUDA kernel groups `ids` itself.
+    // nullptr: decoding without a plan, in which the CUDA kernel groups the rows itself, by `ids`.
     const int32_t* plan = nullptr;
     LoraPlanArgs ids;
     void* workspace = nullptr;  // lora_workspace_bytes(); CUDA only
@@ -131,7 +131,7 @@ struct LoraArgs {
 // that module alone.
 constexpr int kMaxSiblings = 8;
 
-// Largest number of ranks that the twins process at once: no buffer grows with the rank.
+// Largest number of ranks that CPU twins process at once, so that no buffer grows with the rank.
 constexpr int64_t kRankSpan = 256;
 constexpr int64_t rank_spans(int64_t max_rank) {
     return max_rank <= kRankSpan ? 1 : (max_rank - 1) / kRankSpan + 1;
@@ -146,7 +146,7 @@ struct LoraCpu {
     void (*shrink)(const LoraArgs&, int64_t begin, int64_t end);
     int64_t (*expand_items)(const LoraArgs&);
     void (*expand)(const LoraArgs&, int64_t begin, int64_t end);
-    // Shrink and expand of chunks [begin, end) of the plan in one region; one span of ranks only.
+    // Shrinks and expands chunks [begin, end) of the plan in one call; at most kRankSpan ranks.
     void (*apply)(const LoraArgs&, int64_t begin, int64_t end);
 };
 
@@ -162,12 +162,12 @@ LaunchStatus launch_lora_segment_ids(const int32_t* seg_indptr, const int32_t* s
                                      void* stream);
 // Largest number of rows for which plan may be nullptr.
 constexpr int64_t kPlanlessTokens = 32;
-// Reads sizes only, never pointers. The memory must be aligned to 16 bytes.
+// Reads only the sizes in `args`. The workspace must be aligned to 16 bytes.
 int64_t lora_workspace_bytes(const LoraArgs& args);
 LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream);  // x -> v
 LaunchStatus launch_lora_expand(const LoraArgs& args, void* stream);  // v -> y +=
-// x -> y +=; v of the arguments is unused, each module's workspace holds its v. Siblings with the
-// same kernels share the launches of one module.
+// x -> y +=. The field v is unused, because the workspace of each module holds its v. Siblings that
+// use the same kernels are computed in the same launches.
 LaunchStatus launch_lora_apply(std::span<const LoraArgs> modules, void* stream);
 
 }  // namespace lora_ext

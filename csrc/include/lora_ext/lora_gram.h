@@ -9,9 +9,9 @@
 // With D = b a and PD = p a, which are never formed, stats = (|D|^2, |PD|^2, <PD, D>, |PD - D|^2).
 // The last is computed from p - b itself: |D|^2 + |PD|^2 - 2 <PD, D> would cancel.
 //
-// The order of every sum depends only on the adapter's own sizes (for twins also on the instruction
-// set), never on threads or on other adapters. An element of a Gram matrix and its mirror image are
-// computed as one sum.
+// The order of every sum depends only on the adapter's own sizes (for CPU twins also on the
+// instruction set), never on threads or on other adapters. An element of a Gram matrix and its
+// mirror image are computed as one sum.
 //
 // Source: SPLoRA (TACL 2025), the distance of an update to its projection, by the identity
 // <b1 a1, b2 a2> = <b2^T b1, a2 a1^T>.
@@ -37,7 +37,7 @@ struct GramArgs {
     bool float64 = false;           // true if grams are summed in float64, as stats always are
     const GramAdapter* adapters = nullptr;
     int64_t num_adapters = 0;
-    int64_t items = 0;  // items per adapter: the count of the largest one
+    int64_t items = 0;  // items per adapter, as many as the largest adapter has
 };
 
 LX_HOST_DEVICE constexpr int64_t gram_tiles(int64_t rank) {
@@ -53,7 +53,7 @@ LX_HOST_DEVICE constexpr int64_t pair_items(int64_t rank) {
     return gram_items(rank) / 2;
 }
 
-// Position of an item; the items of stats are the first half of those of grams.
+// Position of an item. The items for stats are the first half of the items for Gram matrices.
 struct GramTile {
     bool of_b;
     int64_t row, column;  // first ranks

@@ -12,8 +12,8 @@
 //   da[s]    = sum_t dv[t, :]^T (m[t, :] * x[t, :])
 //   dx[t, :] = dy[t, :] W + m[t, :] * (dv[t, :] a[s])
 //
-// The products with W are a library's GEMM, called by csrc/ops; kernels and twins compute the rest.
-// c contains 1 / (1 - p), so the mask multiplies by 0 or 1 and no element of x is ever rounded.
+// The products with W are a library's GEMM, called by csrc/ops; kernels or CPU twins do the rest. c
+// contains 1 / (1 - p), so the mask multiplies by 0 or 1 and no element of x is ever rounded.
 //
 // Sums over tokens are accumulated in float32 (float64). Their order depends only on the adapter's
 // own rows and on the largest rank R of the bank, not on threads or on other adapters of the batch.
@@ -53,7 +53,7 @@ struct LoraTrainArgs {
     void* dx = nullptr;  // (T, I), added to in place: round(dx + ...); I contiguous
     int64_t dx_row_stride = 0;
     void* da = nullptr;         // (A, R, I) contiguous, dtype of x; all written, zero beyond a rank
-    void* db = nullptr;         // (A, O, R) contiguous, likewise
+    void* db = nullptr;         // (A, O, R) contiguous, as for da
     void* workspace = nullptr;  // size: see the functions below; CUDA only
 };
 
@@ -70,9 +70,9 @@ struct LoraTrainCpu {
     // dy, v -> db. Items are (adapter, span, band of outputs).
     int64_t (*db_items)(const LoraTrainArgs&);
     void (*db)(const LoraTrainArgs&, int64_t begin, int64_t end);
-    // x, dv -> da and dx, each only if wanted. Up to kRankSpan ranks items are (adapter, band of
-    // inputs), and each row of x and dx is visited once. Above, items are those of da, (adapter,
-    // span, band), then those of dx, (block of inputs, chunk).
+    // x, dv -> da and dx, each only if wanted. Up to kRankSpan ranks, items are (adapter, band of
+    // inputs), and each row of x and dx is visited once. For more ranks, the items of da, (adapter,
+    // span, band), are followed by those of dx, (block of inputs, chunk).
     int64_t (*da_dx_items)(const LoraTrainArgs&);
     void (*da_dx)(const LoraTrainArgs&, int64_t begin, int64_t end);
     // y[t, i] = x[t, i] / (1 - p) if kept, else 0; in the dtype of x, rounded once. Items are rows
@@ -80,8 +80,8 @@ struct LoraTrainCpu {
     void (*dropout)(const LoraTrainArgs&, int64_t begin, int64_t end);
 };
 
-// CUDA launchers: asynchronous, on `stream`, no allocation, no synchronisation. The sizes of
-// workspaces depend only on sizes, never on the data behind pointers.
+// CUDA launchers: asynchronous, on `stream`, no allocation, no synchronisation. The size of a
+// workspace depends only on the sizes in `args`, never on the data behind pointers.
 int64_t lora_train_shrink_workspace_bytes(const LoraTrainArgs& args);
 int64_t lora_train_backward_workspace_bytes(const LoraTrainArgs& args);
 LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream);    // x -> v

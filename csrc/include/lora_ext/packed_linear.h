@@ -30,8 +30,8 @@ constexpr int64_t panel_steps(const PackedLinearArgs& args) {
 }
 
 // CPU twins. Items are panels; their split over threads does not change the result. The bits of a
-// row depend only on that row, W and bias: each element starts at the bias and adds its products in
-// ascending order, in float32, and is rounded once.
+// row depend only on that row, W and bias: each element starts at the bias, adds its products in
+// ascending order of in-features, in float32, and is rounded once.
 struct PackedLinearCpu {
     void (*pack)(const PackedLinearArgs&, int64_t begin, int64_t end);
     void (*product)(const PackedLinearArgs&, int64_t begin, int64_t end);

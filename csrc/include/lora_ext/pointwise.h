@@ -1,7 +1,7 @@
 // Functions of one number, y[i] = f(x[i]), on the CPU.
 //
-// The bits of y[i] depend only on x[i]. torch computes the whole vectors of a thread's range with
-// one approximation and the rest with another, so its bits depend on position and threads.
+// The bits of y[i] depend only on x[i]. torch's bits also depend on position and threads: it uses
+// one approximation for the whole vectors of a thread's range and another for the rest.
 #pragma once
 
 #include "lora_ext/common.h"

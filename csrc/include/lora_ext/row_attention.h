@@ -14,8 +14,8 @@
 
 namespace lora_ext {
 
-// Keys that a query row sees: [first, end) or, if there are holes, the keys in it that the mask
-// selects.
+// Keys that a query row sees: [first, end) or, if there are holes, the keys in this range that the
+// mask selects.
 struct SeenKeys {
     int64_t first = 0, end = 0;
     bool holes = false;
@@ -34,8 +34,8 @@ struct RowAttentionArgs {
     void* out = nullptr;  // (B, T, H, E), contiguous
 
     // Row t sees a key if all given conditions hold. causal: the key is at least T - t - 1
-    // positions before the last key; spans: it is in [first, end); mask: its entry is true. Strides
-    // over b are 0 for size 1.
+    // positions before the last key; spans: it is in [first, end); mask: its entry is true. The
+    // strides over b are 0 if that axis has size 1.
     bool causal = false;
     const int64_t* spans = nullptr;  // (B or 1, T, 2)
     int64_t spans_stride = 0;
@@ -60,8 +60,8 @@ LX_HOST_DEVICE constexpr SeenKeys span_of(const RowAttentionArgs& args, int64_t 
     return span.first < span.end ? span : SeenKeys{};
 }
 
-// Return the number of rows t in one item of attend: rows share each load of the keys while their
-// scores fit in the cache.
+// Return the number of rows t in one item of attend. Rows of an item share each load of the keys,
+// so there are as many as the cache has space for scores, within limits.
 constexpr int64_t attention_block(const RowAttentionArgs& args) {
     constexpr int64_t kMost = 48, kLeast = 12, kScores = 1 << 16;
     const int64_t fit = kScores / (args.keys > 0 ? args.keys : 1);
