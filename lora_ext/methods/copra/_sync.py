@@ -68,8 +68,8 @@ class GatedGroups(LayerGroups):
 
     @property
     def mask(self) -> Tensor:
-        """Mask ``(n,)`` bool, True for the groups that are on in the mode (training or evaluation)
-        of their first layer."""
+        """Mask ``(n,)`` bool, True for the groups that are on. Gates have a mask for training and one
+        for evaluation; the mode of a group's first layer selects which of them is read."""
         gates = [_gate_of(group[0], self.adapter_name) for group in self.layers]
         modes = [int(group[0].training) for group in self.layers]
         return torch.tensor([g is None or g.on(m) for g, m in zip(gates, modes, strict=True)])
