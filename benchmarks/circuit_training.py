@@ -72,7 +72,7 @@ def _hmmlearn(
 
 # --- an epoch on digits ---------------------------------------------------------------------------
 def digits() -> Tensor | None:
-    """Load scikit-learn's digits ``(1797, 64)``, 17 greys; None if it is not installed."""
+    """Load the digits ``(1797, 64)``, 17 greys; return None if scikit-learn is not installed."""
     try:
         from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
     except ImportError:

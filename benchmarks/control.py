@@ -159,7 +159,7 @@ def satisfied(bench: Bench) -> Iterator[Found]:
 
 
 def words(bench: Bench) -> Iterator[Found]:
-    """Yield how often words are early, and the nats of the texts, with the mask and a guide."""
+    """Yield the share of early words and the nats per token, with the mask and with a guide."""
     for group in GROUPS:
         one = Constraint.keywords(bench.tokenizer, group, vocab_size=bench.size)
         for law, guide in (("mask", None), ("guided", bench.guide)):

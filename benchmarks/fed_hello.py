@@ -65,7 +65,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose the rate, then those of the criteria."""
+    """Yield the arms that choose the learning rate, then those that the criteria compare."""
     for rate in section_texts.RATES:
         yield {"seed": section_texts.CHOOSING, "partition": SKEWED, "arm": "FedAvg", "rate": rate}
     for seed in seeds:

@@ -93,7 +93,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose the rate, then those of the criteria on both kinds of data."""
+    """Yield the arms that choose the learning rate, then those that the criteria compare."""
     first = {"seed": section_texts.CHOOSING, "task": "sections", "partition": IID}
     for rate in section_texts.RATES:
         yield {**first, "method": UNIFORM, "rate": rate}
@@ -181,7 +181,7 @@ def follow(world: World, partition: str, method: Method) -> tuple[Run, list[floa
 
 
 def speed_of(device: int, devices: int, head: int) -> Estimate:
-    """Return a device's speed: the first third is fast, the last slow; all depths send the head."""
+    """Return a device's speed: the first third is fast, the last slow; all send ``head`` bytes."""
     f, mu, beta = SPEEDS[len(SPEEDS) * device // devices]
     return Estimate(f + beta / 1000 * head, mu, beta / 1000)
 

@@ -113,7 +113,7 @@ def found_rows(name: str, module: ModuleType) -> tuple[study.Rows, int]:
 
 
 def told(judged: study.Judged, claim: study.Claim) -> str:
-    """Return the result, with its number of seeds if some are missing, or the earlier result."""
+    """Return the result, after the number of seeds if some are missing, or the earlier result."""
     if not judged.seeds:
         return f"not run yet. Earlier protocol: {claim.earlier}"
     if judged.word != study.NOT_RUN:

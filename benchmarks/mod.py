@@ -53,7 +53,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose rates, then each way of tuning on each kind of text."""
+    """Yield the arms that choose learning rates, then each way of tuning on each kind of text."""
     for rate in LORA_RATES:
         yield {"seed": CHOOSING, "kind": "python", "arm": LORA, "rate": rate}
     for router, norms in itertools.product(ROUTER_RATES, NORM_RATES):

@@ -64,7 +64,7 @@ QUIET = 1.5  # system load above which times are not valid
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Yield one row per head: nats, and by mode and batch tokens per call and speedup over ff."""
+    """Yield one row per head: its nats, and per mode and batch its tokens per call and speedup."""
     sizes = mtpc_bytes.QUICK if quick else SMALL
     torch.manual_seed(arm["seed"])
     train, held_out = mtpc_bytes.read_text(sizes)

@@ -84,7 +84,7 @@ class Criterion:
     Attributes:
         passed: Whether it is met; None if it could not be measured, such as time on a busy machine.
         headline: Whether the verdict depends on it.
-        points: Whether the effect has the paper's sign; ignored if it passed.
+        points: Whether the effect has the paper's sign; ignored if the criterion is met.
     """
 
     name: str

@@ -65,10 +65,10 @@ class Code:
 class Case:
     """A kernel at a shape.
 
-    All numbers are of one launch. `bytes` must be moved; `parts` are further bytes, of sums that
-    several blocks share. `values` pass through the main loop. `flops` run on tensor cores, each as
-    `products` products of 16 bits. `blocks` of `threads` are launched and read `l2` bytes again
-    from L2.
+    All numbers are of one launch. `bytes` is the number that must be moved, `parts` that of the
+    partial sums in addition, `values` the number of values that pass through the main loop. `flops`
+    run on tensor cores, each as `products` products of 16 bits. A launch has `blocks` blocks of
+    `threads` threads, which together read `l2` bytes more than once, from L2.
 
     A chain has `repeat` launches, one after the other, and also `repeat` launches of each case in
     `beside`. A launch may have several `steps`, whose blocks wait for each other, make `hops` trips

@@ -96,8 +96,8 @@ class Block:
                 ids.
             device: Device of the activations.
             tokens_first: Whether ``leading`` is ``(tokens, sequences, ...)``.
-            of_tokens: Whether the input is token ids. They may be positions that all sequences
-                share.
+            of_tokens: Whether the layer is an embedding. One row of as many ids as names is then
+                rejected, because the ids may be positions that all sequences share.
 
         Raises:
             ValueError: If the number of names does not match ``leading``.

@@ -138,7 +138,7 @@ class Round:
         return updates, contents, reasons, silent
 
     def sender(self, reply: Message) -> int:
-        """Return the node of a reply; for an error reply of the server, this is the lost node."""
+        """Return the node to which the message was sent that ``reply`` answers, also for errors."""
         if reply.has_error():
             for asked in self._asked:  # by now, the grid has assigned ids to these messages
                 if asked.message_id and asked.message_id == reply.metadata.reply_to_message_id:

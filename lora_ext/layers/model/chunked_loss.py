@@ -246,7 +246,7 @@ def _remove(lm: Any) -> None:
     loss = lm.__dict__.get(_LOSS)
     if isinstance(loss, _Loss):
         Forward.remove(loss.layer, lambda run: run is _layer_forward)
-        if loss.hook is not None:  # base_model may have been replaced since
+        if loss.hook is not None:  # on another module if base_model was replaced
             loss.hook.remove()
         del lm.__dict__[_LOSS]
         if loss.before is not None:

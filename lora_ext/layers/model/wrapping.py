@@ -157,7 +157,7 @@ def unwrap(model: Model) -> Model:
 
 
 def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> None:
-    """Warn before a forward if no label follows the first token of an activated adapter."""
+    """Warn before a forward if no row has a label after the start of its activated adapter."""
     labels, found = given.get("labels"), activated_in(layer_names.handle)
     if not isinstance(labels, Tensor) or found is None or found.starts is None:
         return

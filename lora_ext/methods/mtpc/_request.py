@@ -184,7 +184,7 @@ class GeneratedRows:
     """Tokens, stop rules and statistics of every row of ``prompts (B, S)``, on the host.
 
     A streamer needs a single row; it receives the prompt, then every token that the row keeps. Rows
-    that are not finished are called live; ``live`` is also their number in shapes.
+    that are not finished are live. In shapes, ``live`` is the number of these rows.
     """
 
     def __init__(self, prompts: Tensor, request: Request, streamer: Any = None):

@@ -1,8 +1,8 @@
 """``with modality(mask)``: marks vision tokens for the layers that adapt only vision tokens.
 
 A mask assigns one adapter to some of the tokens. It is therefore implemented as an ``adapters``
-block of a separate pool. Such a block already supports threads, activation checkpointing, and rows
-that several layers share.
+block of a separate pool. Such a block already supports threads and activation checkpointing, and
+its layers share the tensors of adapter ids.
 """
 
 from __future__ import annotations
