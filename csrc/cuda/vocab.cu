@@ -1,10 +1,10 @@
 // Losses over a vocabulary, a chunk of logits at a time: vocab.h has the formulas.
 //
-// A block processes a row of the batch, with all its hidden states. It first finds the largest logit
-// of a chunk, then computes the exponentials; the second read is from L1 or L2, since a row of a
-// chunk is about 16 KiB. The teacher's row is read once more for each student, also from cache. A
-// thread reads and writes only its own pieces, so it can overwrite them in place. Sums over the block use
-// a fixed tree. Bound: bytes of the logits, read once and, with weights, written once.
+// A block processes a row of the batch, with all its hidden states. It first finds the largest
+// logit of a chunk, then computes the exponentials; the second read is from L1 or L2, since a row of
+// a chunk is about 16 KiB. The teacher's row is read again for each student, also from cache. A
+// thread reads and writes only its own pieces, so it can overwrite them in place. Sums over the
+// block use a fixed tree. Bound: bytes of the logits, read once and, with weights, written once.
 #include "lora_ext/vocab.h"
 
 #include "circuit_kernels.cuh"
@@ -126,7 +126,7 @@ struct Row {
     LX_DEVICE void store(int i, const float (&v)[kPiece<T>], Whole) const {
         store_values(logits + i, columns - i, Whole::value, v);
     }
-    // Adds the chunk's sum to those of earlier chunks. All threads have read the overwritten values.
+    // Adds the chunk's sum to those of earlier chunks. All threads have read what it overwrites.
     LX_DEVICE void keep(bool start, float sum) const {
         sum = team.reduce(sum, add);
         if (lx::thread_rank() == 0) {
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 LX_DEVICE bool counts(const VocabArgs& args) {
     return !args.mask || args.mask[blockIdx.x];
 }
-LX_HOST_DEVICE inline float share_of(const VocabArgs& args) {  // tau^2 / (number of students), divided by tau
+LX_HOST_DEVICE inline float share_of(const VocabArgs& args) {  // tau^2 / students / tau
     return static_cast<float>(args.tau / static_cast<double>(args.hiddens - 1));
 }
 

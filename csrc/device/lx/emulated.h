@@ -7,7 +7,7 @@
 #include <tuple>
 #include <utility>
 
-// CUDA's half-precision headers define its qualifiers for g++, except __launch_bounds__.
+// CUDA's half-precision headers define its qualifiers; g++ does not support __launch_bounds__.
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __grid_constant__
@@ -43,7 +43,7 @@ struct Self {
     uint3 thread_idx, block_idx;
     dim3 block_dim, grid_dim;
 };
-[[gnu::const]] const Self& self();  // gnu::const: a stack frame belongs to one thread
+[[gnu::const]] const Self& self();  // cacheable: a stack frame belongs to one CUDA thread
 
 void* shared_array(const void* key, const char* name, size_t bytes);
 unsigned char* dynamic_shared();
@@ -267,7 +267,7 @@ inline T atomic_compare_exchange(T* p, T expected, T desired,
     return emu::atomic_as(emu::Atomic::kCompareExchange, p, desired, expected, site);
 }
 
-// Loads and stores with cache hints are plain here; the checking build checks their full width.
+// Loads and stores with cache hints are plain here; _emu_check checks their full width.
 template <class T>
 inline T load_global(const T* p) {
     return *p;
@@ -356,7 +356,7 @@ void cp_async_wait_all();
 void grid_dependency_wait();
 void grid_dependency_launch();
 
-// Math. Functions that are approximate on a GPU are as exact as <cmath> here.
+// Math. *_approx is exact here. Tests must allow for its error on a GPU by their tolerances.
 inline float exp_approx(float x) {
     return std::exp(x);
 }

@@ -74,8 +74,8 @@ struct KernelFacts {
     bool can_wait;  // its code was built for sm_90 or later
 };
 // Returns the facts of a kernel on the current device, queried once. A kernel with more than 48 KiB
-// of shared memory, static arrays included, must opt in. This opts in to the maximum: the limit is a
-// property of the function, which another thread may be launching with another size.
+// of shared memory, static arrays included, must opt in. This opts in to the maximum: the limit is
+// a property of the function, which another thread may be launching with another size.
 inline KernelFacts kernel_facts(const void* kernel) {
     const auto ask = [&] {
         cudaFuncAttributes built{};

@@ -84,7 +84,7 @@ LX_INLINE uint32_t to_tf32(float x) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// cp.async: copies from global to shared memory. kBytes is 4, 8 or 16; both addresses are aligned to
+// cp.async: copies from global to shared memory. kBytes is 4, 8 or 16; addresses are aligned to
 // kBytes. Only the first `source_bytes` (0 .. kBytes) are read; the rest is filled with zeros.
 
 template <int kBytes>
