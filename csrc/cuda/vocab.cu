@@ -1,7 +1,7 @@
 // Losses over a vocabulary, a chunk of logits at a time: vocab.h has the formulas.
 //
 // A block processes a row of the batch, with all its hidden states. It first finds the largest
-// logit of a chunk, then computes the exponentials; the second read is from L1 or L2, since a row of
+// logit of a chunk, then computes the exponentials; the second read is from L1 or L2, as a row of
 // a chunk is about 16 KiB. The teacher's row is read again for each student, also from cache. A
 // thread reads and writes only its own pieces, so it can overwrite them in place. Sums over the
 // block use a fixed tree. Bound: bytes of the logits, read once and, with weights, written once.
