@@ -54,7 +54,7 @@ LX_DEVICE void turn_to_logits(const DepthMixArgs& args, int64_t row, float* dl) 
     if (own < args.depths) number_of(args, args.dweights, row, own) = mine;
 }
 
-// Numbers of a row, for dh = factor t - slope (h - mean) - level, where t = G gamma, G of n_e.
+// Numbers of a row, for dh = factor t - slope (h - mean) - level, t = gamma * gradient of n_e.
 struct RowNumbers {
     float weight, rinv, mean;
 

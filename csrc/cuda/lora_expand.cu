@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     const RowTile tile = find_tile<kRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     // The last blocks of a small sibling have no work: the grid covers the largest sibling.
     if (tile.rank == 0 || (kModules > 1 && begin >= bank.out_features)) {
-        lx::grid_dependency_wait();  // this grid must not end before its producer
+        lx::grid_dependency_wait();  // the next grid waits only for this one, not for its producer
         return;
     }
     static_assert(kFusedPages == lx::kWarpSize);

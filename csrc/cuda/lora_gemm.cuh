@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     const int first_column = index / args.row_tiles * kGemmColumns;
     const int columns = lx::min((G::kUpdate ? args.width : tile.rank) - first_column, kGemmColumns);
     if (tile.rank == 0 || columns <= 0) {
-        // This grid must not end before its producer.
+        // The next grid waits only for this one, so this one must wait for its producer.
         if constexpr (kProduct == Product::kExpand) lx::grid_dependency_wait();
         return;
     }

@@ -160,7 +160,7 @@ LX_DEVICE void multiply(typename G::Sums& sums, const unsigned char* left,
                     for (int j = 0; j < G::kTilesN; ++j)
                         lx::mma_m16n8k16<T>(sums[m][j], high, w[j]);
                 } else {
-                    // Slots k and k + 4 of an mma are k 2t and 2t + 1 of eight.
+                    // Lane t passes elements 2t and 2t + 1 of eight as k = t and t + 4 of an mma.
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         const float2 upper = v[2 * half], lower = v[2 * half + 1];

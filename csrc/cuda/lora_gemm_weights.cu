@@ -104,7 +104,7 @@ LX_DEVICE void multiply(typename Shape<T>::Sums& sums, const unsigned char* x,
                 for (int m = 0; m < S::kTilesM; ++m) lx::mma_m16n8k16<T>(sums[m][j], xf[m], high);
             }
         } else {
-            // Two steps of eight rows; slots k and k + 4 of an mma are rows 2t and 2t + 1.
+            // Two steps of eight rows. Lane t has rows 2t and 2t + 1 as k = t and t + 4 of an mma.
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = k + 8 * half + 2 * t;

@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(128)
     const RowTile tile =
         find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     if (tile.rank == 0) {
-        lx::grid_dependency_wait();  // this grid must not end before its producer
+        lx::grid_dependency_wait();  // the next grid waits only for this one, not for its producer
         return;
     }
     lx::syncthreads();  // row_of is complete

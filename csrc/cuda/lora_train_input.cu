@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                         lx::mma_m16n8k16<T>(acc[j + 1], high, {af[2], af[3]});
                     }
                 } else {
-                    // Slots k and k + 4 of an mma are ranks 2k and 2k + 1 of the page.
+                    // Lane t passes ranks 2t and 2t + 1 of the page as k = t and t + 4 of an mma.
                     const int rank = 2 * (lane % 4);
                     const float2 upper =
                         reinterpret_cast<const float2*>(dv.at(warp_row + lane / 4, page))[lane % 4];

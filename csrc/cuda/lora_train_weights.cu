@@ -191,7 +191,7 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
             }
         }
     } else {
-        // Two steps of eight rows; slots k and k + 4 of an mma are rows 2k and 2k + 1.
+        // Two steps of eight rows. Lane t passes rows 2t and 2t + 1 as k = t and t + 4 of an mma.
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int first = row + 8 * half + 2 * (lane % 4);

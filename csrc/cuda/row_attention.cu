@@ -146,9 +146,9 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int j = first_key; j < end_key; j += kKeys) {
         tile.score(j, s);
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i)  // weights of the scores; -1: not a key of this row
+        for (int i = 0; i < kOwn; ++i)  // scores become weights; -1: not a key of this row
             s[i] = sees(own_rows[i], args.mask, j + lane) ? expf(s[i] * scale - top[i]) : -1.0f;
-        if (args.width == 0) lx::syncthreads();  // all have read `values`; else by score()
+        if (args.width == 0) lx::syncthreads();  // without features, score() has no barrier
 #pragma unroll 4
         for (int k = lx::warp_id(); k < kKeys; k += kWarps)
 #pragma unroll
