@@ -55,11 +55,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t row = blockIdx.x;
     const int K = static_cast<int>(c.n_token), C = static_cast<int>(c.components);
     const int V = leaves.vocabulary, lane = lx::lane_id(), warp = lx::warp_id();
-    float* const best = reinterpret_cast<float*>(shared);    // (K, C), for each state
-    float* const stepped = best + K * C;                     // (M, C), for each state of the parent
+    float* const best = reinterpret_cast<float*>(shared);    // (K, C): log p of mode or given token
+    float* const stepped = best + K * C;                     // (M, C), by the parent's state
     float* const value = stepped + M * C;                    // (C,)
     int* const choices = reinterpret_cast<int*>(value + C);  // (M, C)
-    int* const states = choices + M * C + 1;                 // (M,), preceded by the root's state
+    int* const states = choices + M * C + 1;                 // (M,); entry -1 is the root's state
     const int64_t* const evidence = args.evidence ? args.evidence + row * K : nullptr;
     const auto given = [&](int k) { return evidence ? evidence[k] : int64_t{-1}; };
 
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     if (const Norm* norms = norms_of(args.logits, row))
         for (int i = lx::thread_rank(); i < K * C; i += kThreads) take_best(i, norms[i]);
-    else  // the rows of all positions are contiguous
+    else  // one call suffices: the rows of all positions are contiguous
         for_norms(leaves.rows(row, 0), K * C, warp, kWarps, take_best);
     for (int m = M - 1; m >= -1; --m) {
         lx::syncthreads();

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
             const Norm* const norms = k <= last ? own.norms_at(k) : nullptr;
             if (k == last) {
                 const float total = posterior_of(walk, cur, own.state);
-                // Constant part of each component's exponent in the mixture.
+                // The part of each component's exponent that does not depend on the token.
                 walk.for_own([&](int z) {
                     const bool none = cur[z] == kImpossible || norms[z].log_sum == kImpossible;
                     own.state[z] = none ? kImpossible : cur[z] - total - norms[z].log_sum;

@@ -12,7 +12,7 @@ namespace lora_ext {
 
 constexpr int kDrawChunks = 1024;  // partial sums of a draw, in shared memory
 
-// Returns the number of lanes that read a row of V logits; each has a few loads in flight.
+// Returns the number of lanes that read a row of V logits, so that each lane has a few loads.
 template <class T>
 LX_DEVICE int lanes_of_row(int vocabulary) {
     const int pieces = vocabulary / kPiece<T>;
@@ -193,7 +193,7 @@ LX_DEVICE Largest largest_of(const T* row, int n, bool aligned) {
 // The draw. Each warp computes the same result. Weights are float and their sums double, so that a
 // small weight counts after large ones.
 
-// Returns the sum over the lanes up to this one.
+// Returns the sum of x over the lanes from 0 to this one.
 LX_DEVICE double running_sum(double x) {
 #pragma unroll
     for (int delta = 1; delta < lx::kWarpSize; delta *= 2) {
@@ -205,18 +205,18 @@ LX_DEVICE double running_sum(double x) {
 LX_DEVICE double last_lane(double x) {
     return lx::shfl_sync(lx::kFullMask, x, lx::kWarpSize - 1);
 }
-// Returns the first lane of the ballot `hit`, or the last lane of `has` if `hit` is empty.
+// Returns the first lane in the mask `hit`, or the last lane in the mask `has` if `hit` is 0.
 LX_DEVICE int pick_lane(unsigned hit, unsigned has) {
     return hit ? lx::ffs(hit) - 1 : lx::kWarpSize - 1 - lx::clz(has);
 }
 
-// The first index whose running sum exceeds `limit`, else the last with a positive weight, else -1.
+// The index of a draw: the first whose running sum exceeds `limit`, else the last of weight > 0.
 struct Place {
-    int index = -1;
-    double before = 0;  // the running sum before it
-    double limit = 0;   // uniform * total
+    int index = -1;     // -1: no weight is positive
+    double before = 0;  // sum of the weights before `index`
+    double limit = 0;   // uniform * sum of all weights
 };
-// Finds the place among n numbers. at(i) returns this lane's number of i to i + 31, 0 beyond n.
+// Draws among n weights. at(i) returns weight i + lane on each lane, and 0 beyond the last weight.
 template <class At>
 LX_DEVICE Place find_among(int n, double uniform, At&& at) {
     Place place;
@@ -239,7 +239,7 @@ LX_DEVICE Place find_among(int n, double uniform, At&& at) {
     }
     return place;
 }
-// Finds the place among n numbers in shared memory, float or double.
+// Draws among n weights in shared memory, which are float or double.
 template <class X>
 LX_DEVICE Place find(const X* values, int n, float uniform) {
     const int lane = lx::lane_id();
@@ -247,11 +247,11 @@ LX_DEVICE Place find(const X* values, int n, float uniform) {
                       [&](int i) -> double { return i + lane < n ? values[i + lane] : X{0}; });
 }
 
-// Draws among n weights; weights(i, w) sets w to weights i to i + kCount, zero beyond the end. A
-// chunk is what a warp reads at a time, `steps` loads of kCount per lane. The first pass writes the
-// sums of chunks, each in a fixed tree, to `sums`, kDrawChunks numbers of shared memory. The second
-// pass recomputes the weights of the selected chunk. All threads of the team call this and return
-// the same index.
+// Draws among n weights; weights(i, w) sets w to the kCount weights from i on, zero beyond the end.
+// A warp reads a chunk of weights at a time, `steps` loads of kCount per lane. The first pass sums
+// each chunk in a fixed tree and stores it in `sums`, kDrawChunks numbers in shared memory. The
+// second pass recomputes the weights of the selected chunk. All threads of the team call this
+// function, and all return the same index.
 template <int kCount, class Team, class Weights>
 LX_DEVICE int draw(const Team& team, double* sums, int n, float uniform, Weights&& weights) {
     constexpr int kStep = kCount * lx::kWarpSize;

@@ -7,8 +7,8 @@
 
 namespace lora_ext {
 
-// Stores the first n values of a piece, each rounded once. If `aligned`, all values are stored at
-// once.
+// Stores the first n values of a piece, each rounded once. If `aligned`, the piece is whole and is
+// stored in one access.
 template <class T>
 LX_DEVICE void store_values(T* p, int n, bool aligned, const float (&v)[kPiece<T>]) {
     if (aligned) {

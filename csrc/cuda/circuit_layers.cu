@@ -1,7 +1,7 @@
 // Values of all units of a circuit from the values of its leaves; formulas in circuit_layers.h.
 //
-//   weights   a warp per row scales it to maximum 1, as the sum layers do
-//   leaves    rows of data become lanes
+//   weights   a warp per row of weights scales the row to maximum 1, as the sum layers do
+//   leaves    transposes the values of the leaves, so that rows of data become lanes
 //   up        a block per tile of 16 lanes walks all nodes in order. It reads only values that it
 //             has written, so no block waits for another. If a node has more than 2^14 weights,
 //             and in lower precisions, stages run one after another on tensor cores
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kRowWarps * 32, 4)
             for (int j = 0; j < 4; ++j) total += e[j] = weights.scaled(v[j]);
             store_parts<kParts>(to, i, e[0], e[1], e[2], e[3]);
         });
-        const int end = (m.width + 3) / 4 * 4;  // end of the last piece of four
+        const int end = (m.width + 3) / 4 * 4;  // end of the last four weights stored above
         if (end < part_width(m.width) && lx::lane_id() == 0)
             store_parts<kParts>(to, end, 0, 0, 0, 0);
     }
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kLayerThreads, 4)
     static_cast<float*>(args.val)[at] = l;
 }
 
-// Computes the share blockIdx.z of the results of the nodes begin + blockIdx.y, ... below `end`.
-// kMax: max-product, in which terms and weights remain logarithms.
+// A block computes share blockIdx.z of the results of each of its nodes, which are begin +
+// blockIdx.y, ... below `end`. kMax: max-product, in which terms and weights remain logarithms.
 template <bool kMax>
 __global__ void __launch_bounds__(kLayerThreads, 2)
     layers_up_kernel(const __grid_constant__ LayersArgs args, int64_t begin, int64_t end) {
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
         const int64_t parts = int64_t{gridDim.z} * kGroups;
         const int64_t share = (m.units + parts - 1) / parts * kGroups;
         const int64_t first = blockIdx.z * share;
-        unsigned lost = 0;  // bits of results to recompute
+        unsigned lost = 0;  // a bit per result, set if it must be recomputed
         layer_product<kMax>(
             static_cast<const float*>(args.weight) + m.weight, m.width, 1,
             m.width % 4 == 0 && m.weight % 4 == 0, first, lx::min<int64_t>(first + share, m.units),

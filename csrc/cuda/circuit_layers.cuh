@@ -1,8 +1,8 @@
 // Code shared by the kernels of whole circuits: nodes on a tile of lanes, and the product of a
 // node.
 //
-// A block of 256 threads holds kTile lanes, i.e. rows of data. A thread that computes numbers of a
-// single lane computes those of lane thread % kTile.
+// A block of 256 threads processes a tile of kTile lanes; a lane is a row of data. A thread that
+// works on a single lane processes lane thread % kTile.
 #pragma once
 
 #include "circuit_sum.cuh"
@@ -14,7 +14,7 @@ namespace lora_ext {
 constexpr int kTile = static_cast<int>(kLaneGroup);
 constexpr int kLayerThreads = 256;
 constexpr int kLayerWarps = kLayerThreads / 32;
-constexpr int kQuads = kTile / 4;                // each thread of a product has four lanes
+constexpr int kQuads = kTile / 4;                // a thread of a product sums four lanes
 constexpr int kGroups = kLayerThreads / kQuads;  // results computed at a time, one per thread
 constexpr int kChunk = 512;                      // terms in shared memory
 constexpr int kOwnResults = 4;                   // results per thread in one pass
@@ -50,7 +50,7 @@ struct LayerTile {
             l += at(args.val, child[c].column + k)[lane];
         return l;
     }
-    // Calls f(term, log-value) for the terms first, first + step, ... below `end`, on one lane.
+    // Calls f(index, log-value) for the terms first, first + step, ... below `end` of one lane.
     template <class F>
     LX_DEVICE void for_terms(const LayersNode& node, int lane, int first, int end, int step,
                              F&& f) const {
@@ -64,7 +64,7 @@ struct LayerTile {
             for (; i < stop; i += step) f(i, term_of(part, child, i - part.term, lane));
         }
     }
-    // Returns the largest term of the thread's lane; all threads call it.
+    // Returns the largest term of the thread's lane. All threads of the block must call this.
     LX_DEVICE float top_of(const LayersNode& node, float* partial) const {
         const int rank = lx::thread_rank(), lane = rank % kTile;
         float top = kImpossible;
@@ -77,16 +77,16 @@ struct LayerTile {
         for (int w = 0; w < kLayerWarps; ++w) top = fmaxf(top, partial[w * kTile + lane]);
         return top;
     }
-    // Copies the products of a node without a matrix to its values.
+    // Copies the products of a node without a matrix, hence without sums, to its values.
     LX_DEVICE void copy_products(const LayersNode& node) const {
         const int rank = lx::thread_rank(), lane = rank % kTile;
         for_terms(node, lane, rank / kTile, node.width, kLayerThreads / kTile,
                   [&](int i, float l) { at(args.val, node.out + i)[lane] = l; });
     }
-    // Returns log sum W_i exp(l_i) of one sum and lane, with terms shifted by their maximum.
+    // Recomputes log sum_i W_i exp(l_i) of sum `o` on a lane, with terms shifted by their maximum.
     LX_DEVICE float rescued_sum(const LayersNode& node, const LayersMatrix& m, int64_t o,
                                 int lane) const;
-    // Returns the flow of term i, of log-value l, from the recomputed sums of a lane.
+    // Returns the flow to term i, of log-value l, from those sums of a lane that were rescued.
     LX_DEVICE float owed_flow(const LayersNode& node, const LayersMatrix& m, int64_t i, int lane,
                               float l, float top) const;
 };
@@ -104,7 +104,7 @@ constexpr int kBatch = 4;  // terms per thread in flight
 struct QuadTile : LayerTile {
     using LayerTile::LayerTile;
 
-    // Calls f(term, values on lanes quad .. + 3) for terms first, first + step, ... below `end`.
+    // Calls f(index, values on lanes quad .. + 3) for terms first, first + step, ... below `end`.
     template <class F>
     LX_DEVICE void for_quads(const LayersNode& node, int quad, int first, int end, int step,
                              F&& f) const {
@@ -113,13 +113,13 @@ struct QuadTile : LayerTile {
             const LayersPart part = program.parts()[p];
             const LayersChild* child = program.children() + part.child_begin;
             const int count = part.child_end - part.child_begin;
-            // The loads of both children are in flight at once; column 0, which replaces a missing
-            // child, is 0.
+            // The loads of two children are in flight at once. If a part has one child, column 0,
+            // which contains zeros, replaces the second.
             const LayersChild one = child[0], two = count > 1 ? child[1] : LayersChild{0, 0};
             const int pairs = part.kronecker ? two.units : 1;
             const int stop = lx::min(end, part.term + one.units * pairs);
             while (i < stop) {
-                // Last valid term of this batch; later slots load the same term again.
+                // Last valid slot of this batch; later slots load the term of this slot again.
                 const int last = lx::min(kBatch - 1, (stop - 1 - i) / step);
                 float4 l[kBatch], r[kBatch];
 #pragma unroll
@@ -148,18 +148,18 @@ struct QuadTile : LayerTile {
     }
 };
 
-// Returns `result` with one weight and term accumulated.
+// Accumulates one weight and term in `result`: by fused multiply-add, or by maximum if kMax.
 template <bool kMax>
 LX_DEVICE float meet(float w, float term, float result) {
     return kMax ? fmaxf(w + term, result) : fmaf(w, term, result);
 }
 
-// Computes results [begin, end) of a product and calls f(m, number, sums of the thread's four
-// lanes), with sums[lane] = sum over k of a[m am + k ak] b(k, lane). fill(k0, count) writes b of
-// `count` k into the chunk in shared memory; terms are added in ascending order. In a pass a thread
-// computes the results with numbers 0 to kOwnResults - 1; the pass ends with a call of done(the
-// thread's first result). `vector`: ak is 1 and rows are aligned to 16 bytes. kMax: sums[lane] =
-// max over k of a[..] + b(k, lane).
+// Computes results m in [begin, end) of a product and calls f(m, number, sums), in which sums[lane]
+// = sum over k of a[m am + k ak] b(k, lane) for the thread's four lanes. fill(k0, count) writes b
+// for `count` indices k from k0 on to the chunk in shared memory; k is ascending. In each pass a
+// thread computes kOwnResults results, which `number` counts from 0, and then calls done(m of the
+// first one). `vector`: ak is 1 and rows are aligned to 16 bytes. kMax: sums[lane] = max over k of
+// a[..] + b(k, lane).
 template <bool kMax = false, class Fill, class F, class Done>
 LX_DEVICE void layer_product(const float* a, int64_t am, int64_t ak, bool vector, int64_t begin,
                              int64_t end, int64_t depth, float* chunk, Fill&& fill, F&& f,
@@ -222,14 +222,14 @@ LX_DEVICE void layer_product(const float* a, int64_t am, int64_t ak, bool vector
         }
         done(pass + group);
     }
-    lx::syncthreads();  // the chunk is free
+    lx::syncthreads();  // the last chunk has been read
 }
 
-// Returns whether a sum was recomputed because its terms are too far below `top`.
+// Returns whether the forward recomputed a sum because its terms are too far below `top`.
 LX_DEVICE bool lost_sum(float top, float shift, float out) {
     return out != kImpossible && top + shift - out >= kTrustLog;
 }
-// Returns the matrix that contains this row, counted over all matrices.
+// Returns the matrix that contains row `row`, where rows are counted over all matrices.
 LX_DEVICE LayersMatrix matrix_of_row(const LayersProgram& program, int64_t row) {
     int low = 0, high = program.num_matrices() - 1;
     while (low < high) {
@@ -299,8 +299,8 @@ LX_DEVICE float LayerTile::owed_flow(const LayersNode& node, const LayersMatrix&
     return sum;
 }
 
-// Returns the number of blocks along one axis of the grid, for the nodes of a stage or the results
-// of a node.
+// Returns the number of blocks along an axis of the grid for `items` items, which are the nodes of
+// a stage or the results of a node.
 inline unsigned along_grid(int64_t items) {
     return static_cast<unsigned>(lx::min<int64_t>(items, kMaxGridY));
 }
@@ -308,8 +308,8 @@ inline int64_t lane_tiles(const LayersArgs& args) {
     return args.lanes / kTile;
 }
 
-// Launchers of the steps of a stage on tensor cores: circuit_layers_terms.cu,
-// circuit_layers_product.cu.
+// Launchers of the steps of a stage on tensor cores, which circuit_layers_terms.cu and
+// circuit_layers_product.cu define.
 enum class LayersProduct { kUp, kDown, kWeights };
 LaunchStatus launch_layers_terms(const LayersArgs& args, const LayersStage& stage, bool down,
                                  void* stream);
@@ -323,7 +323,7 @@ LaunchStatus launch_layers_children(const LayersArgs& args, const LayersStage& s
 // Converts flows of weights, which products have written to args.dw, to gradients.
 LaunchStatus launch_layers_owed(const LayersArgs& args, void* stream);
 
-// Declares float values (rows, columns) of any strides, read-only.
+// Declares to the emulator that a kernel reads float values (rows, columns) of any strides.
 inline void declare_strided([[maybe_unused]] const void* values, int64_t rows, int64_t row,
                             int64_t columns, int64_t column) {
     if (row < column) return declare_strided(values, columns, column, rows, row);

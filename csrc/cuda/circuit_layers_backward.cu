@@ -1,15 +1,15 @@
 // Flows of all units and weights of a circuit from the flows of its roots; formulas in
 // circuit_layers.h.
 //
-//   terms     per node, from the last to the first: ratio = g / s of each sum, and the flows of its
-//             products, stored in a separate buffer
-//   children  a block per tile of lanes adds them to the units below, product after product, so
-//             that units with several parents receive their flows in a fixed order
+//   terms     for each node, from the last to the first: ratio = g / s of each sum s of flow g, and
+//             the flows of the node's products, stored in a separate buffer
+//   children  a block per tile of lanes adds these flows to the units below, one product after
+//             another, so that units with several parents receive their flows in a fixed order
 //   weights   a block per tile of 32 x 32 weights iterates over the lanes in order
 //
-// Circuits of small nodes use one launch that walks terms and children, as in the forward pass.
-// Other circuits run stage after stage on tensor cores: terms, the two products, children
-// (circuit_layers_terms.cu, circuit_layers_product.cu).
+// Circuits of small nodes use one launch that computes terms and children of node after node, as in
+// the forward pass. Other circuits run stage after stage on tensor cores, each stage in four steps:
+// terms, two products, children (circuit_layers_terms.cu, circuit_layers_product.cu).
 #include "circuit_layers.cuh"
 
 namespace lora_ext {
@@ -71,8 +71,8 @@ struct DownTile : LayerTile {
             d[i * args.lanes + lane] = flow;
         });
     }
-    // Adds the flows of a node's products to its children. Within a part each child unit belongs to
-    // one thread; parts follow one another.
+    // Adds the flows of a node's products to its children. Within a part, one thread adds to each
+    // child unit; parts are processed one after another, because they may share children.
     LX_DEVICE void children(const LayersNode& node) const {
         const int rank = lx::thread_rank(), lane = rank % kTile;
         constexpr int kStep = kLayerThreads / kTile;
@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
     }
 }
 
-// Block (tile of sums, tile of terms, matrix). A thread computes four of the 32 x 32 weights, in
-// one column.
+// Block (tile of sums, tile of terms, matrix). A thread computes the gradients of four of the
+// 32 x 32 weights, all in one column.
 __global__ void __launch_bounds__(kLayerThreads, 2)
     layers_dweights_kernel(const __grid_constant__ LayersArgs args) {
     LX_SHARED(float, ratios, kSide*(kSide + 1));
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
             const float factor = logits ? totals[row + j * kStep] * expf(shift) : 0.0f;
             static_cast<float*>(args.dw)[at] = acc[j] * scaled + extra[j] - scaled * factor;
         }
-        lx::syncthreads();  // bases and totals are free
+        lx::syncthreads();  // bases and totals have been read
     }
 }
 

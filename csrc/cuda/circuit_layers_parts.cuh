@@ -1,7 +1,7 @@
 // Numbers split into 16-bit parts for tensor cores, and the tile of a product of such numbers.
 //
-//   3 parts   bfloat16, all 24 bits of a float; of the nine products, the six above 2^-16
-//   2 parts   bfloat16, 16 bits; of the four products, the three largest
+//   3 parts   bfloat16, all 24 bits of a float; the six largest of nine products are computed
+//   2 parts   bfloat16, 16 bits; the three largest of four products are computed
 //   1 part    float16 of the number times 2^14: 11 bits, terms below 2^-38 of the largest vanish
 //
 // The parts of eight numbers of a row are contiguous: eight first parts, eight second parts, ...
@@ -35,12 +35,12 @@ LX_DEVICE void part_pair(float a, float b, uint32_t (&words)[kParts]) {
         a -= rounded.x, b -= rounded.y;
     }
 }
-// Returns the index of the first part of number `at` of a row; the others are kPartPiece apart.
+// Returns the index of the first part of number `at` of a row; its parts are kPartPiece apart.
 template <int kParts>
 LX_DEVICE int64_t part_at(int64_t at) {
     return at / kPartPiece * (kPartPiece * kParts) + at % kPartPiece;
 }
-// Stores four numbers in parts; `at` is a multiple of four.
+// Splits four numbers into parts and stores them from number `at` on, a multiple of four.
 template <int kParts>
 LX_DEVICE void store_parts(uint16_t* row, int64_t at, float a, float b, float c, float d) {
     uint32_t first[kParts], second[kParts];
@@ -51,8 +51,8 @@ LX_DEVICE void store_parts(uint16_t* row, int64_t at, float a, float b, float c,
         *reinterpret_cast<uint2*>(row + part_at<kParts>(at) + p * kPartPiece) = {first[p],
                                                                                  second[p]};
 }
-// Returns two numbers, exactly, from their three parts; `first` points to the first part of the
-// first number.
+// Returns the exact values of two adjacent numbers with three parts; `first` points to the first
+// part of the first number.
 LX_DEVICE float2 joined_pair(const uint16_t* first) {
     float2 sum = {0, 0};
 #pragma unroll
@@ -64,8 +64,8 @@ LX_DEVICE float2 joined_pair(const uint16_t* first) {
     return sum;
 }
 
-// Numbers in memory that are one side of a tile: `rows` x `columns` of them starting at `first`,
-// columns in whole pieces of eight. Rows are `stride` numbers apart.
+// The numbers in memory that one side of a tile reads: `rows` x `columns` numbers from `first` on.
+// Columns are read in whole pieces of eight; rows are `stride` numbers apart.
 struct PartRows {
     const void* first;
     int64_t stride;
@@ -83,14 +83,14 @@ struct ProductSide {
     static constexpr int kBytes = kParts * kPlaneBytes;
     static constexpr int kRowStep = kProductThreads / kPieces;
     static constexpr int kCopies = kRows / kRowStep;
-    // The permutation is the same for all rows of a thread.
+    // Then the permutation of pieces is the same in all rows that a thread copies.
     static_assert(kRowStep % 8 == 0 && kCopies * kRowStep == kRows);
 
     const unsigned char *origin, *own;  // own: the thread's first piece of the next step
-    int64_t row_step, step;             // bytes between its rows and between steps
-    int to;                             // destination offset
+    int64_t row_step, step;             // bytes between the thread's rows, and between steps
+    int to;                             // offset of the first piece in a stage
     int left;                           // remaining k from the next step on
-    int others;                         // remaining rows or columns; if transposed: in the piece
+    int others;                         // remaining rows; if transposed: columns
 
     LX_DEVICE explicit ProductSide(const PartRows& in)
         : origin(static_cast<const unsigned char*>(in.first)) {
@@ -107,7 +107,7 @@ struct ProductSide {
         return row * kRowBytes + (piece ^ (kPieces >= 8 ? row % 8 : row / 2 % kPieces)) * 16;
     }
 
-    // Copies the next step of k, zeros beyond the end.
+    // Copies the next step of k to a stage, with zeros beyond the end.
     LX_DEVICE void fill(unsigned char* stage) {
         constexpr int kLastRow = (kCopies - 1) * kRowStep;
         const bool whole = kTurned ? left > kLastRow && others > 0 : left > 0 && others > kLastRow;
@@ -164,7 +164,7 @@ struct ProductSide {
     }
 };
 
-// A tile of kRows rows and kColumns columns; each of four warps has a quarter.
+// A tile of kRows rows and kColumns columns; each of four warps computes a quarter of it.
 template <int kNumParts, bool kLeftTurned, bool kRightTurned, bool kLarge>
 struct ProductShape {
     static constexpr int kParts = kNumParts;
@@ -179,8 +179,8 @@ struct ProductShape {
     static constexpr int kWarpRows = kRows / 2, kWarpColumns = kColumns / 2;
     static constexpr int kOwn = kTilesM * kTilesN * 4;  // results per thread
     // Tensor cores truncate a sum where float32 would round it, which biases long sums of positive
-    // terms (Fasi et al. 2021). With three parts, where all bits count, sums of 128 terms are
-    // therefore added by ordinary instructions.
+    // terms (Fasi et al. 2021). With three parts, whose results keep all bits of a float, tensor
+    // cores therefore sum 128 terms at a time, and ordinary instructions add these sums.
     static constexpr int kRun = kParts == 3 ? 128 / kStep : 1 << 30;
     static constexpr int kTogether = kTilesN >= 4 ? 1 : 2;  // row tiles whose products alternate
     static constexpr int kUnroll = kParts == 3 && kLarge ? 1 : kStep / 16;  // limited by registers
@@ -189,7 +189,7 @@ struct ProductShape {
 
     LX_DEVICE static int warp_row() { return lx::warp_id() % 2 * kWarpRows; }
     LX_DEVICE static int warp_column() { return lx::warp_id() / 2 * kWarpColumns; }
-    // Row and column of result i of a thread in the tile; i and i + 1, i even, are neighbours.
+    // Row and column of a thread's result i. For even i, result i + 1 is in the next column.
     LX_DEVICE static int row_of(int i) {
         return warp_row() + i / (4 * kTilesN) * 16 + i / 2 % 2 * 8 + lx::lane_id() / 4;
     }
@@ -218,7 +218,7 @@ struct ProductShape {
 #pragma unroll
                     for (int p = 0; p < kParts; ++p)
                         Left::load_rows(a[t][p], left, p, warp_row() + 16 * (m + t), k);
-                // The smallest products are added first.
+                // The smallest products are added first, to lose fewer bits.
 #pragma unroll
                 for (int below = kParts - 1; below >= 0; --below)
 #pragma unroll
@@ -232,7 +232,7 @@ struct ProductShape {
             }
         }
     }
-    // sums += left right, over `depth` of k. The kernel that writes `right` may still be running.
+    // sums += left right, over `depth` values of k. Waits for the kernel that writes `right`.
     LX_DEVICE static void add_product(Sums& sums, unsigned char* ring, const PartRows& left_rows,
                                       const PartRows& right_rows, int depth) {
         Left left(left_rows);
@@ -274,7 +274,7 @@ struct ProductShape {
                     for (int i = 0; i < 4; ++i) sums[m][j][i] += run[m][j][i];
         }
         lx::cp_async_wait_all();
-        lx::syncthreads();  // the ring is free
+        lx::syncthreads();  // the ring has been read
     }
 };
 
@@ -283,12 +283,12 @@ LX_DEVICE float trusted(int n) {
     return kParts == 1 ? static_cast<float>(n) * 0x1p-28f : kSumTrusted;
 }
 
-// Converts the sums of a tile to values; `tops` contains the shifts of its lanes.
+// Converts the sums of a tile to values; `tops` contains the largest term of each lane.
 template <class G>
 LX_DEVICE void finish_up(const LayersArgs& args, const LayersNode& node, const LayersMatrix& m,
                          int row0, int64_t lane0, const float* tops, const typename G::Sums& sums) {
     const LayerTile tile(args, 0);
-    unsigned lost[(G::kOwn + 31) / 32] = {};  // bits of results to recompute
+    unsigned lost[(G::kOwn + 31) / 32] = {};  // a bit per result, set if it must be recomputed
 #pragma unroll
     for (int i = 0; i < G::kOwn; i += 2) {
         const int o = row0 + G::row_of(i);

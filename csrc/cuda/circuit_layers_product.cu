@@ -1,18 +1,18 @@
-// The products of one stage of a circuit, on tensor cores; formulas in circuit_layers.h, numbers in
-// parts and the tile in circuit_layers_parts.cuh.
+// The products of one stage of a circuit, on tensor cores. circuit_layers.h has the formulas;
+// circuit_layers_parts.cuh defines the tile, and how numbers are split into 16-bit parts.
 //
 //   up        s[o, lane] = sum_i W[o, i] E[i, lane], then its logarithm
 //   down      d[i, lane] = E[i, lane] sum_o W[o, i] R[o, lane]: flows of the products of a node
 //   weights   f[o, i] = sum over lanes of R[o, lane] E[i, lane], over the nodes that share a matrix
 //
 // with E = exp(term - its maximum) and R = flow / s of circuit_layers_terms.cu. Block (tile of
-// columns, tile of rows, node). Results below the precision of the mode are recomputed by their
-// thread in float32. The order of k does not depend on the tile, so the bits of a row do not depend
-// on its batch. Bound: tensor cores, and at 512 states the latency of a stage.
+// columns, tile of rows, node). If a result is too small for the precision of the parts, its thread
+// recomputes it in float32. The order of k does not depend on the tile, so the bits of a row do not
+// depend on its batch. Bound: tensor cores, and at 512 states the latency of a stage.
 //
-// Each launch may start before the previous one ends, and load its weights early: a launch that
-// precedes all of these has split them into parts. Results of earlier stages are read after
-// grid_dependency_wait().
+// Each launch may start before the previous one ends, and may load its weights at once, because a
+// launch before the first stage has split them into parts. Results of earlier stages are read only
+// after grid_dependency_wait().
 #include "circuit_layers_parts.cuh"
 
 namespace lora_ext {
@@ -22,7 +22,7 @@ template <LayersProduct kProduct, int kParts, bool kLarge>
 using Shape = ProductShape<kParts, kProduct == LayersProduct::kDown,
                            kProduct != LayersProduct::kWeights, kLarge>;
 
-// A node of a stage, and the addresses of its numbers split into parts.
+// A node of a stage, and the addresses of its weights, terms and ratios, each split into parts.
 struct ProductNode {
     LayersNode node;
     LayersMatrix m;
@@ -49,7 +49,7 @@ LX_DEVICE void finish_down(const LayersArgs& args, const LayersStage& stage, int
     const ProductNode own(args, stage, n);
     const LayerTile tile(args, 0);
     const float* flags = tile.at(args.lost, n * kNodeShares);
-    // The thread's first result; tiles of eight columns are a constant distance apart.
+    // Addresses of the thread's first result; the offsets to the others are compile-time constants.
     const int64_t first_lane = lane0 + G::column_of(0);
     const uint16_t* term_parts =
         own.term + (row0 + G::row_of(0)) * args.lanes * 3 + part_at<3>(first_lane);
@@ -79,7 +79,7 @@ LX_DEVICE void finish_down(const LayersArgs& args, const LayersStage& stage, int
     }
 }
 
-// The users of a matrix among the nodes of a stage, in ascending order.
+// The range of users of a matrix, which are in ascending order, that are nodes of a stage.
 struct Users {
     int begin, end;
 
@@ -156,11 +156,11 @@ __global__ void __launch_bounds__(kProductThreads, 2)
                      m.width - static_cast<int>(column0), lanes},
                     lanes);
             }
-            const bool first = users.end == m.user_end;  // stages run from last to first
+            const bool first = users.end == m.user_end;  // the last stage is processed first
             finish_weights<G>(args, own, first, row0, static_cast<int>(column0), sums);
         }
     }
-    lx::grid_dependency_wait();  // this grid must not end before its producer
+    lx::grid_dependency_wait();  // the next grid waits only for this one, not for its producer
 }
 
 template <LayersProduct kProduct, int kParts, bool kLarge>

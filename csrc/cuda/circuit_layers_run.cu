@@ -1,17 +1,17 @@
-// A run of stages of one node each, in one launch; formulas in circuit_layers.h, the tile in
-// circuit_layers_parts.cuh.
+// A run, that is, consecutive stages of one node each, in one launch. circuit_layers.h has the
+// formulas, circuit_layers_parts.cuh the tile.
 //
 // Block (64 sums and 64 terms of every node, 32 lanes). Lanes are independent, so only blocks of
 // the same lanes wait for each other, and at most once per stage for its terms:
 //
-//   terms     E[i, lane] = exp(term[i] - t) of the block's terms, t their maximum, in parts, to L2
-//   product   s[o, lane] = sum over blocks b of exp(t_b - t) (sum over its i of W[o, i] E[i, lane])
+//   terms     E[i, lane] = exp(term[i] - t_b) of block b's terms, t_b their maximum: parts, to L2
+//   product   s[o, lane] = sum over b of exp(t_b - t) (sum over i of b of W[o, i] E[i, lane])
 //
-// The block then computes its values. If each term uses the sum with the same index, as in a chain,
-// the block computes its next terms from these values. Its rows of the weights stay in shared
-// memory while stages share their matrix. Terms are double-buffered: a block that has finished a
-// stage may write terms of the next stage while another block reads. A sum adds the blocks of terms
-// in order, so the bits of a row depend neither on its batch nor on the number of launches.
+// with t the maximum of all t_b. The block then computes its values and, if term i of the next node
+// uses only sum i, as in a chain, its next terms, without waiting. Its rows of the weights stay in
+// shared memory while stages share their matrix. Terms have two buffers, so a block can write terms
+// of the next stage while another block still reads. A sum adds the blocks of terms in order, so
+// the bits of a row depend neither on its batch nor on the number of launches.
 //
 // Bound: tensor cores, and once per stage the latency of L2 for a counter and for terms.
 #include "circuit_layers_parts.cuh"
@@ -31,7 +31,7 @@ struct RunShape : ProductShape<kParts, false, true, false> {
     static constexpr int kTermBytes = kRunTerms * kRunLanes * 4;
     static_assert(Tile::kRows == kRunTerms && Tile::kColumns == kRunLanes);
 
-    // Shared memory: the block's terms or, during a product, the ring of terms; weights; factors.
+    // Shared memory: first the block's terms or, in a product, the ring of terms; weights; factors.
     static constexpr int kWeightsAt = lx::max(kRingBytes, kTermBytes);
     LX_HOST_DEVICE static constexpr int blocks(int width) {
         return (width + kRunTerms - 1) / kRunTerms;
@@ -45,8 +45,8 @@ struct Run {
     int begin, end;      // stages
     int width;           // maximum number of terms of a node in the run
     int64_t first_lane;  // first lane of the launch
-    int64_t lane_tiles;  // lane tiles of all launches together
-    int64_t tops_apart;  // numbers between the maxima of consecutive stages
+    int64_t lane_tiles;  // number of lane tiles of all launches
+    int64_t tops_apart;  // distance between the two buffers of maxima, in floats
 };
 
 // Returns whether a block can compute its terms of a node without waiting: they use values of
@@ -66,7 +66,7 @@ LX_DEVICE bool of_own_sums(const LayersProgram& program, const LayersNode& node,
 struct RunNode {
     LayersNode node;
     LayersMatrix m;
-    bool own;  // of_own_sums
+    bool own;  // result of of_own_sums
 
     LX_DEVICE RunNode(const LayersProgram& program, int stage, const LayersNode& before)
         : node(program.nodes()[program.stages()[stage]]), m{} {
@@ -83,10 +83,10 @@ struct RunBlock : QuadTile {
 
     const Run& run;
     unsigned char* shared;
-    float *partial, *tops;  // (4, kRunLanes), (kRunLanes)
+    float *partial, *tops;  // (4, kRunLanes): maxima of each warp; (kRunLanes,)
     unsigned* arrivals;
     unsigned arrived = 0;
-    int row0, matrix = -1;  // matrix: the one in shared memory
+    int row0, matrix = -1;  // matrix: index of the matrix in shared memory
 
     LX_DEVICE RunBlock(const LayersArgs& args, const Run& run, unsigned char* shared,
                        float* partial, float* tops)
@@ -109,8 +109,8 @@ struct RunBlock : QuadTile {
         return args.run_tops + stage % 2 * run.tops_apart + lane0;
     }
 
-    // A barrier in two calls, for all blocks of these lanes. After wait() a block sees the data
-    // that the others wrote before arrive().
+    // arrive() and wait() together are a barrier for all blocks of the same lanes. After wait(), a
+    // block sees the data that the other blocks wrote before arrive().
     LX_DEVICE void arrive() {
         arrived += gridDim.x;
         lx::syncthreads();
@@ -139,7 +139,7 @@ struct RunBlock : QuadTile {
         lx::cp_async_commit();
     }
 
-    // Computes the block's terms; for a node without a matrix they are its values.
+    // Computes the block's terms. If the node has no matrix, they are stored as its values.
     LX_DEVICE void make_terms(const LayersNode& node, int stage) {
         const int rank = lx::thread_rank(), quad = rank % kLaneQuads * 4;
         const int first = row0 + rank / kLaneQuads, end = lx::min(row0 + kRunTerms, node.width);
@@ -185,7 +185,7 @@ struct RunBlock : QuadTile {
         }
     }
 
-    // Computes the largest term of each lane and the factor exp(t_b - t) of each block.
+    // Computes the largest term t of each lane, and the factor exp(t_b - t) of each block b.
     LX_DEVICE void make_factors(int stage, int blocks) {
         const int lane = lx::lane_id();
         const float* own = tops_of(stage) + lane;
@@ -242,7 +242,7 @@ struct RunBlock : QuadTile {
             }
         }
         lx::cp_async_wait_all();
-        lx::syncthreads();  // the ring is free
+        lx::syncthreads();  // the ring has been read
         finish_up<G>(args, of.node, m, row0, lane0, tops, sums);
     }
 };
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     }
 }
 
-// Calls f with the number of parts as a constant.
+// Calls f with the number of parts as a template argument.
 template <class F>
 auto with_parts(int parts, F&& f) {
     return parts == 1   ? f.template operator()<1>()
@@ -287,7 +287,7 @@ auto with_parts(int parts, F&& f) {
                         : f.template operator()<3>();
 }
 
-// Size of a run: `rows` blocks share the same lanes, each with bytes() of shared memory.
+// Size of a run: `rows` blocks process the same lanes, each with bytes() of shared memory.
 struct RunSize {
     int64_t rows = 0, width = 0;
 
@@ -300,14 +300,14 @@ struct RunSize {
         return static_cast<size_t>(RunShape<kParts>::bytes(static_cast<int>(width)));
     }
     bool fits(int parts) const {
-        return width < 1 << 20 && rows <= kMaxGridY &&  // bytes() returns int
+        return width < 1 << 20 && rows <= kMaxGridY &&  // the limit keeps bytes() within int
                with_parts(
                    parts,
                    [&]<int kParts>() {
                        return static_cast<int64_t>(bytes<kParts>()) <= most_dynamic_bytes();
                    });
     }
-    // Returns the maximum number of lane tiles of a launch.
+    // Returns the maximum number of lane tiles of a launch, all of whose blocks must be resident.
     int64_t lane_tiles(int parts) const {
         return with_parts(parts, [&]<int kParts>() -> int64_t {
             return lx::resident_blocks(layers_run_kernel<kParts>, kProductThreads,

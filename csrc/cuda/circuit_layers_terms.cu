@@ -3,12 +3,12 @@
 //
 //   terms      E = exp(term - its maximum over the node) of each lane, once, in 16-bit parts; in
 //              the backward also R = flow / s of each sum: block (16 lanes, node, share of terms)
-//   children   adds flows of terms to the units below. A thread owns columns, so products follow
-//              one another without a barrier, in a fixed order: block (16 lanes, 16 columns)
+//   children   adds flows of terms to the units below. All adds to a unit are by one thread, so
+//              their order is fixed without a barrier: block (16 lanes, 16 units)
 //   owed       converts flows of weights to gradients and adds the flows of rescued sums: a block
-//              per row
+//              per row of a matrix
 //
-// Bound: bytes, and the latency of the maximum, which every share computes.
+// Bound: bytes, and the latency of the maximum, which the block of every share computes.
 #include "circuit_layers_parts.cuh"
 
 namespace lora_ext {
@@ -20,7 +20,7 @@ constexpr int kOwedThreads = 128;
 struct TermTile : QuadTile {
     using QuadTile::QuadTile;
 
-    // Returns the largest term of each of the thread's four lanes; all threads call it.
+    // Returns the largest term of each of the thread's four lanes. All threads must call this.
     LX_DEVICE float4 tops_of(const LayersNode& node, float* partial) const {
         const int rank = lx::thread_rank(), quad = rank % kQuads * 4;
         float top[4] = {kImpossible, kImpossible, kImpossible, kImpossible};
@@ -45,8 +45,8 @@ struct TermTile : QuadTile {
         }
         return {top[0], top[1], top[2], top[3]};
     }
-    // Computes the ratios of this block's share of a node's sums, and determines which lanes have
-    // sums to rescue.
+    // Computes R = flow / s of this block's share of a node's sums, and stores for each lane
+    // whether any of these sums was rescued.
     LX_DEVICE void ratios(const LayersNode& node, const LayersMatrix& m, int64_t n, int64_t slot,
                           float4 top, float* partial) const {
         const int rank = lx::thread_rank(), quad = rank % kQuads * 4;
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
     const int rank = lx::thread_rank(), quad = rank % kQuads * 4;
     for (int64_t n = stage.begin + blockIdx.y; n < stage.end; n += gridDim.y) {
         const LayersNode node = args.program.nodes()[n];
-        lx::grid_dependency_wait();  // every block has a node
+        lx::grid_dependency_wait();  // every block reaches this: it has a node
         const int first = static_cast<int>(blockIdx.z) * kGroups + rank / kQuads;
         const int step = static_cast<int>(gridDim.z) * kGroups;
         if (node.matrix < 0) {
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kLayerThreads, 4)
             const float* d = (node.matrix < 0 ? tile.at(args.grad, node.out + part.term)
                                               : tile.at(args.terms, slot + part.term)) +
                              lane;
-            // A thread owns the columns with one remainder modulo `step`.
+            // A thread owns all units whose index has the same remainder modulo `step`.
             for_children(
                 args.program, part, [&](const LayersChild& child, const ChildTerms& terms) {
                     for (int u = (own + step - child.column % step) % step; u < child.units;

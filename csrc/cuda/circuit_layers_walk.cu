@@ -3,8 +3,8 @@
 //
 // One launch with one warp per walk. The warp searches the nodes from the last to the first, 32 at
 // a time, for nodes that the walk has reached. Its lanes share the terms of a node and compute them
-// twice: for their maximum, and for the sums of a draw. Walks are independent. Bound: a sector of
-// values per term from L2, and the latency of consecutive nodes.
+// twice: for their maximum, and for the sums of a draw. Walks are independent. Bound: 32 bytes (a
+// sector) from L2 for each value of a term, and the latency of consecutive nodes.
 #include "circuit_decode.cuh"
 #include "circuit_layers.cuh"
 

@@ -11,13 +11,13 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kBatch = 2;  // loads in flight per lane
-// Minimum blocks per multiprocessor: in the forward as many as fit, in the backward fewer, since it
-// uses more registers.
+// Minimum blocks per multiprocessor. The forward requests as many as fit; the backward requests
+// fewer, since it uses more registers.
 constexpr int kMinBlocks = 8, kMinBlocksBackward = 5;
 
 // The row of V logits of a warp, and its token.
 struct LeafRow {
-    int64_t index, at;  // index: of the row of logits; at: in e, top and log_sum
+    int64_t index, at;  // index: row of logits; at: index in e, top and log_sum
     int64_t logits;     // offset of the first logit
     int64_t token;      // -1: no valid token
 };

@@ -2,11 +2,11 @@
 // of values with the weights of a warp.
 //
 //   fp16s  both operands times 2^14 in float16: 11 bits, terms below 2^-38 of the largest vanish
-//   high   both as high + low bfloat16, three products: 16 bits, the range of float32
+//   high   each operand is high + low in bfloat16, three products: 16 bits, the range of float32
 //
-// Rows of values in shared memory are 64 bytes off a multiple of 128, so that the eight lanes of a
-// 16-byte access have no bank conflict. Weights become operands in registers, eight per lane (see
-// lora_tile.cuh for the order of k).
+// A row of values in shared memory has 64 bytes more than a multiple of 128, so that eight lanes
+// that access 16 bytes each have no bank conflict. Weights become operands in registers, eight per
+// lane (see lora_tile.cuh for the order of k).
 #pragma once
 
 #include "circuit_sum.cuh"
@@ -23,14 +23,14 @@ constexpr float kHalfScale = 0x1p14f;
 template <bool kHigh>
 using MmaHalf = std::conditional_t<kHigh, lx::bf16, lx::f16>;
 
-// Returns the bytes between rows of values: a whole number of steps, 64 bytes off a multiple of
-// 128.
+// Returns the bytes between rows of values: a whole number of steps, and not a multiple of 128, so
+// that there are no bank conflicts.
 LX_HOST_DEVICE constexpr int value_row_bytes(int64_t terms) {
     const int bytes = (static_cast<int>(terms) + kStep - 1) / kStep * kStep * 2;
     return bytes % 128 == 0 ? bytes + 64 : bytes;
 }
 
-// Eight numbers as operand words; `low` is the rounding error of `high`.
+// Eight numbers as operands of mma; `low` is the rounding error of `high` (zero unless kHigh).
 template <bool kHigh>
 struct Operand {
     uint4 high, low;
@@ -53,7 +53,7 @@ struct Operand {
     }
 };
 
-// Loads the eight numbers starting at k, zero beyond n.
+// Loads the eight numbers from index k on, with zeros beyond n.
 LX_DEVICE void load_eight(const float* p, int k, int n, bool aligned, float (&v)[8]) {
     if (aligned && k + 8 <= n) {
         const float4 a = lx::load_nc(reinterpret_cast<const float4*>(p + k));
@@ -106,7 +106,7 @@ template <bool kHigh>
 LX_DEVICE float mma_result(const float (&acc)[kWarpTiles][4], int i) {
     return kHigh ? acc[i / 4][i % 4] : acc[i / 4][i % 4] * 0x1p-28f;
 }
-// Returns the bound above which sums of n terms are trusted.
+// Returns the smallest sum of n terms that is accurate; smaller sums are recomputed.
 template <bool kHigh>
 LX_DEVICE float mma_trusted(int n) {
     return kHigh ? kSumTrusted : static_cast<float>(n) * 0x1p-28f;

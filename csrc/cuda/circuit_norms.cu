@@ -1,5 +1,5 @@
-// Norms of leaves, for windows whose logits would occupy one multiprocessor for too long. Eight
-// warps of a block read rows of V logits, in 16-byte loads, in the same order as a walking block.
+// Norms of leaves, in a separate launch, if one multiprocessor would need too long to read the
+// logits of a row of the batch. Eight warps per block read rows of V logits as in circuit_row.cuh.
 // Bound: bytes of the logits.
 #include "circuit_decode.cuh"
 

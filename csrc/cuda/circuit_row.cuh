@@ -1,15 +1,15 @@
 // A block that walks one row of the batch with the leaves of its positions.
 //
-// With up to 32 states and 4096 tokens one warp walks: all warps first compute the norms of the
-// leaves of every position, then the first warp walks alone without block barriers. Otherwise the
-// block walks and computes a position's norms when it reaches the position.
+// With up to 32 states and 4096 tokens, one warp walks: all warps first compute the norms of the
+// leaves of all positions, then only the first warp walks, without block barriers. Otherwise the
+// whole block walks and computes a position's norms when it reaches the position.
 #pragma once
 
 #include "circuit_decode.cuh"
 
 namespace lora_ext {
 
-constexpr int kMaxWarpTokens = 4096;  // above it one warp would read a row for too long
+constexpr int kMaxWarpTokens = 4096;  // with more, one warp would need too long to read a row
 
 template <class Team>
 constexpr bool kByWarp = Team::kScratch == 0;
@@ -39,7 +39,7 @@ inline bool walks_by_warp(const CircuitLogits& logits) {
 template <class Team>
 struct Row {
     const Leaves& leaves;
-    const Norm* given;  // norms from run_norms
+    const Norm* given;  // norms from run_norms, or nullptr
     int64_t row;
     int components;
     double* sums;
@@ -90,7 +90,7 @@ struct Row {
     }
 };
 
-// Computes state = softmax(cur) and returns the logarithm of its denominator; the team is
+// Computes state = softmax(cur) and returns the logarithm of the softmax's denominator. The team is
 // synchronised at the end.
 template <class Walk>
 LX_DEVICE float posterior_of(const Walk& walk, const float* cur, float* state) {
@@ -103,8 +103,8 @@ LX_DEVICE float posterior_of(const Walk& walk, const float* cur, float* state) {
     return logf(sum) + shift;
 }
 
-// Calls f<P, Team>(leaves, aligned) with the types of these logits, after the launch of run_norms.
-// declare() declares the other buffers of the kernel.
+// Calls run_norms and then f<P, Team>(leaves, aligned) with the types of these logits. declare()
+// must declare those buffers of the kernel that do not belong to the circuit.
 template <class Declare, class F>
 LaunchStatus with_circuit(const CircuitLogits& logits, const int64_t* last, void* stream,
                           Declare&& declare, F&& f) {

@@ -6,7 +6,7 @@
 // forward and once backward; their gradient is written once.
 //
 // Backward, with A = log softmax of trans, and the gradients g of a prefix and h of a conditional;
-// impossible states have no gradient:
+// the gradient of an impossible state is 0:
 //   at a position  de = (g + h) softmax(cur + e) + the gradient from the right
 //                  dcur = de - h softmax(cur)
 //   a step         X[z, z'] = dout[z'] exp(cur[z] + A[z, z'] - out[z'])    dcur[z] = sum_z' X
@@ -23,7 +23,7 @@ namespace {
 constexpr int kRowsPerBlock = 4;  // if a warp walks a row
 constexpr float kNotExact = __builtin_huge_valf();
 
-// Finds the row of this team and its share of shared memory; returns false if there is no row.
+// Finds the team's row and its share of shared memory; returns false if the team has no row.
 template <class Team>
 LX_DEVICE bool find_row(const CircuitParams& c, int64_t floats, unsigned char* shared, int64_t& row,
                         float*& scratch) {
@@ -33,8 +33,8 @@ LX_DEVICE bool find_row(const CircuitParams& c, int64_t floats, unsigned char* s
     return row < c.rows;
 }
 
-// A minimum of one block per multiprocessor keeps the compiler from limiting itself to 64 registers
-// and spilling.
+// Without the minimum of one block per multiprocessor, the compiler would use at most 64 registers
+// and spill the rest.
 template <class P, class Team>
 __global__ void __launch_bounds__(256, 1)
     circuit_scan_kernel(const __grid_constant__ CircuitScanArgs args, int64_t floats,
@@ -87,7 +87,7 @@ template <class P, class Team>
 struct CircuitReverse {
     const CircuitScanArgs& args;
     const CircuitParams& c;
-    CircuitWalk<P, Team> walk;  // its vectors contain dup and dcur of each level
+    CircuitWalk<P, Team> walk;  // its `vectors` contain dup and dcur of each level here
     int64_t row;
     int n;
     const float *e, *states;
@@ -145,7 +145,7 @@ struct CircuitReverse {
         });
     }
 
-    // Loads up, its exponentials, and the coefficients of the rows of Y: see y_at.
+    // Loads `up`, its exponentials, and for each row of Y the factor that y_at uses.
     LX_DEVICE void load_projection(int64_t m, const float* du) const {
         const float *up_state = states + (3 * m + 1) * n, *u_state = up_state + n;
         const float shift =
@@ -168,7 +168,7 @@ struct CircuitReverse {
         return ratio[j] * lx::exp_approx(cur[z] + log_p - out[j]);
     }
 
-    // dup = sum of Y over its rows.
+    // Computes dup[z'] = sum over z of Y[z, z'].
     LX_DEVICE void project(int64_t m, const float* du, float* dup) const {
         walk.for_own([&](int z) { walk.take_norms(m, z); });
         load_projection(m, du);
@@ -182,7 +182,7 @@ struct CircuitReverse {
         walk.team.sync();
     }
 
-    // Backward pass of the step through matrix m: dcur += sums of X over its columns, and the
+    // Backward pass of the step through matrix m: dcur[z] += sum over z' of X[z, z'], and the
     // gradient of the logits. du is the gradient of the projection through the matrix, or nullptr.
     LX_DEVICE void trace(int64_t m, int64_t slot, const float* dout, const float* du,
                          float* dcur) const {
@@ -198,7 +198,7 @@ struct CircuitReverse {
         if (du) load_projection(m, du);
         walk.team.sync();
         const P* a = walk.matrix_row(m, 0);
-        float* const total = d;  // total of each row; du is no longer needed
+        float* const total = d;  // sum of X + Y of each row; replaces du, which is no longer needed
         walk.for_own([&](int z) {
             float sum_x = 0, sum_y = 0;
             for_pieces(walk.matrix_row(m, z), n, walk.aligned, 0, 1, [&](int i, const auto& v) {
@@ -257,7 +257,7 @@ struct CircuitReverse {
         store_prior_gradient(dcur);
     }
 
-    // Loads cur of `node` before its left or right child.
+    // Loads cur of `node` at the position before its left or right child.
     LX_DEVICE void load_cur(const CircuitNode& node, bool right) const {
         const CircuitNode left = node.child(false);
         const float* from = node.matrix < 0 ? prior : states + 3 * node.matrix * n;

@@ -1,7 +1,7 @@
-// The steps before and after the library's products for sum layers with shared weights. Each is
-// bound by reading its inputs and writing its outputs once. A warp owns a row: (g, o) of weights,
-// (g, b) of values. Every sum adds the lanes' pieces in order and then in a fixed tree, so the
-// result does not depend on the launch.
+// Sum layers with shared weights: the steps before and after the matrix products, which a library
+// computes. Bound of each step: its inputs are read and its outputs written once. A warp owns row
+// (g, o) of the weights or (g, b) of the values. In a sum, a lane adds its pieces in order, and a
+// fixed tree adds the lanes, so the result does not depend on the launch.
 #include "circuit_sum.cuh"
 
 namespace lora_ext {
@@ -20,7 +20,7 @@ bool fits_grid(int64_t items) {
     return ceil_div(items, kWarps) <= kMaxGridX;
 }
 
-// Writes the weight of each row of w and its shift. Values are passed as weights of norm kLog.
+// Writes scaled weights and the shift of each row of w. Values are passed as weights of norm kLog.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_scale_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (lx::lane_id() == 0) static_cast<float*>(args.weight_shift)[item] = row.shift(total);
 }
 
-// Replaces the sums in out by their logarithms.
+// Replaces the sums in `out` by their logarithms, and recomputes those that are too small.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_finish_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
 }
 
-// ratio = dout / s, 0 if the result is impossible or was rescued.
+// Computes ratio = dout / s for each sum s, or 0 if the sum is zero or was rescued.
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_ratios_kernel(const __grid_constant__ LogSumArgs args) {
     const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         none ? 0.0f : static_cast<const float*>(args.dout)[at] * expf(depth);
 }
 
-// dvalues *= value, plus the shares of rescued sums.
+// Computes dvalues *= value, and adds to dvalues the shares of rescued sums.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_dvalues_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     float* d = static_cast<float*>(args.dvalues) + item * n;
     const float* value = static_cast<const float*>(args.value) + item * n;
     for (int i = lx::lane_id(); i < n; i += lx::kWarpSize) d[i] *= value[i];
-    lx::syncwarp();  // add_shares distributes the terms over the lanes in pieces
+    lx::syncwarp();  // add_shares assigns the terms to other lanes than this loop
     const float* shifts = static_cast<const float*>(args.weight_shift) + g * sums;
     const float shift = static_cast<const float*>(args.value_shift)[item];
     const float* out = static_cast<const float*>(args.out) + item * sums;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
 }
 
-// flow *= weight, plus the shares of rescued sums; then dw from flow.
+// Computes flow *= weight, adds to flow the shares of rescued sums, and computes dw from flow.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_dweights_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         store_dw(dw + i, flow[i], lx::to_float(w[i]), weight[i], factor, args.norm);
 }
 
-// Finds the largest term and the lowest index that has it.
+// Finds the largest term of each sum, and the lowest index of a term of that value.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_max_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {

@@ -8,8 +8,8 @@
 
 namespace lora_ext {
 
-// Sums above kSumTrusted are accurate although terms below 2^-126 underflow. kTrustLog =
-// -log(kSumTrusted).
+// A sum above kSumTrusted is accurate although terms below 2^-126 underflow; a smaller one is
+// rescued, that is, recomputed from shifted terms. kTrustLog = -log(kSumTrusted).
 constexpr float kSumTrusted = 0x1p-80f;
 constexpr float kTrustLog = 55.451774f;
 
@@ -19,7 +19,7 @@ struct WarpWeights {
     const T* w;
     int n;
     bool aligned, probs, logits;
-    float base = 0;     // the largest entry; neutral for a row without possible terms
+    float base = 0;     // the largest entry; 0 or, of probabilities, 1 if all are impossible
     float inverse = 1;  // 1 / base
     float lifted = 0;   // log(base) of probabilities, else base
 
@@ -55,7 +55,7 @@ struct WarpWeights {
     LX_DEVICE float log_scaled(float v) const {
         return probs ? logf(v <= 0 ? 0.0f : v) - lifted : v - base;
     }
-    // Returns the shift from the sum of `scaled`.
+    // Returns the shift of a row from the sum of its scaled weights.
     LX_DEVICE float shift(float total) const {
         if (total == 0) return kImpossible;
         return logits ? -logf(total) : lifted;
@@ -77,7 +77,7 @@ struct WarpWeights {
         });
         return top + logf(warp.reduce(sum, add)) + row_shift;
     }
-    // into[i] += g * share of term i, for a rescued `out`.
+    // Adds the flows of a rescued sum `out`: into[i] += g * (share of term i in the sum).
     LX_DEVICE void add_shares(const float* l, float row_shift, float out, float g,
                               float* into) const {
         for_own([&](int i, const float (&v)[kPiece<T>]) {

@@ -7,8 +7,8 @@
 // block (circuit_mma.cuh). Bound: bytes of weights from L2, until there are enough rows to occupy
 // all multiprocessors.
 //
-// A sum below the trusted bound of its mode is recomputed by the warp, in float32, from shifted
-// terms. Scaled operands and rescue are our choice (docs/notes/circuit_engine.md).
+// If a sum is too small to be accurate in its mode, the warp recomputes it in float32 from shifted
+// terms. Scaled operands and this recomputation are our choice (docs/notes/circuit_engine.md).
 #include "circuit_mma.cuh"
 
 namespace lora_ext {

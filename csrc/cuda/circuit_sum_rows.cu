@@ -18,7 +18,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kBand = 64;  // sums per forward block
 
-// Writes exp(l - shift) to shared memory; returns the maximum to all threads of the block.
+// Writes exp(l - maximum) to shared memory; returns the maximum of l to all threads of the block.
 LX_DEVICE float scale_values(const float* l, int n, float* value, float* partial) {
     const BlockTeam block(partial);
     float top = kImpossible;
@@ -54,7 +54,7 @@ struct OnlineDot {
         }
         top = most;
     }
-    // Merges the lanes of the warp and sets the row's base; both sums are then relative to it.
+    // Merges the sums of the warp's lanes and sets the row's base, to which they are then relative.
     LX_DEVICE void merge(WarpWeights<T>& row) {
         const WarpTeam warp(nullptr);
         row.set_top(warp.reduce(top, larger));

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     static_cast<float*>(args.dtable)[at] = sum;
 }
 
-// Converts flows to gradients of logits: subtracts the row's softmax times the sum of its flows.
+// Converts a row's flows to gradients of logits: subtracts from each flow softmax * sum of flows.
 __global__ void __launch_bounds__(kRowWarps * 32, 4)
     circuit_table_finish_kernel(const __grid_constant__ CircuitTableArgs args) {
     const int64_t row = int64_t{blockIdx.x} * kRowWarps + lx::warp_id();

@@ -2,14 +2,14 @@
 // functor per position. csrc/cpu/circuit_walk.h is the vectorised CPU counterpart.
 //
 // A team walks one row of the batch: a warp for up to 32 states, a block for more. Thread i of a
-// team of size s owns the states i, i + s, ... of every vector. It reads two parts of a matrix:
+// team of size s owns the states i, i + s, ... of every vector. It reads a matrix in two ways:
 //
-//   first the rows of its states       for the normalisers, and for the path back up the tree,
+//   first the rows of its states       for the normalisers, and for projections up the tree,
 //   then the columns of its states     for the step log sum_z exp(cur[z]) softmax(a[z])[z'].
 //
-// The sums therefore need no exchange between threads, and the second read of a matrix hits L1. The
-// bound is the bytes of the matrices, once from memory. A sum below kTrusted may have lost terms to
-// underflow; its owner recomputes it as log-sum-exp of exact logarithms.
+// The sums therefore need no exchange between threads, and the second read of a matrix hits L1.
+// Bound: the bytes of the matrices, read once from memory. A sum below kTrusted may have lost terms
+// to underflow; its owner recomputes it as log-sum-exp of exact logarithms.
 //
 // Vectors are in shared memory and may be read by the whole team after it has synchronised; every
 // function here synchronises before it returns. Control flow around synchronisation depends only on
@@ -41,7 +41,7 @@ struct WarpTeam {
     LX_DEVICE int rank() const { return lx::lane_id(); }
     LX_DEVICE int size() const { return lx::kWarpSize; }
     LX_DEVICE void sync() const { lx::syncwarp(); }
-    // Returns the reduction over all threads, in a fixed tree, on every thread.
+    // Reduces x over all threads in a fixed tree; every thread receives the result.
     template <class Op>
     LX_DEVICE float reduce(float x, Op op) const {
 #pragma unroll
@@ -95,8 +95,8 @@ LX_DEVICE void unpack_piece(uint4 words, float (&v)[kPiece<T>]) {
 }
 // Calls f(index, values) for pieces `first`, `first + step`, ... of n elements; values beyond n are
 // -inf. If `aligned`, p is aligned to 16 bytes, n is a multiple of a piece, and kBatch pieces are
-// in flight at once: beyond the end a lane loads its own first piece again, without calling f. It
-// loads no piece of another lane, so f may overwrite what it has read.
+// in flight at once: beyond the end a lane reloads the first piece of its batch without calling f.
+// No lane loads a piece of another lane, so f may overwrite the values that it receives.
 template <int kBatch = 4, class T, class F>
 LX_DEVICE void for_pieces(const T* p, int n, bool aligned, int first, int step, F&& f) {
     constexpr int kSize = kPiece<T>;
@@ -127,7 +127,7 @@ LX_DEVICE void for_pieces(const T* p, int n, bool aligned, int first, int step, 
     }
 }
 
-// Online log sum exp.
+// Running log-sum-exp: maximum `top`, and `sum` of exp(v - top).
 struct OnlineSum {
     float top = kImpossible, sum = 0;
 
@@ -186,7 +186,7 @@ struct CircuitWalk {
     LX_DEVICE void for_own(F&& f) const {
         for (int z = team.rank(); z < n; z += team.size()) f(z);
     }
-    // Returns the reduction of f(state) by op, the same for every thread.
+    // Reduces f(state) over all states by op; every thread receives the result.
     template <class Op, class F>
     LX_DEVICE float reduce(float neutral, Op op, F&& f) const {
         float mine = neutral;
@@ -205,7 +205,7 @@ struct CircuitWalk {
         team.sync();
         return shift;
     }
-    // x += y, normalised; y may be in any memory.
+    // Computes x += y, normalises x and returns its shift; y may be in any memory.
     LX_DEVICE float add_to(float* x, const float* y) const {
         for_own([&](int z) { x[z] += y[z]; });
         return normalise(x);
@@ -224,7 +224,7 @@ struct CircuitWalk {
         OnlineSum row;
         for_pieces(matrix_row(m, z), n, aligned, 0, 1, [&](int, const auto& v) { row.add(v); });
         top[z] = shift_of(row.top);
-        log_sum[z] = row.sum == 0 ? 0 : logf(row.sum);  // no possible term: every term is 0
+        log_sum[z] = row.sum == 0 ? 0 : logf(row.sum);  // no possible state: every probability is 0
     }
     LX_DEVICE float log_p(const P* a, int z, int j) const {
         return lx::to_float(a[int64_t{z} * n + j]) - top[z] - log_sum[z];
@@ -299,7 +299,7 @@ struct CircuitWalk {
     //                                in slot k or, in the tree, three vectors for each matrix m:
     //                                cur after m in 3m, up in 3m + 1, its projection in 3m + 2.
     //
-    // The whole team calls both, each thread for the states that it owns.
+    // The whole team calls both functions, each thread for the states that it owns.
     template <class Observe, class Save>
     LX_DEVICE void run(Observe&& observe, Save&& save) const {
         start(vectors);
@@ -329,7 +329,7 @@ struct CircuitWalk {
         }
     }
 
-    // Level l of the path to position k has cur, at vectors + 2 l n, then up, and a base for each.
+    // Level l of the path to position k has two vectors, first cur, at vectors + 2 l n, then up.
     template <class Observe, class Save>
     LX_DEVICE void run_tree(Observe&& observe, Save&& save) const {
         const CircuitNode root{0, c.n_token, -1};

@@ -7,8 +7,8 @@
 // state is read first because it determines all weights. Bound: bytes of the hidden states and of
 // the mix.
 //
-// Rows that are not whole pieces, or too wide for the registers, are processed element by element
-// and read again from the cache.
+// If rows are not whole aligned pieces, or too wide for the registers, they are processed element
+// by element, and read again from the cache.
 #include "depth_mix.cuh"
 
 namespace lora_ext {
@@ -54,7 +54,7 @@ class Weights {
     float *weights_, *dots_;
 };
 
-// to += weight * beta_e
+// Computes to += weight * beta_e for the thread's elements.
 template <class T, class G>
 LX_DEVICE void add_beta(const DepthMixArgs& args, int e, const Columns<T>& columns, float weight,
                         float (&to)[kHeld][kPiece<T>]) {
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
     const float width = static_cast<float>(args.width);
     const int64_t row = blockIdx.x;
     const int depths = args.depths;
-    // With a router the last hidden state is read first.
+    // With a router, the last hidden state is read first, because it determines the weights.
     const auto depth_at = [&](int step) {
         if (!kRouted) return step;
         return step == 0 ? depths - 1 : step - 1;

@@ -11,8 +11,8 @@ constexpr int kMixThreads = 512;  // threads of the largest block
 constexpr int kHeld = 2;          // pieces of 16 bytes of a row per thread
 constexpr int kMixWarps = kMixThreads / lx::kWarpSize;
 
-// Sums over a block, in a fixed order, on every thread. Two buffers alternate, so one barrier per
-// call suffices: a thread that writes the first again has passed the barrier of the second.
+// Sums over a block, in a fixed order, returned to every thread. Calls alternate between two
+// buffers, so each needs only one barrier: the call between two uses of a buffer has another.
 template <int kMost>
 class BlockSums {
   public:
@@ -48,8 +48,8 @@ class BlockSums {
     int turn_ = 0;
 };
 
-// The elements of a row that this thread holds: pieces `rank`, `rank + threads`. Beyond the row it
-// loads the last piece again, which counts as zero.
+// The elements of a row that this thread holds: pieces `rank` and `rank + threads`. If a piece is
+// beyond the row, the thread loads the row's last piece instead, and uses zeros.
 template <class T>
 struct Columns {
     int width;
@@ -61,7 +61,7 @@ struct Columns {
     LX_DEVICE int reading(int i) const { return lx::min(at(i), width - kPiece<T>); }
 };
 
-// A row's pieces as stored in memory.
+// The thread's pieces of a row, not yet converted to float.
 template <class T>
 struct Pieces {
     uint4 words[kHeld];
@@ -78,7 +78,7 @@ struct Pieces {
     }
 };
 
-// The thread's elements of gamma or beta; G is T, or float if T has 16 bits.
+// The thread's elements of gamma or beta. G is their type: T or, if T has 16 bits, also float.
 template <class T, class G>
 struct Scales {
     static constexpr int kWords = kPiece<T> / kPiece<G>;
@@ -112,7 +112,7 @@ template <class T>
 LX_DEVICE const T* dmixed_row(const DepthMixArgs& args, int64_t row) {
     return static_cast<const T*>(args.dmixed) + row * args.width;
 }
-// Returns entry (row, e) of numbers (N, k).
+// Returns entry (row, e) of `numbers`, an array (N, k) of floats.
 LX_DEVICE float& number_of(const DepthMixArgs& args, const void* numbers, int64_t row, int e) {
     return static_cast<float*>(const_cast<void*>(numbers))[row * args.depths + e];
 }
@@ -145,8 +145,8 @@ LaunchStatus with_mix_types(const DepthMixArgs& args, F&& f) {
     });
 }
 
-// Returns whether a block can hold its row in registers, which requires whole aligned pieces, and
-// not too many of them.
+// Returns whether a block can hold its row in registers: the row must consist of whole, aligned
+// pieces, at most kHeld per thread.
 inline bool row_is_held(const DepthMixArgs& args) {
     const int64_t size = element_size(args.dtype), piece = 16 / size;
     bool held = args.width % piece == 0 && args.width <= kMixThreads * kHeld * piece &&

@@ -1,8 +1,8 @@
 // Backward pass of a mix of normalised hidden states; lora_ext/depth_mix.h has the formulas.
 //
-// A block processes one hidden state of the rows of a part, row after row. A thread holds two
-// pieces of g and of h of a row while those of the next row are loaded. Its shares of dgamma and
-// dbeta stay in registers until the part ends. Each hidden state is thus read once and its gradient
+// A block processes one hidden state of a part (a range of rows), row after row. A thread holds two
+// pieces of g and h of a row while it loads those of the next row. Its shares of dgamma and dbeta
+// stay in registers until the part ends. Each hidden state is thus read once and its gradient
 // written once. g is read once per hidden state, mostly from L2, since these blocks run
 // concurrently. Bound: these bytes. A last kernel adds the parts in order.
 //
@@ -21,7 +21,7 @@ constexpr int kAnyThreads = 256;
 constexpr int kSumThreads = 128;
 constexpr int kSumBatch = 8;  // parts per thread in flight
 
-// The rows and the hidden state of a block.
+// The work of a block: rows [begin, end) of hidden state e.
 struct Task {
     int64_t begin, end;
     int e;
@@ -38,8 +38,8 @@ LX_DEVICE float* partial_of(const DepthMixArgs& args) {
     return static_cast<float*>(args.partial) + blockIdx.x * mix_sums(args);
 }
 
-// Converts the gradients of one row's weights to gradients of the router's logits, and writes them
-// to shared memory and over the gradients of the weights. A barrier separates reads from writes.
+// Converts the gradients of one row's weights to gradients of the router's logits. Writes them to
+// dl, in shared memory, and then, after a barrier, over the gradients of the weights.
 LX_DEVICE void turn_to_logits(const DepthMixArgs& args, int64_t row, float* dl) {
     const int own = lx::thread_rank();
     float mine = 0, mean = 0;
@@ -54,7 +54,7 @@ LX_DEVICE void turn_to_logits(const DepthMixArgs& args, int64_t row, float* dl) 
     if (own < args.depths) number_of(args, args.dweights, row, own) = mine;
 }
 
-// Statistics of a row, for dh = factor t - slope (h - mean) - level, where t = G gamma.
+// Numbers of a row, for dh = factor t - slope (h - mean) - level, t = gamma * gradient of n_e.
 struct RowNumbers {
     float weight, rinv, mean;
 
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
     Scales<T, G> gamma;
     gamma.load(args.gamma[e], columns);
     float of_gamma[kHeld][P] = {}, of_beta[kHeld][P] = {};
-    // The next row is loaded during the current one, except with a router, for lack of registers.
+    // Without a router, the next row is loaded early. With one, there are too few registers.
     Pieces<T> now_g, now_h, next_g, next_h;
     const auto load = [&](int64_t row, Pieces<T>& g, Pieces<T>& h) {
         g.load(dmixed_row<T>(args, row), columns);
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
             next = load(lx::min(row + 1, task.end - 1), next_g, next_h);
         }
 
-        // Gradient of n_e; without a router, before the factor w_e.
+        // G, the gradient of n_e. Without a router it does not yet include the factor w_e.
         float up[kHeld][P];
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) now_g.unpack(i, columns, up[i]);
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kAnyThreads, 2)
     }
 }
 
-// dR and dc of a part; a thread computes a column of n_{k-1}.
+// Computes dR and dc of a part. A thread computes one column of dR.
 template <class T, class G>
 __global__ void __launch_bounds__(kSumThreads, 8)
     depth_mix_router_kernel(const __grid_constant__ DepthMixArgs args) {
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kSumThreads, 8)
             partial[mix_router_at(args) + other * args.width + column] = sums[other];
 }
 
-// sums[i] = sum over parts, in order.
+// Computes sums[i], the sum of partial[part, i] over the parts, in order.
 __global__ void __launch_bounds__(kSumThreads, 8)
     depth_mix_sums_kernel(const float* partial, float* sums, int64_t count, int parts) {
     const int64_t i = int64_t{blockIdx.x} * kSumThreads + lx::thread_rank();

@@ -1,4 +1,4 @@
-// Host side shared by the launchers of every family.
+// Host code that the launchers of all kernels share.
 #pragma once
 
 #include <initializer_list>
@@ -12,8 +12,8 @@ constexpr LaunchStatus kInvalidValue = 1;  // cudaErrorInvalidValue
 
 constexpr int64_t kMaxGridX = INT32_MAX;
 
-// Returns the maximum dynamic shared memory of a block on this device. Static arrays take less than
-// 2 KiB in every kernel that uses dynamic memory, except in the plan's kernel (4.2 KiB).
+// Returns the maximum dynamic shared memory of a block on this device. If a kernel uses dynamic
+// memory, its static arrays take less than 2 KiB, except in the plan's kernel (4.2 KiB).
 inline int64_t most_dynamic_bytes(int64_t static_bytes = 2048) {
     return lx::shared_memory_per_block() - static_bytes;
 }

@@ -12,8 +12,8 @@ namespace {
 
 constexpr int kDecodeTokens = 256;
 
-// Large ranks at prefill: the sum is split until there are 198 blocks, 1.5 per multiprocessor of an
-// H100. A multiprocessor holds two blocks, so more blocks would need a second wave.
+// Returns the splits of the sum for large ranks at prefill: enough for 198 blocks, 1.5 for each
+// multiprocessor of an H100. It holds two blocks, so many more would need a second wave.
 SumOrder gemm_order(const LoraArgs& args) {
     const int64_t in = args.bank.in_features;
     const int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens)) *
@@ -28,7 +28,7 @@ bool is_decode(const LoraArgs& args) {
     return args.num_tokens <= kDecodeTokens;
 }
 
-// Layout of the splits in the workspace: rows padded to whole pages.
+// Returns the layout of the splits in the workspace, whose rows are padded to whole pages.
 Partials partials(const LoraArgs& args) {
     const int64_t row = int64_t{kPageRanks} * args.bank.pages_per_slot;
     const bool gemm = large_rank(args.bank);
@@ -47,8 +47,8 @@ Partials partials(const LoraArgs& args) {
             scaled};
 }
 
-// Prefill: every 512 outputs read all splits of v. If these reads reach 16 MB, the splits are
-// summed first; the threshold is an estimate, not a measurement. The result does not depend on it.
+// Returns whether the splits of v are summed before expand. At prefill, each block of 512 outputs
+// reads all splits; summing pays from about 16 MB on (estimated). The result is the same.
 bool sums_splits_first(const LoraArgs& args, const Partials& v) {
     const int64_t again = ceil_div(args.bank.out_features, 512) - 1;
     if (large_rank(args.bank)) return v.splits > 1;
@@ -90,8 +90,8 @@ bool adds_nothing(const LoraArgs& args) {
 }
 
 // Returns whether a module may share launches with siblings. Prefill and large ranks use separate
-// launches, since their blocks fill the machine. So do unaligned modules, whose kernels have no
-// spare registers.
+// launches, since their blocks fill the machine. Unaligned modules do too, since their kernels have
+// no spare registers.
 bool shares_launches(const LoraArgs& args) {
     return is_decode(args) && !large_rank(args.bank) && shrink_aligned(args) &&
            expand_aligned(args);
@@ -102,7 +102,7 @@ LaunchStatus apply_one(const LoraArgs& args, void* stream) {
     Partials& v = module.v;
     if (const LaunchStatus status = run_shrink(module, stream)) return status;
     if (sums_splits_first(args, v)) {
-        LoraArgs sum = args;  // in place: only the same warp has read what it writes
+        LoraArgs sum = args;  // in place: a warp overwrites only what it has read itself
         sum.v = v.data;
         sum.v_row_stride = v.row_stride;
         if (const LaunchStatus status = run_reduce(sum, v, stream)) return status;
@@ -174,7 +174,7 @@ int32_t rank_of(const LoraBank& bank, int slot) {
     return bank.ranks ? lx::min(lx::max(bank.ranks[slot], 0), bank.max_rank) : bank.max_rank;
 }
 
-// Calls f(first element of a page, number of its ranks that belong to the adapter).
+// Calls f(address of a page's first element, number of the page's ranks that the adapter has).
 template <class F>
 void for_each_page(const LoraBank& bank, const void* base, int64_t slot_stride, int64_t page_stride,
                    int64_t size, F&& f) {

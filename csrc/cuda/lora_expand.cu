@@ -8,23 +8,23 @@
 // divide the rows of a chunk, and all but the first read B from L1; in a short chunk they also
 // divide the outputs. Bound: bytes of the B pages (decode), of y (prefill).
 //
-// v is float32. For 16-bit types it is split into high + low, two products instead of one, which
-// keeps 16 bits (bfloat16) or 22 (float16). float16 rows are first scaled to [2^14, 2^15) by a
+// v is float32. For 16-bit types it is split into high + low, each with a product of its own, which
+// keeps 16 bits of v (bfloat16) or 22 (float16). float16 rows are first scaled to [2^14, 2^15) by a
 // power of two, so that a large v does not overflow and a small one does not lose its low part.
 #include "lora_kernels.cuh"
 
 namespace lora_ext {
 namespace {
 
-// Ranks per block, that is, ranks that four lanes load together. A lane loads a page row, or half
-// of one (float32).
+// A block of ranks: the ranks that four lanes load together. A lane loads the eight ranks of one
+// page row, or half of them (float32).
 template <class T>
 constexpr int kBlockRanks = 4 * kVec<T>;
 template <class T>
-constexpr int kParts = sizeof(T) == 2 ? 2 : 1;  // high and low, or the float itself
+constexpr int kParts = sizeof(T) == 2 ? 2 : 1;  // high and low part of v, or the float itself
 
 constexpr int kWarpOutputs = 32;
-constexpr int kDecodeShared = 6 * 1024;  // minimum bytes per block
+constexpr int kDecodeShared = 6 * 1024;  // minimum shared memory per block, in bytes
 template <class T, int kRows>
 constexpr int fragment_bytes(int max_rank) {
     return kRows / kTileRows * static_cast<int>(ceil_div(max_rank, kBlockRanks<T>)) * kParts<T> *
@@ -39,7 +39,7 @@ LX_DEVICE uint4* fragment(unsigned char* fragments, int blocks, int tile, int bl
            (((tile * blocks + block) * kParts<T> + part) * 2 + half) * 32;
 }
 
-// Sums the splits of v, scales, and stores the fragments. `unscale` inverts a row's power of two.
+// Sums the splits of v, scales them, stores fragments. unscale[row] undoes the row's power of two.
 template <class T, int kRows>
 LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float scale,
                                const int32_t (&row_of)[kRows], unsigned char* fragments,
@@ -51,13 +51,13 @@ LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float sca
         for (int i = lx::thread_rank(); i < kRows; i += threads) row_max[i] = 0;
         lx::syncthreads();
     }
-    // Item (row, block, t): the data of lane t of the row.
+    // Item (row, block, t): the ranks of one row and block that lane t of four loads.
     const int items = (tile.rows + kTileRows - 1) / kTileRows * kTileRows * blocks * 4;
     auto slot_of = [&](int row, int block, int t, int part) {
         return fragment<T>(fragments, blocks, row / kTileRows, block, part, row / 8 % 2) +
                row % 8 * 4 + t;
     };
-    // Four ranks at a time: an item of float32, half of a 16-bit item.
+    // A thread stores four ranks at a time: an item of float32, or half of a 16-bit item.
     constexpr int kHalves = kVec<T> / 4;
     auto store = [&](int row, int block, int t, int half, const float (&value)[4]) {
         if constexpr (kHalves == 1) {
@@ -80,7 +80,7 @@ LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float sca
         const int half = quad % kHalves, item = quad / kHalves;
         const int t = item % 4, block = item / 4 % blocks, row = item / 4 / blocks;
         const int rank = block * kBlockRanks<T> + t * kVec<T> + half * 4;
-        // Missing rows and ranks read the tile's first ones.
+        // For a missing row or rank, the tile's first row and rank are read instead.
         const int n = row < tile.rows ? tile.rank - rank : 0;
         const float* p = v.data + row_of[n > 0 ? row : 0] * v.row_stride + (n > 0 ? rank : 0);
         float value[4] = {};
@@ -100,11 +100,11 @@ LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float sca
 #pragma unroll
         for (int i = 0; i < 4; ++i) value[i] = i < n ? value[i] * scale : 0.0f;
         if constexpr (kNormalise) {
-            // The row's largest entry must be found first. Until then the floats of the item are
-            // stored in place of its two parts.
+            // Scaling needs the row's largest entry. Until it is found, the floats of the item are
+            // stored in the memory of the item's high and low parts.
             const float largest = fmaxf(fmaxf(fabsf(value[0]), fabsf(value[1])),
                                         fmaxf(fabsf(value[2]), fabsf(value[3])));
-            // The bits of nonnegative floats are in the same order as the floats.
+            // As integers, nonnegative floats have the same order as the floats.
             lx::atomic_max(&row_max[row], lx::bit_cast<unsigned>(largest));
             *reinterpret_cast<float4*>(slot_of(row, block, t, half)) = {value[0], value[1],
                                                                         value[2], value[3]};
@@ -150,7 +150,7 @@ struct Outputs {
             }
         }
     }
-    // Adds d[0..8) and stores the result.
+    // Adds d[0..8) to the outputs and stores the first n of them at p.
     LX_DEVICE void add_store(T* p, int n, const float (&d)[8]) const {
         if (n <= 0) return;
 #pragma unroll
@@ -216,16 +216,16 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
         if (!v.scaled && bank.scale) scale = bank.scale[slot];
     };
     const RowTile tile = find_tile<kRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
-    // The block may exist only because another sibling has more outputs.
+    // The last blocks of a small sibling have no work: the grid covers the largest sibling.
     if (tile.rank == 0 || (kModules > 1 && begin >= bank.out_features)) {
-        lx::grid_dependency_wait();  // this grid must not end before its producer
+        lx::grid_dependency_wait();  // the next grid waits only for this one, not for its producer
         return;
     }
     static_assert(kFusedPages == lx::kWarpSize);
     const T* const page =
         page_at<T>(bank, bank.b, tile.slot, number, bank.b_slot_stride, bank.b_page_stride);
     if (lx::warp_id() == 0) page_of[lane] = page;
-    // One bit for each page that exists.
+    // Bit i is set if page i has ranks of the adapter and exists in memory.
     const unsigned pages = lx::ballot_sync(lx::kFullMask, lane * kPageRanks < tile.rank && page);
     lx::syncthreads();  // row_of and page_of are complete
     if (pages == 0) {
@@ -233,8 +233,8 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
         return;
     }
     const T* const stand_in = page_of[lx::ffs(pages) - 1];
-    // Power of two of warps along the rows that covers the row tiles; the others divide the
-    // outputs.
+    // The warps along the rows are the smallest power of two that covers the row tiles; the
+    // other factor of the warps divides the outputs.
     int log_m = 0;
     while ((1 << log_m) < kWarpsM && (kTileRows << log_m) < tile.rows) ++log_m;
     const int warp_m = lx::warp_id() & ((1 << log_m) - 1), warp_n = lx::warp_id() >> log_m;
@@ -246,8 +246,8 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
 
     // Column c of the j-th of four mma is output 8 (c / 2) + 2j + c % 2 of the warp's 32.
     const int lane_output = 8 * (g / 2) + g % 2;
-    // Loads have no condition: a missing output, rank, page or row reads another valid address, and
-    // its value is replaced by zero when used.
+    // Loads have no condition: if an output, rank, page or row is missing, another valid address is
+    // read, and the value is replaced by zero when used.
     const auto ranks_here = [&](int block) {
         const int rank = block * kBlockRanks<T> + t * kVec<T>;
         return pages >> rank / kPageRanks & 1 ? tile.rank - rank : 0;
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
                 b[j] = load_words<T, false>(row, n);
         }
     };
-    // Returns the address of outputs o + 8 t .. + 7 of row g + 8 h; n: how many of them exist.
+    // Returns the address of outputs o + 8 t .. + 7 of row g + 8 h, and in n how many exist.
     const auto y_at = [&](int h, int o, int& n) {
         const int row = warp_m * kTileRows + g + 8 * h;
         n = row < tile.rows ? end - o - 8 * t : 0;
@@ -336,8 +336,8 @@ LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool de
                     static_cast<unsigned>(modules.size()));
     const int fragments = fragment_bytes<T, kRows>(
         static_cast<int>(largest(modules, [](const LoraBank& bank) { return bank.max_rank; })));
-    // Five blocks of decode then use as much shared memory as four blocks of shrink, 37 KiB in
-    // total. A multiprocessor configured for one kernel can run the other without draining first.
+    // With this minimum, five decode blocks use as much shared memory as four of shrink: 37 KiB. A
+    // multiprocessor configured for one kernel can then run the other without draining first.
     const int bytes = lx::max(fragments, kWarpsM == 1 ? kDecodeShared : 0);
     constexpr int kThreads = kWarpsM * kWarpsN * 32;
     const Modules<kModules> all(modules);
@@ -349,7 +349,7 @@ LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool de
 }
 
 // Returns the outputs per block at decode: 256, or 128 if 256 gives fewer than two blocks per
-// multiprocessor of an H100 (132). A sum does not depend on its neighbours.
+// multiprocessor of an H100 (132). The choice does not change the bits of an output.
 int decode_outputs(std::span<const Module> modules) {
     const int64_t out = largest(modules, [](const LoraBank& bank) { return bank.out_features; });
     const int64_t tiles =
@@ -368,10 +368,10 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
         declare_common(each);
         declare_b(each);
         declare_v(each, partials, lx::Access::kRead);
-        // y is read before the wait. The chain of early launches starts with a shrink that starts
-        // in order, after every earlier writer of y has ended; shrink and reduce do not write y. If
-        // shrink also started early, y might not be complete: the emulator would report this for
-        // two consecutive calls that add to the same y.
+        // expand reads y before it waits for its producer. This is safe because the chain of early
+        // launches starts with a shrink that is not early: every earlier writer of y has ended, and
+        // shrink and reduce do not write y. If shrink were early too, y might be incomplete, which
+        // the emulator would report for two consecutive calls that add to the same y.
         if (dependent)
             LX_BUF_ROWS(each.y, each.num_tokens, each.bank.out_features * size,
                         each.y_row_stride * size, lx::Access::kConstant);
@@ -380,7 +380,7 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
     }
     if (large_rank(bank)) return run_gemm_expand(args, modules[0].v, dependent, stream);
     return with_dtype(args.dtype, [&]<class T>() {
-        // Decode: enough blocks to fill the machine. Prefill: enough outputs per fragment.
+        // Decode needs enough blocks to fill the machine; prefill, many outputs per fragment of v.
         const int chunk_rows = lora_chunk_rows(args.num_tokens);
         const int few = chunk_rows == 16 ? decode_outputs(modules) : 256;
         if (modules.size() > 1)
@@ -388,7 +388,7 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
         if (!aligned) return launch_expand<T, false, 1, 4, 1>(modules, few, dependent, stream);
         if (chunk_rows == 16)
             return launch_expand<T, true, 1, 4, 1>(modules, few, dependent, stream);
-        // 128 rows of a large rank exceed the shared memory per block of some devices.
+        // The fragments of 128 rows of a high rank exceed the shared memory of some devices.
         const bool small = chunk_rows == 64 ||
                            fragment_bytes<T, 8 * kTileRows>(bank.max_rank) > most_dynamic_bytes();
         if (small) return launch_expand<T, true, 4, 2, 1>(modules, 512, dependent, stream);

@@ -1,5 +1,5 @@
-// Products of gathered rows for large ranks (lora_kernels.cuh: large_rank). If a rank is as long as
-// a row, all four are matrix products bound by arithmetic:
+// Products of gathered rows for large ranks (lora_kernels.cuh: large_rank). If the rank is as large
+// as the width of a row, all four products are bound by arithmetic:
 //
 //   kShrink    v[t, :]  = c * a[s] (mask * x[t, :])                  columns are ranks
 //   kProject   dv[t, :] = c * dy[t, :] b[s]                          columns are ranks
@@ -39,7 +39,7 @@ struct Gemm {
     void* out;  // v or dv, or their partial sums; y or dx
     int64_t out_row_stride;
     int row_tiles;  // block x: row tile x % row_tiles, column tile x / row_tiles
-    // Projections: slices of k per block; block y starts at slice y * slice_count.
+    // Projections: a block sums slice_count slices of k, from slice blockIdx.y * slice_count on.
     int slice_width, slice_count;
     int64_t split_stride;  // elements between partial sums
     bool finished;         // no partial sums: the block applies c
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     using Left = typename G::Left;
     if constexpr (kProduct == Product::kShrink) lx::grid_dependency_launch();
     LX_SHARED(int32_t, row_of, kRows);
-    LX_SHARED(const Left*, left_of, kRows);      // rows of left; missing ones: the first row
-    LX_SHARED(const T*, rank_of, kGemmColumns);  // kShrink: rows of a, nullptr if missing
+    LX_SHARED(const Left*, left_of, kRows);      // rows of left; if missing, the first row
+    LX_SHARED(const T*, rank_of, kGemmColumns);  // kShrink: rows of a, or nullptr if missing
     LX_DYN_SHARED(ring);
     const LoraBank& bank = args.lora.bank;
     const int thread = lx::thread_rank(), lane = lx::lane_id(), warp = lx::warp_id();
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     const int first_column = index / args.row_tiles * kGemmColumns;
     const int columns = lx::min((G::kUpdate ? args.width : tile.rank) - first_column, kGemmColumns);
     if (tile.rank == 0 || columns <= 0) {
-        // This grid must not end before its producer.
+        // The next grid waits only for this one, so this one must wait for its producer.
         if constexpr (kProduct == Product::kExpand) lx::grid_dependency_wait();
         return;
     }
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
                                   : nullptr;
         rank_of[thread] = page ? page + thread % kPageRanks * bank.a_row_stride : nullptr;
     }
-    // The barrier also completes left_of and rank_of.
+    // This barrier also makes left_of and rank_of visible to all threads.
     const bool all_ranks = lx::syncthreads_and(kProduct != Product::kShrink || rank_of[thread]);
 
     // This block sums k from begin to end.
@@ -251,8 +251,8 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
         }
         lx::syncthreads();  // delta is complete
         const Mask mask = mask_of(args.dropout, args.lora, tiling, tile);
-        // A thread updates 16 bytes of four rows at a time, which are loaded together and rounded
-        // once.
+        // A thread updates 16 bytes of each of four rows at a time. The four loads are in flight
+        // together, and each element is rounded once.
         constexpr int kPieces = kGemmColumns / kVec<T>, kRowStep = kGemmThreads / kPieces;
         constexpr int kBatch = 4;
         const int piece = thread % kPieces, column = first_column + piece * kVec<T>;
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     }
 }
 
-// Rows of a tile: a chunk, or half of one if a float becomes two tf32, which needs more registers.
+// Maximum rows of a tile: a chunk, or half of it if floats become two tf32, for lack of registers.
 template <class T, Product kProduct>
 constexpr int kMostRows = GemmShape<T, kProduct, 64>::kTf32 ? 64 : 128;
 
@@ -345,8 +345,8 @@ LaunchStatus launch_tile(Gemm args, int64_t splits, bool dependent, void* stream
                                  G::kRingBytes, stream, args, tiling(args.lora, kRows));
 }
 
-// Up to 256 rows, expand uses a tile of 16 rows. The shrink of training, the only other product of
-// so few rows, uses a tile of 64.
+// For up to 256 rows, expand uses a tile of 16 rows. The only other product of so few rows is the
+// shrink of training, which uses a tile of 64.
 template <Product kProduct>
 LaunchStatus launch_gemm(const Gemm& args, int64_t splits, bool dependent, void* stream) {
     return with_dtype(args.lora.dtype, [&]<class T>() {

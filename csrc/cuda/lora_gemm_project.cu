@@ -4,9 +4,9 @@
 namespace lora_ext {
 namespace {
 
-// v[t, j] = c * sum of the splits. v may overlap the splits: a warp reads the splits of its
-// elements and then writes them. Block: 16 rows of one adapter, 128 ranks; the loads of the splits
-// are in flight together.
+// Computes v[t, j] = c * sum of the splits. v may overlap the splits, because a warp writes an
+// element only after it has read its splits. Block: 16 rows of one adapter, 128 ranks. The loads of
+// all splits of an element are in flight together.
 __global__ void __launch_bounds__(kGemmThreads)
     lora_gemm_reduce_kernel(const __grid_constant__ LoraArgs args,
                             const __grid_constant__ Tiling tiling,
@@ -16,12 +16,12 @@ __global__ void __launch_bounds__(kGemmThreads)
     const RowTile tile = find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
     const int first = static_cast<int>(blockIdx.y) * kGemmColumns;
     if (tile.rank <= first) {
-        lx::grid_dependency_wait();  // this grid must not end before its producer
+        lx::grid_dependency_wait();  // the next grid waits only for this one, not for its producer
         return;
     }
     lx::syncthreads();  // row_of is complete
     const float factor = inverse_keep * (args.bank.scale ? args.bank.scale[tile.slot] : 1.0f);
-    // Four ranks per lane. Missing ranks read the block's first ones.
+    // Four ranks per lane. For missing ranks, the block's first ranks are read instead.
     const int rank = first + lx::lane_id() * 4, n = tile.rank - rank;
     lx::grid_dependency_wait();
     for (int i = lx::warp_id(); i < tile.rows; i += kGemmThreads / lx::kWarpSize) {

@@ -14,7 +14,7 @@ template <class T, Product kProduct, int kRows>
 struct GemmShape {
     static constexpr bool kUpdate = kProduct == Product::kExpand || kProduct == Product::kInput;
     static constexpr bool kTurned = kProduct == Product::kProject || kProduct == Product::kInput;
-    static constexpr bool kParted = kUpdate && sizeof(T) == 2;  // floats with a 16-bit right
+    static constexpr bool kParted = kUpdate && sizeof(T) == 2;  // left is float, right 16-bit
     using Left = std::conditional_t<kUpdate, float, T>;
 
     static constexpr int kLeftPieces = 8;
@@ -27,8 +27,8 @@ struct GemmShape {
     static constexpr int kStageBytes = kRows * kLeftRow + kRightRows * kRightRow;
     static constexpr int kStages = lx::min(4, 98304 / kStageBytes);
     static constexpr int kRingBytes = kStages * kStageBytes;
-    // An update passes through the ring as floats. With this row size the stores of a warp have no
-    // bank conflict.
+    // The result of an update is stored in the ring as floats before it is added. With rows of this
+    // size, the stores of a warp have no bank conflict.
     static constexpr int kDeltaRow = kGemmColumns + 8;
     static_assert(!kUpdate || kRows * kDeltaRow * 4 <= kRingBytes);
 
@@ -42,13 +42,13 @@ struct GemmShape {
                                       : kTf32       ? 3
                                                     : 4;
 
-    // Mma steps of a stage that are unrolled; limited by registers.
+    // Number of mma steps of a stage that are unrolled, limited by registers.
     static constexpr int kUnroll = kTf32 || (kUpdate && kRows == 128) ? 1 : kRows == 128 ? 2 : 4;
     using Sums = float[kTilesM][kTilesN][4];
 
-    // Position of piece `piece` in a row. A left operand that is split is read as float2, 32 bytes
-    // of each of four rows at once. A transposed right operand of floats is read as floats, 32
-    // bytes of each of four rows.
+    // Positions of pieces in a row, chosen so that reads have no bank conflict. If left is split,
+    // it is read as float2; if right is transposed and float, it is read as floats. Both times a
+    // warp reads 32 bytes of each of four rows at once.
     __host__ __device__ static constexpr int left_piece(int row, int piece) {
         return piece ^ (kParted ? 2 * row : row) % 8;
     }
@@ -65,8 +65,8 @@ struct Piece {
     int n;
 };
 
-// Copies piece_of(i) to to(i): by cp.async if aligned, otherwise synchronously. In the steady state
-// all pieces of a thread are whole, and a copy is one instruction and an address.
+// Copies piece_of(i) to to(i): by cp.async if aligned, otherwise synchronously. `whole`: all pieces
+// of the thread have 16 bytes, as in most stages; a copy is then one instruction and an address.
 template <class T, int kCount, class To, class PieceOf>
 LX_DEVICE void copy_pieces(bool whole, bool aligned, To&& to, PieceOf&& piece_of) {
     if (whole && aligned) {
@@ -137,7 +137,7 @@ LX_DEVICE void multiply(typename G::Sums& sums, const unsigned char* left,
 #pragma unroll
                 for (int j = 0; j < G::kTilesN; ++j) mma_step<T>(sums[m][j], xf, w[j]);
             } else {
-                // Rows g and g + 8, of the first half of k and then of the second: k 2t and 2t + 1.
+                // Rows g and g + 8 of the first half of k, then of the second: k 2t and 2t + 1.
                 float2 v[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
@@ -160,7 +160,7 @@ LX_DEVICE void multiply(typename G::Sums& sums, const unsigned char* left,
                     for (int j = 0; j < G::kTilesN; ++j)
                         lx::mma_m16n8k16<T>(sums[m][j], high, w[j]);
                 } else {
-                    // Slots k and k + 4 of an mma are k 2t and 2t + 1 of eight.
+                    // Lane t passes elements 2t and 2t + 1 of eight as k = t and t + 4 of an mma.
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         const float2 upper = v[2 * half], lower = v[2 * half + 1];

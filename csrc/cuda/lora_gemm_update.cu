@@ -1,4 +1,4 @@
-// The products with v and dv at large ranks, v -> y and dv -> dx: lora_gemm.cuh.
+// The products v -> y and dv -> dx for large ranks; lora_gemm.cuh has the kernel.
 #include "lora_gemm.cuh"
 
 namespace lora_ext {

@@ -11,8 +11,8 @@
 //   float32    x and v as high + low in tf32, three products
 // Splitting a float into two tf32 needs more registers, so float16 and float32 use 64 columns.
 //
-// There is one sum for all rows of the adapter, in order. The choice between the two kernels
-// depends only on (R, width), so a gradient depends only on the rows of its adapter.
+// An element is one sum over all rows of the adapter, in order. The choice of this kernel or
+// lora_train_weights_kernel depends only on (R, width), so a gradient depends only on these rows.
 #include "lora_train.cuh"
 
 namespace lora_ext {
@@ -22,7 +22,7 @@ constexpr int kThreads = 128;
 constexpr int kRanks = kGemmColumns;
 constexpr int kStep = 32;  // rows per stage
 constexpr int kStages = 4;
-constexpr int kRowSlots = 8;  // stages of row numbers in the buffer, at least kStages + 1
+constexpr int kRowSlots = 8;  // stages whose row numbers are kept, at least kStages + 1
 constexpr int kTilesN = 8;    // tiles of eight ranks per warp
 constexpr int kVPieces = kRanks / 4;
 constexpr int kVRow = kVPieces * kPieceBytes;
@@ -41,8 +41,8 @@ struct Shape {
     using Sums = float[kTilesM][kTilesN][4];
     static_assert(kColumns * kStoreRow * 4 <= kRingBytes && kRingBytes <= 98304);
 
-    // Position of a piece of row `row`: ldmatrix reads 16 bytes of eight rows at once; floats are
-    // read as 32 bytes of every second of eight rows.
+    // Positions of pieces in a row that avoid bank conflicts: ldmatrix reads 16 bytes of eight rows
+    // at once; floats are read as 32 bytes of every second of eight rows.
     __host__ __device__ static constexpr int x_piece(int row, int piece) {
         return piece ^ (sizeof(T) == 2 ? row % 8 : row & 6);
     }
@@ -52,7 +52,7 @@ struct Shape {
 };
 
 struct Grid {
-    int bands, groups;  // block: (adapter, band, group), groups fastest: they share rows of x
+    int bands, groups;  // block: (adapter, band, group), groups fastest, as they share x
     bool x_aligned, v_aligned;
     int64_t perm, slot_begin;  // in the plan
 };
@@ -104,7 +104,7 @@ LX_DEVICE void multiply(typename Shape<T>::Sums& sums, const unsigned char* x,
                 for (int m = 0; m < S::kTilesM; ++m) lx::mma_m16n8k16<T>(sums[m][j], xf[m], high);
             }
         } else {
-            // Two steps of eight rows; slots k and k + 4 of an mma are rows 2t and 2t + 1.
+            // Two steps of eight rows. Lane t has rows 2t and 2t + 1 as k = t and t + 4 of an mma.
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = k + 8 * half + 2 * t;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int slot = static_cast<int>(index / grid.bands);
     const int rank =
         args.ranks ? lx::min(lx::max(args.ranks[slot], 0), args.max_rank) : args.max_rank;
-    // ranks of the adapter in this block
+    // Number of the adapter's ranks in this block.
     const int ranks = lx::min(lx::max(rank - first_rank, 0), kRanks);
     const int columns = lx::min(args.width - first_column, S::kColumns);
     const int32_t* rows = nullptr;

@@ -5,19 +5,19 @@
 //   gram_b[i, j] = sum over k of b[k, i] b[k, j]         b (O, r)
 //   stats        = sum over (i, j) of gram_a .* (b^T b, p^T p, p^T b, (p - b)^T (p - b))
 //
-// Block (item, adapter). An item is a tile of 64 x 64 ranks, of gram_a and gram_b only in the lower
-// half. The table of adapters is passed by value, 500 per launch: nothing is copied to the device,
-// and a captured graph needs no host memory.
+// Block (item, adapter). An item is a tile of 64 x 64 ranks; tiles of gram_a and gram_b above the
+// diagonal are not computed. The table of adapters is an argument of the kernel, by value, with 500
+// adapters per launch: nothing is copied to the device, and a captured graph needs no host memory.
 //
 // A block iterates over the long axis in steps of 4096 elements (16-bit types with float sums:
 // 8192, doubles: 2048). All threads load the next step, in pieces of 16 bytes, while the sums of
 // the current step read shared memory, where elements have the type of the sums. A thread has 4 x 4
-// sums; on the diagonal only pairs with i >= j exist. A tile of few ranks has spare threads. They
-// form groups that divide the elements four by four: 25 groups at 16 ranks, 7 at 32, one at 64.
+// sums; in a diagonal tile, only sums with i >= j. If a tile has few ranks, its threads form groups
+// that divide the elements, four at a time: 25 groups at 16 ranks, 7 at 32, one at 64.
 //
-// Every sum runs four by four within a step, then over the steps, then over the groups in a tree:
-// an order that depends only on the rank and the length. Bound: the bytes of the factors. Each is
-// read once up to 64 ranks; above, and by the four products of stats, it is read again from L2.
+// A sum first adds a group's elements of a step, then the steps, then the groups in a tree. This
+// order depends only on the rank and the length. Bound: the bytes of the factors, which are read
+// once. Above 64 ranks, and for the four products of stats, they are read again from L2.
 #include "lora_ext/lora_gram.h"
 
 #include "launch.cuh"
@@ -27,7 +27,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTile = static_cast<int>(kGramTile);
-constexpr int kPad = 4;    // after each rank of a: eight consecutive ranks are in different banks
+constexpr int kPad = 4;    // padding of each rank of a, to put eight ranks in different banks
 constexpr int kSums = 16;  // sums per thread, 4 x 4
 
 constexpr int kMostAdapters = 500;
@@ -38,14 +38,14 @@ static_assert(sizeof(GramTable) <= 32764);  // maximum size of the parameters of
 
 template <class T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));
-// Log2 of the elements of a step, of both sides together.
+// Log2 of the number of elements of a step, counted over both sides.
 template <class T, class S>
 constexpr int kLogStep = sizeof(T) == 8                     ? 11
                          : sizeof(T) == 2 && sizeof(S) == 4 ? 13
                                                             : 12;
 template <class T, class S>
 constexpr int kPieces = (1 << kLogStep<T, S>) / kVec<T> / kThreads;  // per thread and step, even
-// Numbers in shared memory: the elements of a step, or the sums of the groups.
+// Size of shared memory in numbers: for the elements of a step, or for the sums of the groups.
 template <class T, class S>
 constexpr int kShared = lx::max(1 << kLogStep<T, S>, kThreads* kSums) + 2 * kTile * kPad;
 
@@ -97,7 +97,7 @@ struct Sides {
     bool same;   // both sides are equal: y is x
 };
 
-// The share of a thread in a product: the sums (4 i + m, 4 j + n) over the elements of its group.
+// A thread's share of a product: sums (4 i + m, 4 j + n), m, n < 4, over its group's elements.
 struct Part {
     int i, j, group, groups, lanes;
 
@@ -120,7 +120,7 @@ struct Part {
     }
 };
 
-// Adds the sums of all groups, in the threads of group 0. shared: kThreads * kCount numbers.
+// Adds the sums of all groups; group 0 has the result. shared: kThreads * kCount numbers.
 template <class S, int kCount>
 LX_DEVICE void add_groups(S (&sum)[kCount], int group, int groups, int lanes, S* shared) {
     const int thread = lx::thread_rank();
@@ -140,8 +140,8 @@ LX_DEVICE void add_groups(S (&sum)[kCount], int group, int groups, int lanes, S*
     }
 }
 
-// sum[4 m + n] = sum over k of x[4 i + m, k] y[4 j + n, k], in the threads of group 0. All threads
-// of the block call this. kMoved: the sides may have a `minus`.
+// Computes sum[4 m + n] = sum over k of x[4 i + m, k] y[4 j + n, k] for the threads of group 0. All
+// threads of the block must call this. kMoved: the sides may have a `minus`.
 template <class T, class S, bool kMoved, bool kOfB, bool kAligned>
 LX_DEVICE void multiply(const Sides<T>& sides, const Part& part, S* shared, S (&sum)[kSums]) {
     constexpr int V = kVec<T>;
@@ -156,8 +156,8 @@ LX_DEVICE void multiply(const Sides<T>& sides, const Part& part, S* shared, S (&
     const int side_size = kOfB ? depth * width : width * row;
 
     // A line is a rank of a, or an element of the long axis of b. No line is longer than the pieces
-    // of all threads together. The pieces of one thread are therefore in one column: at the same
-    // place `within` their lines, `hop` lines apart, y's after x's.
+    // of all threads together. All pieces of a thread therefore have the same offset `within` their
+    // lines, which are `hop` lines apart; pieces of x precede pieces of y.
     const int log_line = kOfB ? log_width : log_depth;
     const int within = thread * V & ((1 << log_line) - 1), across = thread * V >> log_line;
     const int hop = kThreads * V >> log_line;
@@ -169,7 +169,7 @@ LX_DEVICE void multiply(const Sides<T>& sides, const Part& part, S* shared, S (&
         const bool there = kOfB ? line < left : line < ranks;
         return there ? lx::min((kOfB ? ranks : left) - within, V) : 0;
     };
-    // A piece without valid numbers reads the side's first piece.
+    // For a piece without valid numbers, the side's first piece is read instead.
     auto load = [&](const T* data, int stride, int v, int begin) {
         const int64_t line = kOfB ? begin + line_of(v) : line_of(v);
         const int count = count_of(v, begin);
@@ -194,8 +194,8 @@ LX_DEVICE void multiply(const Sides<T>& sides, const Part& part, S* shared, S (&
 #pragma unroll
         for (int v = 0; v < kPieces<T, S>; ++v) pieces[v] = load_side(v, begin);
     };
-    // Ranks of a are stored in the order 0, 4, 8, ..., 1, 5, ..., so that ranks that lanes read
-    // together are neighbours.
+    // Ranks of a are stored in the order 0, 4, 8, ..., 1, 5, ..., so that the ranks that lanes read
+    // at the same time are adjacent.
     auto put = [&](int begin) {
 #pragma unroll
         for (int v = 0; v < kPieces<T, S>; ++v) {
@@ -225,7 +225,7 @@ LX_DEVICE void multiply(const Sides<T>& sides, const Part& part, S* shared, S (&
         }
     };
     auto wide_at = [](const S* p) { return *reinterpret_cast<const Wide<S>*>(p); };
-    // step += the products of one group of four elements, f.
+    // Adds the products of elements 4 f to 4 f + 3 of the long axis to `step`.
     auto add_b = [&](S(&step)[kSums], int f) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -274,7 +274,7 @@ LX_DEVICE void multiply(const Sides<T>& sides, const Part& part, S* shared, S (&
         if (kAligned && begin + depth < length) fetch(begin + depth);
         const int fours = (lx::min(depth, length - begin) + 3) / 4;
         const int first = part.group < part.groups ? part.group : fours;
-        // A float sum of each step starts at zero, so that no chain of roundings is long.
+        // Float sums start at zero in each step, so that rounding errors accumulate less.
         S step[kSums];
 #pragma unroll
         for (int s = 0; s < kSums; ++s) step[s] = sizeof(S) == 4 ? 0 : sum[s];
@@ -365,8 +365,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         return side;
     };
     double gram_a[kSums], stats[4] = {};
-    // The products are a a^T, those of stats, and off the diagonal b^T p, which is p^T b of the
-    // mirror image. The other mirror images have equal sums, so those sums count twice.
+    // Product 0 is a a^T; 1 to 4 are those of stats. Off the diagonal, 5 is b^T p, the p^T b of the
+    // mirrored tile. In the other products the two tiles have equal sums, which count twice.
     for (int product = 0; product < (diagonal ? 5 : 6); ++product) {
         auto side = [&](int first, bool of_p) {
             return product == 0   ? a(first)
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int s = 0; s < kSums; ++s) {
             if (product == 0) gram_a[s] = sum[s];
-            // Elements beyond the ranks are zeros, and zero times infinity would be NaN.
+            // Sums beyond the ranks are 0 and skipped: 0 times an infinite gram_a would be NaN.
             const bool there =
                 4 * part.i + s / 4 < sides.x.ranks && 4 * part.j + s % 4 < sides.y.ranks;
             total += there ? sum[s] * gram_a[s] : 0;

@@ -10,12 +10,12 @@ namespace lora_ext {
 
 constexpr int kMaxGridY = 65535;
 
-// One module of a launch. `v` describes where the products are written and read.
+// One module of a launch. `v` describes the memory that shrink writes and expand reads.
 struct Module {
     LoraArgs args;
     Partials v;
 };
-// Argument of a kernel: one module, or up to the maximum number of siblings.
+// Argument of a kernel: one module, or up to kMaxSiblings modules that share the launch.
 template <int kCount>
 struct Modules {
     Module each[kCount];
@@ -25,7 +25,7 @@ struct Modules {
     }
 };
 
-// Launchers of the stages. Several modules share the same rows, at most 256, and are all aligned.
+// Launchers of the stages. Several modules must be aligned and read the same rows, at most 256.
 LaunchStatus run_shrink_decode(std::span<const Module> modules, void* stream);
 // Writes the sum of the splits `v` to args.v, which may be the memory of the first split.
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream);
@@ -35,7 +35,7 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
 // declared the buffers.
 constexpr int kGemmColumns = 128;  // per block
 LaunchStatus run_gemm_shrink(const LoraArgs& args, const Partials& v, void* stream);
-// inverse_keep: 1 / (1 - p) of training. The rows of v are 16-byte aligned and have whole pages.
+// inverse_keep: 1 / (1 - p) in training. Rows of v must be 16-byte aligned and have whole pages.
 LaunchStatus run_gemm_reduce(const LoraArgs& args, const Partials& v, float inverse_keep,
                              bool dependent, void* stream);
 LaunchStatus run_gemm_expand(const LoraArgs& args, const Partials& v, bool dependent, void* stream);
@@ -48,7 +48,7 @@ inline Tiling tiling(const LoraArgs& args, int rows) {
     const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
     return {args.plan ? lx::max(1, layout.chunk_rows() / rows) : 1, layout.perm()};
 }
-// Returns the number of blocks that cover every possible chunk in tiles of `rows` rows.
+// Returns the maximum number of tiles of `rows` rows in a plan. Each tile has a block.
 inline unsigned num_tiles(const LoraArgs& args, int rows) {
     const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
     return static_cast<unsigned>(layout.max_chunks() * tiling(args, rows).per_chunk);
@@ -97,8 +97,8 @@ int64_t largest(std::span<const Module> modules, F&& f) {
     return found;
 }
 
-// Declares the data that find_tile and the page functions read. These functions are empty on a GPU;
-// in the emulator they declare, page by page, exactly the rows and ranks that an adapter owns.
+// Declares the data that find_tile and the page functions read. On a GPU, declarations are empty;
+// in the emulator they cover, page by page, exactly the rows and ranks that an adapter owns.
 void declare_common(const LoraArgs& args);
 void declare_a(const LoraArgs& args);
 void declare_b(const LoraArgs& args);

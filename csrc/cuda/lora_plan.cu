@@ -1,12 +1,12 @@
-// Plan: the rows of a batch grouped by adapter, stable; and adapter ids from contiguous segments.
+// The plan (rows of a batch, stably grouped by adapter), and adapter ids of contiguous segments.
 //
 // One block of 1024 threads. Rows are sorted in shared memory, a tile of 8192 at a time (fewer if
-// shared memory is small), by a radix sort with digits of five bits: 32 digits x 32 warps are 1024
-// counters, one per thread to scan. A warp owns a contiguous range of rows and places them in
+// shared memory is small), by a radix sort with digits of five bits: each thread scans one of 1024
+// counters, 32 digits x 32 warps. A warp owns a contiguous range of rows and places them in
 // order, so the sort is stable and no result depends on timing. Slot boundaries are then found by
-// bisection of the sorted ids. If the rows exceed one tile, the same sort runs tile by tile, with
-// the slots' running ends in the plan; only this case uses atomics, to count integers. Bound:
-// latency, not bytes.
+// bisection of the sorted ids. If there are several tiles, they are sorted one after another, and
+// the plan stores the next position of each slot; only this case uses atomics, to count rows.
+// Bound: latency, not bytes.
 #include "lora_kernels.cuh"
 
 namespace lora_ext {
@@ -19,7 +19,7 @@ constexpr int kMaxTile = 8192;
 constexpr int kRowBytes = 2 * (sizeof(uint32_t) + sizeof(uint16_t));  // shared memory per row
 constexpr int kStaticBytes = (kThreads + kWarps) * 4;
 
-// Returns the sum of `x` over earlier threads, and in `total` over all. Every thread calls it.
+// Returns the sum of `x` over earlier threads, and in `total` over all. All threads must call this.
 LX_DEVICE int block_scan(int x, int (&warp_sums)[kWarps], int& total) {
     const int lane = lx::lane_id(), warp = lx::warp_id();
     auto warp_scan = [lane](int y) {  // inclusive
@@ -36,11 +36,11 @@ LX_DEVICE int block_scan(int x, int (&warp_sums)[kWarps], int& total) {
     lx::syncthreads();
     total = warp_sums[kWarps - 1];
     const int before = warp == 0 ? 0 : warp_sums[warp - 1];
-    lx::syncthreads();  // warp_sums is free again
+    lx::syncthreads();  // warp_sums has been read
     return before + inclusive - x;
 }
 
-// Rows of a tile, and their destination in the next pass of the sort.
+// Keys and rows of a tile, and the buffers to which the next pass of the sort moves them.
 struct Sorted {
     uint32_t *keys, *next_keys;  // slot; num_adapters for rows without an adapter
     uint16_t *rows, *next_rows;  // relative to the start of the tile
@@ -52,13 +52,13 @@ LX_DEVICE void sort_tile(Sorted& s, int n, int passes, int (&counters)[kThreads]
     const int lane = lx::lane_id(), warp = lx::warp_id();
     const int per_warp = (n + kThreads - 1) / kThreads * 32;
     const int begin = warp * per_warp;
-    // The 32 counters of a digit form a row, one per warp, rotated by the digit. Lanes that scan a
-    // row and lanes of one warp that count different digits both have no bank conflict.
+    // The 32 counters of a digit, one per warp, form a row, which is rotated by the digit. Neither
+    // lanes that scan a row nor lanes that count different digits have bank conflicts then.
     auto counter = [&](int digit, int of_warp) -> int& {
         return counters[digit * kWarps + (of_warp + digit) % kWarps];
     };
     for (int pass = 0; pass < passes; ++pass) {
-        auto digit_of = [&](int i) {  // 32: no row
+        auto digit_of = [&](int i) {  // 32: no such row
             return i < n ? static_cast<int>(s.keys[i] >> (pass * kDigitBits)) % 32 : 32;
         };
         counter(lane, warp) = 0;
@@ -67,7 +67,7 @@ LX_DEVICE void sort_tile(Sorted& s, int n, int passes, int (&counters)[kThreads]
             const int digit = digit_of(i);
             const unsigned same = lx::match_any_sync(lx::kFullMask, digit);
             if (digit < 32 && lx::ffs(same) - 1 == lane) counter(digit, warp) += lx::popc(same);
-            lx::syncwarp();  // another lane may lead this digit in the next step
+            lx::syncwarp();  // another lane may update this counter in the next step
         }
         lx::syncthreads();
         int total;
@@ -82,7 +82,7 @@ LX_DEVICE void sort_tile(Sorted& s, int n, int passes, int (&counters)[kThreads]
                 s.next_keys[to] = s.keys[i];
                 s.next_rows[to] = s.rows[i];
             }
-            lx::syncwarp();  // all have read the counter
+            lx::syncwarp();  // all lanes have read the counter
             if (digit < 32 && lx::ffs(same) - 1 == lane) counter(digit, warp) += lx::popc(same);
             lx::syncwarp();
         }
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
         bad_ids += bad;
         return static_cast<uint32_t>(slot < 0 ? slots : slot);
     };
-    // Loads and sorts the keys of the rows from `first` on; returns their number.
+    // Loads and sorts the keys of a tile of rows, from row `first` on; returns their number.
     auto load_tile = [&](int64_t first) {
         const int n = static_cast<int>(lx::min<int64_t>(num_rows - first, at.tile_rows));
         for (int i = thread; i < n; i += kThreads) {
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kThreads)
                 identity && (tile.rows[i] == i || tile.keys[i] == static_cast<uint32_t>(slots));
         }
     } else {
-        // ends[s] is first the number of rows of slot s, then its start, which finally advances row
-        // by row to its end.
+        // ends[s] is first the number of rows of slot s, then its start, and then advances by the
+        // rows that each tile adds, until it is the end of the slot.
         int32_t* ends = slot_begin + 1;
         for (int s = thread; s <= slots; s += kThreads) ends[s] = 0;
         if (thread == 0) slot_begin[0] = 0;
@@ -236,13 +236,13 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// ids[t] = seg_adapter[s] for the last s whose segment starts at or before t.
+// Sets ids[t] = seg_adapter[s] for the last segment s that starts at or before t.
 __global__ void __launch_bounds__(256)
     lora_segment_ids_kernel(const int32_t* seg_indptr, const int32_t* seg_adapter,
                             int32_t num_segments, int32_t* ids, int64_t num_tokens) {
     const int64_t t = int64_t{256} * blockIdx.x + threadIdx.x;
     if (t >= num_tokens) return;
-    int low = 0, high = num_segments + 1;  // first segment bound beyond t
+    int low = 0, high = num_segments + 1;  // `low` becomes the first segment bound > t
     while (low < high) {
         const int middle = low + (high - low) / 2;
         if (seg_indptr[middle] <= t) {

@@ -1,19 +1,19 @@
 // Shrink for many rows per adapter, and for training: v[t, :] = c a[s] (mask * x[t, :]), where c is
-// 1 or, once a row's sum is complete, scale[s] / (1 - p).
+// scale[s] / (1 - p) if this kernel completes a row's sum, otherwise 1.
 //
-// Block (row tile, slices, 64 ranks): the 64 or 128 rows of a tile x one slice of the in-features,
-// or all slices one after another. 128 bytes of each row of x and of each rank of A pass through a
+// Block (row tile, slices, 64 ranks): 64 or 128 rows, and one slice of the in-features, or all
+// slices one after another. 128 bytes of each row of x and of each rank of A pass through a
 // ring of four stages filled by cp.async. Rows past the tile, ranks past the adapter and
 // in-features past the row are filled with zeros and never read. Four warps divide the rows. Bound:
 // bytes of x, streamed once per 64 ranks.
 //
-// A row has the same bits as in lora_shrink_decode.cu, whatever the batch (sum_order):
+// A row of v has the same bits as in lora_shrink_decode.cu, in any batch (see sum_order):
 // * a lane reads 16 bytes of a row of x or of A as mma operands, as decode does from global memory.
-//   In odd rows, pieces are swapped with those four further on, so that the eight lanes of a phase,
-//   which read two rows, have no bank conflict;
+//   In odd rows, pieces i and i + 4 are swapped, so that eight lanes that read at the same time,
+//   from two rows, have no bank conflict;
 // * a segment is one chain of mma; segments are added in order, and so are slices.
 // The thread that copied a piece applies the mask to it, before the barrier that makes it visible
-// to the others: one Philox call per four elements, none twice.
+// to the other threads: one Philox call for every four elements, and no call is repeated.
 #include "lora_train.cuh"
 
 namespace lora_ext {
@@ -22,7 +22,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kStages = 4;
-constexpr int kPieces = 8;  // per row and stage
+constexpr int kPieces = 8;  // pieces of 16 bytes per row and stage
 constexpr int kStageRow = kPieces * kPieceBytes;
 constexpr int kGroupPages = 8;
 
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const float factor = slices.finished ? projection_factor(args, tile.slot) : 1.0f;
     const Sums& sums = kWalk ? total : slice_sum;
     const bool paired = ranks_paired(args.out, args.out_row_stride);
-    bool here[kGroupPages];  // an absent page counts as zero, even if x is not finite
+    bool here[kGroupPages];  // sums of an absent page are set to 0: they are NaN if x is inf
 #pragma unroll
     for (int p = 0; p < kGroupPages; ++p) here[p] = p < pages && page_of[p];
 #pragma unroll
@@ -199,7 +199,7 @@ LaunchStatus run_shrink_rows(const Projection& args, const Slices& slices, void*
     const LoraArgs& lora = args.lora;
     if (large_rank(lora.bank)) return run_gemm_projection(args, false, slices, stream);
     return with_dtype(lora.dtype, [&]<class T>() {
-        // Tiles of 128 rows exceed the registers with three sums per element, in float32 with two.
+        // 128 rows need too many registers with three sums per element, in float32 even with two.
         if (slices.per_block > 1) return launch<T, 64, true>(args, slices, stream);
         if constexpr (sizeof(T) == 2) {
             const bool wide = lora_chunk_rows(lora.num_tokens) == 128 &&

@@ -2,13 +2,13 @@
 //
 // Block (tile, split, rank group of a module): up to 16 rows of one adapter x split_width
 // in-features x 32 ranks. Four warps share the in-features. A warp feeds mma from 16-byte loads as
-// described in lora_tile.cuh: rows of x are A, the eight rows of an A page are B. Tensor cores suit
-// one row as well as sixteen: with 16-byte loads they save the unpacking, and a row's sum does not
+// described in lora_tile.cuh: rows of x are operand A, the eight rows of a page of A are operand B.
+// Tensor cores are used even for one row: 16-byte loads need no unpacking, and a row's sum does not
 // depend on its neighbours. One kernel therefore covers every batch. Bound: bytes of the A pages,
 // each read once per tile.
 //
-// Splits depend only on (I), so a row's v does not depend on the batch. Partial sums are written to
-// the workspace and added in the order of the splits, here or in the expand kernel.
+// Splits depend only on the in-features, so a row of v does not depend on the batch. Partial sums
+// are written to the workspace and added in the order of the splits, here or in the expand kernel.
 #include "lora_kernels.cuh"
 
 namespace lora_ext {
@@ -20,9 +20,9 @@ constexpr int kGroupPages = 4;
 template <class T>
 constexpr int kBlock = 4 * kVec<T>;  // in-features of a row that a warp reads at once: 64 bytes
 
-// acc += x a over the in-features [begin, end), for the first kPages pages. A step loads the bytes
-// of kUnroll blocks before it multiplies any. The loads have no condition: beyond the end they read
-// the last position before it, and the value is replaced by zero when used.
+// Computes acc += x a over the in-features [begin, end) for the first kPages pages. A step loads
+// kUnroll blocks before it multiplies any. If aligned, loads have no condition: beyond the end they
+// read the last 16 bytes before it, and the value is replaced by zero when used.
 template <class T, bool kAligned, int kPages, int kUnroll>
 LX_DEVICE void multiply(const T* const (&x)[2], const T* const (&a)[kGroupPages], int begin,
                         int end, float (&acc)[kGroupPages][4]) {
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     const int begin = static_cast<int>(blockIdx.y) * v.split_width + warp * width;
     const int end = lx::min(begin + width, bank.in_features);
 
-    // Addresses of this lane: rows g and g + 8 of x, rank row g of each page. Missing rows and
-    // ranks read the tile's first row of x; their results are not stored. The sums of an absent
+    // Addresses of this lane: rows g and g + 8 of x, rank g of each page. For missing rows and
+    // ranks the tile's first row of x is read; their results are not stored. The sums of an absent
     // page are set to zero at the end.
     const T* x[2];
 #pragma unroll
@@ -147,9 +147,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     }
 }
 
-// v[t, j] = scale[s] * sum of the splits. v may overlap the splits: a warp reads the splits of its
-// elements and then writes them. Used for callers that need v, and before an expand with many
-// blocks.
+// Computes v[t, j] = scale[s] * sum of the splits. v may overlap the splits, because a warp writes
+// an element only after it has read its splits. Used for callers that need v, and before an expand
+// with many blocks.
 __global__ void __launch_bounds__(128)
     lora_reduce_kernel(const __grid_constant__ LoraArgs args, const __grid_constant__ Tiling tiling,
                        const __grid_constant__ Partials v) {
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(128)
     const RowTile tile =
         find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     if (tile.rank == 0) {
-        lx::grid_dependency_wait();  // this grid must not end before its producer
+        lx::grid_dependency_wait();  // the next grid waits only for this one, not for its producer
         return;
     }
     lx::syncthreads();  // row_of is complete

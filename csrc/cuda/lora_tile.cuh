@@ -3,9 +3,9 @@
 //
 // mma.m16n8k16 needs from lane (g, t), g = lane / 4, t = lane % 4, the k pairs 2t and 2t + 8 of row
 // g of A and of column g of B. A contraction may visit k in any order. The kernels number k so that
-// these pairs are the first two words of the 16 bytes that lane t reads; the last two words belong
-// to a second mma. Four lanes read 64 contiguous bytes of one row, and no data passes through
-// shared memory. For float32 the same words serve two mma.m16n8k8.
+// these pairs are the first two words of the 16 bytes that lane t reads; the last two words are
+// operands of a second mma. Four lanes read 64 contiguous bytes of one row, and no data passes
+// through shared memory. For float32, the same words are operands of two mma.m16n8k8.
 #pragma once
 
 #include "lora_ext/lora.h"
@@ -15,7 +15,7 @@ namespace lora_ext {
 
 constexpr int kTileRows = 16;  // rows of an mma
 constexpr int kPageRanks = 8;
-// Banks of a larger rank use the kernels of lora_gemm.cuh, which have no limit.
+// Banks of a larger rank use the kernels of lora_gemm.cuh, whose rank is not limited.
 constexpr int kFusedRank = 256;
 constexpr int kFusedPages = kFusedRank / kPageRanks;
 
@@ -59,14 +59,14 @@ LX_DEVICE int64_t valid_rows(const LoraPlanArgs& ids) {
     return ids.num_valid ? lx::min<int64_t>(*ids.num_valid, ids.num_tokens) : ids.num_tokens;
 }
 
-// Up to kRows rows that share an adapter. If the rank is 0, there is no work.
+// Up to kRows rows of the same adapter. If `rank` is 0, there is nothing to compute.
 struct RowTile {
     int slot, rows, rank;
     int first;  // with a plan: start of its rows in perm
 };
 
-// Finds tile `index` of the plan or, without a plan, of at most 32 ids that each warp groups. All
-// threads of the block call this; row_of[0 .. rows) is complete after the caller's barrier.
+// Finds tile `index` of the plan. Without a plan there are at most 32 ids, which every warp groups.
+// All threads of the block call this, then a barrier, after which row_of[0 .. rows) is complete.
 template <int kRows>
 LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int index,
                             int32_t (&row_of)[kRows]) {
@@ -75,8 +75,8 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     if (args.plan) {
         const int chunk = index / tiling.per_chunk;
         const int skip = index % tiling.per_chunk * kRows;
-        // Every block has an entry in the plan, used or not, so the entry is loaded together with
-        // the number of used entries.
+        // Each block has an entry in the plan, even if it is unused, so the entry is loaded without
+        // waiting for the number of used entries.
         const int32_t* entry = args.plan + kPlanHeader + int64_t{4} * chunk;
         const int num_chunks = args.plan[kPlanNumChunks];
         const int slot = entry[0], start = entry[1], len = entry[2];
@@ -92,7 +92,7 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
         const int id = adapter_of_row(args.ids, lane, valid_rows(args.ids), bad);
         const unsigned group = lx::match_any_sync(lx::kFullMask, id);
         const int order = lx::popc(group & ((1u << lane) - 1));
-        // A tile starts at every kRows-th member of a group.
+        // A tile starts at every kRows-th row of a group, that is, of the rows of one adapter.
         unsigned starts = lx::ballot_sync(lx::kFullMask, id >= 0 && order % kRows == 0);
         for (int i = 0; i < index; ++i) starts &= starts - 1;
         if (starts == 0) return tile;
@@ -104,18 +104,18 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
         if (mine && thread < lx::kWarpSize) row_of[place] = lane;
     }
     const LoraBank& bank = args.bank;
-    // Ranks are on the device and unchecked.
+    // Ranks are in device memory, so the host has not checked them.
     tile.rank =
         bank.ranks ? lx::min(lx::max(bank.ranks[tile.slot], 0), bank.max_rank) : bank.max_rank;
     return tile;
 }
 
-// Variant of find_tile for decode, where no other work hides the latency before the first byte of a
-// factor. It takes two memory round trips. The first loads the chunk's entry, or the ids. The
-// second loads everything that depends on the slot before any of it is used: rows, rank, and the
-// loads of also(slot), page numbers and a scale. syncwarp after each trip keeps the compiler from
-// moving loads down to save registers. (Kernels that use the variant above have no spare registers,
-// but other work that hides the latency.) A block has at least kRows threads.
+// Variant of find_tile for decode, in which no other work hides the latency of the loads. It takes
+// two memory round trips. The first loads the chunk's entry, or the ids. The second loads all that
+// depends on the slot: rows, rank, and what also(slot) loads, such as page numbers and a scale. No
+// load waits for another of its trip: syncwarp keeps the compiler from moving loads down to save
+// registers. (Kernels that use the variant above have no registers to spare, but other work hides
+// the latency.) A block must have at least kRows threads.
 template <int kRows, class Also>
 LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int index,
                             int32_t (&row_of)[kRows], Also&& also) {
@@ -153,7 +153,7 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
         const int id = is_none ? -1 : static_cast<int>(asked);
         const unsigned group = lx::match_any_sync(lx::kFullMask, id);
         const int order = lx::popc(group & ((1u << lane) - 1));
-        // A tile starts at every kRows-th member of a group.
+        // A tile starts at every kRows-th row of a group, that is, of the rows of one adapter.
         unsigned starts = lx::ballot_sync(lx::kFullMask, id >= 0 && order % kRows == 0);
         for (int i = 0; i < index; ++i) starts &= starts - 1;
         if (starts == 0) return tile;
@@ -165,12 +165,12 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
         tile.rows = lx::popc(lx::ballot_sync(lx::kFullMask, mine));
         if (mine && thread < lx::kWarpSize) row_of[place] = lane;
     }
-    // Ranks are on the device and unchecked.
+    // Ranks are in device memory, so the host has not checked them.
     tile.rank = lx::min(lx::max(rank, 0), bank.max_rank);
     return tile;
 }
 
-// Stores two adjacent ranks of v, of which n exist; in one store if aligned to eight bytes.
+// Stores two adjacent ranks of v, of which n exist. `paired`: p is aligned to eight bytes.
 LX_DEVICE void store_ranks(float* p, int n, bool paired, float first, float second) {
     if (paired && n >= 2) {
         *reinterpret_cast<float2*>(p) = {first, second};
@@ -183,9 +183,9 @@ LX_DEVICE bool ranks_paired(const float* data, int64_t row_stride) {
     return reinterpret_cast<uintptr_t>(data) % 8 == 0 && row_stride % 2 == 0;
 }
 
-// sum += load(split, part) over the splits, in order; the whole warp calls it. Up to eight splits,
-// rounded up to a power of two, are loaded at once without a condition: the last split is loaded in
-// place of those beyond it.
+// Adds to `sum`, in order, what load(split, part) writes to `part` for each split. The whole warp
+// must call this. Up to eight splits, rounded up to a power of two, are loaded at once without a
+// condition: for splits beyond the last, the last one is loaded and not used.
 template <int kBatch = 1, int kCount, class Load>
 LX_DEVICE void add_splits(int splits, float (&sum)[kCount], Load&& load) {
     if constexpr (kBatch < kSplitBatch) {
@@ -209,7 +209,7 @@ LX_DEVICE void add_splits(int splits, float (&sum)[kCount], Load&& load) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Pages. nullptr if the page table has no page: such ranks count as zero.
+// Pages. An address is nullptr if the page table has no such page; its ranks count as zero.
 
 LX_DEVICE int64_t page_offset(const LoraBank& bank, int slot, int page, int64_t slot_stride,
                               int64_t page_stride) {
@@ -229,9 +229,9 @@ LX_DEVICE const T* b_page(const LoraBank& bank, int slot, int page) {
     return at < 0 ? nullptr : static_cast<const T*>(bank.b) + at;
 }
 
-// First of two steps to the address of a page. Returns the number in the page table of a page of
-// the slot; beyond the table's end it reads a valid entry. Without a table it reads nothing and
-// returns `page`.
+// First of two steps to the address of a page: returns the page's number, which is its entry in the
+// page table. Beyond the end of the table it reads a valid entry. Without a table it reads nothing
+// and returns `page`.
 LX_DEVICE int page_number(const LoraBank& bank, int slot, int page) {
     if (!bank.page_table) return page;
     const int here = lx::max(lx::min(page, bank.pages_per_slot - 1), 0);
@@ -250,7 +250,7 @@ LX_DEVICE const T* page_at(const LoraBank& bank, const void* base, int slot, int
 // ------------------------------------------------------------------------------------------------
 // Words
 
-// Returns the first n elements of 16 bytes, the rest zero. The removed elements may be NaN.
+// Returns `words` with all but the first n elements set to zero, even if they are NaN.
 template <class T>
 LX_DEVICE uint4 keep_elements(uint4 words, int n) {
     uint32_t w[4] = {words.x, words.y, words.z, words.w};
@@ -280,8 +280,8 @@ LX_DEVICE uint4 words_of(const T (&e)[kVec<T>]) {
     return {w[0], w[1], w[2], w[3]};
 }
 
-// Returns the n elements at p, n clamped to [0, kVec], then zeros. kAligned: one load of all 16
-// bytes if n > 0; otherwise only the n elements, one by one.
+// Returns the n elements at p, n clamped to [0, kVec], followed by zeros, and loads only these. If
+// kAligned and n > 0, loads and returns all 16 bytes.
 template <class T, bool kAligned>
 LX_DEVICE uint4 load_words(const T* p, int n) {
     if constexpr (kAligned) {
@@ -314,15 +314,15 @@ LX_DEVICE uint4 add_to_words(const uint4& words, const float (&d)[kVec<T>]) {
 // ------------------------------------------------------------------------------------------------
 // Products
 
-// d += part, rounded to nearest. A tensor core rounds its sum toward zero, so products that need
-// all bits of a float start a new sum in every step.
+// Computes d += part, rounded to nearest. A tensor core rounds its sum toward zero, so products
+// that need all bits of a float start a new sum, `part`, in every step.
 LX_DEVICE void add_part(float (&d)[4], const float (&part)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] += part[i];
 }
 
-// d += a b for one step of k: 16 elements of a 16-bit type, or 8 of float32. float32 uses three
-// tf32 products, x = high + low with 11 bits each; the dropped product is below 2^-22 |a| |b|.
+// Computes d += a b for one step of k: 16 elements of a 16-bit type, or 8 of float32. float32 uses
+// three tf32 products, x = high + low, 11 bits each; the dropped product is below 2^-22 |a| |b|.
 template <class T>
 LX_DEVICE void mma_step(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (sizeof(T) == 2) {
@@ -346,7 +346,7 @@ LX_DEVICE void mma_step(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
     }
 }
 
-// d += a b over the 16 bytes that each lane holds of row g of A, row g + 8 of A, and column g of B.
+// Computes d += a b over the 16 bytes that a lane holds of rows g and g + 8 of A and column g of B.
 template <class T>
 LX_DEVICE void mma_words(float (&d)[4], const uint4& a, const uint4& a8, const uint4& b) {
     mma_step<T>(d, {a.x, a8.x, a.y, a8.y}, {b.x, b.y});

@@ -1,4 +1,4 @@
-// The training launchers. The kernels depend only on host-known sizes. Nothing allocates or waits.
+// The training launchers. They choose kernels by sizes that the host has; none allocates or waits.
 //
 //   shrink     x -> v            projection of side A, with the mask
 //   backward   dy -> dv          projection of side B              if da or dx is needed

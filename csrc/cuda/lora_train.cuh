@@ -11,22 +11,22 @@ constexpr int kPieceBytes = 16;
 constexpr int kTrainRows = 64;   // rows per step
 constexpr int kBandBytes = 256;  // bytes per row and step: 128 columns, 64 of float32
 constexpr int kBandPieces = kBandBytes / kPieceBytes;
-// With an odd distance, eight consecutive rows are in eight different banks of 16 bytes.
+// Rows are an odd number of pieces apart, so eight consecutive rows are in different banks.
 constexpr int kBandRow = kBandBytes + kPieceBytes;
 template <class T>
 constexpr int kBandColumns = kBandBytes / static_cast<int>(sizeof(T));
 
-// The stages of training; `float*` results and inputs are v, dv, or partial sums.
+// The stages of training. Arguments of type `float*` are v, dv, or partial sums of these.
 //
 // Projection: x A^T or dy B, with the factors of each row's adapter, times scale / (1 - p).
 struct Projection {
-    LoraArgs lora;  // x is dy for side B
+    LoraArgs lora;  // for side B, lora.x is dy
     LoraDropout dropout;
     float* out;
     int64_t out_row_stride;
 };
-// The sum over the features, by slices of fixed width. On side A up to rank 256 it uses sum_order;
-// otherwise a slice is one chain of mma.
+// Order of a projection's sum over the features: slices of fixed width. On side A, up to rank 256,
+// it is that of sum_order; otherwise a slice is one chain of mma.
 struct Slices {
     int width, count;
     int per_block;         // slices per block: all or one
@@ -35,8 +35,8 @@ struct Slices {
     bool x_aligned, w_aligned;
     int ranks_per_stage;
 };
-// One pass over dy computes db and dv, from slices of 1024 bytes, for up to 64 ranks of 16 bits.
-// The width of a slice of dv does not depend on whether that pass is used.
+// For up to 64 ranks of a 16-bit type, one pass over dy can compute both db and dv, from slices of
+// 1024 bytes. The slices of dv's sum are the same without that pass, so its bits are too.
 constexpr int kPassBytes = 1024, kPassRanks = 64;
 __host__ __device__ constexpr int pass_slice(int ranks) {
     return ranks <= 16 ? 256 : 512;
@@ -45,14 +45,14 @@ inline bool pass_sliced(const LoraArgs& args, bool side_b) {
     return side_b && args.dtype != DType::kFloat32 && args.bank.max_rank <= kPassRanks;
 }
 constexpr int kProjectedRanks = 64;  // per block
-// in_pass: for one pass that also computes db. Each slice has a block; several give partial sums.
+// in_pass: for the pass that also computes db. Each slice then has a block, which stores its sum.
 Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass = false);
 int64_t slices_bytes(const Slices& slices);
 int64_t projection_workspace(const LoraArgs& args, bool side_b);
 LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream);
-// Computes side A without the final sum over slices, which expand computes, as in serving.
+// Computes side A up to the sum over slices; expand adds them, as in serving.
 LaunchStatus run_shrink_rows(const Projection& args, const Slices& slices, void* stream);
-// The steps of run_projection: the kernel's output, its buffers, and the final sum.
+// Steps of run_projection: choose the kernel's output, declare its buffers, and sum the slices.
 Projection projection_step(const Projection& args, const Slices& slices, void* workspace);
 void declare_projection(const Projection& step, const Slices& slices, bool side_b);
 LaunchStatus sum_slices(const Projection& args, const Projection& step, const Slices& slices,
@@ -78,18 +78,18 @@ struct Gradient {
     bool rank_major;
 };
 int64_t gradient_workspace(const Gradient& args);
-// beside: the projection of side B, to compute in the same pass over dy.
+// beside: if given, the projection of side B, which the same pass over dy computes.
 LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream,
                           const Projection* beside = nullptr);
-constexpr int64_t kMostParts = 256 << 20;  // maximum bytes of partial sums for one pass, else two
+constexpr int64_t kMostParts = 256 << 20;  // maximum bytes of partial sums; above, two passes
 int64_t one_pass_workspace(const Gradient& args, const LoraArgs& side_b);
 bool takes_one_pass(const Gradient& args, const LoraArgs& side_b);
 
 // dx[t, :] += mask * (dv[t, :] A)
 LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream);
 
-// Launchers of the same stages for large ranks with enough rows or tiles: lora_gemm.cuh and
-// lora_gemm_weights.cu. The caller has declared the buffers.
+// Launchers of the same stages for large ranks with enough rows or tiles, by lora_gemm.cuh and
+// lora_gemm_weights.cu. The caller must have declared the buffers.
 LaunchStatus run_gemm_projection(const Projection& args, bool side_b, const Slices& slices,
                                  void* stream);
 LaunchStatus run_gemm_input_gradient(const LoraTrainArgs& args, void* stream);
@@ -97,7 +97,7 @@ LaunchStatus run_gemm_input_gradient(const LoraTrainArgs& args, void* stream);
 LaunchStatus run_gemm_gradient(const Gradient& args, void* stream);
 
 // Columns per block of run_gemm_gradient. A block sums all rows of its adapter, so the kernel is
-// used only if one adapter's blocks fill half of an H100's multiprocessors, an estimated bound.
+// used only if one adapter's blocks fill half of an H100's multiprocessors; half is an estimate.
 constexpr int gradient_columns(bool tf32) {
     return tf32 ? 64 : 128;
 }
@@ -133,7 +133,7 @@ struct Philox {
     }
 };
 
-// The mask of rows of one adapter.
+// The dropout mask of rows of one adapter.
 struct Mask {
     Philox philox;
     uint32_t threshold;  // 0: all elements are kept
@@ -181,7 +181,7 @@ LX_DEVICE void keep_elements_of(const Mask& mask, uint32_t row, int column, bool
     }
 }
 
-// Returns the words with dropped elements set to zero, even if they are NaN.
+// Returns `words` with dropped elements set to zero, even if they are NaN.
 template <class T>
 LX_DEVICE uint4 drop_elements(const uint4& words, const bool (&keep)[kVec<T>]) {
     uint32_t w[4] = {words.x, words.y, words.z, words.w};
@@ -220,7 +220,7 @@ LX_DEVICE void copy_piece(void* to, const T* from, int n, bool aligned) {
     }
 }
 
-// Loads and stores of the first n elements of 16 bytes, in memory that this launch also writes.
+// Load or store the first n elements of 16 bytes, in memory that this launch may also write.
 template <class T>
 LX_DEVICE uint4 load_piece(const T* p, int n, bool aligned) {
     if (n >= kVec<T> && aligned) return *reinterpret_cast<const uint4*>(p);
@@ -248,8 +248,8 @@ LX_DEVICE void store_piece(T* p, int n, bool aligned, const uint4& words) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// v in shared memory: kTrainRows rows with 32 bytes, eight floats, per page of ranks. bfloat16
-// replaces them, in place, by eight high parts and eight low parts.
+// v in shared memory: kTrainRows rows with 32 bytes, eight floats, for each page of ranks. With
+// bfloat16, the eight floats are replaced in place by eight high parts, then eight low parts.
 
 __host__ __device__ constexpr int v_row_bytes(int pages) {
     return (2 * pages + 1) * kPieceBytes;
@@ -265,8 +265,8 @@ struct VTile {
     LX_DEVICE unsigned char* at(int row, int page) const {
         return data + row * row_bytes + page * 2 * kPieceBytes;
     }
-    // A thread copies its item (row, page), and splits it after the wait for the copy. `ranks`
-    // counts from the first rank of the page.
+    // Copies an item (row, page), which the same thread splits after it has waited for the copy.
+    // `ranks`: number of valid ranks, counted from the first rank of the page.
     LX_DEVICE void copy(int row, int page, const float* from, int ranks, bool aligned) const {
         copy_piece<float>(at(row, page), from, ranks, aligned);
         copy_piece<float>(at(row, page) + kPieceBytes, ranks > 4 ? from + 4 : from, ranks - 4,
@@ -295,7 +295,7 @@ struct VTile {
 // ------------------------------------------------------------------------------------------------
 // Products of floats: each is high + low in tf32. A float16 value is equal to its high part.
 
-// d += a b, m16n8k8. An exact operand has no low part; the product of two low parts is dropped.
+// Computes d += a b (m16n8k8). An exact operand has no low part; products of low parts are dropped.
 template <bool kExactA, bool kExactB>
 LX_DEVICE void mma_floats(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
     uint32_t a_high[4], a_low[4], b_high[2], b_low[2];

@@ -2,9 +2,9 @@
 //
 // Block (64 rows of one adapter, range of columns), eight warps: four along the rows, two along the
 // columns of a band of 256 bytes. The rows of dv stay in shared memory. The ranks of A for the next
-// band are loaded by cp.async while the current band is written. If a block has no space for all
-// ranks, they and dv are loaded in stages, in order, so that the result does not depend on the
-// available space. The product is written to shared memory as floats, so that a thread holds 16
+// band are loaded by cp.async while the current band is written. If shared memory is too small for
+// all ranks, those of A and dv are loaded in stages, in order, so that the result does not depend
+// on its size. The product is written to shared memory as floats, so that a thread holds 16
 // bytes of dx in a row: one load, issued before the product, two Philox calls for its mask, one
 // rounding, one store.
 //   bfloat16   dv = high + low, two m16n8k16
@@ -17,16 +17,16 @@ namespace lora_ext {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarpsN = 2;      // times four warps of 16 rows
+constexpr int kWarpsN = 2;      // by four warps along the rows
 constexpr int kRangeBands = 4;  // bands per block
 template <class T>
 constexpr int kWarpColumns = kBandColumns<T> / kWarpsN;
 template <class T>
-constexpr int kDeltaRow = kBandColumns<T> + 8;  // floats; no bank conflict of float2 stores
+constexpr int kDeltaRow = kBandColumns<T> + 8;  // in floats; float2 stores have no bank conflict
 
 struct Width {
     int range;  // columns per block
-    int pages;  // pages per stage, even: those of the largest rank, or as many as fit
+    int pages;  // pages per stage, even: all of the largest rank, or as many as fit
     bool dv_aligned, a_aligned, dx_aligned;
 };
 
@@ -36,7 +36,7 @@ constexpr int shared_bytes(int pages) {
            kTrainRows * kDeltaRow<T> * 4;
 }
 
-// kStaged: one stage does not hold all ranks, so there are several.
+// kStaged: shared memory does not hold all ranks, so they are loaded in several stages.
 template <class T, bool kStaged>
 __global__ void __launch_bounds__(kThreads, 2)
     lora_train_input_kernel(const __grid_constant__ LoraTrainArgs args,
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                         lx::mma_m16n8k16<T>(acc[j + 1], high, {af[2], af[3]});
                     }
                 } else {
-                    // Slots k and k + 4 of an mma are ranks 2k and 2k + 1 of the page.
+                    // Lane t passes ranks 2t and 2t + 1 of the page as k = t and t + 4 of an mma.
                     const int rank = 2 * (lane % 4);
                     const float2 upper =
                         reinterpret_cast<const float2*>(dv.at(warp_row + lane / 4, page))[lane % 4];
@@ -266,7 +266,7 @@ LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream) {
     const dim3 grid(static_cast<unsigned>(layout.max_chunks() * tiling.per_chunk),
                     static_cast<unsigned>(ceil_div(bank.in_features, width.range)));
     declare_common(lora);
-    LoraArgs weights = lora;  // declares the pages of a; x is replaced by dx
+    LoraArgs weights = lora;  // used to declare the pages of a, with dx as x
     weights.x = args.dx;
     weights.x_row_stride = args.dx_row_stride;
     declare_a(weights);

@@ -17,8 +17,8 @@ namespace {
 
 constexpr int kStages = 4;
 constexpr int kPieces = 8;                              // per row and stage
-constexpr int kStageRow = (kPieces + 1) * kPieceBytes;  // odd: eight rows in eight banks
-// A page: 1024 bytes, plus 64 so that the pages of a pair have no bank conflict.
+constexpr int kStageRow = (kPieces + 1) * kPieceBytes;  // odd number of pieces: no bank conflicts
+// Bytes of a page: 1024, plus 64 so that reads of a pair of pages have no bank conflict.
 constexpr int kStagePage = kPieces * 128 + 64;
 constexpr int kGroupPages = 8;
 
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kRows * 2, 2)
             const int row = i % kPairPieces / (2 * kPerRow), at = i % (2 * kPerRow);
             const int page = i / kPairPieces * 2 + at / kPerRow, part = at % kPerRow;
             const int rank = page * kPageRanks + part * kVec<T>, output = k0 + row;
-            // If a whole page row is loaded, the sums of ranks past the adapter's are not read.
+            // Whole page rows may contain ranks past the adapter's, whose sums are not stored.
             int n = lx::min(ranks - rank, kPageRanks);
             if (n > 0 && slices.w_aligned) n = kVec<T>;
             if (output >= end) n = 0;
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kRows * 2, 2)
     }
 }
 
-// out[t, j] = c * sum of the slices, in order.
+// Computes out[t, j] = c * (sum of the slices, in order).
 __global__ void __launch_bounds__(128)
     lora_train_project_reduce_kernel(const __grid_constant__ Projection args,
                                      const __grid_constant__ Tiling tiling, const float* partials,
@@ -194,7 +194,7 @@ LaunchStatus launch(const Projection& args, const Slices& slices, void* stream) 
 
 }  // namespace
 
-// The width of a slice depends only on the length of the sum, the largest rank and the dtype.
+// A slice's width depends only on the side, the length of the sum, the largest rank and the dtype.
 Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass) {
     const LoraBank& bank = args.bank;
     const int64_t features = side_b ? bank.out_features : bank.in_features;
@@ -211,7 +211,7 @@ Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass) {
         tiles *= lx::max(1, lora_chunk_rows(args.num_tokens) / kTrainRows) *
                  ceil_div(bank.max_rank, kProjectedRanks);
     }
-    // A block loops over slices if the tiles give two blocks per multiprocessor of an H100 (132).
+    // A block loops over slices if each of an H100's 132 multiprocessors still has two blocks.
     const bool walk = s.count == 1 || (!in_pass && tiles >= 264);
     s.per_block = walk ? s.count : 1;
     s.finished = walk;
@@ -305,7 +305,7 @@ LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace
         declare_projection(step, slices, true);
         status = with_dtype(lora.dtype, [&]<class T>() {
             if (takes_gemm(lora)) return run_gemm_projection(step, true, slices, stream);
-            // 128 rows of a large rank exceed the shared memory per block of some devices.
+            // The ring of 128 rows may exceed the shared memory per block of some devices.
             const bool wide = lora_chunk_rows(lora.num_tokens) == 128 &&
                               ring_bytes(128, slices.ranks_per_stage) <= most_dynamic_bytes();
             return wide ? launch<T, 128>(step, slices, stream)

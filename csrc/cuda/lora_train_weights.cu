@@ -8,7 +8,7 @@
 // Shared memory has two stages of 32 rows of x and v; cp.async fills one while the other is used,
 // and perm is read two steps ahead. A thread then prepares the elements that it copied: it drops
 // elements of x, and splits v into high and low bfloat16. ldmatrix.trans transposes both. A warp
-// has 16 columns of each band of 128 and all ranks, and keeps their sums for the whole range.
+// sums 16 columns of each band of 128, for all ranks, over the whole range.
 //   bfloat16   v = high + low, two m16n8k16: 16 bits of v
 //   float16    x as floats, exact in tf32; v = high + low in tf32, two m16n8k8: any magnitude of v
 //   float32    x and v as high + low in tf32, three products
@@ -17,9 +17,9 @@
 // ranges of each adapter that has several. The bits therefore depend only on the rows of the
 // adapter.
 //
-// dv: the block's part of B stays in shared memory. In a step a warp computes 16 rows and one or
-// two pages of ranks, summed over its slice of the columns. The slices are added in order, with the
-// same bits as in lora_train_project.cu. Bound: bytes of x (dy), read once.
+// For dv, the block's columns of B stay in shared memory. In a step a warp computes 16 rows and one
+// or two pages of ranks, summed over its slice of the columns. The slices are added in order, with
+// the same bits as in lora_train_project.cu. Bound: bytes of x or dy, read once.
 #include "lora_train.cuh"
 
 namespace lora_ext {
@@ -29,7 +29,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / lx::kWarpSize;
 constexpr int kStages = 2;
 constexpr int kStepRows = 32;
-constexpr int kRowSlots = 4;  // steps of row numbers in the buffer
+constexpr int kRowSlots = 4;  // steps whose row numbers are kept
 constexpr int kPieces = kPassBytes / kPieceBytes;
 constexpr int kPassRow = kPassBytes + kPieceBytes;  // an odd number of pieces, like kBandRow
 constexpr int kBand = 16 * kWarps;                  // columns, 16 per warp
@@ -40,7 +40,7 @@ template <class T>
 constexpr int kBands = kColumns<T> / kBand;
 template <int kPages>
 constexpr int kStageBytes = kStepRows * (kPassRow + v_row_bytes(kPages));
-// B has one row per output.
+// Bytes of a row of B in shared memory; each output has a row.
 template <int kPages>
 constexpr int kFactorRow = (kPages + 1) * kPieceBytes;
 
@@ -51,16 +51,16 @@ struct Shape {
     float4* partials;          // for adapters with several ranges
 };
 
-// The work of a block of either kernel.
+// The work of a block, of the kernel of ranges or of the kernel that adds ranges.
 struct Block {
-    int slot, range, first_rank, ranks, column;  // ranks of the adapter in this block; first column
+    int slot, range, first_rank, ranks, column;  // ranks: those of the adapter in this block
     const int32_t* rows;                         // rows of the adapter
-    int num_rows, first_row;                     // number of these rows; index of the first one
+    int num_rows, first_row;                     // number of `rows`; index of the first in perm
 };
 
-// Returns the slot of range `index`. Slot s owns the indices from slot_begin[s] / range_rows + s
-// on, at least one for each of its ceil(n / range_rows) ranges and one for a slot without rows. The
-// warp searches 32 slots at a time.
+// Returns the slot of range `index`. The indices of slot s start at slot_begin[s] / range_rows + s,
+// which leaves one for each of its ceil(n / range_rows) ranges, or one if it has no rows. The warp
+// searches 32 slots at a time.
 LX_DEVICE int slot_of_range(const int32_t* slot_begin, int range_rows, int num_adapters,
                             int index) {
     int low = 0;
@@ -76,7 +76,7 @@ LX_DEVICE int slot_of_range(const int32_t* slot_begin, int range_rows, int num_a
     return low;
 }
 
-// `index` counts groups of ranks, then slices, then ranges or slots.
+// Returns the work of block `index`: groups of ranks vary fastest, then slices, then ranges/slots.
 template <class T, int kPages>
 LX_DEVICE Block find_block(const Gradient& args, const Shape& shape, unsigned index,
                            bool of_range) {
@@ -103,14 +103,14 @@ LX_DEVICE Block find_block(const Gradient& args, const Shape& shape, unsigned in
 }
 
 // The sums of a thread: element i of (band, page) belongs to column
-// 128 band + 16 warp + lane / 4 + 8 (i / 2) and to rank 8 page + 2 (lane % 4) + i % 2.
+// 128 band + 16 warp + lane / 4 + 8 (i / 2) and to rank 8 page + 2 (lane % 4) + i % 2 of the block.
 template <int kPages>
 using BandSums = float[kPages][4];
 template <class T, int kPages>
 using Sums = BandSums<kPages>[kBands<T>];
 
-// Returns the address of the parts of a block. An adapter of n > range_rows rows, which has fewer
-// than 2 n / range_rows ranges, starts at 2 (slot_begin / range_rows).
+// Returns the address of a block's partial sums. Only adapters of n > range_rows rows store them;
+// these have fewer than 2 n / range_rows ranges, the first at 2 (slot_begin / range_rows).
 template <class T, int kPages>
 LX_DEVICE float4* parts_of(const Shape& shape, const Block& block, unsigned tile) {
     const int first = 2 * (block.first_row / shape.range_rows) + block.range;
@@ -123,13 +123,13 @@ __host__ __device__ constexpr int store_row(int pages) {
     return pages * kPageRanks + 1;
 }
 
-// Stores a band of results through shared memory: neighbouring threads write neighbouring elements.
+// Stores a band of results through shared memory, so that adjacent threads write adjacent elements.
 template <class T, int kPages>
 LX_DEVICE void store(const Gradient& args, const Block& block, int band,
                      const BandSums<kPages>& total, float* columns) {
     constexpr int kRow = store_row(kPages);
     const int lane = lx::lane_id();
-    lx::syncthreads();  // the memory is free
+    lx::syncthreads();  // `columns` has been read
 #pragma unroll
     for (int j = 0; j < kPages; ++j) {
 #pragma unroll
@@ -191,7 +191,7 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
             }
         }
     } else {
-        // Two steps of eight rows; slots k and k + 4 of an mma are rows 2k and 2k + 1.
+        // Two steps of eight rows. Lane t passes rows 2t and 2t + 1 as k = t and t + 4 of an mma.
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int first = row + 8 * half + 2 * (lane % 4);
@@ -238,7 +238,7 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
     }
 }
 
-// dv of the rows of a step: a warp sums 16 rows and its pages over its slice of the columns.
+// Computes dv of the rows of a step: a warp sums 16 rows and its pages over its slice of columns.
 template <class T, int kPages>
 struct Projecting {
     static constexpr int kShares = kPages == 2 ? 2 : 1;  // slices per block
@@ -279,7 +279,7 @@ struct Projecting {
         }
     }
 
-    // Stores dv; row_of[0, rows) are the numbers of the rows of the step.
+    // Stores dv. row_of[0, rows) are the indices in the batch of the rows of the step.
     LX_DEVICE void store(const float (&acc)[kOwn][4], const Projection& to, const Slices& slices,
                          const Block& block, const int32_t* row_of, int rows, float factor,
                          bool paired) const {
@@ -301,8 +301,8 @@ struct Projecting {
     }
 };
 
-// Copies the block's columns of B, zeros for missing outputs or ranks. If a whole page row is
-// loaded, the sums of ranks past the adapter's are not stored.
+// Copies the block's outputs of B, with zeros for missing outputs or ranks. Whole page rows may
+// contain ranks past the adapter's, whose sums are not stored.
 template <class T, int kPages>
 LX_DEVICE void fill_factor(unsigned char* to, const LoraBank& bank, const Block& block,
                            bool aligned) {
@@ -318,7 +318,7 @@ LX_DEVICE void fill_factor(unsigned char* to, const LoraBank& bank, const Block&
     }
 }
 
-// Blocks per multiprocessor. 64 ranks need registers for sums, and float16 for both halves of v.
+// Blocks per multiprocessor. The sums of 64 ranks, or float16, need the registers of two blocks.
 template <class T, int kPages>
 constexpr int kBlocks = kPages == 2 && !std::is_same_v<T, lx::f16> ? 2 : 1;
 
@@ -328,13 +328,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kPages>)
                               const __grid_constant__ Projection to,
                               const __grid_constant__ Slices slices,
                               const __grid_constant__ Shape shape) {
-    LX_SHARED(int32_t, row_of, kRowSlots* kStepRows);  // a separate ring, filled a step ahead
+    LX_SHARED(int32_t, row_of, kRowSlots* kStepRows);  // a separate ring, filled a step early
     LX_DYN_SHARED(ring);
     Block block = find_block<T, kPages>(args, shape, blockIdx.x, true);
     const int thread = lx::thread_rank();
     const int first = block.range * shape.range_rows;
     const bool empty = block.num_rows <= first || block.ranks == 0;
-    if (empty && block.range > 0) return;  // the first range writes the zeros
+    if (empty && block.range > 0) return;  // the block of the first range writes the zeros
     const bool partial = !empty && block.num_rows > shape.range_rows;
     const int num_rows = empty ? 0 : lx::min(block.num_rows - first, shape.range_rows);
     const int32_t* const rows_from = block.rows + first;
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kPages>)
     auto keep_row_index = [&](int step, int32_t row) {
         if (thread < kStepRows) numbers(step)[thread] = row;
     };
-    // Missing rows have number 0 and a count of 0 bytes: the copy writes zeros.
+    // For a missing row, the index is 0 and the count 0, so that the copy writes zeros.
     const int x_count = lx::min(lx::max(args.width - column, 0), kVec<T>);
     const T* const x_from = x_count > 0 ? x + column : x;
     auto fill = [&](int step) {
@@ -511,7 +511,7 @@ Shape shape_of(const Gradient& args) {
     Shape shape{};
     shape.slices = static_cast<int>(ceil_div(args.width * element_size(args.dtype), kPassBytes));
     shape.groups = static_cast<int>(ceil_div(args.max_rank, pages_of(args) * kPageRanks));
-    // 8192 rows give at least 128 blocks: an H100 has 132 multiprocessors.
+    // With 8192 rows there are at least 128 blocks, for the 132 multiprocessors of an H100.
     const int tiles = shape.slices * shape.groups;
     shape.range_rows = tiles >= 32 ? 2048 : tiles >= 16 ? 1024 : 512;
     const LoraPlanLayout layout{args.num_tokens, args.num_adapters};

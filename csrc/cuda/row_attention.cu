@@ -1,12 +1,12 @@
 // Attention in which each query row has a separate range of keys; row_attention.h has the formula.
 //
-// A block has 16 rows of the heads that share keys, ordered (t, head), and up to 128 features of
-// their values. A warp has four of the rows and 32 keys at a time, one key per lane. Keys and
-// queries are loaded to shared memory, 64 features at a time. Two passes over the keys compute the
-// largest score of each row and then the weights. Each score, sum of weights and element of the
-// result is therefore one chain in ascending order of the row's keys, independent of other rows.
-// With a running maximum in one pass, a row's bits would depend on the boundaries of key tiles.
-// Tensor cores are not used for the same reason. Bound: multiply-adds, three for each feature of a
+// A block computes 16 query rows, ordered (t, head), of the heads that share keys, and up to 128
+// features of their values. A warp has four of the rows and 32 keys at a time, one key per lane.
+// Keys and queries are loaded to shared memory, 64 features at a time. A first pass over the keys
+// computes the largest score of each row, a second the weights. Each score, sum of weights and
+// element of the result is thus one sum in ascending order, independent of other rows. With a
+// running maximum in one pass, or with tensor cores, a row's bits would depend on the boundaries of
+// key tiles. Bound: multiply-adds, three for each feature of a
 // key and a row.
 #include "lora_ext/row_attention.h"
 
@@ -20,9 +20,9 @@ constexpr int kOwn = 4;  // query rows per warp
 constexpr int kRows = kWarps * kOwn;
 constexpr int kKeys = lx::kWarpSize;
 constexpr int kDepth = 64;
-constexpr int kKeyStride = kDepth + 1;  // the lanes of a warp read different banks
+constexpr int kKeyStride = kDepth + 1;  // odd, so that the lanes of a warp read different banks
 
-// A row of a block: the offsets of its data, and its range of keys, empty beyond the last row.
+// A query row of a block: offsets of its data, and its range of keys, empty beyond the last row.
 struct alignas(16) Row {
     int64_t q = 0, out = 0, mask = 0;  // offsets in elements
     int first = 0, end = 0;
@@ -31,14 +31,14 @@ struct alignas(16) Row {
 // The data of a block, and the pieces of its queries and keys in shared memory.
 template <class T>
 struct Tile {
-    const T *q_data, *k_data;  // k_data: of this group
+    const T *q_data, *k_data;  // k_data: keys of the block's group of heads
     int64_t k_stride;
     int num_keys, width;
     const Row* rows;
     float *q, *keys;   // shared: kRows x kDepth, kKeys x kKeyStride
     int q_depth = -1;  // first feature of the queries in shared memory
 
-    // Computes s[i] = q . k of the lane's key, first + lane, and row i of the warp.
+    // Computes s[i] = q . k for row i of the warp and for the lane's key, first + lane.
     LX_DEVICE void score(int first, float (&s)[kOwn]) {
         const int rank = lx::thread_rank(), lane = lx::lane_id();
 #pragma unroll
@@ -46,7 +46,7 @@ struct Tile {
 #pragma unroll 1
         for (int at = 0; at < width; at += kDepth) {
             const int depth = lx::min(kDepth, width - at), d = rank % kDepth;
-            lx::syncthreads();  // the previous pieces have been used
+            lx::syncthreads();  // the previous queries and keys have been read
             if (q_depth != at)
 #pragma unroll 4
                 for (int r = rank / kDepth; r < kRows; r += kThreads / kDepth) {
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const Row* const own_rows = rows + lx::warp_id() * kOwn;
     const float scale = static_cast<float>(args.scale);
     const int num_keys = static_cast<int>(args.keys);
-    int first_key = num_keys, end_key = 0;  // range of keys of the block
+    int first_key = num_keys, end_key = 0;  // union of the rows' ranges of keys
     for (int i = 0; i < kRows; ++i)
         if (rows[i].first < rows[i].end) {
             first_key = lx::min(first_key, rows[i].first);
@@ -146,9 +146,9 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int j = first_key; j < end_key; j += kKeys) {
         tile.score(j, s);
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i)  // from scores to weights; -1: not a key of this row
+        for (int i = 0; i < kOwn; ++i)  // scores become weights; -1: not a key of this row
             s[i] = sees(own_rows[i], args.mask, j + lane) ? expf(s[i] * scale - top[i]) : -1.0f;
-        if (args.width == 0) lx::syncthreads();  // otherwise score() has synchronised since
+        if (args.width == 0) lx::syncthreads();  // without features, score() has no barrier
 #pragma unroll 4
         for (int k = lx::warp_id(); k < kKeys; k += kWarps)
 #pragma unroll
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
             for (int i = 0; i < kOwn; ++i) {
                 const float weight = lx::shfl_sync(lx::kFullMask, s[i], k);
-                if (weight < 0) continue;  // the same on all lanes
+                if (weight < 0) continue;  // all lanes take the same branch
                 total[i] += weight;
 #pragma unroll
                 for (int c = 0; c < kColumns; ++c) sum[i][c] += weight * own[c];
@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
             const int at = column + c * lx::kWarpSize + lane;
-            // The weight of the largest score is 1. A sum is therefore 0 only without a key, or if
-            // scores overflow; the result is then NaN.
+            // The weight of the largest score is 1. The sum of weights is therefore 0 only if a row
+            // has no key (the result is 0), or if scores overflow (the result is NaN).
             const bool no_key = total[i] == 0 && top[i] == -INFINITY;
             const float y = no_key ? 0.0f : sum[i][c] / total[i];
             if (at < width) static_cast<T*>(args.out)[own_rows[i].out + at] = lx::from_float<T>(y);

@@ -6,10 +6,10 @@
 // maximum, then the sum of exp((logit - max) / T), reading from cache the second time. All
 // positions are processed at once, since otherwise most warps of the block would idle. After one
 // barrier every thread has the rejected position. Groups of lanes compute the norms of its leaves.
-// Then lanes iterate over the vocabulary, and a weight of the draw costs C exponentials; the warps
-// that search a chunk of 32 for the index recompute its weights. Bound: latency of a load, a
-// barrier and C exponentials. Above 32768 logits the bound is bytes, and spec_verify_grid.cu is
-// used.
+// Then lanes iterate over the vocabulary; each weight of the draw costs C exponentials. To find the
+// index, the warps recompute the weights of one chunk (see draw). Bound: latency of a load, a
+// barrier and C exponentials. Above 32768 logits the bound would be bytes, and spec_verify_grid.cu
+// is used instead.
 #include "spec_verify.cuh"
 
 namespace lora_ext {
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             });
         });
         if (whole) break;
-        whole = true;  // p - q is zero everywhere: draw from p
+        whole = true;  // p - q is never positive: draw from p
     }
     if (lx::thread_rank() == 0) args.next_token[row] = lx::max(token, 0);
 }

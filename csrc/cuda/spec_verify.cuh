@@ -1,24 +1,24 @@
-// Code shared by both variants of verification: one block per row of the batch (spec_verify.cu), or
-// a grid of blocks per row if the logits are too many for one multiprocessor (spec_verify_grid.cu).
+// Code shared by the two variants of verification: one block per row of the batch (spec_verify.cu),
+// or many blocks per row if it has too many logits for one multiprocessor (spec_verify_grid.cu).
 #pragma once
 
 #include "circuit_decode.cuh"
 
 namespace lora_ext {
 
-// Statistics of one row of target.
+// Statistics of one row of target, that is, of the model's logits at one position.
 struct Stats {
     float top, sum;  // sum of exp((logit - top) * scale)
     int argmax;
 };
 
-// Returns the number of leading tokens of a row that are evidence.
+// Returns the number of leading tokens of a row that are evidence, which is not tested.
 LX_DEVICE int given_tokens(const SpecVerifyArgs& args, int64_t row) {
     const int64_t given = args.num_evidence ? args.num_evidence[row] : 0;
     return static_cast<int>(lx::min(lx::max<int64_t>(given, 0), args.n_token));
 }
 
-// A drafted token and its inputs to the test, besides the statistics of its row of target.
+// A drafted token and, besides the statistics of its row of target, the inputs of its test.
 struct Draft {
     int64_t token;
     float logit;  // -inf if the token is invalid
@@ -39,14 +39,14 @@ LX_DEVICE bool stands(const Draft& draft, const Stats& stats, float scale) {
     return stats.sum > 0 && draft.log_q != kImpossible && draft.uniform < expf(log_p - draft.log_q);
 }
 
-// Returns the norm of a state of the residual: p[z] exp(logit - top - log sum) = exp(logit - top -
-// log_sum). A state without weight, or without tokens, contributes 0 to every token.
+// Returns a norm that includes the posterior p of a state: p exp(logit - top - norm.log_sum) =
+// exp(logit - top - log_sum). A state of posterior 0 or without tokens contributes 0 to each token.
 LX_DEVICE Norm weight_of_state(const Norm& norm, float posterior) {
     const bool none = !(posterior > 0) || norm.log_sum == kImpossible;
     return {norm.top, none ? -kImpossible : norm.log_sum - logf(posterior)};
 }
 
-// The grid variant, see spec_verify_grid.cu.
+// The variant with many blocks per row (spec_verify_grid.cu), and whether it is used.
 bool verified_by_grid(const SpecVerifyArgs& args);
 LaunchStatus run_verify_grid(const SpecVerifyArgs& args, const Leaves& leaves, bool aligned,
                              void* stream);

@@ -3,20 +3,20 @@
 // waits for its results.
 //
 //   verify_target   (row, position, span)  maximum and sum of exp of 2048 logits of target
-//   verify_leaves   (row, state, span)     all blocks: the rejected position, from those sums;
+//   verify_leaves   (row, state, span)     in every block, the rejected position from these sums;
 //                                          then maximum and sum of 2048 logits of its leaves
 //   verify_weights  (row, 512 tokens)      p - q of each token, stored, and their sum
-//   verify_pick     (row)                  the index, from the sums and then from the weights
+//   verify_pick     (row)                  the token, from the sums and then from the weights
 //
-// All four are needed: the leaves depend on the rejected position, q on all of these leaves, and
-// the token on the sum of all weights. A row's leaves are thus read twice, from memory and then
-// from L2, and p - q is computed once.
+// All four are needed: the choice of leaves depends on the rejected position, q on all of these
+// leaves, and the token on the sum of all weights. A row's leaves are thus read twice, from memory
+// and then from L2, and p - q is computed once.
 //
-// Sums: a warp owns a span of 2048 logits, 16 bytes per lane and load, all in flight at once; spans
-// are combined as maximum and sum, in a tree. In verify_weights a block's eight warps divide the
-// states, so that a lane loads eight leaves at once; parts of q are added in the order of the
-// warps. Weights are float32, sums of weights double. Every order depends only on (V, C) and the
-// types. Bound: bytes of K + 1 rows of target and of C rows of leaves; 2 C V exponentials.
+// A warp reads a span of 2048 logits by loads of 16 bytes per lane, all in flight at once. The
+// maxima and sums of spans are combined in a tree. In verify_weights the eight warps of a block
+// divide the states, so that a lane loads eight leaves at once; their shares of q are added in the
+// order of the warps. Weights are float32, sums of weights double. Every order depends only on V, C
+// and the types. Bound: bytes of K + 1 rows of target and C rows of leaves; 2 C V exponentials.
 #include "spec_verify.cuh"
 
 namespace lora_ext {
@@ -69,7 +69,7 @@ Space space_of(const SpecVerifyArgs& args, uintptr_t& end) {
 // ------------------------------------------------------------------------------------------------
 // Spans
 
-// Adds `next` to `own`; each is a maximum and a sum of exp((x - maximum) * scale).
+// Adds sums `next` to `own`; each sum is of exp((x - maximum) * scale), with its maximum.
 template <int kCount>
 LX_DEVICE void add_sums(OnlineSum& own, const OnlineSum (&next)[kCount], float scale) {
     float most = own.top;
@@ -82,13 +82,13 @@ LX_DEVICE void add_sums(OnlineSum& own, const OnlineSum (&next)[kCount], float s
         own.sum += next[u].sum * lx::exp_approx((next[u].top - shift) * scale);
     own.top = most;
 }
-// Returns the combined sum of a group of lanes, on all of them.
+// Returns the combined sum of a group of lanes to all lanes of the group.
 LX_DEVICE OnlineSum sum_of_lanes(const OnlineSum& own, int lanes, float scale) {
     const float top = shift_of(reduce_lanes(own.top, lanes, larger));
     const float sum = own.sum * lx::exp_approx((own.top - top) * scale);
     return {top, reduce_lanes(sum, lanes, add)};
 }
-// Returns the sum of a row's spans, loaded eight per lane by eight lanes; the whole warp calls it.
+// Returns the sum of a row's spans, which eight lanes load, eight each. The whole warp calls this.
 constexpr int kGroup = 8, kGroups = lx::kWarpSize / kGroup, kRowsAtOnce = kWarps * kGroups;
 LX_DEVICE OnlineSum sum_of_spans(const OnlineSum* part, int spans, float scale) {
     constexpr int kBatch = 8;
@@ -175,7 +175,7 @@ struct Tested {
     bool stands;
 };
 
-// Returns the first index of the largest logit of a row of target; the whole warp calls it.
+// Returns the first index of the largest logit of a row of target. The whole warp must call this.
 LX_DEVICE int argmax_of_spans(const Space& space, int64_t first, int vocabulary) {
     float top = kImpossible;
     int index = 0x7fffffff;
@@ -191,7 +191,7 @@ LX_DEVICE int argmax_of_spans(const Space& space, int64_t first, int vocabulary)
     return largest_among(vocabulary, top, index).index;
 }
 
-// Tests all positions of a row from `given` on; their drafts must be loaded. Ends with a barrier.
+// Tests the drafts, tested[k].draft, of a row's positions from `given` on. Ends with a barrier.
 LX_DEVICE void test_positions(const Space& space, int64_t row, int given, int K, int vocabulary,
                               float scale, Tested* tested) {
     const int lane = lx::lane_id(), group = lane / kGroup, warp = lx::warp_id();
@@ -260,8 +260,8 @@ __global__ void __launch_bounds__(kThreads)
 // ------------------------------------------------------------------------------------------------
 // Weights
 
-// kLaneTokens logits starting at `at`, in 16-byte loads if rows are aligned. Words beyond n contain
-// other elements of the row; the caller ignores them.
+// kLaneTokens logits from index `at` on, in 16-byte loads if rows are aligned. Beyond index n they
+// are other logits of the row, which the caller ignores.
 template <class L, bool kAligned>
 struct LaneLogits {
     static constexpr int kWords = kLaneTokens / kPiece<L>;
@@ -315,7 +315,7 @@ LX_DEVICE void weigh_states(const Space& space, const float* posterior, int64_t 
     lx::syncthreads();
 }
 
-// Computes a warp's share of q of the block's tokens, over its states warp, warp + 8, ..., and
+// Computes a warp's share of q for the block's tokens, the sum over states warp, warp + 8, ..., and
 // writes it to shared memory. Ends with a barrier.
 template <class L, bool kAligned>
 LX_DEVICE void share_q(const L* leaf, const Norm* states, int C, int V, int base, float* q_of) {
@@ -423,9 +423,9 @@ __global__ void __launch_bounds__(kThreads)
 // ------------------------------------------------------------------------------------------------
 // The index
 
-// Finds the place among n numbers, of which a lane owns ceil(n / 32) neighbours: the first whose
-// running sum, starting at `before`, exceeds `limit`, else the last with a positive weight. If
-// `limit` is below 0, it is `uniform` times the total.
+// Draws among n weights, of which a lane owns ceil(n / 32) consecutive ones: finds the first whose
+// running sum, starting at `before`, exceeds `limit`, else the last positive weight. If `limit` is
+// negative, it is replaced by `uniform` times the total.
 template <class At>
 LX_DEVICE Place find_among_runs(int n, double before, double limit, double uniform, At&& at) {
     const int lane = lx::lane_id(), run = (n + lx::kWarpSize - 1) / lx::kWarpSize;
@@ -472,7 +472,7 @@ __global__ void __launch_bounds__(lx::kWarpSize)
     const int64_t logits =
         row * args.target_stride + int64_t{decision.accepted} * target.vocabulary;
     int token = -1;
-    for (int way = 0; way < 2 && token < 0; ++way) {  // p - q is zero everywhere: draw from p
+    for (int way = 0; way < 2 && token < 0; ++way) {  // if p - q is never positive: draw from p
         const double* const sums = space.sums + (row * 2 + way) * space.blocks;
         const Place block =
             find_among_runs(space.blocks, 0, -1, uniform, [&](int i) { return sums[i]; });

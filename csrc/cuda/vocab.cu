@@ -1,10 +1,10 @@
 // Losses over a vocabulary, a chunk of logits at a time: vocab.h has the formulas.
 //
-// A block has a row of the batch, with all its hidden states. It first finds the largest logit of a
-// chunk, then computes the exponentials; the second read is from L1 or L2, since a row of a chunk
-// is about 16 KiB. The teacher's row is read once more for each student, also from cache. A thread
-// reads and writes only its own pieces, so it can overwrite them in place. Sums over the block use
-// a fixed tree. Bound: bytes of the logits, read once and, with weights, written once.
+// A block processes a row of the batch, with all its hidden states. It first finds the largest
+// logit of a chunk, then computes the exponentials; the second read is from L1 or L2, as a row of
+// a chunk is about 16 KiB. The teacher's row is read again for each student, also from cache. A
+// thread reads and writes only its own pieces, so it can overwrite them in place. Sums over the
+// block use a fixed tree. Bound: bytes of the logits, read once and, with weights, written once.
 #include "lora_ext/vocab.h"
 
 #include "circuit_kernels.cuh"
@@ -14,12 +14,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMinBlocks = 4;
-constexpr int kMinBlocksTwice = 3;  // for the divergence, which reads two rows, and with softcap
+constexpr int kMinBlocksTwice = 3;  // minimum for the divergence, and for softcap
 constexpr int kFinishThreads = 128;
 
 // Calls f(index, values of each row, whole) for the pieces of kRows rows that this thread owns.
-// `whole` is a type: true if rows are aligned to 16 bytes and n is a multiple of a piece; otherwise
-// values beyond n are -inf.
+// `whole` is std::true_type if rows are aligned to 16 bytes and n is a multiple of a piece;
+// otherwise it is std::false_type, and values beyond n are -inf.
 template <class T, int kRows, class F>
 LX_DEVICE void for_own_pieces(const T* const (&rows)[kRows], int n, bool aligned, F&& f) {
     constexpr int kSize = kPiece<T>, kStep = kThreads * kSize, kBatch = 4 / kRows;
@@ -31,7 +31,7 @@ LX_DEVICE void for_own_pieces(const T* const (&rows)[kRows], int n, bool aligned
 #pragma unroll
             for (int k = 0; k < kBatch; ++k)
 #pragma unroll
-                for (int r = 0; r < kRows; ++r)  // beyond the end: reload the first piece
+                for (int r = 0; r < kRows; ++r)  // beyond the end, reload the batch's first piece
                     words[k][r] = lx::load_global(reinterpret_cast<const uint4*>(
                         rows[r] + (i + k * kStep < n ? i + k * kStep : i)));
 #pragma unroll
@@ -56,7 +56,7 @@ LX_DEVICE void for_own_pieces(const T* const (&rows)[kRows], int n, bool aligned
     }
 }
 
-// z = softcap(raw) / tau for a product `raw` with W.
+// Computes z = softcap(raw) / tau from `raw`, the product of a hidden state with a row of W.
 template <bool kCapped>
 struct Logit {
     float cap, inverse_cap, inverse_tau;
@@ -66,7 +66,7 @@ struct Logit {
           inverse_cap(kCapped ? 1 / cap : 0),
           inverse_tau(static_cast<float>(1 / args.tau)) {}
 
-    LX_DEVICE float of(float raw, float& slope) const {  // slope = tau dz/draw
+    LX_DEVICE float of(float raw, float& slope) const {  // slope = tau dz / d(raw)
         if constexpr (kCapped) {
             const float t = tanhf(raw * inverse_cap);
             slope = 1 - t * t;
@@ -82,7 +82,7 @@ struct Logit {
     }
 };
 
-// One row of logits of the chunk, and the running state of its whole row.
+// A row of logits of the current chunk, and the running maximum and sums of the row in all chunks.
 template <class T, bool kCapped>
 struct Row {
     const Logit<kCapped>& logit;
@@ -91,7 +91,7 @@ struct Row {
     int columns;
     bool aligned;
     float *top_at, *sum_at, *third_at;
-    float* products;  // nullptr: nothing to rescale
+    float* products;  // nullptr if there is nothing to rescale
     int width;
     float top, shift, fade;
 
@@ -126,7 +126,7 @@ struct Row {
     LX_DEVICE void store(int i, const float (&v)[kPiece<T>], Whole) const {
         store_values(logits + i, columns - i, Whole::value, v);
     }
-    // Adds the chunk's sum to the previous ones. All threads have read the overwritten values.
+    // Adds the chunk's sum to those of earlier chunks. All threads have read what it overwrites.
     LX_DEVICE void keep(bool start, float sum) const {
         sum = team.reduce(sum, add);
         if (lx::thread_rank() == 0) {
@@ -235,12 +235,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 }
 
 // ------------------------------------------------------------------------------------------------
-// Divergence from the teacher, the last of the hidden states
+// Divergence of each hidden state, a student, from the last one, the teacher
 
 LX_DEVICE bool counts(const VocabArgs& args) {
     return !args.mask || args.mask[blockIdx.x];
 }
-LX_HOST_DEVICE inline float share_of(const VocabArgs& args) {  // tau^2 / students, divided by tau
+LX_HOST_DEVICE inline float share_of(const VocabArgs& args) {  // tau^2 / students / tau
     return static_cast<float>(args.tau / static_cast<double>(args.hiddens - 1));
 }
 
@@ -362,7 +362,7 @@ void declare_rows(const VocabArgs& args) {
 template <class Launch>
 LaunchStatus over_logits(const VocabArgs& args, Launch&& launch) {
     if (args.rows == 0) return 0;
-    // A thread's index exceeds the end by at most a batch of pieces.
+    // The limit prevents overflow: an index exceeds the end by at most a batch of pieces.
     if (args.rows > kMaxGridX || args.columns > INT32_MAX - 32 * kThreads) return kInvalidValue;
     const int64_t size = element_size(args.dtype);
     [[maybe_unused]] const int64_t all = args.hiddens * args.rows;

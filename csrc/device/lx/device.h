@@ -24,7 +24,7 @@
 //   LX_BUF_ROWS(pointer, rows, row_bytes, row_stride_bytes, access)
 //       does the same for rows, without the gaps between them.
 //
-// A kernel template with commas is written in parentheses: LX_LAUNCH((gemm<float, 8>), grid, ...).
+// A kernel with commas in its name needs parentheses: LX_LAUNCH((gemm<float, 8>), grid, ...).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -127,7 +127,7 @@ LX_DEVICE T from_float(float x) {
     }
 }
 
-// Two 16-bit values in one register, `low` in bits 0-15: the order of memory, ldmatrix and mma.
+// Two 16-bit values in one register, the first in bits 0-15, as in memory, ldmatrix and mma.
 template <class T>
 struct PackedOf;
 template <>

@@ -1,5 +1,5 @@
-// Emulator implementation of lx/device.h: declarations and one-line forwards only. The work is done
-// in csrc/emu, which is compiled without instrumentation. lx/hardware.h documents each wrapper.
+// Emulator implementation of lx/device.h: only declarations and functions of one line. They call
+// csrc/emu, which is compiled without instrumentation. lx/hardware.h documents each wrapper.
 #pragma once
 
 #include <cstring>
@@ -7,7 +7,7 @@
 #include <tuple>
 #include <utility>
 
-// The half-precision headers define CUDA's qualifiers; plain g++ has no launch bounds.
+// CUDA's half-precision headers define its qualifiers; g++ does not support __launch_bounds__.
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __grid_constant__
@@ -20,7 +20,7 @@
 #define blockDim (::lx::emu::self().block_dim)
 #define gridDim (::lx::emu::self().grid_dim)
 
-// The key distinguishes the arrays of a block. A static local exists once per kernel instantiation.
+// The address of the key identifies an array: a static local exists once per kernel instantiation.
 #define LX_SHARED(type, name, count)             \
     static const char name##_lx_key = 0;         \
     auto& name = *static_cast<type(*)[(count)]>( \
@@ -36,14 +36,14 @@
 namespace lx {
 namespace emu {
 
-// Source location of a call of a wrapper: the default argument of wrappers that can fail or block.
+// Source location of a call. Wrappers that can fail or block take it as default argument.
 using Site = std::source_location;
 
 struct Self {
     uint3 thread_idx, block_idx;
     dim3 block_dim, grid_dim;
 };
-[[gnu::const]] const Self& self();  // const: each stack frame belongs to one CUDA thread
+[[gnu::const]] const Self& self();  // cacheable: a stack frame belongs to one CUDA thread
 
 void* shared_array(const void* key, const char* name, size_t bytes);
 unsigned char* dynamic_shared();
@@ -267,7 +267,7 @@ inline T atomic_compare_exchange(T* p, T expected, T desired,
     return emu::atomic_as(emu::Atomic::kCompareExchange, p, desired, expected, site);
 }
 
-// Loads and stores with cache hints are plain here; the check flavour checks their full width.
+// Loads and stores with cache hints are plain here; _emu_check checks their full width.
 template <class T>
 inline T load_global(const T* p) {
     return *p;
@@ -356,7 +356,7 @@ void cp_async_wait_all();
 void grid_dependency_wait();
 void grid_dependency_launch();
 
-// Math. The approximations are computed exactly; the tests set their tolerances.
+// Math. *_approx is exact here. Tests must allow for its error on a GPU by their tolerances.
 inline float exp_approx(float x) {
     return std::exp(x);
 }

@@ -37,8 +37,8 @@ inline int multiprocessors() {
 }
 
 namespace detail {
-// Returns value(), computed once per key. A failed result is not cached: memory may be short while
-// a kernel is loaded and sufficient later.
+// Returns value(), computed once per key. A failed result is not cached, since memory may be too
+// short to load a kernel now and suffice later.
 template <class Key, class F, class Failed>
 auto kept(const Key& key, F&& value, Failed&& failed) {
     static std::mutex lock;
@@ -73,9 +73,9 @@ struct KernelFacts {
     cudaError_t error;
     bool can_wait;  // its code was built for sm_90 or later
 };
-// Returns the facts of a kernel on the current device, queried once. Above 48 KiB of shared memory,
-// static arrays included, a kernel must opt in. The opt-in here requests the maximum: the limit is
-// a property of the function, and another thread may be launching it with another size.
+// Returns the facts of a kernel on the current device, queried once. A kernel with more than 48 KiB
+// of shared memory, static arrays included, must opt in. This opts in to the maximum: the limit is
+// a property of the function, which another thread may be launching with another size.
 inline KernelFacts kernel_facts(const void* kernel) {
     const auto ask = [&] {
         cudaFuncAttributes built{};
@@ -84,8 +84,8 @@ inline KernelFacts kernel_facts(const void* kernel) {
                          static_cast<int>(built.sharedSizeBytes);
         if (error == cudaSuccess && built.maxDynamicSharedSizeBytes < most)
             error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-        // The version of the code matters, not the card: PTX of an older architecture contains no
-        // wait, whatever it is compiled for at load time.
+        // The architecture of the compiled code matters, not that of the GPU: PTX for an older one
+        // contains no wait instruction, even if it is compiled for a newer GPU at load time.
         return KernelFacts{error, built.ptxVersion >= 90};
     };
     return kept(std::pair(kernel, current_device()), ask,
@@ -113,8 +113,8 @@ int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, di
         config.numAttrs = dependent && facts.can_wait ? 1 : 0;
         error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
     }
-    // Clears the error, whose code the caller receives; otherwise the next unrelated check would
-    // report it too.
+    // The caller receives the error's code. This clears the error, which the next unrelated check
+    // would otherwise report again.
     if (error != cudaSuccess) cudaGetLastError();
     return error;
 }
@@ -167,8 +167,8 @@ LX_INLINE void syncwarp(unsigned mask = kFullMask) {
     __syncwarp(mask);
 }
 
-// Named barriers 1 to 15 (0 is syncthreads). `threads`, a multiple of 32, counts the threads of
-// bar_sync and bar_arrive together.
+// Named barriers 1 to 15 (0 is syncthreads). `threads`, a multiple of 32, is the total number of
+// threads that call bar_sync or bar_arrive.
 LX_INLINE void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -300,7 +300,7 @@ LX_INLINE T atomic_compare_exchange(T* p, T expected, T desired) {
 // ------------------------------------------------------------------------------------------------
 // Loads and stores with cache hints. T has 4, 8 or 16 bytes (load_nc: also 2).
 
-// Access to global memory if the compiler cannot deduce the address space of the pointer, for
+// Plain access to global memory, for pointers whose address space the compiler cannot deduce, for
 // example after a selection or a round trip through shared memory.
 template <class T>
 LX_INLINE T load_global(const T* p) {
@@ -326,7 +326,7 @@ LX_INLINE T load_nc(const T* p) {
         return bit_cast<T>(__ldg(reinterpret_cast<const uint4*>(p)));
     }
 }
-// Like load_nc, for data read once: does not allocate in L1.
+// Like load_nc, but does not allocate in L1: for data that is read once.
 template <class T>
 LX_INLINE T load_stream(const T* p) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -348,7 +348,7 @@ LX_INLINE T load_stream(const T* p) {
         return bit_cast<T>(x);
     }
 }
-// Load from L2, not from a stale line of L1: for data of another block of this launch.
+// Load from L2, since L1 may be stale: for data that another block of this launch has written.
 template <class T>
 LX_INLINE T load_l2(const T* p) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -360,7 +360,7 @@ LX_INLINE T load_l2(const T* p) {
         return bit_cast<T>(__ldcg(reinterpret_cast<const uint4*>(p)));
     }
 }
-// Store for data that is not read soon: evicted first from the caches.
+// Store for data that is not read soon: caches evict it first.
 template <class T>
 LX_INLINE void store_stream(T* p, T x) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -395,7 +395,7 @@ LX_INLINE void grid_dependency_launch() {
 
 // ------------------------------------------------------------------------------------------------
 // Math. *_approx: a few units in the last place, see the CUDA programming guide. The rest of
-// <cmath> (fmaf, fmaxf, fminf, expf, log1pf, ...) is available on both and needs no wrapper.
+// <cmath> (fmaf, fmaxf, expf, log1pf, ...) is available on GPU and emulator, without a wrapper.
 
 LX_INLINE float exp_approx(float x) {
     return __expf(x);

@@ -68,8 +68,8 @@ LX_INLINE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
 }
-// d += a b, A 16x8, B 8x8. Each register holds the bits of a float, of which tf32 uses the upper
-// 19.
+// d += a b, A 16x8, B 8x8. Each register holds the bits of a float; tf32 ignores its lower 13
+// bits.
 LX_INLINE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, "
         "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -84,8 +84,8 @@ LX_INLINE uint32_t to_tf32(float x) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// cp.async: global to shared memory, kBytes = 4, 8 or 16, both addresses aligned to kBytes. The
-// first `source_bytes` (0 .. kBytes) are read; the rest is zero-filled.
+// cp.async: copies from global to shared memory. kBytes is 4, 8 or 16; addresses are aligned to
+// kBytes. Only the first `source_bytes` (0 .. kBytes) are read; the rest is filled with zeros.
 
 template <int kBytes>
 LX_INLINE void cp_async(void* shared, const void* global, int source_bytes = kBytes) {
@@ -103,8 +103,8 @@ LX_INLINE void cp_async(void* shared, const void* global, int source_bytes = kBy
 LX_INLINE void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits until at most kPending groups of this thread are pending. Other threads see the data after
-// a barrier.
+// Waits until at most kPending of this thread's groups of copies are pending. Other threads see the
+// copied data only after a barrier.
 template <int kPending>
 LX_INLINE void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

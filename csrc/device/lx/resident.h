@@ -1,5 +1,5 @@
-// Launches whose blocks all run at the same time, so that they can wait for each other. An addition
-// to lx/device.h.
+// Launches whose blocks all run at the same time, so that they can wait for each other. Extends
+// lx/device.h for the kernels that need this.
 //
 //   LX_LAUNCH_RESIDENT(kernel, grid, block, dynamic_bytes, stream, args...)
 //       launches the kernel; fails if the grid has more than lx::resident_blocks() blocks.
