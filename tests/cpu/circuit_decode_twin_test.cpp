@@ -1,4 +1,4 @@
-// Laws of circuit_decode_laws.h for the decoding twins, with scratch of exact size.
+// Checks that the decoding twins keep circuit_decode_laws.h, with a workspace of exact size.
 #include "circuit_decode_laws.h"
 
 using namespace lora_ext;

@@ -89,7 +89,7 @@ struct Problem {
 
     double gamma_at(int e, int j) const { return value(gamma[e][j]); }
 
-    // Expected result of one row, and what it adds to the sums.
+    // Expected results of one row. `row_of` also adds its terms to sums over all rows.
     struct Row {
         Doubles mixed, dweights, dhidden;
     };

@@ -46,7 +46,7 @@ __global__ void mma_kernel(const uint32_t* in, uint32_t* out) {
     for (int i = 0; i < 4; ++i) out[lane * 4 + i] = lx::bit_cast<uint32_t>(d[i]);
 }
 
-// Lane L copies the first L % (kBytes + 1) bytes of its chunk, the rest is zero.
+// Lane L copies the first L % (kBytes + 1) bytes of its chunk and zeros the rest.
 template <int kBytes>
 __global__ void cp_async_kernel(const uint32_t* in, uint32_t* out) {
     LX_SHARED(uint32_t, s, 32 * kBytes / 4);
