@@ -205,7 +205,7 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(backend: Backend, routed: bool
 
 
 def test_large_mix_is_bitwise_equal_to_the_mixes_of_its_parts() -> None:
-    """Check mixes of at least 4 MiB, which twins write with non-temporal stores (past the
+    """Check mixes of at least 4 MiB, which CPU twins write with non-temporal stores (past the
     caches)."""
     for dtype, width in [(torch.float32, 2048), (torch.float32, 2052), (torch.float64, 1040)]:
         mix = make(((520,), width, 2), dtype)

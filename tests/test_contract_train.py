@@ -228,7 +228,7 @@ def test_one_pass_over_dy_is_bitwise_equal_to_two_passes(backend: Backend, shape
     for dtype in backend.dtypes():
         i = train_inputs(shape, dtype, seed=23, base=False, device=backend.device)
         together = run(i)
-        for leaf in ("a", "b"):  # First db is not needed, then dv is not.
+        for leaf in ("a", "b"):  # For da alone, no db is computed; for db alone, no dv.
             alone = run(i, (leaf,))[f"d{leaf}"]
             assert_same_bits(alone, together[f"d{leaf}"], f"{dtype} d{leaf}: ")
 

@@ -1,5 +1,5 @@
-// Compares exp, exp_below and log of csrc/cpu/vec_math.h with long double, in the build's instruction
-// set: for a sample of the floats or, with any command-line argument, for every float.
+// Compares exp, exp_below and log of csrc/cpu/vec_math.h with long double, in one instruction set:
+// for a sample of the floats or, with any command-line argument, for every float.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

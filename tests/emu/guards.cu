@@ -301,7 +301,7 @@ int run(Kernel kernel, const float* in, float* out, const Shape& s) {
 
 }  // namespace
 
-// A kernel that starts before the previous one ends, and whose mistake is to call its input constant.
+// This kernel may start before the one that writes its input, which is thus not kConstant.
 extern "C" __attribute__((visibility("default"))) int guard_constant_of_a_neighbour(int64_t broken,
                                                                                     const float* in,
                                                                                     float* out) {

@@ -68,7 +68,7 @@ def test_deleted_model_does_not_define_an_adapter_of_its_name() -> None:
             pass
     gc.disable()
     try:
-        gone.itself = [gone]  # Only the garbage collector can free it.
+        gone.itself = [gone]  # A cycle: only the garbage collector can free the object.
         del gone
         with lora_ext.adapters("default", input_ids=ids, pool=layer_names):
             model(ids)

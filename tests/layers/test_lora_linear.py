@@ -134,7 +134,7 @@ def test_names_may_exist_in_some_layers_only():
         assert torch.equal(one(x)[1], one.base_layer(x)[1])
         assert not torch.equal(one(x)[0], one.base_layer(x)[0])
         two(x)
-    kept = LoraLinear(nn.Linear(2, 2), "zigzag")  # No other test uses a similar name.
+    kept = LoraLinear(nn.Linear(2, 2), "zigzag")  # the only similar name in this process
     with pytest.raises(lora_ext.nn.UnknownAdapterError, match=r"'zigzig'; did you mean 'zigzag'\?"):
         lora_ext.adapters(["zigzig", None]).__enter__()
     del kept

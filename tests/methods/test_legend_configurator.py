@@ -238,7 +238,7 @@ def test_depths_stay_if_waiting_is_below_eps():
     same = dict.fromkeys(range(2), Estimate(10, 0.1, 0))
     assert configurator(eps=0.1).configure(same, same, previous=before).depths == before
     assert configurator().configure(same, same, previous=before).depths == {0: 12, 1: 12}
-    # Limits apply even if the other depths stay.
+    # Limits apply even if the change is too small to replace the other depths.
     found = configurator(eps=0.1).configure(same, same, previous=before, limits={1: 11})
     assert found.depths == {0: 11, 1: 11}
 

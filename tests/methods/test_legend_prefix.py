@@ -190,7 +190,7 @@ def test_random_modules_below_are_refused_in_training(extra: nn.Module, found: s
 def test_dropout_is_accepted_in_trained_layers_and_disabled_adapters():
     model = Stack()
     model.layers[2].drop = nn.Dropout(0.5)
-    # This adapter is disabled below.
+    # The plan below disables this adapter.
     model.layers[0].linear.lora_dropout["default"] = nn.Dropout(0.5)
     manager = LoraLayerManager(model.train())
     manager.apply(LayerPlan((2,)), others="disabled")

@@ -150,7 +150,7 @@ class EnumeratedBehind(Enumerated):
                 dist = reference.circuit_conditional_dist(kind, *circuit, window, at)
                 mixtures.append(dist.exp())
         self.weight[self.rows] *= drawn
-        # The interval of a less probable draft may contain no float32 number.
+        # The uniforms that lead to a less probable draft may include no float32 number.
         self.possible = drawn > 1e-6
         self.mixture = torch.stack(mixtures, 1)
         draft = mtpc.SpeculativeDecoder.draft(self, hidden, pending, uniforms)

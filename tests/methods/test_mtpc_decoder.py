@@ -170,7 +170,7 @@ class Enumerated(mtpc.SpeculativeDecoder):
         uniforms[:, n] = middle(residual, token)
         self.weight[self.rows] *= weight
         found = super().verify(draft, target, pending, uniforms.float())
-        # The interval of a less probable outcome may contain no float32 number.
+        # The uniforms that lead to a less probable outcome may include no float32 number.
         likely = self.possible & (weight > 1e-6)
         self.check(found[0][likely], accepted[likely])
         self.check(found[1][likely], token[likely])

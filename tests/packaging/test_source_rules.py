@@ -109,7 +109,7 @@ class Tellings(NamedTuple):
     launcher: str  # without "launch_", or "-" if the op runs on the CPU only
 
 
-# Per line: an op, its formula, its twin and its launcher.
+# Each line contains an op, its formula, its CPU twin and its CUDA launcher.
 TABLE = """\
 lora_plan lora_plan lora_plan_cpu lora_plan
 lora_segment_ids lora_segment_ids lora_segment_ids_cpu lora_segment_ids

@@ -78,7 +78,7 @@ def test_every_allowed_order_is_bitwise_equal_to_one_stream(
     world = FakeCuda(seed)
     layer.overlap = Overlap(world, devices=("cpu",))
     queues = Queues(world, monkeypatch)
-    found = [outputs(layer), outputs(layer)]  # The second fork must wait for the first.
+    found = [outputs(layer), outputs(layer)]  # The second call must wait for the first.
     world.run()
     for y in found:
         assert_same_bits(y, expected)
