@@ -65,7 +65,7 @@ def norm_bound(mix: Mix, width: int) -> list[Tensor]:
         x, gamma = (h - mean) * rinv, wide.gammas[e]
         beta = wide.betas[e].abs() if wide.betas else 0
         bound = (width / 2 + 8) * u * (gamma * x).abs() + 4 * u * beta
-        if mix.norm == "layer":  # The shift by a wrong mean also changes the root.
+        if mix.norm == "layer":  # The error of the mean also changes the root.
             shift = (width + 1) * u * h.abs().mean(-1, keepdim=True) * rinv
             bound = bound + 2 * shift * (gamma.abs() + (gamma * x).abs())
         found.append(bound)

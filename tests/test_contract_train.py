@@ -214,8 +214,8 @@ def test_gradient_of_an_adapter_does_not_depend_on_other_rows(
         assert_same_bits(alone["dx"], together["dx"][own], "dx: ")
 
 
-# Two shapes with slices of 256 and 512 outputs, the last one partial, and a shape with more than
-# one range of 512 rows.
+# The first two shapes have slices of 256 and of 512 outputs, of which the last is partial. The
+# third shape has more than one range of 512 rows.
 PASSES = [
     Shape(35, 24, 600, (8, 16), "interleaved"),
     Shape(40, 40, 1030, (64, 5, 0), "interleaved"),

@@ -205,7 +205,7 @@ def test_gaussian_far_from_zero_stays_at_its_optimum(dtype, step):
     before = circuit.em_step(x, step)
     after = circuit.log_prob(x).mean()
     # In float32, means near 10000 are rounded by up to 2^-11. The log-likelihood falls by at most
-    # half the square of this.
+    # half the square of this rounding error.
     assert abs(after - before) < 2.0**-22
     assert circuit.leaves[0]["mean"].item() == pytest.approx(10000, abs=0.1)
 

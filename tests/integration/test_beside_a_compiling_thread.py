@@ -1,6 +1,6 @@
 """Layers and ops while another thread compiles.
 
-In this time ``torch.compiler.is_compiling()`` is true in all threads.
+Meanwhile, ``torch.compiler.is_compiling()`` is true in all threads.
 """
 
 import threading

@@ -236,7 +236,7 @@ def test_models_are_listed_loaded_and_unloaded(server: Any) -> None:
     text_of(ask(server, "a5"))
     listed = server.client.get("/v1/models").json()
     assert listed["object"] == "list"
-    folder = {*MANY, "broken"}  # The server lists these adapters whether they are loaded or not.
+    folder = {*MANY, "broken"}  # These are listed whether they are loaded or not.
     assert [m["id"] for m in listed["data"]][:3] == ["tiny", "mine", "a5"]
     parents = {m["id"]: m.get("parent") for m in listed["data"]}
     assert parents == {"tiny": None, **dict.fromkeys(folder | {"mine"}, "tiny")}

@@ -111,7 +111,7 @@ def test_cached_blocks_do_not_run_again_until_depth_grows(in_tuple: bool):
         (LayerPlan((2,)), (1, 1, 2), (1, 1)),
         (LayerPlan((1, 2)), (2, 2, 3), (1, 2)),  # One block fewer is below the trained layers.
         (LayerPlan((1, 2)), (2, 3, 4), (2, 2)),
-        (LayerPlan((2,)), (2, 4, 5), (3, 2)),  # cached activations also serve fewer layers
+        (LayerPlan((2,)), (2, 4, 5), (3, 2)),  # uses the activations cached for (1, 2)
         (LayerPlan((0, 1, 2)), (3, 5, 6), (3, 2)),  # No block is below the trained layers.
     ):
         manager.apply(plan, others="disabled")

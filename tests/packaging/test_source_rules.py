@@ -101,8 +101,8 @@ OPS = set(
 
 
 class Tellings(NamedTuple):
-    """Names of the formula (in ``lora_ext.reference``), the loop (twin) and the kernel launcher of
-    an op."""
+    """Names of an op's formula (in ``lora_ext.reference``), of its loop (the CPU twin) and of its
+    CUDA launcher."""
 
     reference: str
     twin: str
