@@ -106,7 +106,7 @@ def test_saved_bytes_decrease_with_each_clients_depth():
 
     whole, two, one = (saved(depth, depth) for depth in (3, 2, 1))
     assert one < two < whole
-    assert one + whole == pytest.approx(2 * two, rel=0.05)  # Each layer saves equally many bytes.
+    assert one + whole == pytest.approx(2 * two, rel=0.05)  # All layers save equally many bytes.
     assert saved(3, 1) == pytest.approx((whole + one) / 2, rel=0.05)
     assert saved(3, 1, staircase=False) > 0.95 * whole
 

@@ -133,7 +133,7 @@ def test_call_accepts_names_like_peft(family: str, tmp_path: Path) -> None:
     assert list(inspect.signature(model.forward).parameters) == list(signature.parameters)[1:]
     with torch.no_grad():
         got = model(ids, adapter_names=names).logits
-        # float32, logits near 1 through two layers
+        # The bound covers float32 roundings in two layers; logits are near 1.
         torch.testing.assert_close(
             got, reference(input_ids=ids, adapter_names=names).logits, rtol=0, atol=1e-4
         )

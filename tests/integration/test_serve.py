@@ -192,7 +192,7 @@ def test_metrics_for_routers_contain_running_adapters_and_cache_usage(server: An
     body = chat("a3", stream=True, max_tokens=1900)
     with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
         events = (line for line in response.iter_lines() if line)
-        assert "assistant" in next(events) and next(events)  # A token was sent.
+        assert "assistant" in next(events) and next(events)  # The answer has begun.
         lines = server.client.get("/metrics").text.splitlines()
     (info,) = [line for line in lines if line.startswith("vllm:lora_requests_info{")]
     assert 'running_lora_adapters="a3",waiting_lora_adapters=""' in info

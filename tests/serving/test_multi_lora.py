@@ -325,7 +325,7 @@ def test_one_compiled_graph_serves_every_assignment(target: str) -> None:
             with lora_ext.adapters(names):
                 torch.testing.assert_close(compiled(x), eager(x))
         torch.testing.assert_close(compiled(x), eager(x))
-        model.up.pool.update("red", (adapter("green")[0], adapter("green")[1]))  # another rank
+        model.up.pool.update("red", (adapter("green")[0], adapter("green")[1]))  # changes its rank
         with lora_ext.adapters("red"):
             torch.testing.assert_close(compiled(x), eager(x))
         with pytest.raises(ValueError, match="expected a batch of 2 sequences"):

@@ -1,4 +1,4 @@
-"""Layering of calls: functions call only lower layers, and a call visits few files, each once."""
+"""Layering of calls: functions call only lower packages, and a call visits few files, each once."""
 
 from __future__ import annotations
 
