@@ -7,7 +7,7 @@ namespace lora_ext {
 namespace scalar {
 extern const CircuitDecodeCpu decode_table;
 }
-#ifdef LX_WIDE_TABLE  // the 64-byte-wide source, compiled for 32-byte vectors
+#ifdef LX_WIDE_TABLE  // source for 64-byte vectors, compiled for 32-byte ones
 namespace avx2_wide {
 extern const CircuitDecodeCpu decode_table;
 }

@@ -153,8 +153,8 @@ struct Problem {
                o * k.b_row_stride + r % 8;
     }
 
-    // Error bound, with v in the accumulation type: one rounding of y, and c = 16 + sqrt(I)/2
-    // roundings of the accumulation type spread over the sums.
+    // The error of y is at most one rounding to its type, plus c = 16 + sqrt(I) / 2 roundings of
+    // the sums in the accumulation type, in which v is stored.
     void check(const std::vector<S>& got, const std::string& what) const {
         const double c = 16 + std::sqrt(static_cast<double>(shape.in)) / 2;
         std::vector<double> vs(shape.max_rank), vmag(shape.max_rank);
@@ -306,8 +306,8 @@ void check_isa(const LoraCpu& isa) {
     }
 }
 
-// Every 16-bit pattern passes through y += 0 * ..., which loads, adds zero and stores: the bits
-// must not change (NaN remains NaN). Random float32 sums must round as Type::put does.
+// Checks conversions. y += 0 * ... must not change the bits of any 16-bit number (NaN remains NaN),
+// and random float32 sums must be rounded as Type::put does.
 template <DType kType>
 void check_conversion(const LoraCpu& isa) {
     using Ty = Type<kType>;

@@ -249,8 +249,8 @@ void check_tables(WeightNorm norm) {
 
 int main() {
     check_layers(1, 1, 1);
-    check_layers(5, 7, 19);     // one launch
-    check_layers(129, 128, 3);  // one launch per stage
+    check_layers(5, 7, 19);     // evaluated in one launch
+    check_layers(129, 128, 3);  // evaluated in one launch per stage
     check_tables(WeightNorm::kLog);
     check_tables(WeightNorm::kLogits);
     std::puts("exact");

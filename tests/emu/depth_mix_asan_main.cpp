@@ -1,6 +1,6 @@
 // The kernels of mixes of hidden states in the asan flavour: both launchers, in buffers of exact
-// size, against the formulas of depth_mix.h in double. With the argument "overread" each hidden
-// state is one element too short.
+// size, are compared with the formulas of depth_mix.h in double. With the argument "overread", each
+// hidden state is one element too short.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -45,7 +45,7 @@ __global__ void partial_sums_kernel(const float* in, float* out) {
     if (threadIdx.x == 0) out[0] = partial[0] + partial[1];
 }
 
-// A 7 x 9 matrix in rows of 16.
+// Writes a 7 x 9 matrix with a row stride of 16. Mistakes: one more column or row.
 template <bool kBroken>
 __global__ void column_guard_kernel(const float* in, float* out) {
     const int row = static_cast<int>(threadIdx.x) / 16, column = static_cast<int>(threadIdx.x) % 16;

@@ -5,7 +5,7 @@
 // exactly lora_workspace_bytes().
 //
 // With the argument "workspace" the workspace is one float too short; with "overread" the launchers
-// get one in-feature too many. Only asan detects either.
+// are called with one input feature too many. Only asan detects either mistake.
 #include <sanitizer/asan_interface.h>
 
 #include <cstdio>

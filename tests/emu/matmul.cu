@@ -1,7 +1,7 @@
-// y = x w^T by cp.async, ldmatrix and mma: x (m, k), w (n, k), both row-major 16-bit; y (m, n)
-// float32. Any m, n; k a multiple of 8, so that every 16-byte chunk of a row is whole.
+// Computes y = x w^T with cp.async, ldmatrix and mma. x (m, k) and w (n, k) are 16-bit, y (m, n) is
+// float32. k must be a multiple of 8, so that a row consists of whole 16-byte chunks.
 //
-// A block of 4 warps owns 32 x 32 outputs, a warp 16 x 16. Two stages of 32 columns of k.
+// A block of 4 warps computes 32 x 32 outputs, a warp 16 x 16. There are two stages of 32 columns.
 #include "lx/device.h"
 
 namespace {

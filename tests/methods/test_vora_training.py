@@ -218,7 +218,7 @@ def test_trainer_trains_and_saves_the_model(tied: bool, tmp_path: Path) -> None:
     given = batch()
     rows = [
         {key: value[i] for key, value in given.items()} for i in (0, 1, 2, 1)
-    ]  # one sample of the second batch is text alone
+    ]  # One sample of the second batch has no image.
 
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         found = {key: [sample[key] for sample in samples] for key in samples[0]}
