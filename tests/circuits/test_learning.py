@@ -150,7 +150,7 @@ def test_default_pseudocount_keeps_held_out_rows_possible():
     x = circuit_of(RegionGraph.hmm(4, 3, Categorical(5)), seed=23).sample(
         40, generator=torch.manual_seed(0)
     )[0]
-    x[x == 4] = 3  # Remove the value 4 from the training data.
+    x[x == 4] = 3  # The training data do not contain the value 4.
     for _ in range(50):
         circuit.em_step(x)
     held_out = torch.full((1, 4), 4)

@@ -1,5 +1,5 @@
-// A tf32 matrix product in the asan flavour, which must be exact. With any argument, buffer x is one
-// element too short.
+// A tf32 matrix product in the asan flavour, which must be exact. With any argument, buffer x is
+// one element too short.
 #include <cstdint>
 #include <cstdio>
 #include <memory>

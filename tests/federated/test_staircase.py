@@ -245,7 +245,7 @@ def test_blocks_that_cannot_be_split_run_whole_with_a_warning(run, compute, foun
     model, state, clients = of_stack(run, compute)
     with pytest.warns(UserWarning, match=f"^BatchedClients: staircase: .*{found}") as caught:
         updates = BatchedClients(model, clients).run_round(PLANS, state)
-    assert len(caught) == 1  # only in the first step of the round
+    assert len(caught) == 1  # It warns only in the first step of a round.
     check_equal(model, clients, updates)
 
 

@@ -68,7 +68,7 @@ def test_several_active_and_merged_adapters_and_experts_work(compiling: None) ->
     expected = layer(x)
     model = nn.Linear(2, 2)
     pool = lora_ext.AdapterPool(nn.Sequential(model), max_slots=1, max_rank=8)
-    with lora_ext.adapters(None, pool=pool):  # A compiled layer would use this block.
+    with lora_ext.adapters(None, pool=pool):  # A layer in a compiled graph would use this block.
         assert torch.equal(layer(x), expected)
         layer.merge()
         torch.testing.assert_close(layer(x), expected)

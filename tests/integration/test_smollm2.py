@@ -1,4 +1,4 @@
-"""The real model SmolLM2-135M: served and trained against PEFT, and with a circuit head."""
+"""The real model SmolLM2-135M: serving and training compared with PEFT, and a circuit head."""
 
 import copy
 from pathlib import Path

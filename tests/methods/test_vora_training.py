@@ -65,7 +65,7 @@ def test_losses_equal_those_computed_by_hand(n_blocks: int, pairing: str) -> Non
 
     logits, mask = found.logits, given["attention_mask"]
     counted = []
-    for sample in range(3):  # The target is the next text token, skipping images.
+    for sample in range(3):  # The target of a token is the next text token; images are skipped.
         places = (~found.vision_mask[sample]).nonzero()[:, 0].tolist()
         ids = given["input_ids"][sample][mask[sample].bool()]
         ids = ids[ids != PLACEHOLDER].tolist()

@@ -117,7 +117,7 @@ def test_many_rows_and_gradients_use_one_stream() -> None:
         layer(torch.ones(3, 5, 24, requires_grad=True)).sum().backward()
         layer(torch.ones(3, 5, 24))
     with torch.no_grad():
-        layer(torch.ones(3, 5, 24))  # This call uses the base model only.
+        layer(torch.ones(3, 5, 24))  # Outside of a block, this call uses the base model only.
     assert len(world.streams) == 1
     outputs(layer, MOST_ROWS // 3)
     assert len(world.streams) == 2
