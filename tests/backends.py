@@ -13,7 +13,7 @@ import lora_ext
 from lora_ext import _loader, ops
 
 # Modules that call compiled ops through their attribute ``_c``. They are discovered, not listed:
-# for a module missing from a list, the tests of every backend would run the twins.
+# if a list missed a module, its ops would run on the CPU twins in the tests of every backend.
 _MODULES = (
     importlib.import_module(m.name) for m in pkgutil.iter_modules(ops.__path__, "lora_ext.ops.")
 )

@@ -40,7 +40,7 @@ SMALL = [
     Shape("btree", 2, 5, 4, 6),
     Shape("btree", 2, 2, 3, 17),
     Shape("btree", 2, 7, 3, 33),
-    # Kernels verify this shape, the next one and MEDIUM[-2:] with a grid of blocks.
+    # Kernels verify drafts of this shape, the next one and MEDIUM[-2:] with a grid of blocks.
     Shape("cp", 2, 2, 3, 6001),
     Shape("ff", 1, 1, 1, 11264),
 ]

@@ -1,4 +1,4 @@
-"""Arguments of mixes of normed hidden states, and helpers of their laws."""
+"""Arguments of mixes of normed hidden states, and helpers for tests of their laws."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def make(
 
     hiddens = []
     for e in range(depths):
-        if exact:  # Half of the signs are minus, which makes the mean zero too.
+        if exact:  # Half of the signs are minus, so the mean is zero.
             signs = torch.rand((*lead, width), generator=g).argsort(-1) * 2 < width
             size = 2.0 ** torch.randint(-1, 2, (*lead, 1), generator=g)
             hiddens.append(torch.where(signs, size, -size).to(dtype))

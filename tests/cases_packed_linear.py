@@ -11,8 +11,8 @@ from torch import Tensor
 from lora_ext import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
-# (rows, I, O): full and partial panels of outputs, I of at most and of more than one chunk (128),
-# odd I, and empty sizes.
+# Shapes are (rows, I, O), with full and partial panels of outputs, I up to and above the size of a
+# chunk (128), odd I, and empty dimensions.
 SHAPES = [
     (1, 1, 1), (2, 7, 31), (3, 64, 32), (5, 33, 40), (8, 128, 96), (9, 129, 65), (12, 300, 33),
     (16, 257, 70), (17, 520, 64), (31, 96, 100), (32, 255, 32), (33, 40, 50), (70, 140, 37),

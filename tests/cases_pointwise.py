@@ -50,7 +50,7 @@ def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
         bound = 2.0**-24 * (8 + 2 * grown.get(f, x)) * y.abs() + 4e-37
         if f in ("cos", "sin"):
             bound = bound + 2.0**-40
-        if f in ("gelu", "gelu_tanh"):  # float64 loses digits of 1 + erf and 1 + tanh.
+        if f in ("gelu", "gelu_tanh"):  # In float64, 1 + erf and 1 + tanh lose digits.
             bound = bound + 2.0**-50 * x
         if f in ("rsqrt",):
             bound = 2.0**-23 * y.abs()

@@ -33,7 +33,7 @@ class Case:
     bias: bool = False
     softcap: float | None = None
     tau: float = 1.0
-    some: bool = True  # Some rows are ignored.
+    some: bool = True  # whether some rows are ignored
     frozen: bool = False
 
     def __str__(self) -> str:

@@ -26,8 +26,8 @@ from lora_ext.serving.layers import _siblings
 
 QUICK_CASES = 2  # cases per test, op and backend with --quick
 
-# For benchmarks/common.py. It is appended because benchmarks/ also has modules named control and
-# methods, like folders of tests/.
+# This makes benchmarks/common.py importable. The path is appended because benchmarks/ also has
+# modules named control and methods, like folders of tests/.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 settings.register_profile("default", deadline=None, print_blob=True)

@@ -18,7 +18,7 @@ from backends import BACKENDS, Backend, marks_of
 from torch import Tensor
 
 Outputs = dict[str, Tensor]
-Check = tuple[Any, tuple[Any, ...]]  # an op of torch.ops.lora_ext, and arguments
+Check = tuple[Any, tuple[Any, ...]]  # an op of torch.ops.lora_ext, and its arguments
 Wrong = tuple[str, Callable[[], Any]]  # the error message expected, and the call
 
 
@@ -35,10 +35,10 @@ class Op:
     inputs: Callable[..., Any]
     run: Callable[[Any], Outputs]
     formula: Callable[[Any], Outputs] | None = None
-    bounds: Callable[[Any, Outputs], Outputs] | None = None  # largest |error| of each entry
+    bounds: Callable[[Any, Outputs], Outputs] | None = None  # largest |error| allowed per entry
     small: Sequence[Any] = ()  # shapes for every backend
-    medium: Sequence[Any] = ()  # not for `small` backends
-    large: Sequence[Any] = ()  # for the default twin only
+    medium: Sequence[Any] = ()  # shapes not for backends with `small`
+    large: Sequence[Any] = ()  # shapes only for the default CPU twin
     # Groups of variants (keyword arguments of `inputs`). The first shape runs with each variant of
     # the first group, the next shape with each variant of the next group, and so on. A group
     # contains every value of every argument, but not every combination of values.
@@ -51,9 +51,9 @@ class Op:
     # overrides variants in the test of threads; None: no test
     threads: dict[str, Any] | None = field(default_factory=dict)
     replays: Sequence[Any] | None = None  # shapes for CUDA graphs; None: small and medium
-    captured: Callable[[Any], Outputs] | None = None  # outputs of a captured graph; None: run
-    checks: Callable[[], Iterator[Check]] | None = None  # for torch.library.opcheck
-    wrong: Callable[[str], list[Wrong]] | None = None  # wrong calls on a device
+    captured: Callable[[Any], Outputs] | None = None  # replaces `run` in captured graphs
+    checks: Callable[[], Iterator[Check]] | None = None  # yields calls for torch.library.opcheck
+    wrong: Callable[[str], list[Wrong]] | None = None  # returns wrong calls on a device
 
     def shapes(self, backend: Backend) -> list[Any]:
         if backend.device == "cuda" and not self.on_gpu:
@@ -137,7 +137,7 @@ def within(got: Outputs, exact: Outputs, allowed: Outputs, what: object = "") ->
 
 def off_grid(t: Tensor, gap: int = 3) -> Tensor:
     """Return a copy with `gap` unused elements (NaN) between rows, and one element before the
-    first."""
+    first row."""
     rows, width = t.shape
     store = t.new_full((rows * (width + gap) + 1,), float("nan"))
     view = store[1:].view(rows, width + gap)[:, :width]

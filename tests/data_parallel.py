@@ -72,7 +72,7 @@ def _by_deepspeed(
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,  # The default is 1.
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0.
         "zero_optimization": {
             "stage": stage,
             "stage3_param_persistence_threshold": 0,  # partitions small parameters too

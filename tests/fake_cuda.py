@@ -10,7 +10,7 @@ import random
 
 
 class Event:
-    """Event that is passed once the work queued before its last record is done."""
+    """Event that has passed once all work queued before its last ``record`` is done."""
 
     def __init__(self, world):
         self.world = world
@@ -33,7 +33,7 @@ class Event:
 
 
 class Stream:
-    """Queue of ``(ready or None, work)``."""
+    """Queue of ``(ready, work)``: ``work`` may run if ``ready`` is None or returns True."""
 
     numbers = iter(range(1, 10**9))
 

@@ -110,7 +110,7 @@ def _serve(pipe: Connection, rank: int, port: int) -> None:
             torch.manual_seed(0)
             module = module_of(Path(path), "of_processes_" + path.replace(os.sep, "_"))
             answer = None, getattr(module, name)(rank, *args)
-            distributed.barrier()  # Neither process goes on while the other one needs it.
+            distributed.barrier()  # Each process waits until the other one is done.
         except Exception:
             answer = traceback.format_exc(), None
         pipe.send_bytes(pickle.dumps(answer))

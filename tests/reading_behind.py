@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _HALVES = (torch.float16, torch.bfloat16)
-_BEHIND = 32  # columns read behind each row
+_BEHIND = 32  # number of elements read past the end of each row
 
 
 def _behind(left: Tensor) -> Tensor:

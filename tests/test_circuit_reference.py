@@ -184,7 +184,7 @@ def test_circuit_sample_follows_the_circuit(kind: str, given: int):
     assert seen[~possible].sum() == 0
     chi2 = ((seen - count * p)[possible] ** 2 / (count * p)[possible]).sum()
     freedom = int(possible.sum()) - 1
-    assert chi2 < freedom + 5 * math.sqrt(2 * freedom)  # five sigma of a chi-square
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom)  # mean + 5 standard deviations
 
 
 @pytest.mark.parametrize("given", [0, 1])

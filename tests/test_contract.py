@@ -94,7 +94,7 @@ def test_captured_graph_replays_with_changed_contents(op: Op, request: Any) -> N
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = run(live)
-        for seed in (19, 20):  # Ids, ranks and dropout seeds change too.
+        for seed in (19, 20):  # This also changes ids, ranks and dropout seeds.
             fresh = op.inputs(shape, torch.bfloat16, seed=seed, **how)
             for old, new in zip(tree_leaves(live), tree_leaves(fresh), strict=True):
                 if isinstance(old, torch.Tensor):

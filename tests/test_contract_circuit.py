@@ -169,7 +169,7 @@ def test_expanded_leaf_is_not_copied() -> None:
     with torch.profiler.profile(profile_memory=True) as profile:
         ops.circuit_scan("cp", leaf, None, None, x)
     most = max(event.cpu_memory_usage for event in profile.key_averages())
-    assert most < leaf[0].nelement() * 4 * 8  # A copy would be 64 times as large.
+    assert most < leaf[0].nelement() * 4 * 8  # A copy would have the size of 64 rows.
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -160,7 +160,7 @@ def test_shared_strided_and_unaligned_parameters_change_no_bit(
     expected = run_all({n: t.contiguous() if n in names else t for n, t in first.items()})
 
     def off_grid(t: Tensor) -> Tensor:
-        """Return a copy with three unused elements (NaN) between rows, and one before the first."""
+        """Return a copy with three unused elements (NaN) between rows, and one before row 0."""
         width = t[0].numel()
         store = t.new_full((len(t) * (width + 3) + 1,), torch.nan)
         view = store[1:].view(len(t), width + 3)[:, :width]

@@ -65,7 +65,7 @@ def norm_bound(mix: Mix, width: int) -> list[Tensor]:
         x, gamma = (h - mean) * rinv, wide.gammas[e]
         beta = wide.betas[e].abs() if wide.betas else 0
         bound = (width / 2 + 8) * u * (gamma * x).abs() + 4 * u * beta
-        if mix.norm == "layer":  # The shift by a wrong mean also changes the root.
+        if mix.norm == "layer":  # The error of the mean also changes the root.
             shift = (width + 1) * u * h.abs().mean(-1, keepdim=True) * rinv
             bound = bound + 2 * shift * (gamma.abs() + (gamma * x).abs())
         found.append(bound)
@@ -205,7 +205,7 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(backend: Backend, routed: bool
 
 
 def test_large_mix_is_bitwise_equal_to_the_mixes_of_its_parts() -> None:
-    """Check mixes of at least 4 MiB, which twins write with non-temporal stores (past the
+    """Check mixes of at least 4 MiB, which CPU twins write with non-temporal stores (past the
     caches)."""
     for dtype, width in [(torch.float32, 2048), (torch.float32, 2052), (torch.float64, 1040)]:
         mix = make(((520,), width, 2), dtype)

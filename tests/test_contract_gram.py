@@ -18,8 +18,8 @@ def test_grams_stay_within_the_bound_on_random_values(
 ) -> None:
     """Check the error of sums of n terms: at most n or n / 32 + 140 roundings, whichever is less.
 
-    Twins add spans of 256 terms in at least four lanes; kernels add steps of 32 to 128 terms (128
-    up to 64 ranks). Then the lanes are added, and finally the spans or steps one after another. A
+    CPU twins add spans of 256 terms in at least four lanes. CUDA kernels add steps of 32 to 128
+    terms (128 up to 64 ranks). Then the lanes are added, and finally the spans or steps in order. A
     product is exact, or rounded together with its sum; on the emulator it is also rounded before.
     """
     for dtype in DTYPES:

@@ -214,8 +214,8 @@ def test_gradient_of_an_adapter_does_not_depend_on_other_rows(
         assert_same_bits(alone["dx"], together["dx"][own], "dx: ")
 
 
-# Two shapes with slices of 256 and 512 outputs, the last one partial, and a shape with more than
-# one range of 512 rows.
+# The first two shapes have slices of 256 and of 512 outputs, of which the last is partial. The
+# third shape has more than one range of 512 rows.
 PASSES = [
     Shape(35, 24, 600, (8, 16), "interleaved"),
     Shape(40, 40, 1030, (64, 5, 0), "interleaved"),
@@ -228,7 +228,7 @@ def test_one_pass_over_dy_is_bitwise_equal_to_two_passes(backend: Backend, shape
     for dtype in backend.dtypes():
         i = train_inputs(shape, dtype, seed=23, base=False, device=backend.device)
         together = run(i)
-        for leaf in ("a", "b"):  # First db is not needed, then dv is not.
+        for leaf in ("a", "b"):  # For da alone, no db is computed; for db alone, no dv.
             alone = run(i, (leaf,))[f"d{leaf}"]
             assert_same_bits(alone, together[f"d{leaf}"], f"{dtype} d{leaf}: ")
 

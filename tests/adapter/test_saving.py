@@ -28,7 +28,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("limit", [0, 100, 1000])  # Writing the config or the tensors fails.
+@pytest.mark.parametrize("limit", [0, 100, 1000])  # The config or the tensors do not fit.
 def test_full_disk_leaves_the_old_files(limit, tmp_path):
     old, new = adapter(0), adapter(1)
     old.save(tmp_path / "there")

@@ -86,7 +86,7 @@ def test_folder_state_dict_and_model_give_the_same_adapter(case, tmp_path):
         assert embedding == isinstance(layer.base_layer, nn.Embedding)
         delta = layer.get_delta_weight("red")
         delta = delta.T if embedding or type(layer.base_layer).__name__ == "Conv1D" else delta
-        assert torch.allclose(scaling * (b @ a), delta, atol=1e-5)  # (O, I), sums of 6 products
+        assert torch.allclose(scaling * (b @ a), delta, atol=1e-5)  # (O, I); sums of 6 products
         assert scaling == layer.scaling["red"]
         assert (bias is None) != ("lora_bias" in CASES[case][1])
         assert (magnitude is None) != ("use_dora" in CASES[case][1])

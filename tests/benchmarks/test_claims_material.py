@@ -83,7 +83,7 @@ def test_head_is_trained_averaged_and_counted_in_bytes():
         model=model,
         before=lambda round, state: seen.append(state["head.weight"].clone()),
     )
-    assert not torch.equal(seen[0], seen[1])  # The first round changed the state.
+    assert not torch.equal(seen[0], seen[1])  # The first round trained the head.
     assert not torch.equal(model.get_parameter("head.weight"), head["head.weight"])
     layer = 2 * world.sizes.rank * (16 + 16) * 4
     nbytes = sum(tensor.nbytes for tensor in head.values())

@@ -126,7 +126,7 @@ def test_draft_learns_what_the_model_accepts(model, config, distil):
     for mode, text in (("sample", data), ("greedy", texts(model, sample=False))):
         decoder = draft.eval().decoder(mode=mode)
         found = decoder.generate(prompts, max_new_tokens=40, eos_token_id=[], seed=0)
-        # The texts have other prompts. Differences of 0.02 to 0.07 were measured.
+        # The texts were generated from other prompts. Differences of 0.02 to 0.07 were measured.
         assert abs(estimated(draft, text, mode) - found.emitted_per_call) < 0.12
 
 
@@ -170,7 +170,7 @@ def test_emitted_tokens_are_computed_for_shorter_chains_and_the_confidence_rule(
     found = {name: rest for name, *rest in mtpc_heldout.lengths(sure, accepted, 0.1)}
     assert found["chain 1"] == pytest.approx([1.5, 1.5 / 1.1])
     assert found["chain 3"] == pytest.approx([2.5, 2.5 / 1.3])
-    # The rule drafts three tokens, then one.
+    # The confidence rule drafts three tokens in the first window and one in the second.
     assert found["rule"] == pytest.approx([2.5, 2.5 / 1.2])
 
 

@@ -78,7 +78,7 @@ def test_best_pair_equals_the_map():
 
 def test_entries_beyond_the_number_of_pairs_are_minus_infinity():
     circuit = circuit_of(RegionGraph.hmm(2, 2, Categorical(2)), seed=6)
-    got = circuit.k_best(6, torch.tensor([[0, 1]]))  # There are four paths.
+    got = circuit.k_best(6, torch.tensor([[0, 1]]))  # Only four paths exist.
     assert got.value[0, :4].isfinite().all() and (got.value[0, 4:] == -torch.inf).all()
     assert (got.x[0, 4:] == -1).all() and (got.states[0, 4:] == -1).all()
     with torch.no_grad():

@@ -150,7 +150,7 @@ def test_default_pseudocount_keeps_held_out_rows_possible():
     x = circuit_of(RegionGraph.hmm(4, 3, Categorical(5)), seed=23).sample(
         40, generator=torch.manual_seed(0)
     )[0]
-    x[x == 4] = 3  # Remove the value 4 from the training data.
+    x[x == 4] = 3  # The training data do not contain the value 4.
     for _ in range(50):
         circuit.em_step(x)
     held_out = torch.full((1, 4), 4)
@@ -205,7 +205,7 @@ def test_gaussian_far_from_zero_stays_at_its_optimum(dtype, step):
     before = circuit.em_step(x, step)
     after = circuit.log_prob(x).mean()
     # In float32, means near 10000 are rounded by up to 2^-11. The log-likelihood falls by at most
-    # half the square of this.
+    # half the square of this rounding error.
     assert abs(after - before) < 2.0**-22
     assert circuit.leaves[0]["mean"].item() == pytest.approx(10000, abs=0.1)
 

@@ -200,7 +200,7 @@ def test_warning_is_printed_as_one_line(run, models, tmp_path):
     out = ("--num", 1, "--projection", "orthogonal", "--out", tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        status, text, err = run("prune", *of(models), *out)  # All distances are 0.
+        status, text, err = run("prune", *of(models), *out)  # All distances are equal (0).
     assert status == 2 and text == ""
     assert [line.startswith("lora-ext prune: ") for line in err.splitlines()] == [True, True]
     assert "warning: " in err.splitlines()[0] and "spread" in err.splitlines()[1]

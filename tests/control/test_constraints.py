@@ -277,7 +277,7 @@ def test_malicious_expressions_stop_within_the_limits(pattern: str) -> None:
     start = time.monotonic()
     with pytest.raises(ConstraintTooLarge, match=r"seconds|states|bytes"):
         Constraint.regex(pattern, tokenizer(), limits=Limits(max_seconds=2))
-    assert time.monotonic() - start < 20  # The machine may be shared.
+    assert time.monotonic() - start < 20  # The limit allows for a busy machine.
     assert accepts(Constraint.regex("a+", tokenizer()), "aa")  # Later calls still work.
 
 

@@ -199,7 +199,7 @@ def test_tables_of_a_small_budget_are_reused_for_a_large_one() -> None:
     whole = guide()
     small, large = Plan(constraint(), 3, 0, whole), Plan(constraint(), 30, 0, whole)
     alone = Plan(constraint(), 30, 0, guide())
-    assert small.messages is large.messages  # The smaller plan made these tables.
+    assert small.messages is large.messages  # Both plans use the same tables.
     for k in range(31):
         for got, wanted in zip(large.messages(k), alone.messages(k), strict=True):
             assert torch.equal(got, wanted)

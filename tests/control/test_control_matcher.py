@@ -99,7 +99,7 @@ def test_matcher_masks_drafts_like_edges() -> None:
             found.append(draft.decoder(mode=mode, constraint=one).generate(
                 ids, mask, max_new_tokens=30, eos_token_id=EOS, seed=1
             ).sequences)  # fmt: skip
-        same = min(f.shape[1] for f in found) - 8  # Only the last 8 depend on the budget.
+        same = min(f.shape[1] for f in found) - 8  # Only the last 8 tokens depend on the budget.
         assert torch.equal(found[0][:, :same], found[1][:, :same])
 
 

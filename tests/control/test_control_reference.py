@@ -67,7 +67,7 @@ def test_ratios_of_tokens_of_every_layout_equal_the_formula(forbidden: int) -> N
     wanted = reference.control_messages(table, whole.transition, whole.emission, 5)
     laws = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     laws = laws / laws.sum(1, keepdim=True)
-    behind = plan.after(0, 5, 120)  # the state after token 120
+    behind = plan.after(0, 5, 120)  # the state that token 120 leads to
     rows = [Row(plan, s, 4, x) for s, x in zip((0, behind, 0), laws, strict=True)]
     found = {i: r for places, ratio in log_ratios(rows) for i, r in zip(places, ratio, strict=True)}
     for i, row in enumerate(rows):

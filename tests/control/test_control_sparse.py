@@ -50,7 +50,7 @@ def test_draw_follows_its_uniforms_and_falls_back_to_the_dense_distribution() ->
     for u in torch.linspace(0.01, 0.99, 25).tolist():
 
         def never(rows: list[int], count: int, u: float = u) -> Tensor:
-            # A second number of 1.0 rejects the token.
+            # The first number proposes a token, and the second one, 1.0, rejects it.
             return torch.tensor([u, 1.0]).expand(len(rows), count, 2)
 
         token, drawn = control.draw([row], scores, 1.0, never, tries=4, rounds=2)

@@ -44,7 +44,7 @@ def test_head_learns_the_state_of_hidden_states_and_gives_the_prior_of_a_run() -
     known = -float(guide().log_prob(following[-200:], torch.eye(H, dtype=torch.float64)[
         hidden[-200:].argmax(1)]).mean()) / 3  # fmt: skip
     assert known < before and after < before - 0.8 * (before - known)
-    assert torch.equal(laws[:2].argmax(1), torch.arange(2))  # The third state is rare.
+    assert torch.equal(laws[:2].argmax(1), torch.arange(2))  # The third state is too rare.
     how = ConstraintProcessor(constraint(), guide(), max_new_tokens=BUDGET, prior=laws[:1])
     other = ConstraintProcessor(constraint(), guide(), max_new_tokens=BUDGET, prior=laws[1:2])
     ids, scores = torch.tensor([[1]]), torch.zeros(1, V, dtype=torch.float64)

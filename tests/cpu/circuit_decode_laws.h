@@ -1,5 +1,5 @@
-// Laws of drafting and verifying that hold whoever computes: a twin or a launcher. Every buffer is
-// allocated at its exact size, so that a sanitizer sees the first byte beyond it.
+// Laws of drafting and verifying, which the twins (CPU kernels) and the CUDA launchers must keep.
+// Buffers have their exact size, so that a sanitizer detects an access to the first byte beyond.
 #pragma once
 
 #include <functional>
@@ -22,7 +22,7 @@ struct Decoder {
 struct Shape {
     CircuitKind kind;
     int64_t rows, n_token, components, vocabulary;
-    int64_t shift;  // elements off the alignment that the allocator gives
+    int64_t shift;  // elements between the allocated address and the first one used
 };
 
 template <typename S>
@@ -62,7 +62,7 @@ void check_laws(const Decoder& decoder, const Shape& s) {
         return text;
     };
 
-    // A sample, the first of its tokens given in some rows.
+    // Draw samples. In some rows, the first token is given as evidence.
     Exact<A> uniforms(B * K * 2), conditional(B * K), posterior(B * K * C);
     Exact<int64_t> evidence(B * K), tokens(B * K);
     for (int64_t i = 0; i < B * K * 2; ++i) uniforms[i] = static_cast<A>((uniform() + 1) / 2.001);
@@ -80,7 +80,7 @@ void check_laws(const Decoder& decoder, const Shape& s) {
         joint[i / K] += conditional[i];
     }
 
-    // The distribution of one position of each row has the token's probability, and sums to one.
+    // The distribution at a random position sums to one and agrees with the sampled token's.
     Exact<int64_t> k(B);
     Exact<A> dist(B * V);
     for (int64_t b = 0; b < B; ++b) k[b] = below(K);
@@ -94,7 +94,7 @@ void check_laws(const Decoder& decoder, const Shape& s) {
                want);
     }
 
-    // The best latents of these tokens are a part of their probability; no tokens have better ones.
+    // The best latents have at most the window's probability, and at most that of the best window.
     Exact<A> value(B), best(B);
     Exact<int64_t> modes(B * K);
     decoder.argmax({logits, tokens.data(), modes.data(), value.data()});
@@ -108,7 +108,7 @@ void check_laws(const Decoder& decoder, const Shape& s) {
     for (int64_t b = 0; b < B; ++b)
         EXPECT(std::fabs(value[b] - best[b]) < slack * (1 - best[b]), "%s: modes given", where());
 
-    // A uniform of 0 accepts all that is possible; one of nearly 1 keeps at least what is given.
+    // Uniforms of 0 accept all tokens, unless greedy. No uniform rejects the given tokens.
     decoder.sample(sample);
     Exact<A> tests(B * (K + 1));
     Exact<int64_t> given(B), accepted(B), next(B);
@@ -145,7 +145,7 @@ inline void check_all(const Decoder& decoder, const std::vector<Shape>& shapes) 
     }
 }
 
-// cp where a kind would have no matrix, as csrc/ops has it.
+// As in csrc/ops, kCP replaces a kind that would have no transition matrix.
 inline const std::vector<Shape> kDecodeShapes = {
     {CircuitKind::kCP, 1, 1, 1, 1, 0},     {CircuitKind::kCP, 3, 4, 5, 37, 1},
     {CircuitKind::kHMM, 2, 3, 7, 40, 0},   {CircuitKind::kHMM, 2, 2, 33, 9, 3},

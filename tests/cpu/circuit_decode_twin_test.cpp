@@ -1,4 +1,4 @@
-// Laws of circuit_decode_laws.h for the decoding twins, with scratch of exact size.
+// Checks that the decoding twins keep circuit_decode_laws.h, with a workspace of exact size.
 #include "circuit_decode_laws.h"
 
 using namespace lora_ext;
@@ -7,7 +7,7 @@ namespace lora_ext {
 namespace scalar {
 extern const CircuitDecodeCpu decode_table;
 }
-#ifdef LX_WIDE_TABLE  // the 64-byte-wide source, compiled for 32-byte vectors
+#ifdef LX_WIDE_TABLE  // source for 64-byte vectors, compiled for 32-byte ones
 namespace avx2_wide {
 extern const CircuitDecodeCpu decode_table;
 }

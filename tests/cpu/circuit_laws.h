@@ -1,5 +1,5 @@
-// What every telling of the circuit kernels must do, in buffers that end where their contents end:
-// run by circuit_twin_test.cpp on the twins, by tests/emu/circuit_asan_main.cpp on the kernels.
+// Laws of the circuit ops, checked in buffers of exact size: circuit_twin_test.cpp runs them on the
+// twins (CPU kernels), and tests/emu/circuit_asan_main.cpp runs them on the CUDA kernels.
 //
 // A random circuit whose positions are all marginalised has log-probability 0; each conditional is
 // the difference of prefixes; the gradients of logits sum to zero along a softmax.
@@ -14,7 +14,7 @@
 
 namespace lora_ext {
 
-// Exactly n elements: the next byte is the sanitizer's.
+// Buffer of exactly n elements; a sanitizer detects an access to the next byte.
 template <typename S>
 struct Exact {
     std::unique_ptr<S[]> memory;
@@ -29,7 +29,7 @@ struct CircuitShape {
     int64_t rows, n_token, components, vocab;
 };
 
-// Run: leaf, leaf_backward, scan, scan_backward of arguments.
+// `Run` has the functions leaf, leaf_backward, scan and scan_backward, called with arguments.
 template <DType kType, typename Run>
 void check_circuit(const CircuitShape& s, Run&& run) {
     using T = Type<kType>;
@@ -72,7 +72,7 @@ void check_circuit(const CircuitShape& s, Run&& run) {
         const double before = i % k ? prefix[i - 1] : 0;
         EXPECT(!std::isnan(prefix[i]) && prefix[i] <= before + near, "prefix %g after %g",
                double(prefix[i]), before);
-        // Rows of nothing but -inf lose mass, so the difference is a bound alone.
+        // Rows that are all -inf lose mass, so the difference of prefixes is only a lower bound.
         EXPECT(!(conditional[i] < prefix[i] - before - near), "conditional %g, prefixes %g %g",
                double(conditional[i]), before, double(prefix[i]));
         double sum = 0;

@@ -1,6 +1,6 @@
-// What twins and kernels of the sum layers must do, in buffers that end where their contents end:
-// out and both gradients against loops in double. Half of the rows hold a heavy term that no weight
-// leads to, so that what is left has to be rescued.
+// Laws of the sum layers for twins (CPU kernels) and CUDA kernels, in buffers of exact size: the
+// output and both gradients must equal loops in double. In half of the rows, the largest term has
+// weight zero, and the other terms would underflow relative to it.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@
 
 namespace lora_ext {
 
-// Exactly `size` elements on the heap, `shift` elements off 16-byte alignment.
+// Buffer of exactly `size` elements on the heap, `shift` elements past a 16-byte boundary.
 template <class T>
 struct ExactBuffer {
     std::unique_ptr<T[]> memory;
@@ -36,7 +36,7 @@ struct LogSumShape {
     int64_t shift;
 };
 
-// `uint16_t` is bfloat16; the numbers below have few bits.
+// `uint16_t` stands for bfloat16, which represents the numbers of these tests exactly.
 template <class T>
 T from_number(float x) {
     if constexpr (std::is_same_v<T, float>) return x;
@@ -54,7 +54,7 @@ inline float to_number(uint16_t x) {
     return y;
 }
 
-// What the library's GEMM does: c = a b, of strides a and b.
+// Substitute for the library's GEMM: computes c = a b for strided a and b.
 inline void library_product(const float* a, const float* b, float* c, int64_t rows, int64_t columns,
                             int64_t depth, int64_t a_row, int64_t a_step, int64_t b_step,
                             int64_t b_column) {
@@ -67,7 +67,7 @@ inline void library_product(const float* a, const float* b, float* c, int64_t ro
         }
 }
 
-// `Steps` has a function per step of LogSumCpu, of the arguments alone.
+// `Steps` has one function for each step of LogSumCpu, which takes only a LogSumArgs.
 template <class T, class Steps>
 void check_log_sum(const LogSumShape& s, WeightNorm norm, const Steps& steps) {
     constexpr float kNever = -std::numeric_limits<float>::infinity();
@@ -86,7 +86,7 @@ void check_log_sum(const LogSumShape& s, WeightNorm norm, const Steps& steps) {
     ExactBuffer<int32_t> indices(out.size);
     for (int64_t i = 0; i < w.size; ++i) {
         const float logit = 0.25f * static_cast<float>(below(16));
-        const bool open = i % s.terms != 0 && below(5) != 0;  // nothing leads to term 0
+        const bool open = i % s.terms != 0 && below(5) != 0;  // term 0 has weight zero
         w[i] = from_number<T>(open ? (probs ? 0.25f + logit : logit) : probs ? 0.0f : kNever);
     }
     for (int64_t i = 0; i < values.size; ++i) {
@@ -109,7 +109,7 @@ void check_log_sum(const LogSumShape& s, WeightNorm norm, const Steps& steps) {
     args.dout = dout.data(), args.dvalues = dvalues.data(), args.flow = flow.data();
     args.dw = dw.data();
 
-    // The loops.
+    // Compute the expected results with loops in double.
     std::vector<double> want(out.size), want_dw(w.size), want_dvalues(values.size), best(out.size);
     std::vector<int32_t> want_index(out.size);
     for (int64_t g = 0; g < s.groups; ++g)
@@ -180,7 +180,7 @@ void check_log_sum(const LogSumShape& s, WeightNorm norm, const Steps& steps) {
         steps.dweights(args);
     }
     for (int64_t i = 0; i < values.size; ++i) require(dvalues[i], want_dvalues[i], "dvalues", i);
-    const double coarse = std::is_same_v<T, float> ? 1 : 0.25;  // bfloat16 rounds what it stores
+    const double coarse = std::is_same_v<T, float> ? 1 : 0.25;  // looser: dw is rounded to bfloat16
     for (int64_t i = 0; i < w.size; ++i)
         require(coarse * to_number(dw[i]), coarse * want_dw[i], "dw", i);
 }

@@ -1,4 +1,4 @@
-// Twins of the sum layers against loops, for every instruction set that was compiled.
+// Compares the CPU twins of the sum layers with loops, for every compiled instruction set.
 #include <cstdio>
 
 #include "circuit_sum_laws.h"

@@ -1,4 +1,4 @@
-// Laws of circuit_laws.h for the twins of every instruction set that is linked.
+// Checks that the CPU twins of every linked instruction set keep the laws of circuit_laws.h.
 #include <cstdlib>
 
 #include "circuit_laws.h"

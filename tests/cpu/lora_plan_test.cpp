@@ -1,4 +1,4 @@
-// Plan and segment ids of the CPU twins equal a naive construction.
+// Compares the plan and the segment ids of the CPU twins with a naive construction.
 #include <vector>
 
 #include "lora_ext/lora.h"

@@ -15,14 +15,14 @@
 
 using namespace lora_ext;
 
-void check_plans();  // lora_plan_test.cpp
+void check_plans();  // defined in lora_plan_test.cpp
 
 namespace lora_ext {
 namespace scalar {
 extern const LoraCpu lora_table;
 }
 #ifdef LX_WIDE_TABLE
-// The 64-byte-wide source compiled for 32-byte vectors tests the avx512 code without avx512.
+// Source for 64-byte vectors, compiled for 32-byte ones: tests avx512 code without avx512.
 namespace avx2_wide {
 extern const LoraCpu lora_table;
 }
@@ -35,7 +35,7 @@ struct Shape {
     int64_t tokens, in, out;
     std::vector<int32_t> ranks;  // one per adapter
     int32_t max_rank;
-    bool paged;  // pool pages behind a table, or plain tensors
+    bool paged;  // whether the bank consists of pool pages with a table
     bool scaled;
     double inactive;  // fraction of rows with id -1
     bool sorted;
@@ -90,7 +90,7 @@ struct Problem {
             a_size = num * bank.a_slot_stride;
             b_size = num * bank.b_slot_stride;
         }
-        // Everything but the operands is NaN, so that any use of it shows in the result.
+        // All memory except the operands is NaN, so that any use of it makes the result NaN.
         a.assign(a_size, Ty::nan());
         b.assign(b_size, Ty::nan());
         bank.a = a.data();
@@ -153,8 +153,8 @@ struct Problem {
                o * k.b_row_stride + r % 8;
     }
 
-    // Error bound, with v in the accumulation type: one rounding of y, and c = 16 + sqrt(I)/2
-    // roundings of the accumulation type spread over the sums.
+    // The error of y is at most one rounding to its type, plus c = 16 + sqrt(I) / 2 roundings of
+    // the sums in the accumulation type, in which v is stored.
     void check(const std::vector<S>& got, const std::string& what) const {
         const double c = 16 + std::sqrt(static_cast<double>(shape.in)) / 2;
         std::vector<double> vs(shape.max_rank), vmag(shape.max_rank);
@@ -197,7 +197,7 @@ struct Problem {
     }
 };
 
-// Runs items in random order, in pieces of random length.
+// Calls run(begin, end) on ranges of items of random length, in random order.
 template <typename Run>
 void in_pieces(int64_t items, Run run) {
     std::vector<int64_t> cuts{0};
@@ -250,7 +250,7 @@ void check_shape(const LoraCpu& isa, const Shape& shape) {
          }),
          "apply differs from shrink and expand in pieces");
 
-    // One row at a time: all other rows become inactive.
+    // Compute single rows, with all other rows inactive.
     const auto ids = p.ids;
     for (int64_t n = 0; n < 8 && n < shape.tokens; ++n) {
         const int64_t t = below(shape.tokens);
@@ -306,8 +306,8 @@ void check_isa(const LoraCpu& isa) {
     }
 }
 
-// Every 16-bit pattern passes through y += 0 * ..., which loads, adds zero and stores: the bits
-// must not change (NaN remains NaN). Random float32 sums must round as Type::put does.
+// Checks conversions. y += 0 * ... must not change the bits of any 16-bit number (NaN remains NaN),
+// and random float32 sums must be rounded as Type::put does.
 template <DType kType>
 void check_conversion(const LoraCpu& isa) {
     using Ty = Type<kType>;

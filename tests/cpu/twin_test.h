@@ -1,4 +1,4 @@
-// What the tests of the twins share: failures, random numbers, storage types.
+// Helpers of the tests of the CPU twins: failures, random numbers and storage types.
 #pragma once
 
 #include <algorithm>
@@ -66,7 +66,7 @@ struct Small {
         if (exponent == 0) return sign * std::ldexp(mantissa, 1 - kBias - kMantissaBits);
         return sign * std::ldexp(mantissa + (1 << kMantissaBits), exponent - kBias - kMantissaBits);
     }
-    // Round to nearest even: scale the last place to 1 and let nearbyint round.
+    // Rounds to nearest even: nearbyint rounds the number in units of the last place.
     static S put(double d) {
         const S sign = std::signbit(d) ? 0x8000 : 0;
         if (std::isnan(d)) return nan();

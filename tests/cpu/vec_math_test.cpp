@@ -1,5 +1,5 @@
-// exp, exp_below and log of csrc/cpu/vec_math.h against long double, in the instruction set of the
-// build. Without arguments on a sample of all floats, with an argument on every float.
+// Compares exp, exp_below and log of csrc/cpu/vec_math.h with long double, in one instruction set:
+// for a sample of the floats or, with any command-line argument, for every float.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -75,8 +75,8 @@ void special() {
     }
 }
 
-// exp_below: the error may grow with the distance from the shift, because the term gets smaller
-// faster. Very small terms may have any tiny value, never a large one.
+// The relative error of exp_below may grow linearly with the distance from the shift, because the
+// term shrinks exponentially. At distances above 85, any value from 0 to 1e-36 is right.
 template <typename E>
 void check_below(E x, E shift) {
     const E got = exp_below(splat<Wide<E>>(x), splat<Wide<E>>(shift))[0];
@@ -125,7 +125,7 @@ int main(int count, char**) {
         for (double& lane : x) {
             state = state * 6364136223846793005u + 1442695040888963407u;
             const double unit = static_cast<double>(state >> 11) * 0x1p-53;
-            // One half has finite, nonzero exp; the other half has any exponent.
+            // Half of the numbers have a finite, nonzero exp; the others have any exponent.
             lane = n % 2 ? 1420 * unit - 709 : std::ldexp(unit + 1, int(state % 2046) - 1022);
         }
         run(x, 1.5);

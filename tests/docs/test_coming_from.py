@@ -41,7 +41,7 @@ def test_messages_of_the_page_are_in_the_sources() -> None:
     files = [*(ROOT / "lora_ext").rglob("*.py"), *(ROOT / "csrc").rglob("*.h")]
     files += [*(ROOT / "csrc").rglob("*.cpp")]
     text = " ".join(file.read_text() for file in files)
-    joined = re.sub(r'"\s*\n\s*f?"', "", text)  # joins literals of several lines
+    joined = re.sub(r'"\s*\n\s*f?"', "", text)  # joins string literals that span lines
     assert len(MESSAGES) > 12
     assert [each for each in MESSAGES if each not in joined] == []
 

@@ -192,8 +192,8 @@ def test_paragraphs_and_items_are_separate_and_wrapping_changes_only_line_breaks
 
 @pytest.mark.parametrize("page", ["generating.md", "works_with.md"])
 def test_tests_that_the_tables_name_exist(page: str) -> None:
-    """Check the last cell of each table row: paths below tests/, or names of files in the folder of
-    the preceding path."""
+    """Check the last cell of each table row. It contains paths below tests/. A name without a
+    folder is in the folder of the path before it."""
     rows = [row for row in (ROOT / "docs" / page).read_text().splitlines() if row.startswith("| ")]
     named = [re.findall(r"`(?:(\w+)/)?(test_\w+\.py)`", row.rsplit("|", 2)[1]) for row in rows]
     for row, files in zip(rows, named, strict=True):

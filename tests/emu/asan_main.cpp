@@ -1,5 +1,5 @@
-// The asan flavour on the smallest useful shape: exact numbers, or with an argument, a buffer that
-// is too short.
+// A tf32 matrix product in the asan flavour, which must be exact. With any argument, buffer x is
+// one element too short.
 #include <cstdint>
 #include <cstdio>
 #include <memory>

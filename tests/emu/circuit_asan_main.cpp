@@ -1,5 +1,5 @@
 // The circuit kernels in the asan flavour: the laws of circuit_laws.h in buffers of exact size.
-// With the argument "overread" the leaf kernel gets a vocabulary with one token too many.
+// With the argument "overread" the leaf kernel receives a vocabulary with one token too many.
 #include <string_view>
 
 #include "../cpu/circuit_laws.h"

@@ -18,7 +18,7 @@ void require(LaunchStatus status) {
     std::exit(3);
 }
 
-// Calls the launcher with a workspace of the exact size.
+// Returns a function that calls the launcher with a workspace of the exact size.
 template <class Args>
 std::function<void(const Args&)> with_workspace(LaunchStatus (*launch)(const Args&, void*)) {
     return [launch](Args args) {

@@ -1,6 +1,6 @@
 // The kernels of whole circuits in the asan flavour, in buffers of exact size. Values, flows and
 // gradients are compared with loops in double, for one launch and for one launch per stage. Also
-// tests walks, by the heaviest terms and drawn, and tables of leaves.
+// tests tables of leaves, and walks that choose the largest terms or draw terms at random.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -28,7 +28,7 @@ ExactBuffer<T> exact(const std::vector<T>& values) {
     return copy;
 }
 
-// Buffers of kernels that run by stages, for one precision.
+// Buffers of the kernels that evaluate a circuit stage by stage, for one precision.
 struct Parts {
     ExactBuffer<int16_t> weights, terms, next_terms, ratios;
     ExactBuffer<float> lost, run_tops;
@@ -59,8 +59,8 @@ void close(const char* what, double found, double expected, double bound = 2e-4)
     std::exit(1);
 }
 
-// Leaves l, r of n units each; s = m sums over l r, unit by unit; root = one sum over all pairs of
-// s and the first two of l; and a copy of the root. Weights are logarithms.
+// Checks a circuit with leaf regions l and r of n units each, m sums s over the products l[i] r[i],
+// a root that sums over all pairs of s and the first two units of l, and a copy of the root.
 void check_layers(int32_t n, int32_t m, int64_t rows) {
     const int32_t l = kFirstLeaf, r = l + n, s = r + n, root = s + m, copy = root + 1;
     const int32_t units = copy + 1, q = n < 2 ? n : 2;
@@ -158,7 +158,7 @@ void check_layers(int32_t n, int32_t m, int64_t rows) {
                 close("low precision", found[u * lanes + b], val[u * lanes + b], bound);
     }
 
-    // A walk leads from the copy to a pair, and from s to one of its terms. l has two variables.
+    // A walk chooses a pair (s, l) of the root, then a pair (l, r) of s. l has two variables.
     for (const bool drawn : {false, true}) {
         a.walks_per_row = drawn ? 2 : 1;
         a.walks = rows * a.walks_per_row;
@@ -173,7 +173,7 @@ void check_layers(int32_t n, int32_t m, int64_t rows) {
         launched(launch_layers_walk(a, nullptr));
         for (int64_t walk = 0; walk < a.walks; ++walk) {
             const int64_t b = walk / a.walks_per_row;
-            // Return whether term i of `terms` was the right choice.
+            // Checks that term i is the largest of `terms` or, if drawn, the one for `uniform`.
             const auto taken = [&](const std::vector<double>& terms, int64_t i, float uniform) {
                 double total = 0, below = 0, most = 0;
                 for (const double term : terms) total += term, most = std::max(most, term);
@@ -249,8 +249,8 @@ void check_tables(WeightNorm norm) {
 
 int main() {
     check_layers(1, 1, 1);
-    check_layers(5, 7, 19);     // one launch
-    check_layers(129, 128, 3);  // one launch per stage
+    check_layers(5, 7, 19);     // evaluated in one launch
+    check_layers(129, 128, 3);  // evaluated in one launch per stage
     check_tables(WeightNorm::kLog);
     check_tables(WeightNorm::kLogits);
     std::puts("exact");

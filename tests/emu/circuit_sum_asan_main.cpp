@@ -1,5 +1,5 @@
-// The kernels of the sum layers in the asan flavour: every launcher, in exact buffers, against
-// loops.
+// The kernels of the sum layers in the asan flavour: every launcher, in buffers of exact size,
+// compared with loops.
 #include <cstdio>
 #include <cstdlib>
 

@@ -1,6 +1,6 @@
 // The kernels of mixes of hidden states in the asan flavour: both launchers, in buffers of exact
-// size, against the formulas of depth_mix.h in double. With the argument "overread" each hidden
-// state is one element too short.
+// size, are compared with the formulas of depth_mix.h in double. With the argument "overread", each
+// hidden state is one element too short.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -89,7 +89,7 @@ struct Problem {
 
     double gamma_at(int e, int j) const { return value(gamma[e][j]); }
 
-    // Expected result of one row, and what it adds to the sums.
+    // Expected results of one row. `row_of` also adds its terms to sums over all rows.
     struct Row {
         Doubles mixed, dweights, dhidden;
     };

@@ -1,12 +1,12 @@
-// The net has no holes: each kernel here has a correct form and one with a deliberate mistake.
-// test_guards.py says which check must report the mistake, and that the correct form is clean.
+// Kernels for testing the emulator's checks. Each has a correct form and a form with a mistake.
+// test_guards.py names the check that must report the mistake; the correct form has no report.
 #include "lx/resident.h"
 
 namespace {
 
 constexpr int kCount = 1024;  // elements of `in` and `out`
 
-// A pipeline of cp.async over four tiles, shared by the mistakes below.
+// A pipeline of cp.async over four tiles, in which each of these mistakes can be made.
 enum class Mistake { kNone, kWaitOneFewer, kNoBarrierAfterWait, kNoBarrierBeforeRefill, kNoCommit };
 
 template <Mistake kMistake>
@@ -45,7 +45,7 @@ __global__ void partial_sums_kernel(const float* in, float* out) {
     if (threadIdx.x == 0) out[0] = partial[0] + partial[1];
 }
 
-// A 7 x 9 matrix in rows of 16.
+// Writes a 7 x 9 matrix with a row stride of 16. Mistakes: one more column or row.
 template <bool kBroken>
 __global__ void column_guard_kernel(const float* in, float* out) {
     const int row = static_cast<int>(threadIdx.x) / 16, column = static_cast<int>(threadIdx.x) % 16;
@@ -77,7 +77,7 @@ __global__ void neighbour_kernel(const float* in, float* out) {
     out[t] = s[t ^ 1];
 }
 
-// Half a warp each for two neighbours: a partial mask orders its own lanes only.
+// Two half warps, each with its own syncwarp: it does not order lanes of different halves.
 template <bool kBroken>
 __global__ void half_warp_kernel(const float* in, float* out) {
     LX_SHARED(float, s, 32);
@@ -136,13 +136,13 @@ __global__ void unwritten_shared_kernel(const float* in, float* out) {
     out[threadIdx.x] = s[threadIdx.x];
 }
 
-template <bool kBroken>  // out is declared kWrite
+template <bool kBroken>  // `out` is declared as kWrite, so its old values must not be read
 __global__ void unwritten_output_kernel(const float* in, float* out) {
     if (!kBroken) out[threadIdx.x] = 0;
     out[threadIdx.x] += in[threadIdx.x];
 }
 
-// Warp 0 produces, warp 1 consumes.
+// Warp 0 writes and warp 1 reads. The mistake: the barrier waits for 96 threads, not 64.
 template <bool kBroken>
 __global__ void named_barrier_count_kernel(const float* in, float* out) {
     LX_SHARED(float, s, 32);
@@ -155,7 +155,7 @@ __global__ void named_barrier_count_kernel(const float* in, float* out) {
         out[lane] = s[31 - lane];
     }
 }
-template <bool kBroken>  // the consumer waits, then the producer refills without hearing back
+template <bool kBroken>  // mistake: warp 0 writes again before warp 1 has read
 __global__ void named_barrier_refill_kernel(const float* in, float* out) {
     LX_SHARED(float, s, 32);
     const int lane = lx::lane_id();
@@ -176,7 +176,7 @@ __global__ void read_before_wait_kernel(const float* in, float* out) {
     float x = 0;
     if (kBroken) x = in[threadIdx.x];
     if (threadIdx.x == 0) lx::grid_dependency_wait();
-    lx::syncthreads();  // one thread has waited for all
+    lx::syncthreads();  // thread 0 has waited for the previous kernel
     out[threadIdx.x] = x + in[threadIdx.x];
 }
 template <bool kBroken>
@@ -184,7 +184,7 @@ __global__ void never_waits_kernel(const float*, float*) {
     if (!kBroken) lx::grid_dependency_wait();
 }
 
-// The last block to finish adds up what all have written.
+// The last block to finish adds the numbers written by all blocks.
 template <bool kBroken>
 __global__ void last_block_kernel(const float* in, float* out) {
     LX_SHARED(int, is_last, 1);
@@ -203,7 +203,7 @@ __global__ void last_block_kernel(const float* in, float* out) {
     }
 }
 
-// Blocks that run at once hand a number on, twice.
+// Concurrent blocks: in each of two rounds, every block reads its neighbour's number.
 enum class Handing { kRight, kUnfenced, kUnread, kOneTooFew, kOneTooMany };
 
 template <Handing kHanding>
@@ -238,7 +238,7 @@ __global__ void too_much_shared_kernel(const float* in, float* out) {
 struct Large {
     float x[64];
 };
-template <bool kBroken>  // a copy that the compiler makes a call of memcpy
+template <bool kBroken>  // the compiler turns this copy into a call of memcpy
 __global__ void struct_copy_kernel(const float* in, float* out) {
     const auto* from = reinterpret_cast<const Large*>(in + (kBroken ? kCount - 63 : kCount - 64));
     *reinterpret_cast<Large*>(out) = *from;
@@ -267,7 +267,7 @@ __global__ void trap_kernel(const float*, float*) {
     if (kBroken) lx::trap();
 }
 
-// Operands of A in the wrong order: only the numbers tell.
+// The registers of A are swapped. No check reports this; only the results are wrong.
 template <bool kBroken>
 __global__ void swapped_registers_kernel(const float* in, float* out) {
     uint32_t a[4], b[2] = {lx::bit_cast<uint32_t>(in[0]), lx::bit_cast<uint32_t>(in[0])};
@@ -301,7 +301,7 @@ int run(Kernel kernel, const float* in, float* out, const Shape& s) {
 
 }  // namespace
 
-// A kernel that may start early, behind one that writes what it reads: legal after the wait alone.
+// This kernel may start before the one that writes its input, which is thus not kConstant.
 extern "C" __attribute__((visibility("default"))) int guard_constant_of_a_neighbour(int64_t broken,
                                                                                     const float* in,
                                                                                     float* out) {

@@ -5,7 +5,7 @@
 // exactly lora_workspace_bytes().
 //
 // With the argument "workspace" the workspace is one float too short; with "overread" the launchers
-// get one in-feature too many. Only asan detects either.
+// are called with one input feature too many. Only asan detects either mistake.
 #include <sanitizer/asan_interface.h>
 
 #include <cstdio>
@@ -85,13 +85,13 @@ void run(const Shape& s) {
             to[i] = lx::from_float<T>(static_cast<float>(below(2 * largest + 1) - largest));
     };
     const Exact<T> y_too(y.size, s.shift), y_three(y.size, s.shift);
-    // Output of a sibling with half of the outputs.
+    // Output of a sibling module that has half as many output features.
     const int64_t half = s.out < 16 ? s.out / 2 : s.out / 16 * 8, half_row = half + s.pad;
     const Exact<T> y_half(half > 0 ? (s.tokens - 1) * half_row + half : 0, s.shift);
     fill(x, 2), fill(y, 9), fill(a, 1), fill(b, 1);
     for (int64_t t = 0; t < s.tokens; ++t) ids[t] = below(slots + 1) - 1;
     for (int i = 0; i < slots; ++i) ranks[i] = s.ranks[i], scale[i] = i % 2 ? 2.0f : 0.5f;
-    for (int i = 0; i < slots * pages; ++i)  // pages from the end; unneeded ones are absent
+    for (int i = 0; i < slots * pages; ++i)  // the last page first; -1 for pages beyond the rank
         table[i] = i % pages * 8 < ranks[i / pages] ? num_pages - 1 - i : -1;
 
     LoraArgs args;
@@ -121,7 +121,7 @@ void run(const Shape& s) {
     for (int64_t i = 0; i < y.size; ++i) y_too[i] = y_three[i] = y[i];
     for (int64_t t = 0; t < s.tokens; ++t)
         for (int64_t o = 0; o < half; ++o) y_half[t * half_row + o] = y[t * y_row + o];
-    // Memory outside the ranks is poisoned, or NaN if rows are loaded whole.
+    // Beyond the ranks, A is poisoned, and B is NaN, since kernels load its rows as a whole.
     std::vector<bool> a_owned(a_rows), b_owned(b.size);
     for (int slot = 0; slot < slots; ++slot)
         for (int r = 0; r < ranks[slot]; ++r) {
@@ -132,7 +132,7 @@ void run(const Shape& s) {
         if (!a_owned[row]) ASAN_POISON_MEMORY_REGION(&a[row * s.in], s.in * sizeof(T));
     for (int64_t i = 0; i < b.size; ++i)
         if (!b_owned[i]) b[i] = nan;
-    if (s.paged) ASAN_POISON_MEMORY_REGION(b.data(), s.out * 8 * sizeof(T));  // the free page
+    if (s.paged) ASAN_POISON_MEMORY_REGION(b.data(), s.out * 8 * sizeof(T));  // page 0 is free
     for (int64_t t = 0; s.pad > 0 && t + 1 < s.tokens; ++t) {
         ASAN_POISON_MEMORY_REGION(&x[t * x_row + s.in], s.pad * sizeof(T));
         ASAN_POISON_MEMORY_REGION(&y[t * y_row + s.out], s.pad * sizeof(T));
@@ -151,7 +151,7 @@ void run(const Shape& s) {
         args.plan = plan.data();
     }
 
-    // Expected result by a double loop.
+    // Compute the expected v and y with loops.
     std::vector<float> want_v(s.tokens * s.max_rank), want_y(s.tokens * s.out);
     for (int64_t t = 0; t < s.tokens; ++t) {
         const int slot = static_cast<int>(ids[t]), rank = slot < 0 ? 0 : ranks[slot];
@@ -185,7 +185,7 @@ void run(const Shape& s) {
         check_rows(got, y_row, s.out, what);
     };
 
-    // Shrink and expand first, then apply; the last row of v ends with its rank.
+    // Test shrink and expand, then apply. The last row of v has no padding after its ranks.
     Exact<float> v((s.tokens - 1) * (s.max_rank + 1) + s.max_rank);
     args.v = v.data(), args.v_row_stride = s.max_rank + 1;
     LoraArgs shrink = args, expand = args;
@@ -227,21 +227,21 @@ int main(int count, char** words) {
     short_workspace = mode == "workspace";
     overread = mode == "overread";
     const std::vector<Shape> shapes = {
-        // planless decode: one row; odd sizes and offsets; several splits; aligned
+        // decode without a plan: one row, odd sizes and offsets, several splits, aligned rows
         {1, 1, 1, {1}, 1, false, false, 0, 0},
         {7, 65, 33, {0, 1, 7, 8}, 8, true, false, 3, 1},
         {19, 2049, 65, {7, 16}, 16, false, false, 1, 0},
         {32, 128, 72, {8, 16, 1, 0}, 16, true, false, 0, 0},
-        // planned decode
+        // decode with a plan
         {33, 65, 257, {7, 0, 1}, 7, false, true, 0, 0},
         {40, 576, 128, {8, 16, 96}, 96, true, true, 8, 0},
         {5, 64, 2049, {96, 8}, 96, false, true, 1, 0},
-        // prefill: chunks of 64 rows, of 128, unaligned
+        // prefill: chunks of 64 or 128 rows, aligned and unaligned rows
         {260, 128, 64, {16, 7, 0}, 16, true, true, 0, 0},
         {257, 65, 65, {1, 8}, 8, false, true, 3, 1},
         {4100, 64, 40, {8, 7}, 8, true, true, 0, 0},
         {300, 1032, 72, {96, 16}, 96, false, true, 8, 0},
-        // large ranks: planless with several splits, unaligned, chunks of 64 rows in pages
+        // large ranks: several splits without a plan, unaligned rows, pages and chunks of 64 rows
         {6, 520, 136, {264, 8}, 264, true, false, 0, 0},
         {17, 33, 35, {257, 0, 9}, 257, false, true, 3, 1},
         {260, 48, 136, {8, 264}, 264, true, true, 0, 0},

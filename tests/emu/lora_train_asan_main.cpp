@@ -18,7 +18,7 @@ namespace {
 
 bool short_workspace = false;
 
-// Exactly `size` elements on the heap, `shift` elements off 16-byte alignment.
+// Buffer of exactly `size` elements on the heap, `shift` elements past a 16-byte boundary.
 template <class T>
 struct Exact {
     std::unique_ptr<T[]> memory;
@@ -40,7 +40,7 @@ struct Shape {
     int64_t tokens, in, out;
     std::vector<int32_t> ranks;
     int32_t max_rank;
-    int64_t pad, shift;  // elements between rows; off alignment
+    int64_t pad, shift;  // elements between rows; past a 16-byte boundary
 };
 
 void require(bool holds, const Shape& s, const char* what, int64_t at = -1) {
@@ -68,7 +68,7 @@ void run(const Shape& s, bool per_adapter) {
     fill(x), fill(a), fill(b), fill(dy), fill(dx);
     for (int64_t i = 0; i < ones.size; ++i) ones[i] = lx::from_float<T>(1.0f);
     for (int64_t t = 0; t < s.tokens; ++t) ids[t] = below(slots + 1) - 1;
-    ids[s.tokens - 1] = 0;  // makes the last float of the workspace count
+    ids[s.tokens - 1] = 0;  // so that a kernel uses the last float of the workspace
     for (int i = 0; i < slots; ++i) ranks[i] = s.ranks[i];
     for (int i = 0; i < seeds; ++i) seed[i] = i - s.tokens;
 
@@ -100,10 +100,10 @@ void run(const Shape& s, bool per_adapter) {
     args.dy = dy.data(), args.dy_row_stride = dy_row, args.dx = dx.data();
     args.da = da.data(), args.db = db.data();
 
-    // Expected results by loops.
+    // Compute the expected results with loops.
     std::vector<float> want_dx(dx.size), want_da(a.size), want_db(b.size);
     for (int64_t i = 0; i < dx.size; ++i) want_dx[i] = lx::to_float(dx[i]);
-    std::vector<int64_t> rows(slots);  // rows of each adapter so far
+    std::vector<int64_t> rows(slots);  // number of earlier rows of each adapter
     for (int64_t t = 0; t < s.tokens; ++t) {
         const int64_t slot = ids[t];
         const int64_t place = slot >= 0 ? rows[slot]++ : 0;
@@ -167,7 +167,7 @@ int main(int count, char** words) {
         {33, 24, 1032, {40, 64}, 64, 0, 0},
         {1100, 24, 40, {8}, 8, 0, 0},         // ranges of the rows
         {4100, 8, 8, {2}, 2, 0, 0},           // tiles of 128 rows
-        {260, 24, 136, {264, 8}, 264, 0, 0},  // large ranks, and unaligned ones
+        {260, 24, 136, {264, 8}, 264, 0, 0},  // ranks above 256, aligned and not
         {258, 33, 20, {5, 257}, 257, 3, 1},
     };
     for (uint64_t seed = 0; seed < 2; ++seed) {

@@ -1,7 +1,7 @@
-// y = x w^T by cp.async, ldmatrix and mma: x (m, k), w (n, k), both row-major 16-bit; y (m, n)
-// float32. Any m, n; k a multiple of 8, so that every 16-byte chunk of a row is whole.
+// Computes y = x w^T with cp.async, ldmatrix and mma. x (m, k) and w (n, k) are 16-bit, y (m, n) is
+// float32. k must be a multiple of 8, so that a row consists of whole 16-byte chunks.
 //
-// A block of 4 warps owns 32 x 32 outputs, a warp 16 x 16. Two stages of 32 columns of k.
+// A block of 4 warps computes 32 x 32 outputs, a warp 16 x 16. There are two stages of 32 columns.
 #include "lx/device.h"
 
 namespace {
@@ -43,21 +43,21 @@ __global__ void __launch_bounds__(kThreads)
         } else {
             lx::cp_async_wait_group<0>();
         }
-        lx::syncthreads();  // everybody's copies of this stage have landed
+        lx::syncthreads();  // The copies of all threads for this stage are complete.
         const T* xt = xs + step % 2 * kTile * kRow;
         const T* wt = ws + step % 2 * kTile * kRow;
         for (int k0 = 0; k0 < kDepth; k0 += 16) {
             uint32_t a[4], b[4];
-            // Matrices 0..3 of A: rows +0, +8, +0, +8; columns +0, +0, +8, +8.
+            // Matrices 0 to 3 of A start at rows +0, +8, +0, +8 and columns +0, +0, +8, +8.
             lx::ldmatrix_x4(a, &xt[(wr + lane % 16) * kRow + k0 + lane / 16 * 8]);
-            // Of B: columns (rows of w) +0, +0, +8, +8; k +0, +8, +0, +8.
+            // Those of B start at columns (rows of w) +0, +0, +8, +8 and at k +0, +8, +0, +8.
             lx::ldmatrix_x4(b, &wt[(wc + lane / 16 * 8 + lane % 8) * kRow + k0 + lane / 8 % 2 * 8]);
             for (int half = 0; half < 2; ++half) {
                 const uint32_t bh[2] = {b[2 * half], b[2 * half + 1]};
                 lx::mma_m16n8k16<T>(d[half], a, bh);
             }
         }
-        lx::syncthreads();  // the stage may be refilled
+        lx::syncthreads();  // All threads have read the stage, so it may be refilled.
     }
     for (int half = 0; half < 2; ++half) {
         for (int i = 0; i < 4; ++i) {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// The same product in tf32, one warp per 16 x 8 outputs, operands straight from memory.
+// The same product in tf32. A warp computes 16 x 8 outputs and loads operands from global memory.
 __global__ void __launch_bounds__(32)
     matmul_tf32_kernel(const float* x, const float* w, float* y, int64_t m, int64_t n, int64_t k) {
     const int g = lx::lane_id() / 4, t = lx::lane_id() % 4;

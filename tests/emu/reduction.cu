@@ -1,4 +1,4 @@
-// out[b] = sum of the 256 values of block b: through shared memory, then by shuffles.
+// out[b] = sum of the 256 values of block b, computed with shared memory, then with shuffles.
 #include "lx/device.h"
 
 namespace {

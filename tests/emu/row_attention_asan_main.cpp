@@ -1,4 +1,4 @@
-// The kernel of row attention in the asan flavour, in exact buffers, against a loop in double.
+// The kernel of row attention in the asan flavour, in exact buffers, compared with a double loop.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

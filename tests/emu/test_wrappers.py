@@ -77,7 +77,7 @@ def test_mma_of_one_hot_operands_changes_one_accumulator(fast, kind):
         words[lane * 4 + register] = one_of(kind) << 16 * half
         lane, register, half = b_register(kind, k, j)
         words[128 + lane * 2 + register] = one_of(kind) << 16 * half
-        words[192:320] = np.float32(2).view(np.uint32)  # The product is added to these.
+        words[192:320] = np.float32(2).view(np.uint32)  # The accumulator is 2 everywhere.
         d = run(fast, f"mma_{kind}", words)[:128].view(np.float32).reshape(32, 4)
         expected = np.full((32, 4), 2, np.float32)
         expected[i % 8 * 4 + j // 2, j % 2 + i // 8 * 2] = 3

@@ -15,7 +15,7 @@ using namespace lora_ext;
 
 namespace {
 
-constexpr int kWidth = 5, kIgnored = 1;  // d; the ignored row
+constexpr int kWidth = 5, kIgnored = 1;  // hidden width d; index of the ignored row
 
 void launched(LaunchStatus status) {
     if (status == 0) return;
@@ -69,7 +69,7 @@ struct Problem {
         for (int v = 0; v < vocab; ++v) sum += std::exp(z(e, n, v));
         return std::log(sum);
     }
-    // Expected loss and gradient with respect to the logits.
+    // Expected loss of row n.
     double loss_of(int n) const {
         if (n == kIgnored) return 0;
         if (!divergence) return log_sum(0, n) - z(0, n, static_cast<int>(labels[n]));
@@ -96,7 +96,7 @@ struct Problem {
         worst = gap < 2e-5 ? worst : std::max(worst, std::isnan(gap) ? 1 : gap);
     }
 
-    // Calls f(args, logits of the chunk) chunk by chunk.
+    // Calls f(args, logits of the chunk) for each chunk of the vocabulary.
     template <class F>
     void sweep(VocabArgs& args, F&& f) {
         for (int first = 0; first < vocab; first += chunk) {

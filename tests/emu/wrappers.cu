@@ -28,8 +28,8 @@ __global__ void ldmatrix_kernel(const uint32_t* in, uint32_t* out) {
     for (int i = 0; i < kMatrices; ++i) out[lane * kMatrices + i] = r[i];
 }
 
-// in[0 .. 127]: registers of A, lane by lane; in[128 .. 191]: of B; in[192 .. 319]: of the
-// accumulator.
+// `in` contains registers, lane by lane: in [0, 128) those of A, in [128, 192) those of B, and in
+// [192, 320) those of the accumulator.
 template <class T>
 __global__ void mma_kernel(const uint32_t* in, uint32_t* out) {
     const int lane = lx::lane_id();
@@ -46,7 +46,7 @@ __global__ void mma_kernel(const uint32_t* in, uint32_t* out) {
     for (int i = 0; i < 4; ++i) out[lane * 4 + i] = lx::bit_cast<uint32_t>(d[i]);
 }
 
-// Lane L copies the first L % (kBytes + 1) bytes of its chunk, the rest is zero.
+// Lane L copies the first L % (kBytes + 1) bytes of its chunk and zeros the rest.
 template <int kBytes>
 __global__ void cp_async_kernel(const uint32_t* in, uint32_t* out) {
     LX_SHARED(uint32_t, s, 32 * kBytes / 4);
@@ -145,8 +145,8 @@ LX_EXPORT int wrapper(int64_t index, const uint32_t* in, uint32_t* out) {
 }
 
 #ifndef LX_EMULATE
-// The same on host memory, for tools/wrapper_goldens.py. The only place of this file that calls the
-// CUDA runtime.
+// Like `wrapper`, but with `in` and `out` in host memory, for tools/wrapper_goldens.py. Other
+// functions of this file do not call the CUDA runtime, except wrapper_device.
 LX_EXPORT int wrapper_on_device(int64_t index, const uint32_t* in, uint32_t* out) {
     uint32_t* memory = nullptr;
     int error = cudaMalloc(&memory, 2 * kWords * 4);

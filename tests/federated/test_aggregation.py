@@ -61,7 +61,7 @@ def test_mean_of_three_clients_equals_the_mean_computed_by_hand():
     assert found.noise[0] == pytest.approx(math.hypot(*off) / math.hypot(*size))
     assert found.noise[1] == 0
     halved = aggregate(state, replies, server_lr=0.5, weighted_by=None)
-    # (1 + 2 + 4) / 3 / 2
+    # server_lr halves the unweighted mean update: (1 + 2 + 4) / 3 / 2 = 7 / 6.
     assert torch.allclose(halved.state[key(0, "A")], torch.tensor([[1 + 7 / 6, 2.0]]))
 
 

@@ -210,7 +210,7 @@ def test_nan_policy_raise_names_client_and_key():
     with pytest.raises(ValueError, match=rf"^aggregate: client 7: {A0}: expected finite values"):
         aggregate(make_state(), [FAULTS["nan"][0], GOOD], nan_policy="raise")
     rejected = aggregate(make_state(), [FAULTS["turned"][0]], nan_policy="raise").rejected
-    assert "shape" in rejected[7]  # Other faults do not raise.
+    assert "shape" in rejected[7]  # Faults other than NaN do not raise.
 
 
 def test_partial_replies_are_averaged_for_their_modules():

@@ -63,7 +63,7 @@ def test_full_bytes_equal_the_bytes_of_all_layers_of_all_clients():
     _, strategy = end_of(capability=None)
     for row in strategy.comm.rows[3:]:
         assert row.full == row.up + row.down
-    assert 0.99 < strategy.comm.share <= 1.02  # Unlike ``full``, the total also contains queries.
+    assert 0.99 < strategy.comm.share <= 1.02  # Unlike ``full``, the bytes sent include queries.
 
 
 def test_packing_saves_framing_and_changes_no_bit():
@@ -131,7 +131,7 @@ def test_masked_sums_equal_the_covered_mean(allocator, weighted_by):
     )
     for key, value in plain.items():
         assert (value - masked[key]).abs().max() < 1e-6, key  # Masked sums are float32.
-    numbers = 2 if isinstance(allocator, Ranked) else 1  # integers per layer in the echo
+    numbers = 2 if isinstance(allocator, Ranked) else 1  # per layer, in the reply's plan
     sizes = {row.up - 8 * numbers * (row.client + 1) for row in strategy.comm.rows[3:]}
     assert len(sizes) == 1, "expected equal sizes for all plans"
 

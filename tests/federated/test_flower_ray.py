@@ -40,7 +40,7 @@ def test_four_nodes_on_ray_equal_a_local_run_and_leave_no_process(tmp_path):
         # On Linux, Ray listens on all network interfaces unless this variable is 0.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # With the default, 15, other tests delay it by minutes.
+        "RAY_worker_niceness": "0",  # With the default, 15, other tests would delay Ray by minutes.
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     log = tmp_path / "log"

@@ -218,7 +218,7 @@ def test_state_slice_has_the_names_and_values_of_a_saved_file(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_slice_of_smaller_rank_trains_like_an_adapter_of_that_rank(kind: str):
-    wide, narrow = adapted(kind), adapted(kind, r=2, lora_alpha=3)  # both have scale 1.5
+    wide, narrow = adapted(kind), adapted(kind, r=2, lora_alpha=3)  # Both scales are 1.5.
     part = LoraLayerManager(narrow).state_slice()
     for model in (wide, narrow):
         manager = LoraLayerManager(model)

@@ -106,7 +106,7 @@ def test_saved_bytes_decrease_with_each_clients_depth():
 
     whole, two, one = (saved(depth, depth) for depth in (3, 2, 1))
     assert one < two < whole
-    assert one + whole == pytest.approx(2 * two, rel=0.05)  # Each layer saves equally many bytes.
+    assert one + whole == pytest.approx(2 * two, rel=0.05)  # All layers save equally many bytes.
     assert saved(3, 1) == pytest.approx((whole + one) / 2, rel=0.05)
     assert saved(3, 1, staircase=False) > 0.95 * whole
 
@@ -245,7 +245,7 @@ def test_blocks_that_cannot_be_split_run_whole_with_a_warning(run, compute, foun
     model, state, clients = of_stack(run, compute)
     with pytest.warns(UserWarning, match=f"^BatchedClients: staircase: .*{found}") as caught:
         updates = BatchedClients(model, clients).run_round(PLANS, state)
-    assert len(caught) == 1  # only in the first step of the round
+    assert len(caught) == 1  # It warns only in the first step of a round.
     check_equal(model, clients, updates)
 
 

@@ -20,7 +20,7 @@ needs_packages = needs("fastapi", "uvicorn", "httpx")
 SPECIAL = {"unknown": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 NAMES = [f"a{i}" for i in range(8)]
 MANY = [*NAMES, *(f"a{i}" for i in range(8, 16))]
-LIMIT = 20_000  # --max-body
+LIMIT = 20_000  # bytes; the server's --max-body
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} {% endfor %}"
     "{% if messages[0].role == 'nobody' %}{{ raise_exception('no such role') }}{% endif %}"

@@ -113,13 +113,13 @@ def test_forwards_with_a_cache_equal_the_whole_forward_of_peft(pair: Any) -> Non
         model(ids[:, :upto], cache=cache, adapter_names="__base__")
         return {"cache": cache}
 
-    # The base model computed the cache of the tokens before the start.
+    # The base model computed the cache of the tokens before the adapter starts.
     with lora_ext.adapters("act"):
         ours = model(ids[:, 10:], **read_by_base(10)).logits[:, -1]
         torch.testing.assert_close(ours, whole, **close)
         cache = DynamicCache()
         model(ids[:, :14], cache=cache)
-        for t in range(14, 20):  # The block has stored the start.
+        for t in range(14, 20):  # The block has stored where the adapter starts.
             ours = model(ids[:, t : t + 1], cache=cache).logits[:, -1]
         torch.testing.assert_close(ours, whole, **close)
     with lora_ext.adapters("act", starts=12):

@@ -133,7 +133,7 @@ def test_call_accepts_names_like_peft(family: str, tmp_path: Path) -> None:
     assert list(inspect.signature(model.forward).parameters) == list(signature.parameters)[1:]
     with torch.no_grad():
         got = model(ids, adapter_names=names).logits
-        # float32, logits near 1 through two layers
+        # The bound covers float32 roundings in two layers; logits are near 1.
         torch.testing.assert_close(
             got, reference(input_ids=ids, adapter_names=names).logits, rtol=0, atol=1e-4
         )
@@ -297,7 +297,7 @@ def test_model_with_more_layers_than_the_pool_or_replaced_layers_raises() -> Non
         lora_ext.attach(larger, pool)
     assert snapshot(larger) == before
     some = lora_ext.AdapterPool(make_model("llama"), targets=r".*layers\.[01]\..*_proj")
-    lora_ext.attach(larger, some)  # A caller can select layers explicitly.
+    lora_ext.attach(larger, some)  # A pool for selected layers is accepted.
     model = make_model("llama")
     lora_ext.attach(model, lora_ext.AdapterPool(model, max_slots=2, max_rank=8))
     layer = model.model.layers[0].mlp.up_proj

@@ -1,6 +1,6 @@
 """Layers and ops while another thread compiles.
 
-In this time ``torch.compiler.is_compiling()`` is true in all threads.
+Meanwhile, ``torch.compiler.is_compiling()`` is true in all threads.
 """
 
 import threading
@@ -68,7 +68,7 @@ def test_several_active_and_merged_adapters_and_experts_work(compiling: None) ->
     expected = layer(x)
     model = nn.Linear(2, 2)
     pool = lora_ext.AdapterPool(nn.Sequential(model), max_slots=1, max_rank=8)
-    with lora_ext.adapters(None, pool=pool):  # In a graph, the layer would use the block.
+    with lora_ext.adapters(None, pool=pool):  # A layer in a compiled graph would use this block.
         assert torch.equal(layer(x), expected)
         layer.merge()
         torch.testing.assert_close(layer(x), expected)

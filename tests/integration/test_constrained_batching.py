@@ -149,7 +149,7 @@ def test_requests_that_cannot_be_satisfied_fail_before_waiting(
     with model.continuous_batching_context_manager(**batching()) as manager:
         with pytest.raises(ValueError, match=message):
             manager.add_request(prompts(1)[0], adapter_name="a0", **given)
-        manager.add_request(prompts(1)[0], adapter_name="a0")  # The manager still works.
+        manager.add_request(prompts(1)[0], adapter_name="a0")  # The error did not stop the manager.
         assert manager.get_result(timeout=60).error is None
     assert pool.stats()["pins"] == 0
 

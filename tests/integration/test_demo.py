@@ -18,7 +18,7 @@ def test_error_is_compared_with_that_of_peft_on_the_same_prompt(
 ) -> None:
     curve = load_script(monkeypatch, "examples", "serving_curve")
     exact = torch.tensor([31.0, -2.0], dtype=torch.float64)
-    off = torch.tensor([0.0, 0.6], dtype=torch.float64)  # PEFT's error on the worst prompt
+    off = torch.tensor([0.0, 0.6], dtype=torch.float64)  # errors of PEFT's logits
     assert curve.complain("rows", exact + 2 * off, exact - off, exact) == []
     (message,) = curve.complain("rows", exact + 4 * off, exact - off, exact)
     assert message.startswith("rows: largest error of a logit against float64: expected at most ")

@@ -273,7 +273,7 @@ def test_layer_compiles_into_one_graph() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_model_compiles_into_one_graph(training: bool) -> None:
-    for model in pair("llama"):  # PEFT's model first
+    for model in pair("llama"):  # PEFT's model is the first.
         model.train(training).set_adapter("green")
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert_close(logits(compiled), logits(model))

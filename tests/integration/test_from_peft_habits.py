@@ -211,7 +211,7 @@ def test_names_raise_while_a_trainer_runs_its_reference_adapter() -> None:
         assert torch.equal(logits(ours, adapter_names=["ref"] * 5), alone)
         with ours.disable_adapter():
             base = logits(ours)
-        # Names of the base model alone are accepted.
+        # Names are accepted if all of them are the base model.
         assert torch.equal(logits(ours, adapter_names=["__base__"] * 5), base)
         ours.set_adapter("red")
         trained = logits(ours, adapter_names=NAMES)

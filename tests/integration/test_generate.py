@@ -86,7 +86,7 @@ def test_sampled_sequences_use_their_rows_adapter_and_wrong_names_raise(tmp_path
         with pytest.raises(ValueError, match=message):
             model.generate(input_ids=prompt, max_new_tokens=2, num_beams=3)
         with torch.no_grad():
-            model(prompt[:2])  # The failed generate left the block unchanged.
+            model(prompt[:2])  # The failed calls left the block unchanged.
             with pytest.raises(ValueError, match="expected a batch of 2 sequences"):
                 model(prompt)
     with pytest.raises(KeyError, match="adapter 'rot' is not loaded"):

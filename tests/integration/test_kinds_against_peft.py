@@ -121,7 +121,7 @@ def test_embedding_accepts_names_per_token_and_one_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [4, 5])
 def test_positions_shared_by_all_sequences_raise(length: int, tmp_path: Path) -> None:
-    """Check also 4 positions and 4 sequences, which looks like one name per token."""
+    """Check also 4 positions and 4 sequences, so that four names fit the positions too."""
     base = make_model("gpt2")
     make_peft(base, {"red": {"r": 4, "target_modules": ["wpe"]}}).save_pretrained(tmp_path)
     pool = lora_ext.AdapterPool(base, max_slots=1, max_rank=8)

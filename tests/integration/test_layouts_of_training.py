@@ -142,9 +142,9 @@ def test_coalition_masks_reach_their_rows(family: str, kind: str, length: int) -
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("lengths", [(4, 4), (4, 3), (6, 6)])
 def test_clients_train_their_own_rows(family: str, lengths: tuple[int, int]) -> None:
-    """Check two clients with two sequences each, of 4 tokens, of 4 and 3 tokens, or of 6 tokens.
+    """Check two clients, each with two sequences of the length given for it in ``lengths``.
 
-    One client trains only the last layer, so other rows' inputs may be outside the graph.
+    One client trains only the last layer, so the graph need not contain its rows below that layer.
     """
     torch.manual_seed(0)
     model: Any = TOKENS_FIRST[family]().eval()

@@ -158,7 +158,7 @@ def test_images_packed_into_one_row_use_the_adapter_of_their_sequence(
 
 @pytest.mark.parametrize("counts", [[2, 0, 0, 0], [1, 0, 2, 1]])
 def test_videos_of_two_frames_use_the_adapter_of_their_sequence(counts: list[int]) -> None:
-    """Check videos with four frames in total, the number of sequences."""
+    """Check videos with four frames in total, which is also the number of sequences."""
     given = noise(sum(counts), 2, 3, 8, 8)
     alone = [{"pixel_values_videos": v["pixel_values"]} if v else {} for v in split(given, counts)]
     ids = rows(VIDEO, [3 * n for n in counts])
@@ -192,7 +192,7 @@ def test_images_use_the_adapter_of_their_sequence_in_beam_search(counts: list[in
 
 
 def test_ambiguous_batch_needs_one_name() -> None:
-    """Check two images of different sizes with four tiles in total, the number of sequences."""
+    """Check two images of different sizes with four tiles in total, as many as sequences."""
     model, judges = served(llava_next)
     sizes = torch.tensor([[8, 8], [7, 8]])
     given = noise(2, 2, 3, 8, 8)

@@ -109,7 +109,7 @@ def test_iterator_of_a_pipeline_must_be_read_inside_the_block(tmp_path: Path) ->
     with pytest.warns(UserWarning, match=message):
         base = scores(lazy)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # It warns once, and never for correct use.
+        warnings.simplefilter("error")  # The layers warn once, and never for correct use.
         assert scores(pipe(texts())) == base == pytest.approx(scores(pipe(TEXTS)), abs=1e-6)
     twin, _, other = make_pair("bert", tmp_path / "other")
     pipe = transformers.pipeline("text-classification", model=twin, tokenizer=TOKENIZER)

@@ -132,7 +132,7 @@ def test_heads_are_loaded_and_evicted_with_their_adapters(trained: Any) -> None:
         with lora_ext.adapters("blue"):
             found = model(ids).logits
             pool.unload("blue")
-            assert torch.equal(model(ids).logits, found)  # The block still holds the adapter.
+            assert torch.equal(model(ids).logits, found)  # The block keeps it loaded.
         assert (found - theirs(reference, "red", ids)).abs().max() < BOUND
         assert pool.stats()["replaced_bytes"] == 0
         assert torch.equal(model(ids).logits, base)
@@ -180,7 +180,7 @@ def test_compiled_backward_through_a_head_raises(tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path)
     model, _ = serve(plain, tmp_path)
     compiled = torch.compile(model, backend="aot_eager")
-    error = torch._dynamo.exc.BackendCompilerFailed  # This error contains our message.
+    error = torch._dynamo.exc.BackendCompilerFailed  # torch.compile wraps our error in this one.
     with lora_ext.adapters("red"), pytest.raises(error, match="compiled graph without gradients"):
         compiled(tokens(2, 5)).logits.sum().backward()
 

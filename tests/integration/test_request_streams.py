@@ -93,7 +93,7 @@ def test_request_cancelled_before_the_loop_receives_it_is_cancelled() -> None:
 
         def late(state: Any, **how: Any) -> None:
             manager.cancel_request("mine")
-            # Meanwhile, the loop processes the cancellation, before the request exists.
+            # The loop processes the cancellation during this pause, before the request exists.
             time.sleep(0.3)
             put(state, **how)
 

@@ -192,7 +192,7 @@ def test_metrics_for_routers_contain_running_adapters_and_cache_usage(server: An
     body = chat("a3", stream=True, max_tokens=1900)
     with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
         events = (line for line in response.iter_lines() if line)
-        assert "assistant" in next(events) and next(events)  # A token was sent.
+        assert "assistant" in next(events) and next(events)  # The answer has begun.
         lines = server.client.get("/metrics").text.splitlines()
     (info,) = [line for line in lines if line.startswith("vllm:lora_requests_info{")]
     assert 'running_lora_adapters="a3",waiting_lora_adapters=""' in info
@@ -236,7 +236,7 @@ def test_models_are_listed_loaded_and_unloaded(server: Any) -> None:
     text_of(ask(server, "a5"))
     listed = server.client.get("/v1/models").json()
     assert listed["object"] == "list"
-    folder = {*MANY, "broken"}  # The server lists these adapters whether they are loaded or not.
+    folder = {*MANY, "broken"}  # These are listed whether they are loaded or not.
     assert [m["id"] for m in listed["data"]][:3] == ["tiny", "mine", "a5"]
     parents = {m["id"]: m.get("parent") for m in listed["data"]}
     assert parents == {"tiny": None, **dict.fromkeys(folder | {"mine"}, "tiny")}

@@ -52,7 +52,7 @@ def save_embedder(folder: Path, mode: str | None) -> Any:
 def save_pooling(folder: Path, mode: str, *more: str) -> None:
     kinds = ("models.Transformer", "models.Pooling", "models.Normalize", *more)
     parts = [{"type": f"sentence_transformers.{k}", "path": k[7:]} for k in kinds]
-    parts[0]["path"] = ""  # The model is in the folder itself.
+    parts[0]["path"] = ""  # The transformer is in the folder itself.
     (folder / "modules.json").write_text(json.dumps(parts))
     (folder / "Pooling").mkdir(exist_ok=True)
     modes = ("cls_token", "mean_tokens", "max_tokens", "lasttoken")

@@ -1,4 +1,4 @@
-"""The real model SmolLM2-135M: served and trained against PEFT, and with a circuit head."""
+"""The real model SmolLM2-135M: serving and training compared with PEFT, and a circuit head."""
 
 import copy
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_smollm2_serves_a_mixed_batch_like_peft(base: tuple[Any, Any], tmp_path:
 
 # largest error of losses between 1 and 10, after up to 20 steps of AdamW in float32
 LOSS_BOUND = 1e-4
-# With a larger rate training is chaotic: rounding alone changes PEFT's losses by more than this.
+# At larger rates, training is chaotic: rounding alone changes PEFT's losses by over LOSS_BOUND.
 LEARNING_RATE = 3e-4
 NAMES = [f"adapter{i}" for i in range(8)]
 RANKS = dict(zip(NAMES, (4, 8, 16, 8, 3, 24, 32, 8), strict=True))

@@ -32,7 +32,7 @@ NAMES = ["red", "green"] * 4
 
 @pytest.fixture(autouse=True)
 def no_folder_is_taken_for_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove the parent of tests/vllm from the path: TRL takes that folder for vLLM."""
+    """Remove the parent of tests/vllm from the path: TRL would take that folder for the package."""
     tests = str(Path(__file__).parents[1])
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != tests])
 

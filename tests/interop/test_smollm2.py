@@ -53,7 +53,7 @@ def test_folder_of_a_concurrent_conversion_that_finished_first_is_used(package, 
     def overtaken(path: Path, folder: Path) -> None:
         convert(path, folder)
         monkeypatch.setattr(smollm2, "_convert", convert)
-        smollm2.converted_folder(package)  # conversion by another process
+        smollm2.converted_folder(package)  # like a faster process
 
     monkeypatch.setattr(smollm2, "_convert", overtaken)
     folder = smollm2.converted_folder(package)

@@ -29,8 +29,8 @@ def test_invocation_is_read_from_the_base_model_name_of_a_request():
     assert _activated.invocation_of(PIRATE) == () == _activated.invocation_of(None)
 
 
-# (computed tokens, scheduled tokens, samples, slot per token, slot per sample). The prompt has its
-# invocation at position 4.
+# Steps are (computed tokens, scheduled tokens, samples, slot per token, slot per sample). The
+# prompt has its invocation at position 4.
 STEPS = [
     (0, 3, 1, [0, 0, 0], [0]),
     (2, 4, 1, [0, 0, 5, 5], [5]),

@@ -148,7 +148,7 @@ def test_rows_keep_their_constraints_when_the_batch_changes():
 
 @pytest.mark.parametrize("warm", [0.0, 0.7])
 def test_scores_of_a_row_equal_those_of_constraint_processor(warm, tmp_path):
-    # Both scores are divided by the temperature of the row, which is 1 for greedy decoding.
+    # vLLM and the processor divide scores by the temperature of the row (1 for greedy decoding).
     save_guide(tmp_path)
     params = built(sampling({"choice": ["aba", "abab", "babba", "bbaa"]}, 8, warm, min_tokens=4))
     rows, tokens, one = ConstrainedRows(settings(folder=tmp_path)), [], params.extra_args[KEY]

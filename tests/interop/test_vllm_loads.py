@@ -137,7 +137,7 @@ def test_request_with_load_inplace_reloads_only_changed_files(engine, tmp_path):
 
 
 def test_activated_adapter_is_refused_if_vllm_is_not_prepared(engine, tmp_path):
-    # Such an adapter would stop the engine in a step, or be applied to all tokens.
+    # vLLM would stop in a step with such an adapter, or apply it to all tokens.
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({"r": 4, "alora_invocation_tokens": [7, 8]}))
     request = Request("judge", 1, str(tmp_path))

@@ -377,7 +377,7 @@ def test_register_sets_the_wrapper_of_the_cpu_platform(fake_vllm):
         once = fake_vllm.CpuPlatform.get_punica_wrapper, fake_vllm.EngineCore.add_lora
         plugin.register()
         assert fake_vllm.CpuPlatform.get_punica_wrapper() == OURS
-    # Updates follow activations of adapters.
+    # activate_adapter is wrapped, so the updates notice newly activated adapters.
     assert hasattr(fake_vllm.LoRAModelManager.activate_adapter, _interface.MARK)
     assert once == (fake_vllm.CpuPlatform.get_punica_wrapper, fake_vllm.EngineCore.add_lora)
 
@@ -461,7 +461,7 @@ def test_slots_are_read_if_another_plug_in_wrapped_the_manager_first(wraps, fake
     assert manager.activate_adapter(held, 10)
     assert read.ranks.tolist() == [8, 8, 5]
 
-    read.read = None  # a read would raise: it is needed only after an activation
+    read.read = None  # a call would raise: ranks are read only after an activation
     held.moved = False
     assert not manager.activate_adapter(held, 10)
 

@@ -38,7 +38,7 @@ def test_plan_equals_the_reference(
     if backend.is_twin or (backend.small and tokens > 1000):
         pytest.skip("twins have another test; the checking emulator runs only small plans")
     g = torch.Generator().manual_seed(tokens)
-    ids = torch.randint(-3, slots + 2, (tokens,), generator=g)  # Some are out of range.
+    ids = torch.randint(-3, slots + 2, (tokens,), generator=g)  # Some ids are out of range.
     num_valid = None if valid is None else torch.tensor([valid], dtype=torch.int32)
     for typed in (ids, ids.int()):
         got = ops.lora_plan(

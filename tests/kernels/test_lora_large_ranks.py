@@ -10,7 +10,7 @@ from contract import assert_same_bits, pairwise, within
 from lora_ext import ops
 
 APPLY_ = next(c for c in CASES if c.name == "lora_apply_")
-# Batch sizes for chunks of 16, 64 and 128 rows. Most rows have no adapter and cost no time.
+# Numbers of rows with chunks of 16, 64 and 128 rows. Most have no adapter and cost no time.
 ROWS = [20, 270, 4100]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

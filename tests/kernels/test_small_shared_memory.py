@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_ext import ops
 
-LARGE, SMALL = 227 * 1024, 99 * 1024  # sm_90, and sm_86, sm_89 and sm_120
+LARGE, SMALL = 227 * 1024, 99 * 1024  # bytes on sm_90, and on sm_86, sm_89 and sm_120
 
 
 def under_both_limits(backend: Backend, run: Callable[[], Outputs]) -> tuple[Outputs, Outputs]:

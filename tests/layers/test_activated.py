@@ -68,7 +68,7 @@ def test_deleted_model_does_not_define_an_adapter_of_its_name() -> None:
             pass
     gc.disable()
     try:
-        gone.itself = [gone]  # Only the garbage collector can free it.
+        gone.itself = [gone]  # A cycle: only the garbage collector can free the object.
         del gone
         with lora_ext.adapters("default", input_ids=ids, pool=layer_names):
             model(ids)
@@ -79,7 +79,7 @@ def test_deleted_model_does_not_define_an_adapter_of_its_name() -> None:
 def test_labels_that_are_all_before_the_start_of_the_adapter_warn() -> None:
     model, ids = wrap(make_model("llama"), LoraConfig(**INVOKED)), texts()[:2]
     labels = ids.clone()
-    # Tokens before the start predict all labels up to 12 and 3.
+    # The remaining labels, up to the starts 12 and 3, are predicted by tokens before the starts.
     labels[0, 13:] = labels[1, 4:] = -100
     with lora_ext.adapters("default", input_ids=ids, pool=layer_names):
         with pytest.warns(UserWarning, match="labels: expected labels after the sta"):

@@ -219,7 +219,7 @@ def test_peft_layers_raise_and_from_peft_makes_them_exact() -> None:
     assert_law(lora_ext.from_peft(later), 20, tokens(3, 26))
     for layer in later.modules():
         if hasattr(layer, "lora_dropout"):
-            layer.lora_dropout["default"] = nn.Dropout(1.0)  # The layer uses PEFT's forward.
+            layer.lora_dropout["default"] = nn.Dropout(1.0)  # PEFT computes layers with p = 1.
     with pytest.raises(ValueError, match=r"expected adapters that lora_ext computes, found .* 1"):
         later(tokens(1, 3))
 

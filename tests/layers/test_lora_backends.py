@@ -53,7 +53,7 @@ def test_layers_equal_the_formula(backend: Backend, names):
     x = torch.randn(5, 2, 40, device=backend.device, requires_grad=True)
     dy = torch.randn(5, 2, 24, device=backend.device)
     made.set_adapter("a")
-    made.requires_grad_()  # Parameters of inactive adapters too require gradients.
+    made.requires_grad_()  # Parameters of inactive adapters also require gradients.
     y = made(x) if names == ["a"] * 5 else made(x, names)
     expected = formula(made, x, names, x)
     torch.testing.assert_close(y, expected, **CLOSE)

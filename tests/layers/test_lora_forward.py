@@ -116,7 +116,7 @@ def test_hook_of_the_base_is_called_every_time():
     assert_same(
         layer, x, lambda: lora_forward(x, layer.base_layer, factors(layer)), lambda: layer(x)
     )
-    assert len(calls) == 3  # lora_ext's forward, PEFT's, and PEFT's in float64
+    assert len(calls) == 3  # by lora_ext, by PEFT, and by PEFT in float64
     handle.remove()
     assert dense_parameters(layer.base_layer) is not None
 

@@ -134,7 +134,7 @@ def test_names_may_exist_in_some_layers_only():
         assert torch.equal(one(x)[1], one.base_layer(x)[1])
         assert not torch.equal(one(x)[0], one.base_layer(x)[0])
         two(x)
-    kept = LoraLinear(nn.Linear(2, 2), "zigzag")  # No other test uses a similar name.
+    kept = LoraLinear(nn.Linear(2, 2), "zigzag")  # the only similar name in this process
     with pytest.raises(lora_ext.nn.UnknownAdapterError, match=r"'zigzig'; did you mean 'zigzag'\?"):
         lora_ext.adapters(["zigzig", None]).__enter__()
     del kept
@@ -288,7 +288,7 @@ def test_checkpointed_layer_uses_the_block_of_its_forward(reentrant):
             second = run(x)
             third = run(x)
     other = gradients(ours(x, ["0", None, "1"]), ours, x)
-    # The order of the backward passes is neither that of the forward passes nor its reverse.
+    # The backward passes run in another order than the forward passes and their reverse.
     torch.testing.assert_close(gradients(second, ours, x), other, rtol=0, atol=0)
     torch.testing.assert_close(gradients(first, ours, x), expected, rtol=0, atol=0)
     torch.testing.assert_close(gradients(third, ours, x), other, rtol=0, atol=0)

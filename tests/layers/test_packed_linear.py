@@ -231,7 +231,7 @@ def test_unpacking_restores_the_same_modules() -> None:
 def test_tied_weights_share_one_copy() -> None:
     model = Tied().eval()
     pack_linears(model)
-    assert packed_bytes(model) == (64 * 16 + 32 * 16) * 4  # outputs in panels of 32
+    assert packed_bytes(model) == (64 * 16 + 32 * 16) * 4  # Outputs are padded to multiples of 32.
     assert model.head.weight is model.second.weight is model.tokens.weight
     with torch.no_grad():
         model.tokens.weight.mul_(3)

@@ -76,7 +76,7 @@ def test_layer_that_is_off_removes_only_its_update(kind: str):
     set_active(layer, "default", True)
     with torch.no_grad():
         layer.lora_B["default"].weight.zero_()
-    # B = 0 adds one rounding of a sum.
+    # With B = 0, the output is rounded once more.
     torch.testing.assert_close(off, logits(model), rtol=1e-5, atol=1e-5)
 
 

@@ -113,7 +113,7 @@ def test_gradients_equal_the_sum_of_one_backward_per_mask(kind: str):
         gradients.append(found)
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        close = 1e-4 * gradient.abs().max()  # float32 sums of ten rows in another order
+        close = 1e-4 * gradient.abs().max()  # ten float32 rows, added in two orders
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=float(close))
 
 

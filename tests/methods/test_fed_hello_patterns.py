@@ -65,7 +65,7 @@ def test_weights_equal_the_authors_and_are_interpolated():
             assert weights.shape == (L,) and weights.dtype == torch.float64
             assert float(weights.sum()) == pytest.approx(1, abs=1e-12) and float(weights.min()) > 0
     assert torch.equal(pattern_weights("bottleneck", 12) * 27, torch.tensor(AUTHORS).double())
-    double = pattern_weights("bottleneck", 23)  # every second position is one of the twelve
+    double = pattern_weights("bottleneck", 23)  # Layers 0, 2, 4, ... are the twelve above.
     torch.testing.assert_close(double[::2] / double[0], torch.tensor(AUTHORS).double() / 3)
     torch.testing.assert_close(double[1::2], (double[:-1:2] + double[2::2]) / 2)
     for pattern, expected in (

@@ -120,7 +120,7 @@ def test_layers_that_no_client_can_train_warn_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(own, grid())
-        strategy(HLA("triangle", 3))  # works because client 2 trains all layers
+        strategy(HLA("triangle", 3))  # no warning: client 2 trains all layers
     with pytest.warns(UserWarning, match=message):
         run(fed_hello.FedHello(HLA("triangle", 3), capability=lambda client: 2), grid())
 

@@ -201,7 +201,7 @@ def test_fastest_device_with_enough_memory_periodically_trains_all_layers():
     assert (by_round[3].raised, by_round[3].depths[1]) == (1, 12)
     assert by_round[3].extra_wait == pytest.approx(by_round[3].waiting - by_round[2].waiting)
     assert by_round[3].extra_wait > 0
-    assert one.configure(slow, slow).uncovered  # Without a round, no device is chosen periodically.
+    assert one.configure(slow, slow).uncovered  # No round, so no device trains all layers.
 
 
 def test_byte_budget_lowers_devices_that_send_most_for_their_data():
@@ -238,7 +238,7 @@ def test_depths_stay_if_waiting_is_below_eps():
     same = dict.fromkeys(range(2), Estimate(10, 0.1, 0))
     assert configurator(eps=0.1).configure(same, same, previous=before).depths == before
     assert configurator().configure(same, same, previous=before).depths == {0: 12, 1: 12}
-    # Limits apply even if the other depths stay.
+    # Limits apply even if the change is too small to replace the other depths.
     found = configurator(eps=0.1).configure(same, same, previous=before, limits={1: 11})
     assert found.depths == {0: 11, 1: 11}
 

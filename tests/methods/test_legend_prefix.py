@@ -111,7 +111,7 @@ def test_cached_blocks_do_not_run_again_until_depth_grows(in_tuple: bool):
         (LayerPlan((2,)), (1, 1, 2), (1, 1)),
         (LayerPlan((1, 2)), (2, 2, 3), (1, 2)),  # One block fewer is below the trained layers.
         (LayerPlan((1, 2)), (2, 3, 4), (2, 2)),
-        (LayerPlan((2,)), (2, 4, 5), (3, 2)),  # cached activations also serve fewer layers
+        (LayerPlan((2,)), (2, 4, 5), (3, 2)),  # uses the activations cached for (1, 2)
         (LayerPlan((0, 1, 2)), (3, 5, 6), (3, 2)),  # No block is below the trained layers.
     ):
         manager.apply(plan, others="disabled")
@@ -190,7 +190,7 @@ def test_random_modules_below_are_refused_in_training(extra: nn.Module, found: s
 def test_dropout_is_accepted_in_trained_layers_and_disabled_adapters():
     model = Stack()
     model.layers[2].drop = nn.Dropout(0.5)
-    # This adapter is disabled below.
+    # The plan below disables this adapter.
     model.layers[0].linear.lora_dropout["default"] = nn.Dropout(0.5)
     manager = LoraLayerManager(model.train())
     manager.apply(LayerPlan((2,)), others="disabled")

@@ -64,9 +64,9 @@ def test_devices_are_probed_twice_and_then_finish_together():
 def test_depth_of_a_device_falls_when_it_slows_down_and_recovers():
     depths = play(allocator(), range(1, 90), lambda d, r: 10.0 if d == 0 and 20 <= r < 40 else 1.0)
     first = [each[0] for each in depths]
-    assert set(first[15:20]) == {12}  # rounds 16 to 20; the device is slow from round 20 on
+    assert set(first[15:20]) == {12}  # rounds 16 to 20; round 20 is slow, but its plan is older
     assert first[20] < 12
-    assert first[30] == 1  # ten rounds later
+    assert first[30] == 1  # after ten more slow rounds
     back = next(i for i in range(39, 80) if first[i] >= 11)
     assert back - 39 <= 40
     assert min(first[back:]) >= 11
@@ -98,7 +98,7 @@ def test_three_invalid_reports_in_a_row_lower_the_depth_to_the_least():
     # The depth falls immediately, regardless of max_step.
     assert one.plan(10, 0, L).layers == (10, 11)
     one.observe(10, 0, LayerPlan((10, 11)), report(0, LayerPlan((10, 11))))
-    # max_step applies again.
+    # max_step applies again to a rising depth.
     assert len(one.plan_round(11, dict.fromkeys(SPEEDS, L))[0].layers) == 5
 
 

@@ -42,8 +42,8 @@ def learned(*reports: CapacityReport, **fields) -> CapacityTracker:
 
 
 def test_one_report_is_split_by_forward_and_backward_work():
-    # A forward through 12 layers and a backward through 4; a layer costs twice as much in the
-    # backward as in the forward.
+    # The report is of a forward through 12 layers and a backward through 4. A layer costs twice
+    # as much in the backward as in the forward.
     found = learned(CapacityReport(0, 4, 10.0, 3.0, 1000)).estimate(0)
     assert found == pytest.approx((6.0, 1.0, 0.006, True))
 

@@ -206,7 +206,7 @@ def test_logits_to_keep_selects_logits(family: str, keep: Any):
     else:
         rows = torch.arange(2)[:, None] if keep.dim() == 2 else slice(None)
         expected = full[rows, keep]
-    fresh = mod.apply(make(family))  # its first forward uses logits_to_keep
+    fresh = mod.apply(make(family))  # has had no forward without logits_to_keep
     shake(fresh)
     for tried in (model, fresh):
         torch.testing.assert_close(logits(tried, logits_to_keep=keep), expected)

@@ -108,7 +108,7 @@ def test_greedy_window_has_the_most_likely_token_at_each_position():
         dist = reference.circuit_conditional_dist("hmm", *circuit, found, at)
         assert torch.equal(dist.argmax(-1), found[:, k])
     likeliest = reference.circuit_argmax("hmm", *circuit)[0]
-    assert (likeliest != found).any(1).sum() > 3  # The most likely window as a whole differs.
+    assert (likeliest != found).any(1).sum() > 3  # Most likely windows as a whole are others.
 
 
 # -------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class EnumeratedBehind(Enumerated):
                 dist = reference.circuit_conditional_dist(kind, *circuit, window, at)
                 mixtures.append(dist.exp())
         self.weight[self.rows] *= drawn
-        # The interval of a less probable draft may contain no float32 number.
+        # The uniforms that lead to a less probable draft may include no float32 number.
         self.possible = drawn > 1e-6
         self.mixture = torch.stack(mixtures, 1)
         draft = mtpc.SpeculativeDecoder.draft(self, hidden, pending, uniforms)

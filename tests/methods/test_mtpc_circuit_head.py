@@ -272,7 +272,7 @@ def test_leaves_larger_than_the_free_memory_are_refused_before_allocation(monkey
     size = "8 positions x 8 components x 49152 tokens x width 576"
     assert f"of 3.0 GB, found 'full' of {size}, which takes 7.2 GB" in message
     monkeypatch.undo()
-    # Larger than the memory of any machine, so the real function can be called.
+    # This needs more memory than any machine has, so the real function can be called.
     with pytest.raises(ValueError, match=r"found 'adapter' .*; use a shortlist or a smaller"):
         CircuitHead(1 << 20, 1 << 40, 1, 1, "ff", emission="adapter")
 

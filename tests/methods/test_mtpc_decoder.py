@@ -170,7 +170,7 @@ class Enumerated(mtpc.SpeculativeDecoder):
         uniforms[:, n] = middle(residual, token)
         self.weight[self.rows] *= weight
         found = super().verify(draft, target, pending, uniforms.float())
-        # The interval of a less probable outcome may contain no float32 number.
+        # The uniforms that lead to a less probable outcome may include no float32 number.
         likely = self.possible & (weight > 1e-6)
         self.check(found[0][likely], accepted[likely])
         self.check(found[1][likely], token[likely])
@@ -240,7 +240,7 @@ def enumerate_paths(
     rows = range(len(paths))  # The seed of a row is the index of its path.
     found = decoder.generate(prompt.expand(len(paths), -1), max_new_tokens=new, seed=rows)
     assert len({*found.calls}) == new  # Some paths need one call, others one per token.
-    # A path that ends after c calls is counted once for every continuation.
+    # A path that ends after c calls occurs once per continuation, so its weight is divided.
     unused = torch.cat([codes.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.int64)])
     weight = decoder.weight / unused[torch.tensor(found.calls)]
     place = (found.sequences[:, 3:] * v ** torch.arange(new - 1, -1, -1)).sum(1)

@@ -101,7 +101,7 @@ def test_small_angles_do_not_cancel_and_zero_updates_have_angle_zero():
     found = [row.score for row in ediem_scores(state, base, aligned, config)]
     x = torch.tensor([1.0, 2.0, 4.0, 0.0], dtype=torch.float64)
     iqr = torch.quantile(x, 0.75) - torch.quantile(x, 0.25)
-    # The spread is 1.75e-9; the divisor also contains 1e-12, which keeps the division finite.
+    # Scores are divided by the spread (1.75e-9) plus 1e-12, which prevents a division by 0.
     assert found == pytest.approx(((x - x.median() - 0.5) / iqr).tolist(), rel=1e-2)
 
 

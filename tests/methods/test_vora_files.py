@@ -73,7 +73,7 @@ def test_state_dict_of_a_wrapped_model_contains_vision_and_heads() -> None:
                 parameter.normal_()
     vora.load_state_dict(other, found)
     assert all(torch.equal(value, found[name]) for name, value in vora.state_dict(other).items())
-    # The language model alone has no vision modules.
+    # The language model has no vision modules.
     with pytest.raises(ValueError, match=r"load_state_dict: vision\."):
         vora.load_state_dict(other.model, found)
     assert len(vora.load_state_dict(other.model, found, strict=False).unexpected_keys) == 9

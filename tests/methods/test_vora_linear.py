@@ -238,7 +238,7 @@ def test_image_text_and_base_rows_share_one_launch(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(found, rows(layer, x, names), rtol=1e-5, atol=1e-5)
         with modality(mask), lora_ext.adapters(of_text):
             assert torch.equal(layer(x), found)
-        # A batch of text alone uses the names of the block.
+        # A batch without images uses the names of the block.
         with lora_ext.adapters(of_text), torch.no_grad():
             every = [name for name in of_text for _ in range(7)]
             torch.testing.assert_close(layer(x), rows(layer, x, every), rtol=1e-5, atol=1e-5)

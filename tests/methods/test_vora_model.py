@@ -172,7 +172,7 @@ def test_greedy_tokens_with_and_without_a_cache_are_equal(
     beams = model.generate(
         given["input_ids"], given["images"], given["attention_mask"], max_new_tokens=4, num_beams=2
     )
-    for sample in range(3):  # beam search on each sample alone
+    for sample in range(3):  # Each sample is also generated as a separate batch.
         alone = of_sample(given, sample)
         one = model.generate(alone["input_ids"], alone["images"], max_new_tokens=4, num_beams=2)
         assert torch.equal(beams[sample], one[0])

@@ -65,7 +65,7 @@ def test_losses_equal_those_computed_by_hand(n_blocks: int, pairing: str) -> Non
 
     logits, mask = found.logits, given["attention_mask"]
     counted = []
-    for sample in range(3):  # The target is the next text token, skipping images.
+    for sample in range(3):  # The target of a token is the next text token; images are skipped.
         places = (~found.vision_mask[sample]).nonzero()[:, 0].tolist()
         ids = given["input_ids"][sample][mask[sample].bool()]
         ids = ids[ids != PLACEHOLDER].tolist()
@@ -218,7 +218,7 @@ def test_trainer_trains_and_saves_the_model(tied: bool, tmp_path: Path) -> None:
     given = batch()
     rows = [
         {key: value[i] for key, value in given.items()} for i in (0, 1, 2, 1)
-    ]  # one sample of the second batch is text alone
+    ]  # One sample of the second batch has no image.
 
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         found = {key: [sample[key] for sample in samples] for key in samples[0]}

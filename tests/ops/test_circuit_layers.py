@@ -162,7 +162,7 @@ def test_errors_of_lower_precisions_stay_within_the_bound_above_256_terms(
     # Each value is rounded to float32 once, followed by two layers of sums.
     error = (val - expected)[possible].abs()
     assert (error <= 3 * bound + 2.0**-21 * (20 + expected[possible].abs())).all()
-    # An error this large shows that float16 was used.
+    # Without such an error, the op would not have used float16.
     assert precision == "high" or error.max() > 2.0**-17
 
 

@@ -191,7 +191,7 @@ def test_walk_stays_inside_the_circuit_for_any_values(backend: Backend, fill: fl
     val = torch.full((4, program.plan[0]), fill)
     root, n = start(program, 4), program.plan[1]
     uniforms = [None, uniforms_of(program, 8)]
-    if not backend.is_twin:  # Twins raise for NaN uniforms.
+    if not backend.is_twin:  # CPU twins raise for NaN uniforms.
         uniforms.append(torch.full((8, program.plan[9]), torch.nan))
     for u in uniforms:
         for weights in (w, torch.full_like(w, fill)):

@@ -137,8 +137,8 @@ def test_impossible_sums_stay_impossible_without_nan(
     w, values = inputs(
         regime, (2, 4, 5, 6) if regime == "grouped" else (4, 5, 6), norm, torch.float32
     )
-    values[..., 1, :] = -torch.inf  # a row with impossible terms only
-    w[..., 2, :] = 0 if norm == "probs" else -torch.inf  # a sum with impossible weights only
+    values[..., 1, :] = -torch.inf  # a row in which all terms are impossible
+    w[..., 2, :] = 0 if norm == "probs" else -torch.inf  # a sum whose weights are all impossible
     w, values = (t.to(backend.device).requires_grad_() for t in (w, values))
     out = ops.log_einsum_exp(w, values, norm)
     assert (out[..., 1, :] == -torch.inf).all() and (out[..., 2] == -torch.inf).all()

@@ -127,7 +127,7 @@ def test_output_in_the_memory_of_another_argument_raises(name: str, paged: bool)
     if inputs[name] is None:
         pytest.skip("a bank has no page table")
     size = inputs[name].numel()
-    for start in (0, 7, 256 - size // 2 - 1, 255):  # from inside y to only its last element
+    for start in (0, 7, 256 - size // 2 - 1, 255):  # The overlap shrinks to one element.
         memory = torch.zeros(256 + size)
         memory[:256] = inputs["y"].flatten()
         within = memory[start:][:size].view(inputs[name].dtype).view(inputs[name].shape)

@@ -1,5 +1,5 @@
-"""Ranks so large that the twins process them in several spans. The tables of cases do not contain
-such ranks."""
+"""Ranks so large that the CPU twins process them in several spans. The tables of cases do not
+contain such ranks."""
 
 from __future__ import annotations
 

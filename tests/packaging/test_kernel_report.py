@@ -35,7 +35,7 @@ def test_rows_of_the_json_output_have_the_documented_keys(capsys) -> None:
 
 
 def test_trips_and_instructions_cost_what_the_model_predicts(lock) -> None:
-    """Check that ten more memory trips cost 2 us at a shape that is bound by memory latency."""
+    """Check that ten more round trips to memory cost 2 us at a shape bound by memory latency."""
     case = next(c for c in report.CASES if c.shape.startswith("D1") and "shrink" in c.kernel)
     code = lock[case.kernel]
     longer = replace(code, trips=(code.trips or 0) + 10)

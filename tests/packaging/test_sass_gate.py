@@ -224,7 +224,7 @@ LOAD = "LDG.E.128 R4, desc[UR4][R2.64]"
     [
         # one load, used immediately
         ([(LOAD, 0, 0), ("FADD R0, R0, R4", 7, 1)], 16, 0),
-        # two loads with separate barriers, both issued before the first one is used
+        # two loads with separate barriers, both issued before the first result is used
         ([(LOAD, 0, 0), (LOAD, 1, 0), ("FADD R0", 7, 1), ("FADD R0", 7, 2)], 32, 0),
         # The second load is issued after the first one has arrived.
         ([(LOAD, 0, 0), ("FADD R0", 7, 1), (LOAD, 1, 0), ("FADD R0", 7, 2)], 16, 0),

@@ -101,15 +101,15 @@ OPS = set(
 
 
 class Tellings(NamedTuple):
-    """Names of the formula (in ``lora_ext.reference``), the loop (twin) and the kernel launcher of
-    an op."""
+    """Names of an op's formula (in ``lora_ext.reference``), of its loop (the CPU twin) and of its
+    CUDA launcher."""
 
     reference: str
     twin: str
     launcher: str  # without "launch_", or "-" if the op runs on the CPU only
 
 
-# Per line: an op, its formula, its twin and its launcher.
+# Each line contains an op, its formula, its CPU twin and its CUDA launcher.
 TABLE = """\
 lora_plan lora_plan lora_plan_cpu lora_plan
 lora_segment_ids lora_segment_ids lora_segment_ids_cpu lora_segment_ids

@@ -1,5 +1,5 @@
-// The driver's virtual memory on the host, declared by the real cuda.h. Accessing memory that is
-// not mapped, or without access rights, ends the process.
+// Substitute for the CUDA driver's virtual memory functions, which uses host memory. An access to
+// memory that is not mapped, or for which no access was set, ends the process.
 
 #include <cuda.h>
 #include <sys/mman.h>

@@ -194,7 +194,7 @@ def test_memory_of_deleted_pools_is_reused_when_the_device_is_full(driver, libra
     pool = fill(AdapterPool(Base(), max_slots=64, max_rank=8), range(4), 8)
     drop_a_pool(max_slots=8)
     library.stand_in_limit(library.stand_in_taken())
-    fill(pool, range(4, 9), 8)  # Both modules need one more page than is mapped.
+    fill(pool, range(4, 9), 8)  # Both modules need a page that is not yet mapped.
     assert library.stand_in_taken() == pool.nbytes()
 
 

@@ -1,4 +1,4 @@
-"""Values that layers share by shape, device and stream, but not with a captured or traced graph."""
+"""Values that layers of equal shape, device and stream share, but not with a captured graph."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -106,7 +106,7 @@ def test_rows_are_grouped_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("pooled", [True, False])
 def test_checkpoints_use_the_ids_of_their_forward(reentrant: bool, pooled: bool) -> None:
-    # The backward runs after the block, with overwritten ids and several pending forwards.
+    # The backward runs after the block, when ids are overwritten and several forwards are pending.
     model: Any = make(torch.float64) if pooled else own()
     pool = model.up.pool if pooled else layer_names
     names = ["red", "blue"]

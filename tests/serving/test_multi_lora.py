@@ -53,7 +53,7 @@ def test_list_read_both_per_sequence_and_per_row_raises(order: int, compiled: bo
     forwards = [inputs(4, 3), inputs(1, 4)][::order]
     message = r"one name per sequence for \(4, 3, features\), one per row for \(1, 4, feat"
     with torch.no_grad(), lora_ext.adapters(PER_SEQUENCE):
-        run(inputs(4))  # This shape fits both readings.
+        run(inputs(4))  # This shape fits names per sequence and per row.
         run(forwards[0])
         with pytest.raises(ValueError, match=message):
             run(forwards[1])
@@ -325,7 +325,7 @@ def test_one_compiled_graph_serves_every_assignment(target: str) -> None:
             with lora_ext.adapters(names):
                 torch.testing.assert_close(compiled(x), eager(x))
         torch.testing.assert_close(compiled(x), eager(x))
-        model.up.pool.update("red", (adapter("green")[0], adapter("green")[1]))  # another rank
+        model.up.pool.update("red", (adapter("green")[0], adapter("green")[1]))  # changes its rank
         with lora_ext.adapters("red"):
             torch.testing.assert_close(compiled(x), eager(x))
         with pytest.raises(ValueError, match="expected a batch of 2 sequences"):

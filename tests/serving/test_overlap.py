@@ -78,7 +78,7 @@ def test_every_allowed_order_is_bitwise_equal_to_one_stream(
     world = FakeCuda(seed)
     layer.overlap = Overlap(world, devices=("cpu",))
     queues = Queues(world, monkeypatch)
-    found = [outputs(layer), outputs(layer)]  # The second fork must wait for the first.
+    found = [outputs(layer), outputs(layer)]  # The second call must wait for the first.
     world.run()
     for y in found:
         assert_same_bits(y, expected)
@@ -117,7 +117,7 @@ def test_many_rows_and_gradients_use_one_stream() -> None:
         layer(torch.ones(3, 5, 24, requires_grad=True)).sum().backward()
         layer(torch.ones(3, 5, 24))
     with torch.no_grad():
-        layer(torch.ones(3, 5, 24))  # This call uses the base model only.
+        layer(torch.ones(3, 5, 24))  # Outside of a block, this call uses the base model only.
     assert len(world.streams) == 1
     outputs(layer, MOST_ROWS // 3)
     assert len(world.streams) == 2

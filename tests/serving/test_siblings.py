@@ -275,8 +275,8 @@ def test_inner_block_between_sibling_calls_uses_its_own_adapters() -> None:
 
 
 def test_shared_outputs_are_dropped_when_their_block_is_exited() -> None:
-    # Layers called after the block must not use the outputs either: a dead reference to a block is
-    # not None.
+    # Layers called after the block must not use the outputs either: the dead reference to the
+    # block must not be taken for None, which stands for no block.
     for default in (None, "red"):
         model, plain = taught(default=default)
         x, found = inputs(), []

@@ -1,4 +1,4 @@
-"""Layering of calls: functions call only lower layers, and a call visits few files, each once."""
+"""Layering of calls: functions call only lower packages, and a call visits few files, each once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ import lora_ext
 from lora_ext.rows import Block
 
 ROOT = Path(__file__).resolve().parents[2]
-# Largest number of files that a call visits. from_peft visits 12, because it also registers the
-# spacing of 16-bit rows.
+# Largest number of files that a call visits: from_peft, which also changes the spacing of rows.
 MOST_STAYS = 12
 # Functions that call back into their caller's file to make a value.
 _MADE_TO_BE_KEPT = ("get", "keep", "_ordinary", "<module>")
@@ -106,7 +105,7 @@ CONFIG = LlamaConfig(
     num_hidden_layers=1,
     num_attention_heads=2,
     num_key_value_heads=2,
-    attn_implementation="eager",  # "sdpa" makes further calls after continuous batching
+    attn_implementation="eager",  # Continuous batching replaces "sdpa" by a function of lora_ext.
 )
 LORA = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
 IDS = torch.arange(8).view(2, 4)

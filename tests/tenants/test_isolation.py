@@ -89,7 +89,7 @@ def test_flood_of_tokens_delays_other_tenants_by_one_round() -> None:
             future.add_done_callback(lambda _: order.append(f"{name} {service.counts['steps']}"))
             return future
 
-        data = [datum(i, 64) for i in range(20)]  # These data take ten steps.
+        data = [datum(i, 64) for i in range(20)]  # ten steps of two data each
         together(
             service,
             lambda: recorded("flood", flood.forward(data)),

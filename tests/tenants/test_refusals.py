@@ -47,7 +47,7 @@ def learns(**inputs: Any) -> list[Datum]:
     return [Datum([1], {"target_tokens": [1], **inputs})]
 
 
-#: Entries are (function, argument as in the error, call that passes a value, rejected values).
+#: Entries are (argument, rejected values).
 SERVICE: list[tuple[str, Any]] = [
     ("max_tokens", COUNT),
     ("queue", COUNT),
@@ -55,6 +55,7 @@ SERVICE: list[tuple[str, Any]] = [
     ("store", ("", "a\0b", b"x", 1, True, [], NAN)),
     ("tokenizer", ("", 1, True, object())),
 ]
+#: Entries are (function, argument as in the error, call that passes a value, rejected values).
 TENANT: list[tuple[str, str, Any, Any]] = [
     ("create", "rank", lambda s, t, d, v: s.create(v), (*COUNT, 513)),
     ("create", "seed", lambda s, t, d, v: s.create(2, seed=v), (*NO_NUMBER, 0.5, HUGE)),

@@ -130,7 +130,7 @@ def test_training_together_with_other_tenants_equals_training_alone() -> None:
                 results = together(service, *(calls[:1] if alone else calls))
                 seen += results[0].logprobs
                 for tenant in tenants:
-                    # 5.0 is far below the norms.
+                    # The gradient norms are far above 5.0, so all gradients are clipped.
                     tenant.optim_step(1e-3, eps=1e-4, max_grad_norm=5.0)
             tenants[0].optim_step(0.0).result()
             return [*seen, *factors(tenants[0])], service.counts
@@ -393,7 +393,7 @@ def test_restored_optimizer_state_is_on_the_device_of_its_weights() -> None:
 
     saved = Optimizer(parameters("cpu"))
     saved.step([torch.ones(3)], checked_settings(1e-2, (0.9, 0.95), 1e-12, 0.0, None))
-    other = Optimizer(parameters("meta"))  # "meta" stands for a device other than that of the file
+    other = Optimizer(parameters("meta"))  # a device other than that of the file
     other.restore(saved.tensors())
     assert {t.device.type for t in other.tensors().values()} == {"meta"}
     assert len(other.tensors()) == 3

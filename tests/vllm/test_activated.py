@@ -1,5 +1,5 @@
-"""Activated adapters: rows equal PEFT's, and cache blocks before a start are shared with the base
-model."""
+"""Activated adapters: rows equal PEFT's, and cache blocks before an adapter starts are shared with
+the base model."""
 
 import shutil
 

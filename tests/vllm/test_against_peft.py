@@ -39,7 +39,7 @@ def test_ranks_of_the_adapters_are_used_instead_of_the_maximum(engine):
     assert len(met) >= 2 * 7
     for stack in met:
         found = [int(stack.ranks[slots[name]]) for name in "abcd"]
-        assert found in ([4, 8, 3, 16], [0] * 4)  # 0 for the output head, which has no adapter
+        assert found in ([4, 8, 3, 16], [0] * 4)  # 0: these adapters have no output head
 
 
 def test_rows_of_the_base_model_are_correct_if_all_slots_are_full(engine, peft_model):
@@ -62,7 +62,7 @@ def test_heads_and_embeddings_of_some_rows_equal_peft(engine, peft_model):
 def test_more_adapters_than_slots_equal_peft(engine, peft_model):
     for names in (["a", "b", "c", "d"], ["e", "f", "b", None], ["a", "e", None, "c"], ["d", "f"]):
         peft_model.check(engine.run(names), names, ATOL)
-    # Requests run as slots become free.
+    # There are more adapters than slots, so requests wait until slots are free.
     everyone = ["a", "b", "c", "d", "e", "f", "head", None] * 2
     peft_model.check(engine.run(everyone), everyone, ATOL)
 
@@ -72,7 +72,7 @@ def test_adapter_is_replaced_in_place(engine, peft_model, folder):
     peft_model.check(engine.run(names), ["a", None, "b"], ATOL)
     shutil.copytree(folder / "a2", folder / "changing", dirs_exist_ok=True)
     assert engine.llm.llm_engine.add_lora(engine.request("changing", load_inplace=True))
-    assert engine.llm.reset_prefix_cache()  # Keys of cache blocks contain the adapter name.
+    assert engine.llm.reset_prefix_cache()  # Keys of cache blocks contain only the adapter's name.
     peft_model.check(engine.run(names), ["a2", None, "b"], ATOL)  # a2 has another rank
 
 

@@ -74,7 +74,7 @@ def test_changed_files_at_one_path_use_no_block_of_the_old_files(engine, number,
     first = answer(engine, request("moving", number, put("a")))
     again = answer(engine, request("moving", number, put("a")))
     assert (first.cached, again.cached) == (0, 96)
-    lora = request("moving", next(_numbers), put("a2"))  # An unload and load gives such a request.
+    lora = request("moving", next(_numbers), put("a2"))  # as after an unload and a load
     found = answer(engine, lora)
     peft_model.check([first, found], ["a", "a2"], ATOL)
     assert found.cached == 0 and answer(engine, lora).cached == 96
