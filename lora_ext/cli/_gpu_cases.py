@@ -17,6 +17,7 @@ from lora_ext import ops, reference
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
 Inputs = dict[str, Any]
+Call = Callable[[], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,28 @@ class Case:
             ``launch_``.
         make: function that receives a generator and a size, and returns inputs. Size 0 is small,
             for the check, and size 1 is large, for the timing.
-        run: function that calls the op with the inputs and returns the results.
+        ready: function that prepares all arguments from the inputs, and returns the call of the op.
+            Only the call is timed, so it must not create a tensor on the host.
         formula: reference function, which computes the same results from float64 inputs.
         dtype: dtype of the floating-point inputs of the op.
         bound: maximum absolute error of a result, divided by its largest absolute value.
         exact: whether the results must be equal, since they are indices.
+        read: function that turns inputs and results of the op into the results of the reference.
     """
 
     op: str
     launchers: tuple[str, ...]
     make: Callable[[torch.Generator, int], Inputs]
-    run: Callable[[Inputs], list[Tensor]]
+    ready: Callable[[Inputs], Call]
     formula: Callable[[Inputs], list[Tensor]]
     dtype: torch.dtype = torch.float32
     bound: float = 1e-4
     exact: bool = False
+    read: Callable[[Inputs, list[Tensor]], list[Tensor]] = lambda given, found: found
+
+    def run(self, given: Inputs) -> list[Tensor]:
+        """Return the results of the op, to be compared with those of the reference."""
+        return self.read(given, self.ready(given)())
 
 
 def moved(inputs: Mapping[str, Any], outputs: list[Tensor]) -> int:
@@ -90,13 +98,13 @@ def _lora(sizes: Any, g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def _both(name: str, launchers: tuple[str, ...], make: Any, run: Any, **how: Any) -> Case:
+def _both(name: str, launchers: tuple[str, ...], make: Any, ready: Any, **how: Any) -> Case:
     """Return the case that compares an op with the reference function of the same name.
 
-    ``run(function, inputs)`` is called once with each of the two functions.
+    ``ready(function, inputs)`` returns the call of one of the two functions.
     """
     op, formula, label = getattr(ops, name), getattr(reference, name), how.pop("op", name)
-    return Case(label, launchers, make, lambda i: run(op, i), lambda i: run(formula, i), **how)
+    return Case(label, launchers, make, partial(ready, op), lambda i: ready(formula, i)(), **how)
 
 
 def _pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> Case:
@@ -105,11 +113,16 @@ def _pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> 
     ``arguments`` is the function that returns the arguments for the inputs.
     """
 
-    def run(function: Any, given: Inputs) -> list[Tensor]:
-        found = function(*arguments(given))
-        return tensors([found] if isinstance(found, Tensor) else list(found))
+    def ready(function: Any, given: Inputs) -> Call:
+        bound = arguments(given)
 
-    return _both(name, launchers, make, run, **how)
+        def call() -> list[Tensor]:
+            found = function(*bound)
+            return tensors([found] if isinstance(found, Tensor) else list(found))
+
+        return call
+
+    return _both(name, launchers, make, ready, **how)
 
 
 def _bank(given: Inputs) -> tuple[Tensor, ...]:
@@ -128,10 +141,14 @@ def _siblings(given: Inputs) -> tuple[Any, ...]:
     return y, given["x"], [given["a"]] * 3, [given["b"]] * 3, given["ids"]
 
 
-def _plan(given: Inputs) -> list[Tensor]:
+def _plan(given: Inputs) -> Call:
+    return lambda: [ops.lora_plan(given["ids"], len(given["a"]))]
+
+
+def _ids_of_plan(given: Inputs, found_plan: list[Tensor]) -> list[Tensor]:
     """Return the adapter id of each row, read from the op's plan (rows grouped by adapter)."""
     rows, adapters = len(given["ids"]), len(given["a"])
-    plan = ops.lora_plan(given["ids"], adapters).cpu()
+    plan = found_plan[0].cpu()
     found = torch.full((rows,), -1)
     perm = plan[-(rows + adapters + 2) : -(adapters + 2)]
     for chunk in plan[8 : 8 + 4 * int(plan[0])].view(-1, 4).tolist():
@@ -147,27 +164,34 @@ def _segments(g: torch.Generator, size: int) -> Inputs:
 
 def _gradients(
     function: Callable[..., Tensor], given: Inputs, names: tuple[str, ...], *rest: Any
-) -> list[Tensor]:
-    """Return the result of a function, and gradients for the inputs ``names``.
+) -> Call:
+    """Return the call of a function that also returns gradients for the inputs ``names``.
 
     The gradients are those of a weighted sum of the result. ``rest`` are further arguments.
     """
-    leaves = {name: given[name].detach().clone().requires_grad_() for name in names}
-    y = function(*leaves.values(), *rest)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
-    found = torch.autograd.grad(y, list(leaves.values()), weights.to(y))
-    return [y.detach(), *found]
+    leaves = [given[name].detach().clone().requires_grad_() for name in names]
+    with torch.no_grad():
+        y = function(*leaves, *rest)  # only its shape is used
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device)
+    weights = weights.view(y.shape).to(y)
+
+    def call() -> list[Tensor]:
+        y = function(*leaves, *rest)
+        return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
+
+    return call
 
 
-def _train(function: Any, given: Inputs) -> list[Tensor]:
+def _train(function: Any, given: Inputs) -> Call:
     def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return function(x, None, None, a, b, given["ids"])
 
     return _gradients(run, given, ("x", "a", "b"))
 
 
-def _dropout(function: Any, given: Inputs) -> list[Tensor]:
-    return [function(given["x"], 0.5, torch.tensor(7, device=given["x"].device))]
+def _dropout(function: Any, given: Inputs) -> Call:
+    seed = torch.tensor(7, device=given["x"].device)
+    return lambda: [function(given["x"], 0.5, seed)]
 
 
 def _grams(g: torch.Generator, size: int) -> Inputs:
@@ -184,7 +208,11 @@ def lora_cases() -> list[Case]:
     halves = ("lora_shrink", "lora_expand")
     train = ("lora_train_shrink", "lora_train_backward")
     return [
-        Case("lora_plan", ("lora_plan",), prefill, _plan, lambda i: [i["ids"].cpu()], exact=True),
+        Case(
+            *("lora_plan", ("lora_plan",), prefill, _plan, lambda i: [i["ids"].cpu()]),
+            exact=True,
+            read=_ids_of_plan,
+        ),
         _pair(
             "lora_segment_ids",
             _segments,
@@ -204,7 +232,7 @@ def lora_cases() -> list[Case]:
         _pair(
             "lora_pair_stats",
             _grams,
-            lambda i: (i["a"], i["b"], [t / 2 for t in i["b"]], [1.0] * len(i["a"])),
+            lambda i: (i["a"], i["b"], [t / 2 for t in i["b"]], i["a"][0].new_ones(3).double()),
             "lora_pair_stats",
         ),
     ]
@@ -224,7 +252,7 @@ def _circuit(g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def _scan(function: Any, given: Inputs) -> list[Tensor]:
+def _scan(function: Any, given: Inputs) -> Call:
     def run(leaf: Tensor, prior: Tensor, trans: Tensor) -> Tensor:
         return function("hmm", leaf, prior, trans, given["x"]).prefix
 
@@ -235,16 +263,20 @@ def _head(given: Inputs) -> tuple[str, Tensor, Tensor, Tensor]:
     return "hmm", given["leaf"], given["prior"], given["trans"]
 
 
-def _scored(function: Any, given: Inputs) -> list[Tensor]:
-    """Return the log-probabilities of the sample that the op has drawn.
+def _scored(function: Any, given: Inputs) -> Call:
+    """Return the call that returns the log-probabilities of the sample that the op has drawn.
 
     The reference computes them for the op's tokens, since rounding might make it draw other ones.
     """
-    if function is ops.circuit_sample:
+
+    def call() -> list[Tensor]:
+        if function is not ops.circuit_sample:
+            return [reference.circuit_scan(*_head(given), given["drawn"]).conditional]
         found = function(*_head(given), given["uniforms"])
         given["drawn"] = found.tokens
         return [found.conditional]
-    return [reference.circuit_scan(*_head(given), given["drawn"].cpu()).conditional]
+
+    return call
 
 
 def _verify(given: Inputs) -> tuple[Tensor, ...]:
@@ -261,7 +293,7 @@ def _sums(g: torch.Generator, size: int) -> Inputs:
     return {"w": _randn(g, nodes, inputs), "values": -_randn(g, rows, inputs).abs()}
 
 
-def _sum(function: Any, given: Inputs) -> list[Tensor]:
+def _sum(function: Any, given: Inputs) -> Call:
     return _gradients(function, given, ("w", "values"))
 
 
@@ -284,7 +316,7 @@ def _tables(g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def _table(function: Any, given: Inputs) -> list[Tensor]:
+def _table(function: Any, given: Inputs) -> Call:
     rest = given["x"], given["row"], given["block"], "logits"
     return _gradients(function, given, ("table",), *rest)
 
@@ -312,12 +344,16 @@ def _wide_program(g: torch.Generator, size: int) -> Inputs:
     return _program(g, size, (130, 512), homogeneous=True)
 
 
-def _layers(given: Inputs) -> list[Tensor]:
+def _layers(given: Inputs) -> Call:
     program = ops.Program(given["numbers"], list(given["plan"]))
     leaf, w = given["leaf"], given["w"]
-    val = ops.circuit_layers(leaf, w, program)
     droots = torch.ones(len(leaf), program.plan[5], dtype=leaf.dtype, device=leaf.device)
-    return [val[:, 2:], ops.circuit_layers_backward(droots, val, w, program)[1]]
+
+    def call() -> list[Tensor]:
+        val = ops.circuit_layers(leaf, w, program)
+        return [val[:, 2:], ops.circuit_layers_backward(droots, val, w, program)[1]]
+
+    return call
 
 
 def _layers_formula(given: Inputs) -> list[Tensor]:
@@ -339,14 +375,14 @@ def _roots(program: ops.Program) -> list[int]:
     return program.numbers[first : first + program.plan[5]].tolist()
 
 
-def _walk(given: Inputs) -> list[Tensor]:
+def _walk(given: Inputs) -> Call:
     program = ops.Program(given["numbers"], list(given["plan"]))
     # The op receives the values that the reference has computed, so that both walks start from the
     # same values.
     leaf, w = (given[key].cpu().double() for key in ("leaf", "w"))
     val = reference.circuit_layers(leaf, w, program.numbers.cpu(), "none", "max")
     val = val.to(given["leaf"])
-    return [ops.circuit_layers_walk(val, given["w"], program, given["root"])]
+    return lambda: [ops.circuit_layers_walk(val, given["w"], program, given["root"])]
 
 
 def _walk_formula(given: Inputs) -> list[Tensor]:
@@ -399,7 +435,7 @@ def _mixes(g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def _mix(function: Any, given: Inputs) -> list[Tensor]:
+def _mix(function: Any, given: Inputs) -> Call:
     def run(h0: Tensor, h1: Tensor, h2: Tensor, gammas: Tensor, weights: Tensor) -> Tensor:
         return function([h0, h1, h2], gammas, weights, 1e-5)
 
@@ -416,11 +452,11 @@ def _heads(g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def _entropy(function: Any, given: Inputs) -> list[Tensor]:
+def _entropy(function: Any, given: Inputs) -> Call:
     return _gradients(function, given, ("hidden", "weight"), None, given["labels"])
 
 
-def _divergence(function: Any, given: Inputs) -> list[Tensor]:
+def _divergence(function: Any, given: Inputs) -> Call:
     def run(hidden: Tensor) -> Tensor:  # The teacher's hidden states need no gradient.
         return function([hidden, given["other"]], given["weight"], None)
 
@@ -437,8 +473,8 @@ def _heads_of_rows(g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def _attend(function: Any, given: Inputs) -> list[Tensor]:
-    return [function(**given, causal=True)]
+def _attend(function: Any, given: Inputs) -> Call:
+    return lambda: [function(**given, causal=True)]
 
 
 def other_cases() -> list[Case]:
