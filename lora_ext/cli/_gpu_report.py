@@ -22,7 +22,8 @@ import lora_ext
 from lora_ext import _loader, ops
 from lora_ext._files import write_files
 
-from ._gpu_cases import Case, all_cases, convert, moved
+from ._gpu_cases import Case, convert, moved
+from ._gpu_variants import all_cases
 from ._output import Fault, say, table
 
 FORMAT = 1
@@ -32,6 +33,7 @@ _STREAM = {(9, 0): 2.7e6, (8, 0): 1.6e6, (8, 9): 0.27e6}
 _FLUSH = 1 << 27  # bytes to write before each run, more than any L2 cache has
 _FLUSHES = 16  # The GPU still writes while the host launches the run, so no host time is measured.
 _RUNS = 20
+_FLOATS = ("uniforms", "values", "scale")  # inputs that are float32 for every dtype of an op
 
 
 def gpu_report(arguments: Any) -> int:
@@ -48,7 +50,7 @@ def gpu_report(arguments: Any) -> int:
         for case in cases:
             report["checks"].append(_check(case, device))
             _write(out, report)
-        for case in cases:
+        for case in [case for case in cases if case.timed]:
             if device.type != "cuda" or time.monotonic() > until:
                 break  # Times are measured only on a GPU, and only until the time is up.
             report["times"].append(_time(case, device))
@@ -138,9 +140,7 @@ def _inputs(case: Case, size: int, device: torch.device) -> dict[str, Any]:
 
     made = case.make(torch.Generator().manual_seed(0), size)
     given = convert(made, move)
-    if "uniforms" in given:
-        given["uniforms"] = given["uniforms"].float()
-    return given
+    return {**given, **{name: given[name].float() for name in _FLOATS if name in given}}
 
 
 def _check(case: Case, device: torch.device) -> dict[str, Any]:

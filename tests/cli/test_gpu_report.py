@@ -19,7 +19,7 @@ from lora_ext.cli import _gpu_cases, _gpu_report, main
 gpu_page = tool("gpu_page")
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = next(b for b in BACKENDS if b.name == "emu")
-SMALL = "lora_plan,lora_apply,circuit_layers_walk"
+SMALL = "lora_plan,lora_expand_,circuit_layers_walk"
 
 
 @pytest.fixture(scope="module")
