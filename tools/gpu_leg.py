@@ -77,7 +77,7 @@ def legs(call: int, arch: str, out: Path) -> list[Leg]:
         step.after = "build"
     return [
         Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 150, env=env),
-        Leg("wrappers", [PY, "tools/wrapper_goldens.py"], 30),
+        Leg("wrappers", [PY, "tools/wrapper_goldens.py", "--out", str(out)], 30),
         Leg("probe", ["bash", "-c", PROBE], 40),
         *steps,
     ]

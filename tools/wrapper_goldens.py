@@ -1,10 +1,12 @@
 """Record what a GPU computes for every wrapper of lx/device.h, as a golden file.
 
     python tools/wrapper_goldens.py            compare the device with tests/golden/wrappers.json
+    python tools/wrapper_goldens.py --out FOLDER     also write the device's values to FOLDER
     python tools/wrapper_goldens.py --update   write that file from the device
     python tools/wrapper_goldens.py --compile-only   nvcc alone, for machines without a GPU
 
-tests/emu/test_wrappers.py compares the emulator with the same file.
+tests/emu/test_wrappers.py compares the emulator with the same file. As long as there is no such
+file, no other GPU has confirmed the values: they are written to the folder as "unconfirmed".
 """
 
 from __future__ import annotations
@@ -73,10 +75,33 @@ def dump(library: ctypes.CDLL) -> dict[str, list[int]]:
     return dumps
 
 
+def judge(device: str, dumps: dict[str, list[int]], golden: Path, out: Path | None) -> int:
+    """Compare the values of a device with the golden file, and return the exit status.
+
+    The values are written to ``out`` first, in the format of the golden file. Without a golden
+    file, they are marked as unconfirmed, and the status is 0 if they were written.
+    """
+    date = datetime.date.today().isoformat()
+    known = json.loads(golden.read_text()) if golden.exists() else None
+    different = known and [name for name in dumps if dumps[name] != known["dumps"].get(name)]
+    status = "unconfirmed" if known is None else "different" if different else "confirmed"
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        found = {"device": device, "date": date, "status": status, "dumps": dumps}
+        (out / golden.name).write_text(json.dumps(found) + "\n")
+    if known is None:
+        where = "lost; use --out or --update" if out is None else f"in {out / golden.name}"
+        print(f"unconfirmed: {golden.name} does not exist; {len(dumps)} dumps of {device} {where}")
+        return 1 if out is None else 0
+    print(f"{device} against {known['device']}: {len(dumps)} wrappers, different: {different}")
+    return 1 if different else 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder to which the device's values are written")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = compile_library(Path(folder))
@@ -90,18 +115,9 @@ def main() -> None:
         if count.value == 0:
             sys.exit("wrapper_goldens: no CUDA device here; golden files come from a real GPU only")
         dumps = dump(library)
-    if arguments.update:
-        GOLDEN.parent.mkdir(exist_ok=True)
-        date = datetime.date.today().isoformat()
-        GOLDEN.write_text(json.dumps({"device": device, "date": date, "dumps": dumps}) + "\n")
-        print(f"wrote {GOLDEN.relative_to(ROOT)} from {device}")
-        return
-    if not GOLDEN.exists():
-        sys.exit(f"wrapper_goldens: {GOLDEN.relative_to(ROOT)} does not exist; use --update")
-    golden = json.loads(GOLDEN.read_text())
-    different = [name for name in dumps if dumps[name] != golden["dumps"].get(name)]
-    print(f"{device} against {golden['device']}: {len(dumps)} wrappers, different: {different}")
-    sys.exit(1 if different else 0)
+    folder = GOLDEN.parent if arguments.update else arguments.out
+    status = judge(device, dumps, GOLDEN, folder)
+    sys.exit(0 if arguments.update else status)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from lora_ext import ops, reference
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
 Inputs = dict[str, Any]
+Call = Callable[[], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,30 @@ class Case:
             ``launch_``.
         make: function that receives a generator and a size, and returns inputs. Size 0 is small,
             for the check, and size 1 is large, for the timing.
-        run: function that calls the op with the inputs and returns the results.
+        ready: function that prepares all arguments from the inputs, and returns the call of the op.
+            Only the call is timed, so it must not create a tensor on the host.
         formula: reference function, which computes the same results from float64 inputs.
         dtype: dtype of the floating-point inputs of the op.
         bound: maximum absolute error of a result, divided by its largest absolute value.
         exact: whether the results must be equal, since they are indices.
+        timed: whether the case is also timed, with the large size.
+        read: function that turns inputs and results of the op into the results of the reference.
     """
 
     op: str
     launchers: tuple[str, ...]
     make: Callable[[torch.Generator, int], Inputs]
-    run: Callable[[Inputs], list[Tensor]]
+    ready: Callable[[Inputs], Call]
     formula: Callable[[Inputs], list[Tensor]]
     dtype: torch.dtype = torch.float32
     bound: float = 1e-4
     exact: bool = False
+    timed: bool = True
+    read: Callable[[Inputs, list[Tensor]], list[Tensor]] = lambda given, found: found
+
+    def run(self, given: Inputs) -> list[Tensor]:
+        """Return the results of the op, to be compared with those of the reference."""
+        return self.read(given, self.ready(given)())
 
 
 def moved(inputs: Mapping[str, Any], outputs: list[Tensor]) -> int:
@@ -69,56 +79,61 @@ def convert(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
     return [convert(each, move) for each in value] if isinstance(value, list) else value
 
 
-def _randn(g: torch.Generator, *shape: int) -> Tensor:
+def randn(g: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=g)
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
 # (rows, input features, output features, rank, adapters) of the small and of the large size
-_DECODE = ((5, 72, 48, 12, 3), (64, 4096, 4096, 16, 64))
-_PREFILL = ((300, 72, 48, 12, 3), (4096, 4096, 4096, 16, 4))
+_DECODE = ((5, 72, 48, 16, 3), (64, 4096, 4096, 16, 64))
+_PREFILL = ((300, 72, 48, 16, 3), (4096, 4096, 4096, 16, 4))
 _WIDE = ((300, 72, 48, 264, 2), (4096, 4096, 4096, 512, 1))
 
 
-def _lora(sizes: Any, g: torch.Generator, size: int) -> Inputs:
+def lora_inputs(sizes: Any, g: torch.Generator, size: int) -> Inputs:
     rows, i, o, rank, adapters = sizes[size]
     return {
-        "x": _randn(g, rows, i),
-        "a": _randn(g, adapters, rank, i) / i**0.5,
-        "b": _randn(g, adapters, o, rank),
+        "x": randn(g, rows, i),
+        "a": randn(g, adapters, rank, i) / i**0.5,
+        "b": randn(g, adapters, o, rank),
         "ids": torch.randint(-1, adapters, (rows,), generator=g),
     }
 
 
-def _both(name: str, launchers: tuple[str, ...], make: Any, run: Any, **how: Any) -> Case:
+def both(name: str, launchers: tuple[str, ...], make: Any, ready: Any, **how: Any) -> Case:
     """Return the case that compares an op with the reference function of the same name.
 
-    ``run(function, inputs)`` is called once with each of the two functions.
+    ``ready(function, inputs)`` returns the call of one of the two functions.
     """
     op, formula, label = getattr(ops, name), getattr(reference, name), how.pop("op", name)
-    return Case(label, launchers, make, lambda i: run(op, i), lambda i: run(formula, i), **how)
+    return Case(label, launchers, make, partial(ready, op), lambda i: ready(formula, i)(), **how)
 
 
-def _pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> Case:
+def pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> Case:
     """Return the case of an op and its reference function, which have the same arguments.
 
     ``arguments`` is the function that returns the arguments for the inputs.
     """
 
-    def run(function: Any, given: Inputs) -> list[Tensor]:
-        found = function(*arguments(given))
-        return tensors([found] if isinstance(found, Tensor) else list(found))
+    def ready(function: Any, given: Inputs) -> Call:
+        bound = arguments(given)
 
-    return _both(name, launchers, make, run, **how)
+        def call() -> list[Tensor]:
+            found = function(*bound)
+            return tensors([found] if isinstance(found, Tensor) else list(found))
+
+        return call
+
+    return both(name, launchers, make, ready, **how)
 
 
-def _bank(given: Inputs) -> tuple[Tensor, ...]:
+def bank(given: Inputs) -> tuple[Tensor, ...]:
     return given["x"], given["a"], given["b"], given["ids"]
 
 
 def _expand(given: Inputs) -> tuple[Tensor, ...]:
     v = reference.lora_shrink(given["x"].double(), given["a"].double(), given["ids"])
-    wide = torch.promote_types(given["x"].dtype, torch.float32)
+    wide = reference.accumulator(given["x"].dtype)
     y = torch.zeros(len(v), given["b"].shape[1], dtype=given["b"].dtype, device=v.device)
     return y, v.to(wide), given["b"], given["ids"]
 
@@ -128,10 +143,14 @@ def _siblings(given: Inputs) -> tuple[Any, ...]:
     return y, given["x"], [given["a"]] * 3, [given["b"]] * 3, given["ids"]
 
 
-def _plan(given: Inputs) -> list[Tensor]:
+def _plan(given: Inputs) -> Call:
+    return lambda: [ops.lora_plan(given["ids"], len(given["a"]))]
+
+
+def _ids_of_plan(given: Inputs, found_plan: list[Tensor]) -> list[Tensor]:
     """Return the adapter id of each row, read from the op's plan (rows grouped by adapter)."""
     rows, adapters = len(given["ids"]), len(given["a"])
-    plan = ops.lora_plan(given["ids"], adapters).cpu()
+    plan = found_plan[0].cpu()
     found = torch.full((rows,), -1)
     perm = plan[-(rows + adapters + 2) : -(adapters + 2)]
     for chunk in plan[8 : 8 + 4 * int(plan[0])].view(-1, 4).tolist():
@@ -145,34 +164,41 @@ def _segments(g: torch.Generator, size: int) -> Inputs:
     return {"indptr": indptr, "adapter": torch.arange(len(ends)).int() % 7}
 
 
-def _gradients(
+def gradients(
     function: Callable[..., Tensor], given: Inputs, names: tuple[str, ...], *rest: Any
-) -> list[Tensor]:
-    """Return the result of a function, and gradients for the inputs ``names``.
+) -> Call:
+    """Return the call of a function that also returns gradients for the inputs ``names``.
 
     The gradients are those of a weighted sum of the result. ``rest`` are further arguments.
     """
-    leaves = {name: given[name].detach().clone().requires_grad_() for name in names}
-    y = function(*leaves.values(), *rest)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
-    found = torch.autograd.grad(y, list(leaves.values()), weights.to(y))
-    return [y.detach(), *found]
+    leaves = [given[name].detach().clone().requires_grad_() for name in names]
+    with torch.no_grad():
+        y = function(*leaves, *rest)  # only its shape is used
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device)
+    weights = weights.view(y.shape).to(y)
+
+    def call() -> list[Tensor]:
+        y = function(*leaves, *rest)
+        return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
+
+    return call
 
 
-def _train(function: Any, given: Inputs) -> list[Tensor]:
+def train(function: Any, given: Inputs) -> Call:
     def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return function(x, None, None, a, b, given["ids"])
 
-    return _gradients(run, given, ("x", "a", "b"))
+    return gradients(run, given, ("x", "a", "b"))
 
 
-def _dropout(function: Any, given: Inputs) -> list[Tensor]:
-    return [function(given["x"], 0.5, torch.tensor(7, device=given["x"].device))]
+def _dropout(function: Any, given: Inputs) -> Call:
+    seed = torch.tensor(7, device=given["x"].device)
+    return lambda: [function(given["x"], 0.5, seed)]
 
 
-def _grams(g: torch.Generator, size: int) -> Inputs:
+def grams(g: torch.Generator, size: int) -> Inputs:
     rank, i, o = ((5, 40, 24), (64, 4096, 4096))[size]
-    return {"a": [_randn(g, rank, i) / i**0.5] * 3, "b": [_randn(g, o, rank) / o**0.5] * 3}
+    return {"a": [randn(g, rank, i) / i**0.5] * 3, "b": [randn(g, o, rank) / o**0.5] * 3}
 
 
 BF16 = {"dtype": torch.bfloat16, "bound": 2.0**-6}
@@ -180,31 +206,35 @@ BF16 = {"dtype": torch.bfloat16, "bound": 2.0**-6}
 
 def lora_cases() -> list[Case]:
     """Return the cases of the ops that serve, train and measure adapters."""
-    decode, prefill, wide = (partial(_lora, sizes) for sizes in (_DECODE, _PREFILL, _WIDE))
+    decode, prefill, wide = (partial(lora_inputs, sizes) for sizes in (_DECODE, _PREFILL, _WIDE))
     halves = ("lora_shrink", "lora_expand")
-    train = ("lora_train_shrink", "lora_train_backward")
+    trains = ("lora_train_shrink", "lora_train_backward")
     return [
-        Case("lora_plan", ("lora_plan",), prefill, _plan, lambda i: [i["ids"].cpu()], exact=True),
-        _pair(
+        Case(
+            *("lora_plan", ("lora_plan",), prefill, _plan, lambda i: [i["ids"].cpu()]),
+            exact=True,
+            read=_ids_of_plan,
+        ),
+        pair(
             "lora_segment_ids",
             _segments,
             lambda i: (i["indptr"], i["adapter"], int(i["indptr"][-1])),
             "lora_segment_ids",
             exact=True,
         ),
-        _pair("lora_shrink", decode, lambda i: (i["x"], i["a"], i["ids"]), *halves[:1], **BF16),
-        _pair("lora_expand_", decode, _expand, *halves[1:], **BF16),
-        _pair("lora_apply", decode, _bank, "lora_apply", **BF16),
-        _pair("lora_apply", prefill, _bank, "lora_apply", op="lora_apply, prefill", **BF16),
-        _pair("lora_apply", wide, _bank, "lora_apply", op="lora_apply, large rank", **BF16),
-        _pair("lora_apply_siblings_", decode, _siblings, "lora_apply", **BF16),
-        _both("lora_linear", train, prefill, _train, **BF16),
-        _both("lora_dropout", ("lora_dropout",), prefill, _dropout, **BF16),
-        _pair("lora_gram", _grams, lambda i: (i["a"], i["b"]), "lora_gram"),
-        _pair(
+        pair("lora_shrink", decode, lambda i: (i["x"], i["a"], i["ids"]), *halves[:1], **BF16),
+        pair("lora_expand_", decode, _expand, *halves[1:], **BF16),
+        pair("lora_apply", decode, bank, "lora_apply", **BF16),
+        pair("lora_apply", prefill, bank, "lora_apply", op="lora_apply, prefill", **BF16),
+        pair("lora_apply", wide, bank, "lora_apply", op="lora_apply, large rank", **BF16),
+        pair("lora_apply_siblings_", decode, _siblings, "lora_apply", **BF16),
+        both("lora_linear", trains, prefill, train, **BF16),
+        both("lora_dropout", ("lora_dropout",), prefill, _dropout, **BF16),
+        pair("lora_gram", grams, lambda i: (i["a"], i["b"]), "lora_gram"),
+        pair(
             "lora_pair_stats",
-            _grams,
-            lambda i: (i["a"], i["b"], [t / 2 for t in i["b"]], [1.0] * len(i["a"])),
+            grams,
+            lambda i: (i["a"], i["b"], [t / 2 for t in i["b"]], i["a"][0].new_ones(3).double()),
             "lora_pair_stats",
         ),
     ]
@@ -212,62 +242,70 @@ def lora_cases() -> list[Case]:
 
 # --- circuits -------------------------------------------------------------------------------------
 def _circuit(g: torch.Generator, size: int) -> Inputs:
-    batch, states, words = ((2, 5, 40), (256, 32, 320))[size]
+    return circuit_inputs(g, *((2, 5, 40), (256, 32, 320))[size])
+
+
+def circuit_inputs(g: torch.Generator, batch: int, states: int, words: int) -> Inputs:
     return {
-        "leaf": _randn(g, batch, 8, states, words),
-        "prior": _randn(g, batch, states),
-        "trans": _randn(g, batch, 7, states, states),
+        "leaf": randn(g, batch, 8, states, words),
+        "prior": randn(g, batch, states),
+        "trans": randn(g, batch, 7, states, states),
         "x": torch.randint(words, (batch, 8), generator=g),
         "k": torch.randint(8, (batch,), generator=g),
         "uniforms": torch.rand(batch, 8, 2, generator=g),
-        "target": _randn(g, batch, 9, words),
+        "target": randn(g, batch, 9, words),
     }
 
 
-def _scan(function: Any, given: Inputs) -> list[Tensor]:
+def scan(function: Any, given: Inputs) -> Call:
     def run(leaf: Tensor, prior: Tensor, trans: Tensor) -> Tensor:
         return function("hmm", leaf, prior, trans, given["x"]).prefix
 
-    return _gradients(run, given, ("leaf", "prior", "trans"))
+    return gradients(run, given, ("leaf", "prior", "trans"))
 
 
-def _head(given: Inputs) -> tuple[str, Tensor, Tensor, Tensor]:
+def head(given: Inputs) -> tuple[str, Tensor, Tensor, Tensor]:
     return "hmm", given["leaf"], given["prior"], given["trans"]
 
 
-def _scored(function: Any, given: Inputs) -> list[Tensor]:
-    """Return the log-probabilities of the sample that the op has drawn.
+def scored(function: Any, given: Inputs) -> Call:
+    """Return the call that returns the log-probabilities of the sample that the op has drawn.
 
     The reference computes them for the op's tokens, since rounding might make it draw others.
     """
-    if function is ops.circuit_sample:
-        found = function(*_head(given), given["uniforms"])
+
+    def call() -> list[Tensor]:
+        if function is not ops.circuit_sample:
+            return [reference.circuit_scan(*head(given), given["drawn"]).conditional]
+        found = function(*head(given), given["uniforms"])
         given["drawn"] = found.tokens
         return [found.conditional]
-    return [reference.circuit_scan(*_head(given), given["drawn"].cpu()).conditional]
+
+    return call
 
 
-def _verify(given: Inputs) -> tuple[Tensor, ...]:
-    scan = reference.circuit_scan(*(_head(given)), given["x"])
+def verify(given: Inputs) -> tuple[Tensor, ...]:
+    found = reference.circuit_scan(*head(given), given["x"])
     leaf = given["leaf"]
-    conditional, posterior = (t.to(leaf) for t in (scan.conditional, scan.posterior))
+    wide = reference.accumulator(leaf.dtype)
+    conditional, posterior = (t.to(leaf.device, wide) for t in (found.conditional, found.posterior))
     uniforms = given["uniforms"][:, 0, 0].float()[:, None].expand(-1, 9).contiguous()
     target = given["target"]
     return target, given["x"], conditional, posterior, leaf, uniforms
 
 
-def _sums(g: torch.Generator, size: int) -> Inputs:
+def sum_inputs(g: torch.Generator, size: int) -> Inputs:
     rows, nodes, inputs = ((6, 9, 20), (512, 256, 256))[size]
-    return {"w": _randn(g, nodes, inputs), "values": -_randn(g, rows, inputs).abs()}
+    return {"w": randn(g, nodes, inputs), "values": -randn(g, rows, inputs).abs()}
 
 
-def _sum(function: Any, given: Inputs) -> list[Tensor]:
-    return _gradients(function, given, ("w", "values"))
+def _sum(function: Any, given: Inputs) -> Call:
+    return gradients(function, given, ("w", "values"))
 
 
 def _sums_of_rows(g: torch.Generator, size: int) -> Inputs:
     rows, nodes, inputs = ((3, 9, 20), (512, 8, 1024))[size]
-    return {"w": _randn(g, rows, nodes, inputs), "values": -_randn(g, rows, inputs).abs()}
+    return {"w": randn(g, rows, nodes, inputs), "values": -randn(g, rows, inputs).abs()}
 
 
 def _max(given: Inputs) -> tuple[Any, ...]:
@@ -277,50 +315,58 @@ def _max(given: Inputs) -> tuple[Any, ...]:
 def _tables(g: torch.Generator, size: int) -> Inputs:
     blocks, block, words, batch = ((3, 5, 11, 4), (64, 32, 1024, 512))[size]
     return {
-        "table": _randn(g, blocks * block, words),
+        "table": randn(g, blocks * block, words),
         "x": torch.randint(words, (batch, blocks), generator=g),
         "row": torch.arange(blocks) * block,
         "block": block,
     }
 
 
-def _table(function: Any, given: Inputs) -> list[Tensor]:
+def _table(function: Any, given: Inputs) -> Call:
     rest = given["x"], given["row"], given["block"], "logits"
-    return _gradients(function, given, ("table",), *rest)
+    return gradients(function, given, ("table",), *rest)
 
 
-def _program(
+def program_inputs(
     g: torch.Generator, size: int, states: tuple[int, int] = (5, 64), homogeneous: bool = False
 ) -> Inputs:
-    circuit = Circuit(RegionGraph.hmm(4, states[size], Categorical(2), homogeneous))
+    graph = RegionGraph.hmm(4, states[size], Categorical(2), homogeneous)
+    return graph_inputs(g, graph, (3, 512)[size])
+
+
+def graph_inputs(g: torch.Generator, graph: RegionGraph, rows: int) -> Inputs:
+    circuit = Circuit(graph)
     program = circuit._execution.program
-    rows = (3, 512)[size]
     return {
-        "leaf": _randn(g, rows, program.plan[1]),
-        "w": _randn(g, len(circuit.weights)),
+        "leaf": randn(g, rows, program.plan[1]),
+        "w": randn(g, len(circuit.weights)),
         "numbers": program.numbers,
         "plan": tuple(program.plan),
         "root": torch.arange(rows) % program.plan[5],
     }
 
 
-def _wide_program(g: torch.Generator, size: int) -> Inputs:
+def wide_program_inputs(g: torch.Generator, size: int) -> Inputs:
     """Return the inputs of a circuit that is large enough for tensor cores.
 
     The op runs the program of such a circuit stage by stage.
     """
-    return _program(g, size, (130, 512), homogeneous=True)
+    return program_inputs(g, size, (130, 512), homogeneous=True)
 
 
-def _layers(given: Inputs) -> list[Tensor]:
+def layers(given: Inputs) -> Call:
     program = ops.Program(given["numbers"], list(given["plan"]))
     leaf, w = given["leaf"], given["w"]
-    val = ops.circuit_layers(leaf, w, program)
     droots = torch.ones(len(leaf), program.plan[5], dtype=leaf.dtype, device=leaf.device)
-    return [val[:, 2:], ops.circuit_layers_backward(droots, val, w, program)[1]]
+
+    def call() -> list[Tensor]:
+        val = ops.circuit_layers(leaf, w, program)
+        return [val[:, 2:], ops.circuit_layers_backward(droots, val, w, program)[1]]
+
+    return call
 
 
-def _layers_formula(given: Inputs) -> list[Tensor]:
+def layers_formula(given: Inputs) -> list[Tensor]:
     leaf, numbers = given["leaf"], given["numbers"]
     w = given["w"].detach().clone().requires_grad_()
     val = reference.circuit_layers(leaf, w, numbers)
@@ -339,14 +385,14 @@ def _roots(program: ops.Program) -> list[int]:
     return program.numbers[first : first + program.plan[5]].tolist()
 
 
-def _walk(given: Inputs) -> list[Tensor]:
+def _walk(given: Inputs) -> Call:
     program = ops.Program(given["numbers"], list(given["plan"]))
     # The op receives the values that the reference has computed, so that both walks start from the
     # same values.
     leaf, w = (given[key].cpu().double() for key in ("leaf", "w"))
     val = reference.circuit_layers(leaf, w, program.numbers.cpu(), "none", "max")
     val = val.to(given["leaf"])
-    return [ops.circuit_layers_walk(val, given["w"], program, given["root"])]
+    return lambda: [ops.circuit_layers_walk(val, given["w"], program, given["root"])]
 
 
 def _walk_formula(given: Inputs) -> list[Tensor]:
@@ -361,84 +407,94 @@ def circuit_cases() -> list[Case]:
     They cover sums, tables, circuits of any graph, and circuits with parameters that a network
     computes.
     """
-    scan = ("circuit_leaf", "circuit_leaf_backward", "circuit_scan", "circuit_scan_backward")
+    scans = ("circuit_leaf", "circuit_leaf_backward", "circuit_scan", "circuit_scan_backward")
     sums = tuple(
         f"log_sum_{part}" for part in "weights values finish ratios dvalues dweights fused".split()
     )
     by_row = ("log_sum_per_row", "log_sum_per_row_backward")
-    layers = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
+    whole = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
 
     return [
-        _both("circuit_scan", scan, _circuit, _scan),
-        _both("circuit_sample", ("circuit_sample",), _circuit, _scored),
-        _pair(
+        both("circuit_scan", scans, _circuit, scan),
+        both("circuit_sample", ("circuit_sample",), _circuit, scored),
+        pair(
             "circuit_conditional_dist",
             _circuit,
-            lambda i: (*_head(i), i["x"], i["k"]),
+            lambda i: (*head(i), i["x"], i["k"]),
             "circuit_conditional_dist",
         ),
-        _pair("circuit_argmax", _circuit, _head, "circuit_argmax"),
-        _pair("spec_verify", _circuit, _verify, "spec_verify", exact=True),
-        _both("log_einsum_exp", sums, _sums, _sum),
-        _both("log_einsum_exp", by_row, _sums_of_rows, _sum, op="log_einsum_exp, of rows"),
-        _pair("log_einsum_exp", _sums, _max, "log_max", op="log_einsum_exp, max"),
-        _both("circuit_table", ("circuit_table", "circuit_table_backward"), _tables, _table),
-        Case("circuit_layers", layers, _program, _layers, _layers_formula),
-        Case("circuit_layers, by stages", layers, _wide_program, _layers, _layers_formula),
-        Case("circuit_layers_walk", ("layers_walk",), _program, _walk, _walk_formula, exact=True),
+        pair("circuit_argmax", _circuit, head, "circuit_argmax"),
+        pair("spec_verify", _circuit, verify, "spec_verify", exact=True),
+        both("log_einsum_exp", sums, sum_inputs, _sum),
+        both("log_einsum_exp", by_row, _sums_of_rows, _sum, op="log_einsum_exp, of rows"),
+        pair("log_einsum_exp", sum_inputs, _max, "log_max", op="log_einsum_exp, max"),
+        both("circuit_table", ("circuit_table", "circuit_table_backward"), _tables, _table),
+        Case("circuit_layers", whole, program_inputs, layers, layers_formula),
+        Case("circuit_layers, by stages", whole, wide_program_inputs, layers, layers_formula),
+        Case(
+            "circuit_layers_walk",
+            ("layers_walk",),
+            program_inputs,
+            _walk,
+            _walk_formula,
+            exact=True,
+        ),
     ]
 
 
 # --- losses and mixtures --------------------------------------------------------------------------
-def _mixes(g: torch.Generator, size: int) -> Inputs:
-    rows, width = ((5, 40), (4096, 4096))[size]
+def mixes(g: torch.Generator, size: int) -> Inputs:
+    return mix_inputs(g, *((5, 40), (4096, 4096))[size])
+
+
+def mix_inputs(g: torch.Generator, rows: int, width: int) -> Inputs:
     return {
-        **{f"h{k}": _randn(g, rows, width) for k in range(3)},
-        "gammas": _randn(g, 3, width),
+        **{f"h{k}": randn(g, rows, width) for k in range(3)},
+        "gammas": randn(g, 3, width),
         "weights": torch.rand(rows, 3, generator=g),
     }
 
 
-def _mix(function: Any, given: Inputs) -> list[Tensor]:
+def mix(function: Any, given: Inputs) -> Call:
     def run(h0: Tensor, h1: Tensor, h2: Tensor, gammas: Tensor, weights: Tensor) -> Tensor:
         return function([h0, h1, h2], gammas, weights, 1e-5)
 
-    return _gradients(run, given, ("h0", "h1", "h2", "gammas", "weights"))
+    return gradients(run, given, ("h0", "h1", "h2", "gammas", "weights"))
 
 
-def _heads(g: torch.Generator, size: int) -> Inputs:
+def head_inputs(g: torch.Generator, size: int) -> Inputs:
     rows, width, words = ((7, 24, 61), (2048, 2048, 32768))[size]
     return {
-        "hidden": _randn(g, rows, width),
-        "other": _randn(g, rows, width),
-        "weight": _randn(g, words, width) / width**0.5,
+        "hidden": randn(g, rows, width),
+        "other": randn(g, rows, width),
+        "weight": randn(g, words, width) / width**0.5,
         "labels": torch.randint(words, (rows,), generator=g),
     }
 
 
-def _entropy(function: Any, given: Inputs) -> list[Tensor]:
-    return _gradients(function, given, ("hidden", "weight"), None, given["labels"])
+def _entropy(function: Any, given: Inputs) -> Call:
+    return gradients(function, given, ("hidden", "weight"), None, given["labels"])
 
 
-def _divergence(function: Any, given: Inputs) -> list[Tensor]:
+def _divergence(function: Any, given: Inputs) -> Call:
     def run(hidden: Tensor) -> Tensor:  # The teacher's hidden states need no gradient.
         return function([hidden, given["other"]], given["weight"], None)
 
-    return _gradients(run, given, ("hidden",))
+    return gradients(run, given, ("hidden",))
 
 
 def _heads_of_rows(g: torch.Generator, size: int) -> Inputs:
     batch, rows, keys = ((2, 5, 40), (4, 1024, 1024))[size]
     return {
-        "q": _randn(g, batch, 6, rows, 64),
-        "k": _randn(g, batch, 2, keys, 64),
-        "v": _randn(g, batch, 2, keys, 64),
+        "q": randn(g, batch, 6, rows, 64),
+        "k": randn(g, batch, 2, keys, 64),
+        "v": randn(g, batch, 2, keys, 64),
         "mask": torch.rand(batch, rows, keys, generator=g) < 0.9,
     }
 
 
-def _attend(function: Any, given: Inputs) -> list[Tensor]:
-    return [function(**given, causal=True)]
+def attend(function: Any, given: Inputs) -> Call:
+    return lambda: [function(**given, causal=True)]
 
 
 def other_cases() -> list[Case]:
@@ -446,10 +502,10 @@ def other_cases() -> list[Case]:
     entropy = tuple(f"cross_entropy_{part}" for part in ("update", "finish", "gradient"))
     kl = tuple(f"kl_{part}" for part in ("update", "finish", "gradient"))
     return [
-        _both("depth_mix", ("depth_mix", "depth_mix_backward"), _mixes, _mix),
-        _both("chunked_cross_entropy", entropy, _heads, _entropy),
-        _both("chunked_kl", kl, _heads, _divergence),
-        _both("row_attention", ("row_attention",), _heads_of_rows, _attend),
+        both("depth_mix", ("depth_mix", "depth_mix_backward"), mixes, mix),
+        both("chunked_cross_entropy", entropy, head_inputs, _entropy),
+        both("chunked_kl", kl, head_inputs, _divergence),
+        both("row_attention", ("row_attention",), _heads_of_rows, attend),
     ]
 
 

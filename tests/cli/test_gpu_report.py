@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from backends import BACKENDS, closed
 from scripts import tool
+from torch.overrides import TorchFunctionMode
 
-from lora_ext.cli import _gpu_cases, main
+from lora_ext.cli import _gpu_cases, _gpu_report, main
 
 gpu_page = tool("gpu_page")
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = next(b for b in BACKENDS if b.name == "emu")
-SMALL = "lora_plan,lora_apply,circuit_layers_walk"
+SMALL = "lora_plan,lora_expand_,circuit_layers_walk"
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +100,72 @@ def test_wrong_result_fails_the_command(
 ) -> None:
     cases = [case for case in _gpu_cases.all_cases() if case.op == "lora_shrink"]
     (case,) = cases
-    wrong = _gpu_cases.Case(
-        *(case.op, case.launchers, case.make),
-        lambda given: [2 * t for t in case.run(given)],
-        *(case.formula, case.dtype, case.bound),
-    )
+    wrong = replace(case, ready=lambda given: lambda: [2 * t for t in case.ready(given)()])
     monkeypatch.setattr("lora_ext.cli._gpu_report.all_cases", lambda: [wrong])
     out = tmp_path / "wrong.json"
     assert main(["gpu-report", "--out", str(out), "--backend", "emu"]) == 1
     assert "found larger errors in lora_shrink" in capsys.readouterr().err
     (check,) = json.loads(out.read_text())["checks"]
     assert not check["ok"] and check["error"] > 0.5
+
+
+FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros"}
+COPIES = {"clone", "cpu", "from_numpy", "item", "numpy", "tensor", "tolist"}
+
+
+class OnTheHost(TorchFunctionMode):
+    """Mode that records calls that create a tensor on the host, or copy from or to it.
+
+    A factory is such a call if it has no argument ``device``: the default device is the host.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, given = getattr(func, "__name__", ""), kwargs or {}
+        made = name in FACTORIES and given.get("device") is None
+        converted = name == "as_tensor" and not isinstance(args[0], torch.Tensor)
+        if made or converted or name in COPIES:
+            self.found.append(name)
+        return func(*args, **given)
+
+
+def timed(case: _gpu_cases.Case, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the host's allocations in the timed call of a case, with the small size."""
+    seen = OnTheHost()
+
+    def timer(call: Any, device: Any) -> list[float]:
+        with seen:
+            call()
+        return [1.0]
+
+    made = _gpu_report._inputs
+    monkeypatch.setattr(_gpu_report, "_measured", timer)
+    monkeypatch.setattr(_gpu_report, "_inputs", lambda case, size, device: made(case, 0, device))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with _gpu_report._backend("emu") as (device, _):
+        entry = _gpu_report._time(case, device)
+    assert entry["us"] == 1.0, entry
+    return seen.found
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("case", _gpu_cases.all_cases(), ids=lambda case: case.op)
+def test_timed_call_creates_no_tensor_on_the_host(case: Any, monkeypatch: Any) -> None:
+    assert timed(case, monkeypatch) == []
+
+
+@pytest.mark.emulated
+def test_tensor_that_a_timed_call_creates_on_the_host_is_found(monkeypatch: Any) -> None:
+    (case,) = (case for case in _gpu_cases.all_cases() if case.op == "lora_dropout")
+
+    def ready(given: Any) -> Any:
+        call = case.ready(given)
+        return lambda: [*call(), torch.linspace(-1, 1, 9), given["x"].clone()]
+
+    assert timed(replace(case, ready=ready), monkeypatch) == ["linspace", "clone"]
 
 
 def test_every_launcher_is_checked() -> None:

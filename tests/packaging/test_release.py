@@ -1,5 +1,6 @@
 """Release recipe: version and changelog, torch version of wheels, `make gpu` and `make hosts`."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -80,6 +81,22 @@ def test_time_limits_of_a_call_sum_to_nine_minutes(call, compiler, leg, tmp_path
                 assert leg.ROOT.joinpath(word).exists(), word
             if word == "gpu-report":
                 make_parser().parse_args(step.command[step.command.index(word) :])
+
+
+def test_first_card_leaves_unconfirmed_values_and_does_not_fail(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests/emu"))
+    goldens = tool("wrapper_goldens")
+    golden, out, dumps = tmp_path / "wrappers.json", tmp_path / "out", {"vote": [1, 2]}
+    assert goldens.judge("Card A", dumps, golden, None) == 1  # The values would be lost.
+    assert goldens.judge("Card A", dumps, golden, out) == 0
+    assert "unconfirmed" in capsys.readouterr().out
+    found = json.loads((out / "wrappers.json").read_text())
+    assert (found["status"], found["dumps"]) == ("unconfirmed", dumps)
+    (out / "wrappers.json").rename(golden)  # The folder's file can become the golden file.
+    assert goldens.judge("Card B", dumps, golden, out) == 0
+    assert goldens.judge("Card B", {"vote": [1, 3]}, golden, out) == 1
+    found = json.loads((out / "wrappers.json").read_text())
+    assert (found["device"], found["status"]) == ("Card B", "different")
 
 
 @pytest.mark.slow
