@@ -9,7 +9,8 @@ numbers recorded in `kernels.lock`, so that a change of registers or instruction
 It cannot see bank conflicts, stalls or speed, and an instruction that exists may still not be on
 the hot path: the `_loop` rules look only between a backward branch and its target. `sass_loops.py`
 computes the bytes that a loop has in flight (`min_inflight`, `min_overlap`), the cost before it
-(`max_trips`, `first_bytes`) and its instructions (`mma_share`, `instructions_per_element`).
+(`max_trips`, `first_bytes`), its instructions (`mma_share`, `instructions_per_element`), the trips
+of a turn (`turn_trips`) and exponentials that test for denormals (`guarded_exp`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ RULES, LOCK = ROOT / "kernels.toml", ROOT / "kernels.lock"
 RULE_KEYS = {
     "match", "arch", "max_registers", "threads", "dynamic_shared", "min_blocks",
     "require", "forbid", "require_loop", "forbid_loop", "min_inflight", "min_overlap",
-    "max_trips", "first_bytes", "mma_share", "instructions_per_element",
+    "max_trips", "first_bytes", "mma_share", "instructions_per_element", "turn_trips",
+    "guarded_exp",
 }  # fmt: skip
 # The columns of the table: label, and the opcodes that it counts.
 COUNTED = {
@@ -107,7 +109,13 @@ class Kernel:
             "first_bytes": prologue.first_bytes,
             "mma_share": sass_loops.mma_share(self.turns),
             "instructions_per_element": sass_loops.instructions_per_element(self.turns, size),
+            "turn_trips": sass_loops.turn_trips(self.code),
         }
+
+    @cached_property
+    def guarded_exp(self) -> int:
+        """Number of exponentials that test for denormals."""
+        return sass_loops.guarded_exp(self.code)
 
     def count(self, pattern: str) -> int:
         return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes)
@@ -209,11 +217,16 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
         wrong.append(f"uses {kernel.stack} bytes of stack and {kernel.local} of local memory")
     if spills := kernel.count(r"(LDL|STL)\b"):
         wrong.append(f"{spills} LDL/STL: registers spill, or an array is indexed at run time")
-    for rule in rules:
-        if not fnmatch.fnmatchcase(kernel.name, rule["match"]):
-            continue
-        if kernel.arch not in rule.get("arch", [kernel.arch]):
-            continue
+    own = [
+        rule
+        for rule in rules
+        if fnmatch.fnmatchcase(kernel.name, rule["match"])
+        and kernel.arch in rule.get("arch", [kernel.arch])
+    ]
+    most = max((rule.get("guarded_exp", 0) for rule in own), default=0)
+    if kernel.guarded_exp > most:
+        wrong.append(f"{kernel.guarded_exp} exponentials test for denormals (max. {most})")
+    for rule in own:
         if kernel.registers > rule.get("max_registers", 255):
             wrong.append(f"{kernel.registers} registers (max. {rule['max_registers']})")
         if "min_blocks" in rule:
@@ -255,6 +268,7 @@ COSTS = {
     "first_bytes": ("bytes per thread requested before the wait for the previous kernel", False),
     "mma_share": ("percent of a main loop multiplies on tensor cores", False),
     "instructions_per_element": ("instructions for each value that a main loop loads", True),
+    "turn_trips": ("memory trips in series in a turn of a loop that multiplies", True),
 }
 
 
@@ -312,8 +326,8 @@ def row(kernel: Kernel) -> str:
         [one.inflight for one in kernel.flights],
         [one.overlap for one in kernel.flights if one.tensor],
     )]  # fmt: skip
-    labels = ("trips", "first", "mma", "each")
-    costs = zip(labels, kernel.costs.values(), strict=True)
+    labels = ("trips", "first", "mma", "each", "turn", "guarded")
+    costs = zip(labels, [*kernel.costs.values(), kernel.guarded_exp or None], strict=True)
     return (
         f"{kernel.arch:8}" + "".join(f"{n:7}" for n in numbers) + f"  {kernel.name}"
         f"  inflight {flights[0]}" + (f"  overlap {flights[1]}" if flights[1] != "-" else "")

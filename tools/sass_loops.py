@@ -77,6 +77,7 @@ class Flight:
     inflight: int  # bytes per thread in flight, averaged over the trips waited for
     overlap: int  # bytes in flight while a tensor core multiplies
     tensor: bool  # whether a tensor core multiplies
+    trips: int  # memory trips per iteration, one after the other
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,49 @@ def successors(code: Sequence[Instruction], at: dict[int, int], i: int) -> list[
     return found if target not in at else [*found, at[target]]
 
 
-def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """Return the instructions of one iteration of each main loop, in order.
+@dataclass(frozen=True)
+class Loops:
+    """Natural loops of a kernel: a branch back to a block that dominates the branch closes one."""
 
-    Loops are natural loops: a branch back to a block that dominates the branch closes one. A main
-    loop loads 16 bytes at a time, or fills a ring by cp.async and waits for its stages, and
-    contains no other main loop. One iteration of each inner loop is counted. Main loops are in the
-    order of their head blocks.
-    """
+    code: Sequence[Instruction]
+    starts: list[int]  # of the basic blocks
+    ends: list[int]
+    after: list[list[int]]  # blocks that may follow
+    bodies: dict[int, set[int]]  # blocks of each loop, by its head block
+
+    def block_code(self, block: int) -> Sequence[Instruction]:
+        return self.code[self.starts[block] : self.ends[block]]
+
+    def turn(self, head: int) -> list[Instruction]:
+        """Return one iteration of a loop, along the path that loads most."""
+        # Of two paths that load the same bytes, the one with wider loads has more weight.
+        weight = [
+            sum(one.load_bytes * (2 + (one.load_bytes == 16)) for one in self.block_code(block))
+            for block in range(len(self.starts))
+        ]
+        way = way_that_loads_most(head, self.bodies[head], self.after, weight)
+        return [one for block in way for one in self.block_code(block)]
+
+    @cached_property
+    def main(self) -> list[int]:
+        """Heads of the main loops, in order: those of `is_main` that contain no other one."""
+        found = [
+            head
+            for head, body in self.bodies.items()
+            if is_main([one for block in body for one in self.block_code(block)])
+        ]
+        return [
+            head for head in found if not any(o in self.bodies[head] for o in found if o != head)
+        ]
+
+    def outermost(self, head: int) -> int:
+        """Return the head of the largest loop around a loop."""
+        around = [other for other, body in self.bodies.items() if head in body]
+        return max(around, key=lambda other: len(self.bodies[other]))
+
+
+def loops_of(code: Sequence[Instruction]) -> Loops:
+    """Return the natural loops of a kernel."""
     starts, ends, after = blocks_of(code)
     before: list[list[int]] = [[] for _ in starts]
     for k, following in enumerate(after):
@@ -133,29 +169,31 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
                 if block not in body:
                     body.add(block)
                     waiting += before[block]
+    return Loops(code, starts, ends, after, dict(sorted(bodies.items())))
 
-    def block_code(block: int) -> Sequence[Instruction]:
-        return code[starts[block] : ends[block]]
 
-    # Of two paths that load the same bytes, the one with wider loads has more weight.
-    weight = [
-        sum(one.load_bytes * (2 + (one.load_bytes == 16)) for one in block_code(block))
-        for block in range(len(starts))
-    ]
-    loads = {
-        head: body
-        for head, body in sorted(bodies.items())
-        if is_main([one for block in body for one in block_code(block)])
-    }
-    return [
-        [
-            one
-            for block in way_that_loads_most(head, body, after, weight)
-            for one in block_code(block)
-        ]
-        for head, body in loads.items()
-        if not any(other in body for other in loads if other != head)
-    ]
+def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
+    """Return the instructions of one iteration of each main loop, in order.
+
+    A main loop loads 16 bytes at a time, or fills a ring by cp.async and waits for its stages, and
+    contains no other main loop. One iteration of each inner loop is counted.
+    """
+    loops = loops_of(code)
+    return [loops.turn(head) for head in loops.main]
+
+
+def turn_trips(code: Sequence[Instruction]) -> int | None:
+    """Return the memory trips in series per turn of the loops around main loops that multiply.
+
+    Each main loop is judged with the largest loop around it, so that a store that waits for the
+    next turn's load counts, even if both are outside the main loop. The result is the largest
+    number, or None without such a loop.
+    """
+    loops = loops_of(code)
+    turns = [loops.turn(loops.outermost(head)) for head in loops.main]
+    return max(
+        (flight(turn).trips for turn in turns if any(i.multiplies for i in turn)), default=None
+    )
 
 
 def blocks_of(code: Sequence[Instruction]) -> tuple[list[int], list[int], list[list[int]]]:
@@ -271,7 +309,8 @@ def flight(turn: Sequence[Instruction]) -> Flight:
     size = sum(one.load_bytes for one in turn)
     trips = clock - began
     tensor = any(one.multiplies for one in turn)
-    return Flight(size * MEASURED // trips if trips else size * MEASURED, overlap, tensor)
+    inflight = size * MEASURED // trips if trips else size * MEASURED
+    return Flight(inflight, overlap, tensor, -(-trips // MEASURED))
 
 
 # --- prologue -------------------------------------------------------------------------------------
@@ -298,6 +337,11 @@ def trips(way: Sequence[Instruction]) -> int:
         if one.load_bytes and one.sets != NO_BARRIER:
             lands[one.sets] = clock + 1
     return clock
+
+
+def guarded_exp(code: Sequence[Instruction]) -> int:
+    """Return the number of exponentials that test for denormals, as `__expf` does."""
+    return sum(one.opcode.startswith("FSETP.GEU") and ", -126," in one.operands for one in code)
 
 
 # --- cost of an iteration -------------------------------------------------------------------------

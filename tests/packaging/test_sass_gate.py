@@ -1,5 +1,7 @@
 """The gate on machine code (SASS): kernels that break a rule fail, and correct kernels pass."""
 
+import fnmatch
+import re
 import shutil
 import subprocess
 
@@ -327,3 +329,76 @@ def test_loop_with_too_few_products_fails():
     assert gate.judge(kernel(0), [rule]) == []
     (reason,) = gate.judge(kernel(4), [rule])
     assert reason == "25 percent of a main loop multiplies on tensor cores (min. 40)"
+
+
+# A step of lora_expand_kernel: the product, then the store of y. `y` is asked for two steps ahead.
+B, Y = LOAD, LOAD.replace("R4", "R20")
+STORE, PRODUCT = "STG.E.128 desc[UR4][R2.64], R20", "HMMA.16816.F32.BF16 R8, R4, R6, R8"
+
+
+def expand_step(*outer: tuple[str, int, int]) -> list[loops.Instruction]:
+    """Return a loop over steps around one over blocks of ranks, which asks for the next B."""
+    inner = [(B, 0, 0), (PRODUCT, 7, 0), ("MOV R30, R4", 7, 1), ("BRA P1, 0x10", 7, 0)]
+    lines = [("MOV R0, RZ", 7, 0), *inner, *outer, ("BRA P0, 0x10", 7, 0), ("EXIT ", 7, 0)]
+    return [instruction(line, sets, waits, 16 * i) for i, (line, sets, waits) in enumerate(lines)]
+
+
+def test_expand_loop_whose_store_waits_for_the_next_y_fails():
+    """Check the loop of 2026, in which the current and the next y shared a scoreboard."""
+    rule = {"match": "k", "turn_trips": 1}
+    old = expand_step((Y, 5, 0), ("PRMT R12, R20", 7, 1 << 5), (STORE, 7, 0))
+    apart = expand_step(("PRMT R12, R20", 7, 1 << 5), (STORE, 7, 0), (Y, 5, 0))
+    assert loops.turn_trips(old) == 2 and loops.turn_trips(apart) == 1
+    assert gate.judge(gate.Kernel("sm_90a", "k", "k", code=apart), [rule]) == []
+    (reason,) = gate.judge(gate.Kernel("sm_90a", "k", "k", code=old), [rule])
+    assert reason == "2 memory trips in series in a turn of a loop that multiplies (max. 1)"
+
+
+def test_planted_expf_fails_unless_a_rule_allows_it():
+    guard = "FSETP.GEU.AND P1, PT, R18, -126, PT"
+    code = [instruction(text) for text in (guard, "MUFU.EX2 R4, R18", "EXIT ")]
+    kernel = gate.Kernel("sm_90a", "k<float>", "k<float>", code=code)
+    plain = gate.Kernel("sm_90a", "k<float>", "k<float>", code=code[1:])
+    rules = [{"match": "k<*>"}, {"match": "k<float>", "guarded_exp": 1}]
+    assert gate.judge(plain, []) == gate.judge(kernel, rules) == []
+    assert gate.judge(kernel, rules[:1]) == ["1 exponentials test for denormals (max. 0)"]
+
+
+RECORDED = {
+    (match[1], match[2]): {
+        label: float(n) for label, n in re.findall(r"  (\w+) ([\d.]+)", match[3])
+    }
+    for match in re.finditer(
+        r"^(sm_\w+) +(?:\d+ +)+(\S.*?)  inflight \S+(.*)$", gate.LOCK.read_text(), re.M
+    )
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "label", "planted"),
+    [
+        ("first_bytes", "first", -16),  # one load fewer before the wait
+        ("instructions_per_element", "each", 1.5),
+        ("turn_trips", "turn", 1),
+        ("guarded_exp", "guarded", 1),
+    ],
+)
+def test_rules_leave_no_room_for_a_slower_kernel(key, label, planted):
+    """Check that every kernel of the table fails if a cost gets worse, whatever the lock says."""
+    kernel_report = tool("kernel_report")
+    cases = {one.kernel for case in kernel_report.CASES for one in (case, *case.beside)}
+    rules, judged = gate.load_rules(gate.RULES), 0
+    for name in cases:
+        own = [rule for rule in rules if fnmatch.fnmatchcase(name, rule["match"]) and key in rule]
+        found = RECORDED["sm_90a", name].get(label)
+        if found is None or not own and key != "instructions_per_element":
+            continue
+        judged += 1
+        limits = [rule[key] for rule in own]
+        assert limits, f"{name}: no rule for {key}"
+        if planted < 0:
+            assert found >= max(limits) > found + planted, name
+        else:
+            limit = max(limits) if key == "guarded_exp" else min(limits)
+            assert found <= limit < found + planted, (name, found, limit)
+    assert judged
