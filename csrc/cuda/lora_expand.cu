@@ -8,9 +8,9 @@
 // divide the rows of a chunk, and all but the first read B from L1; in a short chunk they also
 // divide the outputs. Bound: bytes of the B pages (decode), of y (prefill).
 //
-// v is float32. For 16-bit types it is split into high + low, each with a product of its own, which
-// keeps 16 bits of v (bfloat16) or 22 (float16). float16 rows are first scaled to [2^14, 2^15) by a
-// power of two, so that a large v does not overflow and a small one does not lose its low part.
+// v is float32. For 16-bit types it is split into high + low: two products, which keep 16 bits of v
+// (bfloat16) or 22 (float16). float16 rows are first scaled to [2^14, 2^15) by a power of two, so
+// that a large v does not overflow and a small one does not lose its low part.
 #include "lora_kernels.cuh"
 
 namespace lora_ext {

@@ -53,7 +53,7 @@ struct Shape {
 
 // The work of a block, of the kernel of ranges or of the kernel that adds ranges.
 struct Block {
-    int slot, range, first_rank, ranks, column;  // ranks: those of the adapter in this block
+    int slot, range, first_rank, ranks, column;  // ranks: number here; column: the first
     const int32_t* rows;                         // rows of the adapter
     int num_rows, first_row;                     // number of `rows`; index of the first in perm
 };

@@ -5,9 +5,9 @@
 // Keys and queries are loaded to shared memory, 64 features at a time. A first pass over the keys
 // computes the largest score of each row, a second the weights. Each score, sum of weights and
 // element of the result is thus one sum in ascending order, independent of other rows. With a
-// running maximum in one pass, or with tensor cores, a row's bits would depend on the boundaries of
-// key tiles. Bound: multiply-adds, three for each feature of a
-// key and a row.
+// running maximum in one pass, or with tensor cores, a row's bits would depend on the boundaries
+// of key tiles. Bound: multiply-adds, three for each feature of each pair of a key and a query
+// row.
 #include "lora_ext/row_attention.h"
 
 #include "launch.cuh"

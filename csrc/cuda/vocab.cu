@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMinBlocks = 4;
-constexpr int kMinBlocksTwice = 3;  // minimum for the divergence, and for softcap
+constexpr int kMinBlocksTwice = 3;  // minimum with softcap or two rows per block
 constexpr int kFinishThreads = 128;
 
 // Calls f(index, values of each row, whole) for the pieces of kRows rows that this thread owns.
