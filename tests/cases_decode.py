@@ -21,7 +21,7 @@ BAND = 1e-5
 class Shape:
     kind: str
     rows: int
-    tokens: int  # K
+    tokens: int  # K, the window length
     components: int
     vocabulary: int
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_ext import ops, reference
 
-Shape = tuple[int, int, int]  # O, I, r
+Shape = tuple[int, int, int]  # (O, I, r) of an adapter
 
 SMALL: list[Shape] = [
     (1, 1, 1), (1, 9, 2), (9, 1, 2), (5, 7, 3), (24, 16, 0), (0, 6, 4), (6, 0, 4), (40, 32, 8),

@@ -75,7 +75,7 @@ def _by_deepspeed(
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0.
         "zero_optimization": {
             "stage": stage,
-            "stage3_param_persistence_threshold": 0,  # partitions small parameters too
+            "stage3_param_persistence_threshold": 0,  # DeepSpeed also partitions small parameters
         },
     }
     optimizer = torch.optim.SGD(own.values(), lr=RATE)

@@ -73,7 +73,7 @@ class FailingCopies:
     def __call__(self, destination, source):
         self.count += 1
         if self.count == self.at or (self.for_good and self.count > self.at):
-            destination.fill_(77)  # half-written
+            destination.fill_(77)  # leaves a partly written tensor
             raise RuntimeError("the copy failed")
         destination.copy_(source)
 

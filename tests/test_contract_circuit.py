@@ -66,7 +66,7 @@ def impossible_cases(device: str) -> dict[str, Inputs]:
         i = circuit_inputs(Window(kind, 4, 5, 6, 7), torch.float32, seed=5, marginalised=False)
         i["x"] %= 6
         i["leaf"][1, 2, :, i["x"][1, 2]] = inf  # No state can emit the token.
-        i["leaf"][2, 1] = inf  # rows that are all -inf
+        i["leaf"][2, 1] = inf  # all logits of a position are -inf
         i["prior"][0, :5] = inf  # only one possible initial state
         i["prior"][3] = inf  # no possible initial state
         if i["trans"] is not None:

@@ -312,7 +312,7 @@ def test_autocast_casts_as_linear_does(backend: Backend, own_seeds: bool) -> Non
         assert_same_bits(out[name].bfloat16(), expected[name], f"{name}: ")
     leaves = [i[k].requires_grad_() for k in LEAVES]
     y = ops.lora_linear(*leaves, i["adapter_ids"], i["scale"], i["ranks"])
-    with torch.autocast(backend.device, torch.bfloat16):  # Autocast does not affect a backward.
+    with torch.autocast(backend.device, torch.bfloat16):  # Autocast must not affect the backward.
         (dx,) = torch.autograd.grad(y, leaves[:1], i["dy"])
     assert dx.dtype == torch.float32
 
@@ -365,7 +365,7 @@ def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool, own_see
         Shape(70, 333, 41, (64, 256)),
         Shape(70, 333, 41, (300, 8)),
         Shape(300, 1100, 24, (4, 16, 1)),  # for the kernels: decode and prefill with several slices
-        Shape(300, 8200, 8, (4,)),  # slices of 768 inputs
+        Shape(300, 8200, 8, (4,)),  # slices of 768 input features
         Shape(4_100, 520, 8, (8,)),  # tiles of 128 rows
         Shape(8_500, 520, 8, (72,)),  # Each block iterates over all slices.
     ],

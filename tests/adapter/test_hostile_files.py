@@ -36,7 +36,7 @@ def refused(pool, source, match, kind=ValueError, **arguments):
     with pytest.raises(kind, match=match):
         pool.load("bad", source, **arguments)
     assert_same(before, snapshot(pool))
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak  # KiB
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak  # in KiB
     assert grown < 256 << 10, "a small file must not cause a large allocation"
 
 

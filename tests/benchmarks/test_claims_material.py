@@ -106,7 +106,7 @@ def test_baselines_train_some_parameters_and_keep_those_documented_as_constant()
     for name in peers.NAMES:
         peer = peers.Peer(name, world)
         start = dict(peer.state)
-        with torch.no_grad():  # so that no factor is zero
+        with torch.no_grad():  # makes all factors nonzero
             start[keys[1]] = peer.state[keys[1]] = torch.full_like(start[keys[1]], 0.1)
         update = peer.trained(3, shares[3], round=1)
         moved[name] = (bool(update.tensors[keys[0]].any()), bool(update.tensors[keys[1]].any()))

@@ -33,7 +33,7 @@ def test_lean_decoding_gives_the_tokens_of_generate_only_for_llamas(model) -> No
     options = {"do_sample": False, "max_new_tokens": 12}
     expected = model.generate(ids, **options)
     assert torch.equal(token_by_token(LeanLlama(model), ids, 12), expected)
-    assert torch.equal(model.generate(ids, **options), expected)  # The model is unchanged.
+    assert torch.equal(model.generate(ids, **options), expected)  # The model has not changed.
     config = LlamaConfig(**SIZES, **HEADS, attention_bias=True)
     with pytest.raises(ValueError, match="expected a Llama without biases"):
         LeanLlama(LlamaForCausalLM(config))

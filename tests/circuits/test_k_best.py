@@ -99,7 +99,7 @@ def test_returned_values_are_int64_for_any_integer_dtype_of_the_evidence():
             circuit.k_best(1, evidence).x[0],
         ):
             assert x.dtype == torch.int64 and (x == torch.tensor([0, 199])).all()
-    got = circuit.k_best(6, torch.tensor([[0, 1]], dtype=torch.uint8))  # There are four paths.
+    got = circuit.k_best(6, torch.tensor([[0, 1]], dtype=torch.uint8))  # Only four paths exist.
     assert (got.x[0, :4] == torch.tensor([0, 1])).all() and (got.x[0, 4:] == -1).all()
 
 

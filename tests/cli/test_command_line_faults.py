@@ -194,7 +194,7 @@ def test_internal_error_keeps_its_traceback(monkeypatch, folders):
 
 def test_rank_that_no_module_can_use_is_rejected_early(run, folders, tmp_path):
     out = tmp_path / "out"
-    # The widths of the layers are 12, 20 and 24.
+    # The widths of the layers are 12, 20 and 24, so min(I, O) is at most 20.
     found = run("resize", folders[0], "--rank", 1_000_000, "--out", out)
     assert_refused(found, "--rank: expected at most 20", "1000000", str(folders[0]), "min(I, O)")
     assert_refused(run("resize", folders[0], "--rank", 21, "--out", out), "expected at most 20")

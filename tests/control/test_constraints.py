@@ -278,7 +278,7 @@ def test_malicious_expressions_stop_within_the_limits(pattern: str) -> None:
     with pytest.raises(ConstraintTooLarge, match=r"seconds|states|bytes"):
         Constraint.regex(pattern, tokenizer(), limits=Limits(max_seconds=2))
     assert time.monotonic() - start < 20  # The limit allows for a busy machine.
-    assert accepts(Constraint.regex("a+", tokenizer()), "aa")  # Later calls still work.
+    assert accepts(Constraint.regex("a+", tokenizer()), "aa")  # Calls after the error still work.
 
 
 def test_expressions_that_are_too_long_raise_before_they_are_parsed() -> None:

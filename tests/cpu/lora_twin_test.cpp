@@ -33,7 +33,7 @@ namespace {
 
 struct Shape {
     int64_t tokens, in, out;
-    std::vector<int32_t> ranks;  // one per adapter
+    std::vector<int32_t> ranks;  // rank of each adapter
     int32_t max_rank;
     bool paged;  // whether the bank consists of pool pages with a table
     bool scaled;

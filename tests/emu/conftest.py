@@ -21,7 +21,7 @@ def build(*targets: str) -> Path:
     ninja = shutil.which("ninja")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one pytest-xdist worker at a time
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Only one pytest-xdist worker builds at a time.
         for command in (
             ["cmake", "-S", str(HERE), "-B", str(folder), *generator],
             ["cmake", "--build", str(folder), "-j2", *targets],

@@ -49,7 +49,7 @@ struct Shape {
     int32_t max_rank;
     bool paged, planned;
     int64_t pad;    // elements between rows
-    int64_t shift;  // elements off 16-byte alignment
+    int64_t shift;  // elements past a 16-byte boundary
 };
 
 template <class T>

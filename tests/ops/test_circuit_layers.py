@@ -236,7 +236,7 @@ def test_row_is_bitwise_equal_alone_and_in_a_batch(backend: Backend) -> None:
     val = ops.circuit_layers(leaf, w, program)
     for b in (0, 17, 36):
         assert torch.equal(ops.circuit_layers(leaf[b : b + 1], w, program), val[b : b + 1])
-    again = ops.circuit_layers(leaf.T.contiguous().T, w, program)  # The strides do not matter.
+    again = ops.circuit_layers(leaf.T.contiguous().T, w, program)  # other strides, the same bits
     assert torch.equal(again, val)
 
 

@@ -156,7 +156,7 @@ def test_walk_is_the_same_alone_and_in_a_batch(backend: Backend) -> None:
         alone = walk(backend, program, val[rows], w, root[rows], u[walks])
         assert torch.equal(alone, together[walks])
     loose = torch.zeros(111, 3 + u.shape[1])
-    loose[:, 2:-1] = u  # other strides
+    loose[:, 2:-1] = u  # a strided copy
     assert torch.equal(walk(backend, program, val.T.contiguous().T, w, root, u), together)
     assert torch.equal(walk(backend, program, val, w, root, loose[:, 2:-1]), together)
 

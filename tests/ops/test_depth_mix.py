@@ -39,7 +39,7 @@ def test_row_of_zeros_gives_the_betas_and_finite_gradients(backend: Backend, nor
     assert all(t.isfinite().all() for t in gradients(mix, upstream(mix)))
     plain = replace(mix, betas=None)
     assert (plain.run()[0] == 0).all()
-    assert replace(plain, eps=0.0).run()[0].isnan().all()  # 0 / 0 as in the formula
+    assert replace(plain, eps=0.0).run()[0].isnan().all()  # 0 / 0, as in the formula
 
 
 def test_non_finite_values_affect_only_their_row_whatever_their_weight(backend: Backend) -> None:

@@ -171,7 +171,7 @@ def test_bfloat16_autocast_is_as_exact_as_peft(family: str) -> None:
         found, expected = run(ours), run(theirs)
     assert found.dtype == expected.dtype
     off, peft_off = ((y.double() - exact).norm() / exact.norm() for y in (found, expected))
-    assert off <= peft_off + 2.0**-8  # one rounding of every logit
+    assert off <= peft_off + 2.0**-8  # 2^-8: one more rounding of every logit
 
 
 @every_kind

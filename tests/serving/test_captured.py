@@ -133,7 +133,7 @@ def test_step_launches_one_copy_one_plan_and_its_ops(
         with device.capture() as graph:
             model(x)
         kernels = backend.module.launches() - before
-    groups = 4  # q, k and v; o; gate and up; down
+    groups = 4  # siblings: q, k and v; o; gate and up; down
     assert kernels == 1 + 2 * groups * LAYERS  # the plan, and shrink and expand of each group
     ours = {op for op in graph.launches if op.startswith("lora_")}
     assert ours == {"lora_plan", "lora_apply_", "lora_apply_siblings_"}

@@ -136,7 +136,7 @@ def test_layers_of_a_step_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> Non
             model(inputs(4, 1))
         model(inputs(4, 6))
         assert len(calls) == 2
-        for length in range(2, 100):  # The cache of shapes has a limit.
+        for length in range(2, 100):  # The cache of shapes has a maximum size.
             model(inputs(4, length))
         assert len(_context.current(model.up.handle).assignment.kept) <= 32
 

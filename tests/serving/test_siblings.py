@@ -479,5 +479,5 @@ def test_siblings_need_as_many_launches_as_one_layer(backend: Backend) -> None:
         assert launches(plain) == 4 * 2
     with serving(model):
         model(x)
-        assert launches(model) == 2 * 2  # one group of q, k and v, and o
+        assert launches(model) == 2 * 2  # two ops each for the group q, k, v and for o
         assert torch.equal(model(x), expected)

@@ -160,7 +160,7 @@ def test_requests_train_save_load_and_sample(server: Server, folder: Path) -> No
 
     other = {"session_id": "none", "model_seq_id": 0, "path": saved["path"]}
     assert server.status("load_weights", other) == 410
-    with pytest.raises(KeyError):  # A save of another key is not found.
+    with pytest.raises(KeyError):  # A save of another API key is not found.
         new_model(server, "tml-b", path=saved["path"])
     server.close()
     again = Server(folder)  # Without a key file, any key is accepted.
@@ -238,7 +238,7 @@ def test_calls_without_a_number_are_independent(app: Any) -> None:
     expected = [loss(1, first), loss(2, second)]
     assert expected[0] != expected[1]
     assert [loss(None, first), loss(None, second)] == pytest.approx(expected, rel=1e-5)
-    assert loss(1, second) == expected[0]  # A repeated number is the same call.
+    assert loss(1, second) == expected[0]  # A call with a repeated number is not run again.
 
 
 def test_unreadable_bodies_are_answered_400(app: Any) -> None:

@@ -143,7 +143,7 @@ class ActivatedReference(Reference):
     """Answers of PEFT with the activated adapters and an ordinary adapter."""
 
     def __init__(self, folder: Path):
-        super().__init__(folder, names=[*ACTIVATED, "b"])  # PEFT's hooks depend on the first one.
+        super().__init__(folder, names=[*ACTIVATED, "b"])  # PEFT's hooks use the first adapter.
 
     def check(self, answers: Sequence[Answer], names: Sequence[str | None], atol: float) -> None:
         """Check the answers, which must not contain the invocation, since PEFT searches in them

@@ -33,7 +33,7 @@ def test_blocks_before_the_start_are_shared_and_later_ones_are_not(engine, refer
         ("alora", early, 32),
         # The first block is the same, but the start is another one.
         ("alora", [*early, 6, 40, 41, 8], 32),
-        ("alora", early, 64),  # same prompt as before
+        ("alora", early, 64),  # again the prompt `early`
         (None, late, 64),
         ("b", late, 0),
     ]

@@ -73,7 +73,7 @@ def test_adapter_is_replaced_in_place(engine, peft_model, folder):
     shutil.copytree(folder / "a2", folder / "changing", dirs_exist_ok=True)
     assert engine.llm.llm_engine.add_lora(engine.request("changing", load_inplace=True))
     assert engine.llm.reset_prefix_cache()  # Keys of cache blocks contain only the adapter's name.
-    peft_model.check(engine.run(names), ["a2", None, "b"], ATOL)  # a2 has another rank
+    peft_model.check(engine.run(names), ["a2", None, "b"], ATOL)  # The rank of a2 differs.
 
 
 def test_long_prompts_processed_in_chunks_equal_peft(engine, peft_model):
