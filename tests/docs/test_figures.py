@@ -134,8 +134,8 @@ FIGURES: dict[tuple[str, str], list[Value]] = {
         for p in ("einsum layers, torch.compile", "einsum layers")},
     **{(CLIENTS, place): [clients(case=case, provider=p) for p in ("loop", "peft", "vmap")]
         for place, case in (
-            ("four square layers, ranks 4 to 8: 8 x 16, 64", "8 clients x 16, d = 64"),
-            *((f"{n} x {b}, {d}...", f"{n} clients x {b}, d = {d}")
+            ("model of four square layers, ranks 4 to 8: 8 x 16, 64", "8 clients x 16, d = 64"),
+            *((f"same model: {n} x {b}, {d}...", f"{n} clients x {b}, d = {d}")
                 for n, b, d in ((32, 16, 64), (64, 16, 64), (32, 16, 256), (32, 64, 256))),
             ("Llama of four layers, 16 clients x 4...", "Llama, 16 clients x 4, d = 64"))},
     (TRAINING, "PEFT's step over the bare model's: float32; with oneDNN off; autocast"): LIMITS,
@@ -145,7 +145,7 @@ FIGURES: dict[tuple[str, str], list[Value]] = {
         step(t, DROPOUT, "peft", "over_base") for t in TARGETS],
     (TRAINING, "dropout 0.1: PEFT's over ours; with `chunked_loss(model)` too"): DROPOUT_STEPS,
     (TRAINING, "16 tokens each take # of PEFT's eight steps, with 64 tokens #"): SHARES_OF_PEFT,
-    ("docs/notes/training.md", "gave # and #. One layer"): MANY_STEPS,
+    ("docs/notes/training.md", "the ratios were # (16 tokens) and # (64 tokens)"): MANY_STEPS,
     (MANY, "16 rows of 16 adapters, over the model without adapters | #; PEFT #"): DECODE,
     (MANY, "8 adapters, the same ratio | #; PEFT #"): PREFILL,
     ("docs/vllm.md", "decode is # and prefill # times"): VLLM,

@@ -391,7 +391,7 @@ def test_rules_leave_no_room_for_a_slower_kernel(key, label, planted):
     for name in cases:
         own = [rule for rule in rules if fnmatch.fnmatchcase(name, rule["match"]) and key in rule]
         found = RECORDED["sm_90a", name].get(label)
-        if found is None or not own and key != "instructions_per_element":
+        if found is None or (not own and key != "instructions_per_element"):
             continue
         judged += 1
         limits = [rule[key] for rule in own]
