@@ -3,7 +3,8 @@
     python tools/kernel_report.py [--json | --check]
 
 Writes `docs/gpu.md` (the part between the marks) from `kernels.lock`, in which `sass_gate.py` has
-recorded the numbers of the machine code, so nothing is compiled or disassembled. `--check` compares
+recorded the numbers of the machine code, so nothing is compiled or disassembled. The instructions
+of a warp's way were counted by hand, in code whose length `COUNTED_IN` records. `--check` compares
 the page instead of writing it. Below the table, `WHY` explains each row in red. A red row without a
 reason is an error, and so is a reason without a red row. Every time is an ESTIMATE of the model
 below: no GPU has run a kernel. `gpu_page.py` adds measured columns from reports of
@@ -37,6 +38,8 @@ NULL, L2, DRAM = 2.0, 0.2, 0.55  # us: an empty kernel in a graph, a trip to L2,
 STREAM, L2_STREAM = 2.7e6, 5.5e6  # bytes per us, of memory and of L2
 HANDOFF = 0.3  # us: an empty kernel that may begin before the previous one ends
 STEP = 1.1  # us: one product of a chain in one launch, with its barrier and trips
+ISSUE = 0.9  # largest share of a scheduler's cycles that issue an instruction
+ALONE = 2.7  # cycles per instruction of a warp without others; from stall counts of leaf and expand
 MOST_SHARED = 227 * 1024 - 2048  # most bytes of dynamic shared memory per block
 MMA_FLOPS, MMA_CYCLES = 4096, 6.4  # flops and scheduler cycles of one m16n8k16
 TENSOR = 798e6  # flops per us, 16 bits
@@ -52,8 +55,10 @@ class Code:
     trips: int | None
     mma_share: float | None
     each: float | None  # instructions per element
-    dependent: bool = False  # may begin before the previous launch ends
+    dependent: bool = False  # contains the wait for the previous launch
     dynamic: int = 0  # bytes of dynamic shared memory, from kernels.toml
+    length: int = 0  # instructions of the machine code
+    turn: int | None = None  # trips in series per turn of the outermost loop around the main one
 
     def per_multiprocessor(self, threads: int) -> int:
         """Return the number of blocks of ``threads`` threads that fit on a multiprocessor."""
@@ -65,10 +70,17 @@ class Code:
 class Case:
     """A kernel at a shape.
 
-    All numbers are of one launch. `bytes` is the number that must be moved, `parts` that of the
-    partial sums in addition, `values` the number of values that pass through the main loop. `flops`
-    run on tensor cores, each as `products` products of 16 bits. A launch has `blocks` blocks of
-    `threads` threads, which together read `l2` bytes more than once, from L2.
+    All numbers are of one launch. `bytes` must be moved; `parts` are further bytes, of sums that
+    several blocks share. `flops` run on tensor cores, each as `products` products of 16 bits.
+    `blocks` of `threads` are launched and read `l2` bytes again from L2.
+
+    `way` has the instructions that each warp issues, and how often; `COUNTED_IN` says in which code
+    they were counted. A warp alone takes `alone` cycles for each. Without a way, `values` pass
+    through the main loop, and other instructions are not counted. The outermost loop has `turns`
+    turns, each of which waits for its memory trips.
+
+    `early` launches may begin before the previous launch ends. `others` are further launches of the
+    same call.
 
     A chain has `repeat` launches, one after the other, and also `repeat` launches of each case in
     `beside`. A launch may have several `steps`, whose blocks wait for each other, make `hops` trips
@@ -93,6 +105,20 @@ class Case:
     hops: int = 0
     loop: int | None = None
     beside: tuple[Case, ...] = ()
+    way: tuple[tuple[int, float], ...] = ()
+    alone: float = ALONE
+    turns: int = 1
+    early: bool = False
+    others: tuple[Case, ...] = ()
+
+    @property
+    def issued(self) -> float:
+        """Instructions that each warp issues on its way."""
+        return sum(count * times for count, times in self.way)
+
+    @property
+    def launches(self) -> tuple[Case, ...]:
+        return (self, *self.beside, *self.others)
 
 
 def read_lock(text: str, rules: Sequence[Mapping[str, Any]] = ()) -> dict[str, Code]:
@@ -115,6 +141,8 @@ def read_lock(text: str, rules: Sequence[Mapping[str, Any]] = ()) -> dict[str, C
             costs.get("each"),
             numbers[13] > 0,
             most_of(rules, row[2], "dynamic_shared"),
+            numbers[2],
+            int(costs["turn"]) if "turn" in costs else None,
         )
     return found
 
@@ -148,12 +176,20 @@ def decode_pair(
     rows: int, slots: int, i: int, outputs: Sequence[int], rank: int, said: str
 ) -> tuple[Case, Case]:
     """Return shrink and expand for up to 256 rows, of one module or of several with one input."""
-    tiles = slots * ceil(rows / slots / 16)
-    splits = min(16, max(1, ceil(i / 512)))
+    tiles, tile_rows = slots * ceil(rows / slots / 16), min(16, ceil(rows / slots))
+    pages, blocks_of_ranks = min(4, ceil(rank / 8)), ceil(rank / 32)
+    width = ceil(i / min(16, ceil(i / 512)) / 256) * 256  # in-features of a split
+    splits = ceil(i / width)
     v = 4 * rows * rank * splits * len(outputs)
     launched = (rows // 16 + min(rows, slots)) * len(outputs)  # upper bound of the number of chunks
     each = 128 if launched * ceil(max(outputs) / 256) < 2 * SMS else 256
     modules = 1 if len(outputs) == 1 else 8
+    if modules == 1:  # up to eight rows leave out the second store of a step
+        before, turn, last = 341, (161 if pages <= 2 else 116), 37
+        step, inner = (374 if tile_rows > 8 else 346), 213
+    else:
+        before, turn, last = 371, (157 if pages <= 2 else 112), 41
+        step, inner = 350, 196
     shrink = Case(
         f"lora_shrink_decode_kernel<{BF16}, true, {modules}>",
         said,
@@ -161,6 +197,12 @@ def decode_pair(
         tiles * splits * ceil(rank / 32) * len(outputs),
         128,
         flops=2 * 16 * tiles * max(8, rank) * i * len(outputs),
+        way=(
+            (before, 1),
+            (turn, ceil(width / (512 if pages <= 2 else 256))),
+            (100, 1),
+            (last, ceil(tile_rows / 4)),
+        ),
     )
     expand = Case(
         f"lora_expand_kernel<{BF16}, true, 1, 4, {modules}>",
@@ -169,6 +211,12 @@ def decode_pair(
         tiles * sum(ceil(o / each) for o in outputs),
         128,
         flops=2 * 2 * 16 * tiles * max(32, rank) * sum(outputs),
+        way=(
+            (566 + 269 * (blocks_of_ranks - 1), 1),
+            (step + inner * (blocks_of_ranks - 1), each // 128),
+        ),
+        turns=each // 128,
+        early=True,
     )
     return shrink, expand
 
@@ -195,12 +243,13 @@ def large_cases() -> Iterator[Case]:
     yield Case(  # blocks of 64 rows and four bands of 128 columns
         f"lora_train_input_kernel<{BF16}, false>",
         shape,
-        3 * x + 2 * rank * width,
+        2 * x + 2 * rank * width + 4 * rank * rows,  # dx is read and written
         rows // 64 * ceil(width / 512),
         256,
         flops=2 * rows * width * max(32, rank) * 2,
+        way=((890, 1), (1179, 4)),
     )
-    yield Case(  # 128 rows, 512 columns
+    shrink = Case(  # 128 rows, 512 columns
         f"lora_shrink_kernel<{BF16}, 128, false>",
         f"prefill and training: {shape}",
         x + 2 * rank * width,
@@ -208,9 +257,56 @@ def large_cases() -> Iterator[Case]:
         128,
         parts=4 * rank * rows * ceil(width / 512),
         flops=2 * rows * width * rank,
+        way=((2181, 1), (1044, 8), (819, 1)),
     )
+    expand = Case(  # 128 rows, 512 outputs, 32 of them in a step
+        f"lora_expand_kernel<{BF16}, true, 8, 1, 1>",
+        f"prefill: {shape}",
+        2 * x + 2 * rank * width + 4 * rank * rows,
+        rows // 128 * ceil(width / 512),
+        256,
+        flops=2 * 2 * rows * width * max(32, rank),
+        way=((687, 1), (366, 16)),
+        turns=16,
+        early=True,
+    )
+    reduce = Case(  # eight splits of v; a block has 16 rows
+        "lora_reduce_kernel",
+        "",
+        4 * rank * rows,
+        rows // 16 + 1,
+        128,
+        parts=4 * rank * rows * 8,
+        way=((308, 1), (242, 1)),
+        early=True,
+    )
+    yield from (shrink, expand)
+    said = f"prefill, the three launches of `lora_apply_`: {shape}"
+    yield replace(shrink, shape=said, beside=(reduce, expand))
     # A block has 512 columns and a range of rows. With dv, slices of columns are summed as well.
+    weights_ways = {
+        (2, 2): ((654, 1), (524, 16), (2656, 1)),
+        (2, 3): ((808, 1), (503, 16), (2668, 1)),
+        (8, 2): ((705, 1), (832, 32), (2793, 1)),
+        (8, 3): ((930, 1), (843, 32), (2802, 1)),
+    }
     for width, rank, pages, ranges, slices in ((4096, 16, 2, 16, 16), (14336, 64, 8, 8, 28)):
+        sums = Case(
+            f"lora_train_weights_reduce_kernel<{BF16}, {pages}>",
+            "",
+            0,
+            4 * ceil(width / 512),
+            256,
+            parts=4 * rank * width * ranges,
+        )
+        sums_of_dv = Case(
+            "lora_train_project_reduce_kernel",
+            "",
+            0,
+            rows // 16 + 1,
+            128,
+            parts=4 * rank * rows * (slices + 1),
+        )
         for form, passes in (("false", 2), ("true", 3)):
             what = "da" if passes == 2 else "db and dv"
             yield Case(
@@ -221,8 +317,11 @@ def large_cases() -> Iterator[Case]:
                 256,
                 parts=4 * rank * (width * ranges + (rows * slices if passes == 3 else 0)),
                 flops=2 * rows * width * rank * passes,
+                way=weights_ways[pages, passes],
+                others=(sums,) if passes == 2 else (sums, sums_of_dv),
             )
     width, rank = 4096, 1024
+    gemm_ways = {0: ((1617, 1), (660, 64), (1368, 1)), 2: ((1536, 1), (809, 32), (420, 4))}
     for product, what in ((0, "shrink"), (2, "expand")):
         yield Case(
             f"lora_gemm_kernel<{BF16}, (Product){product}, 128>",
@@ -231,6 +330,7 @@ def large_cases() -> Iterator[Case]:
             ceil(rows / 128) * ceil((rank if what == "shrink" else width) / 128),
             128,
             flops=2 * rows * width * rank * (1 if what == "shrink" else 2),
+            way=gemm_ways[product],
         )
 
 
@@ -243,17 +343,23 @@ def circuit_cases() -> Iterator[Case]:
         2 * rows * 320,
         rows // 8,
         256,
-        values=rows * 320,
+        way=((430, 1),),
     )
     values = 8192 * 7 * 32 * 32
-    yield Case(
-        f"circuit_scan_kernel<{BF16}, WarpTeam>",
-        "HMM, 8 tokens, 32 states, batch 8192",
-        2 * values,
-        8192 // 4,
-        128,
-        values=values,
-    )
+    # A matrix is 1,024 elements, 32 per lane; a step waits for its norms, its row and its leaf. An
+    # element takes 13.5 instructions for norms and 29.5 for the step, or 47 in the backward.
+    for kernel, each, per_step in (("scan", 1, 43), ("scan_backward", 2, 61)):
+        yield Case(
+            f"circuit_{kernel}_kernel<{BF16}, WarpTeam>",
+            "HMM, 8 tokens, 32 states, batch 8192",
+            2 * values * each,
+            8192 // 4,
+            128,
+            way=((32 * per_step, 7),),
+            alone=4.0,
+            turns=3 * 7 + 1,
+        )
+    yield from walk_cases()
     values = 33 * 320
     yield Case(
         f"spec_verify_kernel<{BF16}>",
@@ -261,7 +367,8 @@ def circuit_cases() -> Iterator[Case]:
         2 * values,
         1,
         256,
-        values=values * 2,
+        way=((2219, 1),),
+        alone=4.0,
     )
     yield from verify_cases(131072)
     values = 8192 * 4096 * 4
@@ -271,7 +378,8 @@ def circuit_cases() -> Iterator[Case]:
         2 * values * 1.25,
         8192,
         256,
-        values=values,
+        way=((88, 1), (515, 4)),
+        alone=3.2,
     )
     values = 8192 * 8192
     for kernel in ("update", "gradient"):
@@ -295,22 +403,63 @@ def circuit_cases() -> Iterator[Case]:
     )
 
 
+def walk_cases() -> Iterator[Case]:
+    """Yield the kernels in which one block walks one row, and attention of rows.
+
+    A way has the norms of a warp's rows, then eight positions without the paths of unaligned rows.
+    """
+    said = "HMM, one row, 8 tokens, 32 states, 320 words"
+    bytes_ = 8 * 32 * 320 * 2 + 7 * 32 * 32 * 2
+    for kernel, threads, way, alone in (
+        ("circuit_sample_kernel<{}, WarpTeam>", 512, ((524, 4), (2625, 8)), 4.7),
+        (
+            "circuit_conditional_dist_kernel<{}, WarpTeam>",
+            512,
+            ((524, 4), (1453, 8), (572, 2)),
+            5.0,
+        ),
+        ("circuit_argmax_kernel<{}>", 256, ((597, 8), (1008, 8), (305, 1)), 3.5),
+    ):
+        yield Case(kernel.format(BF16), said, bytes_, 1, threads, way=way, alone=alone)
+    prompts, rows, heads, width = 4, 1024, 32, 128
+    yield Case(  # a block has 16 rows; a warp issues 5,600 instructions for each 32 of their keys
+        f"row_attention_kernel<{BF16}, 4>",
+        f"{prompts} causal prompts of {rows} tokens, {heads} heads of {width}",
+        2 * 4 * prompts * rows * heads * width,
+        prompts * heads * ceil(rows / 16),
+        128,
+        flops=2 * 2 * prompts * heads * rows * rows / 2 * width,
+        way=((5600, (rows / 32 + 1) / 2),),
+        alone=4.2,
+    )
+
+
 def verify_cases(words: int) -> Iterator[Case]:
     """Yield eight drafted tokens of one row, 32 states, with more words than a block reads."""
     spans = ceil(words / 2048)
+    launches: list[Case] = []
     for kernel, values, bytes_, blocks in (
         ("target", 9 * words, 18 * words, ceil(9 * spans / 8)),
         ("leaves", 32 * words, 64 * words, ceil(32 * spans / 8)),
         ("weights", 32 * words, 70 * words, ceil(words / 512)),
     ):
-        yield Case(
-            f"verify_{kernel}_kernel<{BF16}>",
-            f"spec_verify: one row, 8 tokens, 32 states, {words} words",
-            bytes_,
-            blocks,
-            256,
-            values=values,
+        launches.append(
+            Case(
+                f"verify_{kernel}_kernel<{BF16}>",
+                f"spec_verify: one row, 8 tokens, 32 states, {words} words",
+                bytes_,
+                blocks,
+                256,
+                values=values,
+                early=bool(launches),
+            )
         )
+    yield from launches
+    pick = Case(  # two searches of two trips each
+        "verify_pick_kernel", "", 0, 1, 32, way=((882, 1),), alone=5.5, turns=5, early=True
+    )
+    said = launches[0].shape.replace("spec_verify:", "the four launches of spec_verify:")
+    yield replace(launches[0], shape=said, beside=(*launches[1:], pick))
 
 
 # --- whole circuits: a chain whose stages go to tensor cores --------------------------------------
@@ -333,6 +482,7 @@ def layers_product(product: int, parts: int, sizes: tuple[int, int, int], out: f
         flops=2 * rows * columns * k,
         products=PRODUCTS[parts],
         l2=blocks * sum(tile) * k * 2 * parts,
+        early=True,
     )
 
 
@@ -361,10 +511,33 @@ def layers_run(parts: int, states: int, batch: int, steps: int) -> Case | None:
 def layers_cases() -> Iterator[Case]:
     """Yield `circuit_layers` of a homogeneous HMM, forward in each precision, and backward."""
     batch, steps = 512, 31
+    outside, turn = {1: 327, 2: 356, 3: 361}, {1: 325, 2: 385, 3: 451}  # of `layers_weights_kernel`
     for states in (512, 2048):
         shape = f"HMM of {states} states, 32 steps, batch {batch}, "
         values = states * batch
         lanes = batch // 16
+        leaves = (steps + 1) * values
+        copy = Case(  # rows of leaves become lanes
+            "layers_leaves_kernel",
+            "",
+            0,
+            leaves // 256,
+            256,
+            parts=8 * leaves,
+            way=((108, 1),),
+            alone=4.7,
+        )
+
+        def scale(parts: int, states: int = states) -> Case:
+            return Case(
+                f"layers_weights_kernel<{parts}>",
+                "",
+                0,
+                states // 4,
+                128,
+                parts=(4 + 2 * parts) * states**2,
+                way=((outside[parts], 1), (turn[parts], states // 512)),
+            )
 
         def terms(parts: int, down: bool, values: int = values, lanes: int = lanes) -> Case:
             return Case(
@@ -375,12 +548,15 @@ def layers_cases() -> Iterator[Case]:
                 256,
                 values=values * (7 if down else 5),  # four blocks compute each maximum
                 l2=values * (32 + 2 * parts + (14 if down else 0)),
+                early=True,
             )
 
         for parts, precision in PRECISIONS.items():
             run = layers_run(parts, states, batch, steps)
             if run is not None:
-                yield replace(run, shape=shape + f"forward, {precision}")
+                yield replace(
+                    run, shape=shape + f"forward, {precision}", others=(scale(parts), copy)
+                )
                 continue
             up = layers_product(0, parts, (states, batch, states), 4 * values)
             yield replace(
@@ -388,10 +564,15 @@ def layers_cases() -> Iterator[Case]:
                 shape=shape + f"forward, {precision}",
                 repeat=steps,
                 beside=(terms(parts, False),),
+                others=(scale(parts), copy),
             )
         down = layers_product(1, 3, (states, batch, states), 4 * values)
         weights = layers_product(2, 3, (states, states, batch), 8 * states * states)
-        children = Case("layers_children_kernel", "", 20 * values, lanes * states // 16, 256)
+        children = Case(
+            "layers_children_kernel", "", 20 * values, lanes * states // 16, 256, early=True
+        )
+        roots = Case("layers_roots_kernel", "", 0, ceil(batch / 256), 256, way=((121, 1),))
+        owed = Case("layers_owed_kernel", "", 0, states, 128, way=((1314, 1),), alone=3.6)
         yield replace(
             down,
             shape=shape + "backward",
@@ -401,8 +582,43 @@ def layers_cases() -> Iterator[Case]:
                 replace(weights, bytes=0, l2=weights.l2 + weights.bytes),
                 children,
             ),
+            others=(scale(3), roots, owed),
         )
 
+
+# Length of the machine code in which the ways of cases were counted. If it changes, count again.
+COUNTED_IN = {
+    f"lora_shrink_decode_kernel<{BF16}, true, 1>": 1200,
+    f"lora_shrink_decode_kernel<{BF16}, true, 8>": 1264,
+    f"lora_expand_kernel<{BF16}, true, 1, 4, 1>": 1400,
+    f"lora_expand_kernel<{BF16}, true, 1, 4, 8>": 1368,
+    f"lora_expand_kernel<{BF16}, true, 8, 1, 1>": 1400,
+    f"lora_train_input_kernel<{BF16}, false>": 2216,
+    f"lora_shrink_kernel<{BF16}, 128, false>": 4152,
+    "lora_reduce_kernel": 640,
+    f"lora_train_weights_kernel<{BF16}, 2, false>": 3928,
+    f"lora_train_weights_kernel<{BF16}, 2, true>": 4072,
+    f"lora_train_weights_kernel<{BF16}, 8, false>": 4424,
+    f"lora_train_weights_kernel<{BF16}, 8, true>": 4672,
+    f"lora_gemm_kernel<{BF16}, (Product)0, 128>": 3712,
+    f"lora_gemm_kernel<{BF16}, (Product)2, 128>": 2744,
+    f"circuit_leaf_kernel<{BF16}>": 776,
+    f"circuit_scan_kernel<{BF16}, WarpTeam>": 10440,
+    f"circuit_scan_backward_kernel<{BF16}, WarpTeam>": 14400,
+    f"circuit_sample_kernel<{BF16}, WarpTeam>": 12840,
+    f"circuit_conditional_dist_kernel<{BF16}, WarpTeam>": 12656,
+    f"circuit_argmax_kernel<{BF16}>": 5784,
+    f"row_attention_kernel<{BF16}, 4>": 3144,
+    f"spec_verify_kernel<{BF16}>": 4448,
+    "verify_pick_kernel": 992,
+    f"depth_mix_kernel<{BF16}, {BF16}, false>": 824,
+    "layers_leaves_kernel": 344,
+    "layers_weights_kernel<1>": 944,
+    "layers_weights_kernel<2>": 1048,
+    "layers_weights_kernel<3>": 1136,
+    "layers_roots_kernel": 216,
+    "layers_owed_kernel": 1648,
+}
 
 CASES = [*decode_cases(), *large_cases(), *circuit_cases(), *layers_cases()]
 
@@ -425,7 +641,8 @@ def launch_us(case: Case, code: Code) -> float:
     """Return the time of one launch on the multiprocessors that have a block.
 
     It is the sum of an empty launch, the trips before the first wide load, that load, and the
-    slowest of memory, instructions and tensor cores.
+    slowest of memory, instructions, tensor cores, and warps that wait for their own instructions
+    and trips (`alone`).
     """
     sms = min(SMS, case.blocks)
     per_sm = code.per_multiprocessor(case.threads)
@@ -433,31 +650,57 @@ def launch_us(case: Case, code: Code) -> float:
     inflight = min(code.inflight, default=0) if case.loop is None else code.inflight[case.loop]
     rate = min(STREAM, sms * resident * (inflight or 16) / DRAM)
     cycles = sms * 4 * CLOCK
-    issue = case.values * (code.each or 0) / 32 / cycles
+    issued = case.issued * case.blocks * case.threads / 32
+    issue = (issued or case.values * (code.each or 0) / 32) / cycles / ISSUE
     mma = 0.0
     if case.flops and code.mma_share:
         count = case.flops * case.products / MMA_FLOPS
-        mma = count * max(MMA_CYCLES, 100 / code.mma_share) / cycles
-    slowest = max((case.bytes + case.parts) / rate, case.l2 / L2_STREAM, issue, mma)
+        each = MMA_CYCLES if case.way else max(MMA_CYCLES, 100 / code.mma_share)
+        mma = count * each / cycles
+    waves = max(1.0, case.blocks / (SMS * per_sm))
+    trips = (case.turns - 1) * (code.turn or 1)
+    alone = waves * (case.issued * case.alone / CLOCK + trips * DRAM)
+    slowest = max((case.bytes + case.parts) / rate, case.l2 / L2_STREAM, issue, mma, alone)
     if case.steps > 1:
         slowest = case.steps * (STEP + case.hops * L2 + case.once / CLOCK + slowest)
     return NULL + (code.trips or 0) * L2 + DRAM + slowest
 
 
 def estimate_us(case: Case, lock: Mapping[str, Code]) -> float:
-    """Return the time of all launches, one after the other."""
+    """Return the time of all launches of a call, one after the other.
+
+    A launch overlaps the previous one only if it is launched early and its code waits.
+    """
     total = 0.0
     for one in (case, *case.beside):
         code = code_of(one, lock)
-        total += launch_us(one, code) - (NULL - HANDOFF if case.beside and code.dependent else 0)
-    return case.repeat * total
+        overlaps = case.beside and one.early and code.dependent
+        total += launch_us(one, code) - (NULL - HANDOFF if overlaps else 0)
+    return case.repeat * total + sum(launch_us(one, code_of(one, lock)) for one in case.others)
 
 
 def code_of(case: Case, lock: Mapping[str, Code]) -> Code:
     """Return the numbers that `kernels.lock` records for the kernel of a case."""
     if case.kernel not in lock:
         raise SystemExit(f"kernel_report: kernels.lock has no {case.kernel}")
-    return lock[case.kernel]
+    code = lock[case.kernel]
+    if case.way and code.length != COUNTED_IN.get(case.kernel):
+        raise SystemExit(
+            f"kernel_report: the way of {case.kernel} was counted in "
+            f"{COUNTED_IN.get(case.kernel)} instructions, the kernel has {code.length}; count again"
+        )
+    return code
+
+
+def counted(case: Case, code: Code) -> str:
+    """Return the instruction count that the estimate of a case rests on."""
+    if case.way:
+        return " + ".join(
+            f"{count}" if times == 1 else f"{times:g} x {count}" for count, times in case.way
+        )
+    if case.values and code.each:
+        return f"{code.each:g} per value"
+    return f"{100 / code.mma_share:.1f} per product" if code.mma_share else ""
 
 
 def rows(lock: Mapping[str, Code], cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
@@ -476,6 +719,7 @@ def rows(lock: Mapping[str, Code], cases: Sequence[Case] = CASES) -> list[dict[s
                 "trips": code.trips,
                 "mma_share": code.mma_share,
                 "instructions_per_element": code.each,
+                "instructions": counted(case, code),
                 "bytes": round(
                     case.repeat * case.steps * sum(one.bytes for one in (case, *case.beside))
                 ),
@@ -504,17 +748,75 @@ class Reason:
 
 WHY = [
     Reason(
-        "lora_*",
+        "lora_expand_kernel<*",
+        "D[12378]: *",
+        "Expand of D1, D2, D3, D7, D8",
+        "a warp issues 912 instructions for 128 outputs of a block and up to 1,314 for 256. A "
+        "second step waits for two memory trips in series, since the store of y waits for the next "
+        "y. Behind its shrink, expand takes 1.7 us less.",
+    ),
+    Reason(
+        "lora_shrink_decode_kernel<*",
         "D[78]: *",
-        "D7, D8",
-        "an empty launch and the bytes take nearly 2 us each. The floor is the larger one; a "
-        "launch takes both, with the trips and the first load between them.",
+        "Shrink of D7, D8",
+        "an empty launch, the trips, the first load and a warp's 676 to 750 instructions follow "
+        "one another; the floor is an empty launch.",
+    ),
+    Reason(
+        "lora_shrink_decode_kernel<*",
+        "a captured step*: 1",
+        "The captured step with one adapter",
+        "its 128 shrinks are ordinary launches, 2 us each, and every expand waits for its own "
+        "trips; the floor has 1.1 us per launch.",
+    ),
+    Reason(
+        "lora_gemm_kernel<*",
+        "expand: *",
+        "Expand of rank 1024",
+        "v in two parts costs two products each, and two warps per scheduler do not hide the "
+        "latency of their instructions.",
+    ),
+    Reason(
+        "circuit_leaf_kernel<*",
+        "*",
+        "`circuit_leaf_kernel`",
+        "a row of 320 words costs 430 instructions, with two 64-bit divisions and exponentials of "
+        "five instructions; the bytes allow about 200.",
+    ),
+    Reason(
+        "circuit_scan*_kernel<*",
+        "*",
+        "`circuit_scan_kernel` and its backward",
+        "a step costs 43 instructions per element (backward 61) and waits for three trips; four "
+        "warps per scheduler do not hide them.",
+    ),
+    Reason(
+        "circuit_*",
+        "HMM, one row, *",
+        "`circuit_sample_kernel`, `circuit_conditional_dist_kernel`, `circuit_argmax_kernel`",
+        "one row is one block, which walks eight positions one after the other; the floor is an "
+        "empty launch. The counted path is the one that loads most, so a row may take less.",
+    ),
+    Reason(
+        "row_attention_kernel<*",
+        "*",
+        "`row_attention_kernel`",
+        "no tensor cores and loads of two bytes: 32 keys cost a warp 5,600 instructions. The floor "
+        "has the products on tensor cores.",
     ),
     Reason(
         "spec_verify_kernel<*",
         "*",
         "`spec_verify_kernel`",
-        "one row is one block with nine serial trips; the floor is an empty launch.",
+        "one row is one block with nine serial trips and 2,219 instructions per warp; the floor is "
+        "an empty launch.",
+    ),
+    Reason(
+        "verify_target_kernel<*",
+        "the four launches*",
+        "The four launches of `spec_verify`",
+        "the floor has the bytes alone; each launch waits for the one in front, and the last is "
+        "one warp that searches sums twice.",
     ),
     Reason(
         "verify_leaves_kernel<*",
@@ -569,7 +871,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table; ratios above `RED` are red."""
     lines = [
         "| kernel | shape | MB | estimate, us | floor, us | ratio | trips | mma, % "
-        "| instructions each | registers | blocks per SM |",
+        "| instructions | registers | blocks per SM |",
         "|---" * 11 + "|",
     ]
     for row in found:
@@ -577,10 +879,10 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         ratio = f"{row['ratio']:.1f}"
         if row["ratio"] > RED:
             ratio = f'<span style="color:red">**{ratio}**</span>'
-        blanks = [row["trips"], row["mma_share"], row["instructions_per_element"]]
+        blanks = [row["trips"], row["mma_share"]]
         cells = [name, row["shape"], f"{row['bytes'] / 1e6:.3g}", f"{row['estimate_us']:.1f}"]
         cells += [f"{row['floor_us']:.1f}", ratio]
-        cells += ["" if value is None else f"{value:g}" for value in blanks]
+        cells += ["" if value is None else f"{value:g}" for value in blanks] + [row["instructions"]]
         cells += [str(row["registers"]), str(row["blocks_per_sm"])]
         lines.append(f"| `{cells[0]}` | " + " | ".join(cells[1:]) + " |")
     return "\n".join(lines)

@@ -89,9 +89,13 @@ class Kernel:
         return [one.opcode for one in self.code if one.address in inside]
 
     @cached_property
+    def loops(self) -> sass_loops.Loops:
+        return sass_loops.loops_of(self.code)
+
+    @property
     def turns(self) -> list[list[Instruction]]:
         """Instructions of one iteration of each main loop."""
-        return sass_loops.main_loops(self.code)
+        return self.loops.turns
 
     @cached_property
     def flights(self) -> list[sass_loops.Flight]:
@@ -109,7 +113,7 @@ class Kernel:
             "first_bytes": prologue.first_bytes,
             "mma_share": sass_loops.mma_share(self.turns),
             "instructions_per_element": sass_loops.instructions_per_element(self.turns, size),
-            "turn_trips": sass_loops.turn_trips(self.code),
+            "turn_trips": sass_loops.turn_trips(self.loops),
         }
 
     @cached_property

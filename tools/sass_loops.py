@@ -108,14 +108,17 @@ class Loops:
     def block_code(self, block: int) -> Sequence[Instruction]:
         return self.code[self.starts[block] : self.ends[block]]
 
-    def turn(self, head: int) -> list[Instruction]:
-        """Return one iteration of a loop, along the path that loads most."""
-        # Of two paths that load the same bytes, the one with wider loads has more weight.
-        weight = [
+    @cached_property
+    def weight(self) -> list[int]:
+        """Weights of blocks: of two paths that load the same bytes, wider loads weigh more."""
+        return [
             sum(one.load_bytes * (2 + (one.load_bytes == 16)) for one in self.block_code(block))
             for block in range(len(self.starts))
         ]
-        way = way_that_loads_most(head, self.bodies[head], self.after, weight)
+
+    def turn(self, head: int) -> list[Instruction]:
+        """Return one iteration of a loop, along the path that loads most."""
+        way = way_that_loads_most(head, self.bodies[head], self.after, self.weight)
         return [one for block in way for one in self.block_code(block)]
 
     @cached_property
@@ -129,6 +132,11 @@ class Loops:
         return [
             head for head in found if not any(o in self.bodies[head] for o in found if o != head)
         ]
+
+    @cached_property
+    def turns(self) -> list[list[Instruction]]:
+        """Instructions of one iteration of each main loop."""
+        return [self.turn(head) for head in self.main]
 
     def outermost(self, head: int) -> int:
         """Return the head of the largest loop around a loop."""
@@ -178,19 +186,17 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
     A main loop loads 16 bytes at a time, or fills a ring by cp.async and waits for its stages, and
     contains no other main loop. One iteration of each inner loop is counted.
     """
-    loops = loops_of(code)
-    return [loops.turn(head) for head in loops.main]
+    return loops_of(code).turns
 
 
-def turn_trips(code: Sequence[Instruction]) -> int | None:
+def turn_trips(loops: Loops) -> int | None:
     """Return the memory trips in series per turn of the loops around main loops that multiply.
 
     Each main loop is judged with the largest loop around it, so that a store that waits for the
     next turn's load counts, even if both are outside the main loop. The result is the largest
     number, or None without such a loop.
     """
-    loops = loops_of(code)
-    turns = [loops.turn(loops.outermost(head)) for head in loops.main]
+    turns = [loops.turn(head) for head in {loops.outermost(head) for head in loops.main}]
     return max(
         (flight(turn).trips for turn in turns if any(i.multiplies for i in turn)), default=None
     )
