@@ -323,8 +323,8 @@ def scored(function: Any, given: Inputs) -> Call:
 
 def verify(given: Inputs) -> tuple[Tensor, ...]:
     # Computed from the same numbers for the op and for the reference, whose tokens must be equal.
-    exact = (t.cpu().double() for t in _parameters(given))
-    found = reference.circuit_scan("hmm", *exact, given["x"].cpu())
+    leaf, prior, trans = (t.cpu().double() for t in _parameters(given))
+    found = reference.circuit_scan("hmm", leaf, prior, trans, given["x"].cpu())
     leaf = given["leaf"]
     wide = reference.accumulator(leaf.dtype)
     conditional, posterior = (t.to(leaf.device, wide) for t in (found.conditional, found.posterior))
