@@ -5,7 +5,7 @@
 #   make test    build with the emulator and run a few cases of every quick test: about five minutes after the build
 #   make hosts   run the tests that use torch's products with the code paths of other processors
 #   make check   build for all architectures and run all tests and checks (SKIP_CUDA_TORCH=1 skips the one that downloads 5 GB)
-#   make gpu     run the GPU checks, CALL=1, 2 or 3, nine minutes each: needs a GPU and a Python with a CUDA torch (PYTHON=...); installs nothing
+#   make gpu     run the GPU checks, CALL=0 (builds), 1, 2 or 3, nine minutes each: needs a GPU and a Python with a CUDA torch (PYTHON=...); installs nothing
 #   make asan    run the ops' tests on the CPU with AddressSanitizer and UBSan, before a release (about half an hour)
 #   make bench   run the microbenchmarks
 #   make wheels  build an sdist, and a wheel for this Python, this torch and its CUDA (nvcc) or none, in dist/

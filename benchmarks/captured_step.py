@@ -6,7 +6,8 @@
 
 There is one graph for each number of adapters; the adapter names change between replays
 (`lora_ext.capturable`). Attention is left out, because adapters do not change it. Before timing,
-rows of a replay are compared with the same rows without a graph. Not yet run on a GPU.
+rows of a replay are compared with the same rows without a graph. If the GPU's memory does not hold
+all 32 layers with their adapters, the model has fewer. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ from torch.nn.functional import rms_norm, silu
 import lora_ext
 
 RANK, ROUNDS = 16, 30
+LAYERS, WIDTH, INNER = 32, 4096, 14336
+SHARE = 0.8  # of the free memory, for weights and adapters; the rest is for graphs and activations
 
 
 class Layer(nn.Module):
-    def __init__(self, width: int, inner: int):
+    def __init__(self, width: int, inner: int, **how: Any):
         super().__init__()
         self.width, self.kv = width, width // 4
         sizes = {"q": width, "k": self.kv, "v": self.kv, "o": width, "gate": inner, "up": inner}
         for name, out in sizes.items():
-            setattr(self, f"{name}_proj", nn.Linear(width, out, bias=False))
-        self.down_proj = nn.Linear(inner, width, bias=False)
+            setattr(self, f"{name}_proj", nn.Linear(width, out, bias=False, **how))
+        self.down_proj = nn.Linear(inner, width, bias=False, **how)
 
     def forward(self, x: Tensor) -> Tensor:
         h = rms_norm(x, (self.width,))
@@ -44,12 +47,19 @@ class Layer(nn.Module):
         return x + self.down_proj(silu(self.gate_proj(h)) * self.up_proj(h))
 
 
-def make(tiny: bool, device: torch.device, dtype: torch.dtype) -> nn.Sequential:
-    layers, width, inner = (2, 64, 128) if tiny else (32, 4096, 14336)
+def make(layers: int, width: int, inner: int, **how: Any) -> nn.Sequential:
+    """Build the model on its device in its dtype, without a copy in another dtype."""
     torch.manual_seed(0)
-    with device:
-        model = nn.Sequential(*(Layer(width, inner) for _ in range(layers)))
-    return model.to(dtype).eval().requires_grad_(False)
+    model = nn.Sequential(*(Layer(width, inner, **how) for _ in range(layers)))
+    return model.eval().requires_grad_(False)
+
+
+def depth(free: int, slots: int) -> int:
+    """Return how many layers, with ``slots`` adapters, fit in ``free`` bytes in bfloat16."""
+    linear = [m for m in Layer(WIDTH, INNER, device="meta").modules() if isinstance(m, nn.Linear)]
+    ranks = slots * RANK
+    numbers = sum(m.weight.numel() + ranks * (m.in_features + m.out_features) for m in linear)
+    return min(LAYERS, int(SHARE * free) // (2 * numbers))
 
 
 def adapter(model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -109,7 +119,14 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit("captured_step: expected a GPU, found none that torch can use; see --tiny")
     device = torch.device("cuda" if gpu else "cpu")
     dtype = torch.bfloat16 if gpu else torch.float32
-    model = make(args.tiny, device, dtype)
+    if args.tiny:
+        model = make(2, 64, 128, device=device, dtype=dtype)
+    else:
+        free, _ = torch.cuda.mem_get_info()
+        if not (layers := depth(free, args.rows)):
+            raise SystemExit(f"captured_step: expected free memory for a layer, found {free} bytes")
+        print(f"{layers} of {LAYERS} layers")
+        model = make(layers, WIDTH, INNER, device=device, dtype=dtype)
     x = torch.randn(args.rows, model[0].width, dtype=dtype).to(device)
     with torch.no_grad():
         base = timed(captured(lambda: model(x)).replay) if gpu else None

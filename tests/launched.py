@@ -9,6 +9,7 @@ module's symbols, and ``nm``.
 from __future__ import annotations
 
 import ctypes
+import platform
 import re
 import shutil
 import subprocess
@@ -85,8 +86,6 @@ def recorded(path: str) -> Iterator[list[str]]:
 
 def lacking() -> str | None:
     """Return why launches cannot be recorded on this machine, or None."""
-    import platform
-
     if platform.machine() != "x86_64":
         return f"recorded() needs x86_64, found {platform.machine()}"
     return None if shutil.which("nm") else "nm is not on PATH"

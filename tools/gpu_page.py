@@ -1,9 +1,10 @@
-"""Merge reports of `lora-ext gpu-report` into docs/gpu.md, one column per GPU.
+"""Merge reports of `lora-ext gpu-report` into docs/gpu.md, one column per GPU and build.
 
     python tools/gpu_page.py REPORT.json ...
 
-A report is refused if its kernels are not those of this tree's build (by the hash of the compiled
-module), if a check failed, or if it is from the emulator, which has no times.
+The hash of the compiled module tells builds apart. Reports of this tree's build come first. The
+heading of another build's column contains its hash, since its kernels may differ. A report is
+refused if a check failed or did not end, or if it is from the emulator, which has no times.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ def hashes(folder: Path = ROOT / "lora_ext") -> set[str]:
     return {hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("_*.so")}
 
 
-def read(path: Path, known: set[str]) -> Mapping[str, Any]:
+def read(path: Path) -> Mapping[str, Any]:
     """Return a report that may be merged.
 
     Raises:
@@ -45,12 +47,16 @@ def read(path: Path, known: set[str]) -> Mapping[str, Any]:
         failed = [check["op"] for check in checks if check["ok"] is not True]
         capability = card["capability"]
         _ = [(time["op"], time["us"], time["floor_us"]) for time in times]
+        running = report.get("running") or {"step": None}
+        check = running["op"] if running["step"] == "check" else None
     except (ValueError, KeyError, TypeError) as error:
         raise refuse("a report of lora-ext gpu-report", repr(error)) from None
     if report.get("format") != FORMAT:
         raise refuse(f"format {FORMAT}", report.get("format"))
-    if module not in known:
-        raise refuse("the kernels of this tree's build", f"a module with hash {module[:12]}")
+    if not re.fullmatch("[0-9a-f]{64}", str(module)):
+        raise refuse("the SHA-256 of the compiled module", repr(module))
+    if check is not None:
+        raise refuse("a report of all checks", f"one that ended during {check}")
     if failed or not checks:
         raise refuse("passed checks", f"failures of {', '.join(failed)}" if failed else "none")
     if capability is None:
@@ -58,9 +64,17 @@ def read(path: Path, known: set[str]) -> Mapping[str, Any]:
     return report
 
 
-def table(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table of times and their ratios to the floor, with one column per GPU."""
-    cards = [report["card"]["name"] for report in reports]
+def table(reports: Sequence[Mapping[str, Any]], known: set[str]) -> str:
+    """Return a Markdown table of times and their ratios to the floor, with one column per report.
+
+    ``known`` are the hashes of this tree's build, whose columns come first.
+    """
+    reports = sorted(reports, key=lambda report: report["module"] not in known)
+    cards = [
+        report["card"]["name"]
+        + ("" if report["module"] in known else f", other build {report['module'][:12]}")
+        for report in reports
+    ]
     ops = list(dict.fromkeys(time["op"] for report in reports for time in report["times"]))
     lines = [f"| op | {' | '.join(f'{card}, us (over floor)' for card in cards)} |"]
     lines.append("|---" * (1 + len(cards)) + "|")
@@ -75,13 +89,13 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def merged(page: str, reports: Sequence[Mapping[str, Any]]) -> str:
+def merged(page: str, reports: Sequence[Mapping[str, Any]], known: set[str]) -> str:
     """Return the page with the table of the reports inserted between the page's marks."""
     before, _, rest = page.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
         raise SystemExit(f"gpu_page: the page lacks the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{table(reports)}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{table(reports, known)}\n\n{END}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,8 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("reports", nargs="+", type=Path)
     parser.add_argument("--page", type=Path, default=PAGE)
     parsed = parser.parse_args(arguments)
-    known = hashes()
-    page = merged(parsed.page.read_text(), [read(path, known) for path in parsed.reports])
+    page = merged(parsed.page.read_text(), [read(path) for path in parsed.reports], hashes())
     parsed.page.write_text(page)
     return 0
 

@@ -112,13 +112,14 @@ def _add_gpu_report(commands: Any) -> None:
         "check and time every kernel on this GPU, and write a report",
         "Compares every op with its formula and times its kernels, next to the time that\n"
         "moving their bytes takes. Writes a JSON file and a Markdown page beside it.\n"
+        "A case whose kernel crashes or hangs fails; the next one runs in a new process.\n"
         "Compiles and installs nothing. The report contains versions, GPU, clocks, the\n"
         "hash of the kernels, errors and times, but no names or paths. The exit status\n"
         "is 1 if a check fails.",
         _gpu_report.gpu_report,
     )
     _add(parser, "--out", "file of the report, e.g. card.json", "FILE", required=True)
-    _add(parser, "--minutes", "duration of the timing in minutes", "N", type=float, default=3.0)
+    _add(parser, "--minutes", "minutes for timing, after the checks", "N", type=float, default=3.0)
     text = "emu: check on the emulator, if it was built, without timing"
     _add(parser, "--backend", text, choices=("cuda", "emu"), default="cuda")
     _add(parser, "--only", "prefixes of op names, separated by commas", "OPS")

@@ -18,6 +18,7 @@ from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
 Inputs = dict[str, Any]
 Call = Callable[[], list[Tensor]]
+Make = Callable[[torch.Generator, int], Inputs]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Case:
         launchers: names of the launchers in ``csrc/include`` that the op calls, without the prefix
             ``launch_``.
         make: function that receives a generator and a size, and returns inputs. Size 0 is small,
-            for the check, and size 1 is large, for the timing.
+            for the check, and size 1 is large, for the timing. The floor of a time is computed from
+            all inputs, so a timed case has no input that the op does not read.
         ready: function that prepares all arguments from the inputs, and returns the call of the op.
             Only the call is timed, so it must not create a tensor on the host.
         formula: reference function, which computes the same results from float64 inputs.
@@ -42,7 +44,7 @@ class Case:
 
     op: str
     launchers: tuple[str, ...]
-    make: Callable[[torch.Generator, int], Inputs]
+    make: Make
     ready: Callable[[Inputs], Call]
     formula: Callable[[Inputs], list[Tensor]]
     dtype: torch.dtype = torch.float32
@@ -100,6 +102,16 @@ def lora_inputs(sizes: Any, g: torch.Generator, size: int) -> Inputs:
     }
 
 
+def only(make: Make, *names: str) -> Make:
+    """Return the function that makes some of the inputs of ``make``."""
+
+    def some(g: torch.Generator, size: int) -> Inputs:
+        made = make(g, size)
+        return {name: made[name] for name in names}
+
+    return some
+
+
 def both(name: str, launchers: tuple[str, ...], make: Any, ready: Any, **how: Any) -> Case:
     """Return the case that compares an op with the reference function of the same name.
 
@@ -127,29 +139,47 @@ def pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> C
     return both(name, launchers, make, ready, **how)
 
 
+def shrink(given: Inputs) -> tuple[Tensor, ...]:
+    return given["x"], given["a"], given["ids"]
+
+
 def bank(given: Inputs) -> tuple[Tensor, ...]:
     return given["x"], given["a"], given["b"], given["ids"]
 
 
+def _projected(g: torch.Generator, size: int) -> Inputs:
+    made = lora_inputs(_DECODE, g, size)
+    v = randn(g, len(made["x"]), made["b"].shape[2])
+    return {"projected": v, "b": made["b"], "ids": made["ids"]}
+
+
 def _expand(given: Inputs) -> tuple[Tensor, ...]:
-    v = reference.lora_shrink(given["x"].double(), given["a"].double(), given["ids"])
-    wide = reference.accumulator(given["x"].dtype)
-    y = torch.zeros(len(v), given["b"].shape[1], dtype=given["b"].dtype, device=v.device)
-    return y, v.to(wide), given["b"], given["ids"]
+    v, b = given["projected"], given["b"]
+    return b.new_zeros(len(v), b.shape[1]), v, b, given["ids"]
+
+
+def _sibling_inputs(g: torch.Generator, size: int) -> Inputs:
+    made = [lora_inputs(_DECODE, g, size) for _ in range(3)]
+    return {**made[0], **{name: [each[name] for each in made] for name in ("a", "b")}}
 
 
 def _siblings(given: Inputs) -> tuple[Any, ...]:
-    y = [given["x"].new_zeros(len(given["x"]), given["b"].shape[1]) for _ in range(3)]
-    return y, given["x"], [given["a"]] * 3, [given["b"]] * 3, given["ids"]
+    x, a, b = given["x"], given["a"], given["b"]
+    return [x.new_zeros(len(x), each.shape[1]) for each in b], x, a, b, given["ids"]
+
+
+def _plan_inputs(g: torch.Generator, size: int) -> Inputs:
+    rows, *_, adapters = _PREFILL[size]
+    return {"ids": torch.randint(-1, adapters, (rows,), generator=g), "adapters": adapters}
 
 
 def _plan(given: Inputs) -> Call:
-    return lambda: [ops.lora_plan(given["ids"], len(given["a"]))]
+    return lambda: [ops.lora_plan(given["ids"], given["adapters"])]
 
 
 def _ids_of_plan(given: Inputs, found_plan: list[Tensor]) -> list[Tensor]:
     """Return the adapter id of each row, read from the op's plan (rows grouped by adapter)."""
-    rows, adapters = len(given["ids"]), len(given["a"])
+    rows, adapters = len(given["ids"]), given["adapters"]
     plan = found_plan[0].cpu()
     found = torch.full((rows,), -1)
     perm = plan[-(rows + adapters + 2) : -(adapters + 2)]
@@ -202,16 +232,16 @@ def grams(g: torch.Generator, size: int) -> Inputs:
 
 
 BF16 = {"dtype": torch.bfloat16, "bound": 2.0**-6}
+FLOAT = {"bound": 2.0**-13}  # of results that are float32 or float64 for inputs of every dtype
 
 
 def lora_cases() -> list[Case]:
     """Return the cases of the ops that serve, train and measure adapters."""
     decode, prefill, wide = (partial(lora_inputs, sizes) for sizes in (_DECODE, _PREFILL, _WIDE))
-    halves = ("lora_shrink", "lora_expand")
     trains = ("lora_train_shrink", "lora_train_backward")
     return [
         Case(
-            *("lora_plan", ("lora_plan",), prefill, _plan, lambda i: [i["ids"].cpu()]),
+            *("lora_plan", ("lora_plan",), _plan_inputs, _plan, lambda i: [i["ids"].cpu()]),
             exact=True,
             read=_ids_of_plan,
         ),
@@ -222,20 +252,23 @@ def lora_cases() -> list[Case]:
             "lora_segment_ids",
             exact=True,
         ),
-        pair("lora_shrink", decode, lambda i: (i["x"], i["a"], i["ids"]), *halves[:1], **BF16),
-        pair("lora_expand_", decode, _expand, *halves[1:], **BF16),
+        pair(
+            "lora_shrink", only(decode, "x", "a", "ids"), shrink, "lora_shrink", **{**BF16, **FLOAT}
+        ),
+        pair("lora_expand_", _projected, _expand, "lora_expand", **BF16),
         pair("lora_apply", decode, bank, "lora_apply", **BF16),
         pair("lora_apply", prefill, bank, "lora_apply", op="lora_apply, prefill", **BF16),
         pair("lora_apply", wide, bank, "lora_apply", op="lora_apply, large rank", **BF16),
-        pair("lora_apply_siblings_", decode, _siblings, "lora_apply", **BF16),
+        pair("lora_apply_siblings_", _sibling_inputs, _siblings, "lora_apply", **BF16),
         both("lora_linear", trains, prefill, train, **BF16),
-        both("lora_dropout", ("lora_dropout",), prefill, _dropout, **BF16),
-        pair("lora_gram", grams, lambda i: (i["a"], i["b"]), "lora_gram"),
+        both("lora_dropout", ("lora_dropout",), only(prefill, "x"), _dropout, **BF16),
+        pair("lora_gram", grams, lambda i: (i["a"], i["b"]), "lora_gram", **FLOAT),
         pair(
             "lora_pair_stats",
             grams,
             lambda i: (i["a"], i["b"], [t / 2 for t in i["b"]], i["a"][0].new_ones(3).double()),
             "lora_pair_stats",
+            **FLOAT,
         ),
     ]
 
@@ -264,8 +297,12 @@ def scan(function: Any, given: Inputs) -> Call:
     return gradients(run, given, ("leaf", "prior", "trans"))
 
 
+def _parameters(given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return given["leaf"], given["prior"], given["trans"]
+
+
 def head(given: Inputs) -> tuple[str, Tensor, Tensor, Tensor]:
-    return "hmm", given["leaf"], given["prior"], given["trans"]
+    return "hmm", *_parameters(given)
 
 
 def scored(function: Any, given: Inputs) -> Call:
@@ -285,7 +322,9 @@ def scored(function: Any, given: Inputs) -> Call:
 
 
 def verify(given: Inputs) -> tuple[Tensor, ...]:
-    found = reference.circuit_scan(*head(given), given["x"])
+    # Computed from the same numbers for the op and for the reference, whose tokens must be equal.
+    leaf, prior, trans = (t.cpu().double() for t in _parameters(given))
+    found = reference.circuit_scan("hmm", leaf, prior, trans, given["x"].cpu())
     leaf = given["leaf"]
     wide = reference.accumulator(leaf.dtype)
     conditional, posterior = (t.to(leaf.device, wide) for t in (found.conditional, found.posterior))
@@ -412,25 +451,36 @@ def circuit_cases() -> list[Case]:
         f"log_sum_{part}" for part in "weights values finish ratios dvalues dweights fused".split()
     )
     by_row = ("log_sum_per_row", "log_sum_per_row_backward")
+    parameters, circuit = ("leaf", "prior", "trans"), ("leaf", "w", "numbers", "plan")
+    stages = only(wide_program_inputs, *circuit)
     whole = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
 
     return [
-        both("circuit_scan", scans, _circuit, scan),
-        both("circuit_sample", ("circuit_sample",), _circuit, scored),
+        both("circuit_scan", scans, only(_circuit, *parameters, "x"), scan),
+        both(
+            *("circuit_sample", ("circuit_sample",), only(_circuit, *parameters, "uniforms")),
+            scored,
+            **FLOAT,
+        ),
         pair(
             "circuit_conditional_dist",
-            _circuit,
+            only(_circuit, *parameters, "x", "k"),
             lambda i: (*head(i), i["x"], i["k"]),
             "circuit_conditional_dist",
+            **FLOAT,
         ),
-        pair("circuit_argmax", _circuit, head, "circuit_argmax"),
-        pair("spec_verify", _circuit, verify, "spec_verify", exact=True),
+        pair("circuit_argmax", only(_circuit, *parameters), head, "circuit_argmax"),
+        pair(
+            *("spec_verify", only(_circuit, *parameters, "x", "uniforms", "target"), verify),
+            "spec_verify",
+            exact=True,
+        ),
         both("log_einsum_exp", sums, sum_inputs, _sum),
         both("log_einsum_exp", by_row, _sums_of_rows, _sum, op="log_einsum_exp, of rows"),
         pair("log_einsum_exp", sum_inputs, _max, "log_max", op="log_einsum_exp, max"),
         both("circuit_table", ("circuit_table", "circuit_table_backward"), _tables, _table),
-        Case("circuit_layers", whole, program_inputs, layers, layers_formula),
-        Case("circuit_layers, by stages", whole, wide_program_inputs, layers, layers_formula),
+        Case("circuit_layers", whole, only(program_inputs, *circuit), layers, layers_formula),
+        Case("circuit_layers, by stages", whole, stages, layers, layers_formula),
         Case(
             "circuit_layers_walk",
             ("layers_walk",),
@@ -494,17 +544,19 @@ def _heads_of_rows(g: torch.Generator, size: int) -> Inputs:
 
 
 def attend(function: Any, given: Inputs) -> Call:
-    return lambda: [function(**given, causal=True)]
+    q, k, v, mask = (given[name] for name in ("q", "k", "v", "mask"))
+    return lambda: [function(q, k, v, causal=True, mask=mask)]
 
 
 def other_cases() -> list[Case]:
     """Return the cases of the ops for depth mixtures, losses over a vocabulary, and attention."""
     entropy = tuple(f"cross_entropy_{part}" for part in ("update", "finish", "gradient"))
     kl = tuple(f"kl_{part}" for part in ("update", "finish", "gradient"))
+    labels, other = (only(head_inputs, "hidden", "weight", name) for name in ("labels", "other"))
     return [
         both("depth_mix", ("depth_mix", "depth_mix_backward"), mixes, mix),
-        both("chunked_cross_entropy", entropy, head_inputs, _entropy),
-        both("chunked_kl", kl, head_inputs, _divergence),
+        both("chunked_cross_entropy", entropy, labels, _entropy),
+        both("chunked_kl", kl, other, _divergence),
         both("row_attention", ("row_attention",), _heads_of_rows, attend),
     ]
 

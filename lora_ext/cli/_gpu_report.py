@@ -1,17 +1,20 @@
 """``lora-ext gpu-report``: check and time the kernels on this GPU.
 
 Nothing is compiled or installed. The report contains no names of people or machines and no paths.
+The cases run in another process (``_gpu_worker.py``), so that a fault of one kernel does not end
+the report.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from lora_ext._files import write_files
 
 from ._gpu_cases import Case, convert, moved
 from ._gpu_variants import all_cases
+from ._gpu_worker import Worker
 from ._output import Fault, say, table
 
 FORMAT = 1
@@ -33,7 +37,12 @@ _STREAM = {(9, 0): 2.7e6, (8, 0): 1.6e6, (8, 9): 0.27e6}
 _FLUSH = 1 << 27  # bytes to write before each run, more than any L2 cache has
 _FLUSHES = 16  # The GPU still writes while the host launches the run, so no host time is measured.
 _RUNS = 20
-_FLOATS = ("uniforms", "values", "scale")  # inputs that are float32 for every dtype of an op
+_FLOATS = (
+    "uniforms",
+    "values",
+    "scale",
+    "projected",
+)  # inputs that are float32 for every dtype of an op
 
 
 def gpu_report(arguments: Any) -> int:
@@ -42,24 +51,71 @@ def gpu_report(arguments: Any) -> int:
     Raises:
         Fault: If a check fails, or if there is no GPU or no build for it.
     """
-    out = Path(arguments.out)
+    out, limit = Path(arguments.out), 60 * arguments.minutes
     cases = _chosen(arguments.only)
-    with _backend(arguments.backend) as (device, module):
-        report = {"format": FORMAT, **_machine(device, module), "checks": [], "times": []}
-        until = time.monotonic() + 60 * arguments.minutes
+    with closing(Worker(serve, arguments.backend)) as worker:
+        report: dict[str, Any] = {"format": FORMAT, **worker.machine(), "running": None}
+        report |= {"checks": [], "times": []}
+
+        def run(step: str, case: Case) -> None:
+            report["running"] = {"step": step, "op": case.op}
+            _write(out, report)
+            found = worker.run(step, case.op)
+            if isinstance(found, str):
+                found = {**_entry(step, case), "found": f"The process {found}."}
+            report[f"{step}s"].append(found)
+
         for case in cases:
-            report["checks"].append(_check(case, device))
-            _write(out, report)
+            run("check", case)
+        checked = worker.seconds
         for case in [case for case in cases if case.timed]:
-            if device.type != "cuda" or time.monotonic() > until:
+            if report["card"]["capability"] is None or worker.seconds - checked > limit:
                 break  # Times are measured only on a GPU, and only until the time is up.
-            report["times"].append(_time(case, device))
-            _write(out, report)
+            run("time", case)
+        report["running"] = None
+        _write(out, report)
     say(page(report))
     failed = [check["op"] for check in report["checks"] if not check["ok"]]
     if failed:
         raise Fault(f"expected errors within bounds, found larger errors in {', '.join(failed)}")
     return 0
+
+
+def serve(connection: Connection, backend: str) -> None:
+    """Run cases of :func:`all_cases` in this process, as a :class:`Worker` requests them."""
+    # All kernels are loaded, and compiled if they are PTX, with the CUDA context.
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    try:
+        with _backend(backend) as (device, module):
+            torch.zeros((), device=device)  # creates the context
+            connection.send(_machine(device, module))
+            answer(connection, all_cases(), device)
+    except Fault as fault:
+        connection.send(fault)
+
+
+def answer(connection: Connection, cases: Sequence[Case], device: torch.device) -> None:
+    """Answer requests until the connection is closed or the CUDA context is spoiled."""
+    known, spoiled = {case.op: case for case in cases}, False
+    while not spoiled:
+        try:
+            step, op = connection.recv()
+        except EOFError:
+            return
+        entry = (_check if step == "check" else _time)(known[op], device)
+        spoiled = _spoiled(device)
+        connection.send((entry, spoiled))
+
+
+def _spoiled(device: torch.device) -> bool:
+    """Return whether an error of a kernel makes every later call of this process fail."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        return True
+    return False
 
 
 def _chosen(only: str | None) -> list[Case]:
@@ -143,12 +199,21 @@ def _inputs(case: Case, size: int, device: torch.device) -> dict[str, Any]:
     return {**given, **{name: given[name].float() for name in _FLOATS if name in given}}
 
 
+def _entry(step: str, case: Case) -> dict[str, Any]:
+    """Return the report's entry of a case without result."""
+    if step == "time":
+        return {"op": case.op, "us": None, "floor_us": None}
+    bound = 0 if case.exact else case.bound
+    found = {"op": case.op, "launchers": list(case.launchers), "bound": bound}
+    return {**found, "ok": False, "error": None}
+
+
 def _check(case: Case, device: torch.device) -> dict[str, Any]:
     """Run a case with the small size; return the report's entry.
 
     The entry contains the relative error and its bound, or the message of an exception.
     """
-    entry: dict[str, Any] = {"op": case.op, "launchers": list(case.launchers), "bound": case.bound}
+    entry = _entry("check", case)
     try:
         given = _inputs(case, 0, device)
         found = [t.detach().cpu().double() for t in case.run(given)]
@@ -157,9 +222,8 @@ def _check(case: Case, device: torch.device) -> dict[str, Any]:
         error = max(_error(a, b) for a, b in zip(found, wanted, strict=True))
     except Exception as raised:  # A kernel may raise anything on an untested GPU.
         words = re.sub(r"\S*[/\\\\]\S*", "...", f"{type(raised).__name__}: {raised}")
-        return {**entry, "ok": False, "error": None, "found": words[:200]}
-    ok = error == 0 if case.exact else error <= case.bound
-    return {**entry, "bound": 0 if case.exact else case.bound, "error": error, "ok": ok}
+        return {**entry, "found": words[:200]}
+    return {**entry, "error": error, "ok": error <= entry["bound"]}
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
@@ -181,7 +245,7 @@ def _time(case: Case, device: torch.device) -> dict[str, Any]:
     The entry contains the median time with a flushed L2 cache, and the time to move the bytes of
     all arguments and results at the assumed bandwidth.
     """
-    entry: dict[str, Any] = {"op": case.op, "us": None, "floor_us": None}
+    entry = _entry("time", case)
     try:
         given = _inputs(case, 1, device)
         call = case.ready(given)
@@ -213,7 +277,7 @@ def _measured(run: Any, device: torch.device) -> list[float]:
 def _write(out: Path, report: dict[str, Any]) -> None:
     """Write the report and its Markdown page.
 
-    This is called after every entry, because a kernel may crash the process.
+    This is called before every case, because a kernel may crash or stop the machine.
     """
     text = json.dumps(report, indent=1)
     if len(text) > MOST_BYTES:
@@ -239,7 +303,10 @@ def page(report: dict[str, Any]) -> str:
         for check in report["checks"]
     ]
     note = "" if report["times"] else "\nNo times were measured."
-    return f"# {head}\n\n```\n{table(rows)}\n```\n{note}"
+    if report["running"] is not None:
+        note += "\nNot finished: {step} of {op}.".format(**report["running"])
+    shown = table(rows) if rows else "No case has ended."
+    return f"# {head}\n\n```\n{shown}\n```\n{note}"
 
 
 def _microseconds(value: float | None) -> str:

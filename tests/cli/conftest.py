@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from backends import BACKENDS, closed
 from made_adapters import adapter
 
 from lora_ext import cli
+from lora_ext.cli import _gpu_report
 
 
 @pytest.fixture
@@ -31,6 +33,23 @@ def run_json(run):
         return json.loads(out)
 
     return run_json
+
+
+@pytest.fixture(scope="session")
+def emulator(request):
+    """Fail or skip, as the options demand, if the emulator is not built."""
+    reason = closed(next(b for b in BACKENDS if b.name == "emu"))
+    if reason and request.config.getoption("--require-emu"):
+        pytest.fail(reason)
+    elif reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def emulated(emulator):
+    """Yield the device on which the ops run on the emulator during a test."""
+    with _gpu_report._backend("emu") as (device, _):
+        yield device
 
 
 @pytest.fixture

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
-
 import launched
 import pytest
-from backends import BACKENDS, closed
+import torch
 
-from lora_ext.cli import _gpu_report, _gpu_variants
-
-EMULATOR = next(b for b in BACKENDS if b.name == "emu")
-# Patterns of instances that no case launches, each with the reason.
-EXCEPTIONS: dict[str, str] = {}
+from lora_ext import _loader
+from lora_ext.cli import _gpu_cases, _gpu_report, _gpu_variants
 
 
 def test_names_of_the_lock_and_of_symbols_are_equal() -> None:
@@ -29,28 +24,26 @@ def test_names_of_the_lock_and_of_symbols_are_equal() -> None:
     assert launched.lock_name(symbol) == "b_kernel<(Product)0, WarpTeam>"
 
 
+def test_names_of_cases_are_unique_and_begin_with_the_timed_ones() -> None:
+    names = [case.op for case in _gpu_variants.all_cases()]
+    timed = [case.op for case in _gpu_cases.all_cases()]
+    assert len(set(names)) == len(names) and names[: len(timed)] == timed
+
+
 @pytest.mark.slow
 @pytest.mark.emulated
-def test_cases_launch_every_instance_of_the_lock(request: pytest.FixtureRequest) -> None:
-    reason = closed(EMULATOR) or launched.lacking()
-    if reason and request.config.getoption("--require-emu"):
-        pytest.fail(reason)
-    elif reason:
+def test_cases_launch_every_instance_of_the_lock(emulated: torch.device) -> None:
+    if reason := launched.lacking():
         pytest.skip(reason)
+    path = str(_loader.load("_emu").__file__)
     found: set[str] = set()
     wrong = []
-    with _gpu_report._backend("emu") as (device, module):
-        for case in _gpu_variants.all_cases():
-            with launched.recorded(module.__file__) as names:
-                check = _gpu_report._check(case, device)
-            print(f"{case.op}: {', '.join(sorted(set(names)))}")
-            found |= set(names)
-            wrong += [] if check["ok"] else [check]
-            assert names, f"{case.op} launched no kernel"
+    for case in _gpu_variants.all_cases():
+        with launched.recorded(path) as names:
+            check = _gpu_report._check(case, emulated)
+        print(f"{case.op}: error {check['error']}, {', '.join(sorted(set(names)))}")
+        found |= set(names)
+        wrong += [] if check["ok"] else [check]
+        assert names, f"{case.op} launched no kernel"
     assert not wrong
-    missing = {name for name in launched.locked() - found}
-    excepted = {n for n in missing if any(fnmatch.fnmatchcase(n, p) for p in EXCEPTIONS)}
-    assert sorted(missing - excepted) == []
-    assert found <= launched.locked()
-    for pattern in EXCEPTIONS:  # An exception that is not needed any more is removed.
-        assert fnmatch.filter(missing, pattern), pattern
+    assert sorted(found ^ launched.locked()) == []

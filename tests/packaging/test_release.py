@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from scripts import ROOT, load_script, tool
 
 import lora_ext
@@ -68,12 +69,14 @@ def leg(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_script(monkeypatch, "tools", "gpu_leg")
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("call", [0, 1, 2, 3])
 @pytest.mark.parametrize("compiler", ["/usr/bin/nvcc", None])
 def test_time_limits_of_a_call_sum_to_nine_minutes(call, compiler, leg, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: compiler)
     steps = leg.legs(call, "9.0a", tmp_path)
-    assert sum(step.seconds for step in steps) <= 540
+    prepared = [step.name for step in leg.preparations("9.0a")] if call < 2 else []
+    assert [step.name for step in steps][: len(prepared)] == prepared
+    assert sum(step.seconds for step in steps[len(prepared) :]) <= 540
     assert {step.after for step in steps} <= {None, *(step.name for step in steps)}
     for step in steps:
         for word in step.command if isinstance(step.command, list) else ():
@@ -112,6 +115,20 @@ def test_captured_step_is_correct_at_smallest_sizes(how, capsys, monkeypatch):
     step = load_script(monkeypatch, "benchmarks", "captured_step")
     assert step.main(["--tiny", "--rows", "6", *how]) == 0
     assert "6 rows, 6 adapters: correct" in capsys.readouterr().out
+
+
+def test_captured_step_has_the_layers_that_memory_holds(monkeypatch):
+    step = load_script(monkeypatch, "benchmarks", "captured_step")
+    # Bytes of a layer of Llama-3-8B in bfloat16, and of 64 adapters of rank 16 on it
+    layer = 2 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    layer += 2 * 64 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    assert step.depth(80 << 30, 64) == 32
+    for gib in (4, 8, 16):
+        layers = step.depth(gib << 30, 64)
+        assert layers * layer <= 0.8 * (gib << 30) < (layers + 1) * layer
+    assert step.depth(1 << 20, 64) == 0
+    model = step.make(2, 64, 128, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.fixture
