@@ -125,8 +125,8 @@ void check_walk(const char* op, const LayersProgram& p, const LayersPlan& plan) 
             for (int64_t c = p.parts()[i].child_begin; c < p.parts()[i].child_end; ++c)
                 check_owner(c, n, p.children()[c].column, p.children()[c].units);
         const int64_t draw = p.draws()[n];
-        check(node.matrix < 0 || (draw >= 0 && draw < plan.draws()),
-              "indices of uniforms in range", n);
+        check(node.matrix < 0 || (draw >= 0 && draw < plan.draws()), "indices of uniforms in range",
+              n);
     }
     for (int64_t r = 0; r < p.num_roots(); ++r)
         check_owner(p.num_children() + r, p.num_nodes(), p.roots()[r], 1);
