@@ -190,8 +190,7 @@ class _FusedLoraModel(LoraModel):
         if names is None:
             refuse_block(self, self.peft_config, self.active_adapters, other_names=True)
         else:
-            expected = '"__base__" for the base model'
-            require(None not in [*names], "from_peft", "adapter_names", expected, None)
+            require(None not in [*names], "from_peft", "adapter_names", "'__base__'", None)
             refuse_turned(names, self.turned)
         if names is not None and self.training:
             refuse_names_of_a_reference(self.active_adapters, assignment_of(names))

@@ -246,7 +246,8 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
         body = await read_body(request, MAX_BODY)
         if request.headers.get("content-encoding") == "zstd":
             if zstandard is None:
-                raise HTTPException(415, "content-encoding: found zstd; the server lacks zstandard")
+                remedy = "run `pip install zstandard` on the server"
+                raise HTTPException(415, f"content-encoding: expected none, found zstd; {remedy}")
             try:
                 body = zstandard.ZstdDecompressor().stream_reader(body).read(MAX_BODY + 1)
             except zstandard.ZstdError as error:
