@@ -44,13 +44,17 @@ class AdapterFolder:
         found = sorted(file.parent.name for file in self.root.glob("*/adapter_config.json"))
         return [name for name in found if self._has(name)]
 
-    def load(self, name: str, path: str | os.PathLike[str] | None = None) -> None:
+    def load(self, name: str, path: str | os.PathLike[str] | None = None) -> int | None:
         """Load an adapter; if the name is loaded already, replace that adapter for later requests.
 
         Args:
             name: name of the adapter, which must be valid as a folder name: at most 200 printable
                 characters without slashes, and not ``"__base__"``.
-            path: path of the adapter's folder, relative to the root; default is ``name``.
+            path: path of the adapter's folder, absolute or relative to the root; default is
+                ``name``.
+
+        Returns:
+            The :meth:`generation <AdapterPool.generation>` of the adapter.
 
         Raises:
             ValueError: If the name is invalid, the path is outside the root, or
@@ -62,6 +66,7 @@ class AdapterFolder:
         found = self._checked(name if path is None else path)
         with self._lock:
             self._load(name, found)
+            return self.pool.generation(name)
 
     def ready(self, name: str) -> None:
         """Load an adapter if the pool does not have it.

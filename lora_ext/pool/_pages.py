@@ -81,6 +81,7 @@ class PackedAdapter:
     modules: dict[str, PackedModule]
     replaced: dict[str, Replaced] = field(default_factory=dict)
     leftover: tuple[str, ...] = ()  # keys and fields that strict=False skipped
+    generation: int = 0  # number of its load; 0 until the pool has it
 
     @property
     def rank(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import threading
 import time
 from collections import Counter, OrderedDict, UserDict, deque
@@ -109,6 +110,7 @@ class Residence:
         self.by_name: OrderedDict[str, Resident] = OrderedDict()
         self.cache = HostCache(host_cache_bytes)  # adapters that are not on the device
         self.counts = Counter(loads=0, evictions=0, cache_hits=0)
+        self.generations = itertools.count(1)  # numbers of later loads
         self._store = store
 
     @property
@@ -142,6 +144,11 @@ class Residence:
         """Return the configuration of an adapter; raise UnknownAdapterError for unknown names."""
         self.check_known([name])
         return (self.by_name.get(name) or self.cache[name]).config
+
+    def generation_of(self, name: str) -> int | None:
+        """Return the generation of an adapter; None for unknown names."""
+        found = self.by_name.get(name) or self.cache.get(name)
+        return None if found is None else found.generation
 
     def forget(self, name: str) -> None:
         """Remove an adapter. If it is pinned, its slot is freed when the last pin is removed."""
@@ -196,6 +203,7 @@ class Residence:
         resident = Resident(
             name, place.slot, config, pages, packed.rank, packed.nbytes, config.invocation, written
         )
+        resident.generation = packed.generation or next(self.generations)
         self._store.commit(place, resident)
         for victim in place.victims:
             del self.by_name[victim.name]

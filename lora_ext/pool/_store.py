@@ -49,6 +49,7 @@ class Resident:
     last_use: float = field(default_factory=time.time)  # time of the load or the last acquire
     pins: int = 0
     retired: bool = False  # no name refers to this slot any more; the last unpin frees it
+    generation: int = 0  # number of the load; a return from host memory does not change it
     #: Number of this version of the adapter, unique in the process.
     serial: int = field(default_factory=itertools.count(1).__next__)
 
@@ -218,7 +219,7 @@ class PageStore:
             for module in self._replacing
             if (whole := self.modules[module].replaced.get(resident.slot)) is not None
         }
-        return PackedAdapter(resident.config, modules, replaced)
+        return PackedAdapter(resident.config, modules, replaced, generation=resident.generation)
 
     # ---------------------------------------------------------------------------------------------
     # Publication and removal: only Python assignments, so an error cannot interrupt them

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -247,7 +248,8 @@ class AdapterPool:
             found = f"{size} bytes of pages"
             require(size <= limit, "AdapterPool.prefetch", "sources", expected, found)
             for name, adapter in packed.items():
-                self._residence.cache.put(name, adapter)
+                numbered = replace(adapter, generation=next(self._residence.generations))
+                self._residence.cache.put(name, numbered)
         return list(packed)
 
     def _read(
@@ -318,6 +320,15 @@ class AdapterPool:
         """
         with self._lock:
             return self._residence.config_of(name).invocation
+
+    def generation(self, name: str) -> int | None:
+        """Return the generation of an adapter, or None if the pool has no such adapter.
+
+        Each load, update or prefetch gives an adapter a larger number than all earlier ones of this
+        pool had. An eviction to the host cache does not change the number.
+        """
+        with self._lock:
+            return self._residence.generation_of(name)
 
     # ---------------------------------------------------------------------------------------------
     # Numbers

@@ -22,6 +22,7 @@ _OBJECTS = {  # field `object` of complete and of streamed responses, by kind of
 
 def _head(asked: Chat | Completion, stream: RequestStream) -> dict[str, Any]:
     head = {"id": stream.request_id, "created": int(time.time()), "model": asked.model}
+    head["adapter_generation"] = stream.generation
     return {**head, "object": _OBJECTS[type(asked)][bool(asked.stream)]}
 
 

@@ -85,6 +85,7 @@ class _Generates(_Asked):
     n: Literal[1] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None  # as in vLLM
+    adapter_generation: int | None = Field(None, ge=0)
     # Fields that do not affect the response.
     user: str | None = None
     safety_identifier: str | None = None
@@ -122,7 +123,8 @@ class _Generates(_Asked):
         temperature, top_p = (1.0 if x is None else x for x in (self.temperature, self.top_p))
         most = self.default_max_tokens if self.max_tokens is None else self.max_tokens
         sampling = Sampling(temperature, top_p, self.seed)
-        return {"sampling": sampling, "form": form, "max_new_tokens": most}
+        how = {"sampling": sampling, "form": form, "max_new_tokens": most}
+        return {**how, "generation": self.adapter_generation}
 
 
 class Chat(_Generates):
@@ -193,6 +195,9 @@ class Load(_Asked):
 
     lora_name: str
     lora_path: str | None = None
+    # Fields without effect: every load replaces the adapter for later requests, and reads it once.
+    load_inplace: bool | None = None
+    is_3d_lora_weight: Literal[False] | None = None
 
 
 class Unload(_Asked):

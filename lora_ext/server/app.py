@@ -20,6 +20,7 @@ from lora_ext.serving import (
     CONTENT_TYPE,
     Embedder,
     Engine,
+    GenerationGoneError,
     QueueFullError,
     StoppedError,
     prometheus,
@@ -38,6 +39,7 @@ _CODES: dict[type[Exception], int] = {
     PoolFullError: 429,
     QueueFullError: 429,
     StoppedError: 503,
+    GenerationGoneError: 409,
     ValueError: 400,
     NotImplementedError: 400,
     RuntimeError: 500,
@@ -155,10 +157,13 @@ def _add_answers(
 def _add_models(app: FastAPI, engine: Engine | Embedder, base: str, read: Any) -> None:
     """Add the routes that list, load and unload adapters."""
 
+    def entry(name: str) -> dict[str, Any]:
+        fixed = {"id": name, "object": "model", "owned_by": "lora_ext", "created": 0}
+        found = {"max_model_len": engine.context, "parent": None if name == base else base}
+        return {**fixed, **found, "adapter_generation": engine.pool.generation(name)}
+
     def listed() -> list[dict[str, Any]]:
-        first = {"id": base, "object": "model", "owned_by": "lora_ext", "created": 0}
-        names = dict.fromkeys([*engine.pool.names, *engine.folder.names()])
-        return [first, *({**first, "id": each, "parent": base} for each in names if each != base)]
+        return [*map(entry, dict.fromkeys([base, *engine.pool.names, *engine.folder.names()]))]
 
     @app.get("/v1/models")
     def models() -> Any:
@@ -176,8 +181,8 @@ def _add_models(app: FastAPI, engine: Engine | Embedder, base: str, read: Any) -
         asked = await read(Load, request)
         if asked.lora_name == base:
             raise ValueError(f"lora_name: expected a name unlike the base model's, found {base!r}")
-        await asyncio.to_thread(engine.folder.load, asked.lora_name, asked.lora_path)
-        return {"loaded": asked.lora_name}
+        found = await asyncio.to_thread(engine.folder.load, asked.lora_name, asked.lora_path)
+        return {"loaded": asked.lora_name, "adapter_generation": found}
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ._formats import Format, read_format, refuse_old_names
     from ._metrics import CONTENT_TYPE, prometheus
     from ._sampling import Sampling
-    from ._streams import RequestStream
+    from ._streams import GenerationGoneError, RequestStream
     from .captured import Capturable, capturable
 
 __all__ = [
@@ -42,5 +42,5 @@ __getattr__ = on_demand(
     _formats="Format read_format refuse_old_names",
     _metrics="CONTENT_TYPE prometheus",
     _sampling="Sampling",
-    _streams="RequestStream",
+    _streams="GenerationGoneError RequestStream",
 )

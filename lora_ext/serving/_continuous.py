@@ -83,6 +83,11 @@ class _Request:
     cancelled: bool = False
 
     @property
+    def generation(self) -> int | None:
+        """Number of the load of the pinned adapter; None for the base model."""
+        return self.lease.residents[0].generation if self.lease.residents else None
+
+    @property
     def version(self) -> int:
         """Serial number of the pinned adapter; 0 is the base model."""
         return self.lease.residents[0].serial if self.lease.residents else 0
@@ -214,12 +219,15 @@ class AdapterRequests:
         guide: Guide | None = None,
         allow_base: bool = False,
         logprobs: list[float] | None = None,
+        pinned: Callable[[int | None], object] = bool,  # by default, nothing is done
         **kwargs: Any,
     ) -> Any:
         """Pin the adapter of a request, and add the request with its sampling and constraint.
 
         With ``allow_base``, a prompt without the invocation of its activated adapter uses the base
         model. The log-probability of each new token under the model is appended to ``logprobs``.
+        Before the request is added, ``pinned`` is called with the generation of the adapter (None
+        for the base model); if it raises, the request is not added.
 
         Raises:
             PoolFullError: If the pool has no room for the adapter.
@@ -259,6 +267,7 @@ class AdapterRequests:
                 self._requests[request_id] = request
             accepted = None
             try:
+                pinned(request.generation)
                 accepted = original(input_ids, request_id, *args, **kwargs)
             finally:
                 if accepted is None:

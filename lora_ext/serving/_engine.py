@@ -194,6 +194,7 @@ class Engine(ServedPool):
         *,
         allow_base: bool = False,
         form: Format | None = None,
+        generation: int | None = None,
     ) -> RequestStream:
         """Start a request: load its adapter if necessary, pin it, and add the prompt to the batch.
 
@@ -208,10 +209,13 @@ class Engine(ServedPool):
             allow_base: whether the base model answers if the prompt does not contain the invocation
                 of its activated adapter; otherwise ValueError is raised.
             form: format of the answer. Its constraint is built in another thread and cached.
+            generation: :meth:`generation <lora_ext.AdapterPool.generation>` that the adapter must
+                have; None accepts any.
 
         Raises:
             QueueFullError: If there are ``max_requests`` requests already.
             StoppedError: After :meth:`interrupt`.
+            GenerationGoneError: If the adapter has another generation.
             ValueError: If the chat template rejects the messages; if the invocation is missing; if
                 the prompt has no tokens, too many tokens, or an unknown token; if ``form`` is
                 invalid; or if ``max_new_tokens`` is too small for ``form``.
@@ -230,6 +234,9 @@ class Engine(ServedPool):
             require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} + {new}")
             how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
             how |= {"adapter_name": adapter_name, "ended": self._count, "begun": self._ahead.ends}
+            how["generation"] = generation
+            fits = generation is None or adapter_name is not None
+            require(fits, "begin", "adapter_generation", "None for the base model", generation)
             if form is not None:
                 how["constraint"] = await self._constraint(form)
             for left in reversed(range(_TRIES)):

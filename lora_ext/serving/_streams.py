@@ -10,6 +10,10 @@ from typing import Any
 _RECHECK_SECONDS = 1.0  # time without a token after which a stream checks that the manager runs
 
 
+class GenerationGoneError(RuntimeError):
+    """Error for a request for a generation of an adapter that is not its current one."""
+
+
 class RequestStream:
     """Asynchronous iterator over the new tokens of one request; each item is a list of token ids.
 
@@ -23,10 +27,12 @@ class RequestStream:
         ended: function that is called once with this stream after the last token.
         begun: function that is called with this stream when the first token has arrived, or when
             the request ends. It may be called several times.
+        generation: generation that the adapter must have; None accepts any.
         settings: keyword arguments of the manager's ``add_request``: ``adapter_name``,
             ``max_new_tokens``, ``eos_token_id``, ``sampling``.
 
     Raises:
+        GenerationGoneError: If the adapter has another generation than ``generation``.
         RuntimeError: If the manager does not accept requests. The iterator raises RuntimeError if
             the request fails.
 
@@ -40,6 +46,7 @@ class RequestStream:
         *,
         ended: Callable[[RequestStream], None] | None = None,
         begun: Callable[[RequestStream], None] | None = None,
+        generation: int | None = None,
         **settings: Any,
     ):
         self.request_id = uuid.uuid4().hex
@@ -47,6 +54,8 @@ class RequestStream:
         #: All generated tokens so far.
         self.tokens: list[int] = []
         self.cancelled = self.stopped = False  # stopped: a stop string ended the request
+        #: Generation of the adapter; None for the base model.
+        self.generation: int | None = generation
         self._broken: str | None = None
         self._manager, self._read = manager, 0
         ends = settings.get("eos_token_id", manager.generation_config.eos_token_id)
@@ -59,7 +68,11 @@ class RequestStream:
         accepted = None
         try:
             accepted = manager.add_request(
-                input_ids, request_id=self.request_id, streaming=True, **settings
+                input_ids,
+                request_id=self.request_id,
+                streaming=True,
+                pinned=self._pinned,
+                **settings,
             )
         finally:
             if accepted is None:
@@ -161,6 +174,14 @@ class RequestStream:
                 return
         if rest := text.flush():
             yield rest
+
+    def _pinned(self, found: int | None) -> None:
+        if self.generation not in (None, found):
+            raise GenerationGoneError(
+                f"begin: adapter_generation: expected {found}, the current one, found "
+                f"{self.generation}"
+            )
+        self.generation = found
 
     def _take(self, output: Any) -> None:
         if self.finished:

@@ -120,6 +120,28 @@ def test_least_recently_used_adapter_is_evicted_and_restored_from_host():
     assert pool.stats()["cache_hits"] == 1
 
 
+def test_generation_grows_with_each_load_and_survives_an_eviction():
+    pool = make(max_slots=1)
+    load(pool, "x", 0)
+    first = pool.generation("x")
+    assert first is not None and pool.generation("nobody") is None
+    pool.update("x", state(1, 4))
+    second = pool.generation("x")
+    load(pool, "y", 1)  # x moves to the host cache
+    assert "x" not in pool._residence.by_name and pool.generation("x") == second
+    pool.acquire(["x"]).__exit__()
+    assert "x" in pool._residence.by_name and pool.generation("x") == second
+    pool.unload("x")
+    assert pool.generation("x") is None
+    load(pool, "x", 0)
+    config = pool._residence.config_of("x")
+    pool.prefetch({"z": (config, state(2, 4))})
+    numbers = [first, second, pool.generation("x"), pool.generation("z")]
+    assert numbers == sorted(set(numbers))
+    pool.acquire(["z"]).__exit__()
+    assert pool.generation("z") == numbers[-1]
+
+
 def test_evicted_adapter_without_host_cache_raises_unknown_adapter():
     pool = make(max_slots=1, host_cache_bytes=0)
     load(pool, "x", 0)

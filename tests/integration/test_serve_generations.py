@@ -1,0 +1,130 @@
+"""``lora-ext serve`` while adapters change: generations, shared pages, and pauses."""
+
+import concurrent.futures
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from served import ask, chat, needs_packages, post, settle, streamed, text_of
+
+pytestmark = needs_packages
+
+LONG = " ".join(f"w{5 + i % 90}" for i in range(200))  # several pages of 64 tokens
+
+
+@pytest.fixture(autouse=True)
+def mine_is_not_loaded_later(server: Any) -> Iterator[None]:
+    yield
+    post(server, "unload", "mine")
+
+
+def load(server: Any, path: str, **fields: Any) -> int:
+    body = {"lora_name": "mine", "lora_path": path, **fields}
+    found = server.client.post("/v1/load_lora_adapter", json=body)
+    assert found.status_code == 200, found.text
+    return found.json()["adapter_generation"]
+
+
+def models(server: Any) -> dict[str, Any]:
+    return {each["id"]: each for each in server.client.get("/v1/models").json()["data"]}
+
+
+def test_every_load_has_a_larger_generation_that_answers_contain(server: Any) -> None:
+    seen: list[int] = []
+    for path, fields in (
+        ("a1", {}),
+        ("a2", {"load_inplace": True}),
+        ("a2", {"load_inplace": False}),
+        ("a3", {"load_inplace": None}),
+    ):
+        seen.append(load(server, path, **fields))
+        assert ask(server, "mine").json()["adapter_generation"] == seen[-1]
+        assert {event["adapter_generation"] for event in streamed(server, "mine")} == {seen[-1]}
+        assert models(server)["mine"]["adapter_generation"] == seen[-1]
+        assert text_of(ask(server, "mine")) == text_of(ask(server, path))
+    assert post(server, "unload", "mine") == 200
+    seen.append(load(server, "a1"))
+    body = {"model": "mine", "prompt": "w5", "max_tokens": 1}
+    found = server.client.post("/v1/completions", json=body).json()
+    assert found["adapter_generation"] == seen[-1]
+    assert seen == sorted(set(seen))
+
+
+def test_base_model_and_absent_adapters_have_no_generation(server: Any) -> None:
+    assert ask(server, "tiny").json()["adapter_generation"] is None
+    post(server, "unload", "a7")
+    found = models(server)
+    assert found["tiny"]["adapter_generation"] is found["a7"]["adapter_generation"] is None
+    assert {each["max_model_len"] for each in found.values()} == {2048}
+    assert server.client.get("/v1/models/a7").json() == found["a7"]
+
+
+def test_request_for_a_generation_that_is_gone_returns_409(server: Any) -> None:
+    old = load(server, "a1")
+    expected = text_of(ask(server, "mine", adapter_generation=old))
+    assert expected == text_of(ask(server, "a1"))
+    new = load(server, "a2", load_inplace=True)
+    assert text_of(ask(server, "mine", adapter_generation=new)) == text_of(ask(server, "a2"))
+    for fields in ({"adapter_generation": old}, {"adapter_generation": old, "stream": True}):
+        gone = ask(server, "mine", **fields)
+        assert gone.status_code == 409, gone.text
+        told = gone.json()["error"]
+        assert told["code"] == 409
+        assert f"generation: expected {new}, the current one, found {old}" in told["message"]
+    for value, code in (("1", 422), (1.5, 422), (-1, 422)):
+        refused = ask(server, "mine", adapter_generation=value)
+        assert refused.status_code == code
+        assert "adapter_generation" in refused.json()["error"]["message"]
+    refused = ask(server, "tiny", adapter_generation=1)
+    assert refused.status_code == 400
+    assert "adapter_generation: expected None" in refused.json()["error"]["message"]
+    settle(server)
+
+
+def test_running_stream_keeps_the_generation_that_it_began_with(server: Any) -> None:
+    old = load(server, "a1")
+    body = chat("mine", stream=True, max_tokens=600)
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data: {"))
+        next(lines)
+        new = load(server, "a2")
+        assert ask(server, "mine", max_tokens=1).json()["adapter_generation"] == new
+        assert {json.loads(line[6:])["adapter_generation"] for line in lines} == {old}
+    settle(server)
+
+
+def test_shared_pages_are_not_reused_after_new_weights(server: Any) -> None:
+    """Check that the second request of a generation reads pages, and the first computes them."""
+
+    def computed(path: str) -> int:
+        before = server.engine.manager.__dict__["_lora_ext_requests"].computed
+        assert text_of(ask(server, "mine", LONG)) == expected[path]
+        return server.engine.manager.__dict__["_lora_ext_requests"].computed - before
+
+    expected = {path: text_of(ask(server, path, LONG)) for path in ("a1", "a2", "a3")}
+    assert len(set(expected.values())) == 3
+    for path in ("a1", "a2", "a3", "a1"):
+        load(server, path)
+        first, second = computed(path), computed(path)
+        assert first > 200 and second < first - 128  # the second request shares at least two pages
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        for path in ("a2", "a3") * 2:
+            generation = load(server, path)
+            answers = list(threads.map(lambda _: ask(server, "mine", LONG), range(8)))
+            assert {text_of(answer) for answer in answers} == {expected[path]}
+            assert {answer.json()["adapter_generation"] for answer in answers} == {generation}
+    settle(server)
+
+
+def test_absolute_paths_and_folders_with_a_dot_are_loaded(server: Any) -> None:
+    root = server.folder / "adapters"
+    shutil.copytree(root / "a5", root / ".vllm_lora" / "policy-v1")
+    expected = text_of(ask(server, "a5"))
+    for path in (root / ".vllm_lora" / "policy-v1", ".vllm_lora/policy-v1", root / "a5"):
+        load(server, str(path))
+        assert text_of(ask(server, "mine")) == expected
+    assert post(server, "load", "mine", lora_path=str(root)) == 400
+    assert post(server, "load", "mine", lora_path=str(root / "nothing")) == 404
+    assert post(server, "load", "mine", lora_path="a5", load_inplace="yes") == 422
