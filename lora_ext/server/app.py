@@ -100,6 +100,8 @@ def make_app(
 
     _add_answers(app, engine, base, read, refuse)
     _add_models(app, engine, base, read)
+    if isinstance(engine, Engine):
+        _add_trainers(app, engine)
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -152,6 +154,42 @@ def _add_answers(
             raise ValueError(f"dimensions: {expected}, found {asked.dimensions}")
         vectors, tokens = await engine.embed(asked.texts(), adapter(asked.model))
         return embeddings(asked, vectors, tokens)
+
+
+def _add_trainers(app: FastAPI, engine: Engine) -> None:
+    """Add the routes of vLLM that a trainer uses between two versions of its adapter."""
+
+    @app.get("/server_info")
+    def info() -> Any:
+        parts: dict[str, dict[str, Any]] = {
+            "model_config": {"dtype": str(engine.model.dtype), "max_model_len": engine.context},
+            "lora_config": {
+                "max_loras": engine.pool.max_slots,
+                "max_lora_rank": engine.pool.max_rank,
+            },
+            "parallel_config": {"data_parallel_size": 1},
+        }
+        return {"vllm_config": parts}
+
+    @app.get("/get_world_size")
+    def world() -> Any:
+        return {"world_size": 1}
+
+    @app.get("/is_paused")
+    def paused() -> Any:
+        return {"is_paused": engine.paused}
+
+    @app.post("/pause")
+    def pause(mode: str | None = None) -> Any:  # vLLM's default, "abort", is not supported
+        if mode != "keep":
+            raise ValueError(f"mode: expected 'keep', found {mode!r:.200}")
+        engine.pause()
+        return {"status": "paused"}
+
+    @app.post("/resume")
+    def resume() -> Any:
+        engine.resume()
+        return {"status": "resumed"}
 
 
 def _add_models(app: FastAPI, engine: Engine | Embedder, base: str, read: Any) -> None:

@@ -117,6 +117,7 @@ class AdapterRequests:
 
     Attributes:
         computed: number of tokens computed so far, excluding tokens read from shared pages.
+        paused: True between :meth:`pause` and :meth:`resume`.
 
     Raises:
         NotImplementedError: If the manager uses tensor parallelism or compiled steps, or if the
@@ -145,6 +146,7 @@ class AdapterRequests:
         self._last: tuple[Any, _context.Block] | None = None
         self._running = False
         self.computed = 0
+        self.paused, self._held = False, threading.Event()
         self._choosing: list[_Request] = []
         self._constrained: list[Standing] = []
         self._wrap(self._manager_methods())
@@ -173,6 +175,7 @@ class AdapterRequests:
         for allocator in cache.cache_allocators.values():
             yield allocator, "mark_complete_blocks", self._mark_complete_blocks
         yield processor.scheduler, "clear_cancelled_requests", self._clear_cancelled_requests
+        yield processor.scheduler, "has_pending_requests", self._has_pending_requests
         yield processor.model_runner, "_sample", self._sample
 
     def _wrap(self, methods: Iterator[tuple[Any, str, _Method]]) -> None:
@@ -400,6 +403,28 @@ class AdapterRequests:
             self._running = running
 
     # ---------------------------------------------------------------------------------------------
+    # Pauses: the manager adds, cancels and stops requests, but finds none to compute
+
+    def pause(self) -> None:
+        """Wait until the current step has ended, and compute no other step until :meth:`resume`."""
+        self._held.clear()
+        self.paused = True
+        self.manager._wake_up_loop.set()
+        while self.paused and self.manager.is_running() and not self._held.wait(0.1):
+            pass
+
+    def resume(self) -> None:
+        """End a pause; without one, do nothing."""
+        self.paused = False
+        self.manager._wake_up_loop.set()
+
+    def _has_pending_requests(self, original: Callable[[], bool]) -> bool:
+        if self.paused:  # the manager's thread calls this method between two steps
+            self._held.set()
+            return False
+        return original()
+
+    # ---------------------------------------------------------------------------------------------
     # Steps
 
     def _generation_step(self, original: Callable[[], None]) -> None:
@@ -531,14 +556,19 @@ def add_adapters_to(manager: Any, names: CallNames) -> None:
         AdapterRequests(manager, names)
 
 
+def adapter_requests(manager: Any) -> AdapterRequests:
+    """Return the requests of an attached model's manager."""
+    return manager.__dict__[_KEY]
+
+
 def unfinished(manager: Any) -> int:
     """Return the number of waiting and running requests, each of which pins its adapter."""
-    return len(manager.__dict__[_KEY]._requests)
+    return len(adapter_requests(manager)._requests)
 
 
 def load_of(manager: Any) -> Load:
     """Return the load of an attached model's manager."""
-    own: AdapterRequests = manager.__dict__[_KEY]
+    own = adapter_requests(manager)
     processor = manager.batch_processor
     active = list(processor.scheduler.active_requests) if processor is not None else []
     with own._unpinned:
@@ -562,7 +592,7 @@ def load_of(manager: Any) -> Load:
 
 def computed_tokens(manager: Any) -> int:
     """Return the number of tokens that a manager has computed, without those of shared pages."""
-    return manager.__dict__[_KEY].computed
+    return adapter_requests(manager).computed
 
 
 def requests_of(model: nn.Module) -> list[AdapterRequests]:

@@ -17,7 +17,7 @@ from lora_ext._checks import require
 from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
 from lora_ext.rows import last_start
 
-from ._continuous import load_of, unfinished
+from ._continuous import adapter_requests, load_of, unfinished
 from ._formats import Format
 from ._metrics import Load
 from ._sampling import Sampling
@@ -174,6 +174,23 @@ class Engine(ServedPool):
         self._stopped = True
         for stream in list(self._streams):
             stream.interrupt("the server is stopping")
+
+    def pause(self) -> None:
+        """Hold all requests: wait for the current step, and compute no other one.
+
+        New requests are accepted and wait. Adapters can be loaded and unloaded, and requests can be
+        cancelled. You can call this method from any thread.
+        """
+        adapter_requests(self.manager).pause()
+
+    def resume(self) -> None:
+        """End a :meth:`pause`; without one, do nothing."""
+        adapter_requests(self.manager).resume()
+
+    @property
+    def paused(self) -> bool:
+        """True between :meth:`pause` and :meth:`resume`."""
+        return adapter_requests(self.manager).paused
 
     @property
     def healthy(self) -> bool:

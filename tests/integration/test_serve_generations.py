@@ -3,11 +3,23 @@
 import concurrent.futures
 import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from served import ask, chat, needs_packages, post, settle, streamed, text_of
+from served import (
+    ask,
+    chat,
+    connect,
+    needs_packages,
+    post,
+    said,
+    serving,
+    settle,
+    streamed,
+    text_of,
+)
 
 pytestmark = needs_packages
 
@@ -98,16 +110,16 @@ def test_running_stream_keeps_the_generation_that_it_began_with(server: Any) -> 
 def test_shared_pages_are_not_reused_after_new_weights(server: Any) -> None:
     """Check that the second request of a generation reads pages, and the first computes them."""
 
-    def computed(path: str) -> int:
-        before = server.engine.manager.__dict__["_lora_ext_requests"].computed
+    def added(path: str) -> int:
+        before = computed(server)
         assert text_of(ask(server, "mine", LONG)) == expected[path]
-        return server.engine.manager.__dict__["_lora_ext_requests"].computed - before
+        return computed(server) - before
 
     expected = {path: text_of(ask(server, path, LONG)) for path in ("a1", "a2", "a3")}
     assert len(set(expected.values())) == 3
     for path in ("a1", "a2", "a3", "a1"):
         load(server, path)
-        first, second = computed(path), computed(path)
+        first, second = added(path), added(path)
         assert first > 200 and second < first - 128  # the second request shares at least two pages
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         for path in ("a2", "a3") * 2:
@@ -128,3 +140,107 @@ def test_absolute_paths_and_folders_with_a_dot_are_loaded(server: Any) -> None:
     assert post(server, "load", "mine", lora_path=str(root)) == 400
     assert post(server, "load", "mine", lora_path=str(root / "nothing")) == 404
     assert post(server, "load", "mine", lora_path="a5", load_inplace="yes") == 422
+
+
+def pause(server: Any) -> None:
+    found = server.client.post("/pause", params={"mode": "keep"})
+    assert (found.status_code, found.json()) == (200, {"status": "paused"})
+
+
+def resume(server: Any) -> None:
+    found = server.client.post("/resume")
+    assert (found.status_code, found.json()) == (200, {"status": "resumed"})
+
+
+def computed(server: Any) -> int:
+    return server.engine.manager.__dict__["_lora_ext_requests"].computed
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_pause_holds_running_requests_and_new_ones_wait(server: Any) -> None:
+    expected = {name: text_of(ask(server, name, max_tokens=600)) for name in ("a1", "a2")}
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        running = threads.submit(streamed, server, "a1", max_tokens=600)
+        until(lambda: len(server.engine._streams) == 1 and computed(server) > 0)
+        pause(server)
+        pause(server)  # a second pause changes nothing
+        assert server.client.get("/is_paused").json() == {"is_paused": True}
+        before = computed(server)
+        waiting = [threads.submit(ask, server, "a2", max_tokens=600) for _ in range(3)]
+        until(lambda: server.engine.requests == 4)
+        generation = load(server, "a3")  # an adapter can be loaded during a pause
+        assert server.client.get("/health").status_code == 200
+        time.sleep(0.3)
+        assert computed(server) == before and not running.done()
+        assert not any(each.done() for each in waiting)
+        resume(server)
+        assert said(running.result()) == expected["a1"]
+        assert {text_of(each.result()) for each in waiting} == {expected["a2"]}
+    resume(server)  # without a pause, it changes nothing
+    assert server.client.get("/is_paused").json() == {"is_paused": False}
+    assert ask(server, "mine").json()["adapter_generation"] == generation
+    settle(server)
+
+
+def test_idle_server_can_be_paused(server: Any) -> None:
+    settle(server)
+    for _ in range(3):
+        pause(server)
+        before = computed(server)
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(ask, server, "a1")
+            until(lambda: server.engine.requests == 1)
+            time.sleep(0.15)
+            assert computed(server) == before
+            resume(server)
+            text_of(waiting.result())
+
+
+def test_client_that_disconnects_during_a_pause_is_cancelled(server: Any) -> None:
+    connection = connect(server, model="a1", stream=True, max_tokens=1900)
+    assert connection.recv(64)
+    pause(server)
+    try:
+        connection.close()
+        settle(server)
+    finally:
+        resume(server)
+    text_of(ask(server, "a1"))
+
+
+@pytest.mark.parametrize("mode", [None, "abort", "wait", "stop"])
+def test_other_modes_of_pause_are_refused(server: Any, mode: str | None) -> None:
+    found = server.client.post("/pause", params={} if mode is None else {"mode": mode})
+    assert found.status_code == 400
+    told = found.json()["error"]["message"]
+    assert told == f"mode: expected 'keep', found {mode!r}"
+    text_of(ask(server, "a1"))
+
+
+def test_server_info_has_the_fields_that_trainers_read(server: Any) -> None:
+    found = server.client.get("/server_info", params={"config_format": "json"}).json()
+    assert found["vllm_config"] == {
+        "model_config": {"dtype": "torch.float32", "max_model_len": 2048},
+        "lora_config": {"max_loras": 64, "max_lora_rank": 64},
+        "parallel_config": {"data_parallel_size": 1},
+    }
+    assert server.client.get("/get_world_size").json() == {"world_size": 1}
+
+
+@pytest.mark.slow
+def test_paused_server_stops_at_once(tmp_path: Any) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        with serving(tmp_path) as server:
+            running = threads.submit(streamed, server, "a1", max_tokens=1900)
+            until(lambda: computed(server) > 0)
+            pause(server)
+            begin = time.monotonic()
+        assert time.monotonic() - begin < 10
+        error = running.result()[-1]["error"]
+    assert error["code"] == 500 and "server is stopping" in error["message"]

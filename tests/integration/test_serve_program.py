@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,11 @@ def test_ctrl_c_ends_a_server_even_if_the_shell_ignores_the_signal() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("paused", [False, True])
 @pytest.mark.parametrize("reads", [True, False])
-def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads: bool) -> None:
+def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(
+    folder: Path, reads: bool, paused: bool
+) -> None:
     """Check also a client that does not read, which is disconnected."""
     command = [sys.executable, "-m", "lora_ext", "serve", "--port", "0"]
     arguments = ["--model", str(folder / "tiny"), "--adapters", str(folder / "adapters")]
@@ -109,6 +113,9 @@ def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads:
         connection = socket.create_connection(("127.0.0.1", int(place[1])))
         connection.sendall(head.encode() + b"\r\n" + body)
         found = connection.recv(1 << 12)
+        if paused:
+            url = f"http://127.0.0.1:{place[1]}/pause?mode=keep"
+            urllib.request.urlopen(urllib.request.Request(url, method="POST")).close()
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)
         while reads and (more := connection.recv(1 << 16)):
