@@ -287,6 +287,8 @@ def _add_serve(commands: Any) -> None:
         "on a CPU, if it takes at most a quarter of the free memory"
     )
     parser.add_argument("--no-pack", action="store_false", dest="pack", help=text)
+    text = "compute the same bits as a trainer's forward of lora_ext.exact(model); on a CPU only"
+    parser.add_argument("--exact", action="store_true", help=text)
     text = "allow requests from web pages of this origin (CORS); may be repeated"
     _add(parser, "--allow-origin", text, "URL", action="append", default=[], dest="origins")
 

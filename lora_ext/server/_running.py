@@ -18,7 +18,7 @@ import torch
 import uvicorn
 
 from lora_ext._checks import instance, integer, require
-from lora_ext.layers import packing
+from lora_ext.layers import exact, packing
 from lora_ext.serving import Embedder, Engine, pooling_of, preparation_of
 
 from .app import make_app
@@ -45,6 +45,8 @@ class Settings:
         origins: origins of web pages that may send requests (CORS).
         pack: whether to keep a packed copy of the base model, with which a CPU decodes faster. No
             copy is made if it would take more than a quarter of the free memory.
+        exact: whether to make the model :func:`exact <lora_ext.exact>`: the log-probabilities of an
+            answer then have the bits of a trainer's forward. The model must be on the CPU.
     """
 
     model: str | os.PathLike[str]
@@ -58,6 +60,7 @@ class Settings:
     max_body: int = 1 << 20
     origins: Sequence[str] = ()
     pack: bool = True
+    exact: bool = False
 
     def check(self) -> None:
         """Check the settings before the model is read.
@@ -128,11 +131,13 @@ class Settings:
         model = kind.from_pretrained(self.model, local_files_only=True).eval()
         default = "cuda" if torch.cuda.is_available() else "cpu"
         model = model.to(default if self.device is None else self.device)
+        if self.exact:
+            exact(model)
         how: dict[str, Any] = {
             name: getattr(self, name) for name in ("max_requests", "max_rank", "context")
         }
         if embeds is None:
-            if self.pack:
+            if self.pack and not self.exact:
                 found = packing(model)
                 say(f"{found}{'; --no-pack disables packing' if found.fits else ''}")
                 how["pack_base"] = found.fits

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+from scripts import needs
 from served import (
     ask,
     chat,
@@ -15,6 +17,7 @@ from served import (
     needs_packages,
     post,
     said,
+    save_model,
     serving,
     settle,
     streamed,
@@ -244,3 +247,45 @@ def test_paused_server_stops_at_once(tmp_path: Any) -> None:
         assert time.monotonic() - begin < 10
         error = running.result()[-1]["error"]
     assert error["code"] == 500 and "server is stopping" in error["message"]
+
+
+@needs("peft")
+def test_exact_server_computes_the_bits_of_a_trainer(tmp_path: Any) -> None:
+    """Compare tokens of a batch, with and without shared pages, with a forward of PEFT's model."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lora_ext import exact, from_peft
+    from lora_ext.server import Settings
+    from lora_ext.serving import Sampling
+
+    save_model(tmp_path)
+    lines: list[str] = []
+    settings = Settings(tmp_path / "tiny", tmp_path / "adapters", exact=True)
+    prompts = {"a1": [5, 6, 7], "a9": list(range(5, 90)), "a12": [7] * 70}
+    found: dict[str, tuple[list[float], list[int]]] = {}
+    with settings.engine(lines.append) as engine:
+        for name in prompts:
+            engine.folder.load(name)
+        for seed in (3, 4):  # the second round reads the pages of the first
+            logprobs: dict[str, list[float]] = {f"{name}-{seed}": [] for name in prompts}
+            for key, values in logprobs.items():
+                name = key.partition("-")[0]
+                how = {"adapter_name": name, "logprobs": values, "max_new_tokens": 12}
+                sampling = Sampling(1.0, 1.0, seed)
+                engine.manager.add_request(prompts[name], key, sampling=sampling, **how)
+            for _ in logprobs:
+                result = engine.manager.get_result(timeout=60)
+                found[result.request_id] = logprobs[result.request_id], result.generated_tokens
+    assert lines == []  # exact packs the model, so nothing is said about packing
+    assert len(found) == 6
+    for key, (sampled, tokens) in found.items():
+        name = key.partition("-")[0]
+        prompt = prompts[name]
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny").eval()
+        trainer = exact(from_peft(PeftModel.from_pretrained(base, tmp_path / "adapters" / name)))
+        ids = torch.tensor([[*prompt, *tokens]])
+        with torch.no_grad():
+            wanted = trainer(ids).logits.float().log_softmax(-1)[0, len(prompt) - 1 : -1]
+        wanted = wanted.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert torch.equal(torch.tensor(sampled), wanted), key
