@@ -12,6 +12,8 @@ from tiny import attach_saved, batching, only
 import lora_ext
 import lora_ext.adapter
 import lora_ext.rows._pool_layer
+from lora_ext.rows._pool_layer import pool_of
+from lora_ext.serving._continuous import computed_tokens
 
 NAMES = ["red", "green", None, "blue", "green", "red"]
 CLOSE = 2e-5  # of logits of about 10 in float32; an adapter changes them by more than 0.5
@@ -165,6 +167,28 @@ def test_gradient_reaches_the_input_embeddings(tmp_path: Path) -> None:
     with lora_ext.adapters("green"):
         model(inputs_embeds=x).logits.square().sum().backward()
     assert (x.grad - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_new_weights_of_experts_share_no_pages_with_the_old_ones(tmp_path: Path) -> None:
+    model, reference = served("mixtral", tmp_path)
+    pool: Any = pool_of(model)
+    prompt = tokens(1, 40)[0].tolist()
+    ids, answers = torch.tensor([prompt]), []
+    how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with model.continuous_batching_context_manager(**batching(page_size=8)) as manager:
+        for name in ("red", "blue", "red"):
+            pool.update("red", tmp_path / name)
+            for _ in range(2):  # the second request reads the pages of the first
+                manager.add_request(prompt, adapter_name="red")
+                answers.append(manager.get_result(timeout=30).generated_tokens)
+                with only(reference, name):
+                    expected = reference.generate(input_ids=ids, **how)[0, 40:].tolist()
+                assert answers[-1] == expected
+    assert answers[0] != answers[2]
+    # Of six prompts, three are computed, and three are read from pages except their last tokens.
+    assert computed_tokens(manager) < 4 * len(prompt) + 6 * 4
 
 
 @pytest.mark.slow
