@@ -278,7 +278,8 @@ class Engine(ServedPool):
             return Asked(ids, None, len(ids))
         invocation = self.pool.invocation(name)
         start = last_start(torch.tensor([ids]), invocation)[0] if invocation else 0
-        return Asked(ids, name, len(ids) if start is None else start)
+        adapter = name, self.pool.generation(name)
+        return Asked(ids, adapter, len(ids) if start is None else start)
 
     async def _constraint(self, form: Format) -> Constraint:
         """Build a constraint in another thread; at most two are built at the same time."""
@@ -343,7 +344,7 @@ class Asked:
     """Prompt tokens and adapter of a request, and the position at which the adapter begins."""
 
     tokens: Sequence[int]
-    adapter: str | None  # None is the base model
+    adapter: tuple[str, int | None] | None  # name and generation; None is the base model
     start: int  # number of tokens before the adapter begins, which use the base model
 
     def shared(self, other: Asked, page: int) -> int:
