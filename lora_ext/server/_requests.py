@@ -1,13 +1,15 @@
 """Bodies of requests, with the fields of OpenAI's API that the server accepts.
 
 Unknown fields are rejected. Fields that do not affect the response, such as ``user``, are accepted
-and ignored. A field that would affect the response but is not supported, such as
-``presence_penalty``, is accepted only with its default value, which has no effect. All optional
-fields may be null, as in OpenAI's API.
+and ignored. A field of OpenAI's or vLLM's API that would affect the response but is not supported,
+such as ``presence_penalty``, is accepted only with a value that has no effect. All optional fields
+may be null, as in OpenAI's API.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from fastapi import HTTPException, Request
@@ -19,15 +21,79 @@ _MAX_ERRORS = 4  # maximum number of errors of one request that a message descri
 
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens: TypeAlias = Annotated[list[int], Field(min_length=1)]
-Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
 Empty: TypeAlias = Annotated[list[Any], Field(max_length=0)]
 Prompt: TypeAlias = str | list[int] | list[dict[str, Any]]
+
+
+def _by_name(*groups: tuple[tuple[Any, ...], str]) -> dict[str, tuple[Any, ...]]:
+    return {name: values for values, names in groups for name in names.split()}
+
+
+# Fields that are accepted only with null and with values that have no effect, by their values.
+_NEUTRAL = _by_name(
+    ((0,), "presence_penalty frequency_penalty priority routed_experts_prompt_start"),
+    ((0,), "min_p min_tokens"),
+    ((0, -1), "top_k"),
+    ((1,), "repetition_penalty"),
+    ((1,), "n best_of length_penalty stream_interval"),
+    ((-1,), "thinking_token_budget"),
+    ((False,), "use_beam_search ignore_eos include_stop_str_in_output watermarking"),
+    ((False,), "return_token_ids return_tokens_as_token_ids return_prompt_text"),
+    ((True,), "skip_special_tokens spaces_between_special_tokens"),
+    ((False, True), "return_token_offsets return_mm_kwargs"),
+    (([],), "logits_processors bad_words stop_token_ids"),
+    (({},), "logit_bias kv_transfer_params ec_transfer_params vllm_xargs"),
+    (("left", "right"), "truncation_side"),
+    ((), "truncate_prompt_tokens cache_salt allowed_token_ids logprob_token_ids"),
+    ((), "repetition_detection prompt_logprobs"),
+)
+_NEUTRAL_IN_CHATS = _NEUTRAL | _by_name(
+    ((False,), "echo continue_final_message add_special_tokens"),
+    ((True,), "add_generation_prompt"),
+    ((False, True), "include_reasoning parallel_tool_calls"),
+    (([],), "tools functions documents"),
+    (({},), "chat_template_kwargs media_io_kwargs mm_processor_kwargs"),
+    (("none", "auto"), "tool_choice function_call"),
+    (("auto", "default"), "service_tier"),
+    (("in_memory", "24h"), "prompt_cache_retention"),
+    (("medium",), "verbosity"),
+    ((["text"],), "modalities"),
+    ((), "audio prediction web_search_options moderation reasoning_effort chat_template"),
+)
+_NEUTRAL_IN_COMPLETIONS = _NEUTRAL | _by_name(
+    (("",), "suffix"), ((True,), "add_special_tokens"), ((), "prompt_embeds")
+)
+_NEUTRAL_IN_EMBEDDINGS = _by_name(
+    ((True,), "add_special_tokens"),
+    ((0,), "priority"),
+    ((), "truncate_prompt_tokens"),
+    (({},), "mm_processor_kwargs"),
+)
 
 
 class _Asked(BaseModel):
     """JSON object in the body of a request; unknown fields and wrong types raise an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    #: Values without an effect of the fields that support no other value, by name.
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for name in cls.neutral.keys() & body.keys():
+            _check_neutral(name, body[name], (None, *cls.neutral[name]))
+        return {name: value for name, value in body.items() if name not in cls.neutral}
+
+
+def _check_neutral(name: str, found: Any, values: tuple[Any, ...]) -> None:
+    """Raise ValueError if a field has none of ``values``; 1 and 1.0 are equal, 1 and true not."""
+    if not any(found == v and isinstance(found, bool) == isinstance(v, bool) for v in values):
+        expected = " or ".join(map(json.dumps, values))
+        raise ValueError(f"{name}: expected {expected}, found {json.dumps(found)[:100]}")
 
 
 class Text(_Asked):
@@ -52,6 +118,8 @@ class Message(_Asked):
     annotations: Empty | None = None
     function_call: None = None
     tool_calls: Empty | None = None
+    reasoning: None = None
+    reasoning_content: None = None
 
     def said(self) -> dict[str, str]:
         """Return the message as a chat template expects it; its parts are joined by newlines."""
@@ -66,6 +134,8 @@ class StreamOptions(_Asked):
     """Value of the field ``stream_options``."""
 
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class _Generates(_Asked):
@@ -74,31 +144,32 @@ class _Generates(_Asked):
     #: Default of ``max_tokens``; None is the default of :meth:`Engine.begin`.
     default_max_tokens: ClassVar[int | None] = None
 
+    neutral = _NEUTRAL
     model: str
     max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    n: Literal[1] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None  # as in vLLM
     # Fields that do not affect the response.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # Fields that are accepted only with a value that has no effect.
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    session_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _names(cls, body: Any) -> Any:
         if isinstance(body, dict):
             refuse_old_names(body)
+            most, name = body.get("max_tokens"), "max_completion_tokens"
+            if None not in (most, body.get(name)):
+                _check_neutral(name, body[name], (most,))
         return body
 
     @property
@@ -120,7 +191,7 @@ class _Generates(_Asked):
             expected = "none with a required format, which it could cut off"
             raise ValueError(f"stop: expected {expected}, found {self.stop!r:.200}")
         temperature, top_p = (1.0 if x is None else x for x in (self.temperature, self.top_p))
-        most = self.default_max_tokens if self.max_tokens is None else self.max_tokens
+        most = self.max_tokens or self.max_completion_tokens or self.default_max_tokens
         sampling = Sampling(temperature, top_p, self.seed)
         return {"sampling": sampling, "form": form, "max_new_tokens": most}
 
@@ -128,24 +199,12 @@ class _Generates(_Asked):
 class Chat(_Generates):
     """Body of ``POST /v1/chat/completions``."""
 
+    neutral = _NEUTRAL_IN_CHATS
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, alias="max_completion_tokens")
     store: bool | None = None
     metadata: dict[str, str] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    parallel_tool_calls: bool | None = None  # no effect, because there are no tools
-    tools: Empty | None = None
-    tool_choice: Literal["none", "auto"] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
-    modalities: list[Literal["text"]] | None = None
-    functions: Empty | None = None
-    function_call: Literal["none", "auto"] | None = None
-    audio: None = None
-    prediction: None = None
-    reasoning_effort: None = None
-    verbosity: None = None
-    web_search_options: None = None
 
     def prompt(self) -> Prompt:
         """Return the prompt for :meth:`Engine.begin`."""
@@ -156,14 +215,13 @@ class Completion(_Generates):
     """Body of ``POST /v1/completions``. The prompt is one text, or the tokens of one text."""
 
     default_max_tokens: ClassVar[int | None] = 16  # as in OpenAI's API
+    neutral = _NEUTRAL_IN_COMPLETIONS
 
     text: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=1)] = (
         Field(alias="prompt")
     )
-    best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: None = None
-    suffix: Literal[""] | None = None
 
     def prompt(self) -> Prompt:
         """Return the prompt for :meth:`Engine.begin`."""
@@ -175,6 +233,7 @@ class Completion(_Generates):
 class Embedding(_Asked):
     """Body of ``POST /v1/embeddings``. The input is one or several texts, or their tokens."""
 
+    neutral = _NEUTRAL_IN_EMBEDDINGS
     model: str
     input: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=2048)]
     encoding_format: Literal["float", "base64"] | None = None
@@ -217,6 +276,9 @@ def told(error: ValidationError) -> str:
     found = error.errors(include_url=False, include_context=False)
     lines = []
     for one in found[:_MAX_ERRORS]:
+        if one["type"] == "value_error" and not one["loc"]:  # the message names the field
+            lines.append(one["msg"].removeprefix("Value error, "))
+            continue
         place = ".".join(map(str, one["loc"])) or "body"
         value = f", found {one['input']!r:.100}" if one["type"] != "missing" and one["loc"] else ""
         lines.append(f"{place}: {one['msg']}{value}")
