@@ -22,6 +22,9 @@ _MAX_ERRORS = 4  # maximum number of errors of one request that a message descri
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens: TypeAlias = Annotated[list[int], Field(min_length=1)]
 Empty: TypeAlias = Annotated[list[Any], Field(max_length=0)]
+Texts: TypeAlias = (
+    str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=2048)]
+)
 Prompt: TypeAlias = str | list[int] | list[dict[str, Any]]
 
 
@@ -38,7 +41,7 @@ _NEUTRAL = _by_name(
     ((1,), "n best_of length_penalty stream_interval"),
     ((-1,), "thinking_token_budget"),
     ((False,), "use_beam_search ignore_eos include_stop_str_in_output watermarking"),
-    ((False,), "return_token_ids return_tokens_as_token_ids return_prompt_text"),
+    ((False,), "return_tokens_as_token_ids return_prompt_text"),
     ((True,), "skip_special_tokens spaces_between_special_tokens"),
     ((False, True), "return_token_offsets return_mm_kwargs"),
     (([],), "logits_processors bad_words stop_token_ids"),
@@ -156,6 +159,7 @@ class _Generates(_Asked):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None  # as in vLLM
+    return_token_ids: bool | None = None  # as in vLLM
     # Fields that do not affect the response.
     user: str | None = None
     safety_identifier: str | None = None
@@ -176,6 +180,12 @@ class _Generates(_Asked):
     def usage_wanted(self) -> bool:
         """True if the stream must end with an event that contains the usage (token counts)."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def limit(self) -> str:
+        """Name of the field that limits the number of new tokens."""
+        both = self.max_tokens, self.max_completion_tokens
+        return "max_completion_tokens" if both[0] is None and both[1] else "max_tokens"
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of :meth:`Engine.begin` except the prompt and the adapter.
@@ -206,28 +216,23 @@ class Chat(_Generates):
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
 
-    def prompt(self) -> Prompt:
-        """Return the prompt for :meth:`Engine.begin`."""
-        return [message.said() for message in self.messages]
+    def prompts(self) -> list[Prompt]:
+        """Return the chat, as the only prompt for :meth:`Engine.begin`."""
+        return [[message.said() for message in self.messages]]
 
 
 class Completion(_Generates):
-    """Body of ``POST /v1/completions``. The prompt is one text, or the tokens of one text."""
+    """Body of ``POST /v1/completions``. The prompt is one or several texts, or their tokens."""
 
     default_max_tokens: ClassVar[int | None] = 16  # as in OpenAI's API
     neutral = _NEUTRAL_IN_COMPLETIONS
-
-    text: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=1)] = (
-        Field(alias="prompt")
-    )
+    text: Texts = Field(alias="prompt")
     echo: Literal[False] | None = None
     logprobs: None = None
 
-    def prompt(self) -> Prompt:
-        """Return the prompt for :meth:`Engine.begin`."""
-        given = self.text
-        nested = isinstance(given, list) and given and not isinstance(given[0], int)
-        return given[0] if nested else given  # pyright: ignore[reportReturnType]
+    def prompts(self) -> list[Prompt]:
+        """Return the prompts for :meth:`Engine.begin`."""
+        return _separate(self.text)
 
 
 class Embedding(_Asked):
@@ -235,16 +240,19 @@ class Embedding(_Asked):
 
     neutral = _NEUTRAL_IN_EMBEDDINGS
     model: str
-    input: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=2048)]
+    input: Texts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: str | None = None
 
     def texts(self) -> list[str | list[int]]:
         """Return the texts, or their tokens, for :meth:`Embedder.embed`."""
-        given = self.input
-        alone = isinstance(given, str) or isinstance(given[0], int)
-        return [given] if alone else given  # pyright: ignore[reportReturnType]
+        return _separate(self.input)
+
+
+def _separate(given: Any) -> list[Any]:
+    """Return the texts of a field; the tokens of one text are a single item."""
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
 class Load(_Asked):
