@@ -6,15 +6,19 @@ import asyncio
 import base64
 import contextlib
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lora_ext.serving import RequestStream
+from lora_ext._checks import require
+from lora_ext.serving import Engine, Logprobs, RequestStream, TextStream, TokenLogprob
 
-from ._requests import Chat, Completion, Embedding
+from ._requests import Chat, Completion, Embedding, Prompt
+
+_MOST_VALUES = 50_000  # most log-probabilities of prompts in one response
 
 _OBJECTS = {  # field `object` of complete and of streamed responses, by kind of request
     Chat: ("chat.completion", "chat.completion.chunk"),
@@ -22,62 +26,169 @@ _OBJECTS = {  # field `object` of complete and of streamed responses, by kind of
 }
 
 
+# Tokens, their log-probabilities (None for the first one of a prompt), and their text offsets.
+_Tokens: TypeAlias = list[tuple[int, TokenLogprob | None, int]]
+
+
 class Choice:
     """Answer to one prompt of a request: a running request of the engine, and what was sent of it.
 
     Args:
         asked: body of the request.
+        engine: engine that runs the request.
+        prompt: prompt as the engine received it.
         stream: the running request.
-        index: number of the prompt in the request.
-        tokenizer: tokenizer of the model.
+        index: number of the prompt in the body.
     """
 
-    def __init__(self, asked: Chat | Completion, stream: RequestStream, index: int, tokenizer: Any):
-        self.stream, self._asked, self._index = stream, asked, index
-        self._texts = stream.texts(tokenizer, asked.stop or ())
-        self._sent = 0  # number of tokens whose ids were sent
+    def __init__(
+        self,
+        asked: Chat | Completion,
+        engine: Engine,
+        prompt: Prompt,
+        stream: RequestStream,
+        index: int,
+    ):
+        self.stream, self._asked, self._engine, self._index = stream, asked, engine, index
+        self._prompt, self._chat = prompt, isinstance(asked, Chat)
+        self._texts = stream.texts(engine.tokenizer, asked.stop or ())
+        self._logprobs = stream.logprobs or Logprobs()
+        self._sent = 0  # number of generated tokens that were sent
+        self._offset = 0  # number of characters before the next token
+        self._plain = TextStream(engine.tokenizer)  # decodes tokens to find their offsets
 
     async def whole(self) -> dict[str, Any]:
         """Return the choice of a complete response, after the last token."""
         text = "".join([text async for text in self._texts])
-        said: dict[str, Any] = {"text": text}
-        if isinstance(self._asked, Chat):
+        echo, tokens = self._echo()
+        said: dict[str, Any] = {"text": echo + text}
+        if self._chat:
             said = {"message": {"role": "assistant", "content": text}}
-        return self._choice(said, self._prompt(), self._new(self.stream.finish_reason))
+        stream, more = self.stream, await asyncio.to_thread(self._of_prompt)
+        choice = self._choice(said, len(stream.tokens), tokens)
+        return {**choice, **more, "finish_reason": stream.finish_reason}
 
     async def parts(self) -> AsyncIterator[dict[str, Any]]:
         """Yield the choices of the events of a streamed response."""
-        chat = isinstance(self._asked, Chat)
-        first = self._prompt()
-        if chat:
-            yield self._choice({"delta": {"role": "assistant", "content": ""}}, first)
-        elif first:
-            yield self._choice({"text": ""}, first)
-        async for text in self._texts:
-            yield self._choice(
-                {"delta": {"content": text}} if chat else {"text": text}, self._new()
-            )
-        said: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
-        yield self._choice(said, self._new(self.stream.finish_reason))
 
-    def _choice(self, said: dict[str, Any], *more: dict[str, Any]) -> dict[str, Any]:
+        def said(text: str) -> dict[str, Any]:
+            return {"delta": {"content": text}} if self._chat else {"text": text}
+
+        read = self._asked.prompt_top is not None
+        # The log-probabilities of the prompt are known when the first token is.
+        first = await anext(self._texts, None) if read else None
+        (echo, tokens), more = self._echo(), await asyncio.to_thread(self._of_prompt)
+        if self._chat:
+            yield {**self._choice({"delta": {"role": "assistant", "content": ""}}, 0), **more}
+        elif echo or more:
+            yield {**self._choice(said(echo), 0, tokens), **more}
+        if first is not None:
+            yield self._choice(said(first), self.stream.decoded)
+        async for text in self._texts:
+            yield self._choice(said(text), self.stream.decoded)
+        choice = self._choice({"delta": {}} if self._chat else said(""), len(self.stream.tokens))
+        yield {**choice, "finish_reason": self.stream.finish_reason}
+
+    def _choice(self, said: dict[str, Any], end: int, before: _Tokens | None = None) -> Any:
+        """Return a choice with the tokens ``before``, and the generated ones up to ``end``.
+
+        Generated tokens that an earlier choice contained are left out.
+        """
+        tokens = self.stream.tokens[self._sent : end]
+        entries = self._logprobs.tokens[self._sent : end]
+        self._sent = end
         choice = {"index": self._index, **said, "logprobs": None, "finish_reason": None}
-        for fields in more:
-            choice |= fields
+        if self._asked.top is not None and (tokens or before):
+            new = zip(tokens, entries, self._offsets(tokens), strict=True)
+            choice["logprobs"] = self._listed([*(before or ()), *new], self._asked.top)
+        if self._asked.return_token_ids:
+            choice["token_ids"] = tokens
         return choice
 
-    def _prompt(self) -> dict[str, Any]:
-        """Return the fields about the prompt that the request asks for."""
-        return {"prompt_token_ids": self.stream.prompt} if self._asked.return_token_ids else {}
+    def _echo(self) -> tuple[str, _Tokens]:
+        """Return the text and the tokens of the prompt if the answer repeats them."""
+        asked, ids, tokens = self._asked, self.stream.prompt, []
+        if not (isinstance(asked, Completion) and asked.echo):
+            return "", []
+        text: Any = self._prompt
+        if not isinstance(text, str):
+            text = self._engine.tokenizer.decode(ids, skip_special_tokens=True)
+        if asked.top is not None:
+            entries = [None, *(self._logprobs.prompt[i] for i in range(1, len(ids)))]
+            tokens = list(zip(ids, entries, self._offsets(ids), strict=True))
+        self._offset, self._plain = len(text), TextStream(self._engine.tokenizer)
+        return text, tokens
 
-    def _new(self, reason: str | None = None) -> dict[str, Any]:
-        """Return the fields about the tokens since the last call; with a reason, about all."""
-        stream, begin = self.stream, self._sent
-        self._sent = stream.decoded if reason is None else len(stream.tokens)
-        fields: dict[str, Any] = {"finish_reason": reason}
-        if self._asked.return_token_ids:
-            fields["token_ids"] = stream.tokens[begin : self._sent]
-        return fields
+    def _offsets(self, tokens: Sequence[int]) -> list[int]:
+        """Return the number of characters before each of the next tokens."""
+        found = []
+        for token in tokens:
+            found.append(self._offset)
+            self._offset += 0 if self._chat else len(self._plain.feed([token]))
+        return found
+
+    def _of_prompt(self) -> dict[str, Any]:
+        """Return the fields about the prompt that the request asks for."""
+        asked, ids, found = self._asked, self.stream.prompt, {}
+        if asked.return_token_ids:
+            found["prompt_token_ids"] = ids
+        if isinstance(asked, Completion) and asked.prompt_logprobs is not None:
+            entries = [self._logprobs.prompt[i] for i in range(1, len(ids))]
+            found["prompt_logprobs"] = [None, *(self._ranked(each) for each in entries)]
+        return found
+
+    def _ranked(self, entry: TokenLogprob) -> dict[str, Any]:
+        """Return the most likely tokens and the token itself in vLLM's format, by id."""
+        top = entry.top[: getattr(self._asked, "prompt_logprobs", 0)]
+        every = [(entry.token, entry.value, entry.rank)]
+        every += [(t, v, i) for i, (t, v) in enumerate(top, 1) if t != entry.token]
+        text = self._engine.token_text
+        return {
+            str(token): {"logprob": _finite(value), "rank": rank, "decoded_token": text(token)}
+            for token, value, rank in every
+        }
+
+    def _listed(self, tokens: _Tokens, top: int) -> dict[str, Any]:
+        """Return log-probabilities in OpenAI's format for chats, or for completions."""
+        text = self._engine.token_text
+        if self._chat:
+            content = [
+                {**self._named(e.token, e.value), "top_logprobs": [self._named(*t) for t in e.top]}
+                for _, e, _ in tokens
+                if e is not None
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [text(token) for token, _, _ in tokens],
+            "token_logprobs": [e and _finite(e.value) for _, e, _ in tokens],
+            "top_logprobs": [e and self._best(e, top) for _, e, _ in tokens] if top else None,
+            "text_offset": [offset for _, _, offset in tokens],
+        }
+
+    def _named(self, token: int, value: float) -> dict[str, Any]:
+        text = self._engine.token_text(token)
+        whole = text != f"token_id:{token}"
+        found = list(text.encode()) if whole else None
+        return {"token": text, "logprob": _finite(value), "bytes": found}
+
+    def _best(self, entry: TokenLogprob, top: int) -> dict[str, float]:
+        """Return the ``top`` most likely tokens, and the token itself, by text."""
+        found: dict[str, float] = {}
+        for token, value in dict([*entry.top[:top], (entry.token, entry.value)]).items():
+            text = self._engine.token_text(token)
+            found[f"token_id:{token}" if text in found else text] = _finite(value)
+        return found
+
+
+def _finite(value: float) -> float:
+    """Return a log-probability as a number of JSON: at least -9999, as in vLLM.
+
+    Raises:
+        RuntimeError: If the value is NaN.
+    """
+    if math.isnan(value):
+        raise RuntimeError("logprobs: expected finite values, found nan: the adapter overflows")
+    return max(value, -9999.0)
 
 
 @contextlib.contextmanager
@@ -88,6 +199,17 @@ def _cancelled(choices: Sequence[Choice]) -> Iterator[None]:
     finally:
         for choice in choices:
             choice.stream.cancel()
+
+
+def check_size(asked: Chat | Completion, choices: Sequence[Choice]) -> None:
+    """Cancel a request and raise ValueError if it asks for too many values of its prompts."""
+    tokens = sum(len(choice.stream.prompt) for choice in choices)
+    count = tokens * ((-1 if asked.prompt_top is None else asked.prompt_top) + 1)
+    if count > _MOST_VALUES:
+        with _cancelled(choices):
+            field = "logprobs" if getattr(asked, "prompt_logprobs", None) is None else ""
+            expected = f"at most {_MOST_VALUES} log-probabilities of prompts (tokens x top)"
+            require(False, "begin", field or "prompt_logprobs", expected, count)
 
 
 def _head(asked: Chat | Completion, choices: Sequence[Choice]) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from fastapi import HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_ext.serving import Sampling, read_format, refuse_old_names
+from lora_ext.serving import Logprobs, Sampling, read_format, refuse_old_names
 
 _MAX_ERRORS = 4  # maximum number of errors of one request that a message describes
 
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens: TypeAlias = Annotated[list[int], Field(min_length=1)]
+Top: TypeAlias = Annotated[int, Field(ge=0, le=20)]
 Empty: TypeAlias = Annotated[list[Any], Field(max_length=0)]
 Texts: TypeAlias = (
     str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=2048)]
@@ -48,7 +49,7 @@ _NEUTRAL = _by_name(
     (({},), "logit_bias kv_transfer_params ec_transfer_params vllm_xargs"),
     (("left", "right"), "truncation_side"),
     ((), "truncate_prompt_tokens cache_salt allowed_token_ids logprob_token_ids"),
-    ((), "repetition_detection prompt_logprobs"),
+    ((), "repetition_detection"),
 )
 _NEUTRAL_IN_CHATS = _NEUTRAL | _by_name(
     ((False,), "echo continue_final_message add_special_tokens"),
@@ -62,15 +63,10 @@ _NEUTRAL_IN_CHATS = _NEUTRAL | _by_name(
     (("medium",), "verbosity"),
     ((["text"],), "modalities"),
     ((), "audio prediction web_search_options moderation reasoning_effort chat_template"),
+    ((), "prompt_logprobs"),
 )
 _NEUTRAL_IN_COMPLETIONS = _NEUTRAL | _by_name(
     (("",), "suffix"), ((True,), "add_special_tokens"), ((), "prompt_embeds")
-)
-_NEUTRAL_IN_EMBEDDINGS = _by_name(
-    ((True,), "add_special_tokens"),
-    ((0,), "priority"),
-    ((), "truncate_prompt_tokens"),
-    (({},), "mm_processor_kwargs"),
 )
 
 
@@ -182,6 +178,16 @@ class _Generates(_Asked):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
+    def top(self) -> int | None:
+        """Number of most likely tokens beside each new token; None without log-probabilities."""
+        raise NotImplementedError
+
+    @property
+    def prompt_top(self) -> int | None:
+        """Number of most likely tokens beside each token of the prompt, or None."""
+        return None
+
+    @property
     def limit(self) -> str:
         """Name of the field that limits the number of new tokens."""
         both = self.max_tokens, self.max_completion_tokens
@@ -203,7 +209,10 @@ class _Generates(_Asked):
         temperature, top_p = (1.0 if x is None else x for x in (self.temperature, self.top_p))
         most = self.max_tokens or self.max_completion_tokens or self.default_max_tokens
         sampling = Sampling(temperature, top_p, self.seed)
-        return {"sampling": sampling, "form": form, "max_new_tokens": most}
+        how = {"sampling": sampling, "form": form, "max_new_tokens": most}
+        if self.top is None and self.prompt_top is None:
+            return how
+        return {**how, "logprobs": Logprobs(self.top or 0, self.prompt_top)}
 
 
 class Chat(_Generates):
@@ -213,8 +222,15 @@ class Chat(_Generates):
     messages: list[Message] = Field(min_length=1)
     store: bool | None = None
     metadata: dict[str, str] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Top | None = None
+
+    @property
+    def top(self) -> int | None:
+        """Number of most likely tokens beside each new token; None without log-probabilities."""
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs: expected logprobs=true, found {self.logprobs}")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def prompts(self) -> list[Prompt]:
         """Return the chat, as the only prompt for :meth:`Engine.begin`."""
@@ -227,8 +243,20 @@ class Completion(_Generates):
     default_max_tokens: ClassVar[int | None] = 16  # as in OpenAI's API
     neutral = _NEUTRAL_IN_COMPLETIONS
     text: Texts = Field(alias="prompt")
-    echo: Literal[False] | None = None
-    logprobs: None = None
+    echo: bool | None = None
+    logprobs: Top | None = None
+    prompt_logprobs: Top | None = None  # as in vLLM
+
+    @property
+    def top(self) -> int | None:
+        """Number of most likely tokens beside each new token; None without log-probabilities."""
+        return self.logprobs
+
+    @property
+    def prompt_top(self) -> int | None:
+        """Number of most likely tokens beside each token of the prompt, or None."""
+        tops = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((top for top in tops if top is not None), default=None)
 
     def prompts(self) -> list[Prompt]:
         """Return the prompts for :meth:`Engine.begin`."""
@@ -238,7 +266,6 @@ class Completion(_Generates):
 class Embedding(_Asked):
     """Body of ``POST /v1/embeddings``. The input is one or several texts, or their tokens."""
 
-    neutral = _NEUTRAL_IN_EMBEDDINGS
     model: str
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None

@@ -26,7 +26,7 @@ from lora_ext.serving import (
     prometheus,
 )
 
-from ._answers import Choice, embeddings, events, whole
+from ._answers import Choice, check_size, embeddings, events, whole
 from ._requests import Chat, Completion, Embedding, Load, Unload, read_body, told
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -140,10 +140,14 @@ def _add_answers(
         jobs = [(prompt, asked.settings()) for prompt in prompts]
         with renamed("begin", max_new_tokens=asked.limit, input_ids="prompt"):
             streams = await _started(engine.begin(prompt, name, **how) for prompt, how in jobs)
+        choices = [
+            Choice(asked, engine, prompt, stream, i)
+            for i, (prompt, stream) in enumerate(zip(prompts, streams, strict=True))
+        ]
+        check_size(asked, choices)
         streams[0].until_gone(request.receive, streams[1:])
-        choices = [Choice(asked, s, i, engine.tokenizer) for i, s in enumerate(streams)]
         if not asked.stream:
-            return JSONResponse(await whole(asked, choices))
+            return await asyncio.to_thread(JSONResponse, await whole(asked, choices))
         parts = events(asked, choices, lambda e: bytes(refuse(request, e).body).decode())
         return StreamingResponse(parts, media_type="text/event-stream")
 

@@ -8,7 +8,9 @@ The steps of a request:
    adapter (the position at which it begins) use the base model.
 3. Requests share pages of keys and values. Pages from the start of an adapter on are shared only
    by requests with the same version of the same adapter.
-4. A request may have its own sampling and constraint (``_sampling.py``, ``_constraining.py``).
+4. A request may have its own sampling and constraint (``_sampling.py``, ``_constraining.py``), and
+   record log-probabilities. A step computes logits for the prompt tokens that are recorded, too;
+   such a request reads no shared pages, because these have no logits.
 5. The adapter is unpinned when the result is delivered or the request is cancelled.
 
 The methods of a manager and of its objects are wrapped on the instances; no class is changed.
@@ -21,7 +23,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ from ._constraining import (
 )
 from ._metrics import Load
 from ._names import CallNames, NamedPrompt, named_prompts, not_invoked
-from ._sampling import Sampling
+from ._sampling import Logprobs, Sampling, token_logprobs
 
 if TYPE_CHECKING:
     from lora_ext.control import Constraint, Guide, Matched
@@ -69,7 +71,7 @@ class _Request:
         start: number of tokens before the adapter begins, which use the base model.
         sampling, generator, constraint: how tokens are chosen; each is None if the request does not
             set it.
-        logprobs: list to which the log-probability of each new token is appended, or None.
+        logprobs: record of log-probabilities, or None.
         cancelled: True after ``cancel_request``.
     """
 
@@ -79,7 +81,7 @@ class _Request:
     sampling: Sampling | None = None
     generator: torch.Generator | None = None
     constraint: RequestConstraint | None = None
-    logprobs: list[float] | None = None
+    logprobs: Logprobs | None = None
     cancelled: bool = False
 
     @property
@@ -97,14 +99,33 @@ class _Request:
         return [part for part in parts if part[2]]
 
 
+class _PromptToken(NamedTuple):
+    """Token of a prompt whose log-probability is recorded in a step.
+
+    Attributes:
+        logprobs: record of the request.
+        row: index in the step of the preceding token, whose logits predict this one.
+        run: index of the run that contains the preceding token.
+        position: position of the token in the prompt.
+        token: id of the token.
+    """
+
+    logprobs: Logprobs
+    row: int
+    run: int
+    position: int
+    token: int
+
+
 class AdapterRequests:
     """Requests of one manager with their adapters, stored as an attribute of the manager.
 
     State: ``_requests`` maps ids to requests. It is guarded by the condition ``_unpinned``, which
     is notified when a request ends. Only the manager's thread uses the other state. ``_choosing``
     lists the requests that get a new token in the current step, in the order of the step's logits.
-    ``_constrained`` has an entry for each of these requests that has a constraint. ``_last``
-    contains the key of the last step (its runs of tokens) and the block made for it.
+    ``_constrained`` has an entry for each of these requests that has a constraint, and
+    ``_reading`` one for each prompt token whose log-probability is recorded. ``_last`` contains the
+    key of the last step (its runs of tokens) and the block made for it.
 
     Args:
         manager: transformers' ``ContinuousBatchingManager`` of an attached model.
@@ -142,6 +163,7 @@ class AdapterRequests:
         self.computed = 0
         self._choosing: list[_Request] = []
         self._constrained: list[Standing] = []
+        self._reading: list[_PromptToken] = []
         self._wrap(self._manager_methods())
         if manager.batch_processor is not None:
             self._wrap(self._processor_methods(manager.batch_processor))
@@ -168,6 +190,7 @@ class AdapterRequests:
         for allocator in cache.cache_allocators.values():
             yield allocator, "mark_complete_blocks", self._mark_complete_blocks
         yield processor.scheduler, "clear_cancelled_requests", self._clear_cancelled_requests
+        yield processor.model_runner, "compute_batch", self._compute_batch
         yield processor.model_runner, "_sample", self._sample
 
     def _wrap(self, methods: Iterator[tuple[Any, str, _Method]]) -> None:
@@ -213,7 +236,7 @@ class AdapterRequests:
         constraint: Constraint | Matched | None = None,
         guide: Guide | None = None,
         allow_base: bool = False,
-        logprobs: list[float] | None = None,
+        logprobs: Logprobs | None = None,
         **kwargs: Any,
     ) -> Any:
         """Pin the adapter of a request, and add the request with its sampling and constraint.
@@ -400,12 +423,25 @@ class AdapterRequests:
         ends: list[int] = []
         self._choosing = []
         self._constrained = []
+        self._reading = []
+        count = 0
         for each in batch:
             request = self._request(each.state.request_id)
             # The manager has already added this step's tokens to the offset.
             past = each.state.position_offset - each.query_length
+            first = len(runs)
             runs += request.runs(past, each.query_length)
             ends.append(len(runs) - 1)
+            if request.logprobs is not None and request.logprobs.prompt_top is not None:
+                tokens, known = each.state.initial_tokens, request.logprobs.prompt
+                # The prompt of a preempted request ends with tokens that were generated before.
+                length = each.state._true_initial_tokens or len(tokens)
+                for i in range(past, min(past + each.query_length, length - 1)):
+                    if i + 1 not in known:
+                        run, row = first if i < request.start else ends[-1], count + i - past
+                        found = request.logprobs, row, run, i + 1, int(tokens[i + 1])
+                        self._reading.append(_PromptToken(*found))
+            count += each.query_length
             if each.has_new_token:
                 if request.constraint is not None:
                     sampling = request.sampling
@@ -423,7 +459,7 @@ class AdapterRequests:
             kept = [end for end, each in zip(ends, batch, strict=True) if each.has_new_token]
             # The input of the head has one token per request of the batch. transformers pads it
             # with the first token of the row, and ignores the logits of the padding.
-            kept += ends[:1] * (len(batch) - len(kept))
+            kept += ends[:1] * (len(batch) - len(kept)) + [each.run for each in self._reading]
         key = runs, kept
         if self._last is None or self._last[0] != key:  # consecutive decode steps have equal keys
             names, slots, lengths = zip(*runs, strict=True)
@@ -431,13 +467,22 @@ class AdapterRequests:
                 self.names.handle, self.pool.max_slots, names, slots, lengths, kept
             )
             self._last = key, block
-        self.computed += sum(each.query_length for each in batch)
+        self.computed += count
         with _context.entered(self._last[1]), requests_apart():
             original()
 
+    def _compute_batch(self, original: _Method, model: Any, batch_data: dict[str, Any]) -> None:
+        """Compute logits for the recorded tokens of prompts, after those of the new tokens."""
+        if self._reading:
+            places = batch_data["logits_indices"]
+            more = places.new_tensor([each.row for each in self._reading])
+            batch_data["logits_indices"] = torch.cat([places, more])
+        original(model, batch_data)
+
     def _sample(
-        self, original: Callable[..., None], scores: Tensor, output_ids: Tensor, *args: Any
+        self, original: Callable[..., None], logits: Tensor, output_ids: Tensor, *args: Any
     ) -> None:
+        scores = logits[:, : logits.shape[1] - len(self._reading)]
         apart, left = drawn(scores, self._constrained)
         masked = constrained(scores, left)
         original(masked, output_ids, *args)
@@ -446,9 +491,24 @@ class AdapterRequests:
                 output_ids[0, row] = apart[row]
             elif request.sampling is not None:
                 output_ids[0, row] = request.sampling.draw(masked[0, row], request.generator)
-            if request.logprobs is not None:
-                logprobs = scores[0, row : row + 1].float().log_softmax(-1)
-                request.logprobs.append(float(logprobs[0, output_ids[0, row]]))
+        self._record(logits[0], output_ids[0])
+
+    def _record(self, logits: Tensor, output_ids: Tensor) -> None:
+        """Record the log-probabilities of a step's new tokens and prompt tokens."""
+        asked = [(i, each.logprobs) for i, each in enumerate(self._choosing)]
+        new = [(row, logprobs) for row, logprobs in asked if logprobs is not None]
+        read = self._reading
+        if not new and not read:
+            return
+        first = logits.shape[0] - len(read)
+        rows = [*(row for row, _ in new), *range(first, logits.shape[0])]
+        tokens = output_ids[[row for row, _ in new]].tolist() + [each.token for each in read]
+        tops = [each.top for _, each in new] + [each.logprobs.prompt_top or 0 for each in read]
+        found = token_logprobs(logits, rows, tokens, max(tops))
+        for (_, logprobs), entry in zip(new, found, strict=False):
+            logprobs.tokens.append(entry)
+        for each, entry in zip(read, found[len(new) :], strict=True):
+            each.logprobs.prompt[each.position] = entry
 
     def _request(self, request_id: str) -> _Request:
         with self._unpinned:
@@ -460,6 +520,9 @@ class AdapterRequests:
     def _search_prefix_match(
         self, original: Callable[..., int], request_id: str, prompt_ids: list[int]
     ) -> int:
+        logprobs = self._request(request_id).logprobs
+        if logprobs is not None and logprobs.prompt_top is not None:
+            return 0  # shared pages have no logits
         return original(request_id, self._marked_tokens(request_id, prompt_ids))
 
     def _mark_complete_blocks(

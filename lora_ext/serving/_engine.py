@@ -20,7 +20,7 @@ from lora_ext.rows import last_start
 from ._continuous import load_of, unfinished
 from ._formats import Format
 from ._metrics import Load
-from ._sampling import Sampling
+from ._sampling import Logprobs, Sampling
 from ._streams import RequestStream
 from .attaching import attach
 
@@ -156,6 +156,7 @@ class Engine(ServedPool):
         self._ahead = Ahead(page_size, lambda: self.healthy)
         self._building = asyncio.Semaphore(2)
         self._vocabulary: Any = None
+        self._token_texts: dict[int, str] = {}
 
     def __enter__(self) -> Engine:
         with torch.inference_mode():  # the manager's thread inherits inference mode
@@ -194,6 +195,7 @@ class Engine(ServedPool):
         *,
         allow_base: bool = False,
         form: Format | None = None,
+        logprobs: Logprobs | None = None,
     ) -> RequestStream:
         """Start a request: load its adapter if necessary, pin it, and add the prompt to the batch.
 
@@ -208,6 +210,8 @@ class Engine(ServedPool):
             allow_base: whether the base model answers if the prompt does not contain the invocation
                 of its activated adapter; otherwise ValueError is raised.
             form: format of the answer. Its constraint is built in another thread and cached.
+            logprobs: record of the request's log-probabilities; None records none. If it records
+                the prompt, the request uses no keys and values of earlier requests.
 
         Raises:
             QueueFullError: If there are ``max_requests`` requests already.
@@ -230,13 +234,15 @@ class Engine(ServedPool):
             require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} + {new}")
             how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
             how |= {"adapter_name": adapter_name, "ended": self._count, "begun": self._ahead.ends}
+            how["logprobs"] = logprobs
             if form is not None:
                 how["constraint"] = await self._constraint(form)
             for left in reversed(range(_TRIES)):
                 await self._load(adapter_name)
                 try:
                     asked = self._asked(ids, adapter_name)
-                    await self._ahead.wait(asked)
+                    if logprobs is None or logprobs.prompt_top is None:
+                        await self._ahead.wait(asked)
                     if self._stopped:
                         raise StoppedError("begin: the server is stopping")
                     stream = RequestStream(self.manager, ids, **how)
@@ -280,6 +286,14 @@ class Engine(ServedPool):
     def load(self) -> Load:
         """Return the load of the manager, for routers that choose a server for each request."""
         return load_of(self.manager)
+
+    def token_text(self, token: int) -> str:
+        """Return the text of a token, or ``token_id:N`` if it is empty or a part of a character."""
+        if token not in self._token_texts:
+            text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            whole = bool(text) and "\N{REPLACEMENT CHARACTER}" not in text
+            self._token_texts[token] = text if whole else f"token_id:{token}"
+        return self._token_texts[token]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt.

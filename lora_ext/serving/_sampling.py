@@ -1,13 +1,17 @@
-"""Per-request sampling in continuous batching, independent of the other requests."""
+"""Sampling and log-probabilities of one request in continuous batching."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_ext._checks import check_fields, require, within
+
+_MOST_ROWS = 64  # rows whose log-probabilities are in memory at the same time
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,58 @@ class Sampling:
             before = falling.cumsum(-1) - falling
             probabilities[order[before >= self.top_p]] = 0
         return torch.multinomial(probabilities, 1, generator=generator)[0]
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probability of one token.
+
+    Attributes:
+        token: id of the token.
+        value: log-probability of the token.
+        rank: number of tokens that are at least as likely.
+        top: ids and log-probabilities of the most likely tokens, the most likely one first.
+    """
+
+    token: int
+    value: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class Logprobs:
+    """Log-probabilities of the tokens of a request, which the manager's thread appends.
+
+    They are the float32 ``log_softmax`` of the model's logits, before the temperature and all other
+    settings that change the distribution.
+
+    Args:
+        top: number of most likely tokens that are reported with each new token.
+        prompt_top: the same number for the tokens of the prompt; None reports no prompt.
+
+    Attributes:
+        tokens: the new tokens.
+        prompt: the tokens of the prompt by position. The first token has no log-probability.
+    """
+
+    def __init__(self, top: int = 0, prompt_top: int | None = None):
+        self.top, self.prompt_top = top, prompt_top
+        self.tokens: list[TokenLogprob] = []
+        self.prompt: dict[int, TokenLogprob] = {}
+
+
+def token_logprobs(
+    logits: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int
+) -> list[TokenLogprob]:
+    """Return the log-probability of one token in each of the rows of ``logits (N, V)``."""
+    found = []
+    for begin in range(0, len(rows), _MOST_ROWS):
+        part = slice(begin, begin + _MOST_ROWS)
+        law = logits[list(rows[part])].float().log_softmax(-1)
+        own = law.gather(1, torch.tensor(tokens[part], device=law.device)[:, None])
+        values, best = law.topk(min(top, law.shape[1]))
+        columns = own[:, 0], (law >= own).sum(-1), best, values
+        for token, value, rank, ids, each in zip(
+            tokens[part], *(column.tolist() for column in columns), strict=True
+        ):
+            found.append(TokenLogprob(token, value, rank, list(zip(ids, each, strict=True))))
+    return found

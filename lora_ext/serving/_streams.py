@@ -7,6 +7,8 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+from ._sampling import Logprobs
+
 _RECHECK_SECONDS = 1.0  # time without a token after which a stream checks that the manager runs
 
 
@@ -24,7 +26,7 @@ class RequestStream:
         begun: function that is called with this stream when the first token has arrived, or when
             the request ends. It may be called several times.
         settings: keyword arguments of the manager's ``add_request``: ``adapter_name``,
-            ``max_new_tokens``, ``eos_token_id``, ``sampling``.
+            ``max_new_tokens``, ``eos_token_id``, ``sampling``, ``logprobs``.
 
     Raises:
         RuntimeError: If the manager does not accept requests. The iterator raises RuntimeError if
@@ -48,6 +50,7 @@ class RequestStream:
         self.tokens: list[int] = []
         #: Number of tokens that :meth:`texts` has decoded.
         self.decoded = 0
+        self.logprobs: Logprobs | None = settings.get("logprobs")
         self.cancelled = self.stopped = False  # stopped: a stop string ended the request
         self._broken: str | None = None
         self._manager, self._read = manager, 0
