@@ -21,6 +21,7 @@ _MAX_ERRORS = 4  # maximum number of errors of one request that a message descri
 
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens: TypeAlias = Annotated[list[int], Field(min_length=1)]
+TokenText: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Top: TypeAlias = Annotated[int, Field(ge=0, le=20)]
 Empty: TypeAlias = Annotated[list[Any], Field(max_length=0)]
 Texts: TypeAlias = (
@@ -36,17 +37,14 @@ def _by_name(*groups: tuple[tuple[Any, ...], str]) -> dict[str, tuple[Any, ...]]
 # Fields that are accepted only with null and with values that have no effect, by their values.
 _NEUTRAL = _by_name(
     ((0,), "presence_penalty frequency_penalty priority routed_experts_prompt_start"),
-    ((0,), "min_p min_tokens"),
-    ((0, -1), "top_k"),
-    ((1,), "repetition_penalty"),
     ((1,), "n best_of length_penalty stream_interval"),
     ((-1,), "thinking_token_budget"),
     ((False,), "use_beam_search ignore_eos include_stop_str_in_output watermarking"),
     ((False,), "return_tokens_as_token_ids return_prompt_text"),
     ((True,), "skip_special_tokens spaces_between_special_tokens"),
     ((False, True), "return_token_offsets return_mm_kwargs"),
-    (([],), "logits_processors bad_words stop_token_ids"),
-    (({},), "logit_bias kv_transfer_params ec_transfer_params vllm_xargs"),
+    (([],), "logits_processors bad_words"),
+    (({},), "kv_transfer_params ec_transfer_params vllm_xargs"),
     (("left", "right"), "truncation_side"),
     ((), "truncate_prompt_tokens cache_salt allowed_token_ids logprob_token_ids"),
     ((), "repetition_detection"),
@@ -152,6 +150,12 @@ class _Generates(_Asked):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    logit_bias: dict[TokenText, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    top_k: int | None = Field(None, ge=-1)  # from here to min_tokens, as in vLLM
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    min_tokens: int | None = Field(None, ge=0)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None  # as in vLLM
@@ -203,13 +207,18 @@ class _Generates(_Asked):
             found = f"stream={self.stream}"
             raise ValueError(f"stream_options: expected only with stream=True, found {found}")
         form = read_format(self.response_format, self.structured_outputs)
-        if form is not None and self.stop:
-            expected = "none with a required format, which it could cut off"
-            raise ValueError(f"stop: expected {expected}, found {self.stop!r:.200}")
+        for name in ("stop", "stop_token_ids", "min_tokens"):
+            if form is not None and (found := getattr(self, name)):
+                expected = "none with a required format, which decides where the answer ends"
+                raise ValueError(f"{name}: expected {expected}, found {found!r:.200}")
         temperature, top_p = (1.0 if x is None else x for x in (self.temperature, self.top_p))
         most = self.max_tokens or self.max_completion_tokens or self.default_max_tokens
-        sampling = Sampling(temperature, top_p, self.seed)
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
+        penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
+        more = self.top_k or -1, self.min_p or 0.0, penalty, bias, self.min_tokens or 0
+        sampling = Sampling(temperature, top_p, self.seed, *more)
         how = {"sampling": sampling, "form": form, "max_new_tokens": most}
+        how["stop_token_ids"] = self.stop_token_ids or ()
         if self.top is None and self.prompt_top is None:
             return how
         return {**how, "logprobs": Logprobs(self.top or 0, self.prompt_top)}

@@ -38,6 +38,7 @@ from ._constraining import (
     Standing,
     constrained,
     drawn,
+    limits_of,
     request_constraint,
 )
 from ._metrics import Load
@@ -71,6 +72,7 @@ class _Request:
         start: number of tokens before the adapter begins, which use the base model.
         sampling, generator, constraint: how tokens are chosen; each is None if the request does not
             set it.
+        processors: transformers' processors of ``sampling``.
         logprobs: record of log-probabilities, or None.
         cancelled: True after ``cancel_request``.
     """
@@ -80,6 +82,7 @@ class _Request:
     start: int = 0
     sampling: Sampling | None = None
     generator: torch.Generator | None = None
+    processors: Any = None
     constraint: RequestConstraint | None = None
     logprobs: Logprobs | None = None
     cancelled: bool = False
@@ -123,9 +126,10 @@ class AdapterRequests:
     State: ``_requests`` maps ids to requests. It is guarded by the condition ``_unpinned``, which
     is notified when a request ends. Only the manager's thread uses the other state. ``_choosing``
     lists the requests that get a new token in the current step, in the order of the step's logits.
-    ``_constrained`` has an entry for each of these requests that has a constraint, and
-    ``_reading`` one for each prompt token whose log-probability is recorded. ``_last`` contains the
-    key of the last step (its runs of tokens) and the block made for it.
+    ``_constrained`` has an entry for each of these requests that has a constraint, ``_processed``
+    one for each that has processors (its row, the processors and its tokens), and ``_reading`` one
+    for each prompt token whose log-probability is recorded. ``_last`` contains the key of the last
+    step (its runs of tokens) and the block made for it.
 
     Args:
         manager: transformers' ``ContinuousBatchingManager`` of an attached model.
@@ -163,6 +167,7 @@ class AdapterRequests:
         self.computed = 0
         self._choosing: list[_Request] = []
         self._constrained: list[Standing] = []
+        self._processed: list[tuple[int, Any, list[int]]] = []
         self._reading: list[_PromptToken] = []
         self._wrap(self._manager_methods())
         if manager.batch_processor is not None:
@@ -268,10 +273,12 @@ class AdapterRequests:
             tokens = list(map(int, input_ids))
             lease = self._lease(adapter_name, wait=prompt is not None)
             request = self._started_request(adapter_name, lease, request_id, tokens, allow_base)
-            request.sampling = sampling
-            request.constraint = built
-            request.logprobs = logprobs
-            request.generator = sampling and sampling.generator(self.manager.model.device)
+            request.sampling, request.constraint, request.logprobs = sampling, built, logprobs
+            if sampling is not None:
+                device = self.manager.model.device
+                request.generator = sampling.generator(device)
+                _, ends = limits_of(self.manager, args, kwargs)
+                request.processors = sampling.processors(len(tokens), ends, device)
             with self._unpinned:
                 if request_id in self._requests:
                     request.lease.__exit__()
@@ -423,6 +430,7 @@ class AdapterRequests:
         ends: list[int] = []
         self._choosing = []
         self._constrained = []
+        self._processed = []
         self._reading = []
         count = 0
         for each in batch:
@@ -443,6 +451,9 @@ class AdapterRequests:
                         self._reading.append(_PromptToken(*found))
             count += each.query_length
             if each.has_new_token:
+                if request.processors:
+                    tokens = each.state.initial_tokens + each.state.generated_tokens
+                    self._processed.append((len(self._choosing), request.processors, tokens))
                 if request.constraint is not None:
                     sampling = request.sampling
                     standing = Standing(
@@ -483,6 +494,11 @@ class AdapterRequests:
         self, original: Callable[..., None], logits: Tensor, output_ids: Tensor, *args: Any
     ) -> None:
         scores = logits[:, : logits.shape[1] - len(self._reading)]
+        if self._processed:
+            scores = scores.clone()
+            for row, processors, tokens in self._processed:
+                ids = torch.tensor([tokens], device=scores.device)
+                scores[0, row] = processors(ids, scores[0, row : row + 1])[0]
         apart, left = drawn(scores, self._constrained)
         masked = constrained(scores, left)
         original(masked, output_ids, *args)

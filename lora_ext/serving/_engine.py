@@ -196,6 +196,7 @@ class Engine(ServedPool):
         allow_base: bool = False,
         form: Format | None = None,
         logprobs: Logprobs | None = None,
+        stop_token_ids: Sequence[int] = (),
     ) -> RequestStream:
         """Start a request: load its adapter if necessary, pin it, and add the prompt to the batch.
 
@@ -212,13 +213,15 @@ class Engine(ServedPool):
             form: format of the answer. Its constraint is built in another thread and cached.
             logprobs: record of the request's log-probabilities; None records none. If it records
                 the prompt, the request uses no keys and values of earlier requests.
+            stop_token_ids: tokens that end the answer, in addition to the model's end tokens.
 
         Raises:
             QueueFullError: If there are ``max_requests`` requests already.
             StoppedError: After :meth:`interrupt`.
             ValueError: If the chat template rejects the messages; if the invocation is missing; if
-                the prompt has no tokens, too many tokens, or an unknown token; if ``form`` is
-                invalid; or if ``max_new_tokens`` is too small for ``form``.
+                the prompt has no tokens, too many tokens, or an unknown token; if ``form``,
+                ``sampling`` or ``stop_token_ids`` is invalid; or if ``max_new_tokens`` is too small
+                for ``form``.
             NotImplementedError: If ``form`` cannot be expressed as a constraint.
             UnknownAdapterError: If the folder has no such adapter.
             PoolFullError: If the pool has no room for the adapter.
@@ -235,6 +238,11 @@ class Engine(ServedPool):
             how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
             how |= {"adapter_name": adapter_name, "ended": self._count, "begun": self._ahead.ends}
             how["logprobs"] = logprobs
+            self._check_tokens(new, sampling, stop_token_ids)
+            if stop_token_ids:
+                ends = self.manager.generation_config.eos_token_id
+                ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+                how["eos_token_id"] = [*ends, *stop_token_ids]
             if form is not None:
                 how["constraint"] = await self._constraint(form)
             for left in reversed(range(_TRIES)):
@@ -254,6 +262,16 @@ class Engine(ServedPool):
                     self._ahead.begins(stream, asked)
                     return stream
             raise AssertionError("the last attempt returns or raises")
+
+    def _check_tokens(self, new: int, sampling: Sampling | None, stops: Sequence[int]) -> None:
+        """Raise ValueError for an unknown token, or for ``min_tokens`` above ``new``."""
+        size = self.model.get_output_embeddings().weight.shape[0]
+        bias = sampling and sampling.logit_bias
+        for name, given in (("stop_token_ids", stops), ("logit_bias", bias or ())):
+            wrong = [token for token in given if not 0 <= token < size]
+            require(not wrong, "begin", name, f"token ids in [0, {size})", f"{wrong[:3]}")
+        least = sampling.min_tokens if sampling else 0
+        require(least <= new, "begin", "min_tokens", f"at most {new}, the limit of tokens", least)
 
     def _asked(self, ids: list[int], name: str | None) -> Asked:
         if name is None:

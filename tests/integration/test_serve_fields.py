@@ -1,9 +1,11 @@
 """Fields of requests to ``lora-ext serve``: neutral values, refusals, sampling and token ids."""
 
+import concurrent.futures
 import json
 from typing import Any
 
 import pytest
+import torch
 from served import chat, needs_packages, settle
 
 pytestmark = needs_packages
@@ -149,3 +151,118 @@ def test_prompts_beyond_the_limit_of_requests_are_refused(server: Any) -> None:
     assert "max_completion_tokens: expected at most 2048" in found.json()["error"]["message"]
     settle(server)
     assert len(complete(server, ["w5"] * most, max_tokens=1)["choices"]) == most
+
+
+def by_generate(server: Any, name: str, ids: list[int], **how: Any) -> list[int]:
+    given = torch.tensor([ids])
+    out = server.engine.model.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        adapter_names=[name],
+        **{"do_sample": False, "max_new_tokens": 12, "eos_token_id": 1, "pad_token_id": 0, **how},
+    )
+    return out[0, len(ids) :].tolist()
+
+
+FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"repetition_penalty": 1.8}, {"repetition_penalty": 1.8}),
+    ({"logit_bias": {"20": 4, "7": -100}}, {"sequence_bias": [[[20], 4.0], [[7], -100.0]]}),
+    (
+        {"logit_bias": {"1": 100}, "min_tokens": 5, "repetition_penalty": 1.3},
+        {"sequence_bias": [[[1], 100.0]], "min_new_tokens": 5, "repetition_penalty": 1.3},
+    ),
+    ({"stop_token_ids": [20, 30], "logit_bias": {"30": 2.5}}, {"sequence_bias": [[[30], 2.5]]}),
+]
+
+
+def test_requests_of_one_batch_equal_generate_with_their_own_processors(server: Any) -> None:
+    for name in ("a0", "a1"):
+        complete(server, "w5", model=name)  # loads the adapter
+    expected = []
+    for i, (fields, how) in enumerate(FIELDS):
+        ends = [1, *fields.get("stop_token_ids", [])]
+        expected.append(by_generate(server, f"a{i % 2}", IDS[0], **how, eos_token_id=ends))
+    assert len({tuple(tokens) for tokens in expected}) == len(FIELDS)
+    how: dict[str, Any] = {"max_tokens": 12, "return_token_ids": True, "logprobs": 1, "echo": True}
+    with concurrent.futures.ThreadPoolExecutor(10) as threads:
+        asked = [
+            threads.submit(complete, server, IDS[0], model=f"a{i % 2}", **fields, **how)
+            for i, (fields, _) in [*enumerate(FIELDS)] * 2
+        ]
+        found = [each.result()["choices"][0] for each in asked]
+    assert [choice["token_ids"] for choice in found] == expected * 2
+    reasons = ["length", "length", "length", "stop", "stop"]
+    assert [choice["finish_reason"] for choice in found] == reasons * 2
+    for i, choice in enumerate(found):  # log-probabilities do not contain the settings
+        ids = torch.tensor([IDS[0] + choice["token_ids"]])
+        with torch.no_grad():
+            law = server.engine.model(ids, adapter_names=[f"a{i % 5 % 2}"]).logits.log_softmax(-1)
+        own = law[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        values = torch.tensor(choice["logprobs"]["token_logprobs"][1:])
+        torch.testing.assert_close(values, own, atol=1e-5, rtol=1e-5)
+
+
+def test_top_k_and_min_p_cut_after_the_temperature(server: Any) -> None:
+    with torch.no_grad():
+        logits = server.engine.model(torch.tensor([IDS[0]]), adapter_names=["a1"]).logits[0, -1]
+    for temperature in (0.5, 2.0):
+        law = (logits / temperature).softmax(-1)
+        kept = {"top_k": set(logits.topk(3).indices.tolist())}
+        kept["min_p"] = set((law >= 0.4 * law.max()).nonzero()[:, 0].tolist())
+        assert 1 < len(kept["min_p"]) < 97
+        for field, value in (("top_k", 3), ("min_p", 0.4)):
+            seen = set()
+            for seed in range(0, 192, 64):
+                how = {"temperature": temperature, "max_tokens": 1, "return_token_ids": True}
+                prompts = [IDS[0]] * 64
+                with concurrent.futures.ThreadPoolExecutor(64) as threads:
+                    asked = [
+                        threads.submit(
+                            complete, server, p, **how, **{field: value, "seed": seed + i}
+                        )
+                        for i, p in enumerate(prompts)
+                    ]
+                    seen |= {each.result()["choices"][0]["token_ids"][0] for each in asked}
+            assert seen <= kept[field] and len(seen) > 1
+            if len(kept[field]) < 5:
+                assert seen == kept[field]
+    alone = complete(server, IDS[0], temperature=2.0, seed=4, top_k=1, return_token_ids=True)
+    greedy = complete(server, IDS[0], return_token_ids=True)
+    assert alone["choices"] == greedy["choices"]
+
+
+@pytest.mark.parametrize("kind", ["chat/completions", "completions"])
+def test_refused_sampling_fields_are_named(server: Any, kind: str) -> None:
+    asked = {"model": "a1", "prompt": "w5 w6 w7"} if kind == "completions" else chat("a1")
+    choice = {"structured_outputs": {"choice": ["w5"]}}
+    for fields, code, named in (
+        ({"top_k": -2}, 422, "top_k: Input should be greater than or equal to -1, found -2"),
+        ({"top_k": 1.5}, 422, "top_k: "),
+        ({"min_p": 1.1}, 422, "min_p: "),
+        ({"repetition_penalty": 0}, 422, "repetition_penalty: "),
+        ({"logit_bias": {"5": 101}}, 422, "logit_bias.5: "),
+        ({"logit_bias": {"w5": 1}}, 422, "logit_bias.w5"),
+        ({"logit_bias": [1]}, 422, "logit_bias: "),
+        ({"logit_bias": {"97": 1}}, 400, "logit_bias: expected token ids in [0, 97), found [97]"),
+        (
+            {"stop_token_ids": [97]},
+            400,
+            "stop_token_ids: expected token ids in [0, 97), found [97]",
+        ),
+        ({"stop_token_ids": ["w5"]}, 422, "stop_token_ids.0: "),
+        ({"min_tokens": 9}, 400, "min_tokens: expected at most 8, the limit of tokens, found 9"),
+        ({"min_tokens": -1}, 422, "min_tokens: "),
+        ({"min_tokens": 2, **choice}, 400, "min_tokens: expected none with a required format"),
+        ({"stop_token_ids": [5], **choice}, 400, "stop_token_ids: expected none with a required"),
+    ):
+        found = server.client.post(f"/v1/{kind}", json={**asked, "max_tokens": 8, **fields})
+        assert found.status_code == code, found.text
+        assert named in found.json()["error"]["message"]
+    body = json.dumps({**asked, "repetition_penalty": float("inf")})
+    found = server.client.post(f"/v1/{kind}", content=body)
+    assert found.status_code == 422 and "repetition_penalty: " in found.text
+    extreme = {"repetition_penalty": 1e-300, "logit_bias": {"5": -100}, "min_p": 1e-300}
+    for more in ({"temperature": 0}, {"temperature": 2.0, "top_k": 10**12, "seed": 1}):
+        found = server.client.post(f"/v1/{kind}", json={**asked, **extreme, **more})
+        assert found.status_code == 200, found.text
