@@ -156,7 +156,7 @@ class _Generates(_Asked):
     repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
     stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
     min_tokens: int | None = Field(None, ge=0)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None  # as in vLLM
     return_token_ids: bool | None = None  # as in vLLM

@@ -522,7 +522,7 @@ class AdapterRequests:
         tops = [each.top for _, each in new] + [each.logprobs.prompt_top or 0 for each in read]
         found = token_logprobs(logits, rows, tokens, max(tops))
         for (_, logprobs), entry in zip(new, found, strict=False):
-            logprobs.tokens.append(entry)
+            logprobs.tokens.append(entry._replace(top=entry.top[: logprobs.top]))
         for each, entry in zip(read, found[len(new) :], strict=True):
             each.logprobs.prompt[each.position] = entry
 
