@@ -6,9 +6,9 @@ import asyncio
 import base64
 import contextlib
 import json
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -30,6 +30,7 @@ _OBJECTS = {  # field `object` of complete and of streamed responses, by kind of
 _Tokens: TypeAlias = list[tuple[int, TokenLogprob | None, int]]
 
 
+@dataclass(eq=False)
 class Choice:
     """Answer to one prompt of a request: a running request of the engine, and what was sent of it.
 
@@ -41,30 +42,27 @@ class Choice:
         index: number of the prompt in the body.
     """
 
-    def __init__(
-        self,
-        asked: Chat | Completion,
-        engine: Engine,
-        prompt: Prompt,
-        stream: RequestStream,
-        index: int,
-    ):
-        self.stream, self._asked, self._engine, self._index = stream, asked, engine, index
-        self._prompt, self._chat = prompt, isinstance(asked, Chat)
-        self._texts = stream.texts(engine.tokenizer, asked.stop or ())
-        self._logprobs = stream.logprobs or Logprobs()
+    asked: Chat | Completion
+    engine: Engine
+    prompt: Prompt
+    stream: RequestStream
+    index: int
+
+    def __post_init__(self) -> None:
+        self._chat = isinstance(self.asked, Chat)
+        self._texts = self.stream.texts(self.engine.tokenizer, self.asked.stop or ())
+        self._logprobs = self.stream.logprobs or Logprobs()
         self._sent = 0  # number of generated tokens that were sent
         self._offset = 0  # number of characters before the next token
-        self._plain = TextStream(engine.tokenizer)  # decodes tokens to find their offsets
+        self._plain = TextStream(self.engine.tokenizer)  # decodes tokens to find their offsets
 
     async def whole(self) -> dict[str, Any]:
         """Return the choice of a complete response, after the last token."""
         text = "".join([text async for text in self._texts])
         echo, tokens = self._echo()
-        said: dict[str, Any] = {"text": echo + text}
-        if self._chat:
-            said = {"message": {"role": "assistant", "content": text}}
-        stream, more = self.stream, await asyncio.to_thread(self._of_prompt)
+        message = {"role": "assistant", "content": text}
+        said: dict[str, Any] = {"message": message} if self._chat else {"text": echo + text}
+        stream, more = self.stream, await self._of_prompt()
         choice = self._choice(said, len(stream.tokens), tokens)
         return {**choice, **more, "finish_reason": stream.finish_reason}
 
@@ -74,10 +72,9 @@ class Choice:
         def said(text: str) -> dict[str, Any]:
             return {"delta": {"content": text}} if self._chat else {"text": text}
 
-        read = self._asked.prompt_top is not None
         # The log-probabilities of the prompt are known when the first token is.
-        first = await anext(self._texts, None) if read else None
-        (echo, tokens), more = self._echo(), await asyncio.to_thread(self._of_prompt)
+        first = await anext(self._texts, None) if self._logprobs.prompt_top is not None else None
+        (echo, tokens), more = self._echo(), await self._of_prompt()
         if self._chat:
             yield {**self._choice({"delta": {"role": "assistant", "content": ""}}, 0), **more}
         elif echo or more:
@@ -97,26 +94,26 @@ class Choice:
         tokens = self.stream.tokens[self._sent : end]
         entries = self._logprobs.tokens[self._sent : end]
         self._sent = end
-        choice = {"index": self._index, **said, "logprobs": None, "finish_reason": None}
-        if self._asked.top is not None and (tokens or before):
+        choice = {"index": self.index, **said, "logprobs": None, "finish_reason": None}
+        if self._logprobs.top is not None and (tokens or before):
             new = zip(tokens, entries, self._offsets(tokens), strict=True)
-            choice["logprobs"] = self._listed([*(before or ()), *new], self._asked.top)
-        if self._asked.return_token_ids:
+            choice["logprobs"] = self._listed([*(before or ()), *new], self._logprobs.top)
+        if self.asked.return_token_ids:
             choice["token_ids"] = tokens
         return choice
 
     def _echo(self) -> tuple[str, _Tokens]:
         """Return the text and the tokens of the prompt if the answer repeats them."""
-        asked, ids, tokens = self._asked, self.stream.prompt, []
+        asked, ids, tokens = self.asked, self.stream.prompt, []
         if not (isinstance(asked, Completion) and asked.echo):
             return "", []
-        text: Any = self._prompt
+        text: Any = self.prompt
         if not isinstance(text, str):
-            text = self._engine.tokenizer.decode(ids, skip_special_tokens=True)
-        if asked.top is not None:
+            text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
+        if asked.logprobs is not None:
             entries = [None, *(self._logprobs.prompt[i] for i in range(1, len(ids)))]
             tokens = list(zip(ids, entries, self._offsets(ids), strict=True))
-        self._offset, self._plain = len(text), TextStream(self._engine.tokenizer)
+        self._offset, self._plain = len(text), TextStream(self.engine.tokenizer)
         return text, tokens
 
     def _offsets(self, tokens: Sequence[int]) -> list[int]:
@@ -127,36 +124,34 @@ class Choice:
             self._offset += 0 if self._chat else len(self._plain.feed([token]))
         return found
 
-    def _of_prompt(self) -> dict[str, Any]:
+    async def _of_prompt(self) -> dict[str, Any]:
         """Return the fields about the prompt that the request asks for."""
-        asked, ids, found = self._asked, self.stream.prompt, {}
+        asked, ids, found = self.asked, self.stream.prompt, {}
         if asked.return_token_ids:
             found["prompt_token_ids"] = ids
         if isinstance(asked, Completion) and asked.prompt_logprobs is not None:
             entries = [self._logprobs.prompt[i] for i in range(1, len(ids))]
-            found["prompt_logprobs"] = [None, *(self._ranked(each) for each in entries)]
+            # Another thread converts them, because they may be many.
+            ranked = await asyncio.to_thread(list, map(self._ranked, entries))
+            found["prompt_logprobs"] = [None, *ranked]
         return found
 
     def _ranked(self, entry: TokenLogprob) -> dict[str, Any]:
         """Return the most likely tokens and the token itself in vLLM's format, by id."""
-        top = entry.top[: getattr(self._asked, "prompt_logprobs", 0)]
-        every = [(entry.token, entry.value, entry.rank)]
-        every += [(t, v, i) for i, (t, v) in enumerate(top, 1) if t != entry.token]
-        text = self._engine.token_text
+        top = entry.top[: getattr(self.asked, "prompt_logprobs", 0)]
+        every = {token: (value, rank) for rank, (token, value) in enumerate(top, 1)}
+        every[entry.token] = entry.value, entry.rank
+        text = self.engine.token_text
         return {
             str(token): {"logprob": _finite(value), "rank": rank, "decoded_token": text(token)}
-            for token, value, rank in every
+            for token, (value, rank) in every.items()
         }
 
     def _listed(self, tokens: _Tokens, top: int) -> dict[str, Any]:
         """Return log-probabilities in OpenAI's format for chats, or for completions."""
-        text = self._engine.token_text
+        text = self.engine.token_text
         if self._chat:
-            content = [
-                {**self._named(e.token, e.value), "top_logprobs": [self._named(*t) for t in e.top]}
-                for _, e, _ in tokens
-                if e is not None
-            ]
+            content = [self._named(e.token, e.value, e.top) for _, e, _ in tokens if e]
             return {"content": content, "refusal": None}
         return {
             "tokens": [text(token) for token, _, _ in tokens],
@@ -165,17 +160,17 @@ class Choice:
             "text_offset": [offset for _, _, offset in tokens],
         }
 
-    def _named(self, token: int, value: float) -> dict[str, Any]:
-        text = self._engine.token_text(token)
-        whole = text != f"token_id:{token}"
-        found = list(text.encode()) if whole else None
-        return {"token": text, "logprob": _finite(value), "bytes": found}
+    def _named(self, token: int, value: float, top: Any = None) -> dict[str, Any]:
+        text = self.engine.token_text(token)
+        found = None if text == f"token_id:{token}" else list(text.encode())
+        best = {} if top is None else {"top_logprobs": [self._named(*each) for each in top]}
+        return {"token": text, "logprob": _finite(value), "bytes": found, **best}
 
     def _best(self, entry: TokenLogprob, top: int) -> dict[str, float]:
         """Return the ``top`` most likely tokens, and the token itself, by text."""
         found: dict[str, float] = {}
         for token, value in dict([*entry.top[:top], (entry.token, entry.value)]).items():
-            text = self._engine.token_text(token)
+            text = self.engine.token_text(token)
             found[f"token_id:{token}" if text in found else text] = _finite(value)
         return found
 
@@ -186,30 +181,30 @@ def _finite(value: float) -> float:
     Raises:
         RuntimeError: If the value is NaN.
     """
-    if math.isnan(value):
+    if value != value:
         raise RuntimeError("logprobs: expected finite values, found nan: the adapter overflows")
     return max(value, -9999.0)
 
 
 @contextlib.contextmanager
-def _cancelled(choices: Sequence[Choice]) -> Iterator[None]:
-    """Cancel what still runs of a request when the block is left."""
+def cancelled_on_errors(streams: Sequence[RequestStream]) -> Iterator[None]:
+    """Cancel the requests if an error leaves the block."""
     try:
         yield
-    finally:
-        for choice in choices:
-            choice.stream.cancel()
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
 
 
-def check_size(asked: Chat | Completion, choices: Sequence[Choice]) -> None:
-    """Cancel a request and raise ValueError if it asks for too many values of its prompts."""
-    tokens = sum(len(choice.stream.prompt) for choice in choices)
-    count = tokens * ((-1 if asked.prompt_top is None else asked.prompt_top) + 1)
-    if count > _MOST_VALUES:
-        with _cancelled(choices):
-            field = "logprobs" if getattr(asked, "prompt_logprobs", None) is None else ""
-            expected = f"at most {_MOST_VALUES} log-probabilities of prompts (tokens x top)"
-            require(False, "begin", field or "prompt_logprobs", expected, count)
+def check_size(choices: Sequence[Choice]) -> None:
+    """Raise ValueError if there are too many log-probabilities of prompts for one response."""
+    sizes = [(len(each.stream.prompt), each._logprobs.prompt_top) for each in choices]
+    count = sum(tokens * (top + 1) for tokens, top in sizes if top is not None)
+    expected = f"at most {_MOST_VALUES} log-probabilities of prompts (tokens x (top + 1))"
+    own = getattr(choices[0].asked, "prompt_logprobs", None) is not None
+    field = "prompt_logprobs" if own else "logprobs"
+    require(count <= _MOST_VALUES, "begin", field, expected, count)
 
 
 def _head(asked: Chat | Completion, choices: Sequence[Choice]) -> dict[str, Any]:
@@ -224,8 +219,7 @@ def _usage(choices: Sequence[Choice]) -> dict[str, int]:
 
 async def whole(asked: Chat | Completion, choices: Sequence[Choice]) -> dict[str, Any]:
     """Return the complete response to a request, after the last token of each choice."""
-    with _cancelled(choices):
-        found = [await choice.whole() for choice in choices]
+    found = [await choice.whole() for choice in choices]
     return {**_head(asked, choices), "choices": found, "usage": _usage(choices)}
 
 
@@ -246,8 +240,9 @@ async def events(
     if asked.usage_wanted:
         head["usage"] = None
     try:
-        with _cancelled(choices):
-            async for part in _merged([choice.parts() for choice in choices]):
+        parts = [choice.parts() for choice in choices]
+        with cancelled_on_errors([choice.stream for choice in choices]):
+            async for part in parts[0] if len(parts) == 1 else _merged(parts):
                 yield f"data: {json.dumps({**head, 'choices': [part]})}\n\n"
         if asked.usage_wanted:
             yield f"data: {json.dumps({**head, 'choices': [], 'usage': _usage(choices)})}\n\n"
@@ -258,10 +253,6 @@ async def events(
 
 async def _merged(parts: Sequence[AsyncIterator[dict[str, Any]]]) -> AsyncIterator[dict[str, Any]]:
     """Yield the items of several iterators as they come."""
-    if len(parts) == 1:
-        async for part in parts[0]:
-            yield part
-        return
     waiting = {asyncio.ensure_future(anext(each)): each for each in parts}
     try:
         while waiting:

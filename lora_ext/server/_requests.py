@@ -44,10 +44,9 @@ _NEUTRAL = _by_name(
     ((True,), "skip_special_tokens spaces_between_special_tokens"),
     ((False, True), "return_token_offsets return_mm_kwargs"),
     (([],), "logits_processors bad_words"),
-    (({},), "kv_transfer_params ec_transfer_params vllm_xargs"),
+    (({},), "kv_transfer_params ec_transfer_params vllm_xargs repetition_detection"),
     (("left", "right"), "truncation_side"),
     ((), "truncate_prompt_tokens cache_salt allowed_token_ids logprob_token_ids"),
-    ((), "repetition_detection"),
 )
 _NEUTRAL_IN_CHATS = _NEUTRAL | _by_name(
     ((False,), "echo continue_final_message add_special_tokens"),
@@ -72,25 +71,6 @@ class _Asked(BaseModel):
     """JSON object in the body of a request; unknown fields and wrong types raise an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
-
-    #: Values without an effect of the fields that support no other value, by name.
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        for name in cls.neutral.keys() & body.keys():
-            _check_neutral(name, body[name], (None, *cls.neutral[name]))
-        return {name: value for name, value in body.items() if name not in cls.neutral}
-
-
-def _check_neutral(name: str, found: Any, values: tuple[Any, ...]) -> None:
-    """Raise ValueError if a field has none of ``values``; 1 and 1.0 are equal, 1 and true not."""
-    if not any(found == v and isinstance(found, bool) == isinstance(v, bool) for v in values):
-        expected = " or ".join(map(json.dumps, values))
-        raise ValueError(f"{name}: expected {expected}, found {json.dumps(found)[:100]}")
 
 
 class Text(_Asked):
@@ -140,8 +120,8 @@ class _Generates(_Asked):
 
     #: Default of ``max_tokens``; None is the default of :meth:`Engine.begin`.
     default_max_tokens: ClassVar[int | None] = None
-
-    neutral = _NEUTRAL
+    #: Values without an effect of the fields that support no other value, by name.
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
     model: str
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -168,28 +148,28 @@ class _Generates(_Asked):
 
     @model_validator(mode="before")
     @classmethod
-    def _names(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            refuse_old_names(body)
-            most, name = body.get("max_tokens"), "max_completion_tokens"
-            if None not in (most, body.get(name)):
-                _check_neutral(name, body[name], (most,))
-        return body
+    def _without_neutral(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        refuse_old_names(body)
+        most = body.get("max_tokens")
+        known = {**cls.neutral, **({} if most is None else {"max_completion_tokens": (most,)})}
+        for name in known.keys() & body.keys():
+            found, values = body[name], (None, *known[name])
+            kinds = {isinstance(value, bool) for value in (found, *values[1:])}
+            if found is not None and (found not in values or len(kinds) > 1):  # 1 is not true
+                expected = " or ".join(map(json.dumps, values))
+                raise ValueError(f"{name}: expected {expected}, found {json.dumps(found)[:100]}")
+        return {name: value for name, value in body.items() if name not in known}
 
     @property
     def usage_wanted(self) -> bool:
         """True if the stream must end with an event that contains the usage (token counts)."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    @property
-    def top(self) -> int | None:
-        """Number of most likely tokens beside each new token; None without log-probabilities."""
+    def record(self) -> Logprobs:
+        """Return a record for the log-probabilities that the request asks for."""
         raise NotImplementedError
-
-    @property
-    def prompt_top(self) -> int | None:
-        """Number of most likely tokens beside each token of the prompt, or None."""
-        return None
 
     @property
     def limit(self) -> str:
@@ -218,10 +198,7 @@ class _Generates(_Asked):
         more = self.top_k or -1, self.min_p or 0.0, penalty, bias, self.min_tokens or 0
         sampling = Sampling(temperature, top_p, self.seed, *more)
         how = {"sampling": sampling, "form": form, "max_new_tokens": most}
-        how["stop_token_ids"] = self.stop_token_ids or ()
-        if self.top is None and self.prompt_top is None:
-            return how
-        return {**how, "logprobs": Logprobs(self.top or 0, self.prompt_top)}
+        return {**how, "logprobs": self.record(), "stop_token_ids": self.stop_token_ids or ()}
 
 
 class Chat(_Generates):
@@ -234,12 +211,12 @@ class Chat(_Generates):
     logprobs: bool | None = None
     top_logprobs: Top | None = None
 
-    @property
-    def top(self) -> int | None:
-        """Number of most likely tokens beside each new token; None without log-probabilities."""
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs: expected logprobs=true, found {self.logprobs}")
-        return (self.top_logprobs or 0) if self.logprobs else None
+    def record(self) -> Logprobs:
+        """Return a record for the log-probabilities that the request asks for."""
+        top = self.top_logprobs
+        if top and not self.logprobs:
+            raise ValueError(f"top_logprobs: expected 0 without logprobs, found {top}")
+        return Logprobs((top or 0) if self.logprobs else None)
 
     def prompts(self) -> list[Prompt]:
         """Return the chat, as the only prompt for :meth:`Engine.begin`."""
@@ -256,16 +233,10 @@ class Completion(_Generates):
     logprobs: Top | None = None
     prompt_logprobs: Top | None = None  # as in vLLM
 
-    @property
-    def top(self) -> int | None:
-        """Number of most likely tokens beside each new token; None without log-probabilities."""
-        return self.logprobs
-
-    @property
-    def prompt_top(self) -> int | None:
-        """Number of most likely tokens beside each token of the prompt, or None."""
-        tops = [self.prompt_logprobs, self.logprobs if self.echo else None]
-        return max((top for top in tops if top is not None), default=None)
+    def record(self) -> Logprobs:
+        """Return a record for the log-probabilities that the request asks for."""
+        tops = self.prompt_logprobs, self.logprobs if self.echo else None
+        return Logprobs(self.logprobs, max((t for t in tops if t is not None), default=None))
 
     def prompts(self) -> list[Prompt]:
         """Return the prompts for :meth:`Engine.begin`."""

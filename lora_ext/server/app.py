@@ -26,7 +26,7 @@ from lora_ext.serving import (
     prometheus,
 )
 
-from ._answers import Choice, check_size, embeddings, events, whole
+from ._answers import Choice, cancelled_on_errors, check_size, embeddings, events, whole
 from ._requests import Chat, Completion, Embedding, Load, Unload, read_body, told
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -116,11 +116,10 @@ async def _started(begins: Iterable[Awaitable[RequestStream]]) -> list[RequestSt
     """Return the started requests; if one is refused, cancel the others and raise its error."""
     found = await asyncio.gather(*begins, return_exceptions=True)
     streams = [each for each in found if isinstance(each, RequestStream)]
-    for error in found:
-        if isinstance(error, BaseException):
-            for stream in streams:
-                stream.cancel()
-            raise error
+    with cancelled_on_errors(streams):
+        for each in found:
+            if isinstance(each, BaseException):
+                raise each
     return streams
 
 
@@ -140,14 +139,13 @@ def _add_answers(
         jobs = [(prompt, asked.settings()) for prompt in prompts]
         with renamed("begin", max_new_tokens=asked.limit, input_ids="prompt"):
             streams = await _started(engine.begin(prompt, name, **how) for prompt, how in jobs)
-        choices = [
-            Choice(asked, engine, prompt, stream, i)
-            for i, (prompt, stream) in enumerate(zip(prompts, streams, strict=True))
-        ]
-        check_size(asked, choices)
-        streams[0].until_gone(request.receive, streams[1:])
-        if not asked.stream:
-            return await asyncio.to_thread(JSONResponse, await whole(asked, choices))
+        of_each = zip(prompts, streams, strict=True)
+        choices = [Choice(asked, engine, *each, i) for i, each in enumerate(of_each)]
+        with cancelled_on_errors(streams):
+            check_size(choices)
+            streams[0].until_gone(request.receive, streams[1:])
+            if not asked.stream:
+                return await asyncio.to_thread(JSONResponse, await whole(asked, choices))
         parts = events(asked, choices, lambda e: bytes(refuse(request, e).body).decode())
         return StreamingResponse(parts, media_type="text/event-stream")
 

@@ -61,11 +61,9 @@ class RequestConstraint:
         return row
 
 
-def limits_of(
-    manager: Any, arguments: Sequence[Any], settings: dict[str, Any]
-) -> tuple[Any, set[int]]:
+def limits_of(manager: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, set[int]]:
     """Return the maximum number of new tokens of a request, and the tokens that end it."""
-    plain = dict(zip(_NAMES, arguments, strict=False)) | settings
+    plain = dict(zip(_NAMES, args, strict=False)) | kwargs
     config = manager.generation_config
     budget, eos = (
         getattr(config, name) if plain.get(name) is None else plain[name]

@@ -23,7 +23,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ from ._constraining import (
 )
 from ._metrics import Load
 from ._names import CallNames, NamedPrompt, named_prompts, not_invoked
-from ._sampling import Logprobs, Sampling, token_logprobs
+from ._sampling import Logprobs, Sampling, logprobs_of
 
 if TYPE_CHECKING:
     from lora_ext.control import Constraint, Guide, Matched
@@ -102,24 +102,6 @@ class _Request:
         return [part for part in parts if part[2]]
 
 
-class _PromptToken(NamedTuple):
-    """Token of a prompt whose log-probability is recorded in a step.
-
-    Attributes:
-        logprobs: record of the request.
-        row: index in the step of the preceding token, whose logits predict this one.
-        run: index of the run that contains the preceding token.
-        position: position of the token in the prompt.
-        token: id of the token.
-    """
-
-    logprobs: Logprobs
-    row: int
-    run: int
-    position: int
-    token: int
-
-
 class AdapterRequests:
     """Requests of one manager with their adapters, stored as an attribute of the manager.
 
@@ -128,8 +110,9 @@ class AdapterRequests:
     lists the requests that get a new token in the current step, in the order of the step's logits.
     ``_constrained`` has an entry for each of these requests that has a constraint, ``_processed``
     one for each that has processors (its row, the processors and its tokens), and ``_reading`` one
-    for each prompt token whose log-probability is recorded. ``_last`` contains the key of the last
-    step (its runs of tokens) and the block made for it.
+    for each prompt token whose log-probability is recorded (the record, the index in the step of
+    the preceding token, whose logits predict this one, the position in the prompt, and the id).
+    ``_last`` contains the key of the last step (its runs of tokens) and the block made for it.
 
     Args:
         manager: transformers' ``ContinuousBatchingManager`` of an attached model.
@@ -167,8 +150,8 @@ class AdapterRequests:
         self.computed = 0
         self._choosing: list[_Request] = []
         self._constrained: list[Standing] = []
-        self._processed: list[tuple[int, Any, list[int]]] = []
-        self._reading: list[_PromptToken] = []
+        self._processed: list[tuple[int, Any, Tensor]] = []
+        self._reading: list[tuple[Logprobs, int, int, int]] = []
         self._wrap(self._manager_methods())
         if manager.batch_processor is not None:
             self._wrap(self._processor_methods(manager.batch_processor))
@@ -432,6 +415,7 @@ class AdapterRequests:
         self._constrained = []
         self._processed = []
         self._reading = []
+        read_runs: list[int] = []  # the run of each preceding token in _reading
         count = 0
         for each in batch:
             request = self._request(each.state.request_id)
@@ -440,20 +424,19 @@ class AdapterRequests:
             first = len(runs)
             runs += request.runs(past, each.query_length)
             ends.append(len(runs) - 1)
-            if request.logprobs is not None and request.logprobs.prompt_top is not None:
-                tokens, known = each.state.initial_tokens, request.logprobs.prompt
+            record, tokens = request.logprobs, each.state.initial_tokens
+            if record is not None and record.prompt_top is not None:
                 # The prompt of a preempted request ends with tokens that were generated before.
                 length = each.state._true_initial_tokens or len(tokens)
                 for i in range(past, min(past + each.query_length, length - 1)):
-                    if i + 1 not in known:
-                        run, row = first if i < request.start else ends[-1], count + i - past
-                        found = request.logprobs, row, run, i + 1, int(tokens[i + 1])
-                        self._reading.append(_PromptToken(*found))
+                    if i + 1 not in record.prompt:
+                        self._reading.append((record, count + i - past, i + 1, int(tokens[i + 1])))
+                        read_runs.append(first if i < request.start else ends[-1])
             count += each.query_length
             if each.has_new_token:
                 if request.processors:
-                    tokens = each.state.initial_tokens + each.state.generated_tokens
-                    self._processed.append((len(self._choosing), request.processors, tokens))
+                    ids = torch.tensor([tokens + each.state.generated_tokens])
+                    self._processed.append((len(self._choosing), request.processors, ids))
                 if request.constraint is not None:
                     sampling = request.sampling
                     standing = Standing(
@@ -470,7 +453,7 @@ class AdapterRequests:
             kept = [end for end, each in zip(ends, batch, strict=True) if each.has_new_token]
             # The input of the head has one token per request of the batch. transformers pads it
             # with the first token of the row, and ignores the logits of the padding.
-            kept += ends[:1] * (len(batch) - len(kept)) + [each.run for each in self._reading]
+            kept += ends[:1] * (len(batch) - len(kept)) + read_runs
         key = runs, kept
         if self._last is None or self._last[0] != key:  # consecutive decode steps have equal keys
             names, slots, lengths = zip(*runs, strict=True)
@@ -486,7 +469,7 @@ class AdapterRequests:
         """Compute logits for the recorded tokens of prompts, after those of the new tokens."""
         if self._reading:
             places = batch_data["logits_indices"]
-            more = places.new_tensor([each.row for each in self._reading])
+            more = places.new_tensor([row for _, row, _, _ in self._reading])
             batch_data["logits_indices"] = torch.cat([places, more])
         original(model, batch_data)
 
@@ -496,9 +479,8 @@ class AdapterRequests:
         scores = logits[:, : logits.shape[1] - len(self._reading)]
         if self._processed:
             scores = scores.clone()
-            for row, processors, tokens in self._processed:
-                ids = torch.tensor([tokens], device=scores.device)
-                scores[0, row] = processors(ids, scores[0, row : row + 1])[0]
+            for row, processors, ids in self._processed:
+                scores[0, row] = processors(ids.to(scores.device), scores[0, row : row + 1])[0]
         apart, left = drawn(scores, self._constrained)
         masked = constrained(scores, left)
         original(masked, output_ids, *args)
@@ -511,20 +493,19 @@ class AdapterRequests:
 
     def _record(self, logits: Tensor, output_ids: Tensor) -> None:
         """Record the log-probabilities of a step's new tokens and prompt tokens."""
-        asked = [(i, each.logprobs) for i, each in enumerate(self._choosing)]
-        new = [(row, logprobs) for row, logprobs in asked if logprobs is not None]
+        records = [each.logprobs for each in self._choosing]
+        new = {i: each for i, each in enumerate(records) if each and each.top is not None}
         read = self._reading
-        if not new and not read:
+        rows = [*new, *range(len(logits) - len(read), len(logits))]
+        if not rows:
             return
-        first = logits.shape[0] - len(read)
-        rows = [*(row for row, _ in new), *range(first, logits.shape[0])]
-        tokens = output_ids[[row for row, _ in new]].tolist() + [each.token for each in read]
-        tops = [each.top for _, each in new] + [each.logprobs.prompt_top or 0 for each in read]
-        found = token_logprobs(logits, rows, tokens, max(tops))
-        for (_, logprobs), entry in zip(new, found, strict=False):
-            logprobs.tokens.append(entry._replace(top=entry.top[: logprobs.top]))
-        for each, entry in zip(read, found[len(new) :], strict=True):
-            each.logprobs.prompt[each.position] = entry
+        tokens = output_ids[list(new)].tolist() + [token for _, _, _, token in read]
+        tops = [each.top for each in new.values()] + [record.prompt_top for record, *_ in read]
+        found = iter(logprobs_of(logits, rows, tokens, max(filter(None, tops), default=0)))
+        for record, entry in zip(new.values(), found, strict=False):
+            record.tokens.append(entry._replace(top=entry.top[: record.top]))
+        for (record, _, position, _), entry in zip(read, found, strict=True):
+            record.prompt[position] = entry
 
     def _request(self, request_id: str) -> _Request:
         with self._unpinned:

@@ -17,6 +17,7 @@ from lora_ext._checks import require
 from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
 from lora_ext.rows import last_start
 
+from ._constraining import limits_of
 from ._continuous import load_of, unfinished
 from ._formats import Format
 from ._metrics import Load
@@ -240,8 +241,7 @@ class Engine(ServedPool):
             how["logprobs"] = logprobs
             self._check_tokens(new, sampling, stop_token_ids)
             if stop_token_ids:
-                ends = self.manager.generation_config.eos_token_id
-                ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+                _, ends = limits_of(self.manager, (), {})
                 how["eos_token_id"] = [*ends, *stop_token_ids]
             if form is not None:
                 how["constraint"] = await self._constraint(form)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,8 +67,7 @@ class Sampling:
     @property
     def draws_from_all(self) -> bool:
         """True if tokens are drawn from the whole distribution."""
-        cut = self.top_p < 1 or self.top_k != -1 or self.min_p > 0
-        return self.temperature > 0 and not cut
+        return self.temperature > 0 and self.top_p == 1 and self.top_k == -1 and self.min_p == 0
 
     def processors(self, prompt: int, ends: Collection[int], device: torch.device) -> Any:
         """Return transformers' processors for the settings that apply before the temperature.
@@ -149,33 +148,31 @@ class Logprobs:
     settings that change the distribution.
 
     Args:
-        top: number of most likely tokens that are reported with each new token.
-        prompt_top: the same number for the tokens of the prompt; None reports no prompt.
+        top: number of most likely tokens that are recorded with each new token; None records no new
+            tokens.
+        prompt_top: the same for the tokens of the prompt.
 
     Attributes:
         tokens: the new tokens.
         prompt: the tokens of the prompt by position. The first token has no log-probability.
     """
 
-    def __init__(self, top: int = 0, prompt_top: int | None = None):
+    def __init__(self, top: int | None = 0, prompt_top: int | None = None):
         self.top, self.prompt_top = top, prompt_top
         self.tokens: list[TokenLogprob] = []
         self.prompt: dict[int, TokenLogprob] = {}
 
 
-def token_logprobs(
-    logits: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int
-) -> list[TokenLogprob]:
+def logprobs_of(logits: Tensor, rows: list[int], tokens: list[int], top: int) -> list[TokenLogprob]:
     """Return the log-probability of one token in each of the rows of ``logits (N, V)``."""
     found = []
     for begin in range(0, len(rows), _MOST_ROWS):
         part = slice(begin, begin + _MOST_ROWS)
-        law = logits[list(rows[part])].float().log_softmax(-1)
+        law = logits[rows[part]].float().log_softmax(-1)
         own = law.gather(1, torch.tensor(tokens[part], device=law.device)[:, None])
         values, best = law.topk(min(top, law.shape[1]))
         columns = own[:, 0], (law >= own).sum(-1), best, values
-        for token, value, rank, ids, each in zip(
-            tokens[part], *(column.tolist() for column in columns), strict=True
-        ):
-            found.append(TokenLogprob(token, value, rank, list(zip(ids, each, strict=True))))
+        lists = tokens[part], *map(Tensor.tolist, columns)
+        for token, value, rank, *pairs in zip(*lists, strict=True):
+            found.append(TokenLogprob(token, value, rank, list(zip(*pairs, strict=True))))
     return found

@@ -110,6 +110,8 @@ def test_openai_client_reads_logprobs(server: Any) -> None:
     for chunk in client.chat.completions.create(stream=True, **chat):
         if chunk.choices[0].logprobs:
             streamed += chunk.choices[0].logprobs.content
-    assert streamed == entries
+    for found, expected in zip(streamed, entries, strict=True):
+        assert found.token == expected.token
+        assert abs(found.logprob - expected.logprob) < 1e-5
     with pytest.raises(openai.UnprocessableEntityError, match=r"top_logprobs: .* found 21"):
         client.chat.completions.create(**{**chat, "top_logprobs": 21})

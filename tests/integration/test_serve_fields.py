@@ -55,7 +55,7 @@ def test_refusals_name_the_field_the_value_and_what_is_expected(server: Any, kin
         ("skip_special_tokens", False, "null or true, found false"),
         ("allowed_token_ids", [5], "null, found [5]"),
         ("bad_words", ["w5"], 'null or [], found ["w5"]'),
-        ("max_completion_tokens", 9, "8, found 9"),
+        ("max_completion_tokens", 9, "null or 8, found 9"),
         ("truncation_side", "up", 'null or "left" or "right", found "up"'),
     ):
         found = server.client.post(f"/v1/{kind}", json={**body, field: value})

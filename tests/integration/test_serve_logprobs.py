@@ -30,6 +30,17 @@ def law(server: Any, ids: list[int], name: str | None = "a1") -> Tensor:
     return logits.log_softmax(-1)
 
 
+def close(found: Any, expected: Any) -> bool:
+    """Return whether two JSON values are equal up to the rounding of different batches."""
+    if isinstance(expected, float):
+        return abs(found - expected) < 1e-5
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(close(found[k], expected[k]) for k in found)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(close, found, expected))
+    return found == expected
+
+
 def check(server: Any, choice: dict[str, Any], top: int) -> None:
     """Check echoed log-probabilities of a choice with token ids."""
     ids = choice["prompt_token_ids"] + choice["token_ids"]
@@ -66,7 +77,7 @@ def test_echo_has_the_logprobs_of_the_model_even_of_cached_prompts(server: Any, 
     for choice in (first, again, other):
         check(server, choice, top)
     text = " ".join(f"w{token}" for token in PROMPT)
-    assert complete(server, text, **how)["choices"] == [again]
+    assert close(complete(server, text, **how)["choices"], [again])
     assert first["text"].startswith(text)
     offsets = first["logprobs"]["text_offset"]
     assert [first["text"][i:].split()[0] for i in offsets[1:5]] == text.split()[1:5]
@@ -91,15 +102,15 @@ def test_streams_have_the_same_logprobs(server: Any) -> None:
             lists = [part["logprobs"] for part in mine if part["logprobs"]]
             assert len(lists) > 4
             for name, expected in choice["logprobs"].items():
-                assert [each for found in lists for each in found[name]] == expected
-            assert mine[0].get("prompt_logprobs") == choice.get("prompt_logprobs")
+                assert close([each for found in lists for each in found[name]], expected)
+            assert close(mine[0].get("prompt_logprobs"), choice.get("prompt_logprobs"))
     whole = ask(server, "a1", logprobs=True, top_logprobs=2).json()["choices"][0]
     parts = [
         event["choices"][0]["logprobs"]
         for event in streamed(server, "a1", logprobs=True, top_logprobs=2)
     ]
     found = [each for part in parts if part for each in part["content"]]
-    assert found == whole["logprobs"]["content"]
+    assert close(found, whole["logprobs"]["content"])
 
 
 @pytest.mark.parametrize("top", [0, 20])
