@@ -7,6 +7,8 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+from ._sampling import Logprobs
+
 _RECHECK_SECONDS = 1.0  # time without a token after which a stream checks that the manager runs
 
 
@@ -29,7 +31,7 @@ class RequestStream:
             the request ends. It may be called several times.
         generation: generation that the adapter must have; None accepts any.
         settings: keyword arguments of the manager's ``add_request``: ``adapter_name``,
-            ``max_new_tokens``, ``eos_token_id``, ``sampling``.
+            ``max_new_tokens``, ``eos_token_id``, ``sampling``, ``logprobs``.
 
     Raises:
         GenerationGoneError: If the adapter has another generation than ``generation``.
@@ -50,9 +52,12 @@ class RequestStream:
         **settings: Any,
     ):
         self.request_id = uuid.uuid4().hex
-        self._prompt_length = len(input_ids)
-        #: All generated tokens so far.
+        self.prompt = list(input_ids)
+        #: All generated tokens so far, up to the stop string if there is one.
         self.tokens: list[int] = []
+        #: Number of tokens that :meth:`texts` has decoded.
+        self.decoded = 0
+        self.logprobs: Logprobs | None = settings.get("logprobs")
         self.cancelled = self.stopped = False  # stopped: a stop string ended the request
         #: Generation of the adapter; None for the base model.
         self.generation: int | None = generation
@@ -64,6 +69,7 @@ class RequestStream:
         self._arrived = asyncio.Event()
         self._ended, self._begun = ended, begun
         self._watcher: asyncio.Future[None] | None = None
+        self._watched: Sequence[RequestStream] = ()
         manager.register_result_handler(self.request_id, self._take)
         accepted = None
         try:
@@ -101,7 +107,7 @@ class RequestStream:
     @property
     def usage(self) -> dict[str, int]:
         """Numbers of tokens in the prompt and in the answer so far, under OpenAI's names."""
-        prompt, answer = self._prompt_length, len(self.tokens)
+        prompt, answer = len(self.prompt), len(self.tokens)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": answer,
@@ -122,21 +128,28 @@ class RequestStream:
             self._broken = why
             self.cancel()
 
-    def until_gone(self, receive: Callable[[], Awaitable[Any]]) -> None:
+    def until_gone(
+        self, receive: Callable[[], Awaitable[Any]], others: Sequence[RequestStream] = ()
+    ) -> None:
         """Cancel the request when the client of an ASGI connection disconnects.
 
         Args:
             receive: the connection's ASGI ``receive`` function. The request body must have been
                 read already.
+            others: other requests of the same connection, which are cancelled too.
         """
+        streams = (self, *others)
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-            self.cancel()
+            for stream in streams:
+                stream.cancel()
 
-        if not self.finished:
-            self._watcher = asyncio.ensure_future(watch())
+        if not all(stream.finished for stream in streams):
+            watcher = asyncio.ensure_future(watch())
+            for stream in streams:
+                stream._watcher, stream._watched = watcher, streams
 
     def __aiter__(self) -> AsyncIterator[list[int]]:
         return self
@@ -166,10 +179,16 @@ class RequestStream:
         """
         text = TextStream(tokenizer, stop)
         async for tokens in self:
-            if piece := text.feed(tokens):
+            piece = ""
+            for token in tokens:
+                piece += text.feed([token])
+                self.decoded += 1
+                if text.stopped:
+                    break
+            if piece:
                 yield piece
             if text.stopped:
-                self.stopped = True
+                self.stopped, self.tokens = True, self.tokens[: self.decoded]
                 self.cancel()
                 return
         if rest := text.flush():
@@ -198,7 +217,7 @@ class RequestStream:
         if self._begun is not None:
             self._begun(self)
         self._forget()
-        if self._watcher is not None:
+        if self._watcher is not None and all(each.finished for each in self._watched):
             self._watcher.cancel()
         if self._ended is not None:
             self._ended(self)

@@ -270,7 +270,7 @@ def test_exact_server_computes_the_bits_of_a_trainer(tmp_path: Any) -> None:
 
     from lora_ext import exact, from_peft
     from lora_ext.server import Settings
-    from lora_ext.serving import Sampling
+    from lora_ext.serving import Logprobs, Sampling
 
     save_model(tmp_path)
     lines: list[str] = []
@@ -281,7 +281,7 @@ def test_exact_server_computes_the_bits_of_a_trainer(tmp_path: Any) -> None:
         for name in prompts:
             engine.folder.load(name)
         for seed in (3, 4):  # the second round reads the pages of the first
-            logprobs: dict[str, list[float]] = {f"{name}-{seed}": [] for name in prompts}
+            logprobs = {f"{name}-{seed}": Logprobs() for name in prompts}
             for key, values in logprobs.items():
                 name = key.partition("-")[0]
                 how = {"adapter_name": name, "logprobs": values, "max_new_tokens": 12}
@@ -289,7 +289,8 @@ def test_exact_server_computes_the_bits_of_a_trainer(tmp_path: Any) -> None:
                 engine.manager.add_request(prompts[name], key, sampling=sampling, **how)
             for _ in logprobs:
                 result = engine.manager.get_result(timeout=60)
-                found[result.request_id] = logprobs[result.request_id], result.generated_tokens
+                values = [each.value for each in logprobs[result.request_id].tokens]
+                found[result.request_id] = values, result.generated_tokens
     assert lines == []  # exact packs the model, so nothing is said about packing
     assert len(found) == 6
     for key, (sampled, tokens) in found.items():
