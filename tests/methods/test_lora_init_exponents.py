@@ -1,4 +1,4 @@
-"""The table of exponents, and six runs of sign descent whose features grow accordingly."""
+"""Exponents of the growth of features with the width, as formulas and as simulated slopes."""
 
 import math
 
