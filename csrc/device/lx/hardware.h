@@ -298,10 +298,10 @@ LX_INLINE T atomic_compare_exchange(T* p, T expected, T desired) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Loads and stores with cache hints. T has 4, 8 or 16 bytes (load_nc: also 2).
+// Loads and stores. With a cache hint, T has 4, 8 or 16 bytes (load_nc: also 2).
 
-// Plain access to global memory, for pointers whose address space the compiler cannot deduce, for
-// example after a selection or a round trip through shared memory.
+// Access to global memory without a hint, for a T of any size. For pointers whose address space the
+// compiler cannot deduce, for example after a selection or a round trip through shared memory.
 template <class T>
 LX_INLINE T load_global(const T* p) {
     __builtin_assume(__isGlobal(p));
