@@ -206,7 +206,7 @@ def build_vision_mask(
     where = "build_vision_mask"
     shape, found = tuple(attention_mask.shape), tuple(image_ids.shape)
     fits = found == shape and len(shape) == 2
-    require(fits, where, "image_ids", f"shape (B, T), that of attention_mask {shape}", found)
+    require(fits, where, "image_ids", f"shape (B, T), as attention_mask {shape}", found)
     length = shape[1]
     floating = dtype is None or dtype.is_floating_point
     require(floating, where, "dtype", "a floating-point dtype or None", dtype)
