@@ -1,4 +1,4 @@
-"""Laws that every op of the table keeps, on every backend that can run here."""
+"""Laws that hold for every op in the tables of cases, on every backend that can run here."""
 
 import importlib
 from collections.abc import Callable

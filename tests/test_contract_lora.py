@@ -1,4 +1,4 @@
-"""Laws of the LoRA ops beyond those of the table, for one module and for siblings."""
+"""Laws of the LoRA ops, in addition to ``test_contract.py``, for one module and for siblings."""
 
 from dataclasses import replace
 from typing import Any

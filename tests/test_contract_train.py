@@ -1,4 +1,4 @@
-"""Laws of the training ops beyond those of the table, on every backend that can run here."""
+"""Laws of the training ops, in addition to ``test_contract.py``, on every available backend."""
 
 from typing import Any
 

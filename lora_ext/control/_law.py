@@ -286,9 +286,7 @@ def moved(blocks: Sequence[Block], scores: Tensor, temperature: float = 1.0) -> 
 
     ``scores`` is not changed; without blocks, the result is ``scores`` itself.
     """
-    if not blocks:
-        return scores
-    scores = scores.clone()
+    scores = scores.clone() if blocks else scores
     for places, ratio in blocks:
         ratio = ratio.to(scores)
         if temperature != 1:

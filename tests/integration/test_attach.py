@@ -1,4 +1,4 @@
-"""attach and detach: restoration, errors, and default adapters."""
+"""``attach`` and ``detach``: names in calls, default adapters, restored models, and errors."""
 
 import copy
 import inspect

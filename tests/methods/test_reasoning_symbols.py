@@ -1,4 +1,4 @@
-"""The tasks encoded as token ids, and the small model trained on them."""
+"""Tasks as token ids: each hash has one id, and the model ignores order and padding."""
 
 import pytest
 import torch

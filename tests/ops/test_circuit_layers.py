@@ -1,4 +1,4 @@
-"""Ops that evaluate whole circuits, or tables of leaf log-probabilities, on every backend."""
+"""Whole circuits and tables of leaf log-probabilities, compared with formulas on every backend."""
 
 from __future__ import annotations
 
