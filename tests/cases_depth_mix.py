@@ -117,8 +117,7 @@ def shapes_of(backend: Backend) -> list[Shape]:
 
 
 def scale_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
-    """Return the dtypes allowed for gammas: that of the hidden states, and float32 if this is a
-    16-bit dtype."""
+    """Return the dtypes allowed for gammas: the hidden states' dtype, and float32 for 16 bits."""
     return [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]
 
 
