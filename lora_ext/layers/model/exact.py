@@ -65,7 +65,7 @@ def exact(model: Model, enabled: bool = True) -> Model:
     instance("exact", "model", model, nn.Module)
     if not flag("exact", "enabled", enabled):
         found = any(MARK in module.__dict__ for module in model.modules())
-        require(found, "exact", "model", "a model that is exact", "one that is not", RuntimeError)
+        require(found, "exact", "model", "an exact model", "one that is not exact", RuntimeError)
         return _restore(model)
     if MARK in model.__dict__:
         _check_modules(model)

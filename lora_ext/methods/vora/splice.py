@@ -94,7 +94,7 @@ def splice_images(
     # Checked before `embed` is called, which would fail on placeholders that differ from
     # `placeholder`.
     for sample, (count, tokens) in enumerate(zip(is_image.sum(1).tolist(), images, strict=True)):
-        expected = f"as many images as there are placeholders, {count}"
+        expected = f"{count} images for {count} placeholders"
         require(count == len(tokens), where, f"sample {sample}", expected, len(tokens))
     text = embed(input_ids[is_text])  # (all text, d)
     expected = f"shape (N, {text.shape[1]})"
