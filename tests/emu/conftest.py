@@ -9,8 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import module_of
 
 HERE = Path(__file__).resolve().parent
+
+
+def headers() -> list[str]:
+    """Return the header folders of NVIDIA's wheels, as without a CUDA toolkit; without the wheels,
+    those of the toolkit."""
+    setup = module_of(HERE.parents[1] / "setup.py", "lora_ext_setup")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "find_nvcc", lambda: None)
+        try:
+            return setup.find_cuda_headers()
+        except SystemExit:
+            patch.undo()
+            return setup.find_cuda_headers()
 
 
 def build(*targets: str) -> Path:
@@ -23,7 +37,15 @@ def build(*targets: str) -> Path:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Only one pytest-xdist worker builds at a time.
         for command in (
-            ["cmake", "-S", str(HERE), "-B", str(folder), *generator],
+            [
+                "cmake",
+                "-S",
+                str(HERE),
+                "-B",
+                str(folder),
+                *generator,
+                f"-DLORA_EXT_CUDA_HEADERS={';'.join(headers())}",
+            ],
             ["cmake", "--build", str(folder), "-j2", *targets],
         ):
             done = subprocess.run(command, capture_output=True, text=True)
