@@ -44,7 +44,7 @@ help:
 $(VENV)/base.stamp: pyproject.toml
 	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q torch numpy safetensors "setuptools>=77" "cmake>=3.24" ninja
+	$(PY) -m pip install -q --no-compile torch numpy safetensors "setuptools>=77" "cmake>=3.24" ninja
 	@touch $@
 
 # extras-a-b.stamp: the dependencies of the extras a and b of pyproject.toml
