@@ -128,7 +128,10 @@ OPS = [
         formula,
         small=[List("small", tuple(SMALL))],
         medium=[List("large", tuple(LARGE))],
-        variants=(tuple({"asked": dtype} for dtype in (None, torch.float32, torch.float64)),),
+        variants=(
+            tuple({"asked": dtype} for dtype in (None, torch.float32, torch.float64)),
+            ({"asked": None}, {"asked": torch.float64}),
+        ),
         dtypes=lambda backend: DTYPES,
         replays=[List("two", ((40, 32, 8), (20, 72, 65)))],
         checks=checks,
