@@ -25,7 +25,7 @@ TABLE: list[Op] = [op for family in FAMILIES for op in getattr(family, "OPS", ()
 def everywhere(
     has: Callable[[Op], Any], shapes: Callable[[Op, Backend], list[Any]] = Op.shapes
 ) -> pytest.MarkDecorator:
-    """Parametrize a test with each op for which ``has`` is true, and its backends and shapes."""
+    """Run a test for each op for which ``has`` is true, on each of its backends and shapes."""
     params = [
         pytest.param(b, op, shape, id=f"{b.name}-{op.name}-{shape}", marks=marks_of(b))
         for b in BACKENDS
