@@ -68,8 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Collect without the garbage collector, which would walk all tests and packages many times. It
-    does not look at them later either."""
+    """Keep the garbage collector from walking all tests and packages many times, also later."""
     gc.disable()
     try:
         return (yield)

@@ -22,9 +22,7 @@ FAMILIES = [
 TABLE: list[Op] = [op for family in FAMILIES for op in getattr(family, "OPS", ())]
 
 
-def everywhere(
-    has: Callable[[Op], Any], shapes: Callable[[Op, Backend], list[Any]] = Op.shapes
-) -> pytest.MarkDecorator:
+def everywhere(has: Callable[[Op], Any], shapes: Any = Op.shapes) -> pytest.MarkDecorator:
     """Run a test for each op for which ``has`` is true, on each of its backends and shapes."""
     params = [
         pytest.param(b, op, shape, id=f"{b.name}-{op.name}-{shape}", marks=marks_of(b))
@@ -60,8 +58,7 @@ def test_errors_on_random_values_stay_within_bounds(backend: Backend, op: Op, sh
 
 
 def repeated(op: Op, backend: Backend) -> list[Any]:
-    """Return the shapes to repeat. On the CPU the order of threads cannot affect sums, so small
-    shapes suffice; the test of errors repeats its own calls."""
+    """Return the shapes to repeat: few on the CPU. The test of errors repeats its calls there."""
     if backend.device == "cpu":
         return [] if op.bounds else [*op.small]
     return [shape for shape in op.shapes(backend) if shape not in op.large]

@@ -1,8 +1,7 @@
 """C++ tests of the CPU twins; with --sanitizers, with the address and undefined sanitizers.
 
-The tests use the twins of the build in place. With sanitizers, or without this build, the twins are
-built at -O1, and only for scalars and the widest vectors, because compiling sanitized -O3 code for
-every instruction set takes a quarter of an hour.
+The twins are those of the build in place. With sanitizers, or without this build, they are compiled
+at -O1 for scalars and the widest vectors only, because -O3 would take a quarter of an hour.
 """
 
 from __future__ import annotations

@@ -38,8 +38,7 @@ def base() -> tuple[Any, Any]:
 def shallow(base: tuple[Any, Any]) -> tuple[Any, Any]:
     """Return the model with the first eight of its 30 decoder blocks."""
     model = copy.deepcopy(base[0])
-    model.model.layers = model.model.layers[:8]
-    model.config.num_hidden_layers = 8
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:8], 8
     return model, base[1]
 
 
