@@ -81,7 +81,7 @@ hosts: build-emu
 # then needs their headers.
 check: export LORA_EXT_EMU = 1
 check: $(VENV)/base.stamp
-	$(MAKE) $(if $(filter 1,$(LORA_EXT_CUDA)),-j 2) $(VENV)/extras-test-dev-demo-peers-fed-serve-docs.stamp $(VENV)/editable.stamp
+	$(MAKE) $(if $(filter 1,$(LORA_EXT_CUDA)),-j 2) $(VENV)/extras-test-dev-demo-peers-fed-serve-clients-docs.stamp $(VENV)/editable.stamp
 	$(PY) tools/check.py
 
 gpu:

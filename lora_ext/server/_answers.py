@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lora_ext.serving import RequestStream
+from lora_ext._checks import require
+from lora_ext.serving import Engine, Logprobs, RequestStream, TextStream, TokenLogprob
 
-from ._requests import Chat, Completion, Embedding
+from ._requests import Chat, Completion, Embedding, Prompt
+
+_MOST_VALUES = 50_000  # most log-probabilities of prompts in one response
 
 _OBJECTS = {  # field `object` of complete and of streamed responses, by kind of request
     Chat: ("chat.completion", "chat.completion.chunk"),
@@ -20,25 +26,205 @@ _OBJECTS = {  # field `object` of complete and of streamed responses, by kind of
 }
 
 
-def _head(asked: Chat | Completion, stream: RequestStream) -> dict[str, Any]:
-    head = {"id": stream.request_id, "created": int(time.time()), "model": asked.model}
+# Tokens, their log-probabilities (None for the first one of a prompt), and their text offsets.
+_Tokens: TypeAlias = list[tuple[int, TokenLogprob | None, int]]
+
+
+@dataclass(eq=False)
+class Choice:
+    """Answer to one prompt of a request: a running request of the engine, and what was sent of it.
+
+    Args:
+        asked: body of the request.
+        engine: engine that runs the request.
+        prompt: prompt as the engine received it.
+        stream: the running request.
+        index: number of the prompt in the body.
+    """
+
+    asked: Chat | Completion
+    engine: Engine
+    prompt: Prompt
+    stream: RequestStream
+    index: int
+
+    def __post_init__(self) -> None:
+        self._chat = isinstance(self.asked, Chat)
+        self._texts = self.stream.texts(self.engine.tokenizer, self.asked.stop or ())
+        self._logprobs = self.stream.logprobs or Logprobs()
+        self._sent = 0  # number of generated tokens that were sent
+        self._offset = 0  # number of characters before the next token
+        self._plain = TextStream(self.engine.tokenizer)  # decodes tokens to find their offsets
+
+    async def whole(self) -> dict[str, Any]:
+        """Return the choice of a complete response, after the last token."""
+        text = "".join([text async for text in self._texts])
+        echo, tokens = self._echo()
+        message = {"role": "assistant", "content": text}
+        said: dict[str, Any] = {"message": message} if self._chat else {"text": echo + text}
+        stream, more = self.stream, await self._of_prompt()
+        choice = self._choice(said, len(stream.tokens), tokens)
+        return {**choice, **more, "finish_reason": stream.finish_reason}
+
+    async def parts(self) -> AsyncIterator[dict[str, Any]]:
+        """Yield the choices of the events of a streamed response."""
+
+        def said(text: str) -> dict[str, Any]:
+            return {"delta": {"content": text}} if self._chat else {"text": text}
+
+        # The log-probabilities of the prompt are known when the first token is.
+        first = await anext(self._texts, None) if self._logprobs.prompt_top is not None else None
+        (echo, tokens), more = self._echo(), await self._of_prompt()
+        if self._chat:
+            yield {**self._choice({"delta": {"role": "assistant", "content": ""}}, 0), **more}
+        elif echo or more:
+            yield {**self._choice(said(echo), 0, tokens), **more}
+        if first is not None:
+            yield self._choice(said(first), self.stream.decoded)
+        async for text in self._texts:
+            yield self._choice(said(text), self.stream.decoded)
+        choice = self._choice({"delta": {}} if self._chat else said(""), len(self.stream.tokens))
+        yield {**choice, "finish_reason": self.stream.finish_reason}
+
+    def _choice(self, said: dict[str, Any], end: int, before: _Tokens | None = None) -> Any:
+        """Return a choice with the tokens ``before``, and the generated ones up to ``end``.
+
+        Generated tokens that an earlier choice contained are left out.
+        """
+        tokens = self.stream.tokens[self._sent : end]
+        entries = self._logprobs.tokens[self._sent : end]
+        self._sent = end
+        choice = {"index": self.index, **said, "logprobs": None, "finish_reason": None}
+        if self._logprobs.top is not None and (tokens or before):
+            new = zip(tokens, entries, self._offsets(tokens), strict=True)
+            choice["logprobs"] = self._listed([*(before or ()), *new], self._logprobs.top)
+        if self.asked.return_token_ids:
+            choice["token_ids"] = tokens
+        return choice
+
+    def _echo(self) -> tuple[str, _Tokens]:
+        """Return the text and the tokens of the prompt if the answer repeats them."""
+        asked, ids, tokens = self.asked, self.stream.prompt, []
+        if not (isinstance(asked, Completion) and asked.echo):
+            return "", []
+        text: Any = self.prompt
+        if not isinstance(text, str):
+            text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
+        if asked.logprobs is not None:
+            entries = [None, *(self._logprobs.prompt[i] for i in range(1, len(ids)))]
+            tokens = list(zip(ids, entries, self._offsets(ids), strict=True))
+        self._offset, self._plain = len(text), TextStream(self.engine.tokenizer)
+        return text, tokens
+
+    def _offsets(self, tokens: Sequence[int]) -> list[int]:
+        """Return the number of characters before each of the next tokens."""
+        found = []
+        for token in tokens:
+            found.append(self._offset)
+            self._offset += 0 if self._chat else len(self._plain.feed([token]))
+        return found
+
+    async def _of_prompt(self) -> dict[str, Any]:
+        """Return the fields about the prompt that the request asks for."""
+        asked, ids, found = self.asked, self.stream.prompt, {}
+        if asked.return_token_ids:
+            found["prompt_token_ids"] = ids
+        if isinstance(asked, Completion) and asked.prompt_logprobs is not None:
+            entries = [self._logprobs.prompt[i] for i in range(1, len(ids))]
+            # Another thread converts them, because they may be many.
+            ranked = await asyncio.to_thread(list, map(self._ranked, entries))
+            found["prompt_logprobs"] = [None, *ranked]
+        return found
+
+    def _ranked(self, entry: TokenLogprob) -> dict[str, Any]:
+        """Return the most likely tokens and the token itself in vLLM's format, by id."""
+        top = entry.top[: getattr(self.asked, "prompt_logprobs", 0)]
+        every = {token: (value, rank) for rank, (token, value) in enumerate(top, 1)}
+        every[entry.token] = entry.value, entry.rank
+        text = self.engine.token_text
+        return {
+            str(token): {"logprob": _finite(value), "rank": rank, "decoded_token": text(token)}
+            for token, (value, rank) in every.items()
+        }
+
+    def _listed(self, tokens: _Tokens, top: int) -> dict[str, Any]:
+        """Return log-probabilities in OpenAI's format for chats, or for completions."""
+        text = self.engine.token_text
+        if self._chat:
+            content = [self._named(e.token, e.value, e.top) for _, e, _ in tokens if e]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [text(token) for token, _, _ in tokens],
+            "token_logprobs": [e and _finite(e.value) for _, e, _ in tokens],
+            "top_logprobs": [e and self._best(e, top) for _, e, _ in tokens] if top else None,
+            "text_offset": [offset for _, _, offset in tokens],
+        }
+
+    def _named(self, token: int, value: float, top: Any = None) -> dict[str, Any]:
+        text = self.engine.token_text(token)
+        found = None if text == f"token_id:{token}" else list(text.encode())
+        best = {} if top is None else {"top_logprobs": [self._named(*each) for each in top]}
+        return {"token": text, "logprob": _finite(value), "bytes": found, **best}
+
+    def _best(self, entry: TokenLogprob, top: int) -> dict[str, float]:
+        """Return the ``top`` most likely tokens, and the token itself, by text."""
+        found: dict[str, float] = {}
+        for token, value in dict([*entry.top[:top], (entry.token, entry.value)]).items():
+            text = self.engine.token_text(token)
+            found[f"token_id:{token}" if text in found else text] = _finite(value)
+        return found
+
+
+def _finite(value: float) -> float:
+    """Return a log-probability as a number of JSON: at least -9999, as in vLLM.
+
+    Raises:
+        RuntimeError: If the value is NaN.
+    """
+    if value != value:
+        raise RuntimeError("logprobs: expected finite values, found nan: the adapter overflows")
+    return max(value, -9999.0)
+
+
+@contextlib.contextmanager
+def cancelled_on_errors(streams: Sequence[RequestStream]) -> Iterator[None]:
+    """Cancel the requests if an error leaves the block."""
+    try:
+        yield
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+
+
+def check_size(choices: Sequence[Choice]) -> None:
+    """Raise ValueError if there are too many log-probabilities of prompts for one response."""
+    sizes = [(len(each.stream.prompt), each._logprobs.prompt_top) for each in choices]
+    count = sum(tokens * (top + 1) for tokens, top in sizes if top is not None)
+    expected = f"at most {_MOST_VALUES} log-probabilities of prompts (tokens x (top + 1))"
+    own = getattr(choices[0].asked, "prompt_logprobs", None) is not None
+    field = "prompt_logprobs" if own else "logprobs"
+    require(count <= _MOST_VALUES, "begin", field, expected, count)
+
+
+def _head(asked: Chat | Completion, choices: Sequence[Choice]) -> dict[str, Any]:
+    head = {"id": choices[0].stream.request_id, "created": int(time.time()), "model": asked.model}
     return {**head, "object": _OBJECTS[type(asked)][bool(asked.stream)]}
 
 
-def whole(asked: Chat | Completion, stream: RequestStream, text: str) -> dict[str, Any]:
-    """Return the complete response to a finished request that generated ``text``."""
-    said: dict[str, Any] = {"text": text}
-    if isinstance(asked, Chat):
-        said = {"message": {"role": "assistant", "content": text}}
-    choice = {"index": 0, **said, "logprobs": None, "finish_reason": stream.finish_reason}
-    return {**_head(asked, stream), "choices": [choice], "usage": stream.usage}
+def _usage(choices: Sequence[Choice]) -> dict[str, int]:
+    usages = [choice.stream.usage for choice in choices]
+    return {name: sum(usage[name] for usage in usages) for name in usages[0]}
+
+
+async def whole(asked: Chat | Completion, choices: Sequence[Choice]) -> dict[str, Any]:
+    """Return the complete response to a request, after the last token of each choice."""
+    found = [await choice.whole() for choice in choices]
+    return {**_head(asked, choices), "choices": found, "usage": _usage(choices)}
 
 
 async def events(
-    asked: Chat | Completion,
-    stream: RequestStream,
-    texts: AsyncIterator[str],
-    failed: Callable[[Exception], str],
+    asked: Chat | Completion, choices: Sequence[Choice], failed: Callable[[Exception], str]
 ) -> AsyncIterator[str]:
     """Yield the server-sent events of a running request.
 
@@ -47,32 +233,38 @@ async def events(
 
     Args:
         asked: body of the request.
-        stream: the running request in the engine.
-        texts: pieces of the generated text.
+        choices: answers to the request's prompts.
         failed: function that formats an error as JSON.
     """
-    head = _head(asked, stream)
+    head = _head(asked, choices)
     if asked.usage_wanted:
         head["usage"] = None
-
-    def event(text: str | None, reason: str | None = None, **more: str) -> str:
-        said: dict[str, Any] = {"text": text or ""}
-        if isinstance(asked, Chat):
-            said = {"delta": {**more} if text is None else {**more, "content": text}}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
-        return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
-
     try:
-        if isinstance(asked, Chat):
-            yield event("", role="assistant")
-        async for text in texts:
-            yield event(text)
-        yield event(None, stream.finish_reason)
+        parts = [choice.parts() for choice in choices]
+        with cancelled_on_errors([choice.stream for choice in choices]):
+            async for part in parts[0] if len(parts) == 1 else _merged(parts):
+                yield f"data: {json.dumps({**head, 'choices': [part]})}\n\n"
         if asked.usage_wanted:
-            yield f"data: {json.dumps({**head, 'choices': [], 'usage': stream.usage})}\n\n"
+            yield f"data: {json.dumps({**head, 'choices': [], 'usage': _usage(choices)})}\n\n"
     except Exception as error:
         yield f"data: {failed(error)}\n\n"
     yield "data: [DONE]\n\n"
+
+
+async def _merged(parts: Sequence[AsyncIterator[dict[str, Any]]]) -> AsyncIterator[dict[str, Any]]:
+    """Yield the items of several iterators as they come."""
+    waiting = {asyncio.ensure_future(anext(each)): each for each in parts}
+    try:
+        while waiting:
+            ready, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in ready:
+                each = waiting.pop(future)
+                with contextlib.suppress(StopAsyncIteration):
+                    yield future.result()
+                    waiting[asyncio.ensure_future(anext(each))] = each
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def embeddings(asked: Embedding, vectors: Tensor, tokens: int) -> dict[str, Any]:

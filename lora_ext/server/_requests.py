@@ -1,27 +1,70 @@
 """Bodies of requests, with the fields of OpenAI's API that the server accepts.
 
 Unknown fields are rejected. Fields that do not affect the response, such as ``user``, are accepted
-and ignored. A field that would affect the response but is not supported, such as
-``presence_penalty``, is accepted only with its default value, which has no effect. All optional
-fields may be null, as in OpenAI's API.
+and ignored. A field of OpenAI's or vLLM's API that would affect the response but is not supported,
+such as ``presence_penalty``, is accepted only with a value that has no effect. All optional fields
+may be null, as in OpenAI's API.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from fastapi import HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_ext.serving import Sampling, read_format, refuse_old_names
+from lora_ext.serving import Logprobs, Sampling, read_format, refuse_old_names
 
 _MAX_ERRORS = 4  # maximum number of errors of one request that a message describes
 
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens: TypeAlias = Annotated[list[int], Field(min_length=1)]
-Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
+TokenText: TypeAlias = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Top: TypeAlias = Annotated[int, Field(ge=0, le=20)]
 Empty: TypeAlias = Annotated[list[Any], Field(max_length=0)]
+Texts: TypeAlias = (
+    str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=2048)]
+)
 Prompt: TypeAlias = str | list[int] | list[dict[str, Any]]
+
+
+def _by_name(*groups: tuple[tuple[Any, ...], str]) -> dict[str, tuple[Any, ...]]:
+    return {name: values for values, names in groups for name in names.split()}
+
+
+# Fields that are accepted only with null and with values that have no effect, by their values.
+_NEUTRAL = _by_name(
+    ((0,), "presence_penalty frequency_penalty priority routed_experts_prompt_start"),
+    ((1,), "n best_of length_penalty stream_interval"),
+    ((-1,), "thinking_token_budget"),
+    ((False,), "use_beam_search ignore_eos include_stop_str_in_output watermarking"),
+    ((False,), "return_tokens_as_token_ids return_prompt_text"),
+    ((True,), "skip_special_tokens spaces_between_special_tokens"),
+    ((False, True), "return_token_offsets return_mm_kwargs"),
+    (([],), "logits_processors bad_words"),
+    (({},), "kv_transfer_params ec_transfer_params vllm_xargs repetition_detection"),
+    (("left", "right"), "truncation_side"),
+    ((), "truncate_prompt_tokens cache_salt allowed_token_ids logprob_token_ids"),
+)
+_NEUTRAL_IN_CHATS = _NEUTRAL | _by_name(
+    ((False,), "echo continue_final_message add_special_tokens"),
+    ((True,), "add_generation_prompt"),
+    ((False, True), "include_reasoning parallel_tool_calls"),
+    (([],), "tools functions documents"),
+    (({},), "chat_template_kwargs media_io_kwargs mm_processor_kwargs"),
+    (("none", "auto"), "tool_choice function_call"),
+    (("auto", "default"), "service_tier"),
+    (("in_memory", "24h"), "prompt_cache_retention"),
+    (("medium",), "verbosity"),
+    ((["text"],), "modalities"),
+    ((), "audio prediction web_search_options moderation reasoning_effort chat_template"),
+    ((), "prompt_logprobs"),
+)
+_NEUTRAL_IN_COMPLETIONS = _NEUTRAL | _by_name(
+    (("",), "suffix"), ((True,), "add_special_tokens"), ((), "prompt_embeds")
+)
 
 
 class _Asked(BaseModel):
@@ -52,6 +95,8 @@ class Message(_Asked):
     annotations: Empty | None = None
     function_call: None = None
     tool_calls: Empty | None = None
+    reasoning: None = None
+    reasoning_content: None = None
 
     def said(self) -> dict[str, str]:
         """Return the message as a chat template expects it; its parts are joined by newlines."""
@@ -66,6 +111,8 @@ class StreamOptions(_Asked):
     """Value of the field ``stream_options``."""
 
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class _Generates(_Asked):
@@ -73,38 +120,62 @@ class _Generates(_Asked):
 
     #: Default of ``max_tokens``; None is the default of :meth:`Engine.begin`.
     default_max_tokens: ClassVar[int | None] = None
-
+    #: Values without an effect of the fields that support no other value, by name.
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
     model: str
     max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    n: Literal[1] | None = None
+    logit_bias: dict[TokenText, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    top_k: int | None = Field(None, ge=-1)  # from here to min_tokens, as in vLLM
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None  # as in vLLM
+    return_token_ids: bool | None = None  # as in vLLM
     # Fields that do not affect the response.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # Fields that are accepted only with a value that has no effect.
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    session_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _names(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            refuse_old_names(body)
-        return body
+    def _without_neutral(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        refuse_old_names(body)
+        most = body.get("max_tokens")
+        known = {**cls.neutral, **({} if most is None else {"max_completion_tokens": (most,)})}
+        for name in known.keys() & body.keys():
+            found, values = body[name], (None, *known[name])
+            kinds = {isinstance(value, bool) for value in (found, *values[1:])}
+            if found is not None and (found not in values or len(kinds) > 1):  # 1 is not true
+                expected = " or ".join(map(json.dumps, values))
+                raise ValueError(f"{name}: expected {expected}, found {json.dumps(found)[:100]}")
+        return {name: value for name, value in body.items() if name not in known}
 
     @property
     def usage_wanted(self) -> bool:
         """True if the stream must end with an event that contains the usage (token counts)."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def record(self) -> Logprobs:
+        """Return a record for the log-probabilities that the request asks for."""
+        raise NotImplementedError
+
+    @property
+    def limit(self) -> str:
+        """Name of the field that limits the number of new tokens."""
+        both = self.max_tokens, self.max_completion_tokens
+        return "max_completion_tokens" if both[0] is None and both[1] else "max_tokens"
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of :meth:`Engine.begin` except the prompt and the adapter.
@@ -116,76 +187,79 @@ class _Generates(_Asked):
             found = f"stream={self.stream}"
             raise ValueError(f"stream_options: expected only with stream=True, found {found}")
         form = read_format(self.response_format, self.structured_outputs)
-        if form is not None and self.stop:
-            expected = "none with a required format, which it could cut off"
-            raise ValueError(f"stop: expected {expected}, found {self.stop!r:.200}")
+        for name in ("stop", "stop_token_ids", "min_tokens"):
+            if form is not None and (found := getattr(self, name)):
+                expected = "none with a required format, which decides where the answer ends"
+                raise ValueError(f"{name}: expected {expected}, found {found!r:.200}")
         temperature, top_p = (1.0 if x is None else x for x in (self.temperature, self.top_p))
-        most = self.default_max_tokens if self.max_tokens is None else self.max_tokens
-        sampling = Sampling(temperature, top_p, self.seed)
-        return {"sampling": sampling, "form": form, "max_new_tokens": most}
+        most = self.max_tokens or self.max_completion_tokens or self.default_max_tokens
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
+        penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
+        more = self.top_k or -1, self.min_p or 0.0, penalty, bias, self.min_tokens or 0
+        sampling = Sampling(temperature, top_p, self.seed, *more)
+        how = {"sampling": sampling, "form": form, "max_new_tokens": most}
+        return {**how, "logprobs": self.record(), "stop_token_ids": self.stop_token_ids or ()}
 
 
 class Chat(_Generates):
     """Body of ``POST /v1/chat/completions``."""
 
+    neutral = _NEUTRAL_IN_CHATS
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, alias="max_completion_tokens")
     store: bool | None = None
     metadata: dict[str, str] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    parallel_tool_calls: bool | None = None  # no effect, because there are no tools
-    tools: Empty | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
-    modalities: list[Literal["text"]] | None = None
-    functions: Empty | None = None
-    function_call: Literal["none", "auto"] | None = None
-    audio: None = None
-    prediction: None = None
-    reasoning_effort: None = None
-    verbosity: None = None
-    web_search_options: None = None
+    logprobs: bool | None = None
+    top_logprobs: Top | None = None
 
-    def prompt(self) -> Prompt:
-        """Return the prompt for :meth:`Engine.begin`."""
-        return [message.said() for message in self.messages]
+    def record(self) -> Logprobs:
+        """Return a record for the log-probabilities that the request asks for."""
+        top = self.top_logprobs
+        if top and not self.logprobs:
+            raise ValueError(f"top_logprobs: expected 0 without logprobs, found {top}")
+        return Logprobs((top or 0) if self.logprobs else None)
+
+    def prompts(self) -> list[Prompt]:
+        """Return the chat, as the only prompt for :meth:`Engine.begin`."""
+        return [[message.said() for message in self.messages]]
 
 
 class Completion(_Generates):
-    """Body of ``POST /v1/completions``. The prompt is one text, or the tokens of one text."""
+    """Body of ``POST /v1/completions``. The prompt is one or several texts, or their tokens."""
 
     default_max_tokens: ClassVar[int | None] = 16  # as in OpenAI's API
+    neutral = _NEUTRAL_IN_COMPLETIONS
+    text: Texts = Field(alias="prompt")
+    echo: bool | None = None
+    logprobs: Top | None = None
+    prompt_logprobs: Top | None = None  # as in vLLM
 
-    text: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=1)] = (
-        Field(alias="prompt")
-    )
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
-    logprobs: None = None
-    suffix: Literal[""] | None = None
+    def record(self) -> Logprobs:
+        """Return a record for the log-probabilities that the request asks for."""
+        tops = self.prompt_logprobs, self.logprobs if self.echo else None
+        return Logprobs(self.logprobs, max((t for t in tops if t is not None), default=None))
 
-    def prompt(self) -> Prompt:
-        """Return the prompt for :meth:`Engine.begin`."""
-        given = self.text
-        nested = isinstance(given, list) and given and not isinstance(given[0], int)
-        return given[0] if nested else given  # pyright: ignore[reportReturnType]
+    def prompts(self) -> list[Prompt]:
+        """Return the prompts for :meth:`Engine.begin`."""
+        return _separate(self.text)
 
 
 class Embedding(_Asked):
     """Body of ``POST /v1/embeddings``. The input is one or several texts, or their tokens."""
 
     model: str
-    input: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=2048)]
+    input: Texts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: str | None = None
 
     def texts(self) -> list[str | list[int]]:
         """Return the texts, or their tokens, for :meth:`Embedder.embed`."""
-        given = self.input
-        alone = isinstance(given, str) or isinstance(given[0], int)
-        return [given] if alone else given  # pyright: ignore[reportReturnType]
+        return _separate(self.input)
+
+
+def _separate(given: Any) -> list[Any]:
+    """Return the texts of a field; the tokens of one text are a single item."""
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
 class Load(_Asked):
@@ -217,6 +291,9 @@ def told(error: ValidationError) -> str:
     found = error.errors(include_url=False, include_context=False)
     lines = []
     for one in found[:_MAX_ERRORS]:
+        if one["type"] == "value_error" and not one["loc"]:  # the message names the field
+            lines.append(one["msg"].removeprefix("Value error, "))
+            continue
         place = ".".join(map(str, one["loc"])) or "body"
         value = f", found {one['input']!r:.100}" if one["type"] != "missing" and one["loc"] else ""
         lines.append(f"{place}: {one['msg']}{value}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -14,18 +14,19 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from lora_ext._checks import renamed
+from lora_ext._checks import renamed, require
 from lora_ext.pool import PoolFullError, UnknownAdapterError
 from lora_ext.serving import (
     CONTENT_TYPE,
     Embedder,
     Engine,
     QueueFullError,
+    RequestStream,
     StoppedError,
     prometheus,
 )
 
-from ._answers import embeddings, events, whole
+from ._answers import Choice, cancelled_on_errors, check_size, embeddings, events, whole
 from ._requests import Chat, Completion, Embedding, Load, Unload, read_body, told
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -111,6 +112,17 @@ def make_app(
     return app
 
 
+async def _started(begins: Iterable[Awaitable[RequestStream]]) -> list[RequestStream]:
+    """Return the started requests; if one is refused, cancel the others and raise its error."""
+    found = await asyncio.gather(*begins, return_exceptions=True)
+    streams = [each for each in found if isinstance(each, RequestStream)]
+    with cancelled_on_errors(streams):
+        for each in found:
+            if isinstance(each, BaseException):
+                raise each
+    return streams
+
+
 def _add_answers(
     app: FastAPI, engine: Engine | Embedder, base: str, read: Any, refuse: _Refusals
 ) -> None:
@@ -122,14 +134,19 @@ def _add_answers(
     async def generate(asked: Chat | Completion, request: Request) -> Any:
         if not isinstance(engine, Engine):
             raise ValueError(f"model: expected a text generator, found embedding model {base!r}")
-        name, how = adapter(asked.model), asked.settings()
-        with renamed("begin", max_new_tokens="max_tokens"):
-            stream = await engine.begin(asked.prompt(), name, **how)
-        stream.until_gone(request.receive)
-        texts = stream.texts(engine.tokenizer, asked.stop or ())
-        if not asked.stream:
-            return whole(asked, stream, "".join([text async for text in texts]))
-        parts = events(asked, stream, texts, lambda e: bytes(refuse(request, e).body).decode())
+        prompts, name, most = asked.prompts(), adapter(asked.model), engine.max_requests
+        require(len(prompts) <= most, "begin", "prompt", f"at most {most} prompts", len(prompts))
+        jobs = [(prompt, asked.settings()) for prompt in prompts]
+        with renamed("begin", max_new_tokens=asked.limit, input_ids="prompt"):
+            streams = await _started(engine.begin(prompt, name, **how) for prompt, how in jobs)
+        of_each = zip(prompts, streams, strict=True)
+        choices = [Choice(asked, engine, *each, i) for i, each in enumerate(of_each)]
+        with cancelled_on_errors(streams):
+            check_size(choices)
+            streams[0].until_gone(request.receive, streams[1:])
+            if not asked.stream:
+                return await asyncio.to_thread(JSONResponse, await whole(asked, choices))
+        parts = events(asked, choices, lambda e: bytes(refuse(request, e).body).decode())
         return StreamingResponse(parts, media_type="text/event-stream")
 
     @app.post("/v1/chat/completions")

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ._engine import Engine, QueueFullError, StoppedError
     from ._formats import Format, read_format, refuse_old_names
     from ._metrics import CONTENT_TYPE, prometheus
-    from ._sampling import Sampling
-    from ._streams import RequestStream
+    from ._sampling import Logprobs, Sampling, TokenLogprob
+    from ._streams import RequestStream, TextStream
     from .captured import Capturable, capturable
 
 __all__ = [
@@ -41,6 +41,6 @@ __getattr__ = on_demand(
     _engine="Engine QueueFullError StoppedError",
     _formats="Format read_format refuse_old_names",
     _metrics="CONTENT_TYPE prometheus",
-    _sampling="Sampling",
-    _streams="RequestStream",
+    _sampling="Logprobs Sampling TokenLogprob",
+    _streams="RequestStream TextStream",
 )

@@ -61,6 +61,17 @@ class RequestConstraint:
         return row
 
 
+def limits_of(manager: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, set[int]]:
+    """Return the maximum number of new tokens of a request, and the tokens that end it."""
+    plain = dict(zip(_NAMES, args, strict=False)) | kwargs
+    config = manager.generation_config
+    budget, eos = (
+        getattr(config, name) if plain.get(name) is None else plain[name]
+        for name in ("max_new_tokens", "eos_token_id")
+    )
+    return budget, {eos} if isinstance(eos, int) else set(eos or ())
+
+
 def request_constraint(
     manager: Any,
     constraint: Constraint | Matched | None,
@@ -88,18 +99,12 @@ def request_constraint(
         return None
     from lora_ext import control
 
-    plain = dict(zip(_NAMES, arguments, strict=False)) | settings
-    config = manager.generation_config
-    budget, eos = (
-        getattr(config, name) if plain.get(name) is None else plain[name]
-        for name in ("max_new_tokens", "eos_token_id")
-    )
+    budget, ends = limits_of(manager, arguments, settings)
     require(budget is not None, _WHERE, "max_new_tokens", "a number with a constraint", budget)
     if manager.continuous_batching_config.return_logprobs:
         raise NotImplementedError(f"{_WHERE}: constraint: expected {NO_LOGPROBS}, found a value")
     (plan,) = control.plans_of(_WHERE, constraint, guide, budget)
     assert plan is not None
-    ends = {eos} if isinstance(eos, int) else set(eos or ())
     expected = f"the end tokens of the constraint, {list(constraint.eos)}"
     require(ends == set(constraint.eos), _WHERE, "eos_token_id", expected, sorted(ends))
     size = manager.model.get_output_embeddings().weight.shape[0]

@@ -8,7 +8,9 @@ The steps of a request:
    adapter (the position at which it begins) use the base model.
 3. Requests share pages of keys and values. Pages from the start of an adapter on are shared only
    by requests with the same version of the same adapter.
-4. A request may have its own sampling and constraint (``_sampling.py``, ``_constraining.py``).
+4. A request may have its own sampling and constraint (``_sampling.py``, ``_constraining.py``), and
+   record log-probabilities. A step computes logits for the prompt tokens that are recorded, too;
+   such a request reads no shared pages, because these have no logits.
 5. The adapter is unpinned when the result is delivered or the request is cancelled.
 
 The methods of a manager and of its objects are wrapped on the instances; no class is changed.
@@ -36,11 +38,12 @@ from ._constraining import (
     Standing,
     constrained,
     drawn,
+    limits_of,
     request_constraint,
 )
 from ._metrics import Load
 from ._names import CallNames, NamedPrompt, named_prompts, not_invoked
-from ._sampling import Sampling
+from ._sampling import Logprobs, Sampling, logprobs_of
 
 if TYPE_CHECKING:
     from lora_ext.control import Constraint, Guide, Matched
@@ -69,7 +72,8 @@ class _Request:
         start: number of tokens before the adapter begins, which use the base model.
         sampling, generator, constraint: how tokens are chosen; each is None if the request does not
             set it.
-        logprobs: list to which the log-probability of each new token is appended, or None.
+        processors: transformers' processors of ``sampling``.
+        logprobs: record of log-probabilities, or None.
         cancelled: True after ``cancel_request``.
     """
 
@@ -78,8 +82,9 @@ class _Request:
     start: int = 0
     sampling: Sampling | None = None
     generator: torch.Generator | None = None
+    processors: Any = None
     constraint: RequestConstraint | None = None
-    logprobs: list[float] | None = None
+    logprobs: Logprobs | None = None
     cancelled: bool = False
 
     @property
@@ -103,8 +108,11 @@ class AdapterRequests:
     State: ``_requests`` maps ids to requests. It is guarded by the condition ``_unpinned``, which
     is notified when a request ends. Only the manager's thread uses the other state. ``_choosing``
     lists the requests that get a new token in the current step, in the order of the step's logits.
-    ``_constrained`` has an entry for each of these requests that has a constraint. ``_last``
-    contains the key of the last step (its runs of tokens) and the block made for it.
+    ``_constrained`` has an entry for each of these requests that has a constraint, ``_processed``
+    one for each that has processors (its row, the processors and its tokens), and ``_reading`` one
+    for each prompt token whose log-probability is recorded (the record, the index in the step of
+    the preceding token, whose logits predict this one, the position in the prompt, and the id).
+    ``_last`` contains the key of the last step (its runs of tokens) and the block made for it.
 
     Args:
         manager: transformers' ``ContinuousBatchingManager`` of an attached model.
@@ -142,6 +150,8 @@ class AdapterRequests:
         self.computed = 0
         self._choosing: list[_Request] = []
         self._constrained: list[Standing] = []
+        self._processed: list[tuple[int, Any, Tensor]] = []
+        self._reading: list[tuple[Logprobs, int, int, int]] = []
         self._wrap(self._manager_methods())
         if manager.batch_processor is not None:
             self._wrap(self._processor_methods(manager.batch_processor))
@@ -168,6 +178,7 @@ class AdapterRequests:
         for allocator in cache.cache_allocators.values():
             yield allocator, "mark_complete_blocks", self._mark_complete_blocks
         yield processor.scheduler, "clear_cancelled_requests", self._clear_cancelled_requests
+        yield processor.model_runner, "compute_batch", self._compute_batch
         yield processor.model_runner, "_sample", self._sample
 
     def _wrap(self, methods: Iterator[tuple[Any, str, _Method]]) -> None:
@@ -213,7 +224,7 @@ class AdapterRequests:
         constraint: Constraint | Matched | None = None,
         guide: Guide | None = None,
         allow_base: bool = False,
-        logprobs: list[float] | None = None,
+        logprobs: Logprobs | None = None,
         **kwargs: Any,
     ) -> Any:
         """Pin the adapter of a request, and add the request with its sampling and constraint.
@@ -245,10 +256,12 @@ class AdapterRequests:
             tokens = list(map(int, input_ids))
             lease = self._lease(adapter_name, wait=prompt is not None)
             request = self._started_request(adapter_name, lease, request_id, tokens, allow_base)
-            request.sampling = sampling
-            request.constraint = built
-            request.logprobs = logprobs
-            request.generator = sampling and sampling.generator(self.manager.model.device)
+            request.sampling, request.constraint, request.logprobs = sampling, built, logprobs
+            if sampling is not None:
+                device = self.manager.model.device
+                request.generator = sampling.generator(device)
+                _, ends = limits_of(self.manager, args, kwargs)
+                request.processors = sampling.processors(len(tokens), ends, device)
             with self._unpinned:
                 if request_id in self._requests:
                     request.lease.__exit__()
@@ -400,13 +413,30 @@ class AdapterRequests:
         ends: list[int] = []
         self._choosing = []
         self._constrained = []
+        self._processed = []
+        self._reading = []
+        read_runs: list[int] = []  # the run of each preceding token in _reading
+        count = 0
         for each in batch:
             request = self._request(each.state.request_id)
             # The manager has already added this step's tokens to the offset.
             past = each.state.position_offset - each.query_length
+            first = len(runs)
             runs += request.runs(past, each.query_length)
             ends.append(len(runs) - 1)
+            record, tokens = request.logprobs, each.state.initial_tokens
+            if record is not None and record.prompt_top is not None:
+                # The prompt of a preempted request ends with tokens that were generated before.
+                length = each.state._true_initial_tokens or len(tokens)
+                for i in range(past, min(past + each.query_length, length - 1)):
+                    if i + 1 not in record.prompt:
+                        self._reading.append((record, count + i - past, i + 1, int(tokens[i + 1])))
+                        read_runs.append(first if i < request.start else ends[-1])
+            count += each.query_length
             if each.has_new_token:
+                if request.processors:
+                    ids = torch.tensor([tokens + each.state.generated_tokens])
+                    self._processed.append((len(self._choosing), request.processors, ids))
                 if request.constraint is not None:
                     sampling = request.sampling
                     standing = Standing(
@@ -423,7 +453,7 @@ class AdapterRequests:
             kept = [end for end, each in zip(ends, batch, strict=True) if each.has_new_token]
             # The input of the head has one token per request of the batch. transformers pads it
             # with the first token of the row, and ignores the logits of the padding.
-            kept += ends[:1] * (len(batch) - len(kept))
+            kept += ends[:1] * (len(batch) - len(kept)) + read_runs
         key = runs, kept
         if self._last is None or self._last[0] != key:  # consecutive decode steps have equal keys
             names, slots, lengths = zip(*runs, strict=True)
@@ -431,13 +461,26 @@ class AdapterRequests:
                 self.names.handle, self.pool.max_slots, names, slots, lengths, kept
             )
             self._last = key, block
-        self.computed += sum(each.query_length for each in batch)
+        self.computed += count
         with _context.entered(self._last[1]), requests_apart():
             original()
 
+    def _compute_batch(self, original: _Method, model: Any, batch_data: dict[str, Any]) -> None:
+        """Compute logits for the recorded tokens of prompts, after those of the new tokens."""
+        if self._reading:
+            places = batch_data["logits_indices"]
+            more = places.new_tensor([row for _, row, _, _ in self._reading])
+            batch_data["logits_indices"] = torch.cat([places, more])
+        original(model, batch_data)
+
     def _sample(
-        self, original: Callable[..., None], scores: Tensor, output_ids: Tensor, *args: Any
+        self, original: Callable[..., None], logits: Tensor, output_ids: Tensor, *args: Any
     ) -> None:
+        scores = logits[:, : logits.shape[1] - len(self._reading)]
+        if self._processed:
+            scores = scores.clone()
+            for row, processors, ids in self._processed:
+                scores[0, row] = processors(ids.to(scores.device), scores[0, row : row + 1])[0]
         apart, left = drawn(scores, self._constrained)
         masked = constrained(scores, left)
         original(masked, output_ids, *args)
@@ -446,9 +489,23 @@ class AdapterRequests:
                 output_ids[0, row] = apart[row]
             elif request.sampling is not None:
                 output_ids[0, row] = request.sampling.draw(masked[0, row], request.generator)
-            if request.logprobs is not None:
-                logprobs = scores[0, row : row + 1].float().log_softmax(-1)
-                request.logprobs.append(float(logprobs[0, output_ids[0, row]]))
+        self._record(logits[0], output_ids[0])
+
+    def _record(self, logits: Tensor, output_ids: Tensor) -> None:
+        """Record the log-probabilities of a step's new tokens and prompt tokens."""
+        records = [each.logprobs for each in self._choosing]
+        new = {i: each for i, each in enumerate(records) if each and each.top is not None}
+        read = self._reading
+        rows = [*new, *range(len(logits) - len(read), len(logits))]
+        if not rows:
+            return
+        tokens = output_ids[list(new)].tolist() + [token for _, _, _, token in read]
+        tops = [each.top for each in new.values()] + [record.prompt_top for record, *_ in read]
+        found = iter(logprobs_of(logits, rows, tokens, max(filter(None, tops), default=0)))
+        for record, entry in zip(new.values(), found, strict=False):
+            record.tokens.append(entry._replace(top=entry.top[: record.top]))
+        for (record, _, position, _), entry in zip(read, found, strict=True):
+            record.prompt[position] = entry
 
     def _request(self, request_id: str) -> _Request:
         with self._unpinned:
@@ -460,6 +517,9 @@ class AdapterRequests:
     def _search_prefix_match(
         self, original: Callable[..., int], request_id: str, prompt_ids: list[int]
     ) -> int:
+        logprobs = self._request(request_id).logprobs
+        if logprobs is not None and logprobs.prompt_top is not None:
+            return 0  # shared pages have no logits
         return original(request_id, self._marked_tokens(request_id, prompt_ids))
 
     def _mark_complete_blocks(

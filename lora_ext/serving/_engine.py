@@ -17,10 +17,11 @@ from lora_ext._checks import require
 from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
 from lora_ext.rows import last_start
 
+from ._constraining import limits_of
 from ._continuous import load_of, unfinished
 from ._formats import Format
 from ._metrics import Load
-from ._sampling import Sampling
+from ._sampling import Logprobs, Sampling
 from ._streams import RequestStream
 from .attaching import attach
 
@@ -156,6 +157,7 @@ class Engine(ServedPool):
         self._ahead = Ahead(page_size, lambda: self.healthy)
         self._building = asyncio.Semaphore(2)
         self._vocabulary: Any = None
+        self._token_texts: dict[int, str] = {}
 
     def __enter__(self) -> Engine:
         with torch.inference_mode():  # the manager's thread inherits inference mode
@@ -194,6 +196,8 @@ class Engine(ServedPool):
         *,
         allow_base: bool = False,
         form: Format | None = None,
+        logprobs: Logprobs | None = None,
+        stop_token_ids: Sequence[int] = (),
     ) -> RequestStream:
         """Start a request: load its adapter if necessary, pin it, and add the prompt to the batch.
 
@@ -208,13 +212,17 @@ class Engine(ServedPool):
             allow_base: whether the base model answers if the prompt does not contain the invocation
                 of its activated adapter; otherwise ValueError is raised.
             form: format of the answer. Its constraint is built in another thread and cached.
+            logprobs: record of the request's log-probabilities; None records none. If it records
+                the prompt, the request uses no keys and values of earlier requests.
+            stop_token_ids: tokens that end the answer, in addition to the model's end tokens.
 
         Raises:
             QueueFullError: If there are ``max_requests`` requests already.
             StoppedError: After :meth:`interrupt`.
             ValueError: If the chat template rejects the messages; if the invocation is missing; if
-                the prompt has no tokens, too many tokens, or an unknown token; if ``form`` is
-                invalid; or if ``max_new_tokens`` is too small for ``form``.
+                the prompt has no tokens, too many tokens, or an unknown token; if ``form``,
+                ``sampling`` or ``stop_token_ids`` is invalid; or if ``max_new_tokens`` is too small
+                for ``form``.
             NotImplementedError: If ``form`` cannot be expressed as a constraint.
             UnknownAdapterError: If the folder has no such adapter.
             PoolFullError: If the pool has no room for the adapter.
@@ -230,13 +238,19 @@ class Engine(ServedPool):
             require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} + {new}")
             how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
             how |= {"adapter_name": adapter_name, "ended": self._count, "begun": self._ahead.ends}
+            how["logprobs"] = logprobs
+            self._check_tokens(new, sampling, stop_token_ids)
+            if stop_token_ids:
+                _, ends = limits_of(self.manager, (), {})
+                how["eos_token_id"] = [*ends, *stop_token_ids]
             if form is not None:
                 how["constraint"] = await self._constraint(form)
             for left in reversed(range(_TRIES)):
                 await self._load(adapter_name)
                 try:
                     asked = self._asked(ids, adapter_name)
-                    await self._ahead.wait(asked)
+                    if logprobs is None or logprobs.prompt_top is None:
+                        await self._ahead.wait(asked)
                     if self._stopped:
                         raise StoppedError("begin: the server is stopping")
                     stream = RequestStream(self.manager, ids, **how)
@@ -248,6 +262,16 @@ class Engine(ServedPool):
                     self._ahead.begins(stream, asked)
                     return stream
             raise AssertionError("the last attempt returns or raises")
+
+    def _check_tokens(self, new: int, sampling: Sampling | None, stops: Sequence[int]) -> None:
+        """Raise ValueError for an unknown token, or for ``min_tokens`` above ``new``."""
+        size = self.model.get_output_embeddings().weight.shape[0]
+        bias = sampling and sampling.logit_bias
+        for name, given in (("stop_token_ids", stops), ("logit_bias", bias or ())):
+            wrong = [token for token in given if not 0 <= token < size]
+            require(not wrong, "begin", name, f"token ids in [0, {size})", f"{wrong[:3]}")
+        least = sampling.min_tokens if sampling else 0
+        require(least <= new, "begin", "min_tokens", f"at most {new}, the limit of tokens", least)
 
     def _asked(self, ids: list[int], name: str | None) -> Asked:
         if name is None:
@@ -280,6 +304,14 @@ class Engine(ServedPool):
     def load(self) -> Load:
         """Return the load of the manager, for routers that choose a server for each request."""
         return load_of(self.manager)
+
+    def token_text(self, token: int) -> str:
+        """Return the text of a token, or ``token_id:N`` if it is empty or a part of a character."""
+        if token not in self._token_texts:
+            text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            whole = bool(text) and "\N{REPLACEMENT CHARACTER}" not in text
+            self._token_texts[token] = text if whole else f"token_id:{token}"
+        return self._token_texts[token]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt.

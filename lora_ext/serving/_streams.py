@@ -7,6 +7,8 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+from ._sampling import Logprobs
+
 _RECHECK_SECONDS = 1.0  # time without a token after which a stream checks that the manager runs
 
 
@@ -24,7 +26,7 @@ class RequestStream:
         begun: function that is called with this stream when the first token has arrived, or when
             the request ends. It may be called several times.
         settings: keyword arguments of the manager's ``add_request``: ``adapter_name``,
-            ``max_new_tokens``, ``eos_token_id``, ``sampling``.
+            ``max_new_tokens``, ``eos_token_id``, ``sampling``, ``logprobs``.
 
     Raises:
         RuntimeError: If the manager does not accept requests. The iterator raises RuntimeError if
@@ -43,9 +45,12 @@ class RequestStream:
         **settings: Any,
     ):
         self.request_id = uuid.uuid4().hex
-        self._prompt_length = len(input_ids)
-        #: All generated tokens so far.
+        self.prompt = list(input_ids)
+        #: All generated tokens so far, up to the stop string if there is one.
         self.tokens: list[int] = []
+        #: Number of tokens that :meth:`texts` has decoded.
+        self.decoded = 0
+        self.logprobs: Logprobs | None = settings.get("logprobs")
         self.cancelled = self.stopped = False  # stopped: a stop string ended the request
         self._broken: str | None = None
         self._manager, self._read = manager, 0
@@ -55,6 +60,7 @@ class RequestStream:
         self._arrived = asyncio.Event()
         self._ended, self._begun = ended, begun
         self._watcher: asyncio.Future[None] | None = None
+        self._watched: Sequence[RequestStream] = ()
         manager.register_result_handler(self.request_id, self._take)
         accepted = None
         try:
@@ -88,7 +94,7 @@ class RequestStream:
     @property
     def usage(self) -> dict[str, int]:
         """Numbers of tokens in the prompt and in the answer so far, under OpenAI's names."""
-        prompt, answer = self._prompt_length, len(self.tokens)
+        prompt, answer = len(self.prompt), len(self.tokens)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": answer,
@@ -109,21 +115,28 @@ class RequestStream:
             self._broken = why
             self.cancel()
 
-    def until_gone(self, receive: Callable[[], Awaitable[Any]]) -> None:
+    def until_gone(
+        self, receive: Callable[[], Awaitable[Any]], others: Sequence[RequestStream] = ()
+    ) -> None:
         """Cancel the request when the client of an ASGI connection disconnects.
 
         Args:
             receive: the connection's ASGI ``receive`` function. The request body must have been
                 read already.
+            others: other requests of the same connection, which are cancelled too.
         """
+        streams = (self, *others)
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-            self.cancel()
+            for stream in streams:
+                stream.cancel()
 
-        if not self.finished:
-            self._watcher = asyncio.ensure_future(watch())
+        if not all(stream.finished for stream in streams):
+            watcher = asyncio.ensure_future(watch())
+            for stream in streams:
+                stream._watcher, stream._watched = watcher, streams
 
     def __aiter__(self) -> AsyncIterator[list[int]]:
         return self
@@ -153,10 +166,16 @@ class RequestStream:
         """
         text = TextStream(tokenizer, stop)
         async for tokens in self:
-            if piece := text.feed(tokens):
+            piece = ""
+            for token in tokens:
+                piece += text.feed([token])
+                self.decoded += 1
+                if text.stopped:
+                    break
+            if piece:
                 yield piece
             if text.stopped:
-                self.stopped = True
+                self.stopped, self.tokens = True, self.tokens[: self.decoded]
                 self.cancel()
                 return
         if rest := text.flush():
@@ -177,7 +196,7 @@ class RequestStream:
         if self._begun is not None:
             self._begun(self)
         self._forget()
-        if self._watcher is not None:
+        if self._watcher is not None and all(each.finished for each in self._watched):
             self._watcher.cancel()
         if self._ended is not None:
             self._ended(self)

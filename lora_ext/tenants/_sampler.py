@@ -26,7 +26,7 @@ from lora_ext._checks import integer, renamed, require
 from lora_ext.layers import LoraLayer, unwrap
 from lora_ext.pool import AdapterPool, UnknownAdapterError
 from lora_ext.rows import of_call
-from lora_ext.serving import QueueFullError, Sampling, attach
+from lora_ext.serving import Logprobs, QueueFullError, Sampling, attach
 
 from ._data import checked_tokens
 
@@ -59,7 +59,7 @@ class _Asked:
 
     adapter: str | None
     future: Future[Any] = field(default_factory=Future)
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: Logprobs = field(default_factory=Logprobs)
 
 
 class SamplingModel:
@@ -307,13 +307,14 @@ class Sampler:
         def tell(done: Future[Any]) -> None:
             try:
                 tokens: list[int] = done.result()
-                finite = all(map(math.isfinite, asked.logprobs))
+                logprobs = [each.value for each in asked.logprobs.tokens]
+                finite = all(map(math.isfinite, logprobs))
                 expected = "finite values for the sampled tokens"
                 require(finite, _ERROR, "logprobs", expected, "NaN: the adapter overflows")
                 cut = self._cut(tokens, texts)
                 kept = tokens[:cut]
                 reason = "length" if cut is None and tokens[-1] not in ends else "stop"
-                future.set_result(Sample(kept, asked.logprobs[: len(kept)], reason))
+                future.set_result(Sample(kept, logprobs[: len(kept)], reason))
             except BaseException as error:
                 future.set_exception(error)
 

@@ -152,7 +152,7 @@ def test_completions_accept_a_text_or_its_tokens(server: Any) -> None:
         ([5, 97], 400, "prompt: expected token ids in [0, 97), found [97]"),
         ([-1], 400, "found [-1]"),
         ([], 422, "prompt"),
-        (["w5", "w6"], 422, "prompt"),
+        ([["w5"]], 422, "prompt"),
         ("", 400, "at least one token"),
         (None, 422, "prompt"),
     ):
