@@ -44,7 +44,7 @@ help:
 $(VENV)/base.stamp: pyproject.toml
 	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q torch numpy safetensors "setuptools>=77" "cmake>=3.24" ninja
+	$(PY) -m pip install -q --no-compile torch numpy safetensors "setuptools>=77" "cmake>=3.24" ninja
 	@touch $@
 
 # extras-a-b.stamp: the dependencies of the extras a and b of pyproject.toml
@@ -59,10 +59,13 @@ $(VENV)/editable.stamp: $(VENV)/base.stamp
 build: $(VENV)/editable.stamp
 	$(PY) setup.py -q build_ext --inplace
 
-build-emu: $(VENV)/editable.stamp $(VENV)/extras-test-serve.stamp
+# Packages are downloaded while the compiler runs.
+build-emu: $(VENV)/base.stamp
+	@$(MAKE) --no-print-directory -j 2 $(VENV)/editable.stamp $(VENV)/extras-test-serve.stamp
 	LORA_EXT_EMU=fast $(PY) setup.py -q build_ext --inplace
 
-demo: $(VENV)/extras-demo.stamp build
+demo: $(VENV)/base.stamp
+	@$(MAKE) --no-print-directory -j 2 $(VENV)/extras-demo.stamp build
 	$(PY) examples/demo.py
 
 curve: $(VENV)/extras-demo.stamp build

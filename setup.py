@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent
 TORCH_MIN, CUDA_MIN, CMAKE_MIN = (2, 11), (12, 8), (3, 24)
 NVCC_WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime")
 NVCC_WHEELS += ("nvidia-cuda-cccl",)
+EMULATED = ("cuda_bf16.h", "crt/host_defines.h", "nv/target")  # headers that the emulator needs
 EMULATORS = {"": [], "fast": ["_emu"], "1": ["_emu", "_emu_check"]}  # modules by LORA_EXT_EMU
 DEFAULT_ARCHS = "8.0;9.0a"  # plus PTX of the newest base architecture, for later GPUs
 
@@ -139,6 +140,13 @@ def nvcc_remedy(torch_cuda: str) -> str:
     return f"run `pip install {' '.join(f'{name}=={major}.{minor}.*' for name in NVCC_WHEELS)}`"
 
 
+def home_of(nvcc: str) -> Path:
+    """Return a toolkit's folder. nvcc may be a link or a script; a dry run prints the folder."""
+    dry = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"#\$ TOP=(\S+)", dry)
+    return (Path(top[1]) if top else Path(nvcc).resolve().parents[1]).resolve()
+
+
 def find_toolkit(torch, cxx: str) -> Toolkit | None:
     """Return the CUDA toolkit to build with, or None for a CPU build."""
     wish = os.environ.get("LORA_EXT_CUDA", "")
@@ -158,11 +166,8 @@ def find_toolkit(torch, cxx: str) -> Toolkit | None:
             f"{nvcc_remedy(torch.version.cuda)}, or set LORA_EXT_CUDA=0 for a build that runs "
             "only on the CPU."
         )
-    # nvcc may be a link or a script; a dry run prints where its headers are.
-    dry = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
-    top = re.search(r"#\$ TOP=(\S+)", dry)
-    home = (Path(top[1]) if top else Path(nvcc).resolve().parents[1]).resolve()
-    toolkit = Toolkit(nvcc, home, version_of(output_of(nvcc, "--version").partition("release")[2]))
+    release = output_of(nvcc, "--version").partition("release")[2]
+    toolkit = Toolkit(nvcc, home_of(nvcc), version_of(release))
     check_toolkit(toolkit, torch.version.cuda, cxx)
     return toolkit
 
@@ -197,17 +202,22 @@ def check_toolkit(toolkit: Toolkit, torch_cuda: str | None, cxx: str) -> None:
             )
 
 
-def find_cuda_headers(toolkit: Toolkit | None) -> list[str]:
-    """Return folders with cuda_bf16.h and nv/target: the toolkit's, else NVIDIA's wheels'."""
-    folders = [toolkit.home / "include"] if toolkit else nvidia_wheels("*/include")
-    folders += [f / "cccl" for f in folders]
-    for header in ("cuda_bf16.h", "crt/host_defines.h", "nv/target"):
-        if not any((f / header).exists() for f in folders):
-            fail(
-                f"the emulator needs {header}; run `pip install nvidia-cuda-runtime "
-                "nvidia-cuda-crt nvidia-cuda-cccl`, or install the CUDA toolkit."
-            )
-    return [str(f) for f in folders if f.exists()]
+def find_cuda_headers() -> list[str]:
+    """Return folders with cuda_bf16.h and nv/target: the toolkit's, else NVIDIA's wheels'.
+
+    They are the same in builds with and without kernels, which then share the emulator's objects.
+    """
+    nvcc = find_nvcc()
+    missing = ""
+    for folders in ([home_of(nvcc) / "include"] if nvcc else [], nvidia_wheels("*/include")):
+        folders = [*folders, *(f / "cccl" for f in folders)]
+        missing = next((h for h in EMULATED if not any((f / h).exists() for f in folders)), "")
+        if not missing:
+            return [str(f) for f in folders if f.exists()]
+    fail(
+        f"the emulator needs {missing}; run `pip install nvidia-cuda-runtime "
+        "nvidia-cuda-crt nvidia-cuda-cccl`, or install the CUDA toolkit."
+    )
 
 
 def architectures(arch_list: str) -> list[str]:
@@ -263,7 +273,7 @@ def cmake_options(torch, cxx: str, toolkit: Toolkit | None, emulator: str) -> di
         "LORA_EXT_TORCH_LIB": str(Path(torch.__file__).parent / "lib"),
         "LORA_EXT_PYTHON_INCLUDE": find_python_include(),
         "LORA_EXT_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
-        "LORA_EXT_CUDA_HEADERS": ";".join(find_cuda_headers(toolkit)) if emulator else "",
+        "LORA_EXT_CUDA_HEADERS": ";".join(find_cuda_headers()) if emulator else "",
     }
     if toolkit:
         wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "")

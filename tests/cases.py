@@ -49,7 +49,7 @@ MEDIUM = [
     Shape(0, 64, 64, (8,)),
     Shape(2, 2049, 67, (16, 8), bank_rank=16),
     Shape(7, 576, 1536, (8, 16, 32, 64), "distinct"),
-    Shape(64, 1536, 576, (16,) * 64, "distinct"),
+    Shape(64, 1100, 288, (16,) * 64, "distinct"),
     Shape(133, 127, 251, (4, 256, 1, 96), "zipf"),
     Shape(256, 192, 576, (8, 0, 16), "uniform"),
     Shape(257, 576, 192, (16, 64), "contiguous"),
@@ -67,7 +67,7 @@ DEEP = [
 ]
 LARGE = [
     Shape(64, 3424, 2368, (8, 16, 32, 64), "uniform"),
-    Shape(4100, 256, 96, (16, 8), "contiguous"),
+    Shape(4100, 136, 40, (16, 8), "contiguous"),
     Shape(8195, 40, 24, (8, 3, 0), "uniform"),
 ]
 

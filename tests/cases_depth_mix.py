@@ -117,8 +117,7 @@ def shapes_of(backend: Backend) -> list[Shape]:
 
 
 def scale_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
-    """Return the dtypes allowed for gammas: that of the hidden states, and float32 if this is a
-    16-bit dtype."""
+    """Return the dtypes allowed for gammas: the hidden states' dtype, and float32 for 16 bits."""
     return [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]
 
 
@@ -171,25 +170,24 @@ def run(i: dict[str, Any]) -> Outputs:
 
 def checks() -> Iterator[Check]:
     forward = torch.ops.lora_ext.depth_mix_forward.default
-    for dtype, norm in (
-        (torch.float32, "rms"),
-        (torch.bfloat16, "layer"),
-        (torch.float64, "layer"),
+    for dtype, norm, routed, need in (
+        (torch.float32, "rms", False, True),
+        (torch.float32, "rms", True, False),
+        (torch.bfloat16, "layer", True, True),
+        (torch.float64, "layer", False, False),
     ):
-        for routed in (False, True):
-            mix = make(((2, 3), 24, 3), dtype, norm=norm, routed=routed)
-            plain, mix = mix, mix.map(lambda t: t.clone().requires_grad_())
-            head = (mix.hiddens, mix.gammas, mix.betas)
-            last = (None, mix.router, mix.bias) if routed else (mix.weights, None, None)
-            yield "depth_mix_forward", (*head, *last, mix.eps, norm)
-            head = (plain.hiddens, plain.gammas, plain.betas)
-            last = (None, plain.router, plain.bias) if routed else (plain.weights, None, None)
-            _, chosen, rinv, mean = forward(*head, *last, mix.eps, norm)
-            up = [t.detach() for t in upstream(plain)]
-            weights = chosen if routed else plain.weights
-            rest = (weights, plain.router, rinv, mean)
-            for need in (True, False):
-                yield "depth_mix_backward", (up[0], up[1] if routed else None, *head, *rest, need)
+        mix = make(((2, 3), 24, 3), dtype, norm=norm, routed=routed)
+        plain, mix = mix, mix.map(lambda t: t.clone().requires_grad_())
+        head = (mix.hiddens, mix.gammas, mix.betas)
+        last = (None, mix.router, mix.bias) if routed else (mix.weights, None, None)
+        yield "depth_mix_forward", (*head, *last, mix.eps, norm)
+        head = (plain.hiddens, plain.gammas, plain.betas)
+        last = (None, plain.router, plain.bias) if routed else (plain.weights, None, None)
+        _, chosen, rinv, mean = forward(*head, *last, mix.eps, norm)
+        up = [t.detach() for t in upstream(plain)]
+        weights = chosen if routed else plain.weights
+        rest = (weights, plain.router, rinv, mean, need)
+        yield "depth_mix_backward", (up[0], up[1] if routed else None, *head, *rest)
 
 
 # Bounds and exact values depend on the norm: see test_contract_depth_mix.py.

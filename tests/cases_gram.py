@@ -19,8 +19,8 @@ SMALL: list[Shape] = [
     (70, 257, 16), (33, 48, 24), (20, 72, 64), (18, 24, 65),
 ]  # fmt: skip
 LARGE: list[Shape] = [
-    (576, 1536, 16), (192, 576, 16), (1100, 300, 32), (300, 640, 100), (130, 90, 256),
-    (64, 40, 300),
+    (576, 1536, 16), (192, 576, 16), (1100, 300, 32), (150, 330, 100), (70, 40, 256),
+    (36, 20, 300),
 ]  # fmt: skip
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]  # kernels support all
 
@@ -128,7 +128,10 @@ OPS = [
         formula,
         small=[List("small", tuple(SMALL))],
         medium=[List("large", tuple(LARGE))],
-        variants=(tuple({"asked": dtype} for dtype in (None, torch.float32, torch.float64)),),
+        variants=(
+            tuple({"asked": dtype} for dtype in (None, torch.float32, torch.float64)),
+            ({"asked": None}, {"asked": torch.float64}),
+        ),
         dtypes=lambda backend: DTYPES,
         replays=[List("two", ((40, 32, 8), (20, 72, 65)))],
         checks=checks,

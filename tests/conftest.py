@@ -1,9 +1,10 @@
 """Options, marks, and the fixture that routes the ops to one backend."""
 
+import gc
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "hosts: also runs with the code paths of other processors (`make hosts`)"
     )
     config.addinivalue_line("markers", "sanitized: compiles all twins or kernels with sanitizers")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the garbage collector from walking all tests and packages many times, also later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Mixes of normed hidden states, with and without a router: values, layouts and gradients."""
+"""Mixes of normed hidden states, with and without a router, compared with the formula."""
 
 import math
 from collections.abc import Callable

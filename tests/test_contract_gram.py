@@ -1,4 +1,4 @@
-"""Laws of the Gram matrices of adapters, in addition to those of the table."""
+"""Laws of the Gram matrices of adapters, in addition to ``test_contract.py``."""
 
 from collections.abc import Callable
 

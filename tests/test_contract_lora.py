@@ -1,4 +1,4 @@
-"""Laws of the LoRA ops beyond those of the table, for one module and for siblings."""
+"""Laws of the LoRA ops, in addition to ``test_contract.py``, for one module and for siblings."""
 
 from dataclasses import replace
 from typing import Any
@@ -162,8 +162,11 @@ def test_compiles_without_a_graph_break(backend: Backend) -> None:
 @shapes(SIBLINGS[0], SMALL, DEEP, MEDIUM)
 def test_siblings_are_bitwise_equal_to_single_modules(backend: Backend, shape: Shape) -> None:
     """Check siblings with and without a plan, in banks and pages. Over all shapes, each dtype is
-    used with both."""
-    for turn, dtype in enumerate(backend.dtypes()):
+    used with both; a medium shape has one dtype on kernels."""
+    dtypes = list(enumerate(backend.dtypes()))
+    if shape in MEDIUM and not backend.is_twin:
+        dtypes = [dtypes[MEDIUM.index(shape) % len(dtypes)]]
+    for turn, dtype in dtypes:
         (modules,) = SIBLINGS[0].feed(shape, dtype, turn, seed=2, device=backend.device)
         plan = ops.lora_plan(modules[0]["adapter_ids"], len(shape.ranks))
         for got, module in zip(together(modules, plan if turn % 3 else None), modules, strict=True):

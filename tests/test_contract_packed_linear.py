@@ -1,4 +1,4 @@
-"""Products with packed weights and pointwise functions, on the CPU only."""
+"""Packed products and pointwise functions on the CPU: no result depends on the other rows."""
 
 import pytest
 import torch

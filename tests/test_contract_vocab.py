@@ -1,4 +1,4 @@
-"""Laws of the losses over a vocabulary, in addition to those of the table."""
+"""Laws of the losses over a vocabulary, in addition to ``test_contract.py``."""
 
 from dataclasses import replace
 from typing import Any

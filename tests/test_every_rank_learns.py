@@ -1,4 +1,4 @@
-"""The law of factors: one training step changes every rank, whichever function made the factors.
+"""One training step changes every rank of an adapter, whichever function made its factors.
 
 The gradient of a row of A is a multiple of its column of B, and vice versa. A rank that is 0 in
 both can therefore never change, and no error reports it.

@@ -42,7 +42,7 @@ def main() -> int:
             subprocess.run(command, check=True, cwd=folder, env={**os.environ, **env})
 
         step(sys.executable, "-m", "venv", "venv")
-        pip = [python, "-m", "pip", "install", "-q", "--no-cache-dir"]
+        pip = [python, "-m", "pip", "install", "-q", "--no-cache-dir", "--no-compile"]
         step(*pip, TORCH, "numpy", "safetensors", "setuptools>=77", "cmake", "ninja")
         step(
             sys.executable,

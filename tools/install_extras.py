@@ -41,7 +41,8 @@ def listed(names: list[str]) -> list[str]:
 def install(wanted: list[str], python: str = sys.executable) -> None:
     """Install requirements into the environment of a Python interpreter."""
     alone = [item for item in wanted if re.split(r"[^\w-]", item)[0] in ALONE]
-    pip = [python, "-m", "pip", "install", "-q"]
+    # Python compiles a module when it is imported; compiling all modules would take a minute.
+    pip = [python, "-m", "pip", "install", "-q", "--no-compile"]
     subprocess.run([*pip, *(item for item in wanted if item not in alone)], check=True)
     if alone:
         subprocess.run([*pip, "--no-deps", *alone], check=True)

@@ -272,7 +272,7 @@ struct Reverse {
         add_to(x, terms, width);
     }
 
-    // Loads up and u of a matrix, and their exponentials relative to one maximum.
+    // Loads up and u of matrix m. Computes the exponentials of both minus the maximum of up.
     void load_projection(int64_t m) const {
         load_state(3 * m + 1, up);
         load_state(3 * m + 2, u);

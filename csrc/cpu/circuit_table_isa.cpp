@@ -1,10 +1,10 @@
 // Tables of leaves with finite distributions on the CPU, compiled once per instruction set;
 // formulas in circuit_layers.h.
 //
-// Forward: up to 64 values of a unit are held in four registers, and one permutation looks up the
-// values for 16 rows of data. Longer tables and other instruction sets read one number at a time.
-// Backward: vectors run along the units of a block, so that one addition per row of data updates
-// all units. The sums are transposed when they are added to the table.
+// Forward, float with AVX-512: up to 64 values of a unit are held in four registers, and two
+// permutations look up 16 rows of data. Otherwise, one number is read at a time. Backward: vectors
+// run along the units of a block, so that one addition per row of data updates a vector of units.
+// The sums are transposed when they are added to the table.
 #include "lora_ext/circuit_layers.h"
 
 #include "sum_rows.h"
@@ -22,7 +22,7 @@ void norms(const CircuitTableArgs& args, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < end - begin; ++r) base[r] = base[r] == -kInfinity<A> ? A(0) : base[r];
 }
 
-// Entries of one row of a table; those of logits are converted to log-probabilities.
+// Entries of one row of a table; logits are converted to log-probabilities.
 template <typename A>
 struct Entries {
     const A* of;

@@ -97,7 +97,7 @@ LX_INLINE double square_root(double x) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// kRows rows from `first` on; T is the type of values, A that of gamma, beta, and sums.
+// kRows rows from `first` on; T is the type of values, A the type of gamma, beta, and sums.
 template <typename T, int kRows>
 struct Rows {
     using A = Acc<T>;
@@ -347,7 +347,7 @@ struct Rows {
         if (!args.router) return;
         turn_to_logits();
         add_router(part);
-        // The gradient of n_{k-1} is the sum of those from the mix and from the router.
+        // The gradient of n_{k-1} has two terms, from the mix and from the router.
         for_vectors<T>(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
             for (int i = 0; i < kRows; ++i) {
                 V up = take(g + i * width + c, n) * broadcast<T>(at(args.weights, last, i));
@@ -368,7 +368,7 @@ struct Rows {
         return beta(e) ? part + mix_betas_at(args) + e * width : nullptr;
     }
 
-    // Converts gradients of the weights to those of the router's logits.
+    // Converts gradients of the weights to gradients of the router's logits.
     LX_INLINE void turn_to_logits() const {
         for (int i = 0; i < kRows; ++i) {
             A mean_of = 0;

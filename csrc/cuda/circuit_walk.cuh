@@ -96,7 +96,7 @@ LX_DEVICE void unpack_piece(uint4 words, float (&v)[kPiece<T>]) {
 // Calls f(index, values) for pieces `first`, `first + step`, ... of n elements; values beyond n are
 // -inf. If `aligned`, p is aligned to 16 bytes, n is a multiple of a piece, and kBatch pieces are
 // in flight at once: beyond the end a lane reloads the first piece of its batch without calling f.
-// No lane loads a piece of another lane, so f may overwrite the values that it receives.
+// No lane loads a piece of another lane, so f may overwrite its elements in memory.
 template <int kBatch = 4, class T, class F>
 LX_DEVICE void for_pieces(const T* p, int n, bool aligned, int first, int step, F&& f) {
     constexpr int kSize = kPiece<T>;

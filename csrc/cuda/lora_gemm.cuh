@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
                 return Piece<T>{from + i * kRowStep * bank.b_row_stride, row < columns ? n : 0};
             });
         } else {
-            // In plain tensors the ranks of a and the outputs of b have a constant stride.
+            // Only training takes this branch: a and b are plain tensors, with constant strides.
             constexpr bool kOfB = kProduct == Product::kProject;
             const int n = columns - element, k = k0 + first_row;
             const int64_t stride = kOfB ? bank.b_row_stride : bank.a_row_stride;

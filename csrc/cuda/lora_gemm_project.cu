@@ -6,7 +6,7 @@ namespace {
 
 // Computes v[t, j] = c * sum of the splits. v may overlap the splits, because a warp writes an
 // element only after it has read its splits. Block: 16 rows of one adapter, 128 ranks. The loads of
-// all splits of an element are in flight together.
+// up to eight splits of an element are in flight together.
 __global__ void __launch_bounds__(kGemmThreads)
     lora_gemm_reduce_kernel(const __grid_constant__ LoraArgs args,
                             const __grid_constant__ Tiling tiling,

@@ -42,7 +42,7 @@ struct Shape {
     static_assert(kColumns * kStoreRow * 4 <= kRingBytes && kRingBytes <= 98304);
 
     // Positions of pieces in a row that avoid bank conflicts: ldmatrix reads 16 bytes of eight rows
-    // at once; floats are read as 32 bytes of every second of eight rows.
+    // at once; a load of floats reads 32 bytes of four rows, two rows apart.
     __host__ __device__ static constexpr int x_piece(int row, int piece) {
         return piece ^ (sizeof(T) == 2 ? row % 8 : row & 6);
     }

@@ -43,7 +43,7 @@ void check_slots(const char* op, const LoraBank& w, const int32_t* plan);
 // Returns the arguments for a plan of `ids`, which must be contiguous; the caller sets `plan`.
 LoraPlanArgs plan_args(const Tensor& ids, int32_t num_adapters);
 // Fills the plan of `args`. On the CPU, raises if an id is out of range; on a device, the caller
-// checks this in debug mode.
+// must check this in debug mode.
 void build_plan(const char* op, const Tensor& ids, LoraPlanArgs args, const Tensor& like);
 [[noreturn]] void raise_bad_id(const char* op, const Tensor& ids, int64_t num_adapters);
 

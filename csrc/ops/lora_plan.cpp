@@ -1,10 +1,11 @@
-// Plans of the LoRA ops, which group rows by adapter, and row ids from segments.
+// lora_plan, which groups rows by adapter, and lora_segment_ids, which expands segments to ids.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include "ops/checks.h"
 #include "ops/lora.h"
 #include "ops/lora_args.h"
+#include "ops/settings.h"
 #include "ops/stream.h"
 
 namespace lora_ext {
@@ -29,6 +30,8 @@ Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const Optional
     Tensor plan = at::zeros({layout.size()}, ids.options().dtype(at::kInt));
     args.plan = plan.mutable_data_ptr<int32_t>();
     build_plan(op, ids, args, ids);
+    if (debug_mode() && plan[kPlanBadIds].item<int32_t>() != 0)
+        raise_bad_id(op, ids, args.num_adapters);
     return plan;
 }
 

@@ -24,7 +24,8 @@ OWN_INITS = frozenset(FREE) - {"gaussian", "orthogonal"}
 # raise before it loads the tensors, whereas an unknown field only makes it warn.
 _INIT_FIELD = "lora_ext_init"
 
-# Fields that are not read here. They matter only in training, or record the adapter's origin.
+# Known fields that are kept in `raw` but not parsed. Except for peft_type, which is checked, they
+# matter only in training or record the adapter's origin.
 _IGNORED = frozenset(
     "auto_mapping base_model_name_or_path corda_config eva_config inference_mode "
     "loftq_config lora_dropout lora_ga_config megatron_config megatron_core "

@@ -181,7 +181,8 @@ def check_adapter(
     leftover += [*(f"config field {name}" for name in config.unknown), *unused]
     expected = f"expected only tensors and fields that the base model and {field} use"
     if strict and leftover:
-        raise ValueError(f"{where}: {expected}, found {_some(leftover)} (strict=False skips them)")
+        found = f"{_some(leftover)} (strict=False loads the rest)"
+        raise ValueError(f"{where}: {expected}, found {found}")
     for module, keys in grouped.items():  # check all headers before reading any tensor
         rank, _ = ranks[module]
         require(rank <= max_rank, field, f"rank of {module}", f"at most max_rank={max_rank}", rank)

@@ -68,8 +68,8 @@ def wrapped_names(parameters: Mapping[str, Sequence[str]], targeted: Set[str]) -
     """Return the targeted expert parameters by the module name under which PEFT saves the factors.
 
     PEFT wraps a module once for each adapted parameter, in their order. The factors of the last
-    parameter are saved under the module's name, and those of each earlier parameter under a name
-    with one more ``.base_layer``.
+    parameter are saved under the module's name, and the factors of each earlier parameter under
+    a name with one more ``.base_layer``.
     """
     return {
         module + ".base_layer" * depth: name

@@ -43,8 +43,8 @@ KINDS = tuple(_RANKS)
 def lora_singular_values(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
     """Return the singular values of ``scaling * b @ a`` in descending order.
 
-    They are computed as those of ``R_b R_a^T``, with the QR decompositions ``b = Q_b R_b`` and
-    ``a^T = Q_a R_a``.
+    They are computed from ``R_b R_a^T``, which has the same singular values, with the QR
+    decompositions ``b = Q_b R_b`` and ``a^T = Q_a R_a``.
 
     Args:
         a: factor ``(r, n)`` of a floating dtype, on any device.

@@ -272,7 +272,7 @@ def _replaces(config: AdapterConfig, name: str) -> bool:
 
 def _implied_index(config: AdapterConfig, tensors: TensorSource) -> ModelIndex:
     """Return an index of the modules that have factors in ``tensors``. The shape of A defines the
-    number of inputs, and that of B the number of outputs."""
+    number of inputs, and the shape of B the number of outputs."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, info in tensors.infos.items():
         parsed = parse_key(key)

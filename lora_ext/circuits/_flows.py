@@ -264,7 +264,7 @@ def _require_deterministic(circuit: Parameters, name: str) -> None:
     _require_logits(circuit, name)
     circuit._refuse_external(name)
     known = _structure.is_deterministic(circuit.graph)
-    found = "one that is not" if known is False else "one that is not known to be deterministic"
+    found = "a nondeterministic one" if known is False else "one not known to be deterministic"
     remedy = "; estimate it from samples, as in -circuit.log_prob(circuit.sample(10000)[0]).mean()"
     require(known is True, name, "graph", "a deterministic circuit", found + remedy)
 

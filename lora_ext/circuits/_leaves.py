@@ -242,7 +242,7 @@ class Categorical(Finite):
 class _Trials(Finite):
     """A distribution of the number of successes in ``total`` independent trials.
 
-    Parameters: ``logit (R,)`` of the probability of one success.
+    Parameters: ``logit (R,)`` of the probability that a trial succeeds.
     """
 
     total: int
@@ -297,7 +297,7 @@ class Bernoulli(_Trials):
 class Binomial(_Trials):
     """A binomial distribution: the number of successes in ``total`` independent trials.
 
-    Parameters: ``logit (R,)``, ``log p - log (1 - p)`` for the probability p of one success.
+    Parameters: ``logit (R,)``, ``log p - log (1 - p)`` for the probability p that a trial succeeds.
 
     Args:
         total: Number of trials; values are ``0 .. total``.

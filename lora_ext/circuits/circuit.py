@@ -66,7 +66,7 @@ class Circuit(Parameters):
         precision: Precision of ``log_prob``, see ``ops.circuit_layers``; can be changed later.
 
     Attributes:
-        weights: All log-weights, flat; :meth:`region_weights` returns a view of those of a region.
+        weights: All log-weights, flat; :meth:`region_weights` returns a view of a region's.
         leaves: Tables of parameters, one per family of input distributions.
 
     Raises:

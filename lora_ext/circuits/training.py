@@ -189,8 +189,8 @@ def _log_prob(name: str, circuit: Circuit, x: Tensor, root: Tensor | None) -> Te
 def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None) -> Tensor:
     """Return sequences of different lengths as rows of data, padded with missing values.
 
-    In a chain with normalised transitions, the probability of a padded row equals that of its
-    sequence in a chain of the sequence's length. EM also learns the same parameters from both.
+    In a chain with normalised transitions, a padded row has the same probability as its sequence in
+    a chain of the sequence's length. EM also learns the same parameters from both.
 
     Args:
         sequences: One-dimensional tensors of one dtype.

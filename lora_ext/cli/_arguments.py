@@ -213,8 +213,8 @@ def _add_prune(commands: Any) -> None:
         "prune",
         "remove an adapter from the layers that undo safety",
         "SPLoRA. Layers are scored by the distance of their update from the change by\n"
-        "alignment: the difference between the weights of the aligned model, on which\n"
-        "the adapter was trained, and those of its base. No data is needed, and one\n"
+        "alignment: the weights of the aligned model, on which the adapter was\n"
+        "trained, minus the weights of its base. No data is needed, and one\n"
         "layer of the models is in memory at a time. With --project, Safe LoRA.",
         _changes.prune,
     )

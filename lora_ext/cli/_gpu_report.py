@@ -77,7 +77,7 @@ def gpu_report(arguments: Any) -> int:
     say(page(report))
     failed = [check["op"] for check in report["checks"] if not check["ok"]]
     if failed:
-        raise Fault(f"expected errors within bounds, found larger errors in {', '.join(failed)}")
+        raise Fault(f"expected every check to pass, found failures of {', '.join(failed)}")
     return 0
 
 

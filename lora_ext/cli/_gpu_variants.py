@@ -27,7 +27,7 @@ PAGE = 8  # ranks per page of a pool
 
 
 def all_cases() -> list[Case]:
-    """Return the timed cases, followed by those that are only checked."""
+    """Return the timed cases, followed by cases that are only checked."""
     timed = cases.all_cases()
     return [*timed, *(replace(case, timed=False) for case in [*_dtypes(timed), *_paths()])]
 

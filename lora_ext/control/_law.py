@@ -282,10 +282,11 @@ def apply(
 
 
 def moved(blocks: Sequence[Block], scores: Tensor, temperature: float = 1.0) -> Tensor:
-    """Add ``temperature * log r`` to the rows of the blocks in a copy of ``scores (B, V)``."""
-    if not blocks:
-        return scores
-    scores = scores.clone()
+    """Return ``scores (B, V)`` with ``temperature * log r`` added to the rows of the blocks.
+
+    ``scores`` is not changed; without blocks, the result is ``scores`` itself.
+    """
+    scores = scores.clone() if blocks else scores
     for places, ratio in blocks:
         ratio = ratio.to(scores)
         if temperature != 1:

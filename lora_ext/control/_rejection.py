@@ -119,7 +119,7 @@ def proposal_scores(
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     found = [None if row is None else log_bound(row) for row in rows]
     bounds = None
-    if any(bound is not None for bound in found):  # Stacked bounds are added in one pass.
+    if any(bound is not None for bound in found):  # Without bounds, the envelope is the scores.
         bounds = wide.new_zeros(wide.shape)
         for row, bound in zip(bounds, found, strict=True):
             if bound is not None:

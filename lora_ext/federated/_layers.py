@@ -219,7 +219,7 @@ class LoraLayerManager:
             own = list(value.shape)
             fits = len(own) == len(shape) and 0 < own[axis] <= shape[axis]
             fits = fits and own[:axis] + own[axis + 1 :] == shape[:axis] + shape[axis + 1 :]
-            require(fits, where, key, f"shape {shape} or that of a smaller rank", own)
+            require(fits, where, key, f"shape {shape}, or with a smaller rank", own)
             found.setdefault(parsed.module, {})[parsed.role] = value
         for module, halves in found.items():
             require(len(halves) >= 2, where, module, "lora_A and lora_B", [*halves], KeyError)

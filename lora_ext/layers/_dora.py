@@ -2,8 +2,8 @@
 
 ``y = (m / norm) * ((W + s B A) x) + bias`` with ``norm = || W + s B A ||`` per row of the matrix.
 The backward treats the norm as a constant. The forward and the gradients are those of PEFT's layer.
-Several adapters are applied in order, as in PEFT, and a DoRA adapter also scales the updates of the
-adapters before it.
+Several adapters are applied in order, as in PEFT. A DoRA adapter without active dropout also scales
+the updates of the adapters before it; with dropout it scales its own update and the base product.
 
 Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eqs. 5 and 6, section 4.3.
 """

@@ -115,7 +115,7 @@ class LoraLayer(Participants):
             lora_dropout: probability of dropping an element of the adapter's input in training.
             init_lora_weights: initialisation scheme: one of :func:`init_lora_`, or one that moves
                 part of the base weight into the adapter ("pissa", "pissa_niter_<K>", "olora"). Only
-                one adapter of a layer may use the latter; :meth:`restore_base_weight` undoes the
+                one adapter of a layer may move a part; :meth:`restore_base_weight` undoes the
                 change.
             use_rslora: whether the scale is ``lora_alpha / sqrt(r)`` instead.
             use_dora: whether to train a magnitude per output feature as well (DoRA).

@@ -99,11 +99,11 @@ def log_einsum_exp(
             contains normalised log-weights. ``"none"``: it contains other log-weights. ``"probs"``:
             it contains weights, and a weight of zero or less makes its term impossible.
         semiring: ``"sum"``, or ``"max"`` for the largest term.
-        precision: Precision of the product on CUDA for one matrix with up to 256 sums and terms.
-            ``"high"`` splits both operands into two bfloat16 and keeps 16 bits. ``"fp16s"`` scales
-            both operands to float16 and keeps 11 bits. ``"fp32"`` uses the library's float32.
-            Everything else, including gradients and the CPU, uses float32. docs/circuit_engine.md,
-            "Precision", lists the errors.
+        precision: Precision of products on CUDA with up to 256 sums and 256 terms, if all rows of
+            a group share a matrix. ``"high"`` splits both operands into two bfloat16 and keeps 16
+            bits. ``"fp16s"`` scales both operands to float16 and keeps 11 bits. ``"fp32"`` uses the
+            library's float32. Everything else, including gradients and the CPU, uses float32.
+            docs/circuit_engine.md, "Precision", lists the errors.
         scaled: Result of :func:`log_einsum_weights` for the same ``w`` and ``norm``, to scale the
             weights only once for several calls; or None.
 

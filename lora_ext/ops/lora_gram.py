@@ -229,8 +229,8 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
     The square of a row's norm is ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>``. If the
     adapter nearly cancels a row, its absolute error is a few roundings of ``|w|^2``: in float32 a
     norm of 1e-2 ``|w|`` has a relative error of 2e-3, and a norm of 1e-4 ``|w|`` is noise. If a row
-    of ``b`` is zero, the norm is bitwise equal to that of ``torch.linalg.vector_norm``, with which
-    PEFT initialises magnitudes.
+    of ``b`` is zero, the norm is bitwise equal to ``torch.linalg.vector_norm``, with which PEFT
+    initialises magnitudes.
 
     Args:
         weight: Weight ``(O, I)`` of a floating dtype.

@@ -74,7 +74,7 @@ def lora_linear(
             You may change it between replays of a captured graph. With one number, the mask depends
             on the row's index in the batch. With ``(A,)``, it depends on the adapter's seed and the
             row's index among the rows of that adapter, not on other rows. For one adapter, the
-            shape ``()`` selects the former and ``(1,)`` the latter; they differ if rows have id -1.
+            masks of a seed of shape ``()`` and of shape ``(1,)`` differ if rows have id -1.
         plan: Result of :func:`lora_plan` for the same ids, to avoid grouping them again.
 
     Returns:
@@ -135,7 +135,7 @@ def lora_linear_apart(
     """Compute :func:`lora_linear` of adapters that are separate tensors, such as parameters.
 
     Each forward copies the factors into a temporary bank, and the backward rebuilds the bank. If
-    the banks were stored for the backward, those of all layers would need as much memory as the
+    the banks were stored for the backward, the banks of all layers would need as much memory as the
     adapters. The gradients of the factors are views of the gradients of a bank.
 
     Args:

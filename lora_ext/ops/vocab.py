@@ -44,12 +44,12 @@ def chunked_cross_entropy(
     Neither forward nor backward allocates a tensor of ``N x V`` numbers if ``chunk < V``. In
     addition to arguments and gradients, ``N * chunk`` logits and a few ``N * d`` sums are in
     memory. Differentiable once in hidden, weight and bias. The bits of our own code do not depend
-    on the number of threads; those of torch's products with the weight and of the last mean may.
+    on the number of threads; the bits of torch's products with the weight and of its mean may.
 
     Args:
         hidden: Hidden states ``(N, d)``, float32, float16, bfloat16, or float64 on the CPU.
         weight: Weight ``(V, d)`` of the output layer, in one of these dtypes. Products use the
-            wider of the two dtypes, or that of autocast; float16 is multiplied as float32 on the
+            wider of the two dtypes, or autocast's dtype; float16 is multiplied as float32 on the
             CPU.
         bias: Bias ``(V,)`` of the output layer, or None.
         labels: Labels ``(N,)`` int64 in ``[0, V)``, or ``ignore_index``. On a GPU, their range is

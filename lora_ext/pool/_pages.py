@@ -194,7 +194,7 @@ class ModuleSlab:
     also rescaled so that its norm is the entry of ``magnitude[s]``.
 
     P is the number of pages and S the number of rows of the tables, one per slot. If the module is
-    a parameter of E experts, each slot has E rows, and those of slot s begin at ``s * E``. S is
+    a parameter of E experts, each slot has E rows, which begin at ``s * E`` for slot s. S is
     then ``slots * E``.
     """
 

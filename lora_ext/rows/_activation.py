@@ -246,7 +246,7 @@ class Activated(Assignment):
                 raise ValueError(
                     f"adapters: input_ids: expected activations of {rows} rows of {length} tokens, "
                     f"found {tuple(leading)} before the features; the layers of an attached model "
-                    "follow a cache, those of lora_ext.nn take whole rows"
+                    "follow a cache, layers of lora_ext.nn take whole rows"
                 )
         return self.at(0, length, rows).ids(table, layout)
 

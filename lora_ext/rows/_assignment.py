@@ -133,7 +133,7 @@ class Assignment:
     def select(self, rows: Sequence[int], batch: int) -> Assignment:
         """Return the assignment for a batch that contains only some rows of the current batch.
 
-        Returns ``self`` if ``batch``, the current number of rows, is not that of the entries.
+        Returns ``self`` if ``batch``, the current number of rows, is not the number of entries.
         """
         places = self.places
         of_rows = self.shape == (len(places),) and len(places) * self.repeat == batch

@@ -494,7 +494,7 @@ def _warn_of_nested_block(block: Block) -> None:
     warnings.warn(
         f"adapters: a block of {inner!r:.200} is entered inside a block of {around!r:.200} that a "
         "forward has used. Until it is left, all forwards of this thread and task use it, even "
-        "those of a generator that yielded inside the outer block. Leave a block before a yield, "
+        "forwards of a generator that yielded in the outer block. Leave a block before a yield, "
         "or pass adapter_names= to each call",
         stacklevel=4,
     )

@@ -76,7 +76,8 @@ class PoolLayer(nn.Module):
     #: raise RuntimeError.
     default: str | None = None
 
-    #: True if a model may pass this layer only the last token of each sequence.
+    #: True for the output head, which may receive only some of the tokens, for example the last of
+    #: each sequence; see :attr:`Block.head`.
     is_head = False
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):

@@ -78,9 +78,9 @@ def make_app(
     """Return a FastAPI application with OpenAI's API for an engine. You can add routes to it.
 
     Args:
-        engine: running engine. The API of an :class:`Engine` has chats and completions, and that of
-            an :class:`Embedder` has embeddings.
-        base: name of the base model in requests. Every other name is that of an adapter in the
+        engine: running engine. The API has chats and completions for an :class:`Engine`, and
+            embeddings for an :class:`Embedder`.
+        base: name of the base model in requests. Every other name is the name of an adapter in the
             engine's folder.
         max_body: maximum size of a request's body in bytes.
         origins: origins of web pages that may send requests (CORS).

@@ -185,7 +185,7 @@ def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> boo
 
 
 def _alike(number: int, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether the arguments with sizes contain the same sizes for all ``number`` media."""
+    """Return whether each argument in ``_SIZES`` has equal entries for all ``number`` media."""
     return all(
         len(value) != number or value.dim() <= 1 or bool((value == value[:1]).all())
         for name, value in kwargs.items()

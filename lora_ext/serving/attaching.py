@@ -192,7 +192,7 @@ def detach(model: Model) -> Model:
     _check_module("detach", model)
     attachment: _Attachment | None = model.__dict__.get(_KEY)
     if attachment is None:
-        found = f"a {type(model).__name__} that is not"
+        found = f"a {type(model).__name__} that is not attached"
         raise RuntimeError(f"detach: expected an attached model, found {found}")
     for name, module in model.named_modules():  # accelerate would leave weights on the meta device
         on_layer = name in attachment.swap.placed and "_hf_hook" in module.__dict__

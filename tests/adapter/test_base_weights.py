@@ -1,4 +1,4 @@
-"""Adapter files that also contain base weights, as PEFT saves them if the head is adapted."""
+"""Base weights in files of adapters, as PEFT saves for adapted heads, must equal the model's."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""Files from untrusted sources: each is refused with an error, and the pool stays unchanged."""
+"""Untrusted files run no code, and faulty ones raise errors that leave the pool unchanged."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Sources of adapters: for anything other than a PEFT folder, the error names the remedy."""
+"""Sources that contain no adapter: the error states what was expected and what was found."""
 
 import pytest
 from pool_support import Base, config, state

@@ -1,4 +1,4 @@
-"""`LoraAdapter`: loaded from a folder, state dict or model; compared, saved and served."""
+"""`LoraAdapter` is equal from a folder, state dict or model, and after saving and loading."""
 
 import copy
 import dataclasses

@@ -1,5 +1,4 @@
-"""Inputs of the reproductions: files of packages, texts of Debian packages, and two small
-models."""
+"""Inputs of the reproductions: checked files, repeatable texts, small models as documented."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The federated training on digits that two studies use, with the smallest sizes."""
+"""Federated training on digits for two studies: shares of the data, plans, ranks and sent bytes."""
 
 import numpy as np
 import pytest

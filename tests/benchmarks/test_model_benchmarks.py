@@ -1,4 +1,4 @@
-"""Checks in the benchmarks of activated adapters, experts, exact models and packed weights."""
+"""Benchmarks of adapters, experts, exact and packed models time only checked results."""
 
 import pytest
 

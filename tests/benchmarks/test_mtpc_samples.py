@@ -1,4 +1,4 @@
-"""The lean forward passes of the decoding benchmarks, and the training data of SmolLM2's draft."""
+"""Decoding benchmarks: lean passes give the model's tokens, and a draft learns from its answers."""
 
 import pytest
 

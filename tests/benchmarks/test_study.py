@@ -1,4 +1,4 @@
-"""The framework of the reproductions: arms, rows, intervals, criteria, verdicts, exit status."""
+"""Framework of the reproductions: rows, intervals and verdicts of complete and interrupted runs."""
 
 import csv
 import statistics

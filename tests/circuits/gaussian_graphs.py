@@ -63,8 +63,8 @@ def normals(made: Circuit, region: int) -> MultivariateNormal:
 
 
 def given(normal: MultivariateNormal, unit: int, x: Tensor) -> tuple[MultivariateNormal, float]:
-    """Return the distribution of the missing entries (NaN) of ``x (d,)`` given the other entries,
-    and the log-density of the latter."""
+    """Return the distribution of the missing entries (NaN) of ``x (d,)`` given the others, and the
+    log-density of the others."""
     mean, cov = normal.mean[unit], normal.covariance_matrix[unit]
     h, o = x.isnan(), ~x.isnan()
     log_prob, gain = 0.0, cov[h][:, o]

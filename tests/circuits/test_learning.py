@@ -1,4 +1,4 @@
-"""Flows (expected counts) and expectation maximisation (EM)."""
+"""Flows equal posteriors, and expectation maximisation (EM) never decreases the likelihood."""
 
 from __future__ import annotations
 

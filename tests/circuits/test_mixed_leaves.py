@@ -1,4 +1,4 @@
-"""Graph builders with a different leaf family for each variable."""
+"""Circuits with a different leaf family for each variable, compared with their region graph."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def test_divergence_of_gaussians_equals_the_known_formula():
 
 def test_intractable_queries_raise():
     hmm, one = circuit_of(GRAPHS["hmm"]()), decision()
-    message = "entropy: graph: expected a deterministic circuit, found one that is not"
+    message = "entropy: graph: expected a deterministic circuit, found a nondeterministic one"
     with pytest.raises(ValueError, match=message):
         hmm.entropy()
     with pytest.raises(ValueError, match="kl_divergence: graph: expected a deterministic circuit"):

@@ -1,4 +1,4 @@
-"""Training over batches of a data loader, and on sequences of different lengths."""
+"""Training over batches raises the likelihood; padded sequences score like shorter chains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lora-ext distil-guide`` with a tiny model."""
+"""``lora-ext distil-guide`` writes a guide that loads, and prints its measures."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_report_names_faults_and_continues(out: Path, monkeypatch: Any, capsys: 
 
     monkeypatch.setattr(Worker, "run", seen)
     assert main(["gpu-report", "--out", str(out), "--backend", "emu"]) == 1
-    assert "found larger errors in wrong, crash" in capsys.readouterr().err
+    assert "found failures of wrong, crash" in capsys.readouterr().err
     report = json.loads(out.read_text())
     wrong, crash, good = report["checks"]
     assert not wrong["ok"] and wrong["error"] > 0.5

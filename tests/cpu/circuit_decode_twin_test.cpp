@@ -7,8 +7,8 @@ namespace lora_ext {
 namespace scalar {
 extern const CircuitDecodeCpu decode_table;
 }
-#ifdef LX_WIDE_TABLE  // source for 64-byte vectors, compiled for 32-byte ones
-namespace avx2_wide {
+#ifdef LX_WIDE_TABLE  // namespace of a table for 64-byte vectors
+namespace LX_WIDE_TABLE {
 extern const CircuitDecodeCpu decode_table;
 }
 #endif
@@ -40,7 +40,7 @@ void check(const CircuitDecodeCpu& cpu) {
 int main() {
     check(scalar::decode_table);
 #ifdef LX_WIDE_TABLE
-    if (__builtin_cpu_supports("avx2")) check(avx2_wide::decode_table);
+    if (__builtin_cpu_supports("avx2")) check(LX_WIDE_TABLE::decode_table);
 #endif
     std::printf("%d failures\n", failures);
     return failures != 0;

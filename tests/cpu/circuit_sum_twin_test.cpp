@@ -35,7 +35,7 @@ namespace scalar {
 extern const LogSumCpu log_sum_table;
 }
 #ifdef LX_WIDE_TABLE
-namespace avx2_wide {
+namespace LX_WIDE_TABLE {
 extern const LogSumCpu log_sum_table;
 }
 #endif
@@ -45,7 +45,7 @@ int main() {
     check_log_sums(Twin{scalar::log_sum_table});
 #ifdef LX_WIDE_TABLE
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        check_log_sums(Twin{avx2_wide::log_sum_table});
+        check_log_sums(Twin{LX_WIDE_TABLE::log_sum_table});
 #endif
     std::puts("exact");
     return 0;

@@ -8,7 +8,7 @@ namespace scalar {
 extern const CircuitCpu circuit_table;
 }
 #ifdef LX_WIDE_TABLE
-namespace avx2_wide {
+namespace LX_WIDE_TABLE {
 extern const CircuitCpu circuit_table;
 }
 #endif
@@ -41,7 +41,7 @@ void check_table(const CircuitCpu& cpu) {
 int main() {
     lora_ext::check_table(lora_ext::scalar::circuit_table);
 #ifdef LX_WIDE_TABLE
-    lora_ext::check_table(lora_ext::avx2_wide::circuit_table);
+    lora_ext::check_table(lora_ext::LX_WIDE_TABLE::circuit_table);
 #endif
     return lora_ext::failures != 0;
 }

@@ -22,8 +22,8 @@ namespace scalar {
 extern const LoraCpu lora_table;
 }
 #ifdef LX_WIDE_TABLE
-// Source for 64-byte vectors, compiled for 32-byte ones: tests avx512 code without avx512.
-namespace avx2_wide {
+// A table for 64-byte vectors: avx512, or avx2_wide, which tests avx512 code without avx512.
+namespace LX_WIDE_TABLE {
 extern const LoraCpu lora_table;
 }
 #endif
@@ -388,7 +388,7 @@ int main() {
     tables.push_back(&scalar::lora_table);
 #endif
 #ifdef LX_WIDE_TABLE
-    if (__builtin_cpu_supports("avx2")) tables.push_back(&avx2_wide::lora_table);
+    if (__builtin_cpu_supports("avx2")) tables.push_back(&LX_WIDE_TABLE::lora_table);
 #endif
     for (const LoraCpu* table : tables) {
         check_isa(*table);

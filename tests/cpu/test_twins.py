@@ -1,7 +1,7 @@
 """C++ tests of the CPU twins; with --sanitizers, with the address and undefined sanitizers.
 
-The twins are built at -O1, and only for scalars and the widest vectors, because compiling sanitized
--O3 code for every instruction set takes a quarter of an hour.
+The twins are those of the build in place. With sanitizers, or without this build, they are compiled
+at -O1 for scalars and the widest vectors only, because -O3 would take a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +26,7 @@ ISAS = {  # as in csrc/cpu/CMakeLists.txt
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
+BUILT = ROOT / f"build/cmake-{sys.implementation.cache_tag}/csrc/cpu/liblx_twins.a"
 SANITIZE = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=all".split()
 FLAGS = ["-std=c++20", "-O1", "-I", str(ROOT / "csrc/include"), "-fno-math-errno", "-Wno-psabi"]
 
@@ -37,12 +39,16 @@ def test_twins_pass_cpp_tests(tmp_path: Path, family: str, request: pytest.Fixtu
     if compiler is None:
         pytest.skip("no C++ compiler on PATH")
     isa, has_wide = ROOT / f"csrc/cpu/{family}_isa.cpp", platform.machine() == "x86_64"
+    library = [str(BUILT)] if BUILT.exists() and not sanitize else []
+    wide = "avx512" if library and lora_ext._C.cpu_isa().startswith("avx512") else "avx2_wide"
     tests = [f"tests/cpu/{family}_twin_test.cpp"]
     if family == "lora":
-        tests += ["csrc/cpu/lora_plan.cpp", "tests/cpu/lora_plan_test.cpp"]
-    units = [(isa, ["-DLX_ISA=scalar"])]
-    units += [(ROOT / test, ["-DLX_WIDE_TABLE"] if has_wide else []) for test in tests]
-    if has_wide:
+        tests += ["tests/cpu/lora_plan_test.cpp"] + ["csrc/cpu/lora_plan.cpp"] * (not library)
+    flags += ["-DLX_ALL_TWINS"] * bool(library)
+    units = [(ROOT / test, [f"-DLX_WIDE_TABLE={wide}"] if has_wide else []) for test in tests]
+    if not library:
+        units.append((isa, ["-DLX_ISA=scalar"]))
+    if has_wide and wide == "avx2_wide":
         units.append((isa, [*ISAS["avx2"], "-DLX_ISA=avx2_wide", "-DLX_VEC_BYTES=64"]))
 
     def run(*command: str) -> str:
@@ -56,7 +62,7 @@ def test_twins_pass_cpp_tests(tmp_path: Path, family: str, request: pytest.Fixtu
             for i, (source, extra) in enumerate(units)
         ]
         objects = [job.result() for job in jobs]
-    program = run(*sanitize, *objects, "-o", str(tmp_path / "twins"))
+    program = run(*sanitize, *objects, *library, "-o", str(tmp_path / "twins"))
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -1,5 +1,6 @@
 """Build the small kernels of this folder for the emulator, and load them with ctypes."""
 
+import contextlib
 import ctypes
 import fcntl
 import shutil
@@ -9,8 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import module_of
 
 HERE = Path(__file__).resolve().parent
+
+
+def headers() -> str:
+    """Return the header folders of NVIDIA's wheels, or "", with which CMake uses the toolkit's."""
+    setup = module_of(HERE.parents[1] / "setup.py", "lora_ext_setup")
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(setup, "find_nvcc", lambda: None)
+        return ";".join(setup.find_cuda_headers())
+    return ""
 
 
 def build(*targets: str) -> Path:
@@ -19,11 +30,12 @@ def build(*targets: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # The CMake cache contains the path of ninja in an environment that may no longer exist.
     ninja = shutil.which("ninja")
-    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    options = [f"-DLORA_EXT_CUDA_HEADERS={headers()}"]
+    options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Only one pytest-xdist worker builds at a time.
         for command in (
-            ["cmake", "-S", str(HERE), "-B", str(folder), *generator],
+            ["cmake", "-S", str(HERE), "-B", str(folder), *options],
             ["cmake", "--build", str(folder), "-j2", *targets],
         ):
             done = subprocess.run(command, capture_output=True, text=True)

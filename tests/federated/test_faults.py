@@ -1,5 +1,4 @@
-"""Invalid replies: only they are rejected, with the client, the key, and expected and found
-values."""
+"""Only invalid replies are rejected; errors name client, key, and expected and found values."""
 
 from __future__ import annotations
 

@@ -304,7 +304,7 @@ def test_dora_and_biases_are_refused(settings: dict, found: str):
         (lambda m: m.load_slice({"x": torch.ones(1)}), r"x: expected the name of a factor"),
         (
             lambda m: m.load_slice({k: v[:1] for k, v in m.state_slice([0]).items()}),
-            r"down_proj.lora_B.weight: expected shape \[16, 4\] or that of a smaller .*\[1, 4",
+            r"down_proj.lora_B.weight: expected shape \[16, 4\], or with a smaller .*\[1, 4",
         ),
         (
             lambda m: m.load_slice(dict(list(m.state_slice([0]).items())[:2])),

@@ -1,4 +1,4 @@
-"""Sums of masked updates. Divided by their weights, they are the mean over the covering clients."""
+"""Sums of masked updates, divided by the weights, equal the mean over the covering clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Partitions of samples among clients, each of which gets the requested number of classes."""
+"""Partitions of samples among clients: requested numbers of classes, sizes, seeds and errors."""
 
 from __future__ import annotations
 

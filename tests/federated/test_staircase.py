@@ -1,4 +1,4 @@
-"""The staircase: rows need no autograd graph below the lowest trained layer of their client."""
+"""Rows of a client need no autograd graph below the lowest layer that the client trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of this folder."""
+"""Fixtures of the integration tests: one thread for torch, and a running ``lora-ext serve``."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Activated adapters in an attached model against PEFT: forwards, generate, continuous batching."""
+"""Activated adapters in an attached model, compared with PEFT, also in continuous batching."""
 
 import asyncio
 import warnings

@@ -1,4 +1,4 @@
-"""Layers and ops while another thread compiles.
+"""Layers and ops give the usual results and errors while another thread compiles.
 
 Meanwhile, ``torch.compiler.is_compiling()`` is true in all threads.
 """

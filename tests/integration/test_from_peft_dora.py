@@ -1,4 +1,4 @@
-"""DoRA adapters through ``from_peft``: fresh ones are bitwise the identity; PEFT's cache works."""
+"""New DoRA adapters in ``from_peft`` change no bit, and norms are cached as in PEFT."""
 
 import copy
 from typing import Any

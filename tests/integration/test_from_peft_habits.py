@@ -1,4 +1,4 @@
-"""Behaviour of fused layers that users and PEFT observe, compared with PEFT's layers."""
+"""Fused layers have PEFT's repr, errors and warnings; unsupported layers stay with PEFT."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Models with layers whose input is not (sequences, tokens): tokens first, or batch flattened."""
+"""Rows use their adapters in models that put tokens first or flatten the batch."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""transformers' Trainer on a model with MoD."""
+"""A model with MoD trains, evaluates, predicts and resumes in transformers' Trainer."""
 
 from pathlib import Path
 from typing import Any

@@ -83,11 +83,8 @@ def test_ctrl_c_ends_a_server_even_if_the_shell_ignores_the_signal() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("paused", [False, True])
-@pytest.mark.parametrize("reads", [True, False])
-def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(
-    folder: Path, reads: bool, paused: bool
-) -> None:
-    """Check also a client that does not read, which is disconnected."""
+def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, paused: bool) -> None:
+    """Check two clients; one of them does not read, and is disconnected."""
     command = [sys.executable, "-m", "lora_ext", "serve", "--port", "0"]
     arguments = ["--model", str(folder / "tiny"), "--adapters", str(folder / "adapters")]
     process = subprocess.Popen(
@@ -110,26 +107,27 @@ def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(
         assert place, told + "".join(errors)
         body = json.dumps(chat("a1", stream=True, max_tokens=1900)).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-        connection = socket.create_connection(("127.0.0.1", int(place[1])))
-        connection.sendall(head.encode() + b"\r\n" + body)
-        found = connection.recv(1 << 12)
+        reads, waits = (socket.create_connection(("127.0.0.1", int(place[1]))) for _ in range(2))
+        for connection in (waits, reads):
+            connection.sendall(head.encode() + b"\r\n" + body)
+            found = connection.recv(1 << 12)
         if paused:
             url = f"http://127.0.0.1:{place[1]}/pause?mode=keep"
             urllib.request.urlopen(urllib.request.Request(url, method="POST")).close()
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)
-        while reads and (more := connection.recv(1 << 16)):
+        while more := reads.recv(1 << 16):
             found += more
         took = time.monotonic() - begin
         status = process.wait(120)  # Python may take long on a busy machine.
-        connection.close()
+        reads.close()
+        waits.close()
     finally:
         process.kill()
         reader.join()
     assert status == 130 and "Traceback" not in "".join(errors), "".join(errors)
     assert errors[-1] == "lora-ext serve: interrupted\n"
-    if reads:
-        assert took < 2
-        *_, error, done = re.findall(rb"data: (.*)", found)
-        told = json.loads(error)["error"]
-        assert done.strip() == b"[DONE]" and told["message"].endswith("server is stopping")
+    assert took < 2
+    *_, error, done = re.findall(rb"data: (.*)", found)
+    told = json.loads(error)["error"]
+    assert done.strip() == b"[DONE]" and told["message"].endswith("server is stopping")

@@ -1,4 +1,4 @@
-"""PEFT adapters per row, trained by two data-parallel processes on different rows."""
+"""PEFT adapters per row, trained by two processes on different rows, learn as in one process."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Whisper under ``adapters``: encoder rows before the batch is expanded, decoder rows after."""
+"""Whisper under ``adapters``: every recording in a batch gets the answer that it gets alone."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Kernels for ranks above 256, which use matrix products: all tile sizes must be bitwise equal."""
+"""Kernels for ranks above 256, which use matrix products, are bitwise equal for all tile sizes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Settings for the tests in this folder."""
+"""Fixture that sets one thread for the tests of layers."""
 
 from collections.abc import Iterator
 

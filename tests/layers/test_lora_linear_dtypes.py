@@ -1,4 +1,4 @@
-"""LoraLinear in 16 bits, under autocast and in float64: its errors are at most those of PEFT."""
+"""LoraLinear in 16 bits, under autocast and in float64: its errors are at most PEFT's."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Disabled adapters, which must cost nothing, and the base weight before and after merging."""
+"""A disabled adapter runs no op. Merging and unmerging change the base weight as in PEFT."""
 
 import copy
 import warnings

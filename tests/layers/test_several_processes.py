@@ -1,4 +1,4 @@
-"""Training of adapters per row in two processes, each with different rows of the batch."""
+"""Training of adapters per row in two processes with different rows equals one process."""
 
 from __future__ import annotations
 

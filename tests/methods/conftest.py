@@ -1,4 +1,4 @@
-"""Fixtures of this folder."""
+"""Fixture that sets one thread for the tests of methods."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Linear mode connectivity, choice of modules, and merging as used for CopRA."""
+"""Loss barrier between two adapters, chosen modules, and merging, compared with formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`FedHello` on Flower's interface, with clients in this process."""
+"""`FedHello` on Flower, with clients in this process, sends the plans of its allocation."""
 
 from __future__ import annotations
 

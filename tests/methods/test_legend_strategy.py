@@ -1,4 +1,4 @@
-"""LEGEND on Flower: a scripted clock, shuffled replies, and devices that fail and return."""
+"""LEGEND on Flower: depths follow the measured times, also if devices fail, return or restart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving and loading of MoD; its example at the smallest sizes."""
+"""A saved MoD loads as the same model, and other states are refused. Its example runs."""
 
 from __future__ import annotations
 

@@ -226,8 +226,7 @@ def enumerate_paths(
     new: int = 3,
     shortlist: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return two distributions of the first ``new`` tokens: that of the decoder and that of the
-    verifier."""
+    """Return the decoder's and the verifier's distribution of the first ``new`` tokens."""
     model = make_model("llama", vocab=v, layers=1, width=8)
     head = make_draft(model, kind, n_token=n, noise=1.0, shortlist=shortlist).head
     decoder = kind_of_decoder(model, head, window=window, temperature=temperature, top_p=top_p)

@@ -1,4 +1,4 @@
-"""Layers of the speculative decoder: a call passes through few files, from top to bottom."""
+"""Calls in the speculative decoder go only to lower files and pass through few of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`select_modules`, and the sweep over ranks and blocks."""
+"""`select_modules` selects in the last blocks, and the sweep trains a new model per setting."""
 
 import peft
 import pytest

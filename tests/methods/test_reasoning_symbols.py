@@ -1,4 +1,4 @@
-"""The tasks encoded as token ids, and the small model trained on them."""
+"""Tasks as token ids: each hash has one id, and the model ignores order and padding."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_ids_depend_only_on_the_instance_and_cover_the_vocabulary():
 def test_too_few_ids_are_refused():
     assert len(set(encode_symbols(HOPS[0], 6)["keys"].tolist())) == 5
     with pytest.raises(
-        ValueError, match=r"encode_symbols: vocab: .* hashes of the instance, 6, found 5"
+        ValueError, match=r"encode_symbols: vocab: .* 6, the number of hashes .*, found 5"
     ):
         encode_symbols(HOPS[0], 5)
 

@@ -77,7 +77,7 @@ def test_embedding_never_gets_placeholders_or_padding():
 
 def test_images_without_a_placeholder_are_refused_before_the_lookup():
     embed = Embedding()
-    with pytest.raises(ValueError, match="as many images as there are placeholders, 0, found 1"):
+    with pytest.raises(ValueError, match="expected 0 images for 0 placeholders, found 1"):
         splice_images(torch.tensor([[5, -100]]), embed, [[image(2)]])
     assert not embed.asked
 
@@ -173,13 +173,10 @@ IDS = torch.tensor([[4, 5], [P, 6]])
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([[], []], r"image_tokens: sample 1: .* images as there are placeholders, 1, found 0"),
-        (
-            [[image(1)], [image(1)]],
-            r"sample 0: expected as many images as there are placeholders, 0, found 1",
-        ),
-        ([[], [image(1), image(1)]], r"sample 1: expected as many .* placeholders, 1, found 2"),
-        (None, r"sample 1: expected as many images as there are placeholders, 1, found 0"),
+        ([[], []], r"image_tokens: sample 1: expected 1 images for 1 placeholders, found 0"),
+        ([[image(1)], [image(1)]], r"sample 0: expected 0 images for 0 placeholders, found 1"),
+        ([[], [image(1), image(1)]], r"sample 1: expected 1 images for 1 placeholders, found 2"),
+        (None, r"sample 1: expected 1 images for 1 placeholders, found 0"),
         ([[image(1)]], r"image_tokens: expected a list for each of 2 samples, found 1"),
         ([[], [torch.zeros(2, 4)]], r"sample 1, image 0: expected shape \(N, 3\), found \(2, 4\)"),
         ([[], [torch.zeros(1, 2, 3)]], r"expected shape \(N, 3\), found \(1, 2, 3\)"),

@@ -1,4 +1,4 @@
-"""Ops that evaluate whole circuits, or tables of leaf log-probabilities, on every backend."""
+"""Whole circuits and tables of leaf log-probabilities, compared with formulas on every backend."""
 
 from __future__ import annotations
 
@@ -382,7 +382,7 @@ def test_wrong_input_raises() -> None:
     program, leaf, w, roots = case("chain", 2)
     first_part = 10 + 6 * program.plan[3]
     parts, children = program.numbers[4:6].tolist()
-    end_of_users = first_part + 4 * parts + 2 * children + 5  # offset of the first matrix
+    end_of_users = first_part + 4 * parts + 2 * children + 5  # index of the first `user_end`
     up = ops.circuit_layers
     refusals: list[tuple[str, Callable[[], object]]] = [
         ("leaf: expected N = 20", lambda: up(leaf[:, 1:], w, program)),

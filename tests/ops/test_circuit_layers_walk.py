@@ -1,4 +1,4 @@
-"""Walks through whole circuits, from a root to one leaf per variable, on every backend."""
+"""Draws and best trees of whole circuits, compared with the formula on every backend."""
 
 from __future__ import annotations
 

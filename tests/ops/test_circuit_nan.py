@@ -1,4 +1,4 @@
-"""NaN among leaf logits, on every backend; a hardware maximum would not propagate it."""
+"""NaN among leaf logits makes its row NaN, although a maximum in hardware ignores NaN."""
 
 from __future__ import annotations
 

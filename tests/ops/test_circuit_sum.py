@@ -1,4 +1,4 @@
-"""Sum layers, log_einsum_exp and log_bmm, on every backend."""
+"""Sum layers, log_einsum_exp and log_bmm, compared with formulas on every backend."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Ranks so large that the CPU twins process them in several spans. The tables of cases do not
-contain such ranks."""
+"""Ranks that CPU twins process in several spans: the bits of a row are equal in any batch."""
 
 from __future__ import annotations
 

@@ -94,6 +94,8 @@ def test_debug_mode_raises_for_ids_that_kernels_only_count(backend: Backend) -> 
             ValueError, match=r"adapter_ids\[1\]: expected .* in \[-1, 2\), found 5"
         ):
             ops.lora_apply_(y, x, a, b, ids)
+        with pytest.raises(ValueError, match=r"lora_plan: adapter_ids\[1\]: .*, found 5"):
+            ops.lora_plan(ids, 2)
         ops.lora_apply_(y, x, a, b, ids.clamp(max=1))
     finally:
         backend.module.set_debug(False)

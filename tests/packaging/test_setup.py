@@ -145,13 +145,24 @@ def test_missing_cuda_header_is_reported(toolkit, header):
 
 
 def test_headers_of_python_and_half_precision_are_found_or_reported(tmp_path, monkeypatch):
-    folders = build.find_cuda_headers(None)
-    assert any((Path(folder) / "cuda_bf16.h").exists() for folder in folders)
-    assert any((Path(folder) / "nv/target").exists() for folder in folders)
+    folders = build.find_cuda_headers()
+    for header in build.EMULATED:
+        assert any((Path(folder) / header).exists() for folder in folders)
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    assert "pip install nvidia-cuda-runtime" in sentence(build.find_cuda_headers, None)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    assert "pip install nvidia-cuda-runtime" in sentence(build.find_cuda_headers)
     monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
     assert "Python.h is not in" in sentence(build.find_python_include)
+
+
+def test_every_build_uses_the_headers_of_a_complete_toolkit(toolkit, tmp_path, monkeypatch):
+    include, others = toolkit() / "include", tmp_path / "wheels"
+    monkeypatch.setattr(build, "nvidia_wheels", lambda pattern: [others])
+    for folder in (others, include):  # An incomplete toolkit is not used.
+        for header in build.EMULATED:
+            (folder / header).parent.mkdir(parents=True, exist_ok=True)
+            (folder / header).touch()
+        assert build.find_cuda_headers() == [str(folder)]
 
 
 def test_missing_compiler_or_cmake_is_reported(monkeypatch, tmp_path):

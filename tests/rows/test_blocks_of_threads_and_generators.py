@@ -1,4 +1,4 @@
-"""Blocks of ``lora_ext.adapters`` in threads, which do not inherit them, and in generators."""
+"""Threads and generators warn or raise if they could use a wrong ``lora_ext.adapters`` block."""
 
 from __future__ import annotations
 

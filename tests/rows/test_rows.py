@@ -1,4 +1,4 @@
-"""Values that layers of equal shape, device and stream share, but not with a captured graph."""
+"""Values that layers of equal shape, device and stream share; a captured graph shares none."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Output formats of requests, given in the fields of OpenAI's or vLLM's API."""
+"""Output formats of requests: OpenAI's and vLLM's fields give equal formats, or errors by name."""
 
 from __future__ import annotations
 

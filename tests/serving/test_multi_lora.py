@@ -1,5 +1,4 @@
-"""`MultiLoraLinear`, compared with its formula, and blocks that select adapters, with two
-layers."""
+"""`MultiLoraLinear` compared with its formula, and blocks that select the adapters of its rows."""
 
 import asyncio
 import contextvars

@@ -1,4 +1,4 @@
-"""Sibling layers, which share one op if, and only if, they receive the identical tensor."""
+"""Sibling layers share one op only if they get the identical tensor, which changes no bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layering of calls: functions call only lower packages, and a call visits few files, each once."""
+"""Calls of serving and training go only to lower packages and pass through few files, each once."""
 
 from __future__ import annotations
 

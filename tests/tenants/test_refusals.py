@@ -1,5 +1,5 @@
-"""Rejected values: tables of wrong values for each argument. Errors name the argument of the
-caller."""
+"""Tables of invalid values for each argument. The error must name the argument that the caller
+passed, not one of an inner function."""
 
 from __future__ import annotations
 

@@ -73,9 +73,9 @@ struct KernelFacts {
     cudaError_t error;
     bool can_wait;  // its code was built for sm_90 or later
 };
-// Returns the facts of a kernel on the current device, queried once. A kernel with more than 48 KiB
-// of shared memory, static arrays included, must opt in. This opts in to the maximum: the limit is
-// a property of the function, which another thread may be launching with another size.
+// Returns properties of a kernel on the current device, read once. A kernel with more than 48 KiB
+// of shared memory, static arrays included, must opt in. This opts in to the maximum, because other
+// threads use the same limit of the function and may be launching it with another size.
 inline KernelFacts kernel_facts(const void* kernel) {
     const auto ask = [&] {
         cudaFuncAttributes built{};
@@ -84,8 +84,8 @@ inline KernelFacts kernel_facts(const void* kernel) {
                          static_cast<int>(built.sharedSizeBytes);
         if (error == cudaSuccess && built.maxDynamicSharedSizeBytes < most)
             error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-        // The architecture of the compiled code matters, not that of the GPU: PTX for an older one
-        // contains no wait instruction, even if it is compiled for a newer GPU at load time.
+        // The architecture of the compiled code matters, not the GPU's: PTX for an older GPU has no
+        // wait instruction, even if it is compiled for a newer GPU at load time.
         return KernelFacts{error, built.ptxVersion >= 90};
     };
     return kept(std::pair(kernel, current_device()), ask,
@@ -298,10 +298,10 @@ LX_INLINE T atomic_compare_exchange(T* p, T expected, T desired) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Loads and stores with cache hints. T has 4, 8 or 16 bytes (load_nc: also 2).
+// Loads and stores. With a cache hint, T has 4, 8 or 16 bytes (load_nc: also 2).
 
-// Plain access to global memory, for pointers whose address space the compiler cannot deduce, for
-// example after a selection or a round trip through shared memory.
+// Access to global memory without a hint, for a T of any size. For pointers whose address space the
+// compiler cannot deduce, for example after a selection or a round trip through shared memory.
 template <class T>
 LX_INLINE T load_global(const T* p) {
     __builtin_assume(__isGlobal(p));

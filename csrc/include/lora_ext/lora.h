@@ -166,8 +166,8 @@ constexpr int64_t kPlanlessTokens = 32;
 int64_t lora_workspace_bytes(const LoraArgs& args);
 LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream);  // x -> v
 LaunchStatus launch_lora_expand(const LoraArgs& args, void* stream);  // v -> y +=
-// x -> y +=. The field v is unused, because the workspace of each module holds its v. Siblings that
-// use the same kernels are computed in the same launches.
+// x -> y +=. The field v is unused, because the workspace of each module holds its v. Siblings
+// share launches if they have at most 256 rows, ranks up to 256, and aligned memory.
 LaunchStatus launch_lora_apply(std::span<const LoraArgs> modules, void* stream);
 
 }  // namespace lora_ext

@@ -73,9 +73,9 @@ def vocabulary_of(
     Args:
         where: Name of the caller, for messages.
         tokenizer: Tokenizer with a method ``get_vocab``.
-        vocab_size: Number of ids of the model, which may exceed that of the tokenizer; None for
-            that of the tokenizer.
-        eos_token_id: Token or tokens that end a text; None for those of the tokenizer.
+        vocab_size: Number of ids of the model, which may exceed the tokenizer's; None for the
+            tokenizer's.
+        eos_token_id: Token or tokens that end a text; None for the tokenizer's.
 
     Raises:
         ValueError: If the object is not a tokenizer, has no end token, or has more tokens than

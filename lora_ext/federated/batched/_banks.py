@@ -172,9 +172,9 @@ class ClientsAdamW:
     """AdamW that treats each client separately and updates the banks in place.
 
     All clients start together, so those that are still training have done the same number of steps.
-    Clients with adjacent places and equal settings form a run, which takes one call of torch's
-    fused kernel. The kernel updates each element independently. The parameters of a client that has
-    finished stay bitwise unchanged. A client that failed stays in its run, without an effect on
+    Clients with adjacent places and equal settings form a group. One call of torch's fused kernel
+    updates all tensors of a group, each element independently. The parameters of a client that has
+    finished stay bitwise unchanged. A client that failed stays in its group, without an effect on
     other clients, and its values are not used.
     """
 

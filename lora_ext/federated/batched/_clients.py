@@ -33,7 +33,7 @@ class ClientSpec:
         client: unique name or number.
         batches: one batch per optimizer step: a mapping of tensors, ``(x, y)``, or x. All tensors
             of a mapping except ``labels`` are inputs of the model. The first dimension of each
-            tensor is that of the rows.
+            tensor is its rows.
         lr, weight_decay, betas, eps: settings of AdamW.
         max_grad_norm: norm to which larger gradients are scaled down; None for no limit.
         seed: seed of the dropout masks, which also depend on the round and on ``client``.

@@ -29,7 +29,7 @@ from ._client_layers import WHERE, BatchRows, supported
 def shared_names(
     model: nn.Module, shared: str | Sequence[str] | None, pattern: str
 ) -> tuple[str, ...]:
-    """Return the names of the shared parameters, in the order of the model.
+    """Return the names of the shared parameters, in the order of ``model.named_parameters()``.
 
     ``shared`` contains these names, or is a regular expression for them.
 

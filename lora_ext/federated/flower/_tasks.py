@@ -79,7 +79,7 @@ class Task:
         expected = f"a record {_records.LORA!r}"
         require(_records.LORA in arrays, "message", "records", expected, sorted(arrays))
         record = arrays[_records.LORA]
-        # Expected ranks are those of the plan or, if the plan has none, those that the message
+        # The plan defines the expected ranks. If it has none, they are the ranks that the message
         # declares, but at most the model's.
         declared = _records.said_shapes(record, config)
         pairs = layer_pairs("message: model", state, pattern)

@@ -1,8 +1,9 @@
 """Activated adapters (aLoRA) of a PEFT model, which apply only to the tokens after an invocation.
 
 PEFT's ``alora_offsets`` contain a number for each row: the adapter applies to this many tokens at
-the end of the input of a forward. With a cache, these numbers are right in every forward of
-``generate``. Settings of ``generate`` that pass other parts of a row to a forward are rejected.
+the end of the input of a forward. With a cache, ``generate`` passes the whole prompt first and then
+one new token per row, so the numbers of the prompt stay valid. Settings with other forwards
+(``use_cache=False``, ``prefill_chunk_size``) are rejected.
 """
 
 from __future__ import annotations

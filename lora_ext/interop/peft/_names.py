@@ -61,8 +61,8 @@ def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment 
 
     Args:
         layer: the layer.
-        given: names that PEFT's hooks have passed. If it is None, the names are those that a
-            checkpoint passes to its recomputation, if any.
+        given: names that PEFT's hooks have passed. If it is None, the names that a checkpoint
+            passes to its recomputation are used, if any.
 
     Raises:
         RuntimeError: If another library's checkpoint recomputes the layer without its names.

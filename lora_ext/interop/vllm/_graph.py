@@ -37,8 +37,8 @@ def in_graph(arguments: str) -> Callable[[Callable[..., None]], Callable[..., No
     attribute ``handle``, the result of :func:`known`.
 
     Args:
-        arguments: schema of the op's arguments after ``handle``: those of the method after
-            ``self``.
+        arguments: schema of the op's arguments after ``handle``, which are the method's arguments
+            after ``self``.
     """
 
     def decorate(method: Callable[..., None]) -> Callable[..., None]:

@@ -275,8 +275,8 @@ def _scales(scale: float, stack: Stack) -> Tensor | None:
 def _add(y: Tensor, x: Tensor, a: Stack, b: Tensor, scale: float, rows: OwnedRows) -> None:
     """Compute ``y += scale * b (a x)`` with the stack ``b (slots, 1, O, R)``.
 
-    If dtypes differ, the update is rounded to the dtype of the stacks, and the sum to that of
-    ``y``.
+    If dtypes differ, the update is rounded to the dtype of the stacks, and the sum to the dtype
+    of ``y``.
     """
     if a.idle():
         return

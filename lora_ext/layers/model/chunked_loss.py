@@ -235,7 +235,7 @@ def _probed(lm: Any, loss: _Loss) -> Head:
         lm(input_ids=ids, labels=ids)
     if call.logits is None or call.entered is None:
         expected = "a forward that passes its logits to loss_function"
-        found = f"a {type(lm).__name__} that does not"
+        found = f"a {type(lm).__name__} that does not pass them"
         raise NotImplementedError(f"{_WHERE}: model: expected {expected}, found {found}")
     return measured_head(_WHERE, lm, softcap_of(lm), call.entered, call.logits)
 

@@ -41,7 +41,7 @@ def exact(model: Model, enabled: bool = True) -> Model:
 
     The updates of adapters do not depend on the batch in any model. A sampled token therefore has
     the same log-probability in training as in sampling, bit for bit, if the adapter has the dtype
-    of the weights and no dropout. Gradients are those of the plain model. See ``docs/exact.md`` for
+    of the weights and no dropout. Gradients are as in the plain model. See ``docs/exact.md`` for
     costs and limits.
 
     A forward raises an error if its result would not be exact: under ``torch.compile`` or autocast,
@@ -65,7 +65,7 @@ def exact(model: Model, enabled: bool = True) -> Model:
     instance("exact", "model", model, nn.Module)
     if not flag("exact", "enabled", enabled):
         found = any(MARK in module.__dict__ for module in model.modules())
-        require(found, "exact", "model", "a model that is exact", "one that is not", RuntimeError)
+        require(found, "exact", "model", "an exact model", "one that is not exact", RuntimeError)
         return _restore(model)
     if MARK in model.__dict__:
         _check_modules(model)
@@ -115,7 +115,7 @@ def _check_weights(model: nn.Module) -> None:
         if fits or "norm" in kind.__name__.lower():  # some norms have a weight for each head
             continue
         for own, weight in module.named_parameters(recurse=False):
-            expected = "a model whose weights are those of nn.Linear and nn.Embedding"
+            expected = "a model with weights only in nn.Linear and nn.Embedding"
             found = f"a {kind.__name__} with {own} {list(weight.shape)}"
             one_row = weight.numel() == max(weight.shape, default=1)
             require(one_row, "exact: model", repr(name), expected, found)

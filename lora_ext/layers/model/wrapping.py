@@ -134,7 +134,7 @@ def unwrap(model: Model) -> Model:
     """
     state: _Wrap | None = model.__dict__.get(_KEY)
     if state is None:
-        found = f"a {type(model).__name__} that is not"
+        found = f"a {type(model).__name__} that is not wrapped"
         raise RuntimeError(f"unwrap: model: expected a wrapped model, found {found}")
     layers: dict[str, Any] = state.swap.placed
     for name, layer in layers.items():

@@ -69,7 +69,7 @@ class GatedGroups(LayerGroups):
     @property
     def mask(self) -> Tensor:
         """Mask ``(n,)`` bool, True for the groups that are on. Gates have one mask for training and
-        one for evaluation; a group's value is read from that of the mode of its first layer."""
+        one for evaluation; a group's value is read from the one for the mode of its first layer."""
         gates = [_gate_of(group[0], self.adapter_name) for group in self.layers]
         modes = [int(group[0].training) for group in self.layers]
         return torch.tensor([g is None or g.on(m) for g, m in zip(gates, modes, strict=True)])

@@ -66,7 +66,7 @@ class CopraController:
 
     @property
     def groups(self) -> list[list[str]]:
-        """Names of the layers of each group, as in the model and in the order of the model."""
+        """Full names of the layers of each group, in the order of ``model.named_modules()``."""
         return [list(names) for names in self.layers.names]
 
     @property

@@ -19,7 +19,8 @@ Reduce = Literal["fro", "trace"]
 class FedHelloConfig:
     """Settings of Fed-HeLLo: the choice of each client's layers in each round.
 
-    A client that can train c layers gets c of L layers. g is the weight of a layer in a draw.
+    A client that can train c layers gets c of L layers. g is the weight of a layer in a draw, or in
+    the order of "gd".
 
     Attributes:
         pattern: P, a :class:`Pattern` or its name; it favours layers by their position.
@@ -36,8 +37,8 @@ class FedHelloConfig:
         hold: Whether the rounds between two computations use the last importance (our choice). If
             False, they use the pattern, as in the authors' code.
         mix: Share of importance: ``g = mix g_FIM + (1 - mix) g_GD``. g_FIM are the weights by
-            importance and g_GD those of the pattern, each with sum 1 (our choice).
-        k: Number of groups of importance, see :func:`cluster_weights`.
+            importance and g_GD the pattern's weights, each with sum 1 (our choice).
+        k: Number of groups of layers with similar importance, see :func:`cluster_weights`.
         levels: Weight of each group, in ascending order of the groups' importance.
         score, reduce, chunk: As in :func:`fim_scores`.
 

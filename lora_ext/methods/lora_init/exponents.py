@@ -26,7 +26,7 @@ def gamma_exponents(
 
     ``gamma[v]`` is the exponent g if v is of order ``n^g``. For the input x, ``Z_A = A x`` and
     ``Z_B = B A x``. The entries of Adam's update directions are of order one. For the direction g_A
-    of A, ``gamma[g_A x] = 1``: its signs align with those of x, so that n terms add up. Therefore:
+    of A, ``gamma[g_A x] = 1``: its signs are the signs of x, so that n terms add up. Therefore:
 
         gamma[Z_A^t] = max(gamma[Z_A^(t-1)], gamma[eta_A] + 1)
         gamma[B_t]   = max(gamma[B_(t-1)],   gamma[eta_B])

@@ -95,7 +95,7 @@ def suggest_lr(
 
     One rate for both factors is ``base_lr (n0 / n) ** 0.5`` if the initial values of A are random,
     and ``base_lr n0 / n`` if the initial values of B are random. With LoRA+, the rate of A is
-    proportional to ``n0 / n``, and that of B does not depend on the width, for both kinds of
+    proportional to ``n0 / n``, and the rate of B does not depend on the width, for both kinds of
     schemes.
 
     Args:

@@ -1,4 +1,4 @@
-"""Settings of a mixture of depths, named after the paper's symbols."""
+"""Settings of a mixture of depths."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def encode_symbols(instance: HashInstance, vocab: int) -> dict[str, Any]:
         ValueError: If there are more hashes than ids.
     """
     hashes = list(dict.fromkeys(name for edge in instance.edges for name in edge))
-    expected = f"at least the number of hashes of the instance, {len(hashes)}"
+    expected = f"at least {len(hashes)}, the number of hashes of the instance"
     require(len(hashes) <= vocab, "encode_symbols", "vocab", expected, vocab)
     drawn = random.Random(instance.prompt).sample(range(vocab), len(hashes))
     ids = dict(zip(hashes, drawn, strict=True))

@@ -31,7 +31,7 @@ class SploraResult(NamedTuple):
     ``[row._asdict() for row in result.stats]``.
     """
 
-    stats: list[LayerStats]  # one row for each scored layer, in the order of the model
+    stats: list[LayerStats]  # one row for each scored layer, in the natural order of the names
     pruned: list[str]
     kept: list[str]
     adapter: LoraAdapter
@@ -185,7 +185,7 @@ def select_layers(stats: Sequence[LayerStats], config: SploraConfig) -> list[str
     if config.num is not None:
         expected = f"at most {len(units)}, the number of {config.granularity}s that were scored"
         require(config.num <= len(units), where, "num", expected, config.num)
-        # The sort is stable: of units with equal scores, the first in the model is pruned.
+        # The sort is stable: of units with equal scores, the first in `stats` is pruned.
         chosen = set(sorted(scores, key=lambda unit: sign * scores[unit])[: config.num])
     elif config.threshold is not None:
         limit = sign * config.threshold

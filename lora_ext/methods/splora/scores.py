@@ -82,7 +82,7 @@ def ediem_scores(
     """Return the distance of every adapted layer's update from its projection, and its score.
 
     Only the two weights of one layer are in memory at a time. Layers of the adapter and of both
-    models are matched by name, and returned in the order of the model.
+    models are matched by name, and returned in the natural order of the names.
 
     Args:
         adapter: a :class:`lora_ext.adapter.LoraAdapter`, an adapter folder of PEFT,

@@ -160,7 +160,7 @@ def merge(model: Model, force: bool = False) -> Model:
             raise type(error)(f"{where}: {name}: {error}") from error
         # Other modules that share the weight would also use its update.
         found = holders[id(layer.base_layer.weight)]
-        require(len(found) <= 1, where, name, "a weight that is not shared", f"one of {found}")
+        require(len(found) <= 1, where, name, "a weight that is not shared", f"one used as {found}")
     state.swap.check(language, where)
     for layer in layers.values():
         layer.merge(force, keep_copy=False)

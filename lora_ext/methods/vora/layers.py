@@ -44,7 +44,7 @@ class VoraLinear(LoraLinear):
 
     All features of :class:`LoraLinear` are available. With route "vision", text tokens may use
     other adapters: either a second active adapter, or adapters that an :func:`lora_ext.adapters`
-    block selects per sequence. One kernel launch computes all rows of a batch: rows of images, of
+    block selects per sequence. One call of the op computes all rows of a batch: rows of images, of
     text, and without an adapter.
 
     Shape letters: ``I`` input features, ``O`` output features.
@@ -57,8 +57,8 @@ class VoraLinear(LoraLinear):
         route: "all" or "vision".
         scale: scale of the update; LoRA's alpha is ``rank * scale``.
         adapter_name: name of the adapter, without dots.
-        adapter_dtype: dtype of the factors; default is that of the base weight, or float32 if that
-            is quantised.
+        adapter_dtype: dtype of the factors; default is the base weight's, or float32 if it is
+            quantised.
         generator: random generator of the initial values.
 
     Raises:

@@ -94,7 +94,7 @@ def splice_images(
     # Checked before `embed` is called, which would fail on placeholders that differ from
     # `placeholder`.
     for sample, (count, tokens) in enumerate(zip(is_image.sum(1).tolist(), images, strict=True)):
-        expected = f"as many images as there are placeholders, {count}"
+        expected = f"{count} images for {count} placeholders"
         require(count == len(tokens), where, f"sample {sample}", expected, len(tokens))
     text = embed(input_ids[is_text])  # (all text, d)
     expected = f"shape (N, {text.shape[1]})"
@@ -206,7 +206,7 @@ def build_vision_mask(
     where = "build_vision_mask"
     shape, found = tuple(attention_mask.shape), tuple(image_ids.shape)
     fits = found == shape and len(shape) == 2
-    require(fits, where, "image_ids", f"shape (B, T), that of attention_mask {shape}", found)
+    require(fits, where, "image_ids", f"shape (B, T), as attention_mask {shape}", found)
     length = shape[1]
     floating = dtype is None or dtype.is_floating_point
     require(floating, where, "dtype", "a floating-point dtype or None", dtype)

@@ -38,8 +38,8 @@ from lora_ext.rows import Block, Rows, capturing, innermost, traced_by_python
 
 from ._multi_lora import MultiLoraLinear, with_bias
 
-#: Number of consecutive calls with an unused stored output after which a leader drops its
-#: followers.
+#: A leader drops its followers after this number of consecutive calls in which a stored output was
+#: not used.
 MAX_MISSED_CALLS = 3
 #: Number of calls of layers without followers that are compared with later calls to find followers.
 #: The count restarts when a layer computes a row with an adapter for the first time.

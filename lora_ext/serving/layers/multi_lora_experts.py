@@ -23,7 +23,7 @@ class MultiLoraExperts(PoolLayer):
     of the rows are those of the block :func:`lora_ext.adapters`; if no row has an adapter, the
     layer only calls ``base``. The kernels treat each pair of adapter and expert as a slot. The
     index of this slot is computed on the device from the router's choice and the row's adapter, and
-    one launch per product computes all pairs of row and expert. The router is not adapted.
+    one call of the op per product computes all pairs of row and expert. The router is not adapted.
 
     Args:
         base: experts module to replace: see :mod:`lora_ext.layers._experts`.
