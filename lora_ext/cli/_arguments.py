@@ -262,6 +262,8 @@ _SERVE_NUMBERS = (  # option, metavar, default and help
     ("max-rank", "N", 64, "largest rank of an adapter"),
     ("context", "N", 4096, "largest number of tokens of a prompt and its answer"),
     ("max-body", "BYTES", 1 << 20, "largest size of a request's body"),
+    ("max-loaded-bytes", "BYTES", None, "limit of the adapters on the device (default: none)"),
+    ("host-cache-bytes", "BYTES", 1 << 30, "limit of the copies of evicted adapters on the host"),
 )
 
 

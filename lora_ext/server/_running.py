@@ -45,6 +45,7 @@ class Settings:
         origins: origins of web pages that may send requests (CORS).
         pack: whether to keep a packed copy of the base model, with which a CPU decodes faster. No
             copy is made if it would take more than a quarter of the free memory.
+        max_loaded_bytes, host_cache_bytes: see :class:`~lora_ext.serving.Engine`.
     """
 
     model: str | os.PathLike[str]
@@ -58,6 +59,8 @@ class Settings:
     max_body: int = 1 << 20
     origins: Sequence[str] = ()
     pack: bool = True
+    max_loaded_bytes: int | None = None
+    host_cache_bytes: int = 1 << 30
 
     def check(self) -> None:
         """Check the settings before the model is read.
@@ -79,9 +82,13 @@ class Settings:
         require(there, _WHERE, "--model", "a folder of a transformers model", found)
         instance(_WHERE, "--host", self.host, str)
         integer(_WHERE, "--port", self.port, 0, 65535, expected="0 to 65535")
-        for name in ("max_requests", "max_rank", "context", "max_body"):
-            value, words = getattr(self, name), ("an integer, at least 1", "at least 1")
-            integer(_WHERE, f"--{name.replace('_', '-')}", value, 1, expected=words)
+        counts = ["max_requests", "max_rank", "context", "max_body", "host_cache_bytes"]
+        counts += [] if self.max_loaded_bytes is None else ["max_loaded_bytes"]
+        for name in counts:
+            least = 0 if name == "host_cache_bytes" else 1
+            words = f"an integer, at least {least}", f"at least {least}"
+            flag = f"--{name.replace('_', '-')}"
+            integer(_WHERE, flag, getattr(self, name), least, expected=words)
         # A str is not accepted, although it is a sequence: its characters would be the origins.
         instance(_WHERE, "--allow-origin", self.origins, (list, tuple))
         if self.device is not None:
@@ -128,9 +135,8 @@ class Settings:
         model = kind.from_pretrained(self.model, local_files_only=True).eval()
         default = "cuda" if torch.cuda.is_available() else "cpu"
         model = model.to(default if self.device is None else self.device)
-        how: dict[str, Any] = {
-            name: getattr(self, name) for name in ("max_requests", "max_rank", "context")
-        }
+        shared = "max_requests", "max_rank", "context", "max_loaded_bytes", "host_cache_bytes"
+        how: dict[str, Any] = {name: getattr(self, name) for name in shared}
         if embeds is None:
             if self.pack:
                 found = packing(model)

@@ -61,9 +61,13 @@ class ServedPool:
         folder: str | os.PathLike[str],
         max_requests: int,
         max_rank: int,
+        max_loaded_bytes: int | None,
+        host_cache_bytes: int,
     ):
         self.tokenizer, self.max_requests = tokenizer, max_requests
-        self.pool = AdapterPool(model, max_requests, max_rank, pages=2 * max_requests)
+        limits: dict[str, Any] = {"max_bytes": max_loaded_bytes}
+        limits |= {"host_cache_bytes": host_cache_bytes, "pages": 2 * max_requests}
+        self.pool = AdapterPool(model, max_requests, max_rank, **limits)
         self.folder = AdapterFolder(self.pool, folder)
         self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
         self._preparing = 0  # number of requests that are being tokenized
@@ -78,6 +82,7 @@ class ServedPool:
     def stats(self) -> dict[str, int]:
         """Return metrics: the numbers of ended and current requests, and the pool's statistics."""
         pool = {f"pool_{k}": v for k, v in self.pool.stats().items() if isinstance(v, int)}
+        pool["pool_cache_limit_bytes"] = self.pool.host_cache_bytes
         return {**self._counts, "requests": self.requests, **pool}
 
     @contextlib.contextmanager
@@ -118,6 +123,10 @@ class Engine(ServedPool):
             adapter.
         max_rank: largest rank of an adapter. The pool has room for ``max_requests`` adapters of
             rank 16.
+        max_loaded_bytes: maximum bytes of the adapters on the device, with their tables; None sets
+            no further limit.
+        host_cache_bytes: maximum bytes of evicted adapters in host memory. An adapter that exceeds
+            it is read from its folder again at its next use.
         context: maximum number of tokens in the prompt and answer of one request. The cache of keys
             and values has room for four requests of this length, or for ``max_requests`` requests
             of 256 tokens if that is more.
@@ -133,6 +142,8 @@ class Engine(ServedPool):
         *,
         max_requests: int = 64,
         max_rank: int = 64,
+        max_loaded_bytes: int | None = None,
+        host_cache_bytes: int = 1 << 30,
         context: int = 4096,
         pack_base: bool = False,
         page_size: int = 64,
@@ -140,7 +151,8 @@ class Engine(ServedPool):
     ):
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        super().__init__(model, tokenizer, folder, max_requests, max_rank)
+        limits = max_rank, max_loaded_bytes, host_cache_bytes
+        super().__init__(model, tokenizer, folder, max_requests, *limits)
         self.model = model
         self.context = min(context, model.config.get_text_config().max_position_embeddings)
         ends = model.generation_config.eos_token_id
