@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import uvicorn
 
-from lora_ext._checks import instance, integer, require
+from lora_ext._checks import instance, integer, number, require
 from lora_ext.layers import packing
 from lora_ext.serving import Embedder, Engine, pooling_of, preparation_of
 
@@ -45,7 +45,8 @@ class Settings:
         origins: origins of web pages that may send requests (CORS).
         pack: whether to keep a packed copy of the base model, with which a CPU decodes faster. No
             copy is made if it would take more than a quarter of the free memory.
-        max_loaded_bytes, host_cache_bytes: see :class:`~lora_ext.serving.Engine`.
+        max_loaded_bytes, host_cache_bytes, max_wait_s: see :class:`~lora_ext.serving.Engine`. An
+            embedding model computes requests in the order of arrival, whatever `max_wait_s` is.
     """
 
     model: str | os.PathLike[str]
@@ -61,6 +62,7 @@ class Settings:
     pack: bool = True
     max_loaded_bytes: int | None = None
     host_cache_bytes: int = 1 << 30
+    max_wait_s: float = 3.0
 
     def check(self) -> None:
         """Check the settings before the model is read.
@@ -89,6 +91,7 @@ class Settings:
             words = f"an integer, at least {least}", f"at least {least}"
             flag = f"--{name.replace('_', '-')}"
             integer(_WHERE, flag, getattr(self, name), least, expected=words)
+        number(_WHERE, "--max-wait-s", self.max_wait_s, 0)
         # A str is not accepted, although it is a sequence: its characters would be the origins.
         instance(_WHERE, "--allow-origin", self.origins, (list, tuple))
         if self.device is not None:
@@ -142,7 +145,7 @@ class Settings:
                 found = packing(model)
                 say(f"{found}{'; --no-pack disables packing' if found.fits else ''}")
                 how["pack_base"] = found.fits
-            return Engine(model, tokenizer, self.adapters, **how)
+            return Engine(model, tokenizer, self.adapters, max_wait_s=self.max_wait_s, **how)
         pooling, normalize = embeds
         how |= {"pooling": pooling, "normalize": normalize}
         how["preparation"] = preparation_of(self.model)

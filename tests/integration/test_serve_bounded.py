@@ -1,4 +1,4 @@
-"""Limits of the memory of a server's adapters."""
+"""Limits of the memory of a server's adapters, and the order in which they get it."""
 
 import asyncio
 import subprocess
@@ -13,7 +13,8 @@ from served import MANY, ask, by_generate, metric, needs_packages, post, save_mo
 
 from lora_ext.pool import PoolFullError
 from lora_ext.server import Settings
-from lora_ext.serving import Engine
+from lora_ext.serving import Engine, StoppedError
+from lora_ext.serving._engine import Turns
 
 pytestmark = needs_packages
 WORDS, HOST = "w5 w6 w7", 40_000
@@ -125,11 +126,123 @@ def test_settings_name_the_flag_of_an_invalid_limit(folder: Path) -> None:
         ("max_loaded_bytes", 0, "at least 1, found 0"),
         ("max_loaded_bytes", 1.5, "an integer, at least 1, found 1.5"),
         ("host_cache_bytes", -1, "at least 0, found -1"),
+        ("max_wait_s", -1.0, "a number from 0, found -1.0"),
     ]
     for name, wrong, expected in cases:
         flag = f"--{name.replace('_', '-')}: expected {expected}"
         with pytest.raises(ValueError, match=flag):
             Settings(folder / "tiny", folder / "adapters", **{name: wrong}).check()
+
+
+class Clock:
+    """Clock that a test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def order_of(max_wait_s: float, late: float) -> list[str]:
+    """Return the order in which five requests get room in a pool with room for one at a time.
+
+    The first one keeps its room until time ``late``, when the last two arrive.
+    """
+    turns, clock, full = Turns(max_wait_s), Clock(), {"a"}
+    order: list[str] = []
+    turns._clock = clock
+
+    async def request(name: str | None, tag: str) -> None:
+        with turns.take(name) as turn:
+            while True:
+                await turns.wait(turn)
+                freed = turns.freed
+                if name is None or name in full or not full:
+                    full.update([name] if name else [])
+                    order.append(tag)
+                    return
+                await turns.room(turn, freed)
+
+    async def run() -> None:
+        async def begin(*requests: tuple[str | None, str]) -> list[asyncio.Task[None]]:
+            tasks = [asyncio.create_task(request(*each)) for each in requests]
+            for _ in range(10):
+                await asyncio.sleep(0)
+            return tasks
+
+        tasks = await begin(("b", "b1"), ("c", "c1"), ("b", "b2"))
+        clock.now = late
+        tasks += await begin(("a", "a1"), (None, "base"))
+        for _ in range(4):
+            full.clear()
+            turns.free()
+            tasks += await begin()
+        await asyncio.wait_for(asyncio.gather(*tasks), 10)
+
+    asyncio.run(run())
+    return order
+
+
+def test_later_requests_overtake_only_until_the_limit() -> None:
+    assert order_of(3.0, late=2.9) == ["a1", "base", "b1", "b2", "c1"]
+    assert order_of(3.0, late=3.0) == ["base", "b1", "c1", "b2", "a1"]
+
+
+@pytest.mark.parametrize("max_wait_s", [3.0, 1e9])
+def test_stream_of_other_requests_starves_no_adapter(folder: Path, max_wait_s: float) -> None:
+    limits = {"max_loaded_bytes": room_of(folder, 2), "max_wait_s": max_wait_s, "context": 2000}
+    engine, clock = engine_of(folder, **limits), Clock()
+    engine._turns._clock = clock
+    prompt, order = [{"role": "user", "content": WORDS}], []
+
+    async def begin(name: str, tag: str) -> Any:
+        stream = await engine.begin(prompt, name, 1900)
+        order.append(tag)
+        return stream
+
+    async def run() -> None:
+        running = [await begin("a14", "first"), await begin("a15", "first")]
+        hungry = asyncio.create_task(begin("a13", "hungry"))
+        while not engine._turns._waiting:
+            await asyncio.sleep(0.01)
+        for i in range(4):  # Each request of a14 and a15 begins before the one before it ends.
+            running += [await begin(each, f"{each} {i}") for each in ("a14", "a15")]
+            for stream in running[:2]:
+                stream.cancel()
+            del running[:2]
+        assert "hungry" not in order and not hungry.done()
+        clock.now = 3.0
+        later = [asyncio.create_task(begin(each, "later")) for each in ("a14", "a15")]
+        for _ in range(50):
+            await asyncio.sleep(0.01)
+        assert ("later" in order) == (max_wait_s > 3)
+        for stream in running:
+            stream.cancel()
+        for task in (*later, hungry) if "later" in order else (hungry, *later):
+            (await task).cancel()
+        assert (order.index("hungry") < order.index("later")) == (max_wait_s == 3)
+
+    with engine:
+        asyncio.run(asyncio.wait_for(run(), 60))
+    assert engine._turns._waiting == [] and engine.pool.stats()["pins"] == 0
+
+
+def test_waiting_request_ends_when_the_server_stops(folder: Path) -> None:
+    engine = engine_of(folder, max_loaded_bytes=room_of(folder, 1), context=2000)
+    prompt = [{"role": "user", "content": WORDS}]
+
+    async def run() -> None:
+        await engine.begin(prompt, "a15", 1900)
+        waiting = asyncio.create_task(engine.begin(prompt, "a14", 8))
+        while not engine._turns._waiting:
+            await asyncio.sleep(0.01)
+        assert engine.requests == 2
+        engine.interrupt()
+        with pytest.raises(StoppedError):
+            await asyncio.wait_for(waiting, 20)
+
+    with engine:
+        asyncio.run(run())
 
 
 HOST_COPIES = """
