@@ -72,9 +72,8 @@ def find_place(
     if not wanted and search.missing_bytes():
         wanted.append(f"{in_words(search.missing_bytes())} more than max_bytes leaves")
     if wanted:
-        for resident in store.residents:
-            if resident is not None and resident not in victims:
-                search.without(resident)
+        for resident in [r for r in store.residents if r is not None and r not in victims]:
+            search.without(resident)
         if (missing := search.missing_bytes()) and store.max_bytes is not None:
             raise _TooLarge(
                 f"AdapterPool: {name!r} needs {store.max_bytes + missing} bytes of pages and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import itertools
 import os
@@ -468,7 +469,7 @@ class Turns:
         self._loop = asyncio.get_running_loop()
         if turn not in self._waiting:
             turn.since = self._clock()
-            self._waiting = sorted([*self._waiting, turn], key=lambda each: each.number)
+            bisect.insort(self._waiting, turn, key=lambda each: each.number)
         if self.freed == freed:
             await turn.again.wait()
         turn.again.clear()
