@@ -445,16 +445,14 @@ class Turns:
             if turn in self._waiting:
                 self._waiting.remove(turn)
                 self.wake(1)
-            for other in self._waiting:
-                if other.name == name:
-                    other.again.set()
+            for other in [each for each in self._waiting if each.name == name]:
+                other.again.set()
 
     async def wait(self, turn: Turn) -> None:
         """Wait for earlier requests of other adapters that have waited too long for room."""
         while turn.name is not None:
             limit = self._clock() - self._max_wait_s
-            late = (other for other in self._waiting if other.since <= limit)
-            first = next(late, turn)
+            first = next((other for other in self._waiting if other.since <= limit), turn)
             if first.number >= turn.number or first.name == turn.name:
                 return
             await first.gone.wait()
