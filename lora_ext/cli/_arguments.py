@@ -262,6 +262,14 @@ _SERVE_NUMBERS = (  # option, metavar, default and help
     ("max-rank", "N", 64, "largest rank of an adapter"),
     ("context", "N", 4096, "largest number of tokens of a prompt and its answer"),
     ("max-body", "BYTES", 1 << 20, "largest size of a request's body"),
+    ("max-loaded-bytes", "BYTES", None, "limit of the adapters on the device (default: none)"),
+    ("host-cache-bytes", "BYTES", 1 << 30, "limit of the copies of evicted adapters on the host"),
+    (
+        "max-wait-s",
+        "SECONDS",
+        3.0,
+        "time after which a request that waits for room goes first",
+    ),
 )
 
 
@@ -280,7 +288,8 @@ def _add_serve(commands: Any) -> None:
     _add(parser, "--adapters", "folder that contains the adapters' folders", "DIR", required=True)
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
     for name, metavar, default, text in _SERVE_NUMBERS:
-        _add(parser, f"--{name}", text, metavar, type=int, default=default)
+        kind = float if metavar == "SECONDS" else int
+        _add(parser, f"--{name}", text, metavar, type=kind, default=default)
     _add(parser, "--device", "torch device (default: cuda if available)", "NAME")
     text = (
         "do not keep a packed copy of the base model; by default one is kept, for faster decoding "

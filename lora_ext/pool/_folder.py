@@ -39,10 +39,10 @@ class AdapterFolder:
         """Return the sorted names of the folders that contain an ``adapter_config.json``.
 
         The file is not read. Folders with an invalid name, or with a link to a place outside the
-        root, are omitted.
+        root, are omitted. Adapters that were loaded from another folder are included.
         """
-        found = sorted(file.parent.name for file in self.root.glob("*/adapter_config.json"))
-        return [name for name in found if self._has(name)]
+        found = (file.parent.name for file in self.root.glob("*/adapter_config.json"))
+        return sorted({*filter(self._has, found), *self._paths})
 
     def load(self, name: str, path: str | os.PathLike[str] | None = None) -> int | None:
         """Load an adapter; if the name is loaded already, replace that adapter for later requests.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from lora_ext.adapter import (
 from ._memory import memory_on
 
 PAGE = 8
+_ALIGNMENT = 64  # in bytes; start of each tensor in a mapping
 
 
 def page_count(rank: int) -> int:
@@ -162,6 +163,29 @@ def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
     if magnitude is not None:
         magnitude = _host(spec, magnitude, magnitude_dtype(spec.dtype))
     return PackedModule(a_pages, b_pages, bias, rank, factors.scaling, magnitude)
+
+
+def in_one_mapping(adapter: PackedAdapter) -> PackedAdapter:
+    """Copy an adapter's pages to one mapping of host memory, which is freed as a whole.
+
+    Separate tensors of this size leave gaps in the heap, about half as large as the tensors.
+    Adapters without pages or in pinned memory are returned unchanged.
+    """
+    parts = adapter.modules
+    if not parts or any(part.a.is_pinned() for part in parts.values()):
+        return adapter
+    names = ("a", "b", "bias", "magnitude")
+    size = sum(part.nbytes + len(names) * _ALIGNMENT for part in parts.values())
+    left, modules = memory_on(torch.device("cpu"), size).tensor, {}
+    for module, part in parts.items():
+        moved: dict[str, Tensor] = {}
+        for name in names:
+            if (value := getattr(part, name)) is not None:
+                to = left[: value.nbytes].view(value.dtype).view(value.shape)
+                moved[name] = to.copy_(value)
+                left = left[-(-value.nbytes // _ALIGNMENT) * _ALIGNMENT :]
+        modules[module] = replace(part, **moved)
+    return replace(adapter, modules=modules)
 
 
 def unpack(

@@ -22,7 +22,17 @@ _AHEAD = 8  # the memory of a module grows in steps of this many pages, which is
 
 
 class PoolFullError(RuntimeError):
-    """Error for an adapter that does not fit in the pool with the pinned adapters."""
+    """Error for an adapter that does not fit in the pool with the pinned adapters.
+
+    Attributes:
+        final: True if the adapter does not fit even if all other adapters are evicted.
+    """
+
+    final = False
+
+
+class _TooLarge(PoolFullError):
+    final = True
 
 
 def find_place(
@@ -42,7 +52,7 @@ def find_place(
         if count > store.pages * experts:
             needs = f"{name!r} needs {count // experts} pages of {module}"
             has = f"the pool has pages={store.pages}; make a pool with larger pages="
-            raise PoolFullError(f"AdapterPool: {needs}, {has}")
+            raise _TooLarge(f"AdapterPool: {needs}, {has}")
     search = _Search(store, need, packed)
     victims: list[Resident] = []
     slots = store.free_slots
@@ -62,6 +72,14 @@ def find_place(
     if not wanted and search.missing_bytes():
         wanted.append(f"{in_words(search.missing_bytes())} more than max_bytes leaves")
     if wanted:
+        for resident in [r for r in store.residents if r is not None and r not in victims]:
+            search.without(resident)
+        if (missing := search.missing_bytes()) and store.max_bytes is not None:
+            raise _TooLarge(
+                f"AdapterPool: {name!r} needs {store.max_bytes + missing} bytes of pages and "
+                "tables, but there is no adapter to evict that would leave so many: found "
+                f"max_bytes={store.max_bytes}; make a pool with larger max_bytes="
+            )
         pinned = [r for r in store.residents if r is not None and r.pins]
         names = sorted({r.name for r in pinned})
         held = in_words(sum(r.nbytes for r in pinned))

@@ -16,7 +16,7 @@ from lora_ext._checks import require
 from lora_ext.adapter import AdapterConfig
 from lora_ext.rows import UnknownAdapterError
 
-from ._pages import PackedAdapter
+from ._pages import PackedAdapter, in_one_mapping
 from ._placement import find_place, resize, set_sizes
 from ._store import PageStore, Placement, Resident
 
@@ -191,7 +191,7 @@ class Residence:
         old = self.by_name.get(name)
         order = [*([old] if old else []), *(r for r in self.by_name.values() if r is not old)]
         place = find_place(self._store, name, packed, order)
-        saved = [self._store.download(victim) for victim in place.victims]
+        saved = [in_one_mapping(self._store.download(victim)) for victim in place.victims]
         try:
             resize(self._store, place)
             written = self._store.upload(packed, place)

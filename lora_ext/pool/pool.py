@@ -22,7 +22,7 @@ from lora_ext.adapter import (
     model_name,
 )
 
-from ._pages import PackedAdapter, in_words, page_count, read_packed
+from ._pages import PackedAdapter, in_one_mapping, in_words, page_count, read_packed
 from ._residence import Residence
 from ._store import PageStore, Resident
 
@@ -238,7 +238,7 @@ class AdapterPool:
         packed: dict[str, PackedAdapter] = {}
         for name, source in named.items():
             self._residence.check_new(name)
-            packed[name] = self._read("prefetch", source, strict)
+            packed[name] = in_one_mapping(self._read("prefetch", source, strict))
         size = sum(p.nbytes for p in packed.values())
         with self._lock:
             for name in packed:

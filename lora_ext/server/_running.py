@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import uvicorn
 
-from lora_ext._checks import instance, integer, require
+from lora_ext._checks import instance, integer, number, require
 from lora_ext.layers import exact, packing
 from lora_ext.serving import Embedder, Engine, pooling_of, preparation_of
 
@@ -47,6 +47,8 @@ class Settings:
             copy is made if it would take more than a quarter of the free memory.
         exact: whether to make the model :func:`exact <lora_ext.exact>`: the log-probabilities of an
             answer then have the bits of a trainer's forward. The model must be on the CPU.
+        max_loaded_bytes, host_cache_bytes, max_wait_s: see :class:`~lora_ext.serving.Engine`. An
+            embedding model computes requests in the order of arrival, whatever `max_wait_s` is.
     """
 
     model: str | os.PathLike[str]
@@ -61,6 +63,9 @@ class Settings:
     origins: Sequence[str] = ()
     pack: bool = True
     exact: bool = False
+    max_loaded_bytes: int | None = None
+    host_cache_bytes: int = 1 << 30
+    max_wait_s: float = 3.0
 
     def check(self) -> None:
         """Check the settings before the model is read.
@@ -82,9 +87,14 @@ class Settings:
         require(there, _WHERE, "--model", "a folder of a transformers model", found)
         instance(_WHERE, "--host", self.host, str)
         integer(_WHERE, "--port", self.port, 0, 65535, expected="0 to 65535")
-        for name in ("max_requests", "max_rank", "context", "max_body"):
-            value, words = getattr(self, name), ("an integer, at least 1", "at least 1")
-            integer(_WHERE, f"--{name.replace('_', '-')}", value, 1, expected=words)
+        counts = ["max_requests", "max_rank", "context", "max_body", "host_cache_bytes"]
+        counts += [] if self.max_loaded_bytes is None else ["max_loaded_bytes"]
+        for name in counts:
+            least = 0 if name == "host_cache_bytes" else 1
+            words = f"an integer, at least {least}", f"at least {least}"
+            flag = f"--{name.replace('_', '-')}"
+            integer(_WHERE, flag, getattr(self, name), least, expected=words)
+        number(_WHERE, "--max-wait-s", self.max_wait_s, 0)
         # A str is not accepted, although it is a sequence: its characters would be the origins.
         instance(_WHERE, "--allow-origin", self.origins, (list, tuple))
         if self.device is not None:
@@ -133,15 +143,14 @@ class Settings:
         model = model.to(default if self.device is None else self.device)
         if self.exact:
             exact(model)
-        how: dict[str, Any] = {
-            name: getattr(self, name) for name in ("max_requests", "max_rank", "context")
-        }
+        shared = "max_requests", "max_rank", "context", "max_loaded_bytes", "host_cache_bytes"
+        how: dict[str, Any] = {name: getattr(self, name) for name in shared}
         if embeds is None:
             if self.pack and not self.exact:
                 found = packing(model)
                 say(f"{found}{'; --no-pack disables packing' if found.fits else ''}")
                 how["pack_base"] = found.fits
-            return Engine(model, tokenizer, self.adapters, **how)
+            return Engine(model, tokenizer, self.adapters, max_wait_s=self.max_wait_s, **how)
         pooling, normalize = embeds
         how |= {"pooling": pooling, "normalize": normalize}
         how["preparation"] = preparation_of(self.model)

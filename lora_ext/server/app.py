@@ -57,7 +57,7 @@ class _Refusals:
 
     def __call__(self, request: Request, error: Exception) -> Response:
         code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), 500)
-        code = getattr(error, "status_code", code)
+        code = 400 if getattr(error, "final", False) else getattr(error, "status_code", code)
         headers = {"Retry-After": "1"} if code == 429 else getattr(error, "headers", None)
         if code == 405 and request.method == "OPTIONS":
             allowed = (headers or {}).get("Allow", "")

@@ -155,6 +155,7 @@ class AdapterRequests:
         self._running = False
         self.computed = 0
         self.paused, self._held = False, threading.Event()
+        self.freed: Callable[[], object] = int  # called when no request pins an adapter any more
         self._choosing: list[_Request] = []
         self._constrained: list[Standing] = []
         self._processed: list[tuple[int, Any, Tensor]] = []
@@ -355,8 +356,11 @@ class AdapterRequests:
                 others = {*scheduler.active_requests, *scheduler.waiting_requests} - {request_id}
                 if any(self._root_id(other) == root for other in others):
                     return
-            self._requests.pop(root).lease.__exit__()
+            lease = self._requests.pop(root).lease
+            lease.__exit__()
             self._unpinned.notify_all()
+        if not all(resident.pins for resident in lease.residents):
+            self.freed()
 
     def _root_id(self, request_id: str) -> str:
         """Return the id of the request from which ``request_id`` was forked, or ``request_id``."""
@@ -367,6 +371,7 @@ class AdapterRequests:
         with self._unpinned:
             _unpin_all(self._requests)
             self._unpinned.notify_all()
+        self.freed()
 
     def _deliver(self, original: _Method, outputs: Any) -> None:
         for output in outputs if isinstance(outputs, list) else [outputs]:  # one, or a batch
@@ -624,6 +629,18 @@ def adapter_requests(manager: Any) -> AdapterRequests:
 def unfinished(manager: Any) -> int:
     """Return the number of waiting and running requests, each of which pins its adapter."""
     return len(adapter_requests(manager)._requests)
+
+
+def pins_adapters(manager: Any) -> bool:
+    """Return whether a waiting or running request pins an adapter."""
+    own = adapter_requests(manager)
+    with own._unpinned:
+        return any(request.lease.residents for request in own._requests.values())
+
+
+def when_freed(manager: Any, call: Callable[[], object]) -> None:
+    """Call a function, in any thread, whenever the last request of an adapter unpins it."""
+    adapter_requests(manager).freed = call
 
 
 def load_of(manager: Any) -> Load:

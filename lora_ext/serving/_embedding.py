@@ -70,6 +70,7 @@ class Embedder(ServedPool):
         normalize: whether to divide vectors by their length.
         max_requests: maximum number of waiting and running requests.
         max_rank: largest rank of an adapter.
+        max_loaded_bytes, host_cache_bytes: see :class:`Engine`.
         context: maximum number of tokens of a text.
         max_batch_tokens: maximum number of tokens in a forward, including padding. A longer text is
             computed in a separate forward.
@@ -86,12 +87,15 @@ class Embedder(ServedPool):
         normalize: bool = True,
         max_requests: int = 64,
         max_rank: int = 64,
+        max_loaded_bytes: int | None = None,
+        host_cache_bytes: int = 1 << 30,
         context: int = 4096,
         max_batch_tokens: int = 4096,
         preparation: Preparation | None = None,
     ):
         self.pooling, self.normalize = choice("Embedder", "pooling", pooling, POOLINGS), normalize
-        super().__init__(model, tokenizer, folder, max_requests, max_rank)
+        limits = max_rank, max_loaded_bytes, host_cache_bytes
+        super().__init__(model, tokenizer, folder, max_requests, *limits)
         self.max_batch_tokens, self.preparation = max_batch_tokens, preparation
         self.dimensions = model.config.get_text_config().hidden_size
         self.context = min(context, _positions(model))

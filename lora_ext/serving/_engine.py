@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import itertools
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from lora_ext._checks import require
-from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
+from lora_ext.pool import AdapterFolder, AdapterPool, PoolFullError, UnknownAdapterError
 from lora_ext.rows import last_start
 
 from ._constraining import limits_of
-from ._continuous import adapter_requests, load_of, unfinished
+from ._continuous import adapter_requests, load_of, pins_adapters, unfinished, when_freed
 from ._formats import Format
 from ._metrics import Load
 from ._sampling import Logprobs, Sampling
@@ -62,9 +64,13 @@ class ServedPool:
         folder: str | os.PathLike[str],
         max_requests: int,
         max_rank: int,
+        max_loaded_bytes: int | None,
+        host_cache_bytes: int,
     ):
         self.tokenizer, self.max_requests = tokenizer, max_requests
-        self.pool = AdapterPool(model, max_requests, max_rank, pages=2 * max_requests)
+        limits: dict[str, Any] = {"max_bytes": max_loaded_bytes}
+        limits |= {"host_cache_bytes": host_cache_bytes, "pages": 2 * max_requests}
+        self.pool = AdapterPool(model, max_requests, max_rank, **limits)
         self.folder = AdapterFolder(self.pool, folder)
         self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
         self._preparing = 0  # number of requests that are being tokenized
@@ -79,6 +85,7 @@ class ServedPool:
     def stats(self) -> dict[str, int]:
         """Return metrics: the numbers of ended and current requests, and the pool's statistics."""
         pool = {f"pool_{k}": v for k, v in self.pool.stats().items() if isinstance(v, int)}
+        pool["pool_cache_limit_bytes"] = self.pool.host_cache_bytes
         return {**self._counts, "requests": self.requests, **pool}
 
     @contextlib.contextmanager
@@ -119,6 +126,12 @@ class Engine(ServedPool):
             adapter.
         max_rank: largest rank of an adapter. The pool has room for ``max_requests`` adapters of
             rank 16.
+        max_loaded_bytes: maximum bytes of the adapters on the device, with their tables; None sets
+            no further limit.
+        host_cache_bytes: maximum bytes of evicted adapters in host memory. An adapter that exceeds
+            it is read from its folder again at its next use.
+        max_wait_s: time in seconds after which a request that waits for room in the pool goes
+            first: later requests of other adapters, even of loaded ones, then wait for it.
         context: maximum number of tokens in the prompt and answer of one request. The cache of keys
             and values has room for four requests of this length, or for ``max_requests`` requests
             of 256 tokens if that is more.
@@ -134,6 +147,9 @@ class Engine(ServedPool):
         *,
         max_requests: int = 64,
         max_rank: int = 64,
+        max_loaded_bytes: int | None = None,
+        host_cache_bytes: int = 1 << 30,
+        max_wait_s: float = 3.0,
         context: int = 4096,
         pack_base: bool = False,
         page_size: int = 64,
@@ -141,7 +157,8 @@ class Engine(ServedPool):
     ):
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        super().__init__(model, tokenizer, folder, max_requests, max_rank)
+        limits = max_rank, max_loaded_bytes, host_cache_bytes
+        super().__init__(model, tokenizer, folder, max_requests, *limits)
         self.model = model
         self.context = min(context, model.config.get_text_config().max_position_embeddings)
         ends = model.generation_config.eos_token_id
@@ -155,6 +172,8 @@ class Engine(ServedPool):
         )
         self._streams: set[RequestStream] = set()
         self._ahead = Ahead(page_size, lambda: self.healthy)
+        self._turns = Turns(max_wait_s)
+        when_freed(self.manager, self._turns.free)
         self._building = asyncio.Semaphore(2)
         self._vocabulary: Any = None
         self._token_texts: dict[int, str] = {}
@@ -176,6 +195,7 @@ class Engine(ServedPool):
         self._stopped = True
         for stream in list(self._streams):
             stream.interrupt("the server is stopping")
+        self._turns.wake()
 
     def pause(self) -> None:
         """Hold all requests: wait for the current step, and compute no other one.
@@ -219,7 +239,8 @@ class Engine(ServedPool):
     ) -> RequestStream:
         """Start a request: load its adapter if necessary, pin it, and add the prompt to the batch.
 
-        An activated adapter applies only after its invocation, a token sequence in the prompt.
+        An activated adapter applies only after its invocation, a token sequence in the prompt. If
+        other requests pin all adapters of the pool, the request waits until there is room.
 
         Args:
             prompt: messages for the tokenizer's chat template, a text, or its token ids.
@@ -246,11 +267,11 @@ class Engine(ServedPool):
                 for ``form``.
             NotImplementedError: If ``form`` cannot be expressed as a constraint.
             UnknownAdapterError: If the folder has no such adapter.
-            PoolFullError: If the pool has no room for the adapter.
+            PoolFullError: If the pool has no room for the adapter although no request pins one.
 
         Errors of :meth:`AdapterPool.load` are raised, too.
         """
-        with self._prepared("begin"):
+        with self._prepared("begin"), self._turns.take(adapter_name) as turn:
             async with self._encoding:
                 ids = await asyncio.to_thread(self.encode, prompt)
             room = self.context - len(ids)
@@ -269,23 +290,36 @@ class Engine(ServedPool):
                 how["eos_token_id"] = [*ends, *stop_token_ids]
             if form is not None:
                 how["constraint"] = await self._constraint(form)
-            for left in reversed(range(_TRIES)):
-                await self._load(adapter_name)
+            while True:
+                await self._turns.wait(turn)
+                pinned, freed = pins_adapters(self.manager), self._turns.freed
                 try:
-                    asked = self._asked(ids, adapter_name)
-                    if logprobs is None or logprobs.prompt_top is None:
-                        await self._ahead.wait(asked)
-                    if self._stopped:
-                        raise StoppedError("begin: the server is stopping")
-                    stream = RequestStream(self.manager, ids, **how)
-                except UnknownAdapterError:
-                    if not left:
+                    return await self._started(turn, ids, how)
+                except PoolFullError as error:
+                    if error.final or not pinned:
                         raise
-                else:
-                    self._streams.add(stream)
-                    self._ahead.begins(stream, asked)
-                    return stream
-            raise AssertionError("the last attempt returns or raises")
+                    await self._turns.room(turn, freed)
+
+    async def _started(self, turn: Turn, ids: list[int], how: dict[str, Any]) -> RequestStream:
+        """Load and pin the adapter of a request, and add the request to the batch."""
+        for left in reversed(range(_TRIES)):
+            await self._load(turn.name)
+            try:
+                asked = self._asked(ids, turn.name)
+                if how["logprobs"] is None or how["logprobs"].prompt_top is None:
+                    await self._ahead.wait(asked)
+                await self._turns.wait(turn)
+                if self._stopped:
+                    raise StoppedError("begin: the server is stopping")
+                stream = RequestStream(self.manager, ids, **how)
+            except UnknownAdapterError:
+                if not left:
+                    raise
+            else:
+                self._streams.add(stream)
+                self._ahead.begins(stream, asked)
+                return stream
+        raise AssertionError("the last attempt returns or raises")
 
     def _check_tokens(self, new: int, sampling: Sampling | None, stops: Sequence[int]) -> None:
         """Raise ValueError for an unknown token, or for ``min_tokens`` above ``new``."""
@@ -423,3 +457,86 @@ class Ahead:
             if stream.tokens:
                 self._read.append(asked)
             event.set()
+
+
+# -------------------------------------------------------------------------------------------------
+# Waiting for room in the pool
+@dataclass(eq=False)
+class Turn:
+    """Request in the order of arrival."""
+
+    name: str | None
+    number: int
+    since: float = 0.0  # time at which it began to wait for room
+    again: asyncio.Event = field(default_factory=asyncio.Event)  # there may be room
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # it has room, or it has failed
+
+
+class Turns:
+    """Order in which requests get room in a pool.
+
+    A request without room waits until an adapter is unpinned, and then tries again. Meanwhile,
+    requests for which there is room overtake it, but not after ``max_wait_s`` seconds.
+
+    Args:
+        max_wait_s: time in seconds for which others may overtake a request.
+
+    Attributes:
+        freed: number of calls of :meth:`free`.
+    """
+
+    def __init__(self, max_wait_s: float):
+        self.freed = 0
+        self._max_wait_s, self._clock, self._numbers = max_wait_s, time.monotonic, itertools.count()
+        self._waiting: list[Turn] = []  # in the order of arrival
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @contextlib.contextmanager
+    def take(self, name: str | None) -> Iterator[Turn]:
+        """Return a turn for a request of an adapter; at its end, others may have room."""
+        turn = Turn(name, next(self._numbers))
+        try:
+            yield turn
+        finally:
+            turn.gone.set()
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+                self.wake(1)
+            for other in [each for each in self._waiting if each.name == name]:
+                other.again.set()
+
+    async def wait(self, turn: Turn) -> None:
+        """Wait for earlier requests of other adapters that have waited too long for room."""
+        while turn.name is not None:
+            limit = self._clock() - self._max_wait_s
+            first = next((other for other in self._waiting if other.since <= limit), turn)
+            if first.number >= turn.number or first.name == turn.name:
+                return
+            await first.gone.wait()
+
+    async def room(self, turn: Turn, freed: int) -> None:
+        """Wait until there may be room for a request, after it found none.
+
+        Args:
+            turn: the request.
+            freed: value of :attr:`freed` before the request tried to get room.
+        """
+        self._loop = asyncio.get_running_loop()
+        if turn not in self._waiting:
+            turn.since = self._clock()
+            bisect.insort(self._waiting, turn, key=lambda each: each.number)
+        if self.freed == freed:
+            await turn.again.wait()
+        turn.again.clear()
+
+    def free(self) -> None:
+        """Make the first waiting request try again. Any thread may call this method."""
+        self.freed += 1
+        if self._waiting and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                self._loop.call_soon_threadsafe(self.wake, 1)
+
+    def wake(self, count: int | None = None) -> None:
+        """Make the first ``count`` waiting requests try again; None is all."""
+        for turn in self._waiting[:count]:
+            turn.again.set()

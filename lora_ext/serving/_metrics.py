@@ -35,6 +35,7 @@ _GAUGES = {
     "pool_replaced_bytes": "Bytes allocated for replaced modules.",
     "pool_cached": "Adapters in host memory.",
     "pool_cache_bytes": "Bytes of the adapters in host memory.",
+    "pool_cache_limit_bytes": "Maximum number of bytes of the adapters in host memory.",
 }
 
 

@@ -49,7 +49,7 @@ def save_model(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Any]:
+def serving(folder: Path, **how: Any) -> Iterator[Any]:
     """Yield a client for a server of a new model in ``folder``, which runs in a separate thread."""
     import httpx
 
@@ -71,7 +71,8 @@ def serving(folder: Path) -> Iterator[Any]:
         if " answers at " in line:
             started.set()
 
-    settings = Settings(folder / "tiny", folder / "adapters", port=0, max_body=LIMIT)
+    how = {"port": 0, "max_body": LIMIT, **how}
+    settings = Settings(folder / "tiny", folder / "adapters", **how)
     thread = threading.Thread(target=serve, args=(settings, say))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_running, "make_app", make_app)

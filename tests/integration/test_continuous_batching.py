@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import CompileConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 import lora_ext
+from lora_ext.layers import requests_apart
+from lora_ext.layers.model import _attention
 from lora_ext.serving._continuous import load_of
 
 NEW = 6
@@ -487,3 +490,39 @@ def test_manager_that_never_started_releases_its_adapters(end: str) -> None:
         del manager
         gc.collect()
     assert pool.stats()["pins"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_requests_use_one_thread_for_attention_with_the_same_bits(dtype: torch.dtype) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    queries, keys = [1, 5, 700], [60, 5, 700]
+    ends = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys)]
+    q, k, v = (torch.randn(1, 3, sum(n), 64).to(dtype) for n in (queries, keys, keys))
+    mask = torch.zeros(1, 1, sum(queries), sum(keys), dtype=dtype)
+    used: list[tuple[int, int]] = []
+
+    def attention(
+        module: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        with ThreadPoolExecutor(1) as other:
+            used.append((torch.get_num_threads(), other.submit(torch.get_num_threads).result()))
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return found.transpose(1, 2), None
+
+    def without_ends(*given: Any, **how: Any) -> Any:
+        return attention(*given)
+
+    how = {"cu_seq_lens_q": ends[0], "cu_seq_lens_k": ends[1]}
+    try:
+        with requests_apart():
+            found, _ = _attention._each_request(without_ends, None, q, k, v, mask, **how)
+        assert used == [(1, 2), (1, 2), (2, 2)] and torch.get_num_threads() == 2
+        parts = zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2), strict=True)
+        masks = [
+            torch.zeros(1, 1, *shape, dtype=dtype) for shape in zip(queries, keys, strict=False)
+        ]
+        expected = [attention(None, *part, own)[0] for part, own in zip(parts, masks, strict=False)]
+        assert torch.equal(found, torch.cat(expected, 1))
+    finally:
+        torch.set_num_threads(threads)

@@ -5,6 +5,8 @@ They are used for exact models and for continuous batching.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +19,10 @@ from torch import Tensor
 _asked: set[Callable[..., Any]] = set()
 _lock = threading.Lock()
 _here = threading.local()
+# Products of queries and keys in the attention of a request up to which it uses one thread. To
+# start a second thread would take longer; a step of many requests would do this in every layer.
+_MOST_SERIAL = 1 << 18
+_torch = ctypes.CDLL(torch._C.__file__)
 
 
 def ask_first(function: Callable[..., Any]) -> None:
@@ -52,6 +58,24 @@ def requests_apart() -> Iterator[None]:
         _here.apart = before
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread in a ``with`` block of this thread; other threads are not affected.
+
+    ``torch.set_num_threads`` is not used, because threads that start meanwhile would adopt it.
+    """
+    before = torch.get_num_threads()
+    openmp = getattr(_torch, "omp_set_num_threads", int)
+    mkl = getattr(_torch, "MKL_Set_Num_Threads_Local", int)
+    openmp(1)
+    kept = mkl(1)  # MKL would start threads for a product outside of torch's parallel loops.
+    try:
+        yield
+    finally:
+        openmp(before)
+        mkl(kept)
+
+
 def _each_request(
     inner: Callable[..., Any],
     module: Any,
@@ -75,5 +99,7 @@ def _each_request(
     for more, length in zip(queries, keys, strict=True):
         rows, span = slice(q, q := q + more), slice(k, k := k + length)
         own = query[:, :, rows], key[:, :, span], value[:, :, span], attention_mask[..., rows, span]
-        found.append(inner(module, *own, *args, **how)[0])  # (1, more, H, D)
+        small = own[0].numel() * length <= _MOST_SERIAL
+        with _one_thread() if small else contextlib.nullcontext():
+            found.append(inner(module, *own, *args, **how)[0])  # (1, more, H, D)
     return torch.cat(found, 1), None
