@@ -64,11 +64,11 @@ inline bool shrink_aligned(const LoraArgs& args) {
 }
 
 // Returns whether expand may access y in pieces of eight outputs, and b in whole, existing page
-// rows.
+// rows whose distance in bytes has 32 bits.
 inline bool expand_aligned(const LoraArgs& args) {
     const LoraBank& bank = args.bank;
     const int64_t size = element_size(args.dtype);
-    return bank.full_pages && bank.out_features % 8 == 0 &&
+    return bank.full_pages && bank.out_features % 8 == 0 && bank.b_row_stride <= INT32_MAX / size &&
            aligned_16(args.y, {args.y_row_stride}, size) &&
            aligned_16(bank.b, {bank.b_slot_stride, bank.b_page_stride, bank.b_row_stride}, size);
 }
