@@ -3,11 +3,11 @@
 // Block (tile, range of outputs, module). A warp owns 16 rows of one adapter and 32 outputs at a
 // time: v is operand A of mma, the rows of the B pages are operand B, loaded as in lora_tile.cuh.
 // Columns are numbered so that a lane holds 8 adjacent outputs of rows g and g + 8; y is read and
-// written once, 16 bytes per access. Loads are issued a step or a product ahead, so that a turn of a
-// loop waits for memory once. Decode: the warps of a block share 16 rows and divide the outputs; two
-// memory round trips (find_tile) precede the first byte of B. Prefill: the warps divide the rows of
-// a chunk, and all but the first read B from L1; in a short chunk they also divide the outputs.
-// Bound: bytes of the B pages (decode), of y (prefill).
+// written once, 16 bytes per access. Loads are issued a step or a product ahead, so that a turn of
+// a loop waits for memory once. Decode: the warps of a block share 16 rows and divide the outputs;
+// two memory round trips (find_tile) precede the first byte of B. Prefill: the warps divide the
+// rows of a chunk, and all but the first read B from L1; in a short chunk they also divide the
+// outputs. Bound: bytes of the B pages (decode), of y (prefill).
 //
 // v is float32. For 16-bit types it is split into high + low: two products, which keep 16 bits of v
 // (bfloat16) or 22 (float16). float16 rows are first scaled to [2^14, 2^15) by a power of two, so
@@ -254,7 +254,8 @@ struct Lane {
             const int row = warp_m * kTileRows + g + 8 * h;
             const bool here = row < found.rows;
             y_end[h] = here ? end - 8 * t : 0;
-            y_row[h] = static_cast<T*>(args.y) + row_of[here ? row : 0] * args.y_row_stride + 8 * t;
+            y_row[h] = row_at<kAligned>(static_cast<T*>(args.y) + 8 * t, row_of[here ? row : 0],
+                                        args.y_row_stride);
         }
     }
     LX_DEVICE static int rank_of(int block, int t) { return block * kBlockRanks<T> + t * kVec<T>; }
@@ -273,9 +274,7 @@ struct Lane {
     // Returns the address of an output's ranks. Beyond the last output it is that of the last.
     LX_DEVICE const T* b_row(const T* page, int o, int j) const {
         const int output = lx::min(o + first_output + 2 * j, end - 1);
-        const int64_t stride = args.bank.b_row_stride;
-        if constexpr (!kAligned) return page + output * stride;
-        return lx::element(page, output, static_cast<int>(stride * sizeof(T)));
+        return row_at<kAligned>(page, output, args.bank.b_row_stride);
     }
     // Loads the B of a step whether or not the lane has ranks of the block.
     LX_DEVICE void load_b(uint4 (&b)[4], int block, int o) const {
@@ -380,8 +379,8 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
         return;
     }
     static_assert(kFusedPages == lx::kWarpSize);
-    const T* const page =
-        page_at<T>(bank, bank.b, tile.slot, number, bank.b_slot_stride, bank.b_page_stride);
+    const T* const page = page_at<T, kAligned>(bank, bank.b, tile.slot, number, bank.b_slot_stride,
+                                               bank.b_page_stride);
     if (lx::warp_id() == 0) page_of[lane] = page;
     const unsigned pages = lx::ballot_sync(lx::kFullMask, lane * kPageRanks < tile.rank && page);
     if (lx::thread_rank() == 0) found[0] = {tile.rows, tile.rank, pages};

@@ -300,8 +300,8 @@ LX_INLINE T atomic_compare_exchange(T* p, T expected, T desired) {
 // ------------------------------------------------------------------------------------------------
 // Loads and stores with cache hints. T has 4, 8 or 16 bytes (load_nc: also 2).
 
-// Returns the address of element n after p, of elements of `bytes` bytes. The product has 64 bits. In
-// a loop, the compiler would multiply by a 64-bit form of `bytes` instead, in three instructions.
+// Returns the address of element n after p, of elements of `bytes` bytes. The product has 64 bits.
+// In a loop, the compiler would multiply by a 64-bit form of `bytes`, in three instructions.
 template <class T>
 LX_INLINE T* element(T* p, int n, int bytes) {
     T* address;
