@@ -1,7 +1,6 @@
 """Time a captured decode step of an 8B model's linear layers, relative to the base model's step.
 
     python benchmarks/captured_step.py                   on a GPU, bfloat16: Llama-3-8B's shapes
-    python benchmarks/captured_step.py --overlap         updates run concurrently with base products
     python benchmarks/captured_step.py --tiny            smallest sizes, to check that it works
 
 There is one graph for each number of adapters; the adapter names change between replays
@@ -109,9 +108,6 @@ def timed(replay: Any) -> float:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, even without a GPU")
-    parser.add_argument(
-        "--overlap", action="store_true", help="overlap updates, instead of siblings in one op"
-    )
     parser.add_argument("--rows", type=int, default=64, help="rows of the step")
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
@@ -134,9 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         pool = lora_ext.AdapterPool(model, max_slots=args.rows, max_rank=RANK)
         for i in range(args.rows):
             pool.load(f"a{i}", ({**config, "lora_alpha": 8 * (1 + i % 5)}, state))
-        attached: Any = lora_ext.attach(
-            model, pool, fuse_siblings=not args.overlap, overlap=args.overlap
-        )
+        attached: Any = lora_ext.attach(model, pool, fuse_siblings=True)
         step = lora_ext.capturable(pool, args.rows)
         for adapters in (1, 16, args.rows):
             row(attached, pool, step, x, min(adapters, args.rows), base)

@@ -80,8 +80,7 @@ def legs(call: int, arch: str, out: Path) -> list[Leg]:
         ]
     if call == 3:
         command = [PY, "benchmarks/bench_lora.py", "--device", "cuda", "--out", str(out)]
-        overlap = [PY, "benchmarks/captured_step.py", "--overlap"]
-        return [Leg("captured step, overlap", overlap, 60), Leg("benchmarks", command, 470)]
+        return [Leg("benchmarks", command, 530)]
     report = ["-m", "lora_ext", "gpu-report", "--minutes", "2", "--out", f"{out}/lora_ext_gpu.json"]
     steps = [
         Leg("report", [PY, *report], 290),

@@ -3,10 +3,11 @@
 // Block (tile, range of outputs, module). A warp owns 16 rows of one adapter and 32 outputs at a
 // time: v is operand A of mma, the rows of the B pages are operand B, loaded as in lora_tile.cuh.
 // Columns are numbered so that a lane holds 8 adjacent outputs of rows g and g + 8; y is read and
-// written once, 16 bytes per access. Decode: the warps of a block share 16 rows and divide the
-// outputs; two memory round trips (find_tile) precede the first byte of B. Prefill: the warps
-// divide the rows of a chunk, and all but the first read B from L1; in a short chunk they also
-// divide the outputs. Bound: bytes of the B pages (decode), of y (prefill).
+// written once, 16 bytes per access. Loads are issued a step or a product ahead, so that a turn of
+// a loop waits for memory once. Decode: the warps of a block share 16 rows and divide the outputs;
+// two memory round trips (find_tile) precede the first byte of B. Prefill: the warps divide the
+// rows of a chunk, and all but the first read B from L1; in a short chunk they also divide the
+// outputs. Bound: bytes of the B pages (decode), of y (prefill).
 //
 // v is float32. For 16-bit types it is split into high + low: two products, which keep 16 bits of v
 // (bfloat16) or 22 (float16). float16 rows are first scaled to [2^14, 2^15) by a power of two, so
@@ -31,7 +32,8 @@ constexpr int fragment_bytes(int max_rank) {
            2 * 32 * 16;
 }
 
-// Returns fragment (row tile, block, part, half) of v: 16 bytes per lane, ready for mma_words.
+// Returns fragment (row tile, block, part, half) of v: 16 bytes per lane, the operand of mma_step
+// for words 2 half and 2 half + 1 of the lane's ranks in rows g and g + 8.
 template <class T>
 LX_DEVICE uint4* fragment(unsigned char* fragments, int blocks, int tile, int block, int part,
                           int half) {
@@ -45,41 +47,53 @@ LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float sca
                                const int32_t (&row_of)[kRows], unsigned char* fragments,
                                unsigned (&row_max)[kRows], float (&unscale)[kRows]) {
     constexpr bool kNormalise = std::is_same_v<T, lx::f16>;
-    const int threads = static_cast<int>(blockDim.x);
     const int blocks = (tile.rank + kBlockRanks<T> - 1) / kBlockRanks<T>;
     if constexpr (kNormalise) {
-        for (int i = lx::thread_rank(); i < kRows; i += threads) row_max[i] = 0;
+        for (int i = lx::thread_rank(); i < kRows; i += static_cast<int>(blockDim.x))
+            row_max[i] = 0;
         lx::syncthreads();
     }
-    // Item (row, block, t): the ranks of one row and block that lane t of four loads.
-    const int items = (tile.rows + kTileRows - 1) / kTileRows * kTileRows * blocks * 4;
-    auto slot_of = [&](int row, int block, int t, int part) {
-        return fragment<T>(fragments, blocks, row / kTileRows, block, part, row / 8 % 2) +
-               row % 8 * 4 + t;
+    // Item (row, block, t): the ranks of one row and block that lane t of four loads. A thread
+    // stores a quad of ranks at a time: an item of float32, or half of a 16-bit item.
+    constexpr unsigned kHalves = kVec<T> / 4;
+    struct Quad {
+        int row, block, t, half;
     };
-    // A thread stores four ranks at a time: an item of float32, or half of a 16-bit item.
-    constexpr int kHalves = kVec<T> / 4;
-    auto store = [&](int row, int block, int t, int half, const float (&value)[4]) {
+    const unsigned quads =
+        (tile.rows + kTileRows - 1) / kTileRows * kTileRows * blocks * 4 * kHalves;
+    const auto quad_of = [&](unsigned number) -> Quad {
+        const unsigned item = number / kHalves, of_row = item / 4 / blocks;
+        return {static_cast<int>(of_row), static_cast<int>(item / 4 - of_row * blocks),
+                static_cast<int>(item % 4), static_cast<int>(number % kHalves)};
+    };
+    // The four words of a quad are at words_of(quad)[word(i)]: two of high and two of low parts, or
+    // floats.
+    const auto words_of = [&](const Quad& q) {
+        uint4* const at = fragment<T>(fragments, blocks, q.row / kTileRows, q.block, 0, q.half);
+        return reinterpret_cast<uint32_t*>(at + q.row % 8 * 4 + q.t) + q.row / 8 % 2;
+    };
+    const auto word = [](int i) { return i / 2 * static_cast<int>(kHalves) * 32 * 4 + i % 2 * 2; };
+    const auto store = [&](uint32_t* at, const float (&value)[4]) {
         if constexpr (kHalves == 1) {
-            *slot_of(row, block, t, 0) = words_of<T>(value);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) at[word(i)] = lx::bit_cast<uint32_t>(value[i]);
         } else {
-            uint32_t high[2], low[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                high[i] = lx::pack_floats<T>(value[2 * i], value[2 * i + 1]);
-                const float2 h = lx::unpack_floats<T>(high[i]);
-                low[i] = lx::pack_floats<T>(value[2 * i] - h.x, value[2 * i + 1] - h.y);
+                const uint32_t high = lx::pack_floats<T>(value[2 * i], value[2 * i + 1]);
+                const float2 h = lx::unpack_floats<T>(high);
+                at[word(i)] = high;
+                at[word(2 + i)] = lx::pack_floats<T>(value[2 * i] - h.x, value[2 * i + 1] - h.y);
             }
-            reinterpret_cast<uint2*>(slot_of(row, block, t, 0))[half] = {high[0], high[1]};
-            reinterpret_cast<uint2*>(slot_of(row, block, t, 1))[half] = {low[0], low[1]};
         }
     };
     const bool wide = reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.row_floats % 4 == 0 &&
                       v.row_stride % 4 == 0 && v.split_stride % 4 == 0;
-    for (int quad = lx::thread_rank(); quad < items * kHalves; quad += threads) {  // whole warps
-        const int half = quad % kHalves, item = quad / kHalves;
-        const int t = item % 4, block = item / 4 % blocks, row = item / 4 / blocks;
-        const int rank = block * kBlockRanks<T> + t * kVec<T> + half * 4;
+    const unsigned first = static_cast<unsigned>(lx::thread_rank());
+    for (unsigned number = first; number < quads; number += blockDim.x) {  // whole warps
+        const Quad quad = quad_of(number);
+        const int row = quad.row;
+        const int rank = quad.block * kBlockRanks<T> + quad.t * kVec<T> + quad.half * 4;
         // For a missing row or rank, the tile's first row and rank are read instead.
         const int n = row < tile.rows ? tile.rank - rank : 0;
         const float* p = v.data + row_of[n > 0 ? row : 0] * v.row_stride + (n > 0 ? rank : 0);
@@ -106,27 +120,36 @@ LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float sca
                                         fmaxf(fabsf(value[2]), fabsf(value[3])));
             // As integers, nonnegative floats have the same order as the floats.
             lx::atomic_max(&row_max[row], lx::bit_cast<unsigned>(largest));
-            *reinterpret_cast<float4*>(slot_of(row, block, t, half)) = {value[0], value[1],
-                                                                        value[2], value[3]};
+            uint32_t* const at = words_of(quad);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) at[word(i)] = lx::bit_cast<uint32_t>(value[i]);
         } else {
-            store(row, block, t, half, value);
+            store(words_of(quad), value);
         }
     }
     if constexpr (kNormalise) {
         lx::syncthreads();
-        for (int item = lx::thread_rank(); item < items; item += threads) {
-            const int t = item % 4, block = item / 4 % blocks, row = item / 4 / blocks;
-            const int exponent = static_cast<int>(row_max[row] >> 23);  // 255: not finite
+        for (unsigned number = first; number < quads; number += blockDim.x) {
+            const Quad quad = quad_of(number);
+            const int exponent = static_cast<int>(row_max[quad.row] >> 23);  // 255: not finite
             const int shift = exponent == 255 ? 0 : lx::min(127 + 14 - exponent, 126);
             const float up = lx::bit_cast<float>(static_cast<unsigned>(127 + shift) << 23);
-            if (block == 0 && t == 0)
-                unscale[row] = lx::bit_cast<float>(static_cast<unsigned>(127 - shift) << 23);
-            const float4 first = *reinterpret_cast<float4*>(slot_of(row, block, t, 0));
-            const float4 second = *reinterpret_cast<float4*>(slot_of(row, block, t, 1));
-            store(row, block, t, 0, {first.x * up, first.y * up, first.z * up, first.w * up});
-            store(row, block, t, 1, {second.x * up, second.y * up, second.z * up, second.w * up});
+            if (quad.block == 0 && quad.t == 0 && quad.half == 0)
+                unscale[quad.row] = lx::bit_cast<float>(static_cast<unsigned>(127 - shift) << 23);
+            uint32_t* const at = words_of(quad);
+            float value[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) value[i] = up * lx::bit_cast<float>(at[word(i)]);
+            store(at, value);
         }
     }
+}
+
+// Returns lx::unpack_floats<T>(pair), for bfloat16 in two instructions instead of three.
+template <class T>
+LX_DEVICE float2 floats_of(uint32_t pair) {
+    if constexpr (std::is_same_v<T, lx::f16>) return lx::unpack_floats<T>(pair);
+    return {lx::bit_cast<float>(pair << 16), lx::bit_cast<float>(pair & 0xffff0000u)};
 }
 
 // Eight adjacent outputs of one row of y.
@@ -160,7 +183,7 @@ struct Outputs {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 if constexpr (sizeof(T) == 2) {
-                    const float2 y = lx::unpack_floats<T>(w[j]);
+                    const float2 y = floats_of<T>(w[j]);
                     out[j] = lx::pack_floats<T>(y.x + d[2 * j], y.y + d[2 * j + 1]);
                 } else {
                     out[j] = lx::bit_cast<uint32_t>(lx::bit_cast<float>(w[j]) + d[4 * i + j]);
@@ -173,14 +196,148 @@ struct Outputs {
 #pragma unroll
                 for (int j = 0; j < kVec<T>; ++j) {
                     if (i * kVec<T> + j >= n) continue;
+                    T* const at = p + i * kVec<T> + j;
                     if constexpr (sizeof(T) == 2) {
-                        p[i * kVec<T> + j] =
-                            lx::bit_cast<T>(static_cast<uint16_t>(out[j / 2] >> (16 * (j % 2))));
+                        const uint32_t word = out[j / 2] >> (16 * (j % 2));
+                        lx::store_global(at, lx::bit_cast<T>(static_cast<uint16_t>(word)));
                     } else {
-                        p[i * kVec<T> + j] = lx::bit_cast<T>(out[j]);
+                        lx::store_global(at, lx::bit_cast<T>(out[j]));
                     }
                 }
             }
+        }
+    }
+};
+
+// The tile of a block, as all its lanes read it from shared memory.
+struct Found {
+    int rows, rank;
+    unsigned pages;  // bit i is set if page i has ranks of the adapter and exists in memory
+};
+
+// Registers for the B of one product and the y of one step.
+template <class T, bool kAligned>
+struct Loads {
+    uint4 b[4];
+    Outputs<T, kAligned> y[2];
+};
+
+// What a lane has to know for its loads, products and stores. It is built twice: for the loads
+// before the wait, and again from shared memory after the fragments, so that it takes no registers
+// while the splits of v are summed.
+template <class T, bool kAligned, int kWarpsM, int kWarpsN>
+struct Lane {
+    const LoraArgs& args;
+    const T* const* page_of;
+    const Found found;
+    const int end;  // of the block's outputs
+    const int lane = lx::lane_id(), g = lane / 4, t = lane % 4;
+    // Column c of the j-th of four mma is output 8 (c / 2) + 2j + c % 2 of the warp's 32.
+    const int first_output = 8 * (g / 2) + g % 2;
+    const int blocks = (found.rank + kBlockRanks<T> - 1) / kBlockRanks<T>;
+    int warp_m, warp_n;
+    int stride;    // outputs from a step of the warp to its next one
+    T* y_row[2];   // output 8 t of rows g and g + 8
+    int y_end[2];  // a step at o has outputs for this lane in row g + 8 h if o < y_end[h]
+
+    LX_DEVICE Lane(const LoraArgs& args, const Found& found, int end, const T* const* page_of,
+                   const int32_t* row_of)
+        : args(args), page_of(page_of), found(found), end(end) {
+        // The warps along the rows are the smallest power of two that covers the row tiles; the
+        // other factor of the warps divides the outputs.
+        int log_m = 0;
+        while ((1 << log_m) < kWarpsM && (kTileRows << log_m) < found.rows) ++log_m;
+        warp_m = lx::warp_id() & ((1 << log_m) - 1), warp_n = lx::warp_id() >> log_m;
+        stride = (kWarpsM * kWarpsN * kWarpOutputs) >> log_m;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = warp_m * kTileRows + g + 8 * h;
+            const bool here = row < found.rows;
+            y_end[h] = here ? end - 8 * t : 0;
+            y_row[h] = row_at<kAligned>(static_cast<T*>(args.y) + 8 * t, row_of[here ? row : 0],
+                                        args.y_row_stride);
+        }
+    }
+    LX_DEVICE static int rank_of(int block, int t) { return block * kBlockRanks<T> + t * kVec<T>; }
+    // Returns how many ranks of the adapter follow this lane's first one of a block, that one
+    // included; none if not positive.
+    LX_DEVICE int ranks(int block) const {
+        const int rank = rank_of(block, t);
+        return found.pages >> rank / kPageRanks & 1 ? found.rank - rank : 0;
+    }
+    // Returns the address of this lane's ranks of output 0; if there are none, another valid one.
+    LX_DEVICE const T* page(int block) const {
+        const int rank = rank_of(block, t);
+        return page_of[ranks(block) > 0 ? rank / kPageRanks : lx::ffs(found.pages) - 1] +
+               rank % kPageRanks;
+    }
+    // Returns the address of an output's ranks. Beyond the last output it is that of the last.
+    LX_DEVICE const T* b_row(const T* page, int o, int j) const {
+        const int output = lx::min(o + first_output + 2 * j, end - 1);
+        return row_at<kAligned>(page, output, args.bank.b_row_stride);
+    }
+    // Loads the B of a step whether or not the lane has ranks of the block.
+    LX_DEVICE void load_b(uint4 (&b)[4], int block, int o) const {
+        const T* const at = page(block);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const T* const row = b_row(at, o, j);
+            if constexpr (kAligned)
+                b[j] = lx::load_global(reinterpret_cast<const uint4*>(row));
+            else
+                b[j] = load_words<T, false>(row, ranks(block));
+        }
+    }
+    // Loads the B of a step if `own`, that is, if the lane has ranks; otherwise b keeps its value.
+    LX_DEVICE void load_own_b(uint4 (&b)[4], const T* page, bool own, int o) const {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const T* const row = b_row(page, o, j);
+            if (own) b[j] = lx::load_global(reinterpret_cast<const uint4*>(row));
+        }
+    }
+    // Copies b with zeros for ranks that the adapter does not have.
+    LX_DEVICE void keep_own(uint4 (&own)[4], const uint4 (&b)[4], int block) const {
+        const uint4 mask = keep_elements<T>({~0u, ~0u, ~0u, ~0u}, ranks(block));
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            own[j] = {b[j].x & mask.x, b[j].y & mask.y, b[j].z & mask.z, b[j].w & mask.w};
+    }
+    // Loads the y of the step at o, `ahead` elements after y_at. Missing values keep theirs.
+    LX_DEVICE void load_y(Outputs<T, kAligned> (&y)[2], T* const (&y_at)[2], int ahead,
+                          int o) const {
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+            if (o < y_end[h]) y[h].load(y_at[h] + ahead, y_end[h] - o);
+    }
+    LX_DEVICE void multiply(float (&acc)[4][4], const uint4 (&b)[4], unsigned char* fragments,
+                            int block) const {
+#pragma unroll
+        for (int part = 0; part < kParts<T>; ++part) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const uint4 a = fragment<T>(fragments, blocks, warp_m, block, part, half)[lane];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    if (half == 0)
+                        mma_step<T>(acc[j], {a.x, a.y, a.z, a.w}, {b[j].x, b[j].y});
+                    else
+                        mma_step<T>(acc[j], {a.x, a.y, a.z, a.w}, {b[j].z, b[j].w});
+                }
+            }
+        }
+    }
+    // Adds the products of the step at o to its y, and stores the sums at y_at.
+    LX_DEVICE void store_y(const Outputs<T, kAligned> (&y)[2], T* const (&y_at)[2],
+                           const float (&acc)[4][4], const float* unscale, int o) const {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float undo =
+                std::is_same_v<T, lx::f16> ? unscale[warp_m * kTileRows + g + 8 * h] : 1.0f;
+            float d[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) d[i] = acc[i / 2][2 * h + i % 2] * undo;
+            y[h].add_store(y_at[h], y_end[h] - o, d);
         }
     }
 };
@@ -197,18 +354,18 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     lora_expand_kernel(const __grid_constant__ Modules<kModules> modules,
                        const __grid_constant__ Tiling tiling, int block_outputs) {
     constexpr int kRows = kTileRows * kWarpsM;
-    constexpr bool kNormalise = std::is_same_v<T, lx::f16>;
     LX_SHARED(int32_t, row_of, kRows);
     LX_SHARED(const T*, page_of, kFusedPages);
     LX_SHARED(unsigned, row_max, kRows);
     LX_SHARED(float, unscale, kRows);
+    LX_SHARED(Found, found, 1);
     LX_DYN_SHARED(fragments);
     const Module& module = modules.each[kModules > 1 ? blockIdx.z : 0];
     const LoraArgs& args = module.args;
     const Partials& v = module.v;
     const LoraBank& bank = args.bank;
     const int begin = static_cast<int>(blockIdx.y) * block_outputs;
-    const int lane = lx::lane_id(), g = lane / 4, t = lane % 4;
+    const int lane = lx::lane_id();
     int number = 0;  // number of page `lane` of the slot
     float scale = 1;
     const auto also = [&](int slot) {
@@ -222,106 +379,91 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
         return;
     }
     static_assert(kFusedPages == lx::kWarpSize);
-    const T* const page =
-        page_at<T>(bank, bank.b, tile.slot, number, bank.b_slot_stride, bank.b_page_stride);
+    const T* const page = page_at<T, kAligned>(bank, bank.b, tile.slot, number, bank.b_slot_stride,
+                                               bank.b_page_stride);
     if (lx::warp_id() == 0) page_of[lane] = page;
-    // Bit i is set if page i has ranks of the adapter and exists in memory.
     const unsigned pages = lx::ballot_sync(lx::kFullMask, lane * kPageRanks < tile.rank && page);
-    lx::syncthreads();  // row_of and page_of are complete
+    if (lx::thread_rank() == 0) found[0] = {tile.rows, tile.rank, pages};
+    lx::syncthreads();  // row_of, page_of and found are complete
     if (pages == 0) {
         lx::grid_dependency_wait();
         return;
     }
-    const T* const stand_in = page_of[lx::ffs(pages) - 1];
-    // The warps along the rows are the smallest power of two that covers the row tiles; the
-    // other factor of the warps divides the outputs.
-    int log_m = 0;
-    while ((1 << log_m) < kWarpsM && (kTileRows << log_m) < tile.rows) ++log_m;
-    const int warp_m = lx::warp_id() & ((1 << log_m) - 1), warp_n = lx::warp_id() >> log_m;
-    const int stride = (kWarpsM * kWarpsN * kWarpOutputs) >> log_m;
-    const int blocks = (tile.rank + kBlockRanks<T> - 1) / kBlockRanks<T>;
     const int end =
         static_cast<int>(lx::min<int64_t>(int64_t{begin} + block_outputs, bank.out_features));
-    const bool has_rows = warp_m * kTileRows < tile.rows;  // the same for the whole warp
-
-    // Column c of the j-th of four mma is output 8 (c / 2) + 2j + c % 2 of the warp's 32.
-    const int lane_output = 8 * (g / 2) + g % 2;
-    // Loads have no condition: if an output, rank, page or row is missing, another valid address is
-    // read, and the value is replaced by zero when used.
-    const auto ranks_here = [&](int block) {
-        const int rank = block * kBlockRanks<T> + t * kVec<T>;
-        return pages >> rank / kPageRanks & 1 ? tile.rank - rank : 0;
-    };
-    const auto load_b = [&](uint4(&b)[4], int o, int block) {
-        const int n = ranks_here(block), rank = block * kBlockRanks<T> + t * kVec<T>;
-        const T* page = (n > 0 ? page_of[rank / kPageRanks] : stand_in) + rank % kPageRanks;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const T* row = page + lx::min(o + lane_output + 2 * j, end - 1) * bank.b_row_stride;
-            if constexpr (kAligned)
-                b[j] = lx::load_global(reinterpret_cast<const uint4*>(row));
-            else
-                b[j] = load_words<T, false>(row, n);
-        }
-    };
-    // Returns the address of outputs o + 8 t .. + 7 of row g + 8 h, and in n how many exist.
-    const auto y_at = [&](int h, int o, int& n) {
-        const int row = warp_m * kTileRows + g + 8 * h;
-        n = row < tile.rows ? end - o - 8 * t : 0;
-        return static_cast<T*>(args.y) + row_of[n > 0 ? row : 0] * args.y_row_stride + o + 8 * t;
-    };
-    Outputs<T, kAligned> values[2];
-    const auto load_y = [&](int o) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            int n;
-            const T* y = y_at(h, o, n);
-            values[h].load(n > 0 ? y : stand_in, n);
-        }
-    };
+    using Work = Lane<T, kAligned, kWarpsM, kWarpsN>;
 
     // Loads that do not depend on v are issued before the wait for v.
-    int o = begin + warp_n * kWarpOutputs;
-    uint4 b[4];
-    load_b(b, o, 0);
-    load_y(o);
+    Loads<T, kAligned> even{}, odd{};
+    {
+        const Work work(args, {tile.rows, tile.rank, pages}, end, page_of, row_of);
+        const int o = begin + work.warp_n * kWarpOutputs;
+        if constexpr (kAligned)
+            work.load_own_b(even.b, work.page(0), work.ranks(0) > 0, o);
+        else
+            work.load_b(even.b, 0, o);
+        T* const y_at[2] = {work.y_row[0] + o, work.y_row[1] + o};
+        work.load_y(even.y, y_at, 0, o);
+    }
     lx::grid_dependency_wait();
     build_fragments<T, kRows>(v, tile, scale, row_of, fragments, row_max, unscale);
     lx::syncthreads();
-    if (!has_rows) return;
 
+    const Work work(args, found[0], end, page_of, row_of);
+    if (work.warp_m * kTileRows >= work.found.rows) return;  // the whole warp
+    const int stride = work.stride;
+    int o = begin + work.warp_n * kWarpOutputs;
+    T* y_at[2] = {work.y_row[0] + o, work.y_row[1] + o};
+
+    // One block of ranks, and each lane has all ranks of its 16 bytes or none: two steps take
+    // turns. While one is multiplied and stored, the loads of the other are under way, and each
+    // asks for the step after the other as soon as it has used its registers. Nothing is copied or
+    // masked: a lane without ranks never loads B, and its registers stay zero. (float32 has no
+    // registers for two steps.)
+    if constexpr (kAligned && sizeof(T) == 2) {
+        if (work.blocks == 1 && work.found.rank % kVec<T> == 0) {
+            const T* const own_page = work.page(0);
+            const bool own = work.ranks(0) > 0;
+            const auto step = [&](Loads<T, kAligned>& now) {
+                float acc[4][4] = {};
+                work.multiply(acc, now.b, fragments, 0);
+                work.load_own_b(now.b, own_page, own, o + 2 * stride);
+                lx::syncwarp();  // the loads of B are issued before the sums of y
+                work.store_y(now.y, y_at, acc, unscale, o);
+                work.load_y(now.y, y_at, 2 * stride, o + 2 * stride);
+                lx::syncwarp();
+                y_at[0] += stride, y_at[1] += stride;
+                o += stride;
+            };
+            work.load_own_b(odd.b, own_page, own, o + stride);
+            work.load_y(odd.y, y_at, stride, o + stride);
+#pragma unroll 1
+            while (true) {
+                step(even);
+                if (o >= end) return;
+                step(odd);
+                if (o >= end) return;
+            }
+        }
+    }
+    // Otherwise a step has a product per block of ranks. During each product, the next one's B is
+    // loaded, and during a step's last product its y. The copy that both wait for sets the ranks to
+    // zero that the adapter does not have.
+    work.keep_own(even.b, even.b, 0);
+#pragma unroll 1
     for (; o < end; o += stride) {
         float acc[4][4] = {};
-        for (int block = 0; block < blocks; ++block) {
-            // The next step's B is loaded during this product.
-            uint4 next[4];
-            const bool last = block + 1 == blocks;
-            load_b(next, last ? o + stride : o, last ? 0 : block + 1);
-            const int n = ranks_here(block);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) b[j] = keep_elements<T>(b[j], n);
-#pragma unroll
-            for (int part = 0; part < kParts<T>; ++part) {
-                const uint4 low = fragment<T>(fragments, blocks, warp_m, block, part, 0)[lane];
-                const uint4 high = fragment<T>(fragments, blocks, warp_m, block, part, 1)[lane];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) mma_words<T>(acc[j], low, high, b[j]);
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) b[j] = next[j];
+#pragma unroll 1
+        for (int block = 0; block < work.blocks; ++block) {
+            const bool last = block + 1 == work.blocks;
+            const int next = last ? 0 : block + 1;
+            if (last) work.load_y(even.y, y_at, 0, o);
+            work.load_b(odd.b, next, last ? o + stride : o);
+            work.multiply(acc, even.b, fragments, block);
+            work.keep_own(even.b, odd.b, next);
         }
-        const Outputs<T, kAligned> now[2] = {values[0], values[1]};
-        load_y(o + stride);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const float undo = kNormalise ? unscale[warp_m * kTileRows + g + 8 * h] : 1.0f;
-            float d[8];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) d[i] = acc[i / 2][2 * h + i % 2] * undo;
-            int n;
-            T* y = y_at(h, o, n);
-            now[h].add_store(y, n, d);
-        }
+        work.store_y(even.y, y_at, acc, unscale, o);
+        y_at[0] += stride, y_at[1] += stride;
     }
 }
 
@@ -348,13 +490,29 @@ LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool de
                            kThreads, bytes, stream, all, tiling(args, kRows), outputs);
 }
 
-// Returns the outputs per block at decode: 256, or 128 if 256 gives fewer than two blocks per
-// multiprocessor of an H100 (132). The choice does not change the bits of an output.
-int decode_outputs(std::span<const Module> modules) {
-    const int64_t out = largest(modules, [](const LoraBank& bank) { return bank.out_features; });
-    const int64_t tiles =
-        int64_t{num_tiles(modules[0].args, kTileRows)} * static_cast<int64_t>(modules.size());
-    return tiles * ceil_div(out, 256) < 2 * 132 ? 128 : 256;
+// Returns the outputs per block at decode. Blocks run in waves of as many as fit on the device at
+// once; a block takes about kHead steps before its warps' first step, and each warp has a step per
+// 128 outputs. A plan has entries for batches of many adapters, so the choice is the one with the
+// least time for such a batch and for one of a single adapter together. It does not change the bits
+// of an output.
+int decode_outputs(std::span<const Module> modules, int blocks_per_multiprocessor) {
+    constexpr int kHead = 4, kStep = 128;
+    const LoraArgs& args = modules[0].args;
+    const int64_t at_once = int64_t{blocks_per_multiprocessor} * lx::max(1, lx::multiprocessors());
+    int best = kStep;
+    int64_t least = INT64_MAX;
+    for (int outputs = kStep; outputs <= 8 * kStep; outputs *= 2) {
+        int64_t time = 0;
+        for (const int64_t tiles :
+             {int64_t{num_tiles(args, kTileRows)}, ceil_div(args.num_tokens, int64_t{kTileRows})}) {
+            int64_t blocks = 0;
+            for (const Module& module : modules)
+                blocks += tiles * ceil_div(module.args.bank.out_features, outputs);
+            time += ceil_div(blocks, at_once) * (kHead + outputs / kStep);
+        }
+        if (time < least) best = outputs, least = time;
+    }
+    return best;
 }
 
 }  // namespace
@@ -382,12 +540,18 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
     return with_dtype(args.dtype, [&]<class T>() {
         // Decode needs enough blocks to fill the machine; prefill, many outputs per fragment of v.
         const int chunk_rows = lora_chunk_rows(args.num_tokens);
-        const int few = chunk_rows == 16 ? decode_outputs(modules) : 256;
+        const auto few = [&](int blocks) {
+            return chunk_rows == 16 ? decode_outputs(modules, blocks) : 256;
+        };
         if (modules.size() > 1)
-            return launch_expand<T, true, 1, 4, kMaxSiblings>(modules, few, dependent, stream);
-        if (!aligned) return launch_expand<T, false, 1, 4, 1>(modules, few, dependent, stream);
+            return launch_expand<T, true, 1, 4, kMaxSiblings>(modules, few(kMinBlocks<T, true, 1>),
+                                                              dependent, stream);
+        if (!aligned)
+            return launch_expand<T, false, 1, 4, 1>(modules, few(kMinBlocks<T, false, 1>),
+                                                    dependent, stream);
         if (chunk_rows == 16)
-            return launch_expand<T, true, 1, 4, 1>(modules, few, dependent, stream);
+            return launch_expand<T, true, 1, 4, 1>(modules, few(kMinBlocks<T, true, 1>), dependent,
+                                                   stream);
         // The fragments of 128 rows of a high rank exceed the shared memory of some devices.
         const bool small = chunk_rows == 64 ||
                            fragment_bytes<T, 8 * kTileRows>(bank.max_rank) > most_dynamic_bytes();

@@ -1,6 +1,7 @@
 // Host code shared by the LoRA launchers: choice of kernels and declarations of buffers.
 #pragma once
 
+#include <bit>
 #include <span>
 
 #include "launch.cuh"
@@ -44,14 +45,25 @@ inline bool large_rank(const LoraBank& bank) {
     return bank.max_rank > kFusedRank;
 }
 
+inline Tiling tiling(const LoraPlanLayout& layout, int rows) {
+    const int per_chunk = lx::max(1, layout.chunk_rows() / rows);
+    return {per_chunk, std::countr_zero(static_cast<unsigned>(per_chunk)), layout.perm()};
+}
 inline Tiling tiling(const LoraArgs& args, int rows) {
     const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
-    return {args.plan ? lx::max(1, layout.chunk_rows() / rows) : 1, layout.perm()};
+    return args.plan ? tiling(layout, rows) : Tiling{1, 0, layout.perm()};
 }
 // Returns the maximum number of tiles of `rows` rows in a plan. Each tile has a block.
 inline unsigned num_tiles(const LoraArgs& args, int rows) {
     const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
     return static_cast<unsigned>(layout.max_chunks() * tiling(args, rows).per_chunk);
+}
+
+// Returns whether strides have 32 bits in bytes. Addresses take fewer instructions then.
+inline bool narrow(std::initializer_list<int64_t> strides, int64_t size) {
+    bool all = true;
+    for (int64_t stride : strides) all = all && stride <= INT32_MAX / size;
+    return all;
 }
 
 // Returns whether shrink may read x and a in 16-byte loads. A row must also end on 16 bytes, so
@@ -60,7 +72,9 @@ inline bool shrink_aligned(const LoraArgs& args) {
     const LoraBank& bank = args.bank;
     const int64_t size = element_size(args.dtype);
     return aligned_16(args.x, {args.x_row_stride, bank.in_features}, size) &&
-           aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size);
+           aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size) &&
+           narrow({args.x_row_stride, bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride},
+                  size);
 }
 
 // Returns whether expand may access y in pieces of eight outputs, and b in whole, existing page
@@ -70,7 +84,9 @@ inline bool expand_aligned(const LoraArgs& args) {
     const int64_t size = element_size(args.dtype);
     return bank.full_pages && bank.out_features % 8 == 0 &&
            aligned_16(args.y, {args.y_row_stride}, size) &&
-           aligned_16(bank.b, {bank.b_slot_stride, bank.b_page_stride, bank.b_row_stride}, size);
+           aligned_16(bank.b, {bank.b_slot_stride, bank.b_page_stride, bank.b_row_stride}, size) &&
+           narrow({args.y_row_stride, bank.b_slot_stride, bank.b_page_stride, bank.b_row_stride},
+                  size);
 }
 
 // The order of a row's sum over the in-features, up to rank 256: slices of `width`, each of four

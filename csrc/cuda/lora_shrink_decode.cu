@@ -35,7 +35,8 @@ LX_DEVICE void multiply(const T* const (&x)[2], const T* const (&a)[kGroupPages]
             const int k = k0 + u * kBlock<T>;
             const auto load = [&](const T* row) {
                 if constexpr (!kAligned) return load_words<T, false>(row + k, end - k);
-                return *reinterpret_cast<const uint4*>(row + lx::min(k, end - kVec<T>));
+                return lx::load_global(
+                    reinterpret_cast<const uint4*>(row + lx::min(k, end - kVec<T>)));
             };
 #pragma unroll
             for (int h = 0; h < 2; ++h) xw[u][h] = load(x[h]);
@@ -63,8 +64,12 @@ template <class T, bool kAligned, int kModules>
 __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     lora_shrink_decode_kernel(const __grid_constant__ Modules<kModules> modules,
                               const __grid_constant__ Tiling tiling, int rank_groups) {
+    // For float32, ptxas would hold back half of the loads after such addresses.
+    constexpr bool kNarrow = kAligned && sizeof(T) == 2;
     lx::grid_dependency_launch();
-    const int z = static_cast<int>(blockIdx.z), which = kModules > 1 ? z / rank_groups : 0;
+    const int z = static_cast<int>(blockIdx.z);
+    int which = kModules > 1 ? z : 0;
+    if (kModules > 1 && rank_groups > 1) which = z / rank_groups;
     const LoraArgs& args = modules.each[which].args;
     const Partials& v = modules.each[which].v;
     LX_SHARED(int32_t, row_of, kTileRows);
@@ -97,20 +102,21 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = g + 8 * h;
-        x[h] =
-            static_cast<const T*>(args.x) + row_of[row < tile.rows ? row : 0] * args.x_row_stride;
+        x[h] = row_at<kNarrow>(static_cast<const T*>(args.x), row_of[row < tile.rows ? row : 0],
+                               args.x_row_stride);
     }
-    const T* const stand_in = static_cast<const T*>(args.x) + row_of[0] * args.x_row_stride;
+    const T* const stand_in =
+        row_at<kNarrow>(static_cast<const T*>(args.x), row_of[0], args.x_row_stride);
     const T* a[kGroupPages];
     bool absent[kGroupPages] = {};
 #pragma unroll
     for (int p = 0; p < kGroupPages; ++p) {
-        const T* page = p < pages ? page_at<T>(bank, bank.a, tile.slot, number[p],
-                                               bank.a_slot_stride, bank.a_page_stride)
+        const T* page = p < pages ? page_at<T, kNarrow>(bank, bank.a, tile.slot, number[p],
+                                                        bank.a_slot_stride, bank.a_page_stride)
                                   : nullptr;
         absent[p] = !page;
         const bool mine = page && p * kPageRanks + g < ranks;
-        a[p] = mine ? page + g * bank.a_row_stride : stand_in;
+        a[p] = mine ? row_at<kNarrow>(page, g, bank.a_row_stride) : stand_in;
     }
 
     float acc[kGroupPages][4] = {};

@@ -38,8 +38,9 @@ constexpr int kSplitBatch = 8;  // splits of v whose loads are in flight togethe
 
 // The division of the chunks of a plan into row tiles.
 struct Tiling {
-    int per_chunk;  // tiles of a full chunk
-    int64_t perm;   // start of perm in the plan
+    int per_chunk;      // tiles of a full chunk, a power of two
+    int log_per_chunk;  // spares the kernels of decode a division
+    int64_t perm;       // start of perm in the plan
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -129,8 +130,8 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
         lx::syncwarp();
     };
     if (args.plan) {
-        const int chunk = index / tiling.per_chunk;
-        const int skip = index % tiling.per_chunk * kRows;
+        const int chunk = index >> tiling.log_per_chunk;
+        const int skip = (index - (chunk << tiling.log_per_chunk)) * kRows;
         const int32_t* entry = args.plan + kPlanHeader + int64_t{4} * chunk;
         const int num_chunks = args.plan[kPlanNumChunks];
         const int slot = entry[0], start = entry[1], len = entry[2];
@@ -237,14 +238,22 @@ LX_DEVICE int page_number(const LoraBank& bank, int slot, int page) {
     const int here = lx::max(lx::min(page, bank.pages_per_slot - 1), 0);
     return bank.page_table[int64_t{slot} * bank.pages_per_slot + here];
 }
+// Returns p + n * stride. kNarrow: the stride has 32 bits in bytes, and one instruction computes
+// the address instead of four.
+template <bool kNarrow, class T>
+LX_DEVICE T* row_at(T* p, int n, int64_t stride) {
+    if constexpr (kNarrow) return lx::element(p, n, static_cast<int>(stride * int64_t{sizeof(T)}));
+    return p + n * stride;
+}
 // Second step. Returns the address in `base` of the page with this number.
-template <class T>
+template <class T, bool kNarrow>
 LX_DEVICE const T* page_at(const LoraBank& bank, const void* base, int slot, int number,
                            int64_t slot_stride, int64_t page_stride) {
     const T* const p = static_cast<const T*>(base);
-    if (!bank.page_table) return p + slot * slot_stride + number * page_stride;
+    if (!bank.page_table)
+        return row_at<kNarrow>(row_at<kNarrow>(p, slot, slot_stride), number, page_stride);
     const bool absent = static_cast<uint32_t>(number) >= static_cast<uint32_t>(bank.num_pages);
-    return absent ? nullptr : p + number * page_stride;
+    return absent ? nullptr : row_at<kNarrow>(p, number, page_stride);
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -262,8 +262,8 @@ LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream) {
     while (ceil_div(bank.in_features, width.range) > kMaxGridY) width.range *= 2;
 
     const LoraPlanLayout layout{lora.num_tokens, bank.num_adapters};
-    const Tiling tiling{lx::max(1, layout.chunk_rows() / kTrainRows), layout.perm()};
-    const dim3 grid(static_cast<unsigned>(layout.max_chunks() * tiling.per_chunk),
+    const Tiling tiles = tiling(layout, kTrainRows);
+    const dim3 grid(static_cast<unsigned>(layout.max_chunks() * tiles.per_chunk),
                     static_cast<unsigned>(ceil_div(bank.in_features, width.range)));
     declare_common(lora);
     LoraArgs weights = lora;  // used to declare the pages of a, with dx as x
@@ -282,9 +282,9 @@ LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream) {
         const int bytes = shared_bytes<T>(width.pages);
         return width.pages * kPageRanks < bank.max_rank
                    ? LX_LAUNCH((lora_train_input_kernel<T, true>), grid, kThreads, bytes, stream,
-                               args, tiling, width)
+                               args, tiles, width)
                    : LX_LAUNCH((lora_train_input_kernel<T, false>), grid, kThreads, bytes, stream,
-                               args, tiling, width);
+                               args, tiles, width);
     });
 }
 

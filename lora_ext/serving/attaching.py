@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,7 +32,6 @@ from ._hooks import Hooks, is_hook, uninstall
 from ._names import CallNames
 from ._pipelines import watch_pipelines
 from .layers._multi_lora import MultiLoraLinear
-from .layers._overlap import begin_early
 from .layers._siblings import set_siblings
 from .layers.multi_lora_embedding import MultiLoraEmbedding
 from .layers.multi_lora_experts import MultiLoraExperts
@@ -111,11 +111,7 @@ def attach(
             the model does. The results are bitwise the same. The option applies on a GPU, outside
             gradients, autocast and ``torch.compile``, to plain linear base layers without hooks and
             to adapters without DoRA; other layers are computed separately.
-        overlap: whether to begin each layer's update on a second CUDA stream while its base layer
-            is computed, in calls of at most 256 rows: see
-            :mod:`lora_ext.serving.layers._overlap`. It applies under the same conditions as
-            ``fuse_siblings``, but not to the output head, and cannot be combined with
-            ``fuse_siblings``. The results are bitwise the same. It has not been timed on a GPU.
+        overlap: deprecated, without effect. Use ``fuse_siblings`` for fewer kernel launches.
 
     Returns:
         ``model``.
@@ -126,8 +122,7 @@ def attach(
         UnknownAdapterError: If the pool does not have the adapter ``default``.
         RuntimeError: If the model, or a part of it, is attached or has PEFT's layers.
         ValueError: If a module of the pool is missing in the model or has another size; if the pool
-            lacks a module of the model; if ``overlap`` and ``fuse_siblings`` are both True; or if
-            ``pack_linears`` raises.
+            lacks a module of the model; or if ``pack_linears`` raises.
         NotImplementedError: If transformers' ``tp_plan`` has sharded the weights.
 
     After any error the model is unchanged.
@@ -135,8 +130,9 @@ def attach(
     _check_module("attach", model)
     instance("attach", "pool", pool, AdapterPool)
     require_flags("attach", pack_base=pack_base, fuse_siblings=fuse_siblings, overlap=overlap)
-    one = not (overlap and fuse_siblings)
-    require(one, "attach", "overlap", "False if fuse_siblings is True", overlap)
+    if overlap:
+        text = "attach: overlap has no effect and will be removed; leave it out"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
     default = None if default == BASE else default
     if default not in (None, ERROR) and default not in pool:
         raise UnknownAdapterError(
@@ -166,8 +162,6 @@ def attach(
         pack_linears(model)
     if fuse_siblings:
         set_siblings(layers)
-    if overlap:
-        begin_early(layers)
     swap = Swap(model, layers, "attach")
     _layouts.set_tokens_first(model)
     hooked = Hooks(CallNames(pool, default)).install(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -86,3 +87,13 @@ def test_flags_from_arrays_are_accepted() -> None:
             set_active(layer, "default", not on)
             set_active(layer, "default", value)  # pyright: ignore[reportArgumentType]
             assert torch.equal(layer(x), layer.get_base_layer()(x)) is not on
+
+
+def test_overlap_is_deprecated_and_has_no_effect() -> None:
+    with pytest.warns(DeprecationWarning, match="attach: overlap has no effect") as found:
+        attached: Any = attach(overlap=True)
+    assert found[0].filename == __file__  # The warning names the caller's line.
+    lora_ext.detach(attached)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(overlap=False)

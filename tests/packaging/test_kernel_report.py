@@ -53,12 +53,13 @@ def test_trips_and_instructions_cost_what_the_model_predicts(lock) -> None:
 
 
 def test_step_whose_loads_are_waited_for_in_series_takes_their_trips(lock) -> None:
-    """Check two steps of expand, each of which waits for two trips (a shared scoreboard)."""
-    case = next(c for c in report.CASES if c.shape.startswith("D2") and "expand" in c.kernel)
-    code = lock[case.kernel]
-    assert (case.turns, code.turn) == (2, 2)
-    gap = report.launch_us(case, code) - report.launch_us(case, replace(code, turn=1))
-    assert gap == pytest.approx(report.DRAM)
+    """Check two turns of expand that wait for one trip each, and for two with one scoreboard."""
+    case = next(c for c in report.CASES if c.shape.startswith("D1") and "expand" in c.kernel)
+    code, twice = lock[case.kernel], replace(case, turns=2)
+    assert code.turn == 1
+    times = [report.launch_us(twice, replace(code, turn=trips)) for trips in (1, 2)]
+    assert times[0] - report.launch_us(case, code) == pytest.approx(report.DRAM)
+    assert times[1] - times[0] == pytest.approx(report.DRAM)
 
 
 def test_only_dependent_launches_overlap_the_previous_one(lock) -> None:
@@ -99,8 +100,8 @@ def test_dx_is_read_and_written_once() -> None:
 # Estimates of an independent cycle model of the same machine code, in us.
 RECOUNTED = [
     ("adapters: 1", "", 770, 870),
-    ("adapters: 64", "", 3500, 3800),
-    ("D4", "lora_expand", 44, 47),
+    ("adapters: 64", "", 2320, 2810),
+    ("D4", "lora_expand", 24, 29),  # its bytes; the instructions take 13.5 to 14.7
     ("CP, 8 tokens", "", 122, 150),
     ("batch 8192", "circuit_scan_kernel", 131, 180),
     ("db and dv: 8192 rows, 4096", "", 42, 46),

@@ -269,6 +269,11 @@ inline T atomic_compare_exchange(T* p, T expected, T desired,
 
 // Loads and stores with cache hints are plain here; _emu_check checks their full width.
 template <class T>
+inline T* element(T* p, int n, int bytes) {
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) +
+                                static_cast<uintptr_t>(int64_t{n} * bytes));
+}
+template <class T>
 inline T load_global(const T* p) {
     return *p;
 }

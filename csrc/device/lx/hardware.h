@@ -300,6 +300,15 @@ LX_INLINE T atomic_compare_exchange(T* p, T expected, T desired) {
 // ------------------------------------------------------------------------------------------------
 // Loads and stores. With a cache hint, T has 4, 8 or 16 bytes (load_nc: also 2).
 
+// Returns the address of element n after p, of elements of `bytes` bytes. The product has 64 bits.
+// In a loop, the compiler would multiply by a 64-bit form of `bytes`, in three instructions.
+template <class T>
+LX_INLINE T* element(T* p, int n, int bytes) {
+    T* address;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(n), "r"(bytes), "l"(p));
+    return address;
+}
+
 // Access to global memory without a hint, for a T of any size. For pointers whose address space the
 // compiler cannot deduce, for example after a selection or a round trip through shared memory.
 template <class T>

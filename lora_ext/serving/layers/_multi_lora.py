@@ -35,8 +35,6 @@ class MultiLoraLinear(PoolLayer):
 
     #: A ``Siblings`` of ``_siblings.py``, which imports this file; None without ``fuse_siblings``.
     siblings: Any = None
-    #: An ``Overlap`` of ``_overlap.py``, which imports this file; None without ``overlap``.
-    overlap: Any = None
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__(base, pool, name)
@@ -48,13 +46,6 @@ class MultiLoraLinear(PoolLayer):
         siblings = None if traced else self.siblings
         if siblings is not None:
             finished = siblings.take_output(self, x)
-            if finished is not None:
-                return finished
-        if self.overlap is not None and not traced:
-            try:
-                finished = self.overlap.output(self, x)
-            except ValueError as error:
-                raise self._explained(error) from error
             if finished is not None:
                 return finished
         y = self.base(x)
