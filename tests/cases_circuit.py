@@ -115,8 +115,9 @@ def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
     The absolute error of the logarithm of a sum of positive terms equals the relative error of the
     terms. Each position adds a few roundings (u) of numbers as large as the logits and log p, so
     the error is at most ``(8 + K) (8 + |log p|) u``. The relative error of a posterior is the
-    absolute error of its logarithm. Gradients are sums of products of such probabilities. Their
-    error is within ``64 K u`` of the sum of upstream gradients, before the last rounding.
+    absolute error of its logarithm; on a GPU, exponentials below 2^-126 are 0. Gradients are sums
+    of products of such probabilities. Their error is within ``64 K u`` of the sum of upstream
+    gradients, before the last rounding.
     """
     u = 2.0**-53 if inputs["leaf"].dtype == torch.float64 else 2.0**-24
     n_token = inputs["leaf"].shape[1]

@@ -41,11 +41,13 @@ SMALL = [
     Case(3, 2, 2, 6, 17, 10, 33, "padded"),
     Case(2, 6, 2, 11, 40, 8, 32, "holes"),
     Case(2, 5, 1, 8, 35, 3, 5, "window"),
+    Case(1, 2, 1, 3, 9, 136, 136, "causal"),  # More features than a block holds at a time.
 ]
 MEDIUM = [
     Case(1, 9, 3, 70, 70, 64, 64, "causal"),
     Case(2, 2, 1, 33, 200, 80, 128, "holes"),
     Case(1, 7, 7, 19, 300, 33, 48, "window"),
+    Case(1, 2, 1, 40, 70, 264, 200, "holes"),
 ]
 
 

@@ -351,23 +351,27 @@ def circuit_cases() -> Iterator[Case]:
         f"circuit_leaf_kernel<{BF16}>",
         "CP, 8 tokens, 32 states, 320 words, batch 1024",
         2 * rows * 320,
-        rows // 8,
+        rows // 32,  # eight lanes per row, which read three times two pieces, the last one alone
         256,
-        way=((430, 1),),
+        way=((235, 1), (141, 2), (83, 1)),
     )
     values = 8192 * 7 * 32 * 32
-    # A matrix is 1,024 elements, 32 per lane; a step waits for its norms, its row and its leaf. An
-    # element takes 13.5 instructions for norms and 29.5 for the step, or 47 in the backward.
-    for kernel, each, per_step in (("scan", 1, 43), ("scan_backward", 2, 61)):
+    # A matrix is 1,024 elements, 32 per lane; a step waits for its norms and its leaf. Its way has
+    # norms, probabilities, turns of the loops over columns (backward: rows and columns), and the
+    # rest: the shortest path, with 12 instructions for each of 12 loops over a lane's states.
+    for kernel, each, way in (
+        ("scan", 1, ((273, 7), (226, 7), (27, 4 * 7), (580, 7))),
+        ("scan_backward", 2, ((273, 7), (225, 7), (65, 16 * 7), (750, 7))),
+    ):
         yield Case(
             f"circuit_{kernel}_kernel<{BF16}, WarpTeam>",
             "HMM, 8 tokens, 32 states, batch 8192",
             2 * values * each,
             8192 // 4,
             128,
-            way=((32 * per_step, 7),),
+            way=way,
             alone=4.0,
-            turns=3 * 7 + 1,
+            turns=2 * 7 + 1,
         )
     yield from walk_cases()
     values = 33 * 320
@@ -377,7 +381,7 @@ def circuit_cases() -> Iterator[Case]:
         2 * values,
         1,
         256,
-        way=((2219, 1),),
+        way=((1960, 1),),
         alone=4.0,
     )
     yield from verify_cases(131072)
@@ -388,7 +392,7 @@ def circuit_cases() -> Iterator[Case]:
         2 * values * 1.25,
         8192,
         256,
-        way=((88, 1), (515, 4)),
+        way=((94, 1), (392, 4)),  # with LayerNorm and beta
         alone=3.2,
     )
     values = 8192 * 8192
@@ -417,30 +421,31 @@ def walk_cases() -> Iterator[Case]:
     """Yield the kernels in which one block walks one row, and attention of rows.
 
     A way has the norms of a warp's rows, then eight positions without the paths of unaligned rows.
+    The loop over the columns of a step has four turns, others have one.
     """
     said = "HMM, one row, 8 tokens, 32 states, 320 words"
     bytes_ = 8 * 32 * 320 * 2 + 7 * 32 * 32 * 2
     for kernel, threads, way, alone in (
-        ("circuit_sample_kernel<{}, WarpTeam>", 512, ((524, 4), (2625, 8)), 4.7),
+        ("circuit_sample_kernel<{}, WarpTeam>", 512, ((413, 4), (2601, 8)), 4.7),
         (
             "circuit_conditional_dist_kernel<{}, WarpTeam>",
             512,
-            ((524, 4), (1453, 8), (572, 2)),
+            ((413, 4), (1429, 8), (548, 2)),
             5.0,
         ),
-        ("circuit_argmax_kernel<{}>", 256, ((597, 8), (1008, 8), (305, 1)), 3.5),
+        ("circuit_argmax_kernel<{}>", 256, ((486, 8), (897, 8), (305, 1)), 3.5),
     ):
         yield Case(kernel.format(BF16), said, bytes_, 1, threads, way=way, alone=alone)
     prompts, rows, heads, width = 4, 1024, 32, 128
-    yield Case(  # a block has 16 rows; a warp issues 5,600 instructions for each 32 of their keys
+    yield Case(  # a block has 32 rows; a warp issues 5,013 instructions for each 32 of their keys
         f"row_attention_kernel<{BF16}, 4>",
         f"{prompts} causal prompts of {rows} tokens, {heads} heads of {width}",
         2 * 4 * prompts * rows * heads * width,
-        prompts * heads * ceil(rows / 16),
+        prompts * heads * ceil(rows / 32),
         128,
         flops=2 * 2 * prompts * heads * rows * rows / 2 * width,
-        way=((5600, (rows / 32 + 1) / 2),),
-        alone=4.2,
+        way=((5013, (rows / 32 + 1) / 2),),
+        alone=2.2,
     )
 
 
@@ -466,7 +471,7 @@ def verify_cases(words: int) -> Iterator[Case]:
         )
     yield from launches
     pick = Case(  # two searches of two trips each
-        "verify_pick_kernel", "", 0, 1, 32, way=((882, 1),), alone=5.5, turns=5, early=True
+        "verify_pick_kernel", "", 0, 1, 32, way=((834, 1),), alone=5.5, turns=5, early=True
     )
     said = launches[0].shape.replace("spec_verify:", "the four launches of spec_verify:")
     yield replace(launches[0], shape=said, beside=(*launches[1:], pick))
@@ -521,7 +526,7 @@ def layers_run(parts: int, states: int, batch: int, steps: int) -> Case | None:
 def layers_cases() -> Iterator[Case]:
     """Yield `circuit_layers` of a homogeneous HMM, forward in each precision, and backward."""
     batch, steps = 512, 31
-    outside, turn = {1: 327, 2: 356, 3: 361}, {1: 325, 2: 385, 3: 451}  # of `layers_weights_kernel`
+    outside, turn = {1: 327, 2: 356, 3: 361}, {1: 309, 2: 370, 3: 435}  # of `layers_weights_kernel`
     for states in (512, 2048):
         shape = f"HMM of {states} states, 32 steps, batch {batch}, "
         values = states * batch
@@ -612,20 +617,20 @@ COUNTED_IN = {
     f"lora_train_weights_kernel<{BF16}, 8, true>": 4672,
     f"lora_gemm_kernel<{BF16}, (Product)0, 128>": 3712,
     f"lora_gemm_kernel<{BF16}, (Product)2, 128>": 2744,
-    f"circuit_leaf_kernel<{BF16}>": 776,
-    f"circuit_scan_kernel<{BF16}, WarpTeam>": 10440,
-    f"circuit_scan_backward_kernel<{BF16}, WarpTeam>": 14400,
-    f"circuit_sample_kernel<{BF16}, WarpTeam>": 12840,
-    f"circuit_conditional_dist_kernel<{BF16}, WarpTeam>": 12656,
-    f"circuit_argmax_kernel<{BF16}>": 5784,
-    f"row_attention_kernel<{BF16}, 4>": 3144,
-    f"spec_verify_kernel<{BF16}>": 4448,
-    "verify_pick_kernel": 992,
-    f"depth_mix_kernel<{BF16}, {BF16}, false>": 824,
+    f"circuit_leaf_kernel<{BF16}>": 496,
+    f"circuit_scan_kernel<{BF16}, WarpTeam>": 11016,
+    f"circuit_scan_backward_kernel<{BF16}, WarpTeam>": 12072,
+    f"circuit_sample_kernel<{BF16}, WarpTeam>": 12592,
+    f"circuit_conditional_dist_kernel<{BF16}, WarpTeam>": 12080,
+    f"circuit_argmax_kernel<{BF16}>": 5264,
+    f"row_attention_kernel<{BF16}, 4>": 3552,
+    f"spec_verify_kernel<{BF16}>": 3824,
+    "verify_pick_kernel": 944,
+    f"depth_mix_kernel<{BF16}, {BF16}, false>": 688,
     "layers_leaves_kernel": 344,
-    "layers_weights_kernel<1>": 944,
-    "layers_weights_kernel<2>": 1048,
-    "layers_weights_kernel<3>": 1136,
+    "layers_weights_kernel<1>": 864,
+    "layers_weights_kernel<2>": 968,
+    "layers_weights_kernel<3>": 1056,
     "layers_roots_kernel": 216,
     "layers_owed_kernel": 1648,
 }
@@ -786,18 +791,11 @@ WHY = [
         "latency of their instructions.",
     ),
     Reason(
-        "circuit_leaf_kernel<*",
-        "*",
-        "`circuit_leaf_kernel`",
-        "a row of 320 words costs 430 instructions, with two 64-bit divisions and exponentials of "
-        "five instructions; the bytes allow about 200.",
-    ),
-    Reason(
         "circuit_scan*_kernel<*",
         "*",
         "`circuit_scan_kernel` and its backward",
-        "a step costs 43 instructions per element (backward 61) and waits for three trips; four "
-        "warps per scheduler do not hide them.",
+        "a step costs 19 instructions per element of its matrix (backward 48) and 580 (750) "
+        "besides, and waits for two trips; four warps per scheduler (three) do not hide them.",
     ),
     Reason(
         "circuit_*",
@@ -810,14 +808,15 @@ WHY = [
         "row_attention_kernel<*",
         "*",
         "`row_attention_kernel`",
-        "no tensor cores and loads of two bytes: 32 keys cost a warp 5,600 instructions. The floor "
-        "has the products on tensor cores.",
+        "no tensor cores: 32 keys cost a warp of eight rows 5,013 instructions, 3,072 of them "
+        "multiply-adds. Its reads of shared memory take nearly as long. The floor has the products "
+        "on tensor cores.",
     ),
     Reason(
         "spec_verify_kernel<*",
         "*",
         "`spec_verify_kernel`",
-        "one row is one block with nine serial trips and 2,219 instructions per warp; the floor is "
+        "one row is one block with nine serial trips and 1,960 instructions per warp; the floor is "
         "an empty launch.",
     ),
     Reason(

@@ -46,6 +46,7 @@ LENGTHS = {
     "shuffle": 12 * 32,
     "vote": 11 * 32,
     "bits": 9 * 32,
+    "exp": 512,
 }
 
 

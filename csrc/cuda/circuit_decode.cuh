@@ -12,11 +12,16 @@ namespace lora_ext {
 
 constexpr int kDrawChunks = 1024;  // partial sums of a draw, in shared memory
 
-// Returns the number of lanes that read a row of V logits, so that each lane has a few loads.
+// Returns the number of lanes that read a row of V logits, so that each lane has a few loads, and
+// its logarithm.
+template <class T>
+LX_HOST_DEVICE constexpr int log_lanes_of_row(int vocabulary) {
+    const int pieces = vocabulary / kPiece<T>;
+    return pieces >= 128 ? 5 : pieces >= 64 ? 4 : pieces >= 16 ? 3 : 2;
+}
 template <class T>
 LX_DEVICE int lanes_of_row(int vocabulary) {
-    const int pieces = vocabulary / kPiece<T>;
-    return pieces >= 128 ? 32 : pieces >= 64 ? 16 : pieces >= 16 ? 8 : 4;
+    return 1 << log_lanes_of_row<T>(vocabulary);
 }
 // Returns the reduction over this lane's group of lanes, in a fixed tree.
 template <class X, class Op>

@@ -64,14 +64,15 @@ struct LayerTile {
             for (; i < stop; i += step) f(i, term_of(part, child, i - part.term, lane));
         }
     }
-    // Returns the largest term of the thread's lane. All threads of the block must call this.
+    // Returns the largest term of the thread's lane. All threads of the block must call this. A
+    // barrier must separate two calls, so that `partial` has been read; layer_product ends with one,
+    // even if the block has no results.
     LX_DEVICE float top_of(const LayersNode& node, float* partial) const {
         const int rank = lx::thread_rank(), lane = rank % kTile;
         float top = kImpossible;
         for_terms(node, lane, rank / kTile, node.width, kLayerThreads / kTile,
                   [&](int, float l) { top = fmaxf(top, l); });
         top = fmaxf(top, lx::shfl_xor_sync(lx::kFullMask, top, kTile));
-        lx::syncthreads();  // the values of the previous call have been read
         if (lx::lane_id() < kTile) partial[lx::warp_id() * kTile + lane] = top;
         lx::syncthreads();
         for (int w = 0; w < kLayerWarps; ++w) top = fmaxf(top, partial[w * kTile + lane]);

@@ -159,24 +159,28 @@ struct CircuitReverse {
             q[z] = u == kImpossible ? 0 : lost ? du[z] : du[z] / weight;
         });
     }
-    LX_DEVICE float y_at(int z, int j, float log_p) const {
-        if (walk.u[z] == kNotExact) return q[z] * lx::exp_approx(log_p) * up_weight[j];
-        return q[z] * lx::exp_approx(log_p + up[j] - walk.u[z]);
+    // Y and X from p = P[z, z'] and its logarithm, log_p().
+    template <class F>
+    LX_DEVICE float y_at(int z, int j, float p, F&& log_p) const {
+        if (walk.u[z] == kNotExact) return q[z] * p * up_weight[j];
+        return q[z] * lx::exp_approx(log_p() + up[j] - walk.u[z]);
     }
-    LX_DEVICE float x_at(int z, int j, float log_p) const {
-        if (out[j] == kNotExact) return walk.weights[z] * lx::exp_approx(log_p) * ratio[j];
-        return ratio[j] * lx::exp_approx(cur[z] + log_p - out[j]);
+    template <class F>
+    LX_DEVICE float x_at(int z, int j, float p, F&& log_p) const {
+        if (out[j] == kNotExact) return walk.weights[z] * p * ratio[j];
+        return ratio[j] * lx::exp_approx(cur[z] + log_p() - out[j]);
     }
 
     // Computes dup[z'] = sum over z of Y[z, z'].
     LX_DEVICE void project(int64_t m, const float* du, float* dup) const {
-        walk.for_own([&](int z) { walk.take_norms(m, z); });
+        walk.for_own([&](int z) { walk.take_row(m, z); });
         load_projection(m, du);
         walk.team.sync();
         const P* a = walk.matrix_row(m, 0);
         walk.for_own([&](int j) {
             float sum = 0;
-            for (int z = 0; z < n; ++z) sum += y_at(z, j, walk.log_p(a, z, j));
+            for (int z = 0; z < n; ++z)
+                sum += y_at(z, j, walk.p_at(a, z, j), [&] { return walk.log_p(a, z, j); });
             dup[j] = sum;
         });
         walk.team.sync();
@@ -188,7 +192,7 @@ struct CircuitReverse {
                          float* dcur) const {
         const float shift = shift_of(walk.max_of(cur));
         walk.for_own([&](int z) {
-            walk.take_norms(m, z);
+            walk.take_row(m, z);
             walk.weights[z] = lx::exp_approx(cur[z] - shift);
             const float value = states[slot * n + z], weight = lx::exp_approx(value - shift);
             const bool lost = weight < kTrusted && value != kImpossible;
@@ -201,14 +205,9 @@ struct CircuitReverse {
         float* const total = d;  // sum of X + Y of each row; replaces du, which is no longer needed
         walk.for_own([&](int z) {
             float sum_x = 0, sum_y = 0;
-            for_pieces(walk.matrix_row(m, z), n, walk.aligned, 0, 1, [&](int i, const auto& v) {
-#pragma unroll
-                for (int j = 0; j < kPiece<P>; ++j) {
-                    if (i + j >= n) continue;
-                    const float log_p = v[j] - walk.top[z] - walk.log_sum[z];
-                    sum_x += x_at(z, i + j, log_p);
-                    if (du) sum_y += y_at(z, i + j, log_p);
-                }
+            walk.for_probabilities(m, z, [&](int j, float p, const auto& log_p) {
+                sum_x += x_at(z, j, p, log_p);
+                if (du) sum_y += y_at(z, j, p, log_p);
             });
             dcur[z] += sum_x;
             total[z] = sum_x + sum_y;
@@ -219,9 +218,10 @@ struct CircuitReverse {
                       (row * circuit_num_transitions(c.kind, c.n_token) + m) * n * n;
         walk.for_own([&](int j) {
             for (int z = 0; z < n; ++z) {
-                const float p = walk.log_p(a, z, j);
-                float g = x_at(z, j, p) - total[z] * lx::exp_approx(p);
-                if (du) g += y_at(z, j, p);
+                const float p = walk.p_at(a, z, j);
+                const auto log_p = [&] { return walk.log_p(a, z, j); };
+                float g = x_at(z, j, p, log_p) - total[z] * p;
+                if (du) g += y_at(z, j, p, log_p);
                 to[int64_t{z} * n + j] = lx::from_float<P>(g);
             }
         });

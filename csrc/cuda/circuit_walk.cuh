@@ -7,9 +7,12 @@
 //   first the rows of its states       for the normalisers, and for projections up the tree,
 //   then the columns of its states     for the step log sum_z exp(cur[z]) softmax(a[z])[z'].
 //
-// The sums therefore need no exchange between threads, and the second read of a matrix hits L1.
+// The sums therefore need no exchange between threads, and the second read of a matrix hits L1. In
+// a step, a lane of a warp stores the probabilities of its row to shared memory, and then sums its
+// column of them.
 // Bound: the bytes of the matrices, read once from memory. A sum below kTrusted may have lost terms
-// to underflow; its owner recomputes it as log-sum-exp of exact logarithms.
+// to underflow, at most 2^-126 each, which is 2^-36 of a trusted sum; its owner recomputes it as
+// log-sum-exp of exact logarithms.
 //
 // Vectors are in shared memory and may be read by the whole team after it has synchronised; every
 // function here synchronises before it returns. Control flow around synchronisation depends only on
@@ -148,22 +151,34 @@ struct OnlineSum {
 // ------------------------------------------------------------------------------------------------
 // One row of the batch
 
+// Floats between rows of probabilities in shared memory: eight lanes that store four floats each of
+// different rows access different banks.
+constexpr int kProbabilityStride = kWarpStates + 4;
+
+// Returns the number of floats of the probabilities of a matrix that a warp may read.
+LX_HOST_DEVICE constexpr int64_t circuit_probability_floats(const CircuitParams& c) {
+    const bool kept = c.components <= kWarpStates && circuit_num_transitions(c.kind, c.n_token) > 0;
+    return kept ? kProbabilityStride * c.components : 0;
+}
 // Returns the number of floats of a team's share of dynamic shared memory, a multiple of four.
 LX_HOST_DEVICE constexpr int64_t circuit_walk_floats(const CircuitParams& c, int64_t team_scratch) {
     const int64_t levels = c.kind == CircuitKind::kBTree ? circuit_tree_levels(c.n_token) : 1;
-    return (4 * levels + (2 * levels + 4) * c.components + team_scratch + 3) / 4 * 4;
+    const int64_t first = circuit_probability_floats(c) + (c.components + 3) / 4 * 4;
+    return (first + 4 * levels + (2 * levels + 3) * c.components + team_scratch + 3) / 4 * 4;
 }
 
 template <class P, class Team>
 struct CircuitWalk {
+    static constexpr bool kWarp = Team::kScratch == 0;
     const CircuitParams& c;
     Team team;
     const P* prior;
     const P* trans;
     int n;
-    bool aligned;  // rows of trans are aligned to 16 bytes
+    bool aligned;                    // rows of trans are aligned to 16 bytes
+    float *probabilities, *weights;  // aligned to 16 bytes
     double* bases;
-    float *vectors, *weights, *top, *log_sum, *u;
+    float *vectors, *top, *log_sum, *u;
 
     LX_DEVICE CircuitWalk(const CircuitParams& c, int64_t row, bool aligned, float* scratch)
         : c(c),
@@ -172,11 +187,12 @@ struct CircuitWalk {
           trans(static_cast<const P*>(c.trans) + row * c.trans_stride),
           n(static_cast<int>(c.components)),
           aligned(aligned),
-          bases(reinterpret_cast<double*>(scratch)) {
+          probabilities(scratch),
+          weights(scratch + circuit_probability_floats(c)),
+          bases(reinterpret_cast<double*>(weights + (n + 3) / 4 * 4)) {
         const int64_t levels = c.kind == CircuitKind::kBTree ? circuit_tree_levels(c.n_token) : 1;
-        vectors = scratch + 4 * levels;
-        weights = vectors + 2 * levels * n;
-        top = weights + n;
+        vectors = reinterpret_cast<float*>(bases) + 4 * levels;
+        top = vectors + 2 * levels * n;
         log_sum = top + n;
         u = log_sum + n;
     }
@@ -230,21 +246,89 @@ struct CircuitWalk {
         return lx::to_float(a[int64_t{z} * n + j]) - top[z] - log_sum[z];
     }
 
+    // Computes the norms of row z of matrix m and, if a warp walks, stores its probabilities.
+    LX_DEVICE void take_row(int64_t m, int z) const {
+        take_norms(m, z);
+        if constexpr (kWarp) {
+            const float row_top = top[z], row_log_sum = log_sum[z];
+            float* const to = probabilities + z * kProbabilityStride;
+            for_pieces(matrix_row(m, z), n, aligned, 0, 1, [&](int i, const auto& v) {
+                float p[kPiece<P>];
+#pragma unroll
+                for (int j = 0; j < kPiece<P>; ++j)
+                    p[j] = lx::exp_approx(v[j] - row_top - row_log_sum);
+#pragma unroll
+                for (int j = 0; j < kPiece<P>; j += 4)
+                    *reinterpret_cast<float4*>(to + i + j) = {p[j], p[j + 1], p[j + 2], p[j + 3]};
+            });
+        }
+    }
+    // Returns P[z, j] of matrix `a`, whose rows have been taken.
+    LX_DEVICE float p_at(const P* a, int z, int j) const {
+        return kWarp ? probabilities[z * kProbabilityStride + j] : lx::exp_approx(log_p(a, z, j));
+    }
+    // Calls f(j, P[z, j], log_p) for a row that this thread has taken; log_p() is the logarithm.
+    template <class F>
+    LX_DEVICE void for_probabilities(int64_t m, int z, F&& f) const {
+        if constexpr (kWarp) {
+            for (int i = 0; i < n; i += 4) {
+                const float4 four =
+                    *reinterpret_cast<const float4*>(probabilities + z * kProbabilityStride + i);
+                const float p[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    if (i + j < n)
+                        f(i + j, p[j], [&] { return log_p(matrix_row(m, 0), z, i + j); });
+            }
+        } else {
+            for_pieces(matrix_row(m, z), n, aligned, 0, 1, [&](int i, const auto& v) {
+#pragma unroll
+                for (int j = 0; j < kPiece<P>; ++j) {
+                    const float own = v[j] - top[z] - log_sum[z];
+                    if (i + j < n) f(i + j, lx::exp_approx(own), [&] { return own; });
+                }
+            });
+        }
+    }
+    // Returns sum_z weights[z] P[z, j] with the probabilities in shared memory.
+    LX_DEVICE float weighted_column(int j) const {
+        const float* const column = probabilities + j;
+        float sum = 0;
+        int z = 0;
+#pragma unroll 2
+        for (; z + 4 <= n; z += 4) {
+            const float4 weight = *reinterpret_cast<const float4*>(weights + z);
+            sum += weight.x * column[z * kProbabilityStride];
+            sum += weight.y * column[(z + 1) * kProbabilityStride];
+            sum += weight.z * column[(z + 2) * kProbabilityStride];
+            sum += weight.w * column[(z + 3) * kProbabilityStride];
+        }
+#pragma unroll 1
+        for (; z < n; ++z) sum += weights[z] * column[z * kProbabilityStride];
+        return sum;
+    }
+
     // out[z'] = log sum_z exp(cur[z] + A[z, z'])
     LX_DEVICE void step(int64_t m, const float* cur, float* out) const {
         const float shift = shift_of(max_of(cur));
         for_own([&](int z) {
             weights[z] = lx::exp_approx(cur[z] - shift);
-            if (cur[z] == kImpossible) return;
-            take_norms(m, z);
+            if (cur[z] != kImpossible) return take_row(m, z);
+            float* const to = probabilities + z * kProbabilityStride;  // the row is not read
+            for (int i = 0; kWarp && i < n; i += 4)
+                *reinterpret_cast<float4*>(to + i) = {0, 0, 0, 0};
         });
         team.sync();
         const P* a = matrix_row(m, 0);
         for_own([&](int j) {
             float sum = 0;
-            for (int z = 0; z < n; ++z) {
-                if (cur[z] == kImpossible) continue;
-                sum += weights[z] * lx::exp_approx(log_p(a, z, j));
+            if constexpr (kWarp) {
+                sum = weighted_column(j);
+            } else {
+                for (int z = 0; z < n; ++z) {
+                    if (cur[z] == kImpossible) continue;
+                    sum += weights[z] * lx::exp_approx(log_p(a, z, j));
+                }
             }
             out[j] = sum < kTrusted ? exact_step(a, cur, j) : logf(sum) + shift;
         });

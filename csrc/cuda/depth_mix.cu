@@ -99,27 +99,31 @@ __global__ void __launch_bounds__(kMixThreads, 1)
         gamma.load(args.gamma[e], columns);
         float weight = kRouted ? 0.0f : number_of(args, args.weights, row, e);
 
+        // Each element is converted once. Pieces beyond the row take no part in sums, and what
+        // becomes of them is not stored.
+        float x[kHeld][P];
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) unpack_piece<T>(now.words[i], x[i]);
         float mean = 0, squares = 0;
         if (args.layer) {
             float sum = 0;
 #pragma unroll
             for (int i = 0; i < kHeld; ++i) {
-                float h[P];
-                now.unpack(i, columns, h);
+                if (!columns.has(i)) continue;
 #pragma unroll
-                for (int j = 0; j < P; ++j) sum += h[j];
+                for (int j = 0; j < P; ++j) sum += x[i][j];
             }
             mean = block.add_up(sum) / width;
+#pragma unroll
+            for (int i = 0; i < kHeld; ++i)
+#pragma unroll
+                for (int j = 0; j < P; ++j) x[i][j] -= mean;
         }
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
-            float h[P];
-            now.unpack(i, columns, h);
+            if (!columns.has(i)) continue;
 #pragma unroll
-            for (int j = 0; j < P; ++j) {
-                const float x = columns.has(i) ? h[j] - mean : 0.0f;
-                squares += x * x;
-            }
+            for (int j = 0; j < P; ++j) squares += x[i][j] * x[i][j];
         }
         const float rinv =
             1.0f / sqrtf(block.add_up(squares) / width + static_cast<float>(args.eps));
@@ -133,10 +137,9 @@ __global__ void __launch_bounds__(kMixThreads, 1)
 #pragma unroll
             for (int i = 0; i < kHeld; ++i) {
                 float scale[P];
-                now.unpack(i, columns, n[i]);
                 gamma.unpack(i, scale);
 #pragma unroll
-                for (int j = 0; j < P; ++j) n[i][j] = (n[i][j] - mean) * rinv * scale[j];
+                for (int j = 0; j < P; ++j) n[i][j] = x[i][j] * rinv * scale[j];
             }
             add_beta<T, G>(args, e, columns, 1.0f, n);
             weights.choose(args, row, [&](int other) {
@@ -156,11 +159,10 @@ __global__ void __launch_bounds__(kMixThreads, 1)
         const float factor = weight * rinv;
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
-            float h[P], scale[P];
-            now.unpack(i, columns, h);
+            float scale[P];
             gamma.unpack(i, scale);
 #pragma unroll
-            for (int j = 0; j < P; ++j) mixed[i][j] += (h[j] - mean) * factor * scale[j];
+            for (int j = 0; j < P; ++j) mixed[i][j] += x[i][j] * factor * scale[j];
         }
         add_beta<T, G>(args, e, columns, weight, mixed);
     }

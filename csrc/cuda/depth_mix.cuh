@@ -33,8 +33,21 @@ class BlockSums {
         lx::syncthreads();
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-            v[i] = mine[i * kMixWarps];
-            for (int w = 1; w < warps; ++w) v[i] += mine[i * kMixWarps + w];
+            const float* const from = mine + i * kMixWarps;
+            v[i] = from[0];
+            if (warps % 4 == 0) {
+#pragma unroll 1
+                for (int w = 0; w < warps; w += 4) {
+                    const float4 four = *reinterpret_cast<const float4*>(from + w);
+                    v[i] = w == 0 ? four.x : v[i] + four.x;
+                    v[i] += four.y;
+                    v[i] += four.z;
+                    v[i] += four.w;
+                }
+            } else {
+#pragma unroll 1
+                for (int w = 1; w < warps; ++w) v[i] += from[w];
+            }
         }
     }
     LX_DEVICE float add_up(float v) {

@@ -26,7 +26,7 @@ constexpr int64_t kSerialProducts = 1 << 18;
 Tensor lie(const Tensor& t, const void*& data, int64_t (&stride)[3]) {
     const Tensor kept = t.size(3) <= 1 || t.stride(3) == 1 ? t : t.contiguous();
     data = kept.const_data_ptr();
-    for (int i = 0; i < 3; ++i) stride[i] = kept.stride(i);
+    for (int i = 0; i < 3; ++i) stride[i] = kept.size(i) > 1 ? kept.stride(i) : 0;
     return kept;
 }
 

@@ -161,6 +161,21 @@ def test_bits_and_conversions_equal_the_formula(emulator):
     np.testing.assert_array_equal(out[8], low | (low ^ 0x8000) << 16)
 
 
+def check_exponentials(found: np.ndarray) -> None:
+    """Compare with float64: x log2(e) is rounded twice, the exponential errs by two last places."""
+    x = golden_input()[:512].view(np.int32).astype(np.float32).astype(float) * 2.0**-24
+    exact, tiny = np.exp(x), 2.0**-126
+    bound = exact * (1.23 * np.abs(x) + 4) * 2.0**-24
+    flushed = exact + bound < tiny  # the rest may be 0 only if it may be below 2^-126
+    assert 64 < flushed.sum() < 256 and (found[flushed] == 0).all()
+    wrong = np.abs(found - exact) > bound
+    assert not (wrong & ~flushed & ((found != 0) | (exact - bound >= tiny))).any()
+
+
+def test_exponentials_are_within_their_bound_and_flush_denormal_results(fast):
+    check_exponentials(run(fast, "exp", golden_input())[:512].view(np.float32).astype(float))
+
+
 def test_emulator_agrees_with_the_dump_of_a_gpu(fast):
     if not GOLDEN.exists():
         pytest.skip(f"no {GOLDEN.name} yet: run tools/wrapper_goldens.py --update on a GPU")
@@ -168,7 +183,9 @@ def test_emulator_agrees_with_the_dump_of_a_gpu(fast):
     for name, words in golden["dumps"].items():
         expected = np.array(words, np.uint32)
         out = run(fast, name, golden_input())[: len(expected)]
-        if name.startswith("mma"):  # The order of a tensor core's sum is not documented.
+        if name == "exp":
+            check_exponentials(expected.view(np.float32).astype(float))
+        elif name.startswith("mma"):  # The order of a tensor core's sum is not documented.
             actual, wanted = out.view(np.float32), expected.view(np.float32)
             scale = np.abs(wanted).max()
             np.testing.assert_allclose(actual, wanted, rtol=0, atol=16 * 2.0**-23 * scale)

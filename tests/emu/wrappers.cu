@@ -107,6 +107,14 @@ __global__ void bits_kernel(const uint32_t* in, uint32_t* out) {
     put(lx::pack_floats<lx::f16>(f, -f));
 }
 
+// Exponentials of the words as integers times 2^-24: from -128 to -64, and from 0 to 64.
+__global__ void exp_kernel(const uint32_t* in, uint32_t* out) {
+    for (int i = lx::lane_id(); i < 512; i += 32) {
+        const float x = static_cast<float>(static_cast<int32_t>(in[i])) * 0x1p-24f;
+        out[i] = lx::bit_cast<uint32_t>(lx::exp_approx(x));
+    }
+}
+
 using Kernel = void (*)(const uint32_t*, uint32_t*);
 struct Entry {
     const char* name;
@@ -128,6 +136,7 @@ const Entry kEntries[] = {
     {"shuffle", shuffle_kernel},
     {"vote", vote_kernel},
     {"bits", bits_kernel},
+    {"exp", exp_kernel},
 };
 
 }  // namespace

@@ -46,10 +46,10 @@ def test_trips_and_instructions_cost_what_the_model_predicts(lock) -> None:
     cycles = loss.values * 64 / 32 / (4 * report.SMS)  # cycles per scheduler
     assert report.launch_us(loss, slow) >= cycles / report.CLOCK
     leaf = next(c for c in report.CASES if "circuit_leaf" in c.kernel)
-    slower = replace(leaf, way=((860, 1),))
-    gap = report.launch_us(slower, lock[leaf.kernel]) - report.launch_us(leaf, lock[leaf.kernel])
-    warps = 1024 * 8 * 32  # one per row of logits
-    assert gap == pytest.approx(warps * 430 / (4 * report.SMS * report.CLOCK * report.ISSUE))
+    slow, slower = (replace(leaf, way=((2000 * n, 1),)) for n in (1, 2))  # Instructions limit both.
+    gap = report.launch_us(slower, lock[leaf.kernel]) - report.launch_us(slow, lock[leaf.kernel])
+    warps = 1024 * 8 * 32 // 4  # four rows of logits per warp
+    assert gap == pytest.approx(warps * 2000 / (4 * report.SMS * report.CLOCK * report.ISSUE))
 
 
 def test_step_whose_loads_are_waited_for_in_series_takes_their_trips(lock) -> None:
@@ -97,19 +97,21 @@ def test_dx_is_read_and_written_once() -> None:
     assert case.bytes == 2 * 2 * 8192 * 4096 + 2 * 16 * 4096 + 4 * 16 * 8192
 
 
-# Estimates of an independent cycle model of the same machine code, in us.
+# Estimates in us. An independent cycle model gave them for the machine code at that time; those of
+# kernels that have changed since (lora_expand, leaf, scan, depth_mix, row_attention) were recounted
+# by hand by the authors of the change, and so are not independent.
 RECOUNTED = [
     ("adapters: 1", "", 770, 870),
     ("adapters: 64", "", 2320, 2810),
     ("D4", "lora_expand", 24, 29),  # its bytes; the instructions take 13.5 to 14.7
-    ("CP, 8 tokens", "", 122, 150),
-    ("batch 8192", "circuit_scan_kernel", 131, 180),
+    ("CP, 8 tokens", "", 62, 72),
+    ("batch 8192", "circuit_scan_kernel", 100, 130),
     ("db and dv: 8192 rows, 4096", "", 42, 46),
-    ("four depths", "", 170, 200),
+    ("four depths", "", 124, 150),
     ("320 words", "spec_verify", 8, 11),
     ("512 states, 32 steps, batch 512, forward, fp32", "", 200, 240),
     ("512 states, 32 steps, batch 512, forward, fp16s", "", 150, 180),
-    ("causal prompts", "", 3300, 4400),
+    ("causal prompts", "", 1400, 1900),
     ("8192 rows, 4096 features, rank 16", "lora_train_input", 55, 65),
 ]
 
@@ -133,9 +135,9 @@ def test_row_names_its_instruction_count_and_a_changed_kernel_must_be_counted_ag
     found = report.rows(lock)
     assert all(row["instructions"] for row in found)
     leaf = next(c for c in report.CASES if "circuit_leaf" in c.kernel)
-    assert report.rows(lock, [leaf])[0]["instructions"] == "430"
+    assert report.rows(lock, [leaf])[0]["instructions"] == "235 + 2 x 141 + 83"
     changed = {leaf.kernel: replace(lock[leaf.kernel], length=777)}
-    with pytest.raises(SystemExit, match="counted in 776 instructions, the kernel has 777"):
+    with pytest.raises(SystemExit, match="counted in 496 instructions, the kernel has 777"):
         report.rows(changed, [leaf])
     every = {one.kernel for case in report.CASES for one in case.launches if one.way}
     assert every == set(report.COUNTED_IN)
