@@ -257,23 +257,20 @@ class AdapterRequests:
             adapter_name, allow_base = prompt.adapter, prompt.allow_base
         elif adapter_name is _NOT_GIVEN:
             (adapter_name,) = self.names.of_requests("add_request", None, 1)
-        if request_id is None:
-            with self.manager._request_lock:
-                request_id = f"req_{self.manager._request_counter}"
-                self.manager._request_counter += 1
+        request_id = self._new_id() if request_id is None else request_id
         try:
             if len(input_ids) == 0:  # an error in the manager's thread would end all requests
                 raise ValueError("add_request: input_ids: expected at least one token, found none")
             built = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
             tokens = list(map(int, input_ids))
+            _, ends = limits_of(self.manager, args, kwargs)
+            device = self.manager.model.device
+            processors = sampling and sampling.processors(len(tokens), ends, device)
             lease = self._lease(adapter_name, wait=prompt is not None)
             request = self._started_request(adapter_name, lease, request_id, tokens, allow_base)
             request.sampling, request.constraint, request.logprobs = sampling, built, logprobs
-            if sampling is not None:
-                device = self.manager.model.device
-                request.generator = sampling.generator(device)
-                _, ends = limits_of(self.manager, args, kwargs)
-                request.processors = sampling.processors(len(tokens), ends, device)
+            request.generator = sampling and sampling.generator(device)
+            request.processors = processors
             with self._unpinned:
                 if request_id in self._requests:
                     request.lease.__exit__()
@@ -309,6 +306,12 @@ class AdapterRequests:
             names = self.names.of_requests("add_requests", adapter_names, len(inputs))
             inputs = named_prompts(inputs, names, allow_base)
         return original(inputs, *args, **kwargs)
+
+    def _new_id(self) -> str:
+        """Return an id as the manager does for a request without one."""
+        with self.manager._request_lock:
+            self.manager._request_counter += 1
+            return f"req_{self.manager._request_counter - 1}"
 
     def _lease(self, name: str | None, wait: bool) -> Lease:
         """Pin an adapter; if ``wait``, wait for room in the pool while other requests run."""
