@@ -65,8 +65,8 @@ struct LayerTile {
         }
     }
     // Returns the largest term of the thread's lane. All threads of the block must call this. A
-    // barrier must separate two calls, so that `partial` has been read; layer_product ends with one,
-    // even if the block has no results.
+    // barrier must separate two calls, so that `partial` has been read. layer_product ends with
+    // one, even if the block has no results.
     LX_DEVICE float top_of(const LayersNode& node, float* partial) const {
         const int rank = lx::thread_rank(), lane = rank % kTile;
         float top = kImpossible;

@@ -1,8 +1,8 @@
 // Leaves of circuits: e = log softmax(logits)[x] of each row of V logits, and the backward pass,
 // dlogit[v] = de (1[v = x] - softmax(logits)[v]). Logits (B, K, C, V); x (B, K); e, de (B, K, C).
 //
-// Forward, a group of lanes per row of V logits, as many as the decoding kernels use, so that a lane
-// has a few loads; backward, a warp per row. 16 bytes per lane and load. Maximum and sum are updated
+// Forward, a group of lanes per row of V logits, as many as in decoding kernels, so that a lane has
+// a few loads; backward, a warp per row. A lane loads 16 bytes at a time. Maximum and sum are kept
 // online, so the logits are read once. The gradient is written once; if de is zero, the logits are
 // not read. Bound: bytes of the logits, forward once, backward twice.
 #include "circuit_decode.cuh"

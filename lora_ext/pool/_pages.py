@@ -30,7 +30,7 @@ from lora_ext.adapter import (
     read_adapter,
 )
 
-from ._memory import memory_on
+from ._memory import HostMemory, memory_on
 
 PAGE = 8
 _ALIGNMENT = 64  # in bytes; start of each tensor in a mapping
@@ -176,7 +176,7 @@ def in_one_mapping(adapter: PackedAdapter) -> PackedAdapter:
         return adapter
     names = ("a", "b", "bias", "magnitude")
     size = sum(part.nbytes + len(names) * _ALIGNMENT for part in parts.values())
-    left, modules = memory_on(torch.device("cpu"), size).tensor, {}
+    left, modules = HostMemory(size).tensor, {}
     for module, part in parts.items():
         moved: dict[str, Tensor] = {}
         for name in names:

@@ -64,7 +64,9 @@ def test_float64_results_are_within_float64_rounding() -> None:
             torch.testing.assert_close(dw, exact_dw, rtol=1e-11, atol=1e-12)
 
 
-def test_sums_of_one_term_of_probability_one_are_exact(backend: Backend) -> None:
+def test_sums_of_one_term_of_probability_one_are_exact_apart_from_exponentials(
+    backend: Backend,
+) -> None:
     program, leaf, w, _ = case("tree", 33)
     g = torch.Generator().manual_seed(3)
     leaf = torch.randint(-8, 9, leaf.shape, generator=g).float()
@@ -74,8 +76,16 @@ def test_sums_of_one_term_of_probability_one_are_exact(backend: Backend) -> None
         w[first : first + sums * terms] = rows.flatten()
     expected = reference.circuit_layers(leaf, w, program.numbers)
     on_device = program.to(torch.device(backend.device))
-    val = ops.circuit_layers(leaf.to(backend.device), w.to(backend.device), on_device)
-    assert torch.equal(val.cpu(), expected)
+    val = ops.circuit_layers(leaf.to(backend.device), w.to(backend.device), on_device).cpu()
+    possible = expected > -torch.inf
+    assert torch.equal(val > -torch.inf, possible)
+    if backend.is_twin:
+        assert torch.equal(val, expected)
+    # A kernel's exponential of x has a relative error of at most (1.23 |x| + 4) 2^-24. |x| and the
+    # values are at most `spread`; the logarithm and the sum add a rounding each.
+    spread = 2 * float(expected[possible].abs().max())
+    bound = len(matrices_of(program)) * (1.23 * spread + 4 + 2 * spread) * 2**-24
+    assert (val[possible] - expected[possible]).abs().max() <= bound
 
 
 @pytest.mark.parametrize("name", GRAPHS)

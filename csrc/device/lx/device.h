@@ -116,9 +116,9 @@ LX_DEVICE float2 to_float2(f16x2 x) {
     return __half22float2(x);
 }
 
-// Returns e^x by two instructions, or 0 if e^x is below 2^-126. (__expf takes five, to keep denormal
-// results.) Relative error on a GPU: at most 1.23 |x| 2^-24, by the roundings of log2(e) and of the
-// product, and the error of exp2_approx, two units in the last place.
+// Returns e^x by two instructions, or 0 if e^x is below 2^-126. __expf takes five, and keeps
+// denormals. Relative error on a GPU: at most 1.23 |x| 2^-24, by the roundings of log2(e) and of
+// the product, and the error of exp2_approx, two units in the last place.
 LX_DEVICE float exp_approx(float x) {
     return exp2_approx(x * 1.44269504f);
 }

@@ -361,7 +361,7 @@ void cp_async_wait_all();
 void grid_dependency_wait();
 void grid_dependency_launch();
 
-// Math. *_approx is exact here. Tests must allow for its error on a GPU by their tolerances.
+// Math. Apart from rounding, *_approx is exact here. Tolerances of tests allow for a GPU's errors.
 inline float exp2_approx(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;  // as the GPU's, which keeps no denormals
