@@ -77,7 +77,7 @@ class Choice:
         (echo, tokens), more = self._echo(), await self._of_prompt()
         if self._chat:
             yield {**self._choice({"delta": {"role": "assistant", "content": ""}}, 0), **more}
-        elif echo or more:
+        elif echo or tokens or more:
             yield {**self._choice(said(echo), 0, tokens), **more}
         if first is not None:
             yield self._choice(said(first), self.stream.decoded)
@@ -111,7 +111,7 @@ class Choice:
         if not isinstance(text, str):
             text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
         if asked.logprobs is not None:
-            entries = [None, *(self._logprobs.prompt[i] for i in range(1, len(ids)))]
+            entries = [None, *(self._logprobs.prompt.get(i) for i in range(1, len(ids)))]
             tokens = list(zip(ids, entries, self._offsets(ids), strict=True))
         self._offset, self._plain = len(text), TextStream(self.engine.tokenizer)
         return text, tokens
@@ -130,7 +130,8 @@ class Choice:
         if asked.return_token_ids:
             found["prompt_token_ids"] = ids
         if isinstance(asked, Completion) and asked.prompt_logprobs is not None:
-            entries = [self._logprobs.prompt[i] for i in range(1, len(ids))]
+            prompt = self._logprobs.prompt  # incomplete after a disconnect
+            entries = [prompt[i] for i in range(1, len(ids)) if i in prompt]
             # Another thread converts them, because they may be many.
             ranked = await asyncio.to_thread(list, map(self._ranked, entries))
             found["prompt_logprobs"] = [None, *ranked]
@@ -220,7 +221,7 @@ def _usage(choices: Sequence[Choice]) -> dict[str, int]:
 
 async def whole(asked: Chat | Completion, choices: Sequence[Choice]) -> dict[str, Any]:
     """Return the complete response to a request, after the last token of each choice."""
-    found = [await choice.whole() for choice in choices]
+    found = await asyncio.gather(*(choice.whole() for choice in choices))
     return {**_head(asked, choices), "choices": found, "usage": _usage(choices)}
 
 

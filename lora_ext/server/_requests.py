@@ -59,7 +59,7 @@ _NEUTRAL_IN_CHATS = _NEUTRAL | _by_name(
     (("in_memory", "24h"), "prompt_cache_retention"),
     (("medium",), "verbosity"),
     ((["text"],), "modalities"),
-    ((), "audio prediction web_search_options moderation reasoning_effort chat_template"),
+    ((), "audio prediction web_search_options moderation reasoning_effort chat_template suffix"),
     ((), "prompt_logprobs"),
 )
 _NEUTRAL_IN_COMPLETIONS = _NEUTRAL | _by_name(
@@ -145,6 +145,7 @@ class _Generates(_Asked):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    request_id: str | None = None
     session_id: str | None = None
 
     @model_validator(mode="before")
@@ -184,7 +185,7 @@ class _Generates(_Asked):
         Raises:
             ValueError: If fields contradict each other.
         """
-        if self.stream_options and not self.stream:
+        if self.usage_wanted and not self.stream:
             found = f"stream={self.stream}"
             raise ValueError(f"stream_options: expected only with stream=True, found {found}")
         form = read_format(self.response_format, self.structured_outputs)
@@ -299,8 +300,9 @@ def told(error: ValidationError) -> str:
         if one["type"] == "value_error" and not one["loc"]:  # the message names the field
             lines.append(one["msg"].removeprefix("Value error, "))
             continue
-        place = ".".join(map(str, one["loc"])) or "body"
+        # Parts with brackets are names of validators and types, not of fields.
+        place = ".".join(x for x in map(str, one["loc"]) if not set("[(") & set(x)) or "body"
         value = f", found {one['input']!r:.100}" if one["type"] != "missing" and one["loc"] else ""
         lines.append(f"{place}: {one['msg']}{value}")
     more = f"; and {len(found) - _MAX_ERRORS} more" if len(found) > _MAX_ERRORS else ""
-    return "; ".join(lines) + more
+    return "; ".join(dict.fromkeys(lines)) + more

@@ -66,6 +66,8 @@ class _Refusals:
         words = getattr(error, "detail", None) or str(error.args[0] if error.args else error)
         if isinstance(error, ValidationError):
             words = told(error)
+        elif isinstance(error, UnknownAdapterError):
+            words = f"{'lora_name' if 'lora' in request.url.path else 'model'}: {words}"
         return JSONResponse({"error": {"message": words, "code": code}}, code, headers)
 
 
@@ -118,13 +120,34 @@ def make_app(
 
 async def _started(begins: Iterable[Awaitable[RequestStream]]) -> list[RequestStream]:
     """Return the started requests; if one is refused, cancel the others and raise its error."""
-    found = await asyncio.gather(*begins, return_exceptions=True)
-    streams = [each for each in found if isinstance(each, RequestStream)]
-    with cancelled_on_errors(streams):
-        for each in found:
-            if isinstance(each, BaseException):
-                raise each
-    return streams
+    tasks = [asyncio.ensure_future(each) for each in begins]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for each in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(each, RequestStream):
+                each.cancel()
+        raise
+
+
+async def _while_connected(work: Any, request: Request) -> Any:
+    """Return the result of a coroutine, which is cancelled if the client disconnects."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    both = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not both[0].done():
+            raise ClientDisconnect
+        return both[0].result()
+    finally:
+        for each in both:
+            each.cancel()
 
 
 def _add_answers(
@@ -140,9 +163,16 @@ def _add_answers(
             raise ValueError(f"model: expected a text generator, found embedding model {base!r}")
         prompts, name, most = asked.prompts(), adapter(asked.model), engine.max_requests
         require(len(prompts) <= most, "begin", "prompt", f"at most {most} prompts", len(prompts))
-        jobs = [(prompt, asked.settings()) for prompt in prompts]
-        with renamed("begin", max_new_tokens=asked.limit, input_ids="prompt"):
-            streams = await _started(engine.begin(prompt, name, **how) for prompt, how in jobs)
+        while True:
+            jobs = [(prompt, asked.settings()) for prompt in prompts]
+            given = "messages" if isinstance(asked, Chat) else "prompt"
+            with renamed("begin", max_new_tokens=asked.limit, input_ids=given):
+                begins = (engine.begin(prompt, name, **how) for prompt, how in jobs)
+                streams = await _while_connected(_started(begins), request)
+            if len({stream.generation for stream in streams}) == 1:
+                break
+            for stream in streams:  # the adapter changed while they began: all use the new one
+                stream.cancel()
         of_each = zip(prompts, streams, strict=True)
         choices = [Choice(asked, engine, *each, i) for i, each in enumerate(of_each)]
         with cancelled_on_errors(streams):
@@ -229,14 +259,15 @@ def _add_models(app: FastAPI, engine: Engine | Embedder, base: str, read: Any) -
         for each in listed():
             if each["id"] == name:
                 return each
-        raise UnknownAdapterError(f"model: expected a name in /v1/models, found {name!r:.200}")
+        raise UnknownAdapterError(f"expected a name in /v1/models, found {name!r:.200}")
 
     @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Any:
         asked = await read(Load, request)
         if asked.lora_name == base:
             raise ValueError(f"lora_name: expected a name unlike the base model's, found {base!r}")
-        found = await asyncio.to_thread(engine.folder.load, asked.lora_name, asked.lora_path)
+        with renamed("load_lora_adapter", name="lora_name", path="lora_path"):
+            found = await asyncio.to_thread(engine.folder.load, asked.lora_name, asked.lora_path)
         return {"loaded": asked.lora_name, "adapter_generation": found}
 
     @app.post("/v1/unload_lora_adapter")

@@ -103,6 +103,9 @@ class ServedPool:
         self._preparing += 1
         try:
             yield
+        except asyncio.CancelledError:
+            self._counts.update(requests_total=1, cancelled_total=1)
+            raise
         finally:
             self._preparing -= 1
 
@@ -273,8 +276,13 @@ class Engine(ServedPool):
         """
         with self._prepared("begin"), self._turns.take(adapter_name) as turn:
             async with self._encoding:
-                ids = await asyncio.to_thread(self.encode, prompt)
+                job = asyncio.ensure_future(asyncio.to_thread(self.encode, prompt))
+                try:
+                    ids = await asyncio.shield(job)
+                finally:  # If this task is cancelled, the thread still uses the tokenizer.
+                    await asyncio.wait([job])
             room = self.context - len(ids)
+            require(room > 0, "begin", "input_ids", f"fewer than {self.context} tokens", len(ids))
             new = max(1, min(256, room)) if max_new_tokens is None else max_new_tokens
             expected = f"at most {self.context} tokens of prompt and answer together"
             require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} + {new}")
@@ -296,7 +304,8 @@ class Engine(ServedPool):
                 try:
                     return await self._started(turn, ids, how)
                 except PoolFullError as error:
-                    if error.final or not pinned:
+                    late = pins_adapters(self.manager) or self._turns.freed != freed
+                    if error.final or not (pinned or late):
                         raise
                     await self._turns.room(turn, freed)
 
@@ -362,7 +371,8 @@ class Engine(ServedPool):
 
     def load(self) -> Load:
         """Return the load of the manager, for routers that choose a server for each request."""
-        return load_of(self.manager)
+        found = load_of(self.manager)
+        return found._replace(waiting=[*found.waiting, *self._turns.names])
 
     def token_text(self, token: int) -> str:
         """Return the text of a token, or ``token_id:N`` if it is empty or a part of a character."""
@@ -505,6 +515,11 @@ class Turns:
             for other in [each for each in self._waiting if each.name == name]:
                 other.again.set()
 
+    @property
+    def names(self) -> list[str | None]:
+        """Adapter names of the requests that wait for room."""
+        return [turn.name for turn in self._waiting]
+
     async def wait(self, turn: Turn) -> None:
         """Wait for earlier requests of other adapters that have waited too long for room."""
         while turn.name is not None:
@@ -525,6 +540,9 @@ class Turns:
         if turn not in self._waiting:
             turn.since = self._clock()
             bisect.insort(self._waiting, turn, key=lambda each: each.number)
+        elif self.freed == freed:  # it has tried again: there may be room for the next one
+            for each in self._waiting[self._waiting.index(turn) + 1 :][:1]:
+                each.again.set()
         if self.freed == freed:
             await turn.again.wait()
         turn.again.clear()

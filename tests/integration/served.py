@@ -146,11 +146,11 @@ def by_generate(server: Any, name: str | None, words: str, count: int) -> str:
     return server.engine.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def connect(server: Any, **fields: Any) -> socket.socket:
+def connect(server: Any, path: str = "/v1/chat/completions", **fields: Any) -> socket.socket:
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.connect((server.client.base_url.host, server.client.base_url.port))
-    body = json.dumps(chat(**fields)).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    body = json.dumps(chat(**fields) if "chat" in path else fields).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     return connection

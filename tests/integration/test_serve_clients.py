@@ -50,7 +50,7 @@ def test_names_that_are_not_a_folder_return_400(server: Any, name: str) -> None:
     response = server.client.post("/v1/load_lora_adapter", json=body)
     assert response.status_code == 400
     told = response.json()["error"]["message"]
-    assert told.startswith("AdapterFolder: name: expected a folder name of")
+    assert told.startswith("load_lora_adapter: lora_name: expected a folder name of")
     assert len(told) < 400 and told.isprintable()
     listed = [m["id"] for m in server.client.get("/v1/models").json()["data"]]
     assert name not in listed

@@ -224,6 +224,69 @@ def test_client_that_disconnects_during_a_pause_is_cancelled(server: Any) -> Non
     text_of(ask(server, "a1"))
 
 
+def complete(server: Any, model: str, *prompts: list[int], **fields: Any) -> Any:
+    body = {"model": model, "prompt": [*prompts], "temperature": 0, "max_tokens": 6, **fields}
+    return server.client.post("/v1/completions", json=body)
+
+
+TOKENS = [5 + i * 7 % 90 for i in range(200)]
+
+
+def test_choices_of_a_request_that_waits_during_a_load_use_one_generation(server: Any) -> None:
+    load(server, "a4")
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        pause(server)
+        waiting = threads.submit(
+            complete, server, "mine", TOKENS, TOKENS
+        )  # the second shares pages
+        until(lambda: server.engine.requests == 2)
+        time.sleep(0.2)
+        generation = load(server, "a7")
+        resume(server)
+        found = waiting.result().json()
+    expected = complete(server, "a7", TOKENS).json()["choices"][0]["text"]
+    assert found["adapter_generation"] == generation
+    assert [choice["text"] for choice in found["choices"]] == [expected, expected]
+    settle(server)
+
+
+def test_client_that_disconnects_before_its_requests_begin_is_cancelled(server: Any) -> None:
+    pause(server)
+    try:
+        connection = connect(
+            server, "/v1/completions", model="a1", prompt=[TOKENS, TOKENS], echo=True, logprobs=1
+        )
+        until(lambda: server.engine.requests == 2)
+        connection.close()
+        settle(server)
+    finally:
+        resume(server)
+
+
+def test_wrong_prompt_is_refused_while_the_others_wait(server: Any) -> None:
+    pause(server)
+    try:
+        found = complete(server, "a1", TOKENS, TOKENS, TOKENS * 15)
+        assert found.status_code == 400
+        assert found.json()["error"]["message"].startswith("begin: prompt: expected fewer than")
+        settle(server)
+    finally:
+        resume(server)
+
+
+def test_every_prompt_ends_at_its_stop_text(server: Any) -> None:
+    first, second = TOKENS, TOKENS[:50]
+    texts = [
+        complete(server, "a1", p, max_tokens=30).json()["choices"][0]["text"]
+        for p in (first, second)
+    ]
+    stop = next(word for word in texts[1].split() if word not in texts[0].split())
+    before = computed(server)
+    found = complete(server, "a1", first, second, max_tokens=400, stop=stop).json()["choices"]
+    assert found[1]["finish_reason"] == "stop"
+    assert computed(server) - before < 250 + 500  # not 250 + 800: the second one ends early
+
+
 @pytest.mark.parametrize("mode", [None, "abort", "wait", "stop"])
 def test_other_modes_of_pause_are_refused(server: Any, mode: str | None) -> None:
     found = server.client.post("/pause", params={} if mode is None else {"mode": mode})
