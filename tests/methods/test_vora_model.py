@@ -242,7 +242,9 @@ def test_settings_that_would_split_an_image_are_refused() -> None:
 def test_placeholders_and_images_must_match_by_sample() -> None:
     model, given = seeing(), batch()
     given["images"][2] = []
-    with pytest.raises(ValueError, match=r"sample 2: expected 1 images for 1 placeholders, found 0"):
+    with pytest.raises(
+        ValueError, match=r"sample 2: expected 1 images for 1 placeholders, found 0"
+    ):
         run(model, **given)
     with pytest.raises(
         ValueError, match=r"images: sample 0: .*found a tensor of shape \(3, 4, 4\)"
