@@ -80,6 +80,7 @@ hosts: build-emu
 # Packages are downloaded while the compiler runs. Without a CUDA toolkit, they are downloaded before the build, which
 # then needs their headers.
 check: export LORA_EXT_EMU = 1
+check: export LORA_EXT_WERROR = 1
 check: $(VENV)/base.stamp
 	$(MAKE) $(if $(filter 1,$(LORA_EXT_CUDA)),-j 2) $(VENV)/extras-test-dev-demo-peers-fed-serve-clients-docs.stamp $(VENV)/editable.stamp
 	$(PY) tools/check.py

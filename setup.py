@@ -4,8 +4,8 @@ Environment: LORA_EXT_CUDA=0|1 (default: 1 if torch is a CUDA build, which needs
 build of torch, which cannot run the kernels), TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX,
 CUDAHOSTCXX, LORA_EXT_EMU=1|fast (both test-only emulator modules, or only the fast one; in-place
 builds only), LORA_EXT_SANITIZE=1 (AddressSanitizer and UndefinedBehaviorSanitizer; preload their
-libraries to load the module: `make asan`). The build downloads nothing and uses neither git nor a
-GPU.
+libraries to load the module: `make asan`), LORA_EXT_WERROR=1 (a warning of a compiler is an error).
+The build downloads nothing and uses neither git nor a GPU.
 """
 
 from __future__ import annotations
@@ -269,6 +269,7 @@ def cmake_options(torch, cxx: str, toolkit: Toolkit | None, emulator: str) -> di
         "LORA_EXT_EMU": "ON" if emulator else "OFF",
         "LORA_EXT_EMU_CHECK": "ON" if emulator == "1" else "OFF",
         "LORA_EXT_SANITIZE": "ON" if sanitized() else "OFF",
+        "CMAKE_COMPILE_WARNING_AS_ERROR": os.environ.get("LORA_EXT_WERROR", "0"),
         "LORA_EXT_TORCH_INCLUDE": ";".join(include_paths()),
         "LORA_EXT_TORCH_LIB": str(Path(torch.__file__).parent / "lib"),
         "LORA_EXT_PYTHON_INCLUDE": find_python_include(),

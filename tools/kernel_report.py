@@ -485,7 +485,7 @@ PRECISIONS = {3: "fp32", 2: "high", 1: "fp16s"}
 def layers_product(product: int, parts: int, sizes: tuple[int, int, int], out: float) -> Case:
     """Return one product of a stage, (rows, columns, k), that writes ``out`` bytes."""
     rows, columns, k = sizes
-    large = ceil(rows / 128) * ceil(columns / 64) >= 96  # as launch_parts chooses
+    large = 4 * ceil(rows / 128) * ceil(columns / 64) >= 3 * SMS  # as launch_parts chooses
     tile = (128, 64) if large else (64, 32)
     blocks = ceil(rows / tile[0]) * ceil(columns / tile[1])
     return Case(

@@ -175,17 +175,16 @@ LaunchStatus launch_shape(const LayersArgs& args, const LayersStage& stage, int6
                          G::kRingBytes, stream, args, stage);
 }
 
-// Uses the large tile if its blocks occupy most multiprocessors. The results of both tiles are
-// bitwise equal.
+// Uses the large tile if its blocks occupy at least three of four multiprocessors. The results of
+// both tiles are bitwise equal.
 template <LayersProduct kProduct, int kParts>
 LaunchStatus launch_parts(const LayersArgs& args, const LayersStage& stage, void* stream) {
-    constexpr int64_t kEnoughBlocks = 96;
     const int64_t rows = kProduct == LayersProduct::kDown ? stage.width : stage.units;
     const int64_t columns = kProduct == LayersProduct::kWeights ? stage.width : args.lanes;
     using G = Shape<kProduct, kParts, true>;
     const int64_t blocks =
         ceil_div(rows, G::kRows) * ceil_div(columns, G::kColumns) * (stage.end - stage.begin);
-    if (blocks >= kEnoughBlocks)
+    if (4 * blocks >= 3 * int64_t{lx::multiprocessors()})
         return launch_shape<kProduct, kParts, true>(args, stage, rows, columns, stream);
     return launch_shape<kProduct, kParts, false>(args, stage, rows, columns, stream);
 }

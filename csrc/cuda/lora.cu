@@ -13,7 +13,8 @@ namespace {
 constexpr int kDecodeTokens = 256;
 
 // Returns the splits of the sum for large ranks at prefill: enough for 198 blocks, 1.5 for each
-// multiprocessor of an H100. It holds two blocks, so many more would need a second wave.
+// multiprocessor of an H100. It holds two blocks, so many more would need a second wave. The number
+// is the same for every device, because the splits determine the bits of the result.
 SumOrder gemm_order(const LoraArgs& args) {
     const int64_t in = args.bank.in_features;
     const int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens)) *

@@ -211,8 +211,8 @@ Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass) {
         tiles *= lx::max(1, lora_chunk_rows(args.num_tokens) / kTrainRows) *
                  ceil_div(bank.max_rank, kProjectedRanks);
     }
-    // A block loops over slices if each of an H100's 132 multiprocessors still has two blocks.
-    const bool walk = s.count == 1 || (!in_pass && tiles >= 264);
+    // A block loops over slices if each multiprocessor still has two blocks.
+    const bool walk = s.count == 1 || (!in_pass && tiles >= 2 * lx::max(1, lx::multiprocessors()));
     s.per_block = walk ? s.count : 1;
     s.finished = walk;
     s.split_stride = walk ? 0 : args.num_tokens * kPageRanks * bank.pages_per_slot;

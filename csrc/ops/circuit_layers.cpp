@@ -36,8 +36,8 @@ Tensor rows_of(const Tensor& t, int64_t rows) {
     return t.narrow(1, 0, rows).t();
 }
 
-// Checks that every index in a program is in range, so that no CPU twin accesses memory outside its
-// buffers. Only the host can read the program; kernels rely on the compiler that wrote it.
+// Checks that every index in a program is in range, so that no CPU twin or kernel accesses memory
+// outside its buffers.
 void check_program(const char* op, const LayersProgram& p, int64_t size, int64_t weights) {
     const auto check = [&](bool holds, const char* what, int64_t i) {
         require(holds, op, "program", expected(what), found("a mismatch at index ", i));
@@ -138,6 +138,7 @@ struct Call {
     LayersArgs args;
     LayersPlan plan;
     Tensor w, weight, shift;
+    Tensor checked;              // the program on the host; undefined if it is not checked
     std::vector<Tensor> memory;  // buffers of kernels that run stage by stage
     at::TensorOptions options;
     bool kernels;
@@ -163,9 +164,11 @@ struct Call {
         require(program.numel() == plan.numbers(), op, "program",
                 expected(plan.numbers(), " numbers, the size in the plan"), found(program.numel()));
         args.program.at = program.const_data_ptr<int32_t>();
-        if (values.is_cpu()) {
-            check_program(op, args.program, program.numel(), w.numel());
-            const LayersProgram& p = args.program;
+        // On a device the host would have to wait for the program, so only debug mode checks it.
+        if (values.is_cpu() || debug_mode()) {
+            checked = program.cpu();
+            const LayersProgram p = checked_program();
+            check_program(op, p, program.numel(), w.numel());
             require(p.units() == plan.units() && p.leaves() == plan.leaves() &&
                         p.rows() == plan.rows() && p.num_roots() == plan.roots() &&
                         p.num_nodes() == plan.nodes() && p.num_matrices() == plan.matrices() &&
@@ -192,6 +195,7 @@ struct Call {
                 op, "plan", expected("sizes, with four numbers per stage"), found(numbers));
     }
 
+    LayersProgram checked_program() const { return {checked.const_data_ptr<int32_t>()}; }
     int64_t groups() const { return args.lanes / kLaneGroup; }
     // Number of products per group of lanes: each weight is used once per lane.
     int64_t work() const { return w.numel() * kLaneGroup; }
@@ -363,9 +367,10 @@ Tensor circuit_layers_walk(const Tensor& val_in, const Tensor& w, const Tensor& 
         check_uniforms(op, *uniforms_in);
     }
     const Tensor root = root_in.contiguous();
-    if (val_in.is_cpu()) {
-        check_walk(op, args.program, call.plan);
-        const int64_t* r = root.const_data_ptr<int64_t>();
+    if (call.checked.defined()) {
+        check_walk(op, call.checked_program(), call.plan);
+        const Tensor host = root.cpu();
+        const int64_t* r = host.const_data_ptr<int64_t>();
         for (int64_t b = 0; b < args.rows; ++b)
             require(r[b] >= 0 && r[b] < call.plan.roots(), op, "root",
                     expected("numbers in 0 .. ", call.plan.roots() - 1), found(r[b]));

@@ -46,15 +46,17 @@ CircuitTableArgs table_args(const char* op, const Tensor& table, const Tensor& x
     args.table = table.const_data_ptr();
     args.row = vector_data<int64_t>(op, "row", row, args.blocks, at::kLong, table.device());
     args.x = x.const_data_ptr<int64_t>();
-    if (!table.is_cpu()) return args;
+    if (!table.is_cpu() && !debug_mode()) return args;
+    const Tensor host_row = row.cpu().contiguous(), host_x = x.cpu();
     for (int64_t m = 0; m < args.blocks; ++m) {
-        const int64_t first = args.row[m];
+        const int64_t first = host_row.const_data_ptr<int64_t>()[m];
         require(first >= 0 && first % block == 0 && first <= args.table_rows - block, op, "row",
                 expected("multiples of ", block, " within the table"), found(first));
     }
+    const int64_t* values = host_x.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < x.numel(); ++i)
-        require(args.x[i] >= -1 && args.x[i] < args.values, op, "x",
-                expected("values in -1 .. ", args.values - 1), found(args.x[i]));
+        require(values[i] >= -1 && values[i] < args.values, op, "x",
+                expected("values in -1 .. ", args.values - 1), found(values[i]));
     return args;
 }
 

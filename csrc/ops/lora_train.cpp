@@ -55,6 +55,9 @@ LoraDropout dropout_of(const char* op, const char* p_name, double p, const Optio
     return dropout;
 }
 
+// The backward has a block per 256 outputs, and a grid has at most 65535 rows of blocks.
+constexpr int64_t kMostOutputs = int64_t{65535} * 256;
+
 // Arguments of one call, and the tensors that own their memory.
 struct Call {
     const char* op;
@@ -78,6 +81,8 @@ struct Call {
         require(x.size(0) <= kMaxSize, op, "x", expected("at most ", kMaxSize, " rows"),
                 found(x.size(0)));
         out = b.size(1);
+        require(out <= kMostOutputs || !launches_kernels(x), op, "b",
+                expected("at most ", kMostOutputs, " outputs on a device"), found(out));
         bank = bank_of(op, &a, &b, scale, ranks, {}, x, "x", x.size(1), out);
         args.lora.bank = bank.view;
         args.lora.num_tokens = x.size(0);

@@ -247,3 +247,13 @@ def test_float32_gradients_of_one_sign_are_not_rounded_in_one_direction(backend:
     i |= {k: i[k].abs() for k in ("x", "a", "b", "dy")}
     exact = formula(i)
     within(run(i), exact, bounds(i, exact))
+
+
+def test_more_outputs_than_a_grid_has_blocks_raise(backend: Backend) -> None:
+    if backend.is_twin:
+        pytest.skip("tests only kernels")
+    x = torch.zeros(1, 8, dtype=torch.bfloat16, device=backend.device)
+    b = x.new_zeros(1, 65535 * 256 + 1, 1)
+    ids = torch.zeros(1, dtype=torch.long, device=backend.device)
+    with pytest.raises(ValueError, match="b: expected at most 16776960 outputs on a device, found"):
+        ops.lora_linear(x, None, None, x[None], b, ids)

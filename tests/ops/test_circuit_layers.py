@@ -435,3 +435,15 @@ def test_wrong_input_raises() -> None:
     for message, call in lookups:
         with pytest.raises(ValueError, match=f"circuit_table: {message}"):
             call()
+
+
+def test_debug_mode_checks_the_program_on_every_device(backend: Backend) -> None:
+    program, leaf, w, _ = case("chain", 2)
+    leaf, w = leaf.to(backend.device), w.to(backend.device)
+    bad = spoiled(program, 10, 10**6).to(torch.device(backend.device))
+    backend.module.set_debug(True)
+    try:
+        with pytest.raises(ValueError, match="circuit_layers: program: expected nodes"):
+            ops.circuit_layers(leaf, w, bad)
+    finally:
+        backend.module.set_debug(False)
