@@ -36,7 +36,8 @@ BEGIN, END = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
 SMS, CLOCK = 132, 1755.0  # multiprocessors; cycles per us
 NULL, L2, DRAM = 2.0, 0.2, 0.55  # us: an empty kernel in a graph, a trip to L2, a trip to memory
 STREAM, L2_STREAM = 2.7e6, 5.5e6  # bytes per us, of memory and of L2
-HANDOFF = 0.3  # us: an empty kernel that may begin before the previous one ends
+HANDOFF = 0.3  # us: an empty kernel that the previous one lets start before it ends
+LATE_HANDOFF = 1.0  # us: an empty dependent kernel behind one that releases it only by its end
 STEP = 1.1  # us: one product of a chain in one launch, with its barrier and trips
 ISSUE = 0.9  # largest share of a scheduler's cycles that issue an instruction
 ALONE = 2.7  # cycles per instruction of a warp without others; from stall counts of leaf and expand
@@ -79,8 +80,8 @@ class Case:
     through the main loop, and other instructions are not counted. The outermost loop has `turns`
     turns, each of which waits for its memory trips.
 
-    `early` launches may begin before the previous launch ends. `others` are further launches of the
-    same call.
+    An empty launch takes `handoff` us behind the previous launch of the call, which it need not
+    wait for if it is a dependent launch. `others` are further launches of the same call.
 
     A chain has `repeat` launches, one after the other, and also `repeat` launches of each case in
     `beside`. A launch may have several `steps`, whose blocks wait for each other, make `hops` trips
@@ -108,7 +109,7 @@ class Case:
     way: tuple[tuple[int, float], ...] = ()
     alone: float = ALONE
     turns: int = 1
-    early: bool = False
+    handoff: float = NULL
     others: tuple[Case, ...] = ()
 
     @property
@@ -216,6 +217,7 @@ def decode_pair(
             (92, 1),
             (last, ceil(tile_rows / 4)),
         ),
+        handoff=LATE_HANDOFF,
     )
     expand = Case(
         f"lora_expand_kernel<{BF16}, true, 1, 4, {modules}>",
@@ -226,7 +228,7 @@ def decode_pair(
         flops=2 * 2 * 16 * tiles * max(32, rank) * sum(outputs),
         way=((head, 1), (step, steps)),
         turns=steps if blocks_of_ranks > 1 else ceil(steps / 2),
-        early=True,
+        handoff=HANDOFF,
     )
     return shrink, expand
 
@@ -278,7 +280,7 @@ def large_cases() -> Iterator[Case]:
         flops=2 * 2 * rows * width * max(32, rank),
         way=((931, 1), (221, 8)),
         turns=8,
-        early=True,
+        handoff=HANDOFF,
     )
     reduce = Case(  # eight splits of v; a block has 16 rows
         "lora_reduce_kernel",
@@ -288,7 +290,7 @@ def large_cases() -> Iterator[Case]:
         128,
         parts=4 * rank * rows * 8,
         way=((285, 1), (242, 1)),
-        early=True,
+        handoff=HANDOFF,
     )
     yield from (shrink, expand)
     said = f"prefill, the three launches of `lora_apply_`: {shape}"
@@ -466,12 +468,12 @@ def verify_cases(words: int) -> Iterator[Case]:
                 blocks,
                 256,
                 values=values,
-                early=bool(launches),
+                handoff=HANDOFF if launches else NULL,
             )
         )
     yield from launches
     pick = Case(  # two searches of two trips each
-        "verify_pick_kernel", "", 0, 1, 32, way=((834, 1),), alone=5.5, turns=5, early=True
+        "verify_pick_kernel", "", 0, 1, 32, way=((834, 1),), alone=5.5, turns=5, handoff=HANDOFF
     )
     said = launches[0].shape.replace("spec_verify:", "the four launches of spec_verify:")
     yield replace(launches[0], shape=said, beside=(*launches[1:], pick))
@@ -497,7 +499,7 @@ def layers_product(product: int, parts: int, sizes: tuple[int, int, int], out: f
         flops=2 * rows * columns * k,
         products=PRODUCTS[parts],
         l2=blocks * sum(tile) * k * 2 * parts,
-        early=True,
+        handoff=HANDOFF,
     )
 
 
@@ -563,7 +565,7 @@ def layers_cases() -> Iterator[Case]:
                 256,
                 values=values * (7 if down else 5),  # four blocks compute each maximum
                 l2=values * (32 + 2 * parts + (14 if down else 0)),
-                early=True,
+                handoff=HANDOFF,
             )
 
         for parts, precision in PRECISIONS.items():
@@ -584,7 +586,7 @@ def layers_cases() -> Iterator[Case]:
         down = layers_product(1, 3, (states, batch, states), 4 * values)
         weights = layers_product(2, 3, (states, states, batch), 8 * states * states)
         children = Case(
-            "layers_children_kernel", "", 20 * values, lanes * states // 16, 256, early=True
+            "layers_children_kernel", "", 20 * values, lanes * states // 16, 256, handoff=HANDOFF
         )
         roots = Case("layers_roots_kernel", "", 0, ceil(batch / 256), 256, way=((121, 1),))
         owed = Case("layers_owed_kernel", "", 0, states, 128, way=((1314, 1),), alone=3.6)
@@ -684,13 +686,14 @@ def launch_us(case: Case, code: Code) -> float:
 def estimate_us(case: Case, lock: Mapping[str, Code]) -> float:
     """Return the time of all launches of a call, one after the other.
 
-    A launch overlaps the previous one only if it is launched early and its code waits.
+    A launch overlaps the previous one only if its code waits for it.
     """
     total = 0.0
     for one in (case, *case.beside):
         code = code_of(one, lock)
-        overlaps = case.beside and one.early and code.dependent
-        total += launch_us(one, code) - (NULL - HANDOFF if overlaps else 0)
+        total += launch_us(one, code)
+        if case.beside and code.dependent:
+            total -= NULL - one.handoff
     return case.repeat * total + sum(launch_us(one, code_of(one, lock)) for one in case.others)
 
 
@@ -780,8 +783,8 @@ WHY = [
         "lora_shrink_decode_kernel<*",
         "a captured step*: 1",
         "The captured step with one adapter",
-        "its 128 shrinks are ordinary launches, 2 us each, and every expand waits for its own "
-        "trips; the floor has 1.1 us per launch.",
+        "every shrink starts 1 us behind the expand in front of it, which does not release it, and "
+        "shrink and expand wait for their own trips; the floor has 1.1 us per launch.",
     ),
     Reason(
         "lora_gemm_kernel<*",

@@ -10,7 +10,8 @@ It cannot see bank conflicts, stalls or speed, and an instruction that exists ma
 the hot path: the `_loop` rules look only between a backward branch and its target. `sass_loops.py`
 computes the bytes that a loop has in flight (`min_inflight`, `min_overlap`), the cost before it
 (`max_trips`, `first_bytes`), its instructions (`mma_share`, `instructions_per_element`), the trips
-of a turn (`turn_trips`) and exponentials that test for denormals (`guarded_exp`).
+of a turn (`turn_trips`), exponentials that test for denormals (`guarded_exp`) and ways to let the
+next kernel start before the wait for the previous one (`early_release`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ RULE_KEYS = {
     "match", "arch", "max_registers", "threads", "dynamic_shared", "min_blocks",
     "require", "forbid", "require_loop", "forbid_loop", "min_inflight", "min_overlap",
     "max_trips", "first_bytes", "mma_share", "instructions_per_element", "turn_trips",
-    "guarded_exp",
+    "guarded_exp", "early_release",
 }  # fmt: skip
 # The columns of the table: label, and the opcodes that it counts.
 COUNTED = {
@@ -114,6 +115,7 @@ class Kernel:
             "mma_share": sass_loops.mma_share(self.turns),
             "instructions_per_element": sass_loops.instructions_per_element(self.turns, size),
             "turn_trips": sass_loops.turn_trips(self.loops),
+            "early_release": sass_loops.early_release(self.code),
         }
 
     @cached_property
@@ -273,6 +275,7 @@ COSTS = {
     "mma_share": ("percent of a main loop multiplies on tensor cores", False),
     "instructions_per_element": ("instructions for each value that a main loop loads", True),
     "turn_trips": ("memory trips in series in a turn of a loop that multiplies", True),
+    "early_release": ("ways to let the next kernel start before the wait", True),
 }
 
 

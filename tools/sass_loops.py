@@ -345,6 +345,14 @@ def trips(way: Sequence[Instruction]) -> int:
     return clock
 
 
+def early_release(code: Sequence[Instruction]) -> int | None:
+    """Return the number of instructions in front of the wait for the previous kernel by which a
+    thread can let the next kernel start: releases, ends and branches. None if nothing waits."""
+    found = [re.match(r"(ACQBULK|PREEXIT|EXIT|BRA|BRX|JMP|CALL|RET)\b", one.opcode) for one in code]
+    opcodes = [one[1] for one in found if one]
+    return opcodes.index("ACQBULK") if "ACQBULK" in opcodes else None
+
+
 def guarded_exp(code: Sequence[Instruction]) -> int:
     """Return the number of exponentials that test for denormals, as `__expf` does."""
     return sum(one.opcode.startswith("FSETP.GEU") and ", -126," in one.operands for one in code)

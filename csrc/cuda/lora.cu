@@ -195,32 +195,32 @@ void for_each_page(const LoraBank& bank, const void* base, int64_t slot_stride, 
 
 }  // namespace
 
-void declare_common(const LoraArgs& args) {
+void declare_common(const LoraArgs& args, lx::Access access) {
     const LoraBank& bank = args.bank;
     if (args.plan) {
         const LoraPlanLayout layout{args.num_tokens, bank.num_adapters};
-        LX_BUF(args.plan, layout.size() * 4, lx::Access::kConstant);
+        LX_BUF(args.plan, layout.size() * 4, access);
     } else {
         LX_BUF(args.ids.adapter_ids, args.num_tokens * (args.ids.ids_are_int64 ? 8 : 4),
-               lx::Access::kConstant);
-        if (args.ids.num_valid) LX_BUF(args.ids.num_valid, 4, lx::Access::kConstant);
+               access);
+        if (args.ids.num_valid) LX_BUF(args.ids.num_valid, 4, access);
     }
-    if (bank.ranks) LX_BUF(bank.ranks, bank.num_adapters * 4, lx::Access::kConstant);
-    if (bank.scale) LX_BUF(bank.scale, bank.num_adapters * 4, lx::Access::kConstant);
+    if (bank.ranks) LX_BUF(bank.ranks, bank.num_adapters * 4, access);
+    if (bank.scale) LX_BUF(bank.scale, bank.num_adapters * 4, access);
     if (bank.page_table)
         LX_BUF(bank.page_table, int64_t{4} * bank.num_adapters * bank.pages_per_slot,
-               lx::Access::kConstant);
+               access);
 }
 
-void declare_a(const LoraArgs& args) {
+void declare_a(const LoraArgs& args, lx::Access access) {
     const LoraBank& bank = args.bank;
     const int64_t size = element_size(args.dtype);
     LX_BUF_ROWS(args.x, args.num_tokens, bank.in_features * size, args.x_row_stride * size,
-                lx::Access::kConstant);
+                access);
     for_each_page(bank, bank.a, bank.a_slot_stride, bank.a_page_stride, size,
                   [&](const void* a_page, int ranks) {
                       LX_BUF_ROWS(a_page, ranks, bank.in_features * size, bank.a_row_stride * size,
-                                  lx::Access::kConstant);
+                                  access);
                   });
 }
 
@@ -243,8 +243,8 @@ void declare_v(const LoraArgs& args, const Partials& v, lx::Access access) {
     }
 }
 #else
-void declare_common(const LoraArgs&) {}
-void declare_a(const LoraArgs&) {}
+void declare_common(const LoraArgs&, lx::Access) {}
+void declare_a(const LoraArgs&, lx::Access) {}
 void declare_b(const LoraArgs&) {}
 void declare_v(const LoraArgs&, const Partials&, lx::Access) {}
 #endif

@@ -115,8 +115,9 @@ int64_t largest(std::span<const Module> modules, F&& f) {
 
 // Declares the data that find_tile and the page functions read. On a GPU, declarations are empty;
 // in the emulator they cover, page by page, exactly the rows and ranks that an adapter owns.
-void declare_common(const LoraArgs& args);
-void declare_a(const LoraArgs& args);
+// A dependent launch that may follow a writer of these buffers declares them as kRead.
+void declare_common(const LoraArgs& args, lx::Access access = lx::Access::kConstant);
+void declare_a(const LoraArgs& args, lx::Access access = lx::Access::kConstant);
 void declare_b(const LoraArgs& args);
 void declare_v(const LoraArgs& args, const Partials& v, lx::Access access);
 

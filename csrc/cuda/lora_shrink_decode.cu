@@ -66,6 +66,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
                               const __grid_constant__ Tiling tiling, int rank_groups) {
     // For float32, ptxas would hold back half of the loads after such addresses.
     constexpr bool kNarrow = kAligned && sizeof(T) == 2;
+    // In this order: expand reads y before its own wait, when every writer of y that precedes shrink
+    // must have ended.
+    lx::grid_dependency_wait();
     lx::grid_dependency_launch();
     const int z = static_cast<int>(blockIdx.z);
     int which = kModules > 1 ? z : 0;
@@ -198,15 +201,15 @@ LaunchStatus run_shrink_decode(std::span<const Module> modules, void* stream) {
     const dim3 grid(num_tiles(args, kTileRows), static_cast<unsigned>(modules[0].v.splits),
                     static_cast<unsigned>(groups * modules.size()));
     for (const Module& module : modules) {
-        declare_common(module.args);
-        declare_a(module.args);
+        declare_common(module.args, lx::Access::kRead);
+        declare_a(module.args, lx::Access::kRead);
         declare_v(module.args, module.v, lx::Access::kWrite);
     }
     return with_dtype(args.dtype, [&]<class T>() {
         const auto launch = [&]<bool kAligned, int kModules>() {
-            return LX_LAUNCH((lora_shrink_decode_kernel<T, kAligned, kModules>), grid, kWarps * 32,
-                             0, stream, Modules<kModules>(modules), tiling(args, kTileRows),
-                             static_cast<int>(groups));
+            return LX_LAUNCH_PDL((lora_shrink_decode_kernel<T, kAligned, kModules>), grid,
+                                 kWarps * 32, 0, stream, Modules<kModules>(modules),
+                                 tiling(args, kTileRows), static_cast<int>(groups));
         };
         if (modules.size() > 1) return launch.template operator()<true, kMaxSiblings>();
         return aligned ? launch.template operator()<true, 1>()

@@ -236,7 +236,10 @@ void grid_dependency_wait() {
     emu::machine.current->dependency_met = true;
     emu::machine.any_dependency_wait = true;
 }
-void grid_dependency_launch() {}  // no dependent kernel starts early, but its accesses are checked
+// No dependent kernel starts early, but its accesses are checked.
+void grid_dependency_launch() {
+    emu::machine.released_early |= !emu::machine.current->dependency_met;
+}
 
 uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emu::machine.arena);

@@ -167,6 +167,7 @@ struct Machine : Block {  // base: the running block
     size_t shared_used;   // bytes of the arena
     size_t static_bytes;  // static arrays, without gaps
     bool any_dependency_wait;
+    bool released_early;  // a thread let the next launch start, or ended, before it had waited
     int num_reports;
     bool stopped;
     uint64_t random_state;

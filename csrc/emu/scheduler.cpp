@@ -95,6 +95,7 @@ void release_collectives(Warp& warp);
 [[noreturn]] void exit_thread() {
     Machine& m = machine;
     Thread& t = *m.current;
+    m.released_early |= !t.dependency_met;
     if (!t.open_copies.empty()) {
         report("asynchrony", Place(t.open_copies.front().site),
                describe(t) + " ends with a cp.async that it has not committed");
@@ -277,7 +278,7 @@ void prepare(const Launch& launch, void (*body)(void*), void* arguments, size_t 
         m.shared_used = launch.dynamic_bytes;
     }
     m.static_bytes = 0;
-    m.any_dependency_wait = false;
+    m.any_dependency_wait = m.released_early = false;
     m.num_reports = 0;
     m.stopped = false;
     m.reported.clear();
@@ -288,9 +289,9 @@ void prepare(const Launch& launch, void (*body)(void*), void* arguments, size_t 
     m.last_error.clear();
 }
 
-// A dependent launch may overlap earlier launches, back to the last one that is not dependent,
-// which started after all launches before it had ended. Buffers that these launches write are not
-// constant for this launch.
+// A dependent launch may overlap earlier launches, back to the last one before whose dependents all
+// earlier launches had ended: one that is not dependent, or whose threads all wait before they let
+// the next launch start. Buffers that these launches write are not constant for this launch.
 struct Written {
     std::string by;
     uintptr_t begin, end;
@@ -313,6 +314,9 @@ void check_chain(const Launch& launch) {
             break;
         }
     }
+}
+void extend_chain(const Launch& launch) {
+    if (launch.dependent && !machine.released_early) written_in_chain.clear();
     for (const Buffer& b : machine.buffers)
         if (b.access == Access::kWrite || b.access == Access::kReadWrite)
             written_in_chain.push_back({launch.kernel, b.begin, b.end});
@@ -367,6 +371,7 @@ int run_as(bool resident, const Launch& launch, void (*body)(void*), void* argum
         report("dependency", Place(),
                "a dependent launch in which no thread calls grid_dependency_wait()");
     }
+    extend_chain(launch);
     forget_launch();
     finish_reports();
     return m.num_reports ? kLaunchFailure : 0;

@@ -301,6 +301,15 @@ int run(Kernel kernel, const float* in, float* out, const Shape& s) {
 
 }  // namespace
 
+// Waits before it lets the next kernel start, unless it is broken.
+template <bool kBroken>
+__global__ void release_kernel(float* data) {
+    if (kBroken) lx::grid_dependency_launch();
+    lx::grid_dependency_wait();
+    if (!kBroken) lx::grid_dependency_launch();
+    data[threadIdx.x] += 1;
+}
+
 // This kernel may start before the one that writes its input, which is thus not kConstant.
 extern "C" __attribute__((visibility("default"))) int guard_constant_of_a_neighbour(int64_t broken,
                                                                                     const float* in,
@@ -313,6 +322,23 @@ extern "C" __attribute__((visibility("default"))) int guard_constant_of_a_neighb
     LX_BUF(const_cast<float*>(in), kCount * sizeof(float), lx::Access::kReadWrite);
     return LX_LAUNCH_PDL(read_before_wait_kernel<false>, 1, 32, 0, nullptr, out,
                          const_cast<float*>(in));
+}
+
+// Three launches. The third reads `out`, which the first writes, before it waits for the second.
+extern "C" __attribute__((visibility("default"))) int guard_released_before_the_wait(
+    int64_t broken, const float* in, float* out) {
+    float* const data = const_cast<float*>(in);
+    LX_BUF(in, kCount * sizeof(float), lx::Access::kRead);
+    LX_BUF(out, kCount * sizeof(float), lx::Access::kReadWrite);
+    if (const int status = LX_LAUNCH(read_before_wait_kernel<false>, 1, 32, 0, nullptr, in, out))
+        return status;
+    LX_BUF(data, kCount * sizeof(float), lx::Access::kReadWrite);
+    const int status = broken ? LX_LAUNCH_PDL(release_kernel<true>, 1, 32, 0, nullptr, data)
+                              : LX_LAUNCH_PDL(release_kernel<false>, 1, 32, 0, nullptr, data);
+    if (status) return status;
+    LX_BUF(out, kCount * sizeof(float), lx::Access::kConstant);
+    LX_BUF(data, kCount * sizeof(float), lx::Access::kReadWrite);
+    return LX_LAUNCH_PDL(read_before_wait_kernel<true>, 1, 32, 0, nullptr, out, data);
 }
 
 #define GUARD(name, good, bad, ...)                                                                \

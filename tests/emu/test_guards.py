@@ -30,6 +30,7 @@ GUARDS = {
     "read_before_wait": "dependency",
     "never_waits": "dependency",
     "constant_of_a_neighbour": "dependency",
+    "released_before_the_wait": "dependency",
     "last_block": "race",
     "hand_on_unfenced": "race",
     "hand_on_unread": "race",

@@ -63,12 +63,12 @@ def test_step_whose_loads_are_waited_for_in_series_takes_their_trips(lock) -> No
 
 
 def test_only_dependent_launches_overlap_the_previous_one(lock) -> None:
-    """Check a captured step: expand is launched early, shrink is not although it lets expand."""
+    """Check a captured step: shrink releases expand early, and expand releases no launch."""
     step = next(c for c in report.CASES if "adapters: 64" in c.shape)
     assert all(lock[one.kernel].dependent for one in step.launches)
-    assert [one.early for one in step.launches] == [False, True] * 4
+    assert [one.handoff for one in step.launches] == [report.LATE_HANDOFF, report.HANDOFF] * 4
     each = [report.launch_us(one, lock[one.kernel]) for one in step.launches]
-    saved = 4 * (report.NULL - report.HANDOFF)
+    saved = 4 * (2 * report.NULL - report.LATE_HANDOFF - report.HANDOFF)
     assert report.estimate_us(step, lock) == pytest.approx(32 * (sum(each) - saved))
 
 

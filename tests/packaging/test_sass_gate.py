@@ -377,6 +377,22 @@ def test_planted_expf_fails_unless_a_rule_allows_it():
     assert gate.judge(kernel, rules[:1]) == ["1 exponentials test for denormals (max. 0)"]
 
 
+def test_kernel_that_releases_the_next_one_before_its_wait_fails():
+    rule = {"match": "k", "early_release": 0}
+    wait, release = "ACQBULK ", "PREEXIT "
+    for lines, reasons in (
+        ([wait, release], []),
+        ([release, wait], ["1 ways to let the next kernel start before the wait (max. 0)"]),
+        (
+            ["BRA P0, 0x20", wait, release],
+            ["1 ways to let the next kernel start before the wait (max. 0)"],
+        ),
+        ([release], ["nothing to measure early_release in"]),
+    ):
+        code = [instruction(text) for text in (*lines, "EXIT ")]
+        assert gate.judge(gate.Kernel("sm_90a", "k", "k", code=code), [rule]) == reasons
+
+
 RECORDED = {
     (match[1], match[2]): {
         label: float(n) for label, n in re.findall(r"  (\w+) ([\d.]+)", match[3])
