@@ -179,7 +179,7 @@ def test_killed_and_resumed_run_has_the_rows_of_an_undisturbed_run(slope, monkey
             data = torch.randn(8, 3, 4)
             batches = ({"x": x} for x in data)
 
-            def loss(model, batch):
+            def loss(model, batch, part=part):
                 steps.append(part)
                 return (model(batch["x"]) - 1).square().mean()
 
