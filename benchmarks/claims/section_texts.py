@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from federated_digits import Sizes, World
-from study import Row, Rows
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -41,17 +40,7 @@ SIZES = Sizes(
     scaling=2,
 )
 QUICK = dataclasses.replace(SIZES, rounds=2, testing=4 * CLASSES)
-EXAMPLE = dataclasses.replace(SIZES, lr=1e-2)  # the rate that both federated studies chose
-
-CHOOSING, RATES = 100, (1e-3, 3e-3, 1e-2)  # seed on which rates are chosen; the rates
-
-
-def sizes_of(arm: Row, rows: Rows, sizes: Sizes) -> Sizes:
-    """Return the sizes with the arm's rate if it chooses rates, otherwise with the best rate."""
-    if arm["seed"] == CHOOSING:
-        return dataclasses.replace(sizes, lr=arm["rate"])
-    tried = [row for row in rows if row["seed"] == CHOOSING]
-    return dataclasses.replace(sizes, lr=max(tried, key=lambda row: row["best"])["rate"])
+EXAMPLE = dataclasses.replace(SIZES, lr=1e-2)  # the rate that an earlier protocol chose
 
 
 class Classifier(nn.Module):
