@@ -229,6 +229,7 @@ def federate(
     before: Callable[[int, Mapping[str, Tensor]], object] | None = None,
     others: Literal["frozen", "disabled"] = "frozen",
     tick: Callable[[], object] = lambda: None,
+    tested: Callable[[int], bool] = lambda round: True,
     **aggregation: Any,
 ) -> Run:
     """Train a global adapter in rounds 1 to ``world.sizes.rounds``.
@@ -243,6 +244,7 @@ def federate(
         others: State of layers outside a plan. "frozen" ones are sent to the client, "disabled"
             ones are not.
         tick: Called after every round.
+        tested: Whether the accuracy after a round is measured.
         aggregation: Arguments of :func:`aggregate`.
     """
     sizes = world.sizes
@@ -276,8 +278,9 @@ def federate(
         state = result.state
         load_state(manager, head, state)
         run.history.append(RoundLog.of(round, plans, result, manager.num_layers))
-        run.right.append(right(model, world.testing))
-        run.accuracy.append(run.right[-1].float().mean().item())
+        if tested(round):
+            run.right.append(right(model, world.testing))
+            run.accuracy.append(run.right[-1].float().mean().item())
         tick()
     return run
 

@@ -2,20 +2,24 @@
 
 `python benchmarks/methods.py` runs `benchmarks/<method>.py --check` of every method, which measures
 the arms without rows, then writes the page from the rows in benchmarks/results. An interrupted run
-can be continued. The exit status is 1 if a criterion of a headline is not met.
+can be continued. The exit status is 1 if a gate or a criterion of a headline is not met.
 
     --only copra splora    runs only these studies; the page still contains all
     --from-results         runs no study
+    --left                 only prints the minutes of training that each method still needs
+    --json                 only prints gates, criteria and verdicts of the existing rows
     --seeds N              number of seeds of each study, instead of that of its claim
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -33,22 +37,25 @@ INTRODUCTION = """# The papers' claims, and the results here
 
 This page explains, for each method, what its paper claims and what a small reproduction found.
 
-The experiments use pretrained models wherever two cores allow it. Criteria and seeds were committed
-before the runs and not adapted afterwards. The verdict follows from the criteria of the headline
-alone:
+Each claim has a *gate*, which is judged first, on separate seeds: the models have learned, there is
+room for the effect, rivals differ, and costs are in the paper's range. Gates, criteria and seeds
+were committed before the runs and not adapted afterwards. The criteria then give the verdict:
 
 * *Reproduced*: all are met.
 * *Direction only*: each is met, or its effect has the reported sign.
 * *Not reproduced*: at least one effect does not have the reported sign.
-* *Not run yet*: rows are missing, or the machine was too busy for timing. The page then shows the
+* *Not testable here*: the gate fails. This is no evidence for or against the paper.
+* *Not run yet*: runs are missing, or the machine was too busy for timing. The page then shows the
   result of an earlier protocol, which is no verdict on this one.
 
-Brackets contain 95 % bootstrap intervals over the seeds. A small reproduction neither proves nor
-refutes a paper. A `+` after a revision means uncommitted changes.
+Brackets contain 95 % bootstrap intervals over the seeds. Learning rates are chosen on separate
+seeds, inside their grid. A small reproduction neither proves nor refutes a paper. A `+` after a
+revision means uncommitted changes.
 
 `pip install --no-build-isolation '.[claims]'` installs the models and texts
 (`benchmarks/claims/material.py` lists their licences). `python benchmarks/methods.py` measures what
-is missing and writes this page; `--from-results` writes it from the existing rows.
+is missing and writes this page, `--left` prints the minutes that are left, `--from-results` writes
+the page from the existing rows.
 """
 
 
@@ -57,9 +64,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=known, metavar="METHOD", help="run these")
     parser.add_argument("--from-results", action="store_true", help="run no study")
+    parser.add_argument("--left", action="store_true", help="print the minutes of missing runs")
+    parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
     parser.add_argument("--seeds", type=int, metavar="N")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(arguments)
+    if args.left or args.json:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = {name: _rows_and_module(name) for name in args.only or known}
+        if args.left:
+            print(left(found))
+        else:
+            verdicts = {name: study.judge(m, rows).as_json() for name, (m, rows) in found.items()}
+            print(json.dumps(verdicts, indent=1))
+        return 0
     failed = []
     if not args.from_results:
         failed = [name for name in args.only or known if not check(name, args.seeds)]
@@ -68,6 +86,21 @@ def main(arguments: list[str] | None = None) -> int:
     if failed:
         print(f"headline not met, or no result: {', '.join(failed)}")
     return int(bool(failed))
+
+
+def _rows_and_module(name: str) -> tuple[ModuleType, study.Rows]:
+    module = importlib.import_module(name)
+    return module, found_rows(name, module)[0]
+
+
+def left(found: Mapping[str, tuple[ModuleType, study.Rows]]) -> str:
+    """Return the minutes of training that each method still needs on one core, and their sum."""
+    minutes = {
+        name: study.minutes_left(module, rows, module.CLAIM.seeds)
+        for name, (module, rows) in found.items()
+    }
+    lines = [f"{name:12s} {each:6.0f} minutes" for name, each in minutes.items()]
+    return "\n".join([*lines, f"{'all':12s} {sum(minutes.values()):6.0f} minutes"])
 
 
 def studies() -> list[str]:
@@ -84,17 +117,17 @@ def check(name: str, seeds: int | None) -> bool:
 
 
 def page(names: Iterable[str]) -> str:
-    """Return the page in Markdown: a table of all methods, then a section per method."""
-    header = ("method", "paper", "headline", "verdict", "use it when", "not when")
+    """Return the page in Markdown: a table of verdicts, then a section per method."""
     table, sections = [], []
     for name in names:
         module = importlib.import_module(name)
         rows, stale = found_rows(name, module)
         judged, claim = study.judge(module, rows), module.CLAIM
-        row = (f"[{name}](#{name})", claim.paper, claim.headline, f"**{judged.word}**")
-        table.append((*row, claim.use, claim.avoid))
+        table.append((f"[{name}](#{name})", claim.paper, f"**{judged.word}**"))
         sections.append(section(name, module, rows, judged, stale))
-    return "\n".join([INTRODUCTION, study.markdown(header, table), "", *sections])
+    return "\n".join(
+        [INTRODUCTION, study.markdown(("method", "paper", "verdict"), table), "", *sections]
+    )
 
 
 def found_rows(name: str, module: ModuleType) -> tuple[study.Rows, int]:
@@ -114,6 +147,8 @@ def found_rows(name: str, module: ModuleType) -> tuple[study.Rows, int]:
 
 def told(judged: study.Judged, claim: study.Claim) -> str:
     """Return the result, after the number of seeds if some are missing, or the earlier result."""
+    if judged.word == study.NOT_TESTABLE:
+        return f"{judged.reason}. Earlier protocol: {claim.earlier}"
     if not judged.seeds:
         return f"not run yet. Earlier protocol: {claim.earlier}"
     if judged.word != study.NOT_RUN:
@@ -121,33 +156,50 @@ def told(judged: study.Judged, claim: study.Claim) -> str:
     return f"{len(judged.seeds)} of {claim.seeds} seeds: {judged.figure}"
 
 
+def gate_of(judged: study.Judged, claim: study.Claim) -> str:
+    """Return the gate's conditions with what was found, or only what is asked."""
+    if not judged.gate:
+        return f"{claim.gate} (not run yet)"
+    each = [f"{g.name} {g.found} ({g.asked}{'' if g.met else ': **no**'})" for g in judged.gate]
+    return "; ".join(each)
+
+
+def others(judged: study.Judged) -> str:
+    """Return the criteria that are met, and those that are not, with what was found."""
+    met = sum(bool(c.passed) for c in judged.criteria)
+    missed = [f"{c.name}: {c.found} ({c.asked})" for c in judged.criteria if not c.passed]
+    text = f"; {met} of {len(judged.criteria)} criteria are met"
+    return f"{text}, not {'; '.join(missed)}" if missed else text
+
+
 def section(
     name: str, module: ModuleType, rows: study.Rows, judged: study.Judged, stale: int
 ) -> str:
-    """Return a method's section: claim, set-up, result, verdict, criteria, machine of the rows."""
+    """Return a method's section: claim, set-up, gate, criterion, result, verdict, advice."""
     claim = module.CLAIM
     lines = [
         f"## {name}",
         "",
         f"* Claim: {claim.claim}",
         f"* Set-up: {claim.setup}",
+        f"* Gate: {gate_of(judged, claim)}.",
+        f"* Criterion: {claim.headline}{others(judged) if judged.criteria else ''}.",
         f"* Result: {told(judged, claim)}.",
         f"* Verdict: **{judged.word}** ([notes](notes/{name}.md)).",
+        f"* Use it when {claim.use}. Not when {claim.avoid}.",
     ]
-    if judged.criteria:
-        lines += ["", study.criteria_table(judged.criteria)]
-    arms = study.arms_of(module, range(claim.seeds), quick=False)
-    done = len(arms) - len(study.missing(arms, rows))
-    measured = f"{done} of {len(arms)} arms have rows"
+    arms = [
+        *study.trials_of(module, rows, False),
+        *study.arms_of(module, range(claim.seeds), False),
+    ]
+    missing = len(study.missing(arms, rows))
+    measured = f"{len(arms) - missing} of {len(arms)} runs have rows"
     if rows:
         revisions = ", ".join(sorted({str(row["revision"]) for row in rows}))
-        first = rows[0]
-        measured += (
-            f"; {str(rows[0]['date'])[:10]}, {first['device']}, {first['threads']} threads, torch "
-            f"{first['torch']}, revision {revisions}"
-        )
+        cpu = rows[0].get("cpu") or rows[0]["device"]
+        measured += f"; {str(rows[0]['date'])[:10]}, {cpu}, revision {revisions}"
     if stale:
-        measured += f"; {stale} rows of other settings are not counted"
+        measured += f"; {stale} rows of earlier protocols are not counted"
     return "\n".join([*lines, "", f"`python benchmarks/{name}.py --check`: {measured}.", ""])
 
 

@@ -1,46 +1,62 @@
-"""Framework of the methods' reproductions, `benchmarks/<method>.py`: rows, criteria, verdicts.
+"""Framework of the methods' reproductions, `benchmarks/<method>.py`: rows, gates, verdicts.
 
 A study is a module with
 
     CLAIM = Claim(...)                                       the paper's claim, and our advice
     def settings(quick) -> Mapping[str, object]              optional: inputs of its figures
+    def trials(rows, quick) -> Iterable[Row]                 arms of seeds from 100 on, given their
+                                                             rows: they choose rates, then the gate
+    def gate(rows: Rows) -> list[Gate]                       judges the rows of the trials
     def arms(seeds, quick) -> Iterable[Row]                  optional: tasks, each with its "seed"
     def measure(arm: Row, quick: bool, rows: Rows) -> Iterable[Row]
                                                              rows of an arm, given earlier rows
     def criteria(rows: Rows) -> list[Criterion]              those of the headline give the verdict
     def figure(rows: Rows) -> str                            the result in words, with intervals
     def panels(rows: Rows) -> Panels                         optional: tables and picture
+    def minutes(arm: Row) -> float                           expected duration on one core
 
     if __name__ == "__main__":
         sys.exit(study.run(sys.modules[__name__]))
 
+The trials run first. The gate checks on their rows whether the effect could be seen: the arms have
+learned, there is room for a difference, the rivals differ, and costs are in the paper's range. If
+it fails, the criteria's arms do not run, and the verdict is "not testable here". The criteria see
+only rows of the claim's seeds, and the gate only rows of the trials.
+
 Without `arms`, each seed is one arm. Rows are written arm by arm, so an interrupted run can be
-continued, and a run whose arms all have rows measures nothing. Every row has the hash of the
-settings; rows of other settings are neither judged nor counted. Only seeds with rows for every arm
-are judged. There is no verdict until the number of these seeds is that of the claim.
+continued, and a run whose arms all have rows measures nothing. `claims.language.train` saves the
+state of a long run in the user's cache every five minutes, and continues from it. Every row has the
+hash of the settings; rows of other settings are neither judged nor counted. Only seeds with rows
+for every arm are judged. There is no verdict until the number of these seeds is that of the claim.
 
     python benchmarks/<method>.py        measures what is missing, prints, adds to results/*.csv
-        --check           exits with 1 if a criterion of the headline is not met
+        --check           exits with 1 if the gate or a criterion of the headline is not met
         --seeds N         seeds 0 to N - 1, instead of the claim's number
         --quick           smallest sizes, only checks the code: writes no rows without --out
         --from-results    judges the existing rows instead of measuring
+        --json            prints gate, criteria and verdict as JSON, all else on standard error
         --full            also measures arms without a criterion, if a study has `more`
         --also WORDS ...  of those, only arms with these values, such as "FIM:4 classes"
         --out FOLDER      of the csv file          --picture PATH    draws the panels there
 
-Criteria are fixed before the run: neither seeds nor thresholds depend on the results.
+Gates and criteria are fixed before the run: neither seeds nor thresholds depend on the results.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
+import math
 import os
 import random
+import shutil
 import statistics
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +65,13 @@ from typing import Any
 
 from common import ROOT, machine_columns
 
+from lora_ext.interop.smollm2 import cache_folder
+
 RESULTS = ROOT / "benchmarks" / "results"
 REPRODUCED, DIRECTION, NOT_REPRODUCED = "reproduced", "direction only", "not reproduced"
-NOT_RUN = "not run yet"
+NOT_TESTABLE, NOT_RUN = "not testable here", "not run yet"
+TRIALS = 100  # first seed of the trials, which choose rates and judge the gate
+SAVE_SECONDS = 300.0  # between two saved states of a run
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -65,6 +85,7 @@ class Claim:
         headline: The criteria that give the verdict, in a few words.
         use, avoid: When to use the method, and when not.
         earlier: Result of the earlier protocol, with its verdict.
+        gate: What must hold before the criteria are judged, in a few words.
     """
 
     paper: str
@@ -75,6 +96,17 @@ class Claim:
     avoid: str
     seeds: int = 3
     earlier: str = ""
+    gate: str = ""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Condition on the trials without which the criteria cannot show the effect."""
+
+    name: str
+    asked: str
+    found: str
+    met: bool
 
 
 @dataclass(frozen=True)
@@ -135,25 +167,114 @@ def interval(
     return Interval(middle, found[round(0.025 * (draws - 1))], found[round(0.975 * (draws - 1))])
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Learning rates that are tried; a best rate at an end adds another one beyond it.
+
+    Attributes:
+        rates: First rates, in rising order; rates are added at the distance of the first two.
+        most: Largest number of added rates.
+    """
+
+    rates: tuple[float, ...]
+    most: int = 3
+
+    def asked(self, losses: Mapping[float, float]) -> list[float]:
+        """Return the rates to try, given the losses of those that have been tried."""
+        step, rates = self.rates[1] / self.rates[0], [_rounded(rate) for rate in self.rates]
+        losses = {_rounded(rate): loss for rate, loss in losses.items()}
+        while len(rates) < len(self.rates) + self.most and set(rates) <= set(losses):
+            best = min(rates, key=lambda rate: _finite(losses[rate]))
+            if best == rates[0]:
+                rates.insert(0, _rounded(rates[0] / step))
+            elif best == rates[-1]:
+                rates.append(_rounded(rates[-1] * step))
+            else:
+                break
+        return rates
+
+    def best(self, losses: Mapping[float, float]) -> float:
+        """Return the rate with the lowest loss; a loss that is not finite counts as the worst."""
+        return min(losses, key=lambda rate: _finite(losses[rate]))
+
+    def gate(self, losses: Mapping[float, float], of: str = "") -> Gate:
+        """Check that the best rate is inside the grid."""
+        best, ends = self.best(losses), (min(losses), max(losses))
+        found = f"{best:g} of {ends[0]:g} to {ends[1]:g}"
+        return Gate(f"best rate{of and f' of {of}'}", "inside the grid", found, best not in ends)
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.6g}")  # as in the csv files
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def gate_above(name: str, found: float, least: float, spec: str = ".3f") -> Gate:
+    """Return the gate that a figure reaches the least value."""
+    return Gate(name, f"at least {least:g}", format(found, spec), found >= least)
+
+
+def gate_between(name: str, found: float, low: float, high: float, spec: str = ".3f") -> Gate:
+    """Return the gate that a figure is between two values."""
+    return Gate(name, f"{low:g} to {high:g}", format(found, spec), low <= found <= high)
+
+
 # -------------------------------------------------------------------------------------------------
 # Judging
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Result, criteria and verdict, with the seeds that they are based on."""
+    """Result, gate, criteria and verdict, with the seeds that they are based on."""
 
     seeds: tuple[int, ...]
     figure: str
     criteria: list[Criterion]
     word: str
+    gate: list[Gate]
+
+    @property
+    def reason(self) -> str:
+        """Gates that are not met, with what was expected and found."""
+        return "; ".join(
+            f"{each.name}: expected {each.asked}, found {each.found}"
+            for each in self.gate
+            if not each.met
+        )
+
+    def as_json(self) -> dict[str, object]:
+        """Return the verdict, the gate and the criteria for a JSON file."""
+        criteria = [
+            {
+                "name": each.name,
+                "asked": each.asked,
+                "found": each.found,
+                "met": None if each.passed is None else bool(each.passed),
+                "headline": each.headline,
+            }
+            for each in self.criteria
+        ]
+        gate = [{**vars(each), "met": bool(each.met)} for each in self.gate]
+        found = {"verdict": self.word, "seeds": list(self.seeds), "figure": self.figure}
+        return {**found, "gate": gate, "criteria": criteria}
 
 
 def judge(study: ModuleType, rows: Rows, quick: bool = False) -> Judged:
-    """Return the result and the verdict; there is no verdict until all seeds have rows."""
+    """Return the result and the verdict; there is no verdict until all seeds have rows.
+
+    The gate is judged first, and only on rows of the trials. With ``quick``, it is ignored.
+    """
+    gate = judged_gate(study, rows, quick)
+    if not gate:
+        return Judged((), "", [], NOT_RUN, [])
+    if not quick and not all(each.met for each in gate):
+        return Judged((), "", [], NOT_TESTABLE, gate)
     seeds = whole_seeds(study, rows, quick)
     if not seeds:
-        return Judged((), "", [], NOT_RUN)
+        return Judged((), "", [], NOT_RUN, gate)
     rows = [row for row in rows if _seeds_of(row) <= set(seeds)]
     criteria = study.criteria(rows)
     head = [criterion for criterion in criteria if criterion.headline]
@@ -165,7 +286,41 @@ def judge(study: ModuleType, rows: Rows, quick: bool = False) -> Judged:
         word = REPRODUCED
     else:
         word = DIRECTION if all(c.passed or c.points for c in head) else NOT_REPRODUCED
-    return Judged(seeds, study.figure(rows), criteria, word)
+    return Judged(seeds, study.figure(rows), criteria, word, gate)
+
+
+def judged_gate(study: ModuleType, rows: Rows, quick: bool = False) -> list[Gate]:
+    """Return the gate on the rows of the trials; empty if some are missing, or without a gate.
+
+    Raises:
+        ValueError: If the gate has no condition.
+    """
+    if not hasattr(study, "gate") or missing(trials_of(study, rows, quick), rows):
+        return []
+    gate = list(study.gate(trial_rows(rows)))
+    if not gate:
+        raise ValueError(f"{study.__name__}: gate: expected at least one, found none")
+    return gate
+
+
+def trial_rows(rows: Rows) -> Rows:
+    """Return the rows of the trials, which have seeds from 100 on."""
+    return [row for row in rows if min(_seeds_of(row)) >= TRIALS]
+
+
+def trials_of(study: ModuleType, rows: Rows, quick: bool) -> list[Row]:
+    """Return the arms of the trials that are known, given the rows measured until now.
+
+    Raises:
+        ValueError: If an arm has a seed of the criteria.
+    """
+    arms = list(getattr(study, "trials", lambda rows, quick: [])(trial_rows(rows), quick))
+    for arm in arms:
+        if min(_seeds_of(arm)) < TRIALS:
+            raise ValueError(
+                f"{study.__name__}: trials: expected seeds from {TRIALS} on, found {arm['seed']}"
+            )
+    return arms
 
 
 def whole_seeds(study: ModuleType, rows: Rows, quick: bool = False) -> tuple[int, ...]:
@@ -258,26 +413,111 @@ class Store:
 
 
 def measure_missing(study: ModuleType, store: Store, seeds: Sequence[int], args: Any) -> None:
-    """Run the arms that have no rows, and write the rows of each arm when it ends."""
+    """Run the arms that have no rows, and write the rows of each arm when it ends.
+
+    The trials run first. If the gate then fails, the arms of the criteria do not run.
+    """
     from tqdm import tqdm
 
-    arms = arms_of(study, seeds, args.quick)
-    if hasattr(study, "more"):
-        asked = [set()] if args.full else [set(words.split(":")) for words in args.also]
-        more = study.more(seeds, args.quick)
-        arms += [arm for arm in more if any(each <= _words(arm) for each in asked)]
-    rows = store.rows()
-    left = missing(arms, rows)
     if store.others():
         print(f"{store.path}: {store.others()} rows of other settings are not counted")
+    while left := missing(trials_of(study, store.rows(), args.quick), store.rows()):
+        print(f"trial: {_title(left[0])}", flush=True)
+        _measure(study, store, left[0], args.quick)
+    if not hasattr(study, "gate"):
+        raise ValueError(f"{study.__name__}: expected a function `gate`, found none")
+    gate = judged_gate(study, store.rows(), args.quick)
+    arms: list[Row] = []
+    if args.quick or all(each.met for each in gate):
+        arms = arms_of(study, seeds, args.quick)
+        if hasattr(study, "more"):
+            asked = [set()] if args.full else [set(words.split(":")) for words in args.also]
+            more = study.more(seeds, args.quick)
+            arms += [arm for arm in more if any(each <= _words(arm) for each in asked)]
+    left = missing(arms, store.rows())
     done = len(arms) - len(left)
     with tqdm(total=len(arms), initial=done, unit="arm", disable=None) as bar:
         for arm in left:
-            bar.set_description(" ".join(str(value) for value in arm.values()))
-            store.add({**arm, **row} for row in study.measure(arm, args.quick, store.rows()))
+            bar.set_description(_title(arm))
+            _measure(study, store, arm, args.quick)
             bar.update()
     for each in vars(study).values():  # Clear the caches of models and adapters that arms share.
         getattr(each, "cache_clear", lambda: None)()
+
+
+def _title(arm: Row) -> str:
+    return " ".join(str(value) for value in arm.values())
+
+
+def _measure(study: ModuleType, store: Store, arm: Row, quick: bool) -> None:
+    """Run one arm, write its rows with its duration, and remove its saved states."""
+    global _states
+    hashed = hashlib.blake2b(json.dumps(arm, sort_keys=True).encode(), digest_size=8).hexdigest()
+    name = f"{Path(str(study.__file__)).stem}-{store.settings}"
+    start, _states = time.monotonic(), cache_folder() / "claims" / name / hashed
+    try:
+        rows = [{**arm, **row} for row in study.measure(arm, quick, store.rows())]
+        seconds = time.monotonic() - start
+        store.add({**row, "seconds": float(f"{seconds:.3g}")} for row in rows)
+        shutil.rmtree(_states, ignore_errors=True)
+    finally:
+        _states = None
+
+
+def minutes_left(study: ModuleType, rows: Rows, seeds: int) -> float:
+    """Return the minutes of the arms without rows; arms like measured ones take as long."""
+    arms = [*trials_of(study, rows, False), *arms_of(study, range(seeds), False)]
+    gate = judged_gate(study, rows)
+    if not all(each.met for each in gate):
+        return 0.0
+    total = 0.0
+    for arm in missing(arms, rows):
+        alike = {name: value for name, value in arm.items() if name != "seed"}
+        seconds = [r["seconds"] for r in rows if _has([r], alike) and r.get("seconds", "") != ""]
+        total += statistics.fmean(seconds) / 60 if seconds else study.minutes(arm)
+    return total
+
+
+# -------------------------------------------------------------------------------------------------
+# Runs that can be resumed
+
+_states: Path | None = None  # folder of the current run's saved states
+
+
+class Checkpoint:
+    """Saved state of a part of a run; nothing is saved outside of a run.
+
+    Args:
+        path: File of the state, or None.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path, self._saved = path, time.monotonic()
+
+    def restored(self) -> Any:
+        """Return the saved state, or None."""
+        import torch
+
+        if self.path is None or not self.path.exists():
+            return None
+        return torch.load(self.path, weights_only=True)
+
+    def offer(self, state: Callable[[], Any]) -> None:
+        """Save the state that ``state()`` returns if five minutes have passed."""
+        import torch
+
+        if self.path is None or time.monotonic() - self._saved < SAVE_SECONDS:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        torch.save(state(), part)
+        os.replace(part, self.path)
+        self._saved = time.monotonic()
+
+
+def checkpoint(part: str) -> Checkpoint:
+    """Return the saved state of a part of the current run, such as of one of its models."""
+    return Checkpoint(_states / f"{part}.pt" if _states else None)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -288,10 +528,22 @@ def run(study: ModuleType, arguments: list[str] | None = None) -> int:
     """Run the command line of a study; return its exit status."""
     args = _arguments(study, arguments)
     name = Path(str(study.__file__)).stem
+    if not args.json:
+        return _run(study, name, args)[0]
+    with contextlib.redirect_stdout(sys.stderr):
+        status, judged = _run(study, name, args)
+    print(json.dumps({name: judged.as_json()}, indent=1))
+    return status
+
+
+def _run(study: ModuleType, name: str, args: argparse.Namespace) -> tuple[int, Judged]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.out or (Path(scratch) if args.quick else RESULTS)
         store = Store.of(folder / f"{name}.csv", study, args.quick)
         if not args.from_results:
+            if not args.quick:
+                left = minutes_left(study, store.rows(), args.seeds)
+                print(f"{name}: about {left:.0f} minutes of training left", flush=True)
             measure_missing(study, store, range(args.seeds), args)
         rows = store.rows()
     if not rows:
@@ -304,11 +556,16 @@ def run(study: ModuleType, arguments: list[str] | None = None) -> int:
         print(f"\n{title}")
         print(markdown(("", "[95 %]"), [(k, f"{value:.3g}") for k, value in each.items()]))
     judged = judge(study, rows, args.quick)
-    print(criteria_table(judged.criteria))
-    print(f"\n{judged.word}, {len(judged.seeds)} of {study.CLAIM.seeds} seeds: {judged.figure}")
+    print(gate_table(judged.gate))
+    if judged.word == NOT_TESTABLE:
+        print(f"\n{judged.word}: {judged.reason}")
+    else:
+        print(criteria_table(judged.criteria))
+        print(f"\n{judged.word}, {len(judged.seeds)} of {study.CLAIM.seeds} seeds: {judged.figure}")
     if args.picture:
         draw_panels(panels, args.picture)
-    return int(args.check and not all(c.passed for c in judged.criteria if c.headline))
+    met = [bool(c.passed) for c in judged.criteria if c.headline]
+    return int(args.check and not (met and all(met))), judged
 
 
 def _arguments(study: ModuleType, arguments: list[str] | None) -> argparse.Namespace:
@@ -322,6 +579,7 @@ def _arguments(study: ModuleType, arguments: list[str] | None) -> argparse.Names
             "--also", nargs="+", default=(), metavar="WORDS", help="of these, arms with WORDS"
         )
     parser.add_argument("--from-results", action="store_true", help="judge the existing rows")
+    parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     parser.add_argument("--out", type=Path, help="folder of the csv file")
     parser.add_argument("--picture", type=Path, help="draw the panels here")
     args = parser.parse_args(arguments)
@@ -354,6 +612,12 @@ def draw_panels(panels: Panels, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def gate_table(gate: Sequence[Gate]) -> str:
+    """Return the gate as a Markdown table."""
+    cells = [(g.name, g.asked, g.found, "yes" if g.met else "**no**") for g in gate]
+    return markdown(("gate", "asked", "found", "met"), cells) + "\n"
 
 
 def criteria_table(criteria: Sequence[Criterion]) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import study
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -138,14 +139,42 @@ def train(
     groups: Sequence[dict[str, Any]],
     tick: Callable[[], object] = lambda: None,
     loss: Callable[[Any, dict[str, Tensor]], Tensor] = whole_loss,
+    part: str = "",
 ) -> None:
-    """Run AdamW without weight decay, one step per batch; each parameter group has its own rate."""
+    """Run AdamW without weight decay, one step per batch; each parameter group has its own rate.
+
+    Within a run of a study, the parameters, the optimizer's state and torch's random state are
+    saved every five minutes under the name ``part``, and training continues from them. Batches
+    must not depend on torch's random state during training.
+    """
     model.train()
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    for batch in batches:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    checkpoint, done = study.checkpoint(part or "model"), 0
+    if (saved := checkpoint.restored()) is not None:
+        done = saved["steps"]
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])
+        with torch.no_grad():
+            for parameter, value in zip(parameters, saved["parameters"], strict=True):
+                parameter.copy_(value)
+
+    def state() -> dict[str, Any]:
+        return {
+            "steps": done,
+            "optimizer": optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "parameters": [p.detach() for p in parameters],
+        }
+
+    for step, batch in enumerate(batches):
+        if step < done:
+            continue
         optimizer.zero_grad()
         loss(model, batch).backward()
         optimizer.step()
+        done = step + 1
+        checkpoint.offer(state)
         tick()
     model.eval()
 

@@ -4,20 +4,24 @@ The base model is frozen. Clients train LoRA on the queries and values of all si
 head, which starts at zero and is averaged like the adapter. A text is the line that describes a
 package, truncated to 12 tokens. Each of 20 sections has 150 texts, 15 of them for testing.
 
-Studies first choose the learning rate, on a separate seed, with all layers trained by all clients.
+`shares_without` divides the texts such that some clients have no text of some sections.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from federated_digits import Sizes, World
-from study import Row, Rows
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
+
+from lora_ext.federated import partition_pathological
 
 from . import material
 
@@ -36,17 +40,7 @@ SIZES = Sizes(
     scaling=2,
 )
 QUICK = dataclasses.replace(SIZES, rounds=2, testing=4 * CLASSES)
-EXAMPLE = dataclasses.replace(SIZES, lr=1e-2)  # the rate that both federated studies chose
-
-CHOOSING, RATES = 100, (1e-3, 3e-3, 1e-2)  # seed on which rates are chosen; the rates
-
-
-def sizes_of(arm: Row, rows: Rows, sizes: Sizes) -> Sizes:
-    """Return the sizes with the arm's rate if it chooses rates, otherwise with the best rate."""
-    if arm["seed"] == CHOOSING:
-        return dataclasses.replace(sizes, lr=arm["rate"])
-    tried = [row for row in rows if row["seed"] == CHOOSING]
-    return dataclasses.replace(sizes, lr=max(tried, key=lambda row: row["best"])["rate"])
+EXAMPLE = dataclasses.replace(SIZES, lr=1e-2)  # the rate that an earlier protocol chose
 
 
 class Classifier(nn.Module):
@@ -137,3 +131,28 @@ def make_world(seed: int, sizes: Sizes, quick: bool = False) -> World:
         targets=("query", "value"),
         shared=r"^head\.",
     )
+
+
+def shares_without(world: World, clients: Sequence[int], absent: int, each: int) -> list[Any]:
+    """Return the indices of each client's texts, of which some clients lack some sections.
+
+    The sections are drawn by the world's seed. Clients have about equally many texts; the others
+    keep at least 15 % of the texts of the sections that all clients have.
+
+    Args:
+        clients: Clients without the absent sections.
+        absent: Number of sections that they lack.
+        each: Number of sections of every client.
+    """
+    labels, g = world.training[1].numpy(), np.random.default_rng([world.seed, 1])
+    shared = ~np.isin(labels, g.permutation(CLASSES)[:absent])
+    part = len(clients) / world.sizes.clients / (1 - absent / CLASSES)
+    theirs = shared & (g.random(len(labels)) < min(part, 0.85))
+    found: list[Any] = [None] * world.sizes.clients
+    rest = [client for client in range(world.sizes.clients) if client not in set(clients)]
+    for group, own in ((clients, theirs), (rest, ~theirs)):
+        places = np.flatnonzero(own)
+        parts = partition_pathological(labels[places], len(group), each, seed=world.seed)
+        for client, share in zip(group, parts, strict=True):
+            found[client] = places[share]
+    return found

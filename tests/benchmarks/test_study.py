@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import study
-from study import Claim, Criterion, Interval
+from study import Claim, Criterion, Gate, Interval
 
 
 @pytest.fixture
@@ -40,6 +40,8 @@ def coin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     module.CLAIM = Claim("a paper", "coins fall.", "a coin", "heads", "you toss", "you do not", 2)
     module.settings = lambda quick: {"sides": module.sides}
     module.arms, module.measure, module.criteria = arms, measure, criteria
+    module.gate = lambda rows: [Gate("coin", "round", "round", True)]
+    module.minutes = lambda arm: 0.1
     module.figure = lambda rows: f"{study.mean(rows, 'share'):g} over {len(rows)} rows"
     module.panels = lambda rows: {"coins": {"share": study.interval([r["share"] for r in rows])}}
     return module
