@@ -214,8 +214,14 @@ def ask(url: str, model: str) -> str:
         return json.load(response)["choices"][0]["message"]["content"]
 
 
-def main(steps: int = 8, out: Path = ROOT / "out" / "async_grpo") -> list[dict[str, float]]:
-    """Train beside a client of another adapter, and return what TRL logged at each step."""
+def main(
+    steps: int = 8, out: Path = ROOT / "out" / "async_grpo", seed: int = 0
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Train beside a client of another adapter.
+
+    Returns:
+        What TRL logged at each step, and the answers of the other adapter.
+    """
     # Not at the top, since TRL's child process imports this file, too.
     from training import RECIPES, train_adapter
 
@@ -241,13 +247,13 @@ def main(steps: int = 8, out: Path = ROOT / "out" / "async_grpo") -> list[dict[s
         client = threading.Thread(target=other_client)
         client.start()
         try:
-            lines = train(url, folder, tokenizer, out / "trained", steps=steps)
+            lines = train(url, folder, tokenizer, out / "trained", steps=steps, seed=seed)
         finally:
             ended.set()
             client.join()
         print(f"after: {ask(url, f'trl-policy-v{steps + 1}')}")
         print(f"pirate, {len(answers)} times: {' / '.join(set(answers))}")
-    return lines
+    return lines, answers
 
 
 if __name__ == "__main__":
