@@ -22,6 +22,7 @@ from pathlib import Path
 from common import ROOT, append_rows, machine_columns
 
 STEPS, MEAN_OF = 30, 5
+BATCH, GROUP = 16, 8  # answers per step, and per prompt
 LEAST_GAIN = 0.2  # least difference of the mean rewards of the last and the first steps
 LARGEST_RATIO_ERROR = 1e-4  # of the first step, whose answers are those of the current version
 
@@ -39,11 +40,12 @@ def main() -> int:
     met = True
     for seed in args.seeds:
         folder = ROOT / "out" / "grpo_rewards" / str(seed)
-        lines, answers = async_grpo.main(args.steps, folder, seed)
+        lines, answers = async_grpo.main(args.steps, folder, seed=seed, batch=BATCH, group=GROUP)
         rewards = [line["reward"] for line in lines]
         first, last = (statistics.fmean(part) for part in (rewards[:MEAN_OF], rewards[-MEAN_OF:]))
         error = abs(lines[0]["ratio"] - 1)
-        row = {"seed": seed, "steps": len(lines), "first": f"{first:.4f}", "last": f"{last:.4f}"}
+        row: dict[str, object] = {"seed": seed, "batch": BATCH, "group": GROUP}
+        row |= {"steps": len(lines), "first": f"{first:.4f}", "last": f"{last:.4f}"}
         row |= {"gain": f"{last - first:.4f}", "ratio_error": f"{error:.3g}"}
         row |= {"answers": len(answers), "distinct_answers": len(set(answers))}
         row["rewards"] = " ".join(f"{reward:.3f}" for reward in rewards)
