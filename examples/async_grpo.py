@@ -129,6 +129,7 @@ def train(
     questions: Sequence[str] = QUESTIONS,
     steps: int = 8,
     batch: int = 32,
+    group: int = 8,
     length: int = 12,
     rate: float = 2e-3,
     rank: int = 16,
@@ -142,9 +143,10 @@ def train(
         tokenizer: tokenizer of the model.
         out: folder of TRL's output, below the server's folder of adapters.
         reward: reward function.
-        questions: prompts; each is answered by ``batch`` divided by four answers.
+        questions: prompts, in turns.
         steps: number of optimizer steps.
         batch: number of answers per step.
+        group: number of answers to one prompt, whose rewards are compared.
         length: maximum number of tokens of an answer.
         rate: learning rate.
         rank: rank of the adapter.
@@ -161,7 +163,7 @@ def train(
         vllm_server_base_url=url,
         max_steps=steps,
         per_device_train_batch_size=batch,
-        num_generations=batch // 4,
+        num_generations=group,
         max_completion_length=length,
         max_staleness=1,  # with 0, TRL unloads an adapter for which its worker may still ask
         token_budget=0,
@@ -214,8 +216,19 @@ def ask(url: str, model: str) -> str:
         return json.load(response)["choices"][0]["message"]["content"]
 
 
-def main(steps: int = 8, out: Path = ROOT / "out" / "async_grpo") -> list[dict[str, float]]:
-    """Train beside a client of another adapter, and return what TRL logged at each step."""
+def main(
+    steps: int = 8, out: Path = ROOT / "out" / "async_grpo", **how: Any
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Train beside a client of another adapter.
+
+    Args:
+        steps: number of optimizer steps.
+        out: folder of adapters of the server.
+        how: other arguments of :func:`train`.
+
+    Returns:
+        What TRL logged at each step, and the answers of the other adapter.
+    """
     # Not at the top, since TRL's child process imports this file, too.
     from training import RECIPES, train_adapter
 
@@ -241,13 +254,13 @@ def main(steps: int = 8, out: Path = ROOT / "out" / "async_grpo") -> list[dict[s
         client = threading.Thread(target=other_client)
         client.start()
         try:
-            lines = train(url, folder, tokenizer, out / "trained", steps=steps)
+            lines = train(url, folder, tokenizer, out / "trained", steps=steps, **how)
         finally:
             ended.set()
             client.join()
         print(f"after: {ask(url, f'trl-policy-v{steps + 1}')}")
         print(f"pirate, {len(answers)} times: {' / '.join(set(answers))}")
-    return lines
+    return lines, answers
 
 
 if __name__ == "__main__":

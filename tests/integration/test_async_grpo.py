@@ -45,6 +45,7 @@ def test_trl_trains_an_adapter_while_another_one_answers(
             questions=["w5 w6", "w7", "w8 w9 w10", "w11"],
             steps=10,
             batch=16,
+            group=4,
             length=8,
             rate=1e-2,
             rank=4,

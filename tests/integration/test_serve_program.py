@@ -1,5 +1,6 @@
 """``lora-ext serve`` as a program: its arguments, and how it ends."""
 
+import contextlib
 import json
 import re
 import signal
@@ -9,10 +10,14 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
-from scripts import ROOT
+import torch
+from scripts import ROOT, needs
 from served import chat, needs_packages, save_model
 
 from lora_ext import cli
@@ -131,3 +136,72 @@ def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, paused
     *_, error, done = re.findall(rb"data: (.*)", found)
     told = json.loads(error)["error"]
     assert done.strip() == b"[DONE]" and told["message"].endswith("server is stopping")
+
+
+@contextlib.contextmanager
+def program(folder: Path, *flags: str) -> Iterator[Any]:
+    """Yield a client of ``lora-ext serve`` in another process."""
+    import httpx
+
+    command = [sys.executable, "-m", "lora_ext", "serve", "--port", "0", *flags]
+    command += ["--model", str(folder / "tiny"), "--adapters", str(folder / "adapters")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            places = (re.search(r"answers at (http://\S+)/v1", line) for line in process.stdout)
+            place = next(filter(None, places))
+            with httpx.Client(base_url=place[1], timeout=60) as client:
+                yield client
+        finally:
+            process.terminate()
+
+
+@pytest.mark.slow
+@needs("httpx", "peft")
+def test_logprobs_of_an_exact_server_have_the_bits_of_another_process(folder: Path) -> None:
+    """Compare a batch of samples, before and after new weights, with forwards of a trainer."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lora_ext import exact, from_peft
+
+    prompts = [[5 + i * i % 90 for i in range(150)], [5, 6, 7], [7] * 70]
+    how = {"temperature": 1, "max_tokens": 20, "logprobs": 0, "return_token_ids": True}
+    found: list[tuple[str, dict[str, Any]]] = []
+    with program(folder, "--exact") as client, ThreadPoolExecutor(4) as clients:
+
+        def ask(asked: tuple[str, int]) -> dict[str, Any]:
+            name, generation = asked
+            body = {"model": name, "prompt": prompts, "adapter_generation": generation, **how}
+            answer = client.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["adapter_generation"] == generation
+            return answer.json()
+
+        def load(path: str) -> int:
+            body = {"lora_name": "policy", "lora_path": path, "load_inplace": True}
+            return client.post("/v1/load_lora_adapter", json=body).json()["adapter_generation"]
+
+        for path in ("a1", "a9"):
+            asked = [("policy", load(path))] * 2  # the second request reads pages of the first
+            other = client.post("/v1/load_lora_adapter", json={"lora_name": "a12"}).json()
+            asked += [("a12", other["adapter_generation"])] * 2
+            names = [path, path, "a12", "a12"]
+            found += zip(names, clients.map(ask, asked), strict=True)
+    trainers: dict[str, Any] = {}
+    for name in ("a1", "a9", "a12"):
+        base = AutoModelForCausalLM.from_pretrained(folder / "tiny")
+        peft_model = PeftModel.from_pretrained(base, folder / "adapters" / name)
+        trainers[name] = exact(from_peft(peft_model).eval())
+    draws = set()
+    for name, answer in found:
+        for choice in answer["choices"]:
+            prompt, tokens = choice["prompt_token_ids"], choice["token_ids"]
+            draws.add(tuple(tokens))
+            with torch.no_grad():
+                logits = trainers[name](torch.tensor([prompt + tokens])).logits[0]
+            expected = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            expected = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            logprobs = torch.tensor(choice["logprobs"]["token_logprobs"])
+            assert logprobs.equal(expected), (name, len(prompt))
+    assert len(found) == 8 and len(draws) == 24  # samples, not the most likely tokens
