@@ -41,6 +41,7 @@ from ._adapters import (
 from ._experts import FusedExperts
 from ._layers import Fused, FusedLinear
 from ._names import Given, assignment_of, forget_checkpoints, kept_by_checkpoints
+from ._routers import router_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -131,6 +132,8 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and module in never_called:
             left[name] = "nn.MultiheadAttention reads its weight and never calls it"
+        elif (router := router_of(module)) is not None:
+            left[name] = f"PEFT's {type(router).__name__} computes it"
         elif isinstance(module, Fused):
             reasons = {module.uncovered(adapter) for adapter in module.lora_A} - {None}
             if reasons:
