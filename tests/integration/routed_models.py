@@ -18,22 +18,23 @@ def expert_folders(folder: Path, *each: dict[str, Any], **fields: Any) -> list[s
     fields = {"r": 4, "target_modules": TARGETS, **fields}
     given = [*each, *({} for _ in range(EXPERTS - len(each)))]
     configs = {f"e{i}": {**fields, **own} for i, own in enumerate(given)}
-    make_peft(make_model("llama"), configs).save_pretrained(str(folder))
+    model: Any = make_peft(make_model("llama"), configs)
+    model.save_pretrained(str(folder))
     return [str(folder / name) for name in configs]
 
 
 def xlora(folders: list[str], **fields: Any) -> Any:
-    """Return an X-LoRA model whose classifier has random weights of order one."""
+    """Return an X-LoRA model whose classifier has random weights."""
     base: Any = make_model("llama")
     base.config.use_cache = False
     adapters = {str(i): path for i, path in enumerate(folders)}
     given = {"hidden_size": WIDTH, "xlora_depth": 1, "layerwise_scalings": True, **fields}
     config = peft.XLoraConfig(task_type="CAUSAL_LM", adapters=adapters, **given)
-    model = peft.get_peft_model(base, config)
+    model: Any = peft.get_peft_model(base, config)
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.base_model.internal_xlora_classifier.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+            parameter.copy_(torch.randn_like(parameter) * 0.05)
     return model.eval()
 
 
