@@ -49,7 +49,7 @@ def assert_same(
     exact = _results(theirs, layer, x)
     layer.to(dtype)
     x.data = x.data.to(dtype)
-    _assert_within(mine, peft, exact)
+    assert_within(mine, peft, exact)
 
 
 def assert_layers_agree(ours: nn.Module, theirs: nn.Module, x: Tensor, **names) -> None:
@@ -59,7 +59,7 @@ def assert_layers_agree(ours: nn.Module, theirs: nn.Module, x: Tensor, **names) 
     peft = _results(lambda: theirs(x, **names), theirs, x)
     wide = copy.deepcopy(theirs).double()
     x64 = x.detach().double().requires_grad_() if x.is_floating_point() else x
-    _assert_within(mine, peft, _results(lambda: wide(x64, **names), wide, x64))
+    assert_within(mine, peft, _results(lambda: wide(x64, **names), wide, x64))
 
 
 Results = dict[str, Tensor | None]
@@ -70,7 +70,7 @@ def _results(run: Callable[[], Tensor], layer: nn.Module, x: Tensor) -> Results:
     return {"y": y.detach(), **gradients(y, layer, x)}
 
 
-def _assert_within(mine: Results, peft: Results, exact: Results) -> None:
+def assert_within(mine: Results, peft: Results, exact: Results) -> None:
     """Check that our errors are within a bound derived from PEFT's errors on the same data."""
     assert mine.keys() == peft.keys()
     for name, true in exact.items():

@@ -33,6 +33,9 @@ def from_peft(model: Model) -> Model:
     issued. A quantised base layer of bitsandbytes, torchao or quanto computes its output itself,
     and lora_ext adds the update in one op.
 
+    The linear layers of PEFT's X-LoRA and Arrow models, which mix several adapters per token, are
+    run too.
+
     PEFT still runs the layers that lora_ext does not support, such as embeddings.
     :func:`lora_ext.interop.peft.report` lists them. If lora_ext supports none of the layers, a
     warning lists them. :func:`lora_ext.interop.peft.to_peft` undoes all changes.

@@ -38,7 +38,7 @@ from .base._packed_linear import (
     unpack,
     unpack_linears,
 )
-from .base._spacing import has_other_hooks, space_products, unspace_products
+from .base._spacing import base_product, has_other_hooks, space_products, unspace_products
 from .labels import IGNORE, shift_labels
 from .lora_conv import LoraConv
 from .lora_embedding import LoraEmbedding

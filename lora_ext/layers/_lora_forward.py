@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lora_ext import ops
 from lora_ext._torch import autocast_dtype
@@ -20,6 +21,7 @@ from lora_ext.rows import (
     all_rows,
     constant,
     keep,
+    planned,
     rows_of,
     scales,
     several_processes,
@@ -35,6 +37,8 @@ from .base._spacing import base_product
 # bank would be more than _MOST_ROOM times as large as the factors, it is split into two banks: one
 # for ranks up to _SMALL_RANK, and one for larger ranks.
 _MOST_ROOM, _SMALL_RANK = 4, 256
+
+_PAGE = 8  # number of ranks that have one scale and one weight
 
 
 class LoraFactors(NamedTuple):
@@ -58,6 +62,7 @@ def lora_forward(
     base: BaseLayer,
     adapters: Sequence[LoraFactors],
     adapter_ids: Tensor | Rows | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Compute ``base(x)`` plus the updates of the adapters.
 
@@ -86,11 +91,14 @@ def lora_forward(
             the same call of the op are promoted to a common dtype.
         adapter_ids: int64 or int32 tensor ``(T,)`` of positions in ``adapters``, -1 for no adapter;
             or the result of :func:`rows_of` for such a tensor. None applies all adapters to all
-            rows.
+            rows. :class:`Rows` may have ids and weights ``(T, K)``: K adapters per row, whose
+            updates are multiplied by the weights.
+        weights: weight of each adapter in each row, ``(T, A)``, if ``adapter_ids`` is None; None
+            for 1.
 
     Returns:
-        Tensor ``(..., O)`` in the dtype of ``base(x)``, differentiable in ``x``, in the factors and
-        in the parameters of ``base``.
+        Tensor ``(..., O)`` in the dtype of ``base(x)``, differentiable in ``x``, in the factors, in
+        the weights and in the parameters of ``base``.
 
     Raises:
         ValueError: If a shape, dtype, device or id is invalid; the message names it.
@@ -99,7 +107,8 @@ def lora_forward(
     """
     dense = dense_parameters(base)
     exact = isinstance(base, PackedLinear) and base.exact
-    if adapter_ids is None and len(adapters) == 1 and dense is not None and not exact:
+    one = adapter_ids is None and weights is None and len(adapters) == 1
+    if one and dense is not None and not exact:
         factors = adapters[0]
         if factors.bias is None and x.dtype == factors.a.dtype == dense[0].dtype:
             if x.dtype != torch.float64 and autocast_dtype(x) is None:
@@ -110,8 +119,8 @@ def lora_forward(
     if dense is not None and isinstance(base, PackedLinear) and not exact:
         y = base.packed_product(x)
         if y is not None:
-            return _forward(x, lambda _: y, None, adapters, rows)
-    return _forward(x, base, dense, adapters, rows)
+            return _forward(x, lambda _: y, None, adapters, rows, weights)
+    return _forward(x, base, dense, adapters, rows, weights)
 
 
 def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFactors) -> Tensor:
@@ -146,7 +155,10 @@ def _scaled_rows(
 
 
 def lora_update(
-    x: Tensor, adapters: Sequence[LoraFactors], adapter_ids: Tensor | Rows | None = None
+    x: Tensor,
+    adapters: Sequence[LoraFactors],
+    adapter_ids: Tensor | Rows | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Compute the update that :func:`lora_forward` adds to ``base(x)``.
 
@@ -156,7 +168,7 @@ def lora_update(
     found, rows = _participants(x, adapters, adapter_ids)
     if not found:
         return x.new_zeros(*x.shape[:-1], adapters[0].b.shape[0])
-    return _forward(x, None, None, found, rows)
+    return _forward(x, None, None, found, rows, weights)
 
 
 def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> bool:
@@ -196,14 +208,18 @@ def _forward(
     dense: DenseParameters | None,
     adapters: Sequence[LoraFactors],
     rows: Rows | None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Compute base layer and updates, or only the updates if ``base`` and ``dense`` are None.
 
     ``base`` is called if the op cannot compute the product with ``dense``.
     """
     x2d = x.reshape(-1, x.shape[-1])  # (T, I)
-    calls = _shared_rows(adapters, x2d) if rows is None else _own_rows(adapters, rows)
     compute = autocast_dtype(x)
+    if rows is None and weights is not None:
+        calls = _weighted_rows(adapters, x2d, weights)
+    else:
+        calls = _shared_rows(adapters, x2d) if rows is None else _own_rows(adapters, rows)
     if fuses(x, dense, calls[0].adapters[0]):
         assert dense is not None
         weight, bias = dense
@@ -238,6 +254,9 @@ class _Call(NamedTuple):
     plan: Tensor | None
     biases: Sequence[Tensor | None]  # one per adapter, even if `adapters` is their concatenation
     everywhere: bool  # True if the call has only one adapter, which all rows use
+    weights: Tensor | None = None  # (T, K) for ids (T, K), (T, G) with groups
+    groups: Tensor | None = None  # (1, P), column of `weights` for each page of the only adapter
+    scaling: Sequence[float | Tensor] = ()  # one per page if there are groups
 
 
 def _run(
@@ -249,7 +268,7 @@ def _run(
     packed: Tensor | None = None,
 ) -> Tensor:
     a, b = [f.a for f in call.adapters], [f.b for f in call.adapters]
-    scaling, p = [f.scaling for f in call.adapters], call.adapters[0].p
+    scaling, p = call.scaling or [f.scaling for f in call.adapters], call.adapters[0].p
     dtype = compute
     if dtype is None:
         dtype = functools.reduce(torch.promote_types, (f.dtype for f in (*a, *b)))
@@ -262,9 +281,27 @@ def _run(
     seed = _seed([f.seed for f in call.adapters], x.device) if p else None
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    return ops.lora_linear_apart(
-        x.to(dtype), weight, bias, a, b, call.ids, scale, ranks, p, seed, call.plan, packed
-    )
+    x = x.to(dtype)
+    if call.weights is None:
+        return ops.lora_linear_apart(
+            x, weight, bias, a, b, call.ids, scale, ranks, p, seed, call.plan, packed
+        )
+    y = None if weight is None else nn.functional.linear(x, weight, bias)
+    if call.groups is not None:
+        each = call.weights[:, call.groups[0].long()]  # (T, P)
+        each = (each if scale is None else each * scale).to(dtype).repeat_interleave(_PAGE, 1)
+        update = (nn.functional.linear(x, a[0].to(dtype)) * each) @ b[0].to(dtype).T
+        return update if y is None else y + update
+    assert call.plan is not None
+    columns = zip(call.ids.T, call.weights.T, call.plan.chunk(call.ids.shape[1]), strict=True)
+    for ids, weights, plan in columns:
+        seed = _seed([f.seed for f in call.adapters], x.device) if p else None
+        ids = ids.contiguous()
+        update = ops.lora_linear_apart(x, None, None, a, b, ids, scale, ranks, p, seed, plan)
+        update = torch.where(ids[:, None] < 0, 0, update * weights.to(dtype)[:, None])
+        y = update if y is None else y + update
+    assert y is not None
+    return y
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -301,6 +338,30 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
     return [_Call([first._replace(a=a, b=b)], ids, plan, biases, everywhere=True)]
 
 
+def _weighted_rows(adapters: Sequence[LoraFactors], x: Tensor, weights: Tensor) -> list[_Call]:
+    """Return the calls that apply all adapters to all rows, each with the weight of its row.
+
+    The factors are concatenated along the rank, and a page of eight ranks has one weight.
+    """
+    first = adapters[0]
+    if first.a.dtype == torch.float64 or any(
+        f.p or f.bias is not None or f.a.dtype != first.a.dtype for f in adapters
+    ):
+        every = range(len(adapters))
+        ids = constant(every, torch.int32, x.device).expand(x.shape[0], -1)
+        return _own_rows(adapters, planned(tuple(every), ids, weights))
+    pages = [-(-f.a.shape[0] // _PAGE) for f in adapters]
+    room = [_PAGE * n - f.a.shape[0] for n, f in zip(pages, adapters, strict=True)]
+    a = torch.cat([pad(f.a, (0, 0, 0, n)) for f, n in zip(adapters, room, strict=True)])
+    b = torch.cat([pad(f.b, (0, n)) for f, n in zip(adapters, room, strict=True)], 1)
+    owners = [i for i, n in enumerate(pages) for _ in range(n)]
+    groups = constant(owners, torch.int32, x.device)[None]  # (1, P)
+    scaling = [adapters[i].scaling for i in owners]
+    ids, plan = all_rows(x.shape[0], x.device)
+    stacked = [first._replace(a=a, b=b)]
+    return [_Call(stacked, ids, plan, [None], True, weights, groups, scaling)]
+
+
 def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
     """Return the calls that apply to each row the adapter selected by ``rows``.
 
@@ -313,9 +374,9 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
     for i, (f, rank) in enumerate(zip(adapters, all_ranks, strict=True)):
         groups.setdefault((f.p, in_two and rank > _SMALL_RANK), []).append(i)
     for _, members in sorted(groups.items()):  # the same order of calls for any batch
-        _, ids, plan = rows if len(groups) == 1 else subset(rows, members)
-        group = [adapters[i] for i in members]
-        calls.append(_Call(group, ids, plan, [f.bias for f in group], everywhere=False))
+        own = rows if len(groups) == 1 else subset(rows, members)
+        group, biases = [adapters[i] for i in members], [adapters[i].bias for i in members]
+        calls.append(_Call(group, own.ids, own.plan, biases, False, own.weights))
     return calls
 
 
@@ -350,6 +411,9 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
         if bias is not None:
             # `torch.where` is used instead of a product with the mask, because 0 * NaN would spread
             # a NaN of one adapter to the rows of other adapters.
-            own = (call.ids == slot)[:, None]
-            y = torch.where(own, y + bias * call.adapters[slot].scaling, y)
+            own, scaling = (call.ids == slot)[:, None], call.adapters[slot].scaling
+            if call.weights is not None:
+                scaling = scaling * call.weights.where(own[:, 0], 0).sum(1, keepdim=True)
+                own = own.any(2)
+            y = torch.where(own, y + bias * scaling, y)
     return y

@@ -86,6 +86,7 @@ from ._rows import (
     group,
     keep,
     planned,
+    renumbered,
     rows_of,
     scales,
     several_processes,

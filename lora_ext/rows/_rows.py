@@ -32,13 +32,16 @@ class Rows(NamedTuple):
     """
 
     used: tuple[int, ...]  # indices of the adapters in use, in ascending order
-    ids: Tensor  # (T,) int32, each an index into used; -1 is the base model
-    plan: Tensor  # ops.lora_plan of ids
+    ids: Tensor  # (T,) or (T, K) int32, each an index into used; -1 is the base model
+    plan: Tensor  # ops.lora_plan of ids; K plans for (T, K)
+    weights: Tensor | None = None  # (T, K), of the updates of a row's adapters; None if all are 1
 
 
-def planned(used: tuple[int, ...], ids: Tensor) -> Rows:
+def planned(used: tuple[int, ...], ids: Tensor, weights: Tensor | None = None) -> Rows:
     """Return the rows with these ids and their plan. Only this function creates :class:`Rows`."""
-    return Rows(used, ids, ops.lora_plan(ids, len(used)))
+    columns = ids.T.contiguous() if ids.dim() > 1 else ids[None]
+    plans = [ops.lora_plan(column, len(used)) for column in columns]
+    return Rows(used, ids, plans[0] if len(plans) == 1 else torch.cat(plans), weights)
 
 
 def renumbered(ids: Tensor, numbers: Sequence[int]) -> Tensor:
@@ -55,7 +58,8 @@ def subset(rows: Rows, chosen: Sequence[int]) -> Rows:
             adapters become rows of the base model.
     """
     place = [chosen.index(i) if i in chosen else -1 for i in range(len(rows.used))]
-    return planned(tuple(rows.used[i] for i in chosen), renumbered(rows.ids, place))
+    used = tuple(rows.used[i] for i in chosen)
+    return planned(used, renumbered(rows.ids, place), rows.weights)
 
 
 def everywhere(position: int, num_rows: int, device: torch.device) -> Rows:
@@ -105,7 +109,8 @@ def together(rows: Rows, also: Sequence[int]) -> Rows:
 
 
 def _with_used(rows: Rows, used: tuple[int, ...]) -> Rows:
-    return planned(used, renumbered(rows.ids, [used.index(position) for position in rows.used]))
+    ids = renumbered(rows.ids, [used.index(position) for position in rows.used])
+    return planned(used, ids, rows.weights)
 
 
 # -------------------------------------------------------------------------------------------------

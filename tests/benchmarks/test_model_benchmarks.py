@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("peft", reason="the benchmark compares with peft")
 
 from dataclasses import replace
+from typing import Any
 
 import alora
 import exact
@@ -128,3 +129,16 @@ def test_step_with_packed_weights_is_checked_against_float64(
     models["packed"].lm_head.register_forward_hook(lambda module, args, y: y * (1 + 1e-3))
     with pytest.raises(SystemExit, match=r"16 rows, packed: error is .* x its bound"):
         next(packed_linear.bench_model(models, torch.float32, rounds=1))
+
+
+def test_routed_layers_are_checked_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixtures: Any = load_script(monkeypatch, "benchmarks", "mixtures")
+    for name, size in {"IN": 16, "OUT": 24, "RANK": 2, "LENGTH": 3}.items():
+        monkeypatch.setattr(mixtures, name, size)
+    rows = [row for bench in mixtures.MATRICES.values() for row in bench(1, 0.0)]
+    steps = [row for row in rows if row["matrix"] == "layers"]
+    providers, passes = 3, len(mixtures.PASSES)
+    assert len(steps) == providers * passes * len(mixtures.TARGETS) < len(rows)
+    assert all(0 <= row["worst_error"] <= 1 and row["cpu"] for row in steps)
+    with pytest.raises(SystemExit, match="its bound"):
+        mixtures.checked("wrong", [torch.ones(2)], [torch.zeros(2)], [torch.zeros(2)])

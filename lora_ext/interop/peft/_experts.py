@@ -78,7 +78,7 @@ class FusedExperts(Fused, ParamWrapper):
                 key = None if rows is None else group
                 if key not in found:
                     found[key] = slots_of(routing, ids, len(group), layer.num_experts)
-                factors = [layer._factors(name) for name in group]
+                factors = [layer.factors_of(name) for name in group]
                 y = experts_update(y, inner, factors, found[key], layer.num_experts)
             return y
 
@@ -102,7 +102,7 @@ class FusedExperts(Fused, ParamWrapper):
             found.append(found[-1].base_layer)
         return found
 
-    def _factors(self, name: str) -> LoraFactors:
+    def factors_of(self, name: str) -> LoraFactors:
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]
         return LoraFactors(a.weight, b.weight, self.scaling[name])

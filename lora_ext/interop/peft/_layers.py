@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
+from peft.tuners.lora.variants import (
+    ALoraLinearVariant,
+    ArrowLinearVariant,
+    DoraLinearVariant,
+)
 from torch import Tensor, nn
 
 from lora_ext import ops
@@ -31,16 +35,20 @@ from lora_ext.rows import Assignment, Layout, together
 from ._activation import activated, rows_of_offsets
 from ._adapters import no_gradients_without_rows, taking_part
 from ._names import names_of_layer, offsets_of_layer
+from ._routers import arrow_forward, arrow_uncovered
 
 # Keyword arguments of a forward that have one entry per row.
 _OF_ROWS = {"adapter_names", "alora_offsets"}
+_VARIANTS = DoraLinearVariant, ALoraLinearVariant, ArrowLinearVariant
 
 
 def uncovered(module: Any, adapter: str) -> str | None:
     """Return why an adapter of a fused layer needs PEFT's forward; None if it does not."""
     variant = module.lora_variant.get(adapter)
-    if variant is not None and type(variant) not in (DoraLinearVariant, ALoraLinearVariant):
+    if variant is not None and type(variant) not in _VARIANTS:
         return f"adapter {adapter!r} is a {type(variant).__name__}"
+    if type(variant) is ArrowLinearVariant and (why := arrow_uncovered(module, adapter)):
+        return why
     dora = type(variant) is DoraLinearVariant
     if dora and dense_parameters(module.base_layer, divided=True) is None:
         return f"adapter {adapter!r} uses DoRA on a {type(module.base_layer).__name__}"
@@ -107,6 +115,9 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         sequences = x.shape[1:2] if self.tokens_first else x.shape[:1]
         fits = given is None or sequences == given.shape
         left = [why for why in map(self.uncovered, present) if why is not None]
+        routers = [n for n in present if type(self.lora_variant.get(n)) is ArrowLinearVariant]
+        if routers and (len(present) > 1 or rows is not None):
+            left.append(f"adapter {routers[0]!r} routes tokens, and other adapters are in use")
         if begin and fits:
             whole = Assignment.of_entries(present, ()) if rows is None else rows
             one = len(present) == 1 or rows is not None
@@ -129,11 +140,13 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             return self._forward_of_peft(x, *args, **kwargs)
         if not present:
             return self.base_layer(x)
+        if routers:
+            return arrow_forward(self, x, routers[0])
         of_rows = None
         if rows is not None:
             layout = Layout(x.shape[:-1], x.device, self.tokens_first)
             of_rows = together(rows.rows_among(present, layout), trained)
-        factors = [self._factors(name) for name in present]
+        factors = [self.factors_of(name) for name in present]
         if not any(self._is_dora(name) for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)
         weight = self._dense()[0]
@@ -154,7 +167,8 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
     def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return forward_of_the_rest(self.of_peft.forward, self, x, *args, **kwargs)
 
-    def _factors(self, name: str) -> LoraFactors:
+    def factors_of(self, name: str) -> LoraFactors:
+        """Return the parameters of an adapter for :func:`lora_forward`, without copying them."""
         p = dropout_now(self.lora_dropout[name])
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]

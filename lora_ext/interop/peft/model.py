@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.xlora.layer import XLoraLinearLayer
 from torch import nn
 
 from lora_ext._checks import require
@@ -41,6 +42,7 @@ from ._adapters import (
 from ._experts import FusedExperts
 from ._layers import Fused, FusedLinear
 from ._names import Given, assignment_of, forget_checkpoints, kept_by_checkpoints
+from ._routers import FusedXLora, router_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -100,7 +102,12 @@ def to_peft(model: Model) -> Model:
 
 
 def _fused_class(kind: type) -> type:
-    plain = {PeftLinear: FusedLinear, ParamWrapper: FusedExperts, LoraModel: _FusedLoraModel}
+    plain = {
+        PeftLinear: FusedLinear,
+        ParamWrapper: FusedExperts,
+        LoraModel: _FusedLoraModel,
+        XLoraLinearLayer: FusedXLora,
+    }
     return plain.get(kind) or _quantised.fused_class(kind)
 
 
@@ -110,6 +117,10 @@ def _swap(model: nn.Module, other: Callable[[type], type]) -> None:
     for module in model.modules():
         if module not in never_called:
             module.__class__ = other(type(module))
+        router = router_of(module)
+        if router is not None:  # X-LoRA has stored a bound method of its class in the layer.
+            router.__class__ = other(type(router))
+            module.forward = router.forward
 
 
 def _never_called(model: nn.Module) -> set[nn.Module]:
@@ -131,6 +142,13 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and module in never_called:
             left[name] = "nn.MultiheadAttention reads its weight and never calls it"
+        elif (router := router_of(module)) is not None:
+            fused = isinstance(router, FusedXLora)
+            why = router.uncovered() if fused else f"PEFT's {type(router).__name__} computes it"
+            if why is None:
+                taken.append(name)
+            else:
+                left[name] = why
         elif isinstance(module, Fused):
             reasons = {module.uncovered(adapter) for adapter in module.lora_A} - {None}
             if reasons:

@@ -1,0 +1,248 @@
+"""Time layers that mix adapters per token relative to PEFT's X-LoRA and Arrow layers.
+
+`python benchmarks/mixtures.py [--matrix layers pairs] [--check] [--out FILE]`. All times are
+processor times of one thread, measured side by side in one process. Outputs and gradients are
+compared with PEFT's, relative to float64, before they are timed. `base` is the base product alone.
+`--check` exits with 1 if a ratio of PEFT's time to ours is below its target, or if our time above
+the base product is more than a fifth of PEFT's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Call, Timing, append_rows, error_over_bound, interleaved, machine_columns
+from peft import ArrowConfig, LoraConfig, XLoraConfig, get_peft_model
+from peft.tuners.xlora.layer import XLoraLinearLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lora_ext
+from lora_ext import ops
+from lora_ext.interop.peft import report
+
+IN, OUT, ADAPTERS, RANK, BATCH, LENGTH = 576, 1536, 8, 16, 4, 128  # a projection of SmolLM2-135M
+PASSES = ("forward", "forward, dx, dw", "forward, dx, dw, dA, dB")
+# Least ratio of PEFT's time to ours for each of PASSES.
+TARGETS = {
+    ("X-LoRA", 2): (2.0, 2.4, 2.2),
+    ("X-LoRA", 8): (1.7, 2.1, 2.3),
+    ("Arrow", 2): (3.8, 2.6, 2.6),
+    ("Arrow", 8): (2.9, 2.5, 2.4),
+}
+MOST_ABOVE_BASE = 0.2  # share of PEFT's time above the base product
+RATIOS = ("ratio", "above_base", "worst_error")
+MOST_PAIR, MOST_SHARED_PAIR = 1.35, 1.5  # time over that of one adapter per row
+
+
+class ProcessTime:
+    """Call timed by the processor time of the process."""
+
+    def __init__(self, call: Call):
+        self.call = call
+
+    def __call__(self) -> object:
+        return self.call()
+
+    def seconds(self, count: int) -> float:
+        """Return the seconds of ``count`` calls, as in :class:`common.Remote`."""
+        start = time.process_time()
+        for _ in range(count):
+            self.call()
+        return time.process_time() - start
+
+
+def routed(router: str, top_k: int) -> nn.Module:
+    """Return a PEFT model of one linear layer with eight adapters and a router."""
+    torch.manual_seed(0)
+    names = [f"task_{i}" for i in range(ADAPTERS)]
+    fields: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["0"]}
+    base: Any = nn.Sequential(nn.Linear(IN, OUT))
+    model: Any = get_peft_model(base, LoraConfig(**fields), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LoraConfig(**fields))
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        for name in names:
+            layer.lora_B[name].weight.normal_(0, 0.05)
+    if router == "Arrow":
+        config = ArrowConfig(top_k=top_k, router_temperature=0.7)
+        config.task_adapter_names, config.gks_adapter_names = names, []
+        model.add_adapter("arrow_router", LoraConfig(arrow_config=config, **fields))
+        layer.set_adapter("arrow_router")
+    else:
+        config = XLoraConfig(hidden_size=IN, adapters=dict.fromkeys(names, ""))
+        config.top_k_lora = None if top_k == ADAPTERS else top_k
+        layer.set_adapter(names)
+        owner: Any = types.SimpleNamespace(disabled=False)
+        layer.forward = XLoraLinearLayer(owner, layer, layer.forward, 1, config).forward
+    return model.eval()
+
+
+class Step:
+    """Forward of a routed layer, with the gradients of one of :data:`PASSES`."""
+
+    def __init__(self, model: Any, index: int):
+        self.layer, self.index = model.base_model.model[0], index
+        arrow = hasattr(self.layer, "lora_arrow")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(index == 2 and ".lora_" in name and "router" not in name)
+        generator = torch.manual_seed(1)
+        dtype = self.layer.base_layer.weight.dtype
+        x, dy = (torch.randn(BATCH, LENGTH, n, generator=generator) for n in (IN, OUT))
+        scalings = torch.rand(BATCH, LENGTH, 3, ADAPTERS, generator=generator)
+        self.x, self.dy, self.scalings = (t.to(dtype) for t in (x, dy, scalings))
+        self.given = {} if arrow else {"scalings": self.scalings}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.wanted = [self.x, *self.given.values(), *trained]
+        for t in self.wanted[: 2 - arrow] if index else ():
+            t.requires_grad_()
+
+    def __call__(self) -> list[Tensor]:
+        with torch.set_grad_enabled(self.index > 0):
+            y = self.layer(self.x, **self.given)
+            return [y, *torch.autograd.grad(y, self.wanted, self.dy)] if self.index else [y]
+
+
+def base_step(step: Step) -> Call:
+    """Return the base product of a step, with the gradient of x if the step has one."""
+    base = step.layer.base_layer
+
+    def call() -> None:
+        with torch.set_grad_enabled(step.index > 0):
+            y = F.linear(step.x, base.weight, base.bias)
+            if step.index:
+                torch.autograd.grad(y, [step.x], step.dy)
+
+    return call
+
+
+def checked(case: str, ours: list[Tensor], peer: list[Tensor], exact: list[Tensor]) -> float:
+    """Return the largest error over its bound; exit if it is above 1."""
+    with torch.no_grad():
+        worst = max(error_over_bound(*each) for each in zip(ours, peer, exact, strict=True))
+    if not worst <= 1:
+        raise SystemExit(f"mixtures: {case}: error is {worst:.2g} x its bound")
+    return worst
+
+
+def bench_layers(rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield the rows of X-LoRA and Arrow layers."""
+    for (router, top_k), targets in TARGETS.items():
+        theirs = routed(router, top_k)
+        Step(theirs, 0)()  # PEFT computes the prototypes of Arrow in the first forward.
+        ours = lora_ext.from_peft(copy.deepcopy(theirs))
+        if report(ours).left:
+            raise SystemExit(f"mixtures: {router}: PEFT computes {report(ours).left}")
+        for index, (name, target) in enumerate(zip(PASSES, targets, strict=True)):
+            case = f"{router}, {top_k} of {ADAPTERS}, {name}"
+            steps = {"lora_ext": Step(ours, index), "peft": Step(theirs, index)}
+            exact = Step(copy.deepcopy(theirs).double(), index)()
+            worst = checked(case, steps["lora_ext"](), steps["peft"](), exact)
+            calls = {**steps, "base": base_step(steps["peft"])}
+            times = interleaved({n: ProcessTime(c) for n, c in calls.items()}, rounds, seconds)
+            own, peer, base = (times[n].median for n in ("lora_ext", "peft", "base"))
+            share = max(own - base, 0.0) / max(peer - base, 1e-9)
+            gain = times["peft"].over(times["lora_ext"])
+            missed = [f"{gain:.2f} of {target}"] if gain < target else []
+            missed += [f"{share:.2f} above the base"] if share > MOST_ABOVE_BASE else []
+            for provider, timing in times.items():
+                found = {"ratio": gain, "above_base": share, "worst_error": worst}
+                yield row("layers", case, provider, timing, target, found, missed)
+
+
+def bench_pairs(rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield the rows of pairs of adapters in a pool's pages, relative to one adapter per row."""
+    rows, count = 64, 64
+    torch.manual_seed(0)
+    a, b = torch.randn(2 * count, 8, IN) / IN**0.5, torch.randn(2 * count, OUT, 8) / 4
+    one = torch.full((count, 8), -1, dtype=torch.int32)
+    one[:, :2] = torch.arange(2 * count, dtype=torch.int32).view(count, 2)
+    pair = one.clone()
+    pair[:, 2:4] = one.roll(1, 0)[:, :2]
+    x, weight = torch.randn(rows, IN), torch.randn(OUT, IN) / IN**0.5
+    own, shared = torch.arange(rows, dtype=torch.int32), torch.full((rows,), 3, dtype=torch.int32)
+    for name, ids, target, with_base in (
+        ("own pair per row", own, MOST_PAIR, False),
+        ("one pair for all rows, with the base product", shared, MOST_SHARED_PAIR, True),
+    ):
+        case, plan, y = f"{rows} rows, {name}", ops.lora_plan(ids, count), torch.zeros(rows, OUT)
+        calls: dict[str, Call] = {}
+        for provider, table in (("one adapter", one), ("a pair", pair)):
+            rest = x, a, b, ids, None, ((table >= 0).sum(1) * 8).int(), table, plan
+            calls[provider] = functools.partial(_applied, weight if with_base else None, y, *rest)
+        times = interleaved({n: ProcessTime(c) for n, c in calls.items()}, rounds, seconds)
+        ratio = times["a pair"].over(times["one adapter"])
+        missed = [f"{ratio:.2f} of at most {target}"] if ratio > target else []
+        for provider, timing in times.items():
+            yield row("pairs", case, provider, timing, target, {"ratio": ratio}, missed)
+
+
+def _applied(weight: Tensor | None, y: Tensor, x: Tensor, *rest: Any) -> None:
+    ops.lora_apply_(y if weight is None else F.linear(x, weight), x, *rest)
+
+
+def row(
+    matrix: str, case: str, provider: str, timing: Timing, target: float, found: dict[str, float],
+    missed: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Return a row of the csv file; ``missed`` is printed and not written.
+
+    ``ratio`` is PEFT's time over ours, or in ``pairs`` the time of a pair over that of one adapter.
+    """
+    return {
+        **machine_columns(),
+        "matrix": matrix,
+        "case": case,
+        "provider": provider,
+        "unit": "ms",
+        **{k: round(getattr(timing, k) * 1e3, 4) for k in ("median", "p20", "p80")},
+        "target": target,
+        **{k: round(found[k], 4) if k in found else "" for k in RATIOS},
+        "missed": "; ".join(missed),
+    }
+
+
+MATRICES: dict[str, Callable[[int, float], Iterator[dict[str, Any]]]]
+MATRICES = {"layers": bench_layers, "pairs": bench_pairs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--matrix", nargs="+", choices=MATRICES, default=list(MATRICES))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=0.1, help="of each measurement")
+    parser.add_argument("--out", type=Path, help="csv file to which rows are appended")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    missed = set()
+    for name in given.matrix:
+        for found in MATRICES[name](given.rounds, given.seconds):
+            why = found.pop("missed")
+            print(
+                f"{found['case']:46} {found['provider']:12} {found['median']:8.3f} ms  "
+                f"ratio {found['ratio']:5.2f} (target {found['target']})  "
+                f"above base {found['above_base']}",
+                flush=True,
+            )
+            missed |= {f"{found['case']}: {why}"} if why else set()
+            if given.out:
+                append_rows(given.out, [found])
+    for line in sorted(missed):
+        print(f"missed: {line}")
+    if given.check and missed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

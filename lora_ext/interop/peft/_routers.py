@@ -1,0 +1,127 @@
+"""PEFT's layers that mix several adapters per token: X-LoRA and Arrow.
+
+A router computes the weights: in X-LoRA a classifier of the model, in Arrow the similarity of a
+token to a prototype of each adapter. PEFT computes every adapter for every token. Here, K adapters
+per token are K columns of a grouped op; if all adapters are used, their factors are stacked.
+Shape letters: ``T`` tokens, ``A`` adapters, ``K`` adapters per token, ``I`` input features.
+
+Sources: X-LoRA (Buehler and Buehler 2024), Arrow (Ostapenko et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft.tuners.xlora.layer import XLoraLayer, XLoraLinearLayer
+from torch import Tensor
+
+from lora_ext._checks import require
+from lora_ext.layers import LoraFactors, base_product, lora_forward, lora_update
+from lora_ext.rows import Rows, planned, renumbered
+
+
+def router_of(layer: Any) -> Any:
+    """Return the object of X-LoRA that replaces the forward of ``layer``, or None."""
+    owner = getattr(layer.__dict__.get("forward"), "__self__", None)
+    return owner if isinstance(owner, XLoraLayer) else None
+
+
+def unmixable(layer: Any, names: Sequence[str]) -> str | None:
+    """Return why lora_ext cannot mix these adapters of a fused layer; None if it can."""
+    for name in names:
+        variant = layer.lora_variant.get(name)
+        if variant is not None:
+            return f"adapter {name!r} is a {type(variant).__name__}"
+        why = layer.uncovered(name)
+        if why is not None:
+            return why
+    dtypes = {layer.lora_A[name].weight.dtype for name in names}
+    if len(dtypes) > 1:
+        return f"its adapters have the dtypes {', '.join(sorted(map(str, dtypes)))}"
+    return None
+
+
+class FusedXLora(XLoraLinearLayer):
+    """PEFT's X-LoRA layer, with all updates of a token in one op."""
+
+    of_peft = XLoraLinearLayer
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the layer's adapters, in the order of the classifier's outputs."""
+        return [name for name in self.target.active_adapters if name in self.target.lora_A]
+
+    def uncovered(self) -> str | None:
+        """Return why PEFT computes the layer; None if lora_ext does."""
+        if not hasattr(type(self.target), "uncovered"):
+            return f"lora_ext does not run a {type(self.target).__name__}"
+        biased = [n for n in self.names if self.target.lora_B[n].bias is not None]
+        if biased:
+            return f"adapter {biased[0]!r} has a bias, to which X-LoRA gives no weight"
+        return unmixable(self.target, self.names)
+
+    def forward(self, x: Tensor, *args: Any, scalings: Tensor | None = None, **kwargs: Any) -> Any:
+        """Map ``(B, L, I)`` to ``(B, L, O)`` with ``scalings (B, L, layers, A)`` as in PEFT."""
+        target: Any = self.target
+        why = self.uncovered()
+        exact = getattr(target.base_layer, "exact", False)
+        require(not (why and exact), "exact", "model", "adapters that lora_ext computes", why)
+        fits = scalings is None or x.shape[:-1] == scalings.shape[:2]
+        if why or args or kwargs or not fits or target.merged or self.model.disabled:
+            return super().forward(x, *args, scalings=scalings, **kwargs)
+        names = self.names
+        factors = [target.factors_of(name) for name in names]
+        if not factors:
+            return base_product(target.base_layer, x)
+        if scalings is None:
+            return lora_forward(x, target.base_layer, factors)
+        weights = scalings[:, :, self.layer_number].flatten(0, 1)  # (T, active adapters)
+        ids, top_k = None, self.config.top_k_lora
+        if top_k is not None:
+            ids = weights.topk(top_k, -1).indices.sort(-1).values  # (T, K), in PEFT's order
+            weights = weights.gather(1, ids)
+        if self.config.enable_softmax_topk:  # over the weights that are not 0
+            none = weights == 0
+            weights = weights.masked_fill(none, float("-inf")).softmax(-1).masked_fill(none, 0)
+        weights = weights * self.config.global_scaling_weight
+        active = target.active_adapters
+        table = [names.index(name) if name in names else -1 for name in active]
+        if ids is None:
+            weights = weights[:, [i for i, place in enumerate(table) if place >= 0]]
+            return lora_forward(x, target.base_layer, factors, weights=weights)
+        if len(active) > len(names):
+            ids = renumbered(ids, table)
+        return lora_forward(x, target.base_layer, factors, _columns(factors, ids, weights))
+
+
+def _columns(factors: Sequence[LoraFactors], ids: Tensor, weights: Tensor) -> Rows:
+    """Return the rows with the adapters ``ids (T, K)`` and their weights."""
+    return planned(tuple(range(len(factors))), ids.int(), weights)
+
+
+def arrow_uncovered(layer: Any, name: str) -> str | None:
+    """Return why PEFT computes a fused layer with the Arrow router ``name``; None if not."""
+    if getattr(layer.base_layer, "exact", False):
+        return f"adapter {name!r} routes tokens by a product that is not exact"
+    return unmixable(layer, layer.lora_arrow[name].task_adapter_names)
+
+
+def arrow_forward(layer: Any, x: Tensor, name: str) -> Tensor:
+    """Compute a fused layer of PEFT with the Arrow router ``name``; ``x`` is ``(..., I)``."""
+    arrow = layer.lora_arrow[name]
+    arrow.gen_know_sub(layer.lora_A, layer.lora_B)
+    arrow.build_prototypes(layer.lora_A, layer.lora_B)
+    names = arrow.task_adapter_names
+    factors = [layer.factors_of(each)._replace(p=0.0, bias=None) for each in names]
+    tokens = x.reshape(-1, x.shape[-1]).to(factors[0].a.dtype)  # (T, I)
+    similar, ids = (tokens @ arrow.prototypes.T).abs().topk(arrow.top_k, 1)  # (T, K)
+    ids, order = ids.sort(1)
+    weights = (similar / arrow.temperature).softmax(1).gather(1, order)
+    every = arrow.top_k == len(names)
+    rows, full = (None, weights) if every else (_columns(factors, ids, weights), None)
+    dropout = layer.lora_dropout[name]
+    if not (dropout.training and getattr(dropout, "p", 0.0)):
+        return lora_forward(x, layer.base_layer, factors, rows, full)
+    y = base_product(layer.base_layer, x)  # Arrow drops elements of the update.
+    return (y + dropout(lora_update(x, factors, rows, full))).to(y.dtype)
