@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import choice, integer, number, require
+from lora_ext.kinds import Factors
 
 from ._config import BaseModels, longer_than
 from ._low_rank import able_to_learn, check_matrices, rounded, truncated, wide, widest
-from ._peft_files import AdapterSource, Factors
+from ._peft_files import AdapterSource
 from ._value import LoraAdapter, same_values
 
 MergeMode = Literal["delta", "factors", "delta_svd", "ties", "dare"]

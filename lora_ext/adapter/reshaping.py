@@ -8,9 +8,10 @@ from typing import Literal, get_args
 import torch
 
 from lora_ext._checks import choice, integer, require
+from lora_ext.kinds import Factors
 
 from ._low_rank import asleep, check_matrices, resized
-from ._peft_files import AdapterSource, Factors
+from ._peft_files import AdapterSource
 from ._value import LoraAdapter
 
 PruneMode = Literal["remove", "zero"]
