@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_ext._checks import require
 from lora_ext._files import read_json, write_files
-from lora_ext.kinds import Factors, Part, lora_stems
+from lora_ext.kinds import Factors, Part, lora_stems, variants
 
 from ._config import AdapterConfig
 from ._model_index import (
@@ -318,7 +318,10 @@ def _check_headers(
     expected = kind.parts(fields, spec)
     if config.peft_type == "LORA":
         short = [", ".join(stem.removeprefix("lora_") for stem in s) for s in (expected, keys)]
-        set_ = ", ".join(f"{name}={getattr(config, name)}" for name in ("lora_bias", "use_dora"))
+        set_ = ", ".join(
+            f"{name}={getattr(config, name)}"
+            for name in ("lora_bias", *(k.when for k in variants("LORA")))
+        )
         found = f"lora_{{{short[1]}}} ({set_})"
         same = keys.keys() == expected.keys()
         require(same, tensors.where, module, f"lora_{{{short[0]}}}", found)

@@ -22,7 +22,7 @@ from lora_ext._files import SafetensorsFile, TensorInfo, open_regular
 PREFIX = "base_model.model."
 
 # Names in the state dict of a PEFT model contain the adapter's name (`lora_A.default.weight`),
-# names in files do not. DoRA's magnitude is a bare parameter in files and in older versions of
+# names in files do not. The magnitude vector is a bare parameter in files and in older versions of
 # PEFT, and a module with a `weight` in newer ones. The factors of an embedding are always bare
 # parameters.
 _KEY = re.compile(

@@ -32,7 +32,7 @@ class LoraAdapter:
             content of ``adapter_config.json``.
         modules: factors of each adapted module, by the module's name in the base model:
             ``a (r, I)``, ``b (O, r)`` with rank r, I inputs and O outputs; ``scaling`` by PEFT's
-            rules; ``bias`` and ``magnitude`` if PEFT stores them.
+            rules; ``bias`` and ``after`` if PEFT stores them.
         base_weights: weights of the base model that PEFT saves with an adapted embedding or head,
             by name in the file. They share memory with the source of the adapter.
         replacements: tensors that replace weights of the base model, by name in the file: weights
@@ -42,7 +42,7 @@ class LoraAdapter:
             then contains the factors that were computed from them.
 
     Two adapters are equal if they change a model in the same way. The comparison includes the
-    module names and the values of factors, scaling, bias, magnitude and replacements. It ignores
+    module names and the values of factors, scaling, bias, scales and replacements. It ignores
     dtype, device and configuration.
     """
 
@@ -91,7 +91,7 @@ class LoraAdapter:
 
         Raises:
             ValueError: If the model has no such adapter, or if its layers differ in a setting that
-                has only one value in PEFT's configuration (``use_dora``, ``lora_bias``).
+                has only one value in PEFT's configuration (such as ``lora_bias``).
             NotImplementedError: If the adapter uses an unsupported feature, as in :meth:`load`.
         """
         return cls.load(live_adapter(model, adapter, "LoraAdapter.from_model: model"))

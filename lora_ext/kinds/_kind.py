@@ -44,14 +44,14 @@ class Factors(NamedTuple):
     scaling: float
     bias: Tensor | None = None  # (O,)
     # Scales of the sum's outputs. If `Kind.needs_weight`, `Kind.after` computes them from these
-    # values, such as DoRA's magnitude, and the base weight.
+    # values, such as magnitudes, and the base weight.
     after: After | None = None
     embedding: bool = False
     before: Tensor | None = None  # (I,), scales of the inputs
 
     @property
     def magnitude(self) -> Tensor | None:
-        """Values of :attr:`after`, such as DoRA's magnitude."""
+        """Values of :attr:`after`."""
         return None if self.after is None else self.after.scale
 
     @property
@@ -173,8 +173,8 @@ def kind_of(name: str, config: Config | None = None) -> Kind:
     Raises:
         NotImplementedError: If there is no such kind.
     """
-    for (each, when), kind in _kinds.items():
-        if each == name and when and config is not None and config.get(when):
+    for kind in variants(name):
+        if config is not None and config.get(kind.when):
             return kind
     known = sorted({each for each, _ in _kinds})
     found = (name, "") in _kinds
@@ -182,7 +182,12 @@ def kind_of(name: str, config: Config | None = None) -> Kind:
     return _kinds[name, ""]
 
 
+def variants(name: str) -> list[Kind]:
+    """Return the kinds of a name that a configuration field selects."""
+    return [kind for (each, when), kind in _kinds.items() if each == name and when]
+
+
 def fields_of(name: str) -> frozenset[str]:
     """Return the configuration fields that the kinds of one name read."""
-    kinds = [kind for (each, _), kind in _kinds.items() if each == name]
+    kinds = (kind_of(name), *variants(name))
     return frozenset(field for kind in kinds for field in (*kind.reads, *kind.patterns))
