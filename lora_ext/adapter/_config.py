@@ -8,12 +8,14 @@ import math
 import os
 import re
 import warnings
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
-from lora_ext._checks import WrongKind, integer, require
+from lora_ext._checks import WrongKind, integer, number, require
+from lora_ext.kinds import Kind, fields_of, kind_of, refusal
 from lora_ext.layers import FREE, LoraConfig, checked_names, matches_suffix
 
 from ._model_index import ModelIndex
@@ -24,36 +26,30 @@ OWN_INITS = frozenset(FREE) - {"gaussian", "orthogonal"}
 # raise before it loads the tensors, whereas an unknown field only makes it warn.
 _INIT_FIELD = "lora_ext_init"
 
-# Known fields that are kept in `raw` but not parsed. Except for peft_type, which is checked, they
-# matter only in training or record the adapter's origin.
+# Fields of every kind that are kept in `raw` but not parsed. Except for peft_type, which is
+# checked, they record the adapter's origin.
 _IGNORED = frozenset(
-    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode "
-    "loftq_config lora_dropout lora_ga_config megatron_config megatron_core "
-    "peft_type peft_version qalora_group_size revision runtime_config "
-    f"velora_config {_INIT_FIELD}".split()
+    "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision "
+    "runtime_config".split()
 )
-# Fields of unsupported features that change what the adapter computes, with the reasons. A value
-# that means "off" (None, False, empty) is accepted.
-_REFUSED = {
-    "ensure_weight_tying": "it adapts the output head that shares the embedding's weight as well",
-    "layer_replication": "it changes the base model's layers",
-    "use_qalora": "QALoRA pools the input before lora_A",
-    "use_bdlora": "BD-LoRA stores block-diagonal factors",
-    "arrow_config": "Arrow routes between adapters per token",
-    "kasa_config": "KaSA truncates the base weight and adds a diagonal between the factors",
-    "monteclora_config": "MonteCLoRA samples its factors",
-}
 # Values of init_lora_weights that every version of PEFT accepts and that need neither data nor the
 # base weight.
 _PLAIN_INITS = (True, False, "gaussian")
 _INIT_SETTINGS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
 # Initialisations that subtract the new adapter from the base weight, which all adapters share.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Fields that are parsed: ranks, scales and the adapted modules.
-_READ = frozenset(
-    "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora fan_in_fan_out bias lora_bias "
-    "target_modules exclude_modules layers_to_transform layers_pattern task_type "
-    "modules_to_save target_parameters alora_invocation_tokens trainable_token_indices".split()
+# Fields of every kind that are parsed: the adapted modules.
+_OF_MODULES = frozenset(
+    "target_modules exclude_modules layers_to_transform layers_pattern task_type bias "
+    "modules_to_save".split()
+)
+# Fields of LoRA that are parsed, and kept by a copy.
+_READ = (
+    _OF_MODULES
+    | frozenset(
+        "fan_in_fan_out target_parameters alora_invocation_tokens trainable_token_indices".split()
+    )
+    | fields_of("LORA")
 )
 _REFUSED_BESIDE = {
     "target_parameters": dict.fromkeys(
@@ -115,19 +111,64 @@ class AdapterConfig(LoraConfig):
             raw = raw.to_dict()
         if not isinstance(raw, Mapping):
             raise ValueError(f"{where}: expected a JSON object, found {type(raw).__name__}")
-        kind = getattr(raw.get("peft_type"), "value", raw.get("peft_type"))
-        require(kind == "LORA", where, "peft_type", "'LORA'", f"{kind!r:.200}")
-        for name, reason in _refusals(raw):
+        name = getattr(raw.get("peft_type"), "value", raw.get("peft_type"))
+        kind = _kind(name, raw, where)
+        for name, reason in _refusals(kind, raw):
             raise NotImplementedError(f"{where}: {name} is not supported{reason}")
+        if kind.name != "LORA":
+            return cls._other(kind, raw, where)
         init = raw.get("init_lora_weights")
         if isinstance(init, str) and init.lower() in OWN_INITS:
             raw = {**raw, "init_lora_weights": True, _INIT_FIELD: init.lower()}
-        known = _READ | _IGNORED | _REFUSED.keys() | {"init_lora_weights"}
-        unknown = tuple(str(key) for key in raw if key not in known and raw[key])
+        known = _READ | {"init_lora_weights", _INIT_FIELD}
         read = {key: raw[key] for key in _READ & raw.keys()}
         if read.get("bias") in _TRAINED_BIASES:
             read["base_bias"] = read.pop("bias")
+        unknown = _unknown(kind, raw, known)
         return cls(where=where, unknown=unknown, raw=dict(raw), **read)
+
+    @classmethod
+    def _other(cls, kind: Kind, raw: Mapping[str, Any], where: str) -> AdapterConfig:
+        """Create the configuration of a kind other than LoRA, whose own fields stay in ``raw``."""
+        read = {key: raw[key] for key in _OF_MODULES & raw.keys()}
+        unknown = _unknown(kind, raw, _OF_MODULES)
+        config = cls(where=where, unknown=unknown, raw=dict(raw), **read)
+        config.of_modules(())  # checks the fields
+        return config
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the kind of adapter."""
+        name = self.raw.get("peft_type", "LORA")
+        return getattr(name, "value", name)
+
+    @cached_property
+    def kind(self) -> Kind:
+        """Kind of the adapter."""
+        return kind_of(self.peft_type, self._fields)
+
+    @cached_property
+    def _fields(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def of_modules(self, names: Iterable[str]) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
+        """Return the fields of the kind for each module, with the module's values of patterns, and
+        the keys of patterns that match no module."""
+        names, fields, unused = tuple(sorted(names)), self._fields, []
+        own: dict[str, dict[str, Any]] = {name: {} for name in names}
+        for pattern, key in self.kind.patterns.items():
+            table: Any = fields.get(pattern) or {}
+            require(isinstance(table, Mapping), self.where, pattern, "an object", repr(table))
+            values, missed = self._patterned(pattern, table, fields.get(key, 0), names)
+            for name, value in zip(names, values, strict=True):
+                own[name][key] = value
+            unused += missed
+        for each in own.values() if own else [{}]:
+            for key in self.kind.counts:
+                integer(self.where, key, each.get(key, fields.get(key)), 1)
+            for key in self.kind.numbers:
+                number(self.where, key, each.get(key, fields.get(key)))
+        return {name: ChainMap(each, fields) for name, each in own.items()}, unused
 
     @property
     def base_model(self) -> Any:
@@ -146,8 +187,11 @@ class AdapterConfig(LoraConfig):
         """Return all fields by PEFT's names: the parsed values, and the other fields as read.
 
         If ``init_lora_weights`` is a value that some versions of PEFT do not know, or that needs
-        data, it is replaced by True. This has no effect on factors that are loaded.
+        data, it is replaced by True. This has no effect on factors that are loaded. The fields of
+        other kinds than LoRA are returned as read.
         """
+        if self.peft_type != "LORA":
+            return {**self.raw, "peft_type": self.peft_type}
         parsed = {key: value for key, value in super().to_dict().items() if key in _READ}
         saved = self.modules_to_save
         if self.alora_invocation_tokens is None and "alora_invocation_tokens" not in self.raw:
@@ -177,6 +221,10 @@ class AdapterConfig(LoraConfig):
             changes: new values of other fields, including ``use_rslora``.
         """
         names = tuple(sorted(ranks))
+        if self.peft_type != "LORA":  # factors of another kind are those of a LoRA adapter
+            kept = ("base_model_name_or_path", "task_type", "fan_in_fan_out", "modules_to_save")
+            raw = {key: self.raw[key] for key in kept if key in self.raw}
+            self = AdapterConfig.parse({"peft_type": "LORA", **raw}, self.where)
         rslora = changes.setdefault("use_rslora", self.use_rslora)
         alphas = {name: alpha_of(scalings[name], ranks[name], rslora) for name in names}
         if names:
@@ -229,16 +277,33 @@ class AdapterConfig(LoraConfig):
     def ranks_and_scales(
         self, names: Iterable[str]
     ) -> tuple[dict[str, tuple[int, float]], list[str]]:
-        """Return the rank and scale of each module, and the keys of ``rank_pattern`` and
+        """Return the rank and scale of each module of LoRA, and the keys of ``rank_pattern`` and
         ``alpha_pattern`` that match no module."""
         found, unused = self.ranks_and_alphas(names)
         root = math.sqrt if self.use_rslora else float
         return {name: (r, alpha / root(r)) for name, (r, alpha) in found.items()}, unused
 
 
-def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _kind(name: Any, raw: Mapping[str, Any], where: str) -> Kind:
+    """Return the kind of a configuration; raise if it is not supported."""
+    named = isinstance(name, str) and name
+    require(named, where, "peft_type", "a kind of adapter, such as 'LORA'", f"{name!r:.200}")
+    try:
+        return kind_of(name, raw)
+    except NotImplementedError:
+        found = f"{name!r:.200}: {refusal(name)}"
+        raise NotImplementedError(f"{where}: peft_type is not supported, found {found}") from None
+
+
+def _unknown(kind: Kind, raw: Mapping[str, Any], read: Iterable[str]) -> tuple[str, ...]:
+    """Return the fields of ``raw`` that no one reads, with a value that does not mean "off"."""
+    known = {*read, *_IGNORED, *kind.reads, *kind.ignores, *kind.refuses, *kind.patterns}
+    return tuple(str(key) for key in raw if key not in known and raw[key])
+
+
+def _refusals(kind: Kind, raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield each field in ``raw`` that this package does not support, with the reason."""
-    for name, reason in _REFUSED.items():
+    for name, reason in kind.refuses.items():
         if raw.get(name):
             yield name, f": {reason}"
     for other, table in _REFUSED_BESIDE.items():

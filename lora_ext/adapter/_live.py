@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext._checks import require
+from lora_ext.kinds import variants
 from lora_ext.layers import LoraLayer, matches_suffix
 
 from ._config import OWN_INITS, alpha_of, patterns
@@ -141,7 +142,7 @@ def _describe(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "use_rslora": rslora,
-        "use_dora": everywhere("use_dora"),
+        **{kind.when: everywhere(kind.when) for kind in variants("LORA")},
         "lora_bias": everywhere("lora_bias"),
         "lora_dropout": max(rates),  # PEFT's configuration has one rate for all layers
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-
-from ._peft_files import Factors
+from lora_ext.kinds import Factors
 
 #: Root mean square of the norm of a new row of A, drawn from ``U(-1/sqrt(I), 1/sqrt(I))``.
 DRAWN_ROW_NORM = 3**-0.5

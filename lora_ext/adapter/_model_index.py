@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import re
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -36,6 +37,7 @@ from ._peft_tensors import TensorSource, base_name
 _CHUNK = 1 << 24  # number of elements that are compared at once
 
 PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 # Modules that PEFT can adapt and this package cannot. An adapter that targets one is rejected.
 _UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
@@ -58,6 +60,51 @@ class LinearSpec:
     groups: int = 1  # groups of a convolution
     plain: bool = False  # whether the class is exactly nn.Linear or nn.Embedding
     experts: int = 1  # number of matrices in a parameter that has one per expert
+    embedding: bool = False
+    #: Names of all modules that an adapter changes, in the order of the model.
+    order: tuple[str, ...] = ()
+
+
+class UnknownSize(NotImplementedError):
+    """Error for a size of a module that an adapter's file does not contain."""
+
+
+class _Unknown:
+    """Size that is not known. It equals every size, and a result of arithmetic is unknown, too."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __repr__(self) -> str:
+        return self.what
+
+    def _same(self, *_: Any) -> _Unknown:
+        return self
+
+    __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _same
+
+    def __eq__(self, _: object) -> bool:
+        return True
+
+    __lt__ = __gt__ = __le__ = __ge__ = __eq__
+
+    def __index__(self) -> int:
+        raise UnknownSize(
+            f"{self.what} of the module: the adapter's file does not contain it; load the adapter "
+            "into a pool of the model, or merge it with adapters of the same modules"
+        )
+
+    def __getattr__(self, _: str) -> Any:
+        operator.index(self)
+
+
+def unknown_spec(name: str, size: tuple[int, int] | None = None) -> LinearSpec:
+    """Return a module of which only the name, or the name and the sizes, are known."""
+    unknown: Any = (_Unknown("in_features"), _Unknown("out_features"))
+    order: Any = _Unknown("order")
+    cpu = torch.device("cpu")
+    inputs, outputs = size or unknown
+    return LinearSpec(name, inputs, outputs, torch.float32, cpu, order=order)
 
 
 @dataclass(frozen=True)
@@ -87,7 +134,8 @@ class ModelIndex:
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:
         """All modules that can have an adapter."""
-        return self.linear | self.embedding
+        embedding = {name: replace(s, embedding=True) for name, s in self.embedding.items()}
+        return self.linear | embedding
 
     @cached_property
     def specs(self) -> dict[str, LinearSpec]:
@@ -336,16 +384,26 @@ def offloaded_values(model: nn.Module, name: str) -> Tensor | None:
 
 
 def check_header(
-    tensors: TensorSource, key: str, shape: tuple[int, ...], of: str = "", more: str = ""
+    tensors: TensorSource,
+    key: str,
+    shape: tuple[int | None, ...],
+    of: str = "",
+    more: str = "",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Raise unless a tensor has a supported dtype and the given shape. The tensor is not read.
 
-    In the message, ``of`` is appended to the expected shape, and ``more`` to the found shape.
+    In the message, ``of`` is appended to the expected shape, and ``more`` to the found shape. An
+    integer ``dtype`` stands for all integer dtypes.
     """
     info, where = tensors.infos[key], f"{tensors.where}: {key}"
-    known = "float16, bfloat16, float32 or float64"
-    require(info.dtype in PAGE_DTYPES, where, "dtype", known, info.dtype)
-    require(info.shape == shape, where, "shape", f"{shape}{of}", f"{info.shape}{more}")
+    known = "float16, bfloat16, float32 or float64" if dtype is None else "an integer dtype"
+    known_dtypes = PAGE_DTYPES if dtype is None else INTEGER_DTYPES
+    require(info.dtype in known_dtypes, where, "dtype", known, info.dtype)
+    same = len(info.shape) == len(shape) and all(
+        size is None or size == found for size, found in zip(shape, info.shape, strict=True)
+    )
+    require(same, where, "shape", f"{shape}{of}", f"{info.shape}{more}")
 
 
 def _equal(found: Tensor, own: Tensor) -> bool:

@@ -8,26 +8,34 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_ext._checks import require
 from lora_ext._files import read_json, write_files
+from lora_ext.kinds import Factors, Part, lora_stems, variants
 
 from ._config import AdapterConfig
-from ._model_index import ROUTED, LinearSpec, ModelIndex, check_header, in_routed_experts
+from ._model_index import (
+    ROUTED,
+    LinearSpec,
+    ModelIndex,
+    check_header,
+    in_routed_experts,
+    unknown_spec,
+)
 from ._peft_tensors import (
+    PREFIX,
     StateDict,
     TensorSource,
     adapter_directory,
     base_name,
     open_tensors,
     parse_key,
-    roles_of,
     wrapped_names,
 )
 from ._replaced import Replaced, find_replaced, find_rows
@@ -36,24 +44,8 @@ from ._replaced import Replaced, find_replaced, find_rows
 AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
 
 CONFIG = "adapter config"  # prefix of error messages about a config that is not in a file
+_SHARED = "base_model."  # prefix of tensors that all modules share
 _MAX_JSON_BYTES = 4 << 20
-
-
-class Factors(NamedTuple):
-    """The factors of one module. They add ``scaling * (b @ a @ x + bias)`` to the output for x.
-
-    For a convolution, the factors are kernels: ``a`` has the shape ``(r, I, *k)`` with the kernel
-    size k, and ``b`` has the shape ``(O, r / groups, 1, ...)``. The magnitude has the shape
-    ``(1, O, 1, ...)``. For a parameter of E experts, ``a`` is ``(E * r, I)`` with the rows grouped
-    by expert, and ``b`` is ``(O, r * E)`` with the columns grouped by rank.
-    """
-
-    a: Tensor  # (r, I); for an embedding, I is the number of tokens
-    b: Tensor  # (O, r)
-    scaling: float
-    bias: Tensor | None = None  # (O,)
-    magnitude: Tensor | None = None  # (O,), only with DoRA
-    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,8 +56,9 @@ class CheckedAdapter:
     leftover: tuple[str, ...]  # entries that are skipped because of strict=False
     tensors: TensorSource  # the open file or state dict
     index: ModelIndex  # modules of the base model
-    keys: dict[str, dict[str, str]]  # adapted module -> role, such as A.weight -> key
-    scalings: dict[str, float]
+    keys: dict[str, dict[str, str]]  # adapted module -> stem, such as lora_A.weight -> key
+    shared: dict[str, str]  # stem of a tensor that all modules share -> key
+    fields: dict[str, Mapping[str, Any]]  # adapted module -> its configuration
     whole: dict[str, dict[str, str]]  # replaced module -> "weight" or "bias" -> key
     rows: dict[str, str]  # module with some replaced rows -> key
     tokens: tuple[int, ...]  # indices of these rows
@@ -76,23 +69,20 @@ class CheckedAdapter:
         Raises:
             NotImplementedError: If a module that is never called has a nonzero B.
         """
+        shared = {stem: self.tensors.read(key) for stem, key in self.shared.items()}
         for module, keys in self.keys.items():
-            embedding = module in self.index.embedding
-            parts = {
-                part: self.tensors.read(keys[role])
-                for part, role in roles_of(embedding).items()
-                if role in keys
-            }
-            if module in self.index.bypassed and parts["b"].any():
+            spec = self.index.specs[module]
+            parts = shared | {stem: self.tensors.read(key) for stem, key in keys.items()}
+            factors = self.config.kind.read(parts, self.fields[module], spec)
+            if module in self.index.bypassed and factors.b.any():
                 where = self.where_is(module, "b")
                 reader = self.index.bypassed[module]
                 raise NotImplementedError(
-                    f"{where}: expected zeros, found a value of {parts['b'].abs().max().item():.6g}"
+                    f"{where}: expected zeros, found a value of {factors.b.abs().max().item():.6g}"
                     f", which would have no effect: {reader} reads the weight of this module and "
                     "never calls it"
                 )
-            factors = Factors(**parts, scaling=self.scalings[module], embedding=embedding)
-            yield self.index.specs[module], factors
+            yield spec, factors
 
     def replaced(self) -> Iterator[tuple[LinearSpec, Replaced]]:
         """Read the tensors that replace those of the base model, one module at a time."""
@@ -104,9 +94,14 @@ class CheckedAdapter:
             yield self.index.modules[module], rows
 
     def where_is(self, module: str, part: str) -> str:
-        """Return the file and the key of a field of :class:`Factors`, for error messages."""
-        role = roles_of(module in self.index.embedding)[part]
-        return f"{self.tensors.where}: {self.keys[module].get(role, role)}"
+        """Return the file and the key of a field of :class:`Factors`, for error messages.
+
+        The factors of other kinds than LoRA have no key.
+        """
+        own = lora_stems(self.index.specs[module].embedding)
+        stems = {**own, "magnitude": self.config.kind.vector}
+        stem = stems[part]
+        return f"{self.tensors.where}: {self.keys[module].get(stem, f'{module}: {part}')}"
 
 
 @contextlib.contextmanager
@@ -166,7 +161,8 @@ def check_adapter(
                 "adapters, and from_peft trains them"
             )
     experts = wrapped_names(index.parameters, config.targeted_parameters(index))
-    grouped, base, leftover = _group_keys(tensors, index, experts)
+    grouped, base, leftover = _group_keys(config, tensors, index, experts)
+    shared = grouped.pop("", {})
     rows, tokens = find_rows(config, tensors, index, grouped)
     leftover = [key for key in leftover if key not in rows.values()]
     saved: dict[str, str] = {}
@@ -177,24 +173,23 @@ def check_adapter(
         leftover = [key for key in leftover if key not in saved]
     _check_targets(config, where, index, grouped)
     require(grouped, where, "keys", "LoRA factors of the base model", _some(leftover) or "none")
-    ranks, unused = config.ranks_and_scales(grouped)
+    fields, unused = config.of_modules(grouped)
     leftover += [*(f"config field {name}" for name in config.unknown), *unused]
     expected = f"expected only tensors and fields that the base model and {field} use"
     if strict and leftover:
         found = f"{_some(leftover)} (strict=False loads the rest)"
         raise ValueError(f"{where}: {expected}, found {found}")
     for module, keys in grouped.items():  # check all headers before reading any tensor
-        rank, _ = ranks[module]
+        rank = config.kind.rank(fields[module], index.specs[module])
         require(rank <= max_rank, field, f"rank of {module}", f"at most max_rank={max_rank}", rank)
-        _check_headers(tensors, keys, rank, module, index, config)
+        _check_headers(tensors, keys, fields[module], module, index, config)
     whole = find_replaced(config, tensors, index, saved, grouped) if index.shared else {}
     for key, name in base.items():  # check all headers before reading any tensor
         index.weights.check_header(tensors, key, name)
     for key, name in base.items():
         index.weights.check(tensors, key, name)
-    scalings = {module: scaling for module, (_, scaling) in ranks.items()}
     return CheckedAdapter(
-        config, tuple(leftover), tensors, index, grouped, scalings, whole, rows, tokens
+        config, tuple(leftover), tensors, index, grouped, shared, fields, whole, rows, tokens
     )
 
 
@@ -221,22 +216,61 @@ def _check_targets(
         )
 
 
+def stem_parser(config: AdapterConfig) -> Callable[[str], tuple[str, str] | None]:
+    """Return a function that splits the name of a tensor of the adapter into module and stem.
+
+    The function returns None for other names, and an empty module for a tensor that all modules
+    share.
+    """
+    if config.peft_type == "LORA":
+        return lambda name: (key.module, key.stem) if (key := parse_key(name)) else None
+    kind = config.kind
+    fields, _ = config.of_modules([""])
+    own = kind.parts(fields[""], unknown_spec("")).keys() - {*kind.shared}
+    stems = sorted(own, key=len, reverse=True)
+    prefixes = tuple(f"{stem}." for stem in kind.shared)
+
+    def split(name: str) -> tuple[str, str] | None:
+        if name.startswith(_SHARED) and not name.startswith(PREFIX):
+            stem = name.removeprefix(_SHARED)
+            return ("", stem) if f"{stem}.".startswith(prefixes) else None
+        bare = name.removeprefix(PREFIX)
+        found = (stem for stem in stems if bare.endswith(f".{stem}"))
+        stem = next(found, None)
+        return None if stem is None else (bare.removesuffix(f".{stem}"), stem)
+
+    return split
+
+
+def _check_parts(
+    tensors: TensorSource, keys: Mapping[str, str], parts: Mapping[str, Part], module: str
+) -> None:
+    """Raise unless all tensors of a module are there, with their shapes and dtypes."""
+    for stem, part in parts.items():
+        key = keys.get(stem)
+        if key is None:
+            require(part.optional, tensors.where, f"{module}.{stem}", "a tensor", "none")
+        else:
+            check_header(tensors, key, part.shape, dtype=part.dtype)
+
+
 def _group_keys(
-    tensors: TensorSource, index: ModelIndex, experts: Mapping[str, str]
+    config: AdapterConfig, tensors: TensorSource, index: ModelIndex, experts: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
     """Group the keys of an adapter's tensors.
 
     Returns:
-        the keys of factors by module and role (such as ``A.weight`` or ``embedding_A``); the keys
-        of weights of the base model, with their names there; and all remaining keys.
+        the keys of factors by module and stem (such as ``lora_A.weight``), with an empty name for
+        tensors that all modules share; the keys of weights of the base model, with their names
+        there; and all remaining keys.
     """
     grouped: dict[str, dict[str, str]] = {}
     base: dict[str, str] = {}
     leftover: list[str] = []
-    where = tensors.where
+    where, parse = tensors.where, stem_parser(config)
     for key in tensors.infos:
         expected, found = "a name as in an adapter file", "a name as in model.state_dict()"
-        parsed = parse_key(key)
+        parsed = parse(key)
         require("modules_to_save" not in key, where, key, expected, found, NotImplementedError)
         if parsed is None:
             name = base_name(key)
@@ -245,12 +279,13 @@ def _group_keys(
             else:
                 leftover.append(key)
             continue
-        module = experts.get(parsed.module, parsed.module)
-        own = module == parsed.module
-        owner, _, _ = parsed.module.partition(".base_layer")
+        given, stem = parsed
+        module = experts.get(given, given)
+        own = module == given
+        owner, _, _ = given.partition(".base_layer")
         expected = f"factors of only the {len(experts)} expert parameters in target_parameters"
         require(not (own and owner in index.parameters), where, "keys", expected, key)
-        if module not in index.specs:
+        if module and module not in index.specs:
             kind = index.unsupported.get(module)
             if kind is None and own and in_routed_experts(module):
                 kind = f"module of {ROUTED}"
@@ -259,7 +294,7 @@ def _group_keys(
             require(kind is None, where, key, expected, found, NotImplementedError)
             leftover.append(key)
             continue
-        other = grouped.setdefault(module, {}).setdefault(parsed.role, key)
+        other = grouped.setdefault(module, {}).setdefault(stem, key)
         require(other == key, where, "keys", "a single adapter", f"both {other} and {key}")
     return grouped, base, leftover
 
@@ -267,35 +302,30 @@ def _group_keys(
 def _check_headers(
     tensors: TensorSource,
     keys: dict[str, str],
-    rank: int,
+    fields: Mapping[str, Any],
     module: str,
     index: ModelIndex,
     config: AdapterConfig,
 ) -> None:
-    spec = index.specs[module]
-    embedding = module in index.embedding
-    roles = roles_of(embedding)
-    ones = (1,) * len(spec.kernel)
-    expected: dict[str, tuple[int, ...]] = {
-        roles["a"]: (rank * spec.experts, spec.in_features, *spec.kernel),
-        roles["b"]: (spec.out_features, rank * spec.experts // spec.groups, *ones),
-    }
-    dora = embedding and config.use_dora and index.shared
-    wanted = "no DoRA on embeddings"
-    require(not dora, config.where, f"use_dora of {module}", wanted, True, NotImplementedError)
+    spec, kind = index.specs[module], config.kind
+    embedding = spec.embedding and index.shared
+    what = f"{kind.when or 'peft_type'} of {module}"
+    wanted = f"no {kind.title} on embeddings"
+    fits = not embedding or (config.peft_type == "LORA" and kind.sums)
+    require(fits, config.where, what, wanted, fields.get(kind.when, True), NotImplementedError)
     wanted = f"false for an adapter of the embedding {module}, as in PEFT"
-    require(not (embedding and config.lora_bias), config.where, "lora_bias", wanted, True)
-    if config.lora_bias:
-        expected[roles["bias"]] = (spec.out_features,)
-    if config.use_dora:
-        expected[roles["magnitude"]] = (
-            (1, spec.out_features, *ones) if ones else (spec.out_features,)
+    require(not (spec.embedding and config.lora_bias), config.where, "lora_bias", wanted, True)
+    expected = kind.parts(fields, spec)
+    if config.peft_type == "LORA":
+        short = [", ".join(stem.removeprefix("lora_") for stem in s) for s in (expected, keys)]
+        set_ = ", ".join(
+            f"{name}={getattr(config, name)}"
+            for name in ("lora_bias", *(k.when for k in variants("LORA")))
         )
-    wanted = f"lora_{{{', '.join(expected)}}}"
-    found = f"lora_{{{', '.join(keys)}}} (lora_bias={config.lora_bias}, use_dora={config.use_dora})"
-    require(keys.keys() == expected.keys(), tensors.where, module, wanted, found)
-    for role, shape in expected.items():
-        check_header(tensors, keys[role], shape)
+        found = f"lora_{{{short[1]}}} ({set_})"
+        same = keys.keys() == expected.keys()
+        require(same, tensors.where, module, f"lora_{{{short[0]}}}", found)
+    _check_parts(tensors, keys, expected, module)
 
 
 def _some(items: Iterable[str]) -> str:

@@ -20,10 +20,9 @@ from lora_ext._checks import require
 from lora_ext._files import SafetensorsFile, TensorInfo, open_regular
 
 PREFIX = "base_model.model."
-MAGNITUDE = "magnitude_vector"
 
 # Names in the state dict of a PEFT model contain the adapter's name (`lora_A.default.weight`),
-# names in files do not. DoRA's magnitude is a bare parameter in files and in older versions of
+# names in files do not. The magnitude vector is a bare parameter in files and in older versions of
 # PEFT, and a module with a `weight` in newer ones. The factors of an embedding are always bare
 # parameters.
 _KEY = re.compile(
@@ -42,16 +41,21 @@ _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
 class Key(NamedTuple):
-    """The parsed name of a LoRA tensor."""
+    """The parsed name of an adapter's tensor."""
 
-    module: str  # name of the module in the base model
-    role: str  # A.weight, B.weight, B.bias, embedding_A, embedding_B or magnitude_vector
-    adapter: str | None  # None in files
+    module: str  # name of the module in the base model; empty for a tensor that modules share
+    role: str  # stem without `lora_`, such as A.weight, B.bias, embedding_A or magnitude_vector
+    adapter: str | None = None  # None in files
+
+    @property
+    def stem(self) -> str:
+        """Name of the tensor in its module, see :class:`lora_ext.kinds.Kind`."""
+        return f"lora_{self.role}"
 
     @property
     def in_file(self) -> str:
         """Name of the tensor in PEFT's files."""
-        return f"{PREFIX}{self.module}.lora_{self.role}"
+        return f"{PREFIX}{self.module}.{self.stem}"
 
 
 def parse_key(name: str) -> Key | None:
@@ -86,13 +90,6 @@ def base_name(name: str) -> str:
 def natural_order(name: str) -> list[str | int]:
     """Return a sort key for module names that puts layers.2 before layers.10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-def roles_of(embedding: bool) -> dict[str, str]:
-    """Return the role (see :class:`Key`) of each tensor field of
-    :class:`lora_ext.adapter.Factors`."""
-    a, b = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
-    return {"a": a, "b": b, "bias": "B.bias", "magnitude": MAGNITUDE}
 
 
 def factor_keys(

@@ -226,8 +226,8 @@ def rank_report(
             ``(n, r)`` and B ``(r, m)``, as in the paper's code.
 
     Returns:
-        a report with one row per module, in the order of the source. The effects of DoRA's
-        magnitudes and of biases are not included. Each module is decomposed only once.
+        a report with one row per module, in the order of the source. The effects of scales of
+        outputs and of biases are not included. Each module is decomposed only once.
 
     Raises:
         KeyError: If a module lacks one of its two factors. The message contains its name.

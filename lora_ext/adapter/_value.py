@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require, require_flags
+from lora_ext.kinds import Factors, lora_stems
 
 from ._config import AdapterConfig
 from ._live import live_adapter
-from ._model_index import BaseWeights, LinearSpec, ModelIndex
-from ._peft_files import AdapterSource, Factors, check_adapter, open_adapter, write_adapter
-from ._peft_tensors import PREFIX, Key, TensorSource, base_name, parse_key, roles_of
+from ._model_index import BaseWeights, LinearSpec, ModelIndex, UnknownSize, unknown_spec
+from ._peft_files import AdapterSource, check_adapter, open_adapter, stem_parser, write_adapter
+from ._peft_tensors import PREFIX, StateDict, TensorSource, base_name
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,15 +32,17 @@ class LoraAdapter:
             content of ``adapter_config.json``.
         modules: factors of each adapted module, by the module's name in the base model:
             ``a (r, I)``, ``b (O, r)`` with rank r, I inputs and O outputs; ``scaling`` by PEFT's
-            rules; ``bias`` and ``magnitude`` if PEFT stores them.
+            rules; ``bias`` and ``after`` if PEFT stores them.
         base_weights: weights of the base model that PEFT saves with an adapted embedding or head,
             by name in the file. They share memory with the source of the adapter.
         replacements: tensors that replace weights of the base model, by name in the file: weights
             of whole modules (``modules_to_save``) and trained biases (``bias="all"``,
             ``"lora_only"``).
+        parts: tensors of an adapter of another kind than LoRA, by name in the file. ``modules``
+            then contains the factors that were computed from them.
 
     Two adapters are equal if they change a model in the same way. The comparison includes the
-    module names and the values of factors, scaling, bias, magnitude and replacements. It ignores
+    module names and the values of factors, scaling, bias, scales and replacements. It ignores
     dtype, device and configuration.
     """
 
@@ -47,10 +50,18 @@ class LoraAdapter:
     modules: Mapping[str, Factors]
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
     replacements: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for each in ("modules", "base_weights", "replacements"):
-            object.__setattr__(self, each, MappingProxyType(dict(getattr(self, each))))
+        for each in ("modules", "base_weights", "replacements", "parts"):
+            given = getattr(self, each)
+            kept = given if isinstance(given, _NoFactors) else MappingProxyType(dict(given))
+            object.__setattr__(self, each, kept)
+
+    @property
+    def kind(self) -> str:
+        """PEFT's ``peft_type``, such as "LORA" or "VERA"."""
+        return self.config.peft_type
 
     @classmethod
     def load(cls, source: AdapterSource, strict: bool = True) -> LoraAdapter:
@@ -80,7 +91,7 @@ class LoraAdapter:
 
         Raises:
             ValueError: If the model has no such adapter, or if its layers differ in a setting that
-                has only one value in PEFT's configuration (``use_dora``, ``lora_bias``).
+                has only one value in PEFT's configuration (such as ``lora_bias``).
             NotImplementedError: If the adapter uses an unsupported feature, as in :meth:`load`.
         """
         return cls.load(live_adapter(model, adapter, "LoraAdapter.from_model: model"))
@@ -164,7 +175,7 @@ class LoraAdapter:
         with open_adapter((config, state)) as (_, tensors):
             # strict=False: unused tensors were skipped or rejected when the adapter was loaded.
             meant = self._read(config, tensors, strict=False, copy=False)
-        for name, factors in self.modules.items():
+        for name, factors in () if self.parts else self.modules.items():
             configured, found = meant.modules[name].scaling, factors.scaling
             expected = f"{configured}, as in the configuration"
             require(found == configured, f"LoraAdapter.save: {name}", "scaling", expected, found)
@@ -172,34 +183,55 @@ class LoraAdapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors by their names in PEFT's files."""
-        tensors: dict[str, Tensor] = {}
-        for name, factors in self.modules.items():
-            for part, role in roles_of(factors.embedding).items():
+        tensors = dict(self.parts)
+        for name, factors in () if self.parts else self.modules.items():
+            stems = {**lora_stems(factors.embedding), "magnitude": self.config.kind.vector}
+            for part, stem in stems.items():
                 value = getattr(factors, part)
                 if value is not None:
-                    tensors[Key(name, role, None).in_file] = value
+                    tensors[f"{PREFIX}{name}.{stem}"] = value
         return {**tensors, **self.base_weights, **self.replacements}
+
+    def with_sizes(self, sizes: Mapping[str, tuple[int, int]]) -> LoraAdapter:
+        """Return this adapter with the factors that its file defines only for modules of known
+        sizes. Its sizes by module name are the numbers of inputs and outputs."""
+        if not isinstance(self.modules, _NoFactors):
+            return self
+        return self._read(self.config, StateDict(self.state_dict(), ""), False, False, sizes)
 
     @classmethod
     def _read(
-        cls, config: AdapterConfig, tensors: TensorSource, strict: bool, copy: bool
+        cls,
+        config: AdapterConfig,
+        tensors: TensorSource,
+        strict: bool,
+        copy: bool,
+        sizes: Mapping[str, tuple[int, int]] = MappingProxyType({}),
     ) -> LoraAdapter:
-        index = _implied_index(config, tensors)
+        index, split = _implied_index(config, tensors, sizes), stem_parser(config)
+        if copy:
+            every = {key: tensors.read(key) for key in tensors.infos}
+            own = {k: split(k) or _replaces(config, base_name(k)) for k in every}
+            copied = {key: t.clone() if own[key] else t for key, t in every.items()}
+            tensors = StateDict(copied, tensors.where)
         checked = check_adapter(config, tensors, index, sys.maxsize, strict)
-        modules = {spec.name: f for spec, f in checked.modules()}
+        modules: Mapping[str, Factors]
+        try:
+            modules = {spec.name: f for spec, f in checked.modules()}
+        except UnknownSize as error:
+            modules = _NoFactors(checked.keys, error)
         beside: dict[str, Tensor] = {}
         replacements: dict[str, Tensor] = {}
         for key in tensors.infos:
             name = base_name(key)
-            if parse_key(key) is None and name in index.weights:
+            if split(key) is None and name in index.weights:
                 in_file = PREFIX + key.removeprefix(PREFIX)
                 (replacements if _replaces(config, name) else beside)[in_file] = tensors.read(key)
-        if copy:
-            for name, factors in modules.items():
-                values: list[Any] = [t.clone() if isinstance(t, Tensor) else t for t in factors]
-                modules[name] = Factors(*values)
-            replacements = {key: value.clone() for key, value in replacements.items()}
-        return cls(config, modules, beside, replacements)
+        parts = {}
+        if config.peft_type != "LORA":
+            groups = (checked.shared, *checked.keys.values())
+            parts = {key: tensors.read(key) for keys in groups for key in keys.values()}
+        return cls(config, modules, beside, replacements, parts)
 
     def __eq__(self, other: object) -> bool:
         """Return whether both adapters change a model in the same way."""
@@ -207,24 +239,28 @@ class LoraAdapter:
             return NotImplemented
         if self.modules.keys() != other.modules.keys():
             return False
-        if self.replacements.keys() != other.replacements.keys():
-            return False
+        if isinstance(self.modules, _NoFactors):
+            fields = [dict(a.config.to_dict()) for a in (self, other)]
+            return fields[0] == fields[1] and _same_tensors(self.parts, other.parts)
         same = all(
             all(map(same_values, factors, other.modules[name]))
             for name, factors in self.modules.items()
         )
-        return same and all(
-            same_values(value, other.replacements[key]) for key, value in self.replacements.items()
-        )
+        return same and _same_tensors(self.replacements, other.replacements)
 
     def __repr__(self) -> str:
         """Return a text with the number of modules, their ranks and the source."""
-        ranks = sorted({factors.a.shape[0] for factors in self.modules.values()})
+        kind, (fields, _) = self.config.kind, self.config.of_modules(self.modules)
+        ranks = {kind.rank(f, unknown_spec(name)) for name, f in fields.items()}
+        ranks = sorted(ranks if self.parts else {f.a.shape[0] for f in self.modules.values()})
         return f"LoraAdapter({len(self.modules)} modules, ranks {ranks}, {self.config.where})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return the arguments for copying and pickling. Mappings become dicts, since a
         `MappingProxyType` cannot be pickled."""
+        if self.parts:
+            state = StateDict(self.state_dict(), "state dict")
+            return LoraAdapter._read, (self.config, state, False, False)
         parts = (self.modules, self.base_weights, self.replacements)
         return LoraAdapter, (self.config, *map(dict, parts))
 
@@ -234,11 +270,37 @@ def same_values(left: Any, right: Any) -> bool:
     different devices."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.shape == right.shape and bool((left == right.to(left.device)).all())
+    if isinstance(left, tuple) and isinstance(right, tuple):
+        return len(left) == len(right) and all(map(same_values, left, right))
     return bool(left == right)  # a number, a bool or None
+
+
+def _same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    same = left.keys() == right.keys()
+    return same and all(same_values(value, right[key]) for key, value in left.items())
 
 
 # -------------------------------------------------------------------------------------------------
 # Without a model, the module names and shapes are inferred from the tensors.
+
+
+class _NoFactors(Mapping[str, Factors]):
+    """Modules of an adapter whose file does not contain all sizes: reading one raises an error."""
+
+    def __init__(self, names: Iterable[str], error: UnknownSize):
+        self._names, self._error = tuple(names), error
+
+    def __getitem__(self, name: str) -> Factors:
+        raise UnknownSize(f"{name}: {self._error}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class _Unknown(BaseWeights):
@@ -270,24 +332,35 @@ def _replaces(config: AdapterConfig, name: str) -> bool:
     return config.saves_whole(name)
 
 
-def _implied_index(config: AdapterConfig, tensors: TensorSource) -> ModelIndex:
-    """Return an index of the modules that have factors in ``tensors``. The shape of A defines the
-    number of inputs, and the shape of B the number of outputs."""
+def _implied_index(
+    config: AdapterConfig, tensors: TensorSource, sizes: Mapping[str, tuple[int, int]]
+) -> ModelIndex:
+    """Return an index of the modules that have parts in ``tensors``.
+
+    The shape of LoRA's A defines the number of inputs, and the shape of B the number of outputs.
+    """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    split = stem_parser(config)
+    factors = [lora_stems(embedding) for embedding in (False, True)]
+    matrices = [stems[part] for stems in factors for part in ("a", "b")]
     for key, info in tensors.infos.items():
-        parsed = parse_key(key)
+        parsed = split(key)
         if parsed is not None:
-            is_factor = parsed.role.endswith(("A.weight", "B.weight", "embedding_A", "embedding_B"))
-            holds = len(info.shape) > 1 or not is_factor
+            module, stem = parsed
+            holds = len(info.shape) > 1 or stem not in matrices or config.peft_type != "LORA"
             require(holds, tensors.where, key, "a matrix", info.shape)
-            shapes.setdefault(parsed.module, {})[parsed.role] = info.shape
+            shapes.setdefault(module, {})[stem] = info.shape
     linear: dict[str, LinearSpec] = {}
     embedding: dict[str, LinearSpec] = {}
+    shapes.pop("", None)
     for name, found in shapes.items():
-        is_embedding = not found.keys().isdisjoint(("embedding_A", "embedding_B"))
-        role_a, role_b, *_ = roles_of(is_embedding).values()
-        rank, inputs, *kernel = found.get(role_a, (0, 0))
-        out, columns, *_ = found.get(role_b, (0, 0))
+        if config.peft_type != "LORA":
+            linear[name] = unknown_spec(name, sizes.get(name))
+            continue
+        is_embedding = not found.keys().isdisjoint((factors[1]["a"], factors[1]["b"]))
+        stems = factors[is_embedding]
+        rank, inputs, *kernel = found.get(stems["a"], (0, 0))
+        out, columns, *_ = found.get(stems["b"], (0, 0))
         groups = rank // columns if kernel and columns and rank % columns == 0 else 1
         (embedding if is_embedding else linear)[name] = LinearSpec(
             name, inputs, out, torch.float32, torch.device("cpu"), tuple(kernel), groups

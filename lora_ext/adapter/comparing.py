@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
+from lora_ext.kinds import Factors
 
 from ._low_rank import check_matrices, norm_of, wide
-from ._peft_files import AdapterSource, Factors
+from ._peft_files import AdapterSource
 from ._value import LoraAdapter
 
 # Singular values above this fraction of the largest one count as nonzero. The fraction exceeds the

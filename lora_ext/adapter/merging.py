@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import choice, integer, number, require
+from lora_ext.kinds import Factors
 
 from ._config import BaseModels, longer_than
 from ._low_rank import able_to_learn, check_matrices, rounded, truncated, wide, widest
-from ._peft_files import AdapterSource, Factors
+from ._peft_files import AdapterSource
 from ._value import LoraAdapter, same_values
 
 MergeMode = Literal["delta", "factors", "delta_svd", "ties", "dare"]
@@ -83,7 +84,7 @@ def merge_adapters(
             finite; if the shapes of a module differ; if modules or ranks differ with "factors"; if
             values are not finite; if the adapters have different weights of the base model; or if
             activated adapters have different invocations or are merged with ordinary adapters.
-        NotImplementedError: If an adapter uses DoRA, since magnitudes cannot be summed; if it
+        NotImplementedError: If an adapter scales outputs or inputs (a magnitude, IA3); if it
             replaces weights of the base model (``modules_to_save``, trained biases); or if it
             adapts grouped convolutions.
 
@@ -297,7 +298,7 @@ def _size(factors: Factors) -> str:
 
 
 def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
-    """Raise for parts that cannot be summed: magnitudes, replaced weights of the base model, and
+    """Raise for parts that cannot be summed: scales, replaced weights of the base model, and
     values that are not finite."""
     base: dict[str, tuple[str, Tensor]] = {}
     modules = (item for v in adapters.values() for item in v.modules.items())
@@ -309,9 +310,9 @@ def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
             found = "a weight that replaces the base model's (modules_to_save, a trained bias)"
             raise NotImplementedError(f"{at}: {key}: expected {expected}, found {found}")
         for name, factors in adapter.modules.items():
-            plain = factors.magnitude is None
-            found = "a magnitude; merge this adapter into the base weight first"
-            require(plain, at, name, "no DoRA", found, NotImplementedError)
+            kind = adapter.config.kind
+            found = f"{kind.rescales}; merge this adapter into the base weight first"
+            require(factors.sums, at, name, f"no {kind.title}", found, NotImplementedError)
             check_matrices(factors, f"{at}: {name}")
             fits = biased is None or not factors.embedding
             expected = "no lora_bias together with an adapted embedding, as in PEFT"

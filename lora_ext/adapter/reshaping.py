@@ -8,9 +8,10 @@ from typing import Literal, get_args
 import torch
 
 from lora_ext._checks import choice, integer, require
+from lora_ext.kinds import Factors
 
 from ._low_rank import asleep, check_matrices, resized
-from ._peft_files import AdapterSource, Factors
+from ._peft_files import AdapterSource
 from ._value import LoraAdapter
 
 PruneMode = Literal["remove", "zero"]
@@ -29,7 +30,7 @@ def resize_adapter(
     A smaller rank keeps the largest singular values of ``B A``, with their square roots in each
     factor. A larger rank appends random rows to ``A`` and zeros to ``B``. If a row of ``A`` and the
     corresponding column of ``B`` are both 0, the row is drawn at random too, so that training can
-    change it. The scale is kept, so alpha changes. Rank 0 removes the module. A bias and DoRA's
+    change it. The scale is kept, so alpha changes. Rank 0 removes the module. A bias and a
     magnitude do not change.
 
     Args:
@@ -41,7 +42,7 @@ def resize_adapter(
 
     Returns:
         the new adapter, in the same dtypes, and the error by module. The error is the Frobenius
-        norm of the change of ``scaling * B A`` (before rounding and before DoRA's normalisation),
+        norm of the change of ``scaling * B A`` (before rounding and before outputs are scaled),
         or 0 if the rank is not smaller.
 
     Raises:
@@ -106,8 +107,8 @@ def prune_adapter(
     Raises:
         ValueError: If a name in ``keep`` is not a module of the adapter.
         TypeError: If ``keep`` is neither names nor a function.
-        NotImplementedError: If "zero" is used on a module with DoRA, where the magnitude would
-            still change the base weight.
+        NotImplementedError: If "zero" is used on a module whose outputs or inputs are scaled,
+            which would still change the base weight.
     """
     where = "prune_adapter"
     adapter = LoraAdapter.of(adapter)
@@ -119,9 +120,9 @@ def prune_adapter(
     for name, factors in adapter.modules.items():
         if name in kept:
             continue
-        expected = f"'remove' for {name}, which has a DoRA magnitude"
-        found = "'zero', which would still scale the base weight to that magnitude"
-        require(factors.magnitude is None, where, "mode", expected, found, NotImplementedError)
+        expected = f"'remove' for {name}, which has {adapter.config.kind.rescales}"
+        found = "'zero', which would still scale the base weight"
+        require(factors.sums, where, "mode", expected, found, NotImplementedError)
         bias = None if factors.bias is None else torch.zeros_like(factors.bias)
         modules[name] = factors._replace(b=torch.zeros_like(factors.b), bias=bias)
     return LoraAdapter(adapter.config, modules, adapter.base_weights, adapter.replacements)

@@ -81,7 +81,7 @@ def diff(arguments: Namespace) -> int:
     every = [factors for v in (first, second) for factors in v.modules.values()]
     beyond = {
         "bias": any(factors.bias is not None for factors in every),
-        "magnitude": any(factors.magnitude is not None for factors in every),
+        "magnitude": not all(factors.sums for factors in every),
         "replaced weights": bool(first.replacements or second.replacements),
     }
     summary = {
@@ -103,7 +103,7 @@ def describe(adapter: LoraAdapter) -> dict[str, Any]:
     config = adapter.config
     kinds = {
         "rsLoRA": config.use_rslora,
-        "DoRA": config.use_dora,
+        config.kind.title: config.kind.when or config.peft_type != "LORA",
         "bias": config.lora_bias,
         "embedding": any(f.embedding for f in adapter.modules.values()),
         "convolution": any(f.a.dim() > 2 for f in adapter.modules.values()),
@@ -143,7 +143,7 @@ def _ranks(
 
 
 def _tensors(factors: Factors) -> list[Any]:
-    parts = (factors.a, factors.b, factors.bias, factors.magnitude)
+    parts = (factors.a, factors.b, factors.bias, factors.magnitude, factors.before)
     return [t for t in parts if t is not None]
 
 

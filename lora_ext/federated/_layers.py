@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from lora_ext._checks import choice, instance, require
 from lora_ext.adapter import PREFIX, Key, parse_key
-from lora_ext.layers import LayerGroups, adapted_layers, adapter_parameters, block_name
+from lora_ext.layers import (
+    LayerGroups,
+    adapted_layers,
+    adapter_parameters,
+    block_name,
+    kind_of_layer,
+)
 
 from ._plan import PATTERN, LayerNotFound, LayerPlan, Pair, check_layers, layer_pairs
 
@@ -49,8 +55,8 @@ class LoraLayerManager:
     Raises:
         LayerNotFound: If the pattern matches no module of the adapter; if the indices have gaps; or
             if two blocks have the same index.
-        ValueError: If the model has no such adapter; or if a layer has DoRA, a bias, an embedding
-            or routed experts, which payloads do not support.
+        ValueError: If the model has no such adapter; or if a layer has scaled outputs, a bias,
+            an embedding or routed experts, which payloads do not support.
 
     Source: Fed-HeLLo (arXiv 2506.12213), local training of the planned layers.
     """
@@ -304,8 +310,9 @@ def _one_block(layer: int, names: set[str]) -> str:
 def _check_carried(name: str, layer: Any, adapter: str) -> None:
     where = f"LoraLayerManager: {name}"
     found = None
-    if layer.use_dora[adapter]:
-        found = "DoRA"
+    kind = kind_of_layer(layer, adapter)
+    if not kind.sums:
+        found = kind.title
     elif layer.lora_bias[adapter]:
         found = "a bias"
     elif adapter not in layer.lora_A:

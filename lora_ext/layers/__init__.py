@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from lora_ext._on_demand import on_demand
 
 from ._chunks import recomputed, rows_per_chunk
-from ._dora import dora_forward
 from ._experts import (
     Routing,
     Slots,
@@ -27,6 +26,7 @@ from ._lora_forward import (
     lora_update,
 )
 from ._lora_layer import LoraLayer
+from ._magnitude import scaled_forward
 from .base._dense import DenseParameters, dense_parameters, is_plain, readable_weight
 from .base._modules import READS_WEIGHTS, bypassed, head_names, linear_size
 from .base._packed_linear import (
@@ -49,6 +49,7 @@ from .model._adapted import (
     adapter_parameters,
     adapters_of,
     is_adapted,
+    kind_of_layer,
 )
 from .model._attention import requests_apart
 from .model._lora_config import LoraConfig, checked_names, matches_suffix

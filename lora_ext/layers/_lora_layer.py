@@ -13,9 +13,9 @@ from lora_ext import ops
 from lora_ext._checks import WrongKind, integer, number, require, require_flags
 from lora_ext.rows import LayerNames, Rows, layer_names
 
-from ._dora import Magnitude, dora_forward
 from ._init import FREE, decompose, init_lora_, known_scheme
 from ._lora_forward import LoraFactors, dropout_now, lora_forward
+from ._magnitude import Magnitude, scaled_forward
 from ._participants import Participants
 from .base._dense import BaseLayer, DenseParameters
 from .base._weight import BaseWeight
@@ -37,6 +37,7 @@ class LoraLayer(Participants):
     base_layer: nn.Module
     lora_alpha: dict[str, float]
     use_rslora: dict[str, bool]
+    use_dora: dict[str, bool]
     #: Scheme of the initial values of each adapter, as passed by the caller.
     init_lora_weights: dict[str, bool | str]
     #: Dropout seed of each adapter that has a fixed one: one int64 on the device of the layer's
@@ -369,7 +370,7 @@ class LoraLayer(Participants):
         def dense() -> DenseParameters:
             return self.base_weight.matrix(), self.bias
 
-        return dora_forward(x, base, dense, factors, magnitudes, rows)
+        return scaled_forward(x, base, dense, factors, magnitudes, rows)
 
 
 def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:

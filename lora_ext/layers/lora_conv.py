@@ -42,7 +42,7 @@ class LoraConv(LoraLayer):
         ValueError: If the base layer is not a convolution, or :meth:`add_adapter` raises a
             ValueError.
 
-    Sources: LoRA (Hu et al. 2021); DoRA (Liu et al. 2024); PEFT.
+    Sources: LoRA (Hu et al. 2021); PEFT.
     """
 
     def __init__(

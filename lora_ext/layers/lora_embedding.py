@@ -7,9 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext._torch import linear
+from lora_ext.kinds import normed
 from lora_ext.rows import Names
 
 from ._lora_layer import LoraLayer
@@ -42,7 +42,7 @@ class LoraEmbedding(LoraLayer):
         ValueError: If the base layer is not an embedding, ``lora_bias`` is set, or
             :meth:`add_adapter` raises a ValueError.
 
-    Sources: LoRA (Hu et al. 2021); DoRA (Liu et al. 2024); PEFT.
+    Sources: LoRA (Hu et al. 2021); PEFT.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class LoraEmbedding(LoraLayer):
         return flat.view(y.shape)
 
     def _add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Add one adapter's update to ``y``; DoRA also scales the updates in ``y``."""
+        """Add one adapter's update to ``y``; a magnitude also scales the updates in ``y``."""
         a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
         base: Any = self.base_layer
         how = {setting: getattr(base, setting) for setting in _SETTINGS}
@@ -97,11 +97,10 @@ class LoraEmbedding(LoraLayer):
             scale = scale.to(update.dtype)
         if scale is not None:
             update = update * scale
-        if not self.use_dora[name]:
+        if name not in self.lora_magnitude_vector:
             return y + update
-        norm = ops.lora_dora_norm(self.base_weight.matrix(), a, b, self.scaling[name])
-        magnitude = self._magnitude(name)
-        return magnitude / norm.to(magnitude.dtype) * (y + update)
+        of_weight = self.base_weight.matrix(), a, b, self.scaling[name]
+        return normed(self._magnitude(name), *of_weight) * (y + update)
 
     # Overrides of LoraLayer
 

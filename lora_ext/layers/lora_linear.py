@@ -33,7 +33,7 @@ class LoraLinear(LoraLayer):
     may have rows that use it.
 
     Under ``torch.compile``, an adapter without rows also gets zero gradients if the rows of the
-    batch have different adapters. Rows of DoRA adapters cause a graph break.
+    batch have different adapters. Rows of adapters with a magnitude cause a graph break.
 
     Args:
         base_layer: module that maps ``(..., I)`` to ``(..., O)``. ``nn.Linear`` and transformers'
@@ -48,7 +48,7 @@ class LoraLinear(LoraLayer):
         ValueError: If the sizes of the base layer cannot be determined, ``fan_in_fan_out`` is set
             for an ``nn.Linear``, or :meth:`add_adapter` raises a ValueError.
 
-    Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); DoRA (Liu et al. 2024); PEFT.
+    Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); PEFT.
     """
 
     takes_invocation = True
@@ -92,7 +92,8 @@ class LoraLinear(LoraLayer):
         base: nn.Module = self._modules["base_layer"]  # pyright: ignore[reportAssignmentType]
         if not names:
             return base_product(base, x)
-        if len(names) == 1 and not self.use_dora[names[0]]:
+        scaled = self._modules["lora_magnitude_vector"]._modules  # pyright: ignore[reportOptionalMemberAccess]
+        if len(names) == 1 and names[0] not in scaled:
             return lora_forward(x, base, (self.factors(names[0]),), rows)
         return self._adapted(x, base, names, rows)
 

@@ -16,6 +16,7 @@ import functools
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +24,12 @@ from torch import Tensor
 from lora_ext.adapter import (
     AdapterConfig,
     AdapterSource,
-    Factors,
     LinearSpec,
     ModelIndex,
     Replaced,
     read_adapter,
 )
+from lora_ext.kinds import Factors, Kind
 
 from ._memory import HostMemory, memory_on
 
@@ -65,7 +66,9 @@ class PackedModule:
     bias: Tensor | None  # (O,)
     rank: int
     scale: float
-    magnitude: Tensor | None = None  # (O,), with the dtype that magnitude_dtype returns
+    # (O,), values of `Factors.after`, with the dtype that magnitude_dtype returns
+    magnitude: Tensor | None = None
+    of_bias: bool = False  # whether the bias of the base layer is scaled, too
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +141,7 @@ def _host(spec: LinearSpec, values: Tensor, dtype: torch.dtype | None = None) ->
 
 
 def magnitude_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of DoRA magnitudes for pages of ``dtype``: at least float32, as in PEFT."""
+    """Return the dtype of magnitudes for pages of ``dtype``: at least float32, as in PEFT."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -152,8 +155,9 @@ def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
     n, count = page_count(rank), page_count(rank) * experts
     a_pages = torch.zeros(count, PAGE, a.shape[1], dtype=spec.dtype, pin_memory=pin)
     b_pages = torch.zeros(count, b.shape[0], PAGE, dtype=spec.dtype, pin_memory=pin)
-    a_pages.view(experts, n * PAGE, -1)[:, :rank].copy_(a.view(experts, rank, -1))
-    each_b = b.view(-1, rank, experts).permute(2, 0, 1)  # (E, O, r)
+    a_rows, inputs = a_pages.view(experts, n * PAGE, a.shape[1]), a.shape[1]
+    a_rows[:, :rank].copy_(a.reshape(experts, rank, inputs))
+    each_b = b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)  # (E, O, r)
     for p in range(n):
         ranks = each_b[..., p * PAGE : (p + 1) * PAGE]  # (E, O, <= 8)
         b_pages.view(experts, n, -1, PAGE)[:, p, :, : ranks.shape[2]].copy_(ranks)
@@ -162,7 +166,8 @@ def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
         bias = _host(spec, bias)
     if magnitude is not None:
         magnitude = _host(spec, magnitude, magnitude_dtype(spec.dtype))
-    return PackedModule(a_pages, b_pages, bias, rank, factors.scaling, magnitude)
+    of_bias = factors.after is not None and factors.after.of_bias
+    return PackedModule(a_pages, b_pages, bias, rank, factors.scaling, magnitude, of_bias)
 
 
 def in_one_mapping(adapter: PackedAdapter) -> PackedAdapter:
@@ -204,18 +209,26 @@ def unpack(
     return a[:rank], b[:, :rank]
 
 
+class Scaled(NamedTuple):
+    """Scales of a module's outputs by the adapter of one slot."""
+
+    version: int  # of the slab when the adapter was published
+    kind: Kind
+    of_bias: bool
+
+
 @dataclass
 class ModuleSlab:
     """Tensors of one module that the serving layer reads in every forward.
 
     The tensors are None until an adapter that targets the module is loaded. From then on they are
     never replaced by other tensors, so a captured CUDA graph may use their addresses. ``bias`` and
-    ``magnitude`` are allocated for the first adapter with ``lora_bias`` or ``use_dora``. The rows
+    ``magnitude`` are allocated for the first adapter with ``lora_bias`` or scaled outputs. The rows
     of a slot change only while the slot is not pinned.
 
     The adapter of slot s adds ``scale[s] * (B A x + bias[s])``; as in PEFT, the bias is scaled,
-    too. For a slot in ``dora``, each row of the sum of the base weight and ``scale[s] * B A`` is
-    also rescaled so that its norm is the entry of ``magnitude[s]``.
+    too. For a slot in ``scaled``, the sum is also scaled, by factors that its kind computes from
+    ``magnitude[s]`` (:meth:`lora_ext.kinds.Kind.after`).
 
     P is the number of pages and S the number of rows of the tables, one per slot. If the module is
     a parameter of E experts, each slot has E rows, which begin at ``s * E`` for slot s. S is
@@ -232,10 +245,9 @@ class ModuleSlab:
     bias: Tensor | None = None  # (S, O), or None while no adapter has a bias
     magnitude: Tensor | None = None  # (S, O), or None while no adapter has a magnitude
     version: int = 0  # number of published adapters that target this module
-    # Slots whose adapter uses DoRA in this module, each with the version that published it. The
-    # mapping is on the host. It is not changed in place but replaced by a new one, so a forward
-    # reads it without synchronisation.
-    dora: Mapping[int, int] = field(default_factory=dict)
+    # Slots whose adapter scales the outputs of this module. The mapping is on the host. It is not
+    # changed in place but replaced by a new one, so a forward reads it without synchronisation.
+    scaled: Mapping[int, Scaled] = field(default_factory=dict)
     # Weight and bias of each slot whose adapter replaces the module; not changed in place either.
     replaced: Mapping[int, Replaced] = field(default_factory=dict)
     # Whether any adapter has replaced the module so far. Unlike `replaced` it changes at most once,

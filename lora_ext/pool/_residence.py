@@ -203,6 +203,8 @@ class Residence:
         resident = Resident(
             name, place.slot, config, pages, packed.rank, packed.nbytes, config.invocation, written
         )
+        parts = packed.modules.items()
+        resident.scaled = {m: part.of_bias for m, part in parts if part.magnitude is not None}
         resident.generation = packed.generation or next(self.generations)
         self._store.commit(place, resident)
         for victim in place.victims:

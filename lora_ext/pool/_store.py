@@ -21,6 +21,7 @@ from ._pages import (
     ModuleSlab,
     PackedAdapter,
     PackedModule,
+    Scaled,
     Slab,
     TableBlock,
     page_bytes,
@@ -49,6 +50,8 @@ class Resident:
     last_use: float = field(default_factory=time.time)  # time of the load or the last acquire
     pins: int = 0
     retired: bool = False  # no name refers to this slot any more; the last unpin frees it
+    #: Modules whose outputs the adapter scales, and whether it scales the bias, too.
+    scaled: dict[str, bool] = field(default_factory=dict)
     generation: int = 0  # number of the load; a return from host memory does not change it
     #: Number of this version of the adapter, unique in the process.
     serial: int = field(default_factory=itertools.count(1).__next__)
@@ -209,11 +212,11 @@ class PageStore:
             row = resident.slot * self.index.specs[module].experts
             a, b = to_host(slab.a[index]), to_host(slab.b[index])
             bias = None if slab.bias is None else to_host(slab.bias[resident.slot])
-            magnitude = slab.magnitude if resident.config.use_dora else None
-            if magnitude is not None:
-                magnitude = to_host(magnitude[resident.slot])
+            magnitude, of_bias = None, resident.scaled.get(module, False)
+            if slab.magnitude is not None and module in resident.scaled:
+                magnitude = to_host(slab.magnitude[resident.slot])
             rank, scale = int(view.ranks[row]), float(view.scale[row])
-            modules[module] = PackedModule(a, b, bias, rank, scale, magnitude)
+            modules[module] = PackedModule(a, b, bias, rank, scale, magnitude, of_bias)
         replaced = {
             module: whole.each(to_host)
             for module in self._replacing
@@ -260,10 +263,11 @@ class PageStore:
         for name, slab in self.slabs.items():
             if slab.magnitude is not None:
                 view = self.modules[name]
-                dora = {slot: v for slot, v in view.dora.items() if slot != place.slot}
-                if resident.config.use_dora and name in resident.pages:
-                    dora[place.slot] = view.version
-                view.dora = dora
+                scaled = {slot: s for slot, s in view.scaled.items() if slot != place.slot}
+                if name in resident.scaled:
+                    kind = resident.config.kind
+                    scaled[place.slot] = Scaled(view.version, kind, resident.scaled[name])
+                view.scaled = scaled
 
     def vacate(self, resident: Resident) -> None:
         """Free the slot and the pages of an adapter.

@@ -162,8 +162,8 @@ class Block:
     def _slot_rows(self, order: tuple[int, ...], layout: Layout) -> SlotRows:
         if capturing(layout.device):
             raise RuntimeError(
-                "adapters: expected no DoRA adapter and no replaced module while a CUDA graph is "
-                "captured, found one; capture inside lora_ext.capturable(pool, max_rows)"
+                "adapters: expected no adapter that scales outputs and no replaced module while a "
+                "graph is captured, found one; capture inside lora_ext.capturable(pool, max_rows)"
             )
         table = [order.index(slot) if slot in order else -1 for slot in self.slots]
         each = self.assignment.ids(table, layout)

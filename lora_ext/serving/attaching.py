@@ -110,7 +110,7 @@ def attach(
             first of these layers also calls the base layers of the others, slightly earlier than
             the model does. The results are bitwise the same. The option applies on a GPU, outside
             gradients, autocast and ``torch.compile``, to plain linear base layers without hooks and
-            to adapters without DoRA; other layers are computed separately.
+            to adapters that only add to the output; other layers are computed separately.
         overlap: deprecated, without effect. Use ``fuse_siblings`` for fewer kernel launches.
 
     Returns:

@@ -23,12 +23,12 @@ from lora_ext._checks import instance, integer, require
 from lora_ext.pool import AdapterPool
 from lora_ext.rows import Assignment, Layout, Rows, capture, in_step, planned
 
-from .layers._pool_dora import DoraFactors, DoraTable
+from .layers._pool_after import AfterTable, PoolAfter
 from .layers._pool_replaced import ReplacedBank
 
 # Parts of a module's forward that are captured only if an adapter in the pool has them. The keys
 # are the fields of ModuleSlab that are then not None; the values are descriptions for messages.
-_PARTS = {"a_pages": "factors", "bias": "a bias", "magnitude": "DoRA magnitudes"}
+_PARTS = {"a_pages": "factors", "bias": "a bias", "magnitude": "scales of outputs"}
 _REPLACED = "a replaced module"
 
 
@@ -101,8 +101,8 @@ class Capturable:
       the views ``_ids`` and ``_places``. ``_ids`` contains the slot of each row's adapter, -1 for
       the base model. ``_places`` contains the index of that adapter in the banks, -1 if it replaces
       no module.
-    * Permanent after the first forward that needs it: ``_dora``, one table of DoRA's factors per
-      layer, and ``_banks``, one bank per replaced module. A bank stacks the weights of up to
+    * Permanent after the first forward that needs it: ``_after``, one table of scales per layer,
+      and ``_banks``, one bank per replaced module. A bank stacks the weights of up to
       ``replaced`` adapters; the index of an adapter, its place, is the same in all banks.
     * Until other names are written: ``_lease``, which pins the adapters; ``_assignment``, the
       names; and ``_owners``, the adapter at each place of the banks, or None.
@@ -115,7 +115,7 @@ class Capturable:
         with torch.inference_mode(False):
             self._buffer = torch.full((2, max_rows), -1, dtype=torch.int32, device=device)
         self._ids, self._places = self._buffer
-        self._dora: dict[DoraFactors, DoraTable] = {}
+        self._after: dict[PoolAfter, AfterTable] = {}
         self._banks: dict[str, ReplacedBank] = {}
         self._lease: Any = None
         self._assignment: Assignment | None = None
@@ -187,9 +187,9 @@ class Capturable:
     def _rows_of_names(self, assignment: Assignment) -> Tensor:
         """Pin the adapters, write their weights, and return the new values of ``_buffer``.
 
-        DoRA's factors and the weights of replaced modules are copied to the tables and banks that
-        graphs read. The result, ``(2, max_rows)`` int32, contains the slot of each row and its
-        place in the banks. After an error the caller releases the pins.
+        The scales of outputs and the weights of replaced modules are copied to the tables and
+        banks that graphs read. The result, ``(2, max_rows)`` int32, contains the slot of each row
+        and its place in the banks. After an error the caller releases the pins.
         """
         per_row = assignment.shape != ()  # rows without a name use the base model
         count = len(assignment.places) if per_row else 0
@@ -214,7 +214,7 @@ class Capturable:
                     f"compute, found {found}; make a new capturable and capture again"
                 )
         self._place(residents)
-        for table in self._dora.values():
+        for table in self._after.values():
             table.follow(residents)
         for bank in self._banks.values():
             bank.follow(self._owners)
@@ -289,7 +289,7 @@ class Capturable:
             needs = {
                 _PARTS["a_pages"]: targeted,
                 _PARTS["bias"]: biased,
-                _PARTS["magnitude"]: resident.slot in slab.dora,
+                _PARTS["magnitude"]: resident.slot in slab.scaled,
                 _REPLACED: resident.slot in slab.replaced,
             }
             missing = {part for part, needed in needs.items() if needed} - graphs.parts[name]
@@ -362,16 +362,16 @@ class Capturable:
     def _rows(self, count: int) -> Rows:
         return planned(tuple(range(self.pool.max_slots)), self._ids[:count])
 
-    def table(self, factors: DoraFactors) -> Tensor:
-        """Return the table of DoRA's factors of a layer with O outputs.
+    def table(self, factors: PoolAfter) -> Tensor:
+        """Return the table of the scales of a layer with O outputs.
 
-        Its shape is ``(slots + 1, O)``; the last row is for the base model.
+        Its shape is ``(slots + 1, O + 1)``; the last row is for the base model.
         """
-        if factors not in self._dora:
+        if factors not in self._after:
             self._check_warm(factors.name)
-            table = self._dora[factors] = DoraTable(factors, self.pool.max_slots)
+            table = self._after[factors] = AfterTable(factors, self.pool.max_slots)
             table.follow(self._lease.residents)
-        return self._dora[factors].c
+        return self._after[factors].c
 
     def bank(self, name: str) -> tuple[ReplacedBank | None, Tensor]:
         """Return the bank of a module, and the place of each row's adapter in it.

@@ -437,10 +437,13 @@ class Tenant:
 def _check_trained(where: str, folder: Any, saved: LoraAdapter) -> None:
     """Raise ValueError if a save has more than LoRA factors, which :class:`Tenant` cannot train.
 
-    Such parts, for example a bias or the magnitudes of DoRA, would be ignored silently.
+    Such parts, for example a bias or scales of outputs, would be ignored silently.
     """
-    fields = ("use_dora", "lora_bias", "alora_invocation_tokens", "modules_to_save")
+    fields = ("lora_bias", "alora_invocation_tokens", "modules_to_save")
     more = [field for field in (*fields, "target_parameters") if getattr(saved.config, field)]
+    kind = saved.config.kind
+    more += [kind.when] if kind.when else []
+    more += [f"peft_type={kind.name}"] if kind.name != "LORA" else []
     more += ["bias"] if saved.config.base_bias != "none" else []
     expected = "an adapter that only has LoRA factors"
     require(not more, where, "path", expected, f"{', '.join(more)} in {folder}")

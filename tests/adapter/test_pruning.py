@@ -29,7 +29,7 @@ def test_kept_modules_share_their_tensors(mode, keep):
     if mode == "remove":
         assert found.modules.keys() == {Q} and set(found.config.target_modules) == {Q}
     else:
-        a, b, scaling, bias, _, _ = found.modules[V]
+        a, b, scaling, bias, *_ = found.modules[V]
         assert a is value.modules[V].a and scaling == value.modules[V].scaling
         assert not b.any() and b.shape == (12, 4) and b.dtype == value.modules[V].b.dtype
         assert bias is not None and not bias.any()

@@ -82,14 +82,15 @@ def test_folder_state_dict_and_model_give_the_same_adapter(case, tmp_path):
     assert loaded.modules.keys() == layers.keys(), "expected names of modules in the base model"
     for name, factors in loaded.modules.items():
         layer = layers[name]
-        a, b, scaling, bias, magnitude, embedding = factors
+        a, b, scaling, bias, after, embedding, before = factors
+        assert before is None and factors.sums == (after is None)
         assert embedding == isinstance(layer.base_layer, nn.Embedding)
         delta = layer.get_delta_weight("red")
         delta = delta.T if embedding or type(layer.base_layer).__name__ == "Conv1D" else delta
         assert torch.allclose(scaling * (b @ a), delta, atol=1e-5)  # (O, I); sums of 6 products
         assert scaling == layer.scaling["red"]
         assert (bias is None) != ("lora_bias" in CASES[case][1])
-        assert (magnitude is None) != ("use_dora" in CASES[case][1])
+        assert (after is None) != ("use_dora" in CASES[case][1])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -142,7 +143,7 @@ def test_equality_compares_only_fields_that_change_the_output():
         "b": factors.b[:, :-1],
         "scaling": factors.scaling * 2,
         "bias": torch.zeros(32),
-        "magnitude": None,
+        "after": None,
     }
     for field, value in different.items():
         assert adapter != changed(**{field: value}), field

@@ -307,18 +307,19 @@ def test_magnitudes_are_evicted_to_the_host_and_restored():
     address = slab.magnitude.data_ptr()
     with pool.acquire(["d"]) as slots:
         assert_slot_holds(pool, slots[0], state(1, dora=True), 2.0)
-        first = slab.dora[slots[0]]
+        first = slab.scaled[slots[0]]
         load(pool, "y", 2)
         load(pool, "z", 3, targets=("head",))
-        assert slab.dora == {slots[0]: first}, "expected that other loads keep the version"
+        assert slab.scaled == {slots[0]: first}, "expected that other loads keep the version"
     size = pool._residence.cache["x"].nbytes
     for seed, name in ((4, "p"), (5, "q")):
         load(pool, name, seed)
-    assert slab.dora == {} and not slab.magnitude.any()
+    assert slab.scaled == {} and not slab.magnitude.any()
     assert pool._residence.cache["d"].nbytes == size + (20 + 12) * 4
     with pool.acquire(["d"]) as slots:
         assert_slot_holds(pool, slots[0], state(1, dora=True), 2.0)
-        assert slab.dora[slots[0]] > first and slab.magnitude.data_ptr() == address
+        assert slab.scaled[slots[0]].version > first.version
+        assert slab.magnitude.data_ptr() == address
     pool.update("d", state(6, dora=True))
     assert_holds(pool, "d", state(6, dora=True), 2.0)
     before = snapshot(pool)

@@ -109,7 +109,7 @@ def test_error_of_a_capture_with_dora_rows_names_the_remedy(
     with torch.no_grad(), lora_ext.adapters("dora"):
         with pytest.raises(
             RuntimeError,
-            match="no DoRA adapter and no replaced module while a CUDA graph is captured",
+            match="no adapter that scales outputs and no replaced module while a graph is captured",
         ):
             model(inputs(2, 3))
 

@@ -286,7 +286,7 @@ def test_more_rows_than_max_rows_or_than_captured_are_refused(device: Device) ->
     [
         (adapter(2, target_modules=["o"]), r"factors at 'layers.0.o'"),
         (adapter(2, target_modules=["q"], lora_bias=True), r"a bias at 'layers.0.q'"),
-        (adapter(2, target_modules=["q"], use_dora=True), r"DoRA magnitudes at 'layers.0.q'"),
+        (adapter(2, target_modules=["q"], use_dora=True), r"scales of outputs at 'layers.0.q'"),
         (
             adapter(2, target_modules=["q"], modules_to_save=["head"]),
             r"a replaced module at 'head'",

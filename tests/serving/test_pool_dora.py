@@ -149,7 +149,7 @@ def test_autocast_and_a_model_moved_after_attach_are_served() -> None:
             y = model.layer(x)
         assert y.dtype == torch.bfloat16
         assert (y - exact).abs().max() <= 8 * 2**-9 * exact.abs().max()
-        factors = model.layer.dora
+        factors = model.layer.after
         before = factors.table([0])
         model.double()
         assert model.layer(x.double()).dtype == torch.float64

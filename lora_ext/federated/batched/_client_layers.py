@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext._torch import autocast_dtype
-from lora_ext.layers import adapted_layers, block_index, dense_parameters
+from lora_ext.layers import adapted_layers, block_index, dense_parameters, kind_of_layer
 from lora_ext.rows import Kept
 
 from ._banks import Bank
@@ -202,7 +202,8 @@ def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
         linear = adapter in layer.lora_A and layer.lora_A[adapter].weight.dim() == 2
         linear &= not hasattr(layer, "parameter_name")  # a layer of PEFT's target_parameters
         supported(linear, name, "a linear layer", type(layer).__name__)
-        supported(not layer.use_dora[adapter], name, "LoRA without DoRA", "DoRA")
+        kind = kind_of_layer(layer, adapter)
+        supported(kind.sums, name, f"LoRA without {kind.title}", kind.title)
         supported(not layer.lora_bias[adapter], name, "only lora_A and lora_B", "a bias")
         active = [other for other in layer.active_adapters if other in layer.lora_A]
         supported({*active} <= {adapter}, name, f"no active adapter except {adapter!r}", active)

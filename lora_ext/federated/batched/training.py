@@ -72,9 +72,10 @@ class BatchedClients:
 
     Raises:
         UnsupportedModule: If a module has active dropout outside the adapter or batch normalisation
-            over the batch; if an adapted module is not linear, or has DoRA, a bias of the adapter,
-            a merged adapter or another active adapter; or if a shared parameter is in or below the
-            layers, is tied to another one, or is not floating-point.
+            over the batch; if an adapted module is not linear, or has scaled outputs, a
+            bias of the adapter, a merged adapter or another active adapter; or if a
+            shared parameter is in or below the layers, is tied to another one, or is not
+            floating-point.
         ValueError: If an argument is out of range, a client's name is repeated, or ``shared``
             matches nothing.
 

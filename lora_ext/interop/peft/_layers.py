@@ -24,11 +24,11 @@ from lora_ext.layers import (
     DenseParameters,
     LoraFactors,
     dense_parameters,
-    dora_forward,
     dropout_now,
     forward_of_the_rest,
     is_plain,
     lora_forward,
+    scaled_forward,
 )
 from lora_ext.rows import Assignment, Layout, together
 
@@ -157,7 +157,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             None if m is None or not used else _norm(kept[name], weight, f, adapter_name=name)
             for name, f, m, used in zip(present, factors, magnitudes, in_use, strict=True)
         ]
-        return dora_forward(x, self.base_layer, self._dense, factors, magnitudes, of_rows, norms)
+        return scaled_forward(x, self.base_layer, self._dense, factors, magnitudes, of_rows, norms)
 
     def _dense(self) -> DenseParameters:
         found = dense_parameters(self.base_layer, divided=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import require
+from lora_ext.kinds import normed
 
 from ._weight import BaseWeight
 
@@ -20,7 +21,7 @@ class _Merged(NamedTuple):
 
     name: str
     scaling: float
-    factor: Tensor | None  # (O,), magnitude / norm of a DoRA adapter; None without DoRA
+    factor: Tensor | None  # (O,), scales of the outputs, or None
 
 
 class Merging(nn.Module):
@@ -29,7 +30,6 @@ class Merging(nn.Module):
     base_layer: nn.Module
     r: dict[str, int]
     scaling: dict[str, float]
-    use_dora: dict[str, bool]
     lora_bias: dict[str, bool]
     #: Token ids that start each activated adapter.
     alora_invocation_tokens: dict[str, tuple[int, ...]]
@@ -105,8 +105,8 @@ class Merging(nn.Module):
         for name in names:
             scaling = self.scaling[name]
             delta, factor = self._delta(name, scaling), None
-            if self.use_dora[name]:
-                factor = self._dora_factor(name)
+            if name in self.lora_magnitude_vector:
+                factor = self._factor(name)
                 new = factor[:, None] * (new + delta)
             else:
                 new = new + delta
@@ -176,12 +176,12 @@ class Merging(nn.Module):
         assert bias is not None
         return _widened(bias) * scaling
 
-    def _dora_factor(self, name: str) -> Tensor:
-        """Return ``magnitude / norm``; the norm is computed from the unmerged weight."""
+    def _factor(self, name: str) -> Tensor:
+        """Return the scales of the outputs; the norm is computed from the unmerged weight."""
         a, b, _ = self._raw_factors(name)
         weight, _ = self._unmerged()
-        norm = ops.lora_dora_norm(weight, a.flatten(1), b.flatten(1), self.scaling[name])
-        return self._magnitude(name).detach().flatten().to(norm.dtype) / norm
+        magnitude = self._magnitude(name).detach().flatten().to(_widened(weight[:0]).dtype)
+        return normed(magnitude, weight, a.flatten(1), b.flatten(1), self.scaling[name])
 
     def _magnitude(self, name: str) -> Tensor:
         return self.lora_magnitude_vector[name].weight  # pyright: ignore[reportReturnType]
@@ -233,7 +233,7 @@ class Merging(nn.Module):
 
     def _parameters_of(self, name: str) -> list[Tensor]:
         found = [p for p in self._raw_factors(name) if p is not None]
-        if self.use_dora[name]:
+        if name in self.lora_magnitude_vector:
             found.append(self._magnitude(name))
         return found
 

@@ -1,6 +1,6 @@
 """Views of base layers' weights, which are read as matrices and written in the layer's layout.
 
-The operations of adapters on a base weight (merging, decomposing initialisations, DoRA's norms) use
+The operations of adapters on a base weight (merging, decomposing initialisations, norms) use
 a matrix ``(O, I)``, with ``O`` output and ``I`` input features. This module defines how each kind
 of layer stores this matrix, and how PEFT stores the factors of adapters for it.
 """
@@ -103,7 +103,7 @@ class BaseWeight:
         raise NotImplementedError
 
     def magnitude(self, norm: Tensor) -> Tensor:
-        """Return DoRA's magnitude ``(O,)`` in PEFT's shape for the layer."""
+        """Return the magnitude ``(O,)`` in PEFT's shape for the layer."""
         return norm
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_ext._checks import require
+from lora_ext.kinds import Kind, kind_of
 
 from .._lora_layer import LoraLayer
 
@@ -53,6 +55,12 @@ def adapters_of(layer: nn.Module) -> tuple[str, ...]:
     """Return the names of all adapters of ``layer``, active or not."""
     ranks: Any = layer.r
     return tuple(ranks)
+
+
+def kind_of_layer(layer: nn.Module, adapter_name: str) -> Kind:
+    """Return the kind of a layer's adapter, as its settings select it."""
+    settings = SimpleNamespace(get=lambda name: getattr(layer, name, {}).get(adapter_name))
+    return kind_of("LORA", settings)
 
 
 def adapter_parameters(layer: nn.Module, adapter_name: str) -> list[nn.Parameter]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_ext._checks import require
 from lora_ext._torch import zero_gradients
-from lora_ext.layers import LayerGroups, Mask, adapter_parameters, is_active
+from lora_ext.layers import LayerGroups, Mask, adapter_parameters, is_active, kind_of_layer
 
 
 class TouchedGroups(LayerGroups):
@@ -47,18 +47,20 @@ class GatedGroups(LayerGroups):
     the device.
 
     The adapter of an inactive layer therefore adds zero, and a graph that was compiled once is
-    valid for every mask. No work is saved, and inactive layers have gradients of zero. DoRA is not
-    supported, since a DoRA layer with scale zero differs from its base layer. An adapter of a layer
-    has one gate. If several controllers switch it, the gate uses the mask that was set last.
+    valid for every mask. No work is saved, and inactive layers have gradients of zero. Adapters
+    that scale the output are not supported: with a scale of zero they differ from the base layer.
+    An adapter of a layer has one gate. If several controllers switch it, the gate uses the mask
+    that was set last.
     """
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         layers: Any = chain(*self.layers)
         where = "CopraController: sync='tensor'"
-        expected = "no DoRA, which a scale of 0 does not switch off"
         for name, layer in zip(chain(*self.names), layers, strict=True):
-            require(not layer.use_dora[self.adapter_name], where, name, expected, "a DoRA adapter")
+            kind = kind_of_layer(layer, self.adapter_name)
+            expected = f"no {kind.title}, which a scale of 0 does not switch off"
+            require(kind.sums, where, name, expected, f"a {kind.title} adapter")
         self._placed = [
             (layer, adapter_parameters(layer, self.adapter_name)[0].device, index)
             for index, group in enumerate(self.layers)

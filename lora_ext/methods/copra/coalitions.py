@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext.layers import LayerGroups, LoraLayer, adapters_of, dense_parameters, is_active
+from lora_ext.layers import (
+    LayerGroups,
+    LoraLayer,
+    adapters_of,
+    dense_parameters,
+    is_active,
+    kind_of_layer,
+)
 from lora_ext.rows import BASE, Assignment, NamedRows
 
 
@@ -79,7 +86,8 @@ def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
     found = f"{active}; a row can use only one adapter"
     require(len(active) <= 1, "coalitions", name, expected, found, RowwiseError)
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    found = f"{kind} with a DoRA adapter" if layer.use_dora[adapter_name] else kind
+    own = kind_of_layer(layer, adapter_name)
+    found = kind if own.sums else f"{kind} with a {own.title} adapter"
     fits = isinstance(layer, LoraLayer) or _takes_names(layer, adapter_name)
     expected = "a layer whose adapter can be chosen for each row"
     require(fits, "coalitions", name, expected, found, RowwiseError)
@@ -87,13 +95,13 @@ def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
 
 
 def _takes_names(layer: Any, adapter_name: str) -> bool:
-    """Return whether a PEFT layer accepts ``adapter_names``. If the adapter has DoRA, only dense
-    layers of ``from_peft`` do."""
+    """Return whether a PEFT layer accepts ``adapter_names``. If the adapter scales the output,
+    only dense layers of ``from_peft`` do."""
     peft_layers: Any = sys.modules["peft.tuners.lora.layer"]
     if not isinstance(layer, peft_layers.Linear | peft_layers.Embedding | peft_layers._ConvNd):
         return False
     fused = getattr(type(layer), "asks_what_is_off", False)
-    return not layer.use_dora[adapter_name] or (
+    return kind_of_layer(layer, adapter_name).sums or (
         fused and dense_parameters(layer.base_layer) is not None
     )
 

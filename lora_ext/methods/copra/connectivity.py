@@ -13,7 +13,7 @@ from torch import nn
 from lora_ext._checks import integer, require
 from lora_ext._torch import evaluating
 from lora_ext.adapter import PREFIX, AdapterSource, Factors, LoraAdapter, interpolate_adapters
-from lora_ext.layers import adapted_layers, adapter_factors
+from lora_ext.layers import adapted_layers, adapter_factors, kind_of_layer
 
 
 class Barrier(NamedTuple):
@@ -65,8 +65,8 @@ def lmc_barrier(
         ValueError: If ``lambdas`` is an int below 2, is empty, or contains a number outside [0, 1];
             if the model's adapter is missing, not active or merged; if the adapters' modules differ
             from the model's; if a loss is not finite; or if ``interpolate_adapters`` raises it.
-        NotImplementedError: If an adapter or the model has DoRA, or if ``interpolate_adapters``
-            raises it.
+        NotImplementedError: If an adapter or the model has scaled outputs, or if
+            ``interpolate_adapters`` raises it.
 
     Source: linear mode connectivity (Frankle et al. 2020), of adapters: arXiv 2410.22911.
     """
@@ -115,9 +115,9 @@ def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> 
         both = name in layers and name in value.modules
         found = f"it only in {'the model' if name in layers else 'the adapters'}"
         require(both, where, name, "a module of both model and adapters", found)
-        plain = not layers[name].use_dora[adapter]
-        found = "a DoRA adapter in the model"
-        require(plain, where, name, "an adapter without DoRA", found, NotImplementedError)
+        kind = kind_of_layer(layers[name], adapter)
+        expected, found = f"an adapter without {kind.title}", f"a {kind.title} adapter in the model"
+        require(kind.sums, where, name, expected, found, NotImplementedError)
         pairs = adapter_factors(layers[name], adapter), value.modules[name][:2]
         own, new = (f"{a.flatten(1).shape[1]} inputs, {b.shape[0]} outputs" for a, b in pairs)
         require(own == new, where, name, f"{own}, as in the model", f"{new} in the adapters")

@@ -38,8 +38,8 @@ class CopraController:
 
     Raises:
         ValueError: If no layer has the adapter, or it is merged into a layer; if ``group_by`` is
-            unknown, or an int that does not divide the number of layers; if a layer has DoRA and
-            ``sync`` is "tensor"; or if :class:`CopraSchedule` raises it.
+            unknown, or an int that does not divide the number of layers; if a layer's outputs are
+            scaled and ``sync`` is "tensor"; or if :class:`CopraSchedule` raises it.
         TypeError: If ``total_steps`` is not an int.
 
     Source: arXiv 2410.22911.

@@ -21,6 +21,7 @@ from lora_ext.layers import (
     adapted_layers,
     adapter_parameters,
     is_active,
+    kind_of_layer,
     shift_labels,
 )
 
@@ -51,10 +52,10 @@ def fim_scores(
         F_l = sum over the tensors theta of layer l of norm(D)
 
     One forward and one backward are run per batch: for a linear layer, the gradient of one sample
-    is the product of the layer's inputs and output gradients. Adapters on other layers, with DoRA
-    or with a bias need one more forward and backward per sample. All layers are scored, including
-    frozen ones. The model runs in evaluation mode; its training modes, ``requires_grad`` flags,
-    gradients and values are the same afterwards.
+    is the product of the layer's inputs and output gradients. Adapters on other layers, with
+    scaled outputs or with a bias need one more forward and backward per sample. All
+    layers are scored, including frozen ones. The model runs in evaluation mode; its training modes,
+    ``requires_grad`` flags, gradients and values are the same afterwards.
 
     Args:
         model: Model with adapted layers of :mod:`lora_ext.nn` or PEFT, before or after
@@ -147,7 +148,8 @@ def _is_plain(layer: Any, adapter: str) -> bool:
     special = getattr(layer, "lora_variant", {})
     return (
         linear
-        and not (layer.use_dora[adapter] or layer.lora_bias[adapter] or adapter in special)
+        and not (layer.lora_bias[adapter] or adapter in special)
+        and kind_of_layer(layer, adapter).sums
         and isinstance(layer.scaling[adapter], int | float)
     )
 

@@ -21,6 +21,7 @@ from lora_ext.adapter import (
     parse_key,
     patterns,
 )
+from lora_ext.kinds import variants
 
 from ._projection import (
     Projected,
@@ -68,7 +69,7 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
             fits = len(shape) != 2 or shape[1] == rank
             require(fits, where, key, f"shape (m, {rank}), since A has rank {rank}", shape)
     r, rank_pattern = patterns(ranks)
-    roles = {role for _, role, _ in keys.values()}
+    roles = {key.stem for key in keys.values()}
     config = {
         "peft_type": "LORA",
         "r": r,
@@ -76,8 +77,8 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
         "lora_alpha": r,
         "alpha_pattern": rank_pattern,
         "target_modules": sorted(ranks),
-        "use_dora": "magnitude_vector" in roles,
-        "lora_bias": "B.bias" in roles,
+        **{kind.when: kind.vector in roles for kind in variants("LORA")},
+        "lora_bias": "lora_B.bias" in roles,
     }
     return config, {key: state[key] for key in keys}
 
@@ -119,7 +120,7 @@ def project_layers(
         columns: function that returns the matrix ``(m, k)`` that P is applied to; default is B.
     """
     kinds = {
-        "a DoRA magnitude": [n for n, f in adapter.modules.items() if f.magnitude is not None],
+        adapter.config.kind.rescales: [n for n, f in adapter.modules.items() if not f.sums],
         "an embedding": [n for n, f in adapter.modules.items() if f.embedding],
         "a convolution": [n for n, f in adapter.modules.items() if f.a.dim() > 2],
     }

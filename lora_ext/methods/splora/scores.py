@@ -106,7 +106,7 @@ def ediem_scores(
         DegenerateReferenceError: If the reference has no spread, unless this is allowed.
         KeyError: If a model lacks a layer, or the adapter has only one factor of a module.
         TypeError: If weights are quantised.
-        NotImplementedError: If the adapter uses DoRA, or adapts embeddings or convolutions.
+        NotImplementedError: If the adapter scales outputs, or adapts embeddings or convolutions.
 
     Sources: arXiv 2506.18931, arXiv 2407.08623; docs/splora.md has the formulas.
     """

@@ -272,8 +272,7 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
             require(name in adapter.modules, where, name, "factors in the folder", "none")
             factors = adapter.modules[name]
             at = f"{where}: {name}"
-            plain = factors.magnitude is None
-            require(plain, where, name, "plain LoRA", "a DoRA magnitude")
+            require(factors.sums, where, name, "plain LoRA", adapter.config.kind.rescales)
             for factor, given, own in (("A", factors.a, layer.A), ("B", factors.b, layer.B)):
                 found, shape = tuple(given.shape), tuple(own.shape)
                 require(found == shape, at, f"lora_{factor}", f"shape {shape}", found)

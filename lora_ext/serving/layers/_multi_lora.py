@@ -11,7 +11,7 @@ from lora_ext import ops
 from lora_ext._torch import compiles
 from lora_ext.rows import Pool, PoolLayer, Rows, current, pool_rows, untouched
 
-from ._pool_dora import DoraFactors, Rescale, rescaled
+from ._pool_after import PoolAfter, Rescale, rescaled
 from ._pool_replaced import traced_replaced, with_replaced
 
 
@@ -19,8 +19,8 @@ class MultiLoraLinear(PoolLayer):
     """Linear layer that adds the update of one adapter of a pool to each row.
 
     Computes ``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, where ``s`` is the slot
-    of row ``t``'s adapter. If the adapter uses DoRA, the sum is rescaled:
-    :mod:`lora_ext.serving.layers._pool_dora`.
+    of row ``t``'s adapter. If the adapter scales its outputs, the sum is rescaled:
+    :mod:`lora_ext.serving.layers._pool_after`.
 
     The adapters of the rows are those of the surrounding block :func:`lora_ext.adapters`. Outside
     every block all rows use the ``default`` of :func:`attach`. The layer is for inference:
@@ -38,7 +38,7 @@ class MultiLoraLinear(PoolLayer):
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__(base, pool, name)
-        self.dora = DoraFactors(base, self.slab, name)
+        self.after = PoolAfter(base, self.slab, name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
@@ -68,7 +68,7 @@ class MultiLoraLinear(PoolLayer):
         if slab.a_pages is not None:
             rescale = None
             if slab.magnitude is not None:
-                rescale = self.dora.rescale(block, leading, x.device, self.tokens_first)
+                rescale = self.after.rescale(block, leading, x.device, self.tokens_first)
             try:
                 fused = None if siblings is None else siblings.fused_output(self, x, y, rows)
                 if fused is not None:
@@ -94,7 +94,7 @@ class MultiLoraLinear(PoolLayer):
             rows = traced_rows(self, leading, x.device)
             rescale = None
             if slab.magnitude is not None:
-                rescale = self.dora.traced_rescale(self, leading, x.device)
+                rescale = self.after.traced_rescale(self, leading, x.device)
             y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
         return traced_replaced(y, x, self) if slab.was_replaced else y
 

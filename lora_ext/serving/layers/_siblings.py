@@ -291,15 +291,15 @@ def _stream(x: Tensor) -> int:
 def is_plain_layer(layer: MultiLoraLinear, x: Tensor) -> bool:
     """Return whether a layer computes only a product and an update for ``x``.
 
-    This is false if the layer uses DoRA, or if its base layer has hooks, is offloaded, or stores
-    its weight in another format.
+    This is false if an adapter scales the layer's outputs, or if its base layer has hooks,
+    is offloaded, or stores its weight in another format.
     """
     base, slab = layer.base, layer.slab
     a, kind = slab.a_pages, type(base)
     return not (
         a is None
         or a.dtype != x.dtype
-        or slab.dora
+        or slab.scaled
         or slab.was_replaced
         or (kind is not nn.Linear and kind is not PackedLinear)
         or type(base._parameters.get("weight")) is not nn.Parameter

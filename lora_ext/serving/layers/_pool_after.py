@@ -1,15 +1,11 @@
-"""DoRA adapters of a pool.
+"""Adapters of a pool that scale the outputs of a layer, such as those of IA3.
 
-For slot ``s``, with the magnitude vector ``m[s]`` (O,) in the pool::
+For slot ``s``, with scales ``c[s]`` (O,) that :meth:`lora_ext.kinds.Kind.after` computes::
 
-    W' = W + scale[s] B[s] A[s]
-    y = c[s] * (W' x) + bias
-    c[s] = m[s] / ||W'||    # one factor and one norm for each of the O outputs
+    y = c[s] * ((W + scale[s] B[s] A[s]) x) + bias
 
-The pool does not contain base weights. Each layer therefore computes ``c[s]`` when the slot is
-first used, and caches it until the slot or the weight changes.
-
-Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5.
+The kind may also scale the bias. The pool does not contain base weights. Each layer therefore
+computes ``c[s]`` when the slot is first used, and caches it until the slot or the weight changes.
 """
 
 from __future__ import annotations
@@ -23,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ext import ops
 from lora_ext._checks import FLOATS
 from lora_ext._torch import READS_MORE, traced
+from lora_ext.kinds import Factors
 from lora_ext.layers import readable_weight
 from lora_ext.rows import (
     Block,
@@ -41,25 +37,28 @@ from lora_ext.rows import (
 # A compiled graph can contain numbers and tensors but not objects. An op in the graph finds the
 # factors of a layer by number in this registry, which does not keep layers alive.
 _numbers = itertools.count()
-_by_number: weakref.WeakValueDictionary[int, DoraFactors] = weakref.WeakValueDictionary()
+_by_number: weakref.WeakValueDictionary[int, PoolAfter] = weakref.WeakValueDictionary()
 
 
 class Rescale(NamedTuple):
-    """The D rows with DoRA adapters, and their factors."""
+    """The D rows whose adapter scales the outputs, and the scales."""
 
-    # (D,) indices of the rows. In a graph it is None for all T rows; those without DoRA have c = 1
+    # (D,) indices of the rows. In a graph it is None for all T rows; the scales of others are 1
     rows: Tensor | None
-    c: Tensor  # (D, O)
+    c: Tensor  # (D, O + 1), scales; the last column is 1 if the bias is not scaled, else 0
     bias: Tensor | None  # (O,)
 
 
 def rescaled(y: Tensor, rescale: Rescale) -> Tensor:
-    """Replace the DoRA rows of ``y (..., O)`` by ``c * (y - bias) + bias``, and return the result.
+    """Replace rows of ``y (..., O)`` by ``c * (y - bias) + bias``, and return the result.
 
-    Results are rounded once to the dtype of ``y``. Other rows are unchanged. If ``y`` is
-    contiguous, it may be changed in place.
+    If the bias is scaled too, they are ``c * y``. Results are rounded once to the dtype of ``y``.
+    Other rows are unchanged. If ``y`` is contiguous, it may be changed in place.
     """
     rows, c, bias = rescale
+    c, unscaled = c[:, :-1], c[:, -1:]
+    if bias is not None:
+        bias = bias * unscaled.to(bias.dtype)
     flat = y.reshape(-1, y.shape[-1])  # (T, O)
     part = flat if rows is None else flat[rows]  # (D, O)
     wide = part.to(torch.promote_types(part.dtype, c.dtype))
@@ -71,8 +70,8 @@ def rescaled(y: Tensor, rescale: Rescale) -> Tensor:
     return flat.view(y.shape)
 
 
-class DoraFactors:
-    """Factors ``c`` of one layer, by slot.
+class PoolAfter:
+    """Scales ``c`` of one layer, by slot.
 
     This class is thread-safe: a pinned slot does not change, so threads that compute the same
     factors at the same time get identical results, and any of them may be cached.
@@ -94,16 +93,16 @@ class DoraFactors:
     ) -> Rescale | None:
         """Return the argument of :func:`rescaled` for an output of shape ``(*leading, O)``.
 
-        Returns None if no row uses DoRA.
+        Returns None if no adapter of the rows scales its outputs.
         """
         layout = current_layout(leading, device, tokens_first)
         of_step = block.step_rows(layout)
         if of_step is not None:
             assert block.step is not None
             return Rescale(None, block.step.table(self)[of_step.ids.long()], self.bias)
-        if not self.slab.dora:
+        if not self.slab.scaled:
             return None
-        found = block.slot_rows(self.slab.dora.keys(), layout)
+        found = block.slot_rows(self.slab.scaled.keys(), layout)
         if found is None:
             return None
         return Rescale(found.rows, self.table(found.slots)[found.which], self.bias)
@@ -116,11 +115,11 @@ class DoraFactors:
         The adapters of the rows are those of the block in which the graph runs.
         """
         slab = self.slab
-        c = _active_dora_factors(
+        c = _active_after(
             layer.handle,
             self.number,
             leading,
-            slab.out_features,
+            slab.out_features + 1,
             slab.magnitude.dtype,
             device,
             layer.tokens_first,
@@ -134,31 +133,36 @@ class DoraFactors:
         return getattr(self.base, "bias", None)
 
     def table(self, slots: Sequence[int]) -> Tensor:
-        """Return the factors of these slots, ``(len(slots), O)``."""
+        """Return the scales of these slots, ``(len(slots), O + 1)``."""
         return torch.stack([self.factor(slot) for slot in slots])
 
     def factor(self, slot: int) -> Tensor:
-        """Return the factors ``(O,)`` of a slot with a DoRA adapter.
+        """Return the scales ``(O,)`` of a slot, and 1 if the bias is not scaled, else 0.
 
         The tensor is cached until the slot or the weight changes.
         """
-        weight = self._weight()
-        changes = 0 if weight.is_inference() else weight._version
-        key = (self.slab.dora[slot], weight.data_ptr(), changes, weight.dtype, weight.device)
+        version, kind, of_bias = self.slab.scaled[slot]
+        weight = self._weight(kind.title) if kind.needs_weight else None
+        key: tuple[Any, ...] = (version,)
+        if weight is not None:
+            changes = 0 if weight.is_inference() else weight._version
+            key = (version, weight.data_ptr(), changes, weight.dtype, weight.device)
         known = self._known.get(slot)
         if known is not None and known[0] == key:
             return known[1]
         slab = self.slab
         # The result must not be an inference tensor, because a later forward may need gradients.
         with torch.inference_mode(False), torch.no_grad():
-            pages = slab.page_table[slot]
-            pages = pages[pages >= 0].long()
-            a = slab.a_pages[pages].flatten(0, 1)  # (8n, I), rows after the rank are 0
-            b = slab.b_pages[pages].permute(1, 0, 2).flatten(1)  # (O, 8n)
-            a, b = a.to(weight.device), b.to(weight.device)
-            norm = ops.lora_dora_norm(weight.detach(), a, b, float(slab.scale[slot]))  # (O,)
-            magnitude = slab.magnitude[slot]
-            c = magnitude / norm.to(magnitude)
+            c = slab.magnitude[slot]  # (O,)
+            if weight is not None:
+                pages = slab.page_table[slot]
+                pages = pages[pages >= 0].long()
+                a = slab.a_pages[pages].flatten(0, 1)  # (8n, I), rows after the rank are 0
+                b = slab.b_pages[pages].permute(1, 0, 2).flatten(1)  # (O, 8n)
+                factors = Factors(a.to(weight.device), b.to(weight.device), float(slab.scale[slot]))
+                after = kind.after({kind.vector: c}, factors, weight.detach())
+                c = after.scale
+            c = torch.cat([c, torch.full_like(c[:1], not of_bias)])
         if c.is_cuda:
             if capturing(c.device):
                 return c  # not cached, as its memory belongs to the graph
@@ -167,41 +171,41 @@ class DoraFactors:
         self._known[slot] = key, c
         return c
 
-    def _weight(self) -> Tensor:
-        purpose = f"MultiLoraLinear: {self.name}: DoRA"
+    def _weight(self, title: str) -> Tensor:
+        purpose = f"MultiLoraLinear: {self.name}: {title}"
         linear = isinstance(self.base, nn.Linear)
         weight, _ = readable_weight(self.base, purpose, fan_in_fan_out=not linear)
         if weight.is_meta or weight.dtype not in FLOATS:  # quantised weights have separate scales
             raise ValueError(
                 f"{purpose}: expected a base weight with values in float16, bfloat16, float32 or "
-                f"float64, for its norms, found {weight.dtype} on {weight.device}"
+                f"float64, to scale its outputs, found {weight.dtype} on {weight.device}"
             )
         return weight
 
 
-class DoraTable:
-    """Factors of one layer at a fixed address, for a captured graph.
+class AfterTable:
+    """Scales of one layer at a fixed address, for a captured graph.
 
     Args:
-        factors: factors of the layer.
+        factors: scales of the layer.
         slots: number of slots of the pool.
 
     Attributes:
-        c: factors ``(slots + 1, O)``. Rows of slots without a DoRA adapter are 1, as is the last
-            row, which is for the base model (slot -1).
+        c: scales ``(slots + 1, O + 1)``. Rows of slots without scales are 1, as is the last row,
+            which is for the base model (slot -1).
     """
 
-    def __init__(self, factors: DoraFactors, slots: int):
+    def __init__(self, factors: PoolAfter, slots: int):
         self._factors = factors
         self._holds: dict[int, Tensor] = {}
         like = factors.slab.magnitude
         with torch.inference_mode(False):
-            self.c = torch.ones(slots + 1, like.shape[1], dtype=like.dtype, device=like.device)
+            self.c = torch.ones(slots + 1, like.shape[1] + 1, dtype=like.dtype, device=like.device)
 
     def follow(self, residents: Iterable[Any]) -> None:
         """Write the factors of a step's adapters, if they have changed since the last call."""
         for slot in (resident.slot for resident in residents):
-            c = self._factors.factor(slot) if slot in self._factors.slab.dora else None
+            c = self._factors.factor(slot) if slot in self._factors.slab.scaled else None
             if self._holds.get(slot) is c:
                 continue
             if c is None:
@@ -214,14 +218,14 @@ class DoraTable:
 
 # This is an op, like ``active_adapter_ids``, as a compiled graph cannot read a ContextVar.
 @traced(
-    "active_dora_factors(int handle, int layer, SymInt[] leading, SymInt features, "
+    "active_after(int handle, int layer, SymInt[] leading, SymInt features, "
     "ScalarType dtype, Device device, bool tokens_first, SymInt[] batch) -> Tensor",
     fake=lambda handle, layer, leading, features, dtype, device, *_: torch.empty(
         math.prod(leading), features, dtype=dtype, device=device
     ),
     tags=READS_MORE,
 )
-def _active_dora_factors(
+def _active_after(
     handle: int,
     layer: int,
     leading: Sequence[int],

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._torch import linear
+from lora_ext.kinds import normed
 from lora_ext.rows import Rows, subset
 
 from ._lora_forward import (
@@ -39,7 +40,7 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-def dora_forward(
+def scaled_forward(
     x: Tensor,
     base: BaseLayer,
     dense: Callable[[], DenseParameters],
@@ -142,6 +143,4 @@ def _scaled(
 
 
 def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor, norm: Tensor | None) -> Tensor:
-    if norm is None:
-        norm = ops.lora_dora_norm(weight, f.a, f.b, f.scaling)
-    return magnitude / norm.to(magnitude.dtype)
+    return normed(magnitude, weight, f.a, f.b, f.scaling, norm)

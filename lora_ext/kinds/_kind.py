@@ -1,0 +1,193 @@
+"""``Kind``, the description of an adapter type, and the registry of all kinds.
+
+Shape letters: r rank, I inputs and O outputs of a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import instance, require
+
+
+class Part(NamedTuple):
+    """A tensor of a module in an adapter's file."""
+
+    shape: tuple[int | None, ...]  # None for a size that is not checked
+    dtype: torch.dtype | None = None  # None for float16, bfloat16, float32 and float64
+    optional: bool = False
+
+
+class After(NamedTuple):
+    """Scales of a module's outputs."""
+
+    scale: Tensor  # (O,)
+    of_bias: bool = False  # whether the bias of the base layer is scaled, too
+
+
+class Factors(NamedTuple):
+    """The factors of one module. They add ``scaling * (b @ a @ x + bias)`` to the output for x.
+
+    For a convolution, the factors are kernels: ``a`` has the shape ``(r, I, *k)`` with the kernel
+    size k, and ``b`` has the shape ``(O, r / groups, 1, ...)``. The scale of ``after`` has the
+    shape ``(1, O, 1, ...)``. For a parameter of E experts, ``a`` is ``(E * r, I)`` with the rows
+    grouped by expert, and ``b`` is ``(O, r * E)`` with the columns grouped by rank.
+    """
+
+    a: Tensor  # (r, I); for an embedding, I is the number of tokens
+    b: Tensor  # (O, r)
+    scaling: float
+    bias: Tensor | None = None  # (O,)
+    # Scales of the sum's outputs. If `Kind.needs_weight`, `Kind.after` computes them from these
+    # values, such as magnitudes, and the base weight.
+    after: After | None = None
+    embedding: bool = False
+    before: Tensor | None = None  # (I,), scales of the inputs
+
+    @property
+    def magnitude(self) -> Tensor | None:
+        """Values of :attr:`after`."""
+        return None if self.after is None else self.after.scale
+
+    @property
+    def sums(self) -> bool:
+        """Whether the adapter only adds to the output, so that updates can be summed."""
+        return self.after is None and self.before is None
+
+
+#: Mapping of PEFT's fields, with the values of one module.
+Config: TypeAlias = Any
+#: Tensors of a module, and shared ones, by stem.
+Tensors = Mapping[str, Tensor]
+
+
+class Kind:
+    """An adapter type. It is stateless: a subclass overrides attributes and methods.
+
+    A stem is the name of a tensor in a file without the module's name, such as ``lora_A.weight``.
+
+    Attributes:
+        name: PEFT's ``peft_type``.
+        title: name in error messages; default is ``name``.
+        rescales: what rescales outputs or inputs, for error messages.
+        when: name of a configuration field. If it is set, the field selects this kind among those
+            with the same name, if its value is true.
+        shared: stems of tensors that all modules share. PEFT stores them as ``base_model.<stem>``,
+            or ``base_model.<stem>.<key>`` for a dict of tensors.
+        reads: configuration fields that change what the adapter computes.
+        ignores: fields that only matter in training.
+        refuses: fields that are not supported unless their value is false, with the reasons.
+        patterns: fields with values for single modules, and the field that each of them replaces;
+            the configuration that a method receives has the values of the module.
+        counts: fields that must be positive integers.
+        numbers: fields that must be finite numbers.
+        needs_weight: whether :meth:`after` reads the base weight.
+        vector: stem of the part ``(O,)`` that :meth:`after` then reads.
+    """
+
+    name = ""
+    title = ""
+    rescales = "scales of outputs or inputs"
+    when = ""
+    shared: tuple[str, ...] = ()
+    reads: frozenset[str] = frozenset()
+    ignores: frozenset[str] = frozenset()
+    refuses: Mapping[str, str] = MappingProxyType({})
+    patterns: Mapping[str, str] = MappingProxyType({})
+    counts: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    needs_weight = False
+    vector = ""
+
+    def __init_subclass__(cls) -> None:
+        cls.title = cls.__dict__.get("title", cls.name)
+
+    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+        """Return the tensors of a module by stem; those in :attr:`shared` may be omitted."""
+        raise NotImplementedError
+
+    def rank(self, config: Config, spec: Any) -> int:
+        """Return the rank of the factors."""
+        raise NotImplementedError
+
+    def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
+        """Compute the factors of a module. The result is differentiable in the parts.
+
+        Args:
+            parts: tensors of the module and shared tensors, by stem.
+            config: configuration of the adapter.
+            spec: the module: ``name``, ``in_features``, ``out_features``, ``dtype``, and ``order``,
+                the names of all modules that the adapter changes, in the order of the model.
+            weight: base weight ``(O, I)`` if it is known.
+        """
+        raise NotImplementedError
+
+    def after(self, parts: Tensors, factors: Factors, weight: Any) -> After | None:
+        """Return the scales of the outputs, or None if there are none."""
+        return None
+
+    def before(self, parts: Tensors) -> Tensor | None:
+        """Return the scales of the inputs ``(I,)``, or None if there are none."""
+        return None
+
+    @property
+    def sums(self) -> bool:
+        """Whether the adapter only adds to the output, so that updates can be summed."""
+        return type(self).after is Kind.after and type(self).before is Kind.before
+
+    def read(self, parts: Tensors, config: Config, spec: Any) -> Factors:
+        """Return the factors of a module with the scales of its outputs and inputs."""
+        factors = self.factors(parts, config, spec)
+        if self.sums:
+            return factors
+        if self.needs_weight:
+            after = After(parts[self.vector])
+        else:
+            after = self.after(parts, factors, None)
+        return factors._replace(after=after, before=self.before(parts))
+
+
+_kinds: dict[tuple[str, str], Kind] = {}
+
+
+def register_kind(kind: Kind) -> None:
+    """Add a kind, or replace the kind of the same name."""
+    instance("register_kind", "kind", kind, Kind)
+    named = isinstance(kind.name, str) and kind.name != ""
+    require(named, "register_kind", "kind", "a kind with a name", f"{kind.name!r:.200}")
+    _kinds[kind.name, kind.when] = kind
+
+
+def kind_of(name: str, config: Config | None = None) -> Kind:
+    """Return the kind of a ``peft_type``.
+
+    Args:
+        name: PEFT's ``peft_type``, such as "VERA".
+        config: configuration of the adapter, whose fields may select a kind of the same name.
+
+    Raises:
+        NotImplementedError: If there is no such kind.
+    """
+    for kind in variants(name):
+        if config is not None and config.get(kind.when):
+            return kind
+    known = sorted({each for each, _ in _kinds})
+    found = (name, "") in _kinds
+    require(found, "kind_of", "name", f"one of {known}", f"{name!r:.200}", NotImplementedError)
+    return _kinds[name, ""]
+
+
+def variants(name: str) -> list[Kind]:
+    """Return the kinds of a name that a configuration field selects."""
+    return [kind for (each, when), kind in _kinds.items() if each == name and when]
+
+
+def fields_of(name: str) -> frozenset[str]:
+    """Return the configuration fields that the kinds of one name read."""
+    kinds = (kind_of(name), *variants(name))
+    return frozenset(field for kind in kinds for field in (*kind.reads, *kind.patterns))
