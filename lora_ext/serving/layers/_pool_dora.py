@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lora_ext import ops
 from lora_ext._checks import FLOATS
 from lora_ext._torch import READS_MORE, traced
-from lora_ext.layers import readable_weight
+from lora_ext.layers import is_quantised, readable_weight
 from lora_ext.rows import (
     Block,
     PoolLayer,
@@ -142,15 +142,22 @@ class DoraFactors:
 
         The tensor is cached until the slot or the weight changes.
         """
-        weight = self._weight()
-        changes = 0 if weight.is_inference() else weight._version
-        key = (self.slab.dora[slot], weight.data_ptr(), changes, weight.dtype, weight.device)
+        key: tuple[Any, ...] = (self.slab.dora[slot],)
+        quantised, weight = is_quantised(self.base), None
+        if quantised:  # its weight is not computed again for each forward
+            stored = itertools.chain(self.base.parameters(), self.base.buffers())
+            key += tuple((id(tensor), tensor._version) for tensor in stored)
+        else:
+            weight = self._weight()
+            changes = 0 if weight.is_inference() else weight._version
+            key += weight.data_ptr(), changes, weight.dtype, weight.device
         known = self._known.get(slot)
         if known is not None and known[0] == key:
             return known[1]
         slab = self.slab
         # The result must not be an inference tensor, because a later forward may need gradients.
         with torch.inference_mode(False), torch.no_grad():
+            weight = self._weight() if weight is None else weight
             pages = slab.page_table[slot]
             pages = pages[pages >= 0].long()
             a = slab.a_pages[pages].flatten(0, 1)  # (8n, I), rows after the rank are 0
