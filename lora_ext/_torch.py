@@ -52,10 +52,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def parameter(module: nn.Module, name: str) -> Any:
-    """Return ``getattr(module, name)``; this is three times as fast for a parameter."""
+def parameter(module: nn.Module, name: str, *default: Any) -> Any:
+    """Return ``getattr(module, name, *default)``; this is three times as fast for a parameter."""
     own = module._parameters
-    return own[name] if name in own else getattr(module, name)
+    return own[name] if name in own else getattr(module, name, *default)
 
 
 def zero_gradients(y: Tensor, parameters: Iterable[Tensor]) -> Tensor:

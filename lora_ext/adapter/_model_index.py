@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from lora_ext.layers import (
     LoraLayer,
     bypassed,
     head_names,
-    linear_size,
+    linear_sizes,
     matches_suffix,
     projections,
 )
@@ -122,6 +122,8 @@ class ModelIndex:
     experts: dict[str, LinearSpec] = field(default_factory=dict)  # by parameter name
     #: Names of all expert matrices by experts module, in the module's order, adapted or not.
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Class names of the modules that are not base layers, by name.
+    others: dict[str, str] = field(default_factory=dict)
     #: For each module that is never called, the name of the class that reads its weight.
     bypassed: dict[str, str] = field(default_factory=dict)
     #: Number of tokens in the vocabulary; None if unknown.
@@ -152,14 +154,16 @@ class ModelIndex:
     ) -> ModelIndex:
         """Create an index of the modules in a model that can have an adapter.
 
-        These are ``nn.Linear``, its subclasses, transformers' ``Conv1D`` and ``nn.Embedding``.
-        Subclasses of ``nn.Embedding`` are excluded, since they may scale or shift their output.
+        These are transformers' ``Conv1D``, all modules with ``in_features`` and ``out_features``,
+        and ``nn.Embedding``. Subclasses of ``nn.Embedding`` are excluded, since they may scale or
+        shift their output.
 
         Args:
             targets: modules to include: a regular expression for whole names, or a list of names
                 and suffixes. None for all modules.
-            dtype: dtype of the pool's pages. Default is the dtype of the base weight, or torch's
-                default dtype if the weight is quantised.
+            dtype: dtype of the pool's pages. Default is the dtype of the base weight. If the weight
+                is quantised, it is the dtype of the model's activations, that is, of its first
+                parameter in one of :data:`PAGE_DTYPES`, or torch's default dtype.
             device: device of the pool's pages. Default is the device on which the module computes:
                 the execution device of accelerate's hooks, or the device of the weight.
 
@@ -173,10 +177,18 @@ class ModelIndex:
         check_base("AdapterPool", model)
         targets = targets if targets is None or isinstance(targets, str) else tuple(targets)
 
-        def stored(weight: Tensor, name: str) -> tuple[torch.dtype, torch.device]:
-            own = weight.dtype if weight.dtype in PAGE_DTYPES else torch.get_default_dtype()
-            place = torch.device(device) if device else _device_of(name, weight, modules)
-            return dtype or own, place
+        floats = (p.dtype for p in model.parameters() if p.dtype in PAGE_DTYPES)
+        of_activations = next(floats, torch.get_default_dtype())
+
+        def stored(weight: object, name: str) -> tuple[torch.dtype, torch.device]:
+            if not isinstance(weight, Tensor):  # a quantised layer names its tensors otherwise
+                own = modules[name].parameters(), modules[name].buffers(), model.parameters()
+                place, found = next(itertools.chain(*own), torch.empty(0)), of_activations
+            else:
+                place = weight
+                found = weight.dtype if weight.dtype in PAGE_DTYPES else of_activations
+            where = torch.device(device) if device else _device_of(name, place, modules)
+            return dtype or found, where
 
         linear: dict[str, LinearSpec] = {}
         embedding: dict[str, LinearSpec] = {}
@@ -184,21 +196,24 @@ class ModelIndex:
         experts: dict[str, LinearSpec] = {}
         parameters: dict[str, tuple[str, ...]] = {}
         skipped: dict[str, str] = {}
+        others: dict[str, str] = {}
         modules = dict(model.named_modules())
+        layers = linear_sizes(modules)
         for name, module in modules.items():
             parent = modules.get(name.rpartition(".")[0])
-            if isinstance(module, nn.Linear):
+            if name in layers:
                 owner = type(parent).__name__ if isinstance(parent, READS_WEIGHTS) else None
                 owner = owner or (ROUTED if in_routed_experts(name) else None)
                 if owner is not None:
                     unsupported[name] = f"{type(module).__name__} of {owner}"
                     continue
-            found, size = linear, linear_size(module)
+            found, size = linear, layers.get(name)
             if type(module) is nn.Embedding and module.max_norm is None:
                 found, size = embedding, (module.num_embeddings, module.embedding_dim)
             if size is None:
                 if isinstance(module, _UNSUPPORTED):
                     unsupported[name] = type(module).__name__
+                others[name] = type(module).__name__
                 for parameter, sizes in projections(module).items() if name else ():
                     full = f"{name}.{parameter}"
                     parameters[name] = (*parameters.get(name, ()), full)
@@ -210,9 +225,9 @@ class ModelIndex:
                 continue
             if not _wanted(name, targets):
                 continue
-            weight = cast(Tensor, module.weight)
             plain = type(module) in (nn.Linear, nn.Embedding)
-            found[name] = LinearSpec(name, *size, *stored(weight, name), plain=plain)
+            stores = stored(getattr(module, "weight", None), name)
+            found[name] = LinearSpec(name, *size, *stores, plain=plain)
             if parent is not None and name.rpartition(".")[2] in bypassed(parent):
                 skipped[name] = type(parent).__name__
         expected = "at least one Linear, Conv1D or Embedding module matching targets="
@@ -221,6 +236,7 @@ class ModelIndex:
         heads = head_names(model)
         more = _input_embedding(model, heads[0])
         more |= {"experts": experts, "parameters": parameters, "bypassed": skipped}
+        more["others"] = others
         return cls(linear, embedding, unsupported, *heads, BaseWeights(model), **more)
 
 

@@ -292,6 +292,9 @@ def _group_keys(
             # Raise even if not strict: without these factors, it would be a different adapter.
             expected, found = "no adapters on unsupported modules", f"a {kind}"
             require(kind is None, where, key, expected, found, NotImplementedError)
+            found = f"{module}, a {index.others.get(module)} without them"
+            expected = "a base layer with in_features and out_features"
+            require(module not in index.others, where, key, expected, found, NotImplementedError)
             leftover.append(key)
             continue
         other = grouped.setdefault(module, {}).setdefault(stem, key)

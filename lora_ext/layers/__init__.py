@@ -27,8 +27,8 @@ from ._lora_forward import (
 )
 from ._lora_layer import LoraLayer
 from ._magnitude import scaled_forward
-from .base._dense import DenseParameters, dense_parameters, is_plain, readable_weight
-from .base._modules import READS_WEIGHTS, bypassed, head_names, linear_size
+from .base._dense import DenseParameters, dense_parameters, is_plain, is_quantised, readable_weight
+from .base._modules import READS_WEIGHTS, bypassed, head_names, linear_size, linear_sizes
 from .base._packed_linear import (
     PackedLinear,
     pack_linears,

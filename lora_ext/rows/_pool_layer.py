@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
     from ._context import Block
 
+#: State that a layer shares with its base module.
+_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _SIZES = (("in_features", "out_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim"))
 
 
@@ -63,6 +67,9 @@ class PoolLayer(nn.Module):
     """
 
     base: nn.Module
+    pool: Pool
+    name: str
+    handle: int
 
     #: True if the input is (tokens, sequences, ...), as in XLNet. Set at the first batch in which
     #: the numbers of tokens and sequences differ.
@@ -96,14 +103,11 @@ class PoolLayer(nn.Module):
 
     def stand_in(self, base: nn.Module, pool: Pool, name: str) -> None:
         """Share the state of ``base`` and store the other arguments."""
-        for state in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        for state in _STATE:
             self.__dict__[state] = base.__dict__[state]
         # Not registered as a child, which would prefix every key with "base.".
-        self.__dict__["base"] = base
+        self.__dict__.update(base=base, pool=pool, name=name, handle=pool_handle(pool))
         self.training = base.training
-        self.pool = pool
-        self.name = name
-        self.handle = pool_handle(pool)
 
     def rows_in(
         self, block: Block, leading: torch.Size, device: torch.device, of_tokens: bool = False
@@ -147,6 +151,15 @@ class PoolLayer(nn.Module):
         self.base.train(mode)
         return super().train(mode)
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the children of ``base``, and also ``base`` if torchao's ``quantize_`` calls.
+
+        ``quantize_`` changes the weight of ``base``, which this layer shares.
+        """
+        yield from super().named_children()
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torchao."):
+            yield "base", self.base
+
     def extra_repr(self) -> str:
         """Return the base module and the number of slots."""
         return f"base={self.base}, slots={self.pool.max_slots}"
@@ -159,6 +172,27 @@ class PoolLayer(nn.Module):
             if "base" not in self.__dict__:
                 raise
             return getattr(self.__dict__["base"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, and set it on ``base`` if it is state of ``base``.
+
+        compressed-tensors replaces the state of the layers when the model is first called.
+        """
+        base = self.__dict__.get("base")
+        if name == "qconfig":  # torch.ao.quantization sets it on every module before quantising
+            warnings.warn(
+                "attach: model: expected a model that is quantised before attach, found an "
+                "attached one: torch.ao.quantization does not change its layers; detach it first",
+                stacklevel=2,
+            )
+        if base is not None and name in _STATE:
+            self.__dict__[name] = base.__dict__[name] = value
+        elif name in getattr(base, "__dict__", ()) and not (
+            name in self.__dict__ or hasattr(type(self), name)
+        ):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a layer with a copy of ``base`` and the same pool."""

@@ -84,6 +84,8 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
     #: True if the first dimension of the input is the tokens and the second is the sequences.
     tokens_first = False
     of_peft: ClassVar[Any]
+    #: False if the forward of :attr:`of_peft` has no argument ``adapter_names``.
+    peft_takes_names: ClassVar[bool] = True
     uncovered = uncovered
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -165,6 +167,15 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         return found
 
     def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs and not self.peft_takes_names:
+            if not self._disable_adapters:
+                kind, found = type(self).__name__, kwargs.get("adapter_names")
+                raise ValueError(
+                    "from_peft: adapter_names: expected one name per sequence and adapters that "
+                    f"lora_ext computes, because PEFT's {kind} takes no names, found {found!r:.200}"
+                    f" for an input of shape {tuple(x.shape)}"
+                )
+            kwargs = {}
         return forward_of_the_rest(self.of_peft.forward, self, x, *args, **kwargs)
 
     def factors_of(self, name: str) -> LoraFactors:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from typing import Any
 
 from ._layers import Fused
@@ -18,6 +19,11 @@ _CLASSES = {  # class of PEFT by the name of the fused class
     "FusedLinear8bitLt": "bnb.Linear8bitLt",
     "FusedLinear4bit": "bnb.Linear4bit",
     "FusedTorchaoLinear": "torchao.TorchaoLoraLinear",
+    "FusedGPTQLinear": "gptq.GPTQLoraLinear",
+    "FusedAwqLinear": "awq.AwqLoraLinear",
+    "FusedHqqLinear": "hqq.HqqLoraLinear",
+    "FusedEetqLinear": "eetq.EetqLoraLinear",
+    "FusedAqlmLinear": "aqlm.AqlmLoraLinear",
 }
 COVERED = f"{_MODULES}layer.Linear, layer.ParamWrapper and {', '.join(_CLASSES.values())}"
 
@@ -40,7 +46,9 @@ def _made(name: str) -> type:
     module, _, of_peft = _CLASSES[name].rpartition(".")
     peft_class = getattr(importlib.import_module(_MODULES + module), of_peft)
     doc = f"PEFT's ``{of_peft}`` with the updates and their gradients fused."
+    names = "kwargs" in inspect.signature(peft_class.forward).parameters
     body = {"of_peft": peft_class, "__module__": __name__, "__qualname__": name, "__doc__": doc}
+    body["peft_takes_names"] = names
     # The name is PEFT's, because ``repr`` and model cards print it.
     return type(of_peft, (Fused, peft_class), body)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
@@ -46,8 +50,8 @@ def dense_parameters(base: BaseLayer, divided: bool = False) -> DenseParameters 
     straight = kind is nn.Linear or kind is PackedLinear
     if not straight and (kind.__name__, kind.__module__) != CONV1D:
         return None
-    weight = parameter(base, "weight")
-    if not _is_plain(base, weight, divided):
+    weight = parameter(base, "weight", None)  # quantisers may delete it
+    if weight is None or not _is_plain(base, weight, divided):
         return None
     return weight if straight else weight.t(), parameter(base, "bias")
 
@@ -78,22 +82,44 @@ def _is_plain(module: nn.Module, weight: object, divided: bool) -> bool:
 
 
 def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:
-    """Return weight ``(O, I)`` and bias of a linear layer, even if the layer has hooks.
+    """Return weight ``(O, I)`` and bias of a linear layer, even if it has hooks or is quantised.
 
     Args:
-        base: linear layer, which may be an instance of a subclass or have hooks.
-        purpose: start of the error message if the weight is not a floating-point matrix.
+        base: linear layer, which may be an instance of a subclass or have hooks. The weight of a
+            :func:`is_quantised` layer is computed by each call.
+        purpose: start of the error message if the weight cannot be read.
         fan_in_fan_out: whether the layer stores its weight as ``(I, O)``.
     """
     dense = dense_parameters(base)
     if dense is not None:
         return dense
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+    if is_quantised(base):
+        return _dequantised(base, bias), bias
     if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
         return (weight.t() if fan_in_fan_out else weight), bias
     kind = "no weight" if weight is None else f"one of {getattr(weight, 'dtype', type(weight))}"
     expected, found = "a base layer with a floating-point matrix as weight", type(base).__name__
     raise ValueError(f"{purpose}: expected {expected}, found {found} with {kind}")
+
+
+def is_quantised(base: nn.Module) -> bool:
+    """Return whether a layer has a quantiser's type of weight, or a method that dequantises it."""
+    if type(getattr(base, "weight", None)) not in _PLAIN:
+        return not inspect.ismethod(base.weight)  # a method of torch.ao.nn.quantized
+    return any(hasattr(base, name) for name in ("dequantize", "dequantize_weight"))
+
+
+@torch.no_grad()
+def _dequantised(base: Any, bias: Tensor | None) -> Tensor:
+    """Return the weight ``(O, I)`` with which a quantised layer multiplies, in float32.
+
+    It is the output for the identity matrix, so it does not depend on the layout of a quantiser. A
+    layer that also quantises its input rounds the ones.
+    """
+    like = next(itertools.chain(base.parameters(), base.buffers()))
+    y = base(torch.eye(base.in_features, device=like.device)).float()  # (I, O)
+    return (y if bias is None else y - bias.float()).t()
 
 
 def _of_zero3(module: nn.Module) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -21,14 +22,36 @@ CONV1D = ("Conv1D", "transformers.pytorch_utils")  # name and module of the clas
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """Return input and output features of a linear layer or transformers' ``Conv1D``, else None."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+    """Return input and output features of a base layer for linear adapters, else None.
+
+    Such a layer is transformers' ``Conv1D``, or any module without adapters that has
+    ``in_features`` and ``out_features``, for example a layer of a quantiser. It may have no
+    ``weight``. A module that contains such layers is one itself only if it also stores integers, as
+    HQQ's layer does beside the original layer.
+    """
     for base in type(module).__mro__:
         if base.__name__ == "Conv1D" and base.__module__.startswith("transformers."):
             rows, columns = module.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
             return rows, columns  # pyright: ignore[reportReturnType]
-    return None
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    adapted = isinstance(module, PoolLayer) or "base_layer" in module._modules
+    if adapted or not all(isinstance(size, int) for size in sizes):
+        return None
+    if not isinstance(module, nn.Linear) and any(linear_size(m) for m in module.children()):
+        own = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
+        return sizes if any(not tensor.is_floating_point() for tensor in own) else None  # pyright: ignore[reportReturnType]
+    return sizes  # pyright: ignore[reportReturnType]
+
+
+def linear_sizes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Return :func:`linear_size` of all base layers by name, except layers inside another one."""
+    found: dict[str, tuple[int, int]] = {}
+    outer = None
+    for name, module in modules.items():
+        size = linear_size(module)
+        if size is not None and not (outer and name.startswith(outer)):
+            found[name], outer = size, f"{name}."
+    return found
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,7 +30,7 @@ from lora_ext._checks import number, require
 from lora_ext._memory import free_bytes
 from lora_ext._torch import compiles, linear, spaced
 
-from ._modules import base_modules
+from ._modules import base_modules, linear_size
 from ._packed_weight import PackedWeight, why_not_packed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -202,7 +203,8 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
     change may not be detected.
 
     Args:
-        model: model in evaluation mode, or a linear layer.
+        model: model in evaluation mode, or a linear layer. Its quantised layers are not packed,
+            which a UserWarning reports.
         names: names of the modules to pack, as in ``model.named_modules()``. None packs all modules
             of class ``nn.Linear`` except the factors of adapters. Instances of subclasses are not
             changed.
@@ -211,9 +213,9 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
         ``model``.
 
     Raises:
-        ValueError: If a name is not that of a linear layer, or a layer is in training mode, is not
-            on the CPU, is not in float32 or bfloat16 (for example, quantised), was created in
-            inference mode, or has a replaced forward.
+        ValueError: If a name is not that of a linear layer, the model has no plain linear layer, or
+            a layer is in training mode, is not on the CPU, is not in float32 or bfloat16 (for
+            example, quantised), was created in inference mode, or has a replaced forward.
         RuntimeError: If a layer is packed already.
 
     After any error the model is unchanged.
@@ -225,9 +227,17 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
             expected = "the name of a linear layer of the model"
             require(name in linears, "pack_linears", "names", expected, repr(name))
             chosen[name] = linears[name]
-    require(chosen, "pack_linears", "model", "linear layers", f"none in {type(model).__name__}")
+    left = {} if names is not None else _quantised(model)
+    found = f"only {_some(left)}" if left else f"none in {type(model).__name__}"
+    require(chosen, "pack_linears", "model", "plain linear layers", found)
     for name, module in chosen.items():
         _check(name, module)
+    if left:
+        warnings.warn(
+            f"pack_linears: model: expected plain linear layers, found {_some(left)}, which are "
+            f"not packed; packed: {len(chosen)}, for example {next(iter(chosen))!r}",
+            stacklevel=2,
+        )
     shared: dict[int, PackedWeight] = {}
     for module in chosen.values():
         packed = shared.setdefault(id(module.weight), PackedWeight())
@@ -306,7 +316,8 @@ def packing(model: nn.Module, share: float = 0.25) -> Packing:
         ValueError: If ``share`` is out of range.
     """
     number("packing", "share", share, above=0, maximum=1)
-    weights = {id(m.weight): m.weight for _, m in linears_of(model)}
+    weights = {id(m.weight): m.weight for _, m in linears_of(model) if hasattr(m, "weight")}
+    left = _quantised(model)
     wanted = sum(
         -(-w.shape[0] // 32) * 32 * w.shape[1] * w.element_size() for w in weights.values()
     )
@@ -314,7 +325,9 @@ def packing(model: nn.Module, share: float = 0.25) -> Packing:
     refusals = [why_not_packed(w) for w in weights.values()]
     refused = next((each for each in refusals if each is not None), None)
     reason = None
-    if not weights:
+    if left:
+        reason = f"expected plain linear layers, found {_some(left)}"
+    elif not weights:
         reason = "it has no plain linear layer"
     elif refused is not None:
         reason = f"expected {refused}"
@@ -328,6 +341,19 @@ def packed_bytes(model: nn.Module) -> int:
     """Return the size in bytes of the packed copies of all layers of ``model``."""
     states = {m.__dict__[_STATE] for _, m in linears_of(model) if isinstance(m, PackedLinear)}
     return sum(state.nbytes for state in states)
+
+
+def _quantised(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the base layers without a plain floating-point weight, except ``nn.Linear``."""
+    found = {n: m for n, m in base_modules(model) if type(m) is not nn.Linear and linear_size(m)}
+    weights = {name: getattr(base, "weight", None) for name, base in found.items()}
+    plain = {n for n, w in weights.items() if type(w) is nn.Parameter and w.is_floating_point()}
+    return {name: base for name, base in found.items() if name not in plain}
+
+
+def _some(layers: dict[str, nn.Module]) -> str:
+    name, layer = next(iter(layers.items()))
+    return f"{len(layers)} quantised layers such as {name!r}, a {type(layer).__name__}"
 
 
 def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

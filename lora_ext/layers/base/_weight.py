@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._dense import readable_weight
+from lora_ext._checks import require
+
+from ._dense import is_quantised, readable_weight
 
 #: Object that stores a factor in PEFT: a module with a ``weight``, or the parameter itself.
 Factor = nn.Module | nn.Parameter
@@ -69,11 +71,14 @@ class BaseWeight:
                 self.bias.copy_(bias)
 
     def check_writable(self, purpose: str) -> None:
-        """Raise ValueError if the weight or bias is not a parameter or buffer of the layer.
+        """Raise ValueError if the weight is quantised, or the weight or bias is not a parameter or
+        buffer of the layer.
 
-        Such a weight is computed from other parameters, and the next forward would overwrite it.
+        A weight that is computed from other parameters would be overwritten by the next forward.
         ``purpose`` is the start of the message.
         """
+        found = f"a {type(self.layer).__name__} with a quantised weight"
+        require(not is_quantised(self.layer), purpose, "base_layer", "a plain weight", found)
         kept = {id(t) for t in (*self.layer.parameters(), *self.layer.buffers())}
         for name, tensor in (("weight", self.weight), ("bias", self.bias)):
             if tensor is not None and id(tensor) not in kept:
@@ -86,9 +91,9 @@ class BaseWeight:
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Return the default device and dtype for adapters of the layer."""
         own = (*self.layer.parameters(recurse=False), *self.layer.buffers(recurse=False))
-        for tensor in (*own, *self.layer.parameters()):
-            floating = tensor.is_floating_point() and tensor.element_size() > 1
-            return tensor.device, tensor.dtype if floating else torch.float32
+        whole = all(t.is_floating_point() and t.element_size() > 1 for t in own)
+        for tensor in (*own, *self.layer.parameters()):  # integers: other tensors may be scales
+            return tensor.device, tensor.dtype if whole else torch.float32
         return torch.device("cpu"), torch.float32
 
     # Factors and magnitudes

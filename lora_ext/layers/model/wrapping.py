@@ -13,7 +13,7 @@ from lora_ext._checks import require, require_flags
 from lora_ext.rows import PoolLayer, _layouts, activated_in, layer_names
 
 from .._lora_layer import LoraLayer
-from ..base._modules import READS_WEIGHTS, head_names, linear_size
+from ..base._modules import READS_WEIGHTS, head_names, linear_size, linear_sizes
 from ..base._spacing import space_products, unspace_products
 from ..labels import IGNORE
 from ..lora_conv import LoraConv
@@ -202,7 +202,7 @@ def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Mo
 
 def _targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     """Return the names of the modules that the configuration matches, in the model's order."""
-    linear = [name for name, module in modules.items() if linear_size(_base(module)) is not None]
+    linear = [*linear_sizes({name: _base(module) for name, module in modules.items()})]
     uncalled = {
         name
         for name in linear
@@ -237,7 +237,7 @@ def _adapt(name: str, module: nn.Module, adapter_name: str, settings: dict[str, 
             return LoraEmbedding(module, adapter_name, **settings)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return LoraConv(module, adapter_name, **settings)
-        expected, found = "a Linear, Conv1D, Embedding or convolution", type(module).__name__
-        raise ValueError(f"target_modules: expected {expected}, found a {found}")
+        expected = "a Linear, Conv1D, Embedding, convolution or layer with in_ and out_features"
+        raise ValueError(f"target_modules: expected {expected}, found a {type(module).__name__}")
     except (TypeError, ValueError, NotImplementedError) as error:
         raise type(error)(f"wrap: {name}: {error}") from error

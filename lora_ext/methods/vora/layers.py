@@ -79,12 +79,7 @@ class VoraLinear(LoraLinear):
         **options: Any,
     ):
         where = "VoraLinear"
-        sizes = (getattr(base_layer, name, None) for name in ("in_features", "out_features"))
-        linear = isinstance(base_layer, nn.Module) and (
-            linear_size(base_layer) is not None
-            or (all(isinstance(size, int) for size in sizes) and _is_quantised(base_layer))
-        )
-        fits = linear and not isinstance(base_layer, LoraLayer)
+        fits = isinstance(base_layer, nn.Module) and linear_size(base_layer) is not None
         expected = "nn.Linear, Conv1D or a quantised linear layer"
         require(fits, where, "base_layer", expected, type(base_layer).__name__, TypeError)
         integer(where, "rank", rank, 1)

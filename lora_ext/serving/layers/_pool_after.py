@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_ext._checks import FLOATS
 from lora_ext._torch import READS_MORE, traced
 from lora_ext.kinds import Factors
-from lora_ext.layers import readable_weight
+from lora_ext.layers import is_quantised, readable_weight
 from lora_ext.rows import (
     Block,
     PoolLayer,
@@ -142,11 +142,15 @@ class PoolAfter:
         The tensor is cached until the slot or the weight changes.
         """
         version, kind, of_bias = self.slab.scaled[slot]
-        weight = self._weight(kind.title) if kind.needs_weight else None
         key: tuple[Any, ...] = (version,)
-        if weight is not None:
+        weight = None
+        if kind.needs_weight and is_quantised(self.base):  # not dequantised for each forward
+            stored = itertools.chain(self.base.parameters(), self.base.buffers())
+            key += tuple((id(tensor), tensor._version) for tensor in stored)
+        elif kind.needs_weight:
+            weight = self._weight(kind.title)
             changes = 0 if weight.is_inference() else weight._version
-            key = (version, weight.data_ptr(), changes, weight.dtype, weight.device)
+            key += weight.data_ptr(), changes, weight.dtype, weight.device
         known = self._known.get(slot)
         if known is not None and known[0] == key:
             return known[1]
@@ -154,7 +158,8 @@ class PoolAfter:
         # The result must not be an inference tensor, because a later forward may need gradients.
         with torch.inference_mode(False), torch.no_grad():
             c = slab.magnitude[slot]  # (O,)
-            if weight is not None:
+            if kind.needs_weight:
+                weight = self._weight(kind.title) if weight is None else weight
                 pages = slab.page_table[slot]
                 pages = pages[pages >= 0].long()
                 a = slab.a_pages[pages].flatten(0, 1)  # (8n, I), rows after the rank are 0
