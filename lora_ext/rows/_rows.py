@@ -34,14 +34,12 @@ class Rows(NamedTuple):
     used: tuple[int, ...]  # indices of the adapters in use, in ascending order
     ids: Tensor  # (T,) or (T, K) int32, each an index into used; -1 is the base model
     plan: Tensor  # ops.lora_plan of ids; K plans for (T, K)
-    weights: Tensor | None = None  # (T, K), of the updates of a row's adapters; None if all are 1
+    weights: Tensor | None = None  # (T, K) float32, of a row's adapters; None if all are 1
 
 
 def planned(used: tuple[int, ...], ids: Tensor, weights: Tensor | None = None) -> Rows:
     """Return the rows with these ids and their plan. Only this function creates :class:`Rows`."""
-    columns = ids.T.contiguous() if ids.dim() > 1 else ids[None]
-    plans = [ops.lora_plan(column, len(used)) for column in columns]
-    return Rows(used, ids, plans[0] if len(plans) == 1 else torch.cat(plans), weights)
+    return Rows(used, ids, ops.lora_plan(ids, len(used)), weights)
 
 
 def renumbered(ids: Tensor, numbers: Sequence[int]) -> Tensor:
