@@ -12,7 +12,7 @@ import itertools
 import operator
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -177,19 +177,6 @@ class ModelIndex:
         check_base("AdapterPool", model)
         targets = targets if targets is None or isinstance(targets, str) else tuple(targets)
 
-        floats = (p.dtype for p in model.parameters() if p.dtype in PAGE_DTYPES)
-        of_activations = next(floats, torch.get_default_dtype())
-
-        def stored(weight: object, name: str) -> tuple[torch.dtype, torch.device]:
-            if not isinstance(weight, Tensor):  # a quantised layer names its tensors otherwise
-                own = modules[name].parameters(), modules[name].buffers(), model.parameters()
-                place, found = next(itertools.chain(*own), torch.empty(0)), of_activations
-            else:
-                place = weight
-                found = weight.dtype if weight.dtype in PAGE_DTYPES else of_activations
-            where = torch.device(device) if device else _device_of(name, place, modules)
-            return dtype or found, where
-
         linear: dict[str, LinearSpec] = {}
         embedding: dict[str, LinearSpec] = {}
         unsupported: dict[str, str] = {}
@@ -198,7 +185,7 @@ class ModelIndex:
         skipped: dict[str, str] = {}
         others: dict[str, str] = {}
         modules = dict(model.named_modules())
-        layers = linear_sizes(modules)
+        layers, stored = linear_sizes(modules), _storage(model, modules, dtype, device)
         for name, module in modules.items():
             parent = modules.get(name.rpartition(".")[0])
             if name in layers:
@@ -238,6 +225,30 @@ class ModelIndex:
         more |= {"experts": experts, "parameters": parameters, "bypassed": skipped}
         more["others"] = others
         return cls(linear, embedding, unsupported, *heads, BaseWeights(model), **more)
+
+
+def _storage(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Callable[[object, str], tuple[torch.dtype, torch.device]]:
+    """Return a function that maps the weight and the name of a module to the dtype and the device
+    of its pages."""
+    floats = (p.dtype for p in model.parameters() if p.dtype in PAGE_DTYPES)
+    of_activations = next(floats, torch.get_default_dtype())
+
+    def stored(weight: object, name: str) -> tuple[torch.dtype, torch.device]:
+        if not isinstance(weight, Tensor):  # a quantised layer names its tensors otherwise
+            own = modules[name].parameters(), modules[name].buffers(), model.parameters()
+            place, found = next(itertools.chain(*own), torch.empty(0)), of_activations
+        else:
+            place = weight
+            found = weight.dtype if weight.dtype in PAGE_DTYPES else of_activations
+        where = torch.device(device) if device else _device_of(name, place, modules)
+        return dtype or found, where
+
+    return stored
 
 
 def _input_embedding(model: Any, head: str | None) -> dict[str, Any]:
