@@ -24,7 +24,7 @@ from ._continuous import adapter_requests, load_of, pins_adapters, unfinished, w
 from ._formats import Format
 from ._metrics import Load
 from ._sampling import Logprobs, Sampling
-from ._streams import RequestStream
+from ._streams import RequestStream, check_generation
 from .attaching import attach
 
 if TYPE_CHECKING:
@@ -291,6 +291,10 @@ class Engine(ServedPool):
             how["generation"] = generation
             fits = generation is None or adapter_name is not None
             require(fits, "begin", "adapter_generation", "None for the base model", generation)
+            if generation is not None and adapter_name is not None:  # refused before it waits
+                with contextlib.suppress(PoolFullError):
+                    await self._load(adapter_name)
+                check_generation(self.pool.generation(adapter_name), generation)
             how["logprobs"] = logprobs
             self._check_tokens(new, sampling, stop_token_ids)
             if stop_token_ids:
@@ -314,7 +318,7 @@ class Engine(ServedPool):
         for left in reversed(range(_TRIES)):
             await self._load(turn.name)
             try:
-                asked = self._asked(ids, turn.name)
+                asked = self._asked(ids, turn.name, how["allow_base"])
                 if how["logprobs"] is None or how["logprobs"].prompt_top is None:
                     await self._ahead.wait(asked)
                 await self._turns.wait(turn)
@@ -340,11 +344,13 @@ class Engine(ServedPool):
         least = sampling.min_tokens if sampling else 0
         require(least <= new, "begin", "min_tokens", f"at most {new}, the limit of tokens", least)
 
-    def _asked(self, ids: list[int], name: str | None) -> Asked:
+    def _asked(self, ids: list[int], name: str | None, allow_base: bool) -> Asked:
         if name is None:
             return Asked(ids, None, len(ids))
         invocation = self.pool.invocation(name)
         start = last_start(torch.tensor([ids]), invocation)[0] if invocation else 0
+        expected = f"the invocation {list(invocation or ())!r:.200} of adapter {name!r:.200}"
+        require(start is not None or allow_base, "begin", "input_ids", expected, "none in it")
         adapter = name, self.pool.generation(name)
         return Asked(ids, adapter, len(ids) if start is None else start)
 
