@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 from lora_ext._checks import require
 from lora_ext.rows import UnknownAdapterError
 
+from ._placement import PoolFullError
 from ._residence import BASE
 from .pool import AdapterPool
 
@@ -60,7 +62,8 @@ class AdapterFolder:
             ValueError: If the name is invalid, the path is outside the root, or
                 :meth:`AdapterPool.load` rejects the files.
             FileNotFoundError: If the path is not an existing folder.
-            PoolFullError: If there is no room because other adapters are pinned.
+            PoolFullError: If pinned adapters leave no room on the device, and the host cache has
+                none, either.
         """
         _check_name(name)
         found = self._checked(name if path is None else path)
@@ -103,6 +106,8 @@ class AdapterFolder:
         change = self.pool.update if name in self.pool else self.pool.load
         try:
             change(name, path)
+        except PoolFullError as error:
+            self._read_to_host(name, path, error)
         except (ValueError, NotImplementedError, OSError) as error:
             _log.warning("adapter %r is not loaded: %s", name, error)
             raise ValueError(
@@ -110,6 +115,20 @@ class AdapterFolder:
                 f"model, found invalid files ({type(error).__name__}); the log has the reason"
             ) from error
         self._paths[name] = path
+
+    def _read_to_host(self, name: str, path: Path, error: PoolFullError) -> None:
+        """Read an adapter for which only pinned adapters leave no room; its first use copies it.
+
+        Raises:
+            PoolFullError: If the host cache has no room, too, or if there will never be room.
+        """
+        if not error.final:
+            if name in self.pool:  # earlier leases keep its old weights
+                self.pool.unload(name)
+            with contextlib.suppress(ValueError):  # larger than the host cache
+                self.pool.prefetch({name: path})
+                return
+        raise error
 
     def _has(self, name: str) -> bool:
         try:

@@ -39,7 +39,7 @@ class Choice:
         engine: engine that runs the request.
         prompt: prompt as the engine received it.
         stream: the running request.
-        index: number of the prompt in the body.
+        index: number of the choice in the response.
     """
 
     asked: Chat | Completion
@@ -50,11 +50,20 @@ class Choice:
 
     def __post_init__(self) -> None:
         self._chat = isinstance(self.asked, Chat)
-        self._texts = self.stream.texts(self.engine.tokenizer, self.asked.stop or ())
+        texts = self.stream.texts(self.engine.tokenizer, self.asked.stop or ())
+        self._texts = self._no_texts() if self.asked.max_tokens == 0 else texts
         self._logprobs = self.stream.logprobs or Logprobs()
         self._sent = 0  # number of generated tokens that were sent
         self._offset = 0  # number of characters before the next token
         self._plain = TextStream(self.engine.tokenizer)  # decodes tokens to find their offsets
+
+    async def _no_texts(self) -> AsyncIterator[str]:
+        """Yield nothing: the prompt is computed, and the token after it is dropped."""
+        async for _ in self.stream:
+            pass
+        self.stream.tokens = []
+        for text in ():
+            yield text
 
     async def whole(self) -> dict[str, Any]:
         """Return the choice of a complete response, after the last token."""
@@ -216,7 +225,9 @@ def _head(asked: Chat | Completion, choices: Sequence[Choice]) -> dict[str, Any]
 
 def _usage(choices: Sequence[Choice]) -> dict[str, int]:
     usages = [choice.stream.usage for choice in choices]
-    return {name: sum(usage[name] for usage in usages) for name in usages[0]}
+    found = {name: sum(usage[name] for usage in usages) for name in usages[0]}
+    found["prompt_tokens"] //= choices[0].asked.n or 1  # a prompt counts once for all its answers
+    return {**found, "total_tokens": found["prompt_tokens"] + found["completion_tokens"]}
 
 
 async def whole(asked: Chat | Completion, choices: Sequence[Choice]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from fastapi import HTTPException, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lora_ext.serving import Logprobs, Sampling, read_format, refuse_old_names
 
+_MAX_ANSWERS = 128  # maximum number of answers to one prompt, as in OpenAI's API
 _MAX_ERRORS = 4  # maximum number of errors of one request that a message describes
 
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
@@ -37,7 +38,7 @@ def _by_name(*groups: tuple[tuple[Any, ...], str]) -> dict[str, tuple[Any, ...]]
 # Fields that are accepted only with null and with values that have no effect, by their values.
 _NEUTRAL = _by_name(
     ((0,), "presence_penalty frequency_penalty priority routed_experts_prompt_start"),
-    ((1,), "n best_of length_penalty stream_interval"),
+    ((1,), "best_of length_penalty stream_interval"),
     ((-1,), "thinking_token_budget"),
     ((False,), "use_beam_search ignore_eos include_stop_str_in_output watermarking"),
     ((False,), "return_tokens_as_token_ids return_prompt_text"),
@@ -123,6 +124,7 @@ class _Generates(_Asked):
     #: Values without an effect of the fields that support no other value, by name.
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
     model: str
+    n: int | None = Field(None, ge=1, le=_MAX_ANSWERS)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     stream: bool | None = None
@@ -164,6 +166,11 @@ class _Generates(_Asked):
                 raise ValueError(f"{name}: expected {expected}, found {json.dumps(found)[:100]}")
         return {name: value for name, value in body.items() if name not in known}
 
+    @field_validator("n", mode="before")
+    @classmethod
+    def _whole(cls, n: Any) -> Any:
+        return int(n) if isinstance(n, float) and n.is_integer() else n
+
     @property
     def usage_wanted(self) -> bool:
         """True if the stream must end with an event that contains the usage (token counts)."""
@@ -179,8 +186,11 @@ class _Generates(_Asked):
         both = self.max_tokens, self.max_completion_tokens
         return "max_completion_tokens" if both[0] is None and both[1] else "max_tokens"
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, number: int = 0) -> dict[str, Any]:
         """Return the keyword arguments of :meth:`Engine.begin` except the prompt and the adapter.
+
+        Args:
+            number: number of the answer to the prompt; as in vLLM, it is added to the seed.
 
         Raises:
             ValueError: If fields contradict each other.
@@ -195,10 +205,12 @@ class _Generates(_Asked):
                 raise ValueError(f"{name}: expected {expected}, found {found!r:.200}")
         temperature, top_p = (1.0 if x is None else x for x in (self.temperature, self.top_p))
         most = self.max_tokens or self.max_completion_tokens or self.default_max_tokens
+        most = 1 if self.max_tokens == 0 else most  # the prompt alone, whose computation gives one
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
         more = self.top_k or -1, self.min_p or 0.0, penalty, bias, self.min_tokens or 0
-        sampling = Sampling(temperature, top_p, self.seed, *more)
+        seed = None if self.seed is None else self.seed + number
+        sampling = Sampling(temperature, top_p, seed, *more)
         how = {"sampling": sampling, "form": form, "max_new_tokens": most}
         how |= {"generation": self.adapter_generation, "logprobs": self.record()}
         return {**how, "stop_token_ids": self.stop_token_ids or ()}
@@ -232,12 +244,16 @@ class Completion(_Generates):
     default_max_tokens: ClassVar[int | None] = 16  # as in OpenAI's API
     neutral = _NEUTRAL_IN_COMPLETIONS
     text: Texts = Field(alias="prompt")
+    max_tokens: int | None = Field(None, ge=0)
     echo: bool | None = None
     logprobs: Top | None = None
     prompt_logprobs: Top | None = None  # as in vLLM
 
     def record(self) -> Logprobs:
         """Return a record for the log-probabilities that the request asks for."""
+        if self.max_tokens == 0 and not self.echo:
+            found = self.max_tokens
+            raise ValueError(f"max_tokens: expected at least 1 without echo, found {found}")
         tops = self.prompt_logprobs, self.logprobs if self.echo else None
         return Logprobs(self.logprobs, max((t for t in tops if t is not None), default=None))
 

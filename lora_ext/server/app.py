@@ -31,6 +31,7 @@ from ._answers import Choice, cancelled_on_errors, check_size, embeddings, event
 from ._requests import Chat, Completion, Embedding, Load, Unload, read_body, told
 
 Body = TypeVar("Body", bound=BaseModel)
+_MAX_CHANGES = 8  # changes of an adapter after which a request of several prompts is refused
 
 #: Status code of a response by type of error. The first type that matches is used.
 _CODES: dict[type[Exception], int] = {
@@ -161,10 +162,12 @@ def _add_answers(
     async def generate(asked: Chat | Completion, request: Request) -> Any:
         if not isinstance(engine, Engine):
             raise ValueError(f"model: expected a text generator, found embedding model {base!r}")
-        prompts, name, most = asked.prompts(), adapter(asked.model), engine.max_requests
-        require(len(prompts) <= most, "begin", "prompt", f"at most {most} prompts", len(prompts))
-        while True:
-            jobs = [(prompt, asked.settings()) for prompt in prompts]
+        name, most, count = adapter(asked.model), engine.max_requests, asked.n or 1
+        prompts = [prompt for prompt in asked.prompts() for _ in range(count)]
+        field, each = ("prompt", "prompts") if count == 1 else ("n", "prompts times n")
+        require(len(prompts) <= most, "begin", field, f"at most {most} {each}", len(prompts))
+        for _ in range(_MAX_CHANGES):
+            jobs = [(prompt, asked.settings(i % count)) for i, prompt in enumerate(prompts)]
             given = "messages" if isinstance(asked, Chat) else "prompt"
             with renamed("begin", max_new_tokens=asked.limit, input_ids=given):
                 begins = (engine.begin(prompt, name, **how) for prompt, how in jobs)
@@ -173,6 +176,9 @@ def _add_answers(
                 break
             for stream in streams:  # the adapter changed while they began: all use the new one
                 stream.cancel()
+        else:
+            expected = "expected an adapter that does not change while its prompts begin"
+            raise GenerationGoneError(f"model: {expected}, found {_MAX_CHANGES} changes")
         of_each = zip(prompts, streams, strict=True)
         choices = [Choice(asked, engine, *each, i) for i, each in enumerate(of_each)]
         with cancelled_on_errors(streams):

@@ -24,7 +24,7 @@ from ._continuous import adapter_requests, load_of, pins_adapters, unfinished, w
 from ._formats import Format
 from ._metrics import Load
 from ._sampling import Logprobs, Sampling
-from ._streams import RequestStream
+from ._streams import RequestStream, check_generation
 from .attaching import attach
 
 if TYPE_CHECKING:
@@ -295,6 +295,10 @@ class Engine(ServedPool):
             fits = generation is None or len(members) == 1
             expected = "None for the base model or a mixture"
             require(fits, "begin", "adapter_generation", expected, generation)
+            if generation is not None:  # refused before it waits
+                with contextlib.suppress(PoolFullError):
+                    await self._load(turn.name)
+                check_generation(self.pool.generation(members[0][0]), generation)
             how["logprobs"] = logprobs
             self._check_tokens(new, sampling, stop_token_ids)
             if stop_token_ids:
@@ -318,7 +322,7 @@ class Engine(ServedPool):
         for left in reversed(range(_TRIES)):
             await self._load(turn.name)
             try:
-                asked = self._asked(ids, how["adapter_name"])
+                asked = self._asked(ids, how["adapter_name"], how["allow_base"])
                 if how["logprobs"] is None or how["logprobs"].prompt_top is None:
                     await self._ahead.wait(asked)
                 await self._turns.wait(turn)
@@ -344,11 +348,14 @@ class Engine(ServedPool):
         least = sampling.min_tokens if sampling else 0
         require(least <= new, "begin", "min_tokens", f"at most {new}, the limit of tokens", least)
 
-    def _asked(self, ids: list[int], entry: Entry) -> Asked:
+    def _asked(self, ids: list[int], entry: Entry, allow_base: bool) -> Asked:
         members = _entries.members_of(entry, "begin: adapter_name")
         start: int | None = 0 if members else None
-        for invocation in filter(None, [self.pool.invocation(name) for name, _ in members]):
-            (start,) = last_start(torch.tensor([ids]), invocation)
+        for name, _ in members:
+            if invocation := self.pool.invocation(name):
+                (start,) = last_start(torch.tensor([ids]), invocation)
+                expected = f"the invocation {list(invocation)!r:.200} of adapter {name!r:.200}"
+                require(start is not None or allow_base, "begin", "input_ids", expected, "none")
         adapter = tuple((*member, self.pool.generation(member[0])) for member in members)
         return Asked(ids, adapter, len(ids) if start is None else start)
 

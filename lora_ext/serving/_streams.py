@@ -7,6 +7,8 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+from lora_ext._checks import require
+
 from ._sampling import Logprobs
 
 _RECHECK_SECONDS = 1.0  # time without a token after which a stream checks that the manager runs
@@ -14,6 +16,12 @@ _RECHECK_SECONDS = 1.0  # time without a token after which a stream checks that 
 
 class GenerationGoneError(RuntimeError):
     """Error for a request for a generation of an adapter that is not its current one."""
+
+
+def check_generation(current: int | None, asked: int | None) -> None:
+    """Raise GenerationGoneError if a request asks for another generation than the current one."""
+    expected, error = f"{current}, the current one", GenerationGoneError
+    require(asked in (None, current), "begin", "adapter_generation", expected, asked, error)
 
 
 class RequestStream:
@@ -195,11 +203,7 @@ class RequestStream:
             yield rest
 
     def _pinned(self, found: int | None) -> None:
-        if self.generation not in (None, found):
-            raise GenerationGoneError(
-                f"begin: adapter_generation: expected {found}, the current one, found "
-                f"{self.generation}"
-            )
+        check_generation(found, self.generation)
         self.generation = found
 
     def _take(self, output: Any) -> None:

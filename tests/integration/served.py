@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,9 +82,11 @@ def serving(folder: Path, **how: Any) -> Iterator[Any]:
     url = found["said"][-1].split()[-1].removesuffix("/v1")
     limits = httpx.Limits(max_connections=None)
     with httpx.Client(base_url=url, timeout=60, limits=limits) as client:
-        yield SimpleNamespace(client=client, folder=folder, **found)
-        found["server"].should_exit = True
-        thread.join(20)
+        try:
+            yield SimpleNamespace(client=client, folder=folder, **found)
+        finally:
+            found["server"].should_exit = True
+            thread.join(20)
         assert not thread.is_alive()
 
 
@@ -135,6 +137,23 @@ def settle(server: Any) -> None:
         time.sleep(0.02)
     assert server.engine.requests == 0
     assert server.engine.pool.stats()["pins"] == 0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def pause(server: Any) -> None:
+    found = server.client.post("/pause", params={"mode": "keep"})
+    assert (found.status_code, found.json()) == (200, {"status": "paused"})
+
+
+def resume(server: Any) -> None:
+    found = server.client.post("/resume")
+    assert (found.status_code, found.json()) == (200, {"status": "resumed"})
 
 
 def by_generate(server: Any, name: str | None, words: str, count: int) -> str:

@@ -2,7 +2,6 @@
 
 import gc
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -492,37 +491,91 @@ def test_manager_that_never_started_releases_its_adapters(end: str) -> None:
     assert pool.stats()["pins"] == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_small_requests_use_one_thread_for_attention_with_the_same_bits(dtype: torch.dtype) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    queries, keys = [1, 5, 700], [60, 5, 700]
-    ends = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys)]
-    q, k, v = (torch.randn(1, 3, sum(n), 64).to(dtype) for n in (queries, keys, keys))
-    mask = torch.zeros(1, 1, sum(queries), sum(keys), dtype=dtype)
-    used: list[tuple[int, int]] = []
+QUERIES, KEYS = [1, 5, 40, 1], [60, 5, 70, 1]
 
-    def attention(
-        module: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        with ThreadPoolExecutor(1) as other:
-            used.append((torch.get_num_threads(), other.submit(torch.get_num_threads).result()))
-        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+def packed_requests(dtype: torch.dtype, window: int = 1 << 20) -> tuple[Any, ...]:
+    """Return q, k, v, the mask and the lengths of requests in one row, as transformers packs them.
+
+    Each query attends to the last ``window`` keys up to its own.
+    """
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, sum(n), 64).to(dtype)
+        for heads, n in ((6, QUERIES), (3, KEYS), (3, KEYS))
+    )
+    mask = torch.full((1, 1, sum(QUERIES), sum(KEYS)), torch.finfo(dtype).min, dtype=dtype)
+    row = start = 0
+    for more, length in zip(QUERIES, KEYS, strict=True):
+        for i in range(more):
+            end = start + length - more + i + 1
+            mask[..., row, max(start, end - window) : end] = 0
+            row += 1
+        start += length
+    ends = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (QUERIES, KEYS)]
+    return q, k, v, mask, {"cu_seq_lens_q": ends[0], "cu_seq_lens_k": ends[1], "scaling": 0.125}
+
+
+def attend(inner: Any, q: torch.Tensor, *given: Any) -> torch.Tensor:
+    *tensors, how = given
+    with requests_apart():
+        return _attention._each_request(inner, None, q, *tensors, **how)[0]
+
+
+def refused(*_: Any, **__: Any) -> Any:
+    raise AssertionError("expected no call of sdpa")
+
+
+@pytest.mark.parametrize("window", [1 << 20, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_all_requests_is_one_call_with_the_bits_of_each_request(
+    dtype: torch.dtype, window: int
+) -> None:
+    q, k, v, mask, how = packed_requests(dtype, window)
+    found = attend(refused, q, k, v, mask, how)  # (1, T, H, D)
+    boolean = attend(refused, q, k, v, mask == 0, how)
+    assert found.equal(boolean)
+    scores = q.double() @ k.double().repeat_interleave(2, 1).mT * 0.125
+    law = scores.masked_fill(mask != 0, -torch.inf).softmax(-1)
+    exact = (law @ v.double().repeat_interleave(2, 1)).transpose(1, 2)
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=0.125, enable_gqa=True
+    ).transpose(1, 2)
+    error, bound = (found - exact).abs().max(), 3 * (plain - exact).abs().max()
+    assert error <= bound
+    row = start = 0
+    for more, length in zip(QUERIES, KEYS, strict=True):
+        rows, span = slice(row, row + more), slice(start, start + length)
+        alone = q[:, :, rows], k[:, :, span], v[:, :, span], mask[..., rows, span]
+        ends = [torch.tensor([0, n]) for n in (more, length)]
+        own = {**how, "cu_seq_lens_q": ends[0], "cu_seq_lens_k": ends[1]}
+        assert attend(refused, *alone, own).equal(found[:, rows])
+        row, start = row + more, start + length
+    k[:, :, 60:65] = v[:, :, 60:65] = torch.nan  # the keys of the second request
+    spoiled = attend(refused, q, k, v, mask, how)
+    assert spoiled[:, 1:6].isnan().all()
+    assert spoiled[:, [0, *range(6, 47)]].equal(found[:, [0, *range(6, 47)]])
+
+
+def test_masks_that_are_not_ranges_are_computed_request_by_request() -> None:
+    q, k, v, mask, how = packed_requests(torch.float32)
+    calls: list[torch.Tensor] = []
+
+    def inner(module: object, q: Any, k: Any, v: Any, mask: torch.Tensor, **how: Any) -> Any:
+        calls.append(mask)
+        found = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=0.125, enable_gqa=True
+        )
         return found.transpose(1, 2), None
 
-    def without_ends(*given: Any, **how: Any) -> Any:
-        return attention(*given)
-
-    how = {"cu_seq_lens_q": ends[0], "cu_seq_lens_k": ends[1]}
-    try:
-        with requests_apart():
-            found, _ = _attention._each_request(without_ends, None, q, k, v, mask, **how)
-        assert used == [(1, 2), (1, 2), (2, 2)] and torch.get_num_threads() == 2
-        parts = zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2), strict=True)
-        masks = [
-            torch.zeros(1, 1, *shape, dtype=dtype) for shape in zip(queries, keys, strict=False)
-        ]
-        expected = [attention(None, *part, own)[0] for part, own in zip(parts, masks, strict=False)]
-        assert torch.equal(found, torch.cat(expected, 1))
-    finally:
-        torch.set_num_threads(threads)
+    expected = attend(refused, q, k, v, mask, how)
+    gap, biased, across = mask.clone(), mask.clone(), mask.clone()
+    gap[..., 0, 30] = torch.finfo(torch.float32).min
+    biased[..., 0, 30] = -1.0
+    across[..., 1, 59] = 0  # a key of the first request
+    for other in (gap, biased, across):
+        calls.clear()
+        found = attend(inner, q, k, v, other, how)
+        assert [each.shape[2:] for each in calls] == [*zip(QUERIES, KEYS, strict=True)]
+        assert (found[:, 1:] - expected[:, 1:]).abs().max() < 1e-5
+        assert ((found[:, 0] - expected[:, 0]).abs().max() > 1e-3) == (other is not across)

@@ -3,13 +3,30 @@
 import asyncio
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from served import MANY, ask, by_generate, metric, needs_packages, post, save_model, serving
+from served import (
+    MANY,
+    ask,
+    by_generate,
+    metric,
+    needs_packages,
+    pause,
+    post,
+    resume,
+    said,
+    save_model,
+    serving,
+    settle,
+    streamed,
+    text_of,
+    until,
+)
 
 from lora_ext.pool import PoolFullError
 from lora_ext.server import Settings
@@ -119,6 +136,51 @@ def test_server_shows_the_limits_and_rejects_an_adapter_above_them(
         assert "Retry-After" not in refused.headers
         assert post(server, "load", "a15") == 400
         assert ask(server, "a0").status_code == 200
+
+
+def test_loads_into_a_full_pool_wait_on_the_host(folder: Path, tmp_path: Path) -> None:
+    """Check new and loaded names while a request pins the only adapter for which there is room."""
+    with serving(tmp_path, max_rank=32, max_loaded_bytes=room_of(folder, 1)) as server:
+
+        def load(name: str, path: str) -> int:
+            body = {"lora_name": name, "lora_path": path}
+            found = server.client.post("/v1/load_lora_adapter", json=body)
+            assert found.status_code == 200, found.text
+            return found.json()["adapter_generation"]
+
+        expected = {name: text_of(ask(server, name)) for name in ("a14", "a15")}
+        first = load("mine", "a15")
+        with ThreadPoolExecutor(4) as clients:
+            pause(server)
+            running = clients.submit(streamed, server, "mine", max_tokens=30)
+            until(lambda: server.engine.pool.stats()["pins"] == 1)
+            new = [load("other", "a14"), load("mine", "a14")]
+            assert first < new[0] < new[1]
+            for name, generation in zip(("other", "mine"), new, strict=True):
+                # No generation but this one will answer, so the request does not wait for room.
+                gone = ask(server, name, adapter_generation=first)
+                assert gone.status_code == 409 and f"expected {generation}" in gone.text
+            waiting = [
+                clients.submit(ask, server, name, adapter_generation=generation)
+                for name, generation in zip(("other", "mine"), new, strict=True)
+            ]
+            until(lambda: len(server.engine._turns.names) == 2)
+            resume(server)
+            assert {text_of(each.result()) for each in waiting} == {expected["a14"]}
+            assert said(running.result()).startswith(expected["a15"])
+        assert text_of(ask(server, "a15")) == expected["a15"]
+        settle(server)
+
+
+def test_load_without_room_on_device_or_host_is_refused(folder: Path) -> None:
+    engine = engine_of(folder, max_loaded_bytes=room_of(folder, 1), host_cache_bytes=0)
+    engine.folder.load("a15")
+    with engine.pool.acquire(["a15"]):
+        for name in ("a14", "a15"):
+            with pytest.raises(PoolFullError) as error:
+                engine.folder.load(name)
+            assert not error.value.final
+    engine.folder.load("a14")
 
 
 def test_settings_name_the_flag_of_an_invalid_limit(folder: Path) -> None:

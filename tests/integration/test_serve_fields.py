@@ -49,8 +49,8 @@ def test_refusals_name_the_field_the_value_and_what_is_expected(server: Any, kin
     for field, value, expected in (
         ("use_beam_search", True, "null or false, found true"),
         ("ignore_eos", 0, "null or false, found 0"),
-        ("n", 2, "null or 1, found 2"),
-        ("n", True, "null or 1, found true"),
+        ("best_of", 2, "null or 1, found 2"),
+        ("best_of", True, "null or 1, found true"),
         ("presence_penalty", 0.5, "null or 0, found 0.5"),
         ("skip_special_tokens", False, "null or true, found false"),
         ("allowed_token_ids", [5], "null, found [5]"),
@@ -61,7 +61,9 @@ def test_refusals_name_the_field_the_value_and_what_is_expected(server: Any, kin
         found = server.client.post(f"/v1/{kind}", json={**body, field: value})
         assert found.status_code == 422
         assert found.json()["error"]["message"] == f"{field}: expected {expected}"
-    for field, value in (("max_completion_tokens", 0), ("seed", 1 << 70), ("stop", [3])):
+    wrong = (("max_completion_tokens", 0), ("seed", 1 << 70), ("stop", [3]))
+    wrong += (("n", 0), ("n", 129), ("n", True), ("n", 1.5), ("n", "2"))
+    for field, value in wrong:
         found = server.client.post(f"/v1/{kind}", json={**body, field: value, "max_tokens": None})
         assert found.status_code == 422 and str(value) in found.text
         assert found.json()["error"]["message"].startswith(field)
@@ -151,6 +153,66 @@ def test_prompts_beyond_the_limit_of_requests_are_refused(server: Any) -> None:
     assert "max_completion_tokens: expected at most 2048" in found.json()["error"]["message"]
     settle(server)
     assert len(complete(server, ["w5"] * most, max_tokens=1)["choices"]) == most
+
+
+def test_n_gives_answers_of_consecutive_seeds(server: Any) -> None:
+    how: dict[str, Any] = {"temperature": 1.5, "return_token_ids": True}
+    alone = [complete(server, ids, seed=seed, **how) for ids in IDS[:2] for seed in (3, 4, 5)]
+    found = complete(server, IDS[:2], seed=3, n=3, **how)
+    choices = found["choices"]
+    assert [choice["index"] for choice in choices] == [*range(6)]
+    expected = [each["choices"][0]["token_ids"] for each in alone]
+    assert [choice["token_ids"] for choice in choices] == expected
+    assert len({*map(tuple, expected)}) == 6
+    generated = sum(map(len, expected))
+    usage = {"prompt_tokens": 4, "completion_tokens": generated, "total_tokens": 4 + generated}
+    assert found["usage"] == usage
+    events = chunks(
+        server,
+        "completions",
+        prompt=IDS[:2],
+        seed=3,
+        n=3,
+        stream_options={"include_usage": True},
+        **how,
+    )
+    assert events.pop()["usage"] == usage
+    for i, tokens in enumerate(expected):
+        parts = [each["choices"][0] for each in events if each["choices"][0]["index"] == i]
+        assert [token for part in parts for token in part["token_ids"]] == tokens
+    body = chat("a1", n=2, temperature=1.5, max_tokens=20)
+    choices = server.client.post("/v1/chat/completions", json=body).json()["choices"]
+    assert len({choice["message"]["content"] for choice in choices}) == 2
+    body = {"model": "a1", "prompt": ["w5"] * 5, "n": 13, "max_tokens": 1}
+    refused = server.client.post("/v1/completions", json=body)
+    assert refused.status_code == 400
+    assert "n: expected at most 64 prompts times n, found 65" in refused.text
+    settle(server)
+
+
+def test_no_new_tokens_with_echo_give_the_prompt_alone(server: Any) -> None:
+    how: dict[str, Any] = {"echo": True, "logprobs": 2, "return_token_ids": True}
+    more = complete(server, IDS, max_tokens=1, **how)
+    found = complete(server, IDS, max_tokens=0, **how)
+    assert found["usage"] == {"prompt_tokens": 9, "completion_tokens": 0, "total_tokens": 9}
+    events = chunks(server, "completions", prompt=IDS, max_tokens=0, **how)
+    for i, (choice, longer) in enumerate(zip(found["choices"], more["choices"], strict=True)):
+        count = len(IDS[i])
+        assert choice["text"] == " ".join(f"w{token}" for token in IDS[i])
+        assert (choice["token_ids"], choice["finish_reason"]) == ([], "length")
+        for name, values in choice["logprobs"].items():
+            assert len(values) == count and values == longer["logprobs"][name][:count]
+        parts = [each["choices"][0] for each in events if each["choices"][0]["index"] == i]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        assert [part["logprobs"] for part in parts if part["logprobs"]] == [choice["logprobs"]]
+    text = complete(server, PROMPTS[0], max_tokens=0, echo=True, stop="w5")["choices"][0]
+    assert text["text"] == PROMPTS[0] and text["logprobs"] is None
+    body = {"model": "a1", "prompt": "w5", "max_tokens": 0}
+    refused = server.client.post("/v1/completions", json=body)
+    assert refused.status_code == 400
+    told = refused.json()["error"]["message"]
+    assert told == "max_tokens: expected at least 1 without echo, found 0"
+    settle(server)
 
 
 def by_generate(server: Any, name: str, ids: list[int], **how: Any) -> list[int]:

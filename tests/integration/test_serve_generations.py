@@ -4,7 +4,7 @@ import concurrent.futures
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,14 +15,18 @@ from served import (
     chat,
     connect,
     needs_packages,
+    pause,
     post,
+    resume,
     said,
     save_model,
     serving,
     settle,
     streamed,
     text_of,
+    until,
 )
+from tiny import make_model, make_peft
 
 pytestmark = needs_packages
 
@@ -151,25 +155,8 @@ def test_absolute_paths_and_folders_with_a_dot_are_loaded(server: Any) -> None:
     assert post(server, "load", "mine", lora_path="a5", load_inplace="yes") == 422
 
 
-def pause(server: Any) -> None:
-    found = server.client.post("/pause", params={"mode": "keep"})
-    assert (found.status_code, found.json()) == (200, {"status": "paused"})
-
-
-def resume(server: Any) -> None:
-    found = server.client.post("/resume")
-    assert (found.status_code, found.json()) == (200, {"status": "resumed"})
-
-
 def computed(server: Any) -> int:
     return server.engine.manager.__dict__["_lora_ext_requests"].computed
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_pause_holds_running_requests_and_new_ones_wait(server: Any) -> None:
@@ -250,6 +237,27 @@ def test_choices_of_a_request_that_waits_during_a_load_use_one_generation(server
     settle(server)
 
 
+def test_request_whose_adapter_never_stays_is_refused(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, count = server.engine.begin, []
+
+    async def begin_and_load(*given: Any, **how: Any) -> Any:
+        stream = await begin(*given, **how)
+        count.append(server.engine.folder.load("mine", "a5"))
+        return stream
+
+    load(server, "a4")
+    monkeypatch.setattr(server.engine, "begin", begin_and_load)
+    found = complete(server, "mine", TOKENS, TOKENS[:9])
+    assert found.status_code == 409, found.text
+    expected = "model: expected an adapter that does not change while its prompts begin, found 8"
+    assert found.json()["error"]["message"] == f"{expected} changes"
+    assert len(count) == 16
+    assert complete(server, "mine", TOKENS).status_code == 200
+    settle(server)
+
+
 def test_client_that_disconnects_before_its_requests_begin_is_cancelled(server: Any) -> None:
     pause(server)
     try:
@@ -261,6 +269,24 @@ def test_client_that_disconnects_before_its_requests_begin_is_cancelled(server: 
         settle(server)
     finally:
         resume(server)
+
+
+def test_prompt_without_the_invocation_is_refused_with_a_field_of_the_request(server: Any) -> None:
+    config = {"r": 2, "target_modules": ["q_proj"], "alora_invocation_tokens": [7, 8]}
+    model = make_peft(make_model("llama"), {"act": config})
+    model.save_pretrained(server.folder / "adapters")
+    assert complete(server, "act", [*TOKENS, 7, 8, 9]).status_code == 200
+    pause(server)
+    try:
+        found = complete(server, "act", TOKENS)
+    finally:
+        resume(server)
+    assert found.status_code == 400
+    expected = "expected the invocation [7, 8] of adapter 'act', found none in it"
+    assert found.json()["error"]["message"] == f"begin: prompt: {expected}"
+    found = ask(server, "act")
+    assert found.json()["error"]["message"].startswith("begin: messages: expected the invocation")
+    settle(server)
 
 
 def test_wrong_prompt_is_refused_while_the_others_wait(server: Any) -> None:

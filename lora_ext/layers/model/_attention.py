@@ -5,8 +5,6 @@ They are used for exact models and for continuous batching.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -16,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext import ops
+
 _asked: set[Callable[..., Any]] = set()
 _lock = threading.Lock()
 _here = threading.local()
-# Products of queries and keys in the attention of a request up to which it uses one thread. To
-# start a second thread would take longer; a step of many requests would do this in every layer.
-_MOST_SERIAL = 1 << 18
-_torch = ctypes.CDLL(torch._C.__file__)
 
 
 def ask_first(function: Callable[..., Any]) -> None:
@@ -47,33 +43,17 @@ def requests_apart() -> Iterator[None]:
 
     In a step of continuous batching, transformers concatenates the requests to one row and
     separates them by a mask. Every query is multiplied by the keys of every request, so a NaN or
-    inf of one request would spread to all other requests. The block has an effect only on the CPU
-    and only with the attention "sdpa".
+    inf of one request would spread to all other requests. In the block, one call of
+    :func:`lora_ext.ops.row_attention` computes all requests if each query attends to a range of
+    keys. Otherwise each request is computed by a separate call of "sdpa". The block has an effect
+    only on the CPU and only with the attention "sdpa".
     """
     ask_first(_each_request)
     before, _here.apart = getattr(_here, "apart", False), True
     try:
         yield
     finally:
-        _here.apart = before
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute with one thread in a ``with`` block of this thread; other threads are not affected.
-
-    ``torch.set_num_threads`` is not used, because threads that start meanwhile would adopt it.
-    """
-    before = torch.get_num_threads()
-    openmp = getattr(_torch, "omp_set_num_threads", int)
-    mkl = getattr(_torch, "MKL_Set_Num_Threads_Local", int)
-    openmp(1)
-    kept = mkl(1)  # MKL would start threads for a product outside of torch's parallel loops.
-    try:
-        yield
-    finally:
-        openmp(before)
-        mkl(kept)
+        _here.apart, _here.spans = before, None
 
 
 def _each_request(
@@ -92,14 +72,44 @@ def _each_request(
     if packed and attention_mask is not None and all(isinstance(e, Tensor) for e in ends):
         queries, keys = (e.diff().tolist() for e in ends)  # pyright: ignore[reportOptionalMemberAccess]
     whole = (sum(queries), sum(keys)) == (query.shape[2], key.shape[2])
-    if len(queries) < 2 or not whole or how.get("position_bias") is not None:
+    if not queries or not whole or how.get("position_bias") is not None:
         return inner(module, query, key, value, attention_mask, *args, **how)
     assert attention_mask is not None
+    if not (args or how.get("dropout") or how.get("softcap")):
+        known = getattr(_here, "spans", None)  # the layers of a step have one mask
+        if known is None or known[0] is not attention_mask:
+            _here.spans = known = attention_mask, _spans(attention_mask, queries, keys)
+        if known[1] is not None:
+            y = ops.row_attention(query, key, value, how.get("scaling"), spans=known[1])
+            return y.transpose(1, 2), None
     found, q, k = [], 0, 0
     for more, length in zip(queries, keys, strict=True):
         rows, span = slice(q, q := q + more), slice(k, k := k + length)
         own = query[:, :, rows], key[:, :, span], value[:, :, span], attention_mask[..., rows, span]
-        small = own[0].numel() * length <= _MOST_SERIAL
-        with _one_thread() if small else contextlib.nullcontext():
-            found.append(inner(module, *own, *args, **how)[0])  # (1, more, H, D)
+        found.append(inner(module, *own, *args, **how)[0])  # (1, more, H, D)
     return torch.cat(found, 1), None
+
+
+def _spans(mask: Tensor, queries: list[int], keys: list[int]) -> Tensor | None:
+    """Return the range of keys of each query, ``(1, T, 2)``.
+
+    The result is None if the mask has other values than "allowed" and "excluded", or if the allowed
+    keys of a query are not a range of the keys of its request.
+
+    Args:
+        mask: attention mask ``(1, 1, T, L)``, boolean or added to the scores.
+        queries, keys: numbers of queries and keys of each request.
+    """
+    if mask.shape != (1, 1, sum(queries), sum(keys)):
+        return None
+    mask, lengths, columns = mask[0, 0], torch.tensor(keys), torch.arange(mask.shape[3])
+    allowed = mask if mask.dtype == torch.bool else mask == 0  # (T, L)
+    first = allowed.byte().argmax(-1)
+    spans = torch.stack([first, first + allowed.sum(-1)], -1)  # (T, 2)
+    ends = lengths.cumsum(0)
+    own = torch.stack([ends - lengths, ends], -1).repeat_interleave(torch.tensor(queries), 0)
+    fits = allowed.equal((columns >= spans[:, :1]) & (columns < spans[:, 1:]))
+    fits = fits and bool(((spans[:, 0] >= own[:, 0]) & (spans[:, 1] <= own[:, 1])).all())
+    if mask.dtype != torch.bool:
+        fits = fits and bool((allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all())
+    return spans[None] if fits else None
