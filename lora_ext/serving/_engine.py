@@ -355,7 +355,9 @@ class Engine(ServedPool):
             if invocation := self.pool.invocation(name):
                 (start,) = last_start(torch.tensor([ids]), invocation)
                 expected = f"the invocation {list(invocation)!r:.200} of adapter {name!r:.200}"
-                require(start is not None or allow_base, "begin", "input_ids", expected, "none")
+                require(
+                    start is not None or allow_base, "begin", "input_ids", expected, "none in it"
+                )
         adapter = tuple((*member, self.pool.generation(member[0])) for member in members)
         return Asked(ids, adapter, len(ids) if start is None else start)
 
