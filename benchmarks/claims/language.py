@@ -9,7 +9,7 @@ import copy
 import functools
 import random
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,15 +140,23 @@ def train(
     tick: Callable[[], object] = lambda: None,
     loss: Callable[[Any, dict[str, Tensor]], Tensor] = whole_loss,
     part: str = "",
+    clip: float | None = None,
+    schedule: Callable[[float], float] | None = None,
 ) -> None:
     """Run AdamW without weight decay, one step per batch; each parameter group has its own rate.
 
     Within a run of a study, the parameters, the optimizer's state and torch's random state are
     saved every five minutes under the name ``part``, and training continues from them. Batches
     must not depend on torch's random state during training.
+
+    Args:
+        clip: Largest norm of the gradient, or None.
+        schedule: Factor of all rates at step i of the number of batches n, as a function of
+            ``(i + 1) / n``. The batches then have a length.
     """
     model.train()
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     checkpoint, done = study.checkpoint(part or "model"), 0
     if (saved := checkpoint.restored()) is not None:
@@ -170,8 +178,13 @@ def train(
     for step, batch in enumerate(batches):
         if step < done:
             continue
+        if schedule is not None and isinstance(batches, Sized):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule((step + 1) / len(batches))
         optimizer.zero_grad()
         loss(model, batch).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         done = step + 1
         checkpoint.offer(state)

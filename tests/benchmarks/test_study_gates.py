@@ -177,14 +177,16 @@ def test_killed_and_resumed_run_has_the_rows_of_an_undisturbed_run(slope, monkey
             model = Noisy()
             model.last_step = last_step[0]
             data = torch.randn(8, 3, 4)
-            batches = ({"x": x} for x in data)
+            batches = [{"x": x} for x in data]
 
             def loss(model, batch, part=part):
                 steps.append(part)
                 return (model(batch["x"]) - 1).square().mean()
 
             groups = [{"params": [model.weight], "lr": 0.1}]
-            language.train(model, batches, groups, loss=loss, part=part)
+            language.train(
+                model, batches, groups, loss=loss, part=part, schedule=lambda p: 1 - p / 2
+            )
             found[part] = model.weight.sum().item()
         yield found
 
