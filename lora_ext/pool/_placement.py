@@ -114,9 +114,10 @@ class _Search:
             TableBlock(names, store.max_slots, store.max_pages, device, experts)
             for (device, experts), names in together.items()
         ]
-        biases, magnitudes = _new_vectors(store, self.slabs, packed)
+        biases, magnitudes, self.befores = _new_vectors(store, self.slabs, packed)
         self.tables = blocks, biases, magnitudes
-        new = (*blocks, *biases.values(), *magnitudes.values(), *packed.replaced.values())
+        new = [*blocks, *biases.values(), *magnitudes.values(), *packed.replaced.values()]
+        new += self.befores.values()
         self.others = store.table_bytes + store.replaced_bytes + sum(each.nbytes for each in new)
 
     def lacking(self) -> set[str]:
@@ -150,7 +151,8 @@ class _Search:
         sizes = self._sizes()
         pages = {m: [self.free[m].pop() for _ in range(count)] for m, count in self.need.items()}
         rooms = {m: _room_for(self.store, m, whole) for m, whole in packed.replaced.items()}
-        return Placement(slot, pages, self.free, victims, self.new, *self.tables, rooms, sizes)
+        fields = pages, self.free, victims, self.new, *self.tables, rooms
+        return Placement(slot, *fields, sizes=sizes, befores=self.befores)
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
         """Return the bytes of pages before and after the placement, for modules that change.
@@ -186,12 +188,13 @@ def _room_for(store: PageStore, module: str, whole: Replaced) -> Replaced:
 
 def _new_vectors(
     store: PageStore, slabs: dict[str, Slab], packed: PackedAdapter
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return new tables (S, O) of biases and magnitudes for modules that have none yet.
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Return new tables of biases (S, O), magnitudes (S, O) and scales of inputs (S + 1, I) for
+    modules that have none yet.
 
-    S is the number of slots, and O the number of outputs of the module.
+    S is the number of slots, I and O those of inputs and outputs of the module.
     """
-    biases, magnitudes = {}, {}
+    biases, magnitudes, befores = {}, {}, {}
     for module, part in packed.modules.items():
         slab = slabs[module]
         shape = store.max_slots, slab.b.shape[1]
@@ -200,7 +203,10 @@ def _new_vectors(
             biases[module] = torch.zeros(shape, dtype=dtype, device=device)
         if part.magnitude is not None and slab.magnitude is None:
             magnitudes[module] = torch.zeros(shape, dtype=magnitude_dtype(dtype), device=device)
-    return biases, magnitudes
+        if part.before is not None and slab.before is None:
+            shape = store.max_slots + 1, slab.a.shape[2]
+            befores[module] = torch.ones(shape, dtype=magnitude_dtype(dtype), device=device)
+    return biases, magnitudes, befores
 
 
 def resize(store: PageStore, place: Placement) -> None:

@@ -205,6 +205,7 @@ class Residence:
         )
         parts = packed.modules.items()
         resident.scaled = {m: part.of_bias for m, part in parts if part.magnitude is not None}
+        resident.befores = frozenset(m for m, part in parts if part.before is not None)
         resident.generation = packed.generation or next(self.generations)
         self._store.commit(place, resident)
         for victim in place.victims:
