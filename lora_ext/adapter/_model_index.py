@@ -94,6 +94,8 @@ class _Unknown:
             "into a pool of the model, or merge it with adapters of the same modules"
         )
 
+    __len__ = __iter__ = __index__
+
     def __getattr__(self, _: str) -> Any:
         operator.index(self)
 

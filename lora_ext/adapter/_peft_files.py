@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ._model_index import (
     ROUTED,
     LinearSpec,
     ModelIndex,
+    UnknownSize,
     check_header,
     in_routed_experts,
     unknown_spec,
@@ -56,6 +57,7 @@ class CheckedAdapter:
     leftover: tuple[str, ...]  # entries that are skipped because of strict=False
     tensors: TensorSource  # the open file or state dict
     index: ModelIndex  # modules of the base model
+    specs: dict[str, LinearSpec]  # adapted modules
     keys: dict[str, dict[str, str]]  # adapted module -> stem, such as lora_A.weight -> key
     shared: dict[str, str]  # stem of a tensor that all modules share -> key
     fields: dict[str, Mapping[str, Any]]  # adapted module -> its configuration
@@ -71,9 +73,18 @@ class CheckedAdapter:
         """
         shared = {stem: self.tensors.read(key) for stem, key in self.shared.items()}
         for module, keys in self.keys.items():
-            spec = self.index.specs[module]
+            spec, where = self.specs[module], f"{self.tensors.where}: {module}"
             parts = shared | {stem: self.tensors.read(key) for stem, key in keys.items()}
-            factors = self.config.kind.read(parts, self.fields[module], spec)
+            try:
+                factors = self.config.kind.read(parts, self.fields[module], spec)
+            except KeyError as error:
+                raise ValueError(
+                    f"{where}: {error.args[0]}: expected a tensor, found none"
+                ) from None
+            except IndexError as error:
+                raise ValueError(f"{where}: expected indices in range, found {error}") from None
+            if self.config.peft_type != "LORA":
+                _check_factors(where, factors, spec)
             if module in self.index.bypassed and factors.b.any():
                 where = self.where_is(module, "b")
                 reader = self.index.bypassed[module]
@@ -100,8 +111,8 @@ class CheckedAdapter:
         """
         own = lora_stems(self.index.specs[module].embedding)
         stems = {**own, "magnitude": self.config.kind.vector}
-        stem = stems[part]
-        return f"{self.tensors.where}: {self.keys[module].get(stem, f'{module}: {part}')}"
+        stem = stems.get(part, "")
+        return f"{self.tensors.where}: {self.keys[module].get(stem or '', f'{module}: {part}')}"
 
 
 @contextlib.contextmanager
@@ -145,6 +156,17 @@ def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorS
         tensors.close()
 
 
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Prepend ``where`` to the message of a kind's refusal."""
+    try:
+        yield
+    except UnknownSize:
+        raise
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{where}: {error}") from None
+
+
 def check_adapter(
     config: AdapterConfig, tensors: TensorSource, index: ModelIndex, max_rank: int, strict: bool
 ) -> CheckedAdapter:
@@ -179,17 +201,23 @@ def check_adapter(
     if strict and leftover:
         found = f"{_some(leftover)} (strict=False loads the rest)"
         raise ValueError(f"{where}: {expected}, found {found}")
+    specs = {module: index.specs[module] for module in grouped}
+    if config.kind.shared and index.shared:
+        order = tuple(name for name in index.specs if name in grouped)
+        specs = {module: replace(spec, order=order) for module, spec in specs.items()}
     for module, keys in grouped.items():  # check all headers before reading any tensor
-        rank = config.kind.rank(fields[module], index.specs[module])
-        require(rank <= max_rank, field, f"rank of {module}", f"at most max_rank={max_rank}", rank)
-        _check_headers(tensors, keys, fields[module], module, index, config)
+        with _named(field):
+            rank = config.kind.rank(fields[module], specs[module]) if index.shared else 0
+        expected = f"at most max_rank={max_rank}"
+        require(rank <= max_rank, field, f"rank of {module}", expected, rank)
+        _check_headers(tensors, shared | keys, fields[module], specs[module], index, config)
     whole = find_replaced(config, tensors, index, saved, grouped) if index.shared else {}
     for key, name in base.items():  # check all headers before reading any tensor
         index.weights.check_header(tensors, key, name)
     for key, name in base.items():
         index.weights.check(tensors, key, name)
     return CheckedAdapter(
-        config, tuple(leftover), tensors, index, grouped, shared, fields, whole, rows, tokens
+        config, tuple(leftover), tensors, index, specs, grouped, shared, fields, whole, rows, tokens
     )
 
 
@@ -204,7 +232,8 @@ def _check_targets(
         expected = f"factors only of modules that {config.where} targets"
         require(not stray, where, "keys", expected, _some(stray))
         missing = sorted(targets - grouped.keys())
-        expected = f"lora_A and lora_B for each of {len(targets)} targeted modules"
+        stems = "lora_A and lora_B" if config.peft_type == "LORA" else ", ".join(_stems(config))
+        expected = f"{stems} for each of {len(targets)} targeted modules"
         require(not missing, where, "keys", expected, f"none for {_some(missing)}")
     config.check_vocabulary(config.where, index.vocabulary)
     embedded = sorted(name for name in grouped if name in index.embedding)
@@ -216,6 +245,14 @@ def _check_targets(
         )
 
 
+def _stems(config: AdapterConfig) -> list[str]:
+    """Return the stems of a module's tensors that no other module shares."""
+    fields, _ = config.of_modules([""])
+    with _named(config.where):
+        parts = config.kind.parts(fields[""], unknown_spec(""))
+    return [stem for stem in parts if stem not in config.kind.shared]
+
+
 def stem_parser(config: AdapterConfig) -> Callable[[str], tuple[str, str] | None]:
     """Return a function that splits the name of a tensor of the adapter into module and stem.
 
@@ -224,11 +261,8 @@ def stem_parser(config: AdapterConfig) -> Callable[[str], tuple[str, str] | None
     """
     if config.peft_type == "LORA":
         return lambda name: (key.module, key.stem) if (key := parse_key(name)) else None
-    kind = config.kind
-    fields, _ = config.of_modules([""])
-    own = kind.parts(fields[""], unknown_spec("")).keys() - {*kind.shared}
-    stems = sorted(own, key=len, reverse=True)
-    prefixes = tuple(f"{stem}." for stem in kind.shared)
+    stems = sorted(_stems(config), key=len, reverse=True)
+    prefixes = tuple(f"{stem}." for stem in config.kind.shared)
 
     def split(name: str) -> tuple[str, str] | None:
         if name.startswith(_SHARED) and not name.startswith(PREFIX):
@@ -243,13 +277,18 @@ def stem_parser(config: AdapterConfig) -> Callable[[str], tuple[str, str] | None
 
 
 def _check_parts(
-    tensors: TensorSource, keys: Mapping[str, str], parts: Mapping[str, Part], module: str
+    tensors: TensorSource,
+    keys: Mapping[str, str],
+    parts: Mapping[str, Part],
+    module: str,
+    shared: tuple[str, ...],
 ) -> None:
     """Raise unless all tensors of a module are there, with their shapes and dtypes."""
     for stem, part in parts.items():
         key = keys.get(stem)
         if key is None:
-            require(part.optional, tensors.where, f"{module}.{stem}", "a tensor", "none")
+            name = f"{_SHARED}{stem}" if stem in shared else f"{module}.{stem}"
+            require(part.optional, tensors.where, name, "a tensor", "none")
         else:
             check_header(tensors, key, part.shape, dtype=part.dtype)
 
@@ -306,11 +345,11 @@ def _check_headers(
     tensors: TensorSource,
     keys: dict[str, str],
     fields: Mapping[str, Any],
-    module: str,
+    spec: LinearSpec,
     index: ModelIndex,
     config: AdapterConfig,
 ) -> None:
-    spec, kind = index.specs[module], config.kind
+    module, kind = spec.name, config.kind
     embedding = spec.embedding and index.shared
     what = f"{kind.when or 'peft_type'} of {module}"
     wanted = f"no {kind.title} on embeddings"
@@ -318,7 +357,8 @@ def _check_headers(
     require(fits, config.where, what, wanted, fields.get(kind.when, True), NotImplementedError)
     wanted = f"false for an adapter of the embedding {module}, as in PEFT"
     require(not (spec.embedding and config.lora_bias), config.where, "lora_bias", wanted, True)
-    expected = kind.parts(fields, spec)
+    with _named(config.where):
+        expected = kind.parts(fields, spec)
     if config.peft_type == "LORA":
         short = [", ".join(stem.removeprefix("lora_") for stem in s) for s in (expected, keys)]
         set_ = ", ".join(
@@ -328,7 +368,16 @@ def _check_headers(
         found = f"lora_{{{short[1]}}} ({set_})"
         same = keys.keys() == expected.keys()
         require(same, tensors.where, module, f"lora_{{{short[0]}}}", found)
-    _check_parts(tensors, keys, expected, module)
+    _check_parts(tensors, keys, expected, module, kind.shared)
+
+
+def _check_factors(where: str, factors: Factors, spec: LinearSpec) -> None:
+    """Raise unless factors that a kind has computed fit the module."""
+    a, b = tuple(factors.a.shape), tuple(factors.b.shape)
+    fits = len(a) == len(b) == 2 and a[0] == b[1]
+    fits = fits and spec.in_features == a[1] and spec.out_features == b[0]
+    expected = f"factors of {spec.in_features} inputs and {spec.out_features} outputs"
+    require(fits, where, "shapes", expected, f"A {a} and B {b}")
 
 
 def _some(items: Iterable[str]) -> str:

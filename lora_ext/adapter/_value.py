@@ -250,10 +250,11 @@ class LoraAdapter:
 
     def __repr__(self) -> str:
         """Return a text with the number of modules, their ranks and the source."""
-        kind, (fields, _) = self.config.kind, self.config.of_modules(self.modules)
-        ranks = {kind.rank(f, unknown_spec(name)) for name, f in fields.items()}
-        ranks = sorted(ranks if self.parts else {f.a.shape[0] for f in self.modules.values()})
-        return f"LoraAdapter({len(self.modules)} modules, ranks {ranks}, {self.config.where})"
+        known = not isinstance(self.modules, _NoFactors)
+        ranks = sorted({f.a.shape[0] for f in self.modules.values()}) if known else "unknown"
+        kind = "" if self.kind == "LORA" else f"{self.kind}, "
+        found = f"{len(self.modules)} modules, ranks {ranks}, {self.config.where}"
+        return f"LoraAdapter({kind}{found})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return the arguments for copying and pickling. Mappings become dicts, since a

@@ -96,7 +96,7 @@ class Kind:
     when = ""
     shared: tuple[str, ...] = ()
     reads: frozenset[str] = frozenset()
-    ignores: frozenset[str] = frozenset()
+    ignores: frozenset[str] = frozenset({"init_weights", "fan_in_fan_out"})
     refuses: Mapping[str, str] = MappingProxyType({})
     patterns: Mapping[str, str] = MappingProxyType({})
     counts: tuple[str, ...] = ()
@@ -112,8 +112,8 @@ class Kind:
         raise NotImplementedError
 
     def rank(self, config: Config, spec: Any) -> int:
-        """Return the rank of the factors."""
-        raise NotImplementedError
+        """Return the rank of the factors, by default ``r``."""
+        return config.get("r")
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
         """Compute the factors of a module. The result is differentiable in the parts.
@@ -150,6 +150,14 @@ class Kind:
         else:
             after = self.after(parts, factors, None)
         return factors._replace(after=after, before=self.before(parts))
+
+
+def unsaved(field: str) -> NotImplementedError:
+    """Return the error for a file without its random tensors, of which it has only the seed."""
+    return NotImplementedError(
+        f"{field}: expected True, found False: the file has only the seed of its random tensors; "
+        f"load it in PEFT and save it with {field}=True, or use PEFT's save_as_lora"
+    )
 
 
 _kinds: dict[tuple[str, str], Kind] = {}

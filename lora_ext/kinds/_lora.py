@@ -46,10 +46,6 @@ class Lora(Kind):
             found[stems["bias"]] = Part((spec.out_features,))
         return found
 
-    def rank(self, config: Config, spec: Any) -> int:
-        """Return r."""
-        return config.get("r")
-
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
         """Return the tensors of the file, and alpha / r or alpha / sqrt(r)."""
         root = math.sqrt if config.get("use_rslora") else float

@@ -60,6 +60,7 @@ def check_weighted(store: PageStore, resident: Resident) -> None:
         f"{store.modules[module].scaled[resident.slot].kind.title} at {module!r}"
         for module in resident.scaled
     ]
+    found += [f"scales of the inputs of {module!r}" for module in sorted(resident.befores)]
     for module, view in store.modules.items():
         if resident.slot in view.replaced:
             whole = view.replaced[resident.slot].rows is None

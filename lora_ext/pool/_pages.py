@@ -69,11 +69,12 @@ class PackedModule:
     # (O,), values of `Factors.after`, with the dtype that magnitude_dtype returns
     magnitude: Tensor | None = None
     of_bias: bool = False  # whether the bias of the base layer is scaled, too
+    before: Tensor | None = None  # (I,), scales of the inputs
 
     @property
     def nbytes(self) -> int:
-        """Size of pages, bias and magnitude in bytes."""
-        tensors = (self.a, self.b, self.bias, self.magnitude)
+        """Size of pages, bias and scales in bytes."""
+        tensors = (self.a, self.b, self.bias, self.magnitude, self.before)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -112,7 +113,7 @@ def read_packed(
     with read_adapter(source, index, max_rank, strict) as adapter:
         for spec, factors in adapter.modules():
             packed = modules[spec.name] = pack(spec, factors)
-            for part in ("a", "b", "bias", "magnitude"):
+            for part in ("a", "b", "bias", "magnitude", "before"):
                 # Checked after the conversion to spec.dtype, since it may overflow float16.
                 _check_finite(getattr(packed, part), adapter.where_is(spec.name, part))
         for spec, whole in adapter.replaced():
@@ -167,7 +168,9 @@ def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
     if magnitude is not None:
         magnitude = _host(spec, magnitude, magnitude_dtype(spec.dtype))
     of_bias = factors.after is not None and factors.after.of_bias
-    return PackedModule(a_pages, b_pages, bias, rank, factors.scaling, magnitude, of_bias)
+    before, wide = factors.before, magnitude_dtype(spec.dtype)
+    before = None if before is None else _host(spec, before, wide)
+    return PackedModule(a_pages, b_pages, bias, rank, factors.scaling, magnitude, of_bias, before)
 
 
 def in_one_mapping(adapter: PackedAdapter) -> PackedAdapter:
@@ -179,7 +182,7 @@ def in_one_mapping(adapter: PackedAdapter) -> PackedAdapter:
     parts = adapter.modules
     if not parts or any(part.a.is_pinned() for part in parts.values()):
         return adapter
-    names = ("a", "b", "bias", "magnitude")
+    names = ("a", "b", "bias", "magnitude", "before")
     size = sum(part.nbytes + len(names) * _ALIGNMENT for part in parts.values())
     left, modules = HostMemory(size).tensor, {}
     for module, part in parts.items():
@@ -254,6 +257,9 @@ class ModuleSlab:
     mixed: int = 0
     bias: Tensor | None = None  # (S, O), or None while no adapter has a bias
     magnitude: Tensor | None = None  # (S, O), or None while no adapter has a magnitude
+    # (S + 1, I), scales of the inputs, or None while no adapter has any. The last row is for the
+    # base model (slot -1); it is 1, as are those of adapters without such scales.
+    before: Tensor | None = None
     version: int = 0  # number of published adapters that target this module
     # Slots whose adapter scales the outputs of this module. The mapping is on the host. It is not
     # changed in place but replaced by a new one, so a forward reads it without synchronisation.
@@ -355,6 +361,7 @@ class Slab:
         self.page_bytes = page_bytes(spec)
         self.bias: Tensor | None = None
         self.magnitude: Tensor | None = None
+        self.before: Tensor | None = None
         self.free = list(reversed(range(pages)))
         try:
             self.memory = memory_on(spec.device, pages * self.page_bytes)

@@ -115,7 +115,7 @@ class _Search:
             TableBlock(names, store.max_slots, store.max_pages, device, experts)
             for (device, experts), names in together.items()
         ]
-        biases, magnitudes = _new_vectors(store, self.slabs, packed)
+        biases, magnitudes, befores = _new_vectors(store, self.slabs, packed)
         mixed: list[tuple[TableBlock, tuple[Tensor, ...]]] = []
         members: dict[torch.device, Tensor] = {}
         if isinstance(name, tuple) and not store.members:  # the first one
@@ -126,9 +126,10 @@ class _Search:
         if store.members:
             for block in blocks:
                 block.mixed = block.new_mixed()
-        self.tables = blocks, biases, magnitudes, mixed, members
-        new = [*blocks, *biases.values(), *magnitudes.values(), *packed.replaced.values()]
-        new += [*members.values(), *(table for _, pair in mixed for table in pair)]
+        self.tables = blocks, biases, magnitudes, befores, mixed, members
+        vectors = biases, magnitudes, befores, members
+        new = [*blocks, *(v for each in vectors for v in each.values()), *packed.replaced.values()]
+        new += [table for _, pair in mixed for table in pair]
         self.others = store.table_bytes + store.replaced_bytes + sum(each.nbytes for each in new)
 
     def lacking(self) -> set[str]:
@@ -200,12 +201,13 @@ def _room_for(store: PageStore, module: str, whole: Replaced) -> Replaced:
 
 def _new_vectors(
     store: PageStore, slabs: dict[str, Slab], packed: PackedAdapter
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return new tables (S, O) of biases and magnitudes for modules that have none yet.
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Return new tables of biases (S, O), magnitudes (S, O) and scales of inputs (S + 1, I) for
+    modules that have none yet.
 
-    S is the number of slots, and O the number of outputs of the module.
+    S is the number of slots, I and O those of inputs and outputs of the module.
     """
-    biases, magnitudes = {}, {}
+    biases, magnitudes, befores = {}, {}, {}
     for module, part in packed.modules.items():
         slab = slabs[module]
         shape = store.max_slots, slab.b.shape[1]
@@ -214,7 +216,10 @@ def _new_vectors(
             biases[module] = torch.zeros(shape, dtype=dtype, device=device)
         if part.magnitude is not None and slab.magnitude is None:
             magnitudes[module] = torch.zeros(shape, dtype=magnitude_dtype(dtype), device=device)
-    return biases, magnitudes
+        if part.before is not None and slab.before is None:
+            shape = store.max_slots + 1, slab.a.shape[2]
+            befores[module] = torch.ones(shape, dtype=magnitude_dtype(dtype), device=device)
+    return biases, magnitudes, befores
 
 
 def resize(store: PageStore, place: Placement) -> None:

@@ -58,6 +58,7 @@ class Resident:
     retired: bool = False  # no name refers to this slot any more; the last unpin frees it
     #: Modules whose outputs the adapter scales, and whether it scales the bias, too.
     scaled: dict[str, bool] = field(default_factory=dict)
+    befores: frozenset[str] = frozenset()  # modules whose inputs the adapter scales
     generation: int = 0  # number of the load; a return from host memory does not change it
     members: tuple[Resident, ...] = ()
     #: Number of this version of the adapter, unique in the process.
@@ -74,11 +75,12 @@ class Placement:
     of_members: list[int] = field(default_factory=list)  # slots of the adapters of a mixture
     free: dict[str, list[int]] = field(default_factory=dict)  # free pages after `commit`
     victims: list[Resident] = field(default_factory=list)
-    # `commit` adds the contents of the next seven fields, which are new, to the store.
+    # `commit` adds the contents of the next eight fields, which are new, to the store.
     slabs: dict[str, Slab] = field(default_factory=dict)
     blocks: list[TableBlock] = field(default_factory=list)
     biases: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    befores: dict[str, Tensor] = field(default_factory=dict)
     mixed: list[tuple[TableBlock, tuple[Tensor, ...]]] = field(default_factory=list)
     members: dict[torch.device, Tensor] = field(default_factory=dict)
     replaced: dict[str, Replaced] = field(default_factory=dict)
@@ -130,7 +132,9 @@ class PageStore:
     @property
     def table_bytes(self) -> int:
         """Bytes of tables, biases and magnitudes."""
-        vectors = [v for slab in self.slabs.values() for v in (slab.bias, slab.magnitude)]
+        vectors = [
+            v for slab in self.slabs.values() for v in (slab.bias, slab.magnitude, slab.before)
+        ]
         vector_bytes = sum(v.nbytes for v in vectors if v is not None)
         vector_bytes += sum(table.nbytes for table in self.members.values())
         return vector_bytes + sum(block.nbytes for block in self.blocks)
@@ -186,17 +190,17 @@ class PageStore:
                 jobs[slab.a.device] += [(slab.a[page], part.a[i]), (slab.b[page], part.b[i])]
         for module, slab in slabs.items():
             part = packed.modules.get(module)
-            for table, own in (
-                (place.biases.get(module, slab.bias), part and part.bias),
-                (place.magnitudes.get(module, slab.magnitude), part and part.magnitude),
+            for table, own, fill in (
+                (place.biases.get(module, slab.bias), part and part.bias, 0),
+                (place.magnitudes.get(module, slab.magnitude), part and part.magnitude, 0),
+                (place.befores.get(module, slab.before), part and part.before, 1),
             ):
                 if table is None:
                     continue
                 row = table[slot]
                 if own is None:
-                    own = torch.zeros(
-                        row.shape, dtype=row.dtype, device="cpu", pin_memory=row.is_cuda
-                    )
+                    kind = {"dtype": row.dtype, "device": "cpu", "pin_memory": row.is_cuda}
+                    own = torch.full(row.shape, fill, **kind)
                 jobs[table.device].append((row, own))
         for block in (*self.blocks, *place.blocks):
             jobs[block.ranks.device] += block.copies(slot, place.rows)
@@ -215,7 +219,7 @@ class PageStore:
         new = [t for slab in place.slabs.values() for t in (slab.a, slab.b)]
         new += [t for block in place.blocks for t in block.tables]
         new += [*place.members.values(), *(t for _, mixed in place.mixed for t in mixed)]
-        new += [*place.biases.values(), *place.magnitudes.values()]
+        new += [*place.biases.values(), *place.magnitudes.values(), *place.befores.values()]
         rooms = []
         for module, room in place.replaced.items():
             for to, own in zip(room, packed.replaced[module], strict=True):
@@ -236,15 +240,17 @@ class PageStore:
         for module, pages in resident.pages.items():
             slab, view = self.slabs[module], self.modules[module]
             assert view.ranks is not None and view.scale is not None  # set with the module's slab
-            index = torch.tensor(pages, device=slab.a.device)
+            index = torch.tensor(pages, dtype=torch.int64, device=slab.a.device)
             row = resident.slot * self.index.specs[module].experts
             a, b = to_host(slab.a[index]), to_host(slab.b[index])
             bias = None if slab.bias is None else to_host(slab.bias[resident.slot])
             magnitude, of_bias = None, resident.scaled.get(module, False)
             if slab.magnitude is not None and module in resident.scaled:
                 magnitude = to_host(slab.magnitude[resident.slot])
+            before = slab.before if module in resident.befores else None
+            before = None if before is None else to_host(before[resident.slot])
             rank, scale = int(view.ranks[row]), float(view.scale[row])
-            modules[module] = PackedModule(a, b, bias, rank, scale, magnitude, of_bias)
+            modules[module] = PackedModule(a, b, bias, rank, scale, magnitude, of_bias, before)
         replaced = {
             module: whole.each(to_host)
             for module in self._replacing
@@ -285,6 +291,8 @@ class PageStore:
             self.slabs[name].bias = self.modules[name].bias = bias
         for name, magnitude in place.magnitudes.items():
             self.slabs[name].magnitude = self.modules[name].magnitude = magnitude
+        for name, before in place.befores.items():
+            self.slabs[name].before = self.modules[name].before = before
         # Pages are set after the tables, because a forward checks a_pages before it reads tables.
         for name, slab in place.slabs.items():
             self.modules[name].b_pages = slab.b

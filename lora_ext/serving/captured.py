@@ -28,7 +28,12 @@ from .layers._pool_replaced import ReplacedBank
 
 # Parts of a module's forward that are captured only if an adapter in the pool has them. The keys
 # are the fields of ModuleSlab that are then not None; the values are descriptions for messages.
-_PARTS = {"a_pages": "factors", "bias": "a bias", "magnitude": "scales of outputs"}
+_PARTS = {
+    "a_pages": "factors",
+    "bias": "a bias",
+    "magnitude": "scales of outputs",
+    "before": "scales of inputs",
+}
 _REPLACED = "a replaced module"
 
 
@@ -330,6 +335,7 @@ class Capturable:
                 _PARTS["a_pages"]: targeted,
                 _PARTS["bias"]: biased,
                 _PARTS["magnitude"]: resident.slot in slab.scaled,
+                _PARTS["before"]: name in resident.befores,
                 _REPLACED: resident.slot in slab.replaced,
             }
             missing = {part for part, needed in needs.items() if needed} - graphs.parts[name]

@@ -48,8 +48,10 @@ class MultiLoraLinear(PoolLayer):
             finished = siblings.take_output(self, x)
             if finished is not None:
                 return finished
-        y = self.base(x)
         slab = self.slab
+        if slab.before is not None:
+            x = self._before(x, traced)
+        y = self.base(x)
         if slab.a_pages is None and not slab.was_replaced:
             if not traced:
                 untouched(self.pool, x.device)
@@ -87,6 +89,21 @@ class MultiLoraLinear(PoolLayer):
         if slab.was_replaced:
             y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
         return y
+
+    def _before(self, x: Tensor, traced: bool) -> Tensor:
+        """Scale the input of the rows whose adapter scales it."""
+        leading = x.shape[:-1]
+        if traced:
+            ids = traced_rows(self, leading, x.device).ids
+        else:
+            block = current(self.handle)
+            if block is None:  # if there is a default, this layer is called again in its block
+                return x
+            rows = self.rows_in(block, leading, x.device)
+            if not rows.used:
+                return x
+            ids = rows.ids
+        return (x * self.slab.before[ids.long()].view(x.shape)).to(x.dtype)
 
     def _traced(self, y: Tensor, x: Tensor) -> Tensor:
         slab, leading = self.slab, x.shape[:-1]

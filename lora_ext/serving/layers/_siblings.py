@@ -300,6 +300,7 @@ def is_plain_layer(layer: MultiLoraLinear, x: Tensor) -> bool:
         a is None
         or a.dtype != x.dtype
         or slab.scaled
+        or slab.before is not None
         or slab.was_replaced
         or (kind is not nn.Linear and kind is not PackedLinear)
         or type(base._parameters.get("weight")) is not nn.Parameter

@@ -1,0 +1,57 @@
+"""AdaLoRA: LoRA with a value for each rank, of which training removes some.
+
+Source: Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient
+Fine-Tuning".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
+from ._lora import Lora
+
+_TRAINED = "target_r init_r total_step tinit tfinal deltaT beta1 beta2 orth_reg_weight"
+
+
+class Adalora(Kind):
+    """AdaLoRA. ``rank_pattern`` has a list of booleans, one per initial rank, for each module."""
+
+    name, title = "ADALORA", "AdaLoRA"
+    reads = frozenset({"lora_alpha", "init_r", "rank_pattern", "r"})
+    ignores = (
+        Lora.ignores | Kind.ignores | {*_TRAINED.split(), "init_lora_weights", "alpha_pattern"}
+    )
+    refuses: Mapping[str, str] = {
+        **Lora.refuses,
+        **dict.fromkeys(
+            ("use_dora", "use_rslora", "lora_bias", "alora_invocation_tokens"), "PEFT ignores it"
+        ),
+        "target_parameters": "PEFT has no AdaLoRA on experts",
+        "trainable_token_indices": "only LoRA is supported with it",
+    }
+    counts, numbers = ("init_r",), ("lora_alpha",)
+
+    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+        """Return A, B and the values."""
+        r = self.rank(config, spec)
+        a, b = Part((r, spec.in_features)), Part((spec.out_features, r))
+        return {"lora_A": a, "lora_B": b, "lora_E": Part((r, 1))}
+
+    def rank(self, config: Config, spec: Any) -> int:
+        """Return the number of ranks that training has kept."""
+        for name, kept in (config.get("rank_pattern") or {}).items():
+            if f"{spec.name}.lora_E" == name.removeprefix("base_model.model."):
+                return sum(map(bool, kept))
+        return config.get("init_r")
+
+    def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
+        """Return A with its rows multiplied by the values, and B."""
+        a, b, values = (parts[f"lora_{each}"] for each in "ABE")
+        alpha = config.get("lora_alpha")
+        scaling = (alpha if alpha > 0 else float(config.get("init_r"))) / (len(a) + 1e-5)
+        return Factors(a * values, b, scaling)
+
+
+register_kind(Adalora())

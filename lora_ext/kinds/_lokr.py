@@ -1,0 +1,63 @@
+"""LoKr: a Kronecker product, of which the second matrix has low rank.
+
+Source: Yeh et al. 2024, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model
+Evaluation".
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ._kind import Config, Factors, Part, Tensors, register_kind
+from ._loha import Loha
+
+
+class Lokr(Loha):
+    """LoKr. ``kron(w1, w2_a w2_b)`` has at most r times the smaller size of ``w1`` ranks."""
+
+    name, title = "LOKR", "LoKr"
+    reads = Loha.reads | {"decompose_both", "decompose_factor"}
+    ignores = Loha.ignores | {"rank_dropout_scale"}
+
+    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+        """Return each matrix, as a whole or as two factors."""
+        r, free = config.get("r"), Part((None, None), optional=True)
+        left, right = Part((None, r), optional=True), Part((r, None), optional=True)
+        first = {"lokr_w1": free, "lokr_w1_a": left, "lokr_w1_b": right}
+        return first | {"lokr_w2": free, "lokr_w2_a": left, "lokr_w2_b": right}
+
+    def rank(self, config: Config, spec: Any) -> int:
+        """Return r times the smaller size of the first matrix."""
+        factor = config.get("decompose_factor", -1)
+        sizes = (spec.out_features, spec.in_features)
+        return config.get("r") * min(_smaller(operator.index(size), factor) for size in sizes)
+
+    def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
+        """Return ``kron(w1, w2) = kron(w1, w2_a) kron(1, w2_b)``, or the other way round."""
+        if "lokr_w2" in parts:
+            raise NotImplementedError(
+                f"{spec.name}.lokr_w2: expected lokr_w2_a and lokr_w2_b, found a full matrix, "
+                "whose Kronecker product has no low rank; PEFT's save_as_lora approximates it"
+            )
+        w1 = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+        a, b = parts["lokr_w2_b"], parts["lokr_w2_a"]
+        one = torch.eye(min(w1.shape), dtype=w1.dtype, device=w1.device)
+        first, last = (one, w1) if w1.shape[1] <= w1.shape[0] else (w1, one)
+        scaling = config.get("alpha") / config.get("r")
+        return Factors(torch.kron(first, a), torch.kron(last, b), scaling)
+
+
+def _smaller(size: int, factor: int) -> int:
+    """Return the smaller of the two numbers into which PEFT splits a size."""
+    if factor > 0 and size % factor == 0:
+        return factor
+    divisors = (d for d in range(1, math.isqrt(size) + 1) if size % d == 0)
+    return max(d for d in divisors if factor == -1 or d <= factor)
+
+
+register_kind(Lokr())

@@ -1,0 +1,48 @@
+"""MiSS: one row of B for each residue of the input's index; formerly Bone.
+
+Source: Kang and Yin 2025, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing
+Structure".
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
+
+
+class Miss(Kind):
+    """MiSS. A sums the inputs whose index has the same residue modulo r."""
+
+    name, title = "MISS", "MiSS"
+    reads = frozenset({"r", "init_weights", "mini_r"})
+    ignores = frozenset({"miss_dropout"})
+    counts = ("r",)
+
+    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+        """Return the block, whose columns "mini" repeats."""
+        if config.get("init_weights") == "bat":
+            found = "'bat', whose update depends on the base weight; PEFT can merge it"
+            raise NotImplementedError(f"init_weights: expected True or 'mini', found {found}")
+        mini = config.get("init_weights") == "mini"
+        return {
+            "miss_block": Part(
+                (config.get("r"), config.get("mini_r") if mini else spec.out_features)
+            )
+        }
+
+    def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
+        """Return a matrix of zeros and ones, and the transposed block."""
+        block, inputs = parts["miss_block"], operator.index(spec.in_features)
+        if config.get("init_weights") == "mini":
+            block = block.repeat(1, operator.index(spec.out_features) // block.shape[1])
+        residues = torch.arange(inputs, device=block.device) % len(block)
+        a = residues == torch.arange(len(block), device=block.device)[:, None]
+        return Factors(a.to(block.dtype), block.T, 1.0)
+
+
+register_kind(Miss())

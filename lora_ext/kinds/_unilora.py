@@ -1,0 +1,45 @@
+"""Uni-LoRA: all factors are entries of one vector, with fixed indices and scales.
+
+Source: Li et al. 2025, "Uni-LoRA: One Vector is All You Need".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ._kind import Config, Factors, Kind, Part, Tensors, register_kind, unsaved
+
+
+class Unilora(Kind):
+    """Uni-LoRA, of a file that was saved with its indices."""
+
+    name, title = "UNILORA", "Uni-LoRA"
+    shared = ("unilora_theta_d",)
+    reads = frozenset({"r", "theta_d_length", "save_indices"})
+    ignores = Kind.ignores | {"proj_seed", "unilora_dropout", "init_theta_d_bound"}
+    counts = ("r", "theta_d_length")
+
+    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+        """Return indices and scales of A and B, and the vector."""
+        if not config.get("save_indices", True):
+            raise unsaved("save_indices")
+        r, found = config.get("r"), {"unilora_theta_d": Part((config.get("theta_d_length"),))}
+        for side, shape in (("A", (r, spec.in_features)), ("B", (spec.out_features, r))):
+            found[f"unilora_indices_{side}"] = Part(shape, torch.int64)
+            found[f"unilora_scales_{side}"] = Part(shape)
+        return found
+
+    def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
+        """Return the scaled entries of the vector."""
+        vector = parts["unilora_theta_d"]
+        a, b = (
+            vector[parts[f"unilora_indices_{side}"].long()] * parts[f"unilora_scales_{side}"]
+            for side in "AB"
+        )
+        return Factors(a, b, 1.0)
+
+
+register_kind(Unilora())

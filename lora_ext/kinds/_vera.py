@@ -1,0 +1,55 @@
+"""VeRA: scales of random projections that all modules share; PVeRA samples around it in training.
+
+Source: Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation"; PVeRA: PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ._kind import Config, Factors, Kind, Part, Tensors, register_kind, unsaved
+
+
+class Vera(Kind):
+    """VeRA, of a file that was saved with its projections."""
+
+    name, title = "VERA", "VeRA"
+    shared = ("vera_A", "vera_B")
+    reads = frozenset({"r", "save_projection"})
+    ignores = Kind.ignores | {"projection_prng_key", "vera_dropout", "d_initial"}
+    counts = ("r",)
+    draws = 1  # number of values of lambda_d, and of rows of A, for each rank
+
+    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+        """Return the scales of the module, and both projections."""
+        if not config.get("save_projection", True):
+            raise unsaved("save_projection")
+        r, stem = config.get("r"), self.name.lower()
+        return {
+            f"{stem}_lambda_d": Part((self.draws * r,)),
+            f"{stem}_lambda_b": Part((spec.out_features,)),
+            f"{stem}_A": Part((self.draws * r, None)),
+            f"{stem}_B": Part((None, r)),
+        }
+
+    def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
+        """Return the projections of the module's size, with their rows scaled."""
+        r, stem = config.get("r"), self.name.lower()
+        d, b, first, last = (parts[f"{stem}_{each}"] for each in ("lambda_d", "lambda_b", "A", "B"))
+        a = d[:r, None] * first[:r, : spec.in_features]
+        return Factors(a, b[:, None] * last[: spec.out_features], 1.0)
+
+
+class Pvera(Vera):
+    """PVeRA, whose mean is used except in training."""
+
+    name, title = "PVERA", "PVeRA"
+    shared = ("pvera_A", "pvera_B")
+    ignores = Vera.ignores | {"pvera_dropout", "generator_seed"}
+    refuses: Mapping[str, str] = {"sample_at_inference": "it samples in every forward"}
+    draws = 2
+
+
+register_kind(Vera())
+register_kind(Pvera())

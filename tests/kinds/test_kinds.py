@@ -1,0 +1,287 @@
+"""Every kind of adapter: files that PEFT saved, in a pool and as a value, against PEFT's layers."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import lora_ext
+from lora_ext import AdapterPool
+from lora_ext.adapter import LoraAdapter, merge_adapters, prune_adapter, resize_adapter
+from lora_ext.kinds import Factors, Kind, Part, kind_of, register_kind
+
+IN, H, OUT = 64, 96, 48
+T: dict[str, Any] = {"target_modules": ["up", "down"]}
+CASES: dict[str, Any] = {
+    "lora": lambda: peft.LoraConfig(r=6, lora_alpha=9, **T),
+    "dora": lambda: peft.LoraConfig(r=6, lora_alpha=9, use_dora=True, **T),
+    "adalora": lambda: peft.AdaLoraConfig(init_r=6, target_r=4, lora_alpha=9, total_step=9, **T),
+    "vera": lambda: peft.VeraConfig(r=12, **T),
+    "pvera": lambda: peft.PveraConfig(r=6, **T),
+    "miss": lambda: peft.MissConfig(r=10, **T),
+    "miss mini": lambda: peft.MissConfig(r=8, init_weights="mini", mini_r=8, **T),
+    "vblora": lambda: peft.VBLoRAConfig(r=4, num_vectors=20, vector_length=16, **T),
+    "vblora top": lambda: peft.VBLoRAConfig(
+        r=4, num_vectors=20, vector_length=16, save_only_topk_weights=True, **T
+    ),
+    "loha": lambda: peft.LoHaConfig(r=4, alpha=6, rank_pattern={"up": 3}, **T),
+    "lokr": lambda: peft.LoKrConfig(r=2, alpha=3, **T),
+    "lokr both": lambda: peft.LoKrConfig(r=2, alpha=3, decompose_both=True, **T),
+    "delora": lambda: peft.DeloraConfig(r=6, **T),
+    "gralora": lambda: peft.GraloraConfig(r=8, gralora_k=2, hybrid_r=3, alpha=6, **T),
+    "tinylora": lambda: peft.TinyLoraConfig(r=3, u=5, save_projection=True, **T),
+    "unilora": lambda: peft.UniLoraConfig(r=4, theta_d_length=64, save_indices=True, **T),
+    "ia3": lambda: peft.IA3Config(feedforward_modules=["down"], **T),
+}
+#: Kinds whose file does not contain all sizes of the modules, or the order of the modules.
+INCOMPLETE = {"vera", "pvera", "miss", "miss mini", "tinylora", "ia3"}
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(IN, H), nn.Linear(H, OUT)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def mlp() -> Mlp:
+    torch.manual_seed(7)
+    return Mlp()
+
+
+def saved(case: str, folder: Path) -> Any:
+    """Return a PEFT model with random parameters of an adapter that was saved to ``folder``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(mlp(), CASES[case]()).eval()
+    torch.manual_seed(len(case))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            ours = "base_layer" in name or "ranknum" in name or name.endswith((".bias",))
+            if not ours and not name.endswith(("up.weight", "down.weight")):
+                p.copy_(torch.randn_like(p) * 0.3 + (case == "ia3"))
+    model.save_pretrained(folder)
+    return model
+
+
+def inputs() -> torch.Tensor:
+    return torch.randn(33, IN, generator=torch.Generator().manual_seed(1))
+
+
+def close(y: torch.Tensor, wide: torch.Tensor) -> bool:
+    """Compare with a float64 result: sums of up to 110 products of float32, in three layers."""
+    return bool(((y - wide).abs() <= 110 * 2**-23 * (1 + wide.abs().amax())).all())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pool_computes_peft_s_layers_from_the_file_alone(case: str, tmp_path: Path) -> None:
+    model, base = saved(case, tmp_path), mlp()
+    pool = AdapterPool(base, max_slots=2, max_rank=64)
+    pool.load("a", tmp_path)
+    lora_ext.attach(base, pool)
+    x = inputs()
+    with torch.no_grad(), lora_ext.adapters("a"):
+        y = base(x)
+    with torch.no_grad():
+        wide = model.double()(x.double())
+        assert close(y, wide)
+        assert not close(mlp()(x), wide), "the adapter has no effect"
+
+
+def test_all_kinds_share_a_batch_and_plain_rows_keep_their_bits(tmp_path: Path) -> None:
+    base = mlp()
+    plain = base(inputs())
+    pool = AdapterPool(base, max_slots=len(CASES), max_rank=64)
+    models = {}
+    for case in CASES:
+        models[case] = saved(case, tmp_path / case).double()
+        pool.load(case, tmp_path / case)
+    lora_ext.attach(base, pool)
+    names = [*CASES, None, *reversed(CASES)]
+    x = inputs()[:1].expand(len(names), IN).contiguous()
+    with torch.no_grad(), lora_ext.adapters(names):
+        y = base(x)
+        for row, name in enumerate(names):
+            if name is None:
+                assert torch.equal(y[row], plain[0])
+            else:
+                assert close(y[row], models[name](x[row : row + 1].double())[0]), name
+    with torch.no_grad(), lora_ext.adapters(names):
+        assert torch.equal(torch.compile(base, backend="aot_eager")(x), y)
+
+
+def test_scales_are_evicted_to_the_host_and_captured(tmp_path: Path) -> None:
+    saved("ia3", tmp_path / "ia3")
+    saved("dora", tmp_path / "dora")
+    base, x = mlp(), inputs()[:2]
+    pool = AdapterPool(base, max_slots=1, max_rank=8)
+    lora_ext.attach(base, pool)
+    for name in ("ia3", "dora"):
+        pool.load(name, tmp_path / name)
+    found = {}
+    for name in ("ia3", "dora", "ia3", "dora"):
+        with torch.no_grad(), lora_ext.adapters(name):
+            assert torch.equal(found.setdefault(name, base(x)), base(x))
+    pool.unload("dora")
+    with torch.no_grad(), lora_ext.adapters(["ia3", None]):
+        assert torch.equal(base(x)[1], mlp()(x)[1])
+    step = lora_ext.capturable(pool, max_rows=2)
+    with torch.no_grad(), step, lora_ext.adapters([None, "ia3"]):
+        y = base(x)
+    torch.testing.assert_close(y[1], found["ia3"][1])
+    assert torch.equal(y[0], mlp()(x)[0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_value_is_saved_unchanged_and_reshaped_to_lora(case: str, tmp_path: Path) -> None:
+    saved(case, tmp_path / "peft")
+    adapter = LoraAdapter.load(tmp_path / "peft")
+    assert adapter.kind == CASES[case]().peft_type.value
+    adapter.save(tmp_path / "ours")
+    ours, theirs = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("ours", "peft"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert LoraAdapter.load(tmp_path / "ours") == adapter
+    config = [
+        json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("ours", "peft")
+    ]
+    assert adapter.kind == "LORA" or config[0] == config[1]
+    if case in INCOMPLETE:
+        with pytest.raises(NotImplementedError, match=r"in_features|order|out_features"):
+            adapter.modules["up"]
+        return
+    pruned = prune_adapter(adapter, ["up"])
+    assert pruned.kind == "LORA" and pruned.modules.keys() == {"up"}
+    resized, errors = resize_adapter(adapter, 64)
+    assert resized.kind == "LORA" and max(errors.values()) < 1e-5
+    if case == "dora":
+        return
+    merged = merge_adapters([adapter, adapter], [0.5, 0.25])
+    assert merged.kind == "LORA"
+    a, b, scaling, *_ = merged.modules["up"]
+    first = adapter.modules["up"]
+    torch.testing.assert_close(
+        scaling * b @ a, 0.75 * first.scaling * first.b @ first.a, rtol=1e-4, atol=1e-5
+    )
+
+
+class Doubled(Kind):
+    """A kind that the package does not know: B is twice a tensor."""
+
+    name = "DOUBLED"
+    reads = frozenset({"r"})
+
+    def parts(self, config: Any, spec: Any) -> dict[str, Part]:
+        r = config.get("r")
+        return {"first": Part((r, spec.in_features)), "last": Part((spec.out_features, r))}
+
+    def factors(self, parts: Any, config: Any, spec: Any, weight: Any = None) -> Factors:
+        return Factors(parts["first"], 2 * parts["last"], 1.0)
+
+
+def test_a_kind_in_one_file_is_trained_served_merged_and_saved(tmp_path: Path) -> None:
+    register_kind(Doubled())
+    config = {"peft_type": "DOUBLED", "r": 3, "target_modules": ["up"]}
+    parts = {"first": torch.randn(3, IN) / 8, "last": torch.zeros(H, 3)}
+    leaves = {stem: t.requires_grad_() for stem, t in parts.items()}
+    base, x = mlp(), inputs()
+    spec = lora_ext.AdapterPool(base).index.linear["up"]
+    ids = torch.zeros(33, dtype=torch.int32)
+    optimizer = torch.optim.Adam(leaves.values(), lr=0.05)
+    losses = []
+    for _ in range(20):
+        f = kind_of("DOUBLED").factors(leaves, config, spec)
+        up = base.up
+        y = lora_ext.ops.lora_linear(
+            x, up.weight.detach(), up.bias.detach(), f.a[None], f.b[None], ids
+        )
+        loss = (y - 1).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    state = {f"base_model.model.up.{stem}": t.detach() for stem, t in leaves.items()}
+    adapter = LoraAdapter.load((config, state))
+    assert adapter.kind == "DOUBLED"
+    adapter.save(tmp_path / "doubled")
+    saved("vera", tmp_path / "vera")
+    pool = AdapterPool(base, max_slots=3, max_rank=16)
+    pool.load("doubled", tmp_path / "doubled")
+    pool.load("vera", tmp_path / "vera")
+    merged = merge_adapters([adapter], [2.0])
+    pool.load("merged", merged)
+    lora_ext.attach(base, pool)
+    with torch.no_grad(), lora_ext.adapters(["doubled", "merged", "vera", None]):
+        found = base.up(x[:4])
+    with torch.no_grad():
+        plain = mlp().up(x[:4])
+        delta = x[:4] @ (2 * leaves["last"] @ leaves["first"]).T
+    torch.testing.assert_close(found[:2], plain[:2] + torch.tensor([[1.0], [2.0]]) * delta[:2])
+    assert torch.equal(found[3], plain[3]) and not torch.equal(found[2], plain[2])
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "named"),
+    [
+        ("miss", {"init_weights": "bat"}, "bat"),
+        ("vera", {"save_projection": False}, "save_projection.*save_as_lora"),
+        ("tinylora", {"save_projection": False}, "save_projection"),
+        ("unilora", {"save_indices": False}, "save_indices"),
+        ("pvera", {"sample_at_inference": True}, "sample_at_inference"),
+        ("adalora", {"use_dora": True}, "use_dora"),
+        *(("vera", {"peft_type": name}, name) for name in ("RANDLORA", "HIRA", "OFT", "X-NEW")),
+        ("vera", {"peft_type": "C3A"}, "C3A.*no low rank.*save_as_lora"),
+    ],
+)
+def test_refusals_name_the_field_and_the_reason(
+    case: str, fields: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    saved(case, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(NotImplementedError, match=named):
+        LoraAdapter.load(tmp_path)
+    with pytest.raises(NotImplementedError, match=named):
+        AdapterPool(mlp()).load("a", tmp_path)
+
+
+def test_lokr_with_a_full_second_matrix_is_refused(tmp_path: Path) -> None:
+    model = peft.get_peft_model(mlp(), peft.LoKrConfig(r=40, **T))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="lokr_w2"):
+        LoraAdapter.load(tmp_path)
+    with pytest.raises(NotImplementedError, match="lokr_w2"):
+        AdapterPool(mlp(), max_rank=1024).load("a", tmp_path)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("lora", "dora")])
+def test_damaged_files_are_refused_by_key(case: str, tmp_path: Path) -> None:
+    saved(case, tmp_path)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    pool = AdapterPool(mlp(), max_rank=64)
+    for key, value in state.items():
+        stem = key.removeprefix("base_model.").removeprefix("model.").removesuffix(".weight")
+        stem = stem.removeprefix("up.").removeprefix("down.")
+        without = {k: t for k, t in state.items() if k != key}
+        with pytest.raises((ValueError, NotImplementedError)) as caught:
+            pool.load("x", (raw, without))
+        assert stem in str(caught.value), key
+        with pytest.raises((ValueError, NotImplementedError)) as caught:
+            pool.load("x", (raw, {**state, key: value[None]}))
+        assert key.removeprefix("base_model.model.") in str(caught.value)
+    foreign = {**state, "base_model.model.up.other": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"up\.other"):
+        pool.load("x", (raw, foreign))
+    with pytest.raises(ValueError, match="new_field"):
+        pool.load("x", ({**raw, "new_field": 1}, state))
+    assert not pool.names
+    pool.load("x", (raw, state))
