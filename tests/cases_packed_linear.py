@@ -61,7 +61,95 @@ def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
     return {"packed": torch.zeros_like(exact["packed"]), "y": y}
 
 
+# -------------------------------------------------------------------------------------------------
+# Weights of 8 and 4 bits
+
+#: Formats, as arguments of ``pack_weight``.
+FORMATS = [(8, False), (4, False), (4, True)]
+# With full and partial panels, pairs of panels, and more than one chunk (16 KiB) of a panel.
+BITS_SHAPES = [
+    (1, 32, 1), (2, 64, 31), (1, 128, 64), (2, 1024, 200), (3, 128, 96), (5, 256, 40),
+    (12, 384, 33), (13, 128, 65), (16, 1152, 70), (17, 640, 64), (25, 96, 100), (32, 256, 32),
+    (33, 128, 50), (70, 256, 37), (0, 64, 6),
+]  # fmt: skip
+
+
+def codes(shape: tuple[int, int], bits: int, minimum: bool, group: int) -> tuple[Any, ...]:
+    """Return arguments of ``pack_codes`` with which all products with small integers are exact."""
+    g = torch.Generator().manual_seed(shape[0] + shape[1])
+    rows, groups = shape[0], shape[1] // group
+    low, high = (-127, 128) if bits == 8 else (0, 16)
+    found = torch.randint(low, high, (rows, groups, group), generator=g)
+    scale = 2.0 ** torch.randint(-2, 2, (rows, groups), generator=g)
+    least = torch.randint(-8, 9, (rows, groups), generator=g) / 4
+    return (
+        found.to(torch.int8 if bits == 8 else torch.uint8),
+        scale.half(),
+        least.half() if minimum else None,
+    )
+
+
+def bits_inputs(
+    shape: tuple[int, int, int], dtype: torch.dtype, *, seed: int = 0, exact: bool = False,
+    device: str = "cpu", form: tuple[int, bool] = (8, False), group: int = 32, int8: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    x, weight, bias = make(shape, dtype, exact)
+    while shape[1] % group:
+        group //= 2
+    given = codes((len(weight), shape[1]), *form, group) if exact else None
+    if exact and int8 and shape[1]:
+        x = (x % 2).contiguous()  # With 1 as the largest magnitude, sums are multiples of 1 / 127.
+        x[:, 0] = 127
+    how = {"bits": form[0], "group": group, "minimum": form[1]}
+    return {"x": x + 0 * seed, "weight": weight, "bias": bias, "codes": given, "how": how,
+            "int8": int8}  # fmt: skip
+
+
+def run_bits(i: dict[str, Any]) -> Outputs:
+    packed = ops.pack_weight(i["weight"], **i["how"])
+    used = packed if i["codes"] is None else ops.pack_codes(*i["codes"])
+    y = ops.packed_linear(i["x"], used, i["bias"], len(i["weight"]), int8=i["int8"])
+    return {"packed": packed, "weight": ops.unpack_weight(used, *i["weight"].shape), "y": y}
+
+
+def bits_formula(i: dict[str, Any]) -> Outputs:
+    packed = reference.pack_weight(i["weight"], **i["how"])
+    used = packed if i["codes"] is None else reference.pack_codes(*i["codes"])
+    y = reference.packed_linear(i["x"], used, i["bias"], len(i["weight"]), i["int8"])
+    weight = reference.unpack_weight(used, *i["weight"].shape)
+    return {"packed": packed.double(), "weight": weight.double(), "y": y}
+
+
+def bits_bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
+    """Return the largest |error| allowed: one float32 rounding for each term and five for each
+    group, relative to the magnitudes of the centred terms, plus one rounding of the result."""
+    found, scale, least = reference.quantise(i["weight"], **i["how"])
+    centre = 8 if i["how"]["bits"] == 4 else 0
+    scale = scale.double()[..., None]
+    at_centre = 0 if least is None else least.double()[..., None] + 8 * scale
+    if i["int8"] and centre:  # These codes are not centred: see the layout of PackedBitsArgs.
+        centre, at_centre = 0, 8 * scale if least is None else least.double()[..., None]
+    size = (scale * (found.double() - centre)).abs() + abs(at_centre)
+    # With int8 inputs, an input may be as large as it was or half a step larger.
+    x = i["x"].double().abs()
+    if i["int8"] and x.numel():
+        x = x + x.amax(1, keepdim=True) / 127
+    wide = i["x"].shape[1]
+    terms = x @ size.flatten(1).t() + i["bias"].double().abs()
+    bound = (wide + 5 * (wide // i["how"]["group"]) + 1) * 2.0**-24 * terms
+    y = bound + torch.finfo(i["x"].dtype).eps / 2 * (exact["y"].abs() + bound)
+    # A float32 weight of scale * code + minimum has one rounding, in the formula as in the loop.
+    weight = 2.0**-23 * exact["weight"].abs()
+    return {"packed": torch.zeros_like(exact["packed"]), "weight": weight, "y": y}
+
+
 def checks() -> Iterator[Check]:
+    w = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    for bits, minimum in FORMATS:
+        packed = ops.pack_weight(w, bits=bits, group=32, minimum=minimum)
+        yield "pack_weight", (w, bits, 32, minimum)
+        yield "unpack_weight", (packed, 40, 64)
+        yield "packed_linear", (w[:3].contiguous(), packed, w[:, 0].contiguous(), 40, bits == 8)
     for dtype in DTYPES:
         x, weight, bias = make((5, 33, 40), dtype, exact=False)
         yield "pack_weight", (weight,)
@@ -77,6 +165,33 @@ def wrong(device: str) -> list[Wrong]:
         (r"weight: expected shape \(O, I\), found \[4\]", w[0]),
         ("weight: expected float32 or bfloat16, found Double", w.double()),
     ]
+    deep = torch.zeros(40, 64)
+    eight: dict[str, Any] = {"bits": 8, "group": 32}
+    packed, of_bits = pack(deep, **eight), r"packed: expected pack_weight\(\) of a weight"
+    holed, huge = deep.clone(), deep.clone()
+    holed[3, 5], huge[3, 5] = torch.nan, -1e5
+    of_bits_weights = [
+        ("bits: expected None, 8 or 4, found 3", deep, {"bits": 3}),
+        ("group: expected 32, 64 or 128, found 48", deep, {"bits": 8, "group": 48}),
+        ("group: expected a divisor of the 64 in-features of weight, found 128", deep,
+         {"bits": 4, "group": 128}),
+        ("minimum: expected False if bits is 8, found True", deep, {"bits": 8, "minimum": True}),
+        ("minimum: expected False if bits is None, found True", deep, {"minimum": True}),
+        ("weight: expected finite values of at most 65504, found values from -?nan", holed,
+         {"bits": 8}),
+        ("weight: expected finite values of at most 65504, found values from -100000", huge,
+         {"bits": 4}),
+        (r"weight: expected shape \(O, I\), found \[64\]", deep[0], eight),
+    ]  # fmt: skip
+    of_bits_products = [
+        (rf"{of_bits} \(40, 64\) with bits=8 or 4, found \[2, 2, 1087", deep[:3],
+         packed[..., 1:].contiguous(), None, 40),
+        (rf"{of_bits} \(65, 64\)", deep[:3], packed, None, 65),
+        (rf"{of_bits} \(40, 4\)", x, packed, None, 40),
+        (r"bias: expected shape \(O,\) = \[40\]", deep[:3], packed, torch.zeros(64), 40),
+        ("int8: expected False for a weight that has no codes, found True", x, pack(w), None, 40,
+         True),
+    ]  # fmt: skip
     of_products = [
         (r"x: expected shape \(T, I\), found \[4\]", x[0], pack(w)),
         ("x: expected float32 or bfloat16, found Half", x.half(), pack(w)),
@@ -92,7 +207,13 @@ def wrong(device: str) -> list[Wrong]:
     return [
         *wrong_calls("pack_weight", pack, of_weights),
         *wrong_calls("packed_linear", ops.packed_linear, of_products),
-    ]
+        *wrong_calls("packed_linear", ops.packed_linear, of_bits_products),
+        *((f"pack_weight: {text}", lambda t=t, how=how: pack(t, **how))
+          for text, t, how in of_bits_weights),
+        *wrong_calls(
+            "unpack_weight", ops.unpack_weight, [(rf"{of_bits} \(40, 32\)", packed, 40, 32)]
+        ),
+    ]  # fmt: skip
 
 
 OPS = [
@@ -108,5 +229,20 @@ OPS = [
         on_gpu=False,
         checks=checks,
         wrong=wrong,
-    )
+    ),
+    Op(
+        "packed_bits",
+        bits_inputs,
+        run_bits,
+        bits_formula,
+        bits_bounds,
+        small=BITS_SHAPES,
+        variants=(
+            tuple({"form": form, "group": 32} for form in FORMATS),
+            tuple({"form": form, "group": 64, "int8": True} for form in FORMATS),
+            tuple({"form": form, "group": 128} for form in FORMATS),
+        ),
+        dtypes=lambda backend: DTYPES,
+        on_gpu=False,
+    ),
 ]

@@ -1,6 +1,12 @@
 // Choice of the instruction set for the CPU twins of every family.
 #include "lora_ext/isa.h"
 
+#if defined(LX_X86_TABLES) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "lora_ext/circuit.h"
 #include "lora_ext/circuit_decode.h"
 #include "lora_ext/circuit_layers.h"
@@ -9,6 +15,7 @@
 #include "lora_ext/lora.h"
 #include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
+#include "lora_ext/packed_bits.h"
 #include "lora_ext/packed_linear.h"
 #include "lora_ext/pointwise.h"
 #include "lora_ext/row_attention.h"
@@ -22,13 +29,33 @@ namespace lora_ext {
     namespace isa {                          \
     LX_FAMILIES(LX_DECLARE_TABLE)            \
     LX_FAMILIES_WITH_PAIRS(LX_DECLARE_TABLE) \
+    LX_FAMILIES_WITH_TILES(LX_DECLARE_TABLE) \
     }
+
+namespace {
+
+// Return whether the processor has tiles of bfloat16 and Linux allows this process to use them,
+// which it has to ask for.
+[[maybe_unused]] bool has_tiles() {
+#if defined(LX_X86_TABLES) && defined(__linux__)
+    unsigned a, b, c, d;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of leaf 7, EDX
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
 
 // Tables in the order of Isa. LX_X86_TABLES is the number of instruction sets of an x86 build.
 LX_DECLARE_TABLES(scalar)
 #ifndef LX_X86_TABLES
 #define LX_EACH_ISA(table) &scalar::table
 #define LX_EACH_ISA_WITH_PAIRS(table) LX_EACH_ISA(table)
+#define LX_EACH_ISA_WITH_TILES(table) LX_EACH_ISA(table)
 constexpr int kBuilt = 1;
 #else
 LX_DECLARE_TABLES(avx2)
@@ -36,27 +63,33 @@ constexpr int kBuilt = LX_X86_TABLES;
 #if LX_X86_TABLES == 2
 #define LX_EACH_ISA(table) &scalar::table, &avx2::table
 #define LX_EACH_ISA_WITH_PAIRS(table) LX_EACH_ISA(table)
+#define LX_EACH_ISA_WITH_TILES(table) LX_EACH_ISA(table)
 #else
 LX_DECLARE_TABLES(avx512)
 LX_DECLARE_TABLES(avx512bf16)
+LX_DECLARE_TABLES(amx)
 // A family that multiplies no pairs of bfloat16 would have the same code for AVX-512-bf16, so its
 // AVX-512 table is registered twice.
 #define LX_EACH_ISA(table) &scalar::table, &avx2::table, &avx512::table, &avx512::table
 #define LX_EACH_ISA_WITH_PAIRS(table) \
     &scalar::table, &avx2::table, &avx512::table, &avx512bf16::table
+#define LX_EACH_ISA_WITH_TILES(table) \
+    &scalar::table, &avx2::table, &avx512::table, has_tiles() ? &amx::table : &avx512bf16::table
 #endif
 #endif
 
-#define LX_DEFINE_TWINS(Family, ...)                             \
-    template <>                                                  \
-    const Family& twins<Family>(Isa isa) {                       \
-        static constexpr const Family* tables[] = {__VA_ARGS__}; \
-        return *tables[static_cast<int>(isa)];                   \
+#define LX_DEFINE_TWINS(Family, ...)                         \
+    template <>                                              \
+    const Family& twins<Family>(Isa isa) {                   \
+        static const Family* const tables[] = {__VA_ARGS__}; \
+        return *tables[static_cast<int>(isa)];               \
     }
 #define LX_TWINS(Family, table) LX_DEFINE_TWINS(Family, LX_EACH_ISA(table))
 #define LX_TWINS_WITH_PAIRS(Family, table) LX_DEFINE_TWINS(Family, LX_EACH_ISA_WITH_PAIRS(table))
 LX_FAMILIES(LX_TWINS)
+#define LX_TWINS_WITH_TILES(Family, table) LX_DEFINE_TWINS(Family, LX_EACH_ISA_WITH_TILES(table))
 LX_FAMILIES_WITH_PAIRS(LX_TWINS_WITH_PAIRS)
+LX_FAMILIES_WITH_TILES(LX_TWINS_WITH_TILES)
 
 namespace {
 
@@ -72,7 +105,9 @@ bool machine_has([[maybe_unused]] Isa isa) {
         !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))
         return false;
-    if (isa >= Isa::kAvx512Bf16 && !__builtin_cpu_supports("avx512bf16")) return false;
+    if (isa >= Isa::kAvx512Bf16 &&
+        !(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")))
+        return false;
 #endif
     return true;
 }

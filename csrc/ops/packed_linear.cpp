@@ -1,8 +1,10 @@
 // Products with packed weights: checks and allocation. CPU only.
 #include "ops/packed_linear.h"
 
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
 
+#include "lora_ext/packed_bits.h"
 #include "lora_ext/packed_linear.h"
 #include "ops/checks.h"
 #include "ops/settings.h"
@@ -36,10 +38,129 @@ void for_panels(const PackedLinearArgs& args,
               [&](int64_t begin, int64_t end) { twin(args, begin, end); });
 }
 
+// ------------------------------------------------------------------------------------------------
+// Weights of 8 and 4 bits
+
+// Largest magnitude of a weight, so that scales and minima are finite in float16.
+constexpr double kMaxWeight = 65504;
+
+at::DimVector block_sizes(const PackedBitsArgs& args) {
+    return {ceil_div(args.out_features, kPanel), args.in_features / args.group, block_bytes(args)};
+}
+
+void for_blocks(const PackedBitsArgs& args, void (*twin)(const PackedBitsArgs&, int64_t, int64_t)) {
+    for_items(ceil_div(args.out_features, kPanel),
+              args.in_features / args.group * block_bytes(args), kSerialBytes,
+              [&](int64_t begin, int64_t end) { twin(args, begin, end); });
+}
+
+// Sets the layout of `packed`, which has the shape of a weight (out_features, in_features). The
+// group follows from the number of blocks, and bits and minimum from the size of a block.
+void read_layout(const char* op, const Tensor& packed, PackedBitsArgs& args) {
+    require(packed.is_cpu(), op, "packed", expected("a tensor on the CPU"), found(packed.device()));
+    require(packed.scalar_type() == at::kByte, op, "packed",
+            expected("pack_weight() with bits=8 or 4, a uint8 tensor"),
+            found(packed.scalar_type()));
+    bool known = false;
+    const int64_t groups = packed.dim() == 3 ? packed.size(1) : 0;
+    for (const int64_t group : {32, 64, 128})
+        for (const auto& [bits, minimum] : {std::pair{8, false}, {4, false}, {4, true}}) {
+            PackedBitsArgs each = args;
+            each.group = group;
+            each.bits = bits;
+            each.minimum = minimum;
+            if (known || groups * group != args.in_features || packed.sizes() != block_sizes(each))
+                continue;
+            args = each;
+            known = true;
+        }
+    require(known, op, "packed",
+            expected("pack_weight() of a weight (", args.out_features, ", ", args.in_features,
+                     ") with bits=8 or 4"),
+            found(packed.sizes()));
+    require(packed.is_contiguous(), op, "packed", expected("a contiguous tensor"),
+            found("strides ", packed.strides()));
+    args.packed = const_cast<uint8_t*>(packed.const_data_ptr<uint8_t>());
+}
+
+Tensor pack_bits(const Tensor& weight, int64_t bits, int64_t group, bool minimum) {
+    const char* op = "pack_weight";
+    PackedBitsArgs args;
+    args.dtype = packed_dtype(op, "weight", weight);
+    check_dim(op, "weight", weight, 2, "(O, I)");
+    require(bits == 8 || bits == 4, op, "bits", expected("None, 8 or 4"), found(bits));
+    require(group == 32 || group == 64 || group == 128, op, "group", expected("32, 64 or 128"),
+            found(group));
+    require(!minimum || bits == 4, op, "minimum", expected("False if bits is 8"), found("True"));
+    args.out_features = weight.size(0);
+    args.in_features = weight.size(1);
+    require(args.in_features % group == 0, op, "group",
+            expected("a divisor of the ", args.in_features, " in-features of weight"),
+            found(group));
+    args.bits = bits;
+    args.group = group;
+    args.minimum = minimum;
+    Tensor packed = at::empty(block_sizes(args), weight.options().dtype(at::kByte));
+    if (packed.numel() == 0) return packed;
+    const auto [low, high] = at::aminmax(weight);
+    const double least = low.item<double>(), most = high.item<double>();
+    require(least >= -kMaxWeight && most <= kMaxWeight, op, "weight",
+            expected("finite values of at most 65504"), found("values from ", least, " to ", most));
+    const Tensor rows = rows_contiguous(weight);
+    args.weight = const_cast<void*>(rows.const_data_ptr());
+    args.weight_stride = rows.stride(0);
+    args.packed = packed.mutable_data_ptr<uint8_t>();
+    for_blocks(args, chosen_twins<PackedBitsCpu>().pack);
+    return packed;
+}
+
+Tensor product_of_bits(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
+                       int64_t out_features, bool int8) {
+    const char* op = "packed_linear";
+    PackedBitsArgs args;
+    args.dtype = packed_dtype(op, "x", x);
+    args.rows = x.size(0);
+    args.in_features = x.size(1);
+    args.out_features = out_features;
+    read_layout(op, packed, args);
+    Tensor dense;
+    if (bias) {
+        check_like(op, "bias", *bias, x, "x");
+        check_shape(op, "bias", *bias, "(O,)", {out_features}, x.device());
+        dense = bias->contiguous();
+        args.bias = dense.const_data_ptr();
+    }
+    Tensor y = at::empty({args.rows, out_features}, x.options());
+    if (y.numel() == 0) return y;
+    const Tensor wide = rows_contiguous(x.to(at::kFloat));
+    args.x = wide.const_data_ptr<float>();
+    args.x_stride = wide.stride(0);
+    args.y = y.mutable_data_ptr();
+    const PackedBitsCpu& twins = chosen_twins<PackedBitsCpu>();
+    Tensor sums, codes, scales;
+    if (args.minimum || (int8 && args.bits == 4)) {
+        sums = at::empty({args.rows, args.in_features / args.group}, wide.options());
+        args.sums = sums.mutable_data_ptr<float>();
+    }
+    if (int8) {
+        codes = at::empty({args.rows, args.in_features}, wide.options().dtype(at::kChar));
+        scales = at::empty({args.rows}, wide.options());
+        args.codes = codes.mutable_data_ptr<int8_t>();
+        args.x_scales = scales.mutable_data_ptr<float>();
+    }
+    if (args.sums || args.codes)
+        for_items(args.rows, args.in_features * 4, kSerialBytes,
+                  [&](int64_t begin, int64_t end) { twins.prepare(args, begin, end); });
+    for_blocks(args, twins.product);
+    return y;
+}
+
 }  // namespace
 
-Tensor pack_weight(const Tensor& weight) {
+Tensor pack_weight(const Tensor& weight, std::optional<int64_t> bits, int64_t group, bool minimum) {
     const char* op = "pack_weight";
+    if (bits) return pack_bits(weight, *bits, group, minimum);
+    require(!minimum, op, "minimum", expected("False if bits is None"), found("True"));
     PackedLinearArgs args;
     args.dtype = packed_dtype(op, "weight", weight);
     check_dim(op, "weight", weight, 2, "(O, I)");
@@ -55,13 +176,31 @@ Tensor pack_weight(const Tensor& weight) {
     return packed;
 }
 
+Tensor unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_features) {
+    const char* op = "unpack_weight";
+    require(out_features >= 0, op, "out_features", expected("at least 0"), found(out_features));
+    require(in_features >= 0, op, "in_features", expected("at least 0"), found(in_features));
+    PackedBitsArgs args;
+    args.out_features = out_features;
+    args.in_features = in_features;
+    read_layout(op, packed, args);
+    Tensor weight = at::empty({out_features, in_features}, packed.options().dtype(at::kFloat));
+    if (weight.numel() == 0) return weight;
+    args.weight = weight.mutable_data_ptr();
+    for_blocks(args, chosen_twins<PackedBitsCpu>().unpack);
+    return weight;
+}
+
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
-                     int64_t out_features) {
+                     int64_t out_features, bool int8) {
     const char* op = "packed_linear";
     PackedLinearArgs args;
     args.dtype = packed_dtype(op, "x", x);
     check_dim(op, "x", x, 2, "(T, I)");
     require(out_features >= 0, op, "out_features", expected("at least 0"), found(out_features));
+    if (packed.scalar_type() == at::kByte)
+        return product_of_bits(x, packed, bias, out_features, int8);
+    require(!int8, op, "int8", expected("False for a weight that has no codes"), found("True"));
     args.rows = x.size(0);
     args.in_features = x.size(1);
     args.out_features = out_features;

@@ -209,10 +209,14 @@ inline constexpr std::tuple kOps{
         "Tensor weights, Tensor? router, Tensor rinv, Tensor mean, bool need_hiddens)"
         " -> (Tensor[] dhiddens, Tensor sums, Tensor dweights_out)"},
     // --- packed_linear ---
-    NoGradient<&pack_weight, kPacked>{"pack_weight", "(Tensor weight) -> Tensor"},
+    NoGradient<&pack_weight, kPacked>{
+        "pack_weight",
+        "(Tensor weight, int? bits=None, int group=64, bool minimum=False) -> Tensor"},
+    Op<&unpack_weight>{
+        "unpack_weight", "(Tensor packed, int out_features, int in_features) -> Tensor"},
     NoGradient<&packed_linear, kPacked>{
         "packed_linear",
-        "(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor"},
+        "(Tensor x, Tensor packed, Tensor? bias, int out_features, bool int8=False) -> Tensor"},
 
     // --- pointwise ---
     NoGradient<&pointwise, kPointwise>{"pointwise", "(Tensor x, str function) -> Tensor"},

@@ -1,7 +1,8 @@
 """Products of few rows with a packed weight, on the CPU.
 
 The speed of such a product is limited by reading the weight from memory. :func:`pack_weight` copies
-a weight into panels that :func:`packed_linear` reads once for any number of rows.
+a weight into panels that :func:`packed_linear` reads once for any number of rows. Weights of 8 and
+4 bits have fewer bytes to read.
 
 Letters: ``T`` rows, ``I`` input features, ``O`` output features.
 """
@@ -19,25 +20,54 @@ _c = torch.ops.lora_ext
 PANEL = 32
 
 
-def pack_weight(weight: Tensor) -> Tensor:
+def pack_weight(
+    weight: Tensor, *, bits: int | None = None, group: int = 64, minimum: bool = False
+) -> Tensor:
     """Copy a weight into panels of 32 output features, padded with zeros beyond ``O``.
 
+    With ``bits``, the weight is rounded to the nearest multiple of a float16 scale for each
+    ``group`` input features of an output: the largest magnitude of the group / 127 or / 7.
+
     Args:
-        weight: Weight ``(O, I)`` float32 or bfloat16 on the CPU.
+        weight: Weight ``(O, I)`` float32 or bfloat16 on the CPU. With ``bits``, its values are
+            finite and at most 65504 in magnitude.
+        bits: 8 or 4, or None to keep the dtype of ``weight``.
+        group: Input features per scale: 32, 64 or 128, a divisor of ``I``.
+        minimum: Whether each group of 4-bit weights also has a float16 minimum. The scale is then
+            (largest - minimum) / 15.
 
     Returns:
         For float32, ``(ceil(O / 32), I, 32)``, with the input features of a panel in order. For
         bfloat16, ``(ceil(O / 32), ceil(I / 2), 32, 2)``, with pairs of input features; if ``I`` is
-        odd, the last two axes are merged, so that the shape differs from that for ``I + 1``.
+        odd, the last two axes are merged, so that the shape differs from that for ``I + 1``. For 8
+        and 4 bits, ``(ceil(O / 32), I / group, bytes of a block)`` uint8.
 
     Raises:
-        ValueError: If the shape, dtype or device is wrong.
+        ValueError: If a shape, dtype, device or value is wrong; the message names the argument.
     """
-    return _c.pack_weight.default(weight)
+    return _c.pack_weight.default(weight, bits, group, minimum)
+
+
+def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """Return the weight ``(O, I)`` in float32 of a packed weight of 8 or 4 bits.
+
+    Args:
+        packed: Result of :func:`pack_weight` with ``bits``.
+        out_features: Number ``O`` of output features.
+        in_features: Number ``I`` of input features.
+
+    Raises:
+        ValueError: If a shape, dtype or device is wrong.
+    """
+    return _c.unpack_weight.default(packed, out_features, in_features)
 
 
 def packed_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None = None, out_features: int | None = None
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    out_features: int | None = None,
+    int8: bool = False,
 ) -> Tensor:
     """Compute ``y[t] = weight @ x[t] + bias`` for a weight from :func:`pack_weight`.
 
@@ -46,14 +76,21 @@ def packed_linear(
     in float32; they are rounded once. Machines with other instruction sets may round differently.
     Instructions that multiply bfloat16 in pairs also treat subnormal numbers as zero.
 
+    With a weight of 8 or 4 bits, the products of a group of input features with the codes are added
+    in float32, and the sum is multiplied by the scale of the group.
+
     The op is not differentiable and ignores autocast.
 
     Args:
-        x: Input ``(T, I)`` float32 or bfloat16 on the CPU; any row stride.
-        packed: Result of :func:`pack_weight`, dtype of ``x``.
+        x: Input ``(T, I)`` float32 or bfloat16 on the CPU; any row stride. A CUDA tensor raises.
+        packed: Result of :func:`pack_weight`: dtype of ``x``, or 8 or 4 bits.
         bias: Bias ``(O,)``, dtype of ``x``, or None.
         out_features: Number ``O`` of output features. None for all features of ``packed``,
             including the padding: 32 per panel.
+        int8: Whether to round each row of ``x`` to 8 bits, which needs a weight of 8 or 4 bits. The
+            row's scale is its largest magnitude / 127, so each input changes by at most half of
+            this, and an output by at most this times half of the sum of ``|weight|``. The sums of
+            a group are exact. A row that is not finite gives NaN.
 
     Returns:
         ``(T, O)``, dtype of ``x``.
@@ -64,24 +101,36 @@ def packed_linear(
     """
     if out_features is None:
         out_features = packed.shape[0] * PANEL
-    return _c.packed_linear.default(x, packed, bias, out_features)
+    return _c.packed_linear.default(x, packed, bias, out_features, int8)
 
 
 @fake("pack_weight")
-def _fake_pack_weight(weight: Tensor) -> Tensor:
+def _fake_pack_weight(
+    weight: Tensor, bits: int | None = None, group: int = 64, minimum: bool = False
+) -> Tensor:
     require_tensor("pack_weight", "weight", weight, "(O, I)", None, torch.float32, torch.bfloat16)
-    return weight.new_empty(_packed_shape(weight.dtype, *weight.shape))
+    if bits is None:
+        return weight.new_empty(_packed_shape(weight.dtype, *weight.shape))
+    rows, wide = weight.shape
+    block = 4 * bits * group + (128 if minimum else 64)
+    return weight.new_empty((-(-rows // PANEL), wide // group, block), dtype=torch.uint8)
+
+
+@fake("unpack_weight")
+def _fake_unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    return packed.new_empty((out_features, in_features), dtype=torch.float32)
 
 
 @fake("packed_linear")
 def _fake_packed_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, int8: bool = False
 ) -> Tensor:
     op = "packed_linear"
     require_tensor(op, "x", x, "(T, I)", None, torch.float32, torch.bfloat16)
-    shape = _packed_shape(x.dtype, out_features, x.shape[1])
-    require_shape(op, "packed", packed, "of pack_weight", shape)
-    require_dtype(op, "packed", packed, x.dtype)
+    if packed.dtype != torch.uint8:
+        shape = _packed_shape(x.dtype, out_features, x.shape[1])
+        require_shape(op, "packed", packed, "of pack_weight", shape)
+        require_dtype(op, "packed", packed, x.dtype)
     if bias is not None:
         require_tensor(op, "bias", bias, "(O,)", (out_features,), x.dtype)
     return x.new_empty(x.shape[0], out_features)

@@ -45,7 +45,7 @@ from .lora_train import (
     lora_linear,
     lora_linear_backward,
 )
-from .packed_linear import pack_weight, packed_linear
+from .packed_linear import pack_codes, pack_weight, packed_linear, quantise, unpack_weight
 from .pointwise import pointwise
 from .row_attention import row_attention, seen_keys
 from .vocab import chunked_cross_entropy, chunked_kl, vocab_logits
@@ -59,6 +59,7 @@ __all__ = [
     "log_einsum_exp", "lora_apply", "lora_apply_", "lora_apply_siblings_", "lora_delta",
     "lora_dora_norm", "lora_dropout", "lora_expand_", "lora_gram", "lora_linear",
     "lora_linear_backward", "lora_merge_", "lora_mixture", "lora_pair_stats", "lora_plan",
-    "lora_segment_ids", "lora_shrink", "lora_update", "pack_weight", "packed_linear", "pointwise",
-    "row_attention", "seen_keys", "spec_verify", "vocab_logits",
+    "lora_segment_ids", "lora_shrink", "lora_update", "pack_codes", "pack_weight", "packed_linear",
+    "pointwise", "quantise", "row_attention", "seen_keys", "spec_verify", "unpack_weight",
+    "vocab_logits",
 ]  # fmt: skip

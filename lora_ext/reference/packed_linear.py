@@ -5,12 +5,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def pack_weight(weight: Tensor) -> Tensor:
+def pack_weight(
+    weight: Tensor, bits: int | None = None, group: int = 64, minimum: bool = False
+) -> Tensor:
     """Copy a weight ``(O, I)`` into panels of 32 output features, ``(panels, I, 32)``.
 
     For bfloat16, the panels contain pairs of input features: ``(panels, ceil(I / 2), 32, 2)``, or
-    ``(panels, ceil(I / 2), 64)`` if ``I`` is odd.
+    ``(panels, ceil(I / 2), 64)`` if ``I`` is odd. For 8 and 4 bits, see :func:`pack_codes`.
     """
+    if bits is not None:
+        return pack_codes(*quantise(weight, bits, group, minimum))
     together = 2 if weight.dtype == torch.bfloat16 else 1
     padded = pad(weight, (0, -weight.shape[1] % together, 0, -weight.shape[0] % 32))
     panels = padded.view(padded.shape[0] // 32, 32, padded.shape[1] // together, together)
@@ -18,9 +22,85 @@ def pack_weight(weight: Tensor) -> Tensor:
     return packed.flatten(2) if weight.shape[1] % together or together == 1 else packed
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """Compute ``x @ weight.T + bias`` in float64, ``(T, O)``."""
-    panels = packed.view(*packed.shape[:2], 32, 2 if packed.dtype == torch.bfloat16 else 1)
-    padded = panels.transpose(1, 2).flatten(2).flatten(0, 1)  # (32 * panels, I or I + 1)
-    y = x.double() @ padded[:out_features, : x.shape[1]].double().t()
+def quantise(
+    weight: Tensor, bits: int, group: int, minimum: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round a weight ``(O, I)`` to codes of 8 or 4 bits, with a float16 scale for each group.
+
+    Returns:
+        Codes ``(O, I / group, group)``: int8, or uint8 for 4 bits. Scales and, with ``minimum``,
+        minima ``(O, I / group)`` float16; otherwise None. A weight is ``scale * code`` (8 bits),
+        ``scale * (code - 8)`` (4 bits), or ``scale * code + minimum``.
+    """
+    w = weight.float().unflatten(1, (weight.shape[1] // group, group))  # (O, groups, group)
+    first, last = (0, 15) if minimum else (-127, 127) if bits == 8 else (-7, 7)
+    low = w.amin(2).half() if minimum else None  # (O, groups)
+    base = 0 if low is None else low.float()
+    span = w.abs().amax(2) if low is None else (w.amax(2) - base).clamp(min=0)
+    scale = (span / last).half()
+    # Rounds up where float16 has so few bits that the largest code would be cut.
+    cut = scale.float() * (last + 0.5) < span / last * last
+    scale = (scale.view(torch.int16) + cut).view(torch.float16)
+    steps = (w - (0 if low is None else low.float()[..., None])) / scale.float()[..., None]
+    codes = torch.where(scale[..., None] > 0, steps.round().clamp(first, last), 0)
+    if bits == 8:
+        return codes.to(torch.int8), scale, low
+    return (codes if minimum else codes + 8).to(torch.uint8), scale, low
+
+
+def pack_codes(codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> Tensor:
+    """Lay out the result of :func:`quantise` in blocks of 32 output features and one group.
+
+    Returns:
+        ``(ceil(O / 32), I / group, bytes)`` uint8. A block has the codes, the scales and the
+        minima. Four adjacent bytes belong to one output. They contain the codes of 4 input
+        features, or, for 4 bits, of 8: the low halves of the first 4, the high halves of the rest.
+    """
+    rows, groups, group = codes.shape
+    padded = pad(codes, (0, 0, 0, 0, 0, -rows % 32)).view(torch.uint8)
+    together = 4 if codes.dtype == torch.int8 else 8
+    panels = padded.unflatten(0, (len(padded) // 32, 32)).unflatten(
+        3, (group // together, together)
+    )
+    panels = panels.permute(0, 2, 3, 1, 4)  # (panels, groups, steps, 32, together)
+    if together == 8:
+        panels = panels[..., :4] | panels[..., 4:] << 4
+    parts = [panels.flatten(2)]
+    for each in (scale, minimum):
+        if each is not None:
+            columns = pad(each, (0, 0, 0, -rows % 32)).view(len(panels), 32, groups).transpose(1, 2)
+            parts.append(columns.contiguous().view(torch.uint8))
+    return torch.cat(parts, 2)
+
+
+def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """Return the weight ``(O, I)`` in float32 for a packed weight of 8 or 4 bits."""
+    panels, groups, size = packed.shape
+    group = in_features // max(groups, 1)
+    bits = 8 if size == 32 * group + 64 else 4
+    words = packed[..., : 4 * group * bits].view(panels, groups, group * bits // 32, 32, 4)
+    codes = words.view(torch.int8) if bits == 8 else torch.cat([words & 15, words >> 4], 4)
+    codes = codes.permute(0, 3, 1, 2, 4).flatten(3)  # (panels, 32, groups, group)
+    ends = packed[..., 4 * group * bits :].contiguous().view(torch.float16).unflatten(2, (-1, 32))
+    scale, *minimum = ends.permute(2, 0, 3, 1).double().unsqueeze(4)  # (panels, 32, groups, 1)
+    base = minimum[0] if minimum else 0 if bits == 8 else -8 * scale
+    return (scale * codes + base).float().flatten(2).flatten(0, 1)[:out_features]
+
+
+def packed_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, int8: bool = False
+) -> Tensor:
+    """Compute ``x @ weight.T + bias`` in float64, ``(T, O)``.
+
+    With ``int8``, each row of ``x`` is rounded to multiples of its largest magnitude / 127.
+    """
+    if packed.dtype == torch.uint8:
+        weight = unpack_weight(packed, out_features, x.shape[1])
+    else:
+        panels = packed.view(*packed.shape[:2], 32, 2 if packed.dtype == torch.bfloat16 else 1)
+        weight = panels.transpose(1, 2).flatten(2).flatten(0, 1)  # (32 * panels, I or I + 1)
+    if int8:
+        scale = x.float().abs().amax(1, keepdim=True) / 127
+        x = torch.where(scale > 0, (x.float() / scale).round().clamp(-127, 127) * scale.double(), 0)
+    y = x.double() @ weight[:out_features, : x.shape[1]].double().t()
     return y if bias is None else y + bias.double()

@@ -147,6 +147,7 @@ depth_mix_forward depth_mix DepthMixCpu.forward depth_mix
 depth_mix_backward depth_mix DepthMixCpu.backward depth_mix_backward
 pack_weight pack_weight PackedLinearCpu.pack -
 packed_linear packed_linear PackedLinearCpu.product -
+unpack_weight unpack_weight PackedBitsCpu.unpack -
 pointwise pointwise PointwiseCpu.apply -
 row_attention row_attention RowAttentionCpu.attend row_attention
 vocab_cross_entropy chunked_cross_entropy VocabCpu.cross_entropy_update cross_entropy_update

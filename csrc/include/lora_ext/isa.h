@@ -22,7 +22,9 @@ Isa best_isa();
 
 // All families of CPU twins: the type of the table, defined by the family's header, and the table's
 // name in the namespace of an instruction set. Families of the second list are also compiled for
-// AVX-512-bf16, which multiplies pairs of bfloat16 (dot_pairs in vec.h).
+// AVX-512-bf16, which multiplies pairs of bfloat16 (dot_pairs in vec.h) and, with the VNNI that
+// every such processor has, four int8 at once. Those of the third list are also compiled for AMX,
+// which multiplies tiles of bfloat16: on a processor that has it, this is their AVX-512-bf16 code.
 #define LX_FAMILIES(X)                      \
     X(LoraTrainCpu, train_table)            \
     X(GramCpu, gram_table)                  \
@@ -37,7 +39,8 @@ Isa best_isa();
     X(VocabCpu, vocab_table)
 #define LX_FAMILIES_WITH_PAIRS(X) \
     X(LoraCpu, lora_table)        \
-    X(PackedLinearCpu, packed_linear_table)
+    X(PackedBitsCpu, packed_bits_table)
+#define LX_FAMILIES_WITH_TILES(X) X(PackedLinearCpu, packed_linear_table)
 
 // Return the table of one family for an instruction set that runs here, e.g.
 // twins<LoraCpu>(best_isa()).
@@ -50,6 +53,7 @@ const Family& twins(Isa isa);
     const Family& twins<Family>(Isa isa);
 LX_FAMILIES(LX_DECLARE_TWINS)
 LX_FAMILIES_WITH_PAIRS(LX_DECLARE_TWINS)
+LX_FAMILIES_WITH_TILES(LX_DECLARE_TWINS)
 #undef LX_DECLARE_TWINS
 
 }  // namespace lora_ext

@@ -1,0 +1,55 @@
+// Products of few rows with a packed weight of 8 or 4 bits on the CPU: y[t] = W x[t] + bias.
+//
+// W (O, I) is stored in blocks of kPanel outputs x `group` in-features, (ceil(O / kPanel),
+// I / group, block_bytes). A block contains codes in steps of kPanel x 4 bytes, then kPanel scales
+// and, with `minimum`, kPanel minima, all float16. Four bytes of a step belong to one output:
+//   8 bits: byte f is the code q of in-feature f of the step's 4, W = scale q, -127 <= q <= 127;
+//   4 bits: the low half of byte f is the code of in-feature f of the step's 8, the high half that
+//   of in-feature 4 + f. W = scale (q - 8), or scale q + minimum, 0 <= q <= 15.
+// Rows beyond O are zero codes with zero scales. All instruction sets use this layout. The codes of
+// GGUF's blocks Q8_0, Q4_0 and Q4_1 can be stored without a change.
+#pragma once
+
+#include "lora_ext/common.h"
+#include "lora_ext/packed_linear.h"
+
+namespace lora_ext {
+
+struct PackedBitsArgs {
+    DType dtype = DType::kFloat32;  // dtype of bias, y and weight: kFloat32 or kBFloat16
+    int64_t rows = 0, in_features = 0, out_features = 0;
+    int64_t bits = 8, group = 64;
+    bool minimum = false;
+    const float* x = nullptr;    // (T, I), widened to float32
+    int64_t x_stride = 0;        // elements between rows
+    const void* bias = nullptr;  // (O,), or nullptr
+    void* y = nullptr;           // (T, O)
+    void* weight = nullptr;      // (O, I): read by pack, written as float32 by unpack
+    int64_t weight_stride = 0;   // elements between rows
+    uint8_t* packed = nullptr;   // written by pack, read by product and unpack
+    float* sums = nullptr;       // (T, I / group) sums of x, written by prepare; or nullptr
+    int8_t* codes = nullptr;     // (T, I) x as int8, written by prepare; or nullptr
+    float* x_scales = nullptr;   // (T,) scale of each row of codes
+};
+
+constexpr int64_t code_bytes(const PackedBitsArgs& args) {
+    return kPanel * args.group * args.bits / 8;
+}
+constexpr int64_t block_bytes(const PackedBitsArgs& args) {
+    return code_bytes(args) + kPanel * (args.minimum ? 4 : 2);
+}
+
+// CPU twins. Items of prepare are rows, items of the others are panels; their split over threads
+// does not change the result. The bits of a row depend only on that row, W and bias. An element
+// starts at the bias. For each group in order, it adds scale times the float32 sum of the products
+// with the codes (in ascending order; codes of 4 bits are centred: q - 8), and then (minimum + 8
+// scale) times the sum of the row's inputs. With `codes`, the sums of a group are exact integers
+// and are multiplied by scale times x_scale.
+struct PackedBitsCpu {
+    void (*pack)(const PackedBitsArgs&, int64_t begin, int64_t end);
+    void (*unpack)(const PackedBitsArgs&, int64_t begin, int64_t end);
+    void (*prepare)(const PackedBitsArgs&, int64_t begin, int64_t end);
+    void (*product)(const PackedBitsArgs&, int64_t begin, int64_t end);
+};
+
+}  // namespace lora_ext
