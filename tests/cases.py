@@ -160,7 +160,13 @@ def make_inputs(
 
 
 def wider(inputs: Inputs) -> Inputs:
-    return wide(inputs, keep=("scale",))
+    return wide(inputs, keep=("scale", "weights"))
+
+
+def mixing(inputs: Inputs, signless: bool = False) -> Inputs:
+    """Return the arguments of a mixture, if the inputs have any (`cases_mixtures`)."""
+    found = {k: inputs[k] for k in ("weights", "groups") if inputs.get(k) is not None}
+    return {k: v.abs() for k, v in found.items()} if signless else found
 
 
 ROUNDING = {
@@ -185,9 +191,10 @@ def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
     exactly = wider(inputs)
     magnitudes = {k: exactly[k].abs() for k in ("x", "a", "b")}
     args = (exactly["adapter_ids"], exactly["scale"], exactly["ranks"], exactly["page_table"])
-    v = reference.lora_shrink(magnitudes["x"], magnitudes["a"], *args)
+    signless = mixing(exactly, signless=True)
+    v = reference.lora_shrink(magnitudes["x"], magnitudes["a"], *args, **signless)
     total = reference.lora_update(v, magnitudes["b"], args[0], *args[2:])
-    v_exact = reference.lora_shrink(exactly["x"], exactly["a"], *args).abs()
+    v_exact = reference.lora_shrink(exactly["x"], exactly["a"], *args, **mixing(exactly)).abs()
     split = SPLIT.get(dtype, 0.0) * reference.lora_update(
         v_exact, magnitudes["b"], args[0], *args[2:]
     )
@@ -204,7 +211,8 @@ def v_bound(inputs: Inputs) -> Tensor:
     multiplying by the scale."""
     exactly = wider(inputs)
     args = (exactly["adapter_ids"], exactly["scale"], exactly["ranks"], exactly["page_table"])
-    total = reference.lora_shrink(exactly["x"].abs(), exactly["a"].abs(), *args)
+    signless = mixing(exactly, signless=True)
+    total = reference.lora_shrink(exactly["x"].abs(), exactly["a"].abs(), *args, **signless)
     accumulator = 2.0**-53 if inputs["x"].dtype == torch.float64 else 2.0**-24
     return (16 + inputs["x"].shape[1] ** 0.5 / 2) * accumulator * total
 
@@ -227,15 +235,16 @@ def _tail(i: Inputs) -> tuple[Tensor, ...]:
 def _v(i: Inputs) -> Tensor:
     """Return v, computed by the reference, in the dtype of the accumulator. It is the input for
     tests of expand alone."""
-    v = reference.lora_shrink(*(wider(i)[k] for k in ("x", "a")), *_tail(wider(i)))
+    exactly = wider(i)
+    v = reference.lora_shrink(exactly["x"], exactly["a"], *_tail(exactly), **mixing(exactly))
     return v.to(i["x"].device, torch.float64 if i["x"].dtype == torch.float64 else torch.float32)
 
 
 CASES = [
     OpCase(
         "lora_shrink",
-        lambda i: ops.lora_shrink(i["x"], i["a"], *_tail(i), plan=i.get("plan")),
-        lambda i: reference.lora_shrink(i["x"], i["a"], *_tail(i)),
+        lambda i: ops.lora_shrink(i["x"], i["a"], *_tail(i), plan=i.get("plan"), **mixing(i)),
+        lambda i: reference.lora_shrink(i["x"], i["a"], *_tail(i), **mixing(i)),
         lambda i, _: v_bound(i),
     ),
     OpCase(
@@ -250,17 +259,21 @@ CASES = [
     ),
     OpCase(
         "lora_apply",
-        lambda i: ops.lora_apply(i["x"], i["a"], i["b"], *_tail(i), plan=i.get("plan")),
-        lambda i: reference.lora_apply(i["x"], i["a"], i["b"], *_tail(i)),
+        lambda i: ops.lora_apply(
+            i["x"], i["a"], i["b"], *_tail(i), plan=i.get("plan"), **mixing(i)
+        ),
+        lambda i: reference.lora_apply(i["x"], i["a"], i["b"], *_tail(i), **mixing(i)),
         lambda i, r: bound(i, r, None),
         ("x", "a", "b"),
     ),
     OpCase(
         "lora_apply_",
         lambda i: ops.lora_apply_(
-            i["y"].clone(), i["x"], i["a"], i["b"], *_tail(i), plan=i.get("plan")
+            i["y"].clone(), i["x"], i["a"], i["b"], *_tail(i), plan=i.get("plan"), **mixing(i)
         ),
-        lambda i: reference.lora_apply_(i["y"].clone(), i["x"], i["a"], i["b"], *_tail(i)),
+        lambda i: reference.lora_apply_(
+            i["y"].clone(), i["x"], i["a"], i["b"], *_tail(i), **mixing(i)
+        ),
         lambda i, r: bound(i, r, i["y"]),
     ),
 ]

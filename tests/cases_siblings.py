@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from cases import DEEP, LARGE, MEDIUM, SMALL, Inputs, Shape, make_inputs, wider
+from cases import DEEP, LARGE, MEDIUM, SMALL, Inputs, Shape, make_inputs, mixing, wider
 from contract import Check, Op, Outputs
 from torch import Tensor
 
@@ -33,14 +33,18 @@ def together(modules: list[Inputs], plan: Tensor | None = None, run: Any = ops) 
     first = modules[0]
     rest = (first["adapter_ids"], *(each(modules, k) for k in ("scale", "ranks", "page_table")))
     rest = rest if run is reference else (*rest, plan)
-    got = run.lora_apply_siblings_(ys, first["x"], each(modules, "a"), each(modules, "b"), *rest)
+    mixed = {"weights": first["weights"]} if "weights" in first else {}
+    if "groups" in first:
+        mixed["groups"] = each(modules, "groups")
+    a, b = each(modules, "a"), each(modules, "b")
+    got = run.lora_apply_siblings_(ys, first["x"], a, b, *rest, **mixed)
     assert got is ys
     return ys
 
 
 def alone(m: Inputs) -> Tensor:
     rest = (m[k] for k in ("adapter_ids", "scale", "ranks", "page_table"))
-    return ops.lora_apply_(m["y"].clone(), m["x"], m["a"], m["b"], *rest)
+    return ops.lora_apply_(m["y"].clone(), m["x"], m["a"], m["b"], *rest, **mixing(m))
 
 
 def checks() -> Iterator[Check]:

@@ -1,6 +1,6 @@
 """Inputs, error bounds and table rows of the training ops."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cases
@@ -94,7 +94,9 @@ def formula(inputs: Inputs) -> Outputs:
     return out | {"da": da, "db": db}
 
 
-def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
+def bounds(
+    inputs: Inputs, exact: Outputs, formula: Callable[[Inputs], Outputs] = formula
+) -> Outputs:
     """Return the largest |error| allowed for each entry.
 
     Every output is rounded once to its dtype; y and dx are rounded twice, since the library rounds

@@ -218,7 +218,7 @@ def decode_pair(
         ),
     )
     expand = Case(
-        f"lora_expand_kernel<{BF16}, true, 1, 4, {modules}>",
+        f"lora_expand_kernel<{BF16}, true, 1, 4, {modules}, false>",
         said,
         sum(2 * slots * rank * o + 4 * rows * o for o in outputs) + v,
         tiles * sum(ceil(o / each) for o in outputs),
@@ -270,7 +270,7 @@ def large_cases() -> Iterator[Case]:
         way=((2181, 1), (1044, 8), (819, 1)),
     )
     expand = Case(  # 128 rows, 512 outputs, 32 of them in a step
-        f"lora_expand_kernel<{BF16}, true, 8, 1, 1>",
+        f"lora_expand_kernel<{BF16}, true, 8, 1, 1, false>",
         f"prefill: {shape}",
         2 * x + 2 * rank * width + 4 * rank * rows,
         rows // 128 * ceil(width / 512),
@@ -605,9 +605,9 @@ def layers_cases() -> Iterator[Case]:
 COUNTED_IN = {
     f"lora_shrink_decode_kernel<{BF16}, true, 1>": 1032,
     f"lora_shrink_decode_kernel<{BF16}, true, 8>": 1128,
-    f"lora_expand_kernel<{BF16}, true, 1, 4, 1>": 1544,
-    f"lora_expand_kernel<{BF16}, true, 1, 4, 8>": 1528,
-    f"lora_expand_kernel<{BF16}, true, 8, 1, 1>": 1616,
+    f"lora_expand_kernel<{BF16}, true, 1, 4, 1, false>": 1544,
+    f"lora_expand_kernel<{BF16}, true, 1, 4, 8, false>": 1528,
+    f"lora_expand_kernel<{BF16}, true, 8, 1, 1, false>": 1616,
     f"lora_train_input_kernel<{BF16}, false>": 2216,
     f"lora_shrink_kernel<{BF16}, 128, false>": 4152,
     "lora_reduce_kernel": 616,

@@ -13,13 +13,16 @@ constexpr int64_t kMaskColumns = 64;
 
 // Dropout key of some rows of one adapter.
 struct DropoutKey {
-    uint32_t low = 0, high = 0, threshold;
+    uint32_t low = 0, high = 0, column, threshold;
     const int32_t* rows;  // row numbers in the batch; nullptr: row i is number first + i
     int64_t first;
 
     // `first`: the position of rows[0] among the adapter's rows.
     DropoutKey(const LoraDropout& d, int64_t slot, const int32_t* rows, int64_t first)
-        : threshold(d.threshold), rows(d.per_adapter ? nullptr : rows), first(first) {
+        : column(d.column),
+          threshold(d.threshold),
+          rows(d.per_adapter ? nullptr : rows),
+          first(first) {
         if (threshold == 0) return;
         const uint64_t seed = static_cast<uint64_t>(d.seed[d.per_adapter ? slot : 0]);
         low = static_cast<uint32_t>(seed);
@@ -79,9 +82,10 @@ inline uint64_t keep_bits(const DropoutKey& key, uint32_t row, int64_t column) {
     constexpr int kChains = kCounters < 8 ? 2 : 1;  // independent, to hide latency
     uint64_t kept[4] = {};
     for (int done = 0; done < 16; done += kChains * kCounters) {
-        Words c0[kChains], c1[kChains], c2[kChains] = {}, c3[kChains] = {};
+        Words c0[kChains], c1[kChains], c2[kChains], c3[kChains] = {};
         for (int i = 0; i < kChains; ++i) {
             c0[i] = Words{} + row;
+            c2[i] = Words{} + key.column;
             uint64_t quads[kCounters];
             for (int l = 0; l < kCounters; ++l) quads[l] = column / 4 + done + i * kCounters + l;
             c1[i] = load_bits<Words>(quads);

@@ -291,11 +291,26 @@ int64_t most_rows(const LoraArgs& args) {
     return rank_spans(args.bank.max_rank) > 1 ? kSumRows : 0;
 }
 
+// v = (scale * v) * weight for the ranks of a span, if the rows or pages have factors. `first` is
+// the row of the chunk that is row 0 of v.
+template <typename T>
+void weigh(const LoraArgs& args, const Chunk& chunk, Span span, int64_t first, int64_t rows,
+           const Rows<Acc<T>>& v) {
+    if (!has_factors(args)) return;
+    const Factors<T> factors(args, chunk);
+    for (int64_t i = 0; i < rows; ++i)
+        factors.for_pages(first + i, span.first, span.ranks,
+                          [&](int64_t r, int64_t end, Acc<T> scale, Acc<T> weight) {
+                              for (; r < end; ++r) v[i][r] = scale * v[i][r] * weight;
+                          });
+}
+
 template <typename T>
 void shrink(const LoraArgs& args, int64_t begin, int64_t end) {
-    for_chunks(args, begin, end, most_rows(args), [&](const Chunk& chunk, int64_t span) {
-        shrink_rows<T>({args.bank, chunk.slot}, span, x_rows<T>(args, chunk), chunk.len,
-                       v_rows<T>(args, chunk));
+    for_chunks(args, begin, end, most_rows(args), [&](const Chunk& chunk, int64_t index) {
+        const Slot<T> slot(args.bank, chunk.slot, !has_factors(args));
+        shrink_rows<T>(slot, index, x_rows<T>(args, chunk), chunk.len, v_rows<T>(args, chunk));
+        weigh<T>(args, chunk, span_of(slot, index), 0, chunk.len, v_rows<T>(args, chunk));
     });
 }
 
@@ -317,13 +332,14 @@ void apply(const LoraArgs& args, int64_t begin, int64_t end) {
     alignas(64) Acc<T> buffer[kVSize];
     for (int64_t c = begin; c < end; ++c) {
         const Chunk chunk = chunk_at(args, c);
-        const Slot<T> slot(args.bank, chunk.slot);
+        const Slot<T> slot(args.bank, chunk.slot, !has_factors(args));
         if (slot.rank == 0) continue;
         const int64_t step = kVSize / slot.rank;
         for (int64_t row = 0; row < chunk.len; row += step) {
             const int64_t rows = min(step, chunk.len - row);
             const Rows<Acc<T>> v{buffer, slot.rank, nullptr};
             shrink_rows<T>(slot, 0, x_rows<T>(args, chunk).from(row), rows, v);
+            weigh<T>(args, chunk, {0, slot.rank}, row, rows, v);
             expand_rows<T>(slot, v, y_rows<T>(args, chunk).from(row), rows, 0, slot.out);
         }
     }

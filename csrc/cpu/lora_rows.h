@@ -25,7 +25,8 @@ struct Slot {
     bool full_pages;
     Acc<T> scale;
 
-    Slot(const LoraBank& bank, int32_t slot)
+    // scaled: the scale is a factor of sums, not of a later step.
+    Slot(const LoraBank& bank, int32_t slot, bool scaled = true)
         : a(static_cast<const T*>(bank.a)),
           b(static_cast<const T*>(bank.b)),
           table(bank.page_table),
@@ -39,7 +40,7 @@ struct Slot {
           // whose ranks csrc/ops does not check.
           rank(bank.ranks ? clamp_rank(bank.ranks[slot], bank.max_rank) : bank.max_rank),
           full_pages(bank.full_pages),
-          scale(bank.scale ? bank.scale[slot] : 1) {
+          scale(scaled && bank.scale ? bank.scale[slot] : 1) {
         if (table) {
             table += int64_t{slot} * bank.pages_per_slot;
         } else {
@@ -99,6 +100,35 @@ template <typename T>
 Rows<Acc<T>> v_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<Acc<T>*>(args.v), args.v_row_stride, chunk.rows};
 }
+
+// Factors of v of the rows and pages of one adapter (lora.h: has_factors).
+template <typename T>
+struct Factors {
+    const float* scale;      // of the pages of the slot
+    const int32_t* groups;   // likewise
+    Rows<const float> rows;  // weights
+    int64_t scale_step;
+
+    Factors(const LoraArgs& args, const Chunk& chunk)
+        : scale(args.bank.scale),
+          groups(args.bank.groups),
+          rows{args.weights, args.weights_row_stride, chunk.rows},
+          scale_step(args.bank.scale_per_page) {
+        if (scale) scale += chunk.slot * (scale_step ? int64_t{args.bank.pages_per_slot} : 1);
+        if (groups) groups += chunk.slot * int64_t{args.bank.pages_per_slot};
+    }
+    Acc<T> scale_of(int64_t page) const { return scale ? scale[page * scale_step] : 1; }
+    int64_t group(int64_t page) const { return groups ? groups[page] : 0; }
+    Acc<T> weight(int64_t row, int64_t page) const {
+        return rows.base ? rows[row][group(page)] : 1;
+    }
+    // Calls f(rank, end, scale, weight) for the ranks of each page of a row.
+    template <typename F>
+    LX_INLINE void for_pages(int64_t row, int64_t first, int64_t ranks, F&& f) const {
+        for (int64_t r = first; r < first + ranks; r += 8)
+            f(r, min(r + 8, first + ranks), scale_of(r / 8), weight(row, r / 8));
+    }
+};
 
 }  // namespace
 }  // namespace lora_ext::LX_ISA

@@ -268,6 +268,53 @@ void da_dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// Factors of rows and pages: items are chunks.
+template <typename T, typename F>
+void for_factors(const LoraTrainArgs& args, int64_t begin, int64_t end, F&& f) {
+    const Acc<T> keep = inverse_keep<T>(args.dropout);
+    for_chunks(args.lora, begin, end, 0, [&](const Chunk& chunk, int64_t) {
+        const int64_t ranks = Slot<T>(args.lora.bank, chunk.slot).rank;
+        const Factors<T> factors(args.lora, chunk);
+        const Rows<Acc<T>> v = v_rows<T>(args.lora, chunk), dv = dv_rows<T>(args, chunk.rows),
+                           weighed{static_cast<Acc<T>*>(args.weighed), args.weighed_row_stride,
+                                   chunk.rows};
+        for (int64_t i = 0; i < chunk.len; ++i)
+            factors.for_pages(i, 0, ranks,
+                              [&](int64_t r, int64_t last, Acc<T> scale, Acc<T> weight) {
+                                  f(chunk.rows[i], factors.group(r / 8), r, last, scale * keep,
+                                    weight, args.lora.v ? v[i] : nullptr, args.dv ? dv[i] : nullptr,
+                                    args.weighed ? weighed[i] : nullptr);
+                              });
+    });
+}
+
+template <typename T>
+void weigh(const LoraTrainArgs& args, int64_t begin, int64_t end) {
+    for_factors<T>(args, begin, end,
+                   [](int64_t, int64_t, int64_t r, int64_t last, Acc<T> factor, Acc<T> weight,
+                      Acc<T>* v, Acc<T>*, Acc<T>* weighed) {
+                       for (; r < last; ++r) v[r] = factor * v[r], weighed[r] = v[r] * weight;
+                   });
+}
+
+template <typename T>
+void weigh_back(const LoraTrainArgs& args, int64_t begin, int64_t end) {
+    for_factors<T>(args, begin, end,
+                   [&](int64_t row, int64_t group, int64_t first, int64_t last, Acc<T> factor,
+                       Acc<T> weight, Acc<T>* v, Acc<T>* dv, Acc<T>* weighed) {
+                       if (weighed)
+                           for (int64_t r = first; r < last; ++r) weighed[r] = v[r] * weight;
+                       if (!dv) return;
+                       if (args.dweights) {
+                           Acc<T> sum = 0;
+                           for (int64_t r = first; r < last; ++r) sum += dv[r] * v[r];
+                           args.dweights[row * args.dweights_row_stride + group] += sum;
+                       }
+                       for (int64_t r = first; r < last; ++r) dv[r] = factor * dv[r] * weight;
+                   });
+}
+
+// ------------------------------------------------------------------------------------------------
 // Dropout alone
 template <typename T>
 void dropout(const LoraTrainArgs& args, int64_t begin, int64_t end) {
@@ -310,7 +357,8 @@ int64_t da_dx_items(const LoraTrainArgs& args) {
 
 extern const LoraTrainCpu train_table;
 const LoraTrainCpu train_table = {
-    LX_ISA_NAME, span_items,      LX_BY_DTYPE(shrink), span_items,         LX_BY_DTYPE(dv),
-    db_items,    LX_BY_DTYPE(db), da_dx_items,         LX_BY_DTYPE(da_dx), LX_BY_DTYPE(dropout)};
+    LX_ISA_NAME,        span_items,         LX_BY_DTYPE(shrink),     span_items,
+    LX_BY_DTYPE(dv),    db_items,           LX_BY_DTYPE(db),         da_dx_items,
+    LX_BY_DTYPE(da_dx), LX_BY_DTYPE(weigh), LX_BY_DTYPE(weigh_back), LX_BY_DTYPE(dropout)};
 
 }  // namespace lora_ext::LX_ISA

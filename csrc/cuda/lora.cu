@@ -44,14 +44,14 @@ Partials partials(const LoraArgs& args) {
             order.count,
             order.width,
             static_cast<int>(row),
-            scaled};
+            scaled && !has_factors(args)};
 }
 
 // Returns whether the splits of v are summed before expand. At prefill, each block of 512 outputs
 // reads all splits; summing pays from about 16 MB on (estimated). The result is the same.
 bool sums_splits_first(const LoraArgs& args, const Partials& v) {
     const int64_t again = ceil_div(args.bank.out_features, 512) - 1;
-    if (large_rank(args.bank)) return v.splits > 1;
+    if (large_rank(args.bank)) return !v.scaled;
     return !is_decode(args) &&
            (v.splits - 1) * v.split_stride * int64_t{sizeof(float)} * again >= 16 << 20;
 }
@@ -80,7 +80,8 @@ LaunchStatus run_shrink(const Module& module, void* stream) {
         declare_v(args, v, lx::Access::kWrite);
         return run_gemm_shrink(args, v, stream);
     }
-    return run_shrink_rows({args, {}, v.data, v.row_stride}, projection_slices(args, false),
+    const LoraArgs sums = has_factors(args) ? without_factors(args) : args;
+    return run_shrink_rows({sums, {}, v.data, v.row_stride}, projection_slices(sums, false),
                            stream);
 }
 
@@ -128,8 +129,9 @@ LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream) {
         v.data = static_cast<float*>(args.v);
         v.row_stride = args.v_row_stride;
         v.row_floats = args.bank.max_rank;
-        v.scaled = true;
-        return run_shrink({args, v}, stream);
+        v.scaled = !has_factors(args);
+        const LaunchStatus status = run_shrink({args, v}, stream);
+        return status || v.scaled ? status : run_reduce(args, v, stream);
     }
     if (const LaunchStatus status = run_shrink({args, v}, stream)) return status;
     return run_reduce(args, v, stream);
@@ -205,10 +207,15 @@ void declare_common(const LoraArgs& args) {
         if (args.ids.num_valid) LX_BUF(args.ids.num_valid, 4, lx::Access::kConstant);
     }
     if (bank.ranks) LX_BUF(bank.ranks, bank.num_adapters * 4, lx::Access::kConstant);
-    if (bank.scale) LX_BUF(bank.scale, bank.num_adapters * 4, lx::Access::kConstant);
-    if (bank.page_table)
-        LX_BUF(bank.page_table, int64_t{4} * bank.num_adapters * bank.pages_per_slot,
+    [[maybe_unused]] const int64_t pages = int64_t{4} * bank.num_adapters * bank.pages_per_slot;
+    if (bank.scale)
+        LX_BUF(bank.scale, bank.scale_per_page ? pages : bank.num_adapters * 4,
                lx::Access::kConstant);
+    if (bank.groups) LX_BUF(bank.groups, pages, lx::Access::kConstant);
+    if (args.weights)
+        LX_BUF_ROWS(args.weights, args.num_tokens, bank.num_groups * 4, args.weights_row_stride * 4,
+                    lx::Access::kConstant);
+    if (bank.page_table) LX_BUF(bank.page_table, pages, lx::Access::kConstant);
 }
 
 void declare_a(const LoraArgs& args) {

@@ -42,10 +42,12 @@ LX_DEVICE uint4* fragment(unsigned char* fragments, int blocks, int tile, int bl
 }
 
 // Sums the splits of v, scales them, stores fragments. unscale[row] undoes the row's power of two.
-template <class T, int kRows>
-LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float scale,
-                               const int32_t (&row_of)[kRows], unsigned char* fragments,
-                               unsigned (&row_max)[kRows], float (&unscale)[kRows]) {
+// kFactors: pages and rows have their own factors, instead of `scale`.
+template <class T, int kRows, bool kFactors>
+LX_DEVICE void build_fragments(const LoraArgs& args, const Partials& v, const RowTile& tile,
+                               float scale, const int32_t (&row_of)[kRows],
+                               unsigned char* fragments, unsigned (&row_max)[kRows],
+                               float (&unscale)[kRows]) {
     constexpr bool kNormalise = std::is_same_v<T, lx::f16>;
     const int blocks = (tile.rank + kBlockRanks<T> - 1) / kBlockRanks<T>;
     if constexpr (kNormalise) {
@@ -98,6 +100,12 @@ LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float sca
         const int n = row < tile.rows ? tile.rank - rank : 0;
         const float* p = v.data + row_of[n > 0 ? row : 0] * v.row_stride + (n > 0 ? rank : 0);
         float value[4] = {};
+        float weight = 1;
+        if constexpr (kFactors) {  // the four ranks are in one page
+            const int page = (n > 0 ? rank : 0) / kPageRanks;
+            scale = scale_of_page(args.bank, tile.slot, page);
+            weight = weight_of_row(args, tile.slot, row_of[n > 0 ? row : 0], page);
+        }
         if (wide) {
             add_splits(v.splits, value, [&](int split, float (&part)[4]) {
                 const float4 four = *reinterpret_cast<const float4*>(p + split * v.split_stride);
@@ -112,7 +120,10 @@ LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float sca
             }
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) value[i] = i < n ? value[i] * scale : 0.0f;
+        for (int i = 0; i < 4; ++i) {
+            value[i] = i < n ? value[i] * scale : 0.0f;
+            if constexpr (kFactors) value[i] = i < n ? value[i] * weight : 0.0f;
+        }
         if constexpr (kNormalise) {
             // Scaling needs the row's largest entry. Until it is found, the floats of the item are
             // stored in the memory of the item's high and low parts.
@@ -349,7 +360,7 @@ constexpr int kMinBlocks = kWarpsM > 1      ? 2
                            : sizeof(T) == 2 ? 5
                                             : 4;
 
-template <class T, bool kAligned, int kWarpsM, int kWarpsN, int kModules>
+template <class T, bool kAligned, int kWarpsM, int kWarpsN, int kModules, bool kFactors>
 __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned, kWarpsM>)
     lora_expand_kernel(const __grid_constant__ Modules<kModules> modules,
                        const __grid_constant__ Tiling tiling, int block_outputs) {
@@ -370,7 +381,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     float scale = 1;
     const auto also = [&](int slot) {
         number = page_number(bank, slot, lane);
-        if (!v.scaled && bank.scale) scale = bank.scale[slot];
+        if (!kFactors && !v.scaled && bank.scale) scale = bank.scale[slot];
     };
     const RowTile tile = find_tile<kRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     // The last blocks of a small sibling have no work: the grid covers the largest sibling.
@@ -406,7 +417,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
         work.load_y(even.y, y_at, 0, o);
     }
     lx::grid_dependency_wait();
-    build_fragments<T, kRows>(v, tile, scale, row_of, fragments, row_max, unscale);
+    build_fragments<T, kRows, kFactors>(args, v, tile, scale, row_of, fragments, row_max, unscale);
     lx::syncthreads();
 
     const Work work(args, found[0], end, page_of, row_of);
@@ -467,9 +478,15 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     }
 }
 
-template <class T, bool kAligned, int kWarpsM, int kWarpsN, int kModules>
+template <class T, bool kAligned, int kWarpsM, int kWarpsN, int kModules, bool kFactors = false>
 LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool dependent,
                            void* stream) {
+    if constexpr (!kFactors) {
+        for (const Module& module : modules)
+            if (has_factors(module.args) && !module.v.scaled)
+                return launch_expand<T, kAligned, kWarpsM, kWarpsN, kModules, true>(
+                    modules, outputs, dependent, stream);
+    }
     constexpr int kRows = kTileRows * kWarpsM;
     const LoraArgs& args = modules[0].args;
     const int64_t out = largest(modules, [](const LoraBank& bank) { return bank.out_features; });
@@ -484,10 +501,11 @@ LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool de
     constexpr int kThreads = kWarpsM * kWarpsN * 32;
     const Modules<kModules> all(modules);
     return dependent
-               ? LX_LAUNCH_PDL((lora_expand_kernel<T, kAligned, kWarpsM, kWarpsN, kModules>), grid,
-                               kThreads, bytes, stream, all, tiling(args, kRows), outputs)
-               : LX_LAUNCH((lora_expand_kernel<T, kAligned, kWarpsM, kWarpsN, kModules>), grid,
-                           kThreads, bytes, stream, all, tiling(args, kRows), outputs);
+               ? LX_LAUNCH_PDL(
+                     (lora_expand_kernel<T, kAligned, kWarpsM, kWarpsN, kModules, kFactors>), grid,
+                     kThreads, bytes, stream, all, tiling(args, kRows), outputs)
+               : LX_LAUNCH((lora_expand_kernel<T, kAligned, kWarpsM, kWarpsN, kModules, kFactors>),
+                           grid, kThreads, bytes, stream, all, tiling(args, kRows), outputs);
 }
 
 // Returns the outputs per block at decode. Blocks run in waves of as many as fit on the device at

@@ -32,6 +32,16 @@ LaunchStatus run_shrink_decode(std::span<const Module> modules, void* stream);
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream);
 LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* stream);
 
+// Rows of floats; data may be nullptr.
+struct FloatRows {
+    float* data;
+    int64_t row_stride;
+};
+// Sums the splits `v`, and writes (scale / (1 - p)) * sum to `scaled` and that times the weight to
+// `weighed`, each if given. Both may be the memory of the first split.
+LaunchStatus run_weigh(const LoraArgs& args, const Partials& v, float inverse_keep,
+                       FloatRows scaled, FloatRows weighed, bool dependent, void* stream);
+
 // Launchers of the stages for large ranks: grouped products of lora_gemm.cuh. The caller has
 // declared the buffers.
 constexpr int kGemmColumns = 128;  // per block

@@ -215,6 +215,9 @@ LaunchStatus run_shrink_decode(std::span<const Module> modules, void* stream) {
 }
 
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream) {
+    if (has_factors(args))
+        return run_weigh(args, v, 1.0f, {}, {static_cast<float*>(args.v), args.v_row_stride}, true,
+                         stream);
     declare_common(args);
     LX_BUF_ROWS(args.v, args.num_tokens, args.bank.max_rank * 4, args.v_row_stride * 4,
                 args.v == v.data ? lx::Access::kReadWrite : lx::Access::kWrite);

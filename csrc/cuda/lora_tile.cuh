@@ -257,6 +257,24 @@ LX_DEVICE const T* page_at(const LoraBank& bank, const void* base, int slot, int
 }
 
 // ------------------------------------------------------------------------------------------------
+// Factors of v that differ between pages or rows (lora.h: has_factors).
+
+LX_DEVICE float scale_of_page(const LoraBank& bank, int slot, int page) {
+    if (!bank.scale) return 1.0f;
+    return bank.scale[bank.scale_per_page ? int64_t{slot} * bank.pages_per_slot + page : slot];
+}
+// Groups are in device memory, so the host has not checked them.
+LX_DEVICE int group_of_page(const LoraBank& bank, int slot, int page) {
+    if (!bank.groups) return 0;
+    const int group = bank.groups[int64_t{slot} * bank.pages_per_slot + page];
+    return lx::min(lx::max(group, 0), bank.num_groups - 1);
+}
+LX_DEVICE float weight_of_row(const LoraArgs& args, int slot, int64_t row, int page) {
+    if (!args.weights) return 1.0f;
+    return args.weights[row * args.weights_row_stride + group_of_page(args.bank, slot, page)];
+}
+
+// ------------------------------------------------------------------------------------------------
 // Words
 
 // Returns `words` with all but the first n elements set to zero, even if they are NaN.

@@ -1,8 +1,11 @@
 // The training launchers. They choose kernels by sizes that the host has; none allocates or waits.
 //
 //   shrink     x -> v            projection of side A, with the mask
-//   backward   dy -> dv          projection of side B              if da or dx is needed
+//              v -> v, weighed   with factors
+//   backward   v -> weighed      with factors, for db
+//              dy -> dv          projection of side B              if da or dx is needed
 //              dy, v -> db       gradient of the weights           with dv in one pass over dy
+//              dv, v -> dv, dw   with factors
 //              x, dv -> da       the same kernel, with the mask
 //              dv -> dx          in place, with the mask
 //
@@ -47,6 +50,14 @@ LaunchStatus check(const LoraTrainArgs& args) {
 }
 bool no_adapters(const LoraTrainArgs& args) {
     return args.lora.bank.max_rank == 0 || args.lora.bank.num_adapters == 0;
+}
+
+Partials whole_v(const LoraTrainArgs& args) {
+    const LoraArgs& lora = args.lora;
+    return {static_cast<float*>(lora.v), lora.v_row_stride, 0, 1, 0, lora.bank.max_rank, false};
+}
+FloatRows weighed_rows(const LoraTrainArgs& args) {
+    return {static_cast<float*>(args.weighed), args.weighed_row_stride};
 }
 
 // Each thread writes 16 bytes of a row; y is contiguous.
@@ -97,25 +108,40 @@ int64_t lora_train_backward_workspace_bytes(const LoraTrainArgs& args) {
 LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream) {
     if (const LaunchStatus status = check(args)) return status;
     if (no_adapters(args) || args.lora.num_tokens == 0) return 0;
-    const Projection step{args.lora, args.dropout, static_cast<float*>(args.lora.v),
+    const bool factors = has_factors(args.lora);
+    const LoraTrainArgs sums = factors ? without_factors(args) : args;
+    const Projection step{sums.lora, sums.dropout, static_cast<float*>(args.lora.v),
                           args.lora.v_row_stride};
-    return run_projection(step, false, args.workspace, stream);
+    const LaunchStatus status = run_projection(step, false, args.workspace, stream);
+    if (status || !factors) return status;
+    return run_weigh(args.lora, whole_v(args), args.dropout.inverse_keep,
+                     {static_cast<float*>(args.lora.v), args.lora.v_row_stride}, weighed_rows(args),
+                     false, stream);
 }
 
 LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream) {
     if (const LaunchStatus status = check(args)) return status;
     if (no_adapters(args)) return 0;
-    const bool rows = args.lora.num_tokens > 0;
-    LoraDropout factor = args.dropout;
+    const bool rows = args.lora.num_tokens > 0, factors = has_factors(args.lora);
+    const LoraTrainArgs sums = factors ? without_factors(args) : args;
+    LoraDropout factor = sums.dropout;
     factor.threshold = 0;  // dy has no mask, only the factor 1 / (1 - p)
-    const Projection dv{side_b(args), factor, static_cast<float*>(args.dv), args.dv_row_stride};
-    const Gradient db = gradient(args, true);
-    const bool wants_dv = rows && (args.da || args.dx);
+    const Projection dv{side_b(sums), factor, static_cast<float*>(args.dv), args.dv_row_stride};
+    Gradient db = gradient(args, true);
+    const bool wants_dv = rows && (args.da || args.dx || args.dweights);
     const bool one_pass = wants_dv && args.db && takes_one_pass(db, dv.lora);
     LaunchStatus status = 0;
-    if (wants_dv && !one_pass) status = run_projection(dv, true, args.workspace, stream);
+    if (factors && rows && args.db) {
+        LoraArgs unscaled = args.lora;
+        unscaled.bank.scale = nullptr;
+        status = run_weigh(unscaled, whole_v(args), 1.0f, {}, weighed_rows(args), false, stream);
+        db.v = static_cast<const float*>(args.weighed);
+        db.v_row_stride = args.weighed_row_stride;
+    }
+    if (!status && wants_dv && !one_pass) status = run_projection(dv, true, args.workspace, stream);
     if (!status && args.db)
         status = run_gradient(db, args.workspace, stream, one_pass ? &dv : nullptr);
+    if (!status && factors && wants_dv) status = run_weigh_back(args, stream);
     if (!status && args.da) status = run_gradient(gradient(args, false), args.workspace, stream);
     if (!status && args.dx && rows && args.lora.bank.in_features > 0)
         status = run_input_gradient(args, stream);

@@ -85,6 +85,10 @@ constexpr int64_t kMostParts = 256 << 20;  // maximum bytes of partial sums; abo
 int64_t one_pass_workspace(const Gradient& args, const LoraArgs& side_b);
 bool takes_one_pass(const Gradient& args, const LoraArgs& side_b);
 
+// With factors (lora_train.h): dv holds u, whose products with v are dweights, if wanted; then dv is
+// (c * u) * w.
+LaunchStatus run_weigh_back(const LoraTrainArgs& args, void* stream);
+
 // dx[t, :] += mask * (dv[t, :] A)
 LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream);
 
@@ -115,10 +119,11 @@ inline bool takes_gemm(const LoraArgs& args) {
 
 struct Philox {
     uint32_t key[2];
+    uint32_t column;  // of the ids
 
-    // Returns the result of ten rounds on the counter {row, quad, 0, 0}.
+    // Returns the result of ten rounds on the counter {row, quad, column, 0}.
     LX_DEVICE uint4 operator()(uint32_t row, uint32_t quad) const {
-        uint32_t c0 = row, c1 = quad, c2 = 0, c3 = 0, k0 = key[0], k1 = key[1];
+        uint32_t c0 = row, c1 = quad, c2 = column, c3 = 0, k0 = key[0], k1 = key[1];
 #pragma unroll
         for (int round = 0; round < 10; ++round) {
             const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
@@ -148,7 +153,7 @@ struct Mask {
 LX_DEVICE Mask mask_of(const LoraDropout& dropout, int slot, int first) {
     if (dropout.threshold == 0) return {};
     const uint64_t seed = static_cast<uint64_t>(dropout.seed[dropout.per_adapter ? slot : 0]);
-    return {{{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}},
+    return {{{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}, dropout.column},
             dropout.threshold,
             dropout.per_adapter,
             first};

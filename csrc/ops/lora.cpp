@@ -1,7 +1,8 @@
 // The LoRA ops: checks, allocation, choice of CPU twin or CUDA kernel.
 //
 // Shapes: x (T, I); bank a (A, R, I), b (A, O, R), or pool a (P, 8, I), b (P, O, 8) with page_table
-// (A, R/8); adapter_ids (T,); v (T, R); y (T, O). lora_ext/lora.h has the layouts.
+// (A, R/8); adapter_ids (T,); v (T, R); y (T, O). lora_ext/lora.h has the layouts. A call with
+// adapter_ids (T, K) runs as one pass for each column, in order; its v is (T, K, R).
 #include "ops/lora.h"
 
 #include <ATen/Parallel.h>
@@ -94,23 +95,19 @@ void cut(std::span<LoraArgs> modules, int64_t (*bytes_of)(const LoraArgs&), Get&
     }
 }
 
+int64_t bytes_of_rank(const LoraArgs& args) {
+    return args.dtype == DType::kFloat64 ? 8 : 4;
+}
 int64_t bytes_of_v(const LoraArgs& args) {
-    const int64_t size = args.dtype == DType::kFloat64 ? 8 : 4;
-    return args.num_tokens * 8 * args.bank.pages_per_slot * size;
+    return args.num_tokens * 8 * args.bank.pages_per_slot * bytes_of_rank(args);
 }
 
-// Common part of all ops: plan, scratch memory, and kernel launch or loop on the CPU. Several
-// modules are siblings, which share their rows; `names` are their names in messages.
-void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tensor& x,
-             const Tensor& ids_in, const OptionalTensor& plan_in,
-             const char* const* names = nullptr) {
+// Plan, scratch memory, and kernel launch or loop on the CPU, for ids (T,).
+void execute_column(const char* op, Step step, std::span<LoraArgs> modules, const Tensor& x,
+                    const Tensor& ids_in, const int32_t* plan, const char* const* names) {
     const LoraArgs& first = modules[0];
     const int64_t rows = first.num_tokens, num_adapters = first.bank.num_adapters;
     const LoraPlanLayout layout{rows, first.bank.num_adapters};
-    check_ids(op, ids_in, rows, x.device());
-    if (plan_in) check_plan_tensor(op, layout, *plan_in, x.device());
-    require(rows <= kMaxSize, op, step == Step::kExpand ? "y" : "x",
-            expected("at most ", kMaxSize, " rows"), found(rows));
     const auto idle = [](const LoraArgs& args) { return args.bank.max_rank == 0; };
     if (rows == 0 || std::all_of(modules.begin(), modules.end(), idle)) return;
     // With zero in-features v is zero, and the CPU twins do not write it.
@@ -118,7 +115,6 @@ void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tenso
     const c10::DeviceGuard guard(x.device());
     const Tensor ids = ids_in.contiguous();
     LoraPlanArgs rows_of = plan_args(ids, first.bank.num_adapters);
-    const int32_t* plan = plan_in ? plan_in->const_data_ptr<int32_t>() : nullptr;
     const auto share_plan = [&] {
         for (LoraArgs& args : modules) args.ids = rows_of, args.plan = plan;
     };
@@ -178,31 +174,75 @@ void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tenso
     }
 }
 
-void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const Tensor& x,
-             const Tensor& ids, const OptionalTensor& plan) {
-    args.bank = bank.view;
-    execute(op, step, std::span(&args, 1), x, ids, plan);
+// Common part of all ops. Several modules are siblings, which share their rows; `names` are their
+// names in messages.
+void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tensor& x,
+             const Tensor& ids, const OptionalTensor& plan_in, const char* const* names = nullptr) {
+    const int64_t rows = modules[0].num_tokens;
+    const LoraPlanLayout layout{rows, modules[0].bank.num_adapters};
+    check_ids(op, ids, rows, x.device());
+    const int64_t count = ids.dim() == 2 ? ids.size(1) : 1;
+    if (plan_in) check_plan_tensor(op, layout, count, *plan_in, x.device());
+    require(rows <= kMaxSize, op, step == Step::kExpand ? "y" : "x",
+            expected("at most ", kMaxSize, " rows"), found(rows));
+    const int32_t* plan = plan_in ? plan_in->const_data_ptr<int32_t>() : nullptr;
+    if (ids.dim() == 1) return execute_column(op, step, modules, x, ids, plan, names);
+    const Tensor columns = columns_of(ids);
+    Tensor plans;
+    if (!launches_kernels(x)) {  // Raise for any column before the first one changes y.
+        if (!plan) {
+            plans = at::empty({count * layout.size()}, ids.options().dtype(at::kInt));
+            for (int64_t k = 0; k < count; ++k) {
+                const Tensor column = columns[k];
+                LoraPlanArgs of = plan_args(column, layout.num_adapters);
+                of.plan = plans.mutable_data_ptr<int32_t>() + k * layout.size();
+                build_plan(op, column, of, x, k);
+            }
+            plan = plans.const_data_ptr<int32_t>();
+        }
+        for (int64_t k = 0; k < count; ++k) {
+            if (plan_in) check_plan(op, layout, columns[k], plan + k * layout.size());
+            for (size_t i = 0; i < modules.size(); ++i)
+                check_slots(names ? names[i] : op, modules[i].bank, plan + k * layout.size());
+        }
+    }
+    for (int64_t k = 0; k < count; ++k) {
+        execute_column(op, step, modules, x, columns[k], plan, names);
+        if (plan) plan += layout.size();
+        for (LoraArgs& args : modules) {
+            if (args.weights) ++args.weights;
+            if (step != Step::kApply)
+                args.v = static_cast<char*>(args.v) + bytes_of_rank(args) * args.bank.max_rank;
+        }
+    }
 }
 
 }  // namespace
 
 Tensor lora_shrink(const Tensor& x_in, const Tensor& a, const Tensor& adapter_ids,
                    const OptionalTensor& scale, const OptionalTensor& ranks,
-                   const OptionalTensor& page_table, const OptionalTensor& plan) {
+                   const OptionalTensor& page_table, const OptionalTensor& plan,
+                   const OptionalTensor& weights, const OptionalTensor& groups) {
     constexpr auto op = "lora_shrink";
     check_inference(op, {&x_in, &a});
     check_dim(op, "x", x_in, 2, "(T, I)");
     LoraArgs args;
     args.dtype = dtype_of(op, "x", x_in);
     const Tensor x = rows_contiguous(x_in);
-    const Bank bank = bank_of(op, &a, nullptr, scale, ranks, page_table, x, "x", x.size(1), 0);
+    Bank bank = bank_of(op, &a, nullptr, scale, ranks, page_table, x, "x", x.size(1), 0);
+    args.bank = bank.view;
     args.num_tokens = x.size(0);
+    check_ids(op, adapter_ids, x.size(0), x.device());
+    set_weights(op, args, bank, weights, groups, adapter_ids);
     args.x = x.const_data_ptr();
     args.x_row_stride = x.stride(0);
-    Tensor v = at::zeros({x.size(0), bank.view.max_rank}, x.options().dtype(accumulator_of(x)));
+    const auto options = x.options().dtype(accumulator_of(x));
+    const int64_t rank = args.bank.max_rank;
+    Tensor v = adapter_ids.dim() == 2 ? at::zeros({x.size(0), adapter_ids.size(1), rank}, options)
+                                      : at::zeros({x.size(0), rank}, options);
     args.v = v.mutable_data_ptr();
     args.v_row_stride = v.stride(0);
-    execute(op, Step::kShrink, args, bank, x, adapter_ids, plan);
+    execute(op, Step::kShrink, std::span(&args, 1), x, adapter_ids, plan);
     return v;
 }
 
@@ -214,14 +254,18 @@ void lora_expand_(Tensor y, const Tensor& v_in, const Tensor& b, const Tensor& a
     check_output(op, y);
     LoraArgs args;
     args.dtype = dtype_of(op, "y", y);
-    check_dim(op, "v", v_in, 2, "(T, R)");
+    const bool columns = adapter_ids.dim() == 2;
+    check_dim(op, "v", v_in, columns ? 3 : 2, columns ? "(T, K, R)" : "(T, R)");
     check_dtype(op, "v", v_in, accumulator_of(y));
     check_device(op, "v", v_in, y.device());
     require(v_in.size(0) == y.size(0), op, "v.shape[0]", expected("y.shape[0] = ", y.size(0)),
             found(v_in.size(0)));
     const Bank bank = bank_of(op, nullptr, &b, {}, ranks, page_table, y, "y", 0, y.size(1));
-    require(v_in.size(1) == bank.view.max_rank, op, "v.shape[1]",
-            expected("the rank of b, ", bank.view.max_rank), found(v_in.size(1)));
+    args.bank = bank.view;
+    require(v_in.size(-1) == bank.view.max_rank, op, words("v.shape[", v_in.dim() - 1, "]"),
+            expected("the rank of b, ", bank.view.max_rank), found(v_in.size(-1)));
+    require(!columns || v_in.size(1) == adapter_ids.size(1), op, "v.shape[1]",
+            expected("adapter_ids.shape[1] = ", adapter_ids.size(-1)), found(v_in.size(1)));
     check_apart(op, y,
                 {{"v", v_in},
                  {"b", b},
@@ -229,13 +273,13 @@ void lora_expand_(Tensor y, const Tensor& v_in, const Tensor& b, const Tensor& a
                  {"ranks", ranks},
                  {"page_table", page_table},
                  {"plan", plan}});
-    const Tensor v = rows_contiguous(v_in);
+    const Tensor v = columns ? v_in.contiguous() : rows_contiguous(v_in);
     args.num_tokens = y.size(0);
     args.y = y.mutable_data_ptr();
     args.y_row_stride = y.stride(0);
     args.v = const_cast<void*>(v.const_data_ptr());
     args.v_row_stride = v.stride(0);
-    execute(op, Step::kExpand, args, bank, y, adapter_ids, plan);
+    execute(op, Step::kExpand, std::span(&args, 1), y, adapter_ids, plan);
 }
 
 namespace {
@@ -261,11 +305,14 @@ LoraArgs apply_args(const char* op, const Tensor& y, const Tensor& x, const Tens
 
 void apply_to(const char* op, const Tensor& y, const Tensor& x_in, const Tensor& a, const Tensor& b,
               const Tensor& adapter_ids, const OptionalTensor& scale, const OptionalTensor& ranks,
-              const OptionalTensor& page_table, const OptionalTensor& plan) {
+              const OptionalTensor& page_table, const OptionalTensor& plan,
+              const OptionalTensor& weights, const OptionalTensor& groups) {
     check_dim(op, "x", x_in, 2, "(T, I)");
     const Tensor x = rows_contiguous(x_in);
     Bank bank;
     LoraArgs args = apply_args(op, y, x, a, b, scale, ranks, page_table, bank);
+    check_ids(op, adapter_ids, x.size(0), x.device());
+    set_weights(op, args, bank, weights, groups, adapter_ids);
     execute(op, Step::kApply, std::span(&args, 1), x, adapter_ids, plan);
 }
 
@@ -273,20 +320,22 @@ void apply_to(const char* op, const Tensor& y, const Tensor& x_in, const Tensor&
 
 Tensor lora_apply(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& adapter_ids,
                   const OptionalTensor& scale, const OptionalTensor& ranks,
-                  const OptionalTensor& page_table, const OptionalTensor& plan) {
+                  const OptionalTensor& page_table, const OptionalTensor& plan,
+                  const OptionalTensor& weights, const OptionalTensor& groups) {
     constexpr auto op = "lora_apply";
     check_dim(op, "x", x, 2, "(T, I)");
     check_dim(op, "b", b, 3, page_table ? "(P, O, 8)" : "(A, O, R)");
     check_no_tangents(op, {&x, &a, &b});
     Tensor y = at::zeros({x.size(0), b.size(1)}, x.options());
-    apply_to(op, y, x, a, b, adapter_ids, scale, ranks, page_table, plan);
+    apply_to(op, y, x, a, b, adapter_ids, scale, ranks, page_table, plan, weights, groups);
     return y;
 }
 
 void lora_apply_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b,
                  const Tensor& adapter_ids, const OptionalTensor& scale,
                  const OptionalTensor& ranks, const OptionalTensor& page_table,
-                 const OptionalTensor& plan) {
+                 const OptionalTensor& plan, const OptionalTensor& weights,
+                 const OptionalTensor& groups) {
     constexpr auto op = "lora_apply_";
     check_inference(op, {&y, &x, &a, &b});
     check_output(op, y);
@@ -298,8 +347,10 @@ void lora_apply_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b,
                  {"scale", scale},
                  {"ranks", ranks},
                  {"page_table", page_table},
-                 {"plan", plan}});
-    apply_to(op, y, x, a, b, adapter_ids, scale, ranks, page_table, plan);
+                 {"plan", plan},
+                 {"weights", weights},
+                 {"groups", groups}});
+    apply_to(op, y, x, a, b, adapter_ids, scale, ranks, page_table, plan, weights, groups);
 }
 
 namespace {
@@ -320,9 +371,11 @@ void lora_apply_siblings_(const std::vector<Tensor>& ys, const Tensor& x_in,
                           const std::vector<Tensor>& a, const std::vector<Tensor>& b,
                           const Tensor& adapter_ids, const std::vector<Tensor>& scale,
                           const std::vector<Tensor>& ranks, const std::vector<Tensor>& page_table,
-                          const OptionalTensor& plan) {
+                          const OptionalTensor& plan, const OptionalTensor& weights,
+                          const std::optional<std::vector<Tensor>>& groups_in) {
     constexpr auto op = "lora_apply_siblings_";
     const size_t count = ys.size();
+    const std::vector<Tensor> groups = groups_in.value_or(std::vector<Tensor>());
     require(count >= 1 && count <= kMaxSiblings, op, "y",
             expected("1 to ", kMaxSiblings, " tensors"), found(count));
     const auto check_count = [&](const char* name, const std::vector<Tensor>& tensors,
@@ -335,6 +388,7 @@ void lora_apply_siblings_(const std::vector<Tensor>& ys, const Tensor& x_in,
     check_count("scale", scale, false);
     check_count("ranks", ranks, false);
     check_count("page_table", page_table, false);
+    check_count("groups", groups, false);
     check_dim(op, "x", x_in, 2, "(T, I)");
     const Tensor x = rows_contiguous(x_in);
     LoraArgs modules[kMaxSiblings];
@@ -344,7 +398,9 @@ void lora_apply_siblings_(const std::vector<Tensor>& ys, const Tensor& x_in,
         const Tensor& y = ys[i];
         check_inference(module, {&y, &x, &a[i], &b[i]});
         check_output(module, y);
-        check_apart(module, y, {{"x", x_in}, {"adapter_ids", adapter_ids}, {"plan", plan}});
+        check_apart(
+            module, y,
+            {{"x", x_in}, {"adapter_ids", adapter_ids}, {"plan", plan}, {"weights", weights}});
         for (size_t j = 0; j < count; ++j) {
             if (j != i) check_apart(module, y, {{"another y", ys[j]}});
             check_apart(module, y,
@@ -352,10 +408,13 @@ void lora_apply_siblings_(const std::vector<Tensor>& ys, const Tensor& x_in,
                          {"b", b[j]},
                          {"scale", of_module(scale, j)},
                          {"ranks", of_module(ranks, j)},
-                         {"page_table", of_module(page_table, j)}});
+                         {"page_table", of_module(page_table, j)},
+                         {"groups", of_module(groups, j)}});
         }
         modules[i] = apply_args(module, y, x, a[i], b[i], of_module(scale, i), of_module(ranks, i),
                                 of_module(page_table, i), banks[i]);
+        if (i == 0) check_ids(op, adapter_ids, x.size(0), x.device());
+        set_weights(module, modules[i], banks[i], weights, of_module(groups, i), adapter_ids);
         const int64_t slots = modules[i].bank.num_adapters;
         require(slots == modules[0].bank.num_adapters, module, "a",
                 expected("as many adapters as module 0, ", modules[0].bank.num_adapters),

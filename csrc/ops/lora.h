@@ -1,6 +1,7 @@
 // The LoRA ops as C++ functions of tensors; ops/table.h has a row for each.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "ops/call.h"
@@ -11,22 +12,26 @@ Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const Optional
 Tensor lora_segment_ids(const Tensor& seg_indptr, const Tensor& seg_adapter, int64_t num_tokens);
 Tensor lora_shrink(const Tensor& x, const Tensor& a, const Tensor& adapter_ids,
                    const OptionalTensor& scale, const OptionalTensor& ranks,
-                   const OptionalTensor& page_table, const OptionalTensor& plan);
+                   const OptionalTensor& page_table, const OptionalTensor& plan,
+                   const OptionalTensor& weights, const OptionalTensor& groups);
 void lora_expand_(Tensor y, const Tensor& v, const Tensor& b, const Tensor& adapter_ids,
                   const OptionalTensor& ranks, const OptionalTensor& page_table,
                   const OptionalTensor& plan);
 Tensor lora_apply(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& adapter_ids,
                   const OptionalTensor& scale, const OptionalTensor& ranks,
-                  const OptionalTensor& page_table, const OptionalTensor& plan);
+                  const OptionalTensor& page_table, const OptionalTensor& plan,
+                  const OptionalTensor& weights, const OptionalTensor& groups);
 void lora_apply_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b,
                  const Tensor& adapter_ids, const OptionalTensor& scale,
                  const OptionalTensor& ranks, const OptionalTensor& page_table,
-                 const OptionalTensor& plan);
-// scale, ranks and page_table have one tensor per module, or are empty.
+                 const OptionalTensor& plan, const OptionalTensor& weights,
+                 const OptionalTensor& groups);
+// scale, ranks, page_table and groups, if given, have one tensor per module, or are empty.
 void lora_apply_siblings_(const std::vector<Tensor>& y, const Tensor& x,
                           const std::vector<Tensor>& a, const std::vector<Tensor>& b,
                           const Tensor& adapter_ids, const std::vector<Tensor>& scale,
                           const std::vector<Tensor>& ranks, const std::vector<Tensor>& page_table,
-                          const OptionalTensor& plan);
+                          const OptionalTensor& plan, const OptionalTensor& weights,
+                          const std::optional<std::vector<Tensor>>& groups);
 
 }  // namespace lora_ext

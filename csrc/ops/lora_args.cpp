@@ -5,9 +5,24 @@
 #include <algorithm>
 
 #include "ops/checks.h"
+#include "ops/settings.h"
 #include "ops/stream.h"
 
 namespace lora_ext {
+namespace {
+
+// Checks a matrix with a number for each page of each adapter, and returns its data.
+template <class T>
+const T* page_data(const char* op, const char* name, const Tensor& t, const LoraBank& w,
+                   at::ScalarType dtype, at::Device device) {
+    check_dtype(op, name, t, dtype);
+    check_shape(op, name, t, "(A, R / 8)", {w.num_adapters, w.pages_per_slot}, device);
+    require(t.is_contiguous(), op, name, expected("a contiguous tensor"),
+            found("strides ", t.strides()));
+    return t.const_data_ptr<T>();
+}
+
+}  // namespace
 
 Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTensor& scale,
              const OptionalTensor& ranks, const OptionalTensor& page_table, const Tensor& x,
@@ -88,9 +103,46 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
     w.in_features = static_cast<int32_t>(in);
     w.out_features = static_cast<int32_t>(out);
     w.full_pages = paged || rank % 8 == 0;
-    if (scale) w.scale = vector_data<float>(op, "scale", *scale, slots, at::kFloat, x.device());
+    if (scale && scale->dim() == 2) {
+        w.scale = page_data<float>(op, "scale", *scale, w, at::kFloat, x.device());
+        w.scale_per_page = w.pages_per_slot != 1;
+    } else if (scale) {
+        w.scale = vector_data<float>(op, "scale", *scale, slots, at::kFloat, x.device());
+    }
     if (ranks) w.ranks = vector_data<int32_t>(op, "ranks", *ranks, slots, at::kInt, x.device());
     return bank;
+}
+
+void set_weights(const char* op, LoraArgs& args, Bank& bank, const OptionalTensor& weights,
+                 const OptionalTensor& groups, const Tensor& ids) {
+    const bool columns = ids.dim() == 2;
+    if (weights) {
+        const Tensor& w = *weights;
+        check_dtype(op, "weights", w, at::kFloat);
+        check_device(op, "weights", w, ids.device());
+        const int64_t rows = ids.size(0), dim = w.dim();
+        const bool fits = columns ? w.sizes() == ids.sizes()
+                                  : (dim == 1 || (dim == 2 && w.size(1) >= 1)) && w.size(0) == rows;
+        require(fits || columns, op, "weights", expected("shape (", rows, ",) or (", rows, ", G)"),
+                found(w.sizes()));
+        require(fits, op, "weights", expected("the shape of adapter_ids, ", ids.sizes()),
+                found(w.sizes()));
+        bank.weights = w.contiguous();
+        args.weights = bank.weights.const_data_ptr<float>();
+        args.weights_row_stride = dim == 2 ? w.size(1) : 1;
+        args.bank.num_groups = static_cast<int32_t>(columns ? 1 : args.weights_row_stride);
+    }
+    if (!groups) return;
+    require(!columns, op, "groups", expected("None with adapter_ids (T, K)"), found("a tensor"));
+    require(weights && weights->dim() == 2, op, "groups",
+            expected("None without weights of shape (T, G)"), found("a tensor"));
+    args.bank.groups = page_data<int32_t>(op, "groups", *groups, args.bank, at::kInt, ids.device());
+    if (launches_kernels(ids) && debug_mode() && groups->numel() > 0) {
+        const int64_t least = groups->min().item<int32_t>(), most = groups->max().item<int32_t>();
+        require(least >= 0 && most < args.bank.num_groups, op, "groups",
+                expected("columns in [0, ", args.bank.num_groups, ")"),
+                found(least < 0 ? least : most));
+    }
 }
 
 void check_inference(const char* op, std::initializer_list<const Tensor*> tensors) {
@@ -105,18 +157,26 @@ void check_inference(const char* op, std::initializer_list<const Tensor*> tensor
 void check_ids(const char* op, const Tensor& ids, int64_t rows, at::Device device) {
     require(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, op, "adapter_ids",
             expected("int64 or int32"), found(ids.scalar_type()));
-    require(ids.dim() == 1 && ids.size(0) == rows, op, "adapter_ids",
+    require((ids.dim() == 1 || ids.dim() == 2) && ids.size(0) == rows, op, "adapter_ids",
             expected("shape (", rows, ",), one id per row"), found(ids.sizes()));
+    require(ids.dim() == 1 || (ids.size(1) >= 1 && ids.size(1) <= kMaxColumns), op,
+            "adapter_ids.shape[1]", expected("1 to ", kMaxColumns, " ids per row"),
+            found(ids.size(-1)));
     check_device(op, "adapter_ids", ids, device);
 }
 
-void check_plan_tensor(const char* op, const LoraPlanLayout& layout, const Tensor& plan,
-                       at::Device device) {
+Tensor columns_of(const Tensor& ids) {
+    return ids.dim() == 2 ? ids.t().contiguous() : ids.contiguous().unsqueeze(0);
+}
+
+void check_plan_tensor(const char* op, const LoraPlanLayout& layout, int64_t columns,
+                       const Tensor& plan, at::Device device) {
+    const int64_t size = columns * layout.size();
     require(plan.scalar_type() == at::kInt && plan.is_contiguous() && plan.dim() == 1 &&
-                plan.numel() == layout.size() && plan.device() == device,
+                plan.numel() == size && plan.device() == device,
             op, "plan",
             expected("lora_plan() of ", layout.num_tokens, " rows and ", layout.num_adapters,
-                     " adapters on ", device, ", int32 of size ", layout.size()),
+                     " adapters on ", device, ", int32 of size ", size),
             found(plan.scalar_type(), " of shape ", plan.sizes(), " on ", plan.device()));
 }
 
@@ -163,6 +223,11 @@ void check_slots(const char* op, const LoraBank& w, const int32_t* plan) {
         const int32_t rank = w.ranks ? w.ranks[s] : w.max_rank;
         require(rank >= 0 && rank <= w.max_rank, op, words("ranks[", s, "]"),
                 expected("a rank in [0, ", w.max_rank, "]"), found(rank));
+        for (int32_t p = 0; w.groups && 8 * p < rank; ++p) {
+            const int32_t group = w.groups[int64_t{s} * w.pages_per_slot + p];
+            require(group >= 0 && group < w.num_groups, op, words("groups[", s, ", ", p, "]"),
+                    expected("a column in [0, ", w.num_groups, ")"), found(group));
+        }
         if (!w.page_table) continue;
         const int32_t* page = w.page_table + int64_t{s} * w.pages_per_slot;
         for (int32_t p = 0; 8 * p < rank; ++p)
@@ -182,22 +247,26 @@ LoraPlanArgs plan_args(const Tensor& ids, int32_t num_adapters) {
     return args;
 }
 
-void build_plan(const char* op, const Tensor& ids, LoraPlanArgs args, const Tensor& like) {
+void build_plan(const char* op, const Tensor& ids, LoraPlanArgs args, const Tensor& like,
+                int64_t column) {
     if (launches_kernels(like)) {
         check_launch(op, launch_lora_plan(args, current_stream(like)));
         return;
     }
     lora_plan_cpu(args);
-    if (args.plan[kPlanBadIds] != 0) raise_bad_id(op, ids, args.num_adapters);
+    if (args.plan[kPlanBadIds] != 0) raise_bad_id(op, ids, args.num_adapters, column);
 }
 
-[[noreturn]] void raise_bad_id(const char* op, const Tensor& ids, int64_t num_adapters) {
+[[noreturn]] void raise_bad_id(const char* op, const Tensor& ids, int64_t num_adapters,
+                               int64_t column) {
     const Tensor host = ids.to(at::kCPU, at::kLong).contiguous();
     const int64_t* p = host.const_data_ptr<int64_t>();
     const int64_t* bad = std::find_if(p, p + host.numel(),
                                       [&](int64_t id) { return id < -1 || id >= num_adapters; });
-    refuse(op, words("adapter_ids[", bad - p, "]"), expected("an id in [-1, ", num_adapters, ")"),
-           found(bad == p + host.numel() ? -1 : *bad));
+    const auto at = expected("an id in [-1, ", num_adapters, ")");
+    const auto value = found(bad == p + host.numel() ? -1 : *bad);
+    if (column < 0) refuse(op, words("adapter_ids[", bad - p, "]"), at, value);
+    refuse(op, words("adapter_ids[", bad - p, ", ", column, "]"), at, value);
 }
 
 }  // namespace lora_ext

@@ -16,8 +16,10 @@ constexpr int64_t kChunksTogether = 4;
 // Adapters of one op, and the tensors that own their memory.
 struct Bank {
     LoraBank view;
-    Tensor a, b;
+    Tensor a, b, weights;
 };
+
+constexpr int64_t kMaxColumns = 64;  // ids per row
 
 // Returns the checked bank. An op passes only the factors that it uses; `in` and `out` are the
 // widths of the activations.
@@ -25,13 +27,22 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
              const OptionalTensor& ranks, const OptionalTensor& page_table, const Tensor& x,
              const char* x_name, int64_t in, int64_t out);
 
+// Checks the weights of rows, and the groups of pages, of a call with these ids; stores them in
+// `args`, whose bank is set.
+void set_weights(const char* op, LoraArgs& args, Bank& bank, const OptionalTensor& weights,
+                 const OptionalTensor& groups, const Tensor& ids);
+
 // Raises if an op without a backward would become part of an autograd graph.
 void check_inference(const char* op, std::initializer_list<const Tensor*> tensors);
-// Checks that there is one id per row, int64 or int32, on `device`. Only plans read the values.
+// Checks that there is one id per row, or K ids, int64 or int32, on `device`. Only plans read the
+// values.
 void check_ids(const char* op, const Tensor& ids, int64_t rows, at::Device device);
-// Checks that a caller's plan has the size and device that these rows and adapters require.
-void check_plan_tensor(const char* op, const LoraPlanLayout& layout, const Tensor& plan,
-                       at::Device device);
+// Returns the ids, contiguous, as (K, T): a row for each column of (T, K), one for (T,).
+Tensor columns_of(const Tensor& ids);
+// Checks that a caller's plan has the size and device that these rows, adapters and columns of ids
+// require.
+void check_plan_tensor(const char* op, const LoraPlanLayout& layout, int64_t columns,
+                       const Tensor& plan, at::Device device);
 // Checks that a caller's plan on the CPU was made for these ids: every grouped row must have the id
 // of its chunk, otherwise a CPU twin would access memory outside the tensors.
 void check_plan(const char* op, const LoraPlanLayout& layout, const Tensor& ids,
@@ -40,11 +51,14 @@ void check_plan(const char* op, const LoraPlanLayout& layout, const Tensor& ids,
 // slots at the same time.
 void check_slots(const char* op, const LoraBank& w, const int32_t* plan);
 
-// Returns the arguments for a plan of `ids`, which must be contiguous; the caller sets `plan`.
+// Returns the arguments for a plan of `ids (T,)`, which must be contiguous; the caller sets `plan`.
 LoraPlanArgs plan_args(const Tensor& ids, int32_t num_adapters);
 // Fills the plan of `args`. On the CPU, raises if an id is out of range; on a device, the caller
 // must check this in debug mode.
-void build_plan(const char* op, const Tensor& ids, LoraPlanArgs args, const Tensor& like);
-[[noreturn]] void raise_bad_id(const char* op, const Tensor& ids, int64_t num_adapters);
+void build_plan(const char* op, const Tensor& ids, LoraPlanArgs args, const Tensor& like,
+                int64_t column = -1);
+// column: that of the ids among (T, K), or -1 if a row has one id.
+[[noreturn]] void raise_bad_id(const char* op, const Tensor& ids, int64_t num_adapters,
+                               int64_t column = -1);
 
 }  // namespace lora_ext

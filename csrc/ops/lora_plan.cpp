@@ -12,26 +12,30 @@ namespace lora_ext {
 
 Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const OptionalTensor& num_valid) {
     constexpr auto op = "lora_plan";
-    check_dim(op, "adapter_ids", adapter_ids, 1, "(T,)");
+    if (adapter_ids.dim() != 2) check_dim(op, "adapter_ids", adapter_ids, 1, "(T,) or (T, K)");
     check_ids(op, adapter_ids, adapter_ids.size(0), adapter_ids.device());
     require(num_adapters >= 0 && num_adapters < kMaxAdapters, op, "num_adapters",
             expected("a number in [0, 2^24)"), found(num_adapters));
     require(adapter_ids.size(0) <= kMaxSize, op, "adapter_ids",
             expected("at most ", kMaxSize, " rows"), found(adapter_ids.size(0)));
     const c10::DeviceGuard guard(adapter_ids.device());
-    const Tensor ids = adapter_ids.contiguous();
-    LoraPlanArgs args = plan_args(ids, static_cast<int32_t>(num_adapters));
-    if (num_valid) {
-        check_one(op, "num_valid", *num_valid, at::kInt, ids.device());
-        args.num_valid = num_valid->const_data_ptr<int32_t>();
-    }
-    const LoraPlanLayout layout{args.num_tokens, args.num_adapters};
+    const bool one = adapter_ids.dim() == 1;
+    const Tensor columns = one ? adapter_ids.contiguous() : columns_of(adapter_ids);
+    const int64_t count = one ? 1 : columns.size(0);
+    if (num_valid) check_one(op, "num_valid", *num_valid, at::kInt, columns.device());
+    const LoraPlanLayout layout{adapter_ids.size(0), static_cast<int32_t>(num_adapters)};
     // Unused entries are zero, so that all plans of the same ids are equal.
-    Tensor plan = at::zeros({layout.size()}, ids.options().dtype(at::kInt));
-    args.plan = plan.mutable_data_ptr<int32_t>();
-    build_plan(op, ids, args, ids);
-    if (debug_mode() && plan[kPlanBadIds].item<int32_t>() != 0)
-        raise_bad_id(op, ids, args.num_adapters);
+    Tensor plan = at::zeros({count * layout.size()}, columns.options().dtype(at::kInt));
+    for (int64_t k = 0; k < count; ++k) {
+        const Tensor ids = one ? columns : columns[k];
+        LoraPlanArgs args = plan_args(ids, layout.num_adapters);
+        if (num_valid) args.num_valid = num_valid->const_data_ptr<int32_t>();
+        args.plan = plan.mutable_data_ptr<int32_t>() + k * layout.size();
+        const int64_t column = one ? -1 : k;
+        build_plan(op, ids, args, ids, column);
+        if (debug_mode() && plan[k * layout.size() + kPlanBadIds].item<int32_t>() != 0)
+            raise_bad_id(op, ids, args.num_adapters, column);
+    }
     return plan;
 }
 

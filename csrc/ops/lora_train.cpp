@@ -26,7 +26,7 @@
 namespace lora_ext {
 namespace {
 
-thread_local Scratch plan_scratch, dv_scratch;
+thread_local Scratch plan_scratch, dv_scratch, weighed_scratch;
 
 // Below this number of multiplications a parallel region costs more than a second thread saves.
 constexpr int64_t kSerialWork = 1 << 17;
@@ -60,12 +60,15 @@ struct Call {
     const char* op;
     LoraTrainArgs args;
     Bank bank;
-    Tensor x, ids, plan, workspace;
-    int64_t out;  // features
+    Tensor x, ids, plan, workspace;  // ids (T,), or (K, T)
+    int64_t out;                     // features
+    int64_t columns;                 // K
+    const int32_t* plans = nullptr;  // one for each column
 
     Call(const char* op, const Tensor& x_in, const Tensor& a_in, const Tensor& b_in,
          const Tensor& adapter_ids, const OptionalTensor& scale, const OptionalTensor& ranks,
-         double dropout_p, const OptionalTensor& seed)
+         double dropout_p, const OptionalTensor& seed, const OptionalTensor& weights,
+         const OptionalTensor& groups)
         : op(op) {
         check_dim(op, "x", x_in, 2, "(T, I)");
         // A layer passes its one adapter as 2-d parameters. If the layer made views of them, the
@@ -85,8 +88,15 @@ struct Call {
         args.lora.x_row_stride = x.stride(0);
         args.dropout = dropout_of(op, "dropout_p", dropout_p, seed, x.device(), a.size(0));
         check_ids(op, adapter_ids, x.size(0), x.device());
-        ids = adapter_ids.contiguous();
+        columns = adapter_ids.dim() == 2 ? adapter_ids.size(1) : 1;
+        require(!args.dropout.per_adapter || columns == 1 || seed->numel() == 1, op, "seed",
+                expected("one int64 number with several ids per row"),
+                found("shape ", seed ? seed->sizes() : at::IntArrayRef()));
+        set_weights(op, args.lora, bank, weights, groups, adapter_ids);
+        ids = adapter_ids.dim() == 2 ? columns_of(adapter_ids) : adapter_ids.contiguous();
     }
+
+    LoraPlanLayout layout() const { return {args.lora.num_tokens, args.lora.bank.num_adapters}; }
 
     // Return false if there are no rows or no ranks, so that every product with an adapter is zero.
     bool active() const {
@@ -94,39 +104,80 @@ struct Call {
                args.lora.bank.in_features > 0;
     }
 
-    void set_v(const Tensor& v) {
-        args.lora.v = const_cast<void*>(v.const_data_ptr());
+    // Passes over the columns of the ids: calls f() with the plan, the weights, the dropout and the
+    // v (T, K, R) of each, in order.
+    template <typename F>
+    void for_columns(const Tensor& v, F&& f) {
+        const LoraArgs& lora = args.lora;
+        const float* const weights = lora.weights;
+        const int64_t step = v.size(-1) * v.element_size();
         args.lora.v_row_stride = v.stride(0);
+        for (int64_t k = 0; k < columns; ++k) {
+            args.lora.v = static_cast<char*>(const_cast<void*>(v.const_data_ptr())) + k * step;
+            args.lora.plan = plans + k * layout().size();
+            args.lora.weights = weights ? weights + k : nullptr;
+            args.dropout.column = static_cast<uint32_t>(k);
+            f(k);
+        }
+    }
+    // Returns the arguments of an expand in training, whose v includes all factors.
+    LoraArgs expand_args() const {
+        if (!has_factors(args.lora)) return args.lora;
+        LoraArgs lora = without_factors(args.lora);
+        lora.v = args.weighed;
+        lora.v_row_stride = args.weighed_row_stride;
+        return lora;
+    }
+    // Sets the memory of v times its weight.
+    void set_weighed(Tensor& owner, const Tensor& v) {
+        const int64_t rows = v.size(0), rank = args.lora.bank.max_rank;
+        args.weighed_row_stride = rank;
+        if (launches_kernels(x)) {
+            owner = at::empty({rows, rank}, v.options());
+            args.weighed = owner.mutable_data_ptr();
+        } else {
+            args.weighed = weighed_scratch.get(rows * rank * v.element_size());
+        }
     }
 
     // Checks the plan that the caller gave and uses it, or builds one.
     void set_plan(const OptionalTensor& given) {
         LoraArgs& lora = args.lora;
-        const LoraPlanLayout layout{lora.num_tokens, lora.bank.num_adapters};
-        if (given) check_plan_tensor(op, layout, *given, x.device());
+        const LoraPlanLayout layout = this->layout();
+        if (given) check_plan_tensor(op, layout, columns, *given, x.device());
         if (!active()) return;
         const bool kernels = launches_kernels(x);
-        lora.ids = plan_args(ids, lora.bank.num_adapters);
+        int32_t* own = nullptr;
         if (given) {
-            lora.plan = given->const_data_ptr<int32_t>();
-            if (!kernels) check_plan(op, layout, ids, lora.plan);
+            plans = given->const_data_ptr<int32_t>();
         } else {
+            const int64_t size = columns * layout.size();
             if (kernels) {
-                plan = at::empty({layout.size()}, x.options().dtype(at::kInt));
-                lora.ids.plan = plan.mutable_data_ptr<int32_t>();
+                plan = at::empty({size}, x.options().dtype(at::kInt));
+                own = plan.mutable_data_ptr<int32_t>();
             } else {
-                lora.ids.plan =
-                    static_cast<int32_t*>(plan_scratch.get(layout.size() * sizeof(int32_t)));
+                own = static_cast<int32_t*>(plan_scratch.get(size * sizeof(int32_t)));
             }
-            build_plan(op, ids, lora.ids, x);
-            lora.plan = lora.ids.plan;
+            plans = own;
         }
-        if (kernels && debug_mode()) {
-            const Tensor& used = given ? *given : plan;
-            if (used[kPlanBadIds].item<int32_t>() != 0)
-                raise_bad_id(op, ids, lora.bank.num_adapters);
+        for (int64_t k = 0; k < columns; ++k) {
+            const int64_t column = ids.dim() == 2 ? k : -1, at = k * layout.size();
+            const Tensor of_column = ids.dim() == 2 ? ids[k] : ids;
+            lora.ids = plan_args(of_column, lora.bank.num_adapters);
+            lora.plan = plans + at;
+            if (own) {
+                lora.ids.plan = own + at;
+                build_plan(op, of_column, lora.ids, x, column);
+            } else if (!kernels) {
+                check_plan(op, layout, of_column, lora.plan);
+            }
+            if (kernels && debug_mode()) {
+                const Tensor& used = given ? *given : plan;
+                if (used[at + kPlanBadIds].item<int32_t>() != 0)
+                    raise_bad_id(op, of_column, lora.bank.num_adapters, column);
+            }
+            if (!kernels) check_slots(op, lora.bank, lora.plan);
         }
-        if (!kernels) check_slots(op, lora.bank, lora.plan);
     }
 
     void set_workspace(int64_t bytes) {
@@ -144,13 +195,16 @@ struct Call {
         return base_bits ? at::linear(spaced(left), weight, bias) : fast_linear(left, weight, bias);
     }
 
-    // Returns whether any row has no adapter or one of rank 0; CPU only, since it reads the plan.
+    // Returns whether any entry of the ids has no adapter or one of rank 0; CPU only, since it reads the plan.
     bool idle_rows() const {
         const LoraArgs& lora = args.lora;
-        if (lora.plan[kPlanNumActive] < lora.num_tokens) return true;
-        const int32_t *ranks = lora.bank.ranks, *chunk = lora.plan + kPlanHeader;
-        for (int32_t c = 0; ranks && c < lora.plan[kPlanNumChunks]; ++c, chunk += 4)
-            if (ranks[chunk[0]] == 0) return true;
+        for (int64_t k = 0; k < columns; ++k) {
+            const int32_t* const of = plans + k * layout().size();
+            if (of[kPlanNumActive] < lora.num_tokens) return true;
+            const int32_t *ranks = lora.bank.ranks, *chunk = of + kPlanHeader;
+            for (int32_t c = 0; ranks && c < of[kPlanNumChunks]; ++c, chunk += 4)
+                if (ranks[chunk[0]] == 0) return true;
+        }
         return false;
     }
 
@@ -180,16 +234,14 @@ const LoraTrainCpu& twin() {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const OptionalTensor& weight,
-                                               const OptionalTensor& bias, const Tensor& a,
-                                               const Tensor& b, const Tensor& adapter_ids,
-                                               const OptionalTensor& scale,
-                                               const OptionalTensor& ranks, double dropout_p,
-                                               const OptionalTensor& seed,
-                                               const OptionalTensor& plan) {
+std::tuple<Tensor, Tensor> lora_linear_forward(
+    const Tensor& x_in, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& a,
+    const Tensor& b, const Tensor& adapter_ids, const OptionalTensor& scale,
+    const OptionalTensor& ranks, double dropout_p, const OptionalTensor& seed,
+    const OptionalTensor& plan, const OptionalTensor& weights, const OptionalTensor& groups) {
     constexpr auto op = "lora_linear";
     check_no_tangents(op, {&x_in, &a, &b});
-    Call call(op, x_in, a, b, adapter_ids, scale, ranks, dropout_p, seed);
+    Call call(op, x_in, a, b, adapter_ids, scale, ranks, dropout_p, seed, weights, groups);
     const Tensor& x = call.x;
     const int64_t out = call.out;
     check_base(op, weight, x, out);
@@ -204,48 +256,66 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     Tensor y =
         weight ? call.base_product(x, *weight, bias) : at::zeros({x.size(0), out}, x.options());
     LoraTrainArgs& args = call.args;
-    Tensor v =
-        at::empty({x.size(0), args.lora.bank.max_rank}, x.options().dtype(accumulator_of(x)));
+    const auto options = x.options().dtype(accumulator_of(x));
+    const int64_t rank = args.lora.bank.max_rank;
+    Tensor v = adapter_ids.dim() == 2 ? at::empty({x.size(0), call.columns, rank}, options)
+                                      : at::empty({x.size(0), rank}, options);
     if (!call.active()) return {y, v.zero_()};
-    call.set_v(v);
     args.lora.y = y.mutable_data_ptr();
     args.lora.y_row_stride = y.stride(0);
+    const bool factors = has_factors(args.lora);
+    Tensor weighed;
+    if (factors) call.set_weighed(weighed, v);
     if (launches_kernels(x)) {
         call.set_workspace(lora_train_shrink_workspace_bytes(args));
         void* stream = current_stream(x);
         // For any number of rows this kernel sums in the same order as the kernels of serving. It
         // stores v, from which the backward computes db.
-        check_launch(op, launch_lora_train_shrink(args, stream));
-        check_launch(op, launch_lora_expand(args.lora, stream));
+        call.for_columns(v, [&](int64_t) {
+            check_launch(op, launch_lora_train_shrink(args, stream));
+            check_launch(op, launch_lora_expand(call.expand_args(), stream));
+        });
         return {y, v};
     }
     const LoraCpu& lora = chosen_twins<LoraCpu>();
-    if (dropout_p > 0)
-        call.run(args, twin().shrink_items(args), twin().shrink, x.size(1));
-    else  // same order of sums, and so the same bits, as in serving
-        call.run(args.lora, lora.shrink_items(args.lora), lora.shrink, x.size(1));
-    call.run(args.lora, lora.expand_items(args.lora), lora.expand, out);
+    call.for_columns(v, [&](int64_t) {
+        const LoraTrainArgs sums = factors ? without_factors(args) : args;
+        if (dropout_p > 0)
+            call.run(sums, twin().shrink_items(sums), twin().shrink, x.size(1));
+        else  // same order of sums, and so the same bits, as in serving
+            call.run(sums.lora, lora.shrink_items(sums.lora), lora.shrink, x.size(1));
+        if (factors) call.run(args, args.lora.plan[kPlanNumChunks], twin().weigh, 1);
+        const LoraArgs update = call.expand_args();
+        call.run(update, lora.expand_items(update), lora.expand, out);
+    });
     return {y, v};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& dy_in, const Tensor& x_in, const Tensor& v_in, const OptionalTensor& weight,
     const Tensor& a, const Tensor& b, const Tensor& adapter_ids, const OptionalTensor& scale,
     const OptionalTensor& ranks, const OptionalTensor& plan, double dropout_p,
-    const OptionalTensor& seed, bool need_dx, bool need_da, bool need_db) {
+    const OptionalTensor& seed, bool need_dx, bool need_da, bool need_db,
+    const OptionalTensor& weights, const OptionalTensor& groups, bool need_dweights) {
     constexpr auto op = "lora_linear_backward";
-    Call call(op, x_in, a, b, adapter_ids, scale, ranks, dropout_p, seed);
+    Call call(op, x_in, a, b, adapter_ids, scale, ranks, dropout_p, seed, weights, groups);
     const Tensor& x = call.x;
     const int64_t rows = x.size(0), out = call.out, rank = call.bank.view.max_rank;
+    require(!need_dweights || weights, op, "need_dweights", expected("false without weights"),
+            found("true"));
     check_base(op, weight, x, out);
     check_like(op, "dy", dy_in, x, "x");
     check_shape(op, "dy", dy_in, "(T, O)", {rows, out}, x.device());
     check_dtype(op, "v", v_in, accumulator_of(x));
-    check_shape(op, "v", v_in, "(T, R)", {rows, rank}, x.device());
+    if (adapter_ids.dim() == 2)
+        check_shape(op, "v", v_in, "(T, K, R)", {rows, call.columns, rank}, x.device());
+    else
+        check_shape(op, "v", v_in, "(T, R)", {rows, rank}, x.device());
     const c10::DeviceGuard guard(x.device());
     const NoAutocast no_autocast;
     call.set_plan(plan);
-    const Tensor dy = rows_contiguous(dy_in), v = rows_contiguous(v_in);
+    const Tensor dy = rows_contiguous(dy_in);
+    const Tensor v = v_in.dim() == 2 ? rows_contiguous(v_in) : v_in.contiguous();
     const bool active = call.active();
     Tensor dx = at::empty({0}, x.options()), da = dx, db = dx;
     if (need_dx)
@@ -256,31 +326,54 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     };
     da = need_da ? gradient(a) : at::empty({0}, x.options());
     db = need_db ? gradient(b) : at::empty({0}, x.options());
-    if (!active || !(need_dx || need_da || need_db)) return {dx, da, db};
+    const auto floats = x.options().dtype(at::kFloat);
+    // Entries of rows without an adapter stay zero.
+    Tensor dweights = need_dweights ? at::zeros(weights->sizes(), floats) : at::empty({0}, floats);
+    if (!active || !(need_dx || need_da || need_db || need_dweights)) return {dx, da, db, dweights};
 
     LoraTrainArgs& args = call.args;
-    call.set_v(v);
+    const bool factors = has_factors(args.lora);
+    const bool need_dv = need_dx || need_da || need_dweights;
+    if (need_dweights) args.dweights_row_stride = weights->dim() == 2 ? weights->size(1) : 1;
+    Tensor weighed;
+    if (factors && need_db) call.set_weighed(weighed, v);
     args.dy = dy.const_data_ptr();
     args.dy_row_stride = dy.stride(0);
     if (need_dx) args.dx = dx.mutable_data_ptr(), args.dx_row_stride = dx.stride(0);
-    if (need_da) args.da = da.mutable_data_ptr();
-    if (need_db) args.db = db.mutable_data_ptr();
+    // Columns after the first add their gradients of the factors to those before.
+    Tensor more_a, more_b;
+    if (call.columns > 1 && need_da) more_a = at::empty(da.sizes(), da.options());
+    if (call.columns > 1 && need_db) more_b = at::empty(db.sizes(), db.options());
     args.dv_row_stride = 8 * args.lora.bank.pages_per_slot;
+    const auto for_columns = [&](auto&& backward) {
+        call.for_columns(v, [&](int64_t k) {
+            if (need_da) args.da = (k ? more_a : da).mutable_data_ptr();
+            if (need_db) args.db = (k ? more_b : db).mutable_data_ptr();
+            if (need_dweights) args.dweights = dweights.mutable_data_ptr<float>() + k;
+            backward();
+            if (k && need_da) da.add_(more_a);
+            if (k && need_db) db.add_(more_b);
+        });
+    };
     if (launches_kernels(x)) {
         const Tensor dv = at::empty({rows, args.dv_row_stride}, v.options());
         args.dv = dv.mutable_data_ptr();
         call.set_workspace(lora_train_backward_workspace_bytes(args));
-        check_launch(op, launch_lora_train_backward(args, current_stream(x)));
-        return {dx, da, db};
+        for_columns([&] { check_launch(op, launch_lora_train_backward(args, current_stream(x))); });
+        return {dx, da, db, dweights};
     }
     const LoraTrainCpu& cpu = twin();
-    if (need_dx || need_da) {
-        args.dv = dv_scratch.get(rows * args.dv_row_stride * v.element_size());
-        call.run(args, cpu.dv_items(args), cpu.dv, out);
-        call.run(args, cpu.da_dx_items(args), cpu.da_dx, x.size(1));
-    }
-    if (need_db) call.run(args, cpu.db_items(args), cpu.db, out);
-    return {dx, da, db};
+    if (need_dv) args.dv = dv_scratch.get(rows * args.dv_row_stride * v.element_size());
+    for_columns([&] {
+        const LoraTrainArgs sums = factors ? without_factors(args) : args;
+        if (need_dv) call.run(sums, cpu.dv_items(sums), cpu.dv, out);
+        if (factors) call.run(args, args.lora.plan[kPlanNumChunks], cpu.weigh_back, 1);
+        if (need_dx || need_da) call.run(args, cpu.da_dx_items(args), cpu.da_dx, x.size(1));
+        LoraTrainArgs of_b = args;
+        of_b.lora = call.expand_args();  // v times its weight
+        if (need_db) call.run(of_b, cpu.db_items(of_b), cpu.db, out);
+    });
+    return {dx, da, db, dweights};
 }
 
 Tensor lora_dropout(const Tensor& x_in, double p, const OptionalTensor& seed) {

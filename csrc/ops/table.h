@@ -71,6 +71,7 @@ inline constexpr char kDivergenceOnce[] = LX_ONCE("chunked_kl");
 
 // Common beginnings and ends of schemas.
 #define LX_ADAPTERS "Tensor? ranks=None, Tensor? page_table=None, Tensor? plan=None"
+#define LX_WEIGHTS "Tensor? weights=None, Tensor? groups=None"
 #define LX_CIRCUIT "str kind, Tensor leaf, Tensor? prior, Tensor? trans"
 
 // clang-format off
@@ -82,34 +83,37 @@ inline constexpr std::tuple kOps{
         "lora_segment_ids", "(Tensor seg_indptr, Tensor seg_adapter, int num_tokens) -> Tensor"},
     NoGradient<&lora_shrink, kApply>{
         "lora_shrink",
-        "(Tensor x, Tensor a, Tensor adapter_ids, Tensor? scale=None, " LX_ADAPTERS ") -> Tensor"},
+        "(Tensor x, Tensor a, Tensor adapter_ids, Tensor? scale=None, " LX_ADAPTERS ", " LX_WEIGHTS
+        ") -> Tensor"},
     InPlace<&lora_expand_, kApply>{
         "lora_expand_",
         "(Tensor(a!) y, Tensor v, Tensor b, Tensor adapter_ids, " LX_ADAPTERS ") -> ()"},
     Op<&lora_apply>{
         "lora_apply",
-        "(Tensor x, Tensor a, Tensor b, Tensor adapter_ids, Tensor? scale=None, " LX_ADAPTERS ")"
-        " -> Tensor"},
+        "(Tensor x, Tensor a, Tensor b, Tensor adapter_ids, Tensor? scale=None, " LX_ADAPTERS ", "
+        LX_WEIGHTS ") -> Tensor"},
     InPlace<&lora_apply_, kApply>{
         "lora_apply_",
         "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor adapter_ids, Tensor? scale=None, "
-        LX_ADAPTERS ") -> ()"},
+        LX_ADAPTERS ", " LX_WEIGHTS ") -> ()"},
     InPlace<&lora_apply_siblings_, kApply>{
         "lora_apply_siblings_",
         "(Tensor(a!)[] y, Tensor x, Tensor[] a, Tensor[] b, Tensor adapter_ids, Tensor[] scale, "
-        "Tensor[] ranks, Tensor[] page_table, Tensor? plan=None) -> ()"},
+        "Tensor[] ranks, Tensor[] page_table, Tensor? plan=None, Tensor? weights=None, "
+        "Tensor[]? groups=None) -> ()"},
 
     // --- lora_train ---
     Differentiable<&lora_linear_forward, autograd::Linear>{
         "lora_linear_forward",
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor b, Tensor adapter_ids, "
         "Tensor? scale=None, Tensor? ranks=None, float dropout_p=0.0, Tensor? seed=None, "
-        "Tensor? plan=None) -> (Tensor y, Tensor v)"},
+        "Tensor? plan=None, " LX_WEIGHTS ") -> (Tensor y, Tensor v)"},
     NoGradient<&lora_linear_backward, kLinearOnce>{
         "lora_linear_backward",
         "(Tensor dy, Tensor x, Tensor v, Tensor? weight, Tensor a, Tensor b, Tensor adapter_ids, "
         "Tensor? scale, Tensor? ranks, Tensor? plan, float dropout_p, Tensor? seed, bool need_dx, "
-        "bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)"},
+        "bool need_da, bool need_db, " LX_WEIGHTS ", bool need_dweights=False)"
+        " -> (Tensor dx, Tensor da, Tensor db, Tensor dweights)"},
     Differentiable<&lora_dropout, autograd::Dropout>{
         "lora_dropout", "(Tensor x, float p, Tensor? seed=None) -> Tensor"},
 

@@ -6,6 +6,15 @@ adapters, ``P`` pages, ``S`` segments of consecutive rows.
 The adapter of each row of ``x`` is selected by an id. Adapters may have different ranks; the cost
 of an adapter depends only on its own rank.
 
+A row may also have a weight, or several adapters with one weight each:
+``y[t] = sum_k weights[t, k] * scale[s] * b[s] @ (a[s] @ x[t])`` with ``s = adapter_ids[t, k]`` for
+``adapter_ids (T, K)``, ``K`` from 1 to 64. Entries of -1 add nothing, and their weight is not read.
+The ``K`` columns are added in order; an output of 16 bits is rounded once per column. With
+``adapter_ids (T,)`` the pages of an adapter may have different factors: ``scale (A, R / 8)``, one
+number per eight ranks, and ``groups (A, R / 8)``, the column of ``weights (T, G)`` for these ranks.
+A slot whose pages are those of several adapters is then their weighted sum, rounded once. Factors
+are multiplied in the order ``(scale * (a[s] @ x[t])) * weight``, so a weight of 1 changes no bit.
+
 Adapters are stored in a *bank*, ``a (A, R, I)`` and ``b (A, O, R)``, or in *pages* of eight ranks,
 ``a (P, 8, I)`` and ``b (P, O, 8)``. ``page_table (A, R / 8)`` contains the pages of each adapter,
 as in :class:`lora_ext.AdapterPool`.
@@ -31,15 +40,16 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
     """Group the rows of a batch by adapter, once for all layers that receive the batch.
 
     Args:
-        adapter_ids: Adapter id of each row, ``(T,)`` int64 or int32 in ``[-1, A)``; -1 means no
-            adapter.
+        adapter_ids: Adapter id of each row, ``(T,)`` or ``(T, K)`` int64 or int32 in ``[-1, A)``;
+            -1 means no adapter.
         num_adapters: Number ``A`` of slots of the bank or pool.
         num_valid: Number of valid rows, one int32 on the device of ``adapter_ids``, or None for all
             rows. Rows after these are treated as if their id were -1, so that a captured graph can
             run a padded batch.
 
     Returns:
-        Opaque int32 vector to pass as ``plan``. Its size depends only on ``T`` and ``A``.
+        Opaque int32 vector to pass as ``plan``. Its size depends only on ``T`` and ``A``. For ids
+        ``(T, K)`` it contains the plans of the ``K`` columns.
 
     Raises:
         ValueError: If an id is out of range. On CUDA this is checked only in debug mode; otherwise
@@ -60,7 +70,9 @@ def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None)
     rows = adapter_ids.shape[0]
     chunk = 16 if rows <= 256 else 64 if rows < 4096 else 128
     chunks = rows // chunk + min(rows, num_adapters)
-    return adapter_ids.new_empty(8 + 4 * chunks + rows + num_adapters + 2, dtype=torch.int32)
+    columns = adapter_ids.shape[1] if adapter_ids.dim() == 2 else 1
+    size = 8 + 4 * chunks + rows + num_adapters + 2
+    return adapter_ids.new_empty(columns * size, dtype=torch.int32)
 
 
 def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -> Tensor:
@@ -99,39 +111,45 @@ def lora_shrink(
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
     plan: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Project every row onto the rank space of its adapter.
 
-    ``v[t] = scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; rows with id -1 are zero. This is
-    the first half of :func:`lora_apply`, for callers that reduce ``v`` across devices.
+    ``v[t] = weights[t] * scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; rows with id -1 are
+    zero. This is the first half of :func:`lora_apply`, for callers that reduce ``v`` across
+    devices.
 
     Args:
         x: Input ``(T, I)``, see :func:`lora_apply`.
         a: Bank or pages, see :func:`lora_apply`.
-        adapter_ids: Adapter id of each row, ``(T,)``.
-        scale: Scale of each adapter, ``(A,)`` float32, or None for 1.
+        adapter_ids: Adapter id of each row, ``(T,)`` or ``(T, K)``.
+        scale: Scale of each adapter, ``(A,)`` or ``(A, R / 8)`` float32, see :func:`lora_apply`.
         ranks: Rank of each adapter, ``(A,)`` int32, see :func:`lora_apply`.
         page_table: Pages of each adapter, see :func:`lora_apply`.
         plan: Result of :func:`lora_plan` for the same ids, or None.
+        weights: Weight of each row, see :func:`lora_apply`.
+        groups: Column of ``weights`` of each page, see :func:`lora_apply`.
 
     Returns:
-        ``(T, R)`` float32 (float64 for float64); entries beyond the rank of a row's adapter are
-        zero.
+        ``(T, R)``, or ``(T, K, R)`` for ids ``(T, K)``, float32 (float64 for float64); entries
+        beyond the rank of a row's adapter are zero.
 
     Raises:
         ValueError: If a shape, dtype or device is wrong.
 
     Source: Punica, section 4 (the shrink half of SGMV).
     """
-    return _c.lora_shrink.default(x, a, adapter_ids, scale, ranks, page_table, plan)
+    rest = scale, ranks, page_table, plan, weights, groups
+    return _c.lora_shrink.default(x, a, adapter_ids, *rest)
 
 
 @fake("lora_shrink")
-def _fake_shrink(
-    x: Tensor, a: Tensor, ids: Tensor, scale: Any, ranks: Any, page_table: Tensor | None, plan: Any
-) -> Tensor:
+def _fake_shrink(x: Tensor, a: Tensor, ids: Tensor, *rest: Tensor | None) -> Tensor:
+    page_table = rest[2]
     rank = a.shape[1] if page_table is None else 8 * page_table.shape[1]
-    return x.new_empty(x.shape[0], rank, dtype=accumulator(x.dtype))
+    return x.new_empty(*ids.shape, rank, dtype=accumulator(x.dtype))
 
 
 def lora_expand_(
@@ -151,9 +169,10 @@ def lora_expand_(
     Args:
         y: Output ``(T, O)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. It
             is returned and must not share memory with another argument, as in :func:`lora_apply_`.
-        v: Result of :func:`lora_shrink`, ``(T, R)`` float32 (float64 for float64).
+        v: Result of :func:`lora_shrink`, ``(T, R)``, or ``(T, K, R)`` for ids ``(T, K)``; float32
+            (float64 for float64).
         b: Bank or pages in the dtype of ``y``, see :func:`lora_apply`.
-        adapter_ids: Adapter id of each row, ``(T,)``.
+        adapter_ids: Adapter id of each row, ``(T,)`` or ``(T, K)``.
         ranks: Rank of each adapter, ``(A,)`` int32, see :func:`lora_apply`.
         page_table: Pages of each adapter, see :func:`lora_apply`.
         plan: Result of :func:`lora_plan` for the same ids, or None.
@@ -182,26 +201,37 @@ def lora_apply(
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
     plan: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Compute the low-rank update of every row by its adapter.
 
-    ``y[t] = scale[s] * b[s] @ (a[s] @ x[t])`` with ``s = adapter_ids[t]``; rows with id -1 are
-    zero. Differentiable once in ``x`` and, for banks, in ``a`` and ``b``; the backward uses the
-    kernels of :func:`lora_linear`.
+    ``y[t] = weights[t] * scale[s] * b[s] @ (a[s] @ x[t])`` with ``s = adapter_ids[t]``; rows with
+    id -1 are zero. Differentiable once in ``x`` and, for banks, in ``a``, ``b`` and ``weights``;
+    the backward uses the kernels of :func:`lora_linear`.
 
     Args:
         x: Input ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
         a: Bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of
             ``x``.
         b: Bank ``(A, O, R)``, or pages ``(P, O, 8)``; dtype and device of ``x``.
-        adapter_ids: Adapter id of each row, ``(T,)`` int64 or int32 in ``[-1, A)``.
-        scale: Scale of each adapter, ``(A,)`` float32, or None for 1.
+        adapter_ids: Adapter id of each row, ``(T,)`` int64 or int32 in ``[-1, A)``, or ``(T, K)``
+            for the sum of ``K`` adapters, 1 to 64.
+        scale: Scale of each adapter, ``(A,)`` float32, or of each page of eight ranks,
+            ``(A, ceil(R / 8))``; None for 1.
         ranks: Rank of each adapter, ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with
             pages). Entries of the factors beyond an adapter's rank are not read, and their gradient
             is zero.
         page_table: Pages of each adapter, ``(A, R / 8)`` int32: one page per eight ranks, or -1 for
             no page. None for banks.
         plan: Result of :func:`lora_plan` for the same ids, to avoid grouping them again.
+        weights: Factor of each row, ``(T,)`` float32, of each entry of ids ``(T, K)``, ``(T, K)``,
+            or of each row and group, ``(T, G)``; None for 1. Values are not checked: a NaN affects
+            only its row.
+        groups: Column of ``weights (T, G)`` that each page is multiplied by,
+            ``(A, ceil(R / 8))`` int32 in ``[0, G)``, for ids ``(T,)``; None for column 0. On CUDA,
+            the range is checked only in debug mode.
 
     Returns:
         ``(T, O)`` in the dtype of ``x``, accumulated in float32 (float64 for float64).
@@ -212,8 +242,9 @@ def lora_apply(
 
     Source: LoRA (Hu et al. 2021), eq. 3; Punica (Chen et al. 2023), section 4.
     """
-    refuse_tangents("lora_apply", x, a, b, scale)
-    return _c.lora_apply.default(x, a, b, adapter_ids, scale, ranks, page_table, plan)
+    refuse_tangents("lora_apply", x, a, b, scale, weights)
+    rest = scale, ranks, page_table, plan, weights, groups
+    return _c.lora_apply.default(x, a, b, adapter_ids, *rest)
 
 
 @fake("lora_apply")
@@ -231,27 +262,29 @@ def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, 
 
     For pages, ``dx`` is the op itself applied to ``dy`` with ``b^T`` and ``a^T`` as factors.
     """
-    x, a, b, adapter_ids, scale, ranks, page_table, plan = ctx.saved_tensors
-    need_dx, need_da, need_db = ctx.needs_input_grad[:3]
-    if any(ctx.needs_input_grad[3:]):
+    x, a, b, adapter_ids, scale, ranks, page_table, plan, weights, groups = ctx.saved_tensors
+    # torch does not list trailing arguments that have their default.
+    needs = [*ctx.needs_input_grad[:3], weights is not None and ctx.needs_input_grad[8]]
+    if any(ctx.needs_input_grad[3:8]):
         raise NotImplementedError("lora_apply: scale receives no gradient; detach it")
     if page_table is not None:
-        if need_da or need_db:
-            raise NotImplementedError("lora_apply: pages receive no gradient; train a bank instead")
+        if any(needs[1:]):
+            raise NotImplementedError(
+                "lora_apply: pages and their weights receive no gradient; train a bank instead"
+            )
         a_t, b_t = (t.transpose(1, 2).contiguous() for t in (a, b))
-        dx = library.lora_apply(dy, b_t, a_t, adapter_ids, scale, ranks, page_table, plan)
-        return dx, *(None,) * 7
+        rest = scale, ranks, page_table, plan, weights, groups
+        return library.lora_apply(dy, b_t, a_t, adapter_ids, *rest), *(None,) * 9
     if plan is None:
         plan = library.lora_plan(adapter_ids, a.shape[0])
-    if need_db:
+    if needs[2] or needs[3]:  # v without the weights
         v = library.lora_shrink(x, a, adapter_ids, scale, ranks, None, plan)
     else:
-        v = x.new_empty(x.shape[0], a.shape[1], dtype=accumulator(x.dtype))
-    grads = library.lora_linear_backward(
-        dy, x, v, None, a, b, adapter_ids, scale, ranks, plan, 0.0, None, need_dx, need_da, need_db
-    )
-    needs = (need_dx, need_da, need_db)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
+        v = x.new_empty(*adapter_ids.shape, a.shape[1], dtype=accumulator(x.dtype))
+    rest = scale, ranks, plan, 0.0, None, *needs[:3], weights, groups, needs[3]
+    grads = library.lora_linear_backward(dy, x, v, None, a, b, adapter_ids, *rest)
+    dx, da, db, dweights = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return dx, da, db, *(None,) * 5, dweights, None
 
 
 def lora_apply_(
@@ -264,11 +297,15 @@ def lora_apply_(
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
     plan: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Add the low-rank update of every row to ``y`` in place, as serving does.
 
-    ``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))`` with ``s = adapter_ids[t]`` and one
-    rounding. Rows with id -1, or with an adapter of rank 0, stay bitwise unchanged.
+    ``y[t] = round(y[t] + weights[t] * scale[s] * b[s] @ (a[s] @ x[t]))`` with
+    ``s = adapter_ids[t]`` and one rounding, or one per column of ids ``(T, K)``. Rows with id -1,
+    or with an adapter of rank 0, stay bitwise unchanged.
 
     Args:
         y: Output ``(T, O)``, dtype and device of ``x``; any row stride. It is returned and must not
@@ -277,11 +314,13 @@ def lora_apply_(
         x: Input ``(T, I)``, see :func:`lora_apply`.
         a: Bank or pages, see :func:`lora_apply`.
         b: Bank or pages, see :func:`lora_apply`.
-        adapter_ids: Adapter id of each row, ``(T,)``.
-        scale: Scale of each adapter, ``(A,)`` float32, or None for 1.
+        adapter_ids: Adapter id of each row, ``(T,)`` or ``(T, K)``.
+        scale: Scale of each adapter, ``(A,)`` or ``(A, R / 8)`` float32, see :func:`lora_apply`.
         ranks: Rank of each adapter, ``(A,)`` int32, see :func:`lora_apply`.
         page_table: Pages of each adapter, see :func:`lora_apply`.
         plan: Result of :func:`lora_plan` for the same ids, or None.
+        weights: Weight of each row, see :func:`lora_apply`.
+        groups: Column of ``weights`` of each page, see :func:`lora_apply`.
 
     Raises:
         ValueError: If a shape, dtype or device is wrong, or ``y`` overlaps another argument.
@@ -289,7 +328,8 @@ def lora_apply_(
 
     Source: Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al. 2023), section 5.
     """
-    _c.lora_apply_.default(y, x, a, b, adapter_ids, scale, ranks, page_table, plan)
+    rest = scale, ranks, page_table, plan, weights, groups
+    _c.lora_apply_.default(y, x, a, b, adapter_ids, *rest)
     return y
 
 
@@ -299,7 +339,14 @@ def _fake_apply_(y: Tensor, *args: Tensor | None) -> None:
 
 
 def bgmv_(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter_ids: Tensor, scale: Tensor | None = None
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Call :func:`lora_apply_` on banks: Punica's batched gather matrix-vector product (BGMV).
 
@@ -308,15 +355,17 @@ def bgmv_(
         x: Input ``(T, I)``.
         a: Bank ``(A, R, I)``.
         b: Bank ``(A, O, R)``.
-        adapter_ids: Adapter id of each row, ``(T,)`` in ``[-1, A)``; -1 means no adapter.
+        adapter_ids: Adapter id of each row, ``(T,)`` or ``(T, K)`` in ``[-1, A)``; -1 means no
+            adapter.
         scale: Scale of each adapter, ``(A,)`` float32, or None for 1.
+        weights: Weight of each row, or of each entry of ids ``(T, K)``, float32; None for 1.
 
     Raises:
         ValueError: As for :func:`lora_apply_`.
 
     Source: Punica (Chen et al. 2023), section 4.
     """
-    return lora_apply_(y, x, a, b, adapter_ids, scale)
+    return lora_apply_(y, x, a, b, adapter_ids, scale, weights=weights)
 
 
 def sgmv_(
@@ -327,6 +376,8 @@ def sgmv_(
     seg_indptr: Tensor,
     seg_adapter: Tensor,
     scale: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Call :func:`lora_apply_` on segments: the segmented gather matrix-vector product (SGMV).
 
@@ -337,13 +388,27 @@ def sgmv_(
         b: Bank ``(A, O, R)``.
         seg_indptr: Bounds of the segments, ``(S + 1,)`` int32 on the device of ``x``. Rows outside
             all segments are unchanged.
-        seg_adapter: Adapter id of each segment, ``(S,)`` int32; -1 means no adapter.
+        seg_adapter: Adapter id of each segment, ``(S,)`` or ``(S, K)`` int32; -1 means no adapter.
         scale: Scale of each adapter, ``(A,)`` float32, or None for 1.
+        weights: Weight of each entry of ``seg_adapter``, float32 of its shape; None for 1.
 
     Raises:
         ValueError: As for :func:`lora_segment_ids` and :func:`lora_apply_`.
 
     Source: Punica (Chen et al. 2023), section 4.
     """
-    ids = lora_segment_ids(seg_indptr, seg_adapter, x.shape[0])
-    return lora_apply_(y, x, a, b, ids, scale)
+    if weights is None and seg_adapter.dim() == 1:
+        ids = lora_segment_ids(seg_indptr, seg_adapter, x.shape[0])
+        return lora_apply_(y, x, a, b, ids, scale)
+    if weights is not None and weights.shape != seg_adapter.shape:
+        shape, found = tuple(seg_adapter.shape), tuple(weights.shape)
+        raise ValueError(
+            f"sgmv_: weights: expected the shape of seg_adapter, {shape}, found {found}"
+        )
+    segments = torch.arange(len(seg_adapter), dtype=torch.int32, device=seg_adapter.device)
+    of_row = lora_segment_ids(seg_indptr, segments, x.shape[0]).long()  # (T,)
+    # Rows outside all segments have index -1 and read the last row, which is added here.
+    ids = torch.cat([seg_adapter, torch.full_like(seg_adapter[:1], -1)])[of_row]
+    if weights is not None:
+        weights = torch.cat([weights, torch.ones_like(weights[:1])])[of_row]
+    return lora_apply_(y, x, a, b, ids, scale, weights=weights)

@@ -30,10 +30,13 @@ def lora_apply_siblings_(
     ranks: Sequence[Tensor] = (),
     page_table: Sequence[Tensor] = (),
     plan: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    groups: Sequence[Tensor] = (),
 ) -> Sequence[Tensor]:
     """Add the low-rank updates of several modules in place: one :func:`lora_apply_` per module.
 
-    ``y[m][t] = round(y[m][t] + scale[m][s] * b[m][s] @ (a[m][s] @ x[t]))`` with
+    ``y[m][t] = round(y[m][t] + weights[t] * scale[m][s] * b[m][s] @ (a[m][s] @ x[t]))`` with
     ``s = adapter_ids[t]``. The results are bitwise equal to separate calls.
 
     On a GPU, all modules share the kernel launches of one module, if there are up to 256 rows, the
@@ -48,12 +51,15 @@ def lora_apply_siblings_(
         a: Bank ``(A, R, I)`` of each module, or its pages ``(P, 8, I)`` with ``page_table``; ``R``
             and ``P`` may differ.
         b: Bank ``(A, O, R)`` of each module, or its pages ``(P, O, 8)``.
-        adapter_ids: Adapter id of each row, ``(T,)`` int64 or int32 in ``[-1, A)``.
-        scale: Scales ``(A,)`` float32 of each module; empty for 1.
+        adapter_ids: Adapter id of each row, ``(T,)`` or ``(T, K)`` int64 or int32 in ``[-1, A)``.
+        scale: Scales ``(A,)`` or ``(A, R / 8)`` float32 of each module; empty for 1.
         ranks: Ranks ``(A,)`` int32 in ``[0, R]`` of each module; empty for ``R`` (required with
             pages).
         page_table: Pages ``(A, R / 8)`` int32 of each module; empty for banks.
         plan: Result of :func:`lora_plan` for the same ids, or None.
+        weights: Weight of each row, for all modules, see :func:`lora_apply`.
+        groups: Columns of ``weights`` of the pages of each module, see :func:`lora_apply`; empty
+            for 0.
 
     Raises:
         ValueError: If the number of tensors, a shape, dtype or device is wrong, or a ``y`` overlaps
@@ -62,14 +68,16 @@ def lora_apply_siblings_(
 
     Source: Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al. 2023), section 5.
     """
-    _c.lora_apply_siblings_.default(y, x, a, b, adapter_ids, scale, ranks, page_table, plan)
+    rest = scale, ranks, page_table, plan, weights, groups or None
+    _c.lora_apply_siblings_.default(y, x, a, b, adapter_ids, *rest)
     return y
 
 
 @fake("lora_apply_siblings_")
 def _fake_apply_siblings_(y: Any, x: Tensor, a: Any, b: Any, _ids: Tensor, *rest: Any) -> None:
-    scale, ranks, page_table, _plan = rest
+    scale, ranks, page_table, _plan, _weights, groups = rest
     lists = {"y": y, "a": a, "b": b, "scale": scale, "ranks": ranks, "page_table": page_table}
+    lists["groups"] = groups or ()
     for name, tensors in lists.items():
         for i, t in enumerate(tensors):
             module = f"lora_apply_siblings_: module {i}"

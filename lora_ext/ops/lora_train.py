@@ -43,15 +43,19 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     plan: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Compute a linear layer plus the low-rank update of every row by its adapter.
 
-    ``y[t] = weight @ x[t] + bias + b[s] @ (c * a[s] @ (m[t] * x[t]))`` with ``s = adapter_ids[t]``,
-    the dropout mask ``m`` in {0, 1} and ``c = scale[s] / (1 - dropout_p)``; rows with id -1 have no
-    update.
+    ``y[t] = weight @ x[t] + bias + b[s] @ (c * a[s] @ (m[t] * x[t])) * weights[t]`` with
+    ``s = adapter_ids[t]``, the dropout mask ``m`` in {0, 1} and ``c = scale[s] / (1 - dropout_p)``;
+    rows with id -1 have no update. For ids ``(T, K)`` the updates of the columns are added.
 
-    Differentiable once in ``x``, ``weight``, ``bias``, ``a`` and ``b``; only the gradients that
-    autograd needs are computed. The bits of an adapter's gradient do not depend on the other
+    Differentiable once in ``x``, ``weight``, ``bias``, ``a``, ``b`` and ``weights``; only the
+    gradients that autograd needs are computed. The gradient of ``weights`` is exactly 0 for entries
+    with id -1. The bits of an adapter's gradient do not depend on the other
     adapters of the batch. The gradient is zero beyond the adapter's rank, and for an adapter
     without rows. The products with ``weight`` use a library's GEMM, so their bits may depend on the
     batch and the number of threads. The library is torch's, or oneDNN for large float32 batches on
@@ -65,8 +69,9 @@ def lora_linear(
         a: Bank ``(A, R, I)``, dtype and device of ``x``. A single adapter may also be ``(R, I)``
             with ``b (O, R)``; its gradients then have these shapes.
         b: Bank ``(A, O, R)``, dtype and device of ``x``.
-        adapter_ids: Adapter id of each row, ``(T,)`` int64 or int32 in ``[-1, A)``.
-        scale: Scale of each adapter, ``(A,)`` float32 without gradient, or None for 1.
+        adapter_ids: Adapter id of each row, ``(T,)`` or ``(T, K)`` int64 or int32 in ``[-1, A)``.
+        scale: Scale of each adapter, ``(A,)`` or ``(A, ceil(R / 8))`` float32 without gradient, or
+            None for 1.
         ranks: Rank of each adapter, ``(A,)`` int32 in ``[0, R]``, or None for ``R``.
         dropout_p: Probability in ``[0, 1)`` of dropping an element of the adapters' input; the base
             product uses all of ``x``.
@@ -74,8 +79,11 @@ def lora_linear(
             You may change it between replays of a captured graph. With one number, the mask depends
             on the row's index in the batch. With ``(A,)``, it depends on the adapter's seed and the
             row's index among the rows of that adapter, not on other rows. For one adapter, the
-            masks of a seed of shape ``()`` and of shape ``(1,)`` differ if rows have id -1.
+            masks of a seed of shape ``()`` and of shape ``(1,)`` differ if rows have id -1. The
+            columns of ids ``(T, K)`` have different masks of one seed.
         plan: Result of :func:`lora_plan` for the same ids, to avoid grouping them again.
+        weights: Factor of each row or entry of the ids, see :func:`lora_apply`.
+        groups: Column of ``weights`` of each page, see :func:`lora_apply`.
 
     Returns:
         ``(T, O)`` in the dtype of ``x``. The base product is rounded, and its sum with the update
@@ -88,15 +96,15 @@ def lora_linear(
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
     return _c.lora_linear_forward.default(
-        x, weight, bias, a, b, adapter_ids, scale, ranks, dropout_p, seed, plan
+        x, weight, bias, a, b, adapter_ids, scale, ranks, dropout_p, seed, plan, weights, groups
     )[0]
 
 
 @fake("lora_linear_forward")
 def _fake_linear(
-    x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor, *rest: Any
+    x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor, ids: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    *_, dropout_p, seed, _ = rest
+    _, _, dropout_p, seed, *_ = rest
     adapters = a.shape[0] if a.dim() == 3 else 1
     if dropout_p:
         require(seed is not None, _LINEAR, "seed", "one int64 number if dropout_p > 0", None)
@@ -105,17 +113,17 @@ def _fake_linear(
         expected = f"one int64 number, or one for each of {adapters} adapters"
         require(holds, _LINEAR, "seed", expected, f"shape {list(seed.shape)}")
     y = x.new_empty(x.shape[0], b.shape[-2])
-    return y, x.new_empty(x.shape[0], a.shape[-2], dtype=accumulator(x.dtype))
+    return y, x.new_empty(*ids.shape, a.shape[-2], dtype=accumulator(x.dtype))
 
 
 @fake("lora_linear_backward")
 def _fake_linear_backward(
     dy: Tensor, x: Tensor, v: Tensor, weight: Any, a: Tensor, b: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, da, db = (
-        t.new_empty(t.shape if need else 0) for t, need in zip((x, a, b), rest[-3:], strict=True)
-    )
-    return dx, da, db
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, dx, da, db, weights, _, dweights = rest
+    grads = (t.new_empty(t.shape if need else 0) for t, need in ((x, dx), (a, da), (b, db)))
+    shape = weights.shape if dweights else 0
+    return *grads, x.new_empty(shape, dtype=torch.float32)
 
 
 def lora_linear_apart(
@@ -131,6 +139,9 @@ def lora_linear_apart(
     seed: Tensor | None = None,
     plan: Tensor | None = None,
     packed: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Compute :func:`lora_linear` of adapters that are separate tensors, such as parameters.
 
@@ -145,8 +156,8 @@ def lora_linear_apart(
         a: Factors ``(r, I)`` of the A adapters of rank r, on the device of ``x``; they are cast to
             the dtype of ``x``.
         b: Factors ``(O, r)`` of the same adapters.
-        adapter_ids: Adapter id of each row, ``(T,)``.
-        scale: Scale of each adapter, ``(A,)`` float32, or None for 1.
+        adapter_ids: Adapter id of each row, ``(T,)`` or ``(T, K)``.
+        scale: Scale of each adapter, see :func:`lora_linear`.
         ranks: Rank of each adapter, ``(A,)`` int32; may be None if the ranks are equal.
         dropout_p: Probability of dropping an element, see :func:`lora_linear`.
         seed: Seed of the dropout mask, see :func:`lora_linear`.
@@ -154,6 +165,8 @@ def lora_linear_apart(
         packed: Result of :func:`pack_weight` for ``weight``. The base product then uses
             :func:`packed_linear`, whose bits do not depend on other rows; ``dropout_p`` must be 0.
             Compiled graphs ignore it.
+        weights: Factor of each row or entry of the ids, see :func:`lora_apply`.
+        groups: Column of ``weights`` of each page, see :func:`lora_apply`.
 
     Returns:
         ``(T, O)`` in the dtype of ``x``.
@@ -169,14 +182,16 @@ def lora_linear_apart(
         raise ValueError(f"lora_linear_apart: ranks: expected {expected}, found {found}")
     rest = adapter_ids, scale, ranks, dropout_p, seed, plan
     if len(a) == 1 and packed is None:
-        return lora_linear(x, weight, bias, a[0].to(x.dtype), b[0].to(x.dtype), *rest)
+        one = a[0].to(x.dtype), b[0].to(x.dtype)
+        return lora_linear(x, weight, bias, *one, *rest, weights=weights, groups=groups)
     if compiles():  # The compiler fuses these ops and cannot trace `_Apart`.
         rank = max(f.shape[0] for f in a)
         bank_a = torch.stack([pad(f, (0, 0, 0, rank - f.shape[0])) for f in a]).to(x.dtype)
         bank_b = torch.stack([pad(f, (0, rank - f.shape[1])) for f in b]).to(x.dtype)
-        return lora_linear(x, weight, bias, bank_a, bank_b, *rest)
+        bank = bank_a, bank_b
+        return lora_linear(x, weight, bias, *bank, *rest, weights=weights, groups=groups)
     apply: Any = _Apart.apply  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    return apply(x, weight, bias, rest, packed, *a, *b)
+    return apply(x, weight, bias, (*rest, groups), packed, weights, *a, *b)
 
 
 class _Apart(torch.autograd.Function):
@@ -188,19 +203,26 @@ class _Apart(torch.autograd.Function):
         bias: Tensor | None,
         rest: Any,
         packed: Tensor | None,
+        weights: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
+        *rest, groups = rest
         ids, scale, ranks, ctx.p, seed, plan = rest
         bank = _bank(factors, x.dtype)
         if packed is None or weight is None:
-            y, v = _c.lora_linear_forward.default(x, weight, bias, *bank, *rest)
+            y, v = _c.lora_linear_forward.default(x, weight, bias, *bank, *rest, weights, groups)
         else:
             require(not ctx.p, _LINEAR, "dropout_p", "0 if packed is set", ctx.p)
             y = _c.packed_linear.default(x, packed, bias, weight.shape[0])
             v = _c.lora_shrink.default(x, bank[0], ids, scale, ranks, None, plan)
-            _c.lora_expand_.default(y, v, bank[1], ids, ranks, None, plan)
+            if weights is None:
+                _c.lora_expand_.default(y, v, bank[1], ids, ranks, None, plan)
+            else:  # The backward needs v without the weights.
+                mixed = scale, ranks, None, plan, weights, groups
+                _c.lora_apply_.default(y, x, *bank, ids, *mixed)
         for_dx = weight if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, v, for_dx, ids, scale, ranks, plan, seed, *factors)
+        saved = ids, scale, ranks, plan, seed, weights, groups
+        ctx.save_for_backward(x, v, for_dx, *saved, *factors)
         return y
 
     @staticmethod
@@ -209,16 +231,17 @@ class _Apart(torch.autograd.Function):
             again = "the gradient of lora_linear is not itself differentiable"
             raise RuntimeError(f"lora_linear_apart: {again}")
         (dy,) = grads
-        x, v, weight, ids, scale, ranks, plan, seed, *factors = ctx.saved_tensors
-        dx, dweight, dbias, _, _, *wanted = ctx.needs_input_grad
+        x, v, weight, ids, scale, ranks, plan, seed, weights, groups, *factors = ctx.saved_tensors
+        dx, dweight, dbias, _, _, mixes, *wanted = ctx.needs_input_grad
         half = len(factors) // 2
         da, db = any(wanted[:half]), any(wanted[half:])
         out: list[Tensor | None] = [None] * len(wanted)
-        gradient = None
-        if dx or da or db:
-            a, b = _bank(factors, x.dtype)
-            gradient, bank_a, bank_b = _c.lora_linear_backward.default(
-                dy, x, v, weight, a, b, ids, scale, ranks, plan, ctx.p, seed, dx, da, db
+        gradient = of_weights = None
+        if dx or da or db or mixes:
+            needs = dx, da, db, weights, groups, mixes
+            gradient, bank_a, bank_b, of_weights = _c.lora_linear_backward.default(
+                *(dy, x, v, weight, *_bank(factors, x.dtype), ids, scale, ranks, plan),
+                *(ctx.p, seed, *needs),
             )
             all_ranks = [f.shape[0] for f in factors[:half]]
             if da:
@@ -230,7 +253,8 @@ class _Apart(torch.autograd.Function):
             g.to(f.dtype) if want and g is not None else None
             for g, f, want in zip(out, factors, wanted, strict=True)
         )
-        return gradient if dx else None, of_weight, of_bias, None, None, *of_factors
+        of_rows = of_weights if mixes else None
+        return gradient if dx else None, of_weight, of_bias, None, None, of_rows, *of_factors
 
 
 def _bank(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

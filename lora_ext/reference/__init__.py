@@ -28,6 +28,7 @@ from ._lora import (
     lora_apply_,
     lora_apply_siblings_,
     lora_expand_,
+    lora_mixture,
     lora_plan,
     lora_segment_ids,
     lora_shrink,
@@ -57,7 +58,7 @@ __all__ = [
     "dropout_keep", "dropout_keep_of_adapters", "emission_gather", "log_bmm",
     "log_einsum_exp", "lora_apply", "lora_apply_", "lora_apply_siblings_", "lora_delta",
     "lora_dora_norm", "lora_dropout", "lora_expand_", "lora_gram", "lora_linear",
-    "lora_linear_backward", "lora_merge_", "lora_pair_stats", "lora_plan", "lora_segment_ids",
-    "lora_shrink", "lora_update", "pack_weight", "packed_linear", "pointwise", "row_attention",
-    "seen_keys", "spec_verify", "vocab_logits",
+    "lora_linear_backward", "lora_merge_", "lora_mixture", "lora_pair_stats", "lora_plan",
+    "lora_segment_ids", "lora_shrink", "lora_update", "pack_weight", "packed_linear", "pointwise",
+    "row_attention", "seen_keys", "spec_verify", "vocab_logits",
 ]  # fmt: skip

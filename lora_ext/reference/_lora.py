@@ -5,6 +5,7 @@ adapters, ``P`` pages. ``s = adapter_ids[t]`` is the adapter of row t.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,24 @@ def paged(pages: Tensor, page_table: Tensor) -> Tensor:
     return torch.where(absent, 0, pages[page_table.clamp(min=0).long()])
 
 
+def columns_of(adapter_ids: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Any]]:
+    """Yield ids ``(T,)`` and weights of each column of ids ``(T, K)``."""
+    for k, ids in enumerate(adapter_ids.unbind(1)):
+        yield ids, None if weights is None else weights[:, k]
+
+
+def lora_factors(
+    s: int, rank: int, scale: Tensor | None, weights: Tensor | None, groups: Tensor | None
+) -> Iterator[Tensor]:
+    """Yield the factors of ``v`` of adapter ``s``: scales ``(rank,)``, weights ``(T, rank)``."""
+    page = torch.arange(rank) // 8
+    if scale is not None:
+        yield scale[s][page] if scale.dim() == 2 else scale[s].expand(rank)
+    if weights is not None:
+        of_groups = weights[:, None] if weights.dim() == 1 else weights  # (T, G)
+        yield of_groups[:, page * 0 if groups is None else groups[s].long()[page]]
+
+
 def lora_shrink(
     x: Tensor,
     a: Tensor,
@@ -39,16 +58,24 @@ def lora_shrink(
     scale: Tensor | None = None,
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Compute :func:`lora_ext.ops.lora_shrink`, one adapter at a time."""
+    if adapter_ids.dim() == 2:
+        rest = scale, ranks, page_table
+        columns = columns_of(adapter_ids, weights)
+        return torch.stack([lora_shrink(x, a, i, *rest, weights=w) for i, w in columns], 1)
     if page_table is not None:
         a = paged(a, page_table).flatten(1, 2)  # (A, R, I)
     dtype = accumulator(x.dtype)
     v = x.new_zeros(x.shape[0], a.shape[1], dtype=dtype)
     for s, rows, rank in rows_of_adapters(adapter_ids, a.shape[0], a.shape[1], ranks):
-        v[rows, :rank] = x[rows].to(dtype) @ a[s, :rank].to(dtype).T
-        if scale is not None:
-            v[rows] *= scale[s].to(dtype)
+        part = x[rows].to(dtype) @ a[s, :rank].to(dtype).T
+        for factor in lora_factors(s, rank, scale, weights, groups):
+            part = part * (factor if factor.dim() == 1 else factor[rows]).to(dtype)
+        v[rows, :rank] = part
     return v
 
 
@@ -60,6 +87,9 @@ def lora_update(
     page_table: Tensor | None = None,
 ) -> Tensor:
     """Compute ``delta[t] = b[s] @ v[t]``, ``(T, O)`` in the dtype of ``v``; zero for id -1."""
+    if adapter_ids.dim() == 2:
+        columns = zip(v.unbind(1), adapter_ids.unbind(1), strict=True)
+        return torch.stack([lora_update(u, b, i, ranks, page_table) for u, i in columns]).sum(0)
     if page_table is not None:
         b = paged(b, page_table).transpose(1, 2).flatten(2, 3)  # (A, O, R)
     delta = v.new_zeros(v.shape[0], b.shape[1])
@@ -85,6 +115,7 @@ def lora_expand_(
     active = adapter_ids >= 0
     if ranks is not None and ranks.numel():
         active = active & (ranks[adapter_ids.clamp(min=0).long()] > 0)
+    active = active.any(1) if active.dim() == 2 else active
     return y.copy_(torch.where(active[:, None], total, y))
 
 
@@ -96,14 +127,15 @@ def lora_apply(
     scale: Tensor | None = None,
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
+    **mixture: Tensor | None,
 ) -> Tensor:
-    """Compute ``y[t] = scale[s] * b[s] @ (a[s] @ x[t])``, ``(T, O)`` in the dtype of ``x``.
+    """Compute ``y[t] = weights[t] * scale[s] * b[s] @ (a[s] @ x[t])``, ``(T, O)``, dtype of ``x``.
 
-    Rows with id -1 are zero.
+    Rows with id -1 are zero. ``mixture`` has the keywords of :func:`lora_shrink`.
 
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
-    v = lora_shrink(x, a, adapter_ids, scale, ranks, page_table)
+    v = lora_shrink(x, a, adapter_ids, scale, ranks, page_table, **mixture)
     return lora_update(v, b, adapter_ids, ranks, page_table).to(x.dtype)
 
 
@@ -116,13 +148,31 @@ def lora_apply_(
     scale: Tensor | None = None,
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
+    **mixture: Tensor | None,
 ) -> Tensor:
-    """Compute ``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))`` in place.
+    """Compute ``y[t] = round(y[t] + weights[t] * scale[s] * b[s] @ (a[s] @ x[t]))`` in place.
 
     Rows with id -1 stay unchanged.
     """
-    v = lora_shrink(x, a, adapter_ids, scale, ranks, page_table)
+    v = lora_shrink(x, a, adapter_ids, scale, ranks, page_table, **mixture)
     return lora_expand_(y, v, b, adapter_ids, ranks, page_table)
+
+
+def lora_mixture(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    weights: Tensor | None = None,
+    scale: Tensor | None = None,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """Compute ``y[t] = sum_k weights[t, k] * scale[s] * b[s] @ (a[s] @ x[t])``, ``(T, O)``.
+
+    ``s = adapter_ids[t, k]``; entries of -1 add nothing. ``adapter_ids`` and ``weights`` are
+    ``(T, K)`` or ``(T,)``.
+    """
+    return lora_apply(x, a, b, adapter_ids, scale, ranks, weights=weights)
 
 
 def lora_apply_siblings_(
@@ -134,14 +184,16 @@ def lora_apply_siblings_(
     scale: Sequence[Tensor] = (),
     ranks: Sequence[Tensor] = (),
     page_table: Sequence[Tensor] = (),
+    **mixture: Any,
 ) -> Sequence[Tensor]:
     """Call :func:`lora_apply_` for every module on the same rows.
 
-    An empty ``scale``, ``ranks`` or ``page_table`` stands for None.
+    An empty ``scale``, ``ranks``, ``page_table`` or ``groups`` stands for None.
     """
+    parts = scale, ranks, page_table, mixture.pop("groups", ())
     for m, each in enumerate(y):
-        rest = (part[m] if part else None for part in (scale, ranks, page_table))
-        lora_apply_(each, x, a[m], b[m], adapter_ids, *rest)
+        *rest, groups = (part[m] if part else None for part in parts)
+        lora_apply_(each, x, a[m], b[m], adapter_ids, *rest, groups=groups, **mixture)
     return y
 
 

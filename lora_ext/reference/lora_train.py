@@ -7,7 +7,7 @@ adapters.
 import torch
 from torch import Tensor
 
-from ._lora import accumulator, rows_of_adapters
+from ._lora import accumulator, columns_of, lora_shrink, lora_update, rows_of_adapters
 
 _WORD = 0xFFFFFFFF  # 32-bit words are stored as int64: torch lacks unsigned arithmetic for them
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -39,19 +39,19 @@ def _philox4x32_10(counter: Tensor, key: tuple[int, int]) -> Tensor:
     return torch.stack([c0, c1, c2, c3], -1)
 
 
-def dropout_keep(rows: int, columns: int, p: float, seed: int | Tensor) -> Tensor:
+def dropout_keep(rows: int, columns: int, p: float, seed: int | Tensor, entry: int = 0) -> Tensor:
     """Return which elements dropout keeps, ``(rows, columns)`` bool.
 
     An element is kept if ``word >= round(p * 2^32)``. ``word`` is entry ``column % 4`` of the
-    result of Philox for the counter ``(row, column / 4, 0, 0)`` and the two halves of the seed as
-    key.
+    result of Philox for the counter ``(row, column / 4, entry, 0)`` and the two halves of the seed
+    as key. ``entry`` is the column k of ids ``(T, K)``.
     """
     seed = int(seed)
     row = torch.arange(rows)[:, None].expand(rows, -(-columns // 4))
     quad = torch.arange(row.shape[1]).expand_as(row)
     zero = torch.zeros_like(row)
     words = _philox4x32_10(
-        torch.stack([row, quad, zero, zero], -1), (seed & _WORD, seed >> 32 & _WORD)
+        torch.stack([row, quad, zero + entry, zero], -1), (seed & _WORD, seed >> 32 & _WORD)
     )
     return words.flatten(1)[:, :columns] >= round(p * 2**32)
 
@@ -80,7 +80,12 @@ def dropout_keep_of_adapters(adapter_ids: Tensor, columns: int, p: float, seed: 
 
 
 def _masked(
-    x: Tensor, p: float, seed: int | Tensor | None, adapter_ids: Tensor, adapters: int
+    x: Tensor,
+    p: float,
+    seed: int | Tensor | None,
+    adapter_ids: Tensor,
+    adapters: int,
+    entry: int = 0,
 ) -> Tensor:
     if p == 0:
         return x
@@ -88,7 +93,7 @@ def _masked(
     if isinstance(seed, Tensor) and seed.shape == (adapters,):
         keep = dropout_keep_of_adapters(adapter_ids, x.shape[1], p, seed)
     else:
-        keep = dropout_keep(x.shape[0], x.shape[1], p, seed)
+        keep = dropout_keep(x.shape[0], x.shape[1], p, seed, entry)
     return torch.where(keep.to(x.device), x, 0)
 
 
@@ -107,6 +112,9 @@ def lora_linear(
     ranks: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Compute :func:`lora_ext.ops.lora_linear`, one adapter at a time."""
     dtype = accumulator(x.dtype)
@@ -114,10 +122,13 @@ def lora_linear(
     if weight is not None:
         y = x.to(dtype) @ weight.to(dtype).T
         y = y if bias is None else y + bias.to(dtype)
-    kept = _masked(x, dropout_p, seed, adapter_ids, a.shape[0]).to(dtype)
-    for s, rows, rank in rows_of_adapters(adapter_ids, a.shape[0], a.shape[1], ranks):
-        v = _factor(scale, s, dropout_p, dtype) * (kept[rows] @ a[s, :rank].to(dtype).T)
-        y = y.index_add(0, rows, v @ b[s, :, :rank].to(dtype).T)
+    entries = [(adapter_ids, weights)]
+    if adapter_ids.dim() == 2:
+        entries = columns_of(adapter_ids, weights)
+    for k, (ids, of_rows) in enumerate(entries):
+        kept = _masked(x, dropout_p, seed, ids, a.shape[0], k)
+        v = lora_shrink(kept, a, ids, scale, ranks, weights=of_rows, groups=groups)
+        y = y + lora_update(v / (1 - dropout_p), b, ids, ranks)
     return y.to(x.dtype)
 
 

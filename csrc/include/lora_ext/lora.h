@@ -4,6 +4,9 @@
 //   v[t, :] = scale[s] * a[s] x[t, :]             rank-of-s entries, float32 (float64 for float64)
 //   y[t, :] = round(y[t, :] + b[s] v[t, :])       rounded once, to the dtype of y
 //
+// With factors (has_factors), rank r of page p = r / 8 is v[t, r] = (scale[s, p] * sum) *
+// weights[t, groups[s, p]], in this order, so that a weight of 1 keeps every bit.
+//
 // Rows with id -1 and rows whose adapter has rank 0 keep every bit of y, and their row of v is not
 // accessed.
 //
@@ -44,7 +47,8 @@ struct LoraBank {
     const void* b = nullptr;
     const int32_t* page_table = nullptr;  // (A, pages_per_slot) or nullptr for plain tensors
     const int32_t* ranks = nullptr;       // (A,) each in [0, max_rank]; nullptr: all max_rank
-    const float* scale = nullptr;         // (A,); nullptr: all 1
+    const float* scale = nullptr;         // (A,), or (A, pages_per_slot); nullptr: all 1
+    const int32_t* groups = nullptr;      // (A, pages_per_slot) columns of weights; nullptr: all 0
     int64_t a_slot_stride = 0, a_page_stride = 0, a_row_stride = 0;
     int64_t b_slot_stride = 0, b_page_stride = 0, b_row_stride = 0;
     int32_t num_adapters = 0;
@@ -55,6 +59,8 @@ struct LoraBank {
     int32_t out_features = 0;
     // True if every page has memory for all 8 ranks: for a pool, and if max_rank % 8 == 0.
     bool full_pages = false;
+    bool scale_per_page = false;
+    int32_t num_groups = 1;  // columns of weights
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -123,8 +129,23 @@ struct LoraArgs {
     // nullptr: decoding without a plan, in which the CUDA kernel groups the rows itself, by `ids`.
     const int32_t* plan = nullptr;
     LoraPlanArgs ids;
-    void* workspace = nullptr;  // lora_workspace_bytes(); CUDA only
+    void* workspace = nullptr;       // lora_workspace_bytes(); CUDA only
+    const float* weights = nullptr;  // (T, bank.num_groups); nullptr: all 1
+    int64_t weights_row_stride = 0;
 };
+
+// Returns whether the factor of v differs between the rows or the pages of an adapter. Shrink then
+// computes sums alone, and a later step multiplies them.
+constexpr bool has_factors(const LoraArgs& args) {
+    return args.weights || args.bank.scale_per_page;
+}
+// Returns the arguments of a shrink that computes sums alone.
+inline LoraArgs without_factors(LoraArgs args) {
+    args.bank.scale = nullptr;
+    args.bank.scale_per_page = false;
+    args.weights = nullptr;
+    return args;
+}
 
 // Modules of one call that share their rows (q, k, v): their LoraArgs differ only in bank, y, v and
 // workspace, with the same number of adapters. Each y is bitwise equal to the result of a call with

@@ -15,6 +15,12 @@
 // The products with W are a library's GEMM, called by csrc/ops; kernels or CPU twins do the rest. c
 // contains 1 / (1 - p), so the mask multiplies by 0 or 1 and no element of x is ever rounded.
 //
+// With factors (lora.h), `v` is stored without the weight w of its row and page, u = dy[t, :] b[s]:
+//
+//   weighed[t, :] = w * v[t, :],  dv[t, :] = (c * u) * w,  dweights[t, g] = <u, v> over group g
+//
+// and db is computed from `weighed`.
+//
 // Sums over tokens are accumulated in float32 (float64). Their order depends only on the adapter's
 // own rows and on the largest rank R of the bank, not on threads or on other adapters of the batch.
 // Rows of other adapters are not read, so their NaN do not spread.
@@ -28,11 +34,11 @@ namespace lora_ext {
 
 // Dropout of the adapters' input: the element (row, column) of x is kept if
 //   word >= threshold,   word = Philox4x32-10(key, counter)[column % 4]
-//   key = {low, high half of the seed},   counter = {row, column / 4, 0, 0}
+//   key = {low, high half of the seed},   counter = {row, column / 4, k, 0}
 // so that forward, backward, twins and kernels drop the same elements without storing a mask. `row`
 // is the row's number in the batch. With a seed per adapter it is the row's position among the rows
 // of its adapter, counted from slot_begin[s]: the mask then depends neither on the rest of the
-// batch nor on the slot.
+// batch nor on the slot. `k` is the column of the ids, 0 if a row has one id.
 // Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 struct LoraDropout {
     const int64_t* seed = nullptr;  // on the device of x: a captured graph may change it
@@ -40,6 +46,7 @@ struct LoraDropout {
     float inverse_keep = 1.0f;      // 1 / (1 - p)
     double inverse_keep_f64 = 1.0;  // 1 / (1 - p) for float64
     bool per_adapter = false;       // true if seed has one number per adapter, else one for all
+    uint32_t column = 0;            // k
 };
 
 struct LoraTrainArgs {
@@ -55,7 +62,20 @@ struct LoraTrainArgs {
     void* da = nullptr;         // (A, R, I) contiguous, dtype of x; all written, zero beyond a rank
     void* db = nullptr;         // (A, O, R) contiguous, as for da
     void* workspace = nullptr;  // size: see the functions below; CUDA only
+    void* weighed = nullptr;    // (T, >= max_rank) scratch like dv; with factors only
+    int64_t weighed_row_stride = 0;
+    // (T, bank.num_groups) float32, added to; only active rows. nullptr: not wanted.
+    float* dweights = nullptr;
+    int64_t dweights_row_stride = 0;
 };
+
+// Returns the arguments of a product that computes sums alone.
+inline LoraTrainArgs without_factors(LoraTrainArgs args) {
+    args.lora = without_factors(args.lora);
+    args.dropout.inverse_keep = 1.0f;
+    args.dropout.inverse_keep_f64 = 1.0;
+    return args;
+}
 
 // CPU twins: one table per instruction set, from isa.h. csrc/ops splits [0, items) over threads,
 // and the split does not change the result. dv runs first, then db and da_dx in any order.
@@ -75,6 +95,11 @@ struct LoraTrainCpu {
     // span, band), are followed by those of dx, (block of inputs, chunk).
     int64_t (*da_dx_items)(const LoraTrainArgs&);
     void (*da_dx)(const LoraTrainArgs&, int64_t begin, int64_t end);
+    // With factors, instead of c in shrink and dv; items are chunks.
+    // v = c * v, weighed = v * w
+    void (*weigh)(const LoraTrainArgs&, int64_t begin, int64_t end);
+    // dv = u, if wanted: dweights += <u, v>, dv = (c * u) * w; if args.db: weighed = v * w
+    void (*weigh_back)(const LoraTrainArgs&, int64_t begin, int64_t end);
     // y[t, i] = x[t, i] / (1 - p) if kept, else 0; in the dtype of x, rounded once. Items are rows
     // of x and y, bank.in_features wide.
     void (*dropout)(const LoraTrainArgs&, int64_t begin, int64_t end);
@@ -84,7 +109,8 @@ struct LoraTrainCpu {
 // workspace depends only on the sizes in `args`, never on the data behind pointers.
 int64_t lora_train_shrink_workspace_bytes(const LoraTrainArgs& args);
 int64_t lora_train_backward_workspace_bytes(const LoraTrainArgs& args);
-LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream);    // x -> v
+// x -> v, and with factors v -> weighed
+LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream);
 LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream);  // dy -> results
 // Dropout alone: x -> y, with y contiguous.
 LaunchStatus launch_lora_dropout(const LoraTrainArgs& args, void* y, void* stream);
