@@ -281,24 +281,58 @@ def _run(
     seed = _seed([f.seed for f in call.adapters], x.device) if p else None
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    x = x.to(dtype)
-    if call.weights is None:
-        return ops.lora_linear_apart(
-            x, weight, bias, a, b, call.ids, scale, ranks, p, seed, call.plan, packed
-        )
+    x, weights, groups = x.to(dtype), call.weights, call.groups
+    if weights is not None and dtype == torch.float64:
+        return _columns(x, weight, bias, a, b, call, ranks)
+    if weights is not None:
+        weights = weights.float()
+    if groups is not None:
+        scale = scale if scale is None else scale[None]  # (1, P)
+        library = x.device.type == "cpu" and dtype == torch.float32 and packed is None
+        if weight is not None and library:
+            assert weights is not None
+            return _stacked(x, weight, bias, a[0], b[0], scale, weights, groups[0])
+    rest = call.ids, scale, ranks, p, seed, call.plan, packed
+    return ops.lora_linear_apart(x, weight, bias, a, b, *rest, weights=weights, groups=groups)
+
+
+def _stacked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    weights: Tensor,
+    groups: Tensor,
+) -> Tensor:
+    """Compute a call with groups by products of the library, which are faster than the twin's."""
+    each = weights.index_select(1, groups)  # (T, P)
+    each = each if scale is None else each * scale
+    v = nn.functional.linear(x, a) * each.repeat_interleave(_PAGE, 1)
+    return torch.addmm(nn.functional.linear(x, weight, bias), v, b.T)
+
+
+def _columns(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    call: _Call,
+    ranks: Tensor | None,
+) -> Tensor:
+    """Compute a call with weights in float64, whose weights the op would round to float32."""
     y = None if weight is None else nn.functional.linear(x, weight, bias)
-    if call.groups is not None:
-        each = call.weights[:, call.groups[0].long()]  # (T, P)
-        each = (each if scale is None else each * scale).to(dtype).repeat_interleave(_PAGE, 1)
-        update = (nn.functional.linear(x, a[0].to(dtype)) * each) @ b[0].to(dtype).T
-        return update if y is None else y + update
-    assert call.plan is not None
-    columns = zip(call.ids.T, call.weights.T, call.plan.chunk(call.ids.shape[1]), strict=True)
-    for ids, weights, plan in columns:
-        seed = _seed([f.seed for f in call.adapters], x.device) if p else None
-        ids = ids.contiguous()
-        update = ops.lora_linear_apart(x, None, None, a, b, ids, scale, ranks, p, seed, plan)
-        update = torch.where(ids[:, None] < 0, 0, update * weights.to(dtype)[:, None])
+    assert call.weights is not None and call.plan is not None
+    p, columns = call.adapters[0].p, call.ids.view(len(x), -1).T  # (K, T)
+    of_columns = call.weights.view(len(x), -1).T
+    plans = call.plan.chunk(len(columns))
+    for ids, weights, plan in zip(columns, of_columns, plans, strict=True):
+        seed = draw_seed(x.device) if p else None
+        own = ids.contiguous()
+        update = ops.lora_linear_apart(x, None, None, a, b, own, None, ranks, p, seed, plan)
+        update = torch.where(own[:, None] < 0, 0, update * weights[:, None])
         y = update if y is None else y + update
     assert y is not None
     return y
@@ -352,8 +386,9 @@ def _weighted_rows(adapters: Sequence[LoraFactors], x: Tensor, weights: Tensor) 
         return _own_rows(adapters, planned(tuple(every), ids, weights))
     pages = [-(-f.a.shape[0] // _PAGE) for f in adapters]
     room = [_PAGE * n - f.a.shape[0] for n, f in zip(pages, adapters, strict=True)]
-    a = torch.cat([pad(f.a, (0, 0, 0, n)) for f, n in zip(adapters, room, strict=True)])
-    b = torch.cat([pad(f.b, (0, n)) for f, n in zip(adapters, room, strict=True)], 1)
+    each = list(zip(adapters, room, strict=True))
+    a = torch.cat([pad(f.a, (0, 0, 0, n)) if n else f.a for f, n in each])
+    b = torch.cat([pad(f.b, (0, n)) if n else f.b for f, n in each], 1)
     owners = [i for i, n in enumerate(pages) for _ in range(n)]
     groups = constant(owners, torch.int32, x.device)[None]  # (1, P)
     scaling = [adapters[i].scaling for i in owners]
@@ -411,9 +446,11 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
         if bias is not None:
             # `torch.where` is used instead of a product with the mask, because 0 * NaN would spread
             # a NaN of one adapter to the rows of other adapters.
-            own, scaling = (call.ids == slot)[:, None], call.adapters[slot].scaling
+            own = (call.ids == slot).view(len(y), -1)  # (T, K)
+            scaling = call.adapters[slot].scaling
             if call.weights is not None:
-                scaling = scaling * call.weights.where(own[:, 0], 0).sum(1, keepdim=True)
-                own = own.any(2)
-            y = torch.where(own, y + bias * scaling, y)
+                scaling = scaling * call.weights.view(own.shape).where(own, 0).sum(1, keepdim=True)
+            elif own.shape[1] > 1:
+                scaling = scaling * own.sum(1, keepdim=True)
+            y = torch.where(own.any(1, keepdim=True), y + bias * scaling, y)
     return y

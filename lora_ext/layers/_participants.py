@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.rows import (
     NOBODY,
@@ -34,6 +35,9 @@ class Participants(Merging):
     off_in_training: frozenset[str]
     disable_adapters: bool
 
+    #: True if the layer can add the updates of several adapters to a row.
+    mixes = False
+
     #: True if the input is ``(tokens, sequences, features)``.
     tokens_first = False
 
@@ -59,6 +63,10 @@ class Participants(Merging):
                 self.unmerge()
             return [], None
         rows = self._rows(leading, device, adapter_ids)
+        if rows is not None and rows.ids.dim() > 1 and not self.mixes:
+            where, expected = type(self).__name__, "one adapter without weight per row"
+            found = f"{rows.ids.shape[1]} per row"
+            require(False, where, "adapter_ids", expected, found, NotImplementedError)
         if self._merged:
             merged = "are merged into the base weight and"
             if rows is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext._torch import parameter
 from lora_ext.rows import Names
 
@@ -52,6 +53,7 @@ class LoraLinear(LoraLayer):
     """
 
     takes_invocation = True
+    mixes = True
 
     def __init__(
         self,
@@ -73,7 +75,14 @@ class LoraLinear(LoraLayer):
         self.add_adapter(adapter_name, r, **options)
         self.set_adapter(adapter_name)
 
-    def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        adapter_ids: Tensor | Names = None,
+        *,
+        adapter_names: Names = None,
+        adapter_weights: Tensor | None = None,
+    ) -> Tensor:
         """Map ``(..., I)`` to ``(..., O)`` in the dtype of ``base_layer(x)``.
 
         Args:
@@ -82,13 +91,26 @@ class LoraLinear(LoraLayer):
                 int64 or int32 tensor of positions in :attr:`adapter_names`, -1 for no adapter; or
                 names, None or ``"__base__"`` for no adapter. By default, the surrounding
                 :func:`lora_ext.adapters` block selects the adapters; without a block all rows use
-                the active adapters.
+                the active adapters. A tensor ``(T, K)`` for ``T`` rows adds the updates of K
+                adapters per row.
+            adapter_names: the same as ``adapter_ids`` with names.
+            adapter_weights: floating-point tensor of the shape of ``adapter_ids``, by which the
+                updates are multiplied; differentiable.
 
         Raises:
-            ValueError: If the ids or names do not match the rows or the adapters, or if they are
-                given while adapters are merged.
+            ValueError: If the ids, names or weights do not match the rows or the adapters, or if
+                they are given while adapters are merged.
+            NotImplementedError: If a row with weights or several adapters uses DoRA.
         """
-        names, rows = self._participants(x.shape[:-1], x.device, adapter_ids)
+        given = adapter_ids if adapter_names is None else adapter_names
+        if adapter_names is not None or adapter_weights is not None:
+            _check_given(adapter_ids, adapter_names, adapter_weights)
+        names, rows = self._participants(x.shape[:-1], x.device, given)
+        if adapter_weights is not None and rows is not None:
+            expected = f"one weight for each of {rows.ids.numel()} entries"
+            fits, found = adapter_weights.numel() == rows.ids.numel(), adapter_weights.numel()
+            require(fits, "LoraLinear", "adapter_weights", expected, found)
+            rows = rows._replace(weights=adapter_weights.reshape(rows.ids.shape))
         base: nn.Module = self._modules["base_layer"]  # pyright: ignore[reportAssignmentType]
         if not names:
             return base_product(base, x)
@@ -107,3 +129,18 @@ class LoraLinear(LoraLayer):
         # attribute lookups of nn.Module would take as long as the op.
         a, b = (self._modules[side]._modules[name] for side in ("lora_A", "lora_B"))  # pyright: ignore[reportOptionalMemberAccess]
         return parameter(a, "weight"), parameter(b, "weight"), parameter(b, "bias")  # pyright: ignore[reportArgumentType]
+
+
+def _check_given(ids: Tensor | Names, names: Names, weights: Tensor | None) -> None:
+    """Raise ValueError unless one of ids and names is given, and weights only with ids."""
+    where, argument = "LoraLinear", "adapter_weights"
+    both = names is not None and ids is not None
+    require(not both, where, "adapter_ids", "None beside adapter_names", ids)
+    if weights is None:
+        return
+    fits = isinstance(ids, Tensor)
+    require(fits, where, argument, "a tensor adapter_ids beside it", f"adapter_ids={ids!r:.200}")
+    assert isinstance(ids, Tensor)
+    fits = weights.shape == ids.shape and weights.is_floating_point()
+    expected = f"a floating-point tensor of the shape of adapter_ids, {tuple(ids.shape)}"
+    require(fits, where, argument, expected, f"{weights.dtype} {tuple(weights.shape)}")

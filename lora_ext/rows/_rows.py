@@ -265,7 +265,7 @@ def rows_of(
 
     Args:
         adapter_ids: int64 or int32 tensor of values in ``[-1, num_adapters)``: one id per row, or
-            one per sequence if ``leading`` is ``(sequences, ...)``.
+            one per sequence if ``leading`` is ``(sequences, ...)``; or ``(T, K)`` for T rows.
         num_adapters: Number of adapters that the ids index.
         leading: Dimensions of the layer's input before the features; default is one row per id.
         enabled: Whether each adapter is used; rows of other adapters become rows of the base model.
@@ -305,6 +305,8 @@ def _one_per_row(ids: Tensor, leading: torch.Size | None, tokens_first: bool) ->
     if leading is None:
         leading = torch.Size(ids.shape[:1])
     rows = leading.numel()
+    if ids.dim() == 2 and ids.shape[0] == rows and ids.shape != leading:
+        return ids
     if ids.shape == leading or (ids.dim() == 1 and ids.shape[0] == rows):
         return ids.reshape(rows)
     if tokens_first and leading[1:2] == ids.shape:

@@ -88,7 +88,8 @@ class FusedXLora(XLoraLinearLayer):
         active = target.active_adapters
         table = [names.index(name) if name in names else -1 for name in active]
         if ids is None:
-            weights = weights[:, [i for i, place in enumerate(table) if place >= 0]]
+            if len(active) > len(names):
+                weights = weights[:, [i for i, place in enumerate(table) if place >= 0]]
             return lora_forward(x, target.base_layer, factors, weights=weights)
         if len(active) > len(names):
             ids = renumbered(ids, table)
@@ -115,11 +116,13 @@ def arrow_forward(layer: Any, x: Tensor, name: str) -> Tensor:
     names = arrow.task_adapter_names
     factors = [layer.factors_of(each)._replace(p=0.0, bias=None) for each in names]
     tokens = x.reshape(-1, x.shape[-1]).to(factors[0].a.dtype)  # (T, I)
-    similar, ids = (tokens @ arrow.prototypes.T).abs().topk(arrow.top_k, 1)  # (T, K)
-    ids, order = ids.sort(1)
-    weights = (similar / arrow.temperature).softmax(1).gather(1, order)
-    every = arrow.top_k == len(names)
-    rows, full = (None, weights) if every else (_columns(factors, ids, weights), None)
+    similar = (tokens @ arrow.prototypes.T).abs()  # (T, A)
+    rows = full = None
+    if arrow.top_k == len(names):
+        full = (similar / arrow.temperature).softmax(1)
+    else:
+        similar, ids = similar.topk(arrow.top_k, 1)  # (T, K)
+        rows = _columns(factors, ids, (similar / arrow.temperature).softmax(1))
     dropout = layer.lora_dropout[name]
     if not (dropout.training and getattr(dropout, "p", 0.0)):
         return lora_forward(x, layer.base_layer, factors, rows, full)

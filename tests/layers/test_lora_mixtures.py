@@ -1,0 +1,157 @@
+"""Several adapters on one row of LoraLinear, with weights per row and adapter."""
+
+from typing import Any
+
+import pytest
+import torch
+from common import error_over_bound
+from torch import Tensor, nn
+
+from lora_ext.nn import LoraEmbedding, LoraLinear
+
+IN, OUT, ROWS = 24, 17, 10
+IDS = torch.tensor([[0, 2], [1, -1], [2, 2], [-1, -1], [1, 0]] * 2)
+
+
+def made(dtype: torch.dtype = torch.float32, **third: Any) -> Any:
+    torch.manual_seed(0)
+    common = {"lora_alpha": 6, "init_lora_weights": False}
+    layer: Any = LoraLinear(nn.Linear(IN, OUT), "a", r=4, **common)
+    layer.add_adapter("b", r=11, lora_bias=True, **common)
+    layer.add_adapter("c", r=2, **{**common, **third})
+    for parameter in layer.parameters():
+        parameter.requires_grad_()
+    with torch.no_grad():
+        layer.lora_B["b"].bias.normal_()
+    return layer.to(dtype)
+
+
+def formula(layer: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Return the output by the definition; weights of entries of -1 do not count."""
+    y = layer.base_layer(x)
+    for i, name in enumerate(layer.adapter_names):
+        weight = torch.where(ids == i, weights, 0).sum(1, keepdim=True)
+        update = layer.lora_B[name](layer.lora_A[name](x)) * layer.scaling[name]
+        y = y + weight * update
+    return y
+
+
+def step(run: Any, layer: Any, x: Tensor, weights: Tensor) -> list[Tensor]:
+    """Return the output, and the gradients of x, the weights and all parameters."""
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    y = run(x, weights)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    return [y.detach(), *torch.autograd.grad(y, [x, weights, *layer.parameters()], dy)]
+
+
+def test_step_equals_the_formula() -> None:
+    layer, x, weights = made(), torch.randn(ROWS, IN), torch.randn(ROWS, 2)
+
+    def by_formula(x: Tensor, w: Tensor) -> Tensor:
+        return formula(layer, x, IDS, w)
+
+    def ours(x: Tensor, w: Tensor) -> Tensor:
+        return layer(x, IDS, adapter_weights=w)
+
+    found, peer = step(ours, layer, x, weights), step(by_formula, layer, x, weights)
+    layer.double()
+    exact = step(by_formula, layer, x.double(), weights.double())
+    for each in zip(found, peer, exact, strict=True):
+        assert error_over_bound(*each) <= 1
+    wide = step(ours, layer, x.double(), weights.double())
+    for got, expected in zip(wide, exact, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_nan_reaches_its_row_alone_and_entries_without_adapter_are_not_read(
+    dtype: torch.dtype,
+) -> None:
+    layer, x, weights = made(dtype), torch.randn(ROWS, IN, dtype=dtype), torch.ones(ROWS, 2)
+    clean = layer(x, IDS, adapter_weights=weights)
+    weights[3], weights[1, 1], weights[6, 0] = torch.nan, torch.nan, torch.nan
+    y = layer(x, IDS, adapter_weights=weights)
+    others = [row for row in range(ROWS) if row != 6]
+    assert y[6].isnan().all() and torch.equal(y[others], clean[others])
+    assert torch.equal(y[3], layer(x, torch.full((ROWS,), -1))[3])
+
+
+def test_one_column_of_weight_one_keeps_every_bit() -> None:
+    layer, x = made(), torch.randn(ROWS, IN)
+    ids = torch.arange(ROWS) % 4 - 1
+    plain = layer(x, ids)
+    assert torch.equal(layer(x, ids[:, None], adapter_weights=torch.ones(ROWS, 1)), plain)
+    assert torch.equal(layer(x, ids, adapter_weights=torch.ones(ROWS)), plain)
+    assert torch.equal(layer(x, ids[:, None]), plain)
+
+
+def test_adapters_that_are_off_are_left_out() -> None:
+    layer, x = made(), torch.randn(ROWS, IN)
+    layer.adapter_active["c"] = False
+    weights = torch.rand(ROWS, 2)
+    expected = layer(x, IDS.where(IDS != 2, -1), adapter_weights=weights)
+    assert torch.equal(layer(x, IDS, adapter_weights=weights), expected)
+
+
+def test_tokens_of_sequences_have_rows_of_ids() -> None:
+    layer, x, weights = made(), torch.randn(2, 5, IN), torch.rand(ROWS, 2)
+    flat = layer(x.view(ROWS, IN), IDS, adapter_weights=weights)
+    assert torch.equal(layer(x, IDS, adapter_weights=weights), flat.view(2, 5, OUT))
+    assert torch.equal(layer(x, IDS), layer(x.view(ROWS, IN), IDS).view(2, 5, OUT))
+
+
+def test_columns_have_different_dropout_masks() -> None:
+    layer: Any = LoraLinear(nn.Linear(IN, IN), "a", r=IN, lora_alpha=IN, lora_dropout=0.5)
+    layer.train()
+    with torch.no_grad():
+        layer.base_layer.weight.zero_()
+        layer.base_layer.bias.zero_()
+        layer.lora_A["a"].weight.copy_(torch.eye(IN))
+        layer.lora_B["a"].weight.copy_(torch.eye(IN))
+    ids = torch.zeros(50, 2, dtype=torch.int64)
+    y = layer(torch.ones(50, IN), ids, adapter_weights=torch.tensor([[0.5, 5.0]] * 50))
+    assert set(y.detach().round().unique().tolist()) == {0.0, 1.0, 10.0, 11.0}
+
+
+WRONG: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
+    "no ids": (ValueError, {"adapter_weights": torch.ones(ROWS, 2)}, "adapter_weights"),
+    "names": (
+        ValueError,
+        {"adapter_names": ["a"] * ROWS, "adapter_weights": torch.ones(ROWS, 1)},
+        "adapter_weights",
+    ),
+    "both": (ValueError, {"adapter_names": "a", "adapter_ids": IDS}, "adapter_ids"),
+    "shape": (
+        ValueError,
+        {"adapter_ids": IDS, "adapter_weights": torch.ones(ROWS, 3)},
+        "adapter_weights: .*10, 3",
+    ),
+    "dtype": (
+        ValueError,
+        {"adapter_ids": IDS, "adapter_weights": torch.ones(ROWS, 2, dtype=torch.int64)},
+        "adapter_weights: .*int64",
+    ),
+    "range": (ValueError, {"adapter_ids": IDS + 2}, "adapter_ids: .*found 1 to 4"),
+    "rows": (ValueError, {"adapter_ids": IDS[:7]}, "adapter_ids: .*7, 2"),
+    "columns": (ValueError, {"adapter_ids": IDS[:, :1].repeat(1, 65)}, "adapter_ids"),
+}
+
+
+@pytest.mark.parametrize(("error", "given", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_named(
+    error: type[Exception], given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        made()(torch.randn(ROWS, IN), **given)
+
+
+def test_dora_and_embeddings_are_refused_by_name() -> None:
+    layer, x = made(use_dora=True), torch.randn(ROWS, IN)
+    with pytest.raises(NotImplementedError, match="'c', which uses DoRA"):
+        layer(x, IDS)
+    ids = IDS.where(IDS != 2, -1)
+    weights = torch.rand(ROWS, 2)
+    expected = formula(layer, x, ids, weights)
+    torch.testing.assert_close(layer(x, ids, adapter_weights=weights), expected)
+    with pytest.raises(NotImplementedError, match=r"LoraEmbedding: adapter_ids: .* 2 per row"):
+        LoraEmbedding(nn.Embedding(5, 4), "a", r=2)(torch.arange(ROWS) % 5, IDS.clamp(max=0))
