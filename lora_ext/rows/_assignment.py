@@ -13,7 +13,7 @@ from lora_ext._checks import require
 from lora_ext._torch import compiles
 
 from . import _entries
-from ._entries import BASE, Entry, Name, entry_of, is_plain
+from ._entries import BASE, Entry, Name
 from ._rows import Kept, Rows, capturing, constant, planned, renumbered, repeated
 
 Names = Entry | Sequence[Entry] | Sequence[Sequence[Entry]]
@@ -75,7 +75,7 @@ class Assignment:
         self.names, self.places, self.shape, self.repeat = names, places, shape, repeat
         self.weights = weights
         #: Entry of each name for :meth:`AdapterPool.acquire`, with weights if some are not 1.
-        self.asked: tuple[Entry, ...] = tuple(map(entry_of, names))
+        self.asked: tuple[Entry, ...] = names  # pyright: ignore  # mixtures only in `of_entries`
         entries = places.unique().tolist() if isinstance(places, Tensor) else places
         #: Distinct values of ``places``, without -1.
         self.occurring = frozenset(entries) - {-1}
@@ -121,7 +121,7 @@ class Assignment:
         """
         each: list[Any] = list(entries)
         weights, asked = None, {}
-        if not all(map(is_plain, each)):
+        if not all(isinstance(entry, str | None) for entry in each):
             rows = [_entries.members_of(entry, "adapters: names") for entry in each]
             each, weights = [_entries.name_of(row) for row in rows], _entries.weights_of(rows)
             for name, row in zip(each, rows, strict=True):
@@ -194,7 +194,7 @@ class Assignment:
         A layer need not have all adapters: rows use the base model if the layer lacks theirs. The
         key of the cache omits ``layout.batch``, for the reason given in :meth:`Block.rows`.
         """
-        if self.weights is not None or not all(map(is_plain, self.names)):
+        if self.weights is not None or not all(isinstance(name, str) for name in self.names):
             _entries.refuse_mixtures(self.each())
         if compiles():
             return self._rows_among(names, layout)
@@ -349,6 +349,13 @@ class Assignment:
                 f"embedding with one row of {named} tokens or positions; pass [[...]] with one "
                 "name per token, or exclude embeddings of positions that all sequences share"
             )
+
+
+def entry_of(name: Name, weights: Sequence[float] | None = None) -> Entry:
+    """Return the entry of a name, with weights or with a weight of 1 for each adapter."""
+    if isinstance(name, str):
+        return name if weights is None or weights[0] == 1 else (name, weights[0])
+    return dict(zip(name, weights or (1.0,) * len(name), strict=False))
 
 
 class NamedRows(list[Any]):

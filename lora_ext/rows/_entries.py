@@ -91,13 +91,6 @@ def name_of(members: Members) -> Name | None:
     return names if len(names) > 1 else next(iter(names), None)
 
 
-def entry_of(name: Name, weights: Sequence[float] | None = None) -> Entry:
-    """Return the entry of a name, with weights or with a weight of 1 for each adapter."""
-    if isinstance(name, str):
-        return name if weights is None or weights[0] == 1 else (name, weights[0])
-    return dict(zip(name, weights or (1.0,) * len(name), strict=False))
-
-
 def weights_of(rows: Sequence[Members]) -> tuple[tuple[float, ...], ...] | None:
     """Return the weights of each row's members, filled up with 0; None if all weights are 1."""
     if all(weight == 1 for row in rows for _, weight in row):

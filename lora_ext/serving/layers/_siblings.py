@@ -315,6 +315,8 @@ def is_plain_layer(layer: MultiLoraLinear, x: Tensor) -> bool:
 def _add_updates(ys: list[Tensor], x: Tensor, slabs: list[Any], rows: Rows) -> None:
     """Add the updates of the rows in place to each of the contiguous tensors ``ys (..., O)``."""
     scales, groups = zip(*(scale_and_groups(slab, rows.weights) for slab in slabs), strict=True)
+    how: dict[str, Any] = {} if rows.weights is None else {"weights": rows.weights}
+    how |= {} if groups[0] is None else {"groups": groups}
     ops.lora_apply_siblings_(
         [y.view(-1, y.shape[-1]) for y in ys],
         x.reshape(-1, slabs[0].in_features),
@@ -325,8 +327,7 @@ def _add_updates(ys: list[Tensor], x: Tensor, slabs: list[Any], rows: Rows) -> N
         [slab.ranks for slab in slabs],
         [slab.page_table for slab in slabs],
         rows.plan,
-        weights=rows.weights,
-        groups=() if groups[0] is None else groups,
+        **how,
     )
     for i, slab in enumerate(slabs):
         if slab.bias is not None:
