@@ -313,7 +313,7 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
     for i, (f, rank) in enumerate(zip(adapters, all_ranks, strict=True)):
         groups.setdefault((f.p, in_two and rank > _SMALL_RANK), []).append(i)
     for _, members in sorted(groups.items()):  # the same order of calls for any batch
-        _, ids, plan = rows if len(groups) == 1 else subset(rows, members)
+        _, ids, plan, _ = rows if len(groups) == 1 else subset(rows, members)
         group = [adapters[i] for i in members]
         calls.append(_Call(group, ids, plan, [f.bias for f in group], everywhere=False))
     return calls

@@ -16,6 +16,7 @@ import functools
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -228,7 +229,17 @@ class ModuleSlab:
     b_pages: Tensor | None = None  # (P, O, 8)
     page_table: Tensor | None = None  # int32 (S, ceil(max_rank / 8)); -1 where there is no page
     ranks: Tensor | None = None  # int32 (S,), 0 if the slot's adapter does not target this module
-    scale: Tensor | None = None  # float32 (S,), alpha / r or alpha / sqrt(r)
+    scale: Tensor | None = None  # float32 (S,), alpha / r or alpha / sqrt(r); unused in mixtures
+    # None before the first mixture. For each entry of page_table, (S, n): the scale (float32) and
+    # the weight column (int32) of the adapter of the page, which is 0 except in mixtures. `members`
+    # (slots, MAX_MEMBERS) int32 has the slots of the adapters of each slot, then -1. See
+    # :mod:`lora_ext.pool._mixtures`.
+    page_scale: Tensor | None = None
+    groups: Tensor | None = None
+    members: Tensor | None = None
+    # Number of weights per row in compiled graphs, the same in all modules: 0 while every weight
+    # was 1, and above 1 after the first mixture.
+    mixed: int = 0
     bias: Tensor | None = None  # (S, O), or None while no adapter has a bias
     magnitude: Tensor | None = None  # (S, O), or None while no adapter has a magnitude
     version: int = 0  # number of published adapters that target this module
@@ -244,11 +255,20 @@ class ModuleSlab:
     experts: int = 1  # E
 
 
+class TableRow(NamedTuple):
+    """Entries of one slot in the tables of a module, with n pages for each expert."""
+
+    pages: list[int]  # ordered by expert
+    rank: int
+    scales: list[float]  # of each of the n pages
+    groups: list[int]  # weight column of each of the n pages
+
+
 class TableBlock:
     """Tables of all modules that were targeted for the first time by the same load.
 
     The modules are on one device and have the same number of experts. Their tables are stacked, so
-    publishing a slot needs only three copies. All slots are empty at first.
+    publishing a slot needs only one copy per table. All slots are empty at first.
     """
 
     def __init__(
@@ -259,33 +279,51 @@ class TableBlock:
         self.page_table = torch.full((m, slots, max_pages), -1, dtype=torch.int32, device=device)
         self.ranks = torch.zeros(m, slots, dtype=torch.int32, device=device)
         self.scale = torch.zeros(m, slots, dtype=torch.float32, device=device)
+        #: Tables ``page_scale`` and ``groups`` of :class:`ModuleSlab`; empty before a mixture.
+        self.mixed: tuple[Tensor, ...] = ()
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """All tables."""
+        return self.page_table, self.ranks, self.scale, *self.mixed
 
     @property
     def nbytes(self) -> int:
-        """Size of the three tables in bytes."""
-        return self.page_table.nbytes + self.ranks.nbytes + self.scale.nbytes
+        """Size of the tables in bytes."""
+        return sum(table.nbytes for table in self.tables)
 
-    def rows(
-        self, slot: int, pages: dict[str, list[int]], modules: dict[str, PackedModule]
+    def new_mixed(self) -> tuple[Tensor, ...]:
+        """Return new tensors for ``mixed``."""
+        return torch.zeros_like(
+            self.page_table, dtype=torch.float32
+        ), self.page_table.clone().zero_()
+
+    def copies(
+        self, slot: int, rows: Mapping[str, TableRow], mixed: tuple[Tensor, ...] = ()
     ) -> list[tuple[Tensor, Tensor]]:
-        """Return the copies (destination, source) that write ``modules`` to the tables."""
+        """Return the copies (destination, source) that write the rows of a slot to the tables.
+
+        The destinations are the tensors ``mixed`` if there are any.
+        """
         m, pin, experts = len(self.names), self.ranks.is_cuda, self.experts
         shape = m, experts, self.page_table.shape[2]
         table = torch.full(shape, -1, dtype=torch.int32, device="cpu", pin_memory=pin)
         ranks = torch.zeros(m, experts, dtype=torch.int32, device="cpu", pin_memory=pin)
         scale = torch.zeros(m, experts, dtype=torch.float32, device="cpu", pin_memory=pin)
+        page_scale = torch.zeros(shape, dtype=torch.float32, device="cpu", pin_memory=pin)
+        groups = torch.zeros(shape, dtype=torch.int32, device="cpu", pin_memory=pin)
         for i, name in enumerate(self.names):
-            packed = modules.get(name)
-            if packed is not None:
-                own = torch.tensor(pages[name], dtype=torch.int32).view(experts, -1)
-                table[i, :, : own.shape[1]] = own
-                ranks[i], scale[i] = packed.rank, packed.scale
+            row = rows.get(name)
+            if row is not None:
+                own = torch.tensor(row.pages, dtype=torch.int32).view(experts, -1)
+                n = own.shape[1]
+                table[i, :, :n], ranks[i], scale[i] = own, row.rank, row.scales[0]
+                page_scale[i, :, :n] = torch.tensor(row.scales)
+                groups[i, :, :n] = torch.tensor(row.groups, dtype=torch.int32)
         slots = slice(slot * experts, (slot + 1) * experts)
-        return [
-            (self.page_table[:, slots], table),
-            (self.ranks[:, slots], ranks),
-            (self.scale[:, slots], scale),
-        ]
+        own = (page_scale, groups) if mixed else (table, ranks, scale, page_scale, groups)
+        pairs = zip(mixed or self.tables, own, strict=False)
+        return [(to[:, slots], source) for to, source in pairs]
 
 
 class Slab:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_ext.adapter import Replaced
+from lora_ext.rows import Name, _entries
 
 from ._pages import (
     PackedAdapter,
@@ -36,7 +37,7 @@ class _TooLarge(PoolFullError):
 
 
 def find_place(
-    store: PageStore, name: str, packed: PackedAdapter, order: Iterable[Resident]
+    store: PageStore, name: Name, packed: PackedAdapter, order: Iterable[Resident]
 ) -> Placement:
     """Choose the slot and the pages of an adapter, and the victims (the adapters to evict for it).
 
@@ -53,7 +54,7 @@ def find_place(
             needs = f"{name!r} needs {count // experts} pages of {module}"
             has = f"the pool has pages={store.pages}; make a pool with larger pages="
             raise _TooLarge(f"AdapterPool: {needs}, {has}")
-    search = _Search(store, need, packed)
+    search = _Search(store, need, packed, name)
     victims: list[Resident] = []
     slots = store.free_slots
     for resident in order:
@@ -81,7 +82,7 @@ def find_place(
                 f"max_bytes={store.max_bytes}; make a pool with larger max_bytes="
             )
         pinned = [r for r in store.residents if r is not None and r.pins]
-        names = sorted({r.name for r in pinned})
+        names = sorted({r.name for r in pinned if isinstance(r.name, str)})  # not mixtures
         held = in_words(sum(r.nbytes for r in pinned))
         limit = "no max_bytes" if store.max_bytes is None else f"max_bytes={store.max_bytes}"
         count = f"{len(names)} adapter{'s' * (len(names) != 1)}"
@@ -99,7 +100,7 @@ def find_place(
 class _Search:
     """Free pages and bytes of a store, as if the victims chosen so far were evicted."""
 
-    def __init__(self, store: PageStore, need: dict[str, int], packed: PackedAdapter):
+    def __init__(self, store: PageStore, need: dict[str, int], packed: PackedAdapter, name: Name):
         self.store, self.need = store, need  # number of needed pages by module
         specs = store.index.specs
         self.new = {
@@ -115,8 +116,19 @@ class _Search:
             for (device, experts), names in together.items()
         ]
         biases, magnitudes = _new_vectors(store, self.slabs, packed)
-        self.tables = blocks, biases, magnitudes
-        new = (*blocks, *biases.values(), *magnitudes.values(), *packed.replaced.values())
+        mixed: list[tuple[TableBlock, tuple[Tensor, ...]]] = []
+        members: dict[torch.device, Tensor] = {}
+        if isinstance(name, tuple) and not store.members:  # the first one
+            mixed = [(block, block.new_mixed()) for block in store.blocks]
+            shape = store.max_slots, _entries.MAX_MEMBERS
+            for device in store.transfers:
+                members[device] = torch.full(shape, -1, dtype=torch.int32, device=device)
+        if store.members:
+            for block in blocks:
+                block.mixed = block.new_mixed()
+        self.tables = blocks, biases, magnitudes, mixed, members
+        new = [*blocks, *biases.values(), *magnitudes.values(), *packed.replaced.values()]
+        new += [*members.values(), *(table for _, pair in mixed for table in pair)]
         self.others = store.table_bytes + store.replaced_bytes + sum(each.nbytes for each in new)
 
     def lacking(self) -> set[str]:
@@ -150,7 +162,9 @@ class _Search:
         sizes = self._sizes()
         pages = {m: [self.free[m].pop() for _ in range(count)] for m, count in self.need.items()}
         rooms = {m: _room_for(self.store, m, whole) for m, whole in packed.replaced.items()}
-        return Placement(slot, pages, self.free, victims, self.new, *self.tables, rooms, sizes)
+        return Placement(
+            slot, pages, {}, [], self.free, victims, self.new, *self.tables, rooms, sizes
+        )
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
         """Return the bytes of pages before and after the placement, for modules that change.

@@ -14,13 +14,13 @@ import torch
 
 from lora_ext._checks import require
 from lora_ext.adapter import AdapterConfig
-from lora_ext.rows import UnknownAdapterError
+from lora_ext.rows import BASE, Name, UnknownAdapterError
 
-from ._pages import PackedAdapter, in_one_mapping
+from ._mixtures import check_weighted, joined_rows
+from ._pages import PackedAdapter, TableRow, in_one_mapping
 from ._placement import find_place, resize, set_sizes
 from ._store import PageStore, Placement, Resident
 
-BASE = "__base__"  # PEFT's name for "no adapter"
 NO_SLOT = -1
 _REMEMBERED = 1024  # maximum number of names of dropped adapters that are kept for messages
 
@@ -106,8 +106,8 @@ class Residence:
 
     def __init__(self, store: PageStore, host_cache_bytes: int):
         self.lock = PoolLock()
-        #: Adapters on the device, the least recently used first.
-        self.by_name: OrderedDict[str, Resident] = OrderedDict()
+        #: Adapters on the device and mixtures of them, the least recently used first.
+        self.by_name: OrderedDict[Name, Resident] = OrderedDict()
         self.cache = HostCache(host_cache_bytes)  # adapters that are not on the device
         self.counts = Counter(loads=0, evictions=0, cache_hits=0)
         self.generations = itertools.count(1)  # numbers of later loads
@@ -116,10 +116,10 @@ class Residence:
     @property
     def names(self) -> list[str]:
         """Names of all adapters."""
-        return [*self.by_name, *self.cache]
+        return [*(name for name in self.by_name if isinstance(name, str)), *self.cache]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.by_name or name in self.cache
+        return isinstance(name, str) and (name in self.by_name or name in self.cache)
 
     def check_new(self, name: str) -> None:
         """Raise ValueError if a name is invalid or already used."""
@@ -128,7 +128,7 @@ class Residence:
         if name in self:
             raise ValueError(f"AdapterPool: name: {name!r} is loaded already; update() replaces it")
 
-    def check_known(self, names: Iterable[str]) -> None:
+    def check_known(self, names: Iterable[str], where: str = "AdapterPool") -> None:
         """Raise UnknownAdapterError for the first name that the pool does not have."""
         for name in names:
             if name in self:
@@ -138,7 +138,7 @@ class Residence:
             hint = f"; close matches: {close}" if close else f"; {len(known)} are loaded"
             if name in self.cache.let_go:
                 hint = "; it was evicted, and host_cache_bytes had no room for it: load it again"
-            raise UnknownAdapterError(f"AdapterPool: adapter {name!r} is not loaded{hint}")
+            raise UnknownAdapterError(f"{where}: adapter {name!r} is not loaded{hint}")
 
     def config_of(self, name: str) -> AdapterConfig:
         """Return the configuration of an adapter; raise UnknownAdapterError for unknown names."""
@@ -155,12 +155,21 @@ class Residence:
         self.check_known([name])
         self.cache.forget(name)
         if name in self.by_name:
-            self._retire(self.by_name.pop(name))
+            resident = self.by_name.pop(name)
+            self._retire(resident)
+            self._retire_mixtures([resident])
 
-    def bring_back(self, names: Sequence[str | None], absent: list[str]) -> None:
-        """Copy the ``absent`` adapters back to the device. No adapter in ``names`` is evicted."""
-        self.check_known(absent)
-        held = [self.by_name[n] for n in set(names) if n is not None and n in self.by_name]
+    def bring_back(self, names: Iterable[Name | None]) -> None:
+        """Copy adapters back to the device, and publish mixtures that have no slot yet.
+
+        No adapter and no mixture in ``names`` is evicted.
+        """
+        wanted_names = dict.fromkeys(n for n in names if n is not None and n != BASE)
+        mixtures = [name for name in wanted_names if isinstance(name, tuple)]
+        singles = [n for n in wanted_names if isinstance(n, str)] + [n for m in mixtures for n in m]
+        absent = [name for name in singles if name not in self.by_name]
+        self.check_known(absent, "AdapterPool: names")
+        held = [self.by_name[n] for n in {*singles, *mixtures} if n in self.by_name]
         for resident in held:
             resident.pins += 1
         # All absent adapters are removed from the cache first. Otherwise the cache could drop one
@@ -173,6 +182,11 @@ class Residence:
                 self.counts["cache_hits"] += 1
                 held.append(self.by_name[name])
                 held[-1].pins += 1
+            for names in [each for each in mixtures if each not in self.by_name]:
+                members = [self.by_name[name] for name in names]
+                self.install(names, PackedAdapter(members[0].config, {}), members)
+                held.append(self.by_name[names])
+                held[-1].pins += 1
         finally:
             for resident in held:
                 resident.pins -= 1
@@ -183,15 +197,26 @@ class Residence:
     # inference mode update them.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def install(self, name: str, packed: PackedAdapter) -> None:
+    def install(self, name: Name, packed: PackedAdapter, members: Sequence[Resident] = ()) -> None:
         """Write an adapter to a free slot, then assign its name to the slot.
 
-        If the name is in use, its previous slot is freed as soon as it is not pinned.
+        If the name is in use, its previous slot is freed as soon as it is not pinned. A mixture has
+        ``members``, and ``packed`` has no modules.
         """
         old = self.by_name.get(name)
         order = [*([old] if old else []), *(r for r in self.by_name.values() if r is not old)]
         place = find_place(self._store, name, packed, order)
-        saved = [in_one_mapping(self._store.download(victim)) for victim in place.victims]
+        saved = [
+            None if victim.members else in_one_mapping(self._store.download(victim))
+            for victim in place.victims
+        ]
+        if isinstance(name, tuple):
+            place.of_members = [member.slot for member in members]
+            place.rows = joined_rows(self._store, members)
+        for module, part in packed.modules.items():
+            n = len(part.a) // self._store.index.specs[module].experts
+            pages = place.pages[module]
+            place.rows[module] = TableRow(pages, part.rank, [part.scale] * n, [0] * n)
         try:
             resize(self._store, place)
             written = self._store.upload(packed, place)
@@ -200,24 +225,27 @@ class Residence:
             raise
         # Only Python assignments follow, so an error cannot interrupt the change.
         config, pages = packed.config, place.pages
-        resident = Resident(
-            name, place.slot, config, pages, packed.rank, packed.nbytes, config.invocation, written
-        )
-        resident.generation = packed.generation or next(self.generations)
+        rank = max((row.rank for row in place.rows.values()), default=0)
+        resident = Resident(name, place.slot, config, pages, rank, packed.nbytes, place.rows)
+        resident.written, resident.members = written, tuple(members)
+        if isinstance(name, str):
+            self.cache.pop(name, None)
+            resident.invocation = config.invocation
+            resident.generation = packed.generation or next(self.generations)
         self._store.commit(place, resident)
         for victim in place.victims:
             del self.by_name[victim.name]
         if old is not None and old not in place.victims:
             self._retire(old)
-        self.cache.pop(name, None)
+        self._retire_mixtures(place.victims if old is None else [*place.victims, old])
         self.by_name[name] = resident
         self.by_name.move_to_end(name)
         for victim, adapter in zip(place.victims, saved, strict=True):
-            if victim is not old:
+            if victim is not old and adapter is not None:
                 self.counts["evictions"] += 1
-                self.cache.put(victim.name, adapter)
+                self.cache.put(str(victim.name), adapter)
 
-    def _undo(self, place: Placement, saved: list[PackedAdapter]) -> None:
+    def _undo(self, place: Placement, saved: list[PackedAdapter | None]) -> None:
         """Restore the victims on the device after a failed copy.
 
         A victim that cannot be restored is moved to the host cache.
@@ -228,49 +256,74 @@ class Residence:
         except RuntimeError:
             backed = False
         for victim, adapter in zip(place.victims, saved, strict=True):
-            if not (backed and self._put_back(victim, adapter)):
-                del self.by_name[victim.name]
-                self._store.vacate(victim)
-                self.cache[victim.name] = adapter
+            if adapter is None or not (backed and self._put_back(victim, adapter)):
+                self.by_name.pop(victim.name, None)  # a mixture may be retired already
+                if not victim.retired:
+                    self._store.vacate(victim)
+                self._retire_mixtures([victim])
+                if adapter is not None:
+                    self.cache[str(victim.name)] = adapter
 
     def _put_back(self, victim: Resident, adapter: PackedAdapter) -> bool:
         """Write a victim to its pages and slot again; return whether this succeeded."""
         try:
-            there = Placement(victim.slot, victim.pages)
+            there = Placement(victim.slot, victim.pages, victim.rows)
             victim.written = self._store.upload(adapter, there)
         except BaseException:
             return False
         return True
+
+    def prepare_mixtures(self) -> None:
+        """Allocate the tables that mixtures need, unless there was a mixture already."""
+        if not self._store.members:
+            self.install((), PackedAdapter(AdapterConfig(), {}))
+            self._retire(self.by_name.pop(()))
 
     def _retire(self, resident: Resident) -> None:
         resident.retired = True
         if resident.pins == 0:
             self._store.vacate(resident)
 
+    def _retire_mixtures(self, gone: Iterable[Resident]) -> None:
+        """Retire the mixtures of adapters that have left their slots or lost their names."""
+        serials = {resident.serial for resident in gone}
+        for mixture in list(self.by_name.values()):
+            if any(member.serial in serials for member in mixture.members):
+                self._retire(self.by_name.pop(mixture.name))
+
     # ---------------------------------------------------------------------------------------------
     # Pins
 
-    def pin(self, names: Sequence[str | None]) -> tuple[list[int], list[Resident]]:
-        """Pin one adapter per entry; if an error is raised, no adapter is pinned.
+    def pin(
+        self, names: Sequence[Name | None], weighted: Iterable[str] = ()
+    ) -> tuple[list[int], list[Resident]]:
+        """Pin one adapter or mixture per entry; if an error is raised, nothing is pinned.
+
+        Args:
+            names: names of adapters and of mixtures, None or :data:`BASE` for the base model.
+            weighted: those of the names that have another weight than 1.
 
         Returns:
             The slots, with -1 for the base model, and the residents of all other entries.
         """
         now, slots, pinned = time.time(), [], []
-        absent = [n for n in names if n is not None and n != BASE and n not in self.by_name]
-        if absent:
-            self.bring_back(names, absent)
+        if any(n is not None and n != BASE and n not in self.by_name for n in names):
+            self.bring_back(names)
+        for name in weighted:
+            check_weighted(self._store, self.by_name[name])
         for name in names:
             if name is None or name == BASE:
                 slots.append(NO_SLOT)
                 continue
             resident = self.by_name[name]
-            if resident.written:
-                if all([transfer.before_reading(each) for transfer, each in resident.written]):
-                    resident.written = []
-            resident.pins += 1
-            resident.last_use = now
-            self.by_name.move_to_end(name)
+            # A mixture is older than its adapters, so it is evicted before them.
+            for each in (resident, *resident.members):
+                if each.written:
+                    if all([transfer.before_reading(job) for transfer, job in each.written]):
+                        each.written = []
+                each.pins += 1
+                each.last_use = now
+                self.by_name.move_to_end(each.name)
             slots.append(resident.slot)
             pinned.append(resident)
         return slots, pinned
@@ -284,7 +337,8 @@ class Residence:
                     "after the forward that backward recomputes; leave its block after backward"
                 )
         for resident in residents:
-            resident.pins += 1
+            for each in (resident, *resident.members):
+                each.pins += 1
 
     def unpin(self, slots: Sequence[int], checked: bool) -> None:
         """Remove one pin per entry except -1.
@@ -304,9 +358,10 @@ class Residence:
                 continue
             resident = residents[slot]
             assert resident is not None  # a pinned slot has a resident
-            resident.pins -= 1
-            if resident.retired and resident.pins == 0:
-                self._store.vacate(resident)
+            for each in (resident, *resident.members):
+                each.pins -= 1
+                if each.retired and each.pins == 0:
+                    self._store.vacate(each)
 
     # ---------------------------------------------------------------------------------------------
     # Numbers
@@ -320,6 +375,7 @@ class Residence:
             name: {k: getattr(resident, k) for k in ("rank", "pins", "last_use", "slot")}
             | {"bytes": resident.nbytes}
             for name, resident in self.by_name.items()
+            if isinstance(name, str)
         }
         on_host = {
             name: {"rank": adapter.rank, "bytes": adapter.nbytes, **absent}

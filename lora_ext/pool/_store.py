@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_ext.adapter import AdapterConfig, ModelIndex, Replaced
+from lora_ext.rows import Name
 
 from ._memory import give_back
 from ._pages import (
@@ -23,6 +24,7 @@ from ._pages import (
     PackedModule,
     Slab,
     TableBlock,
+    TableRow,
     page_bytes,
     page_count,
 )
@@ -31,27 +33,32 @@ from ._transfer import StreamTransfer, Transfer, to_host
 Written = list[tuple[Transfer, Any]]  # copies that may still be queued
 
 
+serials = itertools.count(1)  # numbers of versions of adapters, and of their weights in requests
+
+
 @dataclass
 class Resident:
-    """Adapter in a slot.
+    """Adapter in a slot, or a mixture: the adapters ``members``, which have their own slots.
 
     After its name is published, only ``written``, ``last_use``, ``pins`` and ``retired`` change.
     """
 
-    name: str
+    name: Name
     slot: int
     config: AdapterConfig
     pages: dict[str, list[int]]
     rank: int  # largest rank in any module
     nbytes: int
+    rows: dict[str, TableRow]
     invocation: tuple[int, ...] = ()  # tokens that activate an activated adapter (aLoRA)
     written: Written = field(default_factory=list)  # emptied when all copies are done
     last_use: float = field(default_factory=time.time)  # time of the load or the last acquire
     pins: int = 0
     retired: bool = False  # no name refers to this slot any more; the last unpin frees it
     generation: int = 0  # number of the load; a return from host memory does not change it
+    members: tuple[Resident, ...] = ()
     #: Number of this version of the adapter, unique in the process.
-    serial: int = field(default_factory=itertools.count(1).__next__)
+    serial: int = field(default_factory=serials.__next__)
 
 
 @dataclass
@@ -60,13 +67,17 @@ class Placement:
 
     slot: int
     pages: dict[str, list[int]]
+    rows: dict[str, TableRow] = field(default_factory=dict)
+    of_members: list[int] = field(default_factory=list)  # slots of the adapters of a mixture
     free: dict[str, list[int]] = field(default_factory=dict)  # free pages after `commit`
     victims: list[Resident] = field(default_factory=list)
-    # `commit` adds the contents of the next five fields, which are new, to the store.
+    # `commit` adds the contents of the next seven fields, which are new, to the store.
     slabs: dict[str, Slab] = field(default_factory=dict)
     blocks: list[TableBlock] = field(default_factory=list)
     biases: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    mixed: list[tuple[TableBlock, tuple[Tensor, ...]]] = field(default_factory=list)
+    members: dict[torch.device, Tensor] = field(default_factory=dict)
     replaced: dict[str, Replaced] = field(default_factory=dict)
     #: Bytes of pages before and after the placement, for the modules in which they change.
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -94,9 +105,12 @@ class PageStore:
         self.slabs: dict[str, Slab] = {}
         self.blocks: list[TableBlock] = []
         self._replacing: set[str] = set()  # modules that an adapter has replaced
-        self.max_pages = page_count(max_rank)
+        self.max_rank, self.max_pages = max_rank, page_count(max_rank)
         self.free_slots = list(range(max_slots - 1, -1, -1))  # the last one is used next
         devices = {spec.device for spec in index.specs.values()}
+        #: :attr:`ModuleSlab.members` by device; empty before the first mixture.
+        self.members: dict[torch.device, Tensor] = {}
+        self.mixed = 0  # see ModuleSlab
         self.transfers = {
             device: StreamTransfer(device) if device.type == "cuda" else Transfer()
             for device in devices
@@ -115,6 +129,7 @@ class PageStore:
         """Bytes of tables, biases and magnitudes."""
         vectors = [v for slab in self.slabs.values() for v in (slab.bias, slab.magnitude)]
         vector_bytes = sum(v.nbytes for v in vectors if v is not None)
+        vector_bytes += sum(table.nbytes for table in self.members.values())
         return vector_bytes + sum(block.nbytes for block in self.blocks)
 
     @property
@@ -181,9 +196,22 @@ class PageStore:
                     )
                 jobs[table.device].append((row, own))
         for block in (*self.blocks, *place.blocks):
-            jobs[block.ranks.device] += block.rows(slot, place.pages, packed.modules)
+            jobs[block.ranks.device] += block.copies(slot, place.rows)
+        everyone = [(slot, place.rows, place.of_members)]
+        if place.members:  # new tables
+            known = [r for r in self.residents if r is not None and r.slot != slot]
+            everyone += [(r.slot, r.rows, [m.slot for m in r.members]) for r in known]
+        for block, mixed in place.mixed:
+            for other, rows, _ in everyone:
+                jobs[block.ranks.device] += block.copies(other, rows, mixed)
+        for device, table in (self.members | place.members).items():
+            for other, _, slots in everyone:
+                own = torch.full(table.shape[1:], -1, dtype=table.dtype, pin_memory=table.is_cuda)
+                own[: len(slots) or 1] = torch.tensor(slots or [other], dtype=table.dtype)
+                jobs[device].append((table[other], own))
         new = [t for slab in place.slabs.values() for t in (slab.a, slab.b)]
-        new += [t for b in place.blocks for t in (b.page_table, b.ranks, b.scale)]
+        new += [t for block in place.blocks for t in block.tables]
+        new += [*place.members.values(), *(t for _, mixed in place.mixed for t in mixed)]
         new += [*place.biases.values(), *place.magnitudes.values()]
         rooms = []
         for module, room in place.replaced.items():
@@ -242,6 +270,14 @@ class PageStore:
                 view = self.modules[name]
                 view.page_table, view.ranks = block.page_table[i], block.ranks[i]
                 view.scale = block.scale[i]
+        self.members |= place.members
+        for block, mixed in place.mixed:
+            block.mixed = mixed
+        for block in self.blocks if place.mixed else place.blocks if self.members else ():
+            for i, name in enumerate(block.names):
+                view = self.modules[name]
+                view.page_scale, view.groups = (table[i] for table in block.mixed)
+                view.members = self.members[block.scale.device]
         for name, bias in place.biases.items():
             self.slabs[name].bias = self.modules[name].bias = bias
         for name, magnitude in place.magnitudes.items():
@@ -264,6 +300,13 @@ class PageStore:
                 if resident.config.use_dora and name in resident.pages:
                     dora[place.slot] = view.version
                 view.dora = dora
+
+    def mix(self, width: int) -> None:
+        """Make compiled graphs read at least ``width`` weights per row, and a power of two."""
+        if width > self.mixed:
+            self.mixed = 1 << (width - 1).bit_length()
+            for view in self.modules.values():
+                view.mixed = self.mixed
 
     def vacate(self, resident: Resident) -> None:
         """Free the slot and the pages of an adapter.

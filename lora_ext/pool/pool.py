@@ -21,6 +21,7 @@ from lora_ext.adapter import (
     live_adapter,
     model_name,
 )
+from lora_ext.rows import Entry, _entries
 
 from ._pages import PackedAdapter, in_one_mapping, in_words, page_count, read_packed
 from ._residence import Residence
@@ -272,25 +273,57 @@ class AdapterPool:
     # ---------------------------------------------------------------------------------------------
     # Pins
 
-    def acquire(self, names: Sequence[str | None]) -> Lease:
+    def acquire(self, names: Sequence[Entry]) -> Lease:
         """Pin one adapter per entry and return the slots, with -1 for None and ``"__base__"``.
 
         An adapter that was evicted to the host cache is copied back to the device. If the method
         raises, no adapter is pinned.
 
+        An entry may also be ``(name, weight)``, which has the slot of the adapter, or a mixture
+        ``{name: weight, ...}``. A mixture of two or more adapters has a slot without pages, which
+        all mixtures of the same adapters share. It is freed if an adapter of the mixture is
+        updated, unloaded or evicted, or if another adapter needs the slot. Adapters of a pinned
+        mixture are pinned, too.
+
         Raises:
             UnknownAdapterError: If a name is unknown; the message contains close matches.
+            TypeError, ValueError: If an entry or its weight is invalid; ValueError also if the
+                adapters of a mixture have more pages in a module than an adapter of ``max_rank``.
+            NotImplementedError: If an adapter with DoRA, or one that replaces modules, is in a
+                mixture or has another weight than 1, or an activated adapter is in a mixture.
             PoolFullError: If the device has no room for an evicted adapter.
             RuntimeError: If the current stream is capturing a graph.
         """
-        if isinstance(names, str):
-            raise TypeError(
-                f"AdapterPool.acquire: names: expected a sequence of names, found {names!r}"
-            )
+        where = "AdapterPool.acquire: names"
+        if isinstance(names, str | Mapping):
+            raise TypeError(f"{where}: expected a sequence of names, found {names!r:.200}")
+        each: list[Any] = list(names)
+        width, weighted = 0, set[Any]()
+        for i, entry in enumerate(each):
+            if not _entries.is_plain(entry):
+                members = _entries.members_of(entry, where)
+                each[i] = name = _entries.name_of(members)
+                width = max(width, len(members))
+                if len(members) == 1 and members[0][1] != 1:
+                    weighted.add(name)
         for transfer in self._store.transfers.values():
             transfer.check_outside_capture()
         with self._lock:
-            return Lease(self, *self._residence.pin(names))
+            lease = Lease(self, *self._residence.pin(each, weighted))
+            self._store.mix(width)
+            return lease
+
+    def prepare_mixtures(self) -> None:
+        """Allocate the tables that mixtures need, which otherwise the first mixture does.
+
+        A captured step reads them, so :func:`lora_ext.capturable` calls this method. It needs a
+        slot for a moment.
+
+        Raises:
+            PoolFullError: If all slots are pinned, or ``max_bytes`` leaves no room.
+        """
+        with self._lock:
+            self._residence.prepare_mixtures()
 
     def renew(self, lease: Lease) -> None:
         """Pin a released lease again; see :meth:`Lease.renew`."""

@@ -39,9 +39,9 @@ State                                       Owner            Content and lifetim
 ==========================================  ===============  ======================================
 """
 
-from . import _attachment, _context, _layouts
+from . import _attachment, _context, _entries, _layouts
 from ._activation import Activated, last_start
-from ._assignment import BASE, Assignment, Batch, Layout, NamedRows, Names, refuse_singular
+from ._assignment import Assignment, Batch, Layout, NamedRows, Names, refuse_singular
 from ._attachment import (
     LayerNames,
     Places,
@@ -63,6 +63,7 @@ from ._context import (
     of_call,
     untouched,
 )
+from ._entries import BASE, Entry, Members, Name
 from ._generation import (
     activated_forward,
     activated_in,
@@ -93,7 +94,16 @@ from ._rows import (
     together,
     traced_by_python,
 )
-from ._traced import NOBODY, batch_of, block_of_graph, layer_rows, no_rows, pool_rows, tracing
+from ._traced import (
+    NOBODY,
+    batch_of,
+    block_of_graph,
+    layer_rows,
+    no_rows,
+    pool_rows,
+    traced_weights,
+    tracing,
+)
 
 __all__ = [
     "BASE", "Block", "Names", "PoolLayer", "Rows", "UnknownAdapterError", "adapters", "current",

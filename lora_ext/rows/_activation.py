@@ -69,7 +69,8 @@ class Activated(Assignment):
         length: int | None = None,
         unsearched: Activated | None = None,
     ):
-        super().__init__(entries.names, entries.places, entries.shape, entries.repeat)
+        shape, repeat, weights = entries.shape, entries.repeat, entries.weights
+        super().__init__(entries.names, entries.places, shape, repeat, weights)
         assert isinstance(entries.places, tuple)
         self.entries = entries.places
         self.invocations = tuple(invocations)
@@ -143,8 +144,9 @@ class Activated(Assignment):
     def _with(self, starts: tuple[int | None, ...], fixed: bool) -> Activated:
         entries: Assignment = self
         if not self.shape:  # one name for every row
-            places = self.entries * len(starts)
-            entries = Assignment(self.names, places, (len(starts),), self.repeat)
+            n = len(starts)
+            weights = None if self.weights is None else self.weights * n
+            entries = Assignment(self.names, self.entries * n, (n,), self.repeat, weights)
         return Activated(entries, self.invocations, starts, fixed, unsearched=self.unsearched)
 
     def _found(self, ids: Tensor, origin: int) -> tuple[int | None, ...]:
@@ -210,7 +212,7 @@ class Activated(Assignment):
         if not inside:
             whole = tuple(p if s is not None and s <= past else -1 for p, s in pairs)
             if whole not in self._whole_rows:
-                ordinary = Assignment(self.names, whole, self.shape, self.repeat)
+                ordinary = Assignment(self.names, whole, self.shape, self.repeat, self.weights)
                 self._whole_rows[whole] = ordinary
             return self._whole_rows[whole]
         never = past + length
@@ -219,10 +221,21 @@ class Activated(Assignment):
         table = torch.where(past + torch.arange(length) >= begins, each, -1)  # (n, length)
         count = self.repeat if self.shape else rows
         table = table.repeat_interleave(count, 0)
-        return Assignment(self.names, table.flatten(), tuple(table.shape))
+        weights = self.weights
+        if weights is not None:
+            weights = torch.tensor(weights).repeat_interleave(count * length, 0)
+        return Assignment(self.names, table.flatten(), tuple(table.shape), weights=weights)
 
     def ids(self, table: Sequence[int], layout: Layout) -> Tensor:
-        """Return :meth:`Assignment.ids` for a layer outside the forward of an attached model.
+        """Return :meth:`Assignment.ids` for a layer outside the forward of an attached model."""
+        return self._of_layer(layout).ids(table, layout)
+
+    def row_weights(self, layout: Layout) -> Tensor | None:
+        """Return :meth:`Assignment.row_weights` for a layer outside an attached model's forward."""
+        return self._of_layer(layout).row_weights(layout)
+
+    def _of_layer(self, layout: Layout) -> Assignment:
+        """Return the assignment of a layer outside the forward of an attached model.
 
         The activations are assumed to contain all tokens of each sequence. The layer cannot check
         this, so the number of tokens is compared with the starts.
@@ -248,7 +261,7 @@ class Activated(Assignment):
                     f"found {tuple(leading)} before the features; the layers of an attached model "
                     "follow a cache, layers of lora_ext.nn take whole rows"
                 )
-        return self.at(0, length, rows).ids(table, layout)
+        return self.at(0, length, rows)
 
     # ---------------------------------------------------------------------------------------------
     # Changes of rows by generate

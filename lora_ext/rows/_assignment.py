@@ -12,12 +12,13 @@ from torch import Tensor
 from lora_ext._checks import require
 from lora_ext._torch import compiles
 
-from ._rows import Kept, Rows, capturing, planned, renumbered, repeated
+from . import _entries
+from ._entries import BASE, Entry, Name
+from ._rows import Kept, Rows, capturing, constant, planned, renumbered, repeated
 
-Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]]
+Names = Entry | Sequence[Entry] | Sequence[Sequence[Entry]]
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-BASE = "__base__"  # PEFT's name of the base model; None is equivalent
 
 # Maximum number of cached layouts. A decode step has one or two shapes; without a KV cache every
 # step has a new one.
@@ -48,8 +49,9 @@ class Assignment:
     """Assignment of an adapter name to each entry. An entry is a sequence, row, token or all rows.
 
     Args:
-        names: Distinct names of adapters. In :func:`~lora_ext.rows.packed_block` there is one name
-            per slot, so a name occurs twice if two versions of its adapter are in the step.
+        names: Distinct names of adapters; the name of a mixture is the tuple of its adapters'
+            names. In :func:`~lora_ext.rows.packed_block` there is one name per slot, so a name
+            occurs twice if two versions of its adapter are in the step.
         places: Index into ``names`` for each entry, -1 for the base model; a tuple or an int64
             tensor.
         shape: Meaning of the entries. ``()``: one entry for all rows. ``(n,)``: one entry for each
@@ -58,16 +60,22 @@ class Assignment:
             the activations without features.
         repeat: Number of consecutive sequences of the batch per entry (beams or returned
             sequences).
+        weights: K weights for each entry, those of the adapters in its name followed by 0: tuples,
+            or a float32 tensor if ``places`` is a tensor. None if all weights are 1.
     """
 
     def __init__(
         self,
-        names: tuple[str, ...],
+        names: tuple[Name, ...],
         places: tuple[int, ...] | Tensor,
         shape: tuple[int, ...],
         repeat: int = 1,
+        weights: tuple[tuple[float, ...], ...] | Tensor | None = None,
     ):
         self.names, self.places, self.shape, self.repeat = names, places, shape, repeat
+        self.weights = weights
+        #: Entry of each name for :meth:`AdapterPool.acquire`, with weights if some are not 1.
+        self.asked: tuple[Entry, ...] = names  # pyright: ignore  # mixtures only in `of_entries`
         entries = places.unique().tolist() if isinstance(places, Tensor) else places
         #: Distinct values of ``places``, without -1.
         self.occurring = frozenset(entries) - {-1}
@@ -80,7 +88,7 @@ class Assignment:
     @classmethod
     def of(cls, given: Names, token_ids: Tensor | None = None) -> Assignment:
         """Return the assignment of the arguments of :func:`lora_ext.adapters`."""
-        flat, shape = _parse(given)
+        flat, shape = _entries.parse(given)
         assignment = cls.of_entries(flat, shape)
         if token_ids is None:
             return assignment
@@ -97,24 +105,56 @@ class Assignment:
             # This copies the ids: the caller may overwrite them before the backward of this batch.
             own = torch.tensor([*assignment.places, -1], device=token_ids.device)
             places = own[token_ids.long()].flatten()  # -1 reads the last entry
-            return cls(assignment.names, places, tuple(token_ids.shape))
+            weights = assignment.weights
+            if isinstance(weights, tuple):  # an entry of -1 reads any weights
+                weights = torch.tensor(weights, device=token_ids.device)[token_ids.flatten().long()]
+            made = cls(assignment.names, places, tuple(token_ids.shape), weights=weights)
+            made.asked = assignment.asked
+            return made
 
     @classmethod
-    def of_entries(cls, entries: Sequence[str | None], shape: tuple[int, ...]) -> Assignment:
-        """Return the assignment of a name to each entry; see the class for ``shape``."""
-        names = tuple(dict.fromkeys(n for n in entries if n is not None and n != BASE))
-        place: dict[str | None, int] = {name: i for i, name in enumerate(names)}
-        return cls(names, tuple(place.get(name, -1) for name in entries), shape)
+    def of_entries(cls, entries: Sequence[Entry], shape: tuple[int, ...]) -> Assignment:
+        """Return the assignment of a name to each entry; see the class for ``shape``.
 
-    def spelled(self) -> list[str]:
-        """Return the name of each entry; the base model is :data:`BASE`."""
-        names = [*self.names, BASE]  # -1 reads the last name
-        return [names[place] for place in self.places]  # pyright: ignore[reportCallIssue]
+        Raises:
+            TypeError, ValueError: If an entry is invalid, as for :func:`lora_ext.adapters`.
+        """
+        each: list[Any] = list(entries)
+        weights, asked = None, {}
+        if not all(isinstance(entry, str | None) for entry in each):
+            rows = [_entries.members_of(entry, "adapters: names") for entry in each]
+            each, weights = [_entries.name_of(row) for row in rows], _entries.weights_of(rows)
+            for name, row in zip(each, rows, strict=True):
+                if name not in asked or any(weight != 1 for _, weight in row):
+                    asked[name] = entry_of(name, [weight for _, weight in row]) if row else None
+        names = tuple(dict.fromkeys(n for n in each if n is not None and n != BASE))
+        place: dict[Any, int] = {name: i for i, name in enumerate(names)}
+        made = cls(names, tuple(place.get(name, -1) for name in each), shape, weights=weights)
+        made.asked = tuple(asked[name] for name in names) if asked else made.asked
+        return made
 
-    def each(self) -> list[str]:
-        """Return the distinct names of all entries; the base model is :data:`BASE`."""
-        places = set(self.places.tolist() if isinstance(self.places, Tensor) else self.places)
-        return [[*self.names, BASE][place] for place in sorted(places)]
+    def spelled(self) -> list[Entry]:
+        """Return the entries; the base model is :data:`BASE`."""
+        return [BASE if place < 0 else entry_of(self.names[place], w) for place, w in self.pairs()]
+
+    def each(self) -> list[Any]:
+        """Return the distinct entries, sorted by name; the base model is :data:`BASE`.
+
+        An adapter with another weight than 1 is (name, weight), a mixture is a tuple of such pairs.
+        """
+        found = [
+            BASE if p < 0 else entry_of(self.names[p], w) for p, w in sorted(set(self.pairs()))
+        ]
+        return [tuple(e.items()) if isinstance(e, dict) else e for e in found]
+
+    def pairs(self) -> list[tuple[int, tuple[float, ...] | None]]:
+        """Return the place and the weights of each entry; the weights are None if all are 1."""
+        places: Any = self.places.tolist() if isinstance(self.places, Tensor) else self.places
+        weights: Any = self.weights
+        if weights is None:
+            return [(place, None) for place in places]
+        weights = weights.tolist() if isinstance(weights, Tensor) else weights
+        return [(p, tuple(w) if p >= 0 else None) for p, w in zip(places, weights, strict=True)]
 
     def same_as(self, other: Assignment) -> bool:
         """Return whether both assignments are equal.
@@ -124,11 +164,12 @@ class Assignment:
         mine, others = self.places, other.places
         if isinstance(mine, Tensor) or isinstance(others, Tensor):
             return self is other
-        return (self.names, mine, self.shape) == (other.names, others, other.shape)
+        same = (self.names, mine, self.shape) == (other.names, others, other.shape)
+        return bool(same and self.weights == other.weights)
 
     def times(self, count: int) -> Assignment:
         """Return the assignment for batches with ``count`` consecutive sequences per entry."""
-        return Assignment(self.names, self.places, self.shape, count)
+        return Assignment(self.names, self.places, self.shape, count, self.weights)
 
     def select(self, rows: Sequence[int], batch: int) -> Assignment:
         """Return the assignment for a batch that contains only some rows of the current batch.
@@ -139,8 +180,10 @@ class Assignment:
         of_rows = self.shape == (len(places),) and len(places) * self.repeat == batch
         if isinstance(places, Tensor) or not of_rows:
             return self
-        chosen = tuple(places[row // self.repeat] for row in rows)
-        return Assignment(self.names, chosen, (len(chosen),))
+        entries = [row // self.repeat for row in rows]
+        chosen = tuple(places[entry] for entry in entries)
+        weights = None if self.weights is None else tuple(self.weights[entry] for entry in entries)
+        return Assignment(self.names, chosen, (len(chosen),), weights=weights)
 
     # ---------------------------------------------------------------------------------------------
     # Rows
@@ -151,6 +194,8 @@ class Assignment:
         A layer need not have all adapters: rows use the base model if the layer lacks theirs. The
         key of the cache omits ``layout.batch``, for the reason given in :meth:`Block.rows`.
         """
+        if self.weights is not None or not all(isinstance(name, str) for name in self.names):
+            _entries.refuse_mixtures(self.each())
         if compiles():
             return self._rows_among(names, layout)
         leading, device, tokens_first, _ = layout
@@ -192,6 +237,27 @@ class Assignment:
         else:
             ids = torch.tensor(each, dtype=torch.int32).repeat_interleave(copies).to(device)
         return ids if turns == 1 else ids.repeat(turns)
+
+    def row_weights(self, layout: Layout) -> Tensor | None:
+        """Return the weights of the T rows of a layer, ``(T, K)`` float32; None if all are 1.
+
+        Raises:
+            ValueError: If the entries do not match the layout.
+        """
+        weights, device = self.weights, layout.device
+        if weights is None:
+            return None
+        if isinstance(weights, Tensor):
+            each = weights.to(device)  # (n, K)
+        elif capturing(device):
+            flat = [weight for row in weights for weight in row]
+            each = constant(flat, torch.float32, device).view(len(weights), -1)
+        else:
+            each = torch.tensor(weights).to(device)
+        if layout.tokens_first and len(self.shape) == 2:
+            return each.view(*self.shape, -1).transpose(0, 1).flatten(0, 1)
+        copies, turns = self.spread(layout)
+        return each.repeat_interleave(copies, 0).repeat(turns, 1)
 
     def spread(self, layout: Layout) -> tuple[int, int]:
         """Return how the entries cover the rows of a layer, as ``(copies, turns)``.
@@ -285,8 +351,15 @@ class Assignment:
             )
 
 
-class NamedRows(list[str]):
-    """The names of an assignment in the format of PEFT's ``adapter_names``."""
+def entry_of(name: Name, weights: Sequence[float] | None = None) -> Entry:
+    """Return the entry of a name, with weights or with a weight of 1 for each adapter."""
+    if isinstance(name, str):
+        return name if weights is None or weights[0] == 1 else (name, weights[0])
+    return dict(zip(name, weights or (1.0,) * len(name), strict=False))
+
+
+class NamedRows(list[Any]):
+    """The entries of an assignment in the format of PEFT's ``adapter_names``."""
 
     def __init__(self, assignment: Assignment):
         super().__init__(assignment.spelled())
@@ -311,27 +384,3 @@ def refuse_singular(where: str, given: Mapping[str, Any]) -> None:
 
 def _activations(leading: torch.Size) -> str:
     return f"({', '.join(map(str, (*leading, 'features')))})"
-
-
-def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
-    """Return the name of each entry, and ``shape`` of :class:`Assignment`."""
-    if names is None or isinstance(names, str):
-        return [names], ()
-    if not isinstance(names, Sequence) or not names:
-        raise ValueError(
-            f"adapters: names: expected a name or a list of names, found {names!r:.200}; "
-            "convert an array or a generator with list(names)"
-        )
-    flat: list[Any] = list(names)
-    shape: tuple[int, ...] = (len(flat),)
-    if all(isinstance(row, list | tuple) for row in flat):
-        lengths = sorted({len(row) for row in flat})
-        if len(lengths) != 1 or lengths[0] == 0:
-            raise ValueError(
-                "adapters: names: expected the same number of names for every sequence, found "
-                f"{lengths}"
-            )
-        flat, shape = [name for row in flat for name in row], (len(flat), lengths[0])
-    if not all(name is None or isinstance(name, str) for name in flat):
-        raise ValueError(f"adapters: names: expected names (str or None), found {names!r:.200}")
-    return flat, shape

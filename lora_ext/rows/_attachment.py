@@ -12,6 +12,8 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+from ._entries import Entry, refuse_mixtures
+
 
 class UnknownAdapterError(KeyError):
     """Error for an adapter name that is unknown to a pool or to all layers of ``lora_ext.nn``."""
@@ -27,7 +29,7 @@ class Pool(Protocol):
     max_slots: int
     modules: Any
 
-    def acquire(self, names: Sequence[str | None]) -> Any:
+    def acquire(self, names: Sequence[Entry]) -> Any:
         """Pin adapters.
 
         Returns:
@@ -121,12 +123,14 @@ class LayerNames:
         self._layers.add(layer)
         attachments.add(layer)
 
-    def acquire(self, names: Sequence[str | None]) -> Places:
+    def acquire(self, names: Sequence[Any]) -> Places:
         """Return a lease of the names.
 
         Raises:
+            NotImplementedError: If a name is a mixture or has a weight.
             UnknownAdapterError: If a name is unknown to every layer.
         """
+        refuse_mixtures(names)
         known = {known for layer in self._layers for known in layer.adapter_names}
         for name in names:
             if name is not None and name not in known:

@@ -157,7 +157,9 @@ class Block:
 
     def _slot_ids(self, *where: Any) -> Rows:
         used = tuple(range(self.num_slots)) if self.assignment.occurring else ()
-        return planned(used, self.assignment.ids(self.slots, current_layout(*where)))
+        layout = current_layout(*where)
+        weights = self.assignment.row_weights(layout)
+        return planned(used, self.assignment.ids(self.slots, layout), weights)
 
     def _slot_rows(self, order: tuple[int, ...], layout: Layout) -> SlotRows:
         if capturing(layout.device):
@@ -357,7 +359,8 @@ def adapters(
     Args:
         names: One name per sequence of the batch; one name per token, as a list of all rows or a
             list of lists; or a single name for all rows. None and ``"__base__"`` are the base
-            model.
+            model. Instead of a name, ``("a", 0.5)`` multiplies the update of an adapter by 0.5,
+            and ``{"a": 0.7, "b": 0.3}`` is the weighted sum of several adapters (a mixture).
         token_ids: Index into ``names`` for each token, -1 for the base model: an integer tensor in
             the shape of the activations without features, ``(B, T)`` or ``(rows,)``. It is copied
             and checked here, which waits for the device.
@@ -373,7 +376,11 @@ def adapters(
 
     Raises:
         UnknownAdapterError: If the pool, or every layer of :mod:`lora_ext.nn`, lacks a name.
-        ValueError: If there are no names; if lists have unequal lengths; if ``token_ids`` are not
+        TypeError: If a weight is not a real number.
+        NotImplementedError: If the update of an adapter in a mixture, or with another weight than
+            1, is not a product of two factors: see :meth:`AdapterPool.acquire`.
+        ValueError: If there are no names; if lists have unequal lengths; if a weight is not finite;
+            if a mixture has too many pages; if ``token_ids`` are not
             integers in ``[-1, len(names))``; if more than one of ``token_ids``, ``input_ids`` and
             ``starts`` is not None; or if ``pool`` is None and there are several pools.
         RuntimeError: If ``pool`` is None and there is no pool.
@@ -399,7 +406,7 @@ def of_call(
         step.write(assignment)
     else:
         step = None
-    with pool.acquire(assignment.names) as lease:
+    with pool.acquire(assignment.asked) as lease:
         assignment = with_starts(assignment, lease.invocations, token_ids, **prompt)
         block = Block(
             pool_handle(pool),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ._activation import Activated
 from ._assignment import Assignment
 from ._attachment import Places
 from ._context import Block, EntryPoint, innermost, innermost_of, outwards
+from ._entries import Name
 
 
 def generation_scope() -> contextlib.AbstractContextManager[None]:
@@ -144,22 +146,27 @@ def _head(block: Block, found: Assignment, kept: int | Tensor) -> Block | None:
     """Return the block of the output head, which receives the tokens ``kept``."""
     if not isinstance(found.places, Tensor):
         return block.head
-    places = found.places.view(found.shape)
+    index: Any = slice(None)
     if isinstance(kept, Tensor):
-        places = places[:, kept.to(places.device)]
+        index = kept.to(found.places.device)
     elif kept:
-        places = places[:, -kept:]
-    assignment = Assignment(found.names, places.flatten(), tuple(places.shape))
+        index = slice(-kept, None)
+    places, weights = found.places.view(found.shape)[:, index], found.weights
+    if isinstance(weights, Tensor):
+        weights = weights.view(*found.shape, -1)[:, index].flatten(0, 1)
+    shape = tuple(places.shape)
+    assignment = Assignment(found.names, places.flatten(), shape, weights=weights)
     return replace(block, assignment=assignment, head=None)
 
 
 def packed_block(
     handle: int,
     num_slots: int,
-    names: Sequence[str | None],
+    names: Sequence[Name | None],
     slots: Sequence[int],
     lengths: Sequence[int],
     kept: Sequence[int] | None = None,
+    weights: Sequence[Sequence[float]] | None = None,
 ) -> Block:
     """Return a block for one step of a server, with activations ``(1, sum(lengths), features)``.
 
@@ -176,13 +183,17 @@ def packed_block(
         lengths: Number of tokens of each run.
         kept: For each token that the output head receives, the index of its run; the head's input
             is then ``(1, len(kept), features)``. None if the head receives all tokens.
+        weights: K weights for each run, as in :class:`Assignment`, or None if all weights are 1.
     """
-    distinct = {slot: name for name, slot in zip(names, slots, strict=True) if slot >= 0}
+    distinct = {slot: name for name, slot in zip(names, slots, strict=True) if name is not None}
     place = {slot: i for i, slot in enumerate(distinct)}
     each = torch.tensor([place.get(slot, -1) for slot in slots])
+    of_runs = None if weights is None else torch.tensor(weights, dtype=torch.float32)
 
-    def block(places: Tensor, head: Block | None = None) -> Block:
-        assignment = Assignment(tuple(map(str, distinct.values())), places, (1, len(places)))
+    def block(runs: Tensor, head: Block | None = None) -> Block:
+        own = None if of_runs is None else of_runs[runs]
+        shape = (1, len(runs))
+        assignment = Assignment(tuple(distinct.values()), each[runs], shape, weights=own)
         return Block(
             handle,
             Places(),
@@ -195,5 +206,5 @@ def packed_block(
             head=head,
         )
 
-    head = None if kept is None else block(each[list(kept)])
-    return block(each.repeat_interleave(torch.tensor(lengths)), head)
+    head = None if kept is None else block(torch.tensor(kept))
+    return block(torch.arange(len(slots)).repeat_interleave(torch.tensor(lengths)), head)

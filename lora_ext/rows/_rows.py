@@ -34,11 +34,12 @@ class Rows(NamedTuple):
     used: tuple[int, ...]  # indices of the adapters in use, in ascending order
     ids: Tensor  # (T,) int32, each an index into used; -1 is the base model
     plan: Tensor  # ops.lora_plan of ids
+    weights: Tensor | None = None  # (T, K) float32, of a mixture's adapters; None if all are 1
 
 
-def planned(used: tuple[int, ...], ids: Tensor) -> Rows:
+def planned(used: tuple[int, ...], ids: Tensor, weights: Tensor | None = None) -> Rows:
     """Return the rows with these ids and their plan. Only this function creates :class:`Rows`."""
-    return Rows(used, ids, ops.lora_plan(ids, len(used)))
+    return Rows(used, ids, ops.lora_plan(ids, len(used)), weights)
 
 
 def renumbered(ids: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,12 +59,22 @@ def pool_rows(
     tokens_first: bool = False,
     of_tokens: bool = False,
     default: str | None = None,
+    mixed: int = 0,
 ) -> Rows:
     """Return the rows of a pool's layer in the block in which a graph runs, with slots as ids."""
-    ids = _active_adapter_ids(
-        handle, leading, device, tokens_first, of_tokens, tracing.batch, default
-    )
-    return planned(tuple(range(num_slots)), ids)
+    where = handle, leading, device, tokens_first, of_tokens
+    ids = _active_adapter_ids(*where, tracing.batch, default)
+    return planned(tuple(range(num_slots)), ids, traced_weights(*where, default, mixed))
+
+
+def traced_weights(*where: Any) -> Tensor | None:
+    """Return the weights of the rows of a pool's layer, in the block in which a graph runs.
+
+    The arguments are those of the op ``active_adapter_weights`` except ``batch``. The last one is
+    the number of weights per row; the result is None if it is 0, as no block has had weights.
+    """
+    at, default, mixed = where[:-2], *where[-2:]
+    return _active_adapter_weights(*at, tracing.batch, default, mixed) if mixed else None
 
 
 def layer_rows(
@@ -106,6 +117,33 @@ def block_of_graph(handle: int, default: str | None) -> _context.Block | None:
     tags=READS_MORE,
 )
 def _active_adapter_ids(
+    handle: int, leading: Sequence[int], device: torch.device, *where: Any
+) -> Tensor:
+    rows = _rows_of_graph(handle, leading, device, *where)
+    if rows is None:
+        return torch.full((math.prod(leading),), -1, dtype=torch.int32, device=device)
+    return rows.ids.clone()  # a copy, as a graph may reuse an op's result, and the ids are cached
+
+
+@traced(
+    "active_adapter_weights(int handle, SymInt[] leading, Device device, bool tokens_first, "
+    "bool of_tokens, SymInt[] batch, str? default, int mixed) -> Tensor",
+    fake=lambda _handle, leading, device, *rest: torch.empty(
+        math.prod(leading), rest[-1], device=device
+    ),
+    tags=READS_MORE,
+)
+def _active_adapter_weights(
+    handle: int, leading: Sequence[int], device: torch.device, *where: Any
+) -> Tensor:
+    rows = _rows_of_graph(handle, leading, device, *where[:-1])
+    weights = torch.ones(math.prod(leading), where[-1], device=device)
+    if rows is not None and rows.weights is not None:
+        weights[:, : rows.weights.shape[1]] = rows.weights
+    return weights
+
+
+def _rows_of_graph(
     handle: int,
     leading: Sequence[int],
     device: torch.device,
@@ -113,16 +151,16 @@ def _active_adapter_ids(
     of_tokens: bool,
     batch: Sequence[int],
     default: str | None,
-) -> Tensor:
+) -> Rows | None:
+    """Return the rows of the block in which a graph runs; None if there is no block."""
     block = block_of_graph(handle, default)
     if block is None:
-        return torch.full((math.prod(leading),), -1, dtype=torch.int32, device=device)
+        return None
     with _context.forward_of(batch_of(batch)):
         try:  # as in PoolLayer.rows_in, but an op cannot set tokens_first of the layer
-            rows = block.rows(torch.Size(leading), device, tokens_first, of_tokens)
+            return block.rows(torch.Size(leading), device, tokens_first, of_tokens)
         except TokensFirstError:
-            rows = block.rows(torch.Size(leading), device, True, of_tokens)
-    return rows.ids.clone()  # a copy, as a graph may reuse an op's result, and the ids are cached
+            return block.rows(torch.Size(leading), device, True, of_tokens)
 
 
 def batch_of(batch: Sequence[int]) -> Batch | None:

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.layers import requests_apart
-from lora_ext.pool import Lease, PoolFullError
-from lora_ext.rows import Names, _context, last_start, packed_block
+from lora_ext.pool import Lease, PoolFullError, serials
+from lora_ext.rows import Entry, Members, Names, _context, _entries, last_start, packed_block
 
 from ._constraining import (
     NO_LOGPROBS,
@@ -67,7 +67,7 @@ class _Request:
     """Request between ``add_request`` and its result. Requests forked from it share this object.
 
     Attributes:
-        name: name of the adapter; None is the base model.
+        members: the adapter with its weight, or those of a mixture; empty for the base model.
         lease: lease that pins the adapter.
         start: number of tokens before the adapter begins, which use the base model.
         sampling, generator, constraint: how tokens are chosen; each is None if the request does not
@@ -77,7 +77,7 @@ class _Request:
         cancelled: True after ``cancel_request``.
     """
 
-    name: str | None
+    members: Members
     lease: Lease
     start: int = 0
     sampling: Sampling | None = None
@@ -89,21 +89,25 @@ class _Request:
 
     @property
     def generation(self) -> int | None:
-        """Number of the load of the pinned adapter; None for the base model."""
-        return self.lease.residents[0].generation if self.lease.residents else None
+        """Number of the load of the pinned adapter; None for the base model and a mixture."""
+        return (self.lease.residents[0].generation or None) if self.lease.residents else None
 
     @property
     def version(self) -> int:
-        """Serial number of the pinned adapter; 0 is the base model."""
-        return self.lease.residents[0].serial if self.lease.residents else 0
+        """Number of the pinned adapter or mixture with its weights; 0 is the base model."""
+        if not self.lease.residents:
+            return 0
+        serial = self.lease.residents[0].serial
+        weights = tuple(weight for _, weight in self.members)
+        return serial if {*weights} == {1.0} else weighted_serial(serial, weights)
 
-    def runs(self, past: int, length: int) -> list[tuple[str | None, int, int]]:
-        """Return name, slot and number of tokens of each run of tokens with one adapter.
+    def runs(self, past: int, length: int) -> list[tuple[Members, int, int]]:
+        """Return adapters, slot and number of tokens of each run of tokens with one adapter.
 
         The runs cover the ``length`` tokens after the first ``past`` ones.
         """
         base = max(0, min(length, self.start - past))
-        parts = (None, -1, base), (self.name, self.lease[0], length - base)
+        parts = ((), -1, base), (self.members, self.lease[0], length - base)
         return [part for part in parts if part[2]]
 
 
@@ -228,7 +232,7 @@ class AdapterRequests:
         input_ids: Sequence[int],
         request_id: str | None = None,
         *args: Any,
-        adapter_name: str | None = _NOT_GIVEN,
+        adapter_name: Entry = _NOT_GIVEN,
         sampling: Sampling | None = None,
         constraint: Constraint | Matched | None = None,
         guide: Guide | None = None,
@@ -313,7 +317,7 @@ class AdapterRequests:
             self.manager._request_counter += 1
             return f"req_{self.manager._request_counter - 1}"
 
-    def _lease(self, name: str | None, wait: bool) -> Lease:
+    def _lease(self, name: Entry, wait: bool) -> Lease:
         """Pin an adapter; if ``wait``, wait for room in the pool while other requests run."""
         with self._unpinned:
             while True:
@@ -325,7 +329,7 @@ class AdapterRequests:
                 self._unpinned.wait(1.0)
 
     def _started_request(
-        self, name: str | None, lease: Lease, request_id: str, prompt: list[int], allow_base: bool
+        self, name: Entry, lease: Lease, request_id: str, prompt: list[int], allow_base: bool
     ) -> _Request:
         """Return a request that owns the lease, with the start of its adapter in the prompt.
 
@@ -337,15 +341,16 @@ class AdapterRequests:
             ValueError: If the prompt has no invocation and ``allow_base`` is False.
         """
         # The lease has at most one invocation, which is empty for an ordinary adapter.
+        members = _entries.members_of(name, "add_request: adapter_name")
         for invocation in filter(None, lease.invocations):
             (start,) = last_start(torch.tensor([prompt]), invocation)
             if start is not None:
-                return _Request(name, lease, start)
+                return _Request(members, lease, start)
             lease.__exit__()
             if not allow_base:
                 raise not_invoked(f"add_request: request {request_id!r}", name, invocation)
-            return _Request(None, self.pool.acquire([None]))
-        return _Request(name if lease.residents else None, lease)
+            return _Request((), self.pool.acquire([None]))
+        return _Request(members, lease)
 
     def _end(self, request_id: str) -> None:
         """Unpin a request's adapter, unless another fork of the request is still running."""
@@ -451,7 +456,7 @@ class AdapterRequests:
     def _generation_step(self, original: Callable[[], None]) -> None:
         processor, model = self.manager.batch_processor, self.manager.model
         batch = processor.inputs_and_outputs.requests_in_batch
-        runs: list[tuple[str | None, int, int]] = []
+        runs: list[tuple[Members, int, int]] = []
         ends: list[int] = []
         self._choosing = []
         self._constrained = []
@@ -498,10 +503,10 @@ class AdapterRequests:
             kept += ends[:1] * (len(batch) - len(kept)) + read_runs
         key = runs, kept
         if self._last is None or self._last[0] != key:  # consecutive decode steps have equal keys
-            names, slots, lengths = zip(*runs, strict=True)
-            block = packed_block(
-                self.names.handle, self.pool.max_slots, names, slots, lengths, kept
-            )
+            members, slots, lengths = zip(*runs, strict=True)
+            names = [_entries.name_of(each) for each in members]
+            weights, pool = _entries.weights_of(members), (self.names.handle, self.pool.max_slots)
+            block = packed_block(*pool, names, slots, lengths, kept, weights)
             self._last = key, block
         self.computed += count
         with _context.entered(self._last[1]), requests_apart():
@@ -613,6 +618,16 @@ class AdapterRequests:
         return result[:page] if mark else result
 
 
+@functools.lru_cache(4096)
+def weighted_serial(serial: int, weights: tuple[float, ...]) -> int:
+    """Return a number for an adapter or mixture with these weights.
+
+    It differs from all serial numbers. If it was forgotten, requests with the same weights get a
+    new number and share no pages with earlier ones.
+    """
+    return next(serials)
+
+
 def _unpin_all(requests: dict[str, _Request]) -> None:
     while requests:
         requests.popitem()[1].lease.__exit__()
@@ -653,7 +668,7 @@ def load_of(manager: Any) -> Load:
     active = list(processor.scheduler.active_requests) if processor is not None else []
     with own._unpinned:
         running = {own._root_id(each) for each in active}
-        names = {each: request.name for each, request in own._requests.items()}
+        names = {each: _entries.name_of(request.members) for each, request in own._requests.items()}
     share = 0.0
     if processor is not None:
         cache = processor.cache

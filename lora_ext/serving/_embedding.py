@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_ext._checks import choice, require
 from lora_ext.pool import UnknownAdapterError
+from lora_ext.rows import Entry, Name, _entries
 
 from ._engine import ServedPool, StoppedError
 from ._metrics import Load
@@ -31,7 +32,7 @@ _TRIES = 8
 
 class _Waiting(NamedTuple):
     ids: list[list[int]]
-    name: str | None
+    name: Entry
     vectors: asyncio.Future[Tensor]
 
 
@@ -133,13 +134,14 @@ class Embedder(ServedPool):
                 each.vectors.set_exception(StoppedError("embed: the server is stopping"))
 
     async def embed(
-        self, texts: Sequence[str | list[int]], adapter_name: str | None = None
+        self, texts: Sequence[str | list[int]], adapter_name: Entry = None
     ) -> tuple[Tensor, int]:
         """Compute the vectors of texts, in one forward with other waiting requests if possible.
 
         Args:
             texts: N texts, each a string or a list of token ids.
-            adapter_name: name of the adapter, or None for the base model.
+            adapter_name: name of the adapter, or None for the base model; or ``(name, weight)``, or
+                a mixture ``{name: weight, ...}``.
 
         Returns:
             The vectors, ``(N, D)`` finite float32 on the CPU, and the total number of tokens of the
@@ -155,6 +157,7 @@ class Embedder(ServedPool):
 
         Errors of :meth:`AdapterPool.load` are raised, too.
         """
+        _name(adapter_name)  # raises for an invalid entry
         with self._prepared("embed"):
             async with self._encoding:
                 ids = await asyncio.to_thread(self._encode, texts)
@@ -170,7 +173,9 @@ class Embedder(ServedPool):
 
     def load(self) -> Load:
         """Return the load, for routers that choose a server for each request."""
-        running, waiting = ([r.name for r in each] for each in (self._running, self._waiting))
+        running, waiting = (
+            [_name(r.name) for r in each] for each in (self._running, self._waiting)
+        )
         return Load(running, waiting, self.pool.max_slots, 0.0)
 
     def _encode(self, texts: Sequence[str | list[int]]) -> list[list[int]]:
@@ -209,7 +214,7 @@ class Embedder(ServedPool):
     async def _ready(self, each: _Waiting) -> bool:
         """Load the request's adapter; if that fails, set the error and return False."""
         try:
-            await self._load(each.name)
+            await self._load(_name(each.name))
             return True
         except Exception as error:
             _end(each, error)
@@ -258,7 +263,7 @@ class Embedder(ServedPool):
         return torch.cat(parts)[torch.tensor(order).argsort()]
 
     @torch.inference_mode()
-    def _vectors(self, texts: Sequence[tuple[list[int], str | None]]) -> Tensor:
+    def _vectors(self, texts: Sequence[tuple[list[int], Entry]]) -> Tensor:
         ids, names = [one for one, _ in texts], [name for _, name in texts]
         lengths = torch.tensor([len(one) for one in ids])
         tokens = pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
@@ -276,6 +281,10 @@ class Embedder(ServedPool):
         if self.normalize:  # in float64, because squares overflow in float32
             vectors = nn.functional.normalize(vectors.double(), dim=-1).float()
         return vectors.cpu()
+
+
+def _name(entry: Entry) -> Name | None:
+    return _entries.name_of(_entries.members_of(entry, "embed: adapter_name"))
 
 
 def _positions(model: Any) -> int:

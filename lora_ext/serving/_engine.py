@@ -17,7 +17,7 @@ import torch
 
 from lora_ext._checks import require
 from lora_ext.pool import AdapterFolder, AdapterPool, PoolFullError, UnknownAdapterError
-from lora_ext.rows import last_start
+from lora_ext.rows import Entry, Name, _entries, last_start
 
 from ._constraining import limits_of
 from ._continuous import adapter_requests, load_of, pins_adapters, unfinished, when_freed
@@ -109,10 +109,11 @@ class ServedPool:
         finally:
             self._preparing -= 1
 
-    async def _load(self, name: str | None) -> None:
-        """Load an adapter if the pool does not have it."""
-        if name is not None and name not in self.pool:
-            await asyncio.to_thread(self.folder.ready, name)
+    async def _load(self, name: Name | None) -> None:
+        """Load the adapters of a name that the pool does not have."""
+        for each in name if isinstance(name, tuple) else (name,):
+            if each is not None and each not in self.pool:
+                await asyncio.to_thread(self.folder.ready, each)
 
 
 class Engine(ServedPool):
@@ -230,7 +231,7 @@ class Engine(ServedPool):
     async def begin(
         self,
         prompt: Prompt,
-        adapter_name: str | None = None,
+        adapter_name: Entry = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
         *,
@@ -247,7 +248,8 @@ class Engine(ServedPool):
 
         Args:
             prompt: messages for the tokenizer's chat template, a text, or its token ids.
-            adapter_name: name of the adapter, or None for the base model.
+            adapter_name: name of the adapter, or None for the base model; or ``(name, weight)``, or
+                a mixture ``{name: weight, ...}``.
             max_new_tokens: maximum number of tokens in the answer. The default is 256, or fewer if
                 the prompt leaves less room in ``context``.
             sampling: settings of sampling; None always chooses the token with the largest logit.
@@ -255,7 +257,7 @@ class Engine(ServedPool):
                 of its activated adapter; otherwise ValueError is raised.
             form: format of the answer. Its constraint is built in another thread and cached.
             generation: :meth:`generation <lora_ext.AdapterPool.generation>` that the adapter must
-                have; None accepts any.
+                have; None accepts any, as a mixture requires.
             logprobs: record of the request's log-probabilities; None records none. If it records
                 the prompt, the request uses no keys and values of earlier requests.
             stop_token_ids: tokens that end the answer, in addition to the model's end tokens.
@@ -274,7 +276,8 @@ class Engine(ServedPool):
 
         Errors of :meth:`AdapterPool.load` are raised, too.
         """
-        with self._prepared("begin"), self._turns.take(adapter_name) as turn:
+        members = _entries.members_of(adapter_name, "begin: adapter_name")
+        with self._prepared("begin"), self._turns.take(_entries.name_of(members)) as turn:
             async with self._encoding:
                 job = asyncio.ensure_future(asyncio.to_thread(self.encode, prompt))
                 try:
@@ -289,8 +292,9 @@ class Engine(ServedPool):
             how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
             how |= {"adapter_name": adapter_name, "ended": self._count, "begun": self._ahead.ends}
             how["generation"] = generation
-            fits = generation is None or adapter_name is not None
-            require(fits, "begin", "adapter_generation", "None for the base model", generation)
+            fits = generation is None or len(members) == 1
+            expected = "None for the base model or a mixture"
+            require(fits, "begin", "adapter_generation", expected, generation)
             how["logprobs"] = logprobs
             self._check_tokens(new, sampling, stop_token_ids)
             if stop_token_ids:
@@ -314,7 +318,7 @@ class Engine(ServedPool):
         for left in reversed(range(_TRIES)):
             await self._load(turn.name)
             try:
-                asked = self._asked(ids, turn.name)
+                asked = self._asked(ids, how["adapter_name"])
                 if how["logprobs"] is None or how["logprobs"].prompt_top is None:
                     await self._ahead.wait(asked)
                 await self._turns.wait(turn)
@@ -340,12 +344,12 @@ class Engine(ServedPool):
         least = sampling.min_tokens if sampling else 0
         require(least <= new, "begin", "min_tokens", f"at most {new}, the limit of tokens", least)
 
-    def _asked(self, ids: list[int], name: str | None) -> Asked:
-        if name is None:
-            return Asked(ids, None, len(ids))
-        invocation = self.pool.invocation(name)
-        start = last_start(torch.tensor([ids]), invocation)[0] if invocation else 0
-        adapter = name, self.pool.generation(name)
+    def _asked(self, ids: list[int], entry: Entry) -> Asked:
+        members = _entries.members_of(entry, "begin: adapter_name")
+        start: int | None = 0 if members else None
+        for invocation in filter(None, [self.pool.invocation(name) for name, _ in members]):
+            (start,) = last_start(torch.tensor([ids]), invocation)
+        adapter = tuple((*member, self.pool.generation(member[0])) for member in members)
         return Asked(ids, adapter, len(ids) if start is None else start)
 
     async def _constraint(self, form: Format) -> Constraint:
@@ -420,7 +424,7 @@ class Asked:
     """Prompt tokens and adapter of a request, and the position at which the adapter begins."""
 
     tokens: Sequence[int]
-    adapter: tuple[str, int | None] | None  # name and generation; None is the base model
+    adapter: tuple[Any, ...]  # names, weights and generations; empty for the base model
     start: int  # number of tokens before the adapter begins, which use the base model
 
     def shared(self, other: Asked, page: int) -> int:
@@ -475,7 +479,7 @@ class Ahead:
 class Turn:
     """Request in the order of arrival."""
 
-    name: str | None
+    name: Name | None
     number: int
     since: float = 0.0  # time at which it began to wait for room
     again: asyncio.Event = field(default_factory=asyncio.Event)  # there may be room
@@ -502,7 +506,7 @@ class Turns:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @contextlib.contextmanager
-    def take(self, name: str | None) -> Iterator[Turn]:
+    def take(self, name: Name | None) -> Iterator[Turn]:
         """Return a turn for a request of an adapter; at its end, others may have room."""
         turn = Turn(name, next(self._numbers))
         try:
@@ -516,7 +520,7 @@ class Turns:
                 other.again.set()
 
     @property
-    def names(self) -> list[str | None]:
+    def names(self) -> list[Name | None]:
         """Adapter names of the requests that wait for room."""
         return [turn.name for turn in self._waiting]
 

@@ -201,13 +201,12 @@ class _Units(Assignment):
     """Assignment of one adapter to each unit of media, which has several rows in a tower.
 
     Args:
-        names: names of adapters.
-        places: index of the name for each unit.
+        entries: assignment of an adapter to each unit.
         uniform: True if all units have the same number of rows, so that a layer may pack the rows.
     """
 
-    def __init__(self, names: tuple[str, ...], places: tuple[int, ...], uniform: bool):
-        super().__init__(names, places, (len(places),))
+    def __init__(self, entries: Assignment, uniform: bool):
+        super().__init__(entries.names, entries.places, entries.shape, weights=entries.weights)
         self._uniform = uniform
 
     def check_tokens(self, layout: Layout) -> None:
@@ -247,14 +246,17 @@ def _has_several_names() -> bool:
 
 
 def _assigned(assignment: Assignment, owners: _Owners) -> Assignment:
-    names, places, repeat = assignment.names, assignment.places, assignment.repeat
+    places = assignment.places
     if assignment.shape == ():
         return assignment
-    each = tuple(places.tolist() if isinstance(places, Tensor) else places)
-    chosen: tuple[int, ...] = ()
-    by_sequence = assignment.shape == (len(each),) and not isinstance(places, Tensor)
-    if by_sequence and owners.rows and len(each) * repeat == owners.sequences:
-        chosen = tuple(each[row // repeat] for row in owners.rows)
-    if len(set(chosen or each)) == 1:
-        return Assignment(names, (chosen or each)[:1], ())
-    return _Units(names, chosen, owners.uniform) if chosen else _Unknown(names, each, (len(each),))
+    one_each = isinstance(places, tuple) and assignment.shape == (len(places),)
+    rows = owners.rows if one_each and len(places) * assignment.repeat == owners.sequences else None
+    if rows:
+        assignment = assignment.select(rows, owners.sequences)
+    pairs = assignment.pairs()
+    if len(set(pairs)) == 1:
+        place, weights = pairs[0]
+        return Assignment(assignment.names, (place,), (), weights=weights and (weights,))
+    if rows:
+        return _Units(assignment, owners.uniform)
+    return _Unknown(assignment.names, tuple(place for place, _ in pairs), (len(pairs),))

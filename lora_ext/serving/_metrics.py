@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from lora_ext.rows import Name
+
 #: Content-Type of the response.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -43,14 +45,15 @@ class Load(NamedTuple):
     """Load of an engine.
 
     Args:
-        running: adapter name of each running request; None is the base model.
+        running: adapter name of each running request, a tuple of names for a mixture; None is the
+            base model.
         waiting: adapter name of each waiting request.
         most_adapters: maximum number of adapters on the device.
         cache: used fraction of the cache of keys and values.
     """
 
-    running: Sequence[str | None]
-    waiting: Sequence[str | None]
+    running: Sequence[Name | None]
+    waiting: Sequence[Name | None]
     most_adapters: int
     cache: float
 
@@ -97,10 +100,11 @@ def _lines(name: str, kind: str, text: str, values: Mapping[str, float]) -> list
     return [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]
 
 
-def _names(names: Sequence[str | None]) -> str:
+def _names(names: Sequence[Name | None]) -> str:
     """Return adapter names as the value of a label, separated by commas.
 
     A comma inside a name is escaped, because readers split the value at commas.
     """
-    listed = ",".join(sorted({name.replace(",", "%2C") for name in names if name is not None}))
+    each = {n for name in names for n in (name if isinstance(name, tuple) else (name,))}
+    listed = ",".join(sorted(name.replace(",", "%2C") for name in each if name is not None))
     return listed.replace("\\", r"\\").replace('"', r"\"")

@@ -16,9 +16,10 @@ import torch
 from lora_ext._checks import require
 from lora_ext.pool import AdapterPool
 from lora_ext.rows import (
-    BASE,
     ERROR,
+    Entry,
     Names,
+    _entries,
     current,
     last_start,
     no_block,
@@ -55,8 +56,8 @@ class CallNames:
             raise no_block()
         return self.default
 
-    def of_requests(self, where: str, given: Names, count: int) -> list[str | None]:
-        """Return one name per request: the given names, those of the block, or the default.
+    def of_requests(self, where: str, given: Names, count: int) -> list[Entry]:
+        """Return one entry per request: the given names, those of the block, or the default.
 
         The name of the base model is None or :data:`BASE`, as in a block.
 
@@ -66,7 +67,8 @@ class CallNames:
             count: number of requests.
 
         Raises:
-            ValueError: If the number of names is not ``count``, or the block has names per token.
+            ValueError: If the number of names is not ``count``, the block has names per token, or
+                an entry is invalid; TypeError if a weight is not a number.
             UnknownAdapterError: If the pool lacks a name.
             RuntimeError: If the default is needed and is "error".
         """
@@ -81,17 +83,16 @@ class CallNames:
                 )
             given = block.assignment.spelled()
             given = given if shape else given[0]
-        names: list[Any] = (
-            [given] * count if given is None or isinstance(given, str) else list(given)
-        )
+        names: list[Any] = [given] * count if _entries.is_entry(given) else list(given or ())
         source = "adapter_names" if block is None else "names of the block"
         expected = f"one name for each of {count} requests"
         require(len(names) == count, where, source, expected, len(names))
-        for name in names:
-            fits = name is None or isinstance(name, str)
-            require(fits, where, "adapter_names", "str or None", f"{name!r:.200}")
-            if name not in (None, BASE) and name not in self.pool:
-                self.pool.acquire([name])  # raises an error with close matches
+        for entry in names:
+            fits = _entries.is_entry(entry)
+            require(fits, where, "adapter_names", "str or None", f"{entry!r:.200}")
+            for name, _ in _entries.members_of(entry, f"{where}: adapter_names"):
+                if name not in self.pool:
+                    self.pool.acquire([name])  # raises an error with close matches
         return names
 
     def check_invoked(self, where: str, prompts: Sequence[NamedPrompt]) -> None:
@@ -100,21 +101,22 @@ class CallNames:
         Prompts with ``allow_base`` are not checked.
         """
         for i, prompt in enumerate(prompts):
-            name, allowed = prompt.adapter, prompt.allow_base
-            invocation = () if name in (None, BASE) or allowed else self.pool.invocation(name)
-            if invocation and last_start(torch.tensor([prompt]), invocation) == [None]:
-                raise not_invoked(f"{where}: inputs[{i}]", name, invocation)
+            members = () if prompt.allow_base else _entries.members_of(prompt.adapter, where)
+            for name, _ in members:
+                invocation = self.pool.invocation(name)
+                if invocation and last_start(torch.tensor([prompt]), invocation) == [None]:
+                    raise not_invoked(f"{where}: inputs[{i}]", name, invocation)
 
 
 class NamedPrompt(list[int]):
     """Prompt with an adapter name, passed through ``generate_batch`` and ``add_requests``."""
 
-    adapter: str | None
+    adapter: Entry
     allow_base: bool  # whether to use the base model if the prompt lacks the invocation
     errors: list[BaseException]  # of all prompts; transformers would only log them
 
 
-def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> ValueError:
+def not_invoked(where: str, name: Entry, invocation: Sequence[int]) -> ValueError:
     """Return the error for a prompt without the invocation of its activated adapter."""
     return ValueError(
         f"{where}: expected the invocation {list(invocation)!r:.200} of adapter {name!r} in the "
@@ -123,7 +125,7 @@ def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> Valu
 
 
 def named_prompts(
-    inputs: Sequence[Sequence[int]], names: Sequence[str | None], allow_base: bool = False
+    inputs: Sequence[Sequence[int]], names: Sequence[Entry], allow_base: bool = False
 ) -> list[NamedPrompt]:
     """Return prompts with their adapter names and one shared list of errors."""
     prompts = [NamedPrompt(map(int, ids)) for ids in inputs]

@@ -32,7 +32,9 @@ _PARTS = {"a_pages": "factors", "bias": "a bias", "magnitude": "DoRA magnitudes"
 _REPLACED = "a replaced module"
 
 
-def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Capturable:
+def capturable(
+    pool: AdapterPool, max_rows: int, *, replaced: int = 1, mixed: int = 1
+) -> Capturable:
     """Allocate memory for a captured step of at most ``max_rows`` rows, each with an adapter name.
 
     ::
@@ -51,19 +53,24 @@ def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Captur
         replaced: maximum number of adapters in one step that replace modules
             (``modules_to_save``). For every replaced module, each such adapter needs a copy of the
             weight and one more product with all rows.
+        mixed: maximum number of adapters in the mixture of a row. With 0, all weights must be 1.
 
     Raises:
         TypeError: If ``pool`` is not a pool.
-        ValueError: If ``max_rows`` is below 1, ``replaced`` is below 0, or the pool is on several
-            devices.
+        ValueError: If ``max_rows`` is below 1, ``replaced`` or ``mixed`` is below 0, or the pool is
+            on several devices.
+        PoolFullError: If the pool has no room for the tables of mixtures.
     """
     instance("capturable", "pool", pool, AdapterPool)
     integer("capturable", "max_rows", max_rows, 1, expected="an integer, at least 1")
     integer("capturable", "replaced", replaced, 0, expected="an integer, at least 0")
+    integer("capturable", "mixed", mixed, 0, expected="an integer, at least 0")
     devices = {spec.device for spec in pool.index.specs.values()}
     one = len(devices) == 1
     require(one, "capturable", "pool", "modules on one device", sorted(map(str, devices)))
-    return Capturable(pool, max_rows, replaced, devices.pop())
+    if mixed > 1:  # a graph reads these tables before there is a mixture
+        pool.prepare_mixtures()
+    return Capturable(pool, max_rows, replaced, mixed, devices.pop())
 
 
 @dataclass
@@ -100,7 +107,8 @@ class Capturable:
     * Permanent, at fixed addresses that graphs read: ``_buffer`` (2, max_rows) and its two rows,
       the views ``_ids`` and ``_places``. ``_ids`` contains the slot of each row's adapter, -1 for
       the base model. ``_places`` contains the index of that adapter in the banks, -1 if it replaces
-      no module.
+      no module. ``_weights`` (max_rows, mixed) contains the weights of each row, 1 by default;
+      ``_weighted`` is True if some are not 1.
     * Permanent after the first forward that needs it: ``_dora``, one table of DoRA's factors per
       layer, and ``_banks``, one bank per replaced module. A bank stacks the weights of up to
       ``replaced`` adapters; the index of an adapter, its place, is the same in all banks.
@@ -110,10 +118,15 @@ class Capturable:
       outside of it. ``_closed`` is set by :meth:`close`.
     """
 
-    def __init__(self, pool: AdapterPool, max_rows: int, replaced: int, device: torch.device):
+    def __init__(
+        self, pool: AdapterPool, max_rows: int, replaced: int, mixed: int, device: torch.device
+    ):
         self.pool, self.max_rows, self.replaced, self.device = pool, max_rows, replaced, device
+        self.mixed = mixed
         with torch.inference_mode(False):
             self._buffer = torch.full((2, max_rows), -1, dtype=torch.int32, device=device)
+            self._weights = torch.ones(max_rows, mixed, device=device)
+        self._weighted = False
         self._ids, self._places = self._buffer
         self._dora: dict[DoraFactors, DoraTable] = {}
         self._banks: dict[str, ReplacedBank] = {}
@@ -126,7 +139,8 @@ class Capturable:
 
     def __repr__(self) -> str:
         """Return the settings."""
-        return f"Capturable(max_rows={self.max_rows}, replaced={self.replaced}, {self.device})"
+        settings = f"max_rows={self.max_rows}, replaced={self.replaced}, mixed={self.mixed}"
+        return f"Capturable({settings}, {self.device})"
 
     def __enter__(self) -> Capturable:
         """Make this thread's and task's blocks of the pool write their adapters to this object."""
@@ -179,6 +193,10 @@ class Capturable:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self._buffer.copy_(self._rows_of_names(assignment), non_blocking=True)
+                weighted = assignment.weights is not None
+                if weighted or self._weighted:
+                    self._weighted = weighted
+                    self._weights.copy_(self._weights_of_rows(assignment), non_blocking=True)
         except BaseException:
             self._clear()
             raise
@@ -197,8 +215,16 @@ class Capturable:
         if count > most:
             limit = f"max_rows={most}" if most == self.max_rows else f"the {most} rows captured"
             raise ValueError(f"adapters: names: expected at most {limit}, found {count}")
+        widths = [1 if isinstance(name, str) else len(name) for name in assignment.names]
+        width = max(widths, default=0)
+        width = width if width > 1 or assignment.weights is not None else 0
+        if width > self.mixed:
+            raise ValueError(
+                f"capturable: mixed: expected at least {width} for names {assignment.asked!r:.200},"
+                f" found {self.mixed}; pass mixed={width} to capturable"
+            )
         self._release()  # before the new lease, so that the pool can evict these adapters
-        self._lease = lease = self.pool.acquire(assignment.names)
+        self._lease = lease = self.pool.acquire(assignment.asked)
         for name, invocation in zip(assignment.names, lease.invocations, strict=True):
             if invocation:
                 raise NotImplementedError(
@@ -233,6 +259,17 @@ class Capturable:
         values = [[of_name[name] for name in row_names] for of_name in of_names]
         pin = self._buffer.is_cuda
         return torch.tensor(values, dtype=torch.int32, device="cpu", pin_memory=pin)
+
+    def _weights_of_rows(self, assignment: Assignment) -> Tensor:
+        """Return the new values of ``_weights``; rows and columns without a weight have 1."""
+        weights: Any = assignment.weights
+        device = weights.device if isinstance(weights, Tensor) else "cpu"
+        pin = self._weights.is_cuda and device == "cpu"
+        values = torch.ones(self._weights.shape, device=device, pin_memory=pin)
+        if weights is not None:
+            own = torch.as_tensor(weights)  # (n, K), or (1, K) for all rows
+            values[: len(own) if assignment.shape else None, : own.shape[1]] = own
+        return values
 
     def _clear(self) -> None:
         self._buffer.fill_(-1)
@@ -283,9 +320,12 @@ class Capturable:
         graphs = self._graphs
         if graphs.parts is None or resident.serial in graphs.served:
             return None
+        parts = resident.members or (resident,)
         for name, slab in self._slabs().items():
-            targeted = name in resident.pages
-            biased = targeted and resident.config.lora_bias and slab.bias is not None
+            targeted = name in resident.rows
+            biased = slab.bias is not None and any(
+                name in part.rows and part.config.lora_bias for part in parts
+            )
             needs = {
                 _PARTS["a_pages"]: targeted,
                 _PARTS["bias"]: biased,
@@ -360,7 +400,8 @@ class Capturable:
         return assignment.kept.get(("step", count), device, self._rows, count)
 
     def _rows(self, count: int) -> Rows:
-        return planned(tuple(range(self.pool.max_slots)), self._ids[:count])
+        weights = self._weights[:count] if self.mixed else None
+        return planned(tuple(range(self.pool.max_slots)), self._ids[:count], weights)
 
     def table(self, factors: DoraFactors) -> Tensor:
         """Return the table of DoRA's factors of a layer with O outputs.

@@ -16,11 +16,11 @@ from ._pool_replaced import traced_replaced, with_replaced
 
 
 class MultiLoraLinear(PoolLayer):
-    """Linear layer that adds the update of one adapter of a pool to each row.
+    """Linear layer that adds the update of one adapter, or of a mixture, of a pool to each row.
 
     Computes ``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, where ``s`` is the slot
-    of row ``t``'s adapter. If the adapter uses DoRA, the sum is rescaled:
-    :mod:`lora_ext.serving.layers._pool_dora`.
+    of row ``t``'s adapter; for a mixture, the weighted sum over its adapters. If the adapter uses
+    DoRA, the sum is rescaled: :mod:`lora_ext.serving.layers._pool_dora`.
 
     The adapters of the rows are those of the surrounding block :func:`lora_ext.adapters`. Outside
     every block all rows use the ``default`` of :func:`attach`. The layer is for inference:
@@ -73,7 +73,7 @@ class MultiLoraLinear(PoolLayer):
                 fused = None if siblings is None else siblings.fused_output(self, x, y, rows)
                 if fused is not None:
                     return fused
-                y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
+                y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale, rows.weights)
                 self.watch_backward(y)
             except ValueError as error:
                 raise self._explained(error) from error
@@ -95,7 +95,7 @@ class MultiLoraLinear(PoolLayer):
             rescale = None
             if slab.magnitude is not None:
                 rescale = self.dora.traced_rescale(self, leading, x.device)
-            y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
+            y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale, rows.weights)
         return traced_replaced(y, x, self) if slab.was_replaced else y
 
     def _explained(self, error: ValueError) -> ValueError:
@@ -112,49 +112,79 @@ def traced_rows(
 
     Their adapters are those of the block in which the graph runs.
     """
-    slots, turned = layer.pool.max_slots, layer.tokens_first
-    return pool_rows(layer.handle, leading, device, slots, turned, of_tokens, layer.default)
+    slots, turned, mixed = layer.pool.max_slots, layer.tokens_first, layer.slab.mixed
+    return pool_rows(layer.handle, leading, device, slots, turned, of_tokens, layer.default, mixed)
+
+
+def has_mixtures(slab: Any, weights: Tensor | None) -> bool:
+    """Return whether rows with these weights may use a mixture."""
+    return slab.mixed > 1 if weights is None else weights.shape[1] > 1
+
+
+def scale_and_groups(slab: Any, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the ``scale`` and ``groups`` of a module for an op on rows with these weights."""
+    if not has_mixtures(slab, weights):
+        return slab.scale, None
+    return slab.page_scale, None if weights is None else slab.groups
 
 
 def add_adapters(
-    y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor, rescale: Rescale | None
+    y: Tensor,
+    x: Tensor,
+    slab: Any,
+    ids: Tensor,
+    plan: Tensor,
+    rescale: Rescale | None,
+    weights: Tensor | None,
 ) -> Tensor:
     """Add the update of each row to ``y (..., O)``, in place if possible, and return the sum.
 
     A decode step calls this function hundreds of times, so the time of each line was measured.
     """
     a, b = slab.a_pages, slab.b_pages
-    scale, ranks, table = slab.scale, slab.ranks, slab.page_table
+    (scale, groups), ranks, table = scale_and_groups(slab, weights), slab.ranks, slab.page_table
     dtype = a.dtype
     differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
     if y.dtype == dtype == x.dtype and y.is_contiguous() and not differentiable:
         # y may be changed, because base has just made it. A view takes less time than a reshape.
         i = slab.in_features
         x2d = x.view(-1, i) if x.is_contiguous() else x.reshape(-1, i)  # (T, I)
-        ops.lora_apply_(y.view(-1, y.shape[-1]), x2d, a, b, ids, scale, ranks, table, plan)
+        flat, rest = y.view(-1, y.shape[-1]), (scale, ranks, table, plan)
+        ops.lora_apply_(flat, x2d, a, b, ids, *rest, weights=weights, groups=groups)
         if rescale is not None:
             y = rescaled(y, rescale)
     else:
         # Under autocast, or if the dtypes of the model and the pool differ, the update is computed
         # in the pool's dtype, and the sum is rounded once to the dtype of y.
         x2d = x.reshape(-1, slab.in_features).to(dtype)  # (T, I)
-        delta = ops.lora_apply(x2d, a, b, ids, scale, ranks, table, plan)  # (T, O)
+        rest = ids, scale, ranks, table, plan
+        delta = ops.lora_apply(x2d, a, b, *rest, weights=weights, groups=groups)  # (T, O)
         total = y + delta.view(y.shape)
         if rescale is not None:
             total = rescaled(total, rescale)
         y = total.to(y.dtype)
     if slab.bias is not None:
-        y = with_bias(y, slab, ids)
+        y = with_bias(y, slab, ids, weights)
     return y
 
 
-def with_bias(y: Tensor, slab: Any, ids: Tensor) -> Tensor:
+def with_bias(y: Tensor, slab: Any, ids: Tensor, weights: Tensor | None) -> Tensor:
     """Return ``y`` plus the scaled bias of each row's adapter (PEFT's ``lora_bias``).
 
-    Rows without an adapter in this module are unchanged.
+    For a mixture, the weighted biases of its adapters are added in order, and the sum is rounded
+    once. Rows without an adapter in this module are unchanged.
     """
     slot = ids.clamp(min=0)
-    bias = slab.bias[slot] * slab.scale[slot].unsqueeze(1)  # (T, O)
-    uses = (ids >= 0) & (slab.ranks[slot] > 0)  # (T,)
-    total = (y.reshape(bias.shape) + bias).to(y.dtype)
-    return torch.where(uses.unsqueeze(1), total, y.reshape(bias.shape)).view(y.shape)
+    columns = slot.unsqueeze(1)  # (T, K)
+    if has_mixtures(slab, weights):
+        columns = slab.members[slot][:, : slab.mixed if weights is None else weights.shape[1]]
+    flat = y.reshape(len(ids), -1)
+    total: Tensor = flat
+    for k, own in enumerate(columns.unbind(1)):
+        one = own.clamp(min=0)
+        bias = slab.bias[one] * slab.scale[one].unsqueeze(1)  # (T, O)
+        if weights is not None:
+            bias = bias * weights[:, k : k + 1]
+        uses = (ids >= 0) & (own >= 0) & (slab.ranks[one] > 0)  # (T,)
+        total = torch.where(uses.unsqueeze(1), total + bias, total)
+    return total.to(y.dtype).view(y.shape)

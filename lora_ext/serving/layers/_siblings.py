@@ -36,7 +36,7 @@ from lora_ext import ops
 from lora_ext.layers import PackedLinear, has_other_hooks
 from lora_ext.rows import Block, Rows, capturing, innermost, traced_by_python
 
-from ._multi_lora import MultiLoraLinear, with_bias
+from ._multi_lora import MultiLoraLinear, scale_and_groups, with_bias
 
 #: A leader drops its followers after this number of consecutive calls in which a stored output was
 #: not used.
@@ -313,17 +313,21 @@ def is_plain_layer(layer: MultiLoraLinear, x: Tensor) -> bool:
 
 def _add_updates(ys: list[Tensor], x: Tensor, slabs: list[Any], rows: Rows) -> None:
     """Add the updates of the rows in place to each of the contiguous tensors ``ys (..., O)``."""
+    scales, groups = zip(*(scale_and_groups(slab, rows.weights) for slab in slabs), strict=True)
+    how: dict[str, Any] = {} if rows.weights is None else {"weights": rows.weights}
+    how |= {} if groups[0] is None else {"groups": groups}
     ops.lora_apply_siblings_(
         [y.view(-1, y.shape[-1]) for y in ys],
         x.reshape(-1, slabs[0].in_features),
         [slab.a_pages for slab in slabs],
         [slab.b_pages for slab in slabs],
         rows.ids,
-        [slab.scale for slab in slabs],
+        scales,
         [slab.ranks for slab in slabs],
         [slab.page_table for slab in slabs],
         rows.plan,
+        **how,
     )
     for i, slab in enumerate(slabs):
         if slab.bias is not None:
-            ys[i] = with_bias(ys[i], slab, rows.ids)
+            ys[i] = with_bias(ys[i], slab, rows.ids, rows.weights)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lora_ext import ops
 from lora_ext._torch import compiles
-from lora_ext.rows import PoolLayer, current, untouched
+from lora_ext.rows import PoolLayer, Rows, current, untouched
 
-from ._multi_lora import traced_rows
+from ._multi_lora import scale_and_groups, traced_rows
 from ._pool_replaced import traced_replaced, with_replaced
 
 
@@ -45,7 +45,7 @@ class MultiLoraEmbedding(PoolLayer):
         if not rows.used:  # all rows belong to the base model
             return y
         if slab.a_pages is not None:
-            y = _add_adapters(y, x.reshape(-1), slab, rows.ids, rows.plan)
+            y = _add_adapters(y, x.reshape(-1), slab, rows)
             self.watch_backward(y)
         if slab.was_replaced:
             y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
@@ -55,19 +55,27 @@ class MultiLoraEmbedding(PoolLayer):
         slab = self.slab
         if slab.a_pages is not None:
             rows = traced_rows(self, x.shape, x.device, of_tokens=True)
-            y = _add_adapters(y, x.reshape(-1), slab, rows.ids, rows.plan)
+            y = _add_adapters(y, x.reshape(-1), slab, rows)
         return traced_replaced(y, x, self) if slab.was_replaced else y
 
 
-def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) -> Tensor:
+def _add_adapters(y: Tensor, x: Tensor, slab: Any, rows: Rows) -> Tensor:
+    _, ids, plan, weights = rows
     b, ranks, table = slab.b_pages, slab.ranks, slab.page_table
     with torch.no_grad():
         slot = ids.clamp(min=0)
         # A missing page is -1. Page 0 is read in this case, as values beyond the rank are not used.
         pages = table[slot].clamp(min=0).long()  # (T, n)
         v = slab.a_pages[pages, :, x.long().unsqueeze(1)]  # (T, n, 8)
-        v = v.to(torch.promote_types(v.dtype, torch.float32)).flatten(1)  # (T, R)
-        v = v * slab.scale[slot].unsqueeze(1)
+        v = v.to(torch.promote_types(v.dtype, torch.float32))
+        scale, groups = scale_and_groups(slab, weights)
+        v = v * scale[slot].view(len(slot), -1, 1)  # one scale, or one per page
+        if weights is not None:
+            v = (
+                v
+                * (weights if groups is None else weights.gather(1, groups[slot].long()))[..., None]
+            )
+        v = v.flatten(1)  # (T, R)
     if (
         y.dtype == b.dtype
         and y.is_contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.layers import Routing, Slots, experts_forward, projections, slots_of
-from lora_ext.rows import PoolLayer, current, tracing, untouched
+from lora_ext.rows import PoolLayer, current, traced_weights, tracing, untouched
 
 from ._multi_lora import add_adapters
 
@@ -62,6 +62,8 @@ class MultiLoraExperts(PoolLayer):
             # of row and expert.
             where = x.shape[:-1], x.device, self.tokens_first, False, tracing.batch
             slots = torch.ops.lora_ext.active_adapter_ids(self.handle, *where, self.default)
+            mixed = next(iter(slabs.values())).mixed
+            of_rows = traced_weights(self.handle, *where[:-1], self.default, mixed)
         else:
             block = current(self.handle)
             if block is None and self.default is not None:
@@ -69,14 +71,15 @@ class MultiLoraExperts(PoolLayer):
             rows = None if block is None else self.rows_in(block, x.shape[:-1], x.device)
             if rows is None or not rows.used:  # all rows belong to the base model
                 return self.base(x, index, weights)
-            slots = rows.ids  # (T,)
+            slots, of_rows = rows.ids, rows.weights  # (T,), (T, K)
 
         def update(name: str, y: Tensor, rows: Tensor, routing: Routing) -> Tensor:
             if name not in slabs:
                 return y
             if not found:
                 found.append(slots_of(routing, slots, self.pool.max_slots, experts))
-            return add_adapters(y, rows, slabs[name], *found[0], None)
+            own = None if of_rows is None else of_rows[routing.token]
+            return add_adapters(y, rows, slabs[name], *found[0], None, own)
 
         experts: Any = self.base.num_experts
         found: list[Slots] = []  # shared by both products

@@ -1,0 +1,71 @@
+"""Mixtures of a pool: several adapters on one row, without copies of their factors.
+
+A mixture of adapters k = 0, 1, ... is a slot without pages. Its rows of the tables contain the
+pages of all its adapters, one after the other, so one call of an op computes::
+
+    y[t] = base(x[t]) + sum_k weights[t, k] * scale[k] * B[k] A[k] x[t]
+
+A page has the scale of its adapter (``page_scale``), and its index k (``groups``) selects the
+weight. Rows that have the same adapters share the slot, whatever their weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ._pages import PAGE, TableRow
+from ._store import PageStore, Resident
+
+_WHERE = "AdapterPool.acquire: names"
+
+
+def joined_rows(store: PageStore, members: Sequence[Resident]) -> dict[str, TableRow]:
+    """Return the rows of a mixture in the tables.
+
+    Raises:
+        NotImplementedError: If an adapter cannot be in a mixture.
+        ValueError: If the adapters have more pages in a module than a row of the tables.
+    """
+    for member in members:
+        check_weighted(store, member)
+        if member.invocation:
+            raise NotImplementedError(
+                f"{_WHERE}: {member.name!r}: expected an ordinary adapter in a mixture, found an "
+                "activated one (alora_invocation_tokens); use it alone"
+            )
+    rows: dict[str, TableRow] = {}
+    for module in dict.fromkeys(module for member in members for module in member.rows):
+        own = [(k, m.rows[module]) for k, m in enumerate(members) if module in m.rows]
+        scales = [scale for _, row in own for scale in row.scales]
+        if len(scales) > store.max_pages:
+            raise ValueError(
+                f"{_WHERE}: expected a mixture that fits, found {[m.name for m in members]!r:.200}"
+                f", which needs {len(scales)} pages of {module}, the pool has max_rank="
+                f"{store.max_rank} ({store.max_pages} pages); make a pool with larger max_rank="
+            )
+        pages = [
+            page
+            for expert in range(store.index.specs[module].experts)
+            for _, row in own
+            for page in row.pages[expert * len(row.scales) :][: len(row.scales)]
+        ]
+        groups = [k for k, row in own for _ in row.scales]
+        rows[module] = TableRow(pages, PAGE * len(scales), scales, groups)
+    return rows
+
+
+def check_weighted(store: PageStore, resident: Resident) -> None:
+    """Raise NotImplementedError if an adapter is more than an update that can be weighted."""
+    found = []
+    if resident.config.use_dora:
+        found = [f"DoRA at {module!r}" for module in resident.pages]
+    for module, view in store.modules.items():
+        if resident.slot in view.replaced:
+            whole = view.replaced[resident.slot].rows is None
+            argument = "modules_to_save" if whole else "trainable_token_indices"
+            found.append(f"{argument} at {module!r}")
+    if found:
+        raise NotImplementedError(
+            f"{_WHERE}: {resident.name!r}: expected an adapter that only adds an update to every "
+            f"output, found {found[0]}; use it alone, with a weight of 1"
+        )

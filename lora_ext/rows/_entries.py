@@ -1,0 +1,129 @@
+"""Entries of ``adapters(names)``: the adapters of a row, with their weights.
+
+An entry is None or ``"__base__"`` for the base model, the name of an adapter, ``(name, weight)``,
+or a mixture ``{name: weight, ...}``. A list is never a mixture: it has one entry per row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+BASE = "__base__"  # PEFT's name of the base model; None is equivalent
+MAX_MEMBERS = 64  # maximum number of adapters in a mixture
+
+Entry = str | None | tuple[str, float] | Mapping[str, float]
+#: One adapter, or the sorted names of the two or more adapters of a mixture.
+Name = str | tuple[str, ...]
+#: Adapters of an entry with their weights, sorted by name; empty for the base model.
+Members = tuple[tuple[str, float], ...]
+
+
+def is_plain(entry: object) -> bool:
+    """Return whether an entry is a name or None, without a weight."""
+    return entry is None or isinstance(entry, str)
+
+
+def is_entry(value: object) -> bool:
+    """Return whether a value is one entry and not a list of entries; its content may be invalid."""
+    if is_plain(value) or isinstance(value, Mapping):
+        return True
+    pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
+    return pair and not isinstance(value[1], str | Mapping | list | tuple | None)  # pyright: ignore
+
+
+def members_of(entry: Any, where: str) -> Members:
+    """Return the adapters of an entry that have a weight other than 0.
+
+    Args:
+        entry: the entry.
+        where: function and argument, for messages.
+
+    Raises:
+        TypeError: If a weight is not a real number.
+        ValueError: If the entry or a name is invalid, or a weight is not finite in float32.
+    """
+    if is_plain(entry):
+        return () if entry in (None, BASE) else ((entry, 1.0),)
+    if not is_entry(entry):
+        expected = "expected names (str or None), (name, weight) or {name: weight}"
+        raise ValueError(f"{where}: {expected}, found {entry!r:.200}")
+    pairs: list[Any] = list(entry.items()) if isinstance(entry, Mapping) else [entry]
+    if not 0 < len(pairs) <= MAX_MEMBERS:
+        expected = f"expected 1 to {MAX_MEMBERS} adapters in a mixture (None is the base model)"
+        raise ValueError(f"{where}: {expected}, found {entry!r:.200}")
+    for name, weight in pairs:
+        if not isinstance(name, str) or name in ("", BASE):
+            expected = "expected the name of an adapter in a mixture"
+            raise ValueError(f"{where}: {expected}, found {name!r:.200}")
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            expected = f"{name!r}: expected a real number as weight"
+            raise TypeError(f"{where}: {expected}, found {weight!r:.200}")
+        if not math.isfinite(_float32(weight)):
+            expected = f"{name!r}: expected a finite weight"
+            raise ValueError(f"{where}: {expected}, found {weight!r:.200}")
+    return tuple(sorted((name, float(weight)) for name, weight in pairs if _float32(weight)))
+
+
+def _float32(weight: Any) -> float:
+    try:
+        return ctypes.c_float(float(weight)).value
+    except OverflowError:  # an integer or a fraction
+        return math.inf
+
+
+def refuse_mixtures(entries: Sequence[object]) -> None:
+    """Raise NotImplementedError for an entry with a weight, for layers that own their adapters."""
+    for entry in entries:
+        if not is_plain(entry):
+            raise NotImplementedError(
+                "adapters: names: expected one adapter with a weight of 1 for each row of layers "
+                f"that have their own adapters, found {entry!r:.200}; load them into an AdapterPool"
+            )
+
+
+def name_of(members: Members) -> Name | None:
+    """Return the name of the members without their weights; None for the base model."""
+    names = tuple(name for name, _ in members)
+    return names if len(names) > 1 else next(iter(names), None)
+
+
+def weights_of(rows: Sequence[Members]) -> tuple[tuple[float, ...], ...] | None:
+    """Return the weights of each row's members, filled up with 0; None if all weights are 1."""
+    if all(weight == 1 for row in rows for _, weight in row):
+        return None
+    width = max(map(len, rows))
+    return tuple((*(w for _, w in row), *(0.0,) * (width - len(row))) for row in rows)
+
+
+def parse(names: Any) -> tuple[list[Any], tuple[int, ...]]:
+    """Return the entries of the argument ``names``, and ``shape`` of :class:`Assignment`."""
+    if is_entry(names):
+        return [names], ()
+    if not isinstance(names, Sequence) or not names:
+        raise ValueError(
+            f"adapters: names: expected a name or a list of names, found {names!r:.200}; "
+            "convert an array or a generator with list(names)"
+        )
+    flat: list[Any] = list(names)
+    shape: tuple[int, ...] = (len(flat),)
+    nested = [isinstance(row, list | tuple) and not is_entry(row) for row in flat]
+    if all(nested):
+        lengths = sorted({len(row) for row in flat})
+        if len(lengths) != 1 or lengths[0] == 0:
+            raise ValueError(
+                "adapters: names: expected the same number of names for every sequence, found "
+                f"{lengths}"
+            )
+        flat, shape = [entry for row in flat for entry in row], (len(flat), lengths[0])
+    elif any(nested):
+        raise ValueError(
+            "adapters: names: expected one name per row, or a list for every sequence, found "
+            f'{names!r:.200}; several adapters on one row are {{"a": 1, "b": 1}}'
+        )
+    if not all(map(is_entry, flat)):
+        raise ValueError(f"adapters: names: expected names (str or None), found {names!r:.200}")
+    return flat, shape
