@@ -288,7 +288,7 @@ class Residence:
             self._store.vacate(resident)
 
     def _retire_mixtures(self, gone: Iterable[Resident]) -> None:
-        """Retire the mixtures of adapters that have left their slots or lost their names."""
+        """Remove the mixtures of adapters that have left their slots or lost their names."""
         serials = {resident.serial for resident in gone}
         for mixture in list(self.by_name.values()):
             if any(member.serial in serials for member in mixture.members):
