@@ -1,11 +1,12 @@
 """Time packed weights: products of few rows relative to torch's, and SmolLM2 with 16 adapters.
 
-`python benchmarks/packed_linear.py [--matrix ops model widths] [--dtype bfloat16] [--check]`.
-`widths` times products with spaced rows (`docs/layers.md`). Results are checked before they are
-timed. `--check` exits with 1 if a decode step of 8 or 16 rows with different adapters takes more
-than 0.75 of the time of torch's step without adapters. With `--threads 1`, times are processor
-times. `packed_twin` measures the least time of the products, that of reading the weight once
-(`benchmarks/packed_twin.cpp`).
+`python benchmarks/packed_linear.py [--matrix ops model bits widths] [--dtype bfloat16] [--check]`.
+`widths` times products with spaced rows (`docs/layers.md`), `bits` the model with weights of 8 and
+4 bits. Results are checked before they are timed. `--check` exits with 1 if a decode step of 8 or
+16 rows with different adapters takes more than 0.75 of the time of torch's step without adapters,
+or if a step with 8 or 4 bits misses a limit of `BITS_LIMITS`. With `--threads 1`, times are
+processor times. `packed_twin` measures the least time of the products, that of reading the weight
+once (`benchmarks/packed_twin.cpp`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,16 @@ ROWS = (1, 2, 4, 8, 16, 32)
 WIDTHS, WIDE_ROWS = (144, 172, 1000), (17, 128, 512)
 COLD_BYTES = 64 << 20  # total size of the weights of one shape, which are used in turn
 MOST = 0.75
-MATRICES = ("ops", "model", "widths")
+MATRICES = ("ops", "model", "bits", "widths")
+GROUP = 64  # input features per scale of a weight of 8 or 4 bits
+#: Rows, a step, the step by which its time is divided, and the largest quotient.
+BITS_LIMITS = (
+    (1, "8 bits", "base", 0.45),
+    (4, "8 bits", "base", 0.45),
+    (16, "8 bits", "base", 0.8),
+    (1, "4 bits", "8 bits", 0.75),
+)
+TEXT_TOKENS = 16  # of each row of the greedy text that is compared
 
 
 class OwnTime:
@@ -205,6 +215,53 @@ def bench_model(
         yield rows, interleaved(steps, rounds)
 
 
+def bits_engines(dtype: torch.dtype) -> dict[str, Any]:
+    """Return SmolLM2-135M, and with adapters over weights of 8 and 4 bits.
+
+    A model whose name ends with "dequantised" has the same weights, without packing.
+    """
+    base = load_smollm2()[0].to(dtype).requires_grad_(False)
+    adapters = {name: _factors(base, dtype) for name in NAMES}
+    pool, models = _pool(base, adapters), {"base": base}
+    for bits in (8, 4):
+        models[f"{bits} bits"] = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+        lora_ext.attach(models[f"{bits} bits"], pool, pack_base=bits)
+        plain = copy.deepcopy(base)
+        plain.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.clone(), False)
+        for module in plain.modules():
+            if type(module) is torch.nn.Linear:
+                weight = module.weight
+                packed = ops.pack_weight(weight, bits=bits, group=GROUP)
+                weight.copy_(ops.unpack_weight(packed, *weight.shape))
+        models[f"{bits} bits, dequantised"] = lora_ext.attach(plain, pool)
+    return models
+
+
+@torch.inference_mode()
+def bench_bits(models: Mapping[str, Any], rounds: int) -> Iterator[tuple[int, dict[str, Timing]]]:
+    """Yield the times of decode steps, after a check of the greedy text of four rows."""
+    ids = torch.randint(0, 49152, (4, 8), generator=torch.manual_seed(2))
+    how: dict[str, Any] = {"max_new_tokens": TEXT_TOKENS, "do_sample": False, "pad_token_id": 0}
+    for name in ("8 bits", "4 bits"):
+        found, expected = (
+            models[each].generate(ids, adapter_names=NAMES[:4], **how)
+            for each in (name, f"{name}, dequantised")
+        )
+        if not torch.equal(found, expected):
+            raise SystemExit(f"packed_linear: {name}: text differs from the dequantised model's")
+    for rows in (1, 4, 16):
+        tokens = torch.randint(0, 49152, (rows, 33), generator=torch.manual_seed(1))
+        steps: dict[str, Call] = {
+            name: Step(
+                models[name], tokens, NAMES[:rows], "base" if name == "base" else "peft", True
+            )
+            for name in ("base", "8 bits", "4 bits")
+        }
+        if torch.get_num_threads() == 1:
+            steps = {name: OwnTime(step) for name, step in steps.items()}
+        yield rows, interleaved(steps, rounds)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--matrix", nargs="+", choices=MATRICES, default=MATRICES[:2])
@@ -224,17 +281,29 @@ def main() -> int:
         with torch.inference_mode():
             for line in bench_widths(dtype, args.rounds):
                 print(line, flush=True)
-    if "model" not in args.matrix:
-        return 0
-    models, missed = engines(dtype), False
-    print(f"packed copies: {nn.packed_bytes(models['packed']) / 1e6:.0f} MB")
-    for rows, times in bench_model(models, dtype, args.rounds):
-        for name, t in times.items():
-            over = t.over(times["base"])
-            print(f"{rows:2} rows, {name:11}: {t.median * 1e3:7.1f} ms, {over:.2f} of base")
-        over = times["packed"].over(times["base"])
-        missed |= rows > 1 and over > MOST
+    missed = False
+    if "bits" in args.matrix:
+        models = bits_engines(dtype)
+        for rows, times in bench_bits(models, args.rounds):
+            _print_steps(rows, times)
+            for limited, name, under, most in BITS_LIMITS:
+                if limited == rows and (over := times[name].over(times[under])) > most:
+                    missed = True
+                    print(f"missed: {rows} rows, {name}: {over:.2f} of {under}, at most {most}")
+    if "model" in args.matrix:
+        models = engines(dtype)
+        print(f"packed copies: {nn.packed_bytes(models['packed']) / 1e6:.0f} MB")
+        for rows, times in bench_model(models, dtype, args.rounds):
+            _print_steps(rows, times)
+            over = times["packed"].over(times["base"])
+            missed |= rows > 1 and over > MOST
     return int(args.check and missed)
+
+
+def _print_steps(rows: int, times: Mapping[str, Timing]) -> None:
+    for name, t in times.items():
+        over = t.over(times["base"])
+        print(f"{rows:2} rows, {name:11}: {t.median * 1e3:7.1f} ms, {over:.2f} of base", flush=True)
 
 
 if __name__ == "__main__":

@@ -87,10 +87,9 @@ def serve(
     pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=max(r.rank for r in RECIPES))
     for name, folder in folders.items():
         pool.load(name, folder)
-    packing = lora_ext.nn.packing(model) if args.pack else None
-    if packing is not None:
-        console.print(f"{packing}" + ("; --no-pack disables packing" if packing.fits else ""))
-    ours = lora_ext.attach(model, pool, pack_base=packing is not None and packing.fits)
+    ours = lora_ext.attach(model, pool, pack_base=None if args.pack else False)
+    if args.pack:
+        console.print(f"{lora_ext.nn.packing(ours)}; --no-pack disables packing")
     batch = make_batch(tokenizer, [args.question] * len(NAMES))
     with torch.inference_mode(), lora_ext.adapters(NAMES):
         tokens = ours.generate(**batch, max_new_tokens=48, do_sample=False)

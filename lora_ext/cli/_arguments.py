@@ -292,10 +292,14 @@ def _add_serve(commands: Any) -> None:
         _add(parser, f"--{name}", text, metavar, type=kind, default=default)
     _add(parser, "--device", "torch device (default: cuda if available)", "NAME")
     text = (
-        "do not keep a packed copy of the base model; by default one is kept, for faster decoding "
-        "on a CPU, if it takes at most a quarter of the free memory"
+        "packed copy of the base model, for faster decoding on a CPU: kept if it is faster (auto, "
+        "the default), none, plain (in the dtype of the weights), or of 8 or 4 bits. It is made "
+        "if it takes at most a quarter of the free memory"
     )
-    parser.add_argument("--no-pack", action="store_false", dest="pack", help=text)
+    kinds = ("auto", "none", "plain", "8", "4")
+    parser.add_argument("--pack", choices=kinds, default="auto", help=text)
+    text = "the same as --pack none"
+    parser.add_argument("--no-pack", action="store_const", const="none", dest="pack", help=text)
     text = "compute the same bits as a trainer's forward of lora_ext.exact(model); on a CPU only"
     parser.add_argument("--exact", action="store_true", help=text)
     text = "allow requests from web pages of this origin (CORS); may be repeated"

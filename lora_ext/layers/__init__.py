@@ -30,6 +30,7 @@ from ._magnitude import scaled_forward
 from .base._dense import DenseParameters, dense_parameters, is_plain, is_quantised, readable_weight
 from .base._modules import READS_WEIGHTS, bypassed, head_names, linear_size, linear_sizes
 from .base._packed_linear import (
+    CHOICE,
     PackedLinear,
     pack_linears,
     packed_bytes,
@@ -38,6 +39,7 @@ from .base._packed_linear import (
     unpack,
     unpack_linears,
 )
+from .base._packing_choice import pack_if_faster
 from .base._spacing import base_product, has_other_hooks, space_products, unspace_products
 from .labels import IGNORE, shift_labels
 from .lora_conv import LoraConv

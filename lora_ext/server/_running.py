@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import uvicorn
 
-from lora_ext._checks import instance, integer, number, require
+from lora_ext._checks import choice, instance, integer, number, require
 from lora_ext.layers import exact, packing
 from lora_ext.serving import Embedder, Engine, pooling_of, preparation_of
 
@@ -43,8 +43,9 @@ class Settings:
         context: maximum number of tokens of a request's prompt and answer.
         max_body: maximum size of a request's body in bytes.
         origins: origins of web pages that may send requests (CORS).
-        pack: whether to keep a packed copy of the base model, with which a CPU decodes faster. No
-            copy is made if it would take more than a quarter of the free memory.
+        pack: packed copy of the base model, with which a CPU may decode faster: "auto" keeps one if
+            it is faster on this machine, "plain" always, "8" and "4" one of 8 or 4 bits, and "none"
+            none. No copy is made if it would take more than a quarter of the free memory.
         exact: whether to make the model :func:`exact <lora_ext.exact>`: the log-probabilities of an
             answer then have the bits of a trainer's forward. The model must be on the CPU.
         max_loaded_bytes, host_cache_bytes, max_wait_s: see :class:`~lora_ext.serving.Engine`. An
@@ -61,7 +62,7 @@ class Settings:
     context: int = 4096
     max_body: int = 1 << 20
     origins: Sequence[str] = ()
-    pack: bool = True
+    pack: str = "auto"
     exact: bool = False
     max_loaded_bytes: int | None = None
     host_cache_bytes: int = 1 << 30
@@ -94,6 +95,7 @@ class Settings:
             words = f"an integer, at least {least}", f"at least {least}"
             flag = f"--{name.replace('_', '-')}"
             integer(_WHERE, flag, getattr(self, name), least, expected=words)
+        choice(_WHERE, "--pack", self.pack, tuple(PACK))
         number(_WHERE, "--max-wait-s", self.max_wait_s, 0)
         # A str is not accepted, although it is a sequence: its characters would be the origins.
         instance(_WHERE, "--allow-origin", self.origins, (list, tuple))
@@ -146,15 +148,21 @@ class Settings:
         shared = "max_requests", "max_rank", "context", "max_loaded_bytes", "host_cache_bytes"
         how: dict[str, Any] = {name: getattr(self, name) for name in shared}
         if embeds is None:
-            if self.pack and not self.exact:
-                found = packing(model)
-                say(f"{found}{'; --no-pack disables packing' if found.fits else ''}")
-                how["pack_base"] = found.fits
-            return Engine(model, tokenizer, self.adapters, max_wait_s=self.max_wait_s, **how)
+            pack = PACK[self.pack] if packing(model).fits and not self.exact else False
+            engine = Engine(
+                model, tokenizer, self.adapters, max_wait_s=self.max_wait_s, pack_base=pack, **how
+            )
+            if self.pack != "none" and not self.exact:
+                say(f"{packing(model)}; --no-pack disables packing")
+            return engine
         pooling, normalize = embeds
         how |= {"pooling": pooling, "normalize": normalize}
         how["preparation"] = preparation_of(self.model)
         return Embedder(model, tokenizer, self.adapters, **how)
+
+
+#: Values of ``--pack``, and what they are for :func:`~lora_ext.attach`.
+PACK: dict[str, bool | int | None] = {"auto": None, "none": False, "plain": True, "8": 8, "4": 4}
 
 
 def embedding_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:

@@ -155,7 +155,7 @@ class Engine(ServedPool):
         host_cache_bytes: int = 1 << 30,
         max_wait_s: float = 3.0,
         context: int = 4096,
-        pack_base: bool = False,
+        pack_base: bool | int | None = False,
         page_size: int = 64,
         max_batch_tokens: int = 512,
     ):

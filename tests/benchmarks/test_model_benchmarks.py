@@ -110,6 +110,28 @@ def test_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_text_with_8_and_4_bits_is_checked_before_steps_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    monkeypatch.setattr(packed_linear, "load_smollm2", lambda: (model, None))
+    models = packed_linear.bits_engines(torch.float32)
+    rows, times = next(packed_linear.bench_bits(models, rounds=1))
+    assert rows == 1 and list(times) == ["base", "8 bits", "4 bits"]
+    models["4 bits"].lm_head.register_forward_hook(lambda module, args, y: -y)
+    with pytest.raises(SystemExit, match="4 bits: text differs"):
+        next(packed_linear.bench_bits(models, rounds=1))
+
+
+@pytest.mark.slow
 def test_step_with_packed_weights_is_checked_against_float64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

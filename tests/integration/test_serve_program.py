@@ -49,6 +49,7 @@ def test_arguments_are_checked_before_the_model_is_read(
         (["--model", str(bad), *adapters, "--port", "70000"], "--port: expected 0 to 65535"),
         (["--model", str(bad), *adapters, "--port", "x"], "--port"),
         (["--model", str(bad), *adapters, "--max-rank", "0"], "--max-rank: expected at least 1"),
+        (["--model", str(bad), *adapters, "--pack", "16"], "--pack"),
         (
             ["--model", str(bad), *adapters, "--device", "abacus"],
             "--device: expected a device of this machine",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import lora_ext
+from lora_ext import nn
 from lora_ext.interop import smollm2
 from lora_ext.methods import mtpc
 
@@ -199,3 +200,20 @@ def test_adapter_head_learns_and_decodes_like_the_model(shallow: tuple[Any, Any]
     assert (tmp_path / "mtpc.safetensors").stat().st_size < 1 << 20
     again = mtpc.Draft.load(model, tmp_path)
     assert torch.equal(again.loss(ids)[0], draft.loss(ids)[0])
+
+
+def test_blocks_of_the_gguf_file_give_the_logits_of_the_dequantised_model(
+    base: tuple[Any, Any],
+) -> None:
+    plain, tokenizer = base
+    packed = copy.deepcopy(plain).requires_grad_(False)
+    nn.pack_linears(packed, gguf=smollm2._gguf_file(), keep=False)
+    # Q4_1 has 20 bytes for 32 values, and the tied head, Q8_0, has 34.
+    blocks = 106168320 // 32 * 20 + 49152 * 576 // 32 * 34
+    assert nn.packed_bytes(packed) == blocks
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected, found = plain(**batch).logits, packed(**batch).logits
+    real = batch["attention_mask"].bool()
+    off = (found - expected)[real].abs().max()
+    assert off <= 1e-4 * expected[real].abs().max()

@@ -46,7 +46,6 @@ def linear(**flags: Any) -> None:
 
 
 CALLS: list[tuple[str, Callable[[Any], object]]] = [
-    ("attach: pack_base", lambda flag: attach(pack_base=flag)),
     ("attach: fuse_siblings", lambda flag: attach(fuse_siblings=flag)),
     ("attach: overlap", lambda flag: attach(overlap=flag)),
     ("AdapterPool.load: strict", lambda flag: in_pool("load", flag)),
@@ -75,6 +74,12 @@ def test_flag_that_is_not_a_bool_raises(argument: str, call: Callable[[Any], obj
     for value in ("no", 1, None, torch.tensor(1), torch.tensor([True]), np.array([True])):
         with pytest.raises(TypeError, match=rf"^{argument}: expected True or False, found "):
             call(value)
+
+
+@pytest.mark.parametrize("value", ["no", 1, 3, torch.tensor(1), np.array([True])])
+def test_pack_base_that_is_not_a_choice_raises(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"^attach: pack_base: expected True, False, None, 8 or 4"):
+        attach(pack_base=value)
 
 
 def test_flags_from_arrays_are_accepted() -> None:

@@ -10,13 +10,14 @@ bound.
     unpack_linears(model)      # restores the modules
 
 ``lora_ext.attach(model, pool, pack_base=True)`` does the same for a model that uses the adapters of
-a pool.
+a pool. With ``bits=8`` or ``bits=4`` the copies are rounded, and have fewer bytes to read.
 """
 
 from __future__ import annotations
 
 import copy
 import copyreg
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -26,12 +27,14 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
 from lora_ext import ops
-from lora_ext._checks import number, require
+from lora_ext._checks import choice, number, require, require_flags
 from lora_ext._memory import free_bytes
-from lora_ext._torch import compiles, linear, spaced
+from lora_ext._torch import compiles, linear
 
+from ._gguf import gguf_blocks
 from ._modules import base_modules, linear_size
-from ._packed_weight import PackedWeight, why_not_packed
+from ._packed_only import PackedOnlyLinear, PackedProduct, watched
+from ._packed_weight import Format, PackedWeight, why_not_packed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,6 +46,8 @@ MOST_ROWS = 32
 # model.
 _compiler: Any = getattr(eval_frame, "get_eval_frame_callback", lambda: None)
 
+#: Attribute of a model for the result of a measurement, see ``_packing_choice.py``.
+CHOICE = "_lora_ext_packing_choice"
 #: Attribute of a packed layer for its :class:`PackedWeight`.
 _STATE = "_packed_weight"
 
@@ -56,7 +61,8 @@ class PackedLinear(nn.Linear):
     input and ``O`` output features.
     """
 
-    #: True if all products use the packed copy, with any number of rows and with gradients.
+    #: True if all products use the packed copy, with any number of rows and with gradients. A copy
+    #: of 8 or 4 bits is used for any number of rows, but not with gradients.
     exact = False
 
     def forward(self, input: Tensor) -> Tensor:
@@ -77,7 +83,7 @@ class PackedLinear(nn.Linear):
             return None
         weight: Tensor = self.weight
         eager = not compiles() and _compiler() is None and type(x) in (Tensor, nn.Parameter)
-        traced = not eager or _watched()
+        traced = not eager or watched()
         if traced or not x.is_cpu or x.dtype != weight.dtype:
             found = f"one of {x.dtype} on {x.device}"
             if traced:
@@ -105,14 +111,16 @@ class PackedLinear(nn.Linear):
             if packed is None:
                 return None
             x2d = x.reshape(-1, self.in_features)  # (T, I)
-            apply: Any = _Exact.apply
-            y = apply(x2d, self.weight, self.bias, packed)  # (T, O)
+            apply: Any = PackedProduct.apply
+            y = apply(x2d, self.weight, self.bias, packed, self.out_features)  # (T, O)
             return y.view(*x.shape[:-1], self.out_features)
-        if compiles() or type(x) is not Tensor or self.training or _watched():
+        if compiles() or type(x) is not Tensor or self.training or watched():
             return None
         weight, bias, wide = self.weight, self.bias, self.in_features
-        rows = x.numel() // wide if wide else 0
-        if not 0 < rows <= MOST_ROWS or x.dtype != weight.dtype:
+        state: PackedWeight = self.__dict__[_STATE]
+        rows, form = x.numel() // wide if wide else 0, state.form
+        few = rows <= MOST_ROWS or form.bits is not None
+        if not few or rows == 0 or x.dtype != weight.dtype:
             return None
         shape = x.shape
         if not x.is_cpu or shape[-1] != wide:
@@ -121,13 +129,13 @@ class PackedLinear(nn.Linear):
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
             return None
-        packed = self.__dict__[_STATE].copy_of(weight)
+        packed = state.copy_of(weight) if form.bits is None else state.copy_made_now(weight)
         if packed is None:
             return None
         if len(shape) == 2:
-            return ops.packed_linear(x, packed, bias, self.out_features)  # (T, O)
+            return ops.packed_linear(x, packed, bias, self.out_features, form.int8)  # (T, O)
         x2d = x.view(rows, wide) if x.is_contiguous() else x.reshape(rows, wide)  # (T, I)
-        y = ops.packed_linear(x2d, packed, bias, self.out_features)  # (T, O)
+        y = ops.packed_linear(x2d, packed, bias, self.out_features, form.int8)  # (T, O)
         return y.view(*shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> PackedLinear:
@@ -162,28 +170,17 @@ def _not_exact(expected_and_found: str) -> RuntimeError:
     return RuntimeError(f"exact: layer: expected {expected_and_found}; {remedy}")
 
 
-class _Exact(torch.autograd.Function):
-    """Packed product with the gradients of the plain product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return ops.packed_linear(x, packed, bias, weight.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, weight = ctx.saved_tensors
-        dx, dweight, dbias, _ = ctx.needs_input_grad
-        return (
-            spaced(dy) @ weight if dx else None,
-            dy.t() @ x if dweight else None,
-            dy.sum(0) if dbias else None,
-            None,
-        )
-
-
-def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
+def pack_linears(
+    model: Model,
+    names: Iterable[str] | None = None,
+    *,
+    bits: int | None = None,
+    group: int = 64,
+    minimum: bool = False,
+    activations: str = "float",
+    keep: bool = True,
+    gguf: str | os.PathLike[str] | None = None,
+) -> Model:
     """Make packed copies of the weights of linear layers, for products of at most 32 rows.
 
     Changes the ``nn.Linear`` layers of a model in place. These include the base layers of
@@ -202,12 +199,25 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
     through ``weight.data`` or ``weight.numpy()``, call :func:`unpack_linears` first, because such a
     change may not be detected.
 
+    With ``bits``, the copies contain rounded weights: see :func:`lora_ext.ops.pack_weight`. They
+    are used for any number of rows, so that a prompt and its answer are computed with the same
+    weights. Training uses the plain weights.
+
     Args:
         model: model in evaluation mode, or a linear layer. Its quantised layers are not packed,
             which a UserWarning reports.
         names: names of the modules to pack, as in ``model.named_modules()``. None packs all modules
             of class ``nn.Linear`` except the factors of adapters. Instances of subclasses are not
             changed.
+        bits: 8 or 4, or None for copies in the dtype of the weights.
+        group: input features per scale: 32, 64 or 128, a divisor of those of every layer.
+        minimum: whether groups of 4-bit weights also have a minimum.
+        activations: "float", or "int8" to round each row of the inputs to 8 bits.
+        keep: whether to keep the plain weights. If False, all products use the packed weights, also
+            in training. Merging an adapter packs the merged weight. The layers cannot be moved to
+            another device, and saving or pickling them raises RuntimeError.
+        gguf: path of a GGUF file of this model, whose blocks of type Q8_0, Q4_0 and Q4_1 are packed
+            as they are. Other linear layers are left unpacked.
 
     Returns:
         ``model``.
@@ -215,36 +225,78 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
     Raises:
         ValueError: If a name is not that of a linear layer, the model has no plain linear layer, or
             a layer is in training mode, is not on the CPU, is not in float32 or bfloat16 (for
-            example, quantised), was created in inference mode, or has a replaced forward.
+            example, quantised), was created in inference mode, or has a replaced forward. With
+            ``bits``, if a value is not finite or above 65504, or the group does not divide the
+            input features.
         RuntimeError: If a layer is packed already.
 
     After any error the model is unchanged.
     """
-    chosen = linears = dict(linears_of(model))
-    if names is not None:
-        chosen = {}
-        for name in names:
-            expected = "the name of a linear layer of the model"
-            require(name in linears, "pack_linears", "names", expected, repr(name))
-            chosen[name] = linears[name]
+    form = _format(bits, group, minimum, activations, keep, gguf is not None)
+    linears, expected = dict(linears_of(model)), "the name of a linear layer of the model"
     left = {} if names is not None else _quantised(model)
+    names = linears if names is None else list(names)
+    for name in names:
+        require(name in linears, "pack_linears", "names", expected, repr(name))
+    blocks = {} if gguf is None else gguf_blocks(gguf, linears)
+    chosen = {name: linears[name] for name in names if gguf is None or name in blocks}
     found = f"only {_some(left)}" if left else f"none in {type(model).__name__}"
     require(chosen, "pack_linears", "model", "plain linear layers", found)
     for name, module in chosen.items():
         _check(name, module)
+    states: dict[int, PackedWeight] = {}
+    for name, module in chosen.items():
+        if id(module.weight) not in states:
+            states[id(module.weight)] = _packed(name, module.weight, form, blocks.get(name))
     if left:
         warnings.warn(
             f"pack_linears: model: expected plain linear layers, found {_some(left)}, which are "
             f"not packed; packed: {len(chosen)}, for example {next(iter(chosen))!r}",
             stacklevel=2,
         )
-    shared: dict[int, PackedWeight] = {}
     for module in chosen.values():
-        packed = shared.setdefault(id(module.weight), PackedWeight())
-        module.__class__ = PackedLinear
-        module.__dict__[_STATE] = packed
-        packed.copy_made_now(module.weight)
+        weight, state = module.weight, states[id(module.weight)]
+        if keep:
+            module.__class__ = PackedLinear
+            module.__dict__[_STATE] = state
+        else:
+            module.__class__ = PackedOnlyLinear
+            only: Any = module
+            only.drop_weight(state.form, state.copy_of(weight))
     return model
+
+
+def _packed(
+    name: str, weight: Tensor, form: Format, given: tuple[Format, Tensor] | None
+) -> PackedWeight:
+    """Pack a weight, or use the copy that is given."""
+    state = PackedWeight(form if given is None else given[0]._replace(int8=form.int8))
+    if given is not None:
+        state.hold(weight, given[1])
+        return state
+    try:
+        state.copy_made_now(weight)
+    except ValueError as error:
+        raise ValueError(f"pack_linears: {name or 'model'}: {error}") from error
+    return state
+
+
+def _format(
+    bits: int | None, group: int, minimum: bool, activations: str, keep: bool, gguf: bool
+) -> Format:
+    """Check the arguments of :func:`pack_linears`, and return the format of the copies."""
+    where = "pack_linears"
+    require_flags(where, minimum=minimum, keep=keep)
+    require(bits in (None, 8, 4), where, "bits", "None, 8 or 4", repr(bits))
+    require(group in (32, 64, 128), where, "group", "32, 64 or 128", repr(group))
+    choice(where, "activations", activations, ("float", "int8"))
+    require(not minimum or bits == 4, where, "minimum", f"False if bits is {bits}", minimum)
+    require(bits is None or not gguf, where, "bits", "None if gguf is set", bits)
+    rounded, only = bits is not None or gguf, "if bits is None"
+    require(rounded or keep, where, "keep", f"True {only}", keep)
+    exact = activations == "float"
+    require(rounded or exact, where, "activations", f"'float' {only}", activations)
+    return Format(bits, group, minimum, activations == "int8")
 
 
 def unpack_linears(model: Model) -> Model:
@@ -257,6 +309,7 @@ def unpack_linears(model: Model) -> Model:
     packed = packed_layers(model, "unpack_linears")
     require(packed, "unpack_linears", "model", "packed layers", "none", RuntimeError)
     unpack(packed)
+    model.__dict__.pop(CHOICE, None)
     return model
 
 
@@ -265,6 +318,9 @@ def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
 
     Raises RuntimeError if a layer is exact or parametrized; the message starts with ``where``.
     """
+    found = "layers packed with keep=False, which have no plain weight"
+    only = any(isinstance(m, PackedOnlyLinear) for _, m in linears_of(model))
+    require(not only, where, "keep", "layers packed with keep=True", found)
     packed = {name: m for name, m in linears_of(model) if isinstance(m, PackedLinear)}
     remedy = "call torch.nn.utils.parametrize.remove_parametrizations first"
     for name, module in packed.items():
@@ -284,12 +340,17 @@ def unpack(layers: Iterable[PackedLinear]) -> None:
         module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class Packing(NamedTuple):
-    """Result of :func:`packing`. ``str()`` returns one line for users."""
-
+class _Packing(NamedTuple):
     bytes: int  # size of all packed copies
     free: int  # free memory in bytes
     reason: str | None  # reason why the model should not be packed, or None
+
+
+class Packing(_Packing):
+    """Result of :func:`packing`. ``str()`` returns one line for users."""
+
+    #: How the model is packed, and the measured times that led to it; None if it is not packed.
+    now: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -297,6 +358,8 @@ class Packing(NamedTuple):
         return self.reason is None
 
     def __str__(self) -> str:
+        if self.now is not None:
+            return f"the base model is {self.now}"
         size = f"{self.bytes / 1e9:.2f} GB of the {self.free / 1e9:.2f} GB that are free"
         if self.reason is None:
             return f"the base model is packed for decoding, which takes {size}"
@@ -306,18 +369,20 @@ class Packing(NamedTuple):
 def packing(model: nn.Module, share: float = 0.25) -> Packing:
     """Check whether :func:`pack_linears` supports a model and its copies fit into memory.
 
-    The function does not pack the model.
+    The function does not pack the model. ``str()`` of the result is how the model is packed, if
+    it is, or the choice of ``attach(pack_base=None)``.
 
     Args:
-        model: model that is not packed.
+        model: model that may be packed.
         share: maximum share of the free memory that the copies may use, above 0 and at most 1.
 
     Raises:
         ValueError: If ``share`` is out of range.
     """
     number("packing", "share", share, above=0, maximum=1)
-    weights = {id(m.weight): m.weight for _, m in linears_of(model) if hasattr(m, "weight")}
-    left = _quantised(model)
+    layers, left = [m for _, m in linears_of(model)], _quantised(model)
+    plain = [m for m in layers if not isinstance(m, PackedOnlyLinear) and hasattr(m, "weight")]
+    weights = {id(m.weight): m.weight for m in plain}
     wanted = sum(
         -(-w.shape[0] // 32) * 32 * w.shape[1] * w.element_size() for w in weights.values()
     )
@@ -334,18 +399,33 @@ def packing(model: nn.Module, share: float = 0.25) -> Packing:
     elif wanted > share * free:
         most = f"{share:.0%} of the {free / 1e9:.2f} GB that are free"
         reason = f"the copies need {wanted / 1e9:.2f} GB, more than {most}"
-    return Packing(wanted, free, reason)
+    result = Packing(wanted, free, reason)
+    forms = sorted({str(form) for m in layers if (form := packed_form(m)) is not None})
+    size = f"{packed_bytes(model) / 1e9:.2f} GB"
+    now = f"packed {' or '.join(forms)}, {size}" if forms else None
+    result.now = model.__dict__.get(CHOICE, now)
+    return result
 
 
 def packed_bytes(model: nn.Module) -> int:
     """Return the size in bytes of the packed copies of all layers of ``model``."""
-    states = {m.__dict__[_STATE] for _, m in linears_of(model) if isinstance(m, PackedLinear)}
-    return sum(state.nbytes for state in states)
+    layers = [m for _, m in linears_of(model)]
+    held = {m.__dict__[_STATE] for m in layers if isinstance(m, PackedLinear)}
+    only = {id(m.packed): m.packed for m in layers if isinstance(m, PackedOnlyLinear)}
+    return sum(each.nbytes for each in (*held, *only.values()))
+
+
+def packed_form(module: nn.Module) -> Format | None:
+    """Return the format of a layer's packed weight; None if the layer is not packed."""
+    if isinstance(module, PackedOnlyLinear):
+        return module.form
+    return module.__dict__[_STATE].form if isinstance(module, PackedLinear) else None
 
 
 def _quantised(model: nn.Module) -> dict[str, nn.Module]:
     """Return the base layers without a plain floating-point weight, except ``nn.Linear``."""
-    found = {n: m for n, m in base_modules(model) if type(m) is not nn.Linear and linear_size(m)}
+    own = nn.Linear, PackedOnlyLinear
+    found = {n: m for n, m in base_modules(model) if type(m) not in own and linear_size(m)}
     weights = {name: getattr(base, "weight", None) for name, base in found.items()}
     plain = {n for n, w in weights.items() if type(w) is nn.Parameter and w.is_floating_point()}
     return {name: base for name, base in found.items() if name not in plain}
@@ -359,13 +439,14 @@ def _some(layers: dict[str, nn.Module]) -> str:
 def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the plain and packed linear layers of a model by name, except adapters' factors."""
     for name, base in base_modules(model):
-        if type(base) is nn.Linear or isinstance(base, PackedLinear):
+        if type(base) is nn.Linear or isinstance(base, (PackedLinear, PackedOnlyLinear)):
             yield name, base
 
 
 def _check(name: str, module: nn.Linear) -> None:
     where, what = "pack_linears: model", repr(name)
-    plain, expected = type(module) is not PackedLinear, "a layer that is not packed"
+    plain = type(module) not in (PackedLinear, PackedOnlyLinear)
+    expected = "a layer that is not packed"
     found = "one that is packed already; call unpack_linears(model) first"
     require(plain, where, what, expected, found, RuntimeError)
     found = "training; call model.eval() first"
@@ -375,13 +456,3 @@ def _check(name: str, module: nn.Linear) -> None:
     refusal = why_not_packed(module.weight)
     if refusal is not None:
         raise ValueError(f"{where}: {what}: expected {refusal}")
-
-
-def _watched() -> bool:
-    """Return whether autocast, tracing or a transform of torch is active."""
-    return (
-        torch.is_autocast_enabled("cpu")
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )

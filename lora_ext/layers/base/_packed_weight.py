@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,26 @@ LINES_PER_SAMPLED_VALUE = 4
 _GOLDEN_FRACTION = 0.381966
 
 
+class Format(NamedTuple):
+    """Format of a packed copy."""
+
+    bits: int | None = None  # None: the dtype of the weight
+    group: int = 64
+    minimum: bool = False
+    int8: bool = False  # whether products round each row of activations to 8 bits
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """Return a packed copy of a weight ``(O, I)``."""
+        return ops.pack_weight(weight, bits=self.bits, group=self.group, minimum=self.minimum)
+
+    def __str__(self) -> str:
+        scale = f"a scale{' and a minimum' * self.minimum} for {self.group} inputs"
+        rounded = (
+            f"to {self.bits} bits with {scale} and {'int8' * self.int8 or 'float'} activations"
+        )
+        return "in the dtype of its weights" if self.bits is None else rounded
+
+
 class PackedWeight:
     """Packed copy of the weight of a layer, or of several layers with tied weights.
 
@@ -37,11 +57,12 @@ class PackedWeight:
     be computing a product with another weight at the same time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, form: Format | None = None) -> None:
+        self.form = form or Format()
         self._snapshot: _Snapshot | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
-        return PackedWeight()
+        return PackedWeight(self.form)
 
     @property
     def nbytes(self) -> int:
@@ -53,9 +74,16 @@ class PackedWeight:
         """Return the copy of ``weight``, or None at the first product after a change."""
         snapshot = self._snapshot
         if snapshot is not None and snapshot.matches(weight):
-            return snapshot.pack(weight) if snapshot.packed is None else snapshot.packed
+            if snapshot.packed is None:
+                snapshot.keep(weight, self.form.pack(weight.detach()))
+            return snapshot.packed
         self._snapshot = _Snapshot(weight) if why_not_packed(weight) is None else None
         return None
+
+    def hold(self, weight: Tensor, packed: Tensor) -> None:
+        """Use ``packed`` as the copy until the weight changes."""
+        self._snapshot = _Snapshot(weight)
+        self._snapshot.keep(weight, packed)
 
     def copy_made_now(self, weight: Tensor) -> Tensor | None:
         """Return the copy of ``weight``, and make it if necessary; None if it cannot be packed."""
@@ -81,12 +109,11 @@ class _Snapshot:
             return False
         return self._sample is None or torch.equal(*self._sample)
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """Pack the weight and return the copy."""
+    def keep(self, weight: Tensor, packed: Tensor) -> None:
+        """Store a copy of the weight, and a sample of the weight's values."""
         view = _sample_of(weight.detach())
         self._sample = view, view.clone()
-        self.packed = ops.pack_weight(weight.detach())
-        return self.packed
+        self.packed = packed
 
 
 def why_not_packed(weight: Tensor) -> str | None:

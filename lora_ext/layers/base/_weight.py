@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_ext._checks import require
 
 from ._dense import is_quantised, readable_weight
+from ._packed_only import PackedOnlyLinear
 
 #: Object that stores a factor in PEFT: a module with a ``weight``, or the parameter itself.
 Factor = nn.Module | nn.Parameter
@@ -66,7 +67,10 @@ class BaseWeight:
         The values are written in place, so that tied weights and captured graphs use them.
         """
         with torch.no_grad():
-            self.weight.copy_(weight)
+            if isinstance(self.layer, PackedOnlyLinear):
+                self.layer.write_weight(weight)
+            else:
+                self.weight.copy_(weight)
             if bias is not None and self.bias is not None:
                 self.bias.copy_(bias)
 
@@ -78,9 +82,11 @@ class BaseWeight:
         ``purpose`` is the start of the message.
         """
         found = f"a {type(self.layer).__name__} with a quantised weight"
-        require(not is_quantised(self.layer), purpose, "base_layer", "a plain weight", found)
+        plain = isinstance(self.layer, PackedOnlyLinear) or not is_quantised(self.layer)
+        require(plain, purpose, "base_layer", "a plain weight", found)
         kept = {id(t) for t in (*self.layer.parameters(), *self.layer.buffers())}
-        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
+        weight = None if isinstance(self.layer, PackedOnlyLinear) else self.weight
+        for name, tensor in (("weight", weight), ("bias", self.bias)):
             if tensor is not None and id(tensor) not in kept:
                 raise ValueError(
                     f"{purpose}: base_layer.{name}: expected a parameter or buffer to change, "
@@ -90,6 +96,8 @@ class BaseWeight:
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Return the default device and dtype for adapters of the layer."""
+        if isinstance(self.layer, PackedOnlyLinear):
+            return torch.device("cpu"), self.layer.dtype
         own = (*self.layer.parameters(recurse=False), *self.layer.buffers(recurse=False))
         whole = all(t.is_floating_point() and t.element_size() > 1 for t in own)
         for tensor in (*own, *self.layer.parameters()):  # integers: other tensors may be scales

@@ -13,7 +13,7 @@ from lora_ext import ops
 from lora_ext._checks import flag, instance, require
 from lora_ext.rows import PoolLayer
 
-from ..base._packed_linear import PackedLinear, linears_of, pack_linears, unpack
+from ..base._packed_linear import PackedLinear, linears_of, pack_linears, packed_form, unpack
 from ._attention import ask_first
 from ._exact_functions import MARK, has_adapters, replace_functions, restore_functions
 
@@ -107,6 +107,9 @@ def _check_weights(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer):
             module = module.base
+        form, expected = packed_form(module), "a layer that is not packed to 8 or 4 bits"
+        whole = form is None or form.bits is None
+        require(whole, "exact: model", repr(name), expected, f"one packed {form}")
         kind = type(module)
         if kind.__module__.startswith("peft.") and hasattr(module, "base_layer"):
             found = f"PEFT's {kind.__name__}; call lora_ext.from_peft(model) first"

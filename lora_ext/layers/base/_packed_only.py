@@ -1,0 +1,150 @@
+"""Linear layers whose weight is stored only in 8 or 4 bits: ``pack_linears(keep=False)``."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext._checks import require
+from lora_ext._torch import compiles, linear, spaced
+
+from ._packed_weight import Format
+
+
+class PackedOnlyLinear(nn.Linear):
+    """``nn.Linear`` without a plain weight: all products use the packed weight.
+
+    The weight does not train, and the layer cannot be saved. Under ``torch.compile``, autocast and
+    other transformations of the forward, a product uses a dequantised copy of the weight.
+
+    Letters: ``T`` rows, ``I`` input and ``O`` output features.
+    """
+
+    packed: Tensor
+    form: Format
+    dtype: torch.dtype  # of the weight and of adapters
+    _plain: weakref.ref[Tensor]  # lives on if another module has the same weight
+
+    def drop_weight(self, form: Format, packed: Tensor) -> None:
+        """Replace the weight by its packed copy."""
+        weight = self._parameters.pop("weight")
+        assert weight is not None
+        self.form, self.packed, self.dtype = form, packed, weight.dtype
+        self._plain = weakref.ref(weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute ``x W^T + b (..., O)`` for the input x."""
+        bias, tied = self.bias, self._plain()
+        if tied is not None and self.training and torch.is_grad_enabled():
+            found = "one tied to a weight that trains; freeze that weight, or pack with keep=True"
+            require(not tied.requires_grad, "pack_linears", "weight", "a frozen weight", found)
+        plain = input.is_cpu and input.dtype in (torch.float32, torch.bfloat16)
+        plain &= bias is None or bias.dtype == input.dtype
+        if compiles() or type(input) is not Tensor or not plain or watched():
+            return linear(input, self.dequantised().to(input.dtype), bias)
+        x2d = input.reshape(-1, self.in_features)  # (T, I)
+        how = self.packed, self.out_features, self.form.int8
+        apply: Any = PackedProduct.apply
+        if torch.is_grad_enabled():
+            y = apply(x2d, None, bias, *how)  # (T, O)
+        else:
+            y = ops.packed_linear(x2d, how[0], bias, *how[1:])
+        return y.view(*input.shape[:-1], self.out_features)
+
+    def dequantised(self) -> Tensor:
+        """Return the weight ``(O, I)`` as a new tensor."""
+        weight = ops.unpack_weight(self.packed, self.out_features, self.in_features)
+        return weight.to(self.dtype)
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Dequantised weight ``(O, I)``, a copy that raises RuntimeError if it is written."""
+        return self.dequantised().as_subclass(_ReadOnly)
+
+    def write_weight(self, weight: Tensor) -> None:
+        """Pack a new weight ``(O, I)``, for example after a merge."""
+        self.packed = self.form.pack(weight.detach().to(self.dtype))
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> PackedOnlyLinear:
+        moved = fn(torch.empty(0, dtype=self.dtype))
+        found = f"{moved.device}; pack with keep=True to move the model"
+        require(moved.is_cpu, "pack_linears", "keep=False", "the CPU", found, RuntimeError)
+        self.dtype = moved.dtype
+        return super()._apply(fn, *args, **kwargs)  # pyright: ignore[reportReturnType]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        raise _not_saved("state_dict", f"{prefix}weight")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise RuntimeError: the layer cannot be pickled."""
+        raise _not_saved("pickle", "weight")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedOnlyLinear:
+        """Copy the layer; the default would call ``__reduce_ex__``."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+def _not_saved(where: str, key: str) -> RuntimeError:
+    expected, found = "a plain weight", "a weight that was packed with keep=False"
+    return RuntimeError(f"{where}: {key}: expected {expected}, found {found}; pack with keep=True")
+
+
+class _ReadOnly(Tensor):
+    """Values of a packed weight. Writing them would not change the layer, so it raises."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name: str = func.__name__
+        written = name in ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__")
+        written |= name.endswith("_") and name[-2] != "_" and name != "requires_grad_"
+        if written and isinstance(args[0], cls):
+            remedy = "merge with lora_ext's layers, or pack with keep=True"
+            found = f"a weight that was packed with keep=False; {remedy}"
+            raise RuntimeError(f"{name}: weight: expected a plain weight, found {found}")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class PackedProduct(torch.autograd.Function):
+    """Packed product with the gradients of the plain one; weight None: the dequantised one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, packed: Tensor, *how: Any
+    ) -> Tensor:
+        ctx.sizes = None if weight is not None else (how[0], x.shape[1])
+        kept = packed if weight is None else weight
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, kept)
+        return ops.packed_linear(x, packed, bias, *how)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, weight = ctx.saved_tensors
+        dx, dweight, dbias, *rest = ctx.needs_input_grad
+        if dx and ctx.sizes is not None:
+            weight = ops.unpack_weight(weight, *ctx.sizes).to(dy.dtype)
+        return (
+            spaced(dy) @ weight if dx else None,
+            dy.t() @ x if dweight else None,
+            dy.sum(0) if dbias else None,
+            *(None for _ in rest),
+        )
+
+
+def watched() -> bool:
+    """Return whether autocast, tracing or a transform of torch is active."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

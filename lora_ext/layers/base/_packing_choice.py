@@ -1,0 +1,67 @@
+"""Measurement of whether packed weights make the products of a model faster on this machine."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import operator
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_ext import ops
+
+from ._packed_linear import CHOICE, linears_of, pack_linears, packing
+
+_log = logging.getLogger(__name__)
+
+ROWS = (1, 4, 16)
+#: Number of sizes of layers that are measured: those with the most values in the model.
+MAX_SIZES = 3
+#: Number of layers of one size that are used in turn, so that a cache does not hold all of them.
+MAX_LAYERS = 8
+#: Seconds of a measurement; there are 2 for each size and number of rows.
+SECONDS = 0.03
+
+
+def pack_if_faster(model: nn.Module) -> bool:
+    """Pack the linear layers of a model if products of 1, 4 and 16 rows then take less time.
+
+    The largest layers of the model are measured, for less than a second. The choice and the times
+    are logged, and ``str(packing(model))`` returns them. Returns whether the model was packed.
+    """
+    found = packing(model)
+    faster, why = False, found.reason
+    if found.fits:
+        times = [_seconds(model, packed) for packed in (True, False)]
+        faster = sum(map(operator.truediv, *times)) < len(ROWS)
+        packed, plain = (" / ".join(f"{1e3 * t:.2f}" for t in each) for each in times)
+        why = f"products with {ROWS} rows take {packed} ms packed, {plain} ms plain"
+    if faster:
+        pack_linears(model)
+    model.__dict__[CHOICE] = f"{'packed' if faster else 'plain'}: {why}"
+    _log.info("the base model is %s", model.__dict__[CHOICE])
+    return faster
+
+
+@torch.inference_mode()
+def _seconds(model: nn.Module, packed: bool) -> list[float]:
+    """Return the time of the products of the largest layers for ``ROWS``."""
+    sizes: dict[torch.Size, list[Tensor]] = collections.defaultdict(list)
+    for weight in {id(m.weight): m.weight.detach() for _, m in linears_of(model)}.values():
+        sizes[weight.shape].append(weight)
+    totals = [0.0] * len(ROWS)
+    for same in sorted(sizes.values(), key=lambda ws: -len(ws) * ws[0].numel())[:MAX_SIZES]:
+        few, (out, wide) = same[:MAX_LAYERS], same[0].shape
+        used = [ops.pack_weight(w) for w in few] if packed else few
+        for at, rows in enumerate(ROWS):
+            x, least = torch.ones(rows, wide, dtype=few[0].dtype), float("inf")
+            end = time.perf_counter() + SECONDS
+            while (start := time.perf_counter()) < end:
+                for w in used:
+                    ops.packed_linear(x, w, None, out) if packed else F.linear(x, w)
+                least = min(least, time.perf_counter() - start)
+            totals[at] += least * len(same) / len(few)
+    return totals
