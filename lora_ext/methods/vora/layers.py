@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_ext._checks import choice, integer, require
 from lora_ext._torch import compiles
-from lora_ext.layers import LoraLayer, LoraLinear, linear_size
+from lora_ext.layers import LoraLinear, linear_size
 from lora_ext.rows import (
     Assignment,
     Names,
