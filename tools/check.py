@@ -40,7 +40,8 @@ def main() -> int:
         command = [PY, "tools/cuda_torch_check.py"]
         legs.append(Leg("cuda torch", command, 2400, after="build", beside=True))
     lowest = [PY, "tools/lowest_check.py"]
-    legs.append(Leg("lowest versions", lowest, 900, after="build", beside=True))
+    legs.append(Leg("lowest versions", [*lowest, "demo", "serve"], 900, after="build", beside=True))
+    legs.append(Leg("quantisers", [*lowest, "quant"], 900, after="build", beside=True))
     command = [*pages, "--demo", "out/demo"]
     legs.append(Leg("pages", command, 1800, after="demo", beside=True))
     lint = ["pre-commit", "run", "--all-files", "--show-diff-on-failure"]

@@ -29,6 +29,13 @@ ENVIRONMENTS = {
             "tests/federated/test_flower_messages.py",
         ],
     ),
+    "quant": (
+        ["quant"],
+        [
+            "tests/integration/test_from_peft_quantised.py",
+            "tests/integration/test_quantisers.py",
+        ],
+    ),
     "serve": (["serve", "tenants", "control"], ["tests/integration/test_serve_formats.py"]),
 }
 TOOLS = ["pytest", "hypothesis", "httpx", "peft"]  # for the tests; extras take precedence
@@ -68,7 +75,9 @@ def check(name: str, folder: Path) -> None:
         install([*pins, *(tool for tool in TOOLS if tool not in known)], python)
     subprocess.run([python, "-m", "pip", "list"], check=True)
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    needs = {"LORA_EXT_QUANTISERS": "1"} if "quant" in extras else {}  # no test may skip
+    env = {**os.environ, **needs, "OMP_NUM_THREADS": "2"}
+    subprocess.run(command, check=True, cwd=ROOT, env=env)
 
 
 def main() -> int:

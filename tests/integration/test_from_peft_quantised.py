@@ -1,7 +1,6 @@
 """from_peft on quantised base layers, from real quantisers or an imitation of one."""
 
 import copy
-import importlib.util
 import pickle
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
+from quantisers import linears, need
 from tiny import VOCAB, attach_saved, make_model, only
 from torch import Tensor, nn
 
@@ -27,24 +27,6 @@ CONFIG = {
     "init_lora_weights": False,
 }
 LAYERS = 8  # four modules in each of two blocks
-
-
-def need(package: str) -> None:
-    try:
-        found = importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        found = False
-    if not found:
-        pytest.skip(f"{package} is not installed")
-
-
-def linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    return [
-        (parent, name, child)
-        for path, parent in model.named_modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and "layers." in path
-    ]
 
 
 def bitsandbytes(kind: str, **settings: Any) -> Callable[[], nn.Module]:

@@ -1,6 +1,10 @@
 """The quantisers of docs/works_with.md as base layers of pools, of from_peft and of wrap."""
 
 import contextlib
+import importlib.machinery
+import importlib.util
+import sys
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.import_utils import is_eetq_available
 from peft.tuners.lora import LoraLayer as PeftLayer
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
@@ -206,8 +211,23 @@ def test_wrap_adds_the_formula_to_each_layer(base: str) -> None:
 # Layers of PEFT that take no adapter_names; the packages of some have no version for CPUs
 
 
-@pytest.mark.parametrize("kind", [GPTQLoraLinear, AwqLoraLinear, AqlmLoraLinear])
-def test_layers_without_names_in_peft_get_them(kind: Any) -> None:
+def eetq_class(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return PEFT's class for EETQ, which exists only if a package of this name is found."""
+    fake: Any = types.ModuleType("eetq")
+    fake.EetqLinear, fake.__spec__ = Codes, importlib.machinery.ModuleSpec("eetq", None)
+    monkeypatch.setitem(sys.modules, "eetq", fake)
+    is_eetq_available.cache_clear()
+    name = "peft.tuners.lora.eetq"
+    spec: Any = importlib.util.find_spec(name)
+    monkeypatch.setitem(sys.modules, name, module := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    is_eetq_available.cache_clear()
+    return module.EetqLoraLinear
+
+
+@pytest.mark.parametrize("kind", [GPTQLoraLinear, AwqLoraLinear, AqlmLoraLinear, eetq_class])
+def test_layers_without_names_in_peft_get_them(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = kind(monkeypatch) if kind is eetq_class else kind
     torch.manual_seed(0)
     config = {"r": 4, "lora_alpha": 8, "config": peft.LoraConfig(init_lora_weights=False)}
     layer: Any = kind(Codes(nn.Linear(24, 12, bias=False)), "one", **config)
