@@ -45,7 +45,12 @@ def live_adapter(
             if callable(active):  # a method in transformers, a property in PEFT
                 active = active()
         adapter = _chosen(adapter, configs, active, where)
-        return configs[adapter], _state(model, adapter)
+        config = configs[adapter]
+        if getattr(config.peft_type, "value", config.peft_type) != "LORA":
+            from peft import get_peft_model_state_dict
+
+            return config, get_peft_model_state_dict(model, adapter_name=adapter)
+        return config, _state(model, adapter)
     if not layers:
         expected = "a PEFT model, or one with layers of lora_ext.nn"
         raise ValueError(f"{where}: expected {expected}, found none in a {type(model).__name__}")

@@ -59,6 +59,11 @@ class LoraAdapter:
             object.__setattr__(self, each, kept)
 
     @property
+    def complete(self) -> bool:
+        """Whether the factors are known: a file of some kinds does not contain all sizes."""
+        return not isinstance(self.modules, _NoFactors)
+
+    @property
     def kind(self) -> str:
         """PEFT's ``peft_type``, such as "LORA" or "VERA"."""
         return self.config.peft_type
@@ -140,6 +145,11 @@ class LoraAdapter:
                 for key, weight in self.base_weights.items()
                 if not key.removeprefix(PREFIX).startswith(gone)
             }
+        kind = self.config.kind
+        found = f"{kind.rescales}; merge the adapter into the base weight instead"
+        where = f"{self.config.where}: peft_type={kind.name}"
+        fits = kind.sums or not self.parts
+        require(fits, where, "modules", "an update that is a sum", found, NotImplementedError)
         ranks = {name: factors.a.shape[0] for name, factors in modules.items()}
         scalings = {name: factors.scaling for name, factors in modules.items()}
         config = self.config.fitted(ranks, scalings, self.modules, **changes)
@@ -195,7 +205,7 @@ class LoraAdapter:
     def with_sizes(self, sizes: Mapping[str, tuple[int, int]]) -> LoraAdapter:
         """Return this adapter with the factors that its file defines only for modules of known
         sizes. Its sizes by module name are the numbers of inputs and outputs."""
-        if not isinstance(self.modules, _NoFactors):
+        if self.complete:
             return self
         return self._read(self.config, StateDict(self.state_dict(), ""), False, False, sizes)
 
@@ -239,7 +249,7 @@ class LoraAdapter:
             return NotImplemented
         if self.modules.keys() != other.modules.keys():
             return False
-        if isinstance(self.modules, _NoFactors):
+        if not (self.complete and other.complete):
             fields = [dict(a.config.to_dict()) for a in (self, other)]
             return fields[0] == fields[1] and _same_tensors(self.parts, other.parts)
         same = all(
@@ -250,8 +260,8 @@ class LoraAdapter:
 
     def __repr__(self) -> str:
         """Return a text with the number of modules, their ranks and the source."""
-        known = not isinstance(self.modules, _NoFactors)
-        ranks = sorted({f.a.shape[0] for f in self.modules.values()}) if known else "unknown"
+        factors = self.modules.values() if self.complete else ()
+        ranks = sorted({f.a.shape[0] for f in factors}) if self.complete else "unknown"
         kind = "" if self.kind == "LORA" else f"{self.kind}, "
         found = f"{len(self.modules)} modules, ranks {ranks}, {self.config.where}"
         return f"LoraAdapter({kind}{found})"

@@ -183,10 +183,11 @@ def _merged(
 ) -> LoraAdapter:
     """Return the weighted sum of adapters. Unless ``density`` is None, only this share of each
     update's values is kept."""
+    adapters = _sized(where, adapters)
     values = list(adapters.values())
     first = values[0]
     whole = all(f.a.shape[0] <= (rank or math.inf) for f in first.modules.values())
-    if weights == [1.0] and whole and density is None:
+    if weights == [1.0] and whole and density is None and not first.parts:
         return first
     _check_shapes(where, adapters, equal=mode == "factors")
     _check_sums(where, adapters)
@@ -231,6 +232,20 @@ def _merged(
         fan_in_fan_out=any(value.config.fan_in_fan_out for value in values),
         **changes,
     )
+
+
+def _sized(where: str, adapters: Mapping[str, LoraAdapter]) -> dict[str, LoraAdapter]:
+    """Return the adapters, with the sizes that a file lacks taken from the others."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for label, value in adapters.items():
+        kind = value.config.kind
+        found = f"{kind.rescales}; merge this adapter into the base weight first"
+        fits = kind.sums or not value.parts
+        at = f"{where}: {label}"
+        require(fits, at, "peft_type", f"no {kind.title}", found, NotImplementedError)
+        for name, f in value.modules.items() if value.complete else ():
+            sizes[name] = f.a.shape[1], f.b.shape[0]
+    return {label: value.with_sizes(sizes) for label, value in adapters.items()}
 
 
 def _summed(parts: Parts, stacked: bool) -> tuple[Tensor, Tensor, Tensor, float]:

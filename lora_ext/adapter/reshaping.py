@@ -125,6 +125,8 @@ def prune_adapter(
         require(factors.sums, where, "mode", expected, found, NotImplementedError)
         bias = None if factors.bias is None else torch.zeros_like(factors.bias)
         modules[name] = factors._replace(b=torch.zeros_like(factors.b), bias=bias)
+    if adapter.parts:
+        return adapter.with_modules(modules)
     return LoraAdapter(adapter.config, modules, adapter.base_weights, adapter.replacements)
 
 

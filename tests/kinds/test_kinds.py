@@ -1,5 +1,6 @@
 """Every kind of adapter: files that PEFT saved, in a pool and as a value, against PEFT's layers."""
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 import lora_ext
 from lora_ext import AdapterPool
 from lora_ext.adapter import LoraAdapter, merge_adapters, prune_adapter, resize_adapter
+from lora_ext.interop.peft import report, to_peft
 from lora_ext.kinds import Factors, Kind, Part, kind_of, register_kind
 
 IN, H, OUT = 64, 96, 48
@@ -170,6 +172,57 @@ def test_value_is_saved_unchanged_and_reshaped_to_lora(case: str, tmp_path: Path
     torch.testing.assert_close(
         scaling * b @ a, 0.75 * first.scaling * first.b @ first.a, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("case", sorted(INCOMPLETE - {"tinylora", "ia3"}))
+def test_sizes_are_taken_from_other_adapters(case: str, tmp_path: Path) -> None:
+    model = saved(case, tmp_path / case)
+    saved("lora", tmp_path / "lora")
+    merged = merge_adapters([tmp_path / case, tmp_path / "lora"], [1.0, 0.0])
+    with pytest.raises(NotImplementedError, match=r"in_features|out_features"):
+        merge_adapters([tmp_path / case], [0.5])
+    layer, f, x = model.base_model.model.up, merged.modules["up"], inputs()
+    with torch.no_grad():
+        y = layer(x) - layer.get_base_layer()(x)
+        torch.testing.assert_close(f.scaling * x @ f.a.T @ f.b.T, y, rtol=1e-4, atol=1e-4)
+
+
+def test_scales_are_not_summed_and_the_order_of_modules_is_asked_for(tmp_path: Path) -> None:
+    for case in ("ia3", "tinylora", "lora"):
+        saved(case, tmp_path / case)
+    with pytest.raises(NotImplementedError, match="IA3"):
+        merge_adapters([tmp_path / "ia3", tmp_path / "lora"], [1.0, 1.0])
+    with pytest.raises(NotImplementedError, match="order"):
+        merge_adapters([tmp_path / "tinylora", tmp_path / "lora"], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_from_peft_computes_outputs_and_gradients(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = saved(case, tmp_path)
+    for name, p in theirs.named_parameters():
+        p.requires_grad_("base_layer" not in name and "ranknum" not in name)
+    ours, x = lora_ext.from_peft(copy.deepcopy(theirs)), inputs()
+    for training in (False, True):
+        found = []
+        for model in (ours, theirs):
+            torch.manual_seed(3)
+            y = model.train(training)(x)
+            model.zero_grad()
+            (y * y).sum().backward()
+            found.append((y, [p.grad for p in model.parameters()]))
+        torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=5e-5)
+        for a, b in zip(found[0][1], found[1][1], strict=True):
+            scale = 1.0 if b is None else float(b.abs().max())
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * scale)
+    kind = type(theirs.base_model.model.up)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", None)  # PEFT's layers are not called
+        ours.eval()(x)
+    assert len(report(ours).taken) == 2
+    assert type(to_peft(ours).base_model.model.up) is kind
+    AdapterPool(mlp(), max_rank=64).load("live", theirs)
 
 
 class Doubled(Kind):

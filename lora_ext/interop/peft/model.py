@@ -40,6 +40,7 @@ from ._adapters import (
     warn_of_other_bases,
 )
 from ._experts import FusedExperts
+from ._kinds import FusedKind, swap_kinds
 from ._layers import Fused, FusedLinear
 from ._names import Given, assignment_of, forget_checkpoints, kept_by_checkpoints
 from ._routers import FusedXLora, router_of
@@ -60,7 +61,8 @@ def take_over(model: Model) -> Model:
     """Implement :func:`lora_ext.from_peft`, which imports this module because it needs peft."""
     found, known = f"a {type(model).__name__}", isinstance(model, nn.Module)
     require(known, "from_peft", "model", "a torch.nn.Module", found, TypeError)
-    if not any(isinstance(m, LoraLayer) for m in model.modules()):
+    swap_kinds(model)
+    if not any(isinstance(m, LoraLayer | FusedKind) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
     check_values(model)
     warn_of_other_bases(model)
@@ -96,6 +98,7 @@ def to_peft(model: Model) -> Model:
     for block in model.modules():
         for told in ("tokens_first", "turned") if isinstance(block, LoraLayer | LoraModel) else ():
             vars(block).pop(told, None)
+        vars(block).pop("configs", None)  # of a FusedKind
         forget_checkpoints(block)
     unspace_products(model.modules())
     return model
@@ -140,7 +143,11 @@ def report(model: nn.Module) -> Report:
     left: dict[str, str] = {}
     never_called = _never_called(model)
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and module in never_called:
+        if isinstance(module, FusedKind):
+            reasons = {module.uncovered(adapter) for adapter in module.configs} - {None}
+            left |= {name: "; ".join(sorted(map(str, reasons)))} if reasons else {}
+            taken += [] if reasons else [name]
+        elif isinstance(module, LoraLayer) and module in never_called:
             left[name] = "nn.MultiheadAttention reads its weight and never calls it"
         elif (router := router_of(module)) is not None:
             fused = isinstance(router, FusedXLora)
