@@ -192,7 +192,8 @@ def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
     magnitudes = {k: exactly[k].abs() for k in ("x", "a", "b")}
     args = (exactly["adapter_ids"], exactly["scale"], exactly["ranks"], exactly["page_table"])
     signless = mixing(exactly, signless=True)
-    v = reference.lora_shrink(magnitudes["x"], magnitudes["a"], *args, **signless)
+    of_scale = (args[0], args[1].abs(), *args[2:])
+    v = reference.lora_shrink(magnitudes["x"], magnitudes["a"], *of_scale, **signless)
     total = reference.lora_update(v, magnitudes["b"], args[0], *args[2:])
     v_exact = reference.lora_shrink(exactly["x"], exactly["a"], *args, **mixing(exactly)).abs()
     split = SPLIT.get(dtype, 0.0) * reference.lora_update(
@@ -210,7 +211,8 @@ def v_bound(inputs: Inputs) -> Tensor:
     """Return the largest |error| allowed for v: the errors of accumulating I products and of
     multiplying by the scale."""
     exactly = wider(inputs)
-    args = (exactly["adapter_ids"], exactly["scale"], exactly["ranks"], exactly["page_table"])
+    rest = (exactly["scale"].abs(), exactly["ranks"], exactly["page_table"])
+    args = (exactly["adapter_ids"], *rest)
     signless = mixing(exactly, signless=True)
     total = reference.lora_shrink(exactly["x"].abs(), exactly["a"].abs(), *args, **signless)
     accumulator = 2.0**-53 if inputs["x"].dtype == torch.float64 else 2.0**-24

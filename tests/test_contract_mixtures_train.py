@@ -173,7 +173,7 @@ def test_second_derivatives_and_unsupported_arguments_raise() -> None:
     g = torch.Generator().manual_seed(0)
     a, b, table = to_pages(i["a"], i["b"], i["ranks"], g)
     y = ops.lora_apply(i["x"], a, b, *rest, table, weights=weights)
-    with pytest.raises(NotImplementedError, match="pages and their weights receive no gradient"):
+    with pytest.raises(NotImplementedError, match="pages receive no gradient, nor"):
         y.sum().backward()
 
 

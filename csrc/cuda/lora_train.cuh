@@ -85,8 +85,8 @@ constexpr int64_t kMostParts = 256 << 20;  // maximum bytes of partial sums; abo
 int64_t one_pass_workspace(const Gradient& args, const LoraArgs& side_b);
 bool takes_one_pass(const Gradient& args, const LoraArgs& side_b);
 
-// With factors (lora_train.h): dv holds u, whose products with v are dweights, if wanted; then dv is
-// (c * u) * w.
+// With factors (lora_train.h): dv holds u, whose products with v are dweights, if wanted. Replaces
+// dv by (c * u) * w.
 LaunchStatus run_weigh_back(const LoraTrainArgs& args, void* stream);
 
 // dx[t, :] += mask * (dv[t, :] A)

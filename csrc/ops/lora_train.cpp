@@ -94,9 +94,12 @@ struct Call {
         args.dropout = dropout_of(op, "dropout_p", dropout_p, seed, x.device(), a.size(0));
         check_ids(op, adapter_ids, x.size(0), x.device());
         columns = adapter_ids.dim() == 2 ? adapter_ids.size(1) : 1;
-        require(!args.dropout.per_adapter || columns == 1 || seed->numel() == 1, op, "seed",
-                expected("one int64 number with several ids per row"),
-                found("shape ", seed ? seed->sizes() : at::IntArrayRef()));
+        if (columns > 1 && args.dropout.per_adapter) {
+            require(seed->numel() == 1, op, "seed",
+                    expected("one int64 number with several ids per row"),
+                    found("shape ", seed->sizes()));
+            args.dropout.per_adapter = false;
+        }
         set_weights(op, args.lora, bank, weights, groups, adapter_ids);
         ids = adapter_ids.dim() == 2 ? columns_of(adapter_ids) : adapter_ids.contiguous();
     }
@@ -200,7 +203,8 @@ struct Call {
         return base_bits ? at::linear(spaced(left), weight, bias) : fast_linear(left, weight, bias);
     }
 
-    // Returns whether any entry of the ids has no adapter or one of rank 0; CPU only, since it reads the plan.
+    // Returns whether any entry of the ids has no adapter or one of rank 0; CPU only, since it reads
+    // the plan.
     bool idle_rows() const {
         const LoraArgs& lora = args.lora;
         for (int64_t k = 0; k < columns; ++k) {

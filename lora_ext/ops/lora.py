@@ -270,7 +270,7 @@ def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, 
     if page_table is not None:
         if any(needs[1:]):
             raise NotImplementedError(
-                "lora_apply: pages and their weights receive no gradient; train a bank instead"
+                "lora_apply: pages receive no gradient, nor do their weights; train a bank instead"
             )
         a_t, b_t = (t.transpose(1, 2).contiguous() for t in (a, b))
         rest = scale, ranks, page_table, plan, weights, groups

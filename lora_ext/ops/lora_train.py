@@ -121,9 +121,10 @@ def _fake_linear_backward(
     dy: Tensor, x: Tensor, v: Tensor, weight: Any, a: Tensor, b: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, dx, da, db, weights, _, dweights = rest
-    grads = (t.new_empty(t.shape if need else 0) for t, need in ((x, dx), (a, da), (b, db)))
+    needs = (x, dx), (a, da), (b, db)
+    of_x, of_a, of_b = (t.new_empty(t.shape if need else 0) for t, need in needs)
     shape = weights.shape if dweights else 0
-    return *grads, x.new_empty(shape, dtype=torch.float32)
+    return of_x, of_a, of_b, x.new_empty(shape, dtype=torch.float32)
 
 
 def lora_linear_apart(

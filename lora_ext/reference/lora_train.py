@@ -122,11 +122,12 @@ def lora_linear(
     if weight is not None:
         y = x.to(dtype) @ weight.to(dtype).T
         y = y if bias is None else y + bias.to(dtype)
-    entries = [(adapter_ids, weights)]
-    if adapter_ids.dim() == 2:
-        entries = columns_of(adapter_ids, weights)
+    columns = adapter_ids if adapter_ids.dim() == 2 else adapter_ids[:, None]
+    entries = columns_of(columns, weights) if adapter_ids.dim() == 2 else [(adapter_ids, weights)]
+    # A seed per adapter is for one id per row.
+    seeds = a.shape[0] if columns.shape[1] == 1 else -1
     for k, (ids, of_rows) in enumerate(entries):
-        kept = _masked(x, dropout_p, seed, ids, a.shape[0], k)
+        kept = _masked(x, dropout_p, seed, ids, seeds, k)
         v = lora_shrink(kept, a, ids, scale, ranks, weights=of_rows, groups=groups)
         y = y + lora_update(v / (1 - dropout_p), b, ids, ranks)
     return y.to(x.dtype)
