@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,21 +27,20 @@ _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _TYPES = {"Q8_0": (8, False), "Q4_0": (4, False), "Q4_1": (4, True)}
 
 
-def gguf_blocks(
-    path: str | os.PathLike[str], linears: Mapping[str, nn.Linear]
-) -> dict[str, tuple[Format, Tensor]]:
+def gguf_blocks(path: Any, linears: Mapping[str, nn.Linear]) -> dict[str, tuple[Format, Tensor]]:
     """Return format and packed weight of the layers with a type of ``_TYPES`` in a GGUF file.
+
+    Args:
+        path: path of the file.
+        linears: linear layers by name.
 
     Raises:
         ModuleNotFoundError: If the package ``gguf`` is missing.
         ValueError: If the file has another architecture, another size of a weight, or no weight of
             such a type.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError(f"{_WHERE}: gguf: needs the package gguf; run `pip install gguf`")
     gguf: Any = importlib.import_module("gguf")
     reader = gguf.GGUFReader(path)
-
     fields = {key: f.contents() for key, f in reader.fields.items() if "token" not in key}
     kind: str = fields["general.architecture"]
     require(kind in _ARCHITECTURES, _WHERE, "gguf", f"one of {_ARCHITECTURES}", repr(kind))
@@ -64,8 +61,7 @@ def gguf_blocks(
         require(size == expected, f"{_WHERE}: gguf", repr(name), f"shape {expected}", size)
         order = turned.get(stem.rpartition(".")[2]) if kind == "llama" else None
         found[name] = _blocks(np.array(tensor.data), *_TYPES[tensor.tensor_type.name], order)
-    kinds = f"weights of {', '.join(_TYPES)}"
-    require(found, _WHERE, "gguf", kinds, "none for the linear layers of the model")
+    require(found, _WHERE, "gguf", f"weights of {tuple(_TYPES)}", "none for the model's layers")
     return found
 
 

@@ -112,7 +112,7 @@ class PackedLinear(nn.Linear):
                 return None
             x2d = x.reshape(-1, self.in_features)  # (T, I)
             apply: Any = PackedProduct.apply
-            y = apply(x2d, self.weight, self.bias, packed, self.out_features)  # (T, O)
+            y = apply(x2d, packed, self.bias, self.out_features, False, self.weight)  # (T, O)
             return y.view(*x.shape[:-1], self.out_features)
         if compiles() or type(x) is not Tensor or self.training or watched():
             return None
@@ -294,9 +294,9 @@ def _format(
     require(bits is None or not gguf, where, "bits", "None if gguf is set", bits)
     rounded, only = bits is not None or gguf, "if bits is None"
     require(rounded or keep, where, "keep", f"True {only}", keep)
-    exact = activations == "float"
-    require(rounded or exact, where, "activations", f"'float' {only}", activations)
-    return Format(bits, group, minimum, activations == "int8")
+    int8 = activations == "int8"
+    require(rounded or not int8, where, "activations", f"'float' {only}", activations)
+    return Format(bits, group, minimum, int8)
 
 
 def unpack_linears(model: Model) -> Model:

@@ -48,12 +48,8 @@ class PackedOnlyLinear(nn.Linear):
         if compiles() or type(input) is not Tensor or not plain or watched():
             return linear(input, self.dequantised().to(input.dtype), bias)
         x2d = input.reshape(-1, self.in_features)  # (T, I)
-        how = self.packed, self.out_features, self.form.int8
-        apply: Any = PackedProduct.apply
-        if torch.is_grad_enabled():
-            y = apply(x2d, None, bias, *how)  # (T, O)
-        else:
-            y = ops.packed_linear(x2d, how[0], bias, *how[1:])
+        product: Any = PackedProduct.apply if torch.is_grad_enabled() else ops.packed_linear
+        y = product(x2d, self.packed, bias, self.out_features, self.form.int8)  # (T, O)
         return y.view(*input.shape[:-1], self.out_features)
 
     def dequantised(self) -> Tensor:
@@ -118,26 +114,22 @@ class PackedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, packed: Tensor, *how: Any
+        ctx: Any, x: Tensor, packed: Tensor, bias: Any, out: int, int8: bool, weight: Any = None
     ) -> Tensor:
-        ctx.sizes = None if weight is not None else (how[0], x.shape[1])
-        kept = packed if weight is None else weight
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, kept)
-        return ops.packed_linear(x, packed, bias, *how)
+        ctx.sizes = (out, x.shape[1]) if weight is None else None
+        train = weight is not None and ctx.needs_input_grad[5]
+        ctx.save_for_backward(x if train else None, packed if weight is None else weight)
+        return ops.packed_linear(x, packed, bias, out, int8)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, weight = ctx.saved_tensors
-        dx, dweight, dbias, *rest = ctx.needs_input_grad
+        (dy,), (x, weight) = grads, ctx.saved_tensors
+        dx, _, dbias, *_ = needs = ctx.needs_input_grad
         if dx and ctx.sizes is not None:
             weight = ops.unpack_weight(weight, *ctx.sizes).to(dy.dtype)
-        return (
-            spaced(dy) @ weight if dx else None,
-            dy.t() @ x if dweight else None,
-            dy.sum(0) if dbias else None,
-            *(None for _ in rest),
-        )
+        dweight = None if x is None else dy.t() @ x
+        each = spaced(dy) @ weight if dx else None, None, dy.sum(0) if dbias else None
+        return (*each, None, None, dweight)[: len(needs)]
 
 
 def watched() -> bool:

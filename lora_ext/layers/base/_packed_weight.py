@@ -42,7 +42,7 @@ class Format(NamedTuple):
     def __str__(self) -> str:
         scale = f"a scale{' and a minimum' * self.minimum} for {self.group} inputs"
         rounded = (
-            f"to {self.bits} bits with {scale} and {'int8' * self.int8 or 'float'} activations"
+            f"to {self.bits} bits with {scale}, {'int8' if self.int8 else 'float'} activations"
         )
         return "in the dtype of its weights" if self.bits is None else rounded
 
