@@ -203,8 +203,8 @@ struct Call {
         return base_bits ? at::linear(spaced(left), weight, bias) : fast_linear(left, weight, bias);
     }
 
-    // Returns whether any entry of the ids has no adapter or one of rank 0; CPU only, since it reads
-    // the plan.
+    // Returns whether any entry of the ids has no adapter or one of rank 0; CPU only, since it
+    // reads the plan.
     bool idle_rows() const {
         const LoraArgs& lora = args.lora;
         for (int64_t k = 0; k < columns; ++k) {
