@@ -7,10 +7,9 @@ module, and as scales of the outputs or inputs, if it has any. It knows neither 
 import importlib
 import pkgutil
 
-from ._kind import After, Factors, Kind, Part, fields_of, kind_of, register_kind, variants
+from ._kind import After, Factors, Kind, Part, fields_of, kind_of, refusal, register_kind, variants
 from ._lora import lora_stems
 from ._magnitude import normed
-from ._refused import refusal
 
 # Every other file of this folder registers its kinds when it is imported.
 for _each in pkgutil.iter_modules(__path__):

@@ -56,7 +56,7 @@ class Factors(NamedTuple):
 
     @property
     def sums(self) -> bool:
-        """Whether the adapter only adds to the output, so that updates can be summed."""
+        """True if the adapter only adds to the output, so that updates can be summed."""
         return self.after is None and self.before is None
 
 
@@ -128,16 +128,16 @@ class Kind:
         raise NotImplementedError
 
     def after(self, parts: Tensors, factors: Factors, weight: Any) -> After | None:
-        """Return the scales of the outputs, or None if there are none."""
+        """Return the scales of the outputs, or None."""
         return None
 
     def before(self, parts: Tensors) -> Tensor | None:
-        """Return the scales of the inputs ``(I,)``, or None if there are none."""
+        """Return the scales of the inputs ``(I,)``, or None."""
         return None
 
     @property
     def sums(self) -> bool:
-        """Whether the adapter only adds to the output, so that updates can be summed."""
+        """True if the adapter only adds to the output, so that updates can be summed."""
         return type(self).after is Kind.after and type(self).before is Kind.before
 
     def read(self, parts: Tensors, config: Config, spec: Any) -> Factors:
@@ -199,3 +199,33 @@ def fields_of(name: str) -> frozenset[str]:
     """Return the configuration fields that the kinds of one name read."""
     kinds = (kind_of(name), *variants(name))
     return frozenset(field for kind in kinds for field in (*kind.reads, *kind.patterns))
+
+
+# -------------------------------------------------------------------------------------------------
+# Types of PEFT that cannot be read as factors, with the reasons.
+
+_FULL = "its update has no low rank"
+_ROTATES = "it rotates the base weight, which needs the weight"
+_CONVERTS = "; PEFT's save_as_lora writes an approximation as LORA"
+
+_REFUSED = {
+    "RANDLORA": f"{_FULL}, by design{_CONVERTS}",
+    "HIRA": f"it multiplies the base weight by B A element by element{_CONVERTS}",
+    "C3A": f"{_FULL}{_CONVERTS}",
+    "FOURIERFT": f"{_FULL}{_CONVERTS}",
+    "WAVEFT": f"{_FULL}{_CONVERTS}",
+    "SHIRA": f"{_FULL}: it changes scattered entries{_CONVERTS}",
+    "SUPERTUNING": _FULL,
+    "OFT": _ROTATES,
+    "BOFT": _ROTATES,
+    "HRA": _ROTATES,
+    "ROAD": "it rotates the outputs",
+    "LILY": "its update depends on the mean over the batch",
+    "POLY": "it mixes A and B apart, with a weight for each task",
+    "PSOFT": f"it needs the base weight{_CONVERTS}",
+}
+
+
+def refusal(name: str) -> str:
+    """Return why a ``peft_type`` is not supported."""
+    return _REFUSED.get(name, "no kind of this name is registered (lora_ext.kinds.register_kind)")

@@ -16,7 +16,7 @@ from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
 class Miss(Kind):
-    """MiSS. A sums the inputs whose index has the same residue modulo r."""
+    """MiSS. A sums the inputs with the same index modulo r."""
 
     name, title = "MISS", "MiSS"
     reads = frozenset({"r", "init_weights", "mini_r"})
@@ -24,7 +24,7 @@ class Miss(Kind):
     counts = ("r",)
 
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
-        """Return the block, whose columns "mini" repeats."""
+        """Return the block; with "mini", its columns are repeated."""
         if config.get("init_weights") == "bat":
             found = "'bat', whose update depends on the base weight; PEFT can merge it"
             raise NotImplementedError(f"init_weights: expected True or 'mini', found {found}")

@@ -42,7 +42,7 @@ class Vera(Kind):
 
 
 class Pvera(Vera):
-    """PVeRA, whose mean is used except in training."""
+    """PVeRA: the mean, since only training samples."""
 
     name, title = "PVERA", "PVeRA"
     shared = ("pvera_A", "pvera_B")

@@ -250,7 +250,7 @@ def test_factors_of_a_module_outside_the_targets_are_never_skipped(pool):
         {"alpha_pattern": {"up": None}},
         {"use_rslora": "yes"},
         {"bias": "all"},
-        {"peft_type": "IA3"},
+        {"peft_type": 3},
         {"target_modules": 3},
         {"target_modules": [3]},
         {"target_modules": "(up"},

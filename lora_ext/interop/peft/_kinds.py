@@ -127,7 +127,7 @@ def fused_kind(kind: type) -> type:
 
 
 def swap_kinds(model: nn.Module) -> None:
-    """Change the class of each layer of a known kind whose base layer is linear."""
+    """Change the class of each layer of a known kind with a linear base layer."""
     for tuner in model.modules():
         configs: Any = getattr(tuner, "peft_config", None)
         if not isinstance(configs, dict) or not any(map(known_kind, configs.values())):

@@ -41,7 +41,7 @@ _by_number: weakref.WeakValueDictionary[int, PoolAfter] = weakref.WeakValueDicti
 
 
 class Rescale(NamedTuple):
-    """The D rows whose adapter scales the outputs, and the scales."""
+    """The D rows with scales of the outputs, and these scales."""
 
     # (D,) indices of the rows. In a graph it is None for all T rows; the scales of others are 1
     rows: Tensor | None
