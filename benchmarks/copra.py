@@ -32,24 +32,22 @@ from lora_ext.methods.copra import CopraConfig, CopraController, lmc_barrier
 
 CLAIM = Claim(
     paper="CopRA: A Progressive LoRA Training Strategy (arXiv 2410.22911)",
-    claim="Adapters trained with progressive random layer dropping are as good as LoRA's when used "
-    "alone, are connected by a line of low error, and are better after merging and pruning. "
-    "Training costs nothing extra.",
-    setup="(1) A residual MLP of 8 blocks (width 48), pretrained on a teacher's labels. LoRA of "
-    "rank 4 on each block's first matrix learns the teacher with rotated inputs: 1200 steps of "
-    "batch 64. (2) SmolLM2-135M learns a pirate's answers with rank 16 on all linear layers, "
-    "without a trained head: 150 steps of batch 4 on 9 of 16 answers, 4 held out. Per seed, two "
-    "adapters learn different samples; 11 points between them are tested. Rates are chosen per "
-    "schedule.",
+    claim="Adapters trained with progressive random layer dropping are as good as LoRA's alone, "
+    "are connected by a line of low error, and are better after merging and pruning.",
+    setup="(1) A residual MLP of 8 blocks, pretrained on a teacher's labels; LoRA of rank 4 on "
+    "each block's first matrix learns the teacher with rotated inputs. (2) SmolLM2-135M learns a "
+    "pirate's answers, rank 16 on all linear layers, 150 steps of batch 4 on 9 of 16 answers, 4 "
+    "held out. Per seed, two adapters learn different samples; 11 points between them are "
+    "tested.",
     headline="barrier of LoRA minus that of CopRA, on both models",
     use="you will merge adapters in factors or prune them to some blocks, and LoRA's adapters "
     "become much worse by it, as on the small network here (measure this first)",
     avoid="LoRA's adapters do not become worse, as with a trained head that solves the task, or "
     "you use a single complete adapter, or merge weights (delta)",
     seeds=5,
-    earlier="network: barrier 0.320 with LoRA and 0.243 with CopRA, +0.077 [+0.036, +0.098]; "
-    "MiniLM with a trained head, where LoRA gains 0.012 over no adapter: -0.005 [-0.013, +0.000] "
-    "(3 seeds, revision 1b90df0): not reproduced, at a ceiling",
+    earlier="network +0.077 [+0.036, +0.098]; MiniLM with a trained head, where LoRA gains 0.012 "
+    "over no adapter, -0.005 [-0.013, +0.000] (3 seeds, revision 1b90df0): not reproduced, at a "
+    "ceiling",
     gate="LoRA gains 0.3 (accuracy, or nats per token), and its barrier is at least ten times the "
     "noise of the test samples",
 )

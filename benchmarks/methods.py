@@ -38,8 +38,8 @@ INTRODUCTION = """# The papers' claims, and the results here
 This page explains, for each method, what its paper claims and what a small reproduction found.
 
 Each claim has a *gate*, which is judged first, on separate seeds: the models have learned, there is
-room for the effect, rivals differ, and costs are in the paper's range. Gates, criteria and seeds
-were committed before the runs and not adapted afterwards. The criteria then give the verdict:
+room for the effect, and costs are in the paper's range. Gates, criteria and seeds were committed
+before the runs and not adapted afterwards. The criteria then give the verdict:
 
 * *Reproduced*: all are met.
 * *Direction only*: each is met, or its effect has the reported sign.
@@ -49,13 +49,11 @@ were committed before the runs and not adapted afterwards. The criteria then giv
   result of an earlier protocol, which is no verdict on this one.
 
 Brackets contain 95 % bootstrap intervals over the seeds. Learning rates are chosen on separate
-seeds, inside their grid. A small reproduction neither proves nor refutes a paper. A `+` after a
-revision means uncommitted changes.
+seeds. A small reproduction neither proves nor refutes a paper.
 
-`pip install --no-build-isolation '.[claims]'` installs the models and texts
-(`benchmarks/claims/material.py` lists their licences). `python benchmarks/methods.py` measures what
-is missing and writes this page, `--left` prints the minutes that are left, `--from-results` writes
-the page from the existing rows.
+`benchmarks/claims/material.py` says how to install the models and texts. `python
+benchmarks/methods.py` measures what is missing and writes this page, `--left` prints the minutes
+that are left, `--from-results` writes the page from the existing rows.
 """
 
 
@@ -148,9 +146,9 @@ def found_rows(name: str, module: ModuleType) -> tuple[study.Rows, int]:
 def told(judged: study.Judged, claim: study.Claim) -> str:
     """Return the result, after the number of seeds if some are missing, or the earlier result."""
     if judged.word == study.NOT_TESTABLE:
-        return f"{judged.reason}. Earlier protocol: {claim.earlier}"
+        return f"the gate fails. Earlier protocol: {claim.earlier}"
     if not judged.seeds:
-        return f"not run yet. Earlier protocol: {claim.earlier}"
+        return f"none yet. Earlier protocol: {claim.earlier}"
     if judged.word != study.NOT_RUN:
         return judged.figure
     return f"{len(judged.seeds)} of {claim.seeds} seeds: {judged.figure}"
@@ -159,7 +157,7 @@ def told(judged: study.Judged, claim: study.Claim) -> str:
 def gate_of(judged: study.Judged, claim: study.Claim) -> str:
     """Return the gate's conditions with what was found, or only what is asked."""
     if not judged.gate:
-        return f"{claim.gate} (not run yet)"
+        return claim.gate
     each = [f"{g.name} {g.found} ({g.asked}{'' if g.met else ': **no**'})" for g in judged.gate]
     return "; ".join(each)
 

@@ -31,24 +31,20 @@ CLAIM = Claim(
     paper="Safe Pruning LoRA (arXiv 2506.18931)",
     claim="Pruning the LoRA layers that E-DIEM selects makes a fine-tuned model safer than LoRA "
     "and Safe LoRA do, at equal or better utility.",
-    setup="SmolLM2-135M, aligned to refuse 120 requests of Do-Not-Answer and answer 60 harmless "
-    "ones. LoRA of rank 8 on queries and values learns another task for 100 steps, without and "
-    "with 10 % consent to harm. Modules are pruned while 85 % of the task's gain is kept. 100 "
-    "harmful and 100 harmless requests; 20 random orders. Gemma 3 270M was not available.",
+    setup="SmolLM2-135M (Gemma 3 270M was not available), aligned to refuse Do-Not-Answer's "
+    "requests. LoRA of rank 8 on queries and values learns another task, without and with 10 % "
+    "consent to harm. Modules are pruned while 85 % of the task's gain is kept. 100 harmful and "
+    "100 harmless requests; 20 random orders.",
     headline="refusals of harmful less harmless requests, E-DIEM above Safe LoRA and above random",
     use="you want to prune an adapter without data or training, and can give up a seventh of its "
-    "task's gain. With 85 % of the gain kept, the model refused a share of 0.95 of harmful "
-    "requests after pruning by E-DIEM's distance, smallest first (the smallest updates), 0.79 "
-    "after pruning random modules, and 0.51 after Safe LoRA (85 % was chosen after one seed "
-    "had been seen)",
-    avoid="you can give up half of the gain: then the model refuses nearly all harmful requests, "
-    "whichever layers are pruned, even random ones. Nor when harmless questions must be "
-    "answered: at intermediate amounts of pruning, it refused up to 0.64 of them with some "
-    "scores, and 0.96 with random pruning",
+    "task's gain",
+    avoid="you can give up half of the gain (then the model refuses nearly all harmful requests, "
+    "whichever layers are pruned), or harmless questions must be answered (in an earlier "
+    "protocol, pruned models refused up to 0.64 of them, and 0.96 with random pruning)",
     seeds=3,
-    earlier='judged by "angle, largest" at half of the gain, where every rule is at 0.98 to 1.00; '
-    "at 85 %, on the same three seeds, E-DIEM smallest first 0.95, random 0.79, Safe LoRA 0.51, "
-    "but 0.32 of harmless questions are refused (revision 1b90df0): not reproduced, at a ceiling",
+    earlier="at half of the gain, every rule is at 0.98 to 1.00; at 85 %, E-DIEM smallest first "
+    "0.95, random 0.79, Safe LoRA 0.51, with 0.32 of harmless questions refused (revision "
+    "1b90df0): not reproduced, at a ceiling",
     gate="tuning costs 0.3 of the refusals, random pruning is between 0.2 and 0.9, and the aligned "
     "model refuses at most 0.1 of harmless requests",
 )
