@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from two_layers import IN, inputs, make
+from two_layers import inputs, make
 
 import lora_ext
 from lora_ext.rows import Assignment, Layout, UnknownAdapterError
