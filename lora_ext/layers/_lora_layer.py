@@ -363,12 +363,7 @@ class LoraLayer(Participants):
     ) -> Tensor:
         """Compute ``base(x)`` plus the updates of the adapters ``names``; ``x`` is ``(..., I)``."""
         factors = [self.factors(name) for name in names]
-        mixed = rows is not None and (rows.weights is not None or rows.ids.dim() > 1)
-        used = names if rows is None else [names[i] for i in rows.used]
-        scaled = [name for name in (used if mixed else names) if self.use_dora[name]]
-        if mixed and scaled:
-            raise no_sum(type(self).__name__, scaled[0])
-        if not scaled:
+        if not any(self.use_dora[name] for name in names):
             return lora_forward(x, base, factors, rows)
         magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
 
@@ -376,14 +371,6 @@ class LoraLayer(Participants):
             return self.base_weight.matrix(), self.bias
 
         return scaled_forward(x, base, dense, factors, magnitudes, rows)
-
-
-def no_sum(where: str, adapter_name: str) -> NotImplementedError:
-    """Return the error for a DoRA adapter in a batch with weights or several adapters per row."""
-    return NotImplementedError(
-        f"{where}: adapter_names: expected adapters without DoRA in a batch with weights or with "
-        f"several adapters per row, found {adapter_name!r}, which uses DoRA"
-    )
 
 
 def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:

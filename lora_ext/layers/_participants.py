@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ class Participants(Merging):
     #: Names of the adapters that are switched off only while the layer is in training mode.
     off_in_training: frozenset[str]
     disable_adapters: bool
+    use_dora: dict[str, bool]
 
     #: True if the layer can add the updates of several adapters to a row.
     mixes = False
@@ -125,19 +128,35 @@ class Participants(Merging):
         names = self.adapter_names
         if isinstance(adapter_ids, Tensor):
             enabled = tuple(self._is_on(name) for name in names)
-            return rows_of(adapter_ids, len(names), leading, enabled, self.tokens_first)
+            rows = rows_of(adapter_ids, len(names), leading, enabled, self.tokens_first)
+            if rows.ids.dim() > 1:
+                self._refuse_rescaled(names[i] for i in rows.used)
+            return rows
         reachable = tuple(n if self._is_on(n) else "" for n in names)  # "" matches no name
         if adapter_ids is not None:
             made = isinstance(adapter_ids, Assignment)
             assignment = adapter_ids if made else Assignment.of(adapter_ids)
-            self._check_known(assignment.names)
-            return assignment.rows_among(reachable, Layout(leading, device, self.tokens_first))
+            self._check_known(assignment.members)
+            self._refuse_rescaled(assignment.weighted)
+            layout = Layout(leading, device, self.tokens_first)
+            return assignment.rows_among(reachable, layout, self.mixes)
         if block is not None:
-            return block.rows_among(reachable, leading, device, self.tokens_first, self._of_tokens)
+            self._refuse_rescaled(block.assignment.weighted)
+            where = leading, device, self.tokens_first, self._of_tokens
+            return block.rows_among(reachable, *where, self.mixes)
         if not _context.any_block:
             return None
         default = self._default_position()
         return layer_rows(reachable, default, leading, device, self.tokens_first, self._of_tokens)
+
+    def _refuse_rescaled(self, names: Iterable[str]) -> None:
+        """Raise NotImplementedError if one of these adapters of a mixture uses DoRA."""
+        for name in names:
+            if self.use_dora.get(name):
+                raise NotImplementedError(
+                    f"{type(self).__name__}: adapter_names: expected adapters without DoRA in rows "
+                    f"with weights or several adapters, found {name!r}, which uses DoRA"
+                )
 
     def _default_position(self) -> int:
         active = [n for n in self._active if self._is_on(n)]

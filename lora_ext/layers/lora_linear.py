@@ -110,6 +110,7 @@ class LoraLinear(LoraLayer):
             expected = f"one weight for each of {rows.ids.numel()} entries"
             fits, found = adapter_weights.numel() == rows.ids.numel(), adapter_weights.numel()
             require(fits, "LoraLinear", "adapter_weights", expected, found)
+            self._refuse_rescaled(names[i] for i in rows.used)
             rows = rows._replace(weights=adapter_weights.reshape(rows.ids.shape))
         base: nn.Module = self._modules["base_layer"]  # pyright: ignore[reportAssignmentType]
         if not names:

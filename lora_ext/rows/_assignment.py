@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -137,6 +138,10 @@ class Assignment:
         """Return the entries; the base model is :data:`BASE`."""
         return [BASE if place < 0 else entry_of(self.names[place], w) for place, w in self.pairs()]
 
+    def plain(self) -> list[str]:
+        """Return the name of each entry; the base model for an entry with weights."""
+        return [entry if isinstance(entry, str) else BASE for entry in self.spelled()]
+
     def each(self) -> list[Any]:
         """Return the distinct entries, sorted by name; the base model is :data:`BASE`.
 
@@ -188,25 +193,64 @@ class Assignment:
     # ---------------------------------------------------------------------------------------------
     # Rows
 
-    def rows_among(self, names: tuple[str, ...], layout: Layout) -> Rows:
+    @property
+    def mixed(self) -> bool:
+        """Whether an entry has a weight other than 1, or several adapters."""
+        return self.weights is not None or not all(map(_entries.is_plain, self.names))
+
+    @functools.cached_property
+    def weighted(self) -> frozenset[str]:
+        """Names of the adapters of entries that have a weight other than 1, or several adapters."""
+        if not self.mixed:
+            return frozenset()
+        entries = [entry for entry in self.each() if not _entries.is_plain(entry)]
+        pairs = [entry if isinstance(entry[0], tuple) else (entry,) for entry in entries]
+        return frozenset(name for own in pairs for name, _ in own)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Distinct names of the adapters of all entries."""
+        each = (name if isinstance(name, tuple) else (name,) for name in self.names)
+        return tuple(dict.fromkeys(member for names in each for member in names))
+
+    def rows_among(self, names: tuple[str, ...], layout: Layout, mixes: bool = False) -> Rows:
         """Return the rows of a layer with adapters of these names, from a cache if possible.
 
         A layer need not have all adapters: rows use the base model if the layer lacks theirs. The
         key of the cache omits ``layout.batch``, for the reason given in :meth:`Block.rows`.
+
+        Raises:
+            NotImplementedError: If an entry has a weight or several adapters, unless ``mixes``.
         """
-        if self.weights is not None or not all(isinstance(name, str) for name in self.names):
-            _entries.refuse_mixtures(self.each())
+        make = self._rows_among
+        if self.mixed:
+            if not mixes:
+                _entries.refuse_mixtures(self.each())
+            make = self._mixed_rows_among
         if compiles():
-            return self._rows_among(names, layout)
+            return make(names, layout)
         leading, device, tokens_first, _ = layout
         key = (names, leading, tokens_first)
-        return self.kept.get(key, device, self._rows_among, names, layout)
+        return self.kept.get(key, device, make, names, layout)
 
     def _rows_among(self, names: tuple[str, ...], layout: Layout) -> Rows:
         known = [names.index(name) if name in names else -1 for name in self.names]
         used = tuple(sorted({known[place] for place in self.occurring} - {-1}))
         table = [used.index(position) if position in used else -1 for position in known]
         return planned(used, self.ids(table, layout))
+
+    def _mixed_rows_among(self, names: tuple[str, ...], layout: Layout) -> Rows:
+        weights = self.row_weights(layout)  # (T, K)
+        each = [name if isinstance(name, tuple) else (name,) for name in self.names]
+        width = max([len(own) for own in each], default=1) if weights is None else weights.shape[1]
+        known = [[names.index(n) if n in names else -1 for n in own] for own in each]
+        used = tuple(sorted({i for place in self.occurring for i in known[place]} - {-1}))
+        columns: list[Tensor] = []
+        for k in range(width):
+            of_place = [own[k] if k < len(own) else -1 for own in known]
+            table = [used.index(i) if i in used else -1 for i in of_place]
+            columns.append(self.ids(table, layout))
+        return planned(used, torch.stack(columns, 1), weights)
 
     def ids(self, table: Sequence[int], layout: Layout) -> Tensor:
         """Return the ids of the T rows of a layer, ``(T,)`` int32.

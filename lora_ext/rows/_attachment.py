@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from ._entries import Entry, refuse_mixtures
+from ._entries import Entry, members_of
 
 
 class UnknownAdapterError(KeyError):
@@ -127,17 +127,26 @@ class LayerNames:
         """Return a lease of the names.
 
         Raises:
-            NotImplementedError: If a name is a mixture or has a weight.
+            NotImplementedError: If an adapter of a mixture is activated.
             UnknownAdapterError: If a name is unknown to every layer.
         """
-        refuse_mixtures(names)
         known = {known for layer in self._layers for known in layer.adapter_names}
-        for name in names:
-            if name is not None and name not in known:
+        each = [[name for name, _ in members_of(entry, "adapters: names")] for entry in names]
+        for name in itertools.chain.from_iterable(each):
+            if name not in known:
                 close = difflib.get_close_matches(name, known)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise UnknownAdapterError(f"adapters: no layer has an adapter named {name!r}{hint}")
-        return Places(range(len(names)), [self._invocation(name) for name in names])
+        invocations: list[tuple[int, ...]] = []
+        for own in each:
+            found = [(name, start) for name in own if (start := self._invocation(name))]
+            if found and len(own) > 1:
+                raise NotImplementedError(
+                    "adapters: names: expected ordinary adapters in a mixture, found the activated "
+                    f"adapter {found[0][0]!r}; use it alone"
+                )
+            invocations.append(found[0][1] if found else ())
+        return Places(range(len(names)), invocations)
 
     def _invocation(self, name: str | None) -> tuple[int, ...]:
         """Return the invocation of an adapter; raise ValueError if layers have different ones."""

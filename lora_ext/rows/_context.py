@@ -126,18 +126,20 @@ class Block:
         device: torch.device,
         tokens_first: bool = False,
         of_tokens: bool = False,
+        mixes: bool = False,
     ) -> Rows:
         """Return the rows of a layer of :mod:`lora_ext.nn`, which contains its own adapters.
 
         The ids are indices into ``used``, which contains indices into ``names``, the layer's
-        adapters. Other arguments and errors are those of :meth:`rows`.
+        adapters. Other arguments and errors are those of :meth:`rows` and, for ``mixes``, of
+        :meth:`Assignment.rows_among`.
         """
         if self.lease.released:
             raise _outlived()
         layout = Layout(leading, device, tokens_first, _batch.get())
         if of_tokens:
             self.assignment.check_tokens(layout)
-        return self.assignment.rows_among(names, layout)
+        return self.assignment.rows_among(names, layout, mixes)
 
     def step_rows(self, layout: Layout) -> Rows | None:
         """Return the rows in the buffers of the :func:`lora_ext.capturable` step.

@@ -76,12 +76,13 @@ def _float32(weight: Any) -> float:
 
 
 def refuse_mixtures(entries: Sequence[object]) -> None:
-    """Raise NotImplementedError for an entry with a weight, for layers that own their adapters."""
+    """Raise NotImplementedError for an entry with a weight, for layers that cannot mix adapters."""
     for entry in entries:
         if not is_plain(entry):
             raise NotImplementedError(
-                "adapters: names: expected one adapter with a weight of 1 for each row of layers "
-                f"that have their own adapters, found {entry!r:.200}; load them into an AdapterPool"
+                "adapters: names: expected one adapter with a weight of 1 for each row of an "
+                "embedding, of experts or in a compiled graph with its own adapters, found "
+                f"{entry!r:.200}; load them into an AdapterPool"
             )
 
 

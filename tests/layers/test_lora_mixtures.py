@@ -7,7 +7,9 @@ import torch
 from common import error_over_bound
 from torch import Tensor, nn
 
+import lora_ext
 from lora_ext.nn import LoraEmbedding, LoraLinear
+from lora_ext.rows import UnknownAdapterError, layer_names
 
 IN, OUT, ROWS = 24, 17, 10
 IDS = torch.tensor([[0, 2], [1, -1], [2, 2], [-1, -1], [1, 0]] * 2)
@@ -155,3 +157,71 @@ def test_dora_and_embeddings_are_refused_by_name() -> None:
     torch.testing.assert_close(layer(x, ids, adapter_weights=weights), expected)
     with pytest.raises(NotImplementedError, match=r"LoraEmbedding: adapter_ids: .* 2 per row"):
         LoraEmbedding(nn.Embedding(5, 4), "a", r=2)(torch.arange(ROWS) % 5, IDS.clamp(max=0))
+
+
+ENTRIES = [{"a": 0.7, "c": -0.3}, "b", None, ("c", 0.5), {"c": 2, "b": 1}]
+WEIGHTS = {"a": [0.7, 0, 0, 0, 0], "b": [0, 1, 0, 0, 1], "c": [-0.3, 0, 0, 0.5, 2]}
+
+
+def expected_of(layer: Any, x: Tensor) -> Tensor:
+    """Return the output of five sequences with the entries :data:`ENTRIES`."""
+    ids = torch.arange(3).expand(x[..., 0].numel(), 3)
+    weights = torch.tensor([WEIGHTS[name] for name in "abc"]).T.to(x.dtype)
+    rows = weights.repeat_interleave(x[0, ..., 0].numel(), 0)
+    return formula(layer, x.reshape(-1, IN), ids, rows).view(*x.shape[:-1], OUT)
+
+
+@pytest.mark.parametrize("lead", [(5,), (5, 3)])
+def test_entries_equal_the_formula_and_give_every_member_its_gradient(lead: Any) -> None:
+    layer, x = made(torch.float64), torch.randn(*lead, IN, dtype=torch.float64)
+    found, expected = layer(x, adapter_names=ENTRIES), expected_of(layer, x)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # weights are float32
+    ours, theirs = made(torch.float64), made(torch.float64)
+    ours(x, adapter_names=ENTRIES).square().sum().backward()
+    expected_of(theirs, x).square().sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert p.grad is not None, name
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_give_entries_to_layers_and_plain_rows_keep_their_bits() -> None:
+    layer, x = made(), torch.randn(5, IN)
+    with torch.no_grad():
+        y = layer(x, adapter_names=ENTRIES)
+        with lora_ext.adapters(ENTRIES, pool=layer_names):
+            assert torch.equal(layer(x), y)
+        turned = [dict(reversed(e.items())) if isinstance(e, dict) else e for e in ENTRIES]
+        assert torch.equal(layer(x, adapter_names=turned), y)
+        names = ["a", "b", None, "c", "a"]
+        assert torch.equal(layer(x, adapter_names=[n and {n: 1} for n in names]), layer(x, names))
+        mixed = layer(x, adapter_names=[*ENTRIES[:3], "c", "a"])
+        assert torch.equal(mixed[1:], layer(x, names)[1:])
+
+
+def test_dora_beside_a_mixture_is_computed_and_in_one_is_refused() -> None:
+    layer, x = made(use_dora=True), torch.randn(5, IN)
+    with torch.no_grad():
+        y = layer(x, adapter_names=[{"a": 0.5, "b": 2}, "c", "c", ("a", 3), None])
+        assert torch.equal(y[1:3], layer(x, adapter_names=["c"] * 5)[1:3])
+        weights = torch.tensor([[0.5, 2.0], [0, 0], [0, 0], [3, 0], [0, 0]])
+        ids = torch.tensor([[0, 1], [-1, -1], [-1, -1], [0, -1], [-1, -1]])
+        torch.testing.assert_close(y[3:], layer(x, ids, adapter_weights=weights)[3:])
+    for entry in ({"a": 1, "c": 1}, ("c", 0.5)):
+        with pytest.raises(NotImplementedError, match="found 'c', which uses DoRA"):
+            layer(x, adapter_names=[entry, *["a"] * 4])
+        with (
+            lora_ext.adapters([entry, *["a"] * 4], pool=layer_names),
+            pytest.raises(NotImplementedError, match="found 'c', which uses DoRA"),
+        ):
+            layer(x)
+
+
+def test_unknown_members_and_activated_adapters_of_a_set_are_refused() -> None:
+    layer, x = made(), torch.randn(5, IN)
+    layer.add_adapter("judge", r=2, alora_invocation_tokens=[3])
+    with pytest.raises(ValueError, match="unseen"):
+        layer(x, adapter_names={"a": 1, "unseen": 2})
+    with pytest.raises(UnknownAdapterError, match="unseen"):
+        lora_ext.adapters({"a": 1, "unseen": 2}, pool=layer_names).__enter__()
+    with pytest.raises(NotImplementedError, match="activated adapter 'judge'"):
+        lora_ext.adapters({"a": 1, "judge": 2}, pool=layer_names).__enter__()

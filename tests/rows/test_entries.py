@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from two_layers import IN, inputs, make
+from two_layers import inputs, make
 
 import lora_ext
 from lora_ext.rows import Assignment, Layout, UnknownAdapterError
@@ -138,12 +138,12 @@ def test_weights_follow_their_rows() -> None:
     assert plain.weights is None and plain.row_weights(Layout(leading, torch.device("cpu"))) is None
 
 
-def test_layers_with_their_own_adapters_refuse_weights() -> None:
-    layer = lora_ext.nn.LoraLinear(torch.nn.Linear(IN, 4), r=2)
-    x = inputs(2, 3)
+def test_embeddings_with_their_own_adapters_refuse_weights() -> None:
+    layer = lora_ext.nn.LoraEmbedding(torch.nn.Embedding(5, 4), r=2)
+    x = torch.ones(2, 3, dtype=torch.int64)
     for given in [("default", 0.5)], [{"default": 2}]:
         with pytest.raises(NotImplementedError, match=r"names: .* found .*default.*AdapterPool"):
             layer(x, given * 2)
         with pytest.raises(NotImplementedError, match=r"names: .* found .*default.*AdapterPool"):
             with lora_ext.adapters(given * 2, pool=lora_ext.nn.layer_names):
-                pass
+                layer(x)

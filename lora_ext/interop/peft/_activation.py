@@ -60,7 +60,7 @@ def rows_of_offsets(
     each = tuple(offsets) if offsets is not None else (None,) * count
     expected = f"one per row, for {count} rows"
     require(len(each) == count, "from_peft", "alora_offsets", expected, len(each))
-    key = names.names, names.places, tuple(begin), each, length
+    key = names.names, names.places, names.weights, tuple(begin), each, length
     last = _last.get()
     if last is None or last[0] != key:
         places = names.places
@@ -75,7 +75,8 @@ def rows_of_offsets(
         )
         # PEFT has found the starts already, so any token can represent an invocation.
         invocations = [(0,) if it else () for it in table]
-        entries = Assignment(names.names, places, (count,))
+        weights = names.weights if names.shape or names.weights is None else names.weights * count
+        entries = Assignment(names.names, places, (count,), weights=weights)
         found = Activated(entries, invocations, starts, True, length)
         last = key, found
         _last.set(last)

@@ -14,8 +14,16 @@ from torch import nn
 from lora_ext._torch import compiles
 from lora_ext.adapter import BaseModels, model_name
 from lora_ext.layers import adapters_of, switched_off
-from lora_ext.rows import Assignment, PoolLayer, _layouts, innermost, several_processes
+from lora_ext.rows import (
+    Assignment,
+    PoolLayer,
+    UnknownAdapterError,
+    _layouts,
+    innermost,
+    several_processes,
+)
 
+_WHERE = "from_peft: adapter_names"
 _LISTED = 8  # maximum number of layer names in a warning
 _REFERENCE = "ref"  # name of the adapter copy that TRL uses as its frozen reference model
 
@@ -59,9 +67,9 @@ def refuse_names_of_a_reference(active: list[str], names: Assignment) -> None:
     adapter, rows name other adapters but not the reference, and gradients are disabled. It is not
     raised if all rows use the base model.
     """
-    others = names.names and _REFERENCE not in names.names
+    others = names.members and _REFERENCE not in names.members
     if active == [_REFERENCE] and others and not torch.is_grad_enabled():
-        found = ", ".join(map(repr, names.names))
+        found = ", ".join(map(repr, names.members))
         raise ValueError(
             f"from_peft: adapter_names: expected none while TRL's {_REFERENCE!r} is active, found "
             f"{found}; pass a base model without adapters to the trainer as ref_model"
@@ -70,7 +78,7 @@ def refuse_names_of_a_reference(active: list[str], names: Assignment) -> None:
 
 def warn_of_frozen(model: nn.Module, names: Assignment) -> None:
     """Warn about named adapters that are frozen: by default, PEFT trains only the active one."""
-    frozen = set(names.names) if torch.is_grad_enabled() else set()
+    frozen = set(names.members) if torch.is_grad_enabled() else set()
     for layer in model.modules():
         if not frozen:
             return
@@ -117,7 +125,7 @@ def taking_part(
     if rows is None:
         refuse_block(layer, layer.lora_A, layer.active_adapters)
     if not several_processes():
-        wanted = rows.names if rows is not None else layer.active_adapters
+        wanted = rows.members if rows is not None else layer.active_adapters
         return tuple(n for n in wanted if n in layer.lora_A and n not in off), rows, ()
     # The parameters of every adapter are read, so that ZeRO-3 gathers them on all processes.
     asked = {name: trains(layer, name) for name in layer.lora_A}
@@ -165,7 +173,7 @@ def refuse_block(
         f"{list(block.assignment.names)!r:.200}; pass adapter_names= to the model, or call it "
         "outside the block"
     )
-    ours = any(name in names for name in block.assignment.names)
+    ours = any(name in names for name in block.assignment.members)
     if ours and any(
         isinstance(layer, PoolLayer) and layer.handle == block.handle for layer in module.modules()
     ):
@@ -194,6 +202,33 @@ def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
                 raise no_gradients_without_rows(f"{name}: PEFT runs a {type(module).__name__}")
         elif name in left and any(trains(module, adapter) for adapter in adapters_of(module)):
             raise no_gradients_without_rows(f"{name}: {left[name]}")
+
+
+def refuse_mixtures(model: nn.Module, names: Assignment) -> None:
+    """Raise if a mixture of ``adapter_names`` has an adapter that cannot be in one.
+
+    Raises:
+        NotImplementedError: If PEFT runs a layer of the adapter, or the adapter has more than
+            factors: DoRA, ``modules_to_save``, ``trainable_token_indices``.
+        UnknownAdapterError: If no layer has the adapter.
+    """
+    together = {name for own in names.names if isinstance(own, tuple) for name in own}
+    known: set[str] = set()
+    layer: Any
+    for place, layer in model.named_modules():
+        wrapper, peft_layer = (isinstance(layer, k) for k in (AuxiliaryTrainingWrapper, LoraLayer))
+        found = layer._adapters if wrapper else adapters_of(layer) if peft_layer else ()
+        own = names.weighted & {*found}
+        known |= own
+        for name in sorted(own):
+            why = f"it has a {type(layer).__name__}"
+            if hasattr(type(layer), "uncovered"):
+                why = layer.uncovered(name) or layer.unmixed(name, name in together)  # pyright: ignore
+            if why:
+                expected = f"{name!r}: expected an adapter that lora_ext can mix, found {place}"
+                raise NotImplementedError(f"{_WHERE}: {expected}: {why}")
+    if unknown := sorted(names.weighted - known):
+        raise UnknownAdapterError(f"{_WHERE}: no layer has an adapter named {unknown[0]!r}")
 
 
 def no_gradients_without_rows(found: str) -> NotImplementedError:

@@ -30,7 +30,7 @@ from lora_ext.layers import (
     lora_forward,
     scaled_forward,
 )
-from lora_ext.rows import Assignment, Layout, together
+from lora_ext.rows import BASE, Assignment, Layout, together
 
 from ._activation import activated, rows_of_offsets
 from ._adapters import no_gradients_without_rows, taking_part
@@ -106,6 +106,8 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         """
         names = kwargs.get("adapter_names")
         given = names_of_layer(self, names)
+        if given is not None and given.mixed and (self._disable_adapters or self.merged):
+            kwargs["adapter_names"] = [BASE] * len(given.places)  # PEFT would hash the entries.
         offsets = offsets_of_layer(kwargs.get("alora_offsets"))
         if offsets is not None:
             kwargs["alora_offsets"] = offsets
@@ -135,7 +137,12 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             if fits and trained:
                 raise no_gradients_without_rows("; ".join(left))
             if given is not None:
-                kwargs["adapter_names"] = given.spelled()
+                mixed = fits and given.mixed
+                expected = "adapters that lora_ext runs beside rows with weights"
+                found = "; ".join(left)
+                where = "from_peft", "adapter_names"
+                require(not mixed, *where, expected, found, NotImplementedError)
+                kwargs["adapter_names"] = given.plain()
                 if self.tokens_first and x.dim() > 2:  # PEFT's forward expects sequences first.
                     turned = self._forward_of_peft(x.transpose(0, 1), **kwargs)
                     return turned.transpose(0, 1).contiguous()  # Some models call `view` on it.
@@ -147,7 +154,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         of_rows = None
         if rows is not None:
             layout = Layout(x.shape[:-1], x.device, self.tokens_first)
-            of_rows = together(rows.rows_among(present, layout), trained)
+            of_rows = together(rows.rows_among(present, layout, mixes=True), trained)
         factors = [self.factors_of(name) for name in present]
         if not any(self._is_dora(name) for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)
@@ -160,6 +167,14 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             for name, f, m, used in zip(present, factors, magnitudes, in_use, strict=True)
         ]
         return scaled_forward(x, self.base_layer, self._dense, factors, magnitudes, of_rows, norms)
+
+    def unmixed(self, name: str, together: bool) -> str | None:
+        """Return why an adapter cannot have a weight, or be in a row with other adapters."""
+        if self._is_dora(name):
+            return "it uses DoRA, and a rescaled output has no weighted sum"
+        if together and activated(self, (name,)):
+            return "it is activated, which is possible only for one adapter per row"
+        return None
 
     def _dense(self) -> DenseParameters:
         found = dense_parameters(self.base_layer, divided=True)

@@ -8,6 +8,7 @@ names.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -117,6 +118,28 @@ def kept_by_checkpoints(model: nn.Module, given: Given) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def entries_given(model: nn.Module, names: Assignment) -> Iterator[None]:
+    """Pass entries with weights to the fused layers, after PEFT's hooks have passed plain names."""
+    entries = names.spelled()
+
+    @functools.cache
+    def repeated(count: int) -> NamedRows:
+        each = [entry for entry in entries for _ in range(count)]
+        return NamedRows(Assignment.of_entries(each, (len(each),)))
+
+    def give(_layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        count = len(kwargs["adapter_names"]) // len(entries)  # number of beams
+        return args, {**kwargs, "adapter_names": repeated(count)}
+
+    with contextlib.ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer) and hasattr(type(layer), "of_peft"):
+                hook: Any = layer.register_forward_pre_hook(give, with_kwargs=True)  # pyright: ignore
+                stack.callback(hook.remove)
+        yield
+
+
 class _KeepsNames:
     """Checkpoint function that passes the adapter arguments of its forward to the recomputation.
 
@@ -149,7 +172,7 @@ def _remind(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, 
         return args, kwargs
     more: dict[str, Any] = {}
     if again.names is not None:
-        more["adapter_names"] = again.names.spelled()
+        more["adapter_names"] = again.names.plain()
     if again.offsets is not None:
         more["alora_offsets"] = again.offsets
     return args, {**kwargs, **more}

@@ -33,6 +33,7 @@ from ._adapters import (
     check_values,
     refuse_block,
     refuse_layers_of_peft,
+    refuse_mixtures,
     refuse_names_of_a_reference,
     refuse_turned,
     turned_layers,
@@ -42,7 +43,13 @@ from ._adapters import (
 from ._experts import FusedExperts
 from ._kinds import FusedKind, swap_kinds
 from ._layers import Fused, FusedLinear
-from ._names import Given, assignment_of, forget_checkpoints, kept_by_checkpoints
+from ._names import (
+    Given,
+    assignment_of,
+    entries_given,
+    forget_checkpoints,
+    kept_by_checkpoints,
+)
 from ._routers import FusedXLora, router_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -215,8 +222,15 @@ class _FusedLoraModel(LoraModel):
         if names is None:
             refuse_block(self, self.peft_config, self.active_adapters, other_names=True)
         else:
+            listed = isinstance(names, list | tuple)
+            require(listed, "from_peft", "adapter_names", "a list of one entry per row", names)
             require(None not in [*names], "from_peft", "adapter_names", "'__base__'", None)
-            refuse_turned(names, self.turned)
+            refuse_turned(assignment_of(names).each(), self.turned)
+        mixed = None if names is None else assignment_of(names)
+        if mixed is not None and mixed.mixed:
+            refuse_mixtures(self.model, mixed)
+        if mixed is not None:
+            kwargs["adapter_names"] = mixed.plain()
         if names is not None and self.training:
             refuse_names_of_a_reference(self.active_adapters, assignment_of(names))
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
@@ -240,6 +254,8 @@ class _FusedLoraModel(LoraModel):
                 if training and (names is not None or offsets is not None):
                     given = None if names is None else assignment_of(names)
                     stack.enter_context(kept_by_checkpoints(self.model, Given(given, offsets)))
+                if mixed is not None and mixed.mixed:
+                    stack.enter_context(entries_given(self.model, mixed))
                 stack.enter_context(offsets_given(self.model, offsets))
                 if not compiles():  # Dynamo cannot trace contextvars. Only `generate` reads this.
                     stack.enter_context(context_value(_begins, offsets is not None))
