@@ -187,7 +187,8 @@ class Assignment:
             return self
         entries = [row // self.repeat for row in rows]
         chosen = tuple(places[entry] for entry in entries)
-        weights = None if self.weights is None else tuple(self.weights[entry] for entry in entries)
+        weights: Any = self.weights
+        weights = weights and tuple(weights[entry] for entry in entries)
         return Assignment(self.names, chosen, (len(chosen),), weights=weights)
 
     # ---------------------------------------------------------------------------------------------

@@ -255,8 +255,8 @@ def _assigned(assignment: Assignment, owners: _Owners) -> Assignment:
         assignment = assignment.select(rows, owners.sequences)
     pairs = assignment.pairs()
     if len(set(pairs)) == 1:
-        place, weights = pairs[0]
-        return Assignment(assignment.names, (place,), (), weights=weights and (weights,))
+        (place, weights), names = pairs[0], assignment.names
+        return Assignment(names, (place,), (), weights=None if weights is None else (weights,))
     if rows:
         return _Units(assignment, owners.uniform)
     return _Unknown(assignment.names, tuple(place for place, _ in pairs), (len(pairs),))

@@ -222,8 +222,7 @@ class Capturable:
             raise ValueError(f"adapters: names: expected at most {limit}, found {count}")
         widths = [1 if isinstance(name, str) else len(name) for name in assignment.names]
         width = max(widths, default=0)
-        width = width if width > 1 or assignment.weights is not None else 0
-        if width > self.mixed:
+        if width > self.mixed and (width > 1 or assignment.weights is not None):
             raise ValueError(
                 f"capturable: mixed: expected at least {width} for names {assignment.asked!r:.200},"
                 f" found {self.mixed}; pass mixed={width} to capturable"
