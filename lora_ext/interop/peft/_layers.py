@@ -131,22 +131,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             if of_tokens is None:
                 left.append(f"adapter {begin[0]!r} starts in the middle of a sequence")
         if not fits or left:
-            exact = getattr(self.base_layer, "exact", False)
-            expected = "adapters that lora_ext computes"
-            require(not (left and exact), "exact", "model", expected, "; ".join(left))
-            if fits and trained:
-                raise no_gradients_without_rows("; ".join(left))
-            if given is not None:
-                mixed = fits and given.mixed
-                expected = "adapters that lora_ext runs beside rows with weights"
-                found = "; ".join(left)
-                where = "from_peft", "adapter_names"
-                require(not mixed, *where, expected, found, NotImplementedError)
-                kwargs["adapter_names"] = given.plain()
-                if self.tokens_first and x.dim() > 2:  # PEFT's forward expects sequences first.
-                    turned = self._forward_of_peft(x.transpose(0, 1), **kwargs)
-                    return turned.transpose(0, 1).contiguous()  # Some models call `view` on it.
-            return self._forward_of_peft(x, *args, **kwargs)
+            return self._refused(x, given, left, fits, trained, kwargs)
         if not present:
             return self.base_layer(x)
         if routers:
@@ -167,6 +152,33 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             for name, f, m, used in zip(present, factors, magnitudes, in_use, strict=True)
         ]
         return scaled_forward(x, self.base_layer, self._dense, factors, magnitudes, of_rows, norms)
+
+    def _refused(
+        self,
+        x: Tensor,
+        given: Any,
+        left: list[str],
+        fits: bool,
+        trained: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Call PEFT's forward, for the reasons ``left``, or raise if it would not be correct."""
+        exact = getattr(self.base_layer, "exact", False)
+        reasons = "; ".join(left)
+        expected = "adapters that lora_ext computes"
+        require(not (left and exact), "exact", "model", expected, reasons)
+        if fits and trained:
+            raise no_gradients_without_rows(reasons)
+        if given is None:
+            return self._forward_of_peft(x, **kwargs)
+        where, expected = "from_peft", "adapters that lora_ext runs beside rows with weights"
+        mixed = fits and given.mixed
+        require(not mixed, where, "adapter_names", expected, reasons, NotImplementedError)
+        kwargs["adapter_names"] = given.plain()
+        if self.tokens_first and x.dim() > 2:  # PEFT's forward expects sequences first.
+            turned = self._forward_of_peft(x.transpose(0, 1), **kwargs)
+            return turned.transpose(0, 1).contiguous()  # Some models call `view` on it.
+        return self._forward_of_peft(x, **kwargs)
 
     def unmixed(self, name: str, together: bool) -> str | None:
         """Return why an adapter cannot have a weight, or be in a row with other adapters."""
