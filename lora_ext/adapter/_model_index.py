@@ -40,6 +40,8 @@ PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Modules that PEFT can adapt and this package cannot. An adapter that targets one is rejected.
 _UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
+_PLAIN = (nn.Linear, nn.Embedding)
+
 # The linear layers of routed experts receive rows in a different order from that of the batch, so
 # the assignment of adapters to rows does not apply to them.
 ROUTED = "routed experts"
@@ -129,18 +131,12 @@ class ModelIndex:
         check_base("AdapterPool", model)
         targets = targets if targets is None or isinstance(targets, str) else tuple(targets)
 
-        floats = (p.dtype for p in model.parameters() if p.dtype in PAGE_DTYPES)
-        of_activations = next(floats, torch.get_default_dtype())
+        of_activations = _activations_dtype(model)
 
         def stored(weight: object, name: str) -> tuple[torch.dtype, torch.device]:
-            if not isinstance(weight, Tensor):  # a quantised layer names its tensors otherwise
-                own = modules[name].parameters(), modules[name].buffers(), model.parameters()
-                place, found = next(itertools.chain(*own), torch.empty(0)), of_activations
-            else:
-                place = weight
-                found = weight.dtype if weight.dtype in PAGE_DTYPES else of_activations
-            where = torch.device(device) if device else _device_of(name, place, modules)
-            return dtype or found, where
+            like = _like(weight, modules[name], model)
+            own = like.dtype if like is weight and like.dtype in PAGE_DTYPES else of_activations
+            return dtype or own, torch.device(device) if device else _device_of(name, like, modules)
 
         linear: dict[str, LinearSpec] = {}
         embedding: dict[str, LinearSpec] = {}
@@ -148,14 +144,12 @@ class ModelIndex:
         experts: dict[str, LinearSpec] = {}
         parameters: dict[str, tuple[str, ...]] = {}
         skipped: dict[str, str] = {}
-        others: dict[str, str] = {}
         modules = dict(model.named_modules())
         layers = linear_sizes(modules)
         for name, module in modules.items():
             parent = modules.get(name.rpartition(".")[0])
             if name in layers:
-                owner = type(parent).__name__ if isinstance(parent, READS_WEIGHTS) else None
-                owner = owner or (ROUTED if in_routed_experts(name) else None)
+                owner = _owner(name, parent)
                 if owner is not None:
                     unsupported[name] = f"{type(module).__name__} of {owner}"
                     continue
@@ -165,7 +159,6 @@ class ModelIndex:
             if size is None:
                 if isinstance(module, _UNSUPPORTED):
                     unsupported[name] = type(module).__name__
-                others[name] = type(module).__name__
                 for parameter, sizes in projections(module).items() if name else ():
                     full = f"{name}.{parameter}"
                     parameters[name] = (*parameters.get(name, ()), full)
@@ -177,9 +170,8 @@ class ModelIndex:
                 continue
             if not _wanted(name, targets):
                 continue
-            plain = type(module) in (nn.Linear, nn.Embedding)
             stores = stored(getattr(module, "weight", None), name)
-            found[name] = LinearSpec(name, *size, *stores, plain=plain)
+            found[name] = LinearSpec(name, *size, *stores, plain=type(module) in _PLAIN)
             if parent is not None and name.rpartition(".")[2] in bypassed(parent):
                 skipped[name] = type(parent).__name__
         expected = "at least one Linear, Conv1D or Embedding module matching targets="
@@ -188,7 +180,7 @@ class ModelIndex:
         heads = head_names(model)
         more = _input_embedding(model, heads[0])
         more |= {"experts": experts, "parameters": parameters, "bypassed": skipped}
-        more["others"] = others
+        more["others"] = _class_names(m for m in modules.items() if m[0] not in layers)
         return cls(linear, embedding, unsupported, *heads, BaseWeights(model), **more)
 
 
@@ -209,6 +201,31 @@ def _input_embedding(model: Any, head: str | None) -> dict[str, Any]:
     if len(others) == 1:
         found |= {"input_embedding": others[0], "tied_head": tied}
     return found
+
+
+def _owner(name: str, parent: nn.Module | None) -> str | None:
+    """Return what reads the weight or reorders the rows of a linear layer, so that it cannot have
+    an adapter; None if it can."""
+    if isinstance(parent, READS_WEIGHTS):
+        return type(parent).__name__
+    return ROUTED if in_routed_experts(name) else None
+
+
+def _class_names(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
+    return {n: type(m).__name__ for n, m in modules if not isinstance(m, nn.Embedding)}
+
+
+def _activations_dtype(model: nn.Module) -> torch.dtype:
+    floats = (p.dtype for p in model.parameters() if p.dtype in PAGE_DTYPES)
+    return next(floats, torch.get_default_dtype())
+
+
+def _like(weight: object, module: nn.Module, model: nn.Module) -> Tensor:
+    """Return a weight, or another tensor of a layer of a quantiser that has none."""
+    if isinstance(weight, Tensor):
+        return weight
+    found = itertools.chain(module.parameters(), module.buffers(), model.parameters())
+    return next(found, torch.empty(0))
 
 
 def _wanted(name: str, targets: str | tuple[str, ...] | None) -> bool:
