@@ -129,7 +129,7 @@ class AdapterConfig(LoraConfig):
 
     @classmethod
     def _other(cls, kind: Kind, raw: Mapping[str, Any], where: str) -> AdapterConfig:
-        """Create the configuration of a kind other than LoRA, whose own fields stay in ``raw``."""
+        """Create the configuration of a kind other than LoRA; its own fields stay in ``raw``."""
         read = {key: raw[key] for key in _OF_MODULES & raw.keys()}
         unknown = _unknown(kind, raw, _OF_MODULES)
         config = cls(where=where, unknown=unknown, raw=dict(raw), **read)

@@ -158,7 +158,7 @@ def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorS
 
 @contextlib.contextmanager
 def _named(where: str) -> Iterator[None]:
-    """Prepend ``where`` to the message of a kind's refusal."""
+    """Add ``where`` in front of the message of a kind's refusal."""
     try:
         yield
     except UnknownSize:

@@ -60,7 +60,7 @@ class LoraAdapter:
 
     @property
     def complete(self) -> bool:
-        """Whether the factors are known: a file of some kinds does not contain all sizes."""
+        """Return whether the factors are known; files of some kinds do not contain all sizes."""
         return not isinstance(self.modules, _NoFactors)
 
     @property
@@ -296,7 +296,7 @@ def _same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bo
 
 
 class _NoFactors(Mapping[str, Factors]):
-    """Modules of an adapter whose file does not contain all sizes: reading one raises an error."""
+    """Modules of an adapter without all sizes in its file; reading one raises an error."""
 
     def __init__(self, names: Iterable[str], error: UnknownSize):
         self._names, self._error = tuple(names), error

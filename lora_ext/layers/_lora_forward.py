@@ -322,7 +322,7 @@ def _columns(
     call: _Call,
     ranks: Tensor | None,
 ) -> Tensor:
-    """Compute a call with weights in float64, whose weights the op would round to float32."""
+    """Compute a call with weights in float64, which the op would round to float32."""
     y = None if weight is None else nn.functional.linear(x, weight, bias)
     assert call.weights is not None and call.plan is not None
     p, columns = call.adapters[0].p, call.ids.view(len(x), -1).T  # (K, T)

@@ -196,7 +196,7 @@ class Assignment:
 
     @property
     def mixed(self) -> bool:
-        """Whether an entry has a weight other than 1, or several adapters."""
+        """Return whether an entry has a weight other than 1, or several adapters."""
         return self.weights is not None or not all(map(_entries.is_plain, self.names))
 
     @functools.cached_property

@@ -91,7 +91,7 @@ class MultiLoraLinear(PoolLayer):
         return y
 
     def _before(self, x: Tensor, traced: bool) -> Tensor:
-        """Scale the input of the rows whose adapter scales it."""
+        """Scale the input of rows with an adapter that scales inputs."""
         leading = x.shape[:-1]
         if traced:
             ids = traced_rows(self, leading, x.device).ids
