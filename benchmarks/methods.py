@@ -51,8 +51,7 @@ Brackets contain 95 % bootstrap intervals over the seeds. Learning rates are cho
 seeds. A small reproduction proves or refutes no paper.
 
 `benchmarks/claims/material.py` says how to install the models and texts. `python
-benchmarks/methods.py` measures what is missing and writes this page, `--left` prints the minutes
-that are left, `--from-results` writes the page from the existing rows.
+benchmarks/methods.py` measures what is missing and writes this page (`--left`: minutes).
 """
 
 
