@@ -48,7 +48,7 @@ before the runs and not adapted afterwards. The criteria then give the verdict:
 * *Not run yet*: runs are missing, or the machine was busy. The result is then an earlier one.
 
 Brackets contain 95 % bootstrap intervals over the seeds. Learning rates are chosen on separate
-seeds. A small reproduction proves or refutes no paper.
+seeds.
 
 `benchmarks/claims/material.py` says how to install the models and texts. `python
 benchmarks/methods.py` measures what is missing and writes this page (`--left`: minutes).
