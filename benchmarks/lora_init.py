@@ -261,18 +261,18 @@ def gate(rows: Rows) -> list[Gate]:
     ends = f"{min(best.log2_rate for best in each):g} to {max(best.log2_rate for best in each):g}"
     return [
         Gate(
-            "network: share of the untrained loss that is left",
+            "network: loss left",
             f"{FLOOR:g} to {LEARNED:g}",
             f"{min(shares):.2g} to {max(shares):.2g}",
             FLOOR <= min(shares) and max(shares) <= LEARNED,
         ),
         Gate(
-            "network: log2 of the best rates",
+            "log2 of rates",
             f"inside {_log2(RATES[-1]):g} to {_log2(RATES[0]):g}",
             ends,
             all(best.inside for best in each),
         ),
-        study.gate_above("MiniLM: nats gained over the head alone", min(gains), LEAST_GAIN),
+        study.gate_above("MiniLM: gain over the head", min(gains), LEAST_GAIN),
         *(GRIDS[start].gate(losses, f"{start} on MiniLM") for start, losses in tried.items()),
     ]
 

@@ -45,15 +45,13 @@ before the runs and not adapted afterwards. The criteria then give the verdict:
 * *Direction only*: each is met, or its effect has the reported sign.
 * *Not reproduced*: at least one effect does not have the reported sign.
 * *Not testable here*: the gate fails. This is no evidence for or against the paper.
-* *Not run yet*: runs are missing, or the machine was too busy for timing. The page then shows the
-  result of an earlier protocol, which is no verdict on this one.
+* *Not run yet*: runs are missing, or the machine was busy. The result is then an earlier one.
 
 Brackets contain 95 % bootstrap intervals over the seeds. Learning rates are chosen on separate
-seeds. A small reproduction neither proves nor refutes a paper.
+seeds.
 
 `benchmarks/claims/material.py` says how to install the models and texts. `python
-benchmarks/methods.py` measures what is missing and writes this page, `--left` prints the minutes
-that are left, `--from-results` writes the page from the existing rows.
+benchmarks/methods.py` measures what is missing and writes this page (`--left`: minutes).
 """
 
 
@@ -158,7 +156,9 @@ def gate_of(judged: study.Judged, claim: study.Claim) -> str:
     """Return the gate's conditions with what was found, or only what is asked."""
     if not judged.gate:
         return claim.gate
-    each = [f"{g.name} {g.found} ({g.asked}{'' if g.met else ': **no**'})" for g in judged.gate]
+    each = [
+        g.name + f" {g.found}" + ("" if g.met else f" (**no**: {g.asked})") for g in judged.gate
+    ]
     return "; ".join(each)
 
 
@@ -175,13 +175,14 @@ def section(
 ) -> str:
     """Return a method's section: claim, set-up, gate, criterion, result, verdict, advice."""
     claim = module.CLAIM
+    judged_text = "" if judged.word == study.NOT_RUN or not judged.criteria else others(judged)
     lines = [
         f"## {name}",
         "",
         f"* Claim: {claim.claim}",
         f"* Set-up: {claim.setup}",
         f"* Gate: {gate_of(judged, claim)}.",
-        f"* Criterion: {claim.headline}{others(judged) if judged.criteria else ''}.",
+        f"* Criterion: {claim.headline}{judged_text}.",
         f"* Result: {told(judged, claim)}.",
         f"* Verdict: **{judged.word}** ([notes](notes/{name}.md)).",
         f"* Use it when {claim.use}. Not when {claim.avoid}.",

@@ -200,7 +200,7 @@ class Grid:
     def gate(self, losses: Mapping[float, float], of: str = "") -> Gate:
         """Check that the best rate is inside the grid."""
         best, ends = self.best(losses), (min(losses), max(losses))
-        found = f"{best:g} of {ends[0]:g} to {ends[1]:g}"
+        found = f"{best:.3g} of {ends[0]:.3g} to {ends[1]:.3g}"
         return Gate(f"best rate{of and f' of {of}'}", "inside the grid", found, best not in ends)
 
 
