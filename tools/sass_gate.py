@@ -333,7 +333,7 @@ def row(kernel: Kernel) -> str:
         [one.inflight for one in kernel.flights],
         [one.overlap for one in kernel.flights if one.tensor],
     )]  # fmt: skip
-    labels = ("trips", "first", "mma", "each", "turn", "guarded")
+    labels = ("trips", "first", "mma", "each", "turn", "early", "guarded")
     costs = zip(labels, [*kernel.costs.values(), kernel.guarded_exp or None], strict=True)
     return (
         f"{kernel.arch:8}" + "".join(f"{n:7}" for n in numbers) + f"  {kernel.name}"

@@ -24,7 +24,10 @@ using Int32 = VecN<int32_t, kF>;
 
 LX_INLINE float half_to_float(const uint8_t* p) {
     const uint16_t h = load_bits<uint16_t>(p);
-    const float magnitude = bit_cast<float>(uint32_t(h & 0x7fff) << 13) * 0x1p112f;
+    // No subnormal float, which torch.set_flush_denormal(True) would turn into 0.
+    const float magnitude = h & 0x7c00
+                                ? bit_cast<float>((uint32_t(h & 0x7fff) << 13) + (112u << 23))
+                                : static_cast<float>(h & 0x3ff) * 0x1p-24f;
     return h & 0x8000 ? -magnitude : magnitude;
 }
 // Return the nearest float16 of a finite number below 65520 in magnitude.
@@ -184,7 +187,8 @@ void add_tile(const PackedBitsArgs& args, const Chunk& chunk, int64_t row, int64
               Fetch how, float* totals) {
     const int64_t group = args.group, groups = args.in_features / group;
     const int64_t block = block_bytes(args), size = code_bytes(args);
-    const int64_t group_stride = group / kFeatures<kBits> * how.stride;
+    // A single pass stays kAhead bytes ahead: a block has scales after its codes.
+    const int64_t group_stride = how.both ? block : group / kFeatures<kBits> * how.stride;
     for (int64_t g = chunk.begin; g < chunk.end; ++g) {
         const uint8_t *blocks[kPanels], *w[kPanels], *fetch[kPanels];
         for (int p = 0; p < kPanels; ++p) {

@@ -210,6 +210,10 @@ void multiply_tiles(const PackedLinearArgs& args, int64_t row, int64_t rows, int
     for (int64_t p = begin; p < end; ++p) {
         const char* panel = static_cast<const char*>(args.packed) + p * steps * kStepBytes;
         begin_sums<BFloat>(args, p * kPanel, rows, sums);
+        if (left > 0)  // before the tiles hold sums, since a call need not keep them
+            __builtin_memcpy(last_w, panel + tiles * kBytes,
+                             static_cast<size_t>((steps - tiles * kTileSteps) * kStepBytes));
+        asm volatile("" ::: "memory");  // GCC does not know that tile loads read memory
         _tile_loadd(4, sums, kPanel * 4);
         _tile_loadd(5, sums + 16, kPanel * 4);
         if constexpr (kTwo) {
@@ -221,11 +225,7 @@ void multiply_tiles(const PackedLinearArgs& args, int64_t row, int64_t rows, int
                 __builtin_prefetch(panel + t * kBytes + kAhead + line);
             add_tiles<kTwo>(panel + t * kBytes, x + t * kFeatures, args.x_stride);
         }
-        if (left > 0) {
-            __builtin_memcpy(last_w, panel + tiles * kBytes,
-                             static_cast<size_t>((steps - tiles * kTileSteps) * kStepBytes));
-            add_tiles<kTwo>(last_w, last_x, kFeatures);
-        }
+        if (left > 0) add_tiles<kTwo>(last_w, last_x, kFeatures);
         _tile_stored(4, sums, kPanel * 4);
         _tile_stored(5, sums + 16, kPanel * 4);
         if constexpr (kTwo) {
@@ -239,10 +239,16 @@ void multiply_tiles(const PackedLinearArgs& args, int64_t row, int64_t rows, int
 
 template <>
 void multiply<BFloat>(const PackedLinearArgs& args, int64_t begin, int64_t end) {
-    for (int64_t row = 0; row < args.rows; row += kRows) {
-        const int64_t rows = min(kRows, args.rows - row);
-        rows > 16 ? multiply_tiles<true>(args, row, rows, begin, end)
-                  : multiply_tiles<false>(args, row, rows, begin, end);
+    // All rows use about 1 MiB of panels while these are in L2.
+    const int64_t bytes = panel_steps(args) * kStepBytes;
+    const int64_t together = args.rows > kRows ? 1 + (1 << 20) / (bytes + 1) : end - begin;
+    for (int64_t p = begin; p < end; p += together) {
+        const int64_t last = min(end, p + together);
+        for (int64_t row = 0; row < args.rows; row += kRows) {
+            const int64_t rows = min(kRows, args.rows - row);
+            rows > 16 ? multiply_tiles<true>(args, row, rows, p, last)
+                      : multiply_tiles<false>(args, row, rows, p, last);
+        }
     }
 }
 #endif

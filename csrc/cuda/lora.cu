@@ -203,15 +203,12 @@ void declare_common(const LoraArgs& args, lx::Access access) {
         const LoraPlanLayout layout{args.num_tokens, bank.num_adapters};
         LX_BUF(args.plan, layout.size() * 4, access);
     } else {
-        LX_BUF(args.ids.adapter_ids, args.num_tokens * (args.ids.ids_are_int64 ? 8 : 4),
-               access);
+        LX_BUF(args.ids.adapter_ids, args.num_tokens * (args.ids.ids_are_int64 ? 8 : 4), access);
         if (args.ids.num_valid) LX_BUF(args.ids.num_valid, 4, access);
     }
     if (bank.ranks) LX_BUF(bank.ranks, bank.num_adapters * 4, access);
     [[maybe_unused]] const int64_t pages = int64_t{4} * bank.num_adapters * bank.pages_per_slot;
-    if (bank.scale)
-        LX_BUF(bank.scale, bank.scale_per_page ? pages : bank.num_adapters * 4,
-               access);
+    if (bank.scale) LX_BUF(bank.scale, bank.scale_per_page ? pages : bank.num_adapters * 4, access);
     if (bank.groups) LX_BUF(bank.groups, pages, access);
     if (args.weights)
         LX_BUF_ROWS(args.weights, args.num_tokens, bank.num_groups * 4, args.weights_row_stride * 4,
@@ -222,8 +219,7 @@ void declare_common(const LoraArgs& args, lx::Access access) {
 void declare_a(const LoraArgs& args, lx::Access access) {
     const LoraBank& bank = args.bank;
     const int64_t size = element_size(args.dtype);
-    LX_BUF_ROWS(args.x, args.num_tokens, bank.in_features * size, args.x_row_stride * size,
-                access);
+    LX_BUF_ROWS(args.x, args.num_tokens, bank.in_features * size, args.x_row_stride * size, access);
     for_each_page(bank, bank.a, bank.a_slot_stride, bank.a_page_stride, size,
                   [&](const void* a_page, int ranks) {
                       LX_BUF_ROWS(a_page, ranks, bank.in_features * size, bank.a_row_stride * size,

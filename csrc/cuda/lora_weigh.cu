@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
                 if (group_of_page(bank, tile.slot, rank / kPageRanks) == group)
                     sum += dv[row * args.dv_row_stride + rank] * v[row * lora.v_row_stride + rank];
             }
-            args.dweights[row * args.dweights_row_stride + group] = sum;
+            args.dweights[row * args.dweights_row_stride + group] += sum;
         }
         lx::syncthreads();  // u has been read
     }
@@ -110,7 +110,7 @@ LaunchStatus run_weigh_back(const LoraTrainArgs& args, void* stream) {
                 lx::Access::kReadWrite);
     if (args.dweights)
         LX_BUF_ROWS(args.dweights, lora.num_tokens, lora.bank.num_groups * 4,
-                    args.dweights_row_stride * 4, lx::Access::kWrite);
+                    args.dweights_row_stride * 4, lx::Access::kReadWrite);
     return LX_LAUNCH(lora_weigh_back_kernel, num_tiles(lora, kTileRows), kThreads, 0, stream, args,
                      tiling(lora, kTileRows));
 }

@@ -74,7 +74,8 @@ def packed_linear(
     A row's bits depend only on the row, the weight and the bias, not on other rows or the number of
     threads. Sums start with the bias and add the products in ascending order of the input features,
     in float32; they are rounded once. Machines with other instruction sets may round differently.
-    Instructions that multiply bfloat16 in pairs also treat subnormal numbers as zero.
+    Instructions that multiply bfloat16 in pairs also treat subnormal numbers as zero. With AMX, the
+    products of 32 input features are first added from zero, the even and the odd ones apart.
 
     With a weight of 8 or 4 bits, the products of a group of input features with the codes are added
     in float32, and the sum is multiplied by the scale of the group.
