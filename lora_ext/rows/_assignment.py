@@ -108,7 +108,8 @@ class Assignment:
             places = own[token_ids.long()].flatten()  # -1 reads the last entry
             weights = assignment.weights
             if isinstance(weights, tuple):  # an entry of -1 reads any weights
-                weights = torch.tensor(weights, device=token_ids.device)[token_ids.flatten().long()]
+                each = torch.tensor(weights, dtype=torch.float32, device=token_ids.device)
+                weights = each[token_ids.flatten().long()]
             made = cls(assignment.names, places, tuple(token_ids.shape), weights=weights)
             made.asked = assignment.asked
             return made
@@ -298,7 +299,7 @@ class Assignment:
             flat = [weight for row in weights for weight in row]
             each = constant(flat, torch.float32, device).view(len(weights), -1)
         else:
-            each = torch.tensor(weights).to(device)
+            each = torch.tensor(weights, dtype=torch.float32).to(device)
         if layout.tokens_first and len(self.shape) == 2:
             return each.view(*self.shape, -1).transpose(0, 1).flatten(0, 1)
         copies, turns = self.spread(layout)
