@@ -222,17 +222,18 @@ class Assignment:
         key of the cache omits ``layout.batch``, for the reason given in :meth:`Block.rows`.
 
         Raises:
-            NotImplementedError: If an entry has a weight or several adapters, unless ``mixes``.
+            NotImplementedError: If one of the names is in an entry with a weight or several
+                adapters, unless ``mixes``.
         """
         make = self._rows_among
-        if self.mixed:
-            if not mixes:
-                _entries.refuse_mixtures(self.each())
+        if self.mixed and mixes:
             make = self._mixed_rows_among
+        elif not self.weighted.isdisjoint(names):
+            _entries.refuse_mixtures(self.each())
         if compiles():
             return make(names, layout)
         leading, device, tokens_first, _ = layout
-        key = (names, leading, tokens_first)
+        key = (names, leading, tokens_first, mixes)
         return self.kept.get(key, device, make, names, layout)
 
     def _rows_among(self, names: tuple[str, ...], layout: Layout) -> Rows:
