@@ -166,9 +166,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     op = ops.lora_apply_siblings_
 
-    def counted(y: Any, *args: Any) -> Any:
+    def counted(y: Any, *args: Any, **how: Any) -> Any:
         found.append(len(y))
-        return op(y, *args)
+        return op(y, *args, **how)
 
     monkeypatch.setattr(ops, "lora_apply_siblings_", counted)
     return found

@@ -335,7 +335,7 @@ class TableBlock:
                 own = torch.tensor(row.pages, dtype=torch.int32).view(experts, -1)
                 n = own.shape[1]
                 table[i, :, :n], ranks[i], scale[i] = own, row.rank, (*row.scales, 0.0)[0]
-                page_scale[i, :, :n] = torch.tensor(row.scales)
+                page_scale[i, :, :n] = torch.tensor(row.scales, dtype=torch.float32)
                 groups[i, :, :n] = torch.tensor(row.groups, dtype=torch.int32)
         slots = slice(slot * experts, (slot + 1) * experts)
         own = (page_scale, groups) if mixed else (table, ranks, scale, page_scale, groups)

@@ -55,6 +55,7 @@ def find_place(
             has = f"the pool has pages={store.pages}; make a pool with larger pages="
             raise _TooLarge(f"AdapterPool: {needs}, {has}")
     search = _Search(store, need, packed, name)
+    what = repr(name) if name else "making room for mixtures"
     victims: list[Resident] = []
     slots = store.free_slots
     for resident in order:
@@ -77,7 +78,7 @@ def find_place(
             search.without(resident)
         if (missing := search.missing_bytes()) and store.max_bytes is not None:
             raise _TooLarge(
-                f"AdapterPool: {name!r} needs {store.max_bytes + missing} bytes of pages and "
+                f"AdapterPool: {what} needs {store.max_bytes + missing} bytes of pages and "
                 "tables, but there is no adapter to evict that would leave so many: found "
                 f"max_bytes={store.max_bytes}; make a pool with larger max_bytes="
             )
@@ -88,7 +89,7 @@ def find_place(
         count = f"{len(names)} adapter{'s' * (len(names) != 1)}"
         others = f"the rest is pinned, by {count}: {names[:8]}"
         raise PoolFullError(
-            f"AdapterPool: {name!r} needs {' and '.join(wanted)}, but "
+            f"AdapterPool: {what} needs {' and '.join(wanted)}, but "
             f"{others if names else 'there is no adapter to evict'}. With max_slots="
             f"{store.max_slots}, pages={store.pages} and {limit}, "
             f"{in_words(store.reserved_bytes)} are reserved, {held} of it pinned; release leases "

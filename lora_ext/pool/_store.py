@@ -213,7 +213,8 @@ class PageStore:
                 jobs[block.ranks.device] += block.copies(other, rows, mixed)
         for device, table in (self.members | place.members).items():
             for other, _, slots in everyone:
-                own = torch.full(table.shape[1:], -1, dtype=table.dtype, pin_memory=table.is_cuda)
+                kind = {"dtype": table.dtype, "device": "cpu", "pin_memory": table.is_cuda}
+                own = torch.full(table.shape[1:], -1, **kind)
                 own[: len(slots) or 1] = torch.tensor(slots or [other], dtype=table.dtype)
                 jobs[device].append((table[other], own))
         new = [t for slab in place.slabs.values() for t in (slab.a, slab.b)]

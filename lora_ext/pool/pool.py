@@ -313,17 +313,19 @@ class AdapterPool:
             self._store.mix(width)
             return lease
 
-    def prepare_mixtures(self) -> None:
-        """Allocate the tables that mixtures need, which otherwise the first mixture does.
+    def prepare_mixtures(self, width: int = 2) -> None:
+        """Prepare layers and compiled graphs for ``width`` weights per row.
 
-        A captured step reads them, so :func:`lora_ext.capturable` calls this method. It needs a
-        slot for a moment.
+        The tables of mixtures, which otherwise the first mixture allocates, need a slot for a
+        moment. A captured step reads them, so :func:`lora_ext.capturable` calls this method.
 
         Raises:
             PoolFullError: If all slots are pinned, or ``max_bytes`` leaves no room.
         """
         with self._lock:
-            self._residence.prepare_mixtures()
+            if width > 1:
+                self._residence.prepare_mixtures()
+            self._store.mix(width)
 
     def renew(self, lease: Lease) -> None:
         """Pin a released lease again; see :meth:`Lease.renew`."""

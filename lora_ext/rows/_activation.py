@@ -223,7 +223,8 @@ class Activated(Assignment):
         table = table.repeat_interleave(count, 0)
         weights = self.weights
         if weights is not None:
-            weights = torch.tensor(weights).repeat_interleave(count * length, 0)
+            weights = torch.tensor(weights, dtype=torch.float32)
+            weights = weights.repeat_interleave(count * length, 0)
         return Assignment(self.names, table.flatten(), tuple(table.shape), weights=weights)
 
     def ids(self, table: Sequence[int], layout: Layout) -> Tensor:

@@ -108,7 +108,8 @@ class Assignment:
             places = own[token_ids.long()].flatten()  # -1 reads the last entry
             weights = assignment.weights
             if isinstance(weights, tuple):  # an entry of -1 reads any weights
-                weights = torch.tensor(weights, device=token_ids.device)[token_ids.flatten().long()]
+                each = torch.tensor(weights, dtype=torch.float32, device=token_ids.device)
+                weights = each[token_ids.flatten().long()]
             made = cls(assignment.names, places, tuple(token_ids.shape), weights=weights)
             made.asked = assignment.asked
             return made
@@ -221,17 +222,18 @@ class Assignment:
         key of the cache omits ``layout.batch``, for the reason given in :meth:`Block.rows`.
 
         Raises:
-            NotImplementedError: If an entry has a weight or several adapters, unless ``mixes``.
+            NotImplementedError: If one of the names is in an entry with a weight or several
+                adapters, unless ``mixes``.
         """
         make = self._rows_among
-        if self.mixed:
-            if not mixes:
-                _entries.refuse_mixtures(self.each())
+        if self.mixed and mixes:
             make = self._mixed_rows_among
+        elif not self.weighted.isdisjoint(names):
+            _entries.refuse_mixtures(self.each())
         if compiles():
             return make(names, layout)
         leading, device, tokens_first, _ = layout
-        key = (names, leading, tokens_first)
+        key = (names, leading, tokens_first, mixes)
         return self.kept.get(key, device, make, names, layout)
 
     def _rows_among(self, names: tuple[str, ...], layout: Layout) -> Rows:
@@ -298,7 +300,7 @@ class Assignment:
             flat = [weight for row in weights for weight in row]
             each = constant(flat, torch.float32, device).view(len(weights), -1)
         else:
-            each = torch.tensor(weights).to(device)
+            each = torch.tensor(weights, dtype=torch.float32).to(device)
         if layout.tokens_first and len(self.shape) == 2:
             return each.view(*self.shape, -1).transpose(0, 1).flatten(0, 1)
         copies, turns = self.spread(layout)

@@ -129,7 +129,7 @@ def _active_adapter_ids(
     "active_adapter_weights(int handle, SymInt[] leading, Device device, bool tokens_first, "
     "bool of_tokens, SymInt[] batch, str? default, int mixed) -> Tensor",
     fake=lambda _handle, leading, device, *rest: torch.empty(
-        math.prod(leading), rest[-1], device=device
+        math.prod(leading), rest[-1], dtype=torch.float32, device=device
     ),
     tags=READS_MORE,
 )
@@ -137,7 +137,7 @@ def _active_adapter_weights(
     handle: int, leading: Sequence[int], device: torch.device, *where: Any
 ) -> Tensor:
     rows = _rows_of_graph(handle, leading, device, *where[:-1])
-    weights = torch.ones(math.prod(leading), where[-1], device=device)
+    weights = torch.ones(math.prod(leading), where[-1], dtype=torch.float32, device=device)
     if rows is not None and rows.weights is not None:
         weights[:, : rows.weights.shape[1]] = rows.weights
     return weights

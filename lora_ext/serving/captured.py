@@ -73,8 +73,7 @@ def capturable(
     devices = {spec.device for spec in pool.index.specs.values()}
     one = len(devices) == 1
     require(one, "capturable", "pool", "modules on one device", sorted(map(str, devices)))
-    if mixed > 1:  # a graph reads these tables before there is a mixture
-        pool.prepare_mixtures()
+    pool.prepare_mixtures(mixed)  # graphs read weights and tables before there is a mixture
     return Capturable(pool, max_rows, replaced, mixed, devices.pop())
 
 
@@ -130,7 +129,7 @@ class Capturable:
         self.mixed = mixed
         with torch.inference_mode(False):
             self._buffer = torch.full((2, max_rows), -1, dtype=torch.int32, device=device)
-            self._weights = torch.ones(max_rows, mixed, device=device)
+            self._weights = torch.ones(max_rows, mixed, dtype=torch.float32, device=device)
         self._weighted = False
         self._ids, self._places = self._buffer
         self._after: dict[PoolAfter, AfterTable] = {}
@@ -269,9 +268,10 @@ class Capturable:
         weights: Any = assignment.weights
         device = weights.device if isinstance(weights, Tensor) else "cpu"
         pin = self._weights.is_cuda and device == "cpu"
-        values = torch.ones(self._weights.shape, device=device, pin_memory=pin)
+        kind: Any = {"dtype": torch.float32, "device": device, "pin_memory": pin}
+        values = torch.ones(self._weights.shape, **kind)
         if weights is not None:
-            own = torch.as_tensor(weights)  # (n, K), or (1, K) for all rows
+            own = torch.as_tensor(weights, dtype=torch.float32)  # (n, K), or (1, K) for all rows
             values[: len(own) if assignment.shape else None, : own.shape[1]] = own
         return values
 

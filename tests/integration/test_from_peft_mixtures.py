@@ -89,6 +89,18 @@ def test_dora_alone_beside_a_mixture_is_computed() -> None:
     assert (found - logits(theirs))[0].abs().max() <= CLOSE * plain.abs().max()
 
 
+def test_a_mixture_may_be_changed_between_calls() -> None:
+    _, ours = pair()
+    mixture = {"red": 0.5, "blue": 1.0}
+    names: list[Any] = [mixture] * 5
+    with torch.no_grad():
+        before = logits(ours, adapter_names=names)
+        mixture["red"] = -2.0
+        after = logits(ours, adapter_names=names)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, logits(ours, adapter_names=[{**mixture} for _ in range(5)]))
+
+
 def test_what_cannot_be_mixed_is_refused_by_name() -> None:
     fields: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"]}
     configs = {

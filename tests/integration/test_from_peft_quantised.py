@@ -162,10 +162,10 @@ def test_training_equals_peft_calls_the_base_and_uses_one_op_for_the_update(
     updates: list[int] = []
     update = ops.lora_linear_apart
 
-    def counted(x: Tensor, weight: Any, *rest: Any) -> Tensor:
+    def counted(x: Tensor, weight: Any, *rest: Any, **how: Any) -> Tensor:
         assert weight is None, "the base must compute its product"
         updates.append(1)
-        return update(x, weight, *rest)
+        return update(x, weight, *rest, **how)
 
     monkeypatch.setattr(ops, "lora_linear_apart", counted)
     for layer in ours.modules():

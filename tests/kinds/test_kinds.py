@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,33 @@ def test_from_peft_computes_outputs_and_gradients(
     assert len(report(ours).taken) == 2
     assert type(to_peft(ours).base_model.model.up) is kind
     AdapterPool(mlp(), max_rank=64).load("live", theirs)
+
+
+@pytest.mark.parametrize("case", ["vera", "loha", "ia3"])
+def test_from_peft_computes_adapters_that_are_added_later(case: str) -> None:
+    theirs: Any = peft.get_peft_model(mlp(), CASES[case](), "a").eval()
+    ours = lora_ext.from_peft(copy.deepcopy(theirs))
+    for model in (theirs, ours):
+        model.add_adapter("b", CASES[case]())
+    generator = torch.Generator().manual_seed(3)
+    changed = {k: torch.randn(v.shape, generator=generator) for k, v in theirs.state_dict().items()}
+    for model in (theirs, ours):
+        model.load_state_dict(changed)
+        model.eval().set_adapter("b")
+    y = theirs(inputs())
+    assert (ours(inputs()) - y).abs().max() < 1e-5 * y.abs().max()
+    assert torch.equal(pickle.loads(pickle.dumps(ours))(inputs()), ours(inputs()))
+    theirs.set_adapter("a")
+    assert not close(theirs(inputs()), y), "the adapters are equal"
+
+
+def test_from_peft_keeps_all_kinds_of_a_mixed_model() -> None:
+    lora = peft.LoraConfig(r=4, init_lora_weights=False, **T)
+    theirs: Any = peft.get_peft_model(mlp(), lora, "lora", mixed=True)
+    theirs.add_adapter("loha", peft.LoHaConfig(r=2, init_weights=False, **T))
+    theirs.set_adapter(["lora", "loha"])
+    ours = lora_ext.from_peft(copy.deepcopy(theirs).eval())
+    torch.testing.assert_close(ours(inputs()), theirs.eval()(inputs()), rtol=1e-5, atol=1e-4)
 
 
 class Doubled(Kind):

@@ -184,6 +184,26 @@ def test_entries_equal_the_formula_and_give_every_member_its_gradient(lead: Any)
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_embeddings_without_the_adapters_of_a_mixture_run_beside_it() -> None:
+    torch.manual_seed(0)
+    layer, embedding = (
+        LoraLinear(nn.Linear(IN, 4), "a", r=2),
+        LoraEmbedding(nn.Embedding(5, 4), "c", r=2, init_lora_weights=False),
+    )
+    layer.add_adapter("b", 2)
+    layer.add_adapter("c", 2)
+    ids = torch.arange(2)
+    with lora_ext.adapters([{"a": 0.5, "b": 0.5}, "c"]):
+        layer(torch.ones(2, IN))
+        y = embedding(ids)
+    assert torch.equal(y, embedding(ids, adapter_ids=[None, "c"]))
+    with (
+        lora_ext.adapters([("c", 0.5), None]),
+        pytest.raises(NotImplementedError, match=r"'c', 0\.5"),
+    ):
+        embedding(ids)
+
+
 def test_blocks_give_entries_to_layers_and_plain_rows_keep_their_bits() -> None:
     layer, x = made(), torch.randn(5, IN)
     with torch.no_grad():

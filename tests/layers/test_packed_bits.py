@@ -133,6 +133,17 @@ def test_training_uses_plain_weights_or_without_them_the_dequantised() -> None:
         torch.testing.assert_close(reference.bias.grad, layer.bias.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["inner", "outer"])  # with a bias and without
+def test_weight_that_is_only_packed_is_read_as_it_is(name: str, dtype: torch.dtype) -> None:
+    base = pack_linears(getattr(model(dtype), name), bits=8, group=32, keep=False)
+    layer = LoraLinear(base, "red", 4, use_dora=True).eval()
+    assert torch.equal(layer.base_weight.matrix(), base.dequantised())
+    x = torch.randn(3, base.in_features, dtype=dtype)
+    torch.testing.assert_close(layer(x), base(x), atol=0.05, rtol=0.05)
+    layer.merge()
+
+
 def test_lora_trains_and_merges_over_a_weight_that_is_only_packed() -> None:
     base = pack_linears(model().inner, bits=8, group=32, keep=False)
     before = base.dequantised()

@@ -225,7 +225,9 @@ def test_image_text_and_base_rows_share_one_launch(monkeypatch: pytest.MonkeyPat
     calls: list[Any] = []
     op = lora_ext.ops.lora_linear_apart
     monkeypatch.setattr(
-        lora_ext.ops, "lora_linear_apart", lambda *args: calls.append(args) or op(*args)
+        lora_ext.ops,
+        "lora_linear_apart",
+        lambda *args, **how: calls.append(args) or op(*args, **how),
     )
     for of_text in (["red", "blue"], ["blue", None], [None, None], ["default", "red"]):
         names = [
@@ -242,6 +244,21 @@ def test_image_text_and_base_rows_share_one_launch(monkeypatch: pytest.MonkeyPat
         with lora_ext.adapters(of_text), torch.no_grad():
             every = [name for name in of_text for _ in range(7)]
             torch.testing.assert_close(layer(x), rows(layer, x, every), rtol=1e-5, atol=1e-5)
+
+
+def test_vision_tokens_beside_text_with_weights_and_mixtures() -> None:
+    layer, mask, x = both("red", "blue"), MASKS["random"], inputs(2, 7)
+    red, blue, vision = (rows(layer, x, [name] * 14) for name in ("red", "blue", "default"))
+    base = rows(layer, x, [None] * 14)
+    mixture = base + 0.5 * (red - base) - 2 * (blue - base)
+    for names, text in (
+        ([("red", 0.5), None], [base + 0.5 * (red - base), base]),
+        ([{"red": 0.5, "blue": -2.0}, "red"], [mixture, red]),
+    ):
+        expected = torch.stack([text[0][0], text[1][1]])
+        expected = torch.where(mask[..., None], vision, expected)
+        with lora_ext.adapters(names), modality(mask):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_token_ids_can_select_the_vision_adapter() -> None:

@@ -123,7 +123,9 @@ def test_adapters_blocks_apply_to_the_text_of_a_batch() -> None:
     op = lora_ext.ops.lora_linear_apart
     with pytest.MonkeyPatch.context() as patch, lora_ext.adapters(names):
         patch.setattr(
-            lora_ext.ops, "lora_linear_apart", lambda *args: calls.append(args) or op(*args)
+            lora_ext.ops,
+            "lora_linear_apart",
+            lambda *args, **how: calls.append(args) or op(*args, **how),
         )
         found = run(model, **given)
     assert len(calls) == len(layers)

@@ -251,6 +251,20 @@ def test_compiled_graph_follows_weights_and_mixtures() -> None:
         torch.testing.assert_close(run(x), model(x))
 
 
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("mixed", [1, 2, 4])
+def test_compiled_model_reads_all_weights_of_a_step(mixed: int) -> None:
+    torch._dynamo.reset()
+    model, x = make(torch.float32), inputs(3)
+    step = lora_ext.capturable(model.up.pool, max_rows=3, mixed=mixed)
+    assert model.up.slab.mixed == mixed  # a graph that is captured now can use any later weights
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), step:
+        for one in ("red", ("red", 0.5), {"red": 0.5, "blue": 2.0})[: 1 + mixed]:
+            with lora_ext.adapters([one, None, "green"]):
+                torch.testing.assert_close(run(x), model(x))
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_replay_follows_weights_and_mixtures(biased: bool, monkeypatch: Any) -> None:
     device = Device(monkeypatch)
@@ -307,6 +321,49 @@ def test_step_names_the_argument_that_it_lacks(mixed: int) -> None:
     for value in (-1, 1.5, True):
         with pytest.raises((ValueError, TypeError), match="capturable: mixed: "):
             lora_ext.capturable(pool, max_rows=2, mixed=value)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_weights_are_float32_whatever_the_default_dtype(default: torch.dtype) -> None:
+    names, ids = [{"red": 0.3, "blue": 0.7}, ("green", 0.3)], torch.tensor([0, 1, -1])
+    x, found = inputs(3, dtype=torch.float32), []
+    for dtype in (torch.float32, default):
+        model = make(torch.float32)
+        torch.set_default_dtype(dtype)
+        try:
+            step = lora_ext.capturable(model.up.pool, max_rows=3, mixed=2)
+            with torch.no_grad():
+                with lora_ext.adapters([*names, None]):
+                    found += [model(x)]
+                with lora_ext.adapters(names, ids):
+                    found += [model(x)]
+                with step, lora_ext.adapters([*names, None]):
+                    found += [model(x)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(y, found[0]) for y in found)
+
+
+def test_embedding_of_base_rows_ignores_a_wider_mixture_in_slot_0() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 12)}).eval().requires_grad_(False)
+    pool = lora_ext.AdapterPool(model, max_slots=5, max_rank=32)
+    for seed, name in enumerate(("gone", "a", "b", "c")):
+        g = torch.Generator().manual_seed(seed)
+        stem = "base_model.model.embed.lora_embedding_"
+        tensors = {
+            f"{stem}A": torch.randn(4, 7, generator=g),
+            f"{stem}B": torch.randn(12, 4, generator=g),
+        }
+        pool.load(name, (config(targets=("embed",)), tensors))
+    pool.unload("gone")
+    lora_ext.attach(model, pool)
+    with pool.acquire([{"a": 1.0, "b": 1.0, "c": 1.0}]) as slots:
+        assert list(slots) == [0]
+        ids = torch.tensor([[1, 2], [3, 4]])
+        with torch.no_grad(), lora_ext.adapters([{"a": 0.5, "b": 2.0}, None]):
+            y = model["embed"](ids)
+        with torch.no_grad(), lora_ext.adapters(None):
+            assert torch.equal(y[1], model["embed"](ids)[1])
 
 
 # --- activated adapters -------------------------------------------------------------------------

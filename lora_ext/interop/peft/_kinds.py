@@ -6,6 +6,7 @@ The factors are computed from the layer's parameters in every forward, so gradie
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import ChainMap
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the layer as PEFT does."""
         layer: Any = self
-        active = [name for name in layer.active_adapters if name in self.configs]
+        active = [name for name in layer.active_adapters if name in self.kinds]
         simple = not (args or kwargs or layer.disable_adapters or layer.merged)
         if not simple or any(self.uncovered(name) for name in active):
             return self.of_peft.forward(self, x, *args, **kwargs)
@@ -55,6 +56,11 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
             if factors.after is not None:
                 y = y * factors.after.scale
         return y
+
+    @property
+    def kinds(self) -> list[str]:
+        """Names of the model's adapters of a known kind, also of those that were added later."""
+        return [name for name, config in self.configs.items() if known_kind(config)]
 
     def uncovered(self, adapter: str) -> str | None:
         """Return why an adapter of this layer needs PEFT's forward now; None if it does not."""
@@ -78,8 +84,8 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
         """Return the factors of an adapter, or None if this layer does not have it."""
         layer: Any = self
         kind = kind_of(_name(self.configs[adapter]))
-        size = linear_size(self.base_layer)
-        assert size is not None  # `fused_kind` has excluded other base layers
+        size = linear_size(layer.get_base_layer())
+        assert size is not None  # `swap_kinds` has excluded other base layers
         settings = [key for key in ("r", "alpha") if _has(layer, key, adapter)]
         own = {key: getattr(layer, key)[adapter] for key in settings}
         fields = ChainMap(own, _LIVE, self.configs[adapter].to_dict())
@@ -122,8 +128,18 @@ def known_kind(config: Any) -> Kind | None:
 def fused_kind(kind: type) -> type:
     """Return the fused subclass of a layer class of PEFT."""
     fused = type(kind.__name__, (FusedKind, kind), {"of_peft": kind})
-    fused.__module__, fused.__qualname__ = __name__, f"FusedKind[{kind.__module__}]"
+    # Pickle finds the class with `__getattr__`; a dot would name an attribute of a class.
+    found = f"{kind.__module__}:{kind.__qualname__}"
+    fused.__module__, fused.__qualname__ = __name__, found.replace(".", "/")
     return fused
+
+
+def __getattr__(name: str) -> Any:
+    """Return a fused class by its qualified name."""
+    module, _, kind = name.replace("/", ".").partition(":")
+    if not (kind and module.startswith("peft.tuners.")):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return fused_kind(getattr(importlib.import_module(module), kind))
 
 
 def swap_kinds(model: nn.Module) -> None:
@@ -134,8 +150,11 @@ def swap_kinds(model: nn.Module) -> None:
             continue
         layer: Any
         for layer in tuner.modules():
-            if isinstance(layer, BaseTunerLayer) and not isinstance(layer, FusedKind):
-                known = {n: config for n, config in configs.items() if known_kind(config)}
-                if linear_size(layer.get_base_layer()) is not None:
-                    vars(layer)["configs"] = known
-                    layer.__class__ = fused_kind(type(layer))
+            if not isinstance(layer, BaseTunerLayer) or isinstance(layer, FusedKind):
+                continue
+            # In a mixed model of PEFT, each layer has adapters of one kind, for example of LoRA.
+            own = configs.keys() & layer._all_available_adapter_names()
+            known = own and all(known_kind(configs[name]) for name in own)
+            if known and linear_size(layer.get_base_layer()) is not None:
+                vars(layer)["configs"] = configs
+                layer.__class__ = fused_kind(type(layer))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from lora_ext._torch import compiles
 from lora_ext.rows import Assignment, NamedRows, context_value
 
 # The last assignment is cached, because PEFT's hooks pass the same list of names to every layer.
-_last: ContextVar[tuple[tuple[str, ...], Assignment] | None]
+_last: ContextVar[tuple[tuple[Any, ...], Assignment] | None]
 _last = ContextVar("lora_ext.peft_names", default=None)
 
 
@@ -50,9 +50,11 @@ def assignment_of(names: Sequence[str]) -> Assignment:
     """Return ``adapter_names`` as an assignment, which is made once for all layers of a forward."""
     if isinstance(names, NamedRows):
         return names.assignment
-    given, last = tuple(names), _last.get()
+    given, last = tuple[Any, ...](names), _last.get()
     if last is None or last[0] != given:
-        last = given, Assignment.of_entries(given, (len(given),))
+        # Copies, because the caller may change a mixture, which would then still be equal.
+        kept = tuple(dict(n) if isinstance(n, Mapping) else n for n in given)
+        last = kept, Assignment.of_entries(given, (len(given),))
         _last.set(last)
     return last[1]
 

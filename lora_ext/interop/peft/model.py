@@ -151,7 +151,7 @@ def report(model: nn.Module) -> Report:
     never_called = _never_called(model)
     for name, module in model.named_modules():
         if isinstance(module, FusedKind):
-            reasons = {module.uncovered(adapter) for adapter in module.configs} - {None}
+            reasons = {module.uncovered(adapter) for adapter in module.kinds} - {None}
             left |= {name: "; ".join(sorted(map(str, reasons)))} if reasons else {}
             taken += [] if reasons else [name]
         elif isinstance(module, LoraLayer) and module in never_called:

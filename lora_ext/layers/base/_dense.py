@@ -15,6 +15,7 @@ from lora_ext._torch import parameter
 
 from ._modules import CONV1D
 from ._packed_linear import PackedLinear
+from ._packed_only import PackedOnlyLinear
 from ._spacing import has_other_hooks
 
 _PLAIN = (nn.Parameter, Tensor, type(None))  # quantised weights have other types
@@ -94,6 +95,8 @@ def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False)
     if dense is not None:
         return dense
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+    if isinstance(base, PackedOnlyLinear):
+        return base.dequantised(), bias
     if is_quantised(base):
         return _dequantised(base, bias), bias
     if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:

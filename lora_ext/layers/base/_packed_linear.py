@@ -263,6 +263,7 @@ def pack_linears(
             module.__class__ = PackedOnlyLinear
             only: Any = module
             only.drop_weight(state.form, state.copy_of(weight))
+    model.__dict__.pop(CHOICE, None)  # of an earlier measurement
     return model
 
 

@@ -302,8 +302,17 @@ def _overlaid(vision: Rows, text: Rows, own: int, num_adapters: int) -> Rows:
     """Return rows with the adapter ``own`` for vision tokens and the adapters of ``text`` for
     others."""
     table = constant([*text.used, -1], torch.int32, text.ids.device)
-    ids = table[text.ids.long()].masked_fill(vision.ids >= 0, own)  # Id -1 reads the last entry.
-    return rows_of(ids, num_adapters) if compiles() else group(ids, num_adapters)
+    ids, weights = table[text.ids.long()], text.weights  # Id -1 reads the last entry.
+    sees = vision.ids >= 0  # (T,)
+    if ids.dim() > 1:  # (T, K): a vision token has one adapter, in the first column
+        sees = sees[:, None]
+        ids[:, 1:].masked_fill_(sees, -1)
+        ids[:, :1].masked_fill_(sees, own)
+        weights = None if weights is None else weights.masked_fill(sees, 1)
+    else:
+        ids = ids.masked_fill(sees, own)
+    rows = rows_of(ids, num_adapters) if compiles() else group(ids, num_adapters)
+    return rows._replace(weights=weights)
 
 
 def _is_quantised(base_layer: nn.Module) -> bool:

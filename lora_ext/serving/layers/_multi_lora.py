@@ -99,6 +99,8 @@ class MultiLoraLinear(PoolLayer):
             block = current(self.handle)
             if block is None:  # if there is a default, this layer is called again in its block
                 return x
+            if self.is_head and block.head is not None:
+                block = block.head
             rows = self.rows_in(block, leading, x.device)
             if not rows.used:
                 return x

@@ -146,7 +146,7 @@ class PoolAfter:
         weight = None
         if kind.needs_weight and is_quantised(self.base):  # not dequantised for each forward
             stored = itertools.chain(self.base.parameters(), self.base.buffers())
-            key += tuple((id(tensor), tensor._version) for tensor in stored)
+            key += tuple((id(t), 0 if t.is_inference() else t._version) for t in stored)
         elif kind.needs_weight:
             weight = self._weight(kind.title)
             changes = 0 if weight.is_inference() else weight._version

@@ -71,10 +71,9 @@ def _add_adapters(y: Tensor, x: Tensor, slab: Any, rows: Rows) -> Tensor:
         scale, groups = scale_and_groups(slab, weights)
         v = v * scale[slot].view(len(slot), -1, 1)  # one scale, or one per page
         if weights is not None:
-            v = (
-                v
-                * (weights if groups is None else weights.gather(1, groups[slot].long()))[..., None]
-            )
+            if groups is not None:  # a row of the base model may read the groups of a wider mixture
+                weights = weights.gather(1, groups[slot].long().clamp(max=weights.shape[1] - 1))
+            v = v * weights[..., None]
         v = v.flatten(1)  # (T, R)
     if (
         y.dtype == b.dtype
