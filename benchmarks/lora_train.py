@@ -85,9 +85,10 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def backward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    return _c.lora_linear_backward(
+    dx, da, db, _ = _c.lora_linear_backward(
         p.dy, p.x, p.v, None, p.a, p.b, p.ids, None, None, p.plan, DROPOUT, p.seed, True, True, True
     )
+    return dx, da, db
 
 
 def loop_forward(p: Problem) -> list[Tensor]:

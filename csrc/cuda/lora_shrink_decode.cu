@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
                               const __grid_constant__ Tiling tiling, int rank_groups) {
     // For float32, ptxas would hold back half of the loads after such addresses.
     constexpr bool kNarrow = kAligned && sizeof(T) == 2;
-    // In this order: expand reads y before its own wait, when every writer of y that precedes shrink
-    // must have ended.
+    // In this order: expand reads y before its own wait, when every writer of y that precedes
+    // shrink must have ended.
     lx::grid_dependency_wait();
     lx::grid_dependency_launch();
     const int z = static_cast<int>(blockIdx.z);

@@ -101,8 +101,8 @@ LaunchStatus run_gemm_input_gradient(const LoraTrainArgs& args, void* stream);
 LaunchStatus run_gemm_gradient(const Gradient& args, void* stream);
 
 // Columns per block of run_gemm_gradient. A block sums all rows of its adapter, so the kernel is
-// used only if one adapter's blocks fill half of an H100's multiprocessors; half is an estimate. The
-// number is the same for every device, because the two kernels sum in different orders.
+// used only if one adapter's blocks fill half of an H100's multiprocessors; half is an estimate.
+// The number is the same for every device, because the two kernels sum in different orders.
 constexpr int gradient_columns(bool tf32) {
     return tf32 ? 64 : 128;
 }

@@ -511,8 +511,8 @@ Shape shape_of(const Gradient& args) {
     Shape shape{};
     shape.slices = static_cast<int>(ceil_div(args.width * element_size(args.dtype), kPassBytes));
     shape.groups = static_cast<int>(ceil_div(args.max_rank, pages_of(args) * kPageRanks));
-    // With 8192 rows there are at least 128 blocks, for the 132 multiprocessors of an H100. The range
-    // is the same for every device, because it determines the order of the sums.
+    // With 8192 rows there are at least 128 blocks, for the 132 multiprocessors of an H100. The
+    // range is the same for every device, because it determines the order of the sums.
     const int tiles = shape.slices * shape.groups;
     shape.range_rows = tiles >= 32 ? 2048 : tiles >= 16 ? 1024 : 512;
     const LoraPlanLayout layout{args.num_tokens, args.num_adapters};

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_of(folder: Path, **how: Any) -> Engine:
-    settings = {"device": "cpu", "max_rank": 32, "context": 128, "pack": False, **how}
+    settings = {"device": "cpu", "max_rank": 32, "context": 128, "pack": "none", **how}
     engine = Settings(folder / "tiny", folder / "adapters", **settings).engine(lambda line: None)
     assert isinstance(engine, Engine)
     return engine

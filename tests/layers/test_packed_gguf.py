@@ -117,7 +117,7 @@ def test_files_that_do_not_fit_raise(tmp_path: Path) -> None:
     model, path = Llama().eval(), tmp_path / "model.gguf"
     write(path, model)
     down = "model.layers.0.mlp.down_proj"
-    with pytest.raises(ValueError, match="model: expected linear layers, found none"):
+    with pytest.raises(ValueError, match="model: expected plain linear layers, found none"):
         pack_linears(model, [down], gguf=path)
     with pytest.raises(ValueError, match="bits: expected None if gguf is set, found 8"):
         pack_linears(model, bits=8, gguf=path)
