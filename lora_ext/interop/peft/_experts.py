@@ -64,7 +64,7 @@ class FusedExperts(Fused, ParamWrapper):
             if left and any(trained for _, _, trained in present.values()):
                 raise no_gradients_without_rows("; ".join(left))
             if given is not None:
-                kwargs["adapter_names"] = given.spelled()
+                kwargs["adapter_names"] = given.plain() if off else given.spelled()
             return self._forward_of_peft(x, *args, **kwargs)
         of_parameter = {w.parameter_name: w for w in wrappers}
         found: dict[Any, Slots] = {}

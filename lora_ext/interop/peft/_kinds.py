@@ -16,6 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.kinds import Factors, Kind, kind_of
 from lora_ext.layers import LoraFactors, linear_size, lora_forward
 
@@ -42,7 +43,10 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
         layer: Any = self
         active = [name for name in layer.active_adapters if name in self.kinds]
         simple = not (args or kwargs or layer.disable_adapters or layer.merged)
-        if not simple or any(self.uncovered(name) for name in active):
+        why = next(filter(None, map(self.uncovered, active)), None)
+        exact = getattr(self.base_layer, "exact", False)
+        require(not (why and exact), "exact", "model", "adapters that lora_ext computes", why)
+        if why or not simple:
             return self.of_peft.forward(self, x, *args, **kwargs)
         each = [found for name in active if (found := self._factors(name)) is not None]
         if any(f.a.dtype != x.dtype for f in each) or torch.is_autocast_enabled(x.device.type):
