@@ -309,7 +309,7 @@ def check_base(where: str, model: object) -> None:
         raise ValueError(f"{where}: model: expected {expected}, found {found}; {remedy}")
 
 
-def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torch.device:
+def _device_of(name: str, weight: Tensor, modules: Mapping[str, nn.Module]) -> torch.device:
     """Return the device on which a module computes.
 
     accelerate may offload weights to ``meta`` or the CPU. If the module or a module around it has a

@@ -32,7 +32,7 @@ def quantise(
         minima ``(O, I / group)`` float16; otherwise None. A weight is ``scale * code`` (8 bits),
         ``scale * (code - 8)`` (4 bits), or ``scale * code + minimum``.
     """
-    w = weight.float().unflatten(1, (weight.shape[1] // group, group))  # (O, groups, group)
+    w = weight.float().reshape(len(weight), weight.shape[1] // group, group)
     first, last = (0, 15) if minimum else (-127, 127) if bits == 8 else (-7, 7)
     low = w.amin(2).half() if minimum else None  # (O, groups)
     base = 0 if low is None else low.float()
@@ -59,9 +59,7 @@ def pack_codes(codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> T
     rows, groups, group = codes.shape
     padded = pad(codes, (0, 0, 0, 0, 0, -rows % 32)).view(torch.uint8)
     together = 4 if codes.dtype == torch.int8 else 8
-    panels = padded.unflatten(0, (len(padded) // 32, 32)).unflatten(
-        3, (group // together, together)
-    )
+    panels = padded.view(len(padded) // 32, 32, groups, group // together, together)
     panels = panels.permute(0, 2, 3, 1, 4)  # (panels, groups, steps, 32, together)
     if together == 8:
         panels = panels[..., :4] | panels[..., 4:] << 4
@@ -81,8 +79,9 @@ def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor
     words = packed[..., : 4 * group * bits].view(panels, groups, group * bits // 32, 32, 4)
     codes = words.view(torch.int8) if bits == 8 else torch.cat([words & 15, words >> 4], 4)
     codes = codes.permute(0, 3, 1, 2, 4).flatten(3)  # (panels, 32, groups, group)
-    ends = packed[..., 4 * group * bits :].contiguous().view(torch.float16).unflatten(2, (-1, 32))
-    scale, *minimum = ends.permute(2, 0, 3, 1).double().unsqueeze(4)  # (panels, 32, groups, 1)
+    ends = packed[..., 4 * group * bits :].contiguous().view(torch.float16)
+    ends = ends.view(panels, groups, ends.shape[2] // 32, 32)
+    scale, *minimum = ends.permute(2, 0, 3, 1).double()[..., None]  # (panels, 32, groups, 1)
     base = minimum[0] if minimum else 0 if bits == 8 else -8 * scale
     return (scale * codes + base).float().flatten(2).flatten(0, 1)[:out_features]
 

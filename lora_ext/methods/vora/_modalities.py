@@ -28,7 +28,7 @@ class _Vision:
     def __init__(self) -> None:
         self.handle = _attachment.pool_handle(self)
 
-    def acquire(self, names: Sequence[str | None]) -> Places:
+    def acquire(self, names: Sequence[object]) -> Places:
         return Places(range(len(names)))
 
 
