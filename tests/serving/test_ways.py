@@ -19,8 +19,9 @@ import lora_ext
 from lora_ext.rows import Block
 
 ROOT = Path(__file__).resolve().parents[2]
-# Largest number of files that a call visits: from_peft, which also changes the spacing of rows.
-MOST_STAYS = 12
+# Largest number of files that a call visits: from_peft, which also looks for quantised layers,
+# routers and adapters of other kinds.
+MOST_STAYS = 14
 # Functions that call back into their caller's file to make a value.
 _MADE_TO_BE_KEPT = ("get", "keep", "_ordinary", "<module>")
 #: Packages whose calls are recorded. Calls within the pool and the ops are not.
