@@ -124,14 +124,16 @@ def both(name: str, launchers: tuple[str, ...], make: Any, ready: Any, **how: An
 def pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> Case:
     """Return the case of an op and its reference function, which have the same arguments.
 
-    ``arguments`` is the function that returns the arguments for the inputs.
+    ``arguments`` is the function that returns the arguments for the inputs. The input
+    "row_weights" is passed as ``weights``.
     """
 
     def ready(function: Any, given: Inputs) -> Call:
         bound = arguments(given)
+        named = {"weights": given["row_weights"]} if "row_weights" in given else {}
 
         def call() -> list[Tensor]:
-            found = function(*bound)
+            found = function(*bound, **named)
             return tensors([found] if isinstance(found, Tensor) else list(found))
 
         return call
@@ -158,12 +160,12 @@ def _expand(given: Inputs) -> tuple[Tensor, ...]:
     return b.new_zeros(len(v), b.shape[1]), v, b, given["ids"]
 
 
-def _sibling_inputs(g: torch.Generator, size: int) -> Inputs:
+def sibling_inputs(g: torch.Generator, size: int) -> Inputs:
     made = [lora_inputs(_DECODE, g, size) for _ in range(3)]
     return {**made[0], **{name: [each[name] for each in made] for name in ("a", "b")}}
 
 
-def _siblings(given: Inputs) -> tuple[Any, ...]:
+def siblings(given: Inputs) -> tuple[Any, ...]:
     x, a, b = given["x"], given["a"], given["b"]
     return [x.new_zeros(len(x), each.shape[1]) for each in b], x, a, b, given["ids"]
 
@@ -259,7 +261,7 @@ def lora_cases() -> list[Case]:
         pair("lora_apply", decode, bank, "lora_apply", **BF16),
         pair("lora_apply", prefill, bank, "lora_apply", op="lora_apply, prefill", **BF16),
         pair("lora_apply", wide, bank, "lora_apply", op="lora_apply, large rank", **BF16),
-        pair("lora_apply_siblings_", _sibling_inputs, _siblings, "lora_apply", **BF16),
+        pair("lora_apply_siblings_", sibling_inputs, siblings, "lora_apply", **BF16),
         both("lora_linear", trains, prefill, train, **BF16),
         both("lora_dropout", ("lora_dropout",), only(prefill, "x"), _dropout, **BF16),
         pair("lora_gram", grams, lambda i: (i["a"], i["b"]), "lora_gram", **FLOAT),

@@ -40,6 +40,7 @@ _RUNS = 20
 _FLOATS = (
     "uniforms",
     "values",
+    "row_weights",
     "scale",
     "projected",
 )  # inputs that are float32 for every dtype of an op

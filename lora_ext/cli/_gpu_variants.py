@@ -52,7 +52,13 @@ def _dtypes(timed: list[Case]) -> list[Case]:
 
 def _paths() -> list[Case]:
     """Return cases of kernels that no timed case launches, in every dtype."""
-    variants = [*_lora_paths(), *_train_paths(), *_circuit_paths(), *_other_paths()]
+    variants = [
+        *_lora_paths(),
+        *_weighted_paths(),
+        *_train_paths(),
+        *_circuit_paths(),
+        *_other_paths(),
+    ]
     return [
         *(_in(case, dtype) for case in variants for dtype in _BOUNDS),
         *_gram_paths(),
@@ -118,6 +124,52 @@ def _lora_paths() -> list[Case]:
                 "many inputs": (40, 16400, 16, 8, 2),
                 "many rows": (16900, 520, 8, 8, 2),
             }.items()
+        ),
+    ]
+
+
+def _weighted(make: Callable[..., Inputs]) -> Callable[..., Inputs]:
+    """Return the function that also makes a weight for each row."""
+
+    def weighted(g: torch.Generator, size: int) -> Inputs:
+        given = make(g, size)
+        return {**given, "row_weights": torch.rand(len(given["x"]), generator=g)}
+
+    return weighted
+
+
+def _train_weighted(function: Any, given: Inputs) -> Call:
+    def run(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+        return function(x, None, None, a, b, given["ids"], weights=weights)
+
+    return cases.gradients(run, given, ("x", "a", "b", "row_weights"))
+
+
+def _weighted_paths() -> list[Case]:
+    """Return cases of rows with weights."""
+    shapes = {
+        "decode": (5, 72, 48, 16, 3),
+        "odd sizes": (5, 71, 47, 12, 3),
+        "prefill": (300, 72, 48, 16, 3),
+        "prefill of 128 rows": (4096, 72, 48, 16, 2),
+    }
+    siblings = "lora_apply_siblings_"
+    return [
+        *(
+            cases.pair(
+                *("lora_apply", _weighted(_sized(*sizes)), cases.bank, "lora_apply"),
+                op=f"lora_apply with weights, {name}",
+            )
+            for name, sizes in shapes.items()
+        ),
+        cases.pair(
+            *(siblings, _weighted(cases.sibling_inputs), cases.siblings, "lora_apply"),
+            op=f"{siblings} with weights",
+        ),
+        cases.both(
+            *("lora_linear", ("lora_train_shrink", "lora_train_backward")),
+            *(_weighted(_sized(300, 72, 48, 16, 3)), _train_weighted),
+            op="lora_linear with weights",
         ),
     ]
 
@@ -234,7 +286,7 @@ def _layers_formula(semiring: str) -> Callable[[Inputs], list[Tensor]]:
 def _layers_paths() -> list[Case]:
     """Return cases of whole circuits, whose numbers are always float32."""
     launchers = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
-    trees = {"tree": partial(_tree, 4, 3), "wide tree": partial(_tree, 32, 130)}
+    trees = {"tree": partial(_tree, 4, 3), "wide tree": partial(_tree, 40, 130)}
     chosen = {"by stages": cases.wide_program_inputs, **trees}
     return [
         *(
