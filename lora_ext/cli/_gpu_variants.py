@@ -286,7 +286,7 @@ def _layers_formula(semiring: str) -> Callable[[Inputs], list[Tensor]]:
 def _layers_paths() -> list[Case]:
     """Return cases of whole circuits, whose numbers are always float32."""
     launchers = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
-    trees = {"tree": partial(_tree, 4, 3), "wide tree": partial(_tree, 40, 130)}
+    trees = {"tree": partial(_tree, 4, 3), "wide tree": partial(_tree, 64, 130)}
     chosen = {"by stages": cases.wide_program_inputs, **trees}
     return [
         *(
