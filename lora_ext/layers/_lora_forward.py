@@ -309,8 +309,8 @@ def _stacked(
     """Compute a call with groups by products of the library, which are faster than the twin's."""
     each = weights.index_select(1, groups)  # (T, P)
     each = each if scale is None else each * scale
-    v = nn.functional.linear(x, a) * each.repeat_interleave(_PAGE, 1)
-    return torch.addmm(nn.functional.linear(x, weight, bias), v, b.T)
+    v = nn.functional.linear(x, a).view(*each.shape, _PAGE) * each[..., None]  # (T, P, 8)
+    return nn.functional.linear(x, weight, bias).addmm_(v.flatten(1), b.T)
 
 
 def _columns(

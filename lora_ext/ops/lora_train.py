@@ -258,7 +258,7 @@ class _Apart(torch.autograd.Function):
         return gradient if dx else None, of_weight, of_bias, None, None, of_rows, *of_factors
 
 
-def _bank(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _bank(factors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Copy ``factors``, first all a, then all b, into banks ``(A, R, I)`` and ``(A, O, R)``.
 
     Entries beyond an adapter's rank are undefined.
@@ -271,6 +271,8 @@ def _bank(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor
     size = math.prod(shape_a)
     memory = _scratch(a[0].device, size + math.prod(shape_b), dtype)
     bank_a, bank_b = memory[:size].view(shape_a), memory[size:].view(shape_b)
+    if min(ranks) == max(ranks):  # faster on the CPU than copies into views
+        return torch.stack(a, out=bank_a), torch.stack(b, out=bank_b)
     views = [*_views_a(bank_a, ranks), *_views_b(bank_b, ranks)]
     torch._foreach_copy_(views, list(factors))  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
     return bank_a, bank_b

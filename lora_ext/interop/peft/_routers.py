@@ -17,7 +17,7 @@ from peft.tuners.xlora.layer import XLoraLayer, XLoraLinearLayer
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.layers import LoraFactors, base_product, lora_forward, lora_update
+from lora_ext.layers import LoraFactors, base_product, dropout_now, lora_forward, lora_update
 from lora_ext.rows import Rows, planned, renumbered
 
 
@@ -36,7 +36,7 @@ def unmixable(layer: Any, names: Sequence[str]) -> str | None:
         why = layer.uncovered(name)
         if why is not None:
             return why
-    dtypes = {layer.lora_A[name].weight.dtype for name in names}
+    dtypes = {a.weight.dtype for name, a in layer.lora_A.items() if name in names}
     if len(dtypes) > 1:
         return f"its adapters have the dtypes {', '.join(sorted(map(str, dtypes)))}"
     return None
@@ -50,13 +50,14 @@ class FusedXLora(XLoraLinearLayer):
     @property
     def names(self) -> list[str]:
         """Names of the layer's adapters, in the order of the classifier's outputs."""
-        return [name for name in self.target.active_adapters if name in self.target.lora_A]
+        return list(filter(self.target.lora_A.__contains__, self.target.active_adapters))
 
     def uncovered(self) -> str | None:
         """Return why PEFT computes the layer; None if lora_ext does."""
         if not hasattr(type(self.target), "uncovered"):
             return f"lora_ext does not run a {type(self.target).__name__}"
-        biased = [n for n in self.names if self.target.lora_B[n].bias is not None]
+        b = self.target.lora_B
+        biased = [name for name in self.names if b[name].bias is not None]
         if biased:
             return f"adapter {biased[0]!r} has a bias, to which X-LoRA gives no weight"
         return unmixable(self.target, self.names)
@@ -79,26 +80,23 @@ class FusedXLora(XLoraLinearLayer):
         weights = scalings[:, :, self.layer_number].flatten(0, 1)  # (T, active adapters)
         ids, top_k = None, self.config.top_k_lora
         if top_k is not None:
-            ids = weights.topk(top_k, -1).indices.sort(-1).values  # (T, K), in PEFT's order
-            weights = weights.gather(1, ids)
+            weights, ids = weights.topk(top_k, -1)  # (T, K)
         if self.config.enable_softmax_topk:  # over the weights that are not 0
             none = weights == 0
             weights = weights.masked_fill(none, float("-inf")).softmax(-1).masked_fill(none, 0)
         weights = weights * self.config.global_scaling_weight
         active = target.active_adapters
-        table = [names.index(name) if name in names else -1 for name in active]
         if ids is None:
             if len(active) > len(names):
-                weights = weights[:, [i for i, place in enumerate(table) if place >= 0]]
-            return lora_forward(x, target.base_layer, factors, weights=weights)
-        if len(active) > len(names):
-            ids = renumbered(ids, table)
-        return lora_forward(x, target.base_layer, factors, _columns(factors, ids, weights))
+                weights = weights[:, [i for i, name in enumerate(active) if name in names]]
+        elif len(active) > len(names):
+            ids = renumbered(ids, [names.index(n) if n in names else -1 for n in active])
+        return lora_forward(x, target.base_layer, factors, *_mixture(len(names), ids, weights))
 
 
-def _columns(factors: Sequence[LoraFactors], ids: Tensor, weights: Tensor) -> Rows:
-    """Return the rows with the adapters ``ids (T, K)`` and their weights."""
-    return planned(tuple(range(len(factors))), ids.int(), weights)
+def _mixture(count: int, ids: Tensor | None, w: Tensor) -> tuple[Rows | None, Tensor | None]:
+    """Return the last arguments of `lora_forward` for ``ids (T, K)``, or None for all adapters."""
+    return (None, w) if ids is None else (planned(tuple(range(count)), ids.int(), w), None)
 
 
 def arrow_uncovered(layer: Any, name: str) -> str | None:
@@ -111,20 +109,19 @@ def arrow_uncovered(layer: Any, name: str) -> str | None:
 def arrow_forward(layer: Any, x: Tensor, name: str) -> Tensor:
     """Compute a fused layer of PEFT with the Arrow router ``name``; ``x`` is ``(..., I)``."""
     arrow = layer.lora_arrow[name]
-    arrow.gen_know_sub(layer.lora_A, layer.lora_B)
-    arrow.build_prototypes(layer.lora_A, layer.lora_B)
+    a, b, scaling = layer.lora_A, layer.lora_B, layer.scaling
+    arrow.gen_know_sub(a, b)
+    arrow.build_prototypes(a, b)
     names = arrow.task_adapter_names
-    factors = [layer.factors_of(each)._replace(p=0.0, bias=None) for each in names]
+    factors = [LoraFactors(a[n].weight, b[n].weight, scaling[n]) for n in names]
     tokens = x.reshape(-1, x.shape[-1]).to(factors[0].a.dtype)  # (T, I)
     similar = (tokens @ arrow.prototypes.T).abs()  # (T, A)
-    rows = full = None
-    if arrow.top_k == len(names):
-        full = (similar / arrow.temperature).softmax(1)
-    else:
+    ids = None
+    if arrow.top_k != len(names):
         similar, ids = similar.topk(arrow.top_k, 1)  # (T, K)
-        rows = _columns(factors, ids, (similar / arrow.temperature).softmax(1))
+    mixture = _mixture(len(names), ids, (similar / arrow.temperature).softmax(1))
     dropout = layer.lora_dropout[name]
-    if not (dropout.training and getattr(dropout, "p", 0.0)):
-        return lora_forward(x, layer.base_layer, factors, rows, full)
+    if not dropout_now(dropout):
+        return lora_forward(x, layer.base_layer, factors, *mixture)
     y = base_product(layer.base_layer, x)  # Arrow drops elements of the update.
-    return (y + dropout(lora_update(x, factors, rows, full))).to(y.dtype)
+    return (y + dropout(lora_update(x, factors, *mixture))).to(y.dtype)

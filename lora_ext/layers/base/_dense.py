@@ -66,7 +66,7 @@ def is_plain(module: nn.Module, divided: bool = False) -> bool:
             processes. All processes gather a weight when it is read, and release it after the
             module's forward.
     """
-    return _is_plain(module, getattr(module, "weight", None), divided)
+    return _is_plain(module, parameter(module, "weight", None), divided)
 
 
 def _is_plain(module: nn.Module, weight: object, divided: bool) -> bool:
