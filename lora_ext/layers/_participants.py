@@ -136,7 +136,7 @@ class Participants(Merging):
         if adapter_ids is not None:
             made = isinstance(adapter_ids, Assignment)
             assignment = adapter_ids if made else Assignment.of(adapter_ids)
-            self._check_known(assignment.members)
+            self._check_known((*assignment.members, *assignment.unused))
             self._refuse_rescaled(assignment.weighted)
             layout = Layout(leading, device, self.tokens_first)
             return assignment.rows_among(reachable, layout, self.mixes)

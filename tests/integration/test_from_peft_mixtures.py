@@ -114,8 +114,9 @@ def test_what_cannot_be_mixed_is_refused_by_name() -> None:
         for entry in ({"plain": 1, name: 1}, (name, 0.5)):
             with pytest.raises(NotImplementedError, match=f"'{name}'.*{why}"):
                 logits(model, adapter_names=[entry] * 5)
-    with pytest.raises(UnknownAdapterError, match="'unseen'"):
-        logits(model, adapter_names=[{"plain": 1, "unseen": 1}] * 5)
+    for entry in ({"plain": 1, "unseen": 1}, {"plain": 1, "unseen": 0}, ("unseen", 0)):
+        with pytest.raises(UnknownAdapterError, match="'unseen'"):
+            logits(model, adapter_names=[entry] * 5)
     with pytest.raises(ValueError, match="adapter_names: expected a list"):
         logits(model, adapter_names={"plain": 1.0})
     with pytest.raises(ValueError, match="'plain': expected a finite weight"):

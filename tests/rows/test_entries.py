@@ -106,10 +106,28 @@ def test_invalid_entries_raise_with_argument_and_value(
 
 def test_unknown_adapters_of_mixtures_are_named() -> None:
     model = make()
-    for given in ({"red": 1, "gren": 2}, [("gren", 0.5)] * 2, [["red", {"gren": 3}]]):
+    for given in (
+        {"red": 1, "gren": 2},
+        [("gren", 0.5)] * 2,
+        [["red", {"gren": 3}]],
+        {"red": 1, "gren": 0},
+        ["red", ("gren", 0)],
+    ):
         with pytest.raises(UnknownAdapterError, match=r"names: adapter 'gren' is not load"):
             with lora_ext.adapters(given):
                 model(inputs(2, 2))
+
+
+def test_unknown_adapters_with_weight_0_are_named_by_layers() -> None:
+    layer = lora_ext.nn.LoraLinear(torch.nn.Linear(5, 4), "red", r=2)
+    x = torch.ones(2, 5)
+    for given in ([{"red": 1, "gren": 0}, None], [("gren", 0.0)] * 2):
+        with pytest.raises((KeyError, ValueError), match="'gren'"):
+            layer(x, given)
+        with pytest.raises(UnknownAdapterError, match="'gren'"):
+            with lora_ext.adapters(given, pool=lora_ext.nn.layer_names):
+                layer(x)
+    torch.testing.assert_close(layer(x, [{"red": 0}] * 2), layer(x, [None] * 2))
 
 
 def test_weights_follow_their_rows() -> None:
