@@ -88,8 +88,8 @@ def refuse_mixtures(entries: Sequence[object]) -> None:
     for entry in entries:
         if not is_plain(entry):
             raise NotImplementedError(
-                "adapters: names: expected one adapter with a weight of 1 for each row of an "
-                "embedding, of experts or in a compiled graph with its own adapters, found "
+                "adapters: names: expected one adapter with a weight of 1 for each row of experts "
+                "or of a compiled graph with its own adapters, found "
                 f"{entry!r:.200}; load them into an AdapterPool"
             )
 

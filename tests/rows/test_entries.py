@@ -9,7 +9,7 @@ import torch
 from two_layers import inputs, make
 
 import lora_ext
-from lora_ext.rows import Assignment, Layout, UnknownAdapterError
+from lora_ext.rows import Assignment, Layout, UnknownAdapterError, layer_rows
 
 NAN, INF = float("nan"), float("inf")
 
@@ -156,12 +156,11 @@ def test_weights_follow_their_rows() -> None:
     assert plain.weights is None and plain.row_weights(Layout(leading, torch.device("cpu"))) is None
 
 
-def test_embeddings_with_their_own_adapters_refuse_weights() -> None:
-    layer = lora_ext.nn.LoraEmbedding(torch.nn.Embedding(5, 4), r=2)
-    x = torch.ones(2, 3, dtype=torch.int64)
+def test_compiled_graphs_with_their_own_adapters_refuse_weights() -> None:
+    layer = lora_ext.nn.LoraLinear(torch.nn.Linear(5, 4), r=2)
+    where = torch.Size([2]), torch.device("cpu"), False, False
     for given in [("default", 0.5)], [{"default": 2}]:
-        with pytest.raises(NotImplementedError, match=r"names: .* found .*default.*AdapterPool"):
-            layer(x, given * 2)
-        with pytest.raises(NotImplementedError, match=r"names: .* found .*default.*AdapterPool"):
-            with lora_ext.adapters(given * 2, pool=lora_ext.nn.layer_names):
-                layer(x)
+        with lora_ext.adapters(given * 2, pool=lora_ext.nn.layer_names):
+            layer(torch.ones(2, 5))
+            with pytest.raises(NotImplementedError, match=r"compiled.*found .*default.*AdapterP"):
+                layer_rows(("default",), -1, *where)  # as a compiled graph does when it runs
