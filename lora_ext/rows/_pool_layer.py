@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,15 +151,6 @@ class PoolLayer(nn.Module):
         """Set the mode of this layer and of ``base``."""
         self.base.train(mode)
         return super().train(mode)
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the children of ``base``, and also ``base`` if torchao's ``quantize_`` calls.
-
-        ``quantize_`` changes the weight of ``base``, which this layer shares.
-        """
-        yield from super().named_children()
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("torchao."):
-            yield "base", self.base
 
     def extra_repr(self) -> str:
         """Return the base module and the number of slots."""
