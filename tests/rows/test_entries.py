@@ -10,6 +10,7 @@ from two_layers import inputs, make
 
 import lora_ext
 from lora_ext.rows import Assignment, Layout, UnknownAdapterError, layer_rows
+from lora_ext.serving._names import CallNames
 
 NAN, INF = float("nan"), float("inf")
 
@@ -102,6 +103,32 @@ def test_invalid_entries_raise_with_argument_and_value(
         Assignment.of(given)
     message = str(found.value)
     assert "names" in message and text in message
+
+
+#: Invalid values for one row, which doors for one entry refuse as well.
+SINGLE = [(given, error, text) for given, error, text in HOSTILE if not isinstance(given, list)]
+
+
+@pytest.mark.parametrize(("given", "error", "text"), SINGLE)
+def test_every_door_refuses_an_invalid_entry(given: Any, error: type[Exception], text: str) -> None:
+    model: Any = make()
+    pool = model.up.pool
+    layer = lora_ext.nn.LoraLinear(torch.nn.Linear(5, 4), "a", r=2)
+    calls = {
+        "AdapterPool.acquire: names: ": lambda: pool.acquire([given]),
+        "add_requests: adapter_names: ": lambda: CallNames(pool, None).of_requests(
+            "add_requests", [given], 1
+        ),
+        "adapters: names: ": lambda: layer(torch.ones(1, 5), adapter_names=given),
+        "attach: default: ": lambda: lora_ext.attach(model, pool, default=given),
+    }
+    lora_ext.detach(model)
+    for argument, call in calls.items():
+        with pytest.raises(error) as found:
+            call()
+        assert str(found.value).startswith(argument) and text in str(found.value)
+    assert pool.stats()["pins"] == 0
+    model(inputs(1, 2))
 
 
 def test_unknown_adapters_of_mixtures_are_named() -> None:

@@ -134,7 +134,8 @@ def test_gradients_of_mixtures_reach_the_input() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mixture_equals_the_merged_adapter(dtype: torch.dtype) -> None:
     weights = {"red": 0.7, "green": -0.3, "blue": 1.9}
-    merged = merge_adapters([LoraAdapter.load(adapter(n)) for n in weights], [*weights.values()])
+    parts = [LoraAdapter.load(adapter(name)) for name in weights]
+    merged = merge_adapters(parts, weights=[*weights.values()], mode="delta")
     model, x = make(dtype), inputs(7, 5, dtype=dtype)
     model.up.pool.load("merged", merged)
     exact = formula(model, x, [weights] * 35)
