@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.rows import (
     NOBODY,
@@ -38,9 +37,6 @@ class Participants(Merging):
     disable_adapters: bool
     use_dora: dict[str, bool]
 
-    #: True if the layer can add the updates of several adapters to a row.
-    mixes = False
-
     #: True if the input is ``(tokens, sequences, features)``.
     tokens_first = False
 
@@ -66,10 +62,6 @@ class Participants(Merging):
                 self.unmerge()
             return [], None
         rows = self._rows(leading, device, adapter_ids)
-        if rows is not None and rows.ids.dim() > 1 and not self.mixes:
-            where, expected = type(self).__name__, "one adapter without weight per row"
-            found = f"{rows.ids.shape[1]} per row"
-            require(False, where, "adapter_ids", expected, found, NotImplementedError)
         if self._merged:
             merged = "are merged into the base weight and"
             if rows is not None:
@@ -136,14 +128,14 @@ class Participants(Merging):
         if adapter_ids is not None:
             made = isinstance(adapter_ids, Assignment)
             assignment = adapter_ids if made else Assignment.of(adapter_ids)
-            self._check_known(assignment.members)
+            self._check_known((*assignment.members, *assignment.unused))
             self._refuse_rescaled(assignment.weighted)
             layout = Layout(leading, device, self.tokens_first)
-            return assignment.rows_among(reachable, layout, self.mixes)
+            return assignment.rows_among(reachable, layout, mixes=True)
         if block is not None:
             self._refuse_rescaled(block.assignment.weighted)
             where = leading, device, self.tokens_first, self._of_tokens
-            return block.rows_among(reachable, *where, self.mixes)
+            return block.rows_among(reachable, *where, mixes=True)
         if not _context.any_block:
             return None
         default = self._default_position()

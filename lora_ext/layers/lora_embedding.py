@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch.nn.functional as F
@@ -78,14 +79,19 @@ class LoraEmbedding(LoraLayer):
                 total = self._add(name, x, total)
             return total.to(y.dtype)
         tokens, flat = x.reshape(-1), y.reshape(-1, self.out_features)  # (T,), (T, O)
-        for slot, position in enumerate(rows.used):
-            own = (rows.ids == slot).nonzero()[:, 0]
-            part = self._add(names[position], tokens[own], flat[own])
+        ids, weights = rows.ids.view(len(tokens), -1), rows.weights  # (T, K)
+        for k, slot in itertools.product(range(ids.shape[1]), range(len(rows.used))):
+            own = (ids[:, k] == slot).nonzero()[:, 0]
+            weight = None if weights is None else weights.view(ids.shape)[own, k, None]
+            part = self._add(names[rows.used[slot]], tokens[own], flat[own], weight)
             flat = flat.index_copy(0, own, part.to(flat.dtype))
         return flat.view(y.shape)
 
-    def _add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Add one adapter's update to ``y``; a magnitude also scales the updates in ``y``."""
+    def _add(self, name: str, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Add one adapter's update to ``y``; a magnitude also scales the updates in ``y``.
+
+        The update is multiplied by ``weight``, ``(T, 1)``, which an adapter with a magnitude lacks.
+        """
         a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
         base: Any = self.base_layer
         how = {setting: getattr(base, setting) for setting in _SETTINGS}
@@ -95,8 +101,9 @@ class LoraEmbedding(LoraLayer):
             where, found = "LoraEmbedding", f"shape {tuple(scale.shape)}"
             require(scale.numel() == 1, where, "base_layer.embed_scale", "a scalar", found)
             scale = scale.to(update.dtype)
-        if scale is not None:
-            update = update * scale
+        for factor in (scale, weight):
+            if factor is not None:
+                update = update * factor
         if name not in self.lora_magnitude_vector:
             return y + update
         of_weight = self.base_weight.matrix(), a, b, self.scaling[name]

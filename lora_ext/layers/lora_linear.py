@@ -53,7 +53,6 @@ class LoraLinear(LoraLayer):
     """
 
     takes_invocation = True
-    mixes = True
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from ._pages import (
     in_words,
     magnitude_dtype,
 )
-from ._store import PageStore, Placement, Resident
+from ._store import NO_SLOT, PageStore, Placement, Resident
 
 _AHEAD = 8  # the memory of a module grows in steps of this many pages, which is 64 ranks
 
@@ -57,7 +57,7 @@ def find_place(
     search = _Search(store, need, packed, name)
     what = repr(name) if name else "making room for mixtures"
     victims: list[Resident] = []
-    slots = store.free_slots
+    slots = store.free_slots if name else [NO_SLOT]  # () only makes room for mixtures
     for resident in order:
         lacking, missing = search.lacking(), search.missing_bytes()
         if slots and not lacking and not missing:

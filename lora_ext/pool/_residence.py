@@ -19,9 +19,8 @@ from lora_ext.rows import BASE, Name, UnknownAdapterError
 from ._mixtures import check_weighted, joined_rows
 from ._pages import PackedAdapter, TableRow, in_one_mapping
 from ._placement import find_place, resize, set_sizes
-from ._store import PageStore, Placement, Resident
+from ._store import NO_SLOT, PageStore, Placement, Resident
 
-NO_SLOT = -1
 _REMEMBERED = 1024  # maximum number of names of dropped adapters that are kept for messages
 
 
@@ -280,7 +279,7 @@ class Residence:
         """Allocate the tables that mixtures need, unless there was a mixture already."""
         if not self._store.members:
             self.install((), PackedAdapter(AdapterConfig(), {}))
-            self._retire(self.by_name.pop(()))
+            del self.by_name[()]  # it has no slot
 
     def _retire(self, resident: Resident) -> None:
         resident.retired = True

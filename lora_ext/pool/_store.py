@@ -34,6 +34,7 @@ from ._transfer import StreamTransfer, Transfer, to_host
 Written = list[tuple[Transfer, Any]]  # copies that may still be queued
 
 
+NO_SLOT = -1
 serials = itertools.count(1)  # numbers of versions of adapters, and of their weights in requests
 
 
@@ -69,7 +70,7 @@ class Resident:
 class Placement:
     """Slot, pages and memory of a new adapter, chosen before the store is changed."""
 
-    slot: int
+    slot: int  # NO_SLOT for tables alone
     pages: dict[str, list[int]]
     rows: dict[str, TableRow] = field(default_factory=dict)
     of_members: list[int] = field(default_factory=list)  # slots of the adapters of a mixture
@@ -188,7 +189,7 @@ class PageStore:
             slab = slabs[module]
             for i, page in enumerate(place.pages[module]):
                 jobs[slab.a.device] += [(slab.a[page], part.a[i]), (slab.b[page], part.b[i])]
-        for module, slab in slabs.items():
+        for module, slab in slabs.items() if slot != NO_SLOT else ():
             part = packed.modules.get(module)
             for table, own, fill in (
                 (place.biases.get(module, slab.bias), part and part.bias, 0),
@@ -202,9 +203,10 @@ class PageStore:
                     kind = {"dtype": row.dtype, "device": "cpu", "pin_memory": row.is_cuda}
                     own = torch.full(row.shape, fill, **kind)
                 jobs[table.device].append((row, own))
+        everyone = [(slot, place.rows, place.of_members)] if slot != NO_SLOT else []
         for block in (*self.blocks, *place.blocks):
-            jobs[block.ranks.device] += block.copies(slot, place.rows)
-        everyone = [(slot, place.rows, place.of_members)]
+            for other, rows, _ in everyone:
+                jobs[block.ranks.device] += block.copies(other, rows)
         if place.members:  # new tables
             known = [r for r in self.residents if r is not None and r.slot != slot]
             everyone += [(r.slot, r.rows, [m.slot for m in r.members]) for r in known]
@@ -273,8 +275,9 @@ class PageStore:
             self.slabs[module].free = free
         for victim in place.victims:
             self._free(victim.slot)
-        self.free_slots.remove(place.slot)
-        self.residents[place.slot] = resident
+        if place.slot != NO_SLOT:
+            self.free_slots.remove(place.slot)
+            self.residents[place.slot] = resident
         for block in place.blocks:
             for i, name in enumerate(block.names):
                 view = self.modules[name]

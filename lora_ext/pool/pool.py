@@ -298,10 +298,11 @@ class AdapterPool:
         if isinstance(names, str | Mapping):
             raise TypeError(f"{where}: expected a sequence of names, found {names!r:.200}")
         each: list[Any] = list(names)
-        width, weighted = 0, set[Any]()
+        width, weighted, given = 0, set[Any](), list[str]()
         for i, entry in enumerate(each):
             if not _entries.is_plain(entry):
                 members = _entries.members_of(entry, where)
+                given += _entries.names_in(entry)
                 each[i] = name = _entries.name_of(members)
                 width = max(width, len(members))
                 if len(members) == 1 and members[0][1] != 1:
@@ -309,6 +310,7 @@ class AdapterPool:
         for transfer in self._store.transfers.values():
             transfer.check_outside_capture()
         with self._lock:
+            self._residence.check_known(given, where)  # also names with a weight of 0
             lease = Lease(self, *self._residence.pin(each, weighted))
             self._store.mix(width)
             return lease
@@ -316,11 +318,11 @@ class AdapterPool:
     def prepare_mixtures(self, width: int = 2) -> None:
         """Prepare layers and compiled graphs for ``width`` weights per row.
 
-        The tables of mixtures, which otherwise the first mixture allocates, need a slot for a
-        moment. A captured step reads them, so :func:`lora_ext.capturable` calls this method.
+        Otherwise the first mixture allocates the tables of mixtures. A captured step reads them, so
+        :func:`lora_ext.capturable` calls this method.
 
         Raises:
-            PoolFullError: If all slots are pinned, or ``max_bytes`` leaves no room.
+            PoolFullError: If ``max_bytes`` leaves no room.
         """
         with self._lock:
             if width > 1:

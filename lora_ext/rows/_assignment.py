@@ -14,7 +14,7 @@ from lora_ext._checks import require
 from lora_ext._torch import compiles
 
 from . import _entries
-from ._entries import BASE, Entry, Name
+from ._entries import BASE, Entry, Name, entry_of
 from ._rows import Kept, Rows, capturing, constant, planned, renumbered, repeated
 
 Names = Entry | Sequence[Entry] | Sequence[Sequence[Entry]]
@@ -75,7 +75,10 @@ class Assignment:
     ):
         self.names, self.places, self.shape, self.repeat = names, places, shape, repeat
         self.weights = weights
-        #: Entry of each name for :meth:`AdapterPool.acquire`, with weights if some are not 1.
+        #: Names of the entries that only have a weight of 0.
+        self.unused: tuple[str, ...] = ()
+        #: Entry of each name for :meth:`AdapterPool.acquire`, with weights if some are not 1, and
+        #: then an entry for each name in ``unused``, which has no slot.
         self.asked: tuple[Entry, ...] = names  # pyright: ignore  # mixtures only in `of_entries`
         entries = places.unique().tolist() if isinstance(places, Tensor) else places
         #: Distinct values of ``places``, without -1.
@@ -122,17 +125,21 @@ class Assignment:
             TypeError, ValueError: If an entry is invalid, as for :func:`lora_ext.adapters`.
         """
         each: list[Any] = list(entries)
-        weights, asked = None, {}
+        weights, asked, unused = None, {}, dict[str, None]()
         if not all(isinstance(entry, str | None) for entry in each):
             rows = [_entries.members_of(entry, "adapters: names") for entry in each]
             each, weights = [_entries.name_of(row) for row in rows], _entries.weights_of(rows)
             for name, row in zip(each, rows, strict=True):
                 if name not in asked or any(weight != 1 for _, weight in row):
-                    asked[name] = entry_of(name, [weight for _, weight in row]) if row else None
+                    asked[name] = _entries.spelled(row)
+            found = {name for row in rows for name, _ in row}
+            unused = {n: None for e in entries for n in _entries.names_in(e) if n not in found}
         names = tuple(dict.fromkeys(n for n in each if n is not None and n != BASE))
         place: dict[Any, int] = {name: i for i, name in enumerate(names)}
         made = cls(names, tuple(place.get(name, -1) for name in each), shape, weights=weights)
-        made.asked = tuple(asked[name] for name in names) if asked else made.asked
+        made.unused = tuple(unused)
+        wanted = tuple(asked[name] for name in names) if asked else made.asked
+        made.asked = (*wanted, *((name, 0.0) for name in unused))
         return made
 
     def spelled(self) -> list[Entry]:
@@ -396,13 +403,6 @@ class Assignment:
                 f"embedding with one row of {named} tokens or positions; pass [[...]] with one "
                 "name per token, or exclude embeddings of positions that all sequences share"
             )
-
-
-def entry_of(name: Name, weights: Sequence[float] | None = None) -> Entry:
-    """Return the entry of a name, with weights or with a weight of 1 for each adapter."""
-    if isinstance(name, str):
-        return name if weights is None or weights[0] == 1 else (name, weights[0])
-    return dict(zip(name, weights or (1.0,) * len(name), strict=False))
 
 
 class NamedRows(list[Any]):

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from ._entries import Entry, members_of
+from ._entries import Entry, members_of, names_in
 
 
 class UnknownAdapterError(KeyError):
@@ -132,7 +132,7 @@ class LayerNames:
         """
         known = {known for layer in self._layers for known in layer.adapter_names}
         each = [[name for name, _ in members_of(entry, "adapters: names")] for entry in names]
-        for name in itertools.chain.from_iterable(each):
+        for name in itertools.chain.from_iterable(map(names_in, names)):
             if name not in known:
                 close = difflib.get_close_matches(name, known)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -145,7 +145,8 @@ class LayerNames:
                     "adapters: names: expected ordinary adapters in a mixture, found the activated "
                     f"adapter {found[0][0]!r}; use it alone"
                 )
-            invocations.append(found[0][1] if found else ())
+            if own:
+                invocations.append(found[0][1] if found else ())
         return Places(range(len(names)), invocations)
 
     def _invocation(self, name: str | None) -> tuple[int, ...]:

@@ -35,6 +35,14 @@ def is_entry(value: object) -> bool:
     return pair and not isinstance(value[1], str | Mapping | list | tuple | None)  # pyright: ignore
 
 
+def names_in(entry: Any) -> tuple[str, ...]:
+    """Return the names in a valid entry, including those with a weight of 0."""
+    if isinstance(entry, Mapping):
+        return tuple(entry)
+    name = entry[0] if isinstance(entry, tuple) else entry
+    return () if name in (None, BASE) else (name,)
+
+
 def members_of(entry: Any, where: str) -> Members:
     """Return the adapters of an entry that have a weight other than 0.
 
@@ -80,8 +88,8 @@ def refuse_mixtures(entries: Sequence[object]) -> None:
     for entry in entries:
         if not is_plain(entry):
             raise NotImplementedError(
-                "adapters: names: expected one adapter with a weight of 1 for each row of an "
-                "embedding, of experts or in a compiled graph with its own adapters, found "
+                "adapters: names: expected one adapter with a weight of 1 for each row of experts "
+                "or of a compiled graph with its own adapters, found "
                 f"{entry!r:.200}; load them into an AdapterPool"
             )
 
@@ -90,6 +98,19 @@ def name_of(members: Members) -> Name | None:
     """Return the name of the members without their weights; None for the base model."""
     names = tuple(name for name, _ in members)
     return names if len(names) > 1 else next(iter(names), None)
+
+
+def entry_of(name: Name, weights: Sequence[float] | None = None) -> Entry:
+    """Return the entry of a name, with weights or with a weight of 1 for each adapter."""
+    if isinstance(name, str):
+        return name if weights is None or weights[0] == 1 else (name, weights[0])
+    return dict(zip(name, weights or (1.0,) * len(name), strict=False))
+
+
+def spelled(members: Members) -> Entry:
+    """Return the entry of the members; None for the base model."""
+    name = name_of(members)
+    return None if name is None else entry_of(name, [weight for _, weight in members])
 
 
 def weights_of(rows: Sequence[Members]) -> tuple[tuple[float, ...], ...] | None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +15,7 @@ from lora_ext._checks import require
 from ._assignment import TokensFirstError
 from ._attachment import Pool, pool_handle
 from ._context import of_call
+from ._entries import Entry
 from ._rows import Rows
 
 if TYPE_CHECKING:
@@ -79,9 +78,11 @@ class PoolLayer(nn.Module):
     #: the number of names by chance.
     shared = False
 
-    #: Name of the adapter for forwards outside every block; None for the base model; "error" to
-    #: raise RuntimeError.
-    default: str | None = None
+    #: Entry for forwards outside every block; None for the base model; "error" to raise
+    #: RuntimeError.
+    default: Entry = None
+    #: Text of ``default`` for compiled graphs, or None.
+    default_text: str | None = None
 
     #: True for the output head, which may receive only some of the tokens, for example the last of
     #: each sequence; see :attr:`Block.head`.
@@ -151,15 +152,6 @@ class PoolLayer(nn.Module):
         self.base.train(mode)
         return super().train(mode)
 
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the children of ``base``, and also ``base`` if torchao's ``quantize_`` calls.
-
-        ``quantize_`` changes the weight of ``base``, which this layer shares.
-        """
-        yield from super().named_children()
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("torchao."):
-            yield "base", self.base
-
     def extra_repr(self) -> str:
         """Return the base module and the number of slots."""
         return f"base={self.base}, slots={self.pool.max_slots}"
@@ -197,7 +189,7 @@ class PoolLayer(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a layer with a copy of ``base`` and the same pool."""
         layer = type(self)(copy.deepcopy(self.base, memo), self.pool, self.name)
-        for setting in ("tokens_first", "shared", "default", "is_head"):
+        for setting in ("tokens_first", "shared", "default", "default_text", "is_head"):
             setattr(layer, setting, getattr(self, setting))
         return layer
 

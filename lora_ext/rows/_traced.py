@@ -98,12 +98,12 @@ def block_of_graph(handle: int, default: str | None) -> _context.Block | None:
     """Return the block in which a compiled graph runs.
 
     Raises:
-        RuntimeError: If there is no block and ``default`` is not the base model.
+        RuntimeError: If there is no block and ``default``, the text of an entry, is not None.
     """
     block = _context.current(handle, in_graph=True)
     if block is None and default is not None:
         raise RuntimeError(
-            f"attach: default={default!r}: expected a block around a compiled forward, found none: "
+            f"attach: default={default}: expected a block around a compiled forward, found none: "
             "torch.compile does not trace the block of the default adapter; enter "
             "lora_ext.adapters(...) around the call"
         )

@@ -157,8 +157,8 @@ class Embedder(ServedPool):
 
         Errors of :meth:`AdapterPool.load` are raised, too.
         """
-        _name(adapter_name)  # raises for an invalid entry
         with self._prepared("embed"):
+            adapter_name = await self._used(adapter_name, "embed: adapter_name")
             async with self._encoding:
                 ids = await asyncio.to_thread(self._encode, texts)
         if self._stopped:

@@ -115,6 +115,19 @@ class ServedPool:
             if each is not None and each not in self.pool:
                 await asyncio.to_thread(self.folder.ready, each)
 
+    async def _used(self, entry: Entry, where: str) -> Entry:
+        """Return an entry without the names that have a weight of 0, but load these adapters, too.
+
+        Raises:
+            UnknownAdapterError: If the folder has no adapter of one of these names.
+            TypeError, ValueError: If the entry is invalid.
+        """
+        members = _entries.members_of(entry, where)
+        unused = set(_entries.names_in(entry)).difference(name for name, _ in members)
+        with contextlib.suppress(PoolFullError):
+            await self._load(tuple(unused))
+        return _entries.spelled(members)
+
 
 class Engine(ServedPool):
     """Continuous batching with the adapters in a folder, each loaded at its first use.
@@ -278,6 +291,7 @@ class Engine(ServedPool):
         """
         members = _entries.members_of(adapter_name, "begin: adapter_name")
         with self._prepared("begin"), self._turns.take(_entries.name_of(members)) as turn:
+            adapter_name = await self._used(adapter_name, "begin: adapter_name")
             async with self._encoding:
                 job = asyncio.ensure_future(asyncio.to_thread(self.encode, prompt))
                 try:

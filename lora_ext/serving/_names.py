@@ -36,7 +36,7 @@ class CallNames:
         default: see :func:`attach`.
     """
 
-    def __init__(self, pool: AdapterPool, default: str | None):
+    def __init__(self, pool: AdapterPool, default: Entry):
         self.pool, self.default = pool, default
         self.handle = pool_handle(pool)
 
@@ -90,7 +90,8 @@ class CallNames:
         for entry in names:
             fits = _entries.is_entry(entry)
             require(fits, where, "adapter_names", "str or None", f"{entry!r:.200}")
-            for name, _ in _entries.members_of(entry, f"{where}: adapter_names"):
+            _entries.members_of(entry, f"{where}: adapter_names")  # raises for an invalid entry
+            for name in _entries.names_in(entry):
                 if name not in self.pool:
                     self.pool.acquire([name])  # raises an error with close matches
         return names

@@ -27,7 +27,15 @@ from lora_ext.layers import (
     unspace_products,
 )
 from lora_ext.pool import AdapterPool
-from lora_ext.rows import BASE, ERROR, PoolLayer, UnknownAdapterError, _layouts, attachments
+from lora_ext.rows import (
+    ERROR,
+    Entry,
+    PoolLayer,
+    UnknownAdapterError,
+    _entries,
+    _layouts,
+    attachments,
+)
 
 from ._continuous import requests_of
 from ._hooks import Hooks, is_hook, uninstall
@@ -79,7 +87,7 @@ class _Attachment:
 def attach(
     model: Model,
     pool: AdapterPool,
-    default: str | None = None,
+    default: Entry = None,
     *,
     pack_base: bool | int | None = False,
     fuse_siblings: bool = False,
@@ -99,7 +107,8 @@ def attach(
         model: the model that the pool was made for, or one with the same modules and sizes.
         pool: the pool of the adapters.
         default: adapter of a call outside every block and without ``adapter_names=``: None for the
-            base model, the name of an adapter, or "error" to raise RuntimeError.
+            base model, the name of an adapter, a mixture as in :func:`lora_ext.adapters`, or
+            "error" to raise RuntimeError.
         pack_base: whether to keep a packed copy of the weight of every linear layer, which makes
             products of at most 32 rows on a CPU faster: see :func:`lora_ext.nn.pack_linears`. The
             copies need as many bytes as the weights. A decode step of SmolLM2-135M with 16 adapters
@@ -123,10 +132,11 @@ def attach(
     Raises:
         TypeError: If ``model`` is not a module, ``pool`` is not a pool, or a flag is neither True
             nor False.
-        UnknownAdapterError: If the pool does not have the adapter ``default``.
+        UnknownAdapterError: If the pool does not have an adapter in ``default``.
         RuntimeError: If the model, or a part of it, is attached or has PEFT's layers.
-        ValueError: If a module of the pool is missing in the model or has another size; if the pool
-            lacks a module of the model; or if ``pack_linears`` raises.
+        ValueError: If ``default`` is not an entry; if a module of the pool is missing in the model
+            or has another size; if the pool lacks a module of the model; or if ``pack_linears``
+            raises.
         NotImplementedError: If transformers' ``tp_plan`` has sharded the weights.
 
     After any error the model is unchanged.
@@ -140,12 +150,14 @@ def attach(
     if overlap:
         text = "attach: overlap has no effect and will be removed; leave it out"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
-    default = None if default == BASE else default
-    if default not in (None, ERROR) and default not in pool:
-        raise UnknownAdapterError(
-            "attach: default: expected None, 'error' or one of the adapters "
-            f"{pool.names!r:.200}, found {default!r:.200}"
-        )
+    if default != ERROR:
+        members = _entries.members_of(default, "attach: default")
+        if not all(name in pool for name in _entries.names_in(default)):
+            raise UnknownAdapterError(
+                "attach: default: expected None, 'error' or one of the adapters "
+                f"{pool.names!r:.200}, found {default!r:.200}"
+            )
+        default = _entries.spelled(members)
     _check_free(model)
     layers: dict[str, PoolLayer] = {}
     for name in pool.modules:
@@ -157,7 +169,7 @@ def attach(
         if any(parameter in pool.experts for parameter in pool.index.parameters[name]):
             layers[name] = MultiLoraExperts(_module(model, name), pool, name)
     for layer in layers.values():
-        layer.default = default
+        layer.default, layer.default_text = default, None if default is None else repr(default)
     found = ModelIndex.build(model, pool.targets, device="cpu").specs
     if more := [name for name in found if name not in pool.index.specs]:
         raise ValueError(  # these layers would silently compute the base model

@@ -3,6 +3,8 @@
 import copy
 from typing import Any
 
+import mixtures
+import peft
 import pytest
 import torch
 from same_steps import CLOSE, checkpointed, gradients, logits, pair, step, tokens
@@ -114,9 +116,36 @@ def test_what_cannot_be_mixed_is_refused_by_name() -> None:
         for entry in ({"plain": 1, name: 1}, (name, 0.5)):
             with pytest.raises(NotImplementedError, match=f"'{name}'.*{why}"):
                 logits(model, adapter_names=[entry] * 5)
-    with pytest.raises(UnknownAdapterError, match="'unseen'"):
-        logits(model, adapter_names=[{"plain": 1, "unseen": 1}] * 5)
+    for entry in ({"plain": 1, "unseen": 1}, {"plain": 1, "unseen": 0}, ("unseen", 0)):
+        with pytest.raises(UnknownAdapterError, match="'unseen'"):
+            logits(model, adapter_names=[entry] * 5)
     with pytest.raises(ValueError, match="adapter_names: expected a list"):
         logits(model, adapter_names={"plain": 1.0})
     with pytest.raises(ValueError, match="'plain': expected a finite weight"):
         logits(model, adapter_names=[{"plain": float("nan")}] * 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("Conv2d", "adapter_names: 'red': .*it has a Conv2d"),
+        ("Embedding", "adapter_names: 'red': .*it has a Embedding"),
+        ("experts", r"names: expected one .* row of experts .*found \('red', "),
+    ],
+)
+def test_convolutions_embeddings_and_experts_refuse_mixtures(kind: str, message: str) -> None:
+    torch.manual_seed(0)
+    if kind == "experts":
+        model = mixtures.make_peft(mixtures.make_mixture("qwen3"), {"red": {"r": 4}})
+        given = {"input_ids": mixtures.tokens(2, 3)}
+    else:
+        conv = kind == "Conv2d"
+        layer = torch.nn.Conv2d(3, 4, 2, 2) if conv else torch.nn.Embedding(5, 4)
+        config, base = peft.LoraConfig(r=2, target_modules=["0"]), torch.nn.Sequential(layer)
+        model = peft.get_peft_model(base, config, adapter_name="red")  # pyright: ignore
+        given = {"input": torch.randn(2, 3, 4, 4) if conv else torch.ones(2, 3, dtype=torch.int64)}
+    ours: Any = lora_ext.from_peft(model)
+    ours(**given, adapter_names=["red", "__base__"])
+    for entry in ({"red": 2.0}, ("red", 0.5)):
+        with pytest.raises(NotImplementedError, match=message):
+            ours(**given, adapter_names=[entry, "__base__"])

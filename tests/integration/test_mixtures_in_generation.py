@@ -199,6 +199,8 @@ def test_engine_and_embedder_load_the_adapters_of_mixtures(tmp_path: Path) -> No
             ({"a0": float("inf")}, ValueError, "adapter_name: 'a0': .* found inf"),
             ({"a0": True}, TypeError, "adapter_name: 'a0': .* found True"),
             ({"a0": 1, "none": 1}, KeyError, "'none' is not loaded"),
+            ({"a0": 1, "none": 0}, KeyError, "'none' is not loaded"),
+            (("none", 0), KeyError, "'none' is not loaded"),
         ]
         for name, error, text in wrong:
             with pytest.raises(error, match=text):
@@ -230,6 +232,9 @@ def test_embedder_takes_mixtures(tmp_path: Path) -> None:
                 states = model(input_ids=torch.tensor([one])).last_hidden_state
             expected = torch.nn.functional.normalize(states.mean(1), dim=-1)
             torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-5)
+        for name in {"a0": 1, "none": 0}, ("none", 0):
+            with pytest.raises(KeyError, match="'none' is not loaded"):
+                asyncio.run(embedder.embed([ids[0]], name))
     assert not torch.allclose(found[0], found[4])
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lora_ext.interop.vllm._activated import in_front
 from lora_ext.interop.vllm._loads import follow_loads
 
 
@@ -56,6 +57,30 @@ def engine():
 def asked(engine, request):
     """Return the request as the engine receives it."""
     return engine.preprocess_add_request(SimpleNamespace(lora_request=request))[0]
+
+
+MIXTURES = [
+    {"a": 0.7, "b": 0.3},
+    ("a", 0.5),
+    [Request("a", 1), Request("b", 2)],
+    {Request("a", 1).lora_name: Request("a", 1)},
+    Request({"a": 0.7, "b": 0.3}, 1),  # pyright: ignore[reportArgumentType]
+    Request(("a", 0.5), 1),  # pyright: ignore[reportArgumentType]
+]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_mixtures_of_adapters_are_refused_by_name(engine, mixture):
+    message = r"lora_request: expected .* weight of 1, found .*a.*merge_adapters.*mode='delta'"
+    front = in_front(None)
+    for call in (
+        lambda: asked(engine, mixture),
+        lambda: engine.add_lora(mixture),
+        lambda: front(SimpleNamespace(lora_request=mixture)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert engine.loaded == {} and asked(engine, Request("a", 1)) == Request("a", 1)
 
 
 def test_requests_without_reloads_are_unchanged(engine):

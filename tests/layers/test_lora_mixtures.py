@@ -8,7 +8,7 @@ from common import error_over_bound
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext.nn import LoraEmbedding, LoraLinear
+from lora_ext.nn import LoraConv, LoraEmbedding, LoraLinear
 from lora_ext.rows import UnknownAdapterError, layer_names
 
 IN, OUT, ROWS = 24, 17, 10
@@ -147,7 +147,7 @@ def test_wrong_arguments_are_named(
         made()(torch.randn(ROWS, IN), **given)
 
 
-def test_dora_and_embeddings_are_refused_by_name() -> None:
+def test_dora_is_refused_by_name() -> None:
     layer, x = made(use_dora=True), torch.randn(ROWS, IN)
     with pytest.raises(NotImplementedError, match="'c', which uses DoRA"):
         layer(x, IDS)
@@ -155,8 +155,6 @@ def test_dora_and_embeddings_are_refused_by_name() -> None:
     weights = torch.rand(ROWS, 2)
     expected = formula(layer, x, ids, weights)
     torch.testing.assert_close(layer(x, ids, adapter_weights=weights), expected)
-    with pytest.raises(NotImplementedError, match=r"LoraEmbedding: adapter_ids: .* 2 per row"):
-        LoraEmbedding(nn.Embedding(5, 4), "a", r=2)(torch.arange(ROWS) % 5, IDS.clamp(max=0))
 
 
 ENTRIES = [{"a": 0.7, "c": -0.3}, "b", None, ("c", 0.5), {"c": 2, "b": 1}]
@@ -197,11 +195,62 @@ def test_embeddings_without_the_adapters_of_a_mixture_run_beside_it() -> None:
         layer(torch.ones(2, IN))
         y = embedding(ids)
     assert torch.equal(y, embedding(ids, adapter_ids=[None, "c"]))
-    with (
-        lora_ext.adapters([("c", 0.5), None]),
-        pytest.raises(NotImplementedError, match=r"'c', 0\.5"),
-    ):
-        embedding(ids)
+
+
+def other(kind: type, dtype: torch.dtype = torch.float64, **third: Any) -> tuple[Any, Tensor]:
+    """Return a layer that is not linear, with three adapters, and five sequences of three rows."""
+    torch.manual_seed(0)
+    base = nn.Embedding(7, OUT) if kind is LoraEmbedding else nn.Conv1d(2, OUT, 4, 4)
+    layer = kind(base, "a", r=4, init_lora_weights=False)
+    layer.add_adapter("b", r=3, init_lora_weights=False)
+    layer.add_adapter("c", r=2, init_lora_weights=False, **third)
+    for parameter in layer.parameters():
+        parameter.requires_grad_()
+    x = torch.randint(7, (5, 3)) if kind is LoraEmbedding else torch.randn(5, 2, 12)
+    return layer.to(dtype), x if kind is LoraEmbedding else x.to(dtype)
+
+
+def sum_of(layer: Any, x: Tensor, rows: list[dict[str, float]]) -> Tensor:
+    """Return the output of each sequence by the definition, from the layer's plain rows."""
+    base = layer.base_layer(x)
+    total = base.clone()
+    for name in "abc":
+        weight = torch.tensor([row.get(name, 0.0) for row in rows], dtype=base.dtype)
+        total = total + weight.view(-1, 1, 1) * (layer(x, [name] * len(rows)) - base)
+    return total
+
+
+@pytest.mark.parametrize("kind", [LoraEmbedding, LoraConv])
+def test_embeddings_and_convolutions_take_mixtures(kind: type) -> None:
+    rows = [{name: WEIGHTS[name][row] for name in "abc"} for row in range(5)]
+    found: list[list[Tensor]] = []
+    for block in (False, True):
+        layer, x = other(kind)
+        if block:
+            with lora_ext.adapters(ENTRIES, pool=layer_names):
+                y = layer(x)
+        else:
+            y = layer(x, ENTRIES)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [*layer.parameters()])])
+        expected = sum_of(layer, x, rows)
+        expected = [
+            expected,
+            *torch.autograd.grad(expected.square().sum(), [*layer.parameters()]),
+        ]
+        for ours, theirs in zip(found[-1], expected, strict=True):  # weights are float32
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, *found))
+    ids = torch.tensor([[0, 1], [1, 1], [2, -1], [-1, -1], [2, 0]]).repeat_interleave(3, 0)
+    counts = [{"a": 1, "b": 1}, {"b": 2}, {"c": 1}, {}, {"a": 1, "c": 1}]
+    torch.testing.assert_close(layer(x, ids), sum_of(layer, x, counts))
+    layer, x = other(kind, use_dora=True)
+    mixed = layer(x, [{"a": 1, "b": 1}, "c", "c", "c", "c"])
+    torch.testing.assert_close(mixed[1:], layer(x, ["c"] * 5)[1:])
+    for entry in ({"a": 1, "c": 1}, ("c", 0.5)):
+        with pytest.raises(NotImplementedError, match="found 'c', which uses DoRA"):
+            layer(x, [entry, *["a"] * 4])
+    with pytest.raises(NotImplementedError, match="found 'c', which uses DoRA"):
+        layer(x, ids)
 
 
 def test_blocks_give_entries_to_layers_and_plain_rows_keep_their_bits() -> None:

@@ -202,6 +202,37 @@ def test_tables_of_mixtures_are_allocated_for_the_first_one() -> None:
         assert slab.page_scale[slot, 0] == slab.scale[slot] == 2
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_tables_of_mixtures_are_prepared_in_a_full_pool(pinned: bool) -> None:
+    pool = make(max_slots=2, host_cache_bytes=0)
+    for i in (0, 1):
+        load(pool, f"x{i}", i)
+    lease = pool.acquire(["x0", "x1"] if pinned else [])
+    own = [factors_of_one(pool, slot) for slot in lease]
+    pool.prepare_mixtures(2)
+    stats = pool.stats()
+    assert pool.names == ["x0", "x1"] and (stats["evictions"], stats["slots_used"]) == (0, 2)
+    assert all(map(torch.equal, own, [factors_of_one(pool, slot) for slot in lease]))
+    lease.__exit__()
+    with pool.acquire(["x0", "x1"]) as slots:
+        slab: Any = pool.modules["up"]
+        assert slab.page_scale[list(slots), 0].tolist() == slab.scale[list(slots)].tolist()
+
+
+def factors_of_one(pool: AdapterPool, slot: int) -> torch.Tensor:
+    slab: Any = pool.modules["up"]
+    page = int(slab.page_table[slot, 0])
+    return slab.scale[slot] * slab.b_pages[page] @ slab.a_pages[page]
+
+
+def test_unknown_name_with_weight_0_is_refused() -> None:
+    pool = fill(make(), (0,))
+    for entry in ({"x0": 1, "y": 0}, ("y", 0), {"y": 0.0}):
+        with pytest.raises(UnknownAdapterError, match=r"acquire: names: adapter 'y' is not load"):
+            pool.acquire(["x0", entry])
+    assert pool.stats()["pins"] == 0
+
+
 def test_failed_copy_leaves_the_pool_without_the_mixture(monkeypatch: Any) -> None:
     pool = fill(make(max_slots=3), (0, 1, 2))
     device = next(iter(pool._store.transfers))

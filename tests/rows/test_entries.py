@@ -9,7 +9,8 @@ import torch
 from two_layers import inputs, make
 
 import lora_ext
-from lora_ext.rows import Assignment, Layout, UnknownAdapterError
+from lora_ext.rows import Assignment, Layout, UnknownAdapterError, layer_rows
+from lora_ext.serving._names import CallNames
 
 NAN, INF = float("nan"), float("inf")
 
@@ -104,12 +105,56 @@ def test_invalid_entries_raise_with_argument_and_value(
     assert "names" in message and text in message
 
 
+#: Invalid values for one row, which doors for one entry refuse as well.
+SINGLE = [(given, error, text) for given, error, text in HOSTILE if not isinstance(given, list)]
+
+
+@pytest.mark.parametrize(("given", "error", "text"), SINGLE)
+def test_every_door_refuses_an_invalid_entry(given: Any, error: type[Exception], text: str) -> None:
+    model: Any = make()
+    pool = model.up.pool
+    layer = lora_ext.nn.LoraLinear(torch.nn.Linear(5, 4), "a", r=2)
+    calls = {
+        "AdapterPool.acquire: names: ": lambda: pool.acquire([given]),
+        "add_requests: adapter_names: ": lambda: CallNames(pool, None).of_requests(
+            "add_requests", [given], 1
+        ),
+        "adapters: names: ": lambda: layer(torch.ones(1, 5), adapter_names=given),
+        "attach: default: ": lambda: lora_ext.attach(model, pool, default=given),
+    }
+    lora_ext.detach(model)
+    for argument, call in calls.items():
+        with pytest.raises(error) as found:
+            call()
+        assert str(found.value).startswith(argument) and text in str(found.value)
+    assert pool.stats()["pins"] == 0
+    model(inputs(1, 2))
+
+
 def test_unknown_adapters_of_mixtures_are_named() -> None:
     model = make()
-    for given in ({"red": 1, "gren": 2}, [("gren", 0.5)] * 2, [["red", {"gren": 3}]]):
+    for given in (
+        {"red": 1, "gren": 2},
+        [("gren", 0.5)] * 2,
+        [["red", {"gren": 3}]],
+        {"red": 1, "gren": 0},
+        ["red", ("gren", 0)],
+    ):
         with pytest.raises(UnknownAdapterError, match=r"names: adapter 'gren' is not load"):
             with lora_ext.adapters(given):
                 model(inputs(2, 2))
+
+
+def test_unknown_adapters_with_weight_0_are_named_by_layers() -> None:
+    layer = lora_ext.nn.LoraLinear(torch.nn.Linear(5, 4), "red", r=2)
+    x = torch.ones(2, 5)
+    for given in ([{"red": 1, "gren": 0}, None], [("gren", 0.0)] * 2):
+        with pytest.raises((KeyError, ValueError), match="'gren'"):
+            layer(x, given)
+        with pytest.raises(UnknownAdapterError, match="'gren'"):
+            with lora_ext.adapters(given, pool=lora_ext.nn.layer_names):
+                layer(x)
+    torch.testing.assert_close(layer(x, [{"red": 0}] * 2), layer(x, [None] * 2))
 
 
 def test_weights_follow_their_rows() -> None:
@@ -138,12 +183,11 @@ def test_weights_follow_their_rows() -> None:
     assert plain.weights is None and plain.row_weights(Layout(leading, torch.device("cpu"))) is None
 
 
-def test_embeddings_with_their_own_adapters_refuse_weights() -> None:
-    layer = lora_ext.nn.LoraEmbedding(torch.nn.Embedding(5, 4), r=2)
-    x = torch.ones(2, 3, dtype=torch.int64)
+def test_compiled_graphs_with_their_own_adapters_refuse_weights() -> None:
+    layer = lora_ext.nn.LoraLinear(torch.nn.Linear(5, 4), r=2)
+    where = torch.Size([2]), torch.device("cpu"), False, False
     for given in [("default", 0.5)], [{"default": 2}]:
-        with pytest.raises(NotImplementedError, match=r"names: .* found .*default.*AdapterPool"):
-            layer(x, given * 2)
-        with pytest.raises(NotImplementedError, match=r"names: .* found .*default.*AdapterPool"):
-            with lora_ext.adapters(given * 2, pool=lora_ext.nn.layer_names):
-                layer(x)
+        with lora_ext.adapters(given * 2, pool=lora_ext.nn.layer_names):
+            layer(torch.ones(2, 5))
+            with pytest.raises(NotImplementedError, match=r"compiled.*found .*default.*AdapterP"):
+                layer_rows(("default",), -1, *where)  # as a compiled graph does when it runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Any
 
 import pytest
@@ -133,7 +134,8 @@ def test_gradients_of_mixtures_reach_the_input() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mixture_equals_the_merged_adapter(dtype: torch.dtype) -> None:
     weights = {"red": 0.7, "green": -0.3, "blue": 1.9}
-    merged = merge_adapters([LoraAdapter.load(adapter(n)) for n in weights], [*weights.values()])
+    parts = [LoraAdapter.load(adapter(name)) for name in weights]
+    merged = merge_adapters(parts, weights=[*weights.values()], mode="delta")
     model, x = make(dtype), inputs(7, 5, dtype=dtype)
     model.up.pool.load("merged", merged)
     exact = formula(model, x, [weights] * 35)
@@ -146,6 +148,62 @@ def test_mixture_equals_the_merged_adapter(dtype: torch.dtype) -> None:
     # The weights are rounded to float32 in a mixture, and the factors in a merged adapter.
     assert errors[0] <= 2 * errors[1] + 1e-6 * float(exact.abs().max())
     assert errors[1] < 1e-4
+
+
+@pytest.mark.parametrize("default", [ENTRIES[0], ENTRIES[2], {"red": 1, "blue": 0}])
+def test_mixture_is_the_default_outside_every_block(default: Any) -> None:
+    given = dict(default) if isinstance(default, dict) else default
+    model, x = make(default=given), inputs(2, 3, dtype=torch.float64)
+    pool = model.up.pool
+    if isinstance(given, dict):
+        given.clear()  # the model keeps a copy
+    with torch.no_grad():
+        whole, part = model(x), model.up(x)
+        with lora_ext.adapters(default):
+            assert torch.equal(whole, model(x)) and torch.equal(part, model.up(x))
+        torch.testing.assert_close(whole, formula(model, x, [default] * 6))
+        for names in (None, ["red", "blue"]):
+            with lora_ext.adapters(names):
+                assert not torch.equal(whole, model(x))
+        assert torch.equal(copy.deepcopy(model)(x), whole)
+    assert pool.stats()["pins"] == 0
+
+
+@pytest.mark.parametrize(
+    ("default", "error", "text"),
+    [
+        (["red"], ValueError, r"attach: default: .*found \['red'\]"),
+        ({"red": float("nan")}, ValueError, "attach: default: 'red': .*found nan"),
+        (("red", "1"), ValueError, r"attach: default: .*found \('red', '1'\)"),
+        ({"red": True}, TypeError, "attach: default: 'red': .*found True"),
+        ({"red": 1, "rde": 0.5}, KeyError, "attach: default: .*found {'red': 1, 'rde': 0.5}"),
+        ({"red": 1, "rde": 0}, KeyError, "attach: default: .*found {'red': 1, 'rde': 0}"),
+    ],
+)
+def test_invalid_default_changes_no_model(default: Any, error: Any, text: str) -> None:
+    model = make()
+    pool = model.up.pool
+    lora_ext.detach(model)
+    with pytest.raises(error, match=text):
+        lora_ext.attach(model, pool, default=default)
+    lora_ext.attach(model, pool, default={"red": 0})  # the base model
+    with torch.no_grad(), lora_ext.adapters(None):
+        base = model(inputs(2, dtype=torch.float64))
+    with torch.no_grad():
+        assert torch.equal(model(inputs(2, dtype=torch.float64)), base)
+
+
+@pytest.mark.slow  # compiles
+def test_compiled_model_with_a_mixture_as_default_requires_a_block() -> None:
+    torch._dynamo.reset()
+    model, x = make(torch.float32, default={"red": 0.5, "blue": 2.0}), inputs(2, 3)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        with lora_ext.adapters("blue"):
+            torch.testing.assert_close(compiled(x), model(x))
+        message = "default={'blue': 2.0, 'red': 0.5}: expected a block around a compiled forward"
+        with pytest.raises(RuntimeError, match=message):
+            compiled(x)
 
 
 def test_plain_names_make_no_weights() -> None:

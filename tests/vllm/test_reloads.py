@@ -7,7 +7,7 @@ import itertools
 import shutil
 
 import pytest
-from served_llama import VOCABULARY, Answer
+from served_llama import VOCABULARY, Answer, Reference
 
 ATOL = 3e-4  # as in test_against_peft.py
 LONG = [2 + i % 90 for i in range(100)]
@@ -59,6 +59,22 @@ def finish(engine, steps=None):
 def answer(engine, lora):
     start(engine, "one", lora)
     return finish(engine)["one"]
+
+
+def test_mixtures_are_refused_and_can_be_saved_as_one_adapter(engine, number, folder, peft_model):
+    from lora_ext.adapter import merge_adapters
+
+    a, b = request("a", number, folder / "a"), request("b", next(_numbers), folder / "b")
+    for mixture in ({"a": 0.7, "b": -0.3}, ("a", 0.5), [a, b]):
+        with pytest.raises(ValueError, match=r"lora_request: expected a LoRARequest.*'delta'"):
+            start(engine, "mixed", mixture)
+        with pytest.raises(ValueError, match=r"lora_request: expected a LoRARequest.*'delta'"):
+            engine.llm.llm_engine.add_lora(mixture)
+    peft_model.check([answer(engine, a)], ["a"], ATOL)  # the engine still runs
+    merged = merge_adapters([folder / "a", folder / "b"], [0.7, -0.3], mode="delta")
+    merged.save(folder / "merged")
+    lora = request("merged", next(_numbers), folder / "merged")
+    Reference(folder, names=["merged"]).check([answer(engine, lora)], ["merged"], ATOL)
 
 
 def test_one_name_with_two_ids_is_two_adapters_in_one_step(engine, number, folder, peft_model):

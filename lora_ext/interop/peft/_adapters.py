@@ -219,7 +219,7 @@ def refuse_mixtures(model: nn.Module, names: Assignment) -> None:
         wrapper, peft_layer = (isinstance(layer, k) for k in (AuxiliaryTrainingWrapper, LoraLayer))
         found = layer._adapters if wrapper else adapters_of(layer) if peft_layer else ()
         own = names.weighted & {*found}
-        known |= own
+        known |= {*found}
         for name in sorted(own):
             why = f"it has a {type(layer).__name__}"
             if hasattr(type(layer), "uncovered"):
@@ -227,7 +227,7 @@ def refuse_mixtures(model: nn.Module, names: Assignment) -> None:
             if why:
                 expected = f"{name!r}: expected an adapter that lora_ext can mix, found {place}"
                 raise NotImplementedError(f"{_WHERE}: {expected}: {why}")
-    if unknown := sorted(names.weighted - known):
+    if unknown := sorted(names.weighted.union(names.unused) - known):
         raise UnknownAdapterError(f"{_WHERE}: no layer has an adapter named {unknown[0]!r}")
 
 

@@ -227,7 +227,7 @@ class _FusedLoraModel(LoraModel):
             require(None not in [*names], "from_peft", "adapter_names", "'__base__'", None)
             refuse_turned(assignment_of(names).each(), self.turned)
         mixed = None if names is None else assignment_of(names)
-        if mixed is not None and mixed.mixed:
+        if mixed is not None and (mixed.mixed or mixed.unused):
             refuse_mixtures(self.model, mixed)
         if mixed is not None:
             kwargs["adapter_names"] = mixed.plain()

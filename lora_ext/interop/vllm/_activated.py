@@ -48,6 +48,16 @@ def invocation_of(lora_request: Any) -> tuple[int, ...]:
     return tuple(json.loads(name.removeprefix(_TRAVELS)))
 
 
+def check_single(lora_request: Any) -> None:
+    """Raise ValueError for a mixture of adapters, or an adapter with a weight."""
+    if not isinstance(getattr(lora_request, "lora_name", None), str):
+        raise ValueError(
+            "lora_request: expected a LoRARequest or None, because vLLM gives a request one "
+            f"adapter with a weight of 1, found {lora_request!r:.200}; save a mixture as one "
+            "adapter with lora_ext.adapter.merge_adapters(..., mode='delta')"
+        )
+
+
 def read(lora_request: Any) -> tuple[int, ...]:
     """Read the invocation from the configuration in the adapter's folder.
 
@@ -55,9 +65,10 @@ def read(lora_request: Any) -> tuple[int, ...]:
     vLLM reports that error.
 
     Raises:
-        ValueError: If the invocation is not a list of tokens, or if this vLLM cannot serve
-            activated adapters.
+        ValueError: If the request is for a mixture; if the invocation is not a list of tokens; or
+            if this vLLM cannot serve activated adapters.
     """
+    check_single(lora_request)
     path = os.path.join(os.path.expanduser(lora_request.lora_path), "adapter_config.json")
     try:
         with open(path, encoding="utf-8") as file:

@@ -133,6 +133,7 @@ class Loads:
 
 
 def _key(request: Any) -> tuple[str, int, str]:
+    _activated.check_single(request)
     return request.lora_name, request.lora_int_id, request.lora_path
 
 

@@ -132,7 +132,8 @@ def traced_rows(
     Their adapters are those of the block in which the graph runs.
     """
     slots, turned, mixed = layer.pool.max_slots, layer.tokens_first, layer.slab.mixed
-    return pool_rows(layer.handle, leading, device, slots, turned, of_tokens, layer.default, mixed)
+    more = turned, of_tokens, layer.default_text, mixed
+    return pool_rows(layer.handle, leading, device, slots, *more)
 
 
 def has_mixtures(slab: Any, weights: Tensor | None) -> bool:

@@ -146,7 +146,7 @@ def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
     the graph runs.
     """
     return _replaced_rows(
-        y, x, layer.handle, layer.name, layer.tokens_first, tracing.batch, layer.default
+        y, x, layer.handle, layer.name, layer.tokens_first, tracing.batch, layer.default_text
     )
 
 

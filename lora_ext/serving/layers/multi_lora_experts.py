@@ -61,9 +61,9 @@ class MultiLoraExperts(PoolLayer):
             # calls the same op but also plans the rows, whereas the plan of experts is for pairs
             # of row and expert.
             where = x.shape[:-1], x.device, self.tokens_first, False, tracing.batch
-            slots = torch.ops.lora_ext.active_adapter_ids(self.handle, *where, self.default)
+            slots = torch.ops.lora_ext.active_adapter_ids(self.handle, *where, self.default_text)
             mixed = next(iter(slabs.values())).mixed
-            of_rows = traced_weights(self.handle, *where[:-1], self.default, mixed)
+            of_rows = traced_weights(self.handle, *where[:-1], self.default_text, mixed)
         else:
             block = current(self.handle)
             if block is None and self.default is not None:
