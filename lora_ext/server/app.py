@@ -27,7 +27,7 @@ from lora_ext.serving import (
     prometheus,
 )
 
-from ._answers import Choice, cancelled_on_errors, check_size, embeddings, events, whole
+from ._answers import Choice, cancelled_on_errors, embeddings, events, sized, whole
 from ._requests import Chat, Completion, Embedding, Load, Unload, read_body, told
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -163,13 +163,18 @@ def _add_answers(
         if not isinstance(engine, Engine):
             raise ValueError(f"model: expected a text generator, found embedding model {base!r}")
         name, most, count = adapter(asked.model), engine.max_requests, asked.n or 1
-        prompts = [prompt for prompt in asked.prompts() for _ in range(count)]
-        field, each = ("prompt", "prompts") if count == 1 else ("n", "prompts times n")
-        require(len(prompts) <= most, "begin", field, f"at most {most} {each}", len(prompts))
+        prompts, field = asked.prompts(), "messages" if isinstance(asked, Chat) else "prompt"
+        total, limited = len(prompts) * count, field if count == 1 else "n"
+        expected = f"at most {most} prompts{'' if count == 1 else ' times n'}"
+        require(total <= most, "begin", limited, expected, total)
+        fields = {"max_new_tokens": asked.limit, "input_ids": field}
+        sent, top = prompts, asked.record().prompt_top
+        if top is not None:
+            with renamed("begin", **fields):
+                sent = await _while_connected(sized(asked, engine, prompts, top), request)
         for _ in range(_MAX_CHANGES):
-            jobs = [(prompt, asked.settings(i % count)) for i, prompt in enumerate(prompts)]
-            given = "messages" if isinstance(asked, Chat) else "prompt"
-            with renamed("begin", max_new_tokens=asked.limit, input_ids=given):
+            jobs = [(prompt, asked.settings(i)) for prompt in sent for i in range(count)]
+            with renamed("begin", **fields):
                 begins = (engine.begin(prompt, name, **how) for prompt, how in jobs)
                 streams = await _while_connected(_started(begins), request)
             if len({stream.generation for stream in streams}) == 1:
@@ -179,10 +184,9 @@ def _add_answers(
         else:
             expected = "expected an adapter that does not change while its prompts begin"
             raise GenerationGoneError(f"model: {expected}, found {_MAX_CHANGES} changes")
-        of_each = zip(prompts, streams, strict=True)
-        choices = [Choice(asked, engine, *each, i) for i, each in enumerate(of_each)]
+        of_each = zip(range(total), streams, strict=True)
+        choices = [Choice(asked, engine, prompts[i // count], each, i) for i, each in of_each]
         with cancelled_on_errors(streams):
-            check_size(choices)
             streams[0].until_gone(request.receive, streams[1:])
             if not asked.stream:
                 return await asyncio.to_thread(JSONResponse, await whole(asked, choices))

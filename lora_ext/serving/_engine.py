@@ -278,12 +278,7 @@ class Engine(ServedPool):
         """
         members = _entries.members_of(adapter_name, "begin: adapter_name")
         with self._prepared("begin"), self._turns.take(_entries.name_of(members)) as turn:
-            async with self._encoding:
-                job = asyncio.ensure_future(asyncio.to_thread(self.encode, prompt))
-                try:
-                    ids = await asyncio.shield(job)
-                finally:  # If this task is cancelled, the thread still uses the tokenizer.
-                    await asyncio.wait([job])
+            ids = await self._encoded(prompt)
             room = self.context - len(ids)
             require(room > 0, "begin", "input_ids", f"fewer than {self.context} tokens", len(ids))
             new = max(1, min(256, room)) if max_new_tokens is None else max_new_tokens
@@ -316,6 +311,25 @@ class Engine(ServedPool):
                     if error.final or not (pinned or late):
                         raise
                     await self._turns.room(turn, freed)
+
+    async def encode_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the token ids of prompts, which may be passed to :meth:`begin`.
+
+        Raises:
+            QueueFullError: If there are ``max_requests`` requests already.
+            ValueError: If the chat template rejects the messages, or for an unknown token.
+        """
+        with self._prepared("begin"):
+            return [await self._encoded(prompt) for prompt in prompts]
+
+    async def _encoded(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt, which another thread computes."""
+        async with self._encoding:
+            job = asyncio.ensure_future(asyncio.to_thread(self.encode, prompt))
+            try:
+                return await asyncio.shield(job)
+            finally:  # If this task is cancelled, the thread still uses the tokenizer.
+                await asyncio.wait([job])
 
     async def _started(self, turn: Turn, ids: list[int], how: dict[str, Any]) -> RequestStream:
         """Load and pin the adapter of a request, and add the request to the batch."""
