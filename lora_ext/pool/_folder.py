@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 from lora_ext._checks import require
 from lora_ext.rows import UnknownAdapterError
@@ -41,10 +42,14 @@ class AdapterFolder:
         """Return the sorted names of the folders that contain an ``adapter_config.json``.
 
         The file is not read. Folders with an invalid name, or with a link to a place outside the
-        root, are omitted. Adapters that were loaded from another folder are included.
+        root, are omitted. All adapters of the pool are included.
         """
         found = (file.parent.name for file in self.root.glob("*/adapter_config.json"))
-        return sorted({*filter(self._has, found), *self._paths})
+        return sorted({*filter(self._has, found), *self._paths, *self.pool.names})
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether :meth:`ready` finds an adapter with this name."""
+        return name in self.pool or name in self._paths or self._has(name)
 
     def load(self, name: str, path: str | os.PathLike[str] | None = None) -> int | None:
         """Load an adapter; if the name is loaded already, replace that adapter for later requests.
@@ -84,7 +89,7 @@ class AdapterFolder:
         with self._lock:
             if name in self.pool:
                 return
-            if name not in self._paths and not self._has(name):
+            if name not in self:
                 raise UnknownAdapterError(
                     f"AdapterFolder: adapter {name!r:.200} is not loaded; {self.root.name!r} has "
                     "no folder of that name"
@@ -130,7 +135,7 @@ class AdapterFolder:
                 return
         raise error
 
-    def _has(self, name: str) -> bool:
+    def _has(self, name: Any) -> bool:
         try:
             _check_name(name)
             return bool(self._checked(name))

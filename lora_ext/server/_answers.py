@@ -207,14 +207,21 @@ def cancelled_on_errors(streams: Sequence[RequestStream]) -> Iterator[None]:
         raise
 
 
-def check_size(choices: Sequence[Choice]) -> None:
-    """Raise ValueError if there are too many log-probabilities of prompts for one response."""
-    sizes = [(len(each.stream.prompt), each._logprobs.prompt_top) for each in choices]
-    count = sum(tokens * (top + 1) for tokens, top in sizes if top is not None)
+async def sized(
+    asked: Chat | Completion, engine: Engine, prompts: list[Prompt], top: int
+) -> list[Any]:
+    """Return the token ids of prompts whose log-probabilities are in the response.
+
+    Raises:
+        ValueError: If there are too many log-probabilities for one response.
+    """
+    count, ids = asked.n or 1, await engine.encode_all(prompts)
+    values = sum(map(len, ids)) * count * (top + 1)
     expected = f"at most {_MOST_VALUES} log-probabilities of prompts (tokens x (top + 1))"
-    own = getattr(choices[0].asked, "prompt_logprobs", None) is not None
+    own = getattr(asked, "prompt_logprobs", None) is not None
     field = "prompt_logprobs" if own else "logprobs"
-    require(count <= _MOST_VALUES, "begin", field, expected, count)
+    require(values <= _MOST_VALUES, "begin", field, expected, values)
+    return ids
 
 
 def _head(asked: Chat | Completion, choices: Sequence[Choice]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lora_ext.serving import Logprobs, Sampling, read_format, refuse_old_names
 
 _MAX_ANSWERS = 128  # maximum number of answers to one prompt, as in OpenAI's API
+_MAX_MEMBERS = 64  # maximum number of adapters in a mixture
 _MAX_ERRORS = 4  # maximum number of errors of one request that a message describes
 
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
@@ -116,14 +117,28 @@ class StreamOptions(_Asked):
     continuous_usage_stats: Literal[False] | None = None
 
 
-class _Generates(_Asked):
+class Member(_Asked):
+    """Adapter of a request with its scale, as in llama.cpp's server."""
+
+    id: Annotated[int, Field(ge=0)] | str
+    scale: Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _ForModel(_Asked):
+    """Common fields of requests to a model."""
+
+    model: str
+    lora: Annotated[list[Member], Field(max_length=_MAX_MEMBERS)] | None = None
+    user: str | None = None  # without effect
+
+
+class _Generates(_ForModel):
     """Common fields of requests for chats and completions."""
 
     #: Default of ``max_tokens``; None is the default of :meth:`Engine.begin`.
     default_max_tokens: ClassVar[int | None] = None
     #: Values without an effect of the fields that support no other value, by name.
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
-    model: str
     n: int | None = Field(None, ge=1, le=_MAX_ANSWERS)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -144,7 +159,6 @@ class _Generates(_Asked):
     adapter_generation: int | None = Field(None, ge=0)
     return_token_ids: bool | None = None  # as in vLLM
     # Fields that do not affect the response.
-    user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     request_id: str | None = None
@@ -262,14 +276,12 @@ class Completion(_Generates):
         return _separate(self.text)
 
 
-class Embedding(_Asked):
+class Embedding(_ForModel):
     """Body of ``POST /v1/embeddings``. The input is one or several texts, or their tokens."""
 
-    model: str
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
-    user: str | None = None
 
     def texts(self) -> list[str | list[int]]:
         """Return the texts, or their tokens, for :meth:`Embedder.embed`."""

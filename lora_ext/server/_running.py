@@ -48,8 +48,8 @@ class Settings:
             none. No copy is made if it would take more than a quarter of the free memory.
         exact: whether to make the model :func:`exact <lora_ext.exact>`: the log-probabilities of an
             answer then have the bits of a trainer's forward. The model must be on the CPU.
-        max_loaded_bytes, host_cache_bytes, max_wait_s: see :class:`~lora_ext.serving.Engine`. An
-            embedding model computes requests in the order of arrival, whatever `max_wait_s` is.
+        max_loaded_bytes, host_cache_bytes, max_wait_s: see :class:`~lora_ext.serving.Engine`
+            and, for an embedding model, :class:`~lora_ext.serving.Embedder`.
     """
 
     model: str | os.PathLike[str]
@@ -145,13 +145,11 @@ class Settings:
         model = model.to(default if self.device is None else self.device)
         if self.exact:
             exact(model)
-        shared = "max_requests", "max_rank", "context", "max_loaded_bytes", "host_cache_bytes"
-        how: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        shared = "max_requests max_rank context max_loaded_bytes host_cache_bytes max_wait_s"
+        how: dict[str, Any] = {name: getattr(self, name) for name in shared.split()}
         if embeds is None:
             pack = PACK[self.pack] if packing(model).fits and not self.exact else False
-            engine = Engine(
-                model, tokenizer, self.adapters, max_wait_s=self.max_wait_s, pack_base=pack, **how
-            )
+            engine = Engine(model, tokenizer, self.adapters, pack_base=pack, **how)
             if self.pack != "none" and not self.exact:
                 say(f"{packing(model)}; --no-pack disables packing")
             return engine

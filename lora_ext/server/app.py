@@ -27,10 +27,12 @@ from lora_ext.serving import (
     prometheus,
 )
 
-from ._answers import Choice, cancelled_on_errors, check_size, embeddings, events, whole
+from ._answers import Choice, cancelled_on_errors, embeddings, events, sized, whole
 from ._requests import Chat, Completion, Embedding, Load, Unload, read_body, told
 
 Body = TypeVar("Body", bound=BaseModel)
+# Name of the field that contains a mixture, by the names of the arguments for it.
+_OF_MIXTURES = {"adapter_name": "lora", "names": "lora"}
 _MAX_CHANGES = 8  # changes of an adapter after which a request of several prompts is refused
 
 #: Status code of a response by type of error. The first type that matches is used.
@@ -151,38 +153,63 @@ async def _while_connected(work: Any, request: Request) -> Any:
             each.cancel()
 
 
+def _adapter(
+    engine: Engine | Embedder, base: str, asked: Chat | Completion | Embedding
+) -> str | dict[str, float] | None:
+    """Return the adapter of a request or its mixture; None is the base model."""
+    if asked.lora is None:
+        return None if asked.model == base else asked.model
+    if asked.model != base:
+        expected = f"expected null unless model is the base model {base!r}"
+        raise ValueError(f"lora: {expected}, found model {asked.model!r:.200}")
+    numbered = any(isinstance(each.id, int) for each in asked.lora)
+    known, found = engine.folder.names() if numbered else [], dict[str, float]()
+    for i, each in enumerate(asked.lora):
+        name = each.id if isinstance(each.id, str) else "".join(known[each.id :][:1])
+        if name not in engine.folder:
+            expected = "expected a name or a number in /lora-adapters"
+            raise HTTPException(404, f"lora.{i}.id: {expected}, found {each.id!r:.200}")
+        if name in found:
+            expected = "expected each adapter once"
+            raise HTTPException(422, f"lora.{i}.id: {expected}, found {name!r:.200} again")
+        found[name] = each.scale
+    return found or None
+
+
 def _add_answers(
     app: FastAPI, engine: Engine | Embedder, base: str, read: Any, refuse: _Refusals
 ) -> None:
     """Add the routes for chats, completions and embeddings."""
 
-    def adapter(model: str) -> str | None:
-        return None if model == base else model
-
     async def generate(asked: Chat | Completion, request: Request) -> Any:
         if not isinstance(engine, Engine):
             raise ValueError(f"model: expected a text generator, found embedding model {base!r}")
-        name, most, count = adapter(asked.model), engine.max_requests, asked.n or 1
-        prompts = [prompt for prompt in asked.prompts() for _ in range(count)]
-        field, each = ("prompt", "prompts") if count == 1 else ("n", "prompts times n")
-        require(len(prompts) <= most, "begin", field, f"at most {most} {each}", len(prompts))
+        name = await asyncio.to_thread(_adapter, engine, base, asked)
+        most, count = engine.max_requests, asked.n or 1
+        prompts, field = asked.prompts(), "messages" if isinstance(asked, Chat) else "prompt"
+        total, limited = len(prompts) * count, field if count == 1 else "n"
+        expected = f"at most {most} prompts{'' if count == 1 else ' times n'}"
+        require(total <= most, "begin", limited, expected, total)
+        fields = {"max_new_tokens": asked.limit, "input_ids": field, **_OF_MIXTURES}
+        sent, top = prompts, asked.record().prompt_top
+        if top is not None:
+            with renamed("begin", **fields):
+                sent = await _while_connected(sized(asked, engine, prompts, top), request)
         for _ in range(_MAX_CHANGES):
-            jobs = [(prompt, asked.settings(i % count)) for i, prompt in enumerate(prompts)]
-            given = "messages" if isinstance(asked, Chat) else "prompt"
-            with renamed("begin", max_new_tokens=asked.limit, input_ids=given):
+            jobs = [(prompt, asked.settings(i)) for prompt in sent for i in range(count)]
+            with renamed("begin", **fields):
                 begins = (engine.begin(prompt, name, **how) for prompt, how in jobs)
                 streams = await _while_connected(_started(begins), request)
-            if len({stream.generation for stream in streams}) == 1:
+            if len({stream.version for stream in streams}) == 1:
                 break
             for stream in streams:  # the adapter changed while they began: all use the new one
                 stream.cancel()
         else:
             expected = "expected an adapter that does not change while its prompts begin"
             raise GenerationGoneError(f"model: {expected}, found {_MAX_CHANGES} changes")
-        of_each = zip(prompts, streams, strict=True)
-        choices = [Choice(asked, engine, *each, i) for i, each in enumerate(of_each)]
+        of_each = zip(range(total), streams, strict=True)
+        choices = [Choice(asked, engine, prompts[i // count], each, i) for i, each in of_each]
         with cancelled_on_errors(streams):
-            check_size(choices)
             streams[0].until_gone(request.receive, streams[1:])
             if not asked.stream:
                 return await asyncio.to_thread(JSONResponse, await whole(asked, choices))
@@ -205,7 +232,9 @@ def _add_answers(
         if asked.dimensions not in (None, engine.dimensions):
             expected = f"expected {engine.dimensions}, the size of the vectors"
             raise ValueError(f"dimensions: {expected}, found {asked.dimensions}")
-        vectors, tokens = await engine.embed(asked.texts(), adapter(asked.model))
+        name = await asyncio.to_thread(_adapter, engine, base, asked)
+        with renamed("embed", **_OF_MIXTURES):
+            vectors, tokens = await engine.embed(asked.texts(), name)
         return embeddings(asked, vectors, tokens)
 
 
@@ -255,6 +284,11 @@ def _add_models(app: FastAPI, engine: Engine | Embedder, base: str, read: Any) -
 
     def listed() -> list[dict[str, Any]]:
         return [*map(entry, dict.fromkeys([base, *engine.pool.names, *engine.folder.names()]))]
+
+    @app.get("/lora-adapters")
+    def adapters() -> Any:  # as in llama.cpp's server; a request without `lora` applies none
+        named = enumerate(engine.folder.names())
+        return [{"id": i, "path": name, "scale": 0.0} for i, name in named]
 
     @app.get("/v1/models")
     def models() -> Any:

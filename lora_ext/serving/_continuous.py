@@ -238,7 +238,7 @@ class AdapterRequests:
         guide: Guide | None = None,
         allow_base: bool = False,
         logprobs: Logprobs | None = None,
-        pinned: Callable[[int | None], object] = bool,  # by default, nothing is done
+        pinned: Callable[[int | None, int], object] = lambda *_: None,
         **kwargs: Any,
     ) -> Any:
         """Pin the adapter of a request, and add the request with its sampling and constraint.
@@ -246,7 +246,7 @@ class AdapterRequests:
         With ``allow_base``, a prompt without the invocation of its activated adapter uses the base
         model. The log-probability of each new token under the model is appended to ``logprobs``.
         Before the request is added, ``pinned`` is called with the generation of the adapter (None
-        for the base model); if it raises, the request is not added.
+        for the base model) and the version; if it raises, the request is not added.
 
         Raises:
             PoolFullError: If the pool has no room for the adapter.
@@ -285,7 +285,7 @@ class AdapterRequests:
                 self._requests[request_id] = request
             accepted = None
             try:
-                pinned(request.generation)
+                pinned(request.generation, request.version)
                 accepted = original(input_ids, request_id, *args, **kwargs)
             finally:
                 if accepted is None:

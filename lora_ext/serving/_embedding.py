@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
 import os
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_ext._checks import choice, require
-from lora_ext.pool import UnknownAdapterError
+from lora_ext.pool import PoolFullError, UnknownAdapterError
 from lora_ext.rows import Entry, Name, _entries
 
 from ._engine import ServedPool, StoppedError
@@ -30,10 +33,13 @@ _KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta",
 _TRIES = 8
 
 
-class _Waiting(NamedTuple):
+@dataclass(eq=False)
+class _Waiting:
     ids: list[list[int]]
     name: Entry
     vectors: asyncio.Future[Tensor]
+    since: float = field(default_factory=time.monotonic)
+    tries: int = _TRIES
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,9 @@ class Embedder(ServedPool):
         max_requests: maximum number of waiting and running requests.
         max_rank: largest rank of an adapter.
         max_loaded_bytes, host_cache_bytes: see :class:`Engine`.
+        max_wait_s: time in seconds for which later requests may overtake one whose adapter has no
+            room beside those of a forward. The next forward computes the oldest request in any
+            case.
         context: maximum number of tokens of a text.
         max_batch_tokens: maximum number of tokens in a forward, including padding. A longer text is
             computed in a separate forward.
@@ -90,6 +99,7 @@ class Embedder(ServedPool):
         max_rank: int = 64,
         max_loaded_bytes: int | None = None,
         host_cache_bytes: int = 1 << 30,
+        max_wait_s: float = 3.0,
         context: int = 4096,
         max_batch_tokens: int = 4096,
         preparation: Preparation | None = None,
@@ -98,6 +108,7 @@ class Embedder(ServedPool):
         limits = max_rank, max_loaded_bytes, host_cache_bytes
         super().__init__(model, tokenizer, folder, max_requests, *limits)
         self.max_batch_tokens, self.preparation = max_batch_tokens, preparation
+        self._max_wait_s = max_wait_s
         self.dimensions = model.config.get_text_config().hidden_size
         self.context = min(context, _positions(model))
         if preparation is not None and preparation.max_length is not None:
@@ -196,29 +207,40 @@ class Embedder(ServedPool):
         return ids
 
     async def _work(self) -> None:
-        """Compute batches until no request is waiting.
-
-        A batch contains as many requests as fit into one forward, but at least one request.
-        """
+        """Compute batches until no request is waiting."""
         while self._waiting:
-            batch, rows, widest = self._running, 0, 0
-            while self._waiting:
-                ids = self._waiting[0].ids
-                rows, widest = rows + len(ids), max(widest, *map(len, ids))
-                if batch and rows * widest > self.max_batch_tokens:
-                    break
-                batch.append(self._waiting.pop(0))
-            await self._answer([each for each in batch if await self._ready(each)])
-            batch.clear()
+            with contextlib.ExitStack() as pins:
+                await self._fill(pins)
+                if self._running:
+                    await self._answer([*self._running])
+            self._running.clear()
 
-    async def _ready(self, each: _Waiting) -> bool:
-        """Load the request's adapter; if that fails, set the error and return False."""
-        try:
-            await self._load(_name(each.name))
-            return True
-        except Exception as error:
-            _end(each, error)
-            return False
+    async def _fill(self, pins: contextlib.ExitStack) -> None:
+        """Move requests that fit into one forward to the batch, and pin their adapters.
+
+        The batch contains the oldest request, unless that one fails.
+        """
+        batch, rows, widest, i = self._running, 0, 0, 0
+        while i < len(self._waiting):
+            each = self._waiting[i]
+            width = max(widest, *map(len, each.ids))
+            if batch and (rows + len(each.ids)) * width > self.max_batch_tokens:
+                break
+            try:
+                acquire: Any = functools.partial(asyncio.to_thread, self.pool.acquire, [each.name])
+                pins.enter_context(await self._loaded(_name(each.name), acquire))
+            except Exception as error:
+                if batch and isinstance(error, PoolFullError) and not error.final:
+                    if time.monotonic() - each.since >= self._max_wait_s:
+                        break
+                    i += 1
+                    continue
+                if isinstance(error, PoolFullError) and isinstance(_name(each.name), tuple):
+                    error.final = True  # nothing else is pinned
+                _end(self._waiting.pop(i), error)
+            else:
+                batch.append(self._waiting.pop(i))
+                rows, widest = rows + len(each.ids), width
 
     async def _answer(self, batch: list[_Waiting]) -> None:
         """Compute a batch and set its results.
@@ -226,27 +248,26 @@ class Embedder(ServedPool):
         After an error the two halves of the batch are computed separately, so that only the faulty
         request fails.
         """
-        for left in reversed(range(_TRIES)):
-            try:
-                vectors = await asyncio.to_thread(self._forward, batch) if batch else None
-            except UnknownAdapterError as error:  # an adapter was unloaded meanwhile
-                if left:
-                    batch = [each for each in batch if await self._ready(each)]
-                    continue
-                vectors = error
-            except Exception as error:
-                if len(batch) > 1:
-                    half = len(batch) // 2
-                    await self._answer(batch[:half])
-                    await self._answer(batch[half:])
-                    return
-                vectors = error
-            start = 0
-            for each in batch:
-                stop = start + len(each.ids)
-                _end(each, vectors[start:stop] if isinstance(vectors, Tensor) else vectors)
-                start = stop
-            return
+        try:
+            vectors = await asyncio.to_thread(self._forward, batch)
+        except Exception as error:
+            if isinstance(error, UnknownAdapterError) and all(each.tries for each in batch):
+                for each in batch:  # an adapter was unloaded meanwhile
+                    each.tries -= 1
+                    self._running.remove(each)
+                self._waiting[:0] = batch
+                return
+            if len(batch) > 1:
+                half = len(batch) // 2
+                await self._answer(batch[:half])
+                await self._answer(batch[half:])
+                return
+            vectors = error
+        start = 0
+        for each in batch:
+            stop = start + len(each.ids)
+            _end(each, vectors[start:stop] if isinstance(vectors, Tensor) else vectors)
+            start = stop
 
     def _forward(self, batch: Sequence[_Waiting]) -> Tensor:
         """Compute the vectors of a batch; texts of similar length share a forward."""
@@ -300,7 +321,7 @@ def _positions(model: Any) -> int:
     return most
 
 
-def _end(each: _Waiting, answer: Tensor | Exception | None) -> None:
+def _end(each: _Waiting, answer: Tensor | Exception) -> None:
     if not each.vectors.done():  # its client may have disconnected
         if isinstance(answer, Tensor) and not answer.isfinite().all():
             source = "the base model" if each.name is None else f"adapter {each.name!r:.200}"
@@ -309,7 +330,7 @@ def _end(each: _Waiting, answer: Tensor | Exception | None) -> None:
             )
         if isinstance(answer, Tensor):
             each.vectors.set_result(answer)
-        elif answer is not None:
+        else:
             each.vectors.set_exception(answer)
 
 

@@ -9,9 +9,9 @@ import itertools
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ _TRIES = 8
 _RECHECK_SECONDS = 1.0  # a waiting request checks at this interval that the manager is running
 _MAX_READ_PROMPTS = 16  # number of most recent prompts whose pages are assumed to be in the cache
 
+T = TypeVar("T")
 #: Prompt: messages of a chat, a text, or the token ids of a text.
 Prompt: TypeAlias = Sequence[Mapping[str, str]] | str | Sequence[int]
 
@@ -127,6 +128,27 @@ class ServedPool:
         with contextlib.suppress(PoolFullError):
             await self._load(tuple(unused))
         return _entries.spelled(members)
+
+    async def _loaded(self, name: Name | None, pin: Callable[[], Awaitable[T]]) -> T:
+        """Load the adapters of a name, and return the result of a function that pins them.
+
+        The function is called again if an adapter was unloaded between its load and its pin.
+
+        Raises:
+            PoolFullError: If the adapters of a mixture evict each other.
+        """
+        for left in reversed(range(_TRIES)):
+            await self._load(name)
+            try:
+                return await pin()
+            except UnknownAdapterError as error:
+                if not left and isinstance(name, tuple):
+                    expected = "expected a mixture whose adapters fit together"
+                    found = f"found {name!r:.200}: {error}"
+                    raise PoolFullError(f"AdapterFolder: {expected}, {found}") from error
+                if not left:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
 
 class Engine(ServedPool):
@@ -292,12 +314,7 @@ class Engine(ServedPool):
         members = _entries.members_of(adapter_name, "begin: adapter_name")
         with self._prepared("begin"), self._turns.take(_entries.name_of(members)) as turn:
             adapter_name = await self._used(adapter_name, "begin: adapter_name")
-            async with self._encoding:
-                job = asyncio.ensure_future(asyncio.to_thread(self.encode, prompt))
-                try:
-                    ids = await asyncio.shield(job)
-                finally:  # If this task is cancelled, the thread still uses the tokenizer.
-                    await asyncio.wait([job])
+            ids = await self._encoded(prompt)
             room = self.context - len(ids)
             require(room > 0, "begin", "input_ids", f"fewer than {self.context} tokens", len(ids))
             new = max(1, min(256, room)) if max_new_tokens is None else max_new_tokens
@@ -324,33 +341,45 @@ class Engine(ServedPool):
                 await self._turns.wait(turn)
                 pinned, freed = pins_adapters(self.manager), self._turns.freed
                 try:
-                    return await self._started(turn, ids, how)
+                    return await self._loaded(turn.name, lambda: self._started(turn, ids, how))
                 except PoolFullError as error:
                     late = pins_adapters(self.manager) or self._turns.freed != freed
                     if error.final or not (pinned or late):
+                        error.final = error.final or len(members) > 1
                         raise
                     await self._turns.room(turn, freed)
 
-    async def _started(self, turn: Turn, ids: list[int], how: dict[str, Any]) -> RequestStream:
-        """Load and pin the adapter of a request, and add the request to the batch."""
-        for left in reversed(range(_TRIES)):
-            await self._load(turn.name)
+    async def encode_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the token ids of prompts, which may be passed to :meth:`begin`.
+
+        Raises:
+            QueueFullError: If there are ``max_requests`` requests already.
+            ValueError: If the chat template rejects the messages, or for an unknown token.
+        """
+        with self._prepared("begin"):
+            return [await self._encoded(prompt) for prompt in prompts]
+
+    async def _encoded(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt, which another thread computes."""
+        async with self._encoding:
+            job = asyncio.ensure_future(asyncio.to_thread(self.encode, prompt))
             try:
-                asked = self._asked(ids, how["adapter_name"], how["allow_base"])
-                if how["logprobs"] is None or how["logprobs"].prompt_top is None:
-                    await self._ahead.wait(asked)
-                await self._turns.wait(turn)
-                if self._stopped:
-                    raise StoppedError("begin: the server is stopping")
-                stream = RequestStream(self.manager, ids, **how)
-            except UnknownAdapterError:
-                if not left:
-                    raise
-            else:
-                self._streams.add(stream)
-                self._ahead.begins(stream, asked)
-                return stream
-        raise AssertionError("the last attempt returns or raises")
+                return await asyncio.shield(job)
+            finally:  # If this task is cancelled, the thread still uses the tokenizer.
+                await asyncio.wait([job])
+
+    async def _started(self, turn: Turn, ids: list[int], how: dict[str, Any]) -> RequestStream:
+        """Pin the loaded adapter of a request, and add the request to the batch."""
+        asked = self._asked(ids, how["adapter_name"], how["allow_base"])
+        if how["logprobs"] is None or how["logprobs"].prompt_top is None:
+            await self._ahead.wait(asked)
+        await self._turns.wait(turn)
+        if self._stopped:
+            raise StoppedError("begin: the server is stopping")
+        stream = RequestStream(self.manager, ids, **how)
+        self._streams.add(stream)
+        self._ahead.begins(stream, asked)
+        return stream
 
     def _check_tokens(self, new: int, sampling: Sampling | None, stops: Sequence[int]) -> None:
         """Raise ValueError for an unknown token, or for ``min_tokens`` above ``new``."""
@@ -365,7 +394,7 @@ class Engine(ServedPool):
     def _asked(self, ids: list[int], entry: Entry, allow_base: bool) -> Asked:
         members = _entries.members_of(entry, "begin: adapter_name")
         start: int | None = 0 if members else None
-        for name, _ in members:
+        for name, _ in members if len(members) == 1 else ():  # a mixture has no activated adapter
             if invocation := self.pool.invocation(name):
                 (start,) = last_start(torch.tensor([ids]), invocation)
                 expected = f"the invocation {list(invocation)!r:.200} of adapter {name!r:.200}"

@@ -69,6 +69,8 @@ class RequestStream:
         self.cancelled = self.stopped = False  # stopped: a stop string ended the request
         #: Generation of the adapter; None for the base model.
         self.generation: int | None = generation
+        #: Number of the adapter's weights, or of a mixture with its weights; 0 for the base model.
+        self.version = 0
         self._broken: str | None = None
         self._manager, self._read = manager, 0
         ends = settings.get("eos_token_id", manager.generation_config.eos_token_id)
@@ -202,9 +204,9 @@ class RequestStream:
         if rest := text.flush():
             yield rest
 
-    def _pinned(self, found: int | None) -> None:
+    def _pinned(self, found: int | None, version: int) -> None:
         check_generation(found, self.generation)
-        self.generation = found
+        self.generation, self.version = found, version
 
     def _take(self, output: Any) -> None:
         if self.finished:

@@ -60,7 +60,7 @@ def room_of(folder: Path, count: int) -> int:
     return engine.pool.reserved_bytes
 
 
-async def answer(engine: Engine, name: str | None) -> str:
+async def answer(engine: Engine, name: Any) -> str:
     prompt = [{"role": "user", "content": WORDS}]
     stream = await engine.begin(prompt, name, 8)
     return "".join([text async for text in stream.texts(engine.tokenizer)])
@@ -170,6 +170,37 @@ def test_loads_into_a_full_pool_wait_on_the_host(folder: Path, tmp_path: Path) -
             assert said(running.result()).startswith(expected["a15"])
         assert text_of(ask(server, "a15")) == expected["a15"]
         settle(server)
+
+
+@pytest.mark.parametrize("host_cache_bytes", [0, 1 << 20])
+def test_mixtures_wait_for_room_and_are_refused_if_there_is_never_any(
+    folder: Path, host_cache_bytes: int
+) -> None:
+    def engine(count: int) -> Engine:
+        room = room_of(folder, count) + 20_000  # the tables of mixtures are larger
+        return engine_of(folder, max_loaded_bytes=room, host_cache_bytes=host_cache_bytes)
+
+    async def refused() -> None:
+        with pytest.raises(PoolFullError) as error:
+            await answer(small, both)
+        assert error.value.final and "'a14'" in str(error.value)
+        await answer(small, "a14")
+
+    async def run() -> None:
+        expected = await answer(large, both)
+        assert expected != await answer(large, "a14")
+        running = await large.begin(WORDS, "a15", 100)
+        waiting = asyncio.create_task(answer(large, both))
+        while not large._turns._waiting:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        assert await asyncio.wait_for(waiting, 60) == expected
+
+    both, small, large = {"a13": 0.5, "a14": 0.5}, engine(1), engine(2)
+    with small:
+        asyncio.run(refused())
+    with large:
+        asyncio.run(run())
 
 
 def test_load_without_room_on_device_or_host_is_refused(folder: Path) -> None:

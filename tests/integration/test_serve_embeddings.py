@@ -16,6 +16,7 @@ import torch
 from served import needs_packages, save_model
 from torch import Tensor
 
+from lora_ext.pool import PoolFullError, UnknownAdapterError
 from lora_ext.serving import (
     Preparation,
     QueueFullError,
@@ -119,6 +120,37 @@ def test_embeddings_equal_peft_for_any_batch(server: Any) -> None:
     assert server.engine.requests == 0 and server.engine.pool.stats()["pins"] == 0
 
 
+def test_mixtures_equal_the_concatenated_adapters_of_peft(server: Any) -> None:
+    from transformers import AutoModel
+
+    names = [each["path"] for each in server.ask("/lora-adapters", [None], "GET")[0].json()]
+    assert {*names} >= {"x", "y"} and names == sorted(names)
+    mixed = [{"id": "x", "scale": 0.7}, {"id": names.index("y"), "scale": -1.5}]
+    bodies: list[Any] = [{"model": "tiny", "input": TEXTS, "lora": mixed}]
+    bodies += [{**bodies[0], "lora": each} for each in ([{"id": "x", "scale": 1}], [], None)]
+    bodies += [{"model": "x", "input": TEXTS}, {"model": "tiny", "input": TEXTS}]
+    vectors = [
+        torch.tensor([one["embedding"] for one in answer.json()["data"]])
+        for answer in server.ask("/v1/embeddings", bodies)
+    ]
+    base = AutoModel.from_pretrained(server.folder / "tiny").eval()
+    model: Any = peft.PeftModel.from_pretrained(base, server.folder / "embedders" / "x", "x")
+    model.load_adapter(server.folder / "embedders" / "y", "y")
+    # PEFT multiplies both factors with the roots of weights, which must not be negative.
+    for name, value in model.named_parameters():
+        if ".lora_B.y." in name:
+            value.data.neg_()
+    model.add_weighted_adapter(["x", "y"], [0.7, 1.5], "both", "cat")
+    model.set_adapter("both")
+    for i, text in enumerate(TEXTS):
+        ids = server.engine.tokenizer(text).input_ids
+        wanted = expected(model.base_model.model, server.folder, None, ids, server.mode)
+        torch.testing.assert_close(vectors[0][i], wanted)
+    for one, other in ((1, 4), (2, 5), (3, 5)):
+        torch.testing.assert_close(vectors[one], vectors[other], atol=1e-6, rtol=1e-5)
+    assert (vectors[0] - vectors[1]).abs().max() > 1e-3
+
+
 def test_invalid_requests_of_an_embedding_model_are_rejected(server: Any) -> None:
     ask = {"model": "x", "input": "w5"}
     refusals = (
@@ -130,6 +162,10 @@ def test_invalid_requests_of_an_embedding_model_are_rejected(server: Any) -> Non
         ({"dimensions": 7}, 400, "dimensions: expected 32, the size of the vectors, found 7"),
         ({"encoding_format": "int8"}, 422, "encoding_format"),
         ({"truncate": True}, 422, "truncate"),
+        ({"lora": []}, 400, "lora: expected null unless model is the base model"),
+        ({"model": "tiny", "lora": [{"id": "z", "scale": 0}]}, 404, "lora.0.id: expected a name"),
+        ({"model": "tiny", "lora": [{"id": "x", "scale": 1e39}]}, 400, "lora: 'x': expected a"),
+        ({"model": "tiny", "lora": [{"id": "x"}]}, 422, "lora.0.scale: Field required"),
     )
     good, *answers = server.ask(
         "/v1/embeddings", [ask, *({**ask, **more} for more, _, _ in refusals)]
@@ -262,6 +298,72 @@ def test_failing_texts_and_requests_beyond_the_limit_do_not_affect_others(tmp_pa
     assert not isinstance(asyncio.run(all_at_once(embedder, [([[5]], None)]))[0], Exception)
 
 
+def bounded(folder: Path, **settings: Any) -> tuple[Any, Any, list[list[Any]]]:
+    """Return a model, an embedder with room for one adapter, and the names of each forward."""
+    embedder, batches = save_bert(folder)[1], []
+    embedder.folder.load("x")
+    embedder.pool.trim()
+    room = {"max_loaded_bytes": embedder.pool.reserved_bytes, "host_cache_bytes": 0}
+    model, embedder = save_bert(folder, **{**room, **settings})
+    forward = embedder._forward
+
+    def note(batch: list[Any]) -> Any:
+        batches.append([each.name for each in batch])
+        return forward(batch)
+
+    embedder._forward = note
+    return model, embedder, batches
+
+
+@pytest.mark.parametrize(
+    ("max_wait_s", "expected_batches"),
+    [
+        (1e9, [["x", None, "x"], ["y", "y"]]),
+        (0.0, [["x"], ["y", None], ["x"], ["y"]]),
+    ],
+)
+def test_requests_without_room_wait_at_most_for_the_limit(
+    max_wait_s: float, expected_batches: list[list[Any]], tmp_path: Path
+) -> None:
+    model, embedder, batches = bounded(tmp_path, max_wait_s=max_wait_s)
+    names = ["x", "y", None, "x", "y"]
+    found = asyncio.run(all_at_once(embedder, [([[5, 6, 7]], name) for name in names]))
+    for name, vectors in zip(names, found, strict=True):
+        wanted = expected(copy.deepcopy(model), tmp_path, name, [5, 6, 7], "cls")
+        torch.testing.assert_close(vectors[0], wanted)
+    assert batches == expected_batches
+    assert embedder.requests == 0 and embedder.pool.stats()["pins"] == 0
+
+
+@pytest.mark.parametrize("host_cache_bytes", [0, 1 << 20])
+def test_mixture_above_the_limit_is_refused_for_good(host_cache_bytes: int, tmp_path: Path) -> None:
+    _, embedder, batches = bounded(tmp_path, host_cache_bytes=host_cache_bytes)
+    both = {"x": 0.5, "y": 0.5}
+    mixed, other = asyncio.run(all_at_once(embedder, [([[5]], both), ([[5]], "y")]))
+    assert isinstance(mixed, PoolFullError) and mixed.final
+    assert not isinstance(other, BaseException) and batches == [["y"]]
+
+
+def test_request_whose_adapter_is_unloaded_meanwhile_reads_it_again(tmp_path: Path) -> None:
+    model, embedder, batches = bounded(tmp_path)
+    forward, unloads = embedder._forward, [True, True, False]
+
+    def unload(batch: list[Any]) -> Any:
+        if unloads.pop(0):
+            embedder.folder.unload("x")
+        return forward(batch)
+
+    embedder._forward = unload
+    (found,) = asyncio.run(all_at_once(embedder, [([[5, 6]], "x")]))
+    wanted = expected(copy.deepcopy(model), tmp_path, "x", [5, 6], "cls")
+    torch.testing.assert_close(found[0], wanted)
+    assert batches == [["x"]] * 3
+    unloads[:] = [True] * 99
+    (found,) = asyncio.run(all_at_once(embedder, [([[5, 6]], "x")]))
+    assert isinstance(found, UnknownAdapterError)
+    assert embedder.requests == 0 and embedder.pool.stats()["pins"] == 0
+
+
 def test_positions_of_roberta_start_after_the_padding_token(tmp_path: Path) -> None:
     from transformers import RobertaConfig, RobertaModel
 
@@ -317,7 +419,7 @@ def save_bert(folder: Path, **settings: Any) -> tuple[Any, Any]:
     return model, Embedder(own, None, folder / "embedders", pooling="cls", **settings)
 
 
-async def all_at_once(embedder: Any, asked: list[tuple[Any, str | None]]) -> list[Any]:
+async def all_at_once(embedder: Any, asked: list[tuple[Any, Any]]) -> list[Any]:
     """Send all requests at once; return the vectors or the error of each."""
     calls = (embedder.embed(texts, name) for texts, name in asked)
     found = await asyncio.gather(*calls, return_exceptions=True)

@@ -161,13 +161,19 @@ def test_wrong_and_too_many_logprobs_are_refused(server: Any, monkeypatch: Any) 
     for fields in ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21}, {"logprobs": 3}):
         found = ask(server, "a1", **fields)
         assert found.status_code in (400, 422) and "logprobs: " in found.json()["error"]["message"]
-    many = ["w5 " * 200] * 24  # 24 x 200 x 21 values
-    for fields in ({"prompt_logprobs": 20}, {"logprobs": 20, "echo": True}):
-        found = server.client.post("/v1/completions", json={**body, "prompt": many, **fields})
-        assert found.status_code == 400
-        message = f"{next(iter(fields))}: expected at most 50000 log-probabilities"
-        assert message in found.json()["error"]["message"] and "found 100800" in found.text
     settle(server)
+    many, begun = "w5 " * 200, server.engine.stats()["requests_total"]  # 24 x 200 x 21 values
+    for fields in ({"prompt_logprobs": 20}, {"logprobs": 20, "echo": True}):
+        for more in ({"prompt": [many] * 24}, {"prompt": [[5] * 200, [6] * 200], "n": 12}):
+            found = server.client.post("/v1/completions", json={**body, **more, **fields})
+            assert found.status_code == 400
+            message = f"{next(iter(fields))}: expected at most 50000 log-probabilities"
+            assert message in found.json()["error"]["message"] and "found 100800" in found.text
+    wrong = {**body, "prompt": [[5], [97]], **fields}
+    found = server.client.post("/v1/completions", json=wrong)
+    assert found.status_code == 400 and "prompt: expected token ids in [0, 97)" in found.text
+    assert server.engine.requests == 0, "expected no prompt to begin"
+    assert server.engine.stats()["requests_total"] == begun
 
 
 def test_records_of_split_and_preempted_prompts_are_those_of_forwards() -> None:
