@@ -1,7 +1,7 @@
-"""Time layers that mix adapters per token relative to PEFT's X-LoRA and Arrow layers.
+"""Time PEFT's X-LoRA and Arrow layers, and layers of other kinds than LoRA, with and without ours.
 
-`python benchmarks/mixtures.py [--matrix layers pairs] [--keep-memory] [--check] [--out FILE]`. All
-times are processor times of one thread, measured in short turns in one process. Outputs and
+`python benchmarks/mixtures.py [--matrix layers pairs kinds] [--keep-memory] [--check] [--out FILE]`.
+All times are processor times of one thread, measured in short turns in one process. Outputs and
 gradients are compared with PEFT's, relative to float64, before they are timed. `base` is the base
 product alone. `--check` exits with 1 if a ratio of PEFT's time to ours is below its target, or if
 our time above the base product is more than a fifth of PEFT's.
@@ -32,6 +32,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from common import Call, Timing, append_rows, error_over_bound, interleaved, machine_columns
 from peft import ArrowConfig, LoraConfig, XLoraConfig, get_peft_model
@@ -51,6 +52,25 @@ TARGETS = {
     ("X-LoRA", 8): (1.7, 2.1, 2.3),
     ("Arrow", 2): (3.8, 2.6, 2.6),
     ("Arrow", 8): (2.9, 2.5, 2.4),
+}
+# Kinds of adapters, with the least ratio for the forward, and for the forward with the gradients of
+# x and of all parameters of the adapter.
+KINDS: dict[str, tuple[Any, tuple[float, float]]] = {
+    "LoRA, rank 16": (peft.LoraConfig(r=16), (0.85, 0.85)),
+    "AdaLoRA, rank 16": (peft.AdaLoraConfig(init_r=16, total_step=9), (0.85, 0.85)),
+    "VeRA, rank 256": (peft.VeraConfig(r=256), (0.85, 0.85)),
+    "MiSS, rank 64": (peft.MissConfig(r=64), (0.85, 0.85)),
+    "VB-LoRA, rank 4": (
+        peft.VBLoRAConfig(r=4, num_vectors=256, vector_length=64),
+        (0.85, 0.85),
+    ),
+    "LoHa, rank 8": (peft.LoHaConfig(r=8), (1.5, 1.6)),
+    "LoKr, rank 8": (peft.LoKrConfig(r=8), (1.1, 1.2)),
+    "TinyLoRA, rank 16": (peft.TinyLoraConfig(r=16, u=16), (0.85, 0.85)),
+    "Uni-LoRA, rank 16": (peft.UniLoraConfig(r=16), (0.85, 0.85)),
+    "DeLoRA, rank 16": (peft.DeloraConfig(r=16), (0.95, 0.85)),
+    "GraLoRA, rank 32": (peft.GraloraConfig(r=32), (0.85, 0.85)),
+    "IA3": (peft.IA3Config(feedforward_modules=[]), (0.85, 0.85)),
 }
 MOST_ABOVE_BASE = 0.2  # share of PEFT's time above the base product
 RATIOS = ("ratio", "above_base", "worst_error", "faults")
@@ -191,6 +211,53 @@ def bench_layers(
                 yield row("layers", case, provider, timing, target, found, missed)
 
 
+def bench_kinds(rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield the rows of layers of the kinds of adapters."""
+    x, dy = torch.randn(BATCH * LENGTH, IN), torch.randn(BATCH * LENGTH, OUT)
+    for kind, (config, targets) in KINDS.items():
+        torch.manual_seed(0)
+        config.target_modules = ["0"]
+        theirs = get_peft_model(nn.Sequential(nn.Linear(IN, OUT)), config).eval()  # pyright: ignore
+        trained = [name for name, p in theirs.named_parameters() if p.requires_grad]
+        with torch.no_grad():
+            for name in trained:
+                p = theirs.get_parameter(name)
+                p.add_(torch.randn_like(p), alpha=0.05)
+        ours = lora_ext.from_peft(copy.deepcopy(theirs))
+        if not report(ours).taken:
+            raise SystemExit(f"mixtures: {kind}: PEFT computes {report(ours).left}")
+        for index, (name, target) in enumerate(
+            zip(("forward", "all gradients"), targets, strict=True)
+        ):
+            case = f"{kind}, {name}"
+            calls = {
+                n: _pass(m, trained, x, dy, index)
+                for n, m in (("lora_ext", ours), ("peft", theirs))
+            }
+            exact = _pass(copy.deepcopy(theirs).double(), trained, x.double(), dy.double(), index)
+            worst = checked(case, calls["lora_ext"](), calls["peft"](), exact())
+            times = interleaved({n: ProcessTime(c) for n, c in calls.items()}, rounds, seconds)
+            gain = times["peft"].over(times["lora_ext"])
+            missed = [f"{gain:.2f} of {target}"] if gain < target else []
+            for provider, timing in times.items():
+                found = {"ratio": gain, "worst_error": worst}
+                yield row("kinds", case, provider, timing, target, found, missed)
+
+
+def _pass(
+    model: Any, names: list[str], x: Tensor, dy: Tensor, index: int
+) -> Callable[[], list[Tensor]]:
+    layer, wanted = model.base_model.model[0], [model.get_parameter(name) for name in names]
+    x = x.clone().requires_grad_(index > 0)
+
+    def call() -> list[Tensor]:
+        with torch.set_grad_enabled(index > 0):
+            y = layer(x)
+            return [y, *torch.autograd.grad(y, [x, *wanted], dy)] if index else [y]
+
+    return call
+
+
 def bench_pairs(rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
     """Yield the rows of pairs of adapters in a pool's pages, relative to one adapter per row."""
     rows, count = 64, 64
@@ -244,7 +311,7 @@ def row(
 
 
 MATRICES: dict[str, Callable[..., Iterator[dict[str, Any]]]]
-MATRICES = {"layers": bench_layers, "pairs": bench_pairs}
+MATRICES = {"layers": bench_layers, "pairs": bench_pairs, "kinds": bench_kinds}
 
 
 def _listed(matrix: str, *given: Any) -> list[dict[str, Any]]:
@@ -263,7 +330,7 @@ def main() -> None:
     torch.set_num_threads(1)
     fix_allocator(given.keep_memory)
     missed, fork = set(), multiprocessing.get_context("fork")
-    jobs = [*(("layers", ([case],)) for case in TARGETS), ("pairs", ())]
+    jobs = [*(("layers", ([case],)) for case in TARGETS), ("pairs", ()), ("kinds", ())]
     for name, rest in jobs:
         if name not in given.matrix:
             continue

@@ -90,14 +90,14 @@ def read_slot(pool, slot):
         bias = None if slab.bias is None else slab.bias[slot]
         if rank:
             a, b = unpack(slab.a_pages, slab.b_pages, pages, rank)
-            magnitude = slab.magnitude[slot] if slot in slab.scaled else None
+            magnitude = slab.after[slot] if slot in slab.scaled else None
             found[name] = (a, b, bias, float(slab.scale[slot]), magnitude)
             tail = slab.b_pages[pages[-1], :, rank % 8 :] if rank % 8 else torch.zeros(1)
             assert not tail.any(), f"{name}: expected 0 beyond rank {rank}, found {tail}"
         elif bias is not None:
             assert not bias.any(), f"{name}: slot {slot} has rank 0 and a bias"
-        if slot not in slab.scaled and slab.magnitude is not None:
-            assert not slab.magnitude[slot].any(), f"{name}: magnitude without scales"
+        if slot not in slab.scaled and slab.after is not None:
+            assert not slab.after[slot].any(), f"{name}: magnitude without scales"
         assert rank or slot not in slab.scaled
     return found
 
@@ -142,7 +142,7 @@ def snapshot(pool):
             )
     free = {m: sorted(slab.free) for m, slab in pool._store.slabs.items()}
     views = {
-        m: (s.version, s.a_pages is None, s.bias is None, s.magnitude is None, dict(s.scaled))
+        m: (s.version, s.a_pages is None, s.bias is None, s.after is None, dict(s.scaled))
         for m, s in pool.modules.items()
     }
     return pool.names, numbers, slots, free, views, tensors

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from lora_ext._checks import WrongKind, integer, number, require
-from lora_ext.kinds import Kind, fields_of, kind_of, refusal
+from lora_ext.kinds import Kind, fields_of, kind_of, refusal, variants
 from lora_ext.layers import FREE, LoraConfig, checked_names, matches_suffix
 
 from ._model_index import ModelIndex
@@ -51,15 +51,16 @@ _READ = (
     )
     | fields_of("LORA")
 )
+_VARIANTS = [kind.when for kind in variants("LORA")]
 _REFUSED_BESIDE = {
     "target_parameters": dict.fromkeys(
-        "lora_dropout use_dora lora_bias fan_in_fan_out velora_config".split(),
+        ("lora_dropout", *_VARIANTS, "lora_bias", "fan_in_fan_out", "velora_config"),
         "neither PEFT nor this package supports it on experts",
     ),
     # These features change tokens before the activated adapter starts. The keys and values of these
     # tokens are shared with other rows.
     "alora_invocation_tokens": {
-        "use_dora": "PEFT refuses it too",
+        **dict.fromkeys(_VARIANTS, "PEFT refuses it too"),
         "modules_to_save": "a replaced module processes every token",
         "trainable_token_indices": "replaced rows of the embedding apply to every token",
         "target_parameters": "adapters on experts cannot be applied to a part of the tokens",
@@ -111,27 +112,27 @@ class AdapterConfig(LoraConfig):
             raw = raw.to_dict()
         if not isinstance(raw, Mapping):
             raise ValueError(f"{where}: expected a JSON object, found {type(raw).__name__}")
-        name = getattr(raw.get("peft_type"), "value", raw.get("peft_type"))
-        kind = _kind(name, raw, where)
+        name: Any = getattr(raw.get("peft_type"), "value", raw.get("peft_type"))
+        named = isinstance(name, str) and name
+        require(named, where, "peft_type", "a kind of adapter, such as 'LORA'", f"{name!r:.200}")
+        try:
+            kind = kind_of(name, raw)
+        except NotImplementedError:
+            found = f"{name!r:.200}: {refusal(name)}"
+            raise NotImplementedError(
+                f"{where}: peft_type is not supported, found {found}"
+            ) from None
         for name, reason in _refusals(kind, raw):
             raise NotImplementedError(f"{where}: {name} is not supported{reason}")
-        if kind.name != "LORA":
-            return cls._other(kind, raw, where)
-        init = raw.get("init_lora_weights")
-        if isinstance(init, str) and init.lower() in OWN_INITS:
+        lora, init = kind.name == "LORA", raw.get("init_lora_weights")
+        if lora and isinstance(init, str) and init.lower() in OWN_INITS:
             raw = {**raw, "init_lora_weights": True, _INIT_FIELD: init.lower()}
-        known = _READ | {"init_lora_weights", _INIT_FIELD}
-        read = {key: raw[key] for key in _READ & raw.keys()}
-        if read.get("bias") in _TRAINED_BIASES:
+        fields = _READ if lora else _OF_MODULES  # other fields of other kinds stay in `raw`
+        read = {key: raw[key] for key in fields & raw.keys()}
+        if lora and read.get("bias") in _TRAINED_BIASES:
             read["base_bias"] = read.pop("bias")
-        unknown = _unknown(kind, raw, known)
-        return cls(where=where, unknown=unknown, raw=dict(raw), **read)
-
-    @classmethod
-    def _other(cls, kind: Kind, raw: Mapping[str, Any], where: str) -> AdapterConfig:
-        """Create the configuration of a kind other than LoRA; its own fields stay in ``raw``."""
-        read = {key: raw[key] for key in _OF_MODULES & raw.keys()}
-        unknown = _unknown(kind, raw, _OF_MODULES)
+        known = {*fields, *_IGNORED, *kind.fields, *kind.ignores, *kind.refuses}
+        unknown = tuple(str(key) for key in raw if key not in known and raw[key])
         config = cls(where=where, unknown=unknown, raw=dict(raw), **read)
         config.of_modules(())  # checks the fields
         return config
@@ -284,28 +285,14 @@ class AdapterConfig(LoraConfig):
         return {name: (r, alpha / root(r)) for name, (r, alpha) in found.items()}, unused
 
 
-def _kind(name: Any, raw: Mapping[str, Any], where: str) -> Kind:
-    """Return the kind of a configuration; raise if it is not supported."""
-    named = isinstance(name, str) and name
-    require(named, where, "peft_type", "a kind of adapter, such as 'LORA'", f"{name!r:.200}")
-    try:
-        return kind_of(name, raw)
-    except NotImplementedError:
-        found = f"{name!r:.200}: {refusal(name)}"
-        raise NotImplementedError(f"{where}: peft_type is not supported, found {found}") from None
-
-
-def _unknown(kind: Kind, raw: Mapping[str, Any], read: Iterable[str]) -> tuple[str, ...]:
-    """Return the fields of ``raw`` that no one reads, with a value that does not mean "off"."""
-    known = {*read, *_IGNORED, *kind.reads, *kind.ignores, *kind.refuses, *kind.patterns}
-    return tuple(str(key) for key in raw if key not in known and raw[key])
-
-
 def _refusals(kind: Kind, raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield each field in ``raw`` that this package does not support, with the reason."""
-    for name, reason in kind.refuses.items():
-        if raw.get(name):
-            yield name, f": {reason}"
+    for name, reason in kind.refused(raw).items():
+        yield name, f": {reason}"
+    for name in kind.saves:
+        if not raw.get(name, True):
+            remedy = f"load it in PEFT and save it with {name}=True, or use PEFT's save_as_lora"
+            yield f"{name}=False", f": the file has only the seed of its random tensors; {remedy}"
     for other, table in _REFUSED_BESIDE.items():
         for name, reason in table.items() if raw.get(other) else ():
             if raw.get(name):

@@ -171,7 +171,5 @@ def check_matrices(factors: Factors, where: str) -> None:
     expected = f"{a.shape[0]} columns, one per row of a (a grouped convolution can only be loaded "
     expected += "and saved)"
     require(a.shape[0] == b.shape[1], where, "b", expected, b.shape[1], NotImplementedError)
-    parts = {"a": a, "b": b, "bias": factors.bias, "magnitude": factors.magnitude}
-    for name, values in parts.items():
-        finite = values is None or bool(values.isfinite().all())
-        require(finite, where, name, "finite values", "NaN or inf")
+    for name, values in factors.tensors.items():
+        require(bool(values.isfinite().all()), where, name, "finite values", "NaN or inf")

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from lora_ext._checks import require
 from lora_ext._files import read_json, write_files
-from lora_ext.kinds import Factors, Part, lora_stems, variants
+from lora_ext.kinds import Factors, variants
 
 from ._config import AdapterConfig
 from ._model_index import (
     ROUTED,
     LinearSpec,
     ModelIndex,
-    UnknownSize,
     check_header,
     in_routed_experts,
     unknown_spec,
@@ -71,28 +70,36 @@ class CheckedAdapter:
         Raises:
             NotImplementedError: If a module that is never called has a nonzero B.
         """
-        shared = {stem: self.tensors.read(key) for stem, key in self.shared.items()}
-        for module, keys in self.keys.items():
-            spec, where = self.specs[module], f"{self.tensors.where}: {module}"
-            parts = shared | {stem: self.tensors.read(key) for stem, key in keys.items()}
-            try:
-                factors = self.config.kind.read(parts, self.fields[module], spec)
-            except KeyError as error:
-                raise ValueError(
-                    f"{where}: {error.args[0]}: expected a tensor, found none"
-                ) from None
-            except IndexError as error:
-                raise ValueError(f"{where}: expected indices in range, found {error}") from None
-            if self.config.peft_type != "LORA":
-                _check_factors(where, factors, spec)
-            if module in self.index.bypassed and factors.b.any():
-                where = self.where_is(module, "b")
-                reader = self.index.bypassed[module]
+        for spec, factors in self.factors(self.tensors.read):
+            reader = self.index.bypassed.get(spec.name)
+            if reader is not None and factors.b.any():
+                where = self.where_is(spec.name, "b")
                 raise NotImplementedError(
                     f"{where}: expected zeros, found a value of {factors.b.abs().max().item():.6g}"
                     f", which would have no effect: {reader} reads the weight of this module and "
                     "never calls it"
                 )
+            yield spec, factors
+
+    def factors(self, read: Callable[[str], Tensor]) -> Iterator[tuple[LinearSpec, Factors]]:
+        """Yield the factors of each adapted module, computed from what ``read`` returns by key."""
+        shared = {stem: read(key) for stem, key in self.shared.items()}
+        for module, keys in self.keys.items():
+            spec, where = self.specs[module], f"{self.tensors.where}: {module}"
+            parts = shared | {stem: read(key) for stem, key in keys.items()}
+            try:
+                factors = self.config.kind.read(parts, self.fields[module], spec)
+            except KeyError as error:
+                missing = error.args[0]
+                raise ValueError(f"{where}: {missing}: expected a tensor, found none") from None
+            except IndexError as error:
+                raise ValueError(f"{where}: expected indices in range, found {error}") from None
+            if self.config.peft_type != "LORA":
+                a, b = tuple(factors.a.shape), tuple(factors.b.shape)
+                fits = len(a) == len(b) == 2 and a[0] == b[1]
+                fits = fits and spec.in_features == a[1] and spec.out_features == b[0]
+                expected = f"factors of {spec.in_features} inputs and {spec.out_features} outputs"
+                require(fits, where, "shapes", expected, f"A {a} and B {b}")
             yield spec, factors
 
     def replaced(self) -> Iterator[tuple[LinearSpec, Replaced]]:
@@ -109,10 +116,8 @@ class CheckedAdapter:
 
         The factors of other kinds than LoRA have no key.
         """
-        own = lora_stems(self.index.specs[module].embedding)
-        stems = {**own, "magnitude": self.config.kind.vector}
-        stem = stems.get(part, "")
-        return f"{self.tensors.where}: {self.keys[module].get(stem or '', f'{module}: {part}')}"
+        stem = self.config.kind.stems(self.index.specs[module].embedding).get(part, "")
+        return f"{self.tensors.where}: {self.keys[module].get(stem, f'{module}: {part}')}"
 
 
 @contextlib.contextmanager
@@ -156,17 +161,6 @@ def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorS
         tensors.close()
 
 
-@contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Add ``where`` in front of the message of a kind's refusal."""
-    try:
-        yield
-    except UnknownSize:
-        raise
-    except NotImplementedError as error:
-        raise NotImplementedError(f"{where}: {error}") from None
-
-
 def check_adapter(
     config: AdapterConfig, tensors: TensorSource, index: ModelIndex, max_rank: int, strict: bool
 ) -> CheckedAdapter:
@@ -206,19 +200,25 @@ def check_adapter(
         order = tuple(name for name in index.specs if name in grouped)
         specs = {module: replace(spec, order=order) for module, spec in specs.items()}
     for module, keys in grouped.items():  # check all headers before reading any tensor
-        with _named(field):
-            rank = config.kind.rank(fields[module], specs[module]) if index.shared else 0
-        expected = f"at most max_rank={max_rank}"
-        require(rank <= max_rank, field, f"rank of {module}", expected, rank)
         _check_headers(tensors, shared | keys, fields[module], specs[module], index, config)
     whole = find_replaced(config, tensors, index, saved, grouped) if index.shared else {}
     for key, name in base.items():  # check all headers before reading any tensor
         index.weights.check_header(tensors, key, name)
+    found = (tensors, index, specs, grouped, shared, fields, whole, rows, tokens)
+    checked = CheckedAdapter(config, tuple(leftover), *found)
+
+    def without_values(key: str) -> Tensor:
+        info: Any = tensors.infos[key]
+        known = isinstance(info.dtype, torch.dtype)
+        require(known, f"{where}: {key}", "dtype", "a dtype of torch", info.dtype)
+        return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+    for spec, factors in checked.factors(without_values) if index.shared else ():
+        rank, expected = len(factors.a) // spec.experts, f"at most max_rank={max_rank}"
+        require(rank <= max_rank, field, f"rank of {spec.name}", expected, rank)
     for key, name in base.items():
         index.weights.check(tensors, key, name)
-    return CheckedAdapter(
-        config, tuple(leftover), tensors, index, specs, grouped, shared, fields, whole, rows, tokens
-    )
+    return checked
 
 
 def _check_targets(
@@ -248,8 +248,7 @@ def _check_targets(
 def _stems(config: AdapterConfig) -> list[str]:
     """Return the stems of a module's tensors that no other module shares."""
     fields, _ = config.of_modules([""])
-    with _named(config.where):
-        parts = config.kind.parts(fields[""], unknown_spec(""))
+    parts = config.kind.parts(fields[""], unknown_spec(""))
     return [stem for stem in parts if stem not in config.kind.shared]
 
 
@@ -274,23 +273,6 @@ def stem_parser(config: AdapterConfig) -> Callable[[str], tuple[str, str] | None
         return None if stem is None else (bare.removesuffix(f".{stem}"), stem)
 
     return split
-
-
-def _check_parts(
-    tensors: TensorSource,
-    keys: Mapping[str, str],
-    parts: Mapping[str, Part],
-    module: str,
-    shared: tuple[str, ...],
-) -> None:
-    """Raise unless all tensors of a module are there, with their shapes and dtypes."""
-    for stem, part in parts.items():
-        key = keys.get(stem)
-        if key is None:
-            name = f"{_SHARED}{stem}" if stem in shared else f"{module}.{stem}"
-            require(part.optional, tensors.where, name, "a tensor", "none")
-        else:
-            check_header(tensors, key, part.shape, dtype=part.dtype)
 
 
 def _group_keys(
@@ -357,8 +339,7 @@ def _check_headers(
     require(fits, config.where, what, wanted, fields.get(kind.when, True), NotImplementedError)
     wanted = f"false for an adapter of the embedding {module}, as in PEFT"
     require(not (spec.embedding and config.lora_bias), config.where, "lora_bias", wanted, True)
-    with _named(config.where):
-        expected = kind.parts(fields, spec)
+    expected = kind.parts(fields, spec)
     if config.peft_type == "LORA":
         short = [", ".join(stem.removeprefix("lora_") for stem in s) for s in (expected, keys)]
         set_ = ", ".join(
@@ -368,16 +349,12 @@ def _check_headers(
         found = f"lora_{{{short[1]}}} ({set_})"
         same = keys.keys() == expected.keys()
         require(same, tensors.where, module, f"lora_{{{short[0]}}}", found)
-    _check_parts(tensors, keys, expected, module, kind.shared)
-
-
-def _check_factors(where: str, factors: Factors, spec: LinearSpec) -> None:
-    """Raise unless factors that a kind has computed fit the module."""
-    a, b = tuple(factors.a.shape), tuple(factors.b.shape)
-    fits = len(a) == len(b) == 2 and a[0] == b[1]
-    fits = fits and spec.in_features == a[1] and spec.out_features == b[0]
-    expected = f"factors of {spec.in_features} inputs and {spec.out_features} outputs"
-    require(fits, where, "shapes", expected, f"A {a} and B {b}")
+    for stem, part in expected.items():
+        if stem in keys:
+            check_header(tensors, keys[stem], part.shape, dtype=part.dtype)
+        else:
+            name = f"{_SHARED}{stem}" if stem in kind.shared else f"{module}.{stem}"
+            require(part.optional, tensors.where, name, "a tensor", "none")
 
 
 def _some(items: Iterable[str]) -> str:

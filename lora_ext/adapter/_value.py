@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require, require_flags
-from lora_ext.kinds import Factors, lora_stems
+from lora_ext.kinds import Factors
 
 from ._config import AdapterConfig
 from ._live import live_adapter
@@ -195,11 +195,9 @@ class LoraAdapter:
         """Return all tensors by their names in PEFT's files."""
         tensors = dict(self.parts)
         for name, factors in () if self.parts else self.modules.items():
-            stems = {**lora_stems(factors.embedding), "magnitude": self.config.kind.vector}
-            for part, stem in stems.items():
-                value = getattr(factors, part)
-                if value is not None:
-                    tensors[f"{PREFIX}{name}.{stem}"] = value
+            stems = self.config.kind.stems(factors.embedding)
+            found = factors.tensors
+            tensors |= {f"{PREFIX}{name}.{s}": found[p] for p, s in stems.items() if p in found}
         return {**tensors, **self.base_weights, **self.replacements}
 
     def with_sizes(self, sizes: Mapping[str, tuple[int, int]]) -> LoraAdapter:
@@ -352,24 +350,24 @@ def _implied_index(
     """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     split = stem_parser(config)
-    factors = [lora_stems(embedding) for embedding in (False, True)]
-    matrices = [stems[part] for stems in factors for part in ("a", "b")]
+    of_layer, of_embedding = (config.kind.stems(embedding) for embedding in (False, True))
+    matrices = {stems[part] for stems in (of_layer, of_embedding) for part in "ab" if part in stems}
     for key, info in tensors.infos.items():
         parsed = split(key)
         if parsed is not None:
             module, stem = parsed
-            holds = len(info.shape) > 1 or stem not in matrices or config.peft_type != "LORA"
+            holds = len(info.shape) > 1 or stem not in matrices
             require(holds, tensors.where, key, "a matrix", info.shape)
             shapes.setdefault(module, {})[stem] = info.shape
     linear: dict[str, LinearSpec] = {}
     embedding: dict[str, LinearSpec] = {}
     shapes.pop("", None)
     for name, found in shapes.items():
-        if config.peft_type != "LORA":
+        if not of_layer:
             linear[name] = unknown_spec(name, sizes.get(name))
             continue
-        is_embedding = not found.keys().isdisjoint((factors[1]["a"], factors[1]["b"]))
-        stems = factors[is_embedding]
+        is_embedding = not found.keys().isdisjoint((of_embedding["a"], of_embedding["b"]))
+        stems = of_embedding if is_embedding else of_layer
         rank, inputs, *kernel = found.get(stems["a"], (0, 0))
         out, columns, *_ = found.get(stems["b"], (0, 0))
         groups = rank // columns if kernel and columns and rank % columns == 0 else 1

@@ -7,7 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 from lora_ext import doctor as devices
-from lora_ext.adapter import Factors, LoraAdapter, compare_adapters, rank_report
+from lora_ext.adapter import LoraAdapter, compare_adapters, rank_report
 
 from ._output import Fault, progress, show
 
@@ -29,7 +29,7 @@ def inspect(arguments: Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for name in progress(list(adapter.modules)):
         factors = adapter.modules[name]
-        bad = sum(map(_bad, _tensors(factors)))
+        bad = sum(map(_bad, factors.tensors.values()))
         row = {
             "module": name,
             "r": factors.a.shape[0],
@@ -99,7 +99,7 @@ def diff(arguments: Namespace) -> int:
 
 def describe(adapter: LoraAdapter) -> dict[str, Any]:
     """Return the properties of an adapter by title, for a summary."""
-    tensors = [t for factors in adapter.modules.values() for t in _tensors(factors)]
+    tensors = [t for factors in adapter.modules.values() for t in factors.tensors.values()]
     config = adapter.config
     kinds = {
         "rsLoRA": config.use_rslora,
@@ -140,11 +140,6 @@ def _ranks(
     counts = ("threshold", "absolute")
     keys = {k: f"{k}@{arguments.tau:g}" if k in counts else k for k in arguments.kinds}
     return {"norm": figures.get("fro"), **{key: figures.get(key) for key in keys.values()}}
-
-
-def _tensors(factors: Factors) -> list[Any]:
-    parts = (factors.a, factors.b, factors.bias, factors.magnitude, factors.before)
-    return [t for t in parts if t is not None]
 
 
 def _bad(tensor: Any) -> int:

@@ -8,7 +8,6 @@ import importlib
 import pkgutil
 
 from ._kind import After, Factors, Kind, Part, fields_of, kind_of, refusal, register_kind, variants
-from ._lora import lora_stems
 from ._magnitude import normed
 
 # Every other file of this folder registers its kinds when it is imported.

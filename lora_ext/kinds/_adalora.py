@@ -19,10 +19,8 @@ class Adalora(Kind):
     """AdaLoRA. ``rank_pattern`` has a list of booleans, one per initial rank, for each module."""
 
     name, title = "ADALORA", "AdaLoRA"
-    reads = frozenset({"lora_alpha", "init_r", "rank_pattern", "r"})
-    ignores = (
-        Lora.ignores | Kind.ignores | {*_TRAINED.split(), "init_lora_weights", "alpha_pattern"}
-    )
+    reads = frozenset({"r", "rank_pattern"})
+    ignores = Lora.ignores | Kind.ignores | {*_TRAINED.split(), "alpha_pattern"}
     refuses: Mapping[str, str] = {
         **Lora.refuses,
         **dict.fromkeys(
@@ -34,17 +32,13 @@ class Adalora(Kind):
     counts, numbers = ("init_r",), ("lora_alpha",)
 
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
-        """Return A, B and the values."""
-        r = self.rank(config, spec)
-        a, b = Part((r, spec.in_features)), Part((spec.out_features, r))
-        return {"lora_A": a, "lora_B": b, "lora_E": Part((r, 1))}
-
-    def rank(self, config: Config, spec: Any) -> int:
-        """Return the number of ranks that training has kept."""
+        """Return A, B and the values. The rank is the number of ranks that training has kept."""
+        r = config.get("init_r")
         for name, kept in (config.get("rank_pattern") or {}).items():
             if f"{spec.name}.lora_E" == name.removeprefix("base_model.model."):
-                return sum(map(bool, kept))
-        return config.get("init_r")
+                r = sum(map(bool, kept))
+        a, b = Part((r, spec.in_features)), Part((spec.out_features, r))
+        return {"lora_A": a, "lora_B": b, "lora_E": Part((r, 1))}
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
         """Return A with its rows multiplied by the values, and B."""

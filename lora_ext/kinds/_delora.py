@@ -15,7 +15,6 @@ class Delora(Kind):
     """DeLoRA. The file has the norms of the base weight."""
 
     name, title = "DELORA", "DeLoRA"
-    reads = frozenset({"r"})
     ignores = Kind.ignores | {"delora_lambda", "module_dropout", "lambda_pattern"}
     patterns: Mapping[str, str] = {"rank_pattern": "r"}
     counts = ("r",)

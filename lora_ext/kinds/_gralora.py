@@ -6,7 +6,6 @@ Fine-Tuning".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,11 +17,10 @@ class Gralora(Kind):
     """GraLoRA with k x k blocks, and optionally LoRA of rank hybrid_r beside them."""
 
     name, title = "GRALORA", "GraLoRA"
-    reads = frozenset({"r", "alpha", "gralora_k", "hybrid_r"})
     ignores = Kind.ignores | {"gralora_dropout"}
     counts, numbers = ("r", "gralora_k"), ("alpha", "hybrid_r")
 
-    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+    def parts(self, config: Config, spec: Any) -> dict[str, Part]:
         """Return the factors of the blocks, and those beside them."""
         r, k, more = config.get("r"), config.get("gralora_k"), config.get("hybrid_r")
         found = {
@@ -33,10 +31,6 @@ class Gralora(Kind):
             found["gralora_A_general.weight"] = Part((more, spec.in_features))
             found["gralora_B_general.weight"] = Part((spec.out_features, more))
         return found
-
-    def rank(self, config: Config, spec: Any) -> int:
-        """Return the ranks of all columns of blocks, and those beside them."""
-        return config.get("r") * config.get("gralora_k") + config.get("hybrid_r")
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
         """Return factors with the ranks (i, j, s): column i and row j of blocks, s of r / k."""

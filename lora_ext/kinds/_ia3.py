@@ -7,7 +7,6 @@ In-Context Learning".
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -22,13 +21,9 @@ class Ia3(Kind):
     reads = frozenset({"feedforward_modules"})
     ignores = frozenset({"init_ia3_weights", "fan_in_fan_out"})
 
-    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+    def parts(self, config: Config, spec: Any) -> dict[str, Part]:
         """Return the scales."""
         return {"ia3_l": Part((None, None))}
-
-    def rank(self, config: Config, spec: Any) -> int:
-        """Return 0."""
-        return 0
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
         """Return factors of rank 0."""

@@ -50,9 +50,11 @@ class Factors(NamedTuple):
     before: Tensor | None = None  # (I,), scales of the inputs
 
     @property
-    def magnitude(self) -> Tensor | None:
-        """Values of :attr:`after`."""
-        return None if self.after is None else self.after.scale
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by field, without fields that are None."""
+        after = None if self.after is None else self.after.scale
+        found = {"a": self.a, "b": self.b, "bias": self.bias, "after": after, "before": self.before}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @property
     def sums(self) -> bool:
@@ -79,9 +81,13 @@ class Kind:
             with the same name, if its value is true.
         shared: stems of tensors that all modules share. PEFT stores them as ``base_model.<stem>``,
             or ``base_model.<stem>.<key>`` for a dict of tensors.
-        reads: configuration fields that change what the adapter computes.
+        reads: configuration fields that change what the adapter computes, except those in
+            ``counts``, ``numbers``, ``patterns`` and ``saves``.
         ignores: fields that only matter in training.
-        refuses: fields that are not supported unless their value is false, with the reasons.
+        refuses: fields that are not supported unless their value is false, with the reasons. A key
+            ``field=value`` stands for one value of a field.
+        saves: fields that must not be false, since the file would only have the seed of its random
+            tensors.
         patterns: fields with values for single modules, and the field that each of them replaces;
             the configuration that a method receives has the values of the module.
         counts: fields that must be positive integers.
@@ -101,6 +107,7 @@ class Kind:
     patterns: Mapping[str, str] = MappingProxyType({})
     counts: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
+    saves: tuple[str, ...] = ()
     needs_weight = False
     vector = ""
 
@@ -111,9 +118,9 @@ class Kind:
         """Return the tensors of a module by stem; those in :attr:`shared` may be omitted."""
         raise NotImplementedError
 
-    def rank(self, config: Config, spec: Any) -> int:
-        """Return the rank of the factors, by default ``r``."""
-        return config.get("r")
+    def stems(self, embedding: bool) -> dict[str, str]:
+        """Return the stem of each field of :class:`Factors` that is a tensor of a file."""
+        return {}
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
         """Compute the factors of a module. The result is differentiable in the parts.
@@ -140,6 +147,20 @@ class Kind:
         """True if the adapter only adds to the output, so that updates can be summed."""
         return type(self).after is Kind.after and type(self).before is Kind.before
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """All configuration fields that change what the adapter computes."""
+        return self.reads.union(self.counts, self.numbers, self.patterns, self.saves)
+
+    def refused(self, config: Config) -> dict[str, str]:
+        """Return the fields in :attr:`refuses` that a configuration sets, with the reasons."""
+        found: dict[str, str] = {}
+        for name, reason in self.refuses.items():
+            field, _, value = name.partition("=")
+            if config.get(field) == value if value else config.get(field):
+                found[name] = reason
+        return found
+
     def read(self, parts: Tensors, config: Config, spec: Any) -> Factors:
         """Return the factors of a module with the scales of its outputs and inputs."""
         factors = self.factors(parts, config, spec)
@@ -150,14 +171,6 @@ class Kind:
         else:
             after = self.after(parts, factors, None)
         return factors._replace(after=after, before=self.before(parts))
-
-
-def unsaved(field: str) -> NotImplementedError:
-    """Return the error for a file without its random tensors, of which it has only the seed."""
-    return NotImplementedError(
-        f"{field}: expected True, found False: the file has only the seed of its random tensors; "
-        f"load it in PEFT and save it with {field}=True, or use PEFT's save_as_lora"
-    )
 
 
 _kinds: dict[tuple[str, str], Kind] = {}
@@ -197,8 +210,7 @@ def variants(name: str) -> list[Kind]:
 
 def fields_of(name: str) -> frozenset[str]:
     """Return the configuration fields that the kinds of one name read."""
-    kinds = (kind_of(name), *variants(name))
-    return frozenset(field for kind in kinds for field in (*kind.reads, *kind.patterns))
+    return frozenset().union(*(kind.fields for kind in (kind_of(name), *variants(name))))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ class Loha(Kind):
     """LoHa: rank r^2, since a product of two sums is the sum of the products of all pairs."""
 
     name, title = "LOHA", "LoHa"
-    reads = frozenset({"r", "alpha"})
     ignores = Kind.ignores | {"rank_dropout", "module_dropout", "use_effective_conv2d"}
     patterns: Mapping[str, str] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
     counts, numbers = ("r",), ("alpha",)
@@ -26,10 +25,6 @@ class Loha(Kind):
         r = config.get("r")
         shapes = {"a": (spec.out_features, r), "b": (r, spec.in_features)}
         return {f"hada_w{i}_{side}": Part(s) for i in (1, 2) for side, s in shapes.items()}
-
-    def rank(self, config: Config, spec: Any) -> int:
-        """Return the number of pairs of ranks."""
-        return config.get("r") ** 2
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
         """Return the products of all pairs of rows and columns."""

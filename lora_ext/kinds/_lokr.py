@@ -6,9 +6,6 @@ Evaluation".
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,21 +18,15 @@ class Lokr(Loha):
     """LoKr. ``kron(w1, w2_a w2_b)`` has at most r times the smaller size of ``w1`` ranks."""
 
     name, title = "LOKR", "LoKr"
-    reads = Loha.reads | {"decompose_both", "decompose_factor"}
+    reads = frozenset({"decompose_both", "decompose_factor"})
     ignores = Loha.ignores | {"rank_dropout_scale"}
 
-    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+    def parts(self, config: Config, spec: Any) -> dict[str, Part]:
         """Return each matrix, as a whole or as two factors."""
         r, free = config.get("r"), Part((None, None), optional=True)
         left, right = Part((None, r), optional=True), Part((r, None), optional=True)
         first = {"lokr_w1": free, "lokr_w1_a": left, "lokr_w1_b": right}
         return first | {"lokr_w2": free, "lokr_w2_a": left, "lokr_w2_b": right}
-
-    def rank(self, config: Config, spec: Any) -> int:
-        """Return r times the smaller size of the first matrix."""
-        factor = config.get("decompose_factor", -1)
-        sizes = (spec.out_features, spec.in_features)
-        return config.get("r") * min(_smaller(operator.index(size), factor) for size in sizes)
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
         """Return ``kron(w1, w2) = kron(w1, w2_a) kron(1, w2_b)``, or the other way round."""
@@ -50,14 +41,6 @@ class Lokr(Loha):
         first, last = (one, w1) if w1.shape[1] <= w1.shape[0] else (w1, one)
         scaling = config.get("alpha") / config.get("r")
         return Factors(torch.kron(first, a), torch.kron(last, b), scaling)
-
-
-def _smaller(size: int, factor: int) -> int:
-    """Return the smaller of the two numbers into which PEFT splits a size."""
-    if factor > 0 and size % factor == 0:
-        return factor
-    divisors = (d for d in range(1, math.isqrt(size) + 1) if size % d == 0)
-    return max(d for d in divisors if factor == -1 or d <= factor)
 
 
 register_kind(Lokr())

@@ -19,8 +19,8 @@ class Lora(Kind):
     name, title = "LORA", "LoRA"
     reads = frozenset({"r", "lora_alpha", "use_rslora", "lora_bias"})
     ignores = frozenset(
-        "corda_config eva_config loftq_config lora_dropout lora_ga_config megatron_config "
-        "megatron_core qalora_group_size velora_config".split()
+        "corda_config eva_config init_lora_weights loftq_config lora_dropout lora_ext_init "
+        "lora_ga_config megatron_config megatron_core qalora_group_size velora_config".split()
     )
     refuses: Mapping[str, str] = {
         "ensure_weight_tying": "it adapts the output head that shares the embedding's weight as "
@@ -37,7 +37,7 @@ class Lora(Kind):
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
         """Return A, B, and the bias of B if there is one."""
         rank, ones = config.get("r") * spec.experts, (1,) * len(spec.kernel)
-        stems = lora_stems(spec.embedding)
+        stems = self.stems(spec.embedding)
         found = {
             stems["a"]: Part((rank, spec.in_features, *spec.kernel)),
             stems["b"]: Part((spec.out_features, rank // spec.groups, *ones)),
@@ -46,18 +46,18 @@ class Lora(Kind):
             found[stems["bias"]] = Part((spec.out_features,))
         return found
 
+    def stems(self, embedding: bool) -> dict[str, str]:
+        """Return the stems of A, B and the bias."""
+        names = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
+        return {"a": f"lora_{names[0]}", "b": f"lora_{names[1]}", "bias": "lora_B.bias"}
+
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
         """Return the tensors of the file, and alpha / r or alpha / sqrt(r)."""
         root = math.sqrt if config.get("use_rslora") else float
         scaling = config.get("lora_alpha") / root(config.get("r"))
-        found: Any = {name: parts.get(stem) for name, stem in lora_stems(spec.embedding).items()}
-        return Factors(**found, scaling=scaling, embedding=spec.embedding)
-
-
-def lora_stems(embedding: bool) -> dict[str, str]:
-    """Return the stem of each tensor of :class:`Factors`."""
-    names = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
-    return {"a": f"lora_{names[0]}", "b": f"lora_{names[1]}", "bias": "lora_B.bias"}
+        a, b, bias = Lora.stems(self, spec.embedding).values()
+        embedding = spec.embedding
+        return Factors(parts[a], parts[b], scaling, parts.get(bias), embedding=embedding)
 
 
 register_kind(Lora())

@@ -7,7 +7,6 @@ Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -27,11 +26,15 @@ class Dora(Lora):
     needs_weight = True
     vector = "lora_magnitude_vector"
 
-    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+    def parts(self, config: Config, spec: Any) -> dict[str, Part]:
         """Return A, B and the magnitude."""
         ones = (1,) * len(spec.kernel)
         shape = (1, spec.out_features, *ones) if ones else (spec.out_features,)
         return {**super().parts(config, spec), self.vector: Part(shape)}
+
+    def stems(self, embedding: bool) -> dict[str, str]:
+        """Return the stems of LoRA and of the magnitude."""
+        return super().stems(embedding) | {"after": self.vector}
 
     def after(self, parts: Tensors, factors: Factors, weight: Any) -> After | None:
         """Return ``m / norm``. The bias of the base layer is not scaled."""

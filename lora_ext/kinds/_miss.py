@@ -19,21 +19,18 @@ class Miss(Kind):
     """MiSS. A sums the inputs with the same index modulo r."""
 
     name, title = "MISS", "MiSS"
-    reads = frozenset({"r", "init_weights", "mini_r"})
+    reads = frozenset({"init_weights", "mini_r"})
     ignores = frozenset({"miss_dropout"})
+    refuses: Mapping[str, str] = {
+        "init_weights=bat": "its update depends on the base weight; PEFT can merge it"
+    }
     counts = ("r",)
 
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
         """Return the block; with "mini", its columns are repeated."""
-        if config.get("init_weights") == "bat":
-            found = "'bat', whose update depends on the base weight; PEFT can merge it"
-            raise NotImplementedError(f"init_weights: expected True or 'mini', found {found}")
         mini = config.get("init_weights") == "mini"
-        return {
-            "miss_block": Part(
-                (config.get("r"), config.get("mini_r") if mini else spec.out_features)
-            )
-        }
+        columns = config.get("mini_r") if mini else spec.out_features
+        return {"miss_block": Part((config.get("r"), columns))}
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
         """Return a matrix of zeros and ones, and the transposed block."""

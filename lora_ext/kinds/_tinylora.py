@@ -5,10 +5,9 @@ Source: Morris et al. 2026, "Learning to Reason in 13 Parameters".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from ._kind import Config, Factors, Kind, Part, Tensors, register_kind, unsaved
+from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
 class Tinylora(Kind):
@@ -16,14 +15,12 @@ class Tinylora(Kind):
 
     name, title = "TINYLORA", "TinyLoRA"
     shared = ("tinylora_v",)
-    reads = frozenset({"r", "u", "weight_tying", "save_projection"})
+    saves = ("save_projection",)
     ignores = Kind.ignores | {"projection_seed", "tinylora_dropout", "init_v_bound"}
     counts, numbers = ("r", "u"), ("weight_tying",)
 
-    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+    def parts(self, config: Config, spec: Any) -> dict[str, Part]:
         """Return the fixed factors and matrices; the values have the names of their groups."""
-        if not config.get("save_projection", True):
-            raise unsaved("save_projection")
         r, u = config.get("r"), config.get("u")
         a, b = Part((r, spec.in_features)), Part((spec.out_features, r))
         return {"tinylora_A": a, "tinylora_B": b, "tinylora_P": Part((u, r, r))}

@@ -5,12 +5,11 @@ Source: Li et al. 2025, "Uni-LoRA: One Vector is All You Need".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ._kind import Config, Factors, Kind, Part, Tensors, register_kind, unsaved
+from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
 class Unilora(Kind):
@@ -18,14 +17,12 @@ class Unilora(Kind):
 
     name, title = "UNILORA", "Uni-LoRA"
     shared = ("unilora_theta_d",)
-    reads = frozenset({"r", "theta_d_length", "save_indices"})
+    saves = ("save_indices",)
     ignores = Kind.ignores | {"proj_seed", "unilora_dropout", "init_theta_d_bound"}
     counts = ("r", "theta_d_length")
 
-    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+    def parts(self, config: Config, spec: Any) -> dict[str, Part]:
         """Return indices and scales of A and B, and the vector."""
-        if not config.get("save_indices", True):
-            raise unsaved("save_indices")
         r, found = config.get("r"), {"unilora_theta_d": Part((config.get("theta_d_length"),))}
         for side, shape in (("A", (r, spec.in_features)), ("B", (spec.out_features, r))):
             found[f"unilora_indices_{side}"] = Part(shape, torch.int64)

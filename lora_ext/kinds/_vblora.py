@@ -5,7 +5,6 @@ Source: Li et al. 2024, "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with V
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,11 +18,11 @@ class Vblora(Kind):
 
     name, title = "VBLORA", "VB-LoRA"
     shared = ("vblora_vector_bank",)
-    reads = frozenset({"r", "topk", "num_vectors", "vector_length", "save_only_topk_weights"})
+    reads = frozenset({"save_only_topk_weights"})
     ignores = Kind.ignores | {"vblora_dropout", "init_logits_std", "init_vector_bank_bound"}
     counts = ("r", "topk", "num_vectors", "vector_length")
 
-    def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
+    def parts(self, config: Config, spec: Any) -> dict[str, Part]:
         """Return the choices of vectors for A and B, and the bank."""
         r, k, n, length = (config.get(name) for name in self.counts)
         found = {"vblora_vector_bank": Part((n, length))}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ._kind import Config, Factors, Kind, Part, Tensors, register_kind, unsaved
+from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
 class Vera(Kind):
@@ -16,15 +16,13 @@ class Vera(Kind):
 
     name, title = "VERA", "VeRA"
     shared = ("vera_A", "vera_B")
-    reads = frozenset({"r", "save_projection"})
+    saves = ("save_projection",)
     ignores = Kind.ignores | {"projection_prng_key", "vera_dropout", "d_initial"}
     counts = ("r",)
     draws = 1  # number of values of lambda_d, and of rows of A, for each rank
 
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
         """Return the scales of the module, and both projections."""
-        if not config.get("save_projection", True):
-            raise unsaved("save_projection")
         r, stem = config.get("r"), self.name.lower()
         return {
             f"{stem}_lambda_d": Part((self.draws * r,)),

@@ -57,24 +57,29 @@ def in_words(nbytes: int) -> str:
     return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
 
 
+#: Fields of :class:`PackedModule` and :class:`ModuleSlab` with a vector for each adapter.
+VECTORS = ("bias", "after", "before")
+TENSORS = ("a", "b", *VECTORS)
+
+
 @dataclass(frozen=True)
 class PackedModule:
     """Factors of an adapter for one module, packed into n pages in host memory."""
 
     a: Tensor  # (n, 8, I); for E experts (E * n, 8, I), ordered by expert
     b: Tensor  # (n, O, 8); for E experts (E * n, O, 8)
-    bias: Tensor | None  # (O,)
     rank: int
     scale: float
-    # (O,), values of `Factors.after`, with the dtype that magnitude_dtype returns
-    magnitude: Tensor | None = None
-    of_bias: bool = False  # whether the bias of the base layer is scaled, too
-    before: Tensor | None = None  # (I,), scales of the inputs
+    of_bias: bool = False  # whether `after` scales the bias of the base layer, too
+    # Vectors of `Factors`. The scales have at least float32, as in PEFT.
+    bias: Tensor | None = None  # (O,)
+    after: Tensor | None = None  # (O,)
+    before: Tensor | None = None  # (I,)
 
     @property
     def nbytes(self) -> int:
         """Size of pages, bias and scales in bytes."""
-        tensors = (self.a, self.b, self.bias, self.magnitude, self.before)
+        tensors = (getattr(self, name) for name in TENSORS)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -95,7 +100,7 @@ class PackedAdapter:
 
     @property
     def nbytes(self) -> int:
-        """Size of pages, biases, magnitudes and replaced modules in bytes."""
+        """Size of pages, vectors and replaced modules in bytes."""
         return sum(part.nbytes for part in (*self.modules.values(), *self.replaced.values()))
 
 
@@ -113,7 +118,7 @@ def read_packed(
     with read_adapter(source, index, max_rank, strict) as adapter:
         for spec, factors in adapter.modules():
             packed = modules[spec.name] = pack(spec, factors)
-            for part in ("a", "b", "bias", "magnitude", "before"):
+            for part in TENSORS:
                 # Checked after the conversion to spec.dtype, since it may overflow float16.
                 _check_finite(getattr(packed, part), adapter.where_is(spec.name, part))
         for spec, whole in adapter.replaced():
@@ -141,11 +146,6 @@ def _host(spec: LinearSpec, values: Tensor, dtype: torch.dtype | None = None) ->
     return torch.empty(values.shape, dtype=dtype, pin_memory=pin).copy_(values)
 
 
-def magnitude_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of magnitudes for pages of ``dtype``: at least float32, as in PEFT."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
     """Pack factors ``a`` (E * r, I) and ``b`` (O, r * E) into pages in host memory.
 
@@ -162,15 +162,12 @@ def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
     for p in range(n):
         ranks = each_b[..., p * PAGE : (p + 1) * PAGE]  # (E, O, <= 8)
         b_pages.view(experts, n, -1, PAGE)[:, p, :, : ranks.shape[2]].copy_(ranks)
-    bias, magnitude = factors.bias, factors.magnitude
-    if bias is not None:
-        bias = _host(spec, bias)
-    if magnitude is not None:
-        magnitude = _host(spec, magnitude, magnitude_dtype(spec.dtype))
+    vectors = {name: own for name in VECTORS if (own := factors.tensors.get(name)) is not None}
+    for name, own in vectors.items():
+        wide = None if name == "bias" else torch.promote_types(spec.dtype, torch.float32)
+        vectors[name] = _host(spec, own, wide)
     of_bias = factors.after is not None and factors.after.of_bias
-    before, wide = factors.before, magnitude_dtype(spec.dtype)
-    before = None if before is None else _host(spec, before, wide)
-    return PackedModule(a_pages, b_pages, bias, rank, factors.scaling, magnitude, of_bias, before)
+    return PackedModule(a_pages, b_pages, rank, factors.scaling, of_bias, **vectors)
 
 
 def in_one_mapping(adapter: PackedAdapter) -> PackedAdapter:
@@ -182,12 +179,11 @@ def in_one_mapping(adapter: PackedAdapter) -> PackedAdapter:
     parts = adapter.modules
     if not parts or any(part.a.is_pinned() for part in parts.values()):
         return adapter
-    names = ("a", "b", "bias", "magnitude", "before")
-    size = sum(part.nbytes + len(names) * _ALIGNMENT for part in parts.values())
+    size = sum(part.nbytes + len(TENSORS) * _ALIGNMENT for part in parts.values())
     left, modules = HostMemory(size).tensor, {}
     for module, part in parts.items():
         moved: dict[str, Tensor] = {}
-        for name in names:
+        for name in TENSORS:
             if (value := getattr(part, name)) is not None:
                 to = left[: value.nbytes].view(value.dtype).view(value.shape)
                 moved[name] = to.copy_(value)
@@ -226,12 +222,12 @@ class ModuleSlab:
 
     The tensors are None until an adapter that targets the module is loaded. From then on they are
     never replaced by other tensors, so a captured CUDA graph may use their addresses. ``bias`` and
-    ``magnitude`` are allocated for the first adapter with ``lora_bias`` or scaled outputs. The rows
-    of a slot change only while the slot is not pinned.
+    ``after`` are allocated for the first adapter with ``lora_bias`` or scaled outputs. The rows of
+    a slot change only while the slot is not pinned.
 
     The adapter of slot s adds ``scale[s] * (B A x + bias[s])``; as in PEFT, the bias is scaled,
     too. For a slot in ``scaled``, the sum is also scaled, by factors that its kind computes from
-    ``magnitude[s]`` (:meth:`lora_ext.kinds.Kind.after`).
+    ``after[s]`` (:meth:`lora_ext.kinds.Kind.after`).
 
     P is the number of pages and S the number of rows of the tables, one per slot. If the module is
     a parameter of E experts, each slot has E rows, which begin at ``s * E`` for slot s. S is
@@ -256,7 +252,7 @@ class ModuleSlab:
     # was 1, and above 1 after the first mixture.
     mixed: int = 0
     bias: Tensor | None = None  # (S, O), or None while no adapter has a bias
-    magnitude: Tensor | None = None  # (S, O), or None while no adapter has a magnitude
+    after: Tensor | None = None  # (S, O), or None while no adapter scales outputs
     # (S + 1, I), scales of the inputs, or None while no adapter has any. The last row is for the
     # base model (slot -1); it is 1, as are those of adapters without such scales.
     before: Tensor | None = None
@@ -359,9 +355,6 @@ class Slab:
     def __init__(self, spec: LinearSpec, pages: int):
         self.pages = pages
         self.page_bytes = page_bytes(spec)
-        self.bias: Tensor | None = None
-        self.magnitude: Tensor | None = None
-        self.before: Tensor | None = None
         self.free = list(reversed(range(pages)))
         try:
             self.memory = memory_on(spec.device, pages * self.page_bytes)

@@ -10,13 +10,7 @@ from torch import Tensor
 from lora_ext.adapter import Replaced
 from lora_ext.rows import Name, _entries
 
-from ._pages import (
-    PackedAdapter,
-    Slab,
-    TableBlock,
-    in_words,
-    magnitude_dtype,
-)
+from ._pages import VECTORS, PackedAdapter, Slab, TableBlock, in_words
 from ._store import NO_SLOT, PageStore, Placement, Resident
 
 _AHEAD = 8  # the memory of a module grows in steps of this many pages, which is 64 ranks
@@ -116,7 +110,7 @@ class _Search:
             TableBlock(names, store.max_slots, store.max_pages, device, experts)
             for (device, experts), names in together.items()
         ]
-        biases, magnitudes, befores = _new_vectors(store, self.slabs, packed)
+        vectors = _new_vectors(store, packed)
         mixed: list[tuple[TableBlock, tuple[Tensor, ...]]] = []
         members: dict[torch.device, Tensor] = {}
         if isinstance(name, tuple) and not store.members:  # the first one
@@ -127,9 +121,8 @@ class _Search:
         if store.members:
             for block in blocks:
                 block.mixed = block.new_mixed()
-        self.tables = blocks, biases, magnitudes, befores, mixed, members
-        vectors = biases, magnitudes, befores, members
-        new = [*blocks, *(v for each in vectors for v in each.values()), *packed.replaced.values()]
+        self.tables = blocks, vectors, mixed, members
+        new = [*blocks, *vectors.values(), *members.values(), *packed.replaced.values()]
         new += [table for _, pair in mixed for table in pair]
         self.others = store.table_bytes + store.replaced_bytes + sum(each.nbytes for each in new)
 
@@ -200,27 +193,18 @@ def _room_for(store: PageStore, module: str, whole: Replaced) -> Replaced:
         ) from error
 
 
-def _new_vectors(
-    store: PageStore, slabs: dict[str, Slab], packed: PackedAdapter
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Return new tables of biases (S, O), magnitudes (S, O) and scales of inputs (S + 1, I) for
-    modules that have none yet.
-
-    S is the number of slots, I and O those of inputs and outputs of the module.
-    """
-    biases, magnitudes, befores = {}, {}, {}
+def _new_vectors(store: PageStore, packed: PackedAdapter) -> dict[tuple[str, str], Tensor]:
+    """Return new tables by module and field, for the vectors of an adapter that have none yet."""
+    found = {}
     for module, part in packed.modules.items():
-        slab = slabs[module]
-        shape = store.max_slots, slab.b.shape[1]
-        dtype, device = slab.b.dtype, slab.b.device
-        if part.bias is not None and slab.bias is None:
-            biases[module] = torch.zeros(shape, dtype=dtype, device=device)
-        if part.magnitude is not None and slab.magnitude is None:
-            magnitudes[module] = torch.zeros(shape, dtype=magnitude_dtype(dtype), device=device)
-        if part.before is not None and slab.before is None:
-            shape = store.max_slots + 1, slab.a.shape[2]
-            befores[module] = torch.ones(shape, dtype=magnitude_dtype(dtype), device=device)
-    return biases, magnitudes, befores
+        device = store.index.specs[module].device
+        for name in VECTORS:
+            own, before = getattr(part, name), name == "before"  # with a row for the base model
+            if own is not None and getattr(store.modules[module], name) is None:
+                shape = store.max_slots + before, len(own)
+                table = torch.full(shape, int(before), dtype=own.dtype, device=device)
+                found[module, name] = table
+    return found
 
 
 def resize(store: PageStore, place: Placement) -> None:

@@ -228,7 +228,7 @@ class Residence:
         resident = Resident(name, place.slot, config, pages, rank, packed.nbytes, place.rows)
         resident.written, resident.members = written, tuple(members)
         parts = packed.modules.items()
-        resident.scaled = {m: part.of_bias for m, part in parts if part.magnitude is not None}
+        resident.scaled = {m: part.of_bias for m, part in parts if part.after is not None}
         resident.befores = frozenset(m for m, part in parts if part.before is not None)
         if isinstance(name, str):
             self.cache.pop(name, None)

@@ -19,6 +19,7 @@ from lora_ext.rows import Name
 
 from ._memory import give_back
 from ._pages import (
+    VECTORS,
     ModuleSlab,
     PackedAdapter,
     PackedModule,
@@ -76,12 +77,11 @@ class Placement:
     of_members: list[int] = field(default_factory=list)  # slots of the adapters of a mixture
     free: dict[str, list[int]] = field(default_factory=dict)  # free pages after `commit`
     victims: list[Resident] = field(default_factory=list)
-    # `commit` adds the contents of the next eight fields, which are new, to the store.
+    # `commit` adds the contents of the next six fields, which are new, to the store.
     slabs: dict[str, Slab] = field(default_factory=dict)
     blocks: list[TableBlock] = field(default_factory=list)
-    biases: dict[str, Tensor] = field(default_factory=dict)
-    magnitudes: dict[str, Tensor] = field(default_factory=dict)
-    befores: dict[str, Tensor] = field(default_factory=dict)
+    #: Tables of vectors by module and field of :class:`ModuleSlab`.
+    vectors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     mixed: list[tuple[TableBlock, tuple[Tensor, ...]]] = field(default_factory=list)
     members: dict[torch.device, Tensor] = field(default_factory=dict)
     replaced: dict[str, Replaced] = field(default_factory=dict)
@@ -132,10 +132,8 @@ class PageStore:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of tables, biases and magnitudes."""
-        vectors = [
-            v for slab in self.slabs.values() for v in (slab.bias, slab.magnitude, slab.before)
-        ]
+        """Bytes of tables and vectors."""
+        vectors = [getattr(view, name) for view in self.modules.values() for name in VECTORS]
         vector_bytes = sum(v.nbytes for v in vectors if v is not None)
         vector_bytes += sum(table.nbytes for table in self.members.values())
         return vector_bytes + sum(block.nbytes for block in self.blocks)
@@ -189,19 +187,16 @@ class PageStore:
             slab = slabs[module]
             for i, page in enumerate(place.pages[module]):
                 jobs[slab.a.device] += [(slab.a[page], part.a[i]), (slab.b[page], part.b[i])]
-        for module, slab in slabs.items() if slot != NO_SLOT else ():
-            part = packed.modules.get(module)
-            for table, own, fill in (
-                (place.biases.get(module, slab.bias), part and part.bias, 0),
-                (place.magnitudes.get(module, slab.magnitude), part and part.magnitude, 0),
-                (place.befores.get(module, slab.before), part and part.before, 1),
-            ):
+        for module in slabs if slot != NO_SLOT else ():
+            part, view = packed.modules.get(module), self.modules[module]
+            for name in VECTORS:
+                table = place.vectors.get((module, name), getattr(view, name))
                 if table is None:
                     continue
-                row = table[slot]
+                row, own = table[slot], part and getattr(part, name)
                 if own is None:
                     kind = {"dtype": row.dtype, "device": "cpu", "pin_memory": row.is_cuda}
-                    own = torch.full(row.shape, fill, **kind)
+                    own = torch.full(row.shape, int(name == "before"), **kind)
                 jobs[table.device].append((row, own))
         everyone = [(slot, place.rows, place.of_members)] if slot != NO_SLOT else []
         for block in (*self.blocks, *place.blocks):
@@ -222,7 +217,7 @@ class PageStore:
         new = [t for slab in place.slabs.values() for t in (slab.a, slab.b)]
         new += [t for block in place.blocks for t in block.tables]
         new += [*place.members.values(), *(t for _, mixed in place.mixed for t in mixed)]
-        new += [*place.biases.values(), *place.magnitudes.values(), *place.befores.values()]
+        new += place.vectors.values()
         rooms = []
         for module, room in place.replaced.items():
             for to, own in zip(room, packed.replaced[module], strict=True):
@@ -246,14 +241,13 @@ class PageStore:
             index = torch.tensor(pages, dtype=torch.int64, device=slab.a.device)
             row = resident.slot * self.index.specs[module].experts
             a, b = to_host(slab.a[index]), to_host(slab.b[index])
-            bias = None if slab.bias is None else to_host(slab.bias[resident.slot])
-            magnitude, of_bias = None, resident.scaled.get(module, False)
-            if slab.magnitude is not None and module in resident.scaled:
-                magnitude = to_host(slab.magnitude[resident.slot])
-            before = slab.before if module in resident.befores else None
-            before = None if before is None else to_host(before[resident.slot])
+            own = {"bias": True, "after": module in resident.scaled}
+            own |= {"before": module in resident.befores}
+            tables = {name: getattr(view, name) for name in VECTORS if own[name]}
+            vectors = {n: to_host(t[resident.slot]) for n, t in tables.items() if t is not None}
             rank, scale = int(view.ranks[row]), float(view.scale[row])
-            modules[module] = PackedModule(a, b, bias, rank, scale, magnitude, of_bias, before)
+            of_bias = resident.scaled.get(module, False)
+            modules[module] = PackedModule(a, b, rank, scale, of_bias, **vectors)
         replaced = {
             module: whole.each(to_host)
             for module in self._replacing
@@ -291,12 +285,8 @@ class PageStore:
                 view = self.modules[name]
                 view.page_scale, view.groups = (table[i] for table in block.mixed)
                 view.members = self.members[block.scale.device]
-        for name, bias in place.biases.items():
-            self.slabs[name].bias = self.modules[name].bias = bias
-        for name, magnitude in place.magnitudes.items():
-            self.slabs[name].magnitude = self.modules[name].magnitude = magnitude
-        for name, before in place.befores.items():
-            self.slabs[name].before = self.modules[name].before = before
+        for (module, name), table in place.vectors.items():
+            setattr(self.modules[module], name, table)
         # Pages are set after the tables, because a forward checks a_pages before it reads tables.
         for name, slab in place.slabs.items():
             self.modules[name].b_pages = slab.b
@@ -308,9 +298,9 @@ class PageStore:
             view.replaced = {**view.replaced, place.slot: whole}
             view.was_replaced = True
             self._replacing.add(name)
-        for name, slab in self.slabs.items():
-            if slab.magnitude is not None:
-                view = self.modules[name]
+        for name in self.slabs:
+            view = self.modules[name]
+            if view.after is not None:
                 scaled = {slot: s for slot, s in view.scaled.items() if slot != place.slot}
                 if name in resident.scaled:
                     kind = resident.config.kind

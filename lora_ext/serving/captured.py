@@ -31,7 +31,7 @@ from .layers._pool_replaced import ReplacedBank
 _PARTS = {
     "a_pages": "factors",
     "bias": "a bias",
-    "magnitude": "scales of outputs",
+    "after": "scales of outputs",
     "before": "scales of inputs",
 }
 _REPLACED = "a replaced module"
@@ -333,7 +333,7 @@ class Capturable:
             needs = {
                 _PARTS["a_pages"]: targeted,
                 _PARTS["bias"]: biased,
-                _PARTS["magnitude"]: resident.slot in slab.scaled,
+                _PARTS["after"]: resident.slot in slab.scaled,
                 _PARTS["before"]: name in resident.befores,
                 _REPLACED: resident.slot in slab.replaced,
             }

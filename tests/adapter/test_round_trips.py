@@ -142,7 +142,7 @@ def test_convolutions_with_our_layers_are_saved_for_peft(tmp_path):
     value = LoraAdapter.from_model(model)
     assert value.modules["0"].a.shape == (3, 3, 4, 4)
     assert value.modules["0"].b.shape == (8, 3, 1, 1)
-    assert value.modules["0"].magnitude.shape == (1, 8, 1, 1)
+    assert value.modules["0"].after.scale.shape == (1, 8, 1, 1)
     value.save(tmp_path)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     x = torch.randn(2, 3, 8, 8)

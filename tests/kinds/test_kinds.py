@@ -366,3 +366,50 @@ def test_damaged_files_are_refused_by_key(case: str, tmp_path: Path) -> None:
         pool.load("x", ({**raw, "new_field": 1}, state))
     assert not pool.names
     pool.load("x", (raw, state))
+
+
+def test_plans_follow_configurations_and_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs: Any = peft.get_peft_model(mlp(), peft.LoHaConfig(r=4, init_weights=False, **T)).eval()
+    ours = lora_ext.from_peft(copy.deepcopy(theirs))
+    ours(inputs())
+    monkeypatch.setattr(type(ours.peft_config["default"]), "to_dict", None)  # read only once
+    monkeypatch.setattr(type(theirs.base_model.model.up), "forward", None)
+    ours(inputs())
+    monkeypatch.undo()
+    for model in (theirs, ours):
+        model.base_model.model.up.scale_layer(3.0)
+    assert close(ours(inputs()), theirs(inputs()).double())
+    config = peft.LoHaConfig(r=7, alpha=2, init_weights=False, **T)
+    for model in (theirs, ours):
+        model.add_adapter("other", peft.LoHaConfig(r=2, **T))
+        model.set_adapter("other")
+        model.delete_adapter("default")
+        torch.manual_seed(4)
+        model.add_adapter("default", config)
+        model.set_adapter("default")
+        model.eval()
+    assert close(ours(inputs()), theirs(inputs()).double())
+    assert "plans" in vars(ours.base_model.model.up)
+    assert "plans" not in vars(to_peft(ours).base_model.model.up)
+
+
+def test_report_names_layers_that_are_not_called_or_need_peft() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.last = nn.MultiheadAttention(16, 2), nn.Linear(16, 16)
+
+    config = peft.LoHaConfig(r=2, target_modules=["out_proj", "last"])
+    model = lora_ext.from_peft(peft.get_peft_model(Attention(), config))
+    name = "base_model.model.attention.out_proj"
+    assert report(model).taken == ("base_model.model.last",)
+    assert report(model).left == {name: "nn.MultiheadAttention reads its weight and never calls it"}
+    assert type(model.get_submodule(name)).__module__ == "peft.tuners.loha.layer"
+    full = lora_ext.from_peft(peft.get_peft_model(mlp(), peft.LoKrConfig(r=40, **T)))
+    assert not report(full).taken and "lokr_w2" in report(full).left["base_model.model.up"]
+    bat = peft.MissConfig(r=8, init_weights="bat", **T)
+    x, theirs = inputs(), peft.get_peft_model(mlp(), bat)
+    assert torch.equal(lora_ext.from_peft(copy.deepcopy(theirs))(x), theirs(x))
+    config = peft.PveraConfig(r=6, sample_at_inference=True, **T)
+    samples = lora_ext.from_peft(peft.get_peft_model(mlp(), config)).eval()
+    assert "sample_at_inference" in report(samples).left["base_model.model.up"]

@@ -304,7 +304,7 @@ def test_magnitudes_are_evicted_to_the_host_and_restored():
     load(pool, "d", 1, use_dora=True)
     slab = pool.modules["up"]
     assert pool.stats()["table_bytes"] == tables + 2 * (20 + 12) * 4
-    address = slab.magnitude.data_ptr()
+    address = slab.after.data_ptr()
     with pool.acquire(["d"]) as slots:
         assert_slot_holds(pool, slots[0], state(1, dora=True), 2.0)
         first = slab.scaled[slots[0]]
@@ -314,12 +314,12 @@ def test_magnitudes_are_evicted_to_the_host_and_restored():
     size = pool._residence.cache["x"].nbytes
     for seed, name in ((4, "p"), (5, "q")):
         load(pool, name, seed)
-    assert slab.scaled == {} and not slab.magnitude.any()
+    assert slab.scaled == {} and not slab.after.any()
     assert pool._residence.cache["d"].nbytes == size + (20 + 12) * 4
     with pool.acquire(["d"]) as slots:
         assert_slot_holds(pool, slots[0], state(1, dora=True), 2.0)
         assert slab.scaled[slots[0]].version > first.version
-        assert slab.magnitude.data_ptr() == address
+        assert slab.after.data_ptr() == address
     pool.update("d", state(6, dora=True))
     assert_holds(pool, "d", state(6, dora=True), 2.0)
     before = snapshot(pool)

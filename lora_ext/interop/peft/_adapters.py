@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.adapter import BaseModels, model_name
 from lora_ext.layers import adapters_of, switched_off
@@ -204,12 +205,18 @@ def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
             raise no_gradients_without_rows(f"{name}: {left[name]}")
 
 
+def refuse_exact(base: Any, why: str | None) -> None:
+    """Raise ValueError if PEFT would compute a layer of an exact model, for the reason ``why``."""
+    exact = getattr(base, "exact", False)
+    require(not (why and exact), "exact", "model", "adapters that lora_ext computes", why)
+
+
 def refuse_mixtures(model: nn.Module, names: Assignment) -> None:
     """Raise if a mixture of ``adapter_names`` has an adapter that cannot be in one.
 
     Raises:
         NotImplementedError: If PEFT runs a layer of the adapter, or the adapter has more than
-            factors: DoRA, ``modules_to_save``, ``trainable_token_indices``.
+            factors: a magnitude, ``modules_to_save``, ``trainable_token_indices``.
         UnknownAdapterError: If no layer has the adapter.
     """
     together = {name for own in names.names if isinstance(own, tuple) for name in own}

@@ -8,26 +8,33 @@ from __future__ import annotations
 import functools
 import importlib
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lora_ext._checks import require
 from lora_ext.kinds import Factors, Kind, kind_of
 from lora_ext.layers import LoraFactors, linear_size, lora_forward
 
-# Settings of a file that a model does not need: the model has all tensors, and each layer its own.
-_LIVE = {
-    "save_projection": True,
-    "save_indices": True,
-    "save_only_topk_weights": False,
-    "weight_tying": 1.0,
-}
+from ._adapters import refuse_exact
+
 _DROPOUTS = ("rank_dropout", "module_dropout")
+# Settings of a file that a model does not need: the model has all tensors, and each layer its own.
+_LIVE = {"save_only_topk_weights": False, "weight_tying": 1.0}
+
+
+class _Plan(NamedTuple):
+    """What the forwards of a layer with one adapter have in common."""
+
+    config: Any  # configuration that the plan was made for
+    kind: Kind
+    fields: Mapping[str, Any]
+    spec: Any
+    stores: dict[str, str]  # attribute of the layer with a part, by the stem of the part
+    refused: str | None = None  # why lora_ext cannot compute the adapter
 
 
 class FusedKind(nn.Module if TYPE_CHECKING else object):
@@ -36,19 +43,20 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
     of_peft: ClassVar[Any]
     #: Configuration of each adapter, the dict of PEFT's model.
     configs: Mapping[str, Any]
+    #: Plans of adapters, made in the first forward.
+    plans: dict[str, _Plan]
     base_layer: nn.Module
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the layer as PEFT does."""
         layer: Any = self
-        active = [name for name in layer.active_adapters if name in self.kinds]
+        active = [name for name in layer.active_adapters if self._plan(name) is not None]
         simple = not (args or kwargs or layer.disable_adapters or layer.merged)
         why = next(filter(None, map(self.uncovered, active)), None)
-        exact = getattr(self.base_layer, "exact", False)
-        require(not (why and exact), "exact", "model", "adapters that lora_ext computes", why)
+        refuse_exact(self.base_layer, why)
         if why or not simple:
             return self.of_peft.forward(self, x, *args, **kwargs)
-        each = [found for name in active if (found := self._factors(name)) is not None]
+        each = [self._factors(name) for name in active]
         if any(f.a.dtype != x.dtype for f in each) or torch.is_autocast_enabled(x.device.type):
             return self.of_peft.forward(self, x, *args, **kwargs)
         for factors in each:
@@ -61,58 +69,66 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
                 y = y * factors.after.scale
         return y
 
-    @property
-    def kinds(self) -> list[str]:
-        """Names of the model's adapters of a known kind, also of those that were added later."""
-        return [name for name, config in self.configs.items() if known_kind(config)]
+    def left(self) -> set[str | None]:
+        """Return why PEFT computes the layer, for each of its adapters; None if it does not."""
+        return {self.uncovered(name) for name in self.configs if self._plan(name) is not None}
 
     def uncovered(self, adapter: str) -> str | None:
         """Return why an adapter of this layer needs PEFT's forward now; None if it does not."""
-        layer: Any = self
-        kind = kind_of(_name(self.configs[adapter]))
-        if kind.needs_weight:
-            return f"adapter {adapter!r} of {kind.title} needs the base weight"
-        if self.training and kind.name == "PVERA":
+        plan = self._plan(adapter)
+        if plan is None or plan.refused or not self.training:
+            return plan and plan.refused
+        if plan.kind.name == "PVERA":
             return f"adapter {adapter!r} samples in training"
+        layer: Any = self
         drops = [getattr(layer, name, {}).get(adapter, 0.0) for name in _DROPOUTS]
         for name, module in layer.named_children():
             if name.endswith("_dropout") and isinstance(module, nn.ModuleDict):
                 drops.append(getattr(module[adapter], "p", 0.0) if adapter in module else 0.0)
-        if self.training and any(drops):
-            return f"adapter {adapter!r} has dropout"
-        if self.configs[adapter].to_dict().get("init_weights") == "bat":
-            return f"adapter {adapter!r} changes with the base weight ('bat')"
-        return "adapter has a full lokr_w2" if adapter in getattr(layer, "lokr_w2", ()) else None
+        return f"adapter {adapter!r} has dropout" if any(drops) else None
 
-    def _factors(self, adapter: str) -> Factors | None:
-        """Return the factors of an adapter, or None if this layer does not have it."""
+    def _plan(self, adapter: str) -> _Plan | None:
+        """Return the plan of an adapter, or None if the layer has none of a known kind."""
+        config, plan = self.configs[adapter], self.plans.get(adapter)
+        kind = known_kind(config) if plan is None or plan.config is not config else None
+        if kind is None:
+            return plan
         layer: Any = self
-        kind = kind_of(_name(self.configs[adapter]))
-        size = linear_size(layer.get_base_layer())
+        own = {
+            key: getattr(layer, key)[adapter] for key in ("r", "alpha") if _has(layer, key, adapter)
+        }
+        fields, size = ChainMap(own, _LIVE, config.to_dict()), linear_size(layer.get_base_layer())
         assert size is not None  # `swap_kinds` has excluded other base layers
-        settings = [key for key in ("r", "alpha") if _has(layer, key, adapter)]
-        own = {key: getattr(layer, key)[adapter] for key in settings}
-        fields = ChainMap(own, _LIVE, self.configs[adapter].to_dict())
-        spec = SimpleNamespace(name="", in_features=size[0], out_features=size[1], order=("",))
+        name = f"adapter {adapter!r}"
+        spec = SimpleNamespace(name=name, in_features=size[0], out_features=size[1], order=(name,))
+        stems = {stem: stem.split(".")[0] for stem in (*kind.parts(fields, spec), *kind.shared)}
+        stores = {stem: store for stem, store in stems.items() if _has(layer, store, adapter)}
+        if stores.keys() <= {*kind.shared}:
+            return None
+        why = f"{name} of {kind.title} needs the base weight" if kind.needs_weight else None
+        why = f"{name} has a full lokr_w2" if "lokr_w2" in stores else why
+        for field, reason in kind.refused(fields).items():
+            why = f"{name} has {field}: {reason}"
+        self.plans[adapter] = plan = _Plan(config, kind, fields, spec, stores, why)
+        return plan
+
+    def _factors(self, adapter: str) -> Factors:
+        layer: Any = self
+        plan: Any = self.plans[adapter]
         parts: dict[str, Tensor] = {}
-        for stem in (*kind.parts(fields, spec), *kind.shared):
-            store = getattr(layer, stem.split(".")[0], None)
-            if store is None or adapter not in store:
-                continue
-            value: Any = store[adapter]
+        for stem, store in plan.stores.items():
+            value: Any = getattr(layer, store)[adapter]
             if stem == "tinylora_v":  # a dict, of which the layer has one key
                 stem, value = f"{stem}.0", value[layer._tinylora_v_key[adapter]]
             parts[stem] = getattr(value, "weight", value)
-        if not parts.keys() - {*kind.shared}:
-            return None
-        factors = kind.read(parts, fields, spec)
-        if kind.name != "ADALORA" and _has(layer, "scaling", adapter):
+        factors = plan.kind.read(parts, plan.fields, plan.spec)
+        if plan.kind.name != "ADALORA" and _has(layer, "scaling", adapter):
             factors = factors._replace(scaling=layer.scaling[adapter])
         return factors
 
 
 def _has(layer: Any, field: str, adapter: str) -> bool:
-    return adapter in getattr(layer, field, {})
+    return adapter in getattr(layer, field, ())
 
 
 def _name(config: Any) -> str:
@@ -146,19 +162,20 @@ def __getattr__(name: str) -> Any:
     return fused_kind(getattr(importlib.import_module(module), kind))
 
 
-def swap_kinds(model: nn.Module) -> None:
-    """Change the class of each layer of a known kind with a linear base layer."""
+def swap_kinds(model: nn.Module, never_called: Container[nn.Module]) -> None:
+    """Change the class of each layer of a known kind with a linear base layer that is called."""
     for tuner in model.modules():
         configs: Any = getattr(tuner, "peft_config", None)
         if not isinstance(configs, dict) or not any(map(known_kind, configs.values())):
             continue
         layer: Any
         for layer in tuner.modules():
-            if not isinstance(layer, BaseTunerLayer) or isinstance(layer, FusedKind):
+            tuned = isinstance(layer, BaseTunerLayer) and layer not in never_called
+            if not tuned or isinstance(layer, FusedKind):
                 continue
             # In a mixed model of PEFT, each layer has adapters of one kind, for example of LoRA.
             own = configs.keys() & layer._all_available_adapter_names()
             known = own and all(known_kind(configs[name]) for name in own)
             if known and linear_size(layer.get_base_layer()) is not None:
-                vars(layer)["configs"] = configs
+                vars(layer).update(configs=configs, plans={})
                 layer.__class__ = fused_kind(type(layer))

@@ -33,7 +33,7 @@ from lora_ext.layers import (
 from lora_ext.rows import BASE, Assignment, Layout, together
 
 from ._activation import activated, rows_of_offsets
-from ._adapters import no_gradients_without_rows, taking_part
+from ._adapters import no_gradients_without_rows, refuse_exact, taking_part
 from ._names import names_of_layer, offsets_of_layer
 from ._routers import arrow_forward, arrow_uncovered
 
@@ -163,10 +163,8 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Call PEFT's forward, for the reasons ``left``, or raise if it would not be correct."""
-        exact = getattr(self.base_layer, "exact", False)
         reasons = "; ".join(left)
-        expected = "adapters that lora_ext computes"
-        require(not (left and exact), "exact", "model", expected, reasons)
+        refuse_exact(self.base_layer, reasons)
         if fits and trained:
             raise no_gradients_without_rows(reasons)
         if given is None:
@@ -179,6 +177,10 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             turned = self._forward_of_peft(x.transpose(0, 1), **kwargs)
             return turned.transpose(0, 1).contiguous()  # Some models call `view` on it.
         return self._forward_of_peft(x, **kwargs)
+
+    def left(self) -> set[str | None]:
+        """Return why PEFT computes the layer, for each of its adapters; None if it does not."""
+        return {self.uncovered(name) for name in self.lora_A}
 
     def unmixed(self, name: str, together: bool) -> str | None:
         """Return why an adapter cannot have a weight, or be in a row with other adapters."""

@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.xlora.layer import XLoraLinearLayer
 from torch import nn
 
@@ -68,7 +69,7 @@ def take_over(model: Model) -> Model:
     """Implement :func:`lora_ext.from_peft`, which imports this module because it needs peft."""
     found, known = f"a {type(model).__name__}", isinstance(model, nn.Module)
     require(known, "from_peft", "model", "a torch.nn.Module", found, TypeError)
-    swap_kinds(model)
+    swap_kinds(model, _never_called(model))
     if not any(isinstance(m, LoraLayer | FusedKind) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
     check_values(model)
@@ -103,9 +104,9 @@ def to_peft(model: Model) -> Model:
     _swap(model, lambda kind: getattr(kind, "of_peft", kind))
     block: Any
     for block in model.modules():
-        for told in ("tokens_first", "turned") if isinstance(block, LoraLayer | LoraModel) else ():
-            vars(block).pop(told, None)
-        vars(block).pop("configs", None)  # of a FusedKind
+        if isinstance(block, BaseTunerLayer | LoraModel):
+            for told in ("tokens_first", "turned", "configs", "plans"):
+                vars(block).pop(told, None)
         forget_checkpoints(block)
     unspace_products(model.modules())
     return model
@@ -150,32 +151,25 @@ def report(model: nn.Module) -> Report:
     left: dict[str, str] = {}
     never_called = _never_called(model)
     for name, module in model.named_modules():
-        if isinstance(module, FusedKind):
-            reasons = {module.uncovered(adapter) for adapter in module.kinds} - {None}
-            left |= {name: "; ".join(sorted(map(str, reasons)))} if reasons else {}
-            taken += [] if reasons else [name]
-        elif isinstance(module, LoraLayer) and module in never_called:
-            left[name] = "nn.MultiheadAttention reads its weight and never calls it"
-        elif (router := router_of(module)) is not None:
-            fused = isinstance(router, FusedXLora)
-            why = router.uncovered() if fused else f"PEFT's {type(router).__name__} computes it"
-            if why is None:
-                taken.append(name)
-            else:
-                left[name] = why
-        elif isinstance(module, Fused):
-            reasons = {module.uncovered(adapter) for adapter in module.lora_A} - {None}
-            if reasons:
-                left[name] = "; ".join(sorted(str(r) for r in reasons))
-            else:
-                taken.append(name)
-        elif isinstance(module, LoraLayer):
-            kind = type(module)
-            left[name] = (
-                "it was adapted after from_peft was called"
-                if _fused_class(kind) is not kind
-                else f"lora_ext runs only {_quantised.COVERED}, found {_quantised.full_name(kind)}"
-            )
+        kind, router = type(module), router_of(module)
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if module in never_called:
+            reasons = {"nn.MultiheadAttention reads its weight and never calls it"}
+        elif isinstance(router, FusedXLora):
+            reasons = {router.uncovered()}
+        elif router is not None:
+            reasons = {f"PEFT's {type(router).__name__} computes it"}
+        elif isinstance(module, Fused | FusedKind):
+            reasons = module.left()
+        elif _fused_class(kind) is not kind:
+            reasons = {"it was adapted after from_peft was called"}
+        else:
+            found = _quantised.full_name(kind)
+            reasons = {f"lora_ext runs only {_quantised.COVERED}, found {found}"}
+        why = "; ".join(sorted(filter(None, reasons)))
+        left |= {name: why} if why else {}
+        taken += [] if why else [name]
     return Report(tuple(taken), left)
 
 

@@ -69,7 +69,7 @@ class MultiLoraLinear(PoolLayer):
             return y
         if slab.a_pages is not None:
             rescale = None
-            if slab.magnitude is not None:
+            if slab.after is not None:
                 rescale = self.after.rescale(block, leading, x.device, self.tokens_first)
             try:
                 fused = None if siblings is None else siblings.fused_output(self, x, y, rows)
@@ -112,7 +112,7 @@ class MultiLoraLinear(PoolLayer):
         if slab.a_pages is not None:
             rows = traced_rows(self, leading, x.device)
             rescale = None
-            if slab.magnitude is not None:
+            if slab.after is not None:
                 rescale = self.after.traced_rescale(self, leading, x.device)
             y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale, rows.weights)
         return traced_replaced(y, x, self) if slab.was_replaced else y

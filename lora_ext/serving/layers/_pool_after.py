@@ -120,7 +120,7 @@ class PoolAfter:
             self.number,
             leading,
             slab.out_features + 1,
-            slab.magnitude.dtype,
+            slab.after.dtype,
             device,
             layer.tokens_first,
             tracing.batch,
@@ -157,7 +157,7 @@ class PoolAfter:
         slab = self.slab
         # The result must not be an inference tensor, because a later forward may need gradients.
         with torch.inference_mode(False), torch.no_grad():
-            c = slab.magnitude[slot]  # (O,)
+            c = slab.after[slot]  # (O,)
             if kind.needs_weight:
                 weight = self._weight(kind.title) if weight is None else weight
                 pages = slab.page_table[slot]
@@ -203,7 +203,7 @@ class AfterTable:
     def __init__(self, factors: PoolAfter, slots: int):
         self._factors = factors
         self._holds: dict[int, Tensor] = {}
-        like = factors.slab.magnitude
+        like = factors.slab.after
         with torch.inference_mode(False):
             self.c = torch.ones(slots + 1, like.shape[1] + 1, dtype=like.dtype, device=like.device)
 
