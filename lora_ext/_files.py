@@ -8,6 +8,7 @@ file that shrinks in the meantime raises an exception, whereas a mapping would c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -18,12 +19,15 @@ import struct
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lora_ext._checks import require
+
+Config = TypeVar("Config")
+_VERSION = 1  # of the files of `save_parts`
 
 MAX_HEADER_BYTES = 16 << 20  # enough for 100 000 tensors, with about 130 bytes of header each
 
@@ -199,6 +203,60 @@ class SafetensorsFile:
 
 # -------------------------------------------------------------------------------------------------
 # Writing
+
+
+def read_config(path: Path, kind: type[Config], limit: int, *more: str) -> tuple[Config, Any]:
+    """Read a file of :func:`save_parts`, which is not trusted.
+
+    Args:
+        path: JSON file.
+        kind: Dataclass of the configuration.
+        limit: Largest size in bytes.
+        more: Further keys of the file.
+
+    Returns:
+        The configuration, and the whole content of the file.
+
+    Raises:
+        ValueError: If the file has unexpected content.
+    """
+    data, where, keys = read_json(path, limit), str(path), ("version", "config", *more)
+    if not isinstance(data, dict) or data.keys() != set(keys):
+        listed = " and ".join(map(repr, keys))
+        raise ValueError(f"{path}: expected the keys {listed}, found {data!r:.200}")
+    version, config = data["version"], data["config"]
+    require(version == _VERSION, where, "version", _VERSION, f"{version!r:.80}")
+    known = sorted(field.name for field in dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]  (a dataclass)
+    fits = isinstance(config, dict) and config.keys() <= set(known)
+    require(fits, where, "config", f"keys from {known}", f"{config!r:.200}")
+    try:
+        return kind(**config), data
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path}: {error!s:.300}") from None
+
+
+def save_parts(
+    folder: str | os.PathLike[str],
+    name: str,
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    **more: Any,
+) -> None:
+    """Write ``<name>_config.json`` and ``<name>.safetensors`` into a folder, or neither.
+
+    Args:
+        folder: Folder, created if it does not exist.
+        name: Begin of both names.
+        config: Configuration, a dataclass.
+        tensors: Tensors by name.
+        more: Further entries of the JSON file.
+    """
+    from safetensors.torch import save  # imported late: only this function needs it
+
+    data = {"version": _VERSION, "config": dataclasses.asdict(config), **more}
+    kept = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    text = json.dumps(data, indent=1).encode()
+    write_files(folder, {f"{name}.safetensors": save(kept), f"{name}_config.json": text})
 
 
 def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:

@@ -39,10 +39,10 @@ class Flows(NamedTuple):
     weights: Tensor
 
 
-def flows(
+def _flows_of(
     circuit: Parameters, name: str, leaf: Tensor, log_weights: Tensor, root: int | Tensor | None
 ) -> Flows:
-    """Compute ``Circuit.flows`` from log-values of the leaves and normalised log-weights."""
+    """Compute the flows of a circuit from log-values of the leaves and normalised log-weights."""
     execution, weights = circuit._run(), Weights(log_weights, "none")
     top = circuit._root_numbers(name, root, len(leaf))[:, None]
     val = execution.up(leaf, weights)
@@ -52,51 +52,6 @@ def flows(
     droots = torch.zeros_like(log_probs).scatter_(1, top, possible)
     units, _, weight_flows = execution.down(droots, val, weights)
     return Flows(log_prob[:, 0], units, weight_flows)
-
-
-def em_step(
-    circuit: Parameters,
-    x: Tensor,
-    step: float,
-    pseudocount: float,
-    keep_zero: bool,
-    root: int | Tensor | None,
-) -> Tensor:
-    """Make one step of ``Circuit.em_step`` in place; return the mean log-likelihood before it."""
-    finite = 0 <= pseudocount < math.inf
-    _require_logits(circuit, "em_step")
-    require(0 < step <= 1, "em_step", "step", "a number in (0, 1]", step)
-    require(finite, "em_step", "pseudocount", "a number, at least 0", pseudocount)
-    filled, missing = circuit._read("em_step", x)
-    require(len(x) > 0, "em_step", "x", "at least one row", "none")
-    log_weights = circuit._log_weights()
-    leaf = circuit._leaf_values_of("em_step", filled, missing)
-    log_prob, units, weight_flows = flows(circuit, "em_step", leaf, log_weights, root)
-    if missing.any():
-        weight_flows = _seen(circuit, log_weights, units, weight_flows, missing)
-    rows = (circuit._rows(t) for t in (weight_flows, log_weights, circuit.weights.data))
-    for flow, old, target in zip(*rows, strict=True):
-        extra = pseudocount / flow.shape[1]
-        if keep_zero:
-            there = old > -torch.inf
-            extra = there * (pseudocount / there.sum(1, keepdim=True).clamp(min=1))
-        total = last_sum(flow)[:, None]
-        new = (flow + extra) / (total + pseudocount)
-        mixed = ((1 - step) * old.exp() + step * new).log()
-        target.copy_(torch.where(total > 0, mixed, target))
-    for family, table, span in circuit._families():
-        if isinstance(family, Indicator | External):
-            continue
-        flow = units[:, FIRST_LEAF:][:, span]
-        if isinstance(family, MultivariateGaussian):  # It handles rows with missing variables.
-            observed = circuit._joint_data(span, filled, missing)
-        else:
-            var = circuit._var[span]
-            flow = torch.where(missing[:, var], 0, flow)
-            observed = filled[:, var].to(circuit.weights.dtype)
-        data = {k: t.data for k, t in table.items()}
-        family.update(data, circuit._row[span], observed, flow, step, pseudocount)
-    return (last_sum(log_prob.double()) / len(log_prob)).to(log_prob.dtype)
 
 
 def _seen(
@@ -142,65 +97,6 @@ class Marginals(NamedTuple):
     variance: Tensor
 
 
-def univariate_marginals(
-    circuit: Parameters, evidence: Tensor, root: int | Tensor | None
-) -> Marginals:
-    """Compute ``Circuit.univariate_marginals``.
-
-    The marginal of a variable is the mixture of its leaf distributions, weighted by their flows.
-    """
-    name = "univariate_marginals"
-    filled, missing = circuit._read(name, evidence, "evidence")
-    circuit._refuse_external(name)
-    leaf = circuit._leaf_values_of(name, filled, missing)
-    use = flows(circuit, name, leaf, circuit._log_weights(), root)
-    units = use.units[:, FIRST_LEAF:]
-    rows, n = filled.shape
-    supports = [  # number of values of each family, 0 for a continuous family
-        int(circuit._indicators[span].max()) + 1
-        if isinstance(family, Indicator)
-        else family.num_values() or 0
-        for family, _, span in circuit._families()
-    ]
-    size = max(supports, default=0)
-    table, mean, variance = (units.new_zeros(rows, k) for k in (n * size, n, n))
-    continuous = torch.zeros(n, dtype=torch.bool, device=units.device)
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for (family, parameters, span), block, values in zip(
-        circuit._families(), circuit._blocks, supports, strict=True
-    ):
-        var, row, flow = circuit._var[span], circuit._row[span], units[:, span]
-        if isinstance(family, Indicator):
-            value = circuit._indicators[span]
-            add_at(table, var * size + value, flow)
-            center = value.to(flow.dtype)
-            spread = torch.zeros_like(center)
-        elif isinstance(family, MultivariateGaussian):
-            data = circuit._joint_data(span, filled, missing)
-            moments = family.moments_given(parameters, row, data)
-            center, spread = (t.flatten(1) for t in moments)  # (B, N d)
-            scopes = circuit._scopes(span)
-            var = scopes[:, None].expand(-1, block, -1).flatten()
-            flow = flow.repeat_interleave(scopes.shape[1], 1)
-            continuous[var] = True
-        else:
-            center, spread = (t[row] for t in family.moments(parameters))
-            if values:
-                p = family.log_table(parameters).exp()[row].unflatten(0, (-1, block))
-                each = torch.einsum("bmk,mkv->bmv", flow.unflatten(1, (-1, block)), p)
-                columns = size * var[::block, None] + torch.arange(values, device=var.device)
-                add_at(table, columns.flatten(), each.flatten(1))
-            else:
-                continuous[var] = True
-        add_at(mean, var, flow * center)
-        parts.append((var, flow, center, spread))
-    # Sums are over deviations from the mean, since mean(x^2) - mean(x)^2 would lose digits.
-    for var, flow, center, spread in parts:
-        add_at(variance, var, flow * (spread + (center - mean[:, var]).square()))
-    found = Marginals(table.view(rows, n, size).log(), mean, variance)
-    return _given(found, filled, missing, use.log_prob > -torch.inf, continuous)
-
-
 def _given(
     found: Marginals, filled: Tensor, missing: Tensor, possible: Tensor, continuous: Tensor
 ) -> Marginals:
@@ -220,35 +116,6 @@ def _given(
     )
     variance = variance.masked_fill(known, 0).masked_fill(~possible[:, None], torch.nan)
     return Marginals(log_prob, mean, variance)
-
-
-def entropy(circuit: Parameters, root: int | None) -> Tensor:
-    """Compute ``Circuit.entropy``.
-
-    In a deterministic circuit only one tree of units is nonzero for an assignment. ``log p`` is
-    then a sum over the weights and leaves of this tree, and its expectation is a sum over all
-    weights and leaves, multiplied by their flows.
-    """
-    _require_deterministic(circuit, "entropy")
-    log_weights, used = _usage(circuit, "entropy", root)
-    return _total(used, -log_weights, lambda family, table: family.entropy(table), circuit)
-
-
-def kl_divergence(circuit: Parameters, other: Parameters, root: int | None) -> Tensor:
-    """Compute ``Circuit.kl_divergence``.
-
-    Both circuits have the same graph and are deterministic, so an assignment has the same tree of
-    nonzero units in both. The sum over flows of :func:`entropy` therefore applies to ``log p / q``.
-    """
-    name = "kl_divergence"
-    same = isinstance(other, Parameters) and other.graph == circuit.graph
-    found = other.graph if isinstance(other, Parameters) else type(other).__name__
-    require(same, name, "other", f"a circuit of the same graph, {circuit.graph}", found)
-    for each in (circuit, other):
-        _require_deterministic(each, name)
-    log_weights, used = _usage(circuit, name, root)
-    ratios = log_weights - other._log_weights()
-    return _total(used, ratios, lambda family, *tables: family.divergence(*tables), circuit, other)
 
 
 def _require_logits(circuit: Parameters, name: str) -> None:
@@ -273,7 +140,7 @@ def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Fl
     """Return the normalised log-weights and the flows of a row without observations."""
     leaf = circuit._leaf_values(name, circuit._nothing(), None)
     log_weights = circuit._log_weights()
-    return log_weights, flows(circuit, name, leaf, log_weights, root)
+    return log_weights, _flows_of(circuit, name, leaf, log_weights, root)
 
 
 def _total(
@@ -300,3 +167,228 @@ def _total(
 def _expectation(flow: Tensor, value: Tensor) -> Tensor:
     """Return the sum of flow times value; a term with flow 0 is 0 even if its value is infinite."""
     return torch.where(flow > 0, flow * value, 0).sum()
+
+
+class FlowQueries(Parameters):
+    """Parameters of a circuit with the queries that use its flows."""
+
+    @torch.no_grad()
+    def univariate_marginals(self, evidence: Tensor, root: int | Tensor | None = None) -> Marginals:
+        """Compute the marginal distribution of each variable given the evidence, in one upward and
+        one downward pass.
+
+        The marginal of a variable is the mixture of its leaf distributions, weighted by their
+        flows.
+
+        Args:
+            evidence: Data ``(B, n)``; -1 or NaN if a variable is missing.
+            root: Index of a root unit, or one per row, see the class.
+
+        Returns:
+            Log-probabilities of all values ``(B, n, V)``, means and variances ``(B, n)``. For
+            impossible evidence the log-probabilities are ``-inf``, and means and variances NaN.
+            Probabilities below the smallest number of the dtype are 0.
+
+        Raises:
+            ValueError: If the circuit has external leaves; if it has several root units and
+                ``root`` is missing; or if :meth:`log_prob` raises it.
+        """
+        name = "univariate_marginals"
+        filled, missing = self._read(name, evidence, "evidence")
+        self._refuse_external(name)
+        leaf = self._leaf_values_of(name, filled, missing)
+        use = _flows_of(self, name, leaf, self._log_weights(), root)
+        units = use.units[:, FIRST_LEAF:]
+        rows, n = filled.shape
+        supports = [  # number of values of each family, 0 for a continuous family
+            int(self._indicators[span].max()) + 1
+            if isinstance(family, Indicator)
+            else family.num_values() or 0
+            for family, _, span in self._families()
+        ]
+        size = max(supports, default=0)
+        table, mean, variance = (units.new_zeros(rows, k) for k in (n * size, n, n))
+        continuous = torch.zeros(n, dtype=torch.bool, device=units.device)
+        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for (family, parameters, span), block, values in zip(
+            self._families(), self._blocks, supports, strict=True
+        ):
+            var, row, flow = self._var[span], self._row[span], units[:, span]
+            if isinstance(family, Indicator):
+                value = self._indicators[span]
+                add_at(table, var * size + value, flow)
+                center = value.to(flow.dtype)
+                spread = torch.zeros_like(center)
+            elif isinstance(family, MultivariateGaussian):
+                data = self._joint_data(span, filled, missing)
+                moments = family.moments_given(parameters, row, data)
+                center, spread = (t.flatten(1) for t in moments)  # (B, N d)
+                scopes = self._scopes(span)
+                var = scopes[:, None].expand(-1, block, -1).flatten()
+                flow = flow.repeat_interleave(scopes.shape[1], 1)
+                continuous[var] = True
+            else:
+                center, spread = (t[row] for t in family.moments(parameters))
+                if values:
+                    p = family.log_table(parameters).exp()[row].unflatten(0, (-1, block))
+                    each = torch.einsum("bmk,mkv->bmv", flow.unflatten(1, (-1, block)), p)
+                    columns = size * var[::block, None] + torch.arange(values, device=var.device)
+                    add_at(table, columns.flatten(), each.flatten(1))
+                else:
+                    continuous[var] = True
+            add_at(mean, var, flow * center)
+            parts.append((var, flow, center, spread))
+        # Sums are over deviations from the mean, since mean(x^2) - mean(x)^2 would lose digits.
+        for var, flow, center, spread in parts:
+            add_at(variance, var, flow * (spread + (center - mean[:, var]).square()))
+        found = Marginals(table.view(rows, n, size).log(), mean, variance)
+        return _given(found, filled, missing, use.log_prob > -torch.inf, continuous)
+
+    @torch.no_grad()
+    def entropy(self, root: int | None = None) -> Tensor:
+        """Compute the entropy in nats, a single number.
+
+        For continuous variables this is the differential entropy.
+
+        In a deterministic circuit only one tree of units is nonzero for an assignment. ``log p`` is
+        then a sum over the weights and leaves of this tree, and its expectation is a sum over all
+        weights and leaves, multiplied by their flows.
+
+        Args:
+            root: Index of a root unit; required if there are several.
+
+        Raises:
+            ValueError: If the circuit is not known to be deterministic (:meth:`check`), because
+                no formula whose size is linear in the circuit is known for other circuits; or if
+                the circuit is unnormalised or has external leaves.
+
+        Source: Vergari et al. 2021, "A compositional atlas of tractable circuit operations".
+        """
+        _require_deterministic(self, "entropy")
+        log_weights, used = _usage(self, "entropy", root)
+        return _total(used, -log_weights, lambda family, table: family.entropy(table), self)
+
+    @torch.no_grad()
+    def kl_divergence(self, other: Parameters, root: int | None = None) -> Tensor:
+        """Compute the divergence ``sum p log (p / q)`` of this circuit p from ``other``, q.
+
+        The result is a single number in nats, possibly infinite.
+
+        Both circuits have the same graph and are deterministic, so an assignment has the same tree
+        of nonzero units in both. The sum over flows of :meth:`entropy` therefore applies to
+        ``log p / q``.
+
+        Args:
+            other: Circuit with the same graph.
+            root: See :meth:`entropy`.
+
+        Raises:
+            ValueError: If the graphs differ, or if :meth:`entropy` raises it.
+
+        Source: See :meth:`entropy`.
+        """
+        name = "kl_divergence"
+        same = isinstance(other, Parameters) and other.graph == self.graph
+        found = other.graph if isinstance(other, Parameters) else type(other).__name__
+        require(same, name, "other", f"a circuit of the same graph, {self.graph}", found)
+        for each in (self, other):
+            _require_deterministic(each, name)
+        log_weights, used = _usage(self, name, root)
+        ratios = log_weights - other._log_weights()
+        return _total(used, ratios, lambda family, *tables: family.divergence(*tables), self, other)
+
+    @torch.no_grad()
+    def flows(
+        self, x: Tensor, external: Tensor | None = None, root: int | Tensor | None = None
+    ) -> Flows:
+        """Compute expected flows: the posterior probability that a unit or a weight is used.
+
+        Flows are the derivatives of ``log p(x)`` with respect to the log-values of units and the
+        normalised log-weights. They sum to 1 over the leaf units of a variable, and are 0 in
+        impossible rows.
+
+        Args:
+            x: See :meth:`log_prob`.
+            external: See :meth:`log_prob`.
+            root: Index of a root unit, or one per row, see the class.
+
+        Raises:
+            ValueError: If there are several root units and ``root`` is missing, or if
+                :meth:`log_prob` raises it.
+        """
+        leaf = self._leaf_values("flows", x, external)
+        return _flows_of(self, "flows", leaf, self._log_weights(), root)
+
+    @torch.no_grad()
+    def em_step(
+        self,
+        x: Tensor,
+        step: float = 1.0,
+        pseudocount: float = 0.1,
+        keep_zero: bool = False,
+        root: int | Tensor | None = None,
+    ) -> Tensor:
+        """Make one step of expectation maximisation (EM) on a batch, in place.
+
+        For a sum with I terms, weights W, flows F (see :meth:`flows`) and pseudocount c, the step
+        computes ``W' = (F + c / I) / (sum F + c)`` and then ``W <- (1 - step) W + step W'``. Leaves
+        are updated in the same way. Sums and leaves without flow are not changed. If the batch is
+        the whole data set, ``step=1`` and ``pseudocount=0``, the mean log-likelihood never
+        decreases. With a pseudocount, the sum of all log-likelihoods plus ``c / I`` times the sum
+        of all log-weights never decreases.
+
+        Our choice: a pseudocount of 0.1, a tenth of a row. Without a pseudocount, the step would
+        set the probability of a value that does not occur in the batch to zero, and held-out rows
+        with this value would have log-probability ``-inf``.
+
+        Args:
+            x: Data ``(B, n)``. A leaf or sum does not learn from rows in which its whole scope is
+                missing, such as the padding of a short sequence.
+            step: Step size in (0, 1].
+            pseudocount: Count c, divided evenly among the terms of a sum or the values of a leaf.
+                It does not affect Gaussians.
+            keep_zero: Whether terms of weight zero keep this weight, such as the forbidden
+                transitions of a left-to-right chain. Otherwise a pseudocount makes them possible.
+            root: Index of the root unit to train, or ``(B,)`` with the root unit of each row.
+
+        Returns:
+            Mean log-likelihood of the batch before the step.
+
+        Raises:
+            ValueError: If the circuit is unnormalised, the data or the step are wrong, or there are
+                several root units and ``root`` is missing.
+        """
+        finite = 0 <= pseudocount < math.inf
+        _require_logits(self, "em_step")
+        require(0 < step <= 1, "em_step", "step", "a number in (0, 1]", step)
+        require(finite, "em_step", "pseudocount", "a number, at least 0", pseudocount)
+        filled, missing = self._read("em_step", x)
+        require(len(x) > 0, "em_step", "x", "at least one row", "none")
+        log_weights = self._log_weights()
+        leaf = self._leaf_values_of("em_step", filled, missing)
+        log_prob, units, weight_flows = _flows_of(self, "em_step", leaf, log_weights, root)
+        if missing.any():
+            weight_flows = _seen(self, log_weights, units, weight_flows, missing)
+        rows = (self._rows(t) for t in (weight_flows, log_weights, self.weights.data))
+        for flow, old, target in zip(*rows, strict=True):
+            extra = pseudocount / flow.shape[1]
+            if keep_zero:
+                there = old > -torch.inf
+                extra = there * (pseudocount / there.sum(1, keepdim=True).clamp(min=1))
+            total = last_sum(flow)[:, None]
+            new = (flow + extra) / (total + pseudocount)
+            mixed = ((1 - step) * old.exp() + step * new).log()
+            target.copy_(torch.where(total > 0, mixed, target))
+        for family, table, span in self._families():
+            if isinstance(family, Indicator | External):
+                continue
+            flow = units[:, FIRST_LEAF:][:, span]
+            if isinstance(family, MultivariateGaussian):  # It handles rows with missing variables.
+                observed = self._joint_data(span, filled, missing)
+            else:
+                var = self._var[span]
+                flow = torch.where(missing[:, var], 0, flow)
+                observed = filled[:, var].to(self.weights.dtype)
+            data = {k: t.data for k, t in table.items()}
+            family.update(data, self._row[span], observed, flow, step, pseudocount)
+        return (last_sum(log_prob.double()) / len(log_prob)).to(log_prob.dtype)

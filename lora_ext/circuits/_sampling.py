@@ -72,40 +72,6 @@ class _Evidence(NamedTuple):
         return torch.where(self.given < 0, torch.nan, floats)
 
 
-def sample(
-    circuit: Parameters,
-    num_samples: int,
-    evidence: Tensor | None,
-    uniforms: Tensor | None,
-    generator: torch.Generator | None,
-    root: int | Tensor | None,
-) -> Tensor:
-    """Draw samples, see ``Circuit.sample``."""
-    integer("sample", "num_samples", num_samples, 0, expected="a whole number, at least 0")
-    rows = _Evidence.read(circuit, "sample", evidence, root)
-    inner = sum(bool(r.partitions) for r in circuit.graph.regions)
-    shape = (len(rows.given), num_samples, inner + circuit.num_variables)
-    device, dtype = circuit.weights.device, circuit.weights.dtype
-    if uniforms is None:
-        uniforms = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
-    else:
-        _check_uniforms(uniforms, shape, device)
-    execution, weights = circuit._run(), circuit._weights()
-    leaf = circuit._leaf_values_of("sample", rows.filled, rows.missing)
-    val = execution.up(leaf, weights)
-    top = execution.root_values(val).gather(1, rows.start[:, None])[:, 0]
-    impossible = (top == -torch.inf).nonzero()
-    if len(impossible):
-        where = f"sample: evidence: row {int(impossible[0])}"
-        raise ValueError(f"{where}: expected a possible row, found log-probability -inf")
-    u = uniforms.flatten(0, 1)
-    chosen = execution.walk(val, weights, rows.start, u[:, :inner])
-    row = torch.arange(len(rows.given), device=device).repeat_interleave(num_samples)
-    x = rows.room(circuit)[row]
-    _fill(circuit, x, chosen, rows.missing[row], u[:, inner:].to(dtype))
-    return x.unflatten(0, (len(rows.given), num_samples))
-
-
 def _check_uniforms(uniforms: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     where, dtypes = ("sample", "uniforms"), (torch.float32, torch.float64)
     require_tensor(*where, uniforms)
@@ -117,18 +83,6 @@ def _check_uniforms(uniforms: Tensor, shape: tuple[int, ...], device: torch.devi
         if len(outside):
             found = float(outside[0])
             raise ValueError(f"sample: uniforms: expected numbers in [0, 1], found {found}")
-
-
-def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None) -> MapResult:
-    """Find the most probable assignment and latents, see ``Circuit.map``."""
-    rows = _Evidence.read(circuit, "map", evidence, root)
-    val = best_values(circuit, rows.filled, rows.missing)
-    execution = circuit._run()
-    chosen = execution.walk(val, circuit._weights(), rows.start)
-    x = rows.room(circuit)
-    _fill(circuit, x, chosen, rows.missing)
-    exact = _structure.is_deterministic(circuit.graph) is True
-    return MapResult(x, execution.root_values(val).gather(1, rows.start[:, None])[:, 0], exact)
 
 
 def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
@@ -215,43 +169,6 @@ class _Choice(NamedTuple):
     rank: Tensor  # candidate of this state, by unit of the latent
     value: Tensor  # rank of the value among all values of its state, by state
     below: Tensor  # candidate of the next position, by state
-
-
-def k_best(
-    circuit: Parameters,
-    k: int,
-    evidence: Tensor | None,
-    lengths: Tensor | None,
-    root: int | Tensor | None,
-) -> KBest:
-    """Find the k best pairs of values and states, see ``Circuit.k_best``."""
-    integer("k_best", "k", k, 1, expected=COUNT)
-    steps = _chain(circuit)
-    rows = _Evidence.read(circuit, "k_best", evidence, root)
-    lengths = _lengths(lengths, len(rows.given), len(steps), rows.start.device)
-    leaf = circuit._leaf_values_of("k_best", rows.filled, rows.missing)
-    below: Tensor | None = None  # candidates of the next position, (B, r, k)
-    choices: list[_Choice] = []
-    for place in range(len(steps) - 1, -1, -1):
-        step = steps[place]
-        each = _observed(circuit, step, leaf, rows.missing, k)  # (B, r, J)
-        if below is not None:
-            inside = (lengths > place + 1)[:, None, None]
-            certain = torch.full_like(below, -torch.inf)
-            certain[..., 0] = 0
-            below = torch.where(inside, below, certain)
-        width = 1 if below is None else below.shape[2]
-        joint = each[..., None] if below is None else each[..., None] + below[:, :, None]
-        candidates, index = _largest(joint.flatten(2), k)
-        w = log_weights(circuit.region_weights(step.latent).detach(), circuit.norm)
-        terms = (w[..., None] + candidates[:, None]).flatten(2)  # (B, O, r k)
-        below, chosen = _largest(terms, k)
-        count = candidates.shape[2]
-        parts = chosen // count, chosen % count, index // width, index % width
-        choices.append(_Choice(step, lengths > place, *parts))
-    assert below is not None
-    row = torch.arange(len(rows.given), device=lengths.device)
-    return _read_back(circuit, rows, choices[::-1], below[row, rows.start], k)
 
 
 def _chain(circuit: Parameters) -> list[_Step]:
@@ -363,3 +280,143 @@ def _read_back(
         x, states = pad(x, (0, 0, 0, extra), value=nothing), pad(states, (0, 0, 0, extra), value=-1)
         value = pad(value, (0, extra), value=-torch.inf)
     return KBest(x, states, value)
+
+
+class SampleQueries(Parameters):
+    """Parameters of a circuit with the queries that draw or choose values."""
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int = 1,
+        evidence: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        root: int | Tensor | None = None,
+    ) -> Tensor:
+        """Draw exact samples given evidence; the same uniforms give the same samples.
+
+        An upward pass with the evidence computes the values of all units. Then a walk descends from
+        the root: at each sum it draws a term with probability proportional to weight times value,
+        and at each leaf it draws a value. ``reference._circuit.draw`` defines a draw.
+
+        Args:
+            num_samples: Number S of samples per row of evidence.
+            evidence: Data ``(B, n)`` with missing entries, or None, see the class.
+            uniforms: Uniform numbers ``(B, S, sum regions + n)`` in [0, 1), float32 or float64: one
+                per region of sums in graph order, then one per variable. If None, they are drawn
+                with ``generator``.
+            generator: Generator of the uniform numbers; None for torch's default.
+            root: Index of a root unit, or one per row, see the class. Variables outside its scope
+                stay missing.
+
+        Returns:
+            ``(B, S, n)``: floating if the evidence is, or if a family has continuous values;
+            otherwise int64.
+
+        Raises:
+            ValueError: If a shape is wrong, the evidence is impossible, the circuit has external
+                leaves, or it has several root units and ``root`` is missing. On the CPU also if a
+                uniform number is outside [0, 1].
+        """
+        integer("sample", "num_samples", num_samples, 0, expected="a whole number, at least 0")
+        rows = _Evidence.read(self, "sample", evidence, root)
+        inner = sum(bool(r.partitions) for r in self.graph.regions)
+        shape = (len(rows.given), num_samples, inner + self.num_variables)
+        device, dtype = self.weights.device, self.weights.dtype
+        if uniforms is None:
+            uniforms = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
+        else:
+            _check_uniforms(uniforms, shape, device)
+        execution, weights = self._run(), self._weights()
+        leaf = self._leaf_values_of("sample", rows.filled, rows.missing)
+        val = execution.up(leaf, weights)
+        top = execution.root_values(val).gather(1, rows.start[:, None])[:, 0]
+        impossible = (top == -torch.inf).nonzero()
+        if len(impossible):
+            where = f"sample: evidence: row {int(impossible[0])}"
+            raise ValueError(f"{where}: expected a possible row, found log-probability -inf")
+        u = uniforms.flatten(0, 1)
+        chosen = execution.walk(val, weights, rows.start, u[:, :inner])
+        row = torch.arange(len(rows.given), device=device).repeat_interleave(num_samples)
+        x = rows.room(self)[row]
+        _fill(self, x, chosen, rows.missing[row], u[:, inner:].to(dtype))
+        return x.unflatten(0, (len(rows.given), num_samples))
+
+    @torch.no_grad()
+    def map(self, evidence: Tensor | None = None, root: int | Tensor | None = None) -> MapResult:
+        """Find the values and latents with the largest joint probability, by max-product.
+
+        Ties are resolved to the lowest index.
+
+        Args:
+            evidence: Data ``(B, n)`` with missing entries, or None, see the class.
+            root: Index of a root unit, or one per row, see the class.
+
+        Raises:
+            ValueError: If a shape is wrong, the circuit has external leaves, or it has several root
+                units and ``root`` is missing.
+        """
+        rows = _Evidence.read(self, "map", evidence, root)
+        val = best_values(self, rows.filled, rows.missing)
+        execution = self._run()
+        chosen = execution.walk(val, self._weights(), rows.start)
+        x = rows.room(self)
+        _fill(self, x, chosen, rows.missing)
+        exact = _structure.is_deterministic(self.graph) is True
+        return MapResult(x, execution.root_values(val).gather(1, rows.start[:, None])[:, 0], exact)
+
+    @torch.no_grad()
+    def k_best(
+        self,
+        k: int,
+        evidence: Tensor | None = None,
+        lengths: Tensor | None = None,
+        root: int | Tensor | None = None,
+    ) -> KBest:
+        """Find the k most probable pairs of values and states of a chain.
+
+        A chain is a graph such as ``RegionGraph.hmm``; a pair consists of the values of all
+        variables and the path of states. With complete evidence these are the k best paths. Ties
+        are resolved to the lowest indices. With r states, the method allocates ``B r^2 k`` numbers.
+
+        Args:
+            k: Number of pairs, at least 1.
+            evidence: Data ``(B, n)`` with missing entries, or None, see the class.
+            lengths: Length of each row's sequence, ``(B,)`` integers in ``1 .. n``. Variables after
+                the end stay missing. None for n.
+            root: Index of a root unit, or one per row, see the class.
+
+        Raises:
+            ValueError: If the graph is not a chain, a leaf is external, a continuous variable is
+                missing with k above 1, or an argument is out of range.
+
+        Source: list Viterbi decoding, Seshadri and Sundberg 1994.
+        """
+        integer("k_best", "k", k, 1, expected=COUNT)
+        steps = _chain(self)
+        rows = _Evidence.read(self, "k_best", evidence, root)
+        lengths = _lengths(lengths, len(rows.given), len(steps), rows.start.device)
+        leaf = self._leaf_values_of("k_best", rows.filled, rows.missing)
+        below: Tensor | None = None  # candidates of the next position, (B, r, k)
+        choices: list[_Choice] = []
+        for place in range(len(steps) - 1, -1, -1):
+            step = steps[place]
+            each = _observed(self, step, leaf, rows.missing, k)  # (B, r, J)
+            if below is not None:
+                inside = (lengths > place + 1)[:, None, None]
+                certain = torch.full_like(below, -torch.inf)
+                certain[..., 0] = 0
+                below = torch.where(inside, below, certain)
+            width = 1 if below is None else below.shape[2]
+            joint = each[..., None] if below is None else each[..., None] + below[:, :, None]
+            candidates, index = _largest(joint.flatten(2), k)
+            w = log_weights(self.region_weights(step.latent).detach(), self.norm)
+            terms = (w[..., None] + candidates[:, None]).flatten(2)  # (B, O, r k)
+            below, chosen = _largest(terms, k)
+            count = candidates.shape[2]
+            parts = chosen // count, chosen % count, index // width, index % width
+            choices.append(_Choice(step, lengths > place, *parts))
+        assert below is not None
+        row = torch.arange(len(rows.given), device=lengths.device)
+        return _read_back(self, rows, choices[::-1], below[row, rows.start], k)

@@ -17,21 +17,20 @@ can be described.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lora_ext._checks import require
 
-from . import _builders, _regions
-from ._builders import Leaves
+from . import _regions
+from ._builders import Builders
 from ._leaves import Indicator
-from ._regions import Input, Kind, Partition, Region
+from ._regions import Partition, Region
 from ._scopes import PCStructureError, variables
 
 
 @dataclass(frozen=True, repr=False)
-class RegionGraph:
+class RegionGraph(Builders):
     """The regions of a circuit, children before parents.
 
     The graph does not have to be smooth or decomposable, see ``Circuit.check``.
@@ -48,8 +47,6 @@ class RegionGraph:
             variable is missing, or there are several roots without ``multi_root``.
     """
 
-    regions: tuple[Region, ...]
-    multi_root: bool = False
     scopes: tuple[int, ...] = field(init=False, compare=False)
     roots: tuple[int, ...] = field(init=False, compare=False)
     num_variables: int = field(init=False, compare=False)
@@ -150,161 +147,6 @@ class RegionGraph:
                 counts = {self.label(c): self.regions[c].units for c in p.children}
                 equal = len(set(counts.values())) == 1
                 check(equal, "children", "equal unit counts in a hadamard product", counts)
-
-    # --- builders: `leaf` is one family for all variables, or a list with one per variable -------
-    @staticmethod
-    def cp(num_variables: int, rank: int, leaf: Leaves) -> RegionGraph:
-        """Build a mixture of ``rank`` fully factorised distributions: one latent for all variables.
-
-        Args:
-            num_variables: Number of variables.
-            rank: Number of states of the latent.
-            leaf: Family of all variables, or a list with one family per variable.
-
-        Raises:
-            PCStructureError: If a size is below 1, or the number of families is wrong.
-        """
-        return RegionGraph(_builders.cp(num_variables, rank, leaf))
-
-    @staticmethod
-    def hmm(num_variables: int, rank: int, leaf: Leaves, homogeneous: bool = False) -> RegionGraph:
-        """Build a hidden Markov model over ``num_variables`` steps with ``rank`` states.
-
-        Args:
-            num_variables: Number of steps.
-            rank: Number of states.
-            leaf: Family of all emissions, or a list with one family per step.
-            homogeneous: Whether all steps share one transition matrix and one set of emissions.
-
-        Raises:
-            PCStructureError: See :meth:`hclt`.
-        """
-        return RegionGraph(_builders.hmm(num_variables, rank, leaf, homogeneous))
-
-    @staticmethod
-    def hclt(
-        parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool = False
-    ) -> RegionGraph:
-        """Build a hidden Chow-Liu tree: a tree of latents, each with one variable as its emission.
-
-        The region of sums of variable v has one unit per state s of the parent's latent. Unit s is
-        the distribution of v and of all variables below v given s, and row s of the region's
-        weights is ``p(state of v | s)``.
-
-        Args:
-            parents: Parent of each variable, -1 for the root.
-            rank: Number of states of a latent.
-            leaf: Family of all variables, or a list with one family per variable.
-            homogeneous: Whether all edges share one transition matrix, and all variables share
-                their leaves.
-
-        Raises:
-            PCStructureError: If ``parents`` is not a tree, ``rank`` is below 1, the number of
-                families is wrong, or a homogeneous circuit has several families.
-
-        Source: Liu and Van den Broeck 2021.
-        """
-        return RegionGraph(_builders.hclt(parents, rank, leaf, homogeneous))
-
-    @staticmethod
-    def btree(num_variables: int, rank: int, leaf: Leaves) -> RegionGraph:
-        """Build the balanced binary tree of ``reference.circuit_scan`` over the variables in order.
-
-        Args:
-            num_variables: Number of variables.
-            rank: Number of units of every region except the root, which has one.
-            leaf: Family of all variables, or a list with one family per variable.
-
-        Raises:
-            PCStructureError: If a size is below 1, or the number of families is wrong.
-        """
-        return RegionGraph(_builders.btree(num_variables, rank, leaf))
-
-    @staticmethod
-    def rat_spn(
-        num_variables: int,
-        depth: int,
-        repetitions: int,
-        num_sums: int,
-        num_inputs: int,
-        leaf: Leaves,
-        seed: int = 0,
-        num_roots: int = 1,
-    ) -> RegionGraph:
-        """Build a RAT-SPN: a mixture of trees, each of which halves the variables at random.
-
-        Args:
-            num_variables: Number of variables, at least 2.
-            depth: Depth of each tree.
-            repetitions: Number of trees.
-            num_sums: Number of units of a region of sums.
-            num_inputs: Number of units of an input region.
-            leaf: Family of all variables, or a list with one family per variable.
-            seed: Seed of the random splits.
-            num_roots: Number of root units, such as one per class.
-
-        Raises:
-            PCStructureError: If a size is out of range, or the number of families is wrong.
-
-        Source: Peharz et al. 2019.
-        """
-        sizes = (num_variables, depth, repetitions, num_sums, num_inputs)
-        return RegionGraph(_builders.rat_spn(*sizes, leaf, seed, num_roots))
-
-    @staticmethod
-    def poon_domingos(
-        height: int, width: int, num_units: int, leaf: Leaves, delta: int = 1
-    ) -> RegionGraph:
-        """Build one region per rectangle of an image, with all cuts at multiples of ``delta``.
-
-        Variable ``y * width + x`` is the pixel at (y, x). A rectangle without a cut is an input.
-
-        Args:
-            height: Height of the image in pixels.
-            width: Width of the image in pixels.
-            num_units: Number of units of every rectangle except the whole image, which has one.
-            leaf: Family of all pixels, or a list with one family per pixel.
-            delta: Distance between neighbouring cuts in pixels.
-
-        Raises:
-            PCStructureError: If a size is below 1, or the number of families is wrong.
-
-        Source: Poon and Domingos 2011.
-        """
-        return RegionGraph(_builders.poon_domingos(height, width, num_units, leaf, delta))
-
-    @staticmethod
-    def join(graphs: Sequence[RegionGraph]) -> RegionGraph:
-        """Join graphs over the same variables, e.g. one per class, into one graph with all roots.
-
-        The graphs share no parameters. Region ``name`` of graph i is renamed to ``i/name``.
-        """
-        return RegionGraph(_builders.join([g.regions for g in graphs]), multi_root=True)
-
-    @staticmethod
-    def from_edges(
-        inputs: Mapping[str, Input],
-        products: Iterable[tuple[str, Sequence[str]] | tuple[str, Sequence[str], Kind]],
-        units: Mapping[str, int] | None = None,
-        ties: Mapping[str, str] | None = None,
-        multi_root: bool = False,
-    ) -> RegionGraph:
-        """Build any graph from named input regions and a list of products.
-
-        Args:
-            inputs: Input regions by name.
-            products: Products as tuples ``(parent, children)`` or ``(parent, children, kind)`` of
-                names. ``parent`` is the region of sums of which the product is a term.
-            units: Number of units of each region of sums by name, 1 by default.
-            ties: Tie of each region of sums by name. Regions with the same tie share their weights.
-            multi_root: Whether several roots are allowed.
-
-        Raises:
-            PCStructureError: If there is a cycle or an unknown name, or in a case that the class
-                documents.
-        """
-        regions = _builders.from_edges(inputs, products, units or {}, ties or {})
-        return RegionGraph(regions, multi_root)
 
     # --- text -------------------------------------------------------------------------------------
     def __repr__(self) -> str:

@@ -1,27 +1,11 @@
-"""Parser of the command line: the commands and their arguments."""
-
-from __future__ import annotations
-
-import argparse
-import textwrap
-from collections.abc import Callable
-from typing import Any, NoReturn, get_args
-
-import lora_ext
-from lora_ext.adapter import KINDS, MergeMode
-
-from . import _changes, _gpu_report, _guides, _reports, servers
-
-_DESCRIPTION = """\
-Inspect, merge, resize, prune, compare and serve LoRA adapters; train a guide
+"""Inspect, merge, resize, prune, compare and serve LoRA adapters; train a guide
 for constrained generation.
 
 An adapter is a folder that PEFT has saved, with adapter_config.json and
 adapter_model.safetensors (or .bin). Nothing is downloaded, and only `prune`,
-`serve` and `distil-guide` need a model."""
+`serve` and `distil-guide` need a model.
 
-_EPILOG = """\
-examples:
+Examples:
   lora-ext inspect pirate
   lora-ext merge pirate haiku --weights 0.7 0.3 --out both
   lora-ext resize both --rank 16 --out both-16
@@ -30,8 +14,22 @@ examples:
 `lora-ext COMMAND --help` explains a command. A command writes its output
 completely or not at all. The exit status is 0 on success; 1 if doctor or
 gpu-report finds a fault or inspect a value that is not finite; 2 on bad input,
-with one sentence on standard error."""
+with one sentence on standard error.
+"""
 
+# The docstring of this file is the help of the program, that of a command's function its help.
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import textwrap
+from typing import Any, NoReturn, get_args
+
+import lora_ext
+from lora_ext.adapter import KINDS, MergeMode
+
+from . import _changes, _gpu_report, _guides, _reports, servers
 
 _FOLDER = "folder of an adapter"
 
@@ -59,32 +57,29 @@ def make_parser() -> argparse.ArgumentParser:
     The namespace that it returns has the name of the command as ``command``, and as ``run`` a
     function that runs the command and receives the namespace.
     """
-    parser = _Parser("lora-ext", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Help)
-    parser.add_argument("--version", action="version", version=f"lora_ext {lora_ext.__version__}")
+    about, mark, more = inspect.cleandoc(__doc__ or "").partition("Examples:")
+    whole = _Parser("lora-ext", description=about, epilog=mark + more, formatter_class=_Help)
+    whole.add_argument("--version", action="version", version=f"lora_ext {lora_ext.__version__}")
     kind: Any = {"title": "commands", "dest": "command", "metavar": "COMMAND"}
-    commands = parser.add_subparsers(required=True, **kind)
-    for add in (
-        _add_doctor,
-        _add_gpu_report,
-        _add_inspect,
-        _add_merge,
-        _add_resize,
-        _add_prune,
-        _add_diff,
-        _add_serve,
-        _add_distil_guide,
+    commands = whole.add_subparsers(required=True, **kind)
+    for run, add in (
+        (_reports.doctor, _add_json),
+        (_gpu_report.gpu_report, _add_gpu_report),
+        (_reports.inspect, _add_inspect),
+        (_changes.merge, _add_merge),
+        (_changes.resize, _add_resize),
+        (_changes.prune, _add_prune),
+        (_reports.diff, _add_diff),
+        (servers.serve, _add_serve),
+        (_guides.distil_guide, _add_distil_guide),
     ):
-        add(commands)
-    return parser
-
-
-def _command(
-    commands: Any, name: str, summary: str, more: str, run: Callable[[Any], int]
-) -> argparse.ArgumentParser:
-    words = f"{summary[0].upper()}{summary[1:]}.\n\n{more}"
-    parser = commands.add_parser(name, help=summary, description=words, formatter_class=_Help)
-    parser.set_defaults(run=run)
-    return parser
+        words = inspect.getdoc(run) or ""
+        name, summary = run.__name__.replace("_", "-"), words.partition(".\n")[0]
+        summary = summary[:1].lower() + summary[1:]
+        parser = commands.add_parser(name, help=summary, description=words, formatter_class=_Help)
+        parser.set_defaults(run=run)
+        add(parser)
+    return whole
 
 
 def _add(parser: Any, name: str, text: str, metavar: str | None = None, **more: Any) -> None:
@@ -94,30 +89,7 @@ def _add(parser: Any, name: str, text: str, metavar: str | None = None, **more: 
     parser.add_argument(name, help=text, metavar=metavar, **more)
 
 
-def _add_doctor(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "doctor",
-        "show the installed versions and test each device",
-        "Paste the output into a bug report. The exit status is 1 if an op failed.",
-        _reports.doctor,
-    )
-    _add_json(parser)
-
-
-def _add_gpu_report(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "gpu-report",
-        "check and time every kernel on this GPU, and write a report",
-        "Compares every op with its formula and times its kernels, next to the time that\n"
-        "moving their bytes takes. Writes a JSON file and a Markdown page beside it.\n"
-        "A case whose kernel crashes or hangs fails; the next one runs in a new process.\n"
-        "Compiles and installs nothing. The report contains versions, GPU, clocks, the\n"
-        "hash of the kernels, errors and times, but no names or paths. The exit status\n"
-        "is 1 if a check fails.",
-        _gpu_report.gpu_report,
-    )
+def _add_gpu_report(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--out", "file of the report, e.g. card.json", "FILE", required=True)
     _add(parser, "--minutes", "minutes for timing, after the checks", "N", type=float, default=3.0)
     text = "emu: check on the emulator, if it was built, without timing"
@@ -125,18 +97,7 @@ def _add_gpu_report(commands: Any) -> None:
     _add(parser, "--only", "prefixes of op names, separated by commas", "OPS")
 
 
-def _add_inspect(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "inspect",
-        "show the modules of an adapter: ranks, norms, bad values",
-        "  norm  Frobenius norm of the update, scaling * B A\n"
-        "  bad   number of values that are NaN or infinite; if there are any, nothing\n"
-        "        else is measured and the exit status is 1\n\n"
-        "The other columns are effective ranks: the number of directions that the update\n"
-        "uses.",
-        _reports.inspect,
-    )
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add(parser, "adapter", _FOLDER, "ADAPTER")
     text = f"effective ranks to show, from {', '.join(KINDS)}"
     shown = "entropy stable threshold"
@@ -146,21 +107,7 @@ def _add_inspect(commands: Any) -> None:
     _add_json(parser)
 
 
-def _add_merge(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "merge",
-        "merge several adapters of one base model into one",
-        "The modes, with weights w and updates s B A:\n"
-        "  delta      exact sum of w s B A; the ranks add up\n"
-        "  delta_svd  best approximation of that sum with a smaller rank\n"
-        "  factors    sum of the A and sum of the B; modules and ranks must be equal\n"
-        "  ties       mean of the largest values of each update that have the sign of\n"
-        "             their sum (TIES), truncated to a rank\n"
-        "  dare       sum of randomly kept, rescaled values of each update, truncated\n"
-        "             to a rank",
-        _changes.merge,
-    )
+def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add(parser, "adapters", _FOLDER, "ADAPTER", nargs="+")
     text = "weight of each adapter (default: equal, with sum 1; for ties and dare 1 each)"
     _add(parser, "--weights", text, "W", nargs="+", type=_numbers)
@@ -173,17 +120,7 @@ def _add_merge(commands: Any) -> None:
     _add_json(parser, out=True)
 
 
-def _add_resize(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "resize",
-        "change the rank of an adapter and show the error",
-        "A smaller rank keeps the largest singular values of each update, which is the\n"
-        "best approximation; `error` is the Frobenius norm of the change. A larger rank\n"
-        "does not change the updates. A rank that no module can use is an error: an\n"
-        "update of I inputs and O outputs has rank min(I, O) at most.",
-        _changes.resize,
-    )
+def _add_resize(parser: argparse.ArgumentParser) -> None:
     _add(parser, "adapter", _FOLDER, "ADAPTER")
     _add(parser, "--rank", "rank of every module", "N", type=int, required=True)
     _add_json(parser, out=True)
@@ -207,17 +144,7 @@ _PRUNE_CHOICES = (  # option, choices with the default first, help
 )
 
 
-def _add_prune(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "prune",
-        "remove an adapter from the layers that undo safety",
-        "SPLoRA. Layers are scored by the distance of their update from the change by\n"
-        "alignment: the weights of the aligned model, on which the adapter was\n"
-        "trained, minus the weights of its base. No data is needed, and one\n"
-        "layer of the models is in memory at a time. With --project, Safe LoRA.",
-        _changes.prune,
-    )
+def _add_prune(parser: argparse.ArgumentParser) -> None:
     _add(parser, "adapter", _FOLDER, "ADAPTER")
     text = "folder of the base model, before alignment (safetensors)"
     _add(parser, "--base", text, "DIR", required=True)
@@ -240,17 +167,7 @@ def _add_prune(commands: Any) -> None:
     _add_json(parser, out=True)
 
 
-def _add_diff(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "diff",
-        "compare two adapters of one base model",
-        "  distance  Frobenius norm of the difference of the updates\n"
-        "  cosine    cosine of the updates: 1 for equal directions, 0 for orthogonal ones\n"
-        "  angles    principal angles between their column spaces, in degrees: the\n"
-        "            smallest and the largest, or all of them with --json",
-        _reports.diff,
-    )
+def _add_diff(parser: argparse.ArgumentParser) -> None:
     _add(parser, "first", _FOLDER, "A")
     _add(parser, "second", _FOLDER, "B")
     _add_json(parser)
@@ -273,17 +190,7 @@ _SERVE_NUMBERS = (  # option, metavar, default and help
 )
 
 
-def _add_serve(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "serve",
-        "serve OpenAI's API over HTTP; `model` selects an adapter",
-        "Serves chats and completions of a causal LM with continuous batching, or\n"
-        "embeddings of an embedding model. An adapter is loaded at its first request.\n"
-        "There is no authentication: listen on the loopback interface, or use a proxy.\n"
-        "Ctrl-C stops the server.",
-        servers.serve,
-    )
+def _add_serve(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--model", "folder of the base model and its tokenizer", "DIR", required=True)
     _add(parser, "--adapters", "folder that contains the adapters' folders", "DIR", required=True)
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
@@ -321,16 +228,7 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"expected numbers, found {text!r}") from None
 
 
-def _add_distil_guide(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "distil-guide",
-        "train a guide for constrained generation on samples of a model",
-        "Writes DIR/guide.safetensors for lora_ext.control.Guide.load, with the head\n"
-        "that predicts the guide's state from the model. The measures are nats per token\n"
-        "on held-out texts: of the guide, of the model, and of the guide with its head.",
-        _guides.distil_guide,
-    )
+def _add_distil_guide(parser: argparse.ArgumentParser) -> None:
     _add(parser, "model", "folder of a causal LM and its tokenizer", "MODEL")
     _add(parser, "--states", "number of states", "N", type=int, default=512)
     _add(parser, "--prompts", "one prompt per line (default: a few requests)", "FILE")

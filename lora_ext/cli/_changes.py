@@ -23,7 +23,17 @@ _REMEDIES = {
 
 
 def merge(arguments: Namespace) -> int:
-    """Run ``lora-ext merge``."""
+    """Merge several adapters of one base model into one.
+
+    The modes, with weights w and updates s B A:
+      delta      exact sum of w s B A; the ranks add up
+      delta_svd  best approximation of that sum with a smaller rank
+      factors    sum of the A and sum of the B; modules and ranks must be equal
+      ties       mean of the largest values of each update that have the sign of
+                 their sum (TIES), truncated to a rank
+      dare       sum of randomly kept, rescaled values of each update, truncated
+                 to a rank
+    """
     _check_out(arguments.out)
     adapters = [LoraAdapter.load(folder) for folder in arguments.adapters]
     if arguments.weights is None:
@@ -50,7 +60,13 @@ def merge(arguments: Namespace) -> int:
 
 
 def resize(arguments: Namespace) -> int:
-    """Run ``lora-ext resize``."""
+    """Change the rank of an adapter and show the error.
+
+    A smaller rank keeps the largest singular values of each update, which is the
+    best approximation; `error` is the Frobenius norm of the change. A larger rank
+    does not change the updates. A rank that no module can use is an error: an
+    update of I inputs and O outputs has rank min(I, O) at most.
+    """
     _check_out(arguments.out)
     if arguments.rank < 1:
         raise ValueError(f"--rank: expected at least 1, found {arguments.rank}")
@@ -83,7 +99,13 @@ def resize(arguments: Namespace) -> int:
 
 
 def prune(arguments: Namespace) -> int:
-    """Run ``lora-ext prune``: SPLoRA, or Safe LoRA with ``--project``."""
+    """Remove an adapter from the layers that undo safety.
+
+    SPLoRA. Layers are scored by the distance of their update from the change by
+    alignment: the weights of the aligned model, on which the adapter was
+    trained, minus the weights of its base. No data is needed, and one
+    layer of the models is in memory at a time. With --project, Safe LoRA.
+    """
     from lora_ext.methods import splora
 
     _check_out(arguments.out)

@@ -39,6 +39,7 @@ class Case:
         bound: maximum absolute error of a result, divided by its largest absolute value.
         exact: whether the results must be equal, since they are indices.
         timed: whether the case is also timed, with the large size.
+        floats: names of the inputs that are float32 for every dtype of the op.
         read: function that turns inputs and results of the op into the results of the reference.
     """
 
@@ -51,6 +52,7 @@ class Case:
     bound: float = 1e-4
     exact: bool = False
     timed: bool = True
+    floats: tuple[str, ...] = ()
     read: Callable[[Inputs, list[Tensor]], list[Tensor]] = lambda given, found: found
 
     def run(self, given: Inputs) -> list[Tensor]:
@@ -85,23 +87,6 @@ def randn(g: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=g)
 
 
-# --- LoRA -----------------------------------------------------------------------------------------
-# (rows, input features, output features, rank, adapters) of the small and of the large size
-_DECODE = ((5, 72, 48, 16, 3), (64, 4096, 4096, 16, 64))
-_PREFILL = ((300, 72, 48, 16, 3), (4096, 4096, 4096, 16, 4))
-_WIDE = ((300, 72, 48, 264, 2), (4096, 4096, 4096, 512, 1))
-
-
-def lora_inputs(sizes: Any, g: torch.Generator, size: int) -> Inputs:
-    rows, i, o, rank, adapters = sizes[size]
-    return {
-        "x": randn(g, rows, i),
-        "a": randn(g, adapters, rank, i) / i**0.5,
-        "b": randn(g, adapters, o, rank),
-        "ids": torch.randint(-1, adapters, (rows,), generator=g),
-    }
-
-
 def only(make: Make, *names: str) -> Make:
     """Return the function that makes some of the inputs of ``make``."""
 
@@ -112,52 +97,79 @@ def only(make: Make, *names: str) -> Make:
     return some
 
 
-def both(name: str, launchers: tuple[str, ...], make: Any, ready: Any, **how: Any) -> Case:
+def plain(function: Callable[..., Any], **arguments: Any) -> Any:
+    return function(**arguments)
+
+
+def compared(
+    name: str,
+    launchers: str,
+    make: Make,
+    leaves: tuple[str, ...] = (),
+    call: Callable[..., Any] = plain,
+    arguments: Callable[[Inputs], Inputs] = dict,
+    op: str = "",
+    **how: Any,
+) -> Case:
     """Return the case that compares an op with the reference function of the same name.
 
-    ``ready(function, inputs)`` returns the call of one of the two functions.
-    """
-    op, formula, label = getattr(ops, name), getattr(reference, name), how.pop("op", name)
-    return Case(label, launchers, make, partial(ready, op), lambda i: ready(formula, i)(), **how)
-
-
-def pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> Case:
-    """Return the case of an op and its reference function, which have the same arguments.
-
-    ``arguments`` is the function that returns the arguments for the inputs. The input
-    "row_weights" is passed as ``weights``.
+    Args:
+        name: name of the two functions.
+        launchers: names of the launchers, separated by spaces.
+        make: see ``Case``. The names of the inputs are those of arguments of ``call``.
+        leaves: arguments for which gradients of a weighted sum of the result are returned too.
+        call: function that receives one of the two functions and the arguments.
+        arguments: function that prepares the arguments from the inputs, before the timing.
+        op: name of the case, if it is not ``name``.
+        how: further arguments of ``Case``.
     """
 
-    def ready(function: Any, given: Inputs) -> Call:
+    def ready(function: Callable[..., Any], given: Inputs) -> Call:
         bound = arguments(given)
-        named = {"weights": given["row_weights"]} if "row_weights" in given else {}
+        own = {k: convert(bound[k], lambda t: t.detach().clone().requires_grad_()) for k in leaves}
+        bound, at = {**bound, **own}, tensors(own)
+        with torch.no_grad():
+            y = call(function, **bound) if leaves else torch.empty(0)  # only its shape is used
+        weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device)
+        weights = weights.view(y.shape).to(y)
 
-        def call() -> list[Tensor]:
-            found = function(*bound, **named)
+        def run() -> list[Tensor]:
+            found = call(function, **bound)
+            if leaves:
+                return [found.detach(), *torch.autograd.grad(found, at, weights)]
             return tensors([found] if isinstance(found, Tensor) else list(found))
 
-        return call
+        return run
 
-    return both(name, launchers, make, ready, **how)
+    formula = getattr(reference, name)
+    prepared = partial(ready, getattr(ops, name))
+    return Case(
+        op or name, (*launchers.split(),), make, prepared, lambda i: ready(formula, i)(), **how
+    )
 
 
-def shrink(given: Inputs) -> tuple[Tensor, ...]:
-    return given["x"], given["a"], given["ids"]
+# --- LoRA -----------------------------------------------------------------------------------------
+# (rows, input features, output features, rank, adapters) of the small and of the large size
+_DECODE = ((5, 72, 48, 16, 3), (64, 4096, 4096, 16, 64))
+_PREFILL = ((300, 72, 48, 16, 3), (4096, 4096, 4096, 16, 4))
+_WIDE = ((300, 72, 48, 264, 2), (4096, 4096, 4096, 512, 1))
+TRAINS = "lora_train_shrink lora_train_backward"
 
 
-def bank(given: Inputs) -> tuple[Tensor, ...]:
-    return given["x"], given["a"], given["b"], given["ids"]
+def lora_inputs(sizes: Any, g: torch.Generator, size: int) -> Inputs:
+    rows, i, o, rank, adapters = sizes[size]
+    return {
+        "x": randn(g, rows, i),
+        "a": randn(g, adapters, rank, i) / i**0.5,
+        "b": randn(g, adapters, o, rank),
+        "adapter_ids": torch.randint(-1, adapters, (rows,), generator=g),
+    }
 
 
 def _projected(g: torch.Generator, size: int) -> Inputs:
     made = lora_inputs(_DECODE, g, size)
     v = randn(g, len(made["x"]), made["b"].shape[2])
-    return {"projected": v, "b": made["b"], "ids": made["ids"]}
-
-
-def _expand(given: Inputs) -> tuple[Tensor, ...]:
-    v, b = given["projected"], given["b"]
-    return b.new_zeros(len(v), b.shape[1]), v, b, given["ids"]
+    return {"v": v, "b": made["b"], "adapter_ids": made["adapter_ids"]}
 
 
 def sibling_inputs(g: torch.Generator, size: int) -> Inputs:
@@ -165,23 +177,24 @@ def sibling_inputs(g: torch.Generator, size: int) -> Inputs:
     return {**made[0], **{name: [each[name] for each in made] for name in ("a", "b")}}
 
 
-def siblings(given: Inputs) -> tuple[Any, ...]:
-    x, a, b = given["x"], given["a"], given["b"]
-    return [x.new_zeros(len(x), each.shape[1]) for each in b], x, a, b, given["ids"]
+def siblings(given: Inputs) -> Inputs:
+    x, b = given["x"], given["b"]
+    return {**given, "y": [x.new_zeros(len(x), each.shape[1]) for each in b]}
 
 
 def _plan_inputs(g: torch.Generator, size: int) -> Inputs:
     rows, *_, adapters = _PREFILL[size]
-    return {"ids": torch.randint(-1, adapters, (rows,), generator=g), "adapters": adapters}
+    ids = torch.randint(-1, adapters, (rows,), generator=g)
+    return {"adapter_ids": ids, "num_adapters": adapters}
 
 
 def _plan(given: Inputs) -> Call:
-    return lambda: [ops.lora_plan(given["ids"], given["adapters"])]
+    return lambda: [ops.lora_plan(given["adapter_ids"], given["num_adapters"])]
 
 
 def _ids_of_plan(given: Inputs, found_plan: list[Tensor]) -> list[Tensor]:
     """Return the adapter id of each row, read from the op's plan (rows grouped by adapter)."""
-    rows, adapters = len(given["ids"]), given["adapters"]
+    rows, adapters = len(given["adapter_ids"]), given["num_adapters"]
     plan = found_plan[0].cpu()
     found = torch.full((rows,), -1)
     perm = plan[-(rows + adapters + 2) : -(adapters + 2)]
@@ -193,39 +206,11 @@ def _ids_of_plan(given: Inputs, found_plan: list[Tensor]) -> list[Tensor]:
 def _segments(g: torch.Generator, size: int) -> Inputs:
     ends = torch.randint(1, 9, (4 if size == 0 else 512,), generator=g).cumsum(0)
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
-    return {"indptr": indptr, "adapter": torch.arange(len(ends)).int() % 7}
+    return {"seg_indptr": indptr, "seg_adapter": torch.arange(len(ends)).int() % 7}
 
 
-def gradients(
-    function: Callable[..., Tensor], given: Inputs, names: tuple[str, ...], *rest: Any
-) -> Call:
-    """Return the call of a function that also returns gradients for the inputs ``names``.
-
-    The gradients are those of a weighted sum of the result. ``rest`` are further arguments.
-    """
-    leaves = [given[name].detach().clone().requires_grad_() for name in names]
-    with torch.no_grad():
-        y = function(*leaves, *rest)  # only its shape is used
-    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device)
-    weights = weights.view(y.shape).to(y)
-
-    def call() -> list[Tensor]:
-        y = function(*leaves, *rest)
-        return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
-
-    return call
-
-
-def train(function: Any, given: Inputs) -> Call:
-    def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return function(x, None, None, a, b, given["ids"])
-
-    return gradients(run, given, ("x", "a", "b"))
-
-
-def _dropout(function: Any, given: Inputs) -> Call:
-    seed = torch.tensor(7, device=given["x"].device)
-    return lambda: [function(given["x"], 0.5, seed)]
+def train(function: Any, **arguments: Any) -> Tensor:
+    return function(weight=None, bias=None, **arguments)
 
 
 def grams(g: torch.Generator, size: int) -> Inputs:
@@ -233,49 +218,58 @@ def grams(g: torch.Generator, size: int) -> Inputs:
     return {"a": [randn(g, rank, i) / i**0.5] * 3, "b": [randn(g, o, rank) / o**0.5] * 3}
 
 
-BF16 = {"dtype": torch.bfloat16, "bound": 2.0**-6}
-FLOAT = {"bound": 2.0**-13}  # of results that are float32 or float64 for inputs of every dtype
+def _pairs(given: Inputs) -> Inputs:
+    halves, ones = [t / 2 for t in given["b"]], given["a"][0].new_ones(3).double()
+    return {**given, "projected_b": halves, "scaling": ones}
+
+
+BF16: Any = {"dtype": torch.bfloat16, "bound": 2.0**-6}
+FLOAT: Any = {"bound": 2.0**-13}  # of results that are float32 or float64 for inputs of every dtype
 
 
 def lora_cases() -> list[Case]:
     """Return the cases of the ops that serve, train and measure adapters."""
     decode, prefill, wide = (partial(lora_inputs, sizes) for sizes in (_DECODE, _PREFILL, _WIDE))
-    trains = ("lora_train_shrink", "lora_train_backward")
+    apply = partial(compared, "lora_apply", "lora_apply", **BF16)
+    plan = ("lora_plan", ("lora_plan",), _plan_inputs, _plan)
     return [
-        Case(
-            *("lora_plan", ("lora_plan",), _plan_inputs, _plan, lambda i: [i["ids"].cpu()]),
-            exact=True,
-            read=_ids_of_plan,
-        ),
-        pair(
-            "lora_segment_ids",
-            _segments,
-            lambda i: (i["indptr"], i["adapter"], int(i["indptr"][-1])),
-            "lora_segment_ids",
+        Case(*plan, lambda i: [i["adapter_ids"].cpu()], exact=True, read=_ids_of_plan),
+        compared(
+            *("lora_segment_ids", "lora_segment_ids", _segments),
+            arguments=lambda i: {**i, "num_tokens": int(i["seg_indptr"][-1])},
             exact=True,
         ),
-        pair(
-            "lora_shrink", only(decode, "x", "a", "ids"), shrink, "lora_shrink", **{**BF16, **FLOAT}
+        compared(
+            *("lora_shrink", "lora_shrink", only(decode, "x", "a", "adapter_ids")),
+            **{**BF16, **FLOAT},
         ),
-        pair("lora_expand_", _projected, _expand, "lora_expand", **BF16),
-        pair("lora_apply", decode, bank, "lora_apply", **BF16),
-        pair("lora_apply", prefill, bank, "lora_apply", op="lora_apply, prefill", **BF16),
-        pair("lora_apply", wide, bank, "lora_apply", op="lora_apply, large rank", **BF16),
-        pair("lora_apply_siblings_", sibling_inputs, siblings, "lora_apply", **BF16),
-        both("lora_linear", trains, prefill, train, **BF16),
-        both("lora_dropout", ("lora_dropout",), only(prefill, "x"), _dropout, **BF16),
-        pair("lora_gram", grams, lambda i: (i["a"], i["b"]), "lora_gram", **FLOAT),
-        pair(
-            "lora_pair_stats",
-            grams,
-            lambda i: (i["a"], i["b"], [t / 2 for t in i["b"]], i["a"][0].new_ones(3).double()),
-            "lora_pair_stats",
-            **FLOAT,
+        compared(
+            *("lora_expand_", "lora_expand", _projected),
+            arguments=lambda i: {**i, "y": i["b"].new_zeros(len(i["v"]), i["b"].shape[1])},
+            floats=("v",),
+            **BF16,
         ),
+        apply(decode),
+        apply(prefill, op="lora_apply, prefill"),
+        apply(wide, op="lora_apply, large rank"),
+        compared(
+            *("lora_apply_siblings_", "lora_apply", sibling_inputs), arguments=siblings, **BF16
+        ),
+        compared("lora_linear", TRAINS, prefill, ("x", "a", "b"), train, **BF16),
+        compared(
+            *("lora_dropout", "lora_dropout", only(prefill, "x")),
+            arguments=lambda i: {**i, "p": 0.5, "seed": torch.tensor(7, device=i["x"].device)},
+            **BF16,
+        ),
+        compared("lora_gram", "lora_gram", grams, **FLOAT),
+        compared("lora_pair_stats", "lora_pair_stats", grams, arguments=_pairs, **FLOAT),
     ]
 
 
 # --- circuits -------------------------------------------------------------------------------------
+PARAMETERS = ("leaf", "prior", "trans")
+
+
 def _circuit(g: torch.Generator, size: int) -> Inputs:
     return circuit_inputs(g, *((2, 5, 40), (256, 32, 320))[size])
 
@@ -292,47 +286,66 @@ def circuit_inputs(g: torch.Generator, batch: int, states: int, words: int) -> I
     }
 
 
-def scan(function: Any, given: Inputs) -> Call:
-    def run(leaf: Tensor, prior: Tensor, trans: Tensor) -> Tensor:
-        return function("hmm", leaf, prior, trans, given["x"]).prefix
-
-    return gradients(run, given, ("leaf", "prior", "trans"))
+def hmm(function: Any, **arguments: Any) -> Any:
+    return function("hmm", **arguments)
 
 
-def _parameters(given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    return given["leaf"], given["prior"], given["trans"]
+def scan(function: Any, **arguments: Any) -> Tensor:
+    return function("hmm", **arguments).prefix
 
 
-def head(given: Inputs) -> tuple[str, Tensor, Tensor, Tensor]:
-    return "hmm", *_parameters(given)
-
-
-def scored(function: Any, given: Inputs) -> Call:
-    """Return the call that returns the log-probabilities of the sample that the op has drawn.
-
-    The reference computes them for the op's tokens, since rounding might make it draw others.
-    """
+def _sampled(given: Inputs) -> Call:
+    arguments = {name: given[name] for name in (*PARAMETERS, "uniforms")}
 
     def call() -> list[Tensor]:
-        if function is not ops.circuit_sample:
-            return [reference.circuit_scan(*head(given), given["drawn"]).conditional]
-        found = function(*head(given), given["uniforms"])
+        found = ops.circuit_sample("hmm", **arguments)
         given["drawn"] = found.tokens
         return [found.conditional]
 
     return call
 
 
-def verify(given: Inputs) -> tuple[Tensor, ...]:
+def _scored(given: Inputs) -> list[Tensor]:
+    """Return the log-probabilities of the tokens that the op has drawn.
+
+    Because of rounding the reference might draw others.
+    """
+    arguments = {name: given[name] for name in PARAMETERS}
+    return [reference.circuit_scan("hmm", **arguments, x=given["drawn"]).conditional]
+
+
+def samples(make: Make, op: str = "circuit_sample") -> Case:
+    make = only(make, *PARAMETERS, "uniforms")
+    launchers = ("circuit_sample",)
+    return Case(op, launchers, make, _sampled, _scored, floats=("uniforms",), **FLOAT)
+
+
+def distributions(make: Make, op: str = "") -> Case:
+    make, name = only(make, *PARAMETERS, "x", "k"), "circuit_conditional_dist"
+    return compared(name, name, make, call=hmm, op=op, **FLOAT)
+
+
+def _verify(given: Inputs) -> Inputs:
     # Computed from the same numbers for the op and for the reference, whose tokens must be equal.
-    leaf, prior, trans = (t.cpu().double() for t in _parameters(given))
+    leaf, prior, trans = (given[name].cpu().double() for name in PARAMETERS)
     found = reference.circuit_scan("hmm", leaf, prior, trans, given["x"].cpu())
     leaf = given["leaf"]
     wide = reference.accumulator(leaf.dtype)
-    conditional, posterior = (t.to(leaf.device, wide) for t in (found.conditional, found.posterior))
     uniforms = given["uniforms"][:, 0, 0].float()[:, None].expand(-1, 9).contiguous()
-    target = given["target"]
-    return target, given["x"], conditional, posterior, leaf, uniforms
+    return {
+        "target": given["target"],
+        "tokens": given["x"],
+        "conditional": found.conditional.to(leaf.device, wide),
+        "posterior": found.posterior.to(leaf.device, wide),
+        "leaf": leaf,
+        "uniforms": uniforms,
+    }
+
+
+def verified(make: Make, op: str = "") -> Case:
+    make, name = only(make, *PARAMETERS, "x", "uniforms", "target"), "spec_verify"
+    how: Any = {"floats": ("uniforms",), "exact": True}
+    return compared(name, name, make, arguments=_verify, op=op, **how)
 
 
 def sum_inputs(g: torch.Generator, size: int) -> Inputs:
@@ -340,17 +353,9 @@ def sum_inputs(g: torch.Generator, size: int) -> Inputs:
     return {"w": randn(g, nodes, inputs), "values": -randn(g, rows, inputs).abs()}
 
 
-def _sum(function: Any, given: Inputs) -> Call:
-    return gradients(function, given, ("w", "values"))
-
-
 def _sums_of_rows(g: torch.Generator, size: int) -> Inputs:
     rows, nodes, inputs = ((3, 9, 20), (512, 8, 1024))[size]
     return {"w": randn(g, rows, nodes, inputs), "values": -randn(g, rows, inputs).abs()}
-
-
-def _max(given: Inputs) -> tuple[Any, ...]:
-    return given["w"], given["values"], "logits", "max"
 
 
 def _tables(g: torch.Generator, size: int) -> Inputs:
@@ -361,11 +366,6 @@ def _tables(g: torch.Generator, size: int) -> Inputs:
         "row": torch.arange(blocks) * block,
         "block": block,
     }
-
-
-def _table(function: Any, given: Inputs) -> Call:
-    rest = given["x"], given["row"], given["block"], "logits"
-    return gradients(function, given, ("table",), *rest)
 
 
 def program_inputs(
@@ -448,70 +448,56 @@ def circuit_cases() -> list[Case]:
     They cover sums, tables, circuits of any graph, and circuits with parameters that a network
     computes.
     """
-    scans = ("circuit_leaf", "circuit_leaf_backward", "circuit_scan", "circuit_scan_backward")
-    sums = tuple(
-        f"log_sum_{part}" for part in "weights values finish ratios dvalues dweights fused".split()
-    )
-    by_row = ("log_sum_per_row", "log_sum_per_row_backward")
-    parameters, circuit = ("leaf", "prior", "trans"), ("leaf", "w", "numbers", "plan")
+    scans = "circuit_leaf circuit_leaf_backward circuit_scan circuit_scan_backward"
+    parts = "weights values finish ratios dvalues dweights fused".split()
+    log_sums = " ".join(f"log_sum_{part}" for part in parts)
+    sums = partial(compared, "log_einsum_exp", floats=("values",))
+    by_row = "log_sum_per_row log_sum_per_row_backward"
+    tables = "circuit_table circuit_table_backward"
+    of_max = partial(dict, norm="logits", semiring="max")
+    circuit = ("leaf", "w", "numbers", "plan")
     stages = only(wide_program_inputs, *circuit)
     whole = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
-
+    walk = ("circuit_layers_walk", ("layers_walk",), program_inputs, _walk, _walk_formula)
     return [
-        both("circuit_scan", scans, only(_circuit, *parameters, "x"), scan),
-        both(
-            *("circuit_sample", ("circuit_sample",), only(_circuit, *parameters, "uniforms")),
-            scored,
-            **FLOAT,
+        compared("circuit_scan", scans, only(_circuit, *PARAMETERS, "x"), PARAMETERS, scan),
+        samples(_circuit),
+        distributions(_circuit),
+        compared("circuit_argmax", "circuit_argmax", only(_circuit, *PARAMETERS), call=hmm),
+        verified(_circuit),
+        sums(log_sums, sum_inputs, ("w", "values")),
+        sums(by_row, _sums_of_rows, ("w", "values"), op="log_einsum_exp, of rows"),
+        sums("log_max", sum_inputs, arguments=of_max, op="log_einsum_exp, max"),
+        compared(
+            "circuit_table", tables, _tables, ("table",), arguments=partial(dict, norm="logits")
         ),
-        pair(
-            "circuit_conditional_dist",
-            only(_circuit, *parameters, "x", "k"),
-            lambda i: (*head(i), i["x"], i["k"]),
-            "circuit_conditional_dist",
-            **FLOAT,
-        ),
-        pair("circuit_argmax", only(_circuit, *parameters), head, "circuit_argmax"),
-        pair(
-            *("spec_verify", only(_circuit, *parameters, "x", "uniforms", "target"), verify),
-            "spec_verify",
-            exact=True,
-        ),
-        both("log_einsum_exp", sums, sum_inputs, _sum),
-        both("log_einsum_exp", by_row, _sums_of_rows, _sum, op="log_einsum_exp, of rows"),
-        pair("log_einsum_exp", sum_inputs, _max, "log_max", op="log_einsum_exp, max"),
-        both("circuit_table", ("circuit_table", "circuit_table_backward"), _tables, _table),
         Case("circuit_layers", whole, only(program_inputs, *circuit), layers, layers_formula),
         Case("circuit_layers, by stages", whole, stages, layers, layers_formula),
-        Case(
-            "circuit_layers_walk",
-            ("layers_walk",),
-            program_inputs,
-            _walk,
-            _walk_formula,
-            exact=True,
-        ),
+        Case(*walk, exact=True),
     ]
 
 
 # --- losses and mixtures --------------------------------------------------------------------------
+MIXES = "depth_mix depth_mix_backward"
+MIX_LEAVES = ("hiddens", "gammas", "weights")
+ENTROPIES = " ".join(f"cross_entropy_{part}" for part in ("update", "finish", "gradient"))
+DIVERGENCES = " ".join(f"kl_{part}" for part in ("update", "finish", "gradient"))
+
+
 def mixes(g: torch.Generator, size: int) -> Inputs:
     return mix_inputs(g, *((5, 40), (4096, 4096))[size])
 
 
 def mix_inputs(g: torch.Generator, rows: int, width: int) -> Inputs:
     return {
-        **{f"h{k}": randn(g, rows, width) for k in range(3)},
+        "hiddens": [randn(g, rows, width) for _ in range(3)],
         "gammas": randn(g, 3, width),
         "weights": torch.rand(rows, 3, generator=g),
     }
 
 
-def mix(function: Any, given: Inputs) -> Call:
-    def run(h0: Tensor, h1: Tensor, h2: Tensor, gammas: Tensor, weights: Tensor) -> Tensor:
-        return function([h0, h1, h2], gammas, weights, 1e-5)
-
-    return gradients(run, given, ("h0", "h1", "h2", "gammas", "weights"))
+def mix(function: Any, **arguments: Any) -> Tensor:
+    return function(eps=1e-5, **arguments)
 
 
 def head_inputs(g: torch.Generator, size: int) -> Inputs:
@@ -524,15 +510,15 @@ def head_inputs(g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def _entropy(function: Any, given: Inputs) -> Call:
-    return gradients(function, given, ("hidden", "weight"), None, given["labels"])
+def entropy(function: Any, **arguments: Any) -> Tensor:
+    return function(bias=None, **arguments)
 
 
-def _divergence(function: Any, given: Inputs) -> Call:
-    def run(hidden: Tensor) -> Tensor:  # The teacher's hidden states need no gradient.
-        return function([hidden, given["other"]], given["weight"], None)
+def divergence(function: Any, hidden: Tensor, other: Tensor, weight: Tensor, **how: Any) -> Tensor:
+    return function([hidden, other], weight, None, **how)
 
-    return gradients(run, given, ("hidden",))
+
+LABELS, OTHER = (only(head_inputs, "hidden", "weight", name) for name in ("labels", "other"))
 
 
 def _heads_of_rows(g: torch.Generator, size: int) -> Inputs:
@@ -545,24 +531,18 @@ def _heads_of_rows(g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def attend(function: Any, given: Inputs) -> Call:
-    q, k, v, mask = (given[name] for name in ("q", "k", "v", "mask"))
-    return lambda: [function(q, k, v, causal=True, mask=mask)]
-
-
-def other_cases() -> list[Case]:
-    """Return the cases of the ops for depth mixtures, losses over a vocabulary, and attention."""
-    entropy = tuple(f"cross_entropy_{part}" for part in ("update", "finish", "gradient"))
-    kl = tuple(f"kl_{part}" for part in ("update", "finish", "gradient"))
-    labels, other = (only(head_inputs, "hidden", "weight", name) for name in ("labels", "other"))
-    return [
-        both("depth_mix", ("depth_mix", "depth_mix_backward"), mixes, mix),
-        both("chunked_cross_entropy", entropy, labels, _entropy),
-        both("chunked_kl", kl, other, _divergence),
-        both("row_attention", ("row_attention",), _heads_of_rows, attend),
-    ]
+def attention(make: Make, op: str = "") -> Case:
+    name, causal = "row_attention", partial(dict, causal=True)
+    return compared(name, name, make, arguments=causal, op=op)
 
 
 def all_cases() -> list[Case]:
     """Return all cases, which call every launcher at least once."""
-    return [*lora_cases(), *circuit_cases(), *other_cases()]
+    return [
+        *lora_cases(),
+        *circuit_cases(),
+        compared("depth_mix", MIXES, mixes, MIX_LEAVES, mix),
+        compared("chunked_cross_entropy", ENTROPIES, LABELS, ("hidden", "weight"), entropy),
+        compared("chunked_kl", DIVERGENCES, OTHER, ("hidden",), divergence),
+        attention(_heads_of_rows),
+    ]

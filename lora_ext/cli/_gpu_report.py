@@ -37,20 +37,17 @@ _STREAM = {(9, 0): 2.7e6, (8, 0): 1.6e6, (8, 9): 0.27e6}
 _FLUSH = 1 << 27  # bytes to write before each run, more than any L2 cache has
 _FLUSHES = 16  # The GPU still writes while the host launches the run, so no host time is measured.
 _RUNS = 20
-_FLOATS = (
-    "uniforms",
-    "values",
-    "row_weights",
-    "scale",
-    "projected",
-)  # inputs that are float32 for every dtype of an op
 
 
 def gpu_report(arguments: Any) -> int:
-    """Run ``lora-ext gpu-report``: check and time the kernels, and write a report.
+    """Check and time every kernel on this GPU, and write a report.
 
-    Raises:
-        Fault: If a check fails, or if there is no GPU or no build for it.
+    Compares every op with its formula and times its kernels, next to the time that
+    moving their bytes takes. Writes a JSON file and a Markdown page beside it.
+    A case whose kernel crashes or hangs fails; the next one runs in a new process.
+    Compiles and installs nothing. The report contains versions, GPU, clocks, the
+    hash of the kernels, errors and times, but no names or paths. The exit status
+    is 1 if a check fails.
     """
     out, limit = Path(arguments.out), 60 * arguments.minutes
     cases = _chosen(arguments.only)
@@ -197,7 +194,7 @@ def _inputs(case: Case, size: int, device: torch.device) -> dict[str, Any]:
 
     made = case.make(torch.Generator().manual_seed(0), size)
     given = convert(made, move)
-    return {**given, **{name: given[name].float() for name in _FLOATS if name in given}}
+    return {**given, **{name: given[name].float() for name in case.floats}}
 
 
 def _entry(step: str, case: Case) -> dict[str, Any]:

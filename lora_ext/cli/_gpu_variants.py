@@ -87,17 +87,14 @@ def _paged(g: torch.Generator, size: int) -> Inputs:
         "a": a,
         "b": b,
         "ranks": ranks,
-        "table": table,
+        "page_table": table,
         "scale": torch.rand(3, generator=g),
     }
 
 
-def _pages(given: Inputs) -> tuple[Any, ...]:
-    return *cases.bank(given), given["scale"], given["ranks"], given["table"]
-
-
 def _lora_paths() -> list[Case]:
-    apply = partial(cases.pair, "lora_apply")
+    apply = partial(cases.compared, "lora_apply", "lora_apply")
+    shrink: Any = partial(cases.compared, "lora_shrink", "lora_shrink", **cases.FLOAT)
     shapes = {
         "odd sizes": (5, 71, 47, 12, 3),
         "prefill, odd sizes": (300, 71, 47, 12, 3),
@@ -108,22 +105,13 @@ def _lora_paths() -> list[Case]:
         "large rank, many inputs": (40, 16400, 16, 264, 2),
         "large rank, 128 rows": (4096, 16, 16, 264, 1),
     }
+    inputs = {"many inputs": (40, 16400, 16, 8, 2), "many rows": (16900, 520, 8, 8, 2)}
     return [
+        *(apply(_sized(*sizes), op=f"lora_apply, {name}") for name, sizes in shapes.items()),
+        apply(_paged, op="lora_apply, pages", floats=("scale",)),
         *(
-            apply(_sized(*sizes), cases.bank, "lora_apply", op=f"lora_apply, {name}")
-            for name, sizes in shapes.items()
-        ),
-        apply(_paged, _pages, "lora_apply", op="lora_apply, pages"),
-        *(
-            cases.pair(
-                *("lora_shrink", _sized(*sizes), cases.shrink, "lora_shrink"),
-                op=f"lora_shrink, {name}",
-                **cases.FLOAT,
-            )
-            for name, sizes in {
-                "many inputs": (40, 16400, 16, 8, 2),
-                "many rows": (16900, 520, 8, 8, 2),
-            }.items()
+            shrink(cases.only(_sized(*sizes), "x", "a", "adapter_ids"), op=f"lora_shrink, {name}")
+            for name, sizes in inputs.items()
         ),
     ]
 
@@ -133,16 +121,9 @@ def _weighted(make: Callable[..., Inputs]) -> Callable[..., Inputs]:
 
     def weighted(g: torch.Generator, size: int) -> Inputs:
         given = make(g, size)
-        return {**given, "row_weights": torch.rand(len(given["x"]), generator=g)}
+        return {**given, "weights": torch.rand(len(given["x"]), generator=g)}
 
     return weighted
-
-
-def _train_weighted(function: Any, given: Inputs) -> Call:
-    def run(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-        return function(x, None, None, a, b, given["ids"], weights=weights)
-
-    return cases.gradients(run, given, ("x", "a", "b", "row_weights"))
 
 
 def _weighted_paths() -> list[Case]:
@@ -153,22 +134,24 @@ def _weighted_paths() -> list[Case]:
         "prefill": (300, 72, 48, 16, 3),
         "prefill of 128 rows": (4096, 72, 48, 16, 2),
     }
-    siblings = "lora_apply_siblings_"
+    siblings, leaves = "lora_apply_siblings_", ("x", "a", "b", "weights")
+    compared = partial(cases.compared, floats=("weights",))
     return [
         *(
-            cases.pair(
-                *("lora_apply", _weighted(_sized(*sizes)), cases.bank, "lora_apply"),
+            compared(
+                *("lora_apply", "lora_apply", _weighted(_sized(*sizes))),
                 op=f"lora_apply with weights, {name}",
             )
             for name, sizes in shapes.items()
         ),
-        cases.pair(
-            *(siblings, _weighted(cases.sibling_inputs), cases.siblings, "lora_apply"),
+        compared(
+            *(siblings, "lora_apply", _weighted(cases.sibling_inputs)),
+            arguments=cases.siblings,
             op=f"{siblings} with weights",
         ),
-        cases.both(
-            *("lora_linear", ("lora_train_shrink", "lora_train_backward")),
-            *(_weighted(_sized(300, 72, 48, 16, 3)), _train_weighted),
+        compared(
+            *("lora_linear", cases.TRAINS, _weighted(_sized(300, 72, 48, 16, 3))),
+            *(leaves, cases.train),
             op="lora_linear with weights",
         ),
     ]
@@ -187,14 +170,11 @@ def _train_paths() -> list[Case]:
         "many outputs": (300, 24, 1040, 8, 1),
         "128 rows, rank 264": (4096, 16, 16, 264, 1),
     }
-    launchers = ("lora_train_shrink", "lora_train_backward")
-    return [
-        cases.both("lora_linear", launchers, _sized(*sizes), cases.train, op=f"lora_linear, {name}")
-        for name, sizes in shapes.items()
-    ]
+    leaves = ("x", "a", "b")
+    train = partial(cases.compared, "lora_linear", cases.TRAINS, leaves=leaves, call=cases.train)
+    return [train(_sized(*sizes), op=f"lora_linear, {name}") for name, sizes in shapes.items()]
 
 
-# --- circuits -------------------------------------------------------------------------------------
 def _many_states(g: torch.Generator, size: int) -> Inputs:
     """Return a circuit with more states than a warp walks."""
     return cases.circuit_inputs(g, 2, 40, 24)
@@ -215,44 +195,32 @@ def _many_words(g: torch.Generator, size: int) -> Inputs:
 _PRECISIONS = {"fp32": 1e-4, "high": 2.0**-13, "fp16s": 2.0**-10}
 
 
-def _precise(precision: str) -> Any:
-    def ready(function: Any, given: Inputs) -> Call:
+def _precise(precision: str) -> Callable[..., Tensor]:
+    def call(function: Any, w: Tensor, values: Tensor) -> Tensor:
         extra = (precision,) if function is ops.log_einsum_exp else ()
-        return lambda: [function(given["w"], given["values"], "logits", "sum", *extra)]
+        return function(w, values, "logits", "sum", *extra)
 
-    return ready
+    return call
 
 
 def _circuit_paths() -> list[Case]:
-    both, pair, head = cases.both, cases.pair, cases.head
-    scan = ("circuit_scan", "circuit_scan_backward")
+    parameters = cases.PARAMETERS
+    states = cases.only(_many_states, *parameters, "x")
+    scans = "circuit_scan circuit_scan_backward"
+    sums = partial(cases.compared, "log_einsum_exp", "log_sum_fused", cases.sum_inputs)
     return [
-        both("circuit_scan", scan, _many_states, cases.scan, op="circuit_scan, 40 states"),
+        cases.compared(
+            *("circuit_scan", scans, states, parameters, cases.scan), op="circuit_scan, 40 states"
+        ),
+        cases.samples(_many_states, "circuit_sample, 40 states"),
+        cases.samples(_long_rows, "circuit_sample, 4100 words"),
+        cases.distributions(_many_states, "circuit_conditional_dist, 40 states"),
+        cases.verified(_many_words, "spec_verify, by a grid"),
         *(
-            both(
-                *("circuit_sample", ("circuit_sample",), make, cases.scored),
-                op=f"circuit_sample, {name}",
-                **cases.FLOAT,
-            )
-            for name, make in (("40 states", _many_states), ("4100 words", _long_rows))
-        ),
-        pair(
-            "circuit_conditional_dist",
-            _many_states,
-            lambda i: (*head(i), i["x"], i["k"]),
-            "circuit_conditional_dist",
-            op="circuit_conditional_dist, 40 states",
-            **cases.FLOAT,
-        ),
-        pair(
-            *("spec_verify", _many_words, cases.verify, "spec_verify"),
-            op="spec_verify, by a grid",
-            exact=True,
-        ),
-        *(
-            both(
-                *("log_einsum_exp", ("log_sum_fused",), cases.sum_inputs, _precise(precision)),
+            sums(
+                call=_precise(precision),
                 op=f"log_einsum_exp, {precision}",
+                floats=("values",),
                 bound=bound,
             )
             for precision, bound in _PRECISIONS.items()
@@ -319,42 +287,18 @@ def _odd_mixes(g: torch.Generator, size: int) -> Inputs:
 
 
 def _routed_mixes(g: torch.Generator, size: int) -> Inputs:
-    given = cases.mix_inputs(g, 5, 40)
+    given = cases.only(lambda g, _: cases.mix_inputs(g, 5, 40), "hiddens", "gammas")(g, size)
     return {**given, "router": cases.randn(g, 3, 40) / 6, "bias": cases.randn(g, 3)}
 
 
-def _wide_norms(ready: Any) -> Any:
-    """Return ``ready`` with float32 norm weights (float64 for float64 inputs)."""
-
-    def wide(function: Any, given: Inputs) -> Call:
-        dtype = reference.accumulator(given["h0"].dtype)
-        return ready(function, {**given, "gammas": given["gammas"].to(dtype)})
-
-    return wide
+def _wide_norms(given: Inputs) -> Inputs:
+    """Return inputs with float32 norm weights (float64 for float64 inputs)."""
+    dtype = reference.accumulator(given["hiddens"][0].dtype)
+    return {**given, "gammas": given["gammas"].to(dtype)}
 
 
-def _routed(function: Any, given: Inputs) -> Call:
-    def run(h0: Tensor, h1: Tensor, h2: Tensor, gammas: Tensor, router: Tensor) -> Tensor:
-        return function([h0, h1, h2], gammas, router, given["bias"], 1e-5)[0]
-
-    return cases.gradients(run, given, ("h0", "h1", "h2", "gammas", "router"))
-
-
-def _capped_entropy(function: Any, given: Inputs) -> Call:
-    def run(hidden: Tensor, weight: Tensor) -> Tensor:
-        return function(hidden, weight, None, given["labels"], softcap=3.0)
-
-    return cases.gradients(run, given, ("hidden", "weight"))
-
-
-def _divergence(softcap: float | None) -> Any:
-    def ready(function: Any, given: Inputs) -> Call:
-        def run(hidden: Tensor, weight: Tensor) -> Tensor:
-            return function([hidden, given["other"]], weight, None, softcap=softcap)
-
-        return cases.gradients(run, given, ("hidden", "weight"))
-
-    return ready
+def _routed(function: Any, **arguments: Any) -> Tensor:
+    return cases.mix(function, **arguments)[0]
 
 
 def _wide_heads(g: torch.Generator, size: int) -> Inputs:
@@ -365,11 +309,9 @@ def _wide_heads(g: torch.Generator, size: int) -> Inputs:
 
 def _gram_paths() -> list[Case]:
     """Return the cases of Gram matrices in float64, of factors of every dtype."""
-    grams = cases.pair(
-        *("lora_gram", cases.grams, lambda i: (i["a"], i["b"], torch.float64), "lora_gram"),
-        op="lora_gram in float64",
-        bound=1e-10,
-    )
+    wide = partial(dict, dtype=torch.float64)
+    how: Any = {"arguments": wide, "op": "lora_gram in float64", "bound": 1e-10}
+    grams = cases.compared("lora_gram", "lora_gram", cases.grams, **how)
     stats = next(case for case in cases.lora_cases() if case.op == "lora_pair_stats")
     return [
         *(_in(grams, dtype) for dtype in (*_BOUNDS, torch.float64)),
@@ -378,28 +320,25 @@ def _gram_paths() -> list[Case]:
 
 
 def _other_paths() -> list[Case]:
-    both = cases.both
-    mix, kl = ("depth_mix", "depth_mix_backward"), ("kl_update", "kl_finish", "kl_gradient")
-    entropy = tuple(f"cross_entropy_{part}" for part in ("update", "finish", "gradient"))
+    routing = ("hiddens", "gammas", "router")
+    how: Any = {"leaves": cases.MIX_LEAVES, "call": cases.mix}
+    mix = partial(cases.compared, "depth_mix", cases.MIXES, **how)
+    name = "depth_mix_routed"
+    routed = partial(cases.compared, name, cases.MIXES, _routed_mixes, routing, _routed)
+    both = ("hidden", "weight")
+    kl = partial(cases.compared, "chunked_kl", cases.DIVERGENCES, cases.OTHER, both)
+    capped = partial(cases.entropy, softcap=3.0)
     return [
-        both("depth_mix", mix, _odd_mixes, cases.mix, op="depth_mix, odd width"),
-        both("depth_mix_routed", mix, _routed_mixes, _routed),
-        *(
-            both(name, mix, make, _wide_norms(ready), op=f"{label}, float32 norms")
-            for name, make, ready, label in (
-                ("depth_mix", cases.mixes, cases.mix, "depth_mix"),
-                ("depth_mix", _odd_mixes, cases.mix, "depth_mix, odd width"),
-                ("depth_mix_routed", _routed_mixes, _routed, "depth_mix_routed"),
-            )
-        ),
-        both(
-            *("chunked_cross_entropy", entropy, cases.head_inputs, _capped_entropy),
+        mix(_odd_mixes, op="depth_mix, odd width"),
+        routed(),
+        mix(cases.mixes, arguments=_wide_norms, op="depth_mix, float32 norms"),
+        mix(_odd_mixes, arguments=_wide_norms, op="depth_mix, odd width, float32 norms"),
+        routed(arguments=_wide_norms, op="depth_mix_routed, float32 norms"),
+        cases.compared(
+            *("chunked_cross_entropy", cases.ENTROPIES, cases.LABELS, both, capped),
             op="chunked_cross_entropy, capped",
         ),
-        both("chunked_kl", kl, cases.head_inputs, _divergence(None), op="chunked_kl, weight"),
-        both("chunked_kl", kl, cases.head_inputs, _divergence(3.0), op="chunked_kl, capped"),
-        both(
-            *("row_attention", ("row_attention",), _wide_heads, cases.attend),
-            op="row_attention, 96 columns",
-        ),
+        kl(cases.divergence, op="chunked_kl, weight"),
+        kl(partial(cases.divergence, softcap=3.0), op="chunked_kl, capped"),
+        cases.attention(_wide_heads, "row_attention, 96 columns"),
     ]

@@ -25,7 +25,12 @@ _REQUESTS = (
 
 
 def distil_guide(arguments: Namespace) -> int:
-    """Run ``lora-ext distil-guide``: train a guide on samples of a model, and save it."""
+    """Train a guide for constrained generation on samples of a model.
+
+    Writes DIR/guide.safetensors for lora_ext.control.Guide.load, with the head
+    that predicts the guide's state from the model. The measures are nats per token
+    on held-out texts: of the guide, of the model, and of the guide with its head.
+    """
     try:
         import transformers
     except ImportError:

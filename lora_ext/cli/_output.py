@@ -49,7 +49,8 @@ def say(text: str) -> None:
     """
     if sys.stdout is not None:
         encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding))
+        # Flushed, since another process may read the output through a pipe and wait.
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _keyed(row: Mapping[str, Any]) -> dict[str, Any]:

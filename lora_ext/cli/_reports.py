@@ -15,15 +15,22 @@ _LISTED = 8  # maximum number of tensors with bad values that a message lists
 
 
 def doctor(arguments: Namespace) -> int:
-    """Run ``lora-ext doctor``; see :mod:`lora_ext.doctor`."""
+    """Show the installed versions and test each device.
+
+    Paste the output into a bug report. The exit status is 1 if an op failed.
+    """
     return devices.main(as_json=arguments.json)
 
 
 def inspect(arguments: Namespace) -> int:
-    """Run ``lora-ext inspect``, which prints one row per module.
+    """Show the modules of an adapter: ranks, norms, bad values.
 
-    Raises:
-        Fault: If a value is NaN or infinite.
+      norm  Frobenius norm of the update, scaling * B A
+      bad   number of values that are NaN or infinite; if there are any, nothing
+            else is measured and the exit status is 1
+
+    The other columns are effective ranks: the number of directions that the update
+    uses.
     """
     adapter = LoraAdapter.load(arguments.adapter)
     rows: list[dict[str, Any]] = []
@@ -56,7 +63,15 @@ def inspect(arguments: Namespace) -> int:
 
 
 def diff(arguments: Namespace) -> int:
-    """Run ``lora-ext diff``, which prints a summary and one row per module."""
+    """Compare two adapters of one base model.
+
+    The columns of a module:
+
+      distance  Frobenius norm of the difference of the updates
+      cosine    cosine of the updates: 1 for equal directions, 0 for orthogonal ones
+      angles    principal angles between their column spaces, in degrees: the
+                smallest and the largest, or all of them with --json
+    """
     first, second = LoraAdapter.load(arguments.first), LoraAdapter.load(arguments.second)
     found = compare_adapters(first, second, progress=progress)
     rows: list[dict[str, Any]] = []

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 
 from ._output import say
 
 
 def serve(arguments: Namespace) -> int:
-    """Run ``lora-ext serve`` until Ctrl-C."""
+    """Serve OpenAI's API over HTTP; `model` selects an adapter.
+
+    Serves chats and completions of a causal LM with continuous batching, or
+    embeddings of an embedding model. An adapter is loaded at its first request.
+    There is no authentication: listen on the loopback interface, or use a proxy.
+    Ctrl-C stops the server.
+    """
     try:
         from lora_ext import server
     except ModuleNotFoundError as error:
         remedy = "run `pip install --no-build-isolation '.[serve]'` in a checkout of lora_ext"
         raise ValueError(f"expected {error.name}, found none: {remedy}") from None
     names = server.Settings.__dataclass_fields__
-    server.serve(server.Settings(**{name: getattr(arguments, name) for name in names}), _print_line)
+    server.serve(server.Settings(**{name: getattr(arguments, name) for name in names}), say)
     return 0
-
-
-def _print_line(line: str) -> None:
-    """Print a line and flush it: another process may read the output through a pipe and wait."""
-    say(line)
-    if sys.stdout is not None:
-        sys.stdout.flush()

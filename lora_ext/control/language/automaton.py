@@ -6,7 +6,9 @@ Letters: ``V`` vocabulary, ``S`` states of the automaton.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,23 +16,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import integer, require
 
-from . import _algebra
+from . import _algebra, _any_json, _keywords, _regex
 from ._algebra import Automaton
 from ._limits import DEFAULT, Clock, Limits
-from ._vocabulary import end_tokens
-from ._written import Written
+from ._vocabulary import end_tokens, vocabulary_of
 from .matched import Matched
 
 _MOST_CLASSES = 1 << 15  # classes are stored as int16
+_MOST_KEPT = 64
+_kept: OrderedDict[tuple[Any, ...], Constraint] = OrderedDict()
+_kept_lock = threading.Lock()
 
 
-class Constraint(Written):
+class Constraint:
     """Regular language of the token sequences that a text may have, stored as a minimal automaton.
 
     You can combine constraints with the same vocabulary: ``a & b`` is the intersection, ``a | b``
     the union, ``~a`` the complement. Two constraints with the same language are equal.
+
+    Constructors with a tokenizer cache constraints by their content and vocabulary. Constructors
+    that need outlines-core raise ImportError if it is not installed; the message contains the
+    command that installs it.
 
     Attributes:
         vocab_size: Number ``V`` of tokens of the vocabulary.
@@ -68,6 +76,187 @@ class Constraint(Written):
         some = bool(content.final.any())
         require(some, what, "texts", "at least one text that satisfies the constraint", "none")
         return cls(content, len(automaton.class_of), eos)
+
+    @classmethod
+    def choice(
+        cls,
+        texts: Sequence[str],
+        tokenizer: Any,
+        *,
+        vocab_size: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        limits: Limits = DEFAULT,
+    ) -> Constraint:
+        """Return the constraint that allows exactly the given texts, in any tokenization.
+
+        Args:
+            texts: Allowed texts, at least one.
+            tokenizer: Tokenizer of transformers.
+            vocab_size: Number of ids of the model, if it has more than the tokenizer.
+            eos_token_id: Token or tokens that end a text; None for those of the tokenizer.
+            limits: Limits of states, bytes and seconds.
+
+        Raises:
+            ValueError: If there is no text, or the tokenizer is not supported.
+            ConstraintTooLarge: If the constraint exceeds the limits.
+        """
+        how = tokenizer, vocab_size, eos_token_id, limits
+        return cls._spelled("choice", (texts,), _keywords.choice, *how)
+
+    @classmethod
+    def keywords(
+        cls,
+        tokenizer: Any,
+        all_of: Sequence[str | Sequence[str]] = (),
+        none_of: Sequence[str] = (),
+        *,
+        vocab_size: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        limits: Limits = DEFAULT,
+    ) -> Constraint:
+        """Return the constraint that a text contains all words of one list and none of another.
+
+        A word may occur as any substring of the text, in any tokenization: "a dog" and "dogma" both
+        contain "dog".
+
+        Args:
+            tokenizer: See :meth:`choice`.
+            all_of: Words that must occur. An item may be a list of words, of which at least one
+                must occur.
+            none_of: Words that must not occur.
+            vocab_size: See :meth:`choice`.
+            eos_token_id: See :meth:`choice`.
+            limits: See :meth:`choice`.
+
+        Raises:
+            ValueError: If a word is empty, or no text can satisfy both lists.
+            ConstraintTooLarge: If the constraint exceeds the limits.
+        """
+        how = tokenizer, vocab_size, eos_token_id, limits
+        return cls._spelled("keywords", (all_of, none_of), _keywords.keywords, *how)
+
+    @classmethod
+    def regex(
+        cls,
+        pattern: str,
+        tokenizer: Any,
+        *,
+        vocab_size: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        limits: Limits = DEFAULT,
+    ) -> Constraint:
+        r"""Return the constraint that a whole text matches a regular expression.
+
+        The syntax is that of Rust's regex crate, without ``\b``. ``^`` and ``$`` are only allowed
+        at the beginning and end of the whole text, where they have no effect. A text with a NUL
+        byte does not match any expression. Requires the extra ``control`` (outlines-core).
+
+        Args:
+            pattern: Regular expression.
+            tokenizer: See :meth:`choice`.
+            vocab_size: See :meth:`choice`.
+            eos_token_id: See :meth:`choice`.
+            limits: See :meth:`choice`.
+
+        Raises:
+            ValueError: If the expression is invalid.
+            ConstraintTooLarge: If the constraint exceeds the limits.
+        """
+        how = tokenizer, vocab_size, eos_token_id, limits
+        return cls._spelled("regex", (pattern,), _regex.pattern, *how)
+
+    @classmethod
+    def json_schema(
+        cls,
+        schema: dict[str, Any] | str,
+        tokenizer: Any,
+        *,
+        vocab_size: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        limits: Limits = DEFAULT,
+    ) -> Constraint:
+        """Return the constraint that a text is JSON that satisfies a schema.
+
+        The parts of the JSON are separated by at most one space. Properties must have the order of
+        the schema, and other properties are not allowed. For ``date`` and ``date-time``, only the
+        format is enforced, not the calendar. Requires the extra ``control`` (outlines-core).
+
+        Args:
+            schema: JSON schema, as a dictionary or as JSON text.
+            tokenizer: See :meth:`choice`.
+            vocab_size: See :meth:`choice`.
+            eos_token_id: See :meth:`choice`.
+            limits: See :meth:`choice`.
+
+        Raises:
+            NotImplementedError: If an automaton cannot enforce a keyword, such as ``minimum`` or
+                ``uniqueItems``; the message names it. Also if outlines-core would change a value of
+                ``enum`` or ``const``: a number with too many digits, or a property name with a
+                special character of regular expressions.
+            ValueError: If the schema is invalid.
+            ConstraintTooLarge: If the constraint exceeds the limits.
+        """
+        how = tokenizer, vocab_size, eos_token_id, limits
+        return cls._spelled("json_schema", (schema,), _regex.json_schema, *how)
+
+    @classmethod
+    def json_object(
+        cls,
+        tokenizer: Any,
+        *,
+        depth: int = _any_json.DEPTH,
+        vocab_size: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        limits: Limits = DEFAULT,
+    ) -> Constraint:
+        """Return the constraint that a text is a JSON object, with any content.
+
+        The parts of the JSON are separated by at most one space.
+
+        Args:
+            tokenizer: See :meth:`choice`.
+            depth: Largest number of nested objects and arrays, including the outer object, at least
+                1. Each level doubles the number of states.
+            vocab_size: See :meth:`choice`.
+            eos_token_id: See :meth:`choice`.
+            limits: See :meth:`choice`.
+        """
+        integer("json_object", "depth", depth, 1)
+        how = tokenizer, vocab_size, eos_token_id, limits
+        return cls._spelled("json_object", (depth,), _any_json.json_object, *how)
+
+    @classmethod
+    def _spelled(
+        cls,
+        what: str,
+        content: tuple[Any, ...],
+        build: Callable[..., Automaton],
+        tokenizer: Any,
+        vocab_size: int | None,
+        eos_token_id: int | Sequence[int] | None,
+        limits: Limits,
+    ) -> Constraint:
+        """Build the constraint of the automaton over bytes that ``build`` returns, or load it from
+        the cache.
+        """
+        vocabulary = vocabulary_of(what, tokenizer, vocab_size, eos_token_id)
+        content = tuple(map(_settled, content))
+        told = hashlib.blake2b(repr(content).encode(), digest_size=24).digest()
+        key = (what, told, vocabulary.key, limits)
+        with _kept_lock:
+            if (found := _kept.get(key)) is not None:
+                _kept.move_to_end(key)
+                return found
+        clock = Clock(what, limits)
+        byte = _algebra.minimal(build(*content, clock), clock)
+        part = f"{len(byte.table)} states over bytes times the vocabulary"
+        tokens = _algebra.over_tokens(byte, vocabulary.tokens, clock, part)
+        made = cls._of(what, tokens, vocabulary.eos, clock, part)
+        with _kept_lock:
+            _kept[key] = made
+            while len(_kept) > _MOST_KEPT:
+                _kept.popitem(last=False)
+        return made
 
     @classmethod
     def from_edges(
@@ -269,3 +458,10 @@ class Constraint(Written):
 
 def _whole(n: object) -> bool:
     return type(n) is int and n >= 0
+
+
+def _settled(content: Any) -> Any:
+    """Convert nested iterables to lists, because ``repr`` abbreviates arrays and iterators."""
+    if isinstance(content, (str, bytes, Mapping)) or not isinstance(content, Iterable):
+        return content
+    return [_settled(part) for part in content]

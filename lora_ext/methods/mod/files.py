@@ -7,9 +7,7 @@ dtypes are compared with the configuration before memory is allocated.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext._files import SafetensorsFile, TensorInfo, read_json, write_files
+from lora_ext._files import SafetensorsFile, TensorInfo, read_config, save_parts
 from lora_ext.layers import adapted_layers, adapter_parameters, adapters_of
 
 from ._model import NAME, applied, apply, remove
@@ -27,9 +25,8 @@ from .config import ModConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 
-CONFIG, TENSORS = "mod_config.json", "mod.safetensors"
+CONFIG, TENSORS = f"{NAME}_config.json", f"{NAME}.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
-_VERSION = 1
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -72,12 +69,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         RuntimeError: If the model has no MoD.
         OSError: If a file cannot be written; in this case no file is changed.
     """
-    from safetensors.torch import save as as_bytes  # imported late: only this function needs it
-
     _, ensemble = applied(model, "save")
-    data = {"version": _VERSION, "config": dataclasses.asdict(ensemble.config)}
-    tensors = {name: t.cpu().contiguous() for name, t in state_dict(model).items()}
-    write_files(folder, {TENSORS: as_bytes(tensors), CONFIG: json.dumps(data, indent=1).encode()})
+    save_parts(folder, NAME, ensemble.config, state_dict(model))
 
 
 def load(model: Model, folder: str | os.PathLike[str]) -> Model:
@@ -97,7 +90,7 @@ def load(model: Model, folder: str | os.PathLike[str]) -> Model:
     The model is unchanged after an error.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
+    config, _ = read_config(folder / CONFIG, ModConfig, _MAX_CONFIG_BYTES)
     with contextlib.closing(SafetensorsFile(folder / TENSORS)) as file:
         apply(model, config)
         try:
@@ -132,23 +125,6 @@ def _compare(
         dtype = found[name].dtype
         fits = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         require(fits, where, f"{name:.200}", "a floating-point dtype", f"{dtype!s:.80}")
-
-
-def _read_config(path: Path) -> ModConfig:
-    data: Any = read_json(path, _MAX_CONFIG_BYTES)
-    if not isinstance(data, dict) or data.keys() != {"version", "config"}:
-        raise ValueError(f"{path}: expected the keys 'version' and 'config', found {data!r:.200}")
-    where = str(path)
-    version = data["version"]
-    config = data["config"]
-    require(version == _VERSION, where, "version", _VERSION, f"{version!r:.80}")
-    known = {field.name for field in dataclasses.fields(ModConfig)}
-    fits = isinstance(config, dict) and config.keys() <= known
-    require(fits, where, "config", f"keys from {sorted(known)}", f"{config!r:.200}")
-    try:
-        return ModConfig(**config)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path}: {error!s:.300}") from None
 
 
 def trainable_report(model: nn.Module) -> dict[str, Any]:

@@ -19,6 +19,7 @@ and EAGLE's (Li et al. 2024, arXiv 2401.15077); a circuit after that token is ou
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,12 +28,15 @@ from torch.nn import functional as F
 
 from lora_ext import ops
 from lora_ext._checks import require
+from lora_ext.control import Constraints, Guide
 from lora_ext.reference import accumulator, log_softmax
 
 from .layers import Circuit, CircuitHead
+from .tail import DraftTail
 
 #: "sample" draws from the model's distribution; "greedy" uses its most likely tokens.
 Mode = Literal["sample", "greedy"]
+WindowRule = Literal["condition", "restart"]
 
 
 class TokenBridge(nn.Module):
@@ -133,16 +137,21 @@ class DraftedWindow(NamedTuple):
         return cls(Circuit(law[:, :, None], None, None), tokens, conditional, one)
 
 
+@dataclass(eq=False, repr=False)
 class Steps:
     """Steps of a :class:`SpeculativeDecoder`, which documents the attributes."""
 
     model: Any
     head: CircuitHead
-    mode: Mode
-    temperature: float
-    top_p: float
-    bridge: TokenBridge | None
-    chain: int
+    mode: Mode = "sample"
+    window: WindowRule = "condition"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    tail: DraftTail | None = None
+    bridge: TokenBridge | None = None
+    chain: int = 1
+    constraint: Constraints = None
+    guide: Guide | None = None
 
     @property
     def drafted(self) -> int:

@@ -24,26 +24,22 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_ext._checks import choice, integer, number, require
-from lora_ext.control import Constraints, Guide
 from lora_ext.rows import Names, generation_scope, of_call, pool_of, prompt_known
 
 from ._constrained import Constrained
-from ._drafting import Mode, Steps, TokenBridge
+from ._drafting import Mode, Steps, WindowRule
 from ._request import GeneratedRows, read_request
 from ._trunk import Trunk
-from .layers import CircuitHead
-from .tail import DraftTail
 
 #: How the next window uses the pending token, which the last call has decided and the model has not
 #: processed yet.
-WindowRule = Literal["condition", "restart"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,6 @@ class Generation:
         return sum(self.emitted) / max(1, sum(self.calls))
 
 
-@dataclass(eq=False, repr=False)
 class SpeculativeDecoder(Steps):
     """Decoder that drafts windows with ``head`` and verifies each in one pass of ``model``.
 
@@ -120,18 +115,6 @@ class SpeculativeDecoder(Steps):
     Sources: speculative sampling (Leviathan et al. 2023); MTPC (arXiv 2511.11346). Conditioning the
     next window on the accepted token is our addition.
     """
-
-    model: Any
-    head: CircuitHead
-    mode: Mode = "sample"
-    window: WindowRule = "condition"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    tail: DraftTail | None = None
-    bridge: TokenBridge | None = None
-    chain: int = 1
-    constraint: Constraints = None
-    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         where, shape = "SpeculativeDecoder", tuple(self.model.get_output_embeddings().weight.shape)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext._checks import require
+from lora_ext._files import SafetensorsFile
 from lora_ext.control import Constraints, Guide
 from lora_ext.layers import IGNORE, shift_labels
 
 from ._config import MtpcConfig
-from ._drafting import Mode, TokenBridge
-from ._files import DraftFile, read_config, write_draft
-from .decoder import SpeculativeDecoder, WindowRule
+from ._drafting import Mode, TokenBridge, WindowRule
+from ._files import TENSORS, part_dtypes, read_draft_config, read_state, write_draft
+from .decoder import SpeculativeDecoder
 from .layers import CircuitHead
 from .tail import DraftTail
 from .windows import unfold_teacher, unfold_windows, window_loss
@@ -164,14 +165,15 @@ class Draft(nn.Module):
                 vocabulary or layers. The message names file and key, and the model is unchanged.
         """
         folder = Path(folder)
-        config, shortlist = read_config(folder)
+        config, shortlist = read_draft_config(folder)
         shape = _unembedding(model).weight.shape
-        with contextlib.closing(DraftFile(folder, config, shortlist, shape)) as file:
+        with contextlib.closing(SafetensorsFile(folder / TENSORS)) as file:
+            dtypes = part_dtypes(file, config, shortlist, shape)
             draft = retrofit(model, config, shortlist)
             try:
-                for part, dtype in file.dtypes.items():
+                for part, dtype in dtypes.items():
                     draft.get_submodule(part).to(dtype)
-                draft.load_state_dict(file.read(draft.state_dict()))
+                draft.load_state_dict(read_state(file, draft.state_dict()))
             except BaseException:
                 draft.remove()
                 raise
