@@ -142,6 +142,41 @@ def test_weights_of_rows_add_no_launch(
     assert backend.module.launches() - before == launches
 
 
+def test_kernels_with_a_plan_copy_no_ids(backend: Backend) -> None:
+    if backend.is_twin:
+        pytest.skip("twins compare the plan with the ids")
+    i = mixed_inputs(SHAPE, torch.float32, kind="columns", seed=8, device=backend.device)
+    plan = ops.lora_plan(i["adapter_ids"], len(SHAPE.ranks))
+    bank, tail = (i["x"], i["a"], i["b"]), (i["adapter_ids"], i["scale"], i["ranks"])
+    with torch.profiler.profile() as profile:
+        ops.lora_apply_(i["y"], *bank, *tail, None, plan, weights=i["weights"])
+        ops.lora_linear(i["x"], None, None, i["a"], i["b"], *tail, plan=plan, weights=i["weights"])
+    names = {event.key for event in profile.key_averages()}
+    assert any("lora_linear" in name for name in names)
+    assert not {"aten::clone", "aten::copy_"} & names
+
+
+def test_debug_mode_raises_for_groups_of_used_slots_only(backend: Backend) -> None:
+    i = mixed_inputs(SHAPE, torch.float32, kind="groups", seed=8, device=backend.device)
+    i["adapter_ids"].clamp_(max=1)
+    i["groups"][2:] = 99
+    i["groups"][0, 2:] = -7  # rank 16 has two pages
+    bank, tail = (i["x"], i["a"], i["b"]), (i["adapter_ids"], i["scale"], i["ranks"])
+    mixed = {"weights": i["weights"], "groups": i["groups"]}
+    message = r"groups\[1, 0\]: expected a column in \[0, 3\), found 3"
+    backend.module.set_debug(True)
+    try:
+        ops.lora_apply_(i["y"], *bank, *tail, **mixed)
+        ops.lora_linear(i["x"], None, None, *bank[1:], *tail, **mixed)
+        i["groups"][1, 0] = 3
+        with pytest.raises(ValueError, match="lora_apply_: " + message):
+            ops.lora_apply_(i["y"], *bank, *tail, **mixed)
+        with pytest.raises(ValueError, match="lora_linear: " + message):
+            ops.lora_linear(i["x"], None, None, *bank[1:], *tail, **mixed)
+    finally:
+        backend.module.set_debug(False)
+
+
 def test_segments_have_ids_and_weights(backend: Backend) -> None:
     i = make_inputs(SHAPE, torch.float32, seed=7, device=backend.device)
     i |= {k: i[k].nan_to_num(0.5) for k in "ab"}

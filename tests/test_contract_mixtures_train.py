@@ -48,6 +48,22 @@ def test_weight_one_keeps_every_bit(backend: Backend, shape: Shape) -> None:
             same(got, expected, (dtype, *changed))
 
 
+def test_a_scale_per_page_adds_one_launch_to_each_pass(backend: Backend) -> None:
+    if backend.is_twin or backend.device == "cuda":
+        pytest.skip("only the emulator counts launches")
+    counts = []
+    for i in (
+        train_inputs(SHAPE, torch.float32, seed=1, base=False),
+        mixed_train_inputs(SHAPE, torch.float32, kind="pages", seed=1, base=False),
+        mixed_train_inputs(SHAPE, torch.float32, kind="groups", seed=1, base=False),
+    ):
+        before = backend.module.launches()
+        train(i)
+        counts.append(backend.module.launches() - before)
+    plain, pages, groups = counts
+    assert (pages - plain, groups - plain) == (2, 3)  # weights: v times the weight, for db
+
+
 @kinds
 def test_serving_and_training_have_the_same_bits(backend: Backend, kind: str) -> None:
     for dtype in backend.dtypes():

@@ -293,7 +293,10 @@ void weigh(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     for_factors<T>(args, begin, end,
                    [](int64_t, int64_t, int64_t r, int64_t last, Acc<T> factor, Acc<T> weight,
                       Acc<T>* v, Acc<T>*, Acc<T>* weighed) {
-                       for (; r < last; ++r) v[r] = factor * v[r], weighed[r] = v[r] * weight;
+                       for (; r < last; ++r) {
+                           v[r] = factor * v[r];
+                           if (weighed) weighed[r] = v[r] * weight;
+                       }
                    });
 }
 

@@ -10,6 +10,8 @@
 // as they are: arithmetic is then faster than memory for all numbers of rows.
 #include "lora_ext/packed_linear.h"
 
+#include <atomic>
+
 #include "parts.h"
 #include "vec.h"
 
@@ -213,7 +215,8 @@ void multiply_tiles(const PackedLinearArgs& args, int64_t row, int64_t rows, int
         if (left > 0)  // before the tiles hold sums, since a call need not keep them
             __builtin_memcpy(last_w, panel + tiles * kBytes,
                              static_cast<size_t>((steps - tiles * kTileSteps) * kStepBytes));
-        asm volatile("" ::: "memory");  // GCC does not know that tile loads read memory
+        // GCC does not know that tile loads read memory, and would remove the stores above.
+        std::atomic_signal_fence(std::memory_order_seq_cst);
         _tile_loadd(4, sums, kPanel * 4);
         _tile_loadd(5, sums + 16, kPanel * 4);
         if constexpr (kTwo) {

@@ -1,8 +1,8 @@
 // The training launchers. They choose kernels by sizes that the host has; none allocates or waits.
 //
 //   shrink     x -> v            projection of side A, with the mask
-//              v -> v, weighed   with factors
-//   backward   v -> weighed      with factors, for db
+//              v -> v, weighed   with factors; `weighed` with weights
+//   backward   v -> weighed      with weights, for db
 //              dy -> dv          projection of side B              if da or dx is needed
 //              dy, v -> db       gradient of the weights           with dv in one pass over dy
 //              dv, v -> dv, dw   with factors
@@ -131,7 +131,7 @@ LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream)
     const bool wants_dv = rows && (args.da || args.dx || args.dweights);
     const bool one_pass = wants_dv && args.db && takes_one_pass(db, dv.lora);
     LaunchStatus status = 0;
-    if (factors && rows && args.db) {
+    if (args.lora.weights && rows && args.db) {
         LoraArgs unscaled = args.lora;
         unscaled.bank.scale = nullptr;
         status = run_weigh(unscaled, whole_v(args), 1.0f, {}, weighed_rows(args), false, stream);

@@ -102,9 +102,11 @@ int64_t bytes_of_v(const LoraArgs& args) {
     return args.num_tokens * 8 * args.bank.pages_per_slot * bytes_of_rank(args);
 }
 
-// Plan, scratch memory, and kernel launch or loop on the CPU, for ids (T,).
+// Plan, scratch memory, and kernel launch or loop on the CPU, for ids (T,), which are column
+// `column` of (T, K), or -1. Kernels that get a plan do not read the ids.
 void execute_column(const char* op, Step step, std::span<LoraArgs> modules, const Tensor& x,
-                    const Tensor& ids_in, const int32_t* plan, const char* const* names) {
+                    const Tensor& ids_in, const int32_t* plan, const char* const* names,
+                    int64_t column = -1) {
     const LoraArgs& first = modules[0];
     const int64_t rows = first.num_tokens, num_adapters = first.bank.num_adapters;
     const LoraPlanLayout layout{rows, first.bank.num_adapters};
@@ -113,13 +115,14 @@ void execute_column(const char* op, Step step, std::span<LoraArgs> modules, cons
     // With zero in-features v is zero, and the CPU twins do not write it.
     if (step != Step::kExpand && first.bank.in_features == 0) return;
     const c10::DeviceGuard guard(x.device());
-    const Tensor ids = ids_in.contiguous();
+    const bool kernels = launches_kernels(x);
+    const Tensor ids = kernels && plan ? ids_in : ids_in.contiguous();
     LoraPlanArgs rows_of = plan_args(ids, first.bank.num_adapters);
     const auto share_plan = [&] {
         for (LoraArgs& args : modules) args.ids = rows_of, args.plan = plan;
     };
 
-    if (!launches_kernels(x)) {
+    if (!kernels) {
         if (!plan) {
             rows_of.plan = static_cast<int32_t*>(plan_scratch.get(layout.size() * sizeof(int32_t)));
             build_plan(op, ids, rows_of, x);
@@ -150,9 +153,11 @@ void execute_column(const char* op, Step step, std::span<LoraArgs> modules, cons
         build_plan(op, ids, rows_of, x);
         plan = rows_of.plan;
         if (debug_mode() && own_plan[kPlanBadIds].item<int32_t>() != 0)
-            raise_bad_id(op, ids, num_adapters);
+            raise_bad_id(op, ids, num_adapters, column);
     }
     share_plan();
+    for (size_t i = 0; debug_mode() && i < modules.size(); ++i)
+        check_groups(names ? names[i] : op, modules[i].bank, layout, plan, x.device());
     cut(
         modules, lora_workspace_bytes,
         [&](int64_t bytes) {
@@ -187,9 +192,10 @@ void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tenso
             expected("at most ", kMaxSize, " rows"), found(rows));
     const int32_t* plan = plan_in ? plan_in->const_data_ptr<int32_t>() : nullptr;
     if (ids.dim() == 1) return execute_column(op, step, modules, x, ids, plan, names);
-    const Tensor columns = columns_of(ids);
+    const bool kernels = launches_kernels(x);
+    const Tensor columns = kernels && plan ? ids.t() : columns_of(ids);
     Tensor plans;
-    if (!launches_kernels(x)) {  // Raise for any column before the first one changes y.
+    if (!kernels) {  // Raise for any column before the first one changes y.
         if (!plan) {
             plans = at::empty({count * layout.size()}, ids.options().dtype(at::kInt));
             for (int64_t k = 0; k < count; ++k) {
@@ -207,7 +213,7 @@ void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tenso
         }
     }
     for (int64_t k = 0; k < count; ++k) {
-        execute_column(op, step, modules, x, columns[k], plan, names);
+        execute_column(op, step, modules, x, columns[k], plan, names, k);
         if (plan) plan += layout.size();
         for (LoraArgs& args : modules) {
             if (args.weights) ++args.weights;

@@ -1,5 +1,6 @@
 #include "ops/lora_args.h"
 
+#include <ATen/ops/from_blob.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -137,12 +138,6 @@ void set_weights(const char* op, LoraArgs& args, Bank& bank, const OptionalTenso
     require(weights && weights->dim() == 2, op, "groups",
             expected("None without weights of shape (T, G)"), found("a tensor"));
     args.bank.groups = page_data<int32_t>(op, "groups", *groups, args.bank, at::kInt, ids.device());
-    if (launches_kernels(ids) && debug_mode() && groups->numel() > 0) {
-        const int64_t least = groups->min().item<int32_t>(), most = groups->max().item<int32_t>();
-        require(least >= 0 && most < args.bank.num_groups, op, "groups",
-                expected("columns in [0, ", args.bank.num_groups, ")"),
-                found(least < 0 ? least : most));
-    }
 }
 
 void check_inference(const char* op, std::initializer_list<const Tensor*> tensors) {
@@ -236,6 +231,22 @@ void check_slots(const char* op, const LoraBank& w, const int32_t* plan) {
                 expected("a page in [0, ", w.num_pages, "), as adapter ", s, " has rank ", rank),
                 found(page[p]));
     }
+}
+
+void check_groups(const char* op, LoraBank w, const LoraPlanLayout& layout, const int32_t* plan,
+                  at::Device device) {
+    if (!w.groups) return;
+    const auto host = [&](const int32_t* data, int64_t size) {
+        const auto options = at::TensorOptions(device).dtype(at::kInt);
+        return at::from_blob(const_cast<int32_t*>(data), {size}, options).cpu();
+    };
+    const Tensor chunks = host(plan, layout.size());
+    const Tensor groups = host(w.groups, int64_t{w.num_adapters} * w.pages_per_slot);
+    const Tensor ranks = w.ranks ? host(w.ranks, w.num_adapters) : Tensor();
+    w.groups = groups.const_data_ptr<int32_t>();
+    if (w.ranks) w.ranks = ranks.const_data_ptr<int32_t>();
+    w.page_table = nullptr;  // kernels allow absent pages
+    check_slots(op, w, chunks.const_data_ptr<int32_t>());
 }
 
 LoraPlanArgs plan_args(const Tensor& ids, int32_t num_adapters) {

@@ -50,8 +50,13 @@ void check_plan(const char* op, const LoraPlanLayout& layout, const Tensor& ids,
 // Checks ranks and pages of the slots that a plan on the CPU uses. A pool may be changing other
 // slots at the same time.
 void check_slots(const char* op, const LoraBank& w, const int32_t* plan);
+// Checks the groups of the slots that a plan on `device` uses, and their ranks. Waits for the
+// device, so it is for debug mode only.
+void check_groups(const char* op, LoraBank w, const LoraPlanLayout& layout, const int32_t* plan,
+                  at::Device device);
 
-// Returns the arguments for a plan of `ids (T,)`, which must be contiguous; the caller sets `plan`.
+// Returns the arguments for a plan of `ids (T,)`, which the caller sets. A device that builds it
+// reads the ids, which must be contiguous then.
 LoraPlanArgs plan_args(const Tensor& ids, int32_t num_adapters);
 // Fills the plan of `args`. On the CPU, raises if an id is out of range; on a device, the caller
 // must check this in debug mode.

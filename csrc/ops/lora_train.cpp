@@ -63,7 +63,7 @@ struct Call {
     const char* op;
     LoraTrainArgs args;
     Bank bank;
-    Tensor x, ids, plan, workspace;  // ids (T,), or (K, T)
+    Tensor x, ids, plan, workspace;  // ids (T,) or (T, K); set_plan makes (K, T) of the latter
     int64_t out;                     // features
     int64_t columns;                 // K
     const int32_t* plans = nullptr;  // one for each column
@@ -101,7 +101,7 @@ struct Call {
             args.dropout.per_adapter = false;
         }
         set_weights(op, args.lora, bank, weights, groups, adapter_ids);
-        ids = adapter_ids.dim() == 2 ? columns_of(adapter_ids) : adapter_ids.contiguous();
+        ids = adapter_ids;
     }
 
     LoraPlanLayout layout() const { return {args.lora.num_tokens, args.lora.bank.num_adapters}; }
@@ -130,13 +130,14 @@ struct Call {
     }
     // Returns the arguments of an expand in training, whose v includes all factors.
     LoraArgs expand_args() const {
-        if (!has_factors(args.lora)) return args.lora;
         LoraArgs lora = without_factors(args.lora);
-        lora.v = args.weighed;
-        lora.v_row_stride = args.weighed_row_stride;
+        if (args.weighed) {
+            lora.v = args.weighed;
+            lora.v_row_stride = args.weighed_row_stride;
+        }
         return lora;
     }
-    // Sets the memory of v times its weight.
+    // Sets the memory of v times its weight, for calls with weights.
     void set_weighed(Tensor& owner, const Tensor& v) {
         const int64_t rows = v.size(0), rank = args.lora.bank.max_rank;
         args.weighed_row_stride = rank;
@@ -154,7 +155,11 @@ struct Call {
         const LoraPlanLayout layout = this->layout();
         if (given) check_plan_tensor(op, layout, columns, *given, x.device());
         if (!active()) return;
-        const bool kernels = launches_kernels(x);
+        const bool kernels = launches_kernels(x), several = ids.dim() == 2;
+        if (!given || !kernels)
+            ids = several ? columns_of(ids) : ids.contiguous();
+        else if (several)
+            ids = ids.t();  // kernels do not read the ids
         int32_t* own = nullptr;
         if (given) {
             plans = given->const_data_ptr<int32_t>();
@@ -169,8 +174,8 @@ struct Call {
             plans = own;
         }
         for (int64_t k = 0; k < columns; ++k) {
-            const int64_t column = ids.dim() == 2 ? k : -1, at = k * layout.size();
-            const Tensor of_column = ids.dim() == 2 ? ids[k] : ids;
+            const int64_t column = several ? k : -1, at = k * layout.size();
+            const Tensor of_column = several ? ids[k] : ids;
             lora.ids = plan_args(of_column, lora.bank.num_adapters);
             lora.plan = plans + at;
             if (own) {
@@ -183,6 +188,7 @@ struct Call {
                 const Tensor& used = given ? *given : plan;
                 if (used[at + kPlanBadIds].item<int32_t>() != 0)
                     raise_bad_id(op, of_column, lora.bank.num_adapters, column);
+                check_groups(op, lora.bank, layout, lora.plan, x.device());
             }
             if (!kernels) check_slots(op, lora.bank, lora.plan);
         }
@@ -274,7 +280,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(
     args.lora.y_row_stride = y.stride(0);
     const bool factors = has_factors(args.lora);
     Tensor weighed;
-    if (factors) call.set_weighed(weighed, v);
+    if (args.lora.weights) call.set_weighed(weighed, v);
     if (launches_kernels(x)) {
         call.set_workspace(lora_train_shrink_workspace_bytes(args));
         void* stream = current_stream(x);
@@ -345,7 +351,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     const bool need_dv = need_dx || need_da || need_dweights;
     if (need_dweights) args.dweights_row_stride = weights->dim() == 2 ? weights->size(1) : 1;
     Tensor weighed;
-    if (factors && need_db) call.set_weighed(weighed, v);
+    if (weights && need_db) call.set_weighed(weighed, v);
     args.dy = dy.const_data_ptr();
     args.dy_row_stride = dy.stride(0);
     if (need_dx) args.dx = dx.mutable_data_ptr(), args.dx_row_stride = dx.stride(0);
@@ -376,7 +382,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     for_columns([&] {
         const LoraTrainArgs sums = factors ? without_factors(args) : args;
         if (need_dv) call.run(sums, cpu.dv_items(sums), cpu.dv, out);
-        if (factors) call.run(args, args.lora.plan[kPlanNumChunks], cpu.weigh_back, 1);
+        if (factors && (args.dv || args.weighed))
+            call.run(args, args.lora.plan[kPlanNumChunks], cpu.weigh_back, 1);
         if (need_dx || need_da) call.run(args, cpu.da_dx_items(args), cpu.da_dx, x.size(1));
         LoraTrainArgs of_b = args;
         of_b.lora = call.expand_args();  // v times its weight

@@ -114,22 +114,29 @@ Tensor pack_bits(const Tensor& weight, int64_t bits, int64_t group, bool minimum
     return packed;
 }
 
-Tensor product_of_bits(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
-                       int64_t out_features, bool int8) {
-    const char* op = "packed_linear";
-    PackedBitsArgs args;
+// Sets dtype, sizes and bias of a product. Returns the bias, which must outlive `args`.
+template <class Args>
+Tensor set_operands(const char* op, Args& args, const Tensor& x, const OptionalTensor& bias,
+                    int64_t out_features) {
     args.dtype = packed_dtype(op, "x", x);
+    check_dim(op, "x", x, 2, "(T, I)");
+    require(out_features >= 0, op, "out_features", expected("at least 0"), found(out_features));
     args.rows = x.size(0);
     args.in_features = x.size(1);
     args.out_features = out_features;
+    if (!bias) return {};
+    check_like(op, "bias", *bias, x, "x");
+    check_shape(op, "bias", *bias, "(O,)", {out_features}, x.device());
+    const Tensor dense = bias->contiguous();
+    args.bias = dense.const_data_ptr();
+    return dense;
+}
+
+Tensor product_of_bits(const char* op, const Tensor& x, const Tensor& packed,
+                       const OptionalTensor& bias, int64_t out_features, bool int8) {
+    PackedBitsArgs args;
+    const Tensor dense = set_operands(op, args, x, bias, out_features);
     read_layout(op, packed, args);
-    Tensor dense;
-    if (bias) {
-        check_like(op, "bias", *bias, x, "x");
-        check_shape(op, "bias", *bias, "(O,)", {out_features}, x.device());
-        dense = bias->contiguous();
-        args.bias = dense.const_data_ptr();
-    }
     Tensor y = at::empty({args.rows, out_features}, x.options());
     if (y.numel() == 0) return y;
     const Tensor wide = rows_contiguous(x.to(at::kFloat));
@@ -194,16 +201,11 @@ Tensor unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_feat
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
                      int64_t out_features, bool int8) {
     const char* op = "packed_linear";
-    PackedLinearArgs args;
-    args.dtype = packed_dtype(op, "x", x);
-    check_dim(op, "x", x, 2, "(T, I)");
-    require(out_features >= 0, op, "out_features", expected("at least 0"), found(out_features));
     if (packed.scalar_type() == at::kByte)
-        return product_of_bits(x, packed, bias, out_features, int8);
+        return product_of_bits(op, x, packed, bias, out_features, int8);
+    PackedLinearArgs args;
+    const Tensor dense = set_operands(op, args, x, bias, out_features);
     require(!int8, op, "int8", expected("False for a weight that has no codes"), found("True"));
-    args.rows = x.size(0);
-    args.in_features = x.size(1);
-    args.out_features = out_features;
     check_like(op, "packed", packed, x, "x");
     require(packed.sizes() == packed_sizes(args), op, "packed",
             expected("pack_weight() of a weight (", out_features, ", ", args.in_features,
@@ -211,13 +213,6 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const OptionalTensor
             found(packed.sizes()));
     require(packed.is_contiguous(), op, "packed", expected("a contiguous tensor"),
             found("strides ", packed.strides()));
-    Tensor dense;
-    if (bias) {
-        check_like(op, "bias", *bias, x, "x");
-        check_shape(op, "bias", *bias, "(O,)", {out_features}, x.device());
-        dense = bias->contiguous();
-        args.bias = dense.const_data_ptr();
-    }
     Tensor y = at::empty({args.rows, out_features}, x.options());
     if (y.numel() == 0) return y;
     const Tensor rows = rows_contiguous(x);

@@ -96,6 +96,11 @@ def test_debug_mode_raises_for_ids_that_kernels_only_count(backend: Backend) -> 
             ops.lora_apply_(y, x, a, b, ids)
         with pytest.raises(ValueError, match=r"lora_plan: adapter_ids\[1\]: .*, found 5"):
             ops.lora_plan(ids, 2)
+        for columns in (1, 2):
+            at = rf"adapter_ids\[1, {columns - 1}\]: expected .* in \[-1, 2\), found 5"
+            several = torch.stack([ids.clamp(max=1)] * (columns - 1) + [ids], 1)
+            with pytest.raises(ValueError, match=at):
+                ops.lora_apply_(y, x, a, b, several)
         ops.lora_apply_(y, x, a, b, ids.clamp(max=1))
     finally:
         backend.module.set_debug(False)

@@ -19,7 +19,7 @@
 //
 //   weighed[t, :] = w * v[t, :],  dv[t, :] = (c * u) * w,  dweights[t, g] = <u, v> over group g
 //
-// and db is computed from `weighed`.
+// and db is computed from `weighed`, which without weights is v itself and not stored.
 //
 // Sums over tokens are accumulated in float32 (float64). Their order depends only on the adapter's
 // own rows and on the largest rank R of the bank, not on threads or on other adapters of the batch.
@@ -62,7 +62,7 @@ struct LoraTrainArgs {
     void* da = nullptr;         // (A, R, I) contiguous, dtype of x; all written, zero beyond a rank
     void* db = nullptr;         // (A, O, R) contiguous, as for da
     void* workspace = nullptr;  // size: see the functions below; CUDA only
-    void* weighed = nullptr;    // (T, >= max_rank) scratch like dv; with factors only
+    void* weighed = nullptr;    // (T, >= max_rank) scratch like dv; with weights only
     int64_t weighed_row_stride = 0;
     // (T, bank.num_groups) float32, added to; only active rows. nullptr: not wanted.
     float* dweights = nullptr;
@@ -96,9 +96,9 @@ struct LoraTrainCpu {
     int64_t (*da_dx_items)(const LoraTrainArgs&);
     void (*da_dx)(const LoraTrainArgs&, int64_t begin, int64_t end);
     // With factors, instead of c in shrink and dv; items are chunks.
-    // v = c * v, weighed = v * w
+    // v = c * v; if wanted, weighed = v * w
     void (*weigh)(const LoraTrainArgs&, int64_t begin, int64_t end);
-    // dv = u, if wanted: dweights += <u, v>, dv = (c * u) * w; if args.db: weighed = v * w
+    // dv = u, if wanted: dweights += <u, v>, dv = (c * u) * w; if wanted, weighed = v * w
     void (*weigh_back)(const LoraTrainArgs&, int64_t begin, int64_t end);
     // y[t, i] = x[t, i] / (1 - p) if kept, else 0; in the dtype of x, rounded once. Items are rows
     // of x and y, bank.in_features wide.
@@ -109,7 +109,7 @@ struct LoraTrainCpu {
 // workspace depends only on the sizes in `args`, never on the data behind pointers.
 int64_t lora_train_shrink_workspace_bytes(const LoraTrainArgs& args);
 int64_t lora_train_backward_workspace_bytes(const LoraTrainArgs& args);
-// x -> v, and with factors v -> weighed
+// x -> v, and with weights v -> weighed
 LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream);
 LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream);  // dy -> results
 // Dropout alone: x -> y, with y contiguous.
