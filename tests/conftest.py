@@ -1,6 +1,7 @@
 """Options, marks, and the fixture that routes the ops to one backend."""
 
 import gc
+import itertools
 import os
 import sys
 from collections import defaultdict
@@ -25,8 +26,6 @@ from lora_ext import ops
 from lora_ext.ops import _registration
 from lora_ext.serving.layers import _siblings
 
-QUICK_CASES = 2  # cases per test, op and backend with --quick
-
 # This makes benchmarks/common.py importable. The path is appended because benchmarks/ also has
 # modules named control and methods, like folders of tests/.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -48,6 +47,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run no slow test and at most N cases of each test, op and backend (`make test`: 1)",
     )
     parser.addoption("--rest", type=int, metavar="N", help="run the tests that --quick N skips")
+    parser.addoption(
+        "--pairs",
+        action="store_true",
+        help="run every pair of values of two parameters, but not every combination of three",
+    )
     parser.addoption(
         "--demo", type=lambda path: Path(path).resolve(), metavar="DIR",
         help="run the code of the pages on the output of `make demo` in DIR, not on a substitute",
@@ -79,10 +83,12 @@ def pytest_collection() -> Generator[None, object, object]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     quick, rest = config.getoption("--quick"), config.getoption("--rest")
-    if quick or rest:
-        chosen = _quick(items, quick or rest)
-        config.hook.pytest_deselected(items=[it for it in items if (it in chosen) != bool(quick)])
-        items[:] = [it for it in items if (it in chosen) == bool(quick)]
+    pairs = config.getoption("--pairs")
+    if quick or rest or pairs:
+        chosen = _quick(items, quick or rest) if quick or rest else set()
+        kept = chosen if quick else (_pairs(items, chosen) if pairs else set(items)) - chosen
+        config.hook.pytest_deselected(items=[it for it in items if it not in kept])
+        items[:] = [it for it in items if it in kept]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # Slow tests run first.
     if not config.getoption("--sanitizers"):
         skip = pytest.mark.skip(reason="run by `make asan` (--sanitizers)")
@@ -109,6 +115,32 @@ def _quick(items: list[pytest.Item], cases: int) -> set[pytest.Item]:
         for group in groups.values()
         for i in range(min(len(group), cases))
     }
+
+
+def _pairs(items: list[pytest.Item], ran: set[pytest.Item]) -> set[pytest.Item]:
+    """Select few items so that they and the ``ran`` ones have every pair of values of two
+    parameters of each test.
+
+    A parameter is a fixture or one call of ``parametrize``, so a list of cases with several names
+    keeps each case. Tests with fewer than three parameters keep all items. The choice is greedy and
+    deterministic, and equal in all workers of pytest-xdist.
+    """
+    tests: defaultdict[str, dict[pytest.Item, set[Any]]] = defaultdict(dict)
+    kept = set()
+    for item in items:
+        ids = getattr(getattr(item, "callspec", None), "_idlist", ())
+        if len(ids) < 3:
+            kept.add(item)
+        else:
+            pairs = set(itertools.combinations(enumerate(ids), 2))
+            tests[item.nodeid.partition("[")[0]][item] = pairs
+    for cases in tests.values():
+        left = set().union(*cases.values()).difference(*(cases[it] for it in cases if it in ran))
+        while left:
+            best = max(cases, key=lambda item: len(cases[item] & left))
+            kept.add(best)
+            left -= cases[best]
+    return kept
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -138,7 +170,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if not chosen.is_twin and chosen.device == "cpu":
         seed = int(os.environ.get("LX_SEED", chosen.seed))
         chosen.module.set_seed(seed)
-    lora_ext._C.set_cpu_isa(chosen.isa)
+    lora_ext._C.set_cpu_isa(chosen.isa or os.environ.get("LX_ISA", ""))
     for module in OP_MODULES:
         monkeypatch.setattr(module, "_c", getattr(torch.ops, chosen.library))
     yield chosen

@@ -22,18 +22,23 @@ def main() -> int:
     # The leg "pages" runs this test.
     tests += ["--deselect", "tests/docs/test_pages.py::test_code_of_the_page_runs"]
     tests.append("--hypothesis-profile=ci")  # fixed examples; `make test` draws new ones
+    if os.environ.get("FULL") != "1":
+        tests.append("--pairs")  # `make check FULL=1`, before a release, runs every combination
     if os.environ.get("CHECK_REST") == "1":
         tests += ["--rest", "1"]  # `make test` has run the other tests in this build
     docs = [BIN + "/mkdocs", "build", "--strict", "--site-dir", "out/docs"]
-    # The pages run on the output of `make demo`; the tests use a small replacement.
+    # The pages run on the output of `make demo`; the tests use a small replacement. One epoch of
+    # training is enough for adapters that give different answers.
     demo = [PY, "examples/demo.py", "--tokens", "4", "--rounds", "1", "--adapters", "2"]
+    demo += ["--epochs", "1"]
     pages = [PY, "-m", "pytest", "-q", "tests/docs/test_pages.py", "-k", "code_of_the_page"]
     legs = [
         Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 1800, env={"LORA_EXT_EMU": "1"}),
         Leg("doctor", [PY, "-m", "lora_ext.doctor"], 120, after="build"),
         Leg("demo", demo, 900, after="build"),
         Leg("tests", tests, 3600, after="build"),
-        Leg("hosts", [PY, "tools/hosts.py"], 1200, after="build"),
+        # The leg "tests" runs these tests too, with the code paths of this processor.
+        Leg("hosts", [PY, "tools/hosts.py", "this processor"], 1200, after="build"),
     ]
     if cuda == "1" and os.environ.get("SKIP_CUDA_TORCH") != "1":
         # It runs in parallel with the tests, because its download needs no core.

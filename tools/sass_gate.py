@@ -23,6 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -78,16 +79,17 @@ class Kernel:
     code: list[Instruction] = field(default_factory=list)
 
     @cached_property
-    def opcodes(self) -> list[str]:
-        return [one.opcode for one in self.code]
+    def opcodes(self) -> Counter[str]:
+        """How often each opcode occurs."""
+        return Counter(one.opcode for one in self.code)
 
-    def loop_opcodes(self) -> list[str]:
+    def loop_opcodes(self) -> set[str]:
         """Return the opcodes between each backward branch and its target."""
         inside: set[int] = set()
         for one in self.code:
             if one.target is not None and one.target < one.address:
                 inside.update(range(one.target, one.address + 1))
-        return [one.opcode for one in self.code if one.address in inside]
+        return {one.opcode for one in self.code if one.address in inside}
 
     @cached_property
     def loops(self) -> sass_loops.Loops:
@@ -124,7 +126,7 @@ class Kernel:
         return sass_loops.guarded_exp(self.code)
 
     def count(self, pattern: str) -> int:
-        return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes)
+        return sum(n for opcode, n in self.opcodes.items() if re.match(pattern, opcode))
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -290,10 +290,12 @@ def flight(turn: Sequence[Instruction]) -> Flight:
     groups: list[int] = []  # time at which each group of cp.async arrives
     open_group, group_barrier = 0, NO_BARRIER
     flying: list[tuple[int, int]] = []  # (time of arrival, bytes)
+    # the few instructions that the model gives a time, or that overlap with loads
+    timed = [i for i in turn if i.waits or i.load_bytes or i.multiplies or "DEPBAR" in i.opcode]
     for number in range(TURNS):
         if number == TURNS - MEASURED:
             began = clock
-        for one in turn:
+        for one in timed:
             if one.waits:
                 clock = max([clock, *(t for b, t in lands.items() if one.waits >> b & 1)])
             if one.opcode == "LDGDEPBAR":

@@ -1,16 +1,20 @@
 """Release recipe: version and changelog, torch version of wheels, `make gpu` and `make hosts`."""
 
+import dataclasses
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from scripts import ROOT, load_script, tool
+from scripts import ROOT, load_script, module_of, tool
 
 import lora_ext
 from lora_ext.cli._arguments import make_parser
@@ -145,6 +149,44 @@ def test_two_settings_run_in_parallel_and_one_failure_fails_all(hosts, monkeypat
     assert [leg.name for leg in ran] == list(hosts.SETTINGS)
     assert abs(sum(leg.beside for leg in ran) - len(ran) / 2) < 1
     assert {leg.env["OMP_NUM_THREADS"] for leg in ran} == {"1", "3"}
+
+
+def test_setting_named_on_the_command_line_is_left_out(hosts, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(hosts, "run", lambda legs, logs: ran.extend(legs) or 0)
+    assert hosts.main(["this processor"]) == 0
+    assert "this processor" in hosts.SETTINGS and ran
+    assert "this processor" not in [leg.name for leg in ran]
+    assert "this processor: skipped: named on the command line" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="hosts: no setting"):
+        hosts.main(["that"])
+
+
+@dataclasses.dataclass(eq=False)
+class Item:
+    nodeid: str
+    callspec: Any = None
+
+
+def test_pairs_of_values_are_kept_and_combinations_are_left_out() -> None:
+    product = [*itertools.product("ab", "rstu", "xyz")]
+    items = [
+        Item(f"t.py::test_f[{'-'.join(ids)}]", SimpleNamespace(_idlist=ids)) for ids in product
+    ]
+    others = [Item(f"t.py::test_two[{i}]", SimpleNamespace(_idlist=(i, "x"))) for i in "ab"]
+    others.append(Item("t.py::test_plain"))
+    select = module_of(ROOT / "tests/conftest.py", "conftest_of_all")._pairs
+
+    def pairs(chosen: Iterable[Item]) -> set[Any]:
+        ids = [item.callspec._idlist for item in chosen if item in items]
+        return {pair for one in ids for pair in itertools.combinations(enumerate(one), 2)}
+
+    kept = select([*items, *others], set())
+    assert set(others) <= kept and pairs(kept) == pairs(items)
+    assert len(kept) - len(others) == 4 * 3  # as few as the two longest parameters allow
+    ran = {items[3], items[20]}
+    rest = select([*items, *others], ran)
+    assert pairs(rest | ran) == pairs(items) and len(rest) < len(kept)
 
 
 def test_setting_that_the_processor_lacks_is_skipped_with_its_reason(hosts, monkeypatch, capsys):
