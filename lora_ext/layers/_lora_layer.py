@@ -14,7 +14,7 @@ from lora_ext._checks import WrongKind, integer, number, require, require_flags
 from lora_ext.rows import LayerNames, Rows, layer_names
 
 from ._init import FREE, decompose, init_lora_, known_scheme
-from ._lora_forward import LoraFactors, dropout_now, lora_forward
+from ._lora_forward import LoraFactors, dropout_now
 from ._magnitude import Magnitude, scaled_forward
 from ._participants import Participants
 from .base._dense import BaseLayer, DenseParameters
@@ -363,14 +363,14 @@ class LoraLayer(Participants):
     ) -> Tensor:
         """Compute ``base(x)`` plus the updates of the adapters ``names``; ``x`` is ``(..., I)``."""
         factors = [self.factors(name) for name in names]
-        if not any(self.use_dora[name] for name in names):
-            return lora_forward(x, base, factors, rows)
-        magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
+        for i, name in enumerate(names):
+            if self.use_dora[name]:
+                factors[i] = factors[i]._replace(magnitude=self._magnitude(name).flatten())
 
         def dense() -> DenseParameters:
             return self.base_weight.matrix(), self.bias
 
-        return scaled_forward(x, base, dense, factors, magnitudes, rows)
+        return scaled_forward(x, base, dense, factors, rows)
 
 
 def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:

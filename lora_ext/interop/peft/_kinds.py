@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections import ChainMap
 from collections.abc import Container, Mapping
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from lora_ext.kinds import Factors, Kind, kind_of
 from lora_ext.layers import LoraFactors, linear_size, lora_forward
 
 from ._adapters import refuse_exact
+from ._layers import Fused as Fused  # found by `__getattr__`
 
 _DROPOUTS = ("rank_dropout", "module_dropout")
 # Settings of a file that a model does not need: the model has all tensors, and each layer its own.
@@ -131,13 +133,9 @@ def _has(layer: Any, field: str, adapter: str) -> bool:
     return adapter in getattr(layer, field, ())
 
 
-def _name(config: Any) -> str:
-    return getattr(config.peft_type, "value", config.peft_type)
-
-
 def known_kind(config: Any) -> Kind | None:
     """Return the kind of a configuration of PEFT other than LoRA's, or None if it is unknown."""
-    name = _name(config)
+    name = getattr(config.peft_type, "value", config.peft_type)
     try:
         return None if name == "LORA" else kind_of(name)
     except NotImplementedError:
@@ -145,24 +143,27 @@ def known_kind(config: Any) -> Kind | None:
 
 
 @functools.cache
-def fused_kind(kind: type) -> type:
-    """Return the fused subclass of a layer class of PEFT."""
-    fused = type(kind.__name__, (FusedKind, kind), {"of_peft": kind})
+def fused_class(mixin: type, kind: type) -> type:
+    """Return the subclass of a layer class of PEFT with the forward of :class:`FusedKind` or
+    :class:`Fused`. Its name is PEFT's, because ``repr`` and model cards print it."""
+    names = "kwargs" in inspect.signature(kind.forward).parameters  # pyright: ignore
+    body = {"of_peft": kind, "peft_takes_names": names}
+    fused = type(kind.__name__, (mixin, kind), body)
     # Pickle finds the class with `__getattr__`; a dot would name an attribute of a class.
-    found = f"{kind.__module__}:{kind.__qualname__}"
+    found = f"{mixin.__name__}:{kind.__module__}:{kind.__qualname__}"
     fused.__module__, fused.__qualname__ = __name__, found.replace(".", "/")
     return fused
 
 
 def __getattr__(name: str) -> Any:
     """Return a fused class by its qualified name."""
-    module, _, kind = name.replace("/", ".").partition(":")
-    if not (kind and module.startswith("peft.tuners.")):
+    mixin, *found = name.replace("/", ".").split(":")
+    if len(found) != 2 or not found[0].startswith("peft.tuners."):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return fused_kind(getattr(importlib.import_module(module), kind))
+    return fused_class(globals()[mixin], getattr(importlib.import_module(found[0]), found[1]))
 
 
-def swap_kinds(model: nn.Module, never_called: Container[nn.Module]) -> None:
+def swap_kinds(model: nn.Module, never_called: Container[Any]) -> None:
     """Change the class of each layer of a known kind with a linear base layer that is called."""
     for tuner in model.modules():
         configs: Any = getattr(tuner, "peft_config", None)
@@ -178,4 +179,4 @@ def swap_kinds(model: nn.Module, never_called: Container[nn.Module]) -> None:
             known = own and all(known_kind(configs[name]) for name in own)
             if known and linear_size(layer.get_base_layer()) is not None:
                 vars(layer).update(configs=configs, plans={})
-                layer.__class__ = fused_kind(type(layer))
+                layer.__class__ = fused_class(FusedKind, type(layer))

@@ -119,7 +119,7 @@ def _fused_class(kind: type) -> type:
         LoraModel: _FusedLoraModel,
         XLoraLinearLayer: FusedXLora,
     }
-    return plain.get(kind) or _quantised.fused_class(kind)
+    return plain.get(kind) or _quantised.fused_version(kind)
 
 
 def _swap(model: nn.Module, other: Callable[[type], type]) -> None:
