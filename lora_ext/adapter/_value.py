@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -182,9 +183,8 @@ class LoraAdapter:
         if config.target_modules is None:  # PEFT would choose by the model's type
             config = dataclasses.replace(config, target_modules=tuple(sorted(self.modules)))
         state = self.state_dict()
-        with open_adapter((config, state)) as (_, tensors):
-            # strict=False: unused tensors were skipped or rejected when the adapter was loaded.
-            meant = self._read(config, tensors, strict=False, copy=False)
+        # strict=False: unused tensors were skipped or rejected when the adapter was loaded.
+        meant = self._read(config, StateDict(state, "state dict"), strict=False, copy=False)
         for name, factors in () if self.parts else self.modules.items():
             configured, found = meant.modules[name].scaling, factors.scaling
             expected = f"{configured}, as in the configuration"
@@ -227,7 +227,7 @@ class LoraAdapter:
         try:
             modules = {spec.name: f for spec, f in checked.modules()}
         except UnknownSize as error:
-            modules = _NoFactors(checked.keys, error)
+            modules = _NoFactors(checked.keys, f"{config.kind.title}: {error}")
         beside: dict[str, Tensor] = {}
         replacements: dict[str, Tensor] = {}
         for key in tensors.infos:
@@ -293,23 +293,15 @@ def _same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bo
 # Without a model, the module names and shapes are inferred from the tensors.
 
 
-class _NoFactors(Mapping[str, Factors]):
+class _NoFactors(UserDict[str, Any]):
     """Modules of an adapter without all sizes in its file; reading one raises an error."""
 
-    def __init__(self, names: Iterable[str], error: UnknownSize):
-        self._names, self._error = tuple(names), error
+    def __init__(self, names: Iterable[str], why: str):
+        super().__init__(dict.fromkeys(names))
+        self.why = why
 
     def __getitem__(self, name: str) -> Factors:
-        raise UnknownSize(f"{name}: {self._error}")
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        raise UnknownSize(f"{name}: {self.why}")
 
 
 class _Unknown(BaseWeights):
