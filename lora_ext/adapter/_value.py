@@ -119,6 +119,13 @@ class LoraAdapter:
                 expected = f"names of the adapter's {len(self.modules)} modules"
                 raise ValueError(f"{where}: expected {expected}, found {name!r:.200}")
 
+    def refuse_scales(self, where: str) -> None:
+        """Raise NotImplementedError for a kind other than LoRA that scales outputs or inputs."""
+        kind = self.config.kind
+        found = f"{kind.rescales}; merge this adapter into the base weight first"
+        fits = kind.sums or not self.parts
+        require(fits, where, "peft_type", f"no {kind.title}", found, NotImplementedError)
+
     def with_modules(
         self,
         modules: Mapping[str, Factors],
@@ -146,11 +153,7 @@ class LoraAdapter:
                 for key, weight in self.base_weights.items()
                 if not key.removeprefix(PREFIX).startswith(gone)
             }
-        kind = self.config.kind
-        found = f"{kind.rescales}; merge the adapter into the base weight instead"
-        where = f"{self.config.where}: peft_type={kind.name}"
-        fits = kind.sums or not self.parts
-        require(fits, where, "modules", "an update that is a sum", found, NotImplementedError)
+        self.refuse_scales(self.config.where)
         ranks = {name: factors.a.shape[0] for name, factors in modules.items()}
         scalings = {name: factors.scaling for name, factors in modules.items()}
         config = self.config.fitted(ranks, scalings, self.modules, **changes)
@@ -363,7 +366,6 @@ def _implied_index(
         rank, inputs, *kernel = found.get(stems["a"], (0, 0))
         out, columns, *_ = found.get(stems["b"], (0, 0))
         groups = rank // columns if kernel and columns and rank % columns == 0 else 1
-        (embedding if is_embedding else linear)[name] = LinearSpec(
-            name, inputs, out, torch.float32, torch.device("cpu"), tuple(kernel), groups
-        )
+        own = name, inputs, out, torch.float32, torch.device("cpu"), tuple(kernel), groups
+        (embedding if is_embedding else linear)[name] = LinearSpec(*own, embedding=is_embedding)
     return ModelIndex(linear, embedding, {}, None, None, _Unknown(config), shared=False)

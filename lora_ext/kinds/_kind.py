@@ -134,6 +134,11 @@ class Kind:
         """
         raise NotImplementedError
 
+    def update(self, x: Tensor, parts: Tensors, config: Config) -> Tensor | None:
+        """Return the update of the output for ``x`` ``(..., I)`` as training computes it, or None
+        to use the factors: a kind of few parameters can skip the gradients of A and B."""
+        return None
+
     def after(self, parts: Tensors, factors: Factors, weight: Any) -> After | None:
         """Return the scales of the outputs, or None."""
         return None

@@ -14,7 +14,7 @@ from lora_ext._checks import WrongKind, integer, number, require, require_flags
 from lora_ext.rows import LayerNames, Rows, layer_names
 
 from ._init import FREE, decompose, init_lora_, known_scheme
-from ._lora_forward import LoraFactors, dropout_now
+from ._lora_forward import LoraFactors, dropout_now, lora_forward
 from ._magnitude import Magnitude, scaled_forward
 from ._participants import Participants
 from .base._dense import BaseLayer, DenseParameters
@@ -366,6 +366,8 @@ class LoraLayer(Participants):
         for i, name in enumerate(names):
             if self.use_dora[name]:
                 factors[i] = factors[i]._replace(magnitude=self._magnitude(name).flatten())
+        if all(f.magnitude is None for f in factors):
+            return lora_forward(x, base, factors, rows)
 
         def dense() -> DenseParameters:
             return self.base_weight.matrix(), self.bias

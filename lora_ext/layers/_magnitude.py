@@ -58,12 +58,10 @@ def scaled_forward(
         dense: function that returns the weight and bias of ``base``, as :func:`readable_weight`
             does. It is called after ``base``, because with ZeRO-3 the forward of ``base`` releases
             the gathered weight.
-        adapters: factors of the adapters.
+        adapters: factors of the adapters, of which at least one has a magnitude.
         rows: assignment of the rows to the adapters; None applies all adapters to all rows, in
             order.
     """
-    if all(f.magnitude is None for f in adapters):
-        return lora_forward(x, base, adapters, rows)
     if rows is None:
         return _in_order(x, base, dense, adapters)
     # One call computes the rows of all adapters without DoRA. The rows of each DoRA adapter are

@@ -58,14 +58,24 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
         refuse_exact(self.base_layer, why)
         if why or not simple:
             return self.of_peft.forward(self, x, *args, **kwargs)
-        each = [self._factors(name) for name in active]
+        parts = [self._parts(name) for name in active]
+        each = [self._factors(name, own) for name, own in zip(active, parts, strict=True)]
         if any(f.a.dtype != x.dtype for f in each) or torch.is_autocast_enabled(x.device.type):
             return self.of_peft.forward(self, x, *args, **kwargs)
         for factors in each:
             if factors.before is not None:
                 x = x * factors.before
-        sums = [LoraFactors(f.a, f.b, f.scaling, 0.0, f.bias) for f in each if f.a.shape[0]]
+        sums, updates = [], []
+        trains = torch.is_grad_enabled() and not getattr(self.base_layer, "exact", False)
+        for name, own, f in zip(active, parts, each, strict=True):
+            plan = self.plans[name]
+            if trains and (update := plan.kind.update(x, own, plan.fields)) is not None:
+                updates.append(update if f.scaling == 1 else f.scaling * update)
+            elif f.a.shape[0]:
+                sums.append(LoraFactors(f.a, f.b, f.scaling, 0.0, f.bias))
         y = lora_forward(x, self.base_layer, sums, None) if sums else self.base_layer(x)
+        for update in updates:
+            y = y + update
         for factors in each:
             if factors.after is not None:
                 y = y * factors.after.scale
@@ -91,10 +101,12 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
 
     def _plan(self, adapter: str) -> _Plan | None:
         """Return the plan of an adapter, or None if the layer has none of a known kind."""
-        config, plan = self.configs[adapter], self.plans.get(adapter)
-        kind = known_kind(config) if plan is None or plan.config is not config else None
-        if kind is None:
+        config, plan = self.configs.get(adapter), self.plans.get(adapter)
+        if plan is not None and plan.config is config:
             return plan
+        kind = None if config is None else known_kind(config)
+        if kind is None or config is None:
+            return None
         layer: Any = self
         own = {
             key: getattr(layer, key)[adapter] for key in ("r", "alpha") if _has(layer, key, adapter)
@@ -114,15 +126,19 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
         self.plans[adapter] = plan = _Plan(config, kind, fields, spec, stores, why)
         return plan
 
-    def _factors(self, adapter: str) -> Factors:
+    def _parts(self, adapter: str) -> dict[str, Tensor]:
         layer: Any = self
-        plan: Any = self.plans[adapter]
         parts: dict[str, Tensor] = {}
-        for stem, store in plan.stores.items():
+        for stem, store in self.plans[adapter].stores.items():
             value: Any = getattr(layer, store)[adapter]
             if stem == "tinylora_v":  # a dict, of which the layer has one key
                 stem, value = f"{stem}.0", value[layer._tinylora_v_key[adapter]]
             parts[stem] = getattr(value, "weight", value)
+        return parts
+
+    def _factors(self, adapter: str, parts: dict[str, Tensor]) -> Factors:
+        layer: Any = self
+        plan = self.plans[adapter]
         factors = plan.kind.read(parts, plan.fields, plan.spec)
         if plan.kind.name != "ADALORA" and _has(layer, "scaling", adapter):
             factors = factors._replace(scaling=layer.scaling[adapter])

@@ -27,6 +27,7 @@ from lora_ext.layers import (
     dropout_now,
     forward_of_the_rest,
     is_plain,
+    lora_forward,
     scaled_forward,
 )
 from lora_ext.rows import BASE, Assignment, Layout, together
@@ -146,6 +147,8 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
                 weight, used = self._dense()[0], of_rows is None or i in of_rows.used
                 norm = _norm(kept, weight, factors[i], adapter_name=name) if used else None
                 factors[i] = factors[i]._replace(magnitude=kept.weight, norm=norm)
+        if all(f.magnitude is None for f in factors):
+            return lora_forward(x, self.base_layer, factors, of_rows)
         return scaled_forward(x, self.base_layer, self._dense, factors, of_rows)
 
     def _refused(
