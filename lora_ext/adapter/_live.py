@@ -46,12 +46,12 @@ def live_adapter(
         adapter = _chosen(adapter, configs, active, where)
         from peft import get_peft_model_state_dict
 
-        keys = (key for name in model.state_dict() if (key := parse_key(name)))
+        tensors = model.state_dict()
+        keys = (key for name in tensors if (key := parse_key(name)))
         names = (key.module.rpartition(".")[2] for key in keys if key.adapter == adapter)
         whole = not {*_SAVED_WHOLE}.isdisjoint(names)
-        # PEFT's default would look the base model up on the Hub.
-        options = {"adapter_name": adapter, "save_embedding_layers": whole}
-        return configs[adapter], get_peft_model_state_dict(model, **options)
+        # PEFT's default for the last argument would look the base model up on the Hub.
+        return configs[adapter], get_peft_model_state_dict(model, tensors, adapter, False, whole)
     if not layers:
         expected = "a PEFT model, or one with layers of lora_ext.nn"
         raise ValueError(f"{where}: expected {expected}, found none in a {type(model).__name__}")

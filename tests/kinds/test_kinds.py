@@ -447,6 +447,19 @@ def test_command_line_takes_every_kind_or_refuses_it_by_name(
             assert LoraAdapter.load(out).kind == "LORA"
 
 
+@pytest.mark.parametrize("case", ["lora", "vera"])
+def test_live_adapters_are_read_without_the_hub_or_warnings(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, config = mlp(), peft.LoraConfig(lora_bias=True, **T) if case == "lora" else CASES[case]()
+    base.name_or_path = "owner/model"  # pyright: ignore
+    model = peft.get_peft_model(base, config)
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LoraAdapter.from_model(model).modules.keys() == {"up", "down"}
+
+
 def test_federation_refuses_other_kinds_by_name() -> None:
     model = peft.get_peft_model(mlp(), CASES["ia3"]())
     with pytest.raises(ValueError, match=r"adapter_name: .*, found 'default' with peft_type='IA3'"):
