@@ -238,10 +238,8 @@ class LoraAdapter:
             if split(key) is None and name in index.weights:
                 in_file = PREFIX + key.removeprefix(PREFIX)
                 (replacements if _replaces(config, name) else beside)[in_file] = tensors.read(key)
-        parts = {}
-        if config.peft_type != "LORA":
-            groups = (checked.shared, *checked.keys.values())
-            parts = {key: tensors.read(key) for keys in groups for key in keys.values()}
+        groups = (checked.shared, *checked.keys.values()) if config.peft_type != "LORA" else ()
+        parts = {key: tensors.read(key) for keys in groups for key in keys.values()}
         return cls(config, modules, beside, replacements, parts)
 
     def __eq__(self, other: object) -> bool:

@@ -213,11 +213,6 @@ def variants(name: str) -> list[Kind]:
     return [kind for (each, when), kind in _kinds.items() if each == name and when]
 
 
-def fields_of(name: str) -> frozenset[str]:
-    """Return the configuration fields that the kinds of one name read."""
-    return frozenset().union(*(kind.fields for kind in (kind_of(name), *variants(name))))
-
-
 # -------------------------------------------------------------------------------------------------
 # Types of PEFT that cannot be read as factors, with the reasons.
 
