@@ -58,6 +58,7 @@ TARGETS = {
 # x and of all parameters of the adapter.
 KINDS: dict[str, tuple[Any, tuple[float, float]]] = {
     "LoRA, rank 16": (peft.LoraConfig(r=16), (0.85, 0.85)),
+    "DoRA, rank 16": (peft.LoraConfig(r=16, use_dora=True), (0.85, 0.85)),
     "AdaLoRA, rank 16": (peft.AdaLoraConfig(init_r=16, total_step=9), (0.85, 0.85)),
     "VeRA, rank 256": (peft.VeraConfig(r=256), (0.85, 0.85)),
     "MiSS, rank 64": (peft.MissConfig(r=64), (0.85, 0.85)),

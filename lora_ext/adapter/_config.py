@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from lora_ext._checks import WrongKind, integer, number, require
-from lora_ext.kinds import Kind, fields_of, kind_of, refusal, variants
+from lora_ext.kinds import Kind, kind_of, refusal, variants
 from lora_ext.layers import FREE, LoraConfig, checked_names, matches_suffix
 
 from ._model_index import ModelIndex
@@ -49,7 +49,7 @@ _READ = (
     | frozenset(
         "fan_in_fan_out target_parameters alora_invocation_tokens trainable_token_indices".split()
     )
-    | fields_of("LORA")
+    | kind_of("LORA").fields.union(*(kind.fields for kind in variants("LORA")))
 )
 _VARIANTS = [kind.when for kind in variants("LORA")]
 _REFUSED_BESIDE = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,10 +9,10 @@ from torch import Tensor, nn
 
 from lora_ext._checks import require
 from lora_ext.kinds import variants
-from lora_ext.layers import LoraLayer, matches_suffix
+from lora_ext.layers import LoraLayer
 
-from ._config import OWN_INITS, alpha_of, patterns
-from ._peft_tensors import PREFIX, parse_key
+from ._config import OWN_INITS, AdapterConfig
+from ._peft_tensors import parse_key
 
 # If target_modules contain one of these names, PEFT saves the base weight with the factors.
 _SAVED_WHOLE = ("embed_tokens", "lm_head")
@@ -45,12 +44,14 @@ def live_adapter(
             if callable(active):  # a method in transformers, a property in PEFT
                 active = active()
         adapter = _chosen(adapter, configs, active, where)
-        config = configs[adapter]
-        if getattr(config.peft_type, "value", config.peft_type) != "LORA":
-            from peft import get_peft_model_state_dict
+        from peft import get_peft_model_state_dict
 
-            return config, get_peft_model_state_dict(model, adapter_name=adapter)
-        return config, _state(model, adapter)
+        tensors = model.state_dict()
+        keys = (key for name in tensors if (key := parse_key(name)))
+        names = (key.module.rpartition(".")[2] for key in keys if key.adapter == adapter)
+        whole = not {*_SAVED_WHOLE}.isdisjoint(names)
+        # PEFT's default for the last argument would look the base model up on the Hub.
+        return configs[adapter], get_peft_model_state_dict(model, tensors, adapter, False, whole)
     if not layers:
         expected = "a PEFT model, or one with layers of lora_ext.nn"
         raise ValueError(f"{where}: expected {expected}, found none in a {type(model).__name__}")
@@ -59,7 +60,10 @@ def live_adapter(
     adapter = _chosen(adapter, known, active, where)
     layers = {name: layer for name, layer in layers.items() if adapter in layer.adapter_names}
     names = [name for name, _ in model.named_modules()]
-    return _describe(layers, adapter, names, where), _state(model, adapter)
+    tensors = model.state_dict()
+    keys = ((name, parse_key(name)) for name in tensors)
+    state = {name: tensors[name] for name, key in keys if key and key.adapter == adapter}
+    return _describe(layers, adapter, names, where), state
 
 
 def _chosen(adapter: str | None, known: Iterable[str], active: Iterable[str], where: str) -> str:
@@ -70,43 +74,6 @@ def _chosen(adapter: str | None, known: Iterable[str], active: Iterable[str], wh
         return active[0]
     require(adapter in known, where, "adapter", f"one of {list(known)}", repr(adapter))
     return adapter
-
-
-def _state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    tensors = model.state_dict()
-    keys = {name: parse_key(name) for name in tensors}
-    found = {n: k for n, k in keys.items() if k is not None and k.adapter == adapter}
-    whole = tuple(
-        f"{k.module}.base_layer."
-        for k in found.values()
-        if k.module.rpartition(".")[2] in _SAVED_WHOLE and hasattr(model, "peft_config")
-    )
-    beside = [name for name in tensors if name.removeprefix(PREFIX).startswith(whole)]
-    state = {name: tensors[name] for name in (*found, *beside)}
-    return state | _replacements(model, adapter, tensors)
-
-
-def _replacements(
-    model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the trained tensors that replace tensors of the base model, by name in PEFT's
-    files."""
-    own = f".modules_to_save.{adapter}."
-    found = {name.replace(own, "."): value for name, value in tensors.items() if own in name}
-    own, seen = f".trainable_tokens_delta.{adapter}", set()
-    for name, value in tensors.items():
-        if name.endswith(own) and value.data_ptr() not in seen:  # a tied head shares this tensor
-            seen.add(value.data_ptr())
-            found[name.removesuffix(f".{adapter}")] = value
-    configs: Any = getattr(model, "peft_config", {})
-    bias = getattr(configs.get(adapter), "bias", "none")
-    if bias != "none":
-        only = ".base_layer.bias" if bias == "lora_only" else ".bias"
-        for name, value in tensors.items():
-            wrapped = ".modules_to_save." in name or ".original_module." in name
-            if name.endswith(only) and parse_key(name) is None and not wrapped:
-                found[name] = value
-    return found
 
 
 def _describe(
@@ -132,29 +99,19 @@ def _describe(
     rslora = all(layer.use_rslora[adapter] for layer in layers.values())
     ranks = {name: layer.r[adapter] for name, layer in layers.items()}
     # Alphas are computed from the scale, which users may change without lora_alpha.
-    alphas = {n: alpha_of(x.scaling[adapter], ranks[n], rslora) for n, x in layers.items()}
+    scalings = {name: layer.scaling[adapter] for name, layer in layers.items()}
     rates = {float(getattr(layer.lora_dropout[adapter], "p", 0.0)) for layer in layers.values()}
     invocations = {layer.alora_invocation_tokens.get(adapter, ()) for layer in layers.values()}
     alike, expected = len(invocations) == 1, "the same tokens in every layer"
     require(alike, where, "alora_invocation_tokens", expected, f"{invocations!r:.200}")
-    r, rank_pattern = patterns(ranks)
-    lora_alpha, alpha_pattern = patterns(alphas)
-    others = [n for n in names if n not in layers and matches_suffix(n, frozenset(layers))]
-    return {
+    raw = {
         "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "use_rslora": rslora,
         **{kind.when: everywhere(kind.when) for kind in variants("LORA")},
         "lora_bias": everywhere("lora_bias"),
         "lora_dropout": max(rates),  # PEFT's configuration has one rate for all layers
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
-        "bias": "none",
         "init_lora_weights": init,
-        "target_modules": sorted(layers),
-        # PEFT matches the ends of names, so longer names that end like a target are excluded.
-        "exclude_modules": "|".join(map(re.escape, sorted(others))) or None,
         **({"alora_invocation_tokens": list(i)} if (i := invocations.pop()) else {}),
     }
+    config = AdapterConfig.parse(raw, where).fitted(ranks, scalings, names, use_rslora=rslora)
+    return config.to_dict()

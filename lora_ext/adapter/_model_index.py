@@ -13,7 +13,7 @@ import operator
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -138,8 +138,7 @@ class ModelIndex:
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:
         """All modules that can have an adapter."""
-        embedding = {name: replace(s, embedding=True) for name, s in self.embedding.items()}
-        return self.linear | embedding
+        return self.linear | self.embedding
 
     @cached_property
     def specs(self) -> dict[str, LinearSpec]:
@@ -214,9 +213,9 @@ class ModelIndex:
                 continue
             if not _wanted(name, targets):
                 continue
-            plain = type(module) in (nn.Linear, nn.Embedding)
             stores = stored(getattr(module, "weight", None), name)
-            found[name] = LinearSpec(name, *size, *stores, plain=plain)
+            own = name, *size, *stores, (), 1, type(module) in (nn.Linear, nn.Embedding)
+            found[name] = LinearSpec(*own, embedding=found is embedding)
             if parent is not None and name.rpartition(".")[2] in bypassed(parent):
                 skipped[name] = type(parent).__name__
         expected = "at least one Linear, Conv1D or Embedding module matching targets="

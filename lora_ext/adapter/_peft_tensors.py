@@ -101,28 +101,18 @@ def factor_keys(
     """
     halves: dict[str, dict[str, str]] = {}
     for key in keys:
-        read = _read_key(key)
-        if read is not None:
-            module, factor, adapter = read
-            if adapter_name is None or adapter in (None, adapter_name):
-                halves.setdefault(module, {})[factor] = key
+        published, parsed = _PUBLISHED.fullmatch(key.removeprefix(PREFIX)), parse_key(key)
+        if parsed is None and published is not None:
+            parsed = Key(published["module"], f"{published['factor']}.weight")
+        factor = None if parsed is None else _FACTORS.get(parsed.role)
+        if parsed and factor and (adapter_name is None or parsed.adapter in (None, adapter_name)):
+            halves.setdefault(parsed.module, {})[factor] = key
     for module, half in halves.items():
         if len(half) < 2:
             ((factor, key),) = half.items()
             found = f"{key} without its lora_{'B' if factor == 'A' else 'A'}"
             raise KeyError(f"{where}: {module}: expected lora_A and lora_B, found {found}")
     return {module: (half["A"], half["B"]) for module, half in halves.items()}
-
-
-def _read_key(key: str) -> tuple[str, str, str | None] | None:
-    """Return the module, the factor ("A" or "B") and the adapter in a name, or None if it is not
-    the name of a factor."""
-    parsed = parse_key(key)
-    if parsed is not None:
-        factor = _FACTORS.get(parsed.role)
-        return None if factor is None else (parsed.module, factor, parsed.adapter)
-    match = _PUBLISHED.fullmatch(key.removeprefix(PREFIX))
-    return None if match is None else (match["module"], match["factor"], None)
 
 
 class TensorSource(Protocol):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -118,6 +119,13 @@ class LoraAdapter:
                 expected = f"names of the adapter's {len(self.modules)} modules"
                 raise ValueError(f"{where}: expected {expected}, found {name!r:.200}")
 
+    def refuse_scales(self, where: str) -> None:
+        """Raise NotImplementedError for a kind other than LoRA that scales outputs or inputs."""
+        kind = self.config.kind
+        found = f"{kind.rescales}; merge this adapter into the base weight first"
+        fits = kind.sums or not self.parts
+        require(fits, where, "peft_type", f"no {kind.title}", found, NotImplementedError)
+
     def with_modules(
         self,
         modules: Mapping[str, Factors],
@@ -145,11 +153,7 @@ class LoraAdapter:
                 for key, weight in self.base_weights.items()
                 if not key.removeprefix(PREFIX).startswith(gone)
             }
-        kind = self.config.kind
-        found = f"{kind.rescales}; merge the adapter into the base weight instead"
-        where = f"{self.config.where}: peft_type={kind.name}"
-        fits = kind.sums or not self.parts
-        require(fits, where, "modules", "an update that is a sum", found, NotImplementedError)
+        self.refuse_scales(self.config.where)
         ranks = {name: factors.a.shape[0] for name, factors in modules.items()}
         scalings = {name: factors.scaling for name, factors in modules.items()}
         config = self.config.fitted(ranks, scalings, self.modules, **changes)
@@ -182,9 +186,8 @@ class LoraAdapter:
         if config.target_modules is None:  # PEFT would choose by the model's type
             config = dataclasses.replace(config, target_modules=tuple(sorted(self.modules)))
         state = self.state_dict()
-        with open_adapter((config, state)) as (_, tensors):
-            # strict=False: unused tensors were skipped or rejected when the adapter was loaded.
-            meant = self._read(config, tensors, strict=False, copy=False)
+        # strict=False: unused tensors were skipped or rejected when the adapter was loaded.
+        meant = self._read(config, StateDict(state, "state dict"), strict=False, copy=False)
         for name, factors in () if self.parts else self.modules.items():
             configured, found = meant.modules[name].scaling, factors.scaling
             expected = f"{configured}, as in the configuration"
@@ -227,7 +230,7 @@ class LoraAdapter:
         try:
             modules = {spec.name: f for spec, f in checked.modules()}
         except UnknownSize as error:
-            modules = _NoFactors(checked.keys, error)
+            modules = _NoFactors(checked.keys, f"{config.kind.title}: {error}")
         beside: dict[str, Tensor] = {}
         replacements: dict[str, Tensor] = {}
         for key in tensors.infos:
@@ -235,10 +238,8 @@ class LoraAdapter:
             if split(key) is None and name in index.weights:
                 in_file = PREFIX + key.removeprefix(PREFIX)
                 (replacements if _replaces(config, name) else beside)[in_file] = tensors.read(key)
-        parts = {}
-        if config.peft_type != "LORA":
-            groups = (checked.shared, *checked.keys.values())
-            parts = {key: tensors.read(key) for keys in groups for key in keys.values()}
+        groups = (checked.shared, *checked.keys.values()) if config.peft_type != "LORA" else ()
+        parts = {key: tensors.read(key) for keys in groups for key in keys.values()}
         return cls(config, modules, beside, replacements, parts)
 
     def __eq__(self, other: object) -> bool:
@@ -293,23 +294,15 @@ def _same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bo
 # Without a model, the module names and shapes are inferred from the tensors.
 
 
-class _NoFactors(Mapping[str, Factors]):
+class _NoFactors(UserDict[str, Any]):
     """Modules of an adapter without all sizes in its file; reading one raises an error."""
 
-    def __init__(self, names: Iterable[str], error: UnknownSize):
-        self._names, self._error = tuple(names), error
+    def __init__(self, names: Iterable[str], why: str):
+        super().__init__(dict.fromkeys(names))
+        self.why = why
 
     def __getitem__(self, name: str) -> Factors:
-        raise UnknownSize(f"{name}: {self._error}")
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        raise UnknownSize(f"{name}: {self.why}")
 
 
 class _Unknown(BaseWeights):
@@ -371,7 +364,6 @@ def _implied_index(
         rank, inputs, *kernel = found.get(stems["a"], (0, 0))
         out, columns, *_ = found.get(stems["b"], (0, 0))
         groups = rank // columns if kernel and columns and rank % columns == 0 else 1
-        (embedding if is_embedding else linear)[name] = LinearSpec(
-            name, inputs, out, torch.float32, torch.device("cpu"), tuple(kernel), groups
-        )
+        own = name, inputs, out, torch.float32, torch.device("cpu"), tuple(kernel), groups
+        (embedding if is_embedding else linear)[name] = LinearSpec(*own, embedding=is_embedding)
     return ModelIndex(linear, embedding, {}, None, None, _Unknown(config), shared=False)

@@ -238,11 +238,7 @@ def _sized(where: str, adapters: Mapping[str, LoraAdapter]) -> dict[str, LoraAda
     """Return the adapters, with the sizes that a file lacks taken from the others."""
     sizes: dict[str, tuple[int, int]] = {}
     for label, value in adapters.items():
-        kind = value.config.kind
-        found = f"{kind.rescales}; merge this adapter into the base weight first"
-        fits = kind.sums or not value.parts
-        at = f"{where}: {label}"
-        require(fits, at, "peft_type", f"no {kind.title}", found, NotImplementedError)
+        value.refuse_scales(f"{where}: {label}")
         for name, f in value.modules.items() if value.complete else ():
             sizes[name] = f.a.shape[1], f.b.shape[0]
     return {label: value.with_sizes(sizes) for label, value in adapters.items()}

@@ -53,7 +53,11 @@ def resize_adapter(
     Source: LEGEND, which changes ranks between rounds; Eckart and Young, 1936.
     """
     adapter = LoraAdapter.of(adapter)
-    ranks = _ranks(adapter, rank)
+    at = "resize_adapter: rank"
+    given = rank if isinstance(rank, Mapping) else dict.fromkeys(adapter.modules, rank)
+    adapter.check_names(at, given)
+    ranks = {name: factors.a.shape[0] for name, factors in adapter.modules.items()}
+    ranks |= {name: integer(at, name, value, 0, _MAX_RANK) for name, value in given.items()}
     generator = generator or torch.Generator().manual_seed(0)
     modules: dict[str, Factors] = {}
     errors: dict[str, float] = {}
@@ -74,14 +78,6 @@ def resize_adapter(
         if ranks[name]:
             modules[name] = found
     return adapter.with_modules(modules), errors
-
-
-def _ranks(adapter: LoraAdapter, rank: int | Mapping[str, int]) -> dict[str, int]:
-    where = "resize_adapter: rank"
-    given = rank if isinstance(rank, Mapping) else dict.fromkeys(adapter.modules, rank)
-    adapter.check_names(where, given)
-    own = {name: factors.a.shape[0] for name, factors in adapter.modules.items()}
-    return own | {name: integer(where, name, value, 0, _MAX_RANK) for name, value in given.items()}
 
 
 @torch.no_grad()
@@ -113,7 +109,14 @@ def prune_adapter(
     where = "prune_adapter"
     adapter = LoraAdapter.of(adapter)
     choice(where, "mode", mode, get_args(PruneMode))
-    kept = _names(adapter, keep)
+    if callable(keep):
+        kept = {name for name in adapter.modules if keep(name)}
+    elif isinstance(keep, str) or not isinstance(keep, Iterable):
+        expected = "full names of modules or a function of a name"
+        raise TypeError(f"{where}: keep: expected {expected}, found {keep!r:.200}")
+    else:
+        kept = tuple(keep)
+        adapter.check_names(f"{where}: keep", kept)
     if mode == "remove":
         return adapter.with_modules({n: f for n, f in adapter.modules.items() if n in kept})
     modules = dict(adapter.modules)
@@ -128,15 +131,3 @@ def prune_adapter(
     if adapter.parts:
         return adapter.with_modules(modules)
     return LoraAdapter(adapter.config, modules, adapter.base_weights, adapter.replacements)
-
-
-def _names(adapter: LoraAdapter, keep: Iterable[str] | Callable[[str], bool]) -> set[str]:
-    where = "prune_adapter: keep"
-    if callable(keep):
-        return {name for name in adapter.modules if keep(name)}
-    if isinstance(keep, str) or not isinstance(keep, Iterable):
-        expected = "full names of modules or a function of a name"
-        raise TypeError(f"{where}: expected {expected}, found {keep!r:.200}")
-    names = list(keep)
-    adapter.check_names(where, names)
-    return set(names)

@@ -48,7 +48,7 @@ def merge(arguments: Namespace) -> int:
     rows = [
         {
             "module": name,
-            "ranks": [v.modules[name].a.shape[0] if name in v.modules else 0 for v in adapters],
+            "ranks": [_rank(adapter, name) for adapter in adapters],
             "r": factors.a.shape[0],
             "norm": product_norm(factors),
         }
@@ -151,6 +151,13 @@ def prune(arguments: Namespace) -> int:
     }
     show({"out": arguments.out, **used, **describe(found)}, rows, arguments.json)
     return 0
+
+
+def _rank(adapter: LoraAdapter, module: str) -> int | None:
+    """Return the rank of a module, 0 without it, or None if the adapter's file lacks its size."""
+    if not adapter.complete:
+        return None
+    return adapter.modules[module].a.shape[0] if module in adapter.modules else 0
 
 
 def _check_out(out: str) -> None:

@@ -7,7 +7,7 @@ module, and as scales of the outputs or inputs, if it has any. It knows neither 
 import importlib
 import pkgutil
 
-from ._kind import After, Factors, Kind, Part, fields_of, kind_of, refusal, register_kind, variants
+from ._kind import After, Factors, Kind, Part, kind_of, refusal, register_kind, variants
 from ._magnitude import normed
 
 # Every other file of this folder registers its kinds when it is imported.

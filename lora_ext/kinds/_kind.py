@@ -134,6 +134,11 @@ class Kind:
         """
         raise NotImplementedError
 
+    def update(self, x: Tensor, parts: Tensors, config: Config) -> Tensor | None:
+        """Return the update of the output for ``x`` ``(..., I)`` as training computes it, or None
+        to use the factors: a kind of few parameters can skip the gradients of A and B."""
+        return None
+
     def after(self, parts: Tensors, factors: Factors, weight: Any) -> After | None:
         """Return the scales of the outputs, or None."""
         return None
@@ -206,11 +211,6 @@ def kind_of(name: str, config: Config | None = None) -> Kind:
 def variants(name: str) -> list[Kind]:
     """Return the kinds of a name that a configuration field selects."""
     return [kind for (each, when), kind in _kinds.items() if each == name and when]
-
-
-def fields_of(name: str) -> frozenset[str]:
-    """Return the configuration fields that the kinds of one name read."""
-    return frozenset().union(*(kind.fields for kind in (kind_of(name), *variants(name))))
 
 
 # -------------------------------------------------------------------------------------------------

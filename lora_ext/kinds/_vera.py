@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+from torch.nn.functional import linear
+
 from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
@@ -37,6 +40,13 @@ class Vera(Kind):
         d, b, first, last = (parts[f"{stem}_{each}"] for each in ("lambda_d", "lambda_b", "A", "B"))
         a = d[:r, None] * first[:r, : spec.in_features]
         return Factors(a, b[:, None] * last[: spec.out_features], 1.0)
+
+    def update(self, x: Tensor, parts: Tensors, config: Config) -> Tensor:
+        """Return the update, with the scales applied to activations, whose gradients are small."""
+        r, stem = config.get("r"), self.name.lower()
+        d, b, first, last = (parts[f"{stem}_{each}"] for each in ("lambda_d", "lambda_b", "A", "B"))
+        inner = d[:r] * linear(x, first[:r, : x.shape[-1]])  # (..., r)
+        return b * linear(inner, last[: len(b)])
 
 
 class Pvera(Vera):

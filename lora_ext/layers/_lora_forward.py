@@ -50,6 +50,10 @@ class LoraFactors(NamedTuple):
     p: float = 0.0  # current dropout probability: 0 outside training
     bias: Tensor | None = None  # (O,): PEFT's lora_bias
     seed: Tensor | None = None  # dropout seed, one int64 on the device of x; None draws a new seed
+    # Only for `scaled_forward`: the magnitude (O,), or None, and the norm (O,) of the sum of base
+    # weight and update; None computes the norm.
+    magnitude: Tensor | None = None
+    norm: Tensor | None = None
 
 
 def dropout_now(dropout: nn.Module) -> float:
@@ -129,7 +133,7 @@ def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFact
     In decoding, the Python code of the general function would take longer than the op.
     """
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
-    a, b, scaling, p, _, own_seed = f
+    a, b, scaling, p, _, own_seed, *_ = f
     num_rows, device = x2d.shape[0], x.device
     if isinstance(scaling, Tensor):
         (ids, plan), scale = all_rows(num_rows, device), scales((scaling,), device)

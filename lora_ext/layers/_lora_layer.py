@@ -363,14 +363,16 @@ class LoraLayer(Participants):
     ) -> Tensor:
         """Compute ``base(x)`` plus the updates of the adapters ``names``; ``x`` is ``(..., I)``."""
         factors = [self.factors(name) for name in names]
-        if not any(self.use_dora[name] for name in names):
+        for i, name in enumerate(names):
+            if self.use_dora[name]:
+                factors[i] = factors[i]._replace(magnitude=self._magnitude(name).flatten())
+        if all(f.magnitude is None for f in factors):
             return lora_forward(x, base, factors, rows)
-        magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
 
         def dense() -> DenseParameters:
             return self.base_weight.matrix(), self.bias
 
-        return scaled_forward(x, base, dense, factors, magnitudes, rows)
+        return scaled_forward(x, base, dense, factors, rows)
 
 
 def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:

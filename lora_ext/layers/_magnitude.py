@@ -45,9 +45,7 @@ def scaled_forward(
     base: BaseLayer,
     dense: Callable[[], DenseParameters],
     adapters: Sequence[LoraFactors],
-    magnitudes: Sequence[Tensor | None],
     rows: Rows | None = None,
-    norms: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Compute :func:`lora_forward` for adapters with and without a magnitude.
 
@@ -60,28 +58,22 @@ def scaled_forward(
         dense: function that returns the weight and bias of ``base``, as :func:`readable_weight`
             does. It is called after ``base``, because with ZeRO-3 the forward of ``base`` releases
             the gathered weight.
-        adapters: factors of the adapters.
-        magnitudes: magnitude ``(O,)`` of each adapter, or None for an adapter without DoRA.
+        adapters: factors of the adapters, of which at least one has a magnitude.
         rows: assignment of the rows to the adapters; None applies all adapters to all rows, in
             order.
-        norms: result of :func:`lora_ext.ops.lora_dora_norm` for each adapter; norms that are None
-            are computed.
     """
-    norms = [None] * len(adapters) if norms is None else norms
     if rows is None:
-        return _in_order(x, base, dense, adapters, magnitudes, norms)
+        return _in_order(x, base, dense, adapters)
     # One call computes the rows of all adapters without DoRA. The rows of each DoRA adapter are
     # computed in a separate call.
-    plain = [i for i in rows.used if magnitudes[i] is None]
-    plain_rows = subset(rows, [slot for slot, i in enumerate(rows.used) if i in plain])
-    y = lora_forward(x, base, adapters, plain_rows)
+    plain = [slot for slot, i in enumerate(rows.used) if adapters[i].magnitude is None]
+    y = lora_forward(x, base, adapters, subset(rows, plain))
     read = dense()  # in all processes, even without DoRA rows: ZeRO-3 gathers the weight
     x2d, y2d = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     for slot, i in enumerate(rows.used):
-        magnitude = magnitudes[i]
-        if magnitude is not None:
+        if slot not in plain:
             own = (rows.ids == slot).nonzero()[:, 0]
-            part = _scaled(x2d[own], y2d[own], read, adapters[i], magnitude, norms[i])
+            part = _scaled(x2d[own], y2d[own], read, adapters[i])
             y2d = y2d.index_copy(0, own, part.to(y2d.dtype))
     return y2d.view(y.shape)
 
@@ -91,43 +83,30 @@ def _in_order(
     base: BaseLayer,
     dense: Callable[[], DenseParameters],
     adapters: Sequence[LoraFactors],
-    magnitudes: Sequence[Tensor | None],
-    norms: Sequence[Tensor | None],
 ) -> Tensor:
-    first, magnitude = adapters[0], magnitudes[0]
-    plain_base = dense_parameters(base)
+    first = adapters[0]
     # The fused op would use torch's product, which is not exact.
     exact = isinstance(base, PackedLinear) and base.exact
     alone = len(adapters) == 1 and first.p == 0 and not exact
-    if alone and magnitude is not None and fuses(x, plain_base, first):
+    if alone and fuses(x, dense_parameters(base), first):
         read = weight, bias = dense()
         y = fused_forward(x, read, first)
-        scale = _scale(weight, first, magnitude, norms[0])
+        scale = _scale(weight, first)
         scaled = y * scale
         # The bias is not part of the direction, so it is not scaled. A scale of 1 leaves y
         # unchanged.
         return (scaled if bias is None else scaled + bias * (1 - scale)).to(y.dtype)
     y = base_product(base, x)
     dtype, read = y.dtype, dense()
-    for f, magnitude, norm in zip(adapters, magnitudes, norms, strict=True):
-        if magnitude is None:
-            y = y + lora_update(x, [f])
-        else:
-            y = _scaled(x, y, read, f, magnitude, norm)
+    for f in adapters:
+        y = y + lora_update(x, [f]) if f.magnitude is None else _scaled(x, y, read, f)
     return y.to(dtype)
 
 
-def _scaled(
-    x: Tensor,
-    y: Tensor,
-    dense: DenseParameters,
-    f: LoraFactors,
-    magnitude: Tensor,
-    norm: Tensor | None,
-) -> Tensor:
+def _scaled(x: Tensor, y: Tensor, dense: DenseParameters, f: LoraFactors) -> Tensor:
     """Apply a DoRA adapter to ``y``, the output of the base layer and the earlier adapters."""
     weight, bias = dense
-    scale = _scale(weight, f, magnitude, norm)
+    scale = _scale(weight, f)
     if f.p == 0:
         inner = y if bias is None else y - bias
         update = lora_update(x, [f])
@@ -142,5 +121,6 @@ def _scaled(
     return y + (scale - 1) * inner + scale * update
 
 
-def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor, norm: Tensor | None) -> Tensor:
-    return normed(magnitude, weight, f.a, f.b, f.scaling, norm)
+def _scale(weight: Tensor, f: LoraFactors) -> Tensor:
+    assert f.magnitude is not None  # the callers have checked it
+    return normed(f.magnitude, weight, f.a, f.b, f.scaling, f.norm)

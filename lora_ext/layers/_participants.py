@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._torch import compiles
+from lora_ext.kinds import variants
 from lora_ext.rows import (
     NOBODY,
     Assignment,
@@ -35,7 +36,6 @@ class Participants(Merging):
     #: Names of the adapters that are switched off only while the layer is in training mode.
     off_in_training: frozenset[str]
     disable_adapters: bool
-    use_dora: dict[str, bool]
 
     #: True if the input is ``(tokens, sequences, features)``.
     tokens_first = False
@@ -142,13 +142,12 @@ class Participants(Merging):
         return layer_rows(reachable, default, leading, device, self.tokens_first, self._of_tokens)
 
     def _refuse_rescaled(self, names: Iterable[str]) -> None:
-        """Raise NotImplementedError if one of these adapters of a mixture uses DoRA."""
-        for name in names:
-            if self.use_dora.get(name):
-                raise NotImplementedError(
-                    f"{type(self).__name__}: adapter_names: expected adapters without DoRA in rows "
-                    f"with weights or several adapters, found {name!r}, which uses DoRA"
-                )
+        """Raise NotImplementedError if one of these adapters of a mixture scales outputs."""
+        for name, kind in ((name, kind) for name in names for kind in variants("LORA")):
+            title, scales = kind.title, getattr(self, kind.when).get(name, False)
+            expected = f"adapters without {title} in rows with weights or several adapters"
+            where, found = type(self).__name__, f"{name!r}, which uses {title}"
+            require(not scales, where, "adapter_names", expected, found, NotImplementedError)
 
     def _default_position(self) -> int:
         active = [n for n in self._active if self._is_on(n)]

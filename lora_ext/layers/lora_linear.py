@@ -99,7 +99,8 @@ class LoraLinear(LoraLayer):
         Raises:
             ValueError: If the ids, names or weights do not match the rows or the adapters, or if
                 they are given while adapters are merged.
-            NotImplementedError: If a row with weights or several adapters uses DoRA.
+            NotImplementedError: If an adapter of a row with weights or several adapters scales
+                outputs.
         """
         given = adapter_ids if adapter_names is None else adapter_names
         if adapter_names is not None or adapter_weights is not None:

@@ -10,12 +10,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_ext
 from lora_ext import AdapterPool
 from lora_ext.adapter import LoraAdapter, merge_adapters, prune_adapter, resize_adapter
+from lora_ext.cli import main
+from lora_ext.federated import LoraLayerManager
 from lora_ext.interop.peft import report, to_peft
 from lora_ext.kinds import Factors, Kind, Part, kind_of, register_kind
 
@@ -413,3 +415,52 @@ def test_report_names_layers_that_are_not_called_or_need_peft() -> None:
     config = peft.PveraConfig(r=6, sample_at_inference=True, **T)
     samples = lora_ext.from_peft(peft.get_peft_model(mlp(), config)).eval()
     assert "sample_at_inference" in report(samples).left["base_model.model.up"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_command_line_takes_every_kind_or_refuses_it_by_name(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base").mkdir()
+    save_file(mlp().state_dict(), tmp_path / "base" / "model.safetensors")
+    (tmp_path / "aligned").mkdir()
+    other = {name: t + 0.1 * t.roll(1) for name, t in mlp().state_dict().items()}
+    save_file(other, tmp_path / "aligned" / "model.safetensors")
+    own, lora, out = (str(tmp_path / name) for name in ("own", "lora", "out"))
+    saved(case, tmp_path / "own")
+    saved("lora", tmp_path / "lora")
+    models = ["--base", str(tmp_path / "base"), "--aligned", str(tmp_path / "aligned")]
+    models += ["--direction", "smallest", "--num", "1", "--reference", "permutation"]
+    kind = kind_of(LoraAdapter.load(own).kind, {"use_dora": case == "dora"})
+    scaled, sizes = not kind.sums, case not in INCOMPLETE
+    for command, works in (
+        (["inspect", own], sizes),
+        (["diff", own, lora], sizes),
+        (["resize", own, "--rank", "3", "--out", out], sizes),
+        (["prune", own, *models, "--out", out], sizes and not scaled),
+        (["merge", own, lora, "--out", out], not scaled and case != "tinylora"),
+    ):
+        status, error = main(command), capsys.readouterr().err
+        assert status == (0 if works else 2), (command[0], error)
+        assert works or (kind.title in error and "Traceback" not in error), (command[0], error)
+        if works and "--out" in command:
+            assert LoraAdapter.load(out).kind == "LORA"
+
+
+@pytest.mark.parametrize("case", ["lora", "vera"])
+def test_live_adapters_are_read_without_the_hub_or_warnings(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, config = mlp(), peft.LoraConfig(lora_bias=True, **T) if case == "lora" else CASES[case]()
+    base.name_or_path = "owner/model"  # pyright: ignore
+    model = peft.get_peft_model(base, config)
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LoraAdapter.from_model(model).modules.keys() == {"up", "down"}
+
+
+def test_federation_refuses_other_kinds_by_name() -> None:
+    model = peft.get_peft_model(mlp(), CASES["ia3"]())
+    with pytest.raises(ValueError, match=r"adapter_name: .*, found 'default' with peft_type='IA3'"):
+        LoraLayerManager(model)

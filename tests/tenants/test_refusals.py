@@ -234,14 +234,18 @@ def test_causal_mixture_of_experts_is_accepted() -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
-)
+    [
+        {"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"},
+        {"peft_type=LOHA": peft.LoHaConfig}, {"peft_type=VERA": peft.VeraConfig},
+    ],
+)  # fmt: skip
 def test_saved_adapter_with_unsupported_fields_is_refused_by_name(
     made: Any, tmp_path: Path, more: dict[str, Any]
 ) -> None:
     service, tenant, _ = made
-    (field,) = more
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **more)
+    ((field, value),) = more.items()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **(more if "=" not in field else {}))
+    config = value(r=2, target_modules=["q_proj"]) if "=" in field else config
     peft.get_peft_model(llama(), config).save_pretrained(service.store.root / field)
     for call in (service.load, tenant.restore):
         with pytest.raises(ValueError, match=rf"^(load|restore): path: expected .* found {field} "):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.adapter import BaseModels, model_name
-from lora_ext.layers import adapters_of, switched_off
+from lora_ext.layers import adapter_parameters, adapters_of, switched_off
 from lora_ext.rows import (
     Assignment,
     PoolLayer,
@@ -40,7 +40,8 @@ def check_values(model: nn.Module) -> None:
         if not isinstance(layer, LoraLayer):
             continue
         for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
-            lost = any(p.is_meta for p in _parameters(factor)) and not hasattr(factor, "_hf_hook")
+            weight = getattr(factor, "weight", factor)  # a bare parameter in AdaLoRA
+            lost = weight.is_meta and not hasattr(factor, "_hf_hook")
             hook = getattr(layer.get_base_layer(), "_hf_hook", None)
             if lost and getattr(hook, "offload", False):
                 raise ValueError(
@@ -99,12 +100,7 @@ def trains(layer: Any, name: str) -> bool:
 
     All parameters of the adapter are read, so that ZeRO-3 gathers them.
     """
-    factors = [getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind)]
-    return any([p.requires_grad for f in factors if name in f for p in _parameters(f[name])])
-
-
-def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
-    return [factor] if isinstance(factor, nn.Parameter) else factor.parameters()
+    return any([parameter.requires_grad for parameter in adapter_parameters(layer, name)])
 
 
 def taking_part(

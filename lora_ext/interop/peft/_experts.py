@@ -14,7 +14,6 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from lora_ext.layers import (
-    LoraFactors,
     Routing,
     Slots,
     experts_forward,
@@ -101,11 +100,6 @@ class FusedExperts(Fused, ParamWrapper):
         while isinstance(found[-1].base_layer, ParamWrapper):
             found.append(found[-1].base_layer)
         return found
-
-    def factors_of(self, name: str) -> LoraFactors:
-        a: Any = self.lora_A[name]
-        b: Any = self.lora_B[name]
-        return LoraFactors(a.weight, b.weight, self.scaling[name])
 
 
 FusedExperts.__name__ = ParamWrapper.__name__  # PEFT prints and compares this name

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections import ChainMap
 from collections.abc import Container, Mapping
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from lora_ext.kinds import Factors, Kind, kind_of
 from lora_ext.layers import LoraFactors, linear_size, lora_forward
 
 from ._adapters import refuse_exact
+from ._layers import Fused as Fused  # found by `__getattr__`
 
 _DROPOUTS = ("rank_dropout", "module_dropout")
 # Settings of a file that a model does not need: the model has all tensors, and each layer its own.
@@ -56,14 +58,24 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
         refuse_exact(self.base_layer, why)
         if why or not simple:
             return self.of_peft.forward(self, x, *args, **kwargs)
-        each = [self._factors(name) for name in active]
+        parts = [self._parts(name) for name in active]
+        each = [self._factors(name, own) for name, own in zip(active, parts, strict=True)]
         if any(f.a.dtype != x.dtype for f in each) or torch.is_autocast_enabled(x.device.type):
             return self.of_peft.forward(self, x, *args, **kwargs)
         for factors in each:
             if factors.before is not None:
                 x = x * factors.before
-        sums = [LoraFactors(f.a, f.b, f.scaling, 0.0, f.bias) for f in each if f.a.shape[0]]
+        sums, updates = [], []
+        trains = torch.is_grad_enabled() and not getattr(self.base_layer, "exact", False)
+        for name, own, f in zip(active, parts, each, strict=True):
+            plan = self.plans[name]
+            if trains and (update := plan.kind.update(x, own, plan.fields)) is not None:
+                updates.append(update if f.scaling == 1 else f.scaling * update)
+            elif f.a.shape[0]:
+                sums.append(LoraFactors(f.a, f.b, f.scaling, 0.0, f.bias))
         y = lora_forward(x, self.base_layer, sums, None) if sums else self.base_layer(x)
+        for update in updates:
+            y = y + update
         for factors in each:
             if factors.after is not None:
                 y = y * factors.after.scale
@@ -89,10 +101,12 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
 
     def _plan(self, adapter: str) -> _Plan | None:
         """Return the plan of an adapter, or None if the layer has none of a known kind."""
-        config, plan = self.configs[adapter], self.plans.get(adapter)
-        kind = known_kind(config) if plan is None or plan.config is not config else None
-        if kind is None:
+        config, plan = self.configs.get(adapter), self.plans.get(adapter)
+        if plan is not None and plan.config is config:
             return plan
+        kind = None if config is None else known_kind(config)
+        if kind is None or config is None:
+            return None
         layer: Any = self
         own = {
             key: getattr(layer, key)[adapter] for key in ("r", "alpha") if _has(layer, key, adapter)
@@ -112,15 +126,19 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
         self.plans[adapter] = plan = _Plan(config, kind, fields, spec, stores, why)
         return plan
 
-    def _factors(self, adapter: str) -> Factors:
+    def _parts(self, adapter: str) -> dict[str, Tensor]:
         layer: Any = self
-        plan: Any = self.plans[adapter]
         parts: dict[str, Tensor] = {}
-        for stem, store in plan.stores.items():
+        for stem, store in self.plans[adapter].stores.items():
             value: Any = getattr(layer, store)[adapter]
             if stem == "tinylora_v":  # a dict, of which the layer has one key
                 stem, value = f"{stem}.0", value[layer._tinylora_v_key[adapter]]
             parts[stem] = getattr(value, "weight", value)
+        return parts
+
+    def _factors(self, adapter: str, parts: dict[str, Tensor]) -> Factors:
+        layer: Any = self
+        plan = self.plans[adapter]
         factors = plan.kind.read(parts, plan.fields, plan.spec)
         if plan.kind.name != "ADALORA" and _has(layer, "scaling", adapter):
             factors = factors._replace(scaling=layer.scaling[adapter])
@@ -131,13 +149,9 @@ def _has(layer: Any, field: str, adapter: str) -> bool:
     return adapter in getattr(layer, field, ())
 
 
-def _name(config: Any) -> str:
-    return getattr(config.peft_type, "value", config.peft_type)
-
-
 def known_kind(config: Any) -> Kind | None:
     """Return the kind of a configuration of PEFT other than LoRA's, or None if it is unknown."""
-    name = _name(config)
+    name = getattr(config.peft_type, "value", config.peft_type)
     try:
         return None if name == "LORA" else kind_of(name)
     except NotImplementedError:
@@ -145,24 +159,27 @@ def known_kind(config: Any) -> Kind | None:
 
 
 @functools.cache
-def fused_kind(kind: type) -> type:
-    """Return the fused subclass of a layer class of PEFT."""
-    fused = type(kind.__name__, (FusedKind, kind), {"of_peft": kind})
+def fused_class(mixin: type, kind: type) -> type:
+    """Return the subclass of a layer class of PEFT with the forward of :class:`FusedKind` or
+    :class:`Fused`. Its name is PEFT's, because ``repr`` and model cards print it."""
+    names = "kwargs" in inspect.signature(kind.forward).parameters  # pyright: ignore
+    body = {"of_peft": kind, "peft_takes_names": names}
+    fused = type(kind.__name__, (mixin, kind), body)
     # Pickle finds the class with `__getattr__`; a dot would name an attribute of a class.
-    found = f"{kind.__module__}:{kind.__qualname__}"
+    found = f"{mixin.__name__}:{kind.__module__}:{kind.__qualname__}"
     fused.__module__, fused.__qualname__ = __name__, found.replace(".", "/")
     return fused
 
 
 def __getattr__(name: str) -> Any:
     """Return a fused class by its qualified name."""
-    module, _, kind = name.replace("/", ".").partition(":")
-    if not (kind and module.startswith("peft.tuners.")):
+    mixin, *found = name.replace("/", ".").split(":")
+    if len(found) != 2 or not found[0].startswith("peft.tuners."):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return fused_kind(getattr(importlib.import_module(module), kind))
+    return fused_class(globals()[mixin], getattr(importlib.import_module(found[0]), found[1]))
 
 
-def swap_kinds(model: nn.Module, never_called: Container[nn.Module]) -> None:
+def swap_kinds(model: nn.Module, never_called: Container[Any]) -> None:
     """Change the class of each layer of a known kind with a linear base layer that is called."""
     for tuner in model.modules():
         configs: Any = getattr(tuner, "peft_config", None)
@@ -178,4 +195,4 @@ def swap_kinds(model: nn.Module, never_called: Container[nn.Module]) -> None:
             known = own and all(known_kind(configs[name]) for name in own)
             if known and linear_size(layer.get_base_layer()) is not None:
                 vars(layer).update(configs=configs, plans={})
-                layer.__class__ = fused_kind(type(layer))
+                layer.__class__ = fused_class(FusedKind, type(layer))

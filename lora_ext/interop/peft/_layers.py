@@ -141,17 +141,15 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             layout = Layout(x.shape[:-1], x.device, self.tokens_first)
             of_rows = together(rows.rows_among(present, layout, mixes=True), trained)
         factors = [self.factors_of(name) for name in present]
-        if not any(self._is_dora(name) for name in present):
+        for i, name in enumerate(present):
+            if self._is_dora(name):
+                kept: Any = self.lora_magnitude_vector[name]
+                weight, used = self._dense()[0], of_rows is None or i in of_rows.used
+                norm = _norm(kept, weight, factors[i], adapter_name=name) if used else None
+                factors[i] = factors[i]._replace(magnitude=kept.weight, norm=norm)
+        if all(f.magnitude is None for f in factors):
             return lora_forward(x, self.base_layer, factors, of_rows)
-        weight = self._dense()[0]
-        magnitudes = [self._magnitude(name) for name in present]
-        in_use = [of_rows is None or i in of_rows.used for i in range(len(present))]
-        kept: Any = self.lora_magnitude_vector
-        norms = [
-            None if m is None or not used else _norm(kept[name], weight, f, adapter_name=name)
-            for name, f, m, used in zip(present, factors, magnitudes, in_use, strict=True)
-        ]
-        return scaled_forward(x, self.base_layer, self._dense, factors, magnitudes, of_rows, norms)
+        return scaled_forward(x, self.base_layer, self._dense, factors, of_rows)
 
     def _refused(
         self,
@@ -213,10 +211,6 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]
         return LoraFactors(a.weight, b.weight, self.scaling[name], p, b.bias)
-
-    def _magnitude(self, name: str) -> Tensor | None:
-        found: Any = self.lora_magnitude_vector
-        return found[name].weight if self._is_dora(name) else None
 
     def _is_dora(self, name: str) -> bool:
         return type(self.lora_variant.get(name)) is DoraLinearVariant

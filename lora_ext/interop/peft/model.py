@@ -25,7 +25,7 @@ from torch import nn
 from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.layers import space_products, unspace_products
-from lora_ext.rows import _layouts, context_value, refuse_singular, several_processes
+from lora_ext.rows import Assignment, _layouts, context_value, refuse_singular, several_processes
 
 from . import _quantised
 from ._activation import copies_of_prompt, offsets_given, refuse_other_forwards
@@ -119,7 +119,7 @@ def _fused_class(kind: type) -> type:
         LoraModel: _FusedLoraModel,
         XLoraLinearLayer: FusedXLora,
     }
-    return plain.get(kind) or _quantised.fused_class(kind)
+    return plain.get(kind) or _quantised.fused_version(kind)
 
 
 def _swap(model: nn.Module, other: Callable[[type], type]) -> None:
@@ -209,6 +209,7 @@ class _FusedLoraModel(LoraModel):
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_singular("from_peft", kwargs)
+        given: Assignment | None = None
         names, offsets = kwargs.get("adapter_names"), kwargs.pop("alora_offsets", None)
         if offsets is not None:  # `generate` may make several rows from one prompt.
             count = copies_of_prompt(kwargs)
@@ -219,14 +220,13 @@ class _FusedLoraModel(LoraModel):
             listed = isinstance(names, list | tuple)
             require(listed, "from_peft", "adapter_names", "a list of one entry per row", names)
             require(None not in [*names], "from_peft", "adapter_names", "'__base__'", None)
-            refuse_turned(assignment_of(names).each(), self.turned)
-        mixed = None if names is None else assignment_of(names)
-        if mixed is not None and (mixed.mixed or mixed.unused):
-            refuse_mixtures(self.model, mixed)
-        if mixed is not None:
-            kwargs["adapter_names"] = mixed.plain()
-        if names is not None and self.training:
-            refuse_names_of_a_reference(self.active_adapters, assignment_of(names))
+            given = assignment_of(names)
+            refuse_turned(given.each(), self.turned)
+            if given.mixed or given.unused:
+                refuse_mixtures(self.model, given)
+            kwargs["adapter_names"] = given.plain()
+            if self.training:
+                refuse_names_of_a_reference(self.active_adapters, given)
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
         training = self.training
         # PEFT raises for names in training mode, so the flag is off while PEFT adds its hooks.
@@ -237,8 +237,8 @@ class _FusedLoraModel(LoraModel):
             self.training = training
         try:
             with contextlib.ExitStack() as stack:
-                if names is not None and training:
-                    warn_of_frozen(self.model, assignment_of(names))
+                if given is not None and training:
+                    warn_of_frozen(self.model, given)
                     if several_processes() and torch.is_grad_enabled():
                         # A fused layer is checked in its forward, since FSDP2 gathers the
                         # parameters there. Only the other layers are checked here.
@@ -246,10 +246,9 @@ class _FusedLoraModel(LoraModel):
                         others = {n: why for n, why in left if not isinstance(find(n), Fused)}
                         refuse_layers_of_peft(self.model, others)
                 if training and (names is not None or offsets is not None):
-                    given = None if names is None else assignment_of(names)
                     stack.enter_context(kept_by_checkpoints(self.model, Given(given, offsets)))
-                if mixed is not None and mixed.mixed:
-                    stack.enter_context(entries_given(self.model, mixed))
+                if given is not None and given.mixed:
+                    stack.enter_context(entries_given(self.model, given))
                 stack.enter_context(offsets_given(self.model, offsets))
                 if not compiles():  # Dynamo cannot trace contextvars. Only `generate` reads this.
                     stack.enter_context(context_value(_begins, offsets is not None))

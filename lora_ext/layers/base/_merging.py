@@ -30,7 +30,6 @@ class Merging(nn.Module):
     base_layer: nn.Module
     r: dict[str, int]
     scaling: dict[str, float]
-    lora_bias: dict[str, bool]
     #: Token ids that start each activated adapter.
     alora_invocation_tokens: dict[str, tuple[int, ...]]
     lora_magnitude_vector: nn.ModuleDict
@@ -103,19 +102,15 @@ class Merging(nn.Module):
         new, new_bias = _widened(weight), None if bias is None else _widened(bias)
         records: list[_Merged] = []
         for name in names:
-            scaling = self.scaling[name]
-            delta, factor = self._delta(name, scaling), None
-            if name in self.lora_magnitude_vector:
-                factor = self._factor(name)
-                new = factor[:, None] * (new + delta)
-            else:
-                new = new + delta
-            if self.lora_bias[name]:
+            delta, of_bias = self._deltas(name, self.scaling[name])
+            factor = self._factor(name) if name in self.lora_magnitude_vector else None
+            new = new + delta if factor is None else factor[:, None] * (new + delta)
+            if of_bias is not None:
                 if new_bias is None:
                     found = f"adapter {name!r} has a bias (lora_bias=True)"
                     raise RuntimeError(f"merge: {found}, but the base layer has none")
-                new_bias = new_bias + self._bias_delta(name, scaling)
-            records.append(_Merged(name, scaling, factor))
+                new_bias = new_bias + of_bias
+            records.append(_Merged(name, self.scaling[name], factor))
         # The sum is rounded once, and written after all checks, so that an error changes nothing.
         new = new.to(weight.dtype)
         results = [new] if bias is None or new_bias is None else [new, new_bias.to(bias.dtype)]
@@ -166,15 +161,11 @@ class Merging(nn.Module):
 
     # ---------------------------------------------------------------------------------------------
 
-    def _delta(self, name: str, scaling: float) -> Tensor:
-        """Return ``scaling * B @ A`` as ``(O, I)``, in float32 or float64."""
-        a, b, _ = self._raw_factors(name)
-        return ops.lora_delta(_widened(a.flatten(1)), _widened(b.flatten(1)), scaling)
-
-    def _bias_delta(self, name: str, scaling: float) -> Tensor:
-        bias = self._raw_factors(name)[2]
-        assert bias is not None
-        return _widened(bias) * scaling
+    def _deltas(self, name: str, scaling: float) -> tuple[Tensor, Tensor | None]:
+        """Return the updates of weight ``(O, I)`` and bias, in float32 or float64."""
+        a, b, bias = self._raw_factors(name)
+        delta = ops.lora_delta(_widened(a.flatten(1)), _widened(b.flatten(1)), scaling)
+        return delta, None if bias is None else _widened(bias) * scaling
 
     def _factor(self, name: str) -> Tensor:
         """Return the scales of the outputs; the norm is computed from the unmerged weight."""
@@ -196,9 +187,9 @@ class Merging(nn.Module):
         for m in reversed(self._merged):
             if m.factor is not None:
                 weight = weight / m.factor[:, None]
-            weight = weight - self._delta(m.name, m.scaling)
-            if bias is not None and self.lora_bias[m.name]:
-                bias = bias - self._bias_delta(m.name, m.scaling)
+            delta, of_bias = self._deltas(m.name, m.scaling)
+            weight = weight - delta
+            bias = bias if bias is None or of_bias is None else bias - of_bias
         return weight, bias
 
     def _load_from_state_dict(

@@ -38,7 +38,9 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[st
     chosen = {name: m for name, m in found.items() if adapter_name in adapters_of(m)}
     known = sorted({known for module in found.values() for known in adapters_of(module)})
     expected = f"an adapter of {type(model).__name__}, which has {known}"
-    require(chosen, "adapted_layers", "adapter_name", expected, repr(adapter_name))
+    config: Any = getattr(model, "peft_config", {}).get(adapter_name)
+    kind = "" if config is None else f" with peft_type={getattr(config.peft_type, 'value', None)!r}"
+    require(chosen, "adapted_layers", "adapter_name", expected, f"{adapter_name!r}{kind}")
     return chosen
 
 
