@@ -226,9 +226,10 @@ def read_config(path: Path, kind: type[Config], limit: int, *more: str) -> tuple
         raise ValueError(f"{path}: expected the keys {listed}, found {data!r:.200}")
     version, config = data["version"], data["config"]
     require(version == _VERSION, where, "version", _VERSION, f"{version!r:.80}")
-    known = sorted(field.name for field in dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]  (a dataclass)
-    fits = isinstance(config, dict) and config.keys() <= set(known)
-    require(fits, where, "config", f"keys from {known}", f"{config!r:.200}")
+    require(isinstance(config, dict), where, "config", "a JSON object", f"{config!r:.80}")
+    known = [field.name for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]  (a dataclass)
+    for name in config:
+        require(name in known, where, "config", f"keys from {known}", f"{name!r:.80}")
     try:
         return kind(**config), data
     except (ValueError, TypeError, OverflowError) as error:

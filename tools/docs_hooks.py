@@ -52,6 +52,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return _OUTSIDE.sub(path_of, ASKED.sub(written, markdown))
 
 
+# Classes whose methods are partly in base classes of the same room.
+_SPLIT = ("lora_ext.circuits.circuit.Circuit", "lora_ext.circuits.region_graph.RegionGraph")
+_INHERITED = "    options: {inherited_members: true}\n"
+
+
 def _written_out(package: str, here: str) -> str:
     """Return the mkdocstrings text of a package for a page in the folder ``here``."""
     if not face_file(package).exists():
@@ -61,7 +66,8 @@ def _written_out(package: str, here: str) -> str:
     others = {n: p for n, p in names.items() if p not in own}
     links = [f"* [`{package}.{name}`][{place}]\n" for name, place in others.items()]
     head = f"::: {package}\n    options: {{members: [], show_root_heading: false}}\n\n"
-    shown_here = [f"::: {place}\n\n{_example(place, here)}" for place in own]
+    options = {place: _INHERITED if place in _SPLIT else "" for place in own}
+    shown_here = [f"::: {place}\n{options[place]}\n{_example(place, here)}" for place in own]
     return "".join([head, *links, "\n", *shown_here])
 
 

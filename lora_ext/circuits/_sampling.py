@@ -72,19 +72,6 @@ class _Evidence(NamedTuple):
         return torch.where(self.given < 0, torch.nan, floats)
 
 
-def _check_uniforms(uniforms: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    where, dtypes = ("sample", "uniforms"), (torch.float32, torch.float64)
-    require_tensor(*where, uniforms)
-    require(uniforms.shape == shape, *where, f"shape {shape}", tuple(uniforms.shape))
-    require(uniforms.dtype in dtypes, *where, "float32 or float64", uniforms.dtype)
-    require(uniforms.device == device, *where, device, uniforms.device)
-    if device.type == "cpu":  # On a GPU the check would make the host wait.
-        outside = uniforms[~((uniforms >= 0) & (uniforms <= 1))]
-        if len(outside):
-            found = float(outside[0])
-            raise ValueError(f"sample: uniforms: expected numbers in [0, 1], found {found}")
-
-
 def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
     """Return the log-values of all units by max-product.
 
@@ -327,7 +314,16 @@ class SampleQueries(Parameters):
         if uniforms is None:
             uniforms = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
         else:
-            _check_uniforms(uniforms, shape, device)
+            where, dtypes = ("sample", "uniforms"), (torch.float32, torch.float64)
+            require_tensor(*where, uniforms)
+            require(uniforms.shape == shape, *where, f"shape {shape}", tuple(uniforms.shape))
+            require(uniforms.dtype in dtypes, *where, "float32 or float64", uniforms.dtype)
+            require(uniforms.device == device, *where, device, uniforms.device)
+            if device.type == "cpu":  # On a GPU the check would make the host wait.
+                outside = uniforms[~((uniforms >= 0) & (uniforms <= 1))]
+                if len(outside):
+                    found = float(outside[0])
+                    raise ValueError(f"sample: uniforms: expected numbers in [0, 1], found {found}")
         execution, weights = self._run(), self._weights()
         leaf = self._leaf_values_of("sample", rows.filled, rows.missing)
         val = execution.up(leaf, weights)

@@ -22,6 +22,7 @@ import math
 import threading
 import weakref
 from collections import OrderedDict
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ _shared = weakref.WeakKeyDictionary()
 _shared_lock = threading.Lock()
 
 
+@dataclass(eq=False)
 class Plan:
     """Constraint with its budget and guide.
 
@@ -61,27 +63,22 @@ class Plan:
             the guide has another vocabulary.
     """
 
-    def __init__(
-        self,
-        constraint: Constraint,
-        budget: int,
-        least: int = 0,
-        guide: Guide | None = None,
-        limits: Limits = DEFAULT,
-    ):
+    constraint: Constraint
+    budget: int
+    least: int = 0
+    guide: Guide | None = None
+    limits: Limits = DEFAULT
+
+    def __post_init__(self) -> None:
+        constraint, budget, least = self.constraint, self.budget, self.least
         for name, value, low in (("max_new_tokens", budget, 1), ("min_new_tokens", least, 0)):
             whole = type(value) is int and value >= low
             require(whole, _WHERE, name, f"a whole number, at least {low}", repr(value))
         expected = f"less than max_new_tokens ({budget}), since the last token ends the text"
         require(least < budget, _WHERE, "min_new_tokens", expected, least)
-        if guide is not None:
-            size, found = constraint.vocab_size, guide.vocab_size
+        if self.guide is not None:
+            size, found = constraint.vocab_size, self.guide.vocab_size
             require(found == size, _WHERE, "guide", f"the constraint's vocab_size, {size}", found)
-        self.constraint = constraint
-        self.budget = budget
-        self.least = least
-        self.guide = guide
-        self.limits = limits
         self._steps: dict[tuple[int, int], NextTokens] = {}
         fewest = int(constraint.distance[0])
         expected = f"at least {fewest}, the length of the shortest allowed text and its end token"

@@ -86,7 +86,15 @@ class ConstraintProcessor:
         known = [plan.constraint.eos for plan in self._plans if plan is not None]
         self._ends = sorted({token for eos in known for token in eos})
         self._guide = guide
-        self._prior = self._checked_prior(prior)
+        self._prior: Tensor | None = None
+        if prior is not None:
+            shape, where = tuple(prior.shape), (_WHERE, "prior")
+            require(guide is not None, *where, "None, as there is no guide", shape)
+            assert guide is not None
+            fits = len(shape) == 2 and shape[1] == guide.num_states
+            require(fits, *where, f"shape (B, {guide.num_states})", shape)
+            require_distributions(*where, prior)
+            self._prior = prior.to(guide.initial)
         self.temperature = float(temperature)
         self._prompt: Tensor | None = None
         self._warned = False
@@ -94,17 +102,6 @@ class ConstraintProcessor:
         self._rows: list[Row | None] = []
         self._weight = self._next = torch.empty(0)
         self._blocks: list[_law.Block] = []
-
-    def _checked_prior(self, prior: Tensor | None) -> Tensor | None:
-        if prior is None:
-            return None
-        where = _WHERE, "prior"
-        require(self._guide is not None, *where, "None, as there is no guide", tuple(prior.shape))
-        assert self._guide is not None
-        shape, states = tuple(prior.shape), self._guide.num_states
-        require(len(shape) == 2 and shape[1] == states, *where, f"shape (B, {states})", shape)
-        require_distributions(*where, prior)
-        return prior.to(self._guide.initial)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the constrained scores of the next token of every row.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,6 +30,7 @@ Mode = Literal["train", "eval"]
 Others = Literal["frozen", "disabled"]
 
 
+@dataclass(eq=False, repr=False)
 class LoraLayerManager:
     """Manager of the adapter's layers in the model of a federated client.
 
@@ -61,17 +63,14 @@ class LoraLayerManager:
     Source: Fed-HeLLo (arXiv 2506.12213), local training of the planned layers.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        pattern: str = PATTERN,
-        adapter: str = "default",
-        *,
-        frozen_dropout: bool = True,
-    ):
-        self.model = model
-        self.adapter = adapter
-        self.frozen_dropout = frozen_dropout
+    model: nn.Module
+    pattern: str = PATTERN
+    adapter: str = "default"
+    _: KW_ONLY
+    frozen_dropout: bool = True
+
+    def __post_init__(self) -> None:
+        adapter, pattern, model = self.adapter, self.pattern, self.model
         self.lowest_trainable: int | None = None
         found: dict[str, Any] = dict(adapted_layers(model, adapter))
         self._groups = LayerGroups(model, adapter, "module")

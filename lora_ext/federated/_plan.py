@@ -132,9 +132,16 @@ def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[P
     found: list[Pair] = []
     for module, (a, b) in factor_keys(where, state).items():
         layer = block_index(a, pattern)
-        if layer is not None:
-            _check_pair(where, module, state[a], state[b])
-            found.append(Pair(module, layer, a, b))
+        if layer is None:
+            continue
+        for name, factor in (("lora_A", state[a]), ("lora_B", state[b])):
+            tensor = isinstance(factor, Tensor)
+            other = (factor.dtype, list(factor.shape)) if tensor else type(factor)
+            matrix = tensor and factor.is_floating_point() and factor.dim() > 1
+            require(matrix, where, f"{module}.{name}", "a floating-point matrix", other)
+        shapes = state[a].shape, state[b].shape
+        require(shapes[0][0] == shapes[1][1], where, module, "equal ranks of A and B", shapes)
+        found.append(Pair(module, layer, a, b))
     if not found:
         expected = f"a name of LoRA factors that matches {pattern!r}"
         begin = f"none among {len(state)} tensors, which begin with {[*map(str, state)][:4]}"
@@ -148,11 +155,3 @@ def check_layers(where: str, layers: set[int]) -> int:
         expected = f"the indices 0 to {max(layers)} without a gap"
         raise LayerNotFound(f"{where}: pattern: expected {expected}, found {sorted(layers)}")
     return len(layers)
-
-
-def _check_pair(where: str, module: str, a: Tensor, b: Tensor) -> None:
-    for name, factor in (("lora_A", a), ("lora_B", b)):
-        holds = isinstance(factor, Tensor) and factor.is_floating_point() and factor.dim() > 1
-        found = (factor.dtype, list(factor.shape)) if isinstance(factor, Tensor) else type(factor)
-        require(holds, where, f"{module}.{name}", "a floating-point matrix", found)
-    require(a.shape[0] == b.shape[1], where, module, "equal ranks of A and B", (a.shape, b.shape))

@@ -51,7 +51,12 @@ class CopraController:
         found = adapted_layers(model, adapter)
         where = "CopraController"
         groups: Any = config.group_by
-        _check_groups(groups, list(found))
+        given = f"{groups!r} for the modules {', '.join(found)}"
+        whole = isinstance(groups, int) and not isinstance(groups, bool)
+        known = groups >= 1 if whole else groups in ("block", "module")
+        require(known, where, "group_by", "'block', 'module' or a number above 0", given)
+        divides = not whole or len(found) % groups == 0
+        require(divides, where, "group_by", f"a number that divides {len(found)}", given)
         merged = f"{adapter!r} merged, which cannot be skipped; unmerge it first"
         for name, layer in found.items():
             apart = adapter not in layer.merged_adapters  # pyright: ignore[reportOperatorIssue]
@@ -171,14 +176,3 @@ class CopraController:
     def _check_in_use(self) -> None:
         if self._removed:
             raise RuntimeError("CopraController: expected a controller in use, found a removed one")
-
-
-def _check_groups(group_by: Any, names: list[str]) -> None:
-    listed = f"for the modules {', '.join(names)}"
-    whole = isinstance(group_by, int) and not isinstance(group_by, bool)
-    fits = group_by >= 1 if whole else group_by in ("block", "module")
-    found = f"{group_by!r} {listed}"
-    require(fits, "CopraController", "group_by", "'block', 'module' or a number above 0", found)
-    divides = not whole or len(names) % group_by == 0
-    expected = f"a number that divides {len(names)}"
-    require(divides, "CopraController", "group_by", expected, found)

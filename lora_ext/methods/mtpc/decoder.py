@@ -76,6 +76,7 @@ class Generation:
         return sum(self.emitted) / max(1, sum(self.calls))
 
 
+@dataclass(eq=False, repr=False)
 class SpeculativeDecoder(Steps):
     """Decoder that drafts windows with ``head`` and verifies each in one pass of ``model``.
 
