@@ -171,7 +171,8 @@ def keys(value: Any) -> Any:
 def test_curl_lines_of_the_page_run_as_they_stand(folder: Path, tmp_path: Path) -> None:
     """Run all lines in one shell, in which only the port differs, and compare their output."""
     page = (ROOT / "docs" / "serving.md").read_text()
-    (block,) = [b for b in re.findall(r"^```\n(.*?)^```", page, re.S | re.M) if "$ lora-ext" in b]
+    fenced = re.findall(r"^```\w*\n(.*?)^```", page, re.S | re.M)
+    (block,) = [each for each in fenced if each.startswith("$ lora-ext serve")]
     parts = re.split(r"^\$ ", block, flags=re.M)[1:]
     pairs = [re.match(r"(ask='[^']*'|[^\n]*)(.*)", part, re.S) for part in parts]
     commands, told = zip(*((each[1], each[2].strip()) for each in pairs if each), strict=True)
@@ -183,7 +184,7 @@ def test_curl_lines_of_the_page_run_as_they_stand(folder: Path, tmp_path: Path) 
         port = free.getsockname()[1]
     first, *rest = commands
     script = f"""
-        lora-ext() {{ exec {sys.executable} -m lora_ext "$@" --port {port} 2> log; }}
+        lora-ext() {{ exec {sys.executable} -m lora_ext "$@" --port {port} &> log; }}
         curl() {{ command curl "${{@//localhost:8000/localhost:{port}}}"; }}
         {first}
         trap "kill $!" EXIT
@@ -194,8 +195,9 @@ def test_curl_lines_of_the_page_run_as_they_stand(folder: Path, tmp_path: Path) 
     done = subprocess.run(
         ["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )
-    begun, asked, chat, other, stream, load = map(str.strip, done.stdout.split("====="))
-    assert "smollm2 with 2 adapters answers at" in begun and asked == "", done.stderr
+    _, asked, chat, other, stream, load = map(str.strip, done.stdout.split("====="))
+    log = (tmp_path / "log").read_text()
+    assert "smollm2 with 2 adapters answers at" in log and asked == done.stderr == "", log
     assert keys(json.loads(chat)) == keys(json.loads(told[2].replace("\n", "")))
     assert json.loads(other)["model"] == "telegram"
     assert stream.startswith("data: {") and stream.endswith("data: [DONE]")
