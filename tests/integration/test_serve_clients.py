@@ -125,6 +125,61 @@ def test_bad_requests_name_the_field_and_the_server_keeps_working(server: Any) -
     settle(server)
 
 
+NAN, INF, SCHEMA = float("nan"), float("inf"), {"type": "json_schema"}
+#: Invalid values by field, for chats and completions.
+HOSTILE: dict[str, list[Any]] = {
+    "model": [None, 5, [], {}, True, "", "nobody", "../a1", "a1\0", "x" * 9000, "\ud800"],
+    "temperature": [-1, 2.5, "hot", True, [], NAN, INF, 10**400],
+    "top_p": [0, -0.5, 1.5, "1", NAN],
+    "top_k": [-2, 1.5, "3", True],
+    "min_p": [-0.1, 1.5, "0", NAN],
+    "repetition_penalty": [0, -1, INF, NAN, "1"],
+    "seed": [1 << 70, -(1 << 70), 1.5, "1", NAN],
+    "max_tokens": [-1, 1.5, "8", 10**9, 10**400, True, []],
+    "max_completion_tokens": [-1, 9, "8", {}],
+    "n": [0, -1, 129, 1.5, "2", True, 65, NAN],
+    "stop": ["", [""], 5, [5], ["w5"] * 17, "w" * 257, {}, [None]],
+    "stop_token_ids": [[97], [-1], ["w5"], 5, [1.5], [True], [5] * 1025, [10**30]],
+    "min_tokens": [-1, 9, "1", 1.5, True, 10**30],
+    "logit_bias": [{"97": 1}, {"-1": 1}, {"5": 101}, {"5": "x"}, [1], {"w5": 1}, {"5": NAN}],
+    "stream": ["yes", 1, []],
+    "stream_options": [{"include_usage": True}, {"include_usage": 1}, {"x": 1}, 5],
+    "response_format": [{"type": "xml"}, [], "json", {}, SCHEMA, {**SCHEMA, "json_schema": 5}],
+    "structured_outputs": [{"x": 1}, [], {}, {"choice": []}, {"regex": "("}, {"json": "{"}],
+    "adapter_generation": [-1, "1", 1.5, 10**9, True],
+    "lora": [{}, "a1", [5], [{"id": "a1", "scale": "1"}], [{"id": "a1", "scale": 1}]],
+    "return_token_ids": [1, "yes"],
+    "logprobs": [21, -1, "1", 1.5, []],
+    "tools": [[{}], "x"],
+    "best_of": [2, True],
+    "suffix": ["w5"],
+    "user": [5, {}],
+    "nonsense": [1],
+}
+
+
+def test_hostile_bodies_get_an_error_that_names_the_field(server: Any) -> None:
+    before, count = text_of(ask(server, "a1")), 0
+    said = {"messages": [[], 5, [{}], [{"role": "user", "content": 5}], [None], {}, "w5"]}
+    given = {"prompt": [[], 5, [97], [-1], [[5], [97]], [10**30], [[]], {}, [True], [NAN], None]}
+    more = {"prompt_logprobs": [21, -1, True], "echo": [1, "yes"]}
+    for path, body, fields in (
+        ("chat/completions", chat("a1"), {**HOSTILE, **said, "top_logprobs": [1, -1, 21]}),
+        ("completions", {"model": "a1", "prompt": "w5", "max_tokens": 8}, HOSTILE | given | more),
+    ):
+        for field, values in fields.items():
+            for value in values:
+                content = json.dumps({**body, field: value})
+                found = server.client.post(f"/v1/{path}", content=content)
+                count += 1
+                assert 400 <= found.status_code < 500, (field, value, found.text)
+                told = found.json()["error"]["message"]
+                assert field in told or value == "\ud800", (field, value, told)
+                assert len(told) < 1500 and "\n" not in told
+    assert count > 200 and text_of(ask(server, "a1")) == before
+    settle(server)
+
+
 def test_bodies_above_the_limit_are_rejected_with_and_without_a_length(server: Any) -> None:
     large = json.dumps(chat("a1", "w5 " * LIMIT)).encode()
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -155,6 +157,51 @@ def program(folder: Path, *flags: str) -> Iterator[Any]:
                 yield client
         finally:
             process.terminate()
+
+
+def keys(value: Any) -> Any:
+    """Return the structure of a JSON value: the keys of its objects."""
+    if isinstance(value, list):
+        return [keys(each) for each in value]
+    return {key: keys(each) for key, each in value.items()} if isinstance(value, dict) else None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_lines_of_the_page_run_as_they_stand(folder: Path, tmp_path: Path) -> None:
+    """Run all lines in one shell, in which only the port differs, and compare their output."""
+    page = (ROOT / "docs" / "serving.md").read_text()
+    fenced = re.findall(r"^```\w*\n(.*?)^```", page, re.S | re.M)
+    (block,) = [each for each in fenced if each.startswith("$ lora-ext serve")]
+    parts = re.split(r"^\$ ", block, flags=re.M)[1:]
+    pairs = [re.match(r"(ask='[^']*'|[^\n]*)(.*)", part, re.S) for part in parts]
+    commands, told = zip(*((each[1], each[2].strip()) for each in pairs if each), strict=True)
+    (tmp_path / "smollm2").symlink_to(folder / "tiny")
+    (tmp_path / "adapters").mkdir()
+    for name, path in (("pirate", "a1"), ("telegram", "a2")):
+        shutil.copytree(folder / "adapters" / path, tmp_path / "adapters" / name)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    first, *rest = commands
+    script = f"""
+        lora-ext() {{ exec {sys.executable} -m lora_ext "$@" --port {port} &> log; }}
+        curl() {{ command curl "${{@//localhost:8000/localhost:{port}}}"; }}
+        {first}
+        trap "kill $!" EXIT
+        until command curl -sf localhost:{port}/health; do sleep 0.1; done
+    """
+    script += "".join(f"\necho; echo =====\n{command}" for command in rest)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    _, asked, chat, other, stream, load = map(str.strip, done.stdout.split("====="))
+    log = (tmp_path / "log").read_text()
+    assert "smollm2 with 2 adapters answers at" in log and asked == done.stderr == "", log
+    assert keys(json.loads(chat)) == keys(json.loads(told[2].replace("\n", "")))
+    assert json.loads(other)["model"] == "telegram"
+    assert stream.startswith("data: {") and stream.endswith("data: [DONE]")
+    assert load == told[-1]
 
 
 @pytest.mark.slow
