@@ -51,6 +51,8 @@ def main() -> int:
     if cuda == "1":
         sass = [PY, "tools/sass_gate.py"]
         legs.append(Leg("machine code", sass, 1200, after="build", beside=True))
+        blackwell = [PY, "tools/blackwell_gate.py"]  # compiles only if the kernels have changed
+        legs.append(Leg("blackwell", blackwell, 2400, after="build", beside=True))
     return 1 if run(legs, ROOT / "out" / "check", show=True) else 0
 
 
