@@ -35,7 +35,8 @@ NVCC_WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cud
 NVCC_WHEELS += ("nvidia-cuda-cccl",)
 EMULATED = ("cuda_bf16.h", "crt/host_defines.h", "nv/target")  # headers that the emulator needs
 EMULATORS = {"": [], "fast": ["_emu"], "1": ["_emu", "_emu_check"]}  # modules by LORA_EXT_EMU
-DEFAULT_ARCHS = "8.0;9.0a"  # plus PTX of the newest base architecture, for later GPUs
+DEFAULT_ARCHS = "8.0;9.0a;9.0-virtual"  # the last is PTX, which the driver compiles for other GPUs
+BLACKWELL_ARCHS, BLACKWELL_CUDA = "10.0f;12.0", (12, 9)
 
 
 def fail(sentence: str) -> NoReturn:
@@ -221,22 +222,28 @@ def find_cuda_headers() -> list[str]:
 
 
 def architectures(arch_list: str) -> list[str]:
-    """Translate torch's ``8.0;9.0a+PTX`` to CMake's ``80-real;90a-real;90a-virtual``."""
+    """Translate torch's ``8.0;9.0a+PTX`` to CMake's ``80-real;90a-real;90a-virtual``.
+
+    ``9.0-virtual``, which torch does not accept, is ``90-virtual``: PTX without machine code.
+    """
     names: list[str] = []
     for item in re.split(r"[;,\s]+", arch_list.strip()):
-        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX|-virtual)?", item)
         if not match:
             fail(f"TORCH_CUDA_ARCH_LIST has {item!r}; write architectures as in '8.0;9.0a+PTX'.")
-        names += [f"{match[1]}{match[2]}-real"] + (
-            [f"{match[1]}{match[2]}-virtual"] if match[3] else []
-        )
+        kinds = {None: ["real"], "+PTX": ["real", "virtual"], "-virtual": ["virtual"]}[match[3]]
+        names += [f"{match[1]}{match[2]}-{kind}" for kind in kinds]
     return names
 
 
-def default_architectures() -> list[str]:
+def default_architectures(cuda: tuple[int, int]) -> list[str]:
+    """Return the architectures of wheels and `pip install`, for the version of nvcc."""
     names = architectures(DEFAULT_ARCHS)
-    newest = max(int(re.split(r"\D", n)[0]) for n in names)
-    return [*names, f"{newest}-virtual"]
+    return (
+        [*names[:-1], *architectures(BLACKWELL_ARCHS), names[-1]]
+        if cuda >= BLACKWELL_CUDA
+        else names
+    )
 
 
 def jobs() -> int:
@@ -278,7 +285,8 @@ def cmake_options(torch, cxx: str, toolkit: Toolkit | None, emulator: str) -> di
     }
     if toolkit:
         wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-        archs = architectures(wish) if wish.strip() else default_architectures()
+        default = default_architectures(toolkit.version)
+        archs = architectures(wish) if wish.strip() else default
         options["CMAKE_CUDA_COMPILER"] = toolkit.nvcc
         options["CMAKE_CUDA_HOST_COMPILER"] = os.environ.get("CUDAHOSTCXX", cxx)
         options["LORA_EXT_ARCHITECTURES"] = ";".join(archs)

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "circuit_layers.cuh"
+#include "ring.cuh"
 
 namespace lora_ext {
 
@@ -242,27 +243,19 @@ struct ProductShape {
         for (int s = 0; s < kStages - 1; ++s)
             if (s < steps) left.fill(ring + s * kStageBytes);
         lx::grid_dependency_wait();
-#pragma unroll
-        for (int s = 0; s < kStages - 1; ++s) {
-            if (s < steps) right.fill(ring + s * kStageBytes + Left::kBytes);
-            lx::cp_async_commit();
-        }
-        int filled = kStages - 1, stage = 0, next = kRingBytes - kStageBytes;  // next stage to fill
-        const auto fill = [&] {
-            if (filled++ < steps) {
-                left.fill(ring + next);
-                right.fill(ring + next + Left::kBytes);
-            }
-            lx::cp_async_commit();
+        const Ring<kStages> stages{steps};
+        stages.fill([&](int s) { right.fill(ring + s * kStageBytes + Left::kBytes); });
+        int stage = 0, next = kRingBytes - kStageBytes;  // next stage to fill
+        const auto fill = [&](int) {
+            left.fill(ring + next);
+            right.fill(ring + next + Left::kBytes);
             next = next == kRingBytes - kStageBytes ? 0 : next + kStageBytes;
         };
         for (int step = 0; step < steps;) {
             Sums run = {};
             const int end = kParts == 3 ? lx::min(steps, step + kRun) : steps;
             for (; step < end; ++step) {
-                lx::cp_async_wait_group<kStages - 2>();
-                lx::syncthreads();  // stage complete, previous stage read by all threads
-                fill();
+                stages.consume(step, fill);
                 multiply(run, ring + stage, ring + stage + Left::kBytes);
                 stage = stage == kRingBytes - kStageBytes ? 0 : stage + kStageBytes;
             }

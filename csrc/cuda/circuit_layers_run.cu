@@ -208,23 +208,20 @@ struct RunBlock : QuadTile {
         const int steps = (m.width + G::kStep - 1) / G::kStep;
         typename G::Right right({terms_of(stage) + lane0 * kParts, args.lanes, m.width,
                                  lanes - static_cast<int>(lane0)});
-#pragma unroll
-        for (int s = 0; s < G::kStages - 1; ++s) {
-            if (s < steps) right.fill(shared + s * kBytes);
-            lx::cp_async_commit();
-        }
+        const Ring<G::kStages> ring{steps};
+        ring.fill([&](int s) { right.fill(shared + s * kBytes); });
         make_factors(stage, blocks);
         typename G::Sums sums = {};
         const unsigned char* left = shared + G::kWeightsAt;
         int step = 0, now = 0, next = (G::kStages - 1) * kBytes;
+        const auto fill = [&](int) {
+            right.fill(shared + next);
+            next = next == G::kRingBytes - kBytes ? 0 : next + kBytes;
+        };
         for (int b = 0; b < blocks; ++b) {
             typename G::Sums part = {};
             for (const int end = lx::min(steps, step + G::kSteps); step < end; ++step) {
-                lx::cp_async_wait_group<G::kStages - 2>();
-                lx::syncthreads();  // step complete, previous step read by all threads
-                if (step + G::kStages - 1 < steps) right.fill(shared + next);
-                lx::cp_async_commit();
-                next = next == G::kRingBytes - kBytes ? 0 : next + kBytes;
+                ring.consume(step, fill);
                 G::multiply(part, left, shared + now);
                 left += G::Left::kBytes;
                 now = now == G::kRingBytes - kBytes ? 0 : now + kBytes;

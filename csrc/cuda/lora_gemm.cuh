@@ -175,11 +175,12 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     for (int s = 0; s < G::kStages - 1; ++s)
         if (s < steps) fill_right(s);
     if constexpr (kProduct == Product::kExpand) lx::grid_dependency_wait();
-#pragma unroll
-    for (int s = 0; s < G::kStages - 1; ++s) {
-        if (s < steps) fill_left(s);
-        lx::cp_async_commit();
-    }
+    const Ring<G::kStages> stages{steps};
+    stages.fill(fill_left);
+    const auto fill = [&](int step) {
+        fill_right(step);
+        fill_left(step);
+    };
 
     typename G::Sums sums = {};
     for (int slice = 0, step = 0; step < steps; ++slice) {
@@ -187,14 +188,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
         const int slice_end =
             G::kUpdate ? steps : lx::min(steps, step + args.slice_width / G::kStep);
         for (; step < slice_end; ++step) {
-            lx::cp_async_wait_group<G::kStages - 2>();
-            drop(step);
-            lx::syncthreads();  // stage complete, previous stage read by all threads
-            if (const int next = step + G::kStages - 1; next < steps) {
-                fill_right(next);
-                fill_left(next);
-            }
-            lx::cp_async_commit();
+            stages.consume(step, fill, drop);
             const unsigned char* const stage = stage_of(step);
             if (active)
                 multiply<G, T>(sums, stage, stage + kRows * G::kLeftRow, warp_row, warp_column);

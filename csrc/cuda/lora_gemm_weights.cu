@@ -219,19 +219,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     const bool active = warp_column < columns && warp_rank < ranks;
     for (int s = 0; s < kStages; ++s) keep_row_index(s, row_index(s));
     lx::syncthreads();
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) {
-        if (s < steps) fill(s);
-        lx::cp_async_commit();
-    }
+    const Ring<kStages> stages{steps};
+    stages.fill(fill);
     typename S::Sums sums = {};
     for (int step = 0; step < steps; ++step) {
         const int32_t next_row = row_index(step + kStages);
-        lx::cp_async_wait_group<kStages - 2>();
-        drop(step);
-        lx::syncthreads();  // stage complete, previous stage read by all threads
-        if (step + kStages - 1 < steps) fill(step + kStages - 1);
-        lx::cp_async_commit();
+        stages.consume(step, fill, drop);
         if (active)
             multiply<T>(sums, x_stage(step), x_stage(step) + kStep * S::kXRow,
                         padded(rows_of_step(step)), warp_column, warp_rank);

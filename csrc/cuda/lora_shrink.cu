@@ -109,19 +109,12 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
         }
     };
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) {
-        if (s < steps) fill(s);
-        lx::cp_async_commit();
-    }
+    const Ring<kStages> stages{steps};
+    stages.fill(fill);
     const bool has_rows = warp * kWarpTiles * kTileRows < tile.rows;
     const int per_slice = slices.width / kWidth, per_segment = per_slice / kSliceSegments;
     for (int step = 0; step < steps; ++step) {
-        lx::cp_async_wait_group<kStages - 2>();
-        drop(step);
-        lx::syncthreads();  // stage complete, previous stage read by all threads
-        if (step + kStages - 1 < steps) fill(step + kStages - 1);
-        lx::cp_async_commit();
+        stages.consume(step, fill, drop);
         if (!has_rows) continue;
         const unsigned char* const x_rows = ring + step % kStages * stage_bytes;
         const unsigned char* const a_rows = x_rows + kRows * kStageRow;

@@ -321,6 +321,13 @@ LX_DEVICE uint4 load_words(const T* p, int n) {
     }
 }
 
+// Returns lx::unpack_floats<T>(pair), for bfloat16 in two instructions instead of three.
+template <class T>
+LX_DEVICE float2 floats_of(uint32_t pair) {
+    if constexpr (std::is_same_v<T, lx::f16>) return lx::unpack_floats<T>(pair);
+    return {lx::bit_cast<float>(pair << 16), lx::bit_cast<float>(pair & 0xffff0000u)};
+}
+
 // Returns 16 bytes of y + d, each element rounded once from float.
 template <class T>
 LX_DEVICE uint4 add_to_words(const uint4& words, const float (&d)[kVec<T>]) {
@@ -329,7 +336,7 @@ LX_DEVICE uint4 add_to_words(const uint4& words, const float (&d)[kVec<T>]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if constexpr (sizeof(T) == 2) {
-            const float2 y = lx::unpack_floats<T>(w[i]);
+            const float2 y = floats_of<T>(w[i]);
             out[i] = lx::pack_floats<T>(y.x + d[2 * i], y.y + d[2 * i + 1]);
         } else {
             out[i] = lx::bit_cast<uint32_t>(lx::bit_cast<float>(w[i]) + d[i]);

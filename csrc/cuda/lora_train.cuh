@@ -4,6 +4,7 @@
 
 #include "lora_ext/lora_train.h"
 #include "lora_kernels.cuh"
+#include "ring.cuh"
 
 namespace lora_ext {
 

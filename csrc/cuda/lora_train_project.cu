@@ -85,18 +85,12 @@ __global__ void __launch_bounds__(kRows * 2, 2)
     };
 
     float acc[kGroupPages][4] = {}, total[kGroupPages][4] = {};
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) {
-        if (s < steps) fill(s);
-        lx::cp_async_commit();
-    }
+    const Ring<kStages> stages{steps};
+    stages.fill(fill);
     const bool has_rows = warp * kTileRows < tile.rows;
     const int steps_per_slice = slices.width / kWidth;
     for (int step = 0; step < steps; ++step) {
-        lx::cp_async_wait_group<kStages - 2>();
-        lx::syncthreads();  // stage complete, previous stage read by all threads
-        if (step + kStages - 1 < steps) fill(step + kStages - 1);
-        lx::cp_async_commit();
+        stages.consume(step, fill);
         if (!has_rows) continue;
         const unsigned char* x_stage = ring + step % kStages * stage_bytes;
         const unsigned char* w_stage = x_stage + kRows * kStageRow;

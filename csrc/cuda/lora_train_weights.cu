@@ -400,23 +400,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kPages>)
 
     for (int s = 0; s < kStages; ++s) keep_row_index(s, row_index(s));
     lx::syncthreads();
-    if (steps > 0) {
-        fill(0);
+    const Ring<kStages> stages{steps};
+    stages.fill([&](int step) {
+        fill(step);
         if constexpr (kProject)
             fill_factor<T, kPages>(factor_b, to.lora.bank, block, slices.w_aligned);
-    }
-    lx::cp_async_commit();
+    });
     Sums<T, kPages> sums = {};
     float factor = 1.0f;
     if (kProject && slices.finished) factor = projection_factor(to, block.slot);
     const bool paired = kProject && ranks_paired(to.out, to.out_row_stride);
     for (int step = 0; step < steps; ++step) {
         const int32_t next_row = row_index(step + kStages);
-        lx::cp_async_wait_group<0>();
-        prepare(step);
-        lx::syncthreads();  // stage complete, the other stage read by all threads
-        if (step + 1 < steps) fill(step + 1);
-        lx::cp_async_commit();
+        stages.consume(step, fill, prepare);
         const int rows = rows_of_step(step);
 #pragma unroll
         for (int row = 0; row < kStepRows; row += kTileRows)

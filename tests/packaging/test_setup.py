@@ -180,6 +180,7 @@ def test_missing_compiler_or_cmake_is_reported(monkeypatch, tmp_path):
         ("8.0;9.0a", ["80-real", "90a-real"]),
         ("8.0 9.0+PTX", ["80-real", "90-real", "90-virtual"]),
         (" 10.0f,12.1 ", ["100f-real", "121-real"]),
+        ("9.0a;9.0-virtual", ["90a-real", "90-virtual"]),
     ],
 )
 def test_arch_list_is_parsed_like_in_torch(text, names):
@@ -188,7 +189,11 @@ def test_arch_list_is_parsed_like_in_torch(text, names):
 
 def test_arch_list_with_a_word_raises_and_the_default_ends_with_ptx():
     assert "TORCH_CUDA_ARCH_LIST has 'Hopper'" in sentence(build.architectures, "8.0;Hopper")
-    assert build.default_architectures() == ["80-real", "90a-real", "90-virtual"]
+    with_hopper = ["80-real", "90a-real", "90-virtual"]
+    assert build.default_architectures((12, 8)) == with_hopper
+    with_blackwell = ["80-real", "90a-real", "100f-real", "120-real", "90-virtual"]
+    for version in ((12, 9), (13, 0)):
+        assert build.default_architectures(version) == with_blackwell
 
 
 def test_build_prints_its_steps_and_their_duration():

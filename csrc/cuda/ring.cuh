@@ -1,0 +1,40 @@
+// A ring of stages in shared memory that cp.async fills, and the order of its copies and barriers.
+#pragma once
+
+#include "lx/device.h"
+
+namespace lora_ext {
+
+// Step s of `steps` uses stage s % kStages. While a step is used, the copies of the kStages - 1
+// steps behind it are on their way. All threads of the block call the members in the same order;
+// after the last step, the block waits for all copies before it reuses the memory.
+template <int kStages>
+struct Ring {
+    int steps;
+
+    // Starts the copies of the first steps; copy(step) starts those of one step.
+    template <class Copy>
+    LX_DEVICE void fill(Copy&& copy) const {
+#pragma unroll
+        for (int step = 0; step < kStages - 1; ++step) {
+            if (step < steps) copy(step);
+            lx::cp_async_commit();
+        }
+    }
+    // Waits for the stage of `step`, after which the block may read it, and starts the copies that
+    // reuse the stage before it. prepare(step) may change what its own thread has copied.
+    template <class Copy, class Prepare>
+    LX_DEVICE void consume(int step, Copy&& copy, Prepare&& prepare) const {
+        lx::cp_async_wait_group<kStages - 2>();
+        prepare(step);
+        lx::syncthreads();  // stage complete, previous stage read by all threads
+        if (step + kStages - 1 < steps) copy(step + kStages - 1);
+        lx::cp_async_commit();
+    }
+    template <class Copy>
+    LX_DEVICE void consume(int step, Copy&& copy) const {
+        consume(step, copy, [](int) {});
+    }
+};
+
+}  // namespace lora_ext
