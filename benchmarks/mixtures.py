@@ -1,6 +1,6 @@
 """Time PEFT's X-LoRA and Arrow layers, and layers of other kinds than LoRA, with and without ours.
 
-`python benchmarks/mixtures.py [--matrix layers pairs kinds] [--keep-memory] [--check] [--out FILE]`.
+`python benchmarks/mixtures.py [--matrix layers pairs kinds] [--keep-memory] [--check] [--out F]`.
 All times are processor times of one thread, measured in short turns in one process. Outputs and
 gradients are compared with PEFT's, relative to float64, before they are timed. `base` is the base
 product alone. `--check` exits with 1 if a ratio of PEFT's time to ours is below its target, or if

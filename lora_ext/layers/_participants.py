@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.kinds import variants
 from lora_ext.rows import (
