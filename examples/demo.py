@@ -10,7 +10,6 @@ import argparse
 import os
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,6 @@ def main() -> None:
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--tokens", type=int, default=16, help="new tokens per row that are timed")
     parser.add_argument("--rounds", type=int, default=2, help="timed runs of each engine")
-    parser.add_argument("--epochs", type=int, help="most epochs of training of each adapter")
     parser.add_argument("--adapters", type=int, default=8, help="most adapters in the curve")
     parser.add_argument("--no-pack", dest="pack", action="store_false", help="do not pack the base")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
@@ -65,8 +63,7 @@ def main() -> None:
     model, tokenizer = load_smollm2()
 
     console.rule("2. Three adapters, trained with PEFT")
-    recipes = [replace(r, epochs=min(r.epochs, args.epochs or r.epochs)) for r in RECIPES]
-    folders = {r.name: train_adapter(model, tokenizer, r, args.out) for r in recipes}
+    folders = {r.name: train_adapter(model, tokenizer, r, args.out) for r in RECIPES}
     for folder in folders.values():
         console.print(f"{folder.name}: {folder}", soft_wrap=True)
     lay_out(converted_folder(), folders, args.out)

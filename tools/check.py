@@ -27,10 +27,8 @@ def main() -> int:
     if os.environ.get("CHECK_REST") == "1":
         tests += ["--rest", "1"]  # `make test` has run the other tests in this build
     docs = [BIN + "/mkdocs", "build", "--strict", "--site-dir", "out/docs"]
-    # The pages run on the output of `make demo`; the tests use a small replacement. One epoch of
-    # training is enough for adapters that give different answers.
+    # The pages run on the output of `make demo`; the tests use a small replacement.
     demo = [PY, "examples/demo.py", "--tokens", "4", "--rounds", "1", "--adapters", "2"]
-    demo += ["--epochs", "1"]
     pages = [PY, "-m", "pytest", "-q", "tests/docs/test_pages.py", "-k", "code_of_the_page"]
     legs = [
         Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 1800, env={"LORA_EXT_EMU": "1"}),
