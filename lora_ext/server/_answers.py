@@ -189,10 +189,10 @@ def _finite(value: float) -> float:
     """Return a log-probability as a number of JSON: at least -9999, as in vLLM.
 
     Raises:
-        RuntimeError: If the value is NaN.
+        ValueError: If the value is NaN.
     """
     if value != value:
-        raise RuntimeError("logprobs: expected finite values, found nan: the adapter overflows")
+        raise ValueError("logprobs: expected finite values, found nan: the adapter overflows")
     return max(value, -9999.0)
 
 

@@ -161,14 +161,15 @@ class Embedder(ServedPool):
         Raises:
             QueueFullError: If there are ``max_requests`` requests already.
             StoppedError: After :meth:`interrupt`.
-            ValueError: If a text has no tokens, too many tokens, or an unknown token, or if a
-                vector is not finite, for example because an adapter overflows.
+            ValueError: If there is no text, if a text has no tokens, too many tokens, or an unknown
+                token, or if a vector is not finite, for example because an adapter overflows.
             UnknownAdapterError: If the folder has no such adapter.
             PoolFullError: If the pool has no room for the adapter.
 
         Errors of :meth:`AdapterPool.load` are raised, too.
         """
         _name(adapter_name)  # raises for an invalid entry
+        require(len(texts) > 0, "embed", "input", "at least one text", "none")
         with self._prepared("embed"):
             async with self._encoding:
                 ids = await asyncio.to_thread(self._encode, texts)
