@@ -210,7 +210,7 @@ def cancelled_on_errors(streams: Sequence[RequestStream]) -> Iterator[None]:
 async def sized(
     asked: Chat | Completion, engine: Engine, prompts: list[Prompt], top: int
 ) -> list[Any]:
-    """Return the token ids of prompts whose log-probabilities are in the response.
+    """Return the token ids of prompts, which the response contains with ``top`` log-probabilities.
 
     Raises:
         ValueError: If there are too many log-probabilities for one response.
