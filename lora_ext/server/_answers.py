@@ -189,10 +189,10 @@ def _finite(value: float) -> float:
     """Return a log-probability as a number of JSON: at least -9999, as in vLLM.
 
     Raises:
-        RuntimeError: If the value is NaN.
+        ValueError: If the value is NaN.
     """
     if value != value:
-        raise RuntimeError("logprobs: expected finite values, found nan: the adapter overflows")
+        raise ValueError("logprobs: expected finite values, found nan: the adapter overflows")
     return max(value, -9999.0)
 
 
@@ -210,7 +210,7 @@ def cancelled_on_errors(streams: Sequence[RequestStream]) -> Iterator[None]:
 async def sized(
     asked: Chat | Completion, engine: Engine, prompts: list[Prompt], top: int
 ) -> list[Any]:
-    """Return the token ids of prompts whose log-probabilities are in the response.
+    """Return the token ids of prompts, which the response contains with ``top`` log-probabilities.
 
     Raises:
         ValueError: If there are too many log-probabilities for one response.

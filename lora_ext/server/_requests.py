@@ -225,6 +225,7 @@ class _Generates(_ForModel):
         more = self.top_k or -1, self.min_p or 0.0, penalty, bias, self.min_tokens or 0
         seed = None if self.seed is None else self.seed + number
         sampling = Sampling(temperature, top_p, seed, *more)
+        form = None if self.max_tokens == 0 else form
         how = {"sampling": sampling, "form": form, "max_new_tokens": most}
         how |= {"generation": self.adapter_generation, "logprobs": self.record()}
         return {**how, "stop_token_ids": self.stop_token_ids or ()}

@@ -243,15 +243,10 @@ def _add_trainers(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/server_info")
     def info() -> Any:
-        parts: dict[str, dict[str, Any]] = {
-            "model_config": {"dtype": str(engine.model.dtype), "max_model_len": engine.context},
-            "lora_config": {
-                "max_loras": engine.pool.max_slots,
-                "max_lora_rank": engine.pool.max_rank,
-            },
-            "parallel_config": {"data_parallel_size": 1},
-        }
-        return {"vllm_config": parts}
+        model = {"dtype": str(engine.model.dtype), "max_model_len": engine.context}
+        lora = {"max_loras": engine.pool.max_slots, "max_lora_rank": engine.pool.max_rank}
+        parts = {"model_config": model, "lora_config": lora}
+        return {"vllm_config": {**parts, "parallel_config": {"data_parallel_size": 1}}}
 
     @app.get("/get_world_size")
     def world() -> Any:

@@ -161,13 +161,14 @@ class Embedder(ServedPool):
         Raises:
             QueueFullError: If there are ``max_requests`` requests already.
             StoppedError: After :meth:`interrupt`.
-            ValueError: If a text has no tokens, too many tokens, or an unknown token, or if a
-                vector is not finite, for example because an adapter overflows.
+            ValueError: If there is no text, if a text has no tokens, too many tokens, or an unknown
+                token, or if a vector is not finite, for example because an adapter overflows.
             UnknownAdapterError: If the folder has no such adapter.
             PoolFullError: If the pool has no room for the adapter.
 
         Errors of :meth:`AdapterPool.load` are raised, too.
         """
+        require(len(texts) > 0, "embed", "input", "at least one text", "none")
         with self._prepared("embed"):
             adapter_name = await self._used(adapter_name, "embed: adapter_name")
             async with self._encoding:

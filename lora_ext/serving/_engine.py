@@ -137,18 +137,19 @@ class ServedPool:
         Raises:
             PoolFullError: If the adapters of a mixture evict each other.
         """
-        for left in reversed(range(_TRIES)):
+        left = _TRIES
+        while True:
             await self._load(name)
             try:
                 return await pin()
             except UnknownAdapterError as error:
+                left -= 1
                 if not left and isinstance(name, tuple):
                     expected = "expected a mixture whose adapters fit together"
                     found = f"found {name!r:.200}: {error}"
                     raise PoolFullError(f"AdapterFolder: {expected}, {found}") from error
                 if not left:
                     raise
-        raise AssertionError("the last attempt returns or raises")
 
 
 class Engine(ServedPool):
@@ -322,7 +323,7 @@ class Engine(ServedPool):
             require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} + {new}")
             how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
             how |= {"adapter_name": adapter_name, "ended": self._count, "begun": self._ahead.ends}
-            how["generation"] = generation
+            how |= {"generation": generation, "logprobs": logprobs}
             fits = generation is None or len(members) == 1
             expected = "None for the base model or a mixture"
             require(fits, "begin", "adapter_generation", expected, generation)
@@ -330,7 +331,6 @@ class Engine(ServedPool):
                 with contextlib.suppress(PoolFullError):
                     await self._load(turn.name)
                 check_generation(self.pool.generation(members[0][0]), generation)
-            how["logprobs"] = logprobs
             self._check_tokens(new, sampling, stop_token_ids)
             if stop_token_ids:
                 _, ends = limits_of(self.manager, (), {})

@@ -83,13 +83,8 @@ class RequestStream:
         manager.register_result_handler(self.request_id, self._take)
         accepted = None
         try:
-            accepted = manager.add_request(
-                input_ids,
-                request_id=self.request_id,
-                streaming=True,
-                pinned=self._pinned,
-                **settings,
-            )
+            how = {"request_id": self.request_id, "streaming": True, "pinned": self._pinned}
+            accepted = manager.add_request(input_ids, **how, **settings)
         finally:
             if accepted is None:
                 self._forget()
@@ -117,12 +112,8 @@ class RequestStream:
     @property
     def usage(self) -> dict[str, int]:
         """Numbers of tokens in the prompt and in the answer so far, under OpenAI's names."""
-        prompt, answer = len(self.prompt), len(self.tokens)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": answer,
-            "total_tokens": prompt + answer,
-        }
+        found = {"prompt_tokens": len(self.prompt), "completion_tokens": len(self.tokens)}
+        return {**found, "total_tokens": sum(found.values())}
 
     def cancel(self) -> None:
         """End the request and unpin its adapter, for example when no more tokens are needed."""

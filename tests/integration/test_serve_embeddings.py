@@ -295,6 +295,8 @@ def test_failing_texts_and_requests_beyond_the_limit_do_not_affect_others(tmp_pa
     found = asyncio.run(all_at_once(embedder, [([[5, 6]], None)] * 50))
     assert [isinstance(each, QueueFullError) for each in found] == [False] * 4 + [True] * 46
     assert embedder.requests == 0
+    with pytest.raises(ValueError, match="embed: input: expected at least one text, found none"):
+        asyncio.run(asyncio.wait_for(embedder.embed([]), 20))
     assert not isinstance(asyncio.run(all_at_once(embedder, [([[5]], None)]))[0], Exception)
 
 

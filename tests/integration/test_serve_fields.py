@@ -42,6 +42,12 @@ def test_neutral_values_of_vllm_fields_change_nothing(server: Any, kind: str) ->
         assert stream or found.json()["choices"] == expected
 
 
+def test_echo_alone_needs_no_text_of_the_required_format(server: Any) -> None:
+    form = {"structured_outputs": {"choice": ["w5"]}}
+    (choice,) = complete(server, "w5 w6", echo=True, max_tokens=0, **form)["choices"]
+    assert choice["text"] == "w5 w6" and choice["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize("kind", ["chat/completions", "completions"])
 def test_refusals_name_the_field_the_value_and_what_is_expected(server: Any, kind: str) -> None:
     asked = {"model": "a1", "prompt": "w5 w6 w7"} if kind == "completions" else chat("a1")

@@ -232,4 +232,7 @@ def test_invalid_mixtures_are_refused_with_the_field_and_the_value(server: Any) 
     assert ask(server, "tiny", lora=one, adapter_generation=generation + 1).status_code == 409
     assert ask(server, "tiny", lora=lora(dora=1)).status_code == 200
     assert server.client.post("/lora-adapters", json=one).status_code == 405
+    found = ask(server, "tiny", lora=lora(a1=3e38, a2=-3e38), logprobs=True)
+    told = "logprobs: expected finite values, found nan: the adapter overflows"
+    assert (found.status_code, found.json()["error"]["message"]) == (400, told)
     settle(server)
