@@ -30,6 +30,7 @@ class Merging(nn.Module):
     base_layer: nn.Module
     r: dict[str, int]
     scaling: dict[str, float]
+    lora_bias: dict[str, bool]
     #: Token ids that start each activated adapter.
     alora_invocation_tokens: dict[str, tuple[int, ...]]
     lora_magnitude_vector: nn.ModuleDict
