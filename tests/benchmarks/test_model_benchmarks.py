@@ -155,7 +155,7 @@ def test_step_with_packed_weights_is_checked_against_float64(
 
 def test_routed_layers_are_checked_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     mixtures: Any = load_script(monkeypatch, "benchmarks", "mixtures")
-    for name, size in {"IN": 16, "OUT": 24, "RANK": 2, "LENGTH": 3}.items():
+    for name, size in {"IN": 256, "OUT": 512, "RANK": 2, "LENGTH": 3}.items():
         monkeypatch.setattr(mixtures, name, size)
     rows = [row for bench in mixtures.MATRICES.values() for row in bench(1, 0.0)]
     steps = [row for row in rows if row["matrix"] == "layers"]

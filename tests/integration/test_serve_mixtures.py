@@ -111,6 +111,8 @@ def test_shared_pages_are_those_of_the_same_members_and_scales(server: Any) -> N
 
 
 def test_running_mixture_keeps_members_that_are_updated_or_unloaded(server: Any) -> None:
+    for name in ("a1", "a2", "a3"):
+        assert post(server, "load", name) == 200
     post(server, "load", "mine", lora_path="a1")
     old = {"a1": 0.5, "a3": 0.5}
     wanted = expected(server, old, count=300)
