@@ -42,7 +42,10 @@ class Vera(Kind):
         return Factors(a, b[:, None] * last[: spec.out_features], 1.0)
 
     def update(self, x: Tensor, parts: Tensors, config: Config) -> Tensor:
-        """Return the update, with the scales applied to activations, whose gradients are small."""
+        """Return the update of ``x``; the scales multiply activations, not the projections.
+
+        The backward then needs no gradient of the projections.
+        """
         r, stem = config.get("r"), self.name.lower()
         d, b, first, last = (parts[f"{stem}_{each}"] for each in ("lambda_d", "lambda_b", "A", "B"))
         inner = d[:r] * linear(x, first[:r, : x.shape[-1]])  # (..., r)

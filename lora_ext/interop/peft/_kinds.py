@@ -29,7 +29,7 @@ _LIVE = {"save_only_topk_weights": False, "weight_tying": 1.0}
 
 
 class _Plan(NamedTuple):
-    """What the forwards of a layer with one adapter have in common."""
+    """Values of a layer and one adapter that all forwards use."""
 
     config: Any  # configuration that the plan was made for
     kind: Kind
