@@ -269,7 +269,10 @@ def test_adapter_that_overflows_fails_only_its_request(server: Any) -> None:
     from lora_ext import adapter
 
     value = adapter.LoraAdapter.load(server.folder / "embedders" / "x")
-    huge = {name: factors._replace(b=factors.b * 1e38) for name, factors in value.modules.items()}
+    huge = {  # updates are infinite for any input
+        name: factors._replace(a=factors.a * 1e6, b=factors.b * 1e38)
+        for name, factors in value.modules.items()
+    }
     dataclasses.replace(value, modules=huge).save(server.folder / "embedders" / "huge")
     bodies = [{"model": name, "input": TEXTS} for name in ("x", "huge", "y")]
     one, failed, two = server.ask("/v1/embeddings", bodies)
@@ -313,7 +316,14 @@ def bounded(folder: Path, **settings: Any) -> tuple[Any, Any, list[list[Any]]]:
         batches.append([each.name for each in batch])
         return forward(batch)
 
-    embedder._forward = note
+    work = embedder._work
+
+    async def work_after_tokenization() -> None:
+        while embedder._preparing:  # so that the first batch can contain any of the requests
+            await asyncio.sleep(0.001)
+        await work()
+
+    embedder._forward, embedder._work = note, work_after_tokenization
     return model, embedder, batches
 
 
