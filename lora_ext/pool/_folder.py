@@ -89,12 +89,16 @@ class AdapterFolder:
         with self._lock:
             if name in self.pool:
                 return
-            if name not in self:
-                raise UnknownAdapterError(
-                    f"AdapterFolder: adapter {name!r:.200} is not loaded; {self.root.name!r} has "
-                    "no folder of that name"
-                )
+            self.check_exists(name)
             self._load(name, self._paths.get(name) or self._checked(name))
+
+    def check_exists(self, name: str) -> None:
+        """Raise UnknownAdapterError unless :meth:`ready` finds an adapter with this name."""
+        if name not in self:
+            raise UnknownAdapterError(
+                f"AdapterFolder: adapter {name!r:.200} is not loaded; {self.root.name!r} has no "
+                "folder of that name"
+            )
 
     def unload(self, name: str) -> None:
         """Unload an adapter. Leases of it stay valid.

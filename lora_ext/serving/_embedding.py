@@ -170,7 +170,7 @@ class Embedder(ServedPool):
         """
         require(len(texts) > 0, "embed", "input", "at least one text", "none")
         with self._prepared("embed"):
-            adapter_name = await self._used(adapter_name, "embed: adapter_name")
+            adapter_name = self._used(adapter_name, "embed: adapter_name")
             async with self._encoding:
                 ids = await asyncio.to_thread(self._encode, texts)
         if self._stopped:

@@ -116,17 +116,16 @@ class ServedPool:
             if each is not None and each not in self.pool:
                 await asyncio.to_thread(self.folder.ready, each)
 
-    async def _used(self, entry: Entry, where: str) -> Entry:
-        """Return an entry without the names that have a weight of 0, but load these adapters, too.
+    def _used(self, entry: Entry, where: str) -> Entry:
+        """Return an entry without the names that have a weight of 0.
 
         Raises:
             UnknownAdapterError: If the folder has no adapter of one of these names.
             TypeError, ValueError: If the entry is invalid.
         """
         members = _entries.members_of(entry, where)
-        unused = set(_entries.names_in(entry)).difference(name for name, _ in members)
-        with contextlib.suppress(PoolFullError):
-            await self._load(tuple(unused))
+        for name in set(_entries.names_in(entry)).difference(name for name, _ in members):
+            self.folder.check_exists(name)
         return _entries.spelled(members)
 
     async def _loaded(self, name: Name | None, pin: Callable[[], Awaitable[T]]) -> T:
@@ -314,7 +313,7 @@ class Engine(ServedPool):
         """
         members = _entries.members_of(adapter_name, "begin: adapter_name")
         with self._prepared("begin"), self._turns.take(_entries.name_of(members)) as turn:
-            adapter_name = await self._used(adapter_name, "begin: adapter_name")
+            adapter_name = self._used(adapter_name, "begin: adapter_name")
             ids = await self._encoded(prompt)
             room = self.context - len(ids)
             require(room > 0, "begin", "input_ids", f"fewer than {self.context} tokens", len(ids))
