@@ -4,6 +4,9 @@ A step is forward, loss, backward and AdamW of a SmolLM2-shaped model. PEFT's mo
 the base's weights, and their losses are compared before timing. The row ``base`` is the same model
 without adapters, with embeddings that require a gradient. Adapter layers add all their work to it,
 so the time of PEFT over that of ``base`` bounds the speedup of any adapter layers over PEFT.
+
+With a router, PEFT's X-LoRA or Arrow model of eight adapters chooses two adapters per token. X-LoRA
+trains its router, Arrow its adapters.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +24,10 @@ from typing import Any
 import torch
 from common import MIN_PEER_ERROR, ROOT, append_rows, error_over_bound, interleaved
 from lora_layers import MODULES, RANK, base_model, optimizer_of, with_adapters
+from peft import ArrowConfig, XLoraConfig, get_peft_model
+from peft.tuners.lora.arrow import create_arrow_model
 from row import Row, timing_columns
+from torch import nn
 
 import lora_ext
 
@@ -27,6 +35,7 @@ import lora_ext
 #: number, which a step with bfloat16 products may compute exactly by chance.
 LEAST = {"float32": MIN_PEER_ERROR, "autocast": 2.0**-9}
 TARGETS = {"q and v": ["q_proj", "v_proj"], "all linear": MODULES}
+TOP_K = 2  # adapters per token of a router
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,11 @@ class Case:
     onednn: bool = True
     rows: int = 4
     length: int = 128
+    router: str = ""
 
     def __str__(self) -> str:
         adapters = f"{self.adapters} adapter" + "s" * (self.adapters > 1)
+        adapters += f", {self.router} top {TOP_K}" * bool(self.router)
         library = "" if self.onednn else ", oneDNN off"
         return (
             f"step, {self.targets}, {adapters}, {self.rows} x {self.length} tokens, dropout "
@@ -55,6 +66,7 @@ CASES = [
     *(Case(t, dropout=0.1) for t in TARGETS),
     *(Case(t, dtype="autocast") for t in TARGETS),
     *(Case(t, adapters=8, rows=8, length=n) for t in TARGETS for n in (16, 64)),
+    *(Case("all linear", adapters=8, router=router) for router in ("X-LoRA", "Arrow")),
 ]
 
 
@@ -65,24 +77,29 @@ class Steps:
         self.case = case
         self.ids = torch.randint(0, 49152, (case.rows, case.length), generator=torch.manual_seed(1))
         base = base_model(layers)
-        names = [f"adapter{i}" for i in range(case.adapters)]
+        names = [] if case.router else [f"adapter{i}" for i in range(case.adapters)]
         modules = TARGETS[case.targets]
         self.bare = copy.deepcopy(base, {id(p): p for p in base.parameters()})
         self.models: dict[str, Any] = {}
         for way in ("peft", "exact", "lora_ext", "lora_ext, chunked loss"):
-            model = with_adapters(base, names, case.dropout, modules)
+            own = copy.deepcopy(base).double() if way == "exact" else base
+            if case.router:
+                model = routed(own, case, modules)
+            else:
+                model = with_adapters(own, names, case.dropout, modules)
+            model = model.double() if way == "exact" else model
             if self.models:
                 model.load_state_dict(self.models["peft"].state_dict())
-            if way == "exact":
-                model = copy.deepcopy(model).double()
-            elif self.models:
+            if "lora_ext" in way:
                 lora_ext.from_peft(model)
-            model.set_requires_grad(names)
+            if names:
+                model.set_requires_grad(names)
             self.models[way] = model
         lora_ext.chunked_loss(model)
-        self.names, self.share = names, case.rows // case.adapters
+        self.names, self.share = names or [""], case.rows // max(1, len(names))
         self.optimizers = {
-            way: [optimizer_of(model, n) for n in names] for way, model in self.models.items()
+            way: [optimizer_of(model, n) for n in names] or [router_optimizer(model)]
+            for way, model in self.models.items()
         }
 
     def calls(self) -> dict[str, Callable[[], float]]:
@@ -135,6 +152,37 @@ class Steps:
     def _update(optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
         optimizer.zero_grad()
+
+
+def routed(base: nn.Module, case: Case, modules: list[str]) -> Any:
+    """Return PEFT's model with the router of a case; it shares the base weights."""
+    torch.manual_seed(1)
+    shared = {id(p): p for p in base.parameters()}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that several adapters have one base model
+        adapters = with_adapters(base, [f"adapter{i}" for i in range(case.adapters)], 0.0, modules)
+        for key, parameter in adapters.named_parameters():
+            if "lora_B" in key:
+                nn.init.normal_(parameter, std=0.02)
+                parameter.data[:, 0] *= 8  # so that Arrow's power iteration converges
+        adapters.save_pretrained(folder)
+        folders = {str(i): f"{folder}/{name}" for i, name in enumerate(adapters.peft_config)}
+        own: Any = copy.deepcopy(base, shared)
+        if case.router == "Arrow":
+            model: Any = create_arrow_model(own, [*folders.values()], ArrowConfig(top_k=TOP_K))
+            for key, parameter in model.named_parameters():
+                parameter.requires_grad_(".task_" in key)
+            return model.train()
+        own.config.use_cache = False
+        config = XLoraConfig(hidden_size=own.config.hidden_size, adapters=folders)
+        config.task_type, config.top_k_lora, config.xlora_dropout_p = "CAUSAL_LM", TOP_K, 0.0
+        config.layerwise_scalings = True
+        return get_peft_model(own, config).train()
+
+
+def router_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW for the parameters that require a gradient."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
 
 
 def bench_steps(cases: list[Case], rounds: int, layers: int = 30) -> Iterator[Row]:
