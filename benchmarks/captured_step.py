@@ -54,7 +54,8 @@ def make(layers: int, width: int, inner: int, **how: Any) -> nn.Sequential:
 
 
 def depth(free: int, slots: int) -> int:
-    """Return how many layers, with ``slots`` adapters, fit in ``free`` bytes in bfloat16."""
+    """Return how many bfloat16 layers with ``slots`` adapters fit in ``SHARE`` of ``free`` bytes,
+    at most ``LAYERS``."""
     linear = [m for m in Layer(WIDTH, INNER, device="meta").modules() if isinstance(m, nn.Linear)]
     ranks = slots * RANK
     numbers = sum(m.weight.numel() + ranks * (m.in_features + m.out_features) for m in linear)

@@ -227,9 +227,11 @@ def planner_of(hla: HLA, world: World) -> federated_digits.Planner:
 
 
 def by_importance(world: World, shares: Sequence[Any], mix: float) -> Run:
-    """Run the bottleneck pattern for a third of the rounds, then importance.
+    """Train with layers chosen by the bottleneck pattern for a third of the rounds, then by
+    importance.
 
-    Importance is recomputed after every third, from texts that are taken from the clients.
+    Importance is computed after each third, on ``PROXY`` texts that the server holds and no client
+    trains on.
     """
     x, y = world.training
     proxy = np.random.default_rng(world.seed).permutation(len(y))[:PROXY]

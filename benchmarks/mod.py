@@ -63,7 +63,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose rates, k and the initial mass."""
+    """Yield the runs from which the learning rates, k and the initial mass are chosen."""
     yield {"seed": CHOOSING, "arm": UNTUNED}
     for rate in GRIDS[LORA].asked(losses_by_rate(rows, LORA)):
         yield {"seed": CHOOSING, "arm": LORA, "rate": rate}
@@ -75,7 +75,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def losses_by_rate(rows: Rows, arm: str) -> dict[float, float]:
-    """Return the loss of each rate that was tried, with the chosen k and initial mass."""
+    """Return the loss for each learning rate that was tried, with the chosen k and initial mass."""
     own = [row for row in rows if (row["seed"], row["arm"]) == (CHOOSING, arm)]
     return {row["rate"]: row["loss"] for row in own if row.get("k", "") == ""}
 
@@ -210,7 +210,8 @@ def share(rows: Rows) -> Interval:
 
 
 def gate(rows: Rows) -> list[Gate]:
-    """Check LoRA's gain, MoD's size, and that no rate is at the upper end of its grid."""
+    """Check LoRA's gain, MoD's number of parameters, and that no best learning rate is at the upper
+    end of its grid."""
     untuned = study.mean(rows, "loss", arm=UNTUNED)
     gain = untuned - min(losses_by_rate(rows, LORA).values())
     part = study.mean(rows, "parameters", arm=ALONE) / study.mean(rows, "parameters", arm=LORA)

@@ -190,11 +190,11 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
 
 
 def turn_trips(loops: Loops) -> int | None:
-    """Return the memory trips in series per turn of the loops around main loops that multiply.
+    """Return the largest number of serial memory trips in one iteration of an outermost loop.
 
-    Each main loop is judged with the largest loop around it, so that a store that waits for the
-    next turn's load counts, even if both are outside the main loop. The result is the largest
-    number, or None without such a loop.
+    Only outermost loops that contain a main loop and multiply on tensor cores count; None if there
+    is none. The outermost loop is simulated instead of the main loop, so that a store outside the
+    main loop that waits for the next iteration's load is counted.
     """
     turns = [loops.turn(head) for head in {loops.outermost(head) for head in loops.main}]
     return max(

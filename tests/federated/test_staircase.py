@@ -277,9 +277,9 @@ def test_out_of_memory_in_a_block_is_raised():
     def compute(y: Tensor) -> Tensor:
         calls.append(len(y))
         if len(calls) == 1:
-            raise MemoryError("of the device")
+            raise MemoryError("out of device memory")
         return y
 
     model, state, clients = of_stack(in_order, compute)
-    with pytest.raises(MemoryError, match="of the device"):
+    with pytest.raises(MemoryError, match="out of device memory"):
         BatchedClients(model, clients).run_round(PLANS, state)

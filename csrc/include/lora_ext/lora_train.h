@@ -59,7 +59,8 @@ struct LoraTrainArgs {
     // Results; nullptr: not wanted.
     void* dx = nullptr;  // (T, I), added to in place: round(dx + ...); I contiguous
     int64_t dx_row_stride = 0;
-    void* da = nullptr;         // (A, R, I) contiguous, dtype of x; all written, zero beyond a rank
+    // (A, R, I) contiguous, dtype of x. All elements are written: 0 beyond the rank of an adapter.
+    void* da = nullptr;
     void* db = nullptr;         // (A, O, R) contiguous, as for da
     void* workspace = nullptr;  // size: see the functions below; CUDA only
     void* weighed = nullptr;    // (T, >= max_rank) scratch like dv; with weights only
