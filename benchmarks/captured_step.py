@@ -47,7 +47,7 @@ class Layer(nn.Module):
 
 
 def make(layers: int, width: int, inner: int, **how: Any) -> nn.Sequential:
-    """Build the model on its device in its dtype, without a copy in another dtype."""
+    """Build the model directly on its device and in its dtype, without an intermediate copy."""
     torch.manual_seed(0)
     model = nn.Sequential(*(Layer(width, inner, **how) for _ in range(layers)))
     return model.eval().requires_grad_(False)

@@ -67,7 +67,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose the rates on MiniLM, and those of the gate."""
+    """Yield the runs from which the learning rates on MiniLM are chosen, and those of the gate."""
     for seed in CHOOSING:
         yield {"seed": seed, "task": MINILM, "start": HEAD}
         for start, grid in GRIDS.items():
@@ -78,7 +78,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def minilm_losses(rows: Rows, start: str) -> dict[float, float]:
-    """Return the mean loss on MiniLM of each rate that has rows for both separate seeds."""
+    """Return the mean loss on MiniLM for each learning rate with rows of both separate seeds."""
     own = [row for row in rows if (row["task"], row["start"]) == (MINILM, start)]
     by_rate: dict[float, list[float]] = {}
     for row in own:
@@ -252,7 +252,8 @@ def real(rows: Rows, start: str) -> list[float]:
 
 
 def gate(rows: Rows) -> list[Gate]:
-    """Check that every start learns, away from the floor, at rates inside the grid."""
+    """Check that every initialisation learns, that no loss is near the floor, and that the best
+    learning rates are inside the grid."""
     each = [best for of in bests(rows).values() for best in of.values()]
     shares = [best.loss / best.untrained for best in each]
     head = study.mean(rows, "loss", task=MINILM, start=HEAD)
@@ -278,7 +279,7 @@ def gate(rows: Rows) -> list[Gate]:
 
 
 def slope(of: dict[int, Best]) -> float:
-    """Return the slope of log2(best rate) over log2(width)."""
+    """Return the slope of log2(best learning rate) over log2(width)."""
     rates = [best.log2_rate for best in of.values()]
     return float(np.polyfit(np.log2(list(of)), rates, 1)[0])
 

@@ -465,7 +465,8 @@ def _measure(study: ModuleType, store: Store, arm: Row, quick: bool) -> None:
 
 
 def minutes_left(study: ModuleType, rows: Rows, seeds: int) -> float:
-    """Return the minutes of the arms without rows; arms like measured ones take as long."""
+    """Return the minutes that the arms without rows need. An arm that was measured with other seeds
+    is expected to take as long; others take ``study.minutes(arm)``."""
     arms = [*trials_of(study, rows, False), *arms_of(study, range(seeds), False)]
     gate = judged_gate(study, rows)
     if not all(each.met for each in gate):
