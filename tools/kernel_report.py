@@ -4,10 +4,10 @@
 
 Writes `docs/gpu.md` (the part between the marks) from `kernels.lock`, in which `sass_gate.py` has
 recorded the numbers of the machine code, so nothing is compiled or disassembled. The instructions
-that a warp issues were counted by hand, in code whose length `COUNTED_IN` records. `--check` compares
-the page instead of writing it. Below the table, `WHY` explains each row in red. A red row without a
-reason is an error, and so is a reason without a red row. Every time is an ESTIMATE of the model
-below: no GPU has run a kernel. `gpu_page.py` adds measured columns from reports of
+that a warp issues were counted by hand, in code whose length `COUNTED_IN` records. `--check`
+compares the page instead of writing it. Below the table, `WHY` explains each row in red. A red row
+without a reason is an error, and so is a reason without a red row. Every time is an ESTIMATE of the
+model below: no GPU has run a kernel. `gpu_page.py` adds measured columns from reports of
 `lora-ext gpu-report`.
 """
 
