@@ -41,7 +41,7 @@ INVOCATION = [1, 5, 2]
 
 @dataclass(frozen=True)
 class Case:
-    """Number of adapters, of tokens in the shared text, and of tokens for each adapter."""
+    """Sizes: numbers of adapters, of tokens in the shared text, and of later tokens per adapter."""
 
     adapters: int
     read: int
@@ -105,7 +105,8 @@ def prompts(case: Case, vocab: int) -> tuple[list[int], list[int]]:
 
 
 def of_peft(wrapped: Any, prompt: list[int], names: list[str]) -> list[tuple[int, float, int]]:
-    """Return the first token, seconds and computed tokens of each adapter in PEFT."""
+    """Return, for each adapter, PEFT's first token, the seconds until it, and the number of tokens
+    computed for it."""
     found = []
     for name in names:
         wrapped.set_adapter(name)

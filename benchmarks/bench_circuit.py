@@ -125,7 +125,8 @@ def providers(s: Shape, case: str, compiled: bool) -> dict[str, Callable[..., Te
 
 
 def call(case: str, f: Callable[..., Tensor], args: tuple[Tensor | None, ...]) -> Call:
-    """Return a call of the function on these arguments, or of its gradients."""
+    """Return a function without arguments that calls ``f``, or that computes its gradients if the
+    case is "forward and backward"."""
     if case != "forward and backward":
 
         def value() -> Tensor:
@@ -143,7 +144,7 @@ def call(case: str, f: Callable[..., Tensor], args: tuple[Tensor | None, ...]) -
 
 
 def error(s: Shape, case: str, found: object) -> float:
-    """Return the largest error of a result over its bound; exit if it is above 1."""
+    """Return the largest error of a result, divided by its bound; exit if this is above 1."""
     args = tuple(t.double() if t is not None and t.is_floating_point() else t for t in inputs(s))
     exact = reference.circuit_scan(s.kind, *args).prefix
     if case == "forward and backward":
@@ -159,7 +160,7 @@ def error(s: Shape, case: str, found: object) -> float:
 
 
 def measure(s: Shape, rounds: int, compiled: bool) -> Iterator[Row]:
-    """Yield all rows of a shape, the fastest of each case first."""
+    """Yield the rows of a shape; those of a case are sorted by time, the fastest first."""
     args = inputs(s)
     copy, copied = copy_call(64 << 20)
     leaf_bytes = 4 * s.rows * s.n_token * s.components * s.vocab

@@ -103,7 +103,7 @@ def measure_model(wanted: tuple[str, ...], rounds: int) -> Iterator[Row]:
 
 
 def summary(row: Row) -> str:
-    """Format one line for the terminal."""
+    """Format a row as one line for the terminal."""
     parts = [f"{row.matrix:8} {row.case:38} {row.provider:10} {row.median:12.4g} {row.unit:5}"]
     if row.rank != "":
         parts.append(f"rank {row.rank}")

@@ -102,7 +102,8 @@ def stacked(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
 def scaled(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
     """Run the recursion with probabilities, divided at every step by the largest one.
 
-    It needs no logarithm of states, but a state e^-88 less likely than the largest underflows to 0.
+    It needs no logarithm of states, but a state that is less likely than the largest one by a
+    factor of e^-88 underflows to 0.
     """
     p = _observed(leaf.softmax(2), x)
     w = steps.softmax(2).transpose(1, 2).unbind()

@@ -57,7 +57,7 @@ def chunked_kl(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Ten
 
 
 def measure(device: str, rounds: int, compiled: bool, rows: int = ROWS) -> Iterator[Row]:
-    """Yield rows of time and of memory, relative to the dense expression."""
+    """Yield rows with times and rows with peak memory, relative to the dense expression."""
     g = torch.Generator(device).manual_seed(0)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     hiddens = [
@@ -119,7 +119,7 @@ def exact_step(
 def check(
     found: Sequence[Tensor], dense: Sequence[Tensor], exact: Sequence[Tensor], case: str
 ) -> float:
-    """Return the largest error over its bound, of the loss and of each gradient.
+    """Return the largest error of the loss and the gradients, each divided by its bound.
 
     A loss is one number, and the dense expression may be exact by chance. Its error therefore
     counts as at least one rounding of the dtype.

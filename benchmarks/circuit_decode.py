@@ -43,7 +43,10 @@ class Problem:
 
     @classmethod
     def make(cls, kind: str, rows: int, device: str, dtype: torch.dtype) -> Problem:
-        """Draw random logits of size two; the verifier agrees with each position's first state."""
+        """Draw random logits with standard deviation 2, uniform numbers and a draft.
+
+        At each position, the verifier's logits are those of the circuit's first state.
+        """
         g = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int) -> Tensor:
@@ -90,7 +93,7 @@ CASES: dict[str, Callable[[object, Problem], tuple[Tensor, ...]]] = {
 
 
 def check(case: str, p: Problem, provider: object) -> float:
-    """Return the largest error against float64, over its bound; tokens and counts must be equal.
+    """Return the largest error against float64, divided by its bound; check tokens and counts.
 
     The seed is fixed such that no draw is so close to a boundary that float32 and float64 differ.
     """
@@ -107,7 +110,7 @@ def check(case: str, p: Problem, provider: object) -> float:
 
 
 def bench(device: str, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, object]]:
-    """Yield every case of every kind and size; both providers are timed in the same rounds."""
+    """Yield the rows of every case, kind and size; both providers are timed in the same rounds."""
     providers = {"lora_ext": ops, "reference": reference}
     for kind in KINDS:
         for rows in ROWS:

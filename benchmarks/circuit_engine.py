@@ -236,7 +236,7 @@ def digits_table(args: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def numerics_table() -> list[dict[str, object]]:
-    """Measure the largest error of a chain with random softmax weights, logits of size 1 and 4."""
+    """Measure the largest error of a chain for random logits with standard deviations 1 and 4."""
     if torch.cuda.is_available():
         device, library, where = "cuda", "lora_ext", "GPU"
     else:

@@ -42,7 +42,7 @@ class Remote(Protocol):
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call over all rounds."""
+    """Seconds per call: one number per round, their median, and two percentiles."""
 
     median: float
     p20: float
@@ -51,7 +51,7 @@ class Timing:
 
     @classmethod
     def of(cls, rounds: list[float]) -> Timing:
-        """Summarize one number per round."""
+        """Compute median and percentiles of the rounds."""
         cuts = statistics.quantiles(rounds, n=5, method="inclusive") if rounds[1:] else rounds * 4
         return cls(statistics.median(rounds), cuts[0], cuts[3], tuple(rounds))
 

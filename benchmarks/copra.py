@@ -159,7 +159,8 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def noise(model: Any, pair: Sequence[LoraAdapter], task: Task) -> float:
-    """Return the standard error, over test samples, of the rise halfway between two adapters."""
+    """Return the standard error, over test samples, of how much the score falls halfway between two
+    adapters."""
     seen: list[Tensor] = []
 
     def each(model: Any) -> float:
@@ -173,7 +174,7 @@ def noise(model: Any, pair: Sequence[LoraAdapter], task: Task) -> float:
 
 
 class Task:
-    """Task: a function that returns a model to train, batches, a loss, and a score per sample.
+    """Task that an adapter learns: a model to train, its batches, a loss, and scores of samples.
 
     Attributes:
         batches: ``batches(draw, steps)`` yields the batches of an adapter.
@@ -239,7 +240,8 @@ class Network(nn.Module):
 
 @functools.cache
 def _pretrained(quick: bool) -> tuple[Network, list[tuple[Tensor, Tensor]]]:
-    """Return the base of all seeds, and points to pretrain, to train adapters, and to test."""
+    """Return the base network of all seeds, and three sets of points and labels: for pretraining,
+    for training adapters, and for testing."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -265,7 +267,7 @@ def _pretrained(quick: bool) -> tuple[Network, list[tuple[Tensor, Tensor]]]:
 
 
 def network(seed: int, quick: bool) -> Task:
-    """Return the task of the teacher with rotated inputs."""
+    """Return the task of imitating the teacher with rotated inputs, the same for all seeds."""
     base, (_, adapting, testing) = _pretrained(quick)
 
     def adapted() -> Any:
@@ -290,7 +292,7 @@ def network(seed: int, quick: bool) -> Task:
 
 
 def pirate(seed: int, quick: bool) -> Task:
-    """Return the task of the demo's pirate; the seed chooses the held-out answers."""
+    """Return the task of talking like the demo's pirate; the seed selects the held-out answers."""
     own = language.load(quick)
     lines = [json.loads(line) for line in TEXTS.read_text(encoding="utf-8").splitlines()]
     pairs = [(line["question"], " " + line["answer"]) for line in lines]
@@ -322,7 +324,7 @@ def pirate(seed: int, quick: bool) -> Task:
 
 
 def less(rows: Rows, task: str, column: str, method: str = COPRA, sign: int = 1) -> Interval:
-    """Return a method's value minus LoRA's over the seeds, or the negative with ``sign=-1``."""
+    """Return the interval, over seeds, of a method's value minus LoRA's, multiplied by ``sign``."""
     of = {name: study.column(rows, column, task=task, method=name) for name in (LORA, method)}
     return study.interval([sign * (b - a) for a, b in zip(of[LORA], of[method], strict=True)])
 

@@ -70,7 +70,7 @@ def chain(hiddens: list[Tensor], gammas: list[Tensor], weights: Tensor) -> Tenso
 
 
 def rms_norm(hiddens: list[Tensor], gammas: list[Tensor], weights: Tensor) -> Tensor:
-    """Compute the same with torch's norm."""
+    """Compute the same mix as `chain`, with torch's norm."""
     norms = [
         torch.nn.functional.rms_norm(h, (h.shape[-1],), gamma, EPS)
         for h, gamma in zip(hiddens, gammas, strict=True)
@@ -100,7 +100,8 @@ WAYS = {"forward": forward, "forward and backward": both_ways}
 
 
 def bench_mix(device: str, rounds: int) -> Iterator[Row]:
-    """Yield all providers, without and with the backward, and a copy in the same rounds."""
+    """Yield the rows of all providers, without and with the backward, and of a copy, all timed in
+    the same rounds."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     copy, copied = copy_call(device=device)
     with torch.inference_mode(False):
@@ -129,7 +130,7 @@ def bench_mix(device: str, rounds: int) -> Iterator[Row]:
 
 
 def check(p: Problem, mix: Mix, name: str) -> float:
-    """Return the largest error over its bound, of the mix and of each gradient, for some rows.
+    """Return the largest error of the mix and the gradients, divided by its bound, for some rows.
 
     The bound is a multiple of the largest value. It covers float32 sums of a row and over the rows,
     and for 16-bit types the roundings of a norm, of its product and of each sum.

@@ -109,7 +109,7 @@ def draw(model: Any, rows: int, tokens: int) -> Tensor:
 
 
 def serving(models: dict[str, Any], sizes: Sizes) -> Iterator[Case]:
-    """Yield a prefill, and decode steps."""
+    """Yield the cases of serving: a prefill, and decode steps of 1 and 8 rows."""
     ids = draw(models["plain"], 1, sizes.prompt)
     calls: dict[str, Call] = {k: lambda m=m: prefill(m, ids) for k, m in models.items()}
     yield f"prefill of {sizes.prompt}", calls, 1.5
@@ -130,7 +130,7 @@ def training(models: dict[str, Any], sizes: Sizes) -> Iterator[Case]:
 
 
 def attention(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
-    """Yield attention alone, with SmolLM2's nine query heads and three key heads."""
+    """Yield the cases of attention alone, with SmolLM2's nine query heads and three key heads."""
     for tokens in sizes.attention:
         g = torch.Generator().manual_seed(0)
         q, k, v = (

@@ -175,7 +175,7 @@ class Problem:
 
 
 def check(problem: Problem) -> float:
-    """Return the largest error of lora_ext's result over its bound."""
+    """Return the largest error of lora_ext's result, divided by its bound."""
     found = {name: run() for name, run in problem.providers().items()}
     worst = error_over_bound(found["lora_ext"], found["peft"], problem.exact())
     if not worst <= 1:

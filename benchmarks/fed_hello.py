@@ -105,7 +105,7 @@ def minutes(arm: Row) -> float:
 
 
 def more(seeds: Sequence[int], quick: bool) -> list[Row]:
-    """Return arms with all patterns, with importance, baselines, and other kinds of data."""
+    """Return the arms of ``--full``: all patterns, importance, baselines, and other partitions."""
     others = [*(name for name in PATTERNS if name != OURS), *FIM, DRAWN, *peers.NAMES, *RANKED]
     others.append(CEILING)
     iid, both = [*others, *private.NOISE], [OURS, STRONG, *others]
@@ -182,7 +182,7 @@ def _strong(world: World) -> list[int]:
 
 
 def by_device(world: World, shares: Sequence[Any], right: Sequence[Tensor]) -> list[float]:
-    """Return each client's accuracy with its model, weighted by the client's classes."""
+    """Return each client's accuracy per class, averaged over the classes of its own samples."""
     labels, test = world.training[1].numpy(), world.testing[1].numpy()
     found: list[float] = []
     for share, each in zip(shares, right, strict=True):

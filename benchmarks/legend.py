@@ -141,7 +141,7 @@ def minutes(arm: Row) -> float:
 
 
 def more(seeds: Sequence[int], quick: bool) -> list[Row]:
-    """Return arms with LEGEND's depths and other ranks, and those of the diagnosis."""
+    """Return the arms of ``--full``: LEGEND's depths with other ranks, and the diagnosis."""
     tasks = [("sections", part, name) for part in (IID, UNIQUE) for name in ("flat", "falling")]
     tasks += [(toy, IID, name) for toy in TOYS for name in (UNIFORM, LEGEND, "falling")]
     return [
@@ -238,7 +238,8 @@ def follow(world: World, partition: str, method: Method) -> tuple[Run, list[floa
 
 
 def speed_of(device: int, devices: int, head: int) -> Estimate:
-    """Return a device's speed: the first third is fast, the last slow; all send ``head`` bytes."""
+    """Return the speed of a device: of all devices, the first third is fast and the last third is
+    slow. Each also sends the head, of ``head`` bytes."""
     f, mu, beta = SPEEDS[len(SPEEDS) * device // devices]
     return Estimate(f + beta / 1000 * head, mu, beta / 1000)
 
@@ -248,7 +249,7 @@ def speed_of(device: int, devices: int, head: int) -> Estimate:
 
 
 def of_seed(rows: Rows, partition: str) -> list[dict[str, Row]]:
-    """Return the rows of each seed by method."""
+    """Return, for each seed, its rows by method."""
     own = [r for r in rows if (r["task"], r["partition"]) == ("sections", partition)]
     own = [r for r in own if r.get("rate", "") != "" and r["seed"] != CHOOSING]
     seeds = sorted({row["seed"] for row in own})

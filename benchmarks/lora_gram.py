@@ -38,7 +38,7 @@ def loop_of_stats(a: list[Tensor], b: list[Tensor], p: list[Tensor]) -> Tensor:
 
 
 def bench_gram(device: str, rounds: int) -> Iterator[Row]:
-    """Yield both ops and their peers in float32 and bfloat16, checked against the formula."""
+    """Check both ops and their peers in float32 and bfloat16, and yield the rows of their times."""
     for dtype in (torch.float32, torch.bfloat16):
         a, b, p = factors(device, dtype)
         calls: dict[str, dict[str, Callable[[], object]]] = {
@@ -83,7 +83,7 @@ def factors(device: str, dtype: torch.dtype) -> Factors:
 
 
 def error_of(found: object, case: str, a: list[Tensor], b: list[Tensor], p: list[Tensor]) -> float:
-    """Return the largest error over its bound.
+    """Return the largest error, divided by its bound.
 
     The bound is n float32 roundings in sequence, or 1e-12 of the squares for pair statistics.
     """

@@ -161,7 +161,7 @@ def on_minilm(world: World, scheme: str, rate: float, steps: int) -> float:
 
 
 def sweep(seed: int, n: int, scheme: str, steps: int) -> tuple[Tensor, Tensor]:
-    """Return the losses and the RMS of A u after training, one per rate."""
+    """Return the losses and the RMS of A u after training, one per learning rate."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, fan_in: int = 1) -> Tensor:
@@ -247,7 +247,7 @@ def gain(a: Sequence[float], b: Sequence[float]) -> Interval:
 
 
 def real(rows: Rows, start: str) -> list[float]:
-    """Return the losses of each seed on MiniLM."""
+    """Return the loss of each seed on MiniLM."""
     return study.column(rows, "loss", task=MINILM, start=start)
 
 
@@ -285,7 +285,8 @@ def slope(of: dict[int, Best]) -> float:
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Check losses (the headline), slopes, rates and growth."""
+    """Check the losses (the headline), slopes and ratio of the best learning rates, and the growth
+    of A u with the width."""
     a, b = bests(rows).values()
     first, last = min(a), max(a)
     gains = {f"n = {n}": gain(a[n].losses, b[n].losses) for n in a}

@@ -119,7 +119,7 @@ def gather_backward(p: Problem) -> list[Tensor]:
 
 
 def check(p: Problem) -> float:
-    """Return the largest error of y and each gradient over its bound; see lora_train.py."""
+    """Return the largest error of y and the gradients, divided by the bounds of lora_train.py."""
 
     def formula(dy: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         tail = p.ids, None, p.device_ranks, 0.0, None
@@ -149,7 +149,7 @@ def check(p: Problem) -> float:
 def bench_large_rank(
     device: str, dtype: torch.dtype, rounds: int, widths: tuple[int, ...] = WIDTHS
 ) -> Iterator[Row]:
-    """Yield both cases at every width, with three calls and their peers each."""
+    """Yield the rows of both cases at every width: three calls each, and their peers."""
     for width in widths:
         for case, ranks in (("one", [RANK]), ("mixed", [RANK, SMALL_RANK])):
             p = Problem.make(width, ranks, device, dtype)

@@ -36,7 +36,8 @@ LAYERS = ((576, 1536, 16, 1024), (2048, 2048, 16, 1024), (2048, 2048, 64, 1024))
 
 # --- layers ---------------------------------------------------------------------------------------
 def bench_layers(rounds: int) -> Iterator[Row]:
-    """Yield forward and backward of one adapted layer, relative to the base layer and to PEFT."""
+    """Yield the rows of forward and backward of one adapted layer, relative to the base layer and
+    to PEFT."""
     for p in (0.0, 0.1):
         over_peft: list[float] = []
         over_base: list[float] = []
@@ -87,7 +88,7 @@ def bench_layers(rounds: int) -> Iterator[Row]:
 
 
 def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]:
-    """Yield 16 adapters with 16 tokens each: one call of lora_ext, 16 calls of PEFT's layer."""
+    """Yield the rows of 16 adapters with 16 tokens each: lora_ext makes one call, PEFT 16 calls."""
     wide, out = 576, 1536
     torch.manual_seed(0)
     base = nn.Linear(wide, out, bias=False).requires_grad_(False)
@@ -143,7 +144,7 @@ def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]
 
 
 def bench_modalities(rounds: int, samples: int = 12, length: int = 64) -> Iterator[Row]:
-    """Yield a vision layer on a mixed batch: one call for all, and one call per sample.
+    """Yield the rows of a vision layer on a mixed batch: one call for all, and one per sample.
 
     The first of every three samples is half image, with the vision adapter of rank 64, and half
     text with an adapter of rank 16. The second is text with that adapter; the third is text of the
@@ -256,7 +257,7 @@ def _results(
 
 
 def _check(ours: Tensor, peer: Tensor, exact: Tensor, what: str) -> float:
-    """Return the largest error over its bound; exit if it is above 1."""
+    """Return the largest error, divided by its bound; exit if this is above 1."""
     worst = error_over_bound(ours, peer, exact)
     if not worst <= 1:
         raise SystemExit(f"lora_layers: {what}: found an error of {worst:.3g} times the bound")
@@ -278,7 +279,8 @@ def _saved_bytes(step: Callable[[], None]) -> int:
 
 # --- models ---------------------------------------------------------------------------------------
 def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
-    """Yield eight adapters trained at once, and eight PEFT runs with one optimizer each."""
+    """Yield the rows of eight adapters trained at once, and of eight PEFT runs with one optimizer
+    each."""
     base = base_model(layers)
     alone = {name: with_adapters(base, [name]) for name in NAMES}
     together = lora_ext.from_peft(with_adapters(base, NAMES))
@@ -331,7 +333,8 @@ def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
 
 
 def bench_memory(layers: int = 30) -> Iterator[Row]:
-    """Yield peak bytes of a step of one adapter on 4 x 64 tokens, and bytes saved by autograd."""
+    """Yield rows with the peak bytes of a step of one adapter on 4 x 64 tokens, and with the bytes
+    saved by autograd."""
     base = base_model(layers)
     ids = torch.randint(0, 49152, (4, 64), generator=torch.manual_seed(2))
     for p in (0.0, 0.1):

@@ -112,7 +112,8 @@ class Step:
 
 @torch.inference_mode()
 def bench_model(engines: Engines, rounds: int) -> Iterator[Row]:
-    """Yield decode with 16 and 8 adapters, and prefill with 8; each row has another adapter."""
+    """Yield the rows of decode steps with 16 and 8 adapters, and of a prefill with 8. Each row of a
+    batch has a different adapter."""
     models = {"base": engines.plain, "peft": engines.peft, "lora_ext": engines.ours}
     cases = (
         ("decode", 16, CONTEXT + 1, rounds),
@@ -148,7 +149,7 @@ def bench_model(engines: Engines, rounds: int) -> Iterator[Row]:
 
 
 def check(case: str, logits: dict[str, Tensor], exact: Tensor) -> float:
-    """Return the largest error of the logits over its bound.
+    """Return the largest error of the logits, divided by its bound.
 
     Args:
         case: name of the case, for the message.
@@ -170,7 +171,7 @@ def check(case: str, logits: dict[str, Tensor], exact: Tensor) -> float:
 
 
 def bench_memory(engines: Engines) -> Iterator[Row]:
-    """Yield the bytes of the pool, and those of the pages that its adapters need."""
+    """Yield rows with the bytes of the pool, and with those of the pages that its adapters need."""
     pages = 0
     for module in engines.plain.modules():
         if isinstance(module, torch.nn.Linear) and module is not engines.plain.lm_head:
@@ -184,7 +185,8 @@ def bench_memory(engines: Engines) -> Iterator[Row]:
 
 
 def bench_swap(folder: Path, engines: Engines, rounds: int) -> Iterator[Row]:
-    """Yield the times to load from a file into a slot, and from the host cache."""
+    """Yield rows with the times to load an adapter into a slot, from a file and from the host
+    cache."""
     pool = lora_ext.AdapterPool(engines.plain, max_slots=1, max_rank=RANK, targets=MODULES)
     first, second = NAMES[:2]
     paths = {name: adapter_folder(folder, name) for name in (first, second)}

@@ -156,7 +156,7 @@ def providers_of(p: Problem) -> dict[str, Callable[[Problem], None]]:
 
 
 def check(p: Problem, provider: Callable[[Problem], None]) -> float:
-    """Return the largest error over its bound, on some rows of y and the first bank.
+    """Return the largest error of some rows of y, divided by its bound, for the first bank.
 
     The bound is entrywise in float64, for one rounding of y and float32 accumulation: ``1.02 u |y|
     + u |delta| + c 2^-24 (|y0| + |b| |a| |x|)`` with ``c = 16 + sqrt(I) / 2``. The second term
@@ -198,7 +198,7 @@ def timer(device: str) -> Callable[..., dict[str, Timing]]:
 def bench_shapes(
     matrix: str, shapes: tuple[Shape, ...], device: str, dtype: torch.dtype, rounds: int
 ) -> Iterator[Row]:
-    """Yield every provider at every shape, with a copy in the same rounds."""
+    """Yield the rows of every provider at every shape, and of a copy, timed in the same rounds."""
     copy, copied = copy_call(device=device)
     for shape in shapes:
         p = Problem.make(shape, device, dtype)
@@ -224,7 +224,7 @@ def bench_shapes(
 
 
 def bench_mixed_ranks(device: str, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
-    """Yield a call with ranks {8, 16, 32, 64} and a call with all ranks 64.
+    """Yield the rows of a call with ranks 8, 16, 32 and 64, and of a call with all ranks 64.
 
     This shows whether the mean rank or the largest one determines the time. In a pool, an adapter
     has only the pages that its rank needs. In a bank ``b (A, O, 64)``, rows are 64 wide for every
@@ -248,7 +248,7 @@ def bench_mixed_ranks(device: str, dtype: torch.dtype, rounds: int) -> Iterator[
 
 
 def bench_call(rounds: int) -> Iterator[Row]:
-    """Yield the time of one op on tiny inputs, called as in serving."""
+    """Yield a row with the time of one op on tiny inputs, called as in serving."""
     shape = Shape("tiny call", 1, 1, 8, 8, 8)
     p = Problem.make(shape, "cpu", torch.float32)
     a, b = p.banks[0]
@@ -262,7 +262,7 @@ def bench_call(rounds: int) -> Iterator[Row]:
 
 
 def bench_allocation() -> Iterator[Row]:
-    """Yield the bytes that one call allocates, from torch's profiler."""
+    """Yield rows with the bytes that one call allocates, from torch's profiler."""
     shape = DECODE[1]
     p = Problem.make(shape, "cpu", torch.float32)
     a, b = p.banks[0]

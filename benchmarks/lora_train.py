@@ -116,7 +116,7 @@ def loop_backward(p: Problem) -> list[tuple[Tensor, ...]]:
 
 
 def check(p: Problem) -> float:
-    """Return the largest entrywise error over its bound, of y and each gradient.
+    """Return the largest error of an entry of y or a gradient, divided by its bound.
 
     The bound is one rounding, ``1.02 u |y|``, plus a multiple of the same formula of absolute
     values: ``c 2^-24`` for float32 sums, with ``c = 16 + (sqrt(T) + sqrt(I) + sqrt(O)) / 2``, and
@@ -147,7 +147,7 @@ def check(p: Problem) -> float:
 def bench_train(
     shapes: tuple[Shape, ...], device: str, dtype: torch.dtype, rounds: int
 ) -> Iterator[Row]:
-    """Yield forward and backward of every shape for lora_ext and the loop, and a copy."""
+    """Yield the rows of forward and backward at every shape, for lora_ext, the loop and a copy."""
     copy, copied = copy_call(device=device)
     for shape in shapes:
         p = Problem.make(shape, device, dtype)

@@ -153,7 +153,7 @@ def told(judged: study.Judged, claim: study.Claim) -> str:
 
 
 def gate_of(judged: study.Judged, claim: study.Claim) -> str:
-    """Return the gate's conditions with what was found, or only what is asked."""
+    """Return the gate's conditions with the values found, or the claim's text if it has not run."""
     if not judged.gate:
         return claim.gate
     each = [
@@ -163,7 +163,7 @@ def gate_of(judged: study.Judged, claim: study.Claim) -> str:
 
 
 def others(judged: study.Judged) -> str:
-    """Return the criteria that are met, and those that are not, with what was found."""
+    """Return the number of criteria that are met, and the others with the values found."""
     met = sum(bool(c.passed) for c in judged.criteria)
     missed = [f"{c.name}: {c.found} ({c.asked})" for c in judged.criteria if not c.passed]
     text = f"; {met} of {len(judged.criteria)} criteria are met"

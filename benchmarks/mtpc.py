@@ -273,7 +273,7 @@ def trigram(train: Tensor, held_out: Tensor) -> float:
 
 
 def head_share(kind: str, sizes: Sizes) -> float:
-    """Return the floating-point operations of a draft over those of a one-token pass."""
+    """Return the floating-point operations of a draft as a share of those of a one-token forward."""
     d, k, rank = sizes.width, sizes.adapter_rank, 1 if kind == FF else sizes.rank
     leaves = sizes.n_token * rank * (4 * k * d + 2 * VOCAB * d)
     latent = {FF: 0, "cp": 0, "hmm": sizes.n_token - 1, "btree": sizes.n_token - 2}[kind]
@@ -327,7 +327,7 @@ def faster(rows: Rows, kind: str, mode: str, batch: int) -> Interval:
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Check seconds, sampling at batch 1 (the headline), and nats and bytes per call."""
+    """Check the speedups, sampling at batch 1 (the headline), and the nats per byte."""
     quiet = max(row["load"] for row in rows) <= QUIET
     found: list[Criterion] = []
     for kind in LATENT:
@@ -350,7 +350,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def chosen(rows: Rows) -> str:
-    """Return the circuit that the trials chose, which every row names."""
+    """Return the name of the circuit that was chosen in the trials; every row contains it."""
     return str(rows[0]["chosen"])
 
 

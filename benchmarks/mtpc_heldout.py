@@ -104,7 +104,7 @@ def kept(draft: mtpc.Draft, batch: Batch, mode: str) -> Tensor:
 
 
 def tokens_a_call(kept: Tensor) -> float:
-    """Return the mean tokens per call: the verifier's, and the drafted ones that are accepted."""
+    """Return the mean number of tokens per call: the verifier's one, and the accepted drafts."""
     return 1 + kept.cumprod(1).sum(1).mean().item()
 
 
@@ -218,7 +218,7 @@ def compare(texts: dict[str, Answers], args: argparse.Namespace) -> list[dict[st
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with a message on invalid arguments, before the work of minutes begins."""
+    """Exit with a message if an argument is invalid, before work that takes minutes begins."""
     needed = "answers.pt" if args.compare else "mtpc_config.json"
     least = {"compare": 0, "cost": 0, "shortlist": 1, "longest": 1, "questions": 1, "new_tokens": 1}
     for name, number in least.items():

@@ -235,7 +235,10 @@ def _divergence(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
 
 
 def _missed_overlap(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
-    """Return minus the overlap: a sum over positions, weighted by the probability to reach them."""
+    """Return the negative overlap of the draft's and the model's distributions.
+
+    It is a sum over positions, each weighted by the probability that decoding reaches it.
+    """
     loss, survival = torch.tensor(0.0), torch.ones(len(batch.hidden))
     for k, (state, teacher) in enumerate(_read(draft, batch)):
         p = (F.linear(teacher, unembed).float() - batch.normaliser[:, k, None]).exp()

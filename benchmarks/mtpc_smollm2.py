@@ -56,7 +56,8 @@ def trained(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def passes(lean: dict[str, LeanLlama], dtype: str) -> Rows:
-    """Measure a forward of 1 to 8 tokens after 64, and its lower bound by memory bandwidth."""
+    """Time forwards of 1 to 8 tokens after 64 cached ones, and compute the time to read the weights
+    at the machine's memory bandwidth."""
     context = torch.randint(1000, (1, 64))
     calls: dict[str, Any] = {}
     for (name, model), rows in itertools.product(lean.items(), (1, 2, 3, 4, 6, 8)):
@@ -86,7 +87,7 @@ def passes(lean: dict[str, LeanLlama], dtype: str) -> Rows:
 def parts(
     decoder: mtpc.SpeculativeDecoder, questions: list[Tensor], settings: Any, dtype: str
 ) -> Rows:
-    """Measure the milliseconds of forward, draft, verification and the rest of a call."""
+    """Return rows with the milliseconds of a call's forward, draft, verification and the rest."""
     spent: Counter[str] = Counter()
 
     def timed(owner: Any, attribute: str) -> Any:

@@ -71,7 +71,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 
 def products(x: Tensor, weights: list[Tensor]) -> dict[str, Call]:
-    """Return by provider a call that multiplies x by all weights, one after another."""
+    """Return, by provider, a call that multiplies x by all weights, one after another."""
     rows = x.shape[0]
     packed = [ops.pack_weight(w) for w in weights]
     out = weights[0].shape[0]
@@ -98,7 +98,7 @@ def _all(weights: list[Tensor], call: Any) -> None:
 
 
 def bench_ops(dtype: torch.dtype, rounds: int) -> Iterator[str]:
-    """Yield the least time of each provider; with one thread, the least processor time."""
+    """Yield rows with the least time of each provider, or least processor time with one thread."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for wide, out in SHAPES:
         count = max(1, COLD_BYTES // (wide * out * dtype.itemsize))
@@ -191,7 +191,8 @@ def _factors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 def bench_model(
     models: Mapping[str, Any], dtype: torch.dtype, rounds: int
 ) -> Iterator[tuple[int, dict[str, Timing]]]:
-    """Yield the times of decode steps after 32 cached tokens; every row has another adapter."""
+    """Yield rows with the times of decode steps after 32 cached tokens. Each row of a batch has a
+    different adapter."""
     for rows in (16, 8, 1):
         tokens = torch.randint(0, 49152, (rows, 33), generator=torch.manual_seed(1))
         steps: dict[str, Call] = {}
@@ -239,7 +240,7 @@ def bits_engines(dtype: torch.dtype) -> dict[str, Any]:
 
 @torch.inference_mode()
 def bench_bits(models: Mapping[str, Any], rounds: int) -> Iterator[tuple[int, dict[str, Timing]]]:
-    """Yield the times of decode steps, after a check of the greedy text of four rows."""
+    """Check the greedy text of four rows, then yield rows with the times of decode steps."""
     ids = torch.randint(0, 49152, (4, 8), generator=torch.manual_seed(2))
     how: dict[str, Any] = {"max_new_tokens": TEXT_TOKENS, "do_sample": False, "pad_token_id": 0}
     for name in ("8 bits", "4 bits"):

@@ -30,7 +30,10 @@ def held() -> int:
 
 
 def main() -> None:
-    """Print one line per number of adapters; ``--check`` compares it with the bytes in use."""
+    """Print the pool's and the process's memory for each number of adapters.
+
+    With ``--check``, exit if the process has grown by 256 MiB more than the bytes in use.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if the process takes much more")
     check = parser.parse_args().check

@@ -205,7 +205,7 @@ def matched(rows: Rows) -> int:
 
 
 def accuracies(rows: Rows, task: str) -> tuple[float, float]:
-    """Return the accuracy of the frozen model, and the best one of all ranks."""
+    """Return the accuracy of the frozen model, and the best accuracy over all ranks."""
     own = [row for row in rows if row["seed"] == GATE_SEED]
     frozen = study.mean(own, "accuracy", task=task, part="frozen")
     return frozen, max(study.column(own, "accuracy", task=task, part="lora"))
@@ -247,7 +247,7 @@ def gains(rows: Rows, seed: int, task: str) -> dict[int, float]:
 
 
 def ratio(rows: Rows, measure: str) -> Interval:
-    """Return the ratio of planning to reasoning at the largest rank, as the mean over the seeds.
+    """Return the ratio of a measure for planning to that for reasoning, at the largest rank.
 
     The measure "enough" is the smallest rank that reaches 95 % of the best gain.
     """
@@ -265,7 +265,7 @@ def ratio(rows: Rows, measure: str) -> Interval:
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Check the ratio of effective ranks in two measures (the headline), and in two more."""
+    """Check the ratio of planning to reasoning for each measure; the first two are the headline."""
     found: list[Criterion] = []
     for name in (*FIGURES, "enough"):
         each = ratio(rows, name)

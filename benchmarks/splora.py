@@ -132,7 +132,8 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def read(model: Any, stage: Stage) -> dict[str, float]:
-    """Return the figures of a model, and its refusals of harmful less harmless requests."""
+    """Return the figures of a model, and as "net" the share of harmful requests that it refuses
+    minus that of harmless ones."""
     found = figures(model, stage, over=True)
     return {**found, "net": found["refusals"] - found["over"]}
 
@@ -142,7 +143,8 @@ def _kind(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ranked(rule: str, stage: Stage, seed: int) -> tuple[list[str], float]:
-    """Return modules in the order of pruning, and the score's correlation with update size."""
+    """Return the modules in the order in which the rule prunes them, and the correlation of its
+    scores with the size of the updates."""
     count = len(stage.adapter.modules)
     if rule in SCORES:
         config = SploraConfig(num=count - 1, **SCORES[rule])
@@ -175,13 +177,13 @@ def load(model: Any, adapter: LoraAdapter) -> None:
 
 
 def net(rows: Rows, rule: str, setting: str) -> list[float]:
-    """Return each seed's refusals of harmful less harmless requests; the mean of random orders."""
+    """Return "net" of :func:`read` for each seed; for random orders, their mean."""
     seeds = sorted({row["seed"] for row in rows})
     return [study.mean(rows, "net", rule=rule, setting=setting, seed=seed) for seed in seeds]
 
 
 def beyond(rows: Rows, rival: str, setting: str, rule: str = OURS) -> Interval:
-    """Return the figure of a rule minus that of a rival rule."""
+    """Return "net" of a rule minus that of a rival rule, with its interval over the seeds."""
     pairs = zip(net(rows, rule, setting), net(rows, rival, setting), strict=True)
     return study.interval([a - b for a, b in pairs])
 
@@ -209,7 +211,8 @@ def gate(rows: Rows) -> list[Gate]:
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Check E-DIEM against Safe LoRA and random pruning (the headline), and small updates."""
+    """Check E-DIEM against Safe LoRA and random pruning (the headline), and against pruning by the
+    size of updates."""
     found: list[Criterion] = []
     for setting in SETTINGS:
         for rival in (SAFE, RANDOM, SIZE):

@@ -213,12 +213,12 @@ def _finite(loss: float) -> float:
 
 
 def gate_above(name: str, found: float, least: float, spec: str = ".3f") -> Gate:
-    """Return the gate that a figure reaches the least value."""
+    """Return the gate that ``found`` is at least ``least``."""
     return Gate(name, f"at least {least:g}", format(found, spec), found >= least)
 
 
 def gate_between(name: str, found: float, low: float, high: float, spec: str = ".3f") -> Gate:
-    """Return the gate that a figure is between two values."""
+    """Return the gate that ``found`` is between ``low`` and ``high``."""
     return Gate(name, f"{low:g} to {high:g}", format(found, spec), low <= found <= high)
 
 
@@ -290,7 +290,7 @@ def judge(study: ModuleType, rows: Rows, quick: bool = False) -> Judged:
 
 
 def judged_gate(study: ModuleType, rows: Rows, quick: bool = False) -> list[Gate]:
-    """Return the gate on the rows of the trials; empty if some are missing, or without a gate.
+    """Judge the gate by the rows of the trials; return [] if rows or the gate are missing.
 
     Raises:
         ValueError: If the gate has no condition.
@@ -309,7 +309,7 @@ def trial_rows(rows: Rows) -> Rows:
 
 
 def trials_of(study: ModuleType, rows: Rows, quick: bool) -> list[Row]:
-    """Return the arms of the trials that are known, given the rows measured until now.
+    """Return the arms of the trials that can be determined from the rows measured so far.
 
     Raises:
         ValueError: If an arm has a seed of the criteria.
@@ -377,7 +377,7 @@ class Store:
 
     @classmethod
     def of_last(cls, path: Path) -> Store:
-        """Open the rows of the last row's settings, if the current ones are unknown."""
+        """Open the rows with the settings of the last row; used if the current ones are unknown."""
         rows = cls(path, "")._all()
         return cls(path, rows[-1]["settings"] if rows else "")
 
@@ -504,7 +504,7 @@ class Checkpoint:
         return torch.load(self.path, weights_only=True)
 
     def offer(self, state: Callable[[], Any]) -> None:
-        """Save the state that ``state()`` returns if five minutes have passed."""
+        """Save the result of ``state()`` if five minutes have passed since the last save."""
         import torch
 
         if self.path is None or time.monotonic() - self._saved < SAVE_SECONDS:
@@ -517,7 +517,7 @@ class Checkpoint:
 
 
 def checkpoint(part: str) -> Checkpoint:
-    """Return the saved state of a part of the current run, such as of one of its models."""
+    """Return the checkpoint of a part of the current run, such as one of its models."""
     return Checkpoint(_states / f"{part}.pt" if _states else None)
 
 

@@ -68,7 +68,7 @@ def peft_step(model: Any, optimizers: list[Any], each: list[Tensor]) -> float:
 
 
 def settled(way: Callable[[], float]) -> Callable[[], float]:
-    """Return a call that runs ``way`` three times and returns the last time.
+    """Return a call that runs ``way`` three times and returns the seconds of the last run.
 
     The first two calls do not count: a step waits for the tenants of the two steps before it.
     """
