@@ -273,7 +273,7 @@ def trigram(train: Tensor, held_out: Tensor) -> float:
 
 
 def head_share(kind: str, sizes: Sizes) -> float:
-    """Return the floating-point operations of a draft as a share of those of a one-token forward."""
+    """Return the ratio of the floating-point operations of a draft to those of a one-token pass."""
     d, k, rank = sizes.width, sizes.adapter_rank, 1 if kind == FF else sizes.rank
     leaves = sizes.n_token * rank * (4 * k * d + 2 * VOCAB * d)
     latent = {FF: 0, "cp": 0, "hmm": sizes.n_token - 1, "btree": sizes.n_token - 2}[kind]

@@ -58,7 +58,7 @@ def test_errors_on_random_values_stay_within_bounds(backend: Backend, op: Op, sh
 
 
 def repeated(op: Op, backend: Backend) -> list[Any]:
-    """Return the shapes to repeat: few on the CPU. The test of errors repeats its calls there."""
+    """Return the shapes on which to repeat calls; on the CPU, none if the test of errors does."""
     if backend.device == "cpu":
         return [] if op.bounds else [*op.small]
     return [shape for shape in op.shapes(backend) if shape not in op.large]

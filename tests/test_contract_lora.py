@@ -161,8 +161,8 @@ def test_compiles_without_a_graph_break(backend: Backend) -> None:
 
 @shapes(SIBLINGS[0], SMALL, DEEP, MEDIUM)
 def test_siblings_are_bitwise_equal_to_single_modules(backend: Backend, shape: Shape) -> None:
-    """Check siblings with and without a plan, in banks and pages. Over all shapes, each dtype is
-    used with both; a medium shape has one dtype on kernels."""
+    """Check siblings with and without a plan, in banks and in pages; each dtype occurs with banks
+    and with pages over all shapes. Kernels run medium shapes with a single dtype."""
     dtypes = list(enumerate(backend.dtypes()))
     if shape in MEDIUM and not backend.is_twin:
         dtypes = [dtypes[MEDIUM.index(shape) % len(dtypes)]]

@@ -67,7 +67,7 @@ def used(code: str) -> set[str]:
 
 
 def _defined(path: str) -> str:
-    """Return the definition of the first name after the packages of a path."""
+    """Return where the first name of a dotted path that is not a package is defined."""
     package, *names = path.split(".")
     while names and face_file(f"{package}.{names[0]}").exists():
         package = f"{package}.{names.pop(0)}"

@@ -64,7 +64,7 @@ def install(python: str, wheel: Path, room: Path) -> tuple[Path, dict[str, float
 
 
 def bare(room: Path) -> dict[str, str]:
-    """Return the environment of a machine without a compiler: only the venv is on PATH."""
+    """Return environment variables for a machine without a compiler; only the venv is on PATH."""
     path = str(room / "bin")
     found = [name for name in COMPILERS if shutil.which(name, path=path)]
     if found:

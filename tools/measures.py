@@ -63,7 +63,7 @@ def _is_checker(name: str) -> bool:
 
 
 def _checks(node: ast.AST) -> bool:
-    """Return whether a node is a raise, an ``if`` that only raises, a checker, or its call."""
+    """Return whether a node is a raise, an ``if`` that only raises, or a checker or its call."""
     if isinstance(node, Function):
         return _is_checker(node.name)
     if isinstance(node, ast.If):

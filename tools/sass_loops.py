@@ -112,7 +112,7 @@ class Loops:
 
     @cached_property
     def weight(self) -> list[int]:
-        """Weights of blocks: of two paths that load the same bytes, wider loads weigh more."""
+        """Weight of each block: the bytes that it loads; 16-byte loads count half as much again."""
         return [
             sum(one.load_bytes * (2 + (one.load_bytes == 16)) for one in self.block_code(block))
             for block in range(len(self.starts))
@@ -125,7 +125,7 @@ class Loops:
 
     @cached_property
     def main(self) -> list[int]:
-        """Heads of the main loops, in order: those of `is_main` that contain no other one."""
+        """Heads of the main loops, in order: loops that pass `is_main` and contain no other one."""
         found = [
             head
             for head, body in self.bodies.items()
@@ -256,7 +256,10 @@ def way_to(code: Sequence[Instruction], goal: str) -> list[Instruction] | None:
 def way_that_loads_most(
     head: int, body: set[int], after: Sequence[Sequence[int]], weight: Sequence[int]
 ) -> list[int]:
-    """Return the blocks of one iteration, from the head to a block that branches back to it."""
+    """Return the blocks of one iteration along the path with the largest weight.
+
+    The path leads from the head to a block that branches back to it.
+    """
     best: dict[int, tuple[int, list[int]]] = {}  # weight and blocks of the path from a block
     open_blocks: set[int] = set()
     stack = [head]
@@ -338,7 +341,7 @@ def prologue(code: Sequence[Instruction]) -> Prologue:
 
 
 def trips(way: Sequence[Instruction]) -> int:
-    """Return the memory trips that the last instruction of a path has waited for, in sequence."""
+    """Return the number of serial memory trips before the last instruction of a path is issued."""
     clock = 0
     lands: dict[int, int] = {}
     for one in way:

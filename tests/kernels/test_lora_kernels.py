@@ -100,8 +100,7 @@ def test_float32_sums_of_one_sign_are_not_rounded_in_one_direction(backend: Back
 def test_apply_that_sums_splits_of_v_equals_shrink_and_expand_bitwise(
     backend: Backend, dtype: torch.dtype
 ) -> None:
-    """Check a call with so many rows, outputs and ranks that apply first adds the partial sums of
-    v, in place."""
+    """Check sizes for which apply first adds the partial sums of v, in place."""
     if backend.small:
         pytest.skip("too many rows for this backend")
     g = torch.Generator().manual_seed(0)

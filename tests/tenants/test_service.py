@@ -198,7 +198,7 @@ def test_step_out_of_memory_is_split_and_fails_only_calls_that_do_not_fit(servic
 
     def forward(input_ids: Tensor, **how: Any) -> Any:
         if len(input_ids) > 1:  # a call with two data
-            raise MemoryError("no room")
+            raise MemoryError("out of memory")
         return inner(input_ids=input_ids, **how)
 
     base.forward = forward
