@@ -6,8 +6,8 @@
 // all of it, memory and arithmetic take turns: 16 rows then took 1.5 times as long (Xeon with AMX).
 // Without prefetch they took 1.3 times as long (Zen 5, W in the L3 cache).
 //
-// Processors with AMX multiply bfloat16 in tiles of 16 steps x 16 outputs, which a panel contains
-// as they are: arithmetic is then faster than memory for all numbers of rows.
+// Processors with AMX multiply bfloat16 in tiles of 16 steps x 16 outputs, which have the same
+// layout as a panel. Arithmetic is then faster than memory for any number of rows.
 #include "lora_ext/packed_linear.h"
 
 #include <atomic>

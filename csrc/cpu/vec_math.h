@@ -118,8 +118,8 @@ LX_INLINE V exp(V x) {
 }
 
 // exp(x - shift), x <= shift, for a sum of such terms, with fewer operations than exp. It is exact
-// at 0, else within 2 + shift - x units in the last place. A term below e^-86 (also -inf) may be
-// any number below 1e-37, which is lost beside the largest term, 1.
+// at 0, else within 2 + shift - x units in the last place. The result for a term below e^-86 (0 for
+// x = -inf) may be any number below 1e-37, which does not change a sum whose largest term is 1.
 template <typename V>
 LX_INLINE V exp_below(V x, V shift) {
     if constexpr (sizeof(x[0]) == 8) {

@@ -195,8 +195,8 @@ LX_DEVICE Largest largest_of(const T* row, int n, bool aligned) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The draw. Each warp computes the same result. Weights are float and their sums double, so that a
-// small weight counts after large ones.
+// The draw. Each warp computes the same result. Weights are float and their sums double, so that
+// small weights are not lost in the sum.
 
 // Returns the sum of x over the lanes from 0 to this one.
 LX_DEVICE double running_sum(double x) {

@@ -1,4 +1,5 @@
-// The training launchers. They choose kernels by sizes that the host has; none allocates or waits.
+// The training launchers. They choose kernels by sizes that the host knows, and neither allocate
+// nor wait.
 //
 //   shrink     x -> v            projection of side A, with the mask
 //              v -> v, weighed   with factors; `weighed` with weights

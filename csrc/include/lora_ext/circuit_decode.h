@@ -8,8 +8,8 @@
 //
 // A draw returns the smallest index whose running sum of weights exceeds u * total. The weight of
 // this index is not zero. If rounding leaves no such index, it returns the last index of nonzero
-// weight, or 0 if all weights are zero. Sums are double, so that a small weight counts beside a
-// large sum. Weights are float32, and exponentials of a CPU twin and of a CUDA kernel differ in
+// weight, or 0 if all weights are zero. Sums are double, so that small weights are not lost in
+// the sum. Weights are float32, and exponentials of a CPU twin and of a CUDA kernel differ in
 // their last bits. The two may therefore draw different indices, but only if
 // |sum - u * total| <= 1e-5 total for some running sum.
 //

@@ -32,7 +32,8 @@ constexpr int64_t panel_steps(const PackedLinearArgs& args) {
 // CPU twins. Items are panels; their split over threads does not change the result. The bits of a
 // row depend only on that row, W and bias: each element starts at the bias, adds its products in
 // ascending order of in-features, in float32, and is rounded once. With AMX, the products of 32
-// in-features are first added from zero, the even and the odd ones apart, and then to the element.
+// in-features are summed first, those of even and of odd in-features separately; the total of these
+// two sums is then added to the element.
 struct PackedLinearCpu {
     void (*pack)(const PackedLinearArgs&, int64_t begin, int64_t end);
     void (*product)(const PackedLinearArgs&, int64_t begin, int64_t end);

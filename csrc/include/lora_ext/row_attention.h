@@ -61,7 +61,7 @@ LX_HOST_DEVICE constexpr SeenKeys span_of(const RowAttentionArgs& args, int64_t 
 }
 
 // Return the number of rows t in one item of attend. Rows of an item share each load of the keys,
-// so there are as many as the cache has space for scores, within limits.
+// so an item has as many rows as the cache has space for scores, within limits.
 constexpr int64_t attention_block(const RowAttentionArgs& args) {
     constexpr int64_t kMost = 48, kLeast = 12, kScores = 1 << 16;
     const int64_t fit = kScores / (args.keys > 0 ? args.keys : 1);
