@@ -20,7 +20,7 @@ GREYS, BATCH = 17, 100
 
 
 def em_calls(rank: int) -> Calls:
-    """Return calls of one EM step of a homogeneous chain on 512 sequences of length 32, 64 values.
+    """Return calls of one EM step of a homogeneous chain, on 512 sequences of 32 of 64 values.
 
     Raises:
         SystemExit: If a peer's parameters differ from ours after a step.

@@ -279,7 +279,7 @@ def every_state(row: Row, guide: Guide, dtype: torch.dtype = torch.float32) -> C
 
 
 def against_all_states(bench: Bench) -> Iterator[Found]:
-    """Yield the speedup over Ctrl-G's formula for a row with three words; compare results first."""
+    """Check the result for a row with three words; yield the speedup over Ctrl-G's formula."""
     rows, scores = midway(bench, 3)
     row = rows[2]
     assert row is not None and isinstance(row.plan, Plan)

@@ -508,7 +508,8 @@ def merged(seer: Any, testing: Pictures) -> Row:
 
 @torch.no_grad()
 def of_text(model: Any, base: Any) -> Row:
-    """Compare the language model with the base model on text."""
+    """Return the losses of the language model and the base model on text, and whether their logits
+    are equal."""
     ids = text(64, torch.Generator().manual_seed(4))
     logits, expected = text_logits(model, ids), text_logits(base, ids)
     losses = [

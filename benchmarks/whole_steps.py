@@ -137,7 +137,8 @@ class Steps:
     def _backward(self, model: Any, times: int, **given: Any) -> float:
         """Run forward and backward; return the mean loss.
 
-        The gradient is that of ``times`` the loss, which is the sum over adapters.
+        The loss is multiplied by ``times``, the number of adapters, before the backward. Gradients
+        are then those of the sum of the adapters' losses.
         """
         labels = given.get("input_ids", self.ids)
         autocast: Any = contextlib.nullcontext()

@@ -105,8 +105,8 @@ def train_formula(inputs: Inputs) -> Outputs:
 
 
 def train_bounds(inputs: Inputs, exact: Outputs) -> Outputs:
-    """Return the bounds of `cases_train`. The gradient of weights is float32; its sum has a float32
-    rounding for each page."""
+    """Return the bounds of `cases_train`. The gradient of weights is a float32 sum, with a rounding
+    for each page."""
     found = cases_train.bounds(inputs, exact, train_formula)
     if "dweights" in exact:
         signless = {

@@ -138,7 +138,7 @@ def bits_bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
     terms = x @ size.flatten(1).t() + i["bias"].double().abs()
     bound = (wide + 5 * (wide // i["how"]["group"]) + 1) * 2.0**-24 * terms
     y = bound + torch.finfo(i["x"].dtype).eps / 2 * (exact["y"].abs() + bound)
-    # A float32 weight of scale * code + minimum has one rounding, in the formula as in the loop.
+    # The formula and the loop both round scale * code + minimum once to float32.
     weight = 2.0**-23 * exact["weight"].abs()
     return {"packed": torch.zeros_like(exact["packed"]), "weight": weight, "y": y}
 

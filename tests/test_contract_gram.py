@@ -142,7 +142,7 @@ def test_dtypes_may_be_mixed_in_a_list_and_in_an_adapter(backend: Backend) -> No
 
 @pytest.mark.slow
 def test_list_may_be_longer_than_one_launch(backend: Backend) -> None:
-    """Check more than 500 adapters of one dtype, the maximum of one launch."""
+    """Check 502 adapters of one dtype; a launch takes at most 500."""
     count = 40 if backend.small else 502
     shapes = [(20, 24, 65) if i == 500 else (4, 5 + i % 7, 1 + i % 3) for i in range(count)]
     a, b, p = adapters(shapes, torch.float32, backend)

@@ -9,9 +9,9 @@ namespace lora_ext::LX_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kDotRows = 6;  // 24 accumulators of 32 registers
+constexpr int kDotRows = 6;  // accumulators take 24 of 32 registers
 #else
-constexpr int kDotRows = 3;  // 12 accumulators of 16 registers
+constexpr int kDotRows = 3;  // accumulators take 12 of 16 registers
 #endif
 constexpr int kDotRanks = 4;
 constexpr int64_t kAheadA = 512;  // prefetch distance of `a` in bytes

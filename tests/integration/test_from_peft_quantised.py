@@ -140,7 +140,7 @@ def step(model: Any, **kwargs: Any) -> dict[str, Tensor]:
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Check that values differ at most by the order of summation in float32.
+    """Check that values are equal up to rounding, since float32 sums have another order.
 
     An 8-bit base layer quantises its input, so two inputs that are rounded differently are 1/127
     apart.

@@ -156,7 +156,7 @@ def test_trainer_predicts_with_the_surrounding_block(tmp_path: Path) -> None:
 
 
 def test_attached_model_error_names_the_right_argument(tmp_path: Path) -> None:
-    """Check ``adapter_name=`` in place of ``adapter_names=``, which a model would ignore."""
+    """Check ``adapter_name=`` in place of ``adapter_names=``; a model would ignore the former."""
     model, _, _ = make_pair("llama", tmp_path)
     ids = tokens(2, 3)
     for call in (model, model.model, model.forward):
