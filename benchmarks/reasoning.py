@@ -191,7 +191,8 @@ def constant(task: str, hops: int) -> float:
 
 
 def matched(rows: Rows) -> int:
-    """Return the number of hops on which the frozen model is as accurate as on reasoning."""
+    """Return the number of hops for which the frozen model's accuracy is closest to that on the
+    reasoning task."""
     own = [row for row in rows if row["seed"] == CHOOSING and row["part"] == "frozen"]
     if not any(row["task"] == REASONING for row in own):
         return HOPS[0]  # This runs for the frozen model on reasoning, which has no hops.

@@ -24,7 +24,7 @@ seeds = pytest.mark.parametrize("own_seeds", [False, True], ids=["one seed", "a 
 
 
 def with_dropout(backend: Backend, shape: Shape) -> Iterator[tuple[torch.dtype, float]]:
-    """Yield each dtype, with and without dropout in turn; for the next shape, the other way."""
+    """Yield each dtype with dropout 0 or 0.5 in turn; the next shape begins with the other one."""
     turn = (SMALL + DEEP).index(shape)
     return ((dtype, 0.5 * ((turn + n) % 2)) for n, dtype in enumerate(backend.dtypes()))
 

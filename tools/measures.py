@@ -77,7 +77,7 @@ def _checks(node: ast.AST) -> bool:
 
 
 def _parameters(function: Function) -> int:
-    """Return the number of parameters, with keyword-only ones, without ``self`` and ``cls``."""
+    """Return the number of parameters, including keyword-only ones but not ``self`` and ``cls``."""
     names = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
     return len([n for n in names if n not in ("self", "cls")]) + len(function.args.kwonlyargs)
 

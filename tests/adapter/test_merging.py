@@ -19,8 +19,8 @@ MODES = ("delta", "factors", "delta_svd")
 
 
 def assert_delta(value, name, expected, tolerance=1e-5):
-    """Check the weight update of module ``name``. The tolerance covers one rounding of the float32
-    factors, a few 2^-24 of a sum of products."""
+    """Check the weight update of module ``name``. The tolerance covers one rounding of the factors
+    to float32, relative to the largest entry of the update."""
     found = delta(value, name)
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 

@@ -31,7 +31,7 @@ def tables(circuit: Circuit) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 
 
 def enumerated(circuit: Circuit, given: list[int], length: int) -> list[tuple[float, tuple, tuple]]:
-    """Return ``(value, states, x)`` for all pairs of states and x, sorted from the best one."""
+    """Return ``(value, states, x)`` for all pairs of states and x, the best one first."""
     prior, steps, leaves = tables(circuit)
     found = []
     for states in itertools.product(range(RANK), repeat=length):

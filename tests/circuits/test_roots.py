@@ -15,7 +15,7 @@ def classes(seed: int = 0, num_roots: int = 3) -> Circuit:
 
 
 def alone(circuit: Circuit, root: int) -> Circuit:
-    """Return the same distribution as a circuit with one root unit."""
+    """Return a circuit whose only root unit has the distribution of root unit ``root``."""
     graph = RegionGraph.rat_spn(5, 2, 2, 3, 2, Bernoulli())
     one = circuit_of(graph)
     width = circuit.graph.num_products(circuit.graph.regions[-1])

@@ -133,7 +133,7 @@ def test_submodule_with_its_own_config_uses_no_cache():
 
 
 class Block(nn.Module):
-    """Layer whose further inputs and outputs are determined by ``compute``."""
+    """Layer whose output is passed, with any further inputs, to ``compute``."""
 
     def __init__(self, q: LoraLinear, compute: Callable[..., Any]):
         super().__init__()

@@ -18,7 +18,7 @@ FLOAT32 = 1e-6  # The weights of entries are float32.
 
 
 def stacked(theirs: Any, entry: Any) -> Any:
-    """Return PEFT's model with the updates of one entry in every row, scaled by its weights."""
+    """Return PEFT's model in which all rows use an entry: its adapters, scaled by its weights."""
     model = copy.deepcopy(theirs)
     entry = {entry: 1.0} if isinstance(entry, str) else entry
     pairs = entry if isinstance(entry, dict) else dict([entry])

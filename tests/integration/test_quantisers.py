@@ -53,7 +53,7 @@ def with_peft(base: str) -> Any:
 
 
 def saved(folder: Path) -> Path:
-    """Save adapters for the model, which PEFT makes on the model that is not quantised."""
+    """Save adapters that PEFT creates for the model before it is quantised."""
     ZOO["plain"] = plain
     try:
         with_peft("plain").save_pretrained(folder)

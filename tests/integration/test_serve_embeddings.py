@@ -304,7 +304,8 @@ def test_failing_texts_and_requests_beyond_the_limit_do_not_affect_others(tmp_pa
 
 
 def bounded(folder: Path, **settings: Any) -> tuple[Any, Any, list[list[Any]]]:
-    """Return a model, an embedder with room for one adapter, and the names of each forward."""
+    """Return a model, an embedder with room for one adapter, and a list that receives the names of
+    each forward."""
     embedder, batches = save_bert(folder)[1], []
     embedder.folder.load("x")
     embedder.pool.trim()

@@ -169,7 +169,7 @@ def keys(value: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl_lines_of_the_page_run_as_they_stand(folder: Path, tmp_path: Path) -> None:
-    """Run all lines in one shell, in which only the port differs, and compare their output."""
+    """Run the page's lines in one shell, with another port, and compare their output."""
     page = (ROOT / "docs" / "serving.md").read_text()
     fenced = re.findall(r"^```\w*\n(.*?)^```", page, re.S | re.M)
     (block,) = [each for each in fenced if each.startswith("$ lora-ext serve")]

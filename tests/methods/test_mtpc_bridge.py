@@ -116,7 +116,7 @@ def test_greedy_window_has_the_most_likely_token_at_each_position():
 
 
 class EnumeratedBehind(Enumerated):
-    """Decoder of a bridge: call 0 decides the first token, later calls draft whole windows."""
+    """Decoder for a bridge: call 0 decides the first token, and later calls draft windows."""
 
     def first_token(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         token, p = self.code, law(logits, self.temperature, self.top_p)

@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def peft_model(folder: Path) -> Any:
-    """Return a PEFT model with the adapters of ``folder``; vLLM's answers must equal its answers."""
+    """Return a PEFT model with the adapters of ``folder``, whose answers vLLM must reproduce."""
     import served_llama
 
     return served_llama.Reference(folder)
