@@ -88,7 +88,7 @@ def products(x: Tensor, weights: list[Tensor]) -> dict[str, Call]:
     for name, (kept, call) in each.items():
         if not (worst := error_over_bound(call(kept[0]), peer, exact)) <= 1:
             case = f"{name}, {rows} rows of {x.shape[1]} -> {out}"
-            raise SystemExit(f"packed_linear: {case}: error is {worst:.2g} x its bound")
+            raise SystemExit(f"packed_linear: {case}: off by {worst:.2g} times its bound")
     return {name: functools.partial(_all, kept, call) for name, (kept, call) in each.items()}
 
 
@@ -126,7 +126,7 @@ def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
             bound = wide * torch.finfo(dtype).eps * exact.abs().max()
             if not (off := (linear(x, weight) - exact).abs().max()) <= bound:
                 case = f"{rows} spaced rows of {wide}"
-                raise SystemExit(f"packed_linear: {case}: error is {off / bound:.2g} x its bound")
+                raise SystemExit(f"packed_linear: {case}: off by {off / bound:.2g} times its bound")
             calls = {
                 "torch": OwnTime(functools.partial(F.linear, x, weight)),
                 "spaced": OwnTime(functools.partial(linear, x, weight)),
@@ -205,10 +205,10 @@ def bench_model(
             worst = error_over_bound(logits[name], logits[other], logits[f"{other}, float64"])
             if not worst <= 1:
                 case = f"{rows} rows, {name}"
-                raise SystemExit(f"packed_linear: {case}: error is {worst:.2g} x its bound")
+                raise SystemExit(f"packed_linear: {case}: off by {worst:.2g} times its bound")
         each = (logits[name] for name in ("base", "lora_ext", "lora_ext, float64"))
         if not (effect := min(map(error_over_bound, *each))) > 1:
-            found = f"expected adapters to change logits by over 1 bound, found {effect:.2g}"
+            found = f"expected adapters to change logits by more than the bound, found {effect:.2g}"
             raise SystemExit(f"packed_linear: {rows} rows: {found}")
         steps = {name: step for name, step in steps.items() if "float64" not in name}
         if torch.get_num_threads() == 1:

@@ -705,8 +705,8 @@ def code_of(case: Case, lock: Mapping[str, Code]) -> Code:
     code = lock[case.kernel]
     if case.way and code.length != COUNTED_IN.get(case.kernel):
         raise SystemExit(
-            f"kernel_report: the way of {case.kernel} was counted in "
-            f"{COUNTED_IN.get(case.kernel)} instructions, the kernel has {code.length}; count again"
+            f"kernel_report: {case.kernel}: expected {COUNTED_IN.get(case.kernel)} instructions, "
+            f"as when they were counted, found {code.length}; count again"
         )
     return code
 

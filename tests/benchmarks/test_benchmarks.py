@@ -208,7 +208,7 @@ def test_logits_of_swapped_adapters_raise(engines):
         }
         wide = copy.deepcopy(engines[1].peft).double()
         exact = lora_model.Step(wide, tokens, names[:2], "peft", False)()
-    with pytest.raises(SystemExit, match="within 1 bound of PEFT"):
+    with pytest.raises(SystemExit, match="within their bound of PEFT"):
         lora_model.check("swapped", step, exact)
     with pytest.raises(SystemExit, match="10 bounds away in every row"):
         lora_model.check("no adapters", dict.fromkeys(step, step["peft"]), exact)

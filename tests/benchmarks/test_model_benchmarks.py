@@ -105,7 +105,7 @@ def test_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     packed_linear.products(x, [weight])
     monkeypatch.setattr(ops, "packed_linear", wrong)
-    with pytest.raises(SystemExit, match=r"packed, 2 rows of 40 -> 33: error is .* x its bound"):
+    with pytest.raises(SystemExit, match=r"packed, 2 rows of 40 -> 33: off by .* times its bound"):
         packed_linear.products(x, [weight])
 
 
@@ -149,7 +149,7 @@ def test_step_with_packed_weights_is_checked_against_float64(
     rows, times = next(packed_linear.bench_model(models, torch.float32, rounds=1))
     assert rows == 16 and list(times) == ["base", "base packed", "lora_ext", "packed"]
     models["packed"].lm_head.register_forward_hook(lambda module, args, y: y * (1 + 1e-3))
-    with pytest.raises(SystemExit, match=r"16 rows, packed: error is .* x its bound"):
+    with pytest.raises(SystemExit, match=r"16 rows, packed: off by .* times its bound"):
         next(packed_linear.bench_model(models, torch.float32, rounds=1))
 
 

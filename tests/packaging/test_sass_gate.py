@@ -412,7 +412,7 @@ RECORDED = {
     ],
 )
 def test_rules_leave_no_room_for_a_slower_kernel(key, label, planted):
-    """Check that every kernel of the table fails if a cost gets worse, even with an updated lock."""
+    """Check that every kernel of the table fails if a cost gets worse, whatever is in the lock."""
     kernel_report = tool("kernel_report")
     cases = {one.kernel for case in kernel_report.CASES for one in case.launches}
     rules, judged = gate.load_rules(gate.RULES), 0
