@@ -18,7 +18,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-constexpr int kTileRows = 6;       // x 2 vectors: 12 accumulators
+constexpr int kTileRows = 6;       // two vectors per row: 12 accumulators
 constexpr int64_t kRowBlock = 64;  // rows packed at a time, for sums over rows
 constexpr int64_t kSumRows = 256;  // rows of a block of sums
 constexpr int64_t kDepth = 128;    // depth of a sum packed at a time

@@ -12,7 +12,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-constexpr int kTileRows = LX_VEC_BYTES == 64 ? 8 : 4;  // x kVectors of sums, in registers
+constexpr int kTileRows = LX_VEC_BYTES == 64 ? 8 : 4;  // rows whose sums are in registers
 constexpr int kVectors = 2;                            // vectors of outputs in a tile
 constexpr int64_t kStepBytes = kPanel * 4;
 constexpr int64_t kChunkBytes = 8192;  // part of a panel that stays in L1

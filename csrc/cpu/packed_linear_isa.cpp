@@ -18,7 +18,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-constexpr int kTileRows = LX_VEC_BYTES == 64 ? 8 : 6;  // x 2 vectors of sums, in registers
+constexpr int kTileRows = LX_VEC_BYTES == 64 ? 8 : 6;  // two vectors of sums per row in registers
 constexpr int64_t kTileColumns = 2 * kF;
 constexpr int64_t kHalves = kPanel / kTileColumns;  // adjacent tiles of a panel
 constexpr int64_t kChunk = 64;                      // steps of a panel that stay in L1

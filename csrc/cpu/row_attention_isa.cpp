@@ -14,7 +14,7 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-constexpr int kTileRows = LX_VEC_BYTES == 64 ? 8 : 6;  // x 2 vectors of sums, in registers
+constexpr int kTileRows = LX_VEC_BYTES == 64 ? 8 : 6;  // two vectors of sums per row in registers
 constexpr int64_t kChunkBytes = 16 * 1024;
 template <typename A>
 constexpr int64_t kPanel = 2 * kLanes<A>;  // keys, or features of values

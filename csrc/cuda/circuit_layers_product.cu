@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
             finish_weights<G>(args, own, first, row0, static_cast<int>(column0), sums);
         }
     }
-    lx::grid_dependency_wait();  // the next grid waits only for this one, not for its producer
+    lx::grid_dependency_wait();  // the next grid waits for this one, not for those before
 }
 
 template <LayersProduct kProduct, int kParts, bool kLarge>

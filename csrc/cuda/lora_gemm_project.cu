@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kGemmThreads)
     const RowTile tile = find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
     const int first = static_cast<int>(blockIdx.y) * kGemmColumns;
     if (tile.rank <= first) {
-        lx::grid_dependency_wait();  // the next grid waits only for this one, not for its producer
+        lx::grid_dependency_wait();  // the next grid waits for this one, not for those before
         return;
     }
     lx::syncthreads();  // row_of is complete

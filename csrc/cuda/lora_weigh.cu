@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
     LX_SHARED(int32_t, row_of, kTileRows);
     const RowTile tile = find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
     if (tile.rank == 0) {
-        lx::grid_dependency_wait();  // the next grid waits only for this one, not for its producer
+        lx::grid_dependency_wait();  // the next grid waits for this one, not for those before
         return;
     }
     lx::syncthreads();  // row_of is complete

@@ -114,7 +114,7 @@ static void switch_context(Context* from, Context* to) {
 void fiber_prepare(Context* context, const Stack& stack, void (*entry)()) {
     unpoison(stack);
     auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack.high) & ~uintptr_t{15});
-    *--top = nullptr;  // in place of a return address of `entry`: keeps the call alignment
+    *--top = nullptr;  // takes the place of a return address, so the stack is aligned as in a call
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     *context = top;

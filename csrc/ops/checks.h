@@ -33,7 +33,7 @@ void check_launch(const char* op, LaunchStatus status);
 // Checks the rows (T, O) of an output that is added to in place: each row must be contiguous, and
 // no two rows may overlap.
 void check_output(const char* op, const Tensor& y);
-// Another argument of an in-place op, with its name.
+// Argument of an in-place op other than its output, with the argument's name.
 struct Argument {
     const char* name;
     const Tensor* tensor;  // nullptr: not given
