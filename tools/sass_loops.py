@@ -112,7 +112,7 @@ class Loops:
 
     @cached_property
     def weight(self) -> list[int]:
-        """Weight of each block: the bytes that it loads; 16-byte loads count half as much again."""
+        """Weight of each block: the bytes that it loads; 16-byte loads count 1.5 times."""
         return [
             sum(one.load_bytes * (2 + (one.load_bytes == 16)) for one in self.block_code(block))
             for block in range(len(self.starts))
