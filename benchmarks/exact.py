@@ -149,7 +149,7 @@ def attention(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
 def measure(
     model: Any, rank: int, sizes: Sizes, rounds: int, min_seconds: float
 ) -> Iterator[Ratio]:
-    """Yield the ratio of each case after its results are checked; the model is wrapped afterwards.
+    """Check the results of each case, then yield its ratio. This adds an adapter to ``model``.
 
     Raises:
         SystemExit: If the results of a case differ.

@@ -279,7 +279,7 @@ def sooner(runs: Mapping[str, Row], rivals: Sequence[str] = RIVALS, method: str 
 
 
 def saved(runs: Mapping[str, Row], rival: str = UNIFORM) -> float:
-    """Return the share of a rival's traffic until the target that LEGEND saves."""
+    """Return the share of a rival's traffic, up to the target accuracy, that LEGEND saves."""
     own = at_target(runs, LEGEND, "traffic")
     of_rival = min(at_target(runs, rival, "traffic"), curve(runs[rival], "traffic")[-1])
     return -1.0 if math.isinf(own) else 1 - own / of_rival
@@ -383,7 +383,7 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Compare LEGEND with every rival."""
+    """Return the times of rivals over LEGEND's, and how much more accurate LEGEND is."""
     own = [row for row in rows if row["seed"] < study.TRIALS]
     found: dict[str, dict[str, Interval]] = {}
     for partition in (UNIQUE, IID):

@@ -192,7 +192,7 @@ def latest(rows: Rows) -> Rows:
 
 
 def promises(rows: Rows) -> str:
-    """Return a Markdown table of targets and measured values, and the machines."""
+    """Return a Markdown table of targets and measured values, and the machines that measured."""
     lines = ["| what | target | measured | PEFT | |", "|---|---|---|---|---|"]
     used: Rows = []
     for target in TARGETS:

@@ -100,7 +100,7 @@ class Server:
 
 @contextlib.contextmanager
 def started(command: list[str], port: int, log: Path) -> Iterator[Server]:
-    """Start a server, and yield it when it answers."""
+    """Start a server, and yield it once it answers requests."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",

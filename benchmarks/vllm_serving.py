@@ -162,7 +162,7 @@ class Engine:
 
 
 def check(name: str, engine: Engine, requests: list[Any], dtype: str) -> float:
-    """Return the mean difference of log-probabilities between the kernels, of the worst row.
+    """Return the mean difference of log-probabilities between the kernels, largest over the rows.
 
     A row is compared up to the first token that differs.
     """

@@ -131,7 +131,7 @@ def test_gradcheck_in_float64(kind: str) -> None:
 
 
 def test_columns_have_masks_of_their_own(backend: Backend) -> None:
-    """Check that column k has the mask of the k-th call, with one adapter, on the third word."""
+    """Check that column k has the mask whose Philox counter contains k."""
     i = mixed_train_inputs(SHAPE, torch.float32, kind="columns", seed=7, exact=True, dropout_p=0.5)
     keep = [reference.dropout_keep(20, 40, 0.5, i["seed"], k) for k in range(COLUMNS)]
     assert not torch.equal(keep[0], keep[1])

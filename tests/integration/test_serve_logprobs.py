@@ -42,7 +42,7 @@ def close(found: Any, expected: Any) -> bool:
 
 
 def check(server: Any, choice: dict[str, Any], top: int) -> None:
-    """Check echoed log-probabilities of a choice with token ids."""
+    """Check the log-probabilities of a choice, prompt included, against those of the model."""
     ids = choice["prompt_token_ids"] + choice["token_ids"]
     expected, found = law(server, ids), choice["logprobs"]
     count = len(ids)
