@@ -94,7 +94,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def errors(rows: Rows, task: str, method: str) -> dict[float, float]:
-    """Return the error or loss of each rate that was tried."""
+    """Return the error or loss for each learning rate that was tried."""
     own = [row for row in rows if (row["seed"], row["task"]) == (CHOOSING, task)]
     return {row["rate"]: -row["alone"] for row in own if row["method"] == method}
 

@@ -86,7 +86,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def errors(rows: Rows, arm: str) -> dict[float, float]:
-    """Return the share of wrong answers of each rate that was tried."""
+    """Return the error rate for each learning rate that was tried."""
     own = [row for row in rows if (row["seed"], row["arm"]) == (CHOOSING, arm)]
     return {row["rate"]: 1 - row["last"] for row in own}
 

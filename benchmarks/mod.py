@@ -75,7 +75,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def losses_by_rate(rows: Rows, arm: str) -> dict[float, float]:
-    """Return the loss of each rate that was tried, with the chosen k and initial mass."""
+    """Return the loss for each learning rate that was tried, with the chosen k and initial mass."""
     own = [row for row in rows if (row["seed"], row["arm"]) == (CHOOSING, arm)]
     return {row["rate"]: row["loss"] for row in own if row.get("k", "") == ""}
 

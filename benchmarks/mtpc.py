@@ -97,7 +97,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def losses(rows: Rows, kind: str) -> dict[float, float]:
-    """Return the held-out loss of each rate that was tried."""
+    """Return the held-out loss for each learning rate that was tried."""
     own = [r for r in rows if (r["part"], r.get("kind")) == ("rate", kind)]
     return {row["rate"]: row["nats"] for row in own}
 

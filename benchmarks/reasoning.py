@@ -85,7 +85,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def losses(rows: Rows, task: str, rank: int) -> dict[float, float]:
-    """Return the loss of each rate that was tried."""
+    """Return the loss for each learning rate that was tried."""
     own = [r for r in rows if (r["seed"], r["task"], r["part"]) == (CHOOSING, task, "lora")]
     return {row["rate"]: row["loss"] for row in own if row["rank"] == rank}
 
@@ -239,7 +239,7 @@ def gate(rows: Rows) -> list[Gate]:
 
 
 def gains(rows: Rows, seed: int, task: str) -> dict[int, float]:
-    """Return the decrease of the loss by tuning, for each rank."""
+    """Return, for each rank, how much tuning lowers the loss."""
     own = [r for r in rows if (r["seed"], r["task"], r["part"]) == (seed, task, "lora")]
     return {row["rank"]: row["frozen"] - row["loss"] for row in own}
 
