@@ -83,7 +83,7 @@ def only_pool() -> Pool:
 class Places(list[int]):
     """Lease for layers with their own adapters: a list of indices.
 
-    It has the interface of a pool's lease, but pins nothing.
+    It has the interface of a pool's lease and pins nothing.
 
     Args:
         places: Index of each name in the block. A pool's lease contains slots instead.

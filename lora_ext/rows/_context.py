@@ -321,12 +321,12 @@ def context_value(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 
 
 def in_step(step: Any) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which blocks of a step's pool write their slots to the step."""
+    """Return a context manager in which blocks of a step's pool write their slots to the step."""
     return context_value(_step, step)
 
 
 def forward_of(batch: Batch | None) -> contextlib.AbstractContextManager[None]:
-    """Return a context that stores the batch of a model's forward for its layers."""
+    """Return a context manager that stores the batch of a model's forward for its layers."""
     return context_value(_batch, batch)
 
 

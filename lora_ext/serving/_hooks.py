@@ -350,7 +350,7 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
 def _activation(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which activated adapters are applied to the tokens of a forward."""
+    """Return a context manager in which activated adapters apply to the tokens of a forward."""
     if not has_activated():
         return contextlib.nullcontext()
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
