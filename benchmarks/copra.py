@@ -84,7 +84,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose the rates of LoRA and CopRA, then LoRA's pairs for the gate."""
+    """Yield the runs from which the learning rates of LoRA and CopRA are chosen, then LoRA's pairs
+    for the gate."""
     for task, grid in GRIDS.items():
         for method in (LORA, COPRA):
             for rate in grid.asked(errors(rows, task, method)):
@@ -115,7 +116,7 @@ def minutes(arm: Row) -> float:
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     """Train two adapters; measure them alone, pruned, and on the line between them.
 
-    An arm that chooses a rate only trains and tests one adapter.
+    To choose a learning rate, only one adapter is trained and tested.
     """
     torch.set_num_threads(1)
     seed, method = arm["seed"] + DRAWS, arm["method"]
@@ -327,7 +328,8 @@ def less(rows: Rows, task: str, column: str, method: str = COPRA, sign: int = 1)
 
 
 def gate(rows: Rows) -> list[Gate]:
-    """Check that LoRA learns, has a barrier, and that rates are inside their grids."""
+    """Check that LoRA learns and has a barrier, and that the best learning rates are inside their
+    grids."""
     found: list[Gate] = []
     for task, grid in GRIDS.items():
         own = [r for r in rows if r["task"] == task and r["seed"] in GATE_SEEDS]

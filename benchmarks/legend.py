@@ -112,7 +112,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose the rates of uniform and LEGEND, then those of the gate."""
+    """Yield the runs from which the learning rates of uniform and LEGEND are chosen, then those of
+    the gate."""
     first = {"task": "sections", "partition": UNIQUE}
     for method in (UNIFORM, LEGEND):
         for rate in RATES.asked(errors(rows, method)):
@@ -151,7 +152,7 @@ def more(seeds: Sequence[int], quick: bool) -> list[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Run one federation with the simulated clock; rivals have uniform's rate."""
+    """Run one federation with the simulated clock; rivals use the learning rate of uniform."""
     torch.set_num_threads(1)
     method = METHODS[arm["method"]]
     rate = arm.get("rate") or RATES.best(errors(rows, LEGEND if method.legend else UNIFORM))

@@ -440,7 +440,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose the rates, with a quarter of the steps, and those of the gate."""
+    """Yield the runs from which the learning rates are chosen, with a quarter of the steps, and
+    those of the gate."""
     for name in ("VoRA", ENCODER):
         for rate in RATES.asked(errors(rows, name)):
             yield {"seed": CHOOSING, "arm": name, "rate": rate}
@@ -497,7 +498,7 @@ def curve(losses: Sequence[float]) -> Row:
 
 @torch.no_grad()
 def merged(seer: Any, testing: Pictures) -> Row:
-    """Merge; return the largest change of a logit and the number of VoRA layers left."""
+    """Merge the model; return the largest change of a logit and the number of VoRA layers left."""
     batch = testing.batch(range(min(96, len(testing.images))), distill=False)
     before = seer(**batch).logits
     vora.merge(seer.model)

@@ -144,7 +144,7 @@ class ServedPool:
             except UnknownAdapterError as error:
                 left -= 1
                 if not left and isinstance(name, tuple):
-                    expected = "expected a mixture whose adapters fit together"
+                    expected = "expected a mixture whose adapters fit in the pool at the same time"
                     found = f"found {name!r:.200}: {error}"
                     raise PoolFullError(f"AdapterFolder: {expected}, {found}") from error
                 if not left:

@@ -117,7 +117,10 @@ class Hooks:
     def forward(
         self, model: Any, own: _Run, /, *args: Any, adapter_names: Names = None, **kw: Any
     ) -> Any:
-        """Run a forward in a block with its adapter names, and hold the lock unless compiled."""
+        """Run a forward inside :func:`adapters` with ``adapter_names``.
+
+        The lock is held, except while a graph is compiled or runs.
+        """
         refuse_singular("forward", kw)
         if not compiles():
             return self._locked_forward(own, model, args, kw, adapter_names)
