@@ -114,7 +114,7 @@ class CheckedAdapter:
     def where_is(self, module: str, part: str) -> str:
         """Return the file and the key of a field of :class:`Factors`, for error messages.
 
-        The factors of other kinds than LoRA have no key.
+        The factors of kinds other than LoRA have no key.
         """
         stem = self.config.kind.stems(self.index.specs[module].embedding).get(part, "")
         return f"{self.tensors.where}: {self.keys[module].get(stem, f'{module}: {part}')}"

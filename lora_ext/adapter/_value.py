@@ -39,7 +39,7 @@ class LoraAdapter:
         replacements: tensors that replace weights of the base model, by name in the file: weights
             of whole modules (``modules_to_save``) and trained biases (``bias="all"``,
             ``"lora_only"``).
-        parts: tensors of an adapter of another kind than LoRA, by name in the file. ``modules``
+        parts: tensors of an adapter of a kind other than LoRA, by name in the file. ``modules``
             then contains the factors that were computed from them.
 
     Two adapters are equal if they change a model in the same way. The comparison includes the

@@ -3,7 +3,8 @@
 Libraries divide attention into blocks, depending on the numbers of queries and keys. The order of a
 row's sums, and so its bits, change with the batch. :func:`row_attention` adds the terms of a row in
 one fixed order. For functions such as SiLU, torch computes the last elements of each thread with
-other instructions than the rest. :func:`pointwise` uses the same instructions for all elements.
+instructions that differ from those for the rest. :func:`pointwise` uses the same instructions for
+all elements.
 
 Letters: ``B`` sequences, ``H`` query heads, ``G`` key heads, ``T`` queries, ``L`` keys, ``D``
 features of queries and keys, ``E`` features of values.

@@ -153,7 +153,7 @@ class Assignment:
     def each(self) -> list[Any]:
         """Return the distinct entries, sorted by name; the base model is :data:`BASE`.
 
-        An adapter with another weight than 1 is (name, weight), a mixture is a tuple of such pairs.
+        An adapter with a weight other than 1 is (name, weight), a mixture is a tuple of such pairs.
         """
         found = [
             BASE if p < 0 else entry_of(self.names[p], w) for p, w in sorted(set(self.pairs()))
