@@ -56,7 +56,7 @@ def row_attention(
         v: Values ``(B, G, L, E)``, dtype of ``q``.
         scale: Factor of the scores, or None for ``1 / sqrt(D)``.
         causal: Whether row ``t`` may only attend to keys up to ``t + L - T``, so that the last row
-            may attend to all.
+            may attend to all keys.
         spans: Range ``[first, end)`` of allowed keys of each row, ``(B or 1, T, 2)`` int64, clipped
             to ``[0, L)``; None for all keys.
         mask: Allowed keys of each row, ``(B or 1, T, L)`` bool; None for all keys.
