@@ -204,8 +204,8 @@ class LoraAdapter:
         return {**tensors, **self.base_weights, **self.replacements}
 
     def with_sizes(self, sizes: Mapping[str, tuple[int, int]]) -> LoraAdapter:
-        """Return this adapter with the factors that its file defines only for modules of known
-        sizes. Its sizes by module name are the numbers of inputs and outputs."""
+        """Return this adapter with the factors that its file alone does not determine. ``sizes``
+        maps a module's name to its numbers of inputs and outputs."""
         if self.complete:
             return self
         return self._read(self.config, StateDict(self.state_dict(), ""), False, False, sizes)

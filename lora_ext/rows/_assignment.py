@@ -170,7 +170,7 @@ class Assignment:
         return [(p, tuple(w) if p >= 0 else None) for p, w in zip(places, weights, strict=True)]
 
     def same_as(self, other: Assignment) -> bool:
-        """Return whether both assignments are equal.
+        """Return whether the two assignments are equal.
 
         Assignments with tensors are equal only if they are the same object.
         """
