@@ -248,7 +248,7 @@ class Hooks:
             if isinstance(embeddings, PoolLayer):
                 raise RuntimeError(
                     "resize_token_embeddings: expected embeddings that are not attached, found a "
-                    f"{type(embeddings).__name__}; detach the model, resize it and create a new pool"
+                    f"{type(embeddings).__name__}; detach the model, resize it and create a pool"
                 )
         return own(*args, **kw)
 
