@@ -119,7 +119,8 @@ def of_peft(wrapped: Any, prompt: list[int], names: list[str]) -> list[tuple[int
 def of_manager(
     model: Any, case: Case, text: list[int], ask: list[int], names: list[str]
 ) -> list[tuple[int, float, int]]:
-    """Return what `of_peft` does, by continuous batching after the base model has read the text."""
+    """Return the same as `of_peft`, from continuous batching after the base model has read the
+    text."""
     manager = model.init_continuous_batching(
         GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=-1),
         ContinuousBatchingConfig(

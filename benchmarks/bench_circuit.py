@@ -77,7 +77,7 @@ def gathered(leaf: Tensor, x: Tensor) -> Tensor:
 
 
 def crossed(leaf: Tensor, x: Tensor) -> Tensor:
-    """Compute what `gathered` does by cross entropy, whose compiled gradient needs no scatter."""
+    """Compute the result of `gathered` by cross entropy; its compiled gradient needs no scatter."""
     target = x[..., None].expand(leaf.shape[:3]).flatten()
     return -cross_entropy(leaf.flatten(0, 2), target, reduction="none").view(leaf.shape[:3])
 

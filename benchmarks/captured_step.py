@@ -47,14 +47,15 @@ class Layer(nn.Module):
 
 
 def make(layers: int, width: int, inner: int, **how: Any) -> nn.Sequential:
-    """Build the model on its device in its dtype, without a copy in another dtype."""
+    """Build the model directly on its device and in its dtype, without an intermediate copy."""
     torch.manual_seed(0)
     model = nn.Sequential(*(Layer(width, inner, **how) for _ in range(layers)))
     return model.eval().requires_grad_(False)
 
 
 def depth(free: int, slots: int) -> int:
-    """Return how many layers, with ``slots`` adapters, fit in ``free`` bytes in bfloat16."""
+    """Return how many bfloat16 layers with ``slots`` adapters fit in ``SHARE`` of ``free`` bytes,
+    at most ``LAYERS``."""
     linear = [m for m in Layer(WIDTH, INNER, device="meta").modules() if isinstance(m, nn.Linear)]
     ranks = slots * RANK
     numbers = sum(m.weight.numel() + ranks * (m.in_features + m.out_features) for m in linear)

@@ -51,7 +51,8 @@ def _transitions(circuit: Circuit) -> Tensor:
 def _hmmlearn(
     circuit: Circuit, rank: int, x: Tensor, form: str
 ) -> tuple[Callable[[], object], Callable[[], Tensor]] | None:
-    """Return an EM step of hmmlearn from our parameters, and a function for its transitions."""
+    """Return a call of one EM step of hmmlearn that starts from our parameters, and a function that
+    returns its transition matrix."""
     try:
         from hmmlearn import hmm  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -101,7 +102,8 @@ def epoch(
 
 
 def rat_spn_calls(units: int, x: Tensor, depth: int, repetitions: int) -> Calls:
-    """Return epochs of our RAT-SPN and libcirkit's, of equal sizes but with other random splits."""
+    """Return calls that train our RAT-SPN and libcirkit's for one epoch. Their sizes are equal, but
+    their random splits differ."""
     torch.manual_seed(0)
     graph = RegionGraph.rat_spn(64, depth, repetitions, units, units, Categorical(GREYS))
     circuit = Circuit(graph)
@@ -119,7 +121,8 @@ def rat_spn_calls(units: int, x: Tensor, depth: int, repetitions: int) -> Calls:
 
 
 def hclt_calls(units: int, x: Tensor) -> Calls:
-    """Return epochs of a tree of latents: our circuit, einsum layers, and libcirkit's circuit."""
+    """Return calls that train a latent tree for one epoch: as our circuit, as einsum layers, and as
+    libcirkit's circuit."""
     torch.manual_seed(0)
     parents = chow_liu_parents(x, num_categories=GREYS)
     circuit = Circuit(RegionGraph.hclt(parents, rank=units, leaf=Categorical(GREYS)))

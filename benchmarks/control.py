@@ -279,7 +279,7 @@ def every_state(row: Row, guide: Guide, dtype: torch.dtype = torch.float32) -> C
 
 
 def against_all_states(bench: Bench) -> Iterator[Found]:
-    """Yield the speedup over Ctrl-G's formula for a row with three words, after a comparison."""
+    """Yield the speedup over Ctrl-G's formula for a row with three words; compare results first."""
     rows, scores = midway(bench, 3)
     row = rows[2]
     assert row is not None and isinstance(row.plan, Plan)
@@ -305,7 +305,8 @@ def against_all_states(bench: Bench) -> Iterator[Found]:
 
 
 def ready(bench: Bench) -> Iterator[Found]:
-    """Yield the seconds to compile a schema of four fields, and its tables for 128 tokens."""
+    """Yield the seconds to compile a schema of four fields and to build its tables for 128 tokens,
+    without and with the guide's tables."""
     start = time.perf_counter()
     one = Constraint.json_schema(FOUR, bench.tokenizer, vocab_size=bench.size)
     control.log_ratios([Row.first(Plan(one, 128))])

@@ -40,10 +40,10 @@ CLAIM = Claim(
     "held out. Per seed, two adapters learn different samples; 11 points between them are "
     "tested.",
     headline="barrier of LoRA minus that of CopRA, on both models",
-    use="you will merge adapters in factors or prune them to some blocks, and LoRA's adapters "
-    "become much worse by it, as on the small network here (measure this first)",
-    avoid="LoRA's adapters do not become worse, as with a trained head that solves the task, or "
-    "you use a single complete adapter, or merge weights (delta)",
+    use="you will merge adapters factor by factor or prune them to some blocks, and this makes "
+    "plain LoRA adapters much worse, as on the small network here (measure this first)",
+    avoid="it does not make them worse, as with a trained head that solves the task, or when you "
+    "use a single complete adapter, or merge weights (delta)",
     seeds=5,
     earlier="network +0.077 [+0.036, +0.098]; MiniLM with a trained head, where LoRA gains 0.012 "
     "over no adapter, -0.005 [-0.013, +0.000] (3 seeds, revision 1b90df0): not reproduced, at a "
@@ -84,7 +84,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose the rates of LoRA and CopRA, then LoRA's pairs for the gate."""
+    """Yield the runs from which the learning rates of LoRA and CopRA are chosen, then LoRA's pairs
+    for the gate."""
     for task, grid in GRIDS.items():
         for method in (LORA, COPRA):
             for rate in grid.asked(errors(rows, task, method)):
@@ -94,7 +95,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def errors(rows: Rows, task: str, method: str) -> dict[float, float]:
-    """Return the error or loss of each rate that was tried."""
+    """Return the error or loss for each learning rate that was tried."""
     own = [row for row in rows if (row["seed"], row["task"]) == (CHOOSING, task)]
     return {row["rate"]: -row["alone"] for row in own if row["method"] == method}
 
@@ -115,7 +116,7 @@ def minutes(arm: Row) -> float:
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     """Train two adapters; measure them alone, pruned, and on the line between them.
 
-    An arm that chooses a rate only trains and tests one adapter.
+    To choose a learning rate, only one adapter is trained and tested.
     """
     torch.set_num_threads(1)
     seed, method = arm["seed"] + DRAWS, arm["method"]
@@ -327,7 +328,8 @@ def less(rows: Rows, task: str, column: str, method: str = COPRA, sign: int = 1)
 
 
 def gate(rows: Rows) -> list[Gate]:
-    """Check that LoRA learns, has a barrier, and that rates are inside their grids."""
+    """Check that LoRA learns and has a barrier, and that the best learning rates are inside their
+    grids."""
     found: list[Gate] = []
     for task, grid in GRIDS.items():
         own = [r for r in rows if r["task"] == task and r["seed"] in GATE_SEEDS]

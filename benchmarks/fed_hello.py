@@ -77,7 +77,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose a rate for each way to train, and those of the gate."""
+    """Yield the runs from which the learning rate of each way to train is chosen, and those of the
+    gate."""
     for name in CHOICES:
         for rate in RATES.asked(errors(rows, name)):
             yield {"seed": CHOOSING, "partition": RESTRICTED, "arm": name, "rate": rate}
@@ -86,7 +87,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def errors(rows: Rows, arm: str) -> dict[float, float]:
-    """Return the share of wrong answers of each rate that was tried."""
+    """Return the error rate on held-out texts for each learning rate that was tried."""
     own = [row for row in rows if (row["seed"], row["arm"]) == (CHOOSING, arm)]
     return {row["rate"]: 1 - row["last"] for row in own}
 
@@ -122,7 +123,10 @@ def more(seeds: Sequence[int], quick: bool) -> list[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Run one federation at the arm's rate, or at the chosen one, which is RGD's for `more`."""
+    """Run one federation with the arm's learning rate, or if it has none, with the chosen one.
+
+    The arms of `more` use the learning rate that was chosen for RGD.
+    """
     torch.set_num_threads(1)
     name = arm["arm"]
     rate = arm.get("rate") or RATES.best(errors(rows, name if name in CHOICES else OURS))
@@ -227,9 +231,11 @@ def planner_of(hla: HLA, world: World) -> federated_digits.Planner:
 
 
 def by_importance(world: World, shares: Sequence[Any], mix: float) -> Run:
-    """Run the bottleneck pattern for a third of the rounds, then importance.
+    """Train with layers chosen by the bottleneck pattern for a third of the rounds, then by
+    importance.
 
-    Importance is recomputed after every third, from texts that are taken from the clients.
+    Importance is computed after each third, on ``PROXY`` texts that the server holds and no client
+    trains on.
     """
     x, y = world.training
     proxy = np.random.default_rng(world.seed).permutation(len(y))[:PROXY]
@@ -263,7 +269,8 @@ def by_importance(world: World, shares: Sequence[Any], mix: float) -> Run:
 
 
 def gain(rows: Rows, partition: str, arm: str = OURS, rival: str = STRONG) -> Interval:
-    """Return the gain in accuracy over a rival, in the mean of the last rounds, by seeds."""
+    """Return the gain in accuracy over a rival, with its interval over the seeds. The accuracy is
+    the mean over the last rounds."""
     found: dict[tuple[int, str], float] = {
         (row["seed"], row["arm"]): row["last"] for row in rows if row["partition"] == partition
     }
@@ -272,7 +279,8 @@ def gain(rows: Rows, partition: str, arm: str = OURS, rival: str = STRONG) -> In
 
 
 def gate(rows: Rows) -> list[Gate]:
-    """Check that the arms learn, that there is room, and that rates are inside the grid."""
+    """Check that the arms learn, that there is room for a gain, and that the best learning rates
+    are inside the grid."""
     own = [row for row in rows if row["seed"] == GATE_SEED]
     found = {name: study.mean(own, "last", arm=name) for name in CHOICES}
     above = {name: accuracy - 1 / section_texts.CLASSES for name, accuracy in found.items()}
@@ -302,7 +310,8 @@ def gate(rows: Rows) -> list[Gate]:
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Check the gain where strong clients lack sections (the headline), elsewhere, and bytes."""
+    """Check the gain if strong clients lack sections (the headline), the gain if they do not, and
+    the bytes."""
     restricted, skewed = gain(rows, RESTRICTED), gain(rows, SKEWED)
     # All layers are sent down, so these bytes equal those of uploading all layers.
     share = study.mean(rows, "up", arm=OURS) / study.mean(rows, "down", arm=OURS)

@@ -3,7 +3,8 @@
 A picture of 8 x 8 is a sequence of eight rows. The base model (6 blocks, width 32, 2 heads) learns
 the transposed pictures in 150 steps and is then frozen, with its head. Twelve clients train LoRA of
 rank 4 on the queries and values of the upright pictures: six per round, one epoch each, batches of
-32, AdamW with a rate of 1e-2 and without decay. All clients of a round are the rows of one batch.
+32, AdamW with learning rate 1e-2 and without decay. All clients of a round are the rows of one
+batch.
 
 alpha is 16 as in the authors' code, so the scaling alpha / r is 4. Of the scalings 1, 2 and 4,
 tried on seeds 100 and 101 with all layers trained by all clients, 4 learned the most.

@@ -114,7 +114,8 @@ class LeanLlama(nn.Module):
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, seen: int, count: int) -> Tensor | None:
-        """Return what new tokens attend to ``(B, 1, Q, slots)``, or None for all earlier tokens."""
+        """Return the mask ``(B, 1, Q, slots)`` of the slots that new tokens attend to, or None if
+        every new token attends to all earlier ones."""
         hides = attention_mask is not None and not bool(attention_mask.all())
         if not hides and (count == 1 or seen == 0):
             return None

@@ -112,7 +112,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose the rates of uniform and LEGEND, then those of the gate."""
+    """Yield the runs from which the learning rates of uniform and LEGEND are chosen, then those of
+    the gate."""
     first = {"task": "sections", "partition": UNIQUE}
     for method in (UNIFORM, LEGEND):
         for rate in RATES.asked(errors(rows, method)):
@@ -122,7 +123,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def errors(rows: Rows, method: str) -> dict[float, float]:
-    """Return the share of wrong answers of each rate that was tried."""
+    """Return the error rate on held-out texts for each learning rate that was tried."""
     own = [row for row in rows if (row["seed"], row["method"]) == (CHOOSING, method)]
     return {row["rate"]: 1 - row["last"] for row in own}
 
@@ -151,7 +152,7 @@ def more(seeds: Sequence[int], quick: bool) -> list[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Run one federation with the simulated clock; rivals have uniform's rate."""
+    """Run one federation with the simulated clock; rivals use the learning rate of uniform."""
     torch.set_num_threads(1)
     method = METHODS[arm["method"]]
     rate = arm.get("rate") or RATES.best(errors(rows, LEGEND if method.legend else UNIFORM))
@@ -185,7 +186,7 @@ def _world(seed: int, task: str, sizes: federated_digits.Sizes, quick: bool) -> 
 
 
 def follow(world: World, partition: str, method: Method) -> tuple[Run, list[float], list[float]]:
-    """Run one federation and compute the time of every round from the devices' speeds."""
+    """Run one federation; return it with the simulated time and waiting time of every round."""
     sizes = world.sizes
     model = world.adapted(method.ranks)
     head = sum(tensor.nbytes for tensor in shared_state(world, model).values())

@@ -39,7 +39,8 @@ CLAIM = Claim(
     "seeds.",
     headline="loss of Init[A] below that of Init[B], at each width and on MiniLM",
     use="you start LoRA at all: A random and B zero is the default of PEFT and of this package",
-    avoid="you hope to gain from B random: no case was found, and its best rates are smaller",
+    avoid="you hope to gain from B random: no case was found, and its best learning rates are "
+    "smaller",
     seeds=10,
     earlier="four seeds, each rate the best on the same seeds: 32 % [-3, 61] less loss at n = 128, "
     "37 % and 84 % at 512 and 2048, 2.9 % [0.2, 5.6] on MiniLM (revision 1b90df0): direction only",
@@ -52,7 +53,7 @@ STEPS = 100
 RATES = tuple(2 ** (-k / 2) for k in range(4, 31))
 SEEDS_OF_WIDTH = {128: 10, 512: 5, 2048: 5}
 MINILM, HEAD = "MiniLM", "head alone"
-#: log2 of the rates that are tried first on MiniLM; more are added if the best is at an end.
+#: log2 of the learning rates tried first on MiniLM; more are added if the best is at an end.
 FIRST = {"Init[A]": (-8.5, -8.0, -7.5, -7.0, -6.5), "Init[B]": (-10.5, -10.0, -9.5, -9.0, -8.5)}
 GRIDS = {name: study.Grid(tuple(2**k for k in each), most=6) for name, each in FIRST.items()}
 CHOOSING = (study.TRIALS, study.TRIALS + 1)
@@ -67,7 +68,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose the rates on MiniLM, and those of the gate."""
+    """Yield the runs from which the learning rates on MiniLM are chosen, and those of the gate."""
     for seed in CHOOSING:
         yield {"seed": seed, "task": MINILM, "start": HEAD}
         for start, grid in GRIDS.items():
@@ -78,7 +79,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def minilm_losses(rows: Rows, start: str) -> dict[float, float]:
-    """Return the mean loss on MiniLM of each rate that has rows for both separate seeds."""
+    """Return the mean loss on MiniLM for each learning rate with rows of both separate seeds."""
     own = [row for row in rows if (row["task"], row["start"]) == (MINILM, start)]
     by_rate: dict[float, list[float]] = {}
     for row in own:
@@ -135,7 +136,8 @@ def _world(seed: int, quick: bool) -> World:
 
 
 def on_minilm(world: World, scheme: str, rate: float, steps: int) -> float:
-    """Return the held-out loss after training; the head has a separate rate."""
+    """Train MiniLM's adapters with learning rate ``rate`` and the head with ``HEAD_RATE``; return
+    the held-out loss."""
     model = world.adapted()
     g = torch.Generator().manual_seed(world.seed)
     for layer in adapted_layers(model).values():
@@ -202,11 +204,11 @@ def sweep(seed: int, n: int, scheme: str, steps: int) -> tuple[Tensor, Tensor]:
 
 
 class Best:
-    """Rates of the network for one width and initialisation.
+    """Learning rates of the network for one width and initialisation.
 
     Attributes:
-        log2_rate: Rate with the lowest mean loss over the seeds.
-        losses: Loss of each seed at the rate that is best on the other seeds.
+        log2_rate: log2 of the learning rate with the lowest mean loss over the seeds.
+        losses: Loss of each seed at the learning rate that is best on the other seeds.
     """
 
     def __init__(self, rows: Rows, start: str, width: int):
@@ -236,7 +238,7 @@ class Best:
 
 
 def bests(rows: Rows) -> dict[str, dict[int, Best]]:
-    """Return the best rates of the network by initialisation, then width."""
+    """Return the best learning rates of the network by initialisation, then width."""
     widths = sorted({row["width"] for row in rows if row["task"] == "network"})
     return {start: {n: Best(rows, start, n) for n in widths} for start in STARTS}
 
@@ -252,7 +254,8 @@ def real(rows: Rows, start: str) -> list[float]:
 
 
 def gate(rows: Rows) -> list[Gate]:
-    """Check that every start learns, away from the floor, at rates inside the grid."""
+    """Check that every initialisation learns, that no loss is near the floor, and that the best
+    learning rates are inside the grid."""
     each = [best for of in bests(rows).values() for best in of.values()]
     shares = [best.loss / best.untrained for best in each]
     head = study.mean(rows, "loss", task=MINILM, start=HEAD)
@@ -278,7 +281,7 @@ def gate(rows: Rows) -> list[Gate]:
 
 
 def slope(of: dict[int, Best]) -> float:
-    """Return the slope of log2(best rate) over log2(width)."""
+    """Return the slope of log2(best learning rate) over log2(width)."""
     rates = [best.log2_rate for best in of.values()]
     return float(np.polyfit(np.log2(list(of)), rates, 1)[0])
 
@@ -333,7 +336,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Format the losses and their ratios, and the slopes of the best rates."""
+    """Format the losses and their ratios, and the slopes of the best learning rates."""
     a, b = bests(rows).values()
     each = ", ".join(f"{gain(a[n].losses, b[n].losses):.0%} at n = {n}" for n in a)
     losses = [real(rows, start) for start in STARTS]
@@ -346,7 +349,7 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Return the losses on MiniLM, and at the best rates on the network."""
+    """Return the losses on MiniLM, and those of the network at the best learning rates."""
     own = [row for row in rows if row["seed"] < study.TRIALS]
     found: dict[str, dict[str, Interval]] = {
         "MiniLM: held-out loss": {start: study.interval(real(own, start)) for start in STARTS}

@@ -106,7 +106,8 @@ def launches(rows: int, modules: int) -> tuple[int, int] | None:
 
 
 def decode_steps(rounds: int) -> dict[str, Timing]:
-    """Time a decode step of a SmolLM2-shaped model both ways, after checking its results."""
+    """Time a decode step of a SmolLM2-shaped model without adapters, with separate ops and with one
+    op. Exit if the results of the last two differ."""
     from lora_model import CONTEXT, NAMES, Step, _sharing_weights, build
 
     _siblings.SHARE_ON_CPU = True

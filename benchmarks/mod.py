@@ -30,8 +30,8 @@ CLAIM = Claim(
     "more parameters as MoD adds, and LoRA with MoD's parameters alone.",
     headline="loss of LoRA + MoD below that of LoRA, and of LoRA with as many more parameters",
     use="you can store hardly any parameters, and a small part of LoRA's gain is enough",
-    avoid="you can train LoRA: no gain of MoD beside it was found, and training costs as much as "
-    "k heads",
+    avoid="you can train LoRA: no gain of MoD in addition to LoRA was found, and training costs as "
+    "much as k heads",
     seeds=3,
     earlier="200 steps, rates chosen for MoD alone: beside LoRA +0.0086 [+0.0065, +0.0126] nats, "
     "alone 15 % of LoRA's gain (3 seeds, revision edb0283): not reproduced",
@@ -63,7 +63,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose rates, k and the initial mass."""
+    """Yield the runs from which the learning rates, k and the initial mass are chosen."""
     yield {"seed": CHOOSING, "arm": UNTUNED}
     for rate in GRIDS[LORA].asked(losses_by_rate(rows, LORA)):
         yield {"seed": CHOOSING, "arm": LORA, "rate": rate}
@@ -75,7 +75,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def losses_by_rate(rows: Rows, arm: str) -> dict[float, float]:
-    """Return the loss of each rate that was tried, with the chosen k and initial mass."""
+    """Return the loss for each learning rate that was tried, with the chosen k and initial mass."""
     own = [row for row in rows if (row["seed"], row["arm"]) == (CHOOSING, arm)]
     return {row["rate"]: row["loss"] for row in own if row.get("k", "") == ""}
 
@@ -88,7 +88,8 @@ def kind_of(rows: Rows) -> tuple[int, float]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield each way of tuning; the first seed also has those in which a late layer predicts."""
+    """Yield one arm per way of tuning. The first seed also has the arms in which a late layer
+    predicts."""
     for seed in seeds:
         for arm in (*ARMS, *LATE) if seed == 0 else ARMS:
             yield {"seed": seed, "arm": arm}
@@ -172,7 +173,7 @@ def data(seed: int, steps: int, quick: bool) -> tuple[Any, Any]:
 
 
 def rates_of(arm: Row, rows: Rows) -> dict[str, float]:
-    """Return the rates of LoRA, and of router and norms: the arm's, or the chosen ones."""
+    """Return the learning rates of LoRA, and of router and norms: the arm's or the chosen ones."""
     name = arm["arm"]
 
     def best(of: str) -> float:
@@ -185,7 +186,7 @@ def rates_of(arm: Row, rows: Rows) -> dict[str, float]:
 
 
 def grouped(model: Any, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return the trained parameters with their rates."""
+    """Return the trained parameters with their learning rates, as groups for the optimizer."""
     found: dict[str, list[Any]] = {"lora": [], "mod": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -210,7 +211,8 @@ def share(rows: Rows) -> Interval:
 
 
 def gate(rows: Rows) -> list[Gate]:
-    """Check LoRA's gain, MoD's size, and that no rate is at the upper end of its grid."""
+    """Check LoRA's gain, MoD's number of parameters, and that no best learning rate is at the upper
+    end of its grid."""
     untuned = study.mean(rows, "loss", arm=UNTUNED)
     gain = untuned - min(losses_by_rate(rows, LORA).values())
     part = study.mean(rows, "parameters", arm=ALONE) / study.mean(rows, "parameters", arm=LORA)
@@ -271,7 +273,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Format both halves of the claim."""
+    """Format the loss that MoD adds to LoRA's, and MoD's share of LoRA's gain."""
     part = study.mean(rows, "parameters", arm=ALONE) / study.mean(rows, "parameters", arm=LORA)
     return (
         f"adding MoD to LoRA changed the loss by {less(rows, BOTH, LORA):+.4f} nats per token, and "

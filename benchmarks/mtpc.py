@@ -88,7 +88,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arm that trains the model, those that choose the heads' rates, and the gate's."""
+    """Yield the run that trains the model, those from which the heads' learning rates are chosen,
+    and that of the gate."""
     yield {"seed": CHOOSING, "part": "model"}
     for kind, grid in GRIDS.items():
         for rate in grid.asked(losses(rows, kind)):
@@ -97,7 +98,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def losses(rows: Rows, kind: str) -> dict[float, float]:
-    """Return the held-out loss of each rate that was tried."""
+    """Return the held-out loss for each learning rate that was tried."""
     own = [r for r in rows if (r["part"], r.get("kind")) == ("rate", kind)]
     return {row["rate"]: row["nats"] for row in own}
 

@@ -163,7 +163,7 @@ def windows(data: Answers, at: Tensor, k: int) -> Batch:
 
 
 def batches(data: Answers, k: int, size: int) -> Iterator[Batch]:
-    """Yield endless batches of random windows inside answers."""
+    """Yield batches of random windows inside answers, without end."""
     every = places(data, k)
     while True:
         yield windows(data, every[torch.randint(len(every), (size,))], k)

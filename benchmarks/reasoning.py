@@ -73,7 +73,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose the number of hops and the rates, then those of the gate."""
+    """Yield the runs from which the number of hops and the learning rates are chosen, then those of
+    the gate."""
     for hops in HOPS:
         yield {"seed": CHOOSING, "task": PLANNING, "part": "frozen", "hops": hops}
     yield {"seed": CHOOSING, "task": REASONING, "part": "frozen"}
@@ -85,7 +86,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def losses(rows: Rows, task: str, rank: int) -> dict[float, float]:
-    """Return the loss of each rate that was tried."""
+    """Return the loss for each learning rate that was tried."""
     own = [r for r in rows if (r["seed"], r["task"], r["part"]) == (CHOOSING, task, "lora")]
     return {row["rate"]: row["loss"] for row in own if row["rank"] == rank}
 
@@ -193,7 +194,7 @@ def matched(rows: Rows) -> int:
     """Return the number of hops on which the frozen model is as accurate as on reasoning."""
     own = [row for row in rows if row["seed"] == CHOOSING and row["part"] == "frozen"]
     if not any(row["task"] == REASONING for row in own):
-        return HOPS[0]  # The arm is the frozen model's on reasoning, which has no hops.
+        return HOPS[0]  # This runs for the frozen model on reasoning, which has no hops.
     aim = study.mean(own, "accuracy", task=REASONING)
     found = {row["hops"]: row["accuracy"] for row in own if row["task"] == PLANNING}
     return min(found, key=lambda hops: abs(found[hops] - aim))
@@ -211,7 +212,8 @@ def accuracies(rows: Rows, task: str) -> tuple[float, float]:
 
 
 def gate(rows: Rows) -> list[Gate]:
-    """Check that both tasks are learned from equal headroom, at rates inside the grid."""
+    """Check that both tasks are learned, that the frozen model is about as accurate on one as on
+    the other, and that the best learning rates are inside the grid."""
     hops = matched(rows)
     found = {task: accuracies(rows, task) for task in TASKS}
     above = [best - constant(task, hops) for task, (_, best) in found.items()]
@@ -239,7 +241,7 @@ def gate(rows: Rows) -> list[Gate]:
 
 
 def gains(rows: Rows, seed: int, task: str) -> dict[int, float]:
-    """Return the decrease of the loss by tuning, for each rank."""
+    """Return, for each rank, how much tuning lowers the loss."""
     own = [r for r in rows if (r["seed"], r["task"], r["part"]) == (seed, task, "lora")]
     return {row["rank"]: row["frozen"] - row["loss"] for row in own}
 

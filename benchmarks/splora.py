@@ -95,7 +95,7 @@ def minutes(arm: Row) -> float:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Yield the refusals and the task loss with 85 % of the task's gain."""
+    """Prune until 85 % of the task's gain is left; yield the refusals and the task loss."""
     torch.set_num_threads(1)
     stage = staged(arm["seed"] + DRAWS, quick, arm["setting"] == MIXED)
     rule, model = arm["rule"], stage.tuned
@@ -122,7 +122,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
             return language.loss_of(model, stage.task)
 
     none, whole = language.loss_of(stage.aligned, stage.task), loss(0)
-    low, high = 0, len(order)  # The gain is kept with `low` modules less, but not with `high`.
+    low, high = 0, len(order)  # Without `low` modules the gain is kept, without `high` it is not.
     while high - low > 1:
         middle = (low + high) // 2
         kept = (none - loss(middle)) / (none - whole)
@@ -187,7 +187,8 @@ def beyond(rows: Rows, rival: str, setting: str, rule: str = OURS) -> Interval:
 
 
 def gate(rows: Rows) -> list[Gate]:
-    """Check that refusals are lost, that random pruning leaves room, and that few are needless."""
+    """Check that tuning loses refusals, that random pruning leaves room for better rules, and that
+    the aligned model refuses few harmless requests."""
     found: list[Gate] = []
     for setting in SETTINGS:
         before, after, random = (

@@ -169,7 +169,7 @@ def interval(
 
 @dataclass(frozen=True)
 class Grid:
-    """Learning rates that are tried; a best rate at an end adds another one beyond it.
+    """Grid of learning rates to try. If the best one is at an end, another one beyond it is added.
 
     Attributes:
         rates: First rates, in rising order; rates are added at the distance of the first two.
@@ -180,7 +180,7 @@ class Grid:
     most: int = 3
 
     def asked(self, losses: Mapping[float, float]) -> list[float]:
-        """Return the rates to try, given the losses of those that have been tried."""
+        """Return the learning rates to try, given the losses of those that have been tried."""
         step, rates = self.rates[1] / self.rates[0], [_rounded(rate) for rate in self.rates]
         losses = {_rounded(rate): loss for rate, loss in losses.items()}
         while len(rates) < len(self.rates) + self.most and set(rates) <= set(losses):
@@ -194,11 +194,11 @@ class Grid:
         return rates
 
     def best(self, losses: Mapping[float, float]) -> float:
-        """Return the rate with the lowest loss; a loss that is not finite counts as the worst."""
+        """Return the learning rate with the lowest loss; non-finite losses count as the worst."""
         return min(losses, key=lambda rate: _finite(losses[rate]))
 
     def gate(self, losses: Mapping[float, float], of: str = "") -> Gate:
-        """Check that the best rate is inside the grid."""
+        """Return the gate that the best learning rate is inside the grid."""
         best, ends = self.best(losses), (min(losses), max(losses))
         found = f"{best:.3g} of {ends[0]:.3g} to {ends[1]:.3g}"
         return Gate(f"best rate{of and f' of {of}'}", "inside the grid", found, best not in ends)
@@ -465,7 +465,8 @@ def _measure(study: ModuleType, store: Store, arm: Row, quick: bool) -> None:
 
 
 def minutes_left(study: ModuleType, rows: Rows, seeds: int) -> float:
-    """Return the minutes of the arms without rows; arms like measured ones take as long."""
+    """Return the minutes that the arms without rows need. An arm that was measured with other seeds
+    is expected to take as long; others take ``study.minutes(arm)``."""
     arms = [*trials_of(study, rows, False), *arms_of(study, range(seeds), False)]
     gate = judged_gate(study, rows)
     if not all(each.met for each in gate):

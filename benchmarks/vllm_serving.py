@@ -133,7 +133,8 @@ class Engine:
         return core.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
 
     def into_a_slot(self, theirs: bool) -> float:
-        """Return the seconds to move an adapter to a slot, reading its ranks unless ``theirs``."""
+        """Return the seconds to move an adapter to a slot, with the reading of its ranks unless
+        ``theirs``."""
         move = type(self.manager).activate_adapter  # the LRU cache's; it calls the wrapped one
         changed = Updates.slot_changed
         if theirs:

@@ -440,7 +440,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms that choose the rates, with a quarter of the steps, and those of the gate."""
+    """Yield the runs from which the learning rates are chosen, with a quarter of the steps, and
+    those of the gate."""
     for name in ("VoRA", ENCODER):
         for rate in RATES.asked(errors(rows, name)):
             yield {"seed": CHOOSING, "arm": name, "rate": rate}
@@ -449,7 +450,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def errors(rows: Rows, arm: str) -> dict[float, float]:
-    """Return the share of wrong captions of each rate that was tried."""
+    """Return the share of wrong captions for each learning rate that was tried."""
     own = [row for row in rows if (row["seed"], row["arm"]) == (CHOOSING, arm)]
     return {row["rate"]: 1 - row["accuracy"] for row in own}
 
@@ -497,7 +498,7 @@ def curve(losses: Sequence[float]) -> Row:
 
 @torch.no_grad()
 def merged(seer: Any, testing: Pictures) -> Row:
-    """Merge; return the largest change of a logit and the number of VoRA layers left."""
+    """Merge the model; return the largest change of a logit and the number of VoRA layers left."""
     batch = testing.batch(range(min(96, len(testing.images))), distill=False)
     before = seer(**batch).logits
     vora.merge(seer.model)

@@ -1,5 +1,4 @@
-"""A small language model whose adapters are layers of lora_ext, layers of PEFT, or fused PEFT
-layers."""
+"""A small language model whose adapters are layers of lora_ext or PEFT, or fused PEFT layers."""
 
 import warnings
 

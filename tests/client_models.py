@@ -44,8 +44,7 @@ def vectors(rows: list[int], seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def specs() -> list[ClientSpec]:
-    """Return clients with ragged batches, and different step counts, learning rates and norm
-    bounds."""
+    """Return clients with ragged batches and different step counts, learning rates and clipping."""
     return [
         ClientSpec(1, vectors([3, 5, 2], 1), lr=0.05, weight_decay=0.1),
         ClientSpec("b", vectors([4], 2), lr=0.1),

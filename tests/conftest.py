@@ -72,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Keep the garbage collector from walking all tests and packages many times, also later."""
+    """Pause garbage collection while tests are collected; later passes skip what exists by then."""
     gc.disable()
     try:
         return (yield)

@@ -63,8 +63,7 @@ class Op:
         return [*self.small, *self.medium, *(self.large if backend.is_twin else ())]
 
     def feed(self, shape: Any, dtype: torch.dtype, turn: int = 0, **how: Any) -> Iterator[Any]:
-        """Yield the inputs of a shape for each variant of its group. ``turn`` selects a later
-        group."""
+        """Yield a shape's inputs for each variant of its group. ``turn`` selects a later group."""
         at = [*self.small, *self.medium, *self.large].index(shape) + turn
         for variant in self.variants[at % len(self.variants)]:
             yield self.inputs(shape, dtype, **{**variant, **how})

@@ -20,7 +20,7 @@ END_S = 600.0  # A hanging case sleeps longer than any test waits.
 
 
 def serve(connection: Connection, backend: str) -> None:
-    """Answer requests with the id of this process; the names of some cases are faults."""
+    """Answer requests with the id of this process; the ops crash, hang and spoil are faults."""
     connection.send({"backend": backend})
     while True:
         try:

@@ -81,8 +81,7 @@ class Meddled(ClientApp):
 
 
 class Wire(LocalGrid):
-    """Grid that counts the bytes sent in each direction and applies ``change`` to the training
-    replies."""
+    """Grid that counts the bytes in each direction and applies ``change`` to training replies."""
 
     def __init__(self, app: Any, nodes: int, change: Callable[[list[Message]], Any] | None = None):
         super().__init__(app, nodes)

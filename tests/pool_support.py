@@ -123,8 +123,7 @@ def assert_slot_holds(pool, slot, tensors, scale):
 
 
 def assert_holds(pool, name, tensors, scale):
-    """Check that the slot of this adapter contains exactly these tensors, bitwise, and this
-    scale."""
+    """Check that the adapter's slot contains exactly these tensors, bitwise, and this scale."""
     with pool.acquire([name]) as slots:
         assert_slot_holds(pool, slots[0], tensors, scale)
 

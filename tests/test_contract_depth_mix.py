@@ -152,8 +152,7 @@ def last_token(t: Tensor) -> Tensor:
 def test_layouts_change_no_bit_of_twins_and_only_rounding_of_kernels(
     backend: Backend, layout: Callable[[Tensor], Tensor], routed: bool
 ) -> None:
-    """Check several layouts. Kernels process unaligned rows on a separate path, which rounds
-    differently."""
+    """Check several layouts; kernels process unaligned rows separately, with other rounding."""
     for dtype, scales in each(backend):
         for shape in [((5,), 24, 3), ((20,), 40, 2), ((3,), 33, 4)]:
             mix = make(shape, dtype, backend, scales=scales, routed=routed)

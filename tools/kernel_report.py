@@ -4,10 +4,10 @@
 
 Writes `docs/gpu.md` (the part between the marks) from `kernels.lock`, in which `sass_gate.py` has
 recorded the numbers of the machine code, so nothing is compiled or disassembled. The instructions
-of a warp's way were counted by hand, in code whose length `COUNTED_IN` records. `--check` compares
-the page instead of writing it. Below the table, `WHY` explains each row in red. A red row without a
-reason is an error, and so is a reason without a red row. Every time is an ESTIMATE of the model
-below: no GPU has run a kernel. `gpu_page.py` adds measured columns from reports of
+that a warp issues were counted by hand, in code whose length `COUNTED_IN` records. `--check`
+compares the page instead of writing it. Below the table, `WHY` explains each row in red. A red row
+without a reason is an error, and so is a reason without a red row. Every time is an ESTIMATE of the
+model below: no GPU has run a kernel. `gpu_page.py` adds measured columns from reports of
 `lora-ext gpu-report`.
 """
 
@@ -59,7 +59,7 @@ class Code:
     dependent: bool = False  # contains the wait for the previous launch
     dynamic: int = 0  # bytes of dynamic shared memory, from kernels.toml
     length: int = 0  # instructions of the machine code
-    turn: int | None = None  # trips in series per turn of the outermost loop around the main one
+    turn: int | None = None  # serial memory trips per iteration of the outermost loop
 
     def per_multiprocessor(self, threads: int) -> int:
         """Return the number of blocks of ``threads`` threads that fit on a multiprocessor."""
@@ -69,19 +69,19 @@ class Code:
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel at a shape.
+    """Kernel at a shape.
 
     All numbers are of one launch. `bytes` must be moved; `parts` are further bytes, of sums that
     several blocks share. `flops` run on tensor cores, each as `products` products of 16 bits.
     `blocks` of `threads` are launched and read `l2` bytes again from L2.
 
-    `way` has the instructions that each warp issues, and how often; `COUNTED_IN` says in which code
-    they were counted. A warp alone takes `alone` cycles for each. Without a way, `values` pass
-    through the main loop, and other instructions are not counted. The outermost loop has `turns`
-    turns, each of which waits for its memory trips.
+    `way` contains pairs: a number of instructions that each warp issues, and how often it does.
+    They were counted in code of the length in `COUNTED_IN`. A warp alone takes `alone` cycles for
+    each. Without a way, `values` pass through the main loop, and other instructions are not
+    counted. The outermost loop runs `turns` iterations, each of which waits for its memory trips.
 
-    An empty launch takes `handoff` us behind the previous launch of the call, which it need not
-    wait for if it is a dependent launch. `others` are further launches of the same call.
+    An empty launch takes `handoff` us after the previous launch of the call; a dependent launch
+    need not wait for the end of that one. `others` are further launches of the same call.
 
     A chain has `repeat` launches, one after the other, and also `repeat` launches of each case in
     `beside`. A launch may have several `steps`, whose blocks wait for each other, make `hops` trips
@@ -114,7 +114,7 @@ class Case:
 
     @property
     def issued(self) -> float:
-        """Instructions that each warp issues on its way."""
+        """Number of instructions that each warp issues."""
         return sum(count * times for count, times in self.way)
 
     @property
@@ -420,10 +420,10 @@ def circuit_cases() -> Iterator[Case]:
 
 
 def walk_cases() -> Iterator[Case]:
-    """Yield the kernels in which one block walks one row, and attention of rows.
+    """Yield the kernels in which one block processes a row position by position, and row attention.
 
-    A way has the norms of a warp's rows, then eight positions without the paths of unaligned rows.
-    The loop over the columns of a step has four turns, others have one.
+    A way contains the norms of a warp's rows, then eight positions, without code for unaligned
+    rows. The loop over the columns of a step runs four iterations, other loops run one.
     """
     said = "HMM, one row, 8 tokens, 32 states, 320 words"
     bytes_ = 8 * 32 * 320 * 2 + 7 * 32 * 32 * 2
@@ -658,9 +658,9 @@ def floor_us(case: Case) -> float:
 def launch_us(case: Case, code: Code) -> float:
     """Return the time of one launch on the multiprocessors that have a block.
 
-    It is the sum of an empty launch, the trips before the first wide load, that load, and the
-    slowest of memory, instructions, tensor cores, and warps that wait for their own instructions
-    and trips (`alone`).
+    It is the sum of an empty launch, the memory trips before the first wide load, that load, and
+    the slowest of memory, instructions, tensor cores, and warps that wait for their own
+    instructions and memory trips (`alone`).
     """
     sms = min(SMS, case.blocks)
     per_sm = code.per_multiprocessor(case.threads)
@@ -777,8 +777,8 @@ WHY = [
         "lora_shrink_decode_kernel<*",
         "D8: *",
         "Shrink of D8",
-        "an empty launch, the trips, the first load and a warp's 581 instructions follow one "
-        "another; the floor is an empty launch.",
+        "an empty launch, the memory trips, the first load and a warp's 581 instructions follow "
+        "one another; the floor is an empty launch.",
     ),
     Reason(
         "lora_shrink_decode_kernel<*",
@@ -798,59 +798,60 @@ WHY = [
         "circuit_scan*_kernel<*",
         "*",
         "`circuit_scan_kernel` and its backward",
-        "a step costs 19 instructions per element of its matrix (backward 48) and 580 (750) "
-        "besides, and waits for two trips; four warps per scheduler (three) do not hide them.",
+        "a step costs 580 instructions (backward 750) plus 19 (48) per element of its matrix, and "
+        "waits for two memory trips; four warps per scheduler (three) do not hide these.",
     ),
     Reason(
         "circuit_*",
         "HMM, one row, *",
         "`circuit_sample_kernel`, `circuit_conditional_dist_kernel`, `circuit_argmax_kernel`",
-        "one row is one block, which walks eight positions one after the other; the floor is an "
-        "empty launch. The counted path is the one that loads most, so a row may take less.",
+        "one block processes the eight positions of a row one after the other; the floor is an "
+        "empty launch. The counted path is the one that loads most, so a row may take less time.",
     ),
     Reason(
         "row_attention_kernel<*",
         "*",
         "`row_attention_kernel`",
-        "no tensor cores: 32 keys cost a warp of eight rows 5,013 instructions, 3,072 of them "
-        "multiply-adds. Its reads of shared memory take nearly as long. The floor has the products "
-        "on tensor cores.",
+        "it does not use tensor cores: 32 keys cost a warp of eight rows 5,013 instructions, 3,072 "
+        "of them multiply-adds. Its reads of shared memory take nearly as long. The floor assumes "
+        "that tensor cores compute the products.",
     ),
     Reason(
         "spec_verify_kernel<*",
         "*",
         "`spec_verify_kernel`",
-        "one row is one block with nine serial trips and 1,960 instructions per warp; the floor is "
-        "an empty launch.",
+        "one block processes a row with nine serial memory trips and 1,960 instructions per warp; "
+        "the floor is an empty launch.",
     ),
     Reason(
         "verify_target_kernel<*",
         "the four launches*",
         "The four launches of `spec_verify`",
-        "the floor has the bytes alone; each launch waits for the one in front, and the last is "
-        "one warp that searches sums twice.",
+        "the floor counts only the bytes; each launch waits for the previous one, and the last "
+        "one is a single warp that searches sums twice.",
     ),
     Reason(
         "verify_leaves_kernel<*",
         "*",
         "`verify_leaves_kernel`",
-        "three of its five trips overlap the end of `verify_target_kernel`, but count in full.",
+        "three of its five memory trips overlap the end of `verify_target_kernel`, but the "
+        "estimate counts them in full.",
     ),
     Reason(
         "layers_product_kernel<*",
         "HMM of * states, *",
         "Chains of launches",
         "a step takes two launches forward and four backward. A float32 number takes six products "
-        "and six bytes, a `high` one three products and four bytes; the floor assumes one product "
-        "of 16 bits.",
+        "and six bytes, a `high` one three products and four bytes; the floor assumes one 16-bit "
+        "product.",
     ),
     Reason(
         "layers_run_kernel<*",
         "*",
         "Chains in one launch",
-        "float32 costs six products of 16 bits, 2.8 us per step, `high` three. A step also takes "
+        "float32 costs six 16-bit products, 2.8 us per step; `high` costs three. A step also takes "
         "1.1 us for its barrier, 0.4 to read its node, and 0.9 for exponentials and logarithms; "
-        "the floor has only the barrier.",
+        "of these, the floor contains only the barrier.",
     ),
 ]
 

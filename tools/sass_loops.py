@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-TURNS, MEASURED = 40, 24  # the first turns fill the pipeline; 24 is a multiple of 1, 2, 3, 4, 6, 8
+# Simulated and measured iterations: the first ones fill the pipeline; 24 is a multiple of 1, 2, 3,
+# 4, 6 and 8.
+TURNS, MEASURED = 40, 24
 NO_BARRIER = 7
 TENSOR = r"(HMMA|HGMMA|QGMMA)\b"
 
@@ -74,7 +76,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Flight:
-    inflight: int  # bytes per thread in flight, averaged over the trips waited for
+    inflight: int  # bytes per thread in flight, averaged over the memory trips waited for
     overlap: int  # bytes in flight while a tensor core multiplies
     tensor: bool  # whether a tensor core multiplies
     trips: int  # memory trips per iteration, one after the other
@@ -190,11 +192,11 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
 
 
 def turn_trips(loops: Loops) -> int | None:
-    """Return the memory trips in series per turn of the loops around main loops that multiply.
+    """Return the largest number of serial memory trips in one iteration of an outermost loop.
 
-    Each main loop is judged with the largest loop around it, so that a store that waits for the
-    next turn's load counts, even if both are outside the main loop. The result is the largest
-    number, or None without such a loop.
+    Only outermost loops that contain a main loop and multiply on tensor cores count; None if there
+    is none. The outermost loop is simulated instead of the main loop, so that a store outside the
+    main loop that waits for the next iteration's load is counted.
     """
     turns = [loops.turn(head) for head in {loops.outermost(head) for head in loops.main}]
     return max(
@@ -203,7 +205,7 @@ def turn_trips(loops: Loops) -> int | None:
 
 
 def blocks_of(code: Sequence[Instruction]) -> tuple[list[int], list[int], list[list[int]]]:
-    """Return where each basic block begins and ends, and which blocks may follow it."""
+    """Return the start and end of each basic block, and the blocks that may follow it."""
     at = {one.address: i for i, one in enumerate(code)}
     heads = {0} | {at[one.target] for one in code if one.target in at}
     heads |= {i + 1 for i, one in enumerate(code[:-1]) if one.target is not None or one.ends}
@@ -326,7 +328,8 @@ WIDE = r"(LDG|LDGSTS)\b.*\.128\b"
 
 
 def prologue(code: Sequence[Instruction]) -> Prologue:
-    """Return the trips before the first wide load, and the bytes loaded before the wait."""
+    """Return the memory trips before the first wide load, and the bytes loaded before the wait for
+    the previous kernel."""
     to_load, to_wait = way_to(code, WIDE), way_to(code, r"ACQBULK\b")
     first = None
     if to_wait is not None:
@@ -348,8 +351,8 @@ def trips(way: Sequence[Instruction]) -> int:
 
 
 def early_release(code: Sequence[Instruction]) -> int | None:
-    """Return the number of instructions in front of the wait for the previous kernel by which a
-    thread can let the next kernel start: releases, ends and branches. None if nothing waits."""
+    """Return the number of instructions before the wait for the previous kernel with which a thread
+    can let the next kernel start: triggers, ends and branches. None if the kernel does not wait."""
     found = [re.match(r"(ACQBULK|PREEXIT|EXIT|BRA|BRX|JMP|CALL|RET)\b", one.opcode) for one in code]
     opcodes = [one[1] for one in found if one]
     return opcodes.index("ACQBULK") if "ACQBULK" in opcodes else None

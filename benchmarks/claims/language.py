@@ -143,7 +143,7 @@ def train(
     clip: float | None = None,
     schedule: Callable[[float], float] | None = None,
 ) -> None:
-    """Run AdamW without weight decay, one step per batch; each parameter group has its own rate.
+    """Run AdamW without weight decay, one step per batch; each group has its learning rate.
 
     Within a run of a study, the parameters, the optimizer's state and torch's random state are
     saved every five minutes under the name ``part``, and training continues from them. Batches

@@ -40,7 +40,7 @@ SIZES = Sizes(
     scaling=2,
 )
 QUICK = dataclasses.replace(SIZES, rounds=2, testing=4 * CLASSES)
-EXAMPLE = dataclasses.replace(SIZES, lr=1e-2)  # the rate that an earlier protocol chose
+EXAMPLE = dataclasses.replace(SIZES, lr=1e-2)  # learning rate of an earlier protocol
 
 
 class Classifier(nn.Module):

@@ -19,9 +19,9 @@ LX_INLINE double sum_of(const A* p, int64_t n) {
     return sums[0];
 }
 
-// Return the first index whose running sum exceeds uniform * total, never one of weight zero. If
-// rounding leaves no such index, return the last index with weight, or 0. Sums are double, so that
-// a small weight counts beside a large sum.
+// Return the first index whose running sum exceeds uniform * total; its weight is never zero. If
+// rounding leaves no such index, return the last index of nonzero weight, or 0. Sums are double, so
+// that a small weight counts beside a large sum.
 template <typename A>
 int64_t draw(const A* p, int64_t n, double uniform) {
     const auto sum_from = [&](int64_t i) { return sum_of(p + i, min(kDrawn, n - i)); };

@@ -34,8 +34,8 @@ namespace lora_ext {
 
 namespace {
 
-// Return whether the processor has tiles of bfloat16 and Linux allows this process to use them,
-// which it has to ask for.
+// Return whether the processor has tiles of bfloat16 and Linux allows this process to use them; the
+// process must request them first.
 [[maybe_unused]] bool has_tiles() {
 #if defined(LX_X86_TABLES) && defined(__linux__)
     unsigned a, b, c, d;

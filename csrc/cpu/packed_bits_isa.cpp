@@ -24,7 +24,7 @@ using Int32 = VecN<int32_t, kF>;
 
 LX_INLINE float half_to_float(const uint8_t* p) {
     const uint16_t h = load_bits<uint16_t>(p);
-    // No subnormal float, which torch.set_flush_denormal(True) would turn into 0.
+    // `magnitude` is not a subnormal float, which torch.set_flush_denormal(True) would turn into 0.
     const float magnitude = h & 0x7c00
                                 ? bit_cast<float>((uint32_t(h & 0x7fff) << 13) + (112u << 23))
                                 : static_cast<float>(h & 0x3ff) * 0x1p-24f;
@@ -112,12 +112,13 @@ LX_INLINE void add_group(const uint8_t* const* w, const uint8_t* const* fetch, c
 // ------------------------------------------------------------------------------------------------
 // Inputs of 8 bits
 
-// Return sum + the products of the four bytes of a lane: codes of the weight and of a row. Signed
-// codes of 8 bits, or codes of 4 bits as they are stored, without a sign.
+// Return sum + the products of the four bytes of a lane: codes of the weight, w, and of a row, x.
+// Weight codes of 8 bits are signed; those of 4 bits are unsigned, as they are stored.
 template <int kBits>
 LX_INLINE Int32 add_products(Word w, uint32_t x, Int32 sum) {
 #if defined(__AVX512VNNI__) && LX_VEC_BYTES == 64
-    // The first operand of the instruction has no sign: 128 is added to x, see kOffset.
+    // The instruction takes its first operand as unsigned, so for codes of 8 bits x is the code of
+    // the row plus 128, see kFlip.
     const __m512i row = (__m512i)(x - Word{});
     if constexpr (kBits == 8)
         return (Int32)_mm512_dpbusd_epi32((__m512i)sum, row, (__m512i)w);

@@ -338,7 +338,8 @@ struct Block {
         for (int64_t head = 0; head < room.alike; ++head, out += args.value_width) {
             A* const own = sums(i * room.alike + head);
             const A total = scratch[room.totals + i * room.alike + head];
-            const bool none = total == 0;  // the row sees no key, else a weight is 1
+            // The largest weight is 1, so the total is 0 only if the row sees no key.
+            const bool none = total == 0;
             for (int64_t c = 0; c < args.value_width; ++c) own[c] = none ? 0 : own[c] / total;
             store_rounded<T>(out, own, args.value_width);
         }

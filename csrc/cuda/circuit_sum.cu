@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     float* d = static_cast<float*>(args.dvalues) + item * n;
     const float* value = static_cast<const float*>(args.value) + item * n;
     for (int i = lx::lane_id(); i < n; i += lx::kWarpSize) d[i] *= value[i];
-    lx::syncwarp();  // add_shares assigns the terms to other lanes than this loop
+    lx::syncwarp();  // add_shares and this loop assign the terms to different lanes
     const float* shifts = static_cast<const float*>(args.weight_shift) + g * sums;
     const float shift = static_cast<const float*>(args.value_shift)[item];
     const float* out = static_cast<const float*>(args.out) + item * sums;

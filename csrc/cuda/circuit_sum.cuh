@@ -19,9 +19,9 @@ struct WarpWeights {
     const T* w;
     int n;
     bool aligned, probs, logits;
-    float base = 0;     // the largest entry; 0 or, of probabilities, 1 if all are impossible
+    float base = 0;     // largest entry; if all are impossible, 0, or 1 for probabilities
     float inverse = 1;  // 1 / base
-    float lifted = 0;   // log(base) of probabilities, else base
+    float lifted = 0;   // log(base) for probabilities, else base
 
     LX_DEVICE WarpWeights(const LogSumArgs& args, const T* w, int n, bool aligned)
         : w(w),

@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(kMixThreads, 1)
         gamma.load(args.gamma[e], columns);
         float weight = kRouted ? 0.0f : number_of(args, args.weights, row, e);
 
-        // Each element is converted once. Pieces beyond the row take no part in sums, and what
-        // becomes of them is not stored.
+        // Each element is converted once. Pieces beyond the row are not added to sums, and their
+        // results are not stored.
         float x[kHeld][P];
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) unpack_piece<T>(now.words[i], x[i]);

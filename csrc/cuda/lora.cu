@@ -13,8 +13,9 @@ namespace {
 constexpr int kDecodeTokens = 256;
 
 // Returns the splits of the sum for large ranks at prefill: enough for 198 blocks, 1.5 for each
-// multiprocessor of an H100. It holds two blocks, so many more would need a second wave. The number
-// is the same for every device, because the splits determine the bits of the result.
+// multiprocessor of an H100. A multiprocessor holds two blocks, so many more blocks would need a
+// second wave. The number is the same for every device, because the splits determine the bits of
+// the result.
 SumOrder gemm_order(const LoraArgs& args) {
     const int64_t in = args.bank.in_features;
     const int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens)) *
@@ -49,7 +50,8 @@ Partials partials(const LoraArgs& args) {
 }
 
 // Returns whether the splits of v are summed before expand. At prefill, each block of 512 outputs
-// reads all splits; summing pays from about 16 MB on (estimated). The result is the same.
+// reads all splits; if they take more than about 16 MB, it is faster to sum them first (estimated).
+// The result is the same.
 bool sums_splits_first(const LoraArgs& args, const Partials& v) {
     const int64_t again = ceil_div(args.bank.out_features, 512) - 1;
     if (large_rank(args.bank)) return !v.scaled;

@@ -37,7 +37,7 @@ struct Slices {
     int ranks_per_stage;
 };
 // For up to 64 ranks of a 16-bit type, one pass over dy can compute both db and dv, from slices of
-// 1024 bytes. The slices of dv's sum are the same without that pass, so its bits are too.
+// 1024 bytes. Without that pass, dv is summed over the same slices, so its bits are the same.
 constexpr int kPassBytes = 1024, kPassRanks = 64;
 __host__ __device__ constexpr int pass_slice(int ranks) {
     return ranks <= 16 ? 256 : 512;

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             });
         });
         if (whole) break;
-        whole = true;  // p - q is never positive: draw from p
+        whole = true;  // p - q is positive for no token: draw from p
     }
     if (lx::thread_rank() == 0) args.next_token[row] = lx::max(token, 0);
 }

@@ -472,7 +472,8 @@ __global__ void __launch_bounds__(lx::kWarpSize)
     const int64_t logits =
         row * args.target_stride + int64_t{decision.accepted} * target.vocabulary;
     int token = -1;
-    for (int way = 0; way < 2 && token < 0; ++way) {  // if p - q is never positive: draw from p
+    // The first way draws from max(0, p - q); if that is 0 for all tokens, the second draws from p.
+    for (int way = 0; way < 2 && token < 0; ++way) {
         const double* const sums = space.sums + (row * 2 + way) * space.blocks;
         const Place block =
             find_among_runs(space.blocks, 0, -1, uniform, [&](int i) { return sums[i]; });

@@ -6,11 +6,13 @@
 //   lanes of one warp       syncwarp, by a vector clock over the warp's lanes
 //   warps of one block      syncthreads and named barriers, by a vector clock over the block's
 //                           warps
-//   blocks of one launch    only: barrier, fence_device, atomic | atomic on the same address,
-//                           fence_device
+//   blocks of one launch    only fence_device and then an atomic in the earlier block (after a
+//                           barrier, for accesses of its other warps), followed by an atomic on the
+//                           same address and then fence_device in the later block
 // Shuffles, votes, ldmatrix and mma order nothing. All lanes share their warp's clock towards other
 // warps. The checker may therefore take an access by a lane after its bar_arrive for one before the
-// bar_arrive of a later lane: it can miss a race but never reports a false one.
+// bar_arrive of a later lane. This can hide a race, but it never causes a false report. (Correct
+// writes of two threads to adjacent single bytes are reported, since the bytes share a Cell.)
 #include <dlfcn.h>
 #include <link.h>
 

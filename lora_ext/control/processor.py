@@ -218,7 +218,10 @@ class ConstraintProcessor:
         self._weight = torch.zeros(batch, dtype=torch.float64)
 
     def _parents(self, input_ids: Tensor) -> list[int]:
-        """Return the index of the row that each row continues, since beam search reorders rows."""
+        """Return, for each row, the index of the row of the previous call that it continues.
+
+        Beam search reorders rows.
+        """
         batch = len(input_ids)
         if torch.equal(input_ids[:, :-1], self._before):
             return list(range(batch))

@@ -111,7 +111,7 @@ class ServedPool:
             self._preparing -= 1
 
     async def _load(self, name: Name | None) -> None:
-        """Load the adapters of a name that the pool does not have."""
+        """Load those adapters of a name that the pool lacks."""
         for each in name if isinstance(name, tuple) else (name,):
             if each is not None and each not in self.pool:
                 await asyncio.to_thread(self.folder.ready, each)
@@ -144,7 +144,7 @@ class ServedPool:
             except UnknownAdapterError as error:
                 left -= 1
                 if not left and isinstance(name, tuple):
-                    expected = "expected a mixture whose adapters fit together"
+                    expected = "expected a mixture whose adapters fit in the pool at the same time"
                     found = f"found {name!r:.200}: {error}"
                     raise PoolFullError(f"AdapterFolder: {expected}, {found}") from error
                 if not left:
@@ -558,7 +558,8 @@ class Turns:
 
     @contextlib.contextmanager
     def take(self, name: Name | None) -> Iterator[Turn]:
-        """Return a turn for a request of an adapter; at its end, others may have room."""
+        """Yield a turn for a request of an adapter; after the ``with`` block, others may have
+        room."""
         turn = Turn(name, next(self._numbers))
         try:
             yield turn
@@ -610,6 +611,6 @@ class Turns:
                 self._loop.call_soon_threadsafe(self.wake, 1)
 
     def wake(self, count: int | None = None) -> None:
-        """Make the first ``count`` waiting requests try again; None is all."""
+        """Make the first ``count`` waiting requests try again; None means all."""
         for turn in self._waiting[:count]:
             turn.again.set()

@@ -97,7 +97,7 @@ class Optimizer:
                     parameter.copy_(self._trained[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state of the optimizer: tensors by the names that a save uses for them."""
+        """Return the optimizer's state: tensors by the names that a checkpoint uses for them."""
         found: dict[str, Tensor] = {}
         for name, trained in self._trained.items():
             if trained is not self._parameters[name]:

@@ -70,7 +70,7 @@ class Scheduler:
     """Thread that computes calls of several tenants in common steps, each queue in order.
 
     Deficit round robin in tokens decides which parts of calls join a step. An item that is not a
-    call, such as a save or an optimizer step, runs as soon as it is the first in its queue. Before
+    call, such as `save` or an optimizer step, runs as soon as it is the first in its queue. Before
     a step, the thread waits briefly for calls of the tenants of the last two steps. Otherwise, a
     tenant that was late once would take part only in every second step from then on.
 

@@ -18,7 +18,7 @@ from ._live import LiveAdapter
 from ._optimizer import MOMENTS, Optimizer
 
 _OPTIMIZER = "optimizer.safetensors"
-_MAX_NAME_BYTES = 200  # file systems allow 255 bytes; the temporary name of a save is longer
+_MAX_NAME_BYTES = 200  # file systems allow 255 bytes, and a checkpoint's temporary name is longer
 
 
 class Store:
@@ -40,7 +40,7 @@ class Store:
                 raise ValueError(f"Service: store: {expected}, found {found}") from error
 
     def folder(self, where: str, path: Any, argument: str = "path") -> Path:
-        """Return the folder of the save ``path``. Errors use ``argument`` as the name of the path.
+        """Return the folder of the checkpoint ``path``. Errors call the path ``argument``.
 
         Raises:
             ValueError: If there is no store, or the path is outside it.
@@ -65,7 +65,7 @@ class Store:
         return folder
 
     def save(self, where: str, path: Any, adapter: LiveAdapter) -> None:
-        """Write the adapter and its optimizer atomically."""
+        """Write the adapter and its optimizer state atomically."""
         from safetensors.torch import save
 
         folder = self.folder(where, path)
@@ -74,20 +74,20 @@ class Store:
         save_adapter(folder, config, state, beside={_OPTIMIZER: save(tensors)})
 
     def read(self, where: str, path: Any) -> tuple[Path, LoraAdapter]:
-        """Return the folder of a save and its adapter; :meth:`restore` reads the optimizer.
+        """Return a checkpoint's folder and adapter; :meth:`restore` reads its optimizer state.
 
         Raises:
-            ValueError: If the save is missing or malformed.
+            ValueError: If the checkpoint is missing or malformed.
         """
         folder = self.folder(where, path)
         require(os.path.isdir(folder), where, "path", "a save in the store", f"{path!r:.200}")
         return folder, LoraAdapter.load(folder)
 
     def restore(self, folder: Path, optimizer: Optimizer, with_state: bool) -> None:
-        """Restore the state of an optimizer from a save.
+        """Restore the state of an optimizer from a checkpoint.
 
-        The optimizer is reset if the save has no optimizer file, or if ``with_state`` is False. In
-        the second case, the float32 copies of 16-bit factors are still read.
+        The optimizer is reset if the checkpoint has no optimizer file, or if ``with_state`` is
+        False. In the second case, the float32 copies of 16-bit factors are still read.
         """
         path = folder / _OPTIMIZER
         tensors: dict[str, Tensor] = {}

@@ -127,24 +127,24 @@ class Service:
             return self._wait("create", lambda: self._new(config, seed))
 
     def load(self, path: str | os.PathLike[str]) -> Tenant:
-        """Create a tenant with the adapter and the optimizer of a save.
+        """Create a tenant from a checkpoint, with its adapter and optimizer state.
 
         Args:
-            path: path of the save, relative to the store.
+            path: path of the checkpoint, relative to the store.
 
         Raises:
-            ValueError: If the path is invalid or the save is malformed.
+            ValueError: If the path is invalid or the checkpoint is malformed.
         """
         return self._wait("load", functools.partial(self._load, path))
 
     def sampler(self, path: str | os.PathLike[str] | None = None) -> Sampler:
-        """Return a sampler of the adapter in a save, or of the base model.
+        """Return a sampler of the adapter in a checkpoint, or of the base model.
 
         Args:
-            path: path of the save, relative to the store; None is the base model.
+            path: path of the checkpoint, relative to the store; None is the base model.
 
         Raises:
-            ValueError: If the path is invalid or the save is malformed.
+            ValueError: If the path is invalid or the checkpoint is malformed.
         """
         if path is None:
             return Sampler(self.sampling(), None)
@@ -240,7 +240,7 @@ class Tenant:
         Args:
             data: sequences of at most ``max_tokens`` tokens each.
             loss: "cross_entropy", "importance_sampling", "ppo" or "cispo";
-                :data:`lora_ext.tenants.LOSSES` has their formulas.
+                :data:`lora_ext.tenants.LOSSES` gives their formulas.
             config: options of the loss by name: ``clip_low_threshold`` and ``clip_high_threshold``
                 for "ppo" and "cispo". None uses the defaults.
 
@@ -302,11 +302,11 @@ class Tenant:
         return self._done("optim_step", step, wait=False)
 
     def save(self, path: str | os.PathLike[str], wait: bool = True) -> Any:
-        """Save the adapter, in PEFT's format, and the optimizer, after all earlier calls.
+        """Save the adapter, in PEFT's format, and the optimizer state, after all earlier calls.
 
         Args:
-            path: path of the save, relative to the store; an existing save is replaced.
-            wait: whether to wait for the save. False returns a future.
+            path: path of the checkpoint, relative to the store; an existing one is replaced.
+            wait: whether to wait until it is saved. False returns a future.
 
         Returns:
             ``path``, or a future of it.
@@ -326,14 +326,14 @@ class Tenant:
     def restore(
         self, path: str | os.PathLike[str], optimizer: bool = True, wait: bool = True
     ) -> Any:
-        """Restore the adapter, and by default the optimizer, from a save.
+        """Restore the adapter, and by default the optimizer state, from a checkpoint.
 
-        The save must have the modules, ranks and scales of this adapter. Gradients since the last
-        step are discarded.
+        The checkpoint must have the modules, ranks and scales of this adapter. Gradients since the
+        last step are discarded.
 
         Args:
-            path: path of the save, relative to the store.
-            optimizer: whether to restore the optimizer. False resets its state.
+            path: path of the checkpoint, relative to the store.
+            optimizer: whether to restore the optimizer state. False resets it.
             wait: whether to wait for the result. False returns a future.
 
         Returns:
@@ -349,7 +349,7 @@ class Tenant:
         return self._done("restore", restore, wait)
 
     def take(self, folder: Any, saved: LoraAdapter, optimizer: bool) -> None:
-        """Copy the values of a save to this tenant; must be called on the service's thread."""
+        """Copy a checkpoint's values to this tenant; must be called on the service's thread."""
         _check_trained("restore", folder, saved)
         mine = {path: layer.r[self.adapter.name] for path, layer in self.adapter.layers.items()}
         theirs = {path: factors.a.shape[0] for path, factors in saved.modules.items()}
@@ -435,9 +435,10 @@ class Tenant:
 
 
 def _check_trained(where: str, folder: Any, saved: LoraAdapter) -> None:
-    """Raise ValueError if a save has more than LoRA factors, which :class:`Tenant` cannot train.
+    """Raise ValueError if a checkpoint contains anything but LoRA factors.
 
-    Such parts, for example a bias or scales of outputs, would be ignored silently.
+    :class:`Tenant` cannot train other parts, for example a bias or scales of outputs, and would
+    ignore them silently.
     """
     fields = ("lora_bias", "alora_invocation_tokens", "modules_to_save")
     more = [field for field in (*fields, "target_parameters") if getattr(saved.config, field)]

@@ -20,8 +20,7 @@ def of(name, seed=0):
 
 
 def found(call):
-    """Return the texts of the warnings of a call. Check that each one points to the calling
-    file."""
+    """Return the warnings of a call; check that each one points to the calling file."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()

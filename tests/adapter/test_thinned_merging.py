@@ -31,8 +31,7 @@ def test_ties_equals_the_result_of_peft(density):
     for name in ("0", "1"):
         assert merged.modules[name].a.shape[0] == 5
         wanted = delta(expected, name)
-        # PEFT computes in float32, which perturbs the singular vectors of nearly equal singular
-        # values.
+        # PEFT computes in float32, which perturbs the vectors of nearly equal singular values.
         assert (delta(merged, name) - wanted).norm() <= 1e-4 * wanted.norm()
 
 

@@ -28,8 +28,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_peak_memory_does_not_depend_on_the_vocabulary(
     bench: ModuleType, loss: str, trained: bool
 ) -> None:
-    """Check that memory besides the gradients is at most two chunks of logits and a few sums per
-    row."""
+    """Check that a step needs, besides gradients, two chunks of logits and a few sums per row."""
     k = 3 if loss == "chunked_kl" else 1
     peaks: list[int] = []
     for vocab in (4096, 16384):

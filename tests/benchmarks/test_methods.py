@@ -19,8 +19,8 @@ pytestmark = needs("matplotlib", "peft", "rich", "sklearn", "tqdm", "transformer
 @pytest.mark.slow
 @pytest.mark.parametrize("name", methods.studies())
 def test_verdict_from_results_equals_the_verdict_of_the_run(name, tmp_path, capsys):
-    """Run a study with its smallest sizes. All functions that a study must define are called, and
-    must use the same columns."""
+    """Run a study at its smallest sizes, then print the verdict again from its saved rows. This
+    calls every function that a study must define, so their columns must agree."""
     module = importlib.import_module(name)
     arguments = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
     assert study.run(module, arguments) == 0

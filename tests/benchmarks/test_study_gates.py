@@ -16,7 +16,7 @@ GRID = Grid((0.1, 1.0), most=2)
 
 @pytest.fixture
 def slope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """Return a toy study that chooses a rate, judges a gate, then compares two arms."""
+    """Return a toy study that chooses a learning rate, judges a gate and compares two arms."""
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     module = ModuleType("slope")

@@ -49,8 +49,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -
 
 
 def num_values(circuit: Circuit) -> list[int]:
-    """Return the number of values of each variable. For an indicator, it is the largest value plus
-    one."""
+    """Return the number of values of each variable; for an indicator, its largest plus one."""
     sizes = [1] * circuit.num_variables
     for i, region in enumerate(circuit.graph.regions):
         if region.leaf is None:

@@ -31,8 +31,7 @@ GRAPHS = {
 
 
 def chain(tie: str | None = "emission") -> RegionGraph:
-    """Return the graph of a chain of three steps with two states. Each step emits two correlated
-    numbers."""
+    """Return the graph of a two-state chain of three steps that emit two correlated numbers."""
     inputs = {f"x{t}": Input([2 * t, 2 * t + 1], LEAF, 2, tie) for t in range(3)}
     products = [("z0", ["x0", "z1"]), ("z1", ["x1", "z2"]), ("z2", ["x2"])]
     return RegionGraph.from_edges(inputs, products, {"z1": 2, "z2": 2})

@@ -86,8 +86,7 @@ def test_gradients_equal_finite_differences(name):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_gradients_of_random_graphs_have_no_nan_and_sum_to_zero(seed):
-    """Check that gradients sum to zero over the logits of a sum, to which a constant may be
-    added."""
+    """Check the logits of each sum, whose gradients must sum to zero: a constant may be added."""
     circuit = circuit_of(random_graph(seed), seed)
     log_prob = circuit.log_prob(assignments(circuit)[:20])
     log_prob[log_prob > -torch.inf].sum().backward()
@@ -284,8 +283,7 @@ def test_data_that_are_not_tensors_raise_with_the_remedy():
 
 
 def test_data_may_have_any_precision():
-    """Check float64 data, the default of numpy, which is converted to the dtype of the
-    parameters."""
+    """Check float64 data, numpy's default, which are converted to the dtype of the parameters."""
     circuit = circuit_of(mixed()).float()
     x = torch.tensor([[0.3, 2, 3], [-1.25, 0, torch.nan]])
     for dtype in (torch.float64, torch.float16):
@@ -382,8 +380,7 @@ def test_samples_of_continuous_leaves_follow_the_distribution():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_map_equals_the_best_tree(seed):
-    """Compare with the maximum over all assignments and latents, computed by the recursive
-    evaluator."""
+    """Compare with the recursive evaluator's maximum over all assignments and latents."""
     circuit = circuit_of(random_graph(seed), seed)
     x = assignments(circuit)
     nothing_missing = torch.zeros_like(x, dtype=torch.bool)

@@ -125,8 +125,7 @@ def test_tied_parameters_sum_gradients_and_flows_of_all_their_uses():
 
 
 def test_em_with_pseudocounts_never_decreases_likelihood_times_prior():
-    """Check EM with the prior described by ``em_step``: pseudocounts of c / I for each of I
-    terms."""
+    """Check EM with the prior of ``em_step``: pseudocounts of c / I for each of I terms."""
     circuit = circuit_of(GRAPHS["hmm"](), seed=20)
     x = circuit_of(GRAPHS["hmm"](), seed=21).sample(60, generator=torch.manual_seed(0))[0]
     c = 2.0
@@ -181,8 +180,7 @@ def test_parameters_stay_finite_for_columns_that_are_always_zero_or_the_maximum(
 
 
 def test_rounded_shares_of_successes_stay_probabilities():
-    """Check flows of 1/3 and 2/3, whose float32 rounding may make the successes exceed the
-    total."""
+    """Check flows of 1/3 and 2/3: by float32 rounding, the successes may exceed the total."""
     for seed in range(50):
         circuit = circuit_of(RegionGraph.cp(2, 3, Binomial(7)), seed=seed).float()
         x = torch.full((33, 2), 7)

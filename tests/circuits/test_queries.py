@@ -140,8 +140,7 @@ def test_log_prob_of_a_root_equals_its_column():
 
 # --- entropy and divergence -----------------------------------------------------------------------
 def decision(seed: int = 0, categories: int = 3) -> Circuit:
-    """Return a deterministic circuit in which the value of x0 selects the distributions of x1 and
-    x2."""
+    """Return a deterministic circuit in which x0 selects the distributions of x1 and x2."""
     inputs = {f"x0={v}": Input([0], Indicator((v,))) for v in range(3)}
     inputs |= {f"x1|{v}": Input([1], Categorical(categories)) for v in range(3)}
     inputs["x2"] = Input([2], Binomial(2))

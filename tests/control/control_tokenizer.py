@@ -32,8 +32,7 @@ def accepts(constraint: Constraint, text: str) -> bool:
 
 
 def random_texts(constraint: Constraint, count: int, longest: int, seed: int = 0) -> list[str]:
-    """Return random texts that satisfy the constraint, drawn token by token among the allowed
-    ones."""
+    """Return random texts that satisfy the constraint, drawn token by token."""
     rng, tokens = random.Random(seed), tokenizer()
     order, first = constraint.tokens_by_class
     out: list[str] = []

@@ -37,8 +37,7 @@ def every_text() -> list[Prefix]:
 def forced(
     processor: ConstraintProcessor, model: Model, rows: Sequence[Prefix]
 ) -> tuple[list[float], Tensor]:
-    """Return the probabilities with which the processor draws these texts, and their log
-    weights."""
+    """Return the processor's probabilities of these texts, and their log weights."""
     out = [1.0] * len(rows)
     for step in range(max(map(len, rows))):
         ids = torch.tensor([[PROMPT, *(row + (0,) * step)[:step]] for row in rows])

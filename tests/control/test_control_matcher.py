@@ -17,8 +17,7 @@ from lora_ext.control import Constraint, ConstraintProcessor, Row, advance, plan
 
 
 class Bits:
-    """Matcher of the toy language with the interface of xgrammar. It counts the tokens that it
-    reads."""
+    """Matcher of the toy language with xgrammar's interface. It counts the tokens that it reads."""
 
     def __init__(self) -> None:
         self.states, self.read = [0], 0

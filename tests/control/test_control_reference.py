@@ -1,5 +1,4 @@
-"""Ratios and masks compared with the dense formulas of ``reference``, for random automata and
-guides."""
+"""Ratios and masks compared with the formulas of ``reference``, for random automata and guides."""
 
 from __future__ import annotations
 

@@ -13,8 +13,7 @@ from lora_ext.control import ConstraintProcessor, PriorHead
 
 
 def places(count: int) -> tuple[Tensor, Tensor]:
-    """Return hidden states (noisy one-hot vectors of states of the guide), and the next three
-    tokens."""
+    """Return hidden states (noisy one-hot states of the guide) and the next three tokens."""
     g, whole = torch.Generator().manual_seed(0), guide()
     state = torch.multinomial(whole.initial, count, replacement=True, generator=g)
     hidden = 2 * torch.eye(H, dtype=torch.float64)[state]

@@ -162,11 +162,11 @@ def test_bits_and_conversions_equal_the_formula(emulator):
 
 
 def check_exponentials(found: np.ndarray) -> None:
-    """Compare with float64: x log2(e) is rounded twice, the exponential errs by two last places."""
+    """Compare with float64, for two roundings of x log2(e) and two ulp of the exponential."""
     x = golden_input()[:512].view(np.int32).astype(np.float32).astype(float) * 2.0**-24
     exact, tiny = np.exp(x), 2.0**-126
     bound = exact * (1.23 * np.abs(x) + 4) * 2.0**-24
-    flushed = exact + bound < tiny  # the rest may be 0 only if it may be below 2^-126
+    flushed = exact + bound < tiny  # must be 0; others may be 0 if exact - bound is below 2^-126
     assert 64 < flushed.sum() < 256 and (found[flushed] == 0).all()
     wrong = np.abs(found - exact) > bound
     assert not (wrong & ~flushed & ((found != 0) | (exact - bound >= tiny))).any()

@@ -30,8 +30,7 @@ ROWS = 8  # rows of the first step, summed over the four clients
 
 
 def trained(model: nn.Module, clients, plans, state, **options) -> list[Update]:
-    """Run a round in which warnings are errors, since the staircase warns if it cannot split a
-    block."""
+    """Run a round with warnings as errors: the staircase warns if it cannot split a block."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return BatchedClients(model, clients, **options).run_round(plans, state)
@@ -73,8 +72,7 @@ def test_mixed_depths_equal_the_loop(kind: str, others: str):
 
 
 def rows_with_a_graph(model: nn.Module, run: Callable[[], object]) -> list[list[tuple[int, bool]]]:
-    """Return, for each call of each block, the number of rows and whether gradients were
-    enabled."""
+    """Return the number of rows, and whether gradients were enabled, in each call of each block."""
     calls: list[list[tuple[int, bool]]] = [[] for _ in ALL]
     for index, layer in enumerate(model.model.layers):
 
@@ -277,9 +275,9 @@ def test_out_of_memory_in_a_block_is_raised():
     def compute(y: Tensor) -> Tensor:
         calls.append(len(y))
         if len(calls) == 1:
-            raise MemoryError("of the device")
+            raise MemoryError("out of device memory")
         return y
 
     model, state, clients = of_stack(in_order, compute)
-    with pytest.raises(MemoryError, match="of the device"):
+    with pytest.raises(MemoryError, match="out of device memory"):
         BatchedClients(model, clients).run_round(PLANS, state)

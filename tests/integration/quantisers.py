@@ -126,7 +126,8 @@ def hqq() -> nn.Module:
 
 
 def gptqmodel(method: str) -> Callable[[], nn.Module]:
-    """Return a maker of layers with random codes, because quantising needs data."""
+    """Return a function that creates a model with gptqmodel's layers. Their codes are random, since
+    real quantisation needs calibration data."""
 
     def make() -> nn.Module:
         need("gptqmodel")
@@ -157,8 +158,9 @@ def gptqmodel(method: str) -> Callable[[], nn.Module]:
 
 
 def compressed(scheme: str, packed: bool) -> Callable[[], nn.Module]:
-    """Return a maker for compressed-tensors, with float weights that each forward rounds, or with
-    integers that the first forward of the model turns into float weights."""
+    """Return a function that creates a model of compressed-tensors: if ``packed``, with integers
+    that the first forward converts to float weights, else with float weights that each forward
+    rounds."""
 
     def make() -> nn.Module:
         need("compressed_tensors")

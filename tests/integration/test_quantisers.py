@@ -100,12 +100,12 @@ def jitter(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def moves(theirs: Any, run: Any, expected: Tensor) -> float:
-    """Return how far the jitter moves a result of PEFT, at most, in any of the draws."""
+    """Return twice the largest change of PEFT's result by the jitter, in a few draws."""
     found = 0.0
     for seed in range(DRAWS):
         with jitter(theirs, seed):
             found = max(found, (run(theirs) - expected).abs().max().item())
-    return 2 * found  # the largest of few draws
+    return 2 * found  # A few draws do not find the largest possible change.
 
 
 @in_all

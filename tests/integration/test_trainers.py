@@ -236,8 +236,7 @@ def test_other_controllers_raise_and_other_numbers_of_steps_warn():
 
 
 def _train(model: Any, controller: CopraController, rows: Tensor) -> dict[str, Any]:
-    """Train some steps. Return all masks, and the gradients of the last step with a partial
-    mask."""
+    """Train some steps. Return all masks, and the last step's gradients with a partial mask."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     masks, gradients = [], {}
     for _ in range(STEPS):

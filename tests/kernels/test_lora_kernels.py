@@ -182,8 +182,7 @@ def gradients(
 def test_one_block_per_adapter_and_blocks_per_range_agree(
     backend: Backend, dtype: torch.dtype
 ) -> None:
-    """Check that the size of the buffer for partial sums, which depends on the bank, changes no
-    bit."""
+    """Check that the size of the buffer for partial sums, set by the bank, changes no bit."""
     if backend.is_twin or backend.small:
         pytest.skip("tests only kernels, with a bank too large for the checking emulator")
     g = torch.Generator().manual_seed(0)

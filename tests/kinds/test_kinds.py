@@ -256,7 +256,7 @@ def test_from_peft_keeps_all_kinds_of_a_mixed_model() -> None:
 
 
 class Doubled(Kind):
-    """A kind that the package does not know: B is twice a tensor."""
+    """Kind of adapter that a user defines; its B is twice a parameter."""
 
     name = "DOUBLED"
     reads = frozenset({"r"})

@@ -1,5 +1,4 @@
-"""Training of activated adapters (aLoRA): layers of lora_ext.nn compared with PEFT's, and
-errors."""
+"""Training of activated adapters (aLoRA): layers of lora_ext.nn against PEFT's, and errors."""
 
 import gc
 from typing import Any

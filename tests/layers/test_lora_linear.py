@@ -288,7 +288,7 @@ def test_checkpointed_layer_uses_the_block_of_its_forward(reentrant):
             second = run(x)
             third = run(x)
     other = gradients(ours(x, ["0", None, "1"]), ours, x)
-    # The backward passes run in another order than the forward passes and their reverse.
+    # The backward passes run neither in the order of the forward passes nor in its reverse.
     torch.testing.assert_close(gradients(second, ours, x), other, rtol=0, atol=0)
     torch.testing.assert_close(gradients(first, ours, x), expected, rtol=0, atol=0)
     torch.testing.assert_close(gradients(third, ours, x), other, rtol=0, atol=0)

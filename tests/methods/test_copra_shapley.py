@@ -79,7 +79,7 @@ def test_antithetic_sampling_is_exact_for_games_of_pairs():
     value_fn = lambda m: float(m.double() @ weights @ m.double())  # noqa: E731
     exact = shapley_values(value_fn, 6).values
     found = shapley_values(value_fn, 6, "permutation", 3, antithetic=True)
-    # A player follows its partner in exactly one of an order and its reverse.
+    # Exactly one of an order and its reverse has player i after j: the mean of the two is exact.
     torch.testing.assert_close(found.values, exact)
 
 

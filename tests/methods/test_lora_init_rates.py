@@ -76,7 +76,7 @@ def test_invalid_arguments_of_suggest_lr_are_refused(changed, error, text):
 
 
 def grouped(model, groups):
-    """Return (rate, weight decay) by parameter name; check that each parameter occurs once."""
+    """Return (learning rate, weight decay) by name; check that each parameter occurs once."""
     names = {id(p): name for name, p in model.named_parameters()}
     found = [(names[id(p)], g["lr"], g["weight_decay"]) for g in groups for p in g["params"]]
     assert len(dict.fromkeys(name for name, *_ in found)) == len(found)
@@ -147,7 +147,7 @@ def test_optimizer_accepts_the_groups_and_uses_their_rates():
     optimizer.step()
     for name, parameter in model.named_parameters():
         moved = (parameter.detach() - before[name]).abs().max().item()
-        if "lora_B" in name:  # Adam's first step equals the rate; A has no gradient while B is 0
+        if "lora_B" in name:  # Adam's first step is the learning rate; dA is 0 while B is 0.
             assert moved == pytest.approx(8e-3, rel=1e-3)
 
 

@@ -108,7 +108,7 @@ def test_greedy_window_has_the_most_likely_token_at_each_position():
         dist = reference.circuit_conditional_dist("hmm", *circuit, found, at)
         assert torch.equal(dist.argmax(-1), found[:, k])
     likeliest = reference.circuit_argmax("hmm", *circuit)[0]
-    assert (likeliest != found).any(1).sum() > 3  # Most likely windows as a whole are others.
+    assert (likeliest != found).any(1).sum() > 3  # The jointly most likely windows differ.
 
 
 # -------------------------------------------------------------------------------------------------

@@ -47,8 +47,8 @@ def inputs(regime: str, shape: tuple[int, ...], norm: str, dtype: torch.dtype, s
 
 
 def allowed(expected: Tensor, terms: int) -> Tensor:
-    """Return the largest |error| allowed: four roundings per term, I roundings of the sum, and
-    shifts as large as the result."""
+    """Return the largest |error| allowed: 0 where ``expected`` is -inf, else ``terms + 16``
+    roundings of the sum, and four of logarithms and shifts, of at most 20 + |expected|."""
     bound = (terms + 16) * 2.0**-24 + 2.0**-22 * (20 + expected.abs())
     return torch.where(expected == -torch.inf, 0, bound)
 

@@ -62,8 +62,7 @@ def test_row_is_bitwise_equal_in_any_batch(paged: bool, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 def test_training_row_is_bitwise_equal_in_any_batch(p: float) -> None:
-    """Check only batches of the first rows, because the dropout mask of a row depends on its
-    index."""
+    """Check only batches of the first rows: the dropout mask of a row depends on its index."""
     i = train_inputs(Shape(1000, 40, 24, RANKS), torch.float32, seed=3, dropout_p=p)
     together = linear(i)
     for rows in ROWS:

@@ -53,7 +53,7 @@ def test_trips_and_instructions_cost_what_the_model_predicts(lock) -> None:
 
 
 def test_step_whose_loads_are_waited_for_in_series_takes_their_trips(lock) -> None:
-    """Check two turns of expand that wait for one trip each, and for two with one scoreboard."""
+    """Check two iterations of expand, with one memory trip each, or two with one scoreboard."""
     case = next(c for c in report.CASES if c.shape.startswith("D1") and "expand" in c.kernel)
     code, twice = lock[case.kernel], replace(case, turns=2)
     assert code.turn == 1

@@ -337,13 +337,13 @@ def test_loop_with_too_few_products_fails():
     assert reason == "25 percent of a main loop multiplies on tensor cores (min. 40)"
 
 
-# A step of lora_expand_kernel: the product, then the store of y. `y` is asked for two steps ahead.
+# A step of lora_expand_kernel: the product, then the store of y, which is loaded two steps ahead.
 B, Y = LOAD, LOAD.replace("R4", "R20")
 STORE, PRODUCT = "STG.E.128 desc[UR4][R2.64], R20", "HMMA.16816.F32.BF16 R8, R4, R6, R8"
 
 
 def expand_step(*outer: tuple[str, int, int]) -> list[loops.Instruction]:
-    """Return a loop over steps around one over blocks of ranks, which asks for the next B."""
+    """Return a loop over steps around a loop over blocks of ranks, which loads the next B."""
     inner = [(B, 0, 0), (PRODUCT, 7, 0), ("MOV R30, R4", 7, 1), ("BRA P1, 0x10", 7, 0)]
     lines = [("MOV R0, RZ", 7, 0), *inner, *outer, ("BRA P0, 0x0", 7, 0), ("EXIT ", 7, 0)]
     return [instruction(line, sets, waits, 16 * i) for i, (line, sets, waits) in enumerate(lines)]

@@ -26,8 +26,7 @@ def chain(leaf: Leaf, seed: int) -> Circuit:
 
 
 def tables(circuit: Circuit) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the prior (C), the transitions (C, C) and the emissions, in the order of the
-    states."""
+    """Return prior (C), transitions (C, C) and emissions, in the order of the states."""
     names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
     prior = circuit.region_weights(names["z0"])[0].softmax(0).detach()
     steps = circuit.region_weights(names["z1"]).softmax(1).detach()

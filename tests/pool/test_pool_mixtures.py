@@ -140,8 +140,8 @@ def test_mixture_is_evicted_before_its_adapters() -> None:
 def test_mixture_of_too_many_pages_says_how_many() -> None:
     pool = fill(make(max_slots=4, max_rank=16), (0, 1, 2))
     message = (
-        r"acquire: names: .*\['x0', 'x1', 'x2'\].* needs 3 pages of up, the pool has max_rank=16 "
-        r"\(2 pages\)"
+        r"acquire: names: expected a mixture of at most 2 pages per module \(max_rank=16\), found "
+        r"\['x0', 'x1', 'x2'\], which needs 3 in 'up'"
     )
     with pytest.raises(ValueError, match=message):
         pool.acquire([None, {"x0": 1, "x1": 1, "x2": 1}])
@@ -172,7 +172,7 @@ def test_mixtures_refuse_by_name(fields: dict[str, Any], found: str) -> None:
     pool.load("odd", (config(**fields), tensors))
     with pytest.raises(NotImplementedError, match=f"names: 'odd': .*{found}"):
         pool.acquire(["x0", {"x0": 1, "odd": 0.5}])
-    if "alora_invocation_tokens" in fields:  # alone it may have a weight
+    if "alora_invocation_tokens" in fields:  # An activated adapter alone may have a weight.
         pool.acquire([("odd", 0.5)]).__exit__()
     else:
         with pytest.raises(NotImplementedError, match=f"names: 'odd': .*{found}"):
@@ -194,7 +194,7 @@ def test_tables_of_mixtures_are_allocated_for_the_first_one() -> None:
     assert pool.modules["up"].page_scale is None and pool.modules["up"].mixed == 1
     pool.acquire([AB]).__exit__()
     assert pool.modules["up"].mixed == 2
-    more = 2 * 4 * 2 * 8 + 4 * 64 * 4  # two modules, four slots, two pages; and the members
+    more = 2 * 4 * 2 * 8 + 4 * 64 * 4  # tables of two modules, four slots, two pages; and members
     assert pool.stats()["table_bytes"] == before + more
     load(pool, "x2", 2, targets=("head",))
     with pool.acquire(["x2"]) as (slot,):

@@ -35,7 +35,7 @@ def test_recomputed_pool_layers_use_the_block_of_their_forward(reentrant: bool) 
             runs[name] = checkpoint(model, x, use_reentrant=reentrant)
     outside = checkpoint(model, x, use_reentrant=reentrant)
     for name in ("blue", "red", None):
-        with lora_ext.adapters("green"):  # another block than in the forward pass
+        with lora_ext.adapters("green"):  # not the block of the forward pass
             found = gradient(runs[name], x)
             # The open block is the only pin after the backward pass.
             assert pins(model) == 1

@@ -393,7 +393,7 @@ def test_restored_optimizer_state_is_on_the_device_of_its_weights() -> None:
 
     saved = Optimizer(parameters("cpu"))
     saved.step([torch.ones(3)], checked_settings(1e-2, (0.9, 0.95), 1e-12, 0.0, None))
-    other = Optimizer(parameters("meta"))  # another device than the file's
+    other = Optimizer(parameters("meta"))  # not on the device of the file
     other.restore(saved.tensors())
     assert {t.device.type for t in other.tensors().values()} == {"meta"}
     assert len(other.tensors()) == 3

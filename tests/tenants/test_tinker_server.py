@@ -160,7 +160,7 @@ def test_requests_train_save_load_and_sample(server: Server, folder: Path) -> No
 
     other = {"session_id": "none", "model_seq_id": 0, "path": saved["path"]}
     assert server.status("load_weights", other) == 410
-    with pytest.raises(KeyError):  # A save of another API key is not found.
+    with pytest.raises(KeyError):  # A checkpoint of another API key is not found.
         new_model(server, "tml-b", path=saved["path"])
     server.close()
     again = Server(folder)  # Without a key file, any key is accepted.

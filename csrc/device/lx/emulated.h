@@ -364,7 +364,7 @@ void grid_dependency_launch();
 // Math. Apart from rounding, *_approx is exact here. Tolerances of tests allow for a GPU's errors.
 inline float exp2_approx(float x) {
     const float y = std::exp2(x);
-    return y < 0x1p-126f ? 0.0f : y;  // as the GPU's, which keeps no denormals
+    return y < 0x1p-126f ? 0.0f : y;  // like a GPU, which flushes denormals to 0
 }
 inline float log_approx(float x) {
     return std::log(x);

@@ -3,14 +3,15 @@
 //   sample            z ~ posterior_k, x_k ~ leaf_{k,z}, position by position; evidence is kept
 //   conditional_dist  log q(v | x_<k) = log sum_z posterior_k[z] softmax(leaf_{k,z})[v]
 //   argmax            the most probable tokens and latents jointly, by max-product
-//   verify            accept x_k while u_k < p_k(x_k) / q(x_k | x_<k), never where q is 0; then
+//   verify            accept x_k while u_k < p_k(x_k) / q(x_k | x_<k), never if q is 0; then
 //                     draw a token from max(0, p - q), or from p after the last position
 //
-// A draw returns the smallest index whose running sum of weights exceeds u * total, never one of
-// weight zero. If rounding leaves no such index, it returns the last index with weight, or 0 if all
-// weights are zero. Sums are double, so that a small weight counts beside a large sum. Weights are
-// float32, and exponentials of a CPU twin and of a CUDA kernel differ in their last bits. The two
-// may therefore draw different indices, but only where |sum - u * total| <= 1e-5 total.
+// A draw returns the smallest index whose running sum of weights exceeds u * total. The weight of
+// this index is not zero. If rounding leaves no such index, it returns the last index of nonzero
+// weight, or 0 if all weights are zero. Sums are double, so that a small weight counts beside a
+// large sum. Weights are float32, and exponentials of a CPU twin and of a CUDA kernel differ in
+// their last bits. The two may therefore draw different indices, but only if
+// |sum - u * total| <= 1e-5 total for some running sum.
 //
 // A row of the batch is one item (CPU) or one thread block (CUDA), and its result does not depend
 // on other rows. Results have the accumulator's type: float32, or float64 for float64 logits.

@@ -20,8 +20,8 @@
 //
 // At sum o a walk weighs its terms by W[o, i] exp(term[i]). It takes the heaviest term (the first,
 // if several are equal), or draws one: the first whose running sum exceeds its uniform times the
-// total, never one of weight zero. If rounding leaves no such term, it takes the last term with
-// weight.
+// total, whose weight is never zero. If rounding leaves no such term, it takes the last term of
+// nonzero weight.
 //
 // The bits of a row's results depend neither on the other rows nor on the number of threads. Flows
 // of weights are sums over the rows of data and add the lanes in order.

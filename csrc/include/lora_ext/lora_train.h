@@ -57,14 +57,15 @@ struct LoraTrainArgs {
     void* dv = nullptr;  // (T, >= max_rank) scratch, dtype of v; only active rows are written
     int64_t dv_row_stride = 0;
     // Results; nullptr: not wanted.
-    void* dx = nullptr;  // (T, I), added to in place: round(dx + ...); I contiguous
+    void* dx = nullptr;  // (T, I), updated in place: round(dx + ...); I contiguous
     int64_t dx_row_stride = 0;
-    void* da = nullptr;         // (A, R, I) contiguous, dtype of x; all written, zero beyond a rank
+    // (A, R, I) contiguous, dtype of x. All elements are written: 0 beyond the rank of an adapter.
+    void* da = nullptr;
     void* db = nullptr;         // (A, O, R) contiguous, as for da
     void* workspace = nullptr;  // size: see the functions below; CUDA only
     void* weighed = nullptr;    // (T, >= max_rank) scratch like dv; with weights only
     int64_t weighed_row_stride = 0;
-    // (T, bank.num_groups) float32, added to; only active rows. nullptr: not wanted.
+    // (T, bank.num_groups) float32; gradients are added to the active rows. nullptr: not wanted.
     float* dweights = nullptr;
     int64_t dweights_row_stride = 0;
 };

@@ -135,7 +135,7 @@ def refuse_other_forwards(model: Any, settings: dict[str, Any]) -> None:
     if chosen["use_cache"] is False or chosen[_CHUNK] is not None:
         found = "use_cache=False" if chosen["use_cache"] is False else f"{_CHUNK}={chosen[_CHUNK]}"
         raise NotImplementedError(
-            "from_peft: generate: expected a cache and a prompt in one piece for an activated "
-            f"adapter, found {found}: PEFT counts from the end of a forward's input, and would "
-            "adapt the wrong tokens; use lora_ext.attach"
+            "from_peft: generate: expected use_cache=True and prefill_chunk_size=None with an "
+            f"activated adapter, found {found}: PEFT counts the adapted tokens from the end of "
+            "each forward's input, so it would adapt the wrong ones; use lora_ext.attach"
         )

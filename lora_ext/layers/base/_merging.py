@@ -212,7 +212,7 @@ class Merging(nn.Module):
         for name in names:
             if name not in self.r:
                 known, where = list(self.r), type(self).__name__
-                raise ValueError(f"{where}: expected an adapter of {known}, found {name!r}")
+                raise ValueError(f"{where}: expected one of the adapters {known}, found {name!r}")
 
     def _stores(self) -> list[Any]:
         """Return the dictionaries that contain A and B by adapter name."""

@@ -27,11 +27,11 @@ class CopraSchedule:
     The probability of step t is ``p(t) = min(p1, p0 + (p1 - p0) ramp(t / E))`` with
     ``E = ceil(rho T)``, and p1 if t >= E. The number of active groups has the binomial
     distribution of L trials with probability p(t), conditioned on at least ``min_active``. That
-    many groups are then drawn uniformly. Both draws take the same time for every p.
+    many groups are then drawn uniformly. Neither draw is repeated, however small p is.
 
-    Besides the settings, a mask depends only on the step and the number of groups. A resumed run, a
-    recomputed block and every process of a parallel run therefore draw the same mask, with any
-    version of torch.
+    A mask depends only on the config, ``num_groups``, ``total_steps`` and the step. A resumed run
+    with the same arguments, a recomputed block and every process of a parallel run therefore draw
+    the same mask, with any version of torch.
 
     Args:
         config: Settings, of which p0, p1, ramp_ratio, ramp, min_active and seed are used.

@@ -139,7 +139,8 @@ class Api:
         return self.promises.in_order(key, model, asked.get("seq_id"), begin, told)
 
     def new_model(self, key: str, asked: Answer) -> Answer:
-        """Return a promise of a new model, or of a model loaded from a save."""
+        """Start to create a model, or to load one from a checkpoint; return a promise of the
+        response."""
         session = self.alive(key, asked["session_id"])
         name = f"{asked['session_id']}:train:{asked['model_seq_id']}"
         if (count := sum(len(each.models) for each in self._of(key)) + 1) > _MODELS:
@@ -191,7 +192,7 @@ class Api:
             raise ValueError(f"base_model: expected {self.base!r}, found {name!r:.200}")
 
     def sampler(self, key: str, asked: Answer) -> Sampler:
-        """Return a new sampler of a save, or of the base model."""
+        """Return a new sampler of a checkpoint, or of the base model."""
         if asked.get("model_path"):
             return self.service.sampler(parsed(key, asked["model_path"], "model_path"))
         self.check_base(asked.get("base_model"))
@@ -236,7 +237,7 @@ class Api:
 
 
 def folder(key: str, model: str, kind: str, name: str) -> str:
-    """Return the path of a save, relative to the store. Each API key has a separate folder."""
+    """Return a checkpoint's path, relative to the store. Each API key has a separate folder."""
     owner = hashlib.sha256(key.encode()).hexdigest()[:24]
     return os.path.join(owner, model.replace(":", "-"), kind, name)
 

@@ -152,8 +152,8 @@ def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
 
 def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
     raise NotImplementedError(
-        "lora_ext: expected a compiled graph without gradients, because an adapter replaces a "
-        "module (modules_to_save), found a backward; compile inside torch.no_grad(), or not at all"
+        "attach: backward through a compiled graph is not supported if an adapter replaces a "
+        "module (modules_to_save); call the model inside torch.no_grad(), or do not compile it"
     )
 
 
