@@ -40,10 +40,10 @@ CLAIM = Claim(
     "held out. Per seed, two adapters learn different samples; 11 points between them are "
     "tested.",
     headline="barrier of LoRA minus that of CopRA, on both models",
-    use="you will merge adapters in factors or prune them to some blocks, and LoRA's adapters "
-    "become much worse by it, as on the small network here (measure this first)",
-    avoid="LoRA's adapters do not become worse, as with a trained head that solves the task, or "
-    "you use a single complete adapter, or merge weights (delta)",
+    use="you will merge adapters factor by factor or prune them to some blocks, and this makes "
+    "plain LoRA adapters much worse, as on the small network here (measure this first)",
+    avoid="it does not make them worse, as with a trained head that solves the task, or when you "
+    "use a single complete adapter, or merge weights (delta)",
     seeds=5,
     earlier="network +0.077 [+0.036, +0.098]; MiniLM with a trained head, where LoRA gains 0.012 "
     "over no adapter, -0.005 [-0.013, +0.000] (3 seeds, revision 1b90df0): not reproduced, at a "

@@ -123,7 +123,7 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def errors(rows: Rows, method: str) -> dict[float, float]:
-    """Return the share of wrong answers of each rate that was tried."""
+    """Return the error rate on held-out texts for each learning rate that was tried."""
     own = [row for row in rows if (row["seed"], row["method"]) == (CHOOSING, method)]
     return {row["rate"]: 1 - row["last"] for row in own}
 
@@ -186,7 +186,7 @@ def _world(seed: int, task: str, sizes: federated_digits.Sizes, quick: bool) -> 
 
 
 def follow(world: World, partition: str, method: Method) -> tuple[Run, list[float], list[float]]:
-    """Run one federation and compute the time of every round from the devices' speeds."""
+    """Run one federation; return it with the simulated time and waiting time of every round."""
     sizes = world.sizes
     model = world.adapted(method.ranks)
     head = sum(tensor.nbytes for tensor in shared_state(world, model).values())

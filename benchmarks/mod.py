@@ -30,8 +30,8 @@ CLAIM = Claim(
     "more parameters as MoD adds, and LoRA with MoD's parameters alone.",
     headline="loss of LoRA + MoD below that of LoRA, and of LoRA with as many more parameters",
     use="you can store hardly any parameters, and a small part of LoRA's gain is enough",
-    avoid="you can train LoRA: no gain of MoD beside it was found, and training costs as much as "
-    "k heads",
+    avoid="you can train LoRA: no gain of MoD in addition to LoRA was found, and training costs as "
+    "much as k heads",
     seeds=3,
     earlier="200 steps, rates chosen for MoD alone: beside LoRA +0.0086 [+0.0065, +0.0126] nats, "
     "alone 15 % of LoRA's gain (3 seeds, revision edb0283): not reproduced",

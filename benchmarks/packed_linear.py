@@ -31,7 +31,7 @@ from lora_ext import nn, ops
 from lora_ext._torch import linear
 from lora_ext.interop.smollm2 import load_smollm2
 
-SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152))  # SmolLM2-135M's
+SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152))  # of SmolLM2-135M
 ROWS = (1, 2, 4, 8, 16, 32)
 WIDTHS, WIDE_ROWS = (144, 172, 1000), (17, 128, 512)
 COLD_BYTES = 64 << 20  # total size of the weights of one shape, which are used in turn

@@ -242,7 +242,7 @@ def gate(rows: Rows) -> list[Gate]:
 
 
 def gains(rows: Rows, seed: int, task: str) -> dict[int, float]:
-    """Return the decrease of the loss by tuning, for each rank."""
+    """Return, for each rank, how much tuning lowers the loss."""
     own = [r for r in rows if (r["seed"], r["task"], r["part"]) == (seed, task, "lora")]
     return {row["rank"]: row["frozen"] - row["loss"] for row in own}
 

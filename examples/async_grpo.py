@@ -127,7 +127,7 @@ def train(
     *,
     reward: Any = matching,
     questions: Sequence[str] = QUESTIONS,
-    steps: int = 8,
+    steps: int = 5,
     batch: int = 32,
     group: int = 8,
     length: int = 12,
@@ -217,7 +217,7 @@ def ask(url: str, model: str) -> str:
 
 
 def main(
-    steps: int = 8, out: Path = ROOT / "out" / "async_grpo", **how: Any
+    steps: int = 5, out: Path = ROOT / "out" / "async_grpo", **how: Any
 ) -> tuple[list[dict[str, float]], list[str]]:
     """Train beside a client of another adapter.
 
@@ -265,5 +265,5 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5)
     main(parser.parse_args().steps)

@@ -247,7 +247,7 @@ def save_parts(
 
     Args:
         folder: Folder, created if it does not exist.
-        name: Begin of both names.
+        name: Start of the names of the two files.
         config: Configuration, a dataclass.
         tensors: Tensors by name.
         more: Further entries of the JSON file.

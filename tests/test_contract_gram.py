@@ -16,11 +16,11 @@ from lora_ext import ops, reference
 def test_grams_stay_within_the_bound_on_random_values(
     backend: Backend, asked: torch.dtype | None
 ) -> None:
-    """Check the error of sums of n terms: at most n or n / 32 + 140 roundings, whichever is less.
+    """Check that a sum of n terms has at most min(n + 1, n / 32 + 140) roundings.
 
     CPU twins add spans of 256 terms in at least four lanes. CUDA kernels add steps of 32 to 128
-    terms (128 up to 64 ranks). Then the lanes are added, and finally the spans or steps in order. A
-    product is exact, or rounded together with its sum; on the emulator it is also rounded before.
+    terms (128 up to 64 ranks). Then the lanes are added, and finally the spans or steps in order.
+    Products are exact or part of a fused multiply-add; the emulator rounds them before the sum.
     """
     for dtype in DTYPES:
         shapes = shapes_of(backend)

@@ -93,9 +93,9 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     const int warp_column = warp / G::kWarpsM * G::kWarpColumns;
     const bool active = warp_row < tile.rows && warp_column < columns;
 
-    // A thread copies the same piece of every kLeftRowStep-th row. The rows' addresses are computed
-    // once; a stage only adds k. A missing row reads the tile's first row; its results are not
-    // stored.
+    // A thread copies the same piece of every kLeftRowStep-th row. The addresses of the rows are
+    // computed once; each stage only adds its offset k. For rows beyond tile.rows, row 0 of the
+    // tile is copied, and the results are not stored.
     const int left_piece = thread % G::kLeftPieces, left_row = thread / G::kLeftPieces;
     constexpr int kLeftRowStep = kGemmThreads / G::kLeftPieces;
     static_assert(kLeftRowStep % 8 == 0);  // same permutation for all rows of a thread

@@ -189,7 +189,7 @@ class AdapterConfig(LoraConfig):
 
         If ``init_lora_weights`` is a value that some versions of PEFT do not know, or that needs
         data, it is replaced by True. This has no effect on factors that are loaded. The fields of
-        other kinds than LoRA are returned as read.
+        kinds other than LoRA are returned as read.
         """
         if self.peft_type != "LORA":
             return {**self.raw, "peft_type": self.peft_type}

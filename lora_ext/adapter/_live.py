@@ -108,7 +108,7 @@ def _describe(
         "peft_type": "LORA",
         **{kind.when: everywhere(kind.when) for kind in variants("LORA")},
         "lora_bias": everywhere("lora_bias"),
-        "lora_dropout": max(rates),  # PEFT's configuration has one rate for all layers
+        "lora_dropout": max(rates),  # PEFT's configuration has one dropout rate for all layers
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "init_lora_weights": init,
         **({"alora_invocation_tokens": list(i)} if (i := invocations.pop()) else {}),

@@ -114,7 +114,7 @@ class CheckedAdapter:
     def where_is(self, module: str, part: str) -> str:
         """Return the file and the key of a field of :class:`Factors`, for error messages.
 
-        The factors of other kinds than LoRA have no key.
+        The factors of kinds other than LoRA have no key.
         """
         stem = self.config.kind.stems(self.index.specs[module].embedding).get(part, "")
         return f"{self.tensors.where}: {self.keys[module].get(stem, f'{module}: {part}')}"
@@ -224,8 +224,9 @@ def check_adapter(
 def _check_targets(
     config: AdapterConfig, where: str, index: ModelIndex, grouped: dict[str, dict[str, str]]
 ) -> None:
-    """Check that the modules with factors are those that the config targets, if it specifies any,
-    and that an activated adapter changes no token before its invocation tokens."""
+    """Check that the modules with factors are those that the config targets, if it specifies any;
+    that the config fits the vocabulary; and that an activated adapter has no factors for an
+    embedding."""
     targets = config.targets(index)
     if targets is not None:  # Checked even if not strict, as other factors make another adapter.
         stray = [key for m in sorted(grouped.keys() - targets) for key in grouped[m].values()]

@@ -39,7 +39,7 @@ class LoraAdapter:
         replacements: tensors that replace weights of the base model, by name in the file: weights
             of whole modules (``modules_to_save``) and trained biases (``bias="all"``,
             ``"lora_only"``).
-        parts: tensors of an adapter of another kind than LoRA, by name in the file. ``modules``
+        parts: tensors of an adapter of a kind other than LoRA, by name in the file. ``modules``
             then contains the factors that were computed from them.
 
     Two adapters are equal if they change a model in the same way. The comparison includes the
@@ -204,8 +204,8 @@ class LoraAdapter:
         return {**tensors, **self.base_weights, **self.replacements}
 
     def with_sizes(self, sizes: Mapping[str, tuple[int, int]]) -> LoraAdapter:
-        """Return this adapter with the factors that its file defines only for modules of known
-        sizes. Its sizes by module name are the numbers of inputs and outputs."""
+        """Return this adapter with the factors that its file alone does not determine. ``sizes``
+        maps a module's name to its numbers of inputs and outputs."""
         if self.complete:
             return self
         return self._read(self.config, StateDict(self.state_dict(), ""), False, False, sizes)

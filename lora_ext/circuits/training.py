@@ -190,7 +190,8 @@ def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None)
     """Return sequences of different lengths as rows of data, padded with missing values.
 
     In a chain with normalised transitions, a padded row has the same probability as its sequence in
-    a chain of the sequence's length. EM also learns the same parameters from both.
+    a chain of the sequence's length. EM also learns the same parameters from the padded rows as
+    from the sequences.
 
     Args:
         sequences: One-dimensional tensors of one dtype.

@@ -21,7 +21,7 @@ class Fault(Exception):
 
 
 def show(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """Print a summary and below it a table of modules, or one JSON object with both.
+    """Print a summary and below it a table of modules, or print one JSON object with all values.
 
     Args:
         summary: values by title. Text output omits values that are None.

@@ -142,7 +142,7 @@ class LoraLayerManager:
 
     @contextlib.contextmanager
     def boundary(self) -> Iterator[None]:
-        """Return a context without an autograd graph below the lowest layer that trains.
+        """Return a context manager without an autograd graph below the lowest layer that trains.
 
         Each block below that layer runs under ``no_grad``, even if its inputs require gradients.
         Activations are stored, and the backward pass runs, only for the blocks from that layer
@@ -284,7 +284,7 @@ class _WithoutGraph:
 
 @contextlib.contextmanager
 def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Return a context in which the ``forward`` of modules is replaced."""
+    """Return a context manager in which the ``forward`` of modules is replaced."""
     # Only instance attributes are restored, such as those that accelerate sets. For other modules,
     # deleting the attribute restores the class's forward.
     before = {module: module.__dict__.get("forward") for module in replaced}

@@ -1,7 +1,7 @@
 """Adapter types of PEFT (kinds), one file each.
 
 A kind reads the tensors of an adapter's file as factors A ``(r, I)`` and B ``(O, r)`` of each
-module, and as scales of the outputs or inputs, if it has any. It knows neither modules nor files.
+module, and as scales of the outputs or inputs, if it has any. It uses neither modules nor files.
 """
 
 import importlib

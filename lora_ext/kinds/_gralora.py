@@ -1,4 +1,4 @@
-"""GraLoRA: one pair of factors for each block of the weight, that share rows and columns.
+"""GraLoRA: the weight is split into k x k blocks with one pair of factors of rank r / k each.
 
 Source: Jung et al. 2025, "GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient
 Fine-Tuning".
@@ -14,14 +14,14 @@ from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
 class Gralora(Kind):
-    """GraLoRA with k x k blocks, and optionally LoRA of rank hybrid_r beside them."""
+    """GraLoRA with k x k blocks, and optionally LoRA of rank hybrid_r in addition."""
 
     name, title = "GRALORA", "GraLoRA"
     ignores = Kind.ignores | {"gralora_dropout"}
     counts, numbers = ("r", "gralora_k"), ("alpha", "hybrid_r")
 
     def parts(self, config: Config, spec: Any) -> dict[str, Part]:
-        """Return the factors of the blocks, and those beside them."""
+        """Return the factors of the blocks, and those of the additional LoRA if there is one."""
         r, k, more = config.get("r"), config.get("gralora_k"), config.get("hybrid_r")
         found = {
             "gralora_A": Part((k, spec.in_features // k, r)),

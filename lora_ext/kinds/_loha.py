@@ -13,7 +13,8 @@ from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
 class Loha(Kind):
-    """LoHa: rank r^2, since a product of two sums is the sum of the products of all pairs."""
+    """LoHa. The update has rank r^2: a product of two sums is the sum of the products of all
+    pairs."""
 
     name, title = "LOHA", "LoHa"
     ignores = Kind.ignores | {"rank_dropout", "module_dropout", "use_effective_conv2d"}
@@ -21,7 +22,7 @@ class Loha(Kind):
     counts, numbers = ("r",), ("alpha",)
 
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
-        """Return both pairs of factors."""
+        """Return the two pairs of factors."""
         r = config.get("r")
         shapes = {"a": (spec.out_features, r), "b": (r, spec.in_features)}
         return {f"hada_w{i}_{side}": Part(s) for i in (1, 2) for side, s in shapes.items()}

@@ -1,4 +1,4 @@
-"""LoKr: a Kronecker product, of which the second matrix has low rank.
+"""LoKr: a Kronecker product whose second matrix has low rank.
 
 Source: Yeh et al. 2024, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model
 Evaluation".
@@ -15,7 +15,7 @@ from ._loha import Loha
 
 
 class Lokr(Loha):
-    """LoKr. ``kron(w1, w2_a w2_b)`` has at most r times the smaller size of ``w1`` ranks."""
+    """LoKr. The rank of ``kron(w1, w2_a w2_b)`` is at most r times the smaller size of ``w1``."""
 
     name, title = "LOKR", "LoKr"
     reads = frozenset({"decompose_both", "decompose_factor"})

@@ -11,7 +11,7 @@ from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
 class Tinylora(Kind):
-    """TinyLoRA, of a file that was saved with its projections."""
+    """TinyLoRA, read from a file that contains the projections."""
 
     name, title = "TINYLORA", "TinyLoRA"
     shared = ("tinylora_v",)

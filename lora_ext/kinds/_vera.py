@@ -1,4 +1,4 @@
-"""VeRA: scales of random projections that all modules share; PVeRA samples around it in training.
+"""VeRA: scales of random projections that all modules share. PVeRA samples between the projections.
 
 Source: Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation"; PVeRA: PEFT.
 """
@@ -15,7 +15,7 @@ from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
 class Vera(Kind):
-    """VeRA, of a file that was saved with its projections."""
+    """VeRA, read from a file that contains the projections."""
 
     name, title = "VERA", "VeRA"
     shared = ("vera_A", "vera_B")
@@ -25,7 +25,7 @@ class Vera(Kind):
     draws = 1  # number of values of lambda_d, and of rows of A, for each rank
 
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
-        """Return the scales of the module, and both projections."""
+        """Return the scales of the module, and the two projections."""
         r, stem = config.get("r"), self.name.lower()
         return {
             f"{stem}_lambda_d": Part((self.draws * r,)),
@@ -53,7 +53,7 @@ class Vera(Kind):
 
 
 class Pvera(Vera):
-    """PVeRA: the mean, since only training samples."""
+    """PVeRA. The first projection gives the mean; only training samples around it."""
 
     name, title = "PVERA", "PVeRA"
     shared = ("pvera_A", "pvera_B")

@@ -72,7 +72,7 @@ def lora_forward(
 
     ``y[t] = base(x[t]) + sum of scaling * (b @ a @ dropout(x[t]) + bias)``. The sum is over all
     adapters; if ``adapter_ids`` is given, it is only over the adapter ``adapter_ids[t]``. Without
-    adapters the result is ``base(x)``. An adapter without rows costs nothing, and its ``grad``
+    adapters the result is ``base(x)``. An adapter without rows is not computed, and its ``grad``
     stays None. If torch.distributed has several processes, an adapter without rows gets zero
     gradients if it requires gradients, because another process may have rows that use it.
 

@@ -167,7 +167,7 @@ def spec_verify(
     num_evidence: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Accept a prefix of every draft and draw the next token, as if the verifier had sampled both.
+    """Accept a prefix of every draft and draw the next token, as if the verifier had sampled them.
 
     With ``p = softmax(target / temperature)``, position k is accepted if all positions before it
     are and ``u_k < p_k(x_k) / q(x_k | x_<k)``. At the first rejected position, the next token is

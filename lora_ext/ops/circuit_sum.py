@@ -180,8 +180,8 @@ def log_einsum_exp_backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients ``(dw, dvalues)`` of :func:`log_einsum_exp` from its result.
 
-    Use it where there is no autograd graph. With log-weights and ``dout`` 1 at a root, the
-    gradients are the expected flows of a circuit.
+    Use it if there is no autograd graph. With log-weights and ``dout`` 1 at a root, the gradients
+    are the expected flows of a circuit.
 
     Args:
         dout: Gradient of ``out``, in its shape.

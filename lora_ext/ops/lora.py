@@ -12,7 +12,7 @@ A row may also have a weight, or several adapters with one weight each:
 The ``K`` columns are added in order; an output of 16 bits is rounded once per column. With
 ``adapter_ids (T,)`` the pages of an adapter may have different factors: ``scale (A, R / 8)``, one
 number per eight ranks, and ``groups (A, R / 8)``, the column of ``weights (T, G)`` for these ranks.
-A slot whose pages are those of several adapters is then their weighted sum, rounded once. Factors
+If a slot has the pages of several adapters, the result is their weighted sum, rounded once. Factors
 are multiplied in the order ``(scale * (a[s] @ x[t])) * weight``, so a weight of 1 changes no bit.
 
 Adapters are stored in a *bank*, ``a (A, R, I)`` and ``b (A, O, R)``, or in *pages* of eight ranks,
@@ -48,8 +48,8 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
             run a padded batch.
 
     Returns:
-        Opaque int32 vector to pass as ``plan``. Its size depends only on ``T`` and ``A``. For ids
-        ``(T, K)`` it contains the plans of the ``K`` columns.
+        Opaque int32 vector to pass as ``plan``. Its size depends only on the shape of the ids and
+        on ``A``. For ids ``(T, K)`` it contains the plans of the ``K`` columns.
 
     Raises:
         ValueError: If an id is out of range. On CUDA this is checked only in debug mode; otherwise

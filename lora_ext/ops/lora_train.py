@@ -1,13 +1,13 @@
 """Training of batched multi-adapter LoRA: a linear layer with adapters in one differentiable op.
 
 Letters: ``T`` tokens (rows), ``I`` input features, ``O`` output features, ``R`` largest rank, ``A``
-adapters. Adapters are in a bank, ``a (A, R, I)`` and ``b (A, O, R)``. Pages have no gradient and
-raise an error.
+adapters. Adapters are in a bank, ``a (A, R, I)`` and ``b (A, O, R)``. Pages are rejected, because
+they have no gradient.
 
 The op includes dropout but stores no mask. The generator Philox computes from (seed, row, column)
-whether to keep an element, so forward, backward, checkpointing and all devices use one mask. With
-one seed per adapter, "row" is the index among the rows of the adapter, so its mask does not depend
-on other adapters.
+whether to keep an element, so the mask is the same in forward and backward, under checkpointing and
+on all devices. With one seed per adapter, "row" is the index among the rows of the adapter, so its
+mask does not depend on other adapters.
 
 Sources: LoRA (Hu et al. 2021), eq. 3, differentiated; Philox: Salmon et al. 2011.
 """

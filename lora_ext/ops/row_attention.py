@@ -3,7 +3,8 @@
 Libraries divide attention into blocks, depending on the numbers of queries and keys. The order of a
 row's sums, and so its bits, change with the batch. :func:`row_attention` adds the terms of a row in
 one fixed order. For functions such as SiLU, torch computes the last elements of each thread with
-other instructions than the rest. :func:`pointwise` uses the same instructions for all elements.
+instructions that differ from those for the rest. :func:`pointwise` uses the same instructions for
+all elements.
 
 Letters: ``B`` sequences, ``H`` query heads, ``G`` key heads, ``T`` queries, ``L`` keys, ``D``
 features of queries and keys, ``E`` features of values.
@@ -55,7 +56,7 @@ def row_attention(
         v: Values ``(B, G, L, E)``, dtype of ``q``.
         scale: Factor of the scores, or None for ``1 / sqrt(D)``.
         causal: Whether row ``t`` may only attend to keys up to ``t + L - T``, so that the last row
-            may attend to all.
+            may attend to all keys.
         spans: Range ``[first, end)`` of allowed keys of each row, ``(B or 1, T, 2)`` int64, clipped
             to ``[0, L)``; None for all keys.
         mask: Allowed keys of each row, ``(B or 1, T, L)`` bool; None for all keys.
@@ -76,7 +77,7 @@ def row_attention(
 
 
 def pointwise(x: Tensor, function: str) -> Tensor:
-    """Compute ``y[i] = function(x[i])`` with bits that depend only on ``x[i]``.
+    """Compute ``function`` elementwise, bitwise the same at any position and in any shape.
 
     The result is computed in float32 (sine and cosine in float64) and rounded once. Processors with
     other instruction sets may round differently. The op is not differentiable and ignores autocast.

@@ -39,9 +39,9 @@ def joined_rows(store: PageStore, members: Sequence[Resident]) -> dict[str, Tabl
         scales = [scale for _, row in own for scale in row.scales]
         if len(scales) > store.max_pages:
             raise ValueError(
-                f"{_WHERE}: expected a mixture that fits, found {[m.name for m in members]!r:.200}"
-                f", which needs {len(scales)} pages of {module}, the pool has max_rank="
-                f"{store.max_rank} ({store.max_pages} pages); make a pool with larger max_rank="
+                f"{_WHERE}: expected a mixture of at most {store.max_pages} pages per module "
+                f"(max_rank={store.max_rank}), found {[m.name for m in members]!r:.200}, which "
+                f"needs {len(scales)} in {module!r}; create the pool with a larger max_rank"
             )
         pages = [
             page

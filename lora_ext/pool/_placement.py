@@ -46,8 +46,8 @@ def find_place(
         experts = store.index.specs[module].experts
         if count > store.pages * experts:
             needs = f"{name!r} needs {count // experts} pages of {module}"
-            has = f"the pool has pages={store.pages}; make a pool with larger pages="
-            raise _TooLarge(f"AdapterPool: {needs}, {has}")
+            has = f"the pool has pages={store.pages}; create the pool with a larger pages="
+            raise _TooLarge(f"AdapterPool: {needs}, but {has}")
     search = _Search(store, need, packed, name)
     what = repr(name) if name else "making room for mixtures"
     victims: list[Resident] = []
@@ -73,8 +73,8 @@ def find_place(
         if (missing := search.missing_bytes()) and store.max_bytes is not None:
             raise _TooLarge(
                 f"AdapterPool: {what} needs {store.max_bytes + missing} bytes of pages and "
-                "tables, but there is no adapter to evict that would leave so many: found "
-                f"max_bytes={store.max_bytes}; make a pool with larger max_bytes="
+                "tables, even if all other adapters are evicted, found "
+                f"max_bytes={store.max_bytes}; create the pool with a larger max_bytes="
             )
         pinned = [r for r in store.residents if r is not None and r.pins]
         names = sorted({r.name for r in pinned if isinstance(r.name, str)})  # not mixtures
@@ -87,7 +87,7 @@ def find_place(
             f"{others if names else 'there is no adapter to evict'}. With max_slots="
             f"{store.max_slots}, pages={store.pages} and {limit}, "
             f"{in_words(store.reserved_bytes)} are reserved, {held} of it pinned; release leases "
-            "and leave blocks, or make a larger pool"
+            "and leave blocks, or create a larger pool"
         )
     return search.placement(slots[-1], victims, packed)
 

@@ -303,7 +303,7 @@ class Residence:
 
         Args:
             names: names of adapters and of mixtures, None or :data:`BASE` for the base model.
-            weighted: those of the names that have another weight than 1.
+            weighted: those of the names that have a weight other than 1.
 
         Returns:
             The slots, with -1 for the base model, and the residents of all other entries.

@@ -289,8 +289,8 @@ class AdapterPool:
             UnknownAdapterError: If a name is unknown; the message contains close matches.
             TypeError, ValueError: If an entry or its weight is invalid; ValueError also if the
                 adapters of a mixture have more pages in a module than an adapter of ``max_rank``.
-            NotImplementedError: If an adapter that rescales or replaces modules is in a
-                mixture or has another weight than 1, or an activated adapter is in a mixture.
+            NotImplementedError: If an adapter that rescales or replaces modules is in a mixture or
+                has a weight other than 1, or an activated adapter is in a mixture.
             PoolFullError: If the device has no room for an evicted adapter.
             RuntimeError: If the current stream is capturing a graph.
         """

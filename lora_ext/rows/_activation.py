@@ -284,7 +284,7 @@ class Activated(Assignment):
         return Activated(entries, self.invocations, starts, self.fixed, self.length)
 
     def same_as(self, other: Assignment) -> bool:
-        """Return whether both assign the same adapters with the same starts."""
+        """Return whether the other assigns the same adapters with the same starts."""
         alike = isinstance(other, Activated) and self.starts == other.starts
         return alike and super().same_as(other)
 

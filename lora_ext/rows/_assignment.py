@@ -153,7 +153,7 @@ class Assignment:
     def each(self) -> list[Any]:
         """Return the distinct entries, sorted by name; the base model is :data:`BASE`.
 
-        An adapter with another weight than 1 is (name, weight), a mixture is a tuple of such pairs.
+        An adapter with a weight other than 1 is (name, weight), a mixture is a tuple of such pairs.
         """
         found = [
             BASE if p < 0 else entry_of(self.names[p], w) for p, w in sorted(set(self.pairs()))
@@ -170,7 +170,7 @@ class Assignment:
         return [(p, tuple(w) if p >= 0 else None) for p, w in zip(places, weights, strict=True)]
 
     def same_as(self, other: Assignment) -> bool:
-        """Return whether both assignments are equal.
+        """Return whether the two assignments are equal.
 
         Assignments with tensors are equal only if they are the same object.
         """

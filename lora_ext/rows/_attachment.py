@@ -81,12 +81,12 @@ def only_pool() -> Pool:
 
 
 class Places(list[int]):
-    """Lease for layers with their own adapters.
+    """Lease for layers with their own adapters: a list of indices.
 
-    It has the interface of a pool's lease, but pins nothing.
+    It has the interface of a pool's lease and pins nothing.
 
     Args:
-        places: Index of each name, in place of a slot.
+        places: Index of each name in the block. A pool's lease contains slots instead.
         invocations: Invocation of each name (the tokens that activate its adapter); empty for an
             adapter that applies to all tokens.
     """

@@ -312,7 +312,7 @@ def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> 
 
 @contextlib.contextmanager
 def context_value(variable: ContextVar[Any], value: Any) -> Iterator[None]:
-    """Set a context variable inside this context."""
+    """Set a context variable during a ``with`` block."""
     token = variable.set(value)
     try:
         yield
@@ -321,12 +321,12 @@ def context_value(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 
 
 def in_step(step: Any) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which blocks of a step's pool write their slots to the step."""
+    """Return a context manager in which blocks of a step's pool write their slots to the step."""
     return context_value(_step, step)
 
 
 def forward_of(batch: Batch | None) -> contextlib.AbstractContextManager[None]:
-    """Return a context that stores the batch of a model's forward for its layers."""
+    """Return a context manager that stores the batch of a model's forward for its layers."""
     return context_value(_batch, batch)
 
 
@@ -379,7 +379,7 @@ def adapters(
     Raises:
         UnknownAdapterError: If the pool, or every layer of :mod:`lora_ext.nn`, lacks a name.
         TypeError: If a weight is not a real number.
-        NotImplementedError: If the update of an adapter in a mixture, or with another weight than
+        NotImplementedError: If the update of an adapter in a mixture, or with a weight other than
             1, is not a product of two factors: see :meth:`AdapterPool.acquire`.
         ValueError: If there are no names; if lists have unequal lengths; if a weight is not finite;
             if a mixture has too many pages; if ``token_ids`` are not
@@ -434,7 +434,7 @@ def of_call(
 
 @contextlib.contextmanager
 def entered(block: Block | None) -> Iterator[None]:
-    """Make a block the innermost one inside this context."""
+    """Make a block the innermost one during a ``with`` block."""
     try:
         with context_value(_block, block):
             _record(block)

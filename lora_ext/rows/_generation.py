@@ -19,7 +19,8 @@ from ._entries import Name
 
 
 def generation_scope() -> contextlib.AbstractContextManager[None]:
-    """Return a context that restores the blocks at its end, if they were changed inside it."""
+    """Return a context manager that on exit restores the current ``adapters`` blocks, if the
+    functions of this module replaced them inside."""
     return _context.entered(innermost())
 
 

@@ -116,7 +116,10 @@ def _with_used(rows: Rows, used: tuple[int, ...]) -> Rows:
 
 
 class _Unknown:
-    """Substitute for a captured graph that torch cannot return; no two objects are equal."""
+    """Substitute for the graph that is being captured, if this version of torch cannot return it.
+
+    Instances never compare equal, so no two calls are taken for one capture.
+    """
 
 
 def capture(device: torch.device) -> Any:

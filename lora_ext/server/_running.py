@@ -43,9 +43,10 @@ class Settings:
         context: maximum number of tokens of a request's prompt and answer.
         max_body: maximum size of a request's body in bytes.
         origins: origins of web pages that may send requests (CORS).
-        pack: packed copy of the base model, with which a CPU may decode faster: "auto" keeps one if
-            it is faster on this machine, "plain" always, "8" and "4" one of 8 or 4 bits, and "none"
-            none. No copy is made if it would take more than a quarter of the free memory.
+        pack: packed copy of the base model, with which a CPU may decode faster. "auto": a copy if
+            it is faster on this machine; "plain": always a copy; "8", "4": a copy with 8 or 4 bits
+            per weight; "none": no copy. No copy is made if it would take more than a quarter of the
+            free memory.
         exact: whether to make the model :func:`exact <lora_ext.exact>`: the log-probabilities of an
             answer then have the bits of a trainer's forward. The model must be on the CPU.
         max_loaded_bytes, host_cache_bytes, max_wait_s: see :class:`~lora_ext.serving.Engine`

@@ -137,9 +137,9 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
     """Draw the tokens of rows that have a guide and sample from the whole distribution.
 
     These tokens are drawn by rejection sampling, which needs no matrix product over the vocabulary.
-    On a GPU that product is the cheaper way, so no token is drawn here. No token is drawn either
-    for rows with a NaN score or without a finite score for an allowed token, since an error would
-    end the steps of all other requests.
+    On a GPU that product is cheaper, so this function draws no tokens there. It draws none for rows
+    with a NaN score or without a finite score for an allowed token either, since an error would end
+    the steps of all other requests.
 
     Args:
         scores: scores ``(1, N, V)`` of N rows and V tokens, not changed.

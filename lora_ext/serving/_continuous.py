@@ -312,7 +312,7 @@ class AdapterRequests:
         return original(inputs, *args, **kwargs)
 
     def _new_id(self) -> str:
-        """Return an id as the manager does for a request without one."""
+        """Return a new id, in the form that the manager gives to a request without one."""
         with self.manager._request_lock:
             self.manager._request_counter += 1
             return f"req_{self.manager._request_counter - 1}"
@@ -622,8 +622,8 @@ class AdapterRequests:
 def weighted_serial(serial: int, weights: tuple[float, ...]) -> int:
     """Return a number for an adapter or mixture with these weights.
 
-    It differs from all serial numbers. If it was forgotten, requests with the same weights get a
-    new number and share no pages with earlier ones.
+    It differs from all serial numbers. If the number was dropped from the cache, requests with the
+    same weights get a new one and share no pages with earlier requests.
     """
     return next(serials)
 

@@ -78,9 +78,9 @@ class Embedder(ServedPool):
         max_requests: maximum number of waiting and running requests.
         max_rank: largest rank of an adapter.
         max_loaded_bytes, host_cache_bytes: see :class:`Engine`.
-        max_wait_s: time in seconds for which later requests may overtake one whose adapter has no
-            room beside those of a forward. The next forward computes the oldest request in any
-            case.
+        max_wait_s: time in seconds for which later requests may overtake a request whose adapter
+            does not fit into the pool together with those of a forward. After this time, the next
+            forward computes the oldest request.
         context: maximum number of tokens of a text.
         max_batch_tokens: maximum number of tokens in a forward, including padding. A longer text is
             computed in a separate forward.

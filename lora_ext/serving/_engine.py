@@ -111,7 +111,7 @@ class ServedPool:
             self._preparing -= 1
 
     async def _load(self, name: Name | None) -> None:
-        """Load the adapters of a name that the pool does not have."""
+        """Load those adapters of a name that the pool lacks."""
         for each in name if isinstance(name, tuple) else (name,):
             if each is not None and each not in self.pool:
                 await asyncio.to_thread(self.folder.ready, each)
@@ -558,7 +558,8 @@ class Turns:
 
     @contextlib.contextmanager
     def take(self, name: Name | None) -> Iterator[Turn]:
-        """Return a turn for a request of an adapter; at its end, others may have room."""
+        """Yield a turn for a request of an adapter; after the ``with`` block, others may have
+        room."""
         turn = Turn(name, next(self._numbers))
         try:
             yield turn
@@ -610,6 +611,6 @@ class Turns:
                 self._loop.call_soon_threadsafe(self.wake, 1)
 
     def wake(self, count: int | None = None) -> None:
-        """Make the first ``count`` waiting requests try again; None is all."""
+        """Make the first ``count`` waiting requests try again; None means all."""
         for turn in self._waiting[:count]:
             turn.again.set()

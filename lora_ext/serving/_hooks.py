@@ -248,7 +248,7 @@ class Hooks:
             if isinstance(embeddings, PoolLayer):
                 raise RuntimeError(
                     "resize_token_embeddings: expected embeddings that are not attached, found a "
-                    f"{type(embeddings).__name__}; detach the model, resize it and make a new pool"
+                    f"{type(embeddings).__name__}; detach the model, resize it and create a pool"
                 )
         return own(*args, **kw)
 
@@ -353,7 +353,7 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
 def _activation(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which activated adapters are applied to the tokens of a forward."""
+    """Return a context manager in which activated adapters apply to the tokens of a forward."""
     if not has_activated():
         return contextlib.nullcontext()
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

@@ -54,7 +54,7 @@ _media_owners: ContextVar[Mapping[str, _Owners] | None] = ContextVar("lora_ext.m
 
 @contextlib.contextmanager
 def media_owners(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Store the owners of the media of a forward or ``generate`` inside this context.
+    """Store the owners of the media of a forward or ``generate`` during a ``with`` block.
 
     Raises:
         ValueError: If a block has several names, the model has no method that runs its tower
@@ -212,7 +212,8 @@ class _Units(Assignment):
     def check_tokens(self, layout: Layout) -> None:
         """Raise ValueError unless the first dimension of an embedding's input is the media units.
 
-        A unit is an image, video or sound. The first dimension may, e.g., be positions instead.
+        A unit is an image, video or sound. The first dimension may be positions instead, for
+        example.
         """
         if layout.leading[:1] != (len(self.places),):
             raise self._misfit(layout.leading)

@@ -19,7 +19,7 @@ class GenerationGoneError(RuntimeError):
 
 
 def check_generation(current: int | None, asked: int | None) -> None:
-    """Raise GenerationGoneError if a request asks for another generation than the current one."""
+    """Raise GenerationGoneError if a request asks for a generation other than the current one."""
     expected, error = f"{current}, the current one", GenerationGoneError
     require(asked in (None, current), "begin", "adapter_generation", expected, asked, error)
 
@@ -42,7 +42,7 @@ class RequestStream:
             ``max_new_tokens``, ``eos_token_id``, ``sampling``, ``logprobs``.
 
     Raises:
-        GenerationGoneError: If the adapter has another generation than ``generation``.
+        GenerationGoneError: If the generation of the adapter is not ``generation``.
         RuntimeError: If the manager does not accept requests. The iterator raises RuntimeError if
             the request fails.
 

@@ -240,7 +240,7 @@ class Capturable:
                 found = f"{' and '.join(missing[1])} at {missing[0]!r}"
                 raise ValueError(
                     f"capturable: adapter {resident.name!r}: expected only parts that the graphs "
-                    f"compute, found {found}; make a new capturable and capture again"
+                    f"compute, found {found}; create a new capturable and capture again"
                 )
         self._place(residents)
         for table in self._after.values():

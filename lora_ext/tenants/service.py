@@ -240,7 +240,7 @@ class Tenant:
         Args:
             data: sequences of at most ``max_tokens`` tokens each.
             loss: "cross_entropy", "importance_sampling", "ppo" or "cispo";
-                :data:`lora_ext.tenants.LOSSES` has their formulas.
+                :data:`lora_ext.tenants.LOSSES` gives their formulas.
             config: options of the loss by name: ``clip_low_threshold`` and ``clip_high_threshold``
                 for "ppo" and "cispo". None uses the defaults.
 

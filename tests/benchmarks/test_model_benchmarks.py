@@ -159,7 +159,7 @@ def test_routed_layers_are_checked_before_they_are_timed(monkeypatch: pytest.Mon
         monkeypatch.setattr(mixtures, name, size)
     rows = [row for bench in mixtures.MATRICES.values() for row in bench(1, 0.0)]
     steps = [row for row in rows if row["matrix"] == "layers"]
-    providers, passes = 3, len(mixtures.PASSES)
+    providers, passes = 4, len(mixtures.PASSES)
     assert len(steps) == providers * passes * len(mixtures.TARGETS) < len(rows)
     assert all(0 <= row["worst_error"] <= 1 and row["faults"] >= 0 for row in steps)
     with pytest.raises(SystemExit, match="its bound"):

@@ -87,7 +87,7 @@ def test_entries_beyond_the_number_of_pairs_are_minus_infinity():
 
 
 def test_returned_values_are_int64_for_any_integer_dtype_of_the_evidence():
-    """Check uint8 evidence, which cannot represent -1, and a value above 127, the largest int8."""
+    """Check int8 evidence whose completion, 199, does not fit, and uint8, which cannot hold -1."""
     circuit = circuit_of(RegionGraph.hmm(2, 2, Categorical(200)))
     with torch.no_grad():
         circuit.region_leaves(0)["logits"][:, 199] = 50  # region 0 is variable 1

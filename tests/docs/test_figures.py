@@ -119,7 +119,7 @@ FIGURES: dict[tuple[str, str], list[Value]] = {
         circuit("of_copy", case="forward", kind=k, provider=OURS) for k in HEADS],
     **{(BENCHMARKS, place): [hmm(peer, rank, part) for rank in RANKS for part in PARTS]
         for place, peer in HMM_PEERS.items()},
-    (BENCHMARKS, "best form takes # / # of our time at 16 states and # / # at 64"): [
+    (BENCHMARKS, "best form takes # / # times our time at 16 states and # / # times at 64"): [
         hmm("torch.compile", rank, part) for rank in (16, 64) for part in PARTS],
     **{(BENCHMARKS, place): [engine(table=t, case=c.format(n), provider=p) for n in sizes]
         for place, t, c, sizes, p in (

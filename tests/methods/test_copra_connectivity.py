@@ -163,7 +163,7 @@ def test_error_for_incomparable_adapters_names_the_difference():
             lmc_barrier(model, *values, **{"eval_fn": loss, **settings})
 
     refused(rf"{name}", first, less)
-    refused(rf"lmc_barrier: {name}: expected a module of both .* only in the model", less, less)
+    refused(rf"lmc_barrier: {name}: expected a module of the .* only in the model", less, less)
     refused(r"lambdas: expected an integer from 2, found 1", first, first, lambdas=1)
     refused(r"lambdas: expected numbers in \[0, 1\], found \[1.5\]", first, first, lambdas=[0, 1.5])
     refused(r"space: .* found 'weights'", first, first, space="weights")

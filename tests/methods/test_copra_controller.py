@@ -134,7 +134,7 @@ def test_remove_restores_hooks_flags_and_bits(kind: str, sync: str):
     )
     assert not any(getattr(m, hook) for m in model.modules() for hook in hooks)
     for use in (controller.step, controller.activate_all, lambda: controller.coalition([True] * 3)):
-        with pytest.raises(RuntimeError, match="CopraController: expected a controller in"):
+        with pytest.raises(RuntimeError, match="CopraController: the controller was removed"):
             use()
 
 

@@ -201,7 +201,7 @@ def test_error_of_a_fully_pinned_pool_names_pages_and_adapters():
     pool.release(lease)
     load(pool, "w", 3, rank=16)
     assert_slot_holds(pool, other[0], state(2, 8), 1.0)
-    with pytest.raises(PoolFullError, match="needs 2 pages of up, the pool has pages=1"):
+    with pytest.raises(PoolFullError, match="needs 2 pages of up, but the pool has pages=1"):
         load(make(pages=1), "x", 0, rank=16)
 
 

@@ -108,7 +108,7 @@ def test_error_at_the_byte_limit_names_limit_pins_and_remedy():
         load(pool, "z", 2, 8)
     assert_same(before, snapshot(pool))
     pool.release(lease)
-    with pytest.raises(PoolFullError, match="but there is no adapter to evict"):
+    with pytest.raises(PoolFullError, match="even if all other adapters are evicted"):
         load(AdapterPool(Base(), max_bytes=BOTH), "z", 2, 8)
 
 

@@ -140,8 +140,8 @@ def test_mixture_is_evicted_before_its_adapters() -> None:
 def test_mixture_of_too_many_pages_says_how_many() -> None:
     pool = fill(make(max_slots=4, max_rank=16), (0, 1, 2))
     message = (
-        r"acquire: names: .*\['x0', 'x1', 'x2'\].* needs 3 pages of up, the pool has max_rank=16 "
-        r"\(2 pages\)"
+        r"acquire: names: expected a mixture of at most 2 pages per module \(max_rank=16\), found "
+        r"\['x0', 'x1', 'x2'\], which needs 3 in 'up'"
     )
     with pytest.raises(ValueError, match=message):
         pool.acquire([None, {"x0": 1, "x1": 1, "x2": 1}])

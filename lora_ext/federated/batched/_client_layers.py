@@ -68,7 +68,8 @@ class BatchRows:
 
     @contextlib.contextmanager
     def only(self, first: int, last: int) -> Iterator[None]:
-        """Return a context in which the layers receive only sequences ``first`` to ``last - 1``."""
+        """Return a context manager in which layers receive only sequences ``first`` to
+        ``last - 1``."""
         before, self._part = self._part, slice(first, last)
         try:
             yield
@@ -77,7 +78,7 @@ class BatchRows:
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
-        """Return a context in which the backward must run."""
+        """Return a context manager in which the backward must run."""
         self._backward = True
         try:
             yield

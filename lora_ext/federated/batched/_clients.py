@@ -39,7 +39,8 @@ class ClientSpec:
         seed: seed of the dropout masks, which also depend on the round and on ``client``.
 
     Raises:
-        ValueError: If a rate, bound or seed is not a number, or is out of range.
+        ValueError: If a setting of AdamW, the bound or the seed is not a number, or is out of
+            range.
     """
 
     client: Client

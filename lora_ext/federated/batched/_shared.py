@@ -86,7 +86,7 @@ class SharedModules:
         self._modules = {owner: model.get_submodule(owner) for owner in self._owners}
 
     def divided(self) -> AbstractContextManager[None]:
-        """Return a context in which the modules run once per client."""
+        """Return a context manager in which the modules run once per client."""
         return forwards({m: self._divided(owner, m) for owner, m in self._modules.items()})
 
     def check_called(self) -> None:

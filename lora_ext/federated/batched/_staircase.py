@@ -56,7 +56,7 @@ class Staircase:
 
     @contextlib.contextmanager
     def forward(self, lowest: Sequence[float]) -> Iterator[None]:
-        """Return a context in which the model's forward must run.
+        """Return a context manager in which the model's forward must run.
 
         ``lowest[i]`` is the lowest layer that the client of sequence i trains, in ascending order.
         """

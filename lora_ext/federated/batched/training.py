@@ -66,9 +66,9 @@ class BatchedClients:
         others: whether layers outside a client's plan apply the global adapter to its rows
             ("frozen") or no adapter ("disabled").
         staircase: whether to exclude rows from the autograd graph below the lowest layer that their
-            client trains. A block that has rows of both kinds then runs in two calls. If the blocks
-            do not run once each in order, or cannot run on a part of the rows, a warning is issued
-            and all rows stay in the graph.
+            client trains. A block that has rows inside and outside the graph then runs in two
+            calls. If the blocks do not run once each in order, or cannot run on a part of the rows,
+            a warning is issued and all rows stay in the graph.
 
     Raises:
         UnsupportedModule: If a module has active dropout outside the adapter or batch normalisation
@@ -322,7 +322,7 @@ class BatchedClients:
 
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Return a context in which a transformers model does not cache keys and values."""
+    """Return a context manager in which a transformers model does not cache keys and values."""
     # Some submodules have a separate configuration, such as the decoder of T5.
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs += [getattr(config, "text_config", None) for config in configs]

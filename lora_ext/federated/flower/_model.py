@@ -93,7 +93,7 @@ class Tensors:
 
     @contextlib.contextmanager
     def trained(self) -> Iterator[None]:
-        """Return a context in which the shared parameters require gradients."""
+        """Return a context manager in which the shared parameters require gradients."""
         before = [(parameter, parameter.requires_grad) for parameter in self._shared.values()]
         try:
             for parameter, _ in before:

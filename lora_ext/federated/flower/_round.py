@@ -138,7 +138,8 @@ class Round:
         return updates, contents, reasons, silent
 
     def sender(self, reply: Message) -> int:
-        """Return the node to which the message was sent that ``reply`` answers, also for errors."""
+        """Return the node that received the message that ``reply`` answers, even if the reply is an
+        error."""
         if reply.has_error():
             for asked in self._asked:  # by now, the grid has assigned ids to these messages
                 if asked.message_id and asked.message_id == reply.metadata.reply_to_message_id:

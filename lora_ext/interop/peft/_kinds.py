@@ -1,4 +1,4 @@
-"""PEFT's layers of other kinds than LoRA, with a ``forward`` that uses lora_ext's kernels.
+"""PEFT's layers of kinds other than LoRA, with a ``forward`` that uses lora_ext's kernels.
 
 The factors are computed from the layer's parameters in every forward, so gradients reach them.
 """

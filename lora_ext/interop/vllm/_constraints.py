@@ -195,7 +195,7 @@ class ConstrainedRows:
         is_pin_memory: not used.
 
     Raises:
-        ValueError: If the guide has another vocabulary size than the model.
+        ValueError: If the vocabulary sizes of the guide and the model differ.
     """
 
     def __init__(self, vllm_config: Any, device: Any = None, is_pin_memory: bool = False):

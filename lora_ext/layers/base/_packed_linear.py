@@ -370,8 +370,8 @@ class Packing(_Packing):
 def packing(model: nn.Module, share: float = 0.25) -> Packing:
     """Check whether :func:`pack_linears` supports a model and its copies fit into memory.
 
-    The function does not pack the model. ``str()`` of the result is how the model is packed, if
-    it is, or the choice of ``attach(pack_base=None)``.
+    The function does not pack the model. ``str()`` of the result describes how the model is packed
+    or, if it is not, the choice of ``attach(pack_base=None)``.
 
     Args:
         model: model that may be packed.

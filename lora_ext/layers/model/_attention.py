@@ -93,7 +93,7 @@ def _each_request(
 def _spans(mask: Tensor, queries: list[int], keys: list[int]) -> Tensor | None:
     """Return the range of keys of each query, ``(1, T, 2)``.
 
-    The result is None if the mask has other values than "allowed" and "excluded", or if the allowed
+    The result is None if the mask has values other than "allowed" and "excluded", or if the allowed
     keys of a query are not a range of the keys of its request.
 
     Args:

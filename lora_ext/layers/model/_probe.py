@@ -23,7 +23,7 @@ class Decomposition(NamedTuple):
 
     d1: Tensor  # B' (A - A') x, due to the change of A
     d2: Tensor  # (B - B') A' x, due to the change of B
-    d3: Tensor  # (B - B') (A - A') x, due to both changes
+    d3: Tensor  # (B - B') (A - A') x, due to the changes of A and B
 
 
 def decompose_step(x: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> Decomposition:

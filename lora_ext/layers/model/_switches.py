@@ -66,7 +66,8 @@ def set_active(
 
 
 class _State(NamedTuple):
-    """Modes of a layer in which an adapter is on: both, only evaluation, or neither."""
+    """Modes of a layer in which an adapter is on: training and evaluation, only evaluation, or
+    none."""
 
     in_evaluation: bool
     in_training: bool

@@ -21,9 +21,9 @@ class CopraCallback(TrainerCallback):
     """Callback that sets the mask of active layers before every optimizer step. Use it as
     ``Trainer(..., callbacks=[CopraCallback(controller)])``.
 
-    The mask depends only on ``state.global_step``. It is therefore the same for all micro-batches
-    of an accumulated step, in all processes, and in a resumed run. After the training all layers
-    are on.
+    For one schedule, the mask depends only on ``state.global_step``. It is therefore the same for
+    all micro-batches of an accumulated step, in all processes, and in a resumed run. After the
+    training all layers are on.
 
     Args:
         controller: Controller made with the number of optimizer steps that the Trainer will take.

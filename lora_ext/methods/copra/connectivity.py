@@ -114,7 +114,7 @@ def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> 
     for name in (*layers, *value.modules):
         both = name in layers and name in value.modules
         found = f"it only in {'the model' if name in layers else 'the adapters'}"
-        require(both, where, name, "a module of both model and adapters", found)
+        require(both, where, name, "a module of the model and of the adapters", found)
         kind = kind_of_layer(layers[name], adapter)
         expected, found = f"an adapter without {kind.title}", f"a {kind.title} adapter in the model"
         require(kind.sums, where, name, expected, found, NotImplementedError)
@@ -125,7 +125,7 @@ def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> 
 
 def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factors: Factors) -> None:
     """Replace the factors and the scale of a layer until ``undo`` is closed. The new rank may
-    differ, since the layer gets new parameters, and its own are stored unchanged."""
+    differ, since the layer gets new parameters; its original ones are kept unchanged."""
     if factors.embedding:
         places = {"a": (layer.lora_embedding_A, adapter), "b": (layer.lora_embedding_B, adapter)}
     else:

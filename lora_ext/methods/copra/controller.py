@@ -175,4 +175,4 @@ class CopraController:
 
     def _check_in_use(self) -> None:
         if self._removed:
-            raise RuntimeError("CopraController: expected a controller in use, found a removed one")
+            raise RuntimeError("CopraController: the controller was removed; create a new one")

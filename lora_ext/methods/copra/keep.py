@@ -65,7 +65,7 @@ def by_suffix(source: Source, *suffixes: str) -> list[str]:
 
     Args:
         source: Groups of modules, see :data:`Source`.
-        suffixes: Full names of modules, or parts of names that follow a dot and end the name.
+        suffixes: Full names of modules, or endings of names that begin after a dot.
 
     Raises:
         ValueError: If one of the suffixes matches no module, or the source has no modules.

@@ -156,10 +156,10 @@ def layer_shapley(
 
 
 def _coalitions_at_once(inputs: Tensor, most: int) -> int:
-    """Return the number of copies of a batch in one forward.
+    """Return the number of copies of a batch to run in one forward.
 
-    The number is ``most``. On the CPU, it is reduced, but not below 1, until a forward has at most
-    1024 tokens.
+    This is ``most`` or, on the CPU, the largest number up to ``most`` with at most 1024 tokens in
+    total, but at least 1.
 
     ``inputs`` are token ids ``(rows, ...)``, or features with one more dimension.
     """

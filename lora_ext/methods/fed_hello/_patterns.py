@@ -118,7 +118,7 @@ def rgd_layers(
     """Draw S, c distinct layers, without replacement and with probabilities proportional to the
     weights of the remaining layers.
 
-    The c layers l with the largest ``log g_l - log(-log U_l)`` are returned, which have the
+    The result is the c layers l with the largest ``log g_l - log(-log U_l)``, which has the
     distribution of such a draw (Gumbel top-k). The U_l in (0, 1) are hashes of seed, round, client
     and layer. The layers of a client therefore depend neither on the other clients of the round nor
     on the version of a library.

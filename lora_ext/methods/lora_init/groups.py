@@ -1,4 +1,4 @@
-"""Learning rates: transfer of a tuned rate to another width, and a larger rate for the factor B."""
+"""Learning rates: transfer to another width, and a larger learning rate for the factor B."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def loraplus_param_groups(
         decay. A group may be empty. Every parameter that trains is in exactly one group.
 
     Raises:
-        ValueError: If no parameter of the model trains; if a rate or the ratio is not positive and
-            finite; if the weight decay is negative.
+        ValueError: If no parameter of the model trains; if a learning rate or the ratio is not
+            positive and finite; if the weight decay is negative.
 
     Warns:
         UserWarning: If the ratio is below 1.
@@ -91,28 +91,29 @@ def suggest_lr(
     base_rank: int | None = None,
     rank_rule: str = "none",
 ) -> float | tuple[float, float]:
-    """Return the learning rate for width n, given a rate that was tuned at width n0.
+    """Return the learning rate for width n, given one that was tuned at width n0.
 
-    One rate for both factors is ``base_lr (n0 / n) ** 0.5`` if the initial values of A are random,
-    and ``base_lr n0 / n`` if the initial values of B are random. With LoRA+, the rate of A is
-    proportional to ``n0 / n``, and the rate of B does not depend on the width, for both kinds of
-    schemes.
+    If A and B have the same learning rate, it is ``base_lr (n0 / n) ** 0.5`` for random initial
+    values of A, and ``base_lr n0 / n`` for random initial values of B. With LoRA+ and any scheme,
+    the learning rate of A is proportional to ``n0 / n``, and that of B does not depend on the
+    width.
 
     Args:
-        base_lr: Rate that was tuned at ``base_width``; with LoRA+ the rate of A.
+        base_lr: Learning rate that was tuned at ``base_width``; with LoRA+, that of A.
         base_width: n0, number of input features of the adapted layers for which ``base_lr`` was
             tuned.
         width: n, number of input features of the adapted layers to train.
         scheme: Scheme of initialisation: True, "init_a" or "init_a_normal" (A is random);
             "init_b" or "init_b_normal" (B is random).
-        loraplus_ratio: eta_B over eta_A at ``base_width``; if it is given, two rates are returned.
+        loraplus_ratio: eta_B over eta_A at ``base_width``; if it is given, two learning rates are
+            returned.
         rank: Rank of the adapter to train; used only by ``rank_rule``.
         base_rank: Rank for which ``base_lr`` was tuned; used only by ``rank_rule``.
-        rank_rule: "none": the rate does not depend on the rank; "inverse": the rate is multiplied
-            by ``base_rank / rank``. The correct rule depends on scheme and scaling.
+        rank_rule: "none": the learning rate does not depend on the rank; "inverse": it is
+            multiplied by ``base_rank / rank``. The correct rule depends on scheme and scaling.
 
     Returns:
-        The rate, or with ``loraplus_ratio`` the rates of A and B,
+        The learning rate, or with ``loraplus_ratio`` those of A and B,
         ``(base_lr n0 / n, base_lr ratio)``.
 
     Raises:
@@ -120,7 +121,7 @@ def suggest_lr(
             finite; or if ``rank_rule`` is unknown, or is "inverse" and a rank is missing.
 
     Warns:
-        UserWarning: If the ratio is below 1, since in LoRA+ the rate of B is the larger one.
+        UserWarning: If the ratio is below 1, since in LoRA+ B has the larger learning rate.
 
     Sources: Hayou et al. 2024 (2406.08447); LoRA+ (2402.12354).
     """

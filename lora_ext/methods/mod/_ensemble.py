@@ -139,7 +139,7 @@ class Ensemble:
             own |= {"logits_to_keep": 1} if "logits_to_keep" in named else {}
         call = Call(self.mixer, replace=self.config.k > 1 and not self.explicit)
         unknown = self.head is None and self.config.k > 1
-        # The head is determined by comparing two of its runs on the same hidden states; dropout
+        # The head is determined by comparing two runs of it on the same hidden states; dropout
         # would make them differ.
         with still(lm.get_output_embeddings()) if unknown else nullcontext():
             token = _running.set(call)

@@ -22,7 +22,7 @@ class ModOutput(ModelOutput):
     fields that MoD adds.
 
     The class of a model's output inherits from this class and from the model's own output class. It
-    has all fields of both, the model's own first.
+    has the fields of the model's own class, followed by those of this class.
 
     Shape letters: ``B`` sequences, ``T`` positions, ``V`` vocabulary, ``k`` layers of the ensemble.
 

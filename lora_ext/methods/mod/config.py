@@ -47,7 +47,7 @@ class ModConfig:
         vocab_chunk: number of columns of one layer's logits that are in memory at a time.
         backend: "hidden" mixes hidden states before the head; "chunked" mixes the logits or
             probabilities themselves, one part of the vocabulary at a time; "auto" uses "hidden" if
-            both compute the same mixture.
+            the two compute the same mixture.
 
     Raises:
         ValueError: If a value is out of range; the message names the field.

@@ -36,8 +36,8 @@ class DepthMixer(nn.Module):
             of the layers; the last is the model's final norm. The modules are not copied.
         config: settings, of which k, router, final_mass, fixed_weights and share_final_norm are
             used. With share_final_norm, the last norm is a child of another module: its parameters
-            are not in this module or its state dict, but ``to`` and similar calls of the mixer
-            convert them, too.
+            are not in this module or its state dict, but calls such as ``to`` on the mixer convert
+            them, too.
 
     Attributes:
         norms: norms that belong to the mixer.

@@ -106,7 +106,7 @@ class TokenBridge(nn.Module):
         return torch.addcmul(h, size, moved)
 
     def extra_repr(self) -> str:
-        """Return both sizes, for ``print``."""
+        """Return the hidden width and the width of the gated layer, for ``print``."""
         return f"{self.hidden_size}, width={self.width}"
 
 

@@ -81,8 +81,9 @@ class SpeculativeDecoder(Steps):
     """Decoder that drafts windows with ``head`` and verifies each in one pass of ``model``.
 
     In mode "sample", generated tokens have exactly the model's distribution (after temperature and
-    top_p); in mode "greedy", they are the model's greedy tokens. Both hold up to rounding, because
-    tensors have other shapes in the model's passes than in token-by-token decoding.
+    top_p); in mode "greedy", they are the model's greedy tokens. In either mode this holds up to
+    rounding, because tensors in the model's passes have different shapes from those in
+    token-by-token decoding.
 
     Each call, a draft and its verification, accepts a prefix of the draft and adds one token
     sampled from the verifier. With ``window="condition"`` that token is evidence for the next

@@ -22,7 +22,7 @@ def select_modules(
 
     Args:
         model: module with numbered blocks such as ``h.0`` and ``h.1``.
-        suffixes: full names of modules, or parts of names that follow a dot and end the name.
+        suffixes: full names of modules, or endings of names that begin after a dot.
         last_n: number of last blocks whose modules are selected, including blocks without a
             matching module; None selects all modules. If the model has several stacks of blocks,
             this many last blocks of each stack are used.

@@ -1,4 +1,4 @@
-"""Encoding of both tasks with one id per hash, and a small model that learns them on a CPU in a
+"""Encoding of the two tasks with one id per hash, and a small model that learns them on a CPU in a
 minute."""
 
 from __future__ import annotations

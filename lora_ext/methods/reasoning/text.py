@@ -1,4 +1,4 @@
-"""Both tasks as text: training batches for a language model, and the accuracy of its answers."""
+"""The two tasks as text: training batches for a language model, and the accuracy of its answers."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
 
 
 class Layer(NamedTuple):
-    """Adapted layer with the keys of its weights in both models."""
+    """Adapted layer with the keys of its weights in the base and the aligned model."""
 
     name: str
     factors: Factors

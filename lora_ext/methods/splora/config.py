@@ -60,8 +60,8 @@ class SploraConfig:
         mode: what remains of a pruned module, see :func:`lora_ext.adapter.prune_adapter`.
         device: device of the comparison; default is that of the base model's weight.
         center: c(S), the centre of the reference: "mean" or "median".
-        on_zero_alignment: treatment of a layer with equal weights in both models. "raise" raises an
-            error; "skip" keeps the layer without a score.
+        on_zero_alignment: treatment of a layer with equal weights in the base and the aligned
+            model. "raise" raises an error; "skip" keeps the layer without a score.
         allow_degenerate: whether all scores are 0 if the reference has no spread; if False, this is
             an error.
 

@@ -50,7 +50,7 @@ class SploraResult(NamedTuple):
 
     @property
     def unscored(self) -> list[str]:
-        """Names of the layers with equal weights in both models, which
+        """Names of the layers with equal weights in the base and the aligned model, which
         ``on_zero_alignment="skip"`` keeps without a score."""
         scored = {layer.name for layer in self.stats}
         return [name for name in self.kept if name not in scored]

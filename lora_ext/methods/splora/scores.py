@@ -81,7 +81,7 @@ def ediem_scores(
 ) -> list[LayerStats]:
     """Return the distance of every adapted layer's update from its projection, and its score.
 
-    Only the two weights of one layer are in memory at a time. Layers of the adapter and of both
+    Only the two weights of one layer are in memory at a time. Layers of the adapter and of the two
     models are matched by name, and returned in the natural order of the names.
 
     Args:
@@ -102,7 +102,8 @@ def ediem_scores(
         ValueError: If shapes do not match (the message names the layer and both shapes); if a
             tensor contains NaN or infinity (the message names it); or if there are fewer than 4
             layers for ``reference="population"``.
-        ZeroAlignmentError: If a layer has equal weights in both models, unless they are skipped.
+        ZeroAlignmentError: If a layer has equal weights in ``base`` and ``aligned``, unless such
+            layers are skipped.
         DegenerateReferenceError: If the reference has no spread, unless this is allowed.
         KeyError: If a model lacks a layer, or the adapter has only one factor of a module.
         TypeError: If weights are quantised.

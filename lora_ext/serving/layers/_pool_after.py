@@ -144,7 +144,8 @@ class PoolAfter:
         version, kind, of_bias = self.slab.scaled[slot]
         key: tuple[Any, ...] = (version,)
         weight = None
-        if kind.needs_weight and is_quantised(self.base):  # not dequantised for each forward
+        if kind.needs_weight and is_quantised(self.base):
+            # The key is made from the stored tensors, so that a hit does not dequantise the weight.
             stored = itertools.chain(self.base.parameters(), self.base.buffers())
             key += tuple((id(t), 0 if t.is_inference() else t._version) for t in stored)
         elif kind.needs_weight:
