@@ -219,7 +219,7 @@ def ask(url: str, model: str) -> str:
 def main(
     steps: int = 5, out: Path = ROOT / "out" / "async_grpo", **how: Any
 ) -> tuple[list[dict[str, float]], list[str]]:
-    """Train beside a client of another adapter.
+    """Train an adapter while a client uses another adapter of the same server.
 
     Args:
         steps: number of optimizer steps.

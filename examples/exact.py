@@ -35,7 +35,7 @@ def learn(tenant: Tenant, examples: list[tuple[list[int], int]]) -> None:
 
 
 def gaps(service: Service, tokenizer: Any, length: int, rows: int) -> list[float]:
-    """Return the difference in nats between sampler and trainer for each sampled token."""
+    """Return by how many nats sampler and trainer differ in the log-probability of each token."""
     messages = [{"role": "user", "content": QUESTION}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     prompt = list(ids)

@@ -117,7 +117,7 @@ def draw_depths(rounds: Sequence[Mapping[Client, LayerPlan]], layers: int, axes:
 
 
 def draw_times(configuration: Configuration, axes: Any) -> None:
-    """Draw each device's predicted time with its depth, its waiting time, and the target."""
+    """Draw each device's predicted time at its depth, its waiting time, and the target."""
     times = list(configuration.times.values())
     places = range(len(times))
     waits = [configuration.seconds - value for value in times]

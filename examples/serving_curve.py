@@ -132,7 +132,7 @@ def exact_logits(peers: Any, batch: dict[str, Tensor], names: list[str]) -> Tens
 
 
 def complain(what: str, ours: Tensor, peer: Tensor, exact: Tensor) -> list[str]:
-    """Return one message if logits are wrong; otherwise an empty list."""
+    """Return a list with one message if logits are wrong, otherwise an empty list."""
     over = error_over_bound(ours, peer, exact)
     if over <= 1:
         return []
