@@ -150,7 +150,7 @@ def weigh(care: Care, value: LoraAdapter) -> tuple[copra.Shapley, list[list[str]
 
 
 def serve(care: Care, adapters: dict[str, LoraAdapter], out: Path) -> dict[str, list[float]]:
-    """Print each adapter's answer to a question; return the losses of each adapter on both texts."""
+    """Print each adapter's answer to a question; return each adapter's losses on both texts."""
     pool = lora_ext.AdapterPool(care.model, max_slots=len(adapters), max_rank=2 * RANK)
     for name, value in adapters.items():
         value.save(out / name.replace(", ", "-"))  # in PEFT's format
