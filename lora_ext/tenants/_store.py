@@ -80,7 +80,7 @@ class Store:
             ValueError: If the checkpoint is missing or malformed.
         """
         folder = self.folder(where, path)
-        require(os.path.isdir(folder), where, "path", "a save in the store", f"{path!r:.200}")
+        require(os.path.isdir(folder), where, "path", "a checkpoint in the store", f"{path!r:.200}")
         return folder, LoraAdapter.load(folder)
 
     def restore(self, folder: Path, optimizer: Optimizer, with_state: bool) -> None:
