@@ -81,19 +81,20 @@ __global__ void __launch_bounds__(kThreads)
     if (lx::to_float(lx::bit_cast<lx::f16>(bits)) * (most + 0.5f) < scale * most) ++bits;
     const float rounded = lx::to_float(lx::bit_cast<lx::f16>(bits));
     for (int octet = place.lane; octet < octets; octet += kLanes) {
-        uint32_t words[2] = {};
+        uint32_t* const words = place.words(octet, kBits);
 #pragma unroll
-        for (int i = 0; i < kOctet; ++i) {
-            const float v = lx::to_float(lx::load_nc(w + octet * kOctet + i));
-            int code = rounded > 0 ? nearest_code((v - base) / rounded, first, last) : 0;
-            if (kBits == 4 && !minimum) code += 8;
-            if (!exists) code = 0;
-            const unsigned place_of_code = kBits == 8 ? 8 * (i % 4) : 8 * (i % 4) + 4 * (i / 4);
-            words[kBits == 8 ? i / 4 : 0] |= (static_cast<unsigned>(code) & ((1u << kBits) - 1))
-                                             << place_of_code;
+        for (int i = 0; i < kBits / 4; ++i) {
+            uint32_t word = 0;
+#pragma unroll
+            for (int k = 0; k < 32 / kBits; ++k) {
+                const float v = lx::to_float(lx::load_nc(w + octet * kOctet + 4 * i + k));
+                int code = rounded > 0 ? nearest_code((v - base) / rounded, first, last) : 0;
+                if (kBits == 4 && !minimum) code += 8;
+                const unsigned bits_of_code = exists ? static_cast<unsigned>(code) : 0;
+                word |= (bits_of_code & ((1u << kBits) - 1)) << (8 * (k % 4) + 4 * (k / 4));
+            }
+            words[i * kPanel] = word;
         }
-#pragma unroll
-        for (int i = 0; i < kBits / 4; ++i) place.words(octet, kBits)[i * kPanel] = words[i];
     }
     if (place.lane != 0) return;
     const uint16_t none = 0;

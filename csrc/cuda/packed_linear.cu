@@ -28,6 +28,7 @@ constexpr int kChunk = 32;  // in-features
 constexpr int kParts = 4, kSlices = 4, kAllSlices = kParts * kSlices;
 constexpr int kTileRows = 8;  // rows of x in a product
 constexpr int kOutputs = static_cast<int>(kPanel);
+constexpr int64_t kMaxPanels = 65535;  // of a grid
 // Floats between rows of sums in shared memory. Eight lanes that store 16 bytes use all banks.
 constexpr int kSumStride = kOutputs + 4;
 
@@ -50,10 +51,9 @@ struct Layout {
     int64_t panel_bytes;
     int64_t stride;  // bytes between chunks of a slice
     int block_bytes, code_bytes;
-    int chunks, shift;   // of a row; log2 of the chunks in a group
-    int panels, parts;   // parts: how many a block computes, 1 or 4
-    int blocks_of_rows;  // blocks that share a panel, and have up to kTiles tiles each
-    int row_bytes;       // between rows of x
+    int chunks, shift;  // of a row; log2 of the chunks in a group
+    int panels, parts;  // parts: how many a block computes, 1 or 4
+    int row_bytes;      // between rows of x
 };
 
 // Returns the type of the operands of a product.
@@ -311,13 +311,34 @@ LX_DEVICE void multiply(const PackedBitsArgs& args, const Layout& layout, unsign
 // ------------------------------------------------------------------------------------------------
 // Sums of the slices
 
+// Four adjacent outputs, the first of which exists.
 template <class T>
-LX_DEVICE float bias_of(const PackedBitsArgs& args, int64_t output) {
-    return args.bias ? lx::to_float(lx::load_nc(static_cast<const T*>(args.bias) + output)) : 0.0f;
+LX_DEVICE float4 bias_of(const PackedBitsArgs& args, int64_t output) {
+    float v[4] = {};
+    if (args.bias) {
+        const T* const bias = static_cast<const T*>(args.bias) + output;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            v[i] = lx::to_float(lx::load_nc(output + i < args.out_features ? bias + i : bias));
+    }
+    return {v[0], v[1], v[2], v[3]};
 }
 template <class T>
-LX_DEVICE void store_result(const PackedBitsArgs& args, int64_t row, int64_t output, float value) {
-    static_cast<T*>(args.y)[row * args.out_features + output] = lx::from_float<T>(value);
+LX_DEVICE void store_result(const PackedBitsArgs& args, int64_t row, int64_t output, float4 v) {
+    T* const y = static_cast<T*>(args.y) + row * args.out_features + output;
+    const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (output + i < args.out_features) y[i] = lx::from_float<T>(values[i]);
+}
+LX_DEVICE float4 operator+(const float4& a, const float4& b) {
+    return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+// Returns the address of a sum in the workspace, whose rows have whole panels.
+LX_DEVICE float4* part_at(const PackedBitsArgs& args, int panels, int part, int64_t row,
+                          int64_t output) {
+    const int64_t width = int64_t{panels} * kOutputs;
+    return reinterpret_cast<float4*>(args.parts + (part * args.rows + row) * width + output);
 }
 
 template <class T, int kBits, bool kMinimum, int kTiles>
@@ -329,16 +350,14 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && sizeof(T) == 2 && !kM
     constexpr int kOfPanel = kWarps / kHere;     // slices at once: 16 or 4
     constexpr int kAtOnce = kOfPanel / kSlices;  // parts at once
     const int warp = lx::warp_id(), lane = lx::lane_id(), g = lane / 4, t = lane % 4;
-    // Blocks that share panels are adjacent, so that one of them finds the codes in L2.
-    const int block = static_cast<int>(blockIdx.x);
-    const int first_row = block % layout.blocks_of_rows * kRows;
-    const int first_panel = block / layout.blocks_of_rows * kHere;
+    const int first_row = static_cast<int>(blockIdx.x) * kRows;
+    const int first_panel = static_cast<int>(blockIdx.y) * kHere;
     // A warp of a missing panel repeats the last one, and its sums are not used.
     const int panel = lx::min(first_panel + warp / kOfPanel, layout.panels - 1);
-    const int first_part = static_cast<int>(blockIdx.y) * layout.parts;
+    const int first_part = static_cast<int>(blockIdx.z) * layout.parts;
     float* const sums = reinterpret_cast<float*>(shared);  // in place of the ring
     // Sums of the parts so far; a thread has elements of its own.
-    float* const results = reinterpret_cast<float*>(shared + Stage<kBits, kMinimum>::kRing);
+    float4* const results = reinterpret_cast<float4*>(shared + Stage<kBits, kMinimum>::kRing);
     lx::grid_dependency_launch();
 
 #pragma unroll 1
@@ -357,26 +376,28 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && sizeof(T) == 2 && !kM
                     total[tile][1][2 + i]};
         lx::syncthreads();  // sums are complete
 #pragma unroll 1
-        for (int at = lx::thread_rank(); at < kHere * kRows * kOutputs; at += kThreads) {
-            const int column = at % kOutputs, row = at / kOutputs % kRows;
-            const int of_panel = at / kOutputs / kRows;
+        for (int at = lx::thread_rank(); at < kHere * kRows * kOutputs / 4; at += kThreads) {
+            const int column = at % (kOutputs / 4) * 4, row = at / (kOutputs / 4) % kRows;
+            const int of_panel = at / (kOutputs / 4) / kRows;
             const int64_t output = int64_t{first_panel + of_panel} * kOutputs + column;
             const int64_t row_of_x = first_row + row;
             if (output >= args.out_features || row_of_x >= args.rows) continue;
             const float* const own =
                 sums + (of_panel * kOfPanel * kRows + row) * kSumStride + column;
-            float sum = 0;
+            const auto of_slice = [&](int s) {
+                return *reinterpret_cast<const float4*>(own + s * kRows * kSumStride);
+            };
+            float4 sum{};
             if (layout.parts > 1) sum = part == 0 ? bias_of<T>(args, output) : results[at];
 #pragma unroll
             for (int q = 0; q < kAtOnce; ++q) {
-                float of_part = own[q * kSlices * kRows * kSumStride];
+                float4 of_part = of_slice(q * kSlices);
 #pragma unroll
-                for (int s = 1; s < kSlices; ++s)
-                    of_part += own[(q * kSlices + s) * kRows * kSumStride];
+                for (int s = 1; s < kSlices; ++s) of_part = of_part + of_slice(q * kSlices + s);
                 sum = layout.parts > 1 ? sum + of_part : of_part;
             }
             if (kAtOnce == 1 && layout.parts == 1)
-                args.parts[(part * args.rows + row_of_x) * args.out_features + output] = sum;
+                *part_at(args, layout.panels, part, row_of_x, output) = sum;
             else if (part + kAtOnce == kParts)
                 store_result<T>(args, row_of_x, output, sum);
             else
@@ -387,19 +408,22 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && sizeof(T) == 2 && !kM
 }
 
 // y = bias + the four parts in order.
-constexpr int kSumThreads = 256;
+constexpr int kSumThreads = 128;
 
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
-    packed_linear_sum_kernel(const __grid_constant__ PackedBitsArgs args) {
-    const int64_t row = blockIdx.y, output = int64_t{blockIdx.x} * kSumThreads + lx::thread_rank();
+    packed_linear_sum_kernel(const __grid_constant__ PackedBitsArgs args, int panels) {
+    const int64_t row = blockIdx.y;
+    const int64_t output = 4 * (int64_t{blockIdx.x} * kSumThreads + lx::thread_rank());
     const bool exists = output < args.out_features;
-    float sum = exists ? bias_of<T>(args, output) : 0;
+    float4 sum = bias_of<T>(args, exists ? output : 0);
     lx::grid_dependency_wait();
     if (!exists) return;
+    float4 part[kParts];
 #pragma unroll
-    for (int part = 0; part < kParts; ++part)
-        sum += args.parts[(part * args.rows + row) * args.out_features + output];
+    for (int i = 0; i < kParts; ++i) part[i] = *part_at(args, panels, i, row, output);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) sum = sum + part[i];
     store_result<T>(args, row, output, sum);
 }
 
@@ -428,9 +452,10 @@ LaunchStatus run(const PackedBitsArgs& args, const Layout& layout, void* stream)
     using Step = Stage<kBits, kMinimum>;
     static_assert(Step::kRing >= kWarps * kTiles * kTileRows * kSumStride * 4);
     constexpr int kResults = kTiles == 4 ? kTiles * kPanels<4> * kTileRows * kOutputs * 4 : 0;
-    const dim3 grid(
-        static_cast<unsigned>(ceil_div(layout.panels, kPanels<kTiles>) * layout.blocks_of_rows),
-        static_cast<unsigned>(kParts / layout.parts));
+    // Blocks that share panels are adjacent, so that all but one find the codes in L2.
+    const dim3 grid(static_cast<unsigned>(blocks_of_rows(args)),
+                    static_cast<unsigned>(ceil_div(layout.panels, kPanels<kTiles>)),
+                    static_cast<unsigned>(kParts / layout.parts));
     return LX_LAUNCH((packed_linear_kernel<T, kBits, kMinimum, kTiles>), grid, kThreads,
                      Step::kRing + kResults, stream, args, layout);
 }
@@ -452,16 +477,16 @@ LaunchStatus run_tiles(const PackedBitsArgs& args, const Layout& layout, void* s
 }  // namespace
 
 int64_t packed_linear_workspace_bytes(const PackedBitsArgs& args) {
-    return splits_parts(args) ? kParts * args.rows * args.out_features * 4 : 0;
+    const int64_t width = ceil_div(args.out_features, kPanel) * kPanel;
+    return splits_parts(args) ? kParts * args.rows * width * 4 : 0;
 }
 
 LaunchStatus launch_packed_linear(const PackedBitsArgs& args, void* stream) {
     if (args.rows == 0 || args.out_features == 0) return 0;
     const int64_t groups = args.in_features / args.group, block = block_bytes(args);
     const int64_t size = element_size(args.dtype), panels = ceil_div(args.out_features, kPanel);
-    if (args.rows > kMostKernelRows || panels > kMaxGridX / 4 ||
-        args.in_features > INT32_MAX / 64 || args.x_stride > INT32_MAX / 64 / size ||
-        !aligned_16(args.input, {args.x_stride}, size) ||
+    if (args.rows > kMostKernelRows || panels > kMaxPanels || args.in_features > INT32_MAX / 64 ||
+        args.x_stride > INT32_MAX / 64 / size || !aligned_16(args.input, {args.x_stride}, size) ||
         reinterpret_cast<uintptr_t>(args.packed) % 16 != 0)
         return kInvalidValue;
     const bool split = splits_parts(args);
@@ -475,7 +500,6 @@ LaunchStatus launch_packed_linear(const PackedBitsArgs& args, void* stream) {
     layout.shift = args.group == 32 ? 0 : args.group == 64 ? 1 : 2;
     layout.panels = static_cast<int>(panels);
     layout.parts = split ? 1 : kParts;
-    layout.blocks_of_rows = static_cast<int>(blocks_of_rows(args));
     layout.row_bytes = static_cast<int>(args.x_stride * size);
     LX_BUF_ROWS(args.input, args.rows, args.in_features * size, args.x_stride * size,
                 lx::Access::kConstant);
@@ -483,7 +507,7 @@ LaunchStatus launch_packed_linear(const PackedBitsArgs& args, void* stream) {
     if (args.bias) LX_BUF(args.bias, args.out_features * size, lx::Access::kConstant);
     [[maybe_unused]] const int64_t outputs = args.rows * args.out_features;
     if (split)
-        LX_BUF(args.parts, kParts * outputs * 4, lx::Access::kWrite);
+        LX_BUF(args.parts, packed_linear_workspace_bytes(args), lx::Access::kWrite);
     else
         LX_BUF(args.y, outputs * size, lx::Access::kWrite);
     const LaunchStatus status = with_dtype(args.dtype, [&]<class T>() {
@@ -493,12 +517,13 @@ LaunchStatus launch_packed_linear(const PackedBitsArgs& args, void* stream) {
     });
     if (!split || status != 0) return status;
     if (args.bias) LX_BUF(args.bias, args.out_features * size, lx::Access::kConstant);
-    LX_BUF(args.parts, kParts * outputs * 4, lx::Access::kRead);
+    LX_BUF(args.parts, packed_linear_workspace_bytes(args), lx::Access::kRead);
     LX_BUF(args.y, outputs * size, lx::Access::kWrite);
-    const dim3 grid(static_cast<unsigned>(ceil_div(args.out_features, kSumThreads)),
+    const dim3 grid(static_cast<unsigned>(ceil_div(args.out_features, 4 * kSumThreads)),
                     static_cast<unsigned>(args.rows));
     return with_dtype(args.dtype, [&]<class T>() {
-        return LX_LAUNCH_PDL(packed_linear_sum_kernel<T>, grid, kSumThreads, 0, stream, args);
+        return LX_LAUNCH_PDL(packed_linear_sum_kernel<T>, grid, kSumThreads, 0, stream, args,
+                             layout.panels);
     });
 }
 

@@ -36,10 +36,10 @@ struct PackedBitsArgs {
     float* parts = nullptr;  // workspace of launch_packed_linear
 };
 
-constexpr int64_t code_bytes(const PackedBitsArgs& args) {
+LX_HOST_DEVICE constexpr int64_t code_bytes(const PackedBitsArgs& args) {
     return kPanel * args.group * args.bits / 8;
 }
-constexpr int64_t block_bytes(const PackedBitsArgs& args) {
+LX_HOST_DEVICE constexpr int64_t block_bytes(const PackedBitsArgs& args) {
     return code_bytes(args) + kPanel * (args.minimum ? 4 : 2);
 }
 
