@@ -7,7 +7,7 @@ from cases_packed_linear import FORMATS, bits_dtypes, make
 from contract import assert_same_bits, off_grid, with_threads
 
 from lora_ext import ops, reference
-from lora_ext.ops.packed_linear import MAX_CUDA_ROWS
+from lora_ext.layers.base._packed_only import MAX_CUDA_ROWS
 
 pytestmark = pytest.mark.hosts
 

@@ -864,8 +864,8 @@ WHY = [
         "packed_linear_kernel<*",
         "64 rows, *",
         "`packed_linear_kernel` of 64 rows",
-        "two blocks of 32 rows each read and widen the codes, one of them from L2, and the parts of "
-        "the sums take a second launch. The floor has the bytes of memory.",
+        "two blocks of 32 rows each read and widen the codes, one of them from L2, and the parts "
+        "of the sums take a second launch. The floor has the bytes of memory.",
     ),
     Reason(
         "spec_verify_kernel<*",

@@ -18,8 +18,6 @@ _c = torch.ops.lora_ext
 
 #: Output features per panel.
 PANEL = 32
-#: Largest number of rows of a product on CUDA.
-MAX_CUDA_ROWS = 64
 
 _DTYPES = torch.float32, torch.bfloat16
 _CUDA_DTYPES = *_DTYPES, torch.float16  # with 8 or 4 bits

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext._torch import AUTOCASTS, compiles, linear, spaced
-from lora_ext.ops.packed_linear import MAX_CUDA_ROWS
 
 from ._packed_weight import Format
+
+#: Largest number of rows that :func:`lora_ext.ops.packed_linear` multiplies on CUDA.
+MAX_CUDA_ROWS = 64
 
 
 class PackedOnlyLinear(nn.Linear):
