@@ -97,3 +97,11 @@ def test_kernels_raise_for_what_only_the_twin_computes(backend: Backend) -> None
         ops.packed_linear(x[:3].cpu(), packed, None, 40)
     with pytest.raises(ValueError, match="weight: expected a tensor on the CPU"):
         ops.pack_weight(x)
+
+
+def test_fake_kernels_take_float16_beside_weights_of_8_and_4_bits() -> None:
+    weight = torch.empty(40, 64, dtype=torch.float16, device="meta")
+    packed = ops.pack_weight(weight, bits=8, group=32)
+    assert packed.shape == (2, 2, 32 * 32 + 64) and packed.dtype == torch.uint8
+    y = ops.packed_linear(weight[:3], packed, None, 40)
+    assert y.shape == (3, 40) and y.dtype == torch.float16

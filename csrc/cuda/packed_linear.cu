@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && sizeof(T) == 2 && !kM
     float* const sums = reinterpret_cast<float*>(shared);  // in place of the ring
     // Sums of the parts so far; a thread has elements of its own.
     float4* const results = reinterpret_cast<float4*>(shared + Stage<kBits, kMinimum>::kRing);
-    lx::grid_dependency_launch();
+    if (layout.parts == 1) lx::grid_dependency_launch();  // of the sum of the parts
 
 #pragma unroll 1
     for (int part = first_part; part < first_part + layout.parts; part += kAtOnce) {

@@ -19,18 +19,24 @@ void require_launched(LaunchStatus status) {
     std::exit(2);
 }
 
+// Values of at most eight bits, which are exact in bfloat16 too.
+template <class T>
+std::vector<T> numbers(std::mt19937& random, int count) {
+    std::vector<T> found(count);
+    for (T& x : found) x = static_cast<T>(static_cast<int>(random() % 256) / 64.0f - 2);
+    return found;
+}
+
+template <class T>
 double worst_of(int rows, int inputs, int outputs, int group, int bits, bool minimum) {
     std::mt19937 random(static_cast<unsigned>(rows + 7 * inputs));
-    const auto numbers = [&](int count) {
-        std::vector<float> found(count);
-        for (float& x : found) x = static_cast<int>(random() % 2000) / 500.0f - 2;
-        return found;
-    };
-    auto weight = numbers(outputs * inputs);
-    const auto x = numbers(rows * inputs), bias = numbers(outputs);
-    std::vector<float> y(rows * outputs), rounded(outputs * inputs);
+    auto weight = numbers<T>(random, outputs * inputs);
+    const auto x = numbers<T>(random, rows * inputs), bias = numbers<T>(random, outputs);
+    std::vector<T> y(rows * outputs);
+    std::vector<float> rounded(outputs * inputs);
 
     PackedBitsArgs args;
+    args.dtype = sizeof(T) == 2 ? DType::kBFloat16 : DType::kFloat32;
     args.rows = rows, args.in_features = inputs, args.out_features = outputs;
     args.bits = bits, args.group = group, args.minimum = minimum;
     std::vector<uint8_t> packed(ceil_div(outputs, kPanel) * (inputs / group) * block_bytes(args));
@@ -46,18 +52,21 @@ double worst_of(int rows, int inputs, int outputs, int group, int bits, bool min
     require_launched(launch_packed_linear(args, nullptr));
 
     double worst = 0;
+    const auto compare = [&](double found, double expected, double allowed) {
+        const double gap = std::abs(found - expected);
+        worst = gap < allowed ? worst : std::max(worst, std::isnan(gap) ? 1 : gap);
+    };
     const double step = bits == 8 ? 2 / 127.0 : minimum ? 4 / 15.0 : 2 / 7.0;
-    for (int i = 0; i < outputs * inputs; ++i) {
-        const double gap = std::abs(rounded[i] - weight[i]);
-        worst = gap < 0.51 * step ? worst : std::max(worst, std::isnan(gap) ? 1 : gap);
-    }
+    for (int i = 0; i < outputs * inputs; ++i)
+        compare(rounded[i], static_cast<float>(weight[i]), 0.51 * step);
     for (int t = 0; t < rows; ++t)
         for (int o = 0; o < outputs; ++o) {
-            double expected = bias[o];
+            double expected = static_cast<float>(bias[o]);
             for (int i = 0; i < inputs; ++i)
-                expected += x[t * inputs + i] * static_cast<double>(rounded[o * inputs + i]);
-            const double gap = std::abs(y[t * outputs + o] - expected);
-            worst = gap < 1e-3 ? worst : std::max(worst, std::isnan(gap) ? 1 : gap);
+                expected += static_cast<double>(static_cast<float>(x[t * inputs + i])) *
+                            rounded[o * inputs + i];
+            const double last = sizeof(T) == 2 ? 0x1p-8 * std::abs(expected) : 0;
+            compare(static_cast<float>(y[t * outputs + o]), expected, last + 1e-3);
         }
     return worst;
 }
@@ -70,11 +79,12 @@ int main() {
         {64, 64, 40, 32}, {33, 32, 12577, 32},
     };
     for (const auto& [rows, inputs, outputs, group] : kShapes)
-        for (int form = 0; form < 3; ++form) {
-            const double worst =
-                worst_of(rows, inputs, outputs, group, form == 0 ? 8 : 4, form == 2);
-            if (worst == 0) continue;
-            std::printf("T %d, I %d, O %d: off by %g\n", rows, inputs, outputs, worst);
+        for (int form = 0; form < 6; ++form) {
+            const int bits = form / 2 == 0 ? 8 : 4;
+            const auto worst = form % 2 ? worst_of<lx::bf16> : worst_of<float>;
+            const double off = worst(rows, inputs, outputs, group, bits, form / 2 == 2);
+            if (off == 0) continue;
+            std::printf("T %d, I %d, O %d, form %d: off by %g\n", rows, inputs, outputs, form, off);
             return 1;
         }
     std::puts("exact");
