@@ -1,9 +1,10 @@
-"""Inputs and table row of linear layers with packed weights, which run on the CPU only."""
+"""Inputs and table rows of linear layers with packed weights: on CUDA only of 8 and 4 bits."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from backends import Backend
 from cases import _values
 from contract import Check, Op, Outputs, Wrong, wrong_calls
 from torch import Tensor
@@ -21,10 +22,10 @@ SHAPES = [
 
 
 def make(
-    shape: tuple[int, int, int], dtype: torch.dtype, exact: bool
+    shape: tuple[int, int, int], dtype: torch.dtype, exact: bool, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, wide, out = shape
-    g = torch.Generator().manual_seed(rows + 7 * wide + 31 * out)
+    g = torch.Generator().manual_seed(rows + 7 * wide + 31 * out + 1009 * seed)
     x, weight = _values(g, exact, (rows, wide), dtype), _values(g, exact, (out, wide), dtype)
     return x, weight, _values(g, exact, (out,), dtype)
 
@@ -70,8 +71,16 @@ FORMATS = [(8, False), (4, False), (4, True)]
 BITS_SHAPES = [
     (1, 32, 1), (2, 64, 31), (1, 128, 64), (2, 1024, 200), (3, 128, 96), (5, 256, 40),
     (12, 384, 33), (13, 128, 65), (16, 1152, 70), (17, 640, 64), (25, 96, 100), (32, 256, 32),
-    (33, 128, 50), (70, 256, 37), (0, 64, 6),
+    (33, 128, 50), (0, 64, 6), (4, 64, 0),
 ]  # fmt: skip
+# With outputs enough that a block of the kernel adds all parts of a sum.
+WIDE_SHAPES = [(17, 160, 12577), (40, 64, 12577)]
+MANY_ROWS = [(70, 256, 37)]  # more than a kernel takes
+
+
+def bits_dtypes(backend: Backend) -> list[torch.dtype]:
+    """Return the dtypes of activations beside weights of 8 and 4 bits."""
+    return DTYPES if backend.is_twin else [*DTYPES, torch.float16]
 
 
 def codes(shape: tuple[int, int], bits: int, minimum: bool, group: int) -> tuple[Any, ...]:
@@ -93,7 +102,7 @@ def bits_inputs(
     shape: tuple[int, int, int], dtype: torch.dtype, *, seed: int = 0, exact: bool = False,
     device: str = "cpu", form: tuple[int, bool] = (8, False), group: int = 32, int8: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    x, weight, bias = make(shape, dtype, exact)
+    x, weight, bias = make(shape, dtype, exact, seed)
     while shape[1] % group:
         group //= 2
     given = codes((len(weight), shape[1]), *form, group) if exact else None
@@ -101,28 +110,44 @@ def bits_inputs(
         x = (x % 2).contiguous()  # With 1 as the largest magnitude, sums are multiples of 1 / 127.
         x[:, 0] = 127
     how = {"bits": form[0], "group": group, "minimum": form[1]}
-    return {"x": x + 0 * seed, "weight": weight, "bias": bias, "codes": given, "how": how,
-            "int8": int8}  # fmt: skip
+    packed = reference.pack_weight(weight, **how)
+    used = packed if given is None else reference.pack_codes(*given)
+    return {"x": x.to(device), "weight": weight.to(device), "bias": bias.to(device),
+            "packed": used.to(device), "how": how, "int8": int8}  # fmt: skip
 
 
 def run_bits(i: dict[str, Any]) -> Outputs:
     packed = ops.pack_weight(i["weight"], **i["how"])
-    used = packed if i["codes"] is None else ops.pack_codes(*i["codes"])
-    y = ops.packed_linear(i["x"], used, i["bias"], len(i["weight"]), int8=i["int8"])
-    return {"packed": packed, "weight": ops.unpack_weight(used, *i["weight"].shape), "y": y}
+    weight = ops.unpack_weight(i["packed"], *i["weight"].shape)
+    return {"packed": packed, "weight": weight, **bits_product(i)}
+
+
+def bits_product(i: dict[str, Any]) -> Outputs:
+    rest = i["bias"], len(i["weight"]), i["int8"]
+    return {"y": ops.packed_linear(i["x"], i["packed"], *rest)}
 
 
 def bits_formula(i: dict[str, Any]) -> Outputs:
+    i = on_cpu(i)
     packed = reference.pack_weight(i["weight"], **i["how"])
-    used = packed if i["codes"] is None else reference.pack_codes(*i["codes"])
-    y = reference.packed_linear(i["x"], used, i["bias"], len(i["weight"]), i["int8"])
-    weight = reference.unpack_weight(used, *i["weight"].shape)
+    y = reference.packed_linear(i["x"], i["packed"], i["bias"], len(i["weight"]), i["int8"])
+    weight = reference.unpack_weight(i["packed"], *i["weight"].shape)
     return {"packed": packed.double(), "weight": weight.double(), "y": y}
+
+
+def on_cpu(i: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in i.items()}
 
 
 def bits_bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
     """Return the largest |error| allowed: one float32 rounding for each term and five for each
-    group, relative to the magnitudes of the centred terms, plus one rounding of the result."""
+    group, relative to the magnitudes of the centred terms, plus one rounding of the result.
+
+    A tensor core adds 17 numbers and cuts each below 2^-23 of the largest, and then the sum: 36
+    roundings for 16 in-features. A sum of 32 in-features has up to three products for each 16.
+    """
+    cuts = 2 * 36 * (3 if i["x"].dtype == torch.float32 else 1) if i["x"].is_cuda else 0
+    i = on_cpu(i)
     found, scale, least = reference.quantise(i["weight"], **i["how"])
     centre = 8 if i["how"]["bits"] == 4 else 0
     scale = scale.double()[..., None]
@@ -136,7 +161,7 @@ def bits_bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
         x = x + x.amax(1, keepdim=True) / 127
     wide = i["x"].shape[1]
     terms = x @ size.flatten(1).t() + i["bias"].double().abs()
-    bound = (wide + 5 * (wide // i["how"]["group"]) + 1) * 2.0**-24 * terms
+    bound = (wide + 5 * (wide // i["how"]["group"]) + 1 + cuts) * 2.0**-24 * terms
     y = bound + torch.finfo(i["x"].dtype).eps / 2 * (exact["y"].abs() + bound)
     # The formula and the loop both round scale * code + minimum once to float32.
     weight = 2.0**-23 * exact["weight"].abs()
@@ -237,11 +262,22 @@ OPS = [
         bits_formula,
         bits_bounds,
         small=BITS_SHAPES,
-        variants=(
-            tuple({"form": form, "group": 32} for form in FORMATS),
-            tuple({"form": form, "group": 64, "int8": True} for form in FORMATS),
-            tuple({"form": form, "group": 128} for form in FORMATS),
+        medium=WIDE_SHAPES,
+        large=MANY_ROWS,
+        variants=tuple(
+            tuple({"form": form, "group": group} for form in FORMATS) for group in (32, 64, 128)
         ),
+        dtypes=bits_dtypes,
+        captured=bits_product,
+    ),
+    Op(
+        "packed_bits_int8",
+        bits_inputs,
+        run_bits,
+        bits_formula,
+        bits_bounds,
+        small=[*BITS_SHAPES, *MANY_ROWS],
+        variants=(tuple({"form": form, "group": 64, "int8": True} for form in FORMATS),),
         dtypes=lambda backend: DTYPES,
         on_gpu=False,
     ),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backends import Backend
-from cases_packed_linear import DTYPES, FORMATS, SHAPES, make, product
+from cases_packed_linear import DTYPES, SHAPES, make, product
 from cases_pointwise import FUNCTIONS, inputs
 from contract import assert_same_bits, off_grid, with_threads
 
@@ -120,53 +120,3 @@ def test_zero_keeps_its_sign_in_functions_that_map_zero_to_zero(
         y = ops.pointwise(torch.tensor([0.0, -0.0], dtype=dtype), function)
         assert not y.any()
         assert y.signbit().tolist() == [False, True]
-
-
-# -------------------------------------------------------------------------------------------------
-# Weights of 8 and 4 bits
-
-
-@pytest.mark.parametrize(("bits", "minimum"), FORMATS)
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_of_a_row_of_a_rounded_weight_depend_on_the_row_alone(
-    backend: Backend, bits: int, minimum: bool, int8: bool, dtype: torch.dtype
-) -> None:
-    x, weight, bias = make((70, 1024, 102), dtype, exact=False)
-    packed = ops.pack_weight(weight, bits=bits, group=64, minimum=minimum)
-    together = ops.packed_linear(x, packed, bias, 102, int8)
-    for rows in [1, 2, 3, 4, 5, 8, 11, 12, 13, 16, 24, 25, 32, 33, 64]:
-        assert_same_bits(ops.packed_linear(x[:rows], packed, bias, 102, int8), together[:rows])
-        assert_same_bits(ops.packed_linear(x[-rows:], packed, bias, 102, int8), together[-rows:])
-    for _ in with_threads(1, 2, 3):
-        found = ops.pack_weight(off_grid(weight), bits=bits, group=64, minimum=minimum)
-        assert_same_bits(found, packed)
-        assert_same_bits(ops.packed_linear(off_grid(x), packed, bias, 102, int8), together)
-        assert_same_bits(ops.packed_linear(x[:1], packed, bias, 102, int8), together[:1])
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-6, 1e-9, 0.0, 60000.0])
-def test_rounded_weights_equal_the_formula_bit_for_bit(backend: Backend, scale: float) -> None:
-    g = torch.Generator().manual_seed(3)
-    for dtype in DTYPES:
-        # Adding 0 removes zeros with a sign, since the sign of a zero minimum is not defined.
-        weight = ((torch.rand(45, 128, generator=g) * 2 - 1) * scale + 0.0).to(dtype)
-        for bits, minimum in FORMATS:
-            for group in (32, 64, 128):
-                expected = reference.pack_weight(weight, bits, group, minimum)
-                found = ops.pack_weight(weight, bits=bits, group=group, minimum=minimum)
-                assert_same_bits(found, expected)
-                back = ops.unpack_weight(found, 45, 128)
-                assert_same_bits(back, reference.unpack_weight(found, 45, 128))
-
-
-def test_rows_that_are_not_finite_affect_only_their_outputs(backend: Backend) -> None:
-    for bits, minimum in FORMATS:
-        for int8 in (False, True):
-            x = torch.randn(5, 64)
-            packed = ops.pack_weight(torch.randn(40, 64), bits=bits, minimum=minimum)
-            expected = ops.packed_linear(x, packed, None, 40, int8)
-            x[3, 7] = torch.nan
-            found = ops.packed_linear(x, packed, None, 40, int8)
-            assert found[3].isnan().all()
-            assert_same_bits(found[[0, 1, 2, 4]], expected[[0, 1, 2, 4]])

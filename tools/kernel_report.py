@@ -376,6 +376,7 @@ def circuit_cases() -> Iterator[Case]:
             turns=2 * 7 + 1,
         )
     yield from walk_cases()
+    yield from packed_cases()
     values = 33 * 320
     yield Case(
         f"spec_verify_kernel<{BF16}>",
@@ -449,6 +450,45 @@ def walk_cases() -> Iterator[Case]:
         way=((5013, (rows / 32 + 1) / 2),),
         alone=2.2,
     )
+
+
+def packed_cases() -> Iterator[Case]:
+    """Yield products with packed weights of 8 and 4 bits, group 64.
+
+    A slice has eight chunks of 32 in-features. Rows are padded to 8 or 32.
+    """
+    width, out = 4096, 4096
+    for rows, bits, way in (
+        (1, 8, ((159, 1), (120, 8), (202, 1))),
+        (1, 4, ((187, 1), (102, 8), (202, 1))),
+        (64, 8, ((203, 1), (165, 8), (100, 2))),
+    ):
+        few, codes = rows <= 8, width * out * bits // 8 + width * out // 64 * 2
+        x, y = 2 * rows * width, 2 * rows * out
+        parts = 0 if few else 4 * 4 * rows * out
+        sums = Case(
+            f"packed_linear_sum_kernel<{BF16}>",
+            "",
+            0,
+            ceil(out / 512) * rows,
+            128,
+            parts=parts + y,
+            way=((130, 1),),
+            handoff=HANDOFF,
+        )
+        yield Case(
+            f"packed_linear_kernel<{BF16}, {bits}, false, {1 if few else 4}>",
+            f"{rows} row{'s' * (rows > 1)}, {width} to {out}, {bits} bits, group 64",
+            codes + x + y,
+            # Two blocks of 32 rows share four panels, of which a block computes a part of four.
+            out // 32 if few else 2 * 4 * (out // 128),
+            512,
+            parts=parts,
+            flops=2 * max(8, rows) * width * out,
+            l2=x * (out // 32 if few else out // 128) + (1 if few else 2) * codes,
+            way=way,
+            beside=() if few else (sums,),
+        )
 
 
 def verify_cases(words: int) -> Iterator[Case]:
@@ -627,6 +667,10 @@ COUNTED_IN = {
     f"circuit_conditional_dist_kernel<{BF16}, WarpTeam>": 12080,
     f"circuit_argmax_kernel<{BF16}>": 5264,
     f"row_attention_kernel<{BF16}, 4>": 3552,
+    f"packed_linear_kernel<{BF16}, 8, false, 1>": 496,
+    f"packed_linear_kernel<{BF16}, 4, false, 1>": 504,
+    f"packed_linear_kernel<{BF16}, 8, false, 4>": 528,
+    f"packed_linear_sum_kernel<{BF16}>": 144,
     f"spec_verify_kernel<{BF16}>": 3824,
     "verify_pick_kernel": 944,
     f"depth_mix_kernel<{BF16}, {BF16}, false>": 688,
@@ -815,6 +859,13 @@ WHY = [
         "it does not use tensor cores: 32 keys cost a warp of eight rows 5,013 instructions, 3,072 "
         "of them multiply-adds. Its reads of shared memory take nearly as long. The floor assumes "
         "that tensor cores compute the products.",
+    ),
+    Reason(
+        "packed_linear_kernel<*",
+        "64 rows, *",
+        "`packed_linear_kernel` of 64 rows",
+        "two blocks of 32 rows each read and widen the codes, one of them from L2, and the parts "
+        "of the sums take a second launch. The floor has the bytes of memory.",
     ),
     Reason(
         "spec_verify_kernel<*",

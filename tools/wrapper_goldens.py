@@ -45,7 +45,7 @@ LENGTHS = {
     "cp_async_16": 128,
     "shuffle": 12 * 32,
     "vote": 11 * 32,
-    "bits": 9 * 32,
+    "bits": 13 * 32,
     "exp": 512,
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "emu/machine.h"
+#include "lx/pairs.h"
 #include "lx/resident.h"
 
 namespace lx {
@@ -255,6 +256,30 @@ unsigned brev(unsigned x) {
     unsigned y = 0;
     for (int i = 0; i < 32; ++i) y |= (x >> i & 1) << (31 - i);
     return y;
+}
+
+unsigned byte_permute(unsigned a, unsigned b, unsigned selector) {
+    const uint64_t bytes = uint64_t{b} << 32 | a;
+    unsigned y = 0;
+    for (int i = 0; i < 4; ++i)
+        y |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return y;
+}
+
+namespace {
+// A float has at least 2p + 2 bits for numbers of p bits, so rounding a difference twice is rounding
+// it once.
+template <class T>
+uint32_t subtract(uint32_t a, uint32_t b) {
+    const float2 x = unpack_floats<T>(a), y = unpack_floats<T>(b);
+    return pack_floats<T>(x.x - y.x, x.y - y.y);
+}
+}  // namespace
+uint32_t subtract_bf16(uint32_t a, uint32_t b) {
+    return subtract<bf16>(a, b);
+}
+uint32_t subtract_f16(uint32_t a, uint32_t b) {
+    return subtract<f16>(a, b);
 }
 
 void trap(emu::Site site) {

@@ -7,6 +7,7 @@
 #include "lora_ext/depth_mix.h"
 #include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
+#include "lora_ext/packed_bits.h"
 #include "lora_ext/row_attention.h"
 #include "lora_ext/vocab.h"
 
@@ -93,6 +94,12 @@ LX_NO_KERNEL(launch_circuit_table, const CircuitTableArgs&, void*)
 LX_NO_KERNEL(launch_circuit_table_backward, const CircuitTableArgs&, void*)
 LX_NO_KERNEL(launch_depth_mix, const DepthMixArgs&, void*)
 LX_NO_KERNEL(launch_depth_mix_backward, const DepthMixArgs&, void*)
+LX_NO_KERNEL(launch_pack_weight, const PackedBitsArgs&, void*)
+LX_NO_KERNEL(launch_unpack_weight, const PackedBitsArgs&, void*)
+int64_t packed_linear_workspace_bytes(const PackedBitsArgs&) {
+    return 0;
+}
+LX_NO_KERNEL(launch_packed_linear, const PackedBitsArgs&, void*)
 LX_NO_KERNEL(launch_row_attention, const RowAttentionArgs&, void*)
 
 }  // namespace lora_ext

@@ -1,4 +1,5 @@
-// Products with packed weights: checks and allocation. CPU only.
+// Products with packed weights: checks, allocation, choice of CPU twin or CUDA kernel. Weights that
+// are not rounded are packed only on the CPU.
 #include "ops/packed_linear.h"
 
 #include <ATen/ops/aminmax.h>
@@ -8,6 +9,7 @@
 #include "lora_ext/packed_linear.h"
 #include "ops/checks.h"
 #include "ops/settings.h"
+#include "ops/stream.h"
 
 namespace lora_ext {
 namespace {
@@ -54,10 +56,16 @@ void for_blocks(const PackedBitsArgs& args, void (*twin)(const PackedBitsArgs&, 
               [&](int64_t begin, int64_t end) { twin(args, begin, end); });
 }
 
+// Returns the dtype of a tensor beside a weight of 8 or 4 bits, and checks its device.
+DType bits_dtype(const char* op, const char* name, const Tensor& t) {
+    return launches_kernels(t) ? dtype_of(op, name, t) : packed_dtype(op, name, t);
+}
+
 // Sets the layout of `packed`, which has the shape of a weight (out_features, in_features). The
 // group follows from the number of blocks, and bits and minimum from the size of a block.
 void read_layout(const char* op, const Tensor& packed, PackedBitsArgs& args) {
-    require(packed.is_cpu(), op, "packed", expected("a tensor on the CPU"), found(packed.device()));
+    require(packed.is_cpu() || packed.is_cuda(), op, "packed", expected("a tensor on CPU or CUDA"),
+            found(packed.device()));
     require(packed.scalar_type() == at::kByte, op, "packed",
             expected("pack_weight() with bits=8 or 4, a uint8 tensor"),
             found(packed.scalar_type()));
@@ -86,7 +94,7 @@ void read_layout(const char* op, const Tensor& packed, PackedBitsArgs& args) {
 Tensor pack_bits(const Tensor& weight, int64_t bits, int64_t group, bool minimum) {
     const char* op = "pack_weight";
     PackedBitsArgs args;
-    args.dtype = packed_dtype(op, "weight", weight);
+    args.dtype = bits_dtype(op, "weight", weight);
     check_dim(op, "weight", weight, 2, "(O, I)");
     require(bits == 8 || bits == 4, op, "bits", expected("None, 8 or 4"), found(bits));
     require(group == 32 || group == 64 || group == 128, op, "group", expected("32, 64 or 128"),
@@ -110,15 +118,19 @@ Tensor pack_bits(const Tensor& weight, int64_t bits, int64_t group, bool minimum
     args.weight = const_cast<void*>(rows.const_data_ptr());
     args.weight_stride = rows.stride(0);
     args.packed = packed.mutable_data_ptr<uint8_t>();
-    for_blocks(args, chosen_twins<PackedBitsCpu>().pack);
+    if (launches_kernels(weight)) {
+        const c10::DeviceGuard guard(weight.device());
+        check_launch(op, launch_pack_weight(args, current_stream(weight)));
+    } else {
+        for_blocks(args, chosen_twins<PackedBitsCpu>().pack);
+    }
     return packed;
 }
 
-// Sets dtype, sizes and bias of a product. Returns the bias, which must outlive `args`.
+// Sets sizes and bias of a product. Returns the bias, which must outlive `args`.
 template <class Args>
 Tensor set_operands(const char* op, Args& args, const Tensor& x, const OptionalTensor& bias,
                     int64_t out_features) {
-    args.dtype = packed_dtype(op, "x", x);
     check_dim(op, "x", x, 2, "(T, I)");
     require(out_features >= 0, op, "out_features", expected("at least 0"), found(out_features));
     args.rows = x.size(0);
@@ -132,13 +144,51 @@ Tensor set_operands(const char* op, Args& args, const Tensor& x, const OptionalT
     return dense;
 }
 
+void launch_product(const char* op, PackedBitsArgs& args, const Tensor& x, const Tensor& packed,
+                    Tensor& y) {
+    // The kernel reads rows in pieces of 16 bytes, and has 32 bits for the bytes of all rows.
+    const int64_t size = x.element_size(), apart = args.rows > 1 ? x.stride(0) : args.in_features;
+    const bool fits = x.stride(1) == 1 && apart <= INT32_MAX / 64 / size &&
+                      apart * size % 16 == 0 &&
+                      reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+    const Tensor rows = fits ? x : at::empty(x.sizes(), x.options()).copy_(x);
+    args.input = rows.const_data_ptr();
+    args.x_stride = fits ? apart : args.in_features;
+    // Only a view has codes that 16-byte loads cannot read.
+    const bool aligned = reinterpret_cast<uintptr_t>(args.packed) % 16 == 0;
+    const Tensor codes = aligned ? packed : packed.clone();
+    args.packed = const_cast<uint8_t*>(codes.const_data_ptr<uint8_t>());
+    args.y = y.mutable_data_ptr();
+    const c10::DeviceGuard guard(x.device());
+    Tensor parts;
+    if (const int64_t bytes = packed_linear_workspace_bytes(args); bytes > 0) {
+        parts = at::empty({bytes / 4}, x.options().dtype(at::kFloat));
+        args.parts = parts.mutable_data_ptr<float>();
+    }
+    check_launch(op, launch_packed_linear(args, current_stream(x)));
+}
+
 Tensor product_of_bits(const char* op, const Tensor& x, const Tensor& packed,
                        const OptionalTensor& bias, int64_t out_features, bool int8) {
     PackedBitsArgs args;
+    // Rows of 8 bits have only a twin, which the emulated build also runs.
+    const bool kernel = launches_kernels(x) && !(int8 && x.is_cpu());
+    require(!kernel || !int8, op, "int8", expected("False on CUDA"), found("True"));
+    args.dtype = kernel ? dtype_of(op, "x", x) : packed_dtype(op, "x", x);
     const Tensor dense = set_operands(op, args, x, bias, out_features);
+    check_device(op, "packed", packed, x.device());
     read_layout(op, packed, args);
+    require(!kernel || args.rows <= kMostKernelRows, op, "x",
+            expected("at most ", kMostKernelRows,
+                     " rows on CUDA; multiply more by "
+                     "unpack_weight() with torch, or use the layers of torchao or bitsandbytes"),
+            found(args.rows));
     Tensor y = at::empty({args.rows, out_features}, x.options());
     if (y.numel() == 0) return y;
+    if (kernel) {
+        launch_product(op, args, x, packed, y);
+        return y;
+    }
     const Tensor wide = rows_contiguous(x.to(at::kFloat));
     args.x = wide.const_data_ptr<float>();
     args.x_stride = wide.stride(0);
@@ -194,7 +244,12 @@ Tensor unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_feat
     Tensor weight = at::empty({out_features, in_features}, packed.options().dtype(at::kFloat));
     if (weight.numel() == 0) return weight;
     args.weight = weight.mutable_data_ptr();
-    for_blocks(args, chosen_twins<PackedBitsCpu>().unpack);
+    if (launches_kernels(packed)) {
+        const c10::DeviceGuard guard(packed.device());
+        check_launch(op, launch_unpack_weight(args, current_stream(packed)));
+    } else {
+        for_blocks(args, chosen_twins<PackedBitsCpu>().unpack);
+    }
     return weight;
 }
 
@@ -204,6 +259,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const OptionalTensor
     if (packed.scalar_type() == at::kByte)
         return product_of_bits(op, x, packed, bias, out_features, int8);
     PackedLinearArgs args;
+    args.dtype = packed_dtype(op, "x", x);
     const Tensor dense = set_operands(op, args, x, bias, out_features);
     require(!int8, op, "int8", expected("False for a weight that has no codes"), found("True"));
     check_like(op, "packed", packed, x, "x");

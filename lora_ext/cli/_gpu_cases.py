@@ -536,6 +536,49 @@ def attention(make: Make, op: str = "") -> Case:
     return compared(name, name, make, arguments=causal, op=op)
 
 
+# --- packed weights -------------------------------------------------------------------------------
+def _packed_inputs(rows: int, bits: int, minimum: bool, g: torch.Generator, size: int) -> Inputs:
+    out, width = ((40, 640), (4096, 4096))[size]
+    given = {"x": randn(g, rows, width), "bias": randn(g, out)}
+    packed = reference.pack_weight(randn(g, out, width), bits, 64, minimum)
+    return {**given, "packed": packed}
+
+
+def _of_bias(given: Inputs) -> Inputs:
+    return {**given, "out_features": len(given["bias"])}
+
+
+def packed(rows: int, bits: int, minimum: bool = False) -> Case:
+    """Return the case of a product of ``rows`` rows with a weight of 8 or 4 bits."""
+    name, make = "packed_linear", partial(_packed_inputs, rows, bits, minimum)
+    op = f"{name}, {bits} bits{' and a minimum' * minimum}, {rows} rows"
+    return compared(name, name, make, arguments=_of_bias, op=op)
+
+
+def packing(bits: int) -> Case:
+    """Return the case that rounds a weight to 8 or 4 bits."""
+
+    def make(g: torch.Generator, size: int) -> Inputs:
+        return {"weight": randn(g, *((40, 640), (4096, 4096))[size])}
+
+    how: Any = {"arguments": partial(dict, bits=bits), "exact": True, "timed": False}
+    return compared("pack_weight", "pack_weight", make, op=f"pack_weight, {bits} bits", **how)
+
+
+def unpacking(bits: int) -> Case:
+    """Return the case that computes the weight of packed codes."""
+
+    def make(g: torch.Generator, size: int) -> Inputs:
+        return only(partial(_packed_inputs, 1, bits, False), "packed")(g, size)
+
+    def sizes(given: Inputs) -> Inputs:
+        panels, groups, _ = given["packed"].shape
+        return {**given, "out_features": panels * 32, "in_features": groups * 64}
+
+    name = "unpack_weight"
+    return compared(name, name, make, arguments=sizes, op=f"{name}, {bits} bits")
+
+
 def all_cases() -> list[Case]:
     """Return all cases, which call every launcher at least once."""
     return [
@@ -545,4 +588,6 @@ def all_cases() -> list[Case]:
         compared("chunked_cross_entropy", ENTROPIES, LABELS, ("hidden", "weight"), entropy),
         compared("chunked_kl", DIVERGENCES, OTHER, ("hidden",), divergence),
         attention(_heads_of_rows),
+        *(packed(rows, bits) for rows in (1, 64) for bits in (8, 4)),
+        *(each(bits) for each in (packing, unpacking) for bits in (8, 4)),
     ]

@@ -40,7 +40,7 @@ def _in(case: Case, dtype: torch.dtype) -> Case:
 
 def _dtypes(timed: list[Case]) -> list[Case]:
     """Return the timed cases in the other dtypes of their kernels."""
-    fixed = ("lora_plan", "lora_segment_ids", "circuit_table", "circuit_layers")
+    fixed = ("lora_plan", "lora_segment_ids", "circuit_table", "circuit_layers", "unpack_weight")
     return [
         _in(case, dtype)
         for case in timed
@@ -341,4 +341,6 @@ def _other_paths() -> list[Case]:
         kl(cases.divergence, op="chunked_kl, weight"),
         kl(partial(cases.divergence, softcap=3.0), op="chunked_kl, capped"),
         cases.attention(_wide_heads, "row_attention, 96 columns"),
+        *(cases.packed(rows, bits) for rows in (12, 20) for bits in (8, 4)),
+        *(cases.packed(rows, 4, minimum=True) for rows in (1, 12, 20, 64)),
     ]

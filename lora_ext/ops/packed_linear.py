@@ -1,4 +1,4 @@
-"""Products of few rows with a packed weight, on the CPU.
+"""Products of few rows with a packed weight, on the CPU or, for 8 and 4 bits, on CUDA.
 
 The speed of such a product is limited by reading the weight from memory. :func:`pack_weight` copies
 a weight into panels that :func:`packed_linear` reads once for any number of rows. Weights of 8 and
@@ -19,6 +19,9 @@ _c = torch.ops.lora_ext
 #: Output features per panel.
 PANEL = 32
 
+_DTYPES = torch.float32, torch.bfloat16
+_CUDA_DTYPES = *_DTYPES, torch.float16  # with 8 or 4 bits
+
 
 def pack_weight(
     weight: Tensor, *, bits: int | None = None, group: int = 64, minimum: bool = False
@@ -30,7 +33,7 @@ def pack_weight(
 
     Args:
         weight: Weight ``(O, I)`` float32 or bfloat16 on the CPU. With ``bits``, its values are
-            finite and at most 65504 in magnitude.
+            finite and at most 65504 in magnitude, and it may be on CUDA, in float16 too.
         bits: 8 or 4, or None to keep the dtype of ``weight``.
         group: Input features per scale: 32, 64 or 128, a divisor of ``I``.
         minimum: Whether each group of 4-bit weights also has a float16 minimum. The scale is then
@@ -40,7 +43,8 @@ def pack_weight(
         For float32, ``(ceil(O / 32), I, 32)``, with the input features of a panel in order. For
         bfloat16, ``(ceil(O / 32), ceil(I / 2), 32, 2)``, with pairs of input features; if ``I`` is
         odd, the last two axes are merged, so that the shape differs from that for ``I + 1``. For 8
-        and 4 bits, ``(ceil(O / 32), I / group, bytes of a block)`` uint8.
+        and 4 bits, ``(ceil(O / 32), I / group, bytes of a block)`` uint8, with the same bytes on
+        CPU and CUDA.
 
     Raises:
         ValueError: If a shape, dtype, device or value is wrong; the message names the argument.
@@ -80,10 +84,17 @@ def packed_linear(
     With a weight of 8 or 4 bits, the products of a group of input features with the codes are added
     in float32, and the sum is multiplied by the scale of the group.
 
+    On CUDA, the weight has 8 or 4 bits. Tensor cores add the products of 32 input features with the
+    codes to a float32 sum, which is multiplied by the scale. 16 sums, one for every 16th group of
+    32, are added in a fixed order, whatever the number of rows. Tensor cores round toward zero. An
+    infinite input gives NaN in float32.
+
     The op is not differentiable and ignores autocast.
 
     Args:
-        x: Input ``(T, I)`` float32 or bfloat16 on the CPU; any row stride. A CUDA tensor raises.
+        x: Input ``(T, I)`` float32 or bfloat16; any row stride. On CUDA it may also be float16, and
+            has at most 64 rows. For more rows, multiply by :func:`unpack_weight`, or use layers of
+            torchao or bitsandbytes.
         packed: Result of :func:`pack_weight`: dtype of ``x``, or 8 or 4 bits.
         bias: Bias ``(O,)``, dtype of ``x``, or None.
         out_features: Number ``O`` of output features. None for all features of ``packed``,
@@ -91,7 +102,7 @@ def packed_linear(
         int8: Whether to round each row of ``x`` to 8 bits, which needs a weight of 8 or 4 bits. The
             row's scale is its largest magnitude / 127, so each input changes by at most half of
             this, and an output by at most this times half of the sum of ``|weight|``. The sums of
-            a group are exact. A row that is not finite gives NaN.
+            a group are exact. A row that is not finite gives NaN. CUDA tensors raise.
 
     Returns:
         ``(T, O)``, dtype of ``x``.
@@ -109,7 +120,8 @@ def packed_linear(
 def _fake_pack_weight(
     weight: Tensor, bits: int | None = None, group: int = 64, minimum: bool = False
 ) -> Tensor:
-    require_tensor("pack_weight", "weight", weight, "(O, I)", None, torch.float32, torch.bfloat16)
+    dtypes = _DTYPES if bits is None else _CUDA_DTYPES
+    require_tensor("pack_weight", "weight", weight, "(O, I)", None, *dtypes)
     if bits is None:
         return weight.new_empty(_packed_shape(weight.dtype, *weight.shape))
     rows, wide = weight.shape
@@ -127,7 +139,8 @@ def _fake_packed_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, int8: bool = False
 ) -> Tensor:
     op = "packed_linear"
-    require_tensor(op, "x", x, "(T, I)", None, torch.float32, torch.bfloat16)
+    dtypes = _CUDA_DTYPES if packed.dtype == torch.uint8 else _DTYPES
+    require_tensor(op, "x", x, "(T, I)", None, *dtypes)
     if packed.dtype != torch.uint8:
         shape = _packed_shape(x.dtype, out_features, x.shape[1])
         require_shape(op, "packed", packed, "of pack_weight", shape)

@@ -149,10 +149,13 @@ class Settings:
         shared = "max_requests max_rank context max_loaded_bytes host_cache_bytes max_wait_s"
         how: dict[str, Any] = {name: getattr(self, name) for name in shared.split()}
         if embeds is None:
-            pack = PACK[self.pack] if packing(model).fits and not self.exact else False
+            pack = PACK[self.pack]
+            bits = pack if type(pack) is int else None
+            if self.exact or not packing(model, bits=bits).fits:
+                pack = False
             engine = Engine(model, tokenizer, self.adapters, pack_base=pack, **how)
             if self.pack != "none" and not self.exact:
-                say(f"{packing(model)}; --no-pack disables packing")
+                say(f"{packing(model, bits=bits)}; --no-pack disables packing")
             return engine
         pooling, normalize = embeds
         how |= {"pooling": pooling, "normalize": normalize}

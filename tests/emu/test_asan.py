@@ -35,6 +35,7 @@ def test_buffer_shorter_than_declared_is_found(build_folder: Path):
         "circuit_sum_asan",
         "circuit_layers_asan",
         "depth_mix_asan",
+        "packed_linear_asan",
         "row_attention_asan",
         "vocab_asan",
     ],

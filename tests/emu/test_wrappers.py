@@ -141,7 +141,7 @@ def test_votes_matches_and_reductions_equal_the_formula(emulator, seed):
 
 def test_bits_and_conversions_equal_the_formula(emulator):
     words = golden_input()
-    out = run(emulator, "bits", words)[: 9 * 32].reshape(9, 32)
+    out = run(emulator, "bits", words)[: 13 * 32].reshape(13, 32)
     for lane in range(32):
         x, y = int(words[lane]), int(words[32 + lane])
         assert list(out[:6, lane]) == [
@@ -159,6 +159,17 @@ def test_bits_and_conversions_equal_the_formula(emulator):
     np.testing.assert_array_equal(out[7], low | (low ^ 0x8000) << 16)
     low = f.astype(np.float16).view(np.uint16).astype(np.uint64)
     np.testing.assert_array_equal(out[8], low | (low ^ 0x8000) << 16)
+    each = words[:64].view(np.uint8).reshape(2, 32, 4).transpose(1, 0, 2).reshape(32, 8)
+    for row, chosen in ((9, [0, 4, 1, 5]), (10, [3, 6, 7, 2])):
+        np.testing.assert_array_equal(out[row].view(np.uint8).reshape(32, 4), each[:, chosen])
+    pairs = (words[:64] & np.uint32(0xBFFFBFFF)).view(np.uint16).reshape(2, 32, 2)
+    wide = (pairs.astype(np.uint32) << 16).view(np.float32)
+    bits = (wide[0] - wide[1]).view(np.uint32).astype(np.uint64)
+    low = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    np.testing.assert_array_equal(out[11], low[:, 0] | low[:, 1] << 16)
+    halves = pairs.view(np.float16)
+    low = (halves[0] - halves[1]).view(np.uint16).astype(np.uint64)
+    np.testing.assert_array_equal(out[12], low[:, 0] | low[:, 1] << 16)
 
 
 def check_exponentials(found: np.ndarray) -> None:

@@ -4,6 +4,7 @@
 //
 // `in`: 4096 32-bit words, `out`: 4096. On a GPU both are device memory.
 #include "lx/device.h"
+#include "lx/pairs.h"
 
 namespace {
 
@@ -105,6 +106,11 @@ __global__ void bits_kernel(const uint32_t* in, uint32_t* out) {
     put(lx::to_tf32(f));
     put(lx::pack_floats<lx::bf16>(f, -f));
     put(lx::pack_floats<lx::f16>(f, -f));
+    put(lx::byte_permute(x, y, 0x5140));
+    put(lx::byte_permute(x, y, 0x2763));
+    const uint32_t u = x & 0xbfffbfffu, v = y & 0xbfffbfffu;  // finite
+    put(lx::subtract_pairs<lx::bf16>(u, v));
+    put(lx::subtract_pairs<lx::f16>(u, v));
 }
 
 // Exponentials of the words as integers times 2^-24: from -128 to -64, and from 0 to 64.

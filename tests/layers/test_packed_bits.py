@@ -6,16 +6,19 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from cases_packed_linear import FORMATS
+from backends import Backend
+from cases_packed_linear import FORMATS, bits_dtypes
 from torch import Tensor, nn
 
 import lora_ext
 from lora_ext import ops
-from lora_ext.layers.base import _packing_choice
+from lora_ext.layers.base import _packed_only, _packing_choice
+from lora_ext.layers.base._packed_weight import why_not_packed
 from lora_ext.nn import (
     LoraConfig,
     LoraLinear,
@@ -305,3 +308,64 @@ def test_wrapping_a_packed_model_keeps_its_weights() -> None:
             wrapped = wrap(packed, LoraConfig(r=4, target_modules=["inner", "outer"]))
         with torch.no_grad():
             torch.testing.assert_close(wrapped(IDS), expected)
+
+
+@pytest.mark.parametrize(("bits", "minimum"), FORMATS)
+@pytest.mark.parametrize("keep", [True, False])
+def test_kernels_compute_up_to_64_rows_and_torch_more_with_the_same_weights(
+    backend: Backend, bits: int, minimum: bool, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend.is_twin:
+        pytest.skip("twins take any number of rows")
+    # The tensors of an emulator are on the CPU, where layers do not limit rows.
+    monkeypatch.setattr(_packed_only, "limits_rows", lambda x: True)
+    how: dict[str, Any] = {"bits": bits, "group": 32, "minimum": minimum}
+    for dtype in bits_dtypes(backend) if backend.device == "cuda" else [torch.bfloat16]:
+        packed = pack_linears(model(dtype).to(backend.device), **how, keep=keep)
+        expected = dequantised(model(dtype).float(), **how)(IDS)
+        ids = IDS.to(backend.device)
+        few, many = packed(ids), packed(torch.cat([ids, ids]))
+        size = torch.finfo(dtype).eps * expected.abs().max()
+        for found in (few, many[:40], many[40:]):
+            assert (found.cpu() - expected).abs().max() <= 8 * size
+        assert torch.equal(packed(ids[:3]), few[:3])
+        packed.inner.train()
+        x = torch.randn(70, 64, dtype=dtype, device=backend.device, requires_grad=True)
+        packed.inner(x).sum().backward()
+        assert x.grad is not None and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_attached_layers_use_the_kernel_below_the_adapters(backend: Backend, bits: int) -> None:
+    if backend.is_twin:
+        pytest.skip("see test_attach_packs_to_bits_and_detach_unpacks")
+    plain, ids = model().to(backend.device), IDS[:7].to(backend.device)
+    expected = dequantised(model(), bits=bits, group=64)(IDS[:7])
+    pool = lora_ext.AdapterPool(plain, max_slots=2, max_rank=8, targets=["inner"])
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["inner"]}
+    key = "base_model.model.inner.lora_"
+    pool.load(
+        "a", (config, {f"{key}A.weight": torch.eye(4, 64), f"{key}B.weight": torch.eye(128, 4)})
+    )
+    lora_ext.attach(plain, pool, pack_base=bits)
+    torch.testing.assert_close(plain(ids).cpu(), expected)
+    with lora_ext.adapters([None, "a", *[None] * 5]):
+        found = plain(ids[:, None])[:, 0].cpu()
+    torch.testing.assert_close(found[[0, *range(2, 7)]], expected[[0, *range(2, 7)]])
+    assert (found[1] - expected[1]).abs().max() > 1e-3
+    lora_ext.detach(plain)
+
+
+def test_weights_on_cuda_are_packed_to_8_or_4_bits_only() -> None:
+    weight: Any = SimpleNamespace(device=torch.device("cuda:0"), is_cuda=True, dtype=torch.int8)
+    text = "a weight on the CPU, found one on cuda:0; pack it to 8 or 4 bits"
+    assert why_not_packed(weight) == text
+    assert "float32, bfloat16 or float16, found" in str(why_not_packed(weight, bits=8))
+    half = model(torch.float16)
+    with pytest.raises(ValueError, match="expected a weight of float32 or bfloat16, found"):
+        pack_linears(half, bits=8)
+
+
+def test_packing_with_bits_reports_the_smaller_copies() -> None:
+    plain = packing(model()).bytes
+    assert [packing(model(), bits=bits).bytes for bits in (8, 4)] == [plain // 4, plain // 8]

@@ -145,9 +145,9 @@ circuit_layers_backward circuit_layers LayersCpu.backward layers_backward
 circuit_layers_walk circuit_layers_walk LayersCpu.walk layers_walk
 depth_mix_forward depth_mix DepthMixCpu.forward depth_mix
 depth_mix_backward depth_mix DepthMixCpu.backward depth_mix_backward
-pack_weight pack_weight PackedLinearCpu.pack -
-packed_linear packed_linear PackedLinearCpu.product -
-unpack_weight unpack_weight PackedBitsCpu.unpack -
+pack_weight pack_weight PackedLinearCpu.pack pack_weight
+packed_linear packed_linear PackedLinearCpu.product packed_linear
+unpack_weight unpack_weight PackedBitsCpu.unpack unpack_weight
 pointwise pointwise PointwiseCpu.apply -
 row_attention row_attention RowAttentionCpu.attend row_attention
 vocab_cross_entropy chunked_cross_entropy VocabCpu.cross_entropy_update cross_entropy_update

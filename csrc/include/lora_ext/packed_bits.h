@@ -1,4 +1,4 @@
-// Products of few rows with a packed weight of 8 or 4 bits on the CPU: y[t] = W x[t] + bias.
+// Products of few rows with a packed weight of 8 or 4 bits: y[t] = W x[t] + bias.
 //
 // W (O, I) is stored in blocks of kPanel outputs x `group` in-features, (ceil(O / kPanel),
 // I / group, block_bytes). A block contains codes in steps of kPanel x 4 bytes, then kPanel scales
@@ -6,8 +6,8 @@
 //   8 bits: byte f is the code q of in-feature f of the step's 4, W = scale q, -127 <= q <= 127;
 //   4 bits: the low half of byte f is the code of in-feature f of the step's 8, the high half that
 //   of in-feature 4 + f. W = scale (q - 8), or scale q + minimum, 0 <= q <= 15.
-// Rows beyond O are zero codes with zero scales. All instruction sets use this layout. The codes of
-// GGUF's blocks Q8_0, Q4_0 and Q4_1 can be stored without a change.
+// Rows beyond O are zero codes with zero scales. All instruction sets and CUDA use this layout. The
+// codes of GGUF's blocks Q8_0, Q4_0 and Q4_1 can be stored without a change.
 #pragma once
 
 #include "lora_ext/common.h"
@@ -16,12 +16,13 @@
 namespace lora_ext {
 
 struct PackedBitsArgs {
-    DType dtype = DType::kFloat32;  // dtype of bias, y and weight: kFloat32 or kBFloat16
+    // dtype of bias, y and weight: kFloat32, kBFloat16 or, in kernels, kFloat16
+    DType dtype = DType::kFloat32;
     int64_t rows = 0, in_features = 0, out_features = 0;
     int64_t bits = 8, group = 64;
     bool minimum = false;
-    const float* x = nullptr;    // (T, I), widened to float32
-    int64_t x_stride = 0;        // elements between rows
+    const float* x = nullptr;    // (T, I), widened to float32, for twins
+    int64_t x_stride = 0;        // elements between rows of x or input
     const void* bias = nullptr;  // (O,), or nullptr
     void* y = nullptr;           // (T, O)
     void* weight = nullptr;      // (O, I): read by pack, written as float32 by unpack
@@ -30,12 +31,15 @@ struct PackedBitsArgs {
     float* sums = nullptr;       // (T, I / group) sums of x, written by prepare; or nullptr
     int8_t* codes = nullptr;     // (T, I) x as int8, written by prepare; or nullptr
     float* x_scales = nullptr;   // (T,) scale of each row of codes
+    const void* input =
+        nullptr;             // (T, I) of the dtype above, rows aligned to 16 bytes: x for kernels
+    float* parts = nullptr;  // workspace of launch_packed_linear
 };
 
-constexpr int64_t code_bytes(const PackedBitsArgs& args) {
+LX_HOST_DEVICE constexpr int64_t code_bytes(const PackedBitsArgs& args) {
     return kPanel * args.group * args.bits / 8;
 }
-constexpr int64_t block_bytes(const PackedBitsArgs& args) {
+LX_HOST_DEVICE constexpr int64_t block_bytes(const PackedBitsArgs& args) {
     return code_bytes(args) + kPanel * (args.minimum ? 4 : 2);
 }
 
@@ -51,5 +55,18 @@ struct PackedBitsCpu {
     void (*prepare)(const PackedBitsArgs&, int64_t begin, int64_t end);
     void (*product)(const PackedBitsArgs&, int64_t begin, int64_t end);
 };
+
+// CUDA. Codes, scales and minima have the same bits as the twins'. A product takes at most
+// kMostKernelRows rows; the bits of a row depend only on that row, W and bias. In-features are
+// processed in chunks of 32. The products of a chunk with the codes are added in float32, by tensor
+// cores, to a sum that starts at 0, and the sum is multiplied by the scale. Chunk c belongs to slice
+// c % 16. A slice adds its chunks in order, with those of the minimum as the twins do; four slices
+// in order are a part, and an element starts at the bias and adds its four parts in order.
+constexpr int64_t kMostKernelRows = 64;
+LaunchStatus launch_pack_weight(const PackedBitsArgs& args, void* stream);
+LaunchStatus launch_unpack_weight(const PackedBitsArgs& args, void* stream);
+// Return the bytes of args.parts; may be 0.
+int64_t packed_linear_workspace_bytes(const PackedBitsArgs& args);
+LaunchStatus launch_packed_linear(const PackedBitsArgs& args, void* stream);
 
 }  // namespace lora_ext

@@ -26,14 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
-from lora_ext import ops
 from lora_ext._checks import choice, number, require, require_flags
 from lora_ext._memory import free_bytes
 from lora_ext._torch import compiles, linear
 
 from ._gguf import gguf_blocks
 from ._modules import base_modules, linear_size
-from ._packed_only import PackedOnlyLinear, PackedProduct, watched
+from ._packed_only import PackedOnlyLinear, PackedProduct, packed_product, watched
 from ._packed_weight import Format, PackedWeight, why_not_packed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,7 +52,7 @@ _STATE = "_packed_weight"
 
 
 class PackedLinear(nn.Linear):
-    """``nn.Linear`` with a second, packed copy of its weight for evaluation on the CPU.
+    """``nn.Linear`` with a second, packed copy of its weight for evaluation.
 
     :func:`pack_linears` sets the class of an ``nn.Linear`` to this class; the object and its
     parameters remain the same. :func:`unpack_linears` undoes this. Before each use of the copy, the
@@ -83,7 +82,7 @@ class PackedLinear(nn.Linear):
             return None
         weight: Tensor = self.weight
         eager = not compiles() and _compiler() is None and type(x) in (Tensor, nn.Parameter)
-        traced = not eager or watched()
+        traced = not eager or watched(x)
         if traced or not x.is_cpu or x.dtype != weight.dtype:
             found = f"one of {x.dtype} on {x.device}"
             if traced:
@@ -114,7 +113,7 @@ class PackedLinear(nn.Linear):
             apply: Any = PackedProduct.apply
             y = apply(x2d, packed, self.bias, self.out_features, False, self.weight)  # (T, O)
             return y.view(*x.shape[:-1], self.out_features)
-        if compiles() or type(x) is not Tensor or self.training or watched():
+        if compiles() or type(x) is not Tensor or self.training or watched(x):
             return None
         weight, bias, wide = self.weight, self.bias, self.in_features
         state: PackedWeight = self.__dict__[_STATE]
@@ -123,7 +122,7 @@ class PackedLinear(nn.Linear):
         if not few or rows == 0 or x.dtype != weight.dtype:
             return None
         shape = x.shape
-        if not x.is_cpu or shape[-1] != wide:
+        if x.device != weight.device or shape[-1] != wide:
             return None
         if torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -133,9 +132,9 @@ class PackedLinear(nn.Linear):
         if packed is None:
             return None
         if len(shape) == 2:
-            return ops.packed_linear(x, packed, bias, self.out_features, form.int8)  # (T, O)
+            return packed_product(x, packed, bias, self.out_features, form.int8)  # (T, O)
         x2d = x.view(rows, wide) if x.is_contiguous() else x.reshape(rows, wide)  # (T, I)
-        y = ops.packed_linear(x2d, packed, bias, self.out_features, form.int8)  # (T, O)
+        y = packed_product(x2d, packed, bias, self.out_features, form.int8)  # (T, O)
         return y.view(*shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> PackedLinear:
@@ -201,7 +200,8 @@ def pack_linears(
 
     With ``bits``, the copies contain rounded weights: see :func:`lora_ext.ops.pack_weight`. They
     are used for any number of rows, so that a prompt and its answer are computed with the same
-    weights. Training uses the plain weights.
+    weights. Training uses the plain weights. Such layers may be on CUDA, where torch multiplies
+    more than 64 rows by a dequantised weight, and changes through ``weight.data`` are not detected.
 
     Args:
         model: model in evaluation mode, or a linear layer. Its quantised layers are not packed,
@@ -212,7 +212,7 @@ def pack_linears(
         bits: 8 or 4, or None for copies in the dtype of the weights.
         group: input features per scale: 32, 64 or 128, a divisor of those of every layer.
         minimum: whether groups of 4-bit weights also have a minimum.
-        activations: "float", or "int8" to round each row of the inputs to 8 bits.
+        activations: "float", or "int8" to round each row of the inputs to 8 bits (on the CPU).
         keep: whether to keep the plain weights. If False, all products use the packed weights, also
             in training. Merging an adapter packs the merged weight. The layers cannot be moved to
             another device, and saving or pickling them raises RuntimeError.
@@ -224,10 +224,10 @@ def pack_linears(
 
     Raises:
         ValueError: If a name is not that of a linear layer, the model has no plain linear layer, or
-            a layer is in training mode, is not on the CPU, is not in float32 or bfloat16 (for
-            example, quantised), was created in inference mode, or has a replaced forward. With
-            ``bits``, if a value is not finite or above 65504, or the group does not divide the
-            input features.
+            a layer is in training mode, is not on the CPU (with ``bits``: CPU or CUDA), is not in
+            float32 or bfloat16 (on CUDA also float16), was created in inference mode, or has a
+            replaced forward. With ``bits``, if a value is not finite or above 65504, or the group
+            does not divide the input features.
         RuntimeError: If a layer is packed already.
 
     After any error the model is unchanged.
@@ -243,7 +243,7 @@ def pack_linears(
     found = f"only {_some(left)}" if left else f"none in {type(model).__name__}"
     require(chosen, "pack_linears", "model", "plain linear layers", found)
     for name, module in chosen.items():
-        _check(name, module)
+        _check(name, module, blocks[name][0].bits if blocks else bits, form.int8)
     states: dict[int, PackedWeight] = {}
     for name, module in chosen.items():
         if id(module.weight) not in states:
@@ -273,7 +273,7 @@ def _packed(
     """Pack a weight, or use the copy that is given."""
     state = PackedWeight(form if given is None else given[0]._replace(int8=form.int8))
     if given is not None:
-        state.hold(weight, given[1])
+        state.hold(weight, given[1].to(weight.device))
         return state
     try:
         state.copy_made_now(weight)
@@ -367,7 +367,7 @@ class Packing(_Packing):
         return f"the base model is not packed for decoding: {self.reason}"
 
 
-def packing(model: nn.Module, share: float = 0.25) -> Packing:
+def packing(model: nn.Module, share: float = 0.25, *, bits: int | None = None) -> Packing:
     """Check whether :func:`pack_linears` supports a model and its copies fit into memory.
 
     The function does not pack the model. ``str()`` of the result describes how the model is packed
@@ -376,6 +376,7 @@ def packing(model: nn.Module, share: float = 0.25) -> Packing:
     Args:
         model: model that may be packed.
         share: maximum share of the free memory that the copies may use, above 0 and at most 1.
+        bits: as in :func:`pack_linears`.
 
     Raises:
         ValueError: If ``share`` is out of range.
@@ -385,10 +386,12 @@ def packing(model: nn.Module, share: float = 0.25) -> Packing:
     plain = [m for m in layers if not isinstance(m, PackedOnlyLinear) and hasattr(m, "weight")]
     weights = {id(m.weight): m.weight for m in plain}
     wanted = sum(
-        -(-w.shape[0] // 32) * 32 * w.shape[1] * w.element_size() for w in weights.values()
+        -(-w.shape[0] // 32) * 32 * w.shape[1] * (8 * w.element_size() if bits is None else bits)
+        for w in weights.values()
     )
-    free = free_bytes("cpu") or 0
-    refusals = [why_not_packed(w) for w in weights.values()]
+    wanted //= 8
+    free = free_bytes(next(iter(weights.values())).device if weights else "cpu") or 0
+    refusals = [why_not_packed(w, bits) for w in weights.values()]
     refused = next((each for each in refusals if each is not None), None)
     reason = None
     if left:
@@ -444,7 +447,7 @@ def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, base
 
 
-def _check(name: str, module: nn.Linear) -> None:
+def _check(name: str, module: nn.Linear, bits: int | None, int8: bool) -> None:
     where, what = "pack_linears: model", repr(name)
     plain = type(module) not in (PackedLinear, PackedOnlyLinear)
     expected = "a layer that is not packed"
@@ -454,6 +457,8 @@ def _check(name: str, module: nn.Linear) -> None:
     require(not module.training, where, what, "evaluation mode", found)
     own, found = "forward" in module.__dict__, "a replaced forward (accelerate's offloading?)"
     require(not own, where, what, "nn.Linear's forward", found)
-    refusal = why_not_packed(module.weight)
+    expected, cuda = "'float' for weights on CUDA", module.weight.is_cuda
+    require(not (int8 and cuda), "pack_linears", "activations", expected, "'int8'")
+    refusal = why_not_packed(module.weight, bits)
     if refusal is not None:
         raise ValueError(f"{where}: {what}: expected {refusal}")

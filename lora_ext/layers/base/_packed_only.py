@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import require
-from lora_ext._torch import compiles, linear, spaced
+from lora_ext._torch import AUTOCASTS, compiles, linear, spaced
 
 from ._packed_weight import Format
+
+#: Largest number of rows that :func:`lora_ext.ops.packed_linear` multiplies on CUDA.
+MAX_CUDA_ROWS = 64
 
 
 class PackedOnlyLinear(nn.Linear):
@@ -43,12 +46,12 @@ class PackedOnlyLinear(nn.Linear):
         if tied is not None and self.training and torch.is_grad_enabled():
             found = "one tied to a weight that trains; freeze that weight, or pack with keep=True"
             require(not tied.requires_grad, "pack_linears", "weight", "a frozen weight", found)
-        plain = input.is_cpu and input.dtype in (torch.float32, torch.bfloat16)
+        plain = input.device == self.packed.device and takes(input)
         plain &= bias is None or bias.dtype == input.dtype
-        if compiles() or type(input) is not Tensor or not plain or watched():
+        if compiles() or type(input) is not Tensor or not plain or watched(input):
             return linear(input, self.dequantised().to(input.dtype), bias)
         x2d = input.reshape(-1, self.in_features)  # (T, I)
-        product: Any = PackedProduct.apply if torch.is_grad_enabled() else ops.packed_linear
+        product: Any = PackedProduct.apply if torch.is_grad_enabled() else packed_product
         y = product(x2d, self.packed, bias, self.out_features, self.form.int8)  # (T, O)
         return y.view(*input.shape[:-1], self.out_features)
 
@@ -67,9 +70,11 @@ class PackedOnlyLinear(nn.Linear):
         self.packed = self.form.pack(weight.detach().to(self.dtype))
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> PackedOnlyLinear:
-        moved = fn(torch.empty(0, dtype=self.dtype))
+        here = self.packed.device
+        moved = fn(torch.empty(0, dtype=self.dtype, device=here))
         found = f"{moved.device}; pack with keep=True to move the model"
-        require(moved.is_cpu, "pack_linears", "keep=False", "the CPU", found, RuntimeError)
+        stays = moved.device == here
+        require(stays, "pack_linears", "keep=False", f"the device {here}", found, RuntimeError)
         self.dtype = moved.dtype
         return super()._apply(fn, *args, **kwargs)  # pyright: ignore[reportReturnType]
 
@@ -119,7 +124,7 @@ class PackedProduct(torch.autograd.Function):
         ctx.sizes = (out, x.shape[1]) if weight is None else None
         train = weight is not None and ctx.needs_input_grad[5]
         ctx.save_for_backward(x if train else None, packed if weight is None else weight)
-        return ops.packed_linear(x, packed, bias, out, int8)
+        return packed_product(x, packed, bias, out, int8)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,10 +137,31 @@ class PackedProduct(torch.autograd.Function):
         return (*each, None, None, dweight)[: len(needs)]
 
 
-def watched() -> bool:
-    """Return whether autocast, tracing or a transform of torch is active."""
+def takes(x: Tensor) -> bool:
+    """Return whether packed products take inputs with the dtype and device of ``x``."""
+    return x.dtype in (torch.float32, torch.bfloat16) or (x.dtype == torch.float16 and x.is_cuda)
+
+
+def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, int8: bool) -> Tensor:
+    """Compute ``ops.packed_linear`` for any number of rows ``x (T, I)``.
+
+    On CUDA, torch multiplies more rows than the op takes, with a dequantised copy of the weight.
+    """
+    if len(x) <= MAX_CUDA_ROWS or not limits_rows(x):
+        return ops.packed_linear(x, packed, bias, out, int8)
+    return linear(x, ops.unpack_weight(packed, out, x.shape[1]).to(x.dtype), bias)
+
+
+def limits_rows(x: Tensor) -> bool:
+    """Return whether the op takes at most ``MAX_CUDA_ROWS`` rows, because ``x`` is on CUDA."""
+    return x.is_cuda
+
+
+def watched(x: Tensor) -> bool:
+    """Return whether autocast for ``x``, tracing or a transform of torch is active."""
+    kind = x.device.type
     return (
-        torch.is_autocast_enabled("cpu")
+        (kind in AUTOCASTS and torch.is_autocast_enabled(kind))
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0

@@ -2,7 +2,7 @@
 
 torch counts in-place writes to a tensor in ``_version``, but it does not count writes through
 ``weight.data`` or ``weight.numpy()``. The cache therefore also compares a sample of the weight's
-values.
+values, except on CUDA, where the host would wait for the result.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class PackedWeight:
             if snapshot.packed is None:
                 snapshot.keep(weight, self.form.pack(weight.detach()))
             return snapshot.packed
-        self._snapshot = _Snapshot(weight) if why_not_packed(weight) is None else None
+        refused = why_not_packed(weight, self.form.bits) is not None
+        self._snapshot = None if refused else _Snapshot(weight)
         return None
 
     def hold(self, weight: Tensor, packed: Tensor) -> None:
@@ -111,17 +112,22 @@ class _Snapshot:
 
     def keep(self, weight: Tensor, packed: Tensor) -> None:
         """Store a copy of the weight, and a sample of the weight's values."""
-        view = _sample_of(weight.detach())
-        self._sample = view, view.clone()
+        if weight.is_cpu:
+            view = _sample_of(weight.detach())
+            self._sample = view, view.clone()
         self.packed = packed
 
 
-def why_not_packed(weight: Tensor) -> str | None:
+def why_not_packed(weight: Tensor, bits: int | None = None) -> str | None:
     """Return why a weight cannot be packed, as ``<expected>, found <found>``; None if it can."""
-    if weight.device.type != "cpu":
-        return f"a weight on the CPU, found one on {weight.device}"
-    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES:
-        return f"a weight of float32 or bfloat16, found {type(weight).__name__} of {weight.dtype}"
+    on_cuda = bits is not None and weight.is_cuda
+    if not on_cuda and weight.device.type != "cpu":
+        remedy = "; pack it to 8 or 4 bits" if weight.is_cuda else ""
+        return f"a weight on the CPU, found one on {weight.device}{remedy}"
+    dtypes = (*_DTYPES, torch.float16) if on_cuda else _DTYPES
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in dtypes:
+        expected = "float32, bfloat16 or float16" if on_cuda else "float32 or bfloat16"
+        return f"a weight of {expected}, found {type(weight).__name__} of {weight.dtype}"
     if weight.is_inference():
         return "a weight created outside inference_mode (to detect changes), found one from inside"
     return None

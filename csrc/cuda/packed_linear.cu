@@ -1,0 +1,530 @@
+// Products of up to 64 rows with packed weights of 8 and 4 bits; packed_bits.h has the layout and
+// the order of the sums.
+//
+// A warp processes a panel of 32 outputs and every 16th chunk of 32 in-features. A block has 16
+// warps. For up to 16 rows they are the 16 slices of a panel. For up to 32 rows (16 bits, without
+// minima), they are the four slices of a part of four panels, which read the same rows from L1. A
+// lane copies its bytes of codes to a ring of its own in shared memory, without barriers, so that
+// many chunks are on their way.
+//
+// The 16 bytes of a lane are four outputs x four in-features (8 bits) or eight (4 bits): operand A
+// of m16n8k16, outputs on the M side and rows of x on the N side. Lane (g, t), g = lane / 4,
+// t = lane % 4, has outputs 4g to 4g + 3, of which tile m of two has 4g + 2m and 4g + 2m + 1, and
+// in-features 8t to 8t + 7 of the chunk, which are 16 contiguous bytes of a row of x (float32: 32).
+// Codes become 16-bit floats exactly: an exponent is put over the code, and the offset subtracted.
+// A float32 x is the sum of three bfloat16, each multiplied. A product of x with ones gives the
+// sums that a minimum needs. Bound: bytes of the weight, read once from memory. With more rows,
+// adjacent blocks share a panel, and all but one find it in L2.
+#include "lora_ext/packed_bits.h"
+
+#include "launch.cuh"
+#include "lx/pairs.h"
+
+namespace lora_ext {
+namespace {
+
+constexpr int kWarps = 16, kThreads = kWarps * lx::kWarpSize;
+constexpr int kChunk = 32;  // in-features
+constexpr int kParts = 4, kSlices = 4, kAllSlices = kParts * kSlices;
+constexpr int kTileRows = 8;  // rows of x in a product
+constexpr int kOutputs = static_cast<int>(kPanel);
+constexpr int64_t kMaxPanels = 65535;  // of a grid
+// Floats between rows of sums in shared memory. Eight lanes that store 16 bytes use all banks.
+constexpr int kSumStride = kOutputs + 4;
+
+// Panels of a block for kTiles tiles of rows: 1, 2 or 4.
+template <int kTiles>
+constexpr int kPanels = kTiles > 2 ? 4 : 1;
+
+// A step of the ring: bytes of codes and of scales (with minima) per lane.
+template <int kBits, bool kMinimum>
+struct Stage {
+    static constexpr int kWords = kBits / 4;  // 16-byte words
+    static constexpr int kScales = kMinimum ? 2 : 1;
+    static constexpr int kBytes = kThreads * (16 * kWords + 8 * kScales);
+    static constexpr int kCount = kBits == 8 ? 4 : 6;
+    static constexpr int kRing = kCount * kBytes;
+};
+
+// Work that all blocks share.
+struct Layout {
+    int64_t panel_bytes;
+    int64_t stride;  // bytes between chunks of a slice
+    int block_bytes, code_bytes;
+    int chunks, shift;  // of a row; log2 of the chunks in a group
+    int panels, parts;  // parts: how many a block computes, 1 or 4
+    int row_bytes;      // between rows of x
+};
+
+// Returns the type of the operands of a product.
+template <class T>
+using Operand = std::conditional_t<std::is_same_v<T, lx::f16>, lx::f16, lx::bf16>;
+
+// ------------------------------------------------------------------------------------------------
+// Codes
+
+// Returns the four codes of 8 bits of a word as two pairs of numbers.
+template <class H>
+LX_DEVICE void widen_bytes(uint32_t word, uint32_t (&pair)[2]) {
+    if constexpr (std::is_same_v<H, lx::f16>) {  // 1024 + (q + 128)
+        const uint32_t flipped = word ^ 0x80808080u;
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            pair[i] = lx::subtract_pairs<H>(
+                lx::byte_permute(flipped, 0x64646464u, i ? 0x5342 : 0x5140), 0x64806480u);
+    } else {  // 128 + the lower 7 bits, minus 128 or, if the sign is set, 256
+        const uint32_t low = word & 0x7f7f7f7fu, sign = word & 0x80808080u;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const unsigned selector = i ? 0x5342 : 0x5140;
+            pair[i] = lx::subtract_pairs<H>(lx::byte_permute(low, 0x43434343u, selector),
+                                            lx::byte_permute(sign, 0x43434343u, selector));
+        }
+    }
+}
+// Returns the eight codes of 4 bits of a word, centred: in-features (0, 2), (1, 3), (4, 6), (5, 7).
+template <class H>
+LX_DEVICE void widen_nibbles(uint32_t word, uint32_t (&pair)[4]) {
+    constexpr bool kHalf = std::is_same_v<H, lx::f16>;
+    constexpr uint32_t kOver = kHalf ? 0x64006400u : 0x43004300u;  // 1024 or 128
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t shifted = word >> (4 * (i / 2) + 8 * (i % 2));
+        pair[i] =
+            lx::subtract_pairs<H>(lx::and_or(shifted, 0x000f000fu, kOver), kOver + 0x00080008u);
+    }
+}
+
+// Operand A of the products of a chunk for a tile of outputs: [step of 16 in-features][register].
+using Codes = uint32_t[2][4];
+
+template <class H, int kBits>
+LX_DEVICE void widen(const uint4 (&words)[kBits / 4], int tile, Codes& a) {
+    constexpr int kPairs = 16 / kBits;
+#pragma unroll
+    for (int i = 0; i < kBits / 4; ++i) {
+        const uint32_t outputs[2] = {tile ? words[i].z : words[i].x,
+                                     tile ? words[i].w : words[i].y};
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+            uint32_t pair[kPairs];
+            if constexpr (kBits == 8)
+                widen_bytes<H>(outputs[o], pair);
+            else
+                widen_nibbles<H>(outputs[o], pair);
+#pragma unroll
+            for (int k = 0; k < kPairs; ++k) a[kBits == 8 ? i : k / 2][o + 2 * (k % 2)] = pair[k];
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Rows of x
+
+// Pieces of 16 bytes in eight elements of a row.
+template <class T>
+constexpr int kPieces = static_cast<int>(sizeof(T)) / 2;
+
+// Operand B: [part, smallest first][step][register]; the sum of the parts is x.
+template <class T>
+using Rows = uint32_t[sizeof(T) == 2 ? 1 : 3][2][2];
+
+template <class T, int kBits>
+LX_DEVICE void row_operand(const uint4 (&words)[kPieces<T>], Rows<T>& b) {
+    if constexpr (sizeof(T) == 2) {
+        const uint32_t w[4] = {words[0].x, words[0].y, words[0].z, words[0].w};
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+            const uint32_t low = w[2 * step], high = w[2 * step + 1];
+            // In-features (0, 2), (1, 3) of four, as those of the codes of 4 bits.
+            b[0][step][0] = kBits == 8 ? low : lx::byte_permute(low, high, 0x5410);
+            b[0][step][1] = kBits == 8 ? high : lx::byte_permute(low, high, 0x7632);
+        }
+    } else {
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+            const uint4& w = words[step];
+            const float v[4] = {lx::bit_cast<float>(w.x), lx::bit_cast<float>(w.y),
+                                lx::bit_cast<float>(w.z), lx::bit_cast<float>(w.w)};
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                float first = v[kBits == 8 ? 2 * k : k], second = v[kBits == 8 ? 2 * k + 1 : k + 2];
+#pragma unroll
+                for (int part = 2; part >= 0; --part) {
+                    const uint32_t pair = lx::pack_floats<lx::bf16>(first, second);
+                    b[part][step][k] = pair;
+                    first -= lx::bit_cast<float>(pair << 16);
+                    second -= lx::bit_cast<float>(pair & 0xffff0000u);
+                }
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Products
+
+// Returns four adjacent float16 as floats.
+LX_DEVICE void load_halves(const unsigned char* p, float (&v)[4]) {
+    const uint2 four = *reinterpret_cast<const uint2*>(p);
+    const float2 low = lx::unpack_floats<lx::f16>(four.x);
+    const float2 high = lx::unpack_floats<lx::f16>(four.y);
+    v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
+}
+
+// Calls f(step, part) for the products of a chunk.
+template <class T, class F>
+LX_DEVICE void for_products(F&& f) {
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+#pragma unroll
+        for (int part = 0; part < static_cast<int>(std::extent_v<Rows<T>>); ++part) f(step, part);
+}
+
+// total += the products of a chunk with all rows. Accumulator i of tile m of outputs belongs to
+// output 4g + 2m + i / 2 and, in a tile of rows, to row 2t + i % 2.
+template <class T, int kBits, bool kMinimum, int kTiles>
+LX_DEVICE void add_chunk(const uint4 (&words)[kBits / 4], const Rows<T> (&b)[kTiles],
+                         const float (&scale)[4], const float (&centre)[4],
+                         float (&total)[kTiles][2][4]) {
+    using H = Operand<T>;
+    float inputs[kTiles][4] = {};  // sums of the rows
+    if constexpr (kMinimum) {
+        constexpr uint32_t kOnes = std::is_same_v<H, lx::f16> ? 0x3c003c00u : 0x3f803f80u;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+            for_products<T>([&](int step, int part) {
+                lx::mma_m16n8k16<H>(inputs[tile], {kOnes, kOnes, kOnes, kOnes},
+                                    b[tile][part][step]);
+            });
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+        Codes a;
+        widen<H, kBits>(words, m, a);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            float sum[4] = {};
+            for_products<T>([&](int step, int part) {
+                lx::mma_m16n8k16<H>(sum, a[step], b[tile][part][step]);
+            });
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float& t = total[tile][m][i];
+                t = fmaf(scale[2 * m + i / 2], sum[i], t);
+                if constexpr (kMinimum) t = fmaf(centre[2 * m + i / 2], inputs[tile][i], t);
+            }
+        }
+    }
+}
+
+// total = the sums of the slice's chunks for the panel and all rows.
+template <class T, int kBits, bool kMinimum, int kTiles>
+LX_DEVICE void multiply(const PackedBitsArgs& args, const Layout& layout, unsigned char* ring,
+                        int panel, int slice, int first_row, float (&total)[kTiles][2][4]) {
+    using Step = Stage<kBits, kMinimum>;
+    constexpr int kCount = Step::kCount;
+    // There are registers to load the next rows ahead only for two tiles, as a block of one tile
+    // shares the multiprocessor; otherwise the rows of a chunk are loaded before its codes are read.
+    constexpr bool kAhead = kTiles == 2;
+    const int lane = lx::lane_id(), g = lane / 4, t = lane % 4, thread = lx::thread_rank();
+    const int steps = (layout.chunks - slice + kAllSlices - 1) / kAllSlices;
+    const uint8_t* const block =
+        args.packed + panel * layout.panel_bytes + (slice >> layout.shift) * layout.block_bytes;
+    const int of_lane = (slice & ((1 << layout.shift) - 1)) * (kOutputs * kChunk * kBits / 8) +
+                        t * (Step::kWords * 4 * kOutputs) + g * 16;
+    const int to_scales = layout.code_bytes + g * 8 - of_lane;
+    const T* x_at = static_cast<const T*>(args.input) + slice * kChunk + 8 * t;  // to load next
+    int row_at[kTiles];  // bytes; for a missing row, those of the last one
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+        row_at[tile] = lx::min(first_row + tile * kTileRows + g, static_cast<int>(args.rows) - 1) *
+                       layout.row_bytes;
+    // A stage contains words of all threads, then scales of all threads.
+    unsigned char* const first_stage = ring + thread * 16;
+    const int to_scales_of_stage = kThreads * 16 * Step::kWords - thread * 8;
+
+    const uint8_t* from = block + of_lane;  // the chunk to copy next
+    const auto copy = [&](unsigned char* stage) {
+#pragma unroll
+        for (int i = 0; i < Step::kWords; ++i)
+            lx::cp_async<16>(stage + i * kThreads * 16, from + i * 4 * kOutputs);
+#pragma unroll
+        for (int i = 0; i < Step::kScales; ++i)
+            lx::cp_async<8>(stage + to_scales_of_stage + i * kThreads * 8,
+                            from + to_scales + i * 2 * kOutputs);
+        from += layout.stride;
+    };
+#pragma unroll
+    for (int step = 0; step < kCount - 1; ++step) {
+        if (step < steps) copy(first_stage + step * Step::kBytes);
+        lx::cp_async_commit();
+    }
+    const auto load_next = [&](uint4(&words)[kTiles][kPieces<T>]) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+            for (int i = 0; i < kPieces<T>; ++i)
+                words[tile][i] = lx::load_nc(
+                    reinterpret_cast<const uint4*>(lx::element(x_at, row_at[tile], 1)) + i);
+        x_at += kAllSlices * kChunk;
+    };
+    uint4 next[kTiles][kPieces<T>] = {};
+    if (kAhead && steps > 0) load_next(next);
+    constexpr int kLast = (kCount - 1) * Step::kBytes;
+    unsigned char *stage = first_stage, *read = first_stage + kLast;  // read: in the step before
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        uint4 x[kTiles][kPieces<T>];
+        if constexpr (kAhead) {
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+                for (int i = 0; i < kPieces<T>; ++i) x[tile][i] = next[tile][i];
+            if (step + 1 < steps) load_next(next);
+        } else {
+            load_next(x);
+        }
+        lx::cp_async_wait_group<kCount - 2>();  // a lane reads only what it has copied itself
+        uint4 words[Step::kWords];
+#pragma unroll
+        for (int i = 0; i < Step::kWords; ++i)
+            words[i] = *reinterpret_cast<const uint4*>(stage + i * kThreads * 16);
+        float scale[4], centre[4] = {};
+        load_halves(stage + to_scales_of_stage, scale);
+        if constexpr (kMinimum) {
+            load_halves(stage + to_scales_of_stage + kThreads * 8, centre);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) centre[i] += 8 * scale[i];
+        }
+        if (step + kCount - 1 < steps) copy(read);
+        lx::cp_async_commit();
+        read = stage;
+        stage = stage == first_stage + kLast ? first_stage : stage + Step::kBytes;
+        Rows<T> b[kTiles];
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) row_operand<T, kBits>(x[tile], b[tile]);
+        add_chunk<T, kBits, kMinimum, kTiles>(words, b, scale, centre, total);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Sums of the slices
+
+// Four adjacent outputs, the first of which exists.
+template <class T>
+LX_DEVICE float4 bias_of(const PackedBitsArgs& args, int64_t output) {
+    float v[4] = {};
+    if (args.bias) {
+        const T* const bias = static_cast<const T*>(args.bias) + output;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            v[i] = lx::to_float(lx::load_nc(output + i < args.out_features ? bias + i : bias));
+    }
+    return {v[0], v[1], v[2], v[3]};
+}
+template <class T>
+LX_DEVICE void store_result(const PackedBitsArgs& args, int64_t row, int64_t output, float4 v) {
+    T* const y = static_cast<T*>(args.y) + row * args.out_features + output;
+    const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (output + i < args.out_features) y[i] = lx::from_float<T>(values[i]);
+}
+LX_DEVICE float4 operator+(const float4& a, const float4& b) {
+    return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+// Returns the address of a sum in the workspace, whose rows have whole panels.
+LX_DEVICE float4* part_at(const PackedBitsArgs& args, int panels, int part, int64_t row,
+                          int64_t output) {
+    const int64_t width = int64_t{panels} * kOutputs;
+    return reinterpret_cast<float4*>(args.parts + (part * args.rows + row) * width + output);
+}
+
+template <class T, int kBits, bool kMinimum, int kTiles>
+__global__ void __launch_bounds__(kThreads, kTiles == 1 && sizeof(T) == 2 && !kMinimum ? 2 : 1)
+    packed_linear_kernel(const __grid_constant__ PackedBitsArgs args,
+                         const __grid_constant__ Layout layout) {
+    LX_DYN_SHARED(shared);
+    constexpr int kHere = kPanels<kTiles>, kRows = kTiles * kTileRows;
+    constexpr int kOfPanel = kWarps / kHere;     // slices at once: 16 or 4
+    constexpr int kAtOnce = kOfPanel / kSlices;  // parts at once
+    const int warp = lx::warp_id(), lane = lx::lane_id(), g = lane / 4, t = lane % 4;
+    const int first_row = static_cast<int>(blockIdx.x) * kRows;
+    const int first_panel = static_cast<int>(blockIdx.y) * kHere;
+    // A warp of a missing panel repeats the last one, and its sums are not used.
+    const int panel = lx::min(first_panel + warp / kOfPanel, layout.panels - 1);
+    const int first_part = static_cast<int>(blockIdx.z) * layout.parts;
+    float* const sums = reinterpret_cast<float*>(shared);  // in place of the ring
+    // Sums of the parts so far; a thread has elements of its own.
+    float4* const results = reinterpret_cast<float4*>(shared + Stage<kBits, kMinimum>::kRing);
+    if (layout.parts == 1) lx::grid_dependency_launch();  // of the sum of the parts
+
+#pragma unroll 1
+    for (int part = first_part; part < first_part + layout.parts; part += kAtOnce) {
+        float total[kTiles][2][4] = {};
+        multiply<T, kBits, kMinimum, kTiles>(args, layout, shared, panel,
+                                             part * kSlices + warp % kOfPanel, first_row, total);
+        lx::syncthreads();  // the ring has been read
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                *reinterpret_cast<float4*>(
+                    sums + (warp * kRows + tile * kTileRows + 2 * t + i) * kSumStride + 4 * g) = {
+                    total[tile][0][i], total[tile][0][2 + i], total[tile][1][i],
+                    total[tile][1][2 + i]};
+        lx::syncthreads();  // sums are complete
+#pragma unroll 1
+        for (int at = lx::thread_rank(); at < kHere * kRows * kOutputs / 4; at += kThreads) {
+            const int column = at % (kOutputs / 4) * 4, row = at / (kOutputs / 4) % kRows;
+            const int of_panel = at / (kOutputs / 4) / kRows;
+            const int64_t output = int64_t{first_panel + of_panel} * kOutputs + column;
+            const int64_t row_of_x = first_row + row;
+            if (output >= args.out_features || row_of_x >= args.rows) continue;
+            const float* const own =
+                sums + (of_panel * kOfPanel * kRows + row) * kSumStride + column;
+            const auto of_slice = [&](int s) {
+                return *reinterpret_cast<const float4*>(own + s * kRows * kSumStride);
+            };
+            float4 sum{};
+            if (layout.parts > 1) sum = part == 0 ? bias_of<T>(args, output) : results[at];
+#pragma unroll
+            for (int q = 0; q < kAtOnce; ++q) {
+                float4 of_part = of_slice(q * kSlices);
+#pragma unroll
+                for (int s = 1; s < kSlices; ++s) of_part = of_part + of_slice(q * kSlices + s);
+                sum = layout.parts > 1 ? sum + of_part : of_part;
+            }
+            if (kAtOnce == 1 && layout.parts == 1)
+                *part_at(args, layout.panels, part, row_of_x, output) = sum;
+            else if (part + kAtOnce == kParts)
+                store_result<T>(args, row_of_x, output, sum);
+            else
+                results[at] = sum;
+        }
+        lx::syncthreads();  // sums have been read
+    }
+}
+
+// y = bias + the four parts in order.
+constexpr int kSumThreads = 128;
+
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
+    packed_linear_sum_kernel(const __grid_constant__ PackedBitsArgs args, int panels) {
+    const int64_t row = blockIdx.y;
+    const int64_t output = 4 * (int64_t{blockIdx.x} * kSumThreads + lx::thread_rank());
+    const bool exists = output < args.out_features;
+    float4 sum = bias_of<T>(args, exists ? output : 0);
+    lx::grid_dependency_wait();
+    if (!exists) return;
+    float4 part[kParts];
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) part[i] = *part_at(args, panels, i, row, output);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) sum = sum + part[i];
+    store_result<T>(args, row, output, sum);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Host side
+
+// Returns the tiles of rows of a block: 1, 2 or 4. Four would need more registers than there are
+// with the parts of float32 or with minima.
+int64_t tiles_of(const PackedBitsArgs& args) {
+    const int64_t tiles = ceil_div(args.rows, kTileRows);
+    return tiles <= 2 ? tiles : args.dtype == DType::kFloat32 || args.minimum ? 2 : 4;
+}
+int64_t blocks_of_rows(const PackedBitsArgs& args) {
+    return ceil_div(args.rows, tiles_of(args) * kTileRows);
+}
+// Returns whether the parts of a panel are computed by different blocks and added by another
+// launch: if there are too few blocks for the machine. The bits do not depend on it.
+bool splits_parts(const PackedBitsArgs& args) {
+    if (args.rows == 0 || tiles_of(args) < 4) return false;
+    const int64_t panels = ceil_div(args.out_features, kPanel);
+    return 4 * blocks_of_rows(args) * ceil_div(panels, kPanels<4>) < 3 * lx::multiprocessors();
+}
+
+template <class T, int kBits, bool kMinimum, int kTiles>
+LaunchStatus run(const PackedBitsArgs& args, const Layout& layout, void* stream) {
+    using Step = Stage<kBits, kMinimum>;
+    static_assert(Step::kRing >= kWarps * kTiles * kTileRows * kSumStride * 4);
+    constexpr int kResults = kTiles == 4 ? kTiles * kPanels<4> * kTileRows * kOutputs * 4 : 0;
+    // Blocks that share panels are adjacent, so that all but one find the codes in L2.
+    const dim3 grid(static_cast<unsigned>(blocks_of_rows(args)),
+                    static_cast<unsigned>(ceil_div(layout.panels, kPanels<kTiles>)),
+                    static_cast<unsigned>(kParts / layout.parts));
+    return LX_LAUNCH((packed_linear_kernel<T, kBits, kMinimum, kTiles>), grid, kThreads,
+                     Step::kRing + kResults, stream, args, layout);
+}
+
+template <class T, int kBits, bool kMinimum>
+LaunchStatus run_tiles(const PackedBitsArgs& args, const Layout& layout, void* stream) {
+    switch (tiles_of(args)) {
+        case 1:
+            return run<T, kBits, kMinimum, 1>(args, layout, stream);
+        case 2:
+            return run<T, kBits, kMinimum, 2>(args, layout, stream);
+        default:
+            if constexpr (sizeof(T) == 2 && !kMinimum)
+                return run<T, kBits, kMinimum, 4>(args, layout, stream);
+            return kInvalidValue;
+    }
+}
+
+}  // namespace
+
+int64_t packed_linear_workspace_bytes(const PackedBitsArgs& args) {
+    const int64_t width = ceil_div(args.out_features, kPanel) * kPanel;
+    return splits_parts(args) ? kParts * args.rows * width * 4 : 0;
+}
+
+LaunchStatus launch_packed_linear(const PackedBitsArgs& args, void* stream) {
+    if (args.rows == 0 || args.out_features == 0) return 0;
+    const int64_t groups = args.in_features / args.group, block = block_bytes(args);
+    const int64_t size = element_size(args.dtype), panels = ceil_div(args.out_features, kPanel);
+    if (args.rows > kMostKernelRows || panels > kMaxPanels || args.in_features > INT32_MAX / 64 ||
+        args.x_stride > INT32_MAX / 64 / size || !aligned_16(args.input, {args.x_stride}, size) ||
+        reinterpret_cast<uintptr_t>(args.packed) % 16 != 0)
+        return kInvalidValue;
+    const bool split = splits_parts(args);
+    Layout layout;
+    layout.panel_bytes = groups * block;
+    // A group has 1, 2 or 4 chunks, so 16 chunks further are whole blocks.
+    layout.stride = kAllSlices * kChunk / args.group * block;
+    layout.block_bytes = static_cast<int>(block);
+    layout.code_bytes = static_cast<int>(code_bytes(args));
+    layout.chunks = static_cast<int>(args.in_features / kChunk);
+    layout.shift = args.group == 32 ? 0 : args.group == 64 ? 1 : 2;
+    layout.panels = static_cast<int>(panels);
+    layout.parts = split ? 1 : kParts;
+    layout.row_bytes = static_cast<int>(args.x_stride * size);
+    LX_BUF_ROWS(args.input, args.rows, args.in_features * size, args.x_stride * size,
+                lx::Access::kConstant);
+    LX_BUF(args.packed, panels * layout.panel_bytes, lx::Access::kConstant);
+    if (args.bias) LX_BUF(args.bias, args.out_features * size, lx::Access::kConstant);
+    [[maybe_unused]] const int64_t outputs = args.rows * args.out_features;
+    if (split)
+        LX_BUF(args.parts, packed_linear_workspace_bytes(args), lx::Access::kWrite);
+    else
+        LX_BUF(args.y, outputs * size, lx::Access::kWrite);
+    const LaunchStatus status = with_dtype(args.dtype, [&]<class T>() {
+        if (args.bits == 8) return run_tiles<T, 8, false>(args, layout, stream);
+        return args.minimum ? run_tiles<T, 4, true>(args, layout, stream)
+                            : run_tiles<T, 4, false>(args, layout, stream);
+    });
+    if (!split || status != 0) return status;
+    if (args.bias) LX_BUF(args.bias, args.out_features * size, lx::Access::kConstant);
+    LX_BUF(args.parts, packed_linear_workspace_bytes(args), lx::Access::kRead);
+    LX_BUF(args.y, outputs * size, lx::Access::kWrite);
+    const dim3 grid(static_cast<unsigned>(ceil_div(args.out_features, 4 * kSumThreads)),
+                    static_cast<unsigned>(args.rows));
+    return with_dtype(args.dtype, [&]<class T>() {
+        return LX_LAUNCH_PDL(packed_linear_sum_kernel<T>, grid, kSumThreads, 0, stream, args,
+                             layout.panels);
+    });
+}
+
+}  // namespace lora_ext
