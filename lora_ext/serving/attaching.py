@@ -114,17 +114,10 @@ def attach(
             copies need as many bytes as the weights. A decode step of SmolLM2-135M with 16 adapters
             takes 0.58 times as long as a step of the model without adapters. Without packing it
             takes 1.2 times as long as that step. The default is False because of the memory:
-<<<<<<< HEAD
             :func:`lora_ext.nn.packing` checks whether the copies fit. With 8 or 4, the copies
-            contain weights rounded to 8 or 4 bits. None measures the largest layers, plain and
-            packed, for less than a second, and keeps the faster form, which ``str(packing(model))``
-            names. Results of the two forms may differ in their last bits.
-=======
-            :func:`lora_ext.nn.packing` checks whether the copies fit. 8 and 4 pack rounded weights,
-            also on CUDA. None measures the largest layers, plain and packed, for less than a
-            second, and keeps what is faster; ``str(packing(model))`` is the choice. Both have
-            different bits.
->>>>>>> quant
+            contain weights rounded to 8 or 4 bits, also on CUDA. None measures the largest layers,
+            plain and packed, for less than a second, and keeps the faster form, which
+            ``str(packing(model))`` names. Results of the two forms may differ in their last bits.
         fuse_siblings: whether to compute in one op the updates of all layers of one parent module
             that are called with the same tensor (q, k, v; gate, up). On a GPU they then need only
             the kernel launches of one layer: see :mod:`lora_ext.serving.layers._siblings`. The

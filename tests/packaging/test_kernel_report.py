@@ -138,7 +138,7 @@ def test_row_names_its_instruction_count_and_a_changed_kernel_must_be_counted_ag
     leaf = next(c for c in report.CASES if "circuit_leaf" in c.kernel)
     assert report.rows(lock, [leaf])[0]["instructions"] == "235 + 2 x 141 + 83"
     changed = {leaf.kernel: replace(lock[leaf.kernel], length=777)}
-    with pytest.raises(SystemExit, match="expected 496 instructions, as .*, found 777"):
+    with pytest.raises(SystemExit, match=r"expected 496 instructions, as .*, found 777"):
         report.rows(changed, [leaf])
     every = {one.kernel for case in report.CASES for one in case.launches if one.way}
     assert every == set(report.COUNTED_IN)
