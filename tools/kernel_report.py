@@ -37,7 +37,6 @@ SMS, CLOCK = 132, 1755.0  # multiprocessors; cycles per us
 NULL, L2, DRAM = 2.0, 0.2, 0.55  # us: an empty kernel in a graph, a trip to L2, a trip to memory
 STREAM, L2_STREAM = 2.7e6, 5.5e6  # bytes per us, of memory and of L2
 HANDOFF = 0.3  # us: an empty kernel that the previous one lets start before it ends
-LATE_HANDOFF = 1.0  # us: an empty dependent kernel behind one that releases it only by its end
 STEP = 1.1  # us: one product of a chain in one launch, with its barrier and trips
 ISSUE = 0.9  # largest share of a scheduler's cycles that issue an instruction
 ALONE = 2.7  # cycles per instruction of a warp without others; from stall counts of leaf and expand
@@ -217,7 +216,7 @@ def decode_pair(
             (92, 1),
             (last, ceil(tile_rows / 4)),
         ),
-        handoff=LATE_HANDOFF,
+        handoff=HANDOFF,
     )
     expand = Case(
         f"lora_expand_kernel<{BF16}, true, 1, 4, {modules}, false>",
@@ -784,8 +783,8 @@ WHY = [
         "lora_shrink_decode_kernel<*",
         "a captured step*: 1",
         "The captured step with one adapter",
-        "every shrink starts 1 us behind the expand in front of it, which does not release it, and "
-        "shrink and expand wait for their own trips; the floor has 1.1 us per launch.",
+        "a shrink reads nothing before the expand in front of it has ended, so each of the 256 "
+        "launches waits for its own trips and its first load; the floor has 1.1 us per launch.",
     ),
     Reason(
         "lora_gemm_kernel<*",
