@@ -14,7 +14,9 @@ namespace lx::emu {
 
 namespace {
 
-constexpr uint64_t kMaxBlocks = 256;  // of a launch: each has memory of its own
+// Threads of launches under way. Each has a stack, and a process may have some 65,000 mappings.
+constexpr int kMaxThreadsUnderWay = 16384;
+constexpr int kKeptStacks = 1024;
 
 struct Queued {
     Launch launch;
@@ -79,10 +81,11 @@ int start(size_t i) {
             std::move(q.declared));
     check_chain();
     if (const int error = configuration_error()) return error;
-    if (num_blocks() > kMaxBlocks) {
+    const uint64_t threads = q.first_stack + num_blocks() * m.num_threads;
+    if (threads > kMaxThreadsUnderWay) {
         report("resources", Place(),
-               std::to_string(num_blocks()) + " blocks of an overlapping launch, the limit is " +
-                   std::to_string(kMaxBlocks));
+               std::to_string(threads) + " threads of overlapping launches, the limit is " +
+                   std::to_string(kMaxThreadsUnderWay));
         return kInvalidValue;
     }
     m.in_turns = true;
@@ -170,6 +173,7 @@ int synchronize() {
     const int status = run_queue();
     if (!queue.empty()) put_in_chain(*queue.back());
     queue.clear();
+    free_stacks(kKeptStacks);
     forget_launch();
     finish_reports();
     return status;

@@ -12,13 +12,14 @@ PRODUCTS = "    float acc[kGroupPages][4] = {};\n"
 SUMS = "    // sums[warp][row][rank of the group]\n"
 WORK = "    const Work work(args, found[0], end, page_of, row_of);\n"
 LATE = {WAIT + RELEASE: "", NO_RANK: f"    if (ranks <= 0) {{ {WAIT} return; }}\n"}
+FIRST_BLOCK = (
+    "    if (blockIdx.x + blockIdx.y == 0) modules.each[0].v.data[lx::thread_rank()] = 0;\n"
+)
 # Each mistake replaces texts of lora_shrink_decode.cu or lora_expand.cu by others.
 MISTAKES = {
     "shrink_reads_plan": LATE | {PRODUCTS: WAIT + RELEASE + PRODUCTS},
     "shrink_reads_x": LATE | {SUMS: WAIT + RELEASE + SUMS},
-    "shrink_writes_v": {
-        WAIT + RELEASE: "    modules.each[0].v.data[lx::thread_rank()] = 0;\n" + WAIT + RELEASE
-    },
+    "shrink_writes_v": {WAIT + RELEASE: FIRST_BLOCK + WAIT + RELEASE},
     "shrink_lets_expand_start": {WAIT + RELEASE: RELEASE + WAIT},
     "expand_reads_v": {WAIT + "    build_": "    build_", WORK: WAIT + WORK},
 }
