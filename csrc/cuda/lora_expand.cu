@@ -214,11 +214,11 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
         declare_common(each);
         declare_b(each);
         declare_v(each, partials, lx::Access::kRead);
-        // expand reads y and its bank before it waits for its producer. This is safe because shrink
-        // is not a dependent launch, or waits before it lets expand start: every earlier writer of
-        // y has ended, and shrink and reduce do not write y. If shrink waited later, y might be
-        // incomplete, which the emulator would report for two consecutive calls that add to the
-        // same y.
+        // expand reads y, the plan and its bank before it waits for its producer. This is safe
+        // because shrink is not a dependent launch, or waits before it lets expand start: every
+        // earlier writer has ended, and shrink and reduce write v alone. If shrink waited later, y
+        // might be incomplete, which the emulator would report for two consecutive calls that add
+        // to the same y.
         if (dependent)
             LX_BUF_ROWS(each.y, each.num_tokens, each.bank.out_features * size,
                         each.y_row_stride * size, lx::Access::kConstant);
