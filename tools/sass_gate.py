@@ -10,8 +10,9 @@ It cannot see bank conflicts, stalls or speed, and an instruction that exists ma
 the hot path: the `_loop` rules look only between a backward branch and its target. `sass_loops.py`
 computes the bytes that a loop has in flight (`min_inflight`, `min_overlap`), the cost before it
 (`max_trips`, `first_bytes`), its instructions (`mma_share`, `instructions_per_element`), the trips
-of a turn (`turn_trips`), exponentials that test for denormals (`guarded_exp`) and ways to let the
-next kernel start before the wait for the previous one (`early_release`).
+of a turn (`turn_trips`), exponentials that test for denormals (`guarded_exp`), ways to let the next
+kernel start before the wait for the previous one (`early_release`), and what a thread may run
+before that wait (`forbid_before_wait`; no kernel writes memory there).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ RULE_KEYS = {
     "match", "arch", "max_registers", "threads", "dynamic_shared", "min_blocks",
     "require", "forbid", "require_loop", "forbid_loop", "min_inflight", "min_overlap",
     "max_trips", "first_bytes", "mma_share", "instructions_per_element", "turn_trips",
-    "guarded_exp", "early_release",
+    "guarded_exp", "early_release", "forbid_before_wait",
 }  # fmt: skip
 # The columns of the table: label, and the opcodes that it counts.
 COUNTED = {
@@ -62,6 +63,8 @@ COUNTED = {
     "pdl": r"(ACQBULK|PREEXIT)\b",
 }
 
+
+WRITES = r"(ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UTMA\w*)\b"  # accesses that change global memory
 
 # Address, predicate, opcode, operands.
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?\w+)\s+)?(\S+)\s*([^;]*);")
@@ -119,6 +122,12 @@ class Kernel:
             "turn_trips": sass_loops.turn_trips(self.loops),
             "early_release": sass_loops.early_release(self.code),
         }
+
+    @cached_property
+    def before_wait(self) -> set[str] | None:
+        """Opcodes that a thread may run before the wait for the previous kernel, if any waits."""
+        found = sass_loops.before_wait(self.code)
+        return None if found is None else {one.opcode for one in found}
 
     @cached_property
     def guarded_exp(self) -> int:
@@ -234,6 +243,7 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
     most = max((rule.get("guarded_exp", 0) for rule in own), default=0)
     if kernel.guarded_exp > most:
         wrong.append(f"{kernel.guarded_exp} exponentials test for denormals (max. {most})")
+    wrong += judge_before_wait(kernel, [WRITES])
     for rule in own:
         if kernel.registers > rule.get("max_registers", 255):
             wrong.append(f"{kernel.registers} registers (max. {rule['max_registers']})")
@@ -258,6 +268,10 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
                 meant = "in flight" if key == "inflight" else "in flight during a product"
                 wrong.append(f"{min(found)} bytes per thread {meant} in a main loop (min. {least})")
         wrong += judge_costs(kernel, rule)
+        if "forbid_before_wait" in rule:
+            if kernel.before_wait is None:
+                wrong.append("nothing to measure forbid_before_wait in")
+            wrong += judge_before_wait(kernel, rule["forbid_before_wait"])
         for suffix, opcodes in (("", kernel.opcodes), ("_loop", kernel.loop_opcodes())):
             place = " in a loop" if suffix else ""
             for pattern in rule.get("require" + suffix, []):
@@ -267,6 +281,17 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
                 bad = {opcode for opcode in opcodes if re.match(pattern, opcode)}
                 if bad:
                     wrong.append(f"{', '.join(sorted(bad))}{place}, forbidden by {pattern}")
+    return wrong
+
+
+def judge_before_wait(kernel: Kernel, patterns: list[str]) -> list[str]:
+    """Check the opcodes that a thread may run before the wait for the previous kernel."""
+    wrong = []
+    for pattern in patterns:
+        bad = {opcode for opcode in kernel.before_wait or () if re.match(pattern, opcode)}
+        if bad:
+            names = ", ".join(sorted(bad))
+            wrong.append(f"{names} before the wait for the previous kernel, forbidden by {pattern}")
     return wrong
 
 

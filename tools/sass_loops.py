@@ -361,6 +361,25 @@ def early_release(code: Sequence[Instruction]) -> int | None:
     return opcodes.index("ACQBULK") if "ACQBULK" in opcodes else None
 
 
+def before_wait(code: Sequence[Instruction]) -> list[Instruction] | None:
+    """Return the instructions that a thread may run before the wait for the previous kernel.
+
+    They are all that a path from the entry reaches without a wait; None if nothing waits.
+    """
+    if not any(re.match(r"ACQBULK\b", one.opcode) for one in code):
+        return None
+    at = {one.address: i for i, one in enumerate(code)}
+    found: set[int] = set()
+    open_places = [0]
+    while open_places:
+        i = open_places.pop()
+        if i in found or (re.match(r"ACQBULK\b", code[i].opcode) and not code[i].predicate):
+            continue
+        found.add(i)
+        open_places += successors(code, at, i)
+    return [code[i] for i in sorted(found)]
+
+
 def guarded_exp(code: Sequence[Instruction]) -> int:
     """Return the number of exponentials that test for denormals, as `__expf` does."""
     return sum(one.opcode.startswith("FSETP.GEU") and ", -126," in one.operands for one in code)

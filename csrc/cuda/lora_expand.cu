@@ -33,6 +33,8 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     lora_expand_kernel(const __grid_constant__ Modules<kModules> modules,
                        const __grid_constant__ Tiling tiling, int block_outputs) {
     constexpr int kRows = kTileRows * kWarpsM;
+    // The next launch may start at once. If it is a shrink, it waits before all its accesses.
+    lx::grid_dependency_launch();
     LX_SHARED(int32_t, row_of, kRows);
     LX_SHARED(const T*, page_of, kFusedPages);
     LX_SHARED(unsigned, row_max, kRows);
@@ -212,11 +214,11 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
         declare_common(each);
         declare_b(each);
         declare_v(each, partials, lx::Access::kRead);
-        // expand reads y before it waits for its producer. This is safe because shrink is not a
-        // dependent launch, or waits before it lets expand start: every earlier writer of y has
-        // ended, and shrink and reduce do not write y. If shrink waited later, y might be
-        // incomplete, which the emulator would report for two consecutive calls that add to the
-        // same y.
+        // expand reads y, the plan and its bank before it waits for its producer. This is safe
+        // because shrink is not a dependent launch, or waits before it lets expand start: every
+        // earlier writer has ended, and shrink and reduce write v alone. If shrink waited later, y
+        // might be incomplete, which the emulator would report for two consecutive calls that add
+        // to the same y.
         if (dependent)
             LX_BUF_ROWS(each.y, each.num_tokens, each.bank.out_features * size,
                         each.y_row_stride * size, lx::Access::kConstant);

@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     lora_gemm_kernel(const __grid_constant__ Gemm args, const __grid_constant__ Tiling tiling) {
     using G = GemmShape<T, kProduct, kRows>;
     using Left = typename G::Left;
-    if constexpr (kProduct == Product::kShrink) lx::grid_dependency_launch();
+    if constexpr (kProduct == Product::kShrink || kProduct == Product::kExpand)
+        lx::grid_dependency_launch();
     LX_SHARED(int32_t, row_of, kRows);
     LX_SHARED(const Left*, left_of, kRows);      // rows of left; if missing, the first row
     LX_SHARED(const T*, rank_of, kGemmColumns);  // kShrink: rows of a, or nullptr if missing

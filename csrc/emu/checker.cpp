@@ -371,7 +371,7 @@ void order_fence() {
     t.fenced = true;
     t.fence_clock = w.clock;
     ++w.clock[w.index];  // later accesses are not published
-    if (!machine.resident && !acquired.count(machine.block_serial)) acquired.clear();
+    if (!machine.in_turns && !acquired.count(machine.block_serial)) acquired.clear();
     join(acquired[machine.block_serial], t.seen);
     t.seen.clear();
 }

@@ -11,6 +11,13 @@ namespace lx::emu {
 // issue (overwrites a stage that is still read), or one of the two, chosen by the seed.
 enum class CpAsync { kBySeed, kLate, kEarly };
 
+// Which launches run at the same time. kNone: each launch runs to its end at once. Otherwise launches
+// are queued until synchronize(), and a dependent launch runs up to its wait before a thread of the
+// previous launch passes grid_dependency_launch(): with kDeep as soon as the previous launch allows
+// it, so that several launches may be under way; with kShallow when the launches before that one
+// have ended.
+enum class Overlapping { kNone, kDeep, kShallow };
+
 struct Options {
     uint64_t seed =
         0;  // 0: threads run first in, first out; otherwise threads and blocks run in random order
@@ -19,6 +26,7 @@ struct Options {
     int max_reports = 20;                 // per launch
     int multiprocessors = 132;            // return value of lx::multiprocessors()
     int shared_memory = 227 * 1024;       // bytes per block, and the maximum
+    Overlapping overlapping = Overlapping::kNone;
 };
 
 // Options of the following launches. State is per process; a launch holds a lock.
@@ -34,6 +42,10 @@ inline void set_seed(uint64_t seed) {
     changed.seed = seed;
     set_options(changed);
 }
+
+// Runs the queued launches. Returns 0 or the code of the first error. Buffers of a queued launch must
+// not change or be freed before.
+int synchronize();
 
 // Returns the reports of all launches since the last call. A launch with a report returns an error,
 // and lx::status_string() of that error repeats its reports until the next launch.

@@ -62,8 +62,17 @@ void unpoison(const Stack& stack) {  // clears the poison of the previous thread
 
 }  // namespace
 
+static std::vector<Stack> stacks;
+
+void free_stacks(int first) {
+    for (size_t i = static_cast<size_t>(first); i < stacks.size(); ++i) {
+        const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+        if (stacks[i].low) munmap(stacks[i].low - page, kStackBytes);
+        stacks[i] = {};
+    }
+}
+
 Stack fiber_stack(int index) {
-    static std::vector<Stack> stacks;
     if (static_cast<size_t>(index) >= stacks.size())
         stacks.resize(static_cast<size_t>(index) + 1, Stack{});
     Stack& stack = stacks[static_cast<size_t>(index)];

@@ -16,11 +16,13 @@ namespace lx::emu {
 using Context = ucontext_t;  // portable but slow: a system call per switch
 #endif
 
-// Returns the memory of stack `index`, the same on every call.
+// Returns the memory of stack `index`, the same on every call until it is freed.
 struct Stack {
     unsigned char *low, *high;  // usable range
 };
 Stack fiber_stack(int index);
+// Frees the memory of all stacks from index `first` on.
+void free_stacks(int first);
 
 // Prepares `context` to start in `entry`, which must not return, on an unused stack.
 void fiber_prepare(Context* context, const Stack& stack, void (*entry)());

@@ -200,7 +200,7 @@ void wait_at_least(const unsigned* counter, unsigned least, Site site) {
               describe(*machine.current) +
                   " waits for other blocks; launch the kernel with LX_LAUNCH_RESIDENT");
     touch(counter, sizeof(unsigned), Touch::kAtomic, true, Place(site));
-    while (*counter < least) wait_for_blocks(counter, least, site);
+    while (*counter < least) wait_for_blocks("wait_at_least", counter, least, site);
     order_waited(counter, least);
 }
 
@@ -233,13 +233,15 @@ unsigned ballot_sync(unsigned mask, bool p, emu::Site site) {
     return static_cast<unsigned>(v.result);
 }
 
+// Without overlapping launches no dependent kernel starts early, but its accesses are checked.
 void grid_dependency_wait() {
+    emu::wait_for_launch();
     emu::machine.current->dependency_met = true;
     emu::machine.any_dependency_wait = true;
 }
-// No dependent kernel starts early, but its accesses are checked.
 void grid_dependency_launch() {
     emu::machine.released_early |= !emu::machine.current->dependency_met;
+    emu::let_launch_start();
 }
 
 uint32_t shared_address(const void* p) {

@@ -1,10 +1,12 @@
 // State of the emulated machine: one block at a time, one fiber per thread. The blocks of a
-// resident launch take turns: a block that must wait for another block is suspended. Internal to
-// csrc/emu.
+// resident launch take turns: a block that must wait for another block is suspended. So do
+// overlapping launches (overlap.cpp). Internal to csrc/emu.
 #pragma once
 
 #include <array>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -122,7 +124,7 @@ struct Buffer {
     std::unique_ptr<Cell[], FreeDeleter> cells;  // writable buffers only, allocated on first use
 };
 
-// A thread that waits for other blocks.
+// A thread that waits for other blocks, or for another launch.
 struct Wait {
     Thread* thread;
     const unsigned* counter;
@@ -132,6 +134,7 @@ struct Wait {
 struct Block {
     uint32_t block_serial = 0;
     int live = 0;
+    bool released = false;  // the block no longer keeps the next launch from starting
     int at_barrier = 0;
     BarrierVote barrier_vote{};
     std::vector<Thread*> barrier_waiting;
@@ -148,17 +151,19 @@ struct Block {
     std::unique_ptr<Cell[], FreeDeleter> arena_cells;
 };
 
-struct Machine : Block {  // base: the running block
-    Options options;
-    std::vector<std::string> reports;  // since the last take_reports()
-    // Reports of this launch. Places are resolved after it ends: a fiber's stack may be too small.
-    std::vector<std::pair<std::string, Place>> pending_reports;
-    std::string last_error;  // reports of the last launch
-    Counters counters;
+// What overlapping launches know of each other.
+struct Overlap {
+    const unsigned* before;   // of the previous launch: its `ended`
+    unsigned ended = 0;       // 1 when all threads have ended
+    unsigned may_go_on = 0;   // 1 when threads may pass grid_dependency_launch()
+    uint64_t unreleased = 0;  // blocks that keep the next launch from starting
+};
 
-    // This launch
+// A launch.
+struct Grid {
     Launch launch;
     bool resident = false;  // all its blocks run at once
+    bool in_turns = false;  // its blocks take turns
     void (*body)(void*);
     void* arguments;
     size_t argument_bytes;
@@ -168,14 +173,25 @@ struct Machine : Block {  // base: the running block
     size_t static_bytes;  // static arrays, without gaps
     bool any_dependency_wait;
     bool released_early;  // a thread let the next launch start, or ended, before it had waited
-    int num_reports;
-    bool stopped;
     uint64_t random_state;
     bool early_copies;
+    int num_threads, num_warps;  // size of a block
+    Overlap* overlap = nullptr;  // nullptr: the launch runs alone
+};
+
+struct Machine : Block, Grid {  // the running block, and its launch
+    Options options;
+    std::vector<std::string> reports;  // since the last take_reports()
+    // Reports of this launch. Places are resolved after it ends: a fiber's stack may be too small.
+    std::vector<std::pair<std::string, Place>> pending_reports;
+    std::string last_error;  // reports of the last launch
+    Counters counters;
+
+    int num_reports;  // of this launch, or of those that overlap
+    bool stopped;
     std::vector<size_t> reported;  // hashes of (category, place)
 
-    int num_threads, num_warps;  // size of a block
-    uint32_t last_serial = 0;    // number of the last block
+    uint32_t last_serial = 0;  // number of the last block
 
     // Fibers
     Thread* current = nullptr;  // nullptr: not inside a kernel
@@ -189,6 +205,7 @@ struct Machine : Block {  // base: the running block
     }
 };
 extern Machine machine;
+extern std::mutex launch_lock;
 
 inline Thread& thread_of(const Warp& warp, int lane) {
     return machine.threads[warp.index * kWarpSize + lane];
@@ -198,8 +215,43 @@ inline Thread& thread_of(const Warp& warp, int lane) {
 void make_ready(Thread* thread);
 void block(const char* what, Site site);  // until another thread calls make_ready
 void yield();
-void wait_for_blocks(const unsigned* counter, unsigned least, Site site);
+// Suspends the thread until the counter, which another block or launch changes, is `least`.
+void wait_for_blocks(const char* what, const unsigned* counter, unsigned least, Site site);
 [[noreturn]] void stop_launch();  // returns to run(); no fiber continues
+
+constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719,
+              kTooManyBlocks = 720;  // cudaError_t
+
+// Makes a launch the machine's. `declared` are the buffers of its LX_BUF.
+void begin_reports();
+void prepare(const Launch& launch, bool resident, void (*body)(void*), void* arguments,
+             size_t argument_bytes, std::vector<Buffer> declared);
+int configuration_error();
+void check_chain();   // before the launch
+void extend_chain();  // before the next launch
+void finish_grid();
+uint64_t num_blocks();
+// Calls f(index of the block) for all blocks, in the order of the seed, until the launch stops.
+void for_each_block(const std::function<void(uint3)>& f);
+// Blocks that take turns. add() makes a block ready to run, on the stacks from first_stack on.
+struct Turns {
+    std::vector<Block> blocks;
+    size_t left = 0;  // blocks that have not ended
+
+    void add(uint3 index, int first_stack);
+    // Runs each block until it waits. Returns whether any block could run.
+    bool run();
+    void report_deadlock() const;
+    void clear();
+    ~Turns() { clear(); }
+};
+
+// --- overlap.cpp: nothing if the launch runs alone
+void wait_for_launch();           // waits until the previous launch has ended
+void let_launch_start();          // lets the next launch run up to its wait
+void release_next(Block& block);  // the block no longer keeps the next launch from starting
+void enqueue(const Launch& launch, bool resident, void (*body)(void*), void* arguments,
+             size_t argument_bytes, std::vector<Buffer> declared);
 
 // Waits for the lanes of `mask`. The last lane to arrive computes for all lanes, with every lane's
 // operand in the slot.

@@ -1,7 +1,6 @@
 // Launches, blocks, threads, barriers.
 #include <algorithm>
 #include <cstring>
-#include <mutex>
 #include <numeric>
 
 #include "emu/machine.h"
@@ -10,13 +9,10 @@
 namespace lx::emu {
 
 Machine machine;
+std::mutex launch_lock;
 
 namespace {
 
-constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719,
-              kTooManyBlocks = 720;  // cudaError_t
-
-std::mutex launch_lock;
 thread_local std::vector<Buffer> declared;  // by LX_BUF, for the next launch of this thread
 
 Thread* next_ready() {
@@ -104,6 +100,7 @@ void release_collectives(Warp& warp);
     t.warp->live &= ~(1u << t.lane);
     --m.live;
     if (m.live == 0) {
+        release_next(m);
         m.current = nullptr;
         Context unused;
         fiber_switch(&unused, &m.host, nullptr);
@@ -133,9 +130,9 @@ void prepare_block(uint3 index, int first_stack) {
     // Uninitialised shared memory reads as NaN in every float type and as an invalid index
     // otherwise. Blocks that take turns share array offsets, and any of them may allocate an array,
     // so the whole arena of each block is filled.
-    const bool turns = m.resident;
-    memset(m.arena, 0xff, turns ? kArenaBytes + kArenaSlack : m.shared_used);
+    memset(m.arena, 0xff, m.in_turns ? kArenaBytes + kArenaSlack : m.shared_used);
     m.waits.clear();
+    m.released = false;
     m.live = m.num_threads;
     m.at_barrier = 0;
     m.barrier_waiting.clear();
@@ -193,44 +190,55 @@ void enter_block() {
     }
 }
 
-// Runs resident blocks in turns.
-void take_turns(const std::vector<uint3>& order) {
-    Machine& m = machine;
-    std::vector<Block> blocks(order.size());
-    const auto turn = [&](size_t i) { std::swap(static_cast<Block&>(m), blocks[i]); };
-    for (size_t i = 0; i < order.size(); ++i) {
-        allocate(blocks[i]);
-        turn(i);
-        prepare_block(order[i], static_cast<int>(i) * m.num_threads);
-        turn(i);
-    }
-    size_t left = order.size();
-    for (bool moved = true; left > 0 && moved && !m.stopped;) {
-        moved = false;
-        for (size_t i = 0; i < order.size() && !m.stopped; ++i) {
-            if (blocks[i].live == 0) continue;
-            turn(i);
-            std::erase_if(m.waits, [](const Wait& wait) {
-                const bool met = *wait.counter >= wait.least;
-                if (met) make_ready(wait.thread);
-                return met;
-            });
-            if (m.ready_head != m.ready_tail) {
-                enter_block();
-                moved = true;
-                left -= m.live == 0;
-            } else if (i + 1 == order.size() && !moved) {
-                report("deadlock", Place(m.waits.front().thread->site),
-                       describe(*m.waits.front().thread) +
-                           " waits for other blocks, and no block can run");
-            }
-            turn(i);
-        }
-    }
-    for (Block& block : blocks) free(block.arena);
+}  // namespace
+
+void Turns::add(uint3 index, int first_stack) {
+    Block& block = blocks.emplace_back();
+    allocate(block);
+    std::swap(static_cast<Block&>(machine), block);
+    prepare_block(index, first_stack);
+    std::swap(static_cast<Block&>(machine), block);
+    ++left;
 }
 
-int configuration_error(const Launch& l) {
+bool Turns::run() {
+    Machine& m = machine;
+    bool moved = false;
+    for (Block& block : blocks) {
+        if (block.live == 0 || m.stopped) continue;
+        std::swap(static_cast<Block&>(m), block);
+        std::erase_if(m.waits, [](const Wait& wait) {
+            const bool met = *wait.counter >= wait.least;
+            if (met) make_ready(wait.thread);
+            return met;
+        });
+        if (m.ready_head != m.ready_tail) {
+            enter_block();
+            moved = true;
+            left -= m.live == 0;
+        }
+        std::swap(static_cast<Block&>(m), block);
+    }
+    return moved;
+}
+
+void Turns::report_deadlock() const {
+    for (const Block& block : blocks) {
+        if (block.waits.empty()) continue;
+        const Thread& thread = *block.waits.front().thread;
+        report("deadlock", Place(thread.site),
+               describe(thread) + " waits for other blocks, and no block can run");
+        return;
+    }
+}
+
+void Turns::clear() {
+    for (Block& block : blocks) free(block.arena);
+    blocks.clear();
+}
+
+int configuration_error() {
+    const Launch& l = machine.launch;
     const uint64_t threads = uint64_t{l.block.x} * l.block.y * l.block.z;
     const uint64_t blocks = uint64_t{l.grid.x} * l.grid.y * l.grid.z;
     if (threads == 0 || threads > kMaxThreads || l.block.z > 64) {
@@ -262,32 +270,62 @@ int configuration_error(const Launch& l) {
     return 0;
 }
 
-void prepare(const Launch& launch, void (*body)(void*), void* arguments, size_t argument_bytes) {
+void begin_reports() {
+    Machine& m = machine;
+    m.num_reports = 0;
+    m.stopped = false;
+    m.reported.clear();
+    m.last_error.clear();
+}
+
+void prepare(const Launch& launch, bool resident, void (*body)(void*), void* arguments,
+             size_t argument_bytes, std::vector<Buffer> declared) {
     Machine& m = machine;
     if (!m.threads) allocate(m);
+    static_cast<Grid&>(m) = {};
     m.launch = launch;
+    m.resident = m.in_turns = resident;
     m.body = body;
     m.arguments = arguments;
     m.argument_bytes = argument_bytes;
     m.buffers = std::move(declared);
-    declared.clear();
-    m.shared_arrays.clear();
-    m.shared_used = 0;
     if (launch.dynamic_bytes > 0) {
         m.shared_arrays.push_back({nullptr, "dynamic shared memory", 0, launch.dynamic_bytes});
         m.shared_used = launch.dynamic_bytes;
     }
-    m.static_bytes = 0;
-    m.any_dependency_wait = m.released_early = false;
-    m.num_reports = 0;
-    m.stopped = false;
-    m.reported.clear();
     m.random_state = (m.options.seed + 1) * 0x9e3779b97f4a7c15u;
     for (int i = 0; i < 8; ++i) m.random();
     m.early_copies = m.options.cp_async == CpAsync::kEarly ||
                      (m.options.cp_async == CpAsync::kBySeed && m.options.seed % 2 == 1);
-    m.last_error.clear();
+    m.num_threads = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
+    m.num_warps = (m.num_threads + kWarpSize - 1) / kWarpSize;
 }
+
+uint64_t num_blocks() {
+    const dim3& grid = machine.launch.grid;
+    return uint64_t{grid.x} * grid.y * grid.z;
+}
+
+void for_each_block(const std::function<void(uint3)>& f) {
+    Machine& m = machine;
+    const dim3 grid = m.launch.grid;
+    const uint64_t blocks = num_blocks();
+    // Blocks in random order, without a list of them: the step is coprime to their number.
+    uint64_t step = 1, start = 0;
+    if (m.options.seed != 0 && blocks > 1) {
+        start = m.random() % blocks;
+        do {
+            step = 1 + m.random() % (blocks - 1);
+        } while (std::gcd(step, blocks) != 1);
+    }
+    for (uint64_t i = 0; i < blocks && !m.stopped; ++i) {
+        const uint64_t b = (start + i * step) % blocks;
+        f({static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+           static_cast<unsigned>(b / (uint64_t{grid.x} * grid.y))});
+    }
+}
+
+namespace {
 
 // A dependent launch may overlap earlier launches, back to the last one before whose dependents all
 // earlier launches had ended: one that is not dependent, or whose threads all wait before they let
@@ -301,8 +339,11 @@ std::vector<Written> written_in_chain;
 bool covers(const Buffer& b, uintptr_t begin, uintptr_t end) {
     return b.begin < end && begin < b.end;
 }
-void check_chain(const Launch& launch) {
-    if (!launch.dependent) written_in_chain.clear();
+
+}  // namespace
+
+void check_chain() {
+    if (!machine.launch.dependent) written_in_chain.clear();
     for (const Buffer& b : machine.buffers) {
         if (b.access != Access::kConstant) continue;
         for (const Written& w : written_in_chain) {
@@ -315,14 +356,23 @@ void check_chain(const Launch& launch) {
         }
     }
 }
-void extend_chain(const Launch& launch) {
+void extend_chain() {
+    const Launch& launch = machine.launch;
     if (launch.dependent && !machine.released_early) written_in_chain.clear();
     for (const Buffer& b : machine.buffers)
         if (b.access == Access::kWrite || b.access == Access::kReadWrite)
             written_in_chain.push_back({launch.kernel, b.begin, b.end});
 }
 
-}  // namespace
+void finish_grid() {
+    Machine& m = machine;
+    ++m.counters.launches;
+    m.counters.threads += static_cast<int64_t>(num_blocks()) * m.num_threads;
+    if (m.launch.dependent && !m.any_dependency_wait && !m.stopped) {
+        report("dependency", Place(),
+               "a dependent launch in which no thread calls grid_dependency_wait()");
+    }
+}
 
 namespace {
 
@@ -330,48 +380,36 @@ int run_as(bool resident, const Launch& launch, void (*body)(void*), void* argum
            size_t argument_bytes) {
     std::lock_guard<std::mutex> guard(launch_lock);
     Machine& m = machine;
-    m.resident = resident;
-    prepare(launch, body, arguments, argument_bytes);
-    check_chain(launch);
-    if (const int error = configuration_error(launch)) {
+    if (m.options.overlapping != Overlapping::kNone) {
+        enqueue(launch, resident, body, arguments, argument_bytes, std::move(declared));
+        declared.clear();
+        return 0;
+    }
+    begin_reports();
+    prepare(launch, resident, body, arguments, argument_bytes, std::move(declared));
+    declared.clear();
+    check_chain();
+    if (const int error = configuration_error()) {
         finish_reports();
         return error;
     }
-
-    m.num_threads = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
-    m.num_warps = (m.num_threads + kWarpSize - 1) / kWarpSize;
-    const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
-    // Blocks in random order, without a list of them: the step is coprime to their number.
-    uint64_t step = 1, start = 0;
-    if (m.options.seed != 0 && blocks > 1) {
-        start = m.random() % blocks;
-        do {
-            step = 1 + m.random() % (blocks - 1);
-        } while (std::gcd(step, blocks) != 1);
-    }
-    const auto index = [&](uint64_t i) {
-        const uint64_t b = (start + i * step) % blocks;
-        return uint3{static_cast<unsigned>(b % launch.grid.x),
-                     static_cast<unsigned>(b / launch.grid.x % launch.grid.y),
-                     static_cast<unsigned>(b / (uint64_t{launch.grid.x} * launch.grid.y))};
-    };
-    if (m.resident) {
-        std::vector<uint3> order;
-        for (uint64_t i = 0; i < blocks; ++i) order.push_back(index(i));
-        take_turns(order);
-    } else {
-        for (uint64_t i = 0; i < blocks && !m.stopped; ++i) {
-            prepare_block(index(i), 0);
-            enter_block();
+    if (resident) {
+        Turns turns;
+        for_each_block(
+            [&](uint3 index) { turns.add(index, static_cast<int>(turns.left) * m.num_threads); });
+        while (turns.left > 0 && !m.stopped) {
+            if (turns.run()) continue;
+            turns.report_deadlock();
+            break;
         }
+    } else {
+        for_each_block([](uint3 index) {
+            prepare_block(index, 0);
+            enter_block();
+        });
     }
-    ++m.counters.launches;
-    m.counters.threads += static_cast<int64_t>(blocks) * m.num_threads;
-    if (launch.dependent && !m.any_dependency_wait && !m.stopped) {
-        report("dependency", Place(),
-               "a dependent launch in which no thread calls grid_dependency_wait()");
-    }
-    extend_chain(launch);
+    finish_grid();
+    extend_chain();
     forget_launch();
     finish_reports();
     return m.num_reports ? kLaunchFailure : 0;
@@ -443,9 +481,9 @@ void block(const char* what, Site site) {
     run_next();
 }
 
-void wait_for_blocks(const unsigned* counter, unsigned least, Site site) {
+void wait_for_blocks(const char* what, const unsigned* counter, unsigned least, Site site) {
     machine.waits.push_back({machine.current, counter, least});
-    block("wait_at_least", site);
+    block(what, site);
 }
 
 void yield() {

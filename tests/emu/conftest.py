@@ -1,10 +1,13 @@
 """Build the small kernels of this folder for the emulator, and load them with ctypes."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import fcntl
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +57,35 @@ def sanitized_kernels() -> Path:
     return build("--target", "kernels_under_asan")
 
 
+@pytest.fixture(scope="session")
+def build_with_mistakes() -> Callable[[dict[str, dict[str, str]]], dict[tuple[str, str], Emulator]]:
+    """Build the libraries of ``overlap``, once as they are and once per mistake.
+
+    A mistake, whose name begins with ``shrink`` or ``expand``, replaces texts of that kernel.
+    """
+
+    def plant(mistakes: dict[str, dict[str, str]]) -> dict[tuple[str, str], Emulator]:
+        folder = HERE.parents[1] / "build" / "emu-tests" / "planted"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, replaced in mistakes.items():
+            stem = "shrink_decode" if name.startswith("shrink") else "expand"
+            text = (HERE.parents[1] / f"csrc/cuda/lora_{stem}.cu").read_text()
+            for old, new in replaced.items():
+                assert text.count(old) == 1, f"lora_{stem}.cu: expected once: {old}"
+                text = text.replace(old, new)
+            path = folder / f"{name}.cu"
+            if not path.exists() or path.read_text() != text:
+                path.write_text(text)
+        built = build("--target", "overlapping_kernels")
+        return {
+            (name, flavour): load(built, f"{name}_{flavour}" if name else flavour, "overlap")
+            for name in ("", *mistakes)
+            for flavour in ("fast", "check")
+        }
+
+    return plant
+
+
 @dataclass
 class Emulator:
     """One flavour of the library. ``reports`` contains the errors that the emulator found in the
@@ -84,8 +116,8 @@ class Emulator:
         assert (status, self.reports) == (0, [])
 
 
-def load(folder: Path, flavour: str) -> Emulator:
-    return Emulator(ctypes.CDLL(str(folder / f"libemu_{flavour}.so")), [])
+def load(folder: Path, flavour: str, library: str = "emu") -> Emulator:
+    return Emulator(ctypes.CDLL(str(folder / f"lib{library}_{flavour}.so")), [])
 
 
 @pytest.fixture(scope="session")

@@ -63,12 +63,12 @@ def test_step_whose_loads_are_waited_for_in_series_takes_their_trips(lock) -> No
 
 
 def test_only_dependent_launches_overlap_the_previous_one(lock) -> None:
-    """Check a captured step: shrink releases expand early, and expand releases no launch."""
+    """Check a captured step, in which shrink and expand release each other early."""
     step = next(c for c in report.CASES if "adapters: 64" in c.shape)
     assert all(lock[one.kernel].dependent for one in step.launches)
-    assert [one.handoff for one in step.launches] == [report.LATE_HANDOFF, report.HANDOFF] * 4
+    assert [one.handoff for one in step.launches] == [report.HANDOFF] * 8
     each = [report.launch_us(one, lock[one.kernel]) for one in step.launches]
-    saved = 4 * (2 * report.NULL - report.LATE_HANDOFF - report.HANDOFF)
+    saved = 8 * (report.NULL - report.HANDOFF)
     assert report.estimate_us(step, lock) == pytest.approx(32 * (sum(each) - saved))
 
 
@@ -99,10 +99,11 @@ def test_dx_is_read_and_written_once() -> None:
 
 # Estimates in us. An independent cycle model gave them for the machine code at that time; those of
 # kernels that have changed since (lora_expand, leaf, scan, depth_mix, row_attention) were recounted
-# by hand by the authors of the change, and so are not independent.
+# by hand by the authors of the change, and so are not independent. A captured step now takes 0.7 us
+# less for each of its 128 shrinks, which the expand in front releases early.
 RECOUNTED = [
-    ("adapters: 1", "", 770, 870),
-    ("adapters: 64", "", 2320, 2810),
+    ("adapters: 1", "", 680, 780),
+    ("adapters: 64", "", 2230, 2720),
     ("D4", "lora_expand", 24, 29),  # its bytes; the instructions take 13.5 to 14.7
     ("CP, 8 tokens", "", 62, 72),
     ("batch 8192", "circuit_scan_kernel", 100, 130),

@@ -78,6 +78,11 @@ __global__ void late_kernel(const float4* x, float* y) {
     const float4 v = x[threadIdx.x], w = x[threadIdx.x + 32];
     y[threadIdx.x] += v.x + v.y + v.z + v.w + w.x + w.y + w.z + w.w;
 }
+__global__ void store_kernel(float* y) {
+    y[threadIdx.x] = 0;
+    WAIT;
+    y[threadIdx.x + 32] = 1;
+}
 __global__ void slow_kernel(const float4* x, float* y, int n) {
     float sum = 0;
     #pragma unroll 1
@@ -99,6 +104,7 @@ void launch(float4* x, float* y) {
     far_kernel<<<1, 32>>>(x, (int*)y, y);
     early_kernel<<<1, 32>>>(x, y);
     late_kernel<<<1, 32>>>(x, y);
+    store_kernel<<<1, 32>>>(y);
     slow_kernel<<<1, 32>>>(x, y, 4);
     good_kernel<float4, 1><<<1, 128>>>(x, x, 3);
     spill_kernel<<<1, 32>>>(y, 3);
@@ -126,7 +132,8 @@ def kernels(compiled):
 
 
 ARCHS = ("sm_80", "sm_90a")
-KINDS = ("spill", "together", "apart", "near", "far", "early", "late", "slow", "expf", "ex2")
+KINDS = ("spill", "together", "apart", "near", "far", "early", "late", "store", "slow")
+KINDS += ("expf", "ex2")
 
 
 def test_every_kernel_has_its_plain_name_and_its_rules(kernels):
@@ -150,7 +157,8 @@ def test_objects_are_checked_in_parallel_and_reported_in_order(compiled, kernels
     for one in found:
         kernel = kernels[one.name, one.arch]
         assert (one.row, list(one.wrong)) == (gate.row(kernel), gate.judge(kernel, rules))
-        assert bool(one.wrong) == (one.name.startswith(("good", "spill", "expf")))
+        wrong = one.name.startswith(("good", "spill", "expf"))
+        assert bool(one.wrong) == (wrong or (one.name, one.arch) == ("store_kernel", "sm_90a"))
 
 
 def test_error_names_an_object_file_that_cannot_be_read(tmp_path):
@@ -210,6 +218,28 @@ def test_kernel_with_a_longer_prologue_or_iteration_fails(kernels, good, bad, ru
     assert gate.judge(kernels[f"{good}_kernel", "sm_90a"], [rule]) == []
     (found,) = gate.judge(kernels[f"{bad}_kernel", "sm_90a"], [rule])
     assert found.endswith(reason)
+
+
+def test_load_in_front_of_the_wait_of_a_shrink_and_any_store_there_fails(kernels):
+    (rule,) = [rule for rule in gate.load_rules(gate.RULES) if "forbid_before_wait" in rule]
+    assert fnmatch.fnmatchcase("lora_shrink_decode_kernel<float, true, 1>", rule["match"])
+    rule = {**rule, "match": "*_kernel"}
+    assert gate.judge(kernels["late_kernel", "sm_90a"], [rule]) == []
+    (reason,) = gate.judge(kernels["early_kernel", "sm_90a"], [rule])
+    assert re.match(r"LDG\S* before the wait for the previous kernel, forbidden by ", reason)
+    (reason,) = gate.judge(kernels["store_kernel", "sm_90a"], [])
+    assert re.match(r"STG\S* before the wait for the previous kernel, forbidden by ", reason)
+    reasons = gate.judge(kernels["near_kernel", "sm_90a"], [rule])
+    assert reasons == ["nothing to measure forbid_before_wait in"]
+
+
+def test_code_that_a_branch_reaches_past_the_wait_counts_as_before_it():
+    lines = ["BRA P0, 0x30", "ACQBULK ", "LDG.E R0", "LDG.E.U16 R4", "EXIT "]
+    code = [instruction(line, at=16 * i) for i, line in enumerate(lines)]
+    found = loops.before_wait(code)
+    assert found is not None
+    assert [one.opcode for one in found] == ["BRA", "LDG.E.U16", "EXIT"]
+    assert loops.before_wait(code[2:]) is None
 
 
 @pytest.mark.parametrize("key", gate.COSTS)
