@@ -83,9 +83,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
         for (int p = 0; p < kGroupPages; ++p) number[p] = page_number(bank, slot, first_page + p);
         if (v.scaled && bank.scale) scale = bank.scale[slot];
     };
-    // Any kernel may be in front, one that writes x, the plan or a bank, or an expand that reads v, so
-    // no access to memory precedes the wait. The next launch starts after it: expand reads y before
-    // its own wait, when every writer of y that precedes shrink must have ended.
+    // The previous kernel may write x, the plan or a bank, or may be an expand that reads v, so no
+    // access to memory precedes the wait. The next launch starts after the wait: expand reads y
+    // before its own wait, when every writer of y that precedes shrink must have ended.
     lx::grid_dependency_wait();
     lx::grid_dependency_launch();
     const RowTile tile =

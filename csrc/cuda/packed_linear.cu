@@ -224,8 +224,9 @@ LX_DEVICE void multiply(const PackedBitsArgs& args, const Layout& layout, unsign
                         int panel, int slice, int first_row, float (&total)[kTiles][2][4]) {
     using Step = Stage<kBits, kMinimum>;
     constexpr int kCount = Step::kCount;
-    // There are registers to load the next rows ahead only for two tiles, as a block of one tile
-    // shares the multiprocessor; otherwise the rows of a chunk are loaded before its codes are read.
+    // Only with two tiles are there registers to load the next rows ahead, as a block of one tile
+    // shares the multiprocessor. Otherwise the rows of a chunk are loaded before its codes are
+    // read.
     constexpr bool kAhead = kTiles == 2;
     const int lane = lx::lane_id(), g = lane / 4, t = lane % 4, thread = lx::thread_rank();
     const int steps = (layout.chunks - slice + kAllSlices - 1) / kAllSlices;
@@ -358,7 +359,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && sizeof(T) == 2 && !kM
     float* const sums = reinterpret_cast<float*>(shared);  // in place of the ring
     // Sums of the parts so far; a thread has elements of its own.
     float4* const results = reinterpret_cast<float4*>(shared + Stage<kBits, kMinimum>::kRing);
-    if (layout.parts == 1) lx::grid_dependency_launch();  // of the sum of the parts
+    if (layout.parts == 1) lx::grid_dependency_launch();  // the next launch sums the parts
 
 #pragma unroll 1
     for (int part = first_part; part < first_part + layout.parts; part += kAtOnce) {
@@ -430,8 +431,8 @@ __global__ void __launch_bounds__(kSumThreads)
 // ------------------------------------------------------------------------------------------------
 // Host side
 
-// Returns the tiles of rows of a block: 1, 2 or 4. Four would need more registers than there are
-// with the parts of float32 or with minima.
+// Returns the tiles of rows of a block: 1, 2 or 4. Four would need too many registers for the parts
+// of float32, or with minima.
 int64_t tiles_of(const PackedBitsArgs& args) {
     const int64_t tiles = ceil_div(args.rows, kTileRows);
     return tiles <= 2 ? tiles : args.dtype == DType::kFloat32 || args.minimum ? 2 : 4;
@@ -439,8 +440,8 @@ int64_t tiles_of(const PackedBitsArgs& args) {
 int64_t blocks_of_rows(const PackedBitsArgs& args) {
     return ceil_div(args.rows, tiles_of(args) * kTileRows);
 }
-// Returns whether the parts of a panel are computed by different blocks and added by another
-// launch: if there are too few blocks for the machine. The bits do not depend on it.
+// Returns whether different blocks compute the parts of a panel, which another launch adds: this
+// gives more blocks if there are too few for the machine, and the same bits.
 bool splits_parts(const PackedBitsArgs& args) {
     if (args.rows == 0 || tiles_of(args) < 4) return false;
     const int64_t panels = ceil_div(args.out_features, kPanel);

@@ -11,11 +11,11 @@ namespace lx::emu {
 // issue (overwrites a stage that is still read), or one of the two, chosen by the seed.
 enum class CpAsync { kBySeed, kLate, kEarly };
 
-// Which launches run at the same time. kNone: each launch runs to its end at once. Otherwise launches
-// are queued until synchronize(), and a dependent launch runs up to its wait before a thread of the
-// previous launch passes grid_dependency_launch(): with kDeep as soon as the previous launch allows
-// it, so that several launches may be under way; with kShallow when the launches before that one
-// have ended.
+// Launches that run at the same time. kNone: each launch runs to its end at once. Otherwise,
+// launches are queued until synchronize(), and a dependent launch runs up to its wait before a
+// thread of the previous launch returns from grid_dependency_launch(): with kDeep as soon as the
+// previous launch allows it, so that several launches may overlap; with kShallow only after the
+// launches before the previous one have ended.
 enum class Overlapping { kNone, kDeep, kShallow };
 
 struct Options {
@@ -43,8 +43,8 @@ inline void set_seed(uint64_t seed) {
     set_options(changed);
 }
 
-// Runs the queued launches. Returns 0 or the code of the first error. Buffers of a queued launch must
-// not change or be freed before.
+// Runs the queued launches. Returns 0 or the code of the first error. The caller must not change or
+// free the buffers of a queued launch before this call.
 int synchronize();
 
 // Returns the reports of all launches since the last call. A launch with a report returns an error,

@@ -269,8 +269,8 @@ unsigned byte_permute(unsigned a, unsigned b, unsigned selector) {
 }
 
 namespace {
-// A float has at least 2p + 2 bits for numbers of p bits, so rounding a difference twice is rounding
-// it once.
+// For numbers of p bits, a float has at least 2p + 2 bits. Rounding their difference to float and
+// then to p bits therefore gives the same result as rounding it once.
 template <class T>
 uint32_t subtract(uint32_t a, uint32_t b) {
     const float2 x = unpack_floats<T>(a), y = unpack_floats<T>(b);

@@ -28,7 +28,7 @@ ALONE, DEEP, SHALLOW = range(3)
 
 @pytest.fixture(scope="module")
 def chains(build_with_mistakes):
-    """Libraries by mistake ("" is none) and flavour."""
+    """Return libraries by the mistake that they contain ("" for none) and the flavour."""
     return build_with_mistakes(MISTAKES)
 
 
@@ -51,7 +51,7 @@ def test_overlapping_calls_change_no_bit(chains, flavour, planned):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_access_before_the_wait_changes_bits(chains, mistake):
-    """Check that the mistake changes nothing if launches run one after the other."""
+    """Check also that the mistake changes nothing if launches run one after the other."""
     for planned in (True, False):
         _, expected = outputs(chains["", "fast"], ALONE, planned, 0)
         _, *found = (outputs(chains[mistake, "fast"], how, planned, 0)[1] for how in range(3))

@@ -1,8 +1,8 @@
 // Bytes and pairs of 16-bit numbers in a register, for kernels that widen small integers.
 //
 //   lx::byte_permute(a, b, selector)
-//       returns four bytes of the eight bytes of a (0 to 3) and b (4 to 7): byte i of the result has
-//       the number in bits 4i to 4i + 2 of `selector`.
+//       returns four of the eight bytes of a (numbers 0 to 3) and b (4 to 7): bits 4i to 4i + 2 of
+//       `selector` contain the number of the byte that becomes byte i of the result.
 //   lx::and_or(a, mask, b)
 //       returns (a & mask) | b in one instruction, if mask and b are in registers. With two
 //       constants, the compiler would use two.

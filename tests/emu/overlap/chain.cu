@@ -1,5 +1,5 @@
-// Calls of lora_apply in one stream, one after the other at once or as launches that overlap. Linked
-// with the decode kernels alone.
+// Calls of lora_apply in one stream, whose launches run one after the other or overlap. Linked with
+// the decode kernels alone.
 #include <cstring>
 #include <vector>
 
