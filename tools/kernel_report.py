@@ -814,7 +814,7 @@ WHY = [
         "D[2378]: *",
         "Expand of D2, D3, D7, D8",
         "a warp issues 589 instructions before its first step and 84 to 105 for each step of 128 "
-        "outputs of the block. Behind its shrink, expand takes 1.7 us less.",
+        "outputs of the block. After its shrink, expand takes 1.7 us less.",
     ),
     Reason(
         "lora_shrink_decode_kernel<*",
@@ -827,8 +827,8 @@ WHY = [
         "lora_shrink_decode_kernel<*",
         "a captured step*: 1",
         "The captured step with one adapter",
-        "a shrink reads nothing before the expand in front of it has ended, so each of the 256 "
-        "launches waits for its own trips and its first load; the floor has 1.1 us per launch.",
+        "a shrink reads nothing before the previous expand has ended, so each of the 256 launches "
+        "waits for its memory trips and its first load; the floor has 1.1 us per launch.",
     ),
     Reason(
         "lora_gemm_kernel<*",
@@ -863,8 +863,8 @@ WHY = [
         "packed_linear_kernel<*",
         "64 rows, *",
         "`packed_linear_kernel` of 64 rows",
-        "two blocks of 32 rows each read and widen the codes, one of them from L2, and the parts "
-        "of the sums take a second launch. The floor has the bytes of memory.",
+        "two blocks of 32 rows each read and widen the codes, one of them from L2, and a second "
+        "launch adds the parts of the sums. The floor counts only the bytes read from memory.",
     ),
     Reason(
         "spec_verify_kernel<*",
