@@ -4,7 +4,7 @@
 // A warp processes a panel of 32 outputs and every 16th chunk of 32 in-features. A block has 16
 // warps. For up to 16 rows they are the 16 slices of a panel. For up to 32 rows (16 bits, without
 // minima), they are the four slices of a part of four panels, which read the same rows from L1. A
-// lane copies its bytes of codes to a ring of its own in shared memory, without barriers, so that
+// lane copies its bytes of codes to a separate ring in shared memory, without barriers, so that
 // many chunks are on their way.
 //
 // The 16 bytes of a lane are four outputs x four in-features (8 bits) or eight (4 bits): operand A
