@@ -315,11 +315,19 @@ LX_DEVICE void weigh_states(const Space& space, const float* posterior, int64_t 
     lx::syncthreads();
 }
 
+// States whose leaves a lane has on their way at once: 128 bytes, or 96 on sm_100, where registers
+// would spill. The order of the sums does not depend on it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+constexpr int kHalfStates = 3;
+#else
+constexpr int kHalfStates = 4;
+#endif
+
 // Computes a warp's share of q for the block's tokens, the sum over states warp, warp + 8, ..., and
 // writes it to shared memory. Ends with a barrier.
 template <class L, bool kAligned>
 LX_DEVICE void share_q(const L* leaf, const Norm* states, int C, int V, int base, float* q_of) {
-    constexpr int kBatch = sizeof(L) == 2 ? 4 : 2;  // 128 bytes per lane in flight
+    constexpr int kBatch = sizeof(L) == 2 ? kHalfStates : 2;
     const int warp = lx::warp_id();
     const int first = lx::lane_id() * kLaneTokens, half = lx::kWarpSize * kLaneTokens;
     float q[kHalves][kLaneTokens] = {};
