@@ -59,8 +59,10 @@ struct LoraTrainArgs {
     // Results; nullptr: not wanted.
     void* dx = nullptr;  // (T, I), added to in place: round(dx + ...); I contiguous
     int64_t dx_row_stride = 0;
-    void* da = nullptr;         // (A, R, I) contiguous, dtype of x; all written, zero beyond a rank
-    void* db = nullptr;         // (A, O, R) contiguous, as for da
+    void* da = nullptr;  // (A, R, I) contiguous, dtype of x; all written, zero beyond a rank
+    void* db = nullptr;  // (A, O, R) contiguous, as for da
+    // CPU only: adds to da and db, rounded once, and writes nothing for adapters without rows.
+    bool accumulate = false;
     void* workspace = nullptr;  // size: see the functions below; CUDA only
     void* weighed = nullptr;    // (T, >= max_rank) scratch like dv; with weights only
     int64_t weighed_row_stride = 0;
