@@ -308,8 +308,8 @@ def _columns(
     """Compute a call with weights in float64, which the op would round to float32."""
     y = None if weight is None else nn.functional.linear(x, weight, bias)
     assert call.weights is not None and call.plan is not None
-    p, columns = call.adapters[0].p, call.ids.view(len(x), -1).T  # (K, T)
-    of_columns = call.weights.view(len(x), -1).T
+    p, shape = call.adapters[0].p, (len(x), *(call.ids.shape[1:] or (1,)))  # x may be empty
+    columns, of_columns = call.ids.view(shape).T, call.weights.view(shape).T  # (K, T)
     plans = call.plan.chunk(len(columns))
     for ids, weights, plan in zip(columns, of_columns, plans, strict=True):
         seed = draw_seed(x.device) if p else None
@@ -429,7 +429,7 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
         if bias is not None:
             # `torch.where` is used instead of a product with the mask, because 0 * NaN would spread
             # a NaN of one adapter to the rows of other adapters.
-            own = (call.ids == slot).view(len(y), -1)  # (T, K)
+            own = (call.ids == slot).view(len(y), *call.ids.shape[1:] or (1,))  # (T, K)
             scaling = call.adapters[slot].scaling
             if call.weights is not None:
                 scaling = scaling * call.weights.view(own.shape).where(own, 0).sum(1, keepdim=True)
