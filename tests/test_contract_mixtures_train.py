@@ -13,6 +13,7 @@ from cases_mixtures import (
     mixed_train_inputs,
     train,
     train_formula,
+    unrounded,
     with_mixture,
 )
 from cases_train import DEEP, LEAVES, SMALL, train_inputs
@@ -128,6 +129,17 @@ def test_gradcheck_in_float64(kind: str) -> None:
     rest = (i["adapter_ids"], i["scale"], i["ranks"])
     mixed = {k: i.get(k) for k in ("weights", "groups")}
     assert torch.autograd.gradcheck(lambda *v: ops.lora_linear(*v, *rest, **mixed), leaves)
+
+
+@shapes(OP, SMALL, DEEP[:-1])
+def test_columns_have_the_gradients_of_calls_in_order(backend: Backend, shape: Shape) -> None:
+    for dtype in unrounded(backend):
+        how = {"base": False, "device": backend.device}
+        i = mixed_train_inputs(shape, dtype, kind="columns", seed=13, **how)
+        columns = zip(i["adapter_ids"].unbind(1), i["weights"].unbind(1), strict=True)
+        calls = [train(i | {"adapter_ids": ids, "weights": w}) for ids, w in columns]
+        expected = {name: sum(c[name] for c in calls) for name in calls[0]}
+        same(train(i), expected | {"dweights": torch.stack([c["dweights"] for c in calls], 1)})
 
 
 def test_columns_have_masks_of_their_own(backend: Backend) -> None:

@@ -1,6 +1,7 @@
 """Check the machine code of every kernel, without a GPU.
 
     python tools/sass_gate.py [--update] [object ...]
+    python tools/sass_gate.py --blackwell [--update] [wheel ...]
 
 It reads the objects that the build links (or those named), so it checks the code that ships. For
 each kernel and architecture: no stack, no local memory, the rules of `kernels.toml`, and the
@@ -12,7 +13,8 @@ computes the bytes that a loop has in flight (`min_inflight`, `min_overlap`), th
 (`max_trips`, `first_bytes`), its instructions (`mma_share`, `instructions_per_element`), the trips
 of a turn (`turn_trips`), exponentials that test for denormals (`guarded_exp`), ways to let the next
 kernel start before the wait for the previous one (`early_release`), and what a thread may run
-before that wait (`forbid_before_wait`; no kernel writes memory there).
+before that wait (`forbid_before_wait`; no kernel writes memory there). `sass_blackwell.py` has the
+second form, which compiles for Blackwell.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import sass_loops
@@ -193,14 +195,16 @@ def parse(res_usage: str, sass: str) -> list[Kernel]:
     return list(kernels.values())
 
 
-def read(objects: Iterable[Path]) -> list[Kernel]:
-    """Return the kernels in these objects."""
+def read(objects: Iterable[Path], archs: Iterable[str] = ()) -> list[Kernel]:
+    """Return the kernels in these objects, for these architectures or all."""
     cuobjdump, env = reader()
     kernels: list[Kernel] = []
-    for path in objects:
+    selected = [["-arch", arch] for arch in archs] or [[]]
+    for path, only in product(objects, selected):
         outputs = []
         for flag in ("-res-usage", "-sass"):
-            run = subprocess.run([cuobjdump, flag, path], capture_output=True, text=True, env=env)
+            command = [cuobjdump, *only, flag, path]
+            run = subprocess.run(command, capture_output=True, text=True, env=env)
             if run.returncode:
                 raise SystemExit(f"sass_gate: cuobjdump cannot read {path}: {run.stderr.strip()}")
             outputs.append(run.stdout)
@@ -374,22 +378,30 @@ def header() -> str:
     return f"{'arch':8}" + "".join(f"{h:>7}" for h in numbers) + "  kernel"
 
 
-def compiler() -> str:
+def compiler(command: str = "python tools/sass_gate.py") -> str:
+    """Return the first line of a lock, which names nvcc and the command that writes the lock."""
     run = subprocess.run(
         [os.environ.get("NVCC", "nvcc"), "--version"], capture_output=True, text=True
     )
     found = re.search(r"V(\d+\.\d+\.\d+)", run.stdout)
-    return f"# nvcc {found[1] if found else 'unknown'}, -O3; `python tools/sass_gate.py --update`"
+    return f"# nvcc {found[1] if found else 'unknown'}, -O3; `{command} --update`"
 
 
 def main() -> int:
+    import sass_blackwell  # which imports this module
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "objects", nargs="*", type=Path, help="objects or cubins; default: the build's"
     )
     parser.add_argument("--update", action="store_true", help="rewrite kernels.lock")
     parser.add_argument("--rules", type=Path, default=RULES)
+    parser.add_argument("--blackwell", action="store_true", help="check code that CI leaves out")
     args = parser.parse_args()
+    if args.blackwell:
+        if args.update and args.objects:
+            parser.error("--update compiles the sources; name no wheel")
+        return sass_blackwell.main(args.objects, args.update)
     built = sorted(ROOT.glob("build/cmake-*/CMakeFiles/lx_kernels.dir/csrc/cuda/*.cu.o"))
     objects = args.objects or [o for o in built if (ROOT / "csrc/cuda" / o.stem).exists()]
     if not objects:
@@ -399,6 +411,8 @@ def main() -> int:
         kernels = all_verdicts(objects, rules)
     except FileNotFoundError as error:
         raise SystemExit(f"sass_gate: {error.filename} is needed; install binutils.") from error
+    if not args.objects:  # a build of the architectures of wheels
+        kernels = [kernel for kernel in kernels if kernel.arch not in sass_blackwell.ARCHS]
     lines = [header(), *(kernel.row for kernel in kernels)]
     print("\n".join(lines))
     failed = 0
@@ -426,7 +440,15 @@ def main() -> int:
             print("FAIL kernels.lock differs; `python tools/sass_gate.py --update` records:")
             print("\n".join(f"  - {old}" for old in recorded if old not in wanted))
             print("\n".join(f"  + {new}" for new in wanted if new not in recorded))
-    print(f"{len(kernels)} kernels, {failed} failures")
+    note = ""
+    if not args.objects:
+        wrong, old = sass_blackwell.covered(
+            {kernel.name for kernel in kernels}, sass_blackwell.LOCK, ROOT
+        )
+        failed += len(wrong)
+        print("".join(f"FAIL {fault}\n" for fault in wrong), end="")
+        note = f"; {old} files have changed since {sass_blackwell.LOCK.name}" if old else ""
+    print(f"{len(kernels)} kernels, {failed} failures{note}")
     return 1 if failed else 0
 
 

@@ -4,7 +4,8 @@ A wheel of an extension fits only the minor version of torch that it was compile
 is therefore ``0.2.0+torch2.13.cpu`` (or ``.cu130``), and it requires ``torch==2.13.*``, so pip
 rejects it with any other torch. ``auditwheel`` checks that the wheel needs no newer system than its
 tag names; with ``--platform`` it rejects symbols that are too new for that platform. Libraries of
-torch are not copied. Nothing is downloaded.
+torch are not copied. Nothing is downloaded. In a checkout, ``sass_gate.py --blackwell`` checks the
+machine code for Blackwell of a wheel that contains it.
 """
 
 from __future__ import annotations
@@ -103,6 +104,11 @@ def main() -> None:
             size = file.replace(args.out / file.name).stat().st_size
             print(f"{file.name}: {size / 1e6:.1f} MB")
     print(f"built in {took:.0f} s")
+    gate = ROOT / "tools/sass_gate.py"  # not in the sdist
+    if "'100f-real'" in built and gate.exists():
+        command = [sys.executable, str(gate), "--blackwell", str(args.out / wheel.name)]
+        if subprocess.run(command).returncode:
+            raise SystemExit(f"wheels: {wheel.name} fails the gate on machine code for Blackwell")
 
 
 if __name__ == "__main__":

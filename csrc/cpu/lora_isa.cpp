@@ -281,14 +281,11 @@ void expand_rows(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, i
 }
 
 // ------------------------------------------------------------------------------------------------
-// Table of functions
+// Table of functions. Chunks of one slot are merged, so that their rows share a transposed block of
+// B.
 template <typename T>
 Rows<T> y_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<T*>(args.y), args.y_row_stride, chunk.rows};
-}
-// Return the maximum rows of merged chunks. With several spans, many rows share a block of B.
-int64_t most_rows(const LoraArgs& args) {
-    return rank_spans(args.bank.max_rank) > 1 ? kSumRows : 0;
 }
 
 // v = (scale * v) * weight for the ranks of a span, if the rows or pages have factors. `first` is
@@ -307,7 +304,7 @@ void weigh(const LoraArgs& args, const Chunk& chunk, Span span, int64_t first, i
 
 template <typename T>
 void shrink(const LoraArgs& args, int64_t begin, int64_t end) {
-    for_chunks(args, begin, end, most_rows(args), [&](const Chunk& chunk, int64_t index) {
+    for_chunks(args, begin, end, kSumRows, [&](const Chunk& chunk, int64_t index) {
         const Slot<T> slot(args.bank, chunk.slot, !has_factors(args));
         shrink_rows<T>(slot, index, x_rows<T>(args, chunk), chunk.len, v_rows<T>(args, chunk));
         weigh<T>(args, chunk, span_of(slot, index), 0, chunk.len, v_rows<T>(args, chunk));
@@ -320,7 +317,7 @@ int64_t out_block(const LoraArgs& args) {
 template <typename T>
 void expand(const LoraArgs& args, int64_t begin, int64_t end) {
     const int64_t out = args.bank.out_features, width = out_block(args);
-    for_chunks(args, begin, end, most_rows(args), [&](const Chunk& chunk, int64_t block) {
+    for_chunks(args, begin, end, kSumRows, [&](const Chunk& chunk, int64_t block) {
         expand_rows<T>({args.bank, chunk.slot}, v_rows<T>(args, chunk), y_rows<T>(args, chunk),
                        chunk.len, block * width, min((block + 1) * width, out));
     });
@@ -330,10 +327,9 @@ void expand(const LoraArgs& args, int64_t begin, int64_t end) {
 template <typename T>
 void apply(const LoraArgs& args, int64_t begin, int64_t end) {
     alignas(64) Acc<T> buffer[kVSize];
-    for (int64_t c = begin; c < end; ++c) {
-        const Chunk chunk = chunk_at(args, c);
+    for_chunks(args, begin, end, kSumRows, [&](const Chunk& chunk, int64_t) {
         const Slot<T> slot(args.bank, chunk.slot, !has_factors(args));
-        if (slot.rank == 0) continue;
+        if (slot.rank == 0) return;
         const int64_t step = kVSize / slot.rank;
         for (int64_t row = 0; row < chunk.len; row += step) {
             const int64_t rows = min(step, chunk.len - row);
@@ -342,7 +338,7 @@ void apply(const LoraArgs& args, int64_t begin, int64_t end) {
             weigh<T>(args, chunk, {0, slot.rank}, row, rows, v);
             expand_rows<T>(slot, v, y_rows<T>(args, chunk).from(row), rows, 0, slot.out);
         }
-    }
+    });
 }
 
 int64_t shrink_items(const LoraArgs& args) {

@@ -1,11 +1,13 @@
 // Products of packed blocks, used by the CPU twins of LoRA for training, and for inference at ranks
 // above kRankSpan.
 //
-// Both factors are packed into stack buffers: widened, masked, transposed so that lanes run along a
-// row of the result, and dense, because rows at a distance of a power of two would share one set of
-// the L1 cache. Registers hold kTileRows x 2 vectors of the result. The stack holds the sums of a
-// block of kSumRows rows and kRankSpan columns while the loop over depth runs. The block has that
-// many rows so that the right factor, read from memory in short pieces, is packed rarely.
+// Factors are packed into stack buffers: widened, masked, transposed so that lanes run along a row
+// of the result, and dense, because rows at a distance of a power of two would share one set of the
+// L1 cache. A left factor that is neither widened nor masked is read in place, because a tile reads
+// only kTileRows of its rows. Registers hold kTileRows x 2 vectors of the result. The stack holds
+// the sums of a block of kSumRows rows and kRankSpan columns while the loop over depth runs. The
+// block has that many rows so that the right factor, read from memory in short pieces, is packed
+// rarely.
 //
 // An element of the result has one accumulator and adds its products in ascending order: its bits
 // depend only on its row, its column and the depth.
@@ -13,6 +15,7 @@
 
 #include "dropout.h"
 #include "lora_rows.h"
+#include "tiles.h"
 #include "transpose.h"
 
 namespace lora_ext::LX_ISA {
@@ -57,11 +60,10 @@ LX_INLINE void multiply_add(const Acc<T>* left, int64_t left_row, int64_t left_s
     }
 }
 
-// acc += left * right for rows x columns; the sums continue from the values in acc.
-template <typename T>
-void add_product(const Acc<T>* left, int64_t left_row, int64_t left_step, const Acc<T>* right,
-                 int64_t right_row, int64_t depth, Acc<T>* acc, int64_t acc_row, int64_t rows,
-                 int64_t columns) {
+// Calls add(row, column, sum) for tiles of rows x columns, with the sums from acc, which are stored
+// afterwards.
+template <typename T, typename F>
+LX_INLINE void add_tiles(Acc<T>* acc, int64_t acc_row, int64_t rows, int64_t columns, F&& add) {
     for_tiles<T>(rows, columns, [&](auto count, auto vecs, int64_t row, int64_t c) {
         constexpr int L = kLanes<T>;
         Vec<T> sum[count.value][vecs.value];
@@ -69,11 +71,38 @@ void add_product(const Acc<T>* left, int64_t left_row, int64_t left_step, const 
         for (int i = 0; i < count.value; ++i)
             for (int j = 0; j < vecs.value; ++j)
                 sum[i][j] = load_bits<Vec<T>>(a + i * acc_row + j * L);
-        multiply_add<T>(left + row * left_row, left_row, left_step, right + c, right_row, depth,
-                        sum);
+        add(row, c, sum);
         for (int i = 0; i < count.value; ++i)
             for (int j = 0; j < vecs.value; ++j) store(a + i * acc_row + j * L, sum[i][j]);
     });
+}
+
+// acc += left * right for rows x columns; the sums continue from the values in acc.
+template <typename T>
+void add_product(const Acc<T>* left, int64_t left_row, int64_t left_step, const Acc<T>* right,
+                 int64_t right_row, int64_t depth, Acc<T>* acc, int64_t acc_row, int64_t rows,
+                 int64_t columns) {
+    add_tiles<T>(acc, acc_row, rows, columns,
+                 [&](int64_t row, int64_t c, auto& sum) __attribute__((always_inline)) {
+                     multiply_add<T>(left + row * left_row, left_row, left_step, right + c,
+                                     right_row, depth, sum);
+                 });
+}
+
+// The same with the rows of left at any addresses.
+template <typename T>
+void add_product(const Rows<const Acc<T>>& left, const Acc<T>* right, int64_t right_row,
+                 int64_t depth, Acc<T>* acc, int64_t acc_row, int64_t rows, int64_t columns) {
+    add_tiles<T>(
+        acc, acc_row, rows, columns,
+        [&](int64_t row, int64_t c, auto& sum) __attribute__((always_inline)) {
+            constexpr int kRows = sizeof(sum) / sizeof(sum[0]);
+            const Acc<T>* from[kRows];
+            for (int i = 0; i < kRows; ++i) from[i] = left[row + i];
+            sum_tile<Acc<T>>(
+                right + c, right_row, depth,
+                [&](int i, int64_t k) __attribute__((always_inline)) { return from[i][k]; }, sum);
+        });
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -159,20 +188,20 @@ void pack_b_turned(const Slot<T>& slot, int64_t first, int64_t ranks, int64_t o,
 
 // ------------------------------------------------------------------------------------------------
 // sums = left * right for up to kSumRows rows and kRankSpan columns, of any depth; a row of sums
-// has `sums_row` columns, whole vectors. pack_left(k, n, to) packs left[:, k : k + n] into rows of
-// kDepth, pack_right(k, n, first, count, to, row) packs right[k : k + n, first : first + count].
-template <typename T, typename PackLeft, typename PackRight>
+// has `sums_row` columns, whole vectors. left_of(k, n) returns the rows of left[:, k : k + n],
+// pack_right(k, n, first, count, to, row) packs right[k : k + n, first : first + count].
+template <typename T, typename Left, typename PackRight>
 void sum_products(int64_t rows, int64_t depth, int64_t columns, Acc<T>* sums, int64_t sums_row,
-                  PackLeft&& pack_left, PackRight&& pack_right) {
-    alignas(64) Acc<T> left[kSumRows * kDepth], right[kDepth * kColumns];
+                  Left&& left_of, PackRight&& pack_right) {
+    alignas(64) Acc<T> right[kDepth * kColumns];
     for (int64_t i = 0; i < rows * sums_row; ++i) sums[i] = 0;
     for (int64_t k = 0; k < depth; k += kDepth) {
         const int64_t n = min(kDepth, depth - k);
-        pack_left(k, n, left);
+        const Rows<const Acc<T>> left = left_of(k, n);
         for (int64_t first = 0; first < columns; first += kColumns) {
             const int64_t count = min(kColumns, columns - first), row = whole_vectors<T>(count);
             pack_right(k, n, first, count, right, row);
-            add_product<T>(left, kDepth, 1, right, row, n, sums + first, sums_row, rows, row);
+            add_product<T>(left, right, row, n, sums + first, sums_row, rows, row);
         }
     }
 }
@@ -193,7 +222,7 @@ template <typename T, typename Pack>
 void project(const Rows<const T>& left, int64_t rows, int64_t features, const DropoutKey* key,
              Span span, Acc<T> factor, const Rows<Acc<T>>& out, Pack&& pack_right) {
     if (span.ranks == 0) return;  // left would be packed needlessly
-    alignas(64) Acc<T> sums[kSumRows * kRankSpan];
+    alignas(64) Acc<T> sums[kSumRows * kRankSpan], packed[kSumRows * kDepth];
     Masks<kDepth, kSumRows> masks;
     const int64_t sums_row = whole_vectors<T>(span.ranks);
     for (int64_t row = 0; row < rows; row += kSumRows) {
@@ -201,9 +230,12 @@ void project(const Rows<const T>& left, int64_t rows, int64_t features, const Dr
         const Rows<const T> block = left.from(row);
         sum_products<T>(
             count, features, span.ranks, sums, sums_row,
-            [&](int64_t k, int64_t n, Acc<T>* to) {
+            [&](int64_t k, int64_t n) -> Rows<const Acc<T>> {
+                if constexpr (sizeof(T) == sizeof(Acc<T>))
+                    if (!key) return {block.base + k, block.stride, block.index};
                 if (key) masks.fill(*key, row, count, k, n);
-                pack_rows<T>(block, count, k, n, to, kDepth, key ? &masks : nullptr);
+                pack_rows<T>(block, count, k, n, packed, kDepth, key ? &masks : nullptr);
+                return {packed, kDepth, nullptr};
             },
             [&](int64_t k, int64_t n, int64_t first, int64_t ranks, Acc<T>* to, int64_t to_row) {
                 pack_right(k, n, span.first + first, ranks, to, to_row);
@@ -225,7 +257,7 @@ void add_update(const Rows<Acc<T>>& v, int64_t rows, int64_t rank, const Rows<T>
     const int64_t sums_row = whole_vectors<T>(width);
     sum_products<T>(
         rows, rank, width, sums, sums_row,
-        [&](int64_t k, int64_t n, Acc<T>* to) { pack_rows<T>(v, rows, k, n, to, kDepth); },
+        [&](int64_t k, int64_t) -> Rows<const Acc<T>> { return {v.base + k, v.stride, v.index}; },
         pack_right);
     for (int64_t i = 0; i < rows; ++i) {
         T* to = y[i] + begin;

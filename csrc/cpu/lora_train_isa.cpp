@@ -9,7 +9,8 @@
 //
 // Order of every sum, so that the result depends neither on threads nor on other adapters: one
 // accumulator each, features ascending in v and dv (then times c), the adapter's rows ascending in
-// dA and dB, ranks ascending in dx (then dx + sum, rounded once).
+// dA and dB (if they accumulate, then dA + sum), ranks ascending in dx (then dx + sum, all rounded
+// once).
 //
 // All five are products of packed blocks (lora_product.h). Ranks are processed in spans of
 // kRankSpan, so that no buffer grows with them.
@@ -113,6 +114,28 @@ int64_t span_width(const LoraBank& bank, const Span& span) {
     return min(kRankSpan, bank.max_rank - span.first);
 }
 
+// Return whether an adapter's da and db do not change.
+bool leaves_unchanged(const LoraTrainArgs& args, const Segment& segment) {
+    return args.accumulate && segment.len == 0;
+}
+
+// Adds n numbers, each sum rounded once. Not inlined, because the loops that call it or
+// store_rounded would become slower where they store.
+template <typename T>
+__attribute__((noinline)) void add_rounded(T* to, const Acc<T>* from, int64_t n) {
+    constexpr int L = kLanes<T>;
+    int64_t i = 0;
+    for (; i + L <= n; i += L) store(to + i, load(to + i) + load_bits<Vec<T>>(from + i));
+    if (i < n) store_n(to + i, load_n(to + i, n - i) + load_n(from + i, n - i), n - i);
+}
+template <typename T>
+LX_INLINE void store_sums(T* to, const Acc<T>* sums, int64_t n, bool accumulate) {
+    if (accumulate)
+        add_rounded<T>(to, sums, n);
+    else
+        store_rounded<T>(to, sums, n);
+}
+
 template <typename T>
 void db(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     alignas(64) Acc<T> sums[kAccumulators], left[kRowBlock * kColumns],
@@ -123,6 +146,7 @@ void db(const LoraTrainArgs& args, int64_t begin, int64_t end) {
         const Span span = span_of(Slot<T>(bank, band.slot), band.span);
         const int64_t wide = whole_vectors<T>(span.ranks);
         const Segment segment = segment_of(args.lora, band.slot);
+        if (leaves_unchanged(args, segment)) continue;
         for (int64_t i = 0; i < band.width * wide; ++i) sums[i] = 0;
         for (int64_t row = 0; wide > 0 && row < segment.len; row += kRowBlock) {
             const int64_t rows = min(kRowBlock, segment.len - row);
@@ -140,7 +164,7 @@ void db(const LoraTrainArgs& args, int64_t begin, int64_t end) {
         T* out = static_cast<T*>(args.db) +
                  (band.slot * int64_t{bank.out_features} + band.begin) * bank.max_rank + span.first;
         for (int64_t o = 0; o < band.width; ++o, out += bank.max_rank) {
-            store_rounded<T>(out, sums + o * wide, span.ranks);
+            store_sums<T>(out, sums + o * wide, span.ranks, args.accumulate);
             for (int64_t r = span.ranks; r < span_width(bank, span); ++r) out[r] = T{};
         }
     }
@@ -187,13 +211,15 @@ void da_bands(const LoraTrainArgs& args, bool with_dx, int64_t begin, int64_t en
         const Span span = span_of(slot, band.span);
         const int64_t ranks = span.ranks, left_row = whole_vectors<T>(ranks);
         const Segment segment = segment_of(args.lora, band.slot);
+        if (leaves_unchanged(args, segment)) continue;
         const DropoutKey key(args.dropout, band.slot, segment.rows, 0);
         const auto* kept = key.drops() ? &masks : nullptr;
         const auto for_blocks = [&](auto&& f) {
             for (int64_t c = 0; c < band.width; c += kColumns)
                 f(c * ranks, band.begin + c, min(kColumns, band.width - c));
         };
-        for (int64_t i = 0; i < band.items * kColumns * ranks; ++i) sums[i] = 0;
+        if (args.da)
+            for (int64_t i = 0; i < band.items * kColumns * ranks; ++i) sums[i] = 0;
         if (with_dx && segment.len > 0)
             for_blocks([&](int64_t block, int64_t column, int64_t width) {
                 const Rows<const T> rows{slot.a, slot.a_row, nullptr};
@@ -224,7 +250,7 @@ void da_bands(const LoraTrainArgs& args, bool with_dx, int64_t begin, int64_t en
             for (int64_t r = 0; r < span_width(bank, span); ++r) {
                 T* to = out + r * bank.in_features + column;
                 if (r < ranks)
-                    store_rounded<T>(to, sums + block + r * kColumns, width);
+                    store_sums<T>(to, sums + block + r * kColumns, width, args.accumulate);
                 else
                     for (int64_t i = 0; i < width; ++i) to[i] = T{};
             }

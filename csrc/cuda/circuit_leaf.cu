@@ -12,9 +12,14 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kBatch = 2;  // loads in flight per lane
-// Minimum blocks per multiprocessor. The forward requests as many as fit; the backward requests
-// fewer, since it uses more registers.
-constexpr int kMinBlocks = 8, kMinBlocksBackward = 5;
+// Minimum blocks per multiprocessor. The forward requests as many as fit, 2048 threads, or 1536 on
+// sm_120; the backward requests fewer, since it uses more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kMinBlocks = 6;
+#else
+constexpr int kMinBlocks = 8;
+#endif
+constexpr int kMinBlocksBackward = 5;
 
 // A row of V logits, and its token: kNoToken if there is no valid one, kNoRow beyond the last row.
 constexpr int kNoToken = -1, kNoRow = -2;

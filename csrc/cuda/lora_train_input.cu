@@ -36,9 +36,22 @@ constexpr int shared_bytes(int pages) {
            kTrainRows * kDeltaRow<T> * 4;
 }
 
+// Minimum blocks per multiprocessor. On Blackwell, two blocks of float16 spill registers. With
+// stages, shared memory holds only one block; without, the loop over pages is unrolled twice, which
+// takes fewer registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <class T, bool kStaged>
+constexpr int kMinBlocks = std::is_same_v<T, lx::f16> && kStaged ? 1 : 2;
+template <class T, bool kStaged>
+constexpr int kPageUnroll = std::is_same_v<T, lx::f16> && !kStaged ? 2 : 1;
+#else
+template <class T, bool kStaged>
+constexpr int kMinBlocks = 2;
+#endif
+
 // kStaged: shared memory does not hold all ranks, so they are loaded in several stages.
 template <class T, bool kStaged>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T, kStaged>)
     lora_train_input_kernel(const __grid_constant__ LoraTrainArgs args,
                             const __grid_constant__ Tiling tiling,
                             const __grid_constant__ Width width) {
@@ -135,6 +148,9 @@ __global__ void __launch_bounds__(kThreads, 2)
             if constexpr (kStaged) split_dv(stage);
             lx::syncthreads();  // dv and this band of A are complete, delta has been read
             const int pages = has_rows ? pages_of(stage) : 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#pragma unroll(kPageUnroll<T, kStaged>)
+#endif
             for (int page = 0; page < pages; page += std::is_same_v<T, lx::bf16> ? 2 : 1) {
                 if constexpr (std::is_same_v<T, lx::bf16>) {
                     // Matrices of this load: rows 0-7 and 8-15 of one page, then of the next.

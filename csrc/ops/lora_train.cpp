@@ -355,22 +355,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     args.dy = dy.const_data_ptr();
     args.dy_row_stride = dy.stride(0);
     if (need_dx) args.dx = dx.mutable_data_ptr(), args.dx_row_stride = dx.stride(0);
-    // Columns after the first add their gradients of the factors to those before.
+    // Columns after the first add their gradients of the factors to those before: twins in place,
+    // kernels from second tensors.
+    const bool kernels = launches_kernels(x);
     Tensor more_a, more_b;
-    if (call.columns > 1 && need_da) more_a = at::empty(da.sizes(), da.options());
-    if (call.columns > 1 && need_db) more_b = at::empty(db.sizes(), db.options());
+    if (kernels && call.columns > 1 && need_da) more_a = at::empty(da.sizes(), da.options());
+    if (kernels && call.columns > 1 && need_db) more_b = at::empty(db.sizes(), db.options());
     args.dv_row_stride = 8 * args.lora.bank.pages_per_slot;
     const auto for_columns = [&](auto&& backward) {
         call.for_columns(v, [&](int64_t k) {
-            if (need_da) args.da = (k ? more_a : da).mutable_data_ptr();
-            if (need_db) args.db = (k ? more_b : db).mutable_data_ptr();
+            const bool apart = kernels && k > 0;
+            args.accumulate = !kernels && k > 0;
+            if (need_da) args.da = (apart ? more_a : da).mutable_data_ptr();
+            if (need_db) args.db = (apart ? more_b : db).mutable_data_ptr();
             if (need_dweights) args.dweights = dweights.mutable_data_ptr<float>() + k;
             backward();
-            if (k && need_da) da.add_(more_a);
-            if (k && need_db) db.add_(more_b);
+            if (apart && need_da) da.add_(more_a);
+            if (apart && need_db) db.add_(more_b);
         });
     };
-    if (launches_kernels(x)) {
+    if (kernels) {
         const Tensor dv = at::empty({rows, args.dv_row_stride}, v.options());
         args.dv = dv.mutable_data_ptr();
         call.set_workspace(lora_train_backward_workspace_bytes(args));

@@ -41,10 +41,10 @@ class Adalora(Kind):
         return {"lora_A": a, "lora_B": b, "lora_E": Part((r, 1))}
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
-        """Return A with its rows multiplied by the values, and B."""
+        """Return A with its rows multiplied by the values, and B; removed ranks change no scale."""
         a, b, values = (parts[f"lora_{each}"] for each in "ABE")
         alpha = config.get("lora_alpha")
-        scaling = (alpha if alpha > 0 else float(config.get("init_r"))) / (len(a) + 1e-5)
+        scaling = (alpha if alpha > 0 else float(len(a))) / (config.get("init_r") + 1e-5)
         return Factors(a * values, b, scaling)
 
 

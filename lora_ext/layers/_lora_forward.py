@@ -292,29 +292,8 @@ def _run(
         weights = weights.float()
     if groups is not None:
         scale = scale if scale is None else scale[None]  # (1, P)
-        library = x.device.type == "cpu" and dtype == torch.float32 and packed is None
-        if weight is not None and library:
-            assert weights is not None
-            return _stacked(x, weight, bias, a[0], b[0], scale, weights, groups[0])
     rest = call.ids, scale, ranks, p, seed, call.plan, packed
     return ops.lora_linear_apart(x, weight, bias, a, b, *rest, weights=weights, groups=groups)
-
-
-def _stacked(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor | None,
-    weights: Tensor,
-    groups: Tensor,
-) -> Tensor:
-    """Compute a call with groups by products of the library, which are faster than the twin's."""
-    each = weights.index_select(1, groups)  # (T, P)
-    each = each if scale is None else each * scale
-    v = nn.functional.linear(x, a).view(*each.shape, _PAGE) * each[..., None]  # (T, P, 8)
-    return nn.functional.linear(x, weight, bias).addmm_(v.flatten(1), b.T)
 
 
 def _columns(
@@ -329,8 +308,8 @@ def _columns(
     """Compute a call with weights in float64, which the op would round to float32."""
     y = None if weight is None else nn.functional.linear(x, weight, bias)
     assert call.weights is not None and call.plan is not None
-    p, columns = call.adapters[0].p, call.ids.view(len(x), -1).T  # (K, T)
-    of_columns = call.weights.view(len(x), -1).T
+    p, shape = call.adapters[0].p, (len(x), *(call.ids.shape[1:] or (1,)))  # x may be empty
+    columns, of_columns = call.ids.view(shape).T, call.weights.view(shape).T  # (K, T)
     plans = call.plan.chunk(len(columns))
     for ids, weights, plan in zip(columns, of_columns, plans, strict=True):
         seed = draw_seed(x.device) if p else None
@@ -450,7 +429,7 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
         if bias is not None:
             # `torch.where` is used instead of a product with the mask, because 0 * NaN would spread
             # a NaN of one adapter to the rows of other adapters.
-            own = (call.ids == slot).view(len(y), -1)  # (T, K)
+            own = (call.ids == slot).view(len(y), *call.ids.shape[1:] or (1,))  # (T, K)
             scaling = call.adapters[slot].scaling
             if call.weights is not None:
                 scaling = scaling * call.weights.view(own.shape).where(own, 0).sum(1, keepdim=True)

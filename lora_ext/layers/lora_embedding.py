@@ -79,7 +79,8 @@ class LoraEmbedding(LoraLayer):
                 total = self._add(name, x, total)
             return total.to(y.dtype)
         tokens, flat = x.reshape(-1), y.reshape(-1, self.out_features)  # (T,), (T, O)
-        ids, weights = rows.ids.view(len(tokens), -1), rows.weights  # (T, K)
+        ids, weights = rows.ids, rows.weights
+        ids = ids.view(len(tokens), *ids.shape[1:] or (1,))  # (T, K)
         for k, slot in itertools.product(range(ids.shape[1]), range(len(rows.used))):
             own = (ids[:, k] == slot).nonzero()[:, 0]
             weight = None if weights is None else weights.view(ids.shape)[own, k, None]

@@ -395,6 +395,33 @@ def test_plans_follow_configurations_and_scales(monkeypatch: pytest.MonkeyPatch)
     assert "plans" not in vars(to_peft(ours).base_model.model.up)
 
 
+@pytest.mark.parametrize("alpha", [9, -1])
+def test_adalora_keeps_its_scale_when_ranks_are_removed_or_a_layer_is_scaled(
+    alpha: int, tmp_path: Path
+) -> None:
+    theirs = saved("adalora", tmp_path)
+    config, kept = theirs.peft_config["default"], {"up": 2, "down": 0}
+    config.rank_pattern = {
+        f"{name}.lora_E.default": [i < kept[name] for i in range(6)] for name in kept
+    }
+    config.lora_alpha = alpha
+    theirs.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(mlp(), tmp_path).eval()
+    base = mlp()
+    pool = AdapterPool(base, max_slots=2, max_rank=8)
+    pool.load("file", tmp_path)
+    pool.load("live", theirs)
+    lora_ext.attach(base, pool)
+    for name in pool.names:
+        with lora_ext.adapters(name):
+            assert close(base(inputs()), theirs(inputs()).double()), name
+    ours = lora_ext.from_peft(copy.deepcopy(theirs))
+    for scale in (1.0, 3.0, 0.0):
+        for model in (theirs, ours):
+            model.base_model.model.up.scale_layer(scale)
+        assert close(ours(inputs()), theirs(inputs()).double()), scale
+
+
 def test_report_names_layers_that_are_not_called_or_need_peft() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -102,6 +102,18 @@ def test_tokens_of_sequences_have_rows_of_ids() -> None:
     assert torch.equal(layer(x, IDS), layer(x.view(ROWS, IN), IDS).view(2, 5, OUT))
 
 
+@pytest.mark.parametrize("names", [["b", None], [("b", 0.5), "a"], [{"a": 1, "b": 2}, None]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sequences_without_tokens_have_no_rows(dtype: torch.dtype, names: Any) -> None:
+    layer, x = made(dtype), torch.randn(2, 0, IN, dtype=dtype, requires_grad=True)
+    y = layer(x, names)  # "b" has a bias
+    assert y.shape == (2, 0, OUT)
+    y.sum().backward()
+    embedding: Any = LoraEmbedding(nn.Embedding(7, OUT), "a", r=4)
+    embedding.add_adapter("b", r=2)
+    assert embedding(torch.zeros(2, 0, dtype=torch.int64), names).shape == (2, 0, OUT)
+
+
 def test_columns_have_different_dropout_masks() -> None:
     layer: Any = LoraLinear(nn.Linear(IN, IN), "a", r=IN, lora_alpha=IN, lora_dropout=0.5)
     layer.train()

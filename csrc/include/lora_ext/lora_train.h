@@ -61,7 +61,9 @@ struct LoraTrainArgs {
     int64_t dx_row_stride = 0;
     // (A, R, I) contiguous, dtype of x. All elements are written: 0 beyond the rank of an adapter.
     void* da = nullptr;
-    void* db = nullptr;         // (A, O, R) contiguous, as for da
+    void* db = nullptr;  // (A, O, R) contiguous, as for da
+    // CPU only: adds to da and db, rounded once, and writes nothing for adapters without rows.
+    bool accumulate = false;
     void* workspace = nullptr;  // size: see the functions below; CUDA only
     void* weighed = nullptr;    // (T, >= max_rank) scratch like dv; with weights only
     int64_t weighed_row_stride = 0;

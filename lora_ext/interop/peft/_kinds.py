@@ -140,8 +140,9 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
         layer: Any = self
         plan = self.plans[adapter]
         factors = plan.kind.read(parts, plan.fields, plan.spec)
-        if plan.kind.name != "ADALORA" and _has(layer, "scaling", adapter):
-            factors = factors._replace(scaling=layer.scaling[adapter])
+        if _has(layer, "scaling", adapter):
+            ranks = plan.fields["init_r"] + 1e-5 if plan.kind.name == "ADALORA" else 1
+            factors = factors._replace(scaling=layer.scaling[adapter] / ranks)
         return factors
 
 
