@@ -35,9 +35,9 @@ from sass_gate import ROOT, Kernel
 LOCK = ROOT / "kernels_blackwell.lock"
 ARCHS = ("sm_100f", "sm_120")
 COMMAND = "python tools/sass_gate.py --blackwell"
-# Bytes of stack of the kernels that may spill. With a block less per multiprocessor they would not
-# spill: expand takes 146 registers, the shrink of unaligned rows 157. A kernel that no longer spills
-# must be removed here.
+# Bytes of stack of the kernels that may spill. With one block fewer per multiprocessor they would
+# not spill: expand takes 146 registers, the shrink of unaligned rows 157. A kernel that no longer
+# spills must be removed here.
 DECODE = ("__half", "__nv_bfloat16")
 ALLOWED = {
     **{("sm_100f", f"lora_expand_kernel<{t}, true, 1, 4, 1, false>"): 8 for t in DECODE},
@@ -46,7 +46,7 @@ ALLOWED = {
     **{(arch, f"lora_shrink_decode_kernel<{t}, false, 1>"): 8 for arch in ARCHS for t in DECODE},
 }
 HEADER = f"{'arch':8}" + "".join(f"{h:>7}" for h in ("regs", "shared", "stack", "spills", "instr"))
-# A string or character literal, which stays, or a comment.
+# Matches a string or character literal, which is kept, or a comment.
 COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\')|//[^\n]*|/\*.*?\*/', re.S)
 INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.M)
 EMULATOR = "lx/emulated.h"  # included only under LX_EMULATE
@@ -169,7 +169,7 @@ def row(kernel: Kernel) -> str:
 
 
 def judge(kernel: Kernel) -> list[str]:
-    """Return the faults of one kernel. The rules of `kernels.toml` are about other processors."""
+    """Return the faults of one kernel. The rules of `kernels.toml` are for other processors."""
     wrong = []
     allowed = ALLOWED.get((kernel.arch, kernel.name), 0)
     if kernel.stack + kernel.local > allowed:
@@ -228,7 +228,7 @@ def main(paths: list[Path], update: bool) -> int:
     else:
         wanted = now
     inputs = [(path.name, path) for path in paths] or (list(compiled(wanted)) if wanted else [])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of the time, cuobjdump runs
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Most of the time is spent in cuobjdump.
         read = dict(zip(inputs, pool.map(lambda one: kernels_of(one[1]), inputs), strict=True))
     kernels = [kernel for found in read.values() for kernel in found]
     wrong = [fault for kernel in kernels for fault in judge(kernel)]
