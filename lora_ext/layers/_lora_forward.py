@@ -292,29 +292,8 @@ def _run(
         weights = weights.float()
     if groups is not None:
         scale = scale if scale is None else scale[None]  # (1, P)
-        library = x.device.type == "cpu" and dtype == torch.float32 and packed is None
-        if weight is not None and library:
-            assert weights is not None
-            return _stacked(x, weight, bias, a[0], b[0], scale, weights, groups[0])
     rest = call.ids, scale, ranks, p, seed, call.plan, packed
     return ops.lora_linear_apart(x, weight, bias, a, b, *rest, weights=weights, groups=groups)
-
-
-def _stacked(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor | None,
-    weights: Tensor,
-    groups: Tensor,
-) -> Tensor:
-    """Compute a call with groups by products of the library, which are faster than the twin's."""
-    each = weights.index_select(1, groups)  # (T, P)
-    each = each if scale is None else each * scale
-    v = nn.functional.linear(x, a).view(*each.shape, _PAGE) * each[..., None]  # (T, P, 8)
-    return nn.functional.linear(x, weight, bias).addmm_(v.flatten(1), b.T)
 
 
 def _columns(
