@@ -66,6 +66,11 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
                               const __grid_constant__ Tiling tiling, int rank_groups) {
     // For float32, ptxas would hold back half of the loads after such addresses.
     constexpr bool kNarrow = kAligned && sizeof(T) == 2;
+    // Any kernel may be in front, one that writes x, the plan or a bank, or an expand that reads v, so
+    // no access to memory precedes the wait. The next launch starts after it: expand reads y before
+    // its own wait, when every writer of y that precedes shrink must have ended.
+    lx::grid_dependency_wait();
+    lx::grid_dependency_launch();
     const int z = static_cast<int>(blockIdx.z);
     int which = kModules > 1 ? z : 0;
     if (kModules > 1 && rank_groups > 1) which = z / rank_groups;
@@ -83,11 +88,6 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
         for (int p = 0; p < kGroupPages; ++p) number[p] = page_number(bank, slot, first_page + p);
         if (v.scaled && bank.scale) scale = bank.scale[slot];
     };
-    // The previous kernel may write x, the plan or a bank, or may be an expand that reads v, so no
-    // access to memory precedes the wait. The next launch starts after the wait: expand reads y
-    // before its own wait, when every writer of y that precedes shrink must have ended.
-    lx::grid_dependency_wait();
-    lx::grid_dependency_launch();
     const RowTile tile =
         find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     const int ranks = lx::min(tile.rank - first_page * kPageRanks, kGroupPages * kPageRanks);
