@@ -312,7 +312,7 @@ def _columns(
     columns, of_columns = call.ids.view(shape).T, call.weights.view(shape).T  # (K, T)
     plans = call.plan.chunk(len(columns))
     for ids, weights, plan in zip(columns, of_columns, plans, strict=True):
-        seed = draw_seed(x.device) if p else None
+        seed = _seed([f.seed for f in call.adapters], x.device) if p else None
         own = ids.contiguous()
         update = ops.lora_linear_apart(x, None, None, a, b, own, None, ranks, p, seed, plan)
         update = torch.where(own[:, None] < 0, 0, update * weights[:, None])
@@ -383,16 +383,22 @@ def _weighted_rows(adapters: Sequence[LoraFactors], x: Tensor, weights: Tensor) 
 def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
     """Return the calls that apply to each row the adapter selected by ``rows``.
 
-    Adapters share a call if they have the same dropout probability and fit into one bank.
+    Adapters share a call if they have the same dropout probability and fit into one bank. If rows
+    have several adapters, one with its own seed has its own call, so its masks do not change.
     """
     calls: list[_Call] = []
     all_ranks = [f.a.shape[0] for f in adapters]
     in_two = len(adapters) * max(all_ranks) > _MOST_ROOM * sum(all_ranks)
-    groups: dict[tuple[float, bool], list[int]] = {}
+    groups: dict[tuple[float, bool, int], list[int]] = {}
     for i, (f, rank) in enumerate(zip(adapters, all_ranks, strict=True)):
-        groups.setdefault((f.p, in_two and rank > _SMALL_RANK), []).append(i)
-    for _, members in sorted(groups.items()):  # the same order of calls for any batch
+        seeded = i if f.p and f.seed is not None and rows.ids.dim() == 2 else -1
+        groups.setdefault((f.p, in_two and rank > _SMALL_RANK, seeded), []).append(i)
+    for (_, _, seeded), members in sorted(groups.items()):  # the same order for any batch
         own = rows if len(groups) == 1 else subset(rows, members)
+        if seeded >= 0:
+            of_it = own.ids == 0  # (T, K)
+            weights = of_it if own.weights is None else own.weights.where(of_it, 0)
+            own = planned(own.used, of_it.any(1).int() - 1, weights.sum(1))
         group, biases = [adapters[i] for i in members], [adapters[i].bias for i in members]
         calls.append(_Call(group, own.ids, own.plan, biases, False, own.weights))
     return calls

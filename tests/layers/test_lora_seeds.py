@@ -144,3 +144,30 @@ def test_invalid_seed_raises() -> None:
     two = [torch.tensor([1, 2]), torch.tensor(1), torch.tensor(2)]
     with pytest.raises(ValueError, match="lora_linear: seed: expected"):
         lora_forward(x, base, adapters(two), IDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adapter_in_mixtures_has_the_masks_of_the_adapter_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer: Any = LoraLinear(nn.Linear(20, 12), "a", r=3, lora_dropout=0.5, init_lora_weights=False)
+    for name, p in (("b", 0.5), ("c", 0.25)):
+        layer.add_adapter(name, r=4, lora_dropout=p, init_lora_weights=False, lora_bias=True)
+        nn.init.normal_(layer.lora_B[name].bias)
+    layer.to(dtype).train().requires_grad_(True)
+    layer.dropout_seed |= {"a": torch.tensor(1), "b": torch.tensor(2), "c": torch.tensor(3)}
+    x, ids = torch.randn(4, 20, dtype=dtype), torch.tensor([[0, 2], [1, 0], [-1, 1], [1, 1]])
+    weights = torch.rand(4, 2, dtype=dtype, requires_grad=True)
+    for w in (weights, None):
+        y = expected = layer.base_layer(x)
+        for i in range(3):
+            of_it = torch.where(ids == i, 1 if w is None else w, 0).sum(1, keepdim=True)
+            alone = layer(x, torch.where((ids == i).any(1), i, -1))
+            expected = expected + of_it * (alone - y)
+        found = layer(x, ids, adapter_weights=w)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        inputs = [p for p in (weights, *layer.parameters()) if p is not weights or w is not None]
+        grads = [torch.autograd.grad(each.sum(), inputs) for each in (found, expected)]
+        for got, want in zip(*grads, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    entries = [{"a": 0.5, "b": -2.0}, "b", ("c", 3.0), None]
+    torch.testing.assert_close(layer(x, entries)[1], layer(x, ["b", "b", None, None])[1])
