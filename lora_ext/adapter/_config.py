@@ -159,7 +159,8 @@ class AdapterConfig(LoraConfig):
         own: dict[str, dict[str, Any]] = {name: {} for name in names}
         for pattern, key in self.kind.patterns.items():
             table: Any = fields.get(pattern) or {}
-            require(isinstance(table, Mapping), self.where, pattern, "an object", repr(table))
+            fits = isinstance(table, Mapping) and all(isinstance(each, str) for each in table)
+            require(fits, self.where, pattern, "an object", f"{table!r:.200}")
             values, missed = self._patterned(pattern, table, fields.get(key, 0), names)
             for name, value in zip(names, values, strict=True):
                 own[name][key] = value

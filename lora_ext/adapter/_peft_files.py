@@ -94,6 +94,11 @@ class CheckedAdapter:
                 raise ValueError(f"{where}: {missing}: expected a tensor, found none") from None
             except IndexError as error:
                 raise ValueError(f"{where}: expected indices in range, found {error}") from None
+            except NotImplementedError:
+                raise
+            except (TypeError, RuntimeError) as error:  # of torch, such as unequal dtypes
+                expected = f"expected fields and tensors of one {self.config.kind.title} adapter"
+                raise ValueError(f"{where}: {expected}, found {error}") from error
             if self.config.peft_type != "LORA":
                 a, b = tuple(factors.a.shape), tuple(factors.b.shape)
                 fits = len(a) == len(b) == 2 and a[0] == b[1]

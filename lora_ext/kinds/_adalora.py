@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
+from lora_ext._checks import require
+
 from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 from ._lora import Lora
 
@@ -33,8 +37,12 @@ class Adalora(Kind):
 
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
         """Return A, B and the values. The rank is the number of ranks that training has kept."""
-        r = config.get("init_r")
-        for name, kept in (config.get("rank_pattern") or {}).items():
+        r, table = config.get("init_r"), config.get("rank_pattern") or {}
+        pairs = table.items() if isinstance(table, Mapping) else [(table, None)]
+        fits = all(isinstance(n, str) and isinstance(k, list | tuple | Tensor) for n, k in pairs)
+        expected = "a list of booleans for each module"
+        require(fits, self.title, "rank_pattern", expected, f"{table!r:.200}")
+        for name, kept in pairs:
             if f"{spec.name}.lora_E" == name.removeprefix("base_model.model."):
                 r = sum(map(bool, kept))
         a, b = Part((r, spec.in_features)), Part((spec.out_features, r))

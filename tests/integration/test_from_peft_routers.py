@@ -278,6 +278,20 @@ def test_dropout_of_xlora_has_a_mask_for_each_adapter(top_k: int | None, tmp_pat
         assert abs((y == value).float().mean().item() - share) < 5 * deviation
 
 
+@pytest.mark.parametrize("top_k", [None, 0, 2])
+def test_xlora_with_fewer_active_adapters_equals_peft(
+    top_k: int | None, folders: list[str], peft_calls: list[Any]
+) -> None:
+    theirs, ours = pair(xlora, folders, enable_softmax_topk=True)
+    for model in (theirs, ours):
+        model.double().base_model.set_topk_lora(top_k)
+        model.base_model.lora_model.set_adapter(["0", "2"])
+        model.base_model.lora_model.delete_adapter("1")
+    found = logits(ours)
+    assert not peft_calls
+    assert_close(found, logits(theirs))
+
+
 def test_activated_names_and_merged_layers_run_pefts_forward(folders: list[str]) -> None:
     theirs, ours = pair(xlora, folders)
     for model in (theirs, ours):

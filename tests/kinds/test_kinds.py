@@ -370,6 +370,34 @@ def test_damaged_files_are_refused_by_key(case: str, tmp_path: Path) -> None:
     pool.load("x", (raw, state))
 
 
+@pytest.mark.parametrize(
+    ("case", "fields", "halved", "found"),
+    [
+        ("adalora", {"rank_pattern": True}, "", "rank_pattern: expected .*found True"),
+        ("adalora", {"rank_pattern": {"up.lora_E": 5}}, "", "rank_pattern: expected .*lora_E': 5"),
+        ("loha", {"rank_pattern": {1: 2}}, "", "rank_pattern: expected an object, found {1: 2}"),
+        ("vblora", {"topk": 10**9}, "", "VB-LoRA adapter, found .* range"),
+        ("lokr both", {}, "up.lokr_w1_a", "up: expected .* LoKr adapter, found .*Half"),
+        ("tinylora", {}, "up.tinylora_A", "up: expected .* TinyLoRA adapter, found .*Half"),
+        ("delora", {}, "-up.delora_w_norm", "up: expected .* DeLoRA adapter, found "),
+    ],
+)
+def test_inconsistent_files_raise_value_errors(
+    case: str, fields: dict[Any, Any], halved: str, found: str, tmp_path: Path
+) -> None:
+    saved(case, tmp_path)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model." + halved.removeprefix("-")
+    if halved:
+        state[key] = state[key].new_zeros(0) if halved.startswith("-") else state[key].half()
+    pool, changed = AdapterPool(mlp(), max_rank=64), ({**raw, **fields}, state)
+    with pytest.raises(ValueError, match=found):
+        LoraAdapter.load(changed)
+    with pytest.raises(ValueError):
+        pool.load("x", changed)
+
+
 def test_plans_follow_configurations_and_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs: Any = peft.get_peft_model(mlp(), peft.LoHaConfig(r=4, init_weights=False, **T)).eval()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))

@@ -71,21 +71,20 @@ class FusedXLora(XLoraLinearLayer):
         fits = scalings is None or x.shape[:-1] == scalings.shape[:2]
         if why or args or kwargs or not fits or target.merged or self.model.disabled:
             return super().forward(x, *args, scalings=scalings, **kwargs)
-        names = self.names
+        names, top_k = self.names, self.config.top_k_lora
         factors = [target.factors_of(name) for name in names]
-        if not factors:
+        if not factors or (top_k == 0 and scalings is not None):
             return base_product(target.base_layer, x)
         if scalings is None:
             return lora_forward(x, target.base_layer, factors)
-        weights = scalings[:, :, self.layer_number].flatten(0, 1)  # (T, active adapters)
-        ids, top_k = None, self.config.top_k_lora
+        weights, ids = scalings[:, :, self.layer_number].flatten(0, 1), None  # (T, outputs)
+        active = [*target.active_adapters, *[""] * weights.shape[1]][: weights.shape[1]]
         if top_k is not None:
             weights, ids = weights.topk(top_k, -1)  # (T, K)
         if self.config.enable_softmax_topk:  # over the weights that are not 0
             none = weights == 0
             weights = weights.masked_fill(none, float("-inf")).softmax(-1).masked_fill(none, 0)
         weights = weights * self.config.global_scaling_weight
-        active = target.active_adapters
         if ids is None:
             if len(active) > len(names):
                 weights = weights[:, [i for i, name in enumerate(active) if name in names]]
