@@ -74,6 +74,12 @@ HEADS = ("cp", "hmm")
 KINDS, DROPOUT = ("0.0, float32", "0.0, float32, oneDNN off", "0.0, autocast"), "0.1, float32"
 OURS, CHUNKED, TARGETS = "lora_ext", "lora_ext, chunked loss", ("q and v", "all linear")
 STEPS = {p: [step(t, k, p) for t in TARGETS for k in KINDS] for p in (OURS, CHUNKED)}
+ROUTERS = [
+    value(
+        "whole_steps_cpu", "over_peft", provider=OURS,
+        case=f"step, all linear, 8 adapters, {r} top 2, 4 x 128 tokens, dropout 0.0, float32")
+    for r in ("X-LoRA", "Arrow")
+]  # fmt: skip
 DROPOUT_STEPS = [step(t, DROPOUT, p) for t in TARGETS for p in (OURS, CHUNKED)]
 LIMITS = [step(t, k, "peft", "over_base") for t in TARGETS for k in KINDS]
 EIGHT = [f"step of 8 adapters x {tokens} tokens" for tokens in (16, 64)]
@@ -145,6 +151,7 @@ FIGURES: dict[tuple[str, str], list[Value]] = {
         step(t, DROPOUT, "peft", "over_base") for t in TARGETS],
     (TRAINING, "dropout 0.1: PEFT's over ours; with `chunked_loss(model)` too"): DROPOUT_STEPS,
     (TRAINING, "16 tokens each take # of PEFT's eight steps, with 64 tokens #"): SHARES_OF_PEFT,
+    (TRAINING, "takes # times as long as ours with X-LoRA and # times with Arrow"): ROUTERS,
     ("docs/notes/training.md", "the ratios were # (16 tokens) and # (64 tokens)"): MANY_STEPS,
     (MANY, "16 rows of 16 adapters, over the model without adapters | #; PEFT #"): DECODE,
     (MANY, "8 adapters, the same ratio | #; PEFT #"): PREFILL,
