@@ -191,7 +191,8 @@ def decode_pair(
     width = ceil(i / min(16, ceil(i / 512)) / 256) * 256  # in-features of a split
     splits = ceil(i / width)
     v = 4 * rows * rank * splits * len(outputs)
-    each = decode_outputs(rows, rows // 16 + min(rows, slots), outputs)  # of as many chunks at most
+    # The second argument is the largest number of chunks that a plan can have.
+    each = decode_outputs(rows, rows // 16 + min(rows, slots), outputs)
     steps = each // 128
     modules = 1 if len(outputs) == 1 else 8
     if modules == 1:  # up to eight rows leave out the second store of a step
@@ -491,7 +492,11 @@ def packed_cases() -> Iterator[Case]:
 
 
 def verify_cases(words: int) -> Iterator[Case]:
-    """Yield eight drafted tokens of one row, 32 states, with more words than a block reads."""
+    """Yield launches of ``spec_verify`` for one row with eight drafted tokens and 32 states.
+
+    The vocabulary of ``words`` tokens is larger than one block reads. The cases are three of the
+    four kernels alone, then all four together.
+    """
     spans = ceil(words / 2048)
     launches: list[Case] = []
     for kernel, values, bytes_, blocks in (

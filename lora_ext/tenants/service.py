@@ -279,7 +279,7 @@ class Tenant:
     ) -> Future[Result]:
         """Take a step of AdamW with the sum of all gradients since the previous step.
 
-        If there was no gradient since then, the step changes nothing.
+        If no gradient has been accumulated since then, the step changes nothing.
 
         Args:
             lr: learning rate.
@@ -289,7 +289,8 @@ class Tenant:
             max_grad_norm: maximum norm of the gradient, to which it is clipped; None does not clip.
 
         Returns:
-            A future of the metric ``grad_norm:mean``, the norm of the gradient before clipping.
+            A future of a :class:`Result` with the metric ``grad_norm:mean``, the norm of the
+            gradient before clipping.
         """
         settings = checked_settings(lr, betas, eps, weight_decay, max_grad_norm)
 

@@ -149,7 +149,7 @@ class Nodes:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the output of :meth:`state_dict`."""
+        """Load a state that :meth:`state_dict` returned."""
         self._clients = {node: client for node, client in state["clients"]}
         self._says = {node: count for node, count in state["says"]}
         self._asked = set(state["asked"])
