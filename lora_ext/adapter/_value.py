@@ -108,7 +108,7 @@ class LoraAdapter:
 
     @classmethod
     def of(cls, source: LoraAdapter | AdapterSource) -> LoraAdapter:
-        """Return ``source`` if it is a `LoraAdapter`, otherwise ``LoraAdapter.load(source)``."""
+        """Return ``source`` if it is a ``LoraAdapter``, otherwise ``LoraAdapter.load(source)``."""
         return source if isinstance(source, LoraAdapter) else cls.load(source)
 
     def check_names(self, where: str, names: Iterable[str]) -> None:
@@ -271,7 +271,7 @@ class LoraAdapter:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return the arguments for copying and pickling. Mappings become dicts, since a
-        `MappingProxyType` cannot be pickled."""
+        ``MappingProxyType`` cannot be pickled."""
         if self.parts:
             state = StateDict(self.state_dict(), "state dict")
             return LoraAdapter._read, (self.config, state, False, False)

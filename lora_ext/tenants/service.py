@@ -212,7 +212,7 @@ class Service:
 
 
 class Tenant:
-    """Tenant with one trainable adapter, created by :meth:`Service.create` or `Service.load`.
+    """Tenant with one trainable adapter, created by :meth:`Service.create` or :meth:`Service.load`.
 
     The calls of a tenant run in order. ``forward_backward``, ``forward`` and ``optim_step`` return
     a future without waiting for the result; the other methods do so with ``wait=False``. A future

@@ -108,7 +108,7 @@ class Nodes:
     def capable(self, nodes: list[int], num_layers: int, strict: bool) -> dict[int, int]:
         """Return the number of layers of each node that can train at least one.
 
-        If a capability is missing or out of range, the node is skipped, or `ValueError` is raised
+        If a capability is missing or out of range, the node is skipped, or ValueError is raised
         if ``strict``.
         """
         found: dict[int, int] = {}

@@ -71,8 +71,8 @@ class CapacityTracker:
             trusted.
         max_timeouts: Number of consecutive timeouts after which a device rests.
         cooldown: Number of rounds for which a device rests, that is, must not be selected.
-        prior: Known speeds by device; they count as two reports, one of depth L and one of depth
-            ``ceil(L / 2)``.
+        prior: Known f, mu and beta by device. They count as two reports, one of depth L and one of
+            depth ``ceil(L / 2)``.
 
     Attributes:
         dropped: Number of reports that were not measurements, by device.
@@ -206,7 +206,7 @@ class CapacityTracker:
         return device not in self._devices or self._devices[device].bad < self.max_bad
 
     def estimate(self, device: Client) -> Estimate:
-        """Return the speeds of a device, each at least 0.
+        """Return f, mu and beta of a device, each at least 0.
 
         Raises:
             KeyError: If there is no estimate for the device.
@@ -320,6 +320,6 @@ class _Device:
 
 
 def check_estimate(where: str, name: str, estimate: Estimate) -> None:
-    """Raise ``ValueError`` unless ``f``, ``mu`` and ``beta`` are finite and at least 0."""
+    """Raise ValueError unless ``f``, ``mu`` and ``beta`` are finite and at least 0."""
     for part, value in zip(("f", "mu", "beta"), estimate[:3], strict=True):
         number(where, f"{name}.{part}", value, 0)

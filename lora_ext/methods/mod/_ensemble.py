@@ -50,7 +50,7 @@ class Capture:
         """Store the block's output.
 
         Outside a forward of the model, for example if a checkpoint recomputes the block, do
-        nothing. Raise `RuntimeError` inside a reentrant checkpoint, because the stored output would
+        nothing. Raise RuntimeError inside a reentrant checkpoint, because the stored output would
         have no gradient.
         """
         call = _call_of(self.mixer)
