@@ -258,7 +258,7 @@ class Tenant:
     def forward(
         self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
     ) -> Future[Result]:
-        """Compute the results of :meth:`forward_backward`, but no gradient."""
+        """Compute the results of :meth:`forward_backward` without gradients."""
         return self._call("forward", data, loss, config, False)
 
     def _call(self, where: str, data: Any, loss: Any, config: Any, backward: bool) -> Any:
