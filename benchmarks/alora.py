@@ -120,7 +120,7 @@ def of_peft(wrapped: Any, prompt: list[int], names: list[str]) -> list[tuple[int
 def of_manager(
     model: Any, case: Case, text: list[int], ask: list[int], names: list[str]
 ) -> list[tuple[int, float, int]]:
-    """Return the same as `of_peft`, from continuous batching after the base model has read the
+    """Return the same as ``of_peft``, from continuous batching after the base model has read the
     text."""
     manager = model.init_continuous_batching(
         GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=-1),

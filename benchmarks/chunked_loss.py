@@ -121,8 +121,12 @@ def check(
 ) -> float:
     """Return the largest error of the loss and the gradients, each divided by its bound.
 
-    A loss is one number, and the dense expression may be exact by chance. Its error therefore
-    counts as at least one rounding of the dtype.
+    The bound is a multiple of the error of the dense expression. The loss is a single number, which
+    the dense expression may compute exactly by chance. The error is therefore taken to be at least
+    half an epsilon of the dtype, or ``MIN_PEER_ERROR`` if this is larger.
+
+    Raises:
+        SystemExit: If an error exceeds its bound.
     """
     least = max(MIN_PEER_ERROR, torch.finfo(found[1].dtype).eps / 2)
     worst = max(error_over_bound(*each, least) for each in zip(found, dense, exact, strict=True))

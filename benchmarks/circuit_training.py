@@ -102,8 +102,8 @@ def epoch(
 
 
 def rat_spn_calls(units: int, x: Tensor, depth: int, repetitions: int) -> Calls:
-    """Return calls that train our RAT-SPN and libcirkit's for one epoch. Their sizes are equal, but
-    their random splits differ."""
+    """Return calls that train a RAT-SPN for one epoch: as our circuit, as einsum layers, and as
+    libcirkit's circuit, which has equal sizes but other random splits."""
     torch.manual_seed(0)
     graph = RegionGraph.rat_spn(64, depth, repetitions, units, units, Categorical(GREYS))
     circuit = Circuit(graph)

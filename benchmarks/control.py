@@ -343,7 +343,7 @@ class Plain(Masked):
 def drafts(bench: Bench) -> Iterator[Found]:
     """Yield tokens per call: plain drafts, constrained drafts, and those with forced tokens.
 
-    The head is untrained, as `retrofit` makes it: only its first token predicts the model's.
+    The head is untrained, as ``retrofit`` makes it: only its first token predicts the model's.
     """
     model, _ = smollm2.load_smollm2()
     settings = mtpc.MtpcConfig(n_token=4, rank=2, kind="cp", emission="adapter")

@@ -70,7 +70,7 @@ def chain(hiddens: list[Tensor], gammas: list[Tensor], weights: Tensor) -> Tenso
 
 
 def rms_norm(hiddens: list[Tensor], gammas: list[Tensor], weights: Tensor) -> Tensor:
-    """Compute the same mix as `chain`, with torch's norm."""
+    """Compute the same mix as ``chain``, with torch's norm."""
     norms = [
         torch.nn.functional.rms_norm(h, (h.shape[-1],), gamma, EPS)
         for h, gamma in zip(hiddens, gammas, strict=True)

@@ -125,7 +125,7 @@ def more(seeds: Sequence[int], quick: bool) -> list[Row]:
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     """Run one federation with the arm's learning rate, or if it has none, with the chosen one.
 
-    The arms of `more` use the learning rate that was chosen for RGD.
+    The arms of ``more`` use the learning rate that was chosen for RGD.
     """
     torch.set_num_threads(1)
     name = arm["arm"]

@@ -165,7 +165,7 @@ def token_by_token(
 
 
 def main() -> None:
-    """Time 64 new tokens per row with the untrained byte model of `examples/mtpc_bytes.py`."""
+    """Time 64 new tokens per row with the untrained byte model of ``examples/mtpc_bytes.py``."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

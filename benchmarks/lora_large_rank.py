@@ -106,7 +106,7 @@ def gather_forward(p: Problem) -> None:
 
 
 def gather_backward(p: Problem) -> list[Tensor]:
-    """Run the backward of `gather_forward`."""
+    """Run the backward of ``gather_forward``."""
     dx = torch.zeros_like(p.x)
     results = [dx]
     for rows, a, b in p.rows():

@@ -100,7 +100,7 @@ def loop_forward(p: Problem) -> list[Tensor]:
 
 
 def loop_backward(p: Problem) -> list[tuple[Tensor, ...]]:
-    """Run the backward of `loop_forward`, as autograd does from the saved dropped x.
+    """Run the backward of ``loop_forward``, as autograd does from the saved dropped x.
 
     In the last product, x takes the place of the mask, which has the same number of bytes; the
     result is not used.

@@ -199,7 +199,7 @@ def grouped(model: Any, rates: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def less(rows: Rows, one: str, other: str) -> Interval:
-    """Return the loss of arm `one` minus that of `other`, in nats per token."""
+    """Return the loss of arm ``one`` minus that of ``other``, in nats per token."""
     pairs = zip(*(study.column(rows, "loss", arm=name) for name in (one, other)), strict=True)
     return study.interval([a - b for a, b in pairs])
 

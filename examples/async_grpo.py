@@ -194,7 +194,7 @@ def train(
 
 @contextlib.contextmanager
 def serving(model: Path, adapters: Path) -> Iterator[str]:
-    """Run `lora-ext serve` inside the block, and return its address."""
+    """Run ``lora-ext serve`` inside the block, and return its address."""
     command = [sys.executable, "-m", "lora_ext", "serve", "--port", "0"]
     command += ["--model", str(model), "--adapters", str(adapters)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:

@@ -121,7 +121,7 @@ def make_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:
 
 
 def load_peft(folders: dict[str, Path]) -> Any:
-    """Load all adapters into one PEFT model; `adapter_names` chooses one per row."""
+    """Load all adapters into one PEFT model; ``adapter_names`` chooses one per row."""
     model, _ = load_smollm2()
     first, *others = folders
     peft_model = PeftModel.from_pretrained(model, str(folders[first]), adapter_name=first)

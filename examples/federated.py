@@ -114,7 +114,7 @@ def in_flower(make: Any, data: Any, allocator: Allocator, measure: Any, rounds: 
 
 
 def measure(unseen: dict[str, Any], model: Any) -> dict[str, float]:
-    """Return the loss of each text on answers that no client has."""
+    """Return the mean loss on the unseen answers of each text, by name."""
     with torch.inference_mode():
         return {name: answer_losses(model(**b), b).mean().item() for name, b in unseen.items()}
 

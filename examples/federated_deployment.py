@@ -139,7 +139,7 @@ def federate(out: Path, env: dict[str, str], rounds: int, timeout: int) -> dict[
 
 
 def wait_for(port: int, seconds: float = 60.0) -> None:
-    """Wait until a process listens on ``port``; raise `TimeoutError` after ``seconds``."""
+    """Wait until a process listens on ``port``; raise TimeoutError after ``seconds``."""
     end = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):

@@ -103,7 +103,7 @@ def generate(model: Any, ids: Tensor, **names: Any) -> None:
 
 @torch.inference_mode()
 def compare(ours: Sequence[Any], peers: Any, ids: Tensor, names: list[str]) -> list[str]:
-    """Compare the logits of `ours` for whole prompts, and for one token per row as in decoding.
+    """Compare the logits of ``ours`` for whole prompts, and for one token per row as in decoding.
 
     Returns:
         One message per case with wrong logits.

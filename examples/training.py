@@ -37,7 +37,7 @@ class Recipe:
     seed: int = 0
 
     def config(self, layers: int) -> LoraConfig:
-        """Return PEFT's configuration for a model of `layers` decoder layers."""
+        """Return PEFT's configuration for a model of ``layers`` decoder layers."""
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.rank,
@@ -89,7 +89,7 @@ def lay_out(base: Path, adapters: Mapping[str, Path], out: Path) -> None:
     """Make the folder that the documentation's code runs in: `base-model` and `adapters/<name>`.
 
     The base model is a link. Adapters are copies, because a server refuses links to folders outside
-    its folder of adapters. Their configuration names `base-model` as the base model.
+    its folder of adapters. Their configuration names ``base-model`` as the base model.
     """
     (out / "adapters").mkdir(parents=True, exist_ok=True)
     (out / "base-model").unlink(missing_ok=True)

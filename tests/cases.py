@@ -164,7 +164,7 @@ def wider(inputs: Inputs) -> Inputs:
 
 
 def mixing(inputs: Inputs, signless: bool = False) -> Inputs:
-    """Return the arguments of a mixture, if the inputs have any (`cases_mixtures`)."""
+    """Return the arguments of a mixture, if the inputs have any (``cases_mixtures``)."""
     found = {k: inputs[k] for k in ("weights", "groups") if inputs.get(k) is not None}
     return {k: v.abs() for k, v in found.items()} if signless else found
 

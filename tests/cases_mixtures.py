@@ -23,7 +23,7 @@ def with_mixture(inputs: Inputs, shape: Shape, kind: str, seed: int, exact: bool
     so reading it makes the result NaN.
 
     Args:
-        inputs: Result of :func:`make_inputs` for `shape`.
+        inputs: Result of :func:`make_inputs` for ``shape``.
         shape: Sizes.
         kind: "rows" has a weight per row, "pages" a scale per page, "groups" both with weights per
             row and group, "columns" several ids and weights per row.
@@ -84,7 +84,7 @@ def mixed_train_inputs(
 
 
 def train(i: Inputs, namespace: Any = ops) -> Outputs:
-    """Return y of ``lora_linear`` and the gradients of `LEAVES` and weights."""
+    """Return y of ``lora_linear`` and the gradients of ``LEAVES`` and weights."""
     leaves = {k: i[k] for k in (*LEAVES, "weights") if i.get(k) is not None}
     leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
     values = (leaves.get(k, i[k]) for k in LEAVES)

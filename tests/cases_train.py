@@ -103,7 +103,7 @@ def bounds(
     the base product. The accumulations of O, I, R and T products are in float32 (float64 for
     float64). Their errors are at most a constant times the formula applied to absolute values; the
     constant covers fused multiply-adds and tensor cores. 16-bit matrix products read v and dv as
-    the sum of two 16-bit numbers (`SPLIT`).
+    the sum of two 16-bit numbers (``SPLIT``).
     """
     dtype = inputs["x"].dtype
     signless = {

@@ -135,7 +135,7 @@ def within(got: Outputs, exact: Outputs, allowed: Outputs, what: object = "") ->
 
 
 def off_grid(t: Tensor, gap: int = 3) -> Tensor:
-    """Return a copy with `gap` unused elements (NaN) between rows, and one element before the
+    """Return a copy with ``gap`` unused elements (NaN) between rows, and one element before the
     first row."""
     rows, width = t.shape
     store = t.new_full((rows * (width + gap) + 1,), float("nan"))

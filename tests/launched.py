@@ -33,7 +33,7 @@ def _symbols(path: str) -> dict[int, str]:
 
 
 def lock_name(symbol: str) -> str:
-    """Return the name of a kernel in `kernels.lock`, without namespaces and parameters."""
+    """Return the name of a kernel in ``kernels.lock``, without namespaces and parameters."""
     name = re.sub(r"^void ", "", symbol).replace("(anonymous namespace)::", "")
     name = name.replace("lora_ext::", "")
     cut = re.match(r"\w+(?:<(?:[^<>()]|\(\w+\))*>)?", name)
@@ -42,7 +42,7 @@ def lock_name(symbol: str) -> str:
 
 
 def locked() -> set[str]:
-    """Return the kernel instances of `kernels.lock`."""
+    """Return the kernel instances of ``kernels.lock``."""
     lines = (ROOT / "kernels.lock").read_text().splitlines()
     found = (re.search(r"\w+_kernel(?:<.*?>)?(?=\s)", line) for line in lines if line[:3] == "sm_")
     return {match[0] for match in found if match}

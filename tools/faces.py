@@ -33,7 +33,7 @@ def places(package: str) -> dict[str, str]:
 
 
 def _statements(tree: ast.Module | ast.If | ast.Try) -> Iterator[ast.stmt]:
-    """Yield the statements that run at import, and those under `if TYPE_CHECKING`."""
+    """Yield the statements that run at import, and those under ``if TYPE_CHECKING``."""
     for node in tree.body:
         yield node
         if isinstance(node, ast.If | ast.Try):
@@ -41,7 +41,7 @@ def _statements(tree: ast.Module | ast.If | ast.Try) -> Iterator[ast.stmt]:
 
 
 def face(package: str) -> dict[str, str]:
-    """Return the names of a package's `__all__`, each with the place that defines it."""
+    """Return the names of a package's ``__all__``, each with the place that defines it."""
     for node in ast.parse(face_file(package).read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return {name: places(package)[name] for name in ast.literal_eval(node.value)}

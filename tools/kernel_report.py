@@ -47,7 +47,7 @@ TENSOR = 798e6  # flops per us, 16 bits
 
 @dataclass(frozen=True)
 class Code:
-    """Numbers that `kernels.lock` records for a kernel."""
+    """Numbers that ``kernels.lock`` records for a kernel."""
 
     registers: int
     shared: int
@@ -71,16 +71,16 @@ class Case:
     """Kernel at a shape.
 
     All numbers are of one launch. `bytes` must be moved; `parts` are further bytes, of sums that
-    several blocks share. `flops` run on tensor cores, each as `products` products of 16 bits.
-    `blocks` of `threads` are launched and read `l2` bytes again from L2.
+    several blocks share. ``flops`` run on tensor cores, each as ``products`` products of 16 bits.
+    ``blocks`` of ``threads`` are launched and read ``l2`` bytes again from L2.
 
-    `way` contains pairs: a number of instructions that each warp issues, and how often it does.
+    ``way`` contains pairs: a number of instructions that each warp issues, and how often it does.
     They were counted in code of the length in `COUNTED_IN`. A warp alone takes `alone` cycles for
-    each. Without a way, `values` pass through the main loop, and other instructions are not
-    counted. The outermost loop runs `turns` iterations, each of which waits for its memory trips.
+    each. Without a way, ``values`` pass through the main loop, and other instructions are not
+    counted. The outermost loop runs ``turns`` iterations, each of which waits for its memory trips.
 
-    An empty launch takes `handoff` us after the previous launch of the call; a dependent launch
-    need not wait for the end of that one. `others` are further launches of the same call.
+    An empty launch takes ``handoff`` us after the previous launch of the call; a dependent launch
+    need not wait for the end of that one. ``others`` are further launches of the same call.
 
     A chain has `repeat` launches, one after the other, and also `repeat` launches of each case in
     `beside`. A launch may have several `steps`, whose blocks wait for each other, make `hops` trips
@@ -173,7 +173,7 @@ BF16 = "__nv_bfloat16"
 
 
 def decode_outputs(rows: int, tiles: int, outputs: Sequence[int]) -> int:
-    """Return the outputs per block at decode, as `decode_outputs` of lora_expand.cu does."""
+    """Return the outputs per block at decode, as ``decode_outputs`` of lora_expand.cu does."""
 
     def time(each: int) -> int:
         blocks = [n * sum(ceil(o / each) for o in outputs) for n in (tiles, ceil(rows / 16))]
@@ -191,7 +191,8 @@ def decode_pair(
     width = ceil(i / min(16, ceil(i / 512)) / 256) * 256  # in-features of a split
     splits = ceil(i / width)
     v = 4 * rows * rank * splits * len(outputs)
-    each = decode_outputs(rows, rows // 16 + min(rows, slots), outputs)  # of as many chunks at most
+    # The second argument is the largest number of chunks that a plan can have.
+    each = decode_outputs(rows, rows // 16 + min(rows, slots), outputs)
     steps = each // 128
     modules = 1 if len(outputs) == 1 else 8
     if modules == 1:  # up to eight rows leave out the second store of a step
@@ -233,7 +234,7 @@ def decode_pair(
 
 
 def decode_cases() -> Iterator[Case]:
-    """Yield shrink and expand of `lora_apply_` up to 256 rows, and those of a captured step."""
+    """Yield shrink and expand of ``lora_apply_`` up to 256 rows, and those of a captured step."""
     for name, (rows, slots, i, o, rank) in DECODE.items():
         said = f"{name}: {rows} rows, {slots} adapters, {i} to {o}, rank {rank}"
         yield from decode_pair(rows, slots, i, (o,), rank, said)
@@ -491,7 +492,11 @@ def packed_cases() -> Iterator[Case]:
 
 
 def verify_cases(words: int) -> Iterator[Case]:
-    """Yield eight drafted tokens of one row, 32 states, with more words than a block reads."""
+    """Yield launches of ``spec_verify`` for one row with eight drafted tokens and 32 states.
+
+    The vocabulary of ``words`` tokens is larger than one block reads. The cases are three of the
+    four kernels alone, then all four together.
+    """
     spans = ceil(words / 2048)
     launches: list[Case] = []
     for kernel, values, bytes_, blocks in (
@@ -565,7 +570,7 @@ def layers_run(parts: int, states: int, batch: int, steps: int) -> Case | None:
 
 
 def layers_cases() -> Iterator[Case]:
-    """Yield `circuit_layers` of a homogeneous HMM, forward in each precision, and backward."""
+    """Yield ``circuit_layers`` of a homogeneous HMM, forward in each precision, and backward."""
     batch, steps = 512, 31
     outside, turn = {1: 327, 2: 356, 3: 361}, {1: 309, 2: 370, 3: 435}  # of `layers_weights_kernel`
     for states in (512, 2048):
@@ -649,7 +654,7 @@ COUNTED_IN = {
     f"lora_expand_kernel<{BF16}, true, 1, 4, 1, false>": 1544,
     f"lora_expand_kernel<{BF16}, true, 1, 4, 8, false>": 1528,
     f"lora_expand_kernel<{BF16}, true, 8, 1, 1, false>": 1608,
-    # The next two and the gemm were counted in 8 instructions less, without the column of a mask.
+    # The next two and the gemm were counted with 8 instructions less, without a mask's column.
     f"lora_train_input_kernel<{BF16}, false>": 2224,
     f"lora_shrink_kernel<{BF16}, 128, false>": 4160,
     "lora_reduce_kernel": 616,
@@ -703,7 +708,7 @@ def launch_us(case: Case, code: Code) -> float:
 
     It is the sum of an empty launch, the memory trips before the first wide load, that load, and
     the slowest of memory, instructions, tensor cores, and warps that wait for their own
-    instructions and memory trips (`alone`).
+    instructions and memory trips (``alone``).
     """
     sms = min(SMS, case.blocks)
     per_sm = code.per_multiprocessor(case.threads)
@@ -742,7 +747,7 @@ def estimate_us(case: Case, lock: Mapping[str, Code]) -> float:
 
 
 def code_of(case: Case, lock: Mapping[str, Code]) -> Code:
-    """Return the numbers that `kernels.lock` records for the kernel of a case."""
+    """Return the numbers that ``kernels.lock`` records for the kernel of a case."""
     if case.kernel not in lock:
         raise SystemExit(f"kernel_report: kernels.lock has no {case.kernel}")
     code = lock[case.kernel]
@@ -795,7 +800,7 @@ def rows(lock: Mapping[str, Code], cases: Sequence[Case] = CASES) -> list[dict[s
 # --- reasons --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Reason:
-    """Reason why the ratios of some rows are above `RED`; kernel and shape are shell patterns."""
+    """Reason why the ratios of some rows are above ``RED``; kernel and shape are shell patterns."""
 
     kernel: str
     shape: str
@@ -931,7 +936,7 @@ def wrapped(item: str) -> str:
 
 # --- the page -------------------------------------------------------------------------------------
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table; ratios above `RED` are red."""
+    """Return a Markdown table; ratios above ``RED`` are red."""
     lines = [
         "| kernel | shape | MB | estimate, us | floor, us | ratio | trips | mma, % "
         "| instructions | registers | blocks per SM |",
@@ -961,7 +966,7 @@ def with_table(page: str, found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print or write the report; return 1 if `--check` finds a different page."""
+    """Print or write the report; return 1 if ``--check`` finds a different page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print objects, write nothing")
     parser.add_argument("--check", action="store_true", help="compare docs/gpu.md, write nothing")

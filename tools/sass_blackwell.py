@@ -171,7 +171,7 @@ def row(kernel: Kernel) -> str:
 
 
 def judge(kernel: Kernel) -> list[str]:
-    """Return the faults of one kernel. The rules of `kernels.toml` are for other processors."""
+    """Return the faults of one kernel. The rules of ``kernels.toml`` are for other processors."""
     wrong = []
     allowed = ALLOWED.get((kernel.arch, kernel.name), 0)
     if kernel.stack + kernel.local > allowed:
@@ -187,7 +187,7 @@ def judge(kernel: Kernel) -> list[str]:
 
 # --- checks ---------------------------------------------------------------------------------------
 def uncovered(names: Iterable[str], found: Iterable[Key], where: str) -> list[str]:
-    """Return differences between the kernels of `kernels.lock` and those found for Blackwell."""
+    """Return differences between the kernels of ``kernels.lock`` and those found for Blackwell."""
     wanted, have = {(arch, name) for arch in ARCHS for name in names}, set(found)
     return [
         *(f"{where} has no {name} for {arch}" for arch, name in sorted(wanted - have)),
@@ -196,7 +196,7 @@ def uncovered(names: Iterable[str], found: Iterable[Key], where: str) -> list[st
 
 
 def locked_names(path: Path) -> set[str]:
-    """Return the kernels that `kernels.lock` lists."""
+    """Return the kernels that ``kernels.lock`` lists."""
     row = re.compile(r"^sm_\w+ +(?:\d+ +)+(\S.*?)  inflight ", re.M)
     return set(row.findall(path.read_text()))
 

@@ -36,7 +36,7 @@ class Instruction:
 
     @cached_property
     def sets(self) -> int:
-        """Barrier that the result sets, or `NO_BARRIER`."""
+        """Barrier that the result sets, or ``NO_BARRIER``."""
         return self.high >> 46 & 7
 
     @cached_property
@@ -381,7 +381,7 @@ def before_wait(code: Sequence[Instruction]) -> list[Instruction] | None:
 
 
 def guarded_exp(code: Sequence[Instruction]) -> int:
-    """Return the number of exponentials that test for denormals, as `__expf` does."""
+    """Return the number of exponentials that test for denormals, as ``__expf`` does."""
     return sum(one.opcode.startswith("FSETP.GEU") and ", -126," in one.operands for one in code)
 
 

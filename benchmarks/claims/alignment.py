@@ -135,7 +135,7 @@ def collate(own: language.Language, pairs: Sequence[tuple[str, str]]) -> dict[st
 def figures(model: Any, stage: Stage, over: bool = False) -> dict[str, float]:
     """Return the task loss, and the share of harmful questions refused.
 
-    With `over`, also return the share of harmless questions refused.
+    With ``over``, also return the share of harmless questions refused.
     """
     own, count = language.load(stage.quick), 1 if stage.quick else NEW_TOKENS
     asked = {"refusals": stage.harmful, **({"over": stage.harmless} if over else {})}

@@ -122,7 +122,7 @@ def whole_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Return the loss over the labelled tokens; faster than `whole_loss` if they are few.
+    """Return the loss over the labelled tokens; faster than ``whole_loss`` if they are few.
 
     The head, a fifth of SmolLM2's work, runs only on the states that predict labelled tokens.
     """

@@ -62,7 +62,7 @@ def accuracy(model: nn.Module) -> dict[str, float]:
 
 
 def report(strategy: LoraStrategy, result: Result) -> None:
-    """Print the result as one line, which `flwr run --stream` shows."""
+    """Print the result as one line, which ``flwr run --stream`` shows."""
     rounds = [
         {"round": log.round, "accepted": log.accepted, "rejected": list(log.rejected.items())}
         for log in strategy.history

@@ -105,7 +105,7 @@ class AdapterConfig(LoraConfig):
     def parse(cls, raw: Any, where: str) -> AdapterConfig:
         """Create a configuration from a JSON object or a ``peft.LoraConfig``; check every field.
 
-        ``where`` is the prefix of error messages. `NotImplementedError` is raised for a feature of
+        ``where`` is the prefix of error messages. NotImplementedError is raised for a feature of
         PEFT that is not supported here.
         """
         if hasattr(raw, "to_dict"):

@@ -1,4 +1,4 @@
-"""Extraction of an adapter from a PEFT model, or from a model with layers of `lora_ext.nn`."""
+"""Extraction of an adapter from a PEFT model, or from a model with layers of ``lora_ext.nn``."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def read_adapter(
             listed in ``leftover``.
 
     Raises:
-        ValueError: If the adapter is invalid. The message contains the file and the key.
+        ValueError: If the adapter is invalid. The message names the file and the key.
         NotImplementedError: If the adapter uses an unsupported feature of PEFT, such as
             convolutions.
     """
@@ -150,7 +150,11 @@ def read_adapter(
 
 @contextlib.contextmanager
 def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorSource]]:
-    """Open an adapter and parse its config. No tensor is read. Error messages contain the file."""
+    """Open an adapter for a ``with`` block, and yield its config and the source of its tensors.
+
+    Tensors of a safetensors file are read only when requested; a ``.bin`` file is read at once.
+    Error messages name the file, or the config or state dict that was passed.
+    """
     if isinstance(source, tuple):
         raw, state = source
         config = raw if isinstance(raw, AdapterConfig) else AdapterConfig.parse(raw, CONFIG)

@@ -95,7 +95,7 @@ def natural_order(name: str) -> list[str | int]:
 def factor_keys(
     where: str, keys: Iterable[str], adapter_name: str | None = None
 ) -> dict[str, tuple[str, str]]:
-    """Return the keys of A and B for each module; raise `KeyError` if a module lacks one of them.
+    """Return the keys of A and B for each module; raise KeyError if a module lacks one of them.
 
     If ``adapter_name`` is not None, keys with another adapter's name are skipped.
     """

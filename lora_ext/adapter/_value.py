@@ -61,7 +61,11 @@ class LoraAdapter:
 
     @property
     def complete(self) -> bool:
-        """Return whether the factors are known; files of some kinds do not contain all sizes."""
+        """True if the factors could be computed.
+
+        For some kinds of adapter, the file does not determine the sizes of all modules. This is
+        False for such an adapter if it was loaded without its base model.
+        """
         return not isinstance(self.modules, _NoFactors)
 
     @property
@@ -82,7 +86,7 @@ class LoraAdapter:
 
         Raises:
             TypeError: If ``strict`` is neither True nor False.
-            ValueError: If the files are invalid. The message contains the file and the key.
+            ValueError: If the files are invalid. The message names the file and the key.
             NotImplementedError: If the adapter uses an unsupported feature of PEFT: replaced rows
                 of embeddings, factors of bare parameters, or an initialisation that changes the
                 base weight.
@@ -104,7 +108,7 @@ class LoraAdapter:
 
     @classmethod
     def of(cls, source: LoraAdapter | AdapterSource) -> LoraAdapter:
-        """Return ``source`` if it is a `LoraAdapter`, otherwise ``LoraAdapter.load(source)``."""
+        """Return ``source`` if it is a ``LoraAdapter``, otherwise ``LoraAdapter.load(source)``."""
         return source if isinstance(source, LoraAdapter) else cls.load(source)
 
     def check_names(self, where: str, names: Iterable[str]) -> None:
@@ -267,7 +271,7 @@ class LoraAdapter:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return the arguments for copying and pickling. Mappings become dicts, since a
-        `MappingProxyType` cannot be pickled."""
+        ``MappingProxyType`` cannot be pickled."""
         if self.parts:
             state = StateDict(self.state_dict(), "state dict")
             return LoraAdapter._read, (self.config, state, False, False)

@@ -235,7 +235,7 @@ def _merged(
 
 
 def _sized(where: str, adapters: Mapping[str, LoraAdapter]) -> dict[str, LoraAdapter]:
-    """Return the adapters, with the sizes that a file lacks taken from the others."""
+    """Return the adapters; sizes that the file of one lacks are taken from the others."""
     sizes: dict[str, tuple[int, int]] = {}
     for label, value in adapters.items():
         value.refuse_scales(f"{where}: {label}")

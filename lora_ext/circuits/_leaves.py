@@ -39,7 +39,7 @@ class Leaf:
     leaf unit, ``(N,)``, or of each draw, ``(A,)``.
 
     This class has neither parameters nor values. A subclass overrides the methods that the queries
-    of its circuits call; the others raise `NotImplementedError`.
+    of its circuits call; the others raise NotImplementedError.
     """
 
     def num_values(self) -> int | None:

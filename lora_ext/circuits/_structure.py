@@ -122,7 +122,7 @@ def _disjoint(terms: list[dict[int, int]], merged: dict[int, int]) -> bool:
 
 
 def check_tractable(graph: RegionGraph, where: str) -> None:
-    """Raise `PCStructureError` unless a graph is smooth and decomposable."""
+    """Raise PCStructureError unless a graph is smooth and decomposable."""
     problem = why_not_smooth(graph) or why_not_decomposable(graph)
     expected, found = "a smooth and decomposable circuit", f"one that is {problem}"
     require(problem is None, where, "graph", expected, found, PCStructureError)

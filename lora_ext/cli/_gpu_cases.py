@@ -549,7 +549,7 @@ def _of_bias(given: Inputs) -> Inputs:
 
 
 def packed(rows: int, bits: int, minimum: bool = False) -> Case:
-    """Return the case of a product of ``rows`` rows with a weight of 8 or 4 bits."""
+    """Return the case that multiplies ``rows`` rows by a weight packed to 8 or 4 bits."""
     name, make = "packed_linear", partial(_packed_inputs, rows, bits, minimum)
     op = f"{name}, {bits} bits{' and a minimum' * minimum}, {rows} rows"
     return compared(name, name, make, arguments=_of_bias, op=op)

@@ -77,7 +77,7 @@ class Row:
 
     @property
     def only(self) -> int | None:
-        """Next token if only one token is allowed, otherwise None; None after the end."""
+        """Next token if exactly one is allowed, otherwise None, also after the end."""
         if self.ended or self.lost:
             return None
         return self.plan.only(self.state, self.left)

@@ -142,7 +142,7 @@ def need(holds: bool, name: str, expected: object, found: object) -> None:
 
 
 def by_client(updates: Iterable[Update]) -> dict[Client, list[Update]]:
-    """Group replies by client, sorted by client; raise `TypeError` unless each is an
+    """Group replies by client, sorted by client; raise TypeError unless each is an
     :class:`Update`."""
     found: dict[Client, list[Update]] = {}
     for update in updates:

@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def __getattr__(name: str) -> Any:
-    """Import `CopraCallback` on first access, since it needs transformers."""
+    """Import ``CopraCallback`` on first access, since it needs transformers."""
     if name == "CopraCallback":
         from lora_ext.methods.copra import CopraCallback
 

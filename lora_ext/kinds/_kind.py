@@ -43,8 +43,9 @@ class Factors(NamedTuple):
     b: Tensor  # (O, r)
     scaling: float
     bias: Tensor | None = None  # (O,)
-    # Scales of the sum's outputs. If `Kind.needs_weight`, `Kind.after` computes them from these
-    # values, such as magnitudes, and the base weight.
+    # Factors that multiply the output of base layer plus adapter. If `Kind.needs_weight`, these are
+    # parameters (such as magnitudes) from which `Kind.after` computes the factors, given the base
+    # weight.
     after: After | None = None
     embedding: bool = False
     before: Tensor | None = None  # (I,), scales of the inputs

@@ -1,6 +1,6 @@
 """Typed Python functions for the compiled ops. Only they call ``torch.ops.lora_ext``.
 
-The message of a `ValueError` contains the op, the argument, the expected and the found value.
+The message of a ValueError contains the op, the argument, the expected and the found value.
 """
 
 # pyright: reportUnusedImport=false

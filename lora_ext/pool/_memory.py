@@ -96,7 +96,7 @@ class CudaMemory(Memory):
         self._index = index
 
     def resize(self, nbytes: int) -> None:
-        """Map missing pieces; or wait for the device, then unmap the pieces after ``nbytes``."""
+        """Map memory up to ``nbytes``, or wait for the device and unmap the memory after it."""
         if nbytes > self.backed:
             self._reservation.grow(nbytes)
         elif nbytes < self.backed:

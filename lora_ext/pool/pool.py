@@ -168,7 +168,7 @@ class AdapterPool:
 
         Raises:
             TypeError: If ``strict`` is neither True nor False.
-            ValueError: If the name or content is invalid; the message contains the file, the key,
+            ValueError: If the name or content is invalid; the message names the file, the key,
                 and the expected and the found value.
             NotImplementedError: If the adapter uses a feature of PEFT that the pool lacks.
             PoolFullError: If there is no room because other adapters are pinned.

@@ -151,9 +151,10 @@ class Assignment:
         return [entry if isinstance(entry, str) else BASE for entry in self.spelled()]
 
     def each(self) -> list[Any]:
-        """Return the distinct entries, sorted by name; the base model is :data:`BASE`.
+        """Return the distinct entries: :data:`BASE`, then the adapters in the order of ``names``.
 
-        An adapter with a weight other than 1 is (name, weight), a mixture is a tuple of such pairs.
+        An adapter with a weight other than 1 is a pair (name, weight), and a mixture is a tuple of
+        such pairs.
         """
         found = [
             BASE if p < 0 else entry_of(self.names[p], w) for p, w in sorted(set(self.pairs()))
@@ -204,7 +205,7 @@ class Assignment:
 
     @property
     def mixed(self) -> bool:
-        """Return whether an entry has a weight other than 1, or several adapters."""
+        """True if an entry has a weight other than 1, or several adapters."""
         return self.weights is not None or not all(map(_entries.is_plain, self.names))
 
     @functools.cached_property

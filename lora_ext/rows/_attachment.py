@@ -61,7 +61,7 @@ def only_pool() -> Pool:
     """
     pools = {id(a.pool): a.pool for a in attachments}
     if len(pools) > 1:
-        gc.collect()  # unreachable models may not be collected yet
+        gc.collect()  # unreachable models might not have been collected
         pools = {id(a.pool): a.pool for a in attachments}
     if not pools:
         raise RuntimeError(

@@ -95,7 +95,7 @@ def refuse_mixtures(entries: Sequence[object]) -> None:
 
 
 def name_of(members: Members) -> Name | None:
-    """Return the name of the members without their weights; None for the base model."""
+    """Return the name of the only member or the names of several; None for the base model."""
     names = tuple(name for name, _ in members)
     return names if len(names) > 1 else next(iter(names), None)
 

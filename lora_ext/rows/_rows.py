@@ -229,7 +229,7 @@ def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) 
 def repeated(
     values: Sequence[float], times: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return a tensor with each value ``times`` times, filled on the device as in `constant`."""
+    """Return a tensor with each value ``times`` times, filled on the device as in ``constant``."""
     runs: list[tuple[float, int]] = []
     for value in values:
         same = bool(runs) and runs[-1][0] == value

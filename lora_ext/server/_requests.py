@@ -219,7 +219,7 @@ class _Generates(_ForModel):
                 raise ValueError(f"{name}: expected {expected}, found {found!r:.200}")
         temperature, top_p = (1.0 if x is None else x for x in (self.temperature, self.top_p))
         most = self.max_tokens or self.max_completion_tokens or self.default_max_tokens
-        most = 1 if self.max_tokens == 0 else most  # the prompt alone, whose computation gives one
+        most = 1 if self.max_tokens == 0 else most  # a forward of the prompt alone yields one token
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
         more = self.top_k or -1, self.min_p or 0.0, penalty, bias, self.min_tokens or 0

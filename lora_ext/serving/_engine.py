@@ -586,7 +586,7 @@ class Turns:
             await first.gone.wait()
 
     async def room(self, turn: Turn, freed: int) -> None:
-        """Wait until there may be room for a request, after it found none.
+        """Wait until there may be room for a request that has found none.
 
         Args:
             turn: the request.

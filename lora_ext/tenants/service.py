@@ -212,7 +212,7 @@ class Service:
 
 
 class Tenant:
-    """Tenant with one trainable adapter, created by :meth:`Service.create` or `Service.load`.
+    """Tenant with one trainable adapter, created by :meth:`Service.create` or :meth:`Service.load`.
 
     The calls of a tenant run in order. ``forward_backward``, ``forward`` and ``optim_step`` return
     a future without waiting for the result; the other methods do so with ``wait=False``. A future
@@ -258,7 +258,7 @@ class Tenant:
     def forward(
         self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
     ) -> Future[Result]:
-        """Compute the results of :meth:`forward_backward`, but no gradient."""
+        """Compute the results of :meth:`forward_backward` without gradients."""
         return self._call("forward", data, loss, config, False)
 
     def _call(self, where: str, data: Any, loss: Any, config: Any, backward: bool) -> Any:
@@ -279,7 +279,7 @@ class Tenant:
     ) -> Future[Result]:
         """Take a step of AdamW with the sum of all gradients since the previous step.
 
-        If there was no gradient since then, the step changes nothing.
+        If no gradient has been accumulated since then, the step changes nothing.
 
         Args:
             lr: learning rate.
@@ -289,7 +289,8 @@ class Tenant:
             max_grad_norm: maximum norm of the gradient, to which it is clipped; None does not clip.
 
         Returns:
-            A future of the metric ``grad_norm:mean``, the norm of the gradient before clipping.
+            A future of a :class:`Result` with the metric ``grad_norm:mean``, the norm of the
+            gradient before clipping.
         """
         settings = checked_settings(lr, betas, eps, weight_decay, max_grad_norm)
 

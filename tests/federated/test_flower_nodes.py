@@ -55,7 +55,7 @@ def test_restarted_server_continues_bitwise():
 
 
 class Leaving(LocalGrid):
-    """Grid without node 1 in the second and third call of `get_node_ids`."""
+    """Grid without node 1 in the second and third call of ``get_node_ids``."""
 
     looks = 0
 

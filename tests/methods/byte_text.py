@@ -11,7 +11,7 @@ from tokenizers import decoders, pre_tokenizers
 
 
 def byte_tokenizer(pad: bool = True) -> Any:
-    """Return a byte-level tokenizer with ``<end>`` and, if `pad` is true, a ``<pad>`` token."""
+    """Return a byte-level tokenizer with ``<end>`` and, if ``pad`` is true, a ``<pad>`` token."""
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -37,12 +37,12 @@ def made(
 
 
 def blocks(count: int = 4, size: tuple[int, int] = (12, 10)) -> dict[str, tuple[int, int]]:
-    """Return the shapes of two modules in each of `count` blocks."""
+    """Return the shapes of two modules in each of ``count`` blocks."""
     return {name_of(i, m): size for i in range(count) for m in ("q_proj", "v_proj")}
 
 
 def scaled(adapter: LoraAdapter, by: dict[str, float]) -> LoraAdapter:
-    """Return a copy in which B of each module is multiplied by its factor in `by`, if any."""
+    """Return a copy in which B of each module is multiplied by its factor in ``by``, if any."""
     modules = {n: f._replace(b=f.b * by.get(n, 1.0)) for n, f in adapter.modules.items()}
     return LoraAdapter(adapter.config, modules)
 

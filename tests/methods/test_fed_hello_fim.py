@@ -26,7 +26,7 @@ def layer_of(name: str) -> int | None:
 
 
 class Classifier(nn.Module):
-    """Classifier with block inputs ``(n, 6)``, ``(n, T, 6)`` or, if `flat`, ``(n * T, 6)``."""
+    """Classifier with block inputs ``(n, 6)``, ``(n, T, 6)`` or, if ``flat``, ``(n * T, 6)``."""
 
     def __init__(self, flat: bool = False, **settings: Any):
         super().__init__()

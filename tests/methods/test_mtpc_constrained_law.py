@@ -126,7 +126,7 @@ class Call:
 
     @cache  # noqa: B019
     def next(self, text: Tokens) -> list[float]:
-        """Return the next-token distribution after `text` in ``generate`` with the processor."""
+        """Return the next-token distribution after ``text`` in ``generate`` with the processor."""
         how = ConstraintProcessor(constraint(), self.decoder.guide, max_new_tokens=BUDGET)
         for k in range(len(text) + 1):
             law = how(torch.tensor([[0, *text[:k]]]), self.model(text[:k]).log()[None])

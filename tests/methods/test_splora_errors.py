@@ -29,7 +29,7 @@ KEY = f"{Q}.weight"
 
 
 def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapter:
-    """Return a copy of the adapter in which one module has the factors in `changes`."""
+    """Return a copy of the adapter in which one module has the factors in ``changes``."""
     changed = adapter.modules[name]._replace(**changes)
     return LoraAdapter(adapter.config, {**adapter.modules, name: changed})
 

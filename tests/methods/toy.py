@@ -52,7 +52,7 @@ def make_model(family: str, vocab: int = 5, layers: int = 2, width: int = 16) ->
 
 
 def make_draft(model: Any, kind: str = "btree", noise: float = 0.3, **fields: Any) -> mtpc.Draft:
-    """Return an untrained draft; `noise` makes its components differ."""
+    """Return an untrained draft; ``noise`` makes its components differ."""
     fields = {"n_token": 4, "rank": 1 if kind == "ff" else 3, **fields}
     shortlist = fields.pop("shortlist", None)
     draft = mtpc.retrofit(model, mtpc.MtpcConfig(kind=kind, **fields), shortlist)

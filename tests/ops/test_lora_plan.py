@@ -18,7 +18,7 @@ SIZES = [
 
 
 def fields(plan: Tensor, tokens: int, adapters: int) -> dict[str, object]:
-    """Return the fields of a plan, a vector described in `lora_ext/lora.h`."""
+    """Return the fields of a plan, a vector described in ``lora_ext/lora.h``."""
     plan = plan.cpu()
     chunk_rows = 16 if tokens <= 256 else 64 if tokens < 4096 else 128
     most = tokens // chunk_rows + min(tokens, adapters)

@@ -73,7 +73,7 @@ def test_only_dependent_launches_overlap_the_previous_one(lock) -> None:
 
 
 def launches_of(shape: str, kernel: str = "") -> list[str]:
-    """Return the kernels of the first case with this kernel and shape, without templates."""
+    """Return the names of the kernels of the first matching case, without template arguments."""
     case = next(c for c in report.CASES if shape in c.shape and c.kernel.startswith(kernel))
     return [one.kernel.partition("<")[0] for one in case.launches]
 

@@ -134,7 +134,7 @@ def test_overflowing_gradient_norm_changes_no_parameter() -> None:
 
 
 class Letters:
-    """Tokenizer with one letter per token. It counts the calls of `decode`."""
+    """Tokenizer with one letter per token. It counts the calls of ``decode``."""
 
     asked = 0
 

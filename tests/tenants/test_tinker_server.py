@@ -472,7 +472,7 @@ print("ok", saved[-1]["state_path"])
 
 
 def run_client(folder: Path, script: str, *more: str) -> None:
-    """Run `script` in another process, which gets only the address of the server."""
+    """Run ``script`` in another process, which gets only the address of the server."""
     server = Server(folder)
     try:
         env = {**os.environ, "TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local"}

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the base model `base`, a classifier, and adapters."""
+    """Return a folder with the base model ``base``, a classifier, and adapters."""
     import served_llama
 
     made = tmp_path_factory.mktemp("llama")

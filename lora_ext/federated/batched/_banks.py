@@ -103,7 +103,8 @@ class Bank:
         self.seeds = seeds[self._places[: self.size]].to(self.a.device)
 
     def give(self, clients: Sequence[ClientRound]) -> None:
-        """Store a copy of the changes of its factors in each client that trains the module."""
+        """Copy the change of the factors of each client that trains the module to
+        ``client.changes``, and set ``client.finite`` to False if the change is not finite."""
         found: list[Tensor] = []
         for values, start in zip((self.a, self.b), self.start, strict=True):
             own = values[self.num_global :].cpu()

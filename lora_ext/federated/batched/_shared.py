@@ -154,7 +154,7 @@ def start_of(
     name: str, model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> Tensor:
     """Return the initial value of a shared parameter, from ``state`` or, if it lacks the name, from
-    the model. Raises `ValueError` if the shapes differ."""
+    the model. Raises ValueError if the shapes differ."""
     parameter = model.get_parameter(name)
     value = state.get(name, parameter).detach()
     require(value.shape == parameter.shape, WHERE, name, parameter.shape, value.shape)

@@ -300,7 +300,7 @@ class BatchedClients:
     ) -> dict[str, tuple[str, Any]]:
         """Return the name in ``self.model`` and the layer of each adapted module, by base name.
 
-        Raises `ValueError` unless the factors in ``global_lora`` fit the layers.
+        Raises ValueError unless the factors in ``global_lora`` fit the layers.
         """
         found: dict[str, tuple[str, Any]] = {
             name.removeprefix(PREFIX): (name, layer)

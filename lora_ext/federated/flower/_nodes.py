@@ -108,7 +108,7 @@ class Nodes:
     def capable(self, nodes: list[int], num_layers: int, strict: bool) -> dict[int, int]:
         """Return the number of layers of each node that can train at least one.
 
-        If a capability is missing or out of range, the node is skipped, or `ValueError` is raised
+        If a capability is missing or out of range, the node is skipped, or ValueError is raised
         if ``strict``.
         """
         found: dict[int, int] = {}
@@ -149,7 +149,7 @@ class Nodes:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the output of :meth:`state_dict`."""
+        """Load a state that :meth:`state_dict` returned."""
         self._clients = {node: client for node, client in state["clients"]}
         self._says = {node: count for node, count in state["says"]}
         self._asked = set(state["asked"])

@@ -147,7 +147,7 @@ class Round:
         return reply.metadata.src_node_id
 
     def read(self, node: int, reply: Message) -> Update:
-        """Return a node's reply as an update. Raises `ValueError` for errors that cannot be
+        """Return a node's reply as an update. Raises ValueError for errors that cannot be
         detected in the update, such as an error reply or a wrong echo of the plan."""
         where = f"node {node}"
         require(node in self.nodes, where, "reply", "no reply, as no message was sent", "a reply")

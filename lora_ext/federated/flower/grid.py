@@ -1,4 +1,4 @@
-"""An implementation of Flower's grid in one process, without server, socket or thread."""
+"""An implementation of Flower's grid in one process, without a server, sockets or threads."""
 
 from __future__ import annotations
 

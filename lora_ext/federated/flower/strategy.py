@@ -388,7 +388,7 @@ class LoraStrategy(FedAvg):
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the output of :meth:`state_dict`, which may have been converted to JSON and back.
+        """Load a state that :meth:`state_dict` returned, also after a conversion to JSON and back.
 
         Raises:
             KeyError: If ``state`` lacks an entry.

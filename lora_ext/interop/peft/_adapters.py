@@ -270,7 +270,7 @@ def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
 
 
 def by_reason(left: dict[str, str]) -> str:
-    """Format the reasons of a report, each once with the names of at most `_LISTED` layers."""
+    """Format the reasons of a report, each once with the names of at most ``_LISTED`` layers."""
     layers: dict[str, list[str]] = {}
     for name, reason in left.items():
         layers.setdefault(reason, []).append(name)

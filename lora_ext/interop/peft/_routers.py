@@ -99,7 +99,7 @@ def _mixture(count: int, ids: Tensor | None, w: Tensor) -> tuple[Rows | None, Te
 
 
 def arrow_uncovered(layer: Any, name: str) -> str | None:
-    """Return why PEFT computes a fused layer with the Arrow router ``name``; None if not."""
+    """Return why PEFT computes a fused layer with the Arrow router ``name``, or None."""
     if getattr(layer.base_layer, "exact", False):
         return f"adapter {name!r} routes tokens by a product that is not exact"
     return unmixable(layer, layer.lora_arrow[name].task_adapter_names)

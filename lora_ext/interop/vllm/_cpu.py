@@ -18,7 +18,7 @@ class LoraExtWrapperCPU(Updates, _Base):
     """
 
     def add_lora_w13(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise `NotImplementedError`: vLLM has no LoRA for routed experts on the CPU."""
+        """Raise NotImplementedError: vLLM has no LoRA for routed experts on the CPU."""
         raise NotImplementedError(
             "lora_ext: expected no adapter on routed experts, found a layer of experts with one: "
             "vLLM has no LoRA for experts on the CPU"

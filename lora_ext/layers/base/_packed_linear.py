@@ -196,7 +196,7 @@ def pack_linears(
     sample of its values from every few rows and columns. These values change if an adapter is
     merged through ``weight.data``, as in PEFT. If you change only some rows, columns or values
     through ``weight.data`` or ``weight.numpy()``, call :func:`unpack_linears` first, because such a
-    change may not be detected.
+    change might not be detected.
 
     With ``bits``, the copies contain rounded weights: see :func:`lora_ext.ops.pack_weight`. They
     are used for any number of rows, so that a prompt and its answer are computed with the same

@@ -51,16 +51,17 @@ def wrap(
     """Add trainable adapters to a model and freeze the rest, as PEFT's ``get_peft_model`` does.
 
     Changes the model in place and does not import peft; :func:`unwrap` undoes the change. Linear
-    layers (including transformers' ``Conv1D``), embeddings and convolutions of patches are replaced
-    by :class:`LoraLinear`, :class:`LoraEmbedding` and :class:`LoraConv`. Only the parameters of the
-    adapter are trained. A classifier, which PEFT also trains for some tasks, stays frozen. The keys
-    of ``state_dict`` are those of PEFT without the prefix ``base_model.model.``.
+    layers (including transformers' ``Conv1D``), embeddings and patch-embedding convolutions are
+    replaced by :class:`LoraLinear`, :class:`LoraEmbedding` and :class:`LoraConv`. Only the
+    parameters of the adapter are trained. A classifier, which PEFT also trains for some tasks,
+    stays frozen. The keys of ``state_dict`` are those of PEFT without the prefix
+    ``base_model.model.``.
 
-    Call the function again with another name to add another adapter. This adapter is neither active
-    nor trained until you call ``set_adapter`` of each layer.
+    Call the function again with another name to add another adapter. The new adapter is inactive
+    and frozen until you call the ``set_adapter`` method of each layer.
 
     Args:
-        model: module without adapters of other packages.
+        model: module that has no adapters, or only those that earlier calls added.
         config: the modules to adapt and the settings of their adapters.
         adapter_name: name of the adapter, without dots.
         autocast_adapter_dtype: whether an adapter is stored in float32 if its base weight has 16
@@ -70,10 +71,12 @@ def wrap(
         ``model``.
 
     Raises:
-        TypeError: If ``config`` is not a :class:`LoraConfig`, or a flag is neither True nor False.
+        TypeError: If ``config`` is not a :class:`LoraConfig`, or
+            ``autocast_adapter_dtype`` is not a bool.
         RuntimeError: If the model has adapters that ``wrap`` did not add.
-        ValueError: If the configuration matches no module, or matches a module that cannot have an
-            adapter; or :meth:`LoraLinear.add_adapter` raises a ValueError.
+        ValueError: If the configuration matches no module or one that cannot have an adapter, if an
+            invocation token is outside the vocabulary, or if :meth:`LoraLinear.add_adapter` raises
+            a ValueError.
         NotImplementedError: If the windows of a convolution overlap, or a parent module reads the
             weight of a layer instead of calling the layer.
 

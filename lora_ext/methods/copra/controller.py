@@ -125,7 +125,7 @@ class CopraController:
 
     def remove(self) -> None:
         """Switch all layers on and remove all hooks. After that, setting a mask raises
-        `RuntimeError`."""
+        RuntimeError."""
         if not self._removed:
             self.activate_all()
             remove_gates(self.layers)

@@ -71,8 +71,8 @@ class CapacityTracker:
             trusted.
         max_timeouts: Number of consecutive timeouts after which a device rests.
         cooldown: Number of rounds for which a device rests, that is, must not be selected.
-        prior: Known speeds by device; they count as two reports, one of depth L and one of depth
-            ``ceil(L / 2)``.
+        prior: Known f, mu and beta by device. They count as two reports, one of depth L and one of
+            depth ``ceil(L / 2)``.
 
     Attributes:
         dropped: Number of reports that were not measurements, by device.
@@ -206,7 +206,7 @@ class CapacityTracker:
         return device not in self._devices or self._devices[device].bad < self.max_bad
 
     def estimate(self, device: Client) -> Estimate:
-        """Return the speeds of a device, each at least 0.
+        """Return f, mu and beta of a device, each at least 0.
 
         Raises:
             KeyError: If there is no estimate for the device.
@@ -217,7 +217,7 @@ class CapacityTracker:
         return Estimate(*state.solved(), state.beta or 0.0, self.trusted(device))
 
     def repeats(self, device: Client, depth: int) -> int:
-        """Return the number of latest consecutive reports of ``device`` with this ``depth``."""
+        """Return how many of the latest reports of ``device`` in a row have this ``depth``."""
         state = self._devices.get(device)
         return state.repeats if state is not None and state.last == depth else 0
 
@@ -267,7 +267,7 @@ class _Device:
     t: float = 0.0  # weighted sum of training times
     kt: float = 0.0  # weighted sum of the products of depth and training time
     last: int = 0  # depth of the latest report
-    repeats: int = 0  # number of latest consecutive reports with that depth
+    repeats: int = 0  # number of reports with that depth since it last changed
     bad: int = 0
     off: bool = False
     timeouts: int = 0
@@ -320,6 +320,6 @@ class _Device:
 
 
 def check_estimate(where: str, name: str, estimate: Estimate) -> None:
-    """Raise `ValueError` unless all speeds are finite and at least 0."""
+    """Raise ValueError unless ``f``, ``mu`` and ``beta`` are finite and at least 0."""
     for part, value in zip(("f", "mu", "beta"), estimate[:3], strict=True):
         number(where, f"{name}.{part}", value, 0)

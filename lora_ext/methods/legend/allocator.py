@@ -39,7 +39,7 @@ class LegendAllocator:
         ranks: Rank of each layer.
         draw: With ``depth_as_count``, function ``draw(count, round, client)`` that returns the
             layers to train, for example with Fed-HeLLo's ``rgd_layers``.
-        prior: Known speeds by device.
+        prior: Known f, mu and beta by device.
         memory, mem, shares, rank_caps: As in :class:`LegendConfigurator`.
 
     Attributes:

@@ -50,7 +50,7 @@ class Capture:
         """Store the block's output.
 
         Outside a forward of the model, for example if a checkpoint recomputes the block, do
-        nothing. Raise `RuntimeError` inside a reentrant checkpoint, because the stored output would
+        nothing. Raise RuntimeError inside a reentrant checkpoint, because the stored output would
         have no gradient.
         """
         call = _call_of(self.mixer)
@@ -89,7 +89,7 @@ class Mix:
 
 
 class Ensemble:
-    """State of MoD on a model, except the mixer's parameters; stored in the model's ``__dict__``.
+    """State of MoD on a model, stored in the model's ``__dict__``.
 
     Args:
         config: settings of MoD.
@@ -97,7 +97,8 @@ class Ensemble:
         softcap: soft cap of the model's logits, or None.
 
     Attributes:
-        explicit: True if the logits themselves are mixed, one chunk at a time.
+        explicit: True if the logits or probabilities of the layers are mixed, one chunk at a time;
+            False if the hidden states are mixed.
         head: function from hidden states to logits; None until a forward has determined it.
     """
 

@@ -156,7 +156,7 @@ def remove(model: Model) -> Model:
 
 
 def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
-    """Return the causal LM of a model with MoD, and its ensemble; raise `RuntimeError` if it has no
+    """Return the causal LM of a model with MoD, and its ensemble; raise RuntimeError if it has no
     MoD."""
     for module in model.modules():
         ensemble = module.__dict__.get(Ensemble.KEY)

@@ -26,7 +26,7 @@ _HEAD_FIELDS = (
 def check_structure(
     where: str, n_token: int, rank: int, kind: str, emission: str | None, adapter_rank: int
 ) -> None:
-    """Raise `ValueError` unless the arguments describe a valid head; the message starts with
+    """Raise ValueError unless the arguments describe a valid head; the message starts with
     ``where``."""
     choice(where, "kind", kind, KINDS)
     if emission is not None:

@@ -209,7 +209,7 @@ class Constrained:
 
 
 def _possible(rows: list[Row | None], law: Tensor) -> None:
-    """Raise `ValueError` if a row has a forbidden token within its budget, or if the largest of its
+    """Raise ValueError if a row has a forbidden token within its budget, or if the largest of its
     logits in ``law (B, V)`` is not finite. Logits of rows after their end or their budget are not
     checked."""
     waits = [row is not None and not row.ended and row.left > 0 for row in rows]

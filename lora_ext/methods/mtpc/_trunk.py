@@ -145,9 +145,10 @@ class Trunk:
 
         Args:
             tokens: the window, ``(B, K)``.
-            pending: ``(B,)``, decided tokens that the model processes before the window. With None,
-                the logits before the window are those in :attr:`logits`; verification does not read
-                them if the first token of the window is itself a decided token.
+            pending: ``(B,)``, one decided token per row that the model processes before the window.
+                If None, the logits for the first token of the window are those in :attr:`logits`,
+                which :meth:`keep` does not update. They may be out of date if that token is already
+                decided, since verification then ignores them.
 
         Returns:
             ``(B, K + 1, V)``, the logits for the tokens of the window and for the token after it.

@@ -63,7 +63,7 @@ def _rename(keys: Any, _head: Any, state_dict: dict[str, Any], prefix: str, *_: 
 
 
 def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> None:
-    """Raise `ValueError` if the device has too little free memory for the leaves; the message
+    """Raise ValueError if the device has too little free memory for the leaves; the message
     suggests smaller settings."""
     free = free_bytes(options["device"])
     if free is None:

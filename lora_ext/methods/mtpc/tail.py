@@ -90,8 +90,8 @@ class DraftTail(nn.Module):
 
     @contextlib.contextmanager
     def beside_the_verifier(self, batch: int) -> Iterator[None]:
-        """Pass the batch twice through the tail's layers in a ``with`` block: as rows of the
-        verifier, then as rows of the draft path.
+        """Pass a doubled batch through the tail's layers in a ``with`` block: first the rows of the
+        verifier, then the same rows for the draft path.
 
         Args:
             batch: number of rows of the batch.

@@ -192,7 +192,7 @@ def _orthogonal(
 
 
 def check_floating(where: str, **named: Tensor) -> None:
-    """Raise `TypeError` if a tensor is quantised or not floating."""
+    """Raise TypeError if a tensor is quantised or not floating."""
     expected = "a tensor in float16, bfloat16, float32 or float64"
     for name, t in named.items():
         fits = isinstance(t, Tensor) and t.is_floating_point() and t.element_size() >= 2
@@ -204,7 +204,7 @@ Shape = tuple[int, ...]
 
 
 def check_shapes(where: str, b: Shape, base: Shape, aligned: Shape, a: Shape | None = None) -> None:
-    """Raise `ValueError` unless factors ``(m, r)``, ``(r, n)`` and weights ``(m, n)`` have matching
+    """Raise ValueError unless factors ``(m, r)``, ``(r, n)`` and weights ``(m, n)`` have matching
     shapes."""
     factors = f"B {tuple(b)}" + (f" and A {tuple(a)}" if a is not None else "")
     a = (b[-1], base[-1]) if a is None and len(b) == len(base) == 2 else a
@@ -222,7 +222,7 @@ def check_shapes(where: str, b: Shape, base: Shape, aligned: Shape, a: Shape | N
 
 
 def check_finite(where: str, **named: Tensor) -> None:
-    """Raise `ValueError` if a tensor contains NaN or infinity; check a few rows at a time."""
+    """Raise ValueError if a tensor contains NaN or infinity; check a few rows at a time."""
     for name, t in named.items():
         finite = all(bool(part.isfinite().all()) for part in t.split(max(1, len(t) // 8)))
         require(finite, where, name, "finite values", "NaN or infinity")

@@ -40,7 +40,7 @@ Source = LoraAdapter | AdapterSource | Mapping[str, Tensor]
 
 
 def read_adapter(where: str, source: Source) -> LoraAdapter:
-    """Read the adapter into memory; raise `KeyError` if a module lacks one of its two factors."""
+    """Read the adapter into memory; raise KeyError if a module lacks one of its two factors."""
     if isinstance(source, LoraAdapter):
         return source
     if isinstance(source, Mapping):

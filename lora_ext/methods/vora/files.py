@@ -36,7 +36,7 @@ class _Loaded(NamedTuple):
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained tensors: factors, and the embedding and heads of a `VoraForCausalLM`.
+    """Return the trained tensors: factors, and the embedding and heads of a ``VoraForCausalLM``.
 
     Args:
         model: model that was passed to :func:`apply`, or the :class:`VoraForCausalLM` around it.

@@ -88,7 +88,8 @@ class VoraLinear(LoraLinear):
         self.scaling[adapter_name] = float(scale)  # `rank * scale / rank` may have rounding errors.
         self.adapter_name = adapter_name
         self.route: Route = route
-        self._lent_bias = False  # True while the base layer's bias is only a merged extra bias
+        # True while the base layer, which has no bias of its own, has the merged adapter's bias.
+        self._lent_bias = False
 
     @classmethod
     def from_linear(

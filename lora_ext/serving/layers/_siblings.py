@@ -70,7 +70,8 @@ class _Member:
         layer: weak reference to the layer, because the layer owns the :class:`Siblings`.
         followers: layers whose outputs this layer also computes. The tuple is replaced by a new
             one, never changed in place.
-        missed_calls: number of latest consecutive calls with a stored output that was not used.
+        missed_calls: number of consecutive calls, up to the latest, in which a stored output was
+            not used.
         adapted: True if the layer has computed a row with an adapter.
     """
 
