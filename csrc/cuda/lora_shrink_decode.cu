@@ -66,9 +66,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
                               const __grid_constant__ Tiling tiling, int rank_groups) {
     // For float32, ptxas would hold back half of the loads after such addresses.
     constexpr bool kNarrow = kAligned && sizeof(T) == 2;
-    // The previous kernel may be any: one that writes x, the plan or a bank, or an expand that reads
-    // v. So no access to memory precedes the wait. The next launch starts after the wait: expand
-    // reads y before its own wait, when every writer of y that precedes shrink must have ended.
+    // The previous kernel may be any: one that writes x, the plan or a bank, or an expand that
+    // reads v. So no access to memory precedes the wait. The next launch starts after the wait:
+    // expand reads y before its own wait, when every earlier writer of y must have ended.
     lx::grid_dependency_wait();
     lx::grid_dependency_launch();
     const int z = static_cast<int>(blockIdx.z);

@@ -210,7 +210,7 @@ def test_logits_of_swapped_adapters_raise(engines):
         exact = lora_model.Step(wide, tokens, names[:2], "peft", False)()
     with pytest.raises(SystemExit, match="within their bound of PEFT"):
         lora_model.check("swapped", step, exact)
-    with pytest.raises(SystemExit, match="10 bounds away in every row"):
+    with pytest.raises(SystemExit, match="10 times the bound away in every row"):
         lora_model.check("no adapters", dict.fromkeys(step, step["peft"]), exact)
 
 
