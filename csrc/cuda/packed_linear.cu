@@ -523,8 +523,10 @@ LaunchStatus launch_packed_linear(const PackedBitsArgs& args, void* stream) {
     const dim3 grid(static_cast<unsigned>(ceil_div(args.out_features, 4 * kSumThreads)),
                     static_cast<unsigned>(args.rows));
     return with_dtype(args.dtype, [&]<class T>() {
-        return LX_LAUNCH_PDL(packed_linear_sum_kernel<T>, grid, kSumThreads, 0, stream, args,
-                             layout.panels);
+        if constexpr (sizeof(T) == 2)  // float32 has no split parts
+            return LX_LAUNCH_PDL(packed_linear_sum_kernel<T>, grid, kSumThreads, 0, stream, args,
+                                 layout.panels);
+        return kInvalidValue;
     });
 }
 

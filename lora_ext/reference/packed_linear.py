@@ -67,8 +67,8 @@ def pack_codes(codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> T
     for each in (scale, minimum):
         if each is not None:
             columns = pad(each, (0, 0, 0, -rows % 32)).view(len(panels), 32, groups).transpose(1, 2)
-            dense = columns.clone(memory_format=torch.contiguous_format)  # also if empty
-            parts.append(dense.view(torch.uint8))
+            # An empty tensor is contiguous, with any strides.
+            parts.append(columns.clone(memory_format=torch.contiguous_format).view(torch.uint8))
     return torch.cat(parts, 2)
 
 
