@@ -378,7 +378,6 @@ def test_damaged_files_are_refused_by_key(case: str, tmp_path: Path) -> None:
         ("loha", {"rank_pattern": {1: 2}}, "", "rank_pattern: expected an object, found {1: 2}"),
         ("vblora", {"topk": 10**9}, "", "VB-LoRA adapter, found .* range"),
         ("lokr both", {}, "up.lokr_w1_a", "up: expected .* LoKr adapter, found .*Half"),
-        ("tinylora", {}, "up.tinylora_A", "up: expected .* TinyLoRA adapter, found .*Half"),
         ("delora", {}, "-up.delora_w_norm", "up: expected .* DeLoRA adapter, found "),
     ],
 )
