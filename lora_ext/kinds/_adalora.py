@@ -38,7 +38,7 @@ class Adalora(Kind):
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
         """Return A, B and the values. The rank is the number of ranks that training has kept."""
         r, table = config.get("init_r"), config.get("rank_pattern") or {}
-        pairs = table.items() if isinstance(table, Mapping) else [(table, None)]
+        pairs: Any = table.items() if isinstance(table, Mapping) else [(table, None)]
         fits = all(isinstance(n, str) and isinstance(k, list | tuple | Tensor) for n, k in pairs)
         expected = "a list of booleans for each module"
         require(fits, self.title, "rank_pattern", expected, f"{table!r:.200}")
