@@ -101,9 +101,9 @@ def test_other_spellings_and_neighbours_change_no_bit() -> None:
         with lora_ext.adapters([{"blue": 2.0, "red": 0.5}, "red", None, "blue"]):
             turned = model(x)
         with lora_ext.adapters(same[0]):
-            alone = model(x[:1])
+            alone = model(x)  # as many rows: torch's base product depends on their number
     assert torch.equal(mixed, turned) and torch.equal(mixed[1:], plain[1:])
-    assert torch.equal(mixed[:1], alone) and not torch.equal(mixed[0], plain[0])
+    assert torch.equal(mixed[0], alone[0]) and not torch.equal(mixed[0], plain[0])
 
 
 @pytest.mark.parametrize("how", ["token_ids", "per token", "nested", "one for all"])
