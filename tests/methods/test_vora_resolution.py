@@ -31,7 +31,8 @@ def test_sides_are_multiples_and_the_area_is_in_bounds(height: int, width: int, 
     assert 3136 <= found[0] * found[1]
     # Rounding up at the lower bound may exceed that bound, but never the upper one.
     assert found[0] * found[1] <= 784000
-    assert smart_resize(*found, factor) == found
+    if max(found) <= 200 * min(found):  # rounding may exceed the largest ratio: 25 x 4802, factor 2
+        assert smart_resize(*found, factor) == found
 
 
 @given(height=st.integers(14, 4000), width=st.integers(14, 4000))
