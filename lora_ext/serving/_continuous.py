@@ -19,6 +19,7 @@ The methods of a manager and of its objects are wrapped on the instances; no cla
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import renamed
 from lora_ext.layers import requests_apart
 from lora_ext.pool import Lease, PoolFullError, serials
 from lora_ext.rows import Entry, Members, Names, _context, _entries, last_start, packed_block
@@ -43,7 +45,7 @@ from ._constraining import (
 )
 from ._metrics import Load
 from ._names import CallNames, NamedPrompt, named_prompts, not_invoked
-from ._sampling import Logprobs, Sampling, logprobs_of
+from ._sampling import OVERFLOWS, Logprobs, Sampling, logprobs_of
 
 if TYPE_CHECKING:
     from lora_ext.control import Constraint, Guide, Matched
@@ -75,6 +77,7 @@ class _Request:
         processors: transformers' processors of ``sampling``.
         logprobs: record of log-probabilities, or None.
         cancelled: True after ``cancel_request``.
+        error: error of the request if a logit was NaN or inf.
     """
 
     members: Members
@@ -86,6 +89,7 @@ class _Request:
     constraint: RequestConstraint | None = None
     logprobs: Logprobs | None = None
     cancelled: bool = False
+    error: str | None = None
 
     @property
     def generation(self) -> int | None:
@@ -322,7 +326,8 @@ class AdapterRequests:
         with self._unpinned:
             while True:
                 try:
-                    return self.pool.acquire([name])
+                    with renamed("add_request", names="adapter_name"):
+                        return self.pool.acquire([name])
                 except PoolFullError:
                     if not (wait and self._requests and self.manager.is_running()):
                         raise
@@ -383,6 +388,8 @@ class AdapterRequests:
 
     def _deliver(self, original: _Method, outputs: Any) -> None:
         for output in outputs if isinstance(outputs, list) else [outputs]:  # one, or a batch
+            if request := self._requests.get(self._root_id(output.request_id)):
+                output.error = output.error or request.error
             if output.is_finished():
                 self._end(output.request_id)
         original(outputs)
@@ -536,6 +543,12 @@ class AdapterRequests:
                 output_ids[0, row] = apart[row]
             elif request.sampling is not None:
                 output_ids[0, row] = request.sampling.draw(masked[0, row], request.generator)
+        peaks = logits[0, : len(self._choosing)].amax(-1).tolist()
+        for request, peak in zip(self._choosing, peaks, strict=True):
+            if not math.isfinite(peak):
+                name = _entries.name_of(request.members)
+                source = "the base model" if name is None else f"adapter {name!r:.200}"
+                request.error = f"model: {OVERFLOWS}: {source} overflows"
         self._record(logits[0], output_ids[0])
 
     def _record(self, logits: Tensor, output_ids: Tensor) -> None:
@@ -661,8 +674,9 @@ def when_freed(manager: Any, call: Callable[[], object]) -> None:
     adapter_requests(manager).freed = call
 
 
-def load_of(manager: Any) -> Load:
-    """Return the load of an attached model's manager."""
+def load_of(manager: Any, most_adapters: int) -> Load:
+    """Return the load of an attached model's manager, which uses up to ``most_adapters`` adapters
+    at a time."""
     own = adapter_requests(manager)
     processor = manager.batch_processor
     active = list(processor.scheduler.active_requests) if processor is not None else []
@@ -680,7 +694,7 @@ def load_of(manager: Any) -> Load:
     return Load(
         running=[name for each, name in names.items() if each in running],
         waiting=[name for each, name in names.items() if each not in running],
-        most_adapters=own.pool.max_slots,
+        most_adapters=most_adapters,
         cache=share,
     )
 
