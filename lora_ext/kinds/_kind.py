@@ -201,8 +201,7 @@ def kind_of(name: str, config: Config | None = None) -> Kind:
         TypeError: If ``name`` is not a str.
         NotImplementedError: If there is no such kind.
     """
-    named = isinstance(name, str)
-    require(named, "kind_of", "name", "a str such as 'VERA'", f"{name!r:.200}", WrongKind)
+    require(isinstance(name, str), "kind_of", "name", "a str", f"{name!r:.200}", WrongKind)
     for kind in variants(name):
         if config is not None and config.get(kind.when):
             return kind

@@ -19,7 +19,6 @@ The methods of a manager and of its objects are wrapped on the instances; no cla
 from __future__ import annotations
 
 import functools
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +76,6 @@ class _Request:
         processors: transformers' processors of ``sampling``.
         logprobs: record of log-probabilities, or None.
         cancelled: True after ``cancel_request``.
-        error: error of the request if a logit was NaN or inf.
     """
 
     members: Members
@@ -89,7 +87,6 @@ class _Request:
     constraint: RequestConstraint | None = None
     logprobs: Logprobs | None = None
     cancelled: bool = False
-    error: str | None = None
 
     @property
     def generation(self) -> int | None:
@@ -164,7 +161,7 @@ class AdapterRequests:
         self.computed = 0
         self.paused, self._held = False, threading.Event()
         self.freed: Callable[[], object] = int  # called when no request pins an adapter any more
-        self._choosing: list[_Request] = []
+        self._choosing: list[tuple[Any, _Request]] = []  # with the manager's states
         self._constrained: list[Standing] = []
         self._processed: list[tuple[int, Any, Tensor]] = []
         self._reading: list[tuple[Logprobs, int, int, int]] = []
@@ -388,8 +385,6 @@ class AdapterRequests:
 
     def _deliver(self, original: _Method, outputs: Any) -> None:
         for output in outputs if isinstance(outputs, list) else [outputs]:  # one, or a batch
-            if request := self._requests.get(self._root_id(output.request_id)):
-                output.error = output.error or request.error
             if output.is_finished():
                 self._end(output.request_id)
         original(outputs)
@@ -501,7 +496,7 @@ class AdapterRequests:
                         generator=request.generator,
                     )
                     self._constrained.append(standing)
-                self._choosing.append(request)
+                self._choosing.append((each.state, request))
         kept = None  # the run of each token that the head receives; None: it receives all tokens
         if processor.model_runner.supports_logits_to_keep(model):
             kept = [end for end, each in zip(ends, batch, strict=True) if each.has_new_token]
@@ -538,22 +533,21 @@ class AdapterRequests:
         apart, left = drawn(scores, self._constrained)
         masked = constrained(scores, left)
         original(masked, output_ids, *args)
-        for row, request in enumerate(self._choosing):
+        for row, (_, request) in enumerate(self._choosing):
             if row in apart:
                 output_ids[0, row] = apart[row]
             elif request.sampling is not None:
                 output_ids[0, row] = request.sampling.draw(masked[0, row], request.generator)
-        peaks = logits[0, : len(self._choosing)].amax(-1).tolist()
-        for request, peak in zip(self._choosing, peaks, strict=True):
-            if not math.isfinite(peak):
+        finite = logits[0, : len(self._choosing)].amax(-1).isfinite().tolist()
+        for (state, request), good in zip(self._choosing, finite, strict=True):
+            if not good:
                 name = _entries.name_of(request.members)
-                source = "the base model" if name is None else f"adapter {name!r:.200}"
-                request.error = f"model: {OVERFLOWS}: {source} overflows"
+                state.error = f"model: {OVERFLOWS} with adapter {name!r:.200}"
         self._record(logits[0], output_ids[0])
 
     def _record(self, logits: Tensor, output_ids: Tensor) -> None:
         """Record the log-probabilities of a step's new tokens and prompt tokens."""
-        records = [each.logprobs for each in self._choosing]
+        records = [request.logprobs for _, request in self._choosing]
         new = {i: each for i, each in enumerate(records) if each and each.top is not None}
         read = self._reading
         rows = [*new, *range(len(logits) - len(read), len(logits))]

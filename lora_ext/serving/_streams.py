@@ -206,8 +206,8 @@ class RequestStream:
         if self.finished:
             return
         self._last = output
-        if output.error is None:
-            self.tokens = output.generated_tokens  # all generated tokens, not only the new ones
+        # The output contains all generated tokens, not only the new ones.
+        self.tokens = self.tokens if output.error else output.generated_tokens
         self._arrived.set()
         if self.finished:
             self._end()

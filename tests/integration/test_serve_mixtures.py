@@ -259,8 +259,8 @@ def test_adapter_that_overflows_is_refused_alone_and_in_a_mixture(
         found = ask(server, model, **fields)
         assert text_of(other.result()) == expected(server, "a3")
     name = tuple(entry) if len(entry) == 2 else entry if plain else "a1"
-    told = "RequestStream: the request failed: model: expected finite logits, found NaN or inf: "
-    error = {"message": f"{told}adapter {name!r} overflows", "code": 400}
+    told = "RequestStream: the request failed: model: expected finite logits, found NaN or inf "
+    error = {"message": f"{told}with adapter {name!r}", "code": 400}
     assert (found.status_code, found.json()) == (400, {"error": error})
     *parts, last = streamed(server, model, **fields)
     assert last == {"error": error} and said(parts) == ""
