@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lora_ext._checks import instance, require
+from lora_ext._checks import WrongKind, instance, require
 
 
 class Part(NamedTuple):
@@ -198,8 +198,10 @@ def kind_of(name: str, config: Config | None = None) -> Kind:
         config: configuration of the adapter, whose fields may select a kind of the same name.
 
     Raises:
+        TypeError: If ``name`` is not a str.
         NotImplementedError: If there is no such kind.
     """
+    require(isinstance(name, str), "kind_of", "name", "a str", f"{name!r:.200}", WrongKind)
     for kind in variants(name):
         if config is not None and config.get(kind.when):
             return kind

@@ -244,7 +244,7 @@ def _add_trainers(app: FastAPI, engine: Engine) -> None:
     @app.get("/server_info")
     def info() -> Any:
         model = {"dtype": str(engine.model.dtype), "max_model_len": engine.context}
-        lora = {"max_loras": engine.pool.max_slots, "max_lora_rank": engine.pool.max_rank}
+        lora = {"max_loras": engine.max_requests, "max_lora_rank": engine.pool.max_rank}
         parts = {"model_config": model, "lora_config": lora}
         return {"vllm_config": {**parts, "parallel_config": {"data_parallel_size": 1}}}
 

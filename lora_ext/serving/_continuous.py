@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import renamed
 from lora_ext.layers import requests_apart
 from lora_ext.pool import Lease, PoolFullError, serials
 from lora_ext.rows import Entry, Members, Names, _context, _entries, last_start, packed_block
@@ -43,7 +44,7 @@ from ._constraining import (
 )
 from ._metrics import Load
 from ._names import CallNames, NamedPrompt, named_prompts, not_invoked
-from ._sampling import Logprobs, Sampling, logprobs_of
+from ._sampling import OVERFLOWS, Logprobs, Sampling, logprobs_of
 
 if TYPE_CHECKING:
     from lora_ext.control import Constraint, Guide, Matched
@@ -160,7 +161,7 @@ class AdapterRequests:
         self.computed = 0
         self.paused, self._held = False, threading.Event()
         self.freed: Callable[[], object] = int  # called when no request pins an adapter any more
-        self._choosing: list[_Request] = []
+        self._choosing: list[tuple[Any, _Request]] = []  # with the manager's states
         self._constrained: list[Standing] = []
         self._processed: list[tuple[int, Any, Tensor]] = []
         self._reading: list[tuple[Logprobs, int, int, int]] = []
@@ -322,7 +323,8 @@ class AdapterRequests:
         with self._unpinned:
             while True:
                 try:
-                    return self.pool.acquire([name])
+                    with renamed("add_request", names="adapter_name"):
+                        return self.pool.acquire([name])
                 except PoolFullError:
                     if not (wait and self._requests and self.manager.is_running()):
                         raise
@@ -494,7 +496,7 @@ class AdapterRequests:
                         generator=request.generator,
                     )
                     self._constrained.append(standing)
-                self._choosing.append(request)
+                self._choosing.append((each.state, request))
         kept = None  # the run of each token that the head receives; None: it receives all tokens
         if processor.model_runner.supports_logits_to_keep(model):
             kept = [end for end, each in zip(ends, batch, strict=True) if each.has_new_token]
@@ -531,16 +533,21 @@ class AdapterRequests:
         apart, left = drawn(scores, self._constrained)
         masked = constrained(scores, left)
         original(masked, output_ids, *args)
-        for row, request in enumerate(self._choosing):
+        for row, (_, request) in enumerate(self._choosing):
             if row in apart:
                 output_ids[0, row] = apart[row]
             elif request.sampling is not None:
                 output_ids[0, row] = request.sampling.draw(masked[0, row], request.generator)
+        finite = logits[0, : len(self._choosing)].amax(-1).isfinite().tolist()
+        for (state, request), good in zip(self._choosing, finite, strict=True):
+            if not good:
+                name = _entries.name_of(request.members)
+                state.error = f"model: {OVERFLOWS} with adapter {name!r:.200}"
         self._record(logits[0], output_ids[0])
 
     def _record(self, logits: Tensor, output_ids: Tensor) -> None:
         """Record the log-probabilities of a step's new tokens and prompt tokens."""
-        records = [each.logprobs for each in self._choosing]
+        records = [request.logprobs for _, request in self._choosing]
         new = {i: each for i, each in enumerate(records) if each and each.top is not None}
         read = self._reading
         rows = [*new, *range(len(logits) - len(read), len(logits))]
@@ -661,8 +668,9 @@ def when_freed(manager: Any, call: Callable[[], object]) -> None:
     adapter_requests(manager).freed = call
 
 
-def load_of(manager: Any) -> Load:
-    """Return the load of an attached model's manager."""
+def load_of(manager: Any, most_adapters: int) -> Load:
+    """Return the load of an attached model's manager, which uses up to ``most_adapters`` adapters
+    at a time."""
     own = adapter_requests(manager)
     processor = manager.batch_processor
     active = list(processor.scheduler.active_requests) if processor is not None else []
@@ -680,7 +688,7 @@ def load_of(manager: Any) -> Load:
     return Load(
         running=[name for each, name in names.items() if each in running],
         waiting=[name for each, name in names.items() if each not in running],
-        most_adapters=own.pool.max_slots,
+        most_adapters=most_adapters,
         cache=share,
     )
 

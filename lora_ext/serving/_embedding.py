@@ -188,7 +188,7 @@ class Embedder(ServedPool):
         running, waiting = (
             [_name(r.name) for r in each] for each in (self._running, self._waiting)
         )
-        return Load(running, waiting, self.pool.max_slots, 0.0)
+        return Load(running, waiting, self.max_requests, 0.0)
 
     def _encode(self, texts: Sequence[str | list[int]]) -> list[list[int]]:
         size = self.model.config.get_text_config().vocab_size

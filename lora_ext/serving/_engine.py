@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
-from lora_ext._checks import require
+from lora_ext._checks import integer, require
 from lora_ext.pool import AdapterFolder, AdapterPool, PoolFullError, UnknownAdapterError
 from lora_ext.rows import Entry, Name, _entries, last_start
 
@@ -70,8 +70,14 @@ class ServedPool:
     ):
         self.tokenizer, self.max_requests = tokenizer, max_requests
         limits: dict[str, Any] = {"max_bytes": max_loaded_bytes}
-        limits |= {"host_cache_bytes": host_cache_bytes, "pages": 2 * max_requests}
-        self.pool = AdapterPool(model, max_requests, max_rank, **limits)
+        for name, value in (("max_requests", max_requests), ("max_rank", max_rank)):
+            integer(type(self).__name__, name, value, 1)
+        # There is room for an adapter of max_rank, and for a mixture with as many pages: a slot for
+        # each of its adapters and one for the mixture. A slot without pages is a row of the tables.
+        pages = max(2 * max_requests, -(-max_rank // 8))  # a page has eight ranks
+        slots = max(max_requests, min(pages + max_requests, _entries.MAX_MEMBERS + 1))
+        limits |= {"host_cache_bytes": host_cache_bytes, "pages": pages}
+        self.pool = AdapterPool(model, slots, max_rank, **limits)
         self.folder = AdapterFolder(self.pool, folder)
         self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
         self._preparing = 0  # number of requests that are being tokenized
@@ -163,8 +169,8 @@ class Engine(ServedPool):
         folder: folder of the adapters. Nothing outside it is read.
         max_requests: maximum number of waiting and running requests; each may have a different
             adapter.
-        max_rank: largest rank of an adapter. The pool has room for ``max_requests`` adapters of
-            rank 16.
+        max_rank: largest rank of an adapter, and of the adapters of a mixture together. The pool
+            has room for ``max_requests`` adapters of rank 16, and for one of rank ``max_rank``.
         max_loaded_bytes: maximum bytes of the adapters on the device, with their tables; None sets
             no further limit.
         host_cache_bytes: maximum bytes of evicted adapters in host memory. An adapter that exceeds
@@ -426,7 +432,7 @@ class Engine(ServedPool):
 
     def load(self) -> Load:
         """Return the load of the manager, for routers that choose a server for each request."""
-        found = load_of(self.manager)
+        found = load_of(self.manager, self.max_requests)
         return found._replace(waiting=[*found.waiting, *self._turns.names])
 
     def token_text(self, token: int) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_ext._checks import check_fields, require, within
 
+OVERFLOWS = "expected finite logits, found NaN or inf"  # part of the error of such a request
 _MOST_ROWS = 64  # rows whose log-probabilities are in memory at the same time
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_ext._checks import require
 
-from ._sampling import Logprobs
+from ._sampling import OVERFLOWS, Logprobs
 
 _RECHECK_SECONDS = 1.0  # time without a token after which a stream checks that the manager runs
 
@@ -44,7 +44,8 @@ class RequestStream:
     Raises:
         GenerationGoneError: If the generation of the adapter is not ``generation``.
         RuntimeError: If the manager does not accept requests. The iterator raises RuntimeError if
-            the request fails.
+            the request fails, and ValueError if a logit is NaN or inf, for example because the
+            adapter overflows.
 
     The constructor also raises the errors of ``add_request``.
     """
@@ -160,7 +161,9 @@ class RequestStream:
             if self._broken is not None:
                 raise RuntimeError(f"RequestStream: {self._broken}")
             if self._last is not None and self._last.error is not None:
-                raise RuntimeError(f"RequestStream: the request failed: {self._last.error}")
+                self.cancel()
+                kind = ValueError if OVERFLOWS in self._last.error else RuntimeError
+                raise kind(f"RequestStream: the request failed: {self._last.error}")
             if self.finished:
                 raise StopAsyncIteration
             try:
@@ -203,7 +206,8 @@ class RequestStream:
         if self.finished:
             return
         self._last = output
-        self.tokens = output.generated_tokens  # all generated tokens, not only the new ones
+        # The output contains all generated tokens, not only the new ones.
+        self.tokens = self.tokens if output.error else output.generated_tokens
         self._arrived.set()
         if self.finished:
             self._end()

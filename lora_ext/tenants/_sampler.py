@@ -121,7 +121,8 @@ class SamplingModel:
                     self._fail("the manager has stopped")
                 continue
             if found.is_finished() and (asked := self.asked.pop(found.request_id, None)):
-                if found.error is not None:
+                # A request that overflows has an error, but it is finished: see `_sample_of`.
+                if found.status.name == "FAILED":
                     asked.future.set_exception(RuntimeError(f"{_ERROR}: {found.error}"))
                 else:
                     asked.future.set_result(list(found.generated_tokens))

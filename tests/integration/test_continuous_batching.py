@@ -266,7 +266,7 @@ def test_waiting_requests_for_the_base_model_have_the_name_none() -> None:
         manager.add_request([5, 6], adapter_name=name)
         with lora_ext.adapters(name):
             manager.add_request([5, 6])
-    assert load_of(manager).waiting == [None, None, None, None, "a0", "a0"]
+    assert load_of(manager, 1).waiting == [None, None, None, None, "a0", "a0"]
     manager.destroy()
 
 
@@ -387,7 +387,11 @@ def test_non_finite_values_of_a_request_do_not_reach_other_requests() -> None:
     config, state = adapter(pool, 3)
     pool.load("overflows", (config, {name: tensor * 1e25 for name, tensor in state.items()}))
     given, names = prompts(3), ["a0", "overflows", None]
-    first, _, third = generated(model.generate_batch(given, adapter_names=names, **batching()))
+    results = model.generate_batch(given, adapter_names=names, **batching())
+    errors = [result.error for result in results.values()]
+    told = "model: expected finite logits, found NaN or inf with adapter 'overflows'"
+    assert errors == [None, told, None]
+    first, _, third = (result.generated_tokens for result in results.values())
     assert first == alone(model, given[0], "a0") and third == alone(model, given[2], None)
 
 

@@ -154,6 +154,21 @@ def test_shared_prefixes_depend_on_weights_and_members() -> None:
         assert matches.pop() == 0
 
 
+def test_add_request_names_its_argument_for_an_invalid_mixture() -> None:
+    model, pool = attached(slots=6, count=5)
+    manager = model.init_continuous_batching(**batching())
+    for wrong, error, text in (
+        ({}, ValueError, "expected 1 to 64 adapters in a mixture .*, found {}"),
+        (("a0", "x"), ValueError, "expected names .*, found"),
+        ({"a0": "1"}, TypeError, "'a0': expected a real number as weight, found '1'"),
+        ({f"a{i}": 1 for i in range(5)}, ValueError, "expected a mixture of at most 3 pages"),
+    ):
+        with pytest.raises(error, match=f"^add_request: adapter_name: {text}"):
+            manager.add_request([5, 6], adapter_name=wrong)
+    manager.destroy()
+    assert pool.stats()["pins"] == 0
+
+
 @pytest.mark.slow
 def test_running_mixture_keeps_its_adapters() -> None:
     model, pool = attached(slots=3, count=2)

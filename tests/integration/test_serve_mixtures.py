@@ -1,14 +1,17 @@
 """Mixtures of adapters in requests to ``lora-ext serve``, with llama.cpp's field ``lora``."""
 
 import concurrent.futures
+import dataclasses
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from served import (
     MANY,
+    NAMES,
     ask,
     chat,
     metric,
@@ -17,6 +20,7 @@ from served import (
     post,
     resume,
     said,
+    serving,
     settle,
     streamed,
     text_of,
@@ -25,6 +29,9 @@ from served import (
 from test_serve_fields import chunks, complete
 from test_serve_generations import computed
 from tiny import make_model, make_peft
+
+from lora_ext.adapter import LoraAdapter
+from lora_ext.serving import Engine
 
 pytestmark = needs_packages
 WORDS = " ".join(f"w{5 + i * 7 % 90}" for i in range(200))  # several pages
@@ -234,7 +241,46 @@ def test_invalid_mixtures_are_refused_with_the_field_and_the_value(server: Any) 
     assert ask(server, "tiny", lora=one, adapter_generation=generation + 1).status_code == 409
     assert ask(server, "tiny", lora=lora(dora=1)).status_code == 200
     assert server.client.post("/lora-adapters", json=one).status_code == 405
-    found = ask(server, "tiny", lora=lora(a1=3e38, a2=-3e38), logprobs=True)
-    told = "logprobs: expected finite values, found nan: the adapter overflows"
-    assert (found.status_code, found.json()["error"]["message"]) == (400, told)
     settle(server)
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": True}, {"temperature": 1}, {"max_tokens": 1}])
+@pytest.mark.parametrize("entry", [{"a1": 3e38, "a2": -3e38}, {"a1": 3e38}, "huge"])
+def test_adapter_that_overflows_is_refused_alone_and_in_a_mixture(
+    server: Any, entry: Any, more: dict[str, Any]
+) -> None:
+    value = LoraAdapter.load(server.folder / "adapters" / "a1")
+    huge = {n: f._replace(a=f.a * 1e6, b=f.b * 1e38) for n, f in value.modules.items()}
+    dataclasses.replace(value, modules=huge).save(server.folder / "adapters" / "huge")
+    plain = isinstance(entry, str)
+    model, fields = (entry, more) if plain else ("tiny", {**more, "lora": lora(**entry)})
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        other = threads.submit(ask, server, "a3")
+        found = ask(server, model, **fields)
+        assert text_of(other.result()) == expected(server, "a3")
+    name = tuple(entry) if len(entry) == 2 else entry if plain else "a1"
+    told = "RequestStream: the request failed: model: expected finite logits, found NaN or inf "
+    error = {"message": f"{told}with adapter {name!r}", "code": 400}
+    assert (found.status_code, found.json()) == (400, {"error": error})
+    *parts, last = streamed(server, model, **fields)
+    assert last == {"error": error} and said(parts) == ""
+    settle(server)
+
+
+def test_server_of_one_request_answers_mixtures_up_to_its_rank(tmp_path: Path) -> None:
+    names = [*NAMES[:6], "a9"]  # of 8 pages together, as an adapter of max_rank
+    with serving(tmp_path, max_requests=1, context=128) as server:
+        for few in (names[:2], names, names[4:]):
+            entry = dict.fromkeys(few, 0.5)
+            assert text_of(ask(server, "tiny", lora=lora(**entry))) == expected(server, entry)
+        found = ask(server, "tiny", lora=lora(**dict.fromkeys([*names, "a6"], 0.5)))
+        assert found.status_code == 400 and "needs 1 pages" in found.text
+        assert text_of(ask(server, "a15")) == expected(server, "a15")
+        settle(server)
+
+
+@pytest.mark.parametrize("name", ["max_requests", "max_rank"])
+def test_engine_names_its_invalid_arguments(server: Any, name: str) -> None:
+    for wrong in (0, "1", 1.5):
+        with pytest.raises(ValueError, match=f"Engine: {name}: expected .*, found {wrong!r}"):
+            Engine(None, None, "", **{name: wrong})

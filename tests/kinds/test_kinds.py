@@ -514,6 +514,15 @@ def test_live_adapters_are_read_without_the_hub_or_warnings(
         assert LoraAdapter.from_model(model).modules.keys() == {"up", "down"}
 
 
+@pytest.mark.parametrize(
+    ("name", "error", "found"),
+    [(["x"], TypeError, r"\['x'\]"), (None, TypeError, "None"), ("X", NotImplementedError, "'X'")],
+)
+def test_kind_of_names_its_argument(name: Any, error: type[Exception], found: str) -> None:
+    with pytest.raises(error, match=f"kind_of: name: expected .*, found {found}$"):
+        kind_of(name)
+
+
 def test_federation_refuses_other_kinds_by_name() -> None:
     model = peft.get_peft_model(mlp(), CASES["ia3"]())
     with pytest.raises(ValueError, match=r"adapter_name: .*, found 'default' with peft_type='IA3'"):

@@ -196,6 +196,15 @@ def test_op_that_depends_on_the_batch_raises_and_names_its_module(
     assert not [m for m in model.modules() if "forward" in m.__dict__ or m._forward_pre_hooks]
 
 
+def test_conv1d_of_gpt2_raises_and_leaves_the_model_unchanged() -> None:
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=40, n_layer=1, n_head=4)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    found = r"h\.0\.attn\.c_attn': expected .* weights only in nn\.Linear and .* found a Conv1D"
+    with pytest.raises(ValueError, match=found):
+        lora_ext.exact(model)
+    assert not [m for m in model.modules() if "forward" in m.__dict__ or m._forward_pre_hooks]
+
+
 def test_model_inside_another_module_is_checked_too() -> None:
     model = build()
     model.model.layers[0].mlp.act_fn = Odd()
