@@ -12,8 +12,8 @@ namespace lora_ext {
 
 constexpr int kDrawChunks = 1024;  // partial sums of a draw, in shared memory
 
-// Return the number of lanes that read a row of V logits, and its binary logarithm. The number is
-// chosen so that each lane has a few loads.
+// Returns the binary logarithm of the number of lanes that read a row of V logits, and that number.
+// It is chosen so that each lane has a few loads.
 template <class T>
 LX_HOST_DEVICE constexpr int log_lanes_of_row(int vocabulary) {
     const int pieces = vocabulary / kPiece<T>;

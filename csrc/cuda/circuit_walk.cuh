@@ -383,7 +383,8 @@ struct CircuitWalk {
     //                                returns e[z] = log p(x_k | z), in any memory;
     //   save(slot, vector)           receives the vectors for the backward pass: cur of position k
     //                                in slot k or, in the tree, three vectors for each matrix m:
-    //                                cur after m in 3m, up in 3m + 1, its projection in 3m + 2.
+    //                                cur after m in slot 3m, up in 3m + 1, projection of up in 3m +
+    //                                2.
     //
     // The whole team calls both functions, each thread for the states that it owns.
     template <class Observe, class Save>
