@@ -155,8 +155,7 @@ def bits_bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
     if i["int8"] and centre:  # These codes are not centred: see the layout of PackedBitsArgs.
         centre, at_centre = 0, 8 * scale if least is None else least.double()[..., None]
     size = (scale * (found.double() - centre)).abs() + abs(at_centre)
-    # Rounding to int8 may increase the magnitude of an input by half a step. The term added here
-    # is a whole step, which also covers the rounding error.
+    # Rounding to int8 may increase the magnitude of an input by half a step; a step is added here.
     x = i["x"].double().abs()
     if i["int8"] and x.numel():
         x = x + x.amax(1, keepdim=True) / 127

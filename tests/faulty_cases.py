@@ -20,8 +20,7 @@ END_S = 600.0  # A hanging case sleeps longer than any test waits.
 
 
 def serve(connection: Connection, backend: str) -> None:
-    """Answer each request with the id of this process. The op "crash" ends the process, "hang"
-    blocks it, and "spoil" reports that it must not be used again."""
+    """Answer with the id of this process; "crash" ends it, "hang" blocks it, "spoil" retires it."""
     connection.send({"backend": backend})
     while True:
         try:

@@ -58,8 +58,7 @@ def test_errors_on_random_values_stay_within_bounds(backend: Backend, op: Op, sh
 
 
 def repeated(op: Op, backend: Backend) -> list[Any]:
-    """Return the shapes on which to repeat calls. On the CPU there are none if the test of error
-    bounds already repeats its calls."""
+    """Return the shapes for repeated calls: on the CPU none if the test of bounds repeats calls."""
     if backend.device == "cpu":
         return [] if op.bounds else [*op.small]
     return [shape for shape in op.shapes(backend) if shape not in op.large]

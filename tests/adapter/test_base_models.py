@@ -68,8 +68,7 @@ def test_warning_for_a_missing_folder_says_that_it_may_have_moved(tmp_path):
     for folder in (old, new):
         os.makedirs(folder)
     (message,) = found(lambda: BaseModels(new).meet("here", old, 1))
-    # Both folders exist, so neither was moved.
-    assert "the results are meaningless" in message
+    assert "the results are meaningless" in message  # Both folders exist, so neither was moved.
     os.rmdir(old)
     for names in ((new, old), (old, new)):
         (message,) = found(lambda names=names: BaseModels(names[0]).meet("here", names[1], 1))

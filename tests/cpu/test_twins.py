@@ -1,8 +1,7 @@
 """C++ tests of the CPU twins; --sanitizers adds the address and undefined-behaviour sanitizers.
 
-The tests link the twins of the in-place build. With sanitizers, or if there is no such build, the
-twins are compiled at -O1, and only for scalars and for 64-byte vectors, because all of them at -O3
-would take a quarter of an hour.
+The tests link the twins of the in-place build. With sanitizers, or without such a build, twins are
+compiled at -O1, for scalars and 64-byte vectors only: all at -O3 would take a quarter of an hour.
 """
 
 from __future__ import annotations

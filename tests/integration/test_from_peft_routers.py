@@ -151,8 +151,7 @@ def test_general_knowledge_is_subtracted_once_and_new_adapters_are_routed(
         for name in factors:
             assert torch.equal(ours.state_dict()[name], theirs.state_dict()[name])
         assert_within(found, expected, results(copy.deepcopy(theirs).double()))
-        # After the first step, add an adapter. There are then more adapters (4) than top_k (3).
-        for model in (theirs, ours):
+        for model in (theirs, ours):  # From the second step on, there are more adapters than top_k.
             if "task_new" not in model.peft_config:
                 model.load_adapter(folders[3], "task_new")
                 trained(model)

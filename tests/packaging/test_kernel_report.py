@@ -73,9 +73,7 @@ def test_only_dependent_launches_overlap_the_previous_one(lock) -> None:
 
 
 def launches_of(shape: str, kernel: str = "") -> list[str]:
-    """Return the names, without template arguments, of the kernels that the first matching case
-    launches. A case matches if its shape contains ``shape`` and its kernel's name starts with
-    ``kernel``."""
+    """Return the kernels of the first case with ``shape`` in its shape and this kernel prefix."""
     case = next(c for c in report.CASES if shape in c.shape and c.kernel.startswith(kernel))
     return [one.kernel.partition("<")[0] for one in case.launches]
 
