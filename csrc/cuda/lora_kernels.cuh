@@ -102,8 +102,8 @@ inline bool expand_aligned(const LoraArgs& args) {
 // The order of a row's sum over the in-features, up to rank 256: slices of `width` in-features,
 // each of four segments, are added in order. The order depends only on the number of in-features,
 // so that a row's v has the same bits in any batch, in serving and in training. Slices have 512
-// in-features, or more if there would be more than kMaxSplits slices, so that few rows also fill the
-// machine. A segment is a whole number of stages of lora_shrink.cu and of steps of
+// in-features, or more if there would be more than kMaxSplits slices, so that few rows also fill
+// the machine. A segment is a whole number of stages of lora_shrink.cu and of steps of
 // lora_shrink_decode.cu.
 constexpr int kSliceSegments = 4;
 struct SumOrder {
