@@ -56,8 +56,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     const RowTile tile = find_tile<kRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     // The last blocks of a small sibling have no work: the grid covers the largest sibling.
     if (tile.rank == 0 || (kModules > 1 && begin >= bank.out_features)) {
-        // No work, but wait anyway: the next grid waits for this grid, not for the one that wrote
-        // v.
+        // No work, but wait anyway: the next grid waits for this grid, not the one that wrote v.
         lx::grid_dependency_wait();
         return;
     }

@@ -64,8 +64,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     const int first_column = index / args.row_tiles * kGemmColumns;
     const int columns = lx::min((G::kUpdate ? args.width : tile.rank) - first_column, kGemmColumns);
     if (tile.rank == 0 || columns <= 0) {
-        // No work, but wait anyway: the next grid waits for this grid, not for the one that wrote
-        // v.
+        // No work, but wait anyway: the next grid waits for this grid, not the one that wrote v.
         if constexpr (kProduct == Product::kExpand) lx::grid_dependency_wait();
         return;
     }
